@@ -1,0 +1,7 @@
+"""rlhf-pipeline's library: data, SFT, reward model, PPO, evaluation, gates and artifacts.
+
+Nothing here knows about Prefect; `tasks` and `flows` do. Submodules are imported where they are
+used, so that loading a configuration never loads torch.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,50 @@
+"""What the pipeline learns from: preference pairs, demonstrations and prompts."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from rlhf.config.section import Section
+
+
+class WorldConfig(Section):
+    """The generated world of customer questions with a known gold score (`source: world`)."""
+
+    pairs: int = Field(6000, ge=10)
+    """Preference pairs to train on."""
+    demonstrations: int = Field(6000, ge=10)
+    """Replies of mixed quality for supervised fine-tuning."""
+    prompts: int = Field(4608, ge=10)
+    """Fresh prompts for PPO."""
+    eval_pairs: int = Field(1000, ge=10)
+    """Held-out preference pairs, on prompts that no training stage sees."""
+    eval_prompts: int = Field(300, ge=10)
+    """Held-out prompts for comparing policies; half of them use templates that are new too."""
+    temperature: float = Field(0.5, gt=0)
+    """Bradley–Terry temperature of the labels: P(a ≻ b) = σ((gold(a) − gold(b)) / temperature)."""
+
+
+class DataConfig(Section):
+    """Where the data comes from and how it is split."""
+
+    source: str = "world"
+    """`world`, or a CSV, JSONL, JSON or Parquet file (also .gz), a folder of them, an s3:// URI,
+    or a hub dataset id; rows need `prompt`, `chosen` and `rejected`."""
+    world: WorldConfig = WorldConfig()
+    """Size of the generated world; used with `source: world` only."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt: a string, or a list of chat messages."""
+    chosen_column: str = "chosen"
+    """Column that holds the preferred reply."""
+    rejected_column: str = "rejected"
+    """Column that holds the other reply."""
+    hub_split: str = "train"
+    """Split to read when `source` is a hub dataset."""
+    eval_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the *prompts* held out; all pairs of one prompt stay on one side."""
+    max_pairs: int | None = Field(None, ge=10)
+    """Use at most this many pairs (a seeded sample); none uses all."""
+    max_prompt_chars: int = Field(4000, ge=1)
+    """Pairs whose prompt is longer are left out and counted."""
+    max_reply_chars: int = Field(8000, ge=1)
+    """Pairs with a longer reply on either side are left out and counted."""
