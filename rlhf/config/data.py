@@ -10,17 +10,17 @@ from rlhf.config.section import Section
 class WorldConfig(Section):
     """The generated world of customer questions with a known gold score (`source: world`)."""
 
-    pairs: int = Field(6000, ge=10)
+    pairs: int = Field(default=6000, ge=10)
     """Preference pairs to train on."""
-    demonstrations: int = Field(6000, ge=10)
+    demonstrations: int = Field(default=6000, ge=10)
     """Replies of mixed quality for supervised fine-tuning."""
-    prompts: int = Field(4608, ge=10)
+    prompts: int = Field(default=4608, ge=10)
     """Fresh prompts for PPO."""
-    eval_pairs: int = Field(1000, ge=10)
+    eval_pairs: int = Field(default=1000, ge=10)
     """Held-out preference pairs, on prompts that no training stage sees."""
-    eval_prompts: int = Field(300, ge=10)
+    eval_prompts: int = Field(default=300, ge=10)
     """Held-out prompts for comparing policies; half of them use templates that are new too."""
-    temperature: float = Field(0.5, gt=0)
+    temperature: float = Field(default=0.5, gt=0)
     """Bradley–Terry temperature of the labels: P(a ≻ b) = σ((gold(a) − gold(b)) / temperature)."""
 
 
@@ -40,11 +40,11 @@ class DataConfig(Section):
     """Column that holds the other reply."""
     hub_split: str = "train"
     """Split to read when `source` is a hub dataset."""
-    eval_fraction: float = Field(0.1, gt=0, lt=1)
+    eval_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the *prompts* held out; all pairs of one prompt stay on one side."""
-    max_pairs: int | None = Field(None, ge=10)
+    max_pairs: int | None = Field(default=None, ge=10)
     """Use at most this many pairs (a seeded sample); none uses all."""
-    max_prompt_chars: int = Field(4000, ge=1)
+    max_prompt_chars: int = Field(default=4000, ge=1)
     """Pairs whose prompt is longer are left out and counted."""
-    max_reply_chars: int = Field(8000, ge=1)
+    max_reply_chars: int = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""

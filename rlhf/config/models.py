@@ -12,17 +12,17 @@ from rlhf.config.section import Section
 class ArchitectureConfig(Section):
     """A small Llama-type model to train from scratch, with a byte-level BPE tokenizer of its own."""
 
-    hidden_size: int = Field(96, ge=8)
+    hidden_size: int = Field(default=96, ge=8)
     """Width of the residual stream."""
-    layers: int = Field(3, ge=1)
+    layers: int = Field(default=3, ge=1)
     """Number of transformer blocks."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Attention heads; must divide `hidden_size`."""
-    intermediate_size: int = Field(256, ge=8)
+    intermediate_size: int = Field(default=256, ge=8)
     """Width of the feed-forward layer."""
-    vocab_size: int = Field(1024, ge=300)
+    vocab_size: int = Field(default=1024, ge=300)
     """Size of the tokenizer trained on the pipeline's own text (256 bytes plus merges)."""
-    context: int = Field(256, ge=16)
+    context: int = Field(default=256, ge=16)
     """Longest sequence in tokens."""
 
     @model_validator(mode="after")
@@ -38,11 +38,11 @@ class ArchitectureConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021); merged into the weights before publishing."""
 
-    r: int = Field(16, ge=1)
+    r: int = Field(default=16, ge=1)
     """Rank of the adapters."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale: the update is multiplied by alpha / r."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter input (SFT and reward model only; PPO runs without dropout)."""
     target_modules: str = "all-linear"
     """Which layers get adapters: `all-linear`, or a regular expression on module names."""
@@ -68,25 +68,25 @@ class BaseModelConfig(Section):
 class TrainingSection(Section):
     """What SFT and the reward model share; handed to TRL's trainers unchanged."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Rows per optimiser step."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows per forward pass; must divide `batch_size`. None means the whole batch at once."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after warm-up."""
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps spent on linear warm-up."""
-    adam_beta2: float = Field(0.95, gt=0, lt=1)
+    adam_beta2: float = Field(default=0.95, gt=0, lt=1)
     """Second-moment decay of AdamW (first: 0.9)."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
-    max_length: int = Field(256, ge=8)
+    max_length: int = Field(default=256, ge=8)
     """Longest prompt + reply in tokens; longer rows lose the end of the reply."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
@@ -116,7 +116,7 @@ class RewardModelConfig(TrainingSection):
     pooling: Literal["last", "sum"] = "last"
     """Score of the last token (the field's standard), or a linear head summed over the reply's
     tokens, which small models trained from scratch learn far more from."""
-    lm_loss_coef: float = Field(0.0, ge=0)
+    lm_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of a language-model loss on the chosen reply that keeps the features general
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
 
@@ -124,13 +124,13 @@ class RewardModelConfig(TrainingSection):
 class EvaluationConfig(Section):
     """Held-out comparison of the trained policy with the SFT policy."""
 
-    prompts: int = Field(300, ge=2)
+    prompts: int = Field(default=300, ge=2)
     """Held-out prompts to answer with both policies (at most as many as there are)."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Temperature of the sampled replies; greedy ones are always compared too."""
-    samples: int = Field(6, ge=0)
+    samples: int = Field(default=6, ge=0)
     """Sample replies, before and after, to show in the terminal and the report."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Rows per forward pass while evaluating."""
     judge: Literal["none", "world"] = "none"
     """An independent judge that no training stage and no gate sees: the world's gold score."""

@@ -49,34 +49,34 @@ class RuntimeConfig(Section):
     """Local folder for the HTML reports."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on; auto takes an accelerator if there is one."""
-    threads: int = Field(2, ge=1)
+    threads: int = Field(default=2, ge=1)
     """CPU threads for torch."""
 
 
 class RetryConfig(Section):
     """Retries of a stage, for errors that trying again can cure."""
 
-    attempts: int = Field(3, ge=0)
+    attempts: int = Field(default=3, ge=0)
     """Retries after the first try."""
-    delay_seconds: float = Field(5.0, ge=0)
+    delay_seconds: float = Field(default=5.0, ge=0)
     """First delay; doubles with every further retry."""
-    jitter: float = Field(0.5, ge=0)
+    jitter: float = Field(default=0.5, ge=0)
     """Random share added to each delay."""
 
 
 class PromotionConfig(Section):
     """What happens to a policy that passed every gate."""
 
-    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     """Model line whose champion this pipeline updates."""
 
 
 class PipelineConfig(Section):
     """Everything that a run depends on."""
 
-    name: str = Field("rlhf", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    name: str = Field(default="rlhf", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     """Name shown in run names and reports."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seeds data, initial weights, shuffling and sampling."""
     store: str = ".rlhf/store"
     """`file:///folder`, a plain folder, or `s3://bucket/prefix`."""

@@ -13,56 +13,56 @@ from rlhf.config.section import Section
 class PPOConfig(Section):
     """Proximal policy optimisation of a language model (Schulman et al. 2017; Ziegler et al. 2019)."""
 
-    total_episodes: int = Field(4608, ge=1)
+    total_episodes: int = Field(default=4608, ge=1)
     """Replies to sample in all; the number of updates is this over `chunk_size`, rounded up."""
-    chunk_size: int = Field(128, ge=1)
+    chunk_size: int = Field(default=128, ge=1)
     """Rollouts collected under a frozen policy before optimising."""
-    mini_batch_size: int = Field(8, ge=1)
+    mini_batch_size: int = Field(default=8, ge=1)
     """Sequences per optimiser step; the last one of an epoch may be smaller."""
-    micro_batch_size: int = Field(64, ge=1)
+    micro_batch_size: int = Field(default=64, ge=1)
     """Sequences per forward pass; changes memory, not results."""
-    num_ppo_epochs: int = Field(4, ge=1)
+    num_ppo_epochs: int = Field(default=4, ge=1)
     """Passes over one chunk of rollouts."""
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of the policy."""
-    critic_learning_rate: float | None = Field(None, gt=0)
+    critic_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the critic; none uses the policy's."""
-    lr_final_fraction: float = Field(0.1, ge=0, le=1)
+    lr_final_fraction: float = Field(default=0.1, ge=0, le=1)
     """The learning rates decay linearly to this share of their peak; 1 keeps them constant."""
-    adam_beta2: float = Field(0.95, gt=0, lt=1)
+    adam_beta2: float = Field(default=0.95, gt=0, lt=1)
     """Second-moment decay of AdamW (first: 0.9)."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of policy and critic are clipped to this norm, each by itself."""
-    gamma: float = Field(0.99, gt=0, le=1)
+    gamma: float = Field(default=0.99, gt=0, le=1)
     """Discount per token in generalised advantage estimation."""
-    gae_lambda: float = Field(0.95, ge=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation (Schulman et al. 2015)."""
-    kl_coef: float = Field(0.1, ge=0)
+    kl_coef: float = Field(default=0.1, ge=0)
     """Weight of the per-token KL penalty, in the reward, against the frozen reference."""
-    clip_range: float = Field(0.2, gt=0, lt=1)
+    clip_range: float = Field(default=0.2, gt=0, lt=1)
     """The probability ratio is clamped to 1 ± this."""
-    value_clip_range: float | None = Field(0.2, gt=0)
+    value_clip_range: float | None = Field(default=0.2, gt=0)
     """New values are clamped to the old ones ± this; none switches the clamp off."""
-    value_loss_coef: float = Field(1.0, ge=0)
+    value_loss_coef: float = Field(default=1.0, ge=0)
     """Multiplies ½·max(clipped, unclipped)² in the critic's loss."""
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
     """No reply is longer."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; divides the logits of policy and reference alike."""
-    top_k: int = Field(50, ge=0)
+    top_k: int = Field(default=50, ge=0)
     """Sample from the k likeliest tokens; 0 from all. Never touches the ratio's log-probs."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens with this much probability."""
-    missing_eos_penalty: float | None = Field(1.0, ge=0)
+    missing_eos_penalty: float | None = Field(default=1.0, ge=0)
     """Subtracted from the score of a reply that does not end by EOS; none leaves it alone."""
     whiten_rewards: bool = False
     """Divide scores by their standard deviation within each chunk."""
-    checkpoint_every: int = Field(5, ge=1)
+    checkpoint_every: int = Field(default=5, ge=1)
     """Updates between two checkpoints; training resumes exactly from the last one."""
     lora: LoraConfig | None = None
     """Train low-rank adapters of the policy; the reference is the policy with adapters off."""
-    critic: Literal["reward_model"] = "reward_model"
-    """The critic starts as a copy of the reward model's backbone with a zeroed value head."""
+    critic: Literal["reward_model", "policy"] = "reward_model"
+    """The critic starts as a copy of this model's backbone, with a zeroed value head."""
 
     @model_validator(mode="after")
     def _mini_batch_fits(self) -> Self:

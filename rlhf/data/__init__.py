@@ -1,0 +1,1 @@
+"""Preference data: reading, splitting, and the rendering shared by all stages."""

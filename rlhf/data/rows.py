@@ -1,0 +1,71 @@
+"""The rows that stages exchange, as JSON lines in a dataset artifact.
+
+| file | fields |
+|---|---|
+| `demonstrations.jsonl` | prompt, response |
+| `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group |
+| `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group |
+
+A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
+evaluation reports separately, or is null.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+DEMONSTRATIONS = "demonstrations.jsonl"
+PAIRS_TRAIN = "pairs-train.jsonl"
+PAIRS_EVAL = "pairs-eval.jsonl"
+PROMPTS_TRAIN = "prompts-train.jsonl"
+PROMPTS_EVAL = "prompts-eval.jsonl"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A reply to imitate."""
+
+    prompt: Prompt
+    response: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two replies to one prompt, the first preferred."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt to answer."""
+
+    prompt: Prompt
+    group: str | None = None
+
+
+Row = TypeVar("Row", Demonstration, Pair, PromptRow)
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write dataclass rows as JSON lines."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Read rows written by `write_rows`."""
+    with path.open(encoding="utf-8") as file:
+        return [kind(**json.loads(line)) for line in file]

@@ -1,0 +1,281 @@
+"""Stages: held-out evaluation of the reward model and of the policy."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.config import DataConfig, EvaluationConfig, PPOConfig, RuntimeConfig
+from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
+from rlhf.errors import DataError
+from rlhf.judges import Judge, ceiling_of, judge_of
+from rlhf.modeling.base import device_of, load_policy
+from rlhf.modeling.critic import freeze
+from rlhf.modeling.reward import Scorer
+from rlhf.ppo.rollout import Replies, Sampling, generate, log_probs_and_entropy
+from rlhf.progress import Progress, silent
+from rlhf.stage import StageResult, write_json
+from rlhf.statistics import share
+
+EVALUATION = "evaluation.json"
+SAMPLES = "samples.json"
+
+
+def evaluate_reward_model(
+    config: EvaluationConfig,
+    data_config: DataConfig,
+    data: Path,
+    reward_model: Path,
+    out_dir: Path,
+    *,
+    max_length: int,
+    runtime: RuntimeConfig | None = None,
+    progress: Progress = silent,
+) -> StageResult:
+    """Accuracy on held-out pairs, with its interval, beside choosing the longer reply.
+
+    Writes `evaluation.json`: accuracy, accuracy_low/high, n, baseline_longer (with interval),
+    margin_mean, by_group, and for a source whose truth is known ceiling and share_of_ceiling.
+
+    Raises:
+        DataError: There are no held-out pairs.
+    """
+    pairs = read_rows(data / PAIRS_EVAL, Pair)
+    if not pairs:
+        raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
+    scorer = Scorer(reward_model, device_of(runtime or RuntimeConfig()), max_length)
+    chosen = _score_in_parts(scorer, pairs, "chosen", progress, 0)
+    rejected = _score_in_parts(scorer, pairs, "rejected", progress, len(pairs))
+    # A tie counts a half: a model that gives everything the same score is no better than a coin.
+    correct = (torch.sign(chosen - rejected) + 1) / 2
+    longer = [_sign(len(p.chosen) - len(p.rejected)) / 2 + 0.5 for p in pairs]
+    metrics: dict[str, Any] = {
+        **share("accuracy", float(correct.sum()), len(pairs)),
+        **share("baseline_longer", sum(longer), len(pairs)),
+        "n": len(pairs),
+        "margin_mean": float((chosen - rejected).mean()),
+        "score_mean": float(torch.cat([chosen, rejected]).mean()),
+        "score_std": float(torch.cat([chosen, rejected]).std()),
+    }
+    ceiling = ceiling_of(config, data_config, pairs)
+    if ceiling is not None:
+        metrics["ceiling"] = ceiling
+        metrics["share_of_ceiling"] = (metrics["accuracy"] - 0.5) / (ceiling - 0.5)
+    metrics["by_group"] = {}
+    for group, index in _groups([p.group for p in pairs]).items():
+        part = {**share("accuracy", float(correct[index].sum()), len(index)), "n": len(index)}
+        if ceiling is not None:
+            group_ceiling = ceiling_of(config, data_config, [pairs[i] for i in index]) or ceiling
+            part |= {
+                "ceiling": group_ceiling,
+                "share_of_ceiling": (part["accuracy"] - 0.5) / (group_ceiling - 0.5),
+            }
+        metrics["by_group"][group] = part
+    write_json(out_dir / EVALUATION, metrics)
+    return StageResult({k: v for k, v in metrics.items() if k != "by_group"})
+
+
+def _score_in_parts(
+    scorer: Scorer, pairs: Sequence[Pair], side: str, progress: Progress, done: int
+) -> Float[Tensor, " pairs"]:
+    scores = []
+    size = max(1, len(pairs) // 5)
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        scores.append(scorer([p.prompt for p in part], [getattr(p, side) for p in part]))
+        progress(done + start + len(part), 2 * len(pairs), {})
+    return torch.cat(scores)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """One policy's replies to the held-out prompts, and what they are worth."""
+
+    texts: list[str]
+    scores: Float[Tensor, " batch"]
+    tokens: Float[Tensor, " batch"]
+    finished: Float[Tensor, " batch"]
+    kl: Float[Tensor, " batch"] | None
+    gold: list[float] | None
+
+
+def evaluate_policy(
+    config: EvaluationConfig,
+    ppo: PPOConfig,
+    data: Path,
+    sft: Path,
+    policy: Path,
+    reward_model: Path,
+    out_dir: Path,
+    *,
+    seed: int = 0,
+    runtime: RuntimeConfig | None = None,
+    progress: Progress = silent,
+) -> StageResult:
+    """Compare the policy with the SFT policy on held-out prompts, sampled and greedy.
+
+    Writes `evaluation.json` with `sampled` and `greedy`, each: win_rate of the reward model's
+    score (with interval; ties count a half), reward_before/after, kl per reply in nats against the
+    SFT policy (at temperature 1), eos_rate, tokens_before/after, repetition_before/after, and the
+    independent judge's gold_* if there is one; and `samples.json` with replies side by side.
+
+    Raises:
+        DataError: There are no held-out prompts.
+    """
+    rows = read_rows(data / PROMPTS_EVAL, PromptRow)[: config.prompts]
+    if not rows:
+        raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
+    device = device_of(runtime or RuntimeConfig())
+    models = [freeze(load_policy(folder)).to(device) for folder in (sft, policy)]
+    renderer = load_renderer(sft)
+    room = models[0].config.max_position_embeddings
+    scorer = Scorer(reward_model, device, room)
+    judge = judge_of(config)
+    evaluation: dict[str, Any] = {"n": len(rows)}
+    samples: list[dict[str, Any]] = []
+    for part, (mode, temperature) in enumerate((("sampled", config.temperature), ("greedy", 0.0))):
+        sampling = Sampling(ppo.max_new_tokens, temperature)
+        answers = []
+        for index, model in enumerate(models):
+            reference = models[0] if index == 1 else None
+            answers.append(
+                _answer(model, reference, rows, renderer, scorer, judge, sampling, seed, config)
+            )
+            progress(2 * part + index + 1, 4, {"reward": float(answers[-1].scores.mean())})
+        before, after = answers
+        evaluation[mode] = _compare(before, after, range(len(rows)))
+        evaluation[mode]["by_group"] = {
+            group: _compare(before, after, index)
+            for group, index in _groups([r.group for r in rows]).items()
+        }
+        if mode == "sampled":
+            samples = _samples(rows, before, after)
+    write_json(out_dir / EVALUATION, evaluation)
+    write_json(out_dir / SAMPLES, samples)
+    flat = {
+        f"{mode}.{name}": value
+        for mode in ("sampled", "greedy")
+        for name, value in evaluation[mode].items()
+        if name != "by_group"
+    }
+    return StageResult({"n": len(rows), **flat})
+
+
+@torch.no_grad()
+def _answer(
+    model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer, scorer: Scorer,
+    judge: Judge | None, sampling: Sampling, seed: int, config: EvaluationConfig,
+) -> _Answers:  # fmt: skip
+    prompts = [r.prompt for r in rows]
+    max_prompt = model.config.max_position_embeddings - sampling.max_new_tokens
+    texts: list[str] = []
+    tokens, finished, kl = [], [], []
+    for start in range(0, len(rows), config.batch_size):
+        batch = [
+            renderer.encode_prompt(p, max_prompt) for p in prompts[start : start + config.batch_size]
+        ]
+        replies = generate(model, batch, renderer.tokenizer, sampling, seed + start)
+        texts += [renderer.decode(ids) for ids in replies.rows()]
+        tokens.append(replies.mask.sum(1).float().cpu())
+        finished.append(replies.finished.float().cpu())
+        if reference is not None:
+            kl.append(_kl(model, reference, replies).cpu())
+    return _Answers(
+        texts,
+        scorer(prompts, texts),
+        torch.cat(tokens),
+        torch.cat(finished),
+        torch.cat(kl) if kl else None,
+        [judge(p, t) for p, t in zip(prompts, texts, strict=True)] if judge else None,
+    )
+
+
+def _kl(model: Any, reference: Any, replies: Replies) -> Float[Tensor, " batch"]:
+    """Σ log π − log π_ref over each reply: the k1 estimate of the KL in nats, at temperature 1."""
+    ours, _ = log_probs_and_entropy(model, replies, 1.0)
+    theirs, _ = log_probs_and_entropy(reference, replies, 1.0)
+    return ((ours - theirs) * replies.mask).sum(1)
+
+
+def _compare(before: _Answers, after: _Answers, index: Sequence[int]) -> dict[str, float]:
+    rows = list(index)
+    n = len(rows)
+    wins = float((torch.sign(after.scores - before.scores)[rows] + 1).sum() / 2)
+    assert after.kl is not None
+    result: dict[str, float] = {
+        **share("win_rate", wins, n),
+        "n": n,
+        "reward_before": float(before.scores[rows].mean()),
+        "reward_after": float(after.scores[rows].mean()),
+        "kl": float(after.kl[rows].mean()),
+        "eos_rate": float(after.finished[rows].mean()),
+        "tokens_before": float(before.tokens[rows].mean()),
+        "tokens_after": float(after.tokens[rows].mean()),
+        "repetition_before": _mean([repetition(before.texts[i]) for i in rows]),
+        "repetition_after": _mean([repetition(after.texts[i]) for i in rows]),
+    }
+    if before.gold is not None and after.gold is not None:
+        old, new = before.gold, after.gold
+        gold_wins = sum(_sign(new[i] - old[i]) / 2 + 0.5 for i in rows)
+        not_worse = sum(new[i] >= old[i] for i in rows)
+        result |= {
+            **share("gold_win_rate", gold_wins, n),
+            "gold_not_worse": not_worse / n,
+            "gold_strict_win_rate": sum(new[i] > old[i] for i in rows) / n,
+            "gold_before": _mean([old[i] for i in rows]),
+            "gold_after": _mean([new[i] for i in rows]),
+        }
+    return result
+
+
+def repetition(text: str) -> float:
+    """Share of a reply's 3-grams of words that occurred before in it."""
+    words = text.lower().split()
+    grams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _samples(
+    rows: Sequence[PromptRow], before: _Answers, after: _Answers
+) -> list[dict[str, Any]]:
+    """All replies side by side, in an order that depends on the prompt alone, so that the first
+    few shown are no choice of ours.
+    """
+    order = sorted(range(len(rows)), key=lambda i: zlib.crc32(repr(rows[i].prompt).encode()))
+    return [
+        {
+            "prompt": rows[i].prompt,
+            "group": rows[i].group,
+            "before": before.texts[i],
+            "after": after.texts[i],
+            "reward_before": float(before.scores[i]),
+            "reward_after": float(after.scores[i]),
+            "gold_before": before.gold[i] if before.gold else None,
+            "gold_after": after.gold[i] if after.gold else None,
+        }
+        for i in order
+    ]
+
+
+def _groups(names: Sequence[str | None]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        if name is not None:
+            groups.setdefault(name, []).append(i)
+    return groups
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)

@@ -1,0 +1,1 @@
+"""Models: from scratch or loaded, policy, reward model, critic, adapters."""

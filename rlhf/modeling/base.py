@@ -1,0 +1,126 @@
+"""Where models come from: a small architecture trained from scratch, a hub id, or a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.config import ArchitectureConfig, BaseModelConfig, RuntimeConfig
+from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
+from rlhf.errors import ConfigError
+
+
+def device_of(runtime: RuntimeConfig) -> torch.device:
+    """The device that `runtime` asks for, after setting the CPU threads."""
+    torch.set_num_threads(runtime.threads)
+    if runtime.device != "auto":
+        return torch.device(runtime.device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with this project's chat markers as single tokens."""
+    # Without this, the tokenizers library warns when a later fork (Prefect's worker) happens.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in (PAD, END)],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def from_scratch(
+    config: ArchitectureConfig, texts: Iterable[str], seed: int
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A freshly initialised Llama-type model and a tokenizer trained on `texts`."""
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.context,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    return model, tokenizer
+
+
+def load_policy(folder: Path | str, revision: str | None = None) -> Any:
+    """Load a causal language model in float32 from safetensors; code from a hub is never run."""
+    return _load(AutoModelForCausalLM.from_pretrained, folder, revision)
+
+
+def _load(loader: Any, folder: Path | str, revision: str | None) -> Any:
+    extra = {"revision": revision} if revision else {}
+    try:
+        return loader(
+            str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **extra
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"base.path = {str(folder)!r} can't be loaded ({str(error).splitlines()[0]}); give a "
+            "hub id, a local folder with config.json and safetensors, or artifact:<digest>"
+        ) from error
+
+
+def load_base(
+    config: BaseModelConfig, texts: Iterable[str], seed: int
+) -> tuple[Any, Any]:
+    """The base model and tokenizer, complete for this pipeline: chat template, pad ≠ eos.
+
+    Raises:
+        ConfigError: `base.path` can't be loaded, or its tokenizer has no end-of-text token.
+    """
+    if config.path is None:
+        return from_scratch(config.architecture, texts, seed)
+    model = load_policy(config.path, config.revision)
+    extra = {"revision": config.revision} if config.revision else {}
+    tokenizer = AutoTokenizer.from_pretrained(config.path, **extra)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"base.path = {config.path!r}: its tokenizer has no eos_token, so no reply could end; "
+            "set one in the model's tokenizer_config.json"
+        )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer

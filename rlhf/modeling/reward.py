@@ -1,0 +1,188 @@
+"""Reward model: a sequence classifier with one label, and how its token scores are pooled.
+
+The checkpoint is a standard transformers sequence-classification model; `rlhf.json` beside it
+holds what a standard loader does not know: the pooling and the rendering it was trained with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
+from rlhf.errors import ConfigError
+from rlhf.modeling.base import _load
+from rlhf.stage import read_json, write_json
+
+META = "rlhf.json"
+
+
+def pool(
+    token_scores: Float[Tensor, "batch time"],
+    counted: Bool[Tensor, "batch time"],
+    pooling: str,
+) -> Float[Tensor, " batch"]:
+    """One score per row: that of the last counted token (`last`) or the sum of all (`sum`)."""
+    if pooling == "sum":
+        return (token_scores * counted).sum(1)
+    positions = torch.arange(token_scores.shape[1], device=token_scores.device)
+    last = (positions * counted).argmax(1)
+    return token_scores.gather(1, last[:, None]).squeeze(1)
+
+
+def counted_tokens(
+    input_ids: Int[Tensor, "batch time"],
+    attention_mask: Int[Tensor, "batch time"],
+    marker: int | None,
+) -> Bool[Tensor, "batch time"]:
+    """Tokens after the first `marker` (all, when there is none) that are not padding.
+
+    The *first* marker, so that a policy that writes the marker can't hide what came before it.
+    """
+    valid = attention_mask.bool()
+    if marker is None:
+        return valid
+    is_marker = input_ids == marker
+    after = is_marker.cumsum(1) - is_marker.int() > 0
+    return valid & (after | ~is_marker.any(1, keepdim=True))
+
+
+class _Pooled:
+    """Mixed into a transformers sequence classifier: pools by position, never by pad id."""
+
+    pooling = "last"
+    marker: int | None = None
+
+    def forward(
+        self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any
+    ) -> SequenceClassifierOutputWithPast:
+        backbone = getattr(self, self.base_model_prefix)
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        hidden = backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        token_scores = self.score(hidden).squeeze(-1).float()
+        counted = counted_tokens(input_ids, attention_mask, self.marker)
+        scores = pool(token_scores, counted, self.pooling)
+        return SequenceClassifierOutputWithPast(
+            logits=scores[:, None],  # pyright: ignore[reportArgumentType]
+            hidden_states=(hidden,),
+        )
+
+
+def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | None = None) -> Any:
+    """Load a reward model, or make one from a language model's backbone with a zeroed head.
+
+    Args:
+        folder: Local folder or hub id of a sequence classifier or language model.
+        renderer: How (prompt, reply) is rendered for this model.
+        pooling: `last` or `sum`; none reads `rlhf.json`, and without one takes `last`.
+
+    Raises:
+        ConfigError: The model has another number of labels than one, or no classifier class.
+    """
+    config = AutoConfig.from_pretrained(str(folder))
+    is_classifier = any("SequenceClassification" in a for a in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise ConfigError(
+            f"reward model {str(folder)!r} has {config.num_labels} labels; a reward model needs a "
+            "sequence-classification model with exactly one (num_labels=1)"
+        )
+    config.num_labels = 1
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"reward model {str(folder)!r}: transformers has no sequence classifier for "
+            f"{config.model_type!r}; start from another base"
+        )
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    pooled = type(kind.__name__, (_Pooled, kind), {})
+    model = _quiet_load(pooled, folder, config)
+    if not is_classifier:
+        torch.nn.init.zeros_(model.score.weight)
+    model.config.pad_token_id = renderer.tokenizer.pad_token_id
+    model.pooling = pooling or reward_meta(folder).get("pooling", "last")
+    if model.pooling == "sum":
+        model.marker = renderer.tokenizer.get_vocab().get(ASSISTANT)
+    return model
+
+
+def _quiet_load(kind: Any, folder: Path | str, config: Any) -> Any:
+    """Load without the warning about a head that is new on purpose."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return _load(lambda path, **kw: kind.from_pretrained(path, config=config, **kw), folder, None)
+    finally:
+        logging.set_verbosity(level)
+
+
+def reward_meta(folder: Path | str) -> dict[str, Any]:
+    """What `save_reward_model` noted; empty for a foreign model."""
+    path = Path(folder) / META
+    return read_json(path) if path.is_file() else {}
+
+
+def save_reward_model(model: Any, renderer: Renderer, folder: Path) -> None:
+    """Save weights, tokenizer, pooling and the rendering's identity."""
+    model.save_pretrained(folder)
+    renderer.tokenizer.save_pretrained(folder)
+    write_json(
+        folder / META, {"pooling": model.pooling, "template_hash": renderer.template_hash}
+    )
+
+
+class Scorer:
+    """Scores replies to prompts by a frozen reward model with a renderer of its own."""
+
+    def __init__(
+        self, folder: Path, device: torch.device, max_length: int, batch_size: int = 128
+    ) -> None:
+        self.renderer = load_renderer(folder)
+        self.model = load_reward_model(folder, self.renderer).to(device).eval()
+        self.model.requires_grad_(False)
+        self.max_length, self.batch_size, self.device = max_length, batch_size, device
+
+    def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
+        """Score each reply as an answer to its own prompt; the result lies on the CPU."""
+        rows = [
+            self.renderer.encode(p, r, self.max_length).ids
+            for p, r in zip(prompts, replies, strict=True)
+        ]
+        return self.score_ids(rows)
+
+    @torch.no_grad()
+    def score_ids(self, rows: list[list[int]]) -> Float[Tensor, " batch"]:
+        """Score token sequences, in batches of similar length."""
+        scores = torch.empty(len(rows))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            ids, mask = pad_right([rows[i] for i in chosen], self.renderer.tokenizer.pad_token_id)
+            logits = self.model(ids.to(self.device), mask.to(self.device)).logits
+            scores[chosen] = logits.squeeze(-1).cpu()
+        return scores
+
+
+def pad_right(
+    rows: list[list[int]], pad: int
+) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+    """Stack rows of different length; returns ids and their mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids, mask

@@ -1,0 +1,15 @@
+"""How a stage tells the outside how far it is, without knowing who listens."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives a stage's progress; called often, so listeners throttle themselves."""
+
+    def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Tell that `step` of `total` is done, with the current metrics (reward, kl, loss …)."""
+
+
+def silent(step: int, total: int, metrics: Mapping[str, float]) -> None:
+    """Listen to nothing: the default when a stage is called from Python."""

@@ -1,0 +1,153 @@
+"""What a report is made of: frozen, plain data that a flow fills in.
+
+Every part may be missing: a rejected run has no policy, a failed one may have nothing but stages.
+Metrics stay dictionaries, because a report must show a new metric without knowing its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+StageState = Literal["Completed", "Cached", "Failed", "GateRejected", "NotRun"]
+Outcome = Literal["Promoted", "GateRejected", "Failed"]
+
+
+class Plain(BaseModel):
+    """Immutable and closed, but tolerant of NaN: a broken metric has to be shown, not hidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StageRow(Plain):
+    """One stage of the pipeline, whether it ran or not."""
+
+    name: str
+    """For example `train-policy`; a name that starts with `gate-` is drawn as a gate."""
+    state: StageState
+    """How it ended; `Cached` took its result from the store."""
+    seconds: float | None = None
+    """Wall-clock time, none if it did not run."""
+    metric: str = ""
+    """The one figure to show in the picture, as text."""
+    artifact: str | None = None
+    """Digest of what it published."""
+    message: str = ""
+    """Why it failed, or a remark."""
+
+
+class Rule(Plain):
+    """One condition that a gate checked."""
+
+    metric: str
+    """Dotted name of the metric."""
+    value: float | None
+    """What was measured; none if the metric was missing."""
+    bound: str
+    """The bound as text, for example `>= 0.5`."""
+    passed: bool
+    """Whether the value meets the bound."""
+
+
+class Verdict(Plain):
+    """What a gate decided, and by which rules."""
+
+    gate: str
+    """Name of the gate's stage."""
+    approved: bool
+    """Whether every rule passed."""
+    rules: tuple[Rule, ...] = ()
+    """The rules in the order of the configuration."""
+
+
+class Sample(Plain):
+    """One held-out prompt with the replies of both policies; untrusted text."""
+
+    prompt: str
+    """The prompt as text."""
+    before: str
+    """Reply of the SFT policy."""
+    after: str
+    """Reply of the policy after PPO."""
+    group: str | None = None
+    """Which kind of prompt it is."""
+    reward_before: float | None = None
+    """Reward model's score of `before`."""
+    reward_after: float | None = None
+    """Reward model's score of `after`."""
+    gold_before: float | None = None
+    """Independent judge's score of `before`."""
+    gold_after: float | None = None
+    """Independent judge's score of `after`."""
+
+
+class ConfigRow(NamedTuple):
+    """One effective configuration value; a plain tuple of three texts is accepted too."""
+
+    key: str
+    """Dotted key."""
+    value: str
+    """Value as text."""
+    source: str
+    """`default`, or where it was set: `preset file`, `command line`."""
+
+
+class LineageNode(Plain):
+    """An artifact that this run made or used."""
+
+    digest: str
+    """Content digest."""
+    kind: str
+    """Kind of artifact, for example `policy`."""
+    stage: str = ""
+    """Stage that made it, or its role in the run."""
+
+
+class Lineage(Plain):
+    """Which artifact was made from which."""
+
+    nodes: tuple[LineageNode, ...] = ()
+    """Artifacts, oldest first."""
+    edges: tuple[tuple[str, str], ...] = ()
+    """Pairs of (parent digest, child digest)."""
+
+
+class RunReport(Plain):
+    """Everything that one page shows."""
+
+    title: str
+    """Heading, for example the pipeline's name."""
+    run_name: str
+    """Name of the flow run."""
+    started: str
+    """Start time in ISO 8601."""
+    outcome: Outcome
+    """How the run ended."""
+    reason: str
+    """One sentence: why it ended so."""
+    seed: int
+    """Seed of the run."""
+    stages: tuple[StageRow, ...] = ()
+    """Stages in the order they run."""
+    data: dict[str, Any] = {}
+    """Data summary: `source`, `pairs_train`, `pairs_eval`, `prompts_train`, `prompts_eval`,
+    `demonstrations`, `left_out` ({reason: n}), `chosen_longer`; other keys are shown too."""
+    reward_model: dict[str, Any] | None = None
+    """Reward-model metrics: `accuracy`, `baseline_longer` (each with `_low`, `_high`), `n`,
+    `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""
+    policy: dict[str, Any] | None = None
+    """Policy metrics: `sampled` and `greedy`, each with `win_rate` (`_low`, `_high`), `reward_*`,
+    `tokens_*`, `repetition_*` (before, after), `kl`, `eos_rate`, `gold_*`, `by_group`."""
+    curves: tuple[dict[str, Any], ...] = ()
+    """One row per PPO update: `update`, `reward`, `kl`, `entropy`, `tokens`, `value_loss`, …"""
+    samples: tuple[Sample, ...] = ()
+    """Replies before and after PPO."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What the gates decided."""
+    config_rows: tuple[ConfigRow, ...] = ()
+    """Effective configuration."""
+    lineage: Lineage = Lineage()
+    """Artifacts of the run."""
+    versions: dict[str, str] = {}
+    """Versions of code and libraries."""

@@ -1,0 +1,125 @@
+"""Numbers, times and names as text; the template's filters. Tolerant: odd input becomes a dash."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import datetime
+from typing import Any
+
+from markupsafe import Markup
+
+MISSING = "–"
+#: Control characters and overrides of the writing direction: what is shown must be what is there.
+_HIDDEN = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+#: Decimal places from this size on.
+_PLACES = ((1000, 0), (10, 1), (0.1, 2), (0.01, 3), (0, 4))
+_BOUNDS = {">=": "≥", "<=": "≤", "==": "="}
+
+
+def number_of(value: Any) -> float | None:
+    """Return the value as a finite float, or None if it is not one."""
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def number(value: Any) -> str:
+    """Three significant digits or so, with a true minus sign; whole numbers stay whole."""
+    x = number_of(value)
+    if x is None:
+        return "not finite" if isinstance(value, float) else MISSING
+    size = abs(x)
+    if isinstance(value, int) or (x.is_integer() and size >= 1000):
+        text = f"{x:,.0f}".replace(",", "\u2009")
+    elif x == 0:
+        text = "0"
+    elif size >= 1e6 or size < 1e-3:
+        mantissa, exponent = f"{x:.1e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    else:
+        places = next(p for bound, p in _PLACES if size >= bound)
+        text = f"{x:,.{places}f}".replace(",", "\u2009")
+    return text.replace("-", "−")
+
+
+def exact(value: Any) -> str:
+    """Five significant digits: beside a bound, rounding must not turn a fail into a pass."""
+    x = number_of(value)
+    if x is None:
+        return "not finite" if isinstance(value, float) else "missing"
+    return f"{x:.5g}".replace("-", "−")
+
+
+def percent(value: Any) -> str:
+    """A share as a percentage with one decimal."""
+    x = number_of(value)
+    return MISSING if x is None else f"{100 * x:.1f}\u00a0%".replace("-", "−")
+
+
+def percent_range(low: Any, high: Any) -> str:
+    """An interval of shares, or nothing if either end is missing."""
+    a, b = number_of(low), number_of(high)
+    return "" if a is None or b is None else f"{100 * a:.1f}–{100 * b:.1f}\u00a0%"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as people say them: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
+    x = number_of(seconds)
+    if x is None:
+        return MISSING
+    if 0 < x < 0.1:
+        return f"{max(1, round(1000 * x))} ms"
+    if x < 9.95:
+        return f"{x:.1f} s"
+    whole = round(x)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def moment(iso: str) -> str:
+    """An ISO time for readers; anything else is shown unchanged."""
+    try:
+        when = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    return f"{when.day} {when:%B %Y, %H:%M} {when.tzname() or ''}".strip()
+
+
+def bound(text: str) -> str:
+    """Mathematical signs for `>=` and `<=`."""
+    for plain, sign in _BOUNDS.items():
+        text = text.replace(plain, sign)
+    return text
+
+
+def words(name: str) -> str:
+    """`train-reward-model` or `pairs_train` as words."""
+    text = name.replace("-", " ").replace("_", " ").strip()
+    text = re.sub(r"\b(sft|ppo|kl|eos)\b", lambda match: match[0].upper(), text)
+    return text[:1].upper() + text[1:]
+
+
+def short(digest: str | None) -> str:
+    """The first twelve characters of a digest, without its algorithm."""
+    return (digest or "").rpartition(":")[2][:12] or MISSING
+
+
+def clean(value: Any) -> Any:
+    """Write hidden characters and lone surrogates of untrusted text as escapes, like `\\x1b`."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return _HIDDEN.sub(lambda match: _escape(ord(match[0])), value)
+    return value
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -1,0 +1,139 @@
+"""Stage: reward-model training, by TRL's RewardTrainer (Bradley–Terry loss)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PrinterCallback
+from trl import RewardConfig as TRLRewardConfig
+from trl import RewardTrainer
+
+from rlhf.config import RewardModelConfig, RuntimeConfig
+from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
+from rlhf.errors import ConfigError, DataError
+from rlhf.modeling.base import device_of
+from rlhf.modeling.lora import lora_config, merged
+from rlhf.modeling.reward import counted_tokens, load_reward_model, save_reward_model
+from rlhf.progress import Progress, silent
+from rlhf.stage import StageResult, write_json
+from rlhf.trl_adapter import ProgressCallback, quiet_trainer, training_arguments
+
+
+def train_reward_model(
+    config: RewardModelConfig,
+    data: Path,
+    sft: Path | str,
+    out_dir: Path,
+    *,
+    seed: int = 0,
+    runtime: RuntimeConfig | None = None,
+    progress: Progress = silent,
+) -> StageResult:
+    """Train a reward model on the training pairs and write it, with its tokenizer, to `out_dir`.
+
+    Args:
+        config: Hyper-parameters; `config.base` overrides the SFT policy as starting point.
+        data: A dataset folder as `prepare_data` writes it.
+        sft: Folder of the SFT policy.
+        out_dir: Empty folder for the reward model.
+        seed: Seeds the new head and shuffling.
+        runtime: Device and threads.
+        progress: Told of every step.
+
+    Raises:
+        ConfigError: The base has no sequence classifier with one label.
+        DataError: There are no training pairs.
+    """
+    device = device_of(runtime or RuntimeConfig())
+    torch.manual_seed(seed)
+    start = config.base or sft
+    renderer = load_renderer(start)
+    model = load_reward_model(start, renderer, config.pooling)
+    if config.lm_loss_coef and not model.config.tie_word_embeddings:
+        raise ConfigError(
+            f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
+            f"and {start} has none; set it to 0"
+        )
+    room = min(config.max_length, model.config.max_position_embeddings)
+    rows = _encode(read_rows(data / PAIRS_TRAIN, Pair), renderer, room)
+    callback = ProgressCallback(progress)
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
+        arguments = training_arguments(
+            config, len(rows), Path(scratch), seed, device.type == "cpu"
+        )
+        trainer = _Trainer(
+            model=model,
+            args=TRLRewardConfig(**arguments, length_column_name="length"),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=renderer.tokenizer,
+            peft_config=lora_config(config.lora, "SEQ_CLS") if config.lora else None,
+            callbacks=[callback],
+        )
+        trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    save_reward_model(merged(trainer.accelerator.unwrap_model(trainer.model)), renderer, out_dir)
+    write_json(out_dir / "curve.json", callback.curve)
+    last = callback.curve[-1] if callback.curve else {}
+    return StageResult(
+        {"pairs": len(rows), "loss": last.get("loss"), "train_accuracy": last.get("accuracy")}
+    )
+
+
+def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, Any]]:
+    rows = []
+    for pair in pairs:
+        chosen = renderer.encode(pair.prompt, pair.chosen, room).ids
+        rejected = renderer.encode(pair.prompt, pair.rejected, room).ids
+        rows.append(
+            {
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "length": max(len(chosen), len(rejected)),
+            }
+        )
+    if not rows:
+        raise DataError("no preference pairs to train on; check data.source and data.eval_fraction")
+    return rows
+
+
+class _Trainer(RewardTrainer):
+    """RewardTrainer plus the optional language-model loss on the chosen reply."""
+
+    lm_loss_coef = 0.0
+    marker: int | None = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        # The sampler that groups rows by length sees only columns that are kept.
+        if "length" not in self._signature_columns:
+            self._signature_columns.append("length")
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.lm_loss_coef:
+            loss = loss + self.lm_loss_coef * self._lm_loss(model, inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _lm_loss(self, model: Any, inputs: dict[str, Any], outputs: Any) -> Tensor:
+        """Mean next-token loss over the chosen replies, the first half of the batch."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        half = len(ids) // 2
+        ids = ids[:half]
+        counted = counted_tokens(ids, mask[:half], self.marker)[:, 1:]
+        embedding = self.accelerator.unwrap_model(model).get_input_embeddings().weight
+        logits = outputs.hidden_states[0][:half, :-1][counted] @ embedding.T
+        return F.cross_entropy(logits, ids[:, 1:][counted])

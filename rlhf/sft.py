@@ -1,0 +1,120 @@
+"""Stage: supervised fine-tuning, by TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import SFTConfig as TRLSFTConfig
+from trl import SFTTrainer
+
+from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
+from rlhf.data.rendering import Renderer
+from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
+from rlhf.errors import DataError
+from rlhf.modeling.base import device_of, load_base
+from rlhf.modeling.lora import lora_config, merged
+from rlhf.progress import Progress, silent
+from rlhf.stage import StageResult, write_json
+from rlhf.trl_adapter import ProgressCallback, quiet_trainer, training_arguments
+
+
+def train_sft(
+    config: SFTConfig,
+    base: BaseModelConfig,
+    data: Path,
+    out_dir: Path,
+    *,
+    seed: int = 0,
+    runtime: RuntimeConfig | None = None,
+    progress: Progress = silent,
+) -> StageResult:
+    """Fine-tune the base model on demonstrations and write it, with its tokenizer, to `out_dir`.
+
+    With `config.enabled` false the base itself is written: it is the starting policy then.
+
+    Args:
+        config: Hyper-parameters.
+        base: The model to start from.
+        data: A dataset folder as `prepare_data` writes it.
+        out_dir: Empty folder for the policy.
+        seed: Seeds initial weights and shuffling.
+        runtime: Device and threads.
+        progress: Told of every step.
+
+    Raises:
+        ConfigError: The base can't be used.
+        DataError: No demonstration fits into `config.max_length`.
+    """
+    device = device_of(runtime or RuntimeConfig())
+    demonstrations = read_rows(data / DEMONSTRATIONS, Demonstration)
+    model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
+    renderer = Renderer(tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
+    if config.enabled:
+        room = min(config.max_length, model.config.max_position_embeddings)
+        rows = _encode(demonstrations, renderer, room)
+        curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
+        model, losses = curve
+        metrics |= {"demonstrations": len(rows), "loss": losses[-1]["loss"] if losses else None}
+        write_json(out_dir / "curve.json", losses)
+    model.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    return StageResult(metrics)
+
+
+def _texts(demonstrations: list[Demonstration], data: Path) -> Iterator[str]:
+    """Text for a tokenizer: every message and reply that the policy may meet in training."""
+    for row in demonstrations:
+        yield from ([row.prompt] if isinstance(row.prompt, str) else
+                    [m["content"] for m in row.prompt])
+        yield row.response
+    for pair in read_rows(data / PAIRS_TRAIN, Pair):
+        yield pair.chosen
+        yield pair.rejected
+
+
+def _encode(
+    demonstrations: list[Demonstration], renderer: Renderer, room: int
+) -> list[dict[str, list[int]]]:
+    rows = []
+    for row in demonstrations:
+        encoded = renderer.encode(row.prompt, row.response, room)
+        mask = [0] * len(encoded.prompt) + [1] * len(encoded.response)
+        rows.append({"input_ids": encoded.ids, "completion_mask": mask})
+    if not rows:
+        raise DataError("no demonstrations to fine-tune on; check data.source or set sft.enabled=false")
+    return rows
+
+
+def _train(
+    model: Any,
+    rows: list[dict[str, list[int]]],
+    config: SFTConfig,
+    renderer: Renderer,
+    seed: int,
+    use_cpu: bool,
+    progress: Progress,
+) -> tuple[Any, list[dict[str, float]]]:
+    callback = ProgressCallback(progress)
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
+        trainer = SFTTrainer(
+            model=model,
+            args=TRLSFTConfig(
+                **training_arguments(config, len(rows), Path(scratch), seed, use_cpu),
+                completion_only_loss=True,
+                packing=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=renderer.tokenizer,
+            peft_config=lora_config(config.lora, "CAUSAL_LM") if config.lora else None,
+            callbacks=[callback],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return merged(trainer.accelerator.unwrap_model(trainer.model)), callback.curve

@@ -1,0 +1,160 @@
+"""A folder as an object store: every object appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
+from rlhf.store.manifest import PublishError
+
+_CONFIGURATION = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTSUP,
+}
+
+
+class LocalBackend:
+    """Objects are files under one root; `tmp/` holds what is being written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = root.as_uri()
+
+    def hurried(self, seconds: float) -> LocalBackend:
+        """Itself: a folder answers at once."""
+        del seconds
+        return self
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Create by a hard link, which unlike a rename never overwrites."""
+        with self._translated("write", key):
+            if (self.root / key).exists():
+                return False
+            with self._temporary() as (file, temporary):
+                file.write(data)
+                _sync(file)
+                try:
+                    os.link(temporary, self._prepared(key))
+                except FileExistsError:
+                    return False
+            _sync_folder((self.root / key).parent)
+            return True
+
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        """Hash while copying, so that a file that changes meanwhile never becomes a blob."""
+        with self._translated("write", key), self._temporary() as (file, temporary):
+            digest = hashlib.sha256()
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as source:
+                while chunk := source.read(1 << 20):
+                    digest.update(chunk)
+                    file.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise PublishError(f"{path.name} changed while it was being published")
+            _sync(file)
+            final = self._prepared(key)
+            temporary.replace(final)
+            _sync_folder(final.parent)
+
+    def get_bytes(self, key: str, limit: int) -> bytes:
+        """Read at most `limit` bytes."""
+        with self._translated("read", key), (self.root / key).open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ArtifactCorrupt(f"{self.uri}: {key} is larger than {limit} bytes; delete it")
+        return data
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Copy; a link would let a change in the cache reach the store."""
+        with (
+            self._translated("read", key),
+            (self.root / key).open("rb") as source,
+            path.open("wb") as target,
+        ):
+            while chunk := source.read(1 << 20):
+                target.write(chunk)
+
+    def size(self, key: str) -> int | None:
+        """Size from the file system."""
+        with self._translated("read", key):
+            try:
+                return (self.root / key).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def list(self, prefix: str) -> list[str]:
+        """Walk the folder part of the prefix, then filter."""
+        folder = self.root / prefix.rpartition("/")[0]
+        with self._translated("list", prefix):
+            keys = [
+                (Path(where) / name).relative_to(self.root).as_posix()
+                for where, _, names in os.walk(folder)
+                for name in names
+            ]
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        """Unlink."""
+        with self._translated("delete", key):
+            (self.root / key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[tuple[BinaryIO, Path]]:
+        folder = self.root / "tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / uuid.uuid4().hex
+        try:
+            with path.open("xb") as file:
+                yield file, path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _prepared(self, key: str) -> Path:
+        """The final path, its folders made and durable."""
+        path = self.root / key
+        missing = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            _sync_folder(folder.parent)
+        return path
+
+    @contextlib.contextmanager
+    def _translated(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            raise
+        except FileNotFoundError:
+            raise ArtifactMissing(f"{self.uri}: there is no {key}") from None
+        except OSError as error:
+            message = f"{self.uri}: can't {verb} {key}: {error.strerror or error}"
+            if error.errno in _CONFIGURATION:
+                cure = f"make {self.root} a folder that this user can write"
+                raise StoreConfigError(f"{message}; {cure}") from None
+            raise StoreError(message) from None
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

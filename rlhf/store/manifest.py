@@ -1,0 +1,216 @@
+"""What an artifact is: a reference, a manifest and the rules that its paths must keep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+
+from rlhf.config.section import Section
+from rlhf.errors import StoreError
+
+MAX_FILES = 100_000
+MAX_MANIFEST_BYTES = 5 * 1024 * 1024
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Kind = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+Metric = float | int | str | bool | None
+
+
+class PublishError(StoreError, ValueError):
+    """A folder can't become an artifact as it is; nothing was written to the store."""
+
+    retriable = False
+
+
+class ArtifactRef(Section):
+    """Names one artifact by its content; the only thing that moves between stages."""
+
+    kind: Kind
+    """What the artifact is, for example `policy` or `reward_model`."""
+    digest: Digest
+    """sha256 of the canonical manifest: same bytes and provenance, same digest."""
+    size: int = Field(ge=0)
+    """Bytes of all files together."""
+    uri: str
+    """Where the manifest lies; the digest alone finds it in any copy of the store."""
+
+    @property
+    def short(self) -> str:
+        """First 12 digits of the digest, for people."""
+        return self.digest[:12]
+
+
+class FileEntry(Section):
+    """One file of an artifact."""
+
+    path: str = Field(min_length=1, max_length=1024)
+    """Relative path with forward slashes."""
+    sha256: Digest
+    """Names the blob and verifies every download."""
+    size: int = Field(ge=0)
+    """Bytes."""
+
+    @field_validator("path")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        check_path(value)
+        return value
+
+
+class Producer(Section):
+    """What made an artifact: enough to make it again, nothing that names a machine or a time."""
+
+    stage: str
+    """The stage's name."""
+    code_version: str
+    """Version or commit of the code."""
+    config: dict[str, JsonValue]
+    """The stage's configuration section, as JSON."""
+    seed: int
+    """The run's seed."""
+    versions: dict[str, str]
+    """Versions of the libraries that shaped the bytes."""
+
+
+class Manifest(Section):
+    """Everything an artifact promises; written last, so that a published artifact is whole."""
+
+    format: Literal[1] = 1
+    """Version of this layout."""
+    kind: Kind
+    """What the artifact is."""
+    files: tuple[FileEntry, ...] = Field(min_length=1, max_length=MAX_FILES)
+    """Sorted by path."""
+    parents: dict[str, Digest]
+    """Role to digest of each artifact this one was made from."""
+    producer: Producer
+    """What made it."""
+    metrics: dict[str, Metric]
+    """Measured while making it."""
+
+    @model_validator(mode="after")
+    def _one_folder(self) -> Self:
+        paths = [entry.path for entry in self.files]
+        if paths != sorted(paths):
+            raise ValueError("files are not sorted by path")
+        check_collisions(paths)
+        return self
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(entry.size for entry in self.files)
+
+    def encode(self) -> bytes:
+        """The canonical bytes, whose sha256 is the artifact's digest."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+class Artifact(NamedTuple):
+    """A reference together with its manifest."""
+
+    ref: ArtifactRef
+    manifest: Manifest
+
+
+class Ancestor(NamedTuple):
+    """One step of a lineage: how far back, in which role, which artifact."""
+
+    depth: int
+    role: str
+    ref: ArtifactRef
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling per value: sorted keys, no spaces, UTF-8; NaN and infinity are a ValueError."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode("utf-8")
+
+
+def check_path(path: str) -> None:
+    """Raise ValueError unless the path stays inside its folder on every system and is no pickle."""
+    if any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in path):
+        raise ValueError(f"path {path!r} holds a control character or is not Unicode")
+    if "\\" in path:
+        raise ValueError(f"path {path!r} holds a backslash")
+    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
+        raise ValueError(f"path {path!r} is absolute")
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"path {path!r} has an empty, '.' or '..' segment")
+    if PurePosixPath(path).suffix.lower() in PICKLES:
+        raise ValueError(
+            f"path {path!r} looks like a pickle, which runs code when loaded; "
+            "artifacts hold safetensors and JSON"
+        )
+
+
+def check_collisions(paths: Iterable[str]) -> None:
+    """Raise ValueError if two paths would meet on a file system that ignores case."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        folded = unicodedata.normalize("NFC", path).casefold()
+        if folded in seen:
+            raise ValueError(f"paths {seen[folded]!r} and {path!r} differ only in case")
+        seen[folded] = path
+    for folded, path in seen.items():
+        for parent in PurePosixPath(folded).parents:
+            if str(parent) in seen:
+                raise ValueError(f"path {seen[str(parent)]!r} is a file and a folder of {path!r}")
+
+
+def first_problem(error: ValidationError) -> str:
+    """A validation error in one line, without the values, which may be huge."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def build_manifest(
+    kind: str,
+    files: Iterable[FileEntry],
+    parents: Mapping[str, ArtifactRef],
+    producer: Producer,
+    metrics: Mapping[str, Metric],
+) -> Manifest:
+    """A validated manifest; PublishError says what is wrong with the arguments."""
+    try:
+        manifest = Manifest(
+            kind=kind,
+            files=tuple(sorted(files, key=lambda entry: entry.path)),
+            parents={role: parent.digest for role, parent in parents.items()},
+            producer=producer,
+            metrics=dict(metrics),
+        )
+        size = len(manifest.encode())
+    except ValidationError as error:
+        raise PublishError(f"can't publish {kind!r}: {first_problem(error)}") from None
+    except ValueError as error:
+        raise PublishError(f"can't publish {kind!r}: {error}") from None
+    if size > MAX_MANIFEST_BYTES:
+        raise PublishError(
+            f"can't publish {kind!r}: its manifest would take {size} bytes, more than "
+            f"{MAX_MANIFEST_BYTES}; publish fewer files"
+        )
+    return manifest

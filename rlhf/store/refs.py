@@ -1,0 +1,82 @@
+"""Named, append-only histories: `refs/<name>/<n>.json`, each entry created once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf.errors import ArtifactCorrupt, StoreError
+from rlhf.store.backend import Backend, in_parallel
+from rlhf.store.manifest import MAX_MANIFEST_BYTES, PublishError, canonical_json
+
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ENTRY = re.compile(r"refs/(?P<name>.+)/(?P<number>[0-9]{6,})\.json")
+_ATTEMPTS = 1000
+
+
+def append(backend: Backend, name: str, payload: Mapping[str, Any]) -> int:
+    """Create the next entry; whoever loses a race takes the number after."""
+    folder = _folder(name)
+    try:
+        data = canonical_json(payload)
+    except (TypeError, ValueError) as error:
+        raise PublishError(f"can't append to {name!r}: {error}") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PublishError(f"can't append to {name!r}: {len(data)} bytes are too many")
+    number = max(_numbers(backend, folder), default=0)
+    for _ in range(_ATTEMPTS):
+        number += 1
+        if backend.put_new(_key(folder, number), data):
+            return number
+    raise StoreError(f"{backend.uri}: {_ATTEMPTS} writers were faster at {name!r}; try again")
+
+
+def latest(backend: Backend, name: str) -> dict[str, Any] | None:
+    """The entry with the highest number, None if there is none."""
+    folder = _folder(name)
+    numbers = _numbers(backend, folder)
+    return _read(backend, _key(folder, max(numbers))) if numbers else None
+
+
+def history(backend: Backend, name: str) -> list[dict[str, Any]]:
+    """All entries, oldest first."""
+    folder = _folder(name)
+    keys = [_key(folder, number) for number in sorted(_numbers(backend, folder))]
+    return in_parallel(lambda key: _read(backend, key), keys)
+
+
+def names(backend: Backend, prefix: str) -> list[str]:
+    """Names that have entries and start with the prefix."""
+    found = (_ENTRY.fullmatch(key) for key in backend.list(f"refs/{prefix}"))
+    return sorted({match["name"] for match in found if match})
+
+
+def _folder(name: str) -> str:
+    if not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
+        raise PublishError(
+            f"reference name {name!r} is not valid; use letters, digits, '.', '_' and '-', "
+            "with '/' between the parts"
+        )
+    return f"refs/{name}"
+
+
+def _key(folder: str, number: int) -> str:
+    return f"{folder}/{number:06d}.json"
+
+
+def _numbers(backend: Backend, folder: str) -> list[int]:
+    """Entries of this very name, not of names below it."""
+    found = (_ENTRY.fullmatch(key) for key in backend.list(f"{folder}/"))
+    return [int(match["number"]) for match in found if match and f"refs/{match['name']}" == folder]
+
+
+def _read(backend: Backend, key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(backend.get_bytes(key, MAX_MANIFEST_BYTES))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ArtifactCorrupt(f"{backend.uri}: {key} is not a JSON object; delete it")
+    return value

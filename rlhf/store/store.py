@@ -1,0 +1,262 @@
+"""The artifact store: immutable, content-addressed artifacts and append-only names.
+
+<store>/blobs/sha256/ab/<sha256>     file contents, each stored once
+<store>/manifests/<sha256>.json      what an artifact consists of and came from
+<store>/refs/<name>/000001.json      append-only histories
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import unquote, urlsplit
+
+from pydantic import ValidationError
+
+from rlhf.config.pipeline import StoreConfig
+from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
+from rlhf.store import refs
+from rlhf.store.backend import Backend, in_parallel
+from rlhf.store.cache import Cache, verify
+from rlhf.store.local import LocalBackend
+from rlhf.store.manifest import (
+    MAX_MANIFEST_BYTES,
+    Ancestor,
+    Artifact,
+    ArtifactRef,
+    FileEntry,
+    Manifest,
+    Metric,
+    Producer,
+    first_problem,
+    sha256_bytes,
+)
+from rlhf.store.publish import blob_key, manifest_key, publish
+
+_MANIFEST = re.compile(r"manifests/([0-9a-f]{64})\.json")
+_CONNECT_SECONDS = 5
+
+# `Store.list` hides the builtin inside the class.
+Entries: TypeAlias = list[dict[str, Any]]
+Names: TypeAlias = list[str]
+Ancestors: TypeAlias = list[Ancestor]
+
+
+def open_store(uri: str, *, options: StoreConfig | None = None, cache_dir: Path) -> Store:
+    """A store in a folder (`file:///folder` or a path) or a bucket (`s3://bucket/prefix`).
+
+    Makes no request; `Store.check` does. boto3 is imported only for s3.
+    """
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
+    if parts.scheme == "s3" and parts.netloc:
+        from rlhf.store.s3 import S3Backend
+
+        return Store(S3Backend(uri, options or StoreConfig()), cache_dir)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
+        return Store(LocalBackend(Path(unquote(parts.path)).resolve()), cache_dir)
+    if uri and "://" not in uri:
+        return Store(LocalBackend(Path(uri).expanduser().resolve()), cache_dir)
+    raise StoreConfigError(
+        f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
+    )
+
+
+class Store:
+    """Publishes and fetches artifacts. Safe for threads and for several processes."""
+
+    def __init__(self, backend: Backend, cache_dir: Path) -> None:
+        self._backend = backend
+        self._cache = Cache(cache_dir)
+
+    @property
+    def uri(self) -> str:
+        """The store's address, normalised, without credentials."""
+        return self._backend.uri
+
+    def check(self) -> None:
+        """Write, read and delete a tiny object; StoreConfigError says why that is impossible."""
+        backend = self._backend.hurried(_CONNECT_SECONDS)
+        key = f"probe/{uuid.uuid4().hex}"
+        try:
+            backend.put_new(key, b"probe")
+            if backend.get_bytes(key, 100) != b"probe":
+                raise StoreConfigError(f"{self.uri}: {key} does not read as it was written")
+        except StoreConfigError:
+            raise
+        except StoreError as error:
+            raise StoreConfigError(str(error)) from None
+        try:
+            backend.delete(key)
+        except StoreConfigError:
+            # A bucket that forbids deletion is a good home for artifacts.
+            return
+
+    def publish(
+        self,
+        folder: Path,
+        kind: str,
+        *,
+        parents: Mapping[str, ArtifactRef],
+        producer: Producer,
+        metrics: Mapping[str, Metric],
+    ) -> ArtifactRef:
+        """Store a folder's files as an artifact; what the store has already is not sent again."""
+        return publish(
+            self._backend, folder, kind, parents=parents, producer=producer, metrics=metrics
+        )
+
+    def fetch(self, ref: ArtifactRef | str, include: Sequence[str] | None = None) -> Path:
+        """A local folder with the artifact's files, every byte verified; don't write to it.
+
+        With `include`, only files that match one of the patterns are fetched (`*` crosses
+        folders); the folder may hold the others too if they are there already.
+        """
+        digest = _digest(ref)
+        files = self.manifest(digest).files
+        chosen = [
+            entry
+            for entry in files
+            if include is None or any(fnmatchcase(entry.path, pattern) for pattern in include)
+        ]
+        if not chosen:
+            raise ArtifactMissing(
+                f"{self.uri}: no file of artifact {digest[:12]} matches {', '.join(include or ())}"
+            )
+        return self._cache.fill(digest, chosen, len(chosen) == len(files), self._download)
+
+    def manifest(self, ref: ArtifactRef | str) -> Manifest:
+        """The verified manifest of a reference or digest."""
+        digest = _digest(ref)
+        key = manifest_key(digest)
+        data = self._backend.get_bytes(key, MAX_MANIFEST_BYTES)
+        if sha256_bytes(data) != digest:
+            raise ArtifactCorrupt(
+                f"{self.uri}: {key} does not have the sha256 in its name; "
+                "delete that object and publish the artifact again"
+            )
+        try:
+            return Manifest.model_validate_json(data)
+        except ValidationError as error:
+            raise ArtifactCorrupt(
+                f"{self.uri}: {key} is not a manifest this version trusts: {first_problem(error)}"
+            ) from None
+
+    def exists(self, ref: ArtifactRef | str) -> bool:
+        """Whether manifest and blobs are all there, by size; bytes are verified by `fetch`."""
+        try:
+            files = self.manifest(ref).files
+        except (ArtifactMissing, ArtifactCorrupt):
+            return False
+        blobs = {entry.sha256: entry.size for entry in files}
+        sizes = in_parallel(lambda sha256: self._backend.size(blob_key(sha256)), blobs)
+        return sizes == [*blobs.values()]
+
+    def resolve(self, text: str) -> ArtifactRef:
+        """A reference from a digest, its beginning, `artifact:<digest>` or a manifest's URI."""
+        wanted = text.strip().removeprefix("artifact:")
+        base, slash, name = wanted.rpartition("/manifests/")
+        if slash:
+            if base != self.uri:
+                raise ArtifactMissing(f"{text} is not in {self.uri}; open its own store")
+            wanted = name.removesuffix(".json")
+        if not re.fullmatch(r"[0-9a-f]{6,64}", wanted):
+            raise ArtifactMissing(
+                f"{text!r} names no artifact; give 6 to 64 hex digits of its digest, "
+                "artifact:<digest> or its URI"
+            )
+        found = [wanted] if len(wanted) == 64 else self._digests(wanted)
+        if not found:
+            raise ArtifactMissing(f"{self.uri}: there is no artifact {wanted}")
+        if len(found) > 1:
+            candidates = ", ".join(digest[:16] for digest in found[:5])
+            raise ArtifactMissing(
+                f"{self.uri}: {wanted} is ambiguous ({candidates}); give more digits"
+            )
+        return self._artifact(found[0]).ref
+
+    def lineage(self, ref: ArtifactRef | str) -> Ancestors:
+        """The artifact itself (depth 0) and its ancestors, depth first, roles in order.
+
+        An artifact met twice is listed twice, but its own ancestors only once.
+        """
+        found: Ancestors = []
+        expanded: set[str] = set()
+
+        def visit(depth: int, role: str, digest: str) -> None:
+            artifact = self._artifact(digest)
+            found.append(Ancestor(depth, role, artifact.ref))
+            if digest in expanded:
+                return
+            expanded.add(digest)
+            for name, parent in sorted(artifact.manifest.parents.items()):
+                visit(depth + 1, name, parent)
+
+        visit(0, "self", _digest(ref))
+        return found
+
+    def delete(self, ref: ArtifactRef | str) -> None:
+        """Remove the manifest; blobs stay, as other artifacts may share them."""
+        self._backend.delete(manifest_key(_digest(ref)))
+
+    def append(self, name: str, payload: Mapping[str, Any]) -> int:
+        """Add an entry to a named history and return its number, counted from 1."""
+        return refs.append(self._backend, name, payload)
+
+    def latest(self, name: str) -> dict[str, Any] | None:
+        """The newest entry of a history, None if there is none."""
+        return refs.latest(self._backend, name)
+
+    def history(self, name: str) -> Entries:
+        """All entries of a history, oldest first."""
+        return refs.history(self._backend, name)
+
+    def names(self, prefix: str = "") -> Names:
+        """Names of histories that start with the prefix."""
+        return refs.names(self._backend, prefix)
+
+    def list(self) -> list[Artifact]:
+        """Every artifact with its manifest, ordered by digest."""
+        found = in_parallel(self._listed, self._digests(""))
+        return [artifact for artifact in found if artifact]
+
+    def _listed(self, digest: str) -> Artifact | None:
+        try:
+            return self._artifact(digest)
+        except ArtifactMissing:
+            # Deleted since it was listed.
+            return None
+
+    def _digests(self, prefix: str) -> Names:
+        matches = (_MANIFEST.fullmatch(key) for key in self._backend.list(f"manifests/{prefix}"))
+        return [match[1] for match in matches if match]
+
+    def _artifact(self, digest: str) -> Artifact:
+        manifest = self.manifest(digest)
+        uri = f"{self.uri}/{manifest_key(digest)}"
+        ref = ArtifactRef(kind=manifest.kind, digest=digest, size=manifest.size, uri=uri)
+        return Artifact(ref, manifest)
+
+    def _download(self, entry: FileEntry, path: Path) -> None:
+        """Fetch and verify one file; once more if it differs, as bits do flip on the way."""
+        key = blob_key(entry.sha256)
+        where = f"{self.uri}: {key}"
+        self._backend.get_file(key, path)
+        try:
+            verify(entry, path, where)
+        except ArtifactCorrupt:
+            path.unlink()
+            self._backend.get_file(key, path)
+            verify(entry, path, where)
+
+
+def _digest(ref: ArtifactRef | str) -> str:
+    digest = ref if isinstance(ref, str) else ref.digest
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ArtifactMissing(f"{digest!r} is no digest; resolve it first")
+    return digest

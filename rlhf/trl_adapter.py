@@ -1,0 +1,90 @@
+"""What SFT and reward-model training hand to TRL's trainers alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from rlhf.config.models import TrainingSection
+from rlhf.progress import Progress
+
+
+def training_arguments(
+    section: TrainingSection, rows: int, scratch: Path, seed: int, use_cpu: bool
+) -> dict[str, Any]:
+    """Our section as keyword arguments of `SFTConfig` and `RewardConfig`.
+
+    Args:
+        section: Hyper-parameters.
+        rows: Number of training rows, for the length of the warm-up.
+        scratch: Folder for whatever the trainer writes; nothing in it is kept.
+        seed: Seed of shuffling.
+        use_cpu: Train on the CPU even if there is an accelerator.
+    """
+    micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
+    steps = max(1, int(rows * section.epochs / section.batch_size))
+    return {
+        "output_dir": str(scratch),
+        "num_train_epochs": section.epochs,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": section.batch_size // micro,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": section.lr_scheduler,
+        "warmup_steps": int(section.warmup_ratio * steps),
+        "adam_beta1": 0.9,
+        "adam_beta2": section.adam_beta2,
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "max_length": None,  # rows are rendered and cut before they get here
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": use_cpu,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "train_sampling_strategy": "group_by_length",
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+class ProgressCallback(TrainerCallback):
+    """Forwards a trainer's steps to our progress and keeps the curve of its logs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.curve: list[dict[str, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        last = self.curve[-1] if self.curve else {}
+        shown = {k: last[k] for k in ("loss", "accuracy", "mean_token_accuracy") if k in last}
+        self.progress(state.global_step, state.max_steps, shown)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        # The summary at the end holds durations, which would make equal runs differ.
+        if logs and "loss" in logs:
+            numbers = {k: v for k, v in logs.items() if isinstance(v, float)}
+            self.curve.append({**numbers, "step": float(state.global_step)})
+
+
+@contextmanager
+def quiet_trainer() -> Iterator[None]:
+    """Silence the trainers' own console output: progress is ours to show."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    logger = logging.getLogger("trl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        logger.setLevel(level)

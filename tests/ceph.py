@@ -1,0 +1,219 @@
+"""A real S3 server for the tests: one-node Ceph on loopback, installed by apt if it is missing.
+
+From the shell, `python -m tests.ceph` prints the export lines to paste into another terminal
+(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...) and serves until Ctrl-C. Root and apt are needed only
+where Ceph is not installed; all data live in a temporary folder and go with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
+DAEMONS = ("ceph-mon", "ceph-osd", "radosgw", "monmaptool", "radosgw-admin", "ceph", "openssl")
+
+# Without the six crc modes RGW hangs for ever; the pool settings let one OSD be a cluster.
+CONF = """
+[global]
+fsid = {fsid}
+mon host = [v2:127.0.0.1:{v2}/0,v1:127.0.0.1:{v1}/0]
+ms bind ipv6 = false
+public addr = 127.0.0.1
+cluster addr = 127.0.0.1
+auth cluster required = none
+auth service required = none
+auth client required = none
+ms mon client mode = crc
+ms mon service mode = crc
+ms mon cluster mode = crc
+ms client mode = crc
+ms service mode = crc
+ms cluster mode = crc
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 4
+osd pool default pgp num = 4
+mon allow pool size one = true
+mon max pg per osd = 1000
+mon data avail crit = 1
+mon data avail warn = 1
+run dir = {dir}
+admin socket = {dir}/$name.asok
+log file = {dir}/$name.log
+mon cluster log file = {dir}/cluster.log
+crash dir = {dir}
+keyring = {dir}/keyring
+mon data = {dir}/mon
+osd data = {dir}/osd
+rgw data = {dir}/rgw
+osd objectstore = memstore
+memstore device bytes = 4294967296
+osd class load list = *
+osd class default list = *
+osd crush chooseleaf type = 0
+rgw frontends = beast endpoint=127.0.0.1:{http} ssl_endpoint=127.0.0.1:{https} \
+ssl_certificate={dir}/cert.pem ssl_private_key={dir}/key.pem
+"""
+
+
+@dataclass(frozen=True)
+class CephServer:
+    """Where the server listens, and two users: one for the tests, one without any bucket."""
+
+    endpoint: str
+    tls_endpoint: str
+    ca_bundle: str
+    access_key: str = "TESTACCESSKEY0000001"
+    secret_key: str = "test-secret-key-0000000000000000000000001"
+    other_access_key: str = "OTHERACCESSKEY000001"
+    other_secret_key: str = "other-secret-key-000000000000000000000001"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client needs in its environment."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+class UnavailableError(Exception):
+    """Ceph can't be installed here."""
+
+
+def install() -> None:
+    """Install what is missing, or raise `UnavailableError` with the reason."""
+    if all(shutil.which(name) for name in DAEMONS):
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise UnavailableError(f"Ceph is missing; as root: apt-get install {' '.join(PACKAGES)}")
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    get = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES, "openssl"]
+    for command in (["apt-get", "update", "-qq"], get):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextlib.contextmanager
+def ceph_server() -> Iterator[CephServer]:
+    """Start the server, yield where it is, and end what was started by its process id."""
+    install()
+    folder = Path(tempfile.mkdtemp(prefix="ceph-"))
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        yield _start(folder, started)
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path, started: list[subprocess.Popen[bytes]]) -> CephServer:
+    v2, v1, http, https = free_ports(4)
+    fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
+    conf = folder / "ceph.conf"
+    conf.write_text(CONF.format(fsid=fsid, dir=folder, v2=v2, v1=v1, http=http, https=https))
+    for name in ("mon", "osd", "rgw"):
+        (folder / name).mkdir()
+    (folder / "keyring").touch()
+
+    def call(program: str, *arguments: str) -> None:
+        command = [program, "-c", str(conf), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+
+    def start(program: str, *arguments: str) -> None:
+        with (folder / f"{program}.out").open("wb") as out:
+            command = [program, "-c", str(conf), "-f", *arguments]
+            started.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+
+    monmap = str(folder / "monmap")
+    addresses = f"[v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]"
+    call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", addresses, monmap)
+    call("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
+    start("ceph-mon", "-i", "a")
+    call("ceph", "--connect-timeout", "30", "osd", "new", osd)
+    call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+    start("ceph-osd", "-i", "0")
+    self_signed = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30"]
+    self_signed += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    self_signed += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run(self_signed, capture_output=True, check=True)
+    start("radosgw", "-n", "client.rgw")
+    server = CephServer(
+        f"http://127.0.0.1:{http}", f"https://127.0.0.1:{https}", str(folder / "cert.pem")
+    )
+    _wait(server.endpoint, started)
+    for name, key, secret in (
+        ("test", server.access_key, server.secret_key),
+        ("other", server.other_access_key, server.other_secret_key),
+    ):
+        user = ("--uid", name, "--display-name", name, "--access-key", key, "--secret", secret)
+        call("radosgw-admin", "user", "create", *user)
+    return server
+
+
+def _wait(endpoint: str, started: list[subprocess.Popen[bytes]], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < end:
+        if any(process.poll() is not None for process in started):
+            raise RuntimeError(f"a Ceph daemon ended early: {[p.args for p in started]}")
+        with contextlib.suppress(OSError), opener.open(endpoint, timeout=5):
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"Ceph did not answer at {endpoint} within {seconds:.0f} s")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[CephServer]:
+    """One server for the whole test session; skips where it can't be had, except in CI."""
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(ceph_server())
+        except UnavailableError as error:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
+        yield server
+
+
+def main() -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), ceph_server() as server:
+        for name, value in server.environment.items():
+            sys.stdout.write(f"export {name}={value}\n")
+        sys.stdout.flush()
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from tests.report.browser import browser
+
+__all__ = ["browser"]

@@ -1,0 +1,78 @@
+"""The page in a real browser: no complaint, no overflow, every section to be seen."""
+
+import pytest
+
+from rlhf.report import render
+from tests.report import demo
+
+pytestmark = pytest.mark.browser
+
+HIDDEN_SECTIONS = """
+[...document.querySelectorAll('section, header.page-head, .node, .curve svg, .estimate.main')]
+  .filter(e => { const b = e.getBoundingClientRect();
+                 return !e.checkVisibility({opacityProperty: true}) || b.width < 20 || b.height < 8;
+  }).map(e => e.id || e.className)
+"""
+CUT_OFF = """
+[...document.querySelectorAll('body *')].filter(e => {
+  if (e.closest('.scroll, .hidden, svg, .stack thead, .mark')) return false;
+  const box = e.getBoundingClientRect();
+  return box.width > 0 && (box.right > innerWidth + 0.5 || box.left < -0.5);
+}).map(e => e.tagName + '.' + e.className)
+"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    files = {}
+    for name in ("full", "rejected", "failed"):
+        files[name] = folder / f"{name}.html"
+        files[name].write_text(render(getattr(demo, f"{name}_report")()), encoding="utf-8")
+    return files
+
+
+@pytest.mark.parametrize("name", ["full", "rejected", "failed"])
+@pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
+def test_page_in_browser(browser, pages, tmp_path, name, width):
+    page = browser.open(pages[name], width=width)
+    # Everything folded away counts too: open it before measuring.
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.problems == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("innerWidth") == width
+    assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate("document.querySelectorAll('.node').length") == 9
+    assert page.evaluate(HIDDEN_SECTIONS) == []
+    shot = page.screenshot(tmp_path / f"{name}-{width}.png")
+    assert shot.stat().st_size > 20_000
+
+
+def test_dark_mode_darkens_and_hostile_text_stays_text(browser, pages):
+    light = browser.open(pages["full"]).evaluate("getComputedStyle(document.body).backgroundColor")
+    page = browser.open(pages["full"], dark=True)
+    assert light == "rgb(246, 247, 248)"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 24)"
+    assert page.evaluate("document.scripts.length + document.images.length") == 0
+    shown = page.evaluate("[...document.querySelectorAll('.text')].map(e => e.textContent)")
+    assert demo.HOSTILE in shown
+
+
+def test_the_harness_notices_problems(browser, tmp_path):
+    file = tmp_path / "bad.html"
+    file.write_text(
+        "<!doctype html><script>console.error('one'); throw new Error('two')</script>"
+        "<link rel=stylesheet href='http://127.0.0.1:9/x.css'>",
+        encoding="utf-8",
+    )
+    found = " ".join(browser.open(file).problems)
+    assert "one" in found
+    assert "two" in found
+    assert "request: http://127.0.0.1:9/x.css" in found
+
+
+def test_print_shows_whole_replies_on_white(browser, pages):
+    page = browser.open(pages["full"], width=720, dark=True, media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    cut = "[...document.querySelectorAll('.text')].filter(e => e.scrollHeight > e.clientHeight + 1)"
+    assert page.evaluate(f"{cut}.length") == 0

@@ -1,0 +1,181 @@
+"""The page as text: parts, escaping, determinism, nothing external."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rlhf.report import RunReport, StageRow, render, view
+from tests.report import demo
+
+REPORTS = {
+    "full": demo.full_report(),
+    "rejected": demo.rejected_report(),
+    "failed": demo.failed_report(),
+}
+PAGES = {name: render(report) for name, report in REPORTS.items()}
+VOID = {"meta", "link", "img"}
+
+
+class Tree(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags nest."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def sections(page):
+    return re.findall(r'<section id="([a-z-]+)"', page)
+
+
+def test_full_report_has_every_section_in_order():
+    assert sections(PAGES["full"]) == [
+        "pipeline", "data", "reward-model", "gates", "training", "policy", "samples",
+        "configuration", "lineage", "versions",
+    ]  # fmt: skip
+
+
+def test_rejected_report_has_no_policy_and_names_the_rule():
+    page = PAGES["rejected"]
+    assert sections(page) == [
+        "pipeline", "data", "reward-model", "gates", "configuration", "lineage", "versions",
+    ]  # fmt: skip
+    assert "Rejected by a gate" in page
+    # Rounded to three places the value would read 0.5 and look as if it met the bound.
+    assert ">0.49998</td>" in page
+    assert "≥ 0.5" in page
+    # A rule without a value, and one whose value is not a number.
+    assert ">missing</td>" in page
+    assert ">not finite</td>" in page
+
+
+def test_failed_report_puts_the_reason_on_top():
+    page = PAGES["failed"]
+    assert sections(page) == ["pipeline", "configuration"]
+    reason = page.index("TrainingError: loss is nan at step 12")
+    assert page.index("<h1") < reason < page.index("<section")
+
+
+def test_a_report_of_nothing_renders():
+    report = RunReport(
+        title="t", run_name="r", started="yesterday", outcome="Failed", reason="config", seed=0
+    )
+    page = render(report)
+    assert sections(page) == []
+    assert "yesterday" in page
+
+
+def test_partial_metrics_render():
+    # No interval, no greedy decoding, no judge, no groups; curves of one update with gaps.
+    report = REPORTS["full"].model_copy(
+        update={
+            "reward_model": {"accuracy": 0.7},
+            "policy": {"sampled": {"win_rate": 0.6, "kl": float("nan")}},
+            "curves": ({"update": 0, "reward": None, "kl": 0.0},),
+        }
+    )
+    page = render(report)
+    assert "60.0\u00a0%" in page
+    assert "95\u00a0% interval" not in page
+    assert "Greedy" not in page
+    assert "Independent judge" not in page
+
+
+def test_tags_nest():
+    for page in PAGES.values():
+        assert Tree(page).open == []
+
+
+@pytest.mark.parametrize("place", ["reply", "prompt", "reason", "config", "group", "metric"])
+def test_untrusted_text_is_escaped_everywhere(place):
+    full, bad = REPORTS["full"], demo.HOSTILE + "</style></title>' onload='x"
+    changes = {
+        "reply": {"samples": (full.samples[0].model_copy(update={"after": bad}),)},
+        "prompt": {"samples": (full.samples[0].model_copy(update={"prompt": bad}),)},
+        "reason": {"reason": bad, "title": bad, "run_name": bad, "started": bad},
+        "config": {"config_rows": ((bad, bad, bad),), "versions": {bad: bad}},
+        "group": {"reward_model": {"accuracy": 0.7, "by_group": {bad: {"accuracy": 0.7}}}},
+        "metric": {
+            "stages": (StageRow(name=bad, state="Failed", metric=bad, artifact=bad, message=bad),),
+            "data": {"source": bad, bad: {bad: bad}, "left_out": {bad: 3}},
+            "curves": ({"update": 1, "reward": 1.0, bad: bad},),
+        },
+    }
+    page = render(RunReport.model_validate({**dict(full), **changes[place]}))
+    tree = Tree(page)
+    assert "<script" not in page.lower()
+    assert "&lt;script&gt;" in page.lower()
+    assert not {"script", "img"} & set(tree.tags)
+    assert not [name for name, _ in tree.attributes if name.startswith("on")]
+
+
+def test_hidden_characters_are_shown_as_escapes_and_the_page_can_be_written():
+    page = PAGES["full"]
+    assert page.encode()  # a lone surrogate would raise
+    assert r"\x00\x1b[31m control \ud800 \u202egnp.exe" in page
+
+
+def test_same_report_same_bytes():
+    # Another process with another hash seed: the order of sets and hashes must not matter.
+    script = (
+        "import hashlib; from tests.report import demo; from rlhf.report import render; "
+        "print(hashlib.sha256(render(demo.full_report()).encode()).hexdigest())"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONHASHSEED": "12345"},
+    ).stdout.strip()  # fmt: skip
+    assert there == hashlib.sha256(PAGES["full"].encode()).hexdigest()
+    assert render(demo.full_report()) == PAGES["full"]
+
+
+def test_nothing_external():
+    for page in PAGES.values():
+        tree = Tree(page)
+        targets = [
+            v for k, v in tree.attributes if k in {"src", "href", "srcset", "data", "action"}
+        ]
+        assert all(target == "data:," or target.startswith("#") for target in targets)
+        assert not re.search(r"https?://|@import|url\(|@font-face", page)
+
+
+def test_links_lead_somewhere_and_ids_are_unique():
+    for page in PAGES.values():
+        tree = Tree(page)
+        ids = [value for name, value in tree.attributes if name == "id"]
+        assert len(ids) == len(set(ids))
+        links = {value[1:] for name, value in tree.attributes if name == "href" and value[0] == "#"}
+        assert links <= set(ids)
+
+
+def test_picture_and_table_name_every_state():
+    found = [t for t in Tree(PAGES["rejected"]).texts if t in dict(view.STATES.values()).values()]
+    # Each in the picture and in the table: 2 from cache, 2 completed, 1 rejected, 4 not run;
+    # "Rejected" once more as the gate's verdict.
+    assert Counter(found) == {"From cache": 4, "Completed": 4, "Rejected": 3, "Not run": 8}
+    assert PAGES["rejected"].count('class="node is-notrun gate"') == 1

@@ -1,0 +1,145 @@
+"""Every store test runs over a folder and over a real S3 server."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import boto3
+import pytest
+
+from rlhf.store import Producer, Store, open_store
+from tests.ceph import CephServer
+
+BUCKET = "artifacts"
+
+
+class Place(Protocol):
+    """Direct access to what a store has written, not by the store's own code."""
+
+    uri: str
+
+    def open(self) -> Store: ...
+    def read(self, key: str) -> bytes: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def remove(self, key: str) -> None: ...
+    def objects(self) -> dict[str, Any]: ...
+
+
+class Folder:
+    """A store in a local folder."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.root = tmp_path / "the store"
+        self.uri = self.root.as_uri()
+        self._cache = tmp_path / "cache"
+
+    def open(self) -> Store:
+        return open_store(self.uri, cache_dir=self._cache)
+
+    def read(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        (self.root / key).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / key).write_bytes(data)
+
+    def remove(self, key: str) -> None:
+        (self.root / key).unlink()
+
+    def objects(self) -> dict[str, Any]:
+        files = [path for path in self.root.rglob("*") if path.is_file()]
+        return {p.relative_to(self.root).as_posix(): p.stat().st_mtime_ns for p in files}
+
+
+class Bucket:
+    """A store in a bucket of the test server, under a prefix of its own."""
+
+    def __init__(self, tmp_path: Path, client: Any) -> None:
+        self._client = client
+        self._prefix = f"test/{uuid.uuid4().hex}"
+        self.uri = f"s3://{BUCKET}/{self._prefix}"
+        self._cache = tmp_path / "cache"
+
+    def open(self) -> Store:
+        return open_store(self.uri, cache_dir=self._cache)
+
+    def read(self, key: str) -> bytes:
+        return self._client.get_object(Bucket=BUCKET, Key=f"{self._prefix}/{key}")["Body"].read()
+
+    def write(self, key: str, data: bytes) -> None:
+        self._client.put_object(Bucket=BUCKET, Key=f"{self._prefix}/{key}", Body=data)
+
+    def remove(self, key: str) -> None:
+        self._client.delete_object(Bucket=BUCKET, Key=f"{self._prefix}/{key}")
+
+    def objects(self) -> dict[str, Any]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=BUCKET, Prefix=f"{self._prefix}/"
+        )
+        items = [item for page in pages for item in page.get("Contents", ())]
+        return {i["Key"].removeprefix(f"{self._prefix}/"): i["LastModified"] for i in items}
+
+
+@pytest.fixture(scope="session")
+def s3_client(s3_server: CephServer) -> Iterator[Any]:
+    """boto3 as its own authority, with the bucket made."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3_server.endpoint,
+        aws_access_key_id=s3_server.access_key,
+        aws_secret_access_key=s3_server.secret_key,
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket=BUCKET)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def s3_place(
+    tmp_path: Path, s3_client: Any, s3_server: CephServer, monkeypatch: pytest.MonkeyPatch
+) -> Bucket:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return Bucket(tmp_path, s3_client)
+
+
+@pytest.fixture
+def folder_place(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest) -> Place:
+    return request.getfixturevalue(f"{request.param}_place")
+
+
+@pytest.fixture
+def store(place: Place) -> Store:
+    return place.open()
+
+
+@pytest.fixture
+def producer() -> Producer:
+    return Producer(
+        stage="train_sft",
+        code_version="0.1.0",
+        config={"learning_rate": 1e-3, "lora": None},
+        seed=7,
+        versions={"torch": "2.8.0"},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small model: two equal files, one nested, one empty."""
+    root = tmp_path / "out"
+    (root / "model").mkdir(parents=True)
+    (root / "model" / "weights.safetensors").write_bytes(bytes(range(256)) * 40)
+    (root / "model" / "copy.safetensors").write_bytes(bytes(range(256)) * 40)
+    (root / "config.json").write_text('{"vocab": 61, "name": "größe"}', encoding="utf-8")
+    (root / "empty.txt").touch()
+    return root

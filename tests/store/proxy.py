@@ -1,0 +1,89 @@
+"""A TCP-level fault: a small HTTP proxy in front of the real server that a test can make fail.
+
+SigV4 survives it, because the host header that was signed is the proxy's and is passed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Faults:
+    """What goes wrong; by default nothing."""
+
+    endpoint: str
+    refuse: Callable[[str, str, dict[str, str]], int | None] = lambda *_: None
+    """Answer with this status instead of asking the server."""
+    lose_answer: Callable[[str, str], bool] = lambda *_: False
+    """Ask the server, then close the connection without an answer."""
+    mangle: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
+    """Change a wanted body on its way down; a shorter one is a cut connection."""
+    seen: list[tuple[str, str]] = field(default_factory=list)
+    """Method and path of every request."""
+
+
+@contextlib.contextmanager
+def fault_proxy(upstream: str) -> Iterator[Faults]:
+    """Serve on a free port until the block ends."""
+    host = urlsplit(upstream).netloc
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            faults.seen.append((self.command, self.path))
+            status = faults.refuse(self.command, self.path, dict(self.headers))
+            if status is not None:
+                return self.answer(status, [], b"")
+            connection = http.client.HTTPConnection(host, timeout=30)
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
+            connection.request(self.command, self.path, body, headers)
+            response = connection.getresponse()
+            data = response.read()
+            connection.close()
+            if faults.lose_answer(self.command, self.path):
+                self.close_connection = True
+                return None
+            kept = [h for h in response.getheaders() if h[0].lower() not in SKIPPED]
+            length = response.getheader("Content-Length") or str(len(data))
+            succeeded = response.status < 300
+            sent = faults.mangle(self.command, self.path, data) if succeeded else data
+            return self.answer(response.status, [*kept, ("Content-Length", length)], sent)
+
+        def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+            self.send_response(status)
+            for name, value in headers or [("Content-Length", "0")]:
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+            length = dict(headers).get("Content-Length", "0")
+            if self.command != "HEAD" and len(body) < int(length):
+                self.close_connection = True
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815
+
+        def log_message(self, format: str, *args: object) -> None:
+            del format, args
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    faults = Faults(f"http://127.0.0.1:{server.server_address[1]}")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield faults
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+SKIPPED = {"content-length", "transfer-encoding", "connection", "keep-alive"}

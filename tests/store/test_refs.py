@@ -1,0 +1,94 @@
+"""Histories: append-only, nothing lost, whoever writes at the same time."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from rlhf.errors import ArtifactCorrupt
+from rlhf.store import PublishError
+
+
+def test_append_latest_history(store):
+    assert store.latest("champions/default") is None
+    assert store.history("champions/default") == []
+    assert [store.append("champions/default", {"n": n}) for n in range(3)] == [1, 2, 3]
+    assert store.latest("champions/default") == {"n": 2}
+    assert store.history("champions/default") == [{"n": 0}, {"n": 1}, {"n": 2}]
+
+
+def test_names(store):
+    for name in ("stages/b", "stages/a", "stages/a/deeper", "champions/x"):
+        store.append(name, {"name": name})
+    assert store.names("stages/") == ["stages/a", "stages/a/deeper", "stages/b"]
+    assert store.names() == ["champions/x", "stages/a", "stages/a/deeper", "stages/b"]
+    assert store.names("none") == []
+    # A name below is a name of its own.
+    assert store.history("stages/a") == [{"name": "stages/a"}]
+    assert store.append("stages/a", {}) == 2
+
+
+def test_eight_writers_lose_nothing(place):
+    stores = [place.open() for _ in range(8)]
+    barrier = threading.Barrier(8)
+
+    def write(writer: int) -> list[int]:
+        barrier.wait()
+        return [stores[writer].append("race", {"writer": writer, "i": i}) for i in range(3)]
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = [number for got in pool.map(write, range(8)) for number in got]
+    assert sorted(numbers) == list(range(1, 25))
+    entries = stores[0].history("race")
+    assert sorted((e["writer"], e["i"]) for e in entries) == [
+        (writer, i) for writer in range(8) for i in range(3)
+    ]
+
+
+def test_create_only_has_one_winner(place):
+    backends = [place.open()._backend for _ in range(8)]
+    for key in ("race/1", "race/2", "race/3"):
+        barrier = threading.Barrier(8)
+
+        def write(writer: int, key: str = key, barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            return backends[writer].put_new(key, str(writer).encode() * 1000)
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(write, range(8)))
+        assert won.count(True) == 1
+        assert place.read(key) == str(won.index(True)).encode() * 1000
+
+
+@pytest.mark.parametrize("name", ["", "/a", "a/", "a//b", "../a", "a/..", ".a", "a b", "a\nb", "ä"])
+def test_hostile_names(folder_place, name):
+    place, store = folder_place, folder_place.open()
+    for work in (lambda: store.append(name, {}), lambda: store.latest(name)):
+        with pytest.raises(PublishError, match="not valid"):
+            work()
+    assert place.objects() == {}
+
+
+@pytest.mark.parametrize("payload", [{"x": float("nan")}, {"x": object()}, {"x": "é" * 3_000_000}])
+def test_payload_must_be_small_json(folder_place, payload):
+    place, store = folder_place, folder_place.open()
+    with pytest.raises(PublishError, match="can't append"):
+        store.append("a", payload)
+    assert place.objects() == {}
+
+
+@pytest.mark.parametrize("data", [b"[1]", b"{", b"\xff"])
+def test_broken_entry(place, store, data):
+    place.write("refs/a/000001.json", data)
+    with pytest.raises(ArtifactCorrupt, match=r"refs/a/000001\.json is not a JSON object"):
+        store.latest("a")
+
+
+def test_strangers_are_ignored(place, store):
+    store.append("a", {"x": 1})
+    place.write("refs/a/notes.txt", b"hello")
+    place.write("refs/a/7.json", b"{}")
+    assert store.latest("a") == {"x": 1}
+    assert store.names() == ["a"]
