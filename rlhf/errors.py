@@ -1,7 +1,6 @@
 """The errors a user can meet: each names the field or key, the value and the cure.
 
-Every class keeps its message as the only positional argument, so that errors survive pickling
-between processes, and inherits the standard error that a caller would expect to catch.
+Every class passes all of its arguments on, so that errors survive pickling between processes, and inherits the standard error that a caller would expect to catch.
 """
 
 from __future__ import annotations
@@ -51,4 +50,25 @@ class TrainingError(RLHFError, ArithmeticError):
 
 
 class GateRejected(RLHFError):
-    """An evaluation gate said no. Final: retrying the same model gives the same answer."""
+    """An evaluation gate said no. Final: retrying the same model gives the same answer.
+
+    `verdict` holds the rules and what was measured (a `rlhf.gates.Verdict`).
+    """
+
+    def __init__(self, message: str, verdict: object = None) -> None:
+        super().__init__(message, verdict)
+        self.verdict = verdict
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def worth_retrying(error: BaseException) -> bool:
+    """Whether the same work may succeed when tried again.
+
+    Ours say so themselves. Of the others, a broken connection, a full disk or an exhausted memory
+    may pass; a wrong value, type or computation will not.
+    """
+    if isinstance(error, RLHFError):
+        return error.retriable
+    return isinstance(error, OSError | MemoryError | TimeoutError)

@@ -37,7 +37,7 @@ class Verdict:
     def reason(self) -> str:
         """The failed rules in one line; empty when approved."""
         failed = (
-            f"{c.metric} = {'missing' if c.value is None else f'{c.value:.4g}'}, needs {c.bound}"
+            f"{c.metric} = {'missing' if c.value is None else f'{c.value:.5g}'}, needs {c.bound}"
             for c in self.checks
             if not c.passed
         )
@@ -101,7 +101,7 @@ def require(subject: T, digest: str, verdict: Verdict) -> Approved[T]:
             "run the gate on this model"
         )
     if not verdict.approved:
-        raise GateRejected(f"{verdict.gate}: {verdict.reason}")
+        raise GateRejected(f"{verdict.gate}: {verdict.reason}", verdict)
     return Approved(subject, verdict, _seal)
 
 
@@ -113,7 +113,7 @@ def _check(rule: GateRule, numbers: Mapping[str, float]) -> Check:
         if bound is None:
             continue
         limit = numbers.get(bound, math.nan) if isinstance(bound, str) else bound
-        bounds.append(f"{sign} {bound}" + (f" ({limit:.4g})" if isinstance(bound, str) else ""))
+        bounds.append(f"{sign} {bound}" + (f" ({limit:.5g})" if isinstance(bound, str) else ""))
         # NaN compares false, so an unknown bound rejects.
         within = value is not None and (value >= limit if sign == "≥" else value <= limit)
         passed = passed and within

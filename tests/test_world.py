@@ -20,7 +20,7 @@ SMALL = WorldConfig(pairs=400, demonstrations=400, prompts=300, eval_pairs=200, 
 PROMPT = "Hello, this is Anna from Bath. When will my router arrive?"
 HI = "Thank you for your message."
 FACT = "The router arrives in four days."
-STEP = "Please email a photo of the receipt."
+STEP = "Email us a photo of the receipt."
 BYE = "Have a lovely day."
 LINES = sorted(_known_sentences())
 
@@ -51,7 +51,7 @@ def held_out(world):
         (f"{HI} {FACT} {STEP}", 4.8),  # no closing
         (f"{HI} {FACT} {STEP} Now leave us alone.", 4.3),  # rude closing
         (f"{HI} {FACT} {BYE}", 4.1),  # no step: 0.8 → -0.4
-        (f"{HI} {FACT} Just wait and see what comes up. {BYE}", 3.7),  # vague: 0.8 → -0.8
+        (f"{HI} {FACT} Maybe just wait and see what comes up. {BYE}", 3.7),  # vague: 0.8 → -0.8
         (f"{HI} The router arrives later today. {STEP} {BYE}", 2.8),  # fact 1.5 → -1
         (f"{HI} The router is refunded by bank transfer. {STEP} {BYE}", 1.8),  # 3 → -0.5
         (f"{HI} The kettle arrives on Friday evening. {STEP} {BYE}", 1.3),  # 3 → -1

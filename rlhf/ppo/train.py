@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.config import PPOConfig, RuntimeConfig
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PROMPTS_TRAIN, Prompt, PromptRow, read_rows
-from rlhf.errors import DataError, TrainingError
+from rlhf.errors import ConfigError, DataError, TrainingError
+from rlhf.gates import Approved
 from rlhf.modeling.base import device_of, load_policy
 from rlhf.modeling.critic import Critic, critic_from, freeze, no_dropout
 from rlhf.modeling.lora import lora_config, merged
@@ -203,7 +205,7 @@ def train_policy(
     config: PPOConfig,
     data: Path,
     sft: Path,
-    reward_model: Path,
+    reward_model: Approved[Path],
     out_dir: Path,
     *,
     seed: int = 0,
@@ -218,7 +220,7 @@ def train_policy(
         config: Hyper-parameters.
         data: A dataset folder as `prepare_data` writes it; its training prompts are used.
         sft: Folder of the starting policy, which is the KL reference too.
-        reward_model: Folder of an approved reward model.
+        reward_model: Folder of a reward model that passed its gate (`rlhf.gates.require`).
         out_dir: Empty folder for the policy; `curve.json` has a row per update.
         seed: Seeds prompt order and sampling.
         identity: Names and digests of the inputs; a checkpoint with others is refused.
@@ -231,7 +233,8 @@ def train_policy(
         DataError: There are no prompts.
         TrainingError: A loss or score is not finite.
     """
-    trainer = _trainer(config, sft, reward_model, seed, device_of(runtime or RuntimeConfig()))
+    device = device_of(runtime or RuntimeConfig())
+    trainer = _trainer(config, sft, reward_model.subject, seed, device)
     prompts = [row.prompt for row in read_rows(data / PROMPTS_TRAIN, PromptRow)]
     if not prompts:
         raise DataError("no prompts to train the policy on; check data.source")
@@ -268,29 +271,21 @@ def _trainer(
     scorer = Scorer(reward_model, device, policy.config.max_position_embeddings)
     check_rendering(renderer, reward_model, scorer)
     if config.critic == "reward_model":
-        critic = critic_from(load_reward_model(reward_model, scorer.renderer))
         if scorer.renderer.template_hash != renderer.template_hash:
-            raise _foreign_critic(reward_model)
+            raise ConfigError(
+                f"ppo.critic = 'reward_model', but {str(reward_model)!r} has another tokenizer "
+                "than the policy; set ppo.critic to policy"
+            )
+        critic = critic_from(load_reward_model(reward_model, scorer.renderer))
     else:
         critic = critic_from(load_policy(sft))
     reference = None
     if config.lora:
-        import peft
-
         policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
     else:
         reference = freeze(load_policy(sft)).to(device)
     reward = ModelReward(scorer, config.missing_eos_penalty)
     return PPOTrainer(config, policy, reference, critic, reward, renderer, accelerator, seed)
-
-
-def _foreign_critic(reward_model: Path) -> Exception:
-    from rlhf.errors import ConfigError
-
-    return ConfigError(
-        f"ppo.critic = 'reward_model', but {str(reward_model)!r} has another tokenizer than the "
-        "policy; set ppo.critic to policy"
-    )
 
 
 def prompts_of_update(

@@ -47,7 +47,7 @@ class Backend(Protocol):
         ...
 
     def hurried(self, seconds: float) -> Backend:
-        """The same store, giving up on connecting after this long (for a probe)."""
+        """The same store, giving up on an answer after this long (for a probe)."""
         ...
 
 

@@ -49,12 +49,8 @@ TRANSFER = TransferConfig(
     io_chunksize=MIB,
     preferred_transfer_client="classic",
 )
-_CUT = (
-    ReadTimeoutError,
-    ConnectionClosedError,
-    IncompleteReadError,
-    ResponseStreamingError,
-)
+_BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
+_CUT = (ReadTimeoutError, *_BROKEN)
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 _SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError, ValueError)
 _UNREACHABLE = (EndpointConnectionError, ConnectTimeoutError, BotoConnectionError, HTTPClientError)
@@ -73,7 +69,12 @@ class S3Backend:
     """One bucket and prefix. Opening it makes no request to the server."""
 
     def __init__(
-        self, uri: str, options: StoreConfig, connect_timeout: float = 10, attempts: int = 5
+        self,
+        uri: str,
+        options: StoreConfig,
+        connect_timeout: float = 10,
+        read_timeout: float = 60,
+        attempts: int = 5,
     ) -> None:
         parts = urlsplit(uri)
         self.bucket = parts.netloc
@@ -85,7 +86,7 @@ class S3Backend:
             raise StoreConfigError(f"{self.uri}: ca_bundle {options.ca_bundle} is not a file")
         config = Config(
             connect_timeout=connect_timeout,
-            read_timeout=60,
+            read_timeout=read_timeout,
             retries={"mode": "standard", "total_max_attempts": attempts},
             max_pool_connections=40,
             # Over HTTPS, Ceph refuses every upload with boto3's default trailing checksum.
@@ -101,7 +102,7 @@ class S3Backend:
 
     def hurried(self, seconds: float) -> S3Backend:
         """A second client with few retries, for a probe that must not keep people waiting."""
-        return S3Backend(self.uri, self._options, connect_timeout=seconds, attempts=2)
+        return S3Backend(self.uri, self._options, seconds, seconds, attempts=2)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Create by `If-None-Match: *`; a server without it (501) gets a look before the write."""
@@ -141,12 +142,12 @@ class S3Backend:
                 self._client.put_object(**self._where(key), Body=data)
                 return
             self._client.upload_file(str(path), self.bucket, self._prefix + key, Config=TRANSFER)
-        # What was sent is only known to be right if the file is right, and was left alone.
-        after = path.stat()
-        alone = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-        if not alone or file_sha256(path) != sha256:
-            self.delete(key)
-            raise changed
+            # What was sent is only known to be right if the file is right, and was left alone.
+            after = path.stat()
+            alone = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+            if not alone or file_sha256(path) != sha256:
+                self.delete(key)
+                raise changed
 
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read in one go; boto3 repeats a request but not a body that was cut, so this does."""
@@ -215,7 +216,7 @@ class S3Backend:
             yield
         except StoreError:
             raise
-        except (ClientError, BotoCoreError, Boto3Error, ValueError) as error:
+        except (ClientError, BotoCoreError, Boto3Error, ValueError, OSError) as error:
             # s3transfer wraps a refused upload in an error of boto3 that has lost the code.
             cause = error.__context__ if isinstance(error, Boto3Error) else error
             if isinstance(cause, ClientError):
@@ -264,9 +265,11 @@ class S3Backend:
         if isinstance(error, _SETTINGS):
             reason = shorten(str(error), 160)
             return StoreConfigError(f"{what}: {reason}; correct the store's options")
-        if isinstance(error, _UNREACHABLE) and not isinstance(error, _CUT):
+        if isinstance(error, _UNREACHABLE) and not isinstance(error, _BROKEN):
             return StoreError(
                 f"{what}: no answer from {endpoint} ({type(error).__name__}); check the endpoint "
                 "and the network"
             )
+        if isinstance(error, OSError):
+            return StoreError(f"{what}: {error.strerror or error} (on this machine)")
         return StoreError(f"{what}: the transfer broke ({type(error).__name__}); try again")

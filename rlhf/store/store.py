@@ -38,7 +38,7 @@ from rlhf.store.manifest import (
 from rlhf.store.publish import blob_key, manifest_key, publish
 
 _MANIFEST = re.compile(r"manifests/([0-9a-f]{64})\.json")
-_CONNECT_SECONDS = 5
+_PROBE_SECONDS = 5
 
 # `Store.list` hides the builtin inside the class.
 Entries: TypeAlias = list[dict[str, Any]]
@@ -81,7 +81,7 @@ class Store:
 
     def check(self) -> None:
         """Write, read and delete a tiny object; StoreConfigError says why that is impossible."""
-        backend = self._backend.hurried(_CONNECT_SECONDS)
+        backend = self._backend.hurried(_PROBE_SECONDS)
         key = f"probe/{uuid.uuid4().hex}"
         try:
             backend.put_new(key, b"probe")

@@ -37,7 +37,7 @@ def best_reply(rng: Random, question: Question) -> str:
 
 def _answer(rng: Random, question: Question) -> list[str]:
     topic, intent = question
-    kind = _kind(rng, right=0.45, detail=0.23, intent=0.16, topic=0.09, evasion=0.05, none=0.02)
+    kind = _kind(rng, right=0.45, detail=0.27, intent=0.14, topic=0.09, evasion=0.03, none=0.02)
     if kind == "none":
         return []
     if kind == "evasion":
@@ -56,14 +56,14 @@ def _answer(rng: Random, question: Question) -> list[str]:
 
 
 def _manner(rng: Random, polite: tuple[str, ...], rude: tuple[str, ...]) -> list[str]:
-    kind = _kind(rng, polite=0.56, rude=0.2, none=0.24)
+    kind = _kind(rng, polite=0.4, rude=0.3, none=0.3)
     if kind == "none":
         return []
     return [rng.choice(polite if kind == "polite" else rude)]
 
 
 def _step(rng: Random) -> list[str]:
-    kind = _kind(rng, concrete=0.58, vague=0.27, none=0.15)
+    kind = _kind(rng, concrete=0.35, vague=0.4, none=0.25)
     if kind == "none":
         return []
     return [rng.choice(text.STEPS if kind == "concrete" else text.VAGUE_STEPS)]

@@ -218,19 +218,19 @@ RUDE_CLOSINGS = (
     "Stop wasting my time.",
 )
 STEPS = (
-    "Please email a photo of the receipt.",
-    "Please call us with your order number.",
-    "Please fill in the short form online.",
-    "Please show this code to the manager.",
-    "Please confirm your street and house number.",
-    "Please keep the box and the label ready.",
+    "Email us a photo of the receipt.",
+    "Call us with your order number.",
+    "Fill in the short form online.",
+    "Show this code to the manager.",
+    "Confirm your street and house number.",
+    "Keep the box and the label ready.",
 )
 VAGUE_STEPS = (
     "Maybe something will happen at some point.",
-    "Somebody could perhaps look into it.",
-    "Just wait and see what comes up.",
-    "There might be things you can try.",
-    "Things usually sort themselves out.",
+    "Maybe somebody could look into it.",
+    "Maybe just wait and see what comes up.",
+    "Maybe there are things you can try.",
+    "Maybe things will sort themselves out.",
 )
 FILLERS = (
     "Our company was founded by two brothers many decades ago.",

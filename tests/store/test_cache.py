@@ -81,13 +81,17 @@ DAMAGES = [
 def test_damage_is_noticed_and_healed(store, folder, ref, damage):
     got = store.fetch(ref)
     damage(got)
-    assert contents(store.fetch(ref)) == contents(folder)
+    again = store.fetch(ref)
+    assert contents(again) == contents(folder)
+    assert not any(path.is_symlink() for path in again.rglob("*"))
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, damage_quiet_flip])
 def test_damage_is_noticed_by_the_next_process(place, store, folder, ref, damage):
     damage(store.fetch(ref))
-    assert contents(place.open().fetch(ref)) == contents(folder)
+    again = place.open().fetch(ref)
+    assert contents(again) == contents(folder)
+    assert not any(path.is_symlink() for path in again.rglob("*"))
 
 
 def test_sound_copy_is_used_as_it_is(place, store, ref):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ from tests.ceph import CephServer, free_ports
 from tests.store.conftest import BUCKET
 from tests.store.test_artifacts import put
 
+# Linux's file that is always full.
+FULL = Path("/dev/full")
 SECRETS = ("a-secret-that-is-wrong", CephServer.secret_key, CephServer.other_secret_key)
 
 
@@ -105,11 +109,19 @@ def test_unreachable_endpoint(s3_place, tmp_path):
     assert not isinstance(caught.value, StoreConfigError)
 
 
-def test_silent_endpoint(s3_place, tmp_path):
-    """An address that swallows packets: the connect timeout decides."""
-    begin = time.monotonic()
-    options = StoreConfig(endpoint_url="http://192.0.2.1:9")
-    assert "no answer from" in problem("s3://bucket/prefix", tmp_path, options)
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_silent_endpoint(s3_place, tmp_path, waiting):
+    """It connects but never answers; with its queue full, even connecting gets no answer."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(waiting):
+            queued = stack.enter_context(socket.socket())
+            queued.setblocking(False)
+            queued.connect_ex(server.getsockname())
+        begin = time.monotonic()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        message = problem("s3://bucket/prefix", tmp_path, StoreConfig(endpoint_url=endpoint))
+    assert f"no answer from {endpoint}" in message
     assert time.monotonic() - begin < 15
 
 
@@ -166,13 +178,11 @@ def test_encrypted_connection(s3_place, s3_server, folder, producer, tmp_path):
     assert (store.fetch(put(store, folder, producer)) / "large.safetensors").exists()
 
 
-def test_full_disk_is_worth_a_retry(folder_place, folder, producer):
-    if not Path("/dev/full").exists():
-        pytest.skip("/dev/full is Linux's")
-    backend = folder_place.open()._backend
-    folder_place.write("some", b"x")
-    with pytest.raises(StoreError, match="No space left") as caught:
-        backend.get_file("some", Path("/dev/full"))
+def test_trouble_on_this_machine_is_worth_a_retry(place, tmp_path):
+    backend = place.open()._backend
+    place.write("some", b"x")
+    with pytest.raises(StoreError, match="can't read some: No s(uch file|pace)") as caught:
+        backend.get_file("some", tmp_path / "nowhere" / "some" if "s3" in place.uri else FULL)
     assert caught.value.retriable
 
 

@@ -1,0 +1,223 @@
+"""The `rlhf` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+import rlhf
+from rlhf.config import Loaded, PipelineConfig, load_config
+from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
+
+#: Exit codes: 2 for what the user can mend before any training, 3 for a gate's no, 1 for the rest.
+BAD_INPUT, REJECTED, BROKEN = 2, 3, 1
+
+Overrides = Annotated[
+    str,
+    Parameter(
+        allow_leading_hyphen=True,
+        help="Dotted overrides of the preset, such as --ppo.kl_coef=0.05.",
+    ),
+]
+
+app = App(
+    name="rlhf",
+    help="From human preferences to a promoted policy.",
+    version=rlhf.__version__,
+    help_format="plaintext",
+)
+config_app = App(name="config", help="Look at configurations.")
+artifacts_app = App(name="artifacts", help="Look at stored artifacts.")
+app.command(config_app)
+app.command(artifacts_app)
+console = Console()
+
+
+def main() -> None:
+    """Entry point: turns every known error into one line and an exit code."""
+    try:
+        sys.exit(app() or 0)
+    except RLHFError as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+
+
+def fail(error: BaseException) -> int:
+    """Print one line that says what is wrong, and return the exit code that goes with it."""
+    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    if isinstance(error, GateRejected):
+        return REJECTED
+    return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN
+
+
+@app.command
+def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
+    """Run the whole pipeline, or whatever of it has not been done yet.
+
+    Parameters
+    ----------
+    config
+        YAML preset, for example configs/quickstart.yaml.
+    verbose
+        Show Prefect's own log, with tracebacks.
+    """
+    from tasks.preflight import preflight
+
+    loaded = load_config(config, overrides)
+    preflight(loaded.config)
+    prepare_prefect(verbose)
+    from flows.pipeline import PROMOTED, pipeline
+    from flows.terminal import show_run
+    from tasks.progress import show_on
+
+    console.print(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
+    show_on(console)
+    state = pipeline(loaded.config, dict(loaded.sources), return_state=True)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        return fail(result)
+    show_run(console, result)
+    if result.outcome == PROMOTED:
+        return 0
+    return fail(result.error or RuntimeError(result.reason))
+
+
+@app.command
+def stage(
+    name: str,
+    *overrides: Overrides,
+    config: Path,
+    input: tuple[str, ...] = (),
+    verbose: bool = False,
+) -> int:
+    """Run one stage alone.
+
+    Parameters
+    ----------
+    name
+        prepare-data, train-sft, train-reward-model, evaluate-reward-model, gate-reward-model,
+        train-policy, evaluate-policy, gate-policy or promote.
+    config
+        YAML preset.
+    input
+        role=artifact, repeatable; a role that is not given is what this configuration recorded.
+    verbose
+        Show Prefect's own log, with tracebacks.
+    """
+    from tasks.preflight import preflight
+    from tasks.runner import find_inputs, store_of
+    from tasks.stages import stage_named
+
+    loaded = load_config(config, overrides)
+    chosen = stage_named(name)
+    preflight(loaded.config)
+    store = store_of(loaded.config)
+    given = {role: store.resolve(ref) for role, ref in (_role(text) for text in input)}
+    inputs = find_inputs(chosen, loaded.config, given)
+    prepare_prefect(verbose)
+    from flows.stages import STAGE_FLOWS
+    from tasks.progress import show_on
+
+    show_on(console)
+    state = STAGE_FLOWS[name](loaded.config, inputs, return_state=True)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        return fail(result)
+    label = "cached" if result.cached else "completed"
+    console.print(f"{name}: {label} in {result.seconds:.1f} s  {result.headline}", highlight=False)
+    console.print(f"artifact {result.ref.digest}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _role(text: str) -> tuple[str, str]:
+    role, equals, ref = text.partition("=")
+    if not (role and equals and ref):
+        raise ConfigError(f"--input {text!r}: write role=artifact, for example sft=3f2a91c04d")
+    return role, ref
+
+
+@config_app.command
+def show(config: Path | None = None, *overrides: Overrides) -> None:
+    """Print the effective values and where each came from.
+
+    Parameters
+    ----------
+    config
+        YAML preset; none shows the defaults.
+    """
+    from flows.terminal import config_table
+
+    console.print(config_table(load_config(config, overrides)))
+
+
+StoreOption = Annotated[str | None, Parameter(help="Store URI; default: the preset's store.")]
+ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the store.")]
+
+
+@artifacts_app.command
+def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """List all artifacts of a store."""
+    from flows.terminal import artifacts_table
+
+    opened = _open(store, config)
+    console.print(artifacts_table(opened.list()))
+
+
+@artifacts_app.command(name="show")
+def show_artifact(ref: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Print an artifact's manifest: files, parents, producer, metrics.
+
+    Parameters
+    ----------
+    ref
+        Digest, its first 6 or more digits, or URI.
+    """
+    opened = _open(store, config)
+    manifest = opened.manifest(opened.resolve(ref))
+    console.print_json(manifest.model_dump_json())
+
+
+@artifacts_app.command
+def lineage(ref: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Print everything that an artifact was made from.
+
+    Parameters
+    ----------
+    ref
+        Digest, its first 6 or more digits, or URI.
+    """
+    from flows.terminal import lineage_tree
+
+    opened = _open(store, config)
+    console.print(lineage_tree(opened.lineage(opened.resolve(ref))))
+
+
+def _open(store: str | None, config: Path | None):  # noqa: ANN202  (the store is imported late)
+    from tasks.runner import store_of
+
+    loaded = load_config(config, [f"--store={store}"] if store else [])
+    return store_of(loaded.config)
+
+
+def prepare_prefect(verbose: bool) -> None:
+    """Settings for a run in this process; those that the user set in the environment win."""
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        # Errors are printed by us in one line; the full log is in Prefect's UI.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+__all__ = ["Loaded", "PipelineConfig", "app", "main"]

@@ -1,0 +1,113 @@
+"""The pipeline: every stage in turn, a report whatever happens, one final state that tells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+
+from flows.reporting import write_report
+from rlhf.config import PipelineConfig
+from rlhf.errors import GateRejected
+from rlhf.report import StageRow
+from rlhf.store import ArtifactRef
+from tasks.preflight import preflight
+from tasks.prefect_tasks import run_task
+from tasks.runner import Outcome
+from tasks.stages import STAGES
+
+PROMOTED, REJECTED, FAILED = "Promoted", "GateRejected", "Failed"
+
+
+@dataclass
+class PipelineRun:
+    """What happened, stage by stage; filled while the run goes on."""
+
+    config: PipelineConfig
+    origins: Mapping[str, str]
+    name: str
+    started: str
+    refs: dict[str, ArtifactRef] = field(default_factory=dict)
+    rows: list[StageRow] = field(default_factory=list)
+    outcome: str = FAILED
+    reason: str = ""
+    error: BaseException | None = None
+    report: Path | None = None
+
+    @property
+    def all_cached(self) -> bool:
+        """Whether nothing had to be run."""
+        return all(row.state == "Cached" for row in self.rows)
+
+
+@flow(name="rlhf-pipeline", flow_run_name=lambda: _run_name(), persist_result=False)
+def pipeline(
+    config: PipelineConfig | None = None, origins: dict[str, str] | None = None
+) -> State[PipelineRun]:
+    """Data prep → SFT → reward model → gate → PPO → gate → promotion, then a report.
+
+    Args:
+        config: Everything the run depends on; all defaults when left out.
+        origins: Where each configured value came from, for the report.
+    """
+    config = config or PipelineConfig()
+    preflight(config)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run = PipelineRun(config, origins or {}, flow_run.get_name() or config.name, started)
+    run_stages(run)
+    write_report(run)
+    if run.outcome == PROMOTED:
+        return Completed(message=run.reason, data=run)
+    name = REJECTED if run.outcome == REJECTED else None
+    return Failed(name=name, message=run.reason, data=run)
+
+
+def run_stages(run: PipelineRun) -> None:
+    """Run the stages in order until one of them stops the run."""
+    for stage in STAGES.values():
+        inputs = {role: run.refs[producer] for role, producer in stage.inputs.items()}
+        begun = time.monotonic()
+        state = run_task(stage.name, run.config, inputs)
+        result: Any = state.result(raise_on_failure=False)
+        if isinstance(result, Outcome):
+            run.refs[stage.name] = result.ref
+            run.rows.append(_row(result, "Cached" if result.cached else "Completed"))
+            continue
+        rejected = isinstance(result, GateRejected)
+        run.outcome = REJECTED if rejected else FAILED
+        run.reason = str(result) or type(result).__name__
+        run.error = result
+        seconds = time.monotonic() - begun
+        run.rows.append(
+            StageRow(name=stage.name, state=run.outcome, seconds=seconds, message=run.reason)  # pyright: ignore[reportArgumentType]
+        )
+        break
+    else:
+        run.outcome = PROMOTED
+        run.reason = f"The policy met every gate and is the champion of {run.config.promotion.name}."
+    done = {row.name for row in run.rows}
+    run.rows += [StageRow(name=name, state="NotRun") for name in STAGES if name not in done]
+
+
+def _row(outcome: Outcome, state: Any) -> StageRow:
+    return StageRow(
+        name=outcome.stage,
+        state=state,
+        seconds=outcome.seconds,
+        metric=outcome.headline,
+        artifact=outcome.ref.digest,
+    )
+
+
+def _run_name() -> str:
+    """The configuration's name and the time: readable in Prefect's list of runs."""
+    config = flow_run.parameters.get("config") or {}
+    name = config.get("name") if isinstance(config, dict) else config.name
+    return f"{name or 'rlhf'}-{datetime.now(UTC):%Y%m%d-%H%M%S}"

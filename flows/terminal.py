@@ -1,0 +1,96 @@
+"""What a person sees in the terminal: tables, samples, trees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from rlhf.config import Loaded
+from rlhf.stage import read_json
+from rlhf.store import Ancestor, Artifact
+from tasks.runner import store_of
+
+if TYPE_CHECKING:
+    from flows.pipeline import PipelineRun
+
+STYLES = {
+    "Completed": "green", "Cached": "cyan", "GateRejected": "yellow", "Failed": "red",
+    "NotRun": "dim",
+}  # fmt: skip
+
+
+def show_run(console: Console, run: PipelineRun) -> None:
+    """Stages, sample replies side by side, and where the report lies."""
+    console.print(_stages(run))
+    if "evaluate-policy" in run.refs:
+        folder = store_of(run.config).fetch(run.refs["evaluate-policy"])
+        samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
+        console.print(_samples(samples))
+    console.print(Text(f"{run.outcome}: {run.reason}", STYLES.get(run.outcome, "green")))
+    console.print(Text(f"report: {run.report}"), soft_wrap=True)
+
+
+def _stages(run: PipelineRun) -> Table:
+    table = Table("stage", "state", "time", "key metric", "artifact", title=run.name)
+    for row in run.rows:
+        time = "" if row.seconds is None else f"{row.seconds:.1f} s"
+        state = Text(row.state, STYLES[row.state])
+        metric = row.metric or row.message
+        table.add_row(row.name, state, time, Text(metric), (row.artifact or "")[:12])
+    return table
+
+
+def _samples(samples: Sequence[dict[str, object]]) -> Group:
+    panels = []
+    for sample in samples:
+        table = Table("before (SFT)", "after (PPO)", expand=True, show_lines=False, box=None)
+        table.columns[0].ratio = table.columns[1].ratio = 1
+        table.add_row(Text(str(sample["before"])), Text(str(sample["after"])))
+        table.add_row(_scores(sample, "before"), _scores(sample, "after"))
+        panels.append(Panel(table, title=Text(str(sample["prompt"])), title_align="left"))
+    return Group(*panels)
+
+
+def _scores(sample: dict[str, object], side: str) -> Text:
+    parts = [
+        f"{name} {sample[f'{name}_{side}']:.2f}"
+        for name in ("reward", "gold")
+        if sample.get(f"{name}_{side}") is not None
+    ]
+    return Text("  ".join(parts), "dim")
+
+
+def config_table(loaded: Loaded) -> Table:
+    """Every value and its origin."""
+    table = Table("field", "value", "from")
+    for key, value, source in loaded.rows():
+        style = "dim" if source == "default" else "bold"
+        table.add_row(Text(key, style), Text(value, style), Text(source, style))
+    return table
+
+
+def artifacts_table(artifacts: Sequence[Artifact]) -> Table:
+    """All artifacts of a store."""
+    table = Table("artifact", "kind", "stage", "files", "size")
+    for ref, manifest in sorted(artifacts, key=lambda a: (a.ref.kind, a.ref.digest)):
+        table.add_row(
+            ref.short, ref.kind, manifest.producer.stage, str(len(manifest.files)),
+            f"{ref.size / 1e6:.2f} MB",
+        )  # fmt: skip
+    return table
+
+
+def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:
+    """An artifact and what it was made from, as a tree."""
+    root = Tree(f"{ancestors[0].ref.short} {ancestors[0].ref.kind}")
+    path = [root]
+    for depth, role, ref in ancestors[1:]:
+        path = path[:depth]
+        path.append(path[-1].add(f"{role}: {ref.short} {ref.kind}"))
+    return root

@@ -1,0 +1,208 @@
+"""Runs one stage: looks for its record, else fetches inputs, calls the library, publishes, records.
+
+A stage's fingerprint (name, configuration it depends on, input digests, code, seed) keys a record
+in the store. A stage whose record exists, and whose artifact is still there, is not run again, in
+whatever process, machine or flow run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from pydantic import TypeAdapter
+
+from rlhf.config import PipelineConfig
+from rlhf.data.sources import source_digest
+from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.progress import Progress, silent
+from rlhf.store import ArtifactRef, Producer, Store, open_store
+from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.code_version import code_version, library_versions
+from tasks.stages import STAGES, Stage, StageRun
+
+_JSON = TypeAdapter(Any)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage."""
+
+    stage: str
+    ref: ArtifactRef
+    cached: bool
+    seconds: float
+    metrics: Mapping[str, Any]
+
+    @property
+    def headline(self) -> str:
+        """The metrics that matter, in one short line."""
+        parts = STAGES[self.stage].headline
+        shown = (f.format(self.metrics[n]) for n, f in parts if self.metrics.get(n) is not None)
+        return " ".join(shown)
+
+
+def store_of(config: PipelineConfig) -> Store:
+    """The store that the configuration names, with its cache in the work folder."""
+    return open_store(
+        config.store, options=config.store_options, cache_dir=Path(config.runtime.work_dir)
+    )
+
+
+def run_stage(
+    stage: Stage,
+    config: PipelineConfig,
+    inputs: Mapping[str, ArtifactRef],
+    progress: Progress = silent,
+) -> Outcome:
+    """Run a stage, or find that it was run before.
+
+    Raises:
+        ArtifactMissing: An input of the stage was not given.
+        RLHFError: Whatever the stage's body raises.
+    """
+    started = time.monotonic()
+    store = store_of(config)
+    missing = [role for role in stage.inputs if role not in inputs]
+    if missing:
+        raise ArtifactMissing(f"{stage.name}: input {missing[0]} is missing; give its artifact")
+    refs = {**inputs, **_base_inputs(stage, config, store)}
+    depends_on = _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
+    key = fingerprint(stage, config, refs)
+    work = Path(config.runtime.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    # Two runs of the same work in the same folder: the second waits, and then finds the record.
+    with FileLock(work / f"{stage.name}-{key[:16]}.lock"):
+        recorded = recorded_ref(store, stage, key)
+        if recorded is not None:
+            metrics = store.manifest(recorded).metrics
+            return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
+        checkpoints = work / "checkpoints" / f"{stage.name}-{key[:16]}"
+        with tempfile.TemporaryDirectory(dir=work, prefix=f"{stage.name}-") as out:
+            folders = {role: store.fetch(ref) for role, ref in refs.items()}
+            run = StageRun(config, refs, folders, Path(out), checkpoints, store, progress)
+            result = stage.body(run)
+            producer = Producer(
+                stage=stage.name,
+                code_version=code_version(),
+                config=depends_on,
+                seed=config.seed,
+                versions=library_versions(),
+            )
+            ref = store.publish(
+                Path(out), stage.kind, parents=refs, producer=producer, metrics=result.metrics
+            )
+        store.append(_record(stage, key), ref.model_dump(mode="json"))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
+
+
+def fingerprint(
+    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef]
+) -> str:
+    """Identity of a stage's work; equal work has an equal fingerprint on every machine."""
+    identity = {
+        "stage": stage.name,
+        "config": _JSON.dump_python(dict(stage.depends_on(config)), mode="json"),
+        "inputs": {role: ref.digest for role, ref in inputs.items()},
+        "code": code_version(),
+        "seed": config.seed,
+    }
+    if stage.name == "prepare-data":
+        identity["source"] = source_digest(config.data, config.store_options)
+    base = _base_path(stage, config)
+    if base is not None and "base" not in inputs:
+        identity["base"] = _base_digest(base, config.base.revision)
+    return sha256_bytes(canonical_json(identity))
+
+
+def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
+    """The artifact that this work made before, if its record and all of its bytes are there."""
+    record = store.latest(_record(stage, key))
+    if record is None:
+        return None
+    ref = ArtifactRef.model_validate(record)
+    return ref if store.exists(ref) else None
+
+
+def find_inputs(
+    stage: Stage, config: PipelineConfig, given: Mapping[str, ArtifactRef]
+) -> dict[str, ArtifactRef]:
+    """The inputs of a stage that is run alone: those given, and for the rest what earlier stages
+    recorded under this very configuration.
+
+    Raises:
+        ArtifactMissing: An earlier stage has not run yet.
+        ConfigError: A given role is none of the stage's.
+    """
+    for role in given:
+        if role not in stage.inputs:
+            raise ConfigError(
+                f"--input {role}: no input of {stage.name}, which takes "
+                f"{', '.join(stage.inputs) or 'none'}"
+            )
+    store = store_of(config)
+    found = dict(given)
+    for role, producer in stage.inputs.items():
+        if role not in found:
+            found[role] = _made_by(STAGES[producer], config, store, given, f"{stage.name}: {role}")
+    return found
+
+
+def _made_by(
+    stage: Stage,
+    config: PipelineConfig,
+    store: Store,
+    given: Mapping[str, ArtifactRef],
+    wanted: str,
+) -> ArtifactRef:
+    inputs = {
+        role: given.get(role) or _made_by(STAGES[producer], config, store, given, wanted)
+        for role, producer in stage.inputs.items()
+    }
+    ref = recorded_ref(store, stage, fingerprint(stage, config, inputs))
+    if ref is None:
+        raise ArtifactMissing(
+            f"{wanted} is missing: {stage.name} has not run with this configuration; run "
+            f"`rlhf stage {stage.name}` first, or give --input <role>=<artifact>"
+        )
+    return ref
+
+
+def _record(stage: Stage, key: str) -> str:
+    return f"records/{stage.name}/{key}"
+
+
+def _base_path(stage: Stage, config: PipelineConfig) -> str | None:
+    """The foreign model that a stage starts from, if any."""
+    if stage.name == "train-sft":
+        return config.base.path
+    return config.reward_model.base if stage.name == "train-reward-model" else None
+
+
+def _base_inputs(stage: Stage, config: PipelineConfig, store: Store) -> dict[str, ArtifactRef]:
+    """A base model that is an artifact is an input, and so a parent in the lineage."""
+    path = _base_path(stage, config)
+    if path is None or not path.startswith("artifact:"):
+        return {}
+    return {"base": store.resolve(path)}
+
+
+def _base_digest(path: str, revision: str | None) -> str:
+    """Content of a local folder; of a hub id, the name and revision."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return f"{path}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(folder)).encode() + b"\0")
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,254 @@
+"""The pipeline's stages: what each takes, what of the configuration it depends on, what it makes.
+
+This is the only place that knows both the library's functions and the artifacts' roles. Heavy
+imports stay inside the functions: a run that finds everything done never loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import PipelineConfig
+from rlhf.errors import ArtifactMissing
+from rlhf.gates import Approved, Check, Verdict, judge, require
+from rlhf.progress import Progress
+from rlhf.stage import StageResult, read_json, write_json
+from rlhf.store import ArtifactRef, Store
+
+VERDICT = "verdict.json"
+PROMOTION = "promotion.json"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """All that a stage's body gets: inputs as verified local folders, and where to write."""
+
+    config: PipelineConfig
+    refs: Mapping[str, ArtifactRef]
+    folders: Mapping[str, Path]
+    out_dir: Path
+    checkpoints: Path
+    store: Store
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the pipeline.
+
+    `inputs` maps a role to the stage that makes it. `depends_on` picks the configuration that
+    changes the result; `kind` is the kind of artifact made.
+    """
+
+    name: str
+    kind: str
+    inputs: Mapping[str, str]
+    depends_on: Callable[[PipelineConfig], Mapping[str, Any]]
+    body: Callable[[StageRun], StageResult]
+    #: Metrics for the one-line summary, as (name, format).
+    headline: tuple[tuple[str, str], ...] = field(default=())
+
+
+def _prepare_data(run: StageRun) -> StageResult:
+    from rlhf.data.prepare import prepare_data
+
+    config = run.config
+    return prepare_data(
+        config.data, run.out_dir, seed=config.seed, store_options=config.store_options,
+        progress=run.progress,
+    )  # fmt: skip
+
+
+def _train_sft(run: StageRun) -> StageResult:
+    from rlhf.sft import train_sft
+
+    config, base = run.config, run.config.base
+    if "base" in run.folders:
+        base = base.model_copy(update={"path": str(run.folders["base"])})
+    return train_sft(
+        config.sft, base, run.folders["data"], run.out_dir, seed=config.seed,
+        runtime=config.runtime, progress=run.progress,
+    )  # fmt: skip
+
+
+def _train_reward_model(run: StageRun) -> StageResult:
+    from rlhf.reward import train_reward_model
+
+    config, section = run.config, run.config.reward_model
+    if "base" in run.folders:
+        section = section.model_copy(update={"base": str(run.folders["base"])})
+    return train_reward_model(
+        section, run.folders["data"], run.folders["sft"], run.out_dir, seed=config.seed,
+        runtime=config.runtime, progress=run.progress,
+    )  # fmt: skip
+
+
+def _evaluate_reward_model(run: StageRun) -> StageResult:
+    from rlhf.evaluate import evaluate_reward_model
+
+    config = run.config
+    return evaluate_reward_model(
+        config.evaluation, config.data, run.folders["data"], run.folders["reward-model"],
+        run.out_dir, max_length=config.reward_model.max_length, runtime=config.runtime,
+        progress=run.progress,
+    )  # fmt: skip
+
+
+def _train_policy(run: StageRun) -> StageResult:
+    from rlhf.ppo.train import train_policy
+
+    config = run.config
+    return train_policy(
+        config.ppo, run.folders["data"], run.folders["sft"], _approved_reward_model(run),
+        run.out_dir, seed=config.seed, checkpoints=run.checkpoints, runtime=config.runtime,
+        identity={role: run.refs[role].digest for role in ("data", "sft", "reward-model")},
+        progress=run.progress,
+    )  # fmt: skip
+
+
+def _approved_reward_model(run: StageRun) -> Approved[Path]:
+    """The reward model's folder, with the proof that its gate said yes."""
+    ref = run.refs["reward-model"]
+    verdict = read_verdict(run.folders["verdict"])
+    return require(ref, ref.digest, verdict).map(lambda _: run.folders["reward-model"])
+
+
+def _evaluate_policy(run: StageRun) -> StageResult:
+    from rlhf.evaluate import evaluate_policy
+
+    config = run.config
+    return evaluate_policy(
+        config.evaluation, config.ppo, run.folders["data"], run.folders["sft"],
+        run.folders["policy"], run.folders["reward-model"], run.out_dir, seed=config.seed,
+        runtime=config.runtime, progress=run.progress,
+    )  # fmt: skip
+
+
+def _gate(name: str, subject: str, rules: str) -> Callable[[StageRun], StageResult]:
+    """A gate's body: it publishes its verdict whatever it is; `verdict_of` raises afterwards."""
+
+    def body(run: StageRun) -> StageResult:
+        metrics = read_json(run.folders["evaluation"] / EVALUATION)
+        verdict = judge(name, run.refs[subject].digest, metrics, getattr(run.config.gates, rules))
+        write_json(run.out_dir / VERDICT, asdict(verdict))
+        passed = sum(c.passed for c in verdict.checks)
+        return StageResult(
+            {"approved": verdict.approved, "passed": passed, "rules": len(verdict.checks)}
+        )
+
+    return body
+
+
+def read_verdict(folder: Path) -> Verdict:
+    """A verdict as its gate wrote it."""
+    saved = read_json(folder / VERDICT)
+    return Verdict(**{**saved, "checks": tuple(Check(**c) for c in saved["checks"])})
+
+
+def _promote(run: StageRun) -> StageResult:
+    """Make the approved policy the champion of its model line, in an append-only history."""
+    ref = run.refs["policy"]
+    approved = require(ref, ref.digest, read_verdict(run.folders["verdict"]))
+    name = run.config.promotion.name
+    promotion = {
+        "model": name,
+        "policy": approved.subject.digest,
+        "verdict": run.refs["verdict"].digest,
+    }
+    line = f"champion/{name}"
+    latest = run.store.latest(line)
+    if latest is None or latest["policy"] != promotion["policy"]:
+        run.store.append(line, promotion)
+    write_json(run.out_dir / PROMOTION, promotion)
+    return StageResult({"model": name})
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "prepare-data", "dataset", {},
+            lambda c: {"data": c.data}, _prepare_data,
+            (("pairs_train", "{:,} pairs"), ("prompts_train", "{:,} prompts")),
+        ),
+        Stage(
+            "train-sft", "policy", {"data": "prepare-data"},
+            lambda c: {"sft": c.sft, "base": c.base}, _train_sft,
+            (("loss", "loss {:.3f}"), ("parameters", "{:,} parameters")),
+        ),
+        Stage(
+            "train-reward-model", "reward-model", {"data": "prepare-data", "sft": "train-sft"},
+            lambda c: {"reward_model": c.reward_model}, _train_reward_model,
+            (("loss", "loss {:.3f}"),),
+        ),
+        Stage(
+            "evaluate-reward-model", "evaluation",
+            {"data": "prepare-data", "reward-model": "train-reward-model"},
+            lambda c: {
+                "evaluation": c.evaluation,
+                "world": c.data.world,
+                "max_length": c.reward_model.max_length,
+            },
+            _evaluate_reward_model,
+            (
+                ("accuracy", "accuracy {:.3f}"), ("accuracy_low", "[{:.3f},"),
+                ("accuracy_high", "{:.3f}]"), ("baseline_longer", "longer reply {:.3f}"),
+                ("ceiling", "ceiling {:.3f}"),
+            ),
+        ),
+        Stage(
+            "gate-reward-model", "verdict",
+            {"reward-model": "train-reward-model", "evaluation": "evaluate-reward-model"},
+            lambda c: {"rules": c.gates.reward_model},
+            _gate("gate-reward-model", "reward-model", "reward_model"),
+            (("passed", "{} of"), ("rules", "{} rules met")),
+        ),
+        Stage(
+            "train-policy", "policy",
+            {
+                "data": "prepare-data", "sft": "train-sft",
+                "reward-model": "train-reward-model", "verdict": "gate-reward-model",
+            },
+            lambda c: {"ppo": c.ppo}, _train_policy,
+            (("reward", "reward {:.2f}"), ("kl", "KL {:.2f}")),
+        ),
+        Stage(
+            "evaluate-policy", "evaluation",
+            {
+                "data": "prepare-data", "sft": "train-sft",
+                "policy": "train-policy", "reward-model": "train-reward-model",
+            },
+            lambda c: {"evaluation": c.evaluation, "max_new_tokens": c.ppo.max_new_tokens},
+            _evaluate_policy,
+            (
+                ("sampled.win_rate", "wins {:.1%}"), ("sampled.gold_win_rate", "gold wins {:.1%}"),
+                ("sampled.kl", "KL {:.2f}"),
+            ),
+        ),
+        Stage(
+            "gate-policy", "verdict", {"policy": "train-policy", "evaluation": "evaluate-policy"},
+            lambda c: {"rules": c.gates.policy}, _gate("gate-policy", "policy", "policy"),
+            (("passed", "{} of"), ("rules", "{} rules met")),
+        ),
+        Stage(
+            "promote", "promotion", {"policy": "train-policy", "verdict": "gate-policy"},
+            lambda c: {"promotion": c.promotion}, _promote,
+            (("model", "champion of {}"),),
+        ),
+    )
+}  # fmt: skip
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name.
+
+    Raises:
+        ArtifactMissing: There is none; the message lists those there are.
+    """
+    if name not in STAGES:
+        raise ArtifactMissing(f"{name!r} is no stage; choose one of {', '.join(STAGES)}")
+    return STAGES[name]
