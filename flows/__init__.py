@@ -1,0 +1,1 @@
+"""What runs after what: the pipeline, one flow per stage, and the command line."""

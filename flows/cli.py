@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -80,7 +80,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     console.print(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
     show_on(console)
     state = pipeline(loaded.config, dict(loaded.sources), return_state=True)
-    result = state.result(raise_on_failure=False)
+    result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         return fail(result)
     show_run(console, result)
@@ -127,7 +127,7 @@ def stage(
 
     show_on(console)
     state = STAGE_FLOWS[name](loaded.config, inputs, return_state=True)
-    result = state.result(raise_on_failure=False)
+    result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         return fail(result)
     label = "cached" if result.cached else "completed"

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, Failed
 
 from flows.reporting import write_report
 from rlhf.config import PipelineConfig
 from rlhf.errors import GateRejected
 from rlhf.report import StageRow
 from rlhf.store import ArtifactRef
-from tasks.preflight import preflight
 from tasks.prefect_tasks import run_task
+from tasks.preflight import preflight
 from tasks.runner import Outcome
 from tasks.stages import STAGES
 
@@ -47,7 +48,14 @@ class PipelineRun:
         return all(row.state == "Cached" for row in self.rows)
 
 
-@flow(name="rlhf-pipeline", flow_run_name=lambda: _run_name(), persist_result=False)
+def _run_name() -> str:
+    """The configuration's name and the time: readable in Prefect's list of runs."""
+    config = flow_run.parameters.get("config") or {}
+    name = config.get("name") if isinstance(config, dict) else config.name
+    return f"{name or 'rlhf'}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+@flow(name="rlhf-pipeline", flow_run_name=_run_name, persist_result=False)
 def pipeline(
     config: PipelineConfig | None = None, origins: dict[str, str] | None = None
 ) -> State[PipelineRun]:
@@ -91,7 +99,9 @@ def run_stages(run: PipelineRun) -> None:
         break
     else:
         run.outcome = PROMOTED
-        run.reason = f"The policy met every gate and is the champion of {run.config.promotion.name}."
+        run.reason = (
+            f"The policy met every gate and is the champion of {run.config.promotion.name}."
+        )
     done = {row.name for row in run.rows}
     run.rows += [StageRow(name=name, state="NotRun") for name in STAGES if name not in done]
 
@@ -104,10 +114,3 @@ def _row(outcome: Outcome, state: Any) -> StageRow:
         metric=outcome.headline,
         artifact=outcome.ref.digest,
     )
-
-
-def _run_name() -> str:
-    """The configuration's name and the time: readable in Prefect's list of runs."""
-    config = flow_run.parameters.get("config") or {}
-    name = config.get("name") if isinstance(config, dict) else config.name
-    return f"{name or 'rlhf'}-{datetime.now(UTC):%Y%m%d-%H%M%S}"

@@ -57,9 +57,7 @@ def write_report(run: PipelineRun) -> None:
             stage="report", code_version=code_version(), config={}, seed=run.config.seed,
             versions=library_versions(),
         )  # fmt: skip
-        ref = store.publish(
-            page.parent, "report", parents=run.refs, producer=producer, metrics={}
-        )
+        ref = store.publish(page.parent, "report", parents=run.refs, producer=producer, metrics={})
         shutil.copyfile(page, run.report)
     store.append(f"records/report/{key}", ref.model_dump(mode="json"))
     create_link_artifact(link=run.report.as_uri(), key="report", description=f"Report {ref.uri}")

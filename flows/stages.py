@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from prefect import Flow, flow
-from prefect.states import State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
 
 from rlhf.config import PipelineConfig
+from rlhf.errors import GateRejected
 from rlhf.store import ArtifactRef
-from tasks.preflight import preflight
 from tasks.prefect_tasks import run_task
+from tasks.preflight import preflight
 from tasks.runner import Outcome, find_inputs
 from tasks.stages import STAGES
 
@@ -21,7 +23,13 @@ def _flow(name: str) -> Flow[..., State[Outcome]]:
         """Run one stage; inputs that are not given are those recorded under this configuration."""
         config = config or PipelineConfig()
         preflight(config)
-        return run_task(name, config, find_inputs(STAGES[name], config, inputs or {}))
+        state = run_task(name, config, find_inputs(STAGES[name], config, inputs or {}))
+        result = state.result(raise_on_failure=False)
+        if isinstance(result, GateRejected):
+            return Failed(name="GateRejected", message=str(result), data=result)
+        if isinstance(result, BaseException):
+            raise result
+        return Completed(name=state.name, message=state.message, data=result)
 
     return stage_flow
 

@@ -1,6 +1,7 @@
 """The errors a user can meet: each names the field or key, the value and the cure.
 
-Every class passes all of its arguments on, so that errors survive pickling between processes, and inherits the standard error that a caller would expect to catch.
+Every class passes all of its arguments on, so that errors survive pickling between processes, and
+inherits the standard error that a caller would expect to catch.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ def _answer(
     tokens, finished, kl = [], [], []
     for start in range(0, len(rows), config.batch_size):
         batch = [
-            renderer.encode_prompt(p, max_prompt) for p in prompts[start : start + config.batch_size]
+            renderer.encode_prompt(p, max_prompt)
+            for p in prompts[start : start + config.batch_size]
         ]
         replies = generate(model, batch, renderer.tokenizer, sampling, seed + start)
         texts += [renderer.decode(ids) for ids in replies.rows()]
@@ -243,9 +244,7 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _samples(
-    rows: Sequence[PromptRow], before: _Answers, after: _Answers
-) -> list[dict[str, Any]]:
+def _samples(rows: Sequence[PromptRow], before: _Answers, after: _Answers) -> list[dict[str, Any]]:
     """All replies side by side, in an order that depends on the prompt alone, so that the first
     few shown are no choice of ours.
     """

@@ -1,4 +1,4 @@
-"""Gates: a pure function of an evaluation's metrics and rules, and the proof that one was passed."""
+"""Gates: a pure function of metrics and rules, and the proof that one was passed."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ def judge_of(config: EvaluationConfig) -> Judge | None:
     return gold
 
 
-def ceiling_of(
-    config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]
-) -> float | None:
+def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
     """The best accuracy that any reward model can expect on these noisy labels, if known."""
     if config.judge == "none":
         return None

@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PrinterCallback
-from trl import RewardConfig as TRLRewardConfig
-from trl import RewardTrainer
+from trl.trainer.reward_config import RewardConfig as TRLRewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.data.rendering import Renderer, load_renderer
@@ -65,9 +65,7 @@ def train_reward_model(
     rows = _encode(read_rows(data / PAIRS_TRAIN, Pair), renderer, room)
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
-        arguments = training_arguments(
-            config, len(rows), Path(scratch), seed, device.type == "cpu"
-        )
+        arguments = training_arguments(config, len(rows), Path(scratch), seed, device.type == "cpu")
         trainer = _Trainer(
             model=model,
             args=TRLRewardConfig(**arguments, length_column_name="length"),

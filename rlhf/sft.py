@@ -9,8 +9,8 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback
-from trl import SFTConfig as TRLSFTConfig
-from trl import SFTTrainer
+from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
 from rlhf.data.rendering import Renderer
@@ -71,8 +71,9 @@ def train_sft(
 def _texts(demonstrations: list[Demonstration], data: Path) -> Iterator[str]:
     """Text for a tokenizer: every message and reply that the policy may meet in training."""
     for row in demonstrations:
-        yield from ([row.prompt] if isinstance(row.prompt, str) else
-                    [m["content"] for m in row.prompt])
+        yield from (
+            [row.prompt] if isinstance(row.prompt, str) else [m["content"] for m in row.prompt]
+        )
         yield row.response
     for pair in read_rows(data / PAIRS_TRAIN, Pair):
         yield pair.chosen
@@ -88,7 +89,9 @@ def _encode(
         mask = [0] * len(encoded.prompt) + [1] * len(encoded.response)
         rows.append({"input_ids": encoded.ids, "completion_mask": mask})
     if not rows:
-        raise DataError("no demonstrations to fine-tune on; check data.source or set sft.enabled=false")
+        raise DataError(
+            "no demonstrations to fine-tune on; check data.source or set sft.enabled=false"
+        )
     return rows
 
 

@@ -64,11 +64,13 @@ class ProgressCallback(TrainerCallback):
         self.curve: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the progress of a finished optimiser step."""
         last = self.curve[-1] if self.curve else {}
         shown = {k: last[k] for k in ("loss", "accuracy", "mean_token_accuracy") if k in last}
         self.progress(state.global_step, state.max_steps, shown)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Keep a row of the curve."""
         # The summary at the end holds durations, which would make equal runs differ.
         if logs and "loss" in logs:
             numbers = {k: v for k, v in logs.items() if isinstance(v, float)}

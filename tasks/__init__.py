@@ -1,0 +1,1 @@
+"""Stages as retriable Prefect tasks; references become folders and folders references here."""

@@ -40,7 +40,7 @@ def commit() -> str:
     root = Path(rlhf.__file__).parent.parent
     try:
         return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],  # noqa: S607
+            ["git", "describe", "--always", "--dirty"],
             cwd=root,
             capture_output=True,
             text=True,

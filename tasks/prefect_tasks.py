@@ -7,8 +7,8 @@ from typing import Any
 
 from prefect import Task, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.client.schemas.objects import TaskRun
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
 from rlhf.config import PipelineConfig

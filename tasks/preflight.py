@@ -22,14 +22,18 @@ def preflight(config: PipelineConfig) -> None:
     store = store_of(config)
     store.check()
     source_digest(config.data, config.store_options)
-    for field, path in (("base.path", config.base.path), ("reward_model.base",
-                                                          config.reward_model.base)):
+    for field, path in (
+        ("base.path", config.base.path),
+        ("reward_model.base", config.reward_model.base),
+    ):
         if path is None:
             continue
         if path.startswith("artifact:"):
             store.resolve(path)
-        elif path.startswith((".", "/", "~")) and not (Path(path).expanduser() /
-                                                       "config.json").is_file():
+        elif (
+            path.startswith((".", "/", "~"))
+            and not (Path(path).expanduser() / "config.json").is_file()
+        ):
             raise ConfigError(
                 f"{field} = {path!r}: no model there (no config.json); give a folder that holds "
                 "config.json and safetensors, a hub id or artifact:<digest>"

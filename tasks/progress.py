@@ -1,4 +1,4 @@
-"""Shows a stage's progress: in the terminal for `rlhf run`, in Prefect's UI, and in the run's log."""
+"""Shows a stage's progress: in the terminal, in Prefect's UI, and in the run's log."""
 
 from __future__ import annotations
 
@@ -40,12 +40,14 @@ class BarDisplay:
         self._task: TaskID | None = None
 
     def update(self, stage: str, step: int, total: int, text: str) -> None:
+        """Move the bar."""
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task(stage, total=total, text=text)
         self._progress.update(self._task, completed=step, total=total, text=text)
 
     def close(self) -> None:
+        """Take the bar away."""
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._progress.stop()
@@ -60,6 +62,7 @@ class LineDisplay:
         self._started = self._printed = 0.0
 
     def update(self, stage: str, step: int, total: int, text: str) -> None:
+        """Print a line if the last is old enough."""
         now = time.monotonic()
         self._started = self._started or now
         if now - self._printed < LINE_EVERY and step < total:
@@ -70,6 +73,7 @@ class LineDisplay:
         self._console.print(f"{stage:<22} {step:>5}/{total:<5} ETA {eta}  {text}", highlight=False)
 
     def close(self) -> None:
+        """Start the clock anew for the next stage."""
         self._started = self._printed = 0.0
 
 
@@ -97,6 +101,7 @@ class StageProgress:
         return self
 
     def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Show `step` of `total` wherever somebody may look."""
         text = "  ".join(f"{k} {metrics[k]:.3g}" for k in SHOWN if k in metrics)
         if _display:
             _display.update(self.stage, step, total, text)

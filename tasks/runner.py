@@ -104,9 +104,7 @@ def run_stage(
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
 
 
-def fingerprint(
-    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef]
-) -> str:
+def fingerprint(stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef]) -> str:
     """Identity of a stage's work; equal work has an equal fingerprint on every machine."""
     identity = {
         "stage": stage.name,

@@ -10,7 +10,7 @@ from rlhf.config.section import Section
 
 
 class ArchitectureConfig(Section):
-    """A small Llama-type model to train from scratch, with a byte-level BPE tokenizer of its own."""
+    """A small Llama-type model to train from scratch, with a BPE tokenizer of its own."""
 
     hidden_size: int = Field(default=96, ge=8)
     """Width of the residual stream."""

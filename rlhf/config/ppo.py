@@ -11,7 +11,7 @@ from rlhf.config.section import Section
 
 
 class PPOConfig(Section):
-    """Proximal policy optimisation of a language model (Schulman et al. 2017; Ziegler et al. 2019)."""
+    """Proximal policy optimisation (Schulman et al. 2017) as in Ziegler et al. 2019."""
 
     total_episodes: int = Field(default=4608, ge=1)
     """Replies to sample in all; the number of updates is this over `chunk_size`, rounded up."""

@@ -75,9 +75,7 @@ def _from_world(config: DataConfig, seed: int) -> Parts:
     }
 
 
-def clean(
-    rows: Iterable[dict[str, Any]], config: DataConfig
-) -> tuple[list[Pair], dict[str, int]]:
+def clean(rows: Iterable[dict[str, Any]], config: DataConfig) -> tuple[list[Pair], dict[str, int]]:
     """Usable pairs, and how many rows were left out for which reason."""
     pairs: dict[str, Pair] = {}
     left_out: Counter[str] = Counter()

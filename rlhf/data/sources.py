@@ -48,6 +48,7 @@ def read_source(config: DataConfig, options: StoreConfig) -> list[dict[str, Any]
         DataError: It has no rows.
     """
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -62,7 +63,7 @@ def read_source(config: DataConfig, options: StoreConfig) -> list[dict[str, Any]
                     loaded = datasets.load_dataset(
                         config.source, split=config.hub_split, cache_dir=f"{scratch}/cache"
                     )
-        except datasets.exceptions.DatasetGenerationError as error:
+        except DatasetGenerationError as error:
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise ConfigError(
                 f"data.source = {config.source!r}: can't be parsed ({reason}); mend the file"

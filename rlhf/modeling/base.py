@@ -61,6 +61,7 @@ def from_scratch(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A freshly initialised Llama-type model and a tokenizer trained on `texts`."""
     tokenizer = train_tokenizer(texts, config.vocab_size)
+    ids = tokenizer.get_vocab()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -72,8 +73,8 @@ def from_scratch(
             intermediate_size=config.intermediate_size,
             max_position_embeddings=config.context,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=ids[PAD],
+            eos_token_id=ids[END],
             bos_token_id=None,
         )
     )
@@ -98,9 +99,7 @@ def _load(loader: Any, folder: Path | str, revision: str | None) -> Any:
         ) from error
 
 
-def load_base(
-    config: BaseModelConfig, texts: Iterable[str], seed: int
-) -> tuple[Any, Any]:
+def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
     """The base model and tokenizer, complete for this pipeline: chat template, pad ≠ eos.
 
     Raises:

@@ -29,6 +29,7 @@ class Critic(nn.Module):
         attention_mask: Int[Tensor, "batch time"],
         position_ids: Int[Tensor, "batch time"],
     ) -> Float[Tensor, "batch time"]:
+        """Value of the prefix that ends at each position."""
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,

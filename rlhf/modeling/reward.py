@@ -104,7 +104,7 @@ def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | Non
             f"reward model {str(folder)!r}: transformers has no sequence classifier for "
             f"{config.model_type!r}; start from another base"
         )
-    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     pooled = type(kind.__name__, (_Pooled, kind), {})
     model = _quiet_load(pooled, folder, config)
     if not is_classifier:
@@ -123,7 +123,9 @@ def _quiet_load(kind: Any, folder: Path | str, config: Any) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return _load(lambda path, **kw: kind.from_pretrained(path, config=config, **kw), folder, None)
+        return _load(
+            lambda path, **kw: kind.from_pretrained(path, config=config, **kw), folder, None
+        )
     finally:
         logging.set_verbosity(level)
 
@@ -138,9 +140,7 @@ def save_reward_model(model: Any, renderer: Renderer, folder: Path) -> None:
     """Save weights, tokenizer, pooling and the rendering's identity."""
     model.save_pretrained(folder)
     renderer.tokenizer.save_pretrained(folder)
-    write_json(
-        folder / META, {"pooling": model.pooling, "template_hash": renderer.template_hash}
-    )
+    write_json(folder / META, {"pooling": model.pooling, "template_hash": renderer.template_hash})
 
 
 class Scorer:

@@ -53,6 +53,7 @@ class ModelReward:
         self.missing_eos_penalty = missing_eos_penalty or 0.0
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
+        """Score every reply with its own prompt."""
         scores = self.scorer([r.prompt for r in batch], [r.response for r in batch])
         if not torch.isfinite(scores).all():
             worst = batch[int((~torch.isfinite(scores)).int().argmax())]

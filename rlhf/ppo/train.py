@@ -162,7 +162,8 @@ class PPOTrainer:
         config = self.config
         device = self.accelerator.device
         n_tokens = float(buffer.replies.mask[batch].sum())
-        totals = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl"), 0.0)
+        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+        totals: dict[str, float] = dict.fromkeys(names, 0.0)
         for index in batch.split(config.micro_batch_size):
             part = buffer.replies.take(index)
             cut = (index, slice(part.mask.shape[1]))
@@ -292,11 +293,12 @@ def prompts_of_update(
     prompts: list[Prompt], update: int, config: PPOConfig, seed: int
 ) -> list[Prompt]:
     """The chunk of prompts of one update: a fresh seeded shuffle for every pass over the data."""
-    chosen = []
+    chosen: list[Prompt] = []
+    order: list[int] = []
     first = update * config.chunk_size
     for episode in range(first, min(first + config.chunk_size, config.total_episodes)):
         lap, position = divmod(episode, len(prompts))
-        if not chosen or position == 0:
+        if not order or position == 0:
             generator = torch.Generator().manual_seed(_mix(seed, lap))
             order = torch.randperm(len(prompts), generator=generator).tolist()
         chosen.append(prompts[order[position]])

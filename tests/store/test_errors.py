@@ -16,6 +16,7 @@ import pytest
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreConfigError, StoreError
 from rlhf.store import open_store
+from rlhf.store import store as store_module
 from tests.ceph import CephServer, free_ports
 from tests.store.conftest import BUCKET
 from tests.store.test_artifacts import put
@@ -110,8 +111,11 @@ def test_unreachable_endpoint(s3_place, tmp_path):
 
 
 @pytest.mark.parametrize("waiting", [0, 2])
-def test_silent_endpoint(s3_place, tmp_path, waiting):
+def test_silent_endpoint(s3_place, tmp_path, waiting, monkeypatch):
     """It connects but never answers; with its queue full, even connecting gets no answer."""
+    # Two tries of 5 s take less than 15 s; two of 1 s, less than the default's first try.
+    assert store_module._PROBE_SECONDS == 5
+    monkeypatch.setattr(store_module, "_PROBE_SECONDS", 1)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(waiting):
@@ -122,7 +126,7 @@ def test_silent_endpoint(s3_place, tmp_path, waiting):
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         message = problem("s3://bucket/prefix", tmp_path, StoreConfig(endpoint_url=endpoint))
     assert f"no answer from {endpoint}" in message
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 5
 
 
 def test_missing_bucket(s3_place, tmp_path):
@@ -181,7 +185,7 @@ def test_encrypted_connection(s3_place, s3_server, folder, producer, tmp_path):
 def test_trouble_on_this_machine_is_worth_a_retry(place, tmp_path):
     backend = place.open()._backend
     place.write("some", b"x")
-    with pytest.raises(StoreError, match="can't read some: No s(uch file|pace)") as caught:
+    with pytest.raises(StoreError, match=r"can't read some: No s(uch file|pace)") as caught:
         backend.get_file("some", tmp_path / "nowhere" / "some" if "s3" in place.uri else FULL)
     assert caught.value.retriable
 
