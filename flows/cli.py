@@ -221,3 +221,5 @@ def prepare_prefect(verbose: bool) -> None:
 
 
 __all__ = ["Loaded", "PipelineConfig", "app", "main"]
+if __name__ == "__main__":
+    main()

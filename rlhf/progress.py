@@ -1,9 +1,10 @@
 """How a stage tells the outside how far it is, without knowing who listens."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Receives a stage's progress; called often, so listeners throttle themselves."""
 

@@ -41,7 +41,8 @@ class Stage:
     """One node of the pipeline.
 
     `inputs` maps a role to the stage that makes it. `depends_on` picks the configuration that
-    changes the result; `kind` is the kind of artifact made.
+    changes the result, without paths: what lies there counts, not where it lies. `kind` is the
+    kind of artifact made.
     """
 
     name: str
@@ -172,17 +173,17 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "prepare-data", "dataset", {},
-            lambda c: {"data": c.data}, _prepare_data,
+            lambda c: {"data": c.data.model_dump(exclude={"source"})}, _prepare_data,
             (("pairs_train", "{:,} pairs"), ("prompts_train", "{:,} prompts")),
         ),
         Stage(
             "train-sft", "policy", {"data": "prepare-data"},
-            lambda c: {"sft": c.sft, "base": c.base}, _train_sft,
+            lambda c: {"sft": c.sft, "base": c.base.model_dump(exclude={"path"})}, _train_sft,
             (("loss", "loss {:.3f}"), ("parameters", "{:,} parameters")),
         ),
         Stage(
             "train-reward-model", "reward-model", {"data": "prepare-data", "sft": "train-sft"},
-            lambda c: {"reward_model": c.reward_model}, _train_reward_model,
+            lambda c: {"reward_model": c.reward_model.model_dump(exclude={"base"})}, _train_reward_model,
             (("loss", "loss {:.3f}"),),
         ),
         Stage(

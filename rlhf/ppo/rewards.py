@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,7 @@ class Scored:
     components: dict[str, Float[Tensor, " batch"]]
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Anything that scores a batch of replies."""
 

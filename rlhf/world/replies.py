@@ -66,7 +66,10 @@ def _step(rng: Random) -> list[str]:
     kind = _kind(rng, concrete=0.35, vague=0.4, none=0.25)
     if kind == "none":
         return []
-    return [rng.choice(text.STEPS if kind == "concrete" else text.VAGUE_STEPS)]
+    if kind == "vague":
+        return [rng.choice(text.VAGUE_STEPS)]
+    # More than one step is a burden to the customer, and a reward model has to be able to see it.
+    return rng.sample(text.STEPS, rng.choice((1, 1, 1, 2)))
 
 
 def mixed_reply(rng: Random, question: Question) -> str:

@@ -1,0 +1,30 @@
+# Everything runs in .venv, which `make` builds from pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test lint unit clean
+
+quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
+	$(BIN)/rlhf run configs/quickstart.yaml
+
+test: $(STAMP) lint unit  ## everything that .ci/run checks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+unit: $(STAMP)
+	$(BIN)/pytest --cov
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .rlhf

@@ -1,0 +1,191 @@
+"""The `rlhf` command, in a process of its own as a user would start it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.flows.conftest import tiny_tree
+
+pytestmark = pytest.mark.prefect
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def preset(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory):
+    """One Prefect home, so that its database is made once."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture
+def environment(prefect_home):
+    # No API URL: the command starts Prefect's ephemeral server, as on a fresh machine.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    return {**clean, "PREFECT_HOME": str(prefect_home), "COLUMNS": "160"}
+
+
+@pytest.fixture
+def rlhf(environment):
+    def call(*args):
+        command = [sys.executable, "-m", "flows.cli", *map(str, args)]
+        return subprocess.run(
+            command,
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return call
+
+
+def test_run_then_stage_then_artifacts(rlhf, preset, tmp_path):
+    ran = rlhf("run", preset)
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
+    for part in ("train-policy", "reward", "kl", "ETA", "before (SFT)", "after (PPO)", "report: "):
+        assert part in ran.stdout
+    report = Path(ran.stdout.split("report: ")[1].strip())
+    assert report.read_text().startswith("<!doctype html>")
+
+    alone = rlhf("stage", "train-reward-model", "--config", preset)
+    assert alone.returncode == 0, alone.stderr
+    assert "cached" in alone.stdout
+    digest = alone.stdout.split("artifact ")[1].strip()
+    changed = rlhf(
+        "stage", "evaluate-reward-model", "--config", preset, "--input", f"reward-model={digest}",
+        "--evaluation.batch_size=7",
+    )  # fmt: skip
+    assert changed.returncode == 0, changed.stderr
+    assert "completed" in changed.stdout
+
+    store = ("--store", tmp_path / "store")
+    listed = rlhf("artifacts", "ls", *store)
+    assert digest[:12] in listed.stdout
+    shown = json.loads(rlhf("artifacts", "show", digest[:12], *store).stdout)
+    assert shown["kind"] == "reward-model"
+    assert str(tmp_path) not in json.dumps(shown)
+    tree = rlhf("artifacts", "lineage", digest[:12], *store)
+    assert "sft:" in tree.stdout
+    assert "data:" in tree.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--ppo.kl_coef=-1"], 2, ["ppo.kl_coef", "-1"]),
+        (["--ppo.klcoef=1"], 2, ["ppo.klcoef", "ppo.kl_coef"]),
+        (
+            ["--data.source=/no/such.jsonl", "--evaluation.judge=none"],
+            2,
+            ["data.source", "/no/such.jsonl"],
+        ),
+        (["--runtime.work_dir=/proc/nope"], 2, ["runtime.work_dir", "/proc/nope"]),
+        (["--store=/proc/nope"], 2, ["/proc/nope"]),
+        (
+            ["--store=s3://bucket/x", "--store_options.endpoint_url=http://127.0.0.1:9"],
+            2,
+            ["s3://bucket/x", "127.0.0.1:9"],
+        ),
+        (["--base.path=/no/model"], 2, ["base.path", "/no/model"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_before_any_work(rlhf, preset, tmp_path, arguments, code, words):
+    result = rlhf("run", preset, *arguments)
+    assert result.returncode == code
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert not list((tmp_path / "work").glob("checkpoints/*"))
+
+
+def test_empty_data_and_a_rejected_gate_have_their_exit_codes(rlhf, preset, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    result = rlhf("run", preset, f"--data.source={empty}", "--evaluation.judge=none")
+    assert result.returncode == 2
+    assert "data.source" in result.stderr
+
+    rule = '[{"metric": "accuracy", "min": 1.01}]'
+    rejected = rlhf("run", preset, "--gates.reward_model", rule)
+    assert rejected.returncode == 3
+    assert "GateRejected" in rejected.stdout
+    assert "accuracy" in rejected.stderr
+    assert "report: " in rejected.stdout
+
+
+def test_config_show_tells_where_each_value_came_from(rlhf, preset):
+    result = rlhf("config", "show", preset, "--ppo.kl-coef=0.2")
+    rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if "│" in line}
+    assert "command line" in rows["ppo.kl_coef"]
+    assert "0.2" in rows["ppo.kl_coef"]
+    assert "tiny.yaml" in rows["ppo.chunk_size"]
+    assert "default" in rows["ppo.gamma"]
+
+
+def test_unknown_stage_missing_input_and_bad_role(rlhf, preset):
+    assert "choose one of" in rlhf("stage", "nope", "--config", preset).stderr
+    missing = rlhf("stage", "train-policy", "--config", preset)
+    assert missing.returncode == 2
+    assert "rlhf stage prepare-data" in missing.stderr
+    bad = rlhf("stage", "train-sft", "--config", preset, "--input", "sft")
+    assert "role=artifact" in bad.stderr
+
+
+def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, environment, tmp_path):
+    """kill -9 in mid-PPO, then the same command: earlier stages are cached, PPO resumes, and the
+    policy has the very bytes of an undisturbed run.
+    """
+    slow = ["--ppo.total_episodes=400", "--ppo.checkpoint_every=2"]
+    command = [sys.executable, "-m", "flows.cli", "run", str(preset), *slow]
+    process = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    pattern = "work/checkpoints/train-policy-*/update-*"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not list(tmp_path.glob(pattern)):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    saved = sorted(p.name for p in tmp_path.glob(pattern))
+    assert saved
+    assert saved[-1] < "update-000050"
+
+    resumed = rlhf("run", preset, *slow, "--runtime.report_dir", tmp_path / "reports")
+    assert resumed.returncode == 0, resumed.stderr
+    rows = [line for line in resumed.stdout.splitlines() if line.startswith("│")]
+    state = {row.split("│")[1].strip(): row.split("│")[2].strip() for row in rows if "│" in row}
+    assert state["train-sft"] == state["train-reward-model"] == "Cached"
+    assert state["train-policy"] == "Completed"
+    first_step = next(x for x in resumed.stdout.splitlines() if x.startswith("train-policy "))
+    assert int(first_step.split()[1].split("/")[0]) > int(saved[-1][-6:])
+
+    other = tmp_path / "other"
+    undisturbed = rlhf(
+        "run", preset, *slow, f"--store={other / 'store'}", f"--runtime.work_dir={other / 'work'}"
+    )
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert policy_digest(undisturbed.stdout) == policy_digest(resumed.stdout)
+
+
+def policy_digest(stdout):
+    row = next(x for x in stdout.splitlines() if x.startswith("│ train-policy"))
+    return row.split("│")[5].strip()

@@ -1,0 +1,98 @@
+"""Preference data of one's own: the same flow, an honest number, a clean rejection."""
+
+import json
+import random
+
+import pytest
+
+from flows.pipeline import pipeline
+from rlhf.config import load_config
+from rlhf.stage import read_json
+from tasks.runner import store_of
+
+pytestmark = pytest.mark.prefect
+
+WORDS = [
+    "the",
+    "a",
+    "river",
+    "stone",
+    "bright",
+    "quiet",
+    "walks",
+    "over",
+    "under",
+    "seldom",
+    "often",
+    "green",
+    "old",
+    "new",
+    "house",
+]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Rows as people have them: several pairs a prompt, lengths that vary, the longer one chosen
+    in about 70 %, a chat prompt, and a few rows that can't be used.
+    """
+    rng = random.Random(7)
+    rows = []
+    for i in range(150):
+        replies = [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for _ in range(2)]
+        replies.sort(key=len, reverse=rng.random() < 0.7)
+        rows.append({"prompt": f"Say {i % 60}", "chosen": replies[0], "rejected": replies[1]})
+    rows.append({"prompt": "Same", "chosen": "x", "rejected": "x"})
+    rows.append({"prompt": " ", "chosen": "a", "rejected": "b"})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(source, tmp_path):
+    def make(*overrides):
+        small = [
+            f"--data.source={source}", f"--store={tmp_path / 'store'}",
+            f"--runtime.work_dir={tmp_path / 'work'}",
+            f"--runtime.report_dir={tmp_path / 'reports'}",
+            "--base.architecture.hidden_size=16", "--base.architecture.layers=1",
+            "--base.architecture.heads=2", "--base.architecture.vocab_size=400",
+            "--ppo.total_episodes=16", "--ppo.chunk_size=8", "--ppo.mini_batch_size=8",
+            "--ppo.max_new_tokens=8", "--data.eval_fraction=0.3",
+        ]  # fmt: skip
+        return load_config("configs/preferences.yaml", [*small, *overrides]).config
+
+    return make
+
+
+def test_completes_and_tells_the_truth(config):
+    free = '[{"metric": "%s", "min": 0}]'
+    chosen = config(
+        "--gates.reward_model", free % "accuracy", "--gates.policy", free % "sampled.eos_rate"
+    )
+    state = pipeline(chosen, return_state=True)
+    assert state.is_completed(), state.message
+    run = state.result()
+    store = store_of(chosen)
+    summary = read_json(store.fetch(run.refs["prepare-data"]) / "summary.json")
+    assert summary["left_out"] == {"both replies are the same": 1, "prompt is empty or no text": 1}
+    found = read_json(store.fetch(run.refs["evaluate-reward-model"]) / "evaluation.json")
+    assert found["accuracy_low"] < found["accuracy"] < found["accuracy_high"]
+    assert found["baseline_longer"] == pytest.approx(0.7, abs=0.15)
+    assert "ceiling" not in found
+    page = run.report.read_text()
+    assert f"{100 * found['accuracy']:.1f}" in page
+    assert f"{100 * found['baseline_longer']:.1f}" in page
+
+
+def test_a_reward_model_no_better_than_length_is_rejected_when_asked(config):
+    rule = (
+        '[{"metric": "accuracy", "min": "baseline_longer"}, {"metric": "accuracy_low", "min": 0.9}]'
+    )
+    state = pipeline(config("--gates.reward_model", rule), return_state=True)
+    assert state.name == "GateRejected"
+    assert "accuracy_low" in state.message
+    run = state.result(raise_on_failure=False)
+    assert "train-policy" not in run.refs
+    assert run.report.is_file()

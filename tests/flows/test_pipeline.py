@@ -1,0 +1,147 @@
+"""The pipeline as a Prefect flow: what runs, what does not run twice, how it ends."""
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+from flows.pipeline import pipeline
+from rlhf.errors import GateRejected, StoreError
+from tasks import prefect_tasks
+from tasks.runner import store_of
+from tasks.stages import STAGES
+
+pytestmark = pytest.mark.prefect
+NAMES = list(STAGES)
+
+
+def run(config):
+    state = pipeline(config, return_state=True)
+    return state, state.result(raise_on_failure=False)
+
+
+def states(result):
+    return {row.name: row.state for row in result.rows}
+
+
+def test_runs_to_promotion_and_never_twice(tiny):
+    config = tiny()
+    state, first = run(config)
+    assert state.is_completed(), state.message
+    assert list(states(first).items()) == [(name, "Completed") for name in NAMES]
+    assert "Promoted" in first.report.read_text()
+    champion = store_of(config).latest("champion/default")
+    assert champion["policy"] == first.refs["train-policy"].digest
+
+    _, second = run(config)
+    assert set(states(second).values()) == {"Cached"}
+    assert second.refs == first.refs
+    assert second.report == first.report
+    assert len(store_of(config).history("champion/default")) == 1
+
+
+def test_a_changed_setting_reruns_its_stage_and_what_follows(tiny):
+    _, first = run(tiny())
+    _, second = run(tiny(ppo__kl_coef=0.3))
+    cached = [name for name, state in states(second).items() if state == "Cached"]
+    assert cached == NAMES[: NAMES.index("train-policy")]
+    assert second.refs["train-policy"] != first.refs["train-policy"]
+
+
+def test_a_deleted_artifact_is_made_again(tiny):
+    config = tiny()
+    _, first = run(config)
+    store_of(config).delete(first.refs["train-reward-model"])
+    _, second = run(config)
+    assert states(second)["train-reward-model"] == "Completed"
+    assert states(second)["train-sft"] == "Cached"
+    # Training is reproducible, so the same bytes come back and what follows stays valid.
+    assert second.refs["train-reward-model"] == first.refs["train-reward-model"]
+    assert states(second)["train-policy"] == "Cached"
+
+
+def test_a_lost_blob_is_noticed(tiny, tmp_path):
+    config = tiny()
+    _, first = run(config)
+    weights = next(
+        f for f in store_of(config).manifest(first.refs["train-policy"]).files
+        if f.path == "model.safetensors"
+    )  # fmt: skip
+    (tmp_path / "store/blobs/sha256" / weights.sha256[:2] / weights.sha256).unlink()
+    _, second = run(config)
+    assert states(second)["train-policy"] == "Completed"
+
+
+@pytest.mark.parametrize("gate", ["reward_model", "policy"])
+def test_a_rejection_ends_as_rejected_with_its_reason(tiny, gate):
+    metric = {"reward_model": "accuracy", "policy": "sampled.win_rate"}[gate]
+    config = tiny(**{f"gates__{gate}": [{"metric": metric, "min": 1.01}]})
+    state, result = run(config)
+    assert state.is_failed()
+    assert state.name == "GateRejected"
+    assert metric in state.message
+    assert "1.01" in state.message
+    name = f"gate-{gate.replace('_', '-')}"
+    after = NAMES[NAMES.index(name) + 1 :]
+    assert states(result)[name] == "GateRejected"
+    assert all(states(result)[later] == "NotRun" for later in after)
+    assert store_of(config).latest("champion/default") is None
+    page = result.report.read_text()
+    assert "1.01" in page
+    assert "Rejected" in page or "rejected" in page
+    # The verdict was published before anything was raised.
+    kinds = [a.ref.kind for a in store_of(config).list()]
+    assert kinds.count("verdict") == (1 if gate == "reward_model" else 2)
+
+
+def test_a_rejection_is_not_retried_and_says_the_same_again(tiny):
+    config = tiny(gates__reward_model=[{"metric": "accuracy", "min": 1.01}])
+    for _ in range(2):
+        _, result = run(config)
+        assert isinstance(result.error, GateRejected)
+    assert task_run_counts(config, "gate-reward-model") == [1, 1]
+
+
+def test_a_store_error_is_retried_and_a_bad_value_is_not(tiny, monkeypatch):
+    real, calls = prefect_tasks.run_stage, []
+
+    def flaky(stage, *args, **kwargs):
+        calls.append(stage.name)
+        if stage.name == "train-sft" and calls.count("train-sft") < 3:
+            raise StoreError("s3://x: the server answered 503; try again later")
+        if stage.name == "train-reward-model":
+            raise ValueError("a bug, not a fault")
+        return real(stage, *args, **kwargs)
+
+    monkeypatch.setattr(prefect_tasks, "run_stage", flaky)
+    state, result = run(tiny())
+    assert calls.count("train-sft") == 3
+    assert calls.count("train-reward-model") == 1
+    assert state.is_failed()
+    assert state.name == "Failed"
+    assert "a bug, not a fault" in state.message
+    assert result.outcome == "Failed"
+
+
+def test_prefect_shows_stages_states_and_results(tiny):
+    config = tiny()
+    run(config)
+    state, _ = run(config)
+    flow_run_id = state.state_details.flow_run_id
+    with get_client(sync_client=True) as client:
+        task_runs = client.read_task_runs()
+        mine = {t.name: t.state.name for t in task_runs if t.flow_run_id == flow_run_id}
+        artifacts = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        )
+        flow_run = client.read_flow_run(flow_run_id)
+    assert mine == dict.fromkeys(NAMES, "Cached")
+    keys = {a.key for a in artifacts}
+    assert {f"{name}-result" for name in NAMES} <= keys
+    assert {"samples", "gate-policy-verdict"} <= keys
+    assert flow_run.name.startswith("tiny-")
+
+
+def task_run_counts(config, name):
+    with get_client(sync_client=True) as client:
+        task_runs = client.read_task_runs(limit=100)
+    return [t.run_count for t in task_runs if t.name == name][:2]

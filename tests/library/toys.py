@@ -1,0 +1,92 @@
+"""A toy task that one thread learns in a second: good replies say "good", bad ones say "bad"."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlhf.config import (
+    ArchitectureConfig,
+    BaseModelConfig,
+    PPOConfig,
+    RewardModelConfig,
+    RuntimeConfig,
+    SFTConfig,
+)
+from rlhf.data.rows import (
+    DEMONSTRATIONS,
+    PAIRS_EVAL,
+    PAIRS_TRAIN,
+    PROMPTS_EVAL,
+    PROMPTS_TRAIN,
+    Demonstration,
+    Pair,
+    PromptRow,
+    write_rows,
+)
+
+RUNTIME = RuntimeConfig(device="cpu", threads=1)
+ARCHITECTURE = ArchitectureConfig(
+    hidden_size=16, layers=1, heads=2, intermediate_size=32, vocab_size=300, context=64
+)
+BASE = BaseModelConfig(architecture=ARCHITECTURE)
+SFT = SFTConfig(epochs=3, batch_size=16, learning_rate=2e-2, max_length=48)
+REWARD = RewardModelConfig(
+    epochs=2, batch_size=16, learning_rate=2e-2, max_length=48, pooling="sum"
+)
+PPO = PPOConfig(
+    total_episodes=64,
+    chunk_size=16,
+    mini_batch_size=8,
+    num_ppo_epochs=2,
+    learning_rate=5e-3,
+    kl_coef=0.05,
+    max_new_tokens=6,
+    top_k=0,
+    checkpoint_every=1,
+)
+ASKED = ["tea", "cup", "jar", "pot", "mug"]
+
+
+def replies(rng: random.Random) -> tuple[str, str]:
+    """A good and a bad reply of the same length."""
+    n = rng.randint(1, 2)
+    return " ".join(["good"] * n), " ".join(["bad"] * n)
+
+
+def write_data(folder: Path, pairs: int = 96, seed: int = 0) -> Path:
+    """A dataset folder as `prepare_data` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    prompts = [f"{a} or {b}?" for a, b in itertools.permutations(ASKED, 2)]
+    demonstrations, train, held_out = [], [], []
+    for _ in range(pairs):
+        prompt = rng.choice(prompts)
+        good, bad = replies(rng)
+        demonstrations.append(Demonstration(prompt, rng.choice([good, bad])))
+        train.append(Pair(prompt, good, bad))
+    for i in range(24):
+        held_out.append(Pair(rng.choice(prompts), *replies(rng), group="even" if i % 2 else "odd"))
+    write_rows(folder / DEMONSTRATIONS, demonstrations)
+    write_rows(folder / PAIRS_TRAIN, train)
+    write_rows(folder / PAIRS_EVAL, held_out)
+    write_rows(folder / PROMPTS_TRAIN, [PromptRow(p) for p in prompts])
+    write_rows(
+        folder / PROMPTS_EVAL,
+        [PromptRow(f"{p} why", "tea" if "tea" in p else None) for p in prompts],
+    )
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a saved model."""
+    return load_file(folder / "model.safetensors")
+
+
+def changed(config: object, **values: object) -> object:
+    """The same section with other values."""
+    return type(config)(**{**config.model_dump(), **values})
