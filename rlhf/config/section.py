@@ -1,6 +1,14 @@
 """The base of every configuration section."""
 
-from pydantic import BaseModel, ConfigDict
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+def kinds(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type there is."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 class Section(BaseModel):
@@ -10,6 +18,16 @@ class Section(BaseModel):
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
+        hide_input_in_errors=True,  # a value in the wrong place may be a secret
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, which pydantic would take for the number 1."""
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and bool not in kinds(field.annotation):
+            raise ValueError(f"is {str(value).lower()}; give a number or text of its own")
+        return value

@@ -1,0 +1,94 @@
+"""The quickstart's promises, measured: `python -m benchmarks.quickstart_seeds [--seeds 0 1 2]`.
+
+Runs the whole quickstart for each seed from nothing, in a process of its own, and prints a table of
+what issue and README promise beside the bars. Figures go by hand into RESULTS.md, good or bad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rlhf.config import load_config
+from rlhf.stage import read_json
+from tasks.runner import fingerprint, recorded_ref, store_of
+from tasks.stages import STAGES
+
+PRESET = "configs/quickstart.yaml"
+
+
+def measure(seed: int, overrides: list[str]) -> dict[str, float]:
+    """Run one seed and read its evaluations from the store."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [
+            f"--seed={seed}", f"--store={folder}/store", f"--runtime.work_dir={folder}/work",
+            f"--runtime.report_dir={folder}/reports", *overrides,
+        ]  # fmt: skip
+        started = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-m", "flows.cli", "run", PRESET, *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        seconds = time.monotonic() - started
+        config = load_config(PRESET, arguments).config
+        store, refs = store_of(config), {}
+        for stage in STAGES.values():
+            inputs = {role: refs[producer] for role, producer in stage.inputs.items()}
+            ref = recorded_ref(store, stage, fingerprint(stage, config, inputs))
+            assert ref is not None, f"{stage.name} left no record"
+            refs[stage.name] = ref
+        reward = read_json(store.fetch(refs["evaluate-reward-model"]) / "evaluation.json")
+        policy = read_json(store.fetch(refs["evaluate-policy"]) / "evaluation.json")
+    groups = {
+        f"{name} {group}": part
+        for group in ("seen-template", "new-template")
+        for name, part in (
+            ("reward", reward["by_group"][group]),
+            ("sampled", policy["sampled"]["by_group"][group]),
+            ("greedy", policy["greedy"]["by_group"][group]),
+        )
+    }
+    sampled, greedy = policy["sampled"], policy["greedy"]
+    return {
+        "seconds, whole command": seconds,
+        "reward model accuracy": reward["accuracy"],
+        "ceiling": reward["ceiling"],
+        "share of the way (≥ 0.60, aim 0.75)": reward["share_of_ceiling"],
+        "  seen templates": groups["reward seen-template"]["share_of_ceiling"],
+        "  new templates": groups["reward new-template"]["share_of_ceiling"],
+        "gold before, T=1": sampled["gold_before"],
+        "gold after, T=1": sampled["gold_after"],
+        "strict wins on gold, T=1 (≥ 0.80)": sampled["gold_strict_win_rate"],
+        "  seen templates, T=1": groups["sampled seen-template"]["gold_strict_win_rate"],
+        "  new templates, T=1": groups["sampled new-template"]["gold_strict_win_rate"],
+        "strict wins on gold, greedy (≥ 0.90)": greedy["gold_strict_win_rate"],
+        "  seen templates, greedy": groups["greedy seen-template"]["gold_strict_win_rate"],
+        "  new templates, greedy": groups["greedy new-template"]["gold_strict_win_rate"],
+        "KL per reply in nats, T=1 (≤ 8)": sampled["kl"],
+        "ended by EOS, T=1 (≥ 0.97)": sampled["eos_rate"],
+        "tokens before → after, before": sampled["tokens_before"],
+        "tokens before → after, after": sampled["tokens_after"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    known, overrides = parser.parse_known_args()
+    results = []
+    for seed in known.seeds:
+        results.append(measure(seed, overrides))
+        print(f"seed {seed} done in {results[-1]['seconds, whole command']:.0f} s", flush=True)
+    print("\n| | " + " | ".join(f"seed {s}" for s in known.seeds) + " |")
+    print("|---|" + "---|" * len(results))
+    for name in results[0]:
+        print(f"| {name} | " + " | ".join(f"{r[name]:.3f}" for r in results) + " |")
+
+
+if __name__ == "__main__":
+    main()
