@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from rlhf.config import load_config
 from rlhf.stage import read_json

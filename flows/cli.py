@@ -51,7 +51,9 @@ def main() -> None:
 
 def fail(error: BaseException) -> int:
     """Print one line that says what is wrong, and return the exit code that goes with it."""
-    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    line = " ".join(str(error).split())
+    errors = Console(stderr=True)
+    errors.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if isinstance(error, GateRejected):
         return REJECTED
     return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN

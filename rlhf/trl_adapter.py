@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,10 @@ def quiet_trainer() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # TRL's own default for gradient_checkpointing is what transformers warns of.
+            warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         logger.setLevel(level)

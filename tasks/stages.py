@@ -183,7 +183,8 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "train-reward-model", "reward-model", {"data": "prepare-data", "sft": "train-sft"},
-            lambda c: {"reward_model": c.reward_model.model_dump(exclude={"base"})}, _train_reward_model,
+            lambda c: {"reward_model": c.reward_model.model_dump(exclude={"base"})},
+            _train_reward_model,
             (("loss", "loss {:.3f}"),),
         ),
         Stage(

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_origin
 import yaml
 
 from rlhf.config.explain import cure, one_line, shown_value
-from rlhf.config.fields import Tree, canonical, field_kinds
+from rlhf.config.fields import Tree, canonical, field_kinds, whole
 from rlhf.errors import ConfigError
 
 FORM = "write overrides as --section.field=value"
@@ -30,7 +30,7 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
         key = canonical(name)
         types = field_kinds(key)
         if types is None:
-            raise _wrong(f"{name} is not a field of the configuration; {cure(name)}")
+            raise _unknown(name)
         for other in given:
             if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
                 twice = key if key == other else f"{other} and {key}"
@@ -48,16 +48,14 @@ def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
-        if not token.startswith("--"):
-            raise _wrong(f"{shown_value(token)} is not an override; {FORM}")
         name, equals, value = token[2:].partition("=")
+        if not token.startswith("--") or not name:
+            raise _wrong(f"{shown_value(token)} is not an override; {FORM}")
         name = name.replace("-", "_")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                # A field that does not exist has no value to miss.
-                missing = f"{name} has no value; {FORM}"
-                known = field_kinds(canonical(name))
-                raise _wrong(missing if known else f"{name} is not a field; {cure(name)}")
+                known = field_kinds(canonical(name)) is not None
+                raise _wrong(f"{name} has no value; {FORM}") if known else _unknown(name)
             value = rest.pop(0)
         yield name, value
 
@@ -67,9 +65,18 @@ def _value(text: str, types: tuple[Any, ...]) -> Any:
         return text
     try:
         # YAML's brackets are JSON's, with fewer quotes to escape from the shell.
-        return yaml.safe_load(text) if text[:1] in ("[", "{") else json.loads(text)
+        value = yaml.safe_load(text) if text[:1] in ("[", "{") else json.loads(text)
     except (ValueError, yaml.YAMLError, RecursionError):
         return text
+    # Only where a field may be null is null a value: see `resolve_none`.
+    return text if value is None else value
+
+
+def _unknown(name: str) -> ConfigError:
+    above = whole(name)
+    if above:
+        return _wrong(f"{name}: {above} has no fields of its own; write --{above}=value")
+    return _wrong(f"{name} is not a field of the configuration; {cure(name)}")
 
 
 def _wrong(text: str) -> ConfigError:

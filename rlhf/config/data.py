@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlhf.config.section import Section
 
@@ -27,7 +27,7 @@ class WorldConfig(Section):
 class DataConfig(Section):
     """Where the data comes from and how it is split."""
 
-    source: str = "world"
+    source: str = Field(default="world", min_length=1)
     """`world`, or a CSV, JSONL, JSON or Parquet file (also .gz), a folder of them, an s3:// URI,
     or a hub dataset id; rows need `prompt`, `chosen` and `rejected`."""
     world: WorldConfig = WorldConfig()
@@ -48,3 +48,21 @@ class DataConfig(Section):
     """Pairs whose prompt is longer are left out and counted."""
     max_reply_chars: int = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""
+
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, value: str) -> str:
+        scheme, separator, rest = value.partition("://")
+        if not separator:
+            return value
+        place = rest.partition("/")[0]
+        if "@" in place:
+            # The value itself must not be repeated: it may hold a password.
+            raise ValueError("holds user info; give credentials by the AWS chain instead")
+        if scheme not in ("file", "s3"):
+            raise ValueError(
+                f"scheme {scheme!r} is not supported; download the data, or use s3:// or a hub id"
+            )
+        if bool(place) is not (scheme == "s3"):
+            raise ValueError("is no full URI; write s3://bucket/key or file:///folder")
+        return value

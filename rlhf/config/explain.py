@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,6 +19,7 @@ WORDING = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a whole number, and not so long",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
     "finite_number": "must be a finite number",
@@ -37,7 +38,9 @@ WORDING = {
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     """The first problem of a configuration whose values came from `sources`."""
-    first = error.errors()[0]
+    errors = error.errors()
+    # A misspelt field that must be there gives two errors, and this one names the cure.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # A field that may be a number or text reports the type it tried as if it were a field.
     parts = [str(part) for part in first["loc"] if part not in ("float", "str", "[key]")]
     field, kind = ".".join(parts), first["type"]
@@ -49,8 +52,12 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         text = f"{field}: {text}" if field else text
     else:
         text = first["msg"].replace("Input should", "must")
-        text = WORDING.get(kind, text).format_map(cast("dict[str, Any]", first.get("ctx", {})))
-        shown = "" if kind == "missing" else f" = {shown_value(first['input'])}"
+        bounds = {
+            k: f"{v:.12g}" if isinstance(v, float) else v for k, v in first.get("ctx", {}).items()
+        }
+        text = WORDING.get(kind, text).format_map(bounds)
+        valued = kind not in ("missing", "invalid_key")
+        shown = f" = {shown_value(first['input'])}" if valued else ""
         text = f"{field}{shown}: {text}"
     return one_line(text + _origin(field, text, sources))
 
@@ -73,7 +80,7 @@ def one_line(text: str) -> str:
 
 
 def _origin(field: str, text: str, sources: Mapping[str, str]) -> str:
-    """` (from quickstart.yaml)`; of a rule on several fields, where the fields it names are from."""
+    """` (from quickstart.yaml)`; for a rule on several fields, where the ones it names are from."""
     below = [k for k in sources if not field or f"{k}.".startswith(f"{field}.")]
     # An item of a list has no origin of its own.
     below = below or [k for k in sources if field.startswith(f"{k}.")]

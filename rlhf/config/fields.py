@@ -32,11 +32,13 @@ def canonical(key: str) -> str:
 
 def without_aliases(tree: Tree) -> Tree:
     """A preset with every `rl_` name moved to its field; two values for one field are an error."""
-    ppo = tree.get("ppo")
-    section = cast("Tree", ppo) if isinstance(ppo, dict) else {}
-    given = [*section.items(), *((k, v) for k, v in tree.items() if k in ALIASES)]
-    if not any(key in ALIASES for key, _ in given) or (ppo is not None and not section and ppo):
-        return tree
+    section: Any = tree.get("ppo") or {}
+    if not isinstance(section, dict):
+        return tree  # validation says what is wrong with it
+    given = [
+        *cast("Tree", section).items(),
+        *((key, value) for key, value in tree.items() if key in ALIASES),
+    ]
     renamed: Tree = {}
     for key, value in given:
         name = ALIASES.get(key, key)
@@ -46,7 +48,17 @@ def without_aliases(tree: Tree) -> Tree:
                 f"{value!r}; keep one"
             )
         renamed[name] = value
-    return {k: v for k, v in tree.items() if k not in ALIASES} | {"ppo": renamed}
+    rest = {k: v for k, v in tree.items() if k not in ALIASES and k != "ppo"}
+    return {**rest, "ppo": renamed} if renamed else rest
+
+
+def whole(key: str) -> str | None:
+    """The field, itself no section, that a dotted name reaches into: `gates.policy` or None."""
+    above = key.rpartition(".")[0]
+    types = field_kinds(above) if above else ()
+    if types is None:
+        return whole(above)
+    return above if types and not _section(types) else None
 
 
 def field_kinds(key: str) -> tuple[Any, ...] | None:
@@ -62,10 +74,12 @@ def field_kinds(key: str) -> tuple[Any, ...] | None:
 
 def nearest(key: str) -> str | None:
     """The field whose name is most like this one's."""
-    names = [*_names(PipelineConfig), *ALIASES]
+    names = list(_names(PipelineConfig))
     # The place in a list is no part of a name: gates.policy.0.metric is gates.policy.metric.
     wanted = ".".join(part for part in key.split(".") if not part.isdigit())
-    return next(iter(difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)), None)
+    same_end = [name for name in names if name.endswith(f".{wanted}")]
+    close = difflib.get_close_matches(wanted, [*names, *ALIASES], n=1, cutoff=0.6)
+    return next(iter((*same_end, *close)), None)
 
 
 def resolve_none(tree: Tree, model: Model = PipelineConfig) -> Tree:

@@ -76,7 +76,7 @@ def read_preset(path: Path) -> Tree:
         raise ConfigError(
             one_line(f"{where}: can't be read ({error.strerror}); check the file and its rights")
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
             one_line(f"{where}: not valid YAML ({_reason(error)}); mend it there")
         ) from None

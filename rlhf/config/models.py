@@ -51,7 +51,7 @@ class LoraConfig(Section):
 class BaseModelConfig(Section):
     """The model that everything starts from."""
 
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
     """A hub id, a local folder or an artifact (`artifact:<digest>`); none trains from scratch."""
     revision: str | None = None
     """Hub revision to pin; only with a hub id."""
@@ -111,7 +111,7 @@ class SFTConfig(TrainingSection):
 class RewardModelConfig(TrainingSection):
     """A Bradley–Terry reward model: one scalar per (prompt, reply)."""
 
-    base: str | None = None
+    base: str | None = Field(default=None, min_length=1)
     """Hub id, local folder or artifact to start from; none starts from the SFT policy."""
     pooling: Literal["last", "sum"] = "last"
     """Score of the last token (the field's standard), or a linear head summed over the reply's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,33 +19,43 @@ from rlhf.config.ppo import PPOConfig
 from rlhf.config.section import Section
 
 
+def _uri(value: str) -> SplitResult:
+    """Split a URI; what is wrong is said without repeating it, for it may hold a password."""
+    try:
+        parts = urlsplit(value)
+    except ValueError:
+        raise ValueError("is no valid URI; mend its brackets") from None
+    if "@" in parts.netloc:
+        raise ValueError("holds user info; give credentials by the AWS chain instead")
+    return parts
+
+
 class StoreConfig(Section):
     """S3 options that the standard AWS chain does not carry; credentials never stand here."""
 
-    endpoint_url: str | None = None
+    endpoint_url: str | None = Field(default=None, min_length=1)
     """Endpoint of an S3-compatible server; none uses the AWS chain's."""
-    region: str | None = None
+    region: str | None = Field(default=None, min_length=1)
     """Region; none uses the AWS chain's."""
-    profile: str | None = None
+    profile: str | None = Field(default=None, min_length=1)
     """Named profile of the AWS configuration files."""
-    ca_bundle: str | None = None
+    ca_bundle: str | None = Field(default=None, min_length=1)
     """Certificate file to trust, for a server with a certificate of its own."""
 
     @field_validator("endpoint_url")
     @classmethod
     def _no_userinfo(cls, value: str | None) -> str | None:
-        if value and "@" in urlsplit(value).netloc:
-            # As above: the value may hold a password.
-            raise ValueError("holds user info; give credentials by the AWS chain instead")
+        if value:
+            _uri(value)
         return value
 
 
 class RuntimeConfig(Section):
     """Where a stage runs: changes speed, never what is learnt, so no part of a fingerprint."""
 
-    work_dir: str = ".rlhf/work"
+    work_dir: str = Field(default=".rlhf/work", min_length=1)
     """Local folder for checkpoints and the artifact cache; safe to delete."""
-    report_dir: str = ".rlhf/reports"
+    report_dir: str = Field(default=".rlhf/reports", min_length=1)
     """Local folder for the HTML reports."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on; auto takes an accelerator if there is one."""
@@ -78,7 +88,7 @@ class PipelineConfig(Section):
     """Name shown in run names and reports."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seeds data, initial weights, shuffling and sampling."""
-    store: str = ".rlhf/store"
+    store: str = Field(default=".rlhf/store", min_length=1)
     """`file:///folder`, a plain folder, or `s3://bucket/prefix`."""
     store_options: StoreConfig = StoreConfig()
     """S3 endpoint, region, profile."""
@@ -106,10 +116,7 @@ class PipelineConfig(Section):
     @field_validator("store")
     @classmethod
     def _known_store(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if "@" in parts.netloc:
-            # The value itself must not be repeated: it may hold a password.
-            raise ValueError("holds user info; give credentials by the AWS chain instead")
+        parts = _uri(value)
         if parts.scheme not in ("", "file", "s3"):
             raise ValueError(f"scheme {parts.scheme!r} is not supported; use file:// or s3://")
         if parts.scheme == "s3" and not parts.netloc:

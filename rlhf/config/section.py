@@ -29,5 +29,5 @@ class Section(BaseModel):
         """YAML reads `yes` and `on` as true, which pydantic would take for the number 1."""
         field = cls.model_fields[str(info.field_name)]
         if isinstance(value, bool) and bool not in kinds(field.annotation):
-            raise ValueError(f"is {str(value).lower()}; give a number or text of its own")
+            raise ValueError(f"must not be {str(value).lower()}; write a number or text")
         return value

@@ -4,161 +4,259 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.errors import ConfigError, DataError
+from rlhf.data.readers import READERS, MalformedError, Row, Table, ending, read_file
+from rlhf.errors import ConfigError, DataError, StoreError
 
-#: Endings that can be read, with or without .gz, and the reader of the datasets library for them.
-READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+if TYPE_CHECKING:
+    from rlhf.store.s3 import S3Backend
+
+#: What is fetched of a hub dataset: its data, and the card that says which file is which split.
+HUB_FILES = ["README.md", *(f"*{end}{gz}" for end in READERS for gz in ("", ".gz"))]
+#: Seconds for one answer of the hub, or of a server that is asked before a run.
+PATIENCE = 10
 
 
 def source_digest(config: DataConfig, options: StoreConfig) -> str:
     """Identity of the source's content: the same data gives the same digest, changed data another.
 
-    Files are hashed, S3 objects identified by their entity tags, hub datasets by their commit;
+    Files are hashed, S3 objects identified by entity tag and size, hub datasets by their commit;
     the world follows from the seed and the code.
 
     Raises:
-        ConfigError: The source does not exist or can't be reached.
+        ConfigError: The source does not exist.
+        StoreError: The S3 server can't be reached.
     """
-    if config.source == "world":
+    source = config.source
+    if source == "world":
         return "world"
-    if config.source.startswith("s3://"):
-        identity = repr([(key, tag) for key, tag in _s3_objects(config.source, options)])
-        return hashlib.sha256(identity.encode()).hexdigest()
-    if _looks_local(config.source):
-        digest = hashlib.sha256()
-        for path in _local_files(config.source):
-            digest.update(path.name.encode() + b"\0")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
-    return _hub_commit(config.source)
+    if source.startswith("s3://"):
+        with _bucket(source, options) as (bucket, key):
+            found = _objects(source, bucket.hurried(PATIENCE), key)
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+    if not _is_local(source):
+        return _hub_commit(source)
+    digest = hashlib.sha256()
+    for name, path in _local_files(source):
+        digest.update(name.encode() + b"\0")
+        with _readable(source), path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
-def read_source(config: DataConfig, options: StoreConfig) -> list[dict[str, Any]]:
-    """All rows of the source, as dictionaries with at least the three columns.
+def source_name(source: str) -> str:
+    """How a summary calls the source: without the folder it lies in on this machine."""
+    return _local_path(source).name if _is_local(source) else source
+
+
+def read_source(config: DataConfig, options: StoreConfig) -> list[Row]:
+    """All rows of the source, with the three columns as far as a row has them.
 
     Raises:
-        ConfigError: The source does not exist, can't be parsed, or lacks a column.
-        DataError: It has no rows.
+        ConfigError: The source does not exist, or lacks a column.
+        DataError: It has no rows, or can't be parsed.
+        StoreError: The S3 server can't be reached.
     """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            with _files(config.source, options, Path(scratch)) as files:
-                if files:
-                    kind = READERS[_ending(files[0])]
-                    names = [str(f) for f in files]
-                    loaded = datasets.load_dataset(
-                        kind, data_files=names, split="train", cache_dir=f"{scratch}/cache"
-                    )
-                else:
-                    loaded = datasets.load_dataset(
-                        config.source, split=config.hub_split, cache_dir=f"{scratch}/cache"
-                    )
-        except DatasetGenerationError as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:200]
-            raise ConfigError(
-                f"data.source = {config.source!r}: can't be parsed ({reason}); mend the file"
-            ) from error
-        columns = list(loaded.column_names or [])
-        rows = list(loaded)
+    source = config.source
+    if not source.startswith("s3://") and not _is_local(source):
+        rows = _checked(_read_hub(config), config, source)
+    else:
+        with _copies(source, options) as files:
+            rows = [row for name, path in files for row in _read(name, path, config)]
     if not rows:
-        raise DataError(f"data.source = {config.source!r}: holds no rows; give a file with pairs")
+        raise DataError(f"data.source = {source!r}: holds no rows; give a file with pairs")
+    return rows
+
+
+def _read(name: str, path: Path, config: DataConfig) -> list[Row]:
+    try:
+        with _readable(config.source):
+            table = read_file(path, _columns(config))
+    except MalformedError as error:
+        raise DataError(
+            f"data.source = {config.source!r}: can't be parsed ({name}: {_short(error)}); "
+            "mend the file"
+        ) from None
+    return _checked(table, config, name)
+
+
+def _checked(table: Table, config: DataConfig, name: str) -> list[Row]:
+    """The rows of a table that has the columns; without any column it is just empty."""
+    names, rows = table
     for field in ("prompt_column", "chosen_column", "rejected_column"):
-        name = getattr(config, field)
-        if name not in columns:
+        column = getattr(config, field)
+        if names and column not in names:
             raise ConfigError(
-                f"data.{field} = {name!r}: not a column of {config.source!r}, which has "
-                f"{', '.join(columns)}; set data.{field} to one of these"
+                f"data.{field} = {column!r}: not a column of {name!r}, which has "
+                f"{_short(', '.join(map(str, names)))}; set data.{field} to one of these"
             )
-    return rows  # pyright: ignore[reportReturnType]
+    return rows
+
+
+def _columns(config: DataConfig) -> list[str]:
+    return [config.prompt_column, config.chosen_column, config.rejected_column]
 
 
 @contextmanager
-def _files(source: str, options: StoreConfig, scratch: Path) -> Iterator[list[Path]]:
-    """Local copies of the source's files; none for a hub dataset."""
-    if source.startswith("s3://"):
-        yield _download(source, options, scratch)
-    elif _looks_local(source):
+def _copies(source: str, options: StoreConfig) -> Iterator[list[tuple[str, Path]]]:
+    """Name and path of each of the source's files, fetched into a scratch folder if need be."""
+    if not source.startswith("s3://"):
         yield _local_files(source)
-    else:
-        yield []
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        files: list[tuple[str, Path]] = []
+        with _bucket(source, options) as (bucket, key):
+            for name, _, _ in _objects(source, bucket, key):
+                path = Path(scratch, f"{len(files)}-{Path(name).name}")
+                bucket.get_file(name, path)
+                files.append((name, path))
+        yield files
 
 
-def _looks_local(source: str) -> bool:
+def _is_local(source: str) -> bool:
     """A path that exists or is written like one; else it is a hub id (`owner/name`)."""
-    path = Path(source)
-    written_as_path = source.startswith((".", "/", "~", "file:")) or _ending(path) in READERS
-    return path.exists() or written_as_path or source.count("/") != 1
+    written_as_path = source.startswith((".", "/", "~", "file:")) or ending(source) in READERS
+    return written_as_path or source.count("/") != 1 or _exists(Path(source))
 
 
-def _local_files(source: str) -> list[Path]:
-    path = Path(source.removeprefix("file://")).expanduser()
-    if not path.exists():
+def _local_path(source: str) -> Path:
+    path = Path(unquote(source[7:]) if source.startswith("file://") else source)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~name of a user that there is not
+        return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, or one with a null in it
+        return False
+
+
+def _local_files(source: str) -> list[tuple[str, Path]]:
+    path = _local_path(source)
+    if not _exists(path):
         raise ConfigError(
             f"data.source = {source!r}: no such file or folder; give an existing path, an s3:// "
             "URI or a hub dataset id"
         )
-    files = sorted(p for p in path.rglob("*") if _ending(p) in READERS) if path.is_dir() else [path]
-    endings = {_ending(f) for f in files}
-    if not files or not endings <= READERS.keys():
+    with _readable(source):
+        below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    found = {p.relative_to(path).as_posix(): p for p in below}
+    if path.is_file():
+        found = {path.name: path}
+    return [(name, found[name]) for name in _one_format(source, list(found))]
+
+
+def _one_format(source: str, names: Sequence[str]) -> list[str]:
+    """Those of the files that can be read, which must all be of one format; hidden ones are not."""
+    named = {n: ending(n) for n in names if len(names) == 1 or "/." not in f"/{n}"}
+    formats = {end for end in named.values() if end in READERS}
+    if not formats:
         raise ConfigError(
             f"data.source = {source!r}: holds no file that can be read; use "
             f"{', '.join(READERS)} (also .gz)"
         )
-    if len({READERS[e] for e in endings}) > 1:
+    if len(formats) > 1:
         raise ConfigError(
-            f"data.source = {source!r}: mixes {', '.join(sorted(endings))}; keep one format"
+            f"data.source = {source!r}: mixes {', '.join(sorted(formats))}; keep one format"
         )
-    return files
+    return sorted(name for name, end in named.items() if end in READERS)
 
 
-def _ending(path: Path) -> str:
-    suffixes = path.suffixes
-    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else path.suffix
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"data.source = {source!r}: can't be read ({error.strerror}); check the file and its "
+            "rights"
+        ) from None
+
+
+@contextmanager
+def _bucket(source: str, options: StoreConfig) -> Iterator[tuple[S3Backend, str]]:
+    """The bucket of an s3:// URI and the key in it; errors in using it name `data.source`."""
+    from rlhf.store.s3 import S3Backend
+
+    name, _, key = source.removeprefix("s3://").partition("/")
+    uri = f"s3://{name}"
+    try:
+        yield S3Backend(uri, options), key
+    except StoreError as error:
+        reason = str(error).removeprefix(f"{uri}: ")
+        raise type(error)(f"data.source = {source!r}: {reason}") from None
+
+
+def _objects(source: str, bucket: S3Backend, key: str) -> list[tuple[str, str, int]]:
+    """(key, entity tag, size) of the object of this key, or of all in the folder of this name."""
+    folder = f"{key.rstrip('/')}/" if key else ""
+    found = {k: v for k, v in bucket.objects(key).items() if k == key or k.startswith(folder)}
+    if not found:
+        raise ConfigError(
+            f"data.source = {source!r}: bucket {bucket.bucket!r} holds no object of this name, "
+            "and none under it; correct the key"
+        )
+    # Hidden is what lies hidden below the folder, not what the folder is called.
+    below = {k.removeprefix(folder): k for k in found}
+    return [(below[name], *found[below[name]]) for name in _one_format(source, list(below))]
 
 
 def _hub_commit(source: str) -> str:
     from huggingface_hub import dataset_info
 
     try:
-        return dataset_info(source).sha or "unknown"
+        return dataset_info(source, timeout=PATIENCE).sha or "unknown"
     # Every failure of the network ends here, under many classes; all mean the same to a user.
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
         raise ConfigError(
             f"data.source = {source!r}: no such path here, and the hub can't tell of a dataset by "
-            f"that name ({reason}); give an existing path or a hub dataset id"
-        ) from error
+            f"that name ({type(error).__name__}: {_short(error)}); give an existing path or a hub "
+            "dataset id"
+        ) from None
 
 
-def _s3_objects(source: str, options: StoreConfig) -> list[tuple[str, str]]:
-    """(key, entity tag) of every readable object at or under an s3:// URI."""
-    from rlhf.store.s3 import list_objects
+def _read_hub(config: DataConfig) -> Table:
+    """Fetch a hub dataset into a scratch folder, at one commit, and read the split."""
+    import datasets
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
-    found = [(k, tag) for k, tag in list_objects(source, options) if _ending(Path(k)) in READERS]
-    if not found:
-        raise ConfigError(
-            f"data.source = {source!r}: no object there can be read; use {', '.join(READERS)} "
-            "(also .gz)"
-        )
-    return found
+    commit = _hub_commit(config.source)
+    disable_progress_bars()
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            # `load_dataset` by id would keep a copy in the user's cache, whatever it is told.
+            folder = snapshot_download(
+                config.source,
+                repo_type="dataset",
+                revision=commit,
+                cache_dir=f"{scratch}/hub",
+                allow_patterns=HUB_FILES,
+            )
+            loaded = datasets.load_dataset(
+                folder, split=config.hub_split, cache_dir=f"{scratch}/datasets"
+            )
+            names = list(loaded.column_names)
+            wanted = [name for name in _columns(config) if name in names]
+            return names, loaded.select_columns(wanted).to_list()
+        # The libraries raise anything, from a broken connection to a split that there is not.
+        except Exception as error:
+            raise ConfigError(
+                f"data.source = {config.source!r}, data.hub_split = {config.hub_split!r}: can't be "
+                f"read from the hub ({type(error).__name__}: {_short(error)}); check both"
+            ) from None
 
 
-def _download(source: str, options: StoreConfig, scratch: Path) -> list[Path]:
-    from rlhf.store.s3 import download
-
-    paths = []
-    for index, (key, _) in enumerate(_s3_objects(source, options)):
-        path = scratch / f"{index:06d}-{Path(key).name}"
-        download(source, key, path, options)
-        paths.append(path)
-    return paths
+def _short(reason: object) -> str:
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 200 else f"{text[:199]}…"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -98,7 +101,7 @@ def generate(
         **arguments,
     )
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _only_config(policy, config):
         torch.manual_seed(seed)
         full = policy.generate(input_ids=ids, attention_mask=attention, generation_config=config)
     reply = full[:, ids.shape[1] :]
@@ -106,6 +109,17 @@ def generate(
     ended_before = is_end.cumsum(1) - is_end.int() > 0
     mask = ~ended_before
     return Replies(full, torch.cat([attention, mask.long()], 1), mask, is_end.any(1))
+
+
+@contextmanager
+def _only_config(policy: Any, config: GenerationConfig) -> Iterator[None]:
+    """Keep the defaults that a hub model brings (a repetition penalty, say) out of the draw."""
+    model = policy.get_base_model() if isinstance(policy, peft.PeftModel) else policy
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:

@@ -180,12 +180,16 @@ class S3Backend:
 
     def list(self, prefix: str) -> list[str]:
         """All pages."""
+        return sorted(self.objects(prefix))
+
+    def objects(self, prefix: str) -> dict[str, tuple[str, int]]:
+        """Entity tag and size of every key."""
         with self._translated("list", prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._prefix + prefix
             )
-            keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
-        return sorted(key.removeprefix(self._prefix) for key in keys)
+            items = [item for page in pages for item in page.get("Contents", ())]
+        return {i["Key"].removeprefix(self._prefix): (i["ETag"], i["Size"]) for i in items}
 
     def delete(self, key: str) -> None:
         """S3 does not mind an absent object."""
@@ -232,7 +236,7 @@ class S3Backend:
         what = f"{self.uri}: can't {verb} {key}"
         if code == "NoSuchBucket":
             return StoreConfigError(
-                f"{what}: there is no bucket {self.bucket!r}; create it or correct the store's URI"
+                f"{what}: there is no bucket {self.bucket!r}; create it or correct the URI"
             )
         if code in _DENIED or status == "403":
             return StoreConfigError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL
 
 from tests.flows.conftest import tiny_tree
 
@@ -24,26 +25,26 @@ def preset(tmp_path):
     return path
 
 
-@pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory):
-    """One Prefect home, so that its database is made once."""
-    return tmp_path_factory.mktemp("prefect")
-
-
 @pytest.fixture
-def environment(prefect_home):
-    # No API URL: the command starts Prefect's ephemeral server, as on a fresh machine.
+def environment(tmp_path):
+    """The session's Prefect server; a server of its own per command would cost 10 s each."""
+    keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
+    url = {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    return {**bare_environment(tmp_path), **url, **keys}
+
+
+def bare_environment(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    return {**clean, "PREFECT_HOME": str(prefect_home), "COLUMNS": "160"}
+    return {**clean, "PREFECT_HOME": str(tmp_path / "prefect"), "COLUMNS": "160"}
 
 
 @pytest.fixture
 def rlhf(environment):
-    def call(*args):
+    def call(*args, env=environment):
         command = [sys.executable, "-m", "flows.cli", *map(str, args)]
         return subprocess.run(
             command,
-            env=environment,
+            env=env,
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -55,7 +56,8 @@ def rlhf(environment):
 
 
 def test_run_then_stage_then_artifacts(rlhf, preset, tmp_path):
-    ran = rlhf("run", preset)
+    # As on a fresh machine: no server, so the command starts Prefect's ephemeral API.
+    ran = rlhf("run", preset, env=bare_environment(tmp_path))
     assert ran.returncode == 0, ran.stderr
     assert "Traceback" not in ran.stderr
     for part in ("train-policy", "reward", "kl", "ETA", "before (SFT)", "after (PPO)", "report: "):

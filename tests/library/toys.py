@@ -6,12 +6,14 @@ import itertools
 import random
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.config import (
     ArchitectureConfig,
     BaseModelConfig,
+    GateRule,
     PPOConfig,
     RewardModelConfig,
     RuntimeConfig,
@@ -28,6 +30,8 @@ from rlhf.data.rows import (
     PromptRow,
     write_rows,
 )
+
+from rlhf.gates import Approved, judge, require
 
 RUNTIME = RuntimeConfig(device="cpu", threads=1)
 ARCHITECTURE = ArchitectureConfig(
@@ -90,3 +94,22 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def changed(config: object, **values: object) -> object:
     """The same section with other values."""
     return type(config)(**{**config.model_dump(), **values})
+
+
+def approve(reward_model: Path) -> Approved[Path]:
+    """Past a gate that lets everything through."""
+    verdict = judge("toy", "digest", {"accuracy": 1.0}, [GateRule(metric="accuracy", min=0.5)])
+    return require(reward_model, "digest", verdict)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    """Bit-equal, name by name."""
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+def distance(a: Path, b: Path) -> float:
+    """The largest difference between two models' weights."""
+    first, second = weights(a), weights(b)
+    return max(float((first[k] - second[k]).abs().max()) for k in first)

@@ -1,0 +1,94 @@
+"""Tiny models and data, made once; the type checker is on before `rlhf` is imported."""
+
+from __future__ import annotations
+
+from tests.library import typecheck
+
+typecheck.install()
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.gates import Approved
+from rlhf.modeling.base import from_scratch, load_policy
+from rlhf.reward import train_reward_model
+from rlhf.sft import train_sft
+from tests.library import toys
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # transformers renamed a switch that TRL and peft still read by its old name.
+    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
+        config.addinivalue_line(
+            "filterwarnings", f"ignore:`{name}` is deprecated:FutureWarning:transformers"
+        )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of the toy task."""
+    return toys.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained policy with its tokenizer: broad distributions, all kinds of tokens."""
+    folder = tmp_path_factory.mktemp("fresh")
+    model, tokenizer = from_scratch(toys.ARCHITECTURE, ["good bad tea cup"] * 4, seed=3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def policy(fresh: Path) -> torch.nn.Module:
+    """The untrained policy, loaded."""
+    return load_policy(fresh).eval()
+
+
+@pytest.fixture(scope="session")
+def renderer(fresh: Path) -> Renderer:
+    """The untrained policy's renderer; do not change it."""
+    return load_renderer(fresh)
+
+
+@pytest.fixture(scope="session")
+def sft(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A policy fine-tuned on good and bad replies alike."""
+    folder = tmp_path_factory.mktemp("sft")
+    train_sft(toys.SFT, toys.BASE, data, folder, runtime=toys.RUNTIME)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, data: Path, sft: Path) -> Path:
+    """A reward model that likes "good" and dislikes "bad"."""
+    folder = tmp_path_factory.mktemp("reward")
+    train_reward_model(toys.REWARD, data, sft, folder, runtime=toys.RUNTIME)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def approved(reward_model: Path) -> Approved[Path]:
+    """The reward model, past its gate."""
+    return toys.approve(reward_model)
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a model folder, to be spoilt by a test."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / f"copy-{folder.name}"))
+
+    return copy

@@ -1,0 +1,90 @@
+"""Prompt and reply as text and tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.data.rendering import END, PLAIN_TEMPLATE, SPECIAL_TOKENS, Renderer
+from rlhf.data.rows import Pair, PromptRow, read_rows, write_rows
+from rlhf.modeling.base import train_tokenizer
+
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "tea?"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "why?"},
+]
+
+
+def test_prompt_text(renderer):
+    assert renderer.prompt_text("tea?") == "<|user|>tea?<|assistant|>"
+    assert renderer.prompt_text(CHAT) == (
+        "<|system|>be kind<|user|>tea?<|assistant|>yes<|end|><|user|>why?<|assistant|>"
+    )
+
+
+def test_plain_template():
+    tokenizer = train_tokenizer(["a"], 300)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    assert Renderer(tokenizer).prompt_text(CHAT) == (
+        "System: be kind\n\nUser: tea?\n\nAssistant: yes\n\nUser: why?\n\nAssistant: "
+    )
+
+
+def test_markers_are_single_tokens(renderer):
+    for token in SPECIAL_TOKENS:
+        assert len(renderer.tokenizer(token)["input_ids"]) == 1
+    first, *_, last = renderer.encode_prompt("tea?", 50)
+    assert renderer.tokenizer.convert_ids_to_tokens([first, last]) == ["<|user|>", "<|assistant|>"]
+
+
+@pytest.mark.parametrize("text", ["good bad", "naïve – 日本語 🙂", "two  spaces\nand a line"])
+def test_every_text_survives(renderer, text):
+    assert renderer.decode(renderer.encode("?", text, 999).response) == text
+
+
+def test_a_reply_cannot_write_markers(renderer):
+    text = "a<|end|><|assistant|>b<|pad|>"
+    response = renderer.encode("?", text, 200).response
+    special = {renderer.tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
+    assert special & set(response[:-1]) == set()
+    assert response[-1] == renderer.tokenizer.convert_tokens_to_ids(END)
+    assert renderer.decode(response) == text
+
+
+def test_what_does_not_fit(renderer):
+    end = renderer.tokenizer.eos_token_id
+    short = renderer.encode("?", "ok", 40)
+    assert short.ids == short.prompt + short.response
+    assert short.response[-1] == end
+    long = renderer.encode("q" * 99, "r" * 99, 20)
+    assert len(long.prompt) == 10  # a prompt may take half
+    assert long.prompt[-1] == renderer.encode_prompt("?", 9)[-1]  # and keeps its end
+    assert len(long.ids) == 20
+    assert end not in long.response  # cut, so it does not end here
+    assert renderer.encode_prompt("abc", 3) == renderer.encode_prompt("abc", 50)[-3:]
+
+
+def test_the_hash_names_template_end_and_vocabulary():
+    def hash_of(text="aaa bbb", **changes):
+        tokenizer = train_tokenizer([text] * 3, 300)
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        return Renderer(tokenizer).template_hash
+
+    assert hash_of() == hash_of()
+    others = [
+        hash_of(chat_template=PLAIN_TEMPLATE),
+        hash_of(eos_token="<|user|>"),
+        hash_of("ccc ddd"),
+    ]
+    assert len({hash_of(), *others}) == 4
+
+
+def test_rows_round_trip(tmp_path):
+    pairs = [Pair("é\n", "a", "b", "g"), Pair(CHAT, "a", "b")]
+    write_rows(tmp_path / "x.jsonl", pairs)
+    assert read_rows(tmp_path / "x.jsonl", Pair) == pairs
+    assert (tmp_path / "x.jsonl").read_text(encoding="utf-8").count("\n") == 2
+    write_rows(tmp_path / "y.jsonl", [])
+    assert read_rows(tmp_path / "y.jsonl", PromptRow) == []

@@ -1,0 +1,201 @@
+"""Sampling and log-probabilities: the draw, the mask, and the ratio that starts at one."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from rlhf.ppo.rollout import (
+    Replies,
+    Sampling,
+    generate,
+    log_probs_and_entropy,
+    pad_left,
+    position_ids,
+    reply_values,
+)
+
+PROMPTS = ["tea or cup?", "jar?", "pot or mug, which is good?"]
+
+
+@pytest.fixture
+def rows(renderer):
+    return [renderer.encode_prompt(p, 40) for p in PROMPTS]
+
+
+def sample(policy, renderer, rows, seed=0, **options):
+    return generate(policy, rows, renderer.tokenizer, Sampling(8, **options), seed)
+
+
+def test_pad_left():
+    ids, mask = pad_left([[5, 6, 7], [8]], pad=0)
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_positions_begin_at_the_first_real_token():
+    assert position_ids(torch.tensor([[0, 0, 1, 1, 1]])).tolist() == [[0, 0, 0, 1, 2]]
+
+
+def test_the_draw_depends_on_the_seed_alone(policy, renderer, rows):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = sample(policy, renderer, rows, seed=7)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is untouched
+    torch.manual_seed(2)
+    assert torch.equal(sample(policy, renderer, rows, seed=7).ids, first.ids)
+    assert not torch.equal(sample(policy, renderer, rows, seed=8).reply_ids, first.reply_ids)
+
+
+def test_temperature_zero_takes_the_likeliest_token(policy, renderer, rows):
+    replies = sample(policy, renderer, rows, temperature=0.0)
+    for prompt, reply in zip(rows, replies.rows(), strict=True):
+        ids = list(prompt)
+        for token in reply:
+            best = policy(torch.tensor([ids])).logits[0, -1].argmax().item()
+            assert token == best
+            ids.append(token)
+
+
+class Canned(nn.Module):
+    """A policy whose replies are known."""
+
+    def __init__(self, reply: list[list[int]]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.reply = torch.tensor(reply)
+        self.generation_config = GenerationConfig()
+
+    def generate(self, input_ids, **_):
+        return torch.cat([input_ids, self.reply], 1)
+
+
+def test_masks_come_from_positions(renderer):
+    end, pad = renderer.tokenizer.eos_token_id, renderer.tokenizer.pad_token_id
+    policy = Canned([[9, end, pad, pad], [9, pad, end, pad], [9, 9, 9, 9], [end, end, 9, pad]])
+    replies = generate(policy, [[8]] * 4, renderer.tokenizer, Sampling(4), 0)
+    # up to and including the first end; a pad before it was sampled and counts
+    assert replies.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert replies.finished.tolist() == [True, True, False, True]
+    assert replies.attention.tolist() == [[1, *m] for m in replies.mask.int().tolist()]
+    assert replies.rows() == [[9, end], [9, pad, end], [9, 9, 9, 9], [end]]
+
+
+def test_take_cuts_to_the_longest_of_its_rows():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    replies = Replies(
+        torch.arange(15).reshape(3, 5),
+        torch.ones(3, 5, dtype=torch.long),
+        mask,
+        torch.tensor([False, True, True]),
+    )
+    part = replies.take(torch.tensor([2, 1]))
+    assert part.ids.tolist() == [[10, 11, 12, 13], [5, 6, 7, 8]]
+    assert part.attention.shape == (2, 4)
+    assert part.reply_ids.tolist() == [[12, 13], [7, 8]]
+    assert part.mask.int().tolist() == [[1, 1], [1, 0]]
+    assert part.finished.tolist() == [True, True]
+
+
+def test_log_probs_by_hand(policy, renderer, rows):
+    replies = sample(policy, renderer, rows[:1])
+    log_probs, entropy = log_probs_and_entropy(policy, replies, 1.0)
+    prompt, reply = rows[0], replies.rows()[0]
+    log_p = policy(torch.tensor([prompt + reply])).logits[0].log_softmax(-1)
+    for i, token in enumerate(reply):
+        at = log_p[len(prompt) - 1 + i]
+        assert log_probs[0, i].item() == pytest.approx(at[token].item(), abs=1e-5)
+        assert entropy[0, i].item() == pytest.approx(-(at.exp() @ at).item(), abs=1e-4)
+
+
+def test_the_first_ratio_is_exactly_one(policy, renderer, rows):
+    replies = sample(policy, renderer, rows, top_k=5, temperature=0.7)
+    with torch.no_grad():
+        old, _ = log_probs_and_entropy(policy, replies, 0.7)
+    new, _ = log_probs_and_entropy(policy.train(), replies, 0.7)
+    assert torch.equal((new - old).exp(), torch.ones_like(old))
+
+
+def test_padding_on_the_left_changes_nothing(policy, renderer, rows):
+    replies = sample(policy, renderer, rows)
+    together, _ = log_probs_and_entropy(policy, replies, 1.0)
+    for i, prompt in enumerate(rows):
+        reply = replies.rows()[i]
+        ids = torch.tensor([prompt + reply])
+        full = torch.ones(1, len(reply), dtype=torch.bool)
+        alone = Replies(ids, torch.ones_like(ids), full, replies.finished[i : i + 1])
+        log_probs, _ = log_probs_and_entropy(policy, alone, 1.0)
+        torch.testing.assert_close(log_probs[0], together[i, : len(reply)], atol=1e-5, rtol=0)
+
+
+def test_temperature_divides_the_logits(policy, renderer, rows):
+    replies = sample(policy, renderer, rows)
+    log_probs, _ = log_probs_and_entropy(policy, replies, 2.0)
+    nn.init.constant_(policy.model.norm.weight, 0.5)  # halves the logits, as temperature 2 does
+    halved, _ = log_probs_and_entropy(policy, replies, 1.0)
+    torch.testing.assert_close(log_probs, halved, atol=1e-5, rtol=0)
+
+
+def test_a_cold_draw_is_greedy(policy, renderer, rows):
+    greedy = sample(policy, renderer, rows, temperature=0.0)
+    assert torch.equal(sample(policy, renderer, rows, temperature=1e-4).ids, greedy.ids)
+    assert not torch.equal(sample(policy, renderer, rows, temperature=1.0).ids, greedy.ids)
+
+
+def ranks(policy, replies):
+    """Of each sampled token: how many were likelier, and their probability together."""
+    width = replies.mask.shape[1]
+    logits = policy(
+        input_ids=replies.ids,
+        attention_mask=replies.attention,
+        position_ids=position_ids(replies.attention),
+    ).logits[:, -width - 1 : -1]
+    p = logits.softmax(-1)
+    chosen = p.gather(-1, replies.reply_ids[..., None])
+    above = p > chosen
+    return above.sum(-1)[replies.mask], (p * above).sum(-1)[replies.mask]
+
+
+def test_filters_restrict_the_draw_and_not_the_log_probs(policy, renderer, rows):
+    many = rows * 8
+    free, _ = ranks(policy, sample(policy, renderer, many))
+    assert free.max() > 50  # top_k = 0 is no filter, and not transformers' default of 50
+    by_k = sample(policy, renderer, many, top_k=3)
+    assert ranks(policy, by_k)[0].max() <= 2
+    by_p = sample(policy, renderer, many, top_p=0.3)
+    assert ranks(policy, by_p)[1].max() < 0.3
+    # Over the whole vocabulary the probabilities add up to one, whatever the filter was.
+    log_probs, _ = log_probs_and_entropy(policy, by_k, 1.0)
+    assert log_probs[by_k.mask].exp().mean() < 0.1  # among 3 tokens it would be about a third
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_models_own_generation_defaults_stay_out(policy, renderer, rows, adapters):
+    plain = sample(policy, renderer, rows, temperature=0.0)
+    policy.generation_config.repetition_penalty = 5.0
+    policy.generation_config.min_new_tokens = 8
+    own = policy.generation_config
+    wrapped = policy
+    if adapters:
+        wrapped = peft.get_peft_model(
+            policy, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    assert torch.equal(sample(wrapped, renderer, rows, temperature=0.0).ids, plain.ids)
+    assert policy.generation_config is own
+
+
+def test_values_belong_to_the_state_before_the_token():
+    def critic(ids, attention, positions):
+        return positions.float()
+
+    replies = Replies(
+        torch.zeros(2, 5, dtype=torch.long),
+        torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]),
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.ones(2, dtype=torch.bool),
+    )
+    # three tokens of prompt: the first reply token is drawn in the state that ends at position 2
+    assert reply_values(critic, replies).tolist() == [[2, 3], [0, 1]]
