@@ -51,11 +51,10 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         text = first["msg"].removeprefix("Value error, ")
         text = f"{field}: {text}" if field else text
     else:
-        text = first["msg"].replace("Input should", "must")
-        bounds = {
-            k: f"{v:.12g}" if isinstance(v, float) else v for k, v in first.get("ctx", {}).items()
-        }
-        text = WORDING.get(kind, text).format_map(bounds)
+        context = first.get("ctx", {}).items()
+        bounds = {k: f"{v:.12g}" if isinstance(v, float) else v for k, v in context}
+        ours = WORDING.get(kind)
+        text = ours.format_map(bounds) if ours else first["msg"].replace("Input should", "must")
         valued = kind not in ("missing", "invalid_key")
         shown = f" = {shown_value(first['input'])}" if valued else ""
         text = f"{field}{shown}: {text}"

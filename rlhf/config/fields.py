@@ -96,6 +96,11 @@ def resolve_none(tree: Tree, model: Model = PipelineConfig) -> Tree:
             resolved[name] = {}
         elif section and isinstance(value, dict):
             resolved[name] = resolve_none(cast("Tree", value), section)
+        elif (item := _section(get_args(field.annotation))) and isinstance(value, list):
+            values = cast("list[Any]", value)
+            resolved[name] = [
+                resolve_none(cast("Tree", v), item) if isinstance(v, dict) else v for v in values
+            ]
     return resolved
 
 

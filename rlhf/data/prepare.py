@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data import rows as files
-from rlhf.data.rows import Demonstration, Pair, Prompt, PromptRow, write_rows
-from rlhf.data.sources import read_source
+from rlhf.data.rows import Demonstration, Message, Pair, Prompt, PromptRow, write_rows
+from rlhf.data.sources import read_source, source_name
 from rlhf.errors import DataError
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
+
+#: Different prompts on each side of the split: a comparison needs more than one.
+MIN_PROMPTS = 2
 
 
 def prepare_data(
@@ -37,7 +41,8 @@ def prepare_data(
 
     Raises:
         ConfigError: The source does not exist or lacks a column.
-        DataError: Too little is left to train and to hold out.
+        DataError: It can't be parsed, or too little is left to train on and to hold out.
+        StoreError: The S3 server of the source can't be reached.
     """
     if config.source == "world":
         left_out: dict[str, int] = {}
@@ -45,13 +50,8 @@ def prepare_data(
     else:
         pairs, left_out = clean(read_source(config, store_options or StoreConfig()), config)
         progress(1, 2, {"pairs": len(pairs)})
-        parts = _split(pairs, config, seed)
+        parts = _split(_sample(pairs, config, seed), left_out, config, seed)
     for name, part in parts.items():
-        if not part:
-            raise DataError(
-                f"data.source = {config.source!r} leaves nothing for {name} "
-                f"(left out: {left_out or 'nothing'}); give more rows"
-            )
         write_rows(out_dir / name, part)
     summary = _summary(config, parts, left_out)
     write_json(out_dir / files.SUMMARY, summary)
@@ -65,7 +65,10 @@ Parts = dict[str, Sequence[Any]]
 def _from_world(config: DataConfig, seed: int) -> Parts:
     from rlhf.world import generate
 
-    world = generate(config.world, seed)
+    try:
+        world = generate(config.world, seed)
+    except ValueError as error:
+        raise DataError(f"data.world: {error}; ask for fewer") from None
     return {
         files.DEMONSTRATIONS: world.demonstrations,
         files.PAIRS_TRAIN: [Pair(p.prompt, p.chosen, p.rejected) for p in world.pairs],
@@ -80,62 +83,121 @@ def clean(rows: Iterable[dict[str, Any]], config: DataConfig) -> tuple[list[Pair
     pairs: dict[str, Pair] = {}
     left_out: Counter[str] = Counter()
     for row in rows:
-        pair = Pair(
-            row[config.prompt_column],
-            _reply(row[config.chosen_column]),
-            _reply(row[config.rejected_column]),
-        )
-        reason = _unusable(pair, config)
-        identity = json.dumps([pair.prompt, pair.chosen, pair.rejected])
-        if reason is None and identity in pairs:
-            reason = "duplicate"
-        if reason:
-            left_out[reason] += 1
-        else:
-            pairs[identity] = pair
-    return list(pairs.values()), dict(left_out)
+        try:
+            pair = _pair(row, config)
+            if repr(pair) in pairs:
+                raise _LeftOutError("duplicate")
+            pairs[repr(pair)] = pair
+        except _LeftOutError as reason:
+            left_out[str(reason)] += 1
+    return list(pairs.values()), dict(sorted(left_out.items()))
 
 
-def _reply(value: Any) -> Any:
-    """A reply's text; of a list of chat messages, that of the last one."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        return value[-1].get("content")
+class _LeftOutError(Exception):
+    """Why a row can't be used."""
+
+
+def _pair(row: dict[str, Any], config: DataConfig) -> Pair:
+    prompt = _prompt(row.get(config.prompt_column))
+    chosen = _reply(row.get(config.chosen_column), prompt)
+    rejected = _reply(row.get(config.rejected_column), prompt)
+    if chosen.strip() == rejected.strip():
+        raise _LeftOutError("both replies are the same")
+    if sum(len(m["content"]) for m in _messages(prompt)) > config.max_prompt_chars:
+        raise _LeftOutError("prompt too long")
+    if max(len(chosen), len(rejected)) > config.max_reply_chars:
+        raise _LeftOutError("reply too long")
+    return Pair(prompt, chosen, rejected)
+
+
+def _prompt(value: Any) -> Prompt:
+    """Text, or chat messages of which the last waits for a reply."""
+    no_text = _LeftOutError("prompt is empty or no text")
+    if not isinstance(value, list):
+        if not _is_text(value):
+            raise no_text
+        return value
+    messages = _chat(value)
+    if not messages or not messages[-1]["content"].strip():
+        raise no_text
+    if messages[-1]["role"] == "assistant":
+        raise _LeftOutError("prompt ends with a reply")
+    return messages
+
+
+def _reply(value: Any, prompt: Prompt) -> str:
+    """A reply's text; of a chat, that of the last message, if the rest repeats the prompt."""
+    if isinstance(value, list):
+        messages = _chat(value)
+        if messages and messages[-1]["role"] != "assistant":
+            raise _LeftOutError("a reply is not the assistant's")
+        if len(messages) > 1 and _key(messages[:-1]) != _key(prompt):
+            raise _LeftOutError("a reply belongs to another prompt")
+        value = messages[-1]["content"] if messages else None
+    if not _is_text(value):
+        raise _LeftOutError("a reply is empty or no text")
     return value
 
 
-def _unusable(pair: Pair, config: DataConfig) -> str | None:
-    if not _is_prompt(pair.prompt):
-        return "prompt is empty or no text"
-    if not all(isinstance(r, str) and r.strip() for r in (pair.chosen, pair.rejected)):
-        return "a reply is empty or no text"
-    if pair.chosen == pair.rejected:
-        return "both replies are the same"
-    if len(_key(pair.prompt)) > config.max_prompt_chars:
-        return "prompt too long"
-    if max(len(pair.chosen), len(pair.rejected)) > config.max_reply_chars:
-        return "reply too long"
-    return None
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
 
 
-def _is_prompt(prompt: Any) -> bool:
-    if isinstance(prompt, list):
-        return bool(prompt) and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m
-            for m in prompt
-        )
-    return isinstance(prompt, str) and bool(prompt.strip())
+def _is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can hold and no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _chat(value: list[Any]) -> list[Message]:
+    """Role and content of each message; nothing if one of them is no message."""
+    messages: list[Message] = []
+    for item in value:
+        if not isinstance(item, dict):
+            return []
+        role, content = item.get("role"), item.get("content")
+        if not all(isinstance(text, str) and _is_unicode(text) for text in (role, content)):
+            return []
+        messages.append({"role": str(role), "content": str(content)})
+    return messages
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _key(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt)
+    """Equal for prompts that a held-out score must not tell apart: by form, spacing or case."""
+
+    def plain(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+    return json.dumps([(m["role"], plain(m["content"])) for m in _messages(prompt)])
 
 
-def _split(pairs: list[Pair], config: DataConfig, seed: int) -> Parts:
+def _sample(pairs: list[Pair], config: DataConfig, seed: int) -> list[Pair]:
+    """At most `max_pairs` of the pairs, the same ones in whatever order they come."""
+    if config.max_pairs is None or len(pairs) <= config.max_pairs:
+        return pairs
+    kept = set(sorted(map(repr, pairs), key=lambda p: _order(seed, p))[: config.max_pairs])
+    return [pair for pair in pairs if repr(pair) in kept]
+
+
+def _split(pairs: list[Pair], left_out: Mapping[str, int], config: DataConfig, seed: int) -> Parts:
     """Hold out whole prompts: pairs of one prompt never stand on both sides."""
-    if config.max_pairs is not None:
-        pairs = sorted(pairs, key=lambda p: _order(seed, repr(p)))[: config.max_pairs]
     prompts = sorted({_key(p.prompt) for p in pairs}, key=lambda p: _order(seed, p))
-    held_out = set(prompts[: max(1, round(len(prompts) * config.eval_fraction))])
+    if len(prompts) < 2 * MIN_PROMPTS:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
+        raise DataError(
+            f"data.source = {config.source!r}: {len(prompts)} different prompts with usable pairs "
+            f"are too few to train on {MIN_PROMPTS} and hold out {MIN_PROMPTS}; give more rows "
+            f"(left out: {reasons or 'none'})"
+        )
+    share = round(len(prompts) * config.eval_fraction)
+    held_out = set(prompts[: min(max(share, MIN_PROMPTS), len(prompts) - MIN_PROMPTS)])
     train = [p for p in pairs if _key(p.prompt) not in held_out]
     evaluation = [p for p in pairs if _key(p.prompt) in held_out]
     return {
@@ -159,7 +221,7 @@ def _summary(config: DataConfig, parts: Parts, left_out: dict[str, int]) -> dict
     train: Sequence[Pair] = parts[files.PAIRS_TRAIN]
     longer = sum(len(p.chosen) > len(p.rejected) for p in train) / len(train)
     return {
-        "source": Path(config.source).name if "://" not in config.source else config.source,
+        "source": source_name(config.source),
         "demonstrations": len(parts[files.DEMONSTRATIONS]),
         "pairs_train": len(train),
         "pairs_eval": len(parts[files.PAIRS_EVAL]),

@@ -25,7 +25,7 @@ class MalformedError(Exception):
 
 def ending(name: str) -> str:
     """The part of a file's name that tells its format: `.csv` of `pairs.csv.gz`."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(name.lower())
     return PurePosixPath(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
@@ -37,7 +37,7 @@ def read_file(path: Path, wanted: Sequence[str]) -> Table:
         OSError: It can't be opened or read.
     """
     data = path.read_bytes()
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         try:
             data = gzip.decompress(data)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

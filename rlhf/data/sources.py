@@ -147,18 +147,19 @@ def _local_files(source: str) -> list[tuple[str, Path]]:
             f"data.source = {source!r}: no such file or folder; give an existing path, an s3:// "
             "URI or a hub dataset id"
         )
-    with _readable(source):
-        below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-    found = {p.relative_to(path).as_posix(): p for p in below}
-    if path.is_file():
-        found = {path.name: path}
+    if path.is_dir():
+        with _readable(source):
+            below = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+        found = {name: p for name, p in below.items() if _visible(name)}
+    else:
+        found = {path.name: path} if path.is_file() else {}
     return [(name, found[name]) for name in _one_format(source, list(found))]
 
 
 def _one_format(source: str, names: Sequence[str]) -> list[str]:
-    """Those of the files that can be read, which must all be of one format; hidden ones are not."""
-    named = {n: ending(n) for n in names if len(names) == 1 or "/." not in f"/{n}"}
-    formats = {end for end in named.values() if end in READERS}
+    """Those of the files that can be read, in order; they must all be of one format."""
+    readable = sorted(name for name in names if ending(name) in READERS)
+    formats = {ending(name) for name in readable}
     if not formats:
         raise ConfigError(
             f"data.source = {source!r}: holds no file that can be read; use "
@@ -168,7 +169,12 @@ def _one_format(source: str, names: Sequence[str]) -> list[str]:
         raise ConfigError(
             f"data.source = {source!r}: mixes {', '.join(sorted(formats))}; keep one format"
         )
-    return sorted(name for name, end in named.items() if end in READERS)
+    return readable
+
+
+def _visible(name: str) -> bool:
+    """Not hidden below the source's folder, as checkpoints and caches of tools are."""
+    return "/." not in f"/{name}"
 
 
 @contextmanager
@@ -205,16 +211,18 @@ def _objects(source: str, bucket: S3Backend, key: str) -> list[tuple[str, str, i
             f"data.source = {source!r}: bucket {bucket.bucket!r} holds no object of this name, "
             "and none under it; correct the key"
         )
-    # Hidden is what lies hidden below the folder, not what the folder is called.
-    below = {k.removeprefix(folder): k for k in found}
-    return [(below[name], *found[below[name]]) for name in _one_format(source, list(below))]
+    visible = [k for k in found if k == key or _visible(k.removeprefix(folder))]
+    return [(name, *found[name]) for name in _one_format(source, visible)]
 
 
 def _hub_commit(source: str) -> str:
     from huggingface_hub import dataset_info
 
     try:
-        return dataset_info(source, timeout=PATIENCE).sha or "unknown"
+        commit = dataset_info(source, timeout=PATIENCE).sha
+        if not commit:
+            raise ValueError("it names no commit")
+        return commit
     # Every failure of the network ends here, under many classes; all mean the same to a user.
     except Exception as error:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ class PPOTrainer:
             values[index, :width] = reply_values(self.critic, part).cpu()
         mask = mask.cpu()
         scores = scored.totals
-        if config.whiten_rewards:
+        if config.whiten_rewards and len(scores) > 1:  # of one score it is NaN
             scores = scores / (scores.std() + 1e-8)
         rewards = shaped_rewards(scores, log_probs, reference, mask, config.kl_coef)
         values = values * mask
@@ -188,15 +189,16 @@ class PPOTrainer:
         return totals
 
     def _apply(self, totals: Mapping[str, float]) -> None:
-        """Clip and step; a loss that is not finite stops before it can reach the weights."""
-        if not all(torch.isfinite(torch.tensor(v)) for v in totals.values()):
+        """Clip and step; what is not finite stops before it can reach the weights."""
+        numbers = dict(totals)
+        for name, model in (("policy", self.policy), ("critic", self.critic)):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            numbers[f"{name}_grad_norm"] = float(norm)  # pyright: ignore[reportArgumentType]
+        if not all(math.isfinite(v) for v in numbers.values()):
             raise TrainingError(
-                f"PPO's loss is not finite ({dict(totals)}); lower ppo.learning_rate or "
+                f"PPO's loss or gradient is not finite ({numbers}); lower ppo.learning_rate or "
                 "ppo.max_grad_norm; the last checkpoint is intact"
-            )
-        for model in (self.policy, self.critic):
-            self.accelerator.clip_grad_norm_(
-                [p for p in model.parameters() if p.requires_grad], self.config.max_grad_norm
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

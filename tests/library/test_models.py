@@ -132,7 +132,7 @@ class TestLoadBase:
 
     @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-folder"])
     def test_missing_folder(self, name, monkeypatch):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(ConfigError, match=rf"base\.path = '{name}' can't be loaded.*give a"):
             self.load(name)
 
@@ -285,7 +285,7 @@ class TestScorer:
         scorer = Scorer(reward_model, CPU, 48)
         a, b = scorer(["tea or cup?", "jar jar jar!"], ["good", "good"])
         assert a != b
-        with pytest.raises(ValueError, match="shorter"):
+        with pytest.raises(ValueError, match="longer"):
             scorer(["tea?"], ["good", "bad"])
 
     def test_it_learns_nothing(self, reward_model):

@@ -1,0 +1,37 @@
+"""What the tests of data share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf.config import DataConfig, StoreConfig
+from rlhf.data.sources import read_source, source_digest
+from rlhf.errors import RLHFError
+
+
+def rows(count: int = 3) -> list[dict[str, Any]]:
+    """Pairs on as many prompts."""
+    return [
+        {"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)
+    ]
+
+
+def read(source: object, **options: Any) -> list[dict[str, Any]]:
+    return read_source(DataConfig(source=str(source), **options), StoreConfig())
+
+
+def digest(source: object) -> str:
+    return source_digest(DataConfig(source=str(source)), StoreConfig())
+
+
+def message(kind: type[RLHFError], call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The one line that a mistake is told."""
+    with pytest.raises(kind) as caught:
+        call(*args, **kwargs)
+    assert type(caught.value) is kind
+    text = str(caught.value)
+    assert "\n" not in text
+    return text

@@ -1,0 +1,158 @@
+"""Reward-model training on the toy task."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from rlhf.config import DataConfig, EvaluationConfig, LoraConfig
+from rlhf.data.rendering import load_renderer
+from rlhf.data.rows import PAIRS_TRAIN, Pair, write_rows
+from rlhf.errors import ConfigError, DataError
+from rlhf.evaluate import evaluate_reward_model
+from rlhf.modeling.base import load_policy
+from rlhf.modeling.reward import Scorer, reward_meta
+from rlhf.reward import _encode, train_reward_model
+from rlhf.stage import read_json
+from tests.library import toys
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def train(data, sft, tmp_path):
+    def run(name="out", seed=0, start=sft, folder=data, **changes):
+        out = tmp_path / name
+        out.mkdir()
+        config = toys.changed(toys.REWARD, **changes)
+        result = train_reward_model(config, folder, start, out, seed=seed, runtime=toys.RUNTIME)
+        return out, result
+
+    return run
+
+
+def held_out_accuracy(folder, data, tmp_path):
+    result = evaluate_reward_model(
+        EvaluationConfig(), DataConfig(), data, folder, tmp_path, max_length=48,
+        runtime=toys.RUNTIME,
+    )  # fmt: skip
+    return result.metrics["accuracy"]
+
+
+@pytest.mark.parametrize("pooling", ["last", "sum"])
+def test_it_learns_an_obvious_preference(train, data, tmp_path, pooling):
+    out, result = train(pooling=pooling, epochs=4)
+    curve = read_json(out / "curve.json")
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert curve[-1]["loss"] < 0.3  # from ln 2 = 0.69
+    assert result.metrics["pairs"] == 96
+    assert result.metrics["loss"] == curve[-1]["loss"]
+    assert result.metrics["train_accuracy"] == curve[-1]["accuracy"] > 0.9
+    assert held_out_accuracy(out, data, tmp_path) > 0.9
+    assert reward_meta(out)["pooling"] == pooling
+
+
+def test_seeds(train):
+    a, _ = train("a")
+    toys.assert_same_weights(a, train("b")[0])
+    assert toys.distance(a, train("c", seed=1)[0]) > 1e-5
+
+
+def test_micro_batches_change_nothing(train):
+    whole, _ = train("whole", learning_rate=1e-3)
+    parts, _ = train("parts", learning_rate=1e-3, micro_batch_size=4)
+    assert toys.distance(whole, parts) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-3},
+        {"lr_scheduler": "linear"},
+        {"adam_beta2": 0.5},
+        {"weight_decay": 0.5},
+        {"max_grad_norm": 0.01},
+        {"batch_size": 8},
+        {"pooling": "last"},
+        {"lm_loss_coef": 0.5},
+        {"max_length": 8},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_every_parameter_arrives(train, change):
+    a, _ = train("a", epochs=1)
+    b, _ = train("b", **{"epochs": 1, **change})
+    assert toys.distance(a, b) > 1e-5
+
+
+def test_the_language_model_loss_keeps_the_language_model(train, sft, data):
+    plain, _ = train("plain", epochs=3)
+    kept, _ = train("kept", epochs=3, lm_loss_coef=2.0)
+    renderer = load_renderer(sft)
+    rows = _encode([Pair("tea or cup?", "good good", "bad bad")], renderer, 48)
+    ids = torch.tensor([rows[0]["chosen_ids"]])
+    n = len(renderer.encode("tea or cup?", "good good", 48).response)
+
+    def loss(folder):
+        """What the reward model's backbone says of the reply, under the language model's head."""
+        model = load_policy(sft)
+        state = {k.removeprefix("model."): v for k, v in toys.weights(folder).items()}
+        model.model.load_state_dict({k: v for k, v in state.items() if k != "score.weight"})
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits[-n:], ids[0, 1:][-n:]).item()
+
+    assert loss(kept) < loss(plain) - 0.3
+
+
+def test_it_needs_tied_embeddings(train, fresh, copy_of):
+    folder = copy_of(fresh)
+    model = load_policy(fresh)
+    model.config.tie_word_embeddings = False
+    model.config.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"lm_loss_coef = 0\.5 needs .* set it to 0"):
+        train(start=folder, lm_loss_coef=0.5)
+
+
+def test_another_base(train, fresh, sft):
+    a, _ = train("a", base=str(fresh))
+    toys.assert_same_weights(a, train("b", start=fresh)[0])
+    assert load_renderer(a).template_hash == load_renderer(fresh).template_hash
+
+
+def test_lora_trains_adapters_and_the_head(train, sft, data, tmp_path):
+    out, _ = train(lora=LoraConfig(r=4, alpha=16.0), epochs=4)
+    assert not list(out.glob("adapter*"))
+    before, after = toys.weights(sft), toys.weights(out)
+    moved = {k for k in after if k not in before or not torch.equal(before[k], after[k])}
+    assert "score.weight" in moved
+    assert len(moved) > 1
+    assert all(k.endswith("_proj.weight") for k in moved - {"score.weight"})
+    assert reward_meta(out)["pooling"] == "sum"
+    assert held_out_accuracy(out, data, tmp_path) > 0.9
+
+
+def test_trained_and_published_are_one(train, sft):
+    """The merged, saved and reloaded model gives the scores that training left."""
+    out, _ = train(epochs=4)
+    good, bad = Scorer(out, CPU, 48)(["tea or cup?"] * 2, ["good", "bad"])
+    assert good - bad > 2
+
+
+def test_no_pairs(train, data, tmp_path):
+    folder = tmp_path / "empty"
+    shutil.copytree(data, folder)
+    write_rows(folder / PAIRS_TRAIN, [])
+    with pytest.raises(DataError, match="no preference pairs"):
+        train(folder=folder)
+
+
+def test_rows_are_rendered_with_their_prompt(renderer):
+    (row,) = _encode([Pair("tea?", "good", "bad bad")], renderer, 48)
+    assert row["chosen_ids"] == renderer.encode("tea?", "good", 48).ids
+    assert row["rejected_ids"] == renderer.encode("tea?", "bad bad", 48).ids
+    assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+

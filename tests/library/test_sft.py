@@ -1,0 +1,171 @@
+"""Supervised fine-tuning on the toy task."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from rlhf.config import LoraConfig
+from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, write_rows
+from rlhf.errors import DataError
+from rlhf.modeling.base import load_base, load_policy
+from rlhf.sft import _encode, _texts, train_sft
+from rlhf.stage import read_json
+from tests.library import toys
+
+LORA = LoraConfig(r=4, alpha=16.0)
+
+
+@pytest.fixture
+def train(data, tmp_path):
+    def run(name="out", base=toys.BASE, seed=0, progress=None, folder=data, **changes):
+        out = tmp_path / name
+        out.mkdir()
+        config = toys.changed(toys.SFT, **changes)
+        options = {"progress": progress} if progress else {}
+        result = train_sft(config, base, folder, out, seed=seed, runtime=toys.RUNTIME, **options)
+        return out, result
+
+    return run
+
+
+def based_on(folder):
+    return toys.changed(toys.BASE, path=str(folder))
+
+
+def test_it_learns(train, data):
+    out, result = train(epochs=6)
+    curve = read_json(out / "curve.json")
+    # a reply is one of two, of one or two words: random tokens cost ln 285 = 5.6 nats each
+    assert curve[0]["loss"] > 3
+    assert curve[-1]["loss"] < 1.2
+    assert result.metrics["loss"] == curve[-1]["loss"]
+    assert result.metrics["demonstrations"] == 96
+    model = load_policy(out)
+    assert result.metrics["parameters"] == sum(p.numel() for p in model.parameters())
+    assert result.metrics["vocabulary"] == len(load_renderer(out).tokenizer)
+
+
+def test_the_published_weights_are_the_trained_ones(train):
+    out, _ = train()
+    model, renderer = load_policy(out), load_renderer(out)
+    encoded = renderer.encode("tea or cup?", "good good", 48)
+    with torch.no_grad():
+        log_p = model(torch.tensor([encoded.ids])).logits[0].log_softmax(-1)
+    at = len(encoded.prompt)
+    mean = sum(log_p[at - 1 + i, t].item() for i, t in enumerate(encoded.response))
+    assert mean / len(encoded.response) > -2.5
+
+
+def test_only_the_reply_is_learnt(renderer):
+    row = Demonstration("tea?", "good")
+    (encoded,) = _encode([row], renderer, 40)
+    both = renderer.encode("tea?", "good", 40)
+    assert encoded["input_ids"] == both.prompt + both.response
+    assert encoded["completion_mask"] == [0] * len(both.prompt) + [1] * len(both.response)
+
+
+def test_seeds(train):
+    first, _ = train("a")
+    toys.assert_same_weights(first, train("b")[0])
+    assert read_json(first / "curve.json") == read_json(first.parent / "b" / "curve.json")
+    assert toys.distance(first, train("c", seed=1)[0]) > 1e-3
+
+
+def test_shuffling_is_seeded_apart_from_the_weights(train, sft):
+    a, _ = train("a", base=based_on(sft), seed=1)
+    b, _ = train("b", base=based_on(sft), seed=2)
+    assert toys.distance(a, b) > 1e-5
+
+
+def test_micro_batches_change_nothing(train):
+    whole, _ = train("whole", learning_rate=1e-3)
+    parts, _ = train("parts", learning_rate=1e-3, micro_batch_size=4)
+    # Adam divides by tiny second moments, so rounding shows; a wrong scale would show in each step
+    assert toys.distance(whole, parts) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-3},
+        {"lr_scheduler": "constant"},
+        {"warmup_ratio": 0.5},
+        {"adam_beta2": 0.5},
+        {"weight_decay": 0.5},
+        {"max_grad_norm": 0.01},
+        {"epochs": 2},
+        {"batch_size": 8},
+        {"max_length": 8},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_every_parameter_arrives(train, sft, change):
+    # From trained weights, which seeds do not move.
+    a, _ = train("a", base=based_on(sft), epochs=1)
+    b, _ = train("b", base=based_on(sft), **{"epochs": 1, **change})
+    assert toys.distance(a, b) > 1e-5
+
+
+def test_disabled_publishes_the_base(train, sft):
+    out, result = train(base=based_on(sft), enabled=False)
+    toys.assert_same_weights(out, sft)
+    assert load_renderer(out).template_hash == load_renderer(sft).template_hash
+    assert "loss" not in result.metrics
+    assert not (out / "curve.json").exists()
+
+
+def test_lora_trains_adapters_and_publishes_a_plain_model(train, sft):
+    steps = []
+    out, result = train(
+        base=based_on(sft), lora=LORA, progress=lambda step, total, m: steps.append((step, total))
+    )
+    assert steps[-1] == (18, 18)  # 96 rows / 16, three times
+    assert not list(out.glob("adapter*"))
+    before, after = toys.weights(sft), toys.weights(out)
+    assert before.keys() == after.keys()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved
+    # all-linear: projections, never embeddings or norms
+    assert all(k.endswith("_proj.weight") for k in moved)
+    assert result.metrics["loss"] < read_json(sft / "curve.json")[-1]["loss"] + 0.05
+
+
+def test_progress(train):
+    seen = []
+    out, _ = train(progress=lambda *a: seen.append(a), epochs=1)
+    assert [(s, t) for s, t, _ in seen] == [(i, 6) for i in range(1, 7)]
+    # step 5 is logged after its progress, so the sixth shows it
+    assert seen[-1][2]["loss"] == read_json(out / "curve.json")[0]["loss"]
+
+
+def test_no_demonstrations(train, data, tmp_path):
+    folder = tmp_path / "empty"
+    shutil.copytree(data, folder)
+    write_rows(folder / DEMONSTRATIONS, [])
+    with pytest.raises(DataError, match="no demonstrations.*sft.enabled=false"):
+        train(folder=folder)
+
+
+def test_the_tokenizer_learns_from_every_text(tmp_path):
+    chat = [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "beta"}]
+    write_rows(tmp_path / PAIRS_TRAIN, [Pair("unseen", "delta", "gamma")])
+    rows = [Demonstration(chat, "one"), Demonstration("two", "three")]
+    texts = ["alpha", "beta", "one", "two", "three", "delta", "gamma"]
+    assert list(_texts(rows, tmp_path)) == texts
+
+
+def test_foreign_template_is_kept(train, fresh, tmp_path):
+    renderer = load_renderer(fresh)
+    renderer.tokenizer.chat_template = "{{ messages[0]['content'] }} =>"
+    folder = tmp_path / "base"
+    load_policy(fresh).save_pretrained(folder)
+    renderer.tokenizer.save_pretrained(folder)
+    out, _ = train(base=based_on(folder), epochs=1)
+    assert load_renderer(out).prompt_text("hi") == "hi =>"
+    model, tokenizer = load_base(based_on(folder), [], 0)
+    assert Renderer(tokenizer).template_hash == load_renderer(out).template_hash
+    assert model.config.vocab_size == load_policy(out).config.vocab_size
