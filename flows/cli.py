@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
-from rlhf.config import Loaded, PipelineConfig, load_config
+from rlhf.config import load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
 
 #: Exit codes: 2 for what the user can mend before any training, 3 for a gate's no, 1 for the rest.
@@ -222,6 +222,5 @@ def prepare_prefect(verbose: bool) -> None:
         warnings.simplefilter("ignore")
 
 
-__all__ = ["Loaded", "PipelineConfig", "app", "main"]
 if __name__ == "__main__":
     main()

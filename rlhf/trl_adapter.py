@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from rlhf.config.models import TrainingSection
+from rlhf.errors import TrainingError
 from rlhf.progress import Progress
 
 
@@ -75,6 +77,11 @@ class ProgressCallback(TrainerCallback):
         # The summary at the end holds durations, which would make equal runs differ.
         if logs and "loss" in logs:
             numbers = {k: v for k, v in logs.items() if isinstance(v, float)}
+            if not all(math.isfinite(v) for v in numbers.values()):
+                raise TrainingError(
+                    f"training diverged by step {state.global_step} ({numbers}); lower this "
+                    "stage's learning_rate or max_grad_norm"
+                )
             self.curve.append({**numbers, "step": float(state.global_step)})
 
 

@@ -75,10 +75,8 @@ def field_kinds(key: str) -> tuple[Any, ...] | None:
 def nearest(key: str) -> str | None:
     """The field whose name is most like this one's."""
     names = list(_names(PipelineConfig))
-    # The place in a list is no part of a name: gates.policy.0.metric is gates.policy.metric.
-    wanted = ".".join(part for part in key.split(".") if not part.isdigit())
-    same_end = [name for name in names if name.endswith(f".{wanted}")]
-    close = difflib.get_close_matches(wanted, [*names, *ALIASES], n=1, cutoff=0.6)
+    same_end = [name for name in names if name.endswith(f".{key}")]
+    close = difflib.get_close_matches(key, [*names, *ALIASES], n=1, cutoff=0.6)
     return next(iter((*same_end, *close)), None)
 
 

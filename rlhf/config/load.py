@@ -71,7 +71,7 @@ def read_preset(path: Path) -> Tree:
             )
         )
     try:
-        tree: Any = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        tree: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(
             one_line(f"{where}: can't be read ({error.strerror}); check the file and its rights")

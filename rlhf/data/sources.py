@@ -61,14 +61,14 @@ def read_source(config: DataConfig, options: StoreConfig) -> list[Row]:
     Raises:
         ConfigError: The source does not exist, or lacks a column.
         DataError: It has no rows, or can't be parsed.
-        StoreError: The S3 server can't be reached.
+        StoreError: The S3 server can't be reached, or a transfer broke.
     """
     source = config.source
-    if not source.startswith("s3://") and not _is_local(source):
-        rows = _checked(_read_hub(config), config, source)
-    else:
+    if source.startswith("s3://") or _is_local(source):
         with _copies(source, options) as files:
             rows = [row for name, path in files for row in _read(name, path, config)]
+    else:
+        rows = _checked(_read_hub(config), config, source)
     if not rows:
         raise DataError(f"data.source = {source!r}: holds no rows; give a file with pairs")
     return rows
@@ -121,6 +121,8 @@ def _copies(source: str, options: StoreConfig) -> Iterator[list[tuple[str, Path]
 
 def _is_local(source: str) -> bool:
     """A path that exists or is written like one; else it is a hub id (`owner/name`)."""
+    if source.startswith("s3://"):
+        return False
     written_as_path = source.startswith((".", "/", "~", "file:")) or ending(source) in READERS
     return written_as_path or source.count("/") != 1 or _exists(Path(source))
 
@@ -242,6 +244,7 @@ def _read_hub(config: DataConfig) -> Table:
     disable_progress_bars()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
+        # The libraries raise anything, so that only the place tells what went wrong.
         try:
             # `load_dataset` by id would keep a copy in the user's cache, whatever it is told.
             folder = snapshot_download(
@@ -251,17 +254,22 @@ def _read_hub(config: DataConfig) -> Table:
                 cache_dir=f"{scratch}/hub",
                 allow_patterns=HUB_FILES,
             )
+        except Exception as error:
+            raise StoreError(
+                f"data.source = {config.source!r}: the transfer from the hub broke "
+                f"({type(error).__name__}: {_short(error)}); try again"
+            ) from None
+        try:
             loaded = datasets.load_dataset(
                 folder, split=config.hub_split, cache_dir=f"{scratch}/datasets"
             )
             names = list(loaded.column_names)
             wanted = [name for name in _columns(config) if name in names]
             return names, loaded.select_columns(wanted).to_list()
-        # The libraries raise anything, from a broken connection to a split that there is not.
         except Exception as error:
             raise ConfigError(
                 f"data.source = {config.source!r}, data.hub_split = {config.hub_split!r}: can't be "
-                f"read from the hub ({type(error).__name__}: {_short(error)}); check both"
+                f"read ({type(error).__name__}: {_short(error)}); check both"
             ) from None
 
 

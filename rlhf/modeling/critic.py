@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -47,10 +46,3 @@ def critic_from(model: Any) -> Critic:
 def freeze(model: Any) -> Any:
     """The model in evaluation mode without gradients."""
     return model.eval().requires_grad_(False)
-
-
-def no_dropout(model: nn.Module) -> None:
-    """Switch every dropout off: the old and the new policy must be the same function."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0

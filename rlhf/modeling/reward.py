@@ -17,7 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.base import _load
 from rlhf.stage import read_json, write_json
 
@@ -155,12 +155,23 @@ class Scorer:
         self.max_length, self.batch_size, self.device = max_length, batch_size, device
 
     def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
-        """Score each reply as an answer to its own prompt; the result lies on the CPU."""
+        """Score each reply as an answer to its own prompt; the result lies on the CPU.
+
+        Raises:
+            TrainingError: A score is not finite.
+        """
         rows = [
             self.renderer.encode(p, r, self.max_length).ids
             for p, r in zip(prompts, replies, strict=True)
         ]
-        return self.score_ids(rows)
+        scores = self.score_ids(rows)
+        if not torch.isfinite(scores).all():
+            worst = replies[int((~torch.isfinite(scores)).int().argmax())]
+            raise TrainingError(
+                f"the reward model's score is not finite for the reply {worst[:80]!r}; "
+                "its weights are broken: train it again with a lower reward_model.learning_rate"
+            )
+        return scores
 
     @torch.no_grad()
     def score_ids(self, rows: list[list[int]]) -> Float[Tensor, " batch"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Prompt
-from rlhf.errors import ConfigError, TrainingError
+from rlhf.errors import ConfigError
 from rlhf.modeling.reward import Scorer, reward_meta
 
 
@@ -56,12 +56,6 @@ class ModelReward:
     def __call__(self, batch: Sequence[Reply]) -> Scored:
         """Score every reply with its own prompt."""
         scores = self.scorer([r.prompt for r in batch], [r.response for r in batch])
-        if not torch.isfinite(scores).all():
-            worst = batch[int((~torch.isfinite(scores)).int().argmax())]
-            raise TrainingError(
-                f"the reward model's score is not finite for the reply {worst.response[:80]!r}; "
-                "its weights are broken: train it again with a lower reward_model.learning_rate"
-            )
         unfinished = torch.tensor([not r.finished for r in batch], dtype=scores.dtype)
         components = {"reward_model": scores, "missing_eos": -self.missing_eos_penalty * unfinished}
         return Scored(torch.stack(list(components.values())).sum(0), components)

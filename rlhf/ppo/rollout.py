@@ -114,7 +114,7 @@ def generate(
 @contextmanager
 def _only_config(policy: Any, config: GenerationConfig) -> Iterator[None]:
     """Keep the defaults that a hub model brings (a repetition penalty, say) out of the draw."""
-    model = policy.get_base_model() if isinstance(policy, peft.PeftModel) else policy
+    model: Any = policy.get_base_model() if isinstance(policy, peft.PeftModel) else policy
     own, model.generation_config = model.generation_config, config
     try:
         yield

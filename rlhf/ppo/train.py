@@ -21,7 +21,7 @@ from rlhf.data.rows import PROMPTS_TRAIN, Prompt, PromptRow, read_rows
 from rlhf.errors import ConfigError, DataError, TrainingError
 from rlhf.gates import Approved
 from rlhf.modeling.base import device_of, load_policy
-from rlhf.modeling.critic import Critic, critic_from, freeze, no_dropout
+from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.lora import lora_config, merged
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
@@ -58,8 +58,7 @@ class PPOTrainer:
     ) -> None:  # fmt: skip
         self.config, self.reward, self.renderer, self.seed = config, reward, renderer, seed
         for model in (policy, critic):
-            no_dropout(model)
-            model.train()
+            model.eval()  # no dropout: the old and the new policy must be the same function
         parameters = [
             {"params": [p for p in policy.parameters() if p.requires_grad]},
             {"params": [p for p in critic.parameters() if p.requires_grad]},
@@ -69,7 +68,13 @@ class PPOTrainer:
         self.policy, self.critic, self.optimizer = accelerator.prepare(policy, critic, optimizer)
         self.reference = reference
         self.accelerator = accelerator
-        self.max_prompt = policy.config.max_position_embeddings - config.max_new_tokens
+        context = policy.config.max_position_embeddings
+        self.max_prompt = context - config.max_new_tokens
+        if self.max_prompt < 1:
+            raise ConfigError(
+                f"ppo.max_new_tokens = {config.max_new_tokens} leaves no room for a prompt in the "
+                f"policy's context of {context} tokens; lower it"
+            )
 
     def update(self, number: int, prompts: list[Prompt]) -> dict[str, float]:
         """One PPO update on one chunk of prompts; returns what to log."""
@@ -194,7 +199,7 @@ class PPOTrainer:
         for name, model in (("policy", self.policy), ("critic", self.critic)):
             parameters = [p for p in model.parameters() if p.requires_grad]
             norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            numbers[f"{name}_grad_norm"] = float(norm)  # pyright: ignore[reportArgumentType]
+            numbers[f"{name}_grad_norm"] = float(norm)
         if not all(math.isfinite(v) for v in numbers.values()):
             raise TrainingError(
                 f"PPO's loss or gradient is not finite ({numbers}); lower ppo.learning_rate or "

@@ -170,6 +170,11 @@ def test_bad_value_names_field_value_cure_and_origin(override, expected):
     assert text.endswith("(from command line)")
 
 
+def test_bounds_and_values_are_written_as_a_person_would():
+    text = message("--ppo.kl_coef", "-1")
+    assert text == "ppo.kl_coef = -1: must be at least 0 (from command line)"
+
+
 def test_long_values_are_cut_short():
     for value in ("[" * 1200, "x" * 5000, "9" * 5000):
         assert len(message(f"--seed={value}")) < 200

@@ -74,7 +74,7 @@ def test_section_switched_off_by_an_override_leaves_no_origins_behind(preset):
     assert loaded.sources == {"ppo.lora": "command line"}
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "ppo:\n", "ppo: {}\n", "null\n"])
+@pytest.mark.parametrize("text", ["", "# nothing\n", "ppo:\n", "sft:\n", "ppo: {}\n", "null\n"])
 def test_empty_presets_and_sections_are_the_defaults(preset, text):
     assert load_config(preset(text)).config == load_config().config
 

@@ -35,3 +35,15 @@ def message(kind: type[RLHFError], call: Callable[..., Any], *args: Any, **kwarg
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def pair(prompt: Any = "p", chosen: Any = "c", rejected: Any = "r") -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}

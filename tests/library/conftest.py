@@ -1,5 +1,7 @@
 """Tiny models and data, made once; the type checker is on before `rlhf` is imported."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 from tests.library import typecheck

@@ -141,9 +141,7 @@ def test_padding_changes_nothing(episode, extra, junk):
     for name, value in parts.items():
         assert value.item() == pytest.approx(parts_plain[name].item())
     loss = value_loss(torch.cat([values, more], 1), wide_old, wide_old + 1, wide, 0.2, n)
-    assert loss.item() == pytest.approx(
-        value_loss(values, old, old + 1, mask, 0.2, n).item()
-    )
+    assert loss.item() == pytest.approx(value_loss(values, old, old + 1, mask, 0.2, n).item())
 
 
 def test_policy_loss_is_the_clipped_surrogate():

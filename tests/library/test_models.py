@@ -20,9 +20,9 @@ from transformers import (
 
 from rlhf.config import ArchitectureConfig, BaseModelConfig, LoraConfig, RuntimeConfig
 from rlhf.data.rendering import ASSISTANT, PAD, PLAIN_TEMPLATE, Renderer, load_renderer
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.base import device_of, from_scratch, load_base, load_policy, train_tokenizer
-from rlhf.modeling.critic import Critic, critic_from, freeze, no_dropout
+from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.lora import lora_config, merged
 from rlhf.modeling.reward import (
     Scorer,
@@ -293,6 +293,14 @@ class TestScorer:
         assert not any(p.requires_grad for p in scorer.model.parameters())
         assert not scorer.model.training
 
+    def test_a_score_that_is_not_finite_names_the_reply(self, reward_model):
+        scorer = Scorer(reward_model, CPU, 48)
+        scorer.model.score.weight[0, 0] = float("nan")
+        with pytest.raises(
+            TrainingError, match=r"not finite for the reply 'good'; .*learning_rate"
+        ):
+            scorer(["tea?"], ["good"])
+
     def test_long_rows_are_cut(self, reward_model):
         scorer = Scorer(reward_model, CPU, 20)
         assert torch.equal(scorer(["?"], ["x" * 90]), scorer(["?"], ["x" * 60]))
@@ -325,12 +333,6 @@ class TestCritic:
         assert freeze(policy.train()) is policy
         assert not policy.training
         assert not any(p.requires_grad for p in policy.parameters())
-
-    def test_no_dropout(self):
-        layer = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2))
-        no_dropout(layer)
-        ones = torch.ones(100)
-        assert torch.equal(layer[0](ones), ones)
 
 
 class TestLora:

@@ -18,7 +18,7 @@ from rlhf.data.rows import PROMPTS_TRAIN, write_rows
 from rlhf.errors import ConfigError, DataError, TrainingError
 from rlhf.gates import Approved
 from rlhf.modeling.base import load_policy
-from rlhf.modeling.reward import META
+from rlhf.modeling.reward import META, Scorer
 from rlhf.ppo.losses import policy_loss
 from rlhf.ppo.rewards import ModelReward, Reply
 from rlhf.ppo.rollout import log_probs_and_entropy
@@ -84,6 +84,22 @@ def test_the_first_update_begins_at_the_reference(train):
     assert row["clip_fraction"] == 0
     assert row["policy_loss"] == pytest.approx(0, abs=1e-5)
     assert row["learning_rate"] == toys.PPO.learning_rate
+
+
+def test_dropout_is_off(train, sft, copy_of):
+    folder = copy_of(sft)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "attention_dropout": 0.5})
+    out = train(start=folder, total_episodes=16, num_ppo_epochs=1, mini_batch_size=16)
+    (row,) = read_json(out / "curve.json")
+    assert row["kl"] == pytest.approx(0, abs=1e-5)
+    assert row["approx_kl"] == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.parametrize("tokens", [64, 100])
+def test_replies_leave_room_for_a_prompt(train, tokens):
+    with pytest.raises(ConfigError, match=f"max_new_tokens = {tokens} leaves.* 64 tokens; lower"):
+        train(max_new_tokens=tokens)
 
 
 def test_the_result_says_what_the_last_update_said(data, sft, approved, tmp_path):
@@ -368,10 +384,23 @@ def test_a_foreign_tokenizer_scores_but_is_no_critic(train, data, fresh, tmp_pat
     folder.mkdir()
     train_reward_model(toys.REWARD, data, fresh, folder, runtime=toys.RUNTIME)
     reward = toys.approve(folder)
-    with pytest.raises(ConfigError, match=r"ppo\.critic = 'reward_model'.*set ppo\.critic to policy"):
+    with pytest.raises(
+        ConfigError, match=r"ppo\.critic = 'reward_model'.*set ppo\.critic to policy"
+    ):
         train(reward=reward)
     out = train("critic", reward=reward, critic="policy", total_episodes=16)
     assert len(read_json(out / "curve.json")) == 1
+
+
+class FixedScorer(Scorer):
+    """Scores known beforehand, for the two replies of `TestModelReward`."""
+
+    def __init__(self):
+        pass
+
+    def __call__(self, prompts, replies):
+        assert (prompts, replies) == (["tea?", "jar?"], ["good", "bad"])
+        return torch.tensor([3.0, 1.0])
 
 
 class TestModelReward:
@@ -380,12 +409,8 @@ class TestModelReward:
         Reply("jar?", "bad", 2, False),
     )
 
-    def scorer(self, prompts, replies):
-        assert (prompts, replies) == (["tea?", "jar?"], ["good", "bad"])
-        return torch.tensor([3.0, 1.0])
-
     def test_a_reply_that_does_not_end_pays(self):
-        scored = ModelReward(self.scorer, 1.5)(self.batch)
+        scored = ModelReward(FixedScorer(), 1.5)(self.batch)
         assert scored.totals.tolist() == [3, -0.5]
         assert {k: v.tolist() for k, v in scored.components.items()} == {
             "reward_model": [3, 1],
@@ -393,7 +418,7 @@ class TestModelReward:
         }
 
     def test_or_not(self):
-        assert ModelReward(self.scorer, None)(self.batch).totals.tolist() == [3, 1]
+        assert ModelReward(FixedScorer(), None)(self.batch).totals.tolist() == [3, 1]
 
 
 # --- adapters ---------------------------------------------------------------------------------

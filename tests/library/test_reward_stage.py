@@ -66,6 +66,14 @@ def test_micro_batches_change_nothing(train):
     assert toys.distance(whole, parts) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def one_epoch(data, sft, tmp_path_factory):
+    out = tmp_path_factory.mktemp("epoch")
+    config = toys.changed(toys.REWARD, epochs=1)
+    train_reward_model(config, data, sft, out, runtime=toys.RUNTIME)
+    return out
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -81,10 +89,9 @@ def test_micro_batches_change_nothing(train):
     ],
     ids=lambda c: next(iter(c)),
 )
-def test_every_parameter_arrives(train, change):
-    a, _ = train("a", epochs=1)
-    b, _ = train("b", **{"epochs": 1, **change})
-    assert toys.distance(a, b) > 1e-5
+def test_every_parameter_arrives(train, one_epoch, change):
+    out, _ = train(**{"epochs": 1, **change})
+    assert toys.distance(out, one_epoch) > 1e-5
 
 
 def test_the_language_model_loss_keeps_the_language_model(train, sft, data):
@@ -154,5 +161,3 @@ def test_rows_are_rendered_with_their_prompt(renderer):
     assert row["chosen_ids"] == renderer.encode("tea?", "good", 48).ids
     assert row["rejected_ids"] == renderer.encode("tea?", "bad bad", 48).ids
     assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-
-

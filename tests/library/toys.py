@@ -30,7 +30,6 @@ from rlhf.data.rows import (
     PromptRow,
     write_rows,
 )
-
 from rlhf.gates import Approved, judge, require
 
 RUNTIME = RuntimeConfig(device="cpu", threads=1)

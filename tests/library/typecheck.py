@@ -8,10 +8,10 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 #: Everything but `config` and `store`: beartype refuses typing.Self in pydantic's validators.
-MODULES = (
-    "data errors evaluate gates judges modeling ppo progress report reward sft stage statistics "
-    "trl_adapter world"
-).split()
+MODULES = [
+    *("data", "errors", "evaluate", "gates", "judges", "modeling", "ppo", "progress", "report"),
+    *("reward", "sft", "stage", "statistics", "trl_adapter", "world"),
+]
 
 #: An int where a float is announced is fine, as it is for type checkers (PEP 484).
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))

@@ -1,0 +1,70 @@
+"""A Hugging Face hub on loopback, with one dataset; answers what `huggingface_hub` asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+DATASET = "acme/pairs"
+
+
+@contextlib.contextmanager
+def fake_hub(
+    files: dict[str, bytes], commit: str | None = COMMIT, delay: float = 0, broken: str = ""
+) -> Iterator[Any]:
+    """Serve the files of `acme/pairs`, but the broken one; `server.asked` lists the requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(delay)
+            path = self.path.partition("?")[0]
+            self.server.asked.append(path)  # type: ignore[attr-defined]
+            name = path.removeprefix(f"/datasets/{DATASET}/resolve/{COMMIT}/")
+            if path == f"/api/datasets/{DATASET}":
+                self.answer(json.dumps({"id": DATASET, "sha": commit}).encode())
+            elif path == f"/api/datasets/{DATASET}/tree/{COMMIT}":
+                tree = [
+                    {"type": "file", "path": name, "size": len(data), "oid": "0"}
+                    for name, data in files.items()
+                ]
+                self.answer(json.dumps(tree).encode())
+            elif name == broken:
+                self.answer(b"", 503)
+            elif name in files:
+                self.answer(files[name], ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"')
+            else:
+                self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+            self.send_response(status)
+            for key, value in {"X-Repo-Commit": COMMIT, **headers}.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                with contextlib.suppress(OSError):
+                    self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

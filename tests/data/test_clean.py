@@ -1,0 +1,107 @@
+"""Which rows are left out, and for which reason."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.config import DataConfig
+from rlhf.data.prepare import clean
+from rlhf.data.rows import Pair
+from tests.data.helpers import assistant, pair, user
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (pair(prompt=""), "prompt is empty or no text"),
+        (pair(prompt=" \t\n\u3000"), "prompt is empty or no text"),
+        (pair(prompt=None), "prompt is empty or no text"),
+        (pair(prompt=5), "prompt is empty or no text"),
+        (pair(prompt=float("nan")), "prompt is empty or no text"),
+        (pair(prompt="half \ud83d"), "prompt is empty or no text"),
+        (pair(prompt=[]), "prompt is empty or no text"),
+        (pair(prompt=["text"]), "prompt is empty or no text"),
+        (pair(prompt=[user(" ")]), "prompt is empty or no text"),
+        (pair(prompt=[user(None)]), "prompt is empty or no text"),
+        (pair(prompt=[user("half \ud83d")]), "prompt is empty or no text"),
+        (pair(prompt=[{"content": "x"}]), "prompt is empty or no text"),
+        (pair(prompt=[{"role": 1, "content": "x"}]), "prompt is empty or no text"),
+        (pair(prompt=[{"from": "human", "value": "x"}]), "prompt is empty or no text"),
+        (pair(prompt={"role": "user", "content": "x"}), "prompt is empty or no text"),
+        (pair(prompt=[user("a"), assistant("b")]), "prompt ends with a reply"),
+        ({"chosen": "c", "rejected": "r"}, "prompt is empty or no text"),
+        (pair(chosen=""), "a reply is empty or no text"),
+        (pair(rejected=" \n"), "a reply is empty or no text"),
+        (pair(rejected=None), "a reply is empty or no text"),
+        (pair(chosen=3.5), "a reply is empty or no text"),
+        (pair(chosen="\udc00"), "a reply is empty or no text"),
+        (pair(chosen=[]), "a reply is empty or no text"),
+        (pair(chosen=["text"]), "a reply is empty or no text"),
+        (pair(chosen=[assistant(" ")]), "a reply is empty or no text"),
+        ({"prompt": "p", "chosen": "c"}, "a reply is empty or no text"),
+        (pair(chosen=[user("c")]), "a reply is not the assistant's"),
+        (pair(chosen=[user("q"), assistant("c")]), "a reply belongs to another prompt"),
+        (
+            pair(chosen=[user("p"), assistant("a"), user("b"), assistant("c")]),
+            "a reply belongs to another prompt",
+        ),
+        (pair(chosen="same", rejected="same"), "both replies are the same"),
+        (pair(chosen="same", rejected=" same\n"), "both replies are the same"),
+        (pair(prompt="x" * 101), "prompt too long"),
+        (pair(prompt=[user("x" * 51), assistant("y"), user("x" * 50)]), "prompt too long"),
+        (pair(chosen="x" * 201), "reply too long"),
+        (pair(rejected="x" * 201), "reply too long"),
+    ],
+)
+def test_rows_are_left_out_for_a_reason(row, reason):
+    config = DataConfig(max_prompt_chars=100, max_reply_chars=200)
+    assert clean([row, pair("good")], config) == ([Pair("good", "c", "r")], {reason: 1})
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (pair("x" * 100, "y" * 200, "z" * 200), Pair("x" * 100, "y" * 200, "z" * 200)),
+        (pair(" p ", " c ", "r\r\n"), Pair(" p ", " c ", "r\r\n")),
+        (pair([user("é" * 100)]), Pair([user("é" * 100)], "c", "r")),
+        (
+            pair([{**user("p"), "name": None}], [assistant("c")], [user("p"), assistant("r")]),
+            Pair([user("p")], "c", "r"),
+        ),
+        (pair("p", [user("p"), assistant("c")], [user(" P"), assistant("r")]), Pair("p", "c", "r")),
+        (
+            pair([{"role": "system", "content": ""}, user("p")]),
+            Pair([{"role": "system", "content": ""}, user("p")], "c", "r"),
+        ),
+    ],
+)
+def test_usable_rows(row, expected):
+    config = DataConfig(max_prompt_chars=100, max_reply_chars=200)
+    assert clean([row], config) == ([expected], {})
+
+
+def test_duplicates_are_left_out_and_reasons_counted():
+    data = [pair("a"), pair("b"), pair("a"), pair("a"), pair("a", "r", "c"), pair(""), pair(None)]
+    pairs, left_out = clean(data, DataConfig())
+    assert pairs == [Pair("a", "c", "r"), Pair("b", "c", "r"), Pair("a", "r", "c")]
+    assert left_out == {"duplicate": 2, "prompt is empty or no text": 2}
+
+
+CELLS = st.one_of(
+    st.text(max_size=4),
+    st.sampled_from(["p", "P ", "q", "r", None, 1, float("nan"), [], {}]),
+    st.lists(st.builds(lambda r, c: {"role": r, "content": c}, st.text(max_size=1), st.text())),
+)
+
+
+@given(st.lists(st.fixed_dictionaries(dict.fromkeys(("prompt", "chosen", "rejected"), CELLS))))
+@settings(max_examples=100, deadline=None)
+def test_every_row_is_kept_or_counted(data):
+    pairs, left_out = clean(data, DataConfig())
+    assert len(pairs) + sum(left_out.values()) == len(data)
+    assert len({repr(p) for p in pairs}) == len(pairs)
+    for found in pairs:
+        assert found.prompt
+        assert found.chosen.strip() != found.rejected.strip() != ""

@@ -1,0 +1,152 @@
+"""Sources on the Hugging Face hub: a stand-in on loopback, and no hub at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants, hf_api
+
+from rlhf.data import sources
+from rlhf.errors import ConfigError, StoreError
+from tests.ceph import free_ports
+from tests.data.helpers import digest, message, read, rows
+from tests.data.hub import COMMIT, DATASET, fake_hub
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: a.jsonl}
+  - {split: test, path: b.jsonl}
+---
+"""
+
+
+def lines(data: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in data).encode()
+
+
+FILES = {
+    "README.md": CARD.encode(),
+    "a.jsonl": lines(rows(4)),
+    "b.jsonl": lines(rows(2)),
+    "weights.bin": b"x" * 100,
+}
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch):
+    """Sends the hub's client to another address."""
+
+    def to(url: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(hf_api.api, "endpoint", url)
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    return to
+
+
+def test_split_is_read_quietly_at_its_commit_and_nothing_is_left_behind(tmp_path):
+    script = (
+        "import sys\n"
+        "from rlhf.config import DataConfig, StoreConfig\n"
+        "from rlhf.data.sources import read_source, source_digest\n"
+        "import json\n"
+        "for split in ('train', 'test'):\n"
+        f"    config = DataConfig(source={DATASET!r}, hub_split=split)\n"
+        "    print(json.dumps(read_source(config, StoreConfig())))\n"
+        "print(source_digest(config, StoreConfig()))\n"
+    )
+    folders = {"HOME": tmp_path / "home", "TMPDIR": tmp_path / "tmp"}
+    for folder in folders.values():
+        folder.mkdir()
+    with fake_hub(FILES) as hub:
+        environment = {k: str(v) for k, v in folders.items()} | {"HF_ENDPOINT": hub.url}
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PATH": os.environ["PATH"], **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stderr == ""
+    train, test, commit = done.stdout.splitlines()
+    assert (json.loads(train), json.loads(test), commit) == (rows(4), rows(2), COMMIT)
+    assert not any("weights.bin" in path for path in hub.asked)
+    for folder in folders.values():
+        assert [p for p in folder.rglob("*") if p.is_file()] == []
+
+
+def test_columns_and_splits_that_there_are_not(use):
+    with fake_hub(FILES | {"a.jsonl": b'{"q": "x", "n": 1}\n', "b.jsonl": b'{"q": "x"}\n'}) as hub:
+        use(hub.url)
+        text = message(ConfigError, read, DATASET)
+        assert (
+            f"data.prompt_column = 'prompt': not a column of {DATASET!r}, which has q, n;" in text
+        )
+        text = message(ConfigError, read, DATASET, hub_split="validation")
+        assert text.startswith(
+            f"data.source = {DATASET!r}, data.hub_split = 'validation': can't be read "
+            "(ValueError: Unknown split"
+        )
+
+
+def test_transfer_that_breaks_can_be_tried_again(use, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    with fake_hub(FILES, broken="a.jsonl") as hub:
+        use(hub.url)
+        text = message(StoreError, read, DATASET)
+    assert text.startswith(f"data.source = {DATASET!r}: the transfer from the hub broke (")
+
+
+def test_no_such_dataset_and_one_without_a_commit(use):
+    with fake_hub(FILES, commit=None) as hub:
+        use(hub.url)
+        text = message(ConfigError, digest, "acme/other")
+        assert text.startswith("data.source = 'acme/other': no such path here, and the hub can't")
+        assert "RepositoryNotFoundError" in text
+        assert "it names no commit" in message(ConfigError, digest, DATASET)
+
+
+def test_empty_dataset(use):
+    with fake_hub({"a.csv": b"prompt,chosen,rejected\n"}) as hub:
+        use(hub.url)
+        assert "corresponds to no data" in message(ConfigError, read, DATASET)
+
+
+@pytest.mark.parametrize("call", [read, digest])
+def test_no_network_is_told_at_once(use, call):
+    (port,) = free_ports(1)
+    use(f"http://127.0.0.1:{port}")
+    started = time.monotonic()
+    text = message(ConfigError, call, "owner/name")
+    assert time.monotonic() - started < 5
+    assert text.startswith(
+        "data.source = 'owner/name': no such path here, and the hub can't tell of a dataset by "
+        "that name (ConnectError: "
+    )
+    assert text.endswith("give an existing path or a hub dataset id")
+
+
+def test_hub_that_does_not_answer_is_given_up(use, monkeypatch):
+    monkeypatch.setattr(sources, "PATIENCE", 0.2)
+    with fake_hub(FILES, delay=1.5) as hub:
+        use(hub.url)
+        started = time.monotonic()
+        assert "ReadTimeout" in message(ConfigError, digest, DATASET)
+        assert time.monotonic() - started < 1.4
+
+
+def test_folder_of_that_name_is_read_instead(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("owner/name").mkdir(parents=True)
+    Path("owner/name/a.jsonl").write_bytes(lines(rows()))
+    assert read("owner/name") == rows()

@@ -1,0 +1,232 @@
+"""The stage: how prompts are split, and what is written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config import DataConfig, WorldConfig
+from rlhf.data import rows as files
+from rlhf.data.prepare import prepare_data
+from rlhf.data.rows import Demonstration, Pair, PromptRow, read_rows
+from rlhf.errors import ConfigError, DataError
+from tests.data.helpers import message, pair, rows, user
+
+PARTS = (
+    (files.DEMONSTRATIONS, Demonstration),
+    (files.PAIRS_TRAIN, Pair),
+    (files.PAIRS_EVAL, Pair),
+    (files.PROMPTS_TRAIN, PromptRow),
+    (files.PROMPTS_EVAL, PromptRow),
+)
+TRAINING = (files.DEMONSTRATIONS, files.PAIRS_TRAIN, files.PROMPTS_TRAIN)
+HELD_OUT = (files.PAIRS_EVAL, files.PROMPTS_EVAL)
+
+
+def prepare(tmp_path: Path, data: Sequence[dict[str, Any]], seed: int = 0, **options: Any):
+    """Prepare these rows and read back what was written."""
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in data))
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    prepare_data(DataConfig(source=str(source), **options), out, seed=seed)
+    parts = {name: read_rows(out / name, kind) for name, kind in PARTS}
+    return parts, json.loads((out / files.SUMMARY).read_text())
+
+
+def prompts(parts: dict[str, list[Any]], names: Sequence[str]) -> set[str]:
+    return {json.dumps(row.prompt) for name in names for row in parts[name]}
+
+
+def test_what_is_written(tmp_path):
+    data = [*rows(20), pair("p0", "better", "bad 0"), pair("")]
+    parts, summary = prepare(tmp_path, data, eval_fraction=0.25)
+    train, held_out = parts[files.PAIRS_TRAIN], parts[files.PAIRS_EVAL]
+    # A quarter of 20 prompts is 5; one prompt has two pairs.
+    assert len(parts[files.PROMPTS_EVAL]) == 5
+    assert len(parts[files.PROMPTS_TRAIN]) == 15
+    assert len(train) + len(held_out) == 21
+    assert parts[files.DEMONSTRATIONS] == [Demonstration(p.prompt, p.chosen) for p in train]
+    assert summary == {
+        "source": "pairs.jsonl",
+        "demonstrations": len(train),
+        "pairs_train": len(train),
+        "pairs_eval": len(held_out),
+        "prompts_train": 15,
+        "prompts_eval": 5,
+        "chosen_longer": 1.0,
+        "left_out": {"prompt is empty or no text": 1},
+    }
+
+
+def test_metrics_and_progress(tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows(10)))
+    told: list[tuple[int, int]] = []
+    result = prepare_data(
+        DataConfig(source=str(source)),
+        tmp_path,
+        progress=lambda done, total, _: told.append((done, total)),
+    )
+    assert result.metrics["pairs_train"] == 8
+    assert "left_out" not in result.metrics
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_alike_prompts_never_stand_on_both_sides(tmp_path):
+    forms = ("Say {}", " say  {}\n", "SAY {}", "S\uff41y {}")
+    data = [pair(form.format(i), f"c{n}") for i in range(30) for n, form in enumerate(forms)]
+    data += [pair([user(f"Say {i}")], "chat") for i in range(30)]
+    for seed in range(5):
+        parts, _ = prepare(tmp_path, data, seed=seed, eval_fraction=0.5)
+        sides = [
+            {json.loads(p)[0]["content"] if p.startswith("[") else json.loads(p) for p in side}
+            for side in (prompts(parts, TRAINING), prompts(parts, HELD_OUT))
+        ]
+        numbers = [{int(text.split()[-1]) for text in side} for side in sides]
+        assert numbers[0].isdisjoint(numbers[1])
+        assert len(numbers[0]) == len(numbers[1]) == 15
+
+
+def test_system_prompt_makes_another_prompt(tmp_path):
+    chats = [[{"role": "system", "content": f"s{i}"}, user("p")] for i in range(6)]
+    parts, _ = prepare(tmp_path, [pair(chat) for chat in chats])
+    assert len(parts[files.PROMPTS_TRAIN]) + len(parts[files.PROMPTS_EVAL]) == 6
+
+
+def test_same_seed_same_bytes_in_another_process(tmp_path):
+    prepare(tmp_path, [*rows(40), *rows(40)], seed=3, max_pairs=20)
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from rlhf.config import DataConfig\n"
+        "from rlhf.data.prepare import prepare_data\n"
+        "config = DataConfig(source=sys.argv[1], max_pairs=20)\n"
+        "prepare_data(config, Path(sys.argv[2]), seed=3)\n"
+    )
+    again = tmp_path / "again"
+    again.mkdir()
+    command = [sys.executable, "-c", script, str(tmp_path / "pairs.jsonl"), str(again)]
+    subprocess.run(command, check=True, env={"PYTHONHASHSEED": "7"})
+    for path in sorted((tmp_path / "out").iterdir()):
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_another_seed_holds_out_and_samples_others(tmp_path):
+    one, _ = prepare(tmp_path, rows(100), seed=1)
+    two, _ = prepare(tmp_path, rows(100), seed=2)
+    assert prompts(one, HELD_OUT) != prompts(two, HELD_OUT)
+    one, _ = prepare(tmp_path, rows(100), seed=1, max_pairs=50)
+    two, _ = prepare(tmp_path, rows(100), seed=2, max_pairs=50)
+    everything = TRAINING + HELD_OUT
+    assert prompts(one, everything) != prompts(two, everything)
+
+
+def test_held_out_prompts_do_not_depend_on_the_order_and_stay_when_rows_are_added(tmp_path):
+    one, _ = prepare(tmp_path, rows(100))
+    two, _ = prepare(tmp_path, rows(100)[::-1])
+    assert prompts(one, HELD_OUT) == prompts(two, HELD_OUT)
+    more, _ = prepare(tmp_path, [*rows(100), pair("p5", "new reply")])
+    assert prompts(one, HELD_OUT) == prompts(more, HELD_OUT)
+
+
+@pytest.mark.parametrize(("most", "kept"), [(10, 10), (29, 29), (30, 30), (31, 30), (None, 30)])
+def test_max_pairs(tmp_path, most, kept):
+    parts, summary = prepare(tmp_path, rows(30), max_pairs=most)
+    assert summary["pairs_train"] + summary["pairs_eval"] == kept
+    names = [int(p.prompt[1:]) for p in parts[files.PAIRS_TRAIN]]
+    assert names == sorted(names)  # the order of the file is kept
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "held_out"),
+    [(4, 0.1, 2), (4, 0.9, 2), (10, 0.1, 2), (10, 0.5, 5), (10, 0.99, 8), (100, 0.1, 10)],
+)
+def test_both_sides_get_at_least_two_prompts(tmp_path, count, fraction, held_out):
+    parts, _ = prepare(tmp_path, rows(count), eval_fraction=fraction)
+    assert len(parts[files.PROMPTS_EVAL]) == held_out
+    assert len(parts[files.PROMPTS_TRAIN]) == count - held_out
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "left_out"),
+    [
+        (rows(1), 1, "none"),
+        (rows(2), 2, "none"),
+        (rows(3), 3, "none"),
+        ([pair("p", f"c{i}") for i in range(50)], 1, "none"),
+        ([pair("")], 0, "1 × prompt is empty or no text"),
+        (
+            [*rows(2), *rows(2), pair(5)],
+            2,
+            "2 × duplicate, 1 × prompt is empty or no text",
+        ),
+    ],
+)
+def test_too_little_to_split(tmp_path, data, count, left_out):
+    text = message(DataError, prepare, tmp_path, data)
+    assert text == (
+        f"data.source = {str(tmp_path / 'pairs.jsonl')!r}: {count} different prompts with usable "
+        f"pairs are too few to train on 2 and hold out 2; give more rows (left out: {left_out})"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_missing_source(tmp_path):
+    config = DataConfig(source=str(tmp_path / "none.csv"))
+    assert "no such file or folder" in message(ConfigError, prepare_data, config, tmp_path)
+
+
+def test_unusual_text_survives_the_files(tmp_path):
+    odd = "a\u2028b\x85c\r\nd\x00e 🙂"
+    parts, _ = prepare(tmp_path, [pair(f"{i}{odd}", odd, "r") for i in range(10)])
+    assert {p.chosen for p in parts[files.PAIRS_TRAIN]} == {odd}
+
+
+WORLD = WorldConfig(pairs=200, demonstrations=200, prompts=100, eval_pairs=60, eval_prompts=40)
+
+
+def world(tmp_path: Path, seed: int = 0) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    out = tmp_path / f"world-{seed}"
+    out.mkdir(exist_ok=True)
+    prepare_data(DataConfig(world=WORLD), out, seed=seed)
+    summary = json.loads((out / files.SUMMARY).read_text())
+    return {name: read_rows(out / name, kind) for name, kind in PARTS}, summary
+
+
+def test_world(tmp_path):
+    parts, summary = world(tmp_path)
+    assert [len(parts[name]) for name, _ in PARTS] == [200, 200, 60, 100, 40]
+    assert prompts(parts, TRAINING).isdisjoint(prompts(parts, HELD_OUT))
+    for name, _ in PARTS[2:]:
+        assert len(prompts(parts, [name])) == len(parts[name])
+    assert summary["left_out"] == {}
+    assert summary["source"] == "world"
+    assert 0 < summary["chosen_longer"] < 1
+
+
+def test_worlds_groups_are_kept_for_evaluation_only(tmp_path):
+    parts, _ = world(tmp_path)
+    assert {row.group for row in parts[files.PROMPTS_EVAL]} == {"seen-template", "new-template"}
+    assert {row.group for row in parts[files.PAIRS_TRAIN]} == {None}
+
+
+def test_world_follows_the_seed(tmp_path):
+    assert world(tmp_path, 1) == world(tmp_path, 1)
+    assert world(tmp_path, 1)[0] != world(tmp_path, 2)[0]
+
+
+def test_world_that_has_too_few_prompts(tmp_path, monkeypatch):
+    config = DataConfig(world=WORLD)
+    module = importlib.import_module("rlhf.world.generate")
+    monkeypatch.setattr(module, "make_prompt", lambda *_: ("same", ("t", "i")))
+    text = message(DataError, prepare_data, config, tmp_path)
+    assert text == (
+        "data.world: the world has too few distinct prompts for 60 eval pairs; ask for fewer"
+    )
