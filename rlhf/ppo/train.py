@@ -199,7 +199,7 @@ class PPOTrainer:
         for name, model in (("policy", self.policy), ("critic", self.critic)):
             parameters = [p for p in model.parameters() if p.requires_grad]
             norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            numbers[f"{name}_grad_norm"] = float(norm)
+            numbers[f"{name}_grad_norm"] = float(norm)  # pyright: ignore[reportArgumentType]
         if not all(math.isfinite(v) for v in numbers.values()):
             raise TrainingError(
                 f"PPO's loss or gradient is not finite ({numbers}); lower ppo.learning_rate or "

@@ -166,6 +166,16 @@ def test_policy_loss_is_pessimistic_for_a_bad_token():
     assert log_ratio.grad.item() == 0
 
 
+def test_what_lies_in_the_padding_cannot_overflow():
+    # exp(1000) is infinite, and infinity times 0 is not a number
+    log_probs = row(0, 1000).requires_grad_()
+    loss, sums = policy_loss(log_probs, row(0, 0), row(1, 1), mask_of("10"), 0.2, 1.0)
+    loss.backward()
+    assert loss.item() == -1
+    assert sums["approx_kl"].item() == 0
+    assert log_probs.grad.tolist() == [[-1, 0]]
+
+
 def test_value_loss():
     values, old, returns, mask = row(2, 1, 9), row(1, 1, 0), row(3, 2, 0), mask_of("110")
     # ½·((2−3)² + (1−2)²) / 2

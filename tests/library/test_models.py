@@ -267,6 +267,18 @@ class TestRewardModel:
         torch.testing.assert_close(left, without, atol=1e-5, rtol=0)
 
 
+def test_absolute_positions_begin_at_the_first_real_token(tmp_path):
+    tokenizer = _foreign_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": PAD})
+    shape = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=32)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+    model = load_reward_model(tmp_path, Renderer(tokenizer), "last").eval()
+    torch.nn.init.normal_(model.score.weight)
+    alone = model(torch.tensor([[5, 6]]), torch.tensor([[1, 1]])).logits
+    padded = model(torch.tensor([[9, 9, 5, 6]]), torch.tensor([[0, 0, 1, 1]])).logits
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+
+
 class TestScorer:
     prompts = ["tea or cup?", "jar?", "pot or mug?", "jar?"]
     replies = ["good", "bad bad", "a much longer reply than that", "good good"]
