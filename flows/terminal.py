@@ -37,23 +37,26 @@ def show_run(console: Console, run: PipelineRun) -> None:
 
 
 def _stages(run: PipelineRun) -> Table:
-    table = Table("stage", "state", "time", "key metric", "artifact", title=run.name)
+    table = Table(title=run.name)
+    for name in ("stage", "state", "time", "key metric", "artifact"):
+        table.add_column(name, no_wrap=name != "key metric")
     for row in run.rows:
         time = "" if row.seconds is None else f"{row.seconds:.1f} s"
         state = Text(row.state, STYLES[row.state])
         metric = row.metric or row.message
-        table.add_row(row.name, state, time, Text(metric), (row.artifact or "")[:12])
+        table.add_row(row.name, state, time, Text(metric), (row.artifact or "")[:10])
     return table
 
 
 def _samples(samples: Sequence[dict[str, object]]) -> Group:
     panels = []
     for sample in samples:
-        table = Table("before (SFT)", "after (PPO)", expand=True, show_lines=False, box=None)
+        table = Table("before (SFT)", "after (PPO)", expand=True, box=None)
         table.columns[0].ratio = table.columns[1].ratio = 1
         table.add_row(Text(str(sample["before"])), Text(str(sample["after"])))
         table.add_row(_scores(sample, "before"), _scores(sample, "after"))
-        panels.append(Panel(table, title=Text(str(sample["prompt"])), title_align="left"))
+        prompt = Text(str(sample["prompt"]), "bold")
+        panels.append(Panel(Group(prompt, table)))
     return Group(*panels)
 
 

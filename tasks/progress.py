@@ -60,6 +60,7 @@ class LineDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._started = self._printed = 0.0
+        self._first = 0
 
     def update(self, stage: str, step: int, total: int, text: str) -> None:
         """Print a line if the last is old enough."""
@@ -68,13 +69,16 @@ class LineDisplay:
         if now - self._printed < LINE_EVERY and step < total:
             return
         self._printed = now
-        left = (now - self._started) / max(step, 1) * (total - step)
-        eta = f"{int(left // 60)}:{int(left % 60):02d}"
+        # The first step says nothing of the speed: it is where the clock starts.
+        self._first = self._first or step
+        left = (now - self._started) / max(step - self._first, 1) * (total - step)
+        eta = f"{int(left // 60)}:{int(left % 60):02d}" if step > self._first else "-:--"
         self._console.print(f"{stage:<22} {step:>5}/{total:<5} ETA {eta}  {text}", highlight=False)
 
     def close(self) -> None:
         """Start the clock anew for the next stage."""
         self._started = self._printed = 0.0
+        self._first = 0
 
 
 _display: Display | None = None
