@@ -211,6 +211,10 @@ def _open(store: str | None, config: Path | None):  # noqa: ANN202  (the store i
 def prepare_prefect(verbose: bool) -> None:
     """Settings for a run in this process; those that the user set in the environment win."""
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    # Training takes all cores, and the ephemeral server beside it its time to answer.
+    os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
+    os.environ.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT", "60")
+    os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         # Errors are printed by us in one line; the full log is in Prefect's UI.

@@ -16,7 +16,7 @@ from rlhf.errors import worth_retrying
 from rlhf.gates import require
 from rlhf.stage import read_json
 from rlhf.store import ArtifactRef
-from tasks.progress import StageProgress
+from tasks.progress import StageProgress, harmless
 from tasks.runner import Outcome, run_stage, store_of
 from tasks.stages import STAGES, read_verdict
 
@@ -45,7 +45,8 @@ def _task(name: str) -> Task[[PipelineConfig, Refs], Any]:
     def stage_task(config: PipelineConfig, inputs: Refs) -> State[Outcome]:
         with StageProgress(name) as progress:
             outcome = run_stage(STAGES[name], config, inputs, progress)
-        _show_result(outcome, config)
+        with harmless("results"):
+            _show_result(outcome, config)
         if STAGES[name].kind == "verdict":
             _enforce(outcome, inputs, config)
         label = "Cached" if outcome.cached else "Completed"

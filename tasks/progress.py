@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -42,8 +43,8 @@ class BarDisplay:
     def update(self, stage: str, step: int, total: int, text: str) -> None:
         """Move the bar."""
         if self._task is None:
+            self._task = self._progress.add_task(stage, completed=step, total=total, text=text)
             self._progress.start()
-            self._task = self._progress.add_task(stage, total=total, text=text)
         self._progress.update(self._task, completed=step, total=total, text=text)
 
     def close(self) -> None:
@@ -65,12 +66,12 @@ class LineDisplay:
     def update(self, stage: str, step: int, total: int, text: str) -> None:
         """Print a line if the last is old enough."""
         now = time.monotonic()
-        self._started = self._started or now
-        if now - self._printed < LINE_EVERY and step < total:
+        if not self._first:
+            self._started, self._first = now, step
+        elif now - self._printed < LINE_EVERY and step < total:
             return
         self._printed = now
         # The first step says nothing of the speed: it is where the clock starts.
-        self._first = self._first or step
         left = (now - self._started) / max(step - self._first, 1) * (total - step)
         eta = f"{int(left // 60)}:{int(left % 60):02d}" if step > self._first else "-:--"
         self._console.print(f"{stage:<22} {step:>5}/{total:<5} ETA {eta}  {text}", highlight=False)
@@ -93,6 +94,15 @@ def show_on(console: Console | None) -> None:
         _display = BarDisplay(console) if console.is_terminal else LineDisplay(console)
 
 
+@contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Let nothing that only *shows* work stop the work: an API that is away for a moment, say."""
+    try:
+        yield
+    except Exception as error:
+        get_run_logger().warning("could not show %s in Prefect: %s", what, error)
+
+
 class StageProgress:
     """Progress of one task run: terminal, Prefect progress artifact, run log."""
 
@@ -112,7 +122,8 @@ class StageProgress:
         now = time.monotonic()
         if now - self._ui_time >= UI_EVERY or step == total:
             self._ui_time = now
-            self._show_in_ui(100.0 * step / max(total, 1))
+            with harmless("progress"):
+                self._show_in_ui(100.0 * step / max(total, 1))
         if now - self._log_time >= LINE_EVERY:
             self._log_time = now
             get_run_logger().info("%s %d/%d %s", self.stage, step, total, text)

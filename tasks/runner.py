@@ -85,7 +85,10 @@ def run_stage(
             metrics = store.manifest(recorded).metrics
             return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
         checkpoints = work / "checkpoints" / f"{stage.name}-{key[:16]}"
-        with tempfile.TemporaryDirectory(dir=work, prefix=f"{stage.name}-") as out:
+        scratch = f"{stage.name}-{key[:16]}-"
+        for left_behind in work.glob(f"{scratch}*"):
+            shutil.rmtree(left_behind)  # by a try that was killed; the lock says it is gone
+        with tempfile.TemporaryDirectory(dir=work, prefix=scratch) as out:
             folders = {role: store.fetch(ref) for role, ref in refs.items()}
             run = StageRun(config, refs, folders, Path(out), checkpoints, store, progress)
             result = stage.body(run)
