@@ -67,20 +67,22 @@ def evaluate_reward_model(
     }
     ceiling = ceiling_of(config, data_config, pairs)
     if ceiling is not None:
-        metrics["ceiling"] = ceiling
-        metrics["share_of_ceiling"] = (metrics["accuracy"] - 0.5) / (ceiling - 0.5)
+        metrics |= _of_ceiling(metrics["accuracy"], ceiling)
     metrics["by_group"] = {}
     for group, index in _groups([p.group for p in pairs]).items():
         part = {**share("accuracy", float(correct[index].sum()), len(index)), "n": len(index)}
         if ceiling is not None:
             group_ceiling = ceiling_of(config, data_config, [pairs[i] for i in index]) or ceiling
-            part |= {
-                "ceiling": group_ceiling,
-                "share_of_ceiling": (part["accuracy"] - 0.5) / (group_ceiling - 0.5),
-            }
+            part |= _of_ceiling(part["accuracy"], group_ceiling)
         metrics["by_group"][group] = part
     write_json(out_dir / EVALUATION, metrics)
     return StageResult({k: v for k, v in metrics.items() if k != "by_group"})
+
+
+def _of_ceiling(accuracy: float, ceiling: float) -> dict[str, float]:
+    """The ceiling and the share of the way to it; none where there is nothing to learn."""
+    share_of = {"share_of_ceiling": (accuracy - 0.5) / (ceiling - 0.5)} if ceiling > 0.5 else {}
+    return {"ceiling": ceiling, **share_of}
 
 
 def _score_in_parts(

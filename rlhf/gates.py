@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from rlhf.config.models import GateRule
@@ -53,10 +53,10 @@ class Approved(Generic[T]):
 
     subject: T
     verdict: Verdict
-    seal: object
+    seal: InitVar[object]
 
-    def __post_init__(self) -> None:
-        if self.seal is not _seal:
+    def __post_init__(self, seal: object) -> None:
+        if seal is not _seal:
             raise TypeError("an Approved comes from rlhf.gates.require, never from its constructor")
 
     def map(self, function: Callable[[T], U]) -> Approved[U]:

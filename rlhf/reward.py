@@ -15,10 +15,10 @@ from trl.trainer.reward_config import RewardConfig as TRLRewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf.config import RewardModelConfig, RuntimeConfig
-from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
-from rlhf.modeling.base import device_of
+from rlhf.modeling.base import device_of, fit_embeddings, load_tokenizer
 from rlhf.modeling.lora import lora_config, merged
 from rlhf.modeling.reward import counted_tokens, load_reward_model, save_reward_model
 from rlhf.progress import Progress, silent
@@ -54,8 +54,9 @@ def train_reward_model(
     device = device_of(runtime or RuntimeConfig())
     torch.manual_seed(seed)
     start = config.base or sft
-    renderer = load_renderer(start)
+    renderer = Renderer(load_tokenizer(start))
     model = load_reward_model(start, renderer, config.pooling)
+    fit_embeddings(model, renderer.tokenizer)
     if config.lm_loss_coef and not model.config.tie_word_embeddings:
         raise ConfigError(
             f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "

@@ -62,9 +62,16 @@ class Renderer:
         messages: list[Message] = (
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         )
+        messages = [{**m, "content": self._defanged(m["content"])} for m in messages]
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
+
+    def _defanged(self, content: str) -> str:
+        """Content in which no special token is left: a user can't end a turn or begin a reply."""
+        for token in self.tokenizer.all_special_tokens:
+            content = content.replace(token, f"{token[0]} {token[1:]}")
+        return content
 
     def encode_prompt(self, prompt: Prompt, max_length: int) -> list[int]:
         """Token ids of the prompt; one that is too long keeps its end."""

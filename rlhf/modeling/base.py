@@ -90,17 +90,58 @@ def _load(loader: Any, folder: Path | str, revision: str | None) -> Any:
     extra = {"revision": revision} if revision else {}
     try:
         return loader(
-            str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **extra
+            str(Path(folder).expanduser()) if str(folder).startswith("~") else str(folder),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **extra,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path | str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model {str(folder)!r} (base.path or reward_model.base) can't be loaded "
+        f"({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, or a local folder with "
+        "config.json, a tokenizer and safetensors"
+    )
+
+
+def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
+    """A model's tokenizer, completed for this pipeline: a chat template, and pad ≠ eos.
+
+    A new pad token may lie beyond the model's embeddings: see `fit_embeddings`.
+
+    Raises:
+        ConfigError: There is none, or it has no end-of-text token.
+    """
+    extra = {"revision": revision} if revision else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **extra)
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, error) from error
+    if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"base.path = {str(folder)!r} can't be loaded ({str(error).splitlines()[0]}); give a "
-            "hub id, a local folder with config.json and safetensors, or artifact:<digest>"
-        ) from error
+            f"model {str(folder)!r}: its tokenizer has no eos_token, so no reply could end; "
+            "set one in the model's tokenizer_config.json"
+        )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
+def fit_embeddings(model: Any, tokenizer: Any) -> None:
+    """Give the model an embedding for every token, and tell it which one is padding."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
-    """The base model and tokenizer, complete for this pipeline: chat template, pad ≠ eos.
+    """The base model and tokenizer, complete for this pipeline.
 
     Raises:
         ConfigError: `base.path` can't be loaded, or its tokenizer has no end-of-text token.
@@ -108,18 +149,6 @@ def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple
     if config.path is None:
         return from_scratch(config.architecture, texts, seed)
     model = load_policy(config.path, config.revision)
-    extra = {"revision": config.revision} if config.revision else {}
-    tokenizer = AutoTokenizer.from_pretrained(config.path, **extra)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"base.path = {config.path!r}: its tokenizer has no eos_token, so no reply could end; "
-            "set one in the model's tokenizer_config.json"
-        )
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer = load_tokenizer(config.path, config.revision)
+    fit_embeddings(model, tokenizer)
     return model, tokenizer

@@ -1,12 +1,6 @@
-"""Tiny models and data, made once; the type checker is on before `rlhf` is imported."""
-
-# ruff: noqa: E402
+"""Tiny models and data, made once."""
 
 from __future__ import annotations
-
-from tests.library import typecheck
-
-typecheck.install()
 
 import shutil
 from collections.abc import Callable
@@ -21,14 +15,6 @@ from rlhf.modeling.base import from_scratch, load_policy
 from rlhf.reward import train_reward_model
 from rlhf.sft import train_sft
 from tests.library import toys
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # transformers renamed a switch that TRL and peft still read by its old name.
-    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
-        config.addinivalue_line(
-            "filterwarnings", f"ignore:`{name}` is deprecated:FutureWarning:transformers"
-        )
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import rlhf.ppo.train as ppo_module
+import rlhf.ppo.trainer as ppo_module
 from rlhf.config import LoraConfig
 from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
 from rlhf.data.rows import PROMPTS_TRAIN, write_rows
