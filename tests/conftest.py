@@ -1,9 +1,8 @@
-"""Fixtures that several folders of tests share, and how the suite is dealt to two workers."""
+"""Fixtures that several folders of tests share."""
 
 import os
 
-# Before anything imports torch or Prefect. One thread per worker: two workers share two cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports torch or Prefect.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
@@ -32,12 +31,10 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The long training first and alone on one worker; one Ceph and one Prefect on the other."""
+    """Where tests are dealt to two workers: one Ceph on one of them, one Prefect on the other."""
     for item in items:
-        if "test_quickstart" in item.nodeid:
-            item.add_marker(pytest.mark.xdist_group("quickstart"))
-        elif "s3_server" in item.fixturenames:
+        if "s3_server" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("s3"))
         elif "tests/flows" in item.nodeid:
             item.add_marker(pytest.mark.xdist_group("prefect"))
-    items.sort(key=lambda item: "test_quickstart" not in item.nodeid)
+    items.sort(key=lambda item: "tests/flows" not in item.nodeid)

@@ -228,7 +228,7 @@ def test_ceiling_by_hand():
 
 
 def test_label_noise_is_bradley_terry():
-    pairs = generate(SMALL.model_copy(update={"pairs": 8000}), seed=0).pairs
+    pairs = generate(SMALL.model_copy(update={"pairs": 5000}), seed=0).pairs
     gaps = [gold(row.prompt, row.chosen) - gold(row.prompt, row.rejected) for row in pairs]
     for low, high in ((0.05, 0.35), (0.35, 0.75), (0.75, 1.25), (1.25, 2.5)):
         signs = [gap > 0 for gap in gaps if low < abs(gap) < high]
@@ -239,7 +239,7 @@ def test_label_noise_is_bradley_terry():
 
 
 def test_default_world_is_as_hard_as_intended():
-    config = WorldConfig()
+    config = WorldConfig(pairs=2000, demonstrations=2000, prompts=100)
     world = generate(config, seed=1)
     scores = [gold(row.prompt, row.response) for row in world.demonstrations]
     mean = sum(scores) / len(scores)

@@ -30,7 +30,6 @@ def config(environment, tmp_path_factory):
         "--store=s3://quickstart/rlhf",
         f"--runtime.work_dir={folder / 'work'}",
         f"--runtime.report_dir={folder / 'reports'}",
-        "--runtime.threads=1",  # the other core runs the other tests
     ]
     return load_config("configs/quickstart.yaml", overrides).config
 

@@ -127,13 +127,15 @@ class TestLoadBase:
 
     def test_no_end_of_text(self, fresh, copy_of):
         folder = self.bare(fresh, copy_of, eos_token=None)
-        with pytest.raises(ConfigError, match=r"base\.path = .*no eos_token.*set one in"):
+        with pytest.raises(ConfigError, match=r"model .*no eos_token.*set one in"):
             self.load(folder)
 
     @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-folder"])
     def test_missing_folder(self, name, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(ConfigError, match=rf"base\.path = '{name}' can't be loaded.*give a"):
+        with pytest.raises(
+            ConfigError, match=rf"model '{name}' \(base\.path .*can't be loaded.*give a"
+        ):
             self.load(name)
 
     def test_pickled_weights_are_not_read(self, fresh, copy_of):
