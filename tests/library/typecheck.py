@@ -7,10 +7,11 @@ import sys
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-#: Everything but `config` and `store`: beartype refuses typing.Self in pydantic's validators.
+#: Not `config` and `store`: beartype refuses typing.Self in pydantic's validators. Not `world`:
+#: it has no arrays, and its small functions are called a million times.
 MODULES = [
     *("data", "errors", "evaluate", "gates", "judges", "modeling", "ppo", "progress", "report"),
-    *("reward", "sft", "stage", "statistics", "trl_adapter", "world"),
+    *("reward", "sft", "stage", "statistics", "trl_adapter"),
 ]
 
 #: An int where a float is announced is fine, as it is for type checkers (PEP 484).
