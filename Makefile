@@ -9,7 +9,8 @@ STAMP := $(VENV)/.installed
 quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
 	$(BIN)/rlhf run configs/quickstart.yaml
 
-test: $(STAMP) lint unit  ## everything that .ci/run checks
+test: $(STAMP)  ## everything that .ci/run checks; lint beside the tests
+	+$(MAKE) --no-print-directory --jobs=2 lint unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
