@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,6 @@ def main() -> None:
     except RLHFError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)
 
 
@@ -208,8 +208,17 @@ def _open(store: str | None, config: Path | None):  # noqa: ANN202  (the store i
     return store_of(loaded.config)
 
 
+def _interrupted(*_: object) -> None:
+    # Ctrl-C reaches the ephemeral server too: Prefect's client would wait minutes for its answer.
+    # Leaving at once is safe, as checkpoints and artifacts appear only when whole.
+    os.write(2, b"\ninterrupted; the same command goes on from the last checkpoint\n")
+    os._exit(130)
+
+
 def prepare_prefect(verbose: bool) -> None:
     """Settings for a run in this process; those that the user set in the environment win."""
+    if not os.environ.get("PREFECT_API_URL"):
+        signal.signal(signal.SIGINT, _interrupted)
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     # Training takes all cores, and the ephemeral server beside it its time to answer.
     os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
