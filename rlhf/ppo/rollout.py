@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
+from rlhf.modeling.reward import pad_right
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -63,13 +65,8 @@ def pad_left(
     rows: list[list[int]], pad: int
 ) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
     """Stack prompts of different length, padded on the left; returns ids and their mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids, mask
+    ids, mask = pad_right([row[::-1] for row in rows], pad)
+    return ids.flip(1), mask.flip(1)
 
 
 @torch.no_grad()
