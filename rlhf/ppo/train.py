@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from accelerate import Accelerator
 
 from rlhf.config import PPOConfig, RuntimeConfig
-from rlhf.data.rendering import load_renderer
-from rlhf.data.rows import PROMPTS_TRAIN, Prompt, PromptRow, read_rows
-from rlhf.errors import ConfigError, DataError
+from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
+from rlhf.environments import build_environment, check_rendering
+from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.gates import Approved
 from rlhf.modeling.base import device_of, load_policy
-from rlhf.modeling.critic import critic_from, freeze
+from rlhf.modeling.critic import CRITIC, AdapterCritic, Critic, HeadCritic, critic_from, freeze
 from rlhf.modeling.lora import lora_config, merged
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from rlhf.ppo.rewards import ModelReward, check_rendering
+from rlhf.ppo.models import Models
+from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, mix
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
@@ -30,7 +34,7 @@ def train_policy(
     config: PPOConfig,
     data: Path,
     sft: Path,
-    reward_model: Approved[Path],
+    reward_model: Approved[Path] | None,
     out_dir: Path,
     *,
     seed: int = 0,
@@ -45,10 +49,12 @@ def train_policy(
         config: Hyper-parameters.
         data: A dataset folder as `prepare_data` writes it; its training prompts are used.
         sft: Folder of the starting policy, which is the KL reference too.
-        reward_model: Folder of a reward model that passed its gate (`rlhf.gates.require`).
+        reward_model: Folder of a reward model that passed its gate (`rlhf.gates.require`); None
+            for an environment that needs none.
         out_dir: Empty folder for the policy; `curve.json` has a row per update.
         seed: Seeds prompt order and sampling.
-        identity: Names and digests of the inputs; a checkpoint with others is refused.
+        identity: Digests of `data`, `base` and `reward model`, where they are known; a checkpoint of
+            others is refused.
         checkpoints: Folder to save to and resume from; none trains without.
         runtime: Device and threads.
         progress: Told of every update.
@@ -57,78 +63,146 @@ def train_policy(
         ConfigError: Rendering mismatch, or a checkpoint of other inputs.
         DataError: There are no prompts.
         TrainingError: A loss or score is not finite.
+        Interrupted: SIGTERM came; a checkpoint was saved.
     """
-    device = device_of(runtime or RuntimeConfig())
-    trainer = _trainer(config, sft, reward_model.subject, seed, device)
-    prompts = [row.prompt for row in read_rows(data / PROMPTS_TRAIN, PromptRow)]
-    if not prompts:
+    trainer = build_trainer(config, sft, reward_model, seed, device_of(runtime or RuntimeConfig()))
+    rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
+    if not rows:
         raise DataError("no prompts to train the policy on; check data.source")
-    models = {"policy": trainer.policy, "critic": trainer.critic}
-    full_identity = {**(identity or {}), "config": _digest(config), "seed": str(seed)}
-    state = TrainState()
-    if checkpoints:
-        state = load_checkpoint(checkpoints, models, trainer.optimizer, full_identity)
-    while state.update < config.updates:
-        batch = prompts_of_update(prompts, state.update, config, seed)
-        metrics = trainer.update(state.update, batch)
-        state.update += 1
-        state.curve.append({"update": state.update, **metrics})
-        progress(state.update, config.updates, metrics)
-        if checkpoints and state.update % config.checkpoint_every == 0:
-            save_checkpoint(checkpoints, state, models, trainer.optimizer, full_identity)
-    policy = merged(trainer.accelerator.unwrap_model(trainer.policy))
-    policy.save_pretrained(out_dir)
-    trainer.renderer.tokenizer.save_pretrained(out_dir)
-    write_json(out_dir / "curve.json", state.curve)
+    trainer.environment.check(rows)
+    who = _identity(config, seed, data, sft, reward_model, trainer.renderer, identity or {})
+    state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
+    if state.update:
+        trainer.load_state_dict(state.trainer)
+    with deferred_sigterm() if checkpoints else nullcontext(lambda: False) as terminated:
+        while state.update < config.updates:
+            updated = trainer.update(state.update, prompts_of_update(rows, state.update, config, seed))
+            state.update += 1
+            state.curve.append({"update": state.update, **updated.metrics})
+            state.samples += updated.samples
+            progress(state.update, config.updates, updated.metrics)
+            due = state.update % config.checkpoint_every == 0
+            if checkpoints and (due or terminated()):
+                state.trainer = trainer.state_dict()
+                save_checkpoint(checkpoints, state, trainer.models, who)
+            if terminated():
+                raise Interrupted(
+                    f"SIGTERM after update {state.update} of {config.updates}: saved; run the same "
+                    "again to go on from there"
+                )
+    _write(trainer, state, out_dir)
     last = state.curve[-1]
     return StageResult(
         {"updates": state.update, **{k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}}
     )
 
 
-def _trainer(
-    config: PPOConfig, sft: Path, reward_model: Path, seed: int, device: torch.device
+def _write(trainer: PPOTrainer, state: TrainState, out_dir: Path) -> None:
+    policy = trainer.models.accelerator.unwrap_model(trainer.models.policy)
+    merged(policy).save_pretrained(out_dir)
+    trainer.renderer.tokenizer.save_pretrained(out_dir)
+    write_json(out_dir / "curve.json", state.curve)
+    write_json(out_dir / "samples.json", state.samples)
+
+
+def build_trainer(
+    config: PPOConfig,
+    sft: Path,
+    reward_model: Approved[Path] | None,
+    seed: int,
+    device: torch.device,
 ) -> PPOTrainer:
+    """Load the models that this configuration asks for.
+
+    Raises:
+        ConfigError: The configuration needs a reward model that is not there, or one that does not
+            fit the policy.
+    """
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=device.type == "cpu")
     renderer = load_renderer(sft)
     policy = load_policy(sft)
-    scorer = Scorer(reward_model, device, policy.config.max_position_embeddings)
-    check_rendering(renderer, reward_model, scorer)
-    if config.critic == "reward_model":
-        if scorer.renderer.template_hash != renderer.template_hash:
-            raise ConfigError(
-                f"ppo.critic = 'reward_model', but {str(reward_model)!r} has another tokenizer "
-                "than the policy; set ppo.critic to policy"
-            )
-        critic = critic_from(load_reward_model(reward_model, scorer.renderer))
-    else:
-        critic = critic_from(load_policy(sft))
+    scorer = None
+    if reward_model is not None:
+        scorer = Scorer(reward_model.subject, device, policy.config.max_position_embeddings)
+        check_rendering(renderer, reward_model.subject, scorer)
+    environment = build_environment(config, scorer, renderer)
     reference = None
     if config.lora:
         policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
     else:
         reference = freeze(load_policy(sft)).to(device)
-    reward = ModelReward(scorer, config.missing_eos_penalty)
-    return PPOTrainer(config, policy, reference, critic, reward, renderer, accelerator, seed)
+    critic = _critic(config, sft, policy, renderer, scorer, reward_model)
+    models = Models(config, policy, reference, critic, accelerator)
+    return PPOTrainer(config, models, environment, renderer, seed)
+
+
+def _critic(
+    config: PPOConfig, sft: Path, policy: Any, renderer: Renderer, scorer: Scorer | None,
+    reward_model: Approved[Path] | None,
+) -> Critic:  # fmt: skip
+    if config.critic == "policy":
+        return critic_from(load_policy(sft))
+    if config.critic == "head":
+        return HeadCritic(policy.config.hidden_size)
+    if config.critic == "adapter":
+        assert config.lora is not None
+        policy.add_adapter(CRITIC, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+        return AdapterCritic(policy)
+    if scorer is None or reward_model is None:
+        raise ConfigError(
+            "ppo.critic = 'reward_model', but there is none; set ppo.critic to policy"
+        )
+    if scorer.renderer.template_hash != renderer.template_hash:
+        raise ConfigError(
+            f"ppo.critic = 'reward_model', but {str(reward_model.subject)!r} has another tokenizer "
+            "than the policy; set ppo.critic to policy"
+        )
+    return critic_from(load_reward_model(reward_model.subject, scorer.renderer))
 
 
 def prompts_of_update(
-    prompts: list[Prompt], update: int, config: PPOConfig, seed: int
-) -> list[Prompt]:
-    """The chunk of prompts of one update: a fresh seeded shuffle for every pass over the data."""
-    chosen: list[Prompt] = []
+    rows: Sequence[PromptRow], update: int, config: PPOConfig, seed: int
+) -> list[PromptRow]:
+    """The prompts of one update's chunk: a fresh seeded shuffle for every pass over the data."""
+    chosen: list[PromptRow] = []
     order: list[int] = []
+    k = config.replies_per_prompt
     first = update * config.chunk_size
-    for episode in range(first, min(first + config.chunk_size, config.total_episodes)):
-        lap, position = divmod(episode, len(prompts))
+    last = min(first + config.chunk_size, config.total_episodes)
+    for number in range(first // k, -(-last // k)):
+        lap, position = divmod(number, len(rows))
         if not order or position == 0:
             generator = torch.Generator().manual_seed(mix(seed, lap))
-            order = torch.randperm(len(prompts), generator=generator).tolist()
-        chosen.append(prompts[order[position]])
+            order = torch.randperm(len(rows), generator=generator).tolist()
+        chosen.append(rows[order[position]])
     return chosen
 
 
-def _digest(config: PPOConfig) -> str:
-    # Where and how often to checkpoint changes nothing that is learnt.
-    return hashlib.sha256(config.model_dump_json(exclude={"checkpoint_every"}).encode()).hexdigest()
+def _identity(
+    config: PPOConfig, seed: int, data: Path, sft: Path, reward_model: Approved[Path] | None,
+    renderer: Renderer, known: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
+    """What a run depends on; what the caller did not name is told by its content."""
+    folders = {"data": data, "base": sft}
+    if reward_model is not None:
+        folders["reward model"] = reward_model.subject
+    return {
+        **{name: known.get(name) or _content(folder) for name, folder in folders.items()},
+        "tokenizer": renderer.template_hash,
+        # Where and how often to checkpoint changes nothing that is learnt.
+        "config": _sha256(config.model_dump_json(exclude={"checkpoint_every"}).encode()),
+        "seed": str(seed),
+    }
+
+
+def _content(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        with file.open("rb") as handle:
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import set_seed
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.config import PPOConfig
 from rlhf.data.rendering import Renderer
-from rlhf.data.rows import Prompt
-from rlhf.errors import ConfigError, TrainingError
-from rlhf.modeling.critic import Critic
-from rlhf.ppo.losses import gae, masked_mean, policy_loss, shaped_rewards, value_loss, whiten
-from rlhf.ppo.rewards import Reply, Reward, Scored
-from rlhf.ppo.rollout import Replies, Sampling, generate, log_probs_and_entropy, reply_values
+from rlhf.data.rows import PromptRow
+from rlhf.environments import Environment, Reply, Scored
+from rlhf.errors import ConfigError
+from rlhf.ppo.kl import kl_controller, kl_estimate
+from rlhf.ppo.losses import gae, masked_mean, whiten
+from rlhf.ppo.memory import release
+from rlhf.ppo.models import Models
+from rlhf.ppo.optimise import Buffer, optimise
+from rlhf.ppo.rollout import Replies, Sampling
+from rlhf.ppo.shaping import RunningScale, clip_scores, missing_eos, shaped_rewards, value_mask
+
+SAMPLES = 4
 
 
 def mix(seed: int, number: int) -> int:
@@ -30,36 +35,43 @@ def mix(seed: int, number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """One chunk of rollouts with all that optimising needs; (batch, reply) unless noted."""
+class Updated:
+    """What one update has to tell: numbers to log, and a few replies with their rewards."""
 
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+@dataclass
+class Rollouts:
+    """A chunk's replies, on their way to a buffer."""
+
+    rows: Sequence[PromptRow]
     replies: Replies
-    log_probs: Float[Tensor, "batch reply"]
-    values: Float[Tensor, "batch reply"]
-    advantages: Float[Tensor, "batch reply"]
-    returns: Float[Tensor, "batch reply"]
+    texts: list[str]
+    reference_texts: list[str] | None = None
+    scored: Scored | None = None
+    scores: Float[Tensor, " batch"] = field(default_factory=lambda: torch.zeros(0))
 
 
 class PPOTrainer:
-    """Models and optimiser of one PPO run; `update` is the algorithm."""
+    """The state of one PPO run; `update` is the algorithm."""
 
     def __init__(
-        self, config: PPOConfig, policy: Any, reference: Any, critic: Critic, reward: Reward,
-        renderer: Renderer, accelerator: Accelerator, seed: int,
+        self, config: PPOConfig, models: Models, environment: Environment, renderer: Renderer,
+        seed: int,
     ) -> None:  # fmt: skip
-        self.config, self.reward, self.renderer, self.seed = config, reward, renderer, seed
-        for model in (policy, critic):
-            model.eval()  # no dropout: the old and the new policy must be the same function
-        parameters = [
-            {"params": [p for p in policy.parameters() if p.requires_grad]},
-            {"params": [p for p in critic.parameters() if p.requires_grad]},
-        ]
-        betas = (0.9, config.adam_beta2)
-        optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=0.0)
-        self.policy, self.critic, self.optimizer = accelerator.prepare(policy, critic, optimizer)
-        self.reference = reference
-        self.accelerator = accelerator
-        context = policy.config.max_position_embeddings
+        self.config, self.models, self.environment = config, models, environment
+        self.renderer, self.seed = renderer, seed
+        self.kl = kl_controller(config)
+        self.scale = RunningScale()
+        self.device = models.device
+        # The rollouts' place between the phases.
+        self.parked = torch.device("cpu") if config.optimize_device_cache else self.device
+        self.sampling = Sampling(
+            config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.sampler
+        )
+        context = models.policy.config.max_position_embeddings
         self.max_prompt = context - config.max_new_tokens
         if self.max_prompt < 1:
             raise ConfigError(
@@ -67,134 +79,170 @@ class PPOTrainer:
                 f"policy's context of {context} tokens; lower it"
             )
 
-    def update(self, number: int, prompts: list[Prompt]) -> dict[str, float]:
-        """One PPO update on one chunk of prompts; returns what to log."""
-        fraction = number / self.config.updates
-        self._set_learning_rates(1 - (1 - self.config.lr_final_fraction) * fraction)
-        replies = self._sample(prompts, seed=mix(self.seed, number))
-        texts = [self.renderer.decode(row) for row in replies.rows()]
-        scored = self._score(prompts, texts, replies)
-        buffer, metrics = self._evaluate(replies, scored)
-        metrics |= self._optimise(buffer, seed=mix(self.seed, number) + 1)
-        metrics |= {f"reward/{k}": float(v.mean()) for k, v in scored.components.items()}
-        return metrics
+    def update(self, number: int, rows: Sequence[PromptRow]) -> Updated:
+        """One PPO update on the replies to one chunk of prompts."""
+        # Ours are seeded one by one; this one is for a user's reward function.
+        set_seed(mix(self.seed, number) % 2**32)
+        rates = self.models.set_learning_rates(number)
+        rollouts = self.sample(rows, seed=mix(self.seed, number))
+        self._free()
+        self.score(rollouts)
+        buffer, metrics, samples = self.evaluate(rollouts)
+        self._free()
+        learn_policy = number >= self.config.critic_warmup_updates
+        metrics |= optimise(buffer, self.models, mix(self.seed, number) + 1, learn_policy)
+        self._free()
+        self.kl.update(metrics["kl"], len(rollouts.texts))
+        return Updated({**metrics, **rates}, [{"update": number + 1, **s} for s in samples])
 
-    def _set_learning_rates(self, scale: float) -> None:
-        peaks = (
-            self.config.learning_rate,
-            self.config.critic_learning_rate or self.config.learning_rate,
+    def _free(self) -> None:
+        if self.config.optimize_device_cache:
+            release(self.device)
+
+    def sample(self, rows: Sequence[PromptRow], seed: int) -> Rollouts:
+        """Replies of the policy, `replies_per_prompt` to each prompt, which stand together."""
+        repeated = [row for row in rows for _ in range(self.environment.replies_per_prompt)]
+        tokenizer, stop = self.renderer.tokenizer, self.environment.stop
+        prompts = [self.renderer.encode_prompt(row.prompt, self.max_prompt) for row in repeated]
+        replies = self.models.sample(prompts, tokenizer, self.sampling, seed, stop)
+        rollouts = Rollouts(repeated, replies.to(self.parked), self._texts(replies))
+        if self.environment.needs_reference_reply:
+            rivals = self.models.sample_reference(prompts, tokenizer, self.sampling, seed + 1, stop)
+            rollouts.reference_texts = self._texts(rivals)
+        return rollouts
+
+    def _texts(self, replies: Replies) -> list[str]:
+        return [self.environment.text(self.renderer.decode(ids)) for ids in replies.rows()]
+
+    def score(self, rollouts: Rollouts) -> None:
+        """The environment's verdict on every reply, always with the reply's own prompt."""
+        config, replies = self.config, rollouts.replies
+        lengths, finished = replies.mask.sum(1).tolist(), replies.finished.cpu()
+        k = self.environment.replies_per_prompt
+        batch = [
+            Reply(
+                prompt=row.prompt,
+                response=rollouts.texts[i],
+                n_tokens=lengths[i],
+                finished=bool(finished[i]),
+                reference=row.reference,
+                metadata=row.metadata,
+                group=i // k,
+                reference_reply=rollouts.reference_texts[i] if rollouts.reference_texts else None,
+            )
+            for i, row in enumerate(rollouts.rows)
+        ]
+        rollouts.scored = self.environment(batch)
+        rollouts.scores = missing_eos(
+            rollouts.scored.totals, finished, config.missing_eos, config.missing_eos_penalty or 0.0
         )
-        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * scale
-
-    def _sample(self, prompts: list[Prompt], seed: int) -> Replies:
-        config = self.config
-        rows = [self.renderer.encode_prompt(p, self.max_prompt) for p in prompts]
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-        policy = self.accelerator.unwrap_model(self.policy)
-        return generate(policy, rows, self.renderer.tokenizer, sampling, seed)
-
-    def _score(self, prompts: list[Prompt], texts: list[str], replies: Replies) -> Scored:
-        lengths = replies.mask.sum(1).tolist()
-        finished = replies.finished.tolist()
-        batch = [Reply(*row) for row in zip(prompts, texts, lengths, finished, strict=True)]
-        return self.reward(batch)
 
     @torch.no_grad()
-    def _evaluate(self, replies: Replies, scored: Scored) -> tuple[Buffer, dict[str, float]]:
+    def evaluate(
+        self, rollouts: Rollouts
+    ) -> tuple[Buffer, dict[str, float], list[dict[str, Any]]]:
         """Log-probs, values and advantages of a chunk, under the policy that sampled it."""
-        config, mask = self.config, replies.mask
-        shape = mask.shape
-        log_probs, reference, values, entropy = (torch.zeros(shape) for _ in range(4))
-        for index in torch.arange(shape[0]).split(config.micro_batch_size):
-            part = replies.take(index)
-            width = part.mask.shape[1]
-            log_probs[index, :width], entropy[index, :width] = (
-                t.cpu() for t in log_probs_and_entropy(self.policy, part, config.temperature)
-            )
-            reference[index, :width] = self._reference_log_probs(part).cpu()
-            values[index, :width] = reply_values(self.critic, part).cpu()
-        mask = mask.cpu()
-        scores = scored.totals
-        if config.whiten_rewards and len(scores) > 1:  # of one score it is NaN
-            scores = scores / (scores.std() + 1e-8)
-        rewards = shaped_rewards(scores, log_probs, reference, mask, config.kl_coef)
-        values = values * mask
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
-        residual = masked_mean((returns - values) ** 2, mask)
-        spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+        config, replies = self.config, rollouts.replies
+        log_probs, reference, entropy, values, audit = self._forward(replies)
+        mask = replies.mask
+        states = value_mask(mask, config.max_new_tokens, config.score_position)
+        values = values * states
+        kl = kl_estimate(log_probs, reference, config.kl_estimator, config.kl_clamp)
+        scores = self._scaled(rollouts.scores).to(self.parked)
+        rewards = shaped_rewards(scores, kl, mask, states, self.kl.value)
+        if config.whiten_rewards:
+            rewards = whiten(rewards, states, config.whiten_variance, shift_mean=False)
+        advantages, returns = gae(rewards, values, states, config.gamma, config.gae_lambda)
+        advantages = whiten(advantages[:, :-1] * mask, mask, config.whiten_variance)
+        reply_kl = ((log_probs - reference) * mask).sum(1)
         metrics = {
-            "reward": float(scored.totals.mean()),
-            "kl": float(((log_probs - reference) * mask).sum(1).mean()),
+            **_of_scores(rollouts),
+            "kl": float(reply_kl.mean()),
+            "kl_coef": self.kl.value,
             "entropy": float(masked_mean(entropy, mask)),
             "tokens": float(mask.sum(1).float().mean()),
             "eos_rate": float(replies.finished.float().mean()),
-            "explained_variance": float(1 - residual / spread.clamp(min=1e-8)),
+            "explained_variance": _explained(values, returns, states),
         }
-        return Buffer(replies, log_probs, values, whiten(advantages, mask), returns), metrics
+        if config.kl_audit:
+            metrics["kl_exact"] = audit / len(mask)
+        buffer = Buffer(replies, states, log_probs, advantages, values, returns)
+        return buffer, metrics, _samples(rollouts, reply_kl)
 
-    def _reference_log_probs(self, replies: Replies) -> Tensor:
-        if self.reference is not None:
-            return log_probs_and_entropy(self.reference, replies, self.config.temperature)[0]
-        with self.accelerator.unwrap_model(self.policy).disable_adapter():
-            return log_probs_and_entropy(self.policy, replies, self.config.temperature)[0]
+    def _forward(
+        self, replies: Replies
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """Log-probs of policy and reference, entropies, values; and the exact KL, summed."""
+        rows, width = replies.mask.shape
+        log_probs, reference, entropy = (
+            torch.zeros(rows, width, device=self.parked) for _ in range(3)
+        )
+        values = torch.zeros(rows, width + 1, device=self.parked)
+        exact = 0.0
+        for index in torch.arange(rows).split(self.config.micro_batch_size):
+            part = replies.take(index).to(self.device)
+            to = (index, slice(part.mask.shape[1]))
+            log_probs[to], entropy[to] = (t.to(self.parked) for t in self.models.log_probs(part))
+            reference[to] = self.models.reference_log_probs(part).to(self.parked)
+            states = (index, slice(part.mask.shape[1] + 1))
+            values[states] = self.models.values(part).to(self.parked)
+            if self.config.kl_audit:
+                exact += float(self.models.exact_kl(part).sum())
+        return log_probs, reference, entropy, values, exact
 
-    def _optimise(self, buffer: Buffer, seed: int) -> dict[str, float]:
-        config = self.config
-        generator = torch.Generator().manual_seed(seed)
-        rows = len(buffer.values)
-        sums: dict[str, float] = {}
-        steps = 0
-        for _ in range(config.num_ppo_epochs):
-            order = torch.randperm(rows, generator=generator)
-            for batch in order.split(config.mini_batch_size):
-                for name, value in self._step(buffer, batch).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                steps += 1
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        return {**{k: v / steps for k, v in sums.items()}, "learning_rate": learning_rate}
+    def _scaled(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Scores, by their running deviation where the configuration says so, and clamped."""
+        if self.config.reward_normalization == "running":
+            self.scale.update(scores)
+            scores = self.scale.apply(scores)
+        return clip_scores(scores, self.config.reward_clip)
 
-    def _step(self, buffer: Buffer, batch: Tensor) -> dict[str, float]:
-        """One optimiser step; the loss is a mean over all of its tokens, however it is cut."""
-        config = self.config
-        device = self.accelerator.device
-        n_tokens = float(buffer.replies.mask[batch].sum())
-        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-        totals: dict[str, float] = dict.fromkeys(names, 0.0)
-        for index in batch.split(config.micro_batch_size):
-            part = buffer.replies.take(index)
-            cut = (index, slice(part.mask.shape[1]))
-            old, advantages, old_values, returns = (
-                t[cut].to(device)
-                for t in (buffer.log_probs, buffer.advantages, buffer.values, buffer.returns)
-            )
-            log_probs, _ = log_probs_and_entropy(self.policy, part, config.temperature)
-            loss_p, parts = policy_loss(
-                log_probs, old, advantages, part.mask, config.clip_range, n_tokens
-            )
-            values = reply_values(self.critic, part)
-            loss_v = value_loss(
-                values, old_values, returns, part.mask, config.value_clip_range, n_tokens
-            )
-            self.accelerator.backward(loss_p + config.value_loss_coef * loss_v)
-            totals["policy_loss"] += loss_p.item()
-            totals["value_loss"] += loss_v.item()
-            for name, value in parts.items():
-                totals[name] += value.item() / n_tokens
-        self._apply(totals)
-        return totals
+    def state_dict(self) -> dict[str, Any]:
+        """What changes while training, beside weights and optimisers; it can be written as JSON."""
+        return {
+            "kl_controller": self.kl.state_dict(),
+            "reward_scale": self.scale.state_dict(),
+            "environment": self.environment.state_dict(),
+        }
 
-    def _apply(self, totals: Mapping[str, float]) -> None:
-        """Clip and step; what is not finite stops before it can reach the weights."""
-        numbers = dict(totals)
-        for name, model in (("policy", self.policy), ("critic", self.critic)):
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            numbers[f"{name}_grad_norm"] = float(norm)  # pyright: ignore[reportArgumentType]
-        if not all(math.isfinite(v) for v in numbers.values()):
-            raise TrainingError(
-                f"PPO's loss or gradient is not finite ({numbers}); lower ppo.learning_rate or "
-                "ppo.max_grad_norm; the last checkpoint is intact"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.kl.load_state_dict(state["kl_controller"])
+        self.scale.load_state_dict(state["reward_scale"])
+        self.environment.load_state_dict(state["environment"])
+
+
+def _of_scores(rollouts: Rollouts) -> dict[str, float]:
+    scored = rollouts.scored
+    assert scored is not None
+    return {
+        "reward": float(rollouts.scores.mean()),
+        **{f"reward/{k}": float(v.mean()) for k, v in scored.components.items()},
+        **{f"weighted/{k}": float(v.mean()) for k, v in scored.weighted.items()},
+        "reward/missing_eos": float((rollouts.scores - scored.totals).mean()),
+    }
+
+
+def _explained(values: Tensor, returns: Tensor, states: Tensor) -> float:
+    """Share of the returns' variance that the critic foresaw."""
+    residual = masked_mean((returns - values) ** 2, states)
+    spread = masked_mean((returns - masked_mean(returns, states)) ** 2, states)
+    return float(1 - residual / spread.clamp(min=1e-8))
+
+
+def _samples(rollouts: Rollouts, kl: Float[Tensor, " batch"]) -> list[dict[str, Any]]:
+    """The chunk's first replies: prompts come in random order, so they are no choice of ours."""
+    scored = rollouts.scored
+    assert scored is not None
+    return [
+        {
+            "prompt": rollouts.rows[i].prompt,
+            "response": rollouts.texts[i],
+            "reward": float(rollouts.scores[i]),
+            "components": {k: float(v[i]) for k, v in scored.components.items()},
+            "weighted": {k: float(v[i]) for k, v in scored.weighted.items()},
+            "kl": float(kl[i]),
+            "finished": bool(rollouts.replies.finished[i]),
+        }
+        for i in range(min(SAMPLES, len(rollouts.texts)))
+    ]

@@ -1,0 +1,195 @@
+"""The models of one PPO run, and the functions that PPO needs of them, whatever they share."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf.config import PPOConfig
+from rlhf.modeling.critic import Critic
+from rlhf.ppo.kl import exact_kl
+from rlhf.ppo.rollout import (
+    Replies,
+    Sampling,
+    Stop,
+    generate,
+    log_probs_and_entropy,
+    log_probs_entropy_values,
+    reply_logits,
+    reply_values,
+)
+
+LogProbs = Float[Tensor, "batch reply"]
+Values = Float[Tensor, "batch states"]
+
+
+class Models:
+    """Policy, reference and critic.
+
+    `reference` is None when the policy has LoRA adapters: then it is the policy with them off.
+    With `critic: head` the critic is a value head on the policy's own hidden states.
+    """
+
+    def __init__(
+        self, config: PPOConfig, policy: Any, reference: Any, critic: Critic,
+        accelerator: Accelerator,
+    ) -> None:  # fmt: skip
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        for model in (policy, critic):
+            model.eval()  # no dropout: the old and the new policy must be the same function
+        self.parameters = {
+            "policy": _trainable(policy, without="critic"),
+            "critic": _trainable(critic),
+        }
+        self.policy, self.critic = accelerator.prepare(policy, critic)
+        self.reference = reference
+        self.optimizers = self._optimizers()
+
+    @property
+    def joint(self) -> bool:
+        """Whether policy and critic are one network, trained by one loss."""
+        return self.config.critic == "head"
+
+    def _optimizers(self) -> dict[str, Any]:
+        """One for the policy and one for the critic; one for both where they are one network."""
+        config = self.config
+        groups = {name: {"params": list(p.values())} for name, p in self.parameters.items()}
+        parts = [["policy", "critic"]] if self.joint else [["policy"], ["critic"]]
+        return {
+            part[0]: self.accelerator.prepare(
+                torch.optim.AdamW(
+                    [groups[name] for name in part], lr=0.0, betas=(0.9, config.adam_beta2),
+                    weight_decay=config.weight_decay, fused=True,
+                )
+            )
+            for part in parts
+        }  # fmt: skip
+
+    def set_learning_rates(self, update: int) -> dict[str, float]:
+        """Set the rates of both for this update; returns what they are."""
+        config, scale = self.config, learning_rate_scale(self.config, update)
+        rates = {
+            "learning_rate": config.learning_rate * scale,
+            "critic_learning_rate": (config.critic_learning_rate or config.learning_rate) * scale,
+        }
+        groups = [group for o in self.optimizers.values() for group in o.param_groups]
+        for group, rate in zip(groups, rates.values(), strict=True):
+            group["lr"] = rate
+        return rates
+
+    def sample(
+        self, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int, stop: Stop
+    ) -> Replies:
+        """The policy's replies; in bf16 by a copy, cast once instead of at every token."""
+        policy = self.accelerator.unwrap_model(self.policy)
+        if self.config.precision == "bf16":
+            policy = copy.deepcopy(policy).to(torch.bfloat16)
+        return generate(policy, prompts, tokenizer, sampling, seed, stop)
+
+    def sample_reference(
+        self, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int, stop: Stop
+    ) -> Replies:
+        """The frozen reference's replies."""
+        with self._as_reference() as reference:
+            return generate(reference, prompts, tokenizer, sampling, seed, stop)
+
+    def log_probs(self, replies: Replies, entropy: bool = True) -> tuple[LogProbs, LogProbs]:
+        """The policy's log-probabilities of the reply tokens, and their entropies."""
+        with self._precision():
+            return log_probs_and_entropy(self.policy, replies, self.config.temperature, entropy)
+
+    def reference_log_probs(self, replies: Replies) -> LogProbs:
+        """The frozen reference's log-probabilities of the reply tokens."""
+        with self._as_reference() as reference, self._precision():
+            return log_probs_and_entropy(reference, replies, self.config.temperature, False)[0]
+
+    def exact_kl(self, replies: Replies) -> Float[Tensor, " tokens"]:
+        """KL of policy from reference over the whole vocabulary, at each reply token."""
+        with self._precision():
+            ours = reply_logits(self.policy, replies, self.config.temperature)
+        with self._as_reference() as reference, self._precision():
+            return exact_kl(ours, reply_logits(reference, replies, self.config.temperature))
+
+    def values(self, replies: Replies) -> Values:
+        """The critic's value of every state of the replies."""
+        if self.joint:
+            return self.log_probs_and_values(replies, False)[2]
+        with self.critic.active(), self._precision():
+            return reply_values(self.critic, replies)
+
+    def log_probs_and_values(
+        self, replies: Replies, entropy: bool
+    ) -> tuple[LogProbs, LogProbs, Values]:
+        """Log-probabilities, entropies and values by one forward pass of the one network."""
+        with self._precision():
+            return log_probs_entropy_values(
+                self.policy, self.critic.value_head, replies, self.config.temperature, entropy
+            )
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """With `gradient_checkpointing`: activations are not kept but computed again.
+
+        transformers does this in training mode only. So the blocks are told that they train, and
+        what is inside of them, dropout above all, is not.
+        """
+        models = (self.policy, self.critic) if self.config.gradient_checkpointing else ()
+        blocks = [
+            block for model in models for block in model.modules()
+            if isinstance(block, GradientCheckpointingLayer)
+        ]  # fmt: skip
+        for model in models:
+            for owner in model.modules():
+                if hasattr(owner, "gradient_checkpointing_enable"):
+                    owner.gradient_checkpointing_enable({"use_reentrant": False})
+        for block in blocks:
+            block.training = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.training = False
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[Any]:
+        if self.reference is not None:
+            yield self.reference
+            return
+        policy = self.accelerator.unwrap_model(self.policy)
+        with policy.disable_adapter():
+            yield policy
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def _trainable(model: Any, without: str = " ") -> dict[str, torch.nn.Parameter]:
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and f".{without}." not in name
+    }
+
+
+def learning_rate_scale(config: PPOConfig, update: int) -> float:
+    """Share of the peak learning rate: a linear rise, then the decay that `lr_scheduler` names."""
+    if update < config.lr_warmup_updates:
+        return (update + 1) / (config.lr_warmup_updates + 1)
+    final = config.lr_final_fraction
+    done = (update - config.lr_warmup_updates) / max(1, config.updates - config.lr_warmup_updates)
+    if config.lr_scheduler == "constant":
+        return 1.0
+    if config.lr_scheduler == "cosine":
+        return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+    return 1 - (1 - final) * done

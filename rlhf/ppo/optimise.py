@@ -1,0 +1,169 @@
+"""The optimising half of a PPO update: passes over one buffer of rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf.errors import TrainingError
+from rlhf.ppo.losses import entropy_bonus, policy_loss, value_loss
+from rlhf.ppo.models import Models
+from rlhf.ppo.rollout import Replies
+
+Sums = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One chunk of rollouts with all that optimising needs.
+
+    Reply tokens are (batch, reply); states, one more than tokens, are (batch, reply + 1).
+    `states` marks those that have a value.
+    """
+
+    replies: Replies
+    states: Bool[Tensor, "batch states"]
+    log_probs: Float[Tensor, "batch reply"]
+    advantages: Float[Tensor, "batch reply"]
+    values: Float[Tensor, "batch states"]
+    returns: Float[Tensor, "batch states"]
+
+    def to(self, device: torch.device) -> Buffer:
+        """The same buffer on another device."""
+        tensors = (self.states, self.log_probs, self.advantages, self.values, self.returns)
+        return Buffer(self.replies.to(device), *(t.to(device) for t in tensors))
+
+    def take(self, index: Tensor) -> Buffer:
+        """Some rows, cut to the longest reply among them."""
+        replies = self.replies.take(index)
+        width = replies.mask.shape[1]
+        tokens, states = (index, slice(width)), (index, slice(width + 1))
+        return Buffer(
+            replies, self.states[states], self.log_probs[tokens], self.advantages[tokens],
+            self.values[states], self.returns[states],
+        )  # fmt: skip
+
+
+def optimise(buffer: Buffer, models: Models, seed: int, learn_policy: bool = True) -> Sums:
+    """All passes over a chunk; returns means over its optimiser steps.
+
+    Raises:
+        TrainingError: A loss or gradient is not finite.
+    """
+    config = models.config
+    generator = torch.Generator().manual_seed(seed)
+    batches = [
+        batch
+        for _ in range(config.num_ppo_epochs)
+        for batch in torch.randperm(len(buffer.values), generator=generator).split(
+            config.mini_batch_size
+        )
+    ]
+    taken = 0
+    sums: Sums = defaultdict(float)
+    with models.recomputing():
+        for batch in batches:
+            step = _Step(buffer, batch, models)
+            if not step.take(learn_policy):
+                break
+            taken += 1
+            for name, value in step.numbers.items():
+                sums[name] += value
+    means = {name: total / taken for name, total in sums.items()}
+    return {**means, "optimiser_steps": float(taken)}
+
+
+class _Step:
+    """One optimiser step: its losses are means over all of its tokens, however they are cut."""
+
+    def __init__(self, buffer: Buffer, batch: Tensor, models: Models) -> None:
+        self.models, self.config = models, models.config
+        cuts = batch.split(self.config.micro_batch_size)
+        self.parts = [buffer.take(index).to(models.device) for index in cuts]
+        self.n_tokens = float(sum(int(p.replies.mask.sum()) for p in self.parts))
+        self.n_states = float(sum(int(p.states.sum()) for p in self.parts))
+        self.numbers: Sums = defaultdict(float)
+
+    def take(self, learn_policy: bool) -> bool:
+        """Step, unless the policy is further from the sampling one than `target_kl`.
+
+        Policy and critic go one after the other, so that only one's gradients exist at a time.
+        """
+        if self.models.joint:
+            self._backward(self._joint if learn_policy else self._critic)
+        elif learn_policy:
+            self._backward(self._policy)
+        limit = self.config.target_kl
+        if limit is not None and self.numbers["approx_kl"] > limit:
+            self.models.optimizers["policy"].zero_grad()
+            return False
+        if self.models.joint:
+            self._apply("policy", ("policy", "critic"))
+            return True
+        if learn_policy:
+            self._apply("policy", ("policy",))
+        with self.models.critic.active():
+            self._backward(self._critic)
+            self._apply("critic", ("critic",))
+        return True
+
+    def _backward(self, loss_of: Callable[[Buffer], Tensor]) -> None:
+        for part in self.parts:
+            self.models.accelerator.backward(loss_of(part))
+
+    def _joint(self, part: Buffer) -> Tensor:
+        entropy_matters = self.config.entropy_coef > 0
+        log_probs, entropy, values = self.models.log_probs_and_values(part.replies, entropy_matters)
+        return self._policy_loss(part, log_probs, entropy) + self._value_loss(part, values)
+
+    def _policy(self, part: Buffer) -> Tensor:
+        log_probs, entropy = self.models.log_probs(part.replies, self.config.entropy_coef > 0)
+        return self._policy_loss(part, log_probs, entropy)
+
+    def _critic(self, part: Buffer) -> Tensor:
+        return self._value_loss(part, self.models.values(part.replies))
+
+    def _policy_loss(self, part: Buffer, log_probs: Tensor, entropy: Tensor) -> Tensor:
+        config, mask = self.config, part.replies.mask
+        loss, sums = policy_loss(
+            log_probs, part.log_probs, part.advantages, mask, config.clip_range, self.n_tokens,
+            config.dual_clip,
+        )  # fmt: skip
+        self.numbers["policy_loss"] += loss.item()
+        for name, value in sums.items():
+            self.numbers[name] += value.item() / self.n_tokens
+        if config.entropy_coef == 0:
+            return loss
+        return loss - config.entropy_coef * entropy_bonus(entropy, mask, self.n_tokens)
+
+    def _value_loss(self, part: Buffer, values: Tensor) -> Tensor:
+        loss = value_loss(
+            values, part.values, part.returns, part.states, self.config.value_clip_range,
+            self.n_states,
+        )  # fmt: skip
+        self.numbers["value_loss"] += loss.item()
+        return self.config.value_loss_coef * loss
+
+    def _apply(self, optimizer: str, names: Sequence[str]) -> None:
+        """Clip and step; what is not finite stops before it can reach the weights."""
+        limit = self.config.max_grad_norm
+        for name in names:
+            gradients = [p.grad for p in self.models.parameters[name].values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.numbers[f"{name}_grad_norm"] = float(norm)
+            if limit is not None and norm > limit:
+                parameters = self.models.parameters[name].values()
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        if not all(math.isfinite(v) for v in self.numbers.values()):
+            raise TrainingError(
+                f"PPO's loss or gradient is not finite ({dict(self.numbers)}); lower "
+                "ppo.learning_rate or ppo.max_grad_norm; the last checkpoint is intact"
+            )
+        self.models.optimizers[optimizer].step()
+        self.models.optimizers[optimizer].zero_grad()
