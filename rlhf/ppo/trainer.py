@@ -18,9 +18,11 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Prompt
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.critic import Critic
-from rlhf.ppo.losses import gae, masked_mean, policy_loss, shaped_rewards, value_loss, whiten
+from rlhf.ppo.kl import kl_estimate
+from rlhf.ppo.losses import gae, masked_mean, policy_loss, value_loss, whiten
 from rlhf.ppo.rewards import Reply, Reward, Scored
 from rlhf.ppo.rollout import Replies, Sampling, generate, log_probs_and_entropy, reply_values
+from rlhf.ppo.shaping import shaped_rewards, value_mask
 
 
 def mix(seed: int, number: int) -> int:
@@ -118,7 +120,9 @@ class PPOTrainer:
         scores = scored.totals
         if config.whiten_rewards and len(scores) > 1:  # of one score it is NaN
             scores = scores / (scores.std() + 1e-8)
-        rewards = shaped_rewards(scores, log_probs, reference, mask, config.kl_coef)
+        kl = kl_estimate(log_probs, reference, "k1")
+        states = value_mask(mask, config.max_new_tokens, "last")
+        rewards = shaped_rewards(scores, kl, mask, states, config.kl_coef)[:, :-1]
         values = values * mask
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
         residual = masked_mean((returns - values) ** 2, mask)
