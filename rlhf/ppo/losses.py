@@ -1,6 +1,11 @@
-"""PPO's formulas. All tensors are (batch, time); masks are 1 on a reply's valid tokens."""
+"""Advantages and losses of PPO. All tensors are (batch, time), masks are true on valid tokens.
+
+Every formula computes in the precision that it is given. What lies on invalid tokens is not read.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,39 +13,45 @@ from torch import Tensor
 
 Tokens = Float[Tensor, "batch time"]
 Mask = Bool[Tensor, "batch time"]
+Scalar = Float[Tensor, ""]
 
 
-def masked_mean(values: Tokens, mask: Mask) -> Float[Tensor, ""]:
-    """Mean over valid tokens; 0 when there is none."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(values: Tokens, mask: Mask) -> Scalar:
+    """Mean over valid tokens, each counted alike whichever row it stands in; 0 when none is."""
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(values: Tokens, mask: Mask) -> Tokens:
-    """Shift and scale to mean 0 and (biased) variance 1 over valid tokens; 0 elsewhere."""
-    mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean) ** 2, mask)
-    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
-
-
-def shaped_rewards(
-    scores: Float[Tensor, " batch"],
-    log_probs: Tokens,
-    reference_log_probs: Tokens,
+def whiten(
+    values: Tokens,
     mask: Mask,
-    kl_coef: float,
+    variance: Literal["biased", "unbiased"] = "biased",
+    shift_mean: bool = True,
 ) -> Tokens:
-    """Per-token reward: −kl_coef·(log π − log π_ref), plus the score on the last valid token.
+    """Scale to variance 1 over valid tokens and shift them to mean 0: (x − μ)/√(σ² + 1e-8).
 
-    Source: Ziegler et al. 2019, eq. 2 and section 2.2; the KL estimator is k1.
+    Source: `whiten` in the published code of Ziegler et al. 2019, of advantages and (without the
+    shift) of rewards. σ² is the sum of squares over n (biased) or n − 1 (unbiased: Bessel's
+    correction).
+
+    Args:
+        values: What to whiten.
+        mask: True on valid tokens.
+        variance: Which of the two.
+        shift_mean: False leaves the mean where it was.
+
+    Returns:
+        The whitened values, 0 on invalid tokens. A single valid token has no deviation: it turns
+        to 0, or stays as it is where the mean is kept.
     """
-    rewards = -kl_coef * (log_probs - reference_log_probs) * mask
-    rows = torch.arange(len(scores), device=scores.device)
-    rewards[rows, last_valid(mask)] += scores
-    return rewards
+    mean = masked_mean(values, mask)
+    deviations = (values - mean).masked_fill(~mask, 0)
+    count = mask.sum() - (1 if variance == "unbiased" else 0)
+    scaled = deviations * torch.rsqrt((deviations**2).sum() / count.clamp(min=1) + 1e-8)
+    return scaled if shift_mean else (scaled + mean).masked_fill(~mask, 0)
 
 
 def last_valid(mask: Mask) -> Int[Tensor, " batch"]:
-    """Index of each row's last valid token."""
+    """Index of each row's last valid token; 0 for a row without one."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return (positions * mask).argmax(1)
 
@@ -56,15 +67,16 @@ def gae(
     Returns:
         Advantages (not whitened) and returns A + V, both 0 on invalid tokens.
     """
+    rewards, values = (t.masked_fill(~mask, 0) for t in (rewards, values))
     advantages = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
     next_value = torch.zeros_like(running)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         running = (delta + gamma * gae_lambda * running) * mask[:, t]
-        next_value = values[:, t] * mask[:, t]
+        next_value = values[:, t]
         advantages[:, t] = running
-    return advantages, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def policy_loss(
@@ -74,27 +86,39 @@ def policy_loss(
     mask: Mask,
     clip_range: float,
     n_tokens: float,
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    dual_clip: float | None = None,
+) -> tuple[Scalar, dict[str, Tensor]]:
     """Clipped surrogate: −Σ min(r·A, clip(r, 1±ε)·A) / n_tokens.
 
-    Source: Schulman et al. 2017, eq. 7. `n_tokens` counts the valid tokens of the whole optimiser
-    step, so that the sum over micro-batches does not depend on how they were cut.
+    Source: Schulman et al. 2017, eq. 7. With `dual_clip` c > 1, a token with A < 0 costs no more
+    than −c·A, however far its ratio has run away (Ye et al. 2020, eq. 5). `n_tokens` counts the
+    valid tokens of the whole optimiser step, over all micro-batches and processes, so that the sum
+    of their losses does not depend on how the step was cut.
 
     Returns:
-        The loss and detached sums over valid tokens (`clipped`, `approx_kl`) for logging.
+        The loss, and detached sums over valid tokens to log: `clip_fraction` (tokens whose loss is
+        the clipped one), `approx_kl` (KL of the sampling policy to this one) and, with
+        `dual_clip`, `dual_clip_fraction` (tokens that it bounds).
     """
-    log_ratio = (log_probs - old_log_probs) * mask
+    log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0)
+    advantages = advantages.masked_fill(~mask, 0)
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss = -(torch.min(unclipped, clipped) * mask).sum() / n_tokens
+    surrogate = torch.min(unclipped, clipped)
     with torch.no_grad():
         sums = {
-            "clip_fraction": ((clipped < unclipped) & mask).sum(),
-            # k3 of Schulman's "Approximating KL divergence": unbiased and never negative.
-            "approx_kl": (((-log_ratio).exp() - 1 + log_ratio) * mask).sum(),
+            "clip_fraction": (clipped < unclipped).sum(),
+            # k3 with the samples' own policy in front: they were drawn from the old one, so it is
+            # KL(old‖new) that r − 1 − ln r estimates without bias (Schulman 2020).
+            "approx_kl": (torch.expm1(log_ratio) - log_ratio).clamp(min=0).sum(),
         }
-    return loss, sums
+    if dual_clip is not None:
+        floor = dual_clip * advantages
+        bounded = (advantages < 0) & (surrogate < floor)
+        surrogate = torch.where(bounded, floor, surrogate)
+        sums["dual_clip_fraction"] = bounded.sum()
+    return -surrogate.sum() / n_tokens, sums
 
 
 def value_loss(
@@ -104,10 +128,24 @@ def value_loss(
     mask: Mask,
     value_clip_range: float | None,
     n_tokens: float,
-) -> Float[Tensor, ""]:
-    """½·Σ max((V − R)², (clip(V, V_old ± ε) − R)²) / n_tokens; without clip just the first term."""
+) -> Scalar:
+    """½·Σ max((V − R)², (clip(V, V_old ± ε) − R)²) / n_tokens; without clip just the first term.
+
+    Source: Schulman et al. 2017, eq. 9, for the squared error; the clip is that of OpenAI's
+    published code (Engstrom et al. 2020, section 3). `n_tokens` as in `policy_loss`, but counting
+    the states that carry a value.
+    """
+    values, old_values, returns = (t.masked_fill(~mask, 0) for t in (values, old_values, returns))
     losses = (values - returns) ** 2
     if value_clip_range is not None:
         clipped = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
         losses = torch.max(losses, (clipped - returns) ** 2)
-    return 0.5 * (losses * mask).sum() / n_tokens
+    return 0.5 * losses.sum() / n_tokens
+
+
+def entropy_bonus(entropy: Tokens, mask: Mask, n_tokens: float) -> Scalar:
+    """Σ H / n_tokens, to be multiplied by its coefficient and subtracted from the loss.
+
+    Source: Schulman et al. 2017, eq. 9 (the term c₂·S). `n_tokens` as in `policy_loss`.
+    """
+    return entropy.masked_fill(~mask, 0).sum() / n_tokens

@@ -16,10 +16,10 @@ from rlhf.ppo.losses import (
     last_valid,
     masked_mean,
     policy_loss,
-    shaped_rewards,
     value_loss,
     whiten,
 )
+from rlhf.ppo.shaping import shaped_rewards, value_mask
 
 
 def row(*values: float) -> Tensor:
@@ -55,12 +55,12 @@ def test_whiten():
 def test_shaped_rewards():
     log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]])
     reference = torch.tensor([[-2.0, -2.0, -1.0], [-1.0, -1.5, -3.0]])
-    rewards = shaped_rewards(
-        torch.tensor([3.0, -4.0]), log_probs, reference, mask_of("110", "111"), 0.5
-    )
+    mask = mask_of("110", "111")
+    states = value_mask(mask, 3, "last")
+    rewards = shaped_rewards(torch.tensor([3.0, -4.0]), log_probs - reference, mask, states, 0.5)
     # −0.5·(−1+2) = −0.5 | −0.5·0 + 3 = 3 | invalid
     # −0.5·0 = 0 | −0.5·0.5 = −0.25 | −0.5·2 − 4 = −5
-    assert rewards.tolist() == [[-0.5, 3, 0], [0, -0.25, -5]]
+    assert rewards.tolist() == [[-0.5, 3, 0, 0], [0, -0.25, -5, 0]]
 
 
 def test_last_valid():
@@ -152,8 +152,8 @@ def test_policy_loss_is_the_clipped_surrogate():
     # min(0.5·1, 0.8·1) + min(−1, −1) + min(1.5·2, 1.2·2) = 0.5 − 1 + 2.4 = 1.9; −1.9 / 3
     assert loss.item() == pytest.approx(-1.9 / 3)
     assert sums["clip_fraction"].item() == 1  # the third alone: 2.4 < 3
-    # Σ 1/r − 1 + ln r: (2−1−ln 2) + 0 + (⅔−1+ln 1.5)
-    kl = 1 - math.log(2) + 2 / 3 - 1 + math.log(1.5)
+    # Σ r − 1 − ln r, as the tokens are the old policy's: (½−1+ln 2) + 0 + (1.5−1−ln 1.5)
+    kl = math.log(2) - math.log(1.5)
     assert sums["approx_kl"].item() == pytest.approx(kl)
 
 

@@ -1,0 +1,131 @@
+"""From a reply's score to the reward of each of its tokens.
+
+In order: the missing-EOS rule, `RunningScale`, `clip_scores`, `shaped_rewards`, whitening. Rewards,
+values and the mask `states` of GAE are (batch, time + 1): column t stands for the state before
+token t, the last column for that after the last token. Advantages count on reply tokens only, so
+on the first `time` columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf.ppo.losses import Mask, Tokens, last_valid
+
+Scores = Float[Tensor, " batch"]
+
+
+def missing_eos(
+    scores: Scores,
+    finished: Bool[Tensor, " batch"],
+    rule: Literal["subtract", "replace", "none"],
+    penalty: float | None,
+) -> Scores:
+    """Scores after the rule for replies that did not end by themselves.
+
+    `subtract` takes `penalty` off, `replace` puts −`penalty` in the score's place (the
+    published code of Ziegler et al. 2019), `none` (or no penalty) changes nothing.
+    """
+    if rule == "none" or penalty is None:
+        return scores
+    punished = scores - penalty if rule == "subtract" else torch.full_like(scores, -penalty)
+    return torch.where(finished, scores, punished)
+
+
+class RunningScale:
+    """The standard deviation of all scores so far, by which scores are divided.
+
+    Chunks are merged by the update of Chan, Golub and LeVeque 1983 (of one value: Welford 1962),
+    in double precision. The deviation is the unbiased one (n − 1).
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, scores: Scores) -> None:
+        """Count a chunk of scores in."""
+        n = len(scores)
+        if n == 0:
+            return
+        chunk = scores.detach().double()
+        mean = float(chunk.mean())
+        squares = float(((chunk - mean) ** 2).sum())
+        total = self.count + n
+        shift = mean - self.mean
+        self.squares += squares + shift**2 * self.count * n / total
+        self.mean += shift * n / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """What `apply` divides by; 1 as long as the scores seen do not differ."""
+        deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+        return deviation if deviation > 1e-8 else 1.0
+
+    def apply(self, scores: Scores) -> Scores:
+        """Scores over the deviation; their mean is scaled, not shifted, so signs stay."""
+        return scores / self.deviation
+
+    def state_dict(self) -> dict[str, float]:
+        """All that changes; JSON keeps it exactly."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.count = int(state["count"])
+        self.mean, self.squares = float(state["mean"]), float(state["squares"])
+
+
+def clip_scores(scores: Scores, bound: float | None) -> Scores:
+    """Scores clamped to ± `bound`; none leaves them alone."""
+    return scores if bound is None else scores.clamp(-bound, bound)
+
+
+def value_mask(
+    mask: Mask, max_new_tokens: int, score_position: Literal["last", "past_end"]
+) -> Bool[Tensor, "batch time+1"]:
+    """The states that carry a value and a reward; the score goes to the last of them.
+
+    `last`: those before each valid token, so the score is the reward of a reply's last token.
+    `past_end`: also the one after the last token where it is before `max_new_tokens` (TRL,
+    experimental/ppo/ppo_trainer.py, sequence_lengths_p1); a reply of full length has none.
+    """
+    states = torch.nn.functional.pad(mask, (0, 1))
+    if score_position == "past_end":
+        end = last_valid(mask) + 1
+        rows = torch.arange(len(mask), device=mask.device)
+        states[rows, end] |= mask.any(1) & (end < max_new_tokens)
+    return states
+
+
+def shaped_rewards(
+    scores: Scores,
+    kl: Tokens,
+    mask: Mask,
+    states: Bool[Tensor, "batch time+1"],
+    kl_coef: float,
+) -> Float[Tensor, "batch time+1"]:
+    """−kl_coef·KL on each reply token, plus the score on the last state of `states`.
+
+    Source: Ziegler et al. 2019, eq. 2 and section 2.2.
+
+    Args:
+        scores: One per reply.
+        kl: Estimates per token (`rlhf.ppo.kl.kl_estimate`).
+        mask: True on reply tokens.
+        states: From `value_mask`.
+        kl_coef: The KL controller's value.
+
+    Returns:
+        Rewards, 0 outside `states`; a reply without tokens has none.
+    """
+    rewards = torch.nn.functional.pad((-kl_coef * kl).masked_fill(~mask, 0), (0, 1))
+    rows = torch.arange(len(scores), device=scores.device)
+    rewards[rows, last_valid(states)] += scores * states.any(1)
+    return rewards
