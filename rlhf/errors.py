@@ -50,6 +50,12 @@ class TrainingError(RLHFError, ArithmeticError):
     """Training can't go on: a non-finite loss or reward, or a resume that does not match."""
 
 
+class Interrupted(RLHFError):
+    """The process was asked to end; what was done is saved, and the same work goes on from it."""
+
+    retriable = True
+
+
 class GateRejected(RLHFError):
     """An evaluation gate said no. Final: retrying the same model gives the same answer.
 

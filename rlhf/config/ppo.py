@@ -191,6 +191,11 @@ class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, Optim
         return self
 
     @property
+    def replies_per_prompt(self) -> int:
+        """Replies sampled to each prompt of a chunk."""
+        return 1
+
+    @property
     def updates(self) -> int:
         """Number of PPO updates: ⌈total_episodes / chunk_size⌉."""
         return -(-self.total_episodes // self.chunk_size)

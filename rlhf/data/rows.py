@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +53,8 @@ class PromptRow:
 
     prompt: Prompt
     group: str | None = None
+    reference: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 Row = TypeVar("Row", Demonstration, Pair, PromptRow)

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import PPOConfig
 from rlhf.modeling.critic import Critic
+from rlhf.modeling.shared import CRITIC
 from rlhf.ppo.kl import exact_kl
 from rlhf.ppo.rollout import (
     Replies,
@@ -47,8 +48,8 @@ class Models:
         for model in (policy, critic):
             model.eval()  # no dropout: the old and the new policy must be the same function
         self.parameters = {
-            "policy": _trainable(policy, without="critic"),
-            "critic": _trainable(critic),
+            "policy": _of_policy(policy),
+            "critic": critic.trainable(),
         }
         self.policy, self.critic = accelerator.prepare(policy, critic)
         self.reference = reference
@@ -174,12 +175,10 @@ class Models:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _trainable(model: Any, without: str = " ") -> dict[str, torch.nn.Parameter]:
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if p.requires_grad and f".{without}." not in name
-    }
+def _of_policy(policy: Any) -> dict[str, torch.nn.Parameter]:
+    """What training changes of the policy; with adapters, its own adapter only."""
+    parameters = policy.named_parameters()
+    return {n: p for n, p in parameters if p.requires_grad and f".{CRITIC}." not in n}
 
 
 def learning_rate_scale(config: PPOConfig, update: int) -> float:

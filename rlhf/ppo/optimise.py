@@ -154,7 +154,9 @@ class _Step:
         """Clip and step; what is not finite stops before it can reach the weights."""
         limit = self.config.max_grad_norm
         for name in names:
-            gradients = [p.grad for p in self.models.parameters[name].values() if p.grad is not None]
+            gradients = [
+                p.grad for p in self.models.parameters[name].values() if p.grad is not None
+            ]
             norm = torch.nn.utils.get_total_norm(gradients)
             self.numbers[f"{name}_grad_norm"] = float(norm)
             if limit is not None and norm > limit:

@@ -27,6 +27,8 @@ class Reply:
     finished: bool
     reference: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    group: int = 0
+    reference_reply: str | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    sampler: str = "inverse_cdf"
+
+
+Stop = Any
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,12 @@ class Replies:
     def reply_ids(self) -> Int[Tensor, "batch reply"]:
         """The replies' tokens."""
         return self.ids[:, -self.mask.shape[1] :]
+
+    def to(self, device: torch.device) -> Replies:
+        """The same replies on another device."""
+        return Replies(
+            *(t.to(device) for t in (self.ids, self.attention, self.mask, self.finished))
+        )
 
     def rows(self) -> list[list[int]]:
         """Each reply's valid tokens."""
@@ -71,7 +81,12 @@ def pad_left(
 
 @torch.no_grad()
 def generate(
-    policy: Any, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int
+    policy: Any,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    sampling: Sampling,
+    seed: int,
+    stop: Any = None,
 ) -> Replies:
     """Continue each prompt until the end-of-reply token or `max_new_tokens`.
 
@@ -125,7 +140,7 @@ def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch tim
 
 
 def log_probs_and_entropy(
-    policy: Any, replies: Replies, temperature: float
+    policy: Any, replies: Replies, temperature: float, entropy: bool = True
 ) -> tuple[Float[Tensor, "batch reply"], Float[Tensor, "batch reply"]]:
     """Log-probability of each reply token and the entropy of its distribution.
 
@@ -151,4 +166,32 @@ def reply_values(critic: Any, replies: Replies) -> Float[Tensor, "batch reply"]:
     """The critic's value of each state: the prefix *before* the reply token at the same index."""
     width = replies.mask.shape[1]
     values = critic(replies.ids, replies.attention, position_ids(replies.attention))
-    return values[:, -width - 1 : -1]
+    return values[:, -width - 1 :]
+
+
+def reply_logits(policy, replies, temperature):
+    width = replies.mask.shape[1]
+    logits = policy(
+        input_ids=replies.ids,
+        attention_mask=replies.attention,
+        position_ids=position_ids(replies.attention),
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits[:, :-1]
+    return (logits / temperature)[replies.mask]
+
+
+def log_probs_entropy_values(policy, head, replies, temperature, entropy=True):
+    width = replies.mask.shape[1]
+    out = policy(
+        input_ids=replies.ids,
+        attention_mask=replies.attention,
+        position_ids=position_ids(replies.attention),
+        use_cache=False,
+        output_hidden_states=True,
+        logits_to_keep=width + 1,
+    )
+    values = head(out.hidden_states[-1][:, -width - 1 :]).squeeze(-1)
+    log_p = torch.log_softmax((out.logits[:, :-1] / temperature).float(), -1)
+    chosen = log_p.gather(-1, replies.reply_ids[..., None]).squeeze(-1)
+    return chosen, -(log_p.exp() * log_p).sum(-1), values

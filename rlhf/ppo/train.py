@@ -19,9 +19,10 @@ from rlhf.environments import build_environment, check_rendering
 from rlhf.errors import ConfigError, DataError, Interrupted
 from rlhf.gates import Approved
 from rlhf.modeling.base import device_of, load_policy
-from rlhf.modeling.critic import CRITIC, AdapterCritic, Critic, HeadCritic, critic_from, freeze
+from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.lora import lora_config, merged
 from rlhf.modeling.reward import Scorer, load_reward_model
+from rlhf.modeling.shared import CRITIC, AdapterCritic, HeadCritic
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from rlhf.ppo.models import Models
 from rlhf.ppo.termination import deferred_sigterm
@@ -76,7 +77,9 @@ def train_policy(
         trainer.load_state_dict(state.trainer)
     with deferred_sigterm() if checkpoints else nullcontext(lambda: False) as terminated:
         while state.update < config.updates:
-            updated = trainer.update(state.update, prompts_of_update(rows, state.update, config, seed))
+            updated = trainer.update(
+                state.update, prompts_of_update(rows, state.update, config, seed)
+            )
             state.update += 1
             state.curve.append({"update": state.update, **updated.metrics})
             state.samples += updated.samples

@@ -138,9 +138,7 @@ class PPOTrainer:
         )
 
     @torch.no_grad()
-    def evaluate(
-        self, rollouts: Rollouts
-    ) -> tuple[Buffer, dict[str, float], list[dict[str, Any]]]:
+    def evaluate(self, rollouts: Rollouts) -> tuple[Buffer, dict[str, float], list[dict[str, Any]]]:
         """Log-probs, values and advantages of a chunk, under the policy that sampled it."""
         config, replies = self.config, rollouts.replies
         log_probs, reference, entropy, values, audit = self._forward(replies)
@@ -169,9 +167,7 @@ class PPOTrainer:
         buffer = Buffer(replies, states, log_probs, advantages, values, returns)
         return buffer, metrics, _samples(rollouts, reply_kl)
 
-    def _forward(
-        self, replies: Replies
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    def _forward(self, replies: Replies) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Log-probs of policy and reference, entropies, values; and the exact KL, summed."""
         rows, width = replies.mask.shape
         log_probs, reference, entropy = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.gates import Approved
 from rlhf.modeling.base import from_scratch, load_policy
+from rlhf.ppo.train import train_policy
 from rlhf.reward import train_reward_model
 from rlhf.sft import train_sft
 from tests.library import toys
+from tests.library.ppo_runs import Stopped
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -80,3 +83,53 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(folder, tmp_path / f"copy-{folder.name}"))
 
     return copy
+
+
+@pytest.fixture
+def train(data, sft, approved, tmp_path):
+    """Runs PPO on the toy task and returns its folder."""
+
+    def run(
+        name="out",
+        reward=approved,
+        folder=data,
+        start=sft,
+        stop_at=None,
+        sigterm_at=None,
+        **options,
+    ):
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+
+        def progress(step, total, metrics):
+            # Called before the update is saved, so checkpoint `stop_at - 1` is the last.
+            if step == stop_at:
+                raise Stopped
+            if step == sigterm_at:
+                signal.raise_signal(signal.SIGTERM)
+
+        keep = {k: options.pop(k) for k in ("seed", "identity", "checkpoints") if k in options}
+        config = toys.changed(toys.PPO, **options)
+        train_policy(
+            config, folder, start, reward, out, runtime=toys.RUNTIME, progress=progress, **keep
+        )
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_updates(data, sft, approved, tmp_path_factory):
+    """Two updates of PPO on the toy task."""
+    out = tmp_path_factory.mktemp("two")
+    config = toys.changed(toys.PPO, total_episodes=32)
+    train_policy(config, data, sft, approved, out, runtime=toys.RUNTIME)
+    return out
+
+
+@pytest.fixture(scope="session")
+def straight(data, sft, approved, tmp_path_factory):
+    """Four updates in one go, without checkpoints."""
+    out = tmp_path_factory.mktemp("straight")
+    train_policy(toys.PPO, data, sft, approved, out, runtime=toys.RUNTIME)
+    return out
