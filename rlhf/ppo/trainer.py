@@ -113,7 +113,7 @@ class PPOTrainer:
                 t.cpu() for t in log_probs_and_entropy(self.policy, part, config.temperature)
             )
             reference[index, :width] = self._reference_log_probs(part).cpu()
-            values[index, :width] = reply_values(self.critic, part).cpu()
+            values[index, :width] = reply_values(self.critic, part)[:, :-1].cpu()
         mask = mask.cpu()
         scores = scored.totals
         if config.whiten_rewards and len(scores) > 1:  # of one score it is NaN
@@ -135,9 +135,9 @@ class PPOTrainer:
 
     def _reference_log_probs(self, replies: Replies) -> Tensor:
         if self.reference is not None:
-            return log_probs_and_entropy(self.reference, replies, self.config.temperature)[0]
+            return log_probs_and_entropy(self.reference, replies, self.config.temperature, False)[0]
         with self.accelerator.unwrap_model(self.policy).disable_adapter():
-            return log_probs_and_entropy(self.policy, replies, self.config.temperature)[0]
+            return log_probs_and_entropy(self.policy, replies, self.config.temperature, False)[0]
 
     def _optimise(self, buffer: Buffer, seed: int) -> dict[str, float]:
         config = self.config
@@ -168,11 +168,13 @@ class PPOTrainer:
                 t[cut].to(device)
                 for t in (buffer.log_probs, buffer.advantages, buffer.values, buffer.returns)
             )
-            log_probs, _ = log_probs_and_entropy(self.policy, part, config.temperature)
+            log_probs, _ = log_probs_and_entropy(
+                self.policy, part, config.temperature, entropy=False
+            )
             loss_p, parts = policy_loss(
                 log_probs, old, advantages, part.mask, config.clip_range, n_tokens
             )
-            values = reply_values(self.critic, part)
+            values = reply_values(self.critic, part)[:, :-1]
             loss_v = value_loss(
                 values, old_values, returns, part.mask, config.value_clip_range, n_tokens
             )
