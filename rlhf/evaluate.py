@@ -203,8 +203,8 @@ def _answer(
 
 def _kl(model: Any, reference: Any, replies: Replies) -> Float[Tensor, " batch"]:
     """Σ log π − log π_ref over each reply: the k1 estimate of the KL in nats, at temperature 1."""
-    ours, _ = log_probs_and_entropy(model, replies, 1.0)
-    theirs, _ = log_probs_and_entropy(reference, replies, 1.0)
+    ours, _ = log_probs_and_entropy(model, replies, 1.0, entropy=False)
+    theirs, _ = log_probs_and_entropy(reference, replies, 1.0, entropy=False)
     return ((ours - theirs) * replies.mask).sum(1)
 
 

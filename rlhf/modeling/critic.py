@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -34,15 +34,17 @@ class Critic(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "batch time"],
-        attention_mask: Int[Tensor, "batch time"],
+        attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "1 1 1 1"],
         position_ids: Int[Tensor, "batch time"],
+        **options: Any,
     ) -> Float[Tensor, "batch time"]:
-        """Value of the prefix that ends at each position."""
+        """Value of the prefix that ends at each position; `options` are the backbone's."""
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
+            **options,
         ).last_hidden_state
         return self.value_head(hidden).squeeze(-1).float()
 

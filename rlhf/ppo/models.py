@@ -88,7 +88,8 @@ class Models:
         return rates
 
     def sample(
-        self, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int, stop: Stop
+        self, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int,
+        stop: Stop | None,
     ) -> Replies:
         """The policy's replies; in bf16 by a copy, cast once instead of at every token."""
         policy = self.accelerator.unwrap_model(self.policy)
@@ -97,7 +98,8 @@ class Models:
         return generate(policy, prompts, tokenizer, sampling, seed, stop)
 
     def sample_reference(
-        self, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int, stop: Stop
+        self, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int,
+        stop: Stop | None,
     ) -> Replies:
         """The frozen reference's replies."""
         with self._as_reference() as reference:

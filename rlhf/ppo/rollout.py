@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig
 
+from rlhf.modeling.forward import (
+    arguments_of,
+    captured_logits,
+    evaluating,
+    final_hidden,
+    has_plain_head,
+    head_of,
+    packs,
+)
+from rlhf.modeling.packing import take_rows
 from rlhf.modeling.reward import pad_right
+from rlhf.ppo.decode import decoder_of
+from rlhf.ppo.fused import from_logits, token_log_probs
+from rlhf.ppo.sampler import Sampler, Sampling
 
+__all__ = [
+    "Replies",
+    "Sampling",
+    "Stop",
+    "generate",
+    "log_probs_and_entropy",
+    "log_probs_entropy_values",
+    "pad_left",
+    "position_ids",
+    "reply_logits",
+    "reply_values",
+]
 
-@dataclass(frozen=True)
-class Sampling:
-    """How replies are drawn; temperature 0 is greedy."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    sampler: str = "inverse_cdf"
-
-
-Stop = Any
+Stop = Callable[[list[list[int]]], list[bool]]
+"""Given the reply tokens so far of each live row: which rows end here."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,8 @@ class Replies:
 
     def to(self, device: torch.device) -> Replies:
         """The same replies on another device."""
-        return Replies(
-            *(t.to(device) for t in (self.ids, self.attention, self.mask, self.finished))
-        )
+        tensors = (self.ids, self.attention, self.mask, self.finished)
+        return Replies(*(t.to(device) for t in tensors))
 
     def rows(self) -> list[list[int]]:
         """Each reply's valid tokens."""
@@ -86,52 +98,53 @@ def generate(
     tokenizer: Any,
     sampling: Sampling,
     seed: int,
-    stop: Any = None,
+    stop: Stop | None = None,
 ) -> Replies:
-    """Continue each prompt until the end-of-reply token or `max_new_tokens`.
+    """Continue each prompt until the end-of-reply token, `stop`, or `max_new_tokens`.
 
-    The draw depends on `seed` and the weights alone: the global generator is set here and put
-    back afterwards.
+    The draw depends on `seed` and the weights alone; the global generator is neither read nor
+    changed. A row for which `stop` is true has its last token kept and counts as finished.
     """
     device = next(policy.parameters()).device
-    ids, attention = (t.to(device) for t in pad_left(prompts, tokenizer.pad_token_id))
-    greedy = sampling.temperature == 0
-    arguments = (
-        {"do_sample": False}
-        if greedy
-        else {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
+    batch, room = len(prompts), sampling.max_new_tokens
+    end = tokenizer.eos_token_id
+    sampler = Sampler(sampling, batch, seed, device)
+    replies = torch.full((batch, room), tokenizer.pad_token_id)
+    lengths = torch.full((batch,), room)
+    finished = torch.zeros(batch, dtype=torch.bool)
+    live = torch.arange(batch)
+    so_far: list[list[int]] = [[] for _ in prompts]
+    with evaluating(policy):
+        decoder = decoder_of(policy, prompts, room)
+        logits = decoder.start()
+        for step in range(room):
+            tokens = sampler(logits, live.to(device), step)
+            drawn = tokens.cpu()
+            replies[live, step] = drawn
+            ended = drawn == end
+            if stop is not None:
+                rows = live.tolist()
+                for row, token in zip(rows, drawn.tolist(), strict=True):
+                    so_far[row].append(token)
+                ended |= torch.tensor(stop([so_far[row] for row in rows]), dtype=torch.bool)
+            if ended.any():
+                lengths[live[ended]] = step + 1
+                finished[live[ended]] = True
+                if ended.all():
+                    break
+                kept = torch.tensor(decoder.drop(ended.tolist()))
+                live, tokens = live[kept], tokens[kept.to(device)]
+            if step + 1 < room:
+                logits = decoder.step(tokens)
+    width = int(lengths.max())
+    ids, attention = pad_left(prompts, tokenizer.pad_token_id)
+    mask = torch.arange(width) < lengths[:, None]
+    return Replies(
+        torch.cat([ids, replies[:, :width]], 1).to(device),
+        torch.cat([attention, mask.long()], 1).to(device),
+        mask.to(device),
+        finished.to(device),
     )
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **arguments,
-    )
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _only_config(policy, config):
-        torch.manual_seed(seed)
-        full = policy.generate(input_ids=ids, attention_mask=attention, generation_config=config)
-    reply = full[:, ids.shape[1] :]
-    is_end = reply == tokenizer.eos_token_id
-    ended_before = is_end.cumsum(1) - is_end.int() > 0
-    mask = ~ended_before
-    return Replies(full, torch.cat([attention, mask.long()], 1), mask, is_end.any(1))
-
-
-@contextmanager
-def _only_config(policy: Any, config: GenerationConfig) -> Iterator[None]:
-    """Keep the defaults that a hub model brings (a repetition penalty, say) out of the draw."""
-    model: Any = policy.get_base_model() if isinstance(policy, peft.PeftModel) else policy
-    own, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
@@ -142,56 +155,85 @@ def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch tim
 def log_probs_and_entropy(
     policy: Any, replies: Replies, temperature: float, entropy: bool = True
 ) -> tuple[Float[Tensor, "batch reply"], Float[Tensor, "batch reply"]]:
-    """Log-probability of each reply token and the entropy of its distribution.
+    """Log-probability of each reply token and the entropy of its distribution in nats.
 
+    Zero where the mask is false; the entropy is zero throughout where it isn't asked for.
     Temperature divides the logits; top-k and top-p never enter, so that the ratio of a policy with
     itself is exactly 1.
     """
-    width = replies.mask.shape[1]
-    logits = policy(
-        input_ids=replies.ids,
-        attention_mask=replies.attention,
-        position_ids=position_ids(replies.attention),
-        use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits[:, :-1]
-    if temperature > 0:
-        logits = logits / temperature
-    log_p = torch.log_softmax(logits.float(), -1)
-    chosen = log_p.gather(-1, replies.reply_ids[..., None]).squeeze(-1)
-    return chosen, -(log_p.exp() * log_p).sum(-1)
+    log_probs, entropies, _ = _evaluate(policy, None, replies, temperature, entropy)
+    return log_probs, entropies
 
 
-def reply_values(critic: Any, replies: Replies) -> Float[Tensor, "batch reply"]:
-    """The critic's value of each state: the prefix *before* the reply token at the same index."""
-    width = replies.mask.shape[1]
-    values = critic(replies.ids, replies.attention, position_ids(replies.attention))
-    return values[:, -width - 1 :]
+def log_probs_entropy_values(
+    policy: Any, head: Any, replies: Replies, temperature: float, entropy: bool = True
+) -> tuple[
+    Float[Tensor, "batch reply"], Float[Tensor, "batch reply"], Float[Tensor, "batch states"]
+]:
+    """Log-probs and entropies as above, and values as `reply_values`, by one forward pass.
+
+    The values are `head` (hidden size to 1) on the policy's own last hidden states.
+    """
+    log_probs, entropies, values = _evaluate(policy, head, replies, temperature, entropy)
+    assert values is not None
+    return log_probs, entropies, values
 
 
-def reply_logits(policy, replies, temperature):
-    width = replies.mask.shape[1]
-    logits = policy(
-        input_ids=replies.ids,
-        attention_mask=replies.attention,
-        position_ids=position_ids(replies.attention),
-        use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits[:, :-1]
-    return (logits / temperature)[replies.mask]
+def reply_logits(
+    policy: Any, replies: Replies, temperature: float
+) -> Float[Tensor, "tokens vocabulary"]:
+    """The logits over `temperature` that each valid reply token was drawn from, row by row."""
+    arguments, place = _arguments(policy, replies)
+    before = place[:, -replies.mask.shape[1] - 1 : -1][replies.mask]
+    _, logits = captured_logits(policy, arguments, before)
+    return logits / temperature if temperature > 0 else logits
 
 
-def log_probs_entropy_values(policy, head, replies, temperature, entropy=True):
-    width = replies.mask.shape[1]
-    out = policy(
-        input_ids=replies.ids,
-        attention_mask=replies.attention,
-        position_ids=position_ids(replies.attention),
-        use_cache=False,
-        output_hidden_states=True,
-        logits_to_keep=width + 1,
-    )
-    values = head(out.hidden_states[-1][:, -width - 1 :]).squeeze(-1)
-    log_p = torch.log_softmax((out.logits[:, :-1] / temperature).float(), -1)
-    chosen = log_p.gather(-1, replies.reply_ids[..., None]).squeeze(-1)
-    return chosen, -(log_p.exp() * log_p).sum(-1), values
+def reply_values(critic: Any, replies: Replies) -> Float[Tensor, "batch states"]:
+    """The critic's value of each state of a reply, (batch, reply + 1).
+
+    Column t is the value of the prefix before reply token t; the column after a row's last valid
+    token is the value of the whole; zero beyond.
+    """
+    arguments, place = _arguments(critic, replies)
+    wanted, states = _states(place, replies.mask)
+    values = critic(**arguments).flatten()
+    return _scatter(values[wanted], states)
+
+
+def _evaluate(
+    policy: Any, head: Any, replies: Replies, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    mask, targets = replies.mask, replies.reply_ids[replies.mask]
+    arguments, place = _arguments(policy, replies)
+    before = place[:, -mask.shape[1] - 1 : -1][mask]
+    values = None
+    if has_plain_head(policy):
+        hidden, cast = final_hidden(policy, arguments)
+        chosen = cast(take_rows(hidden, before))
+        results = token_log_probs(head_of(policy), chosen, targets, temperature, entropy)
+    else:
+        hidden, logits = captured_logits(policy, arguments, before)
+        results = from_logits(logits, targets, temperature, entropy)
+    if head is not None:
+        wanted, states = _states(place, mask)
+        flat = head(take_rows(hidden, wanted).to(head.weight.dtype)).squeeze(-1)
+        values = _scatter(flat.float(), states)
+    log_probs, entropies = (_scatter(t, mask) for t in results)
+    return log_probs, entropies, values
+
+
+def _arguments(model: Any, replies: Replies) -> tuple[dict[str, Any], Tensor]:
+    longest = int(replies.attention.sum(1).max())
+    return arguments_of(replies.ids, replies.attention, packs(model, longest))
+
+
+def _states(place: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the hidden state of each state of a reply is, and which (batch, reply + 1) exist."""
+    states = F.pad(mask, (1, 0), value=True)
+    return place[:, -states.shape[1] :][states], states
+
+
+def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
+    """Row by row into the true places of a mask, zero elsewhere."""
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
+from rlhf.modeling.critic import critic_from
 from rlhf.ppo.rollout import (
     Replies,
     Sampling,
@@ -60,22 +62,30 @@ def test_temperature_zero_takes_the_likeliest_token(policy, renderer, rows):
             ids.append(token)
 
 
-class Canned(nn.Module):
-    """A policy whose replies are known."""
+class Scripted:
+    """Stands in for a sampler: the tokens drawn are known."""
 
-    def __init__(self, reply: list[list[int]]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.reply = torch.tensor(reply)
-        self.generation_config = GenerationConfig()
+    def __init__(self, replies: list[list[int]]) -> None:
+        self.replies = torch.tensor(replies)
 
-    def generate(self, input_ids, **_):
-        return torch.cat([input_ids, self.reply], 1)
+    def __call__(self, logits, rows, step):
+        assert len(logits) == len(rows)
+        return self.replies[rows, step]
 
 
-def test_masks_come_from_positions(renderer):
+@pytest.fixture
+def scripted(monkeypatch):
+    """Makes `generate` draw the given tokens."""
+
+    def script(replies):
+        monkeypatch.setattr("rlhf.ppo.rollout.Sampler", lambda *_: Scripted(replies))
+
+    return script
+
+
+def test_masks_come_from_positions(policy, renderer, scripted):
     end, pad = renderer.tokenizer.eos_token_id, renderer.tokenizer.pad_token_id
-    policy = Canned([[9, end, pad, pad], [9, pad, end, pad], [9, 9, 9, 9], [end, end, 9, pad]])
+    scripted([[9, end, pad, pad], [9, pad, end, pad], [9, 9, 9, 9], [end, end, 9, pad]])
     replies = generate(policy, [[8]] * 4, renderer.tokenizer, Sampling(4), 0)
     # up to and including the first end; a pad before it was sampled and counts
     assert replies.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
@@ -187,15 +197,23 @@ def test_a_models_own_generation_defaults_stay_out(policy, renderer, rows, adapt
     assert policy.generation_config is own
 
 
-def test_values_belong_to_the_state_before_the_token():
-    def critic(ids, attention, positions):
-        return positions.float()
-
-    replies = Replies(
-        torch.zeros(2, 5, dtype=torch.long),
-        torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]),
-        torch.ones(2, 2, dtype=torch.bool),
-        torch.ones(2, dtype=torch.bool),
+def test_values_belong_to_the_states_before_and_after_each_token(policy, renderer, rows):
+    critic = critic_from(policy)
+    nn.init.normal_(critic.value_head.weight)
+    replies = sample(policy, renderer, rows)
+    replies = replace(
+        replies, mask=replies.mask & (torch.arange(8) < torch.tensor([[8], [3], [1]]))
     )
-    # three tokens of prompt: the first reply token is drawn in the state that ends at position 2
-    assert reply_values(critic, replies).tolist() == [[2, 3], [0, 1]]
+    replies = replace(
+        replies, attention=torch.cat([replies.attention[:, :-8], replies.mask.long()], 1)
+    )
+    values = reply_values(critic, replies)
+    assert values.shape == (3, 9)
+    for i, (prompt, reply) in enumerate(zip(rows, replies.rows(), strict=True)):
+        ids = torch.tensor([prompt + reply])
+        alone = critic(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])[0]
+        n = len(reply)
+        expected = alone[len(prompt) - 1 :]  # after the prompt, ..., after the last token
+        assert len(expected) == n + 1
+        torch.testing.assert_close(values[i, : n + 1], expected, atol=1e-5, rtol=0)
+        assert values[i, n + 1 :].abs().sum() == 0

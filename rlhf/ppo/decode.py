@@ -1,0 +1,193 @@
+"""The decode loop: one forward pass for all prompts, then one token a step for each live row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from rlhf.modeling.forward import core_of, packed_arguments, packs
+from rlhf.modeling.packing import Packed
+
+
+def decoder_of(policy: Any, prompts: list[list[int]], room: int) -> PackedDecoder | PaddedDecoder:
+    """The fastest decoder that is exact for this model; `room` is the longest reply."""
+    longest = max(len(p) for p in prompts) + room
+    kind = PackedDecoder if packs(policy, longest) else PaddedDecoder
+    return kind(policy, prompts, room)
+
+
+class _Buffers(Cache):
+    """Keys and values in buffers of full size, each prompt ending in the same column."""
+
+    def __init__(self, lengths: list[int], columns: int) -> None:
+        super().__init__(layers=[])
+        self.lengths, self.columns = lengths, columns
+        self.width = max(lengths)
+        self.rows = len(lengths)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the newest column of each row, or the packed prompts; returns what to attend to."""
+        if layer_idx == len(self.keys):
+            return self._first(key_states, value_states)
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        n, end = self.rows, self.width
+        keys[:n, :, end - 1 : end] = key_states
+        values[:n, :, end - 1 : end] = value_states
+        return keys[:n, :, :end], values[:n, :, :end]
+
+    def _first(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        for store, states in ((self.keys, key_states), (self.values, value_states)):
+            _, heads, _, dim = states.shape
+            # Padding columns are masked, but NaN in them would still spoil the product.
+            buffer = states.new_zeros(self.rows, heads, self.columns, dim)
+            start = 0
+            for row, n in enumerate(self.lengths):
+                buffer[row, :, self.width - n : self.width] = states[0, :, start : start + n]
+                start += n
+            store.append(buffer)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in use."""
+        return self.width if self.keys else 0
+
+    def move(self, source: int, target: int) -> None:
+        """Overwrite one row by another."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target, :, : self.width] = buffer[source, :, : self.width]
+
+
+class _Step:
+    """Attention of one new token a row to all before it."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self.mask = mask
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        rows, heads, _, dim = query.shape
+        # Query heads that share a key head are queries of that head: nothing is copied.
+        grouped = query.reshape(rows, key.shape[1], -1, dim)
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask, **options)
+        return out.reshape(rows, 1, heads, -1)
+
+
+class PackedDecoder:
+    """For models that can be packed: prompts without padding, buffers filled in place.
+
+    `slots` lists the live rows in the order of the buffers. A row that ends is overwritten by the
+    last one, so that dropping it costs one row's copy.
+    """
+
+    def __init__(self, policy: Any, prompts: list[list[int]], room: int) -> None:
+        self.policy, self.prompts = policy, prompts
+        self.device = next(policy.parameters()).device
+        lengths = [len(p) for p in prompts]
+        self.cache = _Buffers(lengths, max(lengths) + room)
+        self.positions = torch.tensor(lengths, device=self.device)[:, None]
+        self.mask = None
+        if min(lengths) < max(lengths):
+            padding = max(lengths) - self.positions
+            columns = torch.arange(self.cache.columns, device=self.device)
+            self.mask = (columns >= padding)[:, None, None]
+        self.ready = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+
+    def start(self) -> Float[Tensor, "rows vocabulary"]:
+        """Read the prompts; the logits after each."""
+        lengths = self.cache.lengths
+        ids = torch.tensor([i for p in self.prompts for i in p], device=self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        logits = self.policy(
+            **packed_arguments(ids, positions, Packed.of(lengths, self.device)),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=last,
+        ).logits[0]
+        if self.mask is not None:
+            self.mask = torch.zeros_like(self.mask, dtype=self.cache.keys[0].dtype).masked_fill_(
+                ~self.mask, -torch.inf
+            )
+        return logits
+
+    def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
+        """Append one token to each live row; the logits after it."""
+        cache = self.cache
+        n = cache.rows
+        cache.width += 1
+        mask = None if self.mask is None else self.mask[:n, :, :, : cache.width]
+        logits = self.policy(
+            input_ids=tokens[:, None],
+            position_ids=self.positions[:n],
+            attention_mask=self.ready,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            rlhf_rows=_Step(mask),
+        ).logits[:, -1]
+        self.positions += 1
+        return logits
+
+    def drop(self, ended: list[bool]) -> list[int]:
+        """Forget rows that ended; returns the old place of each row that stays, in new order."""
+        order = [i for i, end in enumerate(ended) if not end]
+        holes = [i for i in range(len(order)) if ended[i]]
+        for hole in holes:
+            source = order.pop()
+            order.insert(hole, source)
+            self.cache.move(source, hole)
+            self.positions[hole] = self.positions[source]
+            if self.mask is not None:
+                self.mask[hole] = self.mask[source]
+        self.cache.rows = len(order)
+        return order
+
+
+class PaddedDecoder:
+    """For every other model with a key-value cache: transformers' own cache and masks."""
+
+    def __init__(self, policy: Any, prompts: list[list[int]], room: int) -> None:
+        self.policy, self.room = policy, room
+        device = next(policy.parameters()).device
+        width = max(len(p) for p in prompts)
+        self.ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        self.attention = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
+        )
+        self.cache = DynamicCache(config=core_of(policy).config)
+
+    def start(self) -> Float[Tensor, "rows vocabulary"]:
+        """Read the prompts; the logits after each."""
+        positions = (self.attention.cumsum(1) - 1).clamp(min=0)
+        return self._forward(self.ids, positions)
+
+    def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
+        """Append one token to each live row; the logits after it."""
+        self.attention = F.pad(self.attention, (0, 1), value=1)
+        return self._forward(tokens[:, None], self.attention.sum(1, keepdim=True) - 1)
+
+    def drop(self, ended: list[bool]) -> list[int]:
+        """Forget rows that ended; returns the old place of each row that stays, in new order."""
+        order = [i for i, end in enumerate(ended) if not end]
+        index = torch.tensor(order, dtype=torch.long, device=self.attention.device)
+        self.cache.batch_select_indices(index)
+        self.attention = self.attention[index]
+        return order
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.policy(
+            input_ids=ids,
+            attention_mask=self.attention,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]

@@ -1,0 +1,87 @@
+"""Drawing tokens from logits: temperature, filters, and two ways to use random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How replies are drawn; temperature 0 is greedy.
+
+    `inverse_cdf` uses one uniform number for each row and step, made before the first step: a
+    row's draw depends neither on the other rows' lengths nor on the vocabulary, and it is fast.
+    `multinomial` draws what `torch.multinomial` draws for the full batch, and so the same tokens
+    as `transformers` after `torch.manual_seed`.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    sampler: Literal["inverse_cdf", "multinomial"] = "inverse_cdf"
+
+
+def filtered(
+    logits: Float[Tensor, "rows vocabulary"], sampling: Sampling
+) -> Float[Tensor, "rows vocabulary"]:
+    """Logits over temperature, −∞ where top-k and then top-p leave a token out."""
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1:
+        ascending, order = logits.sort(-1)
+        low = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        low[:, -1] = False  # the likeliest token always stays
+        logits = logits.masked_fill(low.scatter(1, order, low), -torch.inf)
+    return logits
+
+
+class Sampler:
+    """Draws for one batch, from a generator of its own."""
+
+    def __init__(self, sampling: Sampling, batch: int, seed: int, device: torch.device) -> None:
+        self.sampling, self.batch = sampling, batch
+        if sampling.sampler == "multinomial":
+            self.generator = torch.Generator(device).manual_seed(seed)
+        else:  # made on the CPU, so that every device draws alike
+            generator = torch.Generator().manual_seed(seed)
+            uniform = torch.rand(sampling.max_new_tokens, batch, generator=generator)
+            self.uniform = uniform.to(device)
+
+    def __call__(
+        self, logits: Float[Tensor, "live vocabulary"], rows: Int[Tensor, " live"], step: int
+    ) -> Int[Tensor, " live"]:
+        """The next token of each live row; `rows` are their places in the full batch."""
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1)
+        logits = filtered(logits.float(), self.sampling)
+        if self.sampling.sampler == "inverse_cdf":
+            return inverse_cdf(logits, self.uniform[step, rows])
+        # As torch.multinomial does it for one sample: p / q is largest at i with probability p_i
+        # when all q are exponential. Finished rows take their share of the stream.
+        noise = torch.empty(self.batch, logits.shape[1], device=logits.device)
+        noise.exponential_(generator=self.generator)
+        if len(rows) < self.batch:
+            noise = noise[rows]
+        return (logits.softmax(-1) / noise).argmax(-1)
+
+
+def inverse_cdf(
+    logits: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " rows"]
+) -> Int[Tensor, " rows"]:
+    """The token at which each row's cumulated probability passes its uniform number in [0, 1)."""
+    weights = (logits - logits.max(-1, keepdim=True).values).exp_()
+    cumulated = weights.cumsum(-1)
+    total = cumulated[:, -1:]
+    # Rounding up to the total itself would give a token beyond the last one.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    point = torch.minimum(uniform[:, None] * total, below)
+    return torch.searchsorted(cumulated, point, right=True).squeeze(1)
