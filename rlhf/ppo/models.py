@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import peft
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
@@ -88,7 +89,11 @@ class Models:
         return rates
 
     def sample(
-        self, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int,
+        self,
+        prompts: list[list[int]],
+        tokenizer: Any,
+        sampling: Sampling,
+        seed: int,
         stop: Stop | None,
     ) -> Replies:
         """The policy's replies; in bf16 by a copy, cast once instead of at every token."""
@@ -98,7 +103,11 @@ class Models:
         return generate(policy, prompts, tokenizer, sampling, seed, stop)
 
     def sample_reference(
-        self, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int,
+        self,
+        prompts: list[list[int]],
+        tokenizer: Any,
+        sampling: Sampling,
+        seed: int,
         stop: Stop | None,
     ) -> Replies:
         """The frozen reference's replies."""
@@ -145,15 +154,15 @@ class Models:
         transformers does this in training mode only. So the blocks are told that they train, and
         what is inside of them, dropout above all, is not.
         """
-        models = (self.policy, self.critic) if self.config.gradient_checkpointing else ()
+        networks = self._networks() if self.config.gradient_checkpointing else []
+        for network in networks:
+            _recompute(network)
         blocks = [
-            block for model in models for block in model.modules()
+            block
+            for network in networks
+            for block in network.modules()
             if isinstance(block, GradientCheckpointingLayer)
-        ]  # fmt: skip
-        for model in models:
-            for owner in model.modules():
-                if hasattr(owner, "gradient_checkpointing_enable"):
-                    owner.gradient_checkpointing_enable({"use_reentrant": False})
+        ]
         for block in blocks:
             block.training = True
         try:
@@ -161,6 +170,14 @@ class Models:
         finally:
             for block in blocks:
                 block.training = False
+
+    def _networks(self) -> list[Any]:
+        """The transformers that learn, each once."""
+        policy = self.accelerator.unwrap_model(self.policy)
+        if isinstance(policy, peft.PeftModel):
+            policy = policy.get_base_model()
+        own = self.config.critic in ("reward_model", "policy")
+        return [policy, self.critic.backbone] if own else [policy]
 
     @contextmanager
     def _as_reference(self) -> Iterator[Any]:
@@ -175,6 +192,12 @@ class Models:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def _recompute(network: Any) -> None:
+    # Newer versions of transformers have it under this name.
+    enable = getattr(network, "activation_checkpointing_enable", None)
+    (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _of_policy(policy: Any) -> dict[str, torch.nn.Parameter]:
