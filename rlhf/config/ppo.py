@@ -10,28 +10,54 @@ from pydantic import Field, model_validator
 from rlhf.config.models import LoraConfig
 from rlhf.config.section import Section, advised
 
-#: Where the peers differ, and what each of them does there; set by `compat`.
+#: Where the peers differ, and what each of them does there; set by `compat`. Read in their sources,
+#: named after each. What no option covers stays ours: lm-human-preferences whitens each optimiser
+#: step's part by itself, the others a whole chunk as we do; verl steers its adaptive controller by
+#: the KL per token, lm-human-preferences per reply as we do.
 COMPAT: Mapping[str, Mapping[str, Any]] = {
-    # TRL 1.12 (trl.experimental.ppo): the score one past the end token; Bessel's correction.
+    # TRL 1.12.0, trl/experimental/ppo/ppo_trainer.py: the score goes to `actual_end`, one past the
+    # end token; masked_var multiplies by n / (n − 1), for advantages and rewards alike; KL is
+    # not clamped. Its missing_eos_penalty is subtracted, and off until one is given.
     "trl": {
         "score_position": "past_end",
         "whiten_variance": "unbiased",
         "missing_eos": "subtract",
+        "missing_eos_penalty": None,
+        "kl_clamp": None,
+        "reward_clip": None,
     },
-    # OpenRLHF: log-ratios and scores are clamped to ±10.
+    # OpenRLHF 0.11.2: compute_approx_kl in openrlhf/models/utils.py clamps k1, k2 and k3 alike to
+    # ±10, compute_reward the score (--reward.clip_range), which goes to the last token;
+    # experience_maker.py divides the squares by n. A truncated reply is left alone unless
+    # --reward.stop_properly_penalty_coef is given (negative: it replaces the score).
     "openrlhf": {
+        "score_position": "last",
         "whiten_variance": "biased",
         "missing_eos": "none",
         "kl_clamp": 10.0,
         "reward_clip": 10.0,
     },
-    # verl: clamps only inside its k3.
-    "verl": {"whiten_variance": "unbiased", "missing_eos": "none"},
-    # openai/lm-human-preferences: a fixed score replaces that of a reply without end.
+    # verl 0.9.1: masked_var in verl/utils/torch_functional.py is unbiased; kl_penalty_forward in
+    # verl/trainer/ppo/core_algos.py clamps k3 alone, to ±10 (`_as_the_peer`); the reward managers
+    # put the score on the last token. Its dual clip (clip_ratio_c: 3) is always on there.
+    "verl": {
+        "score_position": "last",
+        "whiten_variance": "unbiased",
+        "missing_eos": "none",
+        "kl_clamp": None,
+        "reward_clip": None,
+    },
+    # openai/lm-human-preferences: the score on the last token (train_policy.py), of replies that
+    # all have one length; tf.nn.moments is biased (utils/core.py); −1 replaces the score of a reply
+    # without the token that ends it (penalty_reward_value in lm_tasks.py). Rewards are whitened
+    # too, by default.
     "oai": {
+        "score_position": "last",
         "whiten_variance": "biased",
         "missing_eos": "replace",
         "missing_eos_penalty": 1.0,
+        "kl_clamp": None,
+        "reward_clip": None,
     },
 }
 
@@ -81,7 +107,7 @@ class KLSection(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of a token's KL (Schulman 2020, "Approximating KL divergence")."""
     kl_clamp: float | None = Field(default=None, gt=0)
-    """A token's estimate is clamped to ± this; none leaves it alone."""
+    """A token's estimate (of whichever estimator) is clamped to ± this; none leaves it alone."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` moves `kl_coef` towards `kl_target` (Ziegler et al. 2019, section 2.2)."""
     kl_target: float = Field(default=6.0, gt=0)
@@ -174,7 +200,10 @@ class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, Optim
         if not isinstance(data, dict):
             return data
         given = cast("dict[str, Any]", data)
-        return {**COMPAT.get(str(given.get("compat")), {}), **given}
+        peer = dict(COMPAT.get(str(given.get("compat")), {}))
+        if given.get("compat") == "verl" and given.get("kl_estimator") == "k3":
+            peer["kl_clamp"] = 10.0
+        return {**peer, **given}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -187,6 +216,16 @@ class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, Optim
             raise ValueError(
                 "critic = 'adapter' needs lora: it puts a second adapter on the policy's base; "
                 "set lora, or critic to reward_model, policy or head"
+            )
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError(
+                "kl_controller = 'adaptive' multiplies kl_coef, and kl_coef = 0 stays 0; "
+                "raise kl_coef above 0, or use kl_controller = 'fixed'"
+            )
+        if self.kl_controller == "adaptive" and self.chunk_size >= 5 * self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon = {self.kl_horizon} lets one chunk of {self.chunk_size} replies "
+                "drive kl_coef to 0 or below; raise it above chunk_size / 5"
             )
         return self
 

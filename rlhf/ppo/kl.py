@@ -41,8 +41,8 @@ def kl_estimate(
     elif estimator == "k2":
         estimate = difference**2 / 2
     else:
-        # expm1 keeps the digits that e^(−d) − 1 loses near d = 0; the clamp is for its last one.
-        estimate = (torch.expm1(-difference) + difference).clamp(min=0)
+        # expm1 keeps the digits that e^(−d) − 1 loses near d = 0, and with them the sign.
+        estimate = torch.expm1(-difference) + difference
     return estimate if clamp is None else estimate.clamp(-clamp, clamp)
 
 

@@ -111,7 +111,7 @@ def policy_loss(
             "clip_fraction": (clipped < unclipped).sum(),
             # k3 with the samples' own policy in front: they were drawn from the old one, so it is
             # KL(old‖new) that r − 1 − ln r estimates without bias (Schulman 2020).
-            "approx_kl": (torch.expm1(log_ratio) - log_ratio).clamp(min=0).sum(),
+            "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
         }
     if dual_clip is not None:
         floor = dual_clip * advantages

@@ -19,7 +19,7 @@ from rlhf.ppo.losses import (
     value_loss,
     whiten,
 )
-from rlhf.ppo.shaping import shaped_rewards, value_mask
+from rlhf.ppo.shaping import RunningScale, clip_scores, shaped_rewards, value_mask
 
 
 def row(*values: float) -> Tensor:
@@ -61,6 +61,27 @@ def test_shaped_rewards():
     # −0.5·(−1+2) = −0.5 | −0.5·0 + 3 = 3 | invalid
     # −0.5·0 = 0 | −0.5·0.5 = −0.25 | −0.5·2 − 4 = −5
     assert rewards.tolist() == [[-0.5, 3, 0, 0], [0, -0.25, -5, 0]]
+
+
+@pytest.mark.parametrize("position", ["last", "past_end"])
+def test_a_reply_without_tokens_has_no_reward(position):
+    states = value_mask(mask_of("00", "10"), 2, position)
+    kl = torch.ones(2, 2)
+    rewards = shaped_rewards(torch.tensor([3.0, 4.0]), kl, mask_of("00", "10"), states, 0.5)
+    # the second: −0.5 and 4, on one state or on two
+    assert rewards.tolist() == [[0, 0, 0], [3.5, 0, 0] if position == "last" else [-0.5, 4, 0]]
+
+
+def test_scores_are_clipped_on_both_sides():
+    scores = torch.tensor([-3.0, 0.5, 3.0])
+    assert clip_scores(scores, 2).tolist() == [-2, 0.5, 2]
+    assert clip_scores(scores, None).tolist() == [-3, 0.5, 3]
+
+
+def test_an_empty_chunk_leaves_the_running_scale_alone():
+    scale = RunningScale()
+    scale.update(torch.empty(0))
+    assert (scale.count, scale.mean, scale.deviation) == (0, 0, 1)
 
 
 def test_last_valid():

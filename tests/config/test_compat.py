@@ -1,0 +1,33 @@
+"""`compat`: each peer's choices, and what wins over them."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from rlhf.config import PPOConfig
+from rlhf.config.ppo import COMPAT
+
+
+@pytest.mark.parametrize("peer", COMPAT)
+def test_a_peer_sets_its_options_and_given_ones_win(peer):
+    config = PPOConfig(compat=peer)
+    for name, value in COMPAT[peer].items():
+        assert getattr(config, name) == value
+    assert COMPAT[peer].keys() >= {"score_position", "whiten_variance", "missing_eos", "kl_clamp"}
+    assert PPOConfig(compat=peer, kl_clamp=3, missing_eos="replace").kl_clamp == 3
+    assert PPOConfig.model_validate(config.model_dump()) == config
+
+
+def test_verl_clamps_its_k3_alone():
+    assert PPOConfig(compat="verl", kl_estimator="k3").kl_clamp == 10
+    assert PPOConfig(compat="verl", kl_estimator="k2").kl_clamp is None
+    assert PPOConfig(compat="verl", kl_estimator="k3", kl_clamp=None).kl_clamp is None
+
+
+def test_an_adaptive_controller_must_be_able_to_move():
+    with pytest.raises(ValidationError, match="kl_coef = 0 stays 0"):
+        PPOConfig(kl_controller="adaptive", kl_coef=0)
+    with pytest.raises(ValidationError, match="kl_horizon = 20 lets one chunk of 128 replies"):
+        PPOConfig(kl_controller="adaptive", kl_horizon=20)
+    assert PPOConfig(kl_horizon=20, kl_coef=0).kl_controller == "fixed"
