@@ -141,6 +141,11 @@ class PipelineConfig(Section):
                 f"evaluation.judge = 'world' can't judge data.source = {self.data.source!r}; "
                 "set evaluation.judge to none"
             )
+        if self.ppo.reward_model_path and self.reward_model.base:
+            raise ValueError(
+                "ppo.reward_model_path and reward_model.base are both given, but a ready reward "
+                "model is not trained; keep one"
+            )
         if self.base.path is None and not self.sft.enabled:
             raise ValueError(
                 "sft.enabled = false needs base.path: an untrained model can't be a policy"
