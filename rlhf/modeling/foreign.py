@@ -126,6 +126,10 @@ class ForeignModel:
             )
 
 
+def _is_part(name: str) -> bool:
+    return name.endswith(MODEL_FILES) and not name.startswith(".")
+
+
 @dataclass(frozen=True)
 class _Folder:
     model: ForeignModel
@@ -138,7 +142,7 @@ class _Folder:
     def digest(self) -> str:
         digest = hashlib.sha256()
         for file in sorted(self.local().iterdir()):
-            if file.is_file() and file.name.endswith(MODEL_FILES):
+            if file.is_file() and _is_part(file.name):
                 digest.update(file.name.encode() + b"\0")
                 with file.open("rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
@@ -180,12 +184,11 @@ class _Bucket:
         """(key, file name, entity tag, size) of the model's files, in order."""
         folder = f"{key.rstrip('/')}/" if key else ""
         found = objects_under(self.model.field, self.model.place, bucket, key)
-        entries = sorted((k, k.removeprefix(folder), *v) for k, v in found.items())
+        inside = {k: k.removeprefix(folder) for k in sorted(found) if k.startswith(folder)}
         # What lies deeper is no part of the model, as for a folder.
-        files = [e for e in entries if e[0] != e[1] or not folder]
-        files = [e for e in files if e[1] and "/" not in e[1]]
-        self.model.check_names([name for _, name, _, _ in files])
-        return [entry for entry in files if entry[1].endswith(MODEL_FILES)]
+        names = {k: name for k, name in inside.items() if "/" not in name}
+        self.model.check_names([*names.values()])
+        return [(k, name, *found[k]) for k, name in names.items() if _is_part(name)]
 
 
 @dataclass(frozen=True)
