@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
-from rlhf.config import load_config
+from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
 
 #: Exit codes: 2 for what the user can mend before any training, 3 for a gate's no, 1 for the rest.
@@ -59,6 +59,14 @@ def fail(error: BaseException) -> int:
     return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN
 
 
+def warn(config: PipelineConfig) -> None:
+    """Name the values that are allowed but unusual, before any work starts."""
+    for line in advice(config):
+        text = f"warning: {line}"
+        errors = Console(stderr=True)
+        errors.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command
 def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     """Run the whole pipeline, or whatever of it has not been done yet.
@@ -73,6 +81,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     from tasks.preflight import preflight
 
     loaded = load_config(config, overrides)
+    warn(loaded.config)
     preflight(loaded.config)
     prepare_prefect(verbose)
     from flows.pipeline import PROMOTED, pipeline
@@ -119,6 +128,7 @@ def stage(
 
     loaded = load_config(config, overrides)
     chosen = stage_named(name)
+    warn(loaded.config)
     preflight(loaded.config)
     store = store_of(loaded.config)
     given = {role: store.resolve(ref) for role, ref in (_role(text) for text in input)}
@@ -156,7 +166,9 @@ def show(config: Path | None = None, *overrides: Overrides) -> None:
     """
     from flows.terminal import config_table
 
-    console.print(config_table(load_config(config, overrides)))
+    loaded = load_config(config, overrides)
+    warn(loaded.config)
+    console.print(config_table(loaded))
 
 
 StoreOption = Annotated[str | None, Parameter(help="Store URI; default: the preset's store.")]

@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.reporting import write_report
-from rlhf.config import PipelineConfig
+from rlhf.config import PipelineConfig, advice
 from rlhf.errors import GateRejected
 from rlhf.report import StageRow
 from rlhf.store import ArtifactRef
@@ -41,6 +41,7 @@ class PipelineRun:
     reason: str = ""
     error: BaseException | None = None
     report: Path | None = None
+    advice: tuple[str, ...] = ()
 
     @property
     def all_cached(self) -> bool:
@@ -69,6 +70,9 @@ def pipeline(
     preflight(config)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     run = PipelineRun(config, origins or {}, flow_run.get_name() or config.name, started)
+    run.advice = tuple(advice(config))
+    for line in run.advice:
+        get_run_logger().warning(line)
     run_stages(run)
     write_report(run)
     if run.outcome == PROMOTED:

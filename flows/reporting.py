@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from flows.pipeline import PipelineRun
 
 REPORT = "report.html"
+DATA = "report.json"
 
 
 def write_report(run: PipelineRun) -> None:
@@ -52,7 +53,10 @@ def write_report(run: PipelineRun) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / REPORT
-        page.write_text(render(gather(run, store)), encoding="utf-8")
+        report = gather(run, store)
+        page.write_text(render(report), encoding="utf-8")
+        # The same for machines; what is no number is null there.
+        (page.parent / DATA).write_text(report.model_dump_json(indent=1), encoding="utf-8")
         producer = Producer(
             stage="report", code_version=code_version(), config={}, seed=run.config.seed,
             versions=library_versions(),
@@ -86,6 +90,7 @@ def gather(run: PipelineRun, store: Store) -> RunReport:
         curves=tuple(part("train-policy", "curve.json") or ()),
         samples=tuple(_sample(s) for s in samples[: run.config.evaluation.samples]),
         verdicts=tuple(_verdicts(run, store)),
+        advice=run.advice,
         config_rows=tuple(ConfigRow(*row) for row in Loaded(run.config, run.origins).rows()),
         lineage=_lineage(run, store),
         versions={

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prefect import Flow, flow
+from prefect import Flow, flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from rlhf.config import PipelineConfig
+from rlhf.config import PipelineConfig, advice
 from rlhf.errors import GateRejected
 from rlhf.store import ArtifactRef
 from tasks.prefect_tasks import run_task
@@ -23,6 +23,8 @@ def _flow(name: str) -> Flow[..., State[Outcome]]:
         """Run one stage; inputs that are not given are those recorded under this configuration."""
         config = config or PipelineConfig()
         preflight(config)
+        for line in advice(config):
+            get_run_logger().warning(line)
         state = run_task(name, config, find_inputs(STAGES[name], config, inputs or {}))
         result = state.result(raise_on_failure=False)
         if isinstance(result, GateRejected):

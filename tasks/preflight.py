@@ -8,11 +8,14 @@ from pathlib import Path
 from rlhf.config import PipelineConfig
 from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError
+from rlhf.modeling.foreign import CONFIG, ForeignModel
+from rlhf.store import Store
 from tasks.runner import store_of
+from tasks.stages import STAGES
 
 
 def preflight(config: PipelineConfig) -> None:
-    """Check folders, store, data source and base model.
+    """Check folders, store, data source and the models that are named.
 
     Raises:
         ConfigError: One line naming field, value and cure (StoreConfigError for the store).
@@ -22,22 +25,21 @@ def preflight(config: PipelineConfig) -> None:
     store = store_of(config)
     store.check()
     source_digest(config.data, config.store_options)
-    for field, path in (
-        ("base.path", config.base.path),
-        ("reward_model.base", config.reward_model.base),
-    ):
-        if path is None:
-            continue
-        if path.startswith("artifact:"):
-            store.resolve(path)
-        elif (
-            path.startswith((".", "/", "~"))
-            and not (Path(path).expanduser() / "config.json").is_file()
-        ):
-            raise ConfigError(
-                f"{field} = {path!r}: no model there (no config.json); give a folder that holds "
-                "config.json and safetensors, a hub id or artifact:<digest>"
-            )
+    for stage in STAGES.values():
+        foreign = stage.foreign(config)
+        if foreign is not None:
+            _check_model(foreign, store)
+
+
+def _check_model(foreign: ForeignModel, store: Store) -> None:
+    """A model's configuration is small, so it is looked at wherever it lies."""
+    if not foreign.is_artifact:
+        foreign.check()
+        return
+    ref = store.resolve(foreign.place)
+    if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
+        raise foreign.error(f"this artifact is a {ref.kind}, no model; give that of a model")
+    foreign.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
 
 
 def _check_writable(field: str, folder: Path) -> None:

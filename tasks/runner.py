@@ -7,7 +7,6 @@ whatever process, machine or flow run.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import time
@@ -70,10 +69,10 @@ def run_stage(
     """
     started = time.monotonic()
     store = store_of(config)
-    missing = [role for role in stage.inputs if role not in inputs]
+    missing = [role for role in stage.needs(config) if role not in inputs]
     if missing:
         raise ArtifactMissing(f"{stage.name}: input {missing[0]} is missing; give its artifact")
-    refs = {**inputs, **_base_inputs(stage, config, store)}
+    refs = _with_base(stage, config, inputs, store)
     depends_on = _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
     key = fingerprint(stage, config, refs)
     work = Path(config.runtime.work_dir)
@@ -88,9 +87,14 @@ def run_stage(
         scratch = f"{stage.name}-{key[:16]}-"
         for left_behind in work.glob(f"{scratch}*"):
             shutil.rmtree(left_behind)  # by a try that was killed; the lock says it is gone
-        with tempfile.TemporaryDirectory(dir=work, prefix=scratch) as out:
+        with tempfile.TemporaryDirectory(dir=work, prefix=scratch) as folder:
+            out = Path(folder, "out")
+            out.mkdir()
             folders = {role: store.fetch(ref) for role, ref in refs.items()}
-            run = StageRun(config, refs, folders, Path(out), checkpoints, store, progress)
+            foreign = stage.foreign(config)
+            if foreign is not None and "base" not in folders:
+                folders["base"] = foreign.local(Path(folder, "base"))
+            run = StageRun(config, refs, folders, out, checkpoints, store, progress)
             result = stage.body(run)
             producer = Producer(
                 stage=stage.name,
@@ -100,7 +104,7 @@ def run_stage(
                 versions=library_versions(),
             )
             ref = store.publish(
-                Path(out), stage.kind, parents=refs, producer=producer, metrics=result.metrics
+                out, stage.kind, parents=refs, producer=producer, metrics=result.metrics
             )
         store.append(_record(stage, key), ref.model_dump(mode="json"))
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -118,9 +122,9 @@ def fingerprint(stage: Stage, config: PipelineConfig, inputs: Mapping[str, Artif
     }
     if stage.name == "prepare-data":
         identity["source"] = source_digest(config.data, config.store_options)
-    base = _base_path(stage, config)
-    if base is not None and "base" not in inputs:
-        identity["base"] = _base_digest(base, config.base.revision)
+    foreign = stage.foreign(config)
+    if foreign is not None and "base" not in inputs:
+        identity["base"] = foreign.digest()
     return sha256_bytes(canonical_json(identity))
 
 
@@ -143,15 +147,16 @@ def find_inputs(
         ArtifactMissing: An earlier stage has not run yet.
         ConfigError: A given role is none of the stage's.
     """
+    needs = stage.needs(config)
     for role in given:
-        if role not in stage.inputs:
+        if role not in needs:
             raise ConfigError(
                 f"--input {role}: no input of {stage.name}, which takes "
-                f"{', '.join(stage.inputs) or 'none'}"
+                f"{', '.join(needs) or 'none'}"
             )
     store = store_of(config)
     found = dict(given)
-    for role, producer in stage.inputs.items():
+    for role, producer in needs.items():
         if role not in found:
             found[role] = _made_by(STAGES[producer], config, store, given, f"{stage.name}: {role}")
     return found
@@ -166,9 +171,10 @@ def _made_by(
 ) -> ArtifactRef:
     inputs = {
         role: given.get(role) or _made_by(STAGES[producer], config, store, given, wanted)
-        for role, producer in stage.inputs.items()
+        for role, producer in stage.needs(config).items()
     }
-    ref = recorded_ref(store, stage, fingerprint(stage, config, inputs))
+    key = fingerprint(stage, config, _with_base(stage, config, inputs, store))
+    ref = recorded_ref(store, stage, key)
     if ref is None:
         raise ArtifactMissing(
             f"{wanted} is missing: {stage.name} has not run with this configuration; run "
@@ -181,29 +187,12 @@ def _record(stage: Stage, key: str) -> str:
     return f"records/{stage.name}/{key}"
 
 
-def _base_path(stage: Stage, config: PipelineConfig) -> str | None:
-    """The foreign model that a stage starts from, if any."""
-    if stage.name == "train-sft":
-        return config.base.path
-    return config.reward_model.base if stage.name == "train-reward-model" else None
-
-
-def _base_inputs(stage: Stage, config: PipelineConfig, store: Store) -> dict[str, ArtifactRef]:
-    """A base model that is an artifact is an input, and so a parent in the lineage."""
-    path = _base_path(stage, config)
-    if path is None or not path.startswith("artifact:"):
-        return {}
-    return {"base": store.resolve(path)}
-
-
-def _base_digest(path: str, revision: str | None) -> str:
-    """Content of a local folder; of a hub id, the name and revision."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return f"{path}@{revision or 'main'}"
-    digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(str(file.relative_to(folder)).encode() + b"\0")
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+def _with_base(
+    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], store: Store
+) -> dict[str, ArtifactRef]:
+    """The inputs the stage needs; a model of others that is an artifact is one, so a parent."""
+    refs = {role: inputs[role] for role in stage.needs(config)}
+    foreign = stage.foreign(config)
+    if foreign is not None and foreign.is_artifact:
+        refs["base"] = store.resolve(foreign.place)
+    return refs

@@ -14,9 +14,11 @@ from typing import Any
 from rlhf.config import PipelineConfig
 from rlhf.errors import ArtifactMissing
 from rlhf.gates import Approved, Check, Verdict, judge, require
+from rlhf.modeling.foreign import ForeignModel
 from rlhf.progress import Progress
 from rlhf.stage import StageResult, read_json, write_json
 from rlhf.store import ArtifactRef, Store
+from tasks.foreign import base_of_others, reward_model_of_others, reward_settings
 
 VERDICT = "verdict.json"
 PROMOTION = "promotion.json"
@@ -42,7 +44,8 @@ class Stage:
 
     `inputs` maps a role to the stage that makes it. `depends_on` picks the configuration that
     changes the result, without paths: what lies there counts, not where it lies. `kind` is the
-    kind of artifact made.
+    kind of artifact made. `foreign` is the model of others that it starts from, if any; its files
+    are in `StageRun.folders["base"]`.
     """
 
     name: str
@@ -52,6 +55,12 @@ class Stage:
     body: Callable[[StageRun], StageResult]
     #: Metrics for the one-line summary, as (name, format).
     headline: tuple[tuple[str, str], ...] = field(default=())
+    foreign: Callable[[PipelineConfig], ForeignModel | None] = field(default=lambda _: None)
+
+    def needs(self, config: PipelineConfig) -> Mapping[str, str]:
+        """The inputs under this configuration: a ready model is published without any."""
+        foreign = self.foreign(config)
+        return {} if foreign and foreign.ready else self.inputs
 
 
 def _prepare_data(run: StageRun) -> StageResult:
@@ -69,7 +78,7 @@ def _train_sft(run: StageRun) -> StageResult:
 
     config, base = run.config, run.config.base
     if "base" in run.folders:
-        base = base.model_copy(update={"path": str(run.folders["base"])})
+        base = base.model_copy(update={"path": str(run.folders["base"]), "revision": None})
     return train_sft(
         config.sft, base, run.folders["data"], run.out_dir, seed=config.seed,
         runtime=config.runtime, progress=run.progress,
@@ -77,6 +86,12 @@ def _train_sft(run: StageRun) -> StageResult:
 
 
 def _train_reward_model(run: StageRun) -> StageResult:
+    ready = reward_model_of_others(run.config)
+    if ready and ready.ready:
+        from rlhf.adopt import adopt_reward_model
+
+        folder = run.folders["base"]
+        return adopt_reward_model(ready, folder, run.out_dir, runtime=run.config.runtime)
     from rlhf.reward import train_reward_model
 
     config, section = run.config, run.config.reward_model
@@ -103,8 +118,10 @@ def _train_policy(run: StageRun) -> StageResult:
     from rlhf.ppo.train import train_policy
 
     config = run.config
+    # Where a ready reward model came from is no part of a checkpoint's identity; its digest is.
+    section = config.ppo.model_copy(update={"reward_model_path": None})
     return train_policy(
-        config.ppo, run.folders["data"], run.folders["sft"], _approved_reward_model(run),
+        section, run.folders["data"], run.folders["sft"], _approved_reward_model(run),
         run.out_dir, seed=config.seed, checkpoints=run.checkpoints, runtime=config.runtime,
         identity={role: run.refs[role].digest for role in ("data", "sft", "reward-model")},
         progress=run.progress,
@@ -179,13 +196,13 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train-sft", "policy", {"data": "prepare-data"},
             lambda c: {"sft": c.sft, "base": c.base.model_dump(exclude={"path"})}, _train_sft,
-            (("loss", "loss {:.3f}"), ("parameters", "{:,} parameters")),
+            (("loss", "loss {:.3f}"), ("parameters", "{:,} parameters")), base_of_others,
         ),
         Stage(
             "train-reward-model", "reward-model", {"data": "prepare-data", "sft": "train-sft"},
-            lambda c: {"reward_model": c.reward_model.model_dump(exclude={"base"})},
-            _train_reward_model,
-            (("loss", "loss {:.3f}"),),
+            reward_settings, _train_reward_model,
+            (("loss", "loss {:.3f}"), ("parameters", "ready model, {:,} parameters")),
+            reward_model_of_others,
         ),
         Stage(
             "evaluate-reward-model", "evaluation",
@@ -215,7 +232,7 @@ STAGES: dict[str, Stage] = {
                 "data": "prepare-data", "sft": "train-sft",
                 "reward-model": "train-reward-model", "verdict": "gate-reward-model",
             },
-            lambda c: {"ppo": c.ppo}, _train_policy,
+            lambda c: {"ppo": c.ppo.model_dump(exclude={"reward_model_path"})}, _train_policy,
             (("reward", "reward {:.2f}"), ("kl", "KL {:.2f}")),
         ),
         Stage(

@@ -1,5 +1,6 @@
 """Configuration: frozen pydantic models and the loader that merges preset and command line."""
 
+from rlhf.config.advice import advice
 from rlhf.config.data import DataConfig, WorldConfig
 from rlhf.config.load import Loaded, load_config
 from rlhf.config.models import (
@@ -39,5 +40,6 @@ __all__ = [
     "SFTConfig",
     "StoreConfig",
     "WorldConfig",
+    "advice",
     "load_config",
 ]

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_origin
 
 import yaml
 
-from rlhf.config.explain import cure, one_line, shown_value
-from rlhf.config.fields import Tree, canonical, field_kinds, whole
+from rlhf.config.explain import cure
+from rlhf.config.fields import RENAMED, Tree, canonical, field_kinds, whole, without_aliases
+from rlhf.config.wording import one_line, shown_value
 from rlhf.errors import ConfigError
 
 FORM = "write overrides as --section.field=value"
@@ -19,7 +20,8 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
     """Turn `--section.field=value` and `--section.field value` into a nested mapping.
 
     Names are exact, but for `-` in place of `_`. A value is text, or JSON where the field is no
-    text, so that lists and whole sections can be given too.
+    text, so that lists and whole sections can be given too. A field that is true or false may
+    stand alone: `--section.field`, `--section.no-field`.
 
     Raises:
         ConfigError: A field that does not exist, has no value, or has two.
@@ -41,7 +43,10 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
         for section in sections:
             place = place.setdefault(section, {})
         place[field] = _value(text, types)
-    return tree
+    try:
+        return without_aliases(tree)  # where a whole section was given
+    except ConfigError as error:
+        raise _wrong(str(error)) from None
 
 
 def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -52,12 +57,32 @@ def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not token.startswith("--") or not name:
             raise _wrong(f"{shown_value(token)} is not an override; {FORM}")
         name = name.replace("-", "_")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
+        flag, on = _flag(name) or ("", True)
+        followed = bool(rest) and not rest[0].startswith("--")
+        if not on and equals:
+            raise _wrong(f"{name} takes no value; write --{flag}={value}")
+        if flag and not equals and not (on and followed):
+            value = "true" if on else "false"
+        elif not equals:
+            if not followed:
                 known = field_kinds(canonical(name)) is not None
                 raise _wrong(f"{name} has no value; {FORM}") if known else _unknown(name)
             value = rest.pop(0)
-        yield name, value
+        yield flag or name, value
+
+
+def _flag(name: str) -> tuple[str, bool] | None:
+    """The field that is true or false, and whether the name says true or (`no_`) false.
+
+    The seed's flags may leave out the section: `--no-optimize-device-cache`.
+    """
+    section, dot, last = name.rpartition(".")
+    without = [(name.removeprefix("no_"), False), (f"{section}{dot}{last[3:]}", False)]
+    for field, on in [(name, True), *(without if "no_" in (name[:3], last[:3]) else [])]:
+        for key in (canonical(field), f"ppo.{field}" if field in RENAMED else field):
+            if bool in (field_kinds(key) or ()):
+                return key, on
+    return None
 
 
 def _value(text: str, types: tuple[Any, ...]) -> Any:

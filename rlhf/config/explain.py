@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import ValidationError
 
 from rlhf.config.fields import nearest
+from rlhf.config.wording import one_line, shown_value
 
 #: Our words for pydantic's kinds of error; braces take from the error's context.
 WORDING = {
@@ -65,17 +65,6 @@ def cure(field: str) -> str:
     """What to do about a field that does not exist."""
     near = nearest(field)
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
-
-
-def shown_value(value: Any) -> str:
-    """The value as it may stand in a message: short."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
-def one_line(text: str) -> str:
-    """No line breaks, and nothing of a URI's user info, which may be a password."""
-    return re.sub(r"//[^\s'\"]*@", "//…@", " ".join(text.split()))
 
 
 def _origin(field: str, text: str, sources: Mapping[str, str]) -> str:

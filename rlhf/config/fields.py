@@ -8,20 +8,18 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
+from rlhf.config.aliases import aliases, gathered
 from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.config.section import kinds
 from rlhf.errors import ConfigError
 
 Tree = dict[str, Any]
 Model = type[BaseModel]
 
-#: Fields of section `ppo` that may also be written as `rl_<name>`, in the section or at the top.
-RENAMED = (
-    *("kl_coef", "gamma", "gae_lambda", "value_loss_coef", "clip_range", "value_clip_range"),
-    *("num_ppo_epochs", "chunk_size", "mini_batch_size", "max_new_tokens"),
-    *("top_k", "top_p", "temperature"),
-)
-ALIASES = {f"rl_{name}": name for name in RENAMED}
+#: Names that fields of section `ppo` also go by, in the section or at the top.
+ALIASES = aliases(PPOConfig.model_fields)
+RENAMED = tuple(ALIASES.values())
 
 
 def canonical(key: str) -> str:
@@ -32,24 +30,10 @@ def canonical(key: str) -> str:
 
 def without_aliases(tree: Tree) -> Tree:
     """A preset with every `rl_` name moved to its field; two values for one field are an error."""
-    section: Any = tree.get("ppo") or {}
-    if not isinstance(section, dict):
-        return tree  # validation says what is wrong with it
-    given = [
-        *cast("Tree", section).items(),
-        *((key, value) for key, value in tree.items() if key in ALIASES),
-    ]
-    renamed: Tree = {}
-    for key, value in given:
-        name = ALIASES.get(key, key)
-        if name in renamed:
-            raise ConfigError(
-                f"ppo.{name} is given twice, as {name} and as rl_{name}: {renamed[name]!r} and "
-                f"{value!r}; keep one"
-            )
-        renamed[name] = value
-    rest = {k: v for k, v in tree.items() if k not in ALIASES and k != "ppo"}
-    return {**rest, "ppo": renamed} if renamed else rest
+    try:
+        return gathered(tree, PPOConfig.model_fields)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def whole(key: str) -> str | None:

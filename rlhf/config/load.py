@@ -11,9 +11,10 @@ import yaml
 from pydantic import ValidationError
 
 from rlhf.config.command_line import parse_overrides
-from rlhf.config.explain import explain, one_line
+from rlhf.config.explain import explain
 from rlhf.config.fields import Tree, flatten, resolve_none, without_aliases
 from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.wording import one_line
 from rlhf.errors import ConfigError
 
 DEFAULT = "default"

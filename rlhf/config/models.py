@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlhf.config.section import Section
+from rlhf.config.section import Section, model_place
 
 
 class ArchitectureConfig(Section):
@@ -52,11 +52,14 @@ class BaseModelConfig(Section):
     """The model that everything starts from."""
 
     path: str | None = Field(default=None, min_length=1)
-    """A hub id, a local folder or an artifact (`artifact:<digest>`); none trains from scratch."""
+    """A local folder, `artifact:<digest>`, `s3://bucket/prefix` or a hub id; none trains from
+    scratch."""
     revision: str | None = None
     """Hub revision to pin; only with a hub id."""
     architecture: ArchitectureConfig = ArchitectureConfig()
     """Used when `path` is none."""
+
+    _place = field_validator("path")(model_place)
 
     @model_validator(mode="after")
     def _revision_needs_path(self) -> Self:
@@ -112,13 +115,16 @@ class RewardModelConfig(TrainingSection):
     """A Bradley–Terry reward model: one scalar per (prompt, reply)."""
 
     base: str | None = Field(default=None, min_length=1)
-    """Hub id, local folder or artifact to start from; none starts from the SFT policy."""
+    """Local folder, `artifact:<digest>`, `s3://bucket/prefix` or hub id to start from; none starts
+    from the SFT policy."""
     pooling: Literal["last", "sum"] = "last"
     """Score of the last token (the field's standard), or a linear head summed over the reply's
     tokens, which small models trained from scratch learn far more from."""
     lm_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of a language-model loss on the chosen reply that keeps the features general
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
+
+    _place = field_validator("base")(model_place)
 
 
 class EvaluationConfig(Section):

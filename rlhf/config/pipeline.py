@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from rlhf.config.aliases import allow_aliases, gathered
 from rlhf.config.data import DataConfig
 from rlhf.config.models import (
     BaseModelConfig,
@@ -84,6 +85,8 @@ class PromotionConfig(Section):
 class PipelineConfig(Section):
     """Everything that a run depends on."""
 
+    model_config = ConfigDict(json_schema_extra=allow_aliases)
+
     name: str = Field(default="rlhf", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     """Name shown in run names and reports."""
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -113,6 +116,14 @@ class PipelineConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     """Folders, device, threads."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rl_names(cls, data: Any) -> Any:
+        """`rl_gamma` at the top is `ppo.gamma`, in Python and in a Prefect parameter too."""
+        if not isinstance(data, dict):
+            return data
+        return gathered(cast("dict[str, Any]", data), PPOConfig.model_fields)
+
     @field_validator("store")
     @classmethod
     def _known_store(cls, value: str) -> str:
@@ -129,6 +140,11 @@ class PipelineConfig(Section):
             raise ValueError(
                 f"evaluation.judge = 'world' can't judge data.source = {self.data.source!r}; "
                 "set evaluation.judge to none"
+            )
+        if self.ppo.reward_model_path and self.reward_model.base:
+            raise ValueError(
+                "ppo.reward_model_path and reward_model.base are both given, but a ready reward "
+                "model is not trained; keep one"
             )
         if self.base.path is None and not self.sft.enabled:
             raise ValueError(

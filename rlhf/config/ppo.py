@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from rlhf.config.aliases import allow_aliases, renamed
 from rlhf.config.models import LoraConfig
-from rlhf.config.section import Section, advised
+from rlhf.config.section import Section, advised, model_place
 
 #: Where the peers differ, and what each of them does there; set by `compat`. Read in their sources,
 #: named after each. What no option covers stays ours: lm-human-preferences whitens each optimiser
@@ -169,9 +170,16 @@ class OptimizerSection(Section):
 class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, OptimizerSection):
     """Proximal policy optimisation (Schulman et al. 2017) as in Ziegler et al. 2019."""
 
+    # Prefect checks a deployment's parameters by this schema, before anything here sees them.
+    model_config = ConfigDict(json_schema_extra=allow_aliases)
+
     compat: Literal["trl", "openrlhf", "verl", "oai"] | None = None
     """Do as this peer does where they differ: score position, whitening variance, clamps, missing
     EOS. Sets the defaults of those options; one that is given by itself wins."""
+    reward_model_path: str | None = Field(default=None, min_length=1)
+    """A ready reward model in place of a trained one: a local folder, `artifact:<digest>`,
+    `s3://bucket/prefix`, or a hub id (also `owner/name@revision`) of a sequence-classification
+    model with one label. It keeps its own tokenizer, and has to pass the gate like any other."""
     total_episodes: int = Field(default=4608, ge=1)
     """Replies to sample in all; the number of updates is this over `chunk_size`, rounded up."""
     chunk_size: int = Field(default=128, ge=1)
@@ -196,14 +204,17 @@ class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, Optim
 
     @model_validator(mode="before")
     @classmethod
-    def _as_the_peer(cls, data: Any) -> Any:
+    def _as_named_and_as_the_peer(cls, data: Any) -> Any:
+        """Values by their own names (`rl_gamma` is `gamma`), and those that `compat` stands for."""
         if not isinstance(data, dict):
             return data
-        given = cast("dict[str, Any]", data)
+        given = renamed(cast("dict[str, Any]", data).items(), cls.model_fields)
         peer = dict(COMPAT.get(str(given.get("compat")), {}))
         if given.get("compat") == "verl" and given.get("kl_estimator") == "k3":
             peer["kl_clamp"] = 10.0
         return {**peer, **given}
+
+    _place = field_validator("reward_model_path")(model_place)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

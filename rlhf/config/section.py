@@ -16,6 +16,23 @@ def advised(low: float, high: float) -> dict[str, Any]:
     return {"advised": [low, high]}
 
 
+def model_place(value: str | None) -> str | None:
+    """Refuse what is no place of a model, before anybody asks there."""
+    scheme, separator, rest = (value or "").partition("://")
+    if not separator:
+        return value
+    bucket = rest.partition("/")[0]
+    if "@" in bucket:
+        # The value itself must not be repeated: it may hold a password.
+        raise ValueError("holds user info; give credentials by the AWS chain instead")
+    if scheme != "s3" or not bucket:
+        raise ValueError(
+            "is no place of a model; give a local folder, artifact:<digest>, s3://bucket/prefix "
+            "or a hub id"
+        )
+    return value
+
+
 class Section(BaseModel):
     """Immutable, typed, and closed: an unknown key is an error, never silently ignored."""
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.readers import READERS, MalformedError, Row, Table, ending, read_file
 from rlhf.errors import ConfigError, DataError, StoreError
+from rlhf.store.bucket import objects_under, open_bucket
 
 if TYPE_CHECKING:
     from rlhf.store.s3 import S3Backend
@@ -37,7 +38,7 @@ def source_digest(config: DataConfig, options: StoreConfig) -> str:
     if source == "world":
         return "world"
     if source.startswith("s3://"):
-        with _bucket(source, options) as (bucket, key):
+        with open_bucket("data.source", source, options) as (bucket, key):
             found = _objects(source, bucket.hurried(PATIENCE), key)
         return hashlib.sha256(repr(found).encode()).hexdigest()
     if not _is_local(source):
@@ -111,7 +112,7 @@ def _copies(source: str, options: StoreConfig) -> Iterator[list[tuple[str, Path]
         return
     with tempfile.TemporaryDirectory() as scratch:
         files: list[tuple[str, Path]] = []
-        with _bucket(source, options) as (bucket, key):
+        with open_bucket("data.source", source, options) as (bucket, key):
             for name, _, _ in _objects(source, bucket, key):
                 path = Path(scratch, f"{len(files)}-{Path(name).name}")
                 bucket.get_file(name, path)
@@ -190,29 +191,10 @@ def _readable(source: str) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
-def _bucket(source: str, options: StoreConfig) -> Iterator[tuple[S3Backend, str]]:
-    """The bucket of an s3:// URI and the key in it; errors in using it name `data.source`."""
-    from rlhf.store.s3 import S3Backend
-
-    name, _, key = source.removeprefix("s3://").partition("/")
-    uri = f"s3://{name}"
-    try:
-        yield S3Backend(uri, options), key
-    except StoreError as error:
-        reason = str(error).removeprefix(f"{uri}: ")
-        raise type(error)(f"data.source = {source!r}: {reason}") from None
-
-
 def _objects(source: str, bucket: S3Backend, key: str) -> list[tuple[str, str, int]]:
     """(key, entity tag, size) of the object of this key, or of all in the folder of this name."""
     folder = f"{key.rstrip('/')}/" if key else ""
-    found = {k: v for k, v in bucket.objects(key).items() if k == key or k.startswith(folder)}
-    if not found:
-        raise ConfigError(
-            f"data.source = {source!r}: bucket {bucket.bucket!r} holds no object of this name, "
-            "and none under it; correct the key"
-        )
+    found = objects_under("data.source", source, bucket, key)
     visible = [k for k in found if k == key or _visible(k.removeprefix(folder))]
     return [(name, *found[name]) for name in _one_format(source, visible)]
 

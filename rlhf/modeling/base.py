@@ -102,9 +102,9 @@ def _load(loader: Any, folder: Path | str, revision: str | None) -> Any:
 
 def _unusable(folder: Path | str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model {str(folder)!r} (base.path or reward_model.base) can't be loaded "
-        f"({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, or a local folder with "
-        "config.json, a tokenizer and safetensors"
+        f"model {str(folder)!r} (base.path, reward_model.base or ppo.reward_model_path) can't be "
+        f"loaded ({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, s3://bucket/"
+        "prefix or a local folder with config.json, a tokenizer and safetensors"
     )
 
 

@@ -152,7 +152,9 @@ class Scorer:
         self.renderer = load_renderer(folder)
         self.model = load_reward_model(folder, self.renderer).to(device).eval()
         self.model.requires_grad_(False)
-        self.max_length, self.batch_size, self.device = max_length, batch_size, device
+        # A reward model of others may have less room than the policy.
+        room = getattr(self.model.config, "max_position_embeddings", max_length)
+        self.max_length, self.batch_size, self.device = min(max_length, room), batch_size, device
 
     def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
         """Score each reply as an answer to its own prompt; the result lies on the CPU.

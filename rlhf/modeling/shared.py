@@ -12,7 +12,6 @@ from rlhf.modeling.critic import Critic
 
 #: Name of the critic's adapter beside the policy's.
 CRITIC = "critic"
-POLICY = "default"
 
 
 class HeadCritic(Critic):
@@ -45,12 +44,14 @@ class AdapterCritic(Critic):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While the shared base computes as the critic."""
-        self._policy[0].set_adapter(CRITIC)
+        """While the shared base computes as the critic; may be nested."""
+        policy = self._policy[0]
+        before = policy.active_adapter
+        policy.set_adapter(CRITIC)
         try:
             yield
         finally:
-            self._policy[0].set_adapter(POLICY)
+            policy.set_adapter(before)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's weights and the head's."""

@@ -147,6 +147,8 @@ class RunReport(Plain):
     """What the gates decided."""
     config_rows: tuple[ConfigRow, ...] = ()
     """Effective configuration."""
+    advice: tuple[str, ...] = ()
+    """Values outside their advised range, a line each."""
     lineage: Lineage = Lineage()
     """Artifacts of the run."""
     versions: dict[str, str] = {}

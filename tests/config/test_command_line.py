@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.config import PipelineConfig, load_config
+from rlhf.config import PipelineConfig, PPOConfig, load_config
 from rlhf.config.command_line import parse_overrides
 from rlhf.config.fields import RENAMED
 from rlhf.errors import ConfigError
@@ -35,6 +35,7 @@ def message(*overrides: str) -> str:
         (["--name=null"], {"name": "null"}),
         (["--data.source=[x]"], {"data": {"source": "[x]"}}),
         (["--evaluation.judge=none"], {"evaluation": {"judge": "none"}}),
+        (["--ppo={rl_kl_coef: 0.3, gamma: 1}"], {"ppo": {"kl_coef": 0.3, "gamma": 1}}),
         (["--sft.enabled=false"], {"sft": {"enabled": False}}),
         (["--ppo.lora.r=4"], {"ppo": {"lora": {"r": 4}}}),
         (["--ppo={kl_coef: 0.3, lora: {r: 2}}"], {"ppo": {"kl_coef": 0.3, "lora": {"r": 2}}}),
@@ -83,7 +84,18 @@ def test_nested_optional_section_takes_its_other_values_from_the_defaults():
         (["--xyzzy=1"], "xyzzy is not a field of the configuration; see `rlhf config show`"),
         (["--ppo"], "ppo has no value; write overrides as --section.field=value"),
         (["--ppo", "--seed=1"], "ppo has no value"),
-        (["--sft.enabled"], "sft.enabled has no value"),
+        (["--ppo.optimize_device_cache", "maybe"], "= 'maybe': must be true or false"),
+        (["--no-optimize-device-cache=true"], "no_optimize_device_cache takes no value; write "),
+        (["--no-optimize-device-cache", "true"], "'true' is not an override"),
+        (["--no-ppo.gamma"], "no_ppo.gamma is not a field"),
+        (["--no-rl-gamma"], "no_rl_gamma is not a field"),
+        (["--ppo.no-gamma"], "ppo.no_gamma is not a field"),
+        (["--no-store"], "no_store is not a field"),
+        (["--no-enabled"], "did you mean sft.enabled?"),
+        (["--rl-gamma"], "rl_gamma has no value"),
+        (["--no-optimize-device-cache", "--rl-optimize-device-cache"], "two values for one field"),
+        (["--ppo={rl_gamma: 0.5, gamma: 0.4}"], "ppo.gamma is given twice, as gamma and as rl_g"),
+        (["--ppo={rl_gamma: 0.5}", "--rl-gamma=0.4"], "two values for one field"),
         (["--name.first=x"], "name.first: name has no fields of its own; write --name=value"),
         (["--gates.policy.0.min=1"], "gates.policy has no fields of its own"),
         (["--gates.policy.metric=a"], "gates.policy has no fields of its own"),
@@ -102,7 +114,7 @@ def test_nested_optional_section_takes_its_other_values_from_the_defaults():
 )
 def test_mistake_in_the_form_names_the_field_and_the_cure(overrides, expected):
     text = message(*overrides)
-    assert text.startswith("command line: ")
+    assert text.startswith("command line: ") or text.endswith("(from command line)")
     assert expected in text
 
 
@@ -214,14 +226,32 @@ def test_pydantics_own_message_does_not_repeat_values_either():
     assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", RENAMED)
-@pytest.mark.parametrize("form", ["--rl_{}", "--ppo.rl_{}", "--rl-{}"])
-def test_rl_names_are_the_same_fields(name, form):
-    # 1 is within the bounds of all but the clip range and the chunk that holds a mini-batch.
-    value = {"clip_range": 0.5, "chunk_size": 64}.get(name, 1)
-    loaded = load_config(None, [f"{form.format(name)}={value}"])
-    assert getattr(loaded.config.ppo, name) == value
-    assert loaded.sources == {f"ppo.{name}": "command line"}
+FLAGS = [name for name in RENAMED if PPOConfig.model_fields[name].annotation is bool]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize(
+    ("form", "value"),
+    [
+        (["--rl-{}"], True), (["--ppo.{}"], True), (["--{}"], True), (["--ppo.rl_{}"], True),
+        (["--no-rl-{}"], False), (["--ppo.no-{}"], False), (["--no-{}"], False),
+        (["--no-ppo.{}"], False), (["--ppo.no-rl-{}"], False), (["--no_rl_{}"], False),
+        (["--rl-{}", "false"], False), (["--rl-{}", "true"], True), (["--rl-{}=false"], False),
+        (["--no-rl-{}", "--seed", "3"], False), (["--rl-{}", "--seed=3"], True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dash", [True, False])
+def test_flags(name, form, value, dash):
+    written = name.replace("_", "-") if dash else name
+    loaded = load_config(None, [part.format(written) for part in form])
+    assert getattr(loaded.config.ppo, name) is value
+    assert loaded.sources[f"ppo.{name}"] == "command line"
+
+
+def test_flags_of_other_sections():
+    config = load_config(None, ["--ppo.kl_audit", "--ppo.no-whiten-rewards"]).config
+    assert (config.ppo.kl_audit, config.ppo.whiten_rewards) == (True, False)
+    assert load_config(None, ["--no-sft.enabled", "--base.path=x/y"]).config.sft.enabled is False
 
 
 def test_both_names_for_one_value_are_an_error():

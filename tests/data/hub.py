@@ -1,10 +1,11 @@
-"""A Hugging Face hub on loopback, with one dataset; answers what `huggingface_hub` asks for."""
+"""A Hugging Face hub on loopback, with one dataset or model, for what `huggingface_hub` asks."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -17,19 +18,25 @@ DATASET = "acme/pairs"
 
 @contextlib.contextmanager
 def fake_hub(
-    files: dict[str, bytes], commit: str | None = COMMIT, delay: float = 0, broken: str = ""
+    files: dict[str, bytes],
+    commit: str | None = COMMIT,
+    delay: float = 0,
+    broken: str = "",
+    repo: str = f"datasets/{DATASET}",
 ) -> Iterator[Any]:
-    """Serve the files of `acme/pairs`, but the broken one; `server.asked` lists the requests."""
+    """Serve the files of a repository, but the broken one; `server.asked` lists the requests."""
+    api = f"/api/{repo}"
+    folder = repo.removeprefix("models/")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             time.sleep(delay)
             path = self.path.partition("?")[0]
             self.server.asked.append(path)  # type: ignore[attr-defined]
-            name = path.removeprefix(f"/datasets/{DATASET}/resolve/{COMMIT}/")
-            if path == f"/api/datasets/{DATASET}":
+            name = re.sub(rf"^/{folder}/resolve/({COMMIT}|main|v1)/", "", path)
+            if path in (api, f"{api}/revision/{COMMIT}"):
                 self.answer(json.dumps({"id": DATASET, "sha": commit}).encode())
-            elif path == f"/api/datasets/{DATASET}/tree/{COMMIT}":
+            elif path == f"{api}/tree/{COMMIT}":
                 tree = [
                     {"type": "file", "path": name, "size": len(data), "oid": "0"}
                     for name, data in files.items()

@@ -141,6 +141,28 @@ def test_config_show_tells_where_each_value_came_from(rlhf, preset):
     assert "default" in rows["ppo.gamma"]
 
 
+def test_values_outside_their_advised_range_are_named_once_before_work(rlhf, preset):
+    line = "warning: ppo.gamma = 1 is outside the advised 0.9–0.99; keep it only if you mean it\n"
+    for command in (
+        ["config", "show", preset], ["run", preset, "--data.source=/no/such.jsonl"],
+        ["stage", "prepare-data", "--config", preset, "--data.source=/no/such.jsonl"],
+    ):  # fmt: skip
+        result = rlhf(*command, "--rl-gamma", "1", "--evaluation.judge=none")
+        assert result.stderr.startswith(line)
+        assert result.stderr.count("advised") == 1
+    assert "advised" not in rlhf("config", "show", preset).stderr
+
+
+def test_flags_and_rl_names_reach_the_configuration(rlhf, preset):
+    options = ["--no-rl-optimize-device-cache", "--rl-kl-coef", "0.25", "--rl_gamma=0.9"]
+    result = rlhf("config", "show", preset, *options, "--ppo.kl-audit", "--rl-top-k", "3")
+    rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if "│" in line}
+    shown = {name: row.split("│")[2].strip() for name, row in rows.items()}
+    assert shown["ppo.optimize_device_cache"] == "False"
+    assert (shown["ppo.kl_coef"], shown["ppo.gamma"]) == ("0.25", "0.9")
+    assert (shown["ppo.kl_audit"], shown["ppo.top_k"]) == ("True", "3")
+
+
 def test_unknown_stage_missing_input_and_bad_role(rlhf, preset):
     assert "choose one of" in rlhf("stage", "nope", "--config", preset).stderr
     missing = rlhf("stage", "train-policy", "--config", preset)

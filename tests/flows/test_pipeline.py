@@ -1,5 +1,7 @@
 """The pipeline as a Prefect flow: what runs, what does not run twice, how it ends."""
 
+import json
+
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
@@ -37,6 +39,19 @@ def test_runs_to_promotion_and_never_twice(tiny):
     assert second.refs == first.refs
     assert second.report == first.report
     assert len(store_of(config).history("champion/default")) == 1
+
+
+def test_unusual_values_are_recorded_with_the_run(tiny):
+    config = tiny(rl_kl_coef=0.9, gates__reward_model=[{"metric": "accuracy", "min": 1.01}])
+    _, result = run(config)
+    line = "ppo.kl_coef = 0.9 is outside the advised 0.01–0.5; keep it only if you mean it"
+    assert result.advice == (line,)
+    assert line in result.report.read_text()
+    store = store_of(config)
+    folder = next(store.fetch(a.ref) for a in store.list() if a.ref.kind == "report")
+    recorded = json.loads((folder / "report.json").read_text())
+    assert (recorded["advice"], recorded["outcome"]) == ([line], "GateRejected")
+    assert (folder / "report.html").read_text() == result.report.read_text()
 
 
 def test_a_changed_setting_reruns_its_stage_and_what_follows(tiny):

@@ -211,6 +211,9 @@ def _report(**changes: Any) -> RunReport:
                 "left_out": {"reply_too_long": 12, "same_replies": 31, "empty_prompt": 2},
             },
             "config_rows": config_rows(),
+            "advice": (
+                "ppo.kl_coef = 0.9 is outside the advised 0.01–0.5; keep it if you mean it",
+            ),
             "versions": {
                 "rlhf-pipeline": "0.1.0",
                 "torch": "2.13.0",

@@ -81,6 +81,14 @@ def test_failed_report_puts_the_reason_on_top():
     assert page.index("<h1") < reason < page.index("<section")
 
 
+def test_advice_stands_with_the_configuration():
+    page = PAGES["full"]
+    line = page.index("ppo.kl_coef = 0.9 is outside the advised 0.01–0.5")
+    assert page.index('id="configuration"') < line < page.index('id="lineage"')
+    without = render(REPORTS["full"].model_copy(update={"advice": ()}))
+    assert "advised" not in without
+
+
 def test_a_report_of_nothing_renders():
     report = RunReport(
         title="t", run_name="r", started="yesterday", outcome="Failed", reason="config", seed=0
@@ -118,7 +126,7 @@ def test_untrusted_text_is_escaped_everywhere(place):
         "reply": {"samples": (full.samples[0].model_copy(update={"after": bad}),)},
         "prompt": {"samples": (full.samples[0].model_copy(update={"prompt": bad}),)},
         "reason": {"reason": bad, "title": bad, "run_name": bad, "started": bad},
-        "config": {"config_rows": ((bad, bad, bad),), "versions": {bad: bad}},
+        "config": {"config_rows": ((bad, bad, bad),), "advice": (bad,), "versions": {bad: bad}},
         "group": {"reward_model": {"accuracy": 0.7, "by_group": {bad: {"accuracy": 0.7}}}},
         "metric": {
             "stages": (StageRow(name=bad, state="Failed", metric=bad, artifact=bad, message=bad),),

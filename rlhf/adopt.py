@@ -1,0 +1,72 @@
+"""Stage: a ready reward model, checked and published in place of a trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf.config import RuntimeConfig
+from rlhf.data.rendering import Renderer
+from rlhf.errors import ConfigError
+from rlhf.modeling.base import device_of, fit_embeddings, load_tokenizer
+from rlhf.modeling.foreign import CONFIG, ForeignModel
+from rlhf.modeling.reward import META, load_reward_model, reward_meta
+from rlhf.stage import StageResult, write_json
+
+
+def adopt_reward_model(
+    model: ForeignModel, folder: Path, out_dir: Path, *, runtime: RuntimeConfig | None = None
+) -> StageResult:
+    """Write a reward model of others, with its own tokenizer, to `out_dir` as safetensors.
+
+    What it noted of itself in `rlhf.json` (pooling, rendering) is kept. A tokenizer without chat
+    template or padding token is completed, as a base model's is.
+
+    Args:
+        model: Where the configuration found it; named in errors.
+        folder: Its files on this machine.
+        out_dir: Empty folder for the reward model.
+        runtime: Device and threads.
+
+    Raises:
+        ConfigError: It is no sequence-classification model with one label, lacks a `score` head or
+            its weights, has no usable tokenizer, or another one than it was trained with.
+    """
+    device_of(runtime or RuntimeConfig())
+    path = folder / CONFIG
+    model.check_names([p.name for p in folder.iterdir()])
+    model.check_config(path.read_bytes())
+    _check_head(model, folder)
+    try:
+        renderer = Renderer(load_tokenizer(folder))
+        scorer = load_reward_model(folder, renderer)
+    except ConfigError as error:
+        raise model.error(str(error)) from None
+    meta = reward_meta(folder)
+    if meta.get("template_hash") not in (None, renderer.template_hash):
+        raise model.error(
+            "its tokenizer or chat template changed since it was trained; restore them, or train "
+            "it again"
+        )
+    fit_embeddings(scorer, renderer.tokenizer)
+    scorer.save_pretrained(out_dir)
+    renderer.tokenizer.save_pretrained(out_dir)
+    write_json(out_dir / META, {**meta, "pooling": scorer.pooling})
+    return StageResult({"parameters": scorer.num_parameters()})
+
+
+def _check_head(model: ForeignModel, folder: Path) -> None:
+    """The head must be among the weights: transformers would replace a missing one by chance."""
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as weights:
+                names.update(weights.keys())
+        except (OSError, SafetensorError) as error:
+            raise model.error(f"{path.name} is broken ({error}); copy or save it again") from None
+    if "score.weight" not in names:
+        raise model.error(
+            "its weights hold no linear head called `score`, by which decoder models are made "
+            "sequence classifiers; give a decoder-type reward model"
+        )

@@ -1,0 +1,39 @@
+"""Warnings for values outside their advised range."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.config import PipelineConfig, advice, load_config
+
+
+def test_defaults_are_as_advised():
+    assert advice(PipelineConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("gamma", 0.9, 0.99), ("gae_lambda", 0.9, 0.99), ("kl_coef", 0.01, 0.5),
+        ("value_loss_coef", 0.5, 2.0), ("clip_range", 0.1, 0.3),
+    ],
+)  # fmt: skip
+def test_outside_and_at_the_ends(name, low, high):
+    for value in (low, high):
+        assert advice(load_config(None, [f"--ppo.{name}={value}"]).config) == []
+    for value in (low - 0.001, high + 0.001):
+        config = load_config(None, [f"--ppo.{name}={value}"]).config
+        assert advice(config) == [
+            f"ppo.{name} = {value:g} is outside the advised {low:g}–{high:g}; "
+            "keep it only if you mean it"
+        ]
+
+
+def test_a_line_for_each_value():
+    lines = advice(load_config(None, ["--ppo.gamma=1", "--rl-kl-coef=0"]).config)
+    assert {line.split(" ")[0] for line in lines} == {"ppo.kl_coef", "ppo.gamma"}
+
+
+def test_the_quickstart_is_told_of_its_discount():
+    lines = advice(load_config("configs/quickstart.yaml").config)
+    assert [line.split(" is ")[0] for line in lines] == ["ppo.gamma = 1"]
