@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from rlhf.config.models import LoraConfig
+from rlhf.config.rewards import RewardSection
 from rlhf.config.section import Section, advised
 
 #: Where the peers differ, and what each of them does there; set by `compat`.
@@ -140,7 +141,9 @@ class OptimizerSection(Section):
     """Train low-rank adapters of the policy; the reference is the policy with adapters off."""
 
 
-class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, OptimizerSection):
+class PPOConfig(
+    SamplingSection, RewardSection, ShapingSection, KLSection, CriticSection, OptimizerSection
+):
     """Proximal policy optimisation (Schulman et al. 2017) as in Ziegler et al. 2019."""
 
     compat: Literal["trl", "openrlhf", "verl", "oai"] | None = None
@@ -183,6 +186,12 @@ class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, Optim
                 f"mini_batch_size = {self.mini_batch_size} exceeds chunk_size = "
                 f"{self.chunk_size}; lower it to at most chunk_size"
             )
+        for name in ("chunk_size", "total_episodes"):
+            if getattr(self, name) % self.replies_per_prompt:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} counts replies, and is no multiple of "
+                    f"env_config.replies_per_prompt = {self.replies_per_prompt}; make it one"
+                )
         if self.critic == "adapter" and self.lora is None:
             raise ValueError(
                 "critic = 'adapter' needs lora: it puts a second adapter on the policy's base; "

@@ -4,17 +4,18 @@
 |---|---|
 | `demonstrations.jsonl` | prompt, response |
 | `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group |
-| `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group |
+| `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
 
 A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
-evaluation reports separately, or is null.
+evaluation reports separately, or is null. `reference` is the right answer, or null; `metadata` maps
+names of the source's columns to their values.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,10 +50,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt to answer."""
+    """A prompt to answer, and what rewards may want to know of it."""
 
     prompt: Prompt
     group: str | None = None
+    reference: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 Row = TypeVar("Row", Demonstration, Pair, PromptRow)
