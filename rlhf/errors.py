@@ -50,6 +50,12 @@ class TrainingError(RLHFError, ArithmeticError):
     """Training can't go on: a non-finite loss or reward, or a resume that does not match."""
 
 
+class RewardServiceError(RLHFError, ConnectionError):
+    """A service that scores replies can't be reached or fails, again and again."""
+
+    retriable = True
+
+
 class GateRejected(RLHFError):
     """An evaluation gate said no. Final: retrying the same model gives the same answer.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import peft
@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from rlhf.config import PPOConfig, RuntimeConfig
 from rlhf.data.rendering import load_renderer
-from rlhf.data.rows import PROMPTS_TRAIN, Prompt, PromptRow, read_rows
+from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
+from rlhf.environments import build_environment, check_rendering
 from rlhf.errors import ConfigError, DataError
 from rlhf.gates import Approved
 from rlhf.modeling.base import device_of, load_policy
@@ -20,7 +21,6 @@ from rlhf.modeling.critic import critic_from, freeze
 from rlhf.modeling.lora import lora_config, merged
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from rlhf.ppo.rewards import ModelReward, check_rendering
 from rlhf.ppo.trainer import PPOTrainer, mix
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
@@ -59,9 +59,9 @@ def train_policy(
         TrainingError: A loss or score is not finite.
     """
     device = device_of(runtime or RuntimeConfig())
-    trainer = _trainer(config, sft, reward_model.subject, seed, device)
-    prompts = [row.prompt for row in read_rows(data / PROMPTS_TRAIN, PromptRow)]
-    if not prompts:
+    rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
+    trainer = _trainer(config, sft, reward_model.subject, seed, device, rows)
+    if not rows:
         raise DataError("no prompts to train the policy on; check data.source")
     models = {"policy": trainer.policy, "critic": trainer.critic}
     full_identity = {**(identity or {}), "config": _digest(config), "seed": str(seed)}
@@ -69,7 +69,7 @@ def train_policy(
     if checkpoints:
         state = load_checkpoint(checkpoints, models, trainer.optimizer, full_identity)
     while state.update < config.updates:
-        batch = prompts_of_update(prompts, state.update, config, seed)
+        batch = prompts_of_update(rows, state.update, config, seed)
         metrics = trainer.update(state.update, batch)
         state.update += 1
         state.curve.append({"update": state.update, **metrics})
@@ -87,8 +87,9 @@ def train_policy(
 
 
 def _trainer(
-    config: PPOConfig, sft: Path, reward_model: Path, seed: int, device: torch.device
-) -> PPOTrainer:
+    config: PPOConfig, sft: Path, reward_model: Path, seed: int, device: torch.device,
+    rows: Sequence[PromptRow] = (),
+) -> PPOTrainer:  # fmt: skip
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=device.type == "cpu")
     renderer = load_renderer(sft)
@@ -109,23 +110,25 @@ def _trainer(
         policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
     else:
         reference = freeze(load_policy(sft)).to(device)
-    reward = ModelReward(scorer, config.missing_eos_penalty)
-    return PPOTrainer(config, policy, reference, critic, reward, renderer, accelerator, seed)
+    environment = build_environment(
+        config, scorer, renderer, rows, device=device, context=policy.config.max_position_embeddings
+    )
+    return PPOTrainer(config, policy, reference, critic, environment, renderer, accelerator, seed)
 
 
 def prompts_of_update(
-    prompts: list[Prompt], update: int, config: PPOConfig, seed: int
-) -> list[Prompt]:
+    rows: list[PromptRow], update: int, config: PPOConfig, seed: int
+) -> list[PromptRow]:
     """The chunk of prompts of one update: a fresh seeded shuffle for every pass over the data."""
-    chosen: list[Prompt] = []
+    chosen: list[PromptRow] = []
     order: list[int] = []
     first = update * config.chunk_size
     for episode in range(first, min(first + config.chunk_size, config.total_episodes)):
-        lap, position = divmod(episode, len(prompts))
+        lap, position = divmod(episode, len(rows))
         if not order or position == 0:
             generator = torch.Generator().manual_seed(mix(seed, lap))
-            order = torch.randperm(len(prompts), generator=generator).tolist()
-        chosen.append(prompts[order[position]])
+            order = torch.randperm(len(rows), generator=generator).tolist()
+        chosen.append(rows[order[position]])
     return chosen
 
 

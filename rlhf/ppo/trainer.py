@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rlhf.config import PPOConfig
 from rlhf.data.rendering import Renderer
-from rlhf.data.rows import Prompt
+from rlhf.data.rows import PromptRow
+from rlhf.environments import Environment, Reply, Scored
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.critic import Critic
 from rlhf.ppo.losses import gae, masked_mean, policy_loss, shaped_rewards, value_loss, whiten
-from rlhf.ppo.rewards import Reply, Reward, Scored
 from rlhf.ppo.rollout import Replies, Sampling, generate, log_probs_and_entropy, reply_values
 
 
@@ -44,10 +44,11 @@ class PPOTrainer:
     """Models and optimiser of one PPO run; `update` is the algorithm."""
 
     def __init__(
-        self, config: PPOConfig, policy: Any, reference: Any, critic: Critic, reward: Reward,
-        renderer: Renderer, accelerator: Accelerator, seed: int,
+        self, config: PPOConfig, policy: Any, reference: Any, critic: Critic,
+        environment: Environment, renderer: Renderer, accelerator: Accelerator, seed: int,
     ) -> None:  # fmt: skip
-        self.config, self.reward, self.renderer, self.seed = config, reward, renderer, seed
+        self.config, self.environment = config, environment
+        self.renderer, self.seed = renderer, seed
         for model in (policy, critic):
             model.eval()  # no dropout: the old and the new policy must be the same function
         parameters = [
@@ -67,17 +68,16 @@ class PPOTrainer:
                 f"policy's context of {context} tokens; lower it"
             )
 
-    def update(self, number: int, prompts: list[Prompt]) -> dict[str, float]:
+    def update(self, number: int, rows: list[PromptRow]) -> dict[str, float]:
         """One PPO update on one chunk of prompts; returns what to log."""
         fraction = number / self.config.updates
         self._set_learning_rates(1 - (1 - self.config.lr_final_fraction) * fraction)
-        replies = self._sample(prompts, seed=mix(self.seed, number))
-        texts = [self.renderer.decode(row) for row in replies.rows()]
-        scored = self._score(prompts, texts, replies)
+        replies = self._sample(rows, seed=mix(self.seed, number))
+        texts = [self.environment.text(ids) for ids in replies.rows()]
+        scored = self._score(rows, texts, replies)
         buffer, metrics = self._evaluate(replies, scored)
         metrics |= self._optimise(buffer, seed=mix(self.seed, number) + 1)
-        metrics |= {f"reward/{k}": float(v.mean()) for k, v in scored.components.items()}
-        return metrics
+        return metrics | scored.metrics()
 
     def _set_learning_rates(self, scale: float) -> None:
         peaks = (
@@ -87,18 +87,32 @@ class PPOTrainer:
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * scale
 
-    def _sample(self, prompts: list[Prompt], seed: int) -> Replies:
+    def _sample(self, rows: list[PromptRow], seed: int) -> Replies:
         config = self.config
-        rows = [self.renderer.encode_prompt(p, self.max_prompt) for p in prompts]
+        prompts = [self.renderer.encode_prompt(row.prompt, self.max_prompt) for row in rows]
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
         policy = self.accelerator.unwrap_model(self.policy)
-        return generate(policy, rows, self.renderer.tokenizer, sampling, seed)
+        return generate(policy, prompts, self.renderer.tokenizer, sampling, seed)
 
-    def _score(self, prompts: list[Prompt], texts: list[str], replies: Replies) -> Scored:
+    def _score(self, rows: list[PromptRow], texts: list[str], replies: Replies) -> Scored:
         lengths = replies.mask.sum(1).tolist()
-        finished = replies.finished.tolist()
-        batch = [Reply(*row) for row in zip(prompts, texts, lengths, finished, strict=True)]
-        return self.reward(batch)
+        batch = [
+            Reply(row.prompt, text, length, finished, row.reference, row.metadata, group)
+            for group, (row, text, length, finished) in enumerate(
+                zip(rows, texts, lengths, replies.finished.tolist(), strict=True)
+            )
+        ]
+        return self._less_missing_eos(self.environment(batch), replies)
+
+    def _less_missing_eos(self, scored: Scored, replies: Replies) -> Scored:
+        """A reply that does not end pays."""
+        unfinished = (~replies.finished).cpu().to(scored.totals)
+        part = {"missing_eos": -(self.config.missing_eos_penalty or 0.0) * unfinished}
+        return Scored(
+            scored.totals + part["missing_eos"],
+            scored.components | part,
+            scored.weighted | part,
+        )
 
     @torch.no_grad()
     def _evaluate(self, replies: Replies, scored: Scored) -> tuple[Buffer, dict[str, float]]:

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 import rlhf.ppo.trainer as ppo_module
 from rlhf.config import LoraConfig
 from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
-from rlhf.data.rows import PROMPTS_TRAIN, write_rows
+from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, write_rows
+from rlhf.environments import ModelReward, Reply
 from rlhf.errors import ConfigError, DataError, TrainingError
 from rlhf.gates import Approved
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import META, Scorer
 from rlhf.ppo.losses import policy_loss
-from rlhf.ppo.rewards import ModelReward, Reply
 from rlhf.ppo.rollout import log_probs_and_entropy
 from rlhf.ppo.train import _trainer, prompts_of_update, train_policy
 from rlhf.stage import read_json, write_json
@@ -183,7 +183,7 @@ def test_whitening_leaves_a_single_score_alone(train):
 
 
 def test_every_prompt_once_per_lap():
-    prompts = [f"p{i}" for i in range(7)]
+    prompts = [PromptRow(f"p{i}") for i in range(7)]
     config = toys.changed(toys.PPO, total_episodes=33, chunk_size=10)
 
     def stream(seed):
@@ -193,9 +193,9 @@ def test_every_prompt_once_per_lap():
     assert [len(c) for c in chunks] == [10, 10, 10, 3]
     order = [p for c in chunks for p in c]
     laps = [order[i : i + 7] for i in range(0, 28, 7)]
-    assert all(sorted(lap) == prompts for lap in laps)
-    assert len({tuple(lap) for lap in laps}) == 4  # each lap shuffled anew
-    assert len(set(order[28:])) == 5
+    assert all(sorted(lap, key=lambda row: row.prompt) == prompts for lap in laps)
+    assert len({repr(lap) for lap in laps}) == 4  # each lap shuffled anew
+    assert len({row.prompt for row in order[28:]}) == 5
     assert stream(0) == chunks
     assert stream(1) != chunks
 
@@ -409,16 +409,11 @@ class TestModelReward:
         Reply("jar?", "bad", 2, False),
     )
 
-    def test_a_reply_that_does_not_end_pays(self):
-        scored = ModelReward(FixedScorer(), 1.5)(self.batch)
-        assert scored.totals.tolist() == [3, -0.5]
-        assert {k: v.tolist() for k, v in scored.components.items()} == {
-            "reward_model": [3, 1],
-            "missing_eos": [0, -1.5],
-        }
-
-    def test_or_not(self):
-        assert ModelReward(FixedScorer(), None)(self.batch).totals.tolist() == [3, 1]
+    def test_every_reply_with_its_own_prompt(self):
+        scored = ModelReward(FixedScorer())(self.batch)
+        assert scored.totals.tolist() == [3, 1]
+        assert {k: v.tolist() for k, v in scored.components.items()} == {"reward_model": [3, 1]}
+        assert {k: v.tolist() for k, v in scored.weighted.items()} == {"reward_model": [3, 1]}
 
 
 # --- adapters ---------------------------------------------------------------------------------
@@ -453,7 +448,7 @@ def test_with_adapters_the_reference_is_the_base(sft, reward_model):
     for name, p in trainer.policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
-    replies = trainer._sample(["tea or cup?", "jar or mug?"], seed=1)
+    replies = trainer._sample([PromptRow("tea or cup?"), PromptRow("jar or mug?")], seed=1)
     with torch.no_grad():
         base, _ = log_probs_and_entropy(load_policy(sft), replies, 1.0)
         reference = trainer._reference_log_probs(replies)
@@ -465,7 +460,7 @@ def test_with_adapters_the_reference_is_the_base(sft, reward_model):
 def test_the_reference_stays_where_it_was(sft, reward_model):
     trainer = _trainer(toys.PPO, sft, reward_model, 0, CPU)
     before = {k: v.clone() for k, v in trainer.reference.state_dict().items()}
-    trainer.update(0, ["tea or cup?"] * 16)
+    trainer.update(0, [PromptRow("tea or cup?")] * 16)
     assert all(torch.equal(v, before[k]) for k, v in trainer.reference.state_dict().items())
     moved = trainer.policy.state_dict()
     assert not all(torch.equal(moved[k], before[k]) for k in before)
