@@ -56,6 +56,12 @@ class Interrupted(RLHFError):
     retriable = True
 
 
+class RewardServiceError(RLHFError, ConnectionError):
+    """A service that scores replies can't be reached or fails, again and again."""
+
+    retriable = True
+
+
 class GateRejected(RLHFError):
     """An evaluation gate said no. Final: retrying the same model gives the same answer.
 

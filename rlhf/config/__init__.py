@@ -1,7 +1,27 @@
 """Configuration: frozen pydantic models and the loader that merges preset and command line."""
 
 from rlhf.config.advice import advice
+from rlhf.config.components import (
+    ComponentSection,
+    CorrectnessComponent,
+    CorrectnessConfig,
+    CustomComponent,
+    CustomConfig,
+    JsonValidComponent,
+    KeywordComponent,
+    LengthComponent,
+    LengthPenaltyConfig,
+    RegexComponent,
+    RemoteComponent,
+    RepetitionComponent,
+    RewardModelComponent,
+)
 from rlhf.config.data import DataConfig, WorldConfig
+from rlhf.config.environments import (
+    MultiObjectiveConfig,
+    PreferenceConfig,
+    TextGenerationConfig,
+)
 from rlhf.config.load import Loaded, load_config
 from rlhf.config.models import (
     ArchitectureConfig,
@@ -25,20 +45,36 @@ from rlhf.config.ppo import PPOConfig
 __all__ = [
     "ArchitectureConfig",
     "BaseModelConfig",
+    "ComponentSection",
+    "CorrectnessComponent",
+    "CorrectnessConfig",
+    "CustomComponent",
+    "CustomConfig",
     "DataConfig",
     "EvaluationConfig",
     "GateRule",
     "GatesConfig",
+    "JsonValidComponent",
+    "KeywordComponent",
+    "LengthComponent",
+    "LengthPenaltyConfig",
     "Loaded",
     "LoraConfig",
+    "MultiObjectiveConfig",
     "PPOConfig",
     "PipelineConfig",
+    "PreferenceConfig",
     "PromotionConfig",
+    "RegexComponent",
+    "RemoteComponent",
+    "RepetitionComponent",
     "RetryConfig",
+    "RewardModelComponent",
     "RewardModelConfig",
     "RuntimeConfig",
     "SFTConfig",
     "StoreConfig",
+    "TextGenerationConfig",
     "WorldConfig",
     "advice",
     "load_config",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.section import Section
 
@@ -38,6 +40,10 @@ class DataConfig(Section):
     """Column that holds the preferred reply."""
     rejected_column: str = "rejected"
     """Column that holds the other reply."""
+    reference_column: str | None = None
+    """Column that holds the right answer to the prompt, for rewards that compare with it."""
+    metadata_columns: tuple[str, ...] = ()
+    """Columns that go with the prompt to custom and remote rewards."""
     hub_split: str = "train"
     """Split to read when `source` is a hub dataset."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -48,6 +54,17 @@ class DataConfig(Section):
     """Pairs whose prompt is longer are left out and counted."""
     max_reply_chars: int = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""
+
+    @model_validator(mode="after")
+    def _the_world_has_no_columns(self) -> Self:
+        for name in ("reference_column", "metadata_columns"):
+            value = getattr(self, name)
+            if value and self.source == "world":
+                raise ValueError(
+                    f"{name} = {value!r}: source = 'world' has no such columns; set source to data "
+                    "of your own"
+                )
+        return self
 
     @field_validator("source")
     @classmethod

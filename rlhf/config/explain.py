@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf.config.fields import nearest
+from rlhf.config.fields import nearest, siblings
+from rlhf.config.section import NESTED
 from rlhf.config.wording import one_line, shown_value
 
 #: Our words for pydantic's kinds of error; braces take from the error's context.
@@ -30,6 +32,8 @@ WORDING = {
     "string_pattern_mismatch": "must match {pattern}",
     "literal_error": "must be {expected}",
     "tuple_type": "must be a list",
+    "too_short": "must hold at least {min_length}",
+    "dict_type": "must be a mapping from names to values",
     "model_type": "is a section; set the fields in it",
     "missing": "is missing; add it",
     "invalid_key": "is no name of a field; names are text",
@@ -38,14 +42,16 @@ WORDING = {
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     """The first problem of a configuration whose values came from `sources`."""
-    errors = error.errors()
+    errors = list(_expanded([dict(e) for e in error.errors()]))
     # A misspelt field that must be there gives two errors, and this one names the cure.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # A field that may be a number or text reports the type it tried as if it were a field.
     parts = [str(part) for part in first["loc"] if part not in ("float", "str", "[key]")]
     field, kind = ".".join(parts), first["type"]
     if kind == "extra_forbidden":
-        text = f"{field} is not a field of the configuration; {cure(field)}"
+        known = first.get("known")
+        text = f"{field} is not a field of the configuration; "
+        text += f"known are {', '.join(known)}" if known else cure(field)
     elif kind == "value_error":
         # The validator names the value, unless it must not be repeated.
         text = first["msg"].removeprefix("Value error, ")
@@ -61,8 +67,20 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     return one_line(text + _origin(field, text, sources))
 
 
+def _expanded(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Errors of sections that a validator chose by another field, each under its full name."""
+    for error in errors:
+        if error["type"] != NESTED:
+            yield error
+            continue
+        for inner in _expanded(error["ctx"]["errors"]):
+            yield {**inner, "loc": (*error["loc"], *inner["loc"])}
+
+
 def cure(field: str) -> str:
     """What to do about a field that does not exist."""
+    if field.startswith("ppo.env_config.") and (known := siblings(field)):
+        return f"known are {', '.join(known)}"
     near = nearest(field)
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 

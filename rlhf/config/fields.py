@@ -11,10 +11,9 @@ from pydantic import BaseModel
 from rlhf.config.aliases import aliases, gathered
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import PPOConfig
-from rlhf.config.section import kinds
+from rlhf.config.section import Tree, below, kinds, sections, without_none
 from rlhf.errors import ConfigError
 
-Tree = dict[str, Any]
 Model = type[BaseModel]
 
 #: Names that fields of section `ppo` also go by, in the section or at the top.
@@ -24,8 +23,8 @@ RENAMED = tuple(ALIASES.values())
 
 def canonical(key: str) -> str:
     """`rl_gamma` and `ppo.rl_gamma` as `ppo.gamma`; every other dotted key as it is."""
-    alias = key.removeprefix("ppo.")
-    return f"ppo.{ALIASES[alias]}" if alias in ALIASES else key
+    alias, dot, rest = key.removeprefix("ppo.").partition(".")
+    return f"ppo.{ALIASES[alias]}{dot}{rest}" if alias in ALIASES else key
 
 
 def without_aliases(tree: Tree) -> Tree:
@@ -42,18 +41,30 @@ def whole(key: str) -> str | None:
     types = field_kinds(above) if above else ()
     if types is None:
         return whole(above)
-    return above if types and not _section(types) else None
+    return above if types and not _has_fields(types) else None
+
+
+def _has_fields(types: tuple[Any, ...]) -> bool:
+    """Whether dotted names may go on: sections do, and mappings from names to sections."""
+    return bool(sections(types)) or below(types, "") is not None
 
 
 def field_kinds(key: str) -> tuple[Any, ...] | None:
     """The types that the field of this dotted name may have; None if there is no such field."""
-    found: tuple[Any, ...] = (PipelineConfig,)
+    found: tuple[Any, ...] | None = (PipelineConfig,)
     for name in key.split("."):
-        section = _section(found)
-        if section is None or name not in section.model_fields:
+        found = below(found, name)
+        if found is None:
             return None
-        found = kinds(section.model_fields[name].annotation)
     return found
+
+
+def siblings(key: str) -> list[str]:
+    """The fields that stand beside this dotted name, if what it names lies in a section."""
+    found: tuple[Any, ...] | None = (PipelineConfig,)
+    for name in key.split(".")[:-1]:
+        found = below(found or (), name)
+    return sorted({name for section in sections(found or ()) for name in section.model_fields})
 
 
 def nearest(key: str) -> str | None:
@@ -64,26 +75,9 @@ def nearest(key: str) -> str | None:
     return next(iter((*same_end, *close)), None)
 
 
-def resolve_none(tree: Tree, model: Model = PipelineConfig) -> Tree:
+def resolve_none(tree: Tree) -> Tree:
     """`none` means null where a field may be null, and an empty section is one of defaults."""
-    resolved = dict(tree)
-    for name, field in model.model_fields.items():
-        if name not in tree:
-            continue
-        value, allowed = tree[name], kinds(field.annotation)
-        section = _section(allowed)
-        if type(None) in allowed and isinstance(value, str) and value.lower() in ("none", "null"):
-            resolved[name] = None
-        elif section and value is None and type(None) not in allowed:
-            resolved[name] = {}
-        elif section and isinstance(value, dict):
-            resolved[name] = resolve_none(cast("Tree", value), section)
-        elif (item := _section(get_args(field.annotation))) and isinstance(value, list):
-            values = cast("list[Any]", value)
-            resolved[name] = [
-                resolve_none(cast("Tree", v), item) if isinstance(v, dict) else v for v in values
-            ]
-    return resolved
+    return without_none(tree, (PipelineConfig,))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -95,14 +89,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _section(types: tuple[Any, ...]) -> Model | None:
-    return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
-
-
 def _names(model: Model, prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
         types = kinds(field.annotation)
-        section = _section((*types, *get_args(types[0])))
-        if section:
+        for section in sections((*types, *get_args(types[0]))):
             yield from _names(section, f"{prefix}{name}.")

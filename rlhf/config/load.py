@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import ValidationError
 
+from rlhf.config import strict_yaml
 from rlhf.config.command_line import parse_overrides
+from rlhf.config.environments import read_mapping
 from rlhf.config.explain import explain
 from rlhf.config.fields import Tree, flatten, resolve_none, without_aliases
 from rlhf.config.pipeline import PipelineConfig
@@ -31,9 +32,15 @@ class Loaded:
     def rows(self) -> list[tuple[str, str, str]]:
         """(dotted key, value, source) of every value, in the order of the sections."""
         return [
-            (key, "none" if value is None else str(value), self.sources.get(key, DEFAULT))
+            (key, "none" if value is None else str(value), self._source(key))
             for key, value in flatten(self.config.model_dump(mode="json"))
         ]
+
+    def _source(self, key: str) -> str:
+        """Where the value came from, or the text or file that it was a part of."""
+        while key and key not in self.sources:
+            key = key.rpartition(".")[0]
+        return self.sources.get(key, DEFAULT)
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Loaded:
@@ -44,8 +51,8 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     """
     preset = read_preset(Path(path)) if path is not None else {}
     command_line = parse_overrides(overrides)
-    merged = _merge(preset, command_line)
     name = Path(path).name if path is not None else ""
+    merged = _merge(_with_options_read(preset, command_line, name), command_line)
     overridden = {key for key, _ in flatten(resolve_none(command_line))}
     sources = {
         key: COMMAND_LINE if key in overridden else name for key, _ in flatten(resolve_none(merged))
@@ -72,14 +79,14 @@ def read_preset(path: Path) -> Tree:
             )
         )
     try:
-        tree: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree: Any = strict_yaml.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             one_line(f"{where}: can't be read ({error.strerror}); check the file and its rights")
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except strict_yaml.BROKEN as error:
         raise ConfigError(
-            one_line(f"{where}: not valid YAML ({_reason(error)}); mend it there")
+            one_line(f"{where}: not valid YAML ({strict_yaml.reason(error)}); mend it there")
         ) from None
     if tree is None:
         return {}
@@ -91,27 +98,19 @@ def read_preset(path: Path) -> Tree:
         raise ConfigError(one_line(f"{error} (from {path.name})")) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, and a value that holds itself."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """The mapping, built at once, so that an alias to an outer value is an error."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} stands there twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=True)
-
-
-def _reason(error: Exception) -> str:
-    """What YAML's parser found, without the excerpt of the file that its own text repeats."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return str(error)
-    return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'unexpected text'}"
+def _with_options_read(preset: Tree, command_line: Tree, name: str) -> Tree:
+    """The preset, with `env_config` read where it is text of which one value is overridden."""
+    try:
+        given, over = (tree["ppo"]["env_config"] for tree in (preset, command_line))
+    except (KeyError, TypeError):
+        return preset
+    if not isinstance(given, str) or not isinstance(over, dict):
+        return preset
+    try:
+        read = read_mapping(given, "env_config")
+    except ValueError as error:
+        raise ConfigError(one_line(f"ppo.env_config: {error} (from {name})")) from None
+    return {**preset, "ppo": {**preset["ppo"], "env_config": read}}
 
 
 def _merge(base: Tree, top: Tree) -> Tree:

@@ -135,7 +135,7 @@ class PipelineConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _judge_needs_world(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.evaluation.judge == "world" and self.data.source != "world":
             raise ValueError(
                 f"evaluation.judge = 'world' can't judge data.source = {self.data.source!r}; "
@@ -145,6 +145,12 @@ class PipelineConfig(Section):
             raise ValueError(
                 "ppo.reward_model_path and reward_model.base are both given, but a ready reward "
                 "model is not trained; keep one"
+            )
+        asking = self.ppo.needs_reference_answers
+        if asking and self.data.reference_column is None:
+            raise ValueError(
+                f"ppo: {asking} needs reference answers, and data.reference_column = none; name "
+                "the column that holds them"
             )
         if self.base.path is None and not self.sft.enabled:
             raise ValueError(

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rlhf.config.aliases import allow_aliases, renamed
 from rlhf.config.models import LoraConfig
+from rlhf.config.rewards import RewardSection
 from rlhf.config.section import Section, advised, model_place
 
 #: Where the peers differ, and what each of them does there; set by `compat`. Read in their sources,
@@ -167,7 +168,9 @@ class OptimizerSection(Section):
     """Train low-rank adapters of the policy; the reference is the policy with adapters off."""
 
 
-class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, OptimizerSection):
+class PPOConfig(
+    SamplingSection, RewardSection, ShapingSection, KLSection, CriticSection, OptimizerSection
+):
     """Proximal policy optimisation (Schulman et al. 2017) as in Ziegler et al. 2019."""
 
     # Prefect checks a deployment's parameters by this schema, before anything here sees them.
@@ -223,6 +226,12 @@ class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, Optim
                 f"mini_batch_size = {self.mini_batch_size} exceeds chunk_size = "
                 f"{self.chunk_size}; lower it to at most chunk_size"
             )
+        for name in ("chunk_size", "total_episodes"):
+            if getattr(self, name) % self.replies_per_prompt:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} counts replies, and is no multiple of "
+                    f"env_config.replies_per_prompt = {self.replies_per_prompt}; make it one"
+                )
         if self.critic == "adapter" and self.lora is None:
             raise ValueError(
                 "critic = 'adapter' needs lora: it puts a second adapter on the policy's base; "
@@ -239,11 +248,6 @@ class PPOConfig(SamplingSection, ShapingSection, KLSection, CriticSection, Optim
                 "drive kl_coef to 0 or below; raise it above chunk_size / 5"
             )
         return self
-
-    @property
-    def replies_per_prompt(self) -> int:
-        """Replies sampled to each prompt of a chunk."""
-        return 1
 
     @property
     def updates(self) -> int:

@@ -1,14 +1,59 @@
 """The base of every configuration section."""
 
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+Tree = dict[str, Any]
 
 
 def kinds(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the one type there is."""
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if get_origin(annotation) is Annotated:
+        return kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for member in get_args(annotation) for kind in kinds(member))
+    return (annotation,)
+
+
+def below(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
+    """Types of what is called `name` in a value of one of these types; None if nothing can be.
+
+    Fields of sections (of all of them, where a field may be one of several), and the values of a
+    mapping from names to sections.
+    """
+    found: list[Any] = []
+    for section in sections(types):
+        if name in section.model_fields:
+            found += kinds(section.model_fields[name].annotation)
+    for kind in types:
+        if get_origin(kind) is dict and sections(kinds(get_args(kind)[1])):
+            found += kinds(get_args(kind)[1])
+    return tuple(found) or None
+
+
+def sections(types: tuple[Any, ...]) -> list[type[BaseModel]]:
+    """The sections among some types."""
+    return [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
+
+
+def without_none(value: Any, types: tuple[Any, ...]) -> Any:
+    """`none` means null where a value may be null, and an empty section is one of defaults."""
+    if type(None) in types and isinstance(value, str) and value.lower() in ("none", "null"):
+        return None
+    if sections(types) and value is None and type(None) not in types:
+        return {}
+    if isinstance(value, dict):
+        tree = cast("Tree", value)
+        return {k: without_none(v, below(types, k) or ()) for k, v in tree.items()}
+    if isinstance(value, list):
+        items = next((kinds(get_args(t)[0]) for t in types if get_origin(t) is tuple), ())
+        return [without_none(v, items) for v in cast("list[Any]", value)]
+    return value
 
 
 def advised(low: float, high: float) -> dict[str, Any]:
@@ -53,3 +98,36 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in kinds(field.annotation):
             raise ValueError(f"must not be {str(value).lower()}; write a number or text")
         return value
+
+
+#: Kind of an error that stands for several, of a section within.
+NESTED = "nested"
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def chosen(model: type[SectionT], value: Any) -> SectionT:
+    """The section of this type, for a validator that knows the type only from another field.
+
+    Raises:
+        PydanticCustomError: What is wrong in it, for `explain` to say with full names.
+    """
+    try:
+        return model.model_validate(without_none(value, (model,)))
+    except ValidationError as error:
+        raise nested([_with_known(model, dict(e)) for e in error.errors()]) from None
+
+
+def nested(errors: list[dict[str, Any]]) -> PydanticCustomError:
+    """One error for several of a section within; `loc` in each starts from there."""
+    return PydanticCustomError(NESTED, "is wrong within", {"errors": errors})
+
+
+def _with_known(model: type[Section], error: dict[str, Any]) -> dict[str, Any]:
+    """An unknown key's error also lists the keys that are known in its place."""
+    if error["type"] != "extra_forbidden":
+        return error
+    types: tuple[Any, ...] = (model,)
+    for part in error["loc"][:-1]:
+        types = below(types, str(part)) or ()
+    known = {name for section in sections(types) for name in section.model_fields}
+    return {**error, "known": sorted(known)}

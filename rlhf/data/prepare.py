@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data import rows as files
-from rlhf.data.rows import Demonstration, Message, Pair, Prompt, PromptRow, write_rows
+from rlhf.data.clean import Known, clean, key
+from rlhf.data.rows import Demonstration, Pair, PromptRow, write_rows
 from rlhf.data.sources import read_source, source_name
 from rlhf.errors import DataError
 from rlhf.progress import Progress, silent
@@ -48,9 +46,13 @@ def prepare_data(
         left_out: dict[str, int] = {}
         parts = _from_world(config, seed)
     else:
-        pairs, left_out = clean(read_source(config, store_options or StoreConfig()), config)
+        rows = read_source(config, store_options or StoreConfig())
+        known = Known(config)
+        pairs, left_out = clean(rows, config, known)
         progress(1, 2, {"pairs": len(pairs)})
         parts = _split(_sample(pairs, config, seed), left_out, config, seed)
+        for name in (files.PROMPTS_TRAIN, files.PROMPTS_EVAL):
+            parts[name] = [known.completed(row) for row in parts[name]]
     for name, part in parts.items():
         write_rows(out_dir / name, part)
     summary = _summary(config, parts, left_out)
@@ -78,106 +80,6 @@ def _from_world(config: DataConfig, seed: int) -> Parts:
     }
 
 
-def clean(rows: Iterable[dict[str, Any]], config: DataConfig) -> tuple[list[Pair], dict[str, int]]:
-    """Usable pairs, and how many rows were left out for which reason."""
-    pairs: dict[str, Pair] = {}
-    left_out: Counter[str] = Counter()
-    for row in rows:
-        try:
-            pair = _pair(row, config)
-            if repr(pair) in pairs:
-                raise _LeftOutError("duplicate")
-            pairs[repr(pair)] = pair
-        except _LeftOutError as reason:
-            left_out[str(reason)] += 1
-    return list(pairs.values()), dict(sorted(left_out.items()))
-
-
-class _LeftOutError(Exception):
-    """Why a row can't be used."""
-
-
-def _pair(row: dict[str, Any], config: DataConfig) -> Pair:
-    prompt = _prompt(row.get(config.prompt_column))
-    chosen = _reply(row.get(config.chosen_column), prompt)
-    rejected = _reply(row.get(config.rejected_column), prompt)
-    if chosen.strip() == rejected.strip():
-        raise _LeftOutError("both replies are the same")
-    if sum(len(m["content"]) for m in _messages(prompt)) > config.max_prompt_chars:
-        raise _LeftOutError("prompt too long")
-    if max(len(chosen), len(rejected)) > config.max_reply_chars:
-        raise _LeftOutError("reply too long")
-    return Pair(prompt, chosen, rejected)
-
-
-def _prompt(value: Any) -> Prompt:
-    """Text, or chat messages of which the last waits for a reply."""
-    no_text = _LeftOutError("prompt is empty or no text")
-    if not isinstance(value, list):
-        if not _is_text(value):
-            raise no_text
-        return value
-    messages = _chat(value)
-    if not messages or not messages[-1]["content"].strip():
-        raise no_text
-    if messages[-1]["role"] == "assistant":
-        raise _LeftOutError("prompt ends with a reply")
-    return messages
-
-
-def _reply(value: Any, prompt: Prompt) -> str:
-    """A reply's text; of a chat, that of the last message, if the rest repeats the prompt."""
-    if isinstance(value, list):
-        messages = _chat(value)
-        if messages and messages[-1]["role"] != "assistant":
-            raise _LeftOutError("a reply is not the assistant's")
-        if len(messages) > 1 and _key(messages[:-1]) != _key(prompt):
-            raise _LeftOutError("a reply belongs to another prompt")
-        value = messages[-1]["content"] if messages else None
-    if not _is_text(value):
-        raise _LeftOutError("a reply is empty or no text")
-    return value
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
-
-
-def _is_unicode(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can hold and no file can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _chat(value: list[Any]) -> list[Message]:
-    """Role and content of each message; nothing if one of them is no message."""
-    messages: list[Message] = []
-    for item in value:
-        if not isinstance(item, dict):
-            return []
-        role, content = item.get("role"), item.get("content")
-        if not all(isinstance(text, str) and _is_unicode(text) for text in (role, content)):
-            return []
-        messages.append({"role": str(role), "content": str(content)})
-    return messages
-
-
-def _messages(prompt: Prompt) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _key(prompt: Prompt) -> str:
-    """Equal for prompts that a held-out score must not tell apart: by form, spacing or case."""
-
-    def plain(text: str) -> str:
-        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-    return json.dumps([(m["role"], plain(m["content"])) for m in _messages(prompt)])
-
-
 def _sample(pairs: list[Pair], config: DataConfig, seed: int) -> list[Pair]:
     """At most `max_pairs` of the pairs, the same ones in whatever order they come."""
     if config.max_pairs is None or len(pairs) <= config.max_pairs:
@@ -188,7 +90,7 @@ def _sample(pairs: list[Pair], config: DataConfig, seed: int) -> list[Pair]:
 
 def _split(pairs: list[Pair], left_out: Mapping[str, int], config: DataConfig, seed: int) -> Parts:
     """Hold out whole prompts: pairs of one prompt never stand on both sides."""
-    prompts = sorted({_key(p.prompt) for p in pairs}, key=lambda p: _order(seed, p))
+    prompts = sorted({key(p.prompt) for p in pairs}, key=lambda p: _order(seed, p))
     if len(prompts) < 2 * MIN_PROMPTS:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
         raise DataError(
@@ -198,8 +100,8 @@ def _split(pairs: list[Pair], left_out: Mapping[str, int], config: DataConfig, s
         )
     share = round(len(prompts) * config.eval_fraction)
     held_out = set(prompts[: min(max(share, MIN_PROMPTS), len(prompts) - MIN_PROMPTS)])
-    train = [p for p in pairs if _key(p.prompt) not in held_out]
-    evaluation = [p for p in pairs if _key(p.prompt) in held_out]
+    train = [p for p in pairs if key(p.prompt) not in held_out]
+    evaluation = [p for p in pairs if key(p.prompt) in held_out]
     return {
         files.DEMONSTRATIONS: [Demonstration(p.prompt, p.chosen) for p in train],
         files.PAIRS_TRAIN: train,
@@ -214,7 +116,7 @@ def _order(seed: int, text: str) -> str:
 
 
 def _prompts(pairs: list[Pair]) -> list[PromptRow]:
-    return [PromptRow(p) for p in {_key(pair.prompt): pair.prompt for pair in pairs}.values()]
+    return [PromptRow(p) for p in {key(pair.prompt): pair.prompt for pair in pairs}.values()]
 
 
 def _summary(config: DataConfig, parts: Parts, left_out: dict[str, int]) -> dict[str, Any]:

@@ -4,10 +4,11 @@
 |---|---|
 | `demonstrations.jsonl` | prompt, response |
 | `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group |
-| `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group |
+| `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
 
 A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
-evaluation reports separately, or is null.
+evaluation reports separately, or is null. `reference` is the right answer, or null; `metadata` maps
+names of the source's columns to their values.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt to answer."""
+    """A prompt to answer, and what rewards may want to know of it."""
 
     prompt: Prompt
     group: str | None = None

@@ -57,7 +57,7 @@ def source_name(source: str) -> str:
 
 
 def read_source(config: DataConfig, options: StoreConfig) -> list[Row]:
-    """All rows of the source, with the three columns as far as a row has them.
+    """All rows of the source, with the columns as far as a row has them.
 
     Raises:
         ConfigError: The source does not exist, or lacks a column.
@@ -90,8 +90,7 @@ def _read(name: str, path: Path, config: DataConfig) -> list[Row]:
 def _checked(table: Table, config: DataConfig, name: str) -> list[Row]:
     """The rows of a table that has the columns; without any column it is just empty."""
     names, rows = table
-    for field in ("prompt_column", "chosen_column", "rejected_column"):
-        column = getattr(config, field)
+    for field, column in _named_columns(config):
         if names and column not in names:
             raise ConfigError(
                 f"data.{field} = {column!r}: not a column of {name!r}, which has "
@@ -100,8 +99,17 @@ def _checked(table: Table, config: DataConfig, name: str) -> list[Row]:
     return rows
 
 
+def _named_columns(config: DataConfig) -> list[tuple[str, str]]:
+    """(setting, column) of every column that the source must have."""
+    fields = ["prompt_column", "chosen_column", "rejected_column"]
+    if config.reference_column is not None:
+        fields.append("reference_column")
+    named = [(field, getattr(config, field)) for field in fields]
+    return [*named, *(("metadata_columns", column) for column in config.metadata_columns)]
+
+
 def _columns(config: DataConfig) -> list[str]:
-    return [config.prompt_column, config.chosen_column, config.rejected_column]
+    return list(dict.fromkeys(column for _, column in _named_columns(config)))
 
 
 @contextmanager

@@ -54,8 +54,8 @@ def train_policy(
             for an environment that needs none.
         out_dir: Empty folder for the policy; `curve.json` has a row per update.
         seed: Seeds prompt order and sampling.
-        identity: Digests of `data`, `base` and `reward model`, where they are known; a checkpoint of
-            others is refused.
+        identity: Digests of `data`, `base` and `reward model`, where they are known; a
+            checkpoint of others is refused.
         checkpoints: Folder to save to and resume from; none trains without.
         runtime: Device and threads.
         progress: Told of every update.
@@ -66,11 +66,11 @@ def train_policy(
         TrainingError: A loss or score is not finite.
         Interrupted: SIGTERM came; a checkpoint was saved.
     """
-    trainer = build_trainer(config, sft, reward_model, seed, device_of(runtime or RuntimeConfig()))
     rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
     if not rows:
         raise DataError("no prompts to train the policy on; check data.source")
-    trainer.environment.check(rows)
+    device = device_of(runtime or RuntimeConfig())
+    trainer = build_trainer(config, sft, reward_model, seed, device, rows)
     who = _identity(config, seed, data, sft, reward_model, trainer.renderer, identity or {})
     state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
     if state.update:
@@ -114,6 +114,7 @@ def build_trainer(
     reward_model: Approved[Path] | None,
     seed: int,
     device: torch.device,
+    rows: Sequence[PromptRow] = (),
 ) -> PPOTrainer:
     """Load the models that this configuration asks for.
 
@@ -129,7 +130,8 @@ def build_trainer(
     if reward_model is not None:
         scorer = Scorer(reward_model.subject, device, policy.config.max_position_embeddings)
         check_rendering(renderer, reward_model.subject, scorer)
-    environment = build_environment(config, scorer, renderer)
+    context = policy.config.max_position_embeddings
+    environment = build_environment(config, scorer, renderer, rows, device=device, context=context)
     reference = None
     if config.lora:
         policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))

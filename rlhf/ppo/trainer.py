@@ -112,7 +112,7 @@ class PPOTrainer:
         return rollouts
 
     def _texts(self, replies: Replies) -> list[str]:
-        return [self.environment.text(self.renderer.decode(ids)) for ids in replies.rows()]
+        return [self.environment.text(ids) for ids in replies.rows()]
 
     def score(self, rollouts: Rollouts) -> None:
         """The environment's verdict on every reply, always with the reply's own prompt."""
@@ -213,8 +213,7 @@ def _of_scores(rollouts: Rollouts) -> dict[str, float]:
     assert scored is not None
     return {
         "reward": float(rollouts.scores.mean()),
-        **{f"reward/{k}": float(v.mean()) for k, v in scored.components.items()},
-        **{f"weighted/{k}": float(v.mean()) for k, v in scored.weighted.items()},
+        **scored.metrics(),
         "reward/missing_eos": float((rollouts.scores - scored.totals).mean()),
     }
 
@@ -234,11 +233,10 @@ def _samples(rollouts: Rollouts, kl: Float[Tensor, " batch"]) -> list[dict[str, 
         {
             "prompt": rollouts.rows[i].prompt,
             "response": rollouts.texts[i],
+            **parts,
             "reward": float(rollouts.scores[i]),
-            "components": {k: float(v[i]) for k, v in scored.components.items()},
-            "weighted": {k: float(v[i]) for k, v in scored.weighted.items()},
             "kl": float(kl[i]),
             "finished": bool(rollouts.replies.finished[i]),
         }
-        for i in range(min(SAMPLES, len(rollouts.texts)))
+        for i, parts in enumerate(scored.rows()[:SAMPLES])
     ]

@@ -254,6 +254,36 @@ def test_flags_of_other_sections():
     assert load_config(None, ["--no-sft.enabled", "--base.path=x/y"]).config.sft.enabled is False
 
 
+REWARDS = ("reward_fn", "multi_objective", "reward_weights", "env_type", "env_config")
+
+
+@pytest.mark.parametrize("name", [name for name in RENAMED if name not in REWARDS])
+@pytest.mark.parametrize("form", ["--rl_{}", "--ppo.rl_{}", "--rl-{}"])
+def test_rl_names_are_the_same_fields(name, form):
+    # 1 is within the bounds of all but the clip range and the chunk that holds a mini-batch.
+    value = {"clip_range": 0.5, "chunk_size": 64}.get(name, 1)
+    loaded = load_config(None, [f"{form.format(name)}={value}"])
+    assert getattr(loaded.config.ppo, name) == value
+    assert loaded.sources == {f"ppo.{name}": "command line"}
+
+
+@pytest.mark.parametrize("form", ["--rl_{}", "--ppo.rl_{}", "--rl-{}"])
+def test_rl_names_of_rewards(form):
+    def loaded(**values):
+        tokens = [f"{form.format(name)}={value}" for name, value in values.items()]
+        return load_config(None, tokens).config.ppo
+
+    assert loaded(reward_fn="length_penalty").reward_fn == "length_penalty"
+    many = loaded(multi_objective="true", reward_weights='{"length": 2}')
+    assert (many.multi_objective, many.reward_weights) == (True, {"length": 2.0})
+    stops = loaded(env_type="text_generation", env_config='{"stop_sequences": ["Q:"]}')
+    assert stops.generation.stop_sequences == ("Q:",)
+    compared = load_config(
+        None, [f"{form.format('env_config')}.temperature=2", "--rl_env_type=preference_comparison"]
+    )
+    assert compared.config.ppo.comparison.temperature == 2
+
+
 def test_both_names_for_one_value_are_an_error():
     text = message("--rl-kl-coef=0.05", "--ppo.kl_coef=0.1")
     assert text == "command line: ppo.kl_coef: two values for one field; keep one"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.config import DataConfig
-from rlhf.data.prepare import clean
-from rlhf.data.rows import Pair
+from rlhf.data.clean import Known, clean
+from rlhf.data.rows import Pair, PromptRow
 from tests.data.helpers import assistant, pair, user
 
 
@@ -105,3 +107,61 @@ def test_every_row_is_kept_or_counted(data):
     for found in pairs:
         assert found.prompt
         assert found.chosen.strip() != found.rejected.strip() != ""
+
+
+# --- what a row says of its prompt ------------------------------------------------------------
+
+
+def known_of(data, **options):
+    config = DataConfig(source="x.csv", **options)
+    known = Known(config)
+    _, left_out = clean(data, config, known)
+    return [known.completed(PromptRow(p)) for p in ("p", "q")], left_out
+
+
+@pytest.mark.parametrize(
+    ("cell", "reference"),
+    [
+        ("four", "four"), (" 4 ", " 4 "), (4, "4"), (0.5, "0.5"),
+        (None, None), ("", None), (" \n", None), (float("nan"), None),
+    ],
+)  # fmt: skip
+def test_reference_answers(cell, reference):
+    found, left_out = known_of([{**pair(), "answer": cell}], reference_column="answer")
+    assert found == [PromptRow("p", reference=reference), PromptRow("q")]
+    assert left_out == {}
+
+
+@pytest.mark.parametrize("cell", [True, ["a"], "half \ud83d"])
+def test_a_reference_that_is_no_answer_is_left_out(cell):
+    found, left_out = known_of([{**pair(), "answer": cell}], reference_column="answer")
+    assert found[0].reference is None
+    assert left_out == {"the reference is no text or number": 1}
+
+
+def test_one_prompt_has_one_reference():
+    data = [
+        {**pair(), "answer": None},
+        {**pair("P ", chosen="d"), "answer": "4"},
+        {**pair(chosen="e"), "answer": "5"},
+        {**pair("q"), "answer": "5"},
+    ]
+    found, left_out = known_of(data, reference_column="answer")
+    assert [row.reference for row in found] == ["4", "5"]
+    assert left_out == {"another reference for the same prompt": 1}
+
+
+def test_metadata_is_what_json_can_hold():
+    data = [
+        {**pair(), "topic": "tea", "day": date(2024, 1, 2), "deep": {"a": [1, None]}},
+        {**pair(chosen="d"), "topic": "later rows change nothing"},
+        {**pair("q"), "topic": float("nan")},
+    ]
+    found, left_out = known_of(data, metadata_columns=("topic", "day", "deep"))
+    assert found[0].metadata == {"topic": "tea", "day": "2024-01-02", "deep": {"a": [1, None]}}
+    assert left_out == {"metadata can't be written as JSON": 1}
+
+
+def test_columns_that_nobody_asked_for_are_ignored():
+    found, _ = known_of([{**pair(), "answer": "4", "topic": object()}])
+    assert found[0] == PromptRow("p")

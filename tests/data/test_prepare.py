@@ -230,3 +230,24 @@ def test_world_that_has_too_few_prompts(tmp_path, monkeypatch):
     assert text == (
         "data.world: the world has too few distinct prompts for 60 eval pairs; ask for fewer"
     )
+
+
+def test_references_and_metadata_reach_the_prompts_of_both_sides(tmp_path):
+    data = [{**row, "answer": f"a{i}", "topic": i} for i, row in enumerate(rows(10))]
+    options = {"reference_column": "answer", "metadata_columns": ("topic",)}
+    parts, _ = prepare(tmp_path, data, **options)
+    found = [*parts[files.PROMPTS_TRAIN], *parts[files.PROMPTS_EVAL]]
+    wanted = [PromptRow(f"p{i}", None, f"a{i}", {"topic": i}) for i in range(10)]
+    assert sorted(found, key=lambda row: row.prompt) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"reference_column": "answr"}, "data.reference_column = 'answr'"),
+        ({"metadata_columns": ("topic",)}, "data.metadata_columns = 'topic'"),
+    ],
+)
+def test_a_column_that_there_is_not(tmp_path, options, field):
+    text = message(ConfigError, prepare, tmp_path, rows(10), **options)
+    assert text.startswith(f"{field}: not a column of 'pairs.jsonl'")

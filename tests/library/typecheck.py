@@ -10,8 +10,8 @@ from jaxtyping import install_import_hook
 #: Not `config` and `store`: beartype refuses typing.Self in pydantic's validators. Not `world`:
 #: it has no arrays, and its small functions are called a million times.
 MODULES = [
-    *("data", "errors", "evaluate", "gates", "judges", "modeling", "ppo", "progress", "report"),
-    *("reward", "sft", "stage", "statistics", "trl_adapter"),
+    *("data", "environments", "errors", "evaluate", "gates", "judges", "modeling", "ppo"),
+    *("progress", "report", "reward", "sft", "stage", "statistics", "trl_adapter"),
 ]
 
 #: An int where a float is announced is fine, as it is for type checkers (PEP 484).

@@ -1,0 +1,278 @@
+"""The reward functions, and the components of which `multi_objective` makes a weighted sum."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self, cast
+from urllib.parse import urlsplit
+
+import regex
+from pydantic import Field, field_validator, model_validator
+
+from rlhf.config.section import Section, chosen, nested
+
+#: Hosts to which a token may go without encryption: what is sent there stays on the machine.
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class LengthPenaltyConfig(Section):
+    """A reply pays for tokens beyond (or off) a target."""
+
+    target: int = Field(default=64, ge=0)
+    """Tokens that a reply may have (`side: over`) or should have (`side: both`)."""
+    slope: float = Field(default=0.01, gt=0)
+    """Reward lost with each token."""
+    side: Literal["over", "both"] = "over"
+    """`over`: only tokens beyond the target cost; `both`: tokens that are missing, too."""
+
+
+class CorrectnessConfig(Section):
+    """A reply is held against the reference answer of its prompt (`data.reference_column`)."""
+
+    mode: Literal["exact", "normalised", "numeric", "regex", "contains"] = "normalised"
+    """`exact`: the same text but for space around it; `normalised`: also but for case, spacing,
+    punctuation and articles; `numeric`: the last number in the reply; `regex`: the reference is a
+    pattern to be found; `contains`: the normalised reply has the normalised reference in it."""
+    tolerance: float = Field(default=0.0, ge=0)
+    """`numeric`: largest difference that still counts as right."""
+    relative_tolerance: float = Field(default=0.0, ge=0)
+    """`numeric`: the same as a share of the reference; the wider of the two holds."""
+    right: float = 1.0
+    """Reward of a right reply."""
+    wrong: float = 0.0
+    """Reward of any other."""
+    timeout_seconds: float = Field(default=1.0, gt=0)
+    """`regex`: a pattern that takes longer on one reply stops training."""
+
+
+class CustomConfig(Section):
+    """A Python function of one's own: a list of replies (dicts) in, a list of numbers out."""
+
+    function: str
+    """`package.module:function` or `folder/file.py:function`, in a folder that the operator lists
+    in the environment variable RLHF_ALLOWED_CODE."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """Time limit of one call, the import at first included; it is interrupted after that."""
+
+    @field_validator("function")
+    @classmethod
+    def _has_two_parts(cls, value: str) -> str:
+        place, colon, name = value.rpartition(":")
+        is_module = all(part.isidentifier() for part in place.split("."))
+        if not colon or not name.isidentifier() or not (is_module or place.endswith(".py")):
+            raise ValueError(f"{value!r} is no function; write module:function or file.py:function")
+        return value
+
+
+class ComponentSection(Section):
+    """What every component has."""
+
+    weight: float = 1.0
+    """Factor in the sum; `reward_weights` wins over it."""
+    normalize: Literal["none", "zscore", "minmax"] = "none"
+    """`zscore`: less the mean of all values so far, over their standard deviation; `minmax`: from
+    0 at the least value so far to 1 at the largest."""
+    clip: float | None = Field(default=None, gt=0)
+    """Values are clamped to ± this, after normalising; none leaves them alone."""
+
+
+class RewardModelComponent(ComponentSection):
+    """The reward model's score."""
+
+    type: Literal["reward_model"] = "reward_model"
+    """Kind of component."""
+
+
+class LengthComponent(ComponentSection):
+    """A piecewise linear function of the number of tokens."""
+
+    type: Literal["length"] = "length"
+    """Kind of component."""
+    points: tuple[tuple[float, float], ...] = Field(default=((0.0, 0.0), (64.0, 1.0)), min_length=1)
+    """(tokens, value) pairs, tokens rising; constant before the first and after the last."""
+
+    @field_validator("points")
+    @classmethod
+    def _rising(cls, value: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        for (left, _), (right, _) in pairwise(value):
+            if right <= left:
+                raise ValueError(f"tokens must rise from point to point, and {right:g} follows "
+                                 f"{left:g}; put the points in order")  # fmt: skip
+        return value
+
+
+class KeywordComponent(ComponentSection):
+    """Words that a reply should hold; with a negative weight, words that it should not."""
+
+    type: Literal["keyword"] = "keyword"
+    """Kind of component."""
+    words: tuple[Annotated[str, Field(pattern=r"\S")], ...] = Field(min_length=1)
+    """Words or phrases."""
+    match: Literal["any", "all", "fraction"] = "any"
+    """1 if any (or all) of them are there, else 0; or the share of them that are."""
+    case_sensitive: bool = False
+    """Tell capitals from small letters."""
+    whole_words: bool = True
+    """Do not find a word inside of a longer one."""
+
+
+class RegexComponent(ComponentSection):
+    """1 where a pattern is found in the reply, else 0."""
+
+    type: Literal["regex"] = "regex"
+    """Kind of component."""
+    pattern: str = Field(min_length=1)
+    """A pattern as Python's `re` reads it."""
+    full: bool = False
+    """The pattern must match the whole reply."""
+    timeout_seconds: float = Field(default=1.0, gt=0)
+    """A pattern that takes longer on one reply stops training."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            regex.compile(value)
+        except regex.error as error:
+            raise ValueError(f"{value!r} is no pattern ({error}); mend it") from None
+        return value
+
+
+class JsonValidComponent(ComponentSection):
+    """1 where the whole reply is JSON, else 0."""
+
+    type: Literal["json_valid"] = "json_valid"
+    """Kind of component."""
+    require: Literal["any", "object", "array"] = "any"
+    """What the JSON must be."""
+    keys: tuple[str, ...] = ()
+    """Keys that an object must have."""
+
+    @model_validator(mode="after")
+    def _keys_of_an_object(self) -> Self:
+        if self.keys and self.require != "object":
+            raise ValueError(f"keys = {list(self.keys)} need require = 'object', not "
+                             f"{self.require!r}; set it")  # fmt: skip
+        return self
+
+
+class CorrectnessComponent(ComponentSection, CorrectnessConfig):
+    """Agreement with the reference answer."""
+
+    type: Literal["correctness"] = "correctness"
+    """Kind of component."""
+
+
+class RepetitionComponent(ComponentSection):
+    """Minus the share of a reply's word n-grams that stood in it before: 0 is best, −1 worst."""
+
+    type: Literal["repetition"] = "repetition"
+    """Kind of component."""
+    ngram: int = Field(default=3, ge=1)
+    """Words that make one n-gram."""
+
+
+class CustomComponent(ComponentSection, CustomConfig):
+    """A Python function of one's own."""
+
+    type: Literal["custom"] = "custom"
+    """Kind of component."""
+
+
+class RemoteComponent(ComponentSection):
+    """A service that scores replies: they are posted as JSON, and scores come back."""
+
+    type: Literal["remote"] = "remote"
+    """Kind of component."""
+    url: str
+    """Where to post to, by http:// or https://."""
+    token_env: str | None = None
+    """NAME of the environment variable that holds a bearer token; the token stands nowhere."""
+    batch_size: int = Field(default=128, ge=1)
+    """Most replies in one request."""
+    timeout_seconds: float = Field(default=10.0, gt=0)
+    """Time limit of one request."""
+    retries: int = Field(default=3, ge=0)
+    """Further tries of a request that found no service, a busy or a failing one."""
+    backoff_seconds: float = Field(default=0.5, ge=0)
+    """Wait before the first further try; doubles with each."""
+    fallback: float | None = None
+    """Value of replies that could not be scored; none stops training instead."""
+    breaker_failures: int = Field(default=3, ge=1)
+    """After so many failed requests in a row none is sent for a while; the fallback holds."""
+    breaker_seconds: float = Field(default=60.0, ge=0)
+    """Length of that while; then one request is tried."""
+
+    @field_validator("url")
+    @classmethod
+    def _web(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            _ = parts.port
+        except ValueError:
+            raise ValueError("is no valid URL; mend its host or port") from None
+        # The value itself must not be repeated: it may hold a password.
+        if "@" in parts.netloc or parts.query:
+            raise ValueError("holds user info or a query, where secrets stand; set token_env")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be http://host/path or https://host/path")
+        return value
+
+    @field_validator("token_env")
+    @classmethod
+    def _a_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
+            # Not repeated: it may be the token itself.
+            raise ValueError("is no NAME of an environment variable; set one, and name it here")
+        return value
+
+    @model_validator(mode="after")
+    def _token_is_encrypted(self) -> Self:
+        parts = urlsplit(self.url)
+        if self.token_env and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+            raise ValueError("token_env would go over the network unencrypted; use https in url")
+        return self
+
+
+AnyComponent = (
+    RewardModelComponent | LengthComponent | KeywordComponent | RegexComponent
+    | JsonValidComponent | CorrectnessComponent | RepetitionComponent | CustomComponent
+    | RemoteComponent
+)  # fmt: skip
+
+#: The section of each kind of component.
+COMPONENTS: Mapping[str, type[ComponentSection]] = {
+    "reward_model": RewardModelComponent,
+    "length": LengthComponent,
+    "keyword": KeywordComponent,
+    "regex": RegexComponent,
+    "json_valid": JsonValidComponent,
+    "correctness": CorrectnessComponent,
+    "repetition": RepetitionComponent,
+    "custom": CustomComponent,
+    "remote": RemoteComponent,
+}
+
+
+def component(name: str, value: Any) -> ComponentSection:
+    """The component of this name; its kind is its `type`, or else its name.
+
+    Raises:
+        PydanticCustomError: It is wrong; `loc` starts with the name.
+    """
+    if isinstance(value, ComponentSection):
+        return value
+    options = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    kind = options.get("type", name)
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,62}", name):
+        raise _wrong(name, f"{name!r} is no name of a component; use letters, digits, _ and -")
+    if not isinstance(kind, str) or kind not in COMPONENTS:
+        raise _wrong(name, f"type = {kind!r} is no kind of component; known are "
+                     f"{', '.join(COMPONENTS)}")  # fmt: skip
+    return chosen(COMPONENTS[kind], {} if value is None else value)
+
+
+def _wrong(name: str, text: str) -> Exception:
+    return nested([{"type": "value_error", "loc": (), "msg": text, "input": name}])

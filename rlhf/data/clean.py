@@ -1,0 +1,178 @@
+"""Which rows of a source can be used, and what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from rlhf.config import DataConfig
+from rlhf.data.rows import Message, Pair, Prompt, PromptRow
+
+
+def clean(
+    rows: Iterable[dict[str, Any]], config: DataConfig, known: Known | None = None
+) -> tuple[list[Pair], dict[str, int]]:
+    """Usable pairs, and how many rows were left out for which reason.
+
+    `known` takes up what the usable rows say of their prompts.
+    """
+    known = known or Known(config)
+    pairs: dict[str, Pair] = {}
+    left_out: Counter[str] = Counter()
+    for row in rows:
+        try:
+            pair = _pair(row, config)
+            note = known.read(row, pair.prompt)
+            if repr(pair) in pairs:
+                raise _LeftOutError("duplicate")
+            pairs[repr(pair)] = pair
+            note()
+        except _LeftOutError as reason:
+            left_out[str(reason)] += 1
+    return list(pairs.values()), dict(sorted(left_out.items()))
+
+
+class _LeftOutError(Exception):
+    """Why a row can't be used."""
+
+
+class Known:
+    """Reference answers and metadata, by prompt: the same for every row of a prompt."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.references: dict[str, str] = {}
+        self.metadata: dict[str, dict[str, Any]] = {}
+
+    def read(self, row: dict[str, Any], prompt: Prompt) -> Callable[[], None]:
+        """Check what a row says of its prompt; the result notes it, once the row is in use."""
+        columns = self.config.metadata_columns
+        if self.config.reference_column is None and not columns:
+            return lambda: None
+        name, reference = key(prompt), self._reference(row)
+        if reference is not None and self.references.get(name, reference) != reference:
+            raise _LeftOutError("another reference for the same prompt")
+        metadata = {column: _plain_json(row.get(column)) for column in columns}
+
+        def note() -> None:
+            if reference is not None:
+                self.references[name] = reference
+            self.metadata.setdefault(name, metadata)
+
+        return note
+
+    def completed(self, row: PromptRow) -> PromptRow:
+        """The row with what is known of its prompt; of metadata, what its first row said."""
+        name = key(row.prompt)
+        return replace(
+            row, reference=self.references.get(name), metadata=self.metadata.get(name, {})
+        )
+
+    def _reference(self, row: dict[str, Any]) -> str | None:
+        if self.config.reference_column is None:
+            return None
+        value: Any = row.get(self.config.reference_column)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return None if math.isnan(value) else str(value)  # as Parquet writes no number
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if not _is_text(value):
+            raise _LeftOutError("the reference is no text or number")
+        return str(value)
+
+
+def _plain_json(value: Any) -> Any:
+    """What JSON can hold of a cell: dates and the like become text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    except (TypeError, ValueError):
+        raise _LeftOutError("metadata can't be written as JSON") from None
+    if not _is_unicode(text):
+        raise _LeftOutError("metadata is no text")
+    return json.loads(text)
+
+
+def _pair(row: dict[str, Any], config: DataConfig) -> Pair:
+    prompt = _prompt(row.get(config.prompt_column))
+    chosen = _reply(row.get(config.chosen_column), prompt)
+    rejected = _reply(row.get(config.rejected_column), prompt)
+    if chosen.strip() == rejected.strip():
+        raise _LeftOutError("both replies are the same")
+    if sum(len(m["content"]) for m in _messages(prompt)) > config.max_prompt_chars:
+        raise _LeftOutError("prompt too long")
+    if max(len(chosen), len(rejected)) > config.max_reply_chars:
+        raise _LeftOutError("reply too long")
+    return Pair(prompt, chosen, rejected)
+
+
+def _prompt(value: Any) -> Prompt:
+    """Text, or chat messages of which the last waits for a reply."""
+    no_text = _LeftOutError("prompt is empty or no text")
+    if not isinstance(value, list):
+        if not _is_text(value):
+            raise no_text
+        return value
+    messages = _chat(value)
+    if not messages or not messages[-1]["content"].strip():
+        raise no_text
+    if messages[-1]["role"] == "assistant":
+        raise _LeftOutError("prompt ends with a reply")
+    return messages
+
+
+def _reply(value: Any, prompt: Prompt) -> str:
+    """A reply's text; of a chat, that of the last message, if the rest repeats the prompt."""
+    if isinstance(value, list):
+        messages = _chat(value)
+        if messages and messages[-1]["role"] != "assistant":
+            raise _LeftOutError("a reply is not the assistant's")
+        if len(messages) > 1 and key(messages[:-1]) != key(prompt):
+            raise _LeftOutError("a reply belongs to another prompt")
+        value = messages[-1]["content"] if messages else None
+    if not _is_text(value):
+        raise _LeftOutError("a reply is empty or no text")
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can hold and no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _chat(value: list[Any]) -> list[Message]:
+    """Role and content of each message; nothing if one of them is no message."""
+    messages: list[Message] = []
+    for item in value:
+        if not isinstance(item, dict):
+            return []
+        role, content = item.get("role"), item.get("content")
+        if not all(isinstance(text, str) and _is_unicode(text) for text in (role, content)):
+            return []
+        messages.append({"role": str(role), "content": str(content)})
+    return messages
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def key(prompt: Prompt) -> str:
+    """Equal for prompts that a held-out score must not tell apart: by form, spacing or case."""
+
+    def plain(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+    return json.dumps([(m["role"], plain(m["content"])) for m in _messages(prompt)])
