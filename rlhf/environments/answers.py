@@ -105,20 +105,9 @@ def normalised(text: str) -> str:
     A minus sign and a decimal point stay: −4 is not 4, and 3.5 is not 35.
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
-    text = regex.sub(r"['’]", "", text)
-    text = regex.sub(r"(?<=\d)[.,](?=\d)|(?<!\w)-(?=\.?\d)|[^\w\s]|_", _kept, text)
+    text = regex.sub(r"['’]|(?<=\d),(?=\d)", "", text)
+    text = regex.sub(r"\.(?!\d)|(?<=\w)-|-(?!\.?\d)|[^\w\s.\-]|_", " ", text)
     return " ".join(word for word in text.split() if word not in ARTICLES)
-
-
-def _kept(found: regex.Match[str]) -> str:
-    text, end, whole = found.group(), found.end(), found.string
-    in_number = text in ".,-" and end < len(whole) and whole[end].isdigit()
-    if text == "-":
-        before = whole[found.start() - 1 : found.start()]
-        return "-" if in_number and not regex.match(r"\w", before) else " "
-    if in_number and found.start() and whole[found.start() - 1].isdigit():
-        return "." if text == "." else ""  # a comma parts thousands
-    return " "
 
 
 def matches(pattern: regex.Pattern[str], text: str, seconds: float, full: bool = False) -> bool:

@@ -1,0 +1,269 @@
+"""The remote component against a real server on this machine: slow, failing, refusing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from rlhf.config import PPOConfig, RemoteComponent
+from rlhf.environments import Reply, build_environment
+from rlhf.environments.remote import RemoteReward
+from rlhf.errors import ConfigError, RewardServiceError, TrainingError, worth_retrying
+
+BATCH = [
+    Reply("tea?", "good", 2, True, "yes", {"n": 1}),
+    Reply("jar?", "é" * 3, 3, False),
+    Reply("mug?", "", 0, False),
+]
+
+
+@pytest.fixture
+def service():
+    """A server whose answers come from a list of (status, body) or functions of the handler."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answers, server.requests = [], []
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, dict(self.headers), json.loads(body)))
+        replies = json.loads(body)["replies"]
+        answer = self.server.answers.pop(0) if self.server.answers else None
+        if callable(answer):
+            answer(self)
+            return
+        lengths = {"scores": [len(reply["response"]) for reply in replies]}
+        status, text = answer or (200, json.dumps(lengths))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        if status in (301, 307):
+            self.send_header("Location", "/elsewhere")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def reward(service, **options):
+    url = f"http://127.0.0.1:{service.server_port}/score"
+    quick = {"timeout_seconds": 5, "backoff_seconds": 0.01, "retries": 0}
+    return RemoteReward(RemoteComponent(url=url, **(quick | options)), "helpful")
+
+
+def fails(call, *args, kind=RewardServiceError) -> str:
+    with pytest.raises(kind) as caught:
+        call(*args)
+    assert "component 'helpful'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_batch_is_posted_and_the_scores_come_back(service):
+    assert reward(service)(BATCH) == [4, 3, 0]
+    ((path, headers, body),) = service.requests
+    assert path == "/score"
+    assert headers["Content-Type"] == "application/json"
+    assert "Authorization" not in headers
+    assert body["replies"][0] == {
+        "prompt": "tea?", "response": "good", "n_tokens": 2, "finished": True, "reference": "yes",
+        "metadata": {"n": 1}, "group": 0, "reference_reply": None,
+    }  # fmt: skip
+
+
+def test_in_parts(service):
+    assert reward(service, batch_size=2)(BATCH) == [4, 3, 0]
+    assert [len(body["replies"]) for _, _, body in service.requests] == [2, 1]
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_what_may_pass_is_tried_again(service, status):
+    service.answers = [(status, "")] * 2
+    assert reward(service, retries=2)(BATCH) == [4, 3, 0]
+    assert len(service.requests) == 3
+    service.answers = [(status, "")] * 3
+    text = fails(reward(service, retries=2), BATCH)
+    assert f"it answered {status}, 3 times; see to the service, or set fallback" in text
+
+
+def test_waiting_doubles(service):
+    service.answers = [(500, "")] * 2
+    begun = time.monotonic()
+    reward(service, retries=2, backoff_seconds=0.1)(BATCH)
+    assert 0.3 <= time.monotonic() - begun < 2  # 0.1 + 0.2
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 307, 204])
+def test_a_refusal_is_not_tried_again(service, status):
+    service.answers = [(status, "")]
+    text = fails(reward(service, retries=3, fallback=0), BATCH, kind=TrainingError)
+    assert f"it answered {status}; correct the url, the token or the service" in text
+    assert len(service.requests) == 1  # nor is a redirect followed
+
+
+def slow(handler):
+    time.sleep(1)
+
+
+def dripping(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    try:
+        for _ in range(15):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.1)
+    except OSError:
+        pass
+
+
+@pytest.mark.parametrize("answer", [slow, dripping])
+def test_the_time_limit_holds_for_the_whole_answer(service, answer):
+    service.answers = [answer]
+    begun = time.monotonic()
+    text = fails(reward(service, timeout_seconds=0.3), BATCH)
+    assert time.monotonic() - begun < 0.9
+    assert "it can't be reached (ReadTimeout)" in text or "it took more than 0.3 seconds" in text
+
+
+def cut_off(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"scores"')
+
+
+def test_an_answer_that_breaks_off_is_tried_again(service):
+    service.answers = [cut_off]
+    assert reward(service, retries=1)(BATCH) == [4, 3, 0]
+
+
+def refused():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return f"http://127.0.0.1:{port}/"
+
+
+def test_nobody_there():
+    config = RemoteComponent(url=refused(), retries=1, backoff_seconds=0)
+    with pytest.raises(
+        RewardServiceError, match=r"can't be reached \(ConnectError\), 2 t"
+    ) as error:
+        RemoteReward(config, "helpful")(BATCH)
+    assert worth_retrying(error.value)
+    assert isinstance(error.value, ConnectionError)
+
+
+def test_the_fallback_takes_the_place_of_scores():
+    config = RemoteComponent(url=refused(), retries=0, fallback=-0.5)
+    assert RemoteReward(config, "helpful")(BATCH) == [-0.5] * 3
+
+
+def test_the_breaker(service):
+    remote = reward(
+        service, fallback=-1, breaker_failures=2, breaker_seconds=0.3, batch_size=1, retries=1
+    )
+    service.answers = [(500, "")] * 5
+    # Two replies fail, each asked twice; for the third no request is sent.
+    assert remote(BATCH) == [-1, -1, -1]
+    assert len(service.requests) == 4
+    assert remote(BATCH) == [-1, -1, -1]
+    assert len(service.requests) == 4
+    time.sleep(0.35)
+    # Then one try, which fails, and closes the service off again.
+    assert remote(BATCH) == [-1, -1, -1]
+    assert len(service.requests) == 5
+    time.sleep(0.35)
+    assert remote(BATCH) == [4, 3, 0]
+    # A success starts the count again.
+    service.answers = [(500, "")] * 2
+    assert remote(BATCH) == [-1, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "no json", "[1, 2, 3]", '{"score": [1, 2, 3]}', '{"scores": "123"}',
+        '{"scores": [1, "2", 3]}',
+        '{"scores": [true, 1, 2]}', '{"scores": null}', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_answers_that_make_no_sense(service, body):
+    service.answers = [(200, body)]
+    text = fails(reward(service, retries=2, fallback=0), BATCH, kind=TrainingError)
+    assert 'its answer is no {"scores": [numbers]}; mend the service' in text
+    assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ('{"scores": [1, 2]}', "gave 2 values for 3 replies"),
+        ('{"scores": [1, NaN, 2]}', "is nan for the reply 'ééé'"),
+        ('{"scores": [1, 1e999, 2]}', "is inf for the reply"),
+    ],
+)
+def test_scores_that_are_no_scores(service, body, expected):
+    service.answers = [(200, body)]
+    assert expected in fails(reward(service), BATCH, kind=TrainingError)
+
+
+def test_an_endless_answer(service):
+    def endless(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(b" " * 2**20)
+        except OSError:
+            pass
+
+    service.answers = [endless]
+    text = fails(reward(service, fallback=0), BATCH, kind=TrainingError)
+    assert "is no list of scores, but longer" in text
+
+
+def test_the_token_comes_from_the_environment_and_stands_nowhere_else(service, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("SCORE_TOKEN", " s3cret\n")
+    remote = reward(service, token_env="SCORE_TOKEN")
+    service.answers = [None, (500, ""), (401, "")]
+    remote(BATCH)
+    texts = [fails(remote, BATCH), fails(remote, BATCH, kind=TrainingError)]
+    assert service.requests[0][1]["Authorization"] == "Bearer s3cret"
+    assert "s3cret" not in "".join([*texts, caplog.text, repr(remote.config)])
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "naïve"])
+def test_a_token_that_is_not_there(service, monkeypatch, value):
+    monkeypatch.delenv("SCORE_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SCORE_TOKEN", value)
+    with pytest.raises(ConfigError, match="token_env = 'SCORE_TOKEN' is not set"):
+        reward(service, token_env="SCORE_TOKEN")
+
+
+def test_as_a_component(service, renderer):
+    url = f"http://127.0.0.1:{service.server_port}/"
+    config = PPOConfig(
+        multi_objective=True,
+        env_config={"components": {"helpful": {"type": "remote", "url": url, "weight": 2}}},
+    )
+    scored = build_environment(config, None, renderer)(BATCH)
+    assert scored.totals.tolist() == [8, 6, 0]
+    assert scored.components["helpful"].tolist() == [4, 3, 0]
