@@ -99,8 +99,10 @@ def _switch_on(core: Any, backbone: Any) -> bool:
         return False
     device = next(backbone.parameters()).device
     highest = min(backbone.get_input_embeddings().num_embeddings, 97)
-    ids = (torch.arange(16, device=device).view(2, 8) * 37 + 11) % highest
-    attention = torch.tensor([[0, 0, 0] + [1] * 5, [1] * 8], device=device)
+    width = int(min(8, _window(backbone.config)))
+    ids = (torch.arange(2 * width, device=device).view(2, width) * 37 + 11) % highest
+    attention = torch.ones_like(ids)
+    attention[0, : width // 3] = 0
     valid = attention.bool()
 
     def run(packed: bool) -> Tensor:

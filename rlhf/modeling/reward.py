@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.base import _load
+from rlhf.modeling.forward import arguments_of, backbone_of, packs, token_batches
 from rlhf.stage import read_json, write_json
 
 META = "rlhf.json"
@@ -147,14 +148,15 @@ class Scorer:
     """Scores replies to prompts by a frozen reward model with a renderer of its own."""
 
     def __init__(
-        self, folder: Path, device: torch.device, max_length: int, batch_size: int = 128
+        self, folder: Path, device: torch.device, max_length: int, batch_tokens: int = 4096
     ) -> None:
         self.renderer = load_renderer(folder)
         self.model = load_reward_model(folder, self.renderer).to(device).eval()
         self.model.requires_grad_(False)
         # A reward model of others may have less room than the policy.
         room = getattr(self.model.config, "max_position_embeddings", max_length)
-        self.max_length, self.batch_size, self.device = min(max_length, room), batch_size, device
+        self.max_length = min(max_length, room)
+        self.batch_tokens, self.device = batch_tokens, device
 
     def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
         """Score each reply as an answer to its own prompt; the result lies on the CPU.
@@ -177,15 +179,19 @@ class Scorer:
 
     @torch.no_grad()
     def score_ids(self, rows: list[list[int]]) -> Float[Tensor, " batch"]:
-        """Score token sequences, in batches of similar length."""
+        """Score token sequences, in batches of similar length and at most `batch_tokens` tokens."""
         scores = torch.empty(len(rows))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for chosen in token_batches([len(row) for row in rows], self.batch_tokens):
             ids, mask = pad_right([rows[i] for i in chosen], self.renderer.tokenizer.pad_token_id)
-            logits = self.model(ids.to(self.device), mask.to(self.device)).logits
-            scores[chosen] = logits.squeeze(-1).cpu()
+            scores[chosen] = self._score(ids.to(self.device), mask.to(self.device)).cpu()
         return scores
+
+    def _score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """As the model's own forward, without computing on padding where that is possible."""
+        arguments, place = arguments_of(ids, mask, packs(self.model, ids.shape[1]))
+        hidden = backbone_of(self.model)(**arguments, use_cache=False).last_hidden_state
+        token_scores = self.model.score(hidden).flatten()[place].float()
+        return pool(token_scores, counted_tokens(ids, mask, self.model.marker), self.model.pooling)
 
 
 def pad_right(

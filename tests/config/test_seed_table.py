@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rlhf.config import PipelineConfig, PPOConfig, load_config
 from rlhf.config.aliases import SEED_NAMES
@@ -102,7 +102,10 @@ def section(name: str, value: Any) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """A value of the configuration as it was written."""
-    return value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
+    # Through JSON: a section holds tuples where a list was written.
+    return (
+        value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
+    )
 
 
 def test_the_table_is_the_seeds():

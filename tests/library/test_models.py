@@ -287,9 +287,9 @@ class TestScorer:
 
     def test_order_and_batches_change_nothing(self, reward_model):
         scores = Scorer(reward_model, CPU, 48)(self.prompts, self.replies)
-        one_by_one = Scorer(reward_model, CPU, 48, batch_size=1)(self.prompts, self.replies)
+        one_by_one = Scorer(reward_model, CPU, 48, batch_tokens=1)(self.prompts, self.replies)
         torch.testing.assert_close(scores, one_by_one, atol=1e-5, rtol=0)
-        backwards = Scorer(reward_model, CPU, 48, batch_size=3)(
+        backwards = Scorer(reward_model, CPU, 48, batch_tokens=30)(
             self.prompts[::-1], self.replies[::-1]
         )
         torch.testing.assert_close(scores, backwards.flip(0), atol=1e-5, rtol=0)
