@@ -84,10 +84,13 @@ def configuration(work: Workload) -> PPOConfig:
 
 
 class OurSide:
-    """The product's trainer; `update` does one update on given prompts."""
+    """The product's trainer; `update` does one update on given prompts.
 
-    def __init__(self, work: Workload, folder: Path) -> None:
-        self.work = work
+    `compare` also computes what only the comparison needs, outside the clock.
+    """
+
+    def __init__(self, work: Workload, folder: Path, compare: bool) -> None:
+        self.work, self.compare = work, compare
         config, renderer = configuration(work), load_renderer(folder / "policy")
         policy, reference = load_biased_policy(folder), None
         classifier = load_reward_model(folder / "reward", renderer)
@@ -120,7 +123,7 @@ class OurSide:
         scored = trainer._score(texts, decoded, replies)  # pyright: ignore[reportArgumentType]
         buffer, _ = trainer._evaluate(replies, scored)
         clock.mark("scoring")
-        reference = self._reference(replies) if self.work.comparable else buffer.log_probs
+        reference = self._reference(replies) if self.compare else buffer.log_probs
         aside = Clock()  # what the comparison needs is no part of the update
         trainer._optimise(buffer, seed=seed + 1)
         aside.mark("optimisation")

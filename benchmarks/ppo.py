@@ -84,7 +84,11 @@ def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, f
         if args.side == "ours":
             from benchmarks.our_side import OurSide
 
-            imported, side, prompts = report.peak_mib(), OurSide(work, folder), work.prompts()
+            imported, side, prompts = (
+                report.peak_mib(),
+                OurSide(work, folder, False),
+                work.prompts(),
+            )
             for number in range(work.updates):
                 rows = slice(number * work.size.batch, (number + 1) * work.size.batch)
                 side.update(number, prompts[rows])
@@ -93,7 +97,7 @@ def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, f
 
             import_trl(args.trl)
             imported = report.peak_mib()
-            TRLSide(work, folder, args.trl).run(lambda _number, _update: None)
+            TRLSide(work, folder, args.trl).run(None)
     return {"start": started, "imports": imported, "peak": report.peak_mib()}
 
 
@@ -116,7 +120,7 @@ def interleaved(
     theirs = TRLSide(work, folder, args.trl)
     from benchmarks.our_side import OurSide
 
-    ours = OurSide(work, folder)
+    ours = OurSide(work, folder, work.comparable)
     updates: list[dict[str, Update]] = []
     found: list[dict[str, float]] = []
 

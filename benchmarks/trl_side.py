@@ -79,8 +79,8 @@ class TRLSide(TrainerCallback):
         import peft
 
         return peft.LoraConfig(
-            r=LORA.r, lora_alpha=int(LORA.alpha), lora_dropout=0.0, target_modules=LORA.target_modules,
-            task_type="CAUSAL_LM",
+            r=LORA.r, lora_alpha=int(LORA.alpha), lora_dropout=0.0,
+            target_modules=LORA.target_modules, task_type="CAUSAL_LM",
         )  # fmt: skip
 
     def _arguments(self) -> Any:
@@ -120,8 +120,8 @@ class TRLSide(TrainerCallback):
 
         self.module.batch_generation, self.module.forward = batch_generation, first_forward
 
-    def run(self, after_update: Callable[[int, Update], None]) -> None:
-        """Train; `after_update(number, update)` runs while TRL stands still."""
+    def run(self, after_update: Callable[[int, Update], None] | None) -> None:
+        """Train; `after_update(number, update)` runs while TRL stands still, if there is one."""
         self.after_update = after_update
         self.clock.start()
         self.trainer.train()
@@ -129,7 +129,8 @@ class TRLSide(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """An update is over: read it, let the other side work, go on."""
         self.clock.mark("optimisation")
-        self.after_update(self.update, self._result())
+        if self.after_update:
+            self.after_update(self.update, self._result())
         self.update += 1
         self.optimising = False
         self.clock.start()
@@ -151,6 +152,8 @@ class TRLSide(TrainerCallback):
             "advantages": "advantages",
         }
         tensors = {ours: local[theirs].clone() for ours, theirs in names.items()}
+        if sys.version_info < (3, 13):
+            local.clear()  # a copy, which would keep all of TRL's tensors through its next update
         return Update(
             self.clock.wall, self.clock.cpu, queries, replies, mask, tensors, self._weights
         )
