@@ -18,11 +18,13 @@ from benchmarks.side import Clock, Update
 from benchmarks.workload import CONTEXT, LORA, Workload, load_biased_policy, text_of
 from rlhf.config import PPOConfig
 from rlhf.data.rendering import load_renderer
+from rlhf.data.rows import PromptRow
+from rlhf.environments import Reply, Scored
 from rlhf.modeling.critic import critic_from, freeze
 from rlhf.modeling.lora import lora_config
 from rlhf.modeling.reward import Scorer, load_reward_model
-from rlhf.ppo.rewards import Reply, Scored
-from rlhf.ppo.rollout import log_probs_and_entropy
+from rlhf.ppo.models import Models
+from rlhf.ppo.optimise import optimise
 from rlhf.ppo.trainer import PPOTrainer
 
 
@@ -32,8 +34,26 @@ class TokenReward:
     The product's own reward ends every reply with an end token; a reply that was cut has none.
     """
 
-    def __init__(self, scorer: Scorer, missing_eos_penalty: float) -> None:
-        self.scorer, self.missing_eos_penalty = scorer, missing_eos_penalty
+    replies_per_prompt = 1
+    needs_reference_reply = False
+    stop = None
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def text(self, decoded: str) -> str:
+        """A reply's text as it is."""
+        return decoded
+
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        """Every prompt will do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing changes."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing changes."""
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
         """Score every reply with its own prompt."""
@@ -43,9 +63,7 @@ class TokenReward:
             encoded = renderer.encode(reply.prompt, reply.response, CONTEXT)
             rows.append(encoded.ids if reply.finished else encoded.ids[:-1])
         scores = self.scorer.score_ids(rows)
-        unfinished = torch.tensor([not r.finished for r in batch], dtype=scores.dtype)
-        totals = scores - self.missing_eos_penalty * unfinished
-        return Scored(totals, {"reward_model": scores})
+        return Scored(scores, {"reward_model": scores}, {"reward_model": scores})
 
 
 def configuration(work: Workload) -> PPOConfig:
@@ -63,10 +81,8 @@ def configuration(work: Workload) -> PPOConfig:
         "top_k": 0,
         "learning_rate": work.learning_rate,
         "lr_scheduler": "constant",
-        "lr_final_fraction": 1.0,
         "adam_beta2": 0.999,
-        # TRL ignores its own; this is large enough never to clip.
-        "max_grad_norm": 1e9,
+        "max_grad_norm": None,  # TRL ignores its own
         "kl_coef": work.kl_coef,
         "gamma": work.gamma,
         "gae_lambda": work.gae_lambda,
@@ -104,52 +120,45 @@ class OurSide:
         with torch.no_grad():  # TRL's critic starts with the reward model's head, without bias
             critic.value_head.weight.copy_(classifier.score.weight)
         critic.value_head.bias.requires_grad_(False)
-        reward = TokenReward(
-            Scorer(folder / "reward", torch.device("cpu"), CONTEXT), work.missing_eos_penalty
-        )
-        self.trainer = PPOTrainer(
-            config, policy, reference, critic, reward, renderer, Accelerator(cpu=True), work.seed
-        )
+        reward: Any = TokenReward(Scorer(folder / "reward", torch.device("cpu"), CONTEXT))
+        models = Models(config, policy, reference, critic, Accelerator(cpu=True))
+        self.trainer = PPOTrainer(config, models, reward, renderer, work.seed)
 
     def update(self, number: int, prompts: list[list[int]]) -> Update:
         """One update on these prompts, with the sampling seed that the other side has."""
         trainer, seed = self.trainer, self.work.sampling_seed(number)
-        texts = [text_of(ids) for ids in prompts]
-        trainer._set_learning_rates(1.0)
+        rows = [PromptRow(text_of(ids)) for ids in prompts]
+        trainer.models.set_learning_rates(number)
         clock = Clock()
-        replies = trainer._sample(texts, seed=seed)  # pyright: ignore[reportArgumentType]
+        rollouts = trainer.sample(rows, seed=seed)
         clock.mark("rollout")
-        decoded = [trainer.renderer.decode(row) for row in replies.rows()]
-        scored = trainer._score(texts, decoded, replies)  # pyright: ignore[reportArgumentType]
-        buffer, _ = trainer._evaluate(replies, scored)
+        trainer.score(rollouts)
+        buffer, _, _ = trainer.evaluate(rollouts)
         clock.mark("scoring")
-        reference = self._reference(replies) if self.compare else buffer.log_probs
+        replies, tensors = rollouts.replies, {}
+        if self.compare:
+            with torch.no_grad():
+                reference = trainer.models.reference_log_probs(replies)
+            tensors = {
+                "log_probs": buffer.log_probs,
+                "reference_log_probs": reference,
+                "values": buffer.values[:, :-1],
+                "advantages": buffer.advantages,
+            }
         aside = Clock()  # what the comparison needs is no part of the update
-        trainer._optimise(buffer, seed=seed + 1)
+        optimise(buffer, trainer.models, seed + 1)
         aside.mark("optimisation")
-        tensors = {
-            "log_probs": buffer.log_probs,
-            "reference_log_probs": reference,
-            "values": buffer.values,
-            "advantages": buffer.advantages,
-        }
         return Update(
             clock.wall | aside.wall, clock.cpu | aside.cpu, prompts, replies.rows(),
             replies.mask.cpu(), tensors, self._weights,
         )  # fmt: skip
 
-    @torch.no_grad()
-    def _reference(self, replies: Any) -> Tensor:
-        return log_probs_and_entropy(self.trainer.reference, replies, 1.0)[0]
-
     def _weights(self) -> dict[str, Tensor]:
         """Trained weights, named as on TRL's side."""
         names = {"backbone.": "model.", "value_head.": "score."}
-        found = {
-            f"policy.{n}": p for n, p in self.trainer.policy.named_parameters() if p.requires_grad
-        }
-        for name, parameter in self.trainer.critic.named_parameters():
-            if parameter.requires_grad:
-                ours, theirs = next(pair for pair in names.items() if name.startswith(pair[0]))
-                found[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter
-        return {n: p.detach() for n, p in found.items()}
+        parameters = self.trainer.models.parameters
+        found = {f"policy.{n}": p.detach() for n, p in parameters["policy"].items()}
+        for name, parameter in parameters["critic"].items():
+            ours, theirs = next(pair for pair in names.items() if name.startswith(pair[0]))
+            found[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter.detach()
+        return found
