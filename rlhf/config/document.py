@@ -20,12 +20,12 @@ section or at the top), in Python (`PPOConfig(rl_kl_coef=0.05)`), in a Prefect p
 command line, where every field is `--ppo.<name>=<value>` and dashes are as good as underscores:
 `--rl-kl-coef 0.05`. A field that is true or false may stand alone, as `--ppo.kl-audit` or
 `--rl-optimize-device-cache`, and is switched off by `--ppo.no-kl-audit`,
-`--no-rl-optimize-device-cache` or `--no-optimize-device-cache`. One field under both of its names in
-one place is an error; an override replaces a preset's value under either name.
+`--no-rl-optimize-device-cache` or `--no-optimize-device-cache`. One field under both of its names
+in one place is an error; an override replaces a preset's value under either name.
 
 A value beyond its bounds is an error. One outside the advised range is allowed: a warning names it
-before work starts, and it is recorded in the report (`report.html` and `report.json` of the report's
-artifact). Bounds such as (0, 1] leave 0 out and let 1 in.
+before work starts, and it is recorded in the report (`report.html` and `report.json` of the
+report's artifact). Bounds such as (0, 1] leave 0 out and let 1 in.
 
 This page is written by `python -m rlhf.config.document > docs/ppo.md`.
 

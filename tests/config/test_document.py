@@ -48,7 +48,7 @@ def test_bounds_are_written_as_mathematicians_do():
     )
     assert (shown["kl_coef"], shown["value_clip_range"], shown["chunk_size"]) == (
         "≥ 0",
-        "> 0",
+        "> 0 or none",
         "≥ 1",
     )
     assert shown["optimize_device_cache"] == "`true`, `false`"
