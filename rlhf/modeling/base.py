@@ -102,7 +102,7 @@ def _load(loader: Any, folder: Path | str, revision: str | None) -> Any:
 
 def _unusable(folder: Path | str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model {str(folder)!r} (base.path, reward_model.base or ppo.reward_model_path) can't be "
+        f"model {str(folder)!r} (base.path or a reward model's) can't be "
         f"loaded ({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, s3://bucket/"
         "prefix or a local folder with config.json, a tokenizer and safetensors"
     )
