@@ -24,6 +24,7 @@ from rlhf.modeling.lora import lora_config, merged
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.modeling.shared import CRITIC, AdapterCritic, HeadCritic
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from rlhf.ppo.matmul import fast_float32
 from rlhf.ppo.models import Models
 from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, mix
@@ -75,7 +76,9 @@ def train_policy(
     state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
     if state.update:
         trainer.load_state_dict(state.trainer)
-    with deferred_sigterm() if checkpoints else nullcontext(lambda: False) as terminated:
+    size = sum(p.numel() for p in trainer.models.policy.parameters())
+    hold = deferred_sigterm() if checkpoints else nullcontext(lambda: False)
+    with fast_float32(device, size), hold as terminated:
         while state.update < config.updates:
             updated = trainer.update(
                 state.update, prompts_of_update(rows, state.update, config, seed)

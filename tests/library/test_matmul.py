@@ -1,0 +1,47 @@
+"""oneDNN's products are used where they are float32's, and only while training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf.ppo import matmul
+from rlhf.ppo.matmul import LARGE, fast_float32
+
+CPU = torch.device("cpu")
+
+
+def test_on_for_large_models_and_put_back():
+    with fast_float32(CPU, LARGE) as on:
+        assert on == (matmul._error() < 1e-5)
+        assert torch.get_float32_matmul_precision() == ("medium" if on else "highest")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_not_where_it_costs_accuracy(monkeypatch):
+    monkeypatch.setattr(matmul, "_error", lambda: 3e-3)  # bfloat16's
+    with fast_float32(CPU, LARGE) as on:
+        assert not on
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("device", "parameters"), [("cpu", LARGE - 1), ("cuda", LARGE)])
+def test_not_for_small_models_or_other_devices(device, parameters):
+    with fast_float32(torch.device(device), parameters) as on:
+        assert not on
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_users_own_setting_stays():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with fast_float32(CPU, LARGE) as on:
+            assert not on
+            assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_error_is_measured():
+    assert 0 < matmul._error() < 1e-5
