@@ -1,4 +1,4 @@
-"""Which library multiplies float32 matrices on a CPU: a switch that can be worth a factor of two."""
+"""Which library multiplies float32 on a CPU: a switch that can be worth a factor of two."""
 
 from __future__ import annotations
 
