@@ -30,6 +30,7 @@ class TrainState:
 
     update: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -55,7 +56,12 @@ def save_checkpoint(
     save_file(_flatten(optimizer), partial / "optimizer.safetensors")
     write_json(
         partial / "state.json",
-        {"update": state.update, "curve": state.curve, "identity": dict(identity)},
+        {
+            "update": state.update,
+            "curve": state.curve,
+            "environment": state.environment,
+            "identity": dict(identity),
+        },
     )
     for path in partial.iterdir():
         _sync(path)
@@ -95,7 +101,7 @@ def load_checkpoint(
             for key, parameter in trainable(model).items():
                 parameter.copy_(weights[key])
     _unflatten(optimizer, load_file(newest / "optimizer.safetensors"))
-    return TrainState(saved["update"], saved["curve"])
+    return TrainState(saved["update"], saved["curve"], saved.get("environment", {}))
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

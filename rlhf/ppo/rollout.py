@@ -11,8 +11,9 @@ import peft
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from rlhf.environments.contract import Stop
 from rlhf.modeling.reward import pad_right
 
 
@@ -71,9 +72,10 @@ def pad_left(
 
 @torch.no_grad()
 def generate(
-    policy: Any, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int
-) -> Replies:
-    """Continue each prompt until the end-of-reply token or `max_new_tokens`.
+    policy: Any, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int,
+    stop: Stop | None = None,
+) -> Replies:  # fmt: skip
+    """Continue each prompt until the end-of-reply token, a stop sequence or `max_new_tokens`.
 
     The draw depends on `seed` and the weights alone: the global generator is set here and put
     back afterwards.
@@ -100,12 +102,41 @@ def generate(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _only_config(policy, config):
         torch.manual_seed(seed)
-        full = policy.generate(input_ids=ids, attention_mask=attention, generation_config=config)
+        stopped = _StoppedAt(stop, ids.shape[1])
+        full = policy.generate(
+            input_ids=ids,
+            attention_mask=attention,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([stopped] if stop else []),
+        )
     reply = full[:, ids.shape[1] :]
     is_end = reply == tokenizer.eos_token_id
     ended_before = is_end.cumsum(1) - is_end.int() > 0
-    mask = ~ended_before
-    return Replies(full, torch.cat([attention, mask.long()], 1), mask, is_end.any(1))
+    at = torch.tensor(
+        [stopped.lengths.get(i, reply.shape[1]) for i in range(len(reply))], device=device
+    )
+    mask = ~ended_before & (torch.arange(reply.shape[1], device=device) < at[:, None])
+    finished = (is_end & mask).any(1)
+    for i in stopped.lengths:
+        finished[i] = True
+    return Replies(full, torch.cat([attention, mask.long()], 1), mask, finished)
+
+
+class _StoppedAt(StoppingCriteria):
+    """Ends rows at a stop sequence, and remembers how many tokens they had then."""
+
+    def __init__(self, stop: Stop | None, start: int) -> None:
+        self.stop, self.start = stop, start
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        assert self.stop is not None
+        rows = input_ids[:, self.start :].tolist()
+        for i, found in enumerate(self.stop(rows)):
+            if found:
+                self.lengths.setdefault(i, len(rows[i]))
+        done = [i in self.lengths for i in range(len(rows))]
+        return torch.tensor(done, device=input_ids.device)
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def train_policy(
     state = TrainState()
     if checkpoints:
         state = load_checkpoint(checkpoints, models, trainer.optimizer, full_identity)
+    if state.environment:
+        trainer.environment.load_state_dict(state.environment)
     while state.update < config.updates:
         batch = prompts_of_update(rows, state.update, config, seed)
         metrics = trainer.update(state.update, batch)
@@ -75,6 +77,7 @@ def train_policy(
         state.curve.append({"update": state.update, **metrics})
         progress(state.update, config.updates, metrics)
         if checkpoints and state.update % config.checkpoint_every == 0:
+            state.environment = trainer.environment.state_dict()
             save_checkpoint(checkpoints, state, models, trainer.optimizer, full_identity)
     policy = merged(trainer.accelerator.unwrap_model(trainer.policy))
     policy.save_pretrained(out_dir)
@@ -119,11 +122,15 @@ def _trainer(
 def prompts_of_update(
     rows: list[PromptRow], update: int, config: PPOConfig, seed: int
 ) -> list[PromptRow]:
-    """The chunk of prompts of one update: a fresh seeded shuffle for every pass over the data."""
+    """The prompts of one update: a fresh seeded shuffle for every pass over the data.
+
+    Episodes are replies, several to a prompt in some environments.
+    """
     chosen: list[PromptRow] = []
     order: list[int] = []
-    first = update * config.chunk_size
-    for episode in range(first, min(first + config.chunk_size, config.total_episodes)):
+    per_prompt = config.replies_per_prompt
+    chunk, total = config.chunk_size // per_prompt, config.total_episodes // per_prompt
+    for episode in range(update * chunk, min((update + 1) * chunk, total)):
         lap, position = divmod(episode, len(rows))
         if not order or position == 0:
             generator = torch.Generator().manual_seed(mix(seed, lap))

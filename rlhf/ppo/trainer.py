@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,11 +71,13 @@ class PPOTrainer:
 
     def update(self, number: int, rows: list[PromptRow]) -> dict[str, float]:
         """One PPO update on one chunk of prompts; returns what to log."""
+        rows = [row for row in rows for _ in range(self.environment.replies_per_prompt)]
         fraction = number / self.config.updates
         self._set_learning_rates(1 - (1 - self.config.lr_final_fraction) * fraction)
         replies = self._sample(rows, seed=mix(self.seed, number))
         texts = [self.environment.text(ids) for ids in replies.rows()]
-        scored = self._score(rows, texts, replies)
+        rivals = self._reference_replies(rows, seed=mix(self.seed, -1 - number))
+        scored = self._score(rows, texts, replies, rivals)
         buffer, metrics = self._evaluate(replies, scored)
         metrics |= self._optimise(buffer, seed=mix(self.seed, number) + 1)
         return metrics | scored.metrics()
@@ -87,21 +90,36 @@ class PPOTrainer:
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * scale
 
-    def _sample(self, rows: list[PromptRow], seed: int) -> Replies:
+    def _sample(self, rows: list[PromptRow], seed: int, policy: Any = None) -> Replies:
         config = self.config
         prompts = [self.renderer.encode_prompt(row.prompt, self.max_prompt) for row in rows]
         sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-        policy = self.accelerator.unwrap_model(self.policy)
-        return generate(policy, prompts, self.renderer.tokenizer, sampling, seed)
+        policy = policy or self.accelerator.unwrap_model(self.policy)
+        stop = self.environment.stop
+        return generate(policy, prompts, self.renderer.tokenizer, sampling, seed, stop)
 
-    def _score(self, rows: list[PromptRow], texts: list[str], replies: Replies) -> Scored:
-        lengths = replies.mask.sum(1).tolist()
+    def _reference_replies(self, rows: list[PromptRow], seed: int) -> list[str | None]:
+        """The reference policy's reply to each prompt, where the environment asks for it."""
+        if not self.environment.needs_reference_reply:
+            return [None] * len(rows)
+        policy = self.accelerator.unwrap_model(self.policy)
+        adapters_off = policy.disable_adapter() if self.reference is None else nullcontext()
+        with adapters_off:
+            replies = self._sample(rows, seed, policy=self.reference or policy)
+        return [self.environment.text(ids) for ids in replies.rows()]
+
+    def _score(
+        self, rows: list[PromptRow], texts: list[str], replies: Replies, rivals: list[str | None]
+    ) -> Scored:
+        columns = (rows, texts, replies.mask.sum(1).tolist(), replies.finished.tolist(), rivals)
+        per_prompt = self.environment.replies_per_prompt
         batch = [
-            Reply(row.prompt, text, length, finished, row.reference, row.metadata, group)
-            for group, (row, text, length, finished) in enumerate(
-                zip(rows, texts, lengths, replies.finished.tolist(), strict=True)
+            Reply(
+                row.prompt, text, length, finished, row.reference, row.metadata, i // per_prompt,
+                rival,
             )
-        ]
+            for i, (row, text, length, finished, rival) in enumerate(zip(*columns, strict=True))
+        ]  # fmt: skip
         return self._less_missing_eos(self.environment(batch), replies)
 
     def _less_missing_eos(self, scored: Scored, replies: Replies) -> Scored:
