@@ -79,8 +79,7 @@ class _Builder:
         if config.comparison:
             judge, pairs = None, None
             if config.comparison.judge == "pair_model":
-                folder = Path(str(config.comparison.pair_model)).expanduser()
-                pairs = PairModel(folder, self.device, self.context).advantages
+                pairs = self._pair_model(str(config.comparison.pair_model)).advantages
             else:
                 judge = self._function(config.comparison.judge, config.comparison.custom, "judge")
             return PreferenceComparison(config.comparison, judge, pairs, **self._shared())
@@ -122,6 +121,16 @@ class _Builder:
         if self.scorer is None:
             raise ConfigError(f"ppo: {needing} needs a reward model, and there is none; give one")
         return ModelReward(self.scorer).values
+
+    def _pair_model(self, folder: str) -> PairModel:
+        try:
+            return PairModel(Path(folder).expanduser(), self.device, self.context)
+        except (OSError, ValueError) as error:  # as transformers calls whatever is no model
+            raise ConfigError(
+                f"ppo.env_config.pair_model = {folder!r}: can't be loaded "
+                f"({' '.join(str(error).split())[:200]}); give a folder with a one-label "
+                "sequence classifier and its tokenizer"
+            ) from None
 
     def _custom(self, options: CustomConfig, field: str) -> Values:
         function = CustomFunction(options, field)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from rlhf.config import (
+    ComponentSection,
     KeywordComponent,
     LengthComponent,
     PipelineConfig,
     PPOConfig,
     load_config,
 )
+from rlhf.config.components import COMPONENTS
 from rlhf.errors import ConfigError
 
 POLITE = {"type": "keyword", "words": ["please"]}
@@ -345,3 +348,20 @@ def test_components_on_the_command_line():
         ],
     ).config
     assert config.ppo.components == {"polite": KeywordComponent(words=("please",))}
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
+
+
+@pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL))
+def test_examples_of_the_documentation(tmp_path, example):
+    (tmp_path / "example.yaml").write_text(example)
+    assert load_config(tmp_path / "example.yaml").config.ppo != PPOConfig()
+
+
+def test_the_documentation_names_every_component_and_option():
+    text = DOCS.read_text()
+    for kind, section in COMPONENTS.items():
+        own = section.model_fields.keys() - ComponentSection.model_fields.keys() - {"type"}
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{kind}` |"))
+        assert set(re.findall(r"`(\w+)`", row.rpartition(" | ")[2])) == own

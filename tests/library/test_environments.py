@@ -509,6 +509,17 @@ def test_what_a_pair_model_reads(reward_model):
     assert len(PairModel(reward_model, CPU, 5000)._ids("tea? " * 999, "good" * 999, "bad")) <= 64
 
 
+def test_what_is_no_pair_model(renderer, tmp_path):
+    def build(folder):
+        options = {"judge": "pair_model", "pair_model": str(folder)}
+        config = PPOConfig(env_type="preference_comparison", env_config=options)
+        build_environment(config, None, renderer)
+
+    with pytest.raises(ConfigError, match=r"ppo\.env_config\.pair_model = '.*': can't be l") as e:
+        build(tmp_path / "none")
+    assert "\n" not in str(e.value)
+
+
 def test_a_pair_model_compares(renderer, reward_model):
     asked_of = []
 
