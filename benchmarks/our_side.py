@@ -36,17 +36,15 @@ class TokenReward:
 
     replies_per_prompt = 1
     needs_reference_reply = False
+    needs_reward_model = True
     stop = None
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
 
-    def text(self, decoded: str) -> str:
-        """A reply's text as it is."""
-        return decoded
-
-    def check(self, rows: Sequence[PromptRow]) -> None:
-        """Every prompt will do."""
+    def text(self, ids: Sequence[int]) -> str:
+        """A reply's text, all of it."""
+        return self.scorer.renderer.decode(list(ids))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing changes."""
