@@ -89,8 +89,8 @@ class ShapingSection(Section):
     missing_eos_penalty: float | None = Field(default=1.0, ge=0)
     """Size of that penalty; none is the same as `missing_eos: none`."""
     score_position: Literal["last", "past_end"] = "last"
-    """The token that gets the score: a reply's last one, or (as TRL does) the place after it where
-    there is one before `max_new_tokens`."""
+    """The token that gets the score: a reply's last one, or (as TRL does) the place after it, which
+    all but the longest replies of a chunk have."""
     reward_normalization: Literal["none", "running"] = "none"
     """`running` divides scores by their standard deviation over all chunks so far."""
     whiten_rewards: bool = False

@@ -88,12 +88,12 @@ def clip_scores(scores: Scores, bound: float | None) -> Scores:
 
 
 def value_mask(
-    mask: Mask, max_new_tokens: int, score_position: Literal["last", "past_end"]
+    mask: Mask, width: int, score_position: Literal["last", "past_end"]
 ) -> Bool[Tensor, "batch time+1"]:
     """The states that carry a value and a reward; the score goes to the last of them.
 
     `last`: those before each valid token, so the score is the reward of a reply's last token.
-    `past_end`: also the one after the last token where it is before `max_new_tokens`; a reply of
+    `past_end`: also the one after the last token where it is within `width`, that of the chunk; a reply of
     full length has none (TRL 1.12, experimental/ppo/ppo_trainer.py, sequence_lengths_p1; there the
     bound is the width of the chunk's longest reply, which is less where all end early).
     """
@@ -101,7 +101,7 @@ def value_mask(
     if score_position == "past_end":
         end = last_valid(mask) + 1
         rows = torch.arange(len(mask), device=mask.device)
-        states[rows, end] |= mask.any(1) & (end < max_new_tokens)
+        states[rows, end] |= mask.any(1) & (end < width)
     return states
 
 

@@ -143,7 +143,7 @@ class PPOTrainer:
         config, replies = self.config, rollouts.replies
         log_probs, reference, entropy, values, audit = self._forward(replies)
         mask = replies.mask
-        states = value_mask(mask, config.max_new_tokens, config.score_position)
+        states = value_mask(mask, mask.shape[1], config.score_position)
         values = values * states
         kl = kl_estimate(log_probs, reference, config.kl_estimator, config.kl_clamp)
         scores = self._scaled(rollouts.scores).to(self.parked)

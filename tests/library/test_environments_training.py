@@ -13,7 +13,7 @@ from rlhf.environments import Scored
 from rlhf.environments.custom import ALLOWED
 from rlhf.errors import ConfigError
 from rlhf.ppo.rollout import Sampling, generate
-from rlhf.ppo.train import _trainer, prompts_of_update, train_policy
+from rlhf.ppo.train import build_trainer, prompts_of_update, train_policy
 from rlhf.stage import read_json
 from tests.library import toys
 
@@ -105,10 +105,8 @@ def test_multi_objective(train):
     assert end > 0.75
     assert more > 0.3
     for row in read_json(out / "curve.json"):
-        parts = ("right", "length", "reward_model", "missing_eos")
-        assert row["reward"] == pytest.approx(
-            sum(row[f"reward_weighted/{name}"] for name in parts), abs=1e-5
-        )
+        parts = (row[f"reward_weighted/{name}"] for name in ("right", "length", "reward_model"))
+        assert row["reward"] == pytest.approx(sum(parts) + row["reward/missing_eos"], abs=1e-5)
         assert row["reward_weighted/length"] == pytest.approx(row["reward/length"] / 2)
         assert row["reward_weighted/reward_model"] == 0 != row["reward/reward_model"]
 
@@ -136,7 +134,7 @@ def test_preference_comparison(train, tmp_path, monkeypatch, rival):
     if rival == "others":  # what one wins, another loses
         assert won == pytest.approx([0] * len(won), abs=1e-6)
     else:
-        assert won[0] < 0.15 < won[-1]
+        assert abs(won[0]) < 0.1 < sum(won[-4:]) / 4
 
 
 # --- what the environment is handed -----------------------------------------------------------
@@ -167,45 +165,38 @@ class Watched:
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
-def test_every_reply_with_its_own_row(sft, reward_model, lora):
+def test_every_reply_with_its_own_row(sft, approved, lora):
     config = toys.changed(toys.PPO, chunk_size=6, mini_batch_size=6, lora=lora)
-    trainer = _trainer(config, sft, reward_model, 0, CPU)
+    trainer = build_trainer(config, sft, approved, 0, CPU)
     watched = Watched(trainer.renderer, 3, needs_reference_reply=True)
     trainer.environment = watched
     rows = [PromptRow("tea or cup?", None, "a", {"n": 1}), PromptRow("jar?", None, None, {})]
-    seen = []
-    sample = trainer._sample
-
-    def noted(*args, **options):
-        seen.append(sample(*args, **options))
-        return seen[-1]
-
-    trainer._sample = noted
-    trainer.update(0, rows)
-    own, reference = ([f"<{trainer.renderer.decode(r)}>" for r in s.rows()] for s in seen)
+    rollouts = trainer.sample(rows, seed=1)
+    trainer.score(rollouts)
+    own = [f"<{trainer.renderer.decode(r)}>" for r in rollouts.replies.rows()]
     assert [r.prompt for r in watched.batch] == ["tea or cup?"] * 3 + ["jar?"] * 3
     assert [r.reference for r in watched.batch] == ["a"] * 3 + [None] * 3
     assert [r.metadata for r in watched.batch] == [{"n": 1}] * 3 + [{}] * 3
     assert [r.group for r in watched.batch] == [0, 0, 0, 1, 1, 1]
     assert [r.response for r in watched.batch] == own
-    assert [r.reference_reply for r in watched.batch] == reference
-    assert own != reference
-    assert [r.n_tokens for r in watched.batch] == [len(r) for r in seen[0].rows()]
+    assert [r.reference_reply for r in watched.batch] == rollouts.reference_texts
+    assert own != rollouts.reference_texts
+    assert [r.n_tokens for r in watched.batch] == [len(r) for r in rollouts.replies.rows()]
 
 
-def test_the_reference_reply_is_the_references(sft, reward_model):
+def test_the_reference_reply_is_the_references(sft, approved):
     for lora in (None, LoraConfig(r=2)):
-        trainer = _trainer(toys.changed(toys.PPO, lora=lora), sft, reward_model, 0, CPU)
+        trainer = build_trainer(toys.changed(toys.PPO, lora=lora), sft, approved, 0, CPU)
         trainer.environment = Watched(trainer.renderer, 1, needs_reference_reply=True)
         rows = [PromptRow("tea or cup?"), PromptRow("jar or mug?")] * 4
-        before = trainer._reference_replies(rows, seed=1)
+        before = trainer.sample(rows, seed=1)
         with torch.no_grad():
-            for p in trainer.policy.parameters():
+            for p in trainer.models.policy.parameters():
                 if p.requires_grad:
                     p.normal_()
-        assert trainer._reference_replies(rows, seed=1) == before
-        texts = [trainer.environment.text(r) for r in trainer._sample(rows, seed=1).rows()]
-        assert texts != before
+        after = trainer.sample(rows, seed=1)
+        assert after.reference_texts == before.reference_texts
+        assert after.texts != before.texts
 
 
 def test_chunks_count_replies():
