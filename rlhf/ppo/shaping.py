@@ -93,9 +93,8 @@ def value_mask(
     """The states that carry a value and a reward; the score goes to the last of them.
 
     `last`: those before each valid token, so the score is the reward of a reply's last token.
-    `past_end`: also the one after the last token where it is within `width`, that of the chunk; a reply of
-    full length has none (TRL 1.12, experimental/ppo/ppo_trainer.py, sequence_lengths_p1; there the
-    bound is the width of the chunk's longest reply, which is less where all end early).
+    `past_end`: also the one after the last token where it is within `width`, that of the chunk; its
+    longest replies have none (TRL 1.12, experimental/ppo/ppo_trainer.py, sequence_lengths_p1).
     """
     states = torch.nn.functional.pad(mask, (0, 1))
     if score_position == "past_end":
