@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf.config import DataConfig, EvaluationConfig, PPOConfig, RuntimeConfig
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
+from rlhf.environments.stop import Ending
 from rlhf.errors import DataError
 from rlhf.judges import Judge, ceiling_of, judge_of
 from rlhf.modeling.base import device_of, load_policy
@@ -141,6 +142,7 @@ def evaluate_policy(
     room = models[0].config.max_position_embeddings
     scorer = Scorer(reward_model, device, room)
     judge = judge_of(config)
+    ending = Ending(renderer, ppo.generation.stop_sequences)
     evaluation: dict[str, Any] = {"n": len(rows)}
     samples: list[dict[str, Any]] = []
     for part, (mode, temperature) in enumerate((("sampled", config.temperature), ("greedy", 0.0))):
@@ -149,7 +151,9 @@ def evaluate_policy(
         for index, model in enumerate(models):
             reference = models[0] if index == 1 else None
             answers.append(
-                _answer(model, reference, rows, renderer, scorer, judge, sampling, seed, config)
+                _answer(
+                    model, reference, rows, renderer, ending, scorer, judge, sampling, seed, config
+                )
             )
             progress(2 * part + index + 1, 4, {"reward": float(answers[-1].scores.mean())})
         before, after = answers
@@ -173,8 +177,8 @@ def evaluate_policy(
 
 @torch.no_grad()
 def _answer(
-    model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer, scorer: Scorer,
-    judge: Judge | None, sampling: Sampling, seed: int, config: EvaluationConfig,
+    model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer, ending: Ending,
+    scorer: Scorer, judge: Judge | None, sampling: Sampling, seed: int, config: EvaluationConfig,
 ) -> _Answers:  # fmt: skip
     prompts = [r.prompt for r in rows]
     max_prompt = model.config.max_position_embeddings - sampling.max_new_tokens
@@ -185,8 +189,9 @@ def _answer(
             renderer.encode_prompt(p, max_prompt)
             for p in prompts[start : start + config.batch_size]
         ]
-        replies = generate(model, batch, renderer.tokenizer, sampling, seed + start)
-        texts += [renderer.decode(ids) for ids in replies.rows()]
+        stop = ending if ending.sequences else None
+        replies = generate(model, batch, renderer.tokenizer, sampling, seed + start, stop)
+        texts += [ending.text(ids) for ids in replies.rows()]
         tokens.append(replies.mask.sum(1).float().cpu())
         finished.append(replies.finished.float().cpu())
         if reference is not None:

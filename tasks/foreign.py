@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.config import PipelineConfig
+from rlhf.config import CustomComponent, PipelineConfig, PPOConfig
+from rlhf.custom_code import CustomCode
 from rlhf.modeling.foreign import ForeignModel
 
 
@@ -33,3 +34,22 @@ def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
     if config.ppo.reward_model_path is not None:
         return {"reward_model": "ready"}  # nothing is trained
     return {"reward_model": config.reward_model.model_dump(exclude={"base"})}
+
+
+def judges_of_others(config: PPOConfig) -> dict[str, str]:
+    """Digests of what rewards are computed by: functions of the operator's, and a pair model.
+
+    Raises:
+        ConfigError: One of them is not there, or may not run.
+    """
+    found = {name: c for name, c in config.components.items() if isinstance(c, CustomComponent)}
+    functions = {f"ppo.env_config.components.{name}": c.function for name, c in found.items()}
+    if config.custom:
+        functions["ppo.custom"] = config.custom.function
+    if config.comparison and config.comparison.custom:
+        functions["ppo.env_config.custom"] = config.comparison.custom.function
+    digests = {field: CustomCode(name, field).digest for field, name in functions.items()}
+    if config.comparison and config.comparison.pair_model:
+        field = "ppo.env_config.pair_model"
+        digests[field] = ForeignModel(field, config.comparison.pair_model).digest()
+    return digests

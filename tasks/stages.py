@@ -18,7 +18,12 @@ from rlhf.modeling.foreign import ForeignModel
 from rlhf.progress import Progress
 from rlhf.stage import StageResult, read_json, write_json
 from rlhf.store import ArtifactRef, Store
-from tasks.foreign import base_of_others, reward_model_of_others, reward_settings
+from tasks.foreign import (
+    base_of_others,
+    judges_of_others,
+    reward_model_of_others,
+    reward_settings,
+)
 
 VERDICT = "verdict.json"
 PROMOTION = "promotion.json"
@@ -123,7 +128,11 @@ def _train_policy(run: StageRun) -> StageResult:
     return train_policy(
         section, run.folders["data"], run.folders["sft"], _approved_reward_model(run),
         run.out_dir, seed=config.seed, checkpoints=run.checkpoints, runtime=config.runtime,
-        identity={role: run.refs[role].digest for role in ("data", "sft", "reward-model")},
+        identity={
+            "data": run.refs["data"].digest,
+            "base": run.refs["sft"].digest,
+            "reward model": run.refs["reward-model"].digest,
+        },
         progress=run.progress,
     )  # fmt: skip
 
@@ -232,7 +241,11 @@ STAGES: dict[str, Stage] = {
                 "data": "prepare-data", "sft": "train-sft",
                 "reward-model": "train-reward-model", "verdict": "gate-reward-model",
             },
-            lambda c: {"ppo": c.ppo.model_dump(exclude={"reward_model_path"})}, _train_policy,
+            lambda c: {
+                "ppo": c.ppo.model_dump(exclude={"reward_model_path"}),
+                "others": judges_of_others(c.ppo),
+            },
+            _train_policy,
             (("reward", "reward {:.2f}"), ("kl", "KL {:.2f}")),
         ),
         Stage(
@@ -241,7 +254,11 @@ STAGES: dict[str, Stage] = {
                 "data": "prepare-data", "sft": "train-sft",
                 "policy": "train-policy", "reward-model": "train-reward-model",
             },
-            lambda c: {"evaluation": c.evaluation, "max_new_tokens": c.ppo.max_new_tokens},
+            lambda c: {
+                "evaluation": c.evaluation,
+                "max_new_tokens": c.ppo.max_new_tokens,
+                "stop_sequences": c.ppo.generation.stop_sequences,
+            },
             _evaluate_policy,
             (
                 ("sampled.win_rate", "wins {:.1%}"), ("sampled.gold_win_rate", "gold wins {:.1%}"),

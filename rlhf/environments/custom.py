@@ -7,7 +7,6 @@ orchestrator seldom is, and not before a C function returns. JSON goes in and ou
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import selectors
@@ -22,12 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config import CustomConfig
+from rlhf.custom_code import CustomCode
 from rlhf.environments.contract import Reply, checked
 from rlhf.errors import ConfigError, TrainingError
 
-#: Folders (separated as PATH is) from which the operator allows code to run. An environment
-#: variable, for whoever may set parameters of a run may not be one who may run code here.
-ALLOWED = "RLHF_ALLOWED_CODE"
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -43,11 +40,8 @@ class CustomFunction:
 
     def __init__(self, config: CustomConfig, field: str) -> None:
         self.config = config
-        self.where = f"{field}.function = {config.function!r}"
-        place, _, self.name = config.function.rpartition(":")
-        self.module = "" if place.endswith(".py") else place
-        self.file, self.folder = self._found(place)
-        self.digest = hashlib.sha256(self.file.read_bytes()).hexdigest()
+        self.code = CustomCode(config.function, field)
+        self.where, self.digest = self.code.where, self.code.digest
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, batch: Sequence[Reply]) -> list[float]:
@@ -78,32 +72,6 @@ class CustomFunction:
             self._finalizer()
             self.process = None
 
-    def _found(self, place: str) -> tuple[Path, Path]:
-        """The function's file, and the folder that its imports start from."""
-        listed = [Path(p).resolve() for p in os.environ.get(ALLOWED, "").split(os.pathsep) if p]
-        if not listed:
-            raise ConfigError(
-                f"{self.where}: code of one's own is not allowed here; the operator has to list "
-                f"its folder in the environment variable {ALLOWED}"
-            )
-        path = f"{place.replace('.', '/')}" if self.module else place
-        names = [f"{path}.py", f"{path}/__init__.py"] if self.module else [path]
-        starts = listed if self.module else [Path.cwd(), *listed]
-        there = [(s, s / name) for s in starts for name in names if (s / name).is_file()]
-        if not there:
-            raise ConfigError(
-                f"{self.where}: no such {'module' if self.module else 'file'} in "
-                f"{ALLOWED} = {os.environ[ALLOWED]!r}; correct the name"
-            )
-        start, file = there[0][0], there[0][1].resolve()
-        # Links are followed first: where a file is is where it really is.
-        if not any(file.is_relative_to(folder) for folder in listed):
-            raise ConfigError(
-                f"{self.where}: lies in {str(file.parent)!r}, outside of the folders in "
-                f"{ALLOWED}; move it there"
-            )
-        return file, start if self.module else file.parent
-
     def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
         deadline = time.monotonic() + self.config.timeout_seconds
         process = self._running()
@@ -128,9 +96,10 @@ class CustomFunction:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self.process is None:
-            command = [sys.executable, "-P", str(WORKER), str(self.file), self.module, self.name]
+            code = self.code
+            command = [sys.executable, "-P", str(WORKER), str(code.file), code.module, code.name]
             self.process = subprocess.Popen(
-                [*command, str(self.folder)],
+                [*command, str(code.folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,

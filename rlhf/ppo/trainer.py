@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from jaxtyping import Float
 from torch import Tensor
 
@@ -81,8 +80,6 @@ class PPOTrainer:
 
     def update(self, number: int, rows: Sequence[PromptRow]) -> Updated:
         """One PPO update on the replies to one chunk of prompts."""
-        # Ours are seeded one by one; this one is for a user's reward function.
-        set_seed(mix(self.seed, number) % 2**32)
         rates = self.models.set_learning_rates(number)
         rollouts = self.sample(rows, seed=mix(self.seed, number))
         self._free()

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import CustomConfig, PPOConfig
+from rlhf.custom_code import ALLOWED, CustomCode
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Reply, build_environment
-from rlhf.environments.custom import ALLOWED, CustomFunction
+from rlhf.environments.custom import CustomFunction
 from rlhf.errors import ConfigError, TrainingError
 
 BATCH = [
@@ -162,7 +163,7 @@ def test_links_are_followed_before_the_folder_is_compared(allowed, tmp_path, mon
     (tmp_path / "alias").symlink_to(allowed)
     (allowed / "mine.py").write_text(GOOD)
     monkeypatch.setenv(ALLOWED, str(tmp_path / "alias"))
-    assert CustomFunction(CustomConfig(function="mine:reward"), "x").file == allowed / "mine.py"
+    assert CustomCode("mine:reward", "x").file == allowed / "mine.py"
 
 
 # --- what can go wrong in a call --------------------------------------------------------------

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rlhf.config import LoraConfig
+from rlhf.custom_code import ALLOWED
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows, write_rows
 from rlhf.environments import Scored
-from rlhf.environments.custom import ALLOWED
 from rlhf.errors import ConfigError
 from rlhf.ppo.rollout import Sampling, generate
 from rlhf.ppo.train import build_trainer, prompts_of_update, train_policy

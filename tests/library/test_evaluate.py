@@ -204,9 +204,9 @@ def better(data, sft, approved, tmp_path_factory):
 
 @pytest.fixture
 def evaluate(data, sft, reward_model, tmp_path):
-    def run(policy, config=PLAIN, folder=data, **options):
+    def run(policy, config=PLAIN, folder=data, ppo=toys.PPO, **options):
         result = evaluate_policy(
-            config, toys.PPO, folder, sft, policy, reward_model, tmp_path,
+            config, ppo, folder, sft, policy, reward_model, tmp_path,
             runtime=toys.RUNTIME, **options,
         )  # fmt: skip
         return result.metrics, read_json(tmp_path / "evaluation.json")
@@ -222,6 +222,15 @@ def test_a_policy_against_itself(evaluate, sft):
         assert metrics[f"{mode}.kl"] == pytest.approx(0, abs=1e-6)
         assert metrics[f"{mode}.reward_before"] == metrics[f"{mode}.reward_after"]
         assert metrics[f"{mode}.tokens_before"] == metrics[f"{mode}.tokens_after"]
+
+
+def test_replies_end_where_those_of_training_ended(evaluate, sft, tmp_path):
+    ppo = toys.changed(toys.PPO, env_type="text_generation", env_config={"stop_sequences": ["oo"]})
+    evaluate(sft, PLAIN, ppo=ppo)
+    samples = read_json(tmp_path / "samples.json")
+    texts = [s["before"] for s in samples]
+    assert "g" in texts  # "good", cut off in the middle of its token
+    assert not any("oo" in t for t in texts)
 
 
 def test_a_better_policy_wins(evaluate, better, sft, tmp_path):

@@ -1,0 +1,56 @@
+"""What rewards are computed by is part of what a stage's work is known by."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.config import PipelineConfig
+from rlhf.custom_code import ALLOWED
+from rlhf.errors import ConfigError
+from tasks.foreign import judges_of_others
+from tasks.runner import fingerprint
+from tasks.stages import STAGES
+
+FORMS = [
+    {"reward_fn": "custom", "custom": {"function": "mine.py:reward"}},
+    {"env_type": "preference_comparison",
+     "env_config": {"judge": "custom", "custom": {"function": "mine:reward"}}},
+    {"env_type": "multi_objective",
+     "env_config": {"components": {"own": {"type": "custom", "function": "mine:reward"}}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ppo", FORMS)
+def test_changed_code_is_other_work(ppo, tmp_path, monkeypatch):
+    monkeypatch.setenv(ALLOWED, str(tmp_path))
+    config = PipelineConfig.model_validate({"ppo": ppo})
+    file = tmp_path / "mine.py"
+
+    def key():
+        return fingerprint(STAGES["train-policy"], config, {})
+
+    with pytest.raises(ConfigError, match=r"no such (file|module)"):
+        key()
+    file.write_text("def reward(batch):\n    return [0.0 for _ in batch]\n")
+    first = key()
+    assert key() == first
+    file.write_text("def reward(batch):\n    return [1.0 for _ in batch]\n")
+    assert key() != first
+    monkeypatch.delenv(ALLOWED)
+    with pytest.raises(ConfigError, match="not allowed here"):
+        key()
+
+
+def test_nothing_of_others():
+    assert judges_of_others(PipelineConfig().ppo) == {}
+
+
+def test_a_changed_pair_model_is_other_work(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    options = {"judge": "pair_model", "pair_model": str(tmp_path)}
+    ppo = {"env_type": "preference_comparison", "env_config": options}
+    config = PipelineConfig.model_validate({"ppo": ppo}).ppo
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = judges_of_others(config)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert judges_of_others(config) != before
