@@ -225,12 +225,14 @@ def test_a_policy_against_itself(evaluate, sft):
 
 
 def test_replies_end_where_those_of_training_ended(evaluate, sft, tmp_path):
-    ppo = toys.changed(toys.PPO, env_type="text_generation", env_config={"stop_sequences": ["oo"]})
-    evaluate(sft, PLAIN, ppo=ppo)
-    samples = read_json(tmp_path / "samples.json")
-    texts = [s["before"] for s in samples]
-    assert "g" in texts  # "good", cut off in the middle of its token
-    assert not any("oo" in t for t in texts)
+    def replies(**options):
+        evaluate(sft, PLAIN, ppo=toys.changed(toys.PPO, **options))
+        return [s["before"] for s in read_json(tmp_path / "samples.json")]
+
+    whole = replies()
+    cut = replies(env_type="text_generation", env_config={"stop_sequences": ["oo"]})
+    assert any("oo" in text for text in whole)
+    assert cut == [text.partition("oo")[0].strip() for text in whole]
 
 
 def test_a_better_policy_wins(evaluate, better, sft, tmp_path):
