@@ -75,7 +75,9 @@ def _join(block: Tensor, target: Tensor, rows: int, width: int, kv_heads: int, s
 
 
 class _Blockwise(torch.autograd.Function):
-    """With P the weights: dV = PᵀG, dP = GVᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS K, dK = dSᵀQ."""
+    """With P the weights and G the gradient of the result: dV = PᵀG, dP = GVᵀ,
+    dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS K, dK = dSᵀ Q.
+    """
 
     @staticmethod
     def forward(
