@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.modeling.attention import blockwise, suits
+
 ATTENTION = "rlhf_rows"
 # Padding one more row into an attention call is cheaper than a call of its own up to this many
 # squared tokens (measured at width 192 to 768 on one core: a call costs some 0.1 ms).
@@ -150,6 +152,17 @@ class Packed:
         flat = [t.transpose(1, 2).flatten(2)[0] for t in (query, key, value)]
         if self.fill is not None:
             flat = [_Gather.apply(t, self.fill, self.read, None) for t in flat]
+        widest = max(width for _, width in self.rectangles)
+        if suits(query, widest, options["dropout_p"]):
+            scale = options["scale"] or query.shape[-1] ** -0.5
+            joined: Any = blockwise(*flat, self.rectangles, heads[:2], scale)
+        else:
+            joined = self._by_torch(flat, heads, options)
+        if self.fill is not None:
+            joined = _Gather.apply(joined, self.read, self.fill, self.filler)
+        return joined.view(1, joined.shape[0], heads[0], -1)
+
+    def _by_torch(self, flat: list[Tensor], heads: tuple[int, int, int], options: Any) -> Tensor:
         outputs = []
         start = 0
         for rows, width in self.rectangles:
@@ -163,10 +176,7 @@ class Packed:
             )
             outputs.append(out.transpose(1, 2).reshape(rows * width, -1))
             start = part.stop
-        joined: Any = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        if self.fill is not None:
-            joined = _Gather.apply(joined, self.read, self.fill, self.filler)
-        return joined.view(1, joined.shape[0], heads[0], -1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def rectangles_of(lengths: Sequence[int]) -> list[list[int]]:
