@@ -18,8 +18,8 @@ from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
-from rlhf.modeling.base import device_of, fit_embeddings, load_tokenizer
-from rlhf.modeling.lora import lora_config, merged
+from rlhf.modeling.base import device_of, fit_embeddings, load_tokenizer, weights_digest
+from rlhf.modeling.lora import FOLDER, lora_config, merged, save_adapter
 from rlhf.modeling.reward import counted_tokens, load_reward_model, save_reward_model
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
@@ -37,6 +37,9 @@ def train_reward_model(
     progress: Progress = silent,
 ) -> StageResult:
     """Train a reward model on the training pairs and write it, with its tokenizer, to `out_dir`.
+
+    One trained by LoRA from the SFT policy is written twice: merged, and in `adapter/` as the
+    adapter and head alone, with the digest of the policy's weights in `rlhf.json`.
 
     Args:
         config: Hyper-parameters; `config.base` overrides the SFT policy as starting point.
@@ -56,7 +59,9 @@ def train_reward_model(
     start = config.base or sft
     renderer = Renderer(load_tokenizer(start))
     model = load_reward_model(start, renderer, config.pooling)
+    vocabulary = model.get_input_embeddings().num_embeddings
     fit_embeddings(model, renderer.tokenizer)
+    same_base = model.get_input_embeddings().num_embeddings == vocabulary
     if config.lm_loss_coef and not model.config.tie_word_embeddings:
         raise ConfigError(
             f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
@@ -78,7 +83,12 @@ def train_reward_model(
         trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    save_reward_model(merged(trainer.accelerator.unwrap_model(trainer.model)), renderer, out_dir)
+    trained, base = trainer.accelerator.unwrap_model(trainer.model), None
+    if config.lora and not config.base and same_base and Path(sft).is_dir():
+        # PPO can put it on the policy's base, instead of loading a whole model more.
+        base = weights_digest(Path(sft))
+        save_adapter(trained, out_dir / FOLDER)
+    save_reward_model(merged(trained), renderer, out_dir, base)
     write_json(out_dir / "curve.json", callback.curve)
     last = callback.curve[-1] if callback.curve else {}
     return StageResult(

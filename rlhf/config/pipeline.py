@@ -146,6 +146,8 @@ class PipelineConfig(Section):
                 "ppo.reward_model_path and reward_model.base are both given, but a ready reward "
                 "model is not trained; keep one"
             )
+        if self.ppo.shared_base:
+            self._reward_model_is_an_adapter()
         asking = self.ppo.needs_reference_answers
         if asking and self.data.reference_column is None:
             raise ValueError(
@@ -157,3 +159,17 @@ class PipelineConfig(Section):
                 "sft.enabled = false needs base.path: an untrained model can't be a policy"
             )
         return self
+
+    def _reward_model_is_an_adapter(self) -> None:
+        reason = None
+        if self.ppo.reward_model_path:
+            reason = f"ppo.reward_model_path = {self.ppo.reward_model_path!r} is a whole model"
+        elif self.reward_model.base:
+            reason = f"reward_model.base = {self.reward_model.base!r} is another base"
+        elif self.reward_model.lora is None:
+            reason = "reward_model.lora = none trains a whole model"
+        if reason:
+            raise ValueError(
+                f"ppo.shared_base = true needs a reward model that is an adapter on the SFT "
+                f"policy, and {reason}; set reward_model.lora alone, or ppo.shared_base to false"
+            )

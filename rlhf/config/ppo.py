@@ -166,6 +166,9 @@ class OptimizerSection(Section):
     numbers."""
     lora: LoraConfig | None = None
     """Train low-rank adapters of the policy; the reference is the policy with adapters off."""
+    shared_base: bool = False
+    """Policy, reference, critic and reward model are adapters on one base, so that one model's
+    weights are in memory; needs `lora`, and a reward model trained with `reward_model.lora`."""
 
 
 class PPOConfig(
@@ -236,6 +239,16 @@ class PPOConfig(
             raise ValueError(
                 "critic = 'adapter' needs lora: it puts a second adapter on the policy's base; "
                 "set lora, or critic to reward_model, policy or head"
+            )
+        if self.shared_base and self.lora is None:
+            raise ValueError(
+                "shared_base = true needs lora: the policy is an adapter on the base; set lora, or "
+                "shared_base to false"
+            )
+        if self.shared_base and self.critic == "policy":
+            raise ValueError(
+                "shared_base = true has no room for critic = 'policy', which is a model of its "
+                "own; set critic to reward_model, adapter or head"
             )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -106,6 +107,15 @@ def _unusable(folder: Path | str, error: Exception) -> ConfigError:
         f"loaded ({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, s3://bucket/"
         "prefix or a local folder with config.json, a tokenizer and safetensors"
     )
+
+
+def weights_digest(folder: Path) -> str:
+    """Hex sha256 over a model folder's safetensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:

@@ -1,12 +1,26 @@
-"""Low-rank adapters by peft."""
+"""Low-rank adapters by peft: several on one base, of which one computes at a time, or none."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlhf.config import LoraConfig
+from rlhf.stage import write_json
+
+#: Names of the adapters; the first is peft's own for the only one.
+POLICY, REWARD, CRITIC = "default", "reward", "critic"
+
+#: Folder of a reward model's adapter, beside the merged weights.
+FOLDER = "adapter"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def lora_config(
@@ -24,5 +38,88 @@ def lora_config(
 
 
 def merged(model: Any) -> Any:
-    """The plain model with any adapters merged into its weights, as later stages expect it."""
-    return model.merge_and_unload() if isinstance(model, peft.PeftModel) else model
+    """The plain model as later stages expect it: its own adapter merged, others dropped."""
+    if not isinstance(model, peft.PeftModel):
+        return model
+    merge: Any = model.merge_and_unload
+    return merge(adapter_names=[POLICY])
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter, with what is trained in full beside it, in peft's layout.
+
+    Not by peft's own method: that adds a text for people, names the base by its path on this
+    machine, and writes sets in an order that changes from run to run.
+    """
+    config = model.peft_config[POLICY].to_dict()
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    state = peft.get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    folder.mkdir()
+    weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    nowhere = {"base_model_name_or_path": None, "inference_mode": True}
+    write_json(folder / CONFIG, {**fields, **nowhere})
+
+
+def load_adapter(model: Any, folder: Path, name: str) -> dict[str, Tensor] | None:
+    """Add a saved adapter, frozen, to a causal language model under `name`.
+
+    Returns:
+        The weights of the head that was trained beside it, without their prefix; none if the
+        adapter does not fit the model.
+    """
+    config: Any = peft.LoraConfig.from_pretrained(str(folder))
+    config.task_type, config.modules_to_save = "CAUSAL_LM", None
+    config.lora_dropout = 0.0
+    saved = load_file(folder / WEIGHTS)
+    start = "base_model.model.score."
+    head = {k.removeprefix(start): saved.pop(k) for k in list(saved) if k.startswith(start)}
+    model.add_adapter(name, config)
+    result: Any = peft.set_peft_model_state_dict(model, saved, adapter_name=name)
+    absent = [k for k in result.missing_keys if f".{name}." in k]
+    for parameter in parameters_of(model, name).values():
+        parameter.requires_grad_(False)
+    return None if absent or result.unexpected_keys else head
+
+
+def copy_adapter(model: Any, source: str, target: str) -> None:
+    """Add an adapter that starts as a copy of another one."""
+    config = model.peft_config[source].to_dict()
+    model.add_adapter(target, peft.LoraConfig(**{**config, "inference_mode": False}))
+    copies = parameters_of(model, target)
+    for name, parameter in parameters_of(model, source).items():
+        copies[name.replace(f".{source}.", f".{target}.")].data.copy_(parameter.data)
+
+
+def parameters_of(model: Any, adapter: str) -> dict[str, Any]:
+    """One adapter's parameters, by their names in the whole model."""
+    return {name: p for name, p in model.named_parameters() if f".{adapter}." in name}
+
+
+@contextmanager
+def using(model: Any, adapter: str | None) -> Iterator[None]:
+    """While the model computes with this adapter alone, or with none; may be nested in any order.
+
+    Afterwards it computes as before. What is trainable stays so: peft takes the adapter that it
+    switches on for the one to train, and all others for frozen.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
+    wanted = [(names if adapter is None else [adapter], adapter is None) for names, _ in before]
+    if wanted == before:
+        yield
+        return
+    _switch(layers, wanted)
+    try:
+        yield
+    finally:
+        _switch(layers, before)
+
+
+def _switch(layers: list[Any], states: list[tuple[list[str], bool]]) -> None:
+    for layer, (names, off) in zip(layers, states, strict=True):
+        flags = [(p, p.requires_grad) for p in layer.parameters()]
+        layer.set_adapter(names)
+        layer.enable_adapters(not off)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

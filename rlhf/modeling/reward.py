@@ -23,6 +23,8 @@ from rlhf.modeling.forward import arguments_of, backbone_of, packs, token_batche
 from rlhf.stage import read_json, write_json
 
 META = "rlhf.json"
+#: Field there: digest of the weights that the adapter in `adapter/` belongs to.
+BASE = "base_weights"
 
 
 def pool(
@@ -111,10 +113,17 @@ def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | Non
     if not is_classifier:
         torch.nn.init.zeros_(model.score.weight)
     model.config.pad_token_id = renderer.tokenizer.pad_token_id
+    set_pooling(model, folder, renderer, pooling)
+    return model
+
+
+def set_pooling(
+    model: Any, folder: Path | str, renderer: Renderer, pooling: str | None = None
+) -> None:
+    """Tell a reward model which tokens make its score: as given, or as `rlhf.json` says."""
     model.pooling = pooling or reward_meta(folder).get("pooling", "last")
     if model.pooling == "sum":
         model.marker = renderer.tokenizer.get_vocab().get(ASSISTANT)
-    return model
 
 
 def _quiet_load(kind: Any, folder: Path | str, config: Any) -> Any:
@@ -137,21 +146,29 @@ def reward_meta(folder: Path | str) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def save_reward_model(model: Any, renderer: Renderer, folder: Path) -> None:
-    """Save weights, tokenizer, pooling and the rendering's identity."""
+def save_reward_model(
+    model: Any, renderer: Renderer, folder: Path, base: str | None = None
+) -> None:
+    """Save weights, tokenizer, pooling, the rendering's identity, and that of an adapter's base."""
     model.save_pretrained(folder)
     renderer.tokenizer.save_pretrained(folder)
-    write_json(folder / META, {"pooling": model.pooling, "template_hash": renderer.template_hash})
+    meta = {"pooling": model.pooling, "template_hash": renderer.template_hash}
+    write_json(folder / META, {**meta, BASE: base} if base else meta)
 
 
 class Scorer:
-    """Scores replies to prompts by a frozen reward model with a renderer of its own."""
+    """Scores replies to prompts by a frozen reward model with a renderer of its own.
+
+    `model` is that of `folder` where it is in memory already.
+    """
 
     def __init__(
-        self, folder: Path, device: torch.device, max_length: int, batch_tokens: int = 4096
-    ) -> None:
+        self, folder: Path, device: torch.device, max_length: int, batch_tokens: int = 4096,
+        model: Any = None,
+    ) -> None:  # fmt: skip
         self.renderer = load_renderer(folder)
-        self.model = load_reward_model(folder, self.renderer).to(device).eval()
+        model = model or load_reward_model(folder, self.renderer)
+        self.model = model.to(device).eval()
         self.model.requires_grad_(False)
         # A reward model of others may have less room than the policy.
         room = getattr(self.model.config, "max_position_embeddings", max_length)

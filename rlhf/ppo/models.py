@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import PPOConfig
 from rlhf.modeling.critic import Critic
-from rlhf.modeling.shared import CRITIC
+from rlhf.modeling.lora import CRITIC, using
+from rlhf.modeling.shared import AdapterCritic
 from rlhf.ppo.kl import exact_kl
 from rlhf.ppo.rollout import (
     Replies,
@@ -176,8 +177,9 @@ class Models:
         policy = self.accelerator.unwrap_model(self.policy)
         if isinstance(policy, peft.PeftModel):
             policy = policy.get_base_model()
-        own = self.config.critic in ("reward_model", "policy")
-        return [policy, self.critic.backbone] if own else [policy]
+        critic = self.accelerator.unwrap_model(self.critic)
+        own = not self.joint and not isinstance(critic, AdapterCritic)
+        return [policy, critic.backbone] if own else [policy]
 
     @contextmanager
     def _as_reference(self) -> Iterator[Any]:
@@ -185,7 +187,7 @@ class Models:
             yield self.reference
             return
         policy = self.accelerator.unwrap_model(self.policy)
-        with policy.disable_adapter():
+        with using(policy, None):
             yield policy
 
     def _precision(self) -> AbstractContextManager[Any]:

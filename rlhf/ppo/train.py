@@ -6,26 +6,19 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import peft
 import torch
-from accelerate import Accelerator
 
 from rlhf.config import PPOConfig, RuntimeConfig
-from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
-from rlhf.environments import build_environment, check_rendering
-from rlhf.errors import ConfigError, DataError, Interrupted
+from rlhf.errors import DataError, Interrupted
 from rlhf.gates import Approved
-from rlhf.modeling.base import device_of, load_policy
-from rlhf.modeling.critic import Critic, critic_from, freeze
-from rlhf.modeling.lora import lora_config, merged
-from rlhf.modeling.reward import Scorer, load_reward_model
-from rlhf.modeling.shared import CRITIC, AdapterCritic, HeadCritic
+from rlhf.modeling.base import device_of
+from rlhf.modeling.lora import merged
+from rlhf.ppo.build import build_trainer
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from rlhf.ppo.matmul import fast_float32
-from rlhf.ppo.models import Models
 from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, mix
 from rlhf.progress import Progress, silent
@@ -111,64 +104,6 @@ def _write(trainer: PPOTrainer, state: TrainState, out_dir: Path) -> None:
     write_json(out_dir / "samples.json", state.samples)
 
 
-def build_trainer(
-    config: PPOConfig,
-    sft: Path,
-    reward_model: Approved[Path] | None,
-    seed: int,
-    device: torch.device,
-    rows: Sequence[PromptRow] = (),
-) -> PPOTrainer:
-    """Load the models that this configuration asks for.
-
-    Raises:
-        ConfigError: The configuration needs a reward model that is not there, or one that does not
-            fit the policy.
-    """
-    torch.manual_seed(seed)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    renderer = load_renderer(sft)
-    policy = load_policy(sft)
-    scorer = None
-    if reward_model is not None:
-        scorer = Scorer(reward_model.subject, device, policy.config.max_position_embeddings)
-        check_rendering(renderer, reward_model.subject, scorer)
-    context = policy.config.max_position_embeddings
-    environment = build_environment(config, scorer, renderer, rows, device=device, context=context)
-    reference = None
-    if config.lora:
-        policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
-    else:
-        reference = freeze(load_policy(sft)).to(device)
-    critic = _critic(config, sft, policy, renderer, scorer, reward_model)
-    models = Models(config, policy, reference, critic, accelerator)
-    return PPOTrainer(config, models, environment, renderer, seed)
-
-
-def _critic(
-    config: PPOConfig, sft: Path, policy: Any, renderer: Renderer, scorer: Scorer | None,
-    reward_model: Approved[Path] | None,
-) -> Critic:  # fmt: skip
-    if config.critic == "policy":
-        return critic_from(load_policy(sft))
-    if config.critic == "head":
-        return HeadCritic(policy.config.hidden_size)
-    if config.critic == "adapter":
-        assert config.lora is not None
-        policy.add_adapter(CRITIC, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
-        return AdapterCritic(policy)
-    if scorer is None or reward_model is None:
-        raise ConfigError(
-            "ppo.critic = 'reward_model', but there is none; set ppo.critic to policy"
-        )
-    if scorer.renderer.template_hash != renderer.template_hash:
-        raise ConfigError(
-            f"ppo.critic = 'reward_model', but {str(reward_model.subject)!r} has another tokenizer "
-            "than the policy; set ppo.critic to policy"
-        )
-    return critic_from(load_reward_model(reward_model.subject, scorer.renderer))
-
-
 def prompts_of_update(
     rows: Sequence[PromptRow], update: int, config: PPOConfig, seed: int
 ) -> list[PromptRow]:
@@ -206,9 +141,10 @@ def _identity(
 
 def _content(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    for name, file in sorted(files.items()):
         with file.open("rb") as handle:
-            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+            digest.update(name.encode() + hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
 

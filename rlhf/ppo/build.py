@@ -1,0 +1,94 @@
+"""Loads the models of a PPO run: each by itself, or all as adapters on one base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accelerate import Accelerator
+
+from rlhf.config import PPOConfig
+from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rows import PromptRow
+from rlhf.environments import build_environment, check_rendering
+from rlhf.errors import ConfigError
+from rlhf.gates import Approved
+from rlhf.modeling.base import load_policy
+from rlhf.modeling.critic import Critic, critic_from, freeze
+from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config
+from rlhf.modeling.reward import Scorer, load_reward_model
+from rlhf.modeling.shared import AdapterCritic, HeadCritic, SharedScorer
+from rlhf.ppo.models import Models
+from rlhf.ppo.trainer import PPOTrainer
+
+
+def build_trainer(
+    config: PPOConfig,
+    sft: Path,
+    reward_model: Approved[Path] | None,
+    seed: int,
+    device: torch.device,
+    rows: Sequence[PromptRow] = (),
+) -> PPOTrainer:
+    """Load the models that this configuration asks for.
+
+    Raises:
+        ConfigError: The configuration needs a reward model that is not there, or one that does not
+            fit the policy or, with `shared_base`, its weights.
+    """
+    torch.manual_seed(seed)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    renderer = load_renderer(sft)
+    policy, reference = _policy(config, sft, device)
+    context = policy.config.max_position_embeddings
+    scorer = None
+    if reward_model is not None:
+        folder = reward_model.subject
+        if config.shared_base:
+            scorer = SharedScorer(policy, sft, folder, device, context)
+        else:
+            scorer = Scorer(folder, device, context)
+        check_rendering(renderer, folder, scorer)
+    environment = build_environment(config, scorer, renderer, rows, device=device, context=context)
+    critic = _critic(config, sft, policy, renderer, scorer, reward_model)
+    models = Models(config, policy, reference, critic, accelerator)
+    return PPOTrainer(config, models, environment, renderer, seed)
+
+
+def _policy(config: PPOConfig, sft: Path, device: torch.device) -> tuple[Any, Any]:
+    """The policy, and a reference unless the policy without its adapters is one."""
+    policy = load_policy(sft)
+    if not config.lora:
+        return policy, freeze(load_policy(sft)).to(device)
+    return peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0)), None
+
+
+def _critic(
+    config: PPOConfig, sft: Path, policy: Any, renderer: Renderer, scorer: Scorer | None,
+    reward_model: Approved[Path] | None,
+) -> Critic:  # fmt: skip
+    if config.critic == "policy":
+        return critic_from(load_policy(sft))
+    if config.critic == "head":
+        return HeadCritic(policy.config.hidden_size)
+    if config.critic == "adapter":
+        assert config.lora is not None
+        policy.add_adapter(CRITIC, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+        return AdapterCritic(policy)
+    if scorer is None or reward_model is None:
+        raise ConfigError(
+            "ppo.critic = 'reward_model', but there is none; set ppo.critic to "
+            + ("adapter" if config.shared_base else "policy")
+        )
+    if scorer.renderer.template_hash != renderer.template_hash:
+        raise ConfigError(
+            f"ppo.critic = 'reward_model', but {str(reward_model.subject)!r} has another tokenizer "
+            "than the policy; set ppo.critic to policy"
+        )
+    if config.shared_base:
+        copy_adapter(policy, REWARD, CRITIC)
+        return AdapterCritic(policy)
+    return critic_from(load_reward_model(reward_model.subject, scorer.renderer))
