@@ -123,7 +123,11 @@ def _train_policy(run: StageRun) -> StageResult:
     return train_policy(
         section, run.folders["data"], run.folders["sft"], _approved_reward_model(run),
         run.out_dir, seed=config.seed, checkpoints=run.checkpoints, runtime=config.runtime,
-        identity={role: run.refs[role].digest for role in ("data", "sft", "reward-model")},
+        identity={
+            "data": run.refs["data"].digest,
+            "base": run.refs["sft"].digest,
+            "reward model": run.refs["reward-model"].digest,
+        },
         progress=run.progress,
     )  # fmt: skip
 
