@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import resource
 import shutil
@@ -117,7 +116,7 @@ def test_everything_is_on_the_disk_before_the_name_is(trainer, saved, folder):
         save(trainer, folder, 3)
     partial = str(folder / ".partial-update-000003")
     synced = {p.removeprefix("open ") for p in points[: points.index(f"replace {partial}")]}
-    files = {f"{partial}/{name}" for name in os.listdir(folder / "update-000003")}
+    files = {f"{partial}/{path.name}" for path in (folder / "update-000003").iterdir()}
     assert {*files, partial} < synced
     assert f"open {folder}" in points[points.index(f"replace {partial}") :]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -91,7 +90,7 @@ def test_half_written_checkpoints_are_ignored(train, straight, tmp_path):
 def test_the_newest_two_are_kept(train, tmp_path):
     train(checkpoints=tmp_path / "c")
     assert names(tmp_path / "c") == ["update-000003", "update-000004"]
-    files = sorted(os.listdir(tmp_path / "c" / "update-000003"))
+    files = sorted(p.name for p in (tmp_path / "c" / "update-000003").iterdir())
     assert files == [
         "critic.safetensors", "optimizer-critic.safetensors", "optimizer-policy.safetensors",
         "policy.safetensors", "state.json",
@@ -186,5 +185,6 @@ def test_everything_that_changes_is_resumed(train, tmp_path):
     assert states[0] == states[1]
     assert states[0]["reward_scale"]
     assert states[0]["environment"]
-    for file in os.listdir(last[0]):
+    for name in ("policy", "critic", "optimizer-policy", "optimizer-critic"):
+        file = f"{name}.safetensors"
         assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes(), file
