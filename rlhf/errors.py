@@ -56,6 +56,12 @@ class Interrupted(RLHFError):
     retriable = True
 
 
+class CheckpointError(RLHFError, OSError):
+    """A checkpoint can't be written, as on a full disk; those before it are whole."""
+
+    retriable = True
+
+
 class RewardServiceError(RLHFError, ConnectionError):
     """A service that scores replies can't be reached or fails, again and again."""
 

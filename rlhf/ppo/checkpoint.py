@@ -3,27 +3,37 @@
 Generators are no part of it: every draw is seeded by (seed, update), so the update counter is
 their whole state, and that of the prompt cursor and of the learning-rate schedule. A checkpoint is
 a folder that appears under its final name only when complete, and it is whole as long as it has it.
+What happens to it later, on the disk, is found when it is read: then the one before it is taken.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.errors import ConfigError
+from rlhf.errors import CheckpointError, ConfigError, TrainingError
 from rlhf.ppo.models import Models
 from rlhf.stage import read_json, write_json
 
 KEEP = 2
 STATE = "state.json"
+#: Seconds to wait for another process; one that was killed a moment ago may still be ending.
+PATIENCE = 2.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,11 +46,52 @@ class TrainState:
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Keep other processes off this folder of checkpoints, until done or dead.
+
+    Raises:
+        ConfigError: Another process trains with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise ConfigError(
+            f"checkpoints {folder}: another process trains with this folder; wait for it, or give "
+            "this run another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def save_checkpoint(
     folder: Path, state: TrainState, models: Models, identity: Mapping[str, str]
 ) -> Path:
-    """Write a checkpoint under `folder` and drop all but the newest two."""
+    """Write a checkpoint under `folder` and drop all but the newest two.
+
+    Raises:
+        CheckpointError: It can't be written, as on a full disk; the earlier ones are whole.
+    """
     final = folder / f"update-{state.update:06d}"
+    try:
+        _write(folder, final, state, models, identity)
+    except (OSError, SafetensorError) as error:
+        kept = [path.name for path in checkpoints_in(folder)]
+        raise CheckpointError(
+            f"checkpoint {final}: can't be written ({error}); "
+            f"{kept[-1] + ' is whole' if kept else 'there is no earlier one'}; "
+            "mend that, then run the same again to go on"
+        ) from error
+    return final
+
+
+def _write(
+    folder: Path, final: Path, state: TrainState, models: Models, identity: Mapping[str, str]
+) -> None:
     partial = folder / f".partial-{final.name}"
     _clear(folder)
     partial.mkdir(parents=True)
@@ -50,43 +101,102 @@ def save_checkpoint(
     for name, optimizer in models.optimizers.items():
         save_file(_flatten(optimizer), partial / f"optimizer-{name}.safetensors")
     write_json(partial / STATE, {**asdict(state), "identity": dict(identity)})
+    # Everything is on the disk before the name is: a power cut leaves no empty files behind it.
     for path in partial.iterdir():
         _sync(path)
-    _discard(final)
+    _sync(partial)
+    _discard(final)  # one that was found damaged
     partial.replace(final)
     _sync(folder)
-    for old in sorted(folder.glob("update-*"))[:-KEEP]:
-        _discard(old)
-    return final
+    found = checkpoints_in(folder)
+    newest = found.index(final)  # what has a later number was found damaged
+    for other in found[: max(0, newest + 1 - KEEP)] + found[newest + 1 :]:
+        _discard(other)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folder's checkpoints, the oldest first; other files that may lie there are none."""
+    found = (re.fullmatch(r"update-(\d{6,})", path.name) for path in folder.glob("update-*"))
+    return [folder / match[0] for match in sorted(filter(None, found), key=lambda m: int(m[1]))]
 
 
 def load_checkpoint(folder: Path, models: Models, identity: Mapping[str, str]) -> TrainState:
-    """Load the newest checkpoint under `folder` into the models; a fresh state if there is none.
+    """Load the newest whole checkpoint under `folder`; a fresh state if there are none at all.
+
+    A damaged one is logged as a warning, and the one before it taken: the result is the same, some
+    updates are only done again.
 
     Raises:
         ConfigError: The checkpoint belongs to another base, tokenizer, reward model, data, seed or
             configuration.
+        TrainingError: There are checkpoints, but none is whole.
     """
-    found = sorted(folder.glob("update-*"))
-    if not found:
-        return TrainState()
-    newest = found[-1]
-    saved = read_json(newest / STATE)
-    theirs = saved.pop("identity")
-    for name in sorted({*identity, *theirs}):
-        if identity.get(name) != theirs.get(name):
-            raise ConfigError(
-                f"checkpoint {newest}: its {name} is {theirs.get(name)}, this run's is "
-                f"{identity.get(name)}; delete the folder to start afresh"
+    found = checkpoints_in(folder)
+    for checkpoint in reversed(found):
+        try:
+            saved = _read(checkpoint)
+            _refuse_others(checkpoint, saved.pop("identity"), identity)
+            state = TrainState(**saved)
+            _check_files(checkpoint, models)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            log.warning(
+                "checkpoint %s is damaged (%s); taking the one before it", checkpoint, error
             )
+            continue
+        _load(checkpoint, models)
+        return state
+    if found:
+        raise TrainingError(
+            f"checkpoint {found[-1]}: damaged, like all others there; delete {folder} to start "
+            "afresh"
+        )
+    return TrainState()
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    saved = read_json(checkpoint / STATE)
+    if f"update-{saved['update']:06d}" != checkpoint.name:
+        raise ValueError(f"{STATE} is of update {saved['update']}")
+    return saved
+
+
+def _refuse_others(checkpoint: Path, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"checkpoint {checkpoint}: its {name} is {theirs.get(name)}, this run's is "
+                f"{ours.get(name)}; delete the folder to start afresh"
+            )
+
+
+def _check_files(checkpoint: Path, models: Models) -> None:
+    """Look at names, shapes and lengths, before anything of it is loaded."""
+    for name, parameters in models.parameters.items():
+        shapes = _shapes(checkpoint / f"{name}.safetensors")
+        if shapes != {key: list(p.shape) for key, p in parameters.items()}:
+            raise ValueError(f"{name}.safetensors holds other tensors than the model")
+    for name in models.optimizers:
+        _shapes(checkpoint / f"optimizer-{name}.safetensors")
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, "pt") as file:  # compares the header with the file's length
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _load(checkpoint: Path, models: Models) -> None:
     with torch.no_grad():
         for name, parameters in models.parameters.items():
-            weights = load_file(newest / f"{name}.safetensors")
+            weights = load_file(checkpoint / f"{name}.safetensors")
             for key, parameter in parameters.items():
                 parameter.copy_(weights[key])
     for name, optimizer in models.optimizers.items():
-        _unflatten(optimizer, load_file(newest / f"optimizer-{name}.safetensors"))
-    return TrainState(**saved)
+        _unflatten(optimizer, load_file(checkpoint / f"optimizer-{name}.safetensors"))
 
 
 def _discard(checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import device_of
 from rlhf.modeling.lora import merged
 from rlhf.ppo.build import build_trainer
-from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint, sole_user
 from rlhf.ppo.matmul import fast_float32
 from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, mix
@@ -55,9 +55,11 @@ def train_policy(
         progress: Told of every update.
 
     Raises:
-        ConfigError: Rendering mismatch, or a checkpoint of other inputs.
+        ConfigError: Rendering mismatch, a checkpoint of other inputs, or another process trains
+            with the same checkpoints.
+        CheckpointError: A checkpoint can't be written.
         DataError: There are no prompts.
-        TrainingError: A loss or score is not finite.
+        TrainingError: A loss or score is not finite, or no checkpoint is whole.
         Interrupted: SIGTERM came; a checkpoint was saved.
     """
     rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
@@ -66,6 +68,21 @@ def train_policy(
     device = device_of(runtime or RuntimeConfig())
     trainer = build_trainer(config, sft, reward_model, seed, device, rows)
     who = _identity(config, seed, data, sft, reward_model, trainer.renderer, identity or {})
+    with sole_user(checkpoints) if checkpoints else nullcontext():
+        state = _updates(trainer, rows, checkpoints, who, progress)
+    _write(trainer, state, out_dir)
+    last = state.curve[-1]
+    return StageResult(
+        {"updates": state.update, **{k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}}
+    )
+
+
+def _updates(
+    trainer: PPOTrainer, rows: Sequence[PromptRow], checkpoints: Path | None,
+    who: Mapping[str, str], progress: Progress,
+) -> TrainState:  # fmt: skip
+    """All updates that are left to do."""
+    config = trainer.config
     state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
     if state.update:
         trainer.load_state_dict(state.trainer)
@@ -73,13 +90,13 @@ def train_policy(
     hold = deferred_sigterm() if checkpoints else nullcontext(lambda: False)
     with fast_float32(device, size), hold as terminated:
         while state.update < config.updates:
-            updated = trainer.update(
-                state.update, prompts_of_update(rows, state.update, config, seed)
-            )
+            chunk = prompts_of_update(rows, state.update, config, trainer.seed)
+            updated = trainer.update(state.update, chunk)
             state.update += 1
             state.curve.append({"update": state.update, **updated.metrics})
             state.samples += updated.samples
-            progress(state.update, config.updates, updated.metrics)
+            if not terminated():  # who listens may be ending too, and must not keep us from saving
+                progress(state.update, config.updates, updated.metrics)
             due = state.update % config.checkpoint_every == 0
             if checkpoints and (due or terminated()):
                 state.trainer = trainer.state_dict()
@@ -89,11 +106,7 @@ def train_policy(
                     f"SIGTERM after update {state.update} of {config.updates}: saved; run the same "
                     "again to go on from there"
                 )
-    _write(trainer, state, out_dir)
-    last = state.curve[-1]
-    return StageResult(
-        {"updates": state.update, **{k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}}
-    )
+    return state
 
 
 def _write(trainer: PPOTrainer, state: TrainState, out_dir: Path) -> None:

@@ -8,6 +8,19 @@ from rlhf.config import LoraConfig
 from tests.library import toys
 
 LORA = LoraConfig(r=4, alpha=16.0)
+#: Every option that has a state to be resumed, or a course over the updates.
+EVERYTHING = {
+    "kl_controller": "adaptive", "kl_target": 0.01, "kl_horizon": 50, "lora": LORA,
+    "reward_normalization": "running", "critic": "adapter", "lr_scheduler": "cosine",
+    "lr_warmup_updates": 1, "critic_warmup_updates": 1, "target_kl": 0.05, "entropy_coef": 0.01,
+    "kl_audit": True, "whiten_rewards": True, "compat": "trl", "multi_objective": True,
+    "env_config": {
+        "components": {
+            "reward_model": {"normalize": "zscore"},
+            "length": {"points": [[0, 0], [6, 1]], "normalize": "minmax", "weight": 0.1},
+        }
+    },
+}  # fmt: skip
 
 
 class Stopped(Exception):

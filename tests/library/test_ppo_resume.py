@@ -15,11 +15,16 @@ from safetensors.torch import save_file
 from rlhf.data.rendering import load_renderer
 from rlhf.errors import ConfigError, Interrupted, worth_retrying
 from rlhf.modeling.reward import META
+from rlhf.ppo.checkpoint import checkpoints_in
 from rlhf.stage import read_json, write_json
 from tests.library import toys
-from tests.library.ppo_runs import LORA, Stopped, assert_same_run
+from tests.library.ppo_runs import EVERYTHING, Stopped, assert_same_run
 
 ROOT = Path(__file__).parents[2]
+
+
+def names(checkpoints):
+    return [path.name for path in checkpoints_in(checkpoints)]
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 4])
@@ -68,7 +73,7 @@ train_policy(
 def test_kill_9(straight, data, sft, reward_model, train, tmp_path):
     done = interrupted(data, sft, reward_model, tmp_path, "SIGKILL")
     assert done.returncode == -signal.SIGKILL
-    assert sorted(p.name for p in (tmp_path / "c").iterdir())[-1] == "update-000002"
+    assert names(tmp_path / "c")[-1] == "update-000002"
     assert_same_run(train("resumed", checkpoints=tmp_path / "c"), straight)
 
 
@@ -84,9 +89,8 @@ def test_half_written_checkpoints_are_ignored(train, straight, tmp_path):
 
 def test_the_newest_two_are_kept(train, tmp_path):
     train(checkpoints=tmp_path / "c")
-    names = sorted(p.name for p in (tmp_path / "c").iterdir())
-    assert names == ["update-000003", "update-000004"]
-    files = sorted(p.name for p in (tmp_path / "c" / names[0]).iterdir())
+    assert names(tmp_path / "c") == ["update-000003", "update-000004"]
+    files = sorted(p.name for p in (tmp_path / "c" / "update-000003").iterdir())
     assert files == [
         "critic.safetensors", "optimizer-critic.safetensors", "optimizer-policy.safetensors",
         "policy.safetensors", "state.json",
@@ -95,7 +99,7 @@ def test_the_newest_two_are_kept(train, tmp_path):
 
 def test_how_often_is_free(train, straight, tmp_path):
     train("a", checkpoints=tmp_path / "c", checkpoint_every=3)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["update-000003"]
+    assert names(tmp_path / "c") == ["update-000003"]
     # how often to save changes nothing that is learnt, so another value may resume
     assert_same_run(train("b", checkpoints=tmp_path / "c", checkpoint_every=1), straight)
 
@@ -136,16 +140,14 @@ def test_another_identity_is_refused_by_name(train, sft, reward_model, copy_of, 
 def test_sigterm_saves_and_exits(straight, data, sft, reward_model, train, tmp_path):
     done = interrupted(data, sft, reward_model, tmp_path, "SIGTERM", checkpoint_every=100)
     assert done.returncode == -signal.SIGTERM
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["update-000003"]
+    assert names(tmp_path / "c") == ["update-000003"]
     again = train("resumed", checkpoints=tmp_path / "c", checkpoint_every=100)
     assert_same_run(again, straight)
 
 
 def test_whoever_listened_for_sigterm_hears_it_after_the_save(train, tmp_path):
     heard = []
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: heard.append([p.name for p in (tmp_path / "c").iterdir()])
-    )
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(names(tmp_path / "c")))
     try:
         with pytest.raises(Interrupted, match="after update 2 of 4: saved; run the same again"):
             train("a", checkpoints=tmp_path / "c", checkpoint_every=100, sigterm_at=2)
@@ -171,16 +173,18 @@ def test_without_checkpoints_sigterm_is_not_held_back(train):
 
 
 def test_everything_that_changes_is_resumed(train, tmp_path):
-    """KL controller, running scale, learning rates, LoRA, a critic's adapter: all at once."""
-    options = {
-        "kl_controller": "adaptive", "kl_target": 0.01, "kl_horizon": 50, "lora": LORA,
-        "reward_normalization": "running", "critic": "adapter", "lr_scheduler": "cosine",
-        "lr_warmup_updates": 1, "critic_warmup_updates": 1, "target_kl": 0.05, "entropy_coef": 0.01,
-        "kl_audit": True, "whiten_rewards": True, "compat": "trl",
-    }  # fmt: skip
-    straight = train("straight", **options)
+    """KL controller, running scales, learning rates, LoRA, a critic's adapter: all at once."""
+    straight = train("straight", checkpoints=tmp_path / "s", **EVERYTHING)
     coefs = [row["kl_coef"] for row in read_json(straight / "curve.json")]
     assert len(set(coefs)) > 2
     with pytest.raises(Stopped):
-        train("stopped", checkpoints=tmp_path / "c", stop_at=3, **options)
-    assert_same_run(train("resumed", checkpoints=tmp_path / "c", **options), straight)
+        train("stopped", checkpoints=tmp_path / "c", stop_at=3, **EVERYTHING)
+    assert_same_run(train("resumed", checkpoints=tmp_path / "c", **EVERYTHING), straight)
+    last = [folder / "update-000004" for folder in (tmp_path / "s", tmp_path / "c")]
+    states = [read_json(folder / "state.json")["trainer"] for folder in last]
+    assert states[0] == states[1]
+    assert states[0]["reward_scale"]
+    assert states[0]["environment"]
+    for name in ("policy", "critic", "optimizer-policy", "optimizer-critic"):
+        file = f"{name}.safetensors"
+        assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes(), file

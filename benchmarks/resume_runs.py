@@ -1,0 +1,236 @@
+"""PPO on the toy task in forked processes that are killed, and resumed until complete."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.ppo import train as train_module
+from rlhf.ppo.checkpoint import checkpoints_in, save_checkpoint
+from rlhf.reward import train_reward_model
+from rlhf.sft import train_sft
+from tests.library import toys
+from tests.library.kills import in_child, kill_points
+
+KILLED_AFTER, EVERY = 37, 2
+
+
+class Run:
+    """One run of PPO in its folder, to be started again until it is complete."""
+
+    def __init__(self, models: Path, folder: Path, options: dict[str, Any], updates: int) -> None:
+        self.models, self.folder = models, folder
+        settings = {"total_episodes": updates * toys.PPO.chunk_size, "checkpoint_every": EVERY}
+        self.config = toys.changed(toys.PPO, **{**settings, **options})
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def saved(self) -> int:
+        """Update of the newest checkpoint."""
+        found = checkpoints_in(self.checkpoints)
+        return int(found[-1].name.removeprefix("update-")) if found else 0
+
+    def train(self, progress: Callable[..., None] = lambda *_: None) -> None:
+        """Train, or go on, in this process; a damaged checkpoint is an error here."""
+        logging.getLogger("rlhf").addHandler(_Strict())
+        out = self.folder / "out"
+        out.mkdir(parents=True, exist_ok=True)
+        m = self.models
+        train_module.train_policy(
+            self.config, m / "data", m / "sft", toys.approve(m / "reward"), out,
+            checkpoints=self.checkpoints, runtime=toys.RUNTIME, progress=progress,
+        )  # fmt: skip
+
+    def start(self, *, before: Callable[[], None] | None = None, **options: Any) -> int:
+        """`train` in a forked process; returns its id."""
+        child = os.fork()
+        if child:
+            return child
+        try:
+            if before:
+                before()
+            self.train(**options)
+            os._exit(0)
+        except BaseException as error:
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def files(self) -> dict[str, bytes]:
+        """What has to be equal: the policy, curve and samples, and the last checkpoint."""
+        last = checkpoints_in(self.checkpoints)[-1]
+        paths = [*(self.folder / "out").iterdir(), *last.iterdir()]
+        return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in paths}
+
+
+class _Strict(logging.Handler):
+    """No checkpoint may be found damaged: kills alone spoil none."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError(record.getMessage())
+
+
+@dataclass
+class Row:
+    """What was done to one variant, and what came of it."""
+
+    trial: str
+    variant: str
+    kills: int = 0
+    resumed: int = 0
+    runs: int = 0
+    files: int = 0
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def complete(self, run: Run, straight: dict[str, bytes]) -> None:
+        """Do what is left of a run, and compare it."""
+        if end := ended(run.start()):
+            self.failures.append(f"{run.folder.name}: could not be completed, ended with {end}")
+            return
+        files = run.files()
+        self.runs += 1
+        self.files += len(straight)
+        self.failures += [
+            f"{run.folder.name}: {name} differs"
+            for name in sorted({*files, *straight})
+            if files.get(name) != straight.get(name)
+        ]
+
+
+def ended(child: int) -> int:
+    """Wait for a process; 0 if it completed, minus a signal's number if that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def make_models(folder: Path) -> None:
+    """Data, SFT policy and reward model, made in a forked process: this one runs no torch."""
+
+    def work() -> None:
+        toys.write_data(folder / "data")
+        for name in ("sft", "reward"):
+            (folder / name).mkdir()
+        train_sft(toys.SFT, toys.BASE, folder / "data", folder / "sft", runtime=toys.RUNTIME)
+        train_reward_model(
+            toys.REWARD, folder / "data", folder / "sft", folder / "reward", runtime=toys.RUNTIME
+        )
+
+    if in_child(work):
+        raise SystemExit("the toy models could not be made")
+
+
+def killed_once(run: Run, straight: dict[str, bytes], row: Row) -> None:
+    """`kill -9` after 37 updates, before they are saved, and the rest in another process."""
+
+    def progress(step: int, *_: Any) -> None:
+        if step == KILLED_AFTER:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if ended(run.start(progress=progress)) != -signal.SIGKILL:
+        row.failures.append("was not killed")
+    row.kills, row.resumed = 1, 1
+    row.complete(run, straight)
+
+
+def armed(at: int, skip: int) -> Callable[[], None]:
+    """Dies at point `at` of a save, `skip` saves from now, or the first later one that has it."""
+
+    def arm() -> None:
+        left = skip
+
+        def save(*args: Any) -> Path:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                return save_checkpoint(*args)
+            with kill_points(at):
+                return save_checkpoint(*args)
+
+        train_module.save_checkpoint = save
+
+    return arm
+
+
+def count_points(run: Run) -> int:
+    """How many points a save has once there are checkpoints to be dropped."""
+    counts = run.folder / "points"
+
+    def work() -> None:
+        def save(*args: Any) -> Path:
+            with kill_points() as points:
+                final = save_checkpoint(*args)
+            counts.write_text(str(len(points)))
+            return final
+
+        train_module.save_checkpoint = save
+        run.train()
+
+    run.folder.mkdir(parents=True)
+    in_child(work)
+    return int(counts.read_text())
+
+
+def campaign(
+    make: Callable[[str], Run], straight: dict[str, bytes], row: Row, plan: list[int | None],
+    rng: random.Random, pace: float,
+) -> None:  # fmt: skip
+    """A kill for each entry: at that point inside of a save, or (None) at a random moment.
+
+    `pace` is the seconds that a child takes for its start and a few updates. The next child loads
+    what the last one left; a checkpoint that is damaged is a failure there.
+    """
+    run = make(f"lap-{row.runs}")
+    while plan and not row.failures:
+        before, at = run.saved(), plan[-1]
+        if at is None:
+            child = run.start()
+            time.sleep(rng.uniform(0, pace))
+            os.kill(child, signal.SIGKILL)
+        else:
+            child = run.start(before=armed(at, rng.randint(0, 2)))
+        end = ended(child)
+        row.resumed += before > 0
+        if end == -signal.SIGKILL:
+            plan.pop()
+            row.kills += 1
+        if end not in (0, -signal.SIGKILL) or run.saved() < before:
+            row.failures.append(f"{run.folder.name}: ended with {end}, {before}, {run.saved()}")
+        if end == 0 or not plan:
+            row.complete(run, straight)
+            shutil.rmtree(run.folder)
+            run = make(f"lap-{row.runs}")
+
+
+def terminated(
+    run: Run, straight: dict[str, bytes], row: Row, signals: int, rng: random.Random, pace: float
+) -> None:
+    """SIGTERM at random moments; but for the last update, nothing else makes it save."""
+    steps = run.folder.with_suffix(".step")
+
+    def progress(step: int, *_: Any) -> None:
+        steps.write_text(str(step))
+
+    end = -signal.SIGTERM
+    while end and row.kills < signals and not row.failures:
+        steps.write_text("0")
+        before = run.saved()
+        child = run.start(progress=progress)
+        time.sleep(rng.uniform(0, pace))
+        os.kill(child, signal.SIGTERM)
+        end = ended(child)
+        row.kills += end == -signal.SIGTERM
+        row.resumed += before > 0
+        done = int(steps.read_text())
+        if end not in (0, -signal.SIGTERM) or run.saved() < max(before, done):
+            row.failures.append(f"ended with {end}, {done} updates done and {run.saved()} saved")
+    row.complete(run, straight)

@@ -1,0 +1,73 @@
+"""Ends a process with SIGKILL inside of a save: between any two of its calls, or half-way in one.
+
+What a kill can leave behind is decided by the order of the calls to the file system. So each of
+them is a point: the process dies before it, or, where a file is being written, in the midst of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.ppo import checkpoint
+
+CALLS = ("open", "close", "fsync", "mkdir", "replace", "unlink", "rmdir")
+#: The functions of `rlhf.ppo.checkpoint` that write a file, and which argument says where.
+WRITES = {"save_file": 1, "write_json": 0}
+
+
+@contextmanager
+def kill_points(at: int | None = None) -> Iterator[list[str]]:
+    """Names every point that is passed; the process dies at point number `at`."""
+    passed: list[str] = []
+
+    def point(name: str) -> None:
+        if len(passed) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        passed.append(name)
+
+    def before(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            point(f"{name} {args[0] if args else ''}")
+            return call(*args, **options)
+
+        return wrapped
+
+    def writes(call: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            path = Path(args[place])
+            point(f"before {path.name}")
+            call(*args, **options)
+            if len(passed) == at:
+                with path.open("r+b") as file:
+                    file.truncate(path.stat().st_size // 2)
+            point(f"half of {path.name}")
+
+        return wrapped
+
+    originals = [(os, name, getattr(os, name)) for name in CALLS]
+    originals += [(checkpoint, name, getattr(checkpoint, name)) for name in WRITES]
+    for owner, name, call in originals:
+        wrapped = writes(call, WRITES[name]) if owner is checkpoint else before(name, call)
+        setattr(owner, name, wrapped)
+    try:
+        yield passed
+    finally:
+        for owner, name, call in originals:
+            setattr(owner, name, call)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Do it in a forked process; returns what `os.waitstatus_to_exitcode` makes of its end."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
