@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect.server.api.server import SubprocessASGIServer
 
+from flows import leaving
 from rlhf.config import load_config
 from rlhf.ppo.checkpoint import checkpoints_in
 from tasks.runner import run_stage
 from tasks.stages import STAGES
 from tests.flows.conftest import tiny_tree
 from tests.flows.test_command_line import ROOT, bare_environment
+from tests.library.kills import in_child
 
 pytestmark = pytest.mark.prefect
 STAGE = "train-policy"
@@ -50,37 +53,53 @@ def servers(home):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for servers in /proc")
-def test_sigterm_while_the_policy_is_trained(preset, tmp_path):
-    """To the process alone, then, in the resumed run, to its group: the server gets it as well."""
-    reached = 0
-    for kill in (os.kill, os.killpg):
-        shown = tmp_path / kill.__name__
-        with shown.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", "stage", STAGE, "--config", str(preset)],
-                env=bare_environment(tmp_path), cwd=ROOT, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
-        try:
-            deadline = time.monotonic() + 200
-            while STAGE not in shown.read_text() and time.monotonic() < deadline:
-                assert process.poll() is None, shown.read_text()
-                time.sleep(0.05)
-            assert [*servers(tmp_path)]
-            kill(process.pid, signal.SIGTERM)
-            assert process.wait(20) == 128 + signal.SIGTERM
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        line = "terminated; the same command goes on from the last checkpoint"
-        assert shown.read_text().splitlines()[-1] == line
-        assert "Traceback" not in shown.read_text()
-        deadline = time.monotonic() + 10
-        while [*servers(tmp_path)] and time.monotonic() < deadline:
+def test_sigterm_to_the_group_while_the_policy_is_trained(preset, tmp_path):
+    """The ephemeral server gets it as well, and nobody waits for what it can't answer any more."""
+    shown = tmp_path / "shown"
+    with shown.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "stage", STAGE, "--config", str(preset)],
+            env=bare_environment(tmp_path), cwd=ROOT, stdout=out, stderr=out,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 200
+        while STAGE not in shown.read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, shown.read_text()
             time.sleep(0.05)
-        assert not [*servers(tmp_path)]
-        (folder,) = (tmp_path / "work" / "checkpoints").iterdir()
-        saved = int(checkpoints_in(folder)[-1].name.removeprefix("update-"))
-        assert saved > reached
-        reached = saved
+        assert [*servers(tmp_path)]
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    line = "terminated; the same command goes on from the last checkpoint"
+    assert shown.read_text().splitlines()[-1] == line
+    assert "Traceback" not in shown.read_text()
+    assert not [*servers(tmp_path)]
+    (folder,) = (tmp_path / "work" / "checkpoints").glob(f"{STAGE}-*")
+    assert checkpoints_in(folder)  # nothing but SIGTERM makes it save before the end
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(
+    "script", ["echo; exec sleep 60", "trap '' TERM; echo; while :; do sleep 0.1; done"]
+)
+def test_sigterm_to_the_process_alone_ends_the_server_too(script, tmp_path, monkeypatch):
+    """Whether it obeys or not. The process is a shell's here, in the place where Prefect has it."""
+    monkeypatch.setattr(leaving, "PATIENCE", 0.5)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    pid = tmp_path / "pid"
+
+    def work():
+        server = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE)
+        server.stdout.readline()  # it is listening
+        pid.write_text(str(server.pid))
+        SubprocessASGIServer().server_process = server
+        leaving.leave_on_signals()
+        signal.raise_signal(signal.SIGTERM)
+
+    assert in_child(work) == 128 + signal.SIGTERM
+    state = Path("/proc", pid.read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
