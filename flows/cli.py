@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
+from flows.leaving import leave_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
 
@@ -220,17 +221,9 @@ def _open(store: str | None, config: Path | None):  # noqa: ANN202  (the store i
     return store_of(loaded.config)
 
 
-def _interrupted(*_: object) -> None:
-    # Ctrl-C reaches the ephemeral server too: Prefect's client would wait minutes for its answer.
-    # Leaving at once is safe, as checkpoints and artifacts appear only when whole.
-    os.write(2, b"\ninterrupted; the same command goes on from the last checkpoint\n")
-    os._exit(130)
-
-
 def prepare_prefect(verbose: bool) -> None:
     """Settings for a run in this process; those that the user set in the environment win."""
-    if not os.environ.get("PREFECT_API_URL"):
-        signal.signal(signal.SIGINT, _interrupted)
+    leave_on_signals()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     # Training takes all cores, and the ephemeral server beside it its time to answer.
     os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
@@ -245,6 +238,10 @@ def prepare_prefect(verbose: bool) -> None:
         import warnings
 
         warnings.simplefilter("ignore")
+        # What the library itself has to warn of is for the user all the same.
+        shown = logging.StreamHandler()
+        shown.setFormatter(logging.Formatter("warning: %(message)s"))
+        logging.getLogger("rlhf").addHandler(shown)
 
 
 if __name__ == "__main__":

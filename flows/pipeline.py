@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flows.leaving import before_prefect
 from flows.reporting import write_report
 from rlhf.config import PipelineConfig, advice
 from rlhf.errors import GateRejected
@@ -73,8 +74,9 @@ def pipeline(
     run.advice = tuple(advice(config))
     for line in run.advice:
         get_run_logger().warning(line)
-    run_stages(run)
-    write_report(run)
+    with before_prefect():
+        run_stages(run)
+        write_report(run)
     if run.outcome == PROMOTED:
         return Completed(message=run.reason, data=run)
     name = REJECTED if run.outcome == REJECTED else None

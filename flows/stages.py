@@ -6,6 +6,7 @@ from prefect import Flow, flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from flows.leaving import before_prefect
 from rlhf.config import PipelineConfig, advice
 from rlhf.errors import GateRejected
 from rlhf.store import ArtifactRef
@@ -25,7 +26,8 @@ def _flow(name: str) -> Flow[..., State[Outcome]]:
         preflight(config)
         for line in advice(config):
             get_run_logger().warning(line)
-        state = run_task(name, config, find_inputs(STAGES[name], config, inputs or {}))
+        with before_prefect():
+            state = run_task(name, config, find_inputs(STAGES[name], config, inputs or {}))
         result = state.result(raise_on_failure=False)
         if isinstance(result, GateRejected):
             return Failed(name="GateRejected", message=str(result), data=result)

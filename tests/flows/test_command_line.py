@@ -163,6 +163,19 @@ def test_flags_and_rl_names_reach_the_configuration(rlhf, preset):
     assert (shown["ppo.kl_audit"], shown["ppo.top_k"]) == ("True", "3")
 
 
+def test_warnings_of_the_library_are_shown_beside_prefects_own_log(environment):
+    """A damaged checkpoint, say; Prefect's log handlers are silent but with --verbose."""
+    script = (
+        "import logging; from flows.cli import prepare_prefect; prepare_prefect(False); "
+        "import flows.pipeline; logging.getLogger('rlhf.ppo.checkpoint').warning('is %s', 'damaged')"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stderr == "warning: is damaged\n"
+
+
 def test_unknown_stage_missing_input_and_bad_role(rlhf, preset):
     assert "choose one of" in rlhf("stage", "nope", "--config", preset).stderr
     missing = rlhf("stage", "train-policy", "--config", preset)
