@@ -261,6 +261,36 @@ def test_outside_our_calls_a_model_is_as_before():
     assert "attn" not in str(sorted(model.config.to_dict()))
 
 
+def test_rounding_up_changes_nothing(monkeypatch):
+    """Where few shapes should occur, one more sequence is appended that nobody reads."""
+    policy = make("gqa").double()
+    critic = with_critic(policy).double()
+    plain = loss_of(policy, critic, BATCH)
+    plain.backward()
+    expected = {k: g.clone() for k, g in gradients(policy, critic).items() if g is not None}
+    policy.zero_grad()
+    critic.zero_grad()
+    for module in ("rlhf.modeling.forward", "rlhf.ppo.fused"):
+        monkeypatch.setattr(f"{module}.rounding", lambda n, _: -n % 32)
+    assert arguments_of(BATCH.ids, BATCH.attention, True)[0]["input_ids"].shape == (1, 64)
+    loss = loss_of(policy, critic, BATCH)
+    loss.backward()
+    torch.testing.assert_close(loss, plain, atol=1e-10, rtol=0)
+    seen = gradients(policy, critic)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(seen[key], gradient, atol=1e-10, rtol=1e-10)
+
+
+def test_long_texts_and_short_ones_attend_alike(monkeypatch):
+    """Beyond a length torch's own kernel is used."""
+    policy = make("gqa")
+    ours, _ = log_probs_and_entropy(policy, BATCH, 1.0)
+    monkeypatch.setattr("rlhf.modeling.attention.LONGEST", 4)
+    theirs, _ = log_probs_and_entropy(policy, BATCH, 1.0)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert not torch.equal(ours, theirs)
+
+
 def test_rows_of_similar_length_share_an_attention_call():
     groups = rectangles_of([30, 90, 31, 30, 88])
     assert [sorted(g) for g in groups] == [[1, 4], [0, 2, 3]]
