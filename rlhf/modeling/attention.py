@@ -137,7 +137,7 @@ def _backward(
         k, v = (_split(t[part], rows, width, heads[1], 1) for t in (key, value))
         _join(torch.bmm(p.transpose(1, 2), g), d_value[part], rows, width, heads[1], 1)
         d_p = torch.bmm(g, v.transpose(1, 2))
-        slopes = torch._softmax_backward_data(d_p, p, -1, p.dtype).mul_(scale)
+        slopes = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(scale)
         _join(torch.bmm(slopes, k), d_query[part], rows, width, heads[1], shared)
         _join(torch.bmm(slopes.transpose(1, 2), q), d_key[part], rows, width, heads[1], 1)
     return d_query, d_key, d_value
