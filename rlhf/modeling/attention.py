@@ -2,7 +2,8 @@
 
 torch's own kernel is made for long sequences. At the length of a reply it is slower than plain
 matrix products on small blocks, and several times slower where float32 products go through oneDNN
-(`torch.set_float32_matmul_precision("medium")`).
+(`torch.set_float32_matmul_precision("medium")`). Here they always go through MKL, because oneDNN
+would prepare code for every new length.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from rlhf.modeling.matmul import plain_float32
 
 BLOCK = 2**18
 """Attention weights computed at a time: 1 MiB in float32."""
@@ -86,18 +89,8 @@ class _Blockwise(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         shared = heads[0] // heads[1]
         out = query.new_empty(len(query), value.shape[1] * shared)
-        kept, masks = [], {}
-        for part, rows, width in _blocks(rectangles, heads[0]):
-            if width not in masks:
-                ones = torch.ones(width, width, dtype=torch.bool)
-                mask = query.new_zeros(width, width).masked_fill_(~ones.tril(), -torch.inf)
-                masks[width] = mask.repeat(shared, 1)
-            q = _split(query[part], rows, width, heads[1], shared)
-            k, v = (_split(t[part], rows, width, heads[1], 1) for t in (key, value))
-            weights = torch.baddbmm(masks[width], q, k.transpose(1, 2), alpha=scale).softmax(-1)
-            _join(torch.bmm(weights, v), out[part], rows, width, heads[1], shared)
-            if saves:
-                kept.append(weights)
+        with plain_float32(query.device):
+            kept = _forward(out, query, key, value, rectangles, heads, scale, saves)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.options = (rectangles, heads, scale)
         return out
@@ -106,14 +99,45 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, *kept = ctx.saved_tensors
         rectangles, heads, scale = ctx.options
-        shared = heads[0] // heads[1]
-        d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
-        for (part, rows, width), p in zip(_blocks(rectangles, heads[0]), kept, strict=True):
-            q, g = (_split(t[part], rows, width, heads[1], shared) for t in (query, grads[0]))
-            k, v = (_split(t[part], rows, width, heads[1], 1) for t in (key, value))
-            _join(torch.bmm(p.transpose(1, 2), g), d_value[part], rows, width, heads[1], 1)
-            d_p = torch.bmm(g, v.transpose(1, 2))
-            slopes = torch._softmax_backward_data(d_p, p, -1, p.dtype).mul_(scale)
-            _join(torch.bmm(slopes, k), d_query[part], rows, width, heads[1], shared)
-            _join(torch.bmm(slopes.transpose(1, 2), q), d_key[part], rows, width, heads[1], 1)
-        return d_query, d_key, d_value, None, None, None, None
+        with plain_float32(query.device):
+            slopes = _backward(grads[0], query, key, value, kept, rectangles, heads, scale)
+        return *slopes, None, None, None, None
+
+
+def _forward(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, rectangles: Any, heads: Any,
+    scale: float, saves: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Fill `out`; the attention weights of each block, if wanted."""
+    shared = heads[0] // heads[1]
+    kept, masks = [], {}
+    for part, rows, width in _blocks(rectangles, heads[0]):
+        if width not in masks:
+            ones = torch.ones(width, width, dtype=torch.bool)
+            mask = query.new_zeros(width, width).masked_fill_(~ones.tril(), -torch.inf)
+            masks[width] = mask.repeat(shared, 1)
+        q = _split(query[part], rows, width, heads[1], shared)
+        k, v = (_split(t[part], rows, width, heads[1], 1) for t in (key, value))
+        weights = torch.baddbmm(masks[width], q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        _join(torch.bmm(weights, v), out[part], rows, width, heads[1], shared)
+        if saves:
+            kept.append(weights)
+    return kept
+
+
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Any, rectangles: Any,
+    heads: Any, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients by query, key and value."""
+    shared = heads[0] // heads[1]
+    d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
+    for (part, rows, width), p in zip(_blocks(rectangles, heads[0]), kept, strict=True):
+        q, g = (_split(t[part], rows, width, heads[1], shared) for t in (query, grad))
+        k, v = (_split(t[part], rows, width, heads[1], 1) for t in (key, value))
+        _join(torch.bmm(p.transpose(1, 2), g), d_value[part], rows, width, heads[1], 1)
+        d_p = torch.bmm(g, v.transpose(1, 2))
+        slopes = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(scale)
+        _join(torch.bmm(slopes, k), d_query[part], rows, width, heads[1], shared)
+        _join(torch.bmm(slopes.transpose(1, 2), q), d_key[part], rows, width, heads[1], 1)
+    return d_query, d_key, d_value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -46,7 +47,8 @@ class Critic(nn.Module):
             use_cache=False,
             **options,
         ).last_hidden_state
-        return self.value_head(hidden).squeeze(-1).float()
+        values = self.value_head(hidden).squeeze(-1)
+        return values if values.dtype == torch.float64 else values.float()
 
 
 def critic_from(model: Any) -> Critic:

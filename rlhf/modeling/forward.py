@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.modeling.matmul import rounding
 from rlhf.modeling.packing import ATTENTION, Attending, Packed
 
 _packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -35,9 +37,13 @@ def arguments_of(
         return {"input_ids": ids, "attention_mask": attention, "position_ids": positions}, place
     valid = attention.bool()
     place = (attention.flatten().cumsum(0) - 1).clamp(min=0).view_as(ids)
-    return packed_arguments(
-        ids[valid], positions[valid], Packed.of(attention.sum(1).tolist(), ids.device)
-    ), place
+    flat, steps, lengths = ids[valid], positions[valid], attention.sum(1).tolist()
+    extra = rounding(len(flat), ids.device) if len(set(lengths)) > 1 else 0
+    if extra:  # one more sequence, which nobody reads
+        flat = F.pad(flat, (0, extra))
+        steps = torch.cat([steps, torch.arange(extra, device=ids.device)])
+        lengths.append(extra)
+    return packed_arguments(flat, steps, Packed.of(lengths, ids.device)), place
 
 
 def packed_arguments(

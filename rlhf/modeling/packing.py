@@ -155,7 +155,8 @@ class Packed:
         widest = max(width for _, width in self.rectangles)
         if suits(query, widest, options["dropout_p"]):
             scale = options["scale"] or query.shape[-1] ** -0.5
-            joined: Any = blockwise(*flat, self.rectangles, heads[:2], scale)
+            query, key, value = flat
+            joined: Any = blockwise(query, key, value, self.rectangles, heads[:2], scale)
         else:
             joined = self._by_torch(flat, heads, options)
         if self.fill is not None:

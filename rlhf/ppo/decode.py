@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from rlhf.modeling.forward import core_of, packed_arguments, packs
+from rlhf.modeling.matmul import plain_float32
 from rlhf.modeling.packing import Packed
 
 
@@ -76,7 +77,10 @@ class _Step:
         rows, heads, _, dim = query.shape
         # Query heads that share a key head are queries of that head: nothing is copied.
         grouped = query.reshape(rows, key.shape[1], -1, dim)
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask, **options)
+        with plain_float32(query.device):
+            out = F.scaled_dot_product_attention(
+                grouped, key, value, attn_mask=self.mask, **options
+            )
         return out.reshape(rows, 1, heads, -1)
 
 

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.modeling.matmul import rounding
+
 SLICE = 2**22
 """Logits made at a time: 16 MiB in float32."""
 KEEP = 2**25
@@ -43,11 +45,15 @@ def token_log_probs(
         wants = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)
         )
+        n = len(hidden)
+        extra = rounding(n, hidden.device)
+        if extra:
+            hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
         keeps = wants and len(hidden) * vocabulary <= keep
         result: Any = _LinearLogProbs.apply(
             hidden, head.weight, head.bias, targets, temperature, entropy, rows, keeps
         )
-        return result
+        return result[0][:n], result[1][:n]
     parts = [
         checkpoint(_plain, head, h, t, temperature, entropy, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)

@@ -218,7 +218,7 @@ def _evaluate(
     if head is not None:
         wanted, states = _states(place, mask)
         flat = head(take_rows(hidden, wanted).to(head.weight.dtype)).squeeze(-1)
-        values = _scatter(flat.float(), states)
+        values = _scatter(flat if flat.dtype == torch.float64 else flat.float(), states)
     log_probs, entropies = (_scatter(t, mask) for t in results)
     return log_probs, entropies, values
 

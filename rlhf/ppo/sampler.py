@@ -80,8 +80,7 @@ def inverse_cdf(
     """The token at which each row's cumulated probability passes its uniform number in [0, 1)."""
     weights = (logits - logits.max(-1, keepdim=True).values).exp_()
     cumulated = weights.cumsum(-1)
-    total = cumulated[:, -1:]
-    # Rounding up to the total itself would give a token beyond the last one.
-    below = torch.nextafter(total, torch.zeros_like(total))
-    point = torch.minimum(uniform[:, None] * total, below)
+    # Below the total even when rounded: the largest number is 1 - 2⁻²⁴, and half a unit in the
+    # last place of x is at most x 2⁻²⁴. A token of weight 0 is never passed, so never drawn.
+    point = uniform[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, point, right=True).squeeze(1)

@@ -1,12 +1,12 @@
-"""oneDNN's products are used where they are float32's, and only while training."""
+"""oneDNN's products are used where they are float32's, only while training, in few shapes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from rlhf.ppo import matmul
-from rlhf.ppo.matmul import LARGE, fast_float32
+from rlhf.modeling import matmul
+from rlhf.modeling.matmul import LARGE, fast_float32, plain_float32, rounding
 
 CPU = torch.device("cpu")
 
@@ -16,6 +16,20 @@ def test_on_for_large_models_and_put_back():
         assert on == (matmul._error() < 1e-5)
         assert torch.get_float32_matmul_precision() == ("medium" if on else "highest")
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_few_shapes_inside_and_small_products_by_mkl(monkeypatch):
+    monkeypatch.setattr(matmul, "_error", lambda: 1e-6)
+    with fast_float32(CPU, LARGE):
+        assert (rounding(33, CPU), rounding(64, CPU)) == (31, 0)
+        assert rounding(33, torch.device("cuda")) == 0
+        with plain_float32(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert rounding(33, CPU) == 0
+        assert torch.get_float32_matmul_precision() == "medium"
+        with plain_float32(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "medium"
+    assert rounding(33, CPU) == 0
 
 
 def test_not_where_it_costs_accuracy(monkeypatch):
@@ -44,4 +58,6 @@ def test_a_users_own_setting_stays():
 
 
 def test_the_error_is_measured():
+    matmul._error.cache_clear()
     assert 0 < matmul._error() < 1e-5
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -31,6 +31,7 @@ from transformers import (
 from rlhf.modeling.critic import Critic, critic_from
 from rlhf.modeling.forward import arguments_of, has_plain_head, packs, token_batches
 from rlhf.modeling.packing import Packed, rectangles_of, take_rows
+from rlhf.ppo.fused import token_log_probs
 from rlhf.ppo.rollout import (
     Replies,
     log_probs_and_entropy,
@@ -201,12 +202,20 @@ def test_gradients_are_those_of_padded_batches(name, kind, monkeypatch):
 
 def test_bf16_autocast_is_close_and_lowers_the_head_too(monkeypatch):
     policy = make("llama")
+    seen = []
+
+    def watched(head, hidden, *rest):
+        seen.append(hidden.dtype)
+        return token_log_probs(head, hidden, *rest)
+
+    monkeypatch.setattr("rlhf.ppo.rollout.token_log_probs", watched)
     exact, _ = log_probs_and_entropy(policy, BATCH, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         rough, _ = log_probs_and_entropy(policy, BATCH, 1.0)
         monkeypatch.setattr("rlhf.ppo.rollout.packs", lambda *_: False)
         padded, _ = log_probs_and_entropy(policy, BATCH, 1.0)
     assert rough.dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert (rough - exact).abs().max() > 1e-4
     assert (rough - exact).abs().max() < 3 * (padded - exact).abs().max() + 0.1
 
@@ -250,6 +259,15 @@ def test_one_model_packs_or_not_by_the_length_of_the_text():
     assert not packs(model, 7)
 
 
+def test_a_model_that_comes_out_wrong_is_given_padded_batches(monkeypatch):
+    model = make("gqa")
+    own = model.config._attn_implementation
+    right = Packed.attend
+    monkeypatch.setattr(Packed, "attend", lambda *args, **kw: right(*args, **kw) * 1.01)
+    assert not packs(model, 20)
+    assert model.config._attn_implementation == own
+
+
 def test_outside_our_calls_a_model_is_as_before():
     model = make("gqa")
     ids, attention = pad_left(PROMPTS, 0)
@@ -259,6 +277,36 @@ def test_outside_our_calls_a_model_is_as_before():
     assert model.config._attn_implementation != own
     assert torch.equal(model(ids, attention_mask=attention).logits, before)
     assert "attn" not in str(sorted(model.config.to_dict()))
+
+
+def test_rounding_up_changes_nothing(monkeypatch):
+    """Where few shapes should occur, one more sequence is appended that nobody reads."""
+    policy = make("gqa").double()
+    critic = with_critic(policy).double()
+    plain = loss_of(policy, critic, BATCH)
+    plain.backward()
+    expected = {k: g.clone() for k, g in gradients(policy, critic).items() if g is not None}
+    policy.zero_grad()
+    critic.zero_grad()
+    for module in ("rlhf.modeling.forward", "rlhf.ppo.fused"):
+        monkeypatch.setattr(f"{module}.rounding", lambda n, _: -n % 32)
+    assert arguments_of(BATCH.ids, BATCH.attention, True)[0]["input_ids"].shape == (1, 64)
+    loss = loss_of(policy, critic, BATCH)
+    loss.backward()
+    torch.testing.assert_close(loss, plain, atol=1e-10, rtol=0)
+    seen = gradients(policy, critic)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(seen[key], gradient, atol=1e-10, rtol=1e-10)
+
+
+def test_long_texts_and_short_ones_attend_alike(monkeypatch):
+    """Beyond a length torch's own kernel is used."""
+    policy = make("gqa")
+    ours, _ = log_probs_and_entropy(policy, BATCH, 1.0)
+    monkeypatch.setattr("rlhf.modeling.attention.LONGEST", 4)
+    theirs, _ = log_probs_and_entropy(policy, BATCH, 1.0)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert not torch.equal(ours, theirs)
 
 
 def test_rows_of_similar_length_share_an_attention_call():
