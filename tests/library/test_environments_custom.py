@@ -252,6 +252,23 @@ def gone(pid: int) -> bool:
     return not path.exists() or path.read_text().split()[2] == "Z"
 
 
+def test_what_the_function_started_ends_too(function, tmp_path):
+    pid = tmp_path / "pid"
+    reward = function(
+        "import subprocess\n"
+        "def reward(batch):\n"
+        "    child = subprocess.Popen(['sleep', '60'])\n"
+        f"    open({str(pid)!r}, 'w').write(str(child.pid))\n"
+        "    child.wait()\n",
+        seconds=1.5,
+    )
+    fails(reward, BATCH)
+    deadline = time.monotonic() + 2
+    while not gone(int(pid.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone(int(pid.read_text()))
+
+
 def test_the_process_ends_with_its_function(function):
     reward = function(GOOD)
     reward(BATCH)
