@@ -16,9 +16,9 @@ from rlhf.errors import DataError, Interrupted
 from rlhf.gates import Approved
 from rlhf.modeling.base import device_of
 from rlhf.modeling.lora import merged
+from rlhf.modeling.matmul import fast_float32
 from rlhf.ppo.build import build_trainer
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint, sole_user
-from rlhf.modeling.matmul import fast_float32
 from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, mix
 from rlhf.progress import Progress, silent
