@@ -88,7 +88,7 @@ def _updates(
         trainer.load_state_dict(state.trainer)
     size = sum(p.numel() for p in trainer.models.policy.parameters())
     hold = deferred_sigterm() if checkpoints else nullcontext(lambda: False)
-    with fast_float32(device, size), hold as terminated:
+    with fast_float32(trainer.device, size), hold as terminated:
         while state.update < config.updates:
             chunk = prompts_of_update(rows, state.update, config, trainer.seed)
             updated = trainer.update(state.update, chunk)

@@ -167,7 +167,7 @@ def test_warnings_of_the_library_are_shown_beside_prefects_own_log(environment):
     """A damaged checkpoint, say; Prefect's log handlers are silent but with --verbose."""
     script = (
         "import logging; from flows.cli import prepare_prefect; prepare_prefect(False); "
-        "import flows.pipeline; logging.getLogger('rlhf.ppo.checkpoint').warning('is %s', 'damaged')"
+        "import flows.pipeline; logging.getLogger('rlhf.ppo').warning('is %s', 'damaged')"
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(
