@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.config import PipelineConfig
 from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PROMPTS_EVAL, PROMPTS_TRAIN, PromptRow, read_rows
+from rlhf.environments.stop import Ending
 from rlhf.evaluate import EVALUATION, _answer
 from rlhf.gates import Approved, judge, require
 from rlhf.judges import judge_of
@@ -63,7 +64,7 @@ class Run:
         # A copy, so that judging leaves nothing behind in the policy that trains.
         policy = freeze(copy.deepcopy(policy))
         answers = _answer(
-            policy, self.reference, self.held_out, self.renderer, self.scorer,
+            policy, self.reference, self.held_out, self.renderer, Ending(self.renderer), self.scorer,
             judge_of(evaluation), Sampling(ppo.max_new_tokens, evaluation.temperature),
             EVALUATION_SEED, evaluation,
         )  # fmt: skip

@@ -20,12 +20,15 @@ from rlhf.config import PPOConfig
 from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Reply, Scored
-from rlhf.modeling.critic import critic_from, freeze
-from rlhf.modeling.lora import lora_config
+from rlhf.modeling.critic import Critic, critic_from, freeze
+from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config
 from rlhf.modeling.reward import Scorer, load_reward_model
+from rlhf.modeling.shared import AdapterCritic, SharedScorer
 from rlhf.ppo.models import Models
 from rlhf.ppo.optimise import optimise
 from rlhf.ppo.trainer import PPOTrainer
+
+CPU = torch.device("cpu")
 
 
 class TokenReward:
@@ -93,8 +96,35 @@ def configuration(work: Workload) -> PPOConfig:
     if work.micro_batch:
         values["micro_batch_size"] = work.micro_batch
     if work.lora:
-        values["lora"] = LORA
+        values.update(lora=LORA, shared_base=True)
     return PPOConfig(**{**values, **work.ours})
+
+
+def each_by_itself(config: PPOConfig, folder: Path, seed: int) -> tuple[Any, Any, Critic, Scorer]:
+    """Policy, reference, critic and reward model, as TRL has them."""
+    policy, reference = load_biased_policy(folder), None
+    if config.lora:
+        torch.manual_seed(seed)  # of the adapters
+        policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+    else:
+        reference = freeze(load_biased_policy(folder))
+    classifier = load_reward_model(folder / "reward", load_renderer(folder / "policy"))
+    critic = critic_from(classifier)
+    with torch.no_grad():  # TRL's critic starts with the reward model's head, without bias
+        critic.value_head.weight.copy_(classifier.score.weight)
+    critic.value_head.bias.requires_grad_(False)
+    return policy, reference, critic, Scorer(folder / "reward", CPU, CONTEXT)
+
+
+def on_one_base(config: PPOConfig, folder: Path, seed: int) -> tuple[Any, None, Critic, Scorer]:
+    """The same four as adapters on one base, or as that base alone: the reference."""
+    assert config.lora is not None
+    torch.manual_seed(seed)
+    policy: Any = load_biased_policy(folder)
+    policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+    scorer = SharedScorer(policy, folder / "policy", folder / "shared", CPU, CONTEXT)
+    copy_adapter(policy, REWARD, CRITIC)
+    return policy, None, AdapterCritic(policy), scorer
 
 
 class OurSide:
@@ -106,20 +136,10 @@ class OurSide:
     def __init__(self, work: Workload, folder: Path, compare: bool) -> None:
         self.work, self.compare = work, compare
         config, renderer = configuration(work), load_renderer(folder / "policy")
-        policy, reference = load_biased_policy(folder), None
-        classifier = load_reward_model(folder / "reward", renderer)
-        if config.lora:
-            # Here policy, reference, critic and reward model will share one base.
-            torch.manual_seed(work.seed)  # of the adapters
-            policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
-        else:
-            reference = freeze(load_biased_policy(folder))
-        critic = critic_from(classifier)
-        with torch.no_grad():  # TRL's critic starts with the reward model's head, without bias
-            critic.value_head.weight.copy_(classifier.score.weight)
-        critic.value_head.bias.requires_grad_(False)
-        reward: Any = TokenReward(Scorer(folder / "reward", torch.device("cpu"), CONTEXT))
+        four = on_one_base if config.shared_base else each_by_itself
+        policy, reference, critic, scorer = four(config, folder, work.seed)
         models = Models(config, policy, reference, critic, Accelerator(cpu=True))
+        reward: Any = TokenReward(scorer)
         self.trainer = PPOTrainer(config, models, reward, renderer, work.seed)
 
     def update(self, number: int, prompts: list[list[int]]) -> Update:

@@ -43,7 +43,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--size", choices=list(SIZES), default="2m")
     add("--lengths", choices=["full", "varying"], default="full", help="of replies")
     add("--mode", choices=["exact", "fast"], default="exact", help="fast: own sampler and bf16")
-    add("--lora", action="store_true", help="adapters on both sides; nothing is asserted")
+    add("--lora", action="store_true", help="adapters on both sides, ours on one base for all four "
+        "models: other arithmetic, so nothing is asserted")  # fmt: skip
     add("--matmul", choices=["none", "ours", "both"], default="none", help="who multiplies by "
         "torch.set_float32_matmul_precision('medium')")  # fmt: skip
     add("--threads", type=int, default=2)

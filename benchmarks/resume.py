@@ -82,10 +82,13 @@ def measure(folder: Path, updates: int, kills: int, seed: int) -> list[Row]:
         trial("kill -9 after 37", lambda row: killed_once(make("killed"), straight, row))  # noqa: B023
         if number == 0:
             few = 4 * EVERY * toys.PPO.chunk_size
-            points = list(range(count_points(make("counted", total_episodes=few))))
+            points = range(count_points(make("counted", total_episodes=few)))
             # Half of them inside of a save, and every point at least once.
-            inside = [*points, *rng.choices(points, k=max(0, kills // 2 - len(points)))]
-            moments: list[None] = [None] * max(0, kills - len(inside))
+            inside: list[int | None] = [
+                *points,
+                *rng.choices(points, k=max(0, kills // 2 - len(points))),
+            ]
+            moments: list[int | None] = [None] * max(0, kills - len(inside))
             print(f"{len(points)} points in a save; {len(inside)} kills there, {len(moments)} "
                   "at random moments", flush=True)  # fmt: skip
             for name, plan in (("kills inside a save", inside), ("kills at random", moments)):

@@ -30,7 +30,7 @@ class Run:
     def __init__(self, models: Path, folder: Path, options: dict[str, Any], updates: int) -> None:
         self.models, self.folder = models, folder
         settings = {"total_episodes": updates * toys.PPO.chunk_size, "checkpoint_every": EVERY}
-        self.config = toys.changed(toys.PPO, **{**settings, **options})
+        self.config: Any = toys.changed(toys.PPO, **{**settings, **options})
 
     @property
     def checkpoints(self) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -19,8 +20,10 @@ from transformers import (
 )
 
 from rlhf.config import LoraConfig
-from rlhf.data.rendering import END, PAD
-from rlhf.modeling.base import load_policy
+from rlhf.data.rendering import END, PAD, load_renderer
+from rlhf.modeling.base import load_policy, weights_digest
+from rlhf.modeling.lora import FOLDER, lora_config, save_adapter
+from rlhf.modeling.reward import load_reward_model, save_reward_model
 from rlhf.stage import read_json, write_json
 
 PROMPT_TOKENS = (16, 32)
@@ -145,6 +148,20 @@ def write_models(work: Workload, folder: Path) -> None:
     LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
+    if work.lora:
+        write_adapter(folder)
+
+
+def write_adapter(folder: Path) -> None:
+    """Write a reward model that is an adapter on the policy's base, as our side shares it."""
+    classifier: Any = load_reward_model(folder / "policy", load_renderer(folder / "policy"))
+    save_reward_model(
+        classifier, load_renderer(folder / "policy"), folder / "shared",
+        weights_digest(folder / "policy"),
+    )  # fmt: skip
+    save_adapter(
+        peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS")), folder / "shared" / FOLDER
+    )
 
 
 @torch.no_grad()
