@@ -64,9 +64,9 @@ class Run:
         # A copy, so that judging leaves nothing behind in the policy that trains.
         policy = freeze(copy.deepcopy(policy))
         answers = _answer(
-            policy, self.reference, self.held_out, self.renderer, Ending(self.renderer), self.scorer,
-            judge_of(evaluation), Sampling(ppo.max_new_tokens, evaluation.temperature),
-            EVALUATION_SEED, evaluation,
+            policy, self.reference, self.held_out, self.renderer, Ending(self.renderer),
+            self.scorer, judge_of(evaluation),
+            Sampling(ppo.max_new_tokens, evaluation.temperature), EVALUATION_SEED, evaluation,
         )  # fmt: skip
         assert answers.gold is not None
         assert answers.kl is not None
