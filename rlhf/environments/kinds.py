@@ -141,7 +141,7 @@ class PreferenceComparison(Base):
         advantages, raw = self._judged(batch, duels)
         sums, counts = [0.0] * len(batch), [0] * len(batch)
         for (i, _), advantage in zip(duels, advantages, strict=True):
-            sums[i] += _sigmoid(advantage / self.config.temperature) - 0.5
+            sums[i] += _preference(advantage / self.config.temperature)
             counts[i] += 1
         reward = torch.tensor([total / n for total, n in zip(sums, counts, strict=True)])
         return Scored(reward, {"judge": torch.tensor(raw)}, {"judge": reward})
@@ -198,6 +198,6 @@ def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[f
     return [total / n for total, n in zip(sums, counts, strict=True)]
 
 
-def _sigmoid(x: float) -> float:
-    """1 / (1 + e⁻ˣ) by tanh, which does not overflow, and is odd about ½ to the last bit."""
-    return 0.5 + 0.5 * math.tanh(x / 2)
+def _preference(x: float) -> float:
+    """σ(x) − ½, by tanh: it does not overflow, and is odd to the last bit."""
+    return 0.5 * math.tanh(x / 2)

@@ -24,9 +24,13 @@ LONGEST = 512
 
 
 def suits(query: Tensor, width: int, dropout: float) -> bool:
-    """Whether `blockwise` is exact and of advantage here."""
+    """Whether `blockwise` is exact and of advantage here.
+
+    Not under autocast: it would lower the products of the forward pass alone.
+    """
     return (
         query.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
         and query.dtype in (torch.float32, torch.float64)
         and width <= LONGEST
         and dropout == 0

@@ -490,7 +490,7 @@ def test_a_pair_model_is_asked_in_both_orders(renderer, reward_model):
     asked = [("tea?", "good good", "bad"), ("jar or mug?", "bad", "good")]
     there = model.advantages(asked)
     back = model.advantages([(p, b, a) for p, a, b in asked])
-    assert there == [-x for x in back]
+    assert there == pytest.approx([-x for x in back])
     assert model.advantages([("tea?", "good", "good")]) == [0]
     rows = [model._ids(p, a, b) for p, a, b in asked]
     swapped = [model._ids(p, b, a) for p, a, b in asked]

@@ -54,7 +54,7 @@ def train(answered, sft, approved, tmp_path):
 
 #: Enough to learn which answer belongs to which prompt.
 LEARNING = {
-    "total_episodes": 768, "chunk_size": 64, "learning_rate": 1e-2, "kl_coef": 0.01,
+    "total_episodes": 1024, "chunk_size": 64, "learning_rate": 1e-2, "kl_coef": 0.01,
 }  # fmt: skip
 
 
