@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from rlhf.modeling.forward import packs
 from rlhf.ppo.decode import PackedDecoder, PaddedDecoder, decoder_of
 from rlhf.ppo.rollout import generate, log_probs_and_entropy, pad_left
-from rlhf.ppo.sampler import Sampler, Sampling, filtered, inverse_cdf
+from rlhf.ppo.sampler import Sampler, Sampling, exponential, filtered, inverse_cdf
 from tests.library.test_packing import ALL, PACKED, PROMPTS, make
 
 END, PAD = 2, 0
@@ -60,6 +60,14 @@ def test_multinomial_gives_the_tokens_of_transformers(name, options):
     assert torch.equal(ours.reply_ids, expected)
     if not options:
         assert len(set(ours.mask.sum(1).tolist())) > 1
+
+
+def test_exponential_noise_is_torchs_own_to_the_bit():
+    ours, torchs = (torch.Generator().manual_seed(3) for _ in range(2))
+    for rows in (torch.arange(6), torch.tensor([4, 0, 5])):
+        whole = torch.empty(6, 20_000).exponential_(generator=torchs)
+        assert torch.equal(exponential(6, 20_000, rows, ours), whole[rows])
+    assert torch.equal(ours.get_state(), torchs.get_state())
 
 
 @pytest.mark.parametrize("sampler", ["multinomial", "inverse_cdf"])
