@@ -149,9 +149,11 @@ class OurSide:
         trainer.models.set_learning_rates(number)
         clock = Clock()
         rollouts = trainer.sample(rows, seed=seed)
+        trainer.free()
         clock.mark("rollout")
         trainer.score(rollouts)
         buffer, _, _ = trainer.evaluate(rollouts)
+        trainer.free()
         clock.mark("scoring")
         replies, tensors = rollouts.replies, {}
         if self.compare:
@@ -165,6 +167,7 @@ class OurSide:
             }
         aside = Clock()  # what the comparison needs is no part of the update
         optimise(buffer, trainer.models, seed + 1)
+        trainer.free()
         aside.mark("optimisation")
         return Update(
             clock.wall | aside.wall, clock.cpu | aside.cpu, prompts, replies.rows(),

@@ -30,6 +30,7 @@ from benchmarks.machine import matmul_precision, matmul_rates
 from benchmarks.side import Update, check, differences
 from benchmarks.workload import SIZES, Workload, as_json, write_models
 from rlhf.errors import RLHFError, TrainingError
+from rlhf.ppo.memory import kept
 
 SIDES = ("ours", "trl")
 
@@ -47,6 +48,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "models: other arithmetic, so nothing is asserted")  # fmt: skip
     add("--matmul", choices=["none", "ours", "both"], default="none", help="who multiplies by "
         "torch.set_float32_matmul_precision('medium')")  # fmt: skip
+    add("--memory", choices=["none", "both"], default="none", help="who keeps freed memory, as "
+        "our own training loop does; one process can't have it both ways")  # fmt: skip
     add("--threads", type=int, default=2)
     add("--updates", type=int, default=4, help="measured ones")
     add("--warmup", type=int, default=1, help="updates before those, compared but not timed")
@@ -153,8 +156,9 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     work = workload(args)
+    memory = kept(torch.device("cpu")) if args.memory == "both" else contextlib.nullcontext()
     # TRL prints; standard output is for the result alone.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), memory:
         result = alone(args, work, Path(args.models)) if args.side else measure(args, work)
     if args.side or args.json == "-":
         print(json.dumps(result))
@@ -181,7 +185,7 @@ def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
         "agree": bool(found) and report.agree(found, args.tolerance),
         "matmul": rates,
         "settings": {
-            "matmul": args.matmul, "threads": args.threads, "torch": torch.__version__,
+            "matmul": args.matmul, "memory": args.memory, "threads": args.threads, "torch": torch.__version__,
             "tolerance": args.tolerance, "workload": as_json(work),
         },
     }  # fmt: skip

@@ -111,7 +111,8 @@ def table(result: Mapping[str, Any]) -> None:
         f"\n{size['parameters'] / 1e6:.1f} M parameters, batch {size['batch']}, up to "
         f"{size['new_tokens']} new tokens (mean {result['mean_reply']:.1f}), {size['epochs']} "
         f"epochs, {work['mode']}, {work['lengths']} lengths, lora {work['lora']}, "
-        f"{settings['threads']} threads, medium matmul: {settings['matmul']}, "
+        f"{settings['threads']} threads, medium matmul: {settings['matmul']}, memory kept: "
+        f"{settings['memory']}, "
         f"{result['updates']} updates timed\n"
     )
     print(

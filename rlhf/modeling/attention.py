@@ -24,13 +24,9 @@ LONGEST = 512
 
 
 def suits(query: Tensor, width: int, dropout: float) -> bool:
-    """Whether `blockwise` is exact and of advantage here.
-
-    Not under autocast: it would lower the products of the forward pass alone.
-    """
+    """Whether `blockwise` is exact and of advantage here."""
     return (
         query.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
         and query.dtype in (torch.float32, torch.float64)
         and width <= LONGEST
         and dropout == 0
@@ -51,8 +47,12 @@ def blockwise(
     query head i belongs to key head i // (heads[0] / heads[1]).
     """
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    result: Any = _Blockwise.apply(query, key, value, tuple(rectangles), heads, scale, saves)
-    return result
+    lowered = torch.is_autocast_enabled("cpu")
+    exact = [t.float() for t in (query, key, value)] if lowered else [query, key, value]
+    # Autocast would lower the products of the forward pass, but not those of the backward pass.
+    with torch.autocast("cpu", enabled=False):
+        result: Any = _Blockwise.apply(*exact, tuple(rectangles), heads, scale, saves)
+    return result.to(value.dtype)
 
 
 def _blocks(rectangles: Sequence[tuple[int, int]], heads: int) -> Iterator[tuple[slice, int, int]]:

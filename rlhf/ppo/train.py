@@ -19,6 +19,7 @@ from rlhf.modeling.lora import merged
 from rlhf.modeling.matmul import fast_float32
 from rlhf.ppo.build import build_trainer
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint, sole_user
+from rlhf.ppo.memory import kept
 from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, mix
 from rlhf.progress import Progress, silent
@@ -88,7 +89,7 @@ def _updates(
         trainer.load_state_dict(state.trainer)
     size = sum(p.numel() for p in trainer.models.policy.parameters())
     hold = deferred_sigterm() if checkpoints else nullcontext(lambda: False)
-    with fast_float32(trainer.device, size), hold as terminated:
+    with fast_float32(trainer.device, size), kept(trainer.device), hold as terminated:
         while state.update < config.updates:
             chunk = prompts_of_update(rows, state.update, config, trainer.seed)
             updated = trainer.update(state.update, chunk)

@@ -82,17 +82,18 @@ class PPOTrainer:
         """One PPO update on the replies to one chunk of prompts."""
         rates = self.models.set_learning_rates(number)
         rollouts = self.sample(rows, seed=mix(self.seed, number))
-        self._free()
+        self.free()
         self.score(rollouts)
         buffer, metrics, samples = self.evaluate(rollouts)
-        self._free()
+        self.free()
         learn_policy = number >= self.config.critic_warmup_updates
         metrics |= optimise(buffer, self.models, mix(self.seed, number) + 1, learn_policy)
-        self._free()
+        self.free()
         self.kl.update(metrics["kl"], len(rollouts.texts))
         return Updated({**metrics, **rates}, [{"update": number + 1, **s} for s in samples])
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Give memory back that a phase needed and the next does not, if that is wanted."""
         if self.config.optimize_device_cache:
             release(self.device)
 
