@@ -185,8 +185,8 @@ def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
         "agree": bool(found) and report.agree(found, args.tolerance),
         "matmul": rates,
         "settings": {
-            "matmul": args.matmul, "memory": args.memory, "threads": args.threads, "torch": torch.__version__,
-            "tolerance": args.tolerance, "workload": as_json(work),
+            "matmul": args.matmul, "memory": args.memory, "threads": args.threads,
+            "torch": torch.__version__, "tolerance": args.tolerance, "workload": as_json(work),
         },
     }  # fmt: skip
 

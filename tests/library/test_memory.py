@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 
 import pytest
 import torch
 
+from rlhf.ppo import memory
+
+#: In a process of its own: what earlier tests freed would do as well.
+SCRIPT = """
+import resource, torch
 from rlhf.ppo.memory import kept
 
-resource = pytest.importorskip("resource")
-CPU = torch.device("cpu")
-PAGES = 2**26 // resource.getpagesize()
-
-
 def faults():
-    """How many pages a tensor of 64 MiB took from the kernel."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
+    torch.ones(2**24)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), faults())
+with kept(torch.device("cpu")):
+    print(faults(), faults())
+"""
 
 
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc"
 )
 def test_freed_memory_is_kept_inside():
-    assert faults() > PAGES // 2
-    assert faults() > PAGES // 2
-    with kept(CPU):
-        torch.ones(2**24)
-        assert faults() < PAGES // 10
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], check=True, stdout=subprocess.PIPE, text=True
+    )
+    first, second, filling, again = map(int, done.stdout.split())
+    assert min(first, second, filling) > 5 * again
+    assert again < 100
 
 
-def test_other_devices_have_allocators_of_their_own():
-    with kept(torch.device("cuda")):
-        assert faults() > 0
+def test_other_devices_have_allocators_of_their_own(monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", None)
+    with memory.kept(torch.device("cuda")):
+        pass
