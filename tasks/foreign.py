@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from rlhf.config import CustomComponent, PipelineConfig, PPOConfig
+from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
 from rlhf.custom_code import CustomCode
 from rlhf.modeling.foreign import ForeignModel
 
@@ -50,6 +51,37 @@ def judges_of_others(config: PPOConfig) -> dict[str, str]:
         functions["ppo.env_config.custom"] = config.comparison.custom.function
     digests = {field: CustomCode(name, field).digest for field, name in functions.items()}
     if config.comparison and config.comparison.pair_model:
-        field = "ppo.env_config.pair_model"
-        digests[field] = ForeignModel(field, config.comparison.pair_model).digest()
+        model = pair_model(config.comparison.pair_model)
+        model.check()
+        digests[model.field] = model.digest()
     return digests
+
+
+def check_tokens(config: PPOConfig) -> None:
+    """Refuse a service's token that is not there or may not be sent.
+
+    Raises:
+        ConfigError: See `rlhf.environments.remote.token_of`.
+    """
+    for name, section in config.components.items():
+        if isinstance(section, RemoteComponent) and section.token_env:
+            from rlhf.environments.remote import token_of  # with torch, which takes seconds
+
+            token_of(section, f"ppo.env_config.components.{name}")
+
+
+def pair_model(folder: str) -> ForeignModel:
+    """The pair model in this folder.
+
+    Raises:
+        ConfigError: It is no folder on this machine.
+    """
+    model = ForeignModel("ppo.env_config.pair_model", folder, ready=True)
+    try:
+        there = Path(folder).expanduser().is_dir()
+    except RuntimeError:  # ~name of a user that there is not
+        there = False
+    if not there:
+        raise model.error("is no folder; give that of a one-label sequence classifier")
+    # As a path, so that owner/name is not looked for on a hub.
+    return ForeignModel(model.field, str(Path(folder).expanduser().absolute()), ready=True)

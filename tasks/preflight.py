@@ -10,7 +10,7 @@ from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError
 from rlhf.modeling.foreign import CONFIG, ForeignModel
 from rlhf.store import Store
-from tasks.foreign import judges_of_others
+from tasks.foreign import check_tokens, judges_of_others
 from tasks.runner import store_of
 from tasks.stages import STAGES
 
@@ -31,6 +31,7 @@ def preflight(config: PipelineConfig) -> None:
         if foreign is not None:
             _check_model(foreign, store)
     judges_of_others(config.ppo)
+    check_tokens(config.ppo)
 
 
 def _check_model(foreign: ForeignModel, store: Store) -> None:

@@ -235,6 +235,11 @@ class PPOConfig(
                     f"{name} = {getattr(self, name)} counts replies, and is no multiple of "
                     f"env_config.replies_per_prompt = {self.replies_per_prompt}; make it one"
                 )
+        if self.critic_warmup_updates >= self.updates:
+            raise ValueError(
+                f"critic_warmup_updates = {self.critic_warmup_updates} leaves the policy none of "
+                f"{self.updates} updates; lower it, or raise total_episodes"
+            )
         if self.critic == "adapter" and self.lora is None:
             raise ValueError(
                 "critic = 'adapter' needs lora: it puts a second adapter on the policy's base; "

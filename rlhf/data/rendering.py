@@ -98,4 +98,4 @@ def load_renderer(folder: Path | str) -> Renderer:
     """Load the tokenizer that lies beside a model."""
     from transformers import AutoTokenizer
 
-    return Renderer(AutoTokenizer.from_pretrained(str(folder)))
+    return Renderer(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))

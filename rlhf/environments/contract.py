@@ -20,7 +20,8 @@ class Reply:
     """One reply to be scored, always with its own prompt.
 
     `reference` is the right answer of the prompt's row, `group` the number of its prompt in the
-    chunk, and `reference_reply` the reference policy's reply where the environment asks for one.
+    chunk, and `reference_reply` the reference policy's reply where the environment asks for one,
+    which `reference_finished` by itself or was cut off.
     """
 
     prompt: Prompt
@@ -31,6 +32,7 @@ class Reply:
     metadata: dict[str, Any] = field(default_factory=dict)
     group: int = 0
     reference_reply: str | None = None
+    reference_finished: bool | None = None
 
     def row(self) -> dict[str, Any]:
         """The reply as custom functions and remote services see it."""

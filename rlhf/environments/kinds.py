@@ -187,7 +187,12 @@ class PreferenceComparison(Base):
         text = reply.reference_reply
         if text is None:
             raise TrainingError(f"there is no reference reply to {str(reply.prompt)[:80]!r}")
-        return replace(reply, response=text, n_tokens=self.ending.count(text), reference_reply=None)
+        finished = bool(reply.reference_finished)
+        n_tokens = self.ending.count(text) - (not finished)
+        return replace(
+            reply, response=text, n_tokens=n_tokens, finished=finished, reference_reply=None,
+            reference_finished=None,
+        )  # fmt: skip
 
 
 def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[float]:

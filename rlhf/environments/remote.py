@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from rlhf.config import RemoteComponent
+from rlhf.config.components import LOOPBACK
 from rlhf.environments.contract import Reply, checked
 from rlhf.errors import ConfigError, RewardServiceError, TrainingError
 
@@ -18,6 +21,37 @@ from rlhf.errors import ConfigError, RewardServiceError, TrainingError
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 #: An answer is a number for each reply; more than this many bytes can't be one.
 MAX_ANSWER = 16 * 2**20
+
+
+#: Environment variable in which the operator lists the tokens that may be sent, and where to, as
+#: NAME@host separated by commas. Whoever may set a run's parameters may not read any secret.
+ALLOWED = "RLHF_ALLOWED_TOKENS"
+
+log = logging.getLogger(__name__)
+
+
+def token_of(config: RemoteComponent, where: str) -> str | None:
+    """The token for a service, if it needs one.
+
+    Raises:
+        ConfigError: The operator does not allow it for this host, or it is not set.
+    """
+    name = config.token_env
+    if not name:
+        return None
+    wanted = f"{name}@{urlsplit(config.url).hostname}"
+    if wanted not in [entry.strip() for entry in os.environ.get(ALLOWED, "").split(",")]:
+        raise ConfigError(
+            f"{where}: token_env = {name!r} may not be sent there; its operator allows it by "
+            f"{ALLOWED}={wanted} in the environment where training runs"
+        )
+    token = os.environ.get(name, "").strip()
+    if not token.isascii() or not token:
+        raise ConfigError(
+            f"{where}: token_env = {name!r} is not set (or no token) in the environment; set it "
+            "where training runs"
+        )
+    return token
 
 
 class _FailedError(Exception):
@@ -38,15 +72,9 @@ class RemoteReward:
         self.where = f"component {name!r} (url = {config.url!r})"
         self.failures = 0
         self.closed_until = 0.0
-        self.headers = {}
-        if config.token_env:
-            token = os.environ.get(config.token_env, "")
-            if not token.strip().isascii() or not token.strip():
-                raise ConfigError(
-                    f"{self.where}: token_env = {config.token_env!r} is not set (or no token) in "
-                    "the environment; set it where training runs"
-                )
-            self.headers["Authorization"] = f"Bearer {token.strip()}"
+        self.host = urlsplit(config.url).hostname or ""
+        token = token_of(config, self.where)
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def __call__(self, batch: Sequence[Reply]) -> list[float]:
         """Scores of the batch, fetched in parts of at most `batch_size` replies.
@@ -58,7 +86,11 @@ class RemoteReward:
         size = self.config.batch_size
         values: list[float] = []
         # Redirects are not followed: they would carry the replies, and the token, elsewhere.
-        with httpx.Client(timeout=self.config.timeout_seconds, headers=self.headers) as client:
+        # A proxy would take what is meant for this machine off it.
+        proxies = self.host not in LOOPBACK
+        with httpx.Client(
+            timeout=self.config.timeout_seconds, headers=self.headers, trust_env=proxies
+        ) as client:
             for start in range(0, len(batch), size):
                 values += self._part(client, batch[start : start + size])
         return values
@@ -83,6 +115,11 @@ class RemoteReward:
                 self.failures = 0
                 return self._scores(answer, part)
         self.failures += 1
+        if self.failures == 1 and self.config.fallback is not None:
+            log.warning(
+                "%s: %s; until it answers, every score is the fallback %g",
+                self.where, reason, self.config.fallback,
+            )  # fmt: skip
         if self.failures >= self.config.breaker_failures:
             self.closed_until = time.monotonic() + self.config.breaker_seconds
         return self._without(part, f"{reason}, {tries} times")

@@ -24,12 +24,21 @@ from rlhf.errors import ConfigError
 
 
 def device_of(runtime: RuntimeConfig) -> torch.device:
-    """The device that `runtime` asks for, after setting the CPU threads."""
+    """The device that `runtime` asks for, after setting the CPU threads.
+
+    Raises:
+        ConfigError: It is not there.
+    """
     torch.set_num_threads(runtime.threads)
-    if runtime.device != "auto":
-        return torch.device(runtime.device)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    cpu = torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True) or cpu
+    device = found if runtime.device == "auto" else torch.device(runtime.device)
+    if device.type not in (cpu.type, found.type):
+        raise ConfigError(
+            f"runtime.device = {runtime.device!r}, but torch finds no such device here; set it to "
+            "auto or cpu, or install a torch that was built for it"
+        )
+    return device
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.modeling.base import _load
+from rlhf.modeling.base import _load, _unusable
 from rlhf.modeling.forward import arguments_of, backbone_of, packs, token_batches
 from rlhf.stage import read_json, write_json
 
@@ -94,7 +94,10 @@ def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | Non
     Raises:
         ConfigError: The model has another number of labels than one, or no classifier class.
     """
-    config = AutoConfig.from_pretrained(str(folder))
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, error) from error
     is_classifier = any("SequenceClassification" in a for a in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise ConfigError(

@@ -63,7 +63,14 @@ def _policy(config: PPOConfig, sft: Path, device: torch.device) -> tuple[Any, An
     policy = load_policy(sft)
     if not config.lora:
         return policy, freeze(load_policy(sft)).to(device)
-    return peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0)), None
+    try:
+        adapted = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+    except ValueError as error:
+        raise ConfigError(
+            f"ppo.lora.target_modules = {config.lora.target_modules!r} does not fit this model "
+            f"({' '.join(str(error).split())[:200]}); name modules that it has"
+        ) from error
+    return adapted, None
 
 
 def _critic(

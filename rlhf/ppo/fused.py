@@ -50,9 +50,11 @@ def token_log_probs(
         if extra:
             hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
         keeps = wants and len(hidden) * vocabulary <= keep
-        result: Any = _LinearLogProbs.apply(
-            hidden, head.weight, head.bias, targets, temperature, entropy, rows, keeps
-        )
+        # Autocast would lower the entropy's products; what it wants lowered is so in `hidden`.
+        with torch.autocast(hidden.device.type, enabled=False):
+            result: Any = _LinearLogProbs.apply(
+                hidden, head.weight, head.bias, targets, temperature, entropy, rows, keeps
+            )
         return result[0][:n], result[1][:n]
     parts = [
         checkpoint(_plain, head, h, t, temperature, entropy, use_reentrant=False)

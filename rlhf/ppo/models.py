@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import peft
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import PPOConfig
@@ -97,10 +99,8 @@ class Models:
         seed: int,
         stop: Stop | None,
     ) -> Replies:
-        """The policy's replies; in bf16 by a copy, cast once instead of at every token."""
-        policy = self.accelerator.unwrap_model(self.policy)
-        if self.config.precision == "bf16":
-            policy = copy.deepcopy(policy).to(torch.bfloat16)
+        """The policy's replies."""
+        policy = self._sampler(self.accelerator.unwrap_model(self.policy))
         return generate(policy, prompts, tokenizer, sampling, seed, stop)
 
     def sample_reference(
@@ -113,7 +113,16 @@ class Models:
     ) -> Replies:
         """The frozen reference's replies."""
         with self._as_reference() as reference:
-            return generate(reference, prompts, tokenizer, sampling, seed, stop)
+            return generate(self._sampler(reference), prompts, tokenizer, sampling, seed, stop)
+
+    def _sampler(self, model: Any) -> Any:
+        """The model that replies are drawn from: in bf16 a copy, cast once instead of per token."""
+        if self.config.precision == "fp32":
+            return model
+        model = copy.deepcopy(model)
+        for p in model.parameters():  # not the buffers: rotary frequencies need all their digits
+            p.data = p.data.to(torch.bfloat16)
+        return model
 
     def log_probs(self, replies: Replies, entropy: bool = True) -> tuple[LogProbs, LogProbs]:
         """The policy's log-probabilities of the reply tokens, and their entropies."""
@@ -152,12 +161,9 @@ class Models:
     def recomputing(self) -> Iterator[None]:
         """With `gradient_checkpointing`: activations are not kept but computed again.
 
-        transformers does this in training mode only. So the blocks are told that they train, and
-        what is inside of them, dropout above all, is not.
+        transformers does this in training mode only, in which some blocks drop out.
         """
         networks = self._networks() if self.config.gradient_checkpointing else []
-        for network in networks:
-            _recompute(network)
         blocks = [
             block
             for network in networks
@@ -165,12 +171,12 @@ class Models:
             if isinstance(block, GradientCheckpointingLayer)
         ]
         for block in blocks:
-            block.training = True
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         try:
             yield
         finally:
             for block in blocks:
-                block.training = False
+                del block.forward
 
     def _networks(self) -> list[Any]:
         """The transformers that learn, each once."""
@@ -194,12 +200,6 @@ class Models:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
-
-
-def _recompute(network: Any) -> None:
-    # Newer versions of transformers have it under this name.
-    enable = getattr(network, "activation_checkpointing_enable", None)
-    (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _of_policy(policy: Any) -> dict[str, torch.nn.Parameter]:

@@ -104,7 +104,10 @@ class _Step:
             self.models.optimizers["policy"].zero_grad()
             return False
         if self.models.joint:
-            self._apply("policy", ("policy", "critic"))
+            if not learn_policy:  # AdamW leaves alone what has no gradient
+                for p in self.models.parameters["policy"].values():
+                    p.grad = None
+            self._apply("policy", ("policy", "critic") if learn_policy else ("critic",))
             return True
         if learn_policy:
             self._apply("policy", ("policy",))

@@ -186,6 +186,7 @@ def reply_logits(
     arguments, place = _arguments(policy, replies)
     before = place[:, -replies.mask.shape[1] - 1 : -1][replies.mask]
     _, logits = captured_logits(policy, arguments, before)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits / temperature if temperature > 0 else logits
 
 

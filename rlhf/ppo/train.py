@@ -144,6 +144,8 @@ def _identity(
     folders = {"data": data, "base": sft}
     if reward_model is not None:
         folders["reward model"] = reward_model.subject
+    if config.comparison and config.comparison.pair_model:
+        folders["pair model"] = Path(config.comparison.pair_model).expanduser()
     return {
         **{name: known.get(name) or _content(folder) for name, folder in folders.items()},
         "tokenizer": renderer.template_hash,

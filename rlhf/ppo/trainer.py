@@ -49,6 +49,7 @@ class Rollouts:
     replies: Replies
     texts: list[str]
     reference_texts: list[str] | None = None
+    reference_finished: list[bool] | None = None
     scored: Scored | None = None
     scores: Float[Tensor, " batch"] = field(default_factory=lambda: torch.zeros(0))
 
@@ -107,6 +108,7 @@ class PPOTrainer:
         if self.environment.needs_reference_reply:
             rivals = self.models.sample_reference(prompts, tokenizer, self.sampling, seed + 1, stop)
             rollouts.reference_texts = self._texts(rivals)
+            rollouts.reference_finished = rivals.finished.tolist()
         return rollouts
 
     def _texts(self, replies: Replies) -> list[str]:
@@ -127,12 +129,15 @@ class PPOTrainer:
                 metadata=row.metadata,
                 group=i // k,
                 reference_reply=rollouts.reference_texts[i] if rollouts.reference_texts else None,
+                reference_finished=(
+                    rollouts.reference_finished[i] if rollouts.reference_finished else None
+                ),
             )
             for i, row in enumerate(rollouts.rows)
         ]
         rollouts.scored = self.environment(batch)
         rollouts.scores = missing_eos(
-            rollouts.scored.totals, finished, config.missing_eos, config.missing_eos_penalty or 0.0
+            rollouts.scored.totals, finished, config.missing_eos, config.missing_eos_penalty
         )
 
     @torch.no_grad()

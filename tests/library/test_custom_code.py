@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from rlhf.config import PipelineConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import ConfigError
-from tasks.foreign import judges_of_others
+from tasks.foreign import check_tokens, judges_of_others
 from tasks.runner import fingerprint
 from tasks.stages import STAGES
 
@@ -46,7 +48,8 @@ def test_nothing_of_others():
 
 
 def test_a_changed_pair_model_is_other_work(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    config = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     options = {"judge": "pair_model", "pair_model": str(tmp_path)}
     ppo = {"env_type": "preference_comparison", "env_config": options}
     config = PipelineConfig.model_validate({"ppo": ppo}).ppo
@@ -54,3 +57,28 @@ def test_a_changed_pair_model_is_other_work(tmp_path):
     before = judges_of_others(config)
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert judges_of_others(config) != before
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("none/such", "is no folder; give that of"),
+        ("~nosuchuser/x", "is no folder; give that of"),
+        ("s3://bucket/model", "is no folder; give that of"),
+        (".", "no model there"),
+    ],
+)
+def test_a_pair_model_is_looked_at_before_any_work(tmp_path, monkeypatch, folder, reason):
+    monkeypatch.chdir(tmp_path)
+    options = {"judge": "pair_model", "pair_model": folder}
+    ppo = {"env_type": "preference_comparison", "env_config": options}
+    with pytest.raises(ConfigError, match=rf"ppo\.env_config\.pair_model = '.*': {reason}"):
+        judges_of_others(PipelineConfig.model_validate({"ppo": ppo}).ppo)
+
+
+def test_tokens_are_looked_for_before_any_work(monkeypatch):
+    monkeypatch.delenv("RLHF_ALLOWED_TOKENS", raising=False)
+    remote = {"type": "remote", "url": "https://host/", "token_env": "AWS_SECRET_ACCESS_KEY"}
+    ppo = {"env_type": "multi_objective", "env_config": {"components": {"x": remote}}}
+    with pytest.raises(ConfigError, match=r"ppo\.env_config\.components\.x: token_env = 'AWS_"):
+        check_tokens(PipelineConfig.model_validate({"ppo": ppo}).ppo)

@@ -470,12 +470,19 @@ def test_rewards_of_a_prompts_replies_add_up_to_nothing(renderer, scores, tau):
 def test_the_reference_policys_reply_as_rival(renderer):
     scorer = Known()
     batch = [
-        Reply("tea?", "3", 1, True, reference_reply="1"),
-        Reply("jar?", "2", 1, True, reference_reply="2"),
+        Reply("tea?", "3", 1, True, reference_reply="1", reference_finished=False),
+        Reply("jar?", "2", 1, False, reference_reply="2", reference_finished=True),
     ]
     scored = compared(renderer, batch, scorer, rival="reference")
     assert scored.totals.tolist() == pytest.approx([sigmoid(2) - 0.5, 0])
     assert scorer.seen == [("tea?", "3"), ("jar?", "2"), ("tea?", "1"), ("jar?", "2")]
+    config = PPOConfig(
+        env_type="preference_comparison", env_config={"rival": "reference"}, total_episodes=128
+    )
+    environment = build_environment(config, scorer, renderer)
+    rivals = [environment._reference(r) for r in batch]
+    assert [(r.response, r.finished) for r in rivals] == [("1", False), ("2", True)]
+    assert rivals[1].n_tokens == rivals[0].n_tokens + 1  # its end
     with pytest.raises(TrainingError, match="there is no reference reply to 'tea"):
         compared(renderer, [reply("1")], rival="reference")
 

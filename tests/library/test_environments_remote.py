@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.config import PPOConfig, RemoteComponent
 from rlhf.environments import Reply, build_environment
-from rlhf.environments.remote import RemoteReward
+from rlhf.environments.remote import ALLOWED, RemoteReward
 from rlhf.errors import ConfigError, RewardServiceError, TrainingError, worth_retrying
 
 BATCH = [
@@ -81,6 +81,7 @@ def test_the_batch_is_posted_and_the_scores_come_back(service):
     assert body["replies"][0] == {
         "prompt": "tea?", "response": "good", "n_tokens": 2, "finished": True, "reference": "yes",
         "metadata": {"n": 1}, "group": 0, "reference_reply": None,
+        "reference_finished": None,
     }  # fmt: skip
 
 
@@ -241,6 +242,7 @@ def test_an_endless_answer(service):
 def test_the_token_comes_from_the_environment_and_stands_nowhere_else(service, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("SCORE_TOKEN", " s3cret\n")
+    monkeypatch.setenv(ALLOWED, "OTHER@127.0.0.1, SCORE_TOKEN@127.0.0.1")
     remote = reward(service, token_env="SCORE_TOKEN")
     service.answers = [None, (500, ""), (401, "")]
     remote(BATCH)
@@ -249,8 +251,40 @@ def test_the_token_comes_from_the_environment_and_stands_nowhere_else(service, m
     assert "s3cret" not in "".join([*texts, caplog.text, repr(remote.config)])
 
 
+@pytest.mark.parametrize(
+    "allowed", [None, "", "SCORE_TOKEN", "SCORE_TOKEN@127.0.0.10", "127.0.0.1", "X@127.0.0.1"]
+)
+def test_a_run_may_not_choose_which_secret_goes_where(service, monkeypatch, allowed):
+    monkeypatch.setenv("SCORE_TOKEN", "s3cret")
+    monkeypatch.delenv(ALLOWED, raising=False)
+    if allowed is not None:
+        monkeypatch.setenv(ALLOWED, allowed)
+    cure = "allows it by RLHF_ALLOWED_TOKENS=SCORE_TOKEN@127.0.0.1 in the environment"
+    with pytest.raises(ConfigError, match=cure):
+        reward(service, token_env="SCORE_TOKEN")
+
+
+def test_a_proxy_never_sees_what_stays_on_this_machine(service, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9/")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
+    assert reward(service)(BATCH) == [4, 3, 0]
+
+
+def test_the_fallback_is_told_once_until_the_service_answers_again(service, caplog):
+    remote = reward(service, fallback=0, breaker_failures=9)
+    for answers in ([(500, "")] * 2, [None], [(500, "")]):
+        service.answers = answers
+        for _ in answers:
+            remote(BATCH)
+    told = [r.getMessage() for r in caplog.records if r.name == "rlhf.environments.remote"]
+    assert len(told) == 2
+    assert "it answered 500, 1 times" not in told[0]
+    assert "it answered 500; until it answers, every score is the fallback 0" in told[0]
+
+
 @pytest.mark.parametrize("value", [None, "", " ", "naïve"])
 def test_a_token_that_is_not_there(service, monkeypatch, value):
+    monkeypatch.setenv(ALLOWED, "SCORE_TOKEN@127.0.0.1")
     monkeypatch.delenv("SCORE_TOKEN", raising=False)
     if value is not None:
         monkeypatch.setenv("SCORE_TOKEN", value)

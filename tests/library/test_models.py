@@ -176,6 +176,10 @@ def test_device():
     assert torch.get_num_threads() == 3
     torch.set_num_threads(threads)
     assert device_of(RuntimeConfig(threads=threads)).type in ("cpu", "cuda", "mps")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    absent = "mps" if found and found.type == "cuda" else "cuda"
+    with pytest.raises(ConfigError, match=f"runtime.device = '{absent}', but torch finds no such"):
+        device_of(RuntimeConfig(device=absent, threads=threads))
 
 
 class TestPooling:

@@ -164,12 +164,37 @@ def test_target_kl_ends_a_chunk(train):
     assert rows[0]["optimiser_steps"] == 4  # 2 passes over 2 minibatches
 
 
-def test_while_the_critic_warms_up_the_policy_stays(train, sft):
-    out = train("warm", total_episodes=16, critic_warmup_updates=1)
-    toys.assert_same_weights(out, sft)
-    (row,) = read_json(out / "curve.json")
-    assert row["value_loss"] > 0
-    assert "policy_loss" not in row
+@pytest.mark.parametrize(
+    "critic", [{}, {"critic": "head"}, {"critic": "head", "lora": LORA}], ids=str
+)
+def test_while_the_critic_warms_up_the_policy_stays(sft, approved, critic):
+    trainer = trainer_with(sft, approved, critic_warmup_updates=1, weight_decay=0.1, **critic)
+    weights = {
+        name: [p.detach().clone() for p in parameters.values()]
+        for name, parameters in trainer.models.parameters.items()
+    }
+
+    def moved(name):
+        now = trainer.models.parameters[name].values()
+        return any(not torch.equal(a, b) for a, b in zip(weights[name], now, strict=True))
+
+    rows = rollouts_of(trainer).rows
+    metrics = trainer.update(0, rows).metrics
+    assert metrics["value_loss"] > 0
+    assert "policy_loss" not in metrics
+    assert moved("critic")
+    assert not moved("policy")
+    trainer.update(1, rows)
+    assert moved("policy")
+
+
+def test_replacing_by_no_penalty_replaces_nothing(train):
+    none = train("none", total_episodes=16, missing_eos="none", max_new_tokens=1)
+    nothing = train(
+        "nothing", total_episodes=16, missing_eos="replace", missing_eos_penalty=None,
+        max_new_tokens=1,
+    )  # fmt: skip
+    toys.assert_same_weights(none, nothing)
 
 
 def test_the_value_loss_coefficient_scales_the_critics_gradient(train):
@@ -226,6 +251,8 @@ def test_checkpointing_activations_computes_them_again_to_the_same_numbers(
         block.input_layernorm.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         trainer.update(0, rows)
         calls[on] = len(seen)
+        with trainer.models.recomputing():  # some models drop out in their blocks when training
+            assert not any(m.training for m in trainer.models.policy.modules())
     assert calls[True] == calls[False] + 4  # once more in each optimiser step's backward pass
 
 
@@ -239,7 +266,13 @@ def test_bf16_is_close_and_weights_stay_float32(train, two_updates, sft, approve
     assert toys.distance(out, two_updates) > 1e-4
     trainer = trainer_with(sft, approved, precision="bf16")
     exact = trainer_with(sft, approved)
+    sampler = trainer.models._sampler(trainer.models.policy)
+    assert {p.dtype for p in sampler.parameters()} == {torch.bfloat16}
+    rotary = trainer.models.policy.model.rotary_emb.inv_freq
+    assert torch.equal(sampler.model.rotary_emb.inv_freq, rotary)
     replies = rollouts_of(exact).replies
+    with torch.no_grad():
+        assert trainer.models.exact_kl(replies).dtype == torch.float32
     with torch.no_grad():
         difference = trainer.models.log_probs(replies)[0] - exact.models.log_probs(replies)[0]
     assert 1e-6 < difference.abs().max() < 0.1
@@ -267,7 +300,8 @@ def test_every_kind_of_critic_learns(sft, approved, critic):
     trainer.models.set_learning_rates(0)
     rollouts = rollouts_of(trainer)
     buffer = trainer.evaluate(rollouts)[0]
-    optimise(buffer, trainer.models, seed=0, learn_policy=False)
+    # A head alone is a linear function: there is more to learn for what is below it.
+    optimise(buffer, trainer.models, seed=0, learn_policy=critic == "head")
     with torch.no_grad():
         values = trainer.models.values(rollouts.replies)
     before, after = (((v - buffer.returns)[buffer.states] ** 2).mean() for v in (0.0, values))
