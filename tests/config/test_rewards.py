@@ -365,3 +365,32 @@ def test_the_documentation_names_every_component_and_option():
         own = section.model_fields.keys() - ComponentSection.model_fields.keys() - {"type"}
         row = next(line for line in text.splitlines() if line.startswith(f"| `{kind}` |"))
         assert set(re.findall(r"`(\w+)`", row.rpartition(" | ")[2])) == own
+
+
+# --- what Python and Prefect are told ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            COMPARED | {"env_config": {"tau": 1}},
+            "tau is no field; known are custom, judge, pair_model, replies_per_prompt, rival, temp",
+        ),
+        (COMPARED | {"env_config": {"temperature": 0, "x": 1}}, "temperature: Input should be gr"),
+        (COMPARED | {"env_config": {"rival": "{errors}", "judge": "custom"}}, "rival: Input shoul"),
+        (COMPARED | {"env_config": {"judge": "custom"}}, "judge = 'custom' needs custom; give it"),
+        (
+            {"multi_objective": True, "env_config": {"components": {"x": {**POLITE, "wight": 2}}}},
+            "components.x.wight is no field; known are case_sensitive, clip",
+        ),
+        (
+            {"multi_objective": True, "env_config": {"components": {"x": {}, "length": 5}}},
+            "components.x: type = 'x' is no kind of component; known are reward_model, ",
+        ),
+    ],
+)
+def test_pydantics_own_message_names_what_is_wrong_within(options, expected):
+    with pytest.raises(ValueError, match="env_config") as caught:
+        PPOConfig(**options)
+    assert expected in str(caught.value)
