@@ -22,10 +22,18 @@ class TextGenerationConfig(Section):
     """A reply ends where one of these appears, and is cut off before it."""
 
 
+def _or_null_within(schema: dict[str, Any]) -> None:
+    """Let the JSON schema accept a component without options, as YAML's `reward_model:` is."""
+    values = schema["additionalProperties"]
+    schema["additionalProperties"] = {**values, "anyOf": [*values["anyOf"], {"type": "null"}]}
+
+
 class MultiObjectiveConfig(Section):
     """The reward is a weighted sum of named components."""
 
-    components: dict[str, AnyComponent] = Field(default_factory=dict[str, AnyComponent])
+    components: dict[str, AnyComponent] = Field(
+        default_factory=dict[str, AnyComponent], json_schema_extra=_or_null_within
+    )
     """Name of each component and its options; its kind is `type`, or else the name itself."""
 
     @field_validator("components", mode="before")

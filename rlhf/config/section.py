@@ -6,8 +6,16 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from rlhf.config.wording import one_line
 
@@ -62,6 +70,17 @@ def without_none(value: Any, types: tuple[Any, ...]) -> Any:
 def advised(low: float, high: float) -> dict[str, Any]:
     """Schema note of the range in which a value is usual; outside it is warned about, not wrong."""
     return {"advised": [low, high]}
+
+
+class OrText:
+    """Marks a field whose JSON schema accepts text too, which a validator reads into a mapping."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The field's own schema with one more member."""
+        found = handler(schema)
+        return {**found, "anyOf": [*found["anyOf"], {"type": "string"}]}
 
 
 def model_place(value: str | None) -> str | None:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from rlhf.config import (
     ComponentSection,
@@ -394,3 +395,27 @@ def test_pydantics_own_message_names_what_is_wrong_within(options, expected):
     with pytest.raises(ValueError, match="env_config") as caught:
         PPOConfig(**options)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"env_type": "text_generation", "env_config": '{"stop_sequences": ["x"]}'},
+        {"env_type": "text_generation", "env_config": "env.yaml"},
+        {"multi_objective": True, "reward_weights": '{"length": 1}'},
+        {"multi_objective": True, "reward_weights": {"length": 1}},
+        {"multi_objective": True, "env_config": MANY},
+        {"env_config": None, "reward_weights": None},
+    ],
+)
+def test_the_schema_allows_what_is_read(options):
+    # Prefect holds a deployment's parameters against it before a run starts.
+    Draft202012Validator(PipelineConfig.model_json_schema()).validate({"ppo": options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"env_config": 5}, {"env_config": {"components": {"length": 5}}}]
+)
+def test_the_schema_refuses_other_values(options):
+    schema = PipelineConfig.model_json_schema()
+    assert not Draft202012Validator(schema).is_valid({"ppo": options})
