@@ -115,7 +115,7 @@ def read_mapping(value: Any, what: str) -> Any:
             return json.loads(value, parse_constant=_not_json, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"is no JSON ({error}); mend the text") from None
-    path = Path(value).expanduser()
+    path = at_home(value)
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
                          f"give {what} as one of these")  # fmt: skip
@@ -129,6 +129,15 @@ def read_mapping(value: Any, what: str) -> Any:
     if not isinstance(tree, dict):
         raise ValueError(f"{value!r} holds no mapping; write `key: value` lines into it")
     return cast("dict[str, Any]", tree)
+
+
+def at_home(place: str) -> Path:
+    """The path with `~` put in full; as it is, and so missing, if there is no such user."""
+    path = Path(place)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def _not_json(constant: str) -> float:

@@ -190,6 +190,10 @@ COMPARED = {"env_type": "preference_comparison"}
         (COMPARED | {"env_config": "x"}, f"{CONFIGURED}: 'x' is no mapping, JSON text or .json"),
         (COMPARED | {"env_config": "/no/x.json"}, f"{CONFIGURED}: '/no/x.json' can't be read (No"),
         (
+            COMPARED | {"env_config": "~nosuchuser/x.json"},
+            f"{CONFIGURED}: '~nosuchuser/x.json' can't be read (No such file or directory); corr",
+        ),
+        (
             COMPARED | {"env_config": {"custom": {"fun": 1}}},
             f"{CONFIGURED}.custom.fun is not a field of the configuration; known are function, tim",
         ),
