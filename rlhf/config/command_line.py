@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, cast, get_origin
 
 import yaml
 
@@ -13,15 +13,22 @@ from rlhf.config.fields import RENAMED, Tree, canonical, field_kinds, whole, wit
 from rlhf.config.wording import one_line, shown_value
 from rlhf.errors import ConfigError
 
+#: Fields of section `ppo` whose mappings are values: given whole, they replace the preset's.
+MAPPINGS = ("env_config", "reward_weights")
 FORM = "write overrides as --section.field=value"
+
+
+class Whole(dict[str, Any]):
+    """A mapping that takes the place of the preset's, and is not merged into it."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> Tree:
     """Turn `--section.field=value` and `--section.field value` into a nested mapping.
 
     Names are exact, but for `-` in place of `_`. A value is text, or JSON where the field is no
-    text, so that lists and whole sections can be given too. A field that is true or false may
-    stand alone: `--section.field`, `--section.no-field`.
+    text, so that lists and whole sections can be given too. A mapping that is given whole for
+    `env_config` or `reward_weights`, or for what lies within, is a `Whole`. A field that is true
+    or false may stand alone: `--section.field`, `--section.no-field`.
 
     Raises:
         ConfigError: A field that does not exist, has no value, or has two.
@@ -42,11 +49,30 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
-        place[field] = _value(text, types)
+        inside = key.startswith(tuple(f"ppo.{name}." for name in MAPPINGS))
+        place[field] = _whole(_value(text, types)) if inside else _value(text, types)
     try:
-        return without_aliases(tree)  # where a whole section was given
+        tree = without_aliases(tree)  # where a whole section was given
     except ConfigError as error:
         raise _wrong(str(error)) from None
+    return _with_wholes(tree, given)
+
+
+def _with_wholes(tree: Tree, given: Sequence[str]) -> Tree:
+    """The overrides, with the mappings marked that no dotted name reached into."""
+    section = tree.get("ppo")
+    if not isinstance(section, dict):
+        return tree
+    marked = {
+        name: _whole(value)
+        for name, value in cast("Tree", section).items()
+        if name in MAPPINGS and not any(key.startswith(f"ppo.{name}.") for key in given)
+    }
+    return {**tree, "ppo": {**section, **marked}}
+
+
+def _whole(value: Any) -> Any:
+    return Whole(cast("Tree", value)) if isinstance(value, dict) else value
 
 
 def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from rlhf.config import (
     LengthComponent,
     PipelineConfig,
     PPOConfig,
+    PreferenceConfig,
     load_config,
 )
 from rlhf.config.components import COMPONENTS
@@ -423,3 +424,39 @@ def test_the_schema_allows_what_is_read(options):
 def test_the_schema_refuses_other_values(options):
     schema = PipelineConfig.model_json_schema()
     assert not Draft202012Validator(schema).is_valid({"ppo": options})
+
+
+# --- overrides --------------------------------------------------------------------------------
+
+TAUGHT = {"env_type": "preference_comparison", "env_config": {"temperature": 3, "judge": "custom",
+          "custom": {"function": "a:b", "timeout_seconds": 5}}}  # fmt: skip
+WEIGHED = {"multi_objective": True, "reward_weights": {"length": 1, "repetition": 2}}
+
+
+@pytest.mark.parametrize("prefix", ["", "rl_"])
+@pytest.mark.parametrize(
+    "override", ["--ppo.{}={}", "--rl_{}={}", "--ppo.rl-{}={}", "--ppo={{{}: {}}}"]
+)
+def test_a_whole_value_replaces_the_presets(tmp_path, prefix, override):
+    def loaded(tree, name, value):
+        tree = {f"{prefix}{key}": given for key, given in tree.items()}
+        return load(tmp_path, {"ppo": tree}, override.format(name, value))
+
+    compared = loaded(TAUGHT, "env_config", '{"replies_per_prompt": 4}')
+    assert compared.config.ppo.env_config == PreferenceConfig(replies_per_prompt=4)
+    origins = {source for key, _, source in compared.rows() if ".env_config." in key}
+    assert origins == {"command line", "default"}
+    assert loaded(TAUGHT, "env_config", "{}").config.ppo.env_config == PreferenceConfig()
+    weighed = loaded(WEIGHED, "reward_weights", '{"json_valid": 5}')
+    assert weighed.config.ppo.reward_weights == {"json_valid": 5}
+
+
+@pytest.mark.parametrize("prefix", ["", "rl_"])
+def test_a_dotted_name_changes_one_value_of_the_presets(tmp_path, prefix):
+    tree = {"ppo": {"multi_objective": True, f"{prefix}env_config": MANY}}
+    found = load(tmp_path, tree, "--ppo.env_config.components.polite.weight=2").config.ppo
+    assert found.components["polite"] == KeywordComponent(words=("please",), weight=2)
+    assert list(found.components) == list(MANY["components"])
+    # What it names is a whole value again.
+    found = load(tmp_path, tree, '--ppo.env_config.components={"length": {}}').config.ppo
+    assert found.components == {"length": LengthComponent()}
