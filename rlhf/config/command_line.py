@@ -25,10 +25,11 @@ class Whole(dict[str, Any]):
 def parse_overrides(overrides: Sequence[str]) -> Tree:
     """Turn `--section.field=value` and `--section.field value` into a nested mapping.
 
-    Names are exact, but for `-` in place of `_`. A value is text, or JSON where the field is no
-    text, so that lists and whole sections can be given too. A mapping that is given whole for
-    `env_config` or `reward_weights`, or for what lies within, is a `Whole`. A field that is true
-    or false may stand alone: `--section.field`, `--section.no-field`.
+    Names of fields are exact, but for `-` in place of `_`; names in a mapping are as written. A
+    value is text, or JSON where the field is no text, so that lists and whole sections can be
+    given too. A mapping that is given whole for `env_config` or `reward_weights`, or for what lies
+    within, is a `Whole`. A field that is true or false may stand alone: `--section.field`,
+    `--section.no-field`.
 
     Raises:
         ConfigError: A field that does not exist, has no value, or has two.
@@ -82,7 +83,7 @@ def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
         name, equals, value = token[2:].partition("=")
         if not token.startswith("--") or not name:
             raise _wrong(f"{shown_value(token)} is not an override; {FORM}")
-        name = name.replace("-", "_")
+        name = _underscored(name)
         flag, on = _flag(name) or ("", True)
         followed = bool(rest) and not rest[0].startswith("--")
         if not on and equals:
@@ -95,6 +96,16 @@ def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
                 raise _wrong(f"{name} has no value; {FORM}") if known else _unknown(name)
             value = rest.pop(0)
         yield flag or name, value
+
+
+def _underscored(name: str) -> str:
+    """`-` as `_` in the names of fields; a name in a mapping, a component's, is as it is."""
+    parts: list[str] = []
+    for part in name.split("."):
+        above = canonical(".".join(parts).removeprefix("no_"))
+        in_mapping = any(get_origin(kind) is dict for kind in field_kinds(above) or ())
+        parts.append(part if in_mapping else part.replace("-", "_"))
+    return ".".join(parts)
 
 
 def _flag(name: str) -> tuple[str, bool] | None:

@@ -460,3 +460,18 @@ def test_a_dotted_name_changes_one_value_of_the_presets(tmp_path, prefix):
     # What it names is a whole value again.
     found = load(tmp_path, tree, '--ppo.env_config.components={"length": {}}').config.ppo
     assert found.components == {"length": LengthComponent()}
+
+
+@pytest.mark.parametrize("start", ["ppo.env_config", "rl-env-config", "ppo.rl-env-config"])
+def test_dashes_in_the_name_of_a_component_stay(tmp_path, start):
+    tree = {"components": {"json-valid": {"type": "json_valid"}, "a-b": POLITE}}
+    found = load(
+        *(tmp_path, {"rl_multi_objective": True, "ppo": {"env_config": tree}}),
+        *(f"--{start}.components.json-valid.weight=5", f"--{start}.components.a-b.no-whole-words"),
+        f"--{start}.components.a-b.case-sensitive",
+    ).config.ppo.components
+    assert list(found) == ["json-valid", "a-b"]
+    assert found["json-valid"].weight == 5
+    assert found["a-b"] == KeywordComponent(
+        words=("please",), whole_words=False, case_sensitive=True
+    )
