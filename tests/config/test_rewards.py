@@ -475,3 +475,27 @@ def test_dashes_in_the_name_of_a_component_stay(tmp_path, start):
     assert found["a-b"] == KeywordComponent(
         words=("please",), whole_words=False, case_sensitive=True
     )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://300.1.1.1/x", "https://☃☃/x", "https://xn--/x", "https://a..b/"),
+        *("https://host/\x01", "https://ho\nst/", " https://host/", "https://host /"),
+        *("https://host/\ud800", f"https://host/{'x' * 70000}", f"https://{'x' * 64}.de/"),
+    ],
+)
+def test_addresses_that_can_never_be_asked(tmp_path, url):
+    tree = {
+        "ppo": {"multi_objective": True, "env_config": {"components": {"remote": {"url": url}}}}
+    }
+    text = message(tmp_path, tree)
+    assert text.startswith(f"{CONFIGURED}.components.remote.url: is no valid URL; mend its host, ")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://bücher.de/x", "http://[::1]:80/", "http://127.0.0.1", "HTTPS://a_b.c:8443/d%20e?"],
+)
+def test_addresses_that_can_be_asked(url):
+    PPOConfig(multi_objective=True, env_config={"components": {"remote": {"url": url}}})
