@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast, get_origin
 
-import yaml
-
+from rlhf.config import strict_yaml
 from rlhf.config.explain import cure
 from rlhf.config.fields import RENAMED, Tree, canonical, field_kinds, whole, without_aliases
 from rlhf.config.wording import one_line, shown_value
@@ -50,8 +49,9 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
+        value = _value(key, text, types)
         inside = key.startswith(tuple(f"ppo.{name}." for name in MAPPINGS))
-        place[field] = _whole(_value(text, types)) if inside else _value(text, types)
+        place[field] = _whole(value) if inside else value
     try:
         tree = without_aliases(tree)  # where a whole section was given
     except ConfigError as error:
@@ -122,16 +122,26 @@ def _flag(name: str) -> tuple[str, bool] | None:
     return None
 
 
-def _value(text: str, types: tuple[Any, ...]) -> Any:
+def _value(key: str, text: str, types: tuple[Any, ...]) -> Any:
     if any(kind is str or get_origin(kind) is Literal for kind in types):
         return text
     try:
-        # YAML's brackets are JSON's, with fewer quotes to escape from the shell.
-        value = yaml.safe_load(text) if text[:1] in ("[", "{") else json.loads(text)
-    except (ValueError, yaml.YAMLError, RecursionError):
+        value = _parsed(text)
+    except strict_yaml.TwiceError as error:
+        raise _wrong(f"{key}: {error.problem}; keep one") from None
+    except strict_yaml.BROKEN:
         return text
     # Only where a field may be null is null a value: see `resolve_none`.
     return text if value is None else value
+
+
+def _parsed(text: str) -> Any:
+    """JSON; in brackets YAML too, which has fewer quotes to escape from the shell."""
+    try:
+        return json.loads(text, object_pairs_hook=strict_yaml.unique)
+    except json.JSONDecodeError:
+        # JSON goes first: YAML takes the two halves of an escaped emoji for two characters.
+        return strict_yaml.parse(text) if text[:1] in ("[", "{") else text
 
 
 def _unknown(name: str) -> ConfigError:

@@ -137,6 +137,8 @@ class RegexComponent(ComponentSection):
             regex.compile(value)
         except regex.error as error:
             raise ValueError(f"{value!r} is no pattern ({error}); mend it") from None
+        except RecursionError:
+            raise ValueError("is no pattern (nested too deeply); mend it") from None
         return value
 
 

@@ -112,7 +112,7 @@ def read_mapping(value: Any, what: str) -> Any:
         return value
     if value.lstrip().startswith("{"):
         try:
-            return json.loads(value, parse_constant=_not_json, object_pairs_hook=_unique)
+            return json.loads(value, parse_constant=_not_json, object_pairs_hook=strict_yaml.unique)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"is no JSON ({error}); mend the text") from None
     path = at_home(value)
@@ -142,11 +142,3 @@ def at_home(place: str) -> Path:
 
 def _not_json(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} stands there twice")
-    return dict(pairs)

@@ -293,6 +293,10 @@ def test_mistakes(tmp_path, ppo, expected):
         ({**POLITE, "normalize": "z"}, ".normalize = 'z': must be 'none', 'zscore' or 'minmax'"),
         ({"type": "regex", "pattern": "("}, ".pattern: '(' is no pattern (missing ) at position 1"),
         (
+            {"type": "regex", "pattern": "(" * 9999},
+            ".pattern: is no pattern (nested too deeply); mend it",
+        ),
+        (
             {"type": "length", "points": [[2, 1], [2, 0]]},
             ".points: tokens must rise from point to point, and 2 follows 2; put the points in",
         ),
@@ -499,3 +503,30 @@ def test_addresses_that_can_never_be_asked(tmp_path, url):
 )
 def test_addresses_that_can_be_asked(url):
     PPOConfig(multi_objective=True, env_config={"components": {"remote": {"url": url}}})
+
+
+@pytest.mark.parametrize(
+    ("value", "stops"),
+    [
+        (r'{"stop_sequences": ["\ud83d\ude00"]}', ("😀",)),
+        ("{stop_sequences: [Q]}", ("Q",)),
+        ("{stop_sequences: none}", None),
+    ],
+)
+def test_json_and_yaml_on_the_command_line(value, stops):
+    def load():
+        return load_config(None, ["--rl-env-type=text_generation", f"--rl-env-config={value}"])
+
+    if stops is None:
+        with pytest.raises(ConfigError, match="must be a list"):
+            load()
+    else:
+        assert load().config.ppo.generation.stop_sequences == stops
+
+
+@pytest.mark.parametrize("value", ['{"x": 1, "x": 2}', "{x: 1, x: 2}", '{"y": {"x": 1, "x": 1}}'])
+@pytest.mark.parametrize("field", ["ppo.env_config", "ppo", "ppo.lora"])
+def test_a_key_that_stands_twice_on_the_command_line(value, field):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"--{field}={value}"])
+    assert str(caught.value) == f"command line: {field}: x stands there twice; keep one"
