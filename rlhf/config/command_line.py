@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, cast, get_origin
 
-import yaml
-
+from rlhf.config import strict_yaml
 from rlhf.config.explain import cure
 from rlhf.config.fields import RENAMED, Tree, canonical, field_kinds, whole, without_aliases
 from rlhf.config.wording import one_line, shown_value
 from rlhf.errors import ConfigError
 
+#: Fields of section `ppo` whose mappings are values: given whole, they replace the preset's.
+MAPPINGS = ("env_config", "reward_weights")
 FORM = "write overrides as --section.field=value"
+
+
+class Whole(dict[str, Any]):
+    """A mapping that takes the place of the preset's, and is not merged into it."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> Tree:
     """Turn `--section.field=value` and `--section.field value` into a nested mapping.
 
-    Names are exact, but for `-` in place of `_`. A value is text, or JSON where the field is no
-    text, so that lists and whole sections can be given too. A field that is true or false may
-    stand alone: `--section.field`, `--section.no-field`.
+    Names of fields are exact, but for `-` in place of `_`; names in a mapping are as written. A
+    value is text, or JSON where the field is no text, so that lists and whole sections can be
+    given too. A mapping that is given whole for `env_config` or `reward_weights`, or for what lies
+    within, is a `Whole`. A field that is true or false may stand alone: `--section.field`,
+    `--section.no-field`.
 
     Raises:
         ConfigError: A field that does not exist, has no value, or has two.
@@ -42,11 +49,31 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
-        place[field] = _value(text, types)
+        value = _value(key, text, types)
+        inside = key.startswith(tuple(f"ppo.{name}." for name in MAPPINGS))
+        place[field] = _whole(value) if inside else value
     try:
-        return without_aliases(tree)  # where a whole section was given
+        tree = without_aliases(tree)  # where a whole section was given
     except ConfigError as error:
         raise _wrong(str(error)) from None
+    return _with_wholes(tree, given)
+
+
+def _with_wholes(tree: Tree, given: Sequence[str]) -> Tree:
+    """The overrides, with the mappings marked that no dotted name reached into."""
+    section = tree.get("ppo")
+    if not isinstance(section, dict):
+        return tree
+    marked = {
+        name: _whole(value)
+        for name, value in cast("Tree", section).items()
+        if name in MAPPINGS and not any(key.startswith(f"ppo.{name}.") for key in given)
+    }
+    return {**tree, "ppo": {**section, **marked}}
+
+
+def _whole(value: Any) -> Any:
+    return Whole(cast("Tree", value)) if isinstance(value, dict) else value
 
 
 def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -56,7 +83,7 @@ def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
         name, equals, value = token[2:].partition("=")
         if not token.startswith("--") or not name:
             raise _wrong(f"{shown_value(token)} is not an override; {FORM}")
-        name = name.replace("-", "_")
+        name = _underscored(name)
         flag, on = _flag(name) or ("", True)
         followed = bool(rest) and not rest[0].startswith("--")
         if not on and equals:
@@ -69,6 +96,16 @@ def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
                 raise _wrong(f"{name} has no value; {FORM}") if known else _unknown(name)
             value = rest.pop(0)
         yield flag or name, value
+
+
+def _underscored(name: str) -> str:
+    """`-` as `_` in the names of fields; a name in a mapping, a component's, is as it is."""
+    parts: list[str] = []
+    for part in name.split("."):
+        above = canonical(".".join(parts).removeprefix("no_"))
+        in_mapping = any(get_origin(kind) is dict for kind in field_kinds(above) or ())
+        parts.append(part if in_mapping else part.replace("-", "_"))
+    return ".".join(parts)
 
 
 def _flag(name: str) -> tuple[str, bool] | None:
@@ -85,16 +122,26 @@ def _flag(name: str) -> tuple[str, bool] | None:
     return None
 
 
-def _value(text: str, types: tuple[Any, ...]) -> Any:
+def _value(key: str, text: str, types: tuple[Any, ...]) -> Any:
     if any(kind is str or get_origin(kind) is Literal for kind in types):
         return text
     try:
-        # YAML's brackets are JSON's, with fewer quotes to escape from the shell.
-        value = yaml.safe_load(text) if text[:1] in ("[", "{") else json.loads(text)
-    except (ValueError, yaml.YAMLError, RecursionError):
+        value = _parsed(text)
+    except strict_yaml.TwiceError as error:
+        raise _wrong(f"{key}: {error.problem}; keep one") from None
+    except strict_yaml.BROKEN:
         return text
     # Only where a field may be null is null a value: see `resolve_none`.
     return text if value is None else value
+
+
+def _parsed(text: str) -> Any:
+    """JSON; in brackets YAML too, which has fewer quotes to escape from the shell."""
+    try:
+        return json.loads(text, object_pairs_hook=strict_yaml.unique)
+    except json.JSONDecodeError:
+        # JSON goes first: YAML takes the two halves of an escaped emoji for two characters.
+        return strict_yaml.parse(text) if text[:1] in ("[", "{") else text
 
 
 def _unknown(name: str) -> ConfigError:

@@ -137,6 +137,8 @@ class RegexComponent(ComponentSection):
             regex.compile(value)
         except regex.error as error:
             raise ValueError(f"{value!r} is no pattern ({error}); mend it") from None
+        except RecursionError:
+            raise ValueError("is no pattern (nested too deeply); mend it") from None
         return value
 
 
@@ -218,6 +220,8 @@ class RemoteComponent(ComponentSection):
             raise ValueError("holds user info or a query, where secrets stand; set token_env")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must be http://host/path or https://host/path")
+        if not _can_be_asked(value):
+            raise ValueError("is no valid URL; mend its host, and odd characters in it")
         return value
 
     @field_validator("token_env")
@@ -234,6 +238,19 @@ class RemoteComponent(ComponentSection):
         if self.token_env and parts.scheme == "http" and parts.hostname not in LOOPBACK:
             raise ValueError("token_env would go over the network unencrypted; use https in url")
         return self
+
+
+def _can_be_asked(url: str) -> bool:
+    """Whether httpx takes it, and its host could be looked up: urlsplit lets much more through."""
+    import httpx  # slow to import, and few ask a service
+
+    try:
+        found = httpx.URL(url)
+        host = found.host and found.raw_host.decode("ascii")
+        host.encode("idna")  # as a socket does: no part empty or too long
+    except (httpx.InvalidURL, UnicodeError):
+        return False
+    return bool(host) and ("%" not in host or ":" in host)
 
 
 AnyComponent = (

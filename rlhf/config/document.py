@@ -22,6 +22,8 @@ command line, where every field is `--ppo.<name>=<value>` and dashes are as good
 `--rl-optimize-device-cache`, and is switched off by `--ppo.no-kl-audit`,
 `--no-rl-optimize-device-cache` or `--no-optimize-device-cache`. One field under both of its names
 in one place is an error; an override replaces a preset's value under either name.
+A mapping given whole (`--rl-env-config '{...}'`) replaces the preset's; a dotted name changes one
+value in it: `--ppo.env_config.components.length.weight=2`.
 
 A value beyond its bounds is an error. One outside the advised range is allowed: a warning names it
 before work starts, and it is recorded in the report (`report.html` and `report.json` of the

@@ -22,10 +22,18 @@ class TextGenerationConfig(Section):
     """A reply ends where one of these appears, and is cut off before it."""
 
 
+def _or_null_within(schema: dict[str, Any]) -> None:
+    """Let the JSON schema accept a component without options, as YAML's `reward_model:` is."""
+    values = schema["additionalProperties"]
+    schema["additionalProperties"] = {**values, "anyOf": [*values["anyOf"], {"type": "null"}]}
+
+
 class MultiObjectiveConfig(Section):
     """The reward is a weighted sum of named components."""
 
-    components: dict[str, AnyComponent] = Field(default_factory=dict[str, AnyComponent])
+    components: dict[str, AnyComponent] = Field(
+        default_factory=dict[str, AnyComponent], json_schema_extra=_or_null_within
+    )
     """Name of each component and its options; its kind is `type`, or else the name itself."""
 
     @field_validator("components", mode="before")
@@ -104,10 +112,10 @@ def read_mapping(value: Any, what: str) -> Any:
         return value
     if value.lstrip().startswith("{"):
         try:
-            return json.loads(value, parse_constant=_not_json, object_pairs_hook=_unique)
+            return json.loads(value, parse_constant=_not_json, object_pairs_hook=strict_yaml.unique)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"is no JSON ({error}); mend the text") from None
-    path = Path(value).expanduser()
+    path = at_home(value)
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
                          f"give {what} as one of these")  # fmt: skip
@@ -123,13 +131,14 @@ def read_mapping(value: Any, what: str) -> Any:
     return cast("dict[str, Any]", tree)
 
 
+def at_home(place: str) -> Path:
+    """The path with `~` put in full; as it is, and so missing, if there is no such user."""
+    path = Path(place)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def _not_json(constant: str) -> float:
     raise ValueError(f"{constant} is no number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} stands there twice")
-    return dict(pairs)

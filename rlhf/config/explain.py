@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from pydantic import ValidationError
 
 from rlhf.config.fields import nearest, siblings
-from rlhf.config.section import NESTED
+from rlhf.config.section import expanded
 from rlhf.config.wording import one_line, shown_value
 
 #: Our words for pydantic's kinds of error; braces take from the error's context.
@@ -42,7 +41,7 @@ WORDING = {
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     """The first problem of a configuration whose values came from `sources`."""
-    errors = list(_expanded([dict(e) for e in error.errors()]))
+    errors = list(expanded([dict(e) for e in error.errors()]))
     # A misspelt field that must be there gives two errors, and this one names the cure.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # A field that may be a number or text reports the type it tried as if it were a field.
@@ -65,16 +64,6 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         shown = f" = {shown_value(first['input'])}" if valued else ""
         text = f"{field}{shown}: {text}"
     return one_line(text + _origin(field, text, sources))
-
-
-def _expanded(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Errors of sections that a validator chose by another field, each under its full name."""
-    for error in errors:
-        if error["type"] != NESTED:
-            yield error
-            continue
-        for inner in _expanded(error["ctx"]["errors"]):
-            yield {**inner, "loc": (*error["loc"], *inner["loc"])}
 
 
 def cure(field: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from rlhf.config import strict_yaml
-from rlhf.config.command_line import parse_overrides
+from rlhf.config.command_line import Whole, parse_overrides
 from rlhf.config.environments import read_mapping
 from rlhf.config.explain import explain
 from rlhf.config.fields import Tree, flatten, resolve_none, without_aliases
@@ -104,7 +104,7 @@ def _with_options_read(preset: Tree, command_line: Tree, name: str) -> Tree:
         given, over = (tree["ppo"]["env_config"] for tree in (preset, command_line))
     except (KeyError, TypeError):
         return preset
-    if not isinstance(given, str) or not isinstance(over, dict):
+    if not isinstance(given, str) or not isinstance(over, dict) or isinstance(over, Whole):
         return preset
     try:
         read = read_mapping(given, "env_config")
@@ -117,6 +117,6 @@ def _merge(base: Tree, top: Tree) -> Tree:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
+        both = isinstance(below, dict) and isinstance(value, dict) and not isinstance(value, Whole)
         merged[key] = _merge(cast("Tree", below), cast("Tree", value)) if both else value
     return merged

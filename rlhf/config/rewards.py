@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
@@ -25,7 +25,7 @@ from rlhf.config.environments import (
     TextGenerationConfig,
     read_mapping,
 )
-from rlhf.config.section import Section, chosen
+from rlhf.config.section import OrText, Section, chosen
 
 RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
 EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
@@ -46,11 +46,11 @@ class RewardSection(Section):
     env_type: EnvironmentType | None = None
     """None: one reply to each prompt, scored as `reward_fn` says; `text_generation`: also with
     stop sequences; `multi_objective`: a weighted sum; `preference_comparison`: replies compared."""
-    env_config: AnyEnvironment | None = None
+    env_config: Annotated[AnyEnvironment | None, OrText()] = None
     """Options of `env_type`: a mapping, JSON text, or the path of a JSON or YAML file."""
     multi_objective: bool = False
     """The same as `env_type: multi_objective`."""
-    reward_weights: dict[str, float] | None = None
+    reward_weights: Annotated[dict[str, float] | None, OrText()] = None
     """Weight of each component of `multi_objective`: a mapping or JSON text."""
 
     @field_validator("reward_weights", mode="before")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from rlhf.config.wording import one_line
 
 Tree = dict[str, Any]
 
@@ -59,6 +70,17 @@ def without_none(value: Any, types: tuple[Any, ...]) -> Any:
 def advised(low: float, high: float) -> dict[str, Any]:
     """Schema note of the range in which a value is usual; outside it is warned about, not wrong."""
     return {"advised": [low, high]}
+
+
+class OrText:
+    """Marks a field whose JSON schema accepts text too, which a validator reads into a mapping."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The field's own schema with one more member."""
+        found = handler(schema)
+        return {**found, "anyOf": [*found["anyOf"], {"type": "string"}]}
 
 
 def model_place(value: str | None) -> str | None:
@@ -118,8 +140,32 @@ def chosen(model: type[SectionT], value: Any) -> SectionT:
 
 
 def nested(errors: list[dict[str, Any]]) -> PydanticCustomError:
-    """One error for several of a section within; `loc` in each starts from there."""
-    return PydanticCustomError(NESTED, "is wrong within", {"errors": errors})
+    """One error for several of a section within; `loc` in each starts from there.
+
+    Its own text sums them up, for Python and Prefect, which show no more than that.
+    """
+    flat = list(expanded(errors))
+    summary = one_line("; ".join(map(_summary, flat)))
+    return PydanticCustomError(NESTED, "{summary}", {"errors": flat, "summary": summary})
+
+
+def expanded(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Errors of sections that a validator chose by another field, each under its full name."""
+    for error in errors:
+        if error["type"] != NESTED:
+            yield error
+            continue
+        for inner in expanded(error["ctx"]["errors"]):
+            yield {**inner, "loc": (*error["loc"], *inner["loc"])}
+
+
+def _summary(error: dict[str, Any]) -> str:
+    """Place and fault; no value, for it may be a secret."""
+    place = ".".join(map(str, error["loc"]))
+    if "known" in error:
+        return f"{place} is no field; known are {', '.join(error['known'])}"
+    text = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {text}" if place else text
 
 
 def _with_known(model: type[Section], error: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""YAML that a person wrote: read strictly, and complained about without repeating it."""
+"""YAML (or JSON) that a person wrote: read strictly, and complained about without repeating it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ import yaml
 
 #: What reading broken YAML may raise.
 BROKEN = (yaml.YAMLError, ValueError, RecursionError)
+
+
+class TwiceError(yaml.constructor.ConstructorError, ValueError):
+    """A key stands twice in one mapping; `problem` says which."""
+
+    def __init__(self, key: Any, mark: yaml.Mark | None = None) -> None:
+        super().__init__(None, None, f"{key} stands there twice", mark)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The mapping, for `json.loads` as `object_pairs_hook`; raises `TwiceError`."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise TwiceError(key)
+        found[key] = value
+    return found
 
 
 def parse(text: str) -> Any:
@@ -24,9 +41,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} stands there twice", key.start_mark
-                )
+                raise TwiceError(key.value, key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep=True)
 

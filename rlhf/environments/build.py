@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from rlhf.config import (
     LengthPenaltyConfig,
     PPOConfig,
 )
+from rlhf.config.environments import at_home
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import functions
@@ -124,7 +124,7 @@ class _Builder:
 
     def _pair_model(self, folder: str) -> PairModel:
         try:
-            return PairModel(Path(folder).expanduser(), self.device, self.context)
+            return PairModel(at_home(folder), self.device, self.context)
         except (OSError, ValueError) as error:  # as transformers calls whatever is no model
             raise ConfigError(
                 f"ppo.env_config.pair_model = {folder!r}: can't be loaded "

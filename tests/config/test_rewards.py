@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from rlhf.config import (
     ComponentSection,
@@ -14,6 +15,7 @@ from rlhf.config import (
     LengthComponent,
     PipelineConfig,
     PPOConfig,
+    PreferenceConfig,
     load_config,
 )
 from rlhf.config.components import COMPONENTS
@@ -189,6 +191,10 @@ COMPARED = {"env_type": "preference_comparison"}
         (COMPARED | {"env_config": "x"}, f"{CONFIGURED}: 'x' is no mapping, JSON text or .json"),
         (COMPARED | {"env_config": "/no/x.json"}, f"{CONFIGURED}: '/no/x.json' can't be read (No"),
         (
+            COMPARED | {"env_config": "~nosuchuser/x.json"},
+            f"{CONFIGURED}: '~nosuchuser/x.json' can't be read (No such file or directory); corr",
+        ),
+        (
             COMPARED | {"env_config": {"custom": {"fun": 1}}},
             f"{CONFIGURED}.custom.fun is not a field of the configuration; known are function, tim",
         ),
@@ -287,6 +293,10 @@ def test_mistakes(tmp_path, ppo, expected):
         ({**POLITE, "normalize": "z"}, ".normalize = 'z': must be 'none', 'zscore' or 'minmax'"),
         ({"type": "regex", "pattern": "("}, ".pattern: '(' is no pattern (missing ) at position 1"),
         (
+            {"type": "regex", "pattern": "(" * 9999},
+            ".pattern: is no pattern (nested too deeply); mend it",
+        ),
+        (
             {"type": "length", "points": [[2, 1], [2, 0]]},
             ".points: tokens must rise from point to point, and 2 follows 2; put the points in",
         ),
@@ -365,3 +375,158 @@ def test_the_documentation_names_every_component_and_option():
         own = section.model_fields.keys() - ComponentSection.model_fields.keys() - {"type"}
         row = next(line for line in text.splitlines() if line.startswith(f"| `{kind}` |"))
         assert set(re.findall(r"`(\w+)`", row.rpartition(" | ")[2])) == own
+
+
+# --- what Python and Prefect are told ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            COMPARED | {"env_config": {"tau": 1}},
+            "tau is no field; known are custom, judge, pair_model, replies_per_prompt, rival, temp",
+        ),
+        (COMPARED | {"env_config": {"temperature": 0, "x": 1}}, "temperature: Input should be gr"),
+        (COMPARED | {"env_config": {"rival": "{errors}", "judge": "custom"}}, "rival: Input shoul"),
+        (COMPARED | {"env_config": {"judge": "custom"}}, "judge = 'custom' needs custom; give it"),
+        (
+            {"multi_objective": True, "env_config": {"components": {"x": {**POLITE, "wight": 2}}}},
+            "components.x.wight is no field; known are case_sensitive, clip",
+        ),
+        (
+            {"multi_objective": True, "env_config": {"components": {"x": {}, "length": 5}}},
+            "components.x: type = 'x' is no kind of component; known are reward_model, ",
+        ),
+    ],
+)
+def test_pydantics_own_message_names_what_is_wrong_within(options, expected):
+    with pytest.raises(ValueError, match="env_config") as caught:
+        PPOConfig(**options)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"env_type": "text_generation", "env_config": '{"stop_sequences": ["x"]}'},
+        {"env_type": "text_generation", "env_config": "env.yaml"},
+        {"multi_objective": True, "reward_weights": '{"length": 1}'},
+        {"multi_objective": True, "reward_weights": {"length": 1}},
+        {"multi_objective": True, "env_config": MANY},
+        {"env_config": None, "reward_weights": None},
+    ],
+)
+def test_the_schema_allows_what_is_read(options):
+    # Prefect holds a deployment's parameters against it before a run starts.
+    Draft202012Validator(PipelineConfig.model_json_schema()).validate({"ppo": options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"env_config": 5}, {"env_config": {"components": {"length": 5}}}]
+)
+def test_the_schema_refuses_other_values(options):
+    schema = PipelineConfig.model_json_schema()
+    assert not Draft202012Validator(schema).is_valid({"ppo": options})
+
+
+# --- overrides --------------------------------------------------------------------------------
+
+TAUGHT = {"env_type": "preference_comparison", "env_config": {"temperature": 3, "judge": "custom",
+          "custom": {"function": "a:b", "timeout_seconds": 5}}}  # fmt: skip
+WEIGHED = {"multi_objective": True, "reward_weights": {"length": 1, "repetition": 2}}
+
+
+@pytest.mark.parametrize("prefix", ["", "rl_"])
+@pytest.mark.parametrize(
+    "override", ["--ppo.{}={}", "--rl_{}={}", "--ppo.rl-{}={}", "--ppo={{{}: {}}}"]
+)
+def test_a_whole_value_replaces_the_presets(tmp_path, prefix, override):
+    def loaded(tree, name, value):
+        tree = {f"{prefix}{key}": given for key, given in tree.items()}
+        return load(tmp_path, {"ppo": tree}, override.format(name, value))
+
+    compared = loaded(TAUGHT, "env_config", '{"replies_per_prompt": 4}')
+    assert compared.config.ppo.env_config == PreferenceConfig(replies_per_prompt=4)
+    origins = {source for key, _, source in compared.rows() if ".env_config." in key}
+    assert origins == {"command line", "default"}
+    assert loaded(TAUGHT, "env_config", "{}").config.ppo.env_config == PreferenceConfig()
+    weighed = loaded(WEIGHED, "reward_weights", '{"json_valid": 5}')
+    assert weighed.config.ppo.reward_weights == {"json_valid": 5}
+
+
+@pytest.mark.parametrize("prefix", ["", "rl_"])
+def test_a_dotted_name_changes_one_value_of_the_presets(tmp_path, prefix):
+    tree = {"ppo": {"multi_objective": True, f"{prefix}env_config": MANY}}
+    found = load(tmp_path, tree, "--ppo.env_config.components.polite.weight=2").config.ppo
+    assert found.components["polite"] == KeywordComponent(words=("please",), weight=2)
+    assert list(found.components) == list(MANY["components"])
+    # What it names is a whole value again.
+    found = load(tmp_path, tree, '--ppo.env_config.components={"length": {}}').config.ppo
+    assert found.components == {"length": LengthComponent()}
+
+
+@pytest.mark.parametrize("start", ["ppo.env_config", "rl-env-config", "ppo.rl-env-config"])
+def test_dashes_in_the_name_of_a_component_stay(tmp_path, start):
+    tree = {"components": {"json-valid": {"type": "json_valid"}, "a-b": POLITE}}
+    found = load(
+        *(tmp_path, {"rl_multi_objective": True, "ppo": {"env_config": tree}}),
+        *(f"--{start}.components.json-valid.weight=5", f"--{start}.components.a-b.no-whole-words"),
+        f"--{start}.components.a-b.case-sensitive",
+    ).config.ppo.components
+    assert list(found) == ["json-valid", "a-b"]
+    assert found["json-valid"].weight == 5
+    assert found["a-b"] == KeywordComponent(
+        words=("please",), whole_words=False, case_sensitive=True
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://300.1.1.1/x", "https://☃☃/x", "https://xn--/x", "https://a..b/"),
+        *("https://host/\x01", "https://ho\nst/", " https://host/", "https://host /"),
+        *("https://host/\ud800", f"https://host/{'x' * 70000}", f"https://{'x' * 64}.de/"),
+    ],
+)
+def test_addresses_that_can_never_be_asked(tmp_path, url):
+    tree = {
+        "ppo": {"multi_objective": True, "env_config": {"components": {"remote": {"url": url}}}}
+    }
+    text = message(tmp_path, tree)
+    assert text.startswith(f"{CONFIGURED}.components.remote.url: is no valid URL; mend its host, ")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://bücher.de/x", "http://[::1]:80/", "http://127.0.0.1", "HTTPS://a_b.c:8443/d%20e?"],
+)
+def test_addresses_that_can_be_asked(url):
+    PPOConfig(multi_objective=True, env_config={"components": {"remote": {"url": url}}})
+
+
+@pytest.mark.parametrize(
+    ("value", "stops"),
+    [
+        (r'{"stop_sequences": ["\ud83d\ude00"]}', ("😀",)),
+        ("{stop_sequences: [Q]}", ("Q",)),
+        ("{stop_sequences: none}", None),
+    ],
+)
+def test_json_and_yaml_on_the_command_line(value, stops):
+    def load():
+        return load_config(None, ["--rl-env-type=text_generation", f"--rl-env-config={value}"])
+
+    if stops is None:
+        with pytest.raises(ConfigError, match="must be a list"):
+            load()
+    else:
+        assert load().config.ppo.generation.stop_sequences == stops
+
+
+@pytest.mark.parametrize("value", ['{"x": 1, "x": 2}', "{x: 1, x: 2}", '{"y": {"x": 1, "x": 1}}'])
+@pytest.mark.parametrize("field", ["ppo.env_config", "ppo", "ppo.lora"])
+def test_a_key_that_stands_twice_on_the_command_line(value, field):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"--{field}={value}"])
+    assert str(caught.value) == f"command line: {field}: x stands there twice; keep one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -11,6 +12,7 @@ import regex
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from rlhf.config import (
     ComponentSection,
@@ -18,6 +20,7 @@ from rlhf.config import (
     LengthPenaltyConfig,
     PPOConfig,
 )
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Environment, Reply, build_environment
 from rlhf.environments.answers import Correctness, last_number, matches, normalised
@@ -401,6 +404,21 @@ def test_a_sequence_of_space_is_found_before_the_text_is_stripped(renderer):
     assert ending.text(row) == "good"
 
 
+@pytest.mark.parametrize("sequence", ["<|end|>", "bye<|user|>", "<|extra|>"])
+def test_a_stop_sequence_with_a_special_token_is_refused(renderer, sequence):
+    # Special tokens are left out of a reply's text, so that it could never be found.
+    tokenizer = copy.deepcopy(renderer.tokenizer)
+    tokenizer.add_tokens([AddedToken("<|extra|>", special=True)])
+    assert "<|extra|>" not in tokenizer.all_special_tokens
+    with pytest.raises(ConfigError) as caught:
+        Ending(Renderer(tokenizer), ["bad", sequence])
+    token = sequence.removeprefix("bye")
+    assert str(caught.value) == (
+        f"ppo.env_config.stop_sequences: {sequence!r} holds the special token {token!r}, and "
+        "the text of a reply holds none; remove it"
+    )
+
+
 def test_without_sequences_replies_are_only_decoded(renderer):
     environment = build_environment(PPOConfig(), Known(), renderer)
     assert environment.stop is None
@@ -522,9 +540,10 @@ def test_what_is_no_pair_model(renderer, tmp_path):
         config = PPOConfig(env_type="preference_comparison", env_config=options)
         build_environment(config, None, renderer)
 
-    with pytest.raises(ConfigError, match=r"ppo\.env_config\.pair_model = '.*': can't be l") as e:
-        build(tmp_path / "none")
-    assert "\n" not in str(e.value)
+    for folder in (tmp_path / "none", "~nosuchuser/model"):
+        with pytest.raises(ConfigError, match=r"ppo\.env_config\.pair_model = '.*': can't be") as e:
+            build(folder)
+        assert "\n" not in str(e.value)
 
 
 def test_a_pair_model_compares(renderer, reward_model):
