@@ -69,6 +69,7 @@ def test_it_sees_every_field_of_a_reply(function, tmp_path):
     assert first == {
         "prompt": "tea?", "response": "good", "n_tokens": 2, "finished": True, "reference": "yes",
         "metadata": {"n": 1}, "group": 0, "reference_reply": "other",
+        "reference_finished": None,
     }  # fmt: skip
     assert second["prompt"] == [{"role": "user", "content": "jar?"}]
     assert second["response"] == "bad é"
