@@ -18,7 +18,7 @@ from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
 from rlhf.environments.stop import Ending
 from rlhf.errors import DataError
 from rlhf.judges import Judge, ceiling_of, judge_of
-from rlhf.modeling.base import device_of, load_policy
+from rlhf.modeling.base import context_of, device_of, load_policy
 from rlhf.modeling.critic import freeze
 from rlhf.modeling.reward import Scorer
 from rlhf.ppo.rollout import Replies, Sampling, generate, log_probs_and_entropy
@@ -139,7 +139,7 @@ def evaluate_policy(
     device = device_of(runtime or RuntimeConfig())
     models = [freeze(load_policy(folder)).to(device) for folder in (sft, policy)]
     renderer = load_renderer(sft)
-    room = models[0].config.max_position_embeddings
+    room = context_of(models[0])
     scorer = Scorer(reward_model, device, room)
     judge = judge_of(config)
     ending = Ending(renderer, ppo.generation.stop_sequences)
@@ -181,7 +181,7 @@ def _answer(
     scorer: Scorer, judge: Judge | None, sampling: Sampling, seed: int, config: EvaluationConfig,
 ) -> _Answers:  # fmt: skip
     prompts = [r.prompt for r in rows]
-    max_prompt = model.config.max_position_embeddings - sampling.max_new_tokens
+    max_prompt = context_of(model) - sampling.max_new_tokens
     texts: list[str] = []
     tokens, finished, kl = [], [], []
     for start in range(0, len(rows), config.batch_size):

@@ -18,7 +18,13 @@ from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
-from rlhf.modeling.base import device_of, fit_embeddings, load_tokenizer, weights_digest
+from rlhf.modeling.base import (
+    context_of,
+    device_of,
+    fit_embeddings,
+    load_tokenizer,
+    weights_digest,
+)
 from rlhf.modeling.lora import FOLDER, lora_config, merged, save_adapter
 from rlhf.modeling.reward import counted_tokens, load_reward_model, save_reward_model
 from rlhf.progress import Progress, silent
@@ -67,7 +73,7 @@ def train_reward_model(
             f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
             f"and {start} has none; set it to 0"
         )
-    room = min(config.max_length, model.config.max_position_embeddings)
+    room = min(config.max_length, context_of(model))
     rows = _encode(read_rows(data / PAIRS_TRAIN, Pair), renderer, room)
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():

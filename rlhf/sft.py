@@ -16,7 +16,7 @@ from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
-from rlhf.modeling.base import device_of, load_base
+from rlhf.modeling.base import context_of, device_of, load_base
 from rlhf.modeling.lora import lora_config, merged
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
@@ -57,7 +57,7 @@ def train_sft(
     parameters = sum(p.numel() for p in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     if config.enabled:
-        room = min(config.max_length, model.config.max_position_embeddings)
+        room = min(config.max_length, context_of(model))
         rows = _encode(demonstrations, renderer, room)
         curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
         model, losses = curve

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
 from rlhf.custom_code import CustomCode
 from rlhf.modeling.foreign import ForeignModel
+from rlhf.paths import at_home
 
 
 def base_of_others(config: PipelineConfig) -> ForeignModel | None:
@@ -77,11 +77,7 @@ def pair_model(folder: str) -> ForeignModel:
         ConfigError: It is no folder on this machine.
     """
     model = ForeignModel("ppo.env_config.pair_model", folder, ready=True)
-    try:
-        there = Path(folder).expanduser().is_dir()
-    except RuntimeError:  # ~name of a user that there is not
-        there = False
-    if not there:
+    if not at_home(folder).is_dir():
         raise model.error("is no folder; give that of a one-label sequence classifier")
     # As a path, so that owner/name is not looked for on a hub.
-    return ForeignModel(model.field, str(Path(folder).expanduser().absolute()), ready=True)
+    return ForeignModel(model.field, str(at_home(folder).absolute()), ready=True)

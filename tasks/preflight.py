@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from rlhf.config import PipelineConfig
 from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError
 from rlhf.modeling.foreign import CONFIG, ForeignModel
+from rlhf.paths import at_home
 from rlhf.store import Store
 from tasks.foreign import check_tokens, judges_of_others
 from tasks.runner import store_of
@@ -22,7 +22,7 @@ def preflight(config: PipelineConfig) -> None:
         ConfigError: One line naming field, value and cure (StoreConfigError for the store).
     """
     for field in ("work_dir", "report_dir"):
-        _check_writable(f"runtime.{field}", Path(getattr(config.runtime, field)).expanduser())
+        _check_writable(f"runtime.{field}", getattr(config.runtime, field))
     store = store_of(config)
     store.check()
     source_digest(config.data, config.store_options)
@@ -45,7 +45,10 @@ def _check_model(foreign: ForeignModel, store: Store) -> None:
     foreign.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
 
 
-def _check_writable(field: str, folder: Path) -> None:
+def _check_writable(field: str, place: str) -> None:
+    folder = at_home(place)
+    if str(folder).startswith("~"):
+        raise ConfigError(f"{field} = {place!r}: there is no such user; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from rlhf.config import PipelineConfig
 from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.paths import at_home
 from rlhf.progress import Progress, silent
 from rlhf.store import ArtifactRef, Producer, Store, open_store
 from rlhf.store.manifest import canonical_json, sha256_bytes
@@ -51,7 +52,7 @@ class Outcome:
 def store_of(config: PipelineConfig) -> Store:
     """The store that the configuration names, with its cache in the work folder."""
     return open_store(
-        config.store, options=config.store_options, cache_dir=Path(config.runtime.work_dir)
+        config.store, options=config.store_options, cache_dir=at_home(config.runtime.work_dir)
     )
 
 
@@ -75,7 +76,7 @@ def run_stage(
     refs = _with_base(stage, config, inputs, store)
     depends_on = _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
     key = fingerprint(stage, config, refs)
-    work = Path(config.runtime.work_dir)
+    work = at_home(config.runtime.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     # Two runs of the same work in the same folder: the second waits, and then finds the record.
     with FileLock(work / f"{stage.name}-{key[:16]}.lock"):

@@ -285,6 +285,8 @@ def component(name: str, value: Any) -> ComponentSection:
     kind = options.get("type", name)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,62}", name):
         raise _wrong(name, f"{name!r} is no name of a component; use letters, digits, _ and -")
+    if name == "missing_eos":
+        raise _wrong(name, f"{name!r} is a curve of its own beside the components'; rename it")
     if not isinstance(kind, str) or kind not in COMPONENTS:
         raise _wrong(name, f"type = {kind!r} is no kind of component; known are "
                      f"{', '.join(COMPONENTS)}")  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from rlhf.config import strict_yaml
 from rlhf.config.components import AnyComponent, CustomConfig, component
 from rlhf.config.section import Section, nested
+from rlhf.paths import at_home
 
 
 class TextGenerationConfig(Section):
@@ -129,15 +129,6 @@ def read_mapping(value: Any, what: str) -> Any:
     if not isinstance(tree, dict):
         raise ValueError(f"{value!r} holds no mapping; write `key: value` lines into it")
     return cast("dict[str, Any]", tree)
-
-
-def at_home(place: str) -> Path:
-    """The path with `~` put in full; as it is, and so missing, if there is no such user."""
-    path = Path(place)
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
 
 
 def _not_json(constant: str) -> float:

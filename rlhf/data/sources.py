@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.readers import READERS, MalformedError, Row, Table, ending, read_file
 from rlhf.errors import ConfigError, DataError, StoreError
+from rlhf.paths import at_home
 from rlhf.store.bucket import objects_under, open_bucket
 
 if TYPE_CHECKING:
@@ -137,11 +138,7 @@ def _is_local(source: str) -> bool:
 
 
 def _local_path(source: str) -> Path:
-    path = Path(unquote(source[7:]) if source.startswith("file://") else source)
-    try:
-        return path.expanduser()
-    except RuntimeError:  # ~name of a user that there is not
-        return path
+    return at_home(unquote(source[7:]) if source.startswith("file://") else source)
 
 
 def _exists(path: Path) -> bool:

@@ -14,7 +14,6 @@ from rlhf.config import (
     LengthPenaltyConfig,
     PPOConfig,
 )
-from rlhf.config.environments import at_home
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import functions
@@ -27,6 +26,7 @@ from rlhf.environments.remote import RemoteReward
 from rlhf.environments.stop import Ending
 from rlhf.errors import ConfigError
 from rlhf.modeling.reward import Scorer
+from rlhf.paths import at_home
 
 #: Components that need nothing but their own section.
 SIMPLE: Mapping[str, Callable[[Any], Values]] = {

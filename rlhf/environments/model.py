@@ -38,8 +38,6 @@ class PairModel:
 
     def __init__(self, folder: Path, device: torch.device, context: int) -> None:
         self.scorer = Scorer(folder, device, context)
-        own = getattr(self.scorer.model.config, "max_position_embeddings", context)
-        self.scorer.max_length = min(context, own)
 
     def advantages(self, asked: Sequence[tuple[Prompt, str, str]]) -> list[float]:
         """How much better the first reply is than the second, in logits.

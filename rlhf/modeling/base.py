@@ -21,6 +21,10 @@ from transformers import (
 from rlhf.config import ArchitectureConfig, BaseModelConfig, RuntimeConfig
 from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
 from rlhf.errors import ConfigError
+from rlhf.paths import at_home
+
+#: The context of a model whose positions are relative.
+UNBOUNDED = 2**31 - 1
 
 
 def device_of(runtime: RuntimeConfig) -> torch.device:
@@ -91,6 +95,11 @@ def from_scratch(
     return model, tokenizer
 
 
+def context_of(model: Any) -> int:
+    """Most tokens that the model can read; without a bound where it learnt no positions."""
+    return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
+
+
 def load_policy(folder: Path | str, revision: str | None = None) -> Any:
     """Load a causal language model in float32 from safetensors; code from a hub is never run."""
     return _load(AutoModelForCausalLM.from_pretrained, folder, revision)
@@ -100,7 +109,7 @@ def _load(loader: Any, folder: Path | str, revision: str | None) -> Any:
     extra = {"revision": revision} if revision else {}
     try:
         return loader(
-            str(Path(folder).expanduser()) if str(folder).startswith("~") else str(folder),
+            str(at_home(folder)) if str(folder).startswith("~") else str(folder),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,

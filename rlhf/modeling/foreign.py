@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreError
+from rlhf.paths import at_home
 from rlhf.store.backend import in_parallel
 from rlhf.store.bucket import objects_under, open_bucket
 from rlhf.store.manifest import PICKLES
@@ -149,11 +150,7 @@ class _Folder:
         return digest.hexdigest()
 
     def local(self, _: Path | None = None) -> Path:
-        path = Path(self.model.place)
-        try:
-            return path.expanduser()
-        except RuntimeError:  # ~name of a user that there is not
-            return path
+        return at_home(self.model.place)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.modeling.base import _load, _unusable
+from rlhf.modeling.base import _load, _unusable, context_of
 from rlhf.modeling.forward import arguments_of, backbone_of, packs, token_batches
 from rlhf.stage import read_json, write_json
 
@@ -174,7 +174,7 @@ class Scorer:
         self.model = model.to(device).eval()
         self.model.requires_grad_(False)
         # A reward model of others may have less room than the policy.
-        room = getattr(self.model.config, "max_position_embeddings", max_length)
+        room = context_of(self.model)
         self.max_length = min(max_length, room)
         self.batch_tokens, self.device = batch_tokens, device
 

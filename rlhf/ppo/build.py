@@ -16,7 +16,7 @@ from rlhf.data.rows import PromptRow
 from rlhf.environments import build_environment, check_rendering
 from rlhf.errors import ConfigError
 from rlhf.gates import Approved
-from rlhf.modeling.base import load_policy
+from rlhf.modeling.base import context_of, load_policy
 from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config
 from rlhf.modeling.reward import Scorer, load_reward_model
@@ -43,7 +43,7 @@ def build_trainer(
     accelerator = Accelerator(cpu=device.type == "cpu")
     renderer = load_renderer(sft)
     policy, reference = _policy(config, sft, device)
-    context = policy.config.max_position_embeddings
+    context = context_of(policy)
     scorer = None
     if reward_model is not None:
         folder = reward_model.subject

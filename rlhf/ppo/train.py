@@ -17,6 +17,7 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import device_of
 from rlhf.modeling.lora import merged
 from rlhf.modeling.matmul import fast_float32
+from rlhf.paths import at_home
 from rlhf.ppo.build import build_trainer
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint, sole_user
 from rlhf.ppo.memory import kept
@@ -145,7 +146,7 @@ def _identity(
     if reward_model is not None:
         folders["reward model"] = reward_model.subject
     if config.comparison and config.comparison.pair_model:
-        folders["pair model"] = Path(config.comparison.pair_model).expanduser()
+        folders["pair model"] = at_home(config.comparison.pair_model)
     return {
         **{name: known.get(name) or _content(folder) for name, folder in folders.items()},
         "tokenizer": renderer.template_hash,

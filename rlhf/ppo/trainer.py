@@ -16,6 +16,7 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Environment, Reply, Scored
 from rlhf.errors import ConfigError
+from rlhf.modeling.base import context_of
 from rlhf.ppo.kl import kl_controller, kl_estimate
 from rlhf.ppo.losses import gae, masked_mean, whiten
 from rlhf.ppo.memory import release
@@ -71,7 +72,7 @@ class PPOTrainer:
         self.sampling = Sampling(
             config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.sampler
         )
-        context = models.policy.config.max_position_embeddings
+        context = context_of(models.policy)
         self.max_prompt = context - config.max_new_tokens
         if self.max_prompt < 1:
             raise ConfigError(

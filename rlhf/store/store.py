@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
+from rlhf.paths import at_home
 from rlhf.store import refs
 from rlhf.store.backend import Backend, in_parallel
 from rlhf.store.cache import Cache, verify
@@ -60,8 +61,9 @@ def open_store(uri: str, *, options: StoreConfig | None = None, cache_dir: Path)
         return Store(S3Backend(uri, options or StoreConfig()), cache_dir)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
         return Store(LocalBackend(Path(unquote(parts.path)).resolve()), cache_dir)
-    if uri and "://" not in uri:
-        return Store(LocalBackend(Path(uri).expanduser().resolve()), cache_dir)
+    folder = at_home(uri)
+    if uri and "://" not in uri and not str(folder).startswith("~"):
+        return Store(LocalBackend(folder.resolve()), cache_dir)
     raise StoreConfigError(
         f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
     )

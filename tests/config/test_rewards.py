@@ -324,6 +324,11 @@ def test_names_of_components(tmp_path, name):
     assert "is no name of a component" in message(tmp_path, tree)
 
 
+def test_a_component_may_not_be_named_like_a_curve(tmp_path):
+    tree = {"ppo": {"multi_objective": True, "env_config": {"components": {"missing_eos": POLITE}}}}
+    assert "'missing_eos' is a curve of its own" in message(tmp_path, tree)
+
+
 @pytest.mark.parametrize(
     "options",
     [

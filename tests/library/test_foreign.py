@@ -186,6 +186,9 @@ def test_stages_start_from_s3(upload, reward_model, sft, data, tmp_path):
     tree = {"store": str(tmp_path / "store"), "runtime": runtime}
     ready = PipelineConfig.model_validate({**tree, "rl_reward_model_path": upload(reward_model)})
     preflight(ready)
+    nowhere = {**tree, "runtime": {**runtime, "report_dir": "~no.such.user/x"}}
+    with pytest.raises(ConfigError, match=r"report_dir = '~no\.such.*: there is no such user"):
+        preflight(PipelineConfig.model_validate(nowhere))
     store = store_of(ready)
     ref = run_stage(STAGES["train-reward-model"], ready, {}).ref
     toys.assert_same_weights(store.fetch(ref), reward_model)

@@ -59,7 +59,9 @@ def test_relative_path_and_home(tmp_path, monkeypatch):
         assert open_store(uri, cache_dir=tmp_path).uri == expected
 
 
-@pytest.mark.parametrize("uri", ["", "gs://bucket", "s3://", "s3:///x", "file://host/x", "file://"])
+@pytest.mark.parametrize(
+    "uri", ["", "gs://bucket", "s3://", "s3:///x", "file://host/x", "file://", "~no.such.user/x"]
+)
 def test_unknown_uri(tmp_path, uri):
     with pytest.raises(StoreConfigError, match="is no store; write"):
         open_store(uri, cache_dir=tmp_path)
