@@ -12,8 +12,6 @@ from functools import cache
 
 import torch
 
-LARGE = 5_000_000
-"""Parameters below which the matrices are too small to gain from oneDNN (measured)."""
 FLOAT32_ERROR = 1e-5
 """Largest relative error that still is float32's; bfloat16's is hundreds of times this."""
 STEP = 32
@@ -21,17 +19,16 @@ STEP = 32
 
 
 @contextmanager
-def fast_float32(device: torch.device, parameters: int) -> Iterator[bool]:
-    """oneDNN's products inside, for a large model on a CPU where they keep float32's accuracy.
+def fast_float32(device: torch.device) -> Iterator[bool]:
+    """oneDNN's products inside, on a CPU where they keep float32's accuracy.
 
-    It depends on the machine and the model alone, never on a timing, so that a resumed run computes
-    alike.
+    It depends on the machine alone, never on a timing, so that a resumed run computes alike.
 
     Yields:
         Whether it is on.
     """
     before = torch.get_float32_matmul_precision()
-    wanted = device.type == "cpu" and parameters >= LARGE and before == "highest"
+    wanted = device.type == "cpu" and before == "highest"
     fast = wanted and _error() < FLOAT32_ERROR
     with _precision("medium" if fast else before):
         yield fast

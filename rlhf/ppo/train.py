@@ -88,9 +88,8 @@ def _updates(
     state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
     if state.update:
         trainer.load_state_dict(state.trainer)
-    size = sum(p.numel() for p in trainer.models.policy.parameters())
     hold = deferred_sigterm() if checkpoints else nullcontext(lambda: False)
-    with fast_float32(trainer.device, size), kept(trainer.device), hold as terminated:
+    with fast_float32(trainer.device), kept(trainer.device), hold as terminated:
         while state.update < config.updates:
             chunk = prompts_of_update(rows, state.update, config, trainer.seed)
             updated = trainer.update(state.update, chunk)
