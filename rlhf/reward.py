@@ -25,7 +25,7 @@ from rlhf.modeling.base import (
     load_tokenizer,
     weights_digest,
 )
-from rlhf.modeling.lora import FOLDER, lora_config, merged, save_adapter
+from rlhf.modeling.lora import FOLDER, lora_config, merged, named_targets, save_adapter
 from rlhf.modeling.reward import counted_tokens, load_reward_model, save_reward_model
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
@@ -78,14 +78,15 @@ def train_reward_model(
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
         arguments = training_arguments(config, len(rows), Path(scratch), seed, device.type == "cpu")
-        trainer = _Trainer(
-            model=model,
-            args=TRLRewardConfig(**arguments, length_column_name="length"),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=renderer.tokenizer,
-            peft_config=lora_config(config.lora, "SEQ_CLS") if config.lora else None,
-            callbacks=[callback],
-        )
+        with named_targets("reward_model", config.lora):
+            trainer = _Trainer(
+                model=model,
+                args=TRLRewardConfig(**arguments, length_column_name="length"),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=renderer.tokenizer,
+                peft_config=lora_config(config.lora, "SEQ_CLS") if config.lora else None,
+                callbacks=[callback],
+            )
         trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
         trainer.remove_callback(PrinterCallback)
         trainer.train()

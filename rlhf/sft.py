@@ -17,7 +17,7 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
 from rlhf.modeling.base import context_of, device_of, load_base
-from rlhf.modeling.lora import lora_config, merged
+from rlhf.modeling.lora import lora_config, merged, named_targets
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
 from rlhf.trl_adapter import ProgressCallback, quiet_trainer, training_arguments
@@ -106,18 +106,19 @@ def _train(
 ) -> tuple[Any, list[dict[str, float]]]:
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
-        trainer = SFTTrainer(
-            model=model,
-            args=TRLSFTConfig(
-                **training_arguments(config, len(rows), Path(scratch), seed, use_cpu),
-                completion_only_loss=True,
-                packing=False,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=renderer.tokenizer,
-            peft_config=lora_config(config.lora, "CAUSAL_LM") if config.lora else None,
-            callbacks=[callback],
-        )
+        with named_targets("sft", config.lora):
+            trainer = SFTTrainer(
+                model=model,
+                args=TRLSFTConfig(
+                    **training_arguments(config, len(rows), Path(scratch), seed, use_cpu),
+                    completion_only_loss=True,
+                    packing=False,
+                ),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=renderer.tokenizer,
+                peft_config=lora_config(config.lora, "CAUSAL_LM") if config.lora else None,
+                callbacks=[callback],
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return merged(trainer.accelerator.unwrap_model(trainer.model)), callback.curve

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.config import LoraConfig
+from rlhf.errors import ConfigError
 from rlhf.stage import write_json
 
 #: Names of the adapters; the first is peft's own for the only one.
@@ -35,6 +36,24 @@ def lora_config(
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
+
+
+@contextmanager
+def named_targets(section: str, config: LoraConfig | None) -> Iterator[None]:
+    """Name the field whose value keeps peft, inside, from making adapters.
+
+    Raises:
+        ConfigError: `target_modules` does not fit the model.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not config or "target" not in str(error).lower():
+            raise
+        raise ConfigError(
+            f"{section}.lora.target_modules = {config.target_modules!r} does not fit this model "
+            f"({' '.join(str(error).split())[:200]}); name modules that it has"
+        ) from error
 
 
 def merged(model: Any) -> Any:

@@ -18,7 +18,7 @@ from rlhf.errors import ConfigError
 from rlhf.gates import Approved
 from rlhf.modeling.base import context_of, load_policy
 from rlhf.modeling.critic import Critic, critic_from, freeze
-from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config
+from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config, named_targets
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.modeling.shared import AdapterCritic, HeadCritic, SharedScorer
 from rlhf.ppo.models import Models
@@ -63,13 +63,8 @@ def _policy(config: PPOConfig, sft: Path, device: torch.device) -> tuple[Any, An
     policy = load_policy(sft)
     if not config.lora:
         return policy, freeze(load_policy(sft)).to(device)
-    try:
+    with named_targets("ppo", config.lora):
         adapted = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
-    except ValueError as error:
-        raise ConfigError(
-            f"ppo.lora.target_modules = {config.lora.target_modules!r} does not fit this model "
-            f"({' '.join(str(error).split())[:200]}); name modules that it has"
-        ) from error
     return adapted, None
 
 

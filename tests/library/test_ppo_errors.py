@@ -103,3 +103,8 @@ def test_a_foreign_tokenizer_scores_but_is_no_critic(train, data, fresh, tmp_pat
         train(reward=reward)
     out = train("critic", reward=reward, critic="policy", total_episodes=16)
     assert len(read_json(out / "curve.json")) == 1
+
+
+def test_adapters_for_modules_that_the_policy_has_not(train):
+    with pytest.raises(ConfigError, match=r"^ppo\.lora\.target_modules = 'nope' does not fit"):
+        train(lora={"target_modules": "nope"})

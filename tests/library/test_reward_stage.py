@@ -129,6 +129,12 @@ def test_another_base(train, fresh, sft):
     assert load_renderer(a).template_hash == load_renderer(fresh).template_hash
 
 
+def test_adapters_for_modules_that_it_has_not(train):
+    expected = r"^reward_model\.lora\.target_modules = 'nope' does not fit"
+    with pytest.raises(ConfigError, match=expected):
+        train(lora=LoraConfig(target_modules="nope"))
+
+
 def test_lora_trains_adapters_and_the_head(train, sft, data, tmp_path):
     out, _ = train(lora=LoraConfig(r=4, alpha=16.0), epochs=4)
     assert not list(out.glob("adapter_*"))  # merged; the adapter alone is in a folder

@@ -10,7 +10,7 @@ import torch
 from rlhf.config import LoraConfig
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, write_rows
-from rlhf.errors import DataError, TrainingError
+from rlhf.errors import ConfigError, DataError, TrainingError
 from rlhf.modeling.base import load_base, load_policy
 from rlhf.sft import _encode, _texts, train_sft
 from rlhf.stage import read_json
@@ -139,6 +139,11 @@ def test_lora_trains_adapters_and_publishes_a_plain_model(train, sft):
     # all-linear: projections, never embeddings or norms
     assert all(k.endswith("_proj.weight") for k in moved)
     assert result.metrics["loss"] < read_json(sft / "curve.json")[-1]["loss"] + 0.05
+
+
+def test_adapters_for_modules_that_it_has_not(train):
+    with pytest.raises(ConfigError, match=r"^sft\.lora\.target_modules = 'nope' does not fit"):
+        train(lora=LoraConfig(target_modules="nope"))
 
 
 def test_progress(train):
