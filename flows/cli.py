@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,6 +73,8 @@ def warn(config: PipelineConfig) -> None:
 def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     """Run the whole pipeline, or whatever of it has not been done yet.
 
+    Every value can be overridden: --ppo.kl_coef=0.05, or --rl-kl-coef 0.05 for PPO's (docs/ppo.md).
+
     Parameters
     ----------
     config
@@ -104,8 +107,8 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
 @app.command
 def stage(
     name: str,
-    *overrides: Overrides,
     config: Path,
+    *overrides: Overrides,
     input: tuple[str, ...] = (),
     verbose: bool = False,
 ) -> int:
@@ -200,6 +203,28 @@ def show_artifact(ref: str, *, store: StoreOption = None, config: ConfigOption =
 
 
 @artifacts_app.command
+def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Copy an artifact's files, every byte verified, to a new folder.
+
+    Parameters
+    ----------
+    ref
+        Digest, its first 6 or more digits, or URI.
+    folder
+        Must not exist yet, or be empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{str(folder)!r} is there already; name a new folder")
+    opened = _open(store, config)
+    source = opened.fetch(opened.resolve(ref))
+    try:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"can't write to {str(folder)!r} ({error}); choose another") from error
+    console.print(str(folder), soft_wrap=True, highlight=False)
+
+
+@artifacts_app.command
 def lineage(ref: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
     """Print everything that an artifact was made from.
 
@@ -240,8 +265,17 @@ def prepare_prefect(verbose: bool) -> None:
         warnings.simplefilter("ignore")
         # What the library itself has to warn of is for the user all the same.
         shown = logging.StreamHandler()
-        shown.setFormatter(logging.Formatter("warning: %(message)s"))
+        shown.setFormatter(_Plain())
         logging.getLogger("rlhf").addHandler(shown)
+        logging.getLogger("rlhf").setLevel(logging.INFO)
+
+
+class _Plain(logging.Formatter):
+    """`warning: …` for what may be wrong, the bare line for what is only worth knowing."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "warning: " if record.levelno >= logging.WARNING else ""
+        return level + record.getMessage()
 
 
 if __name__ == "__main__":

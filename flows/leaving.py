@@ -51,7 +51,8 @@ def before_prefect() -> Iterator[None]:
 
 def _leave(number: int, _: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not leave the server behind
-    line = f"\n{SAID[signal.Signals(number)]}; the same command goes on from the last checkpoint\n"
+    said = SAID[signal.Signals(number)]
+    line = f"\n{said}; the same command goes on after the last finished stage or PPO checkpoint\n"
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
     os.write(2, (show_cursor + line).encode())
     _stop_server()

@@ -71,7 +71,10 @@ def _scores(sample: dict[str, object], side: str) -> Text:
 
 def config_table(loaded: Loaded) -> Table:
     """Every value and its origin."""
-    table = Table("field", "value", "from")
+    table = Table()
+    for name in ("field", "value", "from"):
+        # A name that is cut can't be told from its neighbours.
+        table.add_column(name, no_wrap=name == "field", overflow="fold")
     for key, value, source in loaded.rows():
         style = "dim" if source == "default" else "bold"
         table.add_row(Text(key, style), Text(value, style), Text(source, style))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 from pathlib import Path
@@ -30,6 +31,27 @@ class CustomCode:
         self.module = "" if place.endswith(".py") else place
         self.file, self.folder = self._found(place)
         self.digest = hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def check(self) -> None:
+        """Refuse what can be seen without running it.
+
+        Raises:
+            ConfigError: The file is no Python, or nothing in it has the function's name.
+        """
+        try:
+            nodes = [*ast.walk(ast.parse(self.file.read_bytes(), self.file.name))]
+        except (SyntaxError, ValueError) as error:
+            raise ConfigError(f"{self.where}: {self.file.name} is no Python ({error})") from None
+        functions = [n.name for n in nodes if isinstance(n, ast.FunctionDef)]
+        imported = [a.asname or a.name for n in nodes if isinstance(n, ast.ImportFrom)
+                    for a in n.names]  # fmt: skip
+        assigned = [n.id for n in nodes if isinstance(n, ast.Name)]
+        known = {*functions, *imported, *assigned}
+        if self.name not in known and "*" not in known:
+            there = f"it has {', '.join(functions)}" if functions else "it has none"
+            raise ConfigError(
+                f"{self.where}: {self.file.name} has no function {self.name!r}; {there}"
+            )
 
     def _found(self, place: str) -> tuple[Path, Path]:
         """The function's file, and the folder that its imports start from."""

@@ -49,7 +49,10 @@ def judges_of_others(config: PPOConfig) -> dict[str, str]:
         functions["ppo.custom"] = config.custom.function
     if config.comparison and config.comparison.custom:
         functions["ppo.env_config.custom"] = config.comparison.custom.function
-    digests = {field: CustomCode(name, field).digest for field, name in functions.items()}
+    codes = {field: CustomCode(name, field) for field, name in functions.items()}
+    for code in codes.values():
+        code.check()
+    digests = {field: code.digest for field, code in codes.items()}
     if config.comparison and config.comparison.pair_model:
         model = pair_model(config.comparison.pair_model)
         model.check()

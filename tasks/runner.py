@@ -7,15 +7,17 @@ whatever process, machine or flow run.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from rlhf.config import PipelineConfig
@@ -29,6 +31,7 @@ from tasks.code_version import code_version, library_versions
 from tasks.stages import STAGES, Stage, StageRun
 
 _JSON = TypeAdapter(Any)
+log = logging.getLogger("rlhf.tasks")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,11 @@ class Outcome:
     @property
     def headline(self) -> str:
         """The metrics that matter, in one short line."""
-        parts = STAGES[self.stage].headline
-        shown = (f.format(self.metrics[n]) for n, f in parts if self.metrics.get(n) is not None)
-        return " ".join(shown)
+        parts = [
+            (form, [self.metrics.get(name) for name in names])
+            for form, *names in STAGES[self.stage].headline
+        ]
+        return " · ".join(form.format(*values) for form, values in parts if None not in values)
 
 
 def store_of(config: PipelineConfig) -> Store:
@@ -78,13 +83,13 @@ def run_stage(
     key = fingerprint(stage, config, refs)
     work = at_home(config.runtime.work_dir)
     work.mkdir(parents=True, exist_ok=True)
-    # Two runs of the same work in the same folder: the second waits, and then finds the record.
-    with FileLock(work / f"{stage.name}-{key[:16]}.lock"):
+    checkpoints = work / "checkpoints" / f"{stage.name}-{key[:16]}"
+    run = StageRun(config, refs, {}, work, checkpoints, store, progress)
+    with _alone(work / f"{stage.name}-{key[:16]}.lock", stage):
         recorded = recorded_ref(store, stage, key)
-        if recorded is not None:
+        if recorded is not None and stage.holds(run):
             metrics = store.manifest(recorded).metrics
             return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
-        checkpoints = work / "checkpoints" / f"{stage.name}-{key[:16]}"
         scratch = f"{stage.name}-{key[:16]}-"
         for left_behind in work.glob(f"{scratch}*"):
             shutil.rmtree(left_behind)  # by a try that was killed; the lock says it is gone
@@ -95,7 +100,7 @@ def run_stage(
             foreign = stage.foreign(config)
             if foreign is not None and "base" not in folders:
                 folders["base"] = foreign.local(Path(folder, "base"))
-            run = StageRun(config, refs, folders, out, checkpoints, store, progress)
+            run = replace(run, folders=folders, out_dir=out)
             result = stage.body(run)
             producer = Producer(
                 stage=stage.name,
@@ -110,6 +115,21 @@ def run_stage(
         store.append(_record(stage, key), ref.model_dump(mode="json"))
         shutil.rmtree(checkpoints, ignore_errors=True)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
+
+
+@contextmanager
+def _alone(path: Path, stage: Stage) -> Iterator[None]:
+    """Two runs of the same work in the same folder: the second waits, and then finds the record."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process is at this very work; waiting for it", stage.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def fingerprint(stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef]) -> str:
@@ -146,14 +166,20 @@ def find_inputs(
 
     Raises:
         ArtifactMissing: An earlier stage has not run yet.
-        ConfigError: A given role is none of the stage's.
+        ConfigError: A given role is none of the stage's, or its artifact of another kind.
     """
     needs = stage.needs(config)
-    for role in given:
+    for role, ref in given.items():
         if role not in needs:
             raise ConfigError(
                 f"--input {role}: no input of {stage.name}, which takes "
                 f"{', '.join(needs) or 'none'}"
+            )
+        wanted = STAGES[needs[role]].kind
+        if ref.kind != wanted:
+            raise ConfigError(
+                f"--input {role}: {ref.short} is of kind {ref.kind}; give one of kind {wanted}, "
+                f"as {needs[role]} makes it"
             )
     store = store_of(config)
     found = dict(given)

@@ -58,9 +58,11 @@ class Stage:
     inputs: Mapping[str, str]
     depends_on: Callable[[PipelineConfig], Mapping[str, Any]]
     body: Callable[[StageRun], StageResult]
-    #: Metrics for the one-line summary, as (name, format).
-    headline: tuple[tuple[str, str], ...] = field(default=())
+    #: Parts of the one-line summary: a format, and the metrics that it takes.
+    headline: tuple[tuple[str, ...], ...] = field(default=())
     foreign: Callable[[PipelineConfig], ForeignModel | None] = field(default=lambda _: None)
+    #: Whether what it did outside of its artifact still holds; if not, it is done again.
+    holds: Callable[[StageRun], bool] = field(default=lambda _: True)
 
     def needs(self, config: PipelineConfig) -> Mapping[str, str]:
         """The inputs under this configuration: a ready model is published without any."""
@@ -186,12 +188,15 @@ def _promote(run: StageRun) -> StageResult:
         "policy": approved.subject.digest,
         "verdict": run.refs["verdict"].digest,
     }
-    line = f"champion/{name}"
-    latest = run.store.latest(line)
-    if latest is None or latest["policy"] != promotion["policy"]:
-        run.store.append(line, promotion)
+    if not _is_champion(run):
+        run.store.append(f"champion/{name}", promotion)
     write_json(run.out_dir / PROMOTION, promotion)
     return StageResult({"model": name})
+
+
+def _is_champion(run: StageRun) -> bool:
+    latest = run.store.latest(f"champion/{run.config.promotion.name}")
+    return latest is not None and latest["policy"] == run.refs["policy"].digest
 
 
 STAGES: dict[str, Stage] = {
@@ -200,17 +205,17 @@ STAGES: dict[str, Stage] = {
         Stage(
             "prepare-data", "dataset", {},
             lambda c: {"data": c.data.model_dump(exclude={"source"})}, _prepare_data,
-            (("pairs_train", "{:,} pairs"), ("prompts_train", "{:,} prompts")),
+            (("{:,} pairs", "pairs_train"), ("{:,} prompts", "prompts_train")),
         ),
         Stage(
             "train-sft", "policy", {"data": "prepare-data"},
             lambda c: {"sft": c.sft, "base": c.base.model_dump(exclude={"path"})}, _train_sft,
-            (("loss", "loss {:.3f}"), ("parameters", "{:,} parameters")), base_of_others,
+            (("loss {:.3f}", "loss"), ("{:,} parameters", "parameters")), base_of_others,
         ),
         Stage(
             "train-reward-model", "reward-model", {"data": "prepare-data", "sft": "train-sft"},
             reward_settings, _train_reward_model,
-            (("loss", "loss {:.3f}"), ("parameters", "ready model, {:,} parameters")),
+            (("loss {:.3f}", "loss"), ("ready model, {:,} parameters", "parameters")),
             reward_model_of_others,
         ),
         Stage(
@@ -223,9 +228,8 @@ STAGES: dict[str, Stage] = {
             },
             _evaluate_reward_model,
             (
-                ("accuracy", "accuracy {:.3f}"), ("accuracy_low", "[{:.3f},"),
-                ("accuracy_high", "{:.3f}]"), ("baseline_longer", "longer reply {:.3f}"),
-                ("ceiling", "ceiling {:.3f}"),
+                ("accuracy {:.3f} [{:.3f}, {:.3f}]", "accuracy", "accuracy_low", "accuracy_high"),
+                ("longer reply {:.3f}", "baseline_longer"), ("ceiling {:.3f}", "ceiling"),
             ),
         ),
         Stage(
@@ -233,7 +237,7 @@ STAGES: dict[str, Stage] = {
             {"reward-model": "train-reward-model", "evaluation": "evaluate-reward-model"},
             lambda c: {"rules": c.gates.reward_model},
             _gate("gate-reward-model", "reward-model", "reward_model"),
-            (("passed", "{} of"), ("rules", "{} rules met")),
+            (("{} of {} rules met", "passed", "rules"),),
         ),
         Stage(
             "train-policy", "policy",
@@ -246,7 +250,7 @@ STAGES: dict[str, Stage] = {
                 "others": judges_of_others(c.ppo),
             },
             _train_policy,
-            (("reward", "reward {:.2f}"), ("kl", "KL {:.2f}")),
+            (("reward {:.2f}", "reward"), ("KL {:.2f}", "kl")),
         ),
         Stage(
             "evaluate-policy", "evaluation",
@@ -261,19 +265,19 @@ STAGES: dict[str, Stage] = {
             },
             _evaluate_policy,
             (
-                ("sampled.win_rate", "wins {:.1%}"), ("sampled.gold_win_rate", "gold wins {:.1%}"),
-                ("sampled.kl", "KL {:.2f}"),
+                ("wins {:.1%}", "sampled.win_rate"), ("gold wins {:.1%}", "sampled.gold_win_rate"),
+                ("KL {:.2f}", "sampled.kl"),
             ),
         ),
         Stage(
             "gate-policy", "verdict", {"policy": "train-policy", "evaluation": "evaluate-policy"},
             lambda c: {"rules": c.gates.policy}, _gate("gate-policy", "policy", "policy"),
-            (("passed", "{} of"), ("rules", "{} rules met")),
+            (("{} of {} rules met", "passed", "rules"),),
         ),
         Stage(
             "promote", "promotion", {"policy": "train-policy", "verdict": "gate-policy"},
             lambda c: {"promotion": c.promotion}, _promote,
-            (("model", "champion of {}"),),
+            (("champion of {}", "model"),), holds=_is_champion,
         ),
     )
 }  # fmt: skip

@@ -23,7 +23,7 @@ command line, where every field is `--ppo.<name>=<value>` and dashes are as good
 `--no-rl-optimize-device-cache` or `--no-optimize-device-cache`. One field under both of its names
 in one place is an error; an override replaces a preset's value under either name.
 A mapping given whole (`--rl-env-config '{...}'`) replaces the preset's; a dotted name changes one
-value in it: `--ppo.env_config.components.length.weight=2`.
+value in it (`--ppo.env_config.components.length.weight=2`), and adds a component if there is none.
 
 A value beyond its bounds is an error. One outside the advised range is allowed: a warning names it
 before work starts, and it is recorded in the report (`report.html` and `report.json` of the
@@ -65,7 +65,7 @@ def compat_table() -> str:
     peers = " | ".join(f"`{peer}`" for peer in COMPAT)
     lines = [COMPAT_HEAD.format(peers=peers, dashes="---|" * len(COMPAT))]
     for name in names:
-        cells = (f"`{v[name]}`" if name in v else "" for v in COMPAT.values())
+        cells = (f"`{_text(v[name])}`" if name in v else "as by default" for v in COMPAT.values())
         default = _default(PPOConfig.model_fields[name])
         lines.append(f"| `{name}` | {default} | {' | '.join(cells)} |\n")
     return "".join(lines)
@@ -73,11 +73,14 @@ def compat_table() -> str:
 
 def _default(field: FieldInfo) -> str:
     value: Any = field.get_default(call_default_factory=True)
-    if value is None:
-        return "`none`"
-    if isinstance(value, BaseModel):
-        return "its own"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return "its own" if isinstance(value, BaseModel) else f"`{_text(value)}`"
+
+
+def _text(value: Any) -> str:
+    """As in YAML."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def _bounds(field: FieldInfo) -> str:

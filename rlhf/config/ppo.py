@@ -204,7 +204,8 @@ class PPOConfig(
     """Weight of the entropy bonus."""
     target_kl: float | None = Field(default=None, gt=0)
     """Optimising a chunk stops once a step's approximate KL to the sampling policy, per token, is
-    above this; none: never."""
+    above this; none: never. One rare token can carry it: the first update's steps are Adam's
+    largest, unless `lr_warmup_updates` makes them small."""
     checkpoint_every: int = Field(default=5, ge=1)
     """Updates between two checkpoints; training resumes exactly from the last one."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +26,8 @@ from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, mix
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
+
+log = logging.getLogger(__name__)
 
 
 def train_policy(
@@ -87,6 +90,7 @@ def _updates(
     config = trainer.config
     state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
     if state.update:
+        log.info("PPO goes on after update %d of %d", state.update, config.updates)
         trainer.load_state_dict(state.trainer)
     hold = deferred_sigterm() if checkpoints else nullcontext(lambda: False)
     with fast_float32(trainer.device), kept(trainer.device), hold as terminated:

@@ -81,6 +81,7 @@ def test_nested_optional_section_takes_its_other_values_from_the_defaults():
         (["--ppo.kl_c"], f"ppo.kl_c {UNKNOWN}; did you mean ppo.kl_coef?"),
         (["--gamma=1"], "gamma is not a field of the configuration; did you mean ppo.gamma?"),
         (["--rl_gama=1"], "did you mean rl_gamma?"),
+        (["--rl-learning-rate=1"], "did you mean ppo.learning_rate?"),
         (["--xyzzy=1"], "xyzzy is not a field of the configuration; see `rlhf config show`"),
         (["--ppo"], "ppo has no value; write overrides as --section.field=value"),
         (["--ppo", "--seed=1"], "ppo has no value"),

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, load_config
 from rlhf.config.ppo import COMPAT
+
+
+def test_where_a_peers_choices_came_from():
+    loaded = load_config(None, ["--ppo.compat=trl", "--ppo.missing_eos=none"])
+    rows = {key: (value, origin) for key, value, origin in loaded.rows()}
+    assert rows["ppo.score_position"] == (COMPAT["trl"]["score_position"], "compat=trl")
+    assert rows["ppo.missing_eos"] == ("none", "command line")
+    assert rows["ppo.gamma"] == ("0.99", "default")
+    assert rows["gates.policy"][0].startswith('[{"metric": "')
 
 
 @pytest.mark.parametrize("peer", COMPAT)

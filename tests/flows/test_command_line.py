@@ -14,6 +14,7 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.pipeline import pipeline
 from rlhf.config import load_config
+from rlhf.store.manifest import sha256_bytes
 from tests.flows.conftest import tiny_tree
 
 pytestmark = pytest.mark.prefect
@@ -88,6 +89,12 @@ def test_run_reject_stage_artifacts(rlhf, preset, tmp_path):
     assert "sft:" in tree.stdout
     assert "data:" in tree.stdout
 
+    assert rlhf("artifacts", "pull", digest[:12], tmp_path / "copy", *store).returncode == 0
+    copied = {p.name: sha256_bytes(p.read_bytes()) for p in (tmp_path / "copy").iterdir()}
+    assert copied == {entry["path"]: entry["sha256"] for entry in shown["files"]}
+    again = rlhf("artifacts", "pull", digest[:12], tmp_path / "copy", *store)
+    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+
     model = shown["parents"]["reward-model"]
     given = ("--input", f"reward-model={model[:12]}")
     with_input = rlhf("stage", "evaluate-reward-model", "--config", preset, *given)
@@ -158,9 +165,9 @@ def test_flags_and_rl_names_reach_the_configuration(rlhf, preset):
     result = rlhf("config", "show", preset, *options, "--ppo.kl-audit", "--rl-top-k", "3")
     rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if "│" in line}
     shown = {name: row.split("│")[2].strip() for name, row in rows.items()}
-    assert shown["ppo.optimize_device_cache"] == "False"
+    assert shown["ppo.optimize_device_cache"] == "false"
     assert (shown["ppo.kl_coef"], shown["ppo.gamma"]) == ("0.25", "0.9")
-    assert (shown["ppo.kl_audit"], shown["ppo.top_k"]) == ("True", "3")
+    assert (shown["ppo.kl_audit"], shown["ppo.top_k"]) == ("true", "3")
 
 
 def test_warnings_of_the_library_are_shown_beside_prefects_own_log(environment):
@@ -181,7 +188,7 @@ def test_unknown_stage_missing_input_and_bad_role(rlhf, preset):
     missing = rlhf("stage", "train-policy", "--config", preset)
     assert missing.returncode == 2
     assert "rlhf stage prepare-data" in missing.stderr
-    bad = rlhf("stage", "train-sft", "--config", preset, "--input", "sft")
+    bad = rlhf("stage", "train-sft", preset, "--input", "sft")
     assert "role=artifact" in bad.stderr
 
 

@@ -74,7 +74,7 @@ def test_sigterm_to_the_group_while_the_policy_is_trained(preset, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    line = "terminated; the same command goes on from the last checkpoint"
+    line = "terminated; the same command goes on after the last finished stage or PPO checkpoint"
     assert shown.read_text().splitlines()[-1] == line
     assert "Traceback" not in shown.read_text()
     assert not [*servers(tmp_path)]

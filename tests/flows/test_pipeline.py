@@ -40,6 +40,13 @@ def test_runs_to_promotion_and_never_twice(tiny):
     assert second.report == first.report
     assert len(store_of(config).history("champion/default")) == 1
 
+    # Another policy was promoted since: it is champion again, as the run says.
+    store_of(config).append("champion/default", {**champion, "policy": "0" * 64})
+    _, third = run(config)
+    assert [name for name, state in states(third).items() if state != "Cached"] == ["promote"]
+    assert third.refs == first.refs
+    assert store_of(config).latest("champion/default") == champion
+
 
 def test_unusual_values_are_recorded_with_the_run(tiny):
     config = tiny(rl_kl_coef=0.9, gates__reward_model=[{"metric": "accuracy", "min": 1.01}])

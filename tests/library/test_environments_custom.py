@@ -154,6 +154,28 @@ def test_outside_of_the_operators_folders(allowed, tmp_path, monkeypatch):
     assert "no such file" in refused("other.py")
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def rewards(batch):\n    return []\n", "no function 'reward'; it has rewards"),
+        ("", "no function 'reward'; it has none"),
+        ("def reward(:\n", "is no Python (invalid syntax"),
+    ],
+)
+def test_what_can_be_seen_without_running_it(allowed, source, expected):
+    (allowed / "mine.py").write_text(source)
+    with pytest.raises(ConfigError, match=r"^x\.function = 'mine\.py:reward': mine\.py ") as caught:
+        CustomCode("mine.py:reward", "x").check()
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [GOOD, "from elsewhere import reward", "from elsewhere import *",
+                                    "reward = print"])  # fmt: skip
+def test_names_that_may_be_functions(allowed, source):
+    (allowed / "mine.py").write_text(source)
+    CustomCode("mine.py:reward", "x").check()
+
+
 def test_links_are_followed_before_the_folder_is_compared(allowed, tmp_path, monkeypatch):
     (tmp_path / "secret.py").write_text(GOOD)
     (allowed / "link.py").symlink_to(tmp_path / "secret.py")

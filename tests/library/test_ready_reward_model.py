@@ -197,7 +197,8 @@ def test_an_artifact_is_a_parent(config, reward_model):
     toys.assert_same_weights(store.fetch(second.ref), reward_model)
     # Later stages find it, so that they can be run alone.
     evaluate = STAGES["evaluate-reward-model"]
-    found = find_inputs(evaluate, by_digest, {"data": first})
+    data = first.model_copy(update={"kind": "dataset"})
+    found = find_inputs(evaluate, by_digest, {"data": data})
     assert found["reward-model"] == second.ref
 
 
@@ -207,6 +208,10 @@ def test_no_inputs_are_taken_for_a_ready_model(config, reward_model):
     some = run_stage(TRAIN, chosen, {}).ref
     with pytest.raises(ConfigError, match="--input sft: no input of train-reward-model, which tak"):
         find_inputs(TRAIN, chosen, {"sft": some})
+    evaluate = STAGES["evaluate-policy"]
+    wrong = "--input policy: .* is of kind reward-model; give one of kind policy, as train-policy"
+    with pytest.raises(ConfigError, match=wrong):
+        find_inputs(evaluate, chosen, {"policy": some})
     assert run_stage(TRAIN, chosen, {"sft": some, "data": some}).cached
 
 
