@@ -158,10 +158,7 @@ def evaluate_policy(
             progress(2 * part + index + 1, 4, {"reward": float(answers[-1].scores.mean())})
         before, after = answers
         evaluation[mode] = _compare(before, after, range(len(rows)))
-        evaluation[mode]["by_group"] = {
-            group: _compare(before, after, index)
-            for group, index in _groups([r.group for r in rows]).items()
-        }
+        evaluation[mode]["by_group"] = _by_group(rows, before, after)
         if mode == "sampled":
             samples = _samples(rows, before, after)
     write_json(out_dir / EVALUATION, evaluation)
@@ -173,6 +170,13 @@ def evaluate_policy(
         if name != "by_group"
     }
     return StageResult({"n": len(rows), **flat})
+
+
+def _by_group(
+    rows: Sequence[PromptRow], before: _Answers, after: _Answers
+) -> dict[str, dict[str, Any]]:
+    groups = _groups([row.group for row in rows])
+    return {group: _compare(before, after, index) for group, index in groups.items()}
 
 
 @torch.no_grad()

@@ -75,9 +75,27 @@ def train_reward_model(
         )
     room = min(config.max_length, context_of(model))
     rows = _encode(read_rows(data / PAIRS_TRAIN, Pair), renderer, room)
+    trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
+    base = None
+    if config.lora and not config.base and same_base and Path(sft).is_dir():
+        # PPO can put it on the policy's base, instead of loading a whole model more.
+        base = weights_digest(Path(sft))
+        save_adapter(trained, out_dir / FOLDER)
+    save_reward_model(merged(trained), renderer, out_dir, base)
+    write_json(out_dir / "curve.json", curve)
+    last = curve[-1] if curve else {}
+    return StageResult(
+        {"pairs": len(rows), "loss": last.get("loss"), "train_accuracy": last.get("accuracy")}
+    )
+
+
+def _train(
+    model: Any, rows: list[dict[str, Any]], config: RewardModelConfig, renderer: Renderer,
+    seed: int, use_cpu: bool, progress: Progress,
+) -> tuple[Any, list[dict[str, float]]]:  # fmt: skip
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
-        arguments = training_arguments(config, len(rows), Path(scratch), seed, device.type == "cpu")
+        arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
         with named_targets("reward_model", config.lora):
             trainer = _Trainer(
                 model=model,
@@ -90,17 +108,7 @@ def train_reward_model(
         trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    trained, base = trainer.accelerator.unwrap_model(trainer.model), None
-    if config.lora and not config.base and same_base and Path(sft).is_dir():
-        # PPO can put it on the policy's base, instead of loading a whole model more.
-        base = weights_digest(Path(sft))
-        save_adapter(trained, out_dir / FOLDER)
-    save_reward_model(merged(trained), renderer, out_dir, base)
-    write_json(out_dir / "curve.json", callback.curve)
-    last = callback.curve[-1] if callback.curve else {}
-    return StageResult(
-        {"pairs": len(rows), "loss": last.get("loss"), "train_accuracy": last.get("accuracy")}
-    )
+    return trainer.accelerator.unwrap_model(trainer.model), callback.curve
 
 
 def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, Any]]:

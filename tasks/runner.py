@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,9 @@ def run_stage(
     work = at_home(config.runtime.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     checkpoints = work / "checkpoints" / f"{stage.name}-{key[:16]}"
-    run = StageRun(config, refs, {}, work, checkpoints, store, progress)
     with _alone(work / f"{stage.name}-{key[:16]}.lock", stage):
         recorded = recorded_ref(store, stage, key)
-        if recorded is not None and stage.holds(run):
+        if recorded is not None and stage.holds(config, refs, store):
             metrics = store.manifest(recorded).metrics
             return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
         scratch = f"{stage.name}-{key[:16]}-"
@@ -100,7 +99,7 @@ def run_stage(
             foreign = stage.foreign(config)
             if foreign is not None and "base" not in folders:
                 folders["base"] = foreign.local(Path(folder, "base"))
-            run = replace(run, folders=folders, out_dir=out)
+            run = StageRun(config, refs, folders, out, checkpoints, store, progress)
             result = stage.body(run)
             producer = Producer(
                 stage=stage.name,

@@ -62,7 +62,9 @@ class Stage:
     headline: tuple[tuple[str, ...], ...] = field(default=())
     foreign: Callable[[PipelineConfig], ForeignModel | None] = field(default=lambda _: None)
     #: Whether what it did outside of its artifact still holds; if not, it is done again.
-    holds: Callable[[StageRun], bool] = field(default=lambda _: True)
+    holds: Callable[[PipelineConfig, Mapping[str, ArtifactRef], Store], bool] = field(
+        default=lambda *_: True
+    )
 
     def needs(self, config: PipelineConfig) -> Mapping[str, str]:
         """The inputs under this configuration: a ready model is published without any."""
@@ -188,15 +190,15 @@ def _promote(run: StageRun) -> StageResult:
         "policy": approved.subject.digest,
         "verdict": run.refs["verdict"].digest,
     }
-    if not _is_champion(run):
+    if not _is_champion(run.config, run.refs, run.store):
         run.store.append(f"champion/{name}", promotion)
     write_json(run.out_dir / PROMOTION, promotion)
     return StageResult({"model": name})
 
 
-def _is_champion(run: StageRun) -> bool:
-    latest = run.store.latest(f"champion/{run.config.promotion.name}")
-    return latest is not None and latest["policy"] == run.refs["policy"].digest
+def _is_champion(config: PipelineConfig, refs: Mapping[str, ArtifactRef], store: Store) -> bool:
+    latest = store.latest(f"champion/{config.promotion.name}")
+    return latest is not None and latest["policy"] == refs["policy"].digest
 
 
 STAGES: dict[str, Stage] = {

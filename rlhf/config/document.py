@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from rlhf.config.aliases import aliases
 from rlhf.config.ppo import COMPAT, PPOConfig
 from rlhf.config.section import kinds
+from rlhf.config.wording import as_written
 
 HEAD = """# PPO's parameters
 
@@ -65,7 +66,9 @@ def compat_table() -> str:
     peers = " | ".join(f"`{peer}`" for peer in COMPAT)
     lines = [COMPAT_HEAD.format(peers=peers, dashes="---|" * len(COMPAT))]
     for name in names:
-        cells = (f"`{_text(v[name])}`" if name in v else "as by default" for v in COMPAT.values())
+        cells = (
+            f"`{as_written(v[name])}`" if name in v else "as by default" for v in COMPAT.values()
+        )
         default = _default(PPOConfig.model_fields[name])
         lines.append(f"| `{name}` | {default} | {' | '.join(cells)} |\n")
     return "".join(lines)
@@ -73,14 +76,7 @@ def compat_table() -> str:
 
 def _default(field: FieldInfo) -> str:
     value: Any = field.get_default(call_default_factory=True)
-    return "its own" if isinstance(value, BaseModel) else f"`{_text(value)}`"
-
-
-def _text(value: Any) -> str:
-    """As in YAML."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+    return "its own" if isinstance(value, BaseModel) else f"`{as_written(value)}`"
 
 
 def _bounds(field: FieldInfo) -> str:

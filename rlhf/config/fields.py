@@ -71,10 +71,8 @@ def nearest(key: str) -> str | None:
     """The field whose name is most like this one's."""
     names = list(_names(PipelineConfig))
     plain = key.removeprefix("ppo.").removeprefix("rl_")
-    if plain != key:
-        same_end = [name for name in names if name == f"ppo.{plain}"]
-    else:
-        same_end = [name for name in names if name.endswith(f".{key}")]
+    end = f".{key}" if plain == key else f"ppo.{plain}"
+    same_end = [name for name in names if name.endswith(end)]
     close = difflib.get_close_matches(key, [*names, *ALIASES], n=1, cutoff=0.6)
     return next(iter((*same_end, *close)), None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from rlhf.config.explain import explain
 from rlhf.config.fields import Tree, flatten, resolve_none, without_aliases
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import COMPAT
-from rlhf.config.wording import one_line
+from rlhf.config.wording import as_written, one_line
 from rlhf.errors import ConfigError
 
 DEFAULT = "default"
@@ -34,29 +33,18 @@ class Loaded:
     def rows(self) -> list[tuple[str, str, str]]:
         """(dotted key, value, source) of every value, in the order of the sections."""
         return [
-            (key, _shown(value), self._of_peer(key) or self._source(key))
+            (key, as_written(value), self._source(key))
             for key, value in flatten(self.config.model_dump(mode="json"))
         ]
 
     def _source(self, key: str) -> str:
         """Where the value came from, or the text or file that it was a part of."""
-        while key and key not in self.sources:
-            key = key.rpartition(".")[0]
-        return self.sources.get(key, DEFAULT)
-
-    def _of_peer(self, key: str) -> str | None:
-        """`compat=trl` for a value that came with it."""
+        place = key
+        while place and place not in self.sources:
+            place = place.rpartition(".")[0]
         peer = self.config.ppo.compat
-        section, _, name = key.partition(".")
-        there = peer and section == "ppo" and name in COMPAT[peer]
-        return f"compat={peer}" if there and key not in self.sources else None
-
-
-def _shown(value: Any) -> str:
-    """As one would write it: text bare, anything else as YAML and JSON have it."""
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        from_peer = peer and key.removeprefix("ppo.") in COMPAT[peer]
+        return self.sources.get(place, f"compat={peer}" if from_peer else DEFAULT)
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Loaded:

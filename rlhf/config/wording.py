@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -10,6 +11,13 @@ def shown_value(value: Any) -> str:
     """The value as it may stand in a message: short."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def as_written(value: Any) -> str:
+    """The value as one would write it: text bare, anything else as YAML and JSON have it."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def one_line(text: str) -> str:

@@ -174,8 +174,7 @@ class Scorer:
         self.model = model.to(device).eval()
         self.model.requires_grad_(False)
         # A reward model of others may have less room than the policy.
-        room = context_of(self.model)
-        self.max_length = min(max_length, room)
+        self.max_length = min(max_length, context_of(self.model))
         self.batch_tokens, self.device = batch_tokens, device
 
     def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
