@@ -14,12 +14,13 @@ import pytest
 
 from tests.ceph import s3_server
 from tests.library import typecheck
+from tests.swift import s3_weak_server
 
 # Before any test imports rlhf. Off for the whole quickstart, which runs at a user's speed.
 if os.environ.get("RLHF_CHECK_SHAPES", "1") == "1":
     typecheck.install()
 
-__all__ = ["s3_server"]
+__all__ = ["s3_server", "s3_weak_server"]
 
 
 def pytest_configure(config):
