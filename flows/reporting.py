@@ -23,9 +23,9 @@ from rlhf.report import (
     render,
 )
 from rlhf.stage import read_json
-from rlhf.store import Producer, Store
+from rlhf.store import Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
-from tasks.code_version import code_version, commit, library_versions
+from tasks.code_version import code_version, commit, library_versions, producer
 from tasks.runner import store_of
 from tasks.stages import read_verdict
 
@@ -58,11 +58,10 @@ def write_report(run: PipelineRun) -> None:
         page.write_text(render(report), encoding="utf-8")
         # The same for machines; what is no number is null there.
         (page.parent / DATA).write_text(report.model_dump_json(indent=1), encoding="utf-8")
-        producer = Producer(
-            stage="report", code_version=code_version(), config={}, seed=run.config.seed,
-            versions=library_versions(),
+        ref = store.publish(
+            page.parent, "report", parents=run.refs, metrics={},
+            producer=producer("report", {}, run.config.seed),
         )  # fmt: skip
-        ref = store.publish(page.parent, "report", parents=run.refs, producer=producer, metrics={})
         shutil.copyfile(page, run.report)
     store.append(f"records/report/{key}", ref.model_dump(mode="json"))
     create_link_artifact(link=run.report.as_uri(), key="report", description=f"Report {ref.uri}")

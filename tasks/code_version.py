@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import rlhf
+from rlhf.store import Producer
+from rlhf.store.manifest import file_sha256
 
 #: The libraries whose version can change what a stage computes.
 LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
@@ -32,6 +36,26 @@ def code_version() -> str:
 def library_versions() -> dict[str, str]:
     """Installed versions of the libraries that compute."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
+    """Who makes an artifact now, in this code."""
+    return Producer(
+        stage=stage,
+        code_version=code_version(),
+        dirty=commit().endswith("-dirty") if commit() else None,
+        config=dict(config),
+        lock_digest=lock_digest(),
+        seed=seed,
+        versions=library_versions(),
+    )
+
+
+@cache
+def lock_digest() -> str | None:
+    """sha256 of the checkout's pinned requirements; None where the code has none beside it."""
+    path = Path(rlhf.__file__).parent.parent / "constraints.txt"
+    return file_sha256(path) if path.is_file() else None
 
 
 @cache

@@ -25,10 +25,11 @@ from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.paths import at_home
 from rlhf.progress import Progress, silent
-from rlhf.store import ArtifactRef, Producer, Store, open_store
+from rlhf.store import ArtifactRef, Store, open_store
 from rlhf.store.manifest import canonical_json, sha256_bytes
-from tasks.code_version import code_version, library_versions
+from tasks.code_version import code_version, producer
 from tasks.stages import STAGES, Stage, StageRun
+from tasks.transfer import Transfer
 
 _JSON = TypeAdapter(Any)
 log = logging.getLogger("rlhf.tasks")
@@ -57,7 +58,10 @@ class Outcome:
 def store_of(config: PipelineConfig) -> Store:
     """The store that the configuration names, with its cache in the work folder."""
     return open_store(
-        config.store, options=config.store_options, cache_dir=at_home(config.runtime.work_dir)
+        config.store,
+        options=config.store_options,
+        cache_dir=at_home(config.runtime.work_dir),
+        cache_bytes=int(config.runtime.cache_gb * 1e9),
     )
 
 
@@ -95,22 +99,20 @@ def run_stage(
         with tempfile.TemporaryDirectory(dir=work, prefix=scratch) as folder:
             out = Path(folder, "out")
             out.mkdir()
-            folders = {role: store.fetch(ref) for role, ref in refs.items()}
+            folders = {
+                role: store.fetch(ref, listener=Transfer(f"{stage.name}: fetching {role}"))
+                for role, ref in refs.items()
+            }
             foreign = stage.foreign(config)
             if foreign is not None and "base" not in folders:
                 folders["base"] = foreign.local(Path(folder, "base"))
             run = StageRun(config, refs, folders, out, checkpoints, store, progress)
             result = stage.body(run)
-            producer = Producer(
-                stage=stage.name,
-                code_version=code_version(),
-                config=depends_on,
-                seed=config.seed,
-                versions=library_versions(),
-            )
+            made_by = producer(stage.name, depends_on, config.seed)
             ref = store.publish(
-                out, stage.kind, parents=refs, producer=producer, metrics=result.metrics
-            )
+                out, stage.kind, parents=refs, producer=made_by, metrics=result.metrics,
+                listener=Transfer(f"{stage.name}: publishing"),
+            )  # fmt: skip
         store.append(_record(stage, key), ref.model_dump(mode="json"))
         shutil.rmtree(checkpoints, ignore_errors=True)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
@@ -182,9 +184,9 @@ def find_inputs(
             )
     store = store_of(config)
     found = dict(given)
-    for role, producer in needs.items():
+    for role, maker in needs.items():
         if role not in found:
-            found[role] = _made_by(STAGES[producer], config, store, given, f"{stage.name}: {role}")
+            found[role] = _made_by(STAGES[maker], config, store, given, f"{stage.name}: {role}")
     return found
 
 
@@ -196,8 +198,8 @@ def _made_by(
     wanted: str,
 ) -> ArtifactRef:
     inputs = {
-        role: given.get(role) or _made_by(STAGES[producer], config, store, given, wanted)
-        for role, producer in stage.needs(config).items()
+        role: given.get(role) or _made_by(STAGES[maker], config, store, given, wanted)
+        for role, maker in stage.needs(config).items()
     }
     key = fingerprint(stage, config, _with_base(stage, config, inputs, store))
     ref = recorded_ref(store, stage, key)

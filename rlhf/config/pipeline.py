@@ -42,6 +42,16 @@ class StoreConfig(Section):
     """Named profile of the AWS configuration files."""
     ca_bundle: str | None = Field(default=None, min_length=1)
     """Certificate file to trust, for a server with a certificate of its own."""
+    sse: Literal["AES256", "aws:kms"] | None = None
+    """Encryption at rest by the server; none leaves it to the bucket's own setting."""
+    sse_kms_key_id: str | None = Field(default=None, min_length=1)
+    """Key of `sse = aws:kms`; none takes the account's default."""
+
+    @model_validator(mode="after")
+    def _key_of_kms(self) -> Self:
+        if self.sse_kms_key_id and self.sse != "aws:kms":
+            raise ValueError("sse_kms_key_id is given; it needs sse = 'aws:kms'")
+        return self
 
     @field_validator("endpoint_url")
     @classmethod
@@ -56,6 +66,9 @@ class RuntimeConfig(Section):
 
     work_dir: str = Field(default=".rlhf/work", min_length=1)
     """Local folder for checkpoints and the artifact cache; safe to delete."""
+    cache_gb: float = Field(default=50.0, gt=0)
+    """Most that fetched artifacts may take there, in 10^9 bytes; those used last stay, and those in
+    use always do."""
     report_dir: str = Field(default=".rlhf/reports", min_length=1)
     """Local folder for the HTML reports."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -14,7 +14,7 @@ from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.readers import READERS, MalformedError, Row, Table, ending, read_file
 from rlhf.errors import ConfigError, DataError, StoreError
 from rlhf.paths import at_home
-from rlhf.store.bucket import objects_under, open_bucket
+from rlhf.store.bucket import objects_under, open_bucket, save_object
 
 if TYPE_CHECKING:
     from rlhf.store.s3 import S3Backend
@@ -124,7 +124,7 @@ def _copies(source: str, options: StoreConfig) -> Iterator[list[tuple[str, Path]
         with open_bucket("data.source", source, options) as (bucket, key):
             for name, _, _ in _objects(source, bucket, key):
                 path = Path(scratch, f"{len(files)}-{Path(name).name}")
-                bucket.get_file(name, path)
+                save_object(bucket, name, path)
                 files.append((name, path))
         yield files
 

@@ -19,7 +19,7 @@ from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreError
 from rlhf.paths import at_home
 from rlhf.store.backend import in_parallel
-from rlhf.store.bucket import objects_under, open_bucket
+from rlhf.store.bucket import objects_under, open_bucket, save_object
 from rlhf.store.manifest import PICKLES
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class _Bucket:
         with open_bucket(self.model.field, self.model.place, self.model.options) as (bucket, key):
             objects = self._objects(bucket, key)
             scratch.mkdir()
-            in_parallel(lambda entry: bucket.get_file(entry[0], scratch / entry[1]), objects)
+            in_parallel(lambda entry: save_object(bucket, entry[0], scratch / entry[1]), objects)
             if self._objects(bucket, key) != objects:
                 raise StoreError("it changed while it was being read; try again")
         return scratch

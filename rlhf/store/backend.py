@@ -2,56 +2,178 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
+
+from rlhf.store.manifest import PublishError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 WORKERS = 8
+#: Up to this size a file is read once, into memory, and sent or received in one request.
+SMALL = 16 * 1024 * 1024
+
+
+class Found(NamedTuple):
+    """An object that is there: its bytes, and its age in seconds by the store's clock."""
+
+    size: int
+    age: float
 
 
 class Backend(Protocol):
     """Keys to bytes. Every method raises StoreError subclasses only, naming store and key."""
 
     uri: str
+    #: Whether of several `put_new` of one key at once exactly one succeeds; None if not known.
+    atomic: bool | None
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Create the object whole, or return False and leave the existing one alone."""
         ...
 
-    def put_file(self, key: str, path: Path, sha256: str) -> None:
-        """Store a file whole, replacing what was there; PublishError if it has other bytes."""
+    def put(self, key: str, data: bytes) -> None:
+        """Store an object whole, replacing what was there."""
+        ...
+
+    def put_file(self, key: str, source: Source) -> None:
+        """Store a large file whole, replacing what was there; PublishError if it changes."""
         ...
 
     def get_bytes(self, key: str, limit: int) -> bytes:
         """A small object; ArtifactMissing if it is absent, ArtifactCorrupt beyond the limit."""
         ...
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Download an object to a new file; ArtifactMissing if it is absent."""
+    def get_file(self, key: str, sink: Sink) -> None:
+        """Write an object into the sink, in order; ArtifactMissing if it is absent."""
         ...
 
-    def size(self, key: str) -> int | None:
-        """Bytes of an object, None if it is absent."""
+    def find(self, key: str) -> Found | None:
+        """Size and age of an object, None if it is absent."""
         ...
 
-    def list(self, prefix: str) -> list[str]:
-        """Sorted keys that start with the prefix."""
+    def list(self, prefix: str) -> dict[str, Found]:
+        """The keys that start with the prefix, sorted."""
         ...
 
-    def delete(self, key: str) -> None:
-        """Remove an object; absent is fine."""
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; absent is fine."""
+        ...
+
+    def sweep(self, age: float) -> int:
+        """Remove what unfinished uploads left behind that long ago; how many there were."""
         ...
 
     def hurried(self, seconds: float) -> Backend:
         """The same store, giving up on an answer after this long (for a probe)."""
         ...
 
+    def below(self, name: str) -> Backend:
+        """The store under that name of this one."""
+        ...
 
-def in_parallel(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+
+class Source:
+    """A file on its way up. Its size was taken before it was hashed; any change since is an error.
+
+    It is read in order, to the end, before an upload is completed: so other bytes than those that
+    were hashed never become a whole object.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, sent: Callable[[int], None]) -> None:
+        self._file = file
+        self._name = name
+        self._state = self._now()
+        self.size = self._state[0]
+        self.sent = sent
+
+    def sha256(self) -> str:
+        """Hash the file, and go back to its beginning."""
+        digest = hashlib.file_digest(cast("io.BufferedReader", self._file), "sha256").hexdigest()
+        self._file.seek(0)
+        return digest
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file does; the end is only reached if the file is still what it was."""
+        data = self._file.read(size)
+        if (len(data) < size or size < 0 or self._file.tell() >= self.size) and (
+            self._now() != self._state or self._file.tell() != self.size
+        ):
+            raise PublishError(f"{self._name} changed while it was being published")
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As a file does."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As a file does."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Nothing: who opened the file closes it."""
+
+    def _now(self) -> tuple[int, int, int]:
+        state = os.fstat(self._file.fileno())
+        return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+class Sink:
+    """A file on its way down: written in order, and hashed as it comes."""
+
+    def __init__(self, file: BinaryIO, received: Callable[[int], None]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._received = received
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> None:
+        """Append; a disk that is full is kept apart from a network that fails."""
+        self._digest.update(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.size += len(data)
+        self._received(len(data))
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was written."""
+        return self._digest.hexdigest()
+
+
+class Meter:
+    """Adds up the bytes that several threads have moved, and tells a listener."""
+
+    def __init__(self, total: int, listener: Callable[[int, int], None] | None) -> None:
+        self._done = 0
+        self._total = total
+        self._listener = listener
+        self._lock = threading.Lock()
+
+    def __call__(self, moved: int) -> None:
+        """Count; what has to be sent again counts once."""
+        if self._listener:
+            with self._lock:
+                self._done = min(self._done + moved, self._total)
+                self._listener(self._done, self._total)
+
+
+def in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int = WORKERS) -> list[R]:
     """Map over threads in order; the first error cancels what has not begun."""
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="store") as pool:
-        return list(pool.map(work, items))
+    with ThreadPoolExecutor(workers, thread_name_prefix="store") as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

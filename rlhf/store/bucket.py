@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreError
+from rlhf.store.backend import Sink
 
 if TYPE_CHECKING:
     from rlhf.store.s3 import S3Backend
@@ -25,6 +27,12 @@ def open_bucket(field: str, uri: str, options: StoreConfig) -> Iterator[tuple[S3
     except StoreError as error:
         reason = str(error).removeprefix(f"{bucket}: ")
         raise type(error)(f"{field} = {uri!r}: {reason}") from None
+
+
+def save_object(bucket: S3Backend, key: str, path: Path) -> None:
+    """Download an object to a new file."""
+    with path.open("wb") as file:
+        bucket.get_file(key, Sink(file, lambda _: None))
 
 
 def objects_under(field: str, uri: str, bucket: S3Backend, key: str) -> dict[str, tuple[str, int]]:

@@ -1,105 +1,280 @@
-"""Local copies of artifacts: verified, put in place whole, shared by processes."""
+"""Local copies of artifacts: verified, put in place whole, shared by processes, bounded in size.
+
+<root>/blobs/ab/<sha256>         each file's bytes, once
+<root>/artifacts/<digest>/…      what a stage reads: hard links to the blobs
+<root>/locks/                    one lock for each blob and folder that somebody is working on
+<root>/tmp/                      what is being written
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 import shutil
+import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from rlhf.errors import ArtifactCorrupt, StoreConfigError
-from rlhf.store.backend import in_parallel
-from rlhf.store.manifest import FileEntry, file_sha256
+from rlhf.errors import ArtifactCorrupt, StoreConfigError, StoreError
+from rlhf.store.backend import Meter, Sink, in_parallel
+from rlhf.store.locks import acquire, locked
+from rlhf.store.manifest import FileEntry, blob_key, file_sha256
+from rlhf.store.receive import ATTEMPTS
 
-Signature = tuple[tuple[str, int, int], ...]
+#: Bytes that fetched artifacts may take, unless the configuration says otherwise.
+DEFAULT_LIMIT = 50 * 10**9
+
+
+class Origin(NamedTuple):
+    """Where files come from: the store's name, a way to get one, and who is told of the bytes."""
+
+    uri: str
+    download: Callable[[FileEntry, Sink], None]
+    meter: Meter
 
 
 class Cache:
-    """Folders under `artifacts/`, one per artifact or selection of its files."""
+    """A folder of blobs, and of artifacts that are links to them."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root / "artifacts"
-        self._verified: dict[str, Signature] = {}
+    def __init__(self, root: Path, limit: int = DEFAULT_LIMIT) -> None:
+        self.root = root / "cache"
+        self._limit = limit
+        #: Inode to digest, size and time of what this process has read and found right.
+        self._verified: dict[tuple[int, int], tuple[str, int, int]] = {}
+        #: Folders that were handed out, and so must not go, each with its shared lock.
+        self._used: dict[Path, BinaryIO] = {}
+        weakref.finalize(self, _release, self._used)
 
-    def fill(
-        self,
-        digest: str,
-        files: Sequence[FileEntry],
-        complete: bool,
-        download: Callable[[FileEntry, Path], None],
-    ) -> Path:
-        """The folder that holds the files, downloaded only if no sound copy is there."""
-        whole = self.root / digest
+    def fill(self, digest: str, files: Sequence[FileEntry], complete: bool, origin: Origin) -> Path:
+        """The folder that holds these files of an artifact, downloaded if no sound copy is there.
+
+        It stays as long as this object does, whatever others fetch.
+        """
         chosen = hashlib.sha256("\n".join(entry.path for entry in files).encode()).hexdigest()
-        final = whole if complete else self.root / f"{digest}-{chosen[:16]}"
-        with self._locked(digest):
-            # A copy with all files serves every selection, but is judged by the selection.
-            for folder in (whole, final):
-                if self._sound(folder, files, exact=folder == final):
-                    return folder
-            part = self.root / f".part-{final.name}"
-            # Left by a killed process: the lock is ours, so nobody is writing to it.
-            _remove(part)
-            try:
-                for folder in {(part / entry.path).parent for entry in files}:
-                    folder.mkdir(parents=True, exist_ok=True)
-                in_parallel(lambda entry: download(entry, part / entry.path), files)
-                _remove(final)
-                part.replace(final)
-            finally:
-                _remove(part)
-            self._verified[final.name] = _signature(final)
-            return final
+        name = digest if complete else f"{digest}-{chosen[:16]}"
+        final = self.root / "artifacts" / name
+        with self._writable():
+            for folder in ("artifacts", "locks", "tmp"):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+            self._use(final)
+            with locked(self._lock(name)):
+                if not self._sound(final, files):
+                    absent = [entry for entry in files if not self._blob(entry).exists()]
+                    self._make_room(sum(entry.size for entry in absent))
+                    self._build(final, files, origin)
+        return final
 
-    def _sound(self, folder: Path, files: Sequence[FileEntry], exact: bool) -> bool:
+    def _build(self, final: Path, files: Sequence[FileEntry], origin: Origin) -> None:
+        """Link the blobs, each fetched if need be, into a folder that appears whole."""
+        paths: dict[str, list[FileEntry]] = {}
+        for entry in files:
+            paths.setdefault(entry.sha256, []).append(entry)
+        with self._temporary() as part:
+            part.mkdir()
+            for folder in {(part / entry.path).parent for entry in files}:
+                folder.mkdir(parents=True, exist_ok=True)
+
+            def place(entries: list[FileEntry]) -> None:
+                targets = [part / entry.path for entry in entries]
+                self._place(entries[0], targets, origin)
+
+            in_parallel(place, paths.values())
+            self._discard(final)
+            part.replace(final)
+
+    def _place(self, entry: FileEntry, targets: Sequence[Path], origin: Origin) -> None:
+        """One blob, at all its places; its lock keeps it from being cleared away meanwhile."""
+        blob = self._blob(entry)
+        with locked(self._lock(entry.sha256)):
+            if not self._right(blob, entry):
+                blob.parent.mkdir(parents=True, exist_ok=True)
+                with self._temporary() as part:
+                    self._download(entry, part, origin)
+                    part.replace(blob)
+            else:
+                origin.meter(entry.size)
+            for target in targets:
+                try:
+                    os.link(blob, target)
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                        raise
+                    shutil.copyfile(blob, target)
+
+    def _download(self, entry: FileEntry, part: Path, origin: Origin) -> None:
+        """Once more if what came is not what was promised, as bits do flip on the way."""
+        sink = None
+        for attempt in range(ATTEMPTS):
+            with part.open("wb") as file:
+                sink = Sink(file, origin.meter)
+                try:
+                    origin.download(entry, sink)
+                except StoreError as error:
+                    if sink.error:
+                        raise sink.error from None
+                    # A flipped bit in a header looks like many things.
+                    if attempt == ATTEMPTS - 1 or not error.retriable:
+                        raise
+                    continue
+            if (sink.size, sink.sha256) == (entry.size, entry.sha256):
+                self._remember(part, entry)
+                return
+        assert sink is not None
+        problem = (
+            f"has {sink.size} bytes instead of {entry.size}"
+            if sink.size != entry.size
+            else "does not have the sha256 in its name"
+        )
+        raise ArtifactCorrupt(
+            f"{origin.uri}: {blob_key(entry.sha256)} ({entry.path}) {problem}; "
+            "delete that object and publish the artifact again"
+        )
+
+    def _sound(self, folder: Path, files: Sequence[FileEntry]) -> bool:
+        """Whether the folder holds these very files, and nothing else."""
+        if not folder.is_dir() or folder.is_symlink():
+            return False
+        found: set[str] = set()
+        for where, folders, names in os.walk(folder):
+            links = [name for name in folders if (Path(where) / name).is_symlink()]
+            found |= {(Path(where) / n).relative_to(folder).as_posix() for n in [*names, *links]}
+        return found == {entry.path for entry in files} and all(
+            self._right(folder / entry.path, entry) for entry in files
+        )
+
+    def _right(self, path: Path, entry: FileEntry) -> bool:
         """Every byte is read once per process, and again whenever a size or a time changes."""
-        if not folder.is_dir():
+        try:
+            state = path.lstat()
+        except OSError:
             return False
-        signature = _signature(folder)
-        sizes = {path: size for path, size, _ in signature}
-        expected = {entry.path: entry.size for entry in files}
-        if exact and sizes.keys() != expected.keys():
+        if path.is_symlink() or not path.is_file() or state.st_size != entry.size:
             return False
-        if any(sizes.get(path) != size for path, size in expected.items()):
-            return False
-        if self._verified.get(folder.name) == signature:
+        known = (entry.sha256, state.st_size, state.st_mtime_ns)
+        if self._verified.get((state.st_dev, state.st_ino)) == known:
             return True
-        if any(file_sha256(folder / entry.path) != entry.sha256 for entry in files):
+        if file_sha256(path) != entry.sha256:
             return False
-        if exact:
-            self._verified[folder.name] = signature
+        self._verified[state.st_dev, state.st_ino] = known
         return True
 
-    @contextlib.contextmanager
-    def _locked(self, digest: str) -> Iterator[None]:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / f".lock-{digest}").open("w")
-        except OSError as error:
-            raise StoreConfigError(
-                f"can't use the artifact cache {self.root}: {error.strerror}; "
-                "make it a folder that this user can write"
-            ) from None
+    def _remember(self, path: Path, entry: FileEntry) -> None:
+        state = path.stat()
+        known = (entry.sha256, state.st_size, state.st_mtime_ns)
+        self._verified[state.st_dev, state.st_ino] = known
+
+    def _use(self, folder: Path) -> None:
+        """Say that the folder is in use, and that it was now."""
+        if folder not in self._used:
+            file = acquire(_use_lock(folder), shared=True)
+            assert file is not None
+            self._used[folder] = file
+        os.utime(_use_lock(folder))
+
+    def _make_room(self, wanted: int) -> None:
+        """Remove what was used longest ago and is not in use, until there is room."""
+        with locked(self.root / "locks" / "room", wait=False) as alone:
+            if not alone:
+                return
+            self._clear_up()
+            folders = [path for path in (self.root / "artifacts").iterdir() if path.is_dir()]
+            for folder in [None, *sorted(folders, key=_last_used)]:
+                if folder is None or self._evict(folder):
+                    self._drop_blobs()
+                    if self._size() + wanted <= self._limit:
+                        return
+
+    def _evict(self, folder: Path) -> bool:
+        lock = acquire(_use_lock(folder), wait=False)
+        if lock is None:
+            return False
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._discard(folder)
+            _use_lock(folder).unlink(missing_ok=True)
+        return True
+
+    def _drop_blobs(self) -> None:
+        """Remove blobs that no folder links to."""
+        for blob in self.root.glob("blobs/*/*"):
+            if blob.stat().st_nlink == 1:
+                with locked(self._lock(blob.name), wait=False) as alone:
+                    if alone and blob.exists() and blob.stat().st_nlink == 1:
+                        blob.unlink()
+
+    def _size(self) -> int:
+        """Bytes on the disk, those that are linked several times once."""
+        sizes: dict[int, int] = {}
+        for top in ("artifacts", "blobs"):
+            for where, _, names in os.walk(self.root / top):
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        state = Path(where, name).lstat()
+                        sizes[state.st_ino] = state.st_size
+        return sum(sizes.values())
+
+    def _clear_up(self) -> None:
+        """Remove what killed processes left behind: what is being written has a lock."""
+        for lock in (self.root / "tmp").glob("*.lock"):
+            with locked(lock, wait=False) as alone:
+                if alone:
+                    _remove(lock.with_suffix(""))
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        path = self.root / "tmp" / uuid.uuid4().hex
+        with locked(path.with_suffix(".lock")):
+            try:
+                yield path
+            finally:
+                _remove(path)
+
+    def _discard(self, path: Path) -> None:
+        """Gone in one step, so that nobody takes a half for a whole."""
+        if os.path.lexists(path):
+            with self._temporary() as gone:
+                path.replace(gone)
+
+    def _blob(self, entry: FileEntry) -> Path:
+        return self.root / "blobs" / entry.sha256[:2] / entry.sha256
+
+    def _lock(self, name: str) -> Path:
+        return self.root / "locks" / name
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
             yield
+        except StoreError:
+            raise
+        except OSError as error:
+            message = f"can't use the artifact cache {self.root}: {error.strerror or error}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(
+                    f"{message}; make room, lower runtime.cache_gb, or set runtime.work_dir to a "
+                    "larger disk"
+                ) from None
+            raise StoreConfigError(
+                f"{message}; make it a folder that this user can write"
+            ) from None
 
 
-def verify(entry: FileEntry, path: Path, where: str) -> None:
-    """ArtifactCorrupt unless the downloaded file is what the manifest promises."""
-    size = path.stat().st_size
-    if size != entry.size:
-        problem = f"has {size} bytes instead of {entry.size}"
-    elif file_sha256(path) != entry.sha256:
-        problem = "does not have the sha256 in its name"
-    else:
-        return
-    raise ArtifactCorrupt(
-        f"{where} ({entry.path}) {problem}; delete that object and publish the artifact again"
-    )
+def _release(used: dict[Path, BinaryIO]) -> None:
+    for lock in used.values():
+        lock.close()
+
+
+def _use_lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _last_used(folder: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return _use_lock(folder).stat().st_mtime
+    return 0.0
 
 
 def _remove(path: Path) -> None:
@@ -107,16 +282,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _signature(folder: Path) -> Signature:
-    """Path, size and time of every file; a symbolic link has the size -1, so never passes."""
-    found: list[tuple[str, int, int]] = []
-    for where, folders, names in os.walk(folder):
-        links = [name for name in folders if (Path(where) / name).is_symlink()]
-        for name in [*names, *links]:
-            path = Path(where) / name
-            state = path.lstat()
-            size = -1 if path.is_symlink() else state.st_size
-            found.append((path.relative_to(folder).as_posix(), size, state.st_mtime_ns))
-    return tuple(sorted(found))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
-from rlhf.store.manifest import PublishError
+from rlhf.store.backend import Found, Sink, Source
 
 _CONFIGURATION = {
     errno.EACCES,
@@ -30,6 +30,8 @@ _CONFIGURATION = {
 class LocalBackend:
     """Objects are files under one root; `tmp/` holds what is being written."""
 
+    atomic: bool | None = True
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.uri = root.as_uri()
@@ -38,6 +40,10 @@ class LocalBackend:
         """Itself: a folder answers at once."""
         del seconds
         return self
+
+    def below(self, name: str) -> LocalBackend:
+        """A folder in the folder."""
+        return LocalBackend(self.root / name)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Create by a hard link, which unlike a rename never overwrites."""
@@ -54,16 +60,18 @@ class LocalBackend:
             _sync_folder((self.root / key).parent)
             return True
 
-    def put_file(self, key: str, path: Path, sha256: str) -> None:
-        """Hash while copying, so that a file that changes meanwhile never becomes a blob."""
+    def put(self, key: str, data: bytes) -> None:
+        """Write beside it, then rename."""
+        self._put(key, iter([data]))
+
+    def put_file(self, key: str, source: Source) -> None:
+        """Copy beside it, then rename: the file was read to its end by then, unchanged."""
+        self._put(key, _chunks(source))
+
+    def _put(self, key: str, data: Iterator[bytes]) -> None:
         with self._translated("write", key), self._temporary() as (file, temporary):
-            digest = hashlib.sha256()
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as source:
-                while chunk := source.read(1 << 20):
-                    digest.update(chunk)
-                    file.write(chunk)
-            if digest.hexdigest() != sha256:
-                raise PublishError(f"{path.name} changed while it was being published")
+            for chunk in data:
+                file.write(chunk)
             _sync(file)
             final = self._prepared(key)
             temporary.replace(final)
@@ -77,39 +85,45 @@ class LocalBackend:
             raise ArtifactCorrupt(f"{self.uri}: {key} is larger than {limit} bytes; delete it")
         return data
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, sink: Sink) -> None:
         """Copy; a link would let a change in the cache reach the store."""
-        with (
-            self._translated("read", key),
-            (self.root / key).open("rb") as source,
-            path.open("wb") as target,
-        ):
+        with self._translated("read", key), (self.root / key).open("rb") as source:
             while chunk := source.read(1 << 20):
-                target.write(chunk)
+                sink.write(chunk)
 
-    def size(self, key: str) -> int | None:
-        """Size from the file system."""
+    def find(self, key: str) -> Found | None:
+        """From the file system."""
         with self._translated("read", key):
             try:
-                return (self.root / key).stat().st_size
+                return _found(self.root / key)
             except FileNotFoundError:
                 return None
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> dict[str, Found]:
         """Walk the folder part of the prefix, then filter."""
         folder = self.root / prefix.rpartition("/")[0]
+        found: dict[str, Found] = {}
         with self._translated("list", prefix):
-            keys = [
-                (Path(where) / name).relative_to(self.root).as_posix()
-                for where, _, names in os.walk(folder)
-                for name in names
-            ]
-        return sorted(key for key in keys if key.startswith(prefix))
+            for where, _, names in os.walk(folder):
+                for name in names:
+                    path = Path(where) / name
+                    key = path.relative_to(self.root).as_posix()
+                    if key.startswith(prefix):
+                        with contextlib.suppress(FileNotFoundError):
+                            found[key] = _found(path)
+        return dict(sorted(found.items()))
 
-    def delete(self, key: str) -> None:
+    def delete(self, keys: Iterable[str]) -> None:
         """Unlink."""
-        with self._translated("delete", key):
-            (self.root / key).unlink(missing_ok=True)
+        for key in keys:
+            with self._translated("delete", key):
+                (self.root / key).unlink(missing_ok=True)
+
+    def sweep(self, age: float) -> int:
+        """What a killed process was writing is in `tmp/`."""
+        old = [key for key, found in self.list("tmp/").items() if found.age >= age]
+        self.delete(old)
+        return len(old)
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[BinaryIO, Path]]:
@@ -144,7 +158,18 @@ class LocalBackend:
             if error.errno in _CONFIGURATION:
                 cure = f"make {self.root} a folder that this user can write"
                 raise StoreConfigError(f"{message}; {cure}") from None
-            raise StoreError(message) from None
+            raise StoreError(f"{message}; mend that, then try again") from None
+
+
+def _found(path: Path) -> Found:
+    state = path.stat()
+    return Found(state.st_size, time.time() - state.st_mtime)
+
+
+def _chunks(source: Source) -> Iterator[bytes]:
+    while chunk := source.read(1 << 20):
+        source.sent(len(chunk))
+        yield chunk
 
 
 def _sync(file: BinaryIO) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
@@ -78,6 +79,24 @@ class Producer(Section):
     """The run's seed."""
     versions: dict[str, str]
     """Versions of the libraries that shaped the bytes."""
+    dirty: bool | None = None
+    """Whether the checkout had uncommitted changes; none outside of one."""
+    config_digest: Digest | None = None
+    """sha256 of `config` as canonical JSON."""
+    lock_digest: Digest | None = None
+    """sha256 of the checkout's pinned requirements; none without such a file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _digested(cls, data: Any) -> Any:
+        """Filled in here, so that nobody forgets it."""
+        if isinstance(data, dict) and "config" in data and "config_digest" not in data:
+            # What is no JSON is refused with its own reason, later.
+            with contextlib.suppress(TypeError, ValueError):
+                fields = cast("dict[str, Any]", data)
+                digest = sha256_bytes(canonical_json(fields["config"]))
+                return {**fields, "config_digest": digest}
+        return cast("Any", data)
 
 
 class Manifest(Section):
@@ -127,6 +146,16 @@ class Ancestor(NamedTuple):
     depth: int
     role: str
     ref: ArtifactRef
+
+
+def blob_key(sha256: str) -> str:
+    """Where a file's bytes lie; the two digits keep folders small."""
+    return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def manifest_key(digest: str) -> str:
+    """Where a manifest lies."""
+    return f"manifests/{digest}.json"
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from rlhf.errors import ArtifactCorrupt
-from rlhf.store.backend import Backend, in_parallel
+from rlhf.errors import ArtifactCorrupt, StoreError
+from rlhf.store.backend import SMALL, Backend, Meter, Source, in_parallel
 from rlhf.store.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
@@ -17,22 +21,32 @@ from rlhf.store.manifest import (
     Metric,
     Producer,
     PublishError,
+    blob_key,
     build_manifest,
     check_collisions,
     check_path,
-    file_sha256,
+    manifest_key,
     sha256_bytes,
 )
 
+#: Objects younger than this are left alone by every garbage collection, whatever its grace.
+FRESH = 3600.0
+#: Where a garbage collection that is going on says so.
+COLLECTING = "gc/"
+#: A collection removes nothing any more this long after it said so; nobody waits for longer.
+COLLECTION_SECONDS = 600.0
 
-def blob_key(sha256: str) -> str:
-    """Where a blob lies; the two digits keep folders small."""
-    return f"blobs/sha256/{sha256[:2]}/{sha256}"
+#: One large file is hashed while another is sent: all at once would leave the network idle.
+_HASHING = threading.BoundedSemaphore(2)
+
+log = logging.getLogger("rlhf.store")
 
 
-def manifest_key(digest: str) -> str:
-    """Where a manifest lies."""
-    return f"manifests/{digest}.json"
+class _Sent(NamedTuple):
+    """A file that the store has; `known` is when, by our clock, it was known to be fresh."""
+
+    entry: FileEntry
+    known: float
 
 
 def publish(
@@ -43,57 +57,143 @@ def publish(
     parents: Mapping[str, ArtifactRef],
     producer: Producer,
     metrics: Mapping[str, Metric],
+    listener: Callable[[int, int], None] | None = None,
 ) -> ArtifactRef:
     """Send the blobs the store lacks, then the manifest: a crash leaves no half artifact."""
-    paths = scan(folder)
-    files = in_parallel(lambda path: _entry(folder, path), paths)
-    manifest = build_manifest(kind, files, parents, producer, metrics)
+    sizes = scan(folder)
+    # All that can be wrong with the rest is found out before a byte is sent.
+    draft = [FileEntry(path=path, sha256="0" * 64, size=size) for path, size in sizes.items()]
+    build_manifest(kind, draft, parents, producer, metrics)
+    meter = Meter(sum(sizes.values()), listener)
+    sent = in_parallel(_Sender(backend, folder, meter), sizes)
+    manifest = build_manifest(kind, [each.entry for each in sent], parents, producer, metrics)
     data = manifest.encode()
     digest = sha256_bytes(data)
-    blobs = {entry.sha256: entry for entry in files}
-    in_parallel(lambda entry: _send(backend, folder, entry), blobs.values())
     key = manifest_key(digest)
-    if not backend.put_new(key, data) and backend.get_bytes(key, MAX_MANIFEST_BYTES) != data:
-        raise ArtifactCorrupt(
-            f"{backend.uri}: {key} does not have the sha256 in its name; "
-            "delete that object and publish the artifact again"
-        )
+    _put_manifest(backend, key, data)
+    _outlive_collection(backend, folder, sent, key, data)
     uri = f"{backend.uri}/{key}"
     return ArtifactRef(kind=kind, digest=digest, size=manifest.size, uri=uri)
 
 
-def scan(folder: Path) -> list[str]:
-    """Relative paths of all files, or PublishError for what an artifact must not hold."""
+class _Sender:
+    """Sends a folder's files, those with equal bytes once."""
+
+    def __init__(self, backend: Backend, folder: Path, meter: Meter) -> None:
+        self._backend = backend
+        self._folder = folder
+        self._meter = meter
+        self._locks: dict[str, threading.Lock] = {}
+
+    def __call__(self, path: str) -> _Sent:
+        """Hash a file, and send it unless the store has it.
+
+        A file of up to 16 MiB is read once; of a larger one the second reading finds in memory
+        what the first has just read from the disk.
+        """
+        try:
+            with (self._folder / path).open("rb") as file:
+                source = Source(file, path, self._meter)
+                if source.size <= SMALL:
+                    data = source.read()
+                    return self._send(path, sha256_bytes(data), source, data)
+                with _HASHING:
+                    sha256 = source.sha256()
+                return self._send(path, sha256, source, None)
+        except FileNotFoundError:
+            raise PublishError(f"{path} changed while it was being published") from None
+
+    def _send(self, path: str, sha256: str, source: Source, data: bytes | None) -> _Sent:
+        entry = FileEntry(path=path, sha256=sha256, size=source.size)
+        key = blob_key(sha256)
+        with self._locks.setdefault(sha256, threading.Lock()):
+            now = time.monotonic()
+            found = self._backend.find(key)
+            if found is not None and found.size == entry.size:
+                self._meter(entry.size)
+                return _Sent(entry, now - found.age)
+            if data is None:
+                self._backend.put_file(key, source)
+            else:
+                self._backend.put(key, data)
+                self._meter(entry.size)
+            return _Sent(entry, now)
+
+
+def _put_manifest(backend: Backend, key: str, data: bytes) -> None:
+    """Create it; one that is there already is made young again, lest it be collected."""
+    if backend.put_new(key, data):
+        return
+    if backend.get_bytes(key, MAX_MANIFEST_BYTES) != data:
+        raise ArtifactCorrupt(
+            f"{backend.uri}: {key} does not have the sha256 in its name; "
+            "delete that object and publish the artifact again"
+        )
+    found = backend.find(key)
+    if found is None or found.age > FRESH:
+        backend.put(key, data)
+
+
+def _outlive_collection(
+    backend: Backend, folder: Path, sent: Sequence[_Sent], key: str, data: bytes
+) -> None:
+    """Make sure that no garbage collection took what we relied on.
+
+    A collection announces itself before it looks at the manifests. One that did not see ours is
+    therefore either announced still, and waited for here, or has ended: what it removed is found
+    missing, and sent again. One that begins later sees our manifest.
+    """
+    wait_for_collection(backend)
+    again = _Sender(backend, folder, Meter(0, None))
+    old = [each.entry for each in sent if time.monotonic() - each.known > FRESH]
+    there = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), old)
+    for entry, found in zip(old, there, strict=True):
+        if found is None and again(entry.path).entry != entry:
+            raise PublishError(f"{entry.path} changed while it was being published")
+    if old and backend.find(key) is None:
+        backend.put(key, data)
+
+
+def wait_for_collection(backend: Backend) -> None:
+    """Return once no garbage collection is going on; one that died is not waited for."""
+    told = False
+    end = time.monotonic() + 2 * COLLECTION_SECONDS
+    while any(found.age < COLLECTION_SECONDS for found in backend.list(COLLECTING).values()):
+        if time.monotonic() > end:
+            raise StoreError(
+                f"{backend.uri}: {COLLECTING} says that garbage is being collected, and does not "
+                "end; try again, or delete what is there"
+            )
+        if not told:
+            log.info("%s: garbage is being collected; waiting for it", backend.uri)
+            told = True
+        time.sleep(1.0)
+
+
+def scan(folder: Path) -> dict[str, int]:
+    """Relative path and size of all files; PublishError for what an artifact must not hold."""
     if not folder.is_dir():
         raise PublishError(f"can't publish {folder}: it is not a folder")
-    paths: list[str] = []
+    sizes: dict[str, int] = {}
     for where, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = Path(where) / name
             relative = path.relative_to(folder).as_posix()
-            mode = path.lstat().st_mode
+            state = path.lstat()
+            mode = state.st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 what = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
                 raise PublishError(f"can't publish {folder}: {relative!r} is {what}; copy the file")
             if stat.S_ISREG(mode):
-                paths.append(relative)
-    if not 0 < len(paths) <= MAX_FILES:
-        raise PublishError(f"can't publish {folder}: it holds {len(paths)} files")
+                sizes[relative] = state.st_size
+    if not 0 < len(sizes) <= MAX_FILES:
+        raise PublishError(
+            f"can't publish {folder}: it holds {len(sizes)} files; 1 to {MAX_FILES} are allowed"
+        )
     try:
-        for path in paths:
+        for path in sizes:
             check_path(path)
-        check_collisions(paths)
+        check_collisions(sizes)
     except ValueError as error:
         raise PublishError(f"can't publish {folder}: {error}") from None
-    return sorted(paths)
-
-
-def _entry(folder: Path, path: str) -> FileEntry:
-    local = folder / path
-    return FileEntry(path=path, sha256=file_sha256(local), size=local.stat().st_size)
-
-
-def _send(backend: Backend, folder: Path, entry: FileEntry) -> None:
-    key = blob_key(entry.sha256)
-    if backend.size(key) != entry.size:
-        backend.put_file(key, folder / entry.path, entry.sha256)
+    return dict(sorted(sizes.items()))

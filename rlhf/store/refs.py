@@ -9,7 +9,8 @@ from typing import Any
 
 from rlhf.errors import ArtifactCorrupt, StoreError
 from rlhf.store.backend import Backend, in_parallel
-from rlhf.store.manifest import MAX_MANIFEST_BYTES, PublishError, canonical_json
+from rlhf.store.create import create
+from rlhf.store.manifest import MAX_MANIFEST_BYTES, PublishError, canonical_json, sha256_bytes
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ENTRY = re.compile(r"refs/(?P<name>.+)/(?P<number>[0-9]{6,})\.json")
@@ -19,16 +20,11 @@ _ATTEMPTS = 1000
 def append(backend: Backend, name: str, payload: Mapping[str, Any]) -> int:
     """Create the next entry; whoever loses a race takes the number after."""
     folder = _folder(name)
-    try:
-        data = canonical_json(payload)
-    except (TypeError, ValueError) as error:
-        raise PublishError(f"can't append to {name!r}: {error}") from None
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise PublishError(f"can't append to {name!r}: {len(data)} bytes are too many")
+    data = seal(name, payload)
     number = max(_numbers(backend, folder), default=0)
     for _ in range(_ATTEMPTS):
         number += 1
-        if backend.put_new(_key(folder, number), data):
+        if create(backend, _key(folder, number), data):
             return number
     raise StoreError(f"{backend.uri}: {_ATTEMPTS} writers were faster at {name!r}; try again")
 
@@ -37,14 +33,14 @@ def latest(backend: Backend, name: str) -> dict[str, Any] | None:
     """The entry with the highest number, None if there is none."""
     folder = _folder(name)
     numbers = _numbers(backend, folder)
-    return _read(backend, _key(folder, max(numbers))) if numbers else None
+    return open_sealed(backend, _key(folder, max(numbers))) if numbers else None
 
 
 def history(backend: Backend, name: str) -> list[dict[str, Any]]:
     """All entries, oldest first."""
     folder = _folder(name)
     keys = [_key(folder, number) for number in sorted(_numbers(backend, folder))]
-    return in_parallel(lambda key: _read(backend, key), keys)
+    return in_parallel(lambda key: open_sealed(backend, key), keys)
 
 
 def names(backend: Backend, prefix: str) -> list[str]:
@@ -72,11 +68,34 @@ def _numbers(backend: Backend, folder: str) -> list[int]:
     return [int(match["number"]) for match in found if match and f"refs/{match['name']}" == folder]
 
 
-def _read(backend: Backend, key: str) -> dict[str, Any]:
+def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
+    """What an entry says. A bit that flipped on the way is seen, and the entry read again."""
+    for _ in range(3):
+        payload = _opened(backend.get_bytes(key, MAX_MANIFEST_BYTES))
+        if payload is not None:
+            return payload
+    raise ArtifactCorrupt(
+        f"{backend.uri}: {key} is not an entry, or not as it was written; delete it"
+    )
+
+
+def seal(name: str, payload: Mapping[str, Any]) -> bytes:
+    """The bytes of an entry, which carry their own sha256: unlike a blob's, no name does."""
     try:
-        value = json.loads(backend.get_bytes(key, MAX_MANIFEST_BYTES))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ArtifactCorrupt(f"{backend.uri}: {key} is not a JSON object; delete it")
-    return value
+        seal = sha256_bytes(canonical_json(payload))
+        data = canonical_json({"payload": payload, "sha256": seal})
+    except (TypeError, ValueError) as error:
+        raise PublishError(f"can't write {name!r}: {error}") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PublishError(f"can't write {name!r}: {len(data)} bytes are too many")
+    return data
+
+
+def _opened(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(data)
+        payload, seal = value["payload"], value["sha256"]
+        whole = isinstance(payload, dict) and seal == sha256_bytes(canonical_json(payload))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return payload if whole else None

@@ -3,14 +3,17 @@
 <store>/blobs/sha256/ab/<sha256>     file contents, each stored once
 <store>/manifests/<sha256>.json      what an artifact consists of and came from
 <store>/refs/<name>/000001.json      append-only histories
+<store>/pins/<name>.json             names that keep an artifact
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
@@ -20,23 +23,26 @@ from pydantic import ValidationError
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
 from rlhf.paths import at_home
-from rlhf.store import refs
-from rlhf.store.backend import Backend, in_parallel
-from rlhf.store.cache import Cache, verify
+from rlhf.store import pins, refs
+from rlhf.store.backend import Backend, Meter, in_parallel
+from rlhf.store.cache import DEFAULT_LIMIT, Cache, Origin
+from rlhf.store.collect import GRACE, Garbage, collect
+from rlhf.store.create import PROBES, is_atomic
 from rlhf.store.local import LocalBackend
 from rlhf.store.manifest import (
     MAX_MANIFEST_BYTES,
     Ancestor,
     Artifact,
     ArtifactRef,
-    FileEntry,
     Manifest,
     Metric,
     Producer,
     first_problem,
+    manifest_key,
     sha256_bytes,
 )
-from rlhf.store.publish import blob_key, manifest_key, publish
+from rlhf.store.publish import publish
+from rlhf.store.receive import download, problems
 
 _MANIFEST = re.compile(r"manifests/([0-9a-f]{64})\.json")
 _PROBE_SECONDS = 5
@@ -45,25 +51,37 @@ _PROBE_SECONDS = 5
 Entries: TypeAlias = list[dict[str, Any]]
 Names: TypeAlias = list[str]
 Ancestors: TypeAlias = list[Ancestor]
+#: Told of the bytes that are done, of all; from several threads, but never two at once.
+Listener: TypeAlias = Callable[[int, int], None]
 
 
-def open_store(uri: str, *, options: StoreConfig | None = None, cache_dir: Path) -> Store:
+def open_store(
+    uri: str,
+    *,
+    options: StoreConfig | None = None,
+    cache_dir: Path,
+    cache_bytes: int = DEFAULT_LIMIT,
+) -> Store:
     """A store in a folder (`file:///folder` or a path) or a bucket (`s3://bucket/prefix`).
 
     Makes no request; `Store.check` does. boto3 is imported only for s3.
     """
+    return Store(_backend(uri, options or StoreConfig()), Cache(cache_dir, cache_bytes))
+
+
+def _backend(uri: str, options: StoreConfig) -> Backend:
     parts = urlsplit(uri)
     if "@" in parts.netloc:
         raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
     if parts.scheme == "s3" and parts.netloc:
         from rlhf.store.s3 import S3Backend
 
-        return Store(S3Backend(uri, options or StoreConfig()), cache_dir)
+        return S3Backend(uri, options)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return Store(LocalBackend(Path(unquote(parts.path)).resolve()), cache_dir)
+        return LocalBackend(Path(unquote(parts.path)).resolve())
     folder = at_home(uri)
     if uri and "://" not in uri and not str(folder).startswith("~"):
-        return Store(LocalBackend(folder.resolve()), cache_dir)
+        return LocalBackend(folder.resolve())
     raise StoreConfigError(
         f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
     )
@@ -72,32 +90,43 @@ def open_store(uri: str, *, options: StoreConfig | None = None, cache_dir: Path)
 class Store:
     """Publishes and fetches artifacts. Safe for threads and for several processes."""
 
-    def __init__(self, backend: Backend, cache_dir: Path) -> None:
+    def __init__(self, backend: Backend, cache: Cache) -> None:
         self._backend = backend
-        self._cache = Cache(cache_dir)
+        self._cache = cache
 
     @property
     def uri(self) -> str:
         """The store's address, normalised, without credentials."""
         return self._backend.uri
 
+    def below(self, name: str) -> Store:
+        """A store of its own under that name of this one, with the same cache."""
+        return Store(self._backend.below(name), self._cache)
+
     def check(self) -> None:
-        """Write, read and delete a tiny object; StoreConfigError says why that is impossible."""
+        """Try what artifacts need: to write, read, list and delete, and to create only once.
+
+        A store whose create-only writes are weak is named in a warning, and used with care.
+
+        Raises:
+            StoreConfigError: Why that is impossible.
+        """
         backend = self._backend.hurried(_PROBE_SECONDS)
-        key = f"probe/{uuid.uuid4().hex}"
+        key = f"{PROBES}{uuid.uuid4().hex}"
         try:
-            backend.put_new(key, b"probe")
-            if backend.get_bytes(key, 100) != b"probe":
-                raise StoreConfigError(f"{self.uri}: {key} does not read as it was written")
+            backend.put(key, b"probe")
+            if backend.get_bytes(key, 100) != b"probe" or key not in backend.list(key):
+                raise StoreConfigError(
+                    f"{self.uri}: {key} does not read as it was written; use another store"
+                )
+            is_atomic(backend)
+            # A bucket that forbids deletion is a good home for artifacts.
+            with contextlib.suppress(StoreConfigError):
+                backend.delete([key])
         except StoreConfigError:
             raise
         except StoreError as error:
             raise StoreConfigError(str(error)) from None
-        try:
-            backend.delete(key)
-        except StoreConfigError:
-            # A bucket that forbids deletion is a good home for artifacts.
-            return
 
     def publish(
         self,
@@ -107,17 +136,24 @@ class Store:
         parents: Mapping[str, ArtifactRef],
         producer: Producer,
         metrics: Mapping[str, Metric],
+        listener: Listener | None = None,
     ) -> ArtifactRef:
         """Store a folder's files as an artifact; what the store has already is not sent again."""
         return publish(
-            self._backend, folder, kind, parents=parents, producer=producer, metrics=metrics
-        )
+            self._backend, folder, kind, parents=parents, producer=producer, metrics=metrics,
+            listener=listener,
+        )  # fmt: skip
 
-    def fetch(self, ref: ArtifactRef | str, include: Sequence[str] | None = None) -> Path:
+    def fetch(
+        self,
+        ref: ArtifactRef | str,
+        include: Sequence[str] | None = None,
+        listener: Listener | None = None,
+    ) -> Path:
         """A local folder with the artifact's files, every byte verified; don't write to it.
 
         With `include`, only files that match one of the patterns are fetched (`*` crosses
-        folders); the folder may hold the others too if they are there already.
+        folders). The folder stays for as long as this store is open.
         """
         digest = _digest(ref)
         files = self.manifest(digest).files
@@ -130,14 +166,19 @@ class Store:
             raise ArtifactMissing(
                 f"{self.uri}: no file of artifact {digest[:12]} matches {', '.join(include or ())}"
             )
-        return self._cache.fill(digest, chosen, len(chosen) == len(files), self._download)
+        meter = Meter(sum(entry.size for entry in chosen), listener)
+        origin = Origin(self.uri, partial(download, self._backend), meter)
+        return self._cache.fill(digest, chosen, len(chosen) == len(files), origin)
 
     def manifest(self, ref: ArtifactRef | str) -> Manifest:
         """The verified manifest of a reference or digest."""
         digest = _digest(ref)
         key = manifest_key(digest)
-        data = self._backend.get_bytes(key, MAX_MANIFEST_BYTES)
-        if sha256_bytes(data) != digest:
+        for _ in range(3):
+            data = self._backend.get_bytes(key, MAX_MANIFEST_BYTES)
+            if sha256_bytes(data) == digest:
+                break
+        else:
             raise ArtifactCorrupt(
                 f"{self.uri}: {key} does not have the sha256 in its name; "
                 "delete that object and publish the artifact again"
@@ -155,9 +196,15 @@ class Store:
             files = self.manifest(ref).files
         except (ArtifactMissing, ArtifactCorrupt):
             return False
-        blobs = {entry.sha256: entry.size for entry in files}
-        sizes = in_parallel(lambda sha256: self._backend.size(blob_key(sha256)), blobs)
-        return sizes == [*blobs.values()]
+        return not problems(self._backend, files, deep=False)
+
+    def problems(self, ref: ArtifactRef | str, deep: bool = False) -> Names:
+        """What is wrong with an artifact, one line each; `deep` reads every byte in the store."""
+        try:
+            files = self.manifest(ref).files
+        except (ArtifactMissing, ArtifactCorrupt) as error:
+            return [str(error)]
+        return problems(self._backend, files, deep)
 
     def resolve(self, text: str) -> ArtifactRef:
         """A reference from a digest, its beginning, `artifact:<digest>` or a manifest's URI."""
@@ -204,7 +251,31 @@ class Store:
 
     def delete(self, ref: ArtifactRef | str) -> None:
         """Remove the manifest; blobs stay, as other artifacts may share them."""
-        self._backend.delete(manifest_key(_digest(ref)))
+        self._backend.delete([manifest_key(_digest(ref))])
+
+    def wipe(self) -> None:
+        """Remove everything under this store; meant for one that was opened by `below`."""
+        self._backend.delete(self._backend.list(""))
+
+    def collect(self, *, grace: float = GRACE, dry_run: bool = True) -> Garbage:
+        """Find what nothing refers to, and remove it unless this is a dry run (see `collect`)."""
+        return collect(self._backend, self.manifest, grace=grace, dry_run=dry_run)
+
+    def sweep(self, age: float = GRACE) -> int:
+        """Remove unfinished uploads older than this, of publishers that were killed."""
+        return self._backend.sweep(age)
+
+    def pin(self, name: str, ref: ArtifactRef | str) -> None:
+        """Give an artifact a name that keeps it."""
+        pins.pin(self._backend, name, _digest(ref))
+
+    def unpin(self, name: str) -> None:
+        """Take the name away."""
+        pins.unpin(self._backend, name)
+
+    def pins(self) -> dict[str, str]:
+        """Name to digest."""
+        return pins.read_all(self._backend)
 
     def append(self, name: str, payload: Mapping[str, Any]) -> int:
         """Add an entry to a named history and return its number, counted from 1."""
@@ -243,18 +314,6 @@ class Store:
         uri = f"{self.uri}/{manifest_key(digest)}"
         ref = ArtifactRef(kind=manifest.kind, digest=digest, size=manifest.size, uri=uri)
         return Artifact(ref, manifest)
-
-    def _download(self, entry: FileEntry, path: Path) -> None:
-        """Fetch and verify one file; once more if it differs, as bits do flip on the way."""
-        key = blob_key(entry.sha256)
-        where = f"{self.uri}: {key}"
-        self._backend.get_file(key, path)
-        try:
-            verify(entry, path, where)
-        except ArtifactCorrupt:
-            path.unlink()
-            self._backend.get_file(key, path)
-            verify(entry, path, where)
 
 
 def _digest(ref: ArtifactRef | str) -> str:

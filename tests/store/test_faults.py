@@ -9,7 +9,7 @@ import pytest
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, StoreError
 from rlhf.store import PublishError, Store, open_store
-from rlhf.store.manifest import file_sha256
+from rlhf.store.backend import Source
 from tests.store.proxy import fault_proxy
 from tests.store.test_artifacts import contents, put
 
@@ -78,8 +78,9 @@ def test_flip_on_every_way_down_is_an_error(store, faults, folder, producer, tmp
     )
     with pytest.raises(ArtifactCorrupt, match="does not have the sha256"):
         store.fetch(ref)
-    left = [path.name for path in (tmp_path / "cache" / "artifacts").iterdir()]
-    assert left == [f".lock-{ref.digest}"]
+    cache = tmp_path / "cache" / "cache"
+    assert [path.name for path in (cache / "artifacts").iterdir()] == [f".{ref.digest}.lock"]
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size]
 
 
 @pytest.mark.parametrize("part", ["/blobs/", "/manifests/"])
@@ -190,24 +191,27 @@ def test_large_file_in_parts(store, faults, folder, producer):
 def test_large_file_that_changes(store, s3_place, faults, tmp_path, moment):
     """What was sent can't be known then, so the blob must not stay under that digest."""
     path = tmp_path / "large.safetensors"
-    path.write_bytes(b"a" * (9 << 20))
-    promised = file_sha256(path)
+    path.write_bytes(b"a" * (129 << 20))
 
     def touch(method: str, _path: str, _headers: dict[str, str]) -> None:
         if method == "PUT":
             os.utime(path, ns=(0, 0))
 
-    if moment == "before":
-        path.write_bytes(b"b" * (9 << 20))
-    else:
-        faults.refuse = touch
-    with pytest.raises(PublishError, match="changed while"):
-        store._backend.put_file("blobs/x", path, promised)
-    assert ("PUT", faults.seen[0][1]) == faults.seen[0]
+    with path.open("rb") as file:
+        source = Source(file, path.name, lambda _: None)
+        if moment == "before":
+            with path.open("ab") as other:
+                other.write(b"b")
+        else:
+            faults.refuse = touch
+        with pytest.raises(PublishError, match="changed while"):
+            store._backend.put_file("blobs/x", source)
+    assert "uploads" in faults.seen[0][1]
     assert s3_place.objects() == {}
+    assert store.sweep(0) == 0
 
 
 def test_unreadable_answer_to_head(store, faults):
     faults.refuse = lambda method, *_: 403 if method == "HEAD" else None
     with pytest.raises(StoreError, match="access denied"):
-        store._backend.size("blobs/x")
+        store._backend.find("blobs/x")

@@ -13,6 +13,8 @@ import pytest
 
 from rlhf.errors import ArtifactCorrupt
 from rlhf.store import Producer, PublishError, Store, manifest
+from rlhf.store import publish as publish_module
+from rlhf.store.backend import SMALL, Source
 from rlhf.store.manifest import check_collisions, check_path, sha256_bytes
 
 HOSTILE = [
@@ -166,12 +168,21 @@ def test_publish_refuses_a_huge_manifest(place, store, folder, producer, monkeyp
 
 def test_file_that_changes_while_published(place, store, folder, producer):
     """The blob under a digest must never be other bytes than the digest's."""
-    for name, size in (("small.txt", 10), ("vanished.txt", 10)):
-        path = folder / name
+    for size in (10, SMALL + 10):
+        path = folder / "some.txt"
         path.write_bytes(b"x" * size)
-        sha256 = sha256_bytes(b"before")
-        if name.startswith("vanished"):
-            path.unlink()
-        with pytest.raises(PublishError, match=f"{name} changed"):
-            store._backend.put_file(f"blobs/{name}", path, sha256)
+        with path.open("rb") as file:
+            source = Source(file, path.name, lambda _: None)
+            source.sha256()
+            path.write_bytes(b"y" * size)
+            with pytest.raises(PublishError, match=r"some\.txt changed"):
+                store._backend.put_file("blobs/x", source)
     assert place.objects() == {}
+
+
+def test_file_that_vanishes_while_published(place, store, folder, producer, monkeypatch):
+    real = publish_module.scan
+    monkeypatch.setattr(publish_module, "scan", lambda f: {**real(f), "vanished.txt": 3})
+    with pytest.raises(PublishError, match=r"vanished\.txt changed"):
+        publish(store, folder, producer)
+    assert not [key for key in place.objects() if key.startswith("manifests/")]

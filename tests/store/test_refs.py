@@ -74,15 +74,17 @@ def test_hostile_names(folder_place, name):
 @pytest.mark.parametrize("payload", [{"x": float("nan")}, {"x": object()}, {"x": "é" * 3_000_000}])
 def test_payload_must_be_small_json(folder_place, payload):
     place, store = folder_place, folder_place.open()
-    with pytest.raises(PublishError, match="can't append"):
+    with pytest.raises(PublishError, match="can't write"):
         store.append("a", payload)
     assert place.objects() == {}
 
 
-@pytest.mark.parametrize("data", [b"[1]", b"{", b"\xff"])
+@pytest.mark.parametrize(
+    "data", [b"[1]", b"{", b"\xff", b'{"payload":{"x":2},"sha256":"' + b"0" * 64 + b'"}']
+)
 def test_broken_entry(place, store, data):
     place.write("refs/a/000001.json", data)
-    with pytest.raises(ArtifactCorrupt, match=r"refs/a/000001\.json is not a JSON object"):
+    with pytest.raises(ArtifactCorrupt, match=r"refs/a/000001\.json is not an entry"):
         store.latest("a")
 
 

@@ -1,0 +1,58 @@
+"""Pins, `pins/<name>.json`: names that people give to artifacts, which keep them."""
+
+from __future__ import annotations
+
+import re
+
+from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.store.backend import Backend
+from rlhf.store.create import create
+from rlhf.store.refs import open_sealed, seal
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def pin(backend: Backend, name: str, digest: str) -> None:
+    """Give the name to an artifact.
+
+    Raises:
+        ConfigError: The name is not valid, or another artifact has it.
+    """
+    key = _key(name)
+    if not create(backend, key, seal(name, {"digest": digest})):
+        theirs = open_sealed(backend, key)["digest"]
+        if theirs != digest:
+            raise ConfigError(
+                f"{backend.uri}: pin {name!r} is that of {theirs[:12]}; take it away first, or "
+                "choose another name"
+            )
+
+
+def unpin(backend: Backend, name: str) -> None:
+    """Take the name away.
+
+    Raises:
+        ArtifactMissing: There is no such pin.
+    """
+    key = _key(name)
+    if backend.find(key) is None:
+        raise ArtifactMissing(f"{backend.uri}: there is no pin {name!r}; see `rlhf artifacts ls`")
+    backend.delete([key])
+
+
+def read_all(backend: Backend) -> dict[str, str]:
+    """Name to digest."""
+    keys = [key for key in backend.list("pins/") if key.endswith(".json")]
+    names = [key.removeprefix("pins/").removesuffix(".json") for key in keys]
+    return {
+        name: str(open_sealed(backend, key)["digest"])
+        for name, key in zip(names, keys, strict=True)
+    }
+
+
+def _key(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"pin {name!r} is not valid; use letters, digits, '.', '_' and '-', at most 128"
+        )
+    return f"pins/{name}.json"

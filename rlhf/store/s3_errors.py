@@ -1,0 +1,121 @@
+"""What boto3 raises, as one line of ours that names store, key and cure."""
+
+from __future__ import annotations
+
+from textwrap import shorten
+
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    InvalidConfigError,
+    NoCredentialsError,
+    NoRegionError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    ResponseStreamingError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as BotoConnectionError
+from s3transfer.exceptions import RetriesExceededError
+
+from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
+from rlhf.store.redact import redact
+
+#: What boto3 and s3transfer can raise.
+ERRORS = (ClientError, BotoCoreError, Boto3Error, RetriesExceededError, ValueError, OSError)
+_BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
+#: A body that was cut: worth another try of the whole request.
+CUT = (ReadTimeoutError, *_BROKEN)
+_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
+_SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError, ValueError)
+_UNREACHABLE = (EndpointConnectionError, ConnectTimeoutError, BotoConnectionError, HTTPClientError)
+_DENIED = {
+    "403": "access denied",
+    "AccessDenied": "access denied",
+    "AllAccessDisabled": "access denied",
+    "InvalidAccessKeyId": "the server does not know this access key",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
+    "ExpiredToken": "the session token has expired",
+    "InvalidToken": "the session token is not valid",
+}
+_SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
+
+
+def refused(  # noqa: PLR0911  (a row of cases)
+    what: str, uri: str, key: str, bucket: str, error: ClientError
+) -> StoreError:
+    """The server answered, and the answer is no.
+
+    Its own text is left out: it can repeat request headers.
+    """
+    status = status_of(error)
+    code = str(error.response.get("Error", {}).get("Code", status))
+    if code == "NoSuchBucket":
+        return StoreConfigError(
+            f"{what}: there is no bucket {bucket!r}; create it or correct the URI"
+        )
+    if code in _SKEWED:
+        return StoreConfigError(
+            f"{what}: this machine's clock differs too much from the server's ({code}); set the "
+            "clock, or let NTP do it"
+        )
+    if code in _DENIED or status == "403":
+        return StoreConfigError(
+            f"{what}: {_DENIED.get(code, 'access denied')} ({code}); check the AWS credentials "
+            f"and their rights to read, write and list in bucket {bucket!r}"
+        )
+    if code in ("NoSuchKey", "404", "NotFound"):
+        return ArtifactMissing(f"{uri}: there is no {key}")
+    if code in ("XAmzContentSHA256Mismatch", "BadDigest"):
+        return StoreError(
+            f"{what}: it arrived damaged, again and again ({code}); check the network between here "
+            "and there"
+        )
+    if status in ("301", "307", "400"):
+        return StoreConfigError(
+            f"{what}: the server refused the request ({code}); check endpoint and region"
+        )
+    return StoreError(f"{what}: the server answered {status} {code}; try again later")
+
+
+def failed(what: str, endpoint: str, error: BaseException) -> StoreError:
+    """No usable answer came back."""
+    if isinstance(error, RetriesExceededError):
+        error = error.last_exception
+    if isinstance(error, _CREDENTIALS):
+        return StoreConfigError(
+            f"{what}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or a profile or role of the AWS chain"
+        )
+    if isinstance(error, SSLError):
+        return StoreConfigError(
+            f"{what}: {endpoint} does not prove its identity (TLS); set ca_bundle to its "
+            "certificate"
+        )
+    if isinstance(error, _SETTINGS):
+        reason = redact(shorten(str(error), 160))
+        return StoreConfigError(f"{what}: {reason}; correct the store's options")
+    if isinstance(error, _UNREACHABLE) and not isinstance(error, _BROKEN):
+        return StoreError(
+            f"{what}: no answer from {endpoint} ({type(error).__name__}); check the endpoint "
+            "and the network"
+        )
+    if isinstance(error, OSError):
+        return StoreError(
+            f"{what}: {error.strerror or error} (on this machine); mend that, then try again"
+        )
+    return StoreError(f"{what}: the transfer broke ({type(error).__name__}); try again")
+
+
+def status_of(error: ClientError) -> str:
+    """The HTTP status, as text; empty if there was none."""
+    return str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
