@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
+from flows import artifacts
 from flows.leaving import leave_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
@@ -35,9 +35,8 @@ app = App(
     help_format="plaintext",
 )
 config_app = App(name="config", help="Look at configurations.")
-artifacts_app = App(name="artifacts", help="Look at stored artifacts.")
 app.command(config_app)
-app.command(artifacts_app)
+app.command(artifacts.app)
 console = Console()
 
 
@@ -173,77 +172,6 @@ def show(config: Path | None = None, *overrides: Overrides) -> None:
     loaded = load_config(config, overrides)
     warn(loaded.config)
     console.print(config_table(loaded))
-
-
-StoreOption = Annotated[str | None, Parameter(help="Store URI; default: the preset's store.")]
-ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the store.")]
-
-
-@artifacts_app.command
-def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
-    """List all artifacts of a store."""
-    from flows.terminal import artifacts_table
-
-    opened = _open(store, config)
-    console.print(artifacts_table(opened.list()))
-
-
-@artifacts_app.command(name="show")
-def show_artifact(ref: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
-    """Print an artifact's manifest: files, parents, producer, metrics.
-
-    Parameters
-    ----------
-    ref
-        Digest, its first 6 or more digits, or URI.
-    """
-    opened = _open(store, config)
-    manifest = opened.manifest(opened.resolve(ref))
-    console.print_json(manifest.model_dump_json())
-
-
-@artifacts_app.command
-def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOption = None) -> None:
-    """Copy an artifact's files, every byte verified, to a new folder.
-
-    Parameters
-    ----------
-    ref
-        Digest, its first 6 or more digits, or URI.
-    folder
-        Must not exist yet, or be empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{str(folder)!r} is there already; name a new folder")
-    opened = _open(store, config)
-    source = opened.fetch(opened.resolve(ref))
-    try:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"can't write to {str(folder)!r} ({error}); choose another") from error
-    console.print(str(folder), soft_wrap=True, highlight=False)
-
-
-@artifacts_app.command
-def lineage(ref: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
-    """Print everything that an artifact was made from.
-
-    Parameters
-    ----------
-    ref
-        Digest, its first 6 or more digits, or URI.
-    """
-    from flows.terminal import lineage_tree
-
-    opened = _open(store, config)
-    console.print(lineage_tree(opened.lineage(opened.resolve(ref))))
-
-
-def _open(store: str | None, config: Path | None):  # noqa: ANN202  (the store is imported late)
-    from tasks.runner import store_of
-
-    loaded = load_config(config, [f"--store={store}"] if store else [])
-    return store_of(loaded.config)
 
 
 def prepare_prefect(verbose: bool) -> None:

@@ -81,15 +81,23 @@ def config_table(loaded: Loaded) -> Table:
     return table
 
 
-def artifacts_table(artifacts: Sequence[Artifact]) -> Table:
-    """All artifacts of a store."""
-    table = Table("artifact", "kind", "stage", "files", "size")
-    for ref, manifest in sorted(artifacts, key=lambda a: (a.ref.kind, a.ref.digest)):
+def artifacts_table(artifacts: Sequence[Artifact], marks: Sequence[tuple[str, str]]) -> Table:
+    """All artifacts of a store, the newest last; `marks` are digests and what to say of them."""
+    table = Table("artifact", "kind", "stage", "seed", "files", "size", "age", "")
+    for ref, manifest, age in sorted(artifacts, key=lambda each: -each.age):
+        said = ", ".join(mark for digest, mark in marks if digest == ref.digest)
         table.add_row(
-            ref.short, ref.kind, manifest.producer.stage, str(len(manifest.files)),
-            f"{ref.size / 1e6:.2f} MB",
+            ref.short, ref.kind, manifest.producer.stage, str(manifest.producer.seed),
+            str(len(manifest.files)), f"{ref.size / 1e6:.2f} MB", _age(age), Text(said, "bold"),
         )  # fmt: skip
     return table
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:

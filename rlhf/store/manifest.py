@@ -134,10 +134,11 @@ class Manifest(Section):
 
 
 class Artifact(NamedTuple):
-    """A reference together with its manifest."""
+    """A reference together with its manifest, and its age in seconds by the store's clock."""
 
     ref: ArtifactRef
     manifest: Manifest
+    age: float = 0.0
 
 
 class Ancestor(NamedTuple):

@@ -7,6 +7,7 @@ import re
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.store.backend import Backend
 from rlhf.store.create import create
+from rlhf.store.lookup import is_beginning
 from rlhf.store.refs import open_sealed, seal
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -40,6 +41,13 @@ def unpin(backend: Backend, name: str) -> None:
     backend.delete([key])
 
 
+def find(backend: Backend, name: str) -> str | None:
+    """The digest of the artifact that has this name; None if there is none."""
+    if not _NAME.fullmatch(name) or is_beginning(name) or backend.find(_key(name)) is None:
+        return None
+    return str(open_sealed(backend, _key(name))["digest"])
+
+
 def read_all(backend: Backend) -> dict[str, str]:
     """Name to digest."""
     keys = [key for key in backend.list("pins/") if key.endswith(".json")]
@@ -51,8 +59,9 @@ def read_all(backend: Backend) -> dict[str, str]:
 
 
 def _key(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or is_beginning(name):
         raise ConfigError(
-            f"pin {name!r} is not valid; use letters, digits, '.', '_' and '-', at most 128"
+            f"pin {name!r} is not valid; use letters, digits, '.', '_' and '-', at most 128, and "
+            "nothing that could be the beginning of a digest"
         )
     return f"pins/{name}.json"

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
 from rlhf.paths import at_home
-from rlhf.store import pins, refs
+from rlhf.store import lookup, pins, refs
 from rlhf.store.backend import Backend, Meter, in_parallel
 from rlhf.store.cache import DEFAULT_LIMIT, Cache, Origin
 from rlhf.store.collect import GRACE, Garbage, collect
@@ -207,47 +207,16 @@ class Store:
         return problems(self._backend, files, deep)
 
     def resolve(self, text: str) -> ArtifactRef:
-        """A reference from a digest, its beginning, `artifact:<digest>` or a manifest's URI."""
-        wanted = text.strip().removeprefix("artifact:")
-        base, slash, name = wanted.rpartition("/manifests/")
-        if slash:
-            if base != self.uri:
-                raise ArtifactMissing(f"{text} is not in {self.uri}; open its own store")
-            wanted = name.removesuffix(".json")
-        if not re.fullmatch(r"[0-9a-f]{6,64}", wanted):
-            raise ArtifactMissing(
-                f"{text!r} names no artifact; give 6 to 64 hex digits of its digest, "
-                "artifact:<digest> or its URI"
-            )
-        found = [wanted] if len(wanted) == 64 else self._digests(wanted)
-        if not found:
-            raise ArtifactMissing(f"{self.uri}: there is no artifact {wanted}")
-        if len(found) > 1:
-            candidates = ", ".join(digest[:16] for digest in found[:5])
-            raise ArtifactMissing(
-                f"{self.uri}: {wanted} is ambiguous ({candidates}); give more digits"
-            )
-        return self._artifact(found[0]).ref
+        """A reference from a digest, its beginning, `artifact:<digest>`, a pin's name or a URI."""
+        digest = lookup.digest_of(text, self.uri, self.digests, partial(pins.find, self._backend))
+        return self._artifact(digest).ref
 
     def lineage(self, ref: ArtifactRef | str) -> Ancestors:
         """The artifact itself (depth 0) and its ancestors, depth first, roles in order.
 
         An artifact met twice is listed twice, but its own ancestors only once.
         """
-        found: Ancestors = []
-        expanded: set[str] = set()
-
-        def visit(depth: int, role: str, digest: str) -> None:
-            artifact = self._artifact(digest)
-            found.append(Ancestor(depth, role, artifact.ref))
-            if digest in expanded:
-                return
-            expanded.add(digest)
-            for name, parent in sorted(artifact.manifest.parents.items()):
-                visit(depth + 1, name, parent)
-
-        visit(0, "self", _digest(ref))
-        return found
+        return lookup.lineage(_digest(ref), self._artifact)
 
     def delete(self, ref: ArtifactRef | str) -> None:
         """Remove the manifest; blobs stay, as other artifacts may share them."""
@@ -295,19 +264,25 @@ class Store:
 
     def list(self) -> list[Artifact]:
         """Every artifact with its manifest, ordered by digest."""
-        found = in_parallel(self._listed, self._digests(""))
+        ages = self._ages("")
+        found = in_parallel(lambda digest: self._listed(digest, ages[digest]), ages)
         return [artifact for artifact in found if artifact]
 
-    def _listed(self, digest: str) -> Artifact | None:
+    def digests(self, prefix: str = "") -> Names:
+        """Digests of the artifacts that begin so, in order."""
+        return [*self._ages(prefix)]
+
+    def _listed(self, digest: str, age: float) -> Artifact | None:
         try:
-            return self._artifact(digest)
+            return self._artifact(digest)._replace(age=age)
         except ArtifactMissing:
             # Deleted since it was listed.
             return None
 
-    def _digests(self, prefix: str) -> Names:
-        matches = (_MANIFEST.fullmatch(key) for key in self._backend.list(f"manifests/{prefix}"))
-        return [match[1] for match in matches if match]
+    def _ages(self, prefix: str) -> dict[str, float]:
+        found = self._backend.list(f"manifests/{prefix}").items()
+        matches = ((_MANIFEST.fullmatch(key), each.age) for key, each in found)
+        return {match[1]: age for match, age in matches if match}
 
     def _artifact(self, digest: str) -> Artifact:
         manifest = self.manifest(digest)

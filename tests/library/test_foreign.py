@@ -207,7 +207,7 @@ def test_stages_start_from_s3(upload, reward_model, sft, data, tmp_path):
     inputs = {"data": rows, "sft": policy}
     assert run_stage(STAGES["train-reward-model"], based, inputs).metrics["pairs"] == 96
     left = [p.name for p in (tmp_path / "work").iterdir() if p.suffix != ".lock"]
-    assert sorted(left) == ["artifacts"]
+    assert sorted(left) == ["cache"]
 
 
 @pytest.mark.s3

@@ -235,7 +235,7 @@ def test_list_and_lineage(place, store, folder, producer):
 
 def test_list_while_another_deletes(place, store, folder, producer):
     ref = put(store, folder, producer)
-    assert store._listed("0" * 64) is None
+    assert store._listed("0" * 64, 0.0) is None
     assert [artifact.ref for artifact in store.list()] == [ref]
 
 

@@ -1,0 +1,234 @@
+"""`rlhf artifacts`: look at what a store holds, move it in and out, keep it sound and small."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from rlhf.config import load_config
+from rlhf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf.store import Store
+    from rlhf.store.store import Listener
+
+app = App(name="artifacts", help="Look at stored artifacts, move them, keep the store sound.")
+console = Console()
+
+StoreOption = Annotated[str | None, Parameter(help="Store URI; default: the preset's store.")]
+ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the store.")]
+#: Publishers rely on it that nothing younger than an hour is collected.
+LEAST_GRACE = 1.0
+
+
+def open_named(store: str | None, config: Path | None) -> Store:
+    """The store of a preset, or that of this URI with the preset's options."""
+    from tasks.runner import store_of
+
+    return store_of(load_config(config, [f"--store={store}"] if store else []).config)
+
+
+@app.command
+def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """List all artifacts of a store, the newest last."""
+    from flows.terminal import artifacts_table
+
+    opened = open_named(store, config)
+    champions = {name: opened.latest(name) for name in opened.names("champion/")}
+    marks = [
+        (entry["policy"], f"champion of {name.removeprefix('champion/')}")
+        for name, entry in champions.items()
+        if entry
+    ]
+    marks += [(digest, f"pin {name}") for name, digest in opened.pins().items()]
+    console.print(artifacts_table(opened.list(), marks))
+
+
+@app.command(name="show")
+def show_artifact(ref: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Print an artifact's manifest: files, parents, producer, metrics.
+
+    Parameters
+    ----------
+    ref
+        Digest, its first 6 or more digits, a pin's name, or URI.
+    """
+    opened = open_named(store, config)
+    manifest = opened.manifest(opened.resolve(ref))
+    console.print_json(manifest.model_dump_json())
+
+
+@app.command
+def lineage(ref: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Print everything that an artifact was made from.
+
+    Parameters
+    ----------
+    ref
+        Digest, its first 6 or more digits, a pin's name, or URI.
+    """
+    from flows.terminal import lineage_tree
+
+    opened = open_named(store, config)
+    console.print(lineage_tree(opened.lineage(opened.resolve(ref))))
+
+
+@app.command
+def verify(
+    *refs: str, deep: bool = False, store: StoreOption = None, config: ConfigOption = None
+) -> int:
+    """Check that artifacts are whole; the exit code is 1 if one is not.
+
+    Parameters
+    ----------
+    refs
+        Digests, their first 6 or more digits, pins' names, or URIs; none checks all.
+    deep
+        Read every byte in the store and compare its sha256, instead of sizes alone.
+    """
+    opened = open_named(store, config)
+    digests = [opened.resolve(ref).digest for ref in refs] or opened.digests()
+    broken = 0
+    for digest in digests:
+        problems = opened.problems(digest, deep)
+        broken += bool(problems)
+        for problem in problems:
+            console.print(f"{digest[:12]}  {problem}", soft_wrap=True, highlight=False, style="red")
+    how = "every byte read" if deep else "sizes compared; --deep reads every byte"
+    console.print(f"{len(digests) - broken} of {len(digests)} artifacts are whole ({how})")
+    return 1 if broken else 0
+
+
+@app.command
+def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Copy an artifact's files, every byte verified, to a new folder that appears whole.
+
+    Parameters
+    ----------
+    ref
+        Digest, its first 6 or more digits, a pin's name, or URI.
+    folder
+        Must not exist yet, or be empty.
+    """
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{str(folder)!r} is there already; name a new folder")
+    opened = open_named(store, config)
+    found = opened.resolve(ref)
+    with _progress(f"pull {found.short}") as listener:
+        source = opened.fetch(found, listener=listener)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            copy = shutil.copytree(source, Path(scratch) / folder.name)
+            copy.replace(folder)
+    except (OSError, shutil.Error) as error:
+        raise ConfigError(f"can't write to {str(folder)!r} ({error}); choose another") from error
+    console.print(str(folder), soft_wrap=True, highlight=False)
+
+
+@app.command
+def push(
+    folder: Path, kind: str, *, store: StoreOption = None, config: ConfigOption = None
+) -> None:
+    """Store a folder's files as an artifact, and print its digest.
+
+    Parameters
+    ----------
+    folder
+        Holds safetensors, JSON and other plain data; pickles are refused.
+    kind
+        What it is, for example policy, reward-model or dataset.
+    """
+    from tasks.code_version import producer
+
+    opened = open_named(store, config)
+    with _progress(f"push {folder.name}") as listener:
+        ref = opened.publish(
+            folder, kind, parents={}, metrics={}, producer=producer("push", {}, 0),
+            listener=listener,
+        )  # fmt: skip
+    console.print(f"artifact {ref.digest}", soft_wrap=True, highlight=False)
+
+
+@app.command
+def pin(ref: str, name: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Give an artifact a name that keeps it, and all it was made from, from `gc`.
+
+    Parameters
+    ----------
+    ref
+        Digest, its first 6 or more digits, or URI.
+    name
+        Letters, digits, '.', '_' and '-'.
+    """
+    opened = open_named(store, config)
+    opened.pin(name, opened.resolve(ref))
+
+
+@app.command
+def unpin(name: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Take a pin away; the artifact stays until nothing else refers to it and `gc` comes."""
+    open_named(store, config).unpin(name)
+
+
+@app.command
+def gc(
+    *, delete: bool = False, grace_hours: float = 24.0, store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:  # fmt: skip
+    """Find what no record, champion or pin leads to; only look, unless told to delete.
+
+    Parameters
+    ----------
+    delete
+        Remove it. Publishers may be at work meanwhile.
+    grace_hours
+        What is younger stays, by the store's clock.
+    """
+    if not grace_hours >= LEAST_GRACE:
+        raise ConfigError(
+            f"--grace-hours {grace_hours:g}: publishers rely on at least {LEAST_GRACE:g}; give more"
+        )
+    opened = open_named(store, config)
+    garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete)
+    for digest in garbage.artifacts:
+        console.print(f"artifact {digest}", highlight=False, soft_wrap=True)
+    done = "removed" if garbage.removed else "to remove"
+    console.print(
+        f"{done}: {len(garbage.artifacts)} artifacts, {len(garbage.keys)} objects, "
+        f"{garbage.size / 1e6:.1f} MB; {garbage.kept} artifacts stay",
+        highlight=False,
+    )
+    if garbage.removed:
+        console.print(f"unfinished uploads removed: {garbage.uploads}", highlight=False)
+    elif garbage.keys:
+        console.print("nothing was removed; --delete does it")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Listener]:
+    """A bar with speed and ETA, where somebody looks; what is quick leaves no trace."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn(),
+        TextColumn("ETA"), TimeRemainingColumn(),
+    )  # fmt: skip
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
