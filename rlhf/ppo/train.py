@@ -18,6 +18,7 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import device_of
 from rlhf.modeling.lora import merged
 from rlhf.modeling.matmul import fast_float32
+from rlhf.modeling.shards import save_model
 from rlhf.paths import at_home
 from rlhf.ppo.build import build_trainer
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint, sole_user
@@ -116,7 +117,7 @@ def _updates(
 
 def _write(trainer: PPOTrainer, state: TrainState, out_dir: Path) -> None:
     policy = trainer.models.accelerator.unwrap_model(trainer.models.policy)
-    merged(policy).save_pretrained(out_dir)
+    save_model(merged(policy), out_dir)
     trainer.renderer.tokenizer.save_pretrained(out_dir)
     write_json(out_dir / "curve.json", state.curve)
     write_json(out_dir / "samples.json", state.samples)
