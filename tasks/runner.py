@@ -27,6 +27,7 @@ from rlhf.paths import at_home
 from rlhf.progress import Progress, silent
 from rlhf.store import ArtifactRef, Producer, Store, open_store
 from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.checkpoints import discard_checkpoints
 from tasks.code_version import code_version, library_versions
 from tasks.stages import STAGES, Stage, StageRun
 
@@ -87,11 +88,19 @@ def run_stage(
     with _alone(work / f"{stage.name}-{key[:16]}.lock", stage):
         recorded = recorded_ref(store, stage, key)
         if recorded is not None and stage.holds(config, refs, store):
+            discard_checkpoints(config, store, checkpoints)  # of a try that did not get so far
             metrics = store.manifest(recorded).metrics
             return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
         scratch = f"{stage.name}-{key[:16]}-"
         for left_behind in work.glob(f"{scratch}*"):
             shutil.rmtree(left_behind)  # by a try that was killed; the lock says it is gone
+        producer = Producer(
+            stage=stage.name,
+            code_version=code_version(),
+            config=depends_on,
+            seed=config.seed,
+            versions=library_versions(),
+        )
         with tempfile.TemporaryDirectory(dir=work, prefix=scratch) as folder:
             out = Path(folder, "out")
             out.mkdir()
@@ -99,20 +108,13 @@ def run_stage(
             foreign = stage.foreign(config)
             if foreign is not None and "base" not in folders:
                 folders["base"] = foreign.local(Path(folder, "base"))
-            run = StageRun(config, refs, folders, out, checkpoints, store, progress)
+            run = StageRun(config, refs, folders, out, checkpoints, store, producer, progress)
             result = stage.body(run)
-            producer = Producer(
-                stage=stage.name,
-                code_version=code_version(),
-                config=depends_on,
-                seed=config.seed,
-                versions=library_versions(),
-            )
             ref = store.publish(
                 out, stage.kind, parents=refs, producer=producer, metrics=result.metrics
             )
         store.append(_record(stage, key), ref.model_dump(mode="json"))
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        discard_checkpoints(config, store, checkpoints)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
 
 

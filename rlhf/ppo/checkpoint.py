@@ -121,6 +121,28 @@ def _finish(partial: Path, final: Path) -> None:
     _sync(final.parent)
 
 
+def take_over(folder: Path, source: Path, update: int) -> Path:
+    """Put a copy of a checkpoint from elsewhere among those of `folder`, whole or not at all.
+
+    Raises:
+        CheckpointError: It can't be written, as on a full disk.
+    """
+    final = folder / f"update-{update:06d}"
+    partial = folder / f".partial-{final.name}"
+    try:
+        _clear(folder)
+        partial.mkdir(parents=True)
+        for path in source.iterdir():
+            shutil.copyfile(path, partial / path.name)
+        _finish(partial, final)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {final}: can't be copied from the store ({error}); mend that, then run "
+            "the same again"
+        ) from error
+    return final
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folder's checkpoints, the oldest first; other files that may lie there are none."""
     found = (re.fullmatch(r"update-(\d{6,})", path.name) for path in folder.glob("update-*"))
