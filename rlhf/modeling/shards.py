@@ -45,9 +45,10 @@ def shards_of(folder: Path, name: str) -> list[Path]:
 
 
 def _split(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """By name, as the order of an optimiser's state depends on how it came to be."""
     part: dict[str, Tensor] = {}
     size = 0
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if part and size + tensor.nbytes > MAX_SHARD:
             yield part
             part, size = {}, 0
