@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import uuid
 
 import pytest
 
-from rlhf.errors import Interrupted, StoreError
+from rlhf.errors import CheckpointError, Interrupted, StoreError, worth_retrying
+from rlhf.ppo.checkpoint import checkpoints_in, take_over
 from rlhf.ppo.stored import HISTORY, StoredCheckpoints, wipe
 from rlhf.ppo.train import score_of
 from rlhf.store import Store, open_store
 from rlhf.store.local import LocalBackend
 from tests.library import toys
-from tests.library.kills import in_child
+from tests.library.kills import in_child, kill_points
 from tests.library.ppo_runs import EVERYTHING, Stopped, assert_same_run
 from tests.library.upload_runs import (
     PRODUCER,
@@ -159,6 +161,49 @@ def test_with_no_whole_one_it_starts_from_the_beginning(train, straight, place, 
     assert_same_run(train("b", told=steps.append, **second.use()), straight)
     assert steps[0] == 1
     assert "checkpoint of update 2" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_kill_at_any_point_of_the_copy_leaves_no_half_checkpoint(tmp_path):
+    source = checkpoint(tmp_path / "source", 3)
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    with kill_points() as points:
+        take_over(tmp_path / "counted", source, 3)
+    assert len(points) > 8
+    found = []
+    for at in range(len(points)):
+        folder = tmp_path / str(at)
+
+        def work(at=at, folder=folder):
+            with kill_points(at):
+                take_over(folder, source, 3)
+
+        assert in_child(work) == -signal.SIGKILL
+        found.append(names(folder))
+        for path in checkpoints_in(folder):
+            assert {p.name: p.read_bytes() for p in path.iterdir()} == files, points[at]
+        take_over(folder, source, 3)
+        assert names(folder) == ["update-000003"]
+        assert not [*folder.glob(".partial-*")]
+    assert found[0] == []
+    assert found == sorted(found)
+    # Everything is on the disk before the name is.
+    partial = str(tmp_path / "counted" / ".partial-update-000003")
+    named = points.index(f"replace {partial}")
+    assert {f"open {partial}", *(f"open {partial}/{name}" for name in files)} < {*points[:named]}
+
+
+def test_a_copy_that_finds_no_room_says_so(tmp_path):
+    source = checkpoint(tmp_path / "source", 3, same="long" * 100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"update-000003: can't be copied .*too lar") as e:
+            take_over(tmp_path / "c", source, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert worth_retrying(e.value)
+    assert names(tmp_path / "c") == []
 
 
 # --- what is kept ---------------------------------------------------------------------------------
