@@ -12,6 +12,7 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.base import device_of, fit_embeddings, load_tokenizer
 from rlhf.modeling.foreign import CONFIG, ForeignModel
 from rlhf.modeling.reward import META, load_reward_model, reward_meta
+from rlhf.modeling.shards import save_model
 from rlhf.stage import StageResult, write_json
 
 
@@ -50,7 +51,7 @@ def adopt_reward_model(
             "it again"
         )
     fit_embeddings(scorer, renderer.tokenizer)
-    scorer.save_pretrained(out_dir)
+    save_model(scorer, out_dir)
     renderer.tokenizer.save_pretrained(out_dir)
     write_json(out_dir / META, {**meta, "pooling": scorer.pooling})
     return StageResult({"parameters": scorer.num_parameters()})

@@ -18,6 +18,7 @@ from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, rea
 from rlhf.errors import DataError
 from rlhf.modeling.base import context_of, device_of, load_base
 from rlhf.modeling.lora import lora_config, merged, named_targets
+from rlhf.modeling.shards import save_model
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
 from rlhf.trl_adapter import ProgressCallback, quiet_trainer, training_arguments
@@ -63,7 +64,7 @@ def train_sft(
         model, losses = curve
         metrics |= {"demonstrations": len(rows), "loss": losses[-1]["loss"] if losses else None}
         write_json(out_dir / "curve.json", losses)
-    model.save_pretrained(out_dir)
+    save_model(model, out_dir)
     tokenizer.save_pretrained(out_dir)
     return StageResult(metrics)
 

@@ -27,6 +27,7 @@ from rlhf.paths import at_home
 from rlhf.progress import Progress, silent
 from rlhf.store import ArtifactRef, Store, open_store
 from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.checkpoints import discard_checkpoints
 from tasks.code_version import code_version, producer
 from tasks.stages import STAGES, Stage, StageRun
 from tasks.transfer import Transfer
@@ -91,11 +92,13 @@ def run_stage(
     with _alone(work / f"{stage.name}-{key[:16]}.lock", stage):
         recorded = recorded_ref(store, stage, key)
         if recorded is not None and stage.holds(config, refs, store):
+            discard_checkpoints(store, checkpoints)  # of a try that did not get so far
             metrics = store.manifest(recorded).metrics
             return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
         scratch = f"{stage.name}-{key[:16]}-"
         for left_behind in work.glob(f"{scratch}*"):
             shutil.rmtree(left_behind)  # by a try that was killed; the lock says it is gone
+        made_by = producer(stage.name, depends_on, config.seed)
         with tempfile.TemporaryDirectory(dir=work, prefix=scratch) as folder:
             out = Path(folder, "out")
             out.mkdir()
@@ -106,15 +109,14 @@ def run_stage(
             foreign = stage.foreign(config)
             if foreign is not None and "base" not in folders:
                 folders["base"] = foreign.local(Path(folder, "base"))
-            run = StageRun(config, refs, folders, out, checkpoints, store, progress)
+            run = StageRun(config, refs, folders, out, checkpoints, store, made_by, progress)
             result = stage.body(run)
-            made_by = producer(stage.name, depends_on, config.seed)
             ref = store.publish(
                 out, stage.kind, parents=refs, producer=made_by, metrics=result.metrics,
                 listener=Transfer(f"{stage.name}: publishing"),
             )  # fmt: skip
         store.append(_record(stage, key), ref.model_dump(mode="json"))
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        discard_checkpoints(store, checkpoints)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
 
 

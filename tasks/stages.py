@@ -17,7 +17,8 @@ from rlhf.gates import Approved, Check, Verdict, judge, require
 from rlhf.modeling.foreign import ForeignModel
 from rlhf.progress import Progress
 from rlhf.stage import StageResult, read_json, write_json
-from rlhf.store import ArtifactRef, Store
+from rlhf.store import ArtifactRef, Producer, Store
+from tasks.checkpoints import uploads_of
 from tasks.foreign import (
     base_of_others,
     judges_of_others,
@@ -40,6 +41,7 @@ class StageRun:
     out_dir: Path
     checkpoints: Path
     store: Store
+    producer: Producer
     progress: Progress
 
 
@@ -131,7 +133,8 @@ def _train_policy(run: StageRun) -> StageResult:
     section = config.ppo.model_copy(update={"reward_model_path": None})
     return train_policy(
         section, run.folders["data"], run.folders["sft"], _approved_reward_model(run),
-        run.out_dir, seed=config.seed, checkpoints=run.checkpoints, runtime=config.runtime,
+        run.out_dir, seed=config.seed, checkpoints=run.checkpoints, uploads=uploads_of(run),
+        runtime=config.runtime,
         identity={
             "data": run.refs["data"].digest,
             "base": run.refs["sft"].digest,

@@ -75,6 +75,8 @@ class RuntimeConfig(Section):
     """Device to train on; auto takes an accelerator if there is one."""
     threads: int = Field(default=2, ge=1)
     """CPU threads for torch."""
+    upload_checkpoints: bool = True
+    """Send PPO's checkpoints to the store as well, so that another machine can go on."""
 
 
 class RetryConfig(Section):

@@ -20,6 +20,7 @@ from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.base import _load, _unusable, context_of
 from rlhf.modeling.forward import arguments_of, backbone_of, packs, token_batches
+from rlhf.modeling.shards import save_model
 from rlhf.stage import read_json, write_json
 
 META = "rlhf.json"
@@ -153,7 +154,7 @@ def save_reward_model(
     model: Any, renderer: Renderer, folder: Path, base: str | None = None
 ) -> None:
     """Save weights, tokenizer, pooling, the rendering's identity, and that of an adapter's base."""
-    model.save_pretrained(folder)
+    save_model(model, folder)
     renderer.tokenizer.save_pretrained(folder)
     meta = {"pooling": model.pooling, "template_hash": renderer.template_hash}
     write_json(folder / META, {**meta, BASE: base} if base else meta)

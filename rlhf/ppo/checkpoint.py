@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import CheckpointError, ConfigError, TrainingError
+from rlhf.modeling.shards import save_tensors, shards_of
 from rlhf.ppo.models import Models
 from rlhf.stage import read_json, write_json
 
@@ -96,22 +97,50 @@ def _write(
     _clear(folder)
     partial.mkdir(parents=True)
     for name, parameters in models.parameters.items():
-        weights = {k: p.detach().cpu().contiguous() for k, p in parameters.items()}
-        save_file(weights, partial / f"{name}.safetensors")
+        save_tensors(parameters, partial, name)
     for name, optimizer in models.optimizers.items():
-        save_file(_flatten(optimizer), partial / f"optimizer-{name}.safetensors")
+        save_tensors(_flatten(optimizer), partial, f"optimizer-{name}")
     write_json(partial / STATE, {**asdict(state), "identity": dict(identity)})
-    # Everything is on the disk before the name is: a power cut leaves no empty files behind it.
+    _finish(partial, final)
+    found = checkpoints_in(folder)
+    newest = found.index(final)  # what has a later number was found damaged
+    for other in found[: max(0, newest + 1 - KEEP)] + found[newest + 1 :]:
+        _discard(other)
+
+
+def _finish(partial: Path, final: Path) -> None:
+    """Give a written checkpoint its name.
+
+    Everything is on the disk before the name is: a power cut leaves no empty files behind it.
+    """
     for path in partial.iterdir():
         _sync(path)
     _sync(partial)
     _discard(final)  # one that was found damaged
     partial.replace(final)
-    _sync(folder)
-    found = checkpoints_in(folder)
-    newest = found.index(final)  # what has a later number was found damaged
-    for other in found[: max(0, newest + 1 - KEEP)] + found[newest + 1 :]:
-        _discard(other)
+    _sync(final.parent)
+
+
+def take_over(folder: Path, source: Path, update: int) -> Path:
+    """Put a copy of a checkpoint from elsewhere among those of `folder`, whole or not at all.
+
+    Raises:
+        CheckpointError: It can't be written, as on a full disk.
+    """
+    final = folder / f"update-{update:06d}"
+    partial = folder / f".partial-{final.name}"
+    try:
+        _clear(folder)
+        partial.mkdir(parents=True)
+        for path in source.iterdir():
+            shutil.copyfile(path, partial / path.name)
+        _finish(partial, final)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {final}: can't be copied from the store ({error}); mend that, then run "
+            "the same again"
+        ) from error
+    return final
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -174,29 +203,33 @@ def _refuse_others(checkpoint: Path, theirs: Mapping[str, str], ours: Mapping[st
 def _check_files(checkpoint: Path, models: Models) -> None:
     """Look at names, shapes and lengths, before anything of it is loaded."""
     for name, parameters in models.parameters.items():
-        shapes = _shapes(checkpoint / f"{name}.safetensors")
+        shapes = _shapes(checkpoint, name)
         if shapes != {key: list(p.shape) for key, p in parameters.items()}:
             raise ValueError(f"{name}.safetensors holds other tensors than the model")
     for name in models.optimizers:
-        _shapes(checkpoint / f"optimizer-{name}.safetensors")
+        _shapes(checkpoint, f"optimizer-{name}")
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(path, "pt") as file:  # compares the header with the file's length
-            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+def _shapes(checkpoint: Path, name: str) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for path in shards_of(checkpoint, name):
+        try:
+            with safe_open(path, "pt") as file:  # compares the header with the file's length
+                shapes |= {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+    return shapes
 
 
 def _load(checkpoint: Path, models: Models) -> None:
     with torch.no_grad():
         for name, parameters in models.parameters.items():
-            weights = load_file(checkpoint / f"{name}.safetensors")
-            for key, parameter in parameters.items():
-                parameter.copy_(weights[key])
+            for path in shards_of(checkpoint, name):
+                for key, weights in load_file(path).items():
+                    parameters[key].copy_(weights)
     for name, optimizer in models.optimizers.items():
-        _unflatten(optimizer, load_file(checkpoint / f"optimizer-{name}.safetensors"))
+        paths = shards_of(checkpoint, f"optimizer-{name}")
+        _unflatten(optimizer, {k: t for path in paths for k, t in load_file(path).items()})
 
 
 def _discard(checkpoint: Path) -> None:
@@ -215,7 +248,7 @@ def _clear(folder: Path) -> None:
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
     return {
-        f"{index}/{key}": torch.as_tensor(value).cpu().contiguous()
+        f"{index}/{key}": torch.as_tensor(value)
         for index, entries in state.items()
         for key, value in entries.items()
     }

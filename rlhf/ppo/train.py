@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,12 +19,14 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import device_of
 from rlhf.modeling.lora import merged
 from rlhf.modeling.matmul import fast_float32
+from rlhf.modeling.shards import save_model
 from rlhf.paths import at_home
 from rlhf.ppo.build import build_trainer
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint, sole_user
 from rlhf.ppo.memory import kept
 from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, mix
+from rlhf.ppo.upload import CheckpointUploads
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult, write_json
 
@@ -40,6 +43,7 @@ def train_policy(
     seed: int = 0,
     identity: Mapping[str, str] | None = None,
     checkpoints: Path | None = None,
+    uploads: CheckpointUploads | None = None,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
@@ -56,6 +60,7 @@ def train_policy(
         identity: Digests of `data`, `base` and `reward model`, where they are known; a
             checkpoint of others is refused.
         checkpoints: Folder to save to and resume from; none trains without.
+        uploads: Sends what is saved there to a store, and fetches from it what is newer.
         runtime: Device and threads.
         progress: Told of every update.
 
@@ -63,6 +68,7 @@ def train_policy(
         ConfigError: Rendering mismatch, a checkpoint of other inputs, or another process trains
             with the same checkpoints.
         CheckpointError: A checkpoint can't be written.
+        StoreError: A checkpoint can't be uploaded, or fetched; what was learnt is saved.
         DataError: There are no prompts.
         TrainingError: A loss or score is not finite, or no checkpoint is whole.
         Interrupted: SIGTERM came; a checkpoint was saved.
@@ -74,7 +80,7 @@ def train_policy(
     trainer = build_trainer(config, sft, reward_model, seed, device, rows)
     who = _identity(config, seed, data, sft, reward_model, trainer.renderer, identity or {})
     with sole_user(checkpoints) if checkpoints else nullcontext():
-        state = _updates(trainer, rows, checkpoints, who, progress)
+        state = _updates(trainer, rows, checkpoints, uploads, who, progress)
     _write(trainer, state, out_dir)
     last = state.curve[-1]
     return StageResult(
@@ -84,16 +90,20 @@ def train_policy(
 
 def _updates(
     trainer: PPOTrainer, rows: Sequence[PromptRow], checkpoints: Path | None,
-    who: Mapping[str, str], progress: Progress,
+    uploads: CheckpointUploads | None, who: Mapping[str, str], progress: Progress,
 ) -> TrainState:  # fmt: skip
     """All updates that are left to do."""
     config = trainer.config
+    if checkpoints and uploads:
+        uploads.restore(checkpoints)
     state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
     if state.update:
         log.info("PPO goes on after update %d of %d", state.update, config.updates)
         trainer.load_state_dict(state.trainer)
     hold = deferred_sigterm() if checkpoints else nullcontext(lambda: False)
-    with fast_float32(trainer.device), kept(trainer.device), hold as terminated:
+    # Uploads end before SIGTERM is passed on, which may end the process.
+    memory, sent = kept(trainer.device), uploads or nullcontext()
+    with fast_float32(trainer.device), memory, hold as terminated, sent:
         while state.update < config.updates:
             chunk = prompts_of_update(rows, state.update, config, trainer.seed)
             updated = trainer.update(state.update, chunk)
@@ -103,20 +113,38 @@ def _updates(
             if not terminated():  # who listens may be ending too, and must not keep us from saving
                 progress(state.update, config.updates, updated.metrics)
             due = state.update % config.checkpoint_every == 0
-            if checkpoints and (due or terminated()):
+            failed = uploads is not None and uploads.failed
+            if checkpoints and (due or failed or terminated()):
                 state.trainer = trainer.state_dict()
-                save_checkpoint(checkpoints, state, trainer.models, who)
-            if terminated():
-                raise Interrupted(
-                    f"SIGTERM after update {state.update} of {config.updates}: saved; run the same "
-                    "again to go on from there"
-                )
+                saved = save_checkpoint(checkpoints, state, trainer.models, who)
+                if uploads:
+                    uploads.submit(saved, state.update, score_of(state.curve, config))
+                if terminated():
+                    raise Interrupted(
+                        f"SIGTERM after update {state.update} of {config.updates}: saved; run the "
+                        "same again to go on from there"
+                    )
     return state
+
+
+def score_of(curve: Sequence[Mapping[str, float]], config: PPOConfig) -> float | None:
+    """How good a checkpoint is: the mean of reward − kl_coef·KL over its last updates.
+
+    It is the objective that PPO maximises, of as many updates as lie between two checkpoints, in
+    the reward's own units (before any normalisation). The coefficient is the configured one for
+    all: an adaptive controller's would rank checkpoints by itself.
+
+    Returns:
+        None where that is no finite number.
+    """
+    rows = curve[-config.checkpoint_every :]
+    score = sum(row["reward"] - config.kl_coef * row["kl"] for row in rows) / len(rows)
+    return score if math.isfinite(score) else None
 
 
 def _write(trainer: PPOTrainer, state: TrainState, out_dir: Path) -> None:
     policy = trainer.models.accelerator.unwrap_model(trainer.models.policy)
-    merged(policy).save_pretrained(out_dir)
+    save_model(merged(policy), out_dir)
     trainer.renderer.tokenizer.save_pretrained(out_dir)
     write_json(out_dir / "curve.json", state.curve)
     write_json(out_dir / "samples.json", state.samples)

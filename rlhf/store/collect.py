@@ -22,7 +22,7 @@ from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.store import pins, refs
 from rlhf.store.backend import Backend, Found, in_parallel
 from rlhf.store.create import CLAIMS, PROBES
-from rlhf.store.manifest import Manifest, blob_key
+from rlhf.store.manifest import Manifest, blob_key, manifest_key
 from rlhf.store.publish import COLLECTING, COLLECTION_SECONDS
 
 #: Seconds that everything is left alone for.
@@ -84,6 +84,14 @@ def collect(
             garbage.uploads = backend.sweep(grace + skew)
             garbage.removed = True
     return garbage
+
+
+def retain(backend: Backend, kept: Mapping[str, Manifest]) -> None:
+    """Remove all artifacts but these; nobody else may be publishing."""
+    wanted = {manifest_key(digest) for digest in kept}
+    wanted |= {blob_key(entry.sha256) for manifest in kept.values() for entry in manifest.files}
+    for prefix in ("manifests/", "blobs/"):
+        backend.delete([key for key in backend.list(prefix) if key not in wanted])
 
 
 @contextlib.contextmanager

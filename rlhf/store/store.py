@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from rlhf.paths import at_home
 from rlhf.store import lookup, pins, refs
 from rlhf.store.backend import Backend, Meter, in_parallel
 from rlhf.store.cache import DEFAULT_LIMIT, Cache, Origin
-from rlhf.store.collect import GRACE, Garbage, collect
+from rlhf.store.collect import GRACE, Garbage, collect, retain
 from rlhf.store.create import PROBES, is_atomic
 from rlhf.store.local import LocalBackend
 from rlhf.store.manifest import (
@@ -222,9 +222,9 @@ class Store:
         """Remove the manifest; blobs stay, as other artifacts may share them."""
         self._backend.delete([manifest_key(_digest(ref))])
 
-    def wipe(self) -> None:
-        """Remove everything under this store; meant for one that was opened by `below`."""
-        self._backend.delete(self._backend.list(""))
+    def retain(self, kept: Iterable[str]) -> None:
+        """Remove all artifacts but these digests, at once; for a store that has no other user."""
+        retain(self._backend, {digest: self.manifest(digest) for digest in kept})
 
     def collect(self, *, grace: float = GRACE, dry_run: bool = True) -> Garbage:
         """Find what nothing refers to, and remove it unless this is a dry run (see `collect`)."""

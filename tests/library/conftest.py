@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 
@@ -16,8 +17,11 @@ from rlhf.modeling.base import from_scratch, load_policy
 from rlhf.ppo.train import train_policy
 from rlhf.reward import train_reward_model
 from rlhf.sft import train_sft
+from rlhf.store import Store
 from tests.library import toys
 from tests.library.ppo_runs import Stopped
+from tests.library.upload_runs import Machine, Watched
+from tests.store.conftest import BUCKET, Bucket, Folder, Place
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -96,6 +100,7 @@ def train(data, sft, approved, tmp_path):
         start=sft,
         stop_at=None,
         sigterm_at=None,
+        told=None,
         **options,
     ):
         out = tmp_path / name
@@ -103,12 +108,15 @@ def train(data, sft, approved, tmp_path):
 
         def progress(step, total, metrics):
             # Called before the update is saved, so checkpoint `stop_at - 1` is the last.
+            if told:
+                told(step)
             if step == stop_at:
                 raise Stopped
             if step == sigterm_at:
                 signal.raise_signal(signal.SIGTERM)
 
-        keep = {k: options.pop(k) for k in ("seed", "identity", "checkpoints") if k in options}
+        others = ("seed", "identity", "checkpoints", "uploads")
+        keep = {k: options.pop(k) for k in others if k in options}
         config = toys.changed(toys.PPO, **options)
         train_policy(
             config, folder, start, reward, out, runtime=toys.RUNTIME, progress=progress, **keep
@@ -133,3 +141,31 @@ def straight(data, sft, approved, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
     train_policy(toys.PPO, data, sft, approved, out, runtime=toys.RUNTIME)
     return out
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request, tmp_path, monkeypatch) -> Iterator[Place]:
+    """A store for a run's checkpoints, with direct access to what it holds."""
+    if request.param == "folder":
+        yield Folder(tmp_path)
+        return
+    for name, value in request.getfixturevalue("s3_server").environment.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=BUCKET)
+    yield Bucket(tmp_path, client)
+    client.close()
+
+
+@pytest.fixture
+def machine(place, tmp_path) -> Callable[[str], Machine]:
+    """Makes machines with a work folder each, and that store."""
+    return lambda name: Machine(tmp_path / name, place.uri)
+
+
+@pytest.fixture
+def watched(tmp_path) -> Machine:
+    """A machine whose store can be held up."""
+    machine = Machine(tmp_path / "watched", str(tmp_path / "held"))
+    machine.store = Store(Watched(tmp_path / "held"), tmp_path / "watched")
+    return machine

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf.modeling import shards
 from rlhf.ppo import checkpoint
 
 CALLS = ("open", "close", "fsync", "mkdir", "replace", "unlink", "rmdir")
-#: The functions of `rlhf.ppo.checkpoint` that write a file, and which argument says where.
-WRITES = {"save_file": 1, "write_json": 0}
+#: The functions that write a file of a checkpoint, and which argument says where.
+WRITES: dict[tuple[Any, str], int] = {(shards, "save_file"): 1, (checkpoint, "write_json"): 0}
 
 
 @contextmanager
@@ -50,10 +51,10 @@ def kill_points(at: int | None = None) -> Iterator[list[str]]:
         return wrapped
 
     originals = [(os, name, getattr(os, name)) for name in CALLS]
-    originals += [(checkpoint, name, getattr(checkpoint, name)) for name in WRITES]
+    originals += [(owner, name, getattr(owner, name)) for owner, name in WRITES]
     for owner, name, call in originals:
-        wrapped = writes(call, WRITES[name]) if owner is checkpoint else before(name, call)
-        setattr(owner, name, wrapped)
+        place = WRITES.get((owner, name))
+        setattr(owner, name, before(name, call) if place is None else writes(call, place))
     try:
         yield passed
     finally:
@@ -65,6 +66,7 @@ def in_child(work: Callable[[], None]) -> int:
     """Do it in a forked process; returns what `os.waitstatus_to_exitcode` makes of its end."""
     child = os.fork()
     if not child:
+        signal.alarm(300)  # a thread that did not survive the fork may be waited for
         try:
             work()
             os._exit(0)

@@ -1,0 +1,137 @@
+"""PPO checkpoints in the store, where a run on another machine finds them.
+
+Each run has a store of its own, below the pipeline's: what is dropped there is nobody else's.
+Its manifests say which checkpoints there are; its history tells people, who read `best` there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreError
+from rlhf.store import Producer, Store
+
+KIND = "ppo_checkpoint"
+HISTORY = "ppo"
+KEEP = 2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One checkpoint of the store."""
+
+    digest: str
+    update: int
+    score: float | None
+
+
+class StoredCheckpoints:
+    """The last two checkpoints of a run, and the best one.
+
+    `store` is the run's own. A second machine with the same run at the same time costs both some
+    uploads, but no correctness: what it dropped too early is found damaged and left out.
+    """
+
+    def __init__(self, store: Store, producer: Producer) -> None:
+        self._store, self._producer = store, producer
+        self._damaged: set[str] = set()
+
+    @property
+    def uri(self) -> str:
+        """Where they are."""
+        return self._store.uri
+
+    def save(self, folder: Path, update: int, score: float | None) -> None:
+        """Publish a checkpoint, enter it in the history, and drop what need not stay.
+
+        That something can't be dropped is a warning: the next time it is tried again.
+
+        Raises:
+            StoreError: It can't be published.
+        """
+        if self._damaged:
+            # Else they would be in the way of the same checkpoint, when it is published again.
+            self._drop_all_but(_to_keep(self._found()))
+            self._damaged.clear()
+        ref = self._store.publish(
+            folder, KIND, producer=self._producer, metrics={"update": update, "score": score},
+            # They are not in this store. The checkpoint itself names them, and refuses others.
+            parents={},
+        )  # fmt: skip
+        found = self._found()
+        best = _best(found)
+        entry = {"digest": ref.digest, "update": update, "score": score}
+        self._store.append(HISTORY, {**entry, "best": bool(best and best.digest == ref.digest)})
+        self._drop_all_but(_to_keep(found))
+
+    def newest_after(self, update: int) -> tuple[int, Path] | None:
+        """Update and verified files of the newest whole checkpoint that is newer than this.
+
+        Damaged ones are logged as warnings and make room at the next `save`.
+
+        Raises:
+            StoreError: The store does not answer.
+        """
+        for stored in reversed(self._found()):
+            if stored.update <= update:
+                break
+            try:
+                return stored.update, self._store.fetch(stored.digest)
+            except (ArtifactMissing, ArtifactCorrupt) as error:
+                log.warning(
+                    "checkpoint of update %d in %s is damaged (%s); taking the one before it",
+                    stored.update, self.uri, error,
+                )  # fmt: skip
+                self._damaged.add(stored.digest)
+        return None
+
+    def _found(self) -> list[_Stored]:
+        """All that are known to be whole, by update."""
+        found: dict[int, _Stored] = {}
+        for digest in self._store.digests():
+            if digest in self._damaged:
+                continue
+            try:
+                manifest = self._store.manifest(digest)
+            except ArtifactMissing:
+                continue  # dropped by another machine a moment ago
+            except ArtifactCorrupt as error:
+                log.warning("a checkpoint is damaged and left out (%s)", error)
+                self._damaged.add(digest)
+                continue
+            update, score = manifest.metrics.get("update"), manifest.metrics.get("score")
+            if isinstance(update, int):
+                score = score if isinstance(score, int | float) else None
+                found[update] = _Stored(digest, update, score)
+        return [found[update] for update in sorted(found)]
+
+    def _drop_all_but(self, kept: Iterable[_Stored]) -> None:
+        try:
+            self._store.retain([stored.digest for stored in kept])
+        except StoreError as error:
+            log.warning("older checkpoints can't be dropped now (%s)", error)
+
+
+def keep_best(store: Store) -> None:
+    """Remove all checkpoints of a run that is done, but the best one, for people to look at."""
+    entries = store.history(HISTORY)
+    best = max(
+        (e for e in entries if e["score"] is not None), key=lambda e: e["score"], default=None
+    )
+    store.retain([best["digest"]] if best else [])
+
+
+def _best(found: Iterable[_Stored]) -> _Stored | None:
+    """The highest score; of equals the first."""
+    scored = [stored for stored in found if stored.score is not None]
+    return max(scored, key=lambda stored: stored.score or 0.0, default=None)
+
+
+def _to_keep(found: list[_Stored]) -> list[_Stored]:
+    best = _best(found)
+    return [*found[-KEEP:], *([best] if best else [])]

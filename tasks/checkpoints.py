@@ -1,0 +1,46 @@
+"""A run's PPO checkpoints in the store, from which it goes on on another machine."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.errors import StoreError
+from rlhf.ppo.stored import StoredCheckpoints, keep_best
+from rlhf.store import Store
+
+if TYPE_CHECKING:
+    from rlhf.ppo.upload import CheckpointUploads
+    from tasks.stages import StageRun
+
+log = logging.getLogger("rlhf.tasks")
+
+
+def uploads_of(run: StageRun) -> CheckpointUploads | None:
+    """Uploads to a store of this run's own, if the configuration wants them."""
+    from rlhf.ppo.upload import CheckpointUploads
+
+    if not run.config.runtime.upload_checkpoints:
+        return None
+    stored = StoredCheckpoints(_store_of(run.store, run.checkpoints), run.producer)
+    return CheckpointUploads(stored)
+
+
+def discard_checkpoints(store: Store, checkpoints: Path) -> None:
+    """Remove the checkpoints of a stage that is done, if it had any: all here, and in the store
+    all but the best, which stays until garbage is collected."""
+    if not checkpoints.exists():
+        return
+    stored = _store_of(store, checkpoints)
+    try:
+        keep_best(stored)
+    except StoreError as error:
+        log.warning("the checkpoints in %s are no longer needed, but stay (%s)", stored.uri, error)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _store_of(store: Store, checkpoints: Path) -> Store:
+    """Below the pipeline's store, under the name of the local folder: stage and fingerprint."""
+    return store.below(f"checkpoints/{checkpoints.name}")

@@ -1,0 +1,118 @@
+"""The stage of PPO on two machines with one store."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import PipelineConfig
+from rlhf.errors import StoreError
+from tasks import checkpoints
+from tasks.runner import run_stage, store_of
+from tasks.stages import STAGES
+from tests.flows.conftest import tiny_tree
+from tests.library.kills import in_child
+from tests.library.upload_runs import until
+
+NAME = "train-policy"
+
+
+def configured(folder, store, work, **runtime):
+    # One thread: a forked process can't use the threads of its parent.
+    runtime = {"work_dir": str(folder / work), "device": "cpu", "threads": 1, **runtime}
+    tree = {**tiny_tree(folder), "store": str(store), "runtime": runtime}
+    return PipelineConfig.model_validate(tree)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """A store with all that PPO needs, and the inputs."""
+    folder = tmp_path_factory.mktemp("ready")
+    config, refs = configured(folder, folder / "store", "work"), {}
+    for name, stage in STAGES.items():
+        inputs = {role: refs[producer] for role, producer in stage.needs(config).items()}
+        if name == NAME:
+            return folder / "store", inputs
+        refs[name] = run_stage(stage, config, inputs).ref
+    raise AssertionError
+
+
+@pytest.fixture
+def machine(ready, tmp_path):
+    """Configurations of machines with one store, a copy of that one."""
+    store = shutil.copytree(ready[0], tmp_path / "store")
+    return lambda name, **runtime: configured(tmp_path, store, name, **runtime)
+
+
+def train(config, inputs, progress=lambda *_: None):
+    return run_stage(STAGES[NAME], config, inputs, progress)
+
+
+def below(config):
+    """The folders of the stores for checkpoints."""
+    return [*Path(config.store).glob("checkpoints/*")]
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_run_whose_machine_is_gone_ends_elsewhere_with_the_same_artifact(
+    ready, machine, tmp_path, caplog
+):
+    alone = machine("alone", upload_checkpoints=False)
+    wanted = train(alone, ready[1]).ref
+    shutil.rmtree(tmp_path / "store")
+    shutil.copytree(ready[0], tmp_path / "store")
+    first, second = machine("first"), machine("second")
+
+    def work():
+        def progress(step, total, metrics):
+            if step == total:
+                until(lambda: [*Path(first.store).glob("checkpoints/*/refs/ppo/*.json")])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        train(first, ready[1], progress)
+
+    assert in_child(work) == -signal.SIGKILL
+    (stored,) = below(first)
+    local = next((tmp_path / "first" / "checkpoints").iterdir())
+    assert stored.name == local.name
+    steps = []
+    with caplog.at_level(logging.INFO, "rlhf"):
+        outcome = train(second, ready[1], lambda step, *_: steps.append(step))
+    assert not outcome.cached
+    assert outcome.ref == wanted
+    assert steps[0] > 1
+    assert f"checkpoint of update {steps[0] - 1} comes from {stored.as_uri()}" in caplog.messages
+    # Nothing of it is left: in the store, on this machine, and after its next run on the first.
+    assert files(stored) == []
+    left = {path.name for path in (tmp_path / "second").iterdir() if path.suffix != ".lock"}
+    assert left == {"artifacts", "checkpoints"}
+    assert files(tmp_path / "second" / "checkpoints") == []
+    assert local.exists()
+    assert train(first, ready[1]).cached
+    assert not local.exists()
+
+
+def test_without_uploads_nothing_is_sent(ready, machine):
+    config = machine("m", upload_checkpoints=False)
+    seen = []
+    train(config, ready[1], lambda *_: seen.append(below(config)))
+    assert seen == [[]] * 4
+
+
+def test_what_can_not_be_wiped_is_a_warning(ready, machine, monkeypatch, caplog):
+    def fail(store):
+        raise StoreError("busy")
+
+    monkeypatch.setattr(checkpoints, "wipe", fail)
+    config = machine("m")
+    assert store_of(config).exists(train(config, ready[1]).ref)
+    assert "are no longer needed, but stay (busy)" in caplog.text

@@ -1,0 +1,82 @@
+"""Machines with a store to which PPO sends its checkpoints, for the tests of that."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from rlhf.ppo.checkpoint import checkpoints_in
+from rlhf.ppo.stored import StoredCheckpoints
+from rlhf.ppo.upload import CheckpointUploads
+from rlhf.store import Producer, open_store
+from rlhf.store.local import LocalBackend
+
+PRODUCER = Producer(stage="train-policy", code_version="1", config={}, seed=0, versions={})
+PATIENCE = 60
+
+
+class Machine:
+    """A work folder of its own."""
+
+    def __init__(self, folder, uri, options=None):
+        self.checkpoints = folder / "checkpoints"
+        self.store = open_store(uri, options=options, cache_dir=folder)
+        self.folder = folder
+
+    def uploads(self):
+        return CheckpointUploads(StoredCheckpoints(self.store, PRODUCER))
+
+    def use(self):
+        return {"checkpoints": self.checkpoints, "uploads": self.uploads()}
+
+
+class Watched(LocalBackend):
+    """A folder that calls `hook` with the key before a blob is written."""
+
+    hook = staticmethod(lambda key: None)
+
+    def put_file(self, key, *args):
+        self.hook(key)
+        super().put_file(key, *args)
+
+
+def until(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def names(folder):
+    return [path.name for path in checkpoints_in(folder)]
+
+
+def stored(store):
+    """Updates of the store's checkpoints."""
+    return sorted(artifact.manifest.metrics["update"] for artifact in store.list())
+
+
+def keys_of(store):
+    """Everything that the artifacts of a store consist of."""
+    found = set()
+    for ref, manifest in store.list():
+        found.add(f"manifests/{ref.digest}.json")
+        found |= {f"blobs/sha256/{e.sha256[:2]}/{e.sha256}" for e in manifest.files}
+    return found
+
+
+def threads():
+    return [thread.name for thread in threading.enumerate() if thread.name == "checkpoints"]
+
+
+def left_behind(machine):
+    """What uploads may leave in the work folder, and must not."""
+    return [*machine.checkpoints.glob(".upload-*"), *machine.folder.glob("artifacts/[!.]*")]
+
+
+def checkpoint(folder, update, same="warm-up"):
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(f'{{"update": {update}}}')
+    (folder / "policy.safetensors").write_text(same)
+    (folder / "critic.safetensors").write_text(f"{update}")
+    return folder
