@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -103,3 +104,25 @@ class Client(HTTPConnection):
         for part in parts:
             self.sock.sendall(part)
         return self.sock
+
+
+def flipped(data: bytes, byte: int, bit: int = 0) -> bytes:
+    return data[:byte] + bytes([data[byte] ^ (1 << bit)]) + data[byte + 1 :]
+
+
+def received(sock: socket.socket) -> tuple[bytes, str]:
+    """All that comes, and how it ends."""
+    got = bytearray()
+    try:
+        while data := sock.recv(1 << 16):
+            got += data
+    except ConnectionResetError:
+        return bytes(got), "RST"
+    return bytes(got), "FIN"
+
+
+def soon(condition) -> bool:
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()

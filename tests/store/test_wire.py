@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.objects import DATA, Client, Objects
+from tests.store.objects import DATA, Client, Objects, flipped, received, soon
 from tests.store.wire import wire
 
 ROOT = Path(__file__).parents[2]
@@ -49,28 +48,6 @@ def line(server):
 def client(line):
     with Client(line.endpoint) as client:
         yield client
-
-
-def flipped(data: bytes, byte: int, bit: int = 0) -> bytes:
-    return data[:byte] + bytes([data[byte] ^ (1 << bit)]) + data[byte + 1 :]
-
-
-def received(sock: socket.socket) -> tuple[bytes, str]:
-    """All that comes, and how it ends."""
-    got = bytearray()
-    try:
-        while data := sock.recv(1 << 16):
-            got += data
-    except ConnectionResetError:
-        return bytes(got), "RST"
-    return bytes(got), "FIN"
-
-
-def soon(condition) -> bool:
-    end = time.monotonic() + 5
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return condition()
 
 
 def test_nothing_changes_without_a_fault(server, line):
@@ -148,11 +125,12 @@ def test_flip_in_a_body(server, line, client, byte):
 
 def test_flip_in_a_head(server, line, client):
     """In "PUT /a", byte 5 is the a, and its bit 1 makes it a c."""
-    line.arm("flip", "up", 5, where="message", path="/a", bit=1)
+    server.objects["/a"] = b"a"
+    line.arm("flip", "up", 5, where="message", method="PUT", path="/a", bit=1)
+    assert client.ask("GET", "/a") == b"a"
     client.ask("PUT", "/b", DATA)
     client.ask("PUT", "/a", DATA)
-    assert server.objects["/c"] == DATA
-    assert "/a" not in server.objects
+    assert (server.objects["/c"], server.objects["/a"]) == (DATA, b"a")
 
 
 def test_flip_anywhere_in_the_stream(server, line, client):
@@ -193,24 +171,25 @@ def test_broken_upload(server, line, client, kind, end, at):
 
 
 def test_lost_answer(server, line, client):
-    """A whole request reaches the server, and nothing comes back."""
-    line.arm("reset", "down", 0, where="message", method="PUT")
-    with pytest.raises(ConnectionResetError):
-        client.ask("PUT", "/x", DATA)
-    assert server.objects["/x"] == DATA
+    """A whole request reaches the server, and nothing comes back but the wish to have its body."""
+    line.arm("reset", "down", where="message", method="PUT")
+    client.raw(b"PUT /x HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+    assert client.sock.recv(999) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert received(client.raw(b"abc")) == (b"", "RST")
+    assert server.objects["/x"] == b"abc"
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_stall_for_a_time(line, client, direction):
-    line.arm("stall", direction, 300_000, seconds=0.3)
+    line.arm("stall", direction, 300_000, seconds=0.5)
     with Client(line.endpoint) as other:
         began = time.monotonic()
         client.request(*(("PUT", "/x", DATA) if direction == "up" else ("GET", "/data")))
         time.sleep(0.1)
         assert other.ask("GET", "/data") == DATA
-        assert time.monotonic() - began < 0.25
+        assert time.monotonic() - began < 0.4
         client.getresponse().read()
-        assert 0.3 <= time.monotonic() - began < 1
+        assert 0.5 <= time.monotonic() - began < 2
 
 
 def test_stall_until_released_and_a_new_fault_meanwhile(line, client):
@@ -238,9 +217,14 @@ def test_bursts_end_and_faults_that_hold_are_cleared(line):
     assert [fails() for _ in range(5)] == [True] * 3 + [False] * 2
     line.arm("reset", "down", 5, times=math.inf)
     assert [fails() for _ in range(5)] == [True] * 5
-    line.clear()
-    assert not fails()
     assert burst.struck == 3
+    stall = line.arm("stall", path="/x", times=math.inf)
+    with Client(line.endpoint) as client:
+        client.request("PUT", "/x", DATA)
+        assert soon(lambda: stall.struck)
+        line.clear()
+        assert client.getresponse().read() == b""
+    assert not fails()
 
 
 def test_refuse_keeps_the_port(line, client):
@@ -263,8 +247,10 @@ def test_drop(line, client):
     assert soon(lambda: not line.links)
 
 
-def test_hang_up(server, line):
+def test_hang_up(server, line, client):
+    client.ask("GET", "/data")  # so it is accepted
     before, faults = server.connections, [line.arm("hang up", times=2) for _ in range(2)]
+    assert client.ask("GET", "/data") == DATA
     for _ in range(4):
         with Client(line.endpoint) as client:
             assert client.sock.recv(1) == b""
@@ -275,8 +261,8 @@ def test_hang_up(server, line):
 
 
 def test_throttle_is_shared_by_connections_but_not_by_directions(server):
-    """2 MiB each way by two connections; 8 MiB/s: 0.25 s."""
-    with wire(server.endpoint, 8 << 20) as line:
+    """2 MiB each way by two connections; 4 MiB/s: 0.5 s."""
+    with wire(server.endpoint, 4 << 20) as line:
 
         def work(method: str) -> None:
             with Client(line.endpoint) as client:
@@ -286,15 +272,15 @@ def test_throttle_is_shared_by_connections_but_not_by_directions(server):
             began = time.monotonic()
             list(pool.map(work, ["PUT", "GET", "PUT", "GET"]))
             took = time.monotonic() - began
-        assert 0.24 < took < 0.45
+        assert 0.49 < took < 0.9
         line.throttle["down"].rate = 0
         began = time.monotonic()
         work("GET")
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 0.2
 
 
 def test_throttle_lets_nothing_pass_in_advance(server):
-    """Eight bodies of 64 KiB after pauses, at 1 MiB/s."""
+    """Bodies of 64 KiB after pauses, at 1 MiB/s."""
     with wire(server.endpoint, 1 << 20) as line, Client(line.endpoint) as client:
         server.objects["/small"] = DATA[: 1 << 16]
         for _ in range(3):
@@ -308,9 +294,11 @@ def test_process_of_its_own(server):
     command = [sys.executable, "-m", "tests.store.wire", server.endpoint, "--mib-per-second", "8"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        with Client(process.stdout.readline().strip()) as client:
-            began = time.monotonic()
-            assert client.ask("GET", "/data") == DATA
-            assert time.monotonic() - began > 0.12
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 0
+        try:
+            with Client(process.stdout.readline().strip()) as client:
+                began = time.monotonic()
+                assert client.ask("GET", "/data") == DATA
+                assert time.monotonic() - began > 0.12
+        finally:
+            process.terminate()
+        assert process.wait(5) == 0

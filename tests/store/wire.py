@@ -78,7 +78,7 @@ class Wire:
         return fault
 
     def clear(self) -> None:
-        """No faults any more; stalls go on."""
+        """No faults any more; what is stalled goes on."""
         faults, self.faults = self.faults, ()
         for fault in faults:
             fault.times, fault.released = 0, True
