@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.store.wire import Fault, Wire
 
-CHUNK = 1 << 20  # as much as a pipe may hold without privileges
+CHUNK = 1 << 18  # what a pipe holds; all pipes of a user without privileges: 64 MiB
 LONGEST_HEAD = 1 << 16
 
 

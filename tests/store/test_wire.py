@@ -18,8 +18,6 @@ import pytest
 from tests.store.objects import DATA, Client, Objects, flipped, received, soon
 from tests.store.wire import wire
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def objects():
@@ -67,7 +65,6 @@ def test_nothing_changes_without_a_fault(server, line):
     assert line.body_bytes("up") == line.body_bytes("down") == 64 << 20
     assert line.body_bytes("up", "PUT", "/a/") == 32 << 20
     assert line.body_bytes("up", "GET") == line.body_bytes("down", "PUT") == 0
-    assert sorted(r.method for r in line.seen) == ["GET"] * 8 + ["PUT"] * 8
 
 
 def test_all_kinds_of_bodies(server, line, client):
@@ -240,24 +237,23 @@ def test_refuse_keeps_the_port(line, client):
 
 
 def test_drop(line, client):
-    assert client.ask("GET", "/data") == DATA
+    client.ask("GET", "/data")
     line.drop()
     with pytest.raises(ConnectionError):
         client.ask("GET", "/data")
     assert soon(lambda: not line.links)
 
 
-def test_hang_up(server, line, client):
+def test_hang_up(line, client):
     client.ask("GET", "/data")  # so it is accepted
-    before, faults = server.connections, [line.arm("hang up", times=2) for _ in range(2)]
+    faults = [line.arm("hang up", times=2) for _ in range(2)]
     assert client.ask("GET", "/data") == DATA
     for _ in range(4):
-        with Client(line.endpoint) as client:
-            assert client.sock.recv(1) == b""
-    with Client(line.endpoint) as client:
-        assert client.ask("GET", "/data") == DATA
+        with Client(line.endpoint) as another:
+            assert another.sock.recv(1) == b""
+    with Client(line.endpoint) as another:
+        assert another.ask("GET", "/data") == DATA
     assert [fault.struck for fault in faults] == [2, 2]
-    assert server.connections == before + 1
 
 
 def test_throttle_is_shared_by_connections_but_not_by_directions(server):
@@ -268,11 +264,10 @@ def test_throttle_is_shared_by_connections_but_not_by_directions(server):
             with Client(line.endpoint) as client:
                 client.ask(method, "/data", DATA if method == "PUT" else None)
 
+        began = time.monotonic()
         with ThreadPoolExecutor(4) as pool:
-            began = time.monotonic()
             list(pool.map(work, ["PUT", "GET", "PUT", "GET"]))
-            took = time.monotonic() - began
-        assert 0.49 < took < 0.9
+        assert 0.49 < time.monotonic() - began < 0.9
         line.throttle["down"].rate = 0
         began = time.monotonic()
         work("GET")
@@ -292,7 +287,8 @@ def test_throttle_lets_nothing_pass_in_advance(server):
 
 def test_process_of_its_own(server):
     command = [sys.executable, "-m", "tests.store.wire", server.endpoint, "--mib-per-second", "8"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
             with Client(process.stdout.readline().strip()) as client:

@@ -72,7 +72,7 @@ class Wire:
         self._acceptor.start()
 
     def arm(self, kind: str, direction: str = "up", at: int = 0, **choice: Any) -> Fault:
-        """Add a fault; by default it strikes the first body that is long enough, once."""
+        """Add a fault; by default it strikes once, in the first body that is long enough."""
         fault = Fault(kind, direction, at, **choice)
         self.faults = (*self.faults, fault)
         return fault
@@ -91,7 +91,9 @@ class Wire:
         self._listener.close()
 
     def listen(self) -> None:
-        """Undo `refuse`."""
+        """Undo `refuse`; after the end of the block it does nothing, as a timer may call it."""
+        if self.closing:
+            return
         self._listener = _bound(self._port.getsockname()[1])
         self._listener.listen(128)
         self._listening.set()
