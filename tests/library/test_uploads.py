@@ -177,6 +177,27 @@ def test_a_failed_upload_ends_the_run_at_the_next_update(train, straight, watche
     assert steps == [4]
 
 
+def test_after_an_error_what_waits_is_not_sent(watched):
+    asked, gate = [], threading.Event()
+    folders = [checkpoint(watched.folder / f"c{i}", i) for i in range(3)]
+
+    def fail(key):
+        asked.append(key)
+        assert gate.wait(PATIENCE)
+        raise StoreError("busy")
+
+    watched.store._backend.hook = fail
+    with watched.uploads() as uploads:
+        uploads.submit(folders[0], 0, None)
+        uploads.submit(folders[1], 1, None)
+        gate.set()
+        until(lambda: threads() == [])
+        with pytest.raises(StoreError, match="busy"):
+            uploads.submit(folders[2], 2, None)
+    assert len(asked) <= 3  # files of the first
+    assert left_behind(watched) == [*watched.folder.glob(".upload-*")] == []
+
+
 @pytest.mark.s3
 @pytest.mark.parametrize("place", [pytest.param("s3", marks=pytest.mark.s3)], indirect=True)
 def test_a_busy_server_is_worth_a_retry(train, straight, place, s3_server, tmp_path):
