@@ -144,9 +144,8 @@ def killed(trial: Trial) -> str:
 
 def overtaken(trial: Trial) -> str:
     """Two writers of one name at once, the later one faster; a reader must get either whole."""
-    _now(trial.b)
     # So late that some of the first writer's files are complete, whatever their order.
-    with trial.fault("up", during(lambda: trial.put(trial.b)), 0.8) as endpoint:
+    with trial.fault("up", during(lambda: _released(trial)), 0.8) as endpoint:
         trial.put(trial.a, endpoint)
     return trial.seen(trial.a, trial.b)
 
@@ -154,10 +153,17 @@ def overtaken(trial: Trial) -> str:
 def replaced(trial: Trial) -> str:
     """A new version is released while a reader is in the middle of the old one."""
     trial.put(trial.a)
-    _now(trial.b)
-    with trial.fault("down", during(lambda: trial.put(trial.b))) as endpoint:
+    with trial.fault("down", during(lambda: _released(trial))) as endpoint:
         error, folder = trial.get(endpoint)
     return verdict(error, delivered(folder, trial.a, trial.b))
+
+
+def _released(trial: Trial) -> None:
+    """The other content, made just now; S3 keeps times in whole seconds."""
+    time.sleep(1.1)
+    for path in trial.b.iterdir():
+        path.touch()
+    trial.put(trial.b)
 
 
 def copied_back(trial: Trial) -> str:
@@ -167,13 +173,6 @@ def copied_back(trial: Trial) -> str:
         os.utime(path, (0, 0))
     error = trial.put(trial.b)
     return verdict(error, "nothing") if error else trial.seen(trial.b)
-
-
-def _now(folder: Path) -> None:
-    """Younger than all that was put: S3 keeps times in whole seconds."""
-    time.sleep(1.1)
-    for path in folder.iterdir():
-        path.touch()
 
 
 TRIALS: dict[str, Callable[[Trial], str]] = {

@@ -139,9 +139,7 @@ def ceph_server(settings: str = "") -> Iterator[CephServer]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(
-    folder: Path, started: list[subprocess.Popen[bytes]], settings: str
-) -> CephServer:
+def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) -> CephServer:
     v2, v1, http, https = free_ports(4)
     fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
     conf = folder / "ceph.conf"
