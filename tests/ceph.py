@@ -122,13 +122,16 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def ceph_server() -> Iterator[CephServer]:
-    """Start the server, yield where it is, and end what was started by its process id."""
+def ceph_server(settings: str = "") -> Iterator[CephServer]:
+    """Start the server, yield where it is, and end what was started by its process id.
+
+    `settings` are further lines of its configuration; they win over those above.
+    """
     install()
     folder = Path(tempfile.mkdtemp(prefix="ceph-"))
     started: list[subprocess.Popen[bytes]] = []
     try:
-        yield _start(folder, started)
+        yield _start(folder, started, settings)
     finally:
         for process in reversed(started):
             process.kill()
@@ -136,11 +139,12 @@ def ceph_server() -> Iterator[CephServer]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(folder: Path, started: list[subprocess.Popen[bytes]]) -> CephServer:
+def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) -> CephServer:
     v2, v1, http, https = free_ports(4)
     fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
     conf = folder / "ceph.conf"
-    conf.write_text(CONF.format(fsid=fsid, dir=folder, v2=v2, v1=v1, http=http, https=https))
+    lines = CONF.format(fsid=fsid, dir=folder, v2=v2, v1=v1, http=http, https=https)
+    conf.write_text(lines + settings)
     for name in ("mon", "osd", "rgw"):
         (folder / name).mkdir()
     (folder / "keyring").touch()
