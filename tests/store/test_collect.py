@@ -1,0 +1,230 @@
+"""Garbage goes, what anything leads to stays, and who publishes meanwhile is not hurt."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import ArtifactCorrupt, ConfigError
+from rlhf.store import publish as publish_module
+from rlhf.store.collect import ABANDONED, GRACE
+from tests.store.test_artifacts import blobs, put
+
+DAY = 24 * 3600.0
+
+
+@pytest.fixture
+def age(folder_place):
+    """Makes everything in the folder older by so many seconds."""
+
+    def make_older(seconds: float, part: str = "") -> None:
+        for path in (p for p in folder_place.root.rglob("*") if p.is_file() and part in str(p)):
+            then = path.stat().st_mtime - seconds
+            os.utime(path, (then, then))
+
+    return make_older
+
+
+def change(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+
+
+def test_only_what_nothing_leads_to_goes(folder_place, folder, producer, age):
+    place, store = folder_place, folder_place.open()
+    data = put(store, folder, producer)
+    change(folder, "1")
+    policy = put(store, folder, producer, data=data)
+    change(folder, "2")
+    pinned = put(store, folder, producer)
+    change(folder, "3")
+    orphan = put(store, folder, producer, data=data)
+    store.append("champion/default", {"policy": policy.digest})
+    store.pin("keep", pinned)
+    age(2 * DAY)
+    change(folder, "4")
+    young = put(store, folder, producer)
+    before = place.objects()
+    found = store.collect()
+    assert (found.artifacts, found.kept, found.removed) == ([orphan.digest], 4, False)
+    assert place.objects() == before
+    # Its manifest and its own config.json; the weights are those of the others too.
+    size = place.objects, (place.root / f"manifests/{orphan.digest}.json").stat().st_size
+    assert (len(found.keys), found.size) == (2, size[1] + 1)
+    found = store.collect(dry_run=False)
+    assert found.removed
+    assert set(before) - set(place.objects()) == set(found.keys)
+    for ref in (data, policy, pinned, young):
+        assert store.problems(ref, deep=True) == []
+    assert not store.exists(orphan)
+    assert store.collect().keys == []
+    store.unpin("keep")
+    age(2 * DAY, pinned.digest)
+    assert store.collect().artifacts == [pinned.digest]
+
+
+def test_records_keep_artifacts(place, store, folder, producer):
+    kept = put(store, folder, producer)
+    store.append("records/train-sft/" + "0" * 64, kept.model_dump(mode="json"))
+    change(folder, "other")
+    orphan = put(store, folder, producer)
+    time.sleep(2.1)  # S3 tells seconds
+    found = store.collect(grace=0.0, dry_run=False)
+    assert found.artifacts == [orphan.digest]
+    assert store.problems(kept, deep=True) == []
+    assert len(blobs(place)) == 3
+    assert not [key for key in place.objects() if key.startswith(("gc/", "probe/"))]
+
+
+def test_grace_is_measured_by_the_stores_clock(folder_place, folder, producer, age):
+    """A store whose clock is days behind ours: what was just written is young all the same."""
+    store = folder_place.open()
+    put(store, folder, producer)
+    backend, real = store._backend, store._backend.put
+
+    def put_behind(key, data):
+        real(key, data)
+        then = time.time() - 3 * DAY
+        os.utime(folder_place.root / key, (then, then))
+
+    backend.put = put_behind
+    age(3 * DAY)
+    assert store.collect().keys == []
+    age(GRACE + 60)
+    assert len(store.collect().keys) == 4
+
+
+def test_manifest_that_can_not_be_read_stops_it(folder_place, folder, producer, age):
+    store = folder_place.open()
+    ref = put(store, folder, producer)
+    store.append("champion/default", {"policy": ref.digest})
+    age(2 * DAY)
+    folder_place.write(f"manifests/{ref.digest}.json", b"{}")
+    before = set(folder_place.objects())
+    with pytest.raises(ArtifactCorrupt, match=ref.digest):
+        store.collect(dry_run=False)
+    assert set(folder_place.objects()) == before
+
+
+def test_traces_and_checkpoints(folder_place, age):
+    store = folder_place.open()
+    done, going = "train-policy-" + "a" * 16, "train-policy-" + "b" * 16
+    store.append("records/train-policy/" + "a" * 64, {})
+    for key in ("probe/1", "claims/x/1", "gc/1.json", f"checkpoints/{done}/blobs/1",
+                f"checkpoints/{going}/blobs/1"):  # fmt: skip
+        folder_place.write(key, b"x")
+    folder_place.write("tmp/left", b"half")
+    assert store.collect().keys == []
+    age(2 * DAY, "checkpoints")
+    age(2 * DAY, "/probe/")
+    age(2 * DAY, "/claims/")
+    age(2 * DAY, "/gc/")
+    age(2 * DAY, "/tmp/")
+    found = store.collect(dry_run=False)
+    assert set(found.keys) == {"probe/1", "claims/x/1", "gc/1.json", f"checkpoints/{done}/blobs/1"}
+    assert found.uploads == 1
+    age(ABANDONED, "checkpoints")
+    assert store.collect().keys == [f"checkpoints/{going}/blobs/1"]
+
+
+def test_collection_between_the_look_and_the_manifest(
+    folder_place, folder, producer, age, monkeypatch
+):
+    """The publisher saw old blobs and sent nothing; then they were collected."""
+    store, collector = folder_place.open(), folder_place.open()
+    store.delete(put(store, folder, producer))
+    age(2 * DAY)
+    real = publish_module._put_manifest
+    removed = []
+
+    def late(*args):
+        removed.append(collector.collect(dry_run=False).keys)
+        real(*args)
+
+    monkeypatch.setattr(publish_module, "_put_manifest", late)
+    ref = put(store, folder, producer)
+    assert len(removed[0]) == 3
+    assert store.problems(ref, deep=True) == []
+
+
+def test_publisher_waits_for_a_collection_that_did_not_see_it(
+    folder_place, folder, producer, age, caplog
+):
+    """The collection has looked, and removes only after the manifest was written."""
+    caplog.set_level("INFO", "rlhf")
+    store, collector = folder_place.open(), folder_place.open()
+    store.delete(put(store, folder, producer))
+    age(2 * DAY)
+    looked, go_on = threading.Event(), threading.Event()
+    real = collector._backend.delete
+
+    def slow(keys):
+        looked.set()
+        assert go_on.wait(30)
+        real(keys)
+
+    collector._backend.delete = slow
+    collecting = threading.Thread(target=lambda: collector.collect(dry_run=False))
+    collecting.start()
+    assert looked.wait(30)
+    refs = []
+    publishing = threading.Thread(target=lambda: refs.append(put(store, folder, producer)))
+    publishing.start()
+    while not any("waiting for it" in message for message in caplog.messages):
+        time.sleep(0.01)
+    assert refs == []
+    go_on.set()
+    collecting.join()
+    publishing.join()
+    assert store.problems(refs[0], deep=True) == []
+
+
+def test_old_manifest_is_made_young_when_published_again(folder_place, folder, producer, age):
+    """Else it could be collected before its record is written."""
+    store = folder_place.open()
+    ref = put(store, folder, producer)
+    age(2 * DAY)
+    assert store.collect().artifacts == [ref.digest]
+    assert put(store, folder, producer) == ref
+    assert store.collect().keys == []
+
+
+def test_pins(store, folder, producer):
+    ref = put(store, folder, producer)
+    change(folder, "other")
+    other = put(store, folder, producer)
+    store.pin("good", ref)
+    store.pin("good", ref)
+    assert store.pins() == {"good": ref.digest}
+    assert store.resolve("good") == ref
+    with pytest.raises(ConfigError, match=r"pin 'good' is that of .*choose another name"):
+        store.pin("good", other)
+    for name in ("", "a/b", "../x", "abcdef", "x" * 129):
+        with pytest.raises(ConfigError, match="not valid"):
+            store.pin(name, ref)
+    store.unpin("good")
+    with pytest.raises(OSError, match="no pin 'good'"):
+        store.unpin("good")
+    assert store.pins() == {}
+
+
+def test_problems_name_every_blob(place, store, folder, producer):
+    ref = put(store, folder, producer)
+    assert store.problems(ref) == store.problems(ref, deep=True) == []
+    config, empty, _, weights = store.manifest(ref).files
+    keys = {e.path: f"blobs/sha256/{e.sha256[:2]}/{e.sha256}" for e in (config, empty, weights)}
+    place.write(keys[config.path], b"x" * config.size)
+    place.remove(keys[empty.path])
+    place.write(keys[weights.path], b"short")
+    (missing, short) = store.problems(ref)
+    assert missing == f"{store.uri}: {keys['empty.txt']} (empty.txt) is missing"
+    assert short.endswith("has 5 bytes instead of 10240")
+    flipped, *rest = store.problems(ref, deep=True)
+    assert "(config.json) does not have the sha256" in flipped
+    assert rest == [missing, short]
+    store.delete(ref)
+    (gone,) = store.problems(ref)
+    assert "there is no manifests/" in gone

@@ -1,0 +1,66 @@
+"""A server on which several writers of one name win: nothing is lost there either."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from rlhf.store import Store, create, open_store
+from tests.store.test_artifacts import contents, put
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def weak(s3_weak_server, tmp_path, monkeypatch) -> Store:
+    for name, value in s3_weak_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(create, "_known", {})
+    bucket = f"weak-{uuid.uuid4().hex[:8]}"
+    client = boto3.client("s3", config=Config(request_checksum_calculation="when_required"))
+    client.create_bucket(Bucket=bucket)
+    client.close()
+    return open_store(f"s3://{bucket}/store", cache_dir=tmp_path / "cache")
+
+
+def test_weakness_is_named_once_and_artifacts_work(weak, folder, producer, caplog):
+    weak.check()
+    weak.check()
+    (warning,) = [r for r in caplog.records if "weak conditional writes" in r.message]
+    assert weak.uri in warning.getMessage()
+    assert weak._backend.atomic is None  # of the probe's own client; ours finds it known
+    assert create.is_atomic(weak._backend) is False
+    ref = put(weak, folder, producer)
+    assert contents(weak.fetch(ref)) == contents(folder)
+    assert weak.append("champion/x", {"policy": ref.digest}) == 1
+    assert weak.latest("champion/x") == {"policy": ref.digest}
+    assert weak._backend.list("claims/") == weak._backend.list("probe/") == {}
+
+
+def test_writers_at_once_lose_nothing(weak):
+    weak.check()
+    line = threading.Barrier(6)
+
+    def write(writer: int) -> int:
+        line.wait()
+        return weak.append("race", {"writer": writer})
+
+    with ThreadPoolExecutor(6) as pool:
+        numbers = list(pool.map(write, range(6)))
+    assert sorted(numbers) == [1, 2, 3, 4, 5, 6]
+    history = weak.history("race")
+    assert [history[number - 1]["writer"] for number in numbers] == list(range(6))
+
+
+def test_strong_server_is_not_slowed_down(s3_place, monkeypatch, caplog):
+    monkeypatch.setattr(create, "_known", {})
+    store = s3_place.open()
+    store.check()
+    assert create.is_atomic(store._backend) is True
+    assert not caplog.records
+    assert not s3_place.objects()
