@@ -173,7 +173,9 @@ def test_publisher_waits_for_a_collection_that_did_not_see_it(
     refs = []
     publishing = threading.Thread(target=lambda: refs.append(put(store, folder, producer)))
     publishing.start()
+    end = time.monotonic() + 30
     while not any("waiting for it" in message for message in caplog.messages):
+        assert time.monotonic() < end
         time.sleep(0.01)
     assert refs == []
     go_on.set()
