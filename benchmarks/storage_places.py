@@ -90,8 +90,10 @@ class BucketPlace(Place):
         self._prefix = f"{prefix}/"
         self._conf = conf
         self._wiped = 0
-        self.client: Any = boto3.client("s3")
-        self.client.create_bucket(Bucket=BUCKET)
+        # Not the default session, which keeps the first credentials.
+        self.client: Any = boto3.Session().client("s3")
+        with contextlib.suppress(self.client.exceptions.BucketAlreadyOwnedByYou):
+            self.client.create_bucket(Bucket=BUCKET)
 
     def objects(self) -> list[str]:
         """All pages."""

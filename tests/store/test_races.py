@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.storage_places import BucketPlace, FolderPlace, Place
 from benchmarks.storage_race_trials import Row, appending, collecting, creating
 from rlhf.store import Producer, Store
 from rlhf.store.cache import Cache
+from rlhf.store.create import is_atomic
 from rlhf.store.local import LocalBackend
 
 OLD = 7 * 24 * 3600
@@ -115,3 +117,40 @@ def test_publish_between_the_removals_of_two_collectors(root, publishing):
 
     open_stopping(root, both).collect(dry_run=False)
     assert publishing.problems() == []
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def campaign_place(request, tmp_path) -> Place:
+    if request.param == "folder":
+        return FolderPlace(tmp_path / "store")
+    request.getfixturevalue("s3_place")
+    return BucketPlace("Ceph", tmp_path.name)
+
+
+def test_one_writer_wins(campaign_place):
+    row = Row("create", "")
+    creating(campaign_place, 2, 4, 3, row)
+    assert (row.won, row.failures, row.errors) == (3, [], 0)
+
+
+def test_appended_entries_are_numbered(campaign_place):
+    row = Row("append", "")
+    appending(campaign_place, 2, 3, 1, row)
+    assert (row.won, row.failures, row.errors) == (6, [], 0)
+
+
+def test_one_writer_wins_on_a_weak_server(s3_weak_server, monkeypatch, tmp_path):
+    for name, value in s3_weak_server.environment.items():
+        monkeypatch.setenv(name, value)
+    place = BucketPlace("Swift", tmp_path.name)
+    backend: Any = place.open(tmp_path)._backend
+    assert not is_atomic(backend)
+    row = Row("create", "")
+    creating(place, 1, 6, 1, row)
+    assert (row.won, row.failures, row.errors) == (1, [], 0)
+
+
+def test_publishers_among_collectors(tmp_path):
+    row = Row("collect", "")
+    collecting(FolderPlace(tmp_path / "store"), 16, 2, 0.0, 0.0, 0, row)
+    assert (row.won, row.failures) == (16, [])
