@@ -222,6 +222,9 @@ class Cache:
             with locked(lock, wait=False) as alone:
                 if alone:
                     _remove(lock.with_suffix(""))
+        for lock in (self.root / "locks").iterdir():
+            with locked(lock, wait=False):
+                """One that nobody holds goes as it is let go."""
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:

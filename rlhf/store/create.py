@@ -35,6 +35,7 @@ _DEAD = 60.0
 _GIVE_UP = 20.0
 #: How long to go on claiming while others do.
 _PATIENCE = 120.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 log = logging.getLogger("rlhf.store")
 _known: dict[str, bool] = {}
@@ -88,8 +89,17 @@ def winners(backend: Backend) -> int:
 def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
     place = f"{CLAIMS}{sha256_bytes(key.encode())[:32]}/"
     end = time.monotonic() + _PATIENCE
+    pause = _FIRST_PAUSE
     while time.monotonic() < end:
-        mine = place + uuid.uuid4().hex
+        if backend.find(key) is not None:
+            return False
+        if _claims(backend, place):
+            # One more would only keep them waiting.
+            time.sleep(random.uniform(pause / 2, pause))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            continue
+        # Who comes late has a large name: it does not take the turn of who waits already.
+        mine = f"{place}{time.time_ns():020d}-{uuid.uuid4().hex}"
         begun = time.monotonic()
         backend.put(mine, b"")
         try:
@@ -107,14 +117,15 @@ def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
                 )
         finally:
             backend.delete([mine])
-        time.sleep(random.uniform(0.02, 0.3))
+        time.sleep(random.uniform(pause / 2, pause))
+        pause = min(2 * pause, _LONGEST_PAUSE)
     raise StoreError(f"{backend.uri}: {key} is being written by others; try again")
 
 
 def _is_alone(backend: Backend, place: str, mine: str, end: float) -> bool:
     """Wait while our claim is the smallest; False as soon as another's is, or when time is up."""
     while time.monotonic() < end:
-        claims = {key for key, found in backend.list(place).items() if found.age < _DEAD}
+        claims = _claims(backend, place)
         if mine not in claims:
             return False
         others = claims - {mine}
@@ -124,3 +135,8 @@ def _is_alone(backend: Backend, place: str, mine: str, end: float) -> bool:
             return False
         time.sleep(random.uniform(0.01, 0.05))
     return False
+
+
+def _claims(backend: Backend, place: str) -> set[str]:
+    """Those of living writers."""
+    return {key for key, found in backend.list(place).items() if found.age < _DEAD}

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rlhf.errors import ArtifactCorrupt, StoreError
 from rlhf.store.backend import SMALL, Backend, Meter, Source, in_parallel
@@ -42,13 +41,6 @@ _HASHING = threading.BoundedSemaphore(2)
 log = logging.getLogger("rlhf.store")
 
 
-class _Sent(NamedTuple):
-    """A file that the store has; `known` is when, by our clock, it was known to be fresh."""
-
-    entry: FileEntry
-    known: float
-
-
 def publish(
     backend: Backend,
     folder: Path,
@@ -65,13 +57,13 @@ def publish(
     draft = [FileEntry(path=path, sha256="0" * 64, size=size) for path, size in sizes.items()]
     build_manifest(kind, draft, parents, producer, metrics)
     meter = Meter(sum(sizes.values()), listener)
-    sent = in_parallel(_Sender(backend, folder, meter), sizes)
-    manifest = build_manifest(kind, [each.entry for each in sent], parents, producer, metrics)
+    entries = in_parallel(_Sender(backend, folder, meter), sizes)
+    manifest = build_manifest(kind, entries, parents, producer, metrics)
     data = manifest.encode()
     digest = sha256_bytes(data)
     key = manifest_key(digest)
     _put_manifest(backend, key, data)
-    _outlive_collection(backend, folder, sent, key, data)
+    _outlive_collection(backend, folder, entries, key, data)
     uri = f"{backend.uri}/{key}"
     return ArtifactRef(kind=kind, digest=digest, size=manifest.size, uri=uri)
 
@@ -85,7 +77,7 @@ class _Sender:
         self._meter = meter
         self._locks: dict[str, threading.Lock] = {}
 
-    def __call__(self, path: str) -> _Sent:
+    def __call__(self, path: str) -> FileEntry:
         """Hash a file, and send it unless the store has it.
 
         A file of up to 16 MiB is read once; of a larger one the second reading finds in memory
@@ -103,21 +95,20 @@ class _Sender:
         except FileNotFoundError:
             raise PublishError(f"{path} changed while it was being published") from None
 
-    def _send(self, path: str, sha256: str, source: Source, data: bytes | None) -> _Sent:
+    def _send(self, path: str, sha256: str, source: Source, data: bytes | None) -> FileEntry:
         entry = FileEntry(path=path, sha256=sha256, size=source.size)
         key = blob_key(sha256)
         with self._locks.setdefault(sha256, threading.Lock()):
-            now = time.monotonic()
             found = self._backend.find(key)
             if found is not None and found.size == entry.size:
                 self._meter(entry.size)
-                return _Sent(entry, now - found.age)
+                return entry
             if data is None:
                 self._backend.put_file(key, source)
             else:
                 self._backend.put(key, data)
                 self._meter(entry.size)
-            return _Sent(entry, now)
+            return entry
 
 
 def _put_manifest(backend: Backend, key: str, data: bytes) -> None:
@@ -135,22 +126,25 @@ def _put_manifest(backend: Backend, key: str, data: bytes) -> None:
 
 
 def _outlive_collection(
-    backend: Backend, folder: Path, sent: Sequence[_Sent], key: str, data: bytes
+    backend: Backend, folder: Path, entries: Sequence[FileEntry], key: str, data: bytes
 ) -> None:
-    """Make sure that no garbage collection took what we relied on.
+    """Make sure that no garbage collection took what we rely on.
 
     A collection announces itself before it looks at the manifests. One that did not see ours is
     therefore either announced still, and waited for here, or has ended: what it removed is found
     missing, and sent again. One that begins later sees our manifest.
+
+    What we have just sent is looked for too: it may have taken the place of an older object that a
+    collection had listed, a damaged one, or one that another collection was faster to remove.
     """
     wait_for_collection(backend)
     again = _Sender(backend, folder, Meter(0, None))
-    old = [each.entry for each in sent if time.monotonic() - each.known > FRESH]
-    there = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), old)
-    for entry, found in zip(old, there, strict=True):
-        if found is None and again(entry.path).entry != entry:
+    blobs = list({entry.sha256: entry for entry in entries}.values())
+    there = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), blobs)
+    for entry, found in zip(blobs, there, strict=True):
+        if found is None and again(entry.path) != entry:
             raise PublishError(f"{entry.path} changed while it was being published")
-    if old and backend.find(key) is None:
+    if backend.find(key) is None:
         backend.put(key, data)
 
 
