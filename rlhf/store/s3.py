@@ -239,7 +239,7 @@ class S3Backend:
                 raise refused(what, self.uri, key, self.bucket, cause) from None
             client: Any = getattr(self, "_client", None)
             endpoint = client.meta.endpoint_url if client else self._options.endpoint_url or "AWS"
-            raise failed(what, endpoint, cause) from None
+            raise failed(what, endpoint, cause, opening=verb == "open") from None
 
 
 def _encryption(options: StoreConfig) -> dict[str, str]:
@@ -252,7 +252,10 @@ def _date(answer: dict[str, Any]) -> datetime | None:
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     if not date:
         return None
-    parsed = parsedate_to_datetime(date)
+    try:
+        parsed = parsedate_to_datetime(date)
+    except ValueError:  # a flipped bit
+        return None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
