@@ -202,7 +202,12 @@ class S3Backend:
         return swept
 
     def _put(self, key: str, data: bytes, **extra: Any) -> None:
-        self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
+        answer = self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
+        if self._extra and not answer.get("ServerSideEncryption"):
+            raise StoreConfigError(
+                f"{self.uri}: the server took {key}, but does not say that it encrypts it; remove "
+                "sse from the options, or use another server"
+            )
 
     def _pages(self, operation: str, prefix: str) -> Iterable[dict[str, Any]]:
         pages = self._client.get_paginator(operation)

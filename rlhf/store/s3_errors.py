@@ -47,6 +47,12 @@ _DENIED = {
     "ExpiredToken": "the session token has expired",
     "InvalidToken": "the session token is not valid",
 }
+#: Of requests that were refused without saying more.
+_CURES = {
+    "400": "check endpoint and region, and whether the credentials have expired",
+    "InvalidRequest": "check the options, as sse may need HTTPS, or not be there",
+    "InvalidArgument": "check the options, as sse may not be there",
+}
 _SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
 
 
@@ -81,10 +87,8 @@ def refused(  # noqa: PLR0911  (a row of cases)
             "and there"
         )
     if status in ("301", "307", "400"):
-        return StoreConfigError(
-            f"{what}: the server refused the request ({code}); check endpoint and region, and "
-            "whether the credentials have expired"
-        )
+        cure = _CURES.get(code, "check endpoint and region")
+        return StoreConfigError(f"{what}: the server refused the request ({code}); {cure}")
     return StoreError(f"{what}: the server answered {status} {code}; try again later")
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks import storage_flips
 from rlhf.errors import ArtifactCorrupt
+from rlhf.store.s3 import _date
+from rlhf.store.s3_errors import failed
 from tests.store.faulty import LARGE, SMALL, complaint, impatient, make_folder, unfinished
 from tests.store.test_artifacts import contents, put
 from tests.store.wire import wire
@@ -113,6 +115,15 @@ def test_flip_in_an_answer(s3_place, line, tmp_path, folder, producer, method, p
         assert outcome in ("", "clear error"), (at, bit)
         line.clear()
     assert contents(store.fetch(ref)) == contents(folder)
+
+
+def test_flip_in_a_date_or_a_length():
+    """No age, so that nothing looks old; and no complaint about the options."""
+    for date in ("Mon, 23 Nov 2026 19x05:32 GMT", "Mon, 23 \x0eov 2026 19:05:32 GMT", "\x00"):
+        assert _date({"ResponseMetadata": {"HTTPHeaders": {"date": date}}}) is None
+    error = failed("what", "endpoint", ValueError("invalid literal for int()"), opening=False)
+    assert error.retriable
+    assert "try again" in str(error)
 
 
 def judge(store, ref, folder, producer) -> str:
