@@ -73,13 +73,18 @@ ssl_certificate={dir}/cert.pem ssl_private_key={dir}/key.pem
 
 @dataclass(frozen=True)
 class CephServer:
-    """Where the server listens, and two users: one for the tests, one without any bucket."""
+    """Where the server listens, and two users: one for the tests, one without any bucket.
+
+    The first has a second pair of keys, for what changes keys in mid-transfer.
+    """
 
     endpoint: str
     tls_endpoint: str
     ca_bundle: str
     access_key: str = "TESTACCESSKEY0000001"
     secret_key: str = "test-secret-key-0000000000000000000000001"
+    second_access_key: str = "TESTACCESSKEY0000002"
+    second_secret_key: str = "test-secret-key-0000000000000000000000002"
     other_access_key: str = "OTHERACCESSKEY000001"
     other_secret_key: str = "other-secret-key-000000000000000000000001"
 
@@ -183,6 +188,8 @@ def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) 
     ):
         user = ("--uid", name, "--display-name", name, "--access-key", key, "--secret", secret)
         call("radosgw-admin", "user", "create", *user)
+    second = ("--access-key", server.second_access_key, "--secret", server.second_secret_key)
+    call("radosgw-admin", "key", "create", "--uid", "test", "--key-type", "s3", *second)
     return server
 
 

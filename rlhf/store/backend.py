@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
@@ -132,6 +133,7 @@ class Sink:
         self._digest = hashlib.sha256()
         self._received = received
         self.size = 0
+        self.moved = time.monotonic()
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> None:
@@ -143,6 +145,7 @@ class Sink:
             self.error = error
             raise
         self.size += len(data)
+        self.moved = time.monotonic()
         self._received(len(data))
 
     @property

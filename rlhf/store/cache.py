@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from rlhf.store.receive import ATTEMPTS
 
 #: Bytes that fetched artifacts may take, unless the configuration says otherwise.
 DEFAULT_LIMIT = 50 * 10**9
+#: Seconds without a byte after which a download has been tried for long enough, by boto3.
+_SLOW = 5.0
 
 
 class Origin(NamedTuple):
@@ -116,8 +119,9 @@ class Cache:
                 except StoreError as error:
                     if sink.error:
                         raise sink.error from None
-                    # A flipped bit in a header looks like many things.
-                    if attempt == ATTEMPTS - 1 or not error.retriable:
+                    # A flipped bit in a header looks like many things, but is seen at once.
+                    slow = time.monotonic() - sink.moved > _SLOW
+                    if attempt == ATTEMPTS - 1 or slow or not error.retriable:
                         raise
                     continue
             if (sink.size, sink.sha256) == (entry.size, entry.sha256):

@@ -158,7 +158,9 @@ class LocalBackend:
             if error.errno in _CONFIGURATION:
                 cure = f"make {self.root} a folder that this user can write"
                 raise StoreConfigError(f"{message}; {cure}") from None
-            raise StoreError(f"{message}; mend that, then try again") from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            cure = "make room there" if full else "mend that"
+            raise StoreError(f"{message}; {cure}, then try again") from None
 
 
 def _found(path: Path) -> Found:

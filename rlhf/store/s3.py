@@ -202,7 +202,12 @@ class S3Backend:
         return swept
 
     def _put(self, key: str, data: bytes, **extra: Any) -> None:
-        self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
+        answer = self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
+        if self._extra and not answer.get("ServerSideEncryption"):
+            raise StoreConfigError(
+                f"{self.uri}: the server took {key}, but does not say that it encrypts it; remove "
+                "sse from the options, or use another server"
+            )
 
     def _pages(self, operation: str, prefix: str) -> Iterable[dict[str, Any]]:
         pages = self._client.get_paginator(operation)
@@ -239,7 +244,7 @@ class S3Backend:
                 raise refused(what, self.uri, key, self.bucket, cause) from None
             client: Any = getattr(self, "_client", None)
             endpoint = client.meta.endpoint_url if client else self._options.endpoint_url or "AWS"
-            raise failed(what, endpoint, cause) from None
+            raise failed(what, endpoint, cause, opening=verb == "open") from None
 
 
 def _encryption(options: StoreConfig) -> dict[str, str]:
@@ -252,7 +257,10 @@ def _date(answer: dict[str, Any]) -> datetime | None:
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     if not date:
         return None
-    parsed = parsedate_to_datetime(date)
+    try:
+        parsed = parsedate_to_datetime(date)
+    except ValueError:  # a flipped bit
+        return None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.credentials import Credentials, ReadOnlyCredentials
+from botocore.exceptions import (
+    ConnectionClosedError,
+    EndpointConnectionError,
+    ReadTimeoutError,
+)
 from botocore.session import Session
 
 from rlhf.config.pipeline import StoreConfig
@@ -21,7 +27,17 @@ _DAMAGED = {
     "IncompleteBody",
     "RequestTimeout",
 }
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+#: A request without an answer, as boto3 names it.
+_UNANSWERED = (ConnectionClosedError, ReadTimeoutError)
+#: An answer to HEAD has no body that could say what is wrong.
+_UNNAMED = {"400", "403"}
+_EXPIRED = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "InvalidAccessKeyId",
+}
 
 
 class ChainCredentials(Credentials):
@@ -34,15 +50,17 @@ class ChainCredentials(Credentials):
     def __init__(self, profile: str | None) -> None:
         self._profile = profile
         self._found: Any = None
+        self._lock = threading.Lock()
         self.method = "chain"
         self.account_id = None
         self.renew()
 
     def renew(self) -> bool:
         """Ask the chain; whether it had other credentials than before."""
-        before = self._found.get_frozen_credentials() if self._found else None
-        self._found = Session(profile=self._profile).get_credentials()
-        return self._found is not None and self._found.get_frozen_credentials() != before
+        with self._lock:
+            before = self._found.get_frozen_credentials() if self._found else None
+            self._found = Session(profile=self._profile).get_credentials()
+            return self._found is not None and self._found.get_frozen_credentials() != before
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         """What a request is signed with; boto3 asks before every one."""
@@ -69,7 +87,7 @@ class _ChainProvider:
         return self._credentials or None
 
 
-def make_client(options: StoreConfig, connect: float, read: float, attempts: int) -> Any:
+def make_client(options: StoreConfig, connect: float, read: float, total: int) -> Any:
     """An S3 client by the standard chain and these options. Makes no request to the store."""
     keep_secrets_out_of_logs()
     credentials = ChainCredentials(options.profile)
@@ -79,7 +97,7 @@ def make_client(options: StoreConfig, connect: float, read: float, attempts: int
     config = Config(
         connect_timeout=connect,
         read_timeout=read,
-        retries={"mode": "standard", "total_max_attempts": attempts},
+        retries={"mode": "standard", "total_max_attempts": total},
         max_pool_connections=40,
         # Over HTTPS, Ceph refuses every upload with boto3's default trailing checksum. What is
         # signed instead is the body's own sha256, so that no flipped bit is ever stored.
@@ -92,11 +110,17 @@ def make_client(options: StoreConfig, connect: float, read: float, attempts: int
         "s3", endpoint_url=options.endpoint_url, verify=options.ca_bundle, config=config
     )
 
-    def once_more(attempts: int, response: Any, **_: Any) -> float | None:
+    def once_more(attempts: int, response: Any, caught_exception: Any, **_: Any) -> float | None:
         """Seconds after which to send a request again that boto3 would not; None for no more."""
+        if isinstance(caught_exception, _UNANSWERED) and attempts >= total:
+            # As the same error means a body that was cut, those who read it would ask again.
+            url = client.meta.endpoint_url
+            raise EndpointConnectionError(endpoint_url=url) from caught_exception
         code = response[1].get("Error", {}).get("Code") if response else None
-        if code in _EXPIRED:
-            return 0.0 if attempts < 3 and credentials.renew() else None
+        if code in _EXPIRED or code in _UNNAMED:
+            # Another thread may have been here first: then there is nothing new, but a new try.
+            renewed = attempts < 3 and credentials.renew()
+            return 0.0 if renewed or attempts == 1 else None
         # A wrong secret key looks like a flipped bit: it is told from it by happening again.
         return 0.1 if code in _DAMAGED and attempts < 3 else None
 

@@ -36,7 +36,7 @@ _BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
 #: A body that was cut: worth another try of the whole request.
 CUT = (ReadTimeoutError, *_BROKEN)
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
-_SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError, ValueError)
+_SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError)
 _UNREACHABLE = (EndpointConnectionError, ConnectTimeoutError, BotoConnectionError, HTTPClientError)
 _DENIED = {
     "403": "access denied",
@@ -46,6 +46,12 @@ _DENIED = {
     "SignatureDoesNotMatch": "the secret key does not belong to the access key",
     "ExpiredToken": "the session token has expired",
     "InvalidToken": "the session token is not valid",
+}
+#: Of requests that were refused without saying more.
+_CURES = {
+    "400": "check endpoint and region, and whether the credentials have expired",
+    "InvalidRequest": "check the options, as sse may need HTTPS, or not be there",
+    "InvalidArgument": "check the options, as sse may not be there",
 }
 _SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
 
@@ -81,14 +87,13 @@ def refused(  # noqa: PLR0911  (a row of cases)
             "and there"
         )
     if status in ("301", "307", "400"):
-        return StoreConfigError(
-            f"{what}: the server refused the request ({code}); check endpoint and region"
-        )
+        cure = _CURES.get(code, "check endpoint and region")
+        return StoreConfigError(f"{what}: the server refused the request ({code}); {cure}")
     return StoreError(f"{what}: the server answered {status} {code}; try again later")
 
 
-def failed(what: str, endpoint: str, error: BaseException) -> StoreError:
-    """No usable answer came back."""
+def failed(what: str, endpoint: str, error: BaseException, opening: bool) -> StoreError:
+    """No usable answer came back; `opening` a client asks for none."""
     if isinstance(error, RetriesExceededError):
         error = error.last_exception
     if isinstance(error, _CREDENTIALS):
@@ -101,13 +106,14 @@ def failed(what: str, endpoint: str, error: BaseException) -> StoreError:
             f"{what}: {endpoint} does not prove its identity (TLS); set ca_bundle to its "
             "certificate"
         )
-    if isinstance(error, _SETTINGS):
+    # Later, a ValueError is an answer that boto3 can't read, as with a flipped bit.
+    if isinstance(error, _SETTINGS) or (opening and isinstance(error, ValueError)):
         reason = redact(shorten(str(error), 160))
         return StoreConfigError(f"{what}: {reason}; correct the store's options")
     if isinstance(error, _UNREACHABLE) and not isinstance(error, _BROKEN):
+        cause = type(error.__cause__ or error).__name__
         return StoreError(
-            f"{what}: no answer from {endpoint} ({type(error).__name__}); check the endpoint "
-            "and the network"
+            f"{what}: no answer from {endpoint} ({cause}); check the endpoint and the network"
         )
     if isinstance(error, OSError):
         return StoreError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from rlhf.store import Producer, Store, open_store
 from tests.ceph import CephServer
 
 BUCKET = "artifacts"
+#: Whether the tests speak to the server over TLS; those with a proxy or a wire never do.
+TLS = os.environ.get("RLHF_TEST_TLS") == "1"
 
 
 class Place(Protocol):
@@ -104,7 +107,15 @@ def s3_place(
 ) -> Bucket:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
+    if TLS:
+        use_tls(s3_server, monkeypatch)
     return Bucket(tmp_path, s3_client)
+
+
+def use_tls(server: CephServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard chain's way to the same server, with a certificate that nobody else trusts."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.tls_endpoint)
+    monkeypatch.setenv("AWS_CA_BUNDLE", server.ca_bundle)
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ class Faults:
     """What goes wrong; by default nothing."""
 
     endpoint: str
-    refuse: Callable[[str, str, dict[str, str]], int | None] = lambda *_: None
-    """Answer with this status instead of asking the server."""
+    refuse: Callable[[str, str, dict[str, str]], int | tuple[int, str] | None] = lambda *_: None
+    """Answer with this status, and S3's code for it, instead of asking the server."""
     lose_answer: Callable[[str, str], bool] = lambda *_: False
     """Ask the server, then close the connection without an answer."""
     mangle: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
@@ -40,9 +40,13 @@ def fault_proxy(upstream: str) -> Iterator[Faults]:
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             faults.seen.append((self.command, self.path))
-            status = faults.refuse(self.command, self.path, dict(self.headers))
-            if status is not None:
-                return self.answer(status, [], b"")
+            refusal = faults.refuse(self.command, self.path, dict(self.headers))
+            if refusal is not None:
+                status, code = refusal if isinstance(refusal, tuple) else (refusal, "")
+                error = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
+                if self.command == "HEAD":
+                    error = b""
+                return self.answer(status, [("Content-Length", str(len(error)))], error)
             connection = http.client.HTTPConnection(host, timeout=30)
             headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
             connection.request(self.command, self.path, body, headers)

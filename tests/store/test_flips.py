@@ -1,0 +1,142 @@
+"""One bit that flips on the way: seen, and sent again, in both directions."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from benchmarks import storage_flips
+from rlhf.errors import ArtifactCorrupt
+from rlhf.store.s3 import _date
+from rlhf.store.s3_errors import failed
+from tests.store.faulty import LARGE, SMALL, complaint, impatient, make_folder, unfinished
+from tests.store.test_artifacts import contents, put
+from tests.store.wire import wire
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def line(s3_server):
+    with wire(s3_server.endpoint) as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(s3_place, line, tmp_path):
+    return impatient(s3_place.uri, line.endpoint, tmp_path / "cache", 5)
+
+
+def carried(line, method: str, part: str) -> int:
+    return len([r for r in line.seen if r.method == method and part in r.path])
+
+
+# Bytes beyond the 16th MiB are in the second part, those beyond the 8th in the second range.
+@pytest.mark.parametrize(("size", "at"), [(SMALL, 0), (SMALL, SMALL - 1), (LARGE, 5 << 20)])
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_flip_in_a_file(store, line, s3_place, s3_client, tmp_path, producer, size, at, direction):
+    folder = make_folder(tmp_path / "new", size)
+    method = "PUT" if direction == "up" else "GET"
+    fault = line.arm("flip", direction, at, bit=3, method=method, path="/blobs/")
+    ref = put(store, folder, producer)
+    assert contents(store.fetch(ref)) == contents(folder)
+    assert fault.struck == 1
+    ((digest, _),) = [(file.sha256, file.path) for file in store.manifest(ref).files]
+    assert s3_place.read(f"blobs/sha256/{digest[:2]}/{digest}") == next(
+        iter(contents(folder).values())
+    )
+    # Three parts and one again; six requests for a large file, with its HEAD, all of them again.
+    requests = {"up": (2, 4), "down": (2, 10)}[direction][size == LARGE]
+    assert carried(line, method, "/blobs/") == requests
+    assert unfinished(s3_client, s3_place.uri) == []
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+@pytest.mark.parametrize("part", ["/manifests/", "/refs/"])
+def test_flip_in_what_is_written_last(store, line, s3_place, folder, producer, direction, part):
+    method = "PUT" if direction == "up" else "GET"
+    fault = line.arm("flip", direction, 20, bit=5, method=method, path=part)
+    ref = put(store, folder, producer)
+    store.append("a", {"digest": ref.digest})
+    assert store.history("a") == [{"digest": ref.digest}]
+    assert contents(store.fetch(ref)) == contents(folder)
+    assert fault.struck == 1
+    assert json.loads(s3_place.read("refs/a/000001.json"))["payload"] == {"digest": ref.digest}
+    assert s3_place.read(f"manifests/{ref.digest}.json") == store.manifest(ref).encode()
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_flip_in_every_upload(store, line, s3_place, s3_client, tmp_path, producer, size):
+    """Sent three times, then given up; nothing wrong is stored."""
+    folder = make_folder(tmp_path / "new", size)
+    fault = line.arm("flip", "up", 9, method="PUT", path="/blobs/", times=math.inf)
+    complaint(
+        lambda: put(store, folder, producer), store.uri, "can't write blobs/",
+        "it arrived damaged, again and again (XAmzContentSHA256Mismatch)", "check the network",
+    )  # fmt: skip
+    assert 3 <= fault.struck <= (3 if size == SMALL else 9)
+    assert s3_place.objects() == {}
+    assert unfinished(s3_client, s3_place.uri) == []
+    line.clear()
+    assert contents(store.fetch(put(store, folder, producer))) == contents(folder)
+
+
+@pytest.mark.parametrize("part", ["/manifests/", "/blobs/", "/refs/"])
+def test_flip_in_every_download(store, line, folder, producer, part):
+    ref = put(store, folder, producer)
+    store.append("a", {"x": 1})
+    line.arm("flip", "down", 9, method="GET", path=part, times=math.inf)
+    work = store.history if part == "/refs/" else lambda _: store.fetch(ref)
+    error = complaint(lambda: work("a"), store.uri, part.strip("/"), "delete")
+    assert isinstance(error, ArtifactCorrupt)
+    line.clear()
+    assert store.history("a") == [{"x": 1}]
+    assert contents(store.fetch(ref)) == contents(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "start", "end"),
+    [("HEAD", "/blobs/", 0, 240), ("GET", "/blobs/", 0, 240), ("GET", "list-type", 0, 500)],
+)
+def test_flip_in_an_answer(s3_place, line, tmp_path, folder, producer, method, path, start, end):
+    """A status, a length, a date, a listing: an error of ours, or the right bytes."""
+    rng = random.Random(f"{method} {path}")
+    store = impatient(s3_place.uri, line.endpoint, tmp_path / "cache", 0.5, attempts=2)
+    ref = put(store, folder, producer)
+    for number in range(6):
+        at, bit = rng.randrange(start, end), rng.randrange(8)
+        line.arm("flip", "down", at, where="message", bit=bit, method=method, path=path)
+        cache = tmp_path / str(number)
+        other = impatient(s3_place.uri, line.endpoint, cache, 0.5, attempts=2)
+        outcome = storage_flips.one(lambda _, s=other: judge(s, ref, folder, producer), cache)
+        assert outcome in ("", "clear error"), (at, bit)
+        line.clear()
+    assert contents(store.fetch(ref)) == contents(folder)
+
+
+def test_flip_in_a_date_or_a_length():
+    """No age, so that nothing looks old; and no complaint about the options."""
+    for date in ("Mon, 23 Nov 2026 19x05:32 GMT", "Mon, 23 \x0eov 2026 19:05:32 GMT", "\x00"):
+        assert _date({"ResponseMetadata": {"HTTPHeaders": {"date": date}}}) is None
+    error = failed("what", "endpoint", ValueError("invalid literal for int()"), opening=False)
+    assert error.retriable
+    assert "try again" in str(error)
+
+
+def judge(store, ref, folder, producer) -> str:
+    assert put(store, folder, producer) == ref
+    return "" if contents(store.fetch(ref)) == contents(folder) else "delivered wrong"
+
+
+def test_sample_of_the_campaign(s3_server, tmp_path, s3_place):
+    """20 flips of `python -m benchmarks.storage_flips`, which makes 1500."""
+    with storage_flips.opened(s3_server, tmp_path) as bench:
+        for name, count in (("body, down", 10), ("body, up", 5), ("anywhere", 5)):
+            found = storage_flips.campaign(bench, name, count, seed=7)
+            assert found["flips"] == count
+            assert [found[column] for column in storage_flips.BAD] == [0, 0, 0]
+            if name != "anywhere":
+                assert found["repaired or harmless"] == count
