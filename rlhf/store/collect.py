@@ -3,9 +3,10 @@
 What stays is what a reference, a pin or an artifact younger than the grace time leads to, through
 all parents; and whatever is itself younger than that. Ages are by the store's clock.
 
-A collection first puts an object under `gc/`, and only then looks at what is there. A publisher
-looks for such objects after it has written its manifest (`rlhf.store.publish`): so either the
-collection sees the manifest, or the publisher waits, and sends again what was removed.
+A collection first puts an object under `gc/`, and only then looks at what is there; another one
+says that it has ended. A publisher looks for them after it has written its manifest
+(`rlhf.store.publish`): so either the collection sees the manifest, or the publisher waits, and
+sends again what was removed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rlhf.store import pins, refs
 from rlhf.store.backend import Backend, Found, in_parallel
 from rlhf.store.create import CLAIMS, PROBES
 from rlhf.store.manifest import Manifest, blob_key, manifest_key
-from rlhf.store.publish import COLLECTING, COLLECTION_SECONDS
+from rlhf.store.publish import COLLECTING, COLLECTION_SECONDS, ENDED, GOING_ON
 
 #: Seconds that everything is left alone for.
 GRACE = 24 * 3600.0
@@ -97,13 +98,16 @@ def retain(backend: Backend, kept: Mapping[str, Manifest]) -> None:
 @contextlib.contextmanager
 def _announced(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
     """When the collection began by our clock, and how old the store says that a new object is."""
-    key = f"{PROBES if dry_run else COLLECTING}{uuid.uuid4().hex}.json"
+    name = f"{PROBES if dry_run else COLLECTING}{uuid.uuid4().hex}"
+    key = name + GOING_ON
     began = time.monotonic()
     backend.put(key, b"{}")
     try:
         found = backend.find(key)
         yield began, found.age if found else 0.0
     finally:
+        if not dry_run:
+            backend.put(name + ENDED, b"{}")
         backend.delete([key])
 
 

@@ -30,8 +30,8 @@ from rlhf.store.manifest import (
 
 #: Objects younger than this are left alone by every garbage collection, whatever its grace.
 FRESH = 3600.0
-#: Where a garbage collection that is going on says so.
-COLLECTING = "gc/"
+#: Where a garbage collection says that it is going on, and then that it was.
+COLLECTING, GOING_ON, ENDED = "gc/", ".json", ".ended"
 #: A collection removes nothing any more this long after it said so; nobody waits for longer.
 COLLECTION_SECONDS = 600.0
 
@@ -52,6 +52,7 @@ def publish(
     listener: Callable[[int, int], None] | None = None,
 ) -> ArtifactRef:
     """Send the blobs the store lacks, then the manifest: a crash leaves no half artifact."""
+    began = time.monotonic()
     sizes = scan(folder)
     # All that can be wrong with the rest is found out before a byte is sent.
     draft = [FileEntry(path=path, sha256="0" * 64, size=size) for path, size in sizes.items()]
@@ -63,7 +64,7 @@ def publish(
     digest = sha256_bytes(data)
     key = manifest_key(digest)
     _put_manifest(backend, key, data)
-    _outlive_collection(backend, folder, entries, key, data)
+    _outlive_collection(backend, folder, entries, key, data, began)
     uri = f"{backend.uri}/{key}"
     return ArtifactRef(kind=kind, digest=digest, size=manifest.size, uri=uri)
 
@@ -126,18 +127,25 @@ def _put_manifest(backend: Backend, key: str, data: bytes) -> None:
 
 
 def _outlive_collection(
-    backend: Backend, folder: Path, entries: Sequence[FileEntry], key: str, data: bytes
+    backend: Backend,
+    folder: Path,
+    entries: Sequence[FileEntry],
+    key: str,
+    data: bytes,
+    began: float,
 ) -> None:
     """Make sure that no garbage collection took what we rely on.
 
-    A collection announces itself before it looks at the manifests. One that did not see ours is
-    therefore either announced still, and waited for here, or has ended: what it removed is found
-    missing, and sent again. One that begins later sees our manifest.
+    A collection announces itself before it looks at the manifests, and leaves a trace when it has
+    ended. One that did not see ours is therefore either announced still, and waited for here, or
+    has left its trace: then what it removed is found missing, and sent again. One that begins
+    later sees our manifest.
 
     What we have just sent is looked for too: it may have taken the place of an older object that a
     collection had listed, a damaged one, or one that another collection was faster to remove.
     """
-    wait_for_collection(backend)
+    if not _collected(backend, began):
+        return
     again = _Sender(backend, folder, Meter(0, None))
     blobs = list({entry.sha256: entry for entry in entries}.values())
     there = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), blobs)
@@ -148,11 +156,21 @@ def _outlive_collection(
         backend.put(key, data)
 
 
-def wait_for_collection(backend: Backend) -> None:
-    """Return once no garbage collection is going on; one that died is not waited for."""
+def _collected(backend: Backend, began: float) -> bool:
+    """Whether garbage may have been collected since; returns once none is going on.
+
+    A collection that died is not waited for.
+    """
     told = False
     end = time.monotonic() + 2 * COLLECTION_SECONDS
-    while any(found.age < COLLECTION_SECONDS for found in backend.list(COLLECTING).values()):
+    while True:
+        traces = backend.list(COLLECTING)
+        if not any(
+            key.endswith(GOING_ON) and found.age < COLLECTION_SECONDS
+            for key, found in traces.items()
+        ):
+            since = time.monotonic() - began + COLLECTION_SECONDS
+            return any(found.age < since for found in traces.values())
         if time.monotonic() > end:
             raise StoreError(
                 f"{backend.uri}: {COLLECTING} says that garbage is being collected, and does not "

@@ -76,7 +76,9 @@ def test_records_keep_artifacts(place, store, folder, producer):
     assert found.artifacts == [orphan.digest]
     assert store.problems(kept, deep=True) == []
     assert len(blobs(place)) == 3
-    assert not [key for key in place.objects() if key.startswith(("gc/", "probe/"))]
+    # Only the trace of the collection, for publishers to see.
+    left = [key for key in place.objects() if key.startswith(("gc/", "probe/"))]
+    assert [key.rpartition(".")[2] for key in left] == ["ended"]
 
 
 def test_grace_is_measured_by_the_stores_clock(folder_place, folder, producer, age):
@@ -106,7 +108,7 @@ def test_manifest_that_can_not_be_read_stops_it(folder_place, folder, producer, 
     before = set(folder_place.objects())
     with pytest.raises(ArtifactCorrupt, match=ref.digest):
         store.collect(dry_run=False)
-    assert set(folder_place.objects()) == before
+    assert before <= set(folder_place.objects())
 
 
 def test_traces_and_checkpoints(folder_place, age):
@@ -118,7 +120,7 @@ def test_traces_and_checkpoints(folder_place, age):
         folder_place.write(key, b"x")
     folder_place.write("tmp/left", b"half")
     assert store.collect().keys == []
-    age(2 * DAY, "checkpoints")
+    age(2 * DAY, "/checkpoints/")
     age(2 * DAY, "/probe/")
     age(2 * DAY, "/claims/")
     age(2 * DAY, "/gc/")
@@ -126,7 +128,7 @@ def test_traces_and_checkpoints(folder_place, age):
     found = store.collect(dry_run=False)
     assert set(found.keys) == {"probe/1", "claims/x/1", "gc/1.json", f"checkpoints/{done}/blobs/1"}
     assert found.uploads == 1
-    age(ABANDONED, "checkpoints")
+    age(ABANDONED, "/checkpoints/")
     assert store.collect().keys == [f"checkpoints/{going}/blobs/1"]
 
 
