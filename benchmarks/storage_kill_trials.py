@@ -145,7 +145,8 @@ class Publisher:
         store = store or self.place.open(self.work / "cache")
         points = Points(at)
         if at or passed:
-            store = Store(Deadly(store._backend, points), store._cache)
+            backend: Any = Deadly(store._backend, points)
+            store = Store(backend, store._cache)
         ref = store.publish(self.folder, "data", parents={}, producer=PRODUCER, metrics={})
         if passed:
             passed.write_text("\n".join(points.passed))

@@ -8,25 +8,35 @@ from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.store.backend import Backend
 from rlhf.store.create import create
 from rlhf.store.lookup import is_beginning
+from rlhf.store.manifest import manifest_key
+from rlhf.store.publish import wait_for_collection
 from rlhf.store.refs import open_sealed, seal
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def pin(backend: Backend, name: str, digest: str) -> None:
-    """Give the name to an artifact.
+    """Give the name to an artifact; a garbage collection that is going on is waited for.
 
     Raises:
         ConfigError: The name is not valid, or another artifact has it.
+        ArtifactMissing: There is no such artifact, or it was collected just now.
     """
     key = _key(name)
-    if not create(backend, key, seal(name, {"digest": digest})):
+    created = create(backend, key, seal(name, {"digest": digest}))
+    if not created:
         theirs = open_sealed(backend, key)["digest"]
         if theirs != digest:
             raise ConfigError(
                 f"{backend.uri}: pin {name!r} is that of {theirs[:12]}; take it away first, or "
                 "choose another name"
             )
+    # A collection that did not see the pin has ended then; its manifest goes first.
+    wait_for_collection(backend)
+    if backend.find(manifest_key(digest)) is None:
+        if created:
+            backend.delete([key])
+        raise ArtifactMissing(f"{backend.uri}: can't pin {digest[:12]}: there is no such artifact")
 
 
 def unpin(backend: Backend, name: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlhf.errors import ArtifactCorrupt, StoreError
-from rlhf.store.backend import SMALL, Backend, Meter, Source, in_parallel
+from rlhf.store.backend import SMALL, Backend, Found, Meter, Source, in_parallel
 from rlhf.store.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
@@ -157,10 +157,14 @@ def _outlive_collection(
 
 
 def _collected(backend: Backend, began: float) -> bool:
-    """Whether garbage may have been collected since; returns once none is going on.
+    """Whether garbage may have been collected since; returns once none is going on."""
+    traces = wait_for_collection(backend)
+    since = time.monotonic() - began + COLLECTION_SECONDS
+    return any(found.age < since for found in traces.values())
 
-    A collection that died is not waited for.
-    """
+
+def wait_for_collection(backend: Backend) -> dict[str, Found]:
+    """Wait while garbage is collected, but not for a collection that died; the traces of all."""
     told = False
     end = time.monotonic() + 2 * COLLECTION_SECONDS
     while True:
@@ -169,8 +173,7 @@ def _collected(backend: Backend, began: float) -> bool:
             key.endswith(GOING_ON) and found.age < COLLECTION_SECONDS
             for key, found in traces.items()
         ):
-            since = time.monotonic() - began + COLLECTION_SECONDS
-            return any(found.age < since for found in traces.values())
+            return traces
         if time.monotonic() > end:
             raise StoreError(
                 f"{backend.uri}: {COLLECTING} says that garbage is being collected, and does not "

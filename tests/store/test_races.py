@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.storage_places import BucketPlace, FolderPlace, Place
 from benchmarks.storage_race_trials import Row, appending, collecting, creating
+from rlhf.errors import ArtifactMissing
 from rlhf.store import Producer, Store
 from rlhf.store.cache import Cache
 from rlhf.store.create import is_atomic
@@ -117,6 +118,17 @@ def test_publish_between_the_removals_of_two_collectors(root, publishing):
 
     open_stopping(root, both).collect(dry_run=False)
     assert publishing.problems() == []
+
+
+def test_pin_while_the_artifact_is_collected(root, publishing):
+    """Who is told that the pin is there has the artifact."""
+    store = publishing.store
+    (digest,) = (artifact.ref.digest for artifact in store.list())
+    publishing._publish = lambda: store.pin("keep", digest)
+    open_stopping(root, publishing.until_it_waits).collect(dry_run=False)
+    with pytest.raises(ArtifactMissing, match=f"can't pin {digest[:12]}"):
+        publishing.future.result(30)
+    assert store.pins() == {}
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
