@@ -27,7 +27,8 @@ import pytest
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 DAEMONS = ("ceph-mon", "ceph-osd", "radosgw", "monmaptool", "radosgw-admin", "ceph", "openssl")
 
-# Without the six crc modes RGW hangs for ever; the pool settings let one OSD be a cluster.
+# Without the six crc modes RGW hangs for ever; the pool settings let one OSD be a cluster. Unless
+# told otherwise RGW keeps what was deleted for two hours: a full memstore blocks every write.
 CONF = """
 [global]
 fsid = {fsid}
@@ -66,6 +67,9 @@ memstore device bytes = 4294967296
 osd class load list = *
 osd class default list = *
 osd crush chooseleaf type = 0
+rgw gc obj min wait = 5
+rgw gc processor period = 5
+rgw gc processor max time = 5
 rgw frontends = beast endpoint=127.0.0.1:{http} ssl_endpoint=127.0.0.1:{https} \
 ssl_certificate={dir}/cert.pem ssl_private_key={dir}/key.pem
 """

@@ -154,10 +154,11 @@ class S3Backend:
 
     def find(self, key: str) -> Found | None:
         """HEAD; a missing bucket looks like a missing object here."""
-        head = self._head(key)
-        if head is None:
-            return None
-        return Found(head["ContentLength"], _age(head["LastModified"], _date(head)))
+        with self._translated("read", key):
+            head = self._head(key)
+            if head is None:
+                return None
+            return Found(head["ContentLength"], _age(head["LastModified"], _date(head)))
 
     def list(self, prefix: str) -> dict[str, Found]:
         """All pages."""

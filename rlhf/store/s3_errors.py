@@ -30,8 +30,16 @@ from s3transfer.exceptions import RetriesExceededError
 from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
 from rlhf.store.redact import redact
 
-#: What boto3 and s3transfer can raise.
-ERRORS = (ClientError, BotoCoreError, Boto3Error, RetriesExceededError, ValueError, OSError)
+#: What boto3 and s3transfer can raise; KeyError: an answer without what it must have.
+ERRORS = (
+    ClientError,
+    BotoCoreError,
+    Boto3Error,
+    RetriesExceededError,
+    ValueError,
+    KeyError,
+    OSError,
+)
 _BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
 #: A body that was cut: worth another try of the whole request.
 CUT = (ReadTimeoutError, *_BROKEN)

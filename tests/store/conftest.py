@@ -104,12 +104,16 @@ def s3_client(s3_server: CephServer) -> Iterator[Any]:
 @pytest.fixture
 def s3_place(
     tmp_path: Path, s3_client: Any, s3_server: CephServer, monkeypatch: pytest.MonkeyPatch
-) -> Bucket:
+) -> Iterator[Bucket]:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     if TLS:
         use_tls(s3_server, monkeypatch)
-    return Bucket(tmp_path, s3_client)
+    bucket = Bucket(tmp_path, s3_client)
+    yield bucket
+    # The server keeps all in memory.
+    for key in bucket.objects():
+        bucket.remove(key)
 
 
 def use_tls(server: CephServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from tests.ceph import CephServer
 from tests.store.conftest import BUCKET
 
 SMALL = 1 << 20
-#: Three parts up, five ranges down.
-LARGE = 40 << 20
+#: Two parts up, three ranges down.
+LARGE = 20 << 20
 SECRETS = (CephServer.secret_key, CephServer.second_secret_key, CephServer.other_secret_key)
 
 

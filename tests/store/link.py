@@ -131,7 +131,7 @@ class Flow(threading.Thread):
             self.target.shutdown(socket.SHUT_WR)
         except Ended:
             pass
-        except OSError:
+        except (OSError, ValueError):  # a head that a flip has made unreadable
             self.link.end("reset")
         finally:
             for end in self.pipe:
