@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,6 +84,8 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=20, help="size for the peak of memory")
     parser.add_argument("--work", type=Path, help="folder for files, instead of the system's /tmp")
     options = parser.parse_args()
+    # Ended from outside, it must still end the server that it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     began, tables = time.monotonic(), list[Table]()
     with site(options.work) as here:
         for name in options.only:

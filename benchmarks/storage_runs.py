@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from benchmarks.storage_sides import MIB, PEERS
 from tests.ceph import CephServer, ceph_server
 
 BUCKET = "bench"
+LIMIT = 1800
+"""Seconds after which an operation hangs, rather than being slow."""
 ROOT = Path(__file__).parents[1]
 PEER_PACKAGES = ("awscli", "mlflow-skinny", "boto3")
 # radosgw keeps what was deleted for two hours, and the server's store is memory.
@@ -67,6 +70,9 @@ class Process:
         assert self._process.stdin
         assert self._process.stdout
         self._input, self._output = self._process.stdin, self._process.stdout
+        self._limit = threading.Timer(LIMIT, self.kill)
+        self._limit.daemon = True
+        self._limit.start()
         if self._output.readline() != "ready\n":
             self.result()
 
@@ -84,9 +90,16 @@ class Process:
         """Wait for its end; SideFailed if that was no good one."""
         with contextlib.suppress(BrokenPipeError):
             self._input.close()
-        lines = self._output.read().splitlines()
-        status = self._process.wait()
-        self._output.close()
+        try:
+            lines = self._output.read().splitlines()
+        except BaseException:
+            # Interrupted: it must not go on alone.
+            self.kill()
+            raise
+        finally:
+            status = self._process.wait()
+            self._limit.cancel()
+            self._output.close()
         with self._errors:
             self._errors.seek(0)
             said = self._errors.read().strip().splitlines()
