@@ -7,7 +7,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
@@ -81,10 +81,9 @@ class Backend(Protocol):
 
 
 class Source:
-    """A file on its way up. Its size was taken before it was hashed; any change since is an error.
-
-    It is read in order, to the end, before an upload is completed: so other bytes than those that
-    were hashed never become a whole object.
+    """A file on its way up. Its size was taken before it was hashed; any change since is an error,
+    which is seen before an upload is completed: no other bytes than those that were hashed ever
+    become a whole object.
     """
 
     def __init__(self, file: BinaryIO, name: str, sent: Callable[[int], None]) -> None:
@@ -100,29 +99,40 @@ class Source:
         self._file.seek(0)
         return digest
 
-    def read(self, size: int = -1) -> bytes:
-        """As a file does; the end is only reached if the file is still what it was."""
-        data = self._file.read(size)
-        if (len(data) < size or size < 0 or self._file.tell() >= self.size) and (
-            self._now() != self._state or self._file.tell() != self.size
-        ):
-            raise PublishError(f"{self._name} changed while it was being published")
+    def read(self) -> bytes:
+        """All of it."""
+        data = self._file.read()
+        self.check()
         return data
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As a file does."""
-        return self._file.seek(offset, whence)
+    def chunks(self) -> Iterator[bytes]:
+        """All of it, in pieces; the last comes only if the file is still what it was."""
+        for offset in range(0, self.size, 1 << 20):
+            data = self.read_at(offset, 1 << 20)
+            if offset + len(data) >= self.size:
+                self.check()
+            self.sent(len(data))
+            yield data
 
-    def tell(self) -> int:
-        """As a file does."""
-        return self._file.tell()
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Some of it; from any thread. It is less than that at the end only."""
+        data = os.pread(self._file.fileno(), size, offset)
+        if len(data) != min(size, self.size - offset):
+            raise self._changed()
+        return data
 
-    def close(self) -> None:
-        """Nothing: who opened the file closes it."""
+    def check(self) -> None:
+        """PublishError if the file is not what it was."""
+        if self._now() != self._state:
+            raise self._changed()
 
-    def _now(self) -> tuple[int, int, int]:
+    def _changed(self) -> PublishError:
+        return PublishError(f"{self._name} changed while it was being published; try again")
+
+    def _now(self) -> tuple[int, int]:
+        # No ctime: it tells of links to the file as well.
         state = os.fstat(self._file.fileno())
-        return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        return state.st_size, state.st_mtime_ns
 
 
 class Sink:

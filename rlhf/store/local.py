@@ -66,7 +66,7 @@ class LocalBackend:
 
     def put_file(self, key: str, source: Source) -> None:
         """Copy beside it, then rename: the file was read to its end by then, unchanged."""
-        self._put(key, _chunks(source))
+        self._put(key, source.chunks())
 
     def _put(self, key: str, data: Iterator[bytes]) -> None:
         with self._translated("write", key), self._temporary() as (file, temporary):
@@ -166,12 +166,6 @@ class LocalBackend:
 def _found(path: Path) -> Found:
     state = path.stat()
     return Found(state.st_size, time.time() - state.st_mtime)
-
-
-def _chunks(source: Source) -> Iterator[bytes]:
-    while chunk := source.read(1 << 20):
-        source.sent(len(chunk))
-        yield chunk
 
 
 def _sync(file: BinaryIO) -> None:

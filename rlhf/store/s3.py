@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -16,23 +16,20 @@ from urllib.parse import urlsplit
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import ClientError
 from s3transfer.manager import TransferConfig, TransferManager
-from s3transfer.subscribers import BaseSubscriber
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
-from rlhf.store.backend import SMALL, Found, Sink, Source
+from rlhf.store.backend import SMALL, Found, Sink, Source, in_parallel
 from rlhf.store.s3_client import make_client
 from rlhf.store.s3_errors import CUT, ERRORS, failed, refused, status_of
 
 MIB = 1024 * 1024
-#: Two large files at once, four parts of each: more only takes memory, which these numbers bound.
+#: Just more than malloc would keep to itself when it is freed; four at once bound the memory.
+_PART = 32 * MIB
+_SENDING = threading.BoundedSemaphore(4)
+_MOST_PARTS = 10_000
+#: Two large files at once, each with four ranges on their way and two in waiting.
 _LARGE = threading.BoundedSemaphore(2)
-_UP = TransferConfig(
-    multipart_threshold=SMALL,
-    multipart_chunksize=16 * MIB,
-    max_request_concurrency=4,
-    max_in_memory_upload_chunks=4,
-)
 _DOWN = TransferConfig(
     multipart_threshold=SMALL,
     multipart_chunksize=8 * MIB,
@@ -41,17 +38,6 @@ _DOWN = TransferConfig(
     io_chunksize=MIB,
     max_io_queue_size=8,
 )
-
-
-class _Report(BaseSubscriber):
-    """Tells of the bytes that were sent; a part that has to be sent again takes its own back."""
-
-    def __init__(self, sent: Callable[[int], None]) -> None:
-        self._sent = sent
-
-    def on_progress(self, future: Any, bytes_transferred: int, **kwargs: Any) -> None:
-        del future, kwargs
-        self._sent(bytes_transferred)
 
 
 class S3Backend:
@@ -121,12 +107,34 @@ class S3Backend:
             self._put(key, data)
 
     def put_file(self, key: str, source: Source) -> None:
-        """In parts; a file that changed is never completed."""
-        with self._translated("write", key), _LARGE, TransferManager(self._client, _UP) as manager:
-            extra = dict(self._extra)
-            watch = [_Report(source.sent)]
-            where = (source, self.bucket, self._prefix + key)
-            manager.upload(*where, extra_args=extra, subscribers=watch).result()
+        """In parts; completed only if the file has not changed until the last was read.
+
+        s3transfer has no place for that look, and keeps several times the memory.
+        """
+        where = self._where(key)
+        with self._translated("write", key):
+            begun = self._client.create_multipart_upload(**where, **self._extra)
+            self._check_encryption(key, begun)
+            where["UploadId"] = begun["UploadId"]
+            try:
+                size = max(_PART, -(-source.size // _MOST_PARTS))
+                numbers = range(1, -(-source.size // size) + 1)
+                tags = in_parallel(lambda n: self._put_part(where, source, n, size), numbers)
+                source.check()
+                parts = [{"PartNumber": n, "ETag": t} for n, t in zip(numbers, tags, strict=True)]
+                self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+            except BaseException:
+                # Where the network forbids it, `sweep` does it later.
+                with contextlib.suppress(*ERRORS):
+                    self._client.abort_multipart_upload(**where)
+                raise
+
+    def _put_part(self, where: dict[str, str], source: Source, number: int, size: int) -> str:
+        with _SENDING:
+            data = source.read_at((number - 1) * size, size)
+            answer = self._client.upload_part(**where, PartNumber=number, Body=data)
+            source.sent(len(data))
+            return answer["ETag"]
 
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read in one go; boto3 repeats a request but not a body that was cut, so this does."""
@@ -204,6 +212,9 @@ class S3Backend:
 
     def _put(self, key: str, data: bytes, **extra: Any) -> None:
         answer = self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
+        self._check_encryption(key, answer)
+
+    def _check_encryption(self, key: str, answer: dict[str, Any]) -> None:
         if self._extra and not answer.get("ServerSideEncryption"):
             raise StoreConfigError(
                 f"{self.uri}: the server took {key}, but does not say that it encrypts it; remove "
