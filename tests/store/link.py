@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.store.wire import Fault, Wire
 
-CHUNK = 1 << 18
+CHUNK = 1 << 20
 LONGEST_HEAD = 1 << 16
 
 
