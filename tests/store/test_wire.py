@@ -197,9 +197,8 @@ def test_stall_until_released_and_a_new_fault_meanwhile(line, client):
     line.arm("cut", "down", 400_000)
     assert line.body_bytes("down") == 300_000
     stall.released = True
-    with pytest.raises(IncompleteRead) as caught:
+    with pytest.raises(IncompleteRead, match="400000 bytes read"):
         answer.read()
-    assert caught.value.partial == DATA[:400_000]
 
 
 def test_bursts_end_and_faults_that_hold_are_cleared(line):
