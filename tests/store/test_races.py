@@ -151,6 +151,7 @@ def test_appended_entries_are_numbered(campaign_place):
     assert (row.won, row.failures, row.errors) == (6, [], 0)
 
 
+@pytest.mark.s3
 def test_one_writer_wins_on_a_weak_server(s3_weak_server, monkeypatch, tmp_path):
     for name, value in s3_weak_server.environment.items():
         monkeypatch.setenv(name, value)
