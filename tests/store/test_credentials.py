@@ -257,7 +257,7 @@ def test_session_token_is_not_logged(s3_place, faults, tmp_path, monkeypatch, lo
         assert secret not in text
 
 
-def test_presigned_url_is_not_logged(s3_place, s3_client, logged):
+def test_presigned_url_is_not_logged(s3_place, s3_server, logged):
     store = s3_place.open()
     store.append("a", {"x": 1})
     client, prefix = store._backend._client, s3_place.uri.removeprefix(f"s3://{BUCKET}/")
@@ -265,7 +265,7 @@ def test_presigned_url_is_not_logged(s3_place, s3_client, logged):
         "get_object", Params={"Bucket": BUCKET, "Key": f"{prefix}/refs/a/000001.json"}
     )
     logging.getLogger("rlhf.store.some.child").info("fetching %s", {"url": url})
-    with urllib3.PoolManager() as pool:
+    with urllib3.PoolManager(ca_certs=s3_server.ca_bundle) as pool:
         assert b'"x":1' in pool.request("GET", url).data
     # Of version 2, which is boto3's choice for these without a region.
     signature = url.partition("&Signature=")[2].partition("&")[0]

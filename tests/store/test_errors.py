@@ -175,7 +175,8 @@ def test_unusable_options(s3_place, tmp_path, uri, options, reason):
     assert reason in problem(uri, tmp_path, StoreConfig(**options))
 
 
-def test_encrypted_connection(s3_place, s3_server, folder, producer, tmp_path):
+def test_encrypted_connection(s3_place, s3_server, folder, producer, tmp_path, monkeypatch):
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
     uri, endpoint = s3_place.uri, s3_server.tls_endpoint
     assert "TLS" in problem(uri, tmp_path, StoreConfig(endpoint_url=endpoint))
     options = StoreConfig(endpoint_url=endpoint, ca_bundle=s3_server.ca_bundle)
