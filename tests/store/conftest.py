@@ -158,3 +158,9 @@ def folder(tmp_path: Path) -> Path:
     (root / "config.json").write_text('{"vocab": 61, "name": "größe"}', encoding="utf-8")
     (root / "empty.txt").touch()
     return root
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of 20 MiB go up in two parts: larger ones would only cost time and memory."""
+    monkeypatch.setattr("rlhf.store.s3._PART", 16 << 20)

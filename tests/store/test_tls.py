@@ -32,7 +32,7 @@ def test_check_and_deletion(tls_place, folder, producer):
     store = tls_place.open()
     store.check()
     put(store, folder, producer)
-    store.wipe()
+    store.retain([])
     assert tls_place.objects() == {}
 
 

@@ -22,7 +22,15 @@ def weak(s3_weak_server, tmp_path, monkeypatch) -> Store:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(create, "_known", {})
     bucket = f"weak-{uuid.uuid4().hex[:8]}"
-    client = boto3.client("s3", config=Config(request_checksum_calculation="when_required"))
+    server = s3_weak_server
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+        region_name="us-east-1",
+        config=Config(request_checksum_calculation="when_required"),
+    )
     client.create_bucket(Bucket=bucket)
     client.close()
     return open_store(f"s3://{bucket}/store", cache_dir=tmp_path / "cache")
