@@ -32,8 +32,8 @@ console = Console()
 
 StoreOption = Annotated[str | None, Parameter(help="Store URI; default: the preset's store.")]
 ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the store.")]
-#: Publishers rely on it that nothing younger than an hour is collected.
-LEAST_GRACE = 1.0
+#: Publishers rely on it that what is up to an hour old when they look stays until they are done.
+LEAST_GRACE = 2.0
 
 
 def open_named(store: str | None, config: Path | None) -> Store:
@@ -155,14 +155,18 @@ def push(
     kind
         What it is, for example policy, reward-model or dataset.
     """
+    from rlhf.store import PublishError
     from tasks.code_version import producer
 
     opened = open_named(store, config)
-    with _progress(f"push {folder.name}") as listener:
-        ref = opened.publish(
-            folder, kind, parents={}, metrics={}, producer=producer("push", {}, 0),
-            listener=listener,
-        )  # fmt: skip
+    try:
+        with _progress(f"push {folder.name}") as listener:
+            ref = opened.publish(
+                folder, kind, parents={}, metrics={}, producer=producer("push", {}, 0),
+                listener=listener,
+            )  # fmt: skip
+    except PublishError as error:
+        raise ConfigError(str(error)) from None
     console.print(f"artifact {ref.digest}", soft_wrap=True, highlight=False)
 
 

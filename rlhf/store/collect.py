@@ -24,17 +24,18 @@ from rlhf.store import pins, refs
 from rlhf.store.backend import Backend, Found, in_parallel
 from rlhf.store.create import CLAIMS, PROBES
 from rlhf.store.manifest import Manifest, blob_key, manifest_key
-from rlhf.store.publish import COLLECTING, COLLECTION_SECONDS, ENDED, GOING_ON
+from rlhf.store.publish import COLLECTING, COLLECTION_SECONDS, ENDED, FRESH, GOING_ON
 
 #: Seconds that everything is left alone for.
 GRACE = 24 * 3600.0
 #: Checkpoints of a run that nobody has gone on with for this long are of no use any more.
 ABANDONED = 30 * 24 * 3600.0
 #: Time to spare between the last removal and the moment from which publishers stop waiting.
-_MARGIN = 120.0
+_MARGIN = 330.0
 _BATCH = 1000
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHECKPOINTS = re.compile(r"checkpoints/((?P<stage>.+)-(?P<key>[0-9a-f]{16}))/.*")
+_MANIFEST = re.compile(r"manifests/[0-9a-f]{64}\.json")
 _TRACES = (PROBES, CLAIMS, COLLECTING)
 
 
@@ -64,7 +65,8 @@ def collect(
     Args:
         backend: The store's backend.
         read_manifest: Reads and verifies the manifest of a digest.
-        grace: Seconds; younger objects stay.
+        grace: Seconds; younger objects stay. Less than two hours is for a store that nobody
+            publishes to: publishers rely on it that what is an hour old stays.
         dry_run: Only look.
 
     Raises:
@@ -103,8 +105,9 @@ def _announced(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]
     began = time.monotonic()
     backend.put(key, b"{}")
     try:
-        found = backend.find(key)
-        yield began, found.age if found else 0.0
+        # Twice, as a bit may flip in a date: the larger one is the careful one.
+        ages = [found.age if found else 0.0 for found in (backend.find(key), backend.find(key))]
+        yield began, max(ages)
     finally:
         if not dry_run:
             backend.put(name + ENDED, b"{}")
@@ -114,30 +117,57 @@ def _announced(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]
 def _find(
     backend: Backend, read_manifest: Callable[[str], Manifest], grace: float, skew: float
 ) -> Garbage:
-    blobs = backend.list("blobs/")
+    blobs = _Listing(backend, "blobs/")
     # Manifests are listed after the blobs, so that none of a new artifact is taken for garbage.
-    manifests = {
-        key.removeprefix("manifests/").removesuffix(".json"): found
-        for key, found in backend.list("manifests/").items()
-    }
-    entries = backend.list("refs/")
-    young = [digest for digest, found in manifests.items() if found.age < grace]
+    manifests = _Listing(backend, "manifests/")
+    entries = _Listing(backend, "refs/").all
+    young = [_digest(key) for key, found in manifests.all.items() if found.age < grace]
     kept = _reachable(read_manifest, {*young, *_roots(backend, entries)})
     wanted = {blob_key(entry.sha256) for manifest in kept.values() for entry in manifest.files}
+    wanted |= {manifest_key(digest) for digest in kept}
     garbage = Garbage(kept=len(kept))
-    garbage.artifacts = sorted(manifests.keys() - kept.keys())
-    sizes = {f"manifests/{digest}.json": manifests[digest].size for digest in garbage.artifacts}
-    sizes |= {k: f.size for k, f in blobs.items() if k not in wanted and f.age >= grace}
-    sizes |= _checkpoints(backend.list("checkpoints/"), entries, grace, skew)
+    sizes = {
+        k: f.size for k, f in manifests.sure.items() if k not in wanted and _MANIFEST.fullmatch(k)
+    }
+    garbage.artifacts = [_digest(key) for key in sizes]
+    sizes |= {k: f.size for k, f in blobs.sure.items() if k not in wanted and f.age >= grace}
+    sizes |= _checkpoints(_Listing(backend, "checkpoints/").sure, entries, grace, skew)
     for prefix in _TRACES:
-        sizes |= {k: f.size for k, f in backend.list(prefix).items() if f.age >= grace}
+        old = max(grace, FRESH + skew)
+        sizes |= {k: f.size for k, f in backend.list(prefix).items() if f.age >= old}
     garbage.keys, garbage.size = list(sizes), sum(sizes.values())
     return garbage
 
 
+class _Listing:
+    """What two listings say. A bit that flips in one must not make anything look like garbage.
+
+    `all` are the keys of either, `sure` those of both, each as young as it was said to be.
+    """
+
+    def __init__(self, backend: Backend, prefix: str) -> None:
+        one, two = backend.list(prefix), backend.list(prefix)
+        self.all = {
+            key: min((each[key] for each in (one, two) if key in each), key=lambda f: f.age)
+            for key in sorted({*one, *two})
+        }
+        self.sure = {key: found for key, found in self.all.items() if key in one and key in two}
+
+
+def _digest(key: str) -> str:
+    return key.removeprefix("manifests/").removesuffix(".json")
+
+
 def _roots(backend: Backend, entries: Iterable[str]) -> set[str]:
     """All that looks like a digest in references (records, the champions …) and in pins."""
-    found = in_parallel(lambda key: refs.open_sealed(backend, key), entries)
+
+    def read(key: str) -> dict[str, Any]:
+        try:
+            return refs.open_sealed(backend, key)
+        except ArtifactMissing:  # a bit of its name flipped in a listing, or it is gone since
+            return {}
+
+    found = in_parallel(read, entries)
     return {digest for payload in found for digest in _digests(payload)} | {
         *pins.read_all(backend).values()
     }

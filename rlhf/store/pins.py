@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 from rlhf.errors import ArtifactMissing, ConfigError
@@ -61,11 +62,12 @@ def find(backend: Backend, name: str) -> str | None:
 def read_all(backend: Backend) -> dict[str, str]:
     """Name to digest."""
     keys = [key for key in backend.list("pins/") if key.endswith(".json")]
-    names = [key.removeprefix("pins/").removesuffix(".json") for key in keys]
-    return {
-        name: str(open_sealed(backend, key)["digest"])
-        for name, key in zip(names, keys, strict=True)
-    }
+    found: dict[str, str] = {}
+    for key in keys:
+        with contextlib.suppress(ArtifactMissing):  # taken away since it was listed
+            name = key.removeprefix("pins/").removesuffix(".json")
+            found[name] = str(open_sealed(backend, key)["digest"])
+    return found
 
 
 def _key(name: str) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rlhf.errors import ArtifactCorrupt, StoreError
+from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreError
 from rlhf.store.backend import SMALL, Backend, Found, Meter, Source, in_parallel
 from rlhf.store.manifest import (
     MAX_FILES,
@@ -64,7 +64,9 @@ def publish(
     digest = sha256_bytes(data)
     key = manifest_key(digest)
     _put_manifest(backend, key, data)
-    _outlive_collection(backend, folder, entries, key, data, began)
+    if _collected(backend, began):
+        _mend(backend, folder, entries, key, data)
+        _check_parents(backend, parents)
     uri = f"{backend.uri}/{key}"
     return ArtifactRef(kind=kind, digest=digest, size=manifest.size, uri=uri)
 
@@ -126,15 +128,10 @@ def _put_manifest(backend: Backend, key: str, data: bytes) -> None:
         backend.put(key, data)
 
 
-def _outlive_collection(
-    backend: Backend,
-    folder: Path,
-    entries: Sequence[FileEntry],
-    key: str,
-    data: bytes,
-    began: float,
+def _mend(
+    backend: Backend, folder: Path, entries: Sequence[FileEntry], key: str, data: bytes
 ) -> None:
-    """Make sure that no garbage collection took what we rely on.
+    """Send again what a garbage collection took of what we rely on.
 
     A collection announces itself before it looks at the manifests, and leaves a trace when it has
     ended. One that did not see ours is therefore either announced still, and waited for here, or
@@ -144,8 +141,6 @@ def _outlive_collection(
     What we have just sent is looked for too: it may have taken the place of an older object that a
     collection had listed, a damaged one, or one that another collection was faster to remove.
     """
-    if not _collected(backend, began):
-        return
     again = _Sender(backend, folder, Meter(0, None))
     blobs = list({entry.sha256: entry for entry in entries}.values())
     there = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), blobs)
@@ -154,6 +149,15 @@ def _outlive_collection(
             raise PublishError(f"{entry.path} changed while it was being published")
     if backend.find(key) is None:
         backend.put(key, data)
+
+
+def _check_parents(backend: Backend, parents: Mapping[str, ArtifactRef]) -> None:
+    for role, ref in parents.items():
+        if backend.find(manifest_key(ref.digest)) is None:
+            raise ArtifactMissing(
+                f"{backend.uri}: {role} {ref.short} was collected as garbage while something was "
+                "made from it; make it again"
+            )
 
 
 def _collected(backend: Backend, began: float) -> bool:

@@ -32,8 +32,11 @@ def append(backend: Backend, name: str, payload: Mapping[str, Any]) -> int:
 def latest(backend: Backend, name: str) -> dict[str, Any] | None:
     """The entry with the highest number, None if there is none."""
     folder = _folder(name)
-    numbers = _numbers(backend, folder)
-    return open_sealed(backend, _key(folder, max(numbers))) if numbers else None
+    number = max(_numbers(backend, folder), default=0)
+    # A bit that flipped in the listing may hide the last entry.
+    while backend.find(_key(folder, number + 1)) is not None:
+        number += 1
+    return open_sealed(backend, _key(folder, number)) if number else None
 
 
 def history(backend: Backend, name: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.errors import ArtifactCorrupt, ConfigError
+from rlhf.errors import ArtifactCorrupt, ArtifactMissing, ConfigError
 from rlhf.store import publish as publish_module
 from rlhf.store.collect import ABANDONED, GRACE
 from tests.store.test_artifacts import blobs, put
@@ -232,3 +232,66 @@ def test_problems_name_every_blob(place, store, folder, producer):
     store.delete(ref)
     (gone,) = store.problems(ref)
     assert "there is no manifests/" in gone
+
+
+def test_a_listing_with_a_flipped_bit_removes_nothing(folder_place, folder, producer, age):
+    """A key that is not what it is, or a date, in one answer of the server."""
+    store = folder_place.open()
+    ref = put(store, folder, producer)
+    store.append("champion/default", {"policy": ref.digest})
+    store.pin("good", ref)
+    age(2 * DAY)
+    change(folder, "young")
+    young = put(store, folder, producer)
+    before = set(folder_place.objects())
+    backend, real_list, real_find = store._backend, store._backend.list, store._backend.find
+    calls = 0
+
+    def flipped_key(prefix):
+        nonlocal calls
+        calls += 1
+        found = real_list(prefix)
+        return {(k[:-7] + "~" + k[-6:] if calls == bad else k): f for k, f in found.items()}
+
+    def flipped_date(prefix):
+        nonlocal calls
+        calls += 1
+        found = real_list(prefix)
+        return {k: f._replace(age=f.age + 9e8) if calls == bad else f for k, f in found.items()}
+
+    for flipped in (flipped_key, flipped_date):
+        backend.list = flipped
+        for bad in range(1, 10):  # noqa: B007  (it is what `flipped` looks at)
+            calls = 0
+            store.collect(dry_run=False)
+            assert {k for k in folder_place.objects() if not k.startswith("gc/")} == before
+            for each in (ref, young):
+                assert store.problems(each) == []
+    backend.list = real_list
+    finds = []
+
+    def flipped_find(key):
+        finds.append(key)
+        found = real_find(key)
+        return found._replace(age=found.age - 9e8) if found and len(finds) == 1 else found
+
+    backend.find = flipped_find
+    store.collect(dry_run=False)
+    backend.find = real_find
+    assert store.problems(young) == []
+
+
+def test_parent_that_was_collected_is_named(folder_place, folder, producer, age, monkeypatch):
+    store, collector = folder_place.open(), folder_place.open()
+    parent = put(store, folder, producer)
+    age(2 * DAY)
+    change(folder, "child")
+    real = publish_module._put_manifest
+
+    def late(*args):
+        collector.collect(dry_run=False)
+        real(*args)
+
+    monkeypatch.setattr(publish_module, "_put_manifest", late)
+    with pytest.raises(ArtifactMissing, match=f"base {parent.short} was collected as garbage"):
+        put(store, folder, producer, base=parent)

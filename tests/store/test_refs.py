@@ -94,3 +94,12 @@ def test_strangers_are_ignored(place, store):
     place.write("refs/a/7.json", b"{}")
     assert store.latest("a") == {"x": 1}
     assert store.names() == ["a"]
+
+
+def test_latest_entry_is_not_hidden_by_a_flipped_listing(folder_place):
+    store = folder_place.open()
+    for number in range(3):
+        store.append("champion/default", {"number": number})
+    real = store._backend.list
+    store._backend.list = lambda prefix: {k: f for k, f in real(prefix).items() if "3" not in k}
+    assert store.latest("champion/default") == {"number": 2}
