@@ -18,6 +18,7 @@ from rlhf.ppo.train import train_policy
 from rlhf.reward import train_reward_model
 from rlhf.sft import train_sft
 from rlhf.store import Store
+from rlhf.store.cache import Cache
 from tests.library import toys
 from tests.library.ppo_runs import Stopped
 from tests.library.upload_runs import Machine, Watched
@@ -167,5 +168,5 @@ def machine(place, tmp_path) -> Callable[[str], Machine]:
 def watched(tmp_path) -> Machine:
     """A machine whose store can be held up."""
     machine = Machine(tmp_path / "watched", str(tmp_path / "held"))
-    machine.store = Store(Watched(tmp_path / "held"), tmp_path / "watched")
+    machine.store = Store(Watched(tmp_path / "held"), Cache(tmp_path / "watched"))
     return machine

@@ -117,7 +117,7 @@ def test_only_what_is_newer_is_fetched(train, straight, machine, caplog):
 
 def spoil(place, store, update, how):
     """Damage the stored checkpoint of an update."""
-    ref, manifest = next(a for a in store.list() if a.manifest.metrics["update"] == update)
+    ref, manifest, _ = next(a for a in store.list() if a.manifest.metrics["update"] == update)
     weights = next(e for e in manifest.files if e.path == "policy.safetensors").sha256
     key = f"blobs/sha256/{weights[:2]}/{weights}"
     if how == "manifest":

@@ -35,9 +35,10 @@ class Watched(LocalBackend):
 
     hook = staticmethod(lambda key: None)
 
-    def put_file(self, key, *args):
-        self.hook(key)
-        super().put_file(key, *args)
+    def _put(self, key, data):
+        if key.startswith("blobs/"):
+            self.hook(key)
+        super()._put(key, data)
 
 
 def until(condition):
@@ -59,7 +60,7 @@ def stored(store):
 def keys_of(store):
     """Everything that the artifacts of a store consist of."""
     found = set()
-    for ref, manifest in store.list():
+    for ref, manifest, _ in store.list():
         found.add(f"manifests/{ref.digest}.json")
         found |= {f"blobs/sha256/{e.sha256[:2]}/{e.sha256}" for e in manifest.files}
     return found
