@@ -118,6 +118,10 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
             # As the same error means a body that was cut, those who read it would ask again.
             url = client.meta.endpoint_url
             raise EndpointConnectionError(endpoint_url=url) from caught_exception
+        if isinstance(caught_exception, EndpointConnectionError) and attempts < total:
+            # boto3 waits for a random time, which may be next to nothing: a server that is
+            # started anew takes some seconds.
+            return 0.2 * 2 ** (attempts - 1)
         code = response[1].get("Error", {}).get("Code") if response else None
         if code in _EXPIRED or code in _UNNAMED:
             # Another thread may have been here first: then there is nothing new, but a new try.

@@ -54,6 +54,8 @@ def test_broken_once(store, line, tmp_path, producer, size, kind, unfinished):
     down = line.arm(kind, "down", size // 8, method="GET", path="/blobs/")
     assert contents(store.fetch(ref)) == contents(folder)
     assert (up.struck, down.struck) == (1, 1)
+    # An upload whose first answer came too late (a second here) was begun twice: swept, not lost.
+    assert store.sweep(0) <= 1
     assert unfinished() == []
 
 
@@ -132,11 +134,13 @@ def test_refused_from_the_middle_of_an_upload(
     complaint(lambda: put(store, folder, producer), store.uri, "can't write blobs/")
     timer.join()
     assert s3_place.objects() == {}
-    assert len(unfinished()) == 1
+    # On a busy machine the request that begins one may itself have been repeated.
+    begun = len(unfinished())
+    assert begun >= 1
     line.throttle["up"].rate = 0
     line.listen()
     assert contents(store.fetch(put(store, folder, producer))) == contents(folder)
-    assert store.sweep(0) == 1
+    assert store.sweep(0) == begun
     assert unfinished() == []
 
 
