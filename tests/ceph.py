@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -23,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.servers import UnavailableError, for_tests, serve
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 DAEMONS = ("ceph-mon", "ceph-osd", "radosgw", "monmaptool", "radosgw-admin", "ceph", "openssl")
@@ -101,10 +101,6 @@ class CephServer:
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-
-
-class UnavailableError(Exception):
-    """Ceph can't be installed here."""
 
 
 def install() -> None:
@@ -211,23 +207,13 @@ def _wait(endpoint: str, started: list[subprocess.Popen[bytes]], seconds: float 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[CephServer]:
-    """One server for the whole test session; skips where it can't be had, except in CI."""
-    with contextlib.ExitStack() as stack:
-        try:
-            server = stack.enter_context(ceph_server())
-        except UnavailableError as error:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
-        yield server
+    """One server for the whole test session."""
+    yield from for_tests(ceph_server)
 
 
 def main() -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), ceph_server() as server:
-        for name, value in server.environment.items():
-            sys.stdout.write(f"export {name}={value}\n")
-        sys.stdout.flush()
-        signal.pause()
+    serve(ceph_server)
 
 
 if __name__ == "__main__":

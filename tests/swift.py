@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import pytest
 from filelock import FileLock
 
 from tests.ceph import free_ports
+from tests.servers import UnavailableError, for_tests, serve
 
 VERSION = "2.38.3"
 # Swift, PyECLib and all that pip chose for them.
@@ -118,10 +118,6 @@ class SwiftServer:
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-
-
-class UnavailableError(Exception):
-    """Swift can't be installed here, or has no place for its data."""
 
 
 def install() -> Path:
@@ -222,23 +218,13 @@ def _wait(port: int, process: subprocess.Popen[bytes], out: Path, seconds: float
 
 @pytest.fixture(scope="session")
 def s3_weak_server() -> Iterator[SwiftServer]:
-    """One server for the whole test session; skips where it can't be had, except in CI."""
-    with contextlib.ExitStack() as stack:
-        try:
-            server = stack.enter_context(swift_server())
-        except UnavailableError as error:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
-        yield server
+    """One server for the whole test session."""
+    yield from for_tests(swift_server)
 
 
 def main() -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), swift_server() as server:
-        for name, value in server.environment.items():
-            sys.stdout.write(f"export {name}={value}\n")
-        sys.stdout.flush()
-        signal.pause()
+    serve(swift_server)
 
 
 if __name__ == "__main__":

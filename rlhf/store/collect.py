@@ -91,8 +91,7 @@ def collect(
 
 def retain(backend: Backend, kept: Mapping[str, Manifest]) -> None:
     """Remove all artifacts but these; nobody else may be publishing."""
-    wanted = {manifest_key(digest) for digest in kept}
-    wanted |= {blob_key(entry.sha256) for manifest in kept.values() for entry in manifest.files}
+    wanted = _objects_of(kept)
     for prefix in ("manifests/", "blobs/"):
         backend.delete([key for key in backend.list(prefix) if key not in wanted])
 
@@ -123,8 +122,7 @@ def _find(
     entries = _Listing(backend, "refs/").all
     young = [_digest(key) for key, found in manifests.all.items() if found.age < grace]
     kept = _reachable(read_manifest, {*young, *_roots(backend, entries)})
-    wanted = {blob_key(entry.sha256) for manifest in kept.values() for entry in manifest.files}
-    wanted |= {manifest_key(digest) for digest in kept}
+    wanted = _objects_of(kept)
     garbage = Garbage(kept=len(kept))
     sizes = {
         k: f.size for k, f in manifests.sure.items() if k not in wanted and _MANIFEST.fullmatch(k)
@@ -137,6 +135,12 @@ def _find(
         sizes |= {k: f.size for k, f in backend.list(prefix).items() if f.age >= old}
     garbage.keys, garbage.size = list(sizes), sum(sizes.values())
     return garbage
+
+
+def _objects_of(kept: Mapping[str, Manifest]) -> set[str]:
+    """Keys of these manifests and of their blobs."""
+    blobs = {blob_key(entry.sha256) for manifest in kept.values() for entry in manifest.files}
+    return blobs | {manifest_key(digest) for digest in kept}
 
 
 class _Listing:
