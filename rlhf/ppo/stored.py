@@ -56,14 +56,14 @@ class StoredCheckpoints:
         """
         if self._damaged:
             # Else they would be in the way of the same checkpoint, when it is published again.
-            self._drop_all_but(_to_keep(self._found()))
+            self._drop_all_but(_to_keep(_found(self._store, self._damaged)))
             self._damaged.clear()
         ref = self._store.publish(
             folder, KIND, producer=self._producer, metrics={"update": update, "score": score},
             # They are not in this store. The checkpoint itself names them, and refuses others.
             parents={},
         )  # fmt: skip
-        found = self._found()
+        found = _found(self._store, self._damaged)
         best = _best(found)
         entry = {"digest": ref.digest, "update": update, "score": score}
         self._store.append(HISTORY, {**entry, "best": bool(best and best.digest == ref.digest)})
@@ -77,7 +77,7 @@ class StoredCheckpoints:
         Raises:
             StoreError: The store does not answer.
         """
-        for stored in reversed(self._found()):
+        for stored in reversed(_found(self._store, self._damaged)):
             if stored.update <= update:
                 break
             try:
@@ -90,26 +90,6 @@ class StoredCheckpoints:
                 self._damaged.add(stored.digest)
         return None
 
-    def _found(self) -> list[_Stored]:
-        """All that are known to be whole, by update."""
-        found: dict[int, _Stored] = {}
-        for digest in self._store.digests():
-            if digest in self._damaged:
-                continue
-            try:
-                manifest = self._store.manifest(digest)
-            except ArtifactMissing:
-                continue  # dropped by another machine a moment ago
-            except ArtifactCorrupt as error:
-                log.warning("a checkpoint is damaged and left out (%s)", error)
-                self._damaged.add(digest)
-                continue
-            update, score = manifest.metrics.get("update"), manifest.metrics.get("score")
-            if isinstance(update, int):
-                score = score if isinstance(score, int | float) else None
-                found[update] = _Stored(digest, update, score)
-        return [found[update] for update in sorted(found)]
-
     def _drop_all_but(self, kept: Iterable[_Stored]) -> None:
         try:
             self._store.retain([stored.digest for stored in kept])
@@ -119,11 +99,29 @@ class StoredCheckpoints:
 
 def keep_best(store: Store) -> None:
     """Remove all checkpoints of a run that is done, but the best one, for people to look at."""
-    entries = store.history(HISTORY)
-    best = max(
-        (e for e in entries if e["score"] is not None), key=lambda e: e["score"], default=None
-    )
-    store.retain([best["digest"]] if best else [])
+    best = _best(_found(store, set()))
+    store.retain([best.digest] if best else [])
+
+
+def _found(store: Store, damaged: set[str]) -> list[_Stored]:
+    """All that are known to be whole, by update; adds to the damaged ones."""
+    found: dict[int, _Stored] = {}
+    for digest in store.digests():
+        if digest in damaged:
+            continue
+        try:
+            manifest = store.manifest(digest)
+        except ArtifactMissing:
+            continue  # dropped by another machine a moment ago
+        except ArtifactCorrupt as error:
+            log.warning("a checkpoint is damaged and left out (%s)", error)
+            damaged.add(digest)
+            continue
+        update, score = manifest.metrics.get("update"), manifest.metrics.get("score")
+        if isinstance(update, int):
+            score = score if isinstance(score, int | float) else None
+            found[update] = _Stored(digest, update, score)
+    return [found[update] for update in sorted(found)]
 
 
 def _best(found: Iterable[_Stored]) -> _Stored | None:
