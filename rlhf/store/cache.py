@@ -76,28 +76,30 @@ class Cache:
         paths: dict[str, list[FileEntry]] = {}
         for entry in files:
             paths.setdefault(entry.sha256, []).append(entry)
-        with self._temporary() as part:
-            part.mkdir()
-            for folder in {(part / entry.path).parent for entry in files}:
+        with self._temporary() as desk:
+            whole = desk / "whole"
+            for folder in {(whole / entry.path).parent for entry in files}:
                 folder.mkdir(parents=True, exist_ok=True)
 
             def place(entries: list[FileEntry]) -> None:
-                targets = [part / entry.path for entry in entries]
-                self._place(entries[0], targets, origin)
+                targets = [whole / entry.path for entry in entries]
+                self._place(entries[0], targets, desk, origin)
 
             in_parallel(place, paths.values())
             self._discard(final)
-            part.replace(final)
+            whole.replace(final)
 
-    def _place(self, entry: FileEntry, targets: Sequence[Path], origin: Origin) -> None:
+    def _place(
+        self, entry: FileEntry, targets: Sequence[Path], desk: Path, origin: Origin
+    ) -> None:
         """One blob, at all its places; its lock keeps it from being cleared away meanwhile."""
         blob = self._blob(entry)
         with locked(self._lock(entry.sha256)):
             if not self._right(blob, entry):
                 blob.parent.mkdir(parents=True, exist_ok=True)
-                with self._temporary() as part:
-                    self._download(entry, part, origin)
-                    part.replace(blob)
+                part = desk / entry.sha256
+                self._download(entry, part, origin)
+                part.replace(blob)
             else:
                 origin.meter(entry.size)
             for target in targets:
