@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.storage_campaign import Trial
 from benchmarks.storage_places import PRODUCER, Place, contents, examine
 from rlhf.store import Store
 
@@ -85,11 +86,9 @@ class Deadly:
 
 
 @dataclass
-class Row:
+class Row(Trial):
     """What was done in one place, and what came of it."""
 
-    trial: str
-    place: str
     kills: int = 0
     late: int = 0
     """Ended before the kill came."""
@@ -99,8 +98,6 @@ class Row:
     """Uploads (or temporary files) that kills left behind, before they were swept."""
     completed: int = 0
     """Publishes or fetches that were complete when run again."""
-    failures: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 def forked(work: Callable[[], object]) -> int:

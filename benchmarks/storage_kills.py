@@ -12,44 +12,36 @@ are killed too. Anything else ends it with exit code 1. Unix only.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+from argparse import Namespace
 from pathlib import Path
 
+from benchmarks.storage_campaign import command, tried
 from benchmarks.storage_kill_trials import Publisher, Row, at_points, at_random, readers
-from benchmarks.storage_places import Place, place, write_files
-
-MIB = 1024 * 1024
+from benchmarks.storage_places import place, write_files
 
 
-def measure(there: Place, work: Path, kills: int, fetches: int, large: int, seed: int) -> list[Row]:
+def measure(store: str, options: Namespace) -> list[Row]:
     """All trials in one place."""
-    rng = random.Random(f"{seed}/{there.name}")
-    write_files(work / "files", seed, large)
-    publisher = Publisher(there, work / "files", work)
-    points = publisher.undisturbed()
-    print(f"{there.name}: {len(points)} points, {publisher.seconds:.2f} s a publish", flush=True)
-    rows: list[Row] = []
-
-    def trial(name: str, run: Callable[[Row], None]) -> None:
-        row, begun = Row(name, there.name), time.monotonic()
-        run(row)
-        row.seconds = time.monotonic() - begun
-        rows.append(row)
-        for line in row.failures:
-            print(line, flush=True)
-        print(f"{name}, {there.name}: {len(row.failures)} failures", flush=True)
-
-    trial("publish, every point", lambda row: at_points(publisher, points, row))
-    trial("publish, at random", lambda row: at_random(publisher, kills, rng, row))
-    trial("fetch, at random", lambda row: readers(publisher, fetches, rng, row))
-    return rows
+    with tempfile.TemporaryDirectory() as folder, place(store) as there:
+        work = Path(folder)
+        rng = random.Random(f"{options.seed}/{there.name}")
+        write_files(work / "files", options.seed, options.mib << 20)
+        publisher = Publisher(there, work / "files", work)
+        points = publisher.undisturbed()
+        print(
+            f"{there.name}: {len(points)} points, {publisher.seconds:.2f} s a publish", flush=True
+        )
+        return [
+            tried(Row(name, there.name), run)
+            for name, run in (
+                ("publish, every point", lambda row: at_points(publisher, points, row)),
+                ("publish, at random", lambda row: at_random(publisher, options.kills, rng, row)),
+                ("fetch, at random", lambda row: readers(publisher, options.fetches, rng, row)),
+            )
+        ]
 
 
 def report(rows: list[Row]) -> str:
@@ -73,25 +65,7 @@ def main() -> int:
     parser.add_argument("--fetches", type=int, default=30, help="killed ones, in each store")
     parser.add_argument("--mib", type=int, default=40, help="size of the large file")
     parser.add_argument("--stores", nargs="+", default=["folder", "ceph"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    begun = time.monotonic()
-    rows: list[Row] = []
-    for name in options.stores:
-        with tempfile.TemporaryDirectory() as work, place(name) as there:
-            rows += measure(
-                there, Path(work), options.kills, options.fetches, options.mib * MIB, options.seed
-            )
-    failed = sum(len(row.failures) for row in rows)
-    print(f"\n{report(rows)}\n")
-    print(f"{sum(row.kills for row in rows)} kills, {options.mib} MiB, seed {options.seed}, "
-          f"{time.monotonic() - begun:.0f} s: {failed or 'no'} failures")  # fmt: skip
-    if options.json:
-        result = {"options": {**vars(options), "json": None}, "rows": [asdict(r) for r in rows]}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if failed else 0
+    return command(parser, measure, report)
 
 
 if __name__ == "__main__":

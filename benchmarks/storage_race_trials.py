@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.storage_campaign import Trial
 from benchmarks.storage_kill_trials import ended, forked
 from benchmarks.storage_places import PRODUCER, Place
 from rlhf.errors import StoreError
@@ -29,11 +30,9 @@ Backend = Any
 
 
 @dataclass
-class Row:
+class Row(Trial):
     """One kind of race in one place."""
 
-    trial: str
-    place: str
     rounds: int = 0
     won: int = 0
     """Rounds with one winner; or entries that were appended; or publishes."""
@@ -42,8 +41,6 @@ class Row:
     errors: int = 0
     """Writers that gave up with an error."""
     slowest: float = 0.0
-    seconds: float = 0.0
-    failures: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -190,66 +187,75 @@ class Pool:
 def collecting(
     place: Place, publishes: int, collectors: int, fresh: float, grace: float, seed: int, row: Row
 ) -> None:
-    """Eight publishers and collectors in endless rounds; an artifact with a record is whole.
-
-    The record is there before the artifact, as it would be garbage at once without, and goes after
-    it was looked at, so that the next collection finds something to remove.
-    """
-    over = threading.Event()
-    lock = threading.Lock()
-    removed = collections = 0
+    """Eight publishers and collectors in endless rounds; an artifact with a record is whole."""
     with tempfile.TemporaryDirectory() as folder, aged(fresh):
         work = Path(folder)
+        collection = Collection(place, work / "cache", grace, seed, row)
         pool = Pool(work, seed)
-
-        def collector() -> None:
-            nonlocal removed, collections
-            rng = random.Random(seed)
-            store = place.open(work / "cache")
-            # It would take what publishers are writing just now, for which a grace of hours is.
-            store._backend.sweep = lambda age: 0
-            while not over.is_set():
-                found = store.collect(grace=grace, dry_run=False)
-                with lock:
-                    removed += len(found.keys)
-                    collections += 1
-                # Publishers wait for it, and look once in a second.
-                time.sleep(rng.uniform(0, 0.6))
-
-        def publisher(number: int) -> None:
-            rng = random.Random(f"{seed} {number}")
-            store = place.open(work / "cache")
-            for each in range(publishes // 8):
-                source, digest = rng.choice(pool.artifacts)
-                name = f"records/{number}-{each}"
-                store.append(name, {"digest": digest})
-                told = store.publish(source, "data", parents={}, producer=PRODUCER, metrics={})
-                wrong = [] if told.digest == digest else ["another digest"]
-                wrong += store.problems(digest, deep=True)
-                # Once more, after others have been at it.
-                time.sleep(rng.uniform(0, 0.2 + grace))
-                wrong += store.problems(digest, deep=True)
-                with lock:
-                    row.won += not wrong
-                    row.failures += [f"publisher {number}, {each}: {line}" for line in wrong]
-                if each < publishes // 8 - 1:
-                    nothing = refs.seal(name, {})
-                    store._backend.put(f"refs/{name}/000001.json", nothing)
-
         begun = time.monotonic()
         with ThreadPoolExecutor(8 + collectors) as threads:
-            cleaners = [threads.submit(collector) for _ in range(collectors)]
+            cleaners = [threads.submit(collection.collect) for _ in range(collectors)]
             try:
-                for each in [threads.submit(publisher, number) for number in range(8)]:
+                publishers = [
+                    threads.submit(collection.publish, number, pool, publishes // 8)
+                    for number in range(8)
+                ]
+                for each in publishers:
                     each.result()
             finally:
-                over.set()
+                collection.over.set()
             for each in cleaners:
                 each.result()
-        row.rounds, row.seconds = collections, time.monotonic() - begun
+        row.seconds = time.monotonic() - begun
         row.failures += _recorded(place.open(work / "cache"))
-    print(f"{removed} objects were removed in {collections} collections", file=sys.stderr)
+    print(f"{collection.removed} objects were removed in {row.rounds} collections", file=sys.stderr)
     place.wipe()
+
+
+class Collection:
+    """Publishers and collectors of one store, and what they have come to."""
+
+    def __init__(self, place: Place, cache: Path, grace: float, seed: int, row: Row) -> None:
+        self._open = lambda: place.open(cache)
+        self._grace, self._seed, self._row = grace, seed, row
+        self._lock = threading.Lock()
+        self.over = threading.Event()
+        self.removed = 0
+
+    def collect(self) -> None:
+        """Until all is over."""
+        rng = random.Random(self._seed)
+        store = self._open()
+        # It would take what publishers are writing just now, for which a grace of hours is.
+        store._backend.sweep = lambda age: 0
+        while not self.over.is_set():
+            found = store.collect(grace=self._grace, dry_run=False)
+            with self._lock:
+                self.removed += len(found.keys)
+                self._row.rounds += 1
+            # Publishers wait for it, and look once in a second.
+            time.sleep(rng.uniform(0, 0.6))
+
+    def publish(self, number: int, pool: Pool, times: int) -> None:
+        """The record is there before the artifact, as it would be garbage at once without, and goes
+        after it was looked at, so that the next collection finds something to remove."""
+        rng = random.Random(f"{self._seed} {number}")
+        store = self._open()
+        for each in range(times):
+            source, digest = rng.choice(pool.artifacts)
+            name = f"records/{number}-{each}"
+            store.append(name, {"digest": digest})
+            told = store.publish(source, "data", parents={}, producer=PRODUCER, metrics={})
+            wrong = [] if told.digest == digest else ["another digest"]
+            wrong += store.problems(digest, deep=True)
+            # Once more, after others have been at it.
+            time.sleep(rng.uniform(0, 0.2 + self._grace))
+            wrong += store.problems(digest, deep=True)
+            with self._lock:
+                self._row.won += not wrong
+                self._row.failures += [f"publisher {number}, {each}: {line}" for line in wrong]
+            if each < times - 1:
+                store._backend.put(f"refs/{name}/000001.json", refs.seal(name, {}))
 
 
 def _recorded(store: Store) -> list[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from rlhf.config import PipelineConfig
 from rlhf.data.sources import source_digest
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, StoreError
 from rlhf.modeling.foreign import CONFIG, ForeignModel
 from rlhf.paths import at_home
 from rlhf.store import Store
 from tasks.foreign import check_tokens, judges_of_others
 from tasks.runner import store_of
 from tasks.stages import STAGES
+
+log = logging.getLogger(__name__)
 
 
 def preflight(config: PipelineConfig) -> None:
@@ -25,6 +28,7 @@ def preflight(config: PipelineConfig) -> None:
         _check_writable(f"runtime.{field}", getattr(config.runtime, field))
     store = store_of(config)
     store.check()
+    _sweep(store)
     source_digest(config.data, config.store_options)
     for stage in STAGES.values():
         foreign = stage.foreign(config)
@@ -32,6 +36,17 @@ def preflight(config: PipelineConfig) -> None:
             _check_model(foreign, store)
     judges_of_others(config.ppo)
     check_tokens(config.ppo)
+
+
+def _sweep(store: Store) -> None:
+    """What killed publishers left is paid for, and seen by nobody; it can wait for another run."""
+    try:
+        swept = store.sweep()
+    except StoreError as error:
+        log.debug("unfinished uploads stay where they are: %s", error)
+        return
+    if swept:
+        log.info("%s: removed %d unfinished uploads of killed runs", store.uri, swept)
 
 
 def _check_model(foreign: ForeignModel, store: Store) -> None:

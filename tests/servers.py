@@ -8,9 +8,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import boto3
 import pytest
+from botocore.config import Config
 
 
 class UnavailableError(Exception):
@@ -18,6 +20,12 @@ class UnavailableError(Exception):
 
 
 class _Server(Protocol):
+    @property
+    def endpoint(self) -> str: ...
+    @property
+    def access_key(self) -> str: ...
+    @property
+    def secret_key(self) -> str: ...
     @property
     def environment(self) -> Mapping[str, str]: ...
 
@@ -33,6 +41,23 @@ def for_tests(start: Callable[[], AbstractContextManager[S]]) -> Iterator[S]:
         except UnavailableError as error:
             (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
         yield server
+
+
+@contextlib.contextmanager
+def client_of(server: _Server, bucket: str, **options: Any) -> Iterator[Any]:
+    """boto3 as its own authority, past all code of ours, with the bucket made."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+        region_name="us-east-1",
+        # Without it Swift refuses what boto3 sends.
+        config=Config(request_checksum_calculation="when_required", **options),
+    )
+    client.create_bucket(Bucket=bucket)
+    yield client
+    client.close()
 
 
 def serve(start: Callable[[], AbstractContextManager[_Server]]) -> None:

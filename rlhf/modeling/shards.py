@@ -9,8 +9,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-#: Bytes of tensors in one file; a tensor that is larger has a file of its own.
-MAX_SHARD = 2_000_000_000
+#: Bytes of tensors in one file; a tensor that is larger has a file of its own. While one is on its
+#: way to a store, the next is hashed: one file of 1 GB takes an eighth longer than two of 0.5 GB.
+MAX_SHARD = 500_000_000
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -7,8 +7,9 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
 from rlhf.store.manifest import PublishError
@@ -190,3 +191,24 @@ def in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int = WORKE
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def in_order(
+    work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
+) -> Generator[R, None, None]:
+    """Map over threads; results come in order, with no more than so many begun or in waiting.
+
+    Close it, so that nothing goes on when what takes the results fails.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix="store") as pool:
+        begun: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                begun.append(pool.submit(work, item))
+                if len(begun) == ahead:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()

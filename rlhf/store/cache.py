@@ -89,9 +89,7 @@ class Cache:
             self._discard(final)
             whole.replace(final)
 
-    def _place(
-        self, entry: FileEntry, targets: Sequence[Path], desk: Path, origin: Origin
-    ) -> None:
+    def _place(self, entry: FileEntry, targets: Sequence[Path], desk: Path, origin: Origin) -> None:
         """One blob, at all its places; its lock keeps it from being cleared away meanwhile."""
         blob = self._blob(entry)
         with locked(self._lock(entry.sha256)):

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from boto3.exceptions import Boto3Error
 from botocore.exceptions import ClientError
-from s3transfer.manager import TransferConfig, TransferManager
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
-from rlhf.store.backend import SMALL, Found, Sink, Source, in_parallel
+from rlhf.store.backend import Found, Sink, Source, in_order, in_parallel
 from rlhf.store.s3_client import make_client
 from rlhf.store.s3_errors import CUT, ERRORS, failed, refused, status_of
 
@@ -28,16 +26,9 @@ MIB = 1024 * 1024
 _PART = 32 * MIB
 _SENDING = threading.BoundedSemaphore(4)
 _MOST_PARTS = 10_000
-#: Two large files at once, each with four ranges on their way and two in waiting.
+#: Two large files at once, each with four pieces on their way and two in waiting.
+_PIECE = 8 * MIB
 _LARGE = threading.BoundedSemaphore(2)
-_DOWN = TransferConfig(
-    multipart_threshold=SMALL,
-    multipart_chunksize=8 * MIB,
-    max_request_concurrency=4,
-    max_in_memory_download_chunks=6,
-    io_chunksize=MIB,
-    max_io_queue_size=8,
-)
 
 
 class S3Backend:
@@ -137,28 +128,52 @@ class S3Backend:
             return answer["ETag"]
 
     def get_bytes(self, key: str, limit: int) -> bytes:
-        """Read in one go; boto3 repeats a request but not a body that was cut, so this does."""
-        for attempt in range(5):
-            with self._translated("read", key):
-                try:
-                    answer = self._client.get_object(**self._where(key))
-                    with contextlib.closing(answer["Body"]) as body:
-                        # A read of a given length would not notice that the body was cut.
-                        data = None if answer["ContentLength"] > limit else body.read()
-                except CUT:
-                    if attempt == 4:
-                        raise
-                    time.sleep(0.1 * 2**attempt)
-                    continue
-            if data is None:
-                raise ArtifactCorrupt(f"{self.uri}: {key} is larger than {limit} bytes; delete it")
-            return data
-        raise AssertionError("unreachable")
+        """Read in one go."""
+        with self._translated("read", key):
+            return self._read(key, limit)[0]
 
     def get_file(self, key: str, sink: Sink) -> None:
-        """In ranges, put in order; s3transfer repeats a part whose connection was cut."""
-        with self._translated("read", key), _LARGE, TransferManager(self._client, _DOWN) as manager:
-            manager.download(self.bucket, self._prefix + key, sink).result()
+        """In pieces, put in order; an error if the object is replaced meanwhile.
+
+        s3transfer would take longer, and hang with a limit on the parts that it keeps in memory.
+        """
+        with self._translated("read", key, ("412", "416")), _LARGE:
+            try:
+                first, answer = self._read(key, _PIECE, Range=f"bytes=0-{_PIECE - 1}")
+                sink.write(first)
+                size = int(answer["ContentRange"].rpartition("/")[2])
+                same = {"IfMatch": answer["ETag"]}
+
+                def piece(start: int) -> bytes:
+                    part = f"bytes={start}-{start + _PIECE - 1}"
+                    return self._read(key, _PIECE, Range=part, **same)[0]
+
+                with contextlib.closing(in_order(piece, range(_PIECE, size, _PIECE), 4, 6)) as rest:
+                    for data in rest:
+                        sink.write(data)
+            except ClientError as error:
+                if status_of(error) == "412":
+                    message = f"{self.uri}: {key} changed while it was being read; try again"
+                    raise StoreError(message) from None
+                # No range of an empty object can be had.
+                if status_of(error) != "416" or sink.size:
+                    raise
+
+    def _read(self, key: str, limit: int, **part: str) -> tuple[bytes, dict[str, Any]]:
+        """boto3 repeats a request but not a body that was cut, so this does."""
+        for attempt in range(5):
+            try:
+                answer = self._client.get_object(**self._where(key), **part)
+                with contextlib.closing(answer["Body"]) as body:
+                    if answer["ContentLength"] > limit:
+                        break
+                    # A read of a given length would not notice that the body was cut.
+                    return body.read(), answer
+            except CUT:
+                if attempt == 4:
+                    raise
+                time.sleep(0.1 * 2**attempt)
+        raise ArtifactCorrupt(f"{self.uri}: {key} is larger than {limit} bytes; delete it")
 
     def find(self, key: str) -> Found | None:
         """HEAD; a missing bucket looks like a missing object here."""
@@ -247,16 +262,14 @@ class S3Backend:
         except StoreError:
             raise
         except ERRORS as error:
-            # boto3 wraps a refused upload in an error that has lost the code.
-            cause = (error.__context__ if isinstance(error, Boto3Error) else error) or error
             what = f"{self.uri}: can't {verb} {key}".rstrip()
-            if isinstance(cause, ClientError):
-                if status_of(cause) in passed:
+            if isinstance(error, ClientError):
+                if status_of(error) in passed:
                     raise
-                raise refused(what, self.uri, key, self.bucket, cause) from None
+                raise refused(what, self.uri, key, self.bucket, error) from None
             client: Any = getattr(self, "_client", None)
             endpoint = client.meta.endpoint_url if client else self._options.endpoint_url or "AWS"
-            raise failed(what, endpoint, cause, opening=verb == "open") from None
+            raise failed(what, endpoint, error, opening=verb == "open") from None
 
 
 def _encryption(options: StoreConfig) -> dict[str, str]:

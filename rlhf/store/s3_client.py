@@ -102,9 +102,7 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
         # Over HTTPS, Ceph refuses every upload with boto3's default trailing checksum. What is
         # signed instead is the body's own sha256, so that no flipped bit is ever stored.
         request_checksum_calculation="when_required",
-        # The other way round, it would make s3transfer hang: without a HEAD first, and with a
-        # limit on the parts in memory, the task that asks for them waits for itself.
-        response_checksum_validation="when_supported",
+        response_checksum_validation="when_required",
         s3={"payload_signing_enabled": True},
     )
     # boto3 addresses a bucket by path whenever an endpoint is set, by options or chain.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from textwrap import shorten
 
-from boto3.exceptions import Boto3Error
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -25,17 +24,14 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
-from s3transfer.exceptions import RetriesExceededError
 
 from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
 from rlhf.store.redact import redact
 
-#: What boto3 and s3transfer can raise; KeyError: an answer without what it must have.
+#: What boto3 can raise; KeyError: an answer without what it must have.
 ERRORS = (
     ClientError,
     BotoCoreError,
-    Boto3Error,
-    RetriesExceededError,
     ValueError,
     KeyError,
     OSError,
@@ -102,8 +98,6 @@ def refused(  # noqa: PLR0911  (a row of cases)
 
 def failed(what: str, endpoint: str, error: BaseException, opening: bool) -> StoreError:
     """No usable answer came back; `opening` a client asks for none."""
-    if isinstance(error, RetriesExceededError):
-        error = error.last_exception
     if isinstance(error, _CREDENTIALS):
         return StoreConfigError(
             f"{what}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import boto3
 import pytest
 
 from rlhf.config import DataConfig, StoreConfig
@@ -18,6 +17,7 @@ from rlhf.errors import ArtifactMissing, ConfigError, DataError, StoreConfigErro
 from rlhf.store.s3 import S3Backend
 from tests.ceph import CephServer, free_ports
 from tests.data.helpers import digest, message, read, rows
+from tests.servers import client_of
 
 BUCKET = "sources"
 LINES = "".join(json.dumps(row) + "\n" for row in rows()).encode()
@@ -26,16 +26,8 @@ pytestmark = pytest.mark.s3
 
 @pytest.fixture(scope="module")
 def client(s3_server: CephServer) -> Iterator[Any]:
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_server.endpoint,
-        aws_access_key_id=s3_server.access_key,
-        aws_secret_access_key=s3_server.secret_key,
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    client.close()
+    with client_of(s3_server, BUCKET) as client:
+        yield client
 
 
 @pytest.fixture

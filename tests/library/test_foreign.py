@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from huggingface_hub import constants
 
@@ -24,6 +23,7 @@ from tasks.stages import STAGES
 from tests.ceph import CephServer, free_ports
 from tests.data.hub import COMMIT, fake_hub
 from tests.library import toys
+from tests.servers import client_of
 
 FIELD = "ppo.reward_model_path"
 BUCKET = "models"
@@ -110,16 +110,8 @@ def test_identity_of_a_folder_is_its_content(reward_model, copy_of, tmp_path):
 
 @pytest.fixture(scope="module")
 def client(s3_server: CephServer) -> Iterator[Any]:
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_server.endpoint,
-        aws_access_key_id=s3_server.access_key,
-        aws_secret_access_key=s3_server.secret_key,
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    client.close()
+    with client_of(s3_server, BUCKET) as client:
+        yield client
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import boto3
 import pytest
 
 from rlhf.store import Producer, Store, open_store
 from tests.ceph import CephServer
+from tests.servers import client_of
 
 BUCKET = "artifacts"
 #: Whether the tests speak to the server over TLS; those with a proxy or a wire never do.
@@ -89,16 +89,8 @@ class Bucket:
 @pytest.fixture(scope="session")
 def s3_client(s3_server: CephServer) -> Iterator[Any]:
     """boto3 as its own authority, with the bucket made."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_server.endpoint,
-        aws_access_key_id=s3_server.access_key,
-        aws_secret_access_key=s3_server.secret_key,
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    client.close()
+    with client_of(s3_server, BUCKET) as client:
+        yield client
 
 
 @pytest.fixture

@@ -32,13 +32,7 @@ from tests.store.faulty import (
 from tests.store.proxy import fault_proxy
 from tests.store.test_artifacts import contents, put
 
-pytestmark = [
-    pytest.mark.s3,
-    # s3transfer drops the bodies that it has no use for any more, sockets and all.
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
-]
+pytestmark = pytest.mark.s3
 FIRST = {"AccessKeyId": CephServer.access_key, "SecretAccessKey": CephServer.secret_key}
 SECOND = {
     "AccessKeyId": CephServer.second_access_key,

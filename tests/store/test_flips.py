@@ -16,13 +16,7 @@ from tests.store.faulty import LARGE, SMALL, complaint, impatient, make_folder, 
 from tests.store.test_artifacts import contents, put
 from tests.store.wire import wire
 
-pytestmark = [
-    pytest.mark.s3,
-    # s3transfer drops the bodies that it has no use for any more, sockets and all.
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
-]
+pytestmark = pytest.mark.s3
 
 
 @pytest.fixture

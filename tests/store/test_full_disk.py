@@ -13,10 +13,6 @@ from rlhf.store import open_store
 from tests.store.faulty import SMALL, complaint, make_folder, nothing_half
 from tests.store.test_artifacts import contents, put
 
-# s3transfer drops the bodies that it has no use for any more, sockets and all.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-)
 SIZES = pytest.mark.parametrize("size", [SMALL, 20 << 20], ids=["small", "large"])
 
 

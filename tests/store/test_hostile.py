@@ -166,6 +166,25 @@ def test_publish_refuses_a_huge_manifest(place, store, folder, producer, monkeyp
     assert place.objects() == {}
 
 
+def test_too_many_files(folder_place, folder, producer, tmp_path, monkeypatch):
+    """100,001 of them: too many for a manifest, which would be too long to be read as well."""
+    data = hostile_manifest([entry(f"{number:06}") for number in range(manifest.MAX_FILES + 1)])
+    with pytest.raises(ValueError, match="at most 100000 items"):
+        manifest.Manifest.model_validate_json(data)
+    place, store = folder_place, folder_place.open()
+    place.write(f"manifests/{sha256_bytes(data)}.json", data)
+    with pytest.raises(ArtifactCorrupt, match="is larger than"):
+        store.fetch(sha256_bytes(data))
+    assert not (tmp_path / "cache").exists()
+    place.remove(f"manifests/{sha256_bytes(data)}.json")
+    monkeypatch.setattr(publish_module, "MAX_FILES", 3)
+    for name in "abcd":
+        (folder / name).write_text(name)
+    with pytest.raises(PublishError, match="1 to 3 are allowed"):
+        publish(store, folder, producer)
+    assert place.objects() == {}
+
+
 def test_file_that_changes_while_published(place, store, folder, producer):
     """The blob under a digest must never be other bytes than the digest's."""
     for size in (10, SMALL + 10):

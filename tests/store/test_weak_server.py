@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import boto3
 import pytest
-from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from tests.servers import client_of
 from tests.swift import SwiftServer
 
 pytestmark = pytest.mark.s3
@@ -22,24 +21,10 @@ WRITERS = 24
 
 @pytest.fixture(scope="module")
 def client(s3_weak_server: SwiftServer) -> Iterator[Any]:
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_weak_server.endpoint,
-        aws_access_key_id=s3_weak_server.access_key,
-        aws_secret_access_key=s3_weak_server.secret_key,
-        region_name="us-east-1",
-        config=Config(
-            signature_version="s3v4",
-            s3={"addressing_style": "path"},
-            request_checksum_calculation="when_required",
-            max_pool_connections=WRITERS,
-            # A PUT that is sent again would count as a loser against itself.
-            retries={"total_max_attempts": 1},
-        ),
-    )
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    client.close()
+    # A PUT that is sent again would count as a loser against itself.
+    once = {"total_max_attempts": 1}
+    with client_of(s3_weak_server, BUCKET, max_pool_connections=WRITERS, retries=once) as client:
+        yield client
 
 
 def keys(client: Any, prefix: str) -> list[str]:

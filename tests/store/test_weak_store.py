@@ -6,11 +6,10 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-import boto3
 import pytest
-from botocore.config import Config
 
 from rlhf.store import Store, create, open_store
+from tests.servers import client_of
 from tests.store.test_artifacts import contents, put
 
 pytestmark = pytest.mark.s3
@@ -22,18 +21,8 @@ def weak(s3_weak_server, tmp_path, monkeypatch) -> Store:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(create, "_known", {})
     bucket = f"weak-{uuid.uuid4().hex[:8]}"
-    server = s3_weak_server
-    client = boto3.client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        region_name="us-east-1",
-        config=Config(request_checksum_calculation="when_required"),
-    )
-    client.create_bucket(Bucket=bucket)
-    client.close()
-    return open_store(f"s3://{bucket}/store", cache_dir=tmp_path / "cache")
+    with client_of(s3_weak_server, bucket):
+        return open_store(f"s3://{bucket}/store", cache_dir=tmp_path / "cache")
 
 
 def test_weakness_is_named_once_and_artifacts_work(weak, folder, producer, caplog):

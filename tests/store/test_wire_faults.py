@@ -14,13 +14,7 @@ from tests.store.proxy import fault_proxy
 from tests.store.test_artifacts import contents, put
 from tests.store.wire import Wire, wire
 
-pytestmark = [
-    pytest.mark.s3,
-    # s3transfer drops the bodies that it has no use for any more, sockets and all.
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
-]
+pytestmark = pytest.mark.s3
 KINDS = ["reset", "cut", "stall"]
 SIZES = pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
 
