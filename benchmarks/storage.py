@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--mib", type=float, default=1024, help="size of the large artifact")
     parser.add_argument("--files", type=int, default=1000, help="number of small files")
     parser.add_argument("--gb", type=float, default=20, help="size for the peak of memory")
+    networks = ["throttled", "loopback"]
+    parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
     parser.add_argument("--work", type=Path, help="folder for files, instead of the system's /tmp")
     options = parser.parse_args()
     # Ended from outside, it must still end the server that it started.

@@ -79,7 +79,7 @@ def large(site: Site, options: Namespace) -> list[Table]:
             alone = against(hashing(folder, options.repeats), 0.8, most=True)
             bars.notes.append(f"sha256 alone (`hashlib.file_digest`): {alone} CPU s/GiB.")
         raw = RAW if count > 1 else ONE_BY_ONE
-        for slow in (True, False):
+        for slow in [network == "throttled" for network in options.networks]:
             network = f"{RATE} MiB/s" if slow else "loopback"
             where = f"{count} × {options.mib / count:g} MiB, {network}"
             print(f"\n{where}", flush=True)

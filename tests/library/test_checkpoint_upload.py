@@ -129,7 +129,16 @@ def spoil(place, store, update, how):
         place.write(key, data[:-1] + bytes([data[-1] ^ 1]))
 
 
-@pytest.mark.parametrize("how", ["flipped", "gone", "manifest"])
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        ("folder", "flipped"),
+        ("folder", "gone"),
+        ("folder", "manifest"),
+        pytest.param("s3", "gone", marks=pytest.mark.s3),
+    ],
+    indirect=["place"],
+)
 def test_a_damaged_one_is_named_passed_over_and_mended(
     train, straight, place, machine, caplog, how
 ):
