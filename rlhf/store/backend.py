@@ -137,7 +137,7 @@ class Source:
 
 
 class Sink:
-    """A file on its way down: written in order, and hashed as it comes."""
+    """A file on its way down, hashed as it comes."""
 
     def __init__(self, file: BinaryIO, received: Callable[[int], None]) -> None:
         self._file = file
@@ -148,20 +148,33 @@ class Sink:
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> None:
-        """Append; a disk that is full is kept apart from a network that fails."""
-        self._digest.update(data)
+        """Append."""
+        self.put(data, self.size)
+        self.add(data)
+
+    def put(self, data: bytes, offset: int) -> None:
+        """Write to a place in the file, from any thread; a disk that is full is kept apart from a
+        network that fails.
+        """
+        view = memoryview(data)
         try:
-            self._file.write(data)
+            while view:
+                written = os.pwrite(self._file.fileno(), view, offset)
+                view, offset = view[written:], offset + written
         except OSError as error:
             self.error = error
             raise
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Hash what was put behind all that was added so far."""
+        self._digest.update(data)
         self.size += len(data)
         self.moved = time.monotonic()
         self._received(len(data))
 
     @property
     def sha256(self) -> str:
-        """Of all that was written."""
+        """Of all that was added."""
         return self._digest.hexdigest()
 
 

@@ -16,19 +16,17 @@ from urllib.parse import urlsplit
 from botocore.exceptions import ClientError
 
 from rlhf.config.pipeline import StoreConfig
-from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
-from rlhf.store.backend import Found, Sink, Source, in_order, in_parallel
+from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
+from rlhf.store.backend import Found, Sink, Source, in_parallel
 from rlhf.store.s3_client import make_client
-from rlhf.store.s3_errors import CUT, ERRORS, failed, refused, status_of
+from rlhf.store.s3_errors import ERRORS, failed, refused, status_of
+from rlhf.store.s3_read import read, receive
 
 MIB = 1024 * 1024
 #: Just more than malloc would keep to itself when it is freed; four at once bound the memory.
 _PART = 32 * MIB
 _SENDING = threading.BoundedSemaphore(4)
 _MOST_PARTS = 10_000
-#: Two large files at once, each with four pieces on their way and two in waiting.
-_PIECE = 8 * MIB
-_LARGE = threading.BoundedSemaphore(2)
 
 
 class S3Backend:
@@ -130,27 +128,13 @@ class S3Backend:
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read in one go."""
         with self._translated("read", key):
-            return self._read(key, limit)[0]
+            return read(self._client, self._where(key), limit, lambda body: body.read())[0]
 
     def get_file(self, key: str, sink: Sink) -> None:
-        """In pieces, put in order; an error if the object is replaced meanwhile.
-
-        s3transfer would take longer, and hang with a limit on the parts that it keeps in memory.
-        """
-        with self._translated("read", key, ("412", "416")), _LARGE:
+        """In pieces, put in order; an error if the object is replaced meanwhile."""
+        with self._translated("read", key, ("412", "416")):
             try:
-                first, answer = self._read(key, _PIECE, Range=f"bytes=0-{_PIECE - 1}")
-                sink.write(first)
-                size = int(answer["ContentRange"].rpartition("/")[2])
-                same = {"IfMatch": answer["ETag"]}
-
-                def piece(start: int) -> bytes:
-                    part = f"bytes={start}-{start + _PIECE - 1}"
-                    return self._read(key, _PIECE, Range=part, **same)[0]
-
-                with contextlib.closing(in_order(piece, range(_PIECE, size, _PIECE), 4, 6)) as rest:
-                    for data in rest:
-                        sink.write(data)
+                receive(self._client, self._where(key), sink)
             except ClientError as error:
                 if status_of(error) == "412":
                     message = f"{self.uri}: {key} changed while it was being read; try again"
@@ -158,22 +142,6 @@ class S3Backend:
                 # No range of an empty object can be had.
                 if status_of(error) != "416" or sink.size:
                     raise
-
-    def _read(self, key: str, limit: int, **part: str) -> tuple[bytes, dict[str, Any]]:
-        """boto3 repeats a request but not a body that was cut, so this does."""
-        for attempt in range(5):
-            try:
-                answer = self._client.get_object(**self._where(key), **part)
-                with contextlib.closing(answer["Body"]) as body:
-                    if answer["ContentLength"] > limit:
-                        break
-                    # A read of a given length would not notice that the body was cut.
-                    return body.read(), answer
-            except CUT:
-                if attempt == 4:
-                    raise
-                time.sleep(0.1 * 2**attempt)
-        raise ArtifactCorrupt(f"{self.uri}: {key} is larger than {limit} bytes; delete it")
 
     def find(self, key: str) -> Found | None:
         """HEAD; a missing bucket looks like a missing object here."""
