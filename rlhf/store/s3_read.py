@@ -51,20 +51,21 @@ def read(
 def receive(client: Any, where: dict[str, str], sink: Sink) -> None:
     """An object in pieces, several at once: written as they come, and hashed in order.
 
-    Buffers are used again and again: fresh memory costs more than hashing. s3transfer would hang
-    with a limit on the parts that it keeps in memory.
+    Buffers are used again and again, as fresh memory costs more than hashing, and are one block,
+    as malloc gives nothing back that is smaller than 32 MiB. s3transfer would hang with a limit on
+    the parts that it keeps in memory.
     """
     with _FILES:
-        free = [bytearray(_PIECE) for _ in range(_AHEAD)]
+        block = memoryview(bytearray(_AHEAD * _PIECE))
+        free = [block[at : at + _PIECE] for at in range(0, len(block), _PIECE)]
 
-        def piece(start: int, **same: str) -> tuple[bytearray, int, dict[str, Any]]:
+        def piece(start: int, **same: str) -> tuple[memoryview, int, dict[str, Any]]:
             part, buffer = f"bytes={start}-{start + _PIECE - 1}", free.pop()
             take = partial(_fill, buffer, sink, start)
             return buffer, *read(client, where, _PIECE, take, Range=part, **same)
 
-        def add(buffer: bytearray, size: int) -> None:
-            with memoryview(buffer) as data:
-                sink.add(data[:size])
+        def add(buffer: memoryview, size: int) -> None:
+            sink.add(buffer[:size])
             free.append(buffer)
 
         buffer, size, answer = piece(0)
@@ -76,7 +77,7 @@ def receive(client: Any, where: dict[str, str], sink: Sink) -> None:
                 add(buffer, size)
 
 
-def _fill(buffer: bytearray, sink: Sink, start: int, body: Any) -> int:
+def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
     """How much came; the last read, of nothing, has boto3 see whether that was all."""
     size = 0
     while data := body.read(_CHUNK):
