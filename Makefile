@@ -19,8 +19,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 unit: $(STAMP)
-	@# Three on two cores: a third of the tests wait for a server that is slow on purpose.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 3 --dist loadgroup --cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadgroup --cov
 	RLHF_CHECK_SHAPES=0 $(BIN)/pytest -m slow
 
 $(STAMP): pyproject.toml constraints.txt
