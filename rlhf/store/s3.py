@@ -17,10 +17,10 @@ from botocore.exceptions import ClientError
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
+from rlhf.store import s3_read
 from rlhf.store.backend import Found, Sink, Source, in_parallel
 from rlhf.store.s3_client import make_client
 from rlhf.store.s3_errors import ERRORS, failed, refused, status_of
-from rlhf.store.s3_read import read, receive
 
 MIB = 1024 * 1024
 #: Just more than malloc would keep to itself when it is freed; four at once bound the memory.
@@ -87,7 +87,7 @@ class S3Backend:
                 if code == "501":
                     self._conditional = self.atomic = False
                 else:
-                    time.sleep(0.05 * 2**attempt)
+                    time.sleep(s3_read.PAUSE / 2 * 2**attempt)
         raise StoreError(f"{self.uri}: {key} is being written by others; try again")
 
     def put(self, key: str, data: bytes) -> None:
@@ -128,13 +128,13 @@ class S3Backend:
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read in one go."""
         with self._translated("read", key):
-            return read(self._client, self._where(key), limit, lambda body: body.read())[0]
+            return s3_read.read(self._client, self._where(key), limit, lambda body: body.read())[0]
 
     def get_file(self, key: str, sink: Sink) -> None:
         """In pieces, put in order; an error if the object is replaced meanwhile."""
         with self._translated("read", key, ("412", "416")):
             try:
-                receive(self._client, self._where(key), sink)
+                s3_read.receive(self._client, self._where(key), sink)
             except ClientError as error:
                 if status_of(error) == "412":
                     message = f"{self.uri}: {key} changed while it was being read; try again"

@@ -15,6 +15,8 @@ from rlhf.store.s3_errors import CUT
 
 T = TypeVar("T")
 
+#: Seconds before the second try of what boto3 does not repeat; before each further one, twice that.
+PAUSE = 0.1
 _PIECE = 8 * 1024 * 1024
 #: Pieces of a file in memory, and how many of them are on their way at once.
 _AHEAD, _AT_ONCE = 6, 4
@@ -43,7 +45,7 @@ def read(
         except CUT:
             if attempt == 4:
                 raise
-            time.sleep(0.1 * 2**attempt)
+            time.sleep(PAUSE * 2**attempt)
     name = f"s3://{where['Bucket']}/{where['Key']}"
     raise ArtifactCorrupt(f"{name} is larger than {limit} bytes; delete it")
 

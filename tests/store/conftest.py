@@ -153,6 +153,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of 20 MiB go up in two parts: larger ones would only cost time and memory."""
+def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of 20 MiB go up in two parts, larger ones would only cost time and memory; and what is
+    tried again waits less.
+    """
+    monkeypatch.setattr("rlhf.store.s3_read.PAUSE", 0.01)
     monkeypatch.setattr("rlhf.store.s3._PART", 16 << 20)
