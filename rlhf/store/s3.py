@@ -136,12 +136,13 @@ class S3Backend:
             try:
                 s3_read.receive(self._client, self._where(key), sink)
             except ClientError as error:
-                if status_of(error) == "412":
-                    message = f"{self.uri}: {key} changed while it was being read; try again"
-                    raise StoreError(message) from None
-                # No range of an empty object can be had.
-                if status_of(error) != "416" or sink.size:
+                status = status_of(error)
+                if status == "416" and not sink.size:
+                    return  # no range of an empty object can be had
+                if status not in ("412", "416"):
                     raise
+                message = f"{self.uri}: {key} changed while it was being read; try again"
+                raise StoreError(message) from None
 
     def find(self, key: str) -> Found | None:
         """HEAD; a missing bucket looks like a missing object here."""

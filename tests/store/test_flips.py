@@ -12,7 +12,15 @@ from benchmarks import storage_flips
 from rlhf.errors import ArtifactCorrupt
 from rlhf.store.s3 import _date
 from rlhf.store.s3_errors import failed
-from tests.store.faulty import LARGE, SMALL, complaint, impatient, make_folder, unfinished
+from tests.store.faulty import (
+    LARGE,
+    SMALL,
+    complaint,
+    impatient,
+    make_folder,
+    nothing_half,
+    unfinished,
+)
 from tests.store.test_artifacts import contents, put
 from tests.store.wire import wire
 
@@ -138,6 +146,29 @@ def test_flip_in_the_name_of_a_header(store, line, folder, producer, path):
             assert error.retriable
         line.clear()
     assert contents(store.fetch(ref)) == contents(folder)
+
+
+@pytest.mark.parametrize("told", ["0-9/60971520", "0-9/9971520", "0-9/*", "x", None])
+@pytest.mark.parametrize("times", [1, math.inf])
+def test_flip_in_the_length_of_a_whole(store, s3_place, tmp_path, producer, told, times):
+    """The answer to the first piece tells how many there are; a flip there is seen in the end."""
+    folder = make_folder(tmp_path / "new", LARGE)
+    ref = put(store, folder, producer)
+    told_so_far = []
+
+    def lie(parsed, **_):
+        if parsed.get("ContentRange", "").startswith("bytes 0-") and len(told_so_far) < times:
+            told_so_far.append(parsed.pop("ContentRange"))
+            if told:
+                parsed["ContentRange"] = told
+
+    store._backend._client.meta.events.register("after-call.s3.GetObject", lie)
+    if times == 1:
+        assert contents(store.fetch(ref)) == contents(folder)
+    else:
+        complaint(lambda: store.fetch(ref), s3_place.uri, "blobs/")
+        nothing_half(tmp_path / "cache")
+    assert told_so_far
 
 
 def judge(store, ref, folder, producer) -> str:
