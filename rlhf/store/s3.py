@@ -157,16 +157,14 @@ class S3Backend:
         with self._translated("list", prefix):
             found = {
                 item["Key"]: Found(item["Size"], _age(item["LastModified"], _date(page)))
-                for page in self._pages("list_objects_v2", prefix)
-                for item in page.get("Contents", ())
+                for page, item in self._items(prefix)
             }
         return {key.removeprefix(self._prefix): found[key] for key in sorted(found)}
 
     def objects(self, prefix: str) -> dict[str, tuple[str, int]]:
         """Entity tag and size of every key."""
         with self._translated("list", prefix):
-            pages = self._pages("list_objects_v2", prefix)
-            items = [item for page in pages for item in page.get("Contents", ())]
+            items = [item for _, item in self._items(prefix)]
         return {i["Key"].removeprefix(self._prefix): (i["ETag"], i["Size"]) for i in items}
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -208,6 +206,12 @@ class S3Backend:
     def _pages(self, operation: str, prefix: str) -> Iterable[dict[str, Any]]:
         pages = self._client.get_paginator(operation)
         return pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
+
+    def _items(self, prefix: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each object, with the page of the listing that it is on."""
+        for page in self._pages("list_objects_v2", prefix):
+            for item in page.get("Contents", ()):
+                yield page, item
 
     def _where(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self._prefix + key}

@@ -13,6 +13,8 @@ import pytest
 from rlhf.store import Producer, Store, open_store
 from tests.ceph import CephServer
 from tests.servers import client_of
+from tests.store.proxy import Faults, fault_proxy
+from tests.store.wire import Wire, wire
 
 BUCKET = "artifacts"
 #: Whether the tests speak to the server over TLS; those with a proxy or a wire never do.
@@ -159,3 +161,17 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr("rlhf.store.s3_read.PAUSE", 0.01)
     monkeypatch.setattr("rlhf.store.s3._PART", 16 << 20)
+
+
+@pytest.fixture
+def line(s3_server: CephServer) -> Iterator[Wire]:
+    """A way to the server that breaks where it is told to."""
+    with wire(s3_server.endpoint) as opened:
+        yield opened
+
+
+@pytest.fixture
+def faults(s3_server: CephServer) -> Iterator[Faults]:
+    """A proxy that understands requests, and refuses or spoils some."""
+    with fault_proxy(s3_server.endpoint) as opened:
+        yield opened

@@ -29,7 +29,6 @@ from tests.store.faulty import (
     nothing_half,
     unfinished,
 )
-from tests.store.proxy import fault_proxy
 from tests.store.test_artifacts import contents, put
 
 pytestmark = pytest.mark.s3
@@ -62,12 +61,6 @@ def vault(s3_place, tmp_path, monkeypatch):
     vault = Vault(tmp_path)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(vault.config))
     return vault
-
-
-@pytest.fixture
-def faults(s3_server):
-    with fault_proxy(s3_server.endpoint) as faults:
-        yield faults
 
 
 @pytest.fixture

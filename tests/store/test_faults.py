@@ -10,16 +10,9 @@ from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, StoreError
 from rlhf.store import PublishError, Store, open_store
 from rlhf.store.backend import Source
-from tests.store.proxy import fault_proxy
 from tests.store.test_artifacts import contents, put
 
 pytestmark = pytest.mark.s3
-
-
-@pytest.fixture
-def faults(s3_server):
-    with fault_proxy(s3_server.endpoint) as faults:
-        yield faults
 
 
 @pytest.fixture

@@ -22,15 +22,8 @@ from tests.store.faulty import (
     unfinished,
 )
 from tests.store.test_artifacts import contents, put
-from tests.store.wire import wire
 
 pytestmark = pytest.mark.s3
-
-
-@pytest.fixture
-def line(s3_server):
-    with wire(s3_server.endpoint) as opened:
-        yield opened
 
 
 @pytest.fixture

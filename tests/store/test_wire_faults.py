@@ -12,17 +12,11 @@ from tests.store.faulty import LARGE, SMALL, complaint, impatient, make_folder, 
 from tests.store.faulty import unfinished as unfinished_uploads
 from tests.store.proxy import fault_proxy
 from tests.store.test_artifacts import contents, put
-from tests.store.wire import Wire, wire
+from tests.store.wire import Wire
 
 pytestmark = pytest.mark.s3
 KINDS = ["reset", "cut", "stall"]
 SIZES = pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
-
-
-@pytest.fixture
-def line(s3_server):
-    with wire(s3_server.endpoint) as opened:
-        yield opened
 
 
 @pytest.fixture
