@@ -4,10 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint unit clean
+.PHONY: quickstart deploy pools test lint unit clean
 
 quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
 	$(BIN)/rlhf run configs/quickstart.yaml
+
+deploy: pools  ## register flows, schedules and automations with the server of PREFECT_API_URL
+	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
+
+pools: $(STAMP)
+	for pool in cpu reward gpu; do \
+	  $(BIN)/prefect work-pool inspect $$pool >/dev/null 2>&1 || \
+	  $(BIN)/prefect work-pool create $$pool --type process; done
 
 test: $(STAMP)  ## everything that .ci/run checks; lint beside the tests
 	+$(MAKE) --no-print-directory --jobs=2 lint unit

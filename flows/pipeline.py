@@ -20,8 +20,10 @@ from rlhf.config import PipelineConfig, advice
 from rlhf.errors import GateRejected
 from rlhf.report import StageRow
 from rlhf.store import ArtifactRef
+from tasks.parameters import Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight
+from tasks.remote import check_placement
 from tasks.runner import Outcome
 from tasks.stages import STAGES
 
@@ -52,25 +54,28 @@ class PipelineRun:
 
 def _run_name() -> str:
     """The configuration's name and the time: readable in Prefect's list of runs."""
-    config = flow_run.parameters.get("config") or {}
-    name = config.get("name") if isinstance(config, dict) else config.name
-    return f"{name or 'rlhf'}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    overrides = flow_run.parameters.get("overrides") or {}
+    name = overrides.get("name") or flow_run.parameters.get("preset") or "rlhf"
+    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 @flow(name="rlhf-pipeline", flow_run_name=_run_name, persist_result=False)
 def pipeline(
-    config: PipelineConfig | None = None, origins: dict[str, str] | None = None
+    preset: Preset | None = None, overrides: Overrides | None = None
 ) -> State[PipelineRun]:
     """Data prep → SFT → reward model → gate → PPO → gate → promotion, then a report.
 
     Args:
-        config: Everything the run depends on; all defaults when left out.
-        origins: Where each configured value came from, for the report.
+        preset: Name of a file in `configs/`, such as quickstart; all defaults when left out.
+        overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
     """
-    config = config or PipelineConfig()
+    loaded = resolve(preset, overrides)
+    config = loaded.config
     preflight(config)
+    check_placement(config)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    run = PipelineRun(config, origins or {}, flow_run.get_name() or config.name, started)
+    name = flow_run.get_name() or config.name
+    run = PipelineRun(config, loaded.sources, name, started)
     run.advice = tuple(advice(config))
     for line in run.advice:
         get_run_logger().warning(line)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_link_artifact
 
-from rlhf.config import Loaded
+from rlhf.config import Loaded, on_this_machine
 from rlhf.paths import at_home
 from rlhf.report import (
     ConfigRow,
@@ -45,7 +45,7 @@ def write_report(run: PipelineRun) -> None:
     refs = {name: ref.digest for name, ref in run.refs.items()}
     identity = {"refs": refs, "outcome": run.outcome, "config": run.config.model_dump(mode="json")}
     key = sha256_bytes(canonical_json(identity))
-    folder = at_home(run.config.runtime.report_dir)
+    folder = at_home(on_this_machine(run.config).runtime.report_dir)
     folder.mkdir(parents=True, exist_ok=True)
     run.report = (folder / f"{run.config.name}-{key[:10]}.html").resolve()
     record = store.latest(f"records/report/{key}") if run.all_cached else None

@@ -62,6 +62,16 @@ class CheckpointError(RLHFError, OSError):
     retriable = True
 
 
+class StageLost(RLHFError):
+    """The machine, worker or process that ran a stage is gone; it goes on from its checkpoint."""
+
+    retriable = True
+
+
+class StageFailed(RLHFError):
+    """A stage's own run ended without a result; it has tried again where that could help."""
+
+
 class RewardServiceError(RLHFError, ConnectionError):
     """A service that scores replies can't be reached or fails, again and again."""
 

@@ -12,11 +12,13 @@ from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
 from rlhf.config import PipelineConfig
+from rlhf.config.placement import INLINE
 from rlhf.errors import worth_retrying
 from rlhf.gates import require
 from rlhf.stage import read_json
 from rlhf.store import ArtifactRef
 from tasks.progress import StageProgress, harmless
+from tasks.remote import run_remotely
 from tasks.runner import Outcome, run_stage, store_of
 from tasks.stages import STAGES, read_verdict
 
@@ -43,10 +45,14 @@ def run_task(name: str, config: PipelineConfig, inputs: Refs) -> State[Outcome]:
 def _task(name: str) -> Task[[PipelineConfig, Refs], Any]:
     @task(name=name, task_run_name=name, retry_condition_fn=retry_condition, persist_result=False)
     def stage_task(config: PipelineConfig, inputs: Refs) -> State[Outcome]:
-        with StageProgress(name) as progress:
-            outcome = run_stage(STAGES[name], config, inputs, progress)
-        with harmless("results"):
-            _show_result(outcome, config)
+        place = config.place_of(name)
+        if place == INLINE:
+            with StageProgress(name) as progress:
+                outcome = run_stage(STAGES[name], config, inputs, progress)
+            with harmless("results"):
+                _show_result(outcome, config)
+        else:
+            outcome = run_remotely(STAGES[name], config, inputs, place)
         if STAGES[name].kind == "verdict":
             _enforce(outcome, inputs, config)
         label = "Cached" if outcome.cached else "Completed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from rlhf.config import PipelineConfig
+from rlhf.config import PipelineConfig, on_this_machine
 from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError, StoreError
 from rlhf.modeling.foreign import CONFIG, ForeignModel
@@ -24,6 +24,7 @@ def preflight(config: PipelineConfig) -> None:
     Raises:
         ConfigError: One line naming field, value and cure (StoreConfigError for the store).
     """
+    config = on_this_machine(config)
     for field in ("work_dir", "report_dir"):
         _check_writable(f"runtime.{field}", getattr(config.runtime, field))
     store = store_of(config)

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from rlhf.config import PipelineConfig
+from rlhf.config import PipelineConfig, on_this_machine
 from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.paths import at_home
@@ -57,7 +57,8 @@ class Outcome:
 
 
 def store_of(config: PipelineConfig) -> Store:
-    """The store that the configuration names, with its cache in the work folder."""
+    """The store that the configuration names, with its cache in the work folder of this machine."""
+    config = on_this_machine(config)
     return open_store(
         config.store,
         options=config.store_options,
@@ -79,10 +80,8 @@ def run_stage(
         RLHFError: Whatever the stage's body raises.
     """
     started = time.monotonic()
+    config = on_this_machine(config)
     store = store_of(config)
-    missing = [role for role in stage.needs(config) if role not in inputs]
-    if missing:
-        raise ArtifactMissing(f"{stage.name}: input {missing[0]} is missing; give its artifact")
     refs = _with_base(stage, config, inputs, store)
     depends_on = _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
     key = fingerprint(stage, config, refs)
@@ -90,11 +89,10 @@ def run_stage(
     work.mkdir(parents=True, exist_ok=True)
     checkpoints = work / "checkpoints" / f"{stage.name}-{key[:16]}"
     with _alone(work / f"{stage.name}-{key[:16]}.lock", stage):
-        recorded = recorded_ref(store, stage, key)
-        if recorded is not None and stage.holds(config, refs, store):
+        done = done_before(stage, config, inputs, store)
+        if done is not None:
             discard_checkpoints(store, checkpoints)  # of a try that did not get so far
-            metrics = store.manifest(recorded).metrics
-            return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
+            return done
         scratch = f"{stage.name}-{key[:16]}-"
         for left_behind in work.glob(f"{scratch}*"):
             shutil.rmtree(left_behind)  # by a try that was killed; the lock says it is gone
@@ -118,6 +116,26 @@ def run_stage(
         store.append(_record(stage, key), ref.model_dump(mode="json"))
         discard_checkpoints(store, checkpoints)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
+
+
+def done_before(
+    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], store: Store
+) -> Outcome | None:
+    """What this very work made before, on whatever machine; None if it is still to do."""
+    started = time.monotonic()
+    refs = _with_base(stage, config, inputs, store)
+    recorded = recorded_ref(store, stage, fingerprint(stage, config, refs))
+    if recorded is None or not stage.holds(config, refs, store):
+        return None
+    metrics = store.manifest(recorded).metrics
+    return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
+
+
+def work_key(
+    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], store: Store
+) -> str:
+    """The fingerprint of a stage's work on these inputs."""
+    return fingerprint(stage, config, _with_base(stage, config, inputs, store))
 
 
 @contextmanager
@@ -221,6 +239,9 @@ def _with_base(
     stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], store: Store
 ) -> dict[str, ArtifactRef]:
     """The inputs the stage needs; a model of others that is an artifact is one, so a parent."""
+    missing = [role for role in stage.needs(config) if role not in inputs]
+    if missing:
+        raise ArtifactMissing(f"{stage.name}: input {missing[0]} is missing; give its artifact")
     refs = {role: inputs[role] for role in stage.needs(config)}
     foreign = stage.foreign(config)
     if foreign is not None and foreign.is_artifact:

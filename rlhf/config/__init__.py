@@ -22,7 +22,8 @@ from rlhf.config.environments import (
     PreferenceConfig,
     TextGenerationConfig,
 )
-from rlhf.config.load import Loaded, load_config
+from rlhf.config.load import Loaded, load_config, load_preset, presets
+from rlhf.config.machine import on_this_machine
 from rlhf.config.models import (
     ArchitectureConfig,
     BaseModelConfig,
@@ -78,4 +79,7 @@ __all__ = [
     "WorldConfig",
     "advice",
     "load_config",
+    "load_preset",
+    "on_this_machine",
+    "presets",
 ]

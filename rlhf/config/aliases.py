@@ -25,8 +25,12 @@ def aliases(fields: Collection[str]) -> dict[str, str]:
 
 
 def allow_aliases(schema: dict[str, Any]) -> None:
-    """Let a JSON schema accept the aliases without offering each field twice in a form."""
-    schema["patternProperties"] = {f"^{PREFIX}({'|'.join(SEED_NAMES)})$": {}}
+    """Let a JSON schema accept the aliases without offering each field twice in a form.
+
+    In the section itself each has its field's own schema; at the top, where that isn't known, any.
+    """
+    fields = schema.get("properties", {})
+    schema["patternProperties"] = {f"^{PREFIX}{name}$": fields.get(name, {}) for name in SEED_NAMES}
 
 
 def renamed(

@@ -21,6 +21,8 @@ from rlhf.errors import ConfigError
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
+OVERRIDE = "override"
+PRESETS = Path(__file__).parents[2] / "configs"
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,36 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: One line naming the field, the value and the cure.
     """
-    preset = read_preset(Path(path)) if path is not None else {}
     command_line = parse_overrides(overrides)
-    name = Path(path).name if path is not None else ""
-    merged = _merge(_with_options_read(preset, command_line, name), command_line)
-    overridden = {key for key, _ in flatten(resolve_none(command_line))}
+    return _load(Path(path) if path is not None else None, command_line, COMMAND_LINE)
+
+
+def load_preset(name: str | None, overrides: Tree) -> Loaded:
+    """The preset of that name, as `presets` lists them, with a nested mapping of overrides.
+
+    Raises:
+        ConfigError: One line naming the field, the value and the cure.
+    """
+    if name is not None and name not in presets():
+        raise ConfigError(
+            one_line(f"preset = {name!r} is not known; choose one of {', '.join(presets())}")
+        )
+    path = PRESETS / f"{name}.yaml" if name is not None else None
+    return _load(path, without_aliases(overrides), OVERRIDE)
+
+
+def presets() -> list[str]:
+    """Names of the presets that lie in this checkout's `configs`."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _load(path: Path | None, overrides: Tree, where: str) -> Loaded:
+    preset = read_preset(path) if path is not None else {}
+    name = path.name if path is not None else ""
+    merged = _merge(_with_options_read(preset, overrides, name), overrides)
+    overridden = {key for key, _ in flatten(resolve_none(overrides))}
     sources = {
-        key: COMMAND_LINE if key in overridden else name for key, _ in flatten(resolve_none(merged))
+        key: where if key in overridden else name for key, _ in flatten(resolve_none(merged))
     }
     return Loaded(validate(merged, sources), sources)
 

@@ -16,6 +16,7 @@ from rlhf.config.models import (
     RewardModelConfig,
     SFTConfig,
 )
+from rlhf.config.placement import INLINE, Placement, StageName
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.section import Section
 
@@ -62,7 +63,10 @@ class StoreConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where a stage runs: changes speed, never what is learnt, so no part of a fingerprint."""
+    """Where a stage runs: changes speed, never what is learnt, so no part of a fingerprint.
+
+    A machine's own RLHF_WORK_DIR, RLHF_REPORT_DIR, RLHF_CACHE_GB, RLHF_DEVICE and RLHF_THREADS win.
+    """
 
     work_dir: str = Field(default=".rlhf/work", min_length=1)
     """Local folder for checkpoints and the artifact cache; safe to delete."""
@@ -126,10 +130,17 @@ class PipelineConfig(Section):
     """Gates."""
     promotion: PromotionConfig = PromotionConfig()
     """Promotion."""
+    placement: Placement = Field(default_factory=dict[StageName, str])
+    """Deployment that runs a stage, such as `train-policy: train-policy/gpu`; a stage that is not
+    named runs inline, in the pipeline's own process."""
     retries: RetryConfig = RetryConfig()
     """Retries of each stage."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Folders, device, threads."""
+
+    def place_of(self, stage: str) -> str:
+        """The deployment that runs a stage, or `inline`."""
+        return next((place for name, place in self.placement.items() if name == stage), INLINE)
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +174,13 @@ class PipelineConfig(Section):
             )
         if self.ppo.shared_base:
             self._reward_model_is_an_adapter()
+        elsewhere = [stage for stage, place in self.placement.items() if place != INLINE]
+        if elsewhere and not self.store.startswith(("s3://", "file:///", "/")):
+            raise ValueError(
+                f"placement of {elsewhere[0]} needs a store that its machine reaches, and store = "
+                f"{self.store!r} is a folder relative to this one; write s3://bucket/prefix or an "
+                "absolute path"
+            )
         asking = self.ppo.needs_reference_answers
         if asking and self.data.reference_column is None:
             raise ValueError(

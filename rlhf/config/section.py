@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -35,15 +35,18 @@ def below(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
     """Types of what is called `name` in a value of one of these types; None if nothing can be.
 
     Fields of sections (of all of them, where a field may be one of several), and the values of a
-    mapping from names to sections.
+    mapping from names to sections, or from a closed set of names.
     """
     found: list[Any] = []
     for section in sections(types):
         if name in section.model_fields:
             found += kinds(section.model_fields[name].annotation)
     for kind in types:
-        if get_origin(kind) is dict and sections(kinds(get_args(kind)[1])):
-            found += kinds(get_args(kind)[1])
+        if get_origin(kind) is not dict:
+            continue
+        keys, values = get_args(kind)
+        if sections(kinds(values)) or (get_origin(keys) is Literal and name in get_args(keys)):
+            found += kinds(values)
     return tuple(found) or None
 
 

@@ -224,7 +224,7 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, environmen
 
     # The undisturbed run, in this process: its libraries are loaded already.
     other = [f"--store={tmp_path / 'other'}", f"--runtime.work_dir={tmp_path / 'other-work'}"]
-    undisturbed = pipeline(load_config(preset, [*slow, *other]).config)
+    undisturbed = pipeline(overrides=load_config(preset, [*slow, *other]).config)
     assert undisturbed.refs["train-policy"].digest[:10] == policy_digest(resumed.stdout)
 
 

@@ -71,7 +71,7 @@ def test_completes_and_tells_the_truth(config):
     chosen = config(
         "--gates.reward_model", free % "accuracy", "--gates.policy", free % "sampled.eos_rate"
     )
-    state = pipeline(chosen, return_state=True)
+    state = pipeline(overrides=chosen, return_state=True)
     assert state.is_completed(), state.message
     run = state.result()
     store = store_of(chosen)
@@ -90,7 +90,7 @@ def test_a_reward_model_no_better_than_length_is_rejected_when_asked(config):
     rule = (
         '[{"metric": "accuracy", "min": "baseline_longer"}, {"metric": "accuracy_low", "min": 0.9}]'
     )
-    state = pipeline(config("--gates.reward_model", rule), return_state=True)
+    state = pipeline(overrides=config("--gates.reward_model", rule), return_state=True)
     assert state.name == "GateRejected"
     assert "accuracy_low" in state.message
     run = state.result(raise_on_failure=False)

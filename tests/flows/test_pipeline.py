@@ -17,7 +17,7 @@ NAMES = list(STAGES)
 
 
 def run(config):
-    state = pipeline(config, return_state=True)
+    state = pipeline(overrides=config, return_state=True)
     return state, state.result(raise_on_failure=False)
 
 

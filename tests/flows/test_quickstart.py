@@ -36,7 +36,7 @@ def config(environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(config):
-    state = pipeline(config, return_state=True)
+    state = pipeline(overrides=config, return_state=True)
     assert state.is_completed(), state.message
     return state.result()
 
@@ -72,7 +72,7 @@ def test_nothing_but_s3_holds_the_artifacts_and_a_second_run_does_nothing(config
     elsewhere = config.model_copy(
         update={"runtime": config.runtime.model_copy(update={"work_dir": str(tmp_path / "new")})}
     )
-    again = pipeline(elsewhere, return_state=True).result()
+    again = pipeline(overrides=elsewhere, return_state=True).result()
     assert {row.state for row in again.rows} == {"Cached"}
     assert again.refs == result.refs
     assert sum(row.seconds for row in again.rows) < 15

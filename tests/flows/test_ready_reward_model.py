@@ -11,7 +11,7 @@ pytestmark = pytest.mark.prefect
 
 
 def run(config):
-    state = pipeline(config, return_state=True)
+    state = pipeline(overrides=config, return_state=True)
     return state, state.result(raise_on_failure=False)
 
 

@@ -1,0 +1,83 @@
+"""A real Postgres on loopback for Prefect's server, installed by apt if it is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.ceph import free_ports
+from tests.servers import UnavailableError
+
+PACKAGE = "postgresql"
+START = 30.0
+
+
+def binaries() -> Path:
+    """The folder of Postgres' own programs; installs them, or raises `UnavailableError`."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    if not found:
+        if os.geteuid() != 0 or not shutil.which("apt-get"):
+            raise UnavailableError(f"Postgres is missing; as root: apt-get install {PACKAGE}")
+        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        get = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", PACKAGE]
+        for command in (["apt-get", "update", "-qq"], get):
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UnavailableError(f"{' '.join(command)} failed: {done.stderr[-300:]}")
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    return found[-1].parent
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """A server with an empty database `prefect`; yields the URL for Prefect."""
+    programs = binaries()
+    # It refuses to run as root.
+    demoted = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    prefix = demoted if os.geteuid() == 0 else []
+    (port,) = free_ports(1)
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        if prefix:
+            shutil.chown(folder, "postgres", "postgres")
+        data = f"{folder}/data"
+
+        def program(name: str, *arguments: str) -> list[str]:
+            return [*prefix, str(programs / name), *arguments]
+
+        subprocess.run(
+            program("initdb", "-D", data, "-A", "trust", "-U", "prefect", "--no-sync"),
+            check=True, capture_output=True, cwd=folder,
+        )  # fmt: skip
+        options = [
+            "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-c", "fsync=off",
+            "-c", "max_connections=200",
+        ]  # fmt: skip
+        with Path(folder, "log").open("w") as log:
+            server = subprocess.Popen(
+                program("postgres", *options), stdout=log, stderr=log, cwd=folder
+            )
+        try:
+            create = program("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect")
+            _until(lambda: _works([*create, "prefect"], folder), "Postgres")
+            yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def _works(command: list[str], folder: str) -> bool:
+    return subprocess.run(command, capture_output=True, check=False, cwd=folder).returncode == 0
+
+
+def _until(done: object, what: str) -> None:
+    give_up = time.monotonic() + START
+    while not done():  # type: ignore[operator]
+        if time.monotonic() > give_up:
+            raise UnavailableError(f"{what} does not answer")
+        time.sleep(0.1)

@@ -1,0 +1,210 @@
+"""A site as in production: a Prefect server on Postgres, and workers that share only a store.
+
+Every worker has a home and a folder for temporary files of its own, both empty at first, and all
+its processes are one process group, so that it can be lost as a machine is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.ceph import free_ports
+from tests.production.postgres import postgres
+from tests.servers import UnavailableError
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+START = 90.0
+
+
+@dataclass
+class Process:
+    """A program in a process group of its own, that can be killed and started again."""
+
+    name: str
+    command: list[str]
+    environment: Mapping[str, str]
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, with its output in a log."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=dict(self.environment), cwd=ROOT, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def log(self) -> Path:
+        """What it and its children printed."""
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self.process is not None
+        return self.process.pid
+
+    def kill(self) -> None:
+        """Kill it alone, as an out-of-memory killer does; its children live on."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def lose(self) -> None:
+        """Kill it with all that it started, as when its machine is gone."""
+        if self.process is None:
+            return
+        for pid in [*descendants(self.pid), self.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> None:
+        """Let it end by itself, then make sure."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            self.process.terminate()
+            self.process.wait(10)
+        self.lose()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that this one started, and theirs, the youngest first."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            head, _, rest = path.read_text().rpartition(") ")
+            parents.setdefault(int(rest.split()[1]), []).append(int(head.split()[0]))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        children = parents.get(waiting.pop(), [])
+        found += children
+        waiting += children
+    return found[::-1]
+
+
+@dataclass
+class Site:
+    """Server and workers, and the environment in which a user talks to them."""
+
+    folder: Path
+    environment: dict[str, str]
+    server: Process
+    workers: dict[str, Process] = field(default_factory=dict)
+
+    def worker(self, pool: str, **extra: str) -> Process:
+        """Start a worker of this pool, on a machine of its own."""
+        home = self.folder / f"machine-{pool}"
+        for name in ("home", "tmp"):
+            (home / name).mkdir(parents=True, exist_ok=True)
+        environment = {
+            **self.environment,
+            "HOME": str(home / "home"),
+            "TMPDIR": str(home / "tmp"),
+            "PREFECT_HOME": str(home / "home" / ".prefect"),
+            "RLHF_WORK_DIR": str(home / "home" / "work"),
+            "RLHF_REPORT_DIR": str(home / "home" / "reports"),
+            **extra,
+        }
+        command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--name", pool]
+        self.workers[pool] = Process(f"worker-{pool}", command, environment, self.folder)
+        self.workers[pool].start()
+        return self.workers[pool]
+
+    def run(self, *command: str, check: bool = True, **extra: str) -> str:
+        """What a command prints, run from the checkout's root as a user would."""
+        done = subprocess.run(
+            [str(BIN / command[0]), *command[1:]], cwd=ROOT, env={**self.environment, **extra},
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        output = done.stdout + done.stderr
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} → {done.returncode}\n{output[-3000:]}")
+        return output
+
+    def api(self, path: str, **body: Any) -> Any:
+        """The server's answer to a POST, or to a GET without a body."""
+        url = f"{self.environment['PREFECT_API_URL']}/{path}"
+        answer = httpx.post(url, json=body, timeout=60) if body else httpx.get(url, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def wait(self, run: str, seconds: float, *until: str) -> Any:
+        """A flow run when it is in a final state, or in one of these."""
+        give_up = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                found = self.api(f"flow_runs/{run}")
+                state = found["state"]
+                final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+                if state["name"] in until or (not until and state["type"] in final):
+                    return found
+            if time.monotonic() > give_up:
+                raise AssertionError(f"{run} is not {until or 'final'}: {state}")
+            time.sleep(0.5)
+
+    def wait_for_server(self) -> None:
+        """Until it answers."""
+        give_up = time.monotonic() + START
+        url = f"{self.environment['PREFECT_API_URL']}/health"
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(url, timeout=5).status_code == 200:
+                    return
+            if time.monotonic() > give_up:
+                raise UnavailableError("Prefect's server does not answer")
+            time.sleep(0.3)
+
+    def end(self) -> None:
+        """Stop everything."""
+        for process in (*self.workers.values(), self.server):
+            process.end()
+
+
+@contextlib.contextmanager
+def site(folder: Path, store: Mapping[str, str]) -> Iterator[Site]:
+    """A server and no worker yet; `store` is the environment of the object store."""
+    (port,) = free_ports(1)
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RLHF_"))},
+        **store,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_HOME": str(folder / "user"),
+        # Questions every 2 s instead of 10, so that tests do not wait.
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    with postgres() as database:
+        command = [str(BIN / "prefect"), "server", "start", "--port", str(port)]
+        own = {
+            **environment,
+            "PREFECT_HOME": str(folder / "server"),
+            "PREFECT_API_DATABASE_CONNECTION_URL": database,
+        }
+        server = Process("server", command, own, folder)
+        made = Site(folder, environment, server)
+        server.start()
+        try:
+            made.wait_for_server()
+            yield made
+        finally:
+            made.end()
