@@ -11,6 +11,8 @@ quickstart: $(STAMP)  ## train everything on the generated world, and show what 
 
 deploy: pools  ## register flows, schedules and automations with the server of PREFECT_API_URL
 	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
+	$(BIN)/prefect automation inspect rlhf-zombies >/dev/null 2>&1 || \
+	  $(BIN)/prefect automation create --from-file deployments/automations/zombies.yaml
 
 pools: $(STAMP)
 	for pool in cpu reward gpu; do \

@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed
 
 from flows.leaving import before_prefect
 from flows.reporting import write_report
-from rlhf.config import PipelineConfig, advice
+from rlhf.config import Loaded, PipelineConfig, advice
 from rlhf.errors import GateRejected
 from rlhf.report import StageRow
 from rlhf.store import ArtifactRef
@@ -52,14 +52,14 @@ class PipelineRun:
         return all(row.state == "Cached" for row in self.rows)
 
 
-def _run_name() -> str:
+def run_name() -> str:
     """The configuration's name and the time: readable in Prefect's list of runs."""
     overrides = flow_run.parameters.get("overrides") or {}
     name = overrides.get("name") or flow_run.parameters.get("preset") or "rlhf"
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
-@flow(name="rlhf-pipeline", flow_run_name=_run_name, persist_result=False)
+@flow(name="rlhf-pipeline", flow_run_name=run_name, persist_result=False)
 def pipeline(
     preset: Preset | None = None, overrides: Overrides | None = None
 ) -> State[PipelineRun]:
@@ -70,9 +70,15 @@ def pipeline(
         overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
     """
     loaded = resolve(preset, overrides)
+    preflight(loaded.config)
+    check_placement(loaded.config)
+    state, _ = run_pipeline(loaded)
+    return state
+
+
+def run_pipeline(loaded: Loaded) -> tuple[State[PipelineRun], PipelineRun]:
+    """All of the pipeline, as part of the flow that is running."""
     config = loaded.config
-    preflight(config)
-    check_placement(config)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     name = flow_run.get_name() or config.name
     run = PipelineRun(config, loaded.sources, name, started)
@@ -83,9 +89,9 @@ def pipeline(
         run_stages(run)
         write_report(run)
     if run.outcome == PROMOTED:
-        return Completed(message=run.reason, data=run)
-    name = REJECTED if run.outcome == REJECTED else None
-    return Failed(name=name, message=run.reason, data=run)
+        return Completed(message=run.reason, data=run), run
+    state = REJECTED if run.outcome == REJECTED else None
+    return Failed(name=state, message=run.reason, data=run), run
 
 
 def run_stages(run: PipelineRun) -> None:

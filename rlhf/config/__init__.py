@@ -42,6 +42,7 @@ from rlhf.config.pipeline import (
     StoreConfig,
 )
 from rlhf.config.ppo import PPOConfig
+from rlhf.config.retraining import RetrainingConfig
 
 __all__ = [
     "ArchitectureConfig",
@@ -69,6 +70,7 @@ __all__ = [
     "RegexComponent",
     "RemoteComponent",
     "RepetitionComponent",
+    "RetrainingConfig",
     "RetryConfig",
     "RewardModelComponent",
     "RewardModelConfig",

@@ -18,6 +18,7 @@ from rlhf.config.models import (
 )
 from rlhf.config.placement import INLINE, Placement, StageName
 from rlhf.config.ppo import PPOConfig
+from rlhf.config.retraining import RetrainingConfig
 from rlhf.config.section import Section
 
 
@@ -133,6 +134,8 @@ class PipelineConfig(Section):
     placement: Placement = Field(default_factory=dict[StageName, str])
     """Deployment that runs a stage, such as `train-policy: train-policy/gpu`; a stage that is not
     named runs inline, in the pipeline's own process."""
+    retraining: RetrainingConfig = RetrainingConfig()
+    """When the retraining flow runs the pipeline, and from what."""
     retries: RetryConfig = RetryConfig()
     """Retries of each stage."""
     runtime: RuntimeConfig = RuntimeConfig()
