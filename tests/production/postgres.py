@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -67,7 +68,7 @@ def postgres() -> Iterator[str]:
             _until(lambda: _works([*create, "prefect"], folder), "Postgres")
             yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
         finally:
-            server.terminate()
+            server.send_signal(signal.SIGINT)  # without waiting for who is connected
             server.wait(20)
 
 
