@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
-from flows import artifacts
+from flows import artifacts, registry
 from flows.leaving import leave_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
@@ -37,6 +37,8 @@ app = App(
 config_app = App(name="config", help="Look at configurations.")
 app.command(config_app)
 app.command(artifacts.app)
+for command in (registry.promote, registry.rollback, registry.champion):
+    app.command(command)
 console = Console()
 
 

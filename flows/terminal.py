@@ -12,6 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rlhf.config import Loaded
+from rlhf.registry import Promotion
 from rlhf.stage import read_json
 from rlhf.store import Ancestor, Artifact
 from tasks.runner import store_of
@@ -90,6 +91,19 @@ def artifacts_table(artifacts: Sequence[Artifact], marks: Sequence[tuple[str, st
             ref.short, ref.kind, manifest.producer.stage, str(manifest.producer.seed),
             str(len(manifest.files)), f"{ref.size / 1e6:.2f} MB", _age(age), Text(said, "bold"),
         )  # fmt: skip
+    return table
+
+
+def champions_table(entries: Sequence[Promotion]) -> Table:
+    """Entries of the champions' histories: what became champion of what, by whom and why."""
+    table = Table("line", "entry", "", "policy", "verdict", "by", "when", "run", "why")
+    for entry in entries:
+        verdict = "unapproved" if entry.unapproved else (entry.verdict or "")[:12]
+        cells = (
+            entry.model, str(entry.number), entry.action, entry.policy[:12], verdict,
+            entry.by or "", entry.when or "", entry.run or "", entry.why,
+        )  # fmt: skip
+        table.add_row(*map(Text, cells))
     return table
 
 

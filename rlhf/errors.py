@@ -92,6 +92,26 @@ class GateRejected(RLHFError):
         return str(self.args[0])
 
 
+class PromotionLost(RLHFError):
+    """Somebody else changed the champion meanwhile; whether to do it again is a new decision."""
+
+
+class PolicyWithdrawn(RLHFError):
+    """A person took this policy back, so a run does not promote it again."""
+
+
+class ApprovalMissing(RLHFError):
+    """Nobody has said yet whether this policy may be promoted."""
+
+
+class ApprovalRefused(RLHFError):
+    """A person said that this policy may not be promoted."""
+
+
+class SmokeTestFailed(RLHFError):
+    """The published policy, loaded as a user would, can't answer."""
+
+
 def worth_retrying(error: BaseException) -> bool:
     """Whether the same work may succeed when tried again.
 

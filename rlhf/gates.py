@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from rlhf.config.models import GateRule
 from rlhf.errors import GateRejected
+from rlhf.stage import read_json
 
+VERDICT = "verdict.json"
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -42,6 +45,13 @@ class Verdict:
             if not c.passed
         )
         return "; ".join(failed)
+
+
+def read_verdict(folder: Path) -> Verdict:
+    """A verdict as its gate wrote it."""
+    saved: dict[str, Any] = read_json(folder / VERDICT)
+    checks = tuple(Check(**check) for check in saved["checks"])
+    return Verdict(saved["gate"], saved["subject"], saved["approved"], checks)
 
 
 _seal = object()

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.config import PipelineConfig
 from rlhf.errors import ArtifactMissing
-from rlhf.gates import Approved, Check, Verdict, judge, require
+from rlhf.gates import VERDICT, Approved, judge, read_verdict, require
 from rlhf.modeling.foreign import ForeignModel
 from rlhf.progress import Progress
 from rlhf.stage import StageResult, read_json, write_json
@@ -25,9 +25,8 @@ from tasks.foreign import (
     reward_model_of_others,
     reward_settings,
 )
+from tasks.promotion import is_champion, promote
 
-VERDICT = "verdict.json"
-PROMOTION = "promotion.json"
 EVALUATION = "evaluation.json"
 
 
@@ -177,33 +176,6 @@ def _gate(name: str, subject: str, rules: str) -> Callable[[StageRun], StageResu
     return body
 
 
-def read_verdict(folder: Path) -> Verdict:
-    """A verdict as its gate wrote it."""
-    saved = read_json(folder / VERDICT)
-    return Verdict(**{**saved, "checks": tuple(Check(**c) for c in saved["checks"])})
-
-
-def _promote(run: StageRun) -> StageResult:
-    """Make the approved policy the champion of its model line, in an append-only history."""
-    ref = run.refs["policy"]
-    approved = require(ref, ref.digest, read_verdict(run.folders["verdict"]))
-    name = run.config.promotion.name
-    promotion = {
-        "model": name,
-        "policy": approved.subject.digest,
-        "verdict": run.refs["verdict"].digest,
-    }
-    if not _is_champion(run.config, run.refs, run.store):
-        run.store.append(f"champion/{name}", promotion)
-    write_json(run.out_dir / PROMOTION, promotion)
-    return StageResult({"model": name})
-
-
-def _is_champion(config: PipelineConfig, refs: Mapping[str, ArtifactRef], store: Store) -> bool:
-    latest = store.latest(f"champion/{config.promotion.name}")
-    return latest is not None and latest["policy"] == refs["policy"].digest
-
-
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -280,9 +252,11 @@ STAGES: dict[str, Stage] = {
             (("{} of {} rules met", "passed", "rules"),),
         ),
         Stage(
-            "promote", "promotion", {"policy": "train-policy", "verdict": "gate-policy"},
-            lambda c: {"promotion": c.promotion}, _promote,
-            (("champion of {}", "model"),), holds=_is_champion,
+            "promote", "promotion",
+            {"data": "prepare-data", "policy": "train-policy", "verdict": "gate-policy"},
+            # Who has to approve, and how long an answer may take, change nothing of what is made.
+            lambda c: {"promotion": c.promotion.model_dump(include={"name"})}, promote,
+            (("champion of {}", "model"),), holds=is_champion,
         ),
     )
 }  # fmt: skip

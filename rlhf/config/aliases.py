@@ -59,9 +59,13 @@ def renamed(
 def gathered(tree: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
     """A whole configuration whose section `ppo` holds every value, each under its own name.
 
+    Text in place of section `promotion` is its field `approval`.
+
     Raises:
         ValueError: A field has two values.
     """
+    if isinstance(tree.get("promotion"), str):
+        tree = {**tree, "promotion": {"approval": tree["promotion"]}}
     known = aliases(fields)
     at_top = [(key, value) for key, value in tree.items() if key in known]
     section: Any = tree.get("ppo")

@@ -37,6 +37,8 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
     given: list[str] = []
     for name, text in _pairs(overrides):
         key = canonical(name)
+        if key == "promotion" and not text.startswith("{"):
+            key = "promotion.approval"  # so that `--promotion.name` may stand beside it
         types = field_kinds(key)
         if types is None:
             raise _unknown(name)

@@ -100,6 +100,10 @@ class PromotionConfig(Section):
 
     name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     """Model line whose champion this pipeline updates."""
+    approval: Literal["automatic", "manual"] = "automatic"
+    """Whether the gates decide alone, or a person approves as well; `promotion: manual` sets it."""
+    smoke_seconds: float = Field(default=600.0, gt=0)
+    """Most that the smoke test may take: loading the policy and answering a few prompts."""
 
 
 class PipelineConfig(Section):
@@ -148,7 +152,8 @@ class PipelineConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _rl_names(cls, data: Any) -> Any:
-        """`rl_gamma` at the top is `ppo.gamma`, in Python and in a Prefect parameter too."""
+        """`rl_gamma` at the top is `ppo.gamma`, and `promotion: manual` its approval, in Python
+        and in a Prefect parameter too."""
         if not isinstance(data, dict):
             return data
         return gathered(cast("dict[str, Any]", data), PPOConfig.model_fields)

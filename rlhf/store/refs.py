@@ -29,21 +29,37 @@ def append(backend: Backend, name: str, payload: Mapping[str, Any]) -> int:
     raise StoreError(f"{backend.uri}: {_ATTEMPTS} writers were faster at {name!r}; try again")
 
 
+def advance(backend: Backend, name: str, payload: Mapping[str, Any], after: int) -> bool:
+    """Create the entry that follows number `after`, or return False: somebody else did.
+
+    Unlike `append`, for a decision that rests on what the entry `after` says.
+    """
+    return create(backend, _key(_folder(name), after + 1), seal(name, payload))
+
+
 def latest(backend: Backend, name: str) -> dict[str, Any] | None:
     """The entry with the highest number, None if there is none."""
     folder = _folder(name)
-    number = max(_numbers(backend, folder), default=0)
-    # A bit that flipped in the listing may hide the last entry.
-    while backend.find(_key(folder, number + 1)) is not None:
-        number += 1
+    number = _last(backend, folder, _numbers(backend, folder))
     return open_sealed(backend, _key(folder, number)) if number else None
 
 
-def history(backend: Backend, name: str) -> list[dict[str, Any]]:
-    """All entries, oldest first."""
+def numbered(backend: Backend, name: str) -> dict[int, dict[str, Any]]:
+    """All entries by their number, oldest first."""
     folder = _folder(name)
-    keys = [_key(folder, number) for number in sorted(_numbers(backend, folder))]
-    return in_parallel(lambda key: open_sealed(backend, key), keys)
+    numbers = _numbers(backend, folder)
+    numbers += range(max(numbers, default=0) + 1, _last(backend, folder, numbers) + 1)
+    keys = {number: _key(folder, number) for number in sorted(numbers)}
+    entries = in_parallel(lambda key: open_sealed(backend, key), keys.values())
+    return dict(zip(keys, entries, strict=True))
+
+
+def _last(backend: Backend, folder: str, listed: list[int]) -> int:
+    """The highest number; a bit that flipped in the listing may hide the last entry."""
+    number = max(listed, default=0)
+    while backend.find(_key(folder, number + 1)) is not None:
+        number += 1
+    return number
 
 
 def names(backend: Backend, prefix: str) -> list[str]:

@@ -16,19 +16,16 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
-from rlhf.paths import at_home
 from rlhf.store import lookup, pins, refs
 from rlhf.store.backend import Backend, Meter, in_parallel
 from rlhf.store.cache import DEFAULT_LIMIT, Cache, Origin
 from rlhf.store.collect import GRACE, Garbage, collect, retain
 from rlhf.store.create import PROBES, is_atomic
-from rlhf.store.local import LocalBackend
 from rlhf.store.manifest import (
     MAX_MANIFEST_BYTES,
     Ancestor,
@@ -41,6 +38,7 @@ from rlhf.store.manifest import (
     manifest_key,
     sha256_bytes,
 )
+from rlhf.store.places import backend_of
 from rlhf.store.publish import publish
 from rlhf.store.receive import download, problems
 
@@ -66,25 +64,7 @@ def open_store(
 
     Makes no request; `Store.check` does. boto3 is imported only for s3.
     """
-    return Store(_backend(uri, options or StoreConfig()), Cache(cache_dir, cache_bytes))
-
-
-def _backend(uri: str, options: StoreConfig) -> Backend:
-    parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
-    if parts.scheme == "s3" and parts.netloc:
-        from rlhf.store.s3 import S3Backend
-
-        return S3Backend(uri, options)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return LocalBackend(Path(unquote(parts.path)).resolve())
-    folder = at_home(uri)
-    if uri and "://" not in uri and not str(folder).startswith("~"):
-        return LocalBackend(folder.resolve())
-    raise StoreConfigError(
-        f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
-    )
+    return Store(backend_of(uri, options or StoreConfig()), Cache(cache_dir, cache_bytes))
 
 
 class Store:
@@ -256,7 +236,15 @@ class Store:
 
     def history(self, name: str) -> Entries:
         """All entries of a history, oldest first."""
-        return refs.history(self._backend, name)
+        return [*self.numbered(name).values()]
+
+    def numbered(self, name: str) -> dict[int, dict[str, Any]]:
+        """The same by number: whoever decides by them writes with `advance`, after the last."""
+        return refs.numbered(self._backend, name)
+
+    def advance(self, name: str, payload: Mapping[str, Any], after: int) -> bool:
+        """Add the entry after that number, 0 being none; False if somebody else has."""
+        return refs.advance(self._backend, name, payload, after)
 
     def names(self, prefix: str = "") -> Names:
         """Names of histories that start with the prefix."""

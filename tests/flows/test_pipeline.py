@@ -8,6 +8,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from flows.pipeline import pipeline
 from rlhf.errors import GateRejected, StoreError
+from rlhf.registry import Promotion, promote
 from tasks import prefect_tasks
 from tasks.runner import store_of
 from tasks.stages import STAGES
@@ -33,6 +34,7 @@ def test_runs_to_promotion_and_never_twice(tiny):
     assert "Promoted" in first.report.read_text()
     champion = store_of(config).latest("champion/default")
     assert champion["policy"] == first.refs["train-policy"].digest
+    assert champion["run"] == first.name
 
     _, second = run(config)
     assert set(states(second).values()) == {"Cached"}
@@ -41,11 +43,13 @@ def test_runs_to_promotion_and_never_twice(tiny):
     assert len(store_of(config).history("champion/default")) == 1
 
     # Another policy was promoted since: it is champion again, as the run says.
-    store_of(config).append("champion/default", {**champion, "policy": "0" * 64})
+    before = Promotion(**champion, number=1)
+    promote(store_of(config), "default", "0" * 64, verdict=None, expected=before, why="a trial")
     _, third = run(config)
     assert [name for name, state in states(third).items() if state != "Cached"] == ["promote"]
     assert third.refs == first.refs
-    assert store_of(config).latest("champion/default") == champion
+    again = store_of(config).latest("champion/default")
+    assert (again["policy"], again["previous"]) == (champion["policy"], "0" * 64)
 
 
 def test_unusual_values_are_recorded_with_the_run(tiny):

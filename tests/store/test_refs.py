@@ -47,6 +47,26 @@ def test_eight_writers_lose_nothing(place):
     ]
 
 
+def test_of_writers_that_decide_by_the_same_entry_one_wins(place):
+    stores = [place.open() for _ in range(8)]
+    for after in range(3):
+        line = threading.Barrier(8)
+
+        def advance(writer: int, after: int = after, line: threading.Barrier = line) -> bool:
+            line.wait()
+            return stores[writer].advance("champion/x", {"writer": writer}, after)
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(advance, range(8)))
+        assert won.count(True) == 1
+        entries = stores[0].numbered("champion/x")
+        assert list(entries) == list(range(1, after + 2))
+        assert entries[after + 1] == {"writer": won.index(True)}
+    # Who looked long ago is late, too.
+    assert not stores[0].advance("champion/x", {}, 0)
+    assert stores[0].numbered("champion") == {}
+
+
 def test_create_only_has_one_winner(place):
     backends = [place.open()._backend for _ in range(8)]
     for key in ("race/1", "race/2", "race/3"):
@@ -103,3 +123,4 @@ def test_latest_entry_is_not_hidden_by_a_flipped_listing(folder_place):
     real = store._backend.list
     store._backend.list = lambda prefix: {k: f for k, f in real(prefix).items() if "3" not in k}
     assert store.latest("champion/default") == {"number": 2}
+    assert store.numbered("champion/default") == {n + 1: {"number": n} for n in range(3)}

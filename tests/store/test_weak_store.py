@@ -54,6 +54,19 @@ def test_writers_at_once_lose_nothing(weak):
     assert [history[number - 1]["writer"] for number in numbers] == list(range(6))
 
 
+def test_of_writers_that_decide_by_the_same_entry_one_wins(weak):
+    line = threading.Barrier(6)
+
+    def advance(writer: int) -> bool:
+        line.wait()
+        return weak.advance("champion/x", {"writer": writer}, 0)
+
+    with ThreadPoolExecutor(6) as pool:
+        won = list(pool.map(advance, range(6)))
+    assert won.count(True) == 1
+    assert weak.numbered("champion/x") == {1: {"writer": won.index(True)}}
+
+
 def test_strong_server_is_not_slowed_down(s3_place, monkeypatch, caplog):
     monkeypatch.setattr(create, "_known", {})
     store = s3_place.open()
