@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
-from flows import artifacts, registry
+from flows import approving, artifacts, registry
 from flows.leaving import leave_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
@@ -37,7 +37,7 @@ app = App(
 config_app = App(name="config", help="Look at configurations.")
 app.command(config_app)
 app.command(artifacts.app)
-for command in (registry.promote, registry.rollback, registry.champion):
+for command in (approving.approve, registry.promote, registry.rollback, registry.champion):
     app.command(command)
 console = Console()
 
@@ -89,7 +89,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     warn(loaded.config)
     preflight(loaded.config)
     prepare_prefect(verbose)
-    from flows.pipeline import PROMOTED, pipeline
+    from flows.pipeline import AWAITING, PROMOTED, pipeline
     from flows.terminal import show_run
     from tasks.parameters import ORIGINS
     from tasks.progress import show_on
@@ -102,7 +102,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     if isinstance(result, BaseException):
         return fail(result)
     show_run(console, result)
-    if result.outcome == PROMOTED:
+    if result.outcome in (PROMOTED, AWAITING):
         return 0
     return fail(result.error or RuntimeError(result.reason))
 

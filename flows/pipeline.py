@@ -17,9 +17,10 @@ from prefect.states import Completed, Failed
 from flows.leaving import before_prefect
 from flows.reporting import write_report
 from rlhf.config import Loaded, PipelineConfig, advice
-from rlhf.errors import GateRejected
+from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
 from rlhf.report import StageRow
 from rlhf.store import ArtifactRef
+from tasks.approval import is_waiting, wait_for_approval
 from tasks.parameters import Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight
@@ -28,6 +29,9 @@ from tasks.runner import Outcome
 from tasks.stages import STAGES
 
 PROMOTED, REJECTED, FAILED = "Promoted", "GateRejected", "Failed"
+AWAITING, REFUSED = "AwaitingApproval", "Refused"
+#: How a run ends that one of these errors stopped; any other has failed.
+OUTCOMES = ((GateRejected, REJECTED), (ApprovalMissing, AWAITING), (ApprovalRefused, REFUSED))
 
 
 @dataclass
@@ -90,13 +94,17 @@ def run_pipeline(loaded: Loaded) -> tuple[State[PipelineRun], PipelineRun]:
         write_report(run)
     if run.outcome == PROMOTED:
         return Completed(message=run.reason, data=run), run
-    state = REJECTED if run.outcome == REJECTED else None
+    if run.outcome == AWAITING:
+        return Completed(name=AWAITING, message=run.reason, data=run), run
+    state = run.outcome if run.outcome in (REJECTED, REFUSED) else None
     return Failed(name=state, message=run.reason, data=run), run
 
 
 def run_stages(run: PipelineRun) -> None:
     """Run the stages in order until one of them stops the run."""
     for stage in STAGES.values():
+        if stage.name == "promote" and is_waiting(run.config, run.refs):
+            _ask(run)
         inputs = {role: run.refs[producer] for role, producer in stage.inputs.items()}
         begun = time.monotonic()
         state = run_task(stage.name, run.config, inputs)
@@ -105,8 +113,7 @@ def run_stages(run: PipelineRun) -> None:
             run.refs[stage.name] = result.ref
             run.rows.append(_row(result, "Cached" if result.cached else "Completed"))
             continue
-        rejected = isinstance(result, GateRejected)
-        run.outcome = REJECTED if rejected else FAILED
+        run.outcome = next((o for kind, o in OUTCOMES if isinstance(result, kind)), FAILED)
         run.reason = str(result) or type(result).__name__
         run.error = result
         seconds = time.monotonic() - begun
@@ -121,6 +128,14 @@ def run_stages(run: PipelineRun) -> None:
         )
     done = {row.name for row in run.rows}
     run.rows += [StageRow(name=name, state="NotRun") for name in STAGES if name not in done]
+
+
+def _ask(run: PipelineRun) -> None:
+    """Have a person look at the report; a run of a deployment ends here, until it is resumed."""
+    run.outcome = AWAITING
+    run.reason = "The policy met every gate and waits for a person's approval."
+    about = write_report(run)
+    wait_for_approval(run.config, run.refs, run.name, about)
 
 
 def _row(outcome: Outcome, state: Any) -> StageRow:

@@ -47,7 +47,7 @@ def promote(
     from rlhf import registry
     from rlhf.smoke import smoke_test
 
-    loaded, opened = _opened(name, store, config)
+    loaded, opened = opened_line(name, store, config)
     line, ref = loaded.promotion.name, opened.resolve(policy)
     if ref.kind != "policy":
         raise ConfigError(f"{policy}: {ref.short} is of kind {ref.kind}; give a policy")
@@ -92,7 +92,7 @@ def rollback(
     """
     from rlhf import registry
 
-    loaded, opened = _opened(name, store, config)
+    loaded, opened = opened_line(name, store, config)
     target = opened.resolve(to).digest if to else None
     _tell(registry.rollback(opened, loaded.promotion.name, to=target, why=why, by=by))
 
@@ -111,7 +111,7 @@ def champion(
     from flows.terminal import champions_table
     from rlhf import registry
 
-    loaded, opened = _opened(name, store, config)
+    loaded, opened = opened_line(name, store, config)
     found = [line.removeprefix("champion/") for line in opened.names("champion/")]
     lines = [loaded.promotion.name] if name or config else found
     entries = {line: registry.history(opened, line) for line in lines}
@@ -124,9 +124,10 @@ def champion(
     )
 
 
-def _opened(
+def opened_line(
     name: str | None, store: str | None, config: Path | None
 ) -> tuple[PipelineConfig, Store]:
+    """The configuration whose `promotion.name` is the model line, and its store."""
     from tasks.runner import store_of
 
     given = {"store": store, "promotion.name": name}

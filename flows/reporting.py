@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect.artifacts import create_link_artifact
+from prefect.artifacts import create_markdown_artifact
 
+from flows.summary import summary
 from rlhf.config import Loaded, on_this_machine
 from rlhf.paths import at_home
 from rlhf.report import (
@@ -36,11 +37,19 @@ REPORT = "report.html"
 DATA = "report.json"
 
 
-def write_report(run: PipelineRun) -> None:
+def write_report(run: PipelineRun) -> str:
     """Render the run's report into the report folder and the store; sets `run.report`.
 
-    A run in which nothing ran shows the page that it would repeat.
+    A run in which nothing ran shows the page that it would repeat. Returns its summary, which
+    Prefect's UI shows too.
     """
+    about = summary(run, _publish(run))
+    create_markdown_artifact(key="report", markdown=about, description=f"Report of {run.name}")
+    return about
+
+
+def _publish(run: PipelineRun) -> str:
+    """The report's digest."""
     store = store_of(run.config)
     refs = {name: ref.digest for name, ref in run.refs.items()}
     identity = {"refs": refs, "outcome": run.outcome, "config": run.config.model_dump(mode="json")}
@@ -51,7 +60,7 @@ def write_report(run: PipelineRun) -> None:
     record = store.latest(f"records/report/{key}") if run.all_cached else None
     if record and store.exists(record["digest"]):
         shutil.copyfile(store.fetch(record["digest"]) / REPORT, run.report)
-        return
+        return record["digest"]
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / REPORT
         report = gather(run, store)
@@ -64,7 +73,7 @@ def write_report(run: PipelineRun) -> None:
         )  # fmt: skip
         shutil.copyfile(page, run.report)
     store.append(f"records/report/{key}", ref.model_dump(mode="json"))
-    create_link_artifact(link=run.report.as_uri(), key="report", description=f"Report {ref.uri}")
+    return ref.digest
 
 
 def gather(run: PipelineRun, store: Store) -> RunReport:

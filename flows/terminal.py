@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STYLES = {
     "Completed": "green", "Cached": "cyan", "GateRejected": "yellow", "Failed": "red",
-    "NotRun": "dim",
+    "AwaitingApproval": "yellow", "Refused": "yellow", "NotRun": "dim",
 }  # fmt: skip
 
 

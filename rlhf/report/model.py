@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-StageState = Literal["Completed", "Cached", "Failed", "GateRejected", "NotRun"]
-Outcome = Literal["Promoted", "GateRejected", "Failed"]
+Outcome = Literal["Promoted", "GateRejected", "Failed", "AwaitingApproval", "Refused"]
+StageState = Literal[
+    "Completed", "Cached", "Failed", "GateRejected", "AwaitingApproval", "Refused", "NotRun"
+]
 
 
 class Plain(BaseModel):

@@ -15,12 +15,16 @@ OUTCOMES = {
     "Promoted": ("promoted", "Promoted"),
     "GateRejected": ("rejected", "Rejected by a gate"),
     "Failed": ("failed", "Failed"),
+    "AwaitingApproval": ("cached", "Waits for a person's approval"),
+    "Refused": ("rejected", "Refused by a person"),
 }
 STATES = {
     "Completed": ("completed", "Completed"),
     "Cached": ("cached", "From cache"),
     "Failed": ("failed", "Failed"),
     "GateRejected": ("rejected", "Rejected"),
+    "AwaitingApproval": ("notrun", "Waits"),
+    "Refused": ("rejected", "Refused"),
     "NotRun": ("notrun", "Not run"),
 }
 DATA_ORDER = (

@@ -189,7 +189,7 @@ def test_a_run_does_not_promote_again_what_was_rolled_back(line):
 
 @pytest.mark.parametrize("same", [False, True])
 def test_of_two_runs_at_once_one_is_told(line, monkeypatch, same):
-    """Another one promotes while this one is being tested; if it is the same policy, all is well."""
+    """Another one promotes while this one is being tested; if of the same policy, all is well."""
     policy, other = line.policy(noted("1")), line.policy(noted("2"))
 
     def meanwhile(*_: object, **__: object) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ its processes are one process group, so that it can be lost as a machine is lost
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -106,19 +107,21 @@ class Site:
     environment: dict[str, str]
     server: Process
     workers: dict[str, Process] = field(default_factory=dict)
+    said: str = ""
+    """What `make deploy` printed."""
 
     def worker(self, pool: str, **extra: str) -> Process:
         """Start a worker of this pool, on a machine of its own."""
-        home = self.folder / f"machine-{pool}"
+        machine = self.machine(pool)
         for name in ("home", "tmp"):
-            (home / name).mkdir(parents=True, exist_ok=True)
+            (machine / name).mkdir(parents=True, exist_ok=True)
         environment = {
             **self.environment,
-            "HOME": str(home / "home"),
-            "TMPDIR": str(home / "tmp"),
-            "PREFECT_HOME": str(home / "home" / ".prefect"),
-            "RLHF_WORK_DIR": str(home / "home" / "work"),
-            "RLHF_REPORT_DIR": str(home / "home" / "reports"),
+            "HOME": str(machine / "home"),
+            "TMPDIR": str(machine / "tmp"),
+            "PREFECT_HOME": str(machine / "home" / ".prefect"),
+            "RLHF_WORK_DIR": str(machine / "home" / "work"),
+            "RLHF_REPORT_DIR": str(machine / "home" / "reports"),
             **extra,
         }
         command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--name", pool]
@@ -126,10 +129,30 @@ class Site:
         self.workers[pool].start()
         return self.workers[pool]
 
+    def machine(self, pool: str) -> Path:
+        """All that a worker's machine has on its disk."""
+        return self.folder / f"machine-{pool}"
+
+    def submit(self, deployment: str, **parameters: Any) -> str:
+        """Run a deployment by Prefect's command; the id of its run."""
+        given = [f"{name}={json.dumps(value)}" for name, value in parameters.items()]
+        pairs = [part for text in given for part in ("-p", text)]
+        said = self.run("prefect", "deployment", "run", deployment, *pairs)
+        return said.partition("UUID: ")[2].split()[0]
+
+    def cancel(self, run: str) -> None:
+        """Cancel a run, as the UI does."""
+        self.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+
+    def children(self, run: str) -> list[Any]:
+        """The runs that were made for a run's stages, the oldest first."""
+        asked = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}, "sort": "START_TIME_ASC"}
+        return self.api("flow_runs/filter", **asked)
+
     def run(self, *command: str, check: bool = True, **extra: str) -> str:
         """What a command prints, run from the checkout's root as a user would."""
         done = subprocess.run(
-            [str(BIN / command[0]), *command[1:]], cwd=ROOT, env={**self.environment, **extra},
+            [*command], cwd=ROOT, env={**self.environment, **extra},
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         output = done.stdout + done.stderr
@@ -191,6 +214,7 @@ def site(folder: Path, store: Mapping[str, str]) -> Iterator[Site]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",
+        "RLHF_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
     with postgres() as database:

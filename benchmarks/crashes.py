@@ -1,0 +1,200 @@
+"""Twenty random blows to one quickstart-sized run: `python -m benchmarks.crashes --seed 1`.
+
+A real site (Prefect's server on Postgres, an S3 server, three workers on three pools that share
+nothing else) runs the quickstart twice: undisturbed, and while something is killed every few
+seconds. It must end as promoted, with the same bytes, every stage's work recorded once, and every
+artifact whole. Takes half an hour on 2 cores; prints a line per blow and writes a JSON row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.store import open_store
+from tasks.stages import STAGES
+from tests.ceph import ceph_server
+from tests.production.blows import (
+    kill_server,
+    kill_store,
+    kill_worker,
+    lose_machine,
+    running_stages,
+    signal_run,
+)
+from tests.production.site import ROOT, Site, site
+from tests.servers import client_of
+
+PLACEMENT = {
+    "prepare-data": "cpu", "train-sft": "gpu", "train-reward-model": "reward",
+    "evaluate-reward-model": "reward", "gate-reward-model": "cpu", "train-policy": "gpu",
+    "evaluate-policy": "gpu", "gate-policy": "cpu", "promote": "cpu",
+}  # fmt: skip
+#: Seconds between two blows.
+PAUSE = (8.0, 25.0)
+CUT = 30.0
+LIMIT = 3600.0
+
+
+@dataclass
+class Trial:
+    """One run under blows."""
+
+    site: Site
+    endpoint: str
+    network: subprocess.Popen[str]
+    run: str
+    chance: random.Random
+    blows: list[str] = field(default_factory=list)
+    retries: int = 0
+
+    def strike(self, name: str) -> None:
+        """One blow; one that finds nothing to hit is not counted."""
+        hit = self._kinds()[name]() is not False
+        if hit:
+            self.blows.append(name)
+        print(f"{len(self.blows):>3} {name}{'' if hit else ' (nothing there)'}", flush=True)
+
+    def _kinds(self) -> dict[str, Callable[[], Any]]:
+        pool = self.chance.choice(["cpu", "reward", "gpu"])
+        return {
+            "kill -9 stage": lambda: self._signal(signal.SIGKILL),
+            "SIGTERM stage": lambda: self._signal(signal.SIGTERM),
+            "kill -9 pipeline": lambda: signal_run(self.run, signal.SIGKILL),
+            "kill -9 worker": lambda: kill_worker(self.site, pool),
+            "machine lost": lambda: lose_machine(self.site, pool),
+            "kill -9 Prefect server": lambda: kill_server(self.site),
+            "kill -9 S3 server": lambda: kill_store(self.endpoint),
+            "network cut": self._cut,
+        }
+
+    def _signal(self, number: signal.Signals) -> bool:
+        hit = [signal_run(run, number) for run in running_stages(self.site, self.run)]
+        return any(hit)
+
+    def _cut(self) -> None:
+        """The line to the store is dead for a while: nothing arrives, nothing is refused."""
+        self.network.send_signal(signal.SIGSTOP)
+        time.sleep(CUT)
+        self.network.send_signal(signal.SIGCONT)
+
+    def go(self, kills: int) -> dict[str, Any]:
+        """Strike until the count is full, then wait for the end; the run's last state."""
+        give_up = time.monotonic() + LIMIT
+        # Each kind at least once, in random order; then any.
+        plan = list(self._kinds())
+        plan += self.chance.choices(plan, k=max(0, kills - len(plan)))
+        self.chance.shuffle(plan)
+        due = time.monotonic() + self.chance.uniform(*PAUSE)
+        while True:
+            state = self.site.api(f"flow_runs/{self.run}")["state"]
+            if state["type"] == "CRASHED":
+                self.retries += 1
+                self.site.run("prefect", "flow-run", "retry", self.run)
+            elif state["type"] in ("COMPLETED", "FAILED", "CANCELLED"):
+                return state
+            if plan and len(self.blows) < kills and time.monotonic() > due:
+                self.strike(plan.pop())
+                plan = plan or list(self._kinds())
+                due = time.monotonic() + self.chance.uniform(*PAUSE)
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"not over after {LIMIT} s: {state}")
+            time.sleep(1)
+
+
+def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
+    """The run's parameters; a tiny one is for trying this program out."""
+    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 60, "delay_seconds": 1}}
+    if size == "tiny":
+        from tests.flows.conftest import tiny_tree
+
+        tree = {**tiny_tree(Path("/nowhere")), **tree, "promotion": {"name": "quickstart"}}
+        tree.pop("runtime")
+        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 1500, "checkpoint_every": 20}
+    return {**tree, **more}
+
+
+def found_in(made: Site, store: str, cache: Path) -> dict[str, Any]:
+    """What a run left: the champion, how often each stage was recorded, whether all is whole."""
+    os.environ.update(made.environment)
+    place = open_store(store, cache_dir=cache)
+    recorded = {
+        stage: sum(len(place.history(name)) for name in place.names(f"records/{stage}/"))
+        for stage in STAGES
+    }
+    made.run("rlhf", "artifacts", "verify", "--deep", "--store", store)
+    champions = place.history("champion/quickstart")
+    return {
+        "policy": champions[-1]["policy"], "promotions": len(champions), "recorded": recorded,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the campaign."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    preset = "quickstart" if given.size == "quickstart" else None
+    print(f"seed {given.seed}, {given.kills} blows, {given.size}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="crashes-"))
+    with ceph_server() as s3, client_of(s3, "crashes"):
+        throttle = [sys.executable, "-m", "benchmarks.throttle", s3.endpoint, "1000"]
+        network = subprocess.Popen(
+            throttle, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert network.stdout is not None
+        line = network.stdout.readline().strip()
+        with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as made:
+            made.run("make", "deploy")
+            for pool in ("cpu", "reward", "gpu"):
+                made.worker(pool)
+            begun = time.monotonic()
+            plain = made.submit(
+                "rlhf-pipeline/rlhf-pipeline", preset=preset,
+                overrides=overrides("s3://crashes/plain", given.size),
+            )  # fmt: skip
+            undisturbed = made.wait(plain, LIMIT)["state"]
+            seconds = time.monotonic() - begun
+            print(f"undisturbed: {undisturbed['name']} in {seconds:.0f} s", flush=True)
+            begun = time.monotonic()
+            tree = overrides("s3://crashes/struck", given.size, placement=PLACEMENT)
+            run = made.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
+            trial = Trial(made, s3.endpoint, network, run, random.Random(given.seed))
+            state = trial.go(given.kills)
+            struck_seconds = time.monotonic() - begun
+            children = made.children(run)
+            plain_left, left = (
+                found_in(made, f"s3://crashes/{name}", folder / "cache")
+                for name in ("plain", "struck")
+            )
+        network.terminate()
+    row = {
+        "seed": given.seed, "size": given.size, "state": state["name"], "blows": trial.blows,
+        "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
+        "flow_run_retries": trial.retries, "children": len(children),
+        "same_policy": left["policy"] == plain_left["policy"], **left,
+    }  # fmt: skip
+    print(json.dumps(row, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(row))
+    once = set(left["recorded"].values()) == {1} and left["promotions"] == 1
+    good = row["same_policy"] and once and state["type"] == "COMPLETED"
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

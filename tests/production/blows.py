@@ -1,0 +1,91 @@
+"""Ways to hurt a site while it works: each kills something for real.
+
+A supervisor (systemd, Kubernetes) restarts servers and workers; here the blow itself does. What
+becomes of the runs is left to Prefect and to us, but for a pipeline's own run that has crashed: a
+person, or the scheduler with the next run, tries that again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.production.site import Site
+
+#: Seconds that a server is away.
+AWAY = 5.0
+
+
+def processes_of(run: str) -> list[int]:
+    """Processes at work on this flow run, the one that Prefect started first."""
+    mark = f"PREFECT__FLOW_RUN_ID={run}".encode()
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def running_stages(site: Site, run: str) -> list[str]:
+    """Ids of the children of a pipeline's run that are at work now."""
+    body = {
+        "flow_runs": {
+            "parent_flow_run_id": {"any_": [run]},
+            "state": {"type": {"any_": ["RUNNING"]}},
+        }
+    }
+    return [found["id"] for found in site.api("flow_runs/filter", **body)]
+
+
+def signal_run(run: str, number: signal.Signals) -> bool:
+    """Send a signal to the process that Prefect started for a run; whether there was one."""
+    for pid in processes_of(run)[:1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            return True
+    return False
+
+
+def kill_worker(site: Site, pool: str) -> None:
+    """Kill a worker, whose runs are left without it, and start another."""
+    site.workers[pool].kill()
+    time.sleep(1)
+    site.workers[pool].start()
+
+
+def lose_machine(site: Site, pool: str) -> None:
+    """Kill a worker and all that runs on its machine at once, and bring an empty machine."""
+    site.workers[pool].lose()
+    subprocess.run(["rm", "-rf", str(site.machine(pool))], check=True)
+    site.worker(pool)
+
+
+def kill_server(site: Site) -> None:
+    """Kill Prefect's server, and start it again on the same database."""
+    site.server.lose()
+    time.sleep(AWAY)
+    site.server.start()
+    site.wait_for_server()
+
+
+def kill_store(endpoint: str) -> None:
+    """Kill the S3 server that listens there, and start it again with the same data."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = path.read_bytes().rstrip(b"\0").decode().split("\0")
+            if command[0] != "radosgw" or endpoint.rpartition(":")[2] not in _conf(command):
+                continue
+            os.kill(int(path.parent.name), signal.SIGKILL)
+            time.sleep(AWAY)
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return
+    raise AssertionError(f"no S3 server at {endpoint}")
+
+
+def _conf(command: list[str]) -> str:
+    return Path(command[command.index("-c") + 1]).read_text()

@@ -1,0 +1,46 @@
+"""One site for all tests here: server, Postgres, S3, everything deployed; workers as they ask."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ceph import s3_server
+from tests.flows.conftest import tiny_tree
+from tests.production.site import site
+from tests.servers import UnavailableError, client_of
+
+__all__ = ["s3_server"]
+
+
+@pytest.fixture(scope="session")
+def place(s3_server, tmp_path_factory):
+    """A site that `make deploy` was run on."""
+    folder = tmp_path_factory.mktemp("site")
+    try:
+        with client_of(s3_server, "production"), site(folder, s3_server.environment) as made:
+            made.said = made.run("make", "deploy")
+            yield made
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def workers(place):
+    """Three machines on three pools."""
+    for pool in ("cpu", "reward", "gpu"):
+        place.worker(pool)
+    return place
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    """A tiny run's parameters, in a store of its own."""
+
+    def make(name, updates=4, **more):
+        tree = tiny_tree(tmp_path)
+        del tree["runtime"]
+        tree["ppo"] |= {"total_episodes": 8 * updates, "checkpoint_every": 5}
+        line = {"promotion": {"name": name}}
+        return {**tree, "name": name, "store": f"s3://production/{name}", **line, **more}
+
+    return make

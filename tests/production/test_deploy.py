@@ -1,0 +1,91 @@
+"""`make deploy`, the commands that start a run, and what is refused before one exists."""
+
+import json
+import subprocess
+
+import pytest
+import yaml
+
+from tasks.stages import STAGES
+from tests.production.site import ROOT
+
+pytestmark = [pytest.mark.prefect, pytest.mark.s3]
+
+
+def deployments(place):
+    found = place.api("deployments/filter", limit=50)
+    flows = {flow["id"]: flow["name"] for flow in place.api("flows/filter", limit=50)}
+    return {f"{flows[d['flow_id']]}/{d['name']}": d for d in found}
+
+
+def test_everything_is_registered_and_again(place):
+    found = deployments(place)
+    assert {"rlhf-pipeline/rlhf-pipeline", "retraining/retraining"} < set(found)
+    assert {name.partition("/")[0] for name in found} - {"rlhf-pipeline", "retraining"} == {*STAGES}
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {d["version"] for d in found.values()} == {commit.stdout.strip()}
+    assert all("rlhf" in d["tags"] and d["enforce_parameter_schema"] for d in found.values())
+    jobs = [d["job_variables"]["env"] for d in found.values()]
+    assert jobs == [{"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}] * len(jobs)
+    weekly = found["retraining/retraining"]
+    assert weekly["schedules"][0]["schedule"]["cron"] == "0 3 * * 1"
+    limits = {name: d["global_concurrency_limit"]["limit"] for name, d in found.items()
+              if d["global_concurrency_limit"]}  # fmt: skip
+    assert limits == {"rlhf-pipeline/rlhf-pipeline": 4, "retraining/retraining": 1}
+    automations = [a["name"] for a in place.api("automations/filter", limit=50)]
+    assert sorted(automations) == [
+        "retraining/retraining__retrain when data have landed", "rlhf-zombies",
+    ] or "rlhf-zombies" in automations  # fmt: skip
+    place.run("make", "deploy")
+    assert set(deployments(place)) == set(found)
+    assert [a["name"] for a in place.api("automations/filter", limit=50)] == automations
+
+
+def test_the_scheduler_has_planned_the_retraining(place):
+    body = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "limit": 200}
+    planned = [r for r in place.api("flow_runs/filter", **body) if "auto-scheduled" in r["tags"]]
+    assert planned, place.server.log.read_text()[-3000:]
+
+
+@pytest.mark.parametrize("name", ["rlhf-pipeline", "rlhf-pipeline/rlhf-pipeline"])
+def test_the_literal_command_starts_a_run(place, name):
+    said = place.run("prefect", "deployment", "run", name, "-p", "preset=quickstart")
+    run = place.api(f"flow_runs/{said.partition('UUID: ')[2].split()[0]}")
+    assert run["parameters"] == {"preset": "quickstart"}
+    assert run["deployment_id"] == deployments(place)["rlhf-pipeline/rlhf-pipeline"]["id"]
+    place.cancel(run["id"])
+
+
+def test_other_commands_are_left_alone(place, tmp_path):
+    other = place.run("prefect", "deployment", "run", "other", check=False)
+    assert "other" in other
+    assert "rlhf-pipeline/rlhf-pipeline" not in other
+    inspected = place.run("prefect", "deployment", "inspect", "rlhf-pipeline", check=False)
+    assert "Invalid deployment name" in inspected
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"overrides": {"ppo": {"kl_coef": -1}}}, "overrides.ppo.kl_coef"),
+        ({"overrides": {"ppo": {"kl_cof": 1}}}, "'kl_cof'"),
+        ({"overrides": {"rl_gamma": 2}}, "overrides.rl_gamma"),
+        ({"overrides": {"placement": {"train-foo": "gpu"}}}, "'train-foo'"),
+        ({"overrides": {"placement": {"train-sft": "promote/cpu"}}}, "placement.train-sft"),
+        ({"preset": "quickstarts"}, "'quickstarts' is not one of"),
+        ({"overide": {}}, "'overide'"),
+    ],
+)
+def test_bad_parameters_are_refused_at_submission(place, parameters, said):
+    pairs = [p for k, v in parameters.items() for p in ("-p", f"{k}={json.dumps(v)}")]
+    output = place.run("prefect", "deployment", "run", "rlhf-pipeline", *pairs, check=False)
+    assert said in " ".join(output.split())
+    assert "UUID" not in output
+
+
+def test_file_repeats_nothing():
+    text = (ROOT / "deployments" / "prefect.yaml").read_text()
+    tree = yaml.safe_load(text)
+    assert len(tree["deployments"]) == len(STAGES) + 2
+    assert text.count("job_variables") == 1
