@@ -1,0 +1,187 @@
+"""Runs on three machines that share only the store: killed, cancelled, approved, retrained."""
+
+import signal
+import time
+
+import pytest
+
+from flows.pipeline import pipeline
+from rlhf.store import open_store
+from tasks.stages import STAGES
+from tests.flows.conftest import tiny_tree
+from tests.production.blows import kill_server, processes_of, signal_run
+
+pytestmark = [pytest.mark.prefect, pytest.mark.s3]
+PLACEMENT = {"train-sft": "gpu", "train-reward-model": "reward", "train-policy": "gpu"}
+UPDATES = 300
+
+
+@pytest.fixture
+def s3(place, monkeypatch):
+    """This process as a client of the store."""
+    for name, value in place.environment.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+
+    def store(name, folder):
+        return open_store(f"s3://production/{name}", cache_dir=folder)
+
+    return store
+
+
+def policy_child(place, run, number, seconds=60):
+    """The run of train-policy that was made as that one, when it is at work."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        children = place.children(run)
+        found = [c for c in children if c["name"].endswith("train-policy")]
+        wanted = found[number - 1] if len(found) >= number else None
+        if wanted and wanted["state"]["name"] == "Running" and processes_of(wanted["id"]):
+            return wanted
+        time.sleep(0.3)
+    raise AssertionError([(c["name"], c["state"]["name"]) for c in place.children(run)])
+
+
+@pytest.fixture(scope="module")
+def struck(workers, tmp_path_factory):
+    """A run whose trainer is killed, whose server is killed, whose trainer is told to go, and
+    which itself is killed and tried again."""
+    tree = tiny_tree(tmp_path_factory.mktemp("struck"))
+    del tree["runtime"]
+    tree["ppo"] |= {"total_episodes": 8 * UPDATES, "checkpoint_every": 5}
+    tree["retries"] = {"attempts": 9, "delay_seconds": 0.2}
+    tree |= {"name": "struck", "store": "s3://production/struck", "promotion": {"name": "struck"}}
+    run = workers.submit("rlhf-pipeline", overrides={**tree, "placement": PLACEMENT})
+    first = policy_child(workers, run, 1)
+    time.sleep(4)
+    assert signal_run(first["id"], signal.SIGKILL)
+    second = policy_child(workers, run, 2)
+    kill_server(workers)
+    time.sleep(2)
+    assert signal_run(second["id"], signal.SIGTERM)
+    third = policy_child(workers, run, 3)
+    assert signal_run(run, signal.SIGKILL)
+    workers.wait(run, 60, "Crashed")
+    assert processes_of(third["id"])
+    workers.run("prefect", "flow-run", "retry", run)
+    return tree, workers.wait(run, 200), workers.children(run)
+
+
+def test_ends_as_if_nothing_had_happened(struck, s3, tmp_path):
+    tree, run, _ = struck
+    assert run["state"]["name"] == "Completed", run["state"]
+    store = s3("struck", tmp_path / "cache")
+    local = {"store": str(tmp_path / "store"), "runtime": {"work_dir": str(tmp_path / "work"),
+             "report_dir": str(tmp_path / "reports"), "threads": 1}}  # fmt: skip
+    undisturbed = pipeline(overrides={**tree, **local}, return_state=True).result()
+    champion = store.latest("champion/struck")
+    assert champion["policy"] == undisturbed.refs["train-policy"].digest
+    for stage in STAGES:
+        entries = [e for name in store.names(f"records/{stage}/") for e in store.history(name)]
+        assert [e["digest"] for e in entries] == [undisturbed.refs[stage].digest]
+    assert len(store.history("champion/struck")) == 1
+
+
+def test_a_retried_parent_waits_for_the_child_that_lives(struck):
+    _, run, children = struck
+    states = [c["state"]["name"] for c in children if c["name"].endswith("train-policy")]
+    assert states == ["Crashed", "Crashed", "Completed"]
+    assert run["run_count"] == 2
+    assert len(children) == 5
+
+
+def test_children_are_linked_and_placed(struck, workers):
+    _, run, children = struck
+    pools = {c["name"].rpartition("-")[2]: c["work_pool_name"] for c in children}
+    assert pools == {"sft": "gpu", "model": "reward", "policy": "gpu"}
+    for child in children:
+        parent = workers.api(f"task_runs/{child['parent_task_run_id']}")
+        assert child["name"].endswith(parent["name"])
+        assert parent["flow_run_id"] == run["id"]
+
+
+def test_nothing_passes_by_the_disk(struck, workers):
+    work = {pool: workers.machine(pool) / "home" / "work" for pool in ("cpu", "reward", "gpu")}
+    locks = {pool: {p.name.rpartition("-")[0] for p in folder.glob("*.lock")}
+             for pool, folder in work.items()}  # fmt: skip
+    assert locks["gpu"] == {"train-sft", "train-policy"}
+    assert locks["reward"] == {"train-reward-model"}
+    assert not locks["cpu"] & set(PLACEMENT)
+    # What one machine needs of another came from the store, into its own cache.
+    assert not list((workers.machine("reward") / "home").glob("reports/*"))
+
+
+def test_cancelling_the_parent_stops_the_child(struck, workers):
+    tree, *_ = struck
+    ppo = {**tree["ppo"], "kl_coef": 0.2, "total_episodes": 8 * 5000}
+    run = workers.submit(
+        "rlhf-pipeline", overrides={**tree, "ppo": ppo, "placement": {"train-policy": "gpu"}}
+    )
+    child = policy_child(workers, run, 1)
+    workers.cancel(run)
+    assert workers.wait(run, 60)["state"]["type"] == "CANCELLED"
+    assert workers.wait(child["id"], 90)["state"]["type"] == "CANCELLED"
+    give_up = time.monotonic() + 30
+    while processes_of(child["id"]) and time.monotonic() < give_up:
+        time.sleep(0.5)
+    assert not processes_of(child["id"])
+
+
+def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_path):
+    tree, *_ = struck
+    ppo = {**tree["ppo"], "kl_coef": 0.3, "total_episodes": 32}
+    manual = {**tree, "ppo": ppo, "promotion": {"name": "struck", "approval": "manual"}}
+    run = workers.submit("rlhf-pipeline", overrides=manual)
+    waiting = workers.wait(run, 90, "Suspended")
+    give_up = time.monotonic() + 20
+    while processes_of(run) and time.monotonic() < give_up:
+        time.sleep(0.5)
+    assert not processes_of(run)
+    keyset = waiting["state"]["state_details"]["run_input_keyset"]
+    form = workers.api(f"flow_runs/{run}/input/{keyset['description']}")
+    assert "gate-policy" in form
+    assert "sampled.kl" in form
+    store = s3("struck", tmp_path / "cache")
+    before = store.latest("champion/struck")
+    said = workers.run("rlhf", "approve", waiting["name"], "--by", "ann", "--why", "reads well")
+    assert "approved" in said
+    assert workers.wait(run, 90)["state"]["name"] == "Completed"
+    after = store.latest("champion/struck")
+    assert after["policy"] != before["policy"]
+    assert (after["by"], after["why"], after["run"]) == ("ann", "reads well", waiting["name"])
+
+
+def test_a_refused_policy_is_not_promoted(struck, workers, s3, tmp_path):
+    tree, *_ = struck
+    ppo = {**tree["ppo"], "kl_coef": 0.4, "total_episodes": 32}
+    run = workers.submit("rlhf-pipeline", overrides={**tree, "ppo": ppo, "promotion": "manual"})
+    workers.wait(run, 90, "Suspended")
+    workers.run("rlhf", "approve", run[:8], "--refuse", "--by", "bob", "--why", "too curt")
+    ended = workers.wait(run, 90)["state"]
+    assert ended["name"] == "Refused"
+    assert "bob" in ended["message"]
+    assert s3("struck", tmp_path / "cache").latest("champion/default") is None
+
+
+def test_retraining_looks_first(struck, workers, s3, tmp_path):
+    tree, *_ = struck
+    short = {**tree, "ppo": {**tree["ppo"], "total_episodes": 32}}
+    again = workers.submit("retraining/retraining", preset=None, overrides=short)
+    first = workers.wait(again, 120)
+    assert first["state"]["name"] == "Completed", first["state"]
+    store = s3("struck", tmp_path / "cache")
+    champion = store.latest("champion/struck")
+    sft = store.manifest(champion["policy"]).parents["sft"]
+    assert "base" in store.manifest(sft).parents
+    nothing = workers.submit("retraining/retraining", preset=None, overrides=short)
+    ended = workers.wait(nothing, 60)
+    assert (ended["state"]["name"], ended["state"]["type"]) == ("NoNewData", "COMPLETED")
+    assert first["name"] in ended["state"]["message"]
+    assert ended["total_run_time"] < 20
+    more = {**short, "data": {"world": {**tree["data"]["world"], "pairs": 70}},
+            "retraining": {"min_new_pairs": 1000}}  # fmt: skip
+    few = workers.wait(
+        workers.submit("retraining/retraining", preset=None, overrides=more), 60
+    )  # fmt: skip
+    assert few["state"]["name"] == "NoNewData"
+    assert "min_new_pairs = 1000" in few["state"]["message"]
