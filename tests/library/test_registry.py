@@ -1,4 +1,4 @@
-"""Champions: promoted, lost, rolled back; by whom and why; what a person said of them."""
+"""Champions: promoted, lost, rolled back; by whom and why."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 
 from rlhf import registry
-from rlhf.approvals import approval_of, person, record_approval, require_approval
+from rlhf.approvals import approval_of, record_approval
 from rlhf.errors import (
-    ApprovalMissing,
-    ApprovalRefused,
     ArtifactCorrupt,
     ArtifactMissing,
     ConfigError,
@@ -75,15 +73,6 @@ def test_an_entry_says_who_when_why_and_what_was_before(local, monkeypatch):
     with pytest.raises(ConfigError, match="--why: 2001 characters; write at most 2000"):
         promote(local, "ours", C, verdict=None, expected=second, why="x" * 2001)
     assert len(history(local, "ours")) == 2
-
-
-def test_who(monkeypatch):
-    for name in ("RLHF_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LOGNAME", "carl")
-    assert person() == "carl"
-    monkeypatch.setenv("RLHF_USER", "bob")
-    assert (person(), person("ann")) == ("bob", "ann")
 
 
 def test_entries_of_before_there_were_rollbacks(local):
@@ -241,28 +230,6 @@ def test_what_was_rolled_back_is_for_people_to_promote(local, tmp_path):
         registry.require_standing(history(local, "ours"), "ours", taken)
     put(local, taken)
     registry.require_standing(history(local, "ours"), "ours", taken)
-
-
-def test_approvals(local):
-    with pytest.raises(
-        ApprovalMissing, match=f"{A[:12]} of model line 'ours' waits .*rlhf approve"
-    ):
-        require_approval(local, "ours", A)
-    said = record_approval(local, "ours", A, approved=False, by="ann", why="too\nshort", run="r-1")
-    assert approval_of(local, "ours", A) == said
-    with pytest.raises(ApprovalRefused, match=r"refused by ann in run r-1 at 20.* \(too short\); "):
-        require_approval(local, "ours", A)
-    with pytest.raises(ApprovalMissing):
-        require_approval(local, "theirs", A)
-    yes = record_approval(local, "ours", A, approved=True, by="bob")
-    assert require_approval(local, "ours", A) == yes
-    entries = local.history(f"approvals/ours/{A}")
-    assert [(e["approved"], e["by"], e["why"], e["run"]) for e in entries] == [
-        (False, "ann", "too short", "r-1"), (True, "bob", "", None),
-    ]  # fmt: skip
-    local.append(f"approvals/ours/{B}", {"by": "ann"})
-    with pytest.raises(ArtifactCorrupt, match="approved: "):
-        require_approval(local, "ours", B)
 
 
 def verdict(
