@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
+from prefect.runtime import deployment
 from pydantic import Field
 
 from rlhf.approvals import approval_of, record_approval
@@ -41,7 +41,7 @@ def wait_for_approval(
     before found in the store, and gets the answer. A run without a deployment can't be resumed, so
     it goes on to the promotion, which says what is missing.
     """
-    if not flow_run.deployment_id:
+    if not deployment.id:
         return
     policy = refs["train-policy"].digest
     form = Decision.with_initial_data(description=about)

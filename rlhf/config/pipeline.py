@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -19,7 +19,7 @@ from rlhf.config.models import (
 from rlhf.config.placement import INLINE, Placement, StageName
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.retraining import RetrainingConfig
-from rlhf.config.section import Section
+from rlhf.config.section import OrText, Section
 
 
 def _uri(value: str) -> SplitResult:
@@ -133,7 +133,7 @@ class PipelineConfig(Section):
     """Held-out evaluation."""
     gates: GatesConfig = GatesConfig()
     """Gates."""
-    promotion: PromotionConfig = PromotionConfig()
+    promotion: Annotated[PromotionConfig, OrText("manual", "automatic")] = PromotionConfig()
     """Promotion."""
     placement: Placement = Field(default_factory=dict[StageName, str])
     """Deployment that runs a stage, such as `train-policy: train-policy/gpu`; a stage that is not

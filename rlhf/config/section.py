@@ -78,12 +78,20 @@ def advised(low: float, high: float) -> dict[str, Any]:
 class OrText:
     """Marks a field whose JSON schema accepts text too, which a validator reads into a mapping."""
 
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """The field's own schema with one more member."""
+        """The field's own schema with one more member: any text, or one of these words."""
         found = handler(schema)
-        return {**found, "anyOf": [*found["anyOf"], {"type": "string"}]}
+        text: dict[str, Any] = {"type": "string"}
+        if self.words:
+            text["enum"] = list(self.words)
+        if "anyOf" in found:
+            return {**found, "anyOf": [*found["anyOf"], text]}
+        return {"anyOf": [found, text]}
 
 
 def model_place(value: str | None) -> str | None:
