@@ -57,7 +57,7 @@ def run_remotely(
     with get_client(sync_client=True) as client:
         child = _child(client, key, deployment, config, inputs)
         ended = _wait(client, child, deployment)
-    _must_have_ended_well(ended, deployment)
+        _must_have_ended_well(client, ended, deployment)
     done = done_before(stage, config, inputs, store)
     if done is None:
         raise StageFailed(
@@ -161,13 +161,16 @@ def _wait(client: SyncPrefectClient, child: FlowRun, deployment: str) -> FlowRun
         time.sleep(POLL if time.monotonic() - begun < WAIT_NOTICE else SLOW_POLL)
 
 
-def _must_have_ended_well(child: FlowRun, deployment: str) -> None:
+def _must_have_ended_well(client: SyncPrefectClient, child: FlowRun, deployment: str) -> None:
     """A rejection has ended well: it left its verdict, which says no to whoever reads it."""
     state: Any = child.state
     if state.is_completed() or state.name == REJECTED:
         return
     said = f"{child.name} on {deployment} {state.name.lower()}: {state.message or 'no reason'}"
-    if state.is_crashed():
+    # A trainer that is cancelled saves first, and Prefect takes that for a crash, for a while.
+    states = patiently(lambda: client.read_flow_run_states(child.id))
+    cancelled = any(before.type == StateType.CANCELLING for before in states)
+    if state.is_crashed() and not cancelled:
         raise StageLost(f"{said} {_link(child.id)}")
     raise StageFailed(f"{said} {_link(child.id)}")
 
