@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,9 +58,15 @@ class PipelineRun:
 
 
 def run_name() -> str:
-    """The configuration's name and the time: readable in Prefect's list of runs."""
+    """The configuration's name and the time: readable in Prefect's list of runs.
+
+    Prefect asks again when a run is retried or resumed; it keeps the name that it has.
+    """
     overrides = flow_run.parameters.get("overrides") or {}
     name = overrides.get("name") or flow_run.parameters.get("preset") or "rlhf"
+    before = flow_run.get_name() or ""
+    if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}", before):
+        return before
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 

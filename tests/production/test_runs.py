@@ -13,7 +13,7 @@ from tests.production.blows import kill_server, processes_of, signal_run
 
 pytestmark = [pytest.mark.prefect, pytest.mark.s3]
 PLACEMENT = {"train-sft": "gpu", "train-reward-model": "reward", "train-policy": "gpu"}
-UPDATES = 300
+UPDATES = 200
 
 
 @pytest.fixture
