@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    preset = "quickstart" if given.size == "quickstart" else None
+    preset = "quickstart" if given.size == "quickstart" else "none"
     print(f"seed {given.seed}, {given.kills} blows, {given.size}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     with ceph_server() as s3, client_of(s3, "crashes"):

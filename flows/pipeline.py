@@ -22,7 +22,7 @@ from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
 from rlhf.report import StageRow
 from rlhf.store import ArtifactRef
 from tasks.approval import is_waiting, wait_for_approval
-from tasks.parameters import Overrides, Preset, resolve
+from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight
 from tasks.remote import check_placement
@@ -63,7 +63,8 @@ def run_name() -> str:
     Prefect asks again when a run is retried or resumed; it keeps the name that it has.
     """
     overrides = flow_run.parameters.get("overrides") or {}
-    name = overrides.get("name") or flow_run.parameters.get("preset") or "rlhf"
+    preset = flow_run.parameters.get("preset", NO_PRESET)
+    name = overrides.get("name") or (preset if preset != NO_PRESET else "rlhf")
     before = flow_run.get_name() or ""
     if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}", before):
         return before
@@ -71,13 +72,11 @@ def run_name() -> str:
 
 
 @flow(name="rlhf-pipeline", flow_run_name=run_name, persist_result=False)
-def pipeline(
-    preset: Preset | None = None, overrides: Overrides | None = None
-) -> State[PipelineRun]:
+def pipeline(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> State[PipelineRun]:
     """Data prep → SFT → reward model → gate → PPO → gate → promotion, then a report.
 
     Args:
-        preset: Name of a file in `configs/`, such as quickstart; all defaults when left out.
+        preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
         overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
     """
     loaded = resolve(preset, overrides)

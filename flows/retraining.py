@@ -9,7 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.pipeline import PROMOTED, REJECTED, run_name, run_pipeline
-from tasks.parameters import Overrides, Preset, resolve
+from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight
 from tasks.remote import check_placement
@@ -20,11 +20,11 @@ NO_NEW_DATA = "NoNewData"
 
 
 @flow(name="retraining", flow_run_name=run_name, persist_result=False)
-def retraining(preset: Preset | None = None, overrides: Overrides | None = None) -> State[Any]:
+def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> State[Any]:
     """Look at the data, and if they are new enough, run the pipeline warm-started.
 
     Args:
-        preset: Name of a file in `configs/`, such as quickstart; all defaults when left out.
+        preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
         overrides: What differs from it, for example `{"retraining": {"min_new_pairs": 500}}`.
     """
     loaded = resolve(preset, overrides)

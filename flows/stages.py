@@ -9,24 +9,26 @@ from prefect.states import Completed, Failed
 from flows.leaving import before_prefect
 from rlhf.config import advice
 from rlhf.errors import GateRejected
-from tasks.parameters import Overrides, Preset, resolve
+from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight
 from tasks.runner import Outcome, find_inputs, store_of
 from tasks.stages import STAGES
 
+NO_INPUTS: dict[str, str] = {}
+
 
 def _flow(name: str) -> Flow[..., State[Outcome]]:
     @flow(name=name, persist_result=False)
     def stage_flow(
-        preset: Preset | None = None,
-        overrides: Overrides | None = None,
-        inputs: dict[str, str] | None = None,
+        preset: Preset = NO_PRESET,
+        overrides: Overrides = NOTHING,
+        inputs: dict[str, str] = NO_INPUTS,
     ) -> State[Outcome]:
         """Run one stage; inputs that are not given are those recorded under this configuration.
 
         Args:
-            preset: Name of a file in `configs/`, such as quickstart; all defaults when left out.
+            preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
             overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
             inputs: Digests of artifacts by role, for example `{"sft": "3f2a91c04d"}`.
         """
@@ -35,7 +37,7 @@ def _flow(name: str) -> Flow[..., State[Outcome]]:
         for line in advice(config):
             get_run_logger().warning(line)
         store = store_of(config)
-        given = {role: store.resolve(digest) for role, digest in (inputs or {}).items()}
+        given = {role: store.resolve(digest) for role, digest in inputs.items()}
         with before_prefect():
             state = run_task(name, config, find_inputs(STAGES[name], config, given))
         result = state.result(raise_on_failure=False)

@@ -20,13 +20,18 @@ from rlhf.config import Loaded, PipelineConfig, load_preset, presets
 Tree = dict[str, Any]
 
 
+NO_PRESET = "none"
+#: No override. A field that may be null has no form in Prefect's UI until its type is chosen.
+NOTHING: Tree = {}
+
+
 class _Known:
     """Puts the names of the shipped presets into the schema."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"type": "string", "enum": presets()}
+        return {"type": "string", "enum": [NO_PRESET, *presets()]}
 
 
 class _Partial:
@@ -52,6 +57,11 @@ def _without_defaults(node: Any, definitions: Tree) -> Any:
     if "$ref" in tree:
         own = {key: value for key, value in tree.items() if key != "$ref"}
         tree = definitions[tree["$ref"].rpartition("/")[2]] | own
+    if tree.get("type") == "boolean":
+        # A form's check box is false when nobody has touched it; a choice is nothing.
+        tree = {key: value for key, value in tree.items() if key != "type"} | {
+            "enum": [True, False]
+        }
     names = tree.get("properties")
     return {
         key: {name: _without_defaults(value[name], definitions) for name in value}
@@ -74,12 +84,12 @@ Overrides = Annotated[dict[str, Any], BeforeValidator(_tree), _Partial()]
 ORIGINS: ContextVar[Mapping[str, str] | None] = ContextVar("ORIGINS", default=None)
 
 
-def resolve(preset: str | None, overrides: Tree | None) -> Loaded:
+def resolve(preset: str, overrides: Tree) -> Loaded:
     """The configuration that a run's parameters name, and where each value came from.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
     """
-    loaded = load_preset(preset, overrides or {})
+    loaded = load_preset(None if preset == NO_PRESET else preset, overrides)
     origins = ORIGINS.get()
     return loaded if origins is None else Loaded(loaded.config, origins)

@@ -7,9 +7,10 @@ import pytest
 from tests.ceph import s3_server
 from tests.flows.conftest import tiny_tree
 from tests.production.site import site
+from tests.report.browser import browser
 from tests.servers import UnavailableError, client_of
 
-__all__ = ["s3_server"]
+__all__ = ["browser", "s3_server"]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -92,3 +93,34 @@ def test_file_repeats_nothing():
     tree = yaml.safe_load(text)
     assert len(tree["deployments"]) == len(STAGES) + 2
     assert text.count("job_variables") == 1
+
+
+@pytest.mark.browser
+def test_the_form_has_every_field_and_sends_only_what_was_chosen(place, browser):
+    made = deployments(place)["rlhf-pipeline/rlhf-pipeline"]["id"]
+    base = place.environment["PREFECT_API_URL"].removesuffix("/api")
+    browser.call("Page.navigate", url=f"{base}/deployments/deployment/{made}/run")
+    text = until(browser, "document.body.innerText", lambda text: "Submit" in str(text))
+    for shown in ("preset", "quickstart", "overrides", "Kl Coef", "Placement", "train-policy"):
+        assert shown in text
+    press = "[...document.querySelectorAll('button')].find(b => b.innerText.trim() == 'Submit')"
+    browser.call("Runtime.evaluate", expression=f"{press}.click()")
+    until(browser, "document.body.innerText", lambda text: "scheduled to start" in str(text))
+    newest = place.api("flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=50)
+    run = next(r for r in newest if r["deployment_id"] == made)
+    place.cancel(run["id"])
+    sent = run["parameters"]
+    assert sent.pop("preset", "none") == "none"
+    assert not any(value for value in sent.pop("overrides", {}).values())
+    assert not sent
+
+
+def until(browser, expression, done, seconds=60):
+    give_up = time.monotonic() + seconds
+    while True:
+        answer = browser.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        value = answer["result"].get("value")
+        if done(value) or time.monotonic() > give_up:
+            assert done(value), value
+            return value
+        time.sleep(0.5)

@@ -167,14 +167,14 @@ def test_a_refused_policy_is_not_promoted(struck, workers, s3, tmp_path):
 def test_retraining_looks_first(struck, workers, s3, tmp_path):
     tree, *_ = struck
     short = {**tree, "ppo": {**tree["ppo"], "total_episodes": 32}}
-    again = workers.submit("retraining/retraining", preset=None, overrides=short)
+    again = workers.submit("retraining/retraining", preset="none", overrides=short)
     first = workers.wait(again, 120)
     assert first["state"]["name"] == "Completed", first["state"]
     store = s3("struck", tmp_path / "cache")
     champion = store.latest("champion/struck")
     sft = store.manifest(champion["policy"]).parents["sft"]
     assert "base" in store.manifest(sft).parents
-    nothing = workers.submit("retraining/retraining", preset=None, overrides=short)
+    nothing = workers.submit("retraining/retraining", preset="none", overrides=short)
     ended = workers.wait(nothing, 60)
     assert (ended["state"]["name"], ended["state"]["type"]) == ("NoNewData", "COMPLETED")
     assert first["name"] in ended["state"]["message"]
@@ -182,7 +182,7 @@ def test_retraining_looks_first(struck, workers, s3, tmp_path):
     more = {**short, "data": {"world": {**tree["data"]["world"], "pairs": 70}},
             "retraining": {"min_new_pairs": 1000}}  # fmt: skip
     few = workers.wait(
-        workers.submit("retraining/retraining", preset=None, overrides=more), 60
+        workers.submit("retraining/retraining", preset="none", overrides=more), 60
     )  # fmt: skip
     assert few["state"]["name"] == "NoNewData"
     assert "min_new_pairs = 1000" in few["state"]["message"]
