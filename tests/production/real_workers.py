@@ -64,7 +64,9 @@ def kubernetes(pool: str) -> None:
     assert names["PREFECT_HOME"] == "/home/rlhf/.prefect", "the worker's own came through"
     behaviour = names["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"]
     assert behaviour == ("crash" if pool.endswith("gpu") else "reschedule")
-    sys.stdout.write(f"{pool}: valid for Kubernetes {', '.join(VERSIONS)}\n{json.dumps(manifest)}\n")
+    sys.stdout.write(
+        f"{pool}: valid for Kubernetes {', '.join(VERSIONS)}\n{json.dumps(manifest)}\n"
+    )
 
 
 def ecs() -> None:
