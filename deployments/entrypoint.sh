@@ -3,7 +3,8 @@
 # Prefect's runner would then kill a training at once, because it holds the signal back until its
 # update is saved; so the training gets the signal first, and Prefect when the training has ended.
 # Where Prefect is to start the run again by itself (reschedule), all is left to it.
-"$@" &
+# A shell's background child ignores SIGINT, with which Prefect's worker ends itself.
+env --default-signal=INT,QUIT "$@" &
 child=$!
 
 engines() {

@@ -4,14 +4,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.production.site import ROOT, descendants
 
-pytestmark = [pytest.mark.prefect, pytest.mark.s3]
-
+ENTRYPOINT = str(ROOT / "deployments" / "entrypoint.sh")
 CODE = """
 import time
 from prefect import flow
@@ -28,6 +28,13 @@ def training():
 """
 
 
+def test_a_command_runs_as_if_started_by_hand():
+    """With its exit code, and with SIGINT, which a shell's background child would ignore."""
+    script = "import signal, sys; sys.exit(7 if callable(signal.getsignal(signal.SIGINT)) else 1)"
+    done = subprocess.run([ENTRYPOINT, sys.executable, "-c", script], check=False)
+    assert done.returncode == 7
+
+
 @pytest.fixture(scope="module")
 def deployment(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
@@ -38,6 +45,8 @@ def deployment(place, tmp_path_factory):
     return place.api("deployments/", name="try", flow_id=flow, **there)["id"]
 
 
+@pytest.mark.prefect
+@pytest.mark.s3
 @pytest.mark.parametrize(
     ("behaviour", "saved", "state"),
     [("crash", True, "Crashed"), ("reschedule", False, "AwaitingRetry")],
@@ -55,7 +64,7 @@ def test_a_training_saves_first_unless_prefect_starts_it_again(
         "PREFECT__FLOW_RUN_ID": run,
         "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": behaviour,
     }
-    command = [*own, str(ROOT / "deployments" / "entrypoint.sh"), "prefect", "flow-run", "execute"]
+    command = [*own, ENTRYPOINT, "prefect", "flow-run", "execute"]
     log = tmp_path / "log"
     with log.open("w") as out:
         container = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=tmp_path)
