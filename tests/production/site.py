@@ -140,6 +140,11 @@ class Site:
         said = self.run("prefect", "deployment", "run", deployment, *pairs)
         return said.partition("UUID: ")[2].split()[0]
 
+    def logs(self, run: str) -> str:
+        """What a run has logged."""
+        asked = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        return "\n".join(line["message"] for line in self.api("logs/filter", **asked))
+
     def cancel(self, run: str) -> None:
         """Cancel a run, as the UI does."""
         self.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})

@@ -49,6 +49,24 @@ def test_the_scheduler_has_planned_the_retraining(place):
     assert planned, place.server.log.read_text()[-3000:]
 
 
+def test_data_that_have_landed_start_a_retraining(place):
+    made = deployments(place)["retraining/retraining"]["id"]
+    place.run("prefect", "event", "emit", "rlhf.data.landed", "--resource-id", "rlhf.data.chats")
+    give_up = time.monotonic() + 30
+    while True:
+        runs = place.api("flow_runs/filter", sort="START_TIME_ASC", limit=200)
+        found = [
+            r for r in runs
+            if r["deployment_id"] == made and "auto-scheduled" not in r["tags"]
+        ]  # fmt: skip
+        if found or time.monotonic() > give_up:
+            break
+        time.sleep(0.5)
+    (run,) = found
+    assert run["parameters"]["preset"] == "quickstart"
+    place.cancel(run["id"])
+
+
 @pytest.mark.parametrize("name", ["rlhf-pipeline", "rlhf-pipeline/rlhf-pipeline"])
 def test_the_literal_command_starts_a_run(place, name):
     said = place.run("prefect", "deployment", "run", name, "-p", "preset=quickstart")

@@ -112,13 +112,18 @@ def test_nothing_passes_by_the_disk(struck, workers):
     assert not list((workers.machine("reward") / "home").glob("reports/*"))
 
 
-def test_cancelling_the_parent_stops_the_child(struck, workers):
+def test_cancelling_the_parent_stops_the_child_and_another_parent_takes_it_for_an_answer(
+    struck, workers
+):
     tree, *_ = struck
     ppo = {**tree["ppo"], "kl_coef": 0.2, "total_episodes": 8 * 5000}
-    run = workers.submit(
-        "rlhf-pipeline", overrides={**tree, "ppo": ppo, "placement": {"train-policy": "gpu"}}
-    )
+    asked = {**tree, "ppo": ppo, "placement": {"train-policy": "gpu"}}
+    run = workers.submit("rlhf-pipeline", overrides=asked)
     child = policy_child(workers, run, 1)
+    other = workers.submit("rlhf-pipeline", overrides=asked)
+    give_up = time.monotonic() + 60
+    while f"found {child['name']}" not in workers.logs(other) and time.monotonic() < give_up:
+        time.sleep(0.5)
     workers.cancel(run)
     workers.wait(run, 60, "Cancelled")
     workers.wait(child["id"], 90, "Cancelled")
@@ -126,6 +131,8 @@ def test_cancelling_the_parent_stops_the_child(struck, workers):
     while processes_of(child["id"]) and time.monotonic() < give_up:
         time.sleep(0.5)
     assert not processes_of(child["id"])
+    assert workers.wait(other, 60)["state"]["name"] == "Failed"
+    assert workers.children(other) == []
 
 
 def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_path):
@@ -168,14 +175,15 @@ def test_retraining_looks_first(struck, workers, s3, tmp_path):
     tree, *_ = struck
     short = {**tree, "ppo": {**tree["ppo"], "total_episodes": 32}}
     again = workers.submit("retraining/retraining", preset="none", overrides=short)
+    nothing = workers.submit("retraining/retraining", preset="none", overrides=short)
+    workers.wait(nothing, 60, "AwaitingConcurrencySlot")
     first = workers.wait(again, 120)
     assert first["state"]["name"] == "Completed", first["state"]
     store = s3("struck", tmp_path / "cache")
     champion = store.latest("champion/struck")
     sft = store.manifest(champion["policy"]).parents["sft"]
     assert "base" in store.manifest(sft).parents
-    nothing = workers.submit("retraining/retraining", preset="none", overrides=short)
-    ended = workers.wait(nothing, 60)
+    ended = workers.wait(nothing, 120)
     assert (ended["state"]["name"], ended["state"]["type"]) == ("NoNewData", "COMPLETED")
     assert first["name"] in ended["state"]["message"]
     assert ended["total_run_time"] < 20
