@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
 from tests.production.site import ROOT, descendants
@@ -42,7 +43,8 @@ def deployment(place, tmp_path_factory):
     pull = {"prefect.deployments.steps.set_working_directory": {"directory": str(folder)}}
     flow = place.api("flows/", name="training")["id"]
     there = {"entrypoint": "training.py:training", "pull_steps": [pull]}
-    return place.api("deployments/", name="try", flow_id=flow, **there)["id"]
+    yield place.api("deployments/", name="try", flow_id=flow, **there)["id"]
+    httpx.delete(f"{place.environment['PREFECT_API_URL']}/flows/{flow}").raise_for_status()
 
 
 @pytest.mark.prefect

@@ -119,7 +119,9 @@ def test_ecs_takes_the_task():
 
 @pytest.fixture(scope="module")
 def flow(place):
-    return place.api("flows/", name="pools")["id"]
+    made = place.api("flows/", name="pools")["id"]
+    yield made
+    httpx.delete(f"{place.environment['PREFECT_API_URL']}/flows/{made}").raise_for_status()
 
 
 @pytest.mark.s3
