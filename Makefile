@@ -15,6 +15,8 @@ deploy: pools  ## register flows, schedules and automations with the server of P
 	  $(BIN)/prefect automation create --from-file deployments/automations/zombies.yaml
 
 pools: $(STAMP)
+	@$(BIN)/prefect config view | grep -q PREFECT_API_URL || \
+	  { echo "no Prefect server: start one, and export PREFECT_API_URL" >&2; exit 2; }
 	for pool in cpu reward gpu; do \
 	  $(BIN)/prefect work-pool inspect $$pool >/dev/null 2>&1 || \
 	  $(BIN)/prefect work-pool create $$pool --type process; done

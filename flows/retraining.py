@@ -8,7 +8,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.pipeline import PROMOTED, REJECTED, run_name, run_pipeline
+from flows.pipeline import PROMOTED, REFUSED, REJECTED, run_name, run_pipeline
 from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight
@@ -43,7 +43,7 @@ def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> St
     get_run_logger().info("%d new pairs: retraining", count)
     warm = warm_started(loaded, found.champion, store)
     state, run = run_pipeline(warm)
-    if run.outcome in (PROMOTED, REJECTED):
+    if run.outcome in (PROMOTED, REJECTED, REFUSED):
         remember(found, outcome.ref, run.name, run.outcome, store)
     return state
 

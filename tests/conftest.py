@@ -35,7 +35,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Where tests are dealt to two workers: one Ceph on one of them, one Prefect on the other."""
     for item in items:
-        if "s3_server" in item.fixturenames or item.get_closest_marker("s3"):
+        if "tests/production" in item.nodeid:
+            item.add_marker(pytest.mark.xdist_group("production"))
+        elif "s3_server" in item.fixturenames or item.get_closest_marker("s3"):
             item.add_marker(pytest.mark.xdist_group("s3"))
         elif "tests/flows" in item.nodeid:
             item.add_marker(pytest.mark.xdist_group("prefect"))
