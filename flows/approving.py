@@ -35,7 +35,9 @@ def approve(
     """
     if store is None and config is None:
         waiting = _suspended(run)
-        _resume(waiting, {"approve": not refuse, "by": person(by), "why": why})
+        _resume(
+            waiting, {"decision": "refuse" if refuse else "approve", "by": person(by), "why": why}
+        )
         console.print(f"{waiting.name}: {_said(not refuse)}; it goes on", highlight=False)
         return
     loaded, opened = opened_line(name, store, config)

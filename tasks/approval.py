@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment
@@ -17,7 +19,7 @@ from tasks.runner import store_of
 class Decision(RunInput):
     """The form that Prefect's UI shows, and what `rlhf approve` fills in."""
 
-    approve: bool = Field(description="Promote this policy.")
+    decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
     by: str = Field(min_length=1, description="Who decides.")
     why: str = Field(default="", description="The reason, for the promotion's record.")
 
@@ -47,6 +49,6 @@ def wait_for_approval(
     form = Decision.with_initial_data(description=about)
     said = suspend_flow_run(wait_for_input=form, key=f"approve-{policy[:12]}")
     record_approval(
-        store_of(config), config.promotion.name, policy, approved=said.approve, by=said.by,
-        why=said.why, run=run,
+        store_of(config), config.promotion.name, policy, approved=said.decision == "approve",
+        by=said.by, why=said.why, run=run,
     )  # fmt: skip
