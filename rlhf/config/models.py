@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf.config.processes import ProcessSection, check_divides
 from rlhf.config.section import Section, model_place
 
 
@@ -68,7 +69,7 @@ class BaseModelConfig(Section):
         return self
 
 
-class TrainingSection(Section):
+class TrainingSection(ProcessSection):
     """What SFT and the reward model share; handed to TRL's trainers unchanged."""
 
     epochs: float = Field(default=1.0, gt=0)
@@ -76,7 +77,8 @@ class TrainingSection(Section):
     batch_size: int = Field(default=64, ge=1)
     """Rows per optimiser step."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per forward pass; must divide `batch_size`. None means the whole batch at once."""
+    """Rows per forward pass; must divide `batch_size`. None means the whole batch at once, or a
+    process's share of it."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -100,6 +102,13 @@ class TrainingSection(Section):
             raise ValueError(
                 f"micro_batch_size = {self.micro_batch_size} must divide "
                 f"batch_size = {self.batch_size}"
+            )
+        check_divides(self, "batch_size")
+        share = self.batch_size // (self.processes or 1)
+        if self.micro_batch_size and share % min(self.micro_batch_size, share):
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} must divide {share}, the share of "
+                f"batch_size = {self.batch_size} that each of processes = {self.processes} has"
             )
         return self
 
