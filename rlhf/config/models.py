@@ -103,6 +103,8 @@ class TrainingSection(ProcessSection):
                 f"micro_batch_size = {self.micro_batch_size} must divide "
                 f"batch_size = {self.batch_size}"
             )
+        if self.sharding == "fsdp" and self.processes is None:
+            raise ValueError("sharding = 'fsdp' deals weights out to processes; set processes too")
         check_divides(self, "batch_size")
         share = self.batch_size // (self.processes or 1)
         if self.micro_batch_size and share % min(self.micro_batch_size, share):
@@ -132,6 +134,15 @@ class RewardModelConfig(TrainingSection):
     lm_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of a language-model loss on the chosen reply that keeps the features general
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
+
+    @model_validator(mode="after")
+    def _whole_embedding(self) -> Self:
+        if self.lm_loss_coef and self.sharding == "fsdp":
+            raise ValueError(
+                f"lm_loss_coef = {self.lm_loss_coef} reads the embedding, which sharding = 'fsdp' "
+                "takes apart; set sharding to ddp, or lm_loss_coef to 0"
+            )
+        return self
 
     _place = field_validator("base")(model_place)
 
