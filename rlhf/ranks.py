@@ -73,7 +73,8 @@ class Ranks:
 
         def call(batch: Sequence[T]) -> list[float]:
             part = batch[self.share(len(batch))]
-            return [v for values in self.gather(list(function(part)) if part else []) for v in values]
+            parts = self.gather(list(function(part)) if part else [])
+            return [value for values in parts for value in values]
 
         return call
 

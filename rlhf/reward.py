@@ -32,8 +32,8 @@ from rlhf.ranks import world
 from rlhf.stage import StageResult, write_json
 from rlhf.trl_adapter import (
     ProgressCallback,
+    Together,
     quiet_trainer,
-    same_order,
     training_arguments,
     unsharded,
 )
@@ -138,14 +138,11 @@ def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, 
     return rows
 
 
-class _Trainer(RewardTrainer):
+class _Trainer(Together, RewardTrainer):
     """RewardTrainer plus the optional language-model loss on the chosen reply."""
 
     lm_loss_coef = 0.0
     marker: int | None = None
-
-    def _get_train_sampler(self, *args: Any, **options: Any) -> Any:
-        return same_order(super()._get_train_sampler(*args, **options))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -24,8 +24,8 @@ from rlhf.ranks import world
 from rlhf.stage import StageResult, write_json
 from rlhf.trl_adapter import (
     ProgressCallback,
+    Together,
     quiet_trainer,
-    same_order,
     training_arguments,
     unsharded,
 )
@@ -135,8 +135,5 @@ def _train(
     return merged(unsharded(trainer.accelerator.unwrap_model(trainer.model))), callback.curve
 
 
-class _Trainer(SFTTrainer):
-    """SFTTrainer that takes the same rows in each step, in however many processes."""
-
-    def _get_train_sampler(self, *args: Any, **options: Any) -> Any:
-        return same_order(super()._get_train_sampler(*args, **options))
+class _Trainer(Together, SFTTrainer):
+    """SFTTrainer, which does the same in however many processes."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -72,17 +73,42 @@ _SHARDED: dict[str, Any] = {
 }
 
 
-def same_order(sampler: Any) -> Any:
-    """The sampler of rows grouped by length, dealing as one process would deal them.
+class Together:
+    """What a trainer needs to do in several processes what it does in one."""
 
-    By itself it groups one process's share of a batch, and so shares other rows out.
-    """
-    sampler.batch_size *= world()[1]
-    return sampler
+    args: Any
+    accelerator: Any
+    is_fsdp_enabled: bool
+
+    def _get_train_sampler(self, *args: Any, **options: Any) -> Any:
+        """The sampler of rows grouped by length, dealing as one process would deal them.
+
+        By itself it groups one process's share of a batch, and so takes other rows together.
+        """
+        sampler = super()._get_train_sampler(*args, **options)  # pyright: ignore
+        sampler.batch_size *= world()[1]
+        return sampler
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard on CPUs as on accelerators; accelerate 1.15 would keep whole copies, silently."""
+        super().create_accelerator_and_postprocess()  # pyright: ignore
+        state = self.accelerator.state
+        if self.args.fsdp_plugin_args and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
 
 def unsharded(model: Any) -> Any:
     """The model with whole weights, where each process had a part of them."""
+    print(
+        "SHARDED",
+        sum(isinstance(p, DTensor) for p in model.parameters()),
+        len([*model.parameters()]),
+        {tuple(p.to_local().shape) for p in model.parameters() if isinstance(p, DTensor)},
+        type(model),
+        file=open("/tmp/p2/dbg", "a"),
+    )
     for module in model.modules():
         for name, parameter in [*module.named_parameters(recurse=False)]:
             if isinstance(parameter, DTensor):

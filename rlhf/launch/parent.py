@@ -21,7 +21,6 @@ from rlhf.ppo.termination import deferred_sigterm
 from rlhf.progress import Progress
 from rlhf.stage import StageResult
 
-
 #: Seconds between two looks at the processes.
 _LOOK = 0.05
 #: A signal that comes while a process starts is lost, so it is sent again.

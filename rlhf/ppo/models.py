@@ -22,7 +22,6 @@ from rlhf.modeling.critic import Critic
 from rlhf.modeling.lora import CRITIC, using
 from rlhf.modeling.shared import AdapterCritic
 from rlhf.ppo.kl import exact_kl
-from rlhf.ranks import Ranks
 from rlhf.ppo.rollout import (
     Replies,
     Sampling,
@@ -34,6 +33,7 @@ from rlhf.ppo.rollout import (
     reply_logits,
     reply_values,
 )
+from rlhf.ranks import Ranks
 
 LogProbs = Float[Tensor, "batch reply"]
 Values = Float[Tensor, "batch states"]
@@ -59,9 +59,8 @@ class Models:
             "critic": critic.trainable(),
         }
         # As for evaluation, or they were wrapped for DDP: gradients are added up by `ranks`.
-        self.policy, self.critic = (
-            accelerator.prepare_model(m, evaluation_mode=True) for m in (policy, critic)
-        )
+        self.policy: Any = accelerator.prepare_model(policy, evaluation_mode=True)
+        self.critic: Any = accelerator.prepare_model(critic, evaluation_mode=True)
         self.reference = reference
         self.optimizers = self._optimizers()
 

@@ -116,7 +116,8 @@ def _updates(
             state.update += 1
             state.curve.append({"update": state.update, **updated.metrics})
             state.samples += updated.samples
-            if ranks.leads and not terminated():  # who listens may be ending too, and must not keep us from saving
+            # Who listens may be ending too, and must not keep us from saving.
+            if ranks.leads and not terminated():
                 progress(state.update, config.updates, updated.metrics)
             due = state.update % config.checkpoint_every == 0
             failed = uploads is not None and uploads.failed
