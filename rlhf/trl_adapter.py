@@ -101,14 +101,6 @@ class Together:
 
 def unsharded(model: Any) -> Any:
     """The model with whole weights, where each process had a part of them."""
-    print(
-        "SHARDED",
-        sum(isinstance(p, DTensor) for p in model.parameters()),
-        len([*model.parameters()]),
-        {tuple(p.to_local().shape) for p in model.parameters() if isinstance(p, DTensor)},
-        type(model),
-        file=open("/tmp/p2/dbg", "a"),
-    )
     for module in model.modules():
         for name, parameter in [*module.named_parameters(recurse=False)]:
             if isinstance(parameter, DTensor):
