@@ -1,4 +1,4 @@
-"""Stages in several processes: the same result as in one, and no end that leaves something behind."""
+"""Stages in several processes: the same result as in one, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def assert_close(one, two):
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_sft_in_two_processes(data, sft, tmp_path, sharding):
     told = []
-    config = toys.changed(toys.SFT, processes=2, sharding=sharding, micro_batch_size=4)
+    config = toys.changed(toys.SFT, processes=2, sharding=sharding)
     result = launch.train_sft(
         config, toys.BASE, data, tmp_path, runtime=toys.RUNTIME, progress=lambda *a: told.append(a)
     )
