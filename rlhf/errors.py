@@ -68,6 +68,12 @@ class StageLost(RLHFError):
     retriable = True
 
 
+class WorkerDied(RLHFError):
+    """One of a stage's child processes ended without a word, as by a signal or lack of memory."""
+
+    retriable = True
+
+
 class StageFailed(RLHFError):
     """A stage's own run ended without a result; it has tried again where that could help."""
 

@@ -28,8 +28,15 @@ from rlhf.modeling.base import (
 from rlhf.modeling.lora import FOLDER, lora_config, merged, named_targets, save_adapter
 from rlhf.modeling.reward import counted_tokens, load_reward_model, save_reward_model
 from rlhf.progress import Progress, silent
+from rlhf.ranks import world
 from rlhf.stage import StageResult, write_json
-from rlhf.trl_adapter import ProgressCallback, quiet_trainer, training_arguments
+from rlhf.trl_adapter import (
+    ProgressCallback,
+    Together,
+    quiet_trainer,
+    training_arguments,
+    unsharded,
+)
 
 
 def train_reward_model(
@@ -61,6 +68,7 @@ def train_reward_model(
         DataError: There are no training pairs.
     """
     device = device_of(runtime or RuntimeConfig())
+    leads = world()[0] == 0
     torch.manual_seed(seed)
     start = config.base or sft
     renderer = Renderer(load_tokenizer(start))
@@ -80,9 +88,11 @@ def train_reward_model(
     if config.lora and not config.base and same_base and Path(sft).is_dir():
         # PPO can put it on the policy's base, instead of loading a whole model more.
         base = weights_digest(Path(sft))
-        save_adapter(trained, out_dir / FOLDER)
-    save_reward_model(merged(trained), renderer, out_dir, base)
-    write_json(out_dir / "curve.json", curve)
+        if leads:
+            save_adapter(trained, out_dir / FOLDER)
+    if leads:
+        save_reward_model(merged(trained), renderer, out_dir, base)
+        write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
     return StageResult(
         {"pairs": len(rows), "loss": last.get("loss"), "train_accuracy": last.get("accuracy")}
@@ -108,7 +118,7 @@ def _train(
         trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.accelerator.unwrap_model(trainer.model), callback.curve
+    return unsharded(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
 
 
 def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, Any]]:
@@ -128,7 +138,7 @@ def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, 
     return rows
 
 
-class _Trainer(RewardTrainer):
+class _Trainer(Together, RewardTrainer):
     """RewardTrainer plus the optional language-model loss on the chosen reply."""
 
     lm_loss_coef = 0.0

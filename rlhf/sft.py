@@ -20,8 +20,15 @@ from rlhf.modeling.base import context_of, device_of, load_base
 from rlhf.modeling.lora import lora_config, merged, named_targets
 from rlhf.modeling.shards import save_model
 from rlhf.progress import Progress, silent
+from rlhf.ranks import world
 from rlhf.stage import StageResult, write_json
-from rlhf.trl_adapter import ProgressCallback, quiet_trainer, training_arguments
+from rlhf.trl_adapter import (
+    ProgressCallback,
+    Together,
+    quiet_trainer,
+    training_arguments,
+    unsharded,
+)
 
 
 def train_sft(
@@ -52,6 +59,7 @@ def train_sft(
         DataError: No demonstration fits into `config.max_length`.
     """
     device = device_of(runtime or RuntimeConfig())
+    leads = world()[0] == 0
     demonstrations = read_rows(data / DEMONSTRATIONS, Demonstration)
     model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
     renderer = Renderer(tokenizer)
@@ -63,9 +71,11 @@ def train_sft(
         curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
         model, losses = curve
         metrics |= {"demonstrations": len(rows), "loss": losses[-1]["loss"] if losses else None}
-        write_json(out_dir / "curve.json", losses)
-    save_model(model, out_dir)
-    tokenizer.save_pretrained(out_dir)
+        if leads:
+            write_json(out_dir / "curve.json", losses)
+    if leads:
+        save_model(model, out_dir)
+        tokenizer.save_pretrained(out_dir)
     return StageResult(metrics)
 
 
@@ -108,7 +118,7 @@ def _train(
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
         with named_targets("sft", config.lora):
-            trainer = SFTTrainer(
+            trainer = _Trainer(
                 model=model,
                 args=TRLSFTConfig(
                     **training_arguments(config, len(rows), Path(scratch), seed, use_cpu),
@@ -122,4 +132,8 @@ def _train(
             )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return merged(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
+    return merged(unsharded(trainer.accelerator.unwrap_model(trainer.model))), callback.curve
+
+
+class _Trainer(Together, SFTTrainer):
+    """SFTTrainer, which does the same in however many processes."""

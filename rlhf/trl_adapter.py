@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from rlhf.config.models import TrainingSection
 from rlhf.errors import TrainingError
 from rlhf.progress import Progress
+from rlhf.ranks import world
 
 
 def training_arguments(
@@ -30,13 +34,14 @@ def training_arguments(
         seed: Seed of shuffling.
         use_cpu: Train on the CPU even if there is an accelerator.
     """
-    micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
+    share = section.batch_size // world()[1]
+    micro = min(section.micro_batch_size or share, share)
     steps = max(1, int(rows * section.epochs / section.batch_size))
     return {
         "output_dir": str(scratch),
         "num_train_epochs": section.epochs,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": section.batch_size // micro,
+        "gradient_accumulation_steps": share // micro,
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": section.lr_scheduler,
         "warmup_steps": int(section.warmup_ratio * steps),
@@ -56,7 +61,54 @@ def training_arguments(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        **(_SHARDED if section.sharding == "fsdp" and section.processes else {}),
     }
+
+
+#: Every block's weights, gradients and optimiser state are dealt out; a block's weights are whole
+#: only while it computes.
+_SHARDED: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+}
+
+
+class Together:
+    """What a trainer needs to do in several processes what it does in one."""
+
+    args: Any
+    accelerator: Any
+    is_fsdp_enabled: bool
+
+    def _get_train_sampler(self, *args: Any, **options: Any) -> Any:
+        """The sampler of rows grouped by length, dealing as one process would deal them.
+
+        By itself it groups one process's share of a batch, and so takes other rows together.
+        """
+        sampler = super()._get_train_sampler(*args, **options)  # pyright: ignore
+        sampler.batch_size *= world()[1]
+        return sampler
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard on CPUs as on accelerators; accelerate 1.15 would keep whole copies, silently."""
+        super().create_accelerator_and_postprocess()  # pyright: ignore
+        state = self.accelerator.state
+        if self.args.fsdp_plugin_args and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+
+def unsharded(model: Any) -> Any:
+    """The model with whole weights, where each process had a part of them."""
+    for module in model.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if isinstance(parameter, DTensor):
+                whole = torch.nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
+                setattr(module, name, whole)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model
 
 
 class ProgressCallback(TrainerCallback):
@@ -70,7 +122,8 @@ class ProgressCallback(TrainerCallback):
         """Tell the progress of a finished optimiser step."""
         last = self.curve[-1] if self.curve else {}
         shown = {k: last[k] for k in ("loss", "accuracy", "mean_token_accuracy") if k in last}
-        self.progress(state.global_step, state.max_steps, shown)
+        if state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps, shown)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Keep a row of the curve."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.errors import StoreError
-from rlhf.ppo.stored import StoredCheckpoints, keep_best
+from rlhf.paths import at_home
+from rlhf.ppo.stored import CheckpointPlace, StoredCheckpoints, keep_best
 from rlhf.store import Store
 
 if TYPE_CHECKING:
@@ -28,6 +29,18 @@ def uploads_of(run: StageRun) -> CheckpointUploads | None:
     return CheckpointUploads(stored)
 
 
+def place_of(run: StageRun) -> CheckpointPlace | None:
+    """The same store, as another process is told of it."""
+    config = run.config
+    if not config.runtime.upload_checkpoints:
+        return None
+    return CheckpointPlace(
+        uri=config.store, options=config.store_options, name=_name(run.checkpoints),
+        work_dir=str(at_home(config.runtime.work_dir)),
+        cache_bytes=int(config.runtime.cache_gb * 1e9), producer=run.producer,
+    )  # fmt: skip
+
+
 def discard_checkpoints(store: Store, checkpoints: Path) -> None:
     """Remove the checkpoints of a stage that is done, if it had any: all here, and in the store
     all but the best, which stays until garbage is collected."""
@@ -43,4 +56,8 @@ def discard_checkpoints(store: Store, checkpoints: Path) -> None:
 
 def _store_of(store: Store, checkpoints: Path) -> Store:
     """Below the pipeline's store, under the name of the local folder: stage and fingerprint."""
-    return store.below(f"checkpoints/{checkpoints.name}")
+    return store.below(_name(checkpoints))
+
+
+def _name(checkpoints: Path) -> str:
+    return f"checkpoints/{checkpoints.name}"

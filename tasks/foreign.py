@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
+from rlhf.config.processes import WHERE
 from rlhf.custom_code import CustomCode
 from rlhf.modeling.foreign import ForeignModel
 from rlhf.paths import at_home
@@ -34,7 +35,7 @@ def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
     """What of the configuration shapes the reward model, beside the model of others itself."""
     if config.ppo.reward_model_path is not None:
         return {"reward_model": "ready"}  # nothing is trained
-    return {"reward_model": config.reward_model.model_dump(exclude={"base"})}
+    return {"reward_model": config.reward_model.model_dump(exclude={"base", *WHERE})}
 
 
 def judges_of_others(config: PPOConfig) -> dict[str, str]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import PipelineConfig
+from rlhf.config.processes import WHERE
 from rlhf.errors import ArtifactMissing
 from rlhf.gates import VERDICT, Approved, judge, read_verdict, require
 from rlhf.modeling.foreign import ForeignModel
 from rlhf.progress import Progress
 from rlhf.stage import StageResult, read_json, write_json
 from rlhf.store import ArtifactRef, Producer, Store
-from tasks.checkpoints import uploads_of
+from tasks.checkpoints import place_of, uploads_of
 from tasks.foreign import (
     base_of_others,
     judges_of_others,
@@ -84,9 +85,11 @@ def _prepare_data(run: StageRun) -> StageResult:
 
 
 def _train_sft(run: StageRun) -> StageResult:
-    from rlhf.sft import train_sft
-
     config, base = run.config, run.config.base
+    if config.sft.processes and config.sft.enabled:
+        from rlhf.launch import train_sft
+    else:
+        from rlhf.sft import train_sft
     if "base" in run.folders:
         base = base.model_copy(update={"path": str(run.folders["base"]), "revision": None})
     return train_sft(
@@ -102,7 +105,10 @@ def _train_reward_model(run: StageRun) -> StageResult:
 
         folder = run.folders["base"]
         return adopt_reward_model(ready, folder, run.out_dir, runtime=run.config.runtime)
-    from rlhf.reward import train_reward_model
+    if run.config.reward_model.processes:
+        from rlhf.launch import train_reward_model
+    else:
+        from rlhf.reward import train_reward_model
 
     config, section = run.config, run.config.reward_model
     if "base" in run.folders:
@@ -125,21 +131,27 @@ def _evaluate_reward_model(run: StageRun) -> StageResult:
 
 
 def _train_policy(run: StageRun) -> StageResult:
-    from rlhf.ppo.train import train_policy
-
     config = run.config
+    where: dict[str, Any]
+    if config.ppo.processes:
+        from rlhf.launch import train_policy
+
+        where = {"place": place_of(run)}
+    else:
+        from rlhf.ppo.train import train_policy
+
+        where = {"uploads": uploads_of(run)}
     # Where a ready reward model came from is no part of a checkpoint's identity; its digest is.
     section = config.ppo.model_copy(update={"reward_model_path": None})
     return train_policy(
         section, run.folders["data"], run.folders["sft"], _approved_reward_model(run),
-        run.out_dir, seed=config.seed, checkpoints=run.checkpoints, uploads=uploads_of(run),
-        runtime=config.runtime,
+        run.out_dir, seed=config.seed, checkpoints=run.checkpoints, runtime=config.runtime,
         identity={
             "data": run.refs["data"].digest,
             "base": run.refs["sft"].digest,
             "reward model": run.refs["reward-model"].digest,
         },
-        progress=run.progress,
+        progress=run.progress, **where,
     )  # fmt: skip
 
 
@@ -186,7 +198,11 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "train-sft", "policy", {"data": "prepare-data"},
-            lambda c: {"sft": c.sft, "base": c.base.model_dump(exclude={"path"})}, _train_sft,
+            lambda c: {
+                "sft": c.sft.model_dump(exclude={*WHERE}),
+                "base": c.base.model_dump(exclude={"path"}),
+            },
+            _train_sft,
             (("loss {:.3f}", "loss"), ("{:,} parameters", "parameters")), base_of_others,
         ),
         Stage(
@@ -223,7 +239,7 @@ STAGES: dict[str, Stage] = {
                 "reward-model": "train-reward-model", "verdict": "gate-reward-model",
             },
             lambda c: {
-                "ppo": c.ppo.model_dump(exclude={"reward_model_path"}),
+                "ppo": c.ppo.model_dump(exclude={"reward_model_path", *WHERE}),
                 "others": judges_of_others(c.ppo),
             },
             _train_policy,

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf.config.processes import ProcessSection, check_divides
 from rlhf.config.section import Section, model_place
 
 
@@ -68,7 +69,7 @@ class BaseModelConfig(Section):
         return self
 
 
-class TrainingSection(Section):
+class TrainingSection(ProcessSection):
     """What SFT and the reward model share; handed to TRL's trainers unchanged."""
 
     epochs: float = Field(default=1.0, gt=0)
@@ -76,7 +77,8 @@ class TrainingSection(Section):
     batch_size: int = Field(default=64, ge=1)
     """Rows per optimiser step."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows per forward pass; must divide `batch_size`. None means the whole batch at once."""
+    """Rows per forward pass; must divide `batch_size`. None means the whole batch at once, or a
+    process's share of it."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -101,6 +103,15 @@ class TrainingSection(Section):
                 f"micro_batch_size = {self.micro_batch_size} must divide "
                 f"batch_size = {self.batch_size}"
             )
+        if self.sharding == "fsdp" and self.processes is None:
+            raise ValueError("sharding = 'fsdp' deals weights out to processes; set processes too")
+        check_divides(self, "batch_size")
+        share = self.batch_size // (self.processes or 1)
+        if self.micro_batch_size and share % min(self.micro_batch_size, share):
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} must divide {share}, the share of "
+                f"batch_size = {self.batch_size} that each of processes = {self.processes} has"
+            )
         return self
 
 
@@ -123,6 +134,15 @@ class RewardModelConfig(TrainingSection):
     lm_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of a language-model loss on the chosen reply that keeps the features general
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
+
+    @model_validator(mode="after")
+    def _whole_embedding(self) -> Self:
+        if self.lm_loss_coef and self.sharding == "fsdp":
+            raise ValueError(
+                f"lm_loss_coef = {self.lm_loss_coef} reads the embedding, which sharding = 'fsdp' "
+                "takes apart; set sharding to ddp, or lm_loss_coef to 0"
+            )
+        return self
 
     _place = field_validator("base")(model_place)
 

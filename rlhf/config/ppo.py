@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rlhf.config.aliases import allow_aliases, renamed
 from rlhf.config.models import LoraConfig
+from rlhf.config.processes import ProcessSection, check_divides
 from rlhf.config.rewards import RewardSection
 from rlhf.config.section import Section, advised, model_place
 
@@ -172,8 +173,9 @@ class OptimizerSection(Section):
 
 
 class PPOConfig(
-    SamplingSection, RewardSection, ShapingSection, KLSection, CriticSection, OptimizerSection
-):
+    SamplingSection, RewardSection, ShapingSection, KLSection, CriticSection, OptimizerSection,
+    ProcessSection,
+):  # fmt: skip
     """Proximal policy optimisation (Schulman et al. 2017) as in Ziegler et al. 2019."""
 
     # Prefect checks a deployment's parameters by this schema, before anything here sees them.
@@ -193,7 +195,7 @@ class PPOConfig(
     mini_batch_size: int = Field(default=8, ge=1)
     """Sequences per optimiser step; the last one of an epoch may be smaller."""
     micro_batch_size: int = Field(default=64, ge=1)
-    """Sequences per forward pass; changes memory, not results."""
+    """Sequences per forward pass (of each process); changes memory, not results."""
     num_ppo_epochs: int = Field(default=4, ge=1)
     """Passes over one chunk of rollouts."""
     clip_range: float = Field(default=0.2, gt=0, lt=1, json_schema_extra=advised(0.1, 0.3))
@@ -236,6 +238,14 @@ class PPOConfig(
                     f"{name} = {getattr(self, name)} counts replies, and is no multiple of "
                     f"env_config.replies_per_prompt = {self.replies_per_prompt}; make it one"
                 )
+        if self.sharding == "fsdp":
+            raise ValueError(
+                "sharding = 'fsdp' is not for PPO, whose log-probabilities, values and sampling "
+                "read weights outside of the modules that FSDP gathers them for; set it to ddp, "
+                "and to save memory lora, shared_base or gradient_checkpointing"
+            )
+        check_divides(self, "chunk_size", "total_episodes", by=self.replies_per_prompt)
+        check_divides(self, "mini_batch_size")
         if self.critic_warmup_updates >= self.updates:
             raise ValueError(
                 f"critic_warmup_updates = {self.critic_warmup_updates} leaves the policy none of "

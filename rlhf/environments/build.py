@@ -27,6 +27,7 @@ from rlhf.environments.stop import Ending
 from rlhf.errors import ConfigError
 from rlhf.modeling.reward import Scorer
 from rlhf.paths import at_home
+from rlhf.ranks import Ranks
 
 #: Components that need nothing but their own section.
 SIMPLE: Mapping[str, Callable[[Any], Values]] = {
@@ -46,6 +47,7 @@ def build_environment(
     *,
     device: torch.device | None = None,
     context: int = 1024,
+    ranks: Ranks | None = None,
 ) -> Environment:
     """The environment of a PPO run.
 
@@ -56,21 +58,26 @@ def build_environment(
         rows: The training prompts, whose reference answers are checked.
         device: Where a pair model runs; none is the CPU.
         context: Tokens that a pair model may read.
+        ranks: The processes that train together: models score each its share of the replies, what
+            has effects outside is called by one of them.
 
     Raises:
         ConfigError: Something that it needs is missing or does not work: the reward model, a
             reference answer, custom code that may not run or fails on a dry batch, a token.
     """
-    return _Builder(config, scorer, renderer, rows, device or torch.device("cpu"), context).made()
+    builder = _Builder(
+        config, scorer, renderer, rows, device or torch.device("cpu"), context, ranks or Ranks()
+    )
+    return builder.made()
 
 
 class _Builder:
     def __init__(
         self, config: PPOConfig, scorer: Scorer | None, renderer: Renderer,
-        rows: Sequence[PromptRow], device: torch.device, context: int,
+        rows: Sequence[PromptRow], device: torch.device, context: int, ranks: Ranks,
     ) -> None:  # fmt: skip
         self.config, self.scorer, self.rows = config, scorer, rows
-        self.device, self.context = device, context
+        self.device, self.context, self.ranks = device, context, ranks
         self.ending = Ending(renderer, config.generation.stop_sequences)
         self.functions: list[CustomFunction] = []
 
@@ -79,7 +86,8 @@ class _Builder:
         if config.comparison:
             judge, pairs = None, None
             if config.comparison.judge == "pair_model":
-                pairs = self._pair_model(str(config.comparison.pair_model)).advantages
+                model = self._pair_model(str(config.comparison.pair_model))
+                pairs = self.ranks.shared(model.advantages)
             else:
                 judge = self._function(config.comparison.judge, config.comparison.custom, "judge")
             return PreferenceComparison(config.comparison, judge, pairs, **self._shared())
@@ -102,7 +110,8 @@ class _Builder:
     def _component(self, name: str, section: ComponentSection) -> Values:
         kind = str(getattr(section, "type", ""))
         if kind == "remote":
-            return RemoteReward(section, name)  # pyright: ignore[reportArgumentType]
+            remote = RemoteReward(section, name)  # pyright: ignore[reportArgumentType]
+            return self.ranks.led(remote)
         if kind in SIMPLE:
             return SIMPLE[kind](section)
         return self._function(kind, section, f"component {name!r}", f".components.{name}")
@@ -120,7 +129,7 @@ class _Builder:
             return self._custom(options, start)
         if self.scorer is None:
             raise ConfigError(f"ppo: {needing} needs a reward model, and there is none; give one")
-        return ModelReward(self.scorer).values
+        return self.ranks.shared(ModelReward(self.scorer).values)
 
     def _pair_model(self, folder: str) -> PairModel:
         try:
@@ -136,7 +145,9 @@ class _Builder:
         function = CustomFunction(options, field)
         function.dry_run(dry_batch(self.rows))
         self.functions.append(function)
-        return function
+        if not self.ranks.leads:
+            function.close()
+        return self.ranks.led(function)
 
 
 def dry_batch(rows: Sequence[PromptRow]) -> list[Reply]:

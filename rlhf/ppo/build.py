@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from rlhf.config import PPOConfig
 from rlhf.data.rendering import Renderer, load_renderer
@@ -23,6 +25,7 @@ from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.modeling.shared import AdapterCritic, HeadCritic, SharedScorer
 from rlhf.ppo.models import Models
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ranks import Ranks
 
 
 def build_trainer(
@@ -40,7 +43,10 @@ def build_trainer(
             fit the policy or, with `shared_base`, its weights.
     """
     torch.manual_seed(seed)
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    # Nobody waits for ever: a process that dies is noticed by its connections.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     renderer = load_renderer(sft)
     policy, reference = _policy(config, sft, device)
     context = context_of(policy)
@@ -52,9 +58,11 @@ def build_trainer(
         else:
             scorer = Scorer(folder, device, context)
         check_rendering(renderer, folder, scorer)
-    environment = build_environment(config, scorer, renderer, rows, device=device, context=context)
+    environment = build_environment(
+        config, scorer, renderer, rows, device=device, context=context, ranks=ranks,
+    )  # fmt: skip
     critic = _critic(config, sft, policy, renderer, scorer, reward_model)
-    models = Models(config, policy, reference, critic, accelerator)
+    models = Models(config, policy, reference, critic, accelerator, ranks)
     return PPOTrainer(config, models, environment, renderer, seed)
 
 

@@ -27,11 +27,13 @@ from rlhf.ppo.rollout import (
     Sampling,
     Stop,
     generate,
+    joined,
     log_probs_and_entropy,
     log_probs_entropy_values,
     reply_logits,
     reply_values,
 )
+from rlhf.ranks import Ranks
 
 LogProbs = Float[Tensor, "batch reply"]
 Values = Float[Tensor, "batch states"]
@@ -46,16 +48,19 @@ class Models:
 
     def __init__(
         self, config: PPOConfig, policy: Any, reference: Any, critic: Critic,
-        accelerator: Accelerator,
+        accelerator: Accelerator, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        self.ranks = ranks or Ranks()
         for model in (policy, critic):
             model.eval()  # no dropout: the old and the new policy must be the same function
         self.parameters = {
             "policy": _of_policy(policy),
             "critic": critic.trainable(),
         }
-        self.policy, self.critic = accelerator.prepare(policy, critic)
+        # As for evaluation, or they were wrapped for DDP: gradients are added up by `ranks`.
+        self.policy: Any = accelerator.prepare_model(policy, evaluation_mode=True)
+        self.critic: Any = accelerator.prepare_model(critic, evaluation_mode=True)
         self.reference = reference
         self.optimizers = self._optimizers()
 
@@ -101,7 +106,7 @@ class Models:
     ) -> Replies:
         """The policy's replies."""
         policy = self._sampler(self.accelerator.unwrap_model(self.policy))
-        return generate(policy, prompts, tokenizer, sampling, seed, stop)
+        return self._generate(policy, prompts, tokenizer, sampling, seed, stop)
 
     def sample_reference(
         self,
@@ -113,7 +118,18 @@ class Models:
     ) -> Replies:
         """The frozen reference's replies."""
         with self._as_reference() as reference:
-            return generate(self._sampler(reference), prompts, tokenizer, sampling, seed, stop)
+            model = self._sampler(reference)
+            return self._generate(model, prompts, tokenizer, sampling, seed, stop)
+
+    def _generate(
+        self, model: Any, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int,
+        stop: Stop | None,
+    ) -> Replies:  # fmt: skip
+        """All replies, of which each process draws its own."""
+        own = self.ranks.share(len(prompts))
+        replies = generate(model, prompts, tokenizer, sampling, seed, stop, own)
+        parts = [part.to(self.device) for part in self.ranks.gather(replies)]
+        return joined(parts, tokenizer.pad_token_id)
 
     def _sampler(self, model: Any) -> Any:
         """The model that replies are drawn from: in bf16 a copy, cast once instead of per token."""

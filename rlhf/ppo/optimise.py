@@ -80,14 +80,19 @@ def optimise(buffer: Buffer, models: Models, seed: int, learn_policy: bool = Tru
 
 
 class _Step:
-    """One optimiser step: its losses are means over all of its tokens, however they are cut."""
+    """One optimiser step: its losses are means over all of its tokens, however they are cut.
+
+    Each process does its rows. Gradients and numbers are added up before anything is decided, so
+    that all decide alike.
+    """
 
     def __init__(self, buffer: Buffer, batch: Tensor, models: Models) -> None:
         self.models, self.config = models, models.config
-        cuts = batch.split(self.config.micro_batch_size)
+        own = batch[models.ranks.share(len(batch))]
+        cuts = own.split(self.config.micro_batch_size)
         self.parts = [buffer.take(index).to(models.device) for index in cuts]
-        self.n_tokens = float(sum(int(p.replies.mask.sum()) for p in self.parts))
-        self.n_states = float(sum(int(p.states.sum()) for p in self.parts))
+        self.n_tokens = float(buffer.replies.mask[batch].sum())
+        self.n_states = float(buffer.states[batch].sum())
         self.numbers: Sums = defaultdict(float)
 
     def take(self, learn_policy: bool) -> bool:
@@ -96,9 +101,9 @@ class _Step:
         Policy and critic go one after the other, so that only one's gradients exist at a time.
         """
         if self.models.joint:
-            self._backward(self._joint if learn_policy else self._critic)
+            self._backward(self._joint if learn_policy else self._critic, "policy", "critic")
         elif learn_policy:
-            self._backward(self._policy)
+            self._backward(self._policy, "policy")
         limit = self.config.target_kl
         if limit is not None and self.numbers["approx_kl"] > limit:
             self.models.optimizers["policy"].zero_grad()
@@ -112,13 +117,25 @@ class _Step:
         if learn_policy:
             self._apply("policy", ("policy",))
         with self.models.critic.active():
-            self._backward(self._critic)
+            self._backward(self._critic, "critic")
             self._apply("critic", ("critic",))
         return True
 
-    def _backward(self, loss_of: Callable[[Buffer], Tensor]) -> None:
+    def _backward(self, loss_of: Callable[[Buffer], Tensor], *names: str) -> None:
+        before = dict(self.numbers)
         for part in self.parts:
             self.models.accelerator.backward(loss_of(part))
+        ranks = self.models.ranks
+        if ranks.count == 1:
+            return
+        gradients = [g for name in names for g in self._gradients(name)]
+        new = [name for name in self.numbers if name not in before]
+        numbers = torch.tensor([self.numbers[name] for name in new], dtype=torch.float64)
+        ranks.add_up(*gradients, numbers)
+        self.numbers.update(zip(new, numbers.tolist(), strict=True))
+
+    def _gradients(self, name: str) -> list[Tensor]:
+        return [p.grad for p in self.models.parameters[name].values() if p.grad is not None]
 
     def _joint(self, part: Buffer) -> Tensor:
         entropy_matters = self.config.entropy_coef > 0
@@ -157,10 +174,7 @@ class _Step:
         """Clip and step; what is not finite stops before it can reach the weights."""
         limit = self.config.max_grad_norm
         for name in names:
-            gradients = [
-                p.grad for p in self.models.parameters[name].values() if p.grad is not None
-            ]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = torch.nn.utils.get_total_norm(self._gradients(name))
             self.numbers[f"{name}_grad_norm"] = float(norm)
             if limit is not None and norm > limit:
                 parameters = self.models.parameters[name].values()

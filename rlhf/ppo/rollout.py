@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "Sampling",
     "Stop",
     "generate",
+    "joined",
     "log_probs_and_entropy",
     "log_probs_entropy_values",
     "pad_left",
@@ -99,16 +100,21 @@ def generate(
     sampling: Sampling,
     seed: int,
     stop: Stop | None = None,
+    own: slice = slice(None),
 ) -> Replies:
     """Continue each prompt until the end-of-reply token, `stop`, or `max_new_tokens`.
 
     The draw depends on `seed` and the weights alone; the global generator is neither read nor
     changed. A row for which `stop` is true has its last token kept and counts as finished.
+    Of all rows, those that are `own` are drawn, with the random numbers of their places.
     """
     device = next(policy.parameters()).device
+    sampler = Sampler(sampling, len(prompts), seed, device)
+    places = torch.arange(len(prompts), device=device)[own]
+    ids, attention = (t[own] for t in pad_left(prompts, tokenizer.pad_token_id))
+    prompts = prompts[own]
     batch, room = len(prompts), sampling.max_new_tokens
     end = tokenizer.eos_token_id
-    sampler = Sampler(sampling, batch, seed, device)
     replies = torch.full((batch, room), tokenizer.pad_token_id)
     lengths = torch.full((batch,), room)
     finished = torch.zeros(batch, dtype=torch.bool)
@@ -118,7 +124,7 @@ def generate(
         decoder = decoder_of(policy, prompts, room)
         logits = decoder.start()
         for step in range(room):
-            tokens = sampler(logits, live.to(device), step)
+            tokens = sampler(logits, places[live.to(device)], step)
             drawn = tokens.cpu()
             replies[live, step] = drawn
             ended = drawn == end
@@ -137,7 +143,6 @@ def generate(
             if step + 1 < room:
                 logits = decoder.step(tokens)
     width = int(lengths.max())
-    ids, attention = pad_left(prompts, tokenizer.pad_token_id)
     mask = torch.arange(width) < lengths[:, None]
     return Replies(
         torch.cat([ids, replies[:, :width]], 1).to(device),
@@ -145,6 +150,21 @@ def generate(
         mask.to(device),
         finished.to(device),
     )
+
+
+def joined(parts: Sequence[Replies], pad: int) -> Replies:
+    """One batch of replies whose prompts are padded alike."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.mask.shape[1] for part in parts)
+
+    def widened(name: str, value: int) -> Tensor:
+        return torch.cat(
+            [F.pad(getattr(p, name), (0, width - p.mask.shape[1]), value=value) for p in parts]
+        )
+
+    finished = torch.cat([part.finished for part in parts])
+    return Replies(widened("ids", pad), widened("attention", 0), widened("mask", 0), finished)
 
 
 def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:

@@ -11,14 +11,41 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.config.pipeline import StoreConfig
+from rlhf.config.section import Section
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreError
-from rlhf.store import Producer, Store
+from rlhf.store import Producer, Store, open_store
 
 KIND = "ppo_checkpoint"
 HISTORY = "ppo"
 KEEP = 2
 
 log = logging.getLogger(__name__)
+
+
+class CheckpointPlace(Section):
+    """A run's store of checkpoints, in a form in which a child process can be told of it."""
+
+    uri: str
+    """The pipeline's store."""
+    options: StoreConfig
+    """How to reach it."""
+    name: str
+    """Of the run's own store below it."""
+    work_dir: str
+    """Local folder of the cache."""
+    cache_bytes: int
+    """Most that the cache may take."""
+    producer: Producer
+    """What made the checkpoints."""
+
+    def open(self) -> StoredCheckpoints:
+        """The checkpoints there."""
+        store = open_store(
+            self.uri, options=self.options, cache_dir=Path(self.work_dir),
+            cache_bytes=self.cache_bytes,
+        )  # fmt: skip
+        return StoredCheckpoints(store.below(self.name), self.producer)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rlhf.config import PPOConfig, RuntimeConfig
+from rlhf.config.processes import WHERE
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import DataError, Interrupted
@@ -78,10 +79,12 @@ def train_policy(
         raise DataError("no prompts to train the policy on; check data.source")
     device = device_of(runtime or RuntimeConfig())
     trainer = build_trainer(config, sft, reward_model, seed, device, rows)
+    leads = trainer.models.ranks.leads
     who = _identity(config, seed, data, sft, reward_model, trainer.renderer, identity or {})
-    with sole_user(checkpoints) if checkpoints else nullcontext():
+    with sole_user(checkpoints) if checkpoints and leads else nullcontext():
         state = _updates(trainer, rows, checkpoints, uploads, who, progress)
-    _write(trainer, state, out_dir)
+    if leads:
+        _write(trainer, state, out_dir)
     last = state.curve[-1]
     return StageResult(
         {"updates": state.update, **{k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}}
@@ -93,9 +96,12 @@ def _updates(
     uploads: CheckpointUploads | None, who: Mapping[str, str], progress: Progress,
 ) -> TrainState:  # fmt: skip
     """All updates that are left to do."""
-    config = trainer.config
+    config, ranks = trainer.config, trainer.models.ranks
+    if not ranks.leads:
+        uploads = None
     if checkpoints and uploads:
         uploads.restore(checkpoints)
+    ranks.any(False)  # all wait for what is restored
     state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
     if state.update:
         log.info("PPO goes on after update %d of %d", state.update, config.updates)
@@ -110,16 +116,19 @@ def _updates(
             state.update += 1
             state.curve.append({"update": state.update, **updated.metrics})
             state.samples += updated.samples
-            if not terminated():  # who listens may be ending too, and must not keep us from saving
+            # Who listens may be ending too, and must not keep us from saving.
+            if ranks.leads and not terminated():
                 progress(state.update, config.updates, updated.metrics)
             due = state.update % config.checkpoint_every == 0
             failed = uploads is not None and uploads.failed
-            if checkpoints and (due or failed or terminated()):
-                state.trainer = trainer.state_dict()
-                saved = save_checkpoint(checkpoints, state, trainer.models, who)
-                if uploads:
-                    uploads.submit(saved, state.update, score_of(state.curve, config))
-                if terminated():
+            # What one process knows, all must: else some would wait for the others.
+            if checkpoints and ranks.any(due or failed or terminated()):
+                if ranks.leads:
+                    state.trainer = trainer.state_dict()
+                    saved = save_checkpoint(checkpoints, state, trainer.models, who)
+                    if uploads:
+                        uploads.submit(saved, state.update, score_of(state.curve, config))
+                if ranks.any(terminated()):
                     raise Interrupted(
                         f"SIGTERM after update {state.update} of {config.updates}: saved; run the "
                         "same again to go on from there"
@@ -181,8 +190,8 @@ def _identity(
     return {
         **{name: known.get(name) or _content(folder) for name, folder in folders.items()},
         "tokenizer": renderer.template_hash,
-        # Where and how often to checkpoint changes nothing that is learnt.
-        "config": _sha256(config.model_dump_json(exclude={"checkpoint_every"}).encode()),
+        # Where and how often to checkpoint changes nothing that is learnt, nor how many compute.
+        "config": _sha256(config.model_dump_json(exclude={"checkpoint_every", *WHERE}).encode()),
         "seed": str(seed),
     }
 

@@ -179,7 +179,9 @@ class PPOTrainer:
         )
         values = torch.zeros(rows, width + 1, device=self.parked)
         exact = 0.0
-        for index in torch.arange(rows).split(self.config.micro_batch_size):
+        ranks = self.models.ranks
+        own = torch.arange(rows)[ranks.share(rows)]
+        for index in own.split(self.config.micro_batch_size):
             part = replies.take(index).to(self.device)
             to = (index, slice(part.mask.shape[1]))
             log_probs[to], entropy[to] = (t.to(self.parked) for t in self.models.log_probs(part))
@@ -188,6 +190,10 @@ class PPOTrainer:
             values[states] = self.models.values(part).to(self.parked)
             if self.config.kl_audit:
                 exact += float(self.models.exact_kl(part).sum())
+        # All of it, as the other processes' rows are zero here.
+        ranks.add_up(log_probs, reference, entropy, values)
+        if self.config.kl_audit:
+            exact = sum(ranks.gather(exact))
         return log_probs, reference, entropy, values, exact
 
     def _scaled(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:

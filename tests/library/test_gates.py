@@ -146,7 +146,7 @@ def test_errors_survive_pickling(kind):
 
 
 def test_errors_are_the_standard_ones_too():
-    assert len(CLASSES) == 17
+    assert len(CLASSES) == 20
     assert all(issubclass(c, errors.RLHFError) for c in CLASSES)
     for ours, standard in [
         (errors.ConfigError, ValueError),
@@ -167,6 +167,7 @@ def test_errors_are_the_standard_ones_too():
         (errors.ConfigError("x"), False),
         (errors.DataError("x"), False),
         (errors.TrainingError("x"), False),
+        (errors.WorkerDied("x"), True),
         (GateRejected("x"), False),
         (ConnectionResetError(), True),
         (TimeoutError(), True),

@@ -1,0 +1,301 @@
+"""Stages in several processes: the same result as in one, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf import launch
+from rlhf.config import PPOConfig, RewardModelConfig, SFTConfig, StoreConfig
+from rlhf.custom_code import ALLOWED
+from rlhf.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    StoreError,
+    WorkerDied,
+    worth_retrying,
+)
+from rlhf.launch import folder as names
+from rlhf.launch.outcome import outcome
+from rlhf.ppo.checkpoint import checkpoints_in
+from rlhf.ppo.rollout import Sampling, generate, joined
+from rlhf.ppo.stored import CheckpointPlace
+from rlhf.ranks import Ranks
+from rlhf.stage import read_json, write_json
+from rlhf.store import open_store
+from tests.library import toys
+from tests.library.ppo_runs import EVERYTHING
+from tests.library.upload_runs import PRODUCER
+
+ROOT = Path(__file__).parents[2]
+CLOSE = 2e-4  # Adam divides by tiny second moments, so rounding shows
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing(tmp_path, monkeypatch):
+    """No launch's folder, and none of its processes, outlives the call."""
+    place = tmp_path / "t"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    yield
+    assert [*place.iterdir()] == []
+
+
+def running(place) -> dict[int, int]:
+    """The processes of the launch whose folder is in there."""
+    (folder,) = place.glob("rlhf-launch-*")
+    return names.pids(folder)
+
+
+def gone(pids, seconds=10.0) -> bool:
+    """Whether all have ended, or do so soon."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(runs(pid) for pid in pids):
+        time.sleep(0.05)
+    return not any(runs(pid) for pid in pids)
+
+
+def runs(pid) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def curves(*folders):
+    return [read_json(folder / "curve.json") for folder in folders]
+
+
+def assert_close(one, two):
+    assert toys.distance(one, two) < CLOSE
+    for a, b in zip(*curves(one, two), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_sft_in_two_processes(data, sft, tmp_path, sharding):
+    told = []
+    config = toys.changed(toys.SFT, processes=2, sharding=sharding)
+    result = launch.train_sft(
+        config, toys.BASE, data, tmp_path, runtime=toys.RUNTIME, progress=lambda *a: told.append(a)
+    )
+    assert_close(tmp_path, sft)
+    assert (tmp_path / "config.json").read_text() == (sft / "config.json").read_text()
+    assert [step for step, *_ in told] == list(range(1, 19))  # each once: 96 rows by 16, 3 epochs
+    assert result.metrics["demonstrations"] == 96
+
+
+def test_the_reward_model_in_two_processes(data, sft, reward_model, tmp_path):
+    config = toys.changed(toys.REWARD, processes=2)
+    launch.train_reward_model(config, data, sft, tmp_path, runtime=toys.RUNTIME)
+    assert_close(tmp_path, reward_model)
+
+
+def test_a_process_that_dies_fails_this_try_alone(
+    data, sft, approved, train, tmp_path, monkeypatch
+):
+    """Then the same call goes on, and ends where one process ends, whatever has a state."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "mine.py").write_text("def reward(batch): return [len(r['response']) for r in batch]")
+    monkeypatch.setenv(ALLOWED, str(code))
+    components = {
+        **EVERYTHING["env_config"]["components"],
+        "mine": {"type": "custom", "function": f"{code}/mine.py:reward", "weight": 0.01},
+    }
+    options = {
+        **EVERYTHING, "env_config": {"components": components},
+        "sampler": "multinomial", "processes": 2,
+    }  # fmt: skip
+    config = toys.changed(toys.PPO, **options)
+    out, checkpoints, pids, steps = tmp_path / "out", tmp_path / "c", [], []
+    out.mkdir()
+    place = CheckpointPlace(
+        uri=str(tmp_path / "store"), options=StoreConfig(), name="checkpoints/x",
+        work_dir=str(tmp_path / "work"), cache_bytes=10**9, producer=PRODUCER,
+    )  # fmt: skip
+
+    def progress(step, total, metrics):
+        steps.append(step)
+        if step == 2 and not pids:
+            pids.extend(running(tmp_path / "t").values())
+            os.kill(pids[1], signal.SIGKILL)
+
+    def run():
+        launch.train_policy(
+            config, data, sft, approved, out, checkpoints=checkpoints, place=place,
+            runtime=toys.RUNTIME, progress=progress,
+        )  # fmt: skip
+
+    with pytest.raises(WorkerDied, match=r"train-policy: process 2 of 2 was ended by SIGKILL"):
+        run()
+    assert gone(pids, 0)
+    assert checkpoints_in(checkpoints)
+    run()
+    assert steps[-1] == 4
+    assert steps.count(1) == 1  # it went on
+    assert open_store(place.uri, cache_dir=tmp_path).below(place.name).digests()
+    assert_close(out, train("alone", **{**options, "processes": None}))
+
+
+def test_sigterm_saves_and_another_number_of_processes_goes_on(
+    data, sft, approved, train, tmp_path
+):
+    out, checkpoints, heard, told = tmp_path / "out", tmp_path / "c", [], []
+    out.mkdir()
+    long = {"total_episodes": 16 * 60, "checkpoint_every": 100}
+    config = toys.changed(toys.PPO, processes=2, **long)
+
+    def progress(step, total, metrics):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: heard.append([p.name for p in checkpoints_in(checkpoints)])
+    )
+    try:
+        with pytest.raises(Interrupted, match=r"SIGTERM after update \d+ of 60: saved"):
+            launch.train_policy(
+                config, data, sft, approved, out, checkpoints=checkpoints,
+                runtime=toys.RUNTIME, progress=progress,
+            )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    ((saved,),) = heard
+    train("on", checkpoints=checkpoints, told=told.append, **long)
+    assert f"update-{told[0] - 1:06d}" == saved
+    assert told[-1] == 60
+
+
+PARENT = """
+import tempfile
+from pathlib import Path
+from rlhf import launch
+from tests.library import toys
+launch.train_sft(
+    toys.changed(toys.SFT, processes=2, epochs=1000), toys.BASE, Path({data!r}), Path({out!r}),
+    runtime=toys.RUNTIME, progress=lambda *_: Path({out!r}, "trains").touch(),
+)
+"""
+
+
+def test_killed_with_the_parent(data, tmp_path):
+    script = PARENT.format(data=str(data), out=str(tmp_path))
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "t")}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment) as parent:
+        while not (tmp_path / "trains").exists():
+            assert parent.poll() is None
+            time.sleep(0.1)
+        pids = [*running(tmp_path / "t").values()]
+        parent.kill()
+    assert len(pids) == 2
+    assert gone(pids)
+    end = time.monotonic() + 5
+    while [*(tmp_path / "t").iterdir()] and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+# --- what a launch came to ------------------------------------------------------------------------
+
+
+def ended(folder, rank, **words):
+    write_json(names.ended_file(folder, rank), {"time": rank, **words})
+
+
+BROKEN = {"kind": "DistBackendError", "message": "Connection closed by peer"}
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "text"),
+    [
+        # ours is the cause, whatever broke at the others
+        ([BROKEN, {"kind": "DataError", "message": "no rows"}], DataError, "^no rows$"),
+        ([{"kind": "Interrupted", "message": "saved"}] * 2, Interrupted, "^saved$"),
+        # one stopped, the other could not save
+        (
+            [{"kind": "Interrupted", "message": "x"}, {"kind": "StoreError", "message": "away"}],
+            StoreError, "^away$",
+        ),
+        # who says nothing is the cause of what the others say
+        ([BROKEN, None], WorkerDied, "process 2 of 2 was ended by SIGKILL"),
+        ([{"kind": "Interrupted", "message": "x"}, None], WorkerDied, "process 2 of 2"),
+        ([{"kind": "ValueError", "message": "bad"}, BROKEN], ValueError, "^bad$"),
+        ([{"kind": "Strange", "message": "bad"}, BROKEN], RuntimeError, "^Strange: bad$"),
+    ],
+)  # fmt: skip
+def test_the_cause_is_found(tmp_path, words, kind, text):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for rank, said in enumerate(words):
+        if said:
+            ended(folder, rank, **said)
+    (folder / names.FAILURES).write_text(json.dumps({"0": 1, "1": -9}))
+    with pytest.raises(kind, match=text) as caught:
+        outcome(folder, "stage", 2, 1)
+    assert type(caught.value) is kind
+
+
+def test_a_death_is_told_with_what_was_printed_last(tmp_path):
+    names.output_file(tmp_path, 0).write_text("\n".join(f"line {n}" for n in range(50)))
+    (tmp_path / names.FAILURES).write_text(json.dumps({"0": 3, "1": -15}))
+    with pytest.raises(WorkerDied, match=r"(?s)process 1 of 2 ended with status 3.*line 49$") as e:
+        outcome(tmp_path, "stage", 2, 1)
+    assert "line 41" not in str(e.value)
+    assert worth_retrying(e.value)
+    (tmp_path / names.FAILURES).unlink()
+    with pytest.raises(WorkerDied, match="the launcher of its processes was ended by SIGKILL"):
+        outcome(tmp_path, "stage", 2, -9)
+
+
+# --- shares ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["inverse_cdf", "multinomial"])
+def test_shares_of_a_chunk_are_the_chunk(policy, renderer, sampler):
+    prompts = [renderer.encode_prompt(p, 40) for p in ("tea?", "cup or jar?", "pot", "a mug?", "b")]
+    sampling = Sampling(8, sampler=sampler)
+    whole = generate(policy, prompts, renderer.tokenizer, sampling, 3)
+    shares = [Ranks(rank, 3).share(5) for rank in range(3)]
+    parts = [generate(policy, prompts, renderer.tokenizer, sampling, 3, own=own) for own in shares]
+    both = joined(parts, renderer.tokenizer.pad_token_id)
+    for name in ("ids", "attention", "mask", "finished"):
+        assert torch.equal(getattr(both, name), getattr(whole, name)), name
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "text"),
+    [
+        (SFTConfig, {"batch_size": 16, "processes": 3}, r"batch_size = 16 can't be shared evenly"),
+        (
+            SFTConfig, {"batch_size": 16, "processes": 4, "micro_batch_size": 8},
+            None,
+        ),
+        (
+            SFTConfig, {"batch_size": 24, "processes": 2, "micro_batch_size": 8},
+            r"micro_batch_size = 8 must divide 12",
+        ),
+        (SFTConfig, {"sharding": "fsdp"}, r"set processes too"),
+        (
+            RewardModelConfig, {"sharding": "fsdp", "processes": 2, "lm_loss_coef": 0.1},
+            r"lm_loss_coef = 0.1.*set sharding to ddp",
+        ),
+        (PPOConfig, {"sharding": "fsdp", "processes": 2}, r"sharding = 'fsdp' is not for PPO"),
+        (PPOConfig, {"mini_batch_size": 5, "processes": 2}, r"mini_batch_size = 5 can't be shared"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_shared_is_refused(section, values, text):
+    if text is None:
+        section(**values)
+        return
+    with pytest.raises((ConfigError, ValueError), match=text):
+        section(**values)
