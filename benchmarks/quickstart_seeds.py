@@ -25,7 +25,7 @@ def measure(seed: int, overrides: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
             f"--seed={seed}", f"--store={folder}/store", f"--runtime.work_dir={folder}/work",
-            f"--runtime.report_dir={folder}/reports", *overrides,
+            f"--runtime.report_dir={folder}/reports", "--tracking.trackers=[]", *overrides,
         ]  # fmt: skip
         started = time.monotonic()
         subprocess.run(

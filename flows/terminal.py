@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from rlhf.config import Loaded
+from rlhf.config import Loaded, on_this_machine
+from rlhf.paths import at_home
 from rlhf.registry import Promotion
 from rlhf.stage import read_json
 from rlhf.store import Ancestor, Artifact
@@ -34,6 +35,10 @@ def show_run(console: Console, run: PipelineRun) -> None:
         samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
         console.print(_samples(samples))
     console.print(Text(f"{run.outcome}: {run.reason}", STYLES.get(run.outcome, "green")))
+    tracking = on_this_machine(run.config).tracking
+    logs = at_home(tracking.log_dir)
+    if "tensorboard" in tracking.trackers and logs.is_dir():
+        console.print(Text(f"metrics: tensorboard --logdir {logs}"), soft_wrap=True)
     console.print(Text(f"report: {run.report}"), soft_wrap=True)
 
 

@@ -9,7 +9,10 @@ class Progress(Protocol):
     """Receives a stage's progress; called often, so listeners throttle themselves."""
 
     def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Tell that `step` of `total` is done, with the current metrics (reward, kl, loss …)."""
+        """Tell that `step` of `total` is done, with its metrics (reward, kl, loss …), if any.
+
+        What is known only later is told with the same step again.
+        """
 
 
 def silent(step: int, total: int, metrics: Mapping[str, float]) -> None:

@@ -120,13 +120,11 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell the progress of a finished optimiser step."""
-        last = self.curve[-1] if self.curve else {}
-        shown = {k: last[k] for k in ("loss", "accuracy", "mean_token_accuracy") if k in last}
         if state.is_world_process_zero:
-            self.progress(state.global_step, state.max_steps, shown)
+            self.progress(state.global_step, state.max_steps, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Keep a row of the curve."""
+        """Keep a row of the curve, and tell it with the step it is of, which has ended before."""
         # The summary at the end holds durations, which would make equal runs differ.
         if logs and "loss" in logs:
             numbers = {k: v for k, v in logs.items() if isinstance(v, float)}
@@ -136,6 +134,8 @@ class ProgressCallback(TrainerCallback):
                     "stage's learning_rate or max_grad_norm"
                 )
             self.curve.append({**numbers, "step": float(state.global_step)})
+            if state.is_world_process_zero:
+                self.progress(state.global_step, state.max_steps, numbers)
 
 
 @contextmanager

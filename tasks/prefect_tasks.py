@@ -17,6 +17,7 @@ from rlhf.errors import worth_retrying
 from rlhf.gates import require
 from rlhf.stage import read_json
 from rlhf.store import ArtifactRef
+from tasks.metrics import StageMetrics
 from tasks.progress import StageProgress, harmless
 from tasks.remote import run_remotely
 from tasks.runner import Outcome, run_stage, store_of
@@ -47,8 +48,11 @@ def _task(name: str) -> Task[[PipelineConfig, Refs], Any]:
     def stage_task(config: PipelineConfig, inputs: Refs) -> State[Outcome]:
         place = config.place_of(name)
         if place == INLINE:
-            with StageProgress(name) as progress:
+            metrics = StageMetrics(name, config, inputs)
+            with StageProgress(name, metrics) as progress:
                 outcome = run_stage(STAGES[name], config, inputs, progress)
+                if not outcome.cached:
+                    metrics.summarise(outcome.metrics)
             with harmless("results"):
                 _show_result(outcome, config)
         else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 
-from rlhf.config import PipelineConfig, on_this_machine
+from rlhf.config import PipelineConfig, TrackingConfig, on_this_machine
 from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError, StoreError
 from rlhf.modeling.foreign import CONFIG, ForeignModel
@@ -27,6 +28,7 @@ def preflight(config: PipelineConfig) -> None:
     config = on_this_machine(config)
     for field in ("work_dir", "report_dir"):
         _check_writable(f"runtime.{field}", getattr(config.runtime, field))
+    _check_trackers(config.tracking)
     store = store_of(config)
     store.check()
     _sweep(store)
@@ -59,6 +61,20 @@ def _check_model(foreign: ForeignModel, store: Store) -> None:
     if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
         raise foreign.error(f"this artifact is a {ref.kind}, no model; give that of a model")
     foreign.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
+
+
+def _check_trackers(tracking: TrackingConfig) -> None:
+    """A tracker's package has its name; those that are not the default are extras of ours."""
+    for name in tracking.trackers:
+        package = importlib.util.find_spec(name)
+        # wandb leaves a folder of its name, which would be found as a package without a file.
+        if package is None or package.origin is None:
+            raise ConfigError(
+                f"tracking.trackers = {name!r}: that package is not installed; run "
+                f"`pip install {name}`, or choose others (tracking.trackers = [] for none)"
+            )
+    if {"tensorboard", "wandb"} & set(tracking.trackers):
+        _check_writable("tracking.log_dir", tracking.log_dir)
 
 
 def _check_writable(field: str, place: str) -> None:

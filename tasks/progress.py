@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from tasks.metrics import StageMetrics
 
 #: Metrics worth a place in one line, in this order.
 SHOWN = ("loss", "accuracy", "reward", "kl", "entropy", "tokens", "pairs")
@@ -104,10 +107,12 @@ def harmless(what: str) -> Iterator[None]:
 
 
 class StageProgress:
-    """Progress of one task run: terminal, Prefect progress artifact, run log."""
+    """Progress of one task run: terminal, Prefect progress artifact, run log, trackers."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, metrics: StageMetrics | None = None) -> None:
         self.stage = stage
+        self._metrics = metrics
+        self._shown: dict[str, float] = {}
         self._artifact: Any = None
         self._ui_time = self._log_time = 0.0
 
@@ -116,7 +121,11 @@ class StageProgress:
 
     def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Show `step` of `total` wherever somebody may look."""
-        text = "  ".join(f"{k} {metrics[k]:.3g}" for k in SHOWN if k in metrics)
+        if self._metrics:
+            self._metrics.log(step, metrics)
+        # Trainers tell their metrics every few steps; those of the last time stay in sight.
+        self._shown |= metrics
+        text = "  ".join(f"{k} {self._shown[k]:.3g}" for k in SHOWN if k in self._shown)
         if _display:
             _display.update(self.stage, step, total, text)
         now = time.monotonic()
@@ -144,3 +153,5 @@ class StageProgress:
     ) -> None:
         if _display:
             _display.close()
+        if self._metrics:
+            self._metrics.close()

@@ -43,6 +43,7 @@ from rlhf.config.pipeline import (
 )
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.retraining import RetrainingConfig
+from rlhf.config.tracking import TrackingConfig
 
 __all__ = [
     "ArchitectureConfig",
@@ -78,6 +79,7 @@ __all__ = [
     "SFTConfig",
     "StoreConfig",
     "TextGenerationConfig",
+    "TrackingConfig",
     "WorldConfig",
     "advice",
     "load_config",

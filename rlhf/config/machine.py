@@ -3,41 +3,53 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf.config.pipeline import PipelineConfig, RuntimeConfig
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.section import Section
 from rlhf.errors import ConfigError
 
-FIELDS = ("work_dir", "report_dir", "cache_gb", "device", "threads")
+#: Fields that a machine knows better, by section.
+FIELDS = {
+    "runtime": ("work_dir", "report_dir", "cache_gb", "device", "threads"),
+    "tracking": ("log_dir",),
+}
 
 
 def on_this_machine(config: PipelineConfig) -> PipelineConfig:
-    """The configuration with `runtime` as this machine's environment has it.
+    """The configuration with `runtime` and `tracking` as this machine's environment has them.
 
-    `RLHF_WORK_DIR`, `RLHF_REPORT_DIR`, `RLHF_CACHE_GB`, `RLHF_DEVICE` and `RLHF_THREADS` win over
-    what the run says: one run crosses machines whose disks and devices differ.
+    `RLHF_WORK_DIR`, `RLHF_REPORT_DIR`, `RLHF_CACHE_GB`, `RLHF_DEVICE`, `RLHF_THREADS` and
+    `RLHF_LOG_DIR` win over what the run says: one run crosses machines whose disks and devices
+    differ.
 
     Raises:
         ConfigError: A variable holds what its field can't.
     """
+    sections = {name: _section(getattr(config, name), fields) for name, fields in FIELDS.items()}
+    return config.model_copy(update=sections)
+
+
+def _section(section: Section, fields: Iterable[str]) -> Section:
+    """A section with what the environment holds of these fields."""
     given: dict[str, Any] = {
-        name: value for name in FIELDS if (value := os.environ.get(variable(name)))
+        name: value for name in fields if (value := os.environ.get(variable(name)))
     }
     if not given:
-        return config
+        return section
     try:
-        runtime = RuntimeConfig.model_validate({**config.runtime.model_dump(), **given})
+        return type(section).model_validate({**section.model_dump(), **given})
     except ValidationError as error:
         wrong = error.errors()[0]
         name = str(wrong["loc"][0])
         raise ConfigError(
             f"{variable(name)} = {given[name]!r}: {wrong['msg']}; mend this machine's environment"
         ) from None
-    return config.model_copy(update={"runtime": runtime})
 
 
 def variable(field: str) -> str:
-    """The environment variable of a field of `runtime`."""
+    """The environment variable of a field of `runtime` or `tracking`."""
     return f"RLHF_{field.upper()}"

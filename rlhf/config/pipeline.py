@@ -20,6 +20,7 @@ from rlhf.config.placement import INLINE, Placement, StageName
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.retraining import RetrainingConfig
 from rlhf.config.section import OrText, Section
+from rlhf.config.tracking import TrackingConfig
 
 
 def _uri(value: str) -> SplitResult:
@@ -144,6 +145,8 @@ class PipelineConfig(Section):
     """Retries of each stage."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Folders, device, threads."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Experiment trackers."""
 
     def place_of(self, stage: str) -> str:
         """The deployment that runs a stage, or `inline`."""

@@ -44,6 +44,7 @@ def tiny_tree(folder) -> dict:
         "evaluation": {"judge": "world", "samples": 2},
         "retries": {"attempts": 2, "delay_seconds": 0.0},
         "runtime": {"work_dir": str(folder / "work"), "report_dir": str(folder / "reports")},
+        "tracking": {"log_dir": str(folder / "logs")},
     }  # fmt: skip
 
 

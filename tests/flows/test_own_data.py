@@ -56,6 +56,7 @@ def config(source, tmp_path):
             f"--data.source={source}", f"--store={tmp_path / 'store'}",
             f"--runtime.work_dir={tmp_path / 'work'}",
             f"--runtime.report_dir={tmp_path / 'reports'}",
+            f"--tracking.log_dir={tmp_path / 'logs'}",
             "--base.architecture.hidden_size=16", "--base.architecture.layers=1",
             "--base.architecture.heads=2", "--base.architecture.vocab_size=400",
             "--ppo.total_episodes=16", "--ppo.chunk_size=8", "--ppo.mini_batch_size=8",

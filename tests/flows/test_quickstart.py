@@ -30,6 +30,7 @@ def config(environment, tmp_path_factory):
         "--store=s3://quickstart/rlhf",
         f"--runtime.work_dir={folder / 'work'}",
         f"--runtime.report_dir={folder / 'reports'}",
+        f"--tracking.log_dir={folder / 'logs'}",
     ]
     return load_config("configs/quickstart.yaml", overrides).config
 

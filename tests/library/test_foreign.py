@@ -175,7 +175,7 @@ def test_s3_refusals(upload, client, reward_model, sft, s3_server, monkeypatch, 
 def test_stages_start_from_s3(upload, reward_model, sft, data, tmp_path):
     """All three places of the configuration, through the stages themselves."""
     runtime = {"work_dir": str(tmp_path / "work"), "threads": 1}
-    tree = {"store": str(tmp_path / "store"), "runtime": runtime}
+    tree = {"store": str(tmp_path / "store"), "runtime": runtime, "tracking": {"trackers": []}}
     ready = PipelineConfig.model_validate({**tree, "rl_reward_model_path": upload(reward_model)})
     preflight(ready)
     nowhere = {**tree, "runtime": {**runtime, "report_dir": "~no.such.user/x"}}

@@ -16,7 +16,8 @@ from tests.servers import client_of
 
 
 def config(store: str, work: str) -> PipelineConfig:
-    return PipelineConfig.model_validate({"store": store, "runtime": {"work_dir": work}})
+    here = {"runtime": {"work_dir": work}, "tracking": {"trackers": []}}
+    return PipelineConfig.model_validate({"store": store, **here})
 
 
 def test_unfinished_uploads_go_when_they_are_old(tmp_path, caplog):

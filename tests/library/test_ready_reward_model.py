@@ -159,7 +159,8 @@ def test_refused_for_its_tokenizer(adopt, copy_of, reward_model):
 def config(tmp_path):
     def make(place: object, **changes: Any) -> PipelineConfig:
         runtime = {"work_dir": str(tmp_path / "work"), "report_dir": str(tmp_path / "reports")}
-        tree = {"store": str(tmp_path / "store"), "runtime": {**runtime, "threads": 1}}
+        here = {"runtime": {**runtime, "threads": 1}, "tracking": {"trackers": []}}
+        tree = {"store": str(tmp_path / "store"), **here}
         return PipelineConfig.model_validate(
             {**tree, "ppo": {"reward_model_path": str(place)}, **changes}
         )

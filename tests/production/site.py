@@ -122,6 +122,7 @@ class Site:
             "PREFECT_HOME": str(machine / "home" / ".prefect"),
             "RLHF_WORK_DIR": str(machine / "home" / "work"),
             "RLHF_REPORT_DIR": str(machine / "home" / "reports"),
+            "RLHF_LOG_DIR": str(machine / "home" / "logs"),
             **extra,
         }
         command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--name", pool]
