@@ -52,7 +52,6 @@ class Trial:
     """One run under blows."""
 
     site: Site
-    endpoint: str
     network: subprocess.Popen[str]
     run: str
     chance: random.Random
@@ -75,7 +74,7 @@ class Trial:
             "kill -9 worker": lambda: kill_worker(self.site, pool),
             "machine lost": lambda: lose_machine(self.site, pool),
             "kill -9 Prefect server": lambda: kill_server(self.site),
-            "kill -9 S3 server": lambda: kill_store(self.endpoint),
+            "kill -9 S3 server": lambda: kill_store(self.site),
             "network cut": self._cut,
         }
 
@@ -136,8 +135,10 @@ def found_in(made: Site, store: str, cache: Path) -> dict[str, Any]:
     made.run("rlhf", "artifacts", "verify", "--deep", "--store", store)
     champions = place.history("champion/quickstart")
     return {
-        "policy": champions[-1]["policy"], "promotions": len(champions), "recorded": recorded,
-    }  # fmt: skip
+        "policy": champions[-1]["policy"] if champions else None,
+        "promotions": len(champions),
+        "recorded": recorded,
+    }
 
 
 def main() -> None:
@@ -159,9 +160,10 @@ def main() -> None:
         assert network.stdout is not None
         line = network.stdout.readline().strip()
         with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as made:
+            made.store_endpoint = s3.endpoint
             made.run("make", "deploy")
             for pool in ("cpu", "reward", "gpu"):
-                made.worker(pool)
+                made.worker(pool, RLHF_THREADS="2", OMP_NUM_THREADS="2")
             begun = time.monotonic()
             plain = made.submit(
                 "rlhf-pipeline/rlhf-pipeline", preset=preset,
@@ -173,7 +175,7 @@ def main() -> None:
             begun = time.monotonic()
             tree = overrides("s3://crashes/struck", given.size, placement=PLACEMENT)
             run = made.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
-            trial = Trial(made, s3.endpoint, network, run, random.Random(given.seed))
+            trial = Trial(made, network, run, random.Random(given.seed))
             state = trial.go(given.kills)
             struck_seconds = time.monotonic() - begun
             children = made.children(run)

@@ -12,7 +12,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows.leaving import before_prefect
@@ -22,10 +22,9 @@ from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
 from rlhf.report import StageRow
 from rlhf.store import ArtifactRef
 from tasks.approval import is_waiting, wait_for_approval
+from tasks.first import check_first
 from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
-from tasks.preflight import preflight
-from tasks.remote import check_placement
 from tasks.runner import Outcome
 from tasks.stages import STAGES
 
@@ -80,8 +79,7 @@ def pipeline(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> Stat
         overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
     """
     loaded = resolve(preset, overrides)
-    preflight(loaded.config)
-    check_placement(loaded.config)
+    check_first(loaded.config)
     state, _ = run_pipeline(loaded)
     return state
 
@@ -103,7 +101,9 @@ def run_pipeline(loaded: Loaded) -> tuple[State[PipelineRun], PipelineRun]:
     if run.outcome == AWAITING:
         return Completed(name=AWAITING, message=run.reason, data=run), run
     state = run.outcome if run.outcome in (REJECTED, REFUSED) else None
-    return Failed(name=state, message=run.reason, data=run), run
+    # A worker's process ends with the error; who called this flow gets all that happened.
+    data = run.error if deployment.id else run
+    return Failed(name=state, message=run.reason, data=data), run
 
 
 def run_stages(run: PipelineRun) -> None:

@@ -9,10 +9,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.pipeline import PROMOTED, REFUSED, REJECTED, run_name, run_pipeline
+from tasks.first import check_first
 from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
-from tasks.preflight import preflight
-from tasks.remote import check_placement
 from tasks.retraining import Situation, new_pairs, remember, situation, warm_started
 from tasks.runner import Outcome, store_of
 
@@ -29,8 +28,7 @@ def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> St
     """
     loaded = resolve(preset, overrides)
     config = loaded.config
-    preflight(config)
-    check_placement(config)
+    check_first(config)
     store = store_of(config)
     found = situation(config, store)
     if found.same_data and not found.overdue:

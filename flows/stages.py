@@ -9,9 +9,9 @@ from prefect.states import Completed, Failed
 from flows.leaving import before_prefect
 from rlhf.config import advice
 from rlhf.errors import GateRejected
+from tasks.first import check_first
 from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
-from tasks.preflight import preflight
 from tasks.runner import Outcome, find_inputs, store_of
 from tasks.stages import STAGES
 
@@ -33,7 +33,7 @@ def _flow(name: str) -> Flow[..., State[Outcome]]:
             inputs: Digests of artifacts by role, for example `{"sft": "3f2a91c04d"}`.
         """
         config = resolve(preset, overrides).config.model_copy(update={"placement": {}})
-        preflight(config)
+        check_first(config)
         for line in advice(config):
             get_run_logger().warning(line)
         store = store_of(config)

@@ -62,7 +62,7 @@ def lose_machine(site: Site, pool: str) -> None:
     """Kill a worker and all that runs on its machine at once, and bring an empty machine."""
     site.workers[pool].lose()
     subprocess.run(["rm", "-rf", str(site.machine(pool))], check=True)
-    site.worker(pool)
+    site.worker(pool, **site.extras[pool])
 
 
 def kill_server(site: Site) -> None:
@@ -73,8 +73,9 @@ def kill_server(site: Site) -> None:
     site.wait_for_server()
 
 
-def kill_store(endpoint: str) -> None:
-    """Kill the S3 server that listens there, and start it again with the same data."""
+def kill_store(site: Site) -> None:
+    """Kill the S3 server, and start it again with the same data."""
+    endpoint = site.store_endpoint
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             command = path.read_bytes().rstrip(b"\0").decode().split("\0")
@@ -82,7 +83,8 @@ def kill_store(endpoint: str) -> None:
                 continue
             os.kill(int(path.parent.name), signal.SIGKILL)
             time.sleep(AWAY)
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            quiet = subprocess.DEVNULL
+            site.started.append(subprocess.Popen(command, stdout=quiet, stderr=quiet))
             return
     raise AssertionError(f"no S3 server at {endpoint}")
 

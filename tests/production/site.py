@@ -107,12 +107,19 @@ class Site:
     environment: dict[str, str]
     server: Process
     workers: dict[str, Process] = field(default_factory=dict)
+    extras: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What a worker's environment was given beside the rest."""
+    store_endpoint: str = ""
+    """Where the S3 server itself listens, whatever lies before it."""
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """What was started in the place of something that was killed."""
     said: str = ""
     """What `make deploy` printed."""
 
     def worker(self, pool: str, **extra: str) -> Process:
         """Start a worker of this pool, on a machine of its own."""
         machine = self.machine(pool)
+        self.extras[pool] = extra
         for name in ("home", "tmp"):
             (machine / name).mkdir(parents=True, exist_ok=True)
         environment = {
@@ -203,6 +210,9 @@ class Site:
         """Stop everything."""
         for process in (*self.workers.values(), self.server):
             process.end()
+        for started in self.started:
+            started.kill()
+            started.wait()
 
 
 @contextlib.contextmanager
@@ -231,7 +241,7 @@ def site(folder: Path, store: Mapping[str, str]) -> Iterator[Site]:
             "PREFECT_API_DATABASE_CONNECTION_URL": database,
         }
         server = Process("server", command, own, folder)
-        made = Site(folder, environment, server)
+        made = Site(folder, environment, server, store_endpoint=store["AWS_ENDPOINT_URL"])
         server.start()
         try:
             made.wait_for_server()

@@ -9,7 +9,7 @@ from flows.pipeline import pipeline
 from rlhf.store import open_store
 from tasks.stages import STAGES
 from tests.flows.conftest import tiny_tree
-from tests.production.blows import kill_server, processes_of, signal_run
+from tests.production.blows import kill_server, kill_store, processes_of, signal_run
 
 pytestmark = [pytest.mark.prefect, pytest.mark.s3]
 PLACEMENT = {"train-sft": "gpu", "train-reward-model": "reward", "train-policy": "gpu"}
@@ -44,7 +44,7 @@ def policy_child(place, run, number, seconds=60):
 
 @pytest.fixture(scope="module")
 def struck(workers, tmp_path_factory):
-    """A run whose trainer is killed, whose server is killed, whose trainer is told to go, and
+    """A run whose trainer is killed, whose servers are killed, whose trainer is told to go, and
     which itself is killed and tried again."""
     tree = tiny_tree(tmp_path_factory.mktemp("struck"))
     del tree["runtime"]
@@ -55,6 +55,9 @@ def struck(workers, tmp_path_factory):
     first = policy_child(workers, run, 1)
     time.sleep(4)
     assert signal_run(first["id"], signal.SIGKILL)
+    while len(workers.children(run)) < 4:
+        time.sleep(0.2)
+    kill_store(workers)  # just when the second looks for it, before it does anything
     second = policy_child(workers, run, 2)
     kill_server(workers)
     time.sleep(2)
