@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
-from flows import approving, artifacts, registry
+from flows import approving, artifacts, registry, runs
 from flows.leaving import leave_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
@@ -37,7 +37,10 @@ app = App(
 config_app = App(name="config", help="Look at configurations.")
 app.command(config_app)
 app.command(artifacts.app)
-for command in (approving.approve, registry.promote, registry.rollback, registry.champion):
+for command in (
+    runs.runs, runs.status,
+    approving.approve, registry.promote, registry.rollback, registry.champion,
+):  # fmt: skip
     app.command(command)
 console = Console()
 
