@@ -71,13 +71,14 @@ def _suspended(run: str) -> FlowRun:
         FlowRunFilterState,
         FlowRunFilterStateName,
     )
+    from prefect.settings import PREFECT_API_URL
 
+    if not PREFECT_API_URL.value():
+        raise ConfigError(
+            f"{run}: needs the Prefect server that the run is on; set PREFECT_API_URL, or give "
+            "the policy's digest with --store"
+        )
     with get_client(sync_client=True) as client:
-        if client.server_type == "ephemeral":
-            raise ConfigError(
-                f"{run}: needs the Prefect server that the run is on; set PREFECT_API_URL, or give "
-                "the policy's digest with --store"
-            )
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
         found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
     meant = [each for each in found if each.name == run or str(each.id).startswith(run)]

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
-from prefect.settings import PREFECT_UI_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, StageFailed, StageLost
@@ -76,14 +76,14 @@ def check_placement(config: PipelineConfig) -> None:
     places = {stage: place for stage, place in config.placement.items() if "/" in place}
     if not places:
         return
+    if not PREFECT_API_URL.value():
+        raise ConfigError(
+            f"placement.{next(iter(places))}: needs a Prefect server; start one and set "
+            "PREFECT_API_URL, or leave the placement out"
+        )
     with get_client(sync_client=True) as client:
         for stage, place in places.items():
             field = f"placement.{stage} = {place!r}"
-            if client.server_type == "ephemeral":
-                raise ConfigError(
-                    f"{field}: needs a Prefect server; start one and set PREFECT_API_URL, or leave "
-                    "the placement out"
-                )
             try:
                 patiently(lambda place=place: client.read_deployment_by_name(place))
             except ObjectNotFound:
