@@ -299,3 +299,13 @@ def test_what_can_not_be_shared_is_refused(section, values, text):
         return
     with pytest.raises((ConfigError, ValueError), match=text):
         section(**values)
+
+
+def test_where_it_runs_is_no_part_of_what_is_learnt():
+    here = PipelineConfig()
+    there = PipelineConfig(
+        sft={"processes": 2, "sharding": "fsdp"}, reward_model={"processes": 2},
+        ppo={"processes": 2},
+    )  # fmt: skip
+    for stage in STAGES.values():
+        assert stage.depends_on(there) == stage.depends_on(here), stage.name
