@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rlhf import launch
-from rlhf.config import PPOConfig, RewardModelConfig, SFTConfig, StoreConfig
+from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig, StoreConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import (
     ConfigError,
@@ -34,6 +34,7 @@ from rlhf.ppo.stored import CheckpointPlace
 from rlhf.ranks import Ranks
 from rlhf.stage import read_json, write_json
 from rlhf.store import open_store
+from tasks.stages import STAGES
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING
 from tests.library.upload_runs import PRODUCER
