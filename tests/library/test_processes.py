@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,24 +15,21 @@ import pytest
 import torch
 
 from rlhf import launch
-from rlhf.config import PPOConfig, RewardModelConfig, SFTConfig, StoreConfig
+from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig, StoreConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import (
     ConfigError,
-    DataError,
     Interrupted,
-    StoreError,
     WorkerDied,
-    worth_retrying,
 )
 from rlhf.launch import folder as names
-from rlhf.launch.outcome import outcome
 from rlhf.ppo.checkpoint import checkpoints_in
 from rlhf.ppo.rollout import Sampling, generate, joined
 from rlhf.ppo.stored import CheckpointPlace
 from rlhf.ranks import Ranks
-from rlhf.stage import read_json, write_json
+from rlhf.stage import read_json
 from rlhf.store import open_store
+from tasks.stages import STAGES
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING
 from tests.library.upload_runs import PRODUCER
@@ -205,58 +201,6 @@ def test_killed_with_the_parent(data, tmp_path):
         time.sleep(0.05)
 
 
-# --- what a launch came to ------------------------------------------------------------------------
-
-
-def ended(folder, rank, **words):
-    write_json(names.ended_file(folder, rank), {"time": rank, **words})
-
-
-BROKEN = {"kind": "DistBackendError", "message": "Connection closed by peer"}
-
-
-@pytest.mark.parametrize(
-    ("words", "kind", "text"),
-    [
-        # ours is the cause, whatever broke at the others
-        ([BROKEN, {"kind": "DataError", "message": "no rows"}], DataError, "^no rows$"),
-        ([{"kind": "Interrupted", "message": "saved"}] * 2, Interrupted, "^saved$"),
-        # one stopped, the other could not save
-        (
-            [{"kind": "Interrupted", "message": "x"}, {"kind": "StoreError", "message": "away"}],
-            StoreError, "^away$",
-        ),
-        # who says nothing is the cause of what the others say
-        ([BROKEN, None], WorkerDied, "process 2 of 2 was ended by SIGKILL"),
-        ([{"kind": "Interrupted", "message": "x"}, None], WorkerDied, "process 2 of 2"),
-        ([{"kind": "ValueError", "message": "bad"}, BROKEN], ValueError, "^bad$"),
-        ([{"kind": "Strange", "message": "bad"}, BROKEN], RuntimeError, "^Strange: bad$"),
-    ],
-)  # fmt: skip
-def test_the_cause_is_found(tmp_path, words, kind, text):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for rank, said in enumerate(words):
-        if said:
-            ended(folder, rank, **said)
-    (folder / names.FAILURES).write_text(json.dumps({"0": 1, "1": -9}))
-    with pytest.raises(kind, match=text) as caught:
-        outcome(folder, "stage", 2, 1)
-    assert type(caught.value) is kind
-
-
-def test_a_death_is_told_with_what_was_printed_last(tmp_path):
-    names.output_file(tmp_path, 0).write_text("\n".join(f"line {n}" for n in range(50)))
-    (tmp_path / names.FAILURES).write_text(json.dumps({"0": 3, "1": -15}))
-    with pytest.raises(WorkerDied, match=r"(?s)process 1 of 2 ended with status 3.*line 49$") as e:
-        outcome(tmp_path, "stage", 2, 1)
-    assert "line 41" not in str(e.value)
-    assert worth_retrying(e.value)
-    (tmp_path / names.FAILURES).unlink()
-    with pytest.raises(WorkerDied, match="the launcher of its processes was ended by SIGKILL"):
-        outcome(tmp_path, "stage", 2, -9)
-
-
 # --- shares ---------------------------------------------------------------------------------------
 
 
@@ -299,3 +243,13 @@ def test_what_can_not_be_shared_is_refused(section, values, text):
         return
     with pytest.raises((ConfigError, ValueError), match=text):
         section(**values)
+
+
+def test_where_it_runs_is_no_part_of_what_is_learnt():
+    here = PipelineConfig()
+    there = PipelineConfig(
+        sft={"processes": 2, "sharding": "fsdp"}, reward_model={"processes": 2},
+        ppo={"processes": 2},
+    )  # fmt: skip
+    for stage in STAGES.values():
+        assert stage.depends_on(there) == stage.depends_on(here), stage.name
