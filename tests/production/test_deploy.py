@@ -52,7 +52,7 @@ def test_the_scheduler_has_planned_the_retraining(place):
 def test_data_that_have_landed_start_a_retraining(place):
     made = deployments(place)["retraining/retraining"]["id"]
     place.run("prefect", "event", "emit", "rlhf.data.landed", "--resource-id", "rlhf.data.chats")
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 90
     while True:
         runs = place.api("flow_runs/filter", sort="START_TIME_ASC", limit=200)
         found = [

@@ -29,7 +29,7 @@ def s3(place, monkeypatch):
     return store
 
 
-def policy_child(place, run, number, seconds=60):
+def policy_child(place, run, number, seconds=150):
     """The run of train-policy that was made as that one, when it is at work."""
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
@@ -64,11 +64,11 @@ def struck(workers, tmp_path_factory):
     assert signal_run(second["id"], signal.SIGTERM)
     third = policy_child(workers, run, 3)
     assert signal_run(run, signal.SIGKILL)
-    workers.wait(run, 60, "Crashed")
+    workers.wait(run, 150, "Crashed")
     assert processes_of(third["id"])
     time.sleep(4)  # Prefect reports a crash twice, and the second would undo the retry
     workers.run("prefect", "flow-run", "retry", run)
-    return tree, workers.wait(run, 200), workers.children(run)
+    return tree, workers.wait(run, 300), workers.children(run)
 
 
 def test_ends_as_if_nothing_had_happened(struck, s3, tmp_path):
@@ -128,13 +128,13 @@ def test_cancelling_the_parent_stops_the_child_and_another_parent_takes_it_for_a
     while f"found {child['name']}" not in workers.logs(other) and time.monotonic() < give_up:
         time.sleep(0.5)
     workers.cancel(run)
-    workers.wait(run, 60, "Cancelled")
-    workers.wait(child["id"], 90, "Cancelled")
+    workers.wait(run, 150, "Cancelled")
+    workers.wait(child["id"], 180, "Cancelled")
     give_up = time.monotonic() + 30
     while processes_of(child["id"]) and time.monotonic() < give_up:
         time.sleep(0.5)
     assert not processes_of(child["id"])
-    assert workers.wait(other, 60)["state"]["name"] == "Failed"
+    assert workers.wait(other, 150)["state"]["name"] == "Failed"
     assert workers.children(other) == []
 
 
@@ -143,7 +143,7 @@ def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_pat
     ppo = {**tree["ppo"], "kl_coef": 0.3, "total_episodes": 32}
     manual = {**tree, "ppo": ppo, "promotion": {"name": "struck", "approval": "manual"}}
     run = workers.submit("rlhf-pipeline", overrides=manual)
-    waiting = workers.wait(run, 90, "Suspended")
+    waiting = workers.wait(run, 180, "Suspended")
     give_up = time.monotonic() + 20
     while processes_of(run) and time.monotonic() < give_up:
         time.sleep(0.5)
@@ -156,7 +156,7 @@ def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_pat
     before = store.latest("champion/struck")
     said = workers.run("rlhf", "approve", waiting["name"], "--by", "ann", "--why", "reads well")
     assert "approved" in said
-    assert workers.wait(run, 90)["state"]["name"] == "Completed"
+    assert workers.wait(run, 180)["state"]["name"] == "Completed"
     after = store.latest("champion/struck")
     assert after["policy"] != before["policy"]
     assert (after["by"], after["why"], after["run"]) == ("ann", "reads well", waiting["name"])
@@ -166,9 +166,9 @@ def test_a_refused_policy_is_not_promoted(struck, workers, s3, tmp_path):
     tree, *_ = struck
     ppo = {**tree["ppo"], "kl_coef": 0.4, "total_episodes": 32}
     run = workers.submit("rlhf-pipeline", overrides={**tree, "ppo": ppo, "promotion": "manual"})
-    workers.wait(run, 90, "Suspended")
+    workers.wait(run, 180, "Suspended")
     workers.run("rlhf", "approve", run[:8], "--refuse", "--by", "bob", "--why", "too curt")
-    ended = workers.wait(run, 90)["state"]
+    ended = workers.wait(run, 180)["state"]
     assert ended["name"] == "Refused"
     assert "bob" in ended["message"]
     assert s3("struck", tmp_path / "cache").latest("champion/default") is None
@@ -179,21 +179,21 @@ def test_retraining_looks_first(struck, workers, s3, tmp_path):
     short = {**tree, "ppo": {**tree["ppo"], "total_episodes": 32}}
     again = workers.submit("retraining/retraining", preset="none", overrides=short)
     nothing = workers.submit("retraining/retraining", preset="none", overrides=short)
-    workers.wait(nothing, 60, "AwaitingConcurrencySlot")
-    first = workers.wait(again, 120)
+    workers.wait(nothing, 150, "AwaitingConcurrencySlot")
+    first = workers.wait(again, 240)
     assert first["state"]["name"] == "Completed", first["state"]
     store = s3("struck", tmp_path / "cache")
     champion = store.latest("champion/struck")
     sft = store.manifest(champion["policy"]).parents["sft"]
     assert "base" in store.manifest(sft).parents
-    ended = workers.wait(nothing, 120)
+    ended = workers.wait(nothing, 240)
     assert (ended["state"]["name"], ended["state"]["type"]) == ("NoNewData", "COMPLETED")
     assert first["name"] in ended["state"]["message"]
-    assert ended["total_run_time"] < 20
+    assert "train-sft" not in workers.logs(nothing)
     more = {**short, "data": {"world": {**tree["data"]["world"], "pairs": 70}},
             "retraining": {"min_new_pairs": 1000}}  # fmt: skip
     few = workers.wait(
-        workers.submit("retraining/retraining", preset="none", overrides=more), 60
+        workers.submit("retraining/retraining", preset="none", overrides=more), 150
     )  # fmt: skip
     assert few["state"]["name"] == "NoNewData"
     assert "min_new_pairs = 1000" in few["state"]["message"]
