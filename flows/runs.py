@@ -24,6 +24,7 @@ from flows.showing import (
     seconds_of,
     state_text,
 )
+from rlhf.config.placement import STAGE_NAMES
 from rlhf.errors import ArtifactMissing, ConfigError
 
 if TYPE_CHECKING:
@@ -111,15 +112,20 @@ def _server(asked: str) -> Iterator[SyncPrefectClient]:
     with get_client(sync_client=True) as client:
         try:
             yield client
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
+            # The address may hold a password.
+            where = client.api_url.copy_with(userinfo=b"")
+            said = getattr(getattr(error, "response", None), "reason_phrase", None) or error
             raise ConfigError(
-                f"{asked}: Prefect's server does not answer at {client.api_url} ({error}); start "
-                "it, or set PREFECT_API_URL"
+                f"{asked}: Prefect's server does not answer at {where} ({said}); start it, or set "
+                "PREFECT_API_URL"
             ) from error
 
 
-def _runs(client: SyncPrefectClient, *, future: bool = False, **asked: Any) -> list[FlowRun]:
-    """Runs of the pipeline that are due, or those that a schedule has made for the future."""
+def _runs(
+    client: SyncPrefectClient, *, future: bool = False, flows: Sequence[str] = FLOWS, **asked: Any
+) -> list[FlowRun]:
+    """Runs of these flows that are due, or those that a schedule has made for the future."""
     from prefect.client.schemas.filters import (
         FlowFilter,
         FlowFilterName,
@@ -130,7 +136,7 @@ def _runs(client: SyncPrefectClient, *, future: bool = False, **asked: Any) -> l
     now: Any = datetime.now(UTC)
     due = FlowRunFilterExpectedStartTime(**{"after_" if future else "before_": now})
     return client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=FLOWS)),
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[*flows])),
         flow_run_filter=FlowRunFilter(expected_start_time=due),
         **asked,
     )
@@ -152,7 +158,8 @@ def _meant(client: SyncPrefectClient, text: str) -> FlowRun:
         pass
     known: list[FlowRun] = []
     while page := _runs(
-        client, sort=FlowRunSort.START_TIME_DESC, limit=PAGE, offset=len(known)
+        client, flows=[*FLOWS, *STAGE_NAMES], sort=FlowRunSort.START_TIME_DESC, limit=PAGE,
+        offset=len(known),
     ):  # fmt: skip
         known += page
     called = [run for run in known if run.name == text]

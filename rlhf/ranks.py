@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.errors import RLHFError
+from rlhf.errors import RLHFError, TrainingError
 
 T = TypeVar("T")
 #: Bytes that are sent at a time: what is summed is copied for it.
@@ -52,6 +52,19 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether it is true of any process."""
         return any(self.gather(flag)) if self.count > 1 else flag
+
+    def must_agree(self, what: str, value: float) -> None:
+        """See that all have the same.
+
+        Raises:
+            TrainingError: They do not, so that what follows would be nobody's result.
+        """
+        found = self.gather(value)
+        if any(other != found[0] for other in found):
+            raise TrainingError(
+                f"the processes differ in {what} ({found}); the last checkpoint is intact, and "
+                "processes = none trains without this risk"
+            )
 
     def add_up(self, *tensors: Tensor) -> None:
         """Put into each tensor the sum of its values in all processes."""

@@ -177,6 +177,11 @@ def _leave() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    # All is written and said. Taking the libraries down in order would take seconds.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

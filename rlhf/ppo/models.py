@@ -96,6 +96,11 @@ class Models:
             group["lr"] = rate
         return rates
 
+    def checksum(self) -> float:
+        """The sum of all weights that learn: equal weights, equal sums, to the last bit."""
+        learning = [p for name in self.parameters for p in self.parameters[name].values()]
+        return float(sum(p.detach().double().sum() for p in learning))
+
     def sample(
         self,
         prompts: list[list[int]],

@@ -123,6 +123,8 @@ def _updates(
             failed = uploads is not None and uploads.failed
             # What one process knows, all must: else some would wait for the others.
             if checkpoints and ranks.any(due or failed or terminated()):
+                if ranks.count > 1:
+                    ranks.must_agree("the policy's weights", trainer.models.checksum())
                 if ranks.leads:
                     state.trainer = trainer.state_dict()
                     saved = save_checkpoint(checkpoints, state, trainer.models, who)
