@@ -176,8 +176,8 @@ def test_image_templates_and_compose_agree():
     entrypoint = ROOT / "deployments" / "entrypoint.sh"
     assert f'ENTRYPOINT ["/opt/rlhf/{entrypoint.relative_to(ROOT)}"]' in dockerfile
     assert entrypoint.stat().st_mode & 0o111 == 0o111
-    for field in ("work_dir", "report_dir"):
-        assert field in FIELDS
+    for field in ("work_dir", "report_dir", "log_dir"):
+        assert any(field in fields for fields in FIELDS.values())
         assert f"{variable(field)}=/scratch/" in dockerfile
     for name in TEMPLATES[:2]:
         pod = template(name)["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]

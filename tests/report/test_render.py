@@ -182,7 +182,8 @@ def test_links_lead_somewhere_and_ids_are_unique():
 
 
 def test_picture_and_table_name_every_state():
-    found = [t for t in Tree(PAGES["rejected"]).texts if t in dict(view.STATES.values()).values()]
+    labels = {label for _, label in view.STATES.values()}
+    found = [t for t in Tree(PAGES["rejected"]).texts if t in labels]
     # Each in the picture and in the table: 2 from cache, 2 completed, 1 rejected, 4 not run;
     # "Rejected" once more as the gate's verdict.
     assert Counter(found) == {"From cache": 4, "Completed": 4, "Rejected": 3, "Not run": 8}
