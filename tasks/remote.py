@@ -22,7 +22,7 @@ from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, StageFailed, StageLost
 from rlhf.store import ArtifactRef
 from tasks.prefect_api import patiently
-from tasks.runner import Outcome, done_before, store_of, work_key
+from tasks.runner import Outcome, done_before, store_of, work_of
 from tasks.stages import Stage
 
 #: Seconds between two looks at the child; the second is for those that take long.
@@ -50,15 +50,15 @@ def run_remotely(
     """
     begun = time.monotonic()
     store = store_of(config)
-    done = done_before(stage, config, inputs, store)
+    refs, key = work_of(stage, config, inputs, store)
+    done = done_before(stage, config, refs, key, store)
     if done is not None:
         return done
-    key = f"{stage.name}-{work_key(stage, config, inputs, store)}"
     with get_client(sync_client=True) as client:
-        child = _child(client, key, deployment, config, inputs)
+        child = _child(client, f"{stage.name}-{key}", deployment, config, inputs)
         ended = _wait(client, child, deployment)
         _must_have_ended_well(client, ended, deployment)
-    done = done_before(stage, config, inputs, store)
+    done = done_before(stage, config, refs, key, store)
     if done is None:
         raise StageFailed(
             f"{stage.name}: {ended.name} on {deployment} completed, but its artifact is not in "

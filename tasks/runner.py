@@ -82,14 +82,13 @@ def run_stage(
     started = time.monotonic()
     config = on_this_machine(config)
     store = store_of(config)
-    refs = _with_base(stage, config, inputs, store)
+    refs, key = work_of(stage, config, inputs, store)
     depends_on = _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
-    key = fingerprint(stage, config, refs)
     work = at_home(config.runtime.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     checkpoints = work / "checkpoints" / f"{stage.name}-{key[:16]}"
     with _alone(work / f"{stage.name}-{key[:16]}.lock", stage):
-        done = done_before(stage, config, inputs, store)
+        done = done_before(stage, config, refs, key, store)
         if done is not None:
             discard_checkpoints(store, checkpoints)  # of a try that did not get so far
             return done
@@ -118,24 +117,24 @@ def run_stage(
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
 
 
-def done_before(
+def work_of(
     stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], store: Store
-) -> Outcome | None:
-    """What this very work made before, on whatever machine; None if it is still to do."""
-    started = time.monotonic()
+) -> tuple[dict[str, ArtifactRef], str]:
+    """All that a stage's work starts from, and its fingerprint; asks the data source once."""
     refs = _with_base(stage, config, inputs, store)
-    recorded = recorded_ref(store, stage, fingerprint(stage, config, refs))
+    return refs, fingerprint(stage, config, refs)
+
+
+def done_before(
+    stage: Stage, config: PipelineConfig, refs: Mapping[str, ArtifactRef], key: str, store: Store
+) -> Outcome | None:
+    """What the work of this key made before, on whatever machine; None if it is still to do."""
+    started = time.monotonic()
+    recorded = recorded_ref(store, stage, key)
     if recorded is None or not stage.holds(config, refs, store):
         return None
     metrics = store.manifest(recorded).metrics
     return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
-
-
-def work_key(
-    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], store: Store
-) -> str:
-    """The fingerprint of a stage's work on these inputs."""
-    return fingerprint(stage, config, _with_base(stage, config, inputs, store))
 
 
 @contextmanager
@@ -221,7 +220,7 @@ def _made_by(
         role: given.get(role) or _made_by(STAGES[maker], config, store, given, wanted)
         for role, maker in stage.needs(config).items()
     }
-    key = fingerprint(stage, config, _with_base(stage, config, inputs, store))
+    _, key = work_of(stage, config, inputs, store)
     ref = recorded_ref(store, stage, key)
     if ref is None:
         raise ArtifactMissing(

@@ -8,7 +8,6 @@ where Ceph is not installed; all data live in a temporary folder and go with it.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import UnavailableError, for_tests, serve
+from tests.servers import apt_install, for_tests, serve
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 DAEMONS = ("ceph-mon", "ceph-osd", "radosgw", "monmaptool", "radosgw-admin", "ceph", "openssl")
@@ -107,14 +106,7 @@ def install() -> None:
     """Install what is missing, or raise `UnavailableError` with the reason."""
     if all(shutil.which(name) for name in DAEMONS):
         return
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise UnavailableError(f"Ceph is missing; as root: apt-get install {' '.join(PACKAGES)}")
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    get = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES, "openssl"]
-    for command in (["apt-get", "update", "-qq"], get):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
+    apt_install("Ceph", *PACKAGES, "openssl")
 
 
 def free_ports(count: int) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -31,6 +33,18 @@ class _Server(Protocol):
 
 
 S = TypeVar("S", bound=_Server)
+
+
+def apt_install(what: str, *packages: str) -> None:
+    """Install Debian packages, or raise `UnavailableError` with the reason."""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise UnavailableError(f"{what} is missing; as root: apt-get install {' '.join(packages)}")
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    get = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
+    for command in (["apt-get", "update", "-qq"], get):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
 
 
 def for_tests(start: Callable[[], AbstractContextManager[S]]) -> Iterator[S]:

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.ceph import free_ports
-from tests.servers import UnavailableError
+from tests.servers import UnavailableError, apt_install
 
 PACKAGE = "postgresql"
 START = 30.0
@@ -23,14 +23,7 @@ def binaries() -> Path:
     """The folder of Postgres' own programs; installs them, or raises `UnavailableError`."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     if not found:
-        if os.geteuid() != 0 or not shutil.which("apt-get"):
-            raise UnavailableError(f"Postgres is missing; as root: apt-get install {PACKAGE}")
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        get = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", PACKAGE]
-        for command in (["apt-get", "update", "-qq"], get):
-            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise UnavailableError(f"{' '.join(command)} failed: {done.stderr[-300:]}")
+        apt_install("Postgres", PACKAGE)
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     return found[-1].parent
 
@@ -76,9 +69,9 @@ def _works(command: list[str], folder: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False, cwd=folder).returncode == 0
 
 
-def _until(done: object, what: str) -> None:
+def _until(done: Callable[[], bool], what: str) -> None:
     give_up = time.monotonic() + START
-    while not done():  # type: ignore[operator]
+    while not done():
         if time.monotonic() > give_up:
             raise UnavailableError(f"{what} does not answer")
         time.sleep(0.1)
