@@ -159,7 +159,8 @@ class OptimizerSection(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients of policy and critic are clipped to this norm, each by itself; none: never."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the forward passes in bfloat16; weights and optimiser stay in float32."""
+    """bf16 runs the forward passes of all models in bfloat16; weights that are trained, and the
+    optimiser, stay in float32, frozen linear layers are stored in bfloat16."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time, same numbers."""
     optimize_device_cache: bool = True
@@ -196,6 +197,9 @@ class PPOConfig(
     """Sequences per optimiser step; the last one of an epoch may be smaller."""
     micro_batch_size: int = Field(default=64, ge=1)
     """Sequences per forward pass (of each process); changes memory, not results."""
+    rollout_batch_size: int | None = Field(default=None, ge=1)
+    """Replies decoded at a time (by each process), whose keys and values are in memory together;
+    none decodes the whole chunk at once. Changes memory, not results: the draws are the same."""
     num_ppo_epochs: int = Field(default=4, ge=1)
     """Passes over one chunk of rollouts."""
     clip_range: float = Field(default=0.2, gt=0, lt=1, json_schema_extra=advised(0.1, 0.3))

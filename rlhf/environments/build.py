@@ -133,7 +133,7 @@ class _Builder:
 
     def _pair_model(self, folder: str) -> PairModel:
         try:
-            return PairModel(at_home(folder), self.device, self.context)
+            return PairModel(at_home(folder), self.device, self.context, self.config.precision)
         except (OSError, ValueError) as error:  # as transformers calls whatever is no model
             raise ConfigError(
                 f"ppo.env_config.pair_model = {folder!r}: can't be loaded "

@@ -11,6 +11,7 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Prompt
 from rlhf.environments.contract import Reply, Scored, single
 from rlhf.errors import ConfigError
+from rlhf.modeling.precision import Precision
 from rlhf.modeling.reward import Scorer, reward_meta
 
 
@@ -36,8 +37,10 @@ class PairModel:
     that token again. A positive logit says that the first is better.
     """
 
-    def __init__(self, folder: Path, device: torch.device, context: int) -> None:
-        self.scorer = Scorer(folder, device, context)
+    def __init__(
+        self, folder: Path, device: torch.device, context: int, precision: Precision = "fp32"
+    ) -> None:
+        self.scorer = Scorer(folder, device, context, precision=precision)
 
     def advantages(self, asked: Sequence[tuple[Prompt, str, str]]) -> list[float]:
         """How much better the first reply is than the second, in logits.

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlhf.modeling.precision import in_own_precision
+
 
 class Critic(nn.Module):
     """Value of every prefix; the head starts at zero, so that the first values are all 0.
@@ -47,7 +49,7 @@ class Critic(nn.Module):
             use_cache=False,
             **options,
         ).last_hidden_state
-        values = self.value_head(hidden).squeeze(-1)
+        values = in_own_precision(self.value_head, hidden).squeeze(-1)
         return values if values.dtype == torch.float64 else values.float()
 
 

@@ -6,6 +6,7 @@ attention that is not SDPA) is found out by comparing both ways once, and is giv
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.modeling.device import upload
 from rlhf.modeling.matmul import rounding
 from rlhf.modeling.packing import ATTENTION, Attending, Packed
 
@@ -27,23 +29,38 @@ _plain_heads: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 def arguments_of(
     ids: Int[Tensor, "batch time"], attention: Int[Tensor, "batch time"], packed: bool
 ) -> tuple[dict[str, Any], Int[Tensor, "batch time"]]:
-    """What to call a model with, and where each token's hidden state is in the flattened result.
+    """Arguments of a model call, and the index of each token's hidden state in its flat result.
 
-    The place of a padding token is that of some other token: read real tokens only.
+    The index of a padding token is that of some other token: read real tokens only.
+
+    Args:
+        ids: Tokens, on the model's device.
+        attention: 1 on real tokens, 0 on padding; on the CPU, so that the host need not wait.
+        packed: Lay the rows end to end without padding (only where `packs` says so).
+
+    Returns:
+        Keyword arguments on the device of `ids`, and the index on the CPU.
     """
+    device, attention = ids.device, attention.cpu()
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     if not packed:
-        place = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        return {"input_ids": ids, "attention_mask": attention, "position_ids": positions}, place
-    valid = attention.bool()
-    place = (attention.flatten().cumsum(0) - 1).clamp(min=0).view_as(ids)
-    flat, steps, lengths = ids[valid], positions[valid], attention.sum(1).tolist()
-    extra = rounding(len(flat), ids.device) if len(set(lengths)) > 1 else 0
+        index = torch.arange(ids.numel()).view(ids.shape)
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": upload(attention, device),
+            "position_ids": upload(positions, device),
+        }
+        return arguments, index
+    index = (attention.flatten().cumsum(0) - 1).clamp(min=0).view(ids.shape)
+    valid = attention.flatten().nonzero().squeeze(1)
+    flat, steps = ids.flatten()[upload(valid, device)], positions.flatten()[valid]
+    lengths = attention.sum(1).tolist()
+    extra = rounding(len(flat), device) if len(set(lengths)) > 1 else 0
     if extra:  # one more sequence, which nobody reads
         flat = F.pad(flat, (0, extra))
-        steps = torch.cat([steps, torch.arange(extra, device=ids.device)])
+        steps = torch.cat([steps, torch.arange(extra)])
         lengths.append(extra)
-    return packed_arguments(flat, steps, Packed.of(lengths, ids.device)), place
+    return packed_arguments(flat, upload(steps, device), Packed.of(lengths, device)), index
 
 
 def packed_arguments(
@@ -88,6 +105,21 @@ def packs(model: Any, longest: int) -> bool:
     return _packs[backbone]
 
 
+def copy_in(model: Any, dtype: torch.dtype) -> Any:
+    """A frozen copy of a model with its parameters in `dtype`; those that are so are shared.
+
+    Buffers keep their precision: rotary frequencies need all their digits. What was found out about
+    the model by calling it holds for the copy, which is not tried again.
+    """
+    packs(model, 1)  # switches our attention on, in the configuration that is copied
+    parameters = {
+        id(p): torch.nn.Parameter(p.data.to(dtype), requires_grad=False) for p in model.parameters()
+    }
+    twin = copy.deepcopy(model, parameters)
+    _packs[backbone_of(twin)] = _packs[backbone_of(model)]
+    return twin
+
+
 def _window(config: Any) -> float:
     """The shortest reach of a layer's attention, in tokens."""
     types = getattr(config, "layer_types", None)
@@ -107,14 +139,14 @@ def _switch_on(core: Any, backbone: Any) -> bool:
     highest = min(backbone.get_input_embeddings().num_embeddings, 97)
     width = int(min(8, _window(backbone.config)))
     ids = (torch.arange(2 * width, device=device).view(2, width) * 37 + 11) % highest
-    attention = torch.ones_like(ids)
+    attention = torch.ones(2, width, dtype=torch.long)
     attention[0, : width // 3] = 0
     valid = attention.bool()
 
     def run(packed: bool) -> Tensor:
-        arguments, place = arguments_of(ids, attention, packed)
+        arguments, index = arguments_of(ids, attention, packed)
         hidden = backbone(**arguments, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[place[valid]].float()
+        return hidden.flatten(0, 1)[index[valid].to(device)].float()
 
     with evaluating(backbone), torch.autocast(device.type, enabled=False):
         expected = run(packed=False)
@@ -194,8 +226,9 @@ def final_hidden(
 def captured_logits(
     model: Any, arguments: dict[str, Any], wanted: Int[Tensor, " wanted"]
 ) -> tuple[Float[Tensor, "places width"], Float[Tensor, "wanted vocabulary"]]:
-    """Last hidden states, flattened, and the model's own logits at some of these places."""
+    """Last hidden states, flattened, and the model's own logits at some of these rows."""
     packed = arguments["input_ids"].shape[0] == 1
+    wanted = upload(wanted, arguments["input_ids"].device)
     with _Capture(model) as capture:
         logits = model(**arguments, use_cache=False, logits_to_keep=wanted if packed else 0).logits
     flat = logits.flatten(0, 1)

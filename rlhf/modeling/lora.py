@@ -56,10 +56,19 @@ def named_targets(section: str, config: LoraConfig | None) -> Iterator[None]:
         ) from error
 
 
-def merged(model: Any) -> Any:
-    """The plain model as later stages expect it: its own adapter merged, others dropped."""
+def merged(model: Any, base: Any = None) -> Any:
+    """The plain model as later stages expect it: its own adapter merged, others dropped.
+
+    The adapter is merged into `base` where one is given, because the model's own base is stored
+    with fewer digits.
+    """
     if not isinstance(model, peft.PeftModel):
         return model
+    if base is not None:
+        adapter = parameters_of(model, POLICY)
+        model = peft.get_peft_model(base, model.peft_config[POLICY])
+        for name, parameter in parameters_of(model, POLICY).items():
+            parameter.data.copy_(adapter[name].data)
     merge: Any = model.merge_and_unload
     return merge(adapter_names=[POLICY])
 

@@ -19,7 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.base import _load, _unusable, context_of
+from rlhf.modeling.device import upload
 from rlhf.modeling.forward import arguments_of, backbone_of, packs, token_batches
+from rlhf.modeling.precision import Precision, autocast, in_own_precision, store_in_bfloat16
 from rlhf.modeling.shards import save_model
 from rlhf.stage import read_json, write_json
 
@@ -168,12 +170,15 @@ class Scorer:
 
     def __init__(
         self, folder: Path, device: torch.device, max_length: int, batch_tokens: int = 4096,
-        model: Any = None,
+        model: Any = None, precision: Precision = "fp32",
     ) -> None:  # fmt: skip
         self.renderer = load_renderer(folder)
         model = model or load_reward_model(folder, self.renderer)
-        self.model = model.to(device).eval()
-        self.model.requires_grad_(False)
+        self.precision: Precision = precision
+        self.model = model.eval().requires_grad_(False)
+        if precision == "bf16":
+            store_in_bfloat16(self.model)
+        self.model.to(device)
         # A reward model of others may have less room than the policy.
         self.max_length = min(max_length, context_of(self.model))
         self.batch_tokens, self.device = batch_tokens, device
@@ -200,18 +205,25 @@ class Scorer:
     @torch.no_grad()
     def score_ids(self, rows: list[list[int]]) -> Float[Tensor, " batch"]:
         """Score token sequences, in batches of similar length and at most `batch_tokens` tokens."""
+        if not rows:
+            return torch.empty(0)
+        batches = token_batches([len(row) for row in rows], self.batch_tokens)
+        pad = self.renderer.tokenizer.pad_token_id
+        parts = [self._score(*pad_right([rows[i] for i in batch], pad)) for batch in batches]
         scores = torch.empty(len(rows))
-        for chosen in token_batches([len(row) for row in rows], self.batch_tokens):
-            ids, mask = pad_right([rows[i] for i in chosen], self.renderer.tokenizer.pad_token_id)
-            scores[chosen] = self._score(ids.to(self.device), mask.to(self.device)).cpu()
+        scores[[i for batch in batches for i in batch]] = torch.cat(parts).cpu()
         return scores
 
     def _score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """As the model's own forward, without computing on padding where that is possible."""
-        arguments, place = arguments_of(ids, mask, packs(self.model, ids.shape[1]))
-        hidden = backbone_of(self.model)(**arguments, use_cache=False).last_hidden_state
-        token_scores = self.model.score(hidden).flatten()[place].float()
-        return pool(token_scores, counted_tokens(ids, mask, self.model.marker), self.model.pooling)
+        counted = upload(counted_tokens(ids, mask, self.model.marker), self.device)
+        ids = upload(ids, self.device)
+        arguments, index = arguments_of(ids, mask, packs(self.model, ids.shape[1]))
+        with autocast(self.device, self.precision):
+            hidden = backbone_of(self.model)(**arguments, use_cache=False).last_hidden_state
+        token_scores = in_own_precision(self.model.score, hidden).flatten()
+        token_scores = token_scores[upload(index, self.device)].float()
+        return pool(token_scores, counted, self.model.pooling)
 
 
 def pad_right(

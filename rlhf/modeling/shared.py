@@ -15,6 +15,7 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.base import weights_digest
 from rlhf.modeling.critic import Critic
 from rlhf.modeling.lora import CRITIC, FOLDER, REWARD, load_adapter, parameters_of, using
+from rlhf.modeling.precision import Precision
 from rlhf.modeling.reward import BASE, Scorer, reward_meta, set_pooling
 
 
@@ -101,11 +102,14 @@ class SharedScorer(Scorer):
     """A scorer whose reward model is an adapter on the policy's base."""
 
     def __init__(
-        self, policy: Any, sft: Path, folder: Path, device: torch.device, max_length: int
-    ) -> None:
+        self, policy: Any, sft: Path, folder: Path, device: torch.device, max_length: int,
+        precision: Precision = "fp32",
+    ) -> None:  # fmt: skip
         renderer = load_renderer(folder)
         model = AdapterReward(policy, sft, folder, renderer)
         super().__init__(folder, device, max_length, model=model)
+        # The base is the policy's, whose critic may get an adapter yet: it is stored lowered later.
+        self.precision = precision
 
     def _score(
         self, ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]

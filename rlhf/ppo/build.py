@@ -21,6 +21,7 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import context_of, load_policy
 from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config, named_targets
+from rlhf.modeling.precision import store_in_bfloat16
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.modeling.shared import AdapterCritic, HeadCritic, SharedScorer
 from rlhf.ppo.models import Models
@@ -48,29 +49,34 @@ def build_trainer(
     accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     renderer = load_renderer(sft)
-    policy, reference = _policy(config, sft, device)
+    policy, reference = _policy(config, sft)
     context = context_of(policy)
     scorer = None
     if reward_model is not None:
         folder = reward_model.subject
         if config.shared_base:
-            scorer = SharedScorer(policy, sft, folder, device, context)
+            scorer = SharedScorer(policy, sft, folder, device, context, config.precision)
         else:
-            scorer = Scorer(folder, device, context)
+            scorer = Scorer(folder, device, context, precision=config.precision)
         check_rendering(renderer, folder, scorer)
     environment = build_environment(
         config, scorer, renderer, rows, device=device, context=context, ranks=ranks,
     )  # fmt: skip
     critic = _critic(config, sft, policy, renderer, scorer, reward_model)
+    if config.precision == "bf16":  # after all adapters: peft gives a new one its base's precision
+        for model in filter(None, (policy, reference)):
+            store_in_bfloat16(model)
+    if reference is not None:
+        reference.to(device)
     models = Models(config, policy, reference, critic, accelerator, ranks)
     return PPOTrainer(config, models, environment, renderer, seed)
 
 
-def _policy(config: PPOConfig, sft: Path, device: torch.device) -> tuple[Any, Any]:
+def _policy(config: PPOConfig, sft: Path) -> tuple[Any, Any]:
     """The policy, and a reference unless the policy without its adapters is one."""
     policy = load_policy(sft)
     if not config.lora:
-        return policy, freeze(load_policy(sft)).to(device)
+        return policy, freeze(load_policy(sft))
     with named_targets("ppo", config.lora):
         adapted = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
     return adapted, None

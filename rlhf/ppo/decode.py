@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from rlhf.modeling.device import upload
 from rlhf.modeling.forward import core_of, packed_arguments, packs
 from rlhf.modeling.matmul import plain_float32
 from rlhf.modeling.packing import Packed
@@ -25,13 +26,20 @@ def decoder_of(policy: Any, prompts: list[list[int]], room: int) -> PackedDecode
 class _Buffers(Cache):
     """Keys and values in buffers of full size, each prompt ending in the same column."""
 
-    def __init__(self, lengths: list[int], columns: int) -> None:
+    def __init__(self, lengths: list[int], columns: int, device: torch.device) -> None:
         super().__init__(layers=[])
-        self.lengths, self.columns = lengths, columns
+        self.columns = columns
         self.width = max(lengths)
         self.rows = len(lengths)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        ends = torch.tensor(lengths).cumsum(0)[:, None]
+        column = torch.arange(self.width)
+        # Of each place of the padded prompts: its token in the packed row; padding has some other.
+        source = (ends - self.width + column).clamp(min=0)
+        padding = column < self.width - torch.tensor(lengths)[:, None]
+        self.source = upload(source.flatten(), device)
+        self.padding = upload(padding, device)[:, None, :, None] if padding.any() else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -48,12 +56,11 @@ class _Buffers(Cache):
     def _first(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         for store, states in ((self.keys, key_states), (self.values, value_states)):
             _, heads, _, dim = states.shape
-            # Padding columns are masked, but NaN in them would still spoil the product.
             buffer = states.new_zeros(self.rows, heads, self.columns, dim)
-            start = 0
-            for row, n in enumerate(self.lengths):
-                buffer[row, :, self.width - n : self.width] = states[0, :, start : start + n]
-                start += n
+            prompts = states[0].index_select(1, self.source).view(heads, self.rows, -1, dim)
+            buffer[:, :, : self.width] = prompts.transpose(0, 1)
+            if self.padding is not None:  # masked, but NaN there would still spoil the product
+                buffer[:, :, : self.width].masked_fill_(self.padding, 0)
             store.append(buffer)
         return key_states, value_states
 
@@ -61,10 +68,11 @@ class _Buffers(Cache):
         """Columns in use."""
         return self.width if self.keys else 0
 
-    def move(self, source: int, target: int) -> None:
-        """Overwrite one row by another."""
+    def move(self, sources: Int[Tensor, " moved"], targets: Int[Tensor, " moved"]) -> None:
+        """Overwrite rows by others; no row is both."""
         for buffer in (*self.keys, *self.values):
-            buffer[target, :, : self.width] = buffer[source, :, : self.width]
+            used = buffer[:, :, : self.width]
+            used.index_copy_(0, targets, used.index_select(0, sources))
 
 
 class _Step:
@@ -87,16 +95,16 @@ class _Step:
 class PackedDecoder:
     """For models that can be packed: prompts without padding, buffers filled in place.
 
-    `slots` lists the live rows in the order of the buffers. A row that ends is overwritten by the
-    last one, so that dropping it costs one row's copy.
+    A row that ends is overwritten by one of the last, so that dropping it costs one row's copy.
     """
 
     def __init__(self, policy: Any, prompts: list[list[int]], room: int) -> None:
         self.policy, self.prompts = policy, prompts
         self.device = next(policy.parameters()).device
         lengths = [len(p) for p in prompts]
-        self.cache = _Buffers(lengths, max(lengths) + room)
-        self.positions = torch.tensor(lengths, device=self.device)[:, None]
+        self.cache = _Buffers(lengths, max(lengths) + room, self.device)
+        self.lengths = lengths
+        self.positions = upload(torch.tensor(lengths)[:, None], self.device)
         self.mask = None
         if min(lengths) < max(lengths):
             padding = max(lengths) - self.positions
@@ -106,10 +114,10 @@ class PackedDecoder:
 
     def start(self) -> Float[Tensor, "rows vocabulary"]:
         """Read the prompts; the logits after each."""
-        lengths = self.cache.lengths
-        ids = torch.tensor([i for p in self.prompts for i in p], device=self.device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        lengths = self.lengths
+        ids = upload(torch.tensor([i for p in self.prompts for i in p]), self.device)
+        positions = upload(torch.cat([torch.arange(n) for n in lengths]), self.device)
+        last = upload(torch.tensor(lengths).cumsum(0) - 1, self.device)
         logits = self.policy(
             **packed_arguments(ids, positions, Packed.of(lengths, self.device)),
             past_key_values=self.cache,
@@ -142,17 +150,18 @@ class PackedDecoder:
 
     def drop(self, ended: list[bool]) -> list[int]:
         """Forget rows that ended; returns the old place of each row that stays, in new order."""
-        order = [i for i, end in enumerate(ended) if not end]
-        holes = [i for i in range(len(order)) if ended[i]]
-        for hole in holes:
-            source = order.pop()
-            order.insert(hole, source)
-            self.cache.move(source, hole)
-            self.positions[hole] = self.positions[source]
+        n = len(ended) - sum(ended)
+        holes = [i for i in range(n) if ended[i]]
+        last = [i for i in range(n, len(ended)) if not ended[i]]
+        if holes:
+            targets, sources = (upload(torch.tensor(i), self.device) for i in (holes, last))
+            self.cache.move(sources, targets)
+            self.positions[targets] = self.positions[sources]
             if self.mask is not None:
-                self.mask[hole] = self.mask[source]
-        self.cache.rows = len(order)
-        return order
+                self.mask[targets] = self.mask[sources]
+        self.cache.rows = n
+        filling = dict(zip(holes, last, strict=True))
+        return [filling.get(i, i) for i in range(n)]
 
 
 class PaddedDecoder:
@@ -181,7 +190,7 @@ class PaddedDecoder:
     def drop(self, ended: list[bool]) -> list[int]:
         """Forget rows that ended; returns the old place of each row that stays, in new order."""
         order = [i for i, end in enumerate(ended) if not end]
-        index = torch.tensor(order, dtype=torch.long, device=self.attention.device)
+        index = upload(torch.tensor(order, dtype=torch.long), self.attention.device)
         self.cache.batch_select_indices(index)
         self.attention = self.attention[index]
         return order

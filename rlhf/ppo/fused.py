@@ -16,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.modeling.matmul import rounding
 
-SLICE = 2**22
-"""Logits made at a time: 16 MiB in float32."""
-KEEP = 2**25
-"""Logits kept for the backward pass: 128 MiB in float32; beyond, they are made again."""
+SLICE, ACCELERATOR_SLICE = 2**22, 2**26
+"""Logits made at a time: 16 MiB in float32, near a CPU's cache; an accelerator wants few launches
+and has room for 256 MiB."""
+KEEP, ACCELERATOR_KEEP = 2**25, 2**27
+"""Logits kept for the backward pass: 128 MiB in float32, 512 on an accelerator; beyond, they are
+made again."""
 
 
 def token_log_probs(
@@ -29,8 +31,8 @@ def token_log_probs(
     temperature: float = 1.0,
     entropy: bool = True,
     *,
-    slice_size: int = SLICE,
-    keep: int = KEEP,
+    slice_size: int | None = None,
+    keep: int | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """log softmax(head(hidden) / temperature) at the targets, and the entropy in nats (or zeros).
 
@@ -39,6 +41,9 @@ def token_log_probs(
     """
     if temperature <= 0:
         temperature = 1.0
+    on_cpu = hidden.device.type == "cpu"
+    slice_size = slice_size or (SLICE if on_cpu else ACCELERATOR_SLICE)
+    keep = keep if keep is not None else (KEEP if on_cpu else ACCELERATOR_KEEP)
     vocabulary = head.weight.shape[0] if hasattr(head, "weight") else 2**16
     rows = max(1, slice_size // vocabulary)
     if type(head) is nn.Linear:

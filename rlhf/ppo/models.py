@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import PPOConfig
 from rlhf.modeling.critic import Critic
+from rlhf.modeling.forward import copy_in
 from rlhf.modeling.lora import CRITIC, using
+from rlhf.modeling.precision import autocast
 from rlhf.modeling.shared import AdapterCritic
 from rlhf.ppo.kl import exact_kl
 from rlhf.ppo.rollout import (
@@ -132,7 +133,10 @@ class Models:
     ) -> Replies:  # fmt: skip
         """All replies, of which each process draws its own."""
         own = self.ranks.share(len(prompts))
-        replies = generate(model, prompts, tokenizer, sampling, seed, stop, own)
+        replies = generate(
+            model, prompts, tokenizer, sampling, seed, stop, own,
+            batch_size=self.config.rollout_batch_size,
+        )  # fmt: skip
         parts = [part.to(self.device) for part in self.ranks.gather(replies)]
         return joined(parts, tokenizer.pad_token_id)
 
@@ -140,10 +144,7 @@ class Models:
         """The model that replies are drawn from: in bf16 a copy, cast once instead of per token."""
         if self.config.precision == "fp32":
             return model
-        model = copy.deepcopy(model)
-        for p in model.parameters():  # not the buffers: rotary frequencies need all their digits
-            p.data = p.data.to(torch.bfloat16)
-        return model
+        return copy_in(model, torch.bfloat16)
 
     def log_probs(self, replies: Replies, entropy: bool = True) -> tuple[LogProbs, LogProbs]:
         """The policy's log-probabilities of the reply tokens, and their entropies."""
@@ -218,9 +219,7 @@ class Models:
             yield policy
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.device, self.config.precision)
 
 
 def _of_policy(policy: Any) -> dict[str, torch.nn.Parameter]:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf.errors import TrainingError
+from rlhf.modeling.device import upload
 from rlhf.ppo.losses import entropy_bonus, policy_loss, value_loss
 from rlhf.ppo.models import Models
 from rlhf.ppo.rollout import Replies
@@ -37,13 +38,14 @@ class Buffer:
     def to(self, device: torch.device) -> Buffer:
         """The same buffer on another device."""
         tensors = (self.states, self.log_probs, self.advantages, self.values, self.returns)
-        return Buffer(self.replies.to(device), *(t.to(device) for t in tensors))
+        return Buffer(self.replies.to(device), *(upload(t, device) for t in tensors))
 
     def take(self, index: Tensor) -> Buffer:
         """Some rows, cut to the longest reply among them."""
         replies = self.replies.take(index)
         width = replies.mask.shape[1]
-        tokens, states = (index, slice(width)), (index, slice(width + 1))
+        there = upload(index, self.states.device)
+        tokens, states = (there, slice(width)), (there, slice(width + 1))
         return Buffer(
             replies, self.states[states], self.log_probs[tokens], self.advantages[tokens],
             self.values[states], self.returns[states],
@@ -67,9 +69,11 @@ def optimise(buffer: Buffer, models: Models, seed: int, learn_policy: bool = Tru
     ]
     taken = 0
     sums: Sums = defaultdict(float)
+    counts = buffer.replies.valid.sum(1), buffer.states.sum(1).cpu()
     with models.recomputing():
         for batch in batches:
-            step = _Step(buffer, batch, models)
+            n_tokens, n_states = (float(n[batch].sum()) for n in counts)
+            step = _Step(buffer, batch, models, n_tokens, n_states)
             if not step.take(learn_policy):
                 break
             taken += 1
@@ -83,17 +87,20 @@ class _Step:
     """One optimiser step: its losses are means over all of its tokens, however they are cut.
 
     Each process does its rows. Gradients and numbers are added up before anything is decided, so
-    that all decide alike.
+    that all decide alike. Numbers stay on the device, one for each micro-batch, until a decision
+    needs them: reading one makes the host wait for all that was launched.
     """
 
-    def __init__(self, buffer: Buffer, batch: Tensor, models: Models) -> None:
+    def __init__(
+        self, buffer: Buffer, batch: Tensor, models: Models, n_tokens: float, n_states: float
+    ) -> None:
         self.models, self.config = models, models.config
         own = batch[models.ranks.share(len(batch))]
         cuts = own.split(self.config.micro_batch_size)
         self.parts = [buffer.take(index).to(models.device) for index in cuts]
-        self.n_tokens = float(buffer.replies.mask[batch].sum())
-        self.n_states = float(buffer.states[batch].sum())
-        self.numbers: Sums = defaultdict(float)
+        self.n_tokens, self.n_states = n_tokens, n_states
+        self.numbers: Sums = {}
+        self._unread: list[tuple[str, Tensor]] = []
 
     def take(self, learn_policy: bool) -> bool:
         """Step, unless the policy is further from the sampling one than `target_kl`.
@@ -105,9 +112,11 @@ class _Step:
         elif learn_policy:
             self._backward(self._policy, "policy")
         limit = self.config.target_kl
-        if limit is not None and self.numbers["approx_kl"] > limit:
-            self.models.optimizers["policy"].zero_grad()
-            return False
+        if limit is not None and learn_policy:
+            self._read()
+            if self.numbers["approx_kl"] > limit:
+                self.models.optimizers["policy"].zero_grad()
+                return False
         if self.models.joint:
             if not learn_policy:  # AdamW leaves alone what has no gradient
                 for p in self.models.parameters["policy"].values():
@@ -122,17 +131,28 @@ class _Step:
         return True
 
     def _backward(self, loss_of: Callable[[Buffer], Tensor], *names: str) -> None:
-        before = dict(self.numbers)
         for part in self.parts:
             self.models.accelerator.backward(loss_of(part))
-        ranks = self.models.ranks
-        if ranks.count == 1:
-            return
-        gradients = [g for name in names for g in self._gradients(name)]
-        new = [name for name in self.numbers if name not in before]
-        numbers = torch.tensor([self.numbers[name] for name in new], dtype=torch.float64)
-        ranks.add_up(*gradients, numbers)
-        self.numbers.update(zip(new, numbers.tolist(), strict=True))
+        if self.models.ranks.count > 1:
+            self.models.ranks.add_up(*(g for name in names for g in self._gradients(name)))
+
+    def _read(self, *more: Tensor) -> list[float]:
+        """Add the unread numbers of all processes to `numbers`; return `more` as they are.
+
+        All of it is one copy to the host.
+        """
+        pending = [value for _, value in self._unread] + [t.double() for t in more]
+        values = torch.stack(pending).tolist() if pending else []
+        sums: Sums = defaultdict(float)
+        for (name, _), value in zip(self._unread, values, strict=False):
+            sums[name] += value
+        if self.models.ranks.count > 1:
+            totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+            self.models.ranks.add_up(totals)
+            sums = dict(zip(sums, totals.tolist(), strict=True))
+        self.numbers.update(sums)
+        self._unread = []
+        return values[len(values) - len(more) :]
 
     def _gradients(self, name: str) -> list[Tensor]:
         return [p.grad for p in self.models.parameters[name].values() if p.grad is not None]
@@ -155,9 +175,9 @@ class _Step:
             log_probs, part.log_probs, part.advantages, mask, config.clip_range, self.n_tokens,
             config.dual_clip,
         )  # fmt: skip
-        self.numbers["policy_loss"] += loss.item()
+        self._note("policy_loss", loss)
         for name, value in sums.items():
-            self.numbers[name] += value.item() / self.n_tokens
+            self._note(name, value.double() / self.n_tokens)
         if config.entropy_coef == 0:
             return loss
         return loss - config.entropy_coef * entropy_bonus(entropy, mask, self.n_tokens)
@@ -167,16 +187,20 @@ class _Step:
             values, part.values, part.returns, part.states, self.config.value_clip_range,
             self.n_states,
         )  # fmt: skip
-        self.numbers["value_loss"] += loss.item()
+        self._note("value_loss", loss)
         return self.config.value_loss_coef * loss
+
+    def _note(self, name: str, value: Tensor) -> None:
+        """Count a micro-batch's number in, without reading it yet."""
+        self._unread.append((name, value.detach().double()))
 
     def _apply(self, optimizer: str, names: Sequence[str]) -> None:
         """Clip and step; what is not finite stops before it can reach the weights."""
         limit = self.config.max_grad_norm
-        for name in names:
-            norm = torch.nn.utils.get_total_norm(self._gradients(name))
-            self.numbers[f"{name}_grad_norm"] = float(norm)
-            if limit is not None and norm > limit:
+        norms = [torch.nn.utils.get_total_norm(self._gradients(name)) for name in names]
+        for name, norm, value in zip(names, norms, self._read(*norms), strict=True):
+            self.numbers[f"{name}_grad_norm"] = value
+            if limit is not None and value > limit:
                 parameters = self.models.parameters[name].values()
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         if not all(math.isfinite(v) for v in self.numbers.values()):

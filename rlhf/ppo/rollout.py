@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf.modeling.device import upload
 from rlhf.modeling.forward import (
     arguments_of,
     captured_logits,
@@ -21,6 +22,7 @@ from rlhf.modeling.forward import (
     packs,
 )
 from rlhf.modeling.packing import take_rows
+from rlhf.modeling.precision import in_own_precision
 from rlhf.modeling.reward import pad_right
 from rlhf.ppo.decode import decoder_of
 from rlhf.ppo.fused import from_logits, token_log_probs
@@ -43,6 +45,10 @@ __all__ = [
 Stop = Callable[[list[list[int]]], list[bool]]
 """Given the reply tokens so far of each live row: which rows end here."""
 
+READ_EVERY = 8
+"""Steps between two reads of what an accelerator drew. Each makes the host wait for all that it
+launched; a row that ended is decoded for up to 7 steps more."""
+
 
 @dataclass(frozen=True)
 class Replies:
@@ -50,7 +56,8 @@ class Replies:
 
     `ids` and `attention` are (batch, prompt + reply); `mask` is (batch, reply), true up to and
     including the end-of-reply token. It is made from positions: a pad token that was sampled is a
-    token like any other.
+    token like any other. `attention` stays on the CPU wherever the rest is: shapes are decided by
+    it, and an accelerator would have to be waited for.
     """
 
     ids: Int[Tensor, "batch total"]
@@ -65,22 +72,27 @@ class Replies:
 
     def to(self, device: torch.device) -> Replies:
         """The same replies on another device."""
-        tensors = (self.ids, self.attention, self.mask, self.finished)
-        return Replies(*(t.to(device) for t in tensors))
+        ids, mask, finished = (upload(t, device) for t in (self.ids, self.mask, self.finished))
+        return Replies(ids, self.attention, mask, finished)
+
+    @property
+    def valid(self) -> Bool[Tensor, "batch reply"]:
+        """`mask` on the CPU."""
+        return self.attention[:, -self.mask.shape[1] :].bool()
 
     def rows(self) -> list[list[int]]:
         """Each reply's valid tokens."""
-        pairs = zip(self.reply_ids.tolist(), self.mask.sum(1).tolist(), strict=True)
+        pairs = zip(self.reply_ids.tolist(), self.valid.sum(1).tolist(), strict=True)
         return [ids[:n] for ids, n in pairs]
 
     def take(self, index: Tensor) -> Replies:
         """Some rows, cut to the longest reply among them."""
-        mask = self.mask[index]
-        width = int(mask.sum(1).max())
+        width = int(self.valid[index].sum(1).max())
         cut = self.ids.shape[1] - self.mask.shape[1] + width
+        there = upload(index, self.ids.device)
         return Replies(
-            self.ids[index, :cut], self.attention[index, :cut], mask[:, :width],
-            self.finished[index],
+            self.ids[there, :cut], self.attention[index, :cut], self.mask[there, :width],
+            self.finished[there],
         )  # fmt: skip
 
 
@@ -101,55 +113,115 @@ def generate(
     seed: int,
     stop: Stop | None = None,
     own: slice = slice(None),
+    *,
+    batch_size: int | None = None,
+    read_every: int | None = None,
 ) -> Replies:
     """Continue each prompt until the end-of-reply token, `stop`, or `max_new_tokens`.
 
     The draw depends on `seed` and the weights alone; the global generator is neither read nor
     changed. A row for which `stop` is true has its last token kept and counts as finished.
-    Of all rows, those that are `own` are drawn, with the random numbers of their places.
+
+    Args:
+        policy: A causal language model, on its device.
+        prompts: Token ids of each prompt.
+        tokenizer: Its pad and end-of-reply token are used.
+        sampling: How to draw.
+        seed: Of the draw.
+        stop: Ends replies by their tokens so far; called for each step, in order.
+        own: The rows to draw, of all prompts, with the random numbers of their places.
+        batch_size: Rows decoded at a time; none decodes all at once. Changes memory, not the draw.
+        read_every: Steps between two copies of the drawn tokens to the host, which tell which rows
+            have ended; none takes 1 on a CPU and `READ_EVERY` on an accelerator.
     """
     device = next(policy.parameters()).device
-    sampler = Sampler(sampling, len(prompts), seed, device)
-    places = torch.arange(len(prompts), device=device)[own]
-    ids, attention = (t[own] for t in pad_left(prompts, tokenizer.pad_token_id))
-    prompts = prompts[own]
-    batch, room = len(prompts), sampling.max_new_tokens
-    end = tokenizer.eos_token_id
-    replies = torch.full((batch, room), tokenizer.pad_token_id)
-    lengths = torch.full((batch,), room)
-    finished = torch.zeros(batch, dtype=torch.bool)
-    live = torch.arange(batch)
-    so_far: list[list[int]] = [[] for _ in prompts]
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids, attention = (t[own] for t in pad_left(prompts, pad))
+    places = torch.arange(len(prompts))[own]
+    drawn = _Drawn(len(places), sampling.max_new_tokens, pad, end, stop)
+    every = read_every or (1 if device.type == "cpu" else READ_EVERY)
     with evaluating(policy):
-        decoder = decoder_of(policy, prompts, room)
-        logits = decoder.start()
-        for step in range(room):
-            tokens = sampler(logits, places[live.to(device)], step)
-            drawn = tokens.cpu()
-            replies[live, step] = drawn
-            ended = drawn == end
-            if stop is not None:
-                rows = live.tolist()
-                for row, token in zip(rows, drawn.tolist(), strict=True):
-                    so_far[row].append(token)
-                ended |= torch.tensor(stop([so_far[row] for row in rows]), dtype=torch.bool)
-            if ended.any():
-                lengths[live[ended]] = step + 1
-                finished[live[ended]] = True
-                if ended.all():
-                    break
-                kept = torch.tensor(decoder.drop(ended.tolist()))
-                live, tokens = live[kept], tokens[kept.to(device)]
-            if step + 1 < room:
-                logits = decoder.step(tokens)
-    width = int(lengths.max())
-    mask = torch.arange(width) < lengths[:, None]
+        for rows in torch.arange(len(places)).split(batch_size or max(1, len(places))):
+            batch = places[rows]
+            # Begun anew for each batch: it makes the random numbers of all prompts, in step.
+            sampler = Sampler(sampling, len(prompts), seed, device)
+            drawn.begin(rows)
+            _decode(policy, [prompts[i] for i in batch.tolist()], batch, sampler, drawn, every)
+    width = int(drawn.lengths.max())
+    mask = torch.arange(width) < drawn.lengths[:, None]
     return Replies(
-        torch.cat([ids, replies[:, :width]], 1).to(device),
-        torch.cat([attention, mask.long()], 1).to(device),
-        mask.to(device),
-        finished.to(device),
+        upload(torch.cat([ids, drawn.tokens[:, :width]], 1), device),
+        torch.cat([attention, mask.long()], 1),
+        upload(mask, device),
+        upload(drawn.finished, device),
     )
+
+
+def _decode(
+    policy: Any, prompts: list[list[int]], places: Tensor, sampler: Any, drawn: _Drawn, every: int
+) -> None:
+    """Draw the replies to one batch of prompts; `places` are their rows among all prompts."""
+    device = next(policy.parameters()).device
+    room = drawn.tokens.shape[1]
+    decoder = decoder_of(policy, prompts, room)
+    live, unread = upload(places, device), []
+    logits = decoder.start()
+    for step in range(room):
+        tokens = sampler(logits, live, step)
+        unread.append(tokens)
+        if len(unread) == every or step + 1 == room:
+            ended = drawn.read(torch.stack(unread).cpu())
+            unread = []
+            if all(ended):
+                break
+            if any(ended) and step + 1 < room:
+                kept = torch.tensor(decoder.drop(ended))
+                drawn.keep(kept)
+                kept = upload(kept, device)
+                live, tokens = live[kept], tokens[kept]
+        if step + 1 < room:
+            logits = decoder.step(tokens)
+
+
+class _Drawn:
+    """The replies drawn so far, on the CPU.
+
+    What the device draws is read some steps at a time: a row that ended in their midst goes on
+    drawing until then, and these tokens are left out here.
+    """
+
+    def __init__(self, rows: int, room: int, pad: int, end: int, stop: Stop | None) -> None:
+        self.tokens = torch.full((rows, room), pad)
+        self.lengths = torch.full((rows,), room)
+        self.finished = torch.zeros(rows, dtype=torch.bool)
+        self.end, self.stop = end, stop
+
+    def begin(self, rows: Tensor) -> None:
+        """These rows are drawn from now on."""
+        self.live, self.step = rows, 0
+
+    def read(self, block: Int[Tensor, "steps live"]) -> list[bool]:
+        """Take over some steps' tokens of the live rows; which of these rows have ended."""
+        over = torch.zeros(len(self.live), dtype=torch.bool)
+        for step in block:
+            going = (~over).nonzero().squeeze(1)
+            rows, tokens = self.live[going], step[going]
+            self.tokens[rows, self.step] = tokens
+            self.step += 1
+            ended = tokens == self.end
+            if self.stop is not None:
+                so_far = self.tokens[rows, : self.step].tolist()
+                ended |= torch.tensor(self.stop(so_far), dtype=torch.bool)
+            self.lengths[rows[ended]] = self.step
+            self.finished[rows[ended]] = True
+            over[going[ended]] = True
+            if over.all():
+                break
+        return over.tolist()
+
+    def keep(self, order: Tensor) -> None:
+        """The live rows that stay, in their new order."""
+        self.live = self.live[order]
 
 
 def joined(parts: Sequence[Replies], pad: int) -> Replies:
@@ -203,9 +275,8 @@ def reply_logits(
     policy: Any, replies: Replies, temperature: float
 ) -> Float[Tensor, "tokens vocabulary"]:
     """The logits over `temperature` that each valid reply token was drawn from, row by row."""
-    arguments, place = _arguments(policy, replies)
-    before = place[:, -replies.mask.shape[1] - 1 : -1][replies.mask]
-    _, logits = captured_logits(policy, arguments, before)
+    arguments, index = _arguments(policy, replies)
+    _, logits = captured_logits(policy, arguments, _before(index, replies))
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits / temperature if temperature > 0 else logits
 
@@ -216,18 +287,19 @@ def reply_values(critic: Any, replies: Replies) -> Float[Tensor, "batch states"]
     Column t is the value of the prefix before reply token t; the column after a row's last valid
     token is the value of the whole; zero beyond.
     """
-    arguments, place = _arguments(critic, replies)
-    wanted, states = _states(place, replies.mask)
+    arguments, index = _arguments(critic, replies)
     values = critic(**arguments).flatten()
-    return _scatter(values[wanted], states)
+    wanted = upload(_of_states(index, replies), values.device)
+    return _scatter(values[wanted], _states(replies.mask))
 
 
 def _evaluate(
     policy: Any, head: Any, replies: Replies, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    mask, targets = replies.mask, replies.reply_ids[replies.mask]
-    arguments, place = _arguments(policy, replies)
-    before = place[:, -mask.shape[1] - 1 : -1][mask]
+    arguments, index = _arguments(policy, replies)
+    before = _before(index, replies)
+    drawn = upload(replies.valid.flatten().nonzero().squeeze(1), replies.ids.device)
+    targets = replies.reply_ids.flatten()[drawn]
     values = None
     if has_plain_head(policy):
         hidden, cast = final_hidden(policy, arguments)
@@ -237,22 +309,34 @@ def _evaluate(
         hidden, logits = captured_logits(policy, arguments, before)
         results = from_logits(logits, targets, temperature, entropy)
     if head is not None:
-        wanted, states = _states(place, mask)
-        flat = head(take_rows(hidden, wanted).to(head.weight.dtype)).squeeze(-1)
-        values = _scatter(flat if flat.dtype == torch.float64 else flat.float(), states)
-    log_probs, entropies = (_scatter(t, mask) for t in results)
+        states = take_rows(hidden, _of_states(index, replies))
+        flat = in_own_precision(head, states).squeeze(-1)
+        flat = flat if flat.dtype == torch.float64 else flat.float()
+        values = _scatter(flat, _states(replies.mask))
+    log_probs, entropies = (_scatter(t, replies.mask) for t in results)
     return log_probs, entropies, values
 
 
 def _arguments(model: Any, replies: Replies) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of the model's call; and on the CPU, where each token's hidden state will be."""
     longest = int(replies.attention.sum(1).max())
     return arguments_of(replies.ids, replies.attention, packs(model, longest))
 
 
-def _states(place: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the hidden state of each state of a reply is, and which (batch, reply + 1) exist."""
-    states = F.pad(mask, (1, 0), value=True)
-    return place[:, -states.shape[1] :][states], states
+def _before(index: Tensor, replies: Replies) -> Int[Tensor, " tokens"]:
+    """Of an index of all tokens: the token before each valid reply token, row by row."""
+    return index[:, -replies.mask.shape[1] - 1 : -1][replies.valid]
+
+
+def _of_states(index: Tensor, replies: Replies) -> Int[Tensor, " states"]:
+    """Of an index of all tokens: the last token of each state of each reply, row by row."""
+    states = _states(replies.valid)
+    return index[:, -states.shape[1] :][states]
+
+
+def _states(mask: Bool[Tensor, "batch reply"]) -> Bool[Tensor, "batch states"]:
+    """Which states of a reply exist: the one before it, and one after each valid token."""
+    return F.pad(mask, (1, 0), value=True)
 
 
 def _scatter(flat: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import DataError, Interrupted
 from rlhf.gates import Approved
-from rlhf.modeling.base import device_of
+from rlhf.modeling.base import device_of, load_policy
 from rlhf.modeling.lora import merged
 from rlhf.modeling.matmul import fast_float32
 from rlhf.modeling.shards import save_model
@@ -84,7 +84,7 @@ def train_policy(
     with sole_user(checkpoints) if checkpoints and leads else nullcontext():
         state = _updates(trainer, rows, checkpoints, uploads, who, progress)
     if leads:
-        _write(trainer, state, out_dir)
+        _write(trainer, state, sft, out_dir)
     last = state.curve[-1]
     return StageResult(
         {"updates": state.update, **{k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}}
@@ -153,9 +153,10 @@ def score_of(curve: Sequence[Mapping[str, float]], config: PPOConfig) -> float |
     return score if math.isfinite(score) else None
 
 
-def _write(trainer: PPOTrainer, state: TrainState, out_dir: Path) -> None:
+def _write(trainer: PPOTrainer, state: TrainState, sft: Path, out_dir: Path) -> None:
     policy = trainer.models.accelerator.unwrap_model(trainer.models.policy)
-    save_model(merged(policy), out_dir)
+    lowered = trainer.config.lora is not None and trainer.config.precision == "bf16"
+    save_model(merged(policy, load_policy(sft) if lowered else None), out_dir)
     trainer.renderer.tokenizer.save_pretrained(out_dir)
     write_json(out_dir / "curve.json", state.curve)
     write_json(out_dir / "samples.json", state.samples)

@@ -17,6 +17,7 @@ from rlhf.data.rows import PromptRow
 from rlhf.environments import Environment, Reply, Scored
 from rlhf.errors import ConfigError
 from rlhf.modeling.base import context_of
+from rlhf.modeling.device import upload
 from rlhf.ppo.kl import kl_controller, kl_estimate
 from rlhf.ppo.losses import gae, masked_mean, whiten
 from rlhf.ppo.memory import release
@@ -118,7 +119,7 @@ class PPOTrainer:
     def score(self, rollouts: Rollouts) -> None:
         """The environment's verdict on every reply, always with the reply's own prompt."""
         config, replies = self.config, rollouts.replies
-        lengths, finished = replies.mask.sum(1).tolist(), replies.finished.cpu()
+        lengths, finished = replies.valid.sum(1).tolist(), replies.finished.cpu()
         k = self.environment.replies_per_prompt
         batch = [
             Reply(
@@ -175,25 +176,28 @@ class PPOTrainer:
         """Log-probs of policy and reference, entropies, values; and the exact KL, summed."""
         rows, width = replies.mask.shape
         log_probs, reference, entropy = (
-            torch.zeros(rows, width, device=self.parked) for _ in range(3)
+            torch.zeros(rows, width, device=self.device) for _ in range(3)
         )
-        values = torch.zeros(rows, width + 1, device=self.parked)
-        exact = 0.0
+        values = torch.zeros(rows, width + 1, device=self.device)
+        audits: list[Tensor] = []
         ranks = self.models.ranks
         own = torch.arange(rows)[ranks.share(rows)]
         for index in own.split(self.config.micro_batch_size):
             part = replies.take(index).to(self.device)
-            to = (index, slice(part.mask.shape[1]))
-            log_probs[to], entropy[to] = (t.to(self.parked) for t in self.models.log_probs(part))
-            reference[to] = self.models.reference_log_probs(part).to(self.parked)
-            states = (index, slice(part.mask.shape[1] + 1))
-            values[states] = self.models.values(part).to(self.parked)
+            there = upload(index, self.device)
+            to = (there, slice(part.mask.shape[1]))
+            log_probs[to], entropy[to] = self.models.log_probs(part)
+            reference[to] = self.models.reference_log_probs(part)
+            states = (there, slice(part.mask.shape[1] + 1))
+            values[states] = self.models.values(part)
             if self.config.kl_audit:
-                exact += float(self.models.exact_kl(part).sum())
+                audits.append(self.models.exact_kl(part).sum())
         # All of it, as the other processes' rows are zero here.
         ranks.add_up(log_probs, reference, entropy, values)
-        if self.config.kl_audit:
-            exact = sum(ranks.gather(exact))
+        exact = sum(sum(t.tolist()) for t in ranks.gather(torch.stack(audits))) if audits else 0.0
+        log_probs, reference, entropy, values = (
+            t.to(self.parked) for t in (log_probs, reference, entropy, values)
+        )
         return log_probs, reference, entropy, values, exact
 
     def _scaled(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
