@@ -171,10 +171,11 @@ class PaddedDecoder:
         self.policy, self.room = policy, room
         device = next(policy.parameters()).device
         width = max(len(p) for p in prompts)
-        self.ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        self.attention = torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
-        )
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        self.ids, self.attention = upload(ids, device), upload(attention, device)
+        # transformers reads a mask at every step, to see if it masks anything.
+        self.has_padding = not bool(attention.all())
         self.cache = DynamicCache(config=core_of(policy).config)
 
     def start(self) -> Float[Tensor, "rows vocabulary"]:
@@ -198,7 +199,7 @@ class PaddedDecoder:
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.policy(
             input_ids=ids,
-            attention_mask=self.attention,
+            attention_mask=self.attention if self.has_padding else None,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,

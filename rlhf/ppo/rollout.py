@@ -290,7 +290,7 @@ def reply_values(critic: Any, replies: Replies) -> Float[Tensor, "batch states"]
     arguments, index = _arguments(critic, replies)
     values = critic(**arguments).flatten()
     wanted = upload(_of_states(index, replies), values.device)
-    return _scatter(values[wanted], _states(replies.mask))
+    return _scatter(values[wanted], _states(replies.valid))
 
 
 def _evaluate(
@@ -312,8 +312,8 @@ def _evaluate(
         states = take_rows(hidden, _of_states(index, replies))
         flat = in_own_precision(head, states).squeeze(-1)
         flat = flat if flat.dtype == torch.float64 else flat.float()
-        values = _scatter(flat, _states(replies.mask))
-    log_probs, entropies = (_scatter(t, replies.mask) for t in results)
+        values = _scatter(flat, _states(replies.valid))
+    log_probs, entropies = (_scatter(t, replies.valid) for t in results)
     return log_probs, entropies, values
 
 
@@ -339,6 +339,10 @@ def _states(mask: Bool[Tensor, "batch reply"]) -> Bool[Tensor, "batch states"]:
     return F.pad(mask, (1, 0), value=True)
 
 
-def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
-    """Row by row into the true places of a mask, zero elsewhere."""
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+def _scatter(flat: Tensor, mask: Bool[Tensor, "rows columns"]) -> Tensor:
+    """Row by row into the true places of a mask on the CPU, zero elsewhere.
+
+    `masked_scatter` would do it too, but the host has to wait in its backward pass.
+    """
+    places = upload(mask.flatten().nonzero().squeeze(1), flat.device)
+    return flat.new_zeros(mask.numel()).index_copy(0, places, flat).view(mask.shape)

@@ -9,6 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlhf.modeling.device import upload
+
+UNIT = 2**40
+"""Fixed-point unit of running sums on an accelerator."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -38,7 +43,9 @@ def filtered(
         logits = logits.masked_fill(logits < least, -torch.inf)
     if sampling.top_p < 1:
         ascending, order = logits.sort(-1)
-        low = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        cumulated = running_sum(ascending.softmax(-1))
+        outside = 1 - sampling.top_p
+        low = cumulated <= (outside if cumulated.is_floating_point() else int(outside * UNIT))
         low[:, -1] = False  # the likeliest token always stays
         logits = logits.masked_fill(low.scatter(1, order, low), -torch.inf)
     return logits
@@ -54,7 +61,7 @@ class Sampler:
         else:  # made on the CPU, so that every device draws alike
             generator = torch.Generator().manual_seed(seed)
             uniform = torch.rand(sampling.max_new_tokens, batch, generator=generator)
-            self.uniform = uniform.to(device)
+            self.uniform = upload(uniform, device)
 
     def __call__(
         self, logits: Float[Tensor, "live vocabulary"], rows: Int[Tensor, " live"], step: int
@@ -88,12 +95,31 @@ def exponential(
     return noise.neg_().log1p_().neg_().float() if kind == torch.float64 else noise
 
 
+def running_sum(
+    weights: Float[Tensor, "rows vocabulary"],
+) -> Float[Tensor, "rows vocabulary"] | Int[Tensor, "rows vocabulary"]:
+    """Cumulated sum of each row of numbers in [0, 1]; on an accelerator in units of 1 / UNIT.
+
+    A GPU adds floating-point numbers in an order that may differ from call to call (torch refuses
+    its cumsum under `use_deterministic_algorithms`), so that a resumed run could draw another
+    token. Sums of integers are exact in any order. 2¹⁸ tokens of weight 1 stay below 2⁵⁹.
+    """
+    if weights.device.type == "cpu":
+        return weights.cumsum(-1)
+    return (weights * UNIT).round_().long().cumsum(-1)
+
+
 def inverse_cdf(
     logits: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " rows"]
 ) -> Int[Tensor, " rows"]:
     """The token at which each row's cumulated probability passes its uniform number in [0, 1)."""
     weights = (logits - logits.max(-1, keepdim=True).values).exp_()
-    cumulated = weights.cumsum(-1)
+    cumulated = running_sum(weights)
+    if not cumulated.is_floating_point():
+        # Of at least UNIT: at the largest uniform number it lies 2¹⁶ below the total, and double
+        # precision rounds it by at most 2⁵.
+        point = (uniform[:, None].double() * cumulated[:, -1:].double()).long()
+        return torch.searchsorted(cumulated, point, right=True).squeeze(1)
     # Below the total even when rounded: the largest number is 1 - 2⁻²⁴, and half a unit in the
     # last place of x is at most x 2⁻²⁴. A token of weight 0 is never passed, so never drawn.
     point = uniform[:, None] * cumulated[:, -1:]
