@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart deploy pools test lint unit clean
+.PHONY: quickstart deploy pools test lint unit gpu clean
 
 quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
 	$(BIN)/rlhf run configs/quickstart.yaml
@@ -33,6 +33,10 @@ lint: $(STAMP)
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadgroup --cov
 	RLHF_CHECK_SHAPES=0 $(BIN)/pytest -m slow
+
+gpu: $(STAMP)  ## fill .gpu with what benchmarks/gpu.sh needs on a GPU machine
+	bash benchmarks/gpu_wheels.sh
+	$(BIN)/python -m benchmarks.gpu.pack
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from benchmarks.side import CPU, synchronise
 from benchmarks.workload import Size
 
 SETTINGS = ("highest", "medium")
@@ -27,7 +28,7 @@ def matmul_precision(setting: str) -> Any:
         torch.set_float32_matmul_precision(before)
 
 
-def matmul_rates(size: Size) -> dict[str, Any]:
+def matmul_rates(size: Size, device: torch.device = CPU) -> dict[str, Any]:
     """GF/s of the update's matrix products, by float32 precision setting, and their error.
 
     The error is the largest difference to float64 over the largest result. `peak` is the best rate
@@ -44,36 +45,44 @@ def matmul_rates(size: Size) -> dict[str, Any]:
     for setting in SETTINGS:
         with matmul_precision(setting):
             for name, shape in shapes.items():
-                rates[setting][name] = _rate(*shape)
-            rates[setting]["error"] = max(_error(*shape) for shape in shapes.values())
+                rates[setting][name] = matmul_rate(*shape, device)
+            rates[setting]["error"] = max(_error(*shape, device) for shape in shapes.values())
     rates["peak"] = max(rates[setting][name] for setting in SETTINGS for name in shapes)
     return rates
 
 
-def _operands(rows: int, inner: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _operands(
+    rows: int, inner: int, columns: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
     return (
-        torch.randn(rows, inner, generator=generator),
-        torch.randn(columns, inner, generator=generator),
+        torch.randn(rows, inner, generator=generator, device=device),
+        torch.randn(columns, inner, generator=generator, device=device),
     )
 
 
 @torch.no_grad()
-def _rate(rows: int, inner: int, columns: int) -> float:
-    a, b = _operands(rows, inner, columns)
+def matmul_rate(
+    rows: int, inner: int, columns: int, device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+) -> float:  # fmt: skip
+    """GF/s of one product, the best of many."""
+    a, b = (t.to(dtype) for t in _operands(rows, inner, columns, device))
     F.linear(a, b)
+    synchronise(device)
     best, spent = float("inf"), 0.0
     while spent < SECONDS:
         started = time.perf_counter()
         F.linear(a, b)
+        synchronise(device)
         seconds = time.perf_counter() - started
         best, spent = min(best, seconds), spent + seconds
     return 2 * rows * inner * columns / best / 1e9
 
 
 @torch.no_grad()
-def _error(rows: int, inner: int, columns: int) -> float:
-    a, b = _operands(min(rows, 256), inner, min(columns, 4096))
+def _error(rows: int, inner: int, columns: int, device: torch.device) -> float:
+    a, b = _operands(min(rows, 256), inner, min(columns, 4096), device)
     exact = F.linear(a.double(), b.double())
     return float((F.linear(a, b) - exact).abs().max() / exact.abs().max())
 

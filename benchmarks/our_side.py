@@ -15,20 +15,19 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.side import Clock, Update
-from benchmarks.workload import CONTEXT, LORA, Workload, load_biased_policy, text_of
+from benchmarks.workload import LORA, Workload, load_biased_policy, text_of
 from rlhf.config import PPOConfig
 from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Reply, Scored
 from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config
+from rlhf.modeling.precision import store_in_bfloat16
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.modeling.shared import AdapterCritic, SharedScorer
 from rlhf.ppo.models import Models
 from rlhf.ppo.optimise import optimise
 from rlhf.ppo.trainer import PPOTrainer
-
-CPU = torch.device("cpu")
 
 
 class TokenReward:
@@ -61,7 +60,7 @@ class TokenReward:
         renderer = self.scorer.renderer
         rows = []
         for reply in batch:
-            encoded = renderer.encode(reply.prompt, reply.response, CONTEXT)
+            encoded = renderer.encode(reply.prompt, reply.response, self.scorer.max_length)
             rows.append(encoded.ids if reply.finished else encoded.ids[:-1])
         scores = self.scorer.score_ids(rows)
         return Scored(scores, {"reward_model": scores}, {"reward_model": scores})
@@ -100,31 +99,115 @@ def configuration(work: Workload) -> PPOConfig:
     return PPOConfig(**{**values, **work.ours})
 
 
-def each_by_itself(config: PPOConfig, folder: Path, seed: int) -> tuple[Any, Any, Critic, Scorer]:
+def each_by_itself(
+    config: PPOConfig, folder: Path, work: Workload
+) -> tuple[Any, Any, Critic, Scorer]:
     """Policy, reference, critic and reward model, as TRL has them."""
+    device = torch.device(work.device)
     policy, reference = load_biased_policy(folder), None
     if config.lora:
-        torch.manual_seed(seed)  # of the adapters
+        torch.manual_seed(work.seed)  # of the adapters
         policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
     else:
         reference = freeze(load_biased_policy(folder))
     classifier = load_reward_model(folder / "reward", load_renderer(folder / "policy"))
+    critic = trl_critic(classifier)
+    scorer = Scorer(folder / "reward", device, work.context, precision=config.precision)
+    return policy, reference, critic, scorer
+
+
+def trl_critic(classifier: Any) -> Critic:
+    """The critic as TRL makes it: with the reward model's head, without bias."""
     critic = critic_from(classifier)
-    with torch.no_grad():  # TRL's critic starts with the reward model's head, without bias
+    with torch.no_grad():
         critic.value_head.weight.copy_(classifier.score.weight)
     critic.value_head.bias.requires_grad_(False)
-    return policy, reference, critic, Scorer(folder / "reward", CPU, CONTEXT)
+    return critic
 
 
-def on_one_base(config: PPOConfig, folder: Path, seed: int) -> tuple[Any, None, Critic, Scorer]:
+def on_one_base(
+    config: PPOConfig, folder: Path, work: Workload
+) -> tuple[Any, None, Critic, Scorer]:
     """The same four as adapters on one base, or as that base alone: the reference."""
+    torch.manual_seed(work.seed)
+    return share_base(config, load_biased_policy(folder), folder, work)
+
+
+def share_base(
+    config: PPOConfig, base: Any, folder: Path, work: Workload
+) -> tuple[Any, None, Critic, Scorer]:
+    """Put adapters of policy, reward model and critic on a base in memory."""
     assert config.lora is not None
-    torch.manual_seed(seed)
-    policy: Any = load_biased_policy(folder)
-    policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
-    scorer = SharedScorer(policy, folder / "policy", folder / "shared", CPU, CONTEXT)
+    policy: Any = peft.get_peft_model(base, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+    device = torch.device(work.device)
+    scorer = SharedScorer(
+        policy, folder / "policy", folder / "shared", device, work.context, config.precision
+    )
     copy_adapter(policy, REWARD, CRITIC)
     return policy, None, AdapterCritic(policy), scorer
+
+
+def trainer_of(
+    config: PPOConfig, parts: tuple[Any, Any, Critic, Scorer], folder: Path, work: Workload
+) -> PPOTrainer:
+    """The product's trainer of policy, reference, critic and reward model."""
+    policy, reference, critic, scorer = parts
+    if config.precision == "bf16":  # as rlhf.ppo.build does
+        for model in filter(None, (policy, reference)):
+            store_in_bfloat16(model)
+    if reference is not None:
+        reference.to(torch.device(work.device))
+    accelerator = Accelerator(cpu=work.device == "cpu")
+    models = Models(config, policy, reference, critic, accelerator)
+    reward: Any = TokenReward(scorer)
+    return PPOTrainer(config, models, reward, load_renderer(folder / "policy"), work.seed)
+
+
+def run_update(
+    trainer: PPOTrainer, work: Workload, number: int, prompts: list[list[int]],
+    compare: bool = False, clock: Clock | None = None,
+) -> Update:  # fmt: skip
+    """One update on these prompts, with the sampling seed that the other side has."""
+    seed, clock = work.sampling_seed(number), clock or Clock(trainer.device)
+    rows = [PromptRow(text_of(ids)) for ids in prompts]
+    trainer.models.set_learning_rates(number)
+    clock.start()
+    rollouts = trainer.sample(rows, seed=seed)
+    trainer.free()
+    clock.mark("rollout")
+    trainer.score(rollouts)
+    buffer, _, _ = trainer.evaluate(rollouts)
+    trainer.free()
+    clock.mark("scoring")
+    replies, tensors = rollouts.replies, {}
+    if compare:
+        with torch.no_grad():
+            reference = trainer.models.reference_log_probs(replies.to(trainer.device))
+        tensors = {
+            "log_probs": buffer.log_probs,
+            "reference_log_probs": reference.to(buffer.log_probs.device),
+            "values": buffer.values[:, :-1],
+            "advantages": buffer.advantages,
+        }
+    clock.skip()  # what the comparison needs is no part of the update
+    optimise(buffer, trainer.models, seed + 1)
+    trainer.free()
+    clock.mark("optimisation")
+    return Update(
+        clock.wall, clock.cpu, prompts, replies.rows(), replies.mask.cpu(), tensors,
+        lambda: weights_of(trainer),
+    )  # fmt: skip
+
+
+def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
+    """Trained weights, named as on TRL's side."""
+    names = {"backbone.": "model.", "value_head.": "score."}
+    parameters = trainer.models.parameters
+    found = {f"policy.{n}": p.detach() for n, p in parameters["policy"].items()}
+    for name, parameter in parameters["critic"].items():
+        ours, theirs = next(pair for pair in names.items() if name.startswith(pair[0]))
+        found[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter.detach()
+    return found
 
 
 class OurSide:
@@ -135,51 +218,10 @@ class OurSide:
 
     def __init__(self, work: Workload, folder: Path, compare: bool) -> None:
         self.work, self.compare = work, compare
-        config, renderer = configuration(work), load_renderer(folder / "policy")
+        config = configuration(work)
         four = on_one_base if config.shared_base else each_by_itself
-        policy, reference, critic, scorer = four(config, folder, work.seed)
-        models = Models(config, policy, reference, critic, Accelerator(cpu=True))
-        reward: Any = TokenReward(scorer)
-        self.trainer = PPOTrainer(config, models, reward, renderer, work.seed)
+        self.trainer = trainer_of(config, four(config, folder, work), folder, work)
 
     def update(self, number: int, prompts: list[list[int]]) -> Update:
-        """One update on these prompts, with the sampling seed that the other side has."""
-        trainer, seed = self.trainer, self.work.sampling_seed(number)
-        rows = [PromptRow(text_of(ids)) for ids in prompts]
-        trainer.models.set_learning_rates(number)
-        clock = Clock()
-        rollouts = trainer.sample(rows, seed=seed)
-        trainer.free()
-        clock.mark("rollout")
-        trainer.score(rollouts)
-        buffer, _, _ = trainer.evaluate(rollouts)
-        trainer.free()
-        clock.mark("scoring")
-        replies, tensors = rollouts.replies, {}
-        if self.compare:
-            with torch.no_grad():
-                reference = trainer.models.reference_log_probs(replies)
-            tensors = {
-                "log_probs": buffer.log_probs,
-                "reference_log_probs": reference,
-                "values": buffer.values[:, :-1],
-                "advantages": buffer.advantages,
-            }
-        aside = Clock()  # what the comparison needs is no part of the update
-        optimise(buffer, trainer.models, seed + 1)
-        trainer.free()
-        aside.mark("optimisation")
-        return Update(
-            clock.wall | aside.wall, clock.cpu | aside.cpu, prompts, replies.rows(),
-            replies.mask.cpu(), tensors, self._weights,
-        )  # fmt: skip
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Trained weights, named as on TRL's side."""
-        names = {"backbone.": "model.", "value_head.": "score."}
-        parameters = self.trainer.models.parameters
-        found = {f"policy.{n}": p.detach() for n, p in parameters["policy"].items()}
-        for name, parameter in parameters["critic"].items():
-            ours, theirs = next(pair for pair in names.items() if name.startswith(pair[0]))
-            found[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter.detach()
-        return found
+        """One update on these prompts."""
+        return run_update(self.trainer, self.work, number, prompts, self.compare)

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import report
 from benchmarks.machine import matmul_precision, matmul_rates
 from benchmarks.side import Update, check, differences
-from benchmarks.workload import SIZES, Workload, as_json, write_models
+from benchmarks.workload import PROMPT_TOKENS, SIZES, Workload, as_json, write_models
 from rlhf.errors import RLHFError, TrainingError
 from rlhf.ppo.memory import kept
 
@@ -51,6 +51,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--memory", choices=["none", "both"], default="none", help="who keeps freed memory, as "
         "our own training loop does; one process can't have it both ways")  # fmt: skip
     add("--threads", type=int, default=2)
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--batch", type=int, help="replies per update; none: the size's")
+    add("--new-tokens", type=int, help="longest reply; none: the size's")
+    add("--prompt-tokens", type=int, nargs=2, default=list(PROMPT_TOKENS), metavar=("FROM", "TO"))
     add("--updates", type=int, default=4, help="measured ones")
     add("--warmup", type=int, default=1, help="updates before those, compared but not timed")
     add("--micro-batch", type=int, help="ours: ppo.micro_batch_size")
@@ -72,6 +76,8 @@ def workload(args: argparse.Namespace) -> Workload:
     return Workload(
         args.size, args.lengths, args.mode, args.lora, args.updates + args.warmup, args.seed,
         args.micro_batch, ours={name: json.loads(value) for name, value in pairs},
+        device=args.device, batch=args.batch, new_tokens=args.new_tokens,
+        prompt_tokens=tuple(args.prompt_tokens),
     )  # fmt: skip
 
 
@@ -81,18 +87,18 @@ def precision_of(side: str, matmul: str) -> str:
 
 
 def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, float]:
-    """This process's peak memory in MiB after two updates of one side, and before its models."""
-    started = report.peak_mib()
+    """This process's peak memory in MiB after two updates of one side, and before its models.
+
+    On a GPU it is the GPU's memory in use.
+    """
+    started = peak_mib(work)
     work = dataclasses.replace(work, updates=2)
     with matmul_precision(precision_of(args.side, args.matmul)):
         if args.side == "ours":
             from benchmarks.our_side import OurSide
 
-            imported, side, prompts = (
-                report.peak_mib(),
-                OurSide(work, folder, False),
-                work.prompts(),
-            )
+            imported = peak_mib(work)
+            side, prompts = OurSide(work, folder, False), work.prompts()
             for number in range(work.updates):
                 rows = slice(number * work.size.batch, (number + 1) * work.size.batch)
                 side.update(number, prompts[rows])
@@ -100,9 +106,16 @@ def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, f
             from benchmarks.trl_side import TRLSide, import_trl
 
             import_trl(args.trl)
-            imported = report.peak_mib()
+            imported = peak_mib(work)
             TRLSide(work, folder, args.trl).run(None)
-    return {"start": started, "imports": imported, "peak": report.peak_mib()}
+    return {"start": started, "imports": imported, "peak": peak_mib(work)}
+
+
+def peak_mib(work: Workload) -> float:
+    """Peak memory so far: the GPU's in use, or this process's resident."""
+    if work.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return report.peak_mib()
 
 
 def memory_of(side: str, folder: Path) -> dict[str, float]:
@@ -174,7 +187,7 @@ def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
         folder = Path(name)
         write_models(work, folder)
         memory = {} if args.no_memory else {side: memory_of(side, folder) for side in SIDES}
-        rates = matmul_rates(work.size)
+        rates = matmul_rates(work.size, torch.device(work.device))
         updates, found = interleaved(args, work, folder)
     measured = updates[args.warmup :]
     return {

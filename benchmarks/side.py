@@ -10,24 +10,40 @@ import torch
 from torch import Tensor
 
 PHASES = ("rollout", "scoring", "optimisation")
+CPU = torch.device("cpu")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until an accelerator has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Clock:
-    """Wall and processor seconds between marks."""
+    """Wall and processor seconds between marks; an accelerator's work is waited for at each."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self.wall: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
         self.start()
 
+    def _now(self) -> tuple[float, float]:
+        synchronise(self.device)
+        return time.perf_counter(), time.process_time()
+
     def start(self) -> None:
         """Begin a new update."""
         self.wall, self.cpu = {}, {}
-        self._last = (time.perf_counter(), time.process_time())
+        self._last = self._now()
+
+    def skip(self) -> None:
+        """Leave the time since the last mark out."""
+        self._last = self._now()
 
     def mark(self, phase: str) -> None:
-        """The time since the last mark belongs to this phase."""
-        now = (time.perf_counter(), time.process_time())
+        """Count the time since the last mark as this phase's."""
+        now = self._now()
         self.wall[phase] = now[0] - self._last[0]
         self.cpu[phase] = now[1] - self._last[1]
         self._last = now

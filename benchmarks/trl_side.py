@@ -54,7 +54,8 @@ class TRLSide(TrainerCallback):
 
     def __init__(self, work: Workload, folder: Path, path: str) -> None:
         self.module = import_trl(path)
-        self.work, self.clock, self.update, self.optimising = work, Clock(), 0, False
+        self.work, self.update, self.optimising = work, 0, False
+        self.clock = Clock(torch.device(work.device))
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
         classifier = AutoModelForSequenceClassification
         lora = self._lora() if work.lora else None
@@ -87,7 +88,7 @@ class TRLSide(TrainerCallback):
         work, size = self.work, self.work.size
         scratch = tempfile.mkdtemp(prefix="trl-ppo-")
         return self.module.PPOConfig(
-            output_dir=scratch, seed=work.seed, use_cpu=True, bf16=False,
+            output_dir=scratch, seed=work.seed, use_cpu=work.device == "cpu", bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no",
             eval_strategy="no", disable_tqdm=True, num_sample_generations=0,
             # One optimiser step per PPO epoch on the whole batch: its other ways to cut a batch
@@ -141,7 +142,7 @@ class TRLSide(TrainerCallback):
             frame = frame.f_back
         assert frame is not None
         local = frame.f_locals
-        mask = ~local["padding_mask"]
+        mask = ~local["padding_mask"].cpu()
         queries = [[t for t in row if t != 0] for row in local["queries"].tolist()]
         lengths = mask.sum(1).tolist()
         replies = [r[:n] for r, n in zip(local["responses"].tolist(), lengths, strict=True)]
@@ -151,7 +152,7 @@ class TRLSide(TrainerCallback):
             "values": "values",
             "advantages": "advantages",
         }
-        tensors = {ours: local[theirs].clone() for ours, theirs in names.items()}
+        tensors = {ours: local[theirs].clone().cpu() for ours, theirs in names.items()}
         if sys.version_info < (3, 13):
             local.clear()  # a copy, which would keep all of TRL's tensors through its next update
         return Update(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,12 +65,13 @@ SIZES = {
     "2m": Size(128, 5, 4, 352, 8_192, batch=32, new_tokens=64, epochs=4),
     "15m": Size(288, 6, 6, 768, 32_000, batch=16, new_tokens=48, epochs=2),
     "124m": Size(768, 12, 12, 2_048, 50_257, batch=8, new_tokens=32, epochs=2),
+    "500m": Size(1_024, 24, 16, 5_120, 32_000, batch=64, new_tokens=128, epochs=2),
 }
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is done, by whichever side."""
+    """What is done, by whichever side; `batch` and `new_tokens` replace the size's own."""
 
     size_name: str = "2m"
     lengths: Literal["full", "varying"] = "full"
@@ -88,10 +89,23 @@ class Workload:
     value_loss_coef: float = 0.5
     missing_eos_penalty: float = 1.0
     ours: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    batch: int | None = None
+    new_tokens: int | None = None
+    prompt_tokens: tuple[int, int] = PROMPT_TOKENS
 
     @property
     def size(self) -> Size:
-        return SIZES[self.size_name]
+        size = SIZES[self.size_name]
+        return replace(
+            size, batch=self.batch or size.batch, new_tokens=self.new_tokens or size.new_tokens
+        )
+
+    @property
+    def context(self) -> int:
+        """Positions of the models: a prompt may fill half of them, and an end token must fit."""
+        longest = self.prompt_tokens[1]
+        return max(CONTEXT, 2 * longest, longest + self.size.new_tokens + 1)
 
     @property
     def comparable(self) -> bool:
@@ -107,7 +121,7 @@ class Workload:
         rng = random.Random(self.seed)
         words = range(2, self.size.vocab)
         return [
-            rng.choices(words, k=rng.randint(*PROMPT_TOKENS))
+            rng.choices(words, k=rng.randint(*self.prompt_tokens))
             for _ in range((self.updates + 2) * self.size.batch)
         ]
 
@@ -130,21 +144,27 @@ def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_models(work: Workload, folder: Path) -> None:
-    """Write policy and reward model, both random, with their tokenizer; and the head's bias."""
-    size, tokenizer = work.size, word_tokenizer(work.size.vocab)
+def architecture(work: Workload) -> LlamaConfig:
+    """The configuration of policy and reward model."""
+    size = work.size
     config = LlamaConfig(
         vocab_size=size.vocab, hidden_size=size.hidden, num_hidden_layers=size.layers,
         num_attention_heads=size.heads, num_key_value_heads=size.heads,
-        intermediate_size=size.intermediate, max_position_embeddings=CONTEXT,
+        intermediate_size=size.intermediate, max_position_embeddings=work.context,
         tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
+    config.num_labels = 1
+    return config
+
+
+def write_models(work: Workload, folder: Path) -> None:
+    """Write policy and reward model, both random, with their tokenizer; and the head's bias."""
+    config, tokenizer = architecture(work), word_tokenizer(work.size.vocab)
     torch.manual_seed(work.seed)
     policy = LlamaForCausalLM(config)
     policy.save_pretrained(folder / "policy")
-    write_json(folder / "bias.json", {"0": NEVER, "1": end_bias(policy, work)})
+    write_json(folder / "bias.json", {str(i): b for i, b in biases(policy, work).items()})
     del policy
-    config.num_labels = 1
     LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
@@ -164,6 +184,11 @@ def write_adapter(folder: Path) -> None:
     )
 
 
+def biases(policy: Any, work: Workload) -> dict[int, float]:
+    """Bias of the logits by token: no padding is drawn, and the end token sets the lengths."""
+    return {0: NEVER, 1: end_bias(policy, work)}
+
+
 @torch.no_grad()
 def end_bias(policy: Any, work: Workload) -> float:
     """Bias of the end token's logit: never, or such that replies are a third of the cap on average.
@@ -172,7 +197,7 @@ def end_bias(policy: Any, work: Workload) -> float:
     """
     if work.lengths == "full":
         return NEVER
-    rows = torch.tensor([(p * 2)[:16] for p in work.prompts()[:16]])
+    rows = torch.tensor([(p * 2)[:16] for p in work.prompts()[:16]], device=policy.device)
     logits = policy(input_ids=rows, use_cache=False).logits.double()
     share = end_share(work.size.new_tokens)
     return float(
@@ -191,14 +216,19 @@ def end_share(cap: int) -> float:
 
 def load_biased_policy(folder: Path) -> Any:
     """The policy, with a frozen bias on its head that rules out padding and sets the lengths."""
-    policy = load_policy(folder / "policy")
+    saved = read_json(folder / "bias.json")
+    return add_bias(load_policy(folder / "policy"), {int(i): b for i, b in saved.items()})
+
+
+def add_bias(policy: Any, biases: dict[int, float]) -> Any:
+    """The policy with a frozen bias on its head; the weight stays tied to the embedding."""
     embedding = policy.get_input_embeddings().weight
     head = nn.Linear(1, 1, bias=True)
     head.in_features, head.out_features = embedding.shape[1], embedding.shape[0]
     head.weight = embedding
-    bias = torch.zeros(embedding.shape[0])
-    for token, value in read_json(folder / "bias.json").items():
-        bias[int(token)] = value
+    bias = torch.zeros(embedding.shape[0], device=embedding.device)
+    for token, value in biases.items():
+        bias[token] = value
     head.bias = nn.Parameter(bias, requires_grad=False)
     policy.lm_head = head
     return policy

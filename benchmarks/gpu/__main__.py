@@ -1,0 +1,310 @@
+"""Runs the sections, each in a process with a time limit: `python -m benchmarks.gpu`.
+
+benchmarks/gpu.sh starts this after installing what is missing. gpu.json and gpu.md are written
+again after every section and every few seconds in between, so that a run that is cut off leaves
+what it measured; gpu.log has the output of all sections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import processes, report
+from benchmarks.gpu.section import (
+    Context,
+    Results,
+    SectionFailedError,
+    SectionSkippedError,
+    not_finite,
+)
+
+ARCHIVE = "carried.tar.gz"
+#: Seconds under which no section is started any more.
+LEAST_SECONDS = 5.0
+WRITE_EVERY = 5.0
+#: Sections at a time whose seconds do not matter: more would wait for each other on the GPU.
+MOST_AT_A_TIME, CORES_OF_EACH = 4, 4
+PRELOADED = ("torch", "transformers", "peft", "accelerate", "rlhf.ppo.train")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section: its function, the seconds it may take, and whether it must run alone."""
+
+    name: str
+    entry: str
+    seconds: float
+    timed: bool = False
+    needs_cuda: bool = True
+
+
+#: In this order, so that what the budget cuts off is what matters least.
+SECTIONS = (
+    Section("environment", "environment:environment", 30),
+    Section("resume", "resume:resume", 170, needs_cuda=False),
+    Section("learning", "learning:learning", 170),
+    Section("tests", "suite:tests", 170, needs_cuda=False),
+    Section("golden", "suite:golden", 60, needs_cuda=False),
+    Section("precision", "precision:precision", 90),
+    Section("cache", "cache:cache", 90),
+    Section("learning-bf16", "learning:learning_bf16", 150),
+    Section("rates", "environment:rates", 30, timed=True),
+    Section("rollouts-500m", "speed:rollouts_500m", 90, timed=True),
+    Section("update-500m", "speed:update_500m", 100, timed=True),
+    Section("profile", "profiling:profiles", 60, timed=True),
+    Section("trl", "comparison:comparison", 90, timed=True, needs_cuda=False),
+    Section("lora", "speed:lora", 60, timed=True),
+    Section("largest", "speed:largest", 90, timed=True),
+    Section("rollouts-124m", "speed:rollouts_124m", 60, timed=True),
+    Section("update-124m", "speed:update_124m", 45, timed=True),
+)
+
+
+@dataclass
+class Running:
+    """A section's process, and until when it may run."""
+
+    section: Section
+    context: Context
+    child: processes.Child
+    log: Path
+    deadline: float
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class Benchmark:
+    """All sections of a run, and the files that it leaves."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch = args, scratch
+        self.out = Path(args.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.started = time.monotonic()
+        self.end = self.started + args.seconds
+        self.unpacked = scratch / "carried"
+        self.result: dict[str, Any] = {
+            "device": args.device, "tiny": args.tiny, "missing_packages": args.missing,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "sections": {},
+        }  # fmt: skip
+        self.running: list[Running] = []
+        self._written = 0.0
+        (self.out / "gpu.log").write_bytes(b"")
+
+    def run(self, sections: Sequence[Section]) -> bool:
+        """Run them all; whether none failed."""
+        self.result["archive"] = unpack(Path(self.args.carried) / ARCHIVE, self.unpacked)
+        say(f"device {self.args.device}, archive: {self.result['archive']}")
+        _preload()
+        waiting = list(sections)
+        together = max(1, min(MOST_AT_A_TIME, (os.cpu_count() or 1) // CORES_OF_EACH))
+        try:
+            while waiting or self.running:
+                while waiting and self._has_room(waiting[0], together):
+                    self._start(waiting.pop(0))
+                self._poll()
+                time.sleep(processes.POLL_SECONDS)
+        finally:
+            for running in self.running:
+                running.child.kill()
+        self.write()
+        failed = [n for n, s in self.result["sections"].items() if s["status"] == "failed"]
+        say(f"{len(sections) - len(failed)} of {len(sections)} sections ok or skipped in "
+            f"{time.monotonic() - self.started:.0f} s; {self.out}/gpu.md"
+            + (f"; failed: {', '.join(failed)}" if failed else ""))  # fmt: skip
+        return not failed
+
+    def _has_room(self, section: Section, together: int) -> bool:
+        """Sections that are timed run alone, the others beside each other."""
+        if not self.running:
+            return True
+        alone = section.timed or any(r.section.timed for r in self.running)
+        return not alone and len(self.running) < together
+
+    def _start(self, section: Section) -> None:
+        left = self.end - time.monotonic()
+        if left < LEAST_SECONDS:
+            self._record(section, "failed", f"no time left of {self.args.seconds:.0f} s", 0.0, {})
+            return
+        folder = self.scratch / section.name
+        folder.mkdir()
+        context = Context(
+            section.name, self.args.device, self.args.tiny, self.args.carried, str(self.unpacked),
+            str(folder), str(self.scratch / f"{section.name}.json"),
+            section.name in self.args.fail,
+        )  # fmt: skip
+        log = self.scratch / f"{section.name}.log"
+        child = processes.start(
+            f"{__package__}.__main__:run_section", context.to_json(), log,
+            needs_cuda=section.needs_cuda and self.args.device == "cuda",
+        )  # fmt: skip
+        limit = min(section.seconds, left)
+        self.running.append(Running(section, context, child, log, time.monotonic() + limit))
+
+    def _poll(self) -> None:
+        """Collect what has ended and end what is late."""
+        for running in list(self.running):
+            late = time.monotonic() > running.deadline
+            code = running.child.poll()
+            if code is None and late:
+                code = running.child.kill()
+            if code is not None:
+                self.running.remove(running)
+                self._collect(running, code, late)
+        if time.monotonic() - self._written > WRITE_EVERY:
+            self.write()
+
+    def _collect(self, running: Running, code: int, late: bool) -> None:
+        results = Results.read(Path(running.context.results))
+        values, status, reason = results.values, results.status, results.reason
+        if not status:
+            limit = running.deadline - running.started
+            status = "failed"
+            reason = f"stopped after {limit:.0f} s" if late else f"its process ended with {code}"
+        wrong = not_finite(values)
+        if status == "ok" and wrong:
+            status, reason = "failed", f"not finite: {', '.join(wrong[:5])}"
+        self._record(running.section, status, reason, running.seconds, values)
+        with (self.out / "gpu.log").open("ab") as log:
+            log.write(f"\n===== {running.section.name}: {status} {reason}\n".encode())
+            log.write(running.log.read_bytes() if running.log.is_file() else b"")
+
+    def _record(
+        self, section: Section, status: str, reason: str, seconds: float, values: dict[str, Any]
+    ) -> None:
+        self.result["sections"][section.name] = {
+            "status": status, "reason": reason, "seconds": seconds, "limit_seconds":
+            section.seconds, "results": values,
+        }  # fmt: skip
+        say(f"[{time.monotonic() - self.started:5.0f} s] {section.name}: {status} in "
+            f"{seconds:.1f} s{': ' + reason if reason else ''}")  # fmt: skip
+        self.write()
+
+    def write(self) -> None:
+        """Write gpu.json and gpu.md with all that is known, of running sections too."""
+        self._written = time.monotonic()
+        sections = dict(self.result["sections"])
+        for running in self.running:
+            values = Results.read(Path(running.context.results)).values
+            sections[running.section.name] = {
+                "status": "running", "reason": "", "seconds": running.seconds,
+                "limit_seconds": running.section.seconds, "results": values,
+            }  # fmt: skip
+        order = {s.name: sections[s.name] for s in SECTIONS if s.name in sections}
+        result = {**self.result, "sections": order, "seconds": time.monotonic() - self.started}
+        for name, text in (
+            ("gpu.json", json.dumps(result, indent=1) + "\n"),
+            ("gpu.md", report.markdown(result)),
+        ):
+            temporary = self.out / f"{name}.tmp"
+            temporary.write_text(text)
+            temporary.replace(self.out / name)
+
+
+def run_section(argument: str) -> None:
+    """Body of a section's process: run its function and note how it ended."""
+    context = Context.from_json(argument)
+    section = next(s for s in SECTIONS if s.name == context.name)
+    results = Results(Path(context.results))
+    try:
+        if context.fails:
+            raise SectionFailedError("told to fail")
+        _prepare(context)
+        processes.call(f"{__package__}.{section.entry}")(context, results)
+    except SectionSkippedError as error:
+        results.end("skipped", str(error))
+    except SectionFailedError as error:
+        results.end("failed", str(error))
+    except Exception as error:
+        results.end("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        raise
+    else:
+        results.end("ok")
+
+
+def _prepare(context: Context) -> None:
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(context.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _preload() -> None:
+    """Import what every section needs, so that forks share it."""
+    # Else asking whether there is a GPU would start CUDA here, and forks could not use it.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    for module in PRELOADED:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # each section that needs it will fail and say so
+            say(f"can't import {module}: {error}")
+
+
+def unpack(archive: Path, folder: Path) -> str:
+    """Unpack the archive, refusing paths that lead out of the folder; how that went."""
+    folder.mkdir()
+    if not archive.is_file():
+        return f"none ({archive} is not there)"
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        return f"broken ({type(error).__name__}: {error})"
+    return "unpacked"
+
+
+def say(line: str) -> None:
+    """Print at once, for whoever watches."""
+    print(line, flush=True)
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
+    add = parser.add_argument
+    add("sections", nargs="*", choices=[[], *(s.name for s in SECTIONS)], metavar="SECTION",
+        help=f"all, or some of: {', '.join(s.name for s in SECTIONS)}")  # fmt: skip
+    add("--cpu", action="store_true", help="on the CPU, with tiny sizes: proves the script")
+    add("--out", required=True, help="folder of gpu.json, gpu.md and gpu.log")
+    add("--carried", default=".gpu", help="folder of wheels and archive")
+    add("--seconds", type=float, default=450.0, help="time budget of all sections")
+    add("--fail", action="append", default=[], metavar="SECTION", help=argparse.SUPPRESS)
+    add("--missing", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args(given)
+    args.device, args.tiny = ("cpu", True) if args.cpu else ("cuda", False)
+    return args
+
+
+def main() -> None:
+    """Run what the command line names."""
+    args = arguments()
+    # A run that is ended by SIGTERM ends its sections first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    wanted = [s for s in SECTIONS if not args.sections or s.name in args.sections]
+    with (
+        tempfile.TemporaryDirectory(prefix="rlhf-gpu-", ignore_cleanup_errors=True) as scratch,
+        contextlib.suppress(BrokenPipeError),
+    ):
+        sys.exit(0 if Benchmark(args, Path(scratch)).run(wanted) else 1)
+
+
+if __name__ == "__main__":
+    main()

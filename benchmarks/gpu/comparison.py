@@ -1,0 +1,50 @@
+"""Section: TRL 1.12's PPO on the same work, by `benchmarks.ppo` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.gpu.models import scale_of
+from benchmarks.gpu.section import Context, Results, SectionFailedError, SectionSkippedError
+
+UPDATES = 2
+
+
+def comparison(context: Context, results: Results) -> None:
+    """The 124 M model (tiny: 2 M) in float32, geometric lengths, update by update in turn.
+
+    Raises:
+        SectionSkippedError: TRL's wheel was not carried.
+        SectionFailedError: The comparison did not complete.
+    """
+    wheels = sorted(Path(context.carried, "trl").glob("*.whl"))
+    if not any(wheel.name.startswith("trl-") for wheel in wheels):
+        raise SectionSkippedError(f"no wheel of TRL in {context.carried}/trl")
+    site, report = Path(context.scratch) / "site", Path(context.scratch) / "report.json"
+    install = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", *install, "--disable-pip-version-check", "--target",
+         str(site), *map(str, wheels)], check=True,
+    )  # fmt: skip
+    scale = scale_of(context)
+    prompt = str(scale.prompt_tokens)
+    command = [
+        sys.executable, "-m", "benchmarks.ppo", "--device", context.device,
+        "--size", "2m" if context.tiny else "124m", "--lengths", "varying", "--report-only",
+        "--batch", str(scale.batch), "--new-tokens", str(scale.new_tokens),
+        "--prompt-tokens", prompt, prompt, "--micro-batch", str(scale.batch),
+        "--updates", "1" if context.tiny else str(UPDATES), "--trl", str(site),
+        "--json", str(report), "--no-memory", "--threads", str(context.threads),
+    ]  # fmt: skip
+    # TRL's needs come from its folder alone, so that the product never sees them elsewhere.
+    path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(site)])
+    done = subprocess.run(
+        command, check=False, env={**os.environ, "PYTHONPATH": path.lstrip(os.pathsep)}
+    )
+    if done.returncode or not report.is_file():
+        raise SectionFailedError(f"benchmarks.ppo ended with {done.returncode}; see gpu.log")
+    results.put(**json.loads(report.read_text()))

@@ -1,0 +1,140 @@
+"""Random models of a PPO run, made on the device itself: nothing large is written to disk."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from benchmarks import workload
+from benchmarks.gpu.section import Context
+from benchmarks.our_side import configuration, share_base, trainer_of, trl_critic
+from benchmarks.workload import LORA, Size, Workload, add_bias, architecture, biases, text_of
+from rlhf.config import PPOConfig
+from rlhf.data.rows import PromptRow
+from rlhf.modeling.base import weights_digest
+from rlhf.modeling.critic import Critic, freeze
+from rlhf.modeling.lora import FOLDER, lora_config, save_adapter
+from rlhf.modeling.reward import BASE, META, Scorer
+from rlhf.ppo.trainer import PPOTrainer, Rollouts
+from rlhf.stage import write_json
+
+TINY = Size(64, 2, 4, 128, 500, batch=4, new_tokens=8, epochs=2)
+workload.SIZES.setdefault("tiny", TINY)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the work of the speed sections is."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 128
+    batch: int = 64
+    rows: tuple[int, ...] = (8, 64, 256)
+    repeats: int = 2
+    updates: int = 2
+    micro_batch: int = 16
+    profiled_tokens: tuple[int, int] = (8, 24)
+    #: Rows from which the search for the largest batch doubles, and where it ends in any case.
+    decode_from: int = 512
+    decode_to: int = 8192
+    micro_to: int = 512
+
+
+FULL = Scale()
+SMALL = Scale(
+    prompt_tokens=8, new_tokens=8, batch=4, rows=(2, 4), repeats=1, updates=1, micro_batch=2,
+    profiled_tokens=(2, 4), decode_from=4, decode_to=8, micro_to=4,
+)  # fmt: skip
+
+
+def scale_of(context: Context) -> Scale:
+    """The full work, or the smoke test's."""
+    return SMALL if context.tiny else FULL
+
+
+def work_of(
+    context: Context, size: str, lengths: Literal["full", "varying"] = "full", **changes: Any
+) -> Workload:
+    """The workload of the speed sections; prompts all have the same length."""
+    scale = scale_of(context)
+    values: dict[str, Any] = {
+        "mode": "fast", "updates": 4, "micro_batch": scale.micro_batch, "batch": scale.batch,
+        "new_tokens": scale.new_tokens, "prompt_tokens": (scale.prompt_tokens,) * 2,
+        "device": context.device, **changes,
+    }  # fmt: skip
+    return Workload("tiny" if context.tiny else size, lengths, **values)
+
+
+def rows_of(work: Workload, count: int) -> list[PromptRow]:
+    """Random prompts, as texts."""
+    prompts = dataclasses.replace(work, batch=count, updates=1).prompts()
+    return [PromptRow(text_of(ids)) for ids in prompts[:count]]
+
+
+def sample(trainer: PPOTrainer, rows: list[PromptRow], tokens: int, seed: int = 0) -> Rollouts:
+    """A rollout with another length than the configuration's."""
+    before = trainer.sampling
+    trainer.sampling = dataclasses.replace(before, max_new_tokens=tokens)
+    try:
+        return trainer.sample(rows, seed=seed)
+    finally:
+        trainer.sampling = before
+
+
+def build(work: Workload, folder: Path, **options: Any) -> PPOTrainer:
+    """The product's trainer with random models; `folder` gets tokenizers and adapters.
+
+    `options` are of the ppo section and win over the workload's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = workload.word_tokenizer(work.size.vocab)
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(folder / name)
+    config = configuration(dataclasses.replace(work, ours={**work.ours, **options}))
+    torch.manual_seed(work.seed)
+    with torch.device(work.device):
+        policy = LlamaForCausalLM(architecture(work)).eval()
+        classifier = LlamaForSequenceClassification(architecture(work)).eval()
+    policy = add_bias(policy, biases(policy, work))
+    if config.shared_base:
+        parts = _on_one_base(config, policy, classifier, folder, work)
+    else:
+        parts = _each_by_itself(config, policy, classifier, folder, work)
+    return trainer_of(config, parts, folder, work)
+
+
+def _each_by_itself(
+    config: PPOConfig, policy: Any, classifier: Any, folder: Path, work: Workload
+) -> tuple[Any, Any, Critic, Scorer]:
+    reference = freeze(copy.deepcopy(policy))
+    if config.lora:
+        policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+        reference = None
+    critic = trl_critic(copy.deepcopy(classifier))
+    classifier.pooling, classifier.marker = "last", None
+    device = torch.device(work.device)
+    scorer = Scorer(
+        folder / "reward", device, work.context, model=classifier, precision=config.precision
+    )
+    return policy, reference, critic, scorer
+
+
+def _on_one_base(
+    config: PPOConfig, policy: Any, classifier: Any, folder: Path, work: Workload
+) -> tuple[Any, Any, Critic, Scorer]:
+    """Write the reward model as an adapter without its base, which is the policy in memory."""
+    workload.word_tokenizer(work.size.vocab).save_pretrained(folder / "shared")
+    # No weights lie beside the tokenizer: the digest is that of none, on both sides.
+    write_json(
+        folder / "shared" / META, {"pooling": "last", BASE: weights_digest(folder / "policy")}
+    )
+    adapted = peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS"))
+    save_adapter(adapted, folder / "shared" / FOLDER)
+    return share_base(config, policy, folder, work)

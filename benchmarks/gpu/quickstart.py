@@ -1,0 +1,50 @@
+"""The quickstart's configuration, and its trained models as the archive carries them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.section import Context, SectionFailedError
+from rlhf.config import GateRule, PipelineConfig, load_config
+from rlhf.gates import Approved, judge, require
+
+PRESET = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
+#: What makes the quickstart small enough for a smoke test; `pack --tiny` trains with it.
+TINY = [
+    "--data.world.pairs=256", "--data.world.demonstrations=256", "--data.world.prompts=64",
+    "--data.world.eval_pairs=32", "--data.world.eval_prompts=10", "--sft.epochs=1",
+    "--base.architecture.hidden_size=32", "--base.architecture.layers=1",
+    "--base.architecture.intermediate_size=64", "--ppo.total_episodes=32", "--ppo.chunk_size=16",
+    "--ppo.mini_batch_size=8", "--ppo.max_new_tokens=12", "--evaluation.prompts=8",
+]  # fmt: skip
+
+
+def configuration(tiny: bool) -> PipelineConfig:
+    """The preset; `tiny` for a smoke test."""
+    return load_config(str(PRESET), TINY if tiny else []).config
+
+
+def folder(context: Context, name: str) -> Path:
+    """A folder of the archive: data, sft or reward-model.
+
+    Raises:
+        SectionFailedError: The archive was not carried, or has no such folder.
+    """
+    path = Path(context.unpacked) / "quickstart" / name
+    if not path.is_dir():
+        raise SectionFailedError(
+            f"{context.carried}/carried.tar.gz has no quickstart/{name}; "
+            "make it with python -m benchmarks.gpu.pack"
+        )
+    return path
+
+
+def approved(path: Path, metrics: dict[str, Any], rules: tuple[GateRule, ...]) -> Approved[Path]:
+    """A reward model past its gate."""
+    return require(path, "carried", judge("gate-reward-model", "carried", metrics, rules))
+
+
+def approved_without_gate(path: Path) -> Approved[Path]:
+    """A reward model for measurements that do not care how good it is."""
+    return approved(path, {"accuracy": 1.0}, (GateRule(metric="accuracy", min=0.0),))

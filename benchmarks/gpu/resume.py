@@ -1,0 +1,192 @@
+"""Section: a PPO run that is killed and resumed against one that is not, bit by bit.
+
+Each run is a process: 20 updates in one go; 7 updates and `kill -9`; the rest. With torch's
+deterministic algorithms only (`strict`), or, where torch has none for an operation, with a warning
+for each such operation (`warned`); and as users run it (`plain`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.gpu import processes, quickstart
+from benchmarks.gpu.section import Context, Results, SectionFailedError
+from rlhf.config import PPOConfig
+from rlhf.ppo.checkpoint import checkpoints_in
+from rlhf.ppo.train import train_policy
+from tests.library.ppo_runs import EVERYTHING
+
+UPDATES, KILLED_AFTER, EVERY = 20, 7, 4
+SMALL = {
+    "total_episodes": UPDATES * 32, "chunk_size": 32, "mini_batch_size": 16,
+    "max_new_tokens": 32, "checkpoint_every": EVERY,
+}  # fmt: skip
+TINY = {**SMALL, "total_episodes": UPDATES * 4, "chunk_size": 4, "mini_batch_size": 4,
+        "max_new_tokens": 4}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"precision": "bf16"},
+    "bf16, every option with a state": {**EVERYTHING, "precision": "bf16"},
+}
+#: Runs of the full benchmark, and those of the smoke test.
+PAIRS = (
+    ("bf16, every option with a state", "strict"), ("fp32", "strict"), ("bf16", "strict"),
+    ("bf16", "plain"),
+)  # fmt: skip
+TINY_PAIRS = PAIRS[:1]
+AT_A_TIME = 3
+
+
+def resume(context: Context, results: Results) -> None:
+    """Run each variant in its mode.
+
+    Raises:
+        SectionFailedError: A resumed run differs, though all algorithms were deterministic.
+    """
+    # Threads of torch's own in this process would be missing in the processes forked from it.
+    torch.set_num_threads(1)
+    pairs = TINY_PAIRS if context.tiny else PAIRS
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        outcomes = pool.map(lambda pair: _variant(context, *pair), pairs)
+        for pair, outcome in zip(pairs, outcomes, strict=True):
+            results.put(**{f"{pair[0]} / {pair[1]}": outcome})
+    wrong = [
+        f"{name}: {outcome['finding']}"
+        for name, outcome in results.values.items()
+        if not outcome["bit_equal"] and not name.endswith("plain")
+    ]
+    if wrong:
+        raise SectionFailedError("; ".join(wrong))
+
+
+class _Run:
+    """One run in its folder; each start is a process."""
+
+    def __init__(self, context: Context, variant: str, folder: Path) -> None:
+        self.context, self.variant, self.folder = context, variant, folder
+        self.out, self.checkpoints = folder / "out", folder / "checkpoints"
+        self.out.mkdir(parents=True)
+
+    def train(self, mode: str, killed_after: int | None = None) -> dict[str, Any]:
+        """Train, or go on; returns how it ended, with operations that torch warned of."""
+        note = self.folder / "note.json"
+        note.unlink(missing_ok=True)
+        argument = {
+            "context": self.context.to_json(), "variant": self.variant, "mode": mode,
+            "folder": str(self.folder), "killed_after": killed_after, "note": str(note),
+        }  # fmt: skip
+        child = processes.start(
+            f"{__name__}:train_in_process", json.dumps(argument), self.folder / "log",
+            needs_cuda=self.context.device == "cuda", leads_group=False,
+        )  # fmt: skip
+        code = child.wait()
+        return {"code": code, **(json.loads(note.read_text()) if note.is_file() else {})}
+
+
+def train_in_process(argument: str) -> None:
+    """Body of a run's process; writes a note of torch's warnings, and of an error."""
+    given = json.loads(argument)
+    context, mode = Context.from_json(given["context"]), given["mode"]
+    note = Path(given["note"])
+    if mode != "plain":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True, warn_only=mode == "warned")
+
+    def progress(step: int, total: int, metrics: Mapping[str, float]) -> None:
+        if step == given["killed_after"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    folder = Path(given["folder"])
+    data, sft, reward = (quickstart.folder(context, n) for n in ("data", "sft", "reward-model"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            train_policy(
+                _config(context, given["variant"]), data, sft,
+                quickstart.approved_without_gate(reward), folder / "out",
+                checkpoints=folder / "checkpoints", runtime=context.runtime, progress=progress,
+            )  # fmt: skip
+        except RuntimeError as error:
+            note.write_text(json.dumps({"error": str(error)}))
+            raise
+    messages = {str(w.message).split(". ")[0] for w in caught}
+    nondeterministic = sorted(m for m in messages if "deterministic" in m)
+    note.write_text(json.dumps({"nondeterministic": nondeterministic}))
+
+
+def _config(context: Context, variant: str) -> PPOConfig:
+    base = quickstart.configuration(context.tiny).ppo.model_dump(exclude_unset=True)
+    return PPOConfig(**{**base, **(TINY if context.tiny else SMALL), **VARIANTS[variant]})
+
+
+def _variant(context: Context, variant: str, mode: str) -> dict[str, Any]:
+    """Three processes of one variant, and how their results compare."""
+    folder = Path(context.scratch) / f"{variant} {mode}".replace(", ", "-").replace(" ", "-")
+    outcome: dict[str, Any] = {"mode": mode, "refused": None}
+    straight = _Run(context, variant, folder / "straight")
+    ended = straight.train(mode)
+    if ended["code"] and mode == "strict" and "deterministic" in ended.get("error", ""):
+        outcome |= {"refused": ended["error"].split(". ")[0], "mode": (mode := "warned")}
+        straight = _Run(context, variant, folder / "warned")
+        ended = straight.train(mode)
+    outcome["nondeterministic"] = ended.get("nondeterministic", [])
+    if ended["code"]:
+        return {**outcome, "bit_equal": False, "finding": f"the run ended with {_why(ended)}"}
+    killed = _Run(context, variant, folder / "killed")
+    first = killed.train(mode, KILLED_AFTER)
+    if first["code"] != -signal.SIGKILL:
+        return {**outcome, "bit_equal": False, "finding": f"was not killed: {_why(first)}"}
+    saved = [p.name for p in checkpoints_in(killed.checkpoints)]
+    rest = killed.train(mode)
+    if rest["code"]:
+        return {**outcome, "bit_equal": False, "finding": f"did not resume: {_why(rest)}"}
+    compared = _compared(straight, killed)
+    if not compared["bit_equal"]:
+        again = _Run(context, variant, folder / "again")
+        again.train(mode)
+        # Two undisturbed runs that differ too are no fault of the resume.
+        compared["undisturbed_runs_equal"] = _compared(straight, again)["bit_equal"]
+    return {**outcome, "resumed_from": saved, **compared}
+
+
+def _why(ended: dict[str, Any]) -> str:
+    return f"{ended['code']} {ended.get('error', '')}".strip()
+
+
+def _compared(straight: _Run, other: _Run) -> dict[str, Any]:
+    """Whether all files are equal; if not, the largest difference and the first update of one."""
+    pairs = {}
+    for run in (straight, other):
+        last = checkpoints_in(run.checkpoints)[-1]
+        for path in (*run.out.iterdir(), *last.iterdir()):
+            if path.is_file():
+                pairs.setdefault(f"{path.parent.name}/{path.name}", []).append(path.read_bytes())
+    different = sorted(n for n, both in pairs.items() if len(both) != 2 or both[0] != both[1])
+    result: dict[str, Any] = {"files": len(pairs), "bit_equal": not different, "finding": ""}
+    if different:
+        result |= _differences(straight, other)
+        result["different_files"] = different
+        result["finding"] = (
+            f"{len(different)} of {len(pairs)} files differ from update "
+            f"{result['first_different_update']} on; weights by "
+            f"{result['largest_weight_difference']:.2g} at most"
+        )
+    return result
+
+
+def _differences(straight: _Run, other: _Run) -> dict[str, Any]:
+    weights = [load_file(run.out / "model.safetensors") for run in (straight, other)]
+    largest = max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0])
+    curves = [json.loads((run.out / "curve.json").read_text()) for run in (straight, other)]
+    first = next((a["update"] for a, b in zip(*curves, strict=True) if a != b), None)
+    return {"largest_weight_difference": largest, "first_different_update": first}

@@ -1,0 +1,103 @@
+"""What a section of the benchmark is given, and how it hands over its results."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf.config import RuntimeConfig
+
+
+class SectionFailedError(Exception):
+    """The section ran and found something wrong; its message is the finding."""
+
+
+class SectionSkippedError(Exception):
+    """The section can't run here, and need not."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Settings of a section: device, sizes and folders.
+
+    `carried` is the folder of `.gpu`, `unpacked` its archive's content, `scratch` a folder of the
+    section's own, `results` the file that it writes.
+    """
+
+    name: str
+    device: str
+    tiny: bool
+    carried: str
+    unpacked: str
+    scratch: str
+    results: str
+    fails: bool = False
+    """Fail on purpose, to test what happens then."""
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        """The device as the product's stages take it."""
+        # Imported here, so that a missing package fails sections and not the whole run.
+        from rlhf.config import RuntimeConfig
+
+        return RuntimeConfig(
+            device="cuda" if self.device == "cuda" else "cpu", threads=self.threads
+        )
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of torch: tiny tensors gain nothing by a second one."""
+        return 1 if self.tiny else 2
+
+    def to_json(self) -> str:
+        """The context as the argument of a process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Context:
+        """The reverse of `to_json`."""
+        return cls(**json.loads(text))
+
+
+@dataclass
+class Results:
+    """A section's numbers and how it ended, written to its file whenever one is added."""
+
+    path: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    status: str = ""
+    reason: str = ""
+
+    def put(self, **values: Any) -> None:
+        """Add values and write all."""
+        self.values.update(values)
+        self._write()
+
+    def end(self, status: str, reason: str = "") -> None:
+        """Note how the section ended: ok, failed or skipped."""
+        self.status, self.reason = status, reason
+        self._write()
+
+    def _write(self) -> None:
+        # Replaced at once, so that a reader never sees half of it.
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps([self.values, self.status, self.reason]))
+        temporary.replace(self.path)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """What has been written so far."""
+        return cls(path, *json.loads(path.read_text())) if path.is_file() else cls(path)
+
+
+def not_finite(value: Any, path: str = "") -> list[str]:
+    """Paths of the numbers in nested results that are not finite."""
+    if isinstance(value, dict):
+        return [p for k, v in value.items() for p in not_finite(v, f"{path}.{k}".strip("."))]
+    if isinstance(value, list):
+        return [p for i, v in enumerate(value) for p in not_finite(v, f"{path}[{i}]")]
+    return [path] if isinstance(value, float) and not math.isfinite(value) else []
