@@ -22,7 +22,6 @@ from rlhf.data.rows import PromptRow
 from rlhf.environments import Reply, Scored
 from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config
-from rlhf.modeling.precision import store_in_bfloat16
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.modeling.shared import AdapterCritic, SharedScorer
 from rlhf.ppo.models import Models
@@ -152,11 +151,6 @@ def trainer_of(
 ) -> PPOTrainer:
     """The product's trainer of policy, reference, critic and reward model."""
     policy, reference, critic, scorer = parts
-    if config.precision == "bf16":  # as rlhf.ppo.build does
-        for model in filter(None, (policy, reference)):
-            store_in_bfloat16(model)
-    if reference is not None:
-        reference.to(torch.device(work.device))
     accelerator = Accelerator(cpu=work.device == "cpu")
     models = Models(config, policy, reference, critic, accelerator)
     reward: Any = TokenReward(scorer)

@@ -13,11 +13,13 @@ os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
 import pytest
 
 from tests.ceph import s3_server
-from tests.library import typecheck
 from tests.swift import s3_weak_server
 
-# Before any test imports rlhf. Off for the whole quickstart, which runs at a user's speed.
+# Before any test imports rlhf. Off for the whole quickstart, which runs at a user's speed, and on
+# a bare GPU machine, which has no beartype.
 if os.environ.get("RLHF_CHECK_SHAPES", "1") == "1":
+    from tests.library import typecheck
+
     typecheck.install()
 
 __all__ = ["s3_server", "s3_weak_server"]
@@ -31,10 +33,25 @@ def pytest_configure(config):
         )
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With `-m device`, import no other modules: a bare GPU machine lacks what they need."""
+    if not config.option.markexpr.startswith("device") or collection_path.suffix != ".py":
+        return None
+    # pytest asks this for conftest.py too.
+    is_test = collection_path.name.startswith("test_")
+    return (is_test and "pytest.mark.device" not in collection_path.read_text("utf-8")) or None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Where tests are dealt to two workers: one Ceph on one of them, one Prefect on the other."""
+    """Skip what needs a CPU elsewhere; deal tests to two workers.
+
+    One Ceph runs on one of them, one Prefect on the other.
+    """
     for item in items:
+        cpu_only = item.get_closest_marker("cpu_only")
+        if cpu_only and (os.environ.get("RLHF_DEVICE") or "cpu") != "cpu":
+            item.add_marker(pytest.mark.skip(reason=f"CPU only: {cpu_only.args[0]}"))
         if "tests/production" in item.nodeid:
             item.add_marker(pytest.mark.xdist_group("production"))
         elif "s3_server" in item.fixturenames or item.get_closest_marker("s3"):

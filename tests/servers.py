@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
-import boto3
 import pytest
-from botocore.config import Config
 
 
 class UnavailableError(Exception):
@@ -60,6 +58,9 @@ def for_tests(start: Callable[[], AbstractContextManager[S]]) -> Iterator[S]:
 @contextlib.contextmanager
 def client_of(server: _Server, bucket: str, **options: Any) -> Iterator[Any]:
     """boto3 as its own authority, past all code of ours, with the bucket made."""
+    import boto3  # not on a bare GPU machine
+    from botocore.config import Config
+
     client = boto3.client(
         "s3",
         endpoint_url=server.endpoint,

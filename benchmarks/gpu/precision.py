@@ -129,7 +129,7 @@ def _shuffled(trainer: PPOTrainer, replies: Replies) -> Tensor:
 def _decoded(trainer: PPOTrainer, prompts: list[list[int]], replies: Replies) -> Tensor:
     """Token by token with a cache, as sampling computes them, on the tokens that were drawn."""
     models = trainer.models
-    policy = models._sampler(models.accelerator.unwrap_model(models.policy))
+    policy = models.sampling_copy(models.accelerator.unwrap_model(models.policy))
     width = replies.mask.shape[1]
     decoder = decoder_of(policy, prompts, width)
     logits = decoder.start()

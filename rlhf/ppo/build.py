@@ -21,7 +21,6 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import context_of, load_policy
 from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config, named_targets
-from rlhf.modeling.precision import store_in_bfloat16
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.modeling.shared import AdapterCritic, HeadCritic, SharedScorer
 from rlhf.ppo.models import Models
@@ -63,11 +62,6 @@ def build_trainer(
         config, scorer, renderer, rows, device=device, context=context, ranks=ranks,
     )  # fmt: skip
     critic = _critic(config, sft, policy, renderer, scorer, reward_model)
-    if config.precision == "bf16":  # after all adapters: peft gives a new one its base's precision
-        for model in filter(None, (policy, reference)):
-            store_in_bfloat16(model)
-    if reference is not None:
-        reference.to(device)
     models = Models(config, policy, reference, critic, accelerator, ranks)
     return PPOTrainer(config, models, environment, renderer, seed)
 

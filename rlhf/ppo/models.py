@@ -20,7 +20,7 @@ from rlhf.config import PPOConfig
 from rlhf.modeling.critic import Critic
 from rlhf.modeling.forward import copy_in
 from rlhf.modeling.lora import CRITIC, using
-from rlhf.modeling.precision import autocast
+from rlhf.modeling.precision import autocast, store_in_bfloat16
 from rlhf.modeling.shared import AdapterCritic
 from rlhf.ppo.kl import exact_kl
 from rlhf.ppo.rollout import (
@@ -41,7 +41,7 @@ Values = Float[Tensor, "batch states"]
 
 
 class Models:
-    """Policy, reference and critic.
+    """Policy, reference and critic, complete with all their adapters, brought to the device.
 
     `reference` is None when the policy has LoRA adapters: then it is the policy with them off.
     With `critic: head` the critic is a value head on the policy's own hidden states.
@@ -55,6 +55,9 @@ class Models:
         self.ranks = ranks or Ranks()
         for model in (policy, critic):
             model.eval()  # no dropout: the old and the new policy must be the same function
+        if config.precision == "bf16":
+            for model in filter(None, (policy, reference)):
+                store_in_bfloat16(model)
         self.parameters = {
             "policy": _of_policy(policy),
             "critic": critic.trainable(),
@@ -62,7 +65,7 @@ class Models:
         # As for evaluation, or they were wrapped for DDP: gradients are added up by `ranks`.
         self.policy: Any = accelerator.prepare_model(policy, evaluation_mode=True)
         self.critic: Any = accelerator.prepare_model(critic, evaluation_mode=True)
-        self.reference = reference
+        self.reference = None if reference is None else reference.to(self.device)
         self.optimizers = self._optimizers()
 
     @property
@@ -111,7 +114,7 @@ class Models:
         stop: Stop | None,
     ) -> Replies:
         """The policy's replies."""
-        policy = self._sampler(self.accelerator.unwrap_model(self.policy))
+        policy = self.sampling_copy(self.accelerator.unwrap_model(self.policy))
         return self._generate(policy, prompts, tokenizer, sampling, seed, stop)
 
     def sample_reference(
@@ -124,7 +127,7 @@ class Models:
     ) -> Replies:
         """The frozen reference's replies."""
         with self._as_reference() as reference:
-            model = self._sampler(reference)
+            model = self.sampling_copy(reference)
             return self._generate(model, prompts, tokenizer, sampling, seed, stop)
 
     def _generate(
@@ -140,7 +143,7 @@ class Models:
         parts = [part.to(self.device) for part in self.ranks.gather(replies)]
         return joined(parts, tokenizer.pad_token_id)
 
-    def _sampler(self, model: Any) -> Any:
+    def sampling_copy(self, model: Any) -> Any:
         """The model that replies are drawn from: in bf16 a copy, cast once instead of per token."""
         if self.config.precision == "fp32":
             return model

@@ -12,7 +12,9 @@ import torch
 from rlhf.config.ppo import KLSection
 from rlhf.ppo import kl, losses, shaping
 from tests.golden import reference
+from tests.library.toys import DEVICE
 
+pytestmark = pytest.mark.device
 FOLDER = Path(__file__).parent
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
 DOCUMENTS = {name: json.loads(path.read_text()) for name, path in FILES.items()}
@@ -32,8 +34,10 @@ class Tensors:
     def __getattr__(self, name):
         value = self.inputs[name]
         if name in {"mask", "finished"}:
-            return torch.tensor(value, dtype=torch.bool)
-        return torch.tensor(value, dtype=self.dtype) if isinstance(value, list) else value
+            return torch.tensor(value, dtype=torch.bool, device=DEVICE)
+        if not isinstance(value, list):
+            return value
+        return torch.tensor(value, dtype=self.dtype, device=DEVICE)
 
 
 def gae(x):
@@ -142,7 +146,7 @@ def entropy(x):
 def running_scale(x):
     scale, deviations, scaled = shaping.RunningScale(), [], []
     for chunk in x.inputs["chunks"]:
-        scores = torch.tensor(chunk, dtype=x.dtype)
+        scores = torch.tensor(chunk, dtype=x.dtype, device=DEVICE)
         scale.update(scores)
         deviations.append(scale.deviation)
         scaled.append(scale.apply(scores))

@@ -5,22 +5,21 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
 
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.gates import Approved
-from rlhf.modeling.base import from_scratch, load_policy
+from rlhf.modeling.base import load_policy
 from rlhf.ppo.train import train_policy
-from rlhf.reward import train_reward_model
-from rlhf.sft import train_sft
 from rlhf.store import Store
 from rlhf.store.cache import Cache
 from tests.library import toys
 from tests.library.ppo_runs import Stopped
+from tests.library.toy_models import toy_model
 from tests.library.upload_runs import Machine, Watched
 from tests.store.conftest import BUCKET, Bucket, Folder, Place
 
@@ -31,25 +30,27 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset folder of the toy task."""
-    return toys.write_data(tmp_path_factory.mktemp("data"))
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a toy model by its name in `toy_models.MAKERS`."""
+    return partial(toy_model, tmp_path_factory.mktemp("toys"))
 
 
 @pytest.fixture(scope="session")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(toy: Callable[[str], Path]) -> Path:
+    """A dataset folder of the toy task."""
+    return toy("data")
+
+
+@pytest.fixture(scope="session")
+def fresh(toy: Callable[[str], Path]) -> Path:
     """An untrained policy with its tokenizer: broad distributions, all kinds of tokens."""
-    folder = tmp_path_factory.mktemp("fresh")
-    model, tokenizer = from_scratch(toys.ARCHITECTURE, ["good bad tea cup"] * 4, seed=3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return toy("fresh")
 
 
 @pytest.fixture
 def policy(fresh: Path) -> torch.nn.Module:
     """The untrained policy, loaded."""
-    return load_policy(fresh).eval()
+    return load_policy(fresh).eval().to(toys.DEVICE)
 
 
 @pytest.fixture(scope="session")
@@ -59,19 +60,15 @@ def renderer(fresh: Path) -> Renderer:
 
 
 @pytest.fixture(scope="session")
-def sft(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+def sft(toy: Callable[[str], Path]) -> Path:
     """A policy fine-tuned on good and bad replies alike."""
-    folder = tmp_path_factory.mktemp("sft")
-    train_sft(toys.SFT, toys.BASE, data, folder, runtime=toys.RUNTIME)
-    return folder
+    return toy("sft")
 
 
 @pytest.fixture(scope="session")
-def reward_model(tmp_path_factory: pytest.TempPathFactory, data: Path, sft: Path) -> Path:
+def reward_model(toy: Callable[[str], Path]) -> Path:
     """A reward model that likes "good" and dislikes "bad"."""
-    folder = tmp_path_factory.mktemp("reward")
-    train_reward_model(toys.REWARD, data, sft, folder, runtime=toys.RUNTIME)
-    return folder
+    return toy("reward")
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +149,8 @@ def place(request, tmp_path, monkeypatch) -> Iterator[Place]:
         return
     for name, value in request.getfixturevalue("s3_server").environment.items():
         monkeypatch.setenv(name, value)
+    import boto3  # not on a bare GPU machine
+
     client = boto3.client("s3")
     client.create_bucket(Bucket=BUCKET)
     yield Bucket(tmp_path, client)

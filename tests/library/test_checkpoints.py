@@ -28,6 +28,7 @@ from tests.library import toys
 from tests.library.kills import in_child, kill_points
 from tests.library.ppo_runs import EVERYTHING
 
+pytestmark = pytest.mark.device
 CONFIG = toys.changed(toys.PPO, **EVERYTHING)
 WHO = {"base": "one"}
 
@@ -35,7 +36,7 @@ WHO = {"base": "one"}
 @pytest.fixture(scope="module")
 def trainer(data, sft, approved):
     rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
-    return build_trainer(CONFIG, sft, approved, 0, torch.device("cpu"), rows)
+    return build_trainer(CONFIG, sft, approved, 0, toys.DEVICE, rows)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,7 @@ def spoil(path, text):
 # --- kills ------------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu_only("a forked process has no accelerator")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_kill_at_any_point_of_a_save_leaves_the_newest_checkpoint_whole(
     trainer, saved, folder, tmp_path

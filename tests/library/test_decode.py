@@ -14,7 +14,9 @@ from rlhf.ppo.decode import PackedDecoder, PaddedDecoder, decoder_of
 from rlhf.ppo.rollout import generate, log_probs_and_entropy, pad_left
 from rlhf.ppo.sampler import Sampler, Sampling, exponential, filtered, inverse_cdf
 from tests.library.test_packing import ALL, PACKED, PROMPTS, make
+from tests.library.toys import DEVICE, within
 
+pytestmark = pytest.mark.device
 END, PAD = 2, 0
 TOKENS = SimpleNamespace(eos_token_id=END, pad_token_id=PAD)
 PROMPTS = PROMPTS * 2
@@ -23,14 +25,14 @@ PROMPTS = PROMPTS * 2
 def likely_end(model, bonus):
     """The same model, more ready to end: replies of different length."""
     head = model.get_output_embeddings()
-    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]))
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0], device=DEVICE))
     head.bias.data[END] = bonus
     return model
 
 
 def theirs(model, sampling, seed):
     """What `transformers` generates after `torch.manual_seed`."""
-    ids, attention = pad_left(PROMPTS, PAD)
+    ids, attention = (t.to(DEVICE) for t in pad_left(PROMPTS, PAD))
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sampling.temperature > 0,
@@ -63,9 +65,9 @@ def test_multinomial_gives_the_tokens_of_transformers(name, options):
 
 
 def test_exponential_noise_is_torchs_own_to_the_bit():
-    ours, torchs = (torch.Generator().manual_seed(3) for _ in range(2))
-    for rows in (torch.arange(6), torch.tensor([4, 0, 5])):
-        whole = torch.empty(6, 20_000).exponential_(generator=torchs)
+    ours, torchs = (torch.Generator(DEVICE).manual_seed(3) for _ in range(2))
+    for rows in (torch.arange(6, device=DEVICE), torch.tensor([4, 0, 5], device=DEVICE)):
+        whole = torch.empty(6, 20_000, device=DEVICE).exponential_(generator=torchs)
         assert torch.equal(exponential(6, 20_000, rows, ours), whole[rows])
     assert torch.equal(ours.get_state(), torchs.get_state())
 
@@ -88,7 +90,8 @@ def test_a_rows_draw_does_not_depend_on_which_others_ended(sampler):
 @pytest.mark.parametrize("name", ["gqa", "gpt2"])
 def test_stepping_gives_the_logits_of_one_whole_pass(kind, name):
     model = make(name).double()
-    extra = torch.randint(3, 61, (4, len(PROMPTS)), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    extra = torch.randint(3, 61, (4, len(PROMPTS)), generator=generator).to(DEVICE)
     rows = [list(p) for p in PROMPTS]
     assert packs(model, 14)  # switches our attention on
     decoder = kind(model, PROMPTS, 5)
@@ -98,7 +101,7 @@ def test_stepping_gives_the_logits_of_one_whole_pass(kind, name):
         logits = decoder.start()
         for step in range(4):
             for i, row in enumerate(live):
-                expected = model(torch.tensor([rows[row]])).logits[0, -1]
+                expected = model(torch.tensor([rows[row]], device=DEVICE)).logits[0, -1]
                 torch.testing.assert_close(logits[i], expected, atol=1e-10, rtol=0)
             if step in ends:
                 order = decoder.drop([row in ends[step] for row in live])
@@ -132,29 +135,29 @@ def test_a_row_ends_where_stop_says_so():
 
 @pytest.mark.parametrize("sampler", ["multinomial", "inverse_cdf"])
 def test_the_draw_has_the_models_distribution(sampler):
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf, 0.5])
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf, 0.5], device=DEVICE)
     n = 20_000
-    options = Sampling(1, sampler=sampler)
-    tokens = Sampler(options, n, 11, torch.device("cpu"))(logits.expand(n, -1), torch.arange(n), 0)
-    counts = torch.bincount(tokens, minlength=6)
+    draw = Sampler(Sampling(1, sampler=sampler), n, 11, DEVICE)
+    tokens = draw(logits.expand(n, -1), torch.arange(n, device=DEVICE), 0)
+    counts = torch.bincount(tokens.cpu(), minlength=6)
     assert counts[4] == 0
-    expected = logits.double().softmax(0) * n
+    expected = logits.cpu().double().softmax(0) * n
     kept = expected > 0
     assert chisquare(counts[kept].numpy(), expected[kept].numpy()).pvalue > 0.01
 
 
 def test_the_edges_of_the_unit_interval_give_tokens_that_are_possible():
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(3, 1)
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]], device=DEVICE).repeat(3, 1)
     highest = 1 - 2**-24  # the last number of torch.rand
-    uniform = torch.tensor([0.0, 0.5, highest])
+    uniform = torch.tensor([0.0, 0.5, highest], device=DEVICE)
     assert inverse_cdf(logits, uniform).tolist() == [1, 2, 2]
-    many = torch.randn(500, 7, generator=torch.Generator().manual_seed(0))
+    many = torch.randn(500, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     many[:, -1] = -torch.inf
-    assert inverse_cdf(many, torch.full((500,), highest)).max() <= 5
+    assert inverse_cdf(many, torch.full((500,), highest, device=DEVICE)).max() <= 5
 
 
 def test_filters_keep_the_right_tokens():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], device=DEVICE).log()
 
     def kept(**options):
         return (filtered(logits, Sampling(1, **options)) > -torch.inf)[0].tolist()
@@ -180,7 +183,7 @@ def test_log_probs_while_drawing_equal_those_computed_again():
         again, _ = log_probs_and_entropy(model, replies, 1.0)
     while_drawing = torch.stack(stepped, 1).gather(2, replies.reply_ids[..., None]).squeeze(2)
     gap = ((while_drawing - again) * replies.mask).abs().max()
-    assert gap < 2e-5
+    assert gap < within(2e-5, 1e-4)
     assert replies.mask.sum(1).unique().numel() > 2
 
 

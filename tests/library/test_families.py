@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from rlhf.config import BaseModelConfig, EvaluationConfig
+from rlhf.config import EvaluationConfig
 from rlhf.evaluate import evaluate_policy
-from rlhf.modeling.base import UNBOUNDED, context_of, load_policy, load_tokenizer
+from rlhf.modeling.base import UNBOUNDED, context_of, load_policy
 from rlhf.ppo.train import train_policy
-from rlhf.reward import train_reward_model
-from rlhf.sft import train_sft
 from tests.library import toys
+from tests.library.toy_models import FAMILIES
 
-FAMILIES = {
-    # Relative positions: no bound on what it can read.
-    "bloom": lambda n: BloomForCausalLM(
-        BloomConfig(vocab_size=n, hidden_size=16, n_layer=1, n_head=2)
-    ),
-    "gpt2": lambda n: GPT2LMHeadModel(
-        GPT2Config(vocab_size=n, n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    ),
-}
+pytestmark = pytest.mark.device
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_stage(family, fresh, data, tmp_path):
-    tokenizer = load_tokenizer(fresh)
-    torch.manual_seed(0)
-    model = FAMILIES[family](len(tokenizer))
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+def test_every_stage(family, toy, data, tmp_path):
+    model = load_policy(toy(f"{family}-base"))
     assert context_of(model) == {"bloom": UNBOUNDED, "gpt2": 64}[family]
-    folders = {n: tmp_path / n for n in ("sft", "reward", "policy", "evaluation")}
-    for folder in folders.values():
+    sft, reward = toy(f"{family}-sft"), toy(f"{family}-reward")
+    policy, evaluation = tmp_path / "policy", tmp_path / "evaluation"
+    for folder in (policy, evaluation):
         folder.mkdir()
-    sft, reward, policy, evaluation = folders.values()
-    base = BaseModelConfig(path=str(tmp_path / "base"))
-    train_sft(toys.SFT, base, data, sft, runtime=toys.RUNTIME)
-    train_reward_model(toys.REWARD, data, sft, reward, runtime=toys.RUNTIME)
     approved = toys.approve(reward)
     train_policy(toys.PPO, data, sft, approved, policy, runtime=toys.RUNTIME)
     assert type(load_policy(policy)) is type(model)

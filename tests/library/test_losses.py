@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -20,17 +21,21 @@ from rlhf.ppo.losses import (
     whiten,
 )
 from rlhf.ppo.shaping import RunningScale, clip_scores, shaped_rewards, value_mask
+from tests.library.toys import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def row(*values: float) -> Tensor:
-    return torch.tensor([values], dtype=torch.float64)
+    return torch.tensor([values], dtype=torch.float64, device=DEVICE)
 
 
 def mask_of(*rows: str) -> Tensor:
     """`mask_of("110")` is one row with two valid tokens and an invalid one."""
-    return torch.tensor([[c == "1" for c in r] for r in rows])
+    return torch.tensor([[c == "1" for c in r] for r in rows], device=DEVICE)
 
 
+@pytest.mark.skipif(os.environ.get("RLHF_CHECK_SHAPES") == "0", reason="switched off")
 def test_shapes_are_checked_in_these_tests():
     with pytest.raises(TypeCheckError):
         masked_mean(torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool))
@@ -39,7 +44,7 @@ def test_shapes_are_checked_in_these_tests():
 
 
 def test_masked_mean():
-    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], device=DEVICE)
     # (1 + 2 + 4) / 3: every token counts alike, whichever row it stands in
     assert masked_mean(values, mask_of("110", "100")).item() == pytest.approx(7 / 3)
     assert masked_mean(values, mask_of("000", "000")).item() == 0
@@ -53,11 +58,11 @@ def test_whiten():
 
 
 def test_shaped_rewards():
-    log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]])
-    reference = torch.tensor([[-2.0, -2.0, -1.0], [-1.0, -1.5, -3.0]])
-    mask = mask_of("110", "111")
+    log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]], device=DEVICE)
+    reference = torch.tensor([[-2.0, -2.0, -1.0], [-1.0, -1.5, -3.0]], device=DEVICE)
+    mask, scores = mask_of("110", "111"), torch.tensor([3.0, -4.0], device=DEVICE)
     states = value_mask(mask, 3, "last")
-    rewards = shaped_rewards(torch.tensor([3.0, -4.0]), log_probs - reference, mask, states, 0.5)
+    rewards = shaped_rewards(scores, log_probs - reference, mask, states, 0.5)
     # −0.5·(−1+2) = −0.5 | −0.5·0 + 3 = 3 | invalid
     # −0.5·0 = 0 | −0.5·0.5 = −0.25 | −0.5·2 − 4 = −5
     assert rewards.tolist() == [[-0.5, 3, 0, 0], [0, -0.25, -5, 0]]
@@ -66,21 +71,21 @@ def test_shaped_rewards():
 @pytest.mark.parametrize("position", ["last", "past_end"])
 def test_a_reply_without_tokens_has_no_reward(position):
     states = value_mask(mask_of("00", "10"), 2, position)
-    kl = torch.ones(2, 2)
-    rewards = shaped_rewards(torch.tensor([3.0, 4.0]), kl, mask_of("00", "10"), states, 0.5)
+    kl, scores = torch.ones(2, 2, device=DEVICE), torch.tensor([3.0, 4.0], device=DEVICE)
+    rewards = shaped_rewards(scores, kl, mask_of("00", "10"), states, 0.5)
     # the second: −0.5 and 4, on one state or on two
     assert rewards.tolist() == [[0, 0, 0], [3.5, 0, 0] if position == "last" else [-0.5, 4, 0]]
 
 
 def test_scores_are_clipped_on_both_sides():
-    scores = torch.tensor([-3.0, 0.5, 3.0])
+    scores = torch.tensor([-3.0, 0.5, 3.0], device=DEVICE)
     assert clip_scores(scores, 2).tolist() == [-2, 0.5, 2]
     assert clip_scores(scores, None).tolist() == [-3, 0.5, 3]
 
 
 def test_an_empty_chunk_leaves_the_running_scale_alone():
     scale = RunningScale()
-    scale.update(torch.empty(0))
+    scale.update(torch.empty(0, device=DEVICE))
     assert (scale.count, scale.mean, scale.deviation) == (0, 0, 1)
 
 
@@ -123,7 +128,7 @@ def episodes(draw):
     )
     rewards, values = (torch.tensor(draw(table), dtype=torch.float64) for _ in range(2))
     mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-    return rewards, values, mask
+    return rewards.to(DEVICE), values.to(DEVICE), mask.to(DEVICE)
 
 
 @given(episodes(), share, share)
@@ -146,8 +151,8 @@ def test_gae_is_the_sum_of_discounted_errors(episode, gamma, lam):
 @settings(max_examples=40, deadline=None)
 def test_padding_changes_nothing(episode, extra, junk):
     rewards, values, mask = episode
-    more = torch.full((len(mask), extra), junk, dtype=torch.float64)
-    wide = torch.cat([mask, torch.zeros(len(mask), extra, dtype=torch.bool)], 1)
+    more = torch.full((len(mask), extra), junk, dtype=torch.float64, device=DEVICE)
+    wide = torch.cat([mask, torch.zeros_like(more, dtype=torch.bool)], 1)
     padded = gae(torch.cat([rewards, more], 1), torch.cat([values, more], 1), wide, 0.9, 0.8)
     plain = gae(rewards, values, mask, 0.9, 0.8)
     width = mask.shape[1]
@@ -211,8 +216,8 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut():
     torch.manual_seed(0)
     mask = mask_of("1111", "1000", "1110")
     n = float(mask.sum())
-    new = torch.randn(3, 4, dtype=torch.float64).mul(0.3).requires_grad_()
-    old, advantages, returns = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    new, old, advantages, returns = torch.randn(4, 3, 4, dtype=torch.float64).to(DEVICE)
+    new = new.mul(0.3).requires_grad_()
     old = old * 0.3
 
     def loss(rows: list[int]) -> Tensor:

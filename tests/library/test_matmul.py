@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rlhf.modeling import matmul
 from rlhf.modeling.matmul import fast_float32, plain_float32, rounding
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
+cpu_only = pytest.mark.cpu_only("of oneDNN's products")
 
 
+@cpu_only
 def test_on_and_put_back():
     with fast_float32(CPU) as on:
         assert on == (matmul._error() < 1e-5)
@@ -17,6 +21,7 @@ def test_on_and_put_back():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@cpu_only
 def test_few_shapes_inside_and_small_products_by_mkl(monkeypatch):
     monkeypatch.setattr(matmul, "_error", lambda: 1e-6)
     with fast_float32(CPU):
@@ -31,6 +36,7 @@ def test_few_shapes_inside_and_small_products_by_mkl(monkeypatch):
     assert rounding(33, CPU) == 0
 
 
+@cpu_only
 def test_not_where_it_costs_accuracy(monkeypatch):
     monkeypatch.setattr(matmul, "_error", lambda: 3e-3)  # bfloat16's
     with fast_float32(CPU) as on:
@@ -44,6 +50,7 @@ def test_not_on_other_devices():
         assert torch.get_float32_matmul_precision() == "highest"
 
 
+@cpu_only
 def test_a_users_own_setting_stays():
     torch.set_float32_matmul_precision("high")
     try:
@@ -55,6 +62,7 @@ def test_a_users_own_setting_stays():
         torch.set_float32_matmul_precision("highest")
 
 
+@cpu_only
 def test_the_error_is_measured():
     matmul._error.cache_clear()
     assert 0 < matmul._error() < 1e-5

@@ -11,6 +11,8 @@ import torch
 
 from rlhf.ppo import memory
 
+pytestmark = pytest.mark.device
+
 #: In a process of its own: what earlier tests freed would do as well.
 SCRIPT = """
 import resource, torch
@@ -30,6 +32,7 @@ with kept(torch.device("cpu")):
 """
 
 
+@pytest.mark.cpu_only("of malloc")
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc"
 )

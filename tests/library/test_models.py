@@ -35,8 +35,13 @@ from rlhf.modeling.reward import (
 )
 from rlhf.ppo.rollout import position_ids
 from tests.library import toys
+from tests.library.toys import DEVICE, within
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
+
+
+def ids_of(*rows):
+    return torch.tensor(rows, device=DEVICE)
 
 
 def same(a, b) -> bool:
@@ -172,7 +177,7 @@ def _foreign_tokenizer():
 
 def test_device():
     threads = torch.get_num_threads()
-    assert device_of(RuntimeConfig(device="cpu", threads=3)) == CPU
+    assert device_of(RuntimeConfig(device="cpu", threads=3)) == torch.device("cpu")
     assert torch.get_num_threads() == 3
     torch.set_num_threads(threads)
     assert device_of(RuntimeConfig(threads=threads)).type in ("cpu", "cuda", "mps")
@@ -183,8 +188,8 @@ def test_device():
 
 
 class TestPooling:
-    scores = torch.tensor([[1.0, 2.0, 4.0, 8.0], [3.0, 5.0, 7.0, 9.0]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    scores = torch.tensor([[1.0, 2.0, 4.0, 8.0], [3.0, 5.0, 7.0, 9.0]], device=DEVICE)
+    mask = ids_of([1, 1, 1, 1], [1, 1, 1, 0])
 
     def test_last(self):
         # the last token that is not padding: 8 and 7
@@ -195,14 +200,14 @@ class TestPooling:
         assert pool(self.scores, self.mask.bool(), "sum").tolist() == [15, 15]
 
     def test_only_what_follows_the_first_marker(self):
-        ids = torch.tensor([[5, 77, 5, 77], [5, 5, 77, 5]])
+        ids = ids_of([5, 77, 5, 77], [5, 5, 77, 5])
         counted = counted_tokens(ids, self.mask, 77)
         # first row: a second marker hides nothing; second row: what follows is padding
         assert counted.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
         assert pool(self.scores, counted, "sum").tolist() == [12, 0]
 
     def test_all_without_a_marker(self):
-        ids = torch.tensor([[5, 5, 5, 5], [5, 5, 5, 77]])
+        ids = ids_of([5, 5, 5, 5], [5, 5, 5, 77])
         assert counted_tokens(ids, self.mask, None).int().tolist() == self.mask.tolist()
         assert counted_tokens(ids, self.mask, 77).int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
 
@@ -217,16 +222,17 @@ class TestRewardModel:
 
     @pytest.mark.parametrize("pooling", ["last", "sum"])
     def test_survives_saving(self, fresh, renderer, tmp_path, pooling):
-        model = load_reward_model(fresh, renderer, pooling)
+        model = load_reward_model(fresh, renderer, pooling).to(DEVICE)
         torch.manual_seed(0)
         torch.nn.init.normal_(model.score.weight)
         save_reward_model(model, renderer, tmp_path)
-        loaded = load_reward_model(tmp_path, load_renderer(tmp_path))
+        loaded = load_reward_model(tmp_path, load_renderer(tmp_path)).to(DEVICE)
         assert loaded.pooling == pooling
         assert loaded.marker == (
             renderer.tokenizer.convert_tokens_to_ids(ASSISTANT) if pooling == "sum" else None
         )
-        ids, mask = pad_right([renderer.encode("tea?", r, 40).ids for r in ("good", "b")], 0)
+        rows = [renderer.encode("tea?", r, 40).ids for r in ("good", "b")]
+        ids, mask = (t.to(DEVICE) for t in pad_right(rows, 0))
         assert torch.equal(model.eval()(ids, mask).logits, loaded.eval()(ids, mask).logits)
         assert reward_meta(tmp_path) == {
             "pooling": pooling,
@@ -234,15 +240,18 @@ class TestRewardModel:
         }
 
     def test_last_pooling_is_what_transformers_computes(self, fresh, renderer, tmp_path):
-        model = load_reward_model(fresh, renderer, "last")
+        model = load_reward_model(fresh, renderer, "last").to(DEVICE)
         torch.nn.init.normal_(model.score.weight)
         save_reward_model(model, renderer, tmp_path)
-        standard = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        standard = AutoModelForSequenceClassification.from_pretrained(tmp_path).to(DEVICE)
         assert type(standard) is LlamaForSequenceClassification
         rows = [renderer.encode("tea?", r, 40).ids for r in ("good", "b")]
-        ids, mask = pad_right(rows, renderer.tokenizer.pad_token_id)
+        ids, mask = (t.to(DEVICE) for t in pad_right(rows, renderer.tokenizer.pad_token_id))
         torch.testing.assert_close(
-            standard(ids, attention_mask=mask).logits, model(ids, mask).logits
+            standard(ids, attention_mask=mask).logits,
+            model(ids, mask).logits,
+            atol=within(1e-5, 1e-4),
+            rtol=within(1.3e-6, 1e-4),
         )
 
     def test_a_foreign_model_has_no_meta(self, fresh):
@@ -262,15 +271,15 @@ class TestRewardModel:
             load_reward_model(tmp_path, renderer)
 
     def test_padding_is_found_by_the_mask_not_by_the_id(self, fresh, renderer):
-        model = load_reward_model(fresh, renderer, "last").eval()
+        model = load_reward_model(fresh, renderer, "last").eval().to(DEVICE)
         torch.nn.init.normal_(model.score.weight)
         pad = renderer.tokenizer.pad_token_id
-        ids = torch.tensor([[5, 6, pad]])
+        ids = ids_of([5, 6, pad])
         with_pad = model(ids, torch.ones_like(ids)).logits
-        without = model(ids, torch.tensor([[1, 1, 0]])).logits
+        without = model(ids, ids_of([1, 1, 0])).logits
         assert not torch.equal(with_pad, without)
-        left = model(torch.tensor([[9, 5, 6]]), torch.tensor([[0, 1, 1]])).logits
-        torch.testing.assert_close(left, without, atol=1e-5, rtol=0)
+        left = model(ids_of([9, 5, 6]), ids_of([0, 1, 1])).logits
+        torch.testing.assert_close(left, without, atol=within(1e-5, 1e-4), rtol=0)
 
 
 def test_absolute_positions_begin_at_the_first_real_token(tmp_path):
@@ -278,11 +287,11 @@ def test_absolute_positions_begin_at_the_first_real_token(tmp_path):
     tokenizer.add_special_tokens({"pad_token": PAD})
     shape = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=32)
     GPT2LMHeadModel(shape).save_pretrained(tmp_path)
-    model = load_reward_model(tmp_path, Renderer(tokenizer), "last").eval()
+    model = load_reward_model(tmp_path, Renderer(tokenizer), "last").eval().to(DEVICE)
     torch.nn.init.normal_(model.score.weight)
-    alone = model(torch.tensor([[5, 6]]), torch.tensor([[1, 1]])).logits
-    padded = model(torch.tensor([[9, 9, 5, 6]]), torch.tensor([[0, 0, 1, 1]])).logits
-    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+    alone = model(ids_of([5, 6]), ids_of([1, 1])).logits
+    padded = model(ids_of([9, 9, 5, 6]), ids_of([0, 0, 1, 1])).logits
+    torch.testing.assert_close(padded, alone, atol=within(1e-5, 1e-4), rtol=0)
 
 
 class TestScorer:
@@ -290,29 +299,30 @@ class TestScorer:
     replies = ["good", "bad bad", "a much longer reply than that", "good good"]
 
     def test_order_and_batches_change_nothing(self, reward_model):
-        scores = Scorer(reward_model, CPU, 48)(self.prompts, self.replies)
-        one_by_one = Scorer(reward_model, CPU, 48, batch_tokens=1)(self.prompts, self.replies)
-        torch.testing.assert_close(scores, one_by_one, atol=1e-5, rtol=0)
-        backwards = Scorer(reward_model, CPU, 48, batch_tokens=30)(
+        scores = Scorer(reward_model, DEVICE, 48)(self.prompts, self.replies)
+        one_by_one = Scorer(reward_model, DEVICE, 48, batch_tokens=1)(self.prompts, self.replies)
+        close = within(1e-5, 1e-4)
+        torch.testing.assert_close(scores, one_by_one, atol=close, rtol=0)
+        backwards = Scorer(reward_model, DEVICE, 48, batch_tokens=30)(
             self.prompts[::-1], self.replies[::-1]
         )
-        torch.testing.assert_close(scores, backwards.flip(0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(scores, backwards.flip(0), atol=close, rtol=0)
         assert all(abs(a - b) > 1e-3 for a, b in pairwise(sorted(scores.tolist())))
 
     def test_a_reply_is_scored_with_its_own_prompt(self, reward_model):
-        scorer = Scorer(reward_model, CPU, 48)
+        scorer = Scorer(reward_model, DEVICE, 48)
         a, b = scorer(["tea or cup?", "jar jar jar!"], ["good", "good"])
         assert a != b
         with pytest.raises(ValueError, match="longer"):
             scorer(["tea?"], ["good", "bad"])
 
     def test_it_learns_nothing(self, reward_model):
-        scorer = Scorer(reward_model, CPU, 48)
+        scorer = Scorer(reward_model, DEVICE, 48)
         assert not any(p.requires_grad for p in scorer.model.parameters())
         assert not scorer.model.training
 
     def test_a_score_that_is_not_finite_names_the_reply(self, reward_model):
-        scorer = Scorer(reward_model, CPU, 48)
+        scorer = Scorer(reward_model, DEVICE, 48)
         scorer.model.score.weight[0, 0] = float("nan")
         with pytest.raises(
             TrainingError, match=r"not finite for the reply 'good'; .*learning_rate"
@@ -320,17 +330,17 @@ class TestScorer:
             scorer(["tea?"], ["good"])
 
     def test_long_rows_are_cut(self, reward_model):
-        scorer = Scorer(reward_model, CPU, 20)
+        scorer = Scorer(reward_model, DEVICE, 20)
         assert torch.equal(scorer(["?"], ["x" * 90]), scorer(["?"], ["x" * 60]))
 
 
 class TestCritic:
     def test_begins_at_zero_and_keeps_the_backbone(self, fresh, reward_model, renderer):
         policy = load_policy(fresh)
-        ids = torch.tensor([[5, 6, 7], [8, 9, 5]])
+        ids = ids_of([5, 6, 7], [8, 9, 5])
         mask = torch.ones_like(ids)
         for model in (policy, load_reward_model(reward_model, load_renderer(reward_model))):
-            critic = critic_from(model)
+            critic = critic_from(model).to(DEVICE)
             values = critic(ids, mask, position_ids(mask))
             assert values.shape == (2, 3)
             assert values.abs().sum() == 0
@@ -340,12 +350,15 @@ class TestCritic:
         critic = Critic(policy.model)
         torch.nn.init.ones_(critic.value_head.weight)
         torch.nn.init.constant_(critic.value_head.bias, 0.5)
-        ids = torch.tensor([[5, 6, 7]])
+        critic.to(DEVICE)
+        ids = ids_of([5, 6, 7])
         mask = torch.ones_like(ids)
         hidden = policy.model(input_ids=ids).last_hidden_state
         # a head of ones sums the features
         expected = hidden.sum(-1) + 0.5
-        torch.testing.assert_close(critic(ids, mask, position_ids(mask)), expected)
+        values = critic(ids, mask, position_ids(mask))
+        close = {"atol": within(1e-5, 1e-4), "rtol": within(1.3e-6, 1e-4)}
+        torch.testing.assert_close(values, expected, **close)
 
     def test_freeze(self, policy):
         assert freeze(policy.train()) is policy
@@ -367,7 +380,7 @@ class TestLora:
     def test_merged_computes_the_same(self, policy):
         import peft
 
-        ids = torch.tensor([[5, 6, 7]])
+        ids = ids_of([5, 6, 7])
         before = policy(ids).logits
         model = peft.get_peft_model(policy, lora_config(LoraConfig(r=2), "CAUSAL_LM"))
         for name, p in model.named_parameters():
@@ -377,7 +390,8 @@ class TestLora:
         assert not torch.allclose(adapted, before)
         plain = merged(model)
         assert type(plain) is LlamaForCausalLM
-        torch.testing.assert_close(plain(ids).logits, adapted, atol=1e-5, rtol=1e-4)
+        close = {"atol": within(1e-5, 1e-4), "rtol": within(1e-4, 1e-3)}
+        torch.testing.assert_close(plain(ids).logits, adapted, **close)
         assert merged(plain) is plain
 
 

@@ -40,7 +40,9 @@ from rlhf.ppo.rollout import (
     reply_logits,
     reply_values,
 )
+from tests.library.toys import DEVICE, within
 
+pytestmark = pytest.mark.device
 VOCABULARY = 61
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -85,7 +87,7 @@ ALL = {**PACKED, **PADDED}
 
 def make(name, seed=0):
     torch.manual_seed(seed)
-    return ALL[name]().eval()
+    return ALL[name]().eval().to(DEVICE)
 
 
 def replies_of(prompts, replies, pad=0):
@@ -99,7 +101,7 @@ def replies_of(prompts, replies, pad=0):
         torch.cat([attention, mask.long()], 1),
         mask,
         torch.ones(len(replies), dtype=torch.bool),
-    )
+    ).to(DEVICE)
 
 
 def some_rows(lengths, seed=0):
@@ -114,7 +116,7 @@ BATCH = replies_of(PROMPTS, REPLIES)
 
 def alone(model, i):
     """Logits after each token, computed for one row by the model itself."""
-    ids = torch.tensor([PROMPTS[i] + REPLIES[i]])
+    ids = torch.tensor([PROMPTS[i] + REPLIES[i]], device=DEVICE)
     return model(ids, use_cache=False).logits[0, len(PROMPTS[i]) - 1 :]
 
 
@@ -125,15 +127,16 @@ def test_log_probs_are_those_of_each_row_alone(name):
     assert packs(model, 21) == (name in PACKED)
     log_probs, entropy = log_probs_and_entropy(model, BATCH, 1.0)
     logits = reply_logits(model, BATCH, 1.0).split([len(r) for r in REPLIES])
+    close = within(2e-5, 1e-4)
     for i, reply in enumerate(REPLIES):
         log_p = expected[i][:-1]
         n = len(reply)
         chosen = log_p[torch.arange(n), reply]
-        torch.testing.assert_close(log_probs[i, :n], chosen, atol=2e-5, rtol=0)
+        torch.testing.assert_close(log_probs[i, :n], chosen, atol=close, rtol=0)
         uncertainty = -(log_p.exp() * log_p).sum(-1)
-        torch.testing.assert_close(entropy[i, :n], uncertainty, atol=5e-5, rtol=0)
+        torch.testing.assert_close(entropy[i, :n], uncertainty, atol=within(5e-5, 1e-4), rtol=0)
         assert log_probs[i, n:].abs().sum() == entropy[i, n:].abs().sum() == 0
-        torch.testing.assert_close(logits[i].log_softmax(-1), log_p, atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[i].log_softmax(-1), log_p, atol=close, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["capped", "scaled", "mixed"])
@@ -145,7 +148,7 @@ def test_a_head_that_scales_or_caps_is_noticed(name):
 def loss_of(policy, critic, batch, temperature=0.7):
     log_probs, entropy = log_probs_and_entropy(policy, batch, temperature)
     values = reply_values(critic, batch)
-    weights = torch.linspace(-1, 1, log_probs.numel()).view_as(log_probs).to(log_probs.dtype)
+    weights = torch.linspace(-1, 1, log_probs.numel()).view(log_probs.shape).to(log_probs)
     return (weights * log_probs).sum() + 0.3 * (weights * entropy).sum() + values.square().sum()
 
 
@@ -161,7 +164,7 @@ def gradients(*models):
 def with_critic(model):
     critic = critic_from(copy.deepcopy(model))
     nn.init.normal_(critic.value_head.weight)
-    return critic
+    return critic.to(DEVICE)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -177,7 +180,8 @@ def test_gradients_are_those_of_padded_batches(name, kind, monkeypatch):
         )
         policy = peft.get_peft_model(policy, config).eval()
     if kind == "checkpointed":  # transformers checkpoints in training mode only
-        policy.activation_checkpointing_enable()
+        newer = getattr(policy, "activation_checkpointing_enable", None)
+        (newer or policy.gradient_checkpointing_enable)()  # transformers 5.17 has only this
         policy.train()
         for module in policy.modules():
             if isinstance(module, nn.Dropout):
@@ -190,14 +194,15 @@ def test_gradients_are_those_of_padded_batches(name, kind, monkeypatch):
     monkeypatch.setattr("rlhf.ppo.rollout.packs", lambda *_: False)
     padded = loss_of(policy, critic, BATCH)
     padded.backward()
-    tolerance = 1e-10 if kind == "float64" else 1e-4
+    tolerance = 1e-10 if kind == "float64" else within(1e-4, 1e-3)
     torch.testing.assert_close(packed, padded, atol=tolerance, rtol=1e-5)
     for key, theirs in gradients(policy, critic).items():
         if theirs is None:
             assert ours[key] is None
             continue
         scale = theirs.abs().max().clamp(min=1)
-        torch.testing.assert_close(ours[key], theirs, atol=tolerance * scale.item(), rtol=1e-4)
+        bounds = {"atol": tolerance * scale.item(), "rtol": within(1e-4, 1e-3)}
+        torch.testing.assert_close(ours[key], theirs, **bounds)
 
 
 def test_bf16_autocast_is_close_and_lowers_the_head_too(monkeypatch):
@@ -210,7 +215,7 @@ def test_bf16_autocast_is_close_and_lowers_the_head_too(monkeypatch):
 
     monkeypatch.setattr("rlhf.ppo.rollout.token_log_probs", watched)
     exact, _ = log_probs_and_entropy(policy, BATCH, 1.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         rough, _ = log_probs_and_entropy(policy, BATCH, 1.0)
         monkeypatch.setattr("rlhf.ppo.rollout.packs", lambda *_: False)
         padded, _ = log_probs_and_entropy(policy, BATCH, 1.0)
@@ -222,13 +227,13 @@ def test_bf16_autocast_is_close_and_lowers_the_head_too(monkeypatch):
 
 def test_one_forward_gives_log_probs_entropy_and_values():
     policy = make("gqa")
-    head = nn.Linear(32, 1)
+    head = nn.Linear(32, 1).to(DEVICE)
     seen = log_probs_entropy_values(policy, head, BATCH, 0.7)
     critic = Critic(policy.model)
     critic.value_head = head
     expected = (*log_probs_and_entropy(policy, BATCH, 0.7), reply_values(critic, BATCH))
     for ours, theirs in zip(seen, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=within(1e-5, 1e-4), rtol=0)
     assert seen[2].shape == (5, 13)
 
 
@@ -250,7 +255,8 @@ class TestInvariance:
             for row, i in enumerate(order):
                 single, _ = log_probs_and_entropy(model, replies_of([prompts[i]], [replies[i]]), 1)
                 n = len(replies[i])
-                torch.testing.assert_close(log_probs[row, :n], single[0], atol=1e-12, rtol=0)
+                close = within(1e-12, 1e-9)
+                torch.testing.assert_close(log_probs[row, :n], single[0], atol=close, rtol=0)
 
 
 def test_one_model_packs_or_not_by_the_length_of_the_text():
@@ -270,7 +276,7 @@ def test_a_model_that_comes_out_wrong_is_given_padded_batches(monkeypatch):
 
 def test_outside_our_calls_a_model_is_as_before():
     model = make("gqa")
-    ids, attention = pad_left(PROMPTS, 0)
+    ids, attention = (t.to(DEVICE) for t in pad_left(PROMPTS, 0))
     before = model(ids, attention_mask=attention).logits
     own = model.config._attn_implementation
     assert packs(model, 20)
@@ -299,6 +305,7 @@ def test_rounding_up_changes_nothing(monkeypatch):
         torch.testing.assert_close(seen[key], gradient, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.cpu_only("elsewhere torch's kernel takes all lengths")
 def test_long_texts_and_short_ones_attend_alike(monkeypatch):
     """Beyond a length torch's own kernel is used."""
     policy = make("gqa")
@@ -316,7 +323,8 @@ def test_rows_of_similar_length_share_an_attention_call():
 
 
 def test_arguments_of_a_packed_row():
-    ids, attention = torch.tensor([[0, 7, 8], [4, 5, 6]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    ids = torch.tensor([[0, 7, 8], [4, 5, 6]], device=DEVICE)
+    attention = torch.tensor([[0, 1, 1], [1, 1, 1]])
     arguments, place = arguments_of(ids, attention, packed=True)
     assert arguments["input_ids"].tolist() == [[7, 8, 4, 5, 6]]
     assert arguments["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
@@ -324,12 +332,12 @@ def test_arguments_of_a_packed_row():
 
 
 def test_equal_lengths_are_read_in_place():
-    assert Packed.of([4, 4, 4], torch.device("cpu")).fill is None
+    assert Packed.of([4, 4, 4], DEVICE).fill is None
 
 
 def test_take_rows_has_the_gradient_of_indexing():
-    source = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor([4, 0, 5])
+    source = torch.randn(6, 3, dtype=torch.float64).to(DEVICE).requires_grad_()
+    index = torch.tensor([4, 0, 5], device=DEVICE)
     torch.autograd.gradcheck(lambda s: take_rows(s, index), (source,))
     assert torch.equal(take_rows(source, index), source[index])
 

@@ -15,8 +15,9 @@ from rlhf.ppo.train import build_trainer, prompts_of_update, train_policy
 from rlhf.stage import read_json, write_json
 from tests.library import toys
 from tests.library.ppo_runs import LORA, Stopped, assert_same_run
+from tests.library.toys import DEVICE, within
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
 
 
 # --- learning ---------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def test_learning_rates_decay(train):
 
 def test_the_critic_has_a_rate_of_its_own(sft, approved):
     config = toys.changed(toys.PPO, critic_learning_rate=0.5, lr_final_fraction=0.5)
-    trainer = build_trainer(config, sft, approved, 0, CPU)
+    trainer = build_trainer(config, sft, approved, 0, DEVICE)
     # half way through 4 updates: 0.75 of the peaks
     rates = trainer.models.set_learning_rates(2)
     assert rates == pytest.approx({"learning_rate": 3.75e-3, "critic_learning_rate": 0.375})
@@ -143,22 +144,24 @@ def test_a_resumed_lora_run_is_the_same_run(train, tmp_path):
 
 
 def test_with_adapters_the_reference_is_the_base(sft, approved):
-    trainer = build_trainer(toys.changed(toys.PPO, lora=LORA), sft, approved, 0, CPU)
+    trainer = build_trainer(toys.changed(toys.PPO, lora=LORA), sft, approved, 0, DEVICE)
     assert trainer.models.reference is None
     for name, p in trainer.models.policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
-    replies = trainer.sample([PromptRow("tea or cup?"), PromptRow("jar or mug?")], 1).replies
+    rows = [PromptRow("tea or cup?"), PromptRow("jar or mug?")]
+    replies = trainer.sample(rows, 1).replies.to(DEVICE)
     with torch.no_grad():
-        base, _ = log_probs_and_entropy(load_policy(sft), replies, 1.0)
+        base, _ = log_probs_and_entropy(load_policy(sft).to(DEVICE), replies, 1.0)
         reference = trainer.models.reference_log_probs(replies)
         ours, _ = trainer.models.log_probs(replies)
-    torch.testing.assert_close(reference, base)
+    close = {"atol": within(1e-5, 1e-4), "rtol": within(1.3e-6, 1e-4)}
+    torch.testing.assert_close(reference, base, **close)
     assert not torch.allclose(ours, base, atol=1e-2)
 
 
 def test_the_reference_stays_where_it_was(sft, approved):
-    trainer = build_trainer(toys.PPO, sft, approved, 0, CPU)
+    trainer = build_trainer(toys.PPO, sft, approved, 0, DEVICE)
     before = {k: v.clone() for k, v in trainer.models.reference.state_dict().items()}
     trainer.update(0, [PromptRow("tea or cup?")] * 16)
     assert all(torch.equal(v, before[k]) for k, v in trainer.models.reference.state_dict().items())

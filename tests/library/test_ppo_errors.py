@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import rlhf.ppo.optimise as optimise_module
 from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
@@ -17,7 +16,7 @@ from rlhf.stage import read_json, write_json
 from tests.library import toys
 from tests.library.ppo_runs import assert_same_run
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
 
 
 # --- what can go wrong ------------------------------------------------------------------------
@@ -90,13 +89,8 @@ def test_one_with_the_policys_words_but_another_template_is_refused(train, rewar
         train(reward=toys.approve(folder))
 
 
-def test_a_foreign_tokenizer_scores_but_is_no_critic(train, data, fresh, tmp_path):
-    from rlhf.reward import train_reward_model
-
-    folder = tmp_path / "foreign"
-    folder.mkdir()
-    train_reward_model(toys.REWARD, data, fresh, folder, runtime=toys.RUNTIME)
-    reward = toys.approve(folder)
+def test_a_foreign_tokenizer_scores_but_is_no_critic(train, toy):
+    reward = toys.approve(toy("fresh-reward"))
     with pytest.raises(
         ConfigError, match=r"ppo\.critic = 'reward_model'.*set ppo\.critic to policy"
     ):

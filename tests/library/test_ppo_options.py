@@ -16,8 +16,9 @@ from rlhf.ppo.train import build_trainer
 from rlhf.stage import read_json
 from tests.library import toys
 from tests.library.ppo_runs import LORA
+from tests.library.toys import DEVICE, within
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_every_parameter_arrives(train, two_updates, change):
 
 
 def trainer_with(sft, approved, **options):
-    return build_trainer(toys.changed(toys.PPO, **options), sft, approved, 0, CPU)
+    return build_trainer(toys.changed(toys.PPO, **options), sft, approved, 0, DEVICE)
 
 
 def rollouts_of(trainer, rows=16):
@@ -95,7 +96,7 @@ def nudge(model):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(DEVICE))
 
 
 @pytest.mark.parametrize(("variance", "correction"), [("biased", 0), ("unbiased", 1)])
@@ -103,8 +104,8 @@ def test_advantages_are_whitened_by_the_variance_asked_for(sft, approved, varian
     trainer = trainer_with(sft, approved, whiten_variance=variance)
     buffer = trainer.evaluate(rollouts_of(trainer))[0]
     advantages = buffer.advantages[buffer.replies.mask]
-    assert advantages.mean() == pytest.approx(0, abs=1e-6)
-    assert advantages.var(correction=correction) == pytest.approx(1, abs=1e-5)
+    assert advantages.mean().item() == pytest.approx(0, abs=1e-6)
+    assert advantages.var(correction=correction).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_score_goes_where_it_is_asked_for(sft, approved):
@@ -116,10 +117,10 @@ def test_the_score_goes_where_it_is_asked_for(sft, approved):
     rollouts = rollouts_of(past)
     buffer = past.evaluate(rollouts)[0]
     assert torch.equal(buffer.states.sum(1), (lengths + 1).clamp(max=lengths.max()))
-    rows = torch.arange(16)
+    rows = torch.arange(16, device=buffer.returns.device)
     # V is 0 at the start, so the return of the last state is its reward: the score
     final = buffer.returns[rows, buffer.states.sum(1) - 1]
-    torch.testing.assert_close(final, rollouts.scores)
+    torch.testing.assert_close(final.cpu(), rollouts.scores.cpu())
 
 
 def test_the_adaptive_controller_follows_its_formula(train):
@@ -140,13 +141,14 @@ def test_the_audit_is_the_kl_over_the_vocabulary(sft, approved):
     rollouts = rollouts_of(trainer)
     metrics = trainer.evaluate(rollouts)[1]
     assert "kl_exact" not in trainer_with(sft, approved).evaluate(rollouts)[1]
-    replies = rollouts.replies
+    replies = rollouts.replies.to(DEVICE)
+    attention = replies.attention.to(DEVICE)
     with torch.no_grad():
         logits = [
             model(
                 input_ids=replies.ids,
-                attention_mask=replies.attention,
-                position_ids=position_ids(replies.attention),
+                attention_mask=attention,
+                position_ids=position_ids(attention),
             ).logits[:, -replies.mask.shape[1] - 1 : -1]
             for model in (trainer.models.policy, trainer.models.reference)
         ]
@@ -266,11 +268,11 @@ def test_bf16_is_close_and_weights_stay_float32(train, two_updates, sft, approve
     assert toys.distance(out, two_updates) > 1e-4
     trainer = trainer_with(sft, approved, precision="bf16")
     exact = trainer_with(sft, approved)
-    sampler = trainer.models._sampler(trainer.models.policy)
+    sampler = trainer.models.sampling_copy(trainer.models.policy)
     assert {p.dtype for p in sampler.parameters()} == {torch.bfloat16}
     rotary = trainer.models.policy.model.rotary_emb.inv_freq
     assert torch.equal(sampler.model.rotary_emb.inv_freq, rotary)
-    replies = rollouts_of(exact).replies
+    replies = rollouts_of(exact).replies.to(DEVICE)
     with torch.no_grad():
         assert trainer.models.exact_kl(replies).dtype == torch.float32
     with torch.no_grad():
@@ -288,7 +290,8 @@ def test_caches_are_freed_between_the_phases(train, two_updates, monkeypatch, on
 
     monkeypatch.setattr("rlhf.ppo.trainer.release", counted)
     out = train(optimize_device_cache=on, total_episodes=32)
-    toys.assert_same_weights(out, two_updates)
+    # With it, advantages are computed on the CPU.
+    assert toys.distance(out, two_updates) <= within(0.0, 1e-4)
     assert len(freed) == (6 if on else 0)  # after each of three phases of two updates
 
 
@@ -303,14 +306,14 @@ def test_every_kind_of_critic_learns(sft, approved, critic):
     # A head alone is a linear function: there is more to learn for what is below it.
     optimise(buffer, trainer.models, seed=0, learn_policy=critic == "head")
     with torch.no_grad():
-        values = trainer.models.values(rollouts.replies)
+        values = trainer.models.values(rollouts.replies.to(DEVICE)).to(buffer.returns.device)
     before, after = (((v - buffer.returns)[buffer.states] ** 2).mean() for v in (0.0, values))
     assert after < 0.7 * before
 
 
 def test_an_adapter_of_the_critic_leaves_the_policy_alone(sft, approved):
     trainer = trainer_with(sft, approved, critic="adapter", lora=LORA)
-    replies = rollouts_of(trainer).replies
+    replies = rollouts_of(trainer).replies.to(DEVICE)
     with torch.no_grad():
         before = trainer.models.log_probs(replies)[0]
         values = trainer.models.values(replies)

@@ -20,6 +20,7 @@ from rlhf.stage import read_json, write_json
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, Stopped, assert_same_run
 
+pytestmark = pytest.mark.device
 ROOT = Path(__file__).parents[2]
 
 

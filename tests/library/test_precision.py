@@ -16,10 +16,11 @@ from tests.library import toys
 from tests.library.ppo_runs import LORA, assert_same_run
 from tests.library.test_packing import ALL, make
 
-CPU = torch.device("cpu")
-PLACES = ("rlhf.modeling.reward.store_in_bfloat16", "rlhf.ppo.build.store_in_bfloat16")
+pytestmark = pytest.mark.device
+PLACES = ("rlhf.modeling.reward.store_in_bfloat16", "rlhf.ppo.models.store_in_bfloat16")
 
 
+@pytest.mark.cpu_only("bytes are compared, and a GPU adds up in no fixed order")
 @pytest.mark.parametrize(
     "options",
     [
@@ -68,7 +69,7 @@ def test_log_probs_are_the_same_bit_by_bit(name):
     replies = generate(model, [[5, 6, 7], [8]], tokens, Sampling(6), 0)
 
     def log_probs():
-        with torch.no_grad(), autocast(CPU, "bf16"):
+        with torch.no_grad(), autocast(toys.DEVICE, "bf16"):
             return log_probs_and_entropy(model, replies, 1.0)
 
     before, size = log_probs(), sum(p.nbytes for p in model.parameters())
@@ -92,18 +93,19 @@ def test_a_copy_shares_what_is_lowered_already_and_is_not_tried_again(monkeypatc
 
 def test_a_head_computes_in_its_own_precision():
     """257 needs nine binary digits; bfloat16 has eight."""
-    head = nn.Linear(1, 1, bias=False)
+    head = nn.Linear(1, 1, bias=False).to(toys.DEVICE)
     nn.init.ones_(head.weight)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert in_own_precision(head, torch.tensor([[257.0]])).item() == 257
-        assert head(torch.tensor([[257.0]])).item() != 257
+    hidden = torch.tensor([[257.0]], device=toys.DEVICE)
+    with torch.autocast(toys.DEVICE.type, torch.bfloat16):
+        assert in_own_precision(head, hidden).item() == 257
+        assert head(hidden).item() != 257
 
 
 def test_a_reward_model_in_bf16_scores_nearly_as_in_fp32(reward_model):
     prompts = [f"{a} or jar?" for a in toys.ASKED]
     texts = ["good", "bad", "good good", "bad bad", "tea"]
     exact, lowered = (
-        Scorer(reward_model, CPU, 64, precision=p)(prompts, texts) for p in ("fp32", "bf16")
+        Scorer(reward_model, toys.DEVICE, 64, precision=p)(prompts, texts) for p in ("fp32", "bf16")
     )
     assert not torch.equal(exact, lowered)
     assert (exact - lowered).abs().max() < 0.05 * exact.abs().max()

@@ -19,7 +19,9 @@ from rlhf.ppo.rollout import (
     position_ids,
     reply_values,
 )
+from tests.library.toys import DEVICE, within
 
+pytestmark = pytest.mark.device
 PROMPTS = ["tea or cup?", "jar?", "pot or mug, which is good?"]
 
 
@@ -44,9 +46,12 @@ def test_positions_begin_at_the_first_real_token():
 
 def test_the_draw_depends_on_the_seed_alone(policy, renderer, rows):
     torch.manual_seed(1)
-    state = torch.get_rng_state()
+    state, following = torch.get_rng_state(), torch.rand(9, device=DEVICE)
+    torch.manual_seed(1)
     first = sample(policy, renderer, rows, seed=7)
-    assert torch.equal(torch.get_rng_state(), state)  # the global generator is untouched
+    # The global generators are untouched.
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.rand(9, device=DEVICE), following)
     torch.manual_seed(2)
     assert torch.equal(sample(policy, renderer, rows, seed=7).ids, first.ids)
     assert not torch.equal(sample(policy, renderer, rows, seed=8).reply_ids, first.reply_ids)
@@ -57,7 +62,7 @@ def test_temperature_zero_takes_the_likeliest_token(policy, renderer, rows):
     for prompt, reply in zip(rows, replies.rows(), strict=True):
         ids = list(prompt)
         for token in reply:
-            best = policy(torch.tensor([ids])).logits[0, -1].argmax().item()
+            best = policy(torch.tensor([ids], device=DEVICE)).logits[0, -1].argmax().item()
             assert token == best
             ids.append(token)
 
@@ -66,7 +71,7 @@ class Scripted:
     """Stands in for a sampler: the tokens drawn are known."""
 
     def __init__(self, replies: list[list[int]]) -> None:
-        self.replies = torch.tensor(replies)
+        self.replies = torch.tensor(replies, device=DEVICE)
 
     def __call__(self, logits, rows, step):
         assert len(logits) == len(rows)
@@ -98,10 +103,10 @@ def test_take_cuts_to_the_longest_of_its_rows():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
     replies = Replies(
         torch.arange(15).reshape(3, 5),
-        torch.ones(3, 5, dtype=torch.long),
+        torch.cat([torch.ones(3, 2, dtype=torch.long), mask.long()], 1),
         mask,
         torch.tensor([False, True, True]),
-    )
+    ).to(DEVICE)
     part = replies.take(torch.tensor([2, 1]))
     assert part.ids.tolist() == [[10, 11, 12, 13], [5, 6, 7, 8]]
     assert part.attention.shape == (2, 4)
@@ -114,11 +119,12 @@ def test_log_probs_by_hand(policy, renderer, rows):
     replies = sample(policy, renderer, rows[:1])
     log_probs, entropy = log_probs_and_entropy(policy, replies, 1.0)
     prompt, reply = rows[0], replies.rows()[0]
-    log_p = policy(torch.tensor([prompt + reply])).logits[0].log_softmax(-1)
+    log_p = policy(torch.tensor([prompt + reply], device=DEVICE)).logits[0].log_softmax(-1)
     for i, token in enumerate(reply):
         at = log_p[len(prompt) - 1 + i]
-        assert log_probs[0, i].item() == pytest.approx(at[token].item(), abs=1e-5)
-        assert entropy[0, i].item() == pytest.approx(-(at.exp() @ at).item(), abs=1e-4)
+        assert log_probs[0, i].item() == pytest.approx(at[token].item(), abs=within(1e-5, 1e-4))
+        uncertainty = -(at.exp() @ at).item()
+        assert entropy[0, i].item() == pytest.approx(uncertainty, abs=within(1e-4, 1e-3))
 
 
 def test_the_first_ratio_is_exactly_one(policy, renderer, rows):
@@ -126,7 +132,8 @@ def test_the_first_ratio_is_exactly_one(policy, renderer, rows):
     with torch.no_grad():
         old, _ = log_probs_and_entropy(policy, replies, 0.7)
     new, _ = log_probs_and_entropy(policy.train(), replies, 0.7)
-    assert torch.equal((new - old).exp(), torch.ones_like(old))
+    ratio = (new - old).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(old), atol=within(0.0, 1e-5), rtol=0)
 
 
 def test_padding_on_the_left_changes_nothing(policy, renderer, rows):
@@ -136,9 +143,11 @@ def test_padding_on_the_left_changes_nothing(policy, renderer, rows):
         reply = replies.rows()[i]
         ids = torch.tensor([prompt + reply])
         full = torch.ones(1, len(reply), dtype=torch.bool)
-        alone = Replies(ids, torch.ones_like(ids), full, replies.finished[i : i + 1])
+        alone = Replies(ids, torch.ones_like(ids), full, torch.tensor([True])).to(DEVICE)
         log_probs, _ = log_probs_and_entropy(policy, alone, 1.0)
-        torch.testing.assert_close(log_probs[0], together[i, : len(reply)], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            log_probs[0], together[i, : len(reply)], atol=within(1e-5, 1e-4), rtol=0
+        )
 
 
 def test_temperature_divides_the_logits(policy, renderer, rows):
@@ -146,7 +155,7 @@ def test_temperature_divides_the_logits(policy, renderer, rows):
     log_probs, _ = log_probs_and_entropy(policy, replies, 2.0)
     nn.init.constant_(policy.model.norm.weight, 0.5)  # halves the logits, as temperature 2 does
     halved, _ = log_probs_and_entropy(policy, replies, 1.0)
-    torch.testing.assert_close(log_probs, halved, atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_probs, halved, atol=within(1e-5, 1e-4), rtol=0)
 
 
 def test_a_cold_draw_is_greedy(policy, renderer, rows):
@@ -157,11 +166,9 @@ def test_a_cold_draw_is_greedy(policy, renderer, rows):
 
 def ranks(policy, replies):
     """Of each sampled token: how many were likelier, and their probability together."""
-    width = replies.mask.shape[1]
+    width, attention = replies.mask.shape[1], replies.attention.to(DEVICE)
     logits = policy(
-        input_ids=replies.ids,
-        attention_mask=replies.attention,
-        position_ids=position_ids(replies.attention),
+        input_ids=replies.ids, attention_mask=attention, position_ids=position_ids(attention)
     ).logits[:, -width - 1 : -1]
     p = logits.softmax(-1)
     chosen = p.gather(-1, replies.reply_ids[..., None])
@@ -200,20 +207,20 @@ def test_a_models_own_generation_defaults_stay_out(policy, renderer, rows, adapt
 def test_values_belong_to_the_states_before_and_after_each_token(policy, renderer, rows):
     critic = critic_from(policy)
     nn.init.normal_(critic.value_head.weight)
+    critic.to(DEVICE)
     replies = sample(policy, renderer, rows)
-    replies = replace(
-        replies, mask=replies.mask & (torch.arange(8) < torch.tensor([[8], [3], [1]]))
-    )
-    replies = replace(
-        replies, attention=torch.cat([replies.attention[:, :-8], replies.mask.long()], 1)
-    )
+    mask = replies.valid & (torch.arange(8) < torch.tensor([[8], [3], [1]]))
+    attention = torch.cat([replies.attention[:, :-8], mask.long()], 1)
+    replies = replace(replies, mask=mask.to(DEVICE), attention=attention)
     values = reply_values(critic, replies)
     assert values.shape == (3, 9)
     for i, (prompt, reply) in enumerate(zip(rows, replies.rows(), strict=True)):
-        ids = torch.tensor([prompt + reply])
-        alone = critic(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])[0]
+        ids = torch.tensor([prompt + reply], device=DEVICE)
+        positions = torch.arange(ids.shape[1], device=DEVICE)[None]
+        alone = critic(ids, torch.ones_like(ids), positions)[0]
         n = len(reply)
         expected = alone[len(prompt) - 1 :]  # after the prompt, ..., after the last token
         assert len(expected) == n + 1
-        torch.testing.assert_close(values[i, : n + 1], expected, atol=1e-5, rtol=0)
+        close = within(1e-5, 1e-4)
+        torch.testing.assert_close(values[i, : n + 1], expected, atol=close, rtol=0)
         assert values[i, n + 1 :].abs().sum() == 0

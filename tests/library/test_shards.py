@@ -21,12 +21,10 @@ from rlhf.modeling.reward import Scorer
 from rlhf.modeling.shards import save_tensors, shards_of
 from rlhf.ppo.build import build_trainer
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from rlhf.reward import train_reward_model
-from rlhf.sft import train_sft
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, LORA, Stopped
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
 WHOLE = "model.safetensors"
 INDEX = f"{WHOLE}.index.json"
 WHO = {"base": "one"}
@@ -49,17 +47,29 @@ def split(folder):
 
 def logits(folder):
     with torch.no_grad():
-        return load_policy(folder).eval()(torch.arange(20)[None]).logits
+        ids = torch.arange(20, device=toys.DEVICE)[None]
+        return load_policy(folder).eval().to(toys.DEVICE)(ids).logits
 
 
 def scores(folder):
-    return Scorer(folder, CPU, 48)(PROMPTS, REPLIES)
+    return Scorer(folder, toys.DEVICE, 48)(PROMPTS, REPLIES)
+
+
+@pytest.fixture
+def trainings():
+    """The stages that TRL trains: SFT and reward model."""
+    pytest.importorskip("trl")
+    from rlhf.reward import train_reward_model
+    from rlhf.sft import train_sft
+
+    return train_sft, train_reward_model
 
 
 def test_every_stage_writes_and_reads_shards(
-    small, data, sft, reward_model, two_updates, tmp_path, train, monkeypatch
+    small, trainings, data, sft, reward_model, two_updates, tmp_path, train
 ):
     """Trained alike and only written otherwise, so all that is computed from them is equal."""
+    train_sft, train_reward_model = trainings
     ours = {name: tmp_path / name for name in ("sft", "reward", "adopted", "a", "b")}
     for folder in ours.values():
         folder.mkdir()
@@ -87,8 +97,9 @@ def test_every_stage_writes_and_reads_shards(
     assert written[0] == written[1]
 
 
-def test_a_shared_base_may_be_sharded(small, data, sft, tmp_path):
+def test_a_shared_base_may_be_sharded(small, trainings, data, sft, tmp_path):
     """The adapter knows its base by all of its shards."""
+    train_reward_model = trainings[1]
     base, reward = shutil.copytree(sft, tmp_path / "base"), tmp_path / "reward"
     shards.save_model(load_policy(sft), base)
     (base / WHOLE).unlink()
@@ -98,7 +109,7 @@ def test_a_shared_base_may_be_sharded(small, data, sft, tmp_path):
     train_reward_model(config, data, base, reward, runtime=toys.RUNTIME)
     assert split(reward)
     shared = toys.changed(toys.PPO, shared_base=True, lora=LORA)
-    build_trainer(shared, base, toys.approve(reward), 0, CPU)
+    build_trainer(shared, base, toys.approve(reward), 0, toys.DEVICE)
     last = sorted(base.glob("model-*"))[-1]
     tensors = load_file(last)
     next(iter(tensors.values())).view(-1)[0] += 1
@@ -106,7 +117,7 @@ def test_a_shared_base_may_be_sharded(small, data, sft, tmp_path):
     save_file(tensors, last, {"format": "pt"})
     assert weights_digest(base) != before
     with pytest.raises(ConfigError, match="is for a base with weights"):
-        build_trainer(shared, base, toys.approve(reward), 0, CPU)
+        build_trainer(shared, base, toys.approve(reward), 0, toys.DEVICE)
 
 
 def test_a_missing_shard_of_a_model_is_said(small, sft, tmp_path):
@@ -145,7 +156,7 @@ def test_the_limit_is_2_gb():
 def trainer(data, sft, approved):
     rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
     config = toys.changed(toys.PPO, **EVERYTHING)
-    trainer = build_trainer(config, sft, approved, 0, CPU, rows)
+    trainer = build_trainer(config, sft, approved, 0, toys.DEVICE, rows)
     for number in (0, 1):
         trainer.update(number, rows[:16])
     return trainer

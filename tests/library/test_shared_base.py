@@ -16,25 +16,22 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.lora import CRITIC, POLICY, REWARD, merged, parameters_of, using
 from rlhf.modeling.reward import BASE, Scorer, reward_meta
 from rlhf.ppo.build import build_trainer
-from rlhf.reward import train_reward_model
 from rlhf.stage import read_json, write_json
 from rlhf.store.publish import scan
 from tests.library import toys
 from tests.library.ppo_runs import LORA, Stopped, assert_same_run
+from tests.library.toys import DEVICE, within
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
 SHARED = {"shared_base": True, "lora": LORA}
 PROMPTS = ["tea or cup?", "jar or mug?", "pot or cup?"]
 REPLIES = ["good", "bad bad", "good bad good"]
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory, data, sft):
+def scored(toy):
     """A reward model trained by LoRA from the SFT policy."""
-    folder = tmp_path_factory.mktemp("adapter-reward")
-    config = toys.changed(toys.REWARD, lora=LoraConfig(r=2, alpha=8.0), epochs=4)
-    train_reward_model(config, data, sft, folder, runtime=toys.RUNTIME)
-    return folder
+    return toy("adapter-reward")
 
 
 @pytest.fixture
@@ -43,7 +40,7 @@ def build(sft, scored):
 
     def make(reward=scored, **options):
         config = toys.changed(toys.PPO, **{**SHARED, **options})
-        return build_trainer(config, sft, toys.approve(reward), 0, CPU)
+        return build_trainer(config, sft, toys.approve(reward), 0, DEVICE)
 
     return make
 
@@ -61,7 +58,7 @@ def nudge(policy, *adapters):
                 p.add_(0.1)
 
 
-def test_a_reward_model_is_published_with_its_adapter(scored, sft, tmp_path, data):
+def test_a_reward_model_is_published_with_its_adapter(scored, sft):
     names = [p for p in scan(scored) if p.startswith("adapter/")]
     assert names == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     config = read_json(scored / "adapter" / "adapter_config.json")
@@ -70,6 +67,12 @@ def test_a_reward_model_is_published_with_its_adapter(scored, sft, tmp_path, dat
     assert str(sft) not in json.dumps(config)
     assert "base_model.model.score.weight" in load_file(scored / names[1])
     assert len(reward_meta(scored)[BASE]) == 64
+
+
+def test_one_with_a_base_of_its_own_has_no_adapter(sft, tmp_path, data):
+    pytest.importorskip("trl")
+    from rlhf.reward import train_reward_model
+
     other = toys.changed(toys.REWARD, base=str(sft), lora=LoraConfig(r=2), epochs=0.1)
     train_reward_model(other, data, sft, tmp_path, runtime=toys.RUNTIME)
     assert not (tmp_path / "adapter").exists()
@@ -81,7 +84,7 @@ def test_scores_are_those_of_the_merged_reward_model(build, scored):
     # adapters of the others do not leak into the reward model
     nudge(trainer.models.policy, POLICY, CRITIC)
     torch.testing.assert_close(
-        scores(trainer), Scorer(scored, CPU, 64)(PROMPTS, REPLIES), atol=1e-4, rtol=1e-4
+        scores(trainer), Scorer(scored, DEVICE, 64)(PROMPTS, REPLIES), atol=1e-4, rtol=1e-4
     )
     with using(trainer.models.policy, None):
         inside = scores(trainer)
@@ -92,7 +95,7 @@ def test_scores_are_those_of_the_merged_reward_model(build, scored):
 def test_each_computes_by_its_own_adapter(build, critic):
     trainer = build(critic=critic)
     models = trainer.models
-    replies = trainer.sample([PromptRow(p) for p in PROMPTS], 1).replies
+    replies = trainer.sample([PromptRow(p) for p in PROMPTS], 1).replies.to(DEVICE)
     torch.nn.init.normal_(models.critic.value_head.weight)
 
     @torch.no_grad()
@@ -108,7 +111,8 @@ def test_each_computes_by_its_own_adapter(build, critic):
     assert trainable == {
         *parameters_of(models.policy, POLICY), *parameters_of(models.policy, CRITIC)
     }  # fmt: skip
-    torch.testing.assert_close(seen()[POLICY], seen()[None])
+    close = {"atol": within(1e-5, 1e-4), "rtol": within(1.3e-6, 1e-4)}
+    torch.testing.assert_close(seen()[POLICY], seen()[None], **close)
     for changed in (POLICY, CRITIC, REWARD):
         before = seen()
         nudge(models.policy, changed)
@@ -119,7 +123,7 @@ def test_each_computes_by_its_own_adapter(build, critic):
 
 def test_adapters_may_be_switched_inside_one_another(build):
     policy = build().models.policy
-    ids = torch.arange(12)[None]
+    ids = torch.arange(12, device=DEVICE)[None]
     nudge(policy, POLICY, CRITIC)
 
     def logits():
@@ -221,7 +225,7 @@ def test_only_the_policys_adapter_is_merged(build, sft):
     policy = trainer.models.policy
     nudge(policy, CRITIC)
     plain = merged(policy).state_dict()
-    assert all(torch.equal(v, plain[k]) for k, v in toys.weights(sft).items())
+    assert all(torch.equal(v, plain[k].cpu()) for k, v in toys.weights(sft).items())
 
 
 @pytest.mark.parametrize(
@@ -268,7 +272,7 @@ def test_a_reward_model_that_is_no_adapter_on_this_policy_is_refused(
         build(reward=other)
     with pytest.raises(ConfigError, match=r"there is none; set ppo\.critic to adapter"):
         build_trainer(toys.changed(toys.PPO, reward_fn="length_penalty", **SHARED),
-                      scored, None, 0, CPU)  # fmt: skip
+                      scored, None, 0, DEVICE)  # fmt: skip
 
 
 @pytest.mark.parametrize(

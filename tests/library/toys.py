@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from rlhf.data.rows import (
 )
 from rlhf.gates import Approved, judge, require
 
-RUNTIME = RuntimeConfig(device="cpu", threads=1)
+#: Where the tests of models and PPO compute.
+DEVICE = torch.device(os.environ.get("RLHF_DEVICE") or "cpu")
+RUNTIME = RuntimeConfig(device=DEVICE.type, threads=1)
 ARCHITECTURE = ArchitectureConfig(
     hidden_size=16, layers=1, heads=2, intermediate_size=32, vocab_size=300, context=64
 )
@@ -93,6 +96,11 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def changed(config: object, **values: object) -> object:
     """The same section with other values."""
     return type(config)(**{**config.model_dump(), **values})
+
+
+def within(cpu: float, elsewhere: float) -> float:
+    """The tolerance on this device: other devices add up float32 in other orders."""
+    return cpu if DEVICE.type == "cpu" else elsewhere
 
 
 def approve(reward_model: Path) -> Approved[Path]:
