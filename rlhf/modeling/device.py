@@ -12,9 +12,12 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device without waiting for it; no copy if it is there already.
+    """Copy a tensor to a device, from the CPU to a GPU without waiting for it.
 
-    A plain `.to(device)` waits until everything that was launched before has been computed. The
-    driver has read pageable memory when the call returns, so the source may be changed then.
+    A plain `.to(device)` waits until everything that was launched before has been computed, and for
+    pageable memory CUDA only says that it might not. So the copy starts from pinned memory, which
+    torch keeps for the next one as soon as this one is done; the source may be changed at once.
     """
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    if tensor.device.type != "cpu" or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
