@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.gpu import processes, report
 from benchmarks.gpu.section import (
@@ -28,6 +28,7 @@ from benchmarks.gpu.section import (
     Results,
     SectionFailedError,
     SectionSkippedError,
+    finite,
     not_finite,
 )
 
@@ -103,16 +104,19 @@ class Benchmark:
             "device": args.device, "tiny": args.tiny, "missing_packages": args.missing,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "sections": {},
         }  # fmt: skip
+        if args.sections:  # some sections: those of an earlier run there stay
+            self.result["sections"] = earlier_sections(self.out / "gpu.json", args)
         self.running: list[Running] = []
         self._written = 0.0
-        (self.out / "gpu.log").write_bytes(b"")
+        if not self.result["sections"]:
+            (self.out / "gpu.log").write_bytes(b"")
 
     def run(self, sections: Sequence[Section]) -> bool:
         """Run them all; whether none failed."""
         self.result["archive"] = unpack(Path(self.args.carried) / ARCHIVE, self.unpacked)
         say(f"device {self.args.device}, archive: {self.result['archive']}")
         _preload()
-        waiting = list(sections)
+        waiting, names = list(sections), {s.name for s in sections}
         together = max(1, min(MOST_AT_A_TIME, (os.cpu_count() or 1) // CORES_OF_EACH))
         try:
             while waiting or self.running:
@@ -121,10 +125,17 @@ class Benchmark:
                 self._poll()
                 time.sleep(processes.POLL_SECONDS)
         finally:
-            for running in self.running:
+            for running in list(self.running):
                 running.child.kill()
-        self.write()
-        failed = [n for n, s in self.result["sections"].items() if s["status"] == "failed"]
+                self.running.remove(running)
+                self._collect(running, "interrupted", "the run was ended")
+            for section in waiting:
+                self._record(section, "not run", "the run was ended", 0.0, {})
+            self.write()
+        failed = [
+            n for n, s in self.result["sections"].items()
+            if n in names and s["status"] not in ("ok", "skipped")
+        ]  # fmt: skip
         say(f"{len(sections) - len(failed)} of {len(sections)} sections ok or skipped in "
             f"{time.monotonic() - self.started:.0f} s; {self.out}/gpu.md"
             + (f"; failed: {', '.join(failed)}" if failed else ""))  # fmt: skip
@@ -140,7 +151,7 @@ class Benchmark:
     def _start(self, section: Section) -> None:
         left = self.end - time.monotonic()
         if left < LEAST_SECONDS:
-            self._record(section, "failed", f"no time left of {self.args.seconds:.0f} s", 0.0, {})
+            self._record(section, "not run", f"no time left of {self.args.seconds:.0f} s", 0.0, {})
             return
         folder = self.scratch / section.name
         folder.mkdir()
@@ -166,17 +177,20 @@ class Benchmark:
                 code = running.child.kill()
             if code is not None:
                 self.running.remove(running)
-                self._collect(running, code, late)
+                limit = running.deadline - running.started
+                reason = (
+                    f"stopped after {limit:.0f} s" if late else f"its process ended with {code}"
+                )
+                self._collect(running, "failed", reason)
         if time.monotonic() - self._written > WRITE_EVERY:
             self.write()
 
-    def _collect(self, running: Running, code: int, late: bool) -> None:
+    def _collect(self, running: Running, without_status: str, why: str) -> None:
+        """Record a section that ended; the last two if it did not say itself how."""
         results = Results.read(Path(running.context.results))
         values, status, reason = results.values, results.status, results.reason
         if not status:
-            limit = running.deadline - running.started
-            status = "failed"
-            reason = f"stopped after {limit:.0f} s" if late else f"its process ended with {code}"
+            status, reason = without_status, why
         wrong = not_finite(values)
         if status == "ok" and wrong:
             status, reason = "failed", f"not finite: {', '.join(wrong[:5])}"
@@ -209,7 +223,7 @@ class Benchmark:
         order = {s.name: sections[s.name] for s in SECTIONS if s.name in sections}
         result = {**self.result, "sections": order, "seconds": time.monotonic() - self.started}
         for name, text in (
-            ("gpu.json", json.dumps(result, indent=1) + "\n"),
+            ("gpu.json", json.dumps(finite(result), indent=1, allow_nan=False) + "\n"),
             ("gpu.md", report.markdown(result)),
         ):
             temporary = self.out / f"{name}.tmp"
@@ -249,8 +263,6 @@ def _prepare(context: Context) -> None:
 
 def _preload() -> None:
     """Import what every section needs, so that forks share it."""
-    # Else asking whether there is a GPU would start CUDA here, and forks could not use it.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     for module in PRELOADED:
         try:
             importlib.import_module(module)
@@ -276,11 +288,17 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def refuse(reason: str) -> NoReturn:
+    """End without running anything."""
+    print(f"gpu.sh: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
     add = parser.add_argument
-    add("sections", nargs="*", choices=[[], *(s.name for s in SECTIONS)], metavar="SECTION",
+    add("sections", nargs="*", metavar="SECTION",
         help=f"all, or some of: {', '.join(s.name for s in SECTIONS)}")  # fmt: skip
     add("--cpu", action="store_true", help="on the CPU, with tiny sizes: proves the script")
     add("--out", required=True, help="folder of gpu.json, gpu.md and gpu.log")
@@ -290,7 +308,45 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--missing", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(given)
     args.device, args.tiny = ("cpu", True) if args.cpu else ("cuda", False)
+    names = [s.name for s in SECTIONS]
+    if unknown := [name for name in args.sections if name not in names]:
+        parser.error(f"no section is called {unknown[0]!r}; there are {', '.join(names)}")
+    if args.seconds < 2 * LEAST_SECONDS:
+        parser.error(
+            f"--seconds {args.seconds:g} is too little; give at least {2 * LEAST_SECONDS:g}"
+        )
     return args
+
+
+def chosen(args: argparse.Namespace) -> list[Section]:
+    """The sections to run; with some of them also those that their tables need."""
+    if not args.sections:
+        return list(SECTIONS)
+    wanted = {*args.sections, "environment"}
+    if any(s.timed for s in SECTIONS if s.name in wanted):
+        wanted.add("rates")
+    return [s for s in SECTIONS if s.name in wanted]
+
+
+def earlier_sections(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Results of an earlier run on the same device with the same sizes, by section."""
+    try:
+        earlier = json.loads(path.read_text())
+        same = (earlier["device"], earlier["tiny"]) == (args.device, args.tiny)
+        return dict(earlier["sections"]) if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def no_gpu() -> str:
+    """Reason why nothing can run on a GPU here; empty if it can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"this Python can't import torch ({error})"
+    if torch.cuda.is_available():
+        return ""
+    return f"torch {torch.__version__} finds no NVIDIA GPU"
 
 
 def main() -> None:
@@ -298,12 +354,24 @@ def main() -> None:
     args = arguments()
     # A run that is ended by SIGTERM ends its sections first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    wanted = [s for s in SECTIONS if not args.sections or s.name in args.sections]
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking must not start CUDA in this process
+    if args.device == "cuda" and (reason := no_gpu()):
+        refuse(f"{reason}; --cpu tries the script without one")
+    from filelock import FileLock, Timeout  # not there in a Python that lacks everything
+
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(args.out) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        refuse(f"another run writes to {args.out}; give another --out")
     with (
+        lock,
         tempfile.TemporaryDirectory(prefix="rlhf-gpu-", ignore_cleanup_errors=True) as scratch,
-        contextlib.suppress(BrokenPipeError),
+        contextlib.suppress(BrokenPipeError, KeyboardInterrupt),
     ):
-        sys.exit(0 if Benchmark(args, Path(scratch)).run(wanted) else 1)
+        sys.exit(0 if Benchmark(args, Path(scratch)).run(chosen(args)) else 1)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

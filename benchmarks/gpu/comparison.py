@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu.models import scale_of
+from benchmarks.gpu.packages import missing
 from benchmarks.gpu.section import Context, Results, SectionFailedError, SectionSkippedError
 
 UPDATES = 2
@@ -18,18 +19,14 @@ def comparison(context: Context, results: Results) -> None:
     """The 124 M model (tiny: 2 M) in float32, geometric lengths, update by update in turn.
 
     Raises:
-        SectionSkippedError: TRL's wheel was not carried.
+        SectionSkippedError: TRL's wheel was not carried, or can't be installed.
         SectionFailedError: The comparison did not complete.
     """
     wheels = sorted(Path(context.carried, "trl").glob("*.whl"))
     if not any(wheel.name.startswith("trl-") for wheel in wheels):
         raise SectionSkippedError(f"no wheel of TRL in {context.carried}/trl")
     site, report = Path(context.scratch) / "site", Path(context.scratch) / "report.json"
-    install = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", *install, "--disable-pip-version-check", "--target",
-         str(site), *map(str, wheels)], check=True,
-    )  # fmt: skip
+    _install(wheels, site)
     scale = scale_of(context)
     prompt = str(scale.prompt_tokens)
     command = [
@@ -48,3 +45,23 @@ def comparison(context: Context, results: Results) -> None:
     if done.returncode or not report.is_file():
         raise SectionFailedError(f"benchmarks.ppo ended with {done.returncode}; see gpu.log")
     results.put(**json.loads(report.read_text()))
+
+
+def _install(wheels: list[Path], site: Path) -> None:
+    """Put TRL and what it needs beyond this Python's packages into a folder.
+
+    Raises:
+        SectionSkippedError: A wheel is for another Python, or a package is missing.
+    """
+    if absent := missing({"machine-trl"}):
+        raise SectionSkippedError(f"TRL needs {', '.join(absent)}, which is not installed here")
+    needed = {"trl", *missing({"trl"})}
+    chosen = [str(w) for w in wheels if w.name.split("-")[0] in needed]
+    install = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *install, "--disable-pip-version-check", "--target",
+         str(site), *chosen], check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip failed"]
+        raise SectionSkippedError(f"TRL's wheels can't be installed here: {reason[0]}")

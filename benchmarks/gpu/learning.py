@@ -72,8 +72,11 @@ def _learn(context: Context, results: Results, precision: str) -> None:
     )  # fmt: skip
     results.put(seconds_evaluation=time.perf_counter() - started)
     outcome = _outcome(read_json(evaluated / EVALUATION))
-    results.put(**outcome, cpu_seeds={k: list(v) for k, v in CPU_SEEDS.items()})
-    missed = [name for name, bar in BARS.items() if not _meets(name, outcome[name], bar)]
+    met = {name: _meets(name, outcome[name], bar) for name, bar in BARS.items()}
+    results.put(
+        **outcome, cpu_seeds={k: list(v) for k, v in CPU_SEEDS.items()}, bars=BARS, bars_met=met,
+    )  # fmt: skip
+    missed = [name for name in BARS if not met[name]]
     if missed and not context.tiny:
         raise SectionFailedError(
             "the quickstart's bars are missed: "

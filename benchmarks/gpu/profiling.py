@@ -1,6 +1,6 @@
 """Section: what each phase of an update spends its time on, by torch's profiler.
 
-Also the kernel launches and the waits of the host for the GPU, by phase and per decoded token: the
+Also the kernel launches and the waits of the host for the GPU, by phase and per decoding step: the
 difference of two rollouts of different length, so that reading the prompts does not count.
 """
 
@@ -46,7 +46,7 @@ def profiles(context: Context, results: Results) -> None:
     results.put(
         rollout=long,
         new_tokens=many,
-        per_decoded_token=_per_step(short, long, many - few),
+        per_decoding_step=_per_step(short, long, many - few),
         rows=len(rows),
     )
     rollouts = sample(trainer, rows, many)

@@ -34,8 +34,8 @@ def folder(context: Context, name: str) -> Path:
     path = Path(context.unpacked) / "quickstart" / name
     if not path.is_dir():
         raise SectionFailedError(
-            f"{context.carried}/carried.tar.gz has no quickstart/{name}; "
-            "make it with python -m benchmarks.gpu.pack"
+            f"{context.carried}/carried.tar.gz is missing, broken or has no quickstart/{name}; "
+            "make it with python -m benchmarks.gpu.pack, where the project's environment is"
         )
     return path
 

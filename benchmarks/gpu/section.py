@@ -94,6 +94,15 @@ class Results:
         return cls(path, *json.loads(path.read_text())) if path.is_file() else cls(path)
 
 
+def finite(value: Any) -> Any:
+    """Nested results with None in place of numbers that JSON can't hold."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def not_finite(value: Any, path: str = "") -> list[str]:
     """Paths of the numbers in nested results that are not finite."""
     if isinstance(value, dict):

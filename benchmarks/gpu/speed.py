@@ -41,7 +41,8 @@ def _rollouts(context: Context, results: Results, size: str) -> None:
         work = work_of(context, size, lengths)
         trainer = build(work, Path(context.scratch) / lengths)
         for count in scale.rows:
-            results.put(**{f"{lengths} {count}": _rollout(trainer, work, count, scale.repeats)})
+            found = _rollout(trainer, work, count, scale.repeats)
+            results.put(**{f"{lengths}, {count} rows": found})
         del trainer
         measure.release(device)
 

@@ -41,8 +41,8 @@ def _pytest(context: Context, results: Results, selection: list[str]) -> None:
         "RLHF_TOY_MODELS": str(Path(context.unpacked) / "toys"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", f"--junitxml={report}",
-         *selection], check=False, env=environment,
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs",
+         f"--junitxml={report}", *selection], check=False, env=environment,
     )  # fmt: skip
     if not report.is_file():
         raise SectionFailedError(f"pytest ended with {done.returncode} and left no report")

@@ -198,8 +198,9 @@ class PPOConfig(
     micro_batch_size: int = Field(default=64, ge=1)
     """Sequences per forward pass (of each process); changes memory, not results."""
     rollout_batch_size: int | None = Field(default=None, ge=1)
-    """Replies decoded at a time (by each process), whose keys and values are in memory together;
-    none decodes the whole chunk at once. Changes memory, not results: the draws are the same."""
+    """Replies decoded at a time (by each process); their KV cache is in memory together. None
+    decodes the whole chunk at once. Fewer need less memory and more time. The random numbers are
+    the same; in bf16, and on a GPU, rounding can change a token."""
     num_ppo_epochs: int = Field(default=4, ge=1)
     """Passes over one chunk of rollouts."""
     clip_range: float = Field(default=0.2, gt=0, lt=1, json_schema_extra=advised(0.1, 0.3))

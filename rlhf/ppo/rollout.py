@@ -130,7 +130,8 @@ def generate(
         seed: Of the draw.
         stop: Ends replies by their tokens so far; called for each step, in order.
         own: The rows to draw, of all prompts, with the random numbers of their places.
-        batch_size: Rows decoded at a time; none decodes all at once. Changes memory, not the draw.
+        batch_size: Rows decoded at a time; none decodes all at once. The random numbers are the
+            same; where a model's rounding depends on the size of a batch, a token can differ.
         read_every: Steps between two copies of the drawn tokens to the host, which tell which rows
             have ended; none takes 1 on a CPU and `READ_EVERY` on an accelerator.
     """

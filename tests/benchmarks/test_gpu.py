@@ -62,7 +62,65 @@ def test_every_section_runs_and_one_that_fails_says_why(carried, tmp_path):
     results = {name: s["results"] for name, s in result["sections"].items()}
     assert results["golden"]["passed"] > 100
     assert all(outcome["bit_equal"] for outcome in results["resume"].values())
-    assert results["rollouts-500m"]["full 4"]["reply_tokens_per_second"] > 0
+    assert results["rollouts-500m"]["full, 4 rows"]["reply_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["rollout"], "no section is called 'rollout'; there are environment,"),
+        (["--seconds", "1"], "--seconds 1 is too little"),
+        (["--out"], "--out needs a folder"),
+        (["--out", "README.md"], "README.md is a file"),
+    ],
+)
+def test_a_bad_call_ends_before_any_work(arguments, reason):
+    done = script(*arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_without_a_gpu_nothing_is_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")],
+        check=False, cwd=ROOT, env=ALONE, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "finds no NVIDIA GPU; --cpu tries the script without one" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_script_that_is_ended_ends_its_sections_and_says_so(tmp_path, carried):
+    command = ["bash", "benchmarks/gpu.sh", "--cpu", "--out", str(tmp_path), "--carried"]
+    environment = {**ALONE, "RLHF_GPU_PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
+    started = [*command, str(carried), "resume", "learning"]
+    with subprocess.Popen(started, cwd=ROOT, env=environment) as running:
+        while not [*tmp_path.glob("rlhf-gpu-*/resume/*")]:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.terminate()
+    assert running.returncode == 143
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    left = {name: s["status"] for name, s in sections.items() if name != "environment"}
+    assert set(left) == {"resume", "learning"}
+    assert "interrupted" in left.values()
+    assert set(left.values()) <= {"interrupted", "not run"}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(("rlhf-gpu-", "tmp."))] == []
+    assert str(tmp_path) not in subprocess.run(
+        ["ps", "-eo", "args"], check=True, capture_output=True, text=True
+    ).stdout.replace("ps -eo", "")
+
+
+def test_some_sections_leave_the_others_results(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"device": "cpu", "tiny": True, "sections": {"golden": {"a": 1}}}))
+    assert main.earlier_sections(path, Namespace(device="cpu", tiny=True)) == {"golden": {"a": 1}}
+    assert main.earlier_sections(path, Namespace(device="cuda", tiny=False)) == {}
+    path.write_text("{")
+    assert main.earlier_sections(path, Namespace(device="cpu", tiny=True)) == {}
+    names = [s.name for s in main.chosen(Namespace(sections=["lora"]))]
+    assert names == ["environment", "rates", "lora"]
 
 
 # --- the archive --------------------------------------------------------------------------------
@@ -94,7 +152,7 @@ def test_a_broken_archive_fails_the_sections_that_need_it(tmp_path):
     archive.write_bytes(b"no archive")
     assert main.unpack(archive, folder).startswith("broken (ReadError")
     context = Context("learning", "cpu", True, str(tmp_path), str(folder), str(tmp_path), "")
-    with pytest.raises(SectionFailedError, match=r"carried.tar.gz has no quickstart/data; make it"):
+    with pytest.raises(SectionFailedError, match=r"broken or has no quickstart/data; make it with"):
         quickstart.folder(context, "data")
 
 
@@ -134,8 +192,8 @@ def test_a_fork_that_cannot_use_cuda_becomes_a_new_interpreter(tmp_path):
 
 
 def benchmark(tmp_path, **options):
-    given = {"out": tmp_path / "out", "device": "cpu", "tiny": True, "seconds": 60, "fail": [],
-             "missing": "", "carried": str(tmp_path)}  # fmt: skip
+    given = {"sections": [], "out": tmp_path / "out", "device": "cpu", "tiny": True,
+             "seconds": 60, "fail": [], "missing": "", "carried": str(tmp_path)}  # fmt: skip
     (tmp_path / "scratch").mkdir()
     return main.Benchmark(Namespace(**{**given, **options}), tmp_path / "scratch")
 
@@ -176,7 +234,7 @@ def test_the_search_for_the_largest_batch_ends_out_of_memory(tmp_path):
     found = speed._doubled(run, 4, 64, torch.device("cpu"), results)
     assert found["fitted"] == [{"rows": 4}, {"rows": 8}]
     assert found["out_of_memory_at"] == 16
-    assert "out of memory at | 16" in report.markdown(
+    assert "| none | 16 | – |" in report.markdown(
         {"sections": {"largest": {"status": "ok", "reason": "", "seconds": 1.0,
                                   "results": {"decode": {**found, "fitted": []}}}},
          "tiny": False, "started": "", "seconds": 1.0, "device": "cuda", "missing_packages": ""}
