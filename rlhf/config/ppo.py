@@ -199,8 +199,9 @@ class PPOConfig(
     """Sequences per forward pass (of each process); changes memory, not results."""
     rollout_batch_size: int | None = Field(default=None, ge=1)
     """Replies decoded at a time (by each process); their KV cache is in memory together. None
-    decodes the whole chunk at once. Fewer need less memory and more time. The random numbers are
-    the same; in bf16, and on a GPU, rounding can change a token."""
+    decodes the whole chunk at once. Fewer need less memory and more time, with `sampler:
+    multinomial` much more. The random numbers are the same; in bf16, and on a GPU, rounding depends
+    on the size of a batch and changes tokens."""
     num_ppo_epochs: int = Field(default=4, ge=1)
     """Passes over one chunk of rollouts."""
     clip_range: float = Field(default=0.2, gt=0, lt=1, json_schema_extra=advised(0.1, 0.3))

@@ -22,7 +22,7 @@ class ProcessSection(Section):
 
 
 #: What no fingerprint and no checkpoint's identity may hold: the same is learnt, up to rounding.
-WHERE = frozenset(ProcessSection.model_fields)
+WHERE = frozenset({*ProcessSection.model_fields, "rollout_batch_size"})
 
 
 def check_divides(section: ProcessSection, *names: str, by: int = 1) -> None:

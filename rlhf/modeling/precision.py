@@ -40,14 +40,16 @@ def store_in_bfloat16(model: Any) -> None:
     """Round the frozen linear layers of a model that computes under `autocast` alone from now on.
 
     Layers that share their weights with an embedding stay as they are, because a lookup is not
-    rounded. What is found out about a model by calling it in float32 is found out here.
+    rounded; so does the output head's bias, which is divided by the temperature before it is. What
+    is found out about a model by calling it in float32 is found out here.
     """
     packs(model, 1)
-    if head_of(model) is not None:
+    head = head_of(model)
+    if head is not None:
         has_plain_head(model)
     for layer in _frozen_linear(model):
         layer.weight.data = layer.weight.data.to(torch.bfloat16)
-        if layer.bias is not None:
+        if layer.bias is not None and layer is not head:
             layer.bias.data = layer.bias.data.to(torch.bfloat16)
 
 

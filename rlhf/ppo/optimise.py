@@ -100,7 +100,7 @@ class _Step:
         self.parts = [buffer.take(index).to(models.device) for index in cuts]
         self.n_tokens, self.n_states = n_tokens, n_states
         self.numbers: Sums = {}
-        self._unread: list[tuple[str, Tensor]] = []
+        self._unread: list[tuple[str, Tensor, float]] = []
 
     def take(self, learn_policy: bool) -> bool:
         """Step, unless the policy is further from the sampling one than `target_kl`.
@@ -141,11 +141,11 @@ class _Step:
 
         All of it is one copy to the host.
         """
-        pending = [value for _, value in self._unread] + [t.double() for t in more]
-        values = torch.stack(pending).tolist() if pending else []
+        pending = [value for _, value, _ in self._unread] + list(more)
+        values = torch.cat([t.reshape(1) for t in pending]).tolist() if pending else []
         sums: Sums = defaultdict(float)
-        for (name, _), value in zip(self._unread, values, strict=False):
-            sums[name] += value
+        for (name, _, count), value in zip(self._unread, values, strict=False):
+            sums[name] += value / count
         if self.models.ranks.count > 1:
             totals = torch.tensor(list(sums.values()), dtype=torch.float64)
             self.models.ranks.add_up(totals)
@@ -177,7 +177,7 @@ class _Step:
         )  # fmt: skip
         self._note("policy_loss", loss)
         for name, value in sums.items():
-            self._note(name, value.double() / self.n_tokens)
+            self._note(name, value, self.n_tokens)
         if config.entropy_coef == 0:
             return loss
         return loss - config.entropy_coef * entropy_bonus(entropy, mask, self.n_tokens)
@@ -190,9 +190,9 @@ class _Step:
         self._note("value_loss", loss)
         return self.config.value_loss_coef * loss
 
-    def _note(self, name: str, value: Tensor) -> None:
-        """Count a micro-batch's number in, without reading it yet."""
-        self._unread.append((name, value.detach().double()))
+    def _note(self, name: str, value: Tensor, count: float = 1.0) -> None:
+        """Count a micro-batch's number over `count` in, without reading it yet."""
+        self._unread.append((name, value.detach(), count))
 
     def _apply(self, optimizer: str, names: Sequence[str]) -> None:
         """Clip and step; what is not finite stops before it can reach the weights."""

@@ -116,9 +116,11 @@ def inverse_cdf(
     weights = (logits - logits.max(-1, keepdim=True).values).exp_()
     cumulated = running_sum(weights)
     if not cumulated.is_floating_point():
-        # Of at least UNIT: at the largest uniform number it lies 2¹⁶ below the total, and double
-        # precision rounds it by at most 2⁵.
-        point = (uniform[:, None].double() * cumulated[:, -1:].double()).long()
+        # ⌊uniform · total⌋ exactly, as uniform is a multiple of 2⁻²⁴: in two parts, of which none
+        # passes 2⁶³, and without float64, which MPS lacks.
+        numerator = (uniform * 2**24).long()[:, None]
+        total = cumulated[:, -1:]
+        point = (total >> 24) * numerator + (((total & (2**24 - 1)) * numerator) >> 24)
         return torch.searchsorted(cumulated, point, right=True).squeeze(1)
     # Below the total even when rounded: the largest number is 1 - 2⁻²⁴, and half a unit in the
     # last place of x is at most x 2⁻²⁴. A token of weight 0 is never passed, so never drawn.

@@ -120,6 +120,8 @@ def _updates(
             if ranks.leads and not terminated():
                 progress(state.update, config.updates, updated.metrics)
             due = state.update % config.checkpoint_every == 0
+            # Publishing reads the SFT folder again; what was learnt must not depend on that.
+            due |= state.update == config.updates and _is_stored_lowered(config)
             failed = uploads is not None and uploads.failed
             # What one process knows, all must: else some would wait for the others.
             if checkpoints and ranks.any(due or failed or terminated()):
@@ -155,11 +157,16 @@ def score_of(curve: Sequence[Mapping[str, float]], config: PPOConfig) -> float |
 
 def _write(trainer: PPOTrainer, state: TrainState, sft: Path, out_dir: Path) -> None:
     policy = trainer.models.accelerator.unwrap_model(trainer.models.policy)
-    lowered = trainer.config.lora is not None and trainer.config.precision == "bf16"
-    save_model(merged(policy, load_policy(sft) if lowered else None), out_dir)
+    base = load_policy(sft) if _is_stored_lowered(trainer.config) else None
+    save_model(merged(policy, base), out_dir)
     trainer.renderer.tokenizer.save_pretrained(out_dir)
     write_json(out_dir / "curve.json", state.curve)
     write_json(out_dir / "samples.json", state.samples)
+
+
+def _is_stored_lowered(config: PPOConfig) -> bool:
+    """Whether the policy's own base is rounded, so that it can't be published."""
+    return config.lora is not None and config.precision == "bf16"
 
 
 def prompts_of_update(

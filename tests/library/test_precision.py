@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import peft
 import pytest
 import torch
 from torch import nn
+from transformers import PhiConfig, PhiForCausalLM
 
+from rlhf.errors import ConfigError
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.forward import copy_in, packs
 from rlhf.modeling.precision import autocast, in_own_precision, store_in_bfloat16
@@ -62,20 +67,49 @@ def test_what_is_stored_lowered(sft):
     assert any("lora_A" in name for name in kinds)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_log_probs_are_the_same_bit_by_bit(name):
-    model = make(name).requires_grad_(False)
+def phi():
+    """An architecture whose head has a bias, here a large one."""
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    model = PhiForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model.to(toys.DEVICE)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", [*ALL, "phi"])
+def test_log_probs_are_the_same_bit_by_bit(name, temperature):
+    model = (phi() if name == "phi" else make(name)).requires_grad_(False)
     tokens = type("Tokens", (), {"eos_token_id": 2, "pad_token_id": 0})
     replies = generate(model, [[5, 6, 7], [8]], tokens, Sampling(6), 0)
 
     def log_probs():
         with torch.no_grad(), autocast(toys.DEVICE, "bf16"):
-            return log_probs_and_entropy(model, replies, 1.0)
+            return log_probs_and_entropy(model, replies, temperature)
 
     before, size = log_probs(), sum(p.nbytes for p in model.parameters())
     store_in_bfloat16(model)
     assert all(torch.equal(a, b) for a, b in zip(before, log_probs(), strict=True))
     assert sum(p.nbytes for p in model.parameters()) < size
+
+
+def test_what_was_learnt_is_saved_before_the_base_is_read_again(train, sft, tmp_path):
+    start = Path(shutil.copytree(sft, tmp_path / "start"))
+    options = {"lora": LORA, "precision": "bf16", "total_episodes": 32, "checkpoint_every": 9}
+
+    def told(step):
+        if step == 2:
+            shutil.move(start, tmp_path / "away")
+
+    folders = {"start": start, "checkpoints": tmp_path / "c", **options}
+    with pytest.raises(ConfigError, match="start"):
+        train("gone", told=told, **folders)
+    shutil.move(tmp_path / "away", start)
+    resumed = train("resumed", told=lambda step: pytest.fail("trained again"), **folders)
+    assert_same_run(resumed, train("straight", **options))
 
 
 def test_a_copy_shares_what_is_lowered_already_and_is_not_tried_again(monkeypatch):
