@@ -71,7 +71,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What is done, by whichever side; `batch` and `new_tokens` replace the size's own."""
+    """Work of one benchmark run; `batch` and `new_tokens` replace the size's own."""
 
     size_name: str = "2m"
     lengths: Literal["full", "varying"] = "full"

@@ -31,7 +31,7 @@ workload.SIZES.setdefault("tiny", TINY)
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the work of the speed sections is."""
+    """Sizes of the speed sections' work."""
 
     prompt_tokens: int = 128
     new_tokens: int = 128

@@ -100,7 +100,7 @@ def _top(events: list[Any], attribute: str) -> list[dict[str, Any]]:
 
 
 def _per_step(short: dict[str, Any], long: dict[str, Any], steps: int) -> dict[str, float]:
-    """What a decoding step (a token of each row) adds."""
+    """Calls and kernel time of one decoding step (one token of each row)."""
     added = {n: (long["calls"][n] - short["calls"][n]) / steps for n in CALLS}
     for name in ("kernel_milliseconds", "device_operations"):
         added[name] = (long[name] - short[name]) / steps

@@ -18,7 +18,7 @@ UNKNOWN_GPU = "GPU unknown (section environment did not run)"
 
 @dataclass(frozen=True)
 class Run:
-    """What every section's table needs to know of the whole run."""
+    """Properties of the whole run that tables refer to."""
 
     device: str
     tiny: bool

@@ -1,4 +1,4 @@
-"""What a section of the benchmark is given, and how it hands over its results."""
+"""Settings, results and errors of a section of the benchmark."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """What has been written so far."""
+        """Results written so far."""
         return cls(path, *json.loads(path.read_text())) if path.is_file() else cls(path)
 
 
