@@ -21,7 +21,8 @@ class ProcessSection(Section):
     and optimiser in each, which needs less memory and more communication."""
 
 
-#: What no fingerprint and no checkpoint's identity may hold: the same is learnt, up to rounding.
+#: Fields that no fingerprint and no checkpoint's identity holds: they say where and in what
+#: portions work is done, and the same is learnt, up to rounding.
 WHERE = frozenset({*ProcessSection.model_fields, "rollout_batch_size"})
 
 

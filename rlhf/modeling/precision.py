@@ -21,7 +21,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Context of forward passes on this device: bfloat16 where it is exact enough, or nothing."""
+    """Context of a forward pass: autocast to bfloat16 for `bf16`, nothing for `fp32`."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)

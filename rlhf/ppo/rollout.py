@@ -336,7 +336,7 @@ def _of_states(index: Tensor, replies: Replies) -> Int[Tensor, " states"]:
 
 
 def _states(mask: Bool[Tensor, "batch reply"]) -> Bool[Tensor, "batch states"]:
-    """Which states of a reply exist: the one before it, and one after each valid token."""
+    """Mask of each reply's states: one before it, and one after each valid token."""
     return F.pad(mask, (1, 0), value=True)
 
 
