@@ -6,14 +6,32 @@ Metrics stay dictionaries, because a report must show a new metric without knowi
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-Outcome = Literal["Promoted", "GateRejected", "Failed", "AwaitingApproval", "Refused"]
-StageState = Literal[
-    "Completed", "Cached", "Failed", "GateRejected", "AwaitingApproval", "Refused", "NotRun"
-]
+
+class RunOutcome(StrEnum):
+    """How a pipeline run ended."""
+
+    PROMOTED = "Promoted"
+    GATEREJECTED = "GateRejected"
+    FAILED = "Failed"
+    AWAITINGAPPROVAL = "AwaitingApproval"
+    REFUSED = "Refused"
+
+
+class StageState(StrEnum):
+    """How a stage ended; `Cached` took its result from the store."""
+
+    COMPLETED = "Completed"
+    CACHED = "Cached"
+    FAILED = "Failed"
+    GATEREJECTED = "GateRejected"
+    AWAITINGAPPROVAL = "AwaitingApproval"
+    REFUSED = "Refused"
+    NOTRUN = "NotRun"
 
 
 class Plain(BaseModel):
@@ -124,7 +142,7 @@ class RunReport(Plain):
     """Name of the flow run."""
     started: str
     """Start time in ISO 8601."""
-    outcome: Outcome
+    outcome: RunOutcome
     """How the run ended."""
     reason: str
     """One sentence: why it ended so."""
