@@ -1,25 +1,29 @@
-"""The run report: one self-contained HTML page, a pure function of plain data."""
+"""Run reports: one self-contained HTML page from plain data."""
 
 from rlhf.report.model import (
+    OUTCOMES,
+    STATES,
     ConfigRow,
     Lineage,
     LineageNode,
-    Rule,
+    RunOutcome,
     RunReport,
     Sample,
     StageRow,
-    Verdict,
+    StageState,
 )
 from rlhf.report.render import render
 
 __all__ = [
+    "OUTCOMES",
+    "STATES",
     "ConfigRow",
     "Lineage",
     "LineageNode",
-    "Rule",
+    "RunOutcome",
     "RunReport",
     "Sample",
     "StageRow",
-    "Verdict",
+    "StageState",
     "render",
 ]

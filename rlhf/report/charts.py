@@ -1,4 +1,4 @@
-"""Geometry of the charts: numbers in, coordinates out; the templates draw them."""
+"""Geometry of the charts: coordinates that the templates draw."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PANELS: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Tick:
-    """A labelled place on an axis."""
+    """A labelled position on an axis."""
 
     at: float
     label: str
@@ -34,7 +34,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Curve:
-    """One small multiple, in the coordinates of its picture."""
+    """A line chart of one metric, in the coordinates of its picture."""
 
     title: str
     unit: str
@@ -45,95 +45,6 @@ class Curve:
     end: tuple[float, float]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-
-
-def nice_ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
-    """Return round numbers that cover [low, high] in about `count` steps."""
-    span = high - low or max(abs(high), 1.0) * 0.1
-    raw = span / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999), 10 * power)
-    if whole:
-        step = max(1.0, float(round(step)))
-    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(start, max(stop, start + 1) + 1)]
-
-
-def curves_of(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """Return the panels that have at least one finite value."""
-    panels = (_curve(rows, *panel) for panel in PANELS)
-    return [panel for panel in panels if panel is not None]
-
-
-def _curve(
-    rows: Sequence[Mapping[str, Any]], key: str, title: str, unit: str, cover: tuple[float, ...]
-) -> Curve | None:
-    updates = [number_of(row.get("update", i + 1)) or float(i) for i, row in enumerate(rows)]
-    series = [(x, number_of(row.get(key))) for x, row in zip(updates, rows, strict=True)]
-    finite = [(x, y) for x, y in series if y is not None]
-    if not finite:
-        return None
-    ys = [y for _, y in finite]
-    y_marks = nice_ticks(min(*ys, *cover, ys[0]), max(*ys, *cover, ys[0]), 4)
-    x_low, x_high = updates[0], max(updates[-1], updates[0] + 1)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low)
-        up = (y - y_marks[0]) / (y_marks[-1] - y_marks[0])
-        return (
-            round(LEFT + across * (WIDTH - LEFT - RIGHT), 1),
-            round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1),
-        )
-
-    x_marks = [m for m in nice_ticks(x_low, x_high, 5, whole=True) if x_low <= m <= x_high]
-    tips = [(*place(x, y), f"update {x:g}: {number(y)}") for x, y in finite]
-    return Curve(
-        title=title,
-        unit=unit,
-        first=number(ys[0]),
-        last=number(ys[-1]),
-        lines=tuple(
-            " ".join(f"{a:g},{b:g}" for a, b in (place(x, y) for x, y in run))
-            for run in _runs(_thinned(series))
-        ),
-        tips=tuple(tips) if len(tips) <= MAX_TIPS else (),
-        end=place(*finite[-1]),
-        x_ticks=tuple(Tick(place(m, 0)[0], f"{m:g}") for m in x_marks),
-        y_ticks=tuple(Tick(place(0, m)[1], _label(m)) for m in y_marks),
-    )
-
-
-def _label(mark: float) -> str:
-    """An axis label: short, and without rounding a tick onto its neighbour."""
-    return (f"{mark:.0e}" if 0 < abs(mark) < 1e-3 else f"{mark:g}").replace("-", "−")
-
-
-def _thinned(series: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Keep the lowest and highest point of every bucket, so that no spike disappears."""
-    if len(series) <= MAX_POINTS:
-        return series
-    size = math.ceil(len(series) / (MAX_POINTS // 2))
-    kept: list[tuple[float, float | None]] = []
-    for start in range(0, len(series), size):
-        bucket = series[start : start + size]
-        finite = [point for point in bucket if point[1] is not None]
-        if not finite:
-            kept.append(bucket[0])
-            continue
-        ends = {min(finite, key=lambda p: p[1] or 0.0), max(finite, key=lambda p: p[1] or 0.0)}
-        kept.extend(sorted(ends))
-    return kept
-
-
-def _runs(series: list[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
-    """Split at missing values: a gap must look like a gap."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for x, y in series:
-        if y is None:
-            runs.append([])
-        else:
-            runs[-1].append((x, y))
-    return [run for run in runs if run]
 
 
 @dataclass(frozen=True)
@@ -152,7 +63,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Reference:
-    """A vertical line to compare with."""
+    """A vertical line to compare estimates with."""
 
     at: float
     label: str
@@ -167,6 +78,12 @@ class IntervalChart:
     rows: tuple[Interval, ...]
     references: tuple[Reference, ...]
     ticks: tuple[Tick, ...]
+
+
+def curves_of(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """Lay out the panels that have at least one finite value."""
+    panels = (_curve(rows, *panel) for panel in PANELS)
+    return [panel for panel in panels if panel is not None]
 
 
 def interval_chart(
@@ -186,7 +103,7 @@ def interval_chart(
     low = max(0.0, math.floor(min(ends) * 20 - 0.2) / 20)
     high = min(1.0, math.ceil(max(ends) * 20 + 0.2) / 20)
 
-    def place(x: float) -> float:
+    def position(x: float) -> float:
         return round(100 * min(max((x - low) / ((high - low) or 1.0), 0.0), 1.0), 2)
 
     rows = []
@@ -200,23 +117,106 @@ def interval_chart(
                 note="" if count is None or role == "baseline" else f"n = {number(int(count))}",
                 value=percent(metrics.get(key)),
                 spread=percent_range(a, b),
-                at=place(number_of(metrics.get(key)) or 0.0),
-                start=None if a is None or b is None else place(a),
-                end=None if a is None or b is None else place(b),
+                at=position(number_of(metrics.get(key)) or 0.0),
+                start=None if a is None or b is None else position(a),
+                end=None if a is None or b is None else position(b),
             )
         )
     return IntervalChart(
         rows=tuple(rows),
         references=tuple(
-            Reference(place(x), f"{label} {percent(x)}", role, _align(place(x)))
+            Reference(position(x), f"{label} {percent(x)}", role, _align(position(x)))
             for label, role, x in lines
         ),
         ticks=tuple(
-            Tick(place(m), f"{100 * m:g} %")
+            Tick(position(m), f"{100 * m:g} %")
             for m in nice_ticks(low, high, 5)
             if low - 1e-9 <= m <= high + 1e-9
         ),
     )
+
+
+def nice_ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+    """Return round numbers that cover [low, high] in about `count` steps."""
+    span = high - low or max(abs(high), 1.0) * 0.1
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999), 10 * power)
+    if whole:
+        step = max(1.0, float(round(step)))
+    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(k * step, 12) for k in range(start, max(stop, start + 1) + 1)]
+
+
+def _curve(
+    rows: Sequence[Mapping[str, Any]], key: str, title: str, unit: str, cover: tuple[float, ...]
+) -> Curve | None:
+    updates = [number_of(row.get("update", i + 1)) or float(i) for i, row in enumerate(rows)]
+    series = [(x, number_of(row.get(key))) for x, row in zip(updates, rows, strict=True)]
+    finite = [(x, y) for x, y in series if y is not None]
+    if not finite:
+        return None
+    ys = [y for _, y in finite]
+    y_marks = nice_ticks(min(*ys, *cover, ys[0]), max(*ys, *cover, ys[0]), 4)
+    x_low, x_high = updates[0], max(updates[-1], updates[0] + 1)
+
+    def position(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low)
+        up = (y - y_marks[0]) / (y_marks[-1] - y_marks[0])
+        return (
+            round(LEFT + across * (WIDTH - LEFT - RIGHT), 1),
+            round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1),
+        )
+
+    x_marks = [m for m in nice_ticks(x_low, x_high, 5, whole=True) if x_low <= m <= x_high]
+    tips = [(*position(x, y), f"update {x:g}: {number(y)}") for x, y in finite]
+    return Curve(
+        title=title,
+        unit=unit,
+        first=number(ys[0]),
+        last=number(ys[-1]),
+        lines=tuple(
+            " ".join(f"{a:g},{b:g}" for a, b in (position(x, y) for x, y in run))
+            for run in _runs(_thinned(series))
+        ),
+        tips=tuple(tips) if len(tips) <= MAX_TIPS else (),
+        end=position(*finite[-1]),
+        x_ticks=tuple(Tick(position(m, 0)[0], f"{m:g}") for m in x_marks),
+        y_ticks=tuple(Tick(position(0, m)[1], _label(m)) for m in y_marks),
+    )
+
+
+def _thinned(series: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """Thin a curve to the lowest and highest point of every bucket, which keeps spikes."""
+    if len(series) <= MAX_POINTS:
+        return series
+    size = math.ceil(len(series) / (MAX_POINTS // 2))
+    thinned: list[tuple[float, float | None]] = []
+    for start in range(0, len(series), size):
+        bucket = series[start : start + size]
+        finite = [point for point in bucket if point[1] is not None]
+        if not finite:
+            thinned.append(bucket[0])
+            continue
+        ends = {min(finite, key=lambda p: p[1] or 0.0), max(finite, key=lambda p: p[1] or 0.0)}
+        thinned.extend(sorted(ends))
+    return thinned
+
+
+def _runs(series: list[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
+    """Split a curve at missing values, which are drawn as gaps."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in series:
+        if y is None:
+            runs.append([])
+        else:
+            runs[-1].append((x, y))
+    return [run for run in runs if run]
+
+
+def _label(mark: float) -> str:
+    """Return a tick's label, exact enough to differ from its neighbour's."""
+    return (f"{mark:.0e}" if 0 < abs(mark) < 1e-3 else f"{mark:g}").replace("-", "−")
 
 
 def _numbers(metrics: Mapping[str, Any], key: str) -> list[float]:
@@ -225,5 +225,5 @@ def _numbers(metrics: Mapping[str, Any], key: str) -> list[float]:
 
 
 def _align(at: float) -> str:
-    """Keep a label inside the track: near an end it hangs inwards."""
+    """Return a label's alignment, which keeps it inside of the track near an end."""
     return "start" if at < 20 else "end" if at > 80 else "middle"

@@ -1,4 +1,4 @@
-"""What a report is made of: frozen, plain data that a flow fills in.
+"""The report's data: frozen, plain values that a flow fills in.
 
 Every part may be missing: a rejected run has no policy, a failed one may have nothing but stages.
 Metrics stay dictionaries, because a report must show a new metric without knowing its name.
@@ -6,14 +6,17 @@ Metrics stay dictionaries, because a report must show a new metric without knowi
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_serializer
+
+from rlhf.gates import Verdict
 
 
 class RunOutcome(StrEnum):
-    """How a pipeline run ended."""
+    """Final outcome of a pipeline run."""
 
     PROMOTED = "Promoted"
     GATEREJECTED = "GateRejected"
@@ -23,7 +26,7 @@ class RunOutcome(StrEnum):
 
 
 class StageState(StrEnum):
-    """How a stage ended; `Cached` took its result from the store."""
+    """Final state of a stage; `Cached` took its result from the store."""
 
     COMPLETED = "Completed"
     CACHED = "Cached"
@@ -34,8 +37,40 @@ class StageState(StrEnum):
     NOTRUN = "NotRun"
 
 
+class Look(NamedTuple):
+    """Presentation of an outcome or a state."""
+
+    css: str
+    """Class and icon on the page."""
+    label: str
+    """Text on the page; the terminal shows the word itself."""
+    style: str
+    """Colour in the terminal."""
+
+
+OUTCOMES = {
+    RunOutcome.PROMOTED: Look("promoted", "Promoted", "green"),
+    RunOutcome.GATEREJECTED: Look("rejected", "Rejected by a gate", "yellow"),
+    RunOutcome.FAILED: Look("failed", "Failed", "red"),
+    RunOutcome.AWAITINGAPPROVAL: Look("cached", "Waits for a person's approval", "yellow"),
+    RunOutcome.REFUSED: Look("rejected", "Refused by a person", "yellow"),
+}
+STATES = {
+    StageState.COMPLETED: Look("completed", "Completed", "green"),
+    StageState.CACHED: Look("cached", "From cache", "cyan"),
+    StageState.FAILED: Look("failed", "Failed", "red"),
+    StageState.GATEREJECTED: Look("rejected", "Rejected", "yellow"),
+    StageState.AWAITINGAPPROVAL: Look("notrun", "Waits", "yellow"),
+    StageState.REFUSED: Look("rejected", "Refused", "yellow"),
+    StageState.NOTRUN: Look("notrun", "Not run", "dim"),
+}
+
+
 class Plain(BaseModel):
-    """Immutable and closed, but tolerant of NaN: a broken metric has to be shown, not hidden."""
+    """Base of the report's parts: immutable, without extra fields.
+
+    NaN is allowed, because a broken metric has to be shown.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -55,30 +90,6 @@ class StageRow(Plain):
     """Digest of what it published."""
     message: str = ""
     """Why it failed, or a remark."""
-
-
-class Rule(Plain):
-    """One condition that a gate checked."""
-
-    metric: str
-    """Dotted name of the metric."""
-    value: float | None
-    """What was measured; none if the metric was missing."""
-    bound: str
-    """The bound as text, for example `>= 0.5`."""
-    passed: bool
-    """Whether the value meets the bound."""
-
-
-class Verdict(Plain):
-    """What a gate decided, and by which rules."""
-
-    gate: str
-    """Name of the gate's stage."""
-    approved: bool
-    """Whether every rule passed."""
-    rules: tuple[Rule, ...] = ()
-    """The rules in the order of the configuration."""
 
 
 class Sample(Plain):
@@ -103,7 +114,7 @@ class Sample(Plain):
 
 
 class ConfigRow(NamedTuple):
-    """One effective configuration value; a plain tuple of three texts is accepted too."""
+    """One effective configuration value; pydantic accepts a plain tuple of three texts too."""
 
     key: str
     """Dotted key."""
@@ -114,7 +125,7 @@ class ConfigRow(NamedTuple):
 
 
 class LineageNode(Plain):
-    """An artifact that this run made or used."""
+    """An artifact of the run, made or used by a stage."""
 
     digest: str
     """Content digest."""
@@ -125,7 +136,7 @@ class LineageNode(Plain):
 
 
 class Lineage(Plain):
-    """Which artifact was made from which."""
+    """The run's artifacts and their parents."""
 
     nodes: tuple[LineageNode, ...] = ()
     """Artifacts, oldest first."""
@@ -134,7 +145,7 @@ class Lineage(Plain):
 
 
 class RunReport(Plain):
-    """Everything that one page shows."""
+    """Content of one report page."""
 
     title: str
     """Heading, for example the pipeline's name."""
@@ -164,7 +175,7 @@ class RunReport(Plain):
     samples: tuple[Sample, ...] = ()
     """Replies before and after PPO."""
     verdicts: tuple[Verdict, ...] = ()
-    """What the gates decided."""
+    """The gates' decisions, with their rules."""
     config_rows: tuple[ConfigRow, ...] = ()
     """Effective configuration."""
     advice: tuple[str, ...] = ()
@@ -173,3 +184,11 @@ class RunReport(Plain):
     """Artifacts of the run."""
     versions: dict[str, str] = {}
     """Versions of code and libraries."""
+
+    @field_serializer("verdicts")
+    def _serialize_verdicts(self, verdicts: tuple[Verdict, ...]) -> list[dict[str, Any]]:
+        # Readers of report.json know a gate's checks as `rules`.
+        return [
+            {"gate": v.gate, "approved": v.approved, "rules": [asdict(c) for c in v.checks]}
+            for v in verdicts
+        ]

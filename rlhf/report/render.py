@@ -1,4 +1,7 @@
-"""Turn a report into one HTML page that needs nothing else: no network, no script, no font."""
+"""Rendering of a report as one self-contained HTML page.
+
+The page has no script and loads nothing: no network, no font. The same report gives the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,55 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rlhf.report import charts, text, view
-from rlhf.report.model import RunReport
+from rlhf.report import charts, text
+from rlhf.report.model import OUTCOMES, STATES, RunReport
+from rlhf.report.view import (
+    accuracy_chart,
+    comparison,
+    config_parts,
+    curve_table,
+    data_rows,
+    lanes,
+    left_out,
+    parents,
+    tiles,
+    win_chart,
+)
 
 
 def render(report: RunReport) -> str:
-    """Return the page. The same report gives the same bytes; all its text is escaped."""
-    modes, compared = view.comparison(report.policy)
-    columns, updates, step = view.curve_table(report.curves)
-    changed, defaults = view.config_parts(report.config_rows)
+    """Render a report as HTML with all of its text escaped."""
+    modes, compared = comparison(report.policy)
+    columns, updates, step = curve_table(report.curves)
+    changed, defaults = config_parts(report.config_rows)
     return (
         _environment()
         .get_template("page.html")
         .render(
             report=report,
-            outcome=view.OUTCOMES[report.outcome],
-            tiles=view.tiles(report),
-            lanes=view.lanes(report.stages),
-            data_rows=view.data_rows(report.data),
-            left_out=view.left_out(report.data),
-            accuracy=view.accuracy_chart(report.reward_model),
-            curves=view.curve_panels(report),
+            outcome=OUTCOMES[report.outcome],
+            tiles=tiles(report),
+            lanes=lanes(report.stages),
+            data_rows=data_rows(report.data),
+            left_out=left_out(report.data),
+            accuracy=accuracy_chart(report.reward_model),
+            curves=charts.curves_of(report.curves),
             curve_columns=columns,
             curve_rows=updates,
             curve_step=step,
             modes=modes,
             compared=compared,
-            wins=view.win_chart(report.policy),
+            wins=win_chart(report.policy),
             changed=changed,
             defaults=defaults,
-            parents=view.parents(report),
+            parents=parents(report),
         )
     )
 
 
 @cache
 def _environment() -> Environment:
-    """Return the templates' environment: autoescape on, unknown names are errors."""
+    """Load the templates; unknown names in them are errors."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -63,5 +78,5 @@ def _environment() -> Environment:
         words=text.words,
         short=text.short,
     )
-    environment.globals.update(states=view.STATES, chart=charts)
+    environment.globals.update(states=STATES, chart=charts)
     return environment

@@ -1,4 +1,7 @@
-"""Numbers, times and names as text; the template's filters. Tolerant: odd input becomes a dash."""
+"""Numbers, times and names as text: the templates' filters.
+
+None and values of a wrong type become a dash.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 MISSING = "–"
-#: Control characters and overrides of the writing direction: what is shown must be what is there.
+#: Control characters and overrides of the writing direction, which would falsify the page's text.
 _HIDDEN = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -31,7 +34,7 @@ def number_of(value: Any) -> float | None:
 
 
 def number(value: Any) -> str:
-    """Three significant digits or so, with a true minus sign; whole numbers stay whole."""
+    """Format a number with about three significant digits; whole numbers stay whole."""
     x = number_of(value)
     if x is None:
         return "not finite" if isinstance(value, float) else MISSING
@@ -50,7 +53,7 @@ def number(value: Any) -> str:
 
 
 def exact(value: Any) -> str:
-    """Five significant digits: beside a bound, rounding must not turn a fail into a pass."""
+    """Format with five digits, so that rounding hides no failure beside a bound."""
     x = number_of(value)
     if x is None:
         return "not finite" if isinstance(value, float) else "missing"
@@ -58,19 +61,19 @@ def exact(value: Any) -> str:
 
 
 def percent(value: Any) -> str:
-    """A share as a percentage with one decimal."""
+    """Format a share as a percentage with one decimal."""
     x = number_of(value)
     return MISSING if x is None else f"{100 * x:.1f}\u00a0%".replace("-", "−")
 
 
 def percent_range(low: Any, high: Any) -> str:
-    """An interval of shares, or nothing if either end is missing."""
+    """Format an interval of shares; empty if either end is missing."""
     a, b = number_of(low), number_of(high)
     return "" if a is None or b is None else f"{100 * a:.1f}–{100 * b:.1f}\u00a0%"
 
 
 def duration(seconds: Any) -> str:
-    """Seconds as people say them: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
+    """Format seconds: `40 ms`, `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
     x = number_of(seconds)
     if x is None:
         return MISSING
@@ -79,15 +82,18 @@ def duration(seconds: Any) -> str:
     if x < 9.95:
         return f"{x:.1f} s"
     whole = round(x)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole} s" if whole < 60 else minutes(whole)
+
+
+def minutes(seconds: int) -> str:
+    """Format a minute or more: `3 min 05 s`, `2 h 14 min`."""
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
 def moment(iso: str) -> str:
-    """An ISO time for readers; anything else is shown unchanged."""
+    """Format an ISO time for reading; other text is returned unchanged."""
     try:
         when = datetime.fromisoformat(iso)
     except ValueError:
@@ -96,30 +102,31 @@ def moment(iso: str) -> str:
 
 
 def bound(text: str) -> str:
-    """Mathematical signs for `>=` and `<=`."""
+    """Replace `>=`, `<=` and `==` by their mathematical signs."""
     for plain, sign in _BOUNDS.items():
         text = text.replace(plain, sign)
     return text
 
 
 def words(name: str) -> str:
-    """`train-reward-model` or `pairs_train` as words."""
+    """Turn an identifier such as `train-reward-model` or `pairs_train` into words."""
     text = name.replace("-", " ").replace("_", " ").strip()
     text = re.sub(r"\b(sft|ppo|kl|eos)\b", lambda match: match[0].upper(), text)
     return text[:1].upper() + text[1:]
 
 
 def short(digest: str | None) -> str:
-    """The first twelve characters of a digest, without its algorithm."""
+    """Return the first twelve characters of a digest, without its algorithm."""
     return (digest or "").rpartition(":")[2][:12] or MISSING
 
 
 def clean(value: Any) -> Any:
     """Write hidden characters and lone surrogates of untrusted text as escapes, like `\\x1b`."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return _HIDDEN.sub(lambda match: _escape(ord(match[0])), value)
+        return _HIDDEN.sub(_escape, value)
     return value
 
 
-def _escape(code: int) -> str:
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

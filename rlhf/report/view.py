@@ -1,32 +1,16 @@
-"""What the page shows, derived from the report: key figures, lanes, charts, comparison rows."""
+"""The page's parts, derived from a report: key figures, lanes, charts, comparison rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.report.charts import Curve, IntervalChart, curves_of, interval_chart
-from rlhf.report.model import ConfigRow, RunReport, StageRow
+from rlhf.report.charts import IntervalChart, interval_chart
+from rlhf.report.model import ConfigRow, RunReport, StageRow, StageState
 from rlhf.report.text import duration, number, number_of, percent, percent_range, words
 
 MAX_TABLE_ROWS = 60
 
-OUTCOMES = {
-    "Promoted": ("promoted", "Promoted"),
-    "GateRejected": ("rejected", "Rejected by a gate"),
-    "Failed": ("failed", "Failed"),
-    "AwaitingApproval": ("cached", "Waits for a person's approval"),
-    "Refused": ("rejected", "Refused by a person"),
-}
-STATES = {
-    "Completed": ("completed", "Completed"),
-    "Cached": ("cached", "From cache"),
-    "Failed": ("failed", "Failed"),
-    "GateRejected": ("rejected", "Rejected"),
-    "AwaitingApproval": ("notrun", "Waits"),
-    "Refused": ("rejected", "Refused"),
-    "NotRun": ("notrun", "Not run"),
-}
 DATA_ORDER = (
     ("source", "Source"),
     ("pairs_train", "Pairs to train on"),
@@ -39,7 +23,7 @@ DATA_ORDER = (
 
 
 class Tile(NamedTuple):
-    """A key figure."""
+    """One key figure at the top of the page."""
 
     label: str
     value: str
@@ -56,31 +40,31 @@ class Compared(NamedTuple):
 
 
 def tiles(report: RunReport) -> list[Tile]:
-    """The key figures; those that were not measured are left out."""
-    found: list[Tile] = []
+    """Return the key figures that were measured."""
+    figures: list[Tile] = []
     model = report.reward_model or {}
     sampled = _mapping((report.policy or {}).get("sampled"))
     if number_of(model.get("accuracy")) is not None:
-        found.append(_rate_tile("Reward model", "accuracy", model, "accuracy"))
+        figures.append(_rate_tile("Reward model", "accuracy", model, "accuracy"))
     if number_of(sampled.get("win_rate")) is not None:
-        found.append(_rate_tile("Wins over SFT", "by reward", sampled, "win_rate"))
+        figures.append(_rate_tile("Wins over SFT", "by reward", sampled, "win_rate"))
     if number_of(sampled.get("reward_after")) is not None:
         before = number(sampled.get("reward_before"))
-        found.append(Tile("Reward", number(sampled["reward_after"]), f"was {before} after SFT"))
+        figures.append(Tile("Reward", number(sampled["reward_after"]), f"was {before} after SFT"))
     if number_of(sampled.get("kl")) is not None:
-        found.append(Tile("KL", number(sampled["kl"]), "nats from the SFT policy"))
+        figures.append(Tile("KL", number(sampled["kl"]), "nats from the SFT policy"))
     if number_of(sampled.get("gold_win_rate")) is not None:
-        found.append(_rate_tile("Independent judge", "wins", sampled, "gold_win_rate"))
+        figures.append(_rate_tile("Independent judge", "wins", sampled, "gold_win_rate"))
     times = [s.seconds for s in report.stages if number_of(s.seconds) is not None]
     if times:
-        cached = sum(stage.state == "Cached" for stage in report.stages)
+        cached = sum(stage.state is StageState.CACHED for stage in report.stages)
         note = f"{cached} of {len(report.stages)} from cache" if cached else "all stages together"
-        found.append(Tile("Time", duration(sum(t for t in times if t is not None)), note))
-    return found
+        figures.append(Tile("Time", duration(sum(t for t in times if t is not None)), note))
+    return figures
 
 
 def lanes(stages: Sequence[StageRow]) -> list[list[StageRow]]:
-    """Split the stages into two lanes after the first gate, which opens the second one."""
+    """Split the stages into two lanes after the first gate."""
     for i, stage in enumerate(stages[:-1], start=1):
         if stage.name.startswith("gate-"):
             return [list(stages[:i]), list(stages[i:])]
@@ -88,24 +72,24 @@ def lanes(stages: Sequence[StageRow]) -> list[list[StageRow]]:
 
 
 def data_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Known counts in a fixed order, then whatever else the summary holds."""
+    """Return labels and values of the data summary, known ones first."""
     known = [(key, label) for key, label in DATA_ORDER if data.get(key) is not None]
-    seen = {key for key, _ in DATA_ORDER} | {"left_out"}
-    rest = [(key, words(key)) for key in sorted(data) if key not in seen]
+    placed = {key for key, _ in DATA_ORDER} | {"left_out"}
+    rest = [(key, words(key)) for key in sorted(data) if key not in placed]
     return [
-        (label, percent(data[key]) if key == "chosen_longer" else plain(data[key]))
+        (label, percent(data[key]) if key == "chosen_longer" else _plain_text(data[key]))
         for key, label in known + rest
     ]
 
 
 def left_out(data: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Reasons for leaving rows out, the most frequent first."""
+    """Return the reasons for leaving rows out, the most frequent first."""
     counts = [(str(k), int(number_of(v) or 0)) for k, v in _mapping(data.get("left_out")).items()]
     return sorted(counts, key=lambda item: (-item[1], item[0]))
 
 
 def accuracy_chart(model: Mapping[str, Any] | None) -> IntervalChart | None:
-    """The reward model beside a coin, the choose-the-longer rule and the ceiling; by group."""
+    """Chart the reward model's accuracy, overall and by group, beside its baselines."""
     if not model:
         return None
     estimates = [
@@ -118,7 +102,7 @@ def accuracy_chart(model: Mapping[str, Any] | None) -> IntervalChart | None:
 
 
 def win_chart(policy: Mapping[str, Any] | None) -> IntervalChart | None:
-    """Win rates of both ways of decoding, by the reward model and by the independent judge."""
+    """Chart the win rates of sampled and greedy decoding, by reward model and by judge."""
     if not policy:
         return None
     estimates: list[tuple[str, str, Mapping[str, Any], str]] = []
@@ -130,7 +114,7 @@ def win_chart(policy: Mapping[str, Any] | None) -> IntervalChart | None:
 
 
 def comparison(policy: Mapping[str, Any] | None) -> tuple[list[str], list[Compared]]:
-    """Headings and rows of the policy table; rows that nothing was measured for are left out."""
+    """Return headings and rows of the policy table, without rows that were not measured."""
     modes = _modes(policy or {})
 
     def row(label: str, cell: Any, judge: bool = False) -> Compared:
@@ -153,40 +137,28 @@ def comparison(policy: Mapping[str, Any] | None) -> tuple[list[str], list[Compar
     return [words(mode) for mode, _ in modes], measured
 
 
-def curve_panels(report: RunReport) -> list[Curve]:
-    """The small multiples of PPO."""
-    return curves_of(report.curves)
-
-
 def curve_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], int]:
-    """All columns of the curves, every n-th update if there are many; n is returned last."""
+    """Return the curves' columns, the rows of every n-th update, and n."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     step = -(-len(rows) // MAX_TABLE_ROWS) or 1
-    kept = list(rows[::step])
-    if rows and kept[-1] is not rows[-1]:
-        kept.append(rows[-1])
-    return columns, [[_cell(key, row.get(key)) for key in columns] for row in kept], step
+    selected = list(rows[::step])
+    if rows and selected[-1] is not rows[-1]:
+        selected.append(rows[-1])
+    return columns, [[_cell(key, row.get(key)) for key in columns] for row in selected], step
 
 
 def config_parts(rows: Sequence[ConfigRow]) -> tuple[list[ConfigRow], list[ConfigRow]]:
-    """Values that somebody set, and defaults."""
+    """Split the configuration into values that were set and defaults."""
     return [r for r in rows if r.source != "default"], [r for r in rows if r.source == "default"]
 
 
 def parents(report: RunReport) -> dict[str, list[tuple[str, str]]]:
-    """For each artifact the (digest, kind) of those it was made from."""
+    """Return each artifact's parents as pairs of digest and kind."""
     kinds = {node.digest: node.kind for node in report.lineage.nodes}
-    found: dict[str, list[tuple[str, str]]] = {digest: [] for digest in kinds}
+    by_child: dict[str, list[tuple[str, str]]] = {digest: [] for digest in kinds}
     for parent, child in report.lineage.edges:
-        found.setdefault(child, []).append((parent, kinds.get(parent, "")))
-    return found
-
-
-def plain(value: Any) -> str:
-    """Any summary value as text."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {plain(item)}" for key, item in value.items())
-    return str(value) if isinstance(value, str | bool) else number(value)
+        by_child.setdefault(child, []).append((parent, kinds.get(parent, "")))
+    return by_child
 
 
 def _rate_tile(label: str, note: str, metrics: Mapping[str, Any], key: str) -> Tile:
@@ -195,9 +167,24 @@ def _rate_tile(label: str, note: str, metrics: Mapping[str, Any], key: str) -> T
     return Tile(label, percent(metrics[key]), note, spread)
 
 
-def _cell(key: str, value: Any) -> str:
-    whole = key == "update" and (x := number_of(value)) is not None and x.is_integer()
-    return number(int(value) if whole else value)
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _plain_text(value: Any) -> str:
+    """Return any value of the data summary as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_plain_text(item)}" for key, item in value.items())
+    return str(value) if isinstance(value, str | bool) else number(value)
+
+
+def _groups(metrics: Mapping[str, Any], key: str) -> list[tuple[str, str, Mapping[str, Any], str]]:
+    groups = _mapping(metrics.get("by_group"))
+    return [(str(name), "group", _mapping(groups[name]), key) for name in sorted(groups)]
+
+
+def _modes(policy: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(mode, _mapping(policy[mode])) for mode in ("sampled", "greedy") if policy.get(mode)]
 
 
 def _change(before: Any, after: Any) -> tuple[str, str]:
@@ -209,14 +196,6 @@ def _ci(metrics: Mapping[str, Any], key: str) -> str:
     return f"95\u00a0% interval {spread}" if spread else ""
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _modes(policy: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(mode, _mapping(policy[mode])) for mode in ("sampled", "greedy") if policy.get(mode)]
-
-
-def _groups(metrics: Mapping[str, Any], key: str) -> list[tuple[str, str, Mapping[str, Any], str]]:
-    groups = _mapping(metrics.get("by_group"))
-    return [(str(name), "group", _mapping(groups[name]), key) for name in sorted(groups)]
+def _cell(key: str, value: Any) -> str:
+    whole = key == "update" and (x := number_of(value)) is not None and x.is_integer()
+    return number(int(value) if whole else value)

@@ -6,7 +6,8 @@ import math
 from hashlib import sha256
 from typing import Any
 
-from rlhf.report import Lineage, LineageNode, Rule, RunReport, Sample, StageRow, Verdict
+from rlhf.gates import Check, Verdict
+from rlhf.report import Lineage, LineageNode, RunReport, Sample, StageRow, StageState
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
 NAMES = (
@@ -36,7 +37,7 @@ def stages(stop: int = 9, state: str = "Completed", message: str = "") -> tuple[
     rows = []
     for i, (name, metric, seconds) in enumerate(zip(NAMES, METRICS, SECONDS, strict=True)):
         if i > stop:
-            rows.append(StageRow(name=name, state="NotRun"))
+            rows.append(StageRow(name=name, state=StageState.NOTRUN))
         elif i == stop:
             rows.append(
                 StageRow.model_validate(
@@ -50,7 +51,7 @@ def stages(stop: int = 9, state: str = "Completed", message: str = "") -> tuple[
                 )
             )
         else:
-            how = "Cached" if i < 2 else "Completed"
+            how = StageState.CACHED if i < 2 else StageState.COMPLETED
             artifact = None if name == "promote" else digest(name)
             rows.append(
                 StageRow(name=name, state=how, seconds=seconds, metric=metric, artifact=artifact)
@@ -229,16 +230,18 @@ def _report(**changes: Any) -> RunReport:
 GATES = (
     Verdict(
         gate="gate-reward-model",
+        subject=digest("train-reward-model"),
         approved=True,
-        rules=(Rule(metric="accuracy_low", value=0.7564, bound=">= 0.5", passed=True),),
+        checks=(Check(metric="accuracy_low", value=0.7564, bound=">= 0.5", passed=True),),
     ),
     Verdict(
         gate="gate-policy",
+        subject=digest("train-policy"),
         approved=True,
-        rules=(
-            Rule(metric="sampled.win_rate_low", value=0.791, bound=">= 0.5", passed=True),
-            Rule(metric="sampled.kl", value=6.41, bound="<= 20.0", passed=True),
-            Rule(metric="sampled.eos_rate", value=0.983, bound=">= 0.8", passed=True),
+        checks=(
+            Check(metric="sampled.win_rate_low", value=0.791, bound=">= 0.5", passed=True),
+            Check(metric="sampled.kl", value=6.41, bound="<= 20.0", passed=True),
+            Check(metric="sampled.eos_rate", value=0.983, bound=">= 0.8", passed=True),
         ),
     ),
 )
@@ -264,12 +267,13 @@ def rejected_report() -> RunReport:
     why = "accuracy_low = 0.49998 does not meet >= 0.5"
     verdict = Verdict(
         gate="gate-reward-model",
+        subject=digest("train-reward-model"),
         approved=False,
-        rules=(
-            Rule(metric="accuracy_low", value=0.49998, bound=">= 0.5", passed=False),
-            Rule(metric="margin_mean", value=None, bound=">= 0.1", passed=False),
-            Rule(metric="calibration_error", value=float("nan"), bound="<= 0.1", passed=False),
-            Rule(metric="n", value=1000, bound=">= 200", passed=True),
+        checks=(
+            Check(metric="accuracy_low", value=0.49998, bound=">= 0.5", passed=False),
+            Check(metric="margin_mean", value=None, bound=">= 0.1", passed=False),
+            Check(metric="calibration_error", value=float("nan"), bound="<= 0.1", passed=False),
+            Check(metric="n", value=1000.0, bound=">= 200", passed=True),
         ),
     )
     return _report(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.report import charts, text, view
-from rlhf.report.model import StageRow
+from rlhf.report.model import StageRow, StageState
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_names_and_digests():
 
 def test_the_first_gate_opens_the_second_lane():
     names = ("prepare-data", "gate-reward-model", "train-policy", "gate-policy", "promote")
-    rows = [StageRow(name=name, state="NotRun") for name in names]
+    rows = [StageRow(name=name, state=StageState.NOTRUN) for name in names]
     assert [[s.name for s in lane] for lane in view.lanes(rows)] == [
         ["prepare-data", "gate-reward-model"], ["train-policy", "gate-policy", "promote"],
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.report import RunReport, StageRow, render, view
+from rlhf.report import STATES, RunOutcome, RunReport, StageRow, StageState, render
 from tests.report import demo
 
 REPORTS = {
@@ -91,7 +91,12 @@ def test_advice_stands_with_the_configuration():
 
 def test_a_report_of_nothing_renders():
     report = RunReport(
-        title="t", run_name="r", started="yesterday", outcome="Failed", reason="config", seed=0
+        title="t",
+        run_name="r",
+        started="yesterday",
+        outcome=RunOutcome.FAILED,
+        reason="config",
+        seed=0,
     )
     page = render(report)
     assert sections(page) == []
@@ -129,7 +134,9 @@ def test_untrusted_text_is_escaped_everywhere(place):
         "config": {"config_rows": ((bad, bad, bad),), "advice": (bad,), "versions": {bad: bad}},
         "group": {"reward_model": {"accuracy": 0.7, "by_group": {bad: {"accuracy": 0.7}}}},
         "metric": {
-            "stages": (StageRow(name=bad, state="Failed", metric=bad, artifact=bad, message=bad),),
+            "stages": (
+                StageRow(name=bad, state=StageState.FAILED, metric=bad, artifact=bad, message=bad),
+            ),
             "data": {"source": bad, bad: {bad: bad}, "left_out": {bad: 3}},
             "curves": ({"update": 1, "reward": 1.0, bad: bad},),
         },
@@ -182,7 +189,7 @@ def test_links_lead_somewhere_and_ids_are_unique():
 
 
 def test_picture_and_table_name_every_state():
-    labels = {label for _, label in view.STATES.values()}
+    labels = {look.label for look in STATES.values()}
     found = [t for t in Tree(PAGES["rejected"]).texts if t in labels]
     # Each in the picture and in the table: 2 from cache, 2 completed, 1 rejected, 4 not run;
     # "Rejected" once more as the gate's verdict.
