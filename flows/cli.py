@@ -86,14 +86,15 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     verbose
         Show Prefect's own log, with tracebacks.
     """
-    from tasks.preflight import preflight
+    from tasks.preflight import preflight_command
 
     loaded = load_config(config, overrides)
     warn(loaded.config)
-    preflight(loaded.config)
+    preflight_command(loaded.config)
     prepare_prefect(verbose)
-    from flows.pipeline import AWAITING, PROMOTED, pipeline
+    from flows.pipeline import pipeline
     from flows.terminal import show_run
+    from rlhf.report.model import RunOutcome
     from tasks.parameters import ORIGINS
     from tasks.progress import show_on
 
@@ -105,7 +106,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     if isinstance(result, BaseException):
         return fail(result)
     show_run(console, result)
-    if result.outcome in (PROMOTED, AWAITING):
+    if result.outcome in (RunOutcome.PROMOTED, RunOutcome.AWAITINGAPPROVAL):
         return 0
     return fail(result.error or RuntimeError(result.reason))
 
@@ -132,14 +133,15 @@ def stage(
     verbose
         Show Prefect's own log, with tracebacks.
     """
-    from tasks.preflight import preflight
-    from tasks.runner import find_inputs, store_of
+    from tasks.preflight import preflight_command
+    from tasks.runner import find_inputs
+    from tasks.stage import store_of
     from tasks.stages import stage_named
 
     loaded = load_config(config, overrides)
     chosen = stage_named(name)
     warn(loaded.config)
-    preflight(loaded.config)
+    preflight_command(loaded.config)
     store = store_of(loaded.config)
     given = {role: store.resolve(ref) for role, ref in (_role(text) for text in input)}
     inputs = find_inputs(chosen, loaded.config, given)

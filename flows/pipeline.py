@@ -1,4 +1,4 @@
-"""The pipeline: every stage in turn, a report whatever happens, one final state that tells."""
+"""The pipeline flow: all stages in order, a report for every ending, and a final state."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ from flows.reporting import write_report
 from rlhf.config import Loaded, PipelineConfig, advice
 from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
 from rlhf.report import StageRow
+from rlhf.report.model import RunOutcome, StageState
 from rlhf.store import ArtifactRef
 from tasks.approval import is_waiting, wait_for_approval
-from tasks.first import check_first
+from tasks.first import preflight_flow
 from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.runner import Outcome
 from tasks.stages import STAGES
 
-PROMOTED, REJECTED, FAILED = "Promoted", "GateRejected", "Failed"
-AWAITING, REFUSED = "AwaitingApproval", "Refused"
-#: How a run ends that one of these errors stopped; any other has failed.
-OUTCOMES = ((GateRejected, REJECTED), (ApprovalMissing, AWAITING), (ApprovalRefused, REFUSED))
+#: Outcome of a run that one of these errors stopped; any other error is a failure.
+OUTCOMES = (
+    (GateRejected, RunOutcome.GATEREJECTED),
+    (ApprovalMissing, RunOutcome.AWAITINGAPPROVAL),
+    (ApprovalRefused, RunOutcome.REFUSED),
+)
 
 
 @dataclass
 class PipelineRun:
-    """What happened, stage by stage; filled while the run goes on."""
+    """State of a pipeline run, updated stage by stage."""
 
     config: PipelineConfig
     origins: Mapping[str, str]
@@ -44,7 +47,7 @@ class PipelineRun:
     started: str
     refs: dict[str, ArtifactRef] = field(default_factory=dict)
     rows: list[StageRow] = field(default_factory=list)
-    outcome: str = FAILED
+    outcome: RunOutcome = RunOutcome.FAILED
     reason: str = ""
     error: BaseException | None = None
     report: Path | None = None
@@ -52,21 +55,21 @@ class PipelineRun:
 
     @property
     def all_cached(self) -> bool:
-        """Whether nothing had to be run."""
-        return all(row.state == "Cached" for row in self.rows)
+        """Whether every stage had a record."""
+        return all(row.state == StageState.CACHED for row in self.rows)
 
 
 def run_name() -> str:
-    """The configuration's name and the time: readable in Prefect's list of runs.
+    """Return the configuration's name and the time, as a name for Prefect's list of runs.
 
-    Prefect asks again when a run is retried or resumed; it keeps the name that it has.
+    Prefect calls this again for a retried or resumed run, which keeps its name.
     """
     overrides = flow_run.parameters.get("overrides") or {}
     preset = flow_run.parameters.get("preset", NO_PRESET)
     name = overrides.get("name") or (preset if preset != NO_PRESET else "rlhf")
-    before = flow_run.get_name() or ""
-    if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}", before):
-        return before
+    current = flow_run.get_name() or ""
+    if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}", current):
+        return current
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
@@ -79,13 +82,13 @@ def pipeline(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> Stat
         overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
     """
     loaded = resolve(preset, overrides)
-    check_first(loaded.config)
+    preflight_flow(loaded.config)
     state, _ = run_pipeline(loaded)
     return state
 
 
 def run_pipeline(loaded: Loaded) -> tuple[State[PipelineRun], PipelineRun]:
-    """All of the pipeline, as part of the flow that is running."""
+    """Run the stages and write the report, as part of the flow that is running."""
     config = loaded.config
     started = datetime.now(UTC).isoformat(timespec="seconds")
     name = flow_run.get_name() or config.name
@@ -96,12 +99,12 @@ def run_pipeline(loaded: Loaded) -> tuple[State[PipelineRun], PipelineRun]:
     with before_prefect():
         run_stages(run)
         write_report(run)
-    if run.outcome == PROMOTED:
+    if run.outcome == RunOutcome.PROMOTED:
         return Completed(message=run.reason, data=run), run
-    if run.outcome == AWAITING:
-        return Completed(name=AWAITING, message=run.reason, data=run), run
-    state = run.outcome if run.outcome in (REJECTED, REFUSED) else None
-    # A worker's process ends with the error; who called this flow gets all that happened.
+    if run.outcome == RunOutcome.AWAITINGAPPROVAL:
+        return Completed(name=run.outcome.value, message=run.reason, data=run), run
+    state = None if run.outcome == RunOutcome.FAILED else run.outcome.value
+    # A worker's process ends with the error; the caller of the flow gets the whole run.
     data = run.error if deployment.id else run
     return Failed(name=state, message=run.reason, data=data), run
 
@@ -109,46 +112,36 @@ def run_pipeline(loaded: Loaded) -> tuple[State[PipelineRun], PipelineRun]:
 def run_stages(run: PipelineRun) -> None:
     """Run the stages in order until one of them stops the run."""
     for stage in STAGES.values():
-        if stage.name == "promote" and is_waiting(run.config, run.refs):
-            _ask(run)
-        inputs = {role: run.refs[producer] for role, producer in stage.inputs.items()}
-        begun = time.monotonic()
-        state = run_task(stage.name, run.config, inputs)
-        result: Any = state.result(raise_on_failure=False)
+        inputs = {role: run.refs[maker] for role, maker in stage.inputs.items()}
+        if stage.needs_approval and is_waiting(run.config, inputs["policy"]):
+            run.outcome = RunOutcome.AWAITINGAPPROVAL
+            run.reason = "The policy met every gate and waits for a person's approval."
+            # A run of a deployment ends here, until it is resumed.
+            wait_for_approval(run.config, inputs["policy"], run.name, write_report(run))
+        started = time.monotonic()
+        result: Any = run_task(stage, run.config, inputs).result(raise_on_failure=False)
         if isinstance(result, Outcome):
             run.refs[stage.name] = result.ref
-            run.rows.append(_row(result, "Cached" if result.cached else "Completed"))
+            state = StageState.CACHED if result.cached else StageState.COMPLETED
+            run.rows.append(
+                StageRow(
+                    name=stage.name, state=state, seconds=result.seconds, metric=result.headline,
+                    artifact=result.ref.digest,
+                )
+            )  # fmt: skip
             continue
-        run.outcome = next((o for kind, o in OUTCOMES if isinstance(result, kind)), FAILED)
+        run.outcome = next((o for e, o in OUTCOMES if isinstance(result, e)), RunOutcome.FAILED)
         run.reason = str(result) or type(result).__name__
         run.error = result
-        seconds = time.monotonic() - begun
-        run.rows.append(
-            StageRow(name=stage.name, state=run.outcome, seconds=seconds, message=run.reason)  # pyright: ignore[reportArgumentType]
-        )
+        state, seconds = StageState(run.outcome.value), time.monotonic() - started
+        run.rows.append(StageRow(name=stage.name, state=state, seconds=seconds, message=run.reason))
         break
     else:
-        run.outcome = PROMOTED
+        run.outcome = RunOutcome.PROMOTED
         run.reason = (
             f"The policy met every gate and is the champion of {run.config.promotion.name}."
         )
     done = {row.name for row in run.rows}
-    run.rows += [StageRow(name=name, state="NotRun") for name in STAGES if name not in done]
-
-
-def _ask(run: PipelineRun) -> None:
-    """Have a person look at the report; a run of a deployment ends here, until it is resumed."""
-    run.outcome = AWAITING
-    run.reason = "The policy met every gate and waits for a person's approval."
-    about = write_report(run)
-    wait_for_approval(run.config, run.refs, run.name, about)
-
-
-def _row(outcome: Outcome, state: Any) -> StageRow:
-    return StageRow(
-        name=outcome.stage,
-        state=state,
-        seconds=outcome.seconds,
-        metric=outcome.headline,
-        artifact=outcome.ref.digest,
-    )
+    run.rows += [
+        StageRow(name=name, state=StageState.NOTRUN) for name in STAGES if name not in done
+    ]

@@ -1,4 +1,4 @@
-"""The pipeline again, when there is something new: on a schedule, or when data have landed."""
+"""The retraining flow: the pipeline again if data are new, on a schedule or after an upload."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.pipeline import PROMOTED, REFUSED, REJECTED, run_name, run_pipeline
-from tasks.first import check_first
+from flows.pipeline import run_name, run_pipeline
+from rlhf.report.model import RunOutcome
+from tasks.first import preflight_flow
 from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
-from tasks.retraining import Situation, new_pairs, remember, situation, warm_started
-from tasks.runner import Outcome, store_of
+from tasks.retraining import new_pairs, record_retraining, situation, warm_started
+from tasks.runner import Outcome
+from tasks.stage import store_of
+from tasks.stages import PREPARE_DATA
 
 NO_NEW_DATA = "NoNewData"
 
 
 @flow(name="retraining", flow_run_name=run_name, persist_result=False)
 def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> State[Any]:
-    """Look at the data, and if they are new enough, run the pipeline warm-started.
+    """Run the pipeline, warm-started, if the data have enough new pairs.
 
     Args:
         preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
@@ -28,30 +31,21 @@ def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> St
     """
     loaded = resolve(preset, overrides)
     config = loaded.config
-    check_first(config)
+    preflight_flow(config)
     store = store_of(config)
-    found = situation(config, store)
-    if found.same_data and not found.overdue:
-        return _nothing(f"the data are those of {(found.last or {})['run']}")
-    prepared: Any = run_task("prepare-data", config, {})
-    outcome: Outcome = prepared.result()
-    count = new_pairs(found, outcome.ref, store)
-    if reason := _too_few(found, count):
-        return _nothing(reason)
+    state = situation(config, store)
+    if state.same_data and not state.overdue:
+        return _nothing(f"the data are those of {(state.last or {})['run']}")
+    outcome: Outcome = run_task(PREPARE_DATA, config, {}).result()
+    count = new_pairs(state, outcome.ref, store)
+    least = config.retraining.min_new_pairs
+    if not state.overdue and state.last is not None and count < least:
+        return _nothing(f"{count} new pairs, and retraining.min_new_pairs = {least}")
     get_run_logger().info("%d new pairs: retraining", count)
-    warm = warm_started(loaded, found.champion, store)
-    state, run = run_pipeline(warm)
-    if run.outcome in (PROMOTED, REJECTED, REFUSED):
-        remember(found, outcome.ref, run.name, run.outcome, store)
-    return state
-
-
-def _too_few(found: Situation, count: int) -> str:
-    """Why these data are not worth a retraining; empty if they are."""
-    rules = found.config.retraining
-    if found.overdue or found.last is None or count >= rules.min_new_pairs:
-        return ""
-    return f"{count} new pairs, and retraining.min_new_pairs = {rules.min_new_pairs}"
+    ended, run = run_pipeline(warm_started(loaded, state.champion, store))
+    if run.outcome in (RunOutcome.PROMOTED, RunOutcome.GATEREJECTED, RunOutcome.REFUSED):
+        record_retraining(state, outcome.ref, run.name, run.outcome, store)
+    return ended
 
 
 def _nothing(reason: str) -> State[Any]:

@@ -1,4 +1,4 @@
-"""One flow per stage, to run it alone: from the command line, from Python, or deployed."""
+"""One flow per stage, to run it alone: by the command, from Python, or as a deployment."""
 
 from __future__ import annotations
 
@@ -9,23 +9,35 @@ from prefect.states import Completed, Failed
 from flows.leaving import before_prefect
 from rlhf.config import advice
 from rlhf.errors import GateRejected
-from tasks.first import check_first
+from rlhf.report.model import RunOutcome
+from tasks.first import preflight_flow
 from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
-from tasks.runner import Outcome, find_inputs, store_of
-from tasks.stages import STAGES
+from tasks.runner import Outcome, find_inputs
+from tasks.stage import Stage, store_of
+from tasks.stages import (
+    EVALUATE_POLICY,
+    EVALUATE_REWARD_MODEL,
+    GATE_POLICY,
+    GATE_REWARD_MODEL,
+    PREPARE_DATA,
+    PROMOTE,
+    TRAIN_POLICY,
+    TRAIN_REWARD_MODEL,
+    TRAIN_SFT,
+)
 
 NO_INPUTS: dict[str, str] = {}
 
 
-def _flow(name: str) -> Flow[..., State[Outcome]]:
-    @flow(name=name, persist_result=False)
+def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
+    @flow(name=stage.name, persist_result=False)
     def stage_flow(
         preset: Preset = NO_PRESET,
         overrides: Overrides = NOTHING,
         inputs: dict[str, str] = NO_INPUTS,
     ) -> State[Outcome]:
-        """Run one stage; inputs that are not given are those recorded under this configuration.
+        """Run one stage; inputs that are not given are those recorded for this configuration.
 
         Args:
             preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
@@ -33,16 +45,16 @@ def _flow(name: str) -> Flow[..., State[Outcome]]:
             inputs: Digests of artifacts by role, for example `{"sft": "3f2a91c04d"}`.
         """
         config = resolve(preset, overrides).config.model_copy(update={"placement": {}})
-        check_first(config)
+        preflight_flow(config)
         for line in advice(config):
             get_run_logger().warning(line)
         store = store_of(config)
         given = {role: store.resolve(digest) for role, digest in inputs.items()}
         with before_prefect():
-            state = run_task(name, config, find_inputs(STAGES[name], config, given))
+            state = run_task(stage, config, find_inputs(stage, config, given))
         result = state.result(raise_on_failure=False)
         if isinstance(result, GateRejected):
-            return Failed(name="GateRejected", message=str(result), data=result)
+            return Failed(name=RunOutcome.GATEREJECTED.value, message=str(result), data=result)
         if isinstance(result, BaseException):
             raise result
         return Completed(name=state.name, message=state.message, data=result)
@@ -50,16 +62,16 @@ def _flow(name: str) -> Flow[..., State[Outcome]]:
     return stage_flow
 
 
-# By name, for the entrypoints of deployments.
-prepare_data = _flow("prepare-data")
-train_sft = _flow("train-sft")
-train_reward_model = _flow("train-reward-model")
-evaluate_reward_model = _flow("evaluate-reward-model")
-gate_reward_model = _flow("gate-reward-model")
-train_policy = _flow("train-policy")
-evaluate_policy = _flow("evaluate-policy")
-gate_policy = _flow("gate-policy")
-promote = _flow("promote")
+# Named after the stages, for the entrypoints of deployments.
+prepare_data = _flow(PREPARE_DATA)
+train_sft = _flow(TRAIN_SFT)
+train_reward_model = _flow(TRAIN_REWARD_MODEL)
+evaluate_reward_model = _flow(EVALUATE_REWARD_MODEL)
+gate_reward_model = _flow(GATE_REWARD_MODEL)
+train_policy = _flow(TRAIN_POLICY)
+evaluate_policy = _flow(EVALUATE_POLICY)
+gate_policy = _flow(GATE_POLICY)
+promote = _flow(PROMOTE)
 
 STAGE_FLOWS: dict[str, Flow[..., State[Outcome]]] = {
     stage.name: stage

@@ -1,4 +1,4 @@
-"""A person's yes before promotion: until it comes the run is suspended, and its process gone."""
+"""Manual approval before promotion, for which a deployment's run is suspended."""
 
 from __future__ import annotations
 
@@ -13,42 +13,39 @@ from rlhf.approvals import approval_of, record_approval
 from rlhf.config import PipelineConfig
 from rlhf.store import ArtifactRef
 from tasks.promotion import is_champion
-from tasks.runner import store_of
+from tasks.stage import store_of
 
 
 class Decision(RunInput):
-    """The form that Prefect's UI shows, and what `rlhf approve` fills in."""
+    """The decision's form, filled in by Prefect's UI or by `rlhf approve`."""
 
     decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
     by: str = Field(min_length=1, description="Who decides.")
     why: str = Field(default="", description="The reason, for the promotion's record.")
 
 
-def is_waiting(config: PipelineConfig, refs: dict[str, ArtifactRef]) -> bool:
-    """Whether a person has still to say something of the policy that met every gate."""
-    promotion, policy = config.promotion, refs["train-policy"]
+def is_waiting(config: PipelineConfig, policy: ArtifactRef) -> bool:
+    """Return whether a policy that met every gate still needs a person's decision."""
+    promotion = config.promotion
     if promotion.approval != "manual":
         return False
     store = store_of(config)
-    said = approval_of(store, promotion.name, policy.digest)
-    return said is None and not is_champion(config, {"policy": policy}, store)
+    decided = approval_of(store, promotion.name, policy.digest) is not None
+    return not decided and not is_champion(config, policy, store)
 
 
-def wait_for_approval(
-    config: PipelineConfig, refs: dict[str, ArtifactRef], run: str, about: str
-) -> None:
-    """Suspend this flow run until a person has decided, and keep what was said in the store.
+def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, about: str) -> None:
+    """Suspend this flow run until a person has decided, and record the decision in the store.
 
-    Suspending ends the process. Resumed, the run comes here again from its start, every stage done
-    before found in the store, and gets the answer. A run without a deployment can't be resumed, so
-    it goes on to the promotion, which says what is missing.
+    Suspension ends the process. The resumed run starts again, gets its completed stages from the
+    store, and gets the answer here. A run without a deployment can't be resumed: it goes on to the
+    promotion, whose error names the missing approval.
     """
     if not deployment.id:
         return
-    policy = refs["train-policy"].digest
     form = Decision.with_initial_data(description=about)
-    said = suspend_flow_run(wait_for_input=form, key=f"approve-{policy[:12]}")
+    answer = suspend_flow_run(wait_for_input=form, key=f"approve-{policy.digest[:12]}")
     record_approval(
-        store_of(config), config.promotion.name, policy, approved=said.decision == "approve",
-        by=said.by, why=said.why, run=run,
+        store_of(config), config.promotion.name, policy.digest,
+        approved=answer.decision == "approve", by=answer.by, why=answer.why, run=run,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What code made an artifact: the fingerprint of the library, and the commit for people."""
+"""The version of the code, as artifacts record it: a hash of the library, and the commit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import rlhf
 from rlhf.store import Producer
 from rlhf.store.manifest import file_sha256
 
-#: The libraries whose version can change what a stage computes.
+#: Libraries whose version can change the result of a stage.
 LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
 
 
 @cache
 def code_version() -> str:
-    """Hash of the library's sources: equal code is equal, committed or not, installed or not.
+    """Return a hash of the library's sources, equal for equal code, committed or not.
 
-    The report is left out: how results are shown must not cause training to run again.
+    `rlhf/report` is left out: it shows results, and must not cause training to run again.
     """
     root = Path(rlhf.__file__).parent
     digest = hashlib.sha256()
@@ -34,12 +34,12 @@ def code_version() -> str:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that compute."""
+    """Return the installed versions of `LIBRARIES`."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
-    """Who makes an artifact now, in this code."""
+    """Return the manifest's entry on what makes an artifact: stage, configuration and code."""
     return Producer(
         stage=stage,
         code_version=code_version(),
@@ -53,14 +53,14 @@ def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
 
 @cache
 def lock_digest() -> str | None:
-    """sha256 of the checkout's pinned requirements; None where the code has none beside it."""
+    """Return the sha256 of the checkout's constraints.txt; None outside of a checkout."""
     path = Path(rlhf.__file__).parent.parent / "constraints.txt"
     return file_sha256(path) if path.is_file() else None
 
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with `-dirty` for uncommitted changes; empty outside a checkout."""
+    """Return the checkout's commit, `-dirty` if changed; empty outside of a checkout."""
     root = Path(rlhf.__file__).parent.parent
     try:
         return subprocess.run(

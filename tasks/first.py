@@ -1,36 +1,38 @@
-"""What a flow checks before it does anything, with the patience of a run that nobody looks at."""
+"""Preflight checks of a flow run; in a deployment, retried while the store is down."""
 
 from __future__ import annotations
 
 import time
 
-from prefect.logging import get_run_logger
-from prefect.runtime import deployment
-
 from rlhf.config import PipelineConfig
 from rlhf.errors import StoreError
-from tasks.preflight import preflight
-from tasks.remote import check_placement
+from tasks.preflight import is_checked, preflight
 
 
-def check_first(config: PipelineConfig) -> None:
-    """Preflight and placement.
+def preflight_flow(config: PipelineConfig) -> None:
+    """Run the preflight checks of a flow, unless its command did, and check the placement.
 
-    Whoever types a command learns at once that there is no such store. A run of a deployment may
-    have been started again, on another machine, just while the store is away: it asks again, as
-    often as a stage is tried.
+    A run of a deployment may be resumed on another machine just while the store is down, so it
+    retries as often as a stage does. A command fails at once.
 
     Raises:
         ConfigError: One line naming field, value and cure.
     """
+    # A command imports this module before it sets Prefect's environment variables.
+    from prefect.logging import get_run_logger
+    from prefect.runtime import deployment
+
+    from tasks.remote import check_placement
+
     retries = config.retries
-    for left in reversed(range(retries.attempts + 1)):
-        try:
-            preflight(config)
-            break
-        except StoreError as error:
-            if not (deployment.id and left):
-                raise
-            get_run_logger().warning("%s; asking again", error)
-            time.sleep(retries.delay_seconds * 2 ** min(retries.attempts - left, 5))
+    if not is_checked(config):
+        for left in reversed(range(retries.attempts + 1)):
+            try:
+                preflight(config)
+                break
+            except StoreError as error:
+                if not (deployment.id and left):
+                    raise
+                get_run_logger().warning("%s; asking again", error)
+                time.sleep(retries.delay_seconds * 2 ** min(retries.attempts - left, 5))
     check_placement(config)

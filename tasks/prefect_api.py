@@ -1,4 +1,4 @@
-"""Prefect's API, asked again while its server is away for a moment."""
+"""Requests to Prefect's API, retried while its server is down."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from prefect.logging import get_run_logger
 
 T = TypeVar("T")
 
-#: Seconds that a server may be away: time for a restart, or for another machine to take its place.
-PATIENCE = 600.0
+#: Seconds that a server may be down: time for a restart, or for another machine to take over.
+RETRY_TIME = 600.0
+#: Seconds between two requests; they double from the first to the longest.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
 SERVER_ERROR = 500
 
 
-def patiently(ask: Callable[[], T]) -> T:
-    """What the API answers; a server that does not answer, or only with a 5xx, is asked again.
+def retried(request: Callable[[], T]) -> T:
+    """Return the result of a request, retried while the server gives no answer or a 5xx.
 
     Raises:
-        httpx.HTTPError: It was away for longer than `PATIENCE`, or what was asked is wrong.
+        httpx.HTTPError: The server was down for `RETRY_TIME`, or the request is wrong.
     """
-    give_up = time.monotonic() + PATIENCE
+    end = time.monotonic() + RETRY_TIME
     wait = FIRST_WAIT
     while True:
         try:
-            return ask()
+            return request()
         except httpx.HTTPError as error:
             wrong = isinstance(error, httpx.HTTPStatusError) and (
                 error.response.status_code < SERVER_ERROR
             )
-            if wrong or time.monotonic() > give_up:
+            if wrong or time.monotonic() > end:
                 raise
             get_run_logger().warning("Prefect's server is away (%s); asking again", error)
         time.sleep(wait)

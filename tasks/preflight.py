@@ -1,26 +1,28 @@
-"""What can be known to fail is found out before anything expensive starts."""
+"""Preflight checks: what can be known to fail is refused before anything expensive starts."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
+from contextvars import ContextVar
 
 from rlhf.config import PipelineConfig, TrackingConfig, on_this_machine
-from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError, StoreError
 from rlhf.modeling.foreign import CONFIG, ForeignModel
 from rlhf.paths import at_home
 from rlhf.store import Store
 from tasks.foreign import check_tokens, judges_of_others
-from tasks.runner import store_of
+from tasks.stage import store_of
 from tasks.stages import STAGES
 
 log = logging.getLogger(__name__)
+#: The configuration that a command has checked, for the flow that it starts in this process.
+_checked: ContextVar[PipelineConfig | None] = ContextVar("_checked", default=None)
 
 
 def preflight(config: PipelineConfig) -> None:
-    """Check folders, store, data source and the models that are named.
+    """Check folders, trackers, store, data source and the external models and functions.
 
     Raises:
         ConfigError: One line naming field, value and cure (StoreConfigError for the store).
@@ -32,17 +34,38 @@ def preflight(config: PipelineConfig) -> None:
     store = store_of(config)
     store.check()
     _sweep(store)
-    source_digest(config.data, config.store_options)
     for stage in STAGES.values():
-        foreign = stage.foreign(config)
-        if foreign is not None:
-            _check_model(foreign, store)
+        if stage.source_digest is not None:
+            stage.source_digest(config)
+        external = stage.external(config)
+        if external is not None:
+            _check_model(external, store)
     judges_of_others(config.ppo)
     check_tokens(config.ppo)
 
 
+def preflight_command(config: PipelineConfig) -> None:
+    """Run the preflight checks in a command, whose flow of this configuration then skips them.
+
+    Raises:
+        ConfigError: See `preflight`.
+    """
+    preflight(config)
+    _checked.set(_without_placement(config))
+
+
+def is_checked(config: PipelineConfig) -> bool:
+    """Return whether the command that started this flow has checked its configuration."""
+    return _checked.get() == _without_placement(config)
+
+
+def _without_placement(config: PipelineConfig) -> PipelineConfig:
+    """The configuration as `preflight` reads it; a flow of one stage runs without a placement."""
+    return config.model_copy(update={"placement": {}})
+
+
 def _sweep(store: Store) -> None:
-    """What killed publishers left is paid for, and seen by nobody; it can wait for another run."""
+    """Remove unfinished uploads of killed publishers; a failure is left for another run."""
     try:
         swept = store.sweep()
     except StoreError as error:
@@ -52,19 +75,19 @@ def _sweep(store: Store) -> None:
         log.info("%s: removed %d unfinished uploads of killed runs", store.uri, swept)
 
 
-def _check_model(foreign: ForeignModel, store: Store) -> None:
-    """A model's configuration is small, so it is looked at wherever it lies."""
-    if not foreign.is_artifact:
-        foreign.check()
+def _check_model(external: ForeignModel, store: Store) -> None:
+    """Check a model's configuration, which is small wherever it is stored."""
+    if not external.is_artifact:
+        external.check()
         return
-    ref = store.resolve(foreign.place)
+    ref = store.resolve(external.place)
     if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
-        raise foreign.error(f"this artifact is a {ref.kind}, no model; give that of a model")
-    foreign.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
+        raise external.error(f"this artifact is a {ref.kind}, no model; give that of a model")
+    external.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
 
 
 def _check_trackers(tracking: TrackingConfig) -> None:
-    """A tracker's package has its name; those that are not the default are extras of ours."""
+    """Check that the trackers' packages, which have their names, are installed."""
     for name in tracking.trackers:
         package = importlib.util.find_spec(name)
         # wandb leaves a folder of its name, which would be found as a package without a file.
@@ -77,10 +100,10 @@ def _check_trackers(tracking: TrackingConfig) -> None:
         _check_writable("tracking.log_dir", tracking.log_dir)
 
 
-def _check_writable(field: str, place: str) -> None:
-    folder = at_home(place)
+def _check_writable(field: str, path: str) -> None:
+    folder = at_home(path)
     if str(folder).startswith("~"):
-        raise ConfigError(f"{field} = {place!r}: there is no such user; choose another folder")
+        raise ConfigError(f"{field} = {path!r}: there is no such user; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

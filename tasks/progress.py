@@ -1,4 +1,7 @@
-"""Shows a stage's progress: in the terminal, in Prefect's UI, and in the run's log."""
+"""Progress of a stage: in the terminal, Prefect's UI, the run's log and experiment trackers.
+
+Prefect is imported in functions alone, so that a command can set its environment variables first.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +11,30 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from tasks.metrics import StageMetrics
 
-#: Metrics worth a place in one line, in this order.
+#: Metrics in a line of progress, in this order.
 SHOWN = ("loss", "accuracy", "reward", "kl", "entropy", "tokens", "pairs")
-LINE_EVERY = 5.0
-UI_EVERY = 3.0
+#: Seconds between two lines, and between two updates of Prefect's UI.
+LINE_EVERY, UI_EVERY = 5.0, 3.0
 
 
 class Display(Protocol):
-    """Where the terminal's progress goes."""
+    """Progress in a terminal."""
 
     def update(self, stage: str, step: int, total: int, text: str) -> None:
         """Show that `stage` has done `step` of `total`."""
 
     def close(self) -> None:
-        """The stage has ended."""
+        """End the display of a stage."""
 
 
 class BarDisplay:
-    """A live bar with an ETA, for a terminal."""
+    """A live bar with an ETA, for an interactive terminal."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -51,7 +52,7 @@ class BarDisplay:
         self._progress.update(self._task, completed=step, total=total, text=text)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._progress.stop()
@@ -59,7 +60,7 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """A line every few seconds, for logs and pipes."""
+    """A line with an ETA every few seconds, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -67,29 +68,34 @@ class LineDisplay:
         self._first = 0
 
     def update(self, stage: str, step: int, total: int, text: str) -> None:
-        """Print a line if the last is old enough."""
+        """Print a line if one is due."""
         now = time.monotonic()
         if not self._first:
             self._started, self._first = now, step
         elif now - self._printed < LINE_EVERY and step < total:
             return
         self._printed = now
-        # The first step says nothing of the speed: it is where the clock starts.
+        # The clock starts at the first step, which may resume earlier work.
         left = (now - self._started) / max(step - self._first, 1) * (total - step)
-        eta = f"{int(left // 60)}:{int(left % 60):02d}" if step > self._first else "-:--"
+        eta = minutes(left) if step > self._first else "-:--"
         self._console.print(f"{stage:<22} {step:>5}/{total:<5} ETA {eta}  {text}", highlight=False)
 
     def close(self) -> None:
-        """Start the clock anew for the next stage."""
+        """Restart the clock for the next stage."""
         self._started = self._printed = 0.0
         self._first = 0
+
+
+def minutes(seconds: float) -> str:
+    """Format a duration as `m:ss`."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 _display: Display | None = None
 
 
 def show_on(console: Console | None) -> None:
-    """Show progress on this console from now on; None shows none (a worker has nobody to look)."""
+    """Set the console of this process's progress; None, as in a worker, shows none."""
     global _display  # noqa: PLW0603  (one process has one terminal)
     if console is None:
         _display = None
@@ -99,10 +105,12 @@ def show_on(console: Console | None) -> None:
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """Let nothing that only *shows* work stop the work: an API that is away for a moment, say."""
+    """A block that only shows results: its errors, as of Prefect's API, are logged as warnings."""
     try:
         yield
     except Exception as error:
+        from prefect.logging import get_run_logger
+
         get_run_logger().warning("could not show %s in Prefect: %s", what, error)
 
 
@@ -120,10 +128,10 @@ class StageProgress:
         return self
 
     def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Show `step` of `total` wherever somebody may look."""
+        """Show `step` of `total` in all places, each at its own rate."""
         if self._metrics:
             self._metrics.log(step, metrics)
-        # Trainers tell their metrics every few steps; those of the last time stay in sight.
+        # Trainers log metrics every few steps; in between the last ones are shown.
         self._shown |= metrics
         text = "  ".join(f"{k} {self._shown[k]:.3g}" for k in SHOWN if k in self._shown)
         if _display:
@@ -134,10 +142,14 @@ class StageProgress:
             with harmless("progress"):
                 self._show_in_ui(100.0 * step / max(total, 1))
         if now - self._log_time >= LINE_EVERY:
+            from prefect.logging import get_run_logger
+
             self._log_time = now
             get_run_logger().info("%s %d/%d %s", self.stage, step, total, text)
 
     def _show_in_ui(self, percent: float) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
         if self._artifact is None:
             self._artifact = create_progress_artifact(
                 progress=percent, key=f"{self.stage}-progress", description=self.stage

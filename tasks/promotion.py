@@ -1,13 +1,10 @@
-"""The last stage: what passed its gate, a person if one is asked, and the smoke test, is champion.
+"""The last stage: makes a policy champion after its gate, an approval and a smoke test.
 
-The champion is read first and written last, so that whoever changed it meanwhile is not overruled
-without having been seen.
+The champion is read first, and replaced only if it is still the same at the end: a promotion by
+another run meanwhile is an error, not overwritten.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from rlhf import registry
 from rlhf.approvals import Approval, approval_of, require_approval
@@ -17,76 +14,76 @@ from rlhf.gates import read_verdict, require
 from rlhf.smoke import SMOKE, smoke_test
 from rlhf.stage import StageResult, write_json
 from rlhf.store import ArtifactRef, Store
-
-if TYPE_CHECKING:
-    from tasks.stages import StageRun
+from tasks.stage import StageRun
 
 PROMOTION = "promotion.json"
 BY_GATES = "it met every gate"
 
 
 def promote(run: StageRun) -> StageResult:
-    """Make the approved policy the champion of its model line; `promotion.json` and `smoke.json`.
+    """Make a policy the champion of its model line; write `promotion.json` and `smoke.json`.
 
     Raises:
-        GateRejected: Its gate said no.
-        PolicyWithdrawn: A person rolled it back.
-        ApprovalMissing: promotion.approval = manual, and nobody has approved of it.
-        ApprovalRefused: Somebody refused it.
-        SmokeTestFailed: It can't answer.
-        PromotionLost: Somebody else changed the champion meanwhile.
+        GateRejected: Its gate rejected it.
+        PolicyWithdrawn: It was rolled back.
+        ApprovalMissing: promotion.approval = manual, and no person has approved it.
+        ApprovalRefused: A person refused it.
+        SmokeTestFailed: It does not answer.
+        PromotionLost: The champion changed meanwhile.
     """
     config, name, ref = run.config.promotion, run.config.promotion.name, run.refs["policy"]
     history = registry.history(run.store, name)
     before = history[-1] if history else None
     is_new = before is None or before.policy != ref.digest
     require(ref, ref.digest, read_verdict(run.folders["verdict"]))
-    said: Approval | None = None
+    approval: Approval | None = None
     if is_new:
         registry.require_standing(history, name, ref.digest)
     if config.approval == "manual":
-        say = require_approval if is_new else approval_of
-        said = say(run.store, name, ref.digest)
+        read_approval = require_approval if is_new else approval_of
+        approval = read_approval(run.store, name, ref.digest)
     replies = smoke_test(
         run.folders["policy"], run.folders["data"], seconds=config.smoke_seconds,
         runtime=run.config.runtime,
     )  # fmt: skip
     if is_new:
-        _make_champion(run, before, said)
-    # When it became champion is in the history alone: equal work has an equal artifact.
+        _make_champion(run, before, approval)
+    # No time: equal work has an equal artifact. The history has it.
     promotion = {
         "model": name,
         "policy": ref.digest,
         "verdict": run.refs["verdict"].digest,
-        "approval": said.model_dump() if said else None,
+        "approval": approval.model_dump() if approval else None,
     }
     write_json(run.out_dir / PROMOTION, promotion)
     write_json(run.out_dir / SMOKE, replies)
     return StageResult({"model": name})
 
 
-def _make_champion(run: StageRun, before: registry.Promotion | None, said: Approval | None) -> None:
+def _make_champion(
+    run: StageRun, before: registry.Promotion | None, approval: Approval | None
+) -> None:
     policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
     try:
         registry.promote(
             run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
-            by=said.by if said else None, why=said.why if said else BY_GATES, run=run_name(),
-            approval=said,
+            by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
+            run=run_name(), approval=approval,
         )  # fmt: skip
     except PromotionLost:
-        # To another try of this very stage, say, on a machine that was given up too early.
-        if not is_champion(run.config, run.refs, run.store):
+        # Another try of this stage may have won, on a machine that was taken for lost.
+        if not is_champion(run.config, run.refs["policy"], run.store):
             raise
 
 
-def is_champion(config: PipelineConfig, refs: Mapping[str, ArtifactRef], store: Store) -> bool:
-    """Whether the policy is what the line's history names last."""
+def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bool:
+    """Return whether a policy is the last entry of its line's history."""
     latest = store.latest(f"champion/{config.promotion.name}")
-    return latest is not None and latest["policy"] == refs["policy"].digest
+    return latest is not None and latest["policy"] == policy.digest
 
 
 def run_name() -> str | None:
-    """The name of the flow run that this happens in, if it does in one."""
+    """Return the name of the current flow run, if there is one."""
     from prefect.runtime import flow_run  # takes a second where no flow has loaded it
 
     return flow_run.get_name()

@@ -1,7 +1,7 @@
-"""A stage on other hardware: a run of its own deployment, found or created, and waited for.
+"""A stage on other hardware: a run of its deployment, found or created, and waited for.
 
-Only references and the configuration go there, and nothing comes back: what the stage made is in
-the store, under the same record as if it had run here.
+The run gets references and the configuration, and returns nothing: its result is in the store,
+under the same record as if it had run here.
 """
 
 from __future__ import annotations
@@ -20,72 +20,72 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, StageFailed, StageLost
+from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
-from tasks.prefect_api import patiently
-from tasks.runner import Outcome, done_before, store_of, work_of
-from tasks.stages import Stage
+from tasks.prefect_api import retried
+from tasks.runner import Outcome, recorded_outcome, work_of
+from tasks.stage import Stage, store_of
 
-#: Seconds between two looks at the child; the second is for those that take long.
+#: Seconds between two polls of the child, before and after `WAIT_NOTICE`.
 POLL, SLOW_POLL = 1.0, 5.0
-#: Seconds that a child may wait for a worker before the run's log says so, again and again.
+#: Seconds between two notices in the log that the child waits for a worker.
 WAIT_NOTICE = 60.0
-#: Most children that one piece of work may have had before.
+#: Limit on the children that have ended without a result of the same work.
 ATTEMPTS = 1000
-REJECTED = "GateRejected"
-#: Seconds in which Prefect's server hears of a task that has just begun.
-LINKED = 10.0
+#: Seconds in which the event of a task's start reaches Prefect's database.
+TASK_EVENT = 10.0
 
 
 def run_remotely(
     stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], deployment: str
 ) -> Outcome:
-    """Have a deployment run the stage, unless it was run before; the outcome as the store has it.
+    """Run a stage in a deployment, unless it has a record; return the result in the store.
 
-    A child that is at this very work already, for whatever parent, is waited for: its idempotency
-    key is the work's fingerprint, with a number that rises when a child has ended without a result.
+    A child that does this work already, for whatever parent, is waited for: its idempotency key is
+    the work's fingerprint, with a number that rises when a child has ended without a result.
 
     Raises:
         StageLost: The child crashed: its machine, worker or process is gone. Retriable.
         StageFailed: The child failed or was cancelled, or left no result.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     store = store_of(config)
-    refs, key = work_of(stage, config, inputs, store)
-    done = done_before(stage, config, refs, key, store)
-    if done is not None:
-        return done
+    work = work_of(stage, config, inputs, store)
+    recorded = recorded_outcome(work, store)
+    if recorded is not None:
+        return recorded
     with get_client(sync_client=True) as client:
-        child = _child(client, f"{stage.name}-{key}", deployment, config, inputs)
+        child = _child(client, f"{stage.name}-{work.key}", deployment, config, inputs)
         ended = _wait(client, child, deployment)
-        _must_have_ended_well(client, ended, deployment)
-    done = done_before(stage, config, refs, key, store)
-    if done is None:
+        _require_completed(client, ended, deployment)
+    result = recorded_outcome(work, store)
+    if result is None:
         raise StageFailed(
             f"{stage.name}: {ended.name} on {deployment} completed, but its artifact is not in "
             f"{store.uri}; check that both machines run the same code, data and store"
         )
-    return Outcome(stage.name, done.ref, False, time.monotonic() - begun, done.metrics)
+    return Outcome(stage.name, result.ref, False, time.monotonic() - started, result.metrics)
 
 
 def check_placement(config: PipelineConfig) -> None:
-    """See that every deployment is there before anything is run.
+    """Check that every deployment of the placement exists.
 
     Raises:
-        ConfigError: One is not, or there is no server that it could be on.
+        ConfigError: One does not, or no Prefect server is configured.
     """
-    places = {stage: place for stage, place in config.placement.items() if "/" in place}
-    if not places:
+    placement = {stage: place for stage, place in config.placement.items() if "/" in place}
+    if not placement:
         return
     if not PREFECT_API_URL.value():
         raise ConfigError(
-            f"placement.{next(iter(places))}: needs a Prefect server; start one and set "
+            f"placement.{next(iter(placement))}: needs a Prefect server; start one and set "
             "PREFECT_API_URL, or leave the placement out"
         )
     with get_client(sync_client=True) as client:
-        for stage, place in places.items():
+        for stage, place in placement.items():
             field = f"placement.{stage} = {place!r}"
             try:
-                patiently(lambda place=place: client.read_deployment_by_name(place))
+                retried(lambda place=place: client.read_deployment_by_name(place))
             except ObjectNotFound:
                 raise ConfigError(
                     f"{field}: no such deployment on {client.api_url}; run `make deploy`, or "
@@ -97,17 +97,17 @@ def _child(
     client: SyncPrefectClient, key: str, deployment: str, config: PipelineConfig,
     inputs: Mapping[str, ArtifactRef],
 ) -> FlowRun:  # fmt: skip
-    """The run that is at this work, or a new one after all those that have ended."""
-    there = patiently(lambda: client.read_deployment_by_name(deployment))
-    parent = _visible(client, task_run.id)
+    """Return the run that does this work, or a new one after all those that have ended."""
+    target = retried(lambda: client.read_deployment_by_name(deployment))
+    parent = _linkable(client, task_run.id)
     parameters = {
         "overrides": config.model_dump(mode="json", exclude={"placement"}),
         "inputs": {role: ref.digest for role, ref in inputs.items()},
     }
     for attempt in range(ATTEMPTS):
-        child = patiently(
+        child = retried(
             lambda attempt=attempt: client.create_flow_run_from_deployment(
-                there.id,
+                target.id,
                 parameters=parameters,
                 name=f"{flow_run.name}-{deployment.partition('/')[0]}",
                 idempotency_key=f"{key}-{attempt}",
@@ -116,63 +116,65 @@ def _child(
             )
         )
         if child.state is None or not child.state.is_final():
-            mine = child.parent_task_run_id == parent
+            created = child.parent_task_run_id == parent
             get_run_logger().info(
                 "%s %s on %s %s",
-                "created" if mine else "found", child.name, deployment, _link(child.id),
+                "created" if created else "found", child.name, deployment, _link(child.id),
             )  # fmt: skip
             return child
     raise StageFailed(f"{deployment}: {ATTEMPTS} runs of this work have ended without a result")
 
 
-def _visible(client: SyncPrefectClient, identifier: str | None) -> UUID | None:
-    """This task's id once the server knows it, which hears of tasks by events; else None."""
-    give_up = time.monotonic() + LINKED
-    while identifier and time.monotonic() < give_up:
+def _linkable(client: SyncPrefectClient, identifier: str | None) -> UUID | None:
+    """Return this task's id once the server has it, which gets tasks by events; else None."""
+    end = time.monotonic() + TASK_EVENT
+    while identifier and time.monotonic() < end:
         try:
-            return patiently(lambda: client.read_task_run(UUID(identifier))).id
+            return retried(lambda: client.read_task_run(UUID(identifier))).id
         except ObjectNotFound:
             time.sleep(0.2)
     return None
 
 
 def _wait(client: SyncPrefectClient, child: FlowRun, deployment: str) -> FlowRun:
-    """The child when it has ended; what it waits for is said now and then."""
-    begun, said = time.monotonic(), time.monotonic()
-    shown = ""
+    """Wait until the child has ended, and return it; its states are logged."""
+    started = last_notice = time.monotonic()
+    logged = ""
     while True:
-        found = patiently(lambda: client.read_flow_run(child.id))
-        state = found.state
+        run = retried(lambda: client.read_flow_run(child.id))
+        state = run.state
         assert state is not None
         if state.is_final():
-            get_run_logger().info("%s: %s", found.name, state.name)
-            return found
-        if state.name != shown:
-            shown = state.name or ""
-            get_run_logger().info("%s: %s", found.name, shown)
+            get_run_logger().info("%s: %s", run.name, state.name)
+            return run
+        if state.name != logged:
+            logged = state.name or ""
+            get_run_logger().info("%s: %s", run.name, logged)
         waiting = state.type in (StateType.SCHEDULED, StateType.PENDING)
-        if waiting and time.monotonic() - said > WAIT_NOTICE:
-            said = time.monotonic()
+        if waiting and time.monotonic() - last_notice > WAIT_NOTICE:
+            last_notice = time.monotonic()
             get_run_logger().warning(
                 "%s waits for a worker of pool %s: `prefect worker start --pool %s`, or its "
-                "concurrency limit is reached", deployment, found.work_pool_name,
-                found.work_pool_name,
+                "concurrency limit is reached", deployment, run.work_pool_name,
+                run.work_pool_name,
             )  # fmt: skip
-        time.sleep(POLL if time.monotonic() - begun < WAIT_NOTICE else SLOW_POLL)
+        time.sleep(POLL if time.monotonic() - started < WAIT_NOTICE else SLOW_POLL)
 
 
-def _must_have_ended_well(client: SyncPrefectClient, child: FlowRun, deployment: str) -> None:
-    """A rejection has ended well: it left its verdict, which says no to whoever reads it."""
+def _require_completed(client: SyncPrefectClient, child: FlowRun, deployment: str) -> None:
+    """Raise StageLost or StageFailed for a child that did not complete.
+
+    GateRejected counts as completed: its verdict is in the store, and is enforced by the caller.
+    """
     state: Any = child.state
-    if state.is_completed() or state.name == REJECTED:
+    if state.is_completed() or state.name == StageState.GATEREJECTED:
         return
-    said = f"{child.name} on {deployment} {state.name.lower()}: {state.message or 'no reason'}"
+    reason = state.message or "no reason"
+    message = f"{child.name} on {deployment} {state.name.lower()}: {reason} {_link(child.id)}"
     # A trainer that is cancelled saves first, and Prefect takes that for a crash, for a while.
-    states = patiently(lambda: client.read_flow_run_states(child.id))
+    states = retried(lambda: client.read_flow_run_states(child.id))
     cancelled = any(before.type == StateType.CANCELLING for before in states)
-    if state.is_crashed() and not cancelled:
-        raise StageLost(f"{said} {_link(child.id)}")
-    raise StageFailed(f"{said} {_link(child.id)}")
+    raise StageLost(message) if state.is_crashed() and not cancelled else StageFailed(message)
 
 
 def _link(identifier: UUID) -> str:

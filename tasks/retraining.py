@@ -1,4 +1,4 @@
-"""Whether there is something to retrain on, and the configuration that starts from the champion."""
+"""The decision to retrain, its history, and the configuration of a warm start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf.store.manifest import canonical_json, sha256_bytes
 
 @dataclass(frozen=True)
 class Situation:
-    """What a retraining finds: the data's fingerprint, the last retraining, the champion."""
+    """State before a retraining: the data's digest, the last retraining, the champion."""
 
     config: PipelineConfig
     data: str
@@ -26,12 +26,12 @@ class Situation:
 
     @property
     def same_data(self) -> bool:
-        """Whether the last retraining had these very data."""
+        """Whether the last retraining had the same data."""
         return self.last is not None and self.last["data"] == self.data
 
     @property
     def overdue(self) -> bool:
-        """Whether the champion is older than it may be."""
+        """Whether the champion is older than `retraining.max_age_days`."""
         days = self.config.retraining.max_age_days
         when = (self.champion or {}).get("when")
         if days is None or when is None:
@@ -40,7 +40,7 @@ class Situation:
 
 
 def situation(config: PipelineConfig, store: Store) -> Situation:
-    """Look at the data, without reading more of them than their fingerprint takes."""
+    """Return the state before a retraining; of the data only the digest is read."""
     line = config.promotion.name
     return Situation(
         config, data_digest(config), store.latest(_history(line)), store.latest(f"champion/{line}")
@@ -48,7 +48,7 @@ def situation(config: PipelineConfig, store: Store) -> Situation:
 
 
 def data_digest(config: PipelineConfig) -> str:
-    """Identity of the data and of how they are read; moved data are the same data."""
+    """Return the identity of the data and of how they are read, wherever they are."""
     identity = {
         "source": source_digest(config.data, config.store_options),
         "data": config.data.model_dump(mode="json", exclude={"source"}),
@@ -57,10 +57,10 @@ def data_digest(config: PipelineConfig) -> str:
     return sha256_bytes(canonical_json(identity))
 
 
-def new_pairs(found: Situation, dataset: ArtifactRef, store: Store) -> int:
-    """How many training pairs the last retraining did not have; all, if there was none."""
+def new_pairs(state: Situation, dataset: ArtifactRef, store: Store) -> int:
+    """Count the training pairs that the last retraining did not have; all, if there was none."""
     pairs = _pairs(store.fetch(dataset))
-    before = (found.last or {}).get("dataset")
+    before = (state.last or {}).get("dataset")
     if before is None or not store.exists(before):
         return len(pairs)
     return len(pairs - _pairs(store.fetch(before)))
@@ -71,7 +71,7 @@ def _pairs(folder: Path) -> set[str]:
 
 
 def warm_started(loaded: Loaded, champion: Mapping[str, Any] | None, store: Store) -> Loaded:
-    """The configuration with the champion, or its SFT policy, in the place of the base model."""
+    """Return the configuration with the champion, or its SFT policy, as the base model."""
     start = loaded.config.retraining.warm_start
     if start == "none" or champion is None:
         return loaded
@@ -83,16 +83,18 @@ def warm_started(loaded: Loaded, champion: Mapping[str, Any] | None, store: Stor
     return Loaded(config, {**loaded.sources, "base.path": f"champion ({start})"})
 
 
-def remember(found: Situation, dataset: ArtifactRef, run: str, outcome: str, store: Store) -> None:
-    """Note which data were decided upon, so that the same are not trained on again."""
+def record_retraining(
+    state: Situation, dataset: ArtifactRef, run: str, outcome: str, store: Store
+) -> None:
+    """Add a retraining to the line's history, so that the same data are not trained on again."""
     entry = {
-        "data": found.data,
+        "data": state.data,
         "dataset": dataset.digest,
         "run": run,
         "outcome": outcome,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    store.append(_history(found.config.promotion.name), entry)
+    store.append(_history(state.config.promotion.name), entry)
 
 
 def _history(line: str) -> str:

@@ -1,7 +1,7 @@
-"""Runs one stage: looks for its record, else fetches inputs, calls the library, publishes, records.
+"""Runs one stage: finds its record, or fetches inputs, calls the body, publishes and records.
 
 A stage's fingerprint (name, configuration it depends on, input digests, code, seed) keys a record
-in the store. A stage whose record exists, and whose artifact is still there, is not run again, in
+in the store. A stage whose record exists, and whose artifact is complete, is not run again, in
 whatever process, machine or flow run.
 """
 
@@ -21,15 +21,15 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from rlhf.config import PipelineConfig, on_this_machine
-from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.paths import at_home
 from rlhf.progress import Progress, silent
-from rlhf.store import ArtifactRef, Store, open_store
+from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.checkpoints import discard_checkpoints
 from tasks.code_version import code_version, producer
-from tasks.stages import STAGES, Stage, StageRun
+from tasks.stage import Stage, StageRun, store_of
+from tasks.stages import STAGES
 from tasks.transfer import Transfer
 
 _JSON = TypeAdapter(Any)
@@ -38,7 +38,7 @@ log = logging.getLogger("rlhf.tasks")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage."""
+    """Result of a stage: its artifact, and whether a record of earlier work gave it."""
 
     stage: str
     ref: ArtifactRef
@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def headline(self) -> str:
-        """The metrics that matter, in one short line."""
+        """The most important metrics in one line."""
         parts = [
             (form, [self.metrics.get(name) for name in names])
             for form, *names in STAGES[self.stage].headline
@@ -56,15 +56,20 @@ class Outcome:
         return " · ".join(form.format(*values) for form, values in parts if None not in values)
 
 
-def store_of(config: PipelineConfig) -> Store:
-    """The store that the configuration names, with its cache in the work folder of this machine."""
-    config = on_this_machine(config)
-    return open_store(
-        config.store,
-        options=config.store_options,
-        cache_dir=at_home(config.runtime.work_dir),
-        cache_bytes=int(config.runtime.cache_gb * 1e9),
-    )
+@dataclass(frozen=True)
+class Work:
+    """A stage with all that its result follows from; `key` is the fingerprint of that."""
+
+    stage: Stage
+    config: PipelineConfig
+    refs: Mapping[str, ArtifactRef]
+    settings: Mapping[str, Any]
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Name of the work's local folders: stage and fingerprint."""
+        return f"{self.stage.name}-{self.key[:16]}"
 
 
 def run_stage(
@@ -73,73 +78,82 @@ def run_stage(
     inputs: Mapping[str, ArtifactRef],
     progress: Progress = silent,
 ) -> Outcome:
-    """Run a stage, or find that it was run before.
+    """Run a stage, or return what its record has.
 
     Raises:
-        ArtifactMissing: An input of the stage was not given.
-        RLHFError: Whatever the stage's body raises.
+        ArtifactMissing: An input of the stage is not given.
+        RLHFError: An error of the stage's body.
     """
     started = time.monotonic()
     config = on_this_machine(config)
     store = store_of(config)
-    refs, key = work_of(stage, config, inputs, store)
-    depends_on = _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
-    work = at_home(config.runtime.work_dir)
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoints = work / "checkpoints" / f"{stage.name}-{key[:16]}"
-    with _alone(work / f"{stage.name}-{key[:16]}.lock", stage):
-        done = done_before(stage, config, refs, key, store)
-        if done is not None:
-            discard_checkpoints(store, checkpoints)  # of a try that did not get so far
-            return done
-        scratch = f"{stage.name}-{key[:16]}-"
-        for left_behind in work.glob(f"{scratch}*"):
-            shutil.rmtree(left_behind)  # by a try that was killed; the lock says it is gone
-        made_by = producer(stage.name, depends_on, config.seed)
-        with tempfile.TemporaryDirectory(dir=work, prefix=scratch) as folder:
-            out = Path(folder, "out")
+    work = work_of(stage, config, inputs, store)
+    work_dir = at_home(config.runtime.work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints = work_dir / "checkpoints" / work.name
+    with _exclusive(work_dir / f"{work.name}.lock", stage):
+        recorded = recorded_outcome(work, store)
+        if recorded is not None:
+            discard_checkpoints(store, checkpoints)  # of a try that was killed before it did so
+            return recorded
+        for scratch in work_dir.glob(f"{work.name}-*"):
+            shutil.rmtree(scratch)  # of a try that was killed; this process holds the lock
+        made_by = producer(stage.name, work.settings, config.seed)
+        with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{work.name}-") as scratch:
+            out = Path(scratch, "out")
             out.mkdir()
             folders = {
                 role: store.fetch(ref, listener=Transfer(f"{stage.name}: fetching {role}"))
-                for role, ref in refs.items()
+                for role, ref in work.refs.items()
             }
-            foreign = stage.foreign(config)
-            if foreign is not None and "base" not in folders:
-                folders["base"] = foreign.local(Path(folder, "base"))
-            run = StageRun(config, refs, folders, out, checkpoints, store, made_by, progress)
+            external = stage.external(config)
+            if external is not None and "base" not in folders:
+                folders["base"] = external.local(Path(scratch, "base"))
+            run = StageRun(config, work.refs, folders, out, checkpoints, store, made_by, progress)
             result = stage.body(run)
             ref = store.publish(
-                out, stage.kind, parents=refs, producer=made_by, metrics=result.metrics,
+                out, stage.kind, parents=work.refs, producer=made_by, metrics=result.metrics,
                 listener=Transfer(f"{stage.name}: publishing"),
             )  # fmt: skip
-        store.append(_record(stage, key), ref.model_dump(mode="json"))
+        store.append(_record_name(stage, work.key), ref.model_dump(mode="json"))
         discard_checkpoints(store, checkpoints)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
 
 
 def work_of(
     stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], store: Store
-) -> tuple[dict[str, ArtifactRef], str]:
-    """All that a stage's work starts from, and its fingerprint; asks the data source once."""
-    refs = _with_base(stage, config, inputs, store)
-    return refs, fingerprint(stage, config, refs)
+) -> Work:
+    """Return a stage's work; reads the state of data and models outside of the store.
+
+    Raises:
+        ArtifactMissing: An input of the stage is not given.
+    """
+    needed = stage.needed_inputs(config)
+    for role in needed:
+        if role not in inputs:
+            raise ArtifactMissing(f"{stage.name}: input {role} is missing; give its artifact")
+    refs = {role: inputs[role] for role in needed}
+    external = stage.external(config)
+    if external is not None and external.is_artifact:
+        # As an input it is a parent of the result, and fetched like the others.
+        refs["base"] = store.resolve(external.place)
+    settings = _settings(stage, config)
+    return Work(stage, config, refs, settings, fingerprint(stage, config, refs, settings))
 
 
-def done_before(
-    stage: Stage, config: PipelineConfig, refs: Mapping[str, ArtifactRef], key: str, store: Store
-) -> Outcome | None:
-    """What the work of this key made before, on whatever machine; None if it is still to do."""
+def recorded_outcome(work: Work, store: Store) -> Outcome | None:
+    """Return the result of the same work on any machine; None if it is still to be done."""
     started = time.monotonic()
-    recorded = recorded_ref(store, stage, key)
-    if recorded is None or not stage.holds(config, refs, store):
+    ref = recorded_ref(store, work.stage, work.key)
+    if ref is None or not work.stage.holds(work.config, work.refs, store):
         return None
-    metrics = store.manifest(recorded).metrics
-    return Outcome(stage.name, recorded, True, time.monotonic() - started, metrics)
+    metrics = store.manifest(ref).metrics
+    return Outcome(work.stage.name, ref, True, time.monotonic() - started, metrics)
 
 
 @contextmanager
-def _alone(path: Path, stage: Stage) -> Iterator[None]:
-    """Two runs of the same work in the same folder: the second waits, and then finds the record."""
+def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
+    """A file lock; the second of two runs of the same work waits, and then finds the record."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -152,97 +166,101 @@ def _alone(path: Path, stage: Stage) -> Iterator[None]:
         lock.release()
 
 
-def fingerprint(stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef]) -> str:
-    """Identity of a stage's work; equal work has an equal fingerprint on every machine."""
+def _settings(stage: Stage, config: PipelineConfig) -> Mapping[str, Any]:
+    """Return the configuration that a stage depends on, as JSON values."""
+    return _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
+
+
+def fingerprint(
+    stage: Stage,
+    config: PipelineConfig,
+    inputs: Mapping[str, ArtifactRef],
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the identity of a stage's work; equal work has an equal one on every machine."""
     identity = {
         "stage": stage.name,
-        "config": _JSON.dump_python(dict(stage.depends_on(config)), mode="json"),
+        "config": _settings(stage, config) if settings is None else settings,
         "inputs": {role: ref.digest for role, ref in inputs.items()},
         "code": code_version(),
         "seed": config.seed,
     }
-    if stage.name == "prepare-data":
-        identity["source"] = source_digest(config.data, config.store_options)
-    foreign = stage.foreign(config)
-    if foreign is not None and "base" not in inputs:
-        identity["base"] = foreign.digest()
+    if stage.source_digest is not None:
+        identity["source"] = stage.source_digest(config)
+    external = stage.external(config)
+    if external is not None and "base" not in inputs:
+        identity["base"] = external.digest()
     return sha256_bytes(canonical_json(identity))
 
 
 def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
-    """The artifact that this work made before, if its record and all of its bytes are there."""
-    record = store.latest(_record(stage, key))
+    """Return the artifact that a record names, if all of its bytes are still in the store."""
+    record = store.latest(_record_name(stage, key))
     if record is None:
         return None
     ref = ArtifactRef.model_validate(record)
     return ref if store.exists(ref) else None
 
 
+def _record_name(stage: Stage, key: str) -> str:
+    return f"records/{stage.name}/{key}"
+
+
 def find_inputs(
     stage: Stage, config: PipelineConfig, given: Mapping[str, ArtifactRef]
 ) -> dict[str, ArtifactRef]:
-    """The inputs of a stage that is run alone: those given, and for the rest what earlier stages
-    recorded under this very configuration.
+    """Return the inputs of a stage that runs alone: given ones, or as recorded for this config.
 
     Raises:
-        ArtifactMissing: An earlier stage has not run yet.
+        ArtifactMissing: An earlier stage has no record.
         ConfigError: A given role is none of the stage's, or its artifact of another kind.
     """
-    needs = stage.needs(config)
+    needed = stage.needed_inputs(config)
     for role, ref in given.items():
-        if role not in needs:
+        if role not in needed:
             raise ConfigError(
                 f"--input {role}: no input of {stage.name}, which takes "
-                f"{', '.join(needs) or 'none'}"
+                f"{', '.join(needed) or 'none'}"
             )
-        wanted = STAGES[needs[role]].kind
+        wanted = STAGES[needed[role]].kind
         if ref.kind != wanted:
             raise ConfigError(
                 f"--input {role}: {ref.short} is of kind {ref.kind}; give one of kind {wanted}, "
-                f"as {needs[role]} makes it"
+                f"as {needed[role]} makes it"
             )
     store = store_of(config)
-    found = dict(given)
-    for role, maker in needs.items():
-        if role not in found:
-            found[role] = _made_by(STAGES[maker], config, store, given, f"{stage.name}: {role}")
-    return found
+    inputs = dict(given)
+    for role, maker in needed.items():
+        if role not in inputs:
+            wanted = f"{stage.name}: {role}"
+            inputs[role] = _recorded_result(STAGES[maker], config, store, given, wanted)
+    return inputs
 
 
-def _made_by(
+def _recorded_result(
     stage: Stage,
     config: PipelineConfig,
     store: Store,
     given: Mapping[str, ArtifactRef],
     wanted: str,
 ) -> ArtifactRef:
+    """Return a stage's recorded artifact, with its inputs found in the same way.
+
+    Args:
+        stage: The stage that makes it.
+        config: Configuration of the run.
+        store: Where the records are.
+        given: Artifacts by role that take the place of recorded ones.
+        wanted: Stage and role that it is an input of, for the error.
+    """
     inputs = {
-        role: given.get(role) or _made_by(STAGES[maker], config, store, given, wanted)
-        for role, maker in stage.needs(config).items()
+        role: given.get(role) or _recorded_result(STAGES[maker], config, store, given, wanted)
+        for role, maker in stage.needed_inputs(config).items()
     }
-    _, key = work_of(stage, config, inputs, store)
-    ref = recorded_ref(store, stage, key)
+    ref = recorded_ref(store, stage, work_of(stage, config, inputs, store).key)
     if ref is None:
         raise ArtifactMissing(
             f"{wanted} is missing: {stage.name} has not run with this configuration; run "
             f"`rlhf stage {stage.name}` first, or give --input <role>=<artifact>"
         )
     return ref
-
-
-def _record(stage: Stage, key: str) -> str:
-    return f"records/{stage.name}/{key}"
-
-
-def _with_base(
-    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], store: Store
-) -> dict[str, ArtifactRef]:
-    """The inputs the stage needs; a model of others that is an artifact is one, so a parent."""
-    missing = [role for role in stage.needs(config) if role not in inputs]
-    if missing:
-        raise ArtifactMissing(f"{stage.name}: input {missing[0]} is missing; give its artifact")
-    refs = {role: inputs[role] for role in stage.needs(config)}
-    foreign = stage.foreign(config)
-    if foreign is not None and foreign.is_artifact:
-        refs["base"] = store.resolve(foreign.place)
-    return refs

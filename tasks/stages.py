@@ -1,77 +1,46 @@
-"""The pipeline's stages: what each takes, what of the configuration it depends on, what it makes.
+"""The pipeline's stages: their inputs, fingerprints and bodies.
 
-This is the only place that knows both the library's functions and the artifacts' roles. Heavy
-imports stay inside the functions: a run that finds everything done never loads torch.
+The only module that knows both the library's functions and the artifacts' roles. Heavy imports
+stay inside functions: a run whose stages are all recorded loads no torch, and the command loads
+Prefect, as `tasks.promotion` does, only after it has set Prefect's environment variables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import PipelineConfig
+from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.processes import WHERE
+from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing
-from rlhf.gates import VERDICT, Approved, judge, read_verdict, require
-from rlhf.modeling.foreign import ForeignModel
-from rlhf.progress import Progress
+from rlhf.gates import VERDICT, judge, read_verdict, require
 from rlhf.stage import StageResult, read_json, write_json
-from rlhf.store import ArtifactRef, Producer, Store
-from tasks.checkpoints import place_of, uploads_of
+from rlhf.store import ArtifactRef, Store
+from tasks.checkpoints import checkpoint_store_of
 from tasks.foreign import (
     base_of_others,
     judges_of_others,
     reward_model_of_others,
     reward_settings,
 )
-from tasks.promotion import is_champion, promote
+from tasks.stage import Shown, Stage, StageRun
 
 EVALUATION = "evaluation.json"
+SAMPLES = "samples.json"
 
 
-@dataclass(frozen=True)
-class StageRun:
-    """All that a stage's body gets: inputs as verified local folders, and where to write."""
+def stage_named(name: str) -> Stage:
+    """Return a stage by its name.
 
-    config: PipelineConfig
-    refs: Mapping[str, ArtifactRef]
-    folders: Mapping[str, Path]
-    out_dir: Path
-    checkpoints: Path
-    store: Store
-    producer: Producer
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One node of the pipeline.
-
-    `inputs` maps a role to the stage that makes it. `depends_on` picks the configuration that
-    changes the result, without paths: what lies there counts, not where it lies. `kind` is the
-    kind of artifact made. `foreign` is the model of others that it starts from, if any; its files
-    are in `StageRun.folders["base"]`.
+    Raises:
+        ArtifactMissing: No stage has that name; the message lists those that exist.
     """
-
-    name: str
-    kind: str
-    inputs: Mapping[str, str]
-    depends_on: Callable[[PipelineConfig], Mapping[str, Any]]
-    body: Callable[[StageRun], StageResult]
-    #: Parts of the one-line summary: a format, and the metrics that it takes.
-    headline: tuple[tuple[str, ...], ...] = field(default=())
-    foreign: Callable[[PipelineConfig], ForeignModel | None] = field(default=lambda _: None)
-    #: Whether what it did outside of its artifact still holds; if not, it is done again.
-    holds: Callable[[PipelineConfig, Mapping[str, ArtifactRef], Store], bool] = field(
-        default=lambda *_: True
-    )
-
-    def needs(self, config: PipelineConfig) -> Mapping[str, str]:
-        """The inputs under this configuration: a ready model is published without any."""
-        foreign = self.foreign(config)
-        return {} if foreign and foreign.ready else self.inputs
+    if name not in STAGES:
+        raise ArtifactMissing(f"{name!r} is no stage; choose one of {', '.join(STAGES)}")
+    return STAGES[name]
 
 
 def _prepare_data(run: StageRun) -> StageResult:
@@ -85,38 +54,62 @@ def _prepare_data(run: StageRun) -> StageResult:
 
 
 def _train_sft(run: StageRun) -> StageResult:
-    config, base = run.config, run.config.base
-    if config.sft.processes and config.sft.enabled:
-        from rlhf.launch import train_sft
-    else:
-        from rlhf.sft import train_sft
+    section, base = run.config.sft, run.config.base
+    if not section.enabled:
+        # Nothing is trained, so there is nothing to share among child processes.
+        section = section.model_copy(update={"processes": None})
     if "base" in run.folders:
         base = base.model_copy(update={"path": str(run.folders["base"]), "revision": None})
-    return train_sft(
-        config.sft, base, run.folders["data"], run.out_dir, seed=config.seed,
-        runtime=config.runtime, progress=run.progress,
-    )  # fmt: skip
+    return _train(run, "sft", section, base=base)
 
 
 def _train_reward_model(run: StageRun) -> StageResult:
-    ready = reward_model_of_others(run.config)
-    if ready and ready.ready:
+    external = reward_model_of_others(run.config)
+    if external and external.ready:
         from rlhf.adopt import adopt_reward_model
 
         folder = run.folders["base"]
-        return adopt_reward_model(ready, folder, run.out_dir, runtime=run.config.runtime)
-    if run.config.reward_model.processes:
-        from rlhf.launch import train_reward_model
-    else:
-        from rlhf.reward import train_reward_model
-
-    config, section = run.config, run.config.reward_model
+        return adopt_reward_model(external, folder, run.out_dir, runtime=run.config.runtime)
+    section = run.config.reward_model
     if "base" in run.folders:
         section = section.model_copy(update={"base": str(run.folders["base"])})
-    return train_reward_model(
-        section, run.folders["data"], run.folders["sft"], run.out_dir, seed=config.seed,
-        runtime=config.runtime, progress=run.progress,
+    return _train(run, "reward_model", section)
+
+
+def _train_policy(run: StageRun) -> StageResult:
+    ref = run.refs["reward-model"]
+    approved = require(ref, ref.digest, read_verdict(run.folders["verdict"]))
+    # A checkpoint's identity holds the digest of a ready reward model, not its location.
+    section = run.config.ppo.model_copy(update={"reward_model_path": None})
+    return _train(
+        run, "ppo", section, verdict=approved.verdict, checkpoints=run.checkpoints,
+        checkpoint_store=checkpoint_store_of(run),
+        identity={
+            "data": run.refs["data"].digest,
+            "base": run.refs["sft"].digest,
+            "reward model": ref.digest,
+        },
     )  # fmt: skip
+
+
+def _train(
+    run: StageRun, field: str, section: SFTConfig | RewardModelConfig | PPOConfig, **values: Any
+) -> StageResult:
+    """Train in this process, or in as many child processes as the section asks for.
+
+    Args:
+        run: Arguments of the stage's body.
+        field: Name of the section in the configuration.
+        section: Hyper-parameters.
+        values: Further fields of the `Job`.
+    """
+    from rlhf.launch import Job, launch, train
+
+    job = Job(
+        stage=run.producer.stage, field=field, section=section, inputs=run.folders,
+        out_dir=run.out_dir, seed=run.config.seed, runtime=run.config.runtime, **values,
+    )  # fmt: skip
+    return (launch if section.processes else train)(job, run.progress)
 
 
 def _evaluate_reward_model(run: StageRun) -> StageResult:
@@ -130,38 +123,6 @@ def _evaluate_reward_model(run: StageRun) -> StageResult:
     )  # fmt: skip
 
 
-def _train_policy(run: StageRun) -> StageResult:
-    config = run.config
-    where: dict[str, Any]
-    if config.ppo.processes:
-        from rlhf.launch import train_policy
-
-        where = {"place": place_of(run)}
-    else:
-        from rlhf.ppo.train import train_policy
-
-        where = {"uploads": uploads_of(run)}
-    # Where a ready reward model came from is no part of a checkpoint's identity; its digest is.
-    section = config.ppo.model_copy(update={"reward_model_path": None})
-    return train_policy(
-        section, run.folders["data"], run.folders["sft"], _approved_reward_model(run),
-        run.out_dir, seed=config.seed, checkpoints=run.checkpoints, runtime=config.runtime,
-        identity={
-            "data": run.refs["data"].digest,
-            "base": run.refs["sft"].digest,
-            "reward model": run.refs["reward-model"].digest,
-        },
-        progress=run.progress, **where,
-    )  # fmt: skip
-
-
-def _approved_reward_model(run: StageRun) -> Approved[Path]:
-    """The reward model's folder, with the proof that its gate said yes."""
-    ref = run.refs["reward-model"]
-    verdict = read_verdict(run.folders["verdict"])
-    return require(ref, ref.digest, verdict).map(lambda _: run.folders["reward-model"])
-
-
 def _evaluate_policy(run: StageRun) -> StageResult:
     from rlhf.evaluate import evaluate_policy
 
@@ -173,12 +134,30 @@ def _evaluate_policy(run: StageRun) -> StageResult:
     )  # fmt: skip
 
 
-def _gate(name: str, subject: str, rules: str) -> Callable[[StageRun], StageResult]:
-    """A gate's body: it publishes its verdict whatever it is; `verdict_of` raises afterwards."""
+def _show_samples(folder: Path, config: PipelineConfig) -> Mapping[str, Shown]:
+    """Show sample replies as quotations, so that nothing in them acts as Markdown."""
+    blocks = []
+    for sample in read_json(folder / SAMPLES)[: config.evaluation.samples]:
+        prompt, before, after = (
+            str(sample[k]).replace("\n", "\n> ") for k in ("prompt", "before", "after")
+        )
+        blocks.append(f"**Prompt**\n> {prompt}\n\n*Before*\n> {before}\n\n*After*\n> {after}\n")
+    return {"samples": "\n---\n".join(blocks)}
+
+
+def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
+    """Return the body of a gate, which publishes a rejection too; `_enforce` raises afterwards.
+
+    Args:
+        subject: Role of the artifact that is judged.
+        rules: Name of its rules in the section `gates`.
+    """
 
     def body(run: StageRun) -> StageResult:
         metrics = read_json(run.folders["evaluation"] / EVALUATION)
-        verdict = judge(name, run.refs[subject].digest, metrics, getattr(run.config.gates, rules))
+        verdict = judge(
+            run.producer.stage, run.refs[subject].digest, metrics, getattr(run.config.gates, rules)
+        )
         write_json(run.out_dir / VERDICT, asdict(verdict))
         passed = sum(c.passed for c in verdict.checks)
         return StageResult(
@@ -188,102 +167,171 @@ def _gate(name: str, subject: str, rules: str) -> Callable[[StageRun], StageResu
     return body
 
 
+def _show_verdict(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
+    verdict = read_verdict(folder)
+    rows = [
+        {"metric": c.metric, "value": c.value, "needs": c.bound, "passed": c.passed}
+        for c in verdict.checks
+    ]
+    return {f"{verdict.gate}-verdict": rows}
+
+
+def _promote(run: StageRun) -> StageResult:
+    from tasks.promotion import promote
+
+    return promote(run)
+
+
+def _is_champion(
+    config: PipelineConfig, refs: Mapping[str, ArtifactRef], store: Store
+) -> bool:  # fmt: skip
+    from tasks.promotion import is_champion
+
+    return is_champion(config, refs["policy"], store)
+
+
+PREPARE_DATA = Stage(
+    name="prepare-data",
+    kind="dataset",
+    inputs={},
+    depends_on=lambda c: {"data": c.data.model_dump(exclude={"source"})},
+    source_digest=lambda c: source_digest(c.data, c.store_options),
+    body=_prepare_data,
+    headline=(("{:,} pairs", "pairs_train"), ("{:,} prompts", "prompts_train")),
+)
+
+TRAIN_SFT = Stage(
+    name="train-sft",
+    kind="policy",
+    inputs={"data": PREPARE_DATA.name},
+    depends_on=lambda c: {
+        "sft": c.sft.model_dump(exclude={*WHERE}),
+        "base": c.base.model_dump(exclude={"path"}),
+    },
+    external=base_of_others,
+    body=_train_sft,
+    headline=(("loss {:.3f}", "loss"), ("{:,} parameters", "parameters")),
+    section="sft",
+    tracks_steps=True,
+)
+
+TRAIN_REWARD_MODEL = Stage(
+    name="train-reward-model",
+    kind="reward-model",
+    inputs={"data": PREPARE_DATA.name, "sft": TRAIN_SFT.name},
+    depends_on=reward_settings,
+    external=reward_model_of_others,
+    body=_train_reward_model,
+    headline=(("loss {:.3f}", "loss"), ("ready model, {:,} parameters", "parameters")),
+    section="reward_model",
+    tracks_steps=True,
+)
+
+EVALUATE_REWARD_MODEL = Stage(
+    name="evaluate-reward-model",
+    kind="evaluation",
+    inputs={"data": PREPARE_DATA.name, "reward-model": TRAIN_REWARD_MODEL.name},
+    depends_on=lambda c: {
+        "evaluation": c.evaluation,
+        "world": c.data.world,
+        "max_length": c.reward_model.max_length,
+    },
+    body=_evaluate_reward_model,
+    headline=(
+        ("accuracy {:.3f} [{:.3f}, {:.3f}]", "accuracy", "accuracy_low", "accuracy_high"),
+        ("longer reply {:.3f}", "baseline_longer"),
+        ("ceiling {:.3f}", "ceiling"),
+    ),
+    section="evaluation",
+)
+
+GATE_REWARD_MODEL = Stage(
+    name="gate-reward-model",
+    kind="verdict",
+    inputs={
+        "reward-model": TRAIN_REWARD_MODEL.name,
+        "evaluation": EVALUATE_REWARD_MODEL.name,
+    },
+    depends_on=lambda c: {"rules": c.gates.reward_model},
+    body=_gate("reward-model", "reward_model"),
+    headline=(("{} of {} rules met", "passed", "rules"),),
+    show=_show_verdict,
+)
+
+TRAIN_POLICY = Stage(
+    name="train-policy",
+    kind="policy",
+    inputs={
+        "data": PREPARE_DATA.name,
+        "sft": TRAIN_SFT.name,
+        "reward-model": TRAIN_REWARD_MODEL.name,
+        "verdict": GATE_REWARD_MODEL.name,
+    },
+    depends_on=lambda c: {
+        "ppo": c.ppo.model_dump(exclude={"reward_model_path", *WHERE}),
+        "others": judges_of_others(c.ppo),
+    },
+    body=_train_policy,
+    headline=(("reward {:.2f}", "reward"), ("KL {:.2f}", "kl")),
+    section="ppo",
+    tracks_steps=True,
+)
+
+EVALUATE_POLICY = Stage(
+    name="evaluate-policy",
+    kind="evaluation",
+    inputs={
+        "data": PREPARE_DATA.name,
+        "sft": TRAIN_SFT.name,
+        "policy": TRAIN_POLICY.name,
+        "reward-model": TRAIN_REWARD_MODEL.name,
+    },
+    depends_on=lambda c: {
+        "evaluation": c.evaluation,
+        "max_new_tokens": c.ppo.max_new_tokens,
+        "stop_sequences": c.ppo.generation.stop_sequences,
+    },
+    body=_evaluate_policy,
+    headline=(
+        ("wins {:.1%}", "sampled.win_rate"),
+        ("gold wins {:.1%}", "sampled.gold_win_rate"),
+        ("KL {:.2f}", "sampled.kl"),
+    ),
+    section="evaluation",
+    show=_show_samples,
+)
+
+GATE_POLICY = Stage(
+    name="gate-policy",
+    kind="verdict",
+    inputs={"policy": TRAIN_POLICY.name, "evaluation": EVALUATE_POLICY.name},
+    depends_on=lambda c: {"rules": c.gates.policy},
+    body=_gate("policy", "policy"),
+    headline=(("{} of {} rules met", "passed", "rules"),),
+    show=_show_verdict,
+)
+
+PROMOTE = Stage(
+    name="promote",
+    kind="promotion",
+    inputs={
+        "data": PREPARE_DATA.name,
+        "policy": TRAIN_POLICY.name,
+        "verdict": GATE_POLICY.name,
+    },
+    # Approval and time limits decide whether there is a promotion, not its content.
+    depends_on=lambda c: {"promotion": c.promotion.model_dump(include={"name"})},
+    needs_approval=True,
+    holds=_is_champion,
+    body=_promote,
+    headline=(("champion of {}", "model"),),
+)
+
+#: All stages by name, in the order of a run.
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage(
-            "prepare-data", "dataset", {},
-            lambda c: {"data": c.data.model_dump(exclude={"source"})}, _prepare_data,
-            (("{:,} pairs", "pairs_train"), ("{:,} prompts", "prompts_train")),
-        ),
-        Stage(
-            "train-sft", "policy", {"data": "prepare-data"},
-            lambda c: {
-                "sft": c.sft.model_dump(exclude={*WHERE}),
-                "base": c.base.model_dump(exclude={"path"}),
-            },
-            _train_sft,
-            (("loss {:.3f}", "loss"), ("{:,} parameters", "parameters")), base_of_others,
-        ),
-        Stage(
-            "train-reward-model", "reward-model", {"data": "prepare-data", "sft": "train-sft"},
-            reward_settings, _train_reward_model,
-            (("loss {:.3f}", "loss"), ("ready model, {:,} parameters", "parameters")),
-            reward_model_of_others,
-        ),
-        Stage(
-            "evaluate-reward-model", "evaluation",
-            {"data": "prepare-data", "reward-model": "train-reward-model"},
-            lambda c: {
-                "evaluation": c.evaluation,
-                "world": c.data.world,
-                "max_length": c.reward_model.max_length,
-            },
-            _evaluate_reward_model,
-            (
-                ("accuracy {:.3f} [{:.3f}, {:.3f}]", "accuracy", "accuracy_low", "accuracy_high"),
-                ("longer reply {:.3f}", "baseline_longer"), ("ceiling {:.3f}", "ceiling"),
-            ),
-        ),
-        Stage(
-            "gate-reward-model", "verdict",
-            {"reward-model": "train-reward-model", "evaluation": "evaluate-reward-model"},
-            lambda c: {"rules": c.gates.reward_model},
-            _gate("gate-reward-model", "reward-model", "reward_model"),
-            (("{} of {} rules met", "passed", "rules"),),
-        ),
-        Stage(
-            "train-policy", "policy",
-            {
-                "data": "prepare-data", "sft": "train-sft",
-                "reward-model": "train-reward-model", "verdict": "gate-reward-model",
-            },
-            lambda c: {
-                "ppo": c.ppo.model_dump(exclude={"reward_model_path", *WHERE}),
-                "others": judges_of_others(c.ppo),
-            },
-            _train_policy,
-            (("reward {:.2f}", "reward"), ("KL {:.2f}", "kl")),
-        ),
-        Stage(
-            "evaluate-policy", "evaluation",
-            {
-                "data": "prepare-data", "sft": "train-sft",
-                "policy": "train-policy", "reward-model": "train-reward-model",
-            },
-            lambda c: {
-                "evaluation": c.evaluation,
-                "max_new_tokens": c.ppo.max_new_tokens,
-                "stop_sequences": c.ppo.generation.stop_sequences,
-            },
-            _evaluate_policy,
-            (
-                ("wins {:.1%}", "sampled.win_rate"), ("gold wins {:.1%}", "sampled.gold_win_rate"),
-                ("KL {:.2f}", "sampled.kl"),
-            ),
-        ),
-        Stage(
-            "gate-policy", "verdict", {"policy": "train-policy", "evaluation": "evaluate-policy"},
-            lambda c: {"rules": c.gates.policy}, _gate("gate-policy", "policy", "policy"),
-            (("{} of {} rules met", "passed", "rules"),),
-        ),
-        Stage(
-            "promote", "promotion",
-            {"data": "prepare-data", "policy": "train-policy", "verdict": "gate-policy"},
-            # Who has to approve, and how long an answer may take, change nothing of what is made.
-            lambda c: {"promotion": c.promotion.model_dump(include={"name"})}, promote,
-            (("champion of {}", "model"),), holds=is_champion,
-        ),
+        PREPARE_DATA, TRAIN_SFT, TRAIN_REWARD_MODEL, EVALUATE_REWARD_MODEL, GATE_REWARD_MODEL,
+        TRAIN_POLICY, EVALUATE_POLICY, GATE_POLICY, PROMOTE,
     )
 }  # fmt: skip
-
-
-def stage_named(name: str) -> Stage:
-    """The stage of that name.
-
-    Raises:
-        ArtifactMissing: There is none; the message lists those there are.
-    """
-    if name not in STAGES:
-        raise ArtifactMissing(f"{name!r} is no stage; choose one of {', '.join(STAGES)}")
-    return STAGES[name]

@@ -1,29 +1,27 @@
-"""Says how far a transfer of files is, if it takes so long that somebody may wonder."""
+"""Log lines of a transfer of files that takes long."""
 
 from __future__ import annotations
 
 import logging
 import time
 
-LINE_EVERY = 5.0
+from tasks.progress import LINE_EVERY, minutes
+
 log = logging.getLogger("rlhf.tasks")
 
 
 class Transfer:
-    """A line every few seconds, with the time that is left."""
+    """Logs progress and ETA of a transfer every `LINE_EVERY` seconds."""
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._started = self._told = time.monotonic()
+        self._started = self._logged = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Tell that `done` of `total` bytes have been moved."""
+        """Log that `done` of `total` bytes have been moved, if a line is due."""
         now = time.monotonic()
-        if now - self._told < LINE_EVERY or not done:
+        if now - self._logged < LINE_EVERY or not done:
             return
-        self._told = now
+        self._logged = now
         left = (now - self._started) * (total - done) / done
-        log.info(
-            "%s, %.0f of %.0f MB, ETA %d:%02d",
-            self._what, done / 1e6, total / 1e6, left // 60, left % 60,
-        )  # fmt: skip
+        log.info("%s, %.0f of %.0f MB, ETA %s", self._what, done / 1e6, total / 1e6, minutes(left))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +48,28 @@ def source_digest(config: DataConfig, options: StoreConfig) -> str:
     digest = hashlib.sha256()
     for name, path in _local_files(source):
         digest.update(name.encode() + b"\0")
-        with _readable(source), path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        with _readable(source):
+            digest.update(content_digest(path))
     return digest.hexdigest()
+
+
+#: Digests of files by path, size and time of change.
+_digests: dict[tuple[Path, int, int], bytes] = {}
+#: Nanoseconds after which a file is sure to get another time if it changes: FAT's resolution.
+_SETTLED = 2 * 10**9
+
+
+def content_digest(path: Path) -> bytes:
+    """Return the sha256 of a file, read once per process and state of the file."""
+    status = path.stat()
+    state = path.absolute(), status.st_size, status.st_mtime_ns
+    if state in _digests:
+        return _digests[state]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    if time.time_ns() - status.st_mtime_ns > _SETTLED:
+        _digests[state] = digest
+    return digest
 
 
 def source_name(source: str) -> str:

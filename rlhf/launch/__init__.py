@@ -1,9 +1,10 @@
-"""Training stages in child processes, launched by torchrun: the same functions, for `processes`.
+"""Training stages in child processes, launched by torchrun.
 
-The parent loads no torch. It starts the launcher (`agent`), which starts the processes (`worker`);
-all talk by files in one temporary folder. Whoever of them ends, the others end too.
+The parent, which loads no torch, starts the launcher (`agent`), and that the children (`worker`).
+They communicate by files in one temporary folder. When one of them ends, the others are ended.
 """
 
-from rlhf.launch.stages import train_policy, train_reward_model, train_sft
+from rlhf.launch.job import Job, train
+from rlhf.launch.parent import launch
 
-__all__ = ["train_policy", "train_reward_model", "train_sft"]
+__all__ = ["Job", "launch", "train"]

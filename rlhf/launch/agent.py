@@ -1,4 +1,7 @@
-"""`python -m rlhf.launch.agent <folder> <count>`: torchrun, which ends when its parent does."""
+"""The launcher of a training's children: torchrun, which ends when its parent does.
+
+Runs as a script: `python -m rlhf.launch.agent <folder> <count>`.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ import threading
 import time
 from pathlib import Path
 
-from rlhf.launch import folder as names
+from rlhf.launch.job import AGENT_PID, FAILURES, send
 
 
 def main() -> None:
-    """Run the processes until all have ended, or one has failed."""
+    """Run the children until all have ended, or one has failed."""
     folder, count = Path(sys.argv[1]), sys.argv[2]
-    os.environ[names.AGENT_PID] = str(os.getpid())
-    # The parent tells the processes; whoever tells all that runs here tells them too.
+    os.environ[AGENT_PID] = str(os.getpid())
+    # SIGTERM is for the children: they get it from the parent, or as part of the process group.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    threading.Thread(target=_watch, args=(folder,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -32,15 +35,15 @@ def main() -> None:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        (folder / names.FAILURES).write_text(json.dumps(codes))
+        (folder / FAILURES).write_text(json.dumps(codes))
         sys.exit(1)
 
 
-def _watch(folder: Path) -> None:
-    """End everything when the parent's end of our stdin is closed."""
+def _end_with_parent(folder: Path) -> None:
+    """Kill the children and exit when the parent's end of our stdin is closed."""
     sys.stdin.buffer.read()
-    names.send(folder, signal.SIGKILL)
-    for _ in range(3):  # something may still be written while it is removed
+    send(folder, signal.SIGKILL)
+    for _ in range(3):  # a child that is being killed may still write into it
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.1)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What a launch came to, from what its processes left in the folder."""
+"""The result or error of a launch, from the files that its children left."""
 
 from __future__ import annotations
 
@@ -10,78 +10,81 @@ from typing import Any
 
 from rlhf import errors
 from rlhf.errors import Interrupted, RLHFError, WorkerDied
-from rlhf.launch import folder as names
+from rlhf.launch.job import AGENT_LOG, FAILURES, RESULT, ended_file, output_file
 from rlhf.stage import StageResult
 
-#: Lines and characters of a dead process's output that its error shows.
+#: Lines and characters of a dead child's output that its error shows.
 _LINES, _CHARACTERS = 8, 1500
 
 
 def outcome(folder: Path, stage: str, count: int, status: int) -> StageResult:
-    """The result of a launch that has ended.
+    """Return the result of a launch that has ended.
 
-    An error of ours is the cause of all others. A process that died without a word is the cause
-    of what the others say, whose connections broke.
+    An `RLHFError` is taken for the cause of all other errors. Next comes a child that died without
+    a report: it broke the connections of the others.
 
     Raises:
-        WorkerDied: A process ended without a word.
-        RLHFError: What a process raised; of other errors, those that Python knows by itself.
+        WorkerDied: A child ended without a report.
+        RLHFError: An error that a child reported. Other errors come as what they were in Python.
     """
-    said = _said(folder, count)
-    raised = [error for error in said.values() if error is not None]
-    ours = [e for e in raised if isinstance(e, RLHFError) and not isinstance(e, Interrupted)]
-    if ours:
-        raise ours[0]
-    silent = [rank for rank in range(count) if rank not in said]
-    if silent:
-        raise _died(folder, stage, count, silent, status)
-    strange = [e for e in raised if not isinstance(e, Interrupted)]
-    if strange or raised:
-        raise (strange or raised)[0]
-    result: dict[str, Any] = json.loads((folder / names.RESULT).read_text())
+    reports = _reports(folder, count)
+    raised = [error for error in reports.values() if error is not None]
+    failures = [error for error in raised if not isinstance(error, Interrupted)]
+    for error in failures:
+        if isinstance(error, RLHFError):
+            raise error
+    unreported = [rank for rank in range(count) if rank not in reports]
+    if unreported:
+        raise _worker_died(folder, stage, count, unreported, status)
+    if raised:
+        raise (failures or raised)[0]
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
     return StageResult(result)
 
 
-def _said(folder: Path, count: int) -> dict[int, Exception | None]:
-    """How each process ended, in its own words, the earliest first; None is well."""
-    found: dict[int, tuple[float, Exception | None]] = {}
+def _reports(folder: Path, count: int) -> dict[int, Exception | None]:
+    """Return the error that each child reported, by rank, earliest first; None for success."""
+    reports: list[tuple[float, int, Exception | None]] = []
     for rank in range(count):
-        file = names.ended_file(folder, rank)
+        file = ended_file(folder, rank)
         if file.exists():
-            words = json.loads(file.read_text())
-            error = _error(words["kind"], words["message"]) if "kind" in words else None
-            found[rank] = (words["time"], error)
-    return {rank: found[rank][1] for rank in sorted(found, key=lambda rank: found[rank][0])}
+            report = json.loads(file.read_text())
+            error = _error(report["kind"], report["message"]) if "kind" in report else None
+            reports.append((report["time"], rank, error))
+    return {rank: error for _, rank, error in sorted(reports, key=lambda entry: entry[:2])}
 
 
-def _error(kind: str, message: str) -> Exception:
-    for place in (errors, builtins):
-        known = getattr(place, kind, None)
-        if isinstance(known, type) and issubclass(known, Exception):
+def _error(name: str, message: str) -> Exception:
+    """Return an error of that class, or a RuntimeError that names it."""
+    for module in (errors, builtins):
+        cls = getattr(module, name, None)
+        if isinstance(cls, type) and issubclass(cls, Exception):
             try:
-                return known(message)
-            except TypeError:  # such as UnicodeDecodeError, which is made of more
+                return cls(message)
+            except TypeError:  # such as UnicodeDecodeError, which takes more arguments
                 break
-    return RuntimeError(f"{kind}: {message}")
+    return RuntimeError(f"{name}: {message}")
 
 
-def _died(folder: Path, stage: str, count: int, silent: list[int], status: int) -> WorkerDied:
-    """The error for the process that died first, as the launcher saw it."""
-    file = folder / names.FAILURES
+def _worker_died(
+    folder: Path, stage: str, count: int, unreported: list[int], status: int
+) -> WorkerDied:
+    """Return the error for the child that died first, with the launcher's view of its end."""
+    file = folder / FAILURES
     codes: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
-    # The launcher asks by SIGTERM those to end that outlive the first.
-    first = min(silent, key=lambda rank: codes.get(str(rank), 0) in (0, -signal.SIGTERM))
+    # The launcher ends those by SIGTERM that outlive the first.
+    first = min(unreported, key=lambda rank: codes.get(str(rank), 0) in (0, -signal.SIGTERM))
     code = codes.get(str(first))
     if code is None:
-        who, code, output = "the launcher of its processes", status, folder / names.AGENT_LOG
+        process, code, output = "the launcher of its processes", status, folder / AGENT_LOG
     else:
-        who, output = f"process {first + 1} of {count}", names.output_file(folder, first)
-    how = f"ended with status {code}"
+        process, output = f"process {first + 1} of {count}", output_file(folder, first)
+    ending = f"ended with status {code}"
     if code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
+        ending = f"was ended by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
-            how += " (as when memory runs out)"
-    return WorkerDied(f"{stage}: {who} {how}; the others were ended. {_tail(output)}")
+            ending += " (as when memory runs out)"
+    return WorkerDied(f"{stage}: {process} {ending}; the others were ended. {_tail(output)}")
 
 
 def _tail(file: Path) -> str:

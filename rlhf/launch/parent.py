@@ -1,4 +1,4 @@
-"""The parent's side: starts the processes, listens to them, and never leaves one behind."""
+"""The parent of a launch: starts the children, passes on their messages, ends them all."""
 
 from __future__ import annotations
 
@@ -13,64 +13,69 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
-from rlhf.launch import folder as names
+from rlhf.launch.job import AGENT_LOG, JOB, MESSAGES, Job, alive, pids, send
 from rlhf.launch.outcome import outcome
 from rlhf.ppo.termination import deferred_sigterm
-from rlhf.progress import Progress
+from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult
 
-#: Seconds between two looks at the processes.
-_LOOK = 0.05
-#: A signal that comes while a process starts is lost, so it is sent again.
-_AGAIN = 1.0
-#: Seconds that the others have to say why they end, after one of them died.
+#: Seconds between two polls of the children.
+_POLL = 0.05
+#: Seconds until a signal is sent again: one that arrives while a child starts is lost.
+_RESEND = 1.0
+#: Seconds in which the other children may report why they end, after one of them died.
 _GRACE = 5.0
 
 
-def launch(job: dict[str, Any], count: int, progress: Progress) -> StageResult:
-    """Do a job in child processes.
+def launch(job: Job, progress: Progress = silent) -> StageResult:
+    """Run a job in `job.section.processes` child processes.
 
-    With checkpoints, SIGTERM is held back until they have saved.
+    With checkpoints, SIGTERM is held back until they have saved; the same job then resumes.
 
     Raises:
-        WorkerDied: One ended without a word, as by a signal.
-        RLHFError: What a process raised; of other errors, those that Python knows by itself.
+        WorkerDied: A child ended without a report, as by a signal; the others were ended.
+        RLHFError: An error that a child reported. Other errors come as what they were in Python.
     """
+    count = job.section.processes or 1
+    threads = max(1, job.runtime.threads // count)
+    level = logging.getLogger("rlhf").getEffectiveLevel()
+    runtime = job.runtime.model_copy(update={"threads": threads})
+    sent = job.model_copy(update={"runtime": runtime, "log_level": level})
     # Outermost: at its end the signal is passed on, which may end this process.
-    hold = deferred_sigterm() if job.get("checkpoints") else nullcontext(lambda: False)
+    hold = deferred_sigterm() if job.checkpoints else nullcontext(lambda: False)
     with hold as terminated, tempfile.TemporaryDirectory(
         prefix="rlhf-launch-", ignore_cleanup_errors=True
     ) as name:  # fmt: skip
         folder = Path(name)
-        level = logging.getLogger("rlhf").getEffectiveLevel()
-        (folder / names.JOB).write_text(json.dumps({**job, "log_level": level}))
-        with _agent(folder, count, job["runtime"]["threads"]) as agent:
-            listener = _Listener(folder, progress)
-            _wait(agent, listener, count, terminated)
-        return outcome(folder, job["stage"], count, agent.returncode)
+        (folder / JOB).write_text(sent.model_dump_json())
+        with _agent(folder, count, threads) as agent:
+            _wait(agent, _Listener(folder, progress), terminated)
+        return outcome(folder, job.stage, count, agent.returncode)
 
 
 @contextmanager
 def _agent(folder: Path, count: int, threads: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The launcher, which ends when our end of its stdin is closed: by us, or by our death."""
+    """The launcher's process, ended with the block.
+
+    It also ends when our end of its stdin is closed, as by our death.
+    """
     source = str(Path(__file__).parents[2])
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": str(threads),
-        # What a killed process leaves behind goes with the folder.
+        # Temporary files of a killed child are removed with the folder.
         "TMPDIR": str(folder),
     }
     if sys.platform == "linux":
         for library in ("GLOO", "NCCL"):
             environment.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-    with (folder / names.AGENT_LOG).open("wb") as output:
+    with (folder / AGENT_LOG).open("wb") as output:
         agent = subprocess.Popen(
             [sys.executable, "-m", "rlhf.launch.agent", str(folder), str(count)],
             stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment,
-            start_new_session=True,  # Ctrl-C is for us; we end them
+            start_new_session=True,  # Ctrl-C reaches this process alone
         )  # fmt: skip
     try:
         yield agent
@@ -79,51 +84,51 @@ def _agent(folder: Path, count: int, threads: int) -> Iterator[subprocess.Popen[
 
 
 def _end(agent: subprocess.Popen[bytes], folder: Path) -> None:
-    """End what still runs, and wait until it is gone."""
-    if agent.poll() is None and names.pids(folder):
-        names.send(folder, signal.SIGKILL)
+    """Kill what still runs, and wait until it is gone."""
+    if agent.poll() is None and pids(folder):
+        send(folder, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             agent.wait(_GRACE)  # it reaps them
     if agent.poll() is None:
         os.killpg(agent.pid, signal.SIGKILL)
         agent.wait()
-        names.send(folder, signal.SIGKILL)
+        send(folder, signal.SIGKILL)
     assert agent.stdin is not None
     agent.stdin.close()
 
 
 def _wait(
-    agent: subprocess.Popen[bytes], listener: _Listener, count: int, terminated: Callable[[], bool]
+    agent: subprocess.Popen[bytes], listener: _Listener, terminated: Callable[[], bool]
 ) -> None:
-    """Until all have ended; SIGTERM is passed on meanwhile."""
+    """Wait until all children have ended; pass messages and SIGTERM on meanwhile."""
     folder = listener.folder
     sent = 0.0
     died: float | None = None
     while agent.poll() is None:
         listener.listen()
         now = time.monotonic()
-        if terminated() and now - sent > _AGAIN:
-            names.send(folder, signal.SIGTERM)
+        if terminated() and now - sent > _RESEND:
+            send(folder, signal.SIGTERM)
             sent = now
-        if died is None and any(not names.alive(pid) for pid in names.pids(folder).values()):
+        if died is None and any(not alive(pid) for pid in pids(folder).values()):
             died = now
         if died is not None and now - died > _GRACE:
-            # They wait for the dead one, perhaps for ever.
-            names.send(folder, signal.SIGKILL)
-        time.sleep(_LOOK)
+            # A collective with the dead child may wait for ever.
+            send(folder, signal.SIGKILL)
+        time.sleep(_POLL)
     listener.listen()
 
 
 class _Listener:
-    """Reads what the leading process says, and passes it on."""
+    """Passes on progress and log records, which the leading child writes to a file."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self.folder, self.progress = folder, progress
-        self._file = folder / names.MESSAGES
+        self._file = folder / MESSAGES
         self._read, self._rest = 0, b""
 
     def listen(self) -> None:
-        """Pass on what is new."""
+        """Pass on the messages since the last call."""
         if not self._file.exists():
             return
         with self._file.open("rb") as file:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -285,3 +287,20 @@ def test_nothing_is_printed_or_left_behind(tmp_path):
     assert done.stdout + done.stderr == ""
     assert not any((tmp_path / "home").iterdir())
     assert not any((tmp_path / "tmp").iterdir())
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    file, calls, real = tmp_path / "a.jsonl", [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *a: calls.append(1) or real(*a))
+    file.write_text("{}")
+    # What has just changed may change again within the resolution of its time.
+    assert digest(file) == digest(file)
+    assert len(calls) == 2
+    os.utime(file, (1e9, 1e9))
+    first = digest(file)
+    assert digest(tmp_path) == digest(file) == first
+    assert len(calls) == 3
+    file.write_text("[]")
+    os.utime(file, (1e9 + 1, 1e9 + 1))
+    assert digest(file) != first
+    assert len(calls) == 4

@@ -17,7 +17,8 @@ from rlhf.errors import ConfigError
 from rlhf.stage import read_json
 from tasks.metrics import StageMetrics
 from tasks.preflight import preflight
-from tasks.runner import store_of
+from tasks.stage import store_of
+from tasks.stages import STAGES
 
 pytestmark = pytest.mark.prefect
 
@@ -34,7 +35,7 @@ def tell(config, name, steps, *, final=None, stage="train-policy"):
 
     @flow(flow_run_name=name)
     def work():
-        metrics = StageMetrics(stage, config, {})
+        metrics = StageMetrics(STAGES[stage], config, {})
         for step in steps:
             metrics.log(step, {"loss": 10.0 * step, "note": "no number", "done": True})
         if final:

@@ -6,11 +6,16 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
+from flows.cli import app
 from flows.pipeline import pipeline
+from flows.stages import STAGE_FLOWS
+from rlhf.config.placement import STAGE_NAMES
 from rlhf.errors import GateRejected, StoreError
 from rlhf.registry import Promotion, promote
+from rlhf.store import Store
 from tasks import prefect_tasks
-from tasks.runner import store_of
+from tasks.preflight import preflight_command
+from tasks.stage import store_of
 from tasks.stages import STAGES
 
 pytestmark = pytest.mark.prefect
@@ -24,6 +29,25 @@ def run(config):
 
 def states(result):
     return {row.name: row.state for row in result.rows}
+
+
+def test_stages_flows_and_help_have_the_same_names(capsys):
+    assert tuple(STAGES) == tuple(STAGE_FLOWS) == STAGE_NAMES
+    with pytest.raises(SystemExit):
+        app(["stage", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{', '.join(NAMES[:-1])} or {NAMES[-1]}." in words
+
+
+def test_the_flow_of_a_command_does_not_check_again(tiny, monkeypatch):
+    checks, check = [], Store.check
+    monkeypatch.setattr(Store, "check", lambda store: checks.append(store) or check(store))
+    config = tiny()
+    preflight_command(config)
+    STAGE_FLOWS["prepare-data"](overrides=config)
+    assert len(checks) == 1
+    STAGE_FLOWS["prepare-data"](overrides=tiny(seed=1))
+    assert len(checks) == 2
 
 
 def test_runs_to_promotion_and_never_twice(tiny):

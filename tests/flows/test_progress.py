@@ -50,7 +50,7 @@ def test_an_api_that_fails_does_not_stop_the_work(monkeypatch):
     def broken(**_):
         raise ConnectionError("the API is away")
 
-    monkeypatch.setattr(progress, "create_progress_artifact", broken)
+    monkeypatch.setattr("prefect.artifacts.create_progress_artifact", broken)
     done = []
 
     @flow

@@ -1,4 +1,4 @@
-"""What a launch came to, told from what its processes left."""
+"""The result or error of a launch, from the files that its children left."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import json
 import pytest
 
 from rlhf.errors import DataError, Interrupted, StoreError, WorkerDied, worth_retrying
-from rlhf.launch import folder as names
+from rlhf.launch.job import FAILURES, ended_file, output_file
 from rlhf.launch.outcome import outcome
 from rlhf.stage import write_json
 
 
-def ended(folder, rank, **words):
-    write_json(names.ended_file(folder, rank), {"time": rank, **words})
+def ended(folder, rank, **report):
+    write_json(ended_file(folder, rank), {"time": rank, **report})
 
 
 BROKEN = {"kind": "DistBackendError", "message": "Connection closed by peer"}
 
 
 @pytest.mark.parametrize(
-    ("words", "kind", "text"),
+    ("reports", "error", "text"),
     [
-        # ours is the cause, whatever broke at the others
+        # an error of the library is the cause, whatever broke at the others
         ([BROKEN, {"kind": "DataError", "message": "no rows"}], DataError, "^no rows$"),
         ([{"kind": "Interrupted", "message": "saved"}] * 2, Interrupted, "^saved$"),
         # one stopped, the other could not save
@@ -30,32 +30,32 @@ BROKEN = {"kind": "DistBackendError", "message": "Connection closed by peer"}
             [{"kind": "Interrupted", "message": "x"}, {"kind": "StoreError", "message": "away"}],
             StoreError, "^away$",
         ),
-        # who says nothing is the cause of what the others say
+        # a child without a report is the cause of what the others report
         ([BROKEN, None], WorkerDied, "process 2 of 2 was ended by SIGKILL"),
         ([{"kind": "Interrupted", "message": "x"}, None], WorkerDied, "process 2 of 2"),
         ([{"kind": "ValueError", "message": "bad"}, BROKEN], ValueError, "^bad$"),
         ([{"kind": "Strange", "message": "bad"}, BROKEN], RuntimeError, "^Strange: bad$"),
     ],
 )  # fmt: skip
-def test_the_cause_is_found(tmp_path, words, kind, text):
+def test_the_cause_is_found(tmp_path, reports, error, text):
     folder = tmp_path / "folder"
     folder.mkdir()
-    for rank, said in enumerate(words):
-        if said:
-            ended(folder, rank, **said)
-    (folder / names.FAILURES).write_text(json.dumps({"0": 1, "1": -9}))
-    with pytest.raises(kind, match=text) as caught:
+    for rank, report in enumerate(reports):
+        if report:
+            ended(folder, rank, **report)
+    (folder / FAILURES).write_text(json.dumps({"0": 1, "1": -9}))
+    with pytest.raises(error, match=text) as caught:
         outcome(folder, "stage", 2, 1)
-    assert type(caught.value) is kind
+    assert type(caught.value) is error
 
 
-def test_a_death_is_told_with_what_was_printed_last(tmp_path):
-    names.output_file(tmp_path, 0).write_text("\n".join(f"line {n}" for n in range(50)))
-    (tmp_path / names.FAILURES).write_text(json.dumps({"0": 3, "1": -15}))
+def test_a_dead_childs_error_has_its_last_output(tmp_path):
+    output_file(tmp_path, 0).write_text("\n".join(f"line {n}" for n in range(50)))
+    (tmp_path / FAILURES).write_text(json.dumps({"0": 3, "1": -15}))
     with pytest.raises(WorkerDied, match=r"(?s)process 1 of 2 ended with status 3.*line 49$") as e:
         outcome(tmp_path, "stage", 2, 1)
     assert "line 41" not in str(e.value)
     assert worth_retrying(e.value)
-    (tmp_path / names.FAILURES).unlink()
+    (tmp_path / FAILURES).unlink()
     with pytest.raises(WorkerDied, match="the launcher of its processes was ended by SIGKILL"):
         outcome(tmp_path, "stage", 2, -9)

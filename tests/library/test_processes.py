@@ -1,4 +1,4 @@
-"""Stages in several processes: the same result as in one, and nothing is left behind."""
+"""Stages in several processes: the same result as in one, and no process or file remains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import launch
 from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig, StoreConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import (
@@ -22,7 +21,8 @@ from rlhf.errors import (
     Interrupted,
     WorkerDied,
 )
-from rlhf.launch import folder as names
+from rlhf.launch import Job, launch
+from rlhf.launch.job import pids as pids_in
 from rlhf.ppo.checkpoint import checkpoints_in
 from rlhf.ppo.rollout import Sampling, generate, joined
 from rlhf.ppo.stored import CheckpointPlace
@@ -48,10 +48,17 @@ def _leaves_nothing(tmp_path, monkeypatch):
     assert [*place.iterdir()] == []
 
 
+def job(field, section, out_dir, inputs, **values) -> Job:
+    return Job(
+        stage=f"train-{field}", field=field, section=section, inputs=inputs, out_dir=out_dir,
+        **{"runtime": toys.RUNTIME, **values},
+    )  # fmt: skip
+
+
 def running(place) -> dict[int, int]:
     """The processes of the launch whose folder is in there."""
     (folder,) = place.glob("rlhf-launch-*")
-    return names.pids(folder)
+    return pids_in(folder)
 
 
 def gone(pids, seconds=10.0) -> bool:
@@ -82,8 +89,8 @@ def assert_close(one, two):
 def test_sft_in_two_processes(data, sft, tmp_path, sharding):
     told = []
     config = toys.changed(toys.SFT, processes=2, sharding=sharding)
-    result = launch.train_sft(
-        config, toys.BASE, data, tmp_path, runtime=toys.RUNTIME, progress=lambda *a: told.append(a)
+    result = launch(
+        job("sft", config, tmp_path, {"data": data}, base=toys.BASE), lambda *a: told.append(a)
     )
     assert_close(tmp_path, sft)
     assert (tmp_path / "config.json").read_text() == (sft / "config.json").read_text()
@@ -96,7 +103,7 @@ def test_sft_in_two_processes(data, sft, tmp_path, sharding):
 
 def test_the_reward_model_in_two_processes(data, sft, reward_model, tmp_path):
     config = toys.changed(toys.REWARD, processes=2)
-    launch.train_reward_model(config, data, sft, tmp_path, runtime=toys.RUNTIME)
+    launch(job("reward_model", config, tmp_path, {"data": data, "sft": sft}))
     assert_close(tmp_path, reward_model)
 
 
@@ -130,17 +137,16 @@ def test_a_process_that_dies_fails_this_try_alone(
             pids.extend(running(tmp_path / "t").values())
             os.kill(pids[1], signal.SIGKILL)
 
-    def run():
-        launch.train_policy(
-            config, data, sft, approved, out, checkpoints=checkpoints, place=place,
-            runtime=toys.RUNTIME, progress=progress,
-        )  # fmt: skip
-
+    inputs = {"data": data, "sft": sft, "reward-model": approved.subject}
+    call = job(
+        "policy", config, out, inputs, verdict=approved.verdict, checkpoints=checkpoints,
+        checkpoint_store=place,
+    )  # fmt: skip
     with pytest.raises(WorkerDied, match=r"train-policy: process 2 of 2 was ended by SIGKILL"):
-        run()
+        launch(call, progress)
     assert gone(pids, 0)
     assert checkpoints_in(checkpoints)
-    run()
+    launch(call, progress)
     assert steps[-1] == 4
     assert steps.count(1) == 1  # it went on
     assert open_store(place.uri, cache_dir=tmp_path).below(place.name).digests()
@@ -159,15 +165,14 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
 
+    inputs = {"data": data, "sft": sft, "reward-model": approved.subject}
+    call = job("policy", config, out, inputs, verdict=approved.verdict, checkpoints=checkpoints)
     before = signal.signal(
         signal.SIGTERM, lambda *_: heard.append([p.name for p in checkpoints_in(checkpoints)])
     )
     try:
         with pytest.raises(Interrupted, match=r"SIGTERM after update \d+ of 60: saved"):
-            launch.train_policy(
-                config, data, sft, approved, out, checkpoints=checkpoints,
-                runtime=toys.RUNTIME, progress=progress,
-            )  # fmt: skip
+            launch(call, progress)
     finally:
         signal.signal(signal.SIGTERM, before)
     ((saved,),) = heard
@@ -177,14 +182,14 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(
 
 
 PARENT = """
-import tempfile
 from pathlib import Path
-from rlhf import launch
+from rlhf.launch import Job, launch
 from tests.library import toys
-launch.train_sft(
-    toys.changed(toys.SFT, processes=2, epochs=1000), toys.BASE, Path({data!r}), Path({out!r}),
-    runtime=toys.RUNTIME, progress=lambda *_: Path({out!r}, "trains").touch(),
+job = Job(
+    stage="train-sft", field="sft", section=toys.changed(toys.SFT, processes=2, epochs=1000),
+    base=toys.BASE, inputs={{"data": {data!r}}}, out_dir={out!r}, runtime=toys.RUNTIME,
 )
+launch(job, lambda *_: Path({out!r}, "trains").touch())
 """
 
 
@@ -202,6 +207,18 @@ def test_killed_with_the_parent(data, tmp_path):
     end = time.monotonic() + 5
     while [*(tmp_path / "t").iterdir()] and time.monotonic() < end:
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "section", [toys.SFT, toys.REWARD, toys.PPO, toys.changed(toys.PPO, **EVERYTHING)]
+)
+def test_a_job_is_the_same_in_another_process(section, approved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sent = job("x", section, Path("out"), {"data": Path("data")}, verdict=approved.verdict)
+    received = Job.model_validate_json(sent.model_dump_json())
+    assert type(received.section) is type(section)
+    here = {"inputs": {"data": tmp_path / "data"}, "out_dir": tmp_path / "out"}
+    assert received == sent.model_copy(update=here)
 
 
 # --- shares ---------------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""A call of a training stage, and the files by which the processes of a launch exchange it.
+
+Loads no torch: the parent of a launch reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer
+
+from rlhf.config import BaseModelConfig, PPOConfig, RewardModelConfig, RuntimeConfig, SFTConfig
+from rlhf.gates import Verdict, require
+from rlhf.ppo.stored import CheckpointPlace
+from rlhf.progress import Progress, silent
+from rlhf.stage import StageResult
+
+#: A path that is absolute in JSON, for a process that may have another working directory.
+JobPath = Annotated[Path, PlainSerializer(lambda path: str(path.absolute()), when_used="json")]
+
+
+class Job(BaseModel):
+    """One call of a training stage: `train` runs it here, `launch` in child processes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    stage: str
+    """Name of the stage, for messages."""
+    field: str
+    """Name of `section` in the configuration, for messages."""
+    section: SFTConfig | RewardModelConfig | PPOConfig
+    """Hyper-parameters; their type decides which stage is called."""
+    base: BaseModelConfig = BaseModelConfig()
+    """Model that SFT starts from; the other stages start from an input."""
+    inputs: Mapping[str, JobPath]
+    """Folders by role: `data`, `sft` and `reward-model`."""
+    verdict: Verdict | None = None
+    """Verdict on the reward model; None for an environment that needs none."""
+    out_dir: JobPath
+    """Empty folder for the result."""
+    seed: int = 0
+    """Seed of the stage."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Device, and the threads of all processes together."""
+    checkpoints: JobPath | None = None
+    """Folder that PPO saves to and resumes from; None trains without."""
+    checkpoint_store: CheckpointPlace | None = None
+    """Store that PPO's checkpoints are uploaded to; None uploads none."""
+    identity: Mapping[str, str] = {}
+    """Digests of PPO's inputs, as far as they are known."""
+    log_level: int = logging.WARNING
+    """Level of the logger `rlhf` in child processes; set by `launch`."""
+
+
+def train(job: Job, progress: Progress = silent) -> StageResult:
+    """Run a job in this process, or this process's share of it.
+
+    Raises:
+        GateRejected: The verdict on PPO's reward model is a rejection.
+        RLHFError: An error of the stage.
+    """
+    shared: dict[str, Any] = {"seed": job.seed, "runtime": job.runtime, "progress": progress}
+    data = job.inputs["data"]
+    match job.section:
+        case SFTConfig():
+            from rlhf.sft import train_sft
+
+            return train_sft(job.section, job.base, data, job.out_dir, **shared)
+        case RewardModelConfig():
+            from rlhf.reward import train_reward_model
+
+            return train_reward_model(job.section, data, job.inputs["sft"], job.out_dir, **shared)
+        case PPOConfig():
+            from rlhf.ppo.train import train_policy
+            from rlhf.ppo.upload import CheckpointUploads
+
+            approved = uploads = None
+            if job.verdict is not None:
+                approved = require(job.inputs["reward-model"], job.verdict.subject, job.verdict)
+            if job.checkpoint_store is not None:
+                uploads = CheckpointUploads(job.checkpoint_store.open())
+            return train_policy(
+                job.section, data, job.inputs["sft"], approved, job.out_dir,
+                identity=job.identity, checkpoints=job.checkpoints, uploads=uploads, **shared,
+            )  # fmt: skip
+
+
+# Files in the folder of a launch.
+JOB = "job.json"
+RESULT = "result.json"
+MESSAGES = "messages.jsonl"
+FAILURES = "failures.json"
+AGENT_LOG = "agent.log"
+#: Environment variable with the launcher's process id.
+AGENT_PID = "RLHF_AGENT_PID"
+
+
+def pid_file(folder: Path, rank: int) -> Path:
+    """Return the file with a child's process id; it is there from the child's start on."""
+    return folder / f"{rank}.pid"
+
+
+def ended_file(folder: Path, rank: int) -> Path:
+    """Return the file in which a child reports its end: time, and error if any."""
+    return folder / f"{rank}.ended.json"
+
+
+def output_file(folder: Path, rank: int) -> Path:
+    """Return the file with a child's stdout and stderr."""
+    return folder / f"{rank}.output"
+
+
+def pids(folder: Path) -> dict[int, int]:
+    """Return process ids by rank of the children that have not reported their end."""
+    running: dict[int, int] = {}
+    for file in folder.glob("*.pid"):
+        rank = int(file.stem)
+        with suppress(ValueError):  # being written
+            if not ended_file(folder, rank).exists():
+                running[rank] = int(file.read_text())
+    return running
+
+
+def send(folder: Path, number: int) -> None:
+    """Send a signal to all running children."""
+    for pid in pids(folder).values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process exists; a zombie counts."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

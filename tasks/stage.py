@@ -1,0 +1,79 @@
+"""The declaration of a pipeline stage, what its body gets, and the store of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rlhf.config import PipelineConfig, on_this_machine
+from rlhf.config.placement import StageName
+from rlhf.modeling.foreign import ForeignModel
+from rlhf.paths import at_home
+from rlhf.progress import Progress
+from rlhf.stage import StageResult
+from rlhf.store import ArtifactRef, Producer, Store, open_store
+
+#: A page of Markdown, or the rows of a table.
+Shown: TypeAlias = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Arguments of a stage's body: inputs as verified local folders, and where to write."""
+
+    config: PipelineConfig
+    refs: Mapping[str, ArtifactRef]
+    folders: Mapping[str, Path]
+    out_dir: Path
+    checkpoints: Path
+    store: Store
+    producer: Producer
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One node of the pipeline, with everything that is particular to it."""
+
+    name: StageName
+    kind: str
+    """Kind of the artifact that it makes."""
+    inputs: Mapping[str, StageName]
+    """Roles of its inputs, each with the stage that makes it."""
+    depends_on: Callable[[PipelineConfig], Mapping[str, Any]]
+    """The configuration that changes the result, without paths: content counts, not location."""
+    body: Callable[[StageRun], StageResult]
+    headline: tuple[tuple[str, ...], ...] = ()
+    """Parts of the one-line summary: a format, and the metrics that it takes."""
+    section: str | None = None
+    """Section of the configuration that experiment trackers get; None sends them nothing."""
+    tracks_steps: bool = False
+    """Whether trackers get the metrics of every step, and not those of the result alone."""
+    needs_approval: bool = False
+    """Whether a person may have to approve `inputs["policy"]` before it runs."""
+    source_digest: Callable[[PipelineConfig], str] | None = None
+    """Digest of the external data that it reads, as a part of its fingerprint."""
+    external: Callable[[PipelineConfig], ForeignModel | None] = lambda _: None
+    """The external model that it starts from; its files are in `StageRun.folders["base"]`."""
+    holds: Callable[[PipelineConfig, Mapping[str, ArtifactRef], Store], bool] = lambda *_: True
+    """Whether its effect outside of the artifact is still in place; if not, it runs again."""
+    show: Callable[[Path, PipelineConfig], Mapping[str, Shown]] | None = None
+    """Makes pages for Prefect's UI, by key, from its artifact's folder."""
+
+    def needed_inputs(self, config: PipelineConfig) -> Mapping[str, StageName]:
+        """Return `inputs`, or none where a ready external model takes the stage's place."""
+        external = self.external(config)
+        return {} if external and external.ready else self.inputs
+
+
+def store_of(config: PipelineConfig) -> Store:
+    """Open the configured store, with its cache in this machine's work folder."""
+    config = on_this_machine(config)
+    return open_store(
+        config.store,
+        options=config.store_options,
+        cache_dir=at_home(config.runtime.work_dir),
+        cache_bytes=int(config.runtime.cache_gb * 1e9),
+    )
