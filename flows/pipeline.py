@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -16,16 +13,14 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows.leaving import before_prefect
-from flows.reporting import write_report
-from rlhf.config import Loaded, PipelineConfig, advice
+from rlhf.config import Loaded, advice
 from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
-from rlhf.report import StageRow
-from rlhf.report.model import RunOutcome, StageState
-from rlhf.store import ArtifactRef
+from rlhf.report import RunOutcome, StageRow, StageState
 from tasks.approval import is_waiting, wait_for_approval
 from tasks.first import preflight_flow
 from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
+from tasks.report import PipelineRun, write_report
 from tasks.runner import Outcome
 from tasks.stages import STAGES
 
@@ -35,28 +30,6 @@ OUTCOMES = (
     (ApprovalMissing, RunOutcome.AWAITINGAPPROVAL),
     (ApprovalRefused, RunOutcome.REFUSED),
 )
-
-
-@dataclass
-class PipelineRun:
-    """State of a pipeline run, updated stage by stage."""
-
-    config: PipelineConfig
-    origins: Mapping[str, str]
-    name: str
-    started: str
-    refs: dict[str, ArtifactRef] = field(default_factory=dict)
-    rows: list[StageRow] = field(default_factory=list)
-    outcome: RunOutcome = RunOutcome.FAILED
-    reason: str = ""
-    error: BaseException | None = None
-    report: Path | None = None
-    advice: tuple[str, ...] = ()
-
-    @property
-    def all_cached(self) -> bool:
-        """Whether every stage had a record."""
-        return all(row.state == StageState.CACHED for row in self.rows)
 
 
 def run_name() -> str:

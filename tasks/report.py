@@ -1,0 +1,204 @@
+"""The report of a pipeline run: an HTML page, kept as an artifact, and its Markdown summary."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact
+
+from rlhf.config import Loaded, PipelineConfig, on_this_machine
+from rlhf.gates import Verdict, read_verdict
+from rlhf.paths import at_home
+from rlhf.report import (
+    ConfigRow,
+    Lineage,
+    LineageNode,
+    RunOutcome,
+    RunReport,
+    Sample,
+    StageRow,
+    StageState,
+    render,
+)
+from rlhf.stage import read_json
+from rlhf.store import ArtifactRef, Store
+from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.code_version import code_version, commit, library_versions, producer
+from tasks.stage import Stage, store_of
+from tasks.stages import (
+    EVALUATE_POLICY,
+    EVALUATE_REWARD_MODEL,
+    GATE_POLICY,
+    GATE_REWARD_MODEL,
+    PREPARE_DATA,
+    TRAIN_POLICY,
+)
+
+REPORT = "report.html"
+DATA = "report.json"
+
+
+@dataclass
+class PipelineRun:
+    """State of a pipeline run, updated stage by stage."""
+
+    config: PipelineConfig
+    origins: Mapping[str, str]
+    name: str
+    started: str
+    refs: dict[str, ArtifactRef] = field(default_factory=dict)
+    rows: list[StageRow] = field(default_factory=list)
+    outcome: RunOutcome = RunOutcome.FAILED
+    reason: str = ""
+    error: BaseException | None = None
+    report: Path | None = None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def all_cached(self) -> bool:
+        """Whether every stage had a record."""
+        return all(row.state == StageState.CACHED for row in self.rows)
+
+
+def write_report(run: PipelineRun) -> str:
+    """Write the report to the report folder and the store, and return its summary.
+
+    Sets `run.report`. A run that found every stage done gets the page of the run that it repeats.
+    The summary goes to Prefect's UI too.
+    """
+    store = store_of(run.config)
+    summary = _summary(run, _publish(run, store), store)
+    create_markdown_artifact(key="report", markdown=summary, description=f"Report of {run.name}")
+    return summary
+
+
+def _publish(run: PipelineRun, store: Store) -> str:
+    """Publish the report, or find the one of an equal run; return its digest."""
+    refs = {name: ref.digest for name, ref in run.refs.items()}
+    identity = {"refs": refs, "outcome": run.outcome, "config": run.config.model_dump(mode="json")}
+    key = sha256_bytes(canonical_json(identity))
+    folder = at_home(on_this_machine(run.config).runtime.report_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.report = (folder / f"{run.config.name}-{key[:10]}.html").resolve()
+    record = store.latest(f"records/report/{key}") if run.all_cached else None
+    if record and store.exists(record["digest"]):
+        shutil.copyfile(store.fetch(record["digest"]) / REPORT, run.report)
+        return record["digest"]
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / REPORT
+        report = _gather(run, store)
+        page.write_text(render(report), encoding="utf-8")
+        # For programs; a number that is not finite is null there.
+        (page.parent / DATA).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+        ref = store.publish(
+            page.parent, "report", parents=run.refs, metrics={},
+            producer=producer("report", {}, run.config.seed),
+        )  # fmt: skip
+        shutil.copyfile(page, run.report)
+    store.append(f"records/report/{key}", ref.model_dump(mode="json"))
+    return ref.digest
+
+
+def _gather(run: PipelineRun, store: Store) -> RunReport:
+    """Read the report's parts from the artifacts; the part of a stage that did not run is empty."""
+
+    def part(stage: Stage, file: str) -> Any:
+        ref = run.refs.get(stage.name)
+        path = store.fetch(ref) / file if ref else None
+        return read_json(path) if path and path.is_file() else None
+
+    samples = part(EVALUATE_POLICY, "samples.json") or []
+    return RunReport(
+        title=run.config.name,
+        run_name=run.name,
+        started=run.started,
+        outcome=run.outcome,
+        reason=run.reason,
+        seed=run.config.seed,
+        stages=tuple(run.rows),
+        data=part(PREPARE_DATA, "summary.json") or {},
+        reward_model=part(EVALUATE_REWARD_MODEL, "evaluation.json"),
+        policy=part(EVALUATE_POLICY, "evaluation.json"),
+        curves=tuple(part(TRAIN_POLICY, "curve.json") or ()),
+        samples=tuple(_sample(row) for row in samples[: run.config.evaluation.samples]),
+        verdicts=tuple(_verdicts(run, store)),
+        advice=run.advice,
+        config_rows=tuple(ConfigRow(*row) for row in Loaded(run.config, run.origins).rows()),
+        lineage=_lineage(run, store),
+        versions={
+            "python": platform.python_version(),
+            "rlhf-pipeline": code_version(),
+            "commit": commit() or "unknown",
+            **library_versions(),
+        },
+    )
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return Sample(**{**row, "prompt": prompt})
+
+
+def _verdicts(run: PipelineRun, store: Store) -> list[Verdict]:
+    """Return the gates' verdicts; that of a rejecting gate comes with its error."""
+    verdicts = _published_verdicts(run, store)
+    rejection: Verdict | None = getattr(run.error, "verdict", None)
+    if rejection is not None and rejection.gate not in {verdict.gate for verdict in verdicts}:
+        verdicts.append(rejection)
+    return verdicts
+
+
+def _published_verdicts(run: PipelineRun, store: Store) -> list[Verdict]:
+    gates = (GATE_REWARD_MODEL.name, GATE_POLICY.name)
+    return [read_verdict(store.fetch(run.refs[gate])) for gate in gates if gate in run.refs]
+
+
+def _lineage(run: PipelineRun, store: Store) -> Lineage:
+    nodes, edges = [], []
+    for name, ref in run.refs.items():
+        nodes.append(LineageNode(digest=ref.digest, kind=ref.kind, stage=name))
+        edges += [(parent, ref.digest) for parent in store.manifest(ref).parents.values()]
+    return Lineage(nodes=tuple(nodes), edges=tuple(edges))
+
+
+def _summary(run: PipelineRun, report: str, store: Store) -> str:
+    """Return outcome, stages and gates in Markdown, and how to get the report of this digest."""
+    stages = [
+        (row.name, row.state, row.metric or row.message, (row.artifact or "")[:12])
+        for row in run.rows
+    ]
+    checks = [
+        (verdict.gate, check.metric,
+         f"{check.value:.5g}" if check.value is not None else "missing",
+         check.bound, "yes" if check.passed else "**no**")
+        for verdict in _published_verdicts(run, store)
+        for check in verdict.checks
+    ]  # fmt: skip
+    pull = f"rlhf artifacts pull {report[:12]} report --store {run.config.store}"
+    parts = (
+        f"**{run.outcome}**: {_cell(run.reason)}",
+        _table(("stage", "state", "key metric", "artifact"), stages),
+        _table(("gate", "metric", "value", "needs", "passed"), checks),
+        f"Report: `{run.report}`, on the machine that ran this, or\n\n    {pull}",
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Escape text for a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
