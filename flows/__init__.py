@@ -1,7 +1,7 @@
-"""What runs after what: the pipeline, one flow per stage, and the command line."""
+"""The flows: the pipeline, one flow per stage, retraining, and the `rlhf` command."""
 
 import os
 
-# On its own hardware: nothing is told to anybody, unless the user says so.
+# Prefect sends no usage data, unless the user allows it.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -1,4 +1,4 @@
-"""`rlhf approve`: a person's yes or no to a policy that has met every gate."""
+"""The command `rlhf approve`: a person's decision on a policy that has met every gate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from flows.artifacts import ConfigOption, StoreOption
 from flows.registry import ByOption, NameOption, opened_line
-from rlhf.approvals import Approval, person, record_approval
+from rlhf.approvals import acting_person, record_approval
 from rlhf.errors import ArtifactMissing, ConfigError
 
 if TYPE_CHECKING:
@@ -33,37 +33,33 @@ def approve(
     why
         The reason, for the promotion's record.
     """
+    decided = "refused" if refuse else "approved"
     if store is None and config is None:
-        waiting = _suspended(run)
-        _resume(
-            waiting, {"decision": "refuse" if refuse else "approve", "by": person(by), "why": why}
-        )
-        console.print(f"{waiting.name}: {_said(not refuse)}; it goes on", highlight=False)
+        suspended = _suspended(run)
+        answer = "refuse" if refuse else "approve"
+        _resume(suspended, {"decision": answer, "by": acting_person(by), "why": why})
+        console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
         return
     loaded, opened = opened_line(name, store, config)
     line = loaded.promotion
     policy = opened.resolve(run)
     if policy.kind != "policy":
         raise ConfigError(f"{run}: {policy.short} is of kind {policy.kind}; give a policy")
-    said: Approval = record_approval(
+    approval = record_approval(
         opened, line.name, policy.digest, approved=not refuse, by=by, why=why
     )
     console.print(
-        f"{policy.short} of {line.name}: {_said(said.approved)} by {said.by}; run the same again",
+        f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again",
         highlight=False,
     )
 
 
-def _said(approved: bool) -> str:
-    return "approved" if approved else "refused"
-
-
 def _suspended(run: str) -> FlowRun:
-    """The one suspended run of that name or id.
+    """Return the one suspended run with this name or beginning of its id.
 
     Raises:
-        ConfigError: There is no server to ask, or several runs are meant.
-        ArtifactMissing: No suspended run is called that.
+        ConfigError: No server is configured, or several runs match.
+        ArtifactMissing: No suspended run matches.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -80,22 +76,22 @@ def _suspended(run: str) -> FlowRun:
         )
     with get_client(sync_client=True) as client:
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
-        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
-    meant = [each for each in found if each.name == run or str(each.id).startswith(run)]
-    if not meant:
-        others = ", ".join(each.name for each in found) or "none"
+        suspended = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
+    matches = [each for each in suspended if each.name == run or str(each.id).startswith(run)]
+    if not matches:
+        others = ", ".join(each.name for each in suspended) or "none"
         raise ArtifactMissing(f"{run}: no such run waits for an approval; those that do: {others}")
-    if len(meant) > 1:
-        ids = ", ".join(str(each.id) for each in meant)
-        raise ConfigError(f"{run}: {len(meant)} runs are meant; give the id of one: {ids}")
-    return meant[0]
+    if len(matches) > 1:
+        ids = ", ".join(str(each.id) for each in matches)
+        raise ConfigError(f"{run}: {len(matches)} runs are meant; give the id of one: {ids}")
+    return matches[0]
 
 
 def _resume(run: FlowRun, answer: dict[str, object]) -> None:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        done = client.resume_flow_run(run.id, run_input=answer)
-    if done.status.value != "ACCEPT":
-        reason = getattr(done.details, "reason", None) or done.status.value
+        response = client.resume_flow_run(run.id, run_input=answer)
+    if response.status.value != "ACCEPT":
+        reason = getattr(response.details, "reason", None) or response.status.value
         raise ConfigError(f"{run.name}: can't be resumed: {reason}")

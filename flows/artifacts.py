@@ -1,4 +1,4 @@
-"""`rlhf artifacts`: look at what a store holds, move it in and out, keep it sound and small."""
+"""The `rlhf artifacts` commands: list, verify, copy, pin and collect artifacts of a store."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ console = Console()
 
 StoreOption = Annotated[str | None, Parameter(help="Store URI; default: the preset's store.")]
 ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the store.")]
-#: Publishers rely on it that what is up to an hour old when they look stays until they are done.
+#: Least grace of `gc`, in hours. A publisher reuses objects that are up to an hour old, and they
+#: have to stay until it is done.
 LEAST_GRACE = 2.0
 
 
 def open_named(store: str | None, config: Path | None) -> Store:
-    """The store of a preset, or that of this URI with the preset's options."""
-    from tasks.runner import store_of
+    """Open a preset's store, or the store at this URI with the preset's options."""
+    from tasks.stage import store_of
 
     return store_of(load_config(config, [f"--store={store}"] if store else []).config)
 
@@ -47,14 +48,11 @@ def open_named(store: str | None, config: Path | None) -> Store:
 def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
     """List all artifacts of a store, the newest last."""
     from flows.terminal import artifacts_table
+    from rlhf.registry import model_lines
 
     opened = open_named(store, config)
-    champions = {name: opened.latest(name) for name in opened.names("champion/")}
-    marks = [
-        (entry["policy"], f"champion of {name.removeprefix('champion/')}")
-        for name, entry in champions.items()
-        if entry
-    ]
+    champions = {line: opened.latest(f"champion/{line}") for line in model_lines(opened)}
+    marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
     marks += [(digest, f"pin {name}") for name, digest in opened.pins().items()]
     console.print(artifacts_table(opened.list(), marks))
 
@@ -129,9 +127,9 @@ def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOpt
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} is there already; name a new folder")
     opened = open_named(store, config)
-    found = opened.resolve(ref)
-    with _progress(f"pull {found.short}") as listener:
-        source = opened.fetch(found, listener=listener)
+    resolved = opened.resolve(ref)
+    with _progress(f"pull {resolved.short}") as listener:
+        source = opened.fetch(resolved, listener=listener)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -226,13 +224,13 @@ def gc(
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Listener]:
-    """A bar with speed and ETA, where somebody looks; what is quick leaves no trace."""
+def _progress(label: str) -> Iterator[Listener]:
+    """Show a transient bar with speed and ETA, if the console is a terminal."""
     columns = (
         TextColumn("{task.description}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn(),
         TextColumn("ETA"), TimeRemainingColumn(),
     )  # fmt: skip
-    shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(what, total=None)
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

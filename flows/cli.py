@@ -1,4 +1,4 @@
-"""The `rlhf` command."""
+"""The `rlhf` command: its entry point and the commands run, stage and config."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.console import Console
 
 import rlhf
 from flows import approving, artifacts, registry, runs
-from flows.leaving import leave_on_signals
+from flows.leaving import exit_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
 
-#: Exit codes: 2 for what the user can mend before any training, 3 for a gate's no, 1 for the rest.
+#: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
 BAD_INPUT, REJECTED, BROKEN = 2, 3, 1
 
 Overrides = Annotated[
@@ -46,31 +46,13 @@ console = Console()
 
 
 def main() -> None:
-    """Entry point: turns every known error into one line and an exit code."""
+    """Run the command, with one line and an exit code for every known error."""
     try:
         sys.exit(app() or 0)
     except RLHFError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def fail(error: BaseException) -> int:
-    """Print one line that says what is wrong, and return the exit code that goes with it."""
-    line = " ".join(str(error).split())
-    errors = Console(stderr=True)
-    errors.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-    if isinstance(error, GateRejected):
-        return REJECTED
-    return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN
-
-
-def warn(config: PipelineConfig) -> None:
-    """Name the values that are allowed but unusual, before any work starts."""
-    for line in advice(config):
-        text = f"warning: {line}"
-        errors = Console(stderr=True)
-        errors.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -94,14 +76,14 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     prepare_prefect(verbose)
     from flows.pipeline import pipeline
     from flows.terminal import show_run
-    from rlhf.report.model import RunOutcome
+    from rlhf.report import RunOutcome
     from tasks.parameters import ORIGINS
     from tasks.progress import show_on
 
     console.print(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
     show_on(console)
     ORIGINS.set(loaded.sources)
-    state = pipeline(overrides=_tree(loaded.config), return_state=True)
+    state = pipeline(overrides=loaded.config.model_dump(mode="json"), return_state=True)
     result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         return fail(result)
@@ -151,7 +133,9 @@ def stage(
 
     show_on(console)
     digests = {role: ref.digest for role, ref in inputs.items()}
-    state = STAGE_FLOWS[name](overrides=_tree(loaded.config), inputs=digests, return_state=True)
+    state = STAGE_FLOWS[name](
+        overrides=loaded.config.model_dump(mode="json"), inputs=digests, return_state=True
+    )
     result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         return fail(result)
@@ -159,17 +143,6 @@ def stage(
     console.print(f"{name}: {label} in {result.seconds:.1f} s  {result.headline}", highlight=False)
     console.print(f"artifact {result.ref.digest}", soft_wrap=True, highlight=False)
     return 0
-
-
-def _tree(config: PipelineConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")
-
-
-def _role(text: str) -> tuple[str, str]:
-    role, equals, ref = text.partition("=")
-    if not (role and equals and ref):
-        raise ConfigError(f"--input {text!r}: write role=artifact, for example sft=3f2a91c04d")
-    return role, ref
 
 
 @config_app.command
@@ -188,36 +161,60 @@ def show(config: Path | None = None, *overrides: Overrides) -> None:
     console.print(config_table(loaded))
 
 
+def fail(error: BaseException) -> int:
+    """Print an error in one line and return its exit code."""
+    line = " ".join(str(error).split())
+    errors = Console(stderr=True)
+    errors.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if isinstance(error, GateRejected):
+        return REJECTED
+    return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN
+
+
+def warn(config: PipelineConfig) -> None:
+    """Print a warning for each value outside of its advised range."""
+    for line in advice(config):
+        text = f"warning: {line}"
+        errors = Console(stderr=True)
+        errors.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def prepare_prefect(verbose: bool) -> None:
-    """Settings for a run in this process; those that the user set in the environment win."""
-    leave_on_signals()
+    """Configure signals, Prefect and logging; variables that the user has set stay."""
+    exit_on_signals()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    # Training takes all cores, and the ephemeral server beside it its time to answer.
+    # Training takes all cores, so the ephemeral server may answer late.
     os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
     os.environ.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT", "60")
     os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
-        # Errors are printed by us in one line; the full log is in Prefect's UI.
+        # `fail` prints errors in one line; the full log is in Prefect's UI.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         import warnings
 
         warnings.simplefilter("ignore")
-        # What the library itself has to warn of is for the user all the same.
-        shown = logging.StreamHandler()
-        shown.setFormatter(_Plain())
-        logging.getLogger("rlhf").addHandler(shown)
+        # The library's own warnings are for the user.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(prefix)s%(message)s"))
+        handler.addFilter(_add_prefix)
+        logging.getLogger("rlhf").addHandler(handler)
         logging.getLogger("rlhf").setLevel(logging.INFO)
 
 
-class _Plain(logging.Formatter):
-    """`warning: …` for what may be wrong, the bare line for what is only worth knowing."""
+def _add_prefix(record: logging.LogRecord) -> bool:
+    """Set the field `prefix` of a log record: `warning: `, or empty for information."""
+    record.__dict__["prefix"] = "warning: " if record.levelno >= logging.WARNING else ""
+    return True
 
-    def format(self, record: logging.LogRecord) -> str:
-        level = "warning: " if record.levelno >= logging.WARNING else ""
-        return level + record.getMessage()
+
+def _role(text: str) -> tuple[str, str]:
+    role, equals, ref = text.partition("=")
+    if not (role and equals and ref):
+        raise ConfigError(f"--input {text!r}: write role=artifact, for example sft=3f2a91c04d")
+    return role, ref
 
 
 if __name__ == "__main__":

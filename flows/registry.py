@@ -1,4 +1,7 @@
-"""`rlhf promote | rollback | champion`: which policy is champion, and changing that by hand."""
+"""The commands `rlhf promote`, `rlhf rollback` and `rlhf champion`, and their options.
+
+They read and change by hand which policy is the champion of a model line.
+"""
 
 from __future__ import annotations
 
@@ -57,23 +60,25 @@ def promote(
     if before and before.policy == ref.digest:
         console.print(f"{ref.short} is the champion of {line} already", highlight=False)
         return
-    found = registry.verdict_of(opened, ref.digest)
-    approving = found is not None and found[1].approved
-    if not approving and not unapproved:
-        said = f"{found[1].gate} said no ({found[1].reason})" if found else "no gate has judged it"
-        raise ConfigError(
-            f"{ref.short}: {said}; to promote it all the same: --unapproved --why '<the reason>'"
+    verdict_ref, verdict = registry.verdict_of(opened, ref.digest) or (None, None)
+    approved = verdict is not None and verdict.approved
+    if not approved and not unapproved:
+        reason = (
+            f"{verdict.gate} said no ({verdict.reason})" if verdict else "no gate has judged it"
         )
-    asked = _dataset(opened, ref, data)
+        raise ConfigError(
+            f"{ref.short}: {reason}; to promote it all the same: --unapproved --why '<the reason>'"
+        )
+    dataset = _dataset(opened, ref, data)
     replies = smoke_test(
-        opened.fetch(ref), opened.fetch(asked), seconds=loaded.promotion.smoke_seconds,
+        opened.fetch(ref), opened.fetch(dataset), seconds=loaded.promotion.smoke_seconds,
         runtime=loaded.runtime,
     )  # fmt: skip
     entry = registry.promote(
-        opened, line, ref.digest, verdict=found[0].digest if found else None, expected=before,
-        why=why, by=by, unapproved=not approving,
+        opened, line, ref.digest, verdict=verdict_ref.digest if verdict_ref else None,
+        expected=before, why=why, by=by, unapproved=not approved,
     )  # fmt: skip
-    _tell(entry, f"; it answered {len(replies)} held-out prompts")
+    _print_champion(entry, f"; it answered {len(replies)} held-out prompts")
 
 
 def rollback(
@@ -94,7 +99,7 @@ def rollback(
 
     loaded, opened = opened_line(name, store, config)
     target = opened.resolve(to).digest if to else None
-    _tell(registry.rollback(opened, loaded.promotion.name, to=target, why=why, by=by))
+    _print_champion(registry.rollback(opened, loaded.promotion.name, to=target, why=why, by=by))
 
 
 def champion(
@@ -112,44 +117,43 @@ def champion(
     from rlhf import registry
 
     loaded, opened = opened_line(name, store, config)
-    found = [line.removeprefix("champion/") for line in opened.names("champion/")]
-    lines = [loaded.promotion.name] if name or config else found
+    existing = registry.model_lines(opened)
+    lines = [loaded.promotion.name] if name or config else existing
     entries = {line: registry.history(opened, line) for line in lines}
     if not any(entries.values()):
         wanted = f" for model line {lines[0]!r}" if lines else ""
-        there = f"; there is one of {', '.join(found)}" if found else ""
-        raise ArtifactMissing(f"{opened.uri}: no champion{wanted}{there}")
-    console.print(
-        champions_table([e for each in entries.values() for e in each[0 if history else -1 :]])
-    )
+        others = f"; there is one of {', '.join(existing)}" if existing else ""
+        raise ArtifactMissing(f"{opened.uri}: no champion{wanted}{others}")
+    first = 0 if history else -1
+    console.print(champions_table([e for each in entries.values() for e in each[first:]]))
 
 
 def opened_line(
     name: str | None, store: str | None, config: Path | None
 ) -> tuple[PipelineConfig, Store]:
-    """The configuration whose `promotion.name` is the model line, and its store."""
-    from tasks.runner import store_of
+    """Return the configuration, with the model line as its `promotion.name`, and its store."""
+    from tasks.stage import store_of
 
-    given = {"store": store, "promotion.name": name}
-    loaded = load_config(config, [f"--{key}={value}" for key, value in given.items() if value])
+    options = {"store": store, "promotion.name": name}
+    loaded = load_config(config, [f"--{key}={value}" for key, value in options.items() if value])
     return loaded.config, store_of(loaded.config)
 
 
-def _dataset(store: Store, policy: ArtifactRef, given: str | None) -> ArtifactRef:
-    """The dataset that is named, or the policy's own."""
+def _dataset(store: Store, policy: ArtifactRef, data: str | None) -> ArtifactRef:
+    """Return the dataset of the --data option, or else the one that the policy was trained on."""
     parent = store.manifest(policy).parents.get("data")
-    if given is None and parent is None:
+    if data is None and parent is None:
         raise ConfigError(
             f"{policy.short} was trained on no dataset of this store; name one whose held-out "
             "prompts it shall answer: --data <digest>"
         )
-    ref = store.resolve(given or str(parent))
+    ref = store.resolve(data or str(parent))
     if ref.kind != "dataset":
-        raise ConfigError(f"--data {given}: {ref.short} is of kind {ref.kind}; give a dataset")
+        raise ConfigError(f"--data {data}: {ref.short} is of kind {ref.kind}; give a dataset")
     return ref
 
 
-def _tell(entry: Promotion, more: str = "") -> None:
+def _print_champion(entry: Promotion, more: str = "") -> None:
     instead = f" in place of {entry.previous[:12]}" if entry.previous else ""
     text = f"{entry.policy[:12]} is the champion of {entry.model}{instead}{more}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)

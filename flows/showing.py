@@ -1,4 +1,4 @@
-"""How a run's state, times and progress read in a line."""
+"""Texts for the state, times and progress of a Prefect run, for `rlhf runs` and `rlhf status`."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from rich.text import Text
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import Artifact, FlowRun, State, TaskRun
 
-#: Styles of states: by name, and of those that are not here by type.
-STYLES = {
-    "Cached": "cyan", "GateRejected": "yellow", "Refused": "yellow", "AwaitingApproval": "yellow",
+#: Colours of Prefect's types of states.
+TYPE_STYLES = {
     "COMPLETED": "green", "RUNNING": "blue", "FAILED": "red", "CRASHED": "bold red",
     "PAUSED": "yellow",
 }  # fmt: skip
 
 
 def state_text(state: State[Any] | None) -> Text:
-    """A state's name, coloured."""
+    """Return a state's name, coloured by name or else by type."""
+    from rlhf.report import STATES
+
     if state is None:
         return Text("Unknown", "dim")
     name = state.name or state.type.value
-    return Text(name, STYLES.get(name) or STYLES.get(state.type.value, "dim"))
+    styles = TYPE_STYLES | {word.value: look.style for word, look in STATES.items()}
+    return Text(name, styles.get(name) or styles.get(state.type.value, "dim"))
 
 
 def message_of(state: State[Any] | None) -> str:
-    """A state's message in one line."""
+    """Return a state's message as one line."""
     return " ".join((state.message or "").split()) if state else ""
 
 
 def seconds_of(run: FlowRun | TaskRun) -> float | None:
-    """How long it has run; None before it does."""
+    """Return a run's time so far; None before its start."""
     if run.start_time is None:
         return None
     spent = run.estimated_run_time or run.total_run_time or timedelta()
@@ -40,38 +42,39 @@ def seconds_of(run: FlowRun | TaskRun) -> float | None:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people read them; nothing for None."""
+    """Format seconds: `3.2 s`, `3 min 05 s`, `2 h 14 min`; empty for None."""
+    from rlhf.report.text import minutes
+
     if seconds is None:
         return ""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds < 60 else minutes(int(seconds))
 
 
 def clock(moment: datetime | None) -> str:
-    """Local time."""
+    """Format a time in the local time zone; empty for None."""
     return moment.astimezone().strftime("%Y-%m-%d %H:%M") if moment else ""
 
 
-def progress_of(told: Artifact | None, at_work: FlowRun | TaskRun) -> str:
-    """Percent, and while it runs the time that is left if it goes on as fast."""
-    if told is None:
+def progress_of(progress: Artifact | None, run: FlowRun | TaskRun) -> str:
+    """Return the percentage of a progress artifact, with the ETA of a running `run`.
+
+    The ETA extrapolates the mean speed since the run's start.
+    """
+    if progress is None:
         return ""
-    percent = float(cast("float", told.data))
+    percent = float(cast("float", progress.data))
     text = f"{percent:.0f} %"
-    running = at_work.state is not None and at_work.state.is_running()
-    if not (running and at_work.start_time and told.updated and percent > 0):
+    is_running = run.state is not None and run.state.is_running()
+    if not (is_running and run.start_time and progress.updated and percent > 0):
         return text
-    took = (told.updated - at_work.start_time).total_seconds()
-    since = (datetime.now(UTC) - told.updated).total_seconds()
-    left = max(took * (100 - percent) / percent - since, 0)
+    elapsed = (progress.updated - run.start_time).total_seconds()
+    since_update = (datetime.now(UTC) - progress.updated).total_seconds()
+    left = max(elapsed * (100 - percent) / percent - since_update, 0)
     return f"{text}, ETA {duration(left)}"
 
 
 def next_step(run: FlowRun) -> list[str]:
-    """What a person has to do."""
+    """Return the command that continues a suspended or crashed run, if it is one."""
     name = run.state.name if run.state else ""
     if name == "Suspended":
         return [f"waits for you: rlhf approve {run.name}, or rlhf approve {run.name} --refuse"]

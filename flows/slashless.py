@@ -1,8 +1,8 @@
-"""Lets Prefect's command line accept `prefect deployment run rlhf-pipeline`.
+"""Prefect plugin for the command `prefect deployment run rlhf-pipeline`.
 
-Prefect wants `<flow>/<deployment>` there. This plugin, enabled in pyproject.toml and so only in a
-process that starts in the checkout's root, writes the name in full; it imports nothing of ours and
-does nothing in any other process.
+Prefect expects `<flow>/<deployment>` there, and the plugin completes the name. It is enabled in
+pyproject.toml, so Prefect loads it only in processes that start in the checkout's root. It imports
+no other module of the project, and does nothing in any other command.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ COMMAND = ["deployment", "run", NAME]
 
 @register_hook
 def setup_environment(*, ctx: Any) -> None:
-    """Complete the one command line; no environment is changed."""
+    """Complete the name in the command's arguments; the environment stays unchanged."""
     if sys.argv[0].rpartition("/")[2] == "prefect" and sys.argv[1:4] == COMMAND:
         sys.argv[3] = f"{NAME}/{NAME}"

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: tables, samples, trees."""
+"""Tables, samples and trees for the terminal."""
 
 from __future__ import annotations
 
@@ -14,32 +14,76 @@ from rich.tree import Tree
 from rlhf.config import Loaded, on_this_machine
 from rlhf.paths import at_home
 from rlhf.registry import Promotion
+from rlhf.report import OUTCOMES, STATES
 from rlhf.stage import read_json
 from rlhf.store import Ancestor, Artifact
-from tasks.runner import store_of
+from tasks.stage import store_of
+from tasks.stages import EVALUATE_POLICY
 
 if TYPE_CHECKING:
-    from flows.pipeline import PipelineRun
-
-STYLES = {
-    "Completed": "green", "Cached": "cyan", "GateRejected": "yellow", "Failed": "red",
-    "AwaitingApproval": "yellow", "Refused": "yellow", "NotRun": "dim",
-}  # fmt: skip
+    from tasks.report import PipelineRun
 
 
 def show_run(console: Console, run: PipelineRun) -> None:
-    """Stages, sample replies side by side, and where the report lies."""
+    """Print a run's stages, sample replies side by side, and the report's path."""
     console.print(_stages(run))
-    if "evaluate-policy" in run.refs:
-        folder = store_of(run.config).fetch(run.refs["evaluate-policy"])
+    if EVALUATE_POLICY.name in run.refs:
+        folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
         samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
         console.print(_samples(samples))
-    console.print(Text(f"{run.outcome}: {run.reason}", STYLES.get(run.outcome, "green")))
+    console.print(Text(f"{run.outcome}: {run.reason}", OUTCOMES[run.outcome].style))
     tracking = on_this_machine(run.config).tracking
     logs = at_home(tracking.log_dir)
     if "tensorboard" in tracking.trackers and logs.is_dir():
         console.print(Text(f"metrics: tensorboard --logdir {logs}"), soft_wrap=True)
     console.print(Text(f"report: {run.report}"), soft_wrap=True)
+
+
+def config_table(loaded: Loaded) -> Table:
+    """Return all values of a configuration and their origins as a table."""
+    table = Table()
+    for name in ("field", "value", "from"):
+        # A truncated name could be mistaken for its neighbour's.
+        table.add_column(name, no_wrap=name == "field", overflow="fold")
+    for key, value, source in loaded.rows():
+        style = "dim" if source == "default" else "bold"
+        table.add_row(Text(key, style), Text(value, style), Text(source, style))
+    return table
+
+
+def artifacts_table(artifacts: Sequence[Artifact], marks: Sequence[tuple[str, str]]) -> Table:
+    """Return artifacts as a table, the newest last; `marks` are pairs of digest and remark."""
+    table = Table("artifact", "kind", "stage", "seed", "files", "size", "age", "")
+    for ref, manifest, age in sorted(artifacts, key=lambda each: -each.age):
+        remark = ", ".join(mark for digest, mark in marks if digest == ref.digest)
+        table.add_row(
+            ref.short, ref.kind, manifest.producer.stage, str(manifest.producer.seed),
+            str(len(manifest.files)), f"{ref.size / 1e6:.2f} MB", _age(age), Text(remark, "bold"),
+        )  # fmt: skip
+    return table
+
+
+def champions_table(entries: Sequence[Promotion]) -> Table:
+    """Return entries of the champions' histories as a table."""
+    table = Table("line", "entry", "", "policy", "verdict", "by", "when", "run", "why")
+    for entry in entries:
+        verdict = "unapproved" if entry.unapproved else (entry.verdict or "")[:12]
+        cells = (
+            entry.model, str(entry.number), entry.action, entry.policy[:12], verdict,
+            entry.by or "", entry.when or "", entry.run or "", entry.why,
+        )  # fmt: skip
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:
+    """Return an artifact's ancestors as a tree."""
+    root = Tree(f"{ancestors[0].ref.short} {ancestors[0].ref.kind}")
+    path = [root]
+    for depth, role, ref in ancestors[1:]:
+        path = path[:depth]
+        path.append(path[-1].add(f"{role}: {ref.short} {ref.kind}"))
+    return root
 
 
 def _stages(run: PipelineRun) -> Table:
@@ -48,7 +92,7 @@ def _stages(run: PipelineRun) -> Table:
         table.add_column(name, no_wrap=name != "key metric")
     for row in run.rows:
         time = "" if row.seconds is None else f"{row.seconds:.1f} s"
-        state = Text(row.state, STYLES[row.state])
+        state = Text(row.state, STATES[row.state].style)
         metric = row.metric or row.message
         table.add_row(row.name, state, time, Text(metric), (row.artifact or "")[:10])
     return table
@@ -75,55 +119,8 @@ def _scores(sample: dict[str, object], side: str) -> Text:
     return Text("  ".join(parts), "dim")
 
 
-def config_table(loaded: Loaded) -> Table:
-    """Every value and its origin."""
-    table = Table()
-    for name in ("field", "value", "from"):
-        # A name that is cut can't be told from its neighbours.
-        table.add_column(name, no_wrap=name == "field", overflow="fold")
-    for key, value, source in loaded.rows():
-        style = "dim" if source == "default" else "bold"
-        table.add_row(Text(key, style), Text(value, style), Text(source, style))
-    return table
-
-
-def artifacts_table(artifacts: Sequence[Artifact], marks: Sequence[tuple[str, str]]) -> Table:
-    """All artifacts of a store, the newest last; `marks` are digests and what to say of them."""
-    table = Table("artifact", "kind", "stage", "seed", "files", "size", "age", "")
-    for ref, manifest, age in sorted(artifacts, key=lambda each: -each.age):
-        said = ", ".join(mark for digest, mark in marks if digest == ref.digest)
-        table.add_row(
-            ref.short, ref.kind, manifest.producer.stage, str(manifest.producer.seed),
-            str(len(manifest.files)), f"{ref.size / 1e6:.2f} MB", _age(age), Text(said, "bold"),
-        )  # fmt: skip
-    return table
-
-
-def champions_table(entries: Sequence[Promotion]) -> Table:
-    """Entries of the champions' histories: what became champion of what, by whom and why."""
-    table = Table("line", "entry", "", "policy", "verdict", "by", "when", "run", "why")
-    for entry in entries:
-        verdict = "unapproved" if entry.unapproved else (entry.verdict or "")[:12]
-        cells = (
-            entry.model, str(entry.number), entry.action, entry.policy[:12], verdict,
-            entry.by or "", entry.when or "", entry.run or "", entry.why,
-        )  # fmt: skip
-        table.add_row(*map(Text, cells))
-    return table
-
-
 def _age(seconds: float) -> str:
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
-
-
-def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:
-    """An artifact and what it was made from, as a tree."""
-    root = Tree(f"{ancestors[0].ref.short} {ancestors[0].ref.kind}")
-    path = [root]
-    for depth, role, ref in ancestors[1:]:
-        path = path[:depth]
-        path.append(path[-1].add(f"{role}: {ref.short} {ref.kind}"))
-    return root

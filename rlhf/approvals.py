@@ -1,7 +1,7 @@
-"""What people say of a policy: who, when and why, kept beside the champions' history.
+"""Manual approvals of policies, and the fields that all entries of histories share.
 
-`approvals/<model>/<policy>` in the store; what was said last counts. An entry names no artifact, so
-it keeps none from garbage collection.
+The last entry of the history `approvals/<model line>/<policy>` in the store counts. Entries are no
+references: they keep no artifact from garbage collection.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rlhf.store import Store
 from rlhf.store.manifest import first_problem
 
 USER = "RLHF_USER"
-#: Most characters of who or why.
+#: Most characters of a name or a reason.
 LONGEST = 2000
 
 
 def one_line(value: Any) -> Any:
-    """Text as one line of what can be printed, as it goes into tables and logs."""
+    """Return text as one line of printable characters, for tables and logs."""
     if not isinstance(value, str):
         return value
     return " ".join("".join(c if c.isprintable() else " " for c in value).split())
@@ -33,10 +33,10 @@ def one_line(value: Any) -> Any:
 Line = Annotated[str, BeforeValidator(one_line), Field(max_length=LONGEST)]
 
 
-class Said(BaseModel):
-    """Who did something, when, why, and in which run, as far as it is known."""
+class Entry(BaseModel):
+    """An entry of a history: by whom, when, why and in which run, as far as it is known."""
 
-    # A later version may say more, and an earlier one said less.
+    # Later versions may write more fields; earlier ones wrote fewer.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     by: Line | None = None
@@ -47,15 +47,15 @@ class Said(BaseModel):
     def __str__(self) -> str:
         """` by ann at 2026-01-01T00:00:00+00:00 (worse on long prompts)`."""
         parts = (("by", self.by), ("in run", self.run), ("at", self.when))
-        said = "".join(f" {word} {value}" for word, value in parts if value)
-        return said + (f" ({self.why})" if self.why else "")
+        known = "".join(f" {word} {value}" for word, value in parts if value)
+        return known + (f" ({self.why})" if self.why else "")
 
 
-SaidT = TypeVar("SaidT", bound=Said)
+EntryT = TypeVar("EntryT", bound=Entry)
 
 
-class Approval(Said):
-    """Whether a person approved of a policy."""
+class Approval(Entry):
+    """A person's decision on a policy: approved or refused."""
 
     approved: bool
 
@@ -70,89 +70,95 @@ def record_approval(
     why: str = "",
     run: str | None = None,
 ) -> Approval:
-    """Write down what a person said of a policy for that model line.
+    """Record a person's decision on a policy for a model line.
 
     Args:
-        store: Where the line is.
+        store: The store with the history.
         name: The model line.
         policy: Digest of the policy.
-        approved: Yes or no.
-        by: Who; see `person`.
+        approved: True approves, False refuses.
+        by: The person; see `acting_person`.
         why: The reason.
-        run: Name of the run that asked.
+        run: Name of the run that waited for the decision.
     """
-    said = Approval(approved=approved, by=person(by), when=now(), why=line("--why", why), run=run)
-    store.append(_place(name, policy), said.model_dump())
-    return said
+    approval = Approval(
+        approved=approved, by=acting_person(by), when=timestamp(), why=checked_line("--why", why),
+        run=run,
+    )  # fmt: skip
+    store.append(_approval_history(name, policy), approval.model_dump())
+    return approval
 
 
 def approval_of(store: Store, name: str, policy: str) -> Approval | None:
-    """What was said last of a policy; None if nothing was."""
-    entry = store.latest(_place(name, policy))
-    return read_entry(Approval, _place(name, policy), entry) if entry else None
+    """Return the last decision on a policy; None if there is none."""
+    history = _approval_history(name, policy)
+    entry = store.latest(history)
+    return read_entry(Approval, history, entry) if entry else None
 
 
 def require_approval(store: Store, name: str, policy: str) -> Approval:
-    """The approval of a person.
+    """Return a person's approval of a policy.
 
     Raises:
-        ApprovalMissing: Nobody has said anything yet.
+        ApprovalMissing: No person has decided yet.
         ApprovalRefused: It was refused.
     """
-    said = approval_of(store, name, policy)
+    approval = approval_of(store, name, policy)
     subject = f"policy {policy[:12]} of model line {name!r}"
-    if said is None:
+    if approval is None:
         raise ApprovalMissing(
             f"{subject} waits for a person's approval (promotion.approval = manual); give it by "
             "`rlhf approve`, and run the same again"
         )
-    if not said.approved:
+    if not approval.approved:
         raise ApprovalRefused(
-            f"{subject} was refused{said}; to change that: `rlhf approve`, and run the same again"
+            f"{subject} was refused{approval}; to change that: `rlhf approve`, and run the same "
+            "again"
         )
-    return said
+    return approval
 
 
-def person(by: str | None = None) -> str:
-    """Who does it: as given, as RLHF_USER says, or the name of the system's user."""
+def acting_person(by: str | None = None) -> str:
+    """Return `by`, the value of RLHF_USER, or the name of the system's user."""
     try:
-        found = by or os.environ.get(USER) or getpass.getuser()
+        name = by or os.environ.get(USER) or getpass.getuser()
     except (KeyError, OSError):  # a container's user often has no name
-        found = f"uid {os.getuid()}"
-    return line("--by", found)
+        name = f"uid {os.getuid()}"
+    return checked_line("--by", name)
 
 
-def now() -> str:
-    """This moment, as entries tell it."""
+def timestamp() -> str:
+    """Return the current time as entries hold it: UTC in ISO 8601, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def line(option: str, text: str) -> str:
-    """Who or why, as one line.
+def checked_line(option: str, text: str) -> str:
+    """Return the text of an option as one line.
 
     Raises:
         ConfigError: It is too long.
     """
-    found = one_line(text)
-    if len(found) > LONGEST:
-        raise ConfigError(f"{option}: {len(found)} characters; write at most {LONGEST}")
-    return found
+    line = one_line(text)
+    if len(line) > LONGEST:
+        raise ConfigError(f"{option}: {len(line)} characters; write at most {LONGEST}")
+    return line
 
 
-def read_entry(kind: type[SaidT], place: str, entry: Mapping[str, Any]) -> SaidT:
-    """An entry of a history.
+def read_entry(model: type[EntryT], history: str, entry: Mapping[str, Any]) -> EntryT:
+    """Parse an entry of a history.
 
     Raises:
-        ArtifactCorrupt: It is something else.
+        ArtifactCorrupt: It does not fit the model.
     """
     try:
-        return kind.model_validate(entry)
+        return model.model_validate(entry)
     except ValidationError as error:
         raise ArtifactCorrupt(
-            f"refs/{place}: an entry is not one that this version understands "
+            f"refs/{history}: an entry is not one that this version understands "
             f"({first_problem(error)})"
         ) from None
 
 
-def _place(name: str, policy: str) -> str:
+def _approval_history(name: str, policy: str) -> str:
+    """Return the name of the history of decisions on a policy."""
     return f"approvals/{name}/{policy}"

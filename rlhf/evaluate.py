@@ -1,4 +1,4 @@
-"""Stages: held-out evaluation of the reward model and of the policy."""
+"""Evaluation stages: the reward model and the policy on held-out data."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"
 
 
+@dataclass(frozen=True)
+class Answers:
+    """A policy's replies to the held-out prompts, with their scores."""
+
+    texts: list[str]
+    scores: Float[Tensor, " batch"]
+    tokens: Float[Tensor, " batch"]
+    finished: Float[Tensor, " batch"]
+    kl: Float[Tensor, " batch"] | None
+    gold: list[float] | None
+
+
 def evaluate_reward_model(
     config: EvaluationConfig,
     data_config: DataConfig,
@@ -41,13 +53,13 @@ def evaluate_reward_model(
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Accuracy on held-out pairs, with its interval, beside choosing the longer reply.
+    """Measure accuracy on held-out pairs, beside the baseline of choosing the longer reply.
 
     Writes `evaluation.json`: accuracy, accuracy_low/high, n, baseline_longer (with interval),
     margin_mean, by_group, and for a source whose truth is known ceiling and share_of_ceiling.
 
     Raises:
-        DataError: There are no held-out pairs.
+        DataError: The data have no held-out pairs.
     """
     pairs = read_rows(data / PAIRS_EVAL, Pair)
     if not pairs:
@@ -55,9 +67,9 @@ def evaluate_reward_model(
     scorer = Scorer(reward_model, device_of(runtime or RuntimeConfig()), max_length)
     chosen = _score_in_parts(scorer, pairs, "chosen", progress, 0)
     rejected = _score_in_parts(scorer, pairs, "rejected", progress, len(pairs))
-    # A tie counts a half: a model that gives everything the same score is no better than a coin.
+    # A tie counts a half: a model with the same score for everything is no better than a coin.
     correct = (torch.sign(chosen - rejected) + 1) / 2
-    longer = [_sign(len(p.chosen) - len(p.rejected)) / 2 + 0.5 for p in pairs]
+    longer = [_points(len(p.chosen) - len(p.rejected)) for p in pairs]
     metrics: dict[str, Any] = {
         **share("accuracy", float(correct.sum()), len(pairs)),
         **share("baseline_longer", sum(longer), len(pairs)),
@@ -78,36 +90,6 @@ def evaluate_reward_model(
         metrics["by_group"][group] = part
     write_json(out_dir / EVALUATION, metrics)
     return StageResult({k: v for k, v in metrics.items() if k != "by_group"})
-
-
-def _of_ceiling(accuracy: float, ceiling: float) -> dict[str, float]:
-    """The ceiling and the share of the way to it; none where there is nothing to learn."""
-    share_of = {"share_of_ceiling": (accuracy - 0.5) / (ceiling - 0.5)} if ceiling > 0.5 else {}
-    return {"ceiling": ceiling, **share_of}
-
-
-def _score_in_parts(
-    scorer: Scorer, pairs: Sequence[Pair], side: str, progress: Progress, done: int
-) -> Float[Tensor, " pairs"]:
-    scores = []
-    size = max(1, len(pairs) // 5)
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        scores.append(scorer([p.prompt for p in part], [getattr(p, side) for p in part]))
-        progress(done + start + len(part), 2 * len(pairs), {})
-    return torch.cat(scores)
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """One policy's replies to the held-out prompts, and what they are worth."""
-
-    texts: list[str]
-    scores: Float[Tensor, " batch"]
-    tokens: Float[Tensor, " batch"]
-    finished: Float[Tensor, " batch"]
-    kl: Float[Tensor, " batch"] | None
-    gold: list[float] | None
 
 
 def evaluate_policy(
@@ -131,7 +113,7 @@ def evaluate_policy(
     independent judge's gold_* if there is one; and `samples.json` with replies side by side.
 
     Raises:
-        DataError: There are no held-out prompts.
+        DataError: The data have no held-out prompts.
     """
     rows = read_rows(data / PROMPTS_EVAL, PromptRow)[: config.prompts]
     if not rows:
@@ -139,8 +121,7 @@ def evaluate_policy(
     device = device_of(runtime or RuntimeConfig())
     models = [freeze(load_policy(folder)).to(device) for folder in (sft, policy)]
     renderer = load_renderer(sft)
-    room = context_of(models[0])
-    scorer = Scorer(reward_model, device, room)
+    scorer = Scorer(reward_model, device, context_of(models[0]))
     judge = judge_of(config)
     ending = Ending(renderer, ppo.generation.stop_sequences)
     evaluation: dict[str, Any] = {"n": len(rows)}
@@ -158,7 +139,10 @@ def evaluate_policy(
             progress(2 * part + index + 1, 4, {"reward": float(answers[-1].scores.mean())})
         before, after = answers
         evaluation[mode] = _compare(before, after, range(len(rows)))
-        evaluation[mode]["by_group"] = _by_group(rows, before, after)
+        evaluation[mode]["by_group"] = {
+            group: _compare(before, after, index)
+            for group, index in _groups([row.group for row in rows]).items()
+        }
         if mode == "sampled":
             samples = _samples(rows, before, after)
     write_json(out_dir / EVALUATION, evaluation)
@@ -172,18 +156,12 @@ def evaluate_policy(
     return StageResult({"n": len(rows), **flat})
 
 
-def _by_group(
-    rows: Sequence[PromptRow], before: _Answers, after: _Answers
-) -> dict[str, dict[str, Any]]:
-    groups = _groups([row.group for row in rows])
-    return {group: _compare(before, after, index) for group, index in groups.items()}
-
-
 @torch.no_grad()
 def _answer(
     model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer, ending: Ending,
     scorer: Scorer, judge: Judge | None, sampling: Sampling, seed: int, config: EvaluationConfig,
-) -> _Answers:  # fmt: skip
+) -> Answers:  # fmt: skip
+    """Generate and score a model's replies to all prompts; their KL only with a reference."""
     prompts = [r.prompt for r in rows]
     max_prompt = context_of(model) - sampling.max_new_tokens
     texts: list[str] = []
@@ -200,7 +178,7 @@ def _answer(
         finished.append(replies.finished.float().cpu())
         if reference is not None:
             kl.append(_kl(model, reference, replies).cpu())
-    return _Answers(
+    return Answers(
         texts,
         scorer(prompts, texts),
         torch.cat(tokens),
@@ -210,14 +188,32 @@ def _answer(
     )
 
 
-def _kl(model: Any, reference: Any, replies: Replies) -> Float[Tensor, " batch"]:
-    """Σ log π − log π_ref over each reply: the k1 estimate of the KL in nats, at temperature 1."""
-    ours, _ = log_probs_and_entropy(model, replies, 1.0, entropy=False)
-    theirs, _ = log_probs_and_entropy(reference, replies, 1.0, entropy=False)
-    return ((ours - theirs) * replies.mask).sum(1)
+def repetition(text: str) -> float:
+    """Return the share of a reply's 3-grams of words that repeat earlier ones."""
+    words = text.lower().split()
+    grams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _compare(before: _Answers, after: _Answers, index: Sequence[int]) -> dict[str, float]:
+def _score_in_parts(
+    scorer: Scorer, pairs: Sequence[Pair], side: str, progress: Progress, done: int
+) -> Float[Tensor, " pairs"]:
+    scores = []
+    size = max(1, len(pairs) // 5)
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        scores.append(scorer([p.prompt for p in part], [getattr(p, side) for p in part]))
+        progress(done + start + len(part), 2 * len(pairs), {})
+    return torch.cat(scores)
+
+
+def _of_ceiling(accuracy: float, ceiling: float) -> dict[str, float]:
+    """Return the ceiling, and the share of it above chance unless it is at chance."""
+    share_of = {"share_of_ceiling": (accuracy - 0.5) / (ceiling - 0.5)} if ceiling > 0.5 else {}
+    return {"ceiling": ceiling, **share_of}
+
+
+def _compare(before: Answers, after: Answers, index: Sequence[int]) -> dict[str, float]:
     rows = list(index)
     n = len(rows)
     wins = float((torch.sign(after.scores - before.scores)[rows] + 1).sum() / 2)
@@ -236,7 +232,7 @@ def _compare(before: _Answers, after: _Answers, index: Sequence[int]) -> dict[st
     }
     if before.gold is not None and after.gold is not None:
         old, new = before.gold, after.gold
-        gold_wins = sum(_sign(new[i] - old[i]) / 2 + 0.5 for i in rows)
+        gold_wins = sum(_points(new[i] - old[i]) for i in rows)
         not_worse = sum(new[i] >= old[i] for i in rows)
         result |= {
             **share("gold_win_rate", gold_wins, n),
@@ -248,16 +244,19 @@ def _compare(before: _Answers, after: _Answers, index: Sequence[int]) -> dict[st
     return result
 
 
-def repetition(text: str) -> float:
-    """Share of a reply's 3-grams of words that occurred before in it."""
-    words = text.lower().split()
-    grams = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+def _points(difference: float) -> float:
+    """Return 1 for a win, 0.5 for a tie and 0 for a loss."""
+    return ((difference > 0) - (difference < 0)) / 2 + 0.5
 
 
-def _samples(rows: Sequence[PromptRow], before: _Answers, after: _Answers) -> list[dict[str, Any]]:
-    """All replies side by side, in an order that depends on the prompt alone, so that the first
-    few shown are no choice of ours.
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _samples(rows: Sequence[PromptRow], before: Answers, after: Answers) -> list[dict[str, Any]]:
+    """Return all replies side by side, in an order that depends on the prompts alone.
+
+    The order keeps the replies out of the choice of the first few, which reports show.
     """
     order = sorted(range(len(rows)), key=lambda i: zlib.crc32(repr(rows[i].prompt).encode()))
     return [
@@ -283,9 +282,8 @@ def _groups(names: Sequence[str | None]) -> dict[str, list[int]]:
     return groups
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
+def _kl(model: Any, reference: Any, replies: Replies) -> Float[Tensor, " batch"]:
+    """Estimate the KL of each reply in nats at temperature 1: k1, Σ log π − log π_ref."""
+    log_p, _ = log_probs_and_entropy(model, replies, 1.0, entropy=False)
+    log_p_ref, _ = log_probs_and_entropy(reference, replies, 1.0, entropy=False)
+    return ((log_p - log_p_ref) * replies.mask).sum(1)

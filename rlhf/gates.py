@@ -1,4 +1,4 @@
-"""Gates: a pure function of metrics and rules, and the proof that one was passed."""
+"""Gates: checks of metrics by rules, their verdicts, and the proof of an approval."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from rlhf.stage import read_json
 VERDICT = "verdict.json"
 T = TypeVar("T")
 U = TypeVar("U")
+#: Known to this module alone, so that only `require` can construct an Approved.
+_seal = object()
 
 
 @dataclass(frozen=True)
 class Check:
-    """One rule's outcome."""
+    """Result of one rule."""
 
     metric: str
     value: float | None
@@ -29,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate says of one subject, with every rule's outcome."""
+    """Decision of a gate on one subject, with the result of every rule."""
 
     gate: str
     subject: str
@@ -38,7 +40,7 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """The failed rules in one line; empty when approved."""
+        """Failed rules in one line; empty if approved."""
         failed = (
             f"{c.metric} = {'missing' if c.value is None else f'{c.value:.5g}'}, needs {c.bound}"
             for c in self.checks
@@ -47,19 +49,9 @@ class Verdict:
         return "; ".join(failed)
 
 
-def read_verdict(folder: Path) -> Verdict:
-    """A verdict as its gate wrote it."""
-    saved: dict[str, Any] = read_json(folder / VERDICT)
-    checks = tuple(Check(**check) for check in saved["checks"])
-    return Verdict(saved["gate"], saved["subject"], saved["approved"], checks)
-
-
-_seal = object()
-
-
 @dataclass(frozen=True)
 class Approved(Generic[T]):
-    """A subject that passed its gate. Only `require` makes one, so holding it is the proof."""
+    """A subject with the proof that it passed its gate: only `require` constructs one."""
 
     subject: T
     verdict: Verdict
@@ -70,17 +62,8 @@ class Approved(Generic[T]):
             raise TypeError("an Approved comes from rlhf.gates.require, never from its constructor")
 
     def map(self, function: Callable[[T], U]) -> Approved[U]:
-        """The same approval for the same thing in another form (a reference and its folder)."""
+        """Apply a function to the subject, for example to get a reference's folder."""
         return Approved(function(self.subject), self.verdict, _seal)
-
-
-def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted name, number) of every number in nested metrics."""
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from flat_metrics(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{name}", float(value)
 
 
 def judge(
@@ -90,9 +73,9 @@ def judge(
 
     Args:
         gate: Name of the gate.
-        subject: Digest of what is judged.
+        subject: Digest of the judged artifact.
         metrics: Nested metrics of an evaluation.
-        rules: Conditions, all of which have to hold; none at all approves nothing to be wrong.
+        rules: Conditions that all have to hold; without any the verdict is an approval.
     """
     numbers = dict(flat_metrics(metrics))
     checks = tuple(_check(rule, numbers) for rule in rules)
@@ -100,10 +83,10 @@ def judge(
 
 
 def require(subject: T, digest: str, verdict: Verdict) -> Approved[T]:
-    """The approved subject.
+    """Return the approved subject.
 
     Raises:
-        GateRejected: The verdict is a rejection, or is of another subject.
+        GateRejected: The verdict is a rejection, or on another subject.
     """
     if verdict.subject != digest:
         raise GateRejected(
@@ -115,6 +98,22 @@ def require(subject: T, digest: str, verdict: Verdict) -> Approved[T]:
     return Approved(subject, verdict, _seal)
 
 
+def read_verdict(folder: Path) -> Verdict:
+    """Read the verdict that a gate has published."""
+    saved: dict[str, Any] = read_json(folder / VERDICT)
+    checks = tuple(Check(**check) for check in saved["checks"])
+    return Verdict(saved["gate"], saved["subject"], saved["approved"], checks)
+
+
+def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the dotted name and value of every number in nested metrics."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from flat_metrics(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", float(value)
+
+
 def _check(rule: GateRule, numbers: Mapping[str, float]) -> Check:
     value = numbers.get(rule.metric)
     passed = value is not None and math.isfinite(value)
@@ -124,7 +123,7 @@ def _check(rule: GateRule, numbers: Mapping[str, float]) -> Check:
             continue
         limit = numbers.get(bound, math.nan) if isinstance(bound, str) else bound
         bounds.append(f"{sign} {bound}" + (f" ({limit:.5g})" if isinstance(bound, str) else ""))
-        # NaN compares false, so an unknown bound rejects.
+        # Comparisons with NaN are false, so an unknown bound rejects.
         within = value is not None and (value >= limit if sign == "≥" else value <= limit)
         passed = passed and within
     shown = value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Independent judges: seen by the final evaluation alone, by no training stage and no gate."""
+"""Independent judges of replies, used by the evaluation stages only, for no training or gate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Judge = Callable[[Any, str], float]
 
 
 def judge_of(config: EvaluationConfig) -> Judge | None:
-    """The judge that the configuration names: `judge(prompt, reply) -> score`."""
+    """Return the configured judge: `judge(prompt, reply) -> score`."""
     if config.judge == "none":
         return None
     from rlhf.world import gold
@@ -21,7 +21,7 @@ def judge_of(config: EvaluationConfig) -> Judge | None:
 
 
 def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
-    """The best accuracy that any reward model can expect on these noisy labels, if known."""
+    """Return the best accuracy that these noisy labels allow to expect, if it is known."""
     if config.judge == "none":
         return None
     from rlhf.world import WorldPair, ceiling

@@ -97,7 +97,7 @@ def test_sigterm_to_the_process_alone_ends_the_server_too(script, tmp_path, monk
         server.stdout.readline()  # it is listening
         pid.write_text(str(server.pid))
         SubprocessASGIServer().server_process = server
-        leaving.leave_on_signals()
+        leaving.exit_on_signals()
         signal.raise_signal(signal.SIGTERM)
 
     assert in_child(work) == 128 + signal.SIGTERM

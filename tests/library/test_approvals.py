@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.approvals import approval_of, person, record_approval, require_approval
+from rlhf.approvals import acting_person, approval_of, record_approval, require_approval
 from rlhf.errors import ApprovalMissing, ApprovalRefused, ArtifactCorrupt
 from rlhf.store import Store, open_store
 
@@ -20,9 +20,9 @@ def test_who(monkeypatch):
     for name in ("RLHF_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOGNAME", "carl")
-    assert person() == "carl"
+    assert acting_person() == "carl"
     monkeypatch.setenv("RLHF_USER", "bob")
-    assert (person(), person("ann")) == ("bob", "ann")
+    assert (acting_person(), acting_person("ann")) == ("bob", "ann")
 
 
 def test_approvals(local):

@@ -12,7 +12,7 @@ from rlhf.config import DataConfig, EvaluationConfig, WorldConfig
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, write_rows
 from rlhf.errors import DataError
 from rlhf.evaluate import (
-    _Answers,
+    Answers,
     _compare,
     _groups,
     _kl,
@@ -147,7 +147,7 @@ def test_no_held_out_pairs(tmp_path):
 
 def answers(scores, gold=None, kl=None, texts=None):
     n = len(scores)
-    return _Answers(
+    return Answers(
         texts or ["a"] * n,
         torch.tensor(scores),
         torch.arange(1.0, n + 1),
