@@ -1,4 +1,4 @@
-"""The command `rlhf approve`: a person's decision on a policy that has met every gate."""
+"""The command `rlhf approve`: a person's decision on a policy."""
 
 from __future__ import annotations
 

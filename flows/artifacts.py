@@ -1,4 +1,4 @@
-"""The `rlhf artifacts` commands: list, verify, copy, pin and collect artifacts of a store."""
+"""The `rlhf artifacts` commands: list, verify, copy, pin and collect artifacts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the process exits after one line, and its own Prefect server with it.
+"""Ctrl-C and SIGTERM: the process stops its own Prefect server and exits at once.
 
 Prefect would report the run's end first. But the ephemeral server gets the same signal when it is
 sent to the process group, and Prefect's client then waits minutes for an answer. Exiting at once is
@@ -38,7 +38,7 @@ def exit_on_signals() -> None:
 
 @contextmanager
 def before_prefect() -> Iterator[None]:
-    """Restore the SIGTERM handler of `exit_on_signals` in a flow, where Prefect has replaced it."""
+    """Restore the SIGTERM handler of `exit_on_signals` in a flow; Prefect replaces it."""
     if not _own_server or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,6 @@
-"""The commands `rlhf promote`, `rlhf rollback` and `rlhf champion`, and their options.
+"""The commands `rlhf promote`, `rlhf rollback`, `rlhf champion` and `rlhf approve`.
 
-They read and change by hand which policy is the champion of a model line.
+They show and change by hand which policy is the champion of a model line.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def champion(
 def opened_line(
     name: str | None, store: str | None, config: Path | None
 ) -> tuple[PipelineConfig, Store]:
-    """Return the configuration, with the model line as its `promotion.name`, and its store."""
+    """Return the configuration of a model line (its `promotion.name`), and its store."""
     from tasks.stage import store_of
 
     options = {"store": store, "promotion.name": name}
@@ -140,7 +140,7 @@ def opened_line(
 
 
 def _dataset(store: Store, policy: ArtifactRef, data: str | None) -> ArtifactRef:
-    """Return the dataset of the --data option, or else the one that the policy was trained on."""
+    """Return the dataset of the --data option, or else the policy's own."""
     parent = store.manifest(policy).parents.get("data")
     if data is None and parent is None:
         raise ConfigError(

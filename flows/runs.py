@@ -1,4 +1,4 @@
-"""The commands `rlhf runs` and `rlhf status`, which show the runs on Prefect's server."""
+"""The commands `rlhf runs` and `rlhf status`, which show runs on Prefect's server."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _server(subject: str) -> Iterator[SyncPrefectClient]:
 def _runs(
     client: SyncPrefectClient, *, future: bool = False, flows: Sequence[str] = FLOWS, **query: Any
 ) -> list[FlowRun]:
-    """Return runs of these flows: those that are due, or those scheduled for the future."""
+    """Return the due runs of these flows, or those scheduled for the future."""
     from prefect.client.schemas.filters import (
         FlowFilter,
         FlowFilterName,

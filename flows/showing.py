@@ -1,4 +1,4 @@
-"""Texts for the state, times and progress of a Prefect run, for `rlhf runs` and `rlhf status`."""
+"""State, times and progress of a Prefect run as text, for `rlhf runs` and `rlhf status`."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def config_table(loaded: Loaded) -> Table:
 
 
 def artifacts_table(artifacts: Sequence[Artifact], marks: Sequence[tuple[str, str]]) -> Table:
-    """Return artifacts as a table, the newest last; `marks` are pairs of digest and remark."""
+    """Return artifacts as a table, the newest last; `marks` are (digest, remark)."""
     table = Table("artifact", "kind", "stage", "seed", "files", "size", "age", "")
     for ref, manifest, age in sorted(artifacts, key=lambda each: -each.age):
         remark = ", ".join(mark for digest, mark in marks if digest == ref.digest)

@@ -1,4 +1,4 @@
-"""Manual approvals of policies, and the fields that all entries of histories share.
+"""Manual approvals of policies, and the common fields of histories' entries.
 
 The last entry of the history `approvals/<model line>/<policy>` in the store counts. Entries are no
 references: they keep no artifact from garbage collection.
@@ -34,7 +34,7 @@ Line = Annotated[str, BeforeValidator(one_line), Field(max_length=LONGEST)]
 
 
 class Entry(BaseModel):
-    """An entry of a history: by whom, when, why and in which run, as far as it is known."""
+    """An entry of a history: author, time, reason and run, as far as they are known."""
 
     # Later versions may write more fields; earlier ones wrote fewer.
     model_config = ConfigDict(frozen=True, extra="ignore")

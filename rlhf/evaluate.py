@@ -53,7 +53,7 @@ def evaluate_reward_model(
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Measure accuracy on held-out pairs, beside the baseline of choosing the longer reply.
+    """Measure accuracy on held-out pairs, beside choosing the longer reply.
 
     Writes `evaluation.json`: accuracy, accuracy_low/high, n, baseline_longer (with interval),
     margin_mean, by_group, and for a source whose truth is known ceiling and share_of_ceiling.
@@ -118,6 +118,7 @@ def evaluate_policy(
     rows = read_rows(data / PROMPTS_EVAL, PromptRow)[: config.prompts]
     if not rows:
         raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
+    groups = _groups([row.group for row in rows])
     device = device_of(runtime or RuntimeConfig())
     models = [freeze(load_policy(folder)).to(device) for folder in (sft, policy)]
     renderer = load_renderer(sft)
@@ -140,8 +141,7 @@ def evaluate_policy(
         before, after = answers
         evaluation[mode] = _compare(before, after, range(len(rows)))
         evaluation[mode]["by_group"] = {
-            group: _compare(before, after, index)
-            for group, index in _groups([row.group for row in rows]).items()
+            group: _compare(before, after, index) for group, index in groups.items()
         }
         if mode == "sampled":
             samples = _samples(rows, before, after)
@@ -161,7 +161,7 @@ def _answer(
     model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer, ending: Ending,
     scorer: Scorer, judge: Judge | None, sampling: Sampling, seed: int, config: EvaluationConfig,
 ) -> Answers:  # fmt: skip
-    """Generate and score a model's replies to all prompts; their KL only with a reference."""
+    """Generate and score a model's replies; with a reference, estimate their KL too."""
     prompts = [r.prompt for r in rows]
     max_prompt = context_of(model) - sampling.max_new_tokens
     texts: list[str] = []
@@ -208,7 +208,7 @@ def _score_in_parts(
 
 
 def _of_ceiling(accuracy: float, ceiling: float) -> dict[str, float]:
-    """Return the ceiling, and the share of it above chance unless it is at chance."""
+    """Return the ceiling, and the accuracy's share of its gain over chance."""
     share_of = {"share_of_ceiling": (accuracy - 0.5) / (ceiling - 0.5)} if ceiling > 0.5 else {}
     return {"ceiling": ceiling, **share_of}
 

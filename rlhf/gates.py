@@ -69,7 +69,7 @@ class Approved(Generic[T]):
 def judge(
     gate: str, subject: str, metrics: Mapping[str, Any], rules: Sequence[GateRule]
 ) -> Verdict:
-    """Check every rule; a metric or bound that is missing or not finite fails its rule.
+    """Check all rules; a missing or non-finite metric or bound fails its rule.
 
     Args:
         gate: Name of the gate.

@@ -1,4 +1,4 @@
-"""Independent judges of replies, used by the evaluation stages only, for no training or gate."""
+"""Independent judges of replies, used by the evaluation stages alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def judge_of(config: EvaluationConfig) -> Judge | None:
 
 
 def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
-    """Return the best accuracy that these noisy labels allow to expect, if it is known."""
+    """Return the best accuracy to expect on these noisy labels, if it is known."""
     if config.judge == "none":
         return None
     from rlhf.world import WorldPair, ceiling

@@ -75,7 +75,7 @@ def promote(
     unapproved: bool = False,
     approval: Approval | None = None,
 ) -> Promotion:
-    """Make a policy the champion, if `expected` still is the last entry of the history.
+    """Make a policy the champion, if `expected` still is the last entry.
 
     Args:
         store: The store with the history.
@@ -183,7 +183,7 @@ def _previous_champion(entries: Sequence[Promotion], store: Store, name: str) ->
 
 
 def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotion]]:
-    """Return the standing champions, the present one last, and the rollbacks of the others.
+    """Return the standing champions, the present one last, and the rollbacks of others.
 
     A rollback withdraws every champion after the one that it returns to.
     """

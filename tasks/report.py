@@ -1,4 +1,4 @@
-"""The report of a pipeline run: an HTML page, kept as an artifact, and its Markdown summary."""
+"""The report of a pipeline run: an HTML page in the store, and a Markdown summary."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
 
 
 def _gather(run: PipelineRun, store: Store) -> RunReport:
-    """Read the report's parts from the artifacts; the part of a stage that did not run is empty."""
+    """Read the report's parts from the artifacts; stages that did not run have none."""
 
     def part(stage: Stage, file: str) -> Any:
         ref = run.refs.get(stage.name)
@@ -170,7 +170,7 @@ def _lineage(run: PipelineRun, store: Store) -> Lineage:
 
 
 def _summary(run: PipelineRun, report: str, store: Store) -> str:
-    """Return outcome, stages and gates in Markdown, and how to get the report of this digest."""
+    """Return outcome, stages and gates as Markdown, and how to get the report."""
     stages = [
         (row.name, row.state, row.metric or row.message, (row.artifact or "")[:12])
         for row in run.rows

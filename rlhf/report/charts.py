@@ -90,9 +90,10 @@ def interval_chart(
     estimates: Sequence[tuple[str, str, Mapping[str, Any], str]],
     references: Sequence[tuple[str, str, Any]],
 ) -> IntervalChart | None:
-    """Lay out estimates of (label, role, metrics, key) beside references of (label, role, value).
+    """Lay out estimates with their intervals beside reference lines.
 
-    `key` names the estimate in the metrics; its interval is `key_low` to `key_high`.
+    Estimates are (label, role, metrics, key): `key` names the estimate in the metrics, and its
+    interval is `key_low` to `key_high`. References are (label, role, value).
     """
     known = [e for e in estimates if number_of(e[2].get(e[3])) is not None]
     lines = [(label, role, x) for label, role, v in references if (x := number_of(v)) is not None]
@@ -187,7 +188,7 @@ def _curve(
 
 
 def _thinned(series: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Thin a curve to the lowest and highest point of every bucket, which keeps spikes."""
+    """Thin a curve to the extremes of every bucket, which keeps spikes."""
     if len(series) <= MAX_POINTS:
         return series
     size = math.ceil(len(series) / (MAX_POINTS // 2))

@@ -114,7 +114,7 @@ class Sample(Plain):
 
 
 class ConfigRow(NamedTuple):
-    """One effective configuration value; pydantic accepts a plain tuple of three texts too."""
+    """One effective configuration value; a tuple of three texts is accepted too."""
 
     key: str
     """Dotted key."""

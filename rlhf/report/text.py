@@ -121,7 +121,7 @@ def short(digest: str | None) -> str:
 
 
 def clean(value: Any) -> Any:
-    """Write hidden characters and lone surrogates of untrusted text as escapes, like `\\x1b`."""
+    """Escape hidden characters and lone surrogates in untrusted text."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return _HIDDEN.sub(_escape, value)
     return value

@@ -1,4 +1,4 @@
-"""The page's parts, derived from a report: key figures, lanes, charts, comparison rows."""
+"""The page's parts, derived from a report: key figures, lanes, charts and tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """One row of the policy comparison: a label and a (value, note) per way of decoding."""
+    """One row of the policy table, with a (value, note) for each way of decoding."""
 
     label: str
     cells: tuple[tuple[str, str], ...]
@@ -102,7 +102,7 @@ def accuracy_chart(model: Mapping[str, Any] | None) -> IntervalChart | None:
 
 
 def win_chart(policy: Mapping[str, Any] | None) -> IntervalChart | None:
-    """Chart the win rates of sampled and greedy decoding, by reward model and by judge."""
+    """Chart the win rates by decoding, after the reward model and the judge."""
     if not policy:
         return None
     estimates: list[tuple[str, str, Mapping[str, Any], str]] = []
@@ -114,7 +114,7 @@ def win_chart(policy: Mapping[str, Any] | None) -> IntervalChart | None:
 
 
 def comparison(policy: Mapping[str, Any] | None) -> tuple[list[str], list[Compared]]:
-    """Return headings and rows of the policy table, without rows that were not measured."""
+    """Return headings and rows of the policy table; unmeasured rows are left out."""
     modes = _modes(policy or {})
 
     def row(label: str, cell: Any, judge: bool = False) -> Compared:
