@@ -126,7 +126,6 @@ def evaluate_policy(
     judge = judge_of(config)
     ending = Ending(renderer, ppo.generation.stop_sequences)
     evaluation: dict[str, Any] = {"n": len(rows)}
-    samples: list[dict[str, Any]] = []
     for part, (mode, temperature) in enumerate((("sampled", config.temperature), ("greedy", 0.0))):
         sampling = Sampling(ppo.max_new_tokens, temperature)
         answers = []
@@ -144,9 +143,8 @@ def evaluate_policy(
             group: _compare(before, after, index) for group, index in groups.items()
         }
         if mode == "sampled":
-            samples = _samples(rows, before, after)
+            write_json(out_dir / SAMPLES, _samples(rows, before, after))
     write_json(out_dir / EVALUATION, evaluation)
-    write_json(out_dir / SAMPLES, samples)
     flat = {
         f"{mode}.{name}": value
         for mode in ("sampled", "greedy")
