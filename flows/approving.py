@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from flows.artifacts import ConfigOption, StoreOption
-from flows.registry import ByOption, NameOption, opened_line
+from flows.registry import ByOption, NameOption, open_model_line
 from rlhf.approvals import acting_person, record_approval
 from rlhf.errors import ArtifactMissing, ConfigError
 
@@ -40,7 +40,7 @@ def approve(
         _resume(suspended, {"decision": answer, "by": acting_person(by), "why": why})
         console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
         return
-    loaded, opened = opened_line(name, store, config)
+    loaded, opened = open_model_line(name, store, config)
     line = loaded.promotion
     policy = opened.resolve(run)
     if policy.kind != "policy":

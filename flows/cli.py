@@ -125,7 +125,7 @@ def stage(
     warn(loaded.config)
     preflight_command(loaded.config)
     store = store_of(loaded.config)
-    given = {role: store.resolve(ref) for role, ref in (_role(text) for text in input)}
+    given = {role: store.resolve(ref) for role, ref in (_parse_input(text) for text in input)}
     inputs = find_inputs(chosen, loaded.config, given)
     prepare_prefect(verbose)
     from flows.stages import STAGE_FLOWS
@@ -210,7 +210,7 @@ def _add_prefix(record: logging.LogRecord) -> bool:
     return True
 
 
-def _role(text: str) -> tuple[str, str]:
+def _parse_input(text: str) -> tuple[str, str]:
     role, equals, ref = text.partition("=")
     if not (role and equals and ref):
         raise ConfigError(f"--input {text!r}: write role=artifact, for example sft=3f2a91c04d")

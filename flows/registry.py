@@ -50,7 +50,7 @@ def promote(
     from rlhf import registry
     from rlhf.smoke import smoke_test
 
-    loaded, opened = opened_line(name, store, config)
+    loaded, opened = open_model_line(name, store, config)
     line, ref = loaded.promotion.name, opened.resolve(policy)
     if ref.kind != "policy":
         raise ConfigError(f"{policy}: {ref.short} is of kind {ref.kind}; give a policy")
@@ -97,7 +97,7 @@ def rollback(
     """
     from rlhf import registry
 
-    loaded, opened = opened_line(name, store, config)
+    loaded, opened = open_model_line(name, store, config)
     target = opened.resolve(to).digest if to else None
     _print_champion(registry.rollback(opened, loaded.promotion.name, to=target, why=why, by=by))
 
@@ -116,7 +116,7 @@ def champion(
     from flows.terminal import champions_table
     from rlhf import registry
 
-    loaded, opened = opened_line(name, store, config)
+    loaded, opened = open_model_line(name, store, config)
     existing = registry.model_lines(opened)
     lines = [loaded.promotion.name] if name or config else existing
     entries = {line: registry.history(opened, line) for line in lines}
@@ -128,7 +128,7 @@ def champion(
     console.print(champions_table([e for each in entries.values() for e in each[first:]]))
 
 
-def opened_line(
+def open_model_line(
     name: str | None, store: str | None, config: Path | None
 ) -> tuple[PipelineConfig, Store]:
     """Return the configuration of a model line (its `promotion.name`), and its store."""

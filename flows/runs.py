@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.showing import (
-    clock,
     duration,
+    local_time,
     message_of,
     next_step,
     progress_of,
@@ -61,13 +61,13 @@ def runs(*, limit: int = 20) -> None:
     table.add_column("message", no_wrap=True, overflow="ellipsis", ratio=1)
     for run in started:
         table.add_row(
-            Text(run.name), str(run.id)[:8], state_text(run.state), clock(run.start_time),
+            Text(run.name), str(run.id)[:8], state_text(run.state), local_time(run.start_time),
             duration(seconds_of(run)), Text(deployments.get(run.deployment_id, "local")),
             Text(message_of(run.state)),
         )  # fmt: skip
     console.print(table if started else f"no runs on {client.api_url}", highlight=False)
     for run in scheduled:
-        line = f"next: {run.name} {str(run.id)[:8]} at {clock(run.expected_start_time)}"
+        line = f"next: {run.name} {str(run.id)[:8]} at {local_time(run.expected_start_time)}"
         console.print(line, highlight=False)
 
 
@@ -212,7 +212,7 @@ def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
             (run.name, "bold"), f" {run.id}  ", state_text(run.state), f"  {message_of(run.state)}"
         ),
         Text(
-            f"started {clock(run.start_time)}, {duration(seconds_of(run))}, "
+            f"started {local_time(run.start_time)}, {duration(seconds_of(run))}, "
             f"{deployments.get(run.deployment_id, 'local')}"
         ),
         _stages(tasks, children, artifacts, deployments),

@@ -50,7 +50,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else minutes(int(seconds))
 
 
-def clock(moment: datetime | None) -> str:
+def local_time(moment: datetime | None) -> str:
     """Format a time in the local time zone; empty for None."""
     return moment.astimezone().strftime("%Y-%m-%d %H:%M") if moment else ""
 

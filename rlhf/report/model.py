@@ -81,7 +81,7 @@ class StageRow(Plain):
     name: str
     """For example `train-policy`; a name that starts with `gate-` is drawn as a gate."""
     state: StageState
-    """How it ended; `Cached` took its result from the store."""
+    """Final state; `Cached` took its result from the store."""
     seconds: float | None = None
     """Wall-clock time, none if it did not run."""
     metric: str = ""
@@ -89,7 +89,7 @@ class StageRow(Plain):
     artifact: str | None = None
     """Digest of what it published."""
     message: str = ""
-    """Why it failed, or a remark."""
+    """Reason of a failure, or a remark."""
 
 
 class Sample(Plain):
@@ -102,7 +102,7 @@ class Sample(Plain):
     after: str
     """Reply of the policy after PPO."""
     group: str | None = None
-    """Which kind of prompt it is."""
+    """Group of the prompt."""
     reward_before: float | None = None
     """Reward model's score of `before`."""
     reward_after: float | None = None
@@ -154,9 +154,9 @@ class RunReport(Plain):
     started: str
     """Start time in ISO 8601."""
     outcome: RunOutcome
-    """How the run ended."""
+    """Final outcome."""
     reason: str
-    """One sentence: why it ended so."""
+    """Reason of the outcome, in one sentence."""
     seed: int
     """Seed of the run."""
     stages: tuple[StageRow, ...] = ()
