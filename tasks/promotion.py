@@ -1,4 +1,4 @@
-"""The last stage: makes a policy champion after its gate, an approval and a smoke test.
+"""The last stage: promotes a policy after its gate, approval and smoke test.
 
 The champion is read first, and replaced only if it is still the same at the end: a promotion by
 another run meanwhile is an error, not overwritten.
@@ -21,7 +21,9 @@ BY_GATES = "it met every gate"
 
 
 def promote(run: StageRun) -> StageResult:
-    """Make a policy the champion of its model line; write `promotion.json` and `smoke.json`.
+    """Make a policy the champion of its model line; write what was decided and seen.
+
+    Files: `promotion.json` and `smoke.json`.
 
     Raises:
         GateRejected: Its gate rejected it.

@@ -1,8 +1,8 @@
-"""Runs one stage: finds its record, or fetches inputs, calls the body, publishes and records.
+"""Runs one stage, unless a record shows that the same work was done before.
 
-A stage's fingerprint (name, configuration it depends on, input digests, code, seed) keys a record
-in the store. A stage whose record exists, and whose artifact is complete, is not run again, in
-whatever process, machine or flow run.
+A run fetches the inputs, calls the body, publishes its files and writes a record. Its key is the
+stage's fingerprint: name, configuration it depends on, input digests, code and seed. A stage whose
+record and artifact are there is not run again by any process, machine or flow run.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def work_of(
 
 
 def recorded_outcome(work: Work, store: Store) -> Outcome | None:
-    """Return the result of the same work on any machine; None if it is still to be done."""
+    """Return the recorded result of the same work on any machine, if there is one."""
     started = time.monotonic()
     ref = recorded_ref(store, work.stage, work.key)
     if ref is None or not work.stage.holds(work.config, work.refs, store):
@@ -153,7 +153,7 @@ def recorded_outcome(work: Work, store: Store) -> Outcome | None:
 
 @contextmanager
 def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
-    """A file lock; the second of two runs of the same work waits, and then finds the record."""
+    """A file lock, for which a second run of the same work waits."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -177,7 +177,7 @@ def fingerprint(
     inputs: Mapping[str, ArtifactRef],
     settings: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the identity of a stage's work; equal work has an equal one on every machine."""
+    """Return the identity of a stage's work, equal for equal work on any machine."""
     identity = {
         "stage": stage.name,
         "config": _settings(stage, config) if settings is None else settings,
@@ -194,7 +194,7 @@ def fingerprint(
 
 
 def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
-    """Return the artifact that a record names, if all of its bytes are still in the store."""
+    """Return the artifact that a record names, if the store still has all of it."""
     record = store.latest(_record_name(stage, key))
     if record is None:
         return None
@@ -209,7 +209,7 @@ def _record_name(stage: Stage, key: str) -> str:
 def find_inputs(
     stage: Stage, config: PipelineConfig, given: Mapping[str, ArtifactRef]
 ) -> dict[str, ArtifactRef]:
-    """Return the inputs of a stage that runs alone: given ones, or as recorded for this config.
+    """Return the inputs of a stage that runs alone: as given, else as recorded.
 
     Raises:
         ArtifactMissing: An earlier stage has no record.

@@ -1,4 +1,4 @@
-"""The declaration of a pipeline stage, what its body gets, and the store of a configuration."""
+"""The types of a pipeline stage: its declaration, and a run of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shown: TypeAlias = str | list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class StageRun:
-    """Arguments of a stage's body: inputs as verified local folders, and where to write."""
+    """Arguments of a stage's body; inputs are verified local folders."""
 
     config: PipelineConfig
     refs: Mapping[str, ArtifactRef]

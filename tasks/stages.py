@@ -146,7 +146,7 @@ def _show_samples(folder: Path, config: PipelineConfig) -> Mapping[str, Shown]:
 
 
 def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
-    """Return the body of a gate, which publishes a rejection too; `_enforce` raises afterwards.
+    """Return a gate's body, which writes any verdict; `_enforce` raises afterwards.
 
     Args:
         subject: Role of the artifact that is judged.
