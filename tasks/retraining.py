@@ -66,10 +66,6 @@ def new_pairs(state: Situation, dataset: ArtifactRef, store: Store) -> int:
     return len(pairs - _pairs(store.fetch(before)))
 
 
-def _pairs(folder: Path) -> set[str]:
-    return {repr((p.prompt, p.chosen, p.rejected)) for p in read_rows(folder / PAIRS_TRAIN, Pair)}
-
-
 def warm_started(loaded: Loaded, champion: Mapping[str, Any] | None, store: Store) -> Loaded:
     """Return the configuration with the champion or its SFT policy as base model."""
     start = loaded.config.retraining.warm_start
@@ -99,3 +95,7 @@ def record_retraining(
 
 def _history(line: str) -> str:
     return f"retrainings/{line}"
+
+
+def _pairs(folder: Path) -> set[str]:
+    return {repr((p.prompt, p.chosen, p.rejected)) for p in read_rows(folder / PAIRS_TRAIN, Pair)}

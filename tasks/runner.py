@@ -151,26 +151,6 @@ def recorded_outcome(work: Work, store: Store) -> Outcome | None:
     return Outcome(work.stage.name, ref, True, time.monotonic() - started, metrics)
 
 
-@contextmanager
-def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
-    """A file lock, for which a second run of the same work waits."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s: another process is at this very work; waiting for it", stage.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _settings(stage: Stage, config: PipelineConfig) -> Mapping[str, Any]:
-    """Return the configuration that a stage depends on, as JSON values."""
-    return _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
-
-
 def fingerprint(
     stage: Stage,
     config: PipelineConfig,
@@ -202,10 +182,6 @@ def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
     return ref if store.exists(ref) else None
 
 
-def _record_name(stage: Stage, key: str) -> str:
-    return f"records/{stage.name}/{key}"
-
-
 def find_inputs(
     stage: Stage, config: PipelineConfig, given: Mapping[str, ArtifactRef]
 ) -> dict[str, ArtifactRef]:
@@ -235,6 +211,30 @@ def find_inputs(
             wanted = f"{stage.name}: {role}"
             inputs[role] = _recorded_result(STAGES[maker], config, store, given, wanted)
     return inputs
+
+
+@contextmanager
+def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
+    """A file lock, for which a second run of the same work waits."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process is at this very work; waiting for it", stage.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _settings(stage: Stage, config: PipelineConfig) -> Mapping[str, Any]:
+    """Return the configuration that a stage depends on, as JSON values."""
+    return _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
+
+
+def _record_name(stage: Stage, key: str) -> str:
+    return f"records/{stage.name}/{key}"
 
 
 def _recorded_result(
