@@ -37,7 +37,7 @@ def preflight(config: PipelineConfig) -> None:
     for stage in STAGES.values():
         if stage.source_digest is not None:
             stage.source_digest(config)
-        external = stage.external(config)
+        external = stage.external_model(config)
         if external is not None:
             _check_model(external, store)
     judges_of_others(config.ppo)

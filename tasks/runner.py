@@ -106,7 +106,7 @@ def run_stage(
                 role: store.fetch(ref, listener=Transfer(f"{stage.name}: fetching {role}"))
                 for role, ref in work.refs.items()
             }
-            external = stage.external(config)
+            external = stage.external_model(config)
             if external is not None and "base" not in folders:
                 folders["base"] = external.local(Path(scratch, "base"))
             run = StageRun(config, work.refs, folders, out, checkpoints, store, made_by, progress)
@@ -133,7 +133,7 @@ def work_of(
         if role not in inputs:
             raise ArtifactMissing(f"{stage.name}: input {role} is missing; give its artifact")
     refs = {role: inputs[role] for role in needed}
-    external = stage.external(config)
+    external = stage.external_model(config)
     if external is not None and external.is_artifact:
         # As an input it is a parent of the result, and fetched like the others.
         refs["base"] = store.resolve(external.place)
@@ -167,7 +167,7 @@ def fingerprint(
     }
     if stage.source_digest is not None:
         identity["source"] = stage.source_digest(config)
-    external = stage.external(config)
+    external = stage.external_model(config)
     if external is not None and "base" not in inputs:
         identity["base"] = external.digest()
     return sha256_bytes(canonical_json(identity))
