@@ -1,4 +1,4 @@
-"""The pipeline flow: all stages in order, a report for every ending, and a final state."""
+"""The pipeline as a flow: stages in order, then a report and a final state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OUTCOMES = (
 
 
 def run_name() -> str:
-    """Return the configuration's name and the time, as a name for Prefect's list of runs.
+    """Return a flow run's name: that of the configuration, and the time.
 
     Prefect calls this again for a retried or resumed run, which keeps its name.
     """

@@ -1,4 +1,4 @@
-"""The retraining flow: the pipeline again if data are new, on a schedule or after an upload."""
+"""The retraining flow: runs the pipeline again if there are new data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_NEW_DATA = "NoNewData"
 
 @flow(name="retraining", flow_run_name=run_name, persist_result=False)
 def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> State[Any]:
-    """Run the pipeline, warm-started, if the data have enough new pairs.
+    """Look at the data, and if they are new enough, run the pipeline warm-started.
 
     Args:
         preset: Name of a file in `configs/`, such as quickstart; none means all defaults.

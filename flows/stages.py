@@ -1,4 +1,4 @@
-"""One flow per stage, to run it alone: by the command, from Python, or as a deployment."""
+"""One flow per stage, to run it alone, by the command or as a deployment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
         overrides: Overrides = NOTHING,
         inputs: dict[str, str] = NO_INPUTS,
     ) -> State[Outcome]:
-        """Run one stage; inputs that are not given are those recorded for this configuration.
+        """Run one stage; inputs that are not given are those recorded under this configuration.
 
         Args:
             preset: Name of a file in `configs/`, such as quickstart; none means all defaults.

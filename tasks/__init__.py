@@ -1,1 +1,4 @@
-"""Stages as retriable Prefect tasks; references become folders and folders references here."""
+"""The pipeline's stages, and the Prefect tasks that run them.
+
+Artifacts in the store become folders for the library here, and its folders become artifacts.
+"""

@@ -35,7 +35,7 @@ def is_waiting(config: PipelineConfig, policy: ArtifactRef) -> bool:
 
 
 def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, about: str) -> None:
-    """Suspend this flow run until a person has decided, and record the decision in the store.
+    """Suspend this flow run until a person has decided; record the decision.
 
     Suspension ends the process. The resumed run starts again, gets its completed stages from the
     store, and gets the answer here. A run without a deployment can't be resumed: it goes on to the

@@ -16,7 +16,7 @@ log = logging.getLogger("rlhf.tasks")
 
 
 def checkpoint_store_of(run: StageRun) -> CheckpointPlace | None:
-    """Return the store that a run's checkpoints are uploaded to; None if it uploads none."""
+    """Return the store for a run's checkpoints; None if it uploads none."""
     config = run.config
     if not config.runtime.upload_checkpoints:
         return None
@@ -43,5 +43,5 @@ def discard_checkpoints(store: Store, checkpoints: Path) -> None:
 
 
 def _store_name(checkpoints: Path) -> str:
-    """Return a name within the pipeline's store: stage and fingerprint, as of the local folder."""
+    """Return the name within the pipeline's store, from that of the local folder."""
     return f"checkpoints/{checkpoints.name}"

@@ -1,4 +1,4 @@
-"""The version of the code, as artifacts record it: a hash of the library, and the commit."""
+"""The code's version as artifacts record it: a hash of the library, the commit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def library_versions() -> dict[str, str]:
 
 
 def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
-    """Return the manifest's entry on what makes an artifact: stage, configuration and code."""
+    """Return a manifest's record of an artifact's origin: stage, settings, code."""
     return Producer(
         stage=stage,
         code_version=code_version(),

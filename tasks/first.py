@@ -1,4 +1,4 @@
-"""Preflight checks of a flow run; in a deployment, retried while the store is down."""
+"""Preflight checks of a flow run, retried in a deployment if the store is down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tasks.preflight import is_checked, preflight
 
 
 def preflight_flow(config: PipelineConfig) -> None:
-    """Run the preflight checks of a flow, unless its command did, and check the placement.
+    """Run the checks of a flow: placement, and preflight unless its command did it.
 
     A run of a deployment may be resumed on another machine just while the store is down, so it
     retries as often as a stage does. A command fails at once.

@@ -1,4 +1,4 @@
-"""A stage's metrics for experiment trackers, sent by accelerate's classes for them."""
+"""Metrics of a stage for experiment trackers, sent by accelerate's classes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StageMetrics:
         self._first = self._step = 0
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send the metrics of a step; the first call, also without metrics, marks the start."""
+        """Send the metrics of a step; the first step, with or without, is the start."""
         self._first = self._first or step
         if metrics and self._wanted and self._stage.tracks_steps:
             self._send(step, _numbers(metrics))
@@ -104,7 +104,7 @@ class StageMetrics:
 
     @cached_property
     def _run_file(self) -> Path:
-        """File with the tracked run's name while the stage is not completed, for a resuming run."""
+        """File with the tracked run's name, for a run that resumes this stage."""
         identity = {
             "config": self._parameters(),
             "inputs": {role: ref.digest for role, ref in self._inputs.items()},
@@ -171,7 +171,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _run_name() -> str:
-    """Return the pipeline run's name, fit for a folder; that of the root for a child run."""
+    """Return the name of the pipeline run, or of a child's root, fit for a folder."""
     name = flow_run.get_name() or "run"
     if flow_run.get_parent_flow_run_id() is not None:
         with get_client(sync_client=True) as client:

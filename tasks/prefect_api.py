@@ -19,7 +19,7 @@ SERVER_ERROR = 500
 
 
 def retried(request: Callable[[], T]) -> T:
-    """Return the result of a request, retried while the server gives no answer or a 5xx.
+    """Return the result of a request, retried while the server is down (or 5xx).
 
     Raises:
         httpx.HTTPError: The server was down for `RETRY_TIME`, or the request is wrong.

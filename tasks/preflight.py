@@ -1,4 +1,4 @@
-"""Preflight checks: what can be known to fail is refused before anything expensive starts."""
+"""Preflight checks: refuse known failures before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _checked: ContextVar[PipelineConfig | None] = ContextVar("_checked", default=Non
 
 
 def preflight(config: PipelineConfig) -> None:
-    """Check folders, trackers, store, data source and the external models and functions.
+    """Check folders, trackers, store, data source, external models and functions.
 
     Raises:
         ConfigError: One line naming field, value and cure (StoreConfigError for the store).
@@ -37,7 +37,7 @@ def preflight(config: PipelineConfig) -> None:
     for stage in STAGES.values():
         if stage.source_digest is not None:
             stage.source_digest(config)
-        external = stage.external(config)
+        external = stage.external_model(config)
         if external is not None:
             _check_model(external, store)
     judges_of_others(config.ppo)
@@ -45,7 +45,7 @@ def preflight(config: PipelineConfig) -> None:
 
 
 def preflight_command(config: PipelineConfig) -> None:
-    """Run the preflight checks in a command, whose flow of this configuration then skips them.
+    """Run the preflight checks in a command; the flow that it starts skips them.
 
     Raises:
         ConfigError: See `preflight`.
@@ -60,12 +60,12 @@ def is_checked(config: PipelineConfig) -> bool:
 
 
 def _without_placement(config: PipelineConfig) -> PipelineConfig:
-    """The configuration as `preflight` reads it; a flow of one stage runs without a placement."""
+    """Drop what `preflight` does not read and a flow of one stage does not have."""
     return config.model_copy(update={"placement": {}})
 
 
 def _sweep(store: Store) -> None:
-    """Remove unfinished uploads of killed publishers; a failure is left for another run."""
+    """Remove unfinished uploads of killed publishers; a failure can wait."""
     try:
         swept = store.sweep()
     except StoreError as error:

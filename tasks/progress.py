@@ -1,4 +1,4 @@
-"""Progress of a stage: in the terminal, Prefect's UI, the run's log and experiment trackers.
+"""Progress of a stage in the terminal, Prefect's UI, the log and trackers.
 
 Prefect is imported in functions alone, so that a command can set its environment variables first.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rich.console import Console
@@ -105,7 +104,7 @@ def show_on(console: Console | None) -> None:
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """A block that only shows results: its errors, as of Prefect's API, are logged as warnings."""
+    """A block that only shows results; its errors are logged as warnings."""
     try:
         yield
     except Exception as error:
@@ -115,7 +114,7 @@ def harmless(what: str) -> Iterator[None]:
 
 
 class StageProgress:
-    """Progress of one task run: terminal, Prefect progress artifact, run log, trackers."""
+    """Progress of one task run: terminal, Prefect artifact, run log, trackers."""
 
     def __init__(self, stage: str, metrics: StageMetrics | None = None) -> None:
         self.stage = stage
@@ -157,12 +156,7 @@ class StageProgress:
         else:
             update_progress_artifact(artifact_id=self._artifact, progress=percent)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if _display:
             _display.close()
         if self._metrics:

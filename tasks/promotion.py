@@ -1,4 +1,4 @@
-"""The last stage: makes a policy champion after its gate, an approval and a smoke test.
+"""The last stage: promotes a policy after its gate, approval and smoke test.
 
 The champion is read first, and replaced only if it is still the same at the end: a promotion by
 another run meanwhile is an error, not overwritten.
@@ -21,7 +21,9 @@ BY_GATES = "it met every gate"
 
 
 def promote(run: StageRun) -> StageResult:
-    """Make a policy the champion of its model line; write `promotion.json` and `smoke.json`.
+    """Make a policy the champion of its model line; write what was decided and seen.
+
+    Files: `promotion.json` and `smoke.json`.
 
     Raises:
         GateRejected: Its gate rejected it.
@@ -60,30 +62,25 @@ def promote(run: StageRun) -> StageResult:
     return StageResult({"model": name})
 
 
-def _make_champion(
-    run: StageRun, before: registry.Promotion | None, approval: Approval | None
-) -> None:
-    policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
-    try:
-        registry.promote(
-            run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
-            by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
-            run=run_name(), approval=approval,
-        )  # fmt: skip
-    except PromotionLost:
-        # Another try of this stage may have won, on a machine that was taken for lost.
-        if not is_champion(run.config, run.refs["policy"], run.store):
-            raise
-
-
 def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bool:
     """Return whether a policy is the last entry of its line's history."""
     latest = store.latest(f"champion/{config.promotion.name}")
     return latest is not None and latest["policy"] == policy.digest
 
 
-def run_name() -> str | None:
-    """Return the name of the current flow run, if there is one."""
+def _make_champion(
+    run: StageRun, before: registry.Promotion | None, approval: Approval | None
+) -> None:
     from prefect.runtime import flow_run  # takes a second where no flow has loaded it
 
-    return flow_run.get_name()
+    policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
+    try:
+        registry.promote(
+            run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
+            by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
+            run=flow_run.get_name(), approval=approval,
+        )  # fmt: skip
+    except PromotionLost:
+        # Another try of this stage may have won, on a machine that was taken for lost.
+        if not is_champion(run.config, run.refs["policy"], run.store):
+            raise

@@ -1,4 +1,4 @@
-"""A stage on other hardware: a run of its deployment, found or created, and waited for.
+"""A stage on other hardware, as a run of its own deployment.
 
 The run gets references and the configuration, and returns nothing: its result is in the store,
 under the same record as if it had run here.
@@ -39,7 +39,7 @@ TASK_EVENT = 10.0
 def run_remotely(
     stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], deployment: str
 ) -> Outcome:
-    """Run a stage in a deployment, unless it has a record; return the result in the store.
+    """Run a stage in a deployment, unless it has a record; return the result.
 
     A child that does this work already, for whatever parent, is waited for: its idempotency key is
     the work's fingerprint, with a number that rises when a child has ended without a result.
@@ -97,7 +97,7 @@ def _child(
     client: SyncPrefectClient, key: str, deployment: str, config: PipelineConfig,
     inputs: Mapping[str, ArtifactRef],
 ) -> FlowRun:  # fmt: skip
-    """Return the run that does this work, or a new one after all those that have ended."""
+    """Return the run that does this work, or create one."""
     target = retried(lambda: client.read_deployment_by_name(deployment))
     parent = _linkable(client, task_run.id)
     parameters = {
@@ -126,7 +126,7 @@ def _child(
 
 
 def _linkable(client: SyncPrefectClient, identifier: str | None) -> UUID | None:
-    """Return this task's id once the server has it, which gets tasks by events; else None."""
+    """Return this task's id once the server has it, by an event; else None."""
     end = time.monotonic() + TASK_EVENT
     while identifier and time.monotonic() < end:
         try:

@@ -58,7 +58,7 @@ def data_digest(config: PipelineConfig) -> str:
 
 
 def new_pairs(state: Situation, dataset: ArtifactRef, store: Store) -> int:
-    """Count the training pairs that the last retraining did not have; all, if there was none."""
+    """Count the training pairs that the last retraining, if any, did not have."""
     pairs = _pairs(store.fetch(dataset))
     before = (state.last or {}).get("dataset")
     if before is None or not store.exists(before):
@@ -66,12 +66,8 @@ def new_pairs(state: Situation, dataset: ArtifactRef, store: Store) -> int:
     return len(pairs - _pairs(store.fetch(before)))
 
 
-def _pairs(folder: Path) -> set[str]:
-    return {repr((p.prompt, p.chosen, p.rejected)) for p in read_rows(folder / PAIRS_TRAIN, Pair)}
-
-
 def warm_started(loaded: Loaded, champion: Mapping[str, Any] | None, store: Store) -> Loaded:
-    """Return the configuration with the champion, or its SFT policy, as the base model."""
+    """Return the configuration with the champion or its SFT policy as base model."""
     start = loaded.config.retraining.warm_start
     if start == "none" or champion is None:
         return loaded
@@ -86,7 +82,7 @@ def warm_started(loaded: Loaded, champion: Mapping[str, Any] | None, store: Stor
 def record_retraining(
     state: Situation, dataset: ArtifactRef, run: str, outcome: str, store: Store
 ) -> None:
-    """Add a retraining to the line's history, so that the same data are not trained on again."""
+    """Add a retraining to the line's history, so that its data count as used."""
     entry = {
         "data": state.data,
         "dataset": dataset.digest,
@@ -99,3 +95,7 @@ def record_retraining(
 
 def _history(line: str) -> str:
     return f"retrainings/{line}"
+
+
+def _pairs(folder: Path) -> set[str]:
+    return {repr((p.prompt, p.chosen, p.rejected)) for p in read_rows(folder / PAIRS_TRAIN, Pair)}

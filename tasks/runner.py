@@ -1,8 +1,8 @@
-"""Runs one stage: finds its record, or fetches inputs, calls the body, publishes and records.
+"""Runs one stage, unless a record shows that the same work was done before.
 
-A stage's fingerprint (name, configuration it depends on, input digests, code, seed) keys a record
-in the store. A stage whose record exists, and whose artifact is complete, is not run again, in
-whatever process, machine or flow run.
+A run fetches the inputs, calls the body, publishes its files and writes a record. Its key is the
+stage's fingerprint: name, configuration it depends on, input digests, code and seed. A stage whose
+record and artifact are there is not run again by any process, machine or flow run.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run_stage(
                 role: store.fetch(ref, listener=Transfer(f"{stage.name}: fetching {role}"))
                 for role, ref in work.refs.items()
             }
-            external = stage.external(config)
+            external = stage.external_model(config)
             if external is not None and "base" not in folders:
                 folders["base"] = external.local(Path(scratch, "base"))
             run = StageRun(config, work.refs, folders, out, checkpoints, store, made_by, progress)
@@ -133,7 +133,7 @@ def work_of(
         if role not in inputs:
             raise ArtifactMissing(f"{stage.name}: input {role} is missing; give its artifact")
     refs = {role: inputs[role] for role in needed}
-    external = stage.external(config)
+    external = stage.external_model(config)
     if external is not None and external.is_artifact:
         # As an input it is a parent of the result, and fetched like the others.
         refs["base"] = store.resolve(external.place)
@@ -142,7 +142,7 @@ def work_of(
 
 
 def recorded_outcome(work: Work, store: Store) -> Outcome | None:
-    """Return the result of the same work on any machine; None if it is still to be done."""
+    """Return the recorded result of the same work on any machine, if there is one."""
     started = time.monotonic()
     ref = recorded_ref(store, work.stage, work.key)
     if ref is None or not work.stage.holds(work.config, work.refs, store):
@@ -151,33 +151,13 @@ def recorded_outcome(work: Work, store: Store) -> Outcome | None:
     return Outcome(work.stage.name, ref, True, time.monotonic() - started, metrics)
 
 
-@contextmanager
-def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
-    """A file lock; the second of two runs of the same work waits, and then finds the record."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s: another process is at this very work; waiting for it", stage.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _settings(stage: Stage, config: PipelineConfig) -> Mapping[str, Any]:
-    """Return the configuration that a stage depends on, as JSON values."""
-    return _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
-
-
 def fingerprint(
     stage: Stage,
     config: PipelineConfig,
     inputs: Mapping[str, ArtifactRef],
     settings: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the identity of a stage's work; equal work has an equal one on every machine."""
+    """Return the identity of a stage's work, equal for equal work on any machine."""
     identity = {
         "stage": stage.name,
         "config": _settings(stage, config) if settings is None else settings,
@@ -187,14 +167,14 @@ def fingerprint(
     }
     if stage.source_digest is not None:
         identity["source"] = stage.source_digest(config)
-    external = stage.external(config)
+    external = stage.external_model(config)
     if external is not None and "base" not in inputs:
         identity["base"] = external.digest()
     return sha256_bytes(canonical_json(identity))
 
 
 def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
-    """Return the artifact that a record names, if all of its bytes are still in the store."""
+    """Return the artifact that a record names, if the store still has all of it."""
     record = store.latest(_record_name(stage, key))
     if record is None:
         return None
@@ -202,14 +182,10 @@ def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
     return ref if store.exists(ref) else None
 
 
-def _record_name(stage: Stage, key: str) -> str:
-    return f"records/{stage.name}/{key}"
-
-
 def find_inputs(
     stage: Stage, config: PipelineConfig, given: Mapping[str, ArtifactRef]
 ) -> dict[str, ArtifactRef]:
-    """Return the inputs of a stage that runs alone: given ones, or as recorded for this config.
+    """Return the inputs of a stage that runs alone: as given, else as recorded.
 
     Raises:
         ArtifactMissing: An earlier stage has no record.
@@ -235,6 +211,30 @@ def find_inputs(
             wanted = f"{stage.name}: {role}"
             inputs[role] = _recorded_result(STAGES[maker], config, store, given, wanted)
     return inputs
+
+
+@contextmanager
+def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
+    """A file lock, for which a second run of the same work waits."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process is at this very work; waiting for it", stage.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _settings(stage: Stage, config: PipelineConfig) -> Mapping[str, Any]:
+    """Return the configuration that a stage depends on, as JSON values."""
+    return _JSON.dump_python(dict(stage.depends_on(config)), mode="json")
+
+
+def _record_name(stage: Stage, key: str) -> str:
+    return f"records/{stage.name}/{key}"
 
 
 def _recorded_result(

@@ -1,4 +1,4 @@
-"""The declaration of a pipeline stage, what its body gets, and the store of a configuration."""
+"""The types of a pipeline stage: its declaration, and a run of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shown: TypeAlias = str | list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class StageRun:
-    """Arguments of a stage's body: inputs as verified local folders, and where to write."""
+    """Arguments of a stage's body; inputs are verified local folders."""
 
     config: PipelineConfig
     refs: Mapping[str, ArtifactRef]
@@ -55,7 +55,7 @@ class Stage:
     """Whether a person may have to approve `inputs["policy"]` before it runs."""
     source_digest: Callable[[PipelineConfig], str] | None = None
     """Digest of the external data that it reads, as a part of its fingerprint."""
-    external: Callable[[PipelineConfig], ForeignModel | None] = lambda _: None
+    external_model: Callable[[PipelineConfig], ForeignModel | None] = lambda _: None
     """The external model that it starts from; its files are in `StageRun.folders["base"]`."""
     holds: Callable[[PipelineConfig, Mapping[str, ArtifactRef], Store], bool] = lambda *_: True
     """Whether its effect outside of the artifact is still in place; if not, it runs again."""
@@ -64,7 +64,7 @@ class Stage:
 
     def needed_inputs(self, config: PipelineConfig) -> Mapping[str, StageName]:
         """Return `inputs`, or none where a ready external model takes the stage's place."""
-        external = self.external(config)
+        external = self.external_model(config)
         return {} if external and external.ready else self.inputs
 
 

@@ -146,7 +146,7 @@ def _show_samples(folder: Path, config: PipelineConfig) -> Mapping[str, Shown]:
 
 
 def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
-    """Return the body of a gate, which publishes a rejection too; `_enforce` raises afterwards.
+    """Return a gate's body, which writes any verdict; `_enforce` raises afterwards.
 
     Args:
         subject: Role of the artifact that is judged.
@@ -208,7 +208,7 @@ TRAIN_SFT = Stage(
         "sft": c.sft.model_dump(exclude={*WHERE}),
         "base": c.base.model_dump(exclude={"path"}),
     },
-    external=base_of_others,
+    external_model=base_of_others,
     body=_train_sft,
     headline=(("loss {:.3f}", "loss"), ("{:,} parameters", "parameters")),
     section="sft",
@@ -220,7 +220,7 @@ TRAIN_REWARD_MODEL = Stage(
     kind="reward-model",
     inputs={"data": PREPARE_DATA.name, "sft": TRAIN_SFT.name},
     depends_on=reward_settings,
-    external=reward_model_of_others,
+    external_model=reward_model_of_others,
     body=_train_reward_model,
     headline=(("loss {:.3f}", "loss"), ("ready model, {:,} parameters", "parameters")),
     section="reward_model",

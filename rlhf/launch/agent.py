@@ -1,4 +1,4 @@
-"""The launcher of a training's children: torchrun, which ends when its parent does.
+"""The launcher of the children: torchrun, which ends when its parent does.
 
 Runs as a script: `python -m rlhf.launch.agent <folder> <count>`.
 """

@@ -1,4 +1,4 @@
-"""A call of a training stage, and the files by which the processes of a launch exchange it.
+"""A call of a training stage, and the files of a launch in child processes.
 
 Loads no torch: the parent of a launch reads it.
 """
@@ -101,7 +101,7 @@ AGENT_PID = "RLHF_AGENT_PID"
 
 
 def pid_file(folder: Path, rank: int) -> Path:
-    """Return the file with a child's process id; it is there from the child's start on."""
+    """Return the file with a child's process id, written at the child's start."""
     return folder / f"{rank}.pid"
 
 

@@ -17,7 +17,7 @@ from rlhf.stage import StageResult
 _LINES, _CHARACTERS = 8, 1500
 
 
-def outcome(folder: Path, stage: str, count: int, status: int) -> StageResult:
+def read_result(folder: Path, stage: str, count: int, status: int) -> StageResult:
     """Return the result of a launch that has ended.
 
     An `RLHFError` is taken for the cause of all other errors. Next comes a child that died without
@@ -43,7 +43,7 @@ def outcome(folder: Path, stage: str, count: int, status: int) -> StageResult:
 
 
 def _reports(folder: Path, count: int) -> dict[int, Exception | None]:
-    """Return the error that each child reported, by rank, earliest first; None for success."""
+    """Return each child's error by rank, earliest report first; None for success."""
     reports: list[tuple[float, int, Exception | None]] = []
     for rank in range(count):
         file = ended_file(folder, rank)
@@ -69,7 +69,7 @@ def _error(name: str, message: str) -> Exception:
 def _worker_died(
     folder: Path, stage: str, count: int, unreported: list[int], status: int
 ) -> WorkerDied:
-    """Return the error for the child that died first, with the launcher's view of its end."""
+    """Return the error for the child that died first, as the launcher saw it."""
     file = folder / FAILURES
     codes: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
     # The launcher ends those by SIGTERM that outlive the first.

@@ -1,4 +1,4 @@
-"""The parent of a launch: starts the children, passes on their messages, ends them all."""
+"""The parent of a launch: starts the children, forwards messages, ends them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from rlhf.launch.job import AGENT_LOG, JOB, MESSAGES, Job, alive, pids, send
-from rlhf.launch.outcome import outcome
+from rlhf.launch.outcome import read_result
 from rlhf.ppo.termination import deferred_sigterm
 from rlhf.progress import Progress, silent
 from rlhf.stage import StageResult
@@ -51,7 +51,7 @@ def launch(job: Job, progress: Progress = silent) -> StageResult:
         (folder / JOB).write_text(sent.model_dump_json())
         with _agent(folder, count, threads) as agent:
             _wait(agent, _Listener(folder, progress), terminated)
-        return outcome(folder, job.stage, count, agent.returncode)
+        return read_result(folder, job.stage, count, agent.returncode)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A child of a launch: one of the processes that run a training stage under torchrun.
+"""A child of a launch, which runs its share of a training stage under torchrun.
 
 Runs as a script: `python -m rlhf.launch.worker <folder>`.
 """
@@ -114,7 +114,7 @@ def _log_to(handler: logging.Handler, level: int) -> None:
 
 
 def _report_end(folder: Path, rank: int, error: BaseException | None = None) -> None:
-    """Write the report of this process's end, atomically: the parent may read at any time."""
+    """Report this process's end, atomically: the parent may read at any time."""
     report = {"kind": type(error).__name__, "message": str(error)} if error else {}
     file = ended_file(folder, rank)
     partial = file.with_suffix(".partial")
@@ -123,7 +123,7 @@ def _report_end(folder: Path, rank: int, error: BaseException | None = None) -> 
 
 
 def _end_with_launcher() -> None:
-    """Have the kernel kill this process when the launcher dies; Linux alone offers that."""
+    """Have the kernel kill this process when the launcher dies (Linux only)."""
     if sys.platform == "linux":
         libc: Any = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

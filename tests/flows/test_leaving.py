@@ -35,7 +35,7 @@ def preset(tmp_path):
     for name, stage in STAGES.items():
         if name == STAGE:
             return path
-        inputs = {role: refs[producer] for role, producer in stage.needs(config).items()}
+        inputs = {role: refs[producer] for role, producer in stage.needed_inputs(config).items()}
         refs[name] = run_stage(stage, config, inputs).ref
     raise AssertionError
 

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.errors import DataError, Interrupted, StoreError, WorkerDied, worth_retrying
 from rlhf.launch.job import FAILURES, ended_file, output_file
-from rlhf.launch.outcome import outcome
+from rlhf.launch.outcome import read_result
 from rlhf.stage import write_json
 
 
@@ -45,7 +45,7 @@ def test_the_cause_is_found(tmp_path, reports, error, text):
             ended(folder, rank, **report)
     (folder / FAILURES).write_text(json.dumps({"0": 1, "1": -9}))
     with pytest.raises(error, match=text) as caught:
-        outcome(folder, "stage", 2, 1)
+        read_result(folder, "stage", 2, 1)
     assert type(caught.value) is error
 
 
@@ -53,9 +53,9 @@ def test_a_dead_childs_error_has_its_last_output(tmp_path):
     output_file(tmp_path, 0).write_text("\n".join(f"line {n}" for n in range(50)))
     (tmp_path / FAILURES).write_text(json.dumps({"0": 3, "1": -15}))
     with pytest.raises(WorkerDied, match=r"(?s)process 1 of 2 ended with status 3.*line 49$") as e:
-        outcome(tmp_path, "stage", 2, 1)
+        read_result(tmp_path, "stage", 2, 1)
     assert "line 41" not in str(e.value)
     assert worth_retrying(e.value)
     (tmp_path / FAILURES).unlink()
     with pytest.raises(WorkerDied, match="the launcher of its processes was ended by SIGKILL"):
-        outcome(tmp_path, "stage", 2, -9)
+        read_result(tmp_path, "stage", 2, -9)

@@ -35,7 +35,7 @@ def ready(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ready")
     config, refs = configured(folder, folder / "store", "work"), {}
     for name, stage in STAGES.items():
-        inputs = {role: refs[producer] for role, producer in stage.needs(config).items()}
+        inputs = {role: refs[producer] for role, producer in stage.needed_inputs(config).items()}
         if name == NAME:
             return folder / "store", inputs
         refs[name] = run_stage(stage, config, inputs).ref
