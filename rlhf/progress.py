@@ -1,4 +1,4 @@
-"""Progress reports of a stage: the protocol of a listener, and one that ignores them."""
+"""Progress of a stage: the listeners' protocol, and a listener that ignores it."""
 
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -6,10 +6,10 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Progress(Protocol):
-    """Listener to a stage's progress; called often, so implementations throttle themselves."""
+    """Listener to a stage's progress, called often: implementations throttle."""
 
     def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Report that `step` of `total` is done, with its metrics (reward, kl, loss …), if any.
+        """Report that `step` of `total` is done, with its metrics (reward, kl …), if any.
 
         Metrics that are known only later are reported with the same step again.
         """

@@ -23,7 +23,7 @@ class StageResult:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys; NaN and infinities raise ValueError."""
+    """Write `value` as indented JSON with sorted keys; NaN and infinity raise."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 

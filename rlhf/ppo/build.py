@@ -1,4 +1,4 @@
-"""Loading of policy, reference and critic: as separate networks, or as adapters on one base."""
+"""Loading of a PPO run's models, as separate networks or as adapters on one base."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ def load_models(
     device: torch.device,
     rows: Sequence[PromptRow] = (),
 ) -> tuple[Models, Environment, Renderer]:
-    """Load the models of a PPO run, the environment that scores replies, and the renderer.
+    """Load the models, environment and renderer of a PPO run.
 
-    The environment is built here because it and the critic share the loaded reward model.
+    The environment, which scores replies, is built here because it shares the loaded reward model
+    with the critic and the policy.
 
     Args:
-        config: Determines which models there are and what they share.
+        config: Determines the models and what they share.
         sft: Folder of the starting policy.
-        reward_model: Folder of the approved reward model; None without one.
-        seed: Of torch's global generator, which initialises adapters.
-        device: Where the models go.
+        reward_model: Folder of the approved reward model; None for an environment without one.
+        seed: Seed of torch's global generator, which initialises adapters.
+        device: Device of the models.
         rows: Training prompts, which the environment checks.
 
     Raises:
-        ConfigError: The configuration needs a reward model and there is none, or it does not fit
-            the policy or, with `shared_base`, its weights.
+        ConfigError: A reward model is required and missing, or does not fit the policy or, with
+            `shared_base`, its weights; or the environment does not work.
     """
     torch.manual_seed(seed)
     # Effectively no timeout: a dead process is detected by its closed connections.
@@ -89,7 +90,7 @@ def _load_critic(
     config: PPOConfig, sft: Path, policy: Any, renderer: Renderer, scorer: Scorer | None,
     reward_model: Approved[Path] | None,
 ) -> Critic:  # fmt: skip
-    """Load the critic that `config.critic` names: policy, head, adapter or reward_model."""
+    """Load the critic that `config.critic` names."""
     if config.critic == "policy":
         return critic_from(load_policy(sft))
     if config.critic == "head":

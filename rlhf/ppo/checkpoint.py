@@ -1,4 +1,4 @@
-"""PPO checkpoints on the local disk: atomic save, load, and retention of the newest two.
+"""PPO checkpoints on the local disk: atomic save, load, and retention.
 
 A checkpoint holds all that a resumed run needs to equal an uninterrupted one. Random generators are
 not part of it: every draw is seeded by (seed, update), so the update counter is the state of
@@ -91,7 +91,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, models: Models, identity: Mapping[str, str]) -> TrainState:
-    """Load the newest intact checkpoint under `folder`; without any, return a fresh state.
+    """Load the newest intact checkpoint under `folder`; returns a fresh state if none.
 
     A damaged checkpoint is logged as a warning and skipped: the result of the run is the same, some
     updates are repeated.
@@ -177,7 +177,7 @@ def _flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _new_partial(folder: Path, final: Path) -> Path:
-    """Make the temporary folder of a checkpoint; deletes those that killed processes left."""
+    """Make a checkpoint's temporary folder and delete those of killed processes."""
     for leftover in folder.glob(".partial-*"):
         shutil.rmtree(leftover)
     partial = folder / f".partial-{final.name}"
@@ -207,7 +207,7 @@ def _fsync(path: Path) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint, which first loses its final name, so that no part of it is loaded."""
+    """Delete a checkpoint, which first loses its name so that no part of it is loaded."""
     if checkpoint.exists():
         renamed = checkpoint.with_name(f".partial-{checkpoint.name}-old")
         checkpoint.replace(renamed)

@@ -1,4 +1,4 @@
-"""Decoding with a key-value cache: one prefill for all prompts, then one token per row and step."""
+"""Decoding with a key-value cache: one prefill, then one token per row and step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf.modeling.packing import Packed
 def pad_left(
     rows: list[list[int]], pad: int
 ) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-    """Stack prompts of different length, padded on the left; returns ids and attention mask."""
+    """Stack prompts, padded on the left; returns ids and attention mask."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -41,7 +41,7 @@ def decoder_of(
 
 
 class PackedDecoder:
-    """Decoder for models that support packing: no padding in the prefill, a preallocated cache.
+    """Decoder for models that support packing: prefill without padding, fixed buffers.
 
     A finished row is overwritten by one of the last rows, so that dropping it copies one row.
     """
@@ -133,7 +133,7 @@ class _KVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store the packed prompts or one column per row; returns the keys and values to attend."""
+        """Store packed prompts or one column; returns the keys and values to attend to."""
         if layer_idx == len(self.keys):
             return self._prefill(key_states, value_states)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
@@ -182,7 +182,7 @@ class _TokenAttention:
 
 
 class PaddedDecoder:
-    """Decoder for all other models with a key-value cache, by transformers' cache and masks."""
+    """Decoder for all other models, with transformers' own cache and masks."""
 
     def __init__(self, policy: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
         self.policy = policy

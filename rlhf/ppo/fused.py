@@ -1,4 +1,4 @@
-"""Log-probabilities, entropies and values of replies under a model, in little memory.
+"""Log-probabilities, entropies and values of replies, in little memory.
 
 The logits of a batch are its largest tensor by far, so they are computed from the hidden states in
 slices. For the backward pass a tensor of exponentials is stored if it is small, and otherwise
@@ -35,7 +35,7 @@ def token_log_probs(
     slice_size: int | None = None,
     keep: int | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """Compute log softmax(head(hidden) / temperature) at the targets, and entropies in nats.
+    """Compute log softmax(head(hidden) / temperature) at targets, entropies in nats.
 
     Without `entropy` the entropies are zeros. Results are float32 (float64 for a float64 model) and
     bit-equal with and without gradients.
@@ -179,7 +179,7 @@ class _LinearLogProbs(torch.autograd.Function):
 def _scale_operands(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Divide the product's operands by the temperature: cheaper than dividing the logits."""
+    """Divide operands by the temperature, which is cheaper than dividing the logits."""
     if temperature != 1:
         hidden = hidden / temperature
         bias = None if bias is None else bias / temperature

@@ -1,4 +1,4 @@
-"""KL divergence of the policy from the reference: estimates, exact value, penalty controllers."""
+"""KL divergence of the policy from the reference, and controllers of its penalty."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def exact_kl(logits: Logits, reference_logits: Logits) -> Float[Tensor, " tokens
 
 
 class KLController:
-    """KL penalty coefficient with a constant value; subclasses adapt `value` in `update`."""
+    """KL penalty coefficient `value`, constant here; subclasses adapt it in `update`."""
 
     def __init__(self, value: float) -> None:
         self.value = value

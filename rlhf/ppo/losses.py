@@ -18,7 +18,7 @@ Scalar = Float[Tensor, ""]
 
 
 def masked_mean(values: Tokens, mask: Mask) -> Scalar:
-    """Mean over all valid tokens with equal weight, not a mean of rows; 0 if none is valid."""
+    """Mean over all valid tokens with equal weight; 0 if none is valid."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 

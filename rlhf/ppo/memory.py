@@ -1,4 +1,4 @@
-"""Memory between phases: a CPU's heap is retained, an accelerator's cache is emptied."""
+"""Memory of a training: retain a CPU's heap, empty an accelerator's cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEFAULT = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
 
 @contextmanager
 def kept(device: torch.device) -> Iterator[None]:
-    """Retain freed memory in a CPU process until the context ends; Linux with glibc only.
+    """Retain freed heap memory until the context ends; on CPU with glibc only.
 
     The gradients of a large model are freed and allocated at every step. Fresh memory costs a page
     fault for every 4 KiB: a fifth of the time of optimising 124 M parameters, while the peak is the

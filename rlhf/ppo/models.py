@@ -1,4 +1,4 @@
-"""Models of a PPO run (policy, reference, critic) and the forward passes that PPO needs."""
+"""Policy, reference and critic of a PPO run, and their forward passes."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Models:
         return concatenate(parts, tokenizer.pad_token_id)
 
     def sampling_copy(self, model: Any) -> Any:
-        """The model for sampling: with bf16 a copy that is cast once instead of at every token."""
+        """The model for sampling; with bf16 a copy, cast once instead of at every token."""
         if self.config.precision == "fp32":
             return model
         return copy_in(model, torch.bfloat16)
@@ -167,7 +167,7 @@ class Models:
     def log_probs_and_values(
         self, replies: Replies, entropy: bool
     ) -> tuple[LogProbs, LogProbs, Values]:
-        """Compute log-probabilities, entropies and values in one forward pass; if `joint` only."""
+        """Compute log-probabilities, entropies and values in one pass; only if `joint`."""
         with self._autocast():
             return log_probs_entropy_values(
                 self.policy, self.critic.value_head, replies, self.config.temperature, entropy
@@ -221,7 +221,7 @@ class Models:
 
 
 def learning_rate_scale(config: PPOConfig, update: int) -> float:
-    """Fraction of the peak learning rate: linear warm-up, then the decay of `lr_scheduler`."""
+    """Fraction of the peak learning rate: linear warm-up, then `lr_scheduler`'s decay."""
     if update < config.lr_warmup_updates:
         return (update + 1) / (config.lr_warmup_updates + 1)
     final = config.lr_final_fraction

@@ -1,4 +1,4 @@
-"""PPO's optimisation phase: epochs of mini-batch steps over one buffer of rollouts."""
+"""PPO's optimisation phase: epochs of mini-batch steps over a buffer of rollouts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Buffer:
 
 
 def optimise(buffer: Buffer, models: Models, seed: int, learn_policy: bool = True) -> Metrics:
-    """Train on a buffer for `num_ppo_epochs`; stops early if the policy exceeds `target_kl`.
+    """Train on a buffer for `num_ppo_epochs`, or until the policy exceeds `target_kl`.
 
     Returns:
         Metrics, averaged over the optimizer steps, and the number of these.

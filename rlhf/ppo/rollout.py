@@ -1,4 +1,4 @@
-"""Generation of replies: sampling from a causal language model, with a key-value cache.
+"""Generation of replies: sampling from a causal language model with a cache.
 
 `generate` and `Replies` are the interface. Log-probabilities of replies are evaluated apart.
 """
@@ -112,10 +112,11 @@ def generate(
     batch_size: int | None = None,
     read_every: int | None = None,
 ) -> Replies:
-    """Sample a reply to each prompt, up to the end-of-reply token, `stop` or `max_new_tokens`.
+    """Sample a reply to each prompt.
 
-    The tokens depend on `seed` and the weights alone; torch's global generator is neither read nor
-    changed. A row that `stop` ends keeps its last token and counts as finished.
+    A reply ends with the end-of-reply token, by `stop`, or after `max_new_tokens`. A row that
+    `stop` ends keeps its last token and counts as finished. The tokens depend on `seed` and the
+    weights alone; torch's global generator is neither read nor changed.
 
     Args:
         policy: A causal language model, on its device.
@@ -140,7 +141,7 @@ def generate(
     with evaluating(policy):
         for rows in torch.arange(len(indices)).split(batch_size or max(1, len(indices))):
             batch = indices[rows]
-            # A new sampler per batch: each makes the random numbers of all prompts, step by step.
+            # A new sampler per batch: at each step it makes the random numbers of all prompts.
             sampler = Sampler(sampling, len(prompts), seed, device)
             drawn.begin(rows)
             _decode(policy, [prompts[i] for i in batch.tolist()], batch, sampler, drawn, every)
@@ -158,7 +159,7 @@ def _decode(
     policy: Any, prompts: list[list[int]], indices: Tensor, sampler: Any, drawn: _DrawnReplies,
     every: int,
 ) -> None:  # fmt: skip
-    """Draw the replies to one batch of prompts; `indices` are their rows among all prompts."""
+    """Draw the replies to one batch, whose rows among all prompts are `indices`."""
     device = next(policy.parameters()).device
     max_new_tokens = drawn.tokens.shape[1]
     decoder = decoder_of(policy, prompts, max_new_tokens)
@@ -227,11 +228,11 @@ class _DrawnReplies:
 def log_probs_and_entropy(
     policy: Any, replies: Replies, temperature: float, entropy: bool = True
 ) -> tuple[Float[Tensor, "batch reply"], Float[Tensor, "batch reply"]]:
-    """Compute the log-probability of each reply token and its distribution's entropy in nats.
+    """Compute log-probabilities of reply tokens and entropies of their distributions.
 
-    Both are zero where the mask is false; without `entropy` all entropies are zero. The logits are
-    divided by `temperature`; top-k and top-p are not applied, so that the ratio of a policy with
-    itself is exactly 1.
+    Entropies are in nats, and all zero without `entropy`. Both results are zero where the mask is
+    false. The logits are divided by `temperature`; top-k and top-p are not applied, so that the
+    ratio of a policy with itself is exactly 1.
     """
     log_probs, entropies, _ = _evaluate(policy, None, replies, temperature, entropy)
     return log_probs, entropies
@@ -255,7 +256,7 @@ def log_probs_entropy_values(
 def reply_logits(
     policy: Any, replies: Replies, temperature: float
 ) -> Float[Tensor, "tokens vocabulary"]:
-    """Compute the logits, over `temperature`, of the distribution of each valid reply token."""
+    """Compute the logits over `temperature` from which each valid token was drawn."""
     arguments, index = _model_arguments(policy, replies)
     _, logits = captured_logits(policy, arguments, _previous_tokens(index, replies))
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -277,7 +278,7 @@ def reply_values(critic: Any, replies: Replies) -> Float[Tensor, "batch states"]
 def _evaluate(
     policy: Any, head: Any, replies: Replies, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probs and entropies of reply tokens; with a value head also the values of states."""
+    """Compute log-probs and entropies, and with a value head the values of states."""
     arguments, index = _model_arguments(policy, replies)
     previous = _previous_tokens(index, replies)
     valid = upload(replies.valid.flatten().nonzero().squeeze(1), replies.ids.device)
@@ -300,18 +301,21 @@ def _evaluate(
 
 
 def _model_arguments(model: Any, replies: Replies) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of the model's call, and each token's row among the hidden states (on the CPU)."""
+    """Arguments of the model's call, and each token's row among the hidden states.
+
+    The rows are on the CPU.
+    """
     longest = int(replies.attention.sum(1).max())
     return arguments_of(replies.ids, replies.attention, packs(model, longest))
 
 
 def _previous_tokens(index: Tensor, replies: Replies) -> Int[Tensor, " tokens"]:
-    """Select from an index of all tokens the one before each valid reply token, row by row."""
+    """Select from an index of all tokens the one before each valid reply token."""
     return index[:, -replies.mask.shape[1] - 1 : -1][replies.valid]
 
 
 def _state_tokens(index: Tensor, replies: Replies) -> Int[Tensor, " states"]:
-    """Select from an index of all tokens the last token of each state, row by row."""
+    """Select from an index of all tokens the last token of each state."""
     states = _state_mask(replies.valid)
     return index[:, -states.shape[1] :][states]
 
@@ -322,7 +326,7 @@ def _state_mask(mask: Bool[Tensor, "batch reply"]) -> Bool[Tensor, "batch states
 
 
 def _scatter(flat: Tensor, mask: Bool[Tensor, "rows columns"]) -> Tensor:
-    """Write values row by row into the true cells of a mask on the CPU, zero elsewhere.
+    """Write values row by row into a mask's true cells, zero elsewhere; the mask is on the CPU.
 
     `masked_scatter` would do the same, but its backward pass makes the host wait.
     """

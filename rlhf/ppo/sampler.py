@@ -47,7 +47,7 @@ class Sampler:
     def __call__(
         self, logits: Float[Tensor, "live vocabulary"], rows: Int[Tensor, " live"], step: int
     ) -> Int[Tensor, " live"]:
-        """Draw the next token of each live row; `rows` are their indices in the full batch."""
+        """Draw the next token of each live row; `rows` are indices in the full batch."""
         if self.sampling.temperature == 0:
             return logits.argmax(-1)
         logits = filter_logits(logits.float(), self.sampling)
@@ -81,7 +81,7 @@ def filter_logits(
 def inverse_cdf(
     logits: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, " rows"]
 ) -> Int[Tensor, " rows"]:
-    """Draw by inverse CDF: the first token whose cumulative probability exceeds `uniform`.
+    """Draw the first token whose cumulative probability exceeds `uniform`.
 
     `uniform` is one number in [0, 1) per row.
     """
@@ -103,7 +103,7 @@ def inverse_cdf(
 def running_sum(
     weights: Float[Tensor, "rows vocabulary"],
 ) -> Float[Tensor, "rows vocabulary"] | Int[Tensor, "rows vocabulary"]:
-    """Cumulative sum of each row of numbers in [0, 1]; on an accelerator in units of 1 / UNIT.
+    """Cumulative sum of numbers in [0, 1]; on an accelerator in units of 1 / UNIT.
 
     A GPU adds floating-point numbers in an order that may differ from call to call (torch refuses
     its cumsum under `use_deterministic_algorithms`), so that a resumed run could draw another
@@ -117,7 +117,7 @@ def running_sum(
 def exponential(
     batch: int, vocabulary: int, rows: Int[Tensor, " live"], generator: torch.Generator
 ) -> Float[Tensor, "live vocabulary"]:
-    """Draw exponential noise for some rows, equal to `exponential_` on (batch, vocabulary).
+    """Draw some rows of the noise of `exponential_` on (batch, vocabulary).
 
     On a CPU torch computes one number at a time: −log1p(−u), with u uniform in float64. Here the
     logarithms are taken of all numbers at once, and of these rows alone: four times as fast.

@@ -69,7 +69,7 @@ class RunningScale:
         return deviation if deviation > 1e-8 else 1.0
 
     def apply(self, scores: Scores) -> Scores:
-        """Divide scores by the deviation; the mean is not subtracted, so signs do not change."""
+        """Divide scores by the deviation; no shift of the mean, so signs do not change."""
         return scores / self.deviation
 
     def state_dict(self) -> dict[str, float]:
@@ -90,7 +90,7 @@ def clip_scores(scores: Scores, bound: float | None) -> Scores:
 def value_mask(
     mask: Mask, width: int, score_position: Literal["last", "past_end"]
 ) -> Bool[Tensor, "batch time+1"]:
-    """Mask of the states with a value and a reward; the score goes to the last of them.
+    """Mask of the states with a value and a reward; the score goes to the last one.
 
     `last`: the state before each valid token, so the score is the reward of a reply's last token.
     `past_end`: also the state after the last token if it is within `width`, the chunk's longest
@@ -112,7 +112,7 @@ def shaped_rewards(
     states: Bool[Tensor, "batch time+1"],
     kl_coef: float,
 ) -> Float[Tensor, "batch time+1"]:
-    """Rewards: −kl_coef·KL on each reply token, plus the score on the last of `states`.
+    """Rewards: −kl_coef·KL on each reply token, plus the score on the last state.
 
     Source: Ziegler et al. 2019, eq. 2 and section 2.2.
 

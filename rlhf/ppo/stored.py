@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointPlace(Section):
-    """Location and options of a run's checkpoint store, serialisable for a child process."""
+    """Location and options of a run's checkpoint store, as JSON for a child process."""
 
     uri: str
     """URI of the pipeline's store."""
@@ -59,7 +59,7 @@ class _Stored:
 
 
 class StoredCheckpoints:
-    """Checkpoint store of one run: retains the newest two checkpoints and the best one.
+    """Checkpoint store of one run; retains the newest two checkpoints and the best.
 
     Two machines with the same run at the same time cost each other some uploads, but stay correct:
     a checkpoint that the other deleted is treated as damaged and skipped.
@@ -79,7 +79,7 @@ class StoredCheckpoints:
         return self._store.uri
 
     def save(self, folder: Path, update: int, score: float | None) -> None:
-        """Publish a checkpoint, append it to the history, and delete those not to be retained.
+        """Publish a checkpoint, append it to the history, delete those not to be retained.
 
         A failed deletion is logged as a warning and tried again by the next `save`.
 
@@ -102,7 +102,7 @@ class StoredCheckpoints:
         self._delete_all_but(_retained(intact))
 
     def newest_after(self, update: int) -> tuple[int, Path] | None:
-        """Fetch the newest intact checkpoint later than `update`: its update and verified files.
+        """Fetch update and verified files of the newest intact checkpoint after `update`.
 
         Damaged ones are logged as warnings and deleted by the next `save`.
 
@@ -130,13 +130,13 @@ class StoredCheckpoints:
 
 
 def keep_best(store: Store) -> None:
-    """Delete a completed run's checkpoints, except the best one, which is kept for inspection."""
+    """Delete a completed run's checkpoints, except the best one, for inspection."""
     best = _best(_intact(store, set()))
     store.retain([best.digest] if best else [])
 
 
 def _intact(store: Store, damaged: set[str]) -> list[_Stored]:
-    """List checkpoints by update, without `damaged`; adds those with a damaged manifest to it."""
+    """List checkpoints by update, without `damaged`; adds broken manifests to it."""
     intact: dict[int, _Stored] = {}
     for digest in store.digests():
         if digest in damaged:

@@ -1,4 +1,4 @@
-"""PPO stage: the training loop, its checkpoints with exact resume, and the files of the result."""
+"""PPO stage: training loop, exact resume from checkpoints, files of the result."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def build_trainer(
 def prompts_of_update(
     rows: Sequence[PromptRow], update: int, config: PPOConfig, seed: int
 ) -> list[PromptRow]:
-    """Select the prompts of one update; each epoch over the data is a new seeded shuffle."""
+    """Select the prompts of one update; each epoch is a new seeded shuffle."""
     chosen: list[PromptRow] = []
     order: list[int] = []
     k = config.replies_per_prompt
@@ -144,7 +144,7 @@ def _run_identity(
     config: PPOConfig, seed: int, data: Path, sft: Path, reward_model: Approved[Path] | None,
     renderer: Renderer, known: Mapping[str, str],
 ) -> dict[str, str]:  # fmt: skip
-    """Identity of a run for its checkpoints: digests of inputs, configuration and seed.
+    """Identity of a run for its checkpoints: digests of inputs, configuration, seed.
 
     A digest that is not in `known` is computed from the folder.
     """
@@ -232,5 +232,8 @@ def _write_result(trainer: PPOTrainer, state: TrainState, sft: Path, out_dir: Pa
 
 
 def _base_is_rounded(config: PPOConfig) -> bool:
-    """Return whether the base is stored in bfloat16, so that its own weights can't be published."""
+    """Return whether the policy's base is stored in bfloat16 during training.
+
+    The result then needs the base's own weights, which are loaded again.
+    """
     return config.lora is not None and config.precision == "bf16"

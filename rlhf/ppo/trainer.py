@@ -1,4 +1,4 @@
-"""One PPO update: sample replies, score them, estimate advantages, optimise policy and critic."""
+"""One PPO update: sample replies, score them, estimate advantages, optimise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLES = 4
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """Derive the even seed of update (or epoch) `number`; `+ 1` gives another independent one."""
+    """Derive a seed for each number; seeds are even, so `+ 1` gives an unrelated one."""
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return int.from_bytes(digest[:7], "big") * 2
 
@@ -102,12 +102,12 @@ class PPOTrainer:
         return UpdateResult({**metrics, **rates}, [{"update": number + 1, **s} for s in samples])
 
     def free(self) -> None:
-        """Return cached memory of the last phase to the device, if `optimize_device_cache`."""
+        """Return the last phase's cached memory to the device, if `optimize_device_cache`."""
         if self.config.optimize_device_cache:
             empty_cache(self.device)
 
     def sample(self, rows: Sequence[PromptRow], seed: int) -> Rollouts:
-        """Sample `replies_per_prompt` replies to each prompt; those of a prompt are adjacent."""
+        """Sample `replies_per_prompt` adjacent replies to each prompt."""
         repeated = [row for row in rows for _ in range(self.environment.replies_per_prompt)]
         tokenizer, stop = self.renderer.tokenizer, self.environment.stop
         prompts = [self.renderer.encode_prompt(row.prompt, self.max_prompt) for row in repeated]
@@ -152,7 +152,7 @@ class PPOTrainer:
 
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts) -> tuple[Buffer, dict[str, float], list[dict[str, Any]]]:
-        """Compute rewards, advantages and returns under the policy that sampled the replies.
+        """Compute rewards, advantages and returns under the sampling policy.
 
         Returns:
             The buffer to optimise on, the chunk's metrics, and its samples.
@@ -253,7 +253,7 @@ def _explained_variance(values: Tensor, returns: Tensor, states: Tensor) -> floa
 
 
 def _samples(rollouts: Rollouts, kl: Float[Tensor, " batch"]) -> list[dict[str, Any]]:
-    """The chunk's first replies; prompts come in random order, so that this is no selection."""
+    """The chunk's first replies, a random selection because prompts are shuffled."""
     scored = rollouts.scored
     assert scored is not None
     return [

@@ -47,7 +47,7 @@ class CheckpointUploads:
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
 
     def restore(self, checkpoints: Path) -> None:
-        """Copy the store's newest checkpoint into a folder, if it is newer than those there.
+        """Copy the store's newest checkpoint into a folder, if it is newer than its own.
 
         Raises:
             StoreError: The store does not answer.
@@ -89,7 +89,9 @@ class CheckpointUploads:
         return self._error is not None
 
     def submit(self, checkpoint: Path, update: int, score: float | None) -> None:
-        """Queue a checkpoint, which may be deleted afterwards; blocks while the queue is full.
+        """Queue a checkpoint for upload; blocks while the queue is full.
+
+        Its files may be deleted afterwards.
 
         Raises:
             StoreError: An earlier upload failed; nothing more is uploaded. Other errors of the
@@ -141,7 +143,7 @@ class CheckpointUploads:
 
 
 def _link_or_copy(checkpoint: Path) -> Path:
-    """Set a checkpoint's files aside by hard links, or by copies if links are not supported."""
+    """Set a checkpoint's files aside, by hard links or, without support, by copies."""
     folder = checkpoint.with_name(SNAPSHOT + checkpoint.name)
     try:
         folder.mkdir()
