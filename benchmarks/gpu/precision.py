@@ -19,9 +19,9 @@ from benchmarks.gpu import measure, quickstart
 from benchmarks.gpu.models import build, rows_of, work_of
 from benchmarks.gpu.section import Context, Results, SectionFailedError
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
-from rlhf.ppo.build import build_trainer
 from rlhf.ppo.decode import decoder_of
 from rlhf.ppo.rollout import Replies
+from rlhf.ppo.train import build_trainer
 from rlhf.ppo.trainer import PPOTrainer
 
 #: Largest |ratio − 1| that rounding explains in float32; bfloat16 is reported, not judged.

@@ -1,1 +1,1 @@
-"""PPO on a language model: losses, rollouts, rewards, checkpoints and the training loop."""
+"""PPO: training loop, trainer, losses, models and checkpoints."""

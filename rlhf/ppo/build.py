@@ -1,4 +1,4 @@
-"""Loads the models of a PPO run: each by itself, or all as adapters on one base."""
+"""Loading of a PPO run's models, as separate networks or as adapters on one base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from rlhf.config import PPOConfig
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PromptRow
-from rlhf.environments import build_environment, check_rendering
+from rlhf.environments import Environment, build_environment, check_rendering
 from rlhf.errors import ConfigError
 from rlhf.gates import Approved
 from rlhf.modeling.base import context_of, load_policy
@@ -24,31 +24,41 @@ from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config, named_
 from rlhf.modeling.reward import Scorer, load_reward_model
 from rlhf.modeling.shared import AdapterCritic, HeadCritic, SharedScorer
 from rlhf.ppo.models import Models
-from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ranks import Ranks
 
 
-def build_trainer(
+def load_models(
     config: PPOConfig,
     sft: Path,
     reward_model: Approved[Path] | None,
     seed: int,
     device: torch.device,
     rows: Sequence[PromptRow] = (),
-) -> PPOTrainer:
-    """Load the models that this configuration asks for.
+) -> tuple[Models, Environment, Renderer]:
+    """Load the models, environment and renderer of a PPO run.
+
+    The environment, which scores replies, is built here because it shares the loaded reward model
+    with the critic and the policy.
+
+    Args:
+        config: Determines the models and what they share.
+        sft: Folder of the starting policy.
+        reward_model: Folder of the approved reward model; None for an environment without one.
+        seed: Seed of torch's global generator, which initialises adapters.
+        device: Device of the models.
+        rows: Training prompts, which the environment checks.
 
     Raises:
-        ConfigError: The configuration needs a reward model that is not there, or one that does not
-            fit the policy or, with `shared_base`, its weights.
+        ConfigError: A reward model is required and missing, or does not fit the policy or, with
+            `shared_base`, its weights; or the environment does not work.
     """
     torch.manual_seed(seed)
-    # Nobody waits for ever: a process that dies is noticed by its connections.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
+    # Effectively no timeout: a dead process is detected by its closed connections.
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[timeout])
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     renderer = load_renderer(sft)
-    policy, reference = _policy(config, sft)
+    policy, reference = _load_policy_and_reference(config, sft)
     context = context_of(policy)
     scorer = None
     if reward_model is not None:
@@ -61,13 +71,13 @@ def build_trainer(
     environment = build_environment(
         config, scorer, renderer, rows, device=device, context=context, ranks=ranks,
     )  # fmt: skip
-    critic = _critic(config, sft, policy, renderer, scorer, reward_model)
+    critic = _load_critic(config, sft, policy, renderer, scorer, reward_model)
     models = Models(config, policy, reference, critic, accelerator, ranks)
-    return PPOTrainer(config, models, environment, renderer, seed)
+    return models, environment, renderer
 
 
-def _policy(config: PPOConfig, sft: Path) -> tuple[Any, Any]:
-    """The policy, and a reference unless the policy without its adapters is one."""
+def _load_policy_and_reference(config: PPOConfig, sft: Path) -> tuple[Any, Any]:
+    """Load the policy, and a reference unless the policy with its adapters off is one."""
     policy = load_policy(sft)
     if not config.lora:
         return policy, freeze(load_policy(sft))
@@ -76,10 +86,11 @@ def _policy(config: PPOConfig, sft: Path) -> tuple[Any, Any]:
     return adapted, None
 
 
-def _critic(
+def _load_critic(
     config: PPOConfig, sft: Path, policy: Any, renderer: Renderer, scorer: Scorer | None,
     reward_model: Approved[Path] | None,
 ) -> Critic:  # fmt: skip
+    """Load the critic that `config.critic` names."""
     if config.critic == "policy":
         return critic_from(load_policy(sft))
     if config.critic == "head":

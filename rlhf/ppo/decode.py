@@ -1,4 +1,4 @@
-"""The decode loop: one forward pass for all prompts, then one token a step for each live row."""
+"""Decoding with a key-value cache: one prefill, then one token per row and step."""
 
 from __future__ import annotations
 
@@ -16,104 +16,52 @@ from rlhf.modeling.matmul import plain_float32
 from rlhf.modeling.packing import Packed
 
 
-def decoder_of(policy: Any, prompts: list[list[int]], room: int) -> PackedDecoder | PaddedDecoder:
-    """The fastest decoder that is exact for this model; `room` is the longest reply."""
-    longest = max(len(p) for p in prompts) + room
-    kind = PackedDecoder if packs(policy, longest) else PaddedDecoder
-    return kind(policy, prompts, room)
+def pad_left(
+    rows: list[list[int]], pad: int
+) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+    """Stack prompts, padded on the left; returns ids and attention mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
 
 
-class _Buffers(Cache):
-    """Keys and values in buffers of full size, each prompt ending in the same column."""
-
-    def __init__(self, lengths: list[int], columns: int, device: torch.device) -> None:
-        super().__init__(layers=[])
-        self.columns = columns
-        self.width = max(lengths)
-        self.rows = len(lengths)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        ends = torch.tensor(lengths).cumsum(0)[:, None]
-        column = torch.arange(self.width)
-        # Of each place of the padded prompts: its token in the packed row; padding has some other.
-        source = (ends - self.width + column).clamp(min=0)
-        padding = column < self.width - torch.tensor(lengths)[:, None]
-        self.source = upload(source.flatten(), device)
-        self.padding = upload(padding, device)[:, None, :, None] if padding.any() else None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store the newest column of each row, or the packed prompts; returns what to attend to."""
-        if layer_idx == len(self.keys):
-            return self._first(key_states, value_states)
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        n, end = self.rows, self.width
-        keys[:n, :, end - 1 : end] = key_states
-        values[:n, :, end - 1 : end] = value_states
-        return keys[:n, :, :end], values[:n, :, :end]
-
-    def _first(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        for store, states in ((self.keys, key_states), (self.values, value_states)):
-            _, heads, _, dim = states.shape
-            buffer = states.new_zeros(self.rows, heads, self.columns, dim)
-            prompts = states[0].index_select(1, self.source).view(heads, self.rows, -1, dim)
-            buffer[:, :, : self.width] = prompts.transpose(0, 1)
-            if self.padding is not None:  # masked, but NaN there would still spoil the product
-                buffer[:, :, : self.width].masked_fill_(self.padding, 0)
-            store.append(buffer)
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns in use."""
-        return self.width if self.keys else 0
-
-    def move(self, sources: Int[Tensor, " moved"], targets: Int[Tensor, " moved"]) -> None:
-        """Overwrite rows by others; no row is both."""
-        for buffer in (*self.keys, *self.values):
-            used = buffer[:, :, : self.width]
-            used.index_copy_(0, targets, used.index_select(0, sources))
+def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    """Positions counted from each row's first real token."""
+    return (attention.cumsum(1) - 1).clamp(min=0)
 
 
-class _Step:
-    """Attention of one new token a row to all before it."""
-
-    def __init__(self, mask: Tensor | None) -> None:
-        self.mask = mask
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        rows, heads, _, dim = query.shape
-        # Query heads that share a key head are queries of that head: nothing is copied.
-        grouped = query.reshape(rows, key.shape[1], -1, dim)
-        with plain_float32(query.device):
-            out = F.scaled_dot_product_attention(
-                grouped, key, value, attn_mask=self.mask, **options
-            )
-        return out.reshape(rows, 1, heads, -1)
+def decoder_of(
+    policy: Any, prompts: list[list[int]], max_new_tokens: int
+) -> PackedDecoder | PaddedDecoder:
+    """Make the fastest decoder that is exact for this model."""
+    longest = max(len(p) for p in prompts) + max_new_tokens
+    decoder = PackedDecoder if packs(policy, longest) else PaddedDecoder
+    return decoder(policy, prompts, max_new_tokens)
 
 
 class PackedDecoder:
-    """For models that can be packed: prompts without padding, buffers filled in place.
+    """Decoder for models that support packing: prefill without padding, fixed buffers.
 
-    A row that ends is overwritten by one of the last, so that dropping it costs one row's copy.
+    A finished row is overwritten by one of the last rows, so that dropping it copies one row.
     """
 
-    def __init__(self, policy: Any, prompts: list[list[int]], room: int) -> None:
+    def __init__(self, policy: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
         self.policy, self.prompts = policy, prompts
         self.device = next(policy.parameters()).device
-        lengths = [len(p) for p in prompts]
-        self.cache = _Buffers(lengths, max(lengths) + room, self.device)
-        self.lengths = lengths
+        self.lengths = lengths = [len(p) for p in prompts]
+        self.cache = _KVCache(lengths, max(lengths) + max_new_tokens, self.device)
         self.positions = upload(torch.tensor(lengths)[:, None], self.device)
         self.mask = None
         if min(lengths) < max(lengths):
             padding = max(lengths) - self.positions
             columns = torch.arange(self.cache.columns, device=self.device)
             self.mask = (columns >= padding)[:, None, None]
-        self.ready = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        # A four-dimensional mask keeps transformers from making one of its own.
+        self.ready_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
 
     def start(self) -> Float[Tensor, "rows vocabulary"]:
-        """Read the prompts; the logits after each."""
+        """Prefill the cache with the prompts; returns the logits after each."""
         lengths = self.lengths
         ids = upload(torch.tensor([i for p in self.prompts for i in p]), self.device)
         positions = upload(torch.cat([torch.arange(n) for n in lengths]), self.device)
@@ -131,7 +79,7 @@ class PackedDecoder:
         return logits
 
     def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
-        """Append one token to each live row; the logits after it."""
+        """Append one token to each live row; returns the logits after it."""
         cache = self.cache
         n = cache.rows
         cache.width += 1
@@ -139,17 +87,17 @@ class PackedDecoder:
         logits = self.policy(
             input_ids=tokens[:, None],
             position_ids=self.positions[:n],
-            attention_mask=self.ready,
+            attention_mask=self.ready_mask,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            rlhf_rows=_Step(mask),
+            rlhf_rows=_TokenAttention(mask),
         ).logits[:, -1]
         self.positions += 1
         return logits
 
     def drop(self, ended: list[bool]) -> list[int]:
-        """Forget rows that ended; returns the old place of each row that stays, in new order."""
+        """Drop ended rows; returns the old index of each remaining row, in the new order."""
         n = len(ended) - sum(ended)
         holes = [i for i in range(n) if ended[i]]
         last = [i for i in range(n, len(ended)) if not ended[i]]
@@ -164,32 +112,99 @@ class PackedDecoder:
         return [filling.get(i, i) for i in range(n)]
 
 
-class PaddedDecoder:
-    """For every other model with a key-value cache: transformers' own cache and masks."""
+class _KVCache(Cache):
+    """Keys and values in preallocated buffers; all prompts end in the same column."""
 
-    def __init__(self, policy: Any, prompts: list[list[int]], room: int) -> None:
-        self.policy, self.room = policy, room
+    def __init__(self, lengths: list[int], columns: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.columns = columns
+        self.width = max(lengths)
+        self.rows = len(lengths)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        ends = torch.tensor(lengths).cumsum(0)[:, None]
+        column = torch.arange(self.width)
+        # The token in the packed row for each cell of the padded prompts; for padding any token.
+        source = (ends - self.width + column).clamp(min=0)
+        padding = column < self.width - torch.tensor(lengths)[:, None]
+        self.source = upload(source.flatten(), device)
+        self.padding = upload(padding, device)[:, None, :, None] if padding.any() else None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store packed prompts or one column; returns the keys and values to attend to."""
+        if layer_idx == len(self.keys):
+            return self._prefill(key_states, value_states)
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        n, end = self.rows, self.width
+        keys[:n, :, end - 1 : end] = key_states
+        values[:n, :, end - 1 : end] = value_states
+        return keys[:n, :, :end], values[:n, :, :end]
+
+    def _prefill(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        for store, states in ((self.keys, key_states), (self.values, value_states)):
+            _, heads, _, dim = states.shape
+            buffer = states.new_zeros(self.rows, heads, self.columns, dim)
+            prompts = states[0].index_select(1, self.source).view(heads, self.rows, -1, dim)
+            buffer[:, :, : self.width] = prompts.transpose(0, 1)
+            if self.padding is not None:  # masked, but a NaN there would spoil the product
+                buffer[:, :, : self.width].masked_fill_(self.padding, 0)
+            store.append(buffer)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in use."""
+        return self.width if self.keys else 0
+
+    def move(self, sources: Int[Tensor, " moved"], targets: Int[Tensor, " moved"]) -> None:
+        """Overwrite target rows by source rows; no row may be both."""
+        for buffer in (*self.keys, *self.values):
+            used = buffer[:, :, : self.width]
+            used.index_copy_(0, targets, used.index_select(0, sources))
+
+
+class _TokenAttention:
+    """Attention of one new token per row to the row's cache."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self.mask = mask
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        rows, heads, _, dim = query.shape
+        # Query heads that share a key head become queries of that head, so nothing is copied.
+        grouped = query.reshape(rows, key.shape[1], -1, dim)
+        with plain_float32(query.device):
+            out = F.scaled_dot_product_attention(
+                grouped, key, value, attn_mask=self.mask, **options
+            )
+        return out.reshape(rows, 1, heads, -1)
+
+
+class PaddedDecoder:
+    """Decoder for all other models, with transformers' own cache and masks."""
+
+    def __init__(self, policy: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
+        self.policy = policy
         device = next(policy.parameters()).device
-        width = max(len(p) for p in prompts)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids, attention = pad_left(prompts, 0)
         self.ids, self.attention = upload(ids, device), upload(attention, device)
-        # transformers reads a mask at every step, to see if it masks anything.
+        # Without padding no mask is passed: transformers would read it at every step, to see
+        # whether it masks anything.
         self.has_padding = not bool(attention.all())
         self.cache = DynamicCache(config=core_of(policy).config)
 
     def start(self) -> Float[Tensor, "rows vocabulary"]:
-        """Read the prompts; the logits after each."""
-        positions = (self.attention.cumsum(1) - 1).clamp(min=0)
-        return self._forward(self.ids, positions)
+        """Prefill the cache with the prompts; returns the logits after each."""
+        return self._forward(self.ids, position_ids(self.attention))
 
     def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
-        """Append one token to each live row; the logits after it."""
+        """Append one token to each live row; returns the logits after it."""
         self.attention = F.pad(self.attention, (0, 1), value=1)
         return self._forward(tokens[:, None], self.attention.sum(1, keepdim=True) - 1)
 
     def drop(self, ended: list[bool]) -> list[int]:
-        """Forget rows that ended; returns the old place of each row that stays, in new order."""
+        """Drop ended rows; returns the old index of each remaining row, in the new order."""
         order = [i for i, end in enumerate(ended) if not end]
         index = upload(torch.tensor(order, dtype=torch.long), self.attention.device)
         self.cache.batch_select_indices(index)

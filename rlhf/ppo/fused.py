@@ -1,7 +1,8 @@
-"""Log-probabilities and entropies straight from hidden states, with few logits alive at a time.
+"""Log-probabilities, entropies and values of replies, in little memory.
 
-The logits of a batch are its largest tensor by far. Here they are made in slices. For the backward
-pass one tensor of exponentials is kept where it is small; else it is made again, slice by slice.
+The logits of a batch are its largest tensor by far, so they are computed from the hidden states in
+slices. For the backward pass a tensor of exponentials is stored if it is small, and otherwise
+computed again, slice by slice.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from rlhf.modeling.matmul import rounding
 
 SLICE, ACCELERATOR_SLICE = 2**22, 2**26
-"""Logits made at a time: 16 MiB in float32, near a CPU's cache; an accelerator wants few launches
-and has room for 256 MiB."""
+"""Logits computed at a time: 16 MiB in float32, about a CPU's cache; on an accelerator 256 MiB, as
+few launches are faster there."""
 KEEP, ACCELERATOR_KEEP = 2**25, 2**27
-"""Logits kept for the backward pass: 128 MiB in float32, 512 on an accelerator; beyond, they are
-made again."""
+"""Logits stored for the backward pass at most: 128 MiB in float32, 512 MiB on an accelerator; more
+are computed again."""
 
 
 def token_log_probs(
@@ -34,10 +35,19 @@ def token_log_probs(
     slice_size: int | None = None,
     keep: int | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """log softmax(head(hidden) / temperature) at the targets, and the entropy in nats (or zeros).
+    """Compute log softmax(head(hidden) / temperature) at targets, entropies in nats.
 
-    The result is float32 (float64 for such a model) and the same, bit by bit, with and without
-    gradients.
+    Without `entropy` the entropies are zeros. Results are float32 (float64 for a float64 model) and
+    bit-equal with and without gradients.
+
+    Args:
+        head: Output layer of the language model.
+        hidden: Final hidden state before each target.
+        targets: Token ids.
+        temperature: Divides the logits; 0 or less counts as 1.
+        entropy: Whether to compute entropies.
+        slice_size: Logits computed at a time; None is `SLICE` or `ACCELERATOR_SLICE`.
+        keep: Logits stored for the backward pass at most; None is `KEEP` or `ACCELERATOR_KEEP`.
     """
     if temperature <= 0:
         temperature = 1.0
@@ -47,54 +57,52 @@ def token_log_probs(
     vocabulary = head.weight.shape[0] if hasattr(head, "weight") else 2**16
     rows = max(1, slice_size // vocabulary)
     if type(head) is nn.Linear:
-        wants = torch.is_grad_enabled() and any(
+        needs_grad = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)
         )
         n = len(hidden)
         extra = rounding(n, hidden.device)
         if extra:
             hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
-        keeps = wants and len(hidden) * vocabulary <= keep
-        # Autocast would lower the entropy's products; what it wants lowered is so in `hidden`.
+        store = needs_grad and len(hidden) * vocabulary <= keep
+        # Autocast would round the entropy's products; `hidden` already has autocast's precision.
         with torch.autocast(hidden.device.type, enabled=False):
             result: Any = _LinearLogProbs.apply(
-                hidden, head.weight, head.bias, targets, temperature, entropy, rows, keeps
+                hidden, head.weight, head.bias, targets, temperature, entropy, rows, store
             )
         return result[0][:n], result[1][:n]
+
+    def of_slice(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return log_probs_from_logits(head(hidden), targets, temperature, entropy)
+
     parts = [
-        checkpoint(_plain, head, h, t, temperature, entropy, use_reentrant=False)
+        checkpoint(of_slice, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     log_probs, entropies = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
     return torch.cat(log_probs), torch.cat(entropies)
 
 
-def _plain(
-    head: Any, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    return from_logits(head(hidden), targets, temperature, entropy)
-
-
-def from_logits(
+def log_probs_from_logits(
     logits: Float[Tensor, "tokens vocabulary"],
     targets: Int[Tensor, " tokens"],
     temperature: float,
     entropy: bool,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """The same from logits that are there already, by autograd."""
+    """Compute the results of `token_log_probs` from given logits, by autograd."""
     if temperature > 0:
         logits = logits / temperature
     if logits.dtype != torch.float64:
         logits = logits.float()
     log_p = torch.log_softmax(logits, -1)
-    chosen = log_p.gather(-1, targets[:, None]).squeeze(-1)
+    log_probs = log_p.gather(-1, targets[:, None]).squeeze(-1)
     if not entropy:
-        return chosen, torch.zeros_like(chosen)
-    return chosen, -(log_p.exp() * log_p).sum(-1)
+        return log_probs, torch.zeros_like(log_probs)
+    return log_probs, -(log_p.exp() * log_p).sum(-1)
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """`token_log_probs` of a plain linear head.
+    """Autograd function of `token_log_probs` for a plain linear head.
 
     With z the logits, p their softmax, H its entropy: ∂ log p_t / ∂z = onehot(t) − p and
     ∂H / ∂z = −p (log p + H).
@@ -103,29 +111,29 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        temperature: float, entropy: bool, rows: int, keeps: bool,
+        temperature: float, entropy: bool, rows: int, store: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         n, vocabulary = len(hidden), len(weight)
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        scaled, matrix, offset = _scaled(hidden, weight, bias, temperature)
-        log_probs = torch.empty(n, dtype=exact, device=hidden.device)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        scaled, matrix, offset = _scale_operands(hidden, weight, bias, temperature)
+        log_probs = torch.empty(n, dtype=dtype, device=hidden.device)
         entropies = torch.zeros_like(log_probs)
         sums, tops = torch.empty_like(log_probs), torch.empty_like(log_probs)
-        kept = torch.empty(n if keeps else 0, vocabulary, dtype=exact, device=hidden.device)
+        stored = torch.empty(n if store else 0, vocabulary, dtype=dtype, device=hidden.device)
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
-            z = _logits(scaled[part], matrix, offset, exact)
+            z = _logits(scaled[part], matrix, offset, dtype)
             chosen = z.gather(1, targets[part, None]).squeeze(1)
             top = z.max(1).values
             z.sub_(top[:, None])
-            e = torch.exp(z, out=kept[part]) if keeps else (z.exp() if entropy else z.exp_())
+            e = torch.exp(z, out=stored[part]) if store else (z.exp() if entropy else z.exp_())
             total = e.sum(1)
             log_probs[part] = chosen - top - total.log()
             if entropy:
                 entropies[part] = total.log() - torch.linalg.vecdot(e, z) / total
             sums[part], tops[part] = total, top
         ctx.save_for_backward(hidden, weight, bias, targets, sums, tops, entropies)
-        ctx.kept = kept if keeps else None
+        ctx.stored = stored if store else None
         ctx.options = (temperature, entropy, rows)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -136,31 +144,31 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, sums, tops, entropies = ctx.saved_tensors
         temperature, entropy, rows = ctx.options
         grad, grad_entropy = grads[0], grads[1] if entropy else None
-        kept, ctx.kept = ctx.kept, None
-        scaled, matrix, offset = _scaled(hidden, weight, bias, temperature)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        out = torch.empty_like(scaled) if wants_hidden else None
-        out_weight = torch.zeros_like(matrix) if wants_weight else None
-        out_bias = torch.zeros_like(bias) if wants_bias else None
-        if kept is not None:
-            rows = len(hidden)  # all there: one product
+        stored, ctx.stored = ctx.stored, None
+        scaled, matrix, offset = _scale_operands(hidden, weight, bias, temperature)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        out = torch.empty_like(scaled) if needs_hidden else None
+        out_weight = torch.zeros_like(matrix) if needs_weight else None
+        out_bias = torch.zeros_like(bias) if needs_bias else None
+        if stored is not None:
+            rows = len(hidden)  # nothing to compute again: one product for all rows
         for start in range(0, len(hidden), max(rows, 1)):
             part = slice(start, start + rows)
-            if kept is None:
+            if stored is None:
                 z = _logits(scaled[part], matrix, offset, sums.dtype)
                 e = z.sub_(tops[part, None]).exp_()
             else:
-                e = kept
-            slopes = _slopes(
+                e = stored
+            gradient = _logit_gradients(
                 e, targets[part], sums[part], entropies[part], grad[part],
                 None if grad_entropy is None else grad_entropy[part],
             ).to(matrix.dtype)  # fmt: skip
             if out is not None:
-                torch.mm(slopes, matrix, out=out[part])
+                torch.mm(gradient, matrix, out=out[part])
             if out_weight is not None:
-                out_weight.addmm_(slopes.t(), scaled[part])
+                out_weight.addmm_(gradient.t(), scaled[part])
             if out_bias is not None:
-                out_bias += slopes.sum(0) / temperature
+                out_bias += gradient.sum(0) / temperature
         if out is not None:
             out = (out / temperature if temperature != 1 else out).to(hidden.dtype)
         if out_weight is not None:
@@ -168,10 +176,10 @@ class _LinearLogProbs(torch.autograd.Function):
         return out, out_weight, out_bias, None, None, None, None, None
 
 
-def _scaled(
+def _scale_operands(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands of the product; it is cheaper to scale the hidden states than the logits."""
+    """Divide operands by the temperature, which is cheaper than dividing the logits."""
     if temperature != 1:
         hidden = hidden / temperature
         bias = None if bias is None else bias / temperature
@@ -182,15 +190,15 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     return F.linear(hidden, weight, bias).to(dtype)
 
 
-def _slopes(
+def _logit_gradients(
     e: Tensor, targets: Tensor, sums: Tensor, entropies: Tensor, grad: Tensor,
     grad_entropy: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The loss's gradient by the logits, written over the exponentials."""
+    """Compute the loss's gradient by the logits, in place of the exponentials."""
     p = e.div_(sums[:, None])
     if grad_entropy is None:
-        slopes = p.mul_(-grad[:, None])
+        gradients = p.mul_(-grad[:, None])
     else:
-        bent = torch.xlogy(p, p).addcmul_(p, entropies[:, None]).mul_(-grad_entropy[:, None])
-        slopes = bent.addcmul_(p, grad[:, None], value=-1)
-    return slopes.scatter_add_(1, targets[:, None], grad[:, None])
+        of_entropy = torch.xlogy(p, p).addcmul_(p, entropies[:, None]).mul_(-grad_entropy[:, None])
+        gradients = of_entropy.addcmul_(p, grad[:, None], value=-1)
+    return gradients.scatter_add_(1, targets[:, None], grad[:, None])

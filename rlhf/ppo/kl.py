@@ -1,4 +1,4 @@
-"""How far the policy has moved from the reference, and what that costs."""
+"""KL divergence of the policy from the reference, and controllers of its penalty."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def kl_estimate(
 
     Args:
         log_probs: Log-probability of each token under the policy.
-        reference_log_probs: The same under the frozen reference.
-        estimator: Which of the three.
-        clamp: Bounds the estimate (not d) to ± this, as OpenRLHF does; none leaves it alone.
+        reference_log_probs: Log-probability of each token under the frozen reference.
+        estimator: k1, k2 or k3.
+        clamp: Bounds the estimate (not d) to ± this, as OpenRLHF does; None does not bound it.
 
     Returns:
-        Nats per token; on invalid tokens whatever the formula makes of what lies there.
+        Nats per token, also on invalid tokens, where they mean nothing.
     """
     difference = log_probs - reference_log_probs
     if estimator == "k1":
@@ -47,42 +47,42 @@ def kl_estimate(
 
 
 def exact_kl(logits: Logits, reference_logits: Logits) -> Float[Tensor, " tokens"]:
-    """KL(π‖π_ref) = Σ π·(log π − log π_ref) over the whole vocabulary, in nats.
+    """Exact KL(π‖π_ref) = Σ π·(log π − log π_ref) over the whole vocabulary, in nats.
 
-    Source: Kullback and Leibler 1951, section 2; it is what Schulman's estimators estimate. Logits
-    are divided by the sampling temperature already; a token that the policy never draws adds 0.
+    Source: Kullback and Leibler 1951, section 2; Schulman's estimators estimate this. Logits are
+    already divided by the sampling temperature. A token of probability 0 under π adds 0.
     """
     log_probs = logits.log_softmax(-1)
     reference = reference_logits.log_softmax(-1)
     probs = log_probs.exp()
-    # 0·(−∞) is 0 here: without the fill a forbidden token would make the sum NaN.
+    # 0·(−∞) is NaN in floating point and 0 in this sum.
     return (probs * (log_probs - reference)).masked_fill(probs == 0, 0).sum(-1)
 
 
 class KLController:
-    """The KL penalty's weight in the reward: `value`, which `update` may move."""
+    """KL penalty coefficient `value`, constant here; subclasses adapt it in `update`."""
 
     def __init__(self, value: float) -> None:
         self.value = value
 
     def update(self, kl: float, n: int) -> None:
-        """Take note of the mean KL per reply (nats, summed over its tokens) of `n` replies."""
+        """Adapt to the mean KL per reply of `n` replies (nats, summed over tokens)."""
 
     def state_dict(self) -> dict[str, float]:
-        """All that changes; JSON keeps it exactly."""
+        """State as JSON values, without loss of digits."""
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.value = float(state["value"])
 
 
 class AdaptiveKLController(KLController):
-    """Moves the weight, in proportion, until replies have the wanted KL.
+    """Proportional controller that moves the coefficient towards a target KL.
 
     e = clip(KL/target − 1, ±0.2) and value ← value·(1 + e·n/horizon).
-    Source: Ziegler et al. 2019, section 2.2 (e_t and β_{t+1}); their K_β is n/horizon here, as in
-    their published code.
+    Source: Ziegler et al. 2019, section 2.2 (e_t and β_{t+1}); K_β is n/horizon here, as in their
+    published code.
     """
 
     def __init__(self, value: float, target: float, horizon: int) -> None:
@@ -90,13 +90,13 @@ class AdaptiveKLController(KLController):
         self.target, self.horizon = target, horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Raise the weight if `kl` is above the target, lower it if it is below."""
+        """Raise the coefficient if `kl` is above the target, lower it if it is below."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n / self.horizon
 
 
 def kl_controller(config: KLSection) -> KLController:
-    """The controller that `kl_controller` names, starting from `kl_coef`."""
+    """Make the controller that `config.kl_controller` names, starting from `kl_coef`."""
     if config.kl_controller == "adaptive":
         return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
     return KLController(config.kl_coef)

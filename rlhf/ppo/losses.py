@@ -1,6 +1,7 @@
-"""Advantages and losses of PPO. All tensors are (batch, time), masks are true on valid tokens.
+"""PPO's formulas: KL penalty, rewards per token, whitening, advantages and losses.
 
-Every formula computes in the precision that it is given. What lies on invalid tokens is not read.
+Tensors are (batch, time) and masks are true on valid tokens. Every formula computes in the
+precision of its arguments. Values on invalid tokens are ignored, unless a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Scalar = Float[Tensor, ""]
 
 
 def masked_mean(values: Tokens, mask: Mask) -> Scalar:
-    """Mean over valid tokens, each counted alike whichever row it stands in; 0 when none is."""
+    """Mean over all valid tokens with equal weight; 0 if none is valid."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
@@ -27,21 +28,15 @@ def whiten(
     variance: Literal["biased", "unbiased"] = "biased",
     shift_mean: bool = True,
 ) -> Tokens:
-    """Scale to variance 1 over valid tokens and shift them to mean 0: (x − μ)/√(σ² + 1e-8).
+    """Whiten valid tokens to mean 0 and variance 1: (x − μ)/√(σ² + 1e-8).
 
     Source: `whiten` in the published code of Ziegler et al. 2019, of advantages and (without the
     shift) of rewards. σ² is the sum of squares over n (biased) or n − 1 (unbiased: Bessel's
     correction).
 
-    Args:
-        values: What to whiten.
-        mask: True on valid tokens.
-        variance: Which of the two.
-        shift_mean: False leaves the mean where it was.
-
     Returns:
-        The whitened values, 0 on invalid tokens. A single valid token has no deviation: it turns
-        to 0, or stays as it is where the mean is kept.
+        The whitened values, 0 on invalid tokens; without `shift_mean` their mean is unchanged. A
+        single valid token has no deviation: it becomes 0, or is unchanged without `shift_mean`.
     """
     mean = masked_mean(values, mask)
     deviations = (values - mean).masked_fill(~mask, 0)
@@ -59,7 +54,7 @@ def last_valid(mask: Mask) -> Int[Tensor, " batch"]:
 def gae(
     rewards: Tokens, values: Tokens, mask: Mask, gamma: float, gae_lambda: float
 ) -> tuple[Tokens, Tokens]:
-    """Advantages and returns by generalised advantage estimation.
+    """Generalised advantage estimation (GAE): advantages and returns.
 
     δ_t = r_t + γ·V_{t+1} − V_t and A_t = δ_t + γλ·A_{t+1}, with V = 0 past the last valid token.
     Source: Schulman et al. 2015, eqs. 11, 12 and 16.
@@ -91,13 +86,13 @@ def policy_loss(
     """Clipped surrogate: −Σ min(r·A, clip(r, 1±ε)·A) / n_tokens.
 
     Source: Schulman et al. 2017, eq. 7. With `dual_clip` c > 1, a token with A < 0 costs no more
-    than −c·A, however far its ratio has run away (Ye et al. 2020, eq. 5). `n_tokens` counts the
-    valid tokens of the whole optimiser step, over all micro-batches and processes, so that the sum
-    of their losses does not depend on how the step was cut.
+    than −c·A, whatever its ratio (Ye et al. 2020, eq. 5). `n_tokens` counts the valid tokens of
+    the whole optimizer step, over all micro-batches and processes: the sum of their losses does
+    not depend on how the step is divided.
 
     Returns:
-        The loss, and detached sums over valid tokens to log: `clip_fraction` (tokens whose loss is
-        the clipped one), `approx_kl` (KL of the sampling policy to this one) and, with
+        The loss, and detached sums over valid tokens for logging: `clip_fraction` (tokens whose
+        loss is the clipped one), `approx_kl` (KL of the sampling policy from this one) and, with
         `dual_clip`, `dual_clip_fraction` (tokens that it bounds).
     """
     log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0)
@@ -109,8 +104,8 @@ def policy_loss(
     with torch.no_grad():
         sums = {
             "clip_fraction": (clipped < unclipped).sum(),
-            # k3 with the samples' own policy in front: they were drawn from the old one, so it is
-            # KL(old‖new) that r − 1 − ln r estimates without bias (Schulman 2020).
+            # The samples are of the old policy, so r − 1 − ln r (k3) is an unbiased estimate of
+            # KL(old‖new) (Schulman 2020).
             "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
         }
     if dual_clip is not None:
@@ -129,11 +124,12 @@ def value_loss(
     value_clip_range: float | None,
     n_tokens: float,
 ) -> Scalar:
-    """½·Σ max((V − R)², (clip(V, V_old ± ε) − R)²) / n_tokens; without clip just the first term.
+    """Clipped value loss: ½·Σ max((V − R)², (clip(V, V_old ± ε) − R)²) / n_tokens.
 
+    Without `value_clip_range` the loss is the first term alone.
     Source: Schulman et al. 2017, eq. 9, for the squared error; the clip is that of OpenAI's
-    published code (Engstrom et al. 2020, section 3). `n_tokens` as in `policy_loss`, but counting
-    the states that carry a value.
+    published code (Engstrom et al. 2020, section 3). `n_tokens` as in `policy_loss`, but it counts
+    the states that have a value.
     """
     values, old_values, returns = (t.masked_fill(~mask, 0) for t in (values, old_values, returns))
     losses = (values - returns) ** 2
@@ -144,7 +140,7 @@ def value_loss(
 
 
 def entropy_bonus(entropy: Tokens, mask: Mask, n_tokens: float) -> Scalar:
-    """Σ H / n_tokens, to be multiplied by its coefficient and subtracted from the loss.
+    """Entropy bonus Σ H / n_tokens, which the loss subtracts times its coefficient.
 
     Source: Schulman et al. 2017, eq. 9 (the term c₂·S). `n_tokens` as in `policy_loss`.
     """

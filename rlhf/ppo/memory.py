@@ -1,4 +1,4 @@
-"""When memory goes back: an accelerator's after each phase of an update, a CPU's at the end."""
+"""Memory of a training: retain a CPU's heap, empty an accelerator's cache."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from typing import Any
 
 import torch
 
-# Options of mallopt(3): with how many bytes free at its end the heap shrinks, from how many bytes
-# and for how many tensors at most memory comes from the kernel and returns to it.
-_TRIM, _MMAP_FROM, _MMAP_MOST = -1, -3, -4
-#: While kept: never and none. Afterwards: what the C library, left alone, adapts itself to.
-_KEPT = {_MMAP_MOST: 0, _TRIM: 2**31 - 1}
-_USUAL = {_MMAP_MOST: 65_536, _MMAP_FROM: 2**25, _TRIM: 2**26}
+# Parameters of mallopt(3): free bytes at the heap's end above which it shrinks, and the least size
+# and greatest number of blocks that come from mmap and are returned to the kernel.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+#: Never shrink, no mmap; then the values that glibc adapts itself to if left alone.
+_RETAIN = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+_DEFAULT = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
 
 
 @contextmanager
 def kept(device: torch.device) -> Iterator[None]:
-    """Let a process on a CPU keep the memory that it frees, until the end.
+    """Retain freed heap memory until the context ends; on CPU with glibc only.
 
-    The gradients of a large model are freed and made again at every step. Fresh memory costs a page
+    The gradients of a large model are freed and allocated at every step. Fresh memory costs a page
     fault for every 4 KiB: a fifth of the time of optimising 124 M parameters, while the peak is the
     same (measured).
     """
     libc: Any = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):  # glibc's alone
+    if not hasattr(libc, "mallopt"):  # another C library
         yield
         return
-    for option in _KEPT.items():
+    for option in _RETAIN.items():
         libc.mallopt(*option)
     try:
         yield
     finally:
-        for option in _USUAL.items():
+        for option in _DEFAULT.items():
             libc.mallopt(*option)
 
 
-def release(device: torch.device) -> None:
-    """Return what an accelerator's allocator keeps for later.
+def empty_cache(device: torch.device) -> None:
+    """Return the accelerator allocator's unused memory to the device.
 
-    The phases of an update need different shapes: without this, the largest of each are held at
-    once. A CPU's heap is not cut into blocks of fixed size and gains nothing (measured).
+    The phases of an update need different shapes: without this, the largest of each phase are held
+    at once. A CPU's heap is not divided into blocks of fixed size and gains nothing (measured).
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()

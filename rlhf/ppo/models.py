@@ -1,10 +1,10 @@
-"""The models of one PPO run, and the functions that PPO needs of them, whatever they share."""
+"""Policy, reference and critic of a PPO run, and their forward passes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ from rlhf.ppo.rollout import (
     Replies,
     Sampling,
     Stop,
+    concatenate,
     generate,
-    joined,
     log_probs_and_entropy,
     log_probs_entropy_values,
     reply_logits,
@@ -41,10 +41,11 @@ Values = Float[Tensor, "batch states"]
 
 
 class Models:
-    """Policy, reference and critic, complete with all their adapters, brought to the device.
+    """Policy, reference and critic with their optimizers, on the device.
 
-    `reference` is None when the policy has LoRA adapters: then it is the policy with them off.
-    With `critic: head` the critic is a value head on the policy's own hidden states.
+    `reference` is None if the policy has LoRA adapters: then the policy with its adapters off is
+    the reference. With `critic: head` the critic is a value head on the policy's hidden states.
+    All adapters must be attached before: frozen layers may be stored in bfloat16 here.
     """
 
     def __init__(
@@ -59,22 +60,26 @@ class Models:
             for model in filter(None, (policy, reference)):
                 store_in_bfloat16(model)
         self.parameters = {
-            "policy": _of_policy(policy),
+            "policy": {
+                name: parameter
+                for name, parameter in policy.named_parameters()
+                if parameter.requires_grad and f".{CRITIC}." not in name
+            },
             "critic": critic.trainable(),
         }
-        # As for evaluation, or they were wrapped for DDP: gradients are added up by `ranks`.
+        # evaluation_mode avoids a DDP wrapper: `ranks` sums the gradients.
         self.policy: Any = accelerator.prepare_model(policy, evaluation_mode=True)
         self.critic: Any = accelerator.prepare_model(critic, evaluation_mode=True)
         self.reference = None if reference is None else reference.to(self.device)
-        self.optimizers = self._optimizers()
+        self.optimizers = self._build_optimizers()
 
     @property
     def joint(self) -> bool:
         """Whether policy and critic are one network, trained by one loss."""
         return self.config.critic == "head"
 
-    def _optimizers(self) -> dict[str, Any]:
-        """One for the policy and one for the critic; one for both where they are one network."""
+    def _build_optimizers(self) -> dict[str, Any]:
+        """Make one optimizer each for policy and critic, or one for both if `joint`."""
         config = self.config
         groups = {name: {"params": list(p.values())} for name, p in self.parameters.items()}
         parts = [["policy", "critic"]] if self.joint else [["policy"], ["critic"]]
@@ -89,7 +94,7 @@ class Models:
         }  # fmt: skip
 
     def set_learning_rates(self, update: int) -> dict[str, float]:
-        """Set the rates of both for this update; returns what they are."""
+        """Set the learning rates for an update and return them as metrics."""
         config, scale = self.config, learning_rate_scale(self.config, update)
         rates = {
             "learning_rate": config.learning_rate * scale,
@@ -101,9 +106,9 @@ class Models:
         return rates
 
     def checksum(self) -> float:
-        """The sum of all weights that learn: equal weights, equal sums, to the last bit."""
-        learning = [p for name in self.parameters for p in self.parameters[name].values()]
-        return float(sum(p.detach().double().sum() for p in learning))
+        """Sum of all trained weights; equal weights have bit-equal sums."""
+        trained = [p for name in self.parameters for p in self.parameters[name].values()]
+        return float(sum(p.detach().double().sum() for p in trained))
 
     def sample(
         self,
@@ -112,83 +117,69 @@ class Models:
         sampling: Sampling,
         seed: int,
         stop: Stop | None,
+        *,
+        reference: bool = False,
     ) -> Replies:
-        """The policy's replies."""
-        policy = self.sampling_copy(self.accelerator.unwrap_model(self.policy))
-        return self._generate(policy, prompts, tokenizer, sampling, seed, stop)
+        """Draw replies of the policy, or of the reference; each process draws its share.
 
-    def sample_reference(
-        self,
-        prompts: list[list[int]],
-        tokenizer: Any,
-        sampling: Sampling,
-        seed: int,
-        stop: Stop | None,
-    ) -> Replies:
-        """The frozen reference's replies."""
-        with self._as_reference() as reference:
-            model = self.sampling_copy(reference)
-            return self._generate(model, prompts, tokenizer, sampling, seed, stop)
-
-    def _generate(
-        self, model: Any, prompts: list[list[int]], tokenizer: Any, sampling: Sampling, seed: int,
-        stop: Stop | None,
-    ) -> Replies:  # fmt: skip
-        """All replies, of which each process draws its own."""
+        All processes return all replies.
+        """
         own = self.ranks.share(len(prompts))
-        replies = generate(
-            model, prompts, tokenizer, sampling, seed, stop, own,
-            batch_size=self.config.rollout_batch_size,
-        )  # fmt: skip
+        with self._as_reference() if reference else nullcontext(self._policy()) as model:
+            replies = generate(
+                self.sampling_copy(model), prompts, tokenizer, sampling, seed, stop, own,
+                batch_size=self.config.rollout_batch_size,
+            )  # fmt: skip
         parts = [part.to(self.device) for part in self.ranks.gather(replies)]
-        return joined(parts, tokenizer.pad_token_id)
+        return concatenate(parts, tokenizer.pad_token_id)
 
     def sampling_copy(self, model: Any) -> Any:
-        """The model that replies are drawn from: in bf16 a copy, cast once instead of per token."""
+        """The model for sampling; with bf16 a copy, cast once instead of at every token."""
         if self.config.precision == "fp32":
             return model
         return copy_in(model, torch.bfloat16)
 
     def log_probs(self, replies: Replies, entropy: bool = True) -> tuple[LogProbs, LogProbs]:
-        """The policy's log-probabilities of the reply tokens, and their entropies."""
-        with self._precision():
+        """Compute the policy's log-probabilities of the reply tokens, and their entropies."""
+        with self._autocast():
             return log_probs_and_entropy(self.policy, replies, self.config.temperature, entropy)
 
     def reference_log_probs(self, replies: Replies) -> LogProbs:
-        """The frozen reference's log-probabilities of the reply tokens."""
-        with self._as_reference() as reference, self._precision():
+        """Compute the frozen reference's log-probabilities of the reply tokens."""
+        with self._as_reference() as reference, self._autocast():
             return log_probs_and_entropy(reference, replies, self.config.temperature, False)[0]
 
     def exact_kl(self, replies: Replies) -> Float[Tensor, " tokens"]:
-        """KL of policy from reference over the whole vocabulary, at each reply token."""
-        with self._precision():
-            ours = reply_logits(self.policy, replies, self.config.temperature)
-        with self._as_reference() as reference, self._precision():
-            return exact_kl(ours, reply_logits(reference, replies, self.config.temperature))
+        """Compute KL(π‖π_ref) over the whole vocabulary at each valid reply token."""
+        temperature = self.config.temperature
+        with self._autocast():
+            logits = reply_logits(self.policy, replies, temperature)
+        with self._as_reference() as reference, self._autocast():
+            return exact_kl(logits, reply_logits(reference, replies, temperature))
 
     def values(self, replies: Replies) -> Values:
-        """The critic's value of every state of the replies."""
+        """Compute the critic's value of every state of the replies."""
         if self.joint:
             return self.log_probs_and_values(replies, False)[2]
-        with self.critic.active(), self._precision():
+        with self.critic.active(), self._autocast():
             return reply_values(self.critic, replies)
 
     def log_probs_and_values(
         self, replies: Replies, entropy: bool
     ) -> tuple[LogProbs, LogProbs, Values]:
-        """Log-probabilities, entropies and values by one forward pass of the one network."""
-        with self._precision():
+        """Compute log-probabilities, entropies and values in one pass; only if `joint`."""
+        with self._autocast():
             return log_probs_entropy_values(
                 self.policy, self.critic.value_head, replies, self.config.temperature, entropy
             )
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """With `gradient_checkpointing`: activations are not kept but computed again.
+        """Recompute activations in backward passes, if `gradient_checkpointing` is on.
 
-        transformers does this in training mode only, in which some blocks drop out.
+        transformers implements this for training mode only, where some blocks apply dropout.
         """
-        networks = self._networks() if self.config.gradient_checkpointing else []
+        networks = self._trained_networks() if self.config.gradient_checkpointing else []
         blocks = [
             block
             for network in networks
@@ -203,36 +194,34 @@ class Models:
             for block in blocks:
                 del block.forward
 
-    def _networks(self) -> list[Any]:
-        """The transformers that learn, each once."""
-        policy = self.accelerator.unwrap_model(self.policy)
+    def _trained_networks(self) -> list[Any]:
+        """The transformers in training, each once even if policy and critic share it."""
+        policy = self._policy()
         if isinstance(policy, peft.PeftModel):
             policy = policy.get_base_model()
         critic = self.accelerator.unwrap_model(self.critic)
-        own = not self.joint and not isinstance(critic, AdapterCritic)
-        return [policy, critic.backbone] if own else [policy]
+        separate = not self.joint and not isinstance(critic, AdapterCritic)
+        return [policy, critic.backbone] if separate else [policy]
 
     @contextmanager
     def _as_reference(self) -> Iterator[Any]:
+        """The reference model; without one of its own, the policy with its adapters off."""
         if self.reference is not None:
             yield self.reference
             return
-        policy = self.accelerator.unwrap_model(self.policy)
+        policy = self._policy()
         with using(policy, None):
             yield policy
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def _policy(self) -> Any:
+        return self.accelerator.unwrap_model(self.policy)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.config.precision)
 
 
-def _of_policy(policy: Any) -> dict[str, torch.nn.Parameter]:
-    """What training changes of the policy; with adapters, its own adapter only."""
-    parameters = policy.named_parameters()
-    return {n: p for n, p in parameters if p.requires_grad and f".{CRITIC}." not in n}
-
-
 def learning_rate_scale(config: PPOConfig, update: int) -> float:
-    """Share of the peak learning rate: a linear rise, then the decay that `lr_scheduler` names."""
+    """Fraction of the peak learning rate: linear warm-up, then `lr_scheduler`'s decay."""
     if update < config.lr_warmup_updates:
         return (update + 1) / (config.lr_warmup_updates + 1)
     final = config.lr_final_fraction

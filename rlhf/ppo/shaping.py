@@ -1,9 +1,9 @@
-"""From a reply's score to the reward of each of its tokens.
+"""Reward shaping: from one score per reply to one reward per token.
 
-In order: the missing-EOS rule, `RunningScale`, `clip_scores`, `shaped_rewards`, whitening. Rewards,
-values and the mask `states` of GAE are (batch, time + 1): column t stands for the state before
-token t, the last column for that after the last token. Advantages count on reply tokens only, so
-on the first `time` columns.
+Steps in order: missing-EOS rule, `RunningScale`, `clip_scores`, `shaped_rewards`, whitening.
+Rewards, values and the mask `states` are (batch, time + 1): column t is the state before token t,
+the last column the state after the last token. Advantages are used on reply tokens only, the first
+`time` columns.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def missing_eos(
     rule: Literal["subtract", "replace", "none"],
     penalty: float | None,
 ) -> Scores:
-    """Scores after the rule for replies that did not end by themselves.
+    """Apply the missing-EOS rule to the scores of replies that did not finish.
 
-    `subtract` takes `penalty` off, `replace` puts −`penalty` in the score's place (the
-    published code of Ziegler et al. 2019), `none` (or no penalty) changes nothing.
+    `subtract` subtracts `penalty`, `replace` replaces the score by −`penalty` (as the published
+    code of Ziegler et al. 2019), `none` or a penalty of None changes nothing.
     """
     if rule == "none" or penalty is None:
         return scores
-    punished = scores - penalty if rule == "subtract" else torch.full_like(scores, -penalty)
-    return torch.where(finished, scores, punished)
+    penalised = scores - penalty if rule == "subtract" else torch.full_like(scores, -penalty)
+    return torch.where(finished, scores, penalised)
 
 
 class RunningScale:
-    """The standard deviation of all scores so far, by which scores are divided.
+    """Running standard deviation of all scores, for scaling scores by it.
 
     Chunks are merged by the update of Chan, Golub and LeVeque 1983 (of one value: Welford 1962),
     in double precision. The deviation is the unbiased one (n − 1).
@@ -49,7 +49,7 @@ class RunningScale:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def update(self, scores: Scores) -> None:
-        """Count a chunk of scores in."""
+        """Add a chunk of scores."""
         n = len(scores)
         if n == 0:
             return
@@ -64,37 +64,38 @@ class RunningScale:
 
     @property
     def deviation(self) -> float:
-        """What `apply` divides by; 1 as long as the scores seen do not differ."""
+        """The divisor of `apply`; 1 while all scores are equal."""
         deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
         return deviation if deviation > 1e-8 else 1.0
 
     def apply(self, scores: Scores) -> Scores:
-        """Scores over the deviation; their mean is scaled, not shifted, so signs stay."""
+        """Divide scores by the deviation; no shift of the mean, so signs do not change."""
         return scores / self.deviation
 
     def state_dict(self) -> dict[str, float]:
-        """All that changes; JSON keeps it exactly."""
+        """State as JSON values, without loss of digits."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.count = int(state["count"])
         self.mean, self.squares = float(state["mean"]), float(state["squares"])
 
 
 def clip_scores(scores: Scores, bound: float | None) -> Scores:
-    """Scores clamped to ± `bound`; none leaves them alone."""
+    """Clamp scores to ± `bound`; None does not bound them."""
     return scores if bound is None else scores.clamp(-bound, bound)
 
 
 def value_mask(
     mask: Mask, width: int, score_position: Literal["last", "past_end"]
 ) -> Bool[Tensor, "batch time+1"]:
-    """The states that carry a value and a reward; the score goes to the last of them.
+    """Mask of the states with a value and a reward; the score goes to the last one.
 
-    `last`: those before each valid token, so the score is the reward of a reply's last token.
-    `past_end`: also the one after the last token where it is within `width`, that of the chunk; its
-    longest replies have none (TRL 1.12, experimental/ppo/ppo_trainer.py, sequence_lengths_p1).
+    `last`: the state before each valid token, so the score is the reward of a reply's last token.
+    `past_end`: also the state after the last token if it is within `width`, the chunk's longest
+    reply, so the longest replies have none (TRL 1.12, experimental/ppo/ppo_trainer.py,
+    sequence_lengths_p1).
     """
     states = torch.nn.functional.pad(mask, (0, 1))
     if score_position == "past_end":
@@ -111,13 +112,13 @@ def shaped_rewards(
     states: Bool[Tensor, "batch time+1"],
     kl_coef: float,
 ) -> Float[Tensor, "batch time+1"]:
-    """−kl_coef·KL on each reply token, plus the score on the last state of `states`.
+    """Rewards: −kl_coef·KL on each reply token, plus the score on the last state.
 
     Source: Ziegler et al. 2019, eq. 2 and section 2.2.
 
     Args:
         scores: One per reply.
-        kl: Estimates per token (`rlhf.ppo.kl.kl_estimate`).
+        kl: KL per token (`kl_estimate`).
         mask: True on reply tokens.
         states: From `value_mask`.
         kl_coef: The KL controller's value.

@@ -1,7 +1,8 @@
-"""PPO checkpoints in the store, where a run on another machine finds them.
+"""PPO checkpoints in the artifact store, for resuming a run on another machine.
 
-Each run has a store of its own, below the pipeline's: what is dropped there is nobody else's.
-Its manifests say which checkpoints there are; its history tells people, who read `best` there.
+Each run has a store of its own inside the pipeline's, so that deleting a checkpoint affects no
+other run. The manifests are the list of checkpoints; the history, with the mark `best`, is only
+for people. This module loads no torch: the parent process of a launch reads the store.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointPlace(Section):
-    """A run's store of checkpoints, in a form in which a child process can be told of it."""
+    """Location and options of a run's checkpoint store, as JSON for a child process."""
 
     uri: str
-    """The pipeline's store."""
+    """URI of the pipeline's store."""
     options: StoreConfig
-    """How to reach it."""
+    """Connection options of the pipeline's store."""
     name: str
-    """Of the run's own store below it."""
+    """Name of the run's own store inside the pipeline's."""
     work_dir: str
     """Local folder of the cache."""
     cache_bytes: int
-    """Most that the cache may take."""
+    """Maximum size of the cache."""
     producer: Producer
-    """What made the checkpoints."""
+    """Producer that the checkpoints' manifests name."""
 
     def open(self) -> StoredCheckpoints:
-        """The checkpoints there."""
+        """Open the store."""
         store = open_store(
             self.uri, options=self.options, cache_dir=Path(self.work_dir),
             cache_bytes=self.cache_bytes,
@@ -50,7 +51,7 @@ class CheckpointPlace(Section):
 
 @dataclass(frozen=True)
 class _Stored:
-    """One checkpoint of the store."""
+    """Entry of one checkpoint in the store."""
 
     digest: str
     update: int
@@ -58,10 +59,14 @@ class _Stored:
 
 
 class StoredCheckpoints:
-    """The last two checkpoints of a run, and the best one.
+    """Checkpoint store of one run; retains the newest two checkpoints and the best.
 
-    `store` is the run's own. A second machine with the same run at the same time costs both some
-    uploads, but no correctness: what it dropped too early is found damaged and left out.
+    Two machines with the same run at the same time cost each other some uploads, but stay correct:
+    a checkpoint that the other deleted is treated as damaged and skipped.
+
+    Args:
+        store: The run's own store.
+        producer: Goes into the checkpoints' manifests.
     """
 
     def __init__(self, store: Store, producer: Producer) -> None:
@@ -70,41 +75,41 @@ class StoredCheckpoints:
 
     @property
     def uri(self) -> str:
-        """Where they are."""
+        """URI of the run's own store."""
         return self._store.uri
 
     def save(self, folder: Path, update: int, score: float | None) -> None:
-        """Publish a checkpoint, enter it in the history, and drop what need not stay.
+        """Publish a checkpoint, append it to the history, delete those not to be retained.
 
-        That something can't be dropped is a warning: the next time it is tried again.
+        A failed deletion is logged as a warning and tried again by the next `save`.
 
         Raises:
-            StoreError: It can't be published.
+            StoreError: The checkpoint can't be published.
         """
         if self._damaged:
-            # Else they would be in the way of the same checkpoint, when it is published again.
-            self._drop_all_but(_to_keep(_found(self._store, self._damaged)))
+            # A damaged checkpoint would prevent publishing the same checkpoint again.
+            self._delete_all_but(_retained(_intact(self._store, self._damaged)))
             self._damaged.clear()
         ref = self._store.publish(
             folder, KIND, producer=self._producer, metrics={"update": update, "score": score},
-            # They are not in this store. The checkpoint itself names them, and refuses others.
+            # Parents are not in this store; the checkpoint's identity refers to them.
             parents={},
         )  # fmt: skip
-        found = _found(self._store, self._damaged)
-        best = _best(found)
+        intact = _intact(self._store, self._damaged)
+        best = _best(intact)
         entry = {"digest": ref.digest, "update": update, "score": score}
         self._store.append(HISTORY, {**entry, "best": bool(best and best.digest == ref.digest)})
-        self._drop_all_but(_to_keep(found))
+        self._delete_all_but(_retained(intact))
 
     def newest_after(self, update: int) -> tuple[int, Path] | None:
-        """Update and verified files of the newest whole checkpoint that is newer than this.
+        """Fetch update and verified files of the newest intact checkpoint after `update`.
 
-        Damaged ones are logged as warnings and make room at the next `save`.
+        Damaged ones are logged as warnings and deleted by the next `save`.
 
         Raises:
             StoreError: The store does not answer.
         """
-        for stored in reversed(_found(self._store, self._damaged)):
+        for stored in reversed(_intact(self._store, self._damaged)):
             if stored.update <= update:
                 break
             try:
@@ -117,29 +122,29 @@ class StoredCheckpoints:
                 self._damaged.add(stored.digest)
         return None
 
-    def _drop_all_but(self, kept: Iterable[_Stored]) -> None:
+    def _delete_all_but(self, retained: Iterable[_Stored]) -> None:
         try:
-            self._store.retain([stored.digest for stored in kept])
+            self._store.retain([stored.digest for stored in retained])
         except StoreError as error:
             log.warning("older checkpoints can't be dropped now (%s)", error)
 
 
 def keep_best(store: Store) -> None:
-    """Remove all checkpoints of a run that is done, but the best one, for people to look at."""
-    best = _best(_found(store, set()))
+    """Delete a completed run's checkpoints, except the best one, for inspection."""
+    best = _best(_intact(store, set()))
     store.retain([best.digest] if best else [])
 
 
-def _found(store: Store, damaged: set[str]) -> list[_Stored]:
-    """All that are known to be whole, by update; adds to the damaged ones."""
-    found: dict[int, _Stored] = {}
+def _intact(store: Store, damaged: set[str]) -> list[_Stored]:
+    """List checkpoints by update, without `damaged`; adds broken manifests to it."""
+    intact: dict[int, _Stored] = {}
     for digest in store.digests():
         if digest in damaged:
             continue
         try:
             manifest = store.manifest(digest)
         except ArtifactMissing:
-            continue  # dropped by another machine a moment ago
+            continue  # just deleted by another machine
         except ArtifactCorrupt as error:
             log.warning("a checkpoint is damaged and left out (%s)", error)
             damaged.add(digest)
@@ -147,16 +152,16 @@ def _found(store: Store, damaged: set[str]) -> list[_Stored]:
         update, score = manifest.metrics.get("update"), manifest.metrics.get("score")
         if isinstance(update, int):
             score = score if isinstance(score, int | float) else None
-            found[update] = _Stored(digest, update, score)
-    return [found[update] for update in sorted(found)]
+            intact[update] = _Stored(digest, update, score)
+    return [intact[update] for update in sorted(intact)]
 
 
-def _best(found: Iterable[_Stored]) -> _Stored | None:
-    """The highest score; of equals the first."""
-    scored = [stored for stored in found if stored.score is not None]
+def _best(checkpoints: Iterable[_Stored]) -> _Stored | None:
+    """The checkpoint with the highest score; the earliest of equal ones."""
+    scored = [stored for stored in checkpoints if stored.score is not None]
     return max(scored, key=lambda stored: stored.score or 0.0, default=None)
 
 
-def _to_keep(found: list[_Stored]) -> list[_Stored]:
-    best = _best(found)
-    return [*found[-KEEP:], *([best] if best else [])]
+def _retained(checkpoints: list[_Stored]) -> list[_Stored]:
+    best = _best(checkpoints)
+    return [*checkpoints[-KEEP:], *([best] if best else [])]

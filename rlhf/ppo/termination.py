@@ -1,4 +1,4 @@
-"""SIGTERM while training: first save, then go."""
+"""Deferred SIGTERM: a training process saves before it ends."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from types import FrameType
 
 @contextmanager
 def deferred_sigterm() -> Iterator[Callable[[], bool]]:
-    """Hold SIGTERM back; yields a function that says whether it came.
+    """Hold back SIGTERM; yields a function that returns whether it arrived.
 
-    On leaving, whoever listened before gets the signal after all: Prefect, or the default that ends
-    the process. Outside of the main thread, where signals do not arrive, it never comes.
+    On exit the signal is raised again for the previous handler: Prefect's, or the default, which
+    ends the process. Outside of the main thread, which alone receives signals, nothing is held.
     """
-    came: list[int] = []
+    received: list[int] = []
 
-    def remember(number: int, _: FrameType | None) -> None:
-        came.append(number)
+    def record(number: int, _: FrameType | None) -> None:
+        received.append(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGTERM, remember)
+    previous = signal.signal(signal.SIGTERM, record)
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if came:
+        signal.signal(signal.SIGTERM, previous)
+        if received:
             signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""One PPO update: sample, score, estimate advantages, optimise."""
+"""One PPO update: sample replies, score them, estimate advantages, optimise."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from rlhf.modeling.base import context_of
 from rlhf.modeling.device import upload
 from rlhf.ppo.kl import kl_controller, kl_estimate
 from rlhf.ppo.losses import gae, masked_mean, whiten
-from rlhf.ppo.memory import release
+from rlhf.ppo.memory import empty_cache
 from rlhf.ppo.models import Models
 from rlhf.ppo.optimise import Buffer, optimise
 from rlhf.ppo.rollout import Replies, Sampling
 from rlhf.ppo.shaping import RunningScale, clip_scores, missing_eos, shaped_rewards, value_mask
 
+#: Replies of an update that are shown as samples.
 SAMPLES = 4
 
 
-def mix(seed: int, number: int) -> int:
-    """A seed of its own for each (seed, number), even, so that `+ 1` gives an unrelated one."""
+def derive_seed(seed: int, number: int) -> int:
+    """Derive a seed for each number; seeds are even, so `+ 1` gives an unrelated one."""
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return int.from_bytes(digest[:7], "big") * 2
 
 
 @dataclass(frozen=True)
-class Updated:
-    """What one update has to tell: numbers to log, and a few replies with their rewards."""
+class UpdateResult:
+    """Metrics of one update, and a few of its replies with their rewards."""
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
@@ -45,7 +46,7 @@ class Updated:
 
 @dataclass
 class Rollouts:
-    """A chunk's replies, on their way to a buffer."""
+    """One chunk of sampled replies; `PPOTrainer.score` adds the scores."""
 
     rows: Sequence[PromptRow]
     replies: Replies
@@ -57,7 +58,11 @@ class Rollouts:
 
 
 class PPOTrainer:
-    """The state of one PPO run; `update` is the algorithm."""
+    """PPO's algorithm and its state beside the models; `update` performs one update.
+
+    Random draws of an update are seeded by (seed, update number), so `state_dict` and the models'
+    checkpoint are all that a resumed run needs.
+    """
 
     def __init__(
         self, config: PPOConfig, models: Models, environment: Environment, renderer: Renderer,
@@ -68,8 +73,8 @@ class PPOTrainer:
         self.kl = kl_controller(config)
         self.scale = RunningScale()
         self.device = models.device
-        # The rollouts' place between the phases.
-        self.parked = torch.device("cpu") if config.optimize_device_cache else self.device
+        #: Device of the rollouts between the phases of an update.
+        self.storage_device = torch.device("cpu") if config.optimize_device_cache else self.device
         self.sampling = Sampling(
             config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.sampler
         )
@@ -81,43 +86,46 @@ class PPOTrainer:
                 f"policy's context of {context} tokens; lower it"
             )
 
-    def update(self, number: int, rows: Sequence[PromptRow]) -> Updated:
-        """One PPO update on the replies to one chunk of prompts."""
+    def update(self, number: int, rows: Sequence[PromptRow]) -> UpdateResult:
+        """Perform one PPO update on sampled replies to a chunk of prompts."""
         rates = self.models.set_learning_rates(number)
-        rollouts = self.sample(rows, seed=mix(self.seed, number))
+        seed = derive_seed(self.seed, number)
+        rollouts = self.sample(rows, seed=seed)
         self.free()
         self.score(rollouts)
         buffer, metrics, samples = self.evaluate(rollouts)
         self.free()
         learn_policy = number >= self.config.critic_warmup_updates
-        metrics |= optimise(buffer, self.models, mix(self.seed, number) + 1, learn_policy)
+        metrics |= optimise(buffer, self.models, seed + 1, learn_policy)
         self.free()
         self.kl.update(metrics["kl"], len(rollouts.texts))
-        return Updated({**metrics, **rates}, [{"update": number + 1, **s} for s in samples])
+        return UpdateResult({**metrics, **rates}, [{"update": number + 1, **s} for s in samples])
 
     def free(self) -> None:
-        """Give memory back that a phase needed and the next does not, if that is wanted."""
+        """Return the last phase's cached memory to the device, if `optimize_device_cache`."""
         if self.config.optimize_device_cache:
-            release(self.device)
+            empty_cache(self.device)
 
     def sample(self, rows: Sequence[PromptRow], seed: int) -> Rollouts:
-        """Replies of the policy, `replies_per_prompt` to each prompt, which stand together."""
+        """Sample `replies_per_prompt` adjacent replies to each prompt."""
         repeated = [row for row in rows for _ in range(self.environment.replies_per_prompt)]
         tokenizer, stop = self.renderer.tokenizer, self.environment.stop
         prompts = [self.renderer.encode_prompt(row.prompt, self.max_prompt) for row in repeated]
         replies = self.models.sample(prompts, tokenizer, self.sampling, seed, stop)
-        rollouts = Rollouts(repeated, replies.to(self.parked), self._texts(replies))
+        rollouts = Rollouts(repeated, replies.to(self.storage_device), self._decode(replies))
         if self.environment.needs_reference_reply:
-            rivals = self.models.sample_reference(prompts, tokenizer, self.sampling, seed + 1, stop)
-            rollouts.reference_texts = self._texts(rivals)
+            rivals = self.models.sample(
+                prompts, tokenizer, self.sampling, seed + 1, stop, reference=True
+            )
+            rollouts.reference_texts = self._decode(rivals)
             rollouts.reference_finished = rivals.finished.tolist()
         return rollouts
 
-    def _texts(self, replies: Replies) -> list[str]:
+    def _decode(self, replies: Replies) -> list[str]:
         return [self.environment.text(ids) for ids in replies.rows()]
 
     def score(self, rollouts: Rollouts) -> None:
-        """The environment's verdict on every reply, always with the reply's own prompt."""
+        """Score every reply with the environment and apply the missing-EOS rule."""
         config, replies = self.config, rollouts.replies
         lengths, finished = replies.valid.sum(1).tolist(), replies.finished.cpu()
         k = self.environment.replies_per_prompt
@@ -144,14 +152,22 @@ class PPOTrainer:
 
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts) -> tuple[Buffer, dict[str, float], list[dict[str, Any]]]:
-        """Log-probs, values and advantages of a chunk, under the policy that sampled it."""
+        """Compute rewards, advantages and returns under the sampling policy.
+
+        Returns:
+            The buffer to optimise on, the chunk's metrics, and its samples.
+        """
         config, replies = self.config, rollouts.replies
-        log_probs, reference, entropy, values, audit = self._forward(replies)
+        log_probs, reference, entropy, values, exact_kl = self._forward(replies)
         mask = replies.mask
         states = value_mask(mask, mask.shape[1], config.score_position)
         values = values * states
         kl = kl_estimate(log_probs, reference, config.kl_estimator, config.kl_clamp)
-        scores = self._scaled(rollouts.scores).to(self.parked)
+        scores = rollouts.scores
+        if config.reward_normalization == "running":
+            self.scale.update(scores)
+            scores = self.scale.apply(scores)
+        scores = clip_scores(scores, config.reward_clip).to(self.storage_device)
         rewards = shaped_rewards(scores, kl, mask, states, self.kl.value)
         if config.whiten_rewards:
             rewards = whiten(rewards, states, config.whiten_variance, shift_mean=False)
@@ -159,56 +175,53 @@ class PPOTrainer:
         advantages = whiten(advantages[:, :-1] * mask, mask, config.whiten_variance)
         reply_kl = ((log_probs - reference) * mask).sum(1)
         metrics = {
-            **_of_scores(rollouts),
+            **_score_metrics(rollouts),
             "kl": float(reply_kl.mean()),
             "kl_coef": self.kl.value,
             "entropy": float(masked_mean(entropy, mask)),
             "tokens": float(mask.sum(1).float().mean()),
             "eos_rate": float(replies.finished.float().mean()),
-            "explained_variance": _explained(values, returns, states),
+            "explained_variance": _explained_variance(values, returns, states),
         }
         if config.kl_audit:
-            metrics["kl_exact"] = audit / len(mask)
+            metrics["kl_exact"] = exact_kl / len(mask)
         buffer = Buffer(replies, states, log_probs, advantages, values, returns)
         return buffer, metrics, _samples(rollouts, reply_kl)
 
     def _forward(self, replies: Replies) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """Log-probs of policy and reference, entropies, values; and the exact KL, summed."""
+        """Run all models on the replies, in micro-batches shared among the processes.
+
+        Returns:
+            Log-probs of policy and reference, entropies, values, and the exact KL summed over all
+            tokens (0 without `kl_audit`).
+        """
         rows, width = replies.mask.shape
         log_probs, reference, entropy = (
             torch.zeros(rows, width, device=self.device) for _ in range(3)
         )
         values = torch.zeros(rows, width + 1, device=self.device)
-        audits: list[Tensor] = []
+        kl_sums: list[Tensor] = []
         ranks = self.models.ranks
         own = torch.arange(rows)[ranks.share(rows)]
         for index in own.split(self.config.micro_batch_size):
             part = replies.take(index).to(self.device)
-            there = upload(index, self.device)
-            to = (there, slice(part.mask.shape[1]))
-            log_probs[to], entropy[to] = self.models.log_probs(part)
-            reference[to] = self.models.reference_log_probs(part)
-            states = (there, slice(part.mask.shape[1] + 1))
+            part_rows, part_width = upload(index, self.device), part.mask.shape[1]
+            tokens, states = (part_rows, slice(part_width)), (part_rows, slice(part_width + 1))
+            log_probs[tokens], entropy[tokens] = self.models.log_probs(part)
+            reference[tokens] = self.models.reference_log_probs(part)
             values[states] = self.models.values(part)
             if self.config.kl_audit:
-                audits.append(self.models.exact_kl(part).sum())
-        # All of it, as the other processes' rows are zero here.
+                kl_sums.append(self.models.exact_kl(part).sum())
+        # A sum gathers the rows: those of other processes are zero here.
         ranks.add_up(log_probs, reference, entropy, values)
-        exact = sum(sum(t.tolist()) for t in ranks.gather(torch.stack(audits))) if audits else 0.0
+        exact = sum(sum(t.tolist()) for t in ranks.gather(torch.stack(kl_sums))) if kl_sums else 0.0
         log_probs, reference, entropy, values = (
-            t.to(self.parked) for t in (log_probs, reference, entropy, values)
+            t.to(self.storage_device) for t in (log_probs, reference, entropy, values)
         )
         return log_probs, reference, entropy, values, exact
 
-    def _scaled(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Scores, by their running deviation where the configuration says so, and clamped."""
-        if self.config.reward_normalization == "running":
-            self.scale.update(scores)
-            scores = self.scale.apply(scores)
-        return clip_scores(scores, self.config.reward_clip)
-
     def state_dict(self) -> dict[str, Any]:
-        """What changes while training, beside weights and optimisers; it can be written as JSON."""
+        """State beside weights and optimizers, as JSON values."""
         return {
             "kl_controller": self.kl.state_dict(),
             "reward_scale": self.scale.state_dict(),
@@ -216,13 +229,13 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.kl.load_state_dict(state["kl_controller"])
         self.scale.load_state_dict(state["reward_scale"])
         self.environment.load_state_dict(state["environment"])
 
 
-def _of_scores(rollouts: Rollouts) -> dict[str, float]:
+def _score_metrics(rollouts: Rollouts) -> dict[str, float]:
     scored = rollouts.scored
     assert scored is not None
     return {
@@ -232,15 +245,15 @@ def _of_scores(rollouts: Rollouts) -> dict[str, float]:
     }
 
 
-def _explained(values: Tensor, returns: Tensor, states: Tensor) -> float:
-    """Share of the returns' variance that the critic foresaw."""
+def _explained_variance(values: Tensor, returns: Tensor, states: Tensor) -> float:
+    """1 − mean squared error of the critic over the variance of the returns."""
     residual = masked_mean((returns - values) ** 2, states)
-    spread = masked_mean((returns - masked_mean(returns, states)) ** 2, states)
-    return float(1 - residual / spread.clamp(min=1e-8))
+    variance = masked_mean((returns - masked_mean(returns, states)) ** 2, states)
+    return float(1 - residual / variance.clamp(min=1e-8))
 
 
 def _samples(rollouts: Rollouts, kl: Float[Tensor, " batch"]) -> list[dict[str, Any]]:
-    """The chunk's first replies: prompts come in random order, so they are no choice of ours."""
+    """The chunk's first replies, a random selection because prompts are shuffled."""
     scored = rollouts.scored
     assert scored is not None
     return [

@@ -11,7 +11,7 @@ import uuid
 import pytest
 
 from rlhf.errors import CheckpointError, Interrupted, StoreError, worth_retrying
-from rlhf.ppo.checkpoint import checkpoints_in, take_over
+from rlhf.ppo.checkpoint import checkpoints_in, import_checkpoint
 from rlhf.ppo.stored import HISTORY, StoredCheckpoints, keep_best
 from rlhf.ppo.train import score_of
 from rlhf.store import Store, open_store
@@ -178,7 +178,7 @@ def test_a_kill_at_any_point_of_the_copy_leaves_no_half_checkpoint(tmp_path):
     source = checkpoint(tmp_path / "source", 3)
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     with kill_points() as points:
-        take_over(tmp_path / "counted", source, 3)
+        import_checkpoint(tmp_path / "counted", source, 3)
     assert len(points) > 8
     found = []
     for at in range(len(points)):
@@ -186,13 +186,13 @@ def test_a_kill_at_any_point_of_the_copy_leaves_no_half_checkpoint(tmp_path):
 
         def work(at=at, folder=folder):
             with kill_points(at):
-                take_over(folder, source, 3)
+                import_checkpoint(folder, source, 3)
 
         assert in_child(work) == -signal.SIGKILL
         found.append(names(folder))
         for path in checkpoints_in(folder):
             assert {p.name: p.read_bytes() for p in path.iterdir()} == files, points[at]
-        take_over(folder, source, 3)
+        import_checkpoint(folder, source, 3)
         assert names(folder) == ["update-000003"]
         assert not [*folder.glob(".partial-*")]
     assert found[0] == []
@@ -209,7 +209,7 @@ def test_a_copy_that_finds_no_room_says_so(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"update-000003: can't be copied .*too lar") as e:
-            take_over(tmp_path / "c", source, 3)
+            import_checkpoint(tmp_path / "c", source, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert worth_retrying(e.value)

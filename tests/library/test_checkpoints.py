@@ -18,9 +18,9 @@ from rlhf.ppo import checkpoint
 from rlhf.ppo.checkpoint import (
     TrainState,
     checkpoints_in,
+    exclusive,
     load_checkpoint,
     save_checkpoint,
-    sole_user,
 )
 from rlhf.ppo.train import build_trainer, prompts_of_update
 from rlhf.stage import read_json
@@ -205,11 +205,11 @@ def test_only_checkpoints_are_taken_for_checkpoints_and_by_number(tmp_path):
 
 
 def test_two_processes_on_one_folder_are_one_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
+    monkeypatch.setattr(checkpoint, "LOCK_TIMEOUT", 0.1)
     folder, inside, done = tmp_path / "c", threading.Event(), threading.Event()
 
     def other():
-        with sole_user(folder):
+        with exclusive(folder):
             inside.set()
             done.wait(30)
 
@@ -219,19 +219,19 @@ def test_two_processes_on_one_folder_are_one_too_many(tmp_path, monkeypatch):
     try:
         with (
             pytest.raises(ConfigError, match="another process trains with this folder"),
-            sole_user(folder),
+            exclusive(folder),
         ):
             pass
     finally:
         done.set()
         thread.join()
-    with sole_user(folder):
+    with exclusive(folder):
         pass
 
 
 def test_training_takes_the_folder_for_itself(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
-    with sole_user(tmp_path / "c"), pytest.raises(ConfigError, match="another process"):
+    monkeypatch.setattr(checkpoint, "LOCK_TIMEOUT", 0.1)
+    with exclusive(tmp_path / "c"), pytest.raises(ConfigError, match="another process"):
         train("a", checkpoints=tmp_path / "c")
 
 

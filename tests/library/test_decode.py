@@ -10,9 +10,9 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from rlhf.modeling.forward import packs
-from rlhf.ppo.decode import PackedDecoder, PaddedDecoder, decoder_of
-from rlhf.ppo.rollout import generate, log_probs_and_entropy, pad_left
-from rlhf.ppo.sampler import Sampler, Sampling, exponential, filtered, inverse_cdf
+from rlhf.ppo.decode import PackedDecoder, PaddedDecoder, decoder_of, pad_left
+from rlhf.ppo.rollout import generate, log_probs_and_entropy
+from rlhf.ppo.sampler import Sampler, Sampling, exponential, filter_logits, inverse_cdf
 from tests.library.test_packing import ALL, PACKED, PROMPTS, make
 from tests.library.toys import DEVICE, within
 
@@ -160,7 +160,7 @@ def test_filters_keep_the_right_tokens():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], device=DEVICE).log()
 
     def kept(**options):
-        return (filtered(logits, Sampling(1, **options)) > -torch.inf)[0].tolist()
+        return (filter_logits(logits, Sampling(1, **options)) > -torch.inf)[0].tolist()
 
     assert kept() == [True] * 4
     assert kept(top_k=2) == [True, True, False, False]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.ppo.fused import from_logits, token_log_probs
+from rlhf.ppo.fused import log_probs_from_logits, token_log_probs
 from tests.library.toys import DEVICE, within
 
 pytestmark = pytest.mark.device
@@ -33,7 +33,7 @@ def run(case, function, temperature, entropy):
 
 
 def plainly(head, hidden, targets, temperature, entropy):
-    return from_logits(head(hidden), targets, temperature, entropy)
+    return log_probs_from_logits(head(hidden), targets, temperature, entropy)
 
 
 @pytest.mark.parametrize("entropy", [True, False])

@@ -33,7 +33,7 @@ from rlhf.modeling.reward import (
     reward_meta,
     save_reward_model,
 )
-from rlhf.ppo.rollout import position_ids
+from rlhf.ppo.decode import position_ids
 from tests.library import toys
 from tests.library.toys import DEVICE, within
 

@@ -31,12 +31,12 @@ from transformers import (
 from rlhf.modeling.critic import Critic, critic_from
 from rlhf.modeling.forward import arguments_of, has_plain_head, packs, token_batches
 from rlhf.modeling.packing import Packed, rectangles_of, take_rows
+from rlhf.ppo.decode import pad_left
 from rlhf.ppo.fused import token_log_probs
 from rlhf.ppo.rollout import (
     Replies,
     log_probs_and_entropy,
     log_probs_entropy_values,
-    pad_left,
     reply_logits,
     reply_values,
 )

@@ -8,10 +8,10 @@ import torch
 from rlhf.config import LoraConfig, PPOConfig
 from rlhf.config.ppo import COMPAT
 from rlhf.data.rows import PromptRow
-from rlhf.ppo.memory import release
+from rlhf.ppo.decode import position_ids
+from rlhf.ppo.memory import empty_cache
 from rlhf.ppo.models import learning_rate_scale
 from rlhf.ppo.optimise import optimise
-from rlhf.ppo.rollout import position_ids
 from rlhf.ppo.train import build_trainer
 from rlhf.stage import read_json
 from tests.library import toys
@@ -286,9 +286,9 @@ def test_caches_are_freed_between_the_phases(train, two_updates, monkeypatch, on
 
     def counted(device):
         freed.append(device)
-        release(device)
+        empty_cache(device)
 
-    monkeypatch.setattr("rlhf.ppo.trainer.release", counted)
+    monkeypatch.setattr("rlhf.ppo.trainer.empty_cache", counted)
     out = train(optimize_device_cache=on, total_episodes=32)
     # With it, advantages are computed on the CPU.
     assert toys.distance(out, two_updates) <= within(0.0, 1e-4)

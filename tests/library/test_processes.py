@@ -24,7 +24,7 @@ from rlhf.errors import (
 from rlhf.launch import Job, launch
 from rlhf.launch.job import pids as pids_in
 from rlhf.ppo.checkpoint import checkpoints_in
-from rlhf.ppo.rollout import Sampling, generate, joined
+from rlhf.ppo.rollout import Sampling, concatenate, generate
 from rlhf.ppo.stored import CheckpointPlace
 from rlhf.ranks import Ranks
 from rlhf.stage import read_json
@@ -231,7 +231,7 @@ def test_shares_of_a_chunk_are_the_chunk(policy, renderer, sampler):
     whole = generate(policy, prompts, renderer.tokenizer, sampling, 3)
     shares = [Ranks(rank, 3).share(5) for rank in range(3)]
     parts = [generate(policy, prompts, renderer.tokenizer, sampling, 3, own=own) for own in shares]
-    both = joined(parts, renderer.tokenizer.pad_token_id)
+    both = concatenate(parts, renderer.tokenizer.pad_token_id)
     for name in ("ids", "attention", "mask", "finished"):
         assert torch.equal(getattr(both, name), getattr(whole, name)), name
 

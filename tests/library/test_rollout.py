@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from rlhf.modeling.critic import critic_from
+from rlhf.ppo.decode import pad_left, position_ids
 from rlhf.ppo.rollout import (
     Replies,
     Sampling,
     generate,
     log_probs_and_entropy,
-    pad_left,
-    position_ids,
     reply_values,
 )
 from tests.library.toys import DEVICE, within

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.ppo.rollout import Sampling, _Drawn, generate
+from rlhf.ppo.rollout import Sampling, _DrawnReplies, generate
 from tests.library.ppo_runs import Stopped, assert_same_run
 from tests.library.test_decode import PROMPTS, TOKENS, likely_end
 from tests.library.test_packing import make
@@ -54,7 +54,7 @@ def test_stop_is_asked_of_the_same_rows_in_the_same_order(sizes):
 
 
 def test_what_is_drawn_after_the_end_is_left_out():
-    drawn = _Drawn(3, 5, PAD, END, None)
+    drawn = _DrawnReplies(3, 5, PAD, END, None)
     drawn.begin(torch.arange(3))
     # rows end at steps 2, never, 1; a row goes on drawing until it is read
     assert drawn.read(torch.tensor([[7, 8, END], [END, 8, 9], [9, 8, END]])) == [True, False, True]

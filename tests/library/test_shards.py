@@ -19,8 +19,8 @@ from rlhf.modeling.base import load_policy, weights_digest
 from rlhf.modeling.foreign import ForeignModel
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.shards import save_tensors, shards_of
-from rlhf.ppo.build import build_trainer
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from rlhf.ppo.train import build_trainer
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, LORA, Stopped
 

@@ -15,7 +15,7 @@ from rlhf.data.rows import PromptRow
 from rlhf.errors import ConfigError
 from rlhf.modeling.lora import CRITIC, POLICY, REWARD, merged, parameters_of, using
 from rlhf.modeling.reward import BASE, Scorer, reward_meta
-from rlhf.ppo.build import build_trainer
+from rlhf.ppo.train import build_trainer
 from rlhf.stage import read_json, write_json
 from rlhf.store.publish import scan
 from tests.library import toys
