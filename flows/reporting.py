@@ -12,7 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows.summary import summary
 from rlhf.config import Loaded, on_this_machine
-from rlhf.paths import at_home
+from rlhf.files import at_home, read_json
 from rlhf.report import (
     ConfigRow,
     Lineage,
@@ -23,7 +23,6 @@ from rlhf.report import (
     Verdict,
     render,
 )
-from rlhf.stage import read_json
 from rlhf.store import Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.code_version import code_version, commit, library_versions, producer

@@ -12,9 +12,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rlhf.config import Loaded, on_this_machine
-from rlhf.paths import at_home
+from rlhf.files import at_home, read_json
 from rlhf.registry import Promotion
-from rlhf.stage import read_json
 from rlhf.store import Ancestor, Artifact
 from tasks.runner import store_of
 

@@ -9,11 +9,12 @@ from safetensors import SafetensorError, safe_open
 from rlhf.config import RuntimeConfig
 from rlhf.data.rendering import Renderer
 from rlhf.errors import ConfigError
+from rlhf.files import write_json
 from rlhf.modeling.base import device_of, fit_embeddings, load_tokenizer
 from rlhf.modeling.foreign import CONFIG, ForeignModel
 from rlhf.modeling.reward import META, load_reward_model, reward_meta
 from rlhf.modeling.shards import save_model
-from rlhf.stage import StageResult, write_json
+from rlhf.stage import StageResult
 
 
 def adopt_reward_model(

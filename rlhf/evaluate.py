@@ -17,14 +17,15 @@ from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
 from rlhf.environments.stop import Ending
 from rlhf.errors import DataError
+from rlhf.files import write_json
 from rlhf.judges import Judge, ceiling_of, judge_of
 from rlhf.modeling.base import context_of, device_of, load_policy
 from rlhf.modeling.critic import freeze
 from rlhf.modeling.reward import Scorer
 from rlhf.ppo.rollout import Replies, Sampling, generate, log_probs_and_entropy
 from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult, write_json
-from rlhf.statistics import share
+from rlhf.stage import StageResult
+from rlhf.statistics import repeated_ngrams, share
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"
@@ -249,10 +250,8 @@ def _compare(before: _Answers, after: _Answers, index: Sequence[int]) -> dict[st
 
 
 def repetition(text: str) -> float:
-    """Share of a reply's 3-grams of words that occurred before in it."""
-    words = text.lower().split()
-    grams = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    """Return the share of a reply's word 3-grams that occurred before in it."""
+    return repeated_ngrams(text.lower().split(), 3)
 
 
 def _samples(rows: Sequence[PromptRow], before: _Answers, after: _Answers) -> list[dict[str, Any]]:

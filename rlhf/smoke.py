@@ -25,7 +25,7 @@ import rlhf
 from rlhf.config import RuntimeConfig
 from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import RLHFError, SmokeTestFailed
-from rlhf.stage import read_json, write_json
+from rlhf.files import read_json, write_json
 
 SMOKE = "smoke.json"
 PROMPTS = 4

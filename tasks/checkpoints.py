@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.errors import StoreError
-from rlhf.paths import at_home
+from rlhf.files import at_home
 from rlhf.ppo.stored import CheckpointPlace, StoredCheckpoints, keep_best
 from rlhf.store import Store
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import rlhf
+from rlhf.files import file_sha256
 from rlhf.store import Producer
-from rlhf.store.manifest import file_sha256
 
 #: The libraries whose version can change what a stage computes.
 LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")

@@ -8,8 +8,8 @@ from typing import Any
 from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
 from rlhf.config.processes import WHERE
 from rlhf.custom_code import CustomCode
+from rlhf.files import at_home
 from rlhf.modeling.foreign import ForeignModel
-from rlhf.paths import at_home
 
 
 def base_of_others(config: PipelineConfig) -> ForeignModel | None:

@@ -14,8 +14,8 @@ from prefect.tasks import exponential_backoff
 from rlhf.config import PipelineConfig
 from rlhf.config.placement import INLINE
 from rlhf.errors import worth_retrying
+from rlhf.files import read_json
 from rlhf.gates import require
-from rlhf.stage import read_json
 from rlhf.store import ArtifactRef
 from tasks.metrics import StageMetrics
 from tasks.progress import StageProgress, harmless

@@ -9,8 +9,8 @@ import os
 from rlhf.config import PipelineConfig, TrackingConfig, on_this_machine
 from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError, StoreError
+from rlhf.files import at_home
 from rlhf.modeling.foreign import CONFIG, ForeignModel
-from rlhf.paths import at_home
 from rlhf.store import Store
 from tasks.foreign import check_tokens, judges_of_others
 from tasks.runner import store_of

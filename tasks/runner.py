@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from rlhf.config import PipelineConfig, on_this_machine
 from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, ConfigError
-from rlhf.paths import at_home
+from rlhf.files import at_home
 from rlhf.progress import Progress, silent
 from rlhf.store import ArtifactRef, Store, open_store
 from rlhf.store.manifest import canonical_json, sha256_bytes

@@ -14,10 +14,11 @@ from typing import Any
 from rlhf.config import PipelineConfig
 from rlhf.config.processes import WHERE
 from rlhf.errors import ArtifactMissing
+from rlhf.files import read_json, write_json
 from rlhf.gates import VERDICT, Approved, judge, read_verdict, require
 from rlhf.modeling.foreign import ForeignModel
 from rlhf.progress import Progress
-from rlhf.stage import StageResult, read_json, write_json
+from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Producer, Store
 from tasks.checkpoints import place_of, uploads_of
 from tasks.foreign import (

@@ -13,8 +13,9 @@ from rlhf.data.clean import Known, clean, key
 from rlhf.data.rows import Demonstration, Pair, PromptRow, write_rows
 from rlhf.data.sources import read_source, source_name
 from rlhf.errors import DataError
+from rlhf.files import write_json
 from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult, write_json
+from rlhf.stage import StageResult
 
 #: Different prompts on each side of the split: a comparison needs more than one.
 MIN_PROMPTS = 2

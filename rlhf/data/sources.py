@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.readers import READERS, MalformedError, Row, Table, ending, read_file
 from rlhf.errors import ConfigError, DataError, StoreError
-from rlhf.paths import at_home
+from rlhf.files import at_home
 from rlhf.store.bucket import objects_under, open_bucket, save_object
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreError
-from rlhf.paths import at_home
+from rlhf.files import at_home
 from rlhf.store.backend import in_parallel
 from rlhf.store.bucket import objects_under, open_bucket, save_object
 from rlhf.store.manifest import PICKLES

@@ -9,7 +9,6 @@ What happens to it later, on the disk, is found when it is read: then the one be
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import CheckpointError, ConfigError, TrainingError
+from rlhf.files import fsync, read_json, write_json
 from rlhf.modeling.shards import save_tensors, shards_of
 from rlhf.ppo.models import Models
-from rlhf.stage import read_json, write_json
 
 KEEP = 2
 STATE = "state.json"
@@ -114,11 +113,11 @@ def _finish(partial: Path, final: Path) -> None:
     Everything is on the disk before the name is: a power cut leaves no empty files behind it.
     """
     for path in partial.iterdir():
-        _sync(path)
-    _sync(partial)
+        fsync(path)
+    fsync(partial)
     _discard(final)  # one that was found damaged
     partial.replace(final)
-    _sync(final.parent)
+    fsync(final.parent)
 
 
 def take_over(folder: Path, source: Path, update: int) -> Path:
@@ -260,11 +259,3 @@ def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
         index, key = name.split("/", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,65 @@
+"""Files and folders: JSON, content hashes, fsync and the `~` of a path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys; NaN and infinities raise ValueError."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON written by `write_json`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def at_home(path: str | Path) -> Path:
+    """Expand `~` and `~user`; the path of an unknown user stays as it is, and so is missing."""
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(files: Iterable[tuple[str, Path]], separator: bytes = b"") -> str:
+    """Return the hex sha256 over the names and contents of files, in the order given.
+
+    Args:
+        files: (name, path) pairs.
+        separator: Bytes between a name and the hash of its content. Checkpoints and fingerprints
+            that exist were made with one or the other, so a caller's must not change.
+    """
+    digest = hashlib.sha256()
+    for name, path in files:
+        digest.update(name.encode() + separator + bytes.fromhex(file_sha256(path)))
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """Return the hex sha256 over the names and contents of all files under a folder."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return files_sha256(sorted(files.items()))
+
+
+def fsync(path: Path) -> None:
+    """Write a closed file, or the entries of a folder, through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
