@@ -10,9 +10,9 @@ from rlhf.config import PipelineConfig, TrackingConfig, on_this_machine
 from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import at_home
-from rlhf.modeling.foreign import CONFIG, ForeignModel
+from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.store import Store
-from tasks.foreign import check_tokens, judges_of_others
+from tasks.external_inputs import check_tokens, judges_of_others
 from tasks.runner import store_of
 from tasks.stages import STAGES
 
@@ -52,12 +52,12 @@ def _sweep(store: Store) -> None:
         log.info("%s: removed %d unfinished uploads of killed runs", store.uri, swept)
 
 
-def _check_model(foreign: ForeignModel, store: Store) -> None:
+def _check_model(foreign: ExternalModel, store: Store) -> None:
     """A model's configuration is small, so it is looked at wherever it lies."""
     if not foreign.is_artifact:
         foreign.check()
         return
-    ref = store.resolve(foreign.place)
+    ref = store.resolve(foreign.uri)
     if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
         raise foreign.error(f"this artifact is a {ref.kind}, no model; give that of a model")
     foreign.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())

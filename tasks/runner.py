@@ -105,7 +105,7 @@ def run_stage(
             }
             foreign = stage.foreign(config)
             if foreign is not None and "base" not in folders:
-                folders["base"] = foreign.local(Path(folder, "base"))
+                folders["base"] = foreign.fetch(Path(folder, "base")).folder
             run = StageRun(config, refs, folders, out, checkpoints, store, made_by, progress)
             result = stage.body(run)
             ref = store.publish(
@@ -244,5 +244,5 @@ def _with_base(
     refs = {role: inputs[role] for role in stage.needs(config)}
     foreign = stage.foreign(config)
     if foreign is not None and foreign.is_artifact:
-        refs["base"] = store.resolve(foreign.place)
+        refs["base"] = store.resolve(foreign.uri)
     return refs

@@ -16,12 +16,12 @@ from rlhf.config.processes import WHERE
 from rlhf.errors import ArtifactMissing
 from rlhf.files import read_json, write_json
 from rlhf.gates import VERDICT, Approved, judge, read_verdict, require
-from rlhf.modeling.foreign import ForeignModel
+from rlhf.modeling.source import ExternalModel
 from rlhf.progress import Progress
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Producer, Store
 from tasks.checkpoints import place_of, uploads_of
-from tasks.foreign import (
+from tasks.external_inputs import (
     base_of_others,
     judges_of_others,
     reward_model_of_others,
@@ -63,7 +63,7 @@ class Stage:
     body: Callable[[StageRun], StageResult]
     #: Parts of the one-line summary: a format, and the metrics that it takes.
     headline: tuple[tuple[str, ...], ...] = field(default=())
-    foreign: Callable[[PipelineConfig], ForeignModel | None] = field(default=lambda _: None)
+    foreign: Callable[[PipelineConfig], ExternalModel | None] = field(default=lambda _: None)
     #: Whether what it did outside of its artifact still holds; if not, it is done again.
     holds: Callable[[PipelineConfig, Mapping[str, ArtifactRef], Store], bool] = field(
         default=lambda *_: True
