@@ -26,7 +26,7 @@ def code_version() -> str:
     """
     root = Path(rlhf.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
         if path.relative_to(root).parts[0] != "report":
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return f"{rlhf.__version__}+{digest.hexdigest()[:16]}"
