@@ -269,7 +269,7 @@ class _Hub:
                 )
             )
         except Exception as error:
-            detail = f": {one_line(error)}" if is_dataset else ""
+            detail = f": {shorten(error)}" if is_dataset else ""
             raise StoreError(
                 f"{self.external.field} = {self.external.uri!r}: the transfer from the hub broke "
                 f"({type(error).__name__}{detail}); try again"
@@ -296,7 +296,7 @@ def _is_visible(name: str) -> bool:
     return "/." not in f"/{name}"
 
 
-def one_line(reason: object) -> str:
+def shorten(reason: object) -> str:
     """Return the text of an error on one line of at most 200 characters."""
     text = " ".join(str(reason).split())
     return text if len(text) <= 200 else f"{text[:199]}…"

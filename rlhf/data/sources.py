@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.readers import READERS, MalformedError, Row, Table, ending, read_file
 from rlhf.errors import ConfigError, DataError
-from rlhf.external import TIMEOUT, External, one_line
+from rlhf.external import TIMEOUT, External, shorten
 from rlhf.files import at_home
 
 
@@ -107,7 +107,7 @@ class _ExternalData(External):
         except Exception as error:
             raise self.error(
                 "no such path here, and the hub can't tell of a dataset by that name "
-                f"({type(error).__name__}: {one_line(error)}); give an existing path or a hub "
+                f"({type(error).__name__}: {shorten(error)}); give an existing path or a hub "
                 "dataset id"
             ) from None
 
@@ -129,7 +129,7 @@ def _parse(external: External, name: str, path: Path, columns: Sequence[str]) ->
             return read_file(path, columns)
     except MalformedError as error:
         raise DataError(
-            f"data.source = {external.uri!r}: can't be parsed ({name}: {one_line(error)}); "
+            f"data.source = {external.uri!r}: can't be parsed ({name}: {shorten(error)}); "
             "mend the file"
         ) from None
 
@@ -147,7 +147,7 @@ def _read_split(config: DataConfig, folder: Path, cache: Path) -> Table:
     except Exception as error:  # the library raises anything
         raise ConfigError(
             f"data.source = {config.source!r}, data.hub_split = {config.hub_split!r}: can't be "
-            f"read ({type(error).__name__}: {one_line(error)}); check both"
+            f"read ({type(error).__name__}: {shorten(error)}); check both"
         ) from None
 
 
@@ -158,7 +158,7 @@ def _rows_with_columns(table: Table, config: DataConfig, name: str) -> list[Row]
         if names and column not in names:
             raise ConfigError(
                 f"data.{field} = {column!r}: not a column of {name!r}, which has "
-                f"{one_line(', '.join(map(str, names)))}; set data.{field} to one of these"
+                f"{shorten(', '.join(map(str, names)))}; set data.{field} to one of these"
             )
     return rows
 
