@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import RLHFError, TrainingError
-from rlhf.stage import read_json, write_json
+from rlhf.files import read_json, write_json
 
 PRESET = "configs/quickstart.yaml"
 SIDES = ("ours", "trl")

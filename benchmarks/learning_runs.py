@@ -12,13 +12,13 @@ from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PROMPTS_EVAL, PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.environments.stop import Ending
 from rlhf.evaluate import EVALUATION, _answer
+from rlhf.files import read_json
 from rlhf.gates import Approved, judge, require
 from rlhf.judges import judge_of
 from rlhf.modeling.base import device_of, load_policy
 from rlhf.modeling.critic import freeze
 from rlhf.modeling.reward import Scorer
 from rlhf.ppo.rollout import Sampling
-from rlhf.stage import read_json
 
 #: Of the evaluation's draws, the same for every run: runs are compared on equal luck.
 EVALUATION_SEED = 20_000

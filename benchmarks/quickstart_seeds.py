@@ -13,7 +13,7 @@ import tempfile
 import time
 
 from rlhf.config import load_config
-from rlhf.stage import read_json
+from rlhf.files import read_json
 from tasks.runner import fingerprint, recorded_ref, store_of
 from tasks.stages import STAGES
 

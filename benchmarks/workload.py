@@ -21,10 +21,10 @@ from transformers import (
 
 from rlhf.config import LoraConfig
 from rlhf.data.rendering import END, PAD, load_renderer
+from rlhf.files import read_json, write_json
 from rlhf.modeling.base import load_policy, weights_digest
 from rlhf.modeling.lora import FOLDER, lora_config, save_adapter
 from rlhf.modeling.reward import load_reward_model, save_reward_model
-from rlhf.stage import read_json, write_json
 
 PROMPT_TOKENS = (16, 32)
 CONTEXT = 256

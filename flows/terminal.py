@@ -12,10 +12,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rlhf.config import Loaded, on_this_machine
-from rlhf.paths import at_home
+from rlhf.files import at_home, read_json
 from rlhf.registry import Promotion
 from rlhf.report import OUTCOMES, STATES
-from rlhf.stage import read_json
 from rlhf.store import Ancestor, Artifact
 from tasks.stage import store_of
 from tasks.stages import EVALUATE_POLICY

@@ -9,15 +9,16 @@ from safetensors import SafetensorError, safe_open
 from rlhf.config import RuntimeConfig
 from rlhf.data.rendering import Renderer
 from rlhf.errors import ConfigError
+from rlhf.files import write_json
 from rlhf.modeling.base import device_of, fit_embeddings, load_tokenizer
-from rlhf.modeling.foreign import CONFIG, ForeignModel
 from rlhf.modeling.reward import META, load_reward_model, reward_meta
 from rlhf.modeling.shards import save_model
-from rlhf.stage import StageResult, write_json
+from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.stage import StageResult
 
 
 def adopt_reward_model(
-    model: ForeignModel, folder: Path, out_dir: Path, *, runtime: RuntimeConfig | None = None
+    model: ExternalModel, folder: Path, out_dir: Path, *, runtime: RuntimeConfig | None = None
 ) -> StageResult:
     """Write a reward model of others, with its own tokenizer, to `out_dir` as safetensors.
 
@@ -36,7 +37,7 @@ def adopt_reward_model(
     """
     device_of(runtime or RuntimeConfig())
     path = folder / CONFIG
-    model.check_names([p.name for p in folder.iterdir()])
+    model.select([p.name for p in folder.iterdir()])
     model.check_config(path.read_bytes())
     _check_head(model, folder)
     try:
@@ -57,7 +58,7 @@ def adopt_reward_model(
     return StageResult({"parameters": scorer.num_parameters()})
 
 
-def _check_head(model: ForeignModel, folder: Path) -> None:
+def _check_head(model: ExternalModel, folder: Path) -> None:
     """The head must be among the weights: transformers would replace a missing one by chance."""
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):

@@ -17,14 +17,15 @@ from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
 from rlhf.environments.stop import Ending
 from rlhf.errors import DataError
+from rlhf.files import write_json
 from rlhf.judges import Judge, ceiling_of, judge_of
 from rlhf.modeling.base import context_of, device_of, load_policy
 from rlhf.modeling.critic import freeze
 from rlhf.modeling.reward import Scorer
 from rlhf.ppo.rollout import Replies, Sampling, generate, log_probs_and_entropy
 from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult, write_json
-from rlhf.statistics import share
+from rlhf.stage import StageResult
+from rlhf.statistics import repeated_ngrams, share
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"
@@ -188,9 +189,7 @@ def _answer(
 
 def repetition(text: str) -> float:
     """Return the share of a reply's 3-grams of words that repeat earlier ones."""
-    words = text.lower().split()
-    grams = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return repeated_ngrams(text.lower().split(), 3)
 
 
 def _score_in_parts(

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from rlhf.config.models import GateRule
 from rlhf.errors import GateRejected
-from rlhf.stage import read_json
+from rlhf.files import read_json
 
 VERDICT = "verdict.json"
 T = TypeVar("T")

@@ -18,6 +18,7 @@ from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
+from rlhf.files import write_json
 from rlhf.modeling.base import (
     context_of,
     device_of,
@@ -29,7 +30,7 @@ from rlhf.modeling.lora import FOLDER, lora_config, merged, named_targets, save_
 from rlhf.modeling.reward import counted_tokens, load_reward_model, save_reward_model
 from rlhf.progress import Progress, silent
 from rlhf.ranks import world
-from rlhf.stage import StageResult, write_json
+from rlhf.stage import StageResult
 from rlhf.trl_adapter import (
     ProgressCallback,
     Together,

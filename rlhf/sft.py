@@ -16,12 +16,13 @@ from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
+from rlhf.files import write_json
 from rlhf.modeling.base import context_of, device_of, load_base
 from rlhf.modeling.lora import lora_config, merged, named_targets
 from rlhf.modeling.shards import save_model
 from rlhf.progress import Progress, silent
 from rlhf.ranks import world
-from rlhf.stage import StageResult, write_json
+from rlhf.stage import StageResult
 from rlhf.trl_adapter import (
     ProgressCallback,
     Together,

@@ -1,22 +1,23 @@
-"""The last look before promotion: does the published policy answer, loaded as a user would?
+"""Smoke test before promotion: load the published policy as a user would, and sample replies.
 
 `python -m rlhf.smoke <folder> <request.json>` loads the folder by transformers alone, in a process
-that knows nothing of the training and reaches no network, answers the request's prompts, and prints
-the replies as JSON on its last line.
+of its own without network or cache, answers the request's prompts, and prints the replies as JSON
+on its last line.
 """
 # ruff: noqa: T201 (a command prints)
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,29 @@ import rlhf
 from rlhf.config import RuntimeConfig
 from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import RLHFError, SmokeTestFailed
-from rlhf.stage import read_json, write_json
+from rlhf.files import read_json, write_json
 
 SMOKE = "smoke.json"
 PROMPTS = 4
 NEW_TOKENS = 32
-#: Seconds after its time in which it is ended from outside.
+#: Seconds from the parent's time limit to the process's own, and from that to SIGALRM.
 _GRACE = 5.0
 
 
 def smoke_test(
     bundle: Path, data: Path, *, seconds: float, runtime: RuntimeConfig | None = None
 ) -> list[dict[str, Any]]:
-    """The policy's replies to a few held-out prompts, each {prompt, reply}.
+    """Return the policy's replies to a few held-out prompts, each {prompt, reply}.
 
     Args:
         bundle: The policy's published files.
         data: A dataset's folder.
-        seconds: Time limit for all of it.
+        seconds: Time limit, loading included.
         runtime: Device and threads.
 
     Raises:
-        SmokeTestFailed: It can't be loaded, computes what is no number, says nothing at all, or
-            takes too long.
+        SmokeTestFailed: The policy can't be loaded, its logits are not finite, all replies are
+            empty, or the time limit has passed.
     """
     prompts = [row.prompt for row in read_rows(data / PROMPTS_EVAL, PromptRow)[:PROMPTS]]
     if not prompts:
@@ -59,19 +60,13 @@ def smoke_test(
             {"prompts": prompts, "runtime": runtime.model_dump(mode="json"), "seconds": seconds},
         )
         command = [sys.executable, "-m", "rlhf.smoke", str(bundle.resolve()), str(request)]
-        answer = _asked(command, Path(scratch), seconds)
-    if "error" in answer:
-        raise _failed(answer["error"])
-    return [{"prompt": p, "reply": r} for p, r in zip(prompts, answer["replies"], strict=True)]
+        result = _output(command, Path(scratch), seconds)
+    if "error" in result:
+        raise _failed(result["error"])
+    return [{"prompt": p, "reply": r} for p, r in zip(prompts, result["replies"], strict=True)]
 
 
-def _failed(reason: str) -> SmokeTestFailed:
-    return SmokeTestFailed(
-        f"smoke test: the published policy can't answer, so it is not promoted: {reason}"
-    )
-
-
-def _asked(command: Sequence[str], scratch: Path, seconds: float) -> Mapping[str, Any]:
+def _output(command: Sequence[str], scratch: Path, seconds: float) -> Mapping[str, Any]:
     with (
         (scratch / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
@@ -80,24 +75,30 @@ def _asked(command: Sequence[str], scratch: Path, seconds: float) -> Mapping[str
         ) as process,
     ):  # fmt: skip
         try:
-            said, _ = process.communicate(timeout=seconds)
+            output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             raise _failed(
                 f"it took more than promotion.smoke_seconds = {seconds:g}; raise that if the model "
                 "is large, or try a faster runtime.device"
             ) from None
-        finally:  # also of what interrupts us
+        finally:  # also after an interrupt
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         if process.returncode < 0:
             return {"error": f"its process was ended by signal {-process.returncode}"}
         errors.seek(0)
         last = [line for line in errors if line.strip()][-1:]
-        return json.loads(said.splitlines()[-1]) if said else {"error": "".join(last).strip()}
+        return json.loads(output.splitlines()[-1]) if output else {"error": "".join(last).strip()}
+
+
+def _failed(reason: str) -> SmokeTestFailed:
+    return SmokeTestFailed(
+        f"smoke test: the published policy can't answer, so it is not promoted: {reason}"
+    )
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """This code, no network, and no cache: what the bundle lacks is not found elsewhere."""
+    """Environment with this code, offline, with an empty hub cache: the bundle must be complete."""
     paths = [str(Path(rlhf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -109,11 +110,11 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 
 def answer(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """The replies of the model in that folder, or the error in the way."""
+    """Return the replies of the model in a folder as `replies`, or the failure as `error`."""
     try:
         runtime = RuntimeConfig.model_validate(request["runtime"])
         replies = _replies(folder, request["prompts"], runtime)
-    except Exception as error:  # whatever a broken bundle leads to is the answer
+    except Exception as error:  # a broken bundle can raise anything
         name = "" if isinstance(error, RLHFError) else f"{type(error).__name__}: "
         return {"error": name + str(error).strip().partition("\n")[0]}
     if not any(replies):
@@ -128,43 +129,67 @@ def _replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) ->
     from rlhf.data.rendering import Renderer
     from rlhf.modeling.base import context_of, device_of
 
-    own: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    renderer = Renderer(AutoTokenizer.from_pretrained(folder, **own))
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    renderer = Renderer(AutoTokenizer.from_pretrained(folder, **local))
     device = device_of(runtime)
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, found = load(folder, use_safetensors=True, output_loading_info=True, **own)
-    if found["missing_keys"]:  # transformers would draw them at random
-        raise SmokeTestFailed(f"its files lack the weights of {sorted(found['missing_keys'])[0]}")
+    model, info = load(folder, use_safetensors=True, output_loading_info=True, **local)
+    if info["missing_keys"]:  # transformers initialises them at random
+        raise SmokeTestFailed(f"its files lack the weights of {sorted(info['missing_keys'])[0]}")
     model = model.to(device).eval()
-    room = context_of(model) - NEW_TOKENS
+    max_length = context_of(model) - NEW_TOKENS
     torch.manual_seed(0)
     with torch.no_grad():
-        return [_reply(model, renderer, renderer.encode_prompt(prompt, room)) for prompt in prompts]
+        return [
+            _reply(model, renderer, renderer.encode_prompt(prompt, max_length))
+            for prompt in prompts
+        ]
 
 
 def _reply(model: Any, renderer: Any, ids: list[int]) -> str:
-    """Sampled as the gates' replies were: the likeliest one of a small policy may be empty."""
+    """Sample a reply as evaluation does: a small policy's greedy reply may be empty."""
     import torch
 
-    asked = torch.tensor([ids], device=model.device)
-    if not model(input_ids=asked).logits.isfinite().all():
+    input_ids = torch.tensor([ids], device=model.device)
+    if not model(input_ids=input_ids).logits.isfinite().all():
         raise SmokeTestFailed("its logits are not finite")
     end = renderer.tokenizer.eos_token_id
-    made = model.generate(
-        input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW_TOKENS,
+    output = model.generate(
+        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=NEW_TOKENS,
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
-    return renderer.decode(made[0, len(ids) :].tolist())
+    return renderer.decode(output[0, len(ids) :].tolist())
+
+
+def end_after(seconds: float) -> None:
+    """Start a watchdog that ends this process with status 1 after `seconds`.
+
+    Code that holds the GIL is ended by SIGALRM, `_GRACE` seconds later.
+    """
+
+    def end() -> None:
+        # Neither print nor sys.exit: the main thread may hold the stream's lock, or never return.
+        os.write(2, f"Timeout ({timedelta(seconds=seconds)})!\n".encode())
+        os._exit(1)
+
+    # `faulthandler.dump_traceback_later` reads the stacks of running threads, and crashed with
+    # SIGSEGV in one of twelve runs.
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    # The default action of SIGALRM is the kernel's and needs no GIL.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
 
 
 def main() -> None:
     """Run the command."""
     folder, request = Path(sys.argv[1]), read_json(Path(sys.argv[2]))
-    # Whoever asked ends this process in time; this is for when they are gone.
-    faulthandler.dump_traceback_later(request["seconds"] + _GRACE, exit=True)
+    # The parent ends this process at its time limit; this is for when the parent is gone.
+    end_after(request["seconds"] + _GRACE)
     with contextlib.redirect_stdout(sys.stderr):
-        said = answer(folder, request)
-    print(json.dumps(said))
+        result = answer(folder, request)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

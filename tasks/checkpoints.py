@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from rlhf.errors import StoreError
-from rlhf.paths import at_home
+from rlhf.files import at_home
 from rlhf.ppo.stored import CheckpointPlace, keep_best
 from rlhf.store import Store
 from tasks.stage import StageRun

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import rlhf
+from rlhf.files import file_sha256
 from rlhf.store import Producer
-from rlhf.store.manifest import file_sha256
 
 #: Libraries whose version can change the result of a stage.
 LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
@@ -26,7 +26,7 @@ def code_version() -> str:
     """
     root = Path(rlhf.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
         if path.relative_to(root).parts[0] != "report":
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return f"{rlhf.__version__}+{digest.hexdigest()[:16]}"

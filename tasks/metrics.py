@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from rlhf.config import PipelineConfig, TrackingConfig, on_this_machine
 from rlhf.config.fields import flatten
 from rlhf.config.tracking import Tracker
-from rlhf.paths import at_home
+from rlhf.files import at_home
 from rlhf.store import ArtifactRef
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from rlhf.store.redact import redact

@@ -9,10 +9,10 @@ from contextvars import ContextVar
 
 from rlhf.config import PipelineConfig, TrackingConfig, on_this_machine
 from rlhf.errors import ConfigError, StoreError
-from rlhf.modeling.foreign import CONFIG, ForeignModel
-from rlhf.paths import at_home
+from rlhf.files import at_home
+from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.store import Store
-from tasks.foreign import check_tokens, judges_of_others
+from tasks.external_inputs import check_tokens, judges_of_others
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -75,12 +75,12 @@ def _sweep(store: Store) -> None:
         log.info("%s: removed %d unfinished uploads of killed runs", store.uri, swept)
 
 
-def _check_model(external: ForeignModel, store: Store) -> None:
+def _check_model(external: ExternalModel, store: Store) -> None:
     """Check a model's configuration, which is small wherever it is stored."""
     if not external.is_artifact:
         external.check()
         return
-    ref = store.resolve(external.place)
+    ref = store.resolve(external.uri)
     if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
         raise external.error(f"this artifact is a {ref.kind}, no model; give that of a model")
     external.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())

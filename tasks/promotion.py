@@ -10,9 +10,10 @@ from rlhf import registry
 from rlhf.approvals import Approval, approval_of, require_approval
 from rlhf.config import PipelineConfig
 from rlhf.errors import PromotionLost
+from rlhf.files import write_json
 from rlhf.gates import read_verdict, require
 from rlhf.smoke import SMOKE, smoke_test
-from rlhf.stage import StageResult, write_json
+from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from tasks.stage import StageRun
 

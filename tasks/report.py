@@ -13,8 +13,8 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact
 
 from rlhf.config import Loaded, PipelineConfig, on_this_machine
+from rlhf.files import at_home, read_json
 from rlhf.gates import Verdict, read_verdict
-from rlhf.paths import at_home
 from rlhf.report import (
     ConfigRow,
     Lineage,
@@ -26,7 +26,6 @@ from rlhf.report import (
     StageState,
     render,
 )
-from rlhf.stage import read_json
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.code_version import code_version, commit, library_versions, producer

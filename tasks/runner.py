@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from rlhf.config import PipelineConfig, on_this_machine
 from rlhf.errors import ArtifactMissing, ConfigError
-from rlhf.paths import at_home
+from rlhf.files import at_home
 from rlhf.progress import Progress, silent
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
@@ -108,7 +108,7 @@ def run_stage(
             }
             external = stage.external_model(config)
             if external is not None and "base" not in folders:
-                folders["base"] = external.local(Path(scratch, "base"))
+                folders["base"] = external.fetch(Path(scratch, "base")).folder
             run = StageRun(config, work.refs, folders, out, checkpoints, store, made_by, progress)
             result = stage.body(run)
             ref = store.publish(
@@ -136,7 +136,7 @@ def work_of(
     external = stage.external_model(config)
     if external is not None and external.is_artifact:
         # As an input it is a parent of the result, and fetched like the others.
-        refs["base"] = store.resolve(external.place)
+        refs["base"] = store.resolve(external.uri)
     settings = _settings(stage, config)
     return Work(stage, config, refs, settings, fingerprint(stage, config, refs, settings))
 

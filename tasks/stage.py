@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from rlhf.config import PipelineConfig, on_this_machine
 from rlhf.config.placement import StageName
-from rlhf.modeling.foreign import ForeignModel
-from rlhf.paths import at_home
+from rlhf.files import at_home
+from rlhf.modeling.source import ExternalModel
 from rlhf.progress import Progress
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Producer, Store, open_store
@@ -55,7 +55,7 @@ class Stage:
     """Whether a person may have to approve `inputs["policy"]` before it runs."""
     source_digest: Callable[[PipelineConfig], str] | None = None
     """Digest of the external data that it reads, as a part of its fingerprint."""
-    external_model: Callable[[PipelineConfig], ForeignModel | None] = lambda _: None
+    external_model: Callable[[PipelineConfig], ExternalModel | None] = lambda _: None
     """The external model that it starts from; its files are in `StageRun.folders["base"]`."""
     holds: Callable[[PipelineConfig, Mapping[str, ArtifactRef], Store], bool] = lambda *_: True
     """Whether its effect outside of the artifact is still in place; if not, it runs again."""

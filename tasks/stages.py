@@ -16,11 +16,12 @@ from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.processes import WHERE
 from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing
+from rlhf.files import read_json, write_json
 from rlhf.gates import VERDICT, judge, read_verdict, require
-from rlhf.stage import StageResult, read_json, write_json
+from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from tasks.checkpoints import checkpoint_store_of
-from tasks.foreign import (
+from tasks.external_inputs import (
     base_of_others,
     judges_of_others,
     reward_model_of_others,

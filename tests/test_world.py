@@ -1,20 +1,24 @@
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import astuple
+from pathlib import Path
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rlhf
+from benchmarks.world import main
 from rlhf.config.data import WorldConfig
 from rlhf.world import WorldPair, best_reply, ceiling, generate, gold, gold_parts, text
-from rlhf.world.__main__ import main
 from rlhf.world.generate import NEW, SEEN
 from rlhf.world.gold import BEST, WORST, _known_sentences, read_question, read_reply
+from tasks.code_version import code_version
 
 SMALL = WorldConfig(pairs=400, demonstrations=400, prompts=300, eval_pairs=200, eval_prompts=101)
 PROMPT = "Hello, this is Anna from Bath. When will my router arrive?"
@@ -203,6 +207,15 @@ def test_processes_agree(world):
         for seed in ("1", "2")
     }
     assert len(digests) == 1
+
+
+def test_sentences_are_part_of_the_code_version(tmp_path, monkeypatch):
+    shutil.copytree(Path(rlhf.__file__).parent, tmp_path / "rlhf")
+    monkeypatch.setattr(rlhf, "__file__", str(tmp_path / "rlhf" / "__init__.py"))
+    before = code_version.__wrapped__()
+    with (tmp_path / "rlhf" / "world" / "sentences.yaml").open("a") as file:
+        file.write("# another\n")
+    assert code_version.__wrapped__() != before
 
 
 def test_too_few_distinct_prompts(monkeypatch):

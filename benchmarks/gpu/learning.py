@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.gpu import quickstart
 from benchmarks.gpu.section import Context, Results, SectionFailedError
 from rlhf.evaluate import EVALUATION, evaluate_policy, evaluate_reward_model
+from rlhf.files import read_json
 from rlhf.ppo.train import train_policy
-from rlhf.stage import read_json
 
 #: Seeds 0, 1 and 2 on a CPU, as benchmarks/RESULTS.md has them.
 CPU_SEEDS = {

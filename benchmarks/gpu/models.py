@@ -18,12 +18,12 @@ from benchmarks.our_side import configuration, share_base, trainer_of, trl_criti
 from benchmarks.workload import LORA, Size, Workload, add_bias, architecture, biases, text_of
 from rlhf.config import PPOConfig
 from rlhf.data.rows import PromptRow
+from rlhf.files import write_json
 from rlhf.modeling.base import weights_digest
 from rlhf.modeling.critic import Critic, freeze
 from rlhf.modeling.lora import FOLDER, lora_config, save_adapter
 from rlhf.modeling.reward import BASE, META, Scorer
 from rlhf.ppo.trainer import PPOTrainer, Rollouts
-from rlhf.stage import write_json
 
 TINY = Size(64, 2, 4, 128, 500, batch=4, new_tokens=8, epochs=2)
 workload.SIZES.setdefault("tiny", TINY)

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from rlhf.config import strict_yaml
 from rlhf.config.components import AnyComponent, CustomConfig, component
 from rlhf.config.section import Section, nested
-from rlhf.paths import at_home
+from rlhf.files import at_home
 
 
 class TextGenerationConfig(Section):

@@ -1,1 +1,1 @@
-"""Preference data: reading, splitting, and the rendering shared by all stages."""
+"""Preference data: reading, cleaning, splitting, and rendering with a chat template."""

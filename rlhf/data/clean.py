@@ -1,4 +1,4 @@
-"""Which rows of a source can be used, and what they say."""
+"""Cleaning of preference rows: pairs to train on, and counts of the rows skipped."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from rlhf.data.rows import Message, Pair, Prompt, PromptRow
 
 
 def clean(
-    rows: Iterable[dict[str, Any]], config: DataConfig, known: Known | None = None
+    rows: Iterable[dict[str, Any]], config: DataConfig, fields: PromptFields | None = None
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Usable pairs, and how many rows were left out for which reason.
+    """Return the usable pairs, and the number of rows left out by reason.
 
-    `known` takes up what the usable rows say of their prompts.
+    The prompts' reference answers and metadata in usable rows are added to `fields`.
     """
-    known = known or Known(config)
+    fields = fields or PromptFields(config)
     pairs: dict[str, Pair] = {}
     left_out: Counter[str] = Counter()
     for row in rows:
         try:
             pair = _pair(row, config)
-            note = known.read(row, pair.prompt)
+            add_fields = fields.read(row, pair.prompt)
             if repr(pair) in pairs:
                 raise _LeftOutError("duplicate")
             pairs[repr(pair)] = pair
-            note()
+            add_fields()
         except _LeftOutError as reason:
             left_out[str(reason)] += 1
     return list(pairs.values()), dict(sorted(left_out.items()))
 
 
 class _LeftOutError(Exception):
-    """Why a row can't be used."""
+    """The reason for leaving out a row."""
 
 
-class Known:
-    """Reference answers and metadata, by prompt: the same for every row of a prompt."""
+class PromptFields:
+    """Reference answers and metadata by prompt, the same for every row of a prompt."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -50,25 +50,25 @@ class Known:
         self.metadata: dict[str, dict[str, Any]] = {}
 
     def read(self, row: dict[str, Any], prompt: Prompt) -> Callable[[], None]:
-        """Check what a row says of its prompt; the result notes it, once the row is in use."""
+        """Check a row's fields, and return a function that adds them once the row is used."""
         columns = self.config.metadata_columns
         if self.config.reference_column is None and not columns:
             return lambda: None
-        name, reference = key(prompt), self._reference(row)
+        name, reference = prompt_key(prompt), self._reference(row)
         if reference is not None and self.references.get(name, reference) != reference:
             raise _LeftOutError("another reference for the same prompt")
         metadata = {column: _plain_json(row.get(column)) for column in columns}
 
-        def note() -> None:
+        def add() -> None:
             if reference is not None:
                 self.references[name] = reference
             self.metadata.setdefault(name, metadata)
 
-        return note
+        return add
 
-    def completed(self, row: PromptRow) -> PromptRow:
-        """The row with what is known of its prompt; of metadata, what its first row said."""
-        name = key(row.prompt)
+    def complete(self, row: PromptRow) -> PromptRow:
+        """Return the row with its prompt's reference, and the metadata of its first row."""
+        name = prompt_key(row.prompt)
         return replace(
             row, reference=self.references.get(name), metadata=self.metadata.get(name, {})
         )
@@ -78,7 +78,7 @@ class Known:
             return None
         value: Any = row.get(self.config.reference_column)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return None if math.isnan(value) else str(value)  # as Parquet writes no number
+            return None if math.isnan(value) else str(value)  # a missing number in Parquet
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
         if not _is_text(value):
@@ -87,7 +87,7 @@ class Known:
 
 
 def _plain_json(value: Any) -> Any:
-    """What JSON can hold of a cell: dates and the like become text."""
+    """Convert a cell to JSON values; dates and other types become text."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
     except (TypeError, ValueError):
@@ -111,7 +111,7 @@ def _pair(row: dict[str, Any], config: DataConfig) -> Pair:
 
 
 def _prompt(value: Any) -> Prompt:
-    """Text, or chat messages of which the last waits for a reply."""
+    """Check a prompt: text, or chat messages that end before a reply."""
     no_text = _LeftOutError("prompt is empty or no text")
     if not isinstance(value, list):
         if not _is_text(value):
@@ -126,12 +126,12 @@ def _prompt(value: Any) -> Prompt:
 
 
 def _reply(value: Any, prompt: Prompt) -> str:
-    """A reply's text; of a chat, that of the last message, if the rest repeats the prompt."""
+    """Return a reply's text; of a chat, the last message, if the others repeat the prompt."""
     if isinstance(value, list):
         messages = _chat(value)
         if messages and messages[-1]["role"] != "assistant":
             raise _LeftOutError("a reply is not the assistant's")
-        if len(messages) > 1 and key(messages[:-1]) != key(prompt):
+        if len(messages) > 1 and prompt_key(messages[:-1]) != prompt_key(prompt):
             raise _LeftOutError("a reply belongs to another prompt")
         value = messages[-1]["content"] if messages else None
     if not _is_text(value):
@@ -144,7 +144,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can hold and no file can."""
+    """Return False for a lone surrogate, which JSON can hold and UTF-8 can't."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -153,7 +153,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _chat(value: list[Any]) -> list[Message]:
-    """Role and content of each message; nothing if one of them is no message."""
+    """Return role and content of each message; an empty list if one is no message."""
     messages: list[Message] = []
     for item in value:
         if not isinstance(item, dict):
@@ -169,8 +169,11 @@ def _messages(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def key(prompt: Prompt) -> str:
-    """Equal for prompts that a held-out score must not tell apart: by form, spacing or case."""
+def prompt_key(prompt: Prompt) -> str:
+    """Return a key that is equal for prompts that differ in Unicode form, spacing or case only.
+
+    Such prompts stay on one side of the split: a held-out copy would raise the score.
+    """
 
     def plain(text: str) -> str:
         return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -1,4 +1,4 @@
-"""Stage: read preference data, leave out what can't be used, and split it by prompt."""
+"""Stage `prepare-data`: read preference data, drop unusable rows, and split by prompt."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data import rows as files
-from rlhf.data.clean import Known, clean, key
-from rlhf.data.rows import Demonstration, Pair, PromptRow, write_rows
+from rlhf.data.clean import PromptFields, clean, prompt_key
+from rlhf.data.rows import (
+    DEMONSTRATIONS,
+    PAIRS_EVAL,
+    PAIRS_TRAIN,
+    PROMPTS_EVAL,
+    PROMPTS_TRAIN,
+    SUMMARY,
+    Demonstration,
+    Pair,
+    PromptRow,
+    write_rows,
+)
 from rlhf.data.sources import read_source, source_name
 from rlhf.errors import DataError
+from rlhf.files import write_json
 from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult, write_json
+from rlhf.stage import StageResult
 
-#: Different prompts on each side of the split: a comparison needs more than one.
+#: Least number of different prompts on each side of the split: a comparison needs two.
 MIN_PROMPTS = 2
 
 
@@ -28,18 +39,18 @@ def prepare_data(
     store_options: StoreConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Write a dataset folder: demonstrations, training and held-out pairs and prompts, a summary.
+    """Write a dataset: demonstrations, training and held-out pairs and prompts, a summary.
 
     Args:
         config: Source, columns, split.
         out_dir: Empty folder for the dataset.
         seed: Seeds the split (and the world, for `source: world`).
         store_options: S3 options, for an s3:// source.
-        progress: Told of the parts done.
+        progress: Called after reading and after writing.
 
     Raises:
         ConfigError: The source does not exist or lacks a column.
-        DataError: It can't be parsed, or too little is left to train on and to hold out.
+        DataError: It can't be parsed, or too few prompts are left to split.
         StoreError: The S3 server of the source can't be reached.
     """
     if config.source == "world":
@@ -47,16 +58,16 @@ def prepare_data(
         parts = _from_world(config, seed)
     else:
         rows = read_source(config, store_options or StoreConfig())
-        known = Known(config)
-        pairs, left_out = clean(rows, config, known)
+        fields = PromptFields(config)
+        pairs, left_out = clean(rows, config, fields)
         progress(1, 2, {"pairs": len(pairs)})
         parts = _split(_sample(pairs, config, seed), left_out, config, seed)
-        for name in (files.PROMPTS_TRAIN, files.PROMPTS_EVAL):
-            parts[name] = [known.completed(row) for row in parts[name]]
+        for name in (PROMPTS_TRAIN, PROMPTS_EVAL):
+            parts[name] = [fields.complete(row) for row in parts[name]]
     for name, part in parts.items():
         write_rows(out_dir / name, part)
     summary = _summary(config, parts, left_out)
-    write_json(out_dir / files.SUMMARY, summary)
+    write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
     return StageResult({k: v for k, v in summary.items() if not isinstance(v, dict)})
 
@@ -72,25 +83,25 @@ def _from_world(config: DataConfig, seed: int) -> Parts:
     except ValueError as error:
         raise DataError(f"data.world: {error}; ask for fewer") from None
     return {
-        files.DEMONSTRATIONS: world.demonstrations,
-        files.PAIRS_TRAIN: [Pair(p.prompt, p.chosen, p.rejected) for p in world.pairs],
-        files.PAIRS_EVAL: world.eval_pairs,
-        files.PROMPTS_TRAIN: [PromptRow(p) for p in world.prompts],
-        files.PROMPTS_EVAL: world.eval_prompts,
+        DEMONSTRATIONS: world.demonstrations,
+        PAIRS_TRAIN: [Pair(p.prompt, p.chosen, p.rejected) for p in world.pairs],
+        PAIRS_EVAL: world.eval_pairs,
+        PROMPTS_TRAIN: [PromptRow(p) for p in world.prompts],
+        PROMPTS_EVAL: world.eval_prompts,
     }
 
 
 def _sample(pairs: list[Pair], config: DataConfig, seed: int) -> list[Pair]:
-    """At most `max_pairs` of the pairs, the same ones in whatever order they come."""
+    """Return at most `max_pairs` of the pairs; the choice does not depend on their order."""
     if config.max_pairs is None or len(pairs) <= config.max_pairs:
         return pairs
-    kept = set(sorted(map(repr, pairs), key=lambda p: _order(seed, p))[: config.max_pairs])
-    return [pair for pair in pairs if repr(pair) in kept]
+    sample = set(sorted(map(repr, pairs), key=lambda p: _seeded_hash(seed, p))[: config.max_pairs])
+    return [pair for pair in pairs if repr(pair) in sample]
 
 
 def _split(pairs: list[Pair], left_out: Mapping[str, int], config: DataConfig, seed: int) -> Parts:
-    """Hold out whole prompts: pairs of one prompt never stand on both sides."""
-    prompts = sorted({key(p.prompt) for p in pairs}, key=lambda p: _order(seed, p))
+    """Hold out a share of the prompts with all their pairs."""
+    prompts = sorted({prompt_key(p.prompt) for p in pairs}, key=lambda p: _seeded_hash(seed, p))
     if len(prompts) < 2 * MIN_PROMPTS:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
         raise DataError(
@@ -100,35 +111,35 @@ def _split(pairs: list[Pair], left_out: Mapping[str, int], config: DataConfig, s
         )
     share = round(len(prompts) * config.eval_fraction)
     held_out = set(prompts[: min(max(share, MIN_PROMPTS), len(prompts) - MIN_PROMPTS)])
-    train = [p for p in pairs if key(p.prompt) not in held_out]
-    evaluation = [p for p in pairs if key(p.prompt) in held_out]
+    train = [p for p in pairs if prompt_key(p.prompt) not in held_out]
+    evaluation = [p for p in pairs if prompt_key(p.prompt) in held_out]
     return {
-        files.DEMONSTRATIONS: [Demonstration(p.prompt, p.chosen) for p in train],
-        files.PAIRS_TRAIN: train,
-        files.PAIRS_EVAL: evaluation,
-        files.PROMPTS_TRAIN: _prompts(train),
-        files.PROMPTS_EVAL: _prompts(evaluation),
+        DEMONSTRATIONS: [Demonstration(p.prompt, p.chosen) for p in train],
+        PAIRS_TRAIN: train,
+        PAIRS_EVAL: evaluation,
+        PROMPTS_TRAIN: _prompts(train),
+        PROMPTS_EVAL: _prompts(evaluation),
     }
 
 
-def _order(seed: int, text: str) -> str:
+def _seeded_hash(seed: int, text: str) -> str:
     return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()
 
 
 def _prompts(pairs: list[Pair]) -> list[PromptRow]:
-    return [PromptRow(p) for p in {key(pair.prompt): pair.prompt for pair in pairs}.values()]
+    return [PromptRow(p) for p in {prompt_key(pair.prompt): pair.prompt for pair in pairs}.values()]
 
 
 def _summary(config: DataConfig, parts: Parts, left_out: dict[str, int]) -> dict[str, Any]:
-    train: Sequence[Pair] = parts[files.PAIRS_TRAIN]
+    train: Sequence[Pair] = parts[PAIRS_TRAIN]
     longer = sum(len(p.chosen) > len(p.rejected) for p in train) / len(train)
     return {
         "source": source_name(config.source),
-        "demonstrations": len(parts[files.DEMONSTRATIONS]),
+        "demonstrations": len(parts[DEMONSTRATIONS]),
         "pairs_train": len(train),
-        "pairs_eval": len(parts[files.PAIRS_EVAL]),
-        "prompts_train": len(parts[files.PROMPTS_TRAIN]),
-        "prompts_eval": len(parts[files.PROMPTS_EVAL]),
+        "pairs_eval": len(parts[PAIRS_EVAL]),
+        "prompts_train": len(parts[PROMPTS_TRAIN]),
+        "prompts_eval": len(parts[PROMPTS_EVAL]),
         "chosen_longer": longer,
         "left_out": left_out,
     }

@@ -1,6 +1,6 @@
-"""Reads one data file: CSV, JSON lines, JSON or Parquet, plain or gzipped.
+"""Readers of data files: CSV, JSON lines, JSON and Parquet, plain or gzipped.
 
-Text stays what the file holds: no cell is guessed to be a number, a date or missing.
+Text stays text: no cell is parsed as a number, a date or a missing value.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 
 Row = dict[str, Any]
 Table = tuple[list[str], list[Row]]
-"""Names of all columns, and the rows with those that were wanted."""
+"""Names of all columns, and the rows with the wanted ones."""
 
 
 class MalformedError(Exception):
-    """Where a file is broken and how; the caller says which file."""
+    """Position and reason of a syntax error; the caller adds the file's name."""
 
 
 def ending(name: str) -> str:
-    """The part of a file's name that tells its format: `.csv` of `pairs.csv.gz`."""
+    """Return the suffix that gives the format: `.csv` of `pairs.csv.gz`."""
     path = PurePosixPath(name.lower())
     return PurePosixPath(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def read_file(path: Path, wanted: Sequence[str]) -> Table:
-    """Read a file whose ending is one of READERS.
+    """Read the wanted columns of a file whose ending is one of READERS.
 
     Raises:
-        MalformedError: The file is not what its ending promises.
+        MalformedError: The content is not of the format.
         OSError: It can't be opened or read.
     """
     data = path.read_bytes()
@@ -47,14 +47,14 @@ def read_file(path: Path, wanted: Sequence[str]) -> Table:
 
 def _csv(data: bytes, wanted: Sequence[str]) -> Table:
     text = _text(data)
-    # The limit, 128 KiB by default, guards nothing here: the text is in memory already.
+    # The default limit of 128 KiB per cell would save no memory: the text is loaded already.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         names = next(reader, [])
-        twice = [name for name in wanted if names.count(name) > 1]
-        if twice:
-            raise MalformedError(f"two columns are named {twice[0]!r}")
+        duplicates = [name for name in wanted if names.count(name) > 1]
+        if duplicates:
+            raise MalformedError(f"two columns are named {duplicates[0]!r}")
         rows: list[Row] = []
         for cells in reader:
             if cells and len(cells) != len(names):
@@ -70,7 +70,7 @@ def _csv(data: bytes, wanted: Sequence[str]) -> Table:
 
 
 def _json_lines(data: bytes, wanted: Sequence[str]) -> Table:
-    # Only \n ends a line: text may hold other characters that Python calls line ends.
+    # Not splitlines(), which also splits at characters that JSON text may hold, like U+2028.
     lines = enumerate(_text(data).split("\n"), start=1)
     return _objects(((f"line {n}", _json(line, n)) for n, line in lines if line.strip()), wanted)
 
@@ -78,7 +78,7 @@ def _json_lines(data: bytes, wanted: Sequence[str]) -> Table:
 def _json_file(data: bytes, wanted: Sequence[str]) -> Table:
     text = _text(data)
     if not text.lstrip().startswith("["):
-        return _json_lines(data, wanted)  # as the hub and many tools write .json
+        return _json_lines(data, wanted)  # the hub and many tools write JSON lines as .json
     items = enumerate(_json(text), start=1)
     return _objects(((f"item {n}", item) for n, item in items), wanted)
 
@@ -95,7 +95,7 @@ def _parquet(data: bytes, wanted: Sequence[str]) -> Table:
         raise MalformedError(f"not Parquet: {error}") from None
 
 
-#: The reader for each ending; every one may be followed by .gz.
+#: The reader of each ending, which .gz may follow.
 READERS: dict[str, Callable[[bytes, Sequence[str]], Table]] = {
     ".csv": _csv,
     ".jsonl": _json_lines,
@@ -116,8 +116,8 @@ def _json(text: str, line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        place = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise MalformedError(f"{place}: not JSON ({error.msg})") from None
+        position = f"line {line + error.lineno - 1}, column {error.colno}"
+        raise MalformedError(f"{position}: not JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"line {line}: JSON that can't be read ({error})") from None
 
@@ -125,9 +125,9 @@ def _json(text: str, line: int = 1) -> Any:
 def _objects(items: Iterator[tuple[str, Any]], wanted: Sequence[str]) -> Table:
     names: dict[str, None] = {}
     rows: list[Row] = []
-    for place, item in items:
+    for position, item in items:
         if not isinstance(item, dict):
-            raise MalformedError(f"{place}: not an object with named fields")
+            raise MalformedError(f"{position}: not an object with named fields")
         names |= dict.fromkeys(item)
         rows.append({name: item[name] for name in wanted if name in item})
     return list(names), rows

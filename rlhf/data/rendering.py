@@ -1,4 +1,4 @@
-"""The one place that turns (prompt, reply) into text and tokens, for every stage alike."""
+"""Rendering of prompts and replies as tokens, by one chat template for all stages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ USER = "<|user|>"
 SYSTEM = "<|system|>"
 SPECIAL_TOKENS = [PAD, END, USER, ASSISTANT, SYSTEM]
 
-#: Template of a model trained from scratch; its markers are single tokens.
+#: Chat template of a model trained from scratch; each marker is a single token.
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-#: Template for a base model that brings none: plain text, no tokens to add.
+#: Chat template for a base model without one: plain text, so that no token is added.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
@@ -31,7 +31,7 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt, ready to be continued, and of a reply."""
+    """Token ids of a prompt with the start of a reply, and of the reply."""
 
     prompt: list[int]
     response: list[int]
@@ -43,8 +43,10 @@ class Encoded:
 
 
 class Renderer:
-    """Renders with a tokenizer's chat template; prompt and reply are tokenised separately, so that
-    a sampled reply and the same reply in training data have the same tokens before them.
+    """Renders prompts and replies with a tokenizer's chat template.
+
+    Prompt and reply are tokenised separately: the tokens before a reply are the same in training
+    and when it is sampled.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -52,37 +54,37 @@ class Renderer:
 
     @property
     def template_hash(self) -> str:
-        """Identity of the rendering: template, end-of-reply token and vocabulary."""
+        """Hex sha256 of the chat template, the end-of-reply token and the vocabulary."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         parts = repr((self.tokenizer.chat_template, self.tokenizer.eos_token, vocabulary))
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def prompt_text(self, prompt: Prompt) -> str:
-        """The prompt as the model sees it, up to where its reply begins."""
+        """Render a prompt up to the start of its reply."""
         messages: list[Message] = (
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         )
-        messages = [{**m, "content": self._defanged(m["content"])} for m in messages]
+        messages = [{**m, "content": self._escape(m["content"])} for m in messages]
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
 
-    def _defanged(self, content: str) -> str:
-        """Content in which no special token is left: a user can't end a turn or begin a reply."""
+    def _escape(self, content: str) -> str:
+        """Break up special tokens, so that a user's text can't end a turn or begin a reply."""
         for token in self.tokenizer.all_special_tokens:
             content = content.replace(token, f"{token[0]} {token[1:]}")
         return content
 
     def encode_prompt(self, prompt: Prompt, max_length: int) -> list[int]:
-        """Token ids of the prompt; one that is too long keeps its end."""
+        """Return token ids of the prompt; a prompt that is too long loses its start."""
         ids = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
         return ids[-max_length:]
 
     def encode(self, prompt: Prompt, response: str, max_length: int) -> Encoded:
-        """Token ids of prompt and reply, at most `max_length` together.
+        """Return token ids of prompt and reply, at most `max_length` together.
 
-        A prompt may take half of the room; a reply that does not fit loses its end, and then has
-        no end-of-reply token: the model must not learn that replies end there.
+        The prompt takes at most half of them. A reply that does not fit loses its end, and so the
+        end-of-reply token: the model must not learn to stop there.
         """
         prompt_ids = self.encode_prompt(prompt, max_length // 2)
         reply = self.tokenizer(response, add_special_tokens=False, split_special_tokens=True)
@@ -90,12 +92,12 @@ class Renderer:
         return Encoded(prompt_ids, response_ids[: max_length - len(prompt_ids)])
 
     def decode(self, response_ids: list[int]) -> str:
-        """The reply's text, without special tokens."""
+        """Return the reply's text, without special tokens."""
         return self.tokenizer.decode(response_ids, skip_special_tokens=True).strip()
 
 
 def load_renderer(folder: Path | str) -> Renderer:
-    """Load the tokenizer that lies beside a model."""
+    """Load the tokenizer in a model's folder."""
     from transformers import AutoTokenizer
 
     return Renderer(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))

@@ -1,4 +1,4 @@
-"""The rows that stages exchange, as JSON lines in a dataset artifact.
+"""Rows of a dataset artifact, as JSON lines.
 
 | file | fields |
 |---|---|
@@ -7,8 +7,8 @@
 | `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
 
 A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
-evaluation reports separately, or is null. `reference` is the right answer, or null; `metadata` maps
-names of the source's columns to their values.
+evaluation reports separately, or is null. `reference` is the right answer, or null. `metadata` maps
+columns of the source to their values.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt to answer, and what rewards may want to know of it."""
+    """A prompt to answer, with fields for reward functions."""
 
     prompt: Prompt
     group: str | None = None
@@ -68,7 +68,7 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
             file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
 
-def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
     """Read rows written by `write_rows`."""
     with path.open(encoding="utf-8") as file:
-        return [kind(**json.loads(line)) for line in file]
+        return [row_type(**json.loads(line)) for line in file]

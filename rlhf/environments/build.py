@@ -25,8 +25,8 @@ from rlhf.environments.model import ModelReward, PairModel
 from rlhf.environments.remote import RemoteReward
 from rlhf.environments.stop import Ending
 from rlhf.errors import ConfigError
+from rlhf.files import at_home
 from rlhf.modeling.reward import Scorer
-from rlhf.paths import at_home
 from rlhf.ranks import Ranks
 
 #: Components that need nothing but their own section.

@@ -19,6 +19,7 @@ from rlhf.config import (
 )
 from rlhf.environments.answers import matches
 from rlhf.environments.contract import Reply, Values
+from rlhf.statistics import repeated_ngrams
 
 
 def length_penalty(config: LengthPenaltyConfig) -> Values:
@@ -93,11 +94,10 @@ def _no_number(constant: str) -> float:
 
 
 def repetition(config: RepetitionComponent) -> Values:
-    """Minus the share of word n-grams that are not new."""
+    """Score minus the share of word n-grams that occurred before in the reply."""
 
     def value(text: str) -> float:
-        words = text.casefold().split()
-        grams = [tuple(words[i : i + config.ngram]) for i in range(len(words) - config.ngram + 1)]
-        return len(set(grams)) / len(grams) - 1 if grams else 0.0
+        # 0.0 - x, as a bare minus would turn 0 into -0.0.
+        return 0.0 - repeated_ngrams(text.casefold().split(), config.ngram)
 
     return lambda batch: [value(reply.response) for reply in batch]

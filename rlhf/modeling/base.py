@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import (
 from rlhf.config import ArchitectureConfig, BaseModelConfig, RuntimeConfig
 from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
 from rlhf.errors import ConfigError
-from rlhf.paths import at_home
+from rlhf.files import at_home, files_sha256
 
 #: The context of a model whose positions are relative.
 UNBOUNDED = 2**31 - 1
@@ -129,11 +128,7 @@ def _unusable(folder: Path | str, error: Exception) -> ConfigError:
 
 def weights_digest(folder: Path) -> str:
     """Hex sha256 over a model folder's safetensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))
 
 
 def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:

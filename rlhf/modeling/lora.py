@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.config import LoraConfig
 from rlhf.errors import ConfigError
-from rlhf.stage import write_json
+from rlhf.files import write_json
 
 #: Names of the adapters; the first is peft's own for the only one.
 POLICY, REWARD, CRITIC = "default", "reward", "critic"

@@ -18,12 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.files import read_json, write_json
 from rlhf.modeling.base import _load, _unusable, context_of
 from rlhf.modeling.device import upload
 from rlhf.modeling.forward import arguments_of, backbone_of, packs, token_batches
 from rlhf.modeling.precision import Precision, autocast, in_own_precision, store_in_bfloat16
 from rlhf.modeling.shards import save_model
-from rlhf.stage import read_json, write_json
 
 META = "rlhf.json"
 #: Field there: digest of the weights that the adapter in `adapter/` belongs to.

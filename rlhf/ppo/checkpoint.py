@@ -9,7 +9,6 @@ when complete. Damage after that is detected on loading, which then falls back t
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf.errors import CheckpointError, ConfigError, TrainingError
+from rlhf.files import fsync, read_json, write_json
 from rlhf.modeling.shards import save_tensors, shards_of
 from rlhf.ppo.models import Models
-from rlhf.stage import read_json, write_json
 
 KEEP = 2
 STATE = "state.json"
@@ -191,19 +190,11 @@ def _commit(partial: Path, final: Path) -> None:
     Files and folder are synced before: after a power cut no empty file has a final name.
     """
     for path in partial.iterdir():
-        _fsync(path)
-    _fsync(partial)
+        fsync(path)
+    fsync(partial)
     _delete(final)  # exists only if it is damaged
     partial.replace(final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(final.parent)
 
 
 def _delete(checkpoint: Path) -> None:

@@ -16,12 +16,12 @@ from rlhf.config.processes import WHERE
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import DataError, Interrupted
+from rlhf.files import at_home, folder_sha256, write_json
 from rlhf.gates import Approved
 from rlhf.modeling.base import device_of, load_policy
 from rlhf.modeling.lora import merged
 from rlhf.modeling.matmul import fast_float32
 from rlhf.modeling.shards import save_model
-from rlhf.paths import at_home
 from rlhf.ppo.build import load_models
 from rlhf.ppo.checkpoint import TrainState, exclusive, load_checkpoint, save_checkpoint
 from rlhf.ppo.memory import kept
@@ -29,7 +29,7 @@ from rlhf.ppo.termination import deferred_sigterm
 from rlhf.ppo.trainer import PPOTrainer, derive_seed
 from rlhf.ppo.upload import CheckpointUploads
 from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult, write_json
+from rlhf.stage import StageResult
 
 log = logging.getLogger(__name__)
 
@@ -156,20 +156,11 @@ def _run_identity(
     # Excluded: checkpoint intervals and the number of processes do not change the result.
     settings = config.model_dump_json(exclude={"checkpoint_every", *WHERE})
     return {
-        **{name: known.get(name) or _folder_digest(folder) for name, folder in folders.items()},
+        **{name: known.get(name) or folder_sha256(folder) for name, folder in folders.items()},
         "tokenizer": renderer.template_hash,
         "config": hashlib.sha256(settings.encode()).hexdigest(),
         "seed": str(seed),
     }
-
-
-def _folder_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    for name, file in sorted(files.items()):
-        with file.open("rb") as handle:
-            digest.update(name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _run_updates(

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from rlhf.errors import ArtifactCorrupt, StoreConfigError, StoreError
+from rlhf.files import file_sha256
 from rlhf.store.backend import Meter, Sink, in_parallel
 from rlhf.store.locks import acquire, locked
-from rlhf.store.manifest import FileEntry, blob_key, file_sha256
+from rlhf.store.manifest import FileEntry, blob_key
 from rlhf.store.receive import ATTEMPTS
 
 #: Bytes that fetched artifacts may take, unless the configuration says otherwise.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
+from rlhf.files import fsync
 from rlhf.store.backend import Found, Sink, Source
 
 _CONFIGURATION = {
@@ -57,7 +58,7 @@ class LocalBackend:
                     os.link(temporary, self._prepared(key))
                 except FileExistsError:
                     return False
-            _sync_folder((self.root / key).parent)
+            fsync((self.root / key).parent)
             return True
 
     def put(self, key: str, data: bytes) -> None:
@@ -75,7 +76,7 @@ class LocalBackend:
             _sync(file)
             final = self._prepared(key)
             temporary.replace(final)
-            _sync_folder(final.parent)
+            fsync(final.parent)
 
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read at most `limit` bytes."""
@@ -142,7 +143,7 @@ class LocalBackend:
         missing = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in missing:
-            _sync_folder(folder.parent)
+            fsync(folder.parent)
         return path
 
     @contextlib.contextmanager
@@ -171,11 +172,3 @@ def _found(path: Path) -> Found:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import StoreConfigError
-from rlhf.paths import at_home
+from rlhf.files import at_home
 from rlhf.store.backend import Backend
 from rlhf.store.local import LocalBackend
 

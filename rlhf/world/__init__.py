@@ -1,8 +1,8 @@
-"""A small world of customer questions and support replies whose true quality is known.
+"""Synthetic preference data with a known true reward: customer questions and support replies.
 
-Start at `text.py` (everything that can be said), then `gold.py` (what is good),
-`replies.py` (how replies go wrong) and `generate.py` (the data sets).
-`python -m rlhf.world --seed 0 --show 5` prints samples and statistics.
+`sentences.yaml` holds the sentences, `text.py` loads them, `gold.py` scores a reply, `replies.py`
+writes good and bad replies, and `generate.py` the datasets.
+`python -m benchmarks.world --seed 0 --show 5` prints samples and statistics.
 """
 
 from rlhf.world.generate import (

@@ -1,4 +1,4 @@
-"""Generate demonstrations, labelled pairs and prompts of the world from a seed."""
+"""Generation of the world's datasets from a seed: demonstrations, pairs and prompts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rlhf.world.gold import gold
 from rlhf.world.replies import Question, mixed_reply
 
 SEEN = "seen-template"
-"""Group of prompts made from the templates that training uses."""
+"""Group of prompts whose templates training uses."""
 NEW = "new-template"
-"""Group of held-out prompts made from reserved templates."""
+"""Group of held-out prompts whose templates training never uses."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class WorldPair:
-    """Two replies to one prompt; a Bradley–Terry draw on their gold scores chose."""
+    """Two replies to one prompt, labelled by a Bradley–Terry draw on their gold scores."""
 
     prompt: str
     chosen: str
@@ -38,7 +38,7 @@ class WorldPair:
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A held-out prompt and the kind of templates that it is made from."""
+    """A held-out prompt and the group of its templates."""
 
     prompt: str
     group: str
@@ -46,7 +46,7 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class World:
-    """All data sets. No prompt occurs twice, in one data set or in two."""
+    """The datasets. No prompt occurs twice, in one dataset or in two."""
 
     demonstrations: list[Demonstration]
     pairs: list[WorldPair]
@@ -55,72 +55,10 @@ class World:
     eval_prompts: list[EvalPrompt]
 
 
-def make_prompt(rng: Random, group: str) -> tuple[str, Question]:
-    """Write a customer's message and return what it asks."""
-    topic, intent = rng.choice(text.TOPICS), rng.choice(text.INTENTS)
-    greetings = text.NEW_GREETINGS if group == NEW else text.GREETINGS
-    questions = text.NEW_QUESTIONS if group == NEW else text.QUESTIONS
-    parts = [
-        rng.choice(greetings).format(name=rng.choice(text.NAMES), city=rng.choice(text.CITIES))
-    ]
-    if rng.random() < 0.2:
-        parts.append(rng.choice(text.REMARKS))
-    parts.append(rng.choice(questions[intent]).format(topic=topic))
-    return " ".join(parts), (topic, intent)
-
-
-class _Prompts:
-    """Draws prompts and never returns one twice."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._used: set[str] = set()
-
-    def draw(self, name: str, count: int, groups: Sequence[str]) -> list[tuple[str, Question, str]]:
-        """Draw `count` unused prompts from the random stream `name`, with `groups` in turn."""
-        rng = Random(f"{self._seed}/{name}/prompts")
-        drawn: list[tuple[str, Question, str]] = []
-        for _ in range(20 * count + 1000):
-            if len(drawn) == count:
-                return drawn
-            group = groups[len(drawn) % len(groups)]
-            prompt, question = make_prompt(rng, group)
-            if prompt not in self._used:
-                self._used.add(prompt)
-                drawn.append((prompt, question, group))
-        raise ValueError(f"the world has too few distinct prompts for {count} {name}")
-
-
-def preference(gap: float, temperature: float) -> float:
-    """Return the Bradley–Terry probability that a reply better by `gap` is chosen."""
-    return 0.5 * (1 + math.tanh(gap / temperature / 2))
-
-
-def make_pair(
-    rng: Random, prompt: str, question: Question, group: str, temperature: float
-) -> WorldPair:
-    """Draw two different replies and a noisy label."""
-    first = second = mixed_reply(rng, question)
-    while second == first:
-        second = mixed_reply(rng, question)
-    gap = gold(prompt, first) - gold(prompt, second)
-    if rng.random() < preference(gap, temperature):
-        return WorldPair(prompt, first, second, group)
-    return WorldPair(prompt, second, first, group)
-
-
-def ceiling(pairs: Sequence[WorldPair], temperature: float) -> float:
-    """Return the accuracy that a perfect reward model is expected to reach on noisy labels."""
-    if not pairs:
-        raise ValueError("the ceiling of no pairs is undefined")
-    gaps = (abs(gold(p.prompt, p.chosen) - gold(p.prompt, p.rejected)) for p in pairs)
-    return sum(preference(gap, temperature) for gap in gaps) / len(pairs)
-
-
 def generate(config: WorldConfig, seed: int) -> World:
-    """Write the whole world.
+    """Generate all datasets.
 
-    Held-out prompts are drawn first, so that they stay the same when a training set's size changes.
+    Held-out prompts are drawn first, so they do not depend on the size of the training sets.
     """
     prompts = _Prompts(seed)
     eval_pairs = prompts.draw("eval pairs", config.eval_pairs, (SEEN, NEW))
@@ -141,3 +79,65 @@ def generate(config: WorldConfig, seed: int) -> World:
         prompts=[prompt for prompt, _, _ in rollouts],
         eval_prompts=[EvalPrompt(prompt, group) for prompt, _, group in eval_prompts],
     )
+
+
+class _Prompts:
+    """Draws distinct prompts."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._used: set[str] = set()
+
+    def draw(self, name: str, count: int, groups: Sequence[str]) -> list[tuple[str, Question, str]]:
+        """Draw `count` unused prompts from the random stream `name`, with `groups` in turn."""
+        rng = Random(f"{self._seed}/{name}/prompts")
+        drawn: list[tuple[str, Question, str]] = []
+        for _ in range(20 * count + 1000):
+            if len(drawn) == count:
+                return drawn
+            group = groups[len(drawn) % len(groups)]
+            prompt, question = make_prompt(rng, group)
+            if prompt not in self._used:
+                self._used.add(prompt)
+                drawn.append((prompt, question, group))
+        raise ValueError(f"the world has too few distinct prompts for {count} {name}")
+
+
+def make_prompt(rng: Random, group: str) -> tuple[str, Question]:
+    """Return a customer's message, and its topic and intent."""
+    topic, intent = rng.choice(text.TOPICS), rng.choice(text.INTENTS)
+    greetings = text.NEW_GREETINGS if group == NEW else text.GREETINGS
+    questions = text.NEW_QUESTIONS if group == NEW else text.QUESTIONS
+    parts = [
+        rng.choice(greetings).format(name=rng.choice(text.NAMES), city=rng.choice(text.CITIES))
+    ]
+    if rng.random() < 0.2:
+        parts.append(rng.choice(text.REMARKS))
+    parts.append(rng.choice(questions[intent]).format(topic=topic))
+    return " ".join(parts), (topic, intent)
+
+
+def make_pair(
+    rng: Random, prompt: str, question: Question, group: str, temperature: float
+) -> WorldPair:
+    """Draw two different replies and a noisy label."""
+    first = second = mixed_reply(rng, question)
+    while second == first:
+        second = mixed_reply(rng, question)
+    gap = gold(prompt, first) - gold(prompt, second)
+    if rng.random() < preference(gap, temperature):
+        return WorldPair(prompt, first, second, group)
+    return WorldPair(prompt, second, first, group)
+
+
+def preference(gap: float, temperature: float) -> float:
+    """Return the Bradley–Terry probability that a reply better by `gap` is chosen."""
+    return 0.5 * (1 + math.tanh(gap / temperature / 2))
+
+
+def ceiling(pairs: Sequence[WorldPair], temperature: float) -> float:
+    """Return the accuracy that a perfect reward model is expected to reach on noisy labels."""
+    if not pairs:
+        raise ValueError("the ceiling of no pairs is undefined")
+    gaps = (abs(gold(p.prompt, p.chosen) - gold(p.prompt, p.rejected)) for p in pairs)
+    return sum(preference(gap, temperature) for gap in gaps) / len(pairs)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.config import DataConfig
-from rlhf.data.clean import Known, clean
+from rlhf.data.clean import PromptFields, clean
 from rlhf.data.rows import Pair, PromptRow
 from tests.data.helpers import assistant, pair, user
 
@@ -114,9 +114,9 @@ def test_every_row_is_kept_or_counted(data):
 
 def known_of(data, **options):
     config = DataConfig(source="x.csv", **options)
-    known = Known(config)
-    _, left_out = clean(data, config, known)
-    return [known.completed(PromptRow(p)) for p in ("p", "q")], left_out
+    fields = PromptFields(config)
+    _, left_out = clean(data, config, fields)
+    return [fields.complete(PromptRow(p)) for p in ("p", "q")], left_out
 
 
 @pytest.mark.parametrize(

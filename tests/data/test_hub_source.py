@@ -137,7 +137,7 @@ def test_no_network_is_told_at_once(use, call):
 
 
 def test_hub_that_does_not_answer_is_given_up(use, monkeypatch):
-    monkeypatch.setattr(sources, "PATIENCE", 0.2)
+    monkeypatch.setattr(sources, "TIMEOUT", 0.2)
     with fake_hub(FILES, delay=1.5) as hub:
         use(hub.url)
         started = time.monotonic()

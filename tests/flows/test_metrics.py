@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flows.pipeline import pipeline
 from rlhf.errors import ConfigError
-from rlhf.stage import read_json
+from rlhf.files import read_json
 from tasks.metrics import StageMetrics
 from tasks.preflight import preflight
 from tasks.stage import store_of

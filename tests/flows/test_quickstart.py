@@ -5,7 +5,7 @@ import pytest
 
 from flows.pipeline import pipeline
 from rlhf.config import load_config
-from rlhf.stage import read_json
+from rlhf.files import read_json
 from tasks.runner import store_of
 from tests.report.browser import browser
 

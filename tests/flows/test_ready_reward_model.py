@@ -3,7 +3,7 @@
 import pytest
 
 from flows.pipeline import pipeline
-from rlhf.stage import read_json
+from rlhf.files import read_json
 from tasks.runner import store_of
 from tests.library.test_ready_reward_model import save_foreign
 

@@ -14,6 +14,7 @@ import torch
 
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import CheckpointError, ConfigError, TrainingError, worth_retrying
+from rlhf.files import read_json
 from rlhf.ppo import checkpoint
 from rlhf.ppo.checkpoint import (
     TrainState,
@@ -23,7 +24,6 @@ from rlhf.ppo.checkpoint import (
     save_checkpoint,
 )
 from rlhf.ppo.train import build_trainer, prompts_of_update
-from rlhf.stage import read_json
 from tests.library import toys
 from tests.library.kills import in_child, kill_points
 from tests.library.ppo_runs import EVERYTHING

@@ -9,7 +9,7 @@ import pytest
 from rlhf.config import PipelineConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import ConfigError
-from tasks.foreign import check_tokens, judges_of_others
+from tasks.external_inputs import check_tokens, judges_of_others
 from tasks.runner import fingerprint
 from tasks.stages import STAGES
 

@@ -12,9 +12,9 @@ from rlhf.custom_code import ALLOWED
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows, write_rows
 from rlhf.environments import Scored
 from rlhf.errors import ConfigError
+from rlhf.files import read_json
 from rlhf.ppo.rollout import Sampling, generate
 from rlhf.ppo.train import build_trainer, prompts_of_update, train_policy
-from rlhf.stage import read_json
 from tests.library import toys
 
 CPU = torch.device("cpu")

@@ -20,12 +20,12 @@ from rlhf.evaluate import (
     evaluate_reward_model,
     repetition,
 )
+from rlhf.files import read_json
 from rlhf.judges import ceiling_of, judge_of
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import Scorer
 from rlhf.ppo.rollout import Sampling, generate
 from rlhf.ppo.train import train_policy
-from rlhf.stage import read_json
 from rlhf.statistics import share
 from rlhf.world import ceiling, gold
 from rlhf.world import generate as generate_world

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from rlhf.errors import DataError, Interrupted, StoreError, WorkerDied, worth_retrying
+from rlhf.files import write_json
 from rlhf.launch.job import FAILURES, ended_file, output_file
 from rlhf.launch.outcome import read_result
-from rlhf.stage import write_json
 
 
 def ended(folder, rank, **report):

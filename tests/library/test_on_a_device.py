@@ -11,12 +11,12 @@ import torch
 from rlhf.config import DataConfig, EvaluationConfig, LoraConfig, RuntimeConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.evaluate import EVALUATION, evaluate_policy, evaluate_reward_model
+from rlhf.files import read_json
 from rlhf.ppo.decode import PackedDecoder, PaddedDecoder, decoder_of
 from rlhf.ppo.rollout import READ_EVERY, generate
 from rlhf.ppo.sampler import Sampling, inverse_cdf, running_sum
 from rlhf.ppo.train import train_policy
 from rlhf.reward import train_reward_model
-from rlhf.stage import read_json
 from tests.emulated_cuda import emulated_cuda
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, LORA, Stopped, assert_same_run

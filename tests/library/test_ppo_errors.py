@@ -7,12 +7,12 @@ import pytest
 import rlhf.ppo.optimise as optimise_module
 from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.files import read_json, write_json
 from rlhf.gates import Approved
 from rlhf.modeling.reward import META
 from rlhf.ppo.checkpoint import checkpoints_in
 from rlhf.ppo.losses import policy_loss
 from rlhf.ppo.train import train_policy
-from rlhf.stage import read_json, write_json
 from tests.library import toys
 from tests.library.ppo_runs import assert_same_run
 

@@ -8,12 +8,12 @@ import torch
 from rlhf.config import LoraConfig, PPOConfig
 from rlhf.config.ppo import COMPAT
 from rlhf.data.rows import PromptRow
+from rlhf.files import read_json
 from rlhf.ppo.decode import position_ids
 from rlhf.ppo.memory import empty_cache
 from rlhf.ppo.models import learning_rate_scale
 from rlhf.ppo.optimise import optimise
 from rlhf.ppo.train import build_trainer
-from rlhf.stage import read_json
 from tests.library import toys
 from tests.library.ppo_runs import LORA
 from tests.library.toys import DEVICE, within

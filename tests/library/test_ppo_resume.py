@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from rlhf.data.rendering import load_renderer
 from rlhf.errors import ConfigError, Interrupted, worth_retrying
+from rlhf.files import read_json, write_json
 from rlhf.modeling.reward import META
 from rlhf.ppo.checkpoint import checkpoints_in
-from rlhf.stage import read_json, write_json
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, Stopped, assert_same_run
 

@@ -21,13 +21,13 @@ from rlhf.errors import (
     Interrupted,
     WorkerDied,
 )
+from rlhf.files import read_json
 from rlhf.launch import Job, launch
 from rlhf.launch.job import pids as pids_in
 from rlhf.ppo.checkpoint import checkpoints_in
 from rlhf.ppo.rollout import Sampling, concatenate, generate
 from rlhf.ppo.stored import CheckpointPlace
 from rlhf.ranks import Ranks
-from rlhf.stage import read_json
 from rlhf.store import open_store
 from tasks.stages import STAGES
 from tests.library import toys

@@ -26,9 +26,9 @@ from rlhf.errors import (
     PromotionLost,
     SmokeTestFailed,
 )
+from rlhf.files import read_json, write_json
 from rlhf.gates import judge
 from rlhf.smoke import PROMPTS
-from rlhf.stage import read_json, write_json
 from rlhf.store import ArtifactRef, Producer, Store
 from tasks import promotion
 from tasks.runner import Outcome, fingerprint, run_stage, store_of

@@ -20,8 +20,8 @@ from rlhf.config import PipelineConfig
 from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
 from rlhf.errors import ConfigError
 from rlhf.modeling.base import train_tokenizer
-from rlhf.modeling.foreign import ForeignModel
 from rlhf.modeling.reward import Scorer, reward_meta
+from rlhf.modeling.source import ExternalModel
 from rlhf.ppo.train import train_policy
 from tasks.preflight import preflight
 from tasks.runner import find_inputs, run_stage, store_of
@@ -38,7 +38,7 @@ def adopt(tmp_path):
     def run(folder: Path, name: str = "out") -> Path:
         out = tmp_path / name
         out.mkdir(exist_ok=True)
-        model = ForeignModel("ppo.reward_model_path", str(folder), ready=True)
+        model = ExternalModel("ppo.reward_model_path", str(folder), ready=True)
         result = adopt_reward_model(model, folder, out, runtime=toys.RUNTIME)
         assert result.metrics["parameters"] > 1000
         return out

@@ -12,10 +12,10 @@ from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, write_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluate import evaluate_reward_model
+from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import Scorer, reward_meta
 from rlhf.reward import _encode, train_reward_model
-from rlhf.stage import read_json
 from tests.library import toys
 
 CPU = torch.device("cpu")

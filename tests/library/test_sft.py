@@ -11,9 +11,9 @@ from rlhf.config import LoraConfig
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, write_rows
 from rlhf.errors import ConfigError, DataError, TrainingError
+from rlhf.files import read_json
 from rlhf.modeling.base import load_base, load_policy
 from rlhf.sft import _encode, _texts, train_sft
-from rlhf.stage import read_json
 from tests.library import toys
 
 LORA = LoraConfig(r=4, alpha=16.0)

@@ -16,9 +16,9 @@ from rlhf.errors import ConfigError
 from rlhf.evaluate import evaluate_policy
 from rlhf.modeling import shards
 from rlhf.modeling.base import load_policy, weights_digest
-from rlhf.modeling.foreign import ForeignModel
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.shards import save_tensors, shards_of
+from rlhf.modeling.source import ExternalModel
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from rlhf.ppo.train import build_trainer
 from tests.library import toys
@@ -79,9 +79,9 @@ def test_every_stage_writes_and_reads_shards(
     train_reward_model(toys.REWARD, data, ours["sft"], ours["reward"], runtime=toys.RUNTIME)
     assert split(ours["reward"])
     assert torch.equal(scores(ours["reward"]), scores(reward_model))
-    ready = ForeignModel("ppo.reward_model_path", str(ours["reward"]), ready=True)
+    ready = ExternalModel("ppo.reward_model_path", str(ours["reward"]), ready=True)
     ready.check()
-    adopt_reward_model(ready, ready.local(tmp_path), ours["adopted"], runtime=toys.RUNTIME)
+    adopt_reward_model(ready, ready.fetch(tmp_path).folder, ours["adopted"], runtime=toys.RUNTIME)
     assert split(ours["adopted"])
     assert torch.equal(scores(ours["adopted"]), scores(reward_model))
     policy = train(start=ours["sft"], reward=toys.approve(ours["adopted"]), total_episodes=32)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
 from rlhf.data.rows import PromptRow
 from rlhf.errors import ConfigError
+from rlhf.files import read_json, write_json
 from rlhf.modeling.lora import CRITIC, POLICY, REWARD, merged, parameters_of, using
 from rlhf.modeling.reward import BASE, Scorer, reward_meta
 from rlhf.ppo.train import build_trainer
-from rlhf.stage import read_json, write_json
 from rlhf.store.publish import scan
 from tests.library import toys
 from tests.library.ppo_runs import LORA, Stopped, assert_same_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -76,7 +77,16 @@ def test_it_ends_by_itself_when_nobody_is_there_to_stop_it(endless, tmp_path):
     command = [sys.executable, "-m", "rlhf.smoke", str(endless), str(request)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("Timeout (0:00:00.5")
+    assert done.stderr.endswith("Timeout (0:00:00.500000)!\n")
+
+
+def test_code_that_holds_the_gil_is_ended_too():
+    code = (
+        "import ctypes; from rlhf import smoke; smoke._GRACE = 0.5; smoke.end_after(0.1); "
+        "ctypes.PyDLL(None).sleep(60)"  # unlike CDLL, keeps the GIL
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=30)
+    assert done.returncode == -signal.SIGALRM
 
 
 def test_without_anything_to_ask(sft, tmp_path):

@@ -1,5 +1,4 @@
 """Print samples and statistics of a generated world."""
-# ruff: noqa: T201 (a command prints)
 
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ def show(prompt: str, reply: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf.world", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.world", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=5, help="number of prompts to print")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Models of others: where they lie, what is refused unloaded, what they are known by."""
+"""External models by folder, s3:// and hub id: refusals, identity, fetching."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from rlhf.config import PipelineConfig, StoreConfig
 from rlhf.errors import ConfigError, StoreConfigError, StoreError
-from rlhf.modeling.foreign import ForeignModel
+from rlhf.modeling.source import ExternalModel
 from rlhf.store import Producer
 from rlhf.store.s3 import S3Backend
 from tasks.preflight import preflight
@@ -29,15 +29,15 @@ FIELD = "ppo.reward_model_path"
 BUCKET = "models"
 
 
-def model(place: object, ready: bool = True, revision: str | None = None) -> ForeignModel:
-    return ForeignModel(FIELD, str(place), revision, ready=ready)
+def model(uri: object, ready: bool = True, revision: str | None = None) -> ExternalModel:
+    return ExternalModel(FIELD, str(uri), revision=revision, ready=ready)
 
 
-def refusal(place: object, **options: Any) -> str:
+def refusal(uri: object, **options: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        model(place, **options).check()
+        model(uri, **options).check()
     text = str(caught.value)
-    assert text.startswith(f"{FIELD} = {str(place)!r}: ")
+    assert text.startswith(f"{FIELD} = {str(uri)!r}: ")
     assert "\n" not in text
     return text
 
@@ -51,7 +51,7 @@ def set_config(folder: Path, **values: Any) -> Path:
 def test_a_good_folder(reward_model, sft, tmp_path):
     model(reward_model).check()
     model(sft, ready=False).check()
-    assert model(reward_model).local(tmp_path / "unused") == reward_model
+    assert model(reward_model).fetch(tmp_path / "unused").folder == reward_model
     assert not (tmp_path / "unused").exists()
 
 
@@ -142,7 +142,7 @@ def test_s3(upload, client, reward_model, tmp_path):
     model(uri).check()
     model(uri + "/").check()
     assert model(uri).digest() == model(uri + "/").digest()
-    folder = model(uri).local(tmp_path / "copy")
+    folder = model(uri).fetch(tmp_path / "copy").folder
     ours = {p.name: p.read_bytes() for p in reward_model.iterdir()}
     fetched = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert fetched == ours
@@ -157,7 +157,7 @@ def test_s3_refusals(upload, client, reward_model, sft, s3_server, monkeypatch, 
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     uri = upload(pickled)
     assert "its weights are a pickle (pytorch_model.bin)" in refusal(uri)
-    for call in (lambda m: m.digest(), lambda m: m.local(Path("unused"))):
+    for call in (lambda m: m.digest(), lambda m: m.fetch(Path("unused"))):
         with pytest.raises(ConfigError, match=r"pickle \(pytorch_model.bin\)"):
             call(model(uri))
     assert "LlamaForCausalLM" in refusal(upload(sft))
@@ -207,7 +207,7 @@ def test_options_of_the_store_are_used(upload, reward_model, s3_server, monkeypa
     uri = upload(reward_model)
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     options = StoreConfig(endpoint_url=s3_server.endpoint, region="us-east-1")
-    ForeignModel(FIELD, uri, options=options).check()
+    ExternalModel(FIELD, uri, options=options).check()
 
 
 @pytest.mark.s3
@@ -224,7 +224,7 @@ def test_objects_that_change_while_they_are_read(
 
     monkeypatch.setattr(S3Backend, "get_file", late)
     with pytest.raises(StoreError, match="it changed while it was being read; try again") as caught:
-        model(uri).local(tmp_path / "copy")
+        model(uri).fetch(tmp_path / "copy")
     assert caught.value.retriable
 
 
@@ -255,7 +255,7 @@ def test_hub(hub, reward_model, tmp_path, monkeypatch):
         model(place, revision=revision).check()
         assert model(place, revision=revision).digest() == f"acme/rm@{COMMIT}"
     assert [path for path in hub.asked if "config.json" not in path] == []
-    folder = model("acme/rm").local(tmp_path / "unused")
+    folder = model("acme/rm").fetch(tmp_path / "unused").folder
     ours = {p.name: p.read_bytes() for p in reward_model.iterdir()}
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == ours
     assert not [path for path in hub.asked if path.endswith(".bin")]
@@ -263,13 +263,13 @@ def test_hub(hub, reward_model, tmp_path, monkeypatch):
     (port,) = free_ports(1)
     use(monkeypatch, f"http://127.0.0.1:{port}")
     assert model("acme/rm").digest() == f"acme/rm@{COMMIT}"
-    assert model("acme/rm").local(tmp_path / "unused") == folder
+    assert model("acme/rm").fetch(tmp_path / "unused").folder == folder
 
 
 @pytest.mark.parametrize("hub", [["model.safetensors"]], indirect=True)
 def test_hub_model_without_safetensors(hub, tmp_path):
     with pytest.raises(ConfigError, match="it has no weights, and only safetensors are read"):
-        model("acme/rm").local(tmp_path / "unused")
+        model("acme/rm").fetch(tmp_path / "unused")
 
 
 def test_hub_that_knows_no_such_model(hub):

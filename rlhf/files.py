@@ -1,0 +1,88 @@
+"""Files and folders: JSON, content hashes, fsync and the `~` of a path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+#: sha256 of files by path, size and time of change.
+_digests: dict[tuple[Path, int, int], str] = {}
+#: Nanoseconds after which a changed file is sure to have another time of change: FAT's resolution.
+_SETTLED = 2 * 10**9
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys; NaN and infinities raise ValueError."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON written by `write_json`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def at_home(path: str | Path) -> Path:
+    """Expand `~` and `~user`; the path of an unknown user stays as it is, and so is missing."""
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file, read once per process and state of the file."""
+    status = path.stat()
+    state = path.absolute(), status.st_size, status.st_mtime_ns
+    if state in _digests:
+        return _digests[state]
+    digest = file_sha256(path)
+    if time.time_ns() - status.st_mtime_ns > _SETTLED:
+        _digests[state] = digest
+    return digest
+
+
+def files_sha256(
+    files: Iterable[tuple[str, Path]],
+    separator: bytes = b"",
+    sha256: Callable[[Path], str] = file_sha256,
+) -> str:
+    """Return the hex sha256 over the names and contents of files, in the order given.
+
+    Args:
+        files: (name, path) pairs.
+        separator: Bytes between a name and the hash of its content. Checkpoints and fingerprints
+            that exist were made with one or the other, so a caller's must not change.
+        sha256: Returns the hex sha256 of a file.
+    """
+    digest = hashlib.sha256()
+    for name, path in files:
+        digest.update(name.encode() + separator + bytes.fromhex(sha256(path)))
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """Return the hex sha256 over the names and contents of all files under a folder."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return files_sha256(sorted(files.items()))
+
+
+def fsync(path: Path) -> None:
+    """Write a closed file, or the entries of a folder, through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,121 @@
+"""External models: checks of a model before it is loaded, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.external import TIMEOUT, External
+from rlhf.files import at_home
+from rlhf.store.manifest import PICKLES
+
+#: Endings of a model's files. No other file is fetched or part of its identity.
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class ExternalModel(External):
+    """A model that a stage starts from, or (`ready`) publishes instead of training one.
+
+    The URI is a folder, `s3://bucket/prefix` or a hub id (`owner/name` or `owner/name@revision`).
+    An `artifact:<digest>` is resolved by the caller; only its `config.json` is checked here.
+    """
+
+    ready: bool = False
+
+    type = "model"
+    hub_files = tuple(f"*{end}" for end in MODEL_FILES)
+
+    @property
+    def is_artifact(self) -> bool:
+        """True if the model is an artifact in the pipeline's store."""
+        return self.uri.startswith("artifact:")
+
+    def check(self) -> None:
+        """Refuse a model that can't be used, before it is fetched.
+
+        Raises:
+            ConfigError: There is no model, its weights are no safetensors, or see `check_config`.
+            StoreError: The S3 server can't be reached.
+        """
+        self.check_config(self.read(CONFIG, MAX_CONFIG_BYTES))
+
+    def check_config(self, data: bytes) -> None:
+        """Refuse a broken `config.json`, and a ready model that is no reward model.
+
+        Raises:
+            ConfigError: It is no sequence-classification model with one label.
+        """
+        try:
+            config: Any = json.loads(data)
+        except ValueError:
+            config = None
+        if not isinstance(config, dict):
+            raise self.error(f"its {CONFIG} is no JSON object; give the folder of a whole model")
+        if self.ready:
+            self._check_classifier(config)
+
+    def _check_classifier(self, config: Mapping[str, Any]) -> None:
+        names = [str(name) for name in config.get("architectures") or ()]
+        # transformers does not write its default of two labels.
+        labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)
+        is_classifier = any("ForSequenceClassification" in name for name in names)
+        if is_classifier and labels == 1:
+            return
+        architecture = ", ".join(names) or "of no named architecture"
+        architecture += f" with {labels} labels" if is_classifier else ""
+        raise self.error(
+            f"must be a sequence-classification model with one label, and this one is "
+            f"{architecture}; give a reward model, or none to train one"
+        )
+
+    def is_path(self) -> bool:
+        """Return whether it is a folder, or is written like a path; a hub id has one slash."""
+        written_as_path = self.uri.startswith((".", "/", "~")) or self.uri.count("/") > 1
+        return written_as_path or Path(self.uri).is_dir()
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return at_home(self.uri)
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Return the model's files, sorted; refuse one without configuration or safetensors."""
+        if CONFIG not in names:
+            raise self.error(
+                f"no model there (no {CONFIG}); give a folder or prefix that holds {CONFIG}, a "
+                "tokenizer and safetensors, a hub id or artifact:<digest>"
+            )
+        if not any(name.endswith(".safetensors") for name in names):
+            pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
+            problem = f"its weights are a pickle ({pickles[0]})" if pickles else "it has no weights"
+            raise self.error(
+                f"{problem}, and only safetensors are read; save it again with save_pretrained"
+            )
+        return sorted(n for n in names if n.endswith(MODEL_FILES) and not n.startswith("."))
+
+    @property
+    def repository(self) -> str:
+        """Name of the repository on the hub, without the revision."""
+        return self.uri.partition("@")[0]
+
+    def hub_commit(self) -> str:
+        """Return the commit of the revision, from the hub or its cache on this machine."""
+        from huggingface_hub import hf_hub_download
+
+        revision = self.uri.partition("@")[2] or self.revision
+        try:
+            path = hf_hub_download(self.repository, CONFIG, revision=revision, etag_timeout=TIMEOUT)
+        # A broken network raises many classes, which all mean the same to a user.
+        except Exception as error:
+            raise self.error(
+                f"no such folder here, and the hub gives no {CONFIG} of that name "
+                f"({type(error).__name__}); give an existing folder, s3://bucket/prefix, "
+                "artifact:<digest> or a hub id"
+            ) from None
+        return Path(path).parent.name  # the cache names a folder by the commit

@@ -1,0 +1,89 @@
+"""Models, functions and tokens that the configuration names, by the stage that uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
+from rlhf.config.processes import WHERE
+from rlhf.custom_code import CustomCode
+from rlhf.files import at_home
+from rlhf.modeling.source import ExternalModel
+
+
+def base_of_others(config: PipelineConfig) -> ExternalModel | None:
+    """Return the model that SFT starts from; None to start from scratch."""
+    base = config.base
+    if base.path is None:
+        return None
+    return ExternalModel("base.path", base.path, config.store_options, base.revision)
+
+
+def reward_model_of_others(config: PipelineConfig) -> ExternalModel | None:
+    """Return a ready reward model, or one that training starts from; None to start from SFT."""
+    if config.ppo.reward_model_path is not None:
+        path = config.ppo.reward_model_path
+        return ExternalModel("ppo.reward_model_path", path, config.store_options, ready=True)
+    if config.reward_model.base is not None:
+        return ExternalModel("reward_model.base", config.reward_model.base, config.store_options)
+    return None
+
+
+def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
+    """Return the settings that shape the reward model, without the external model itself."""
+    if config.ppo.reward_model_path is not None:
+        return {"reward_model": "ready"}  # nothing is trained
+    return {"reward_model": config.reward_model.model_dump(exclude={"base", *WHERE})}
+
+
+def judges_of_others(config: PPOConfig) -> dict[str, str]:
+    """Return digests of the operator's reward functions and of the pair model, by setting.
+
+    Raises:
+        ConfigError: One of them is missing, or may not run.
+    """
+    functions = {
+        f"ppo.env_config.components.{name}": component.function
+        for name, component in config.components.items()
+        if isinstance(component, CustomComponent)
+    }
+    if config.custom:
+        functions["ppo.custom"] = config.custom.function
+    if config.comparison and config.comparison.custom:
+        functions["ppo.env_config.custom"] = config.comparison.custom.function
+    codes = {field: CustomCode(name, field) for field, name in functions.items()}
+    for code in codes.values():
+        code.check()
+    digests = {field: code.digest for field, code in codes.items()}
+    if config.comparison and config.comparison.pair_model:
+        model = pair_model(config.comparison.pair_model)
+        model.check()
+        digests[model.field] = model.digest()
+    return digests
+
+
+def pair_model(folder: str) -> ExternalModel:
+    """Return the pair model in a folder.
+
+    Raises:
+        ConfigError: It is no folder on this machine.
+    """
+    model = ExternalModel("ppo.env_config.pair_model", folder, ready=True)
+    if not at_home(folder).is_dir():
+        raise model.error("is no folder; give that of a one-label sequence classifier")
+    # Absolute, so that owner/name is not looked up on a hub.
+    return ExternalModel(model.field, str(at_home(folder).absolute()), ready=True)
+
+
+def check_tokens(config: PPOConfig) -> None:
+    """Refuse a reward service's token that is missing or may not be sent.
+
+    Raises:
+        ConfigError: See `rlhf.environments.remote.token_of`.
+    """
+    for name, section in config.components.items():
+        if isinstance(section, RemoteComponent) and section.token_env:
+            from rlhf.environments.remote import token_of  # imports torch, which takes seconds
+
+            token_of(section, f"ppo.env_config.components.{name}")
