@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast, get_origin
 
 from rlhf.config import strict_yaml
+from rlhf.config.aliases import SEED_NAMES, by_field_names
 from rlhf.config.explain import cure
-from rlhf.config.fields import RENAMED, Tree, canonical, field_kinds, whole, without_aliases
+from rlhf.config.fields import Tree, canonical, field_kinds, whole
 from rlhf.config.wording import one_line, shown_value
 from rlhf.errors import ConfigError
 
@@ -55,7 +56,7 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
         inside = key.startswith(tuple(f"ppo.{name}." for name in MAPPINGS))
         place[field] = _whole(value) if inside else value
     try:
-        tree = without_aliases(tree)  # where a whole section was given
+        tree = by_field_names(tree)  # where a whole section was given
     except ConfigError as error:
         raise _wrong(str(error)) from None
     return _with_wholes(tree, given)
@@ -118,7 +119,7 @@ def _flag(name: str) -> tuple[str, bool] | None:
     section, dot, last = name.rpartition(".")
     without = [(name.removeprefix("no_"), False), (f"{section}{dot}{last[3:]}", False)]
     for field, on in [(name, True), *(without if "no_" in (name[:3], last[:3]) else [])]:
-        for key in (canonical(field), f"ppo.{field}" if field in RENAMED else field):
+        for key in (canonical(field), f"ppo.{field}" if field in SEED_NAMES else field):
             if bool in (field_kinds(key) or ()):
                 return key, on
     return None

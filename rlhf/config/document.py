@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlhf.config.aliases import aliases
+from rlhf.config.aliases import ALIASES
 from rlhf.config.ppo import COMPAT, PPOConfig
 from rlhf.config.section import kinds
 from rlhf.config.wording import as_written
@@ -53,7 +53,7 @@ def page() -> str:
 
 def rows() -> Iterator[str]:
     """A row for each field of section `ppo`, in the order of the sections."""
-    also = {name: alias for alias, name in aliases(PPOConfig.model_fields).items()}
+    also = {name: alias for alias, name in ALIASES.items()}
     for name, field in PPOConfig.model_fields.items():
         alias = f"`{also[name]}`" if name in also else ""
         cells = (f"`{name}`", alias, _default(field), _bounds(field), _advised(field))

@@ -8,31 +8,17 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
-from rlhf.config.aliases import aliases, gathered
+from rlhf.config.aliases import ALIASES
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.config.ppo import PPOConfig
 from rlhf.config.section import Tree, below, kinds, sections, without_none
-from rlhf.errors import ConfigError
 
 Model = type[BaseModel]
-
-#: Names that fields of section `ppo` also go by, in the section or at the top.
-ALIASES = aliases(PPOConfig.model_fields)
-RENAMED = tuple(ALIASES.values())
 
 
 def canonical(key: str) -> str:
     """`rl_gamma` and `ppo.rl_gamma` as `ppo.gamma`; every other dotted key as it is."""
     alias, dot, rest = key.removeprefix("ppo.").partition(".")
     return f"ppo.{ALIASES[alias]}{dot}{rest}" if alias in ALIASES else key
-
-
-def without_aliases(tree: Tree) -> Tree:
-    """A preset with every `rl_` name moved to its field; two values for one field are an error."""
-    try:
-        return gathered(tree, PPOConfig.model_fields)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def whole(key: str) -> str | None:

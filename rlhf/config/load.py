@@ -10,10 +10,11 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from rlhf.config import strict_yaml
+from rlhf.config.aliases import by_field_names
 from rlhf.config.command_line import Whole, parse_overrides
 from rlhf.config.environments import read_mapping
 from rlhf.config.explain import explain
-from rlhf.config.fields import Tree, flatten, resolve_none, without_aliases
+from rlhf.config.fields import Tree, flatten, resolve_none
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import COMPAT
 from rlhf.config.wording import as_written, one_line
@@ -70,7 +71,7 @@ def load_preset(name: str | None, overrides: Tree) -> Loaded:
             one_line(f"preset = {name!r} is not known; choose one of {', '.join(presets())}")
         )
     path = PRESETS / f"{name}.yaml" if name is not None else None
-    return _load(path, without_aliases(overrides), OVERRIDE)
+    return _load(path, by_field_names(overrides), OVERRIDE)
 
 
 def presets() -> list[str]:
@@ -122,7 +123,7 @@ def read_preset(path: Path) -> Tree:
     if not isinstance(tree, dict):
         raise ConfigError(one_line(f"{where}: must hold `key: value` lines at the top"))
     try:
-        return without_aliases(cast("Tree", tree))
+        return by_field_names(cast("Tree", tree))
     except ConfigError as error:
         raise ConfigError(one_line(f"{error} (from {path.name})")) from None
 

@@ -7,7 +7,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rlhf.config.aliases import allow_aliases, gathered
+from rlhf.config.aliases import allow_aliases, by_field_names
 from rlhf.config.data import DataConfig
 from rlhf.config.models import (
     BaseModelConfig,
@@ -154,12 +154,8 @@ class PipelineConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _rl_names(cls, data: Any) -> Any:
-        """`rl_gamma` at the top is `ppo.gamma`, and `promotion: manual` its approval, in Python
-        and in a Prefect parameter too."""
-        if not isinstance(data, dict):
-            return data
-        return gathered(cast("dict[str, Any]", data), PPOConfig.model_fields)
+    def _by_field_names(cls, data: Any) -> Any:
+        return by_field_names(cast("dict[str, Any]", data)) if isinstance(data, dict) else data
 
     @field_validator("store")
     @classmethod

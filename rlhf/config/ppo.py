@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rlhf.config.aliases import allow_aliases, renamed
+from rlhf.config.aliases import allow_aliases, section_by_field_names
 from rlhf.config.models import LoraConfig
 from rlhf.config.processes import ProcessSection, check_divides
 from rlhf.config.rewards import RewardSection
@@ -41,7 +41,7 @@ COMPAT: Mapping[str, Mapping[str, Any]] = {
         "reward_clip": 10.0,
     },
     # verl 0.9.1: masked_var in verl/utils/torch_functional.py is unbiased; kl_penalty_forward in
-    # verl/trainer/ppo/core_algos.py clamps k3 alone, to ±10 (`_as_the_peer`); the reward managers
+    # verl/trainer/ppo/core_algos.py clamps k3 alone, to ±10 (`_by_field_names_with_compat`); the reward managers
     # put the score on the last token. Its dual clip (clip_ratio_c: 3) is always on there.
     "verl": {
         "score_position": "last",
@@ -219,11 +219,11 @@ class PPOConfig(
 
     @model_validator(mode="before")
     @classmethod
-    def _as_named_and_as_the_peer(cls, data: Any) -> Any:
-        """Values by their own names (`rl_gamma` is `gamma`), and those that `compat` stands for."""
+    def _by_field_names_with_compat(cls, data: Any) -> Any:
+        """Resolve `rl_` names, and add the values that `compat` stands for."""
         if not isinstance(data, dict):
             return data
-        given = renamed(cast("dict[str, Any]", data).items(), cls.model_fields)
+        given = section_by_field_names(cast("dict[str, Any]", data).items())
         peer = dict(COMPAT.get(str(given.get("compat")), {}))
         if given.get("compat") == "verl" and given.get("kl_estimator") == "k3":
             peer["kl_clamp"] = 10.0
