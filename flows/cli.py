@@ -94,13 +94,11 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     prepare_prefect(verbose)
     from flows.pipeline import AWAITING, PROMOTED, pipeline
     from flows.terminal import show_run
-    from tasks.parameters import ORIGINS
     from tasks.progress import show_on
 
     console.print(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
     show_on(console)
-    ORIGINS.set(loaded.sources)
-    state = pipeline(overrides=_tree(loaded.config), return_state=True)
+    state = pipeline(overrides=loaded, return_state=True)
     result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         return fail(result)
@@ -149,7 +147,7 @@ def stage(
 
     show_on(console)
     digests = {role: ref.digest for role, ref in inputs.items()}
-    state = STAGE_FLOWS[name](overrides=_tree(loaded.config), inputs=digests, return_state=True)
+    state = STAGE_FLOWS[name](overrides=loaded, inputs=digests, return_state=True)
     result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         return fail(result)
@@ -157,10 +155,6 @@ def stage(
     console.print(f"{name}: {label} in {result.seconds:.1f} s  {result.headline}", highlight=False)
     console.print(f"artifact {result.ref.digest}", soft_wrap=True, highlight=False)
     return 0
-
-
-def _tree(config: PipelineConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")
 
 
 def _role(text: str) -> tuple[str, str]:

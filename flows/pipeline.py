@@ -23,7 +23,14 @@ from rlhf.report import StageRow
 from rlhf.store import ArtifactRef
 from tasks.approval import is_waiting, wait_for_approval
 from tasks.first import check_first
-from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
+from tasks.parameters import (
+    NO_PRESET,
+    NOTHING,
+    Overrides,
+    Preset,
+    configuration_name,
+    resolve,
+)
 from tasks.prefect_tasks import run_task
 from tasks.runner import Outcome
 from tasks.stages import STAGES
@@ -61,9 +68,7 @@ def run_name() -> str:
 
     Prefect asks again when a run is retried or resumed; it keeps the name that it has.
     """
-    overrides = flow_run.parameters.get("overrides") or {}
-    preset = flow_run.parameters.get("preset", NO_PRESET)
-    name = overrides.get("name") or (preset if preset != NO_PRESET else "rlhf")
+    name = configuration_name(flow_run.parameters)
     before = flow_run.get_name() or ""
     if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}", before):
         return before

@@ -100,7 +100,9 @@ def gather(run: PipelineRun, store: Store) -> RunReport:
         samples=tuple(_sample(s) for s in samples[: run.config.evaluation.samples]),
         verdicts=tuple(_verdicts(run, store)),
         advice=run.advice,
-        config_rows=tuple(ConfigRow(*row) for row in Loaded(run.config, run.origins).rows()),
+        config_rows=tuple(
+            ConfigRow(*row) for row in Loaded(config=run.config, sources=run.origins).rows()
+        ),
         lineage=_lineage(run, store),
         versions={
             "python": platform.python_version(),

@@ -45,9 +45,7 @@ def by_field_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**others, "ppo": section_by_field_names(values, "ppo.")}
 
 
-def section_by_field_names(
-    values: Iterable[tuple[str, Any]], prefix: str = ""
-) -> dict[str, Any]:
+def section_by_field_names(values: Iterable[tuple[str, Any]], prefix: str = "") -> dict[str, Any]:
     """Values of section `ppo` under their fields' names; `prefix` stands before names in errors.
 
     Raises:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
 from rlhf.config import strict_yaml
 from rlhf.config.aliases import by_field_names
@@ -26,12 +25,18 @@ OVERRIDE = "override"
 PRESETS = Path(__file__).parents[2] / "configs"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A configuration and where each of its values came from."""
+class Loaded(BaseModel):
+    """A configuration with the source of each value; as JSON it is the configuration alone."""
+
+    model_config = ConfigDict(frozen=True)
 
     config: PipelineConfig
     sources: Mapping[str, str]
+
+    @model_serializer
+    def _as_configuration(self) -> Tree:
+        # Prefect stores and shows it so among a run's parameters.
+        return self.config.model_dump(mode="json")
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(dotted key, value, source) of every value, in the order of the sections."""
@@ -87,7 +92,7 @@ def _load(path: Path | None, overrides: Tree, where: str) -> Loaded:
     sources = {
         key: where if key in overridden else name for key, _ in flatten(resolve_none(merged))
     }
-    return Loaded(validate(merged, sources), sources)
+    return Loaded(config=validate(merged, sources), sources=sources)
 
 
 def validate(tree: Tree, sources: Mapping[str, str] | None = None) -> PipelineConfig:

@@ -41,8 +41,8 @@ COMPAT: Mapping[str, Mapping[str, Any]] = {
         "reward_clip": 10.0,
     },
     # verl 0.9.1: masked_var in verl/utils/torch_functional.py is unbiased; kl_penalty_forward in
-    # verl/trainer/ppo/core_algos.py clamps k3 alone, to ±10 (`_by_field_names_with_compat`); the reward managers
-    # put the score on the last token. Its dual clip (clip_ratio_c: 3) is always on there.
+    # verl/trainer/ppo/core_algos.py clamps k3 alone, to ±10 (`_by_field_names_with_compat`); the
+    # reward managers put the score on the last token. Its dual clip (clip_ratio_c: 3) is always on.
     "verl": {
         "score_position": "last",
         "whiten_variance": "unbiased",
