@@ -1,4 +1,8 @@
-"""Loads a configuration: defaults, then a YAML preset, then dotted command-line overrides."""
+"""Loading a configuration: defaults, then a YAML preset, then overrides.
+
+The source of each value is kept for messages, reports and `rlhf config show`. `RLHF_*` variables
+of a machine are applied last, by each process that uses the configuration.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
 from rlhf.config import strict_yaml
 from rlhf.config.aliases import by_field_names
-from rlhf.config.command_line import Whole, parse_overrides
+from rlhf.config.command_line import Replacement, parse_overrides
 from rlhf.config.environments import read_mapping
 from rlhf.config.explain import explain
-from rlhf.config.fields import Tree, flatten, resolve_none
+from rlhf.config.fields import flatten, resolve_none
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import COMPAT
+from rlhf.config.section import Tree
 from rlhf.config.wording import as_written, one_line
 from rlhf.errors import ConfigError
 
@@ -26,7 +31,7 @@ PRESETS = Path(__file__).parents[2] / "configs"
 
 
 class Loaded(BaseModel):
-    """A configuration with the source of each value; as JSON it is the configuration alone."""
+    """A configuration with the source of each value; its JSON is the configuration alone."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,24 +44,24 @@ class Loaded(BaseModel):
         return self.config.model_dump(mode="json")
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(dotted key, value, source) of every value, in the order of the sections."""
+        """(dotted name, value, source) of every value, in the order of the sections."""
         return [
             (key, as_written(value), self._source(key))
             for key, value in flatten(self.config.model_dump(mode="json"))
         ]
 
     def _source(self, key: str) -> str:
-        """Where the value came from, or the text or file that it was a part of."""
-        place = key
-        while place and place not in self.sources:
-            place = place.rpartition(".")[0]
+        """Source of the value, or of the text or file that it was a part of."""
+        parent = key
+        while parent and parent not in self.sources:
+            parent = parent.rpartition(".")[0]
         peer = self.config.ppo.compat
         from_peer = peer and key.removeprefix("ppo.") in COMPAT[peer]
-        return self.sources.get(place, f"compat={peer}" if from_peer else DEFAULT)
+        return self.sources.get(parent, f"compat={peer}" if from_peer else DEFAULT)
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a preset and apply overrides such as `--ppo.kl_coef=0.05`.
+    """Load a preset with overrides as on the command line, such as `--ppo.kl_coef=0.05`.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
@@ -66,7 +71,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 
 
 def load_preset(name: str | None, overrides: Tree) -> Loaded:
-    """The preset of that name, as `presets` lists them, with a nested mapping of overrides.
+    """Load a preset by its name in `presets()`, with a tree of overrides.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
@@ -80,31 +85,26 @@ def load_preset(name: str | None, overrides: Tree) -> Loaded:
 
 
 def presets() -> list[str]:
-    """Names of the presets that lie in this checkout's `configs`."""
+    """Names of the presets in this checkout's folder `configs`."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def _load(path: Path | None, overrides: Tree, where: str) -> Loaded:
-    preset = read_preset(path) if path is not None else {}
+def _load(path: Path | None, overrides: Tree, override_source: str) -> Loaded:
+    preset = _read_preset(path) if path is not None else {}
     name = path.name if path is not None else ""
-    merged = _merge(_with_options_read(preset, overrides, name), overrides)
+    merged = _merge(_with_env_config_read(preset, overrides, name), overrides)
     overridden = {key for key, _ in flatten(resolve_none(overrides))}
-    sources = {
-        key: where if key in overridden else name for key, _ in flatten(resolve_none(merged))
-    }
-    return Loaded(config=validate(merged, sources), sources=sources)
-
-
-def validate(tree: Tree, sources: Mapping[str, str] | None = None) -> PipelineConfig:
-    """Turn a nested mapping into a configuration, with our error for the first bad value."""
+    tree = resolve_none(merged)
+    sources = {key: override_source if key in overridden else name for key, _ in flatten(tree)}
     try:
-        return PipelineConfig.model_validate(resolve_none(tree))
+        config = PipelineConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(explain(error, sources or {})) from None
+        raise ConfigError(explain(error, sources)) from None
+    return Loaded(config=config, sources=sources)
 
 
-def read_preset(path: Path) -> Tree:
-    """Read a YAML preset into a nested mapping, with every field under its own name."""
+def _read_preset(path: Path) -> Tree:
+    """Read a YAML preset as a tree by field names."""
     where = f"config = {str(path)!r}"
     if not path.is_file():
         raise ConfigError(
@@ -133,25 +133,30 @@ def read_preset(path: Path) -> Tree:
         raise ConfigError(one_line(f"{error} (from {path.name})")) from None
 
 
-def _with_options_read(preset: Tree, command_line: Tree, name: str) -> Tree:
-    """The preset, with `env_config` read where it is text of which one value is overridden."""
+def _with_env_config_read(preset: Tree, overrides: Tree, name: str) -> Tree:
+    """The preset with `env_config` parsed, if it is text of which one value is overridden."""
     try:
-        given, over = (tree["ppo"]["env_config"] for tree in (preset, command_line))
+        text, values = (tree["ppo"]["env_config"] for tree in (preset, overrides))
     except (KeyError, TypeError):
         return preset
-    if not isinstance(given, str) or not isinstance(over, dict) or isinstance(over, Whole):
+    replaced = isinstance(values, Replacement) or not isinstance(values, dict)
+    if replaced or not isinstance(text, str):
         return preset
     try:
-        read = read_mapping(given, "env_config")
+        options = read_mapping(text, "env_config")
     except ValueError as error:
         raise ConfigError(one_line(f"ppo.env_config: {error} (from {name})")) from None
-    return {**preset, "ppo": {**preset["ppo"], "env_config": read}}
+    return {**preset, "ppo": {**preset["ppo"], "env_config": options}}
 
 
 def _merge(base: Tree, top: Tree) -> Tree:
+    """The tree `base` with the values of `top`; mappings are merged, but for a `Replacement`."""
     merged = dict(base)
     for key, value in top.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict) and not isinstance(value, Whole)
-        merged[key] = _merge(cast("Tree", below), cast("Tree", value)) if both else value
+        current = merged.get(key)
+        replaces = isinstance(value, Replacement) or not isinstance(value, dict)
+        if isinstance(current, dict) and not replaces:
+            merged[key] = _merge(cast("Tree", current), cast("Tree", value))
+        else:
+            merged[key] = value
     return merged
