@@ -1,14 +1,13 @@
-"""Paths as people write them."""
+"""Paths in configurations and on the command line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-def at_home(place: str | Path) -> Path:
-    """The path with `~` put in full; as it is, and so missing, if there is no such user."""
-    path = Path(place)
+def at_home(path: str | Path) -> Path:
+    """Expand `~` in a path; with an unknown user the path is returned as is."""
     try:
-        return path.expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
-        return path
+        return Path(path)

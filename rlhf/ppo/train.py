@@ -101,7 +101,7 @@ def _updates(
         uploads = None
     if checkpoints and uploads:
         uploads.restore(checkpoints)
-    ranks.any(False)  # all wait for what is restored
+    ranks.barrier()  # all wait for what is restored
     state = load_checkpoint(checkpoints, trainer.models, who) if checkpoints else TrainState()
     if state.update:
         log.info("PPO goes on after update %d of %d", state.update, config.updates)
