@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
+from pydantic import ValidationError, model_serializer
 
 from rlhf.config import strict_yaml
 from rlhf.config.aliases import by_field_names
@@ -20,7 +20,7 @@ from rlhf.config.explain import explain
 from rlhf.config.fields import flatten, resolve_none
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import COMPAT
-from rlhf.config.section import Tree
+from rlhf.config.section import Section, Tree
 from rlhf.config.wording import as_written, one_line
 from rlhf.errors import ConfigError
 
@@ -30,13 +30,13 @@ OVERRIDE = "override"
 PRESETS = Path(__file__).parents[2] / "configs"
 
 
-class Loaded(BaseModel):
+class Loaded(Section):
     """A configuration with the source of each value; its JSON is the configuration alone."""
 
-    model_config = ConfigDict(frozen=True)
-
     config: PipelineConfig
+    """The configuration."""
     sources: Mapping[str, str]
+    """Source of each value by its dotted name; a value without one is a default."""
 
     @model_serializer
     def _as_configuration(self) -> Tree:
