@@ -1,14 +1,15 @@
-"""Errors that the pipeline raises; their messages name the field or key, the value and the cure.
+"""Errors that the pipeline raises on purpose.
 
-Every class passes all of its arguments on, so that errors survive pickling between processes, and
-inherits the standard exception that a caller would expect to catch.
+Their messages name the field or key, the value and the cure. Every class passes all of its
+arguments on, so that errors survive pickling between processes, and inherits the standard exception
+that a caller would expect to catch.
 """
 
 from __future__ import annotations
 
 
 class RLHFError(Exception):
-    """Base of all errors that are raised on purpose."""
+    """Base of all errors that this project raises."""
 
     #: True if a retry of the same work may succeed.
     retriable = False
@@ -29,7 +30,7 @@ class StoreError(RLHFError, OSError):
 
 
 class StoreConfigError(StoreError, ConfigError):
-    """The store can't be used as configured: no such bucket, access denied, unwritable folder."""
+    """The store can't be used as configured, as when access is denied."""
 
     retriable = False
 
@@ -47,7 +48,7 @@ class ArtifactCorrupt(StoreError):
 
 
 class TrainingError(RLHFError, ArithmeticError):
-    """Training can't continue: a non-finite loss or reward, or a checkpoint that does not match."""
+    """Training can't continue, as after a non-finite loss or a wrong checkpoint."""
 
 
 class Interrupted(RLHFError):
@@ -63,13 +64,13 @@ class CheckpointError(RLHFError, OSError):
 
 
 class StageLost(RLHFError):
-    """The machine, worker or process of a stage is gone; a retry resumes from its checkpoint."""
+    """The machine or process of a stage is gone; a retry resumes from its checkpoint."""
 
     retriable = True
 
 
 class WorkerDied(RLHFError):
-    """A child process of a stage ended without an error, as by a signal or lack of memory."""
+    """A child process of a stage died without an error, as by a signal."""
 
     retriable = True
 
@@ -85,9 +86,10 @@ class RewardServiceError(RLHFError, ConnectionError):
 
 
 class GateRejected(RLHFError):
-    """A gate rejected a model; never retried, since the same model gets the same verdict.
+    """A gate rejected a model; never retried.
 
-    `verdict` is the `rlhf.gates.Verdict`: rules and measured values.
+    The same model would get the same verdict. `verdict` is the `rlhf.gates.Verdict`: rules and
+    measured values.
     """
 
     def __init__(self, message: str, verdict: object = None) -> None:

@@ -98,7 +98,7 @@ class Ranks:
     def led(
         self, function: Callable[[Sequence[T]], Sequence[float]]
     ) -> Callable[[Sequence[T]], Sequence[float]]:
-        """Wrap a function so that the leader alone calls it, and all get its result or error.
+        """Wrap a function so that only the leader calls it; all get its result or error.
 
         So a service is called once, and a stateful function has one state.
         """

@@ -1,9 +1,9 @@
-"""Parameters of the flows: a preset's name, and overrides with the configuration's JSON schema.
+"""Parameters of the flows: preset and overrides.
 
-Prefect checks a deployment's parameters against the schema before a run exists, and makes the form
-in its UI from it. So the overrides carry the configuration's own schema, in which nothing is
-required, and without defaults: a form must not send what nobody chose. Python callers may pass a
-loaded configuration instead, which the flow takes as it is, with the sources of its values.
+Prefect checks a deployment's parameters against their JSON schema before a run exists, and makes
+the form in its UI from it. So the overrides carry the configuration's own schema, in which nothing
+is required, and without defaults: a form must not send what nobody chose. Python callers may pass a
+loaded configuration instead, which the flow uses as it is, with the sources of its values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _PresetSchema:
 
 
 class _OverridesSchema:
-    """Validation as a mapping or a loaded configuration; JSON schema of the configuration."""
+    """Validation and JSON schema of overrides."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -57,7 +57,7 @@ Overrides = Annotated[Tree | PipelineConfig | Loaded, _OverridesSchema()]
 
 
 def resolve(preset: str, overrides: Tree | PipelineConfig | Loaded) -> Loaded:
-    """Load the configuration that a run's parameters name; one already loaded is returned as is.
+    """Load the configuration that parameters name, or take the loaded one as is.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
@@ -84,7 +84,7 @@ def _unless_loaded(value: Any, to_mapping: core_schema.ValidatorFunctionWrapHand
 
 
 def _without_defaults(node: Any, definitions: Tree) -> Any:
-    """The schema with its references replaced by what they name, and without defaults."""
+    """The schema with its references resolved, and without defaults."""
     if isinstance(node, list):
         return [_without_defaults(item, definitions) for item in cast("list[Any]", node)]
     if not isinstance(node, dict):

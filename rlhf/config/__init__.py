@@ -1,4 +1,4 @@
-"""Configuration: sections as frozen pydantic models, and loading from presets and overrides."""
+"""Configuration: its sections, and loading it from presets and overrides."""
 
 from rlhf.config.advice import advice
 from rlhf.config.components import (

@@ -11,7 +11,7 @@ from rlhf.config.pipeline import PipelineConfig
 
 
 def advice(config: PipelineConfig) -> list[str]:
-    """One line for each value outside of its advised range, in the order of the fields."""
+    """One line for each value outside of its advised range."""
     return list(_unusual_values(config, ""))
 
 

@@ -1,4 +1,4 @@
-"""The seed product's parameter names: `rl_gamma` is the field `gamma` of section `ppo`."""
+"""`rl_` names of section `ppo`'s fields, from the seed product."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ def by_field_names(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def section_by_field_names(values: Iterable[tuple[str, Any]], prefix: str = "") -> dict[str, Any]:
-    """Values of section `ppo` under their fields' names; `prefix` stands before names in errors.
+    """Values of section `ppo`, each under its field's name.
+
+    Args:
+        values: (name, value) pairs; a name may be an `rl_` name.
+        prefix: Stands before a field's name in errors.
 
     Raises:
         ConfigError: A field has two values.
@@ -66,9 +70,10 @@ def section_by_field_names(values: Iterable[tuple[str, Any]], prefix: str = "") 
 
 
 def allow_aliases(schema: dict[str, Any]) -> None:
-    """Make a JSON schema accept `rl_` names as patterns, so that a form lists each field once.
+    """Make a JSON schema accept `rl_` names.
 
-    In section `ppo` an `rl_` name has its field's schema; at the top any value is accepted.
+    They are patterns, so that a form lists each field once. In section `ppo` an `rl_` name has its
+    field's schema; at the top any value is accepted.
     """
     fields = schema.get("properties", {})
     schema["patternProperties"] = {f"^rl_{name}$": fields.get(name, {}) for name in SEED_NAMES}

@@ -1,4 +1,4 @@
-"""Overrides on the command line, such as `--ppo.kl_coef=0.05`, as a configuration tree."""
+"""Parser of command-line overrides such as `--ppo.kl_coef=0.05`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Replacement(dict[str, Any]):
 
 
 def parse_overrides(overrides: Sequence[str]) -> Tree:
-    """Parse `--section.field=value` and `--section.field value` into a configuration tree.
+    """Parse `--section.field=value` and `--section.field value` into a tree.
 
     Names of fields are exact, but for `-` in place of `_`; names in a mapping are as written. A
     value is text, or JSON where the field is not text, so that lists and whole sections can be
@@ -86,7 +86,7 @@ def _split_tokens(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _with_underscores(name: str) -> str:
-    """The dotted name with `-` as `_`, except in names in a mapping, such as a component's."""
+    """The dotted name with `-` as `_`, except in names of components."""
     parts: list[str] = []
     for part in name.split("."):
         parent = canonical(".".join(parts).removeprefix("no_"))
@@ -110,7 +110,7 @@ def _flag(name: str) -> tuple[str, bool] | None:
 
 
 def _parse_value(key: str, text: str, types: tuple[Any, ...]) -> Any:
-    """Text where the field may be text, or where the text is broken; else JSON or YAML."""
+    """Text where the field may be text, or is broken; else JSON or YAML."""
     if any(t is str or get_origin(t) is Literal for t in types):
         return text
     try:

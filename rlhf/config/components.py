@@ -1,4 +1,4 @@
-"""Options of reward functions, and of the components that `multi_objective` sums up."""
+"""Options of reward functions and of the components of `multi_objective`."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ class RemoteComponent(ComponentSection):
 
 
 def _is_usable_url(url: str) -> bool:
-    """Return whether httpx accepts the URL and DNS the host's name; urlsplit is less strict."""
+    """Return whether httpx accepts the URL, and DNS its host name."""
     import httpx  # slow to import, and rarely needed
 
     try:

@@ -1,4 +1,4 @@
-"""Generates docs/ppo.md from `PPOConfig`: `python -m rlhf.config.document > docs/ppo.md`."""
+"""Generator of docs/ppo.md: `python -m rlhf.config.document > docs/ppo.md`."""
 
 from __future__ import annotations
 

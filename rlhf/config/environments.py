@@ -1,4 +1,4 @@
-"""Options of environments: the sections that `env_config` may be, one for each `env_type`."""
+"""Options of environments: the section of `env_config` for each `env_type`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TextGenerationConfig(Section):
 
 
 def _allow_null_components(schema: dict[str, Any]) -> None:
-    """Make the JSON schema accept null for a component without options: `reward_model:` in YAML."""
+    """Make the JSON schema accept a component without options, such as null."""
     values = schema["additionalProperties"]
     schema["additionalProperties"] = {**values, "anyOf": [*values["anyOf"], {"type": "null"}]}
 
@@ -106,10 +106,10 @@ ENVIRONMENTS: Mapping[str, type[Section]] = {
 
 
 def read_mapping(value: Any, what: str) -> Any:
-    """Parse JSON text, or read the JSON or YAML file of a path; other values are returned as is.
+    """Read a mapping from JSON text, or from the path of a JSON or YAML file.
 
-    The content takes the place of the path, so that a changed file is another configuration. A
-    relative path starts from the working directory.
+    Other values are returned as is. The content takes the place of the path, so that a changed file
+    is another configuration. A relative path starts from the working directory.
 
     Raises:
         ValueError: The text or file can't be read, or holds no mapping.

@@ -1,4 +1,4 @@
-"""Messages about a configuration's values: one-line errors, and notes on unusual values.
+"""Messages about values: one-line errors, and notes on unusual values.
 
 An error names field, value and cure, and the file or command line that the value is from.
 """
@@ -43,7 +43,12 @@ WORDING = {
 
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
-    """One line for the first problem of a configuration whose values have these sources."""
+    """Word the first problem of a configuration in one line.
+
+    Args:
+        error: The errors of validation.
+        sources: Source of each value, by dotted name.
+    """
     errors = list(expand_nested([dict(e) for e in error.errors()]))
     # A misspelt field that is required gives two errors; the unknown name leads to the cure.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
@@ -79,7 +84,10 @@ def cure(field: str) -> str:
 
 
 def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
-    """` (from quickstart.yaml)`; for a rule on several fields the sources of those it names."""
+    """Sources of an error's values: ` (from quickstart.yaml)`.
+
+    For a rule on several fields they are those of the fields that its text names.
+    """
     keys = [k for k in sources if not field or f"{k}.".startswith(f"{field}.")]
     # The items of a list have the source of the list.
     keys = keys or [k for k in sources if field.startswith(f"{k}.")]

@@ -1,4 +1,4 @@
-"""Dotted names of the configuration's fields, such as `ppo.lora.r`, and the types behind them."""
+"""Dotted names of fields, such as `ppo.lora.r`, and their types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def canonical(key: str) -> str:
 
 
 def field_types(key: str) -> tuple[Any, ...] | None:
-    """Types that the field of this dotted name may have; None if there is no such field."""
+    """Types of the field with this dotted name; None if it does not exist."""
     types: tuple[Any, ...] | None = (PipelineConfig,)
     for name in key.split("."):
         types = member_types(types, name)
@@ -30,17 +30,12 @@ def field_types(key: str) -> tuple[Any, ...] | None:
 
 
 def containing_field(key: str) -> str | None:
-    """The field that a dotted name reaches into and that has no fields: `gates.policy` or None."""
+    """The field without members that a dotted name reaches into, or None."""
     parent = key.rpartition(".")[0]
     types = field_types(parent) if parent else ()
     if types is None:
         return containing_field(parent)
     return parent if types and not _has_members(types) else None
-
-
-def _has_members(types: tuple[Any, ...]) -> bool:
-    """Return whether dotted names may go on: in sections, and mappings from names to sections."""
-    return bool(sections(types)) or member_types(types, "") is not None
 
 
 def siblings(key: str) -> list[str]:
@@ -61,16 +56,8 @@ def nearest(key: str) -> str | None:
     return next(iter((*same_end, *close)), None)
 
 
-def _field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        types = union_members(field.annotation)
-        for section in sections((*types, *get_args(types[0]))):
-            yield from _field_names(section, f"{prefix}{name}.")
-
-
 def resolve_none(tree: Tree) -> Tree:
-    """A configuration tree with `none` as null where null is allowed, null sections as empty."""
+    """A configuration tree after `without_none`."""
     return without_none(tree, (PipelineConfig,))
 
 
@@ -81,3 +68,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(cast("Tree", value), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _has_members(types: tuple[Any, ...]) -> bool:
+    """Return whether dotted names may reach into a value of these types."""
+    return bool(sections(types)) or member_types(types, "") is not None
+
+
+def _field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        types = union_members(field.annotation)
+        for section in sections((*types, *get_args(types[0]))):
+            yield from _field_names(section, f"{prefix}{name}.")

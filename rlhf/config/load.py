@@ -31,7 +31,7 @@ PRESETS = Path(__file__).parents[2] / "configs"
 
 
 class Loaded(Section):
-    """A configuration with the source of each value; its JSON is the configuration alone."""
+    """A configuration with the source of each value; as JSON without these."""
 
     config: PipelineConfig
     """The configuration."""
@@ -61,7 +61,7 @@ class Loaded(Section):
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Loaded:
-    """Load a preset with overrides as on the command line, such as `--ppo.kl_coef=0.05`.
+    """Load a preset file with overrides such as `--ppo.kl_coef=0.05`.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
@@ -134,7 +134,7 @@ def _read_preset(path: Path) -> Tree:
 
 
 def _with_env_config_read(preset: Tree, overrides: Tree, name: str) -> Tree:
-    """The preset with `env_config` parsed, if it is text of which one value is overridden."""
+    """The preset with `env_config` parsed, if overrides change a value in it."""
     try:
         text, values = (tree["ppo"]["env_config"] for tree in (preset, overrides))
     except (KeyError, TypeError):
@@ -150,7 +150,7 @@ def _with_env_config_read(preset: Tree, overrides: Tree, name: str) -> Tree:
 
 
 def _merge(base: Tree, top: Tree) -> Tree:
-    """The tree `base` with the values of `top`; mappings are merged, but for a `Replacement`."""
+    """Merge `top` into `base`, but a `Replacement` replaces."""
     merged = dict(base)
     for key, value in top.items():
         current = merged.get(key)

@@ -1,4 +1,4 @@
-"""Settings of the machine: `RLHF_*` variables that win over `runtime` and `tracking`."""
+"""Settings of a machine: `RLHF_*` variables for `runtime` and `tracking`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIELDS = {
 
 
 def on_this_machine(config: PipelineConfig) -> PipelineConfig:
-    """The configuration with `runtime` and `tracking` as this machine's environment sets them.
+    """Apply this machine's environment to `runtime` and `tracking`.
 
     `RLHF_WORK_DIR`, `RLHF_REPORT_DIR`, `RLHF_CACHE_GB`, `RLHF_DEVICE`, `RLHF_THREADS` and
     `RLHF_LOG_DIR` win over the configuration, because one run may cross machines with different

@@ -1,4 +1,4 @@
-"""The whole configuration: all sections, and the store's, runtime's and promotion's."""
+"""The whole configuration, with the sections of store, runtime and promotion."""
 
 from __future__ import annotations
 

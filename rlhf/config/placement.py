@@ -26,7 +26,7 @@ def _full_names(placement: dict[StageName, str]) -> dict[StageName, str]:
 
 
 def _deployment(stage: StageName, value: str) -> str:
-    """Full name of a stage's deployment: `gpu` for `train-policy` is `train-policy/gpu`.
+    """Full name of a stage's deployment, such as `train-policy/gpu` for `gpu`.
 
     Raises:
         ValueError: It is a deployment of another flow.
@@ -42,7 +42,7 @@ def _deployment(stage: StageName, value: str) -> str:
 
 
 def _placement_schema() -> dict[str, Any]:
-    """JSON schema with a field for each stage: a form shows it, a wrong name has its own error."""
+    """JSON schema with a field for each stage, which forms and errors name."""
     return {
         "type": "object",
         "title": "Placement",

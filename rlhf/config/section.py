@@ -41,7 +41,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false, which pydantic takes for 1 and 0, where a field is no flag."""
+        """Refuse true and false, which pydantic reads as 1 and 0, for numbers."""
         field = cls.model_fields[str(info.field_name)]
         if isinstance(value, bool) and bool not in union_members(field.annotation):
             raise ValueError(f"must not be {str(value).lower()}; write a number or text")
@@ -52,12 +52,14 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def advised_range(low: float, high: float) -> dict[str, Any]:
-    """JSON schema note of a field's usual range; a value outside of it is warned about."""
+    """JSON schema note of a field's usual range; values outside are warned about."""
     return {"advised": [low, high]}
 
 
 class OrText:
-    """Annotation of a field whose validator also reads text: adds text to its JSON schema.
+    """Annotation that adds text to the JSON schema of a field.
+
+    The field's validator reads the text.
 
     Args:
         words: The only texts that are accepted; without them any text is.
@@ -79,7 +81,7 @@ class OrText:
 
 
 def check_model_uri(value: str | None) -> str | None:
-    """Return the value if it may name a model: a folder, artifact, s3:// URI or hub id.
+    """Check that a value may name a folder, artifact, s3:// URI or hub id.
 
     Raises:
         ValueError: It is another URI, names no bucket, or holds user info.
@@ -114,7 +116,7 @@ def sections(types: tuple[Any, ...]) -> list[type[BaseModel]]:
 
 
 def member_types(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
-    """Types of the member `name` of a value of these types; None if there can be no such member.
+    """Types of the member `name` in a value of these types; None without one.
 
     A member is a field of a section (of any of them, where a field may be one of several), or a
     value of a mapping whose values are sections or whose names are a closed set.
@@ -134,7 +136,7 @@ def member_types(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
 
 
 def without_none(value: Any, types: tuple[Any, ...]) -> Any:
-    """The value with the text `none` as null where null is allowed, and null sections as empty."""
+    """The value with `none` as null where null is allowed, null sections as empty."""
     if type(None) in types and isinstance(value, str) and value.lower() in ("none", "null"):
         return None
     if sections(types) and value is None and type(None) not in types:
@@ -153,7 +155,7 @@ NESTED = "nested"
 
 
 def validate_as(model: type[SectionT], value: Any) -> SectionT:
-    """Validate a value as a section, in a validator that chose its class by another field.
+    """Validate a value as a section that was chosen by another field.
 
     Raises:
         PydanticCustomError: The section's errors in one, see `nested_error`.
@@ -175,7 +177,7 @@ def nested_error(errors: list[dict[str, Any]]) -> PydanticCustomError:
 
 
 def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The errors, with those that carry others replaced by these under their full location."""
+    """Replace errors that carry others by these, under their full location."""
     for error in errors:
         if error["type"] != NESTED:
             yield error
@@ -194,7 +196,7 @@ def _describe(error: dict[str, Any]) -> str:
 
 
 def _with_known(model: type[Section], error: dict[str, Any]) -> dict[str, Any]:
-    """The error; for an unknown key with `known`, the keys that its section has."""
+    """The error; an unknown key's with `known`, the keys of its section."""
     if error["type"] != "extra_forbidden":
         return error
     types: tuple[Any, ...] = (model,)

@@ -54,7 +54,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """Line and problem of a YAML error, without the excerpt of the text in its own message."""
+    """Line and problem of a YAML error, without its excerpt of the text."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return str(error)

@@ -14,12 +14,12 @@ def shown_value(value: Any) -> str:
 
 
 def as_written(value: Any) -> str:
-    """The value as in a preset: text without quotes, null as `none`, anything else as JSON."""
+    """The value as in a preset: text bare, null as `none`, others as JSON."""
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and without the user info of URIs, which may be a password."""
+    """The text without line breaks and without user info, such as passwords, in URIs."""
     return re.sub(r"//[^\s'\"]*@", "//…@", " ".join(text.split()))
