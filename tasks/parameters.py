@@ -2,8 +2,8 @@
 
 Prefect checks a deployment's parameters against their JSON schema before a run exists, and makes
 the form in its UI from it. So the overrides carry the configuration's own schema, in which nothing
-is required, and without defaults: a form must not send what nobody chose. Python callers may pass a
-loaded configuration instead, which the flow uses as it is, with the sources of its values.
+is required, and without defaults, so that a form sends chosen values alone. Python callers may pass
+a loaded configuration instead, which the flow uses as it is, with the sources of its values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Overrides on the command line: what is understood, and what each mistake is told."""
+"""Overrides on the command line: parsing and error messages."""
 
 from __future__ import annotations
 
