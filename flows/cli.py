@@ -77,13 +77,11 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     from flows.pipeline import pipeline
     from flows.terminal import show_run
     from rlhf.report import RunOutcome
-    from tasks.parameters import ORIGINS
     from tasks.progress import show_on
 
     console.print(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
     show_on(console)
-    ORIGINS.set(loaded.sources)
-    state = pipeline(overrides=loaded.config.model_dump(mode="json"), return_state=True)
+    state = pipeline(overrides=loaded, return_state=True)
     result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         return fail(result)
@@ -133,9 +131,7 @@ def stage(
 
     show_on(console)
     digests = {role: ref.digest for role, ref in inputs.items()}
-    state = STAGE_FLOWS[name](
-        overrides=loaded.config.model_dump(mode="json"), inputs=digests, return_state=True
-    )
+    state = STAGE_FLOWS[name](overrides=loaded, inputs=digests, return_state=True)
     result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         return fail(result)

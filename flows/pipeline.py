@@ -18,7 +18,7 @@ from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
 from rlhf.report import RunOutcome, StageRow, StageState
 from tasks.approval import is_waiting, wait_for_approval
 from tasks.first import preflight_flow
-from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
+from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, configuration_name, resolve
 from tasks.prefect_tasks import run_task
 from tasks.report import PipelineRun, write_report
 from tasks.runner import Outcome
@@ -37,12 +37,10 @@ def run_name() -> str:
 
     Prefect calls this again for a retried or resumed run, which keeps its name.
     """
-    overrides = flow_run.parameters.get("overrides") or {}
-    preset = flow_run.parameters.get("preset", NO_PRESET)
-    name = overrides.get("name") or (preset if preset != NO_PRESET else "rlhf")
-    current = flow_run.get_name() or ""
-    if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}", current):
-        return current
+    name = configuration_name(flow_run.parameters)
+    before = flow_run.get_name() or ""
+    if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}", before):
+        return before
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 

@@ -1,4 +1,7 @@
-"""Where a Python function of the operator's lies, and whether it may run; it is not loaded here."""
+"""Custom code: finding and checking a Python function's file without importing it.
+
+Loads no torch: preflight and the worker that runs the function use it.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,34 @@ from pathlib import Path
 
 from rlhf.errors import ConfigError
 
-#: Folders (separated as PATH is) from which the operator allows code to run. An environment
-#: variable, for whoever may set parameters of a run may not be one who may run code here.
+#: Environment variable with the folders (separated as in PATH) that code may run from. It is no
+#: field, because people who may set a run's parameters may not be allowed to run code here.
 ALLOWED = "RLHF_ALLOWED_CODE"
 
 
 class CustomCode:
-    """A function's file, with a digest of its content.
+    """File of a custom function, with the digest of its content.
 
     Args:
         function: `module:function` or `file.py:function`.
-        field: The configuration's field that names it, for messages.
+        field: Section of the configuration that names it, for messages.
 
     Raises:
-        ConfigError: It lies outside of the operator's folders, or does not exist.
+        ConfigError: The file does not exist or lies outside of the allowed folders.
     """
 
     def __init__(self, function: str, field: str) -> None:
         self.where = f"{field}.function = {function!r}"
-        place, _, self.name = function.rpartition(":")
-        self.module = "" if place.endswith(".py") else place
-        self.file, self.folder = self._found(place)
+        path, _, self.name = function.rpartition(":")
+        self.module = "" if path.endswith(".py") else path
+        self.file, self.folder = self._find(path)
         self.digest = hashlib.sha256(self.file.read_bytes()).hexdigest()
 
     def check(self) -> None:
-        """Refuse what can be seen without running it.
+        """Check by its syntax tree that the file defines or imports the function.
 
         Raises:
-            ConfigError: The file is no Python, or nothing in it has the function's name.
+            ConfigError: The file is not valid Python, or has no such name.
         """
         try:
             nodes = [*ast.walk(ast.parse(self.file.read_bytes(), self.file.name))]
@@ -48,31 +51,31 @@ class CustomCode:
         assigned = [n.id for n in nodes if isinstance(n, ast.Name)]
         known = {*functions, *imported, *assigned}
         if self.name not in known and "*" not in known:
-            there = f"it has {', '.join(functions)}" if functions else "it has none"
+            existing = f"it has {', '.join(functions)}" if functions else "it has none"
             raise ConfigError(
-                f"{self.where}: {self.file.name} has no function {self.name!r}; {there}"
+                f"{self.where}: {self.file.name} has no function {self.name!r}; {existing}"
             )
 
-    def _found(self, place: str) -> tuple[Path, Path]:
-        """The function's file, and the folder that its imports start from."""
-        listed = [Path(p).resolve() for p in os.environ.get(ALLOWED, "").split(os.pathsep) if p]
-        if not listed:
+    def _find(self, path: str) -> tuple[Path, Path]:
+        """File of the function, and the folder that its imports start from."""
+        allowed = [Path(p).resolve() for p in os.environ.get(ALLOWED, "").split(os.pathsep) if p]
+        if not allowed:
             raise ConfigError(
                 f"{self.where}: code of one's own is not allowed here; the operator has to list "
                 f"its folder in the environment variable {ALLOWED}"
             )
-        path = f"{place.replace('.', '/')}" if self.module else place
-        names = [f"{path}.py", f"{path}/__init__.py"] if self.module else [path]
-        starts = listed if self.module else [Path.cwd(), *listed]
-        there = [(s, s / name) for s in starts for name in names if (s / name).is_file()]
-        if not there:
+        package = path.replace(".", "/")
+        names = [f"{package}.py", f"{package}/__init__.py"] if self.module else [path]
+        starts = allowed if self.module else [Path.cwd(), *allowed]
+        matches = [(s, s / name) for s in starts for name in names if (s / name).is_file()]
+        if not matches:
             raise ConfigError(
                 f"{self.where}: no such {'module' if self.module else 'file'} in "
                 f"{ALLOWED} = {os.environ[ALLOWED]!r}; correct the name"
             )
-        start, file = there[0][0], there[0][1].resolve()
-        # Links are followed first: where a file is is where it really is.
-        if not any(file.is_relative_to(folder) for folder in listed):
+        start, file = matches[0][0], matches[0][1].resolve()
+        # After links are resolved, so that a link can't lead out of the allowed folders.
+        if not any(file.is_relative_to(folder) for folder in allowed):
             raise ConfigError(
                 f"{self.where}: lies in {str(file.parent)!r}, outside of the folders in "
                 f"{ALLOWED}; move it there"

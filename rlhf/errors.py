@@ -1,35 +1,36 @@
-"""The errors a user can meet: each names the field or key, the value and the cure.
+"""Errors that the pipeline raises on purpose.
 
-Every class passes all of its arguments on, so that errors survive pickling between processes, and
-inherits the standard error that a caller would expect to catch.
+Their messages name the field or key, the value and the cure. Every class passes all of its
+arguments on, so that errors survive pickling between processes, and inherits the standard exception
+that a caller would expect to catch.
 """
 
 from __future__ import annotations
 
 
 class RLHFError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of all errors that this project raises."""
 
-    #: Whether trying the same work again can help; tasks read this to decide on a retry.
+    #: True if a retry of the same work may succeed.
     retriable = False
 
 
 class ConfigError(RLHFError, ValueError):
-    """A configuration value is unusable. Raised before any expensive work."""
+    """A configuration value is unusable; raised before any expensive work."""
 
 
 class DataError(RLHFError, ValueError):
-    """Input data is missing, empty or not in a shape that can be trained on."""
+    """Input data are missing, empty or not in a form to train on."""
 
 
 class StoreError(RLHFError, OSError):
-    """The object store refused or failed a request; retried by default."""
+    """The object store refused or failed a request."""
 
     retriable = True
 
 
 class StoreConfigError(StoreError, ConfigError):
-    """The store can't work as configured (no such bucket, access denied, unwritable folder)."""
+    """The store can't be used as configured, as when access is denied."""
 
     retriable = False
 
@@ -41,53 +42,54 @@ class ArtifactMissing(StoreError):
 
 
 class ArtifactCorrupt(StoreError):
-    """Stored bytes differ from what the manifest promises, or the manifest itself is hostile."""
+    """Stored bytes do not match their manifest, or the manifest is invalid or unsafe."""
 
     retriable = False
 
 
 class TrainingError(RLHFError, ArithmeticError):
-    """Training can't go on: a non-finite loss or reward, or a resume that does not match."""
+    """Training can't continue, as after a non-finite loss or a wrong checkpoint."""
 
 
 class Interrupted(RLHFError):
-    """The process was asked to end; what was done is saved, and the same work goes on from it."""
+    """SIGTERM was received; the work is saved, and a retry resumes from there."""
 
     retriable = True
 
 
 class CheckpointError(RLHFError, OSError):
-    """A checkpoint can't be written, as on a full disk; those before it are whole."""
+    """A checkpoint can't be written, as on a full disk; earlier ones are intact."""
 
     retriable = True
 
 
 class StageLost(RLHFError):
-    """The machine, worker or process that ran a stage is gone; it goes on from its checkpoint."""
+    """The machine or process of a stage is gone; a retry resumes from its checkpoint."""
 
     retriable = True
 
 
 class WorkerDied(RLHFError):
-    """One of a stage's child processes ended without a word, as by a signal or lack of memory."""
+    """A child process of a stage died without an error, as by a signal."""
 
     retriable = True
 
 
 class StageFailed(RLHFError):
-    """A stage's own run ended without a result; it has tried again where that could help."""
+    """A stage's run on its deployment ended without a result, after its own retries."""
 
 
 class RewardServiceError(RLHFError, ConnectionError):
-    """A service that scores replies can't be reached or fails, again and again."""
+    """A reward service is unreachable or fails, after retries."""
 
     retriable = True
 
 
 class GateRejected(RLHFError):
-    """An evaluation gate said no. Final: retrying the same model gives the same answer.
+    """A gate rejected a model; never retried.
 
-    `verdict` holds the rules and what was measured (a `rlhf.gates.Verdict`).
+    The same model would get the same verdict. `verdict` is the `rlhf.gates.Verdict`: rules and
+    measured values.
     """
 
     def __init__(self, message: str, verdict: object = None) -> None:
@@ -99,30 +101,30 @@ class GateRejected(RLHFError):
 
 
 class PromotionLost(RLHFError):
-    """Somebody else changed the champion meanwhile; whether to do it again is a new decision."""
+    """The champion was changed by another promotion meanwhile; never retried."""
 
 
 class PolicyWithdrawn(RLHFError):
-    """A person took this policy back, so a run does not promote it again."""
+    """The policy was rolled back by a person, so a run does not promote it again."""
 
 
 class ApprovalMissing(RLHFError):
-    """Nobody has said yet whether this policy may be promoted."""
+    """The promotion of this policy is not decided yet."""
 
 
 class ApprovalRefused(RLHFError):
-    """A person said that this policy may not be promoted."""
+    """The promotion of this policy was refused by a person."""
 
 
 class SmokeTestFailed(RLHFError):
-    """The published policy, loaded as a user would, can't answer."""
+    """The published policy, loaded as a user would, produces no answers."""
 
 
 def worth_retrying(error: BaseException) -> bool:
-    """Whether the same work may succeed when tried again.
+    """Return whether a retry of the same work may succeed.
 
-    Ours say so themselves. Of the others, a broken connection, a full disk or an exhausted memory
-    may pass; a wrong value, type or computation will not.
+    `RLHFError.retriable` decides, or for other exceptions whether they come from the machine: an
+    OSError, MemoryError or TimeoutError.
     """
     if isinstance(error, RLHFError):
         return error.retriable

@@ -1,4 +1,4 @@
-"""The processes that do one stage's work together; outside of a launch, one that is alone."""
+"""Collectives over the processes of a training stage; no-ops for a single process."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from rlhf.errors import RLHFError, TrainingError
 
 T = TypeVar("T")
-#: Bytes that are sent at a time: what is summed is copied for it.
+#: Bytes that are sent at a time; the values are copied into a buffer for it.
 BUCKET = 2**26
 
 
 def world() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says it in the environment."""
+    """Rank and number of processes, from the environment variables that torchrun sets."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Ranks:
-    """Shares work out and brings results together.
+    """Splits work among processes and combines their results.
 
-    All processes call the same methods in the same order, and all get the same results.
+    All processes must call the same methods in the same order; all get the same results.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, device: torch.device | None = None) -> None:
@@ -34,40 +34,44 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes, uploads and tells of progress."""
+        """True in the leader: the process that writes, uploads and reports progress."""
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """This process's rows of `n`."""
+        """Slice of this process's rows out of `n`."""
         return slice(n * self.rank // self.count, n * (self.rank + 1) // self.count)
 
-    def gather(self, mine: T) -> list[T]:
-        """What each process has, by rank."""
+    def barrier(self) -> None:
+        """Wait until all processes have called it."""
+        self.gather(None)
+
+    def gather(self, value: T) -> list[T]:
+        """Values of all processes, by rank."""
         if self.count == 1:
-            return [mine]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, mine)
-        return found
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true of any process."""
+        """Return whether the flag is true in any process."""
         return any(self.gather(flag)) if self.count > 1 else flag
 
     def must_agree(self, what: str, value: float) -> None:
-        """See that all have the same.
+        """Check that all processes have the same value; `what` names it in the error.
 
         Raises:
-            TrainingError: They do not, so that what follows would be nobody's result.
+            TrainingError: They differ, so the training can't be trusted.
         """
-        found = self.gather(value)
-        if any(other != found[0] for other in found):
+        values = self.gather(value)
+        if any(other != values[0] for other in values):
             raise TrainingError(
-                f"the processes differ in {what} ({found}); the last checkpoint is intact, and "
+                f"the processes differ in {what} ({values}); the last checkpoint is intact, and "
                 "processes = none trains without this risk"
             )
 
     def add_up(self, *tensors: Tensor) -> None:
-        """Put into each tensor the sum of its values in all processes."""
+        """Replace each tensor by its sum over all processes, in place."""
         if self.count == 1:
             return
         for bucket in _buckets(tensors):
@@ -80,7 +84,7 @@ class Ranks:
     def shared(
         self, function: Callable[[Sequence[T]], Sequence[float]]
     ) -> Callable[[Sequence[T]], Sequence[float]]:
-        """The same function of a batch, of which each process does its rows."""
+        """Wrap a function of a batch so that each process computes its own rows of it."""
         if self.count == 1:
             return function
 
@@ -94,30 +98,30 @@ class Ranks:
     def led(
         self, function: Callable[[Sequence[T]], Sequence[float]]
     ) -> Callable[[Sequence[T]], Sequence[float]]:
-        """The same function, called by the leading process alone; the others get its results.
+        """Wrap a function so that only the leader calls it; all get its result or error.
 
-        So a service is asked once, and what has a state of its own has one.
+        So a service is called once, and a stateful function has one state.
         """
         if self.count == 1:
             return function
 
         def call(batch: Sequence[T]) -> list[float]:
-            answer: list[Any] = [None]
+            result: list[Any] = [None]
             if self.leads:
                 try:
-                    answer = [list(function(batch))]
+                    result = [list(function(batch))]
                 except RLHFError as error:
-                    answer = [error]
-            dist.broadcast_object_list(answer, 0)
-            if isinstance(answer[0], RLHFError):
-                raise answer[0]
-            return answer[0]
+                    result = [error]
+            dist.broadcast_object_list(result, 0)
+            if isinstance(result[0], RLHFError):
+                raise result[0]
+            return result[0]
 
         return call
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one kind, a few at a time."""
+    """Groups of tensors of one dtype, of up to `BUCKET` bytes."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         full = sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET

@@ -1,32 +1,31 @@
-"""The flows' parameters: a preset's name, and overrides that Prefect checks at submission.
+"""Parameters of the flows: preset and overrides.
 
-A deployment's parameters are checked against a JSON schema before a run exists, and the form in
-Prefect's UI is made from it. So the overrides carry the configuration's own schema, in which
-nothing is required, and no default: a form must not send what nobody chose.
+Prefect checks a deployment's parameters against their JSON schema before a run exists, and makes
+the form in its UI from it. So the overrides carry the configuration's own schema, in which nothing
+is required, and without defaults, so that a form sends chosen values alone. Python callers may pass
+a loaded configuration instead, which the flow uses as it is, with the sources of its values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Annotated, Any, cast
 
-from pydantic import BeforeValidator, GetJsonSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, core_schema
 
 from rlhf.config import Loaded, PipelineConfig, load_preset, presets
 
 Tree = dict[str, Any]
-
 
 NO_PRESET = "none"
 #: No override. A field that may be null has no form in Prefect's UI until its type is chosen.
 NOTHING: Tree = {}
 
 
-class _Known:
-    """Puts the names of the shipped presets into the schema."""
+class _PresetSchema:
+    """JSON schema of a preset's name: one of the shipped presets, or none."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -34,21 +33,58 @@ class _Known:
         return {"type": "string", "enum": [NO_PRESET, *presets()]}
 
 
-class _Partial:
-    """Puts the configuration's schema, with nothing to fill in, in the place of any mapping."""
+class _OverridesSchema:
+    """Validation and JSON schema of overrides."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        mapping = handler.generate_schema(Tree)
+        return core_schema.no_info_wrap_validator_function(_unless_loaded, mapping)
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         whole = PipelineConfig.model_json_schema()
         partial = _without_defaults(whole, whole.pop("$defs"))
-        # What PPO's section goes by, `rl_gamma` and the like, may stand at the top too.
+        # `rl_` names may stand at the top too.
         partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
         return partial
 
 
+Preset = Annotated[str, _PresetSchema()]
+Overrides = Annotated[Tree | PipelineConfig | Loaded, _OverridesSchema()]
+
+
+def resolve(preset: str, overrides: Tree | PipelineConfig | Loaded) -> Loaded:
+    """Load the configuration that parameters name, or take the loaded one as is.
+
+    Raises:
+        ConfigError: One line naming the field, the value and the cure.
+    """
+    if isinstance(overrides, Loaded):
+        return overrides
+    # Prefect has validated the parameters, so that a configuration is a mapping by now.
+    return load_preset(None if preset == NO_PRESET else preset, cast("Tree", overrides))
+
+
+def configuration_name(parameters: Mapping[str, Any]) -> str:
+    """Return the name in a run's parameters: that of the overrides, or of the preset."""
+    overrides: Tree | Loaded = parameters.get("overrides") or {}
+    if isinstance(overrides, Loaded):
+        return overrides.config.name
+    preset = parameters.get("preset", NO_PRESET)
+    return overrides.get("name") or (preset if preset != NO_PRESET else "rlhf")
+
+
+def _unless_loaded(value: Any, to_mapping: core_schema.ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, Loaded):
+        return value
+    return to_mapping(value.model_dump(mode="json") if isinstance(value, PipelineConfig) else value)
+
+
 def _without_defaults(node: Any, definitions: Tree) -> Any:
-    """The schema in one piece, and without defaults."""
+    """The schema with its references resolved, and without defaults."""
     if isinstance(node, list):
         return [_without_defaults(item, definitions) for item in cast("list[Any]", node)]
     if not isinstance(node, dict):
@@ -58,7 +94,7 @@ def _without_defaults(node: Any, definitions: Tree) -> Any:
         own = {key: value for key, value in tree.items() if key != "$ref"}
         tree = definitions[tree["$ref"].rpartition("/")[2]] | own
     if tree.get("type") == "boolean":
-        # A form's check box is false when nobody has touched it; a choice is nothing.
+        # An untouched check box of a form sends false, an untouched choice sends nothing.
         tree = {key: value for key, value in tree.items() if key != "type"} | {
             "enum": [True, False]
         }
@@ -70,26 +106,3 @@ def _without_defaults(node: Any, definitions: Tree) -> Any:
         for key, value in tree.items()
         if key != "default"
     }
-
-
-def _tree(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, PipelineConfig) else value
-
-
-Preset = Annotated[str, _Known()]
-Overrides = Annotated[dict[str, Any], BeforeValidator(_tree), _Partial()]
-
-
-#: Where a command that has put preset and overrides together found each value.
-ORIGINS: ContextVar[Mapping[str, str] | None] = ContextVar("ORIGINS", default=None)
-
-
-def resolve(preset: str, overrides: Tree) -> Loaded:
-    """The configuration that a run's parameters name, and where each value came from.
-
-    Raises:
-        ConfigError: One line naming the field, the value and the cure.
-    """
-    loaded = load_preset(None if preset == NO_PRESET else preset, overrides)
-    origins = ORIGINS.get()
-    return loaded if origins is None else Loaded(loaded.config, origins)

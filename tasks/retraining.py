@@ -76,7 +76,8 @@ def warm_started(loaded: Loaded, champion: Mapping[str, Any] | None, store: Stor
         digest = store.manifest(digest).parents["sft"]
     base = loaded.config.base.model_copy(update={"path": f"artifact:{digest}", "revision": None})
     config = loaded.config.model_copy(update={"base": base})
-    return Loaded(config, {**loaded.sources, "base.path": f"champion ({start})"})
+    sources = {**loaded.sources, "base.path": f"champion ({start})"}
+    return Loaded(config=config, sources=sources)
 
 
 def record_retraining(

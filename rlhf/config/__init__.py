@@ -1,9 +1,8 @@
-"""Configuration: frozen pydantic models and the loader that merges preset and command line."""
+"""Configuration: its sections, and loading it from presets and overrides."""
 
 from rlhf.config.advice import advice
 from rlhf.config.components import (
     ComponentSection,
-    CorrectnessComponent,
     CorrectnessConfig,
     CustomComponent,
     CustomConfig,
@@ -14,14 +13,9 @@ from rlhf.config.components import (
     RegexComponent,
     RemoteComponent,
     RepetitionComponent,
-    RewardModelComponent,
 )
 from rlhf.config.data import DataConfig, WorldConfig
-from rlhf.config.environments import (
-    MultiObjectiveConfig,
-    PreferenceConfig,
-    TextGenerationConfig,
-)
+from rlhf.config.environments import PreferenceConfig
 from rlhf.config.load import Loaded, load_config, load_preset, presets
 from rlhf.config.machine import on_this_machine
 from rlhf.config.models import (
@@ -29,56 +23,44 @@ from rlhf.config.models import (
     BaseModelConfig,
     EvaluationConfig,
     GateRule,
-    GatesConfig,
     LoraConfig,
     RewardModelConfig,
     SFTConfig,
 )
 from rlhf.config.pipeline import (
     PipelineConfig,
-    PromotionConfig,
-    RetryConfig,
     RuntimeConfig,
     StoreConfig,
 )
 from rlhf.config.ppo import PPOConfig
-from rlhf.config.retraining import RetrainingConfig
 from rlhf.config.tracking import TrackingConfig
 
 __all__ = [
     "ArchitectureConfig",
     "BaseModelConfig",
     "ComponentSection",
-    "CorrectnessComponent",
     "CorrectnessConfig",
     "CustomComponent",
     "CustomConfig",
     "DataConfig",
     "EvaluationConfig",
     "GateRule",
-    "GatesConfig",
     "JsonValidComponent",
     "KeywordComponent",
     "LengthComponent",
     "LengthPenaltyConfig",
     "Loaded",
     "LoraConfig",
-    "MultiObjectiveConfig",
     "PPOConfig",
     "PipelineConfig",
     "PreferenceConfig",
-    "PromotionConfig",
     "RegexComponent",
     "RemoteComponent",
     "RepetitionComponent",
-    "RetrainingConfig",
-    "RetryConfig",
-    "RewardModelComponent",
     "RewardModelConfig",
     "RuntimeConfig",
     "SFTConfig",
     "StoreConfig",
-    "TextGenerationConfig",
     "TrackingConfig",
     "WorldConfig",
     "advice",

@@ -1,4 +1,4 @@
-"""Values that are allowed but unusual: outside the range that a field's schema advises."""
+"""Notes on values that are allowed but outside of their field's advised range."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rlhf.config.pipeline import PipelineConfig
 
 
 def advice(config: PipelineConfig) -> list[str]:
-    """One line for each value outside its advised range, in the order of the sections."""
-    return list(_outside(config, ""))
+    """One line for each value outside of its advised range."""
+    return list(_unusual_values(config, ""))
 
 
-def _outside(section: BaseModel, prefix: str) -> Iterator[str]:
+def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
     for name, field in type(section).model_fields.items():
         value: Any = getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from _outside(value, f"{prefix}{name}.")
+            yield from _unusual_values(value, f"{prefix}{name}.")
             continue
         extra = field.json_schema_extra
         if not isinstance(extra, dict) or "advised" not in extra or value is None:

@@ -1,4 +1,4 @@
-"""The reward functions, and the components of which `multi_objective` makes a weighted sum."""
+"""Options of reward functions and of the components of `multi_objective`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import regex
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.config.section import Section, chosen, nested
+from rlhf.config.section import Section, nested_error, validate_as
 
-#: Hosts to which a token may go without encryption: what is sent there stays on the machine.
+#: Hosts to which a token may be sent unencrypted, because it does not leave the machine.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -59,15 +59,15 @@ class CustomConfig(Section):
     @field_validator("function")
     @classmethod
     def _has_two_parts(cls, value: str) -> str:
-        place, colon, name = value.rpartition(":")
-        is_module = all(part.isidentifier() for part in place.split("."))
-        if not colon or not name.isidentifier() or not (is_module or place.endswith(".py")):
+        path, colon, name = value.rpartition(":")
+        is_module = all(part.isidentifier() for part in path.split("."))
+        if not colon or not name.isidentifier() or not (is_module or path.endswith(".py")):
             raise ValueError(f"{value!r} is no function; write module:function or file.py:function")
         return value
 
 
 class ComponentSection(Section):
-    """What every component has."""
+    """Options of every component."""
 
     weight: float = 1.0
     """Factor in the sum; `reward_weights` wins over it."""
@@ -95,7 +95,9 @@ class LengthComponent(ComponentSection):
 
     @field_validator("points")
     @classmethod
-    def _rising(cls, value: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    def _tokens_rise(
+        cls, value: tuple[tuple[float, float], ...]
+    ) -> tuple[tuple[float, float], ...]:
         for (left, _), (right, _) in pairwise(value):
             if right <= left:
                 raise ValueError(f"tokens must rise from point to point, and {right:g} follows "
@@ -153,7 +155,7 @@ class JsonValidComponent(ComponentSection):
     """Keys that an object must have."""
 
     @model_validator(mode="after")
-    def _keys_of_an_object(self) -> Self:
+    def _keys_need_an_object(self) -> Self:
         if self.keys and self.require != "object":
             raise ValueError(f"keys = {list(self.keys)} need require = 'object', not "
                              f"{self.require!r}; set it")  # fmt: skip
@@ -209,7 +211,7 @@ class RemoteComponent(ComponentSection):
 
     @field_validator("url")
     @classmethod
-    def _web(cls, value: str) -> str:
+    def _valid_url(cls, value: str) -> str:
         try:
             parts = urlsplit(value)
             _ = parts.port
@@ -220,13 +222,13 @@ class RemoteComponent(ComponentSection):
             raise ValueError("holds user info or a query, where secrets stand; set token_env")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must be http://host/path or https://host/path")
-        if not _can_be_asked(value):
+        if not _is_usable_url(value):
             raise ValueError("is no valid URL; mend its host, and odd characters in it")
         return value
 
     @field_validator("token_env")
     @classmethod
-    def _a_name(cls, value: str | None) -> str | None:
+    def _valid_name(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
             # Not repeated: it may be the token itself.
             raise ValueError("is no NAME of an environment variable; set one, and name it here")
@@ -240,13 +242,13 @@ class RemoteComponent(ComponentSection):
         return self
 
 
-def _can_be_asked(url: str) -> bool:
-    """Whether httpx takes it, and its host could be looked up: urlsplit lets much more through."""
-    import httpx  # slow to import, and few ask a service
+def _is_usable_url(url: str) -> bool:
+    """Return whether httpx accepts the URL, and DNS its host name."""
+    import httpx  # slow to import, and rarely needed
 
     try:
-        found = httpx.URL(url)
-        host = found.host and found.raw_host.decode("ascii")
+        parsed = httpx.URL(url)
+        host = parsed.host and parsed.raw_host.decode("ascii")
         host.encode("idna")  # as a socket does: no part empty or too long
     except (httpx.InvalidURL, UnicodeError):
         return False
@@ -259,7 +261,7 @@ AnyComponent = (
     | RemoteComponent
 )  # fmt: skip
 
-#: The section of each kind of component.
+#: The section of each component type.
 COMPONENTS: Mapping[str, type[ComponentSection]] = {
     "reward_model": RewardModelComponent,
     "length": LengthComponent,
@@ -273,25 +275,24 @@ COMPONENTS: Mapping[str, type[ComponentSection]] = {
 }
 
 
-def component(name: str, value: Any) -> ComponentSection:
-    """The component of this name; its kind is its `type`, or else its name.
+def validate_component(name: str, value: Any) -> ComponentSection:
+    """Validate the options of a component, whose type is its `type`, or else its name.
 
     Raises:
-        PydanticCustomError: It is wrong; `loc` starts with the name.
+        PydanticCustomError: The errors in one, see `nested_error`.
     """
     if isinstance(value, ComponentSection):
         return value
     options = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-    kind = options.get("type", name)
+    component_type = options.get("type", name)
+    problem = ""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,62}", name):
-        raise _wrong(name, f"{name!r} is no name of a component; use letters, digits, _ and -")
-    if name == "missing_eos":
-        raise _wrong(name, f"{name!r} is a curve of its own beside the components'; rename it")
-    if not isinstance(kind, str) or kind not in COMPONENTS:
-        raise _wrong(name, f"type = {kind!r} is no kind of component; known are "
-                     f"{', '.join(COMPONENTS)}")  # fmt: skip
-    return chosen(COMPONENTS[kind], {} if value is None else value)
-
-
-def _wrong(name: str, text: str) -> Exception:
-    return nested([{"type": "value_error", "loc": (), "msg": text, "input": name}])
+        problem = f"{name!r} is no name of a component; use letters, digits, _ and -"
+    elif name == "missing_eos":
+        problem = f"{name!r} is a curve of its own beside the components'; rename it"
+    elif not isinstance(component_type, str) or component_type not in COMPONENTS:
+        known = ", ".join(COMPONENTS)
+        problem = f"type = {component_type!r} is no kind of component; known are {known}"
+    if problem:
+        raise nested_error([{"type": "value_error", "loc": (), "msg": problem, "input": name}])
+    return validate_as(COMPONENTS[component_type], {} if value is None else value)

@@ -1,4 +1,4 @@
-"""What the pipeline learns from: preference pairs, demonstrations and prompts."""
+"""Section of the data: preference pairs, demonstrations and prompts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class DataConfig(Section):
     """Pairs with a longer reply on either side are left out and counted."""
 
     @model_validator(mode="after")
-    def _the_world_has_no_columns(self) -> Self:
+    def _world_has_no_columns(self) -> Self:
         for name in ("reference_column", "metadata_columns"):
             value = getattr(self, name)
             if value and self.source == "world":
@@ -72,14 +72,14 @@ class DataConfig(Section):
         scheme, separator, rest = value.partition("://")
         if not separator:
             return value
-        place = rest.partition("/")[0]
-        if "@" in place:
+        host = rest.partition("/")[0]
+        if "@" in host:
             # The value itself must not be repeated: it may hold a password.
             raise ValueError("holds user info; give credentials by the AWS chain instead")
         if scheme not in ("file", "s3"):
             raise ValueError(
                 f"scheme {scheme!r} is not supported; download the data, or use s3:// or a hub id"
             )
-        if bool(place) is not (scheme == "s3"):
+        if bool(host) is not (scheme == "s3"):
             raise ValueError("is no full URI; write s3://bucket/key or file:///folder")
         return value

@@ -1,4 +1,4 @@
-"""Writes docs/ppo.md from the configuration: `python -m rlhf.config.document > docs/ppo.md`."""
+"""Generator of docs/ppo.md: `python -m rlhf.config.document > docs/ppo.md`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Literal, cast, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlhf.config.aliases import aliases
+from rlhf.config.aliases import ALIASES
 from rlhf.config.ppo import COMPAT, PPOConfig
-from rlhf.config.section import kinds
+from rlhf.config.section import union_members
 from rlhf.config.wording import as_written
 
 HEAD = """# PPO's parameters
@@ -47,21 +47,21 @@ Where the peers differ. A field that is given by itself wins.
 
 
 def page() -> str:
-    """The whole page."""
+    """Render the page."""
     return HEAD + "".join(f"{row}\n" for row in rows()) + compat_table()
 
 
 def rows() -> Iterator[str]:
-    """A row for each field of section `ppo`, in the order of the sections."""
-    also = {name: alias for alias, name in aliases(PPOConfig.model_fields).items()}
+    """Yield a table row for each field of section `ppo`, in their order."""
+    alias_of = {name: alias for alias, name in ALIASES.items()}
     for name, field in PPOConfig.model_fields.items():
-        alias = f"`{also[name]}`" if name in also else ""
+        alias = f"`{alias_of[name]}`" if name in alias_of else ""
         cells = (f"`{name}`", alias, _default(field), _bounds(field), _advised(field))
         yield "| " + " | ".join((*cells, _meaning(field))) + " |"
 
 
 def compat_table() -> str:
-    """What each peer's preset sets."""
+    """Render the table of the values that each `compat` sets."""
     names = dict.fromkeys(name for values in COMPAT.values() for name in values)
     peers = " | ".join(f"`{peer}`" for peer in COMPAT)
     lines = [COMPAT_HEAD.format(peers=peers, dashes="---|" * len(COMPAT))]
@@ -80,8 +80,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _bounds(field: FieldInfo) -> str:
-    types = kinds(field.annotation)
-    choices = [c for kind in types if get_origin(kind) is Literal for c in get_args(kind)]
+    types = union_members(field.annotation)
+    choices = [c for t in types if get_origin(t) is Literal for c in get_args(t)]
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
     if bool in types:

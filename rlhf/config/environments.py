@@ -1,4 +1,4 @@
-"""What may stand in `env_config`: one section for each `env_type`."""
+"""Options of environments: the section of `env_config` for each `env_type`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlhf.config import strict_yaml
-from rlhf.config.components import AnyComponent, CustomConfig, component
-from rlhf.config.section import Section, nested
+from rlhf.config.components import (
+    AnyComponent,
+    ComponentSection,
+    CustomConfig,
+    validate_component,
+)
+from rlhf.config.section import NESTED, Section, nested_error
 from rlhf.files import at_home
 
 
@@ -22,8 +27,8 @@ class TextGenerationConfig(Section):
     """A reply ends where one of these appears, and is cut off before it."""
 
 
-def _or_null_within(schema: dict[str, Any]) -> None:
-    """Let the JSON schema accept a component without options, as YAML's `reward_model:` is."""
+def _allow_null_components(schema: dict[str, Any]) -> None:
+    """Make the JSON schema accept a component without options, such as null."""
     values = schema["additionalProperties"]
     schema["additionalProperties"] = {**values, "anyOf": [*values["anyOf"], {"type": "null"}]}
 
@@ -32,26 +37,27 @@ class MultiObjectiveConfig(Section):
     """The reward is a weighted sum of named components."""
 
     components: dict[str, AnyComponent] = Field(
-        default_factory=dict[str, AnyComponent], json_schema_extra=_or_null_within
+        default_factory=dict[str, AnyComponent], json_schema_extra=_allow_null_components
     )
     """Name of each component and its options; its kind is `type`, or else the name itself."""
 
     @field_validator("components", mode="before")
     @classmethod
-    def _by_type(cls, value: Any) -> Any:
+    def _validate_components(cls, value: Any) -> Any:
+        # A tagged union would do most of this, but its JSON schema (oneOf) refuses a component
+        # whose type is its name, and its errors do not name the known keys of the type.
         if not isinstance(value, Mapping):
             raise ValueError("must be a mapping from names to components")
-        found: dict[str, Any] = {}
+        components: dict[str, ComponentSection] = {}
         errors: list[dict[str, Any]] = []
         for name, options in cast("Mapping[Any, Any]", value).items():
             try:
-                found[str(name)] = component(str(name), options)
+                components[str(name)] = validate_component(str(name), options)
             except PydanticCustomError as error:
-                inner: Any = error.context
-                errors += [{**e, "loc": (str(name), *e["loc"])} for e in inner["errors"]]
+                errors.append({"type": NESTED, "loc": (str(name),), "ctx": error.context})
         if errors:
-            raise nested(errors)
-        return found
+            raise nested_error(errors)
+        return components
 
 
 class PreferenceConfig(Section):
@@ -80,11 +86,11 @@ class PreferenceConfig(Section):
                 "2, or rival to reference"
             )
         for name in ("pair_model", "custom"):
-            given = getattr(self, name) is not None
-            if given and self.judge != name:
+            is_set = getattr(self, name) is not None
+            if is_set and self.judge != name:
                 raise ValueError(f"{name} is given, but judge = {self.judge!r} does not use it; "
                                  f"set judge to {name}")  # fmt: skip
-            if self.judge == name and not given:
+            if self.judge == name and not is_set:
                 raise ValueError(f"judge = {name!r} needs {name}; give it")
         return self
 
@@ -100,10 +106,10 @@ ENVIRONMENTS: Mapping[str, type[Section]] = {
 
 
 def read_mapping(value: Any, what: str) -> Any:
-    """A mapping that is given as JSON text, or as the path of a JSON or YAML file, read.
+    """Read a mapping from JSON text, or from the path of a JSON or YAML file.
 
-    The file's content takes the place of its path, so that another content is another
-    configuration. A path is taken from the working directory. Other values are returned as is.
+    Other values are returned as is. The content takes the place of the path, so that a changed file
+    is another configuration. A relative path starts from the working directory.
 
     Raises:
         ValueError: The text or file can't be read, or holds no mapping.
@@ -112,7 +118,9 @@ def read_mapping(value: Any, what: str) -> Any:
         return value
     if value.lstrip().startswith("{"):
         try:
-            return json.loads(value, parse_constant=_not_json, object_pairs_hook=strict_yaml.unique)
+            return json.loads(
+                value, parse_constant=_refuse_constant, object_pairs_hook=strict_yaml.unique
+            )
         except (ValueError, RecursionError) as error:
             raise ValueError(f"is no JSON ({error}); mend the text") from None
     path = at_home(value)
@@ -131,5 +139,5 @@ def read_mapping(value: Any, what: str) -> Any:
     return cast("dict[str, Any]", tree)
 
 
-def _not_json(constant: str) -> float:
+def _refuse_constant(constant: str) -> float:
     raise ValueError(f"{constant} is no number")

@@ -1,4 +1,7 @@
-"""Says in one line what is wrong with a value: field, value, the cure, and where it was given."""
+"""Messages about values: one-line errors, and notes on unusual values.
+
+An error names field, value and cure, and the file or command line that the value is from.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from rlhf.config.fields import nearest, siblings
-from rlhf.config.section import expanded
+from rlhf.config.section import expand_nested
 from rlhf.config.wording import one_line, shown_value
 
-#: Our words for pydantic's kinds of error; braces take from the error's context.
+#: Text for pydantic's error types; names in braces are from the error's context.
 WORDING = {
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be more than {gt}",
@@ -40,46 +43,55 @@ WORDING = {
 
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
-    """The first problem of a configuration whose values came from `sources`."""
-    errors = list(expanded([dict(e) for e in error.errors()]))
-    # A misspelt field that must be there gives two errors, and this one names the cure.
+    """Word the first problem of a configuration in one line.
+
+    Args:
+        error: The errors of validation.
+        sources: Source of each value, by dotted name.
+    """
+    errors = list(expand_nested([dict(e) for e in error.errors()]))
+    # A misspelt field that is required gives two errors; the unknown name leads to the cure.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # A field that may be a number or text reports the type it tried as if it were a field.
+    # Where a field may be a number or text, pydantic adds the type that it tried to the location.
     parts = [str(part) for part in first["loc"] if part not in ("float", "str", "[key]")]
-    field, kind = ".".join(parts), first["type"]
-    if kind == "extra_forbidden":
+    field, error_type = ".".join(parts), first["type"]
+    if error_type == "extra_forbidden":
         known = first.get("known")
         text = f"{field} is not a field of the configuration; "
         text += f"known are {', '.join(known)}" if known else cure(field)
-    elif kind == "value_error":
+    elif error_type == "value_error":
         # The validator names the value, unless it must not be repeated.
         text = first["msg"].removeprefix("Value error, ")
         text = f"{field}: {text}" if field else text
     else:
         context = first.get("ctx", {}).items()
         bounds = {k: f"{v:.12g}" if isinstance(v, float) else v for k, v in context}
-        ours = WORDING.get(kind)
-        text = ours.format_map(bounds) if ours else first["msg"].replace("Input should", "must")
-        valued = kind not in ("missing", "invalid_key")
-        shown = f" = {shown_value(first['input'])}" if valued else ""
+        wording = WORDING.get(error_type)
+        text = first["msg"].replace("Input should", "must")
+        text = wording.format_map(bounds) if wording else text
+        has_value = error_type not in ("missing", "invalid_key")
+        shown = f" = {shown_value(first['input'])}" if has_value else ""
         text = f"{field}{shown}: {text}"
-    return one_line(text + _origin(field, text, sources))
+    return one_line(text + _source_note(field, text, sources))
 
 
 def cure(field: str) -> str:
-    """What to do about a field that does not exist."""
+    """Advice on a field that does not exist."""
     if field.startswith("ppo.env_config.") and (known := siblings(field)):
         return f"known are {', '.join(known)}"
     near = nearest(field)
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 
 
-def _origin(field: str, text: str, sources: Mapping[str, str]) -> str:
-    """` (from quickstart.yaml)`; for a rule on several fields, where the ones it names are from."""
-    below = [k for k in sources if not field or f"{k}.".startswith(f"{field}.")]
-    # An item of a list has no origin of its own.
-    below = below or [k for k in sources if field.startswith(f"{k}.")]
+def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
+    """Sources of an error's values: ` (from quickstart.yaml)`.
+
+    For a rule on several fields they are those of the fields that its text names.
+    """
+    keys = [k for k in sources if not field or f"{k}.".startswith(f"{field}.")]
+    # The items of a list have the source of the list.
+    keys = keys or [k for k in sources if field.startswith(f"{k}.")]
     words = set(re.findall(r"\w+", text))
-    named = [k for k in below if k.rpartition(".")[2] in words] or below
+    named = [k for k in keys if k.rpartition(".")[2] in words] or keys
     origins = sorted({sources[k] for k in named})
     return f" (from {' and '.join(origins)})" if origins else ""

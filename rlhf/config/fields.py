@@ -1,4 +1,4 @@
-"""Which fields the configuration has: their names, their types, and the names they also go by."""
+"""Dotted names of fields, such as `ppo.lora.r`, and their types."""
 
 from __future__ import annotations
 
@@ -8,68 +8,47 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
-from rlhf.config.aliases import aliases, gathered
+from rlhf.config.aliases import ALIASES
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.config.ppo import PPOConfig
-from rlhf.config.section import Tree, below, kinds, sections, without_none
-from rlhf.errors import ConfigError
-
-Model = type[BaseModel]
-
-#: Names that fields of section `ppo` also go by, in the section or at the top.
-ALIASES = aliases(PPOConfig.model_fields)
-RENAMED = tuple(ALIASES.values())
+from rlhf.config.section import Tree, member_types, sections, union_members, without_none
 
 
 def canonical(key: str) -> str:
-    """`rl_gamma` and `ppo.rl_gamma` as `ppo.gamma`; every other dotted key as it is."""
+    """The dotted name with `rl_gamma` or `ppo.rl_gamma` replaced by `ppo.gamma`."""
     alias, dot, rest = key.removeprefix("ppo.").partition(".")
     return f"ppo.{ALIASES[alias]}{dot}{rest}" if alias in ALIASES else key
 
 
-def without_aliases(tree: Tree) -> Tree:
-    """A preset with every `rl_` name moved to its field; two values for one field are an error."""
-    try:
-        return gathered(tree, PPOConfig.model_fields)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def whole(key: str) -> str | None:
-    """The field, itself no section, that a dotted name reaches into: `gates.policy` or None."""
-    above = key.rpartition(".")[0]
-    types = field_kinds(above) if above else ()
-    if types is None:
-        return whole(above)
-    return above if types and not _has_fields(types) else None
-
-
-def _has_fields(types: tuple[Any, ...]) -> bool:
-    """Whether dotted names may go on: sections do, and mappings from names to sections."""
-    return bool(sections(types)) or below(types, "") is not None
-
-
-def field_kinds(key: str) -> tuple[Any, ...] | None:
-    """The types that the field of this dotted name may have; None if there is no such field."""
-    found: tuple[Any, ...] | None = (PipelineConfig,)
+def field_types(key: str) -> tuple[Any, ...] | None:
+    """Types of the field with this dotted name; None if it does not exist."""
+    types: tuple[Any, ...] | None = (PipelineConfig,)
     for name in key.split("."):
-        found = below(found, name)
-        if found is None:
+        types = member_types(types, name)
+        if types is None:
             return None
-    return found
+    return types
+
+
+def containing_field(key: str) -> str | None:
+    """The field without members that a dotted name reaches into, or None."""
+    parent = key.rpartition(".")[0]
+    types = field_types(parent) if parent else ()
+    if types is None:
+        return containing_field(parent)
+    return parent if types and not _has_members(types) else None
 
 
 def siblings(key: str) -> list[str]:
-    """The fields that stand beside this dotted name, if what it names lies in a section."""
-    found: tuple[Any, ...] | None = (PipelineConfig,)
+    """Names of the fields in the section that this dotted name lies in."""
+    types: tuple[Any, ...] | None = (PipelineConfig,)
     for name in key.split(".")[:-1]:
-        found = below(found or (), name)
-    return sorted({name for section in sections(found or ()) for name in section.model_fields})
+        types = member_types(types or (), name)
+    return sorted({name for section in sections(types or ()) for name in section.model_fields})
 
 
 def nearest(key: str) -> str | None:
-    """The field whose name is most like this one's."""
-    names = list(_names(PipelineConfig))
+    """The field with the most similar dotted name."""
+    names = list(_field_names(PipelineConfig))
     plain = key.removeprefix("ppo.").removeprefix("rl_")
     end = f".{key}" if plain == key else f"ppo.{plain}"
     same_end = [name for name in names if name.endswith(end)]
@@ -78,12 +57,12 @@ def nearest(key: str) -> str | None:
 
 
 def resolve_none(tree: Tree) -> Tree:
-    """`none` means null where a field may be null, and an empty section is one of defaults."""
+    """A configuration tree after `without_none`."""
     return without_none(tree, (PipelineConfig,))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, leaf) pairs of a nested mapping; lists are leaves."""
+    """(dotted name, leaf) pairs of a nested mapping; lists are leaves."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flatten(cast("Tree", value), f"{prefix}{key}.")
@@ -91,9 +70,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _names(model: Model, prefix: str = "") -> Iterator[str]:
+def _has_members(types: tuple[Any, ...]) -> bool:
+    """Return whether dotted names may reach into a value of these types."""
+    return bool(sections(types)) or member_types(types, "") is not None
+
+
+def _field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        types = kinds(field.annotation)
+        types = union_members(field.annotation)
         for section in sections((*types, *get_args(types[0]))):
-            yield from _names(section, f"{prefix}{name}.")
+            yield from _field_names(section, f"{prefix}{name}.")

@@ -1,21 +1,26 @@
-"""Loads a configuration: defaults, then a YAML preset, then dotted command-line overrides."""
+"""Loading a configuration: defaults, then a YAML preset, then overrides.
+
+The source of each value is kept for messages, reports and `rlhf config show`. `RLHF_*` variables
+of a machine are applied last, by each process that uses the configuration.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_serializer
 
 from rlhf.config import strict_yaml
-from rlhf.config.command_line import Whole, parse_overrides
+from rlhf.config.aliases import by_field_names
+from rlhf.config.command_line import Replacement, parse_overrides
 from rlhf.config.environments import read_mapping
 from rlhf.config.explain import explain
-from rlhf.config.fields import Tree, flatten, resolve_none, without_aliases
+from rlhf.config.fields import flatten, resolve_none
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import COMPAT
+from rlhf.config.section import Section, Tree
 from rlhf.config.wording import as_written, one_line
 from rlhf.errors import ConfigError
 
@@ -25,32 +30,38 @@ OVERRIDE = "override"
 PRESETS = Path(__file__).parents[2] / "configs"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A configuration and where each of its values came from."""
+class Loaded(Section):
+    """A configuration with the source of each value; as JSON without these."""
 
     config: PipelineConfig
+    """The configuration."""
     sources: Mapping[str, str]
+    """Source of each value by its dotted name; a value without one is a default."""
+
+    @model_serializer
+    def _as_configuration(self) -> Tree:
+        # Prefect stores and shows it so among a run's parameters.
+        return self.config.model_dump(mode="json")
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(dotted key, value, source) of every value, in the order of the sections."""
+        """(dotted name, value, source) of every value, in the order of the sections."""
         return [
             (key, as_written(value), self._source(key))
             for key, value in flatten(self.config.model_dump(mode="json"))
         ]
 
     def _source(self, key: str) -> str:
-        """Where the value came from, or the text or file that it was a part of."""
-        place = key
-        while place and place not in self.sources:
-            place = place.rpartition(".")[0]
+        """Source of the value, or of the text or file that it was a part of."""
+        parent = key
+        while parent and parent not in self.sources:
+            parent = parent.rpartition(".")[0]
         peer = self.config.ppo.compat
         from_peer = peer and key.removeprefix("ppo.") in COMPAT[peer]
-        return self.sources.get(place, f"compat={peer}" if from_peer else DEFAULT)
+        return self.sources.get(parent, f"compat={peer}" if from_peer else DEFAULT)
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a preset and apply overrides such as `--ppo.kl_coef=0.05`.
+    """Load a preset file with overrides such as `--ppo.kl_coef=0.05`.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
@@ -60,7 +71,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 
 
 def load_preset(name: str | None, overrides: Tree) -> Loaded:
-    """The preset of that name, as `presets` lists them, with a nested mapping of overrides.
+    """Load a preset by its name in `presets()`, with a tree of overrides.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
@@ -70,35 +81,30 @@ def load_preset(name: str | None, overrides: Tree) -> Loaded:
             one_line(f"preset = {name!r} is not known; choose one of {', '.join(presets())}")
         )
     path = PRESETS / f"{name}.yaml" if name is not None else None
-    return _load(path, without_aliases(overrides), OVERRIDE)
+    return _load(path, by_field_names(overrides), OVERRIDE)
 
 
 def presets() -> list[str]:
-    """Names of the presets that lie in this checkout's `configs`."""
+    """Names of the presets in this checkout's folder `configs`."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def _load(path: Path | None, overrides: Tree, where: str) -> Loaded:
-    preset = read_preset(path) if path is not None else {}
+def _load(path: Path | None, overrides: Tree, override_source: str) -> Loaded:
+    preset = _read_preset(path) if path is not None else {}
     name = path.name if path is not None else ""
-    merged = _merge(_with_options_read(preset, overrides, name), overrides)
+    merged = _merge(_with_env_config_read(preset, overrides, name), overrides)
     overridden = {key for key, _ in flatten(resolve_none(overrides))}
-    sources = {
-        key: where if key in overridden else name for key, _ in flatten(resolve_none(merged))
-    }
-    return Loaded(validate(merged, sources), sources)
-
-
-def validate(tree: Tree, sources: Mapping[str, str] | None = None) -> PipelineConfig:
-    """Turn a nested mapping into a configuration, with our error for the first bad value."""
+    tree = resolve_none(merged)
+    sources = {key: override_source if key in overridden else name for key, _ in flatten(tree)}
     try:
-        return PipelineConfig.model_validate(resolve_none(tree))
+        config = PipelineConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(explain(error, sources or {})) from None
+        raise ConfigError(explain(error, sources)) from None
+    return Loaded(config=config, sources=sources)
 
 
-def read_preset(path: Path) -> Tree:
-    """Read a YAML preset into a nested mapping, with every field under its own name."""
+def _read_preset(path: Path) -> Tree:
+    """Read a YAML preset as a tree by field names."""
     where = f"config = {str(path)!r}"
     if not path.is_file():
         raise ConfigError(
@@ -122,30 +128,35 @@ def read_preset(path: Path) -> Tree:
     if not isinstance(tree, dict):
         raise ConfigError(one_line(f"{where}: must hold `key: value` lines at the top"))
     try:
-        return without_aliases(cast("Tree", tree))
+        return by_field_names(cast("Tree", tree))
     except ConfigError as error:
         raise ConfigError(one_line(f"{error} (from {path.name})")) from None
 
 
-def _with_options_read(preset: Tree, command_line: Tree, name: str) -> Tree:
-    """The preset, with `env_config` read where it is text of which one value is overridden."""
+def _with_env_config_read(preset: Tree, overrides: Tree, name: str) -> Tree:
+    """The preset with `env_config` parsed, if overrides change a value in it."""
     try:
-        given, over = (tree["ppo"]["env_config"] for tree in (preset, command_line))
+        text, values = (tree["ppo"]["env_config"] for tree in (preset, overrides))
     except (KeyError, TypeError):
         return preset
-    if not isinstance(given, str) or not isinstance(over, dict) or isinstance(over, Whole):
+    replaced = isinstance(values, Replacement) or not isinstance(values, dict)
+    if replaced or not isinstance(text, str):
         return preset
     try:
-        read = read_mapping(given, "env_config")
+        options = read_mapping(text, "env_config")
     except ValueError as error:
         raise ConfigError(one_line(f"ppo.env_config: {error} (from {name})")) from None
-    return {**preset, "ppo": {**preset["ppo"], "env_config": read}}
+    return {**preset, "ppo": {**preset["ppo"], "env_config": options}}
 
 
 def _merge(base: Tree, top: Tree) -> Tree:
+    """Merge `top` into `base`, but a `Replacement` replaces."""
     merged = dict(base)
     for key, value in top.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict) and not isinstance(value, Whole)
-        merged[key] = _merge(cast("Tree", below), cast("Tree", value)) if both else value
+        current = merged.get(key)
+        replaces = isinstance(value, Replacement) or not isinstance(value, dict)
+        if isinstance(current, dict) and not replaces:
+            merged[key] = _merge(cast("Tree", current), cast("Tree", value))
+        else:
+            merged[key] = value
     return merged

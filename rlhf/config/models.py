@@ -1,4 +1,4 @@
-"""Sections for the base model, SFT, the reward model, evaluation and gates."""
+"""Sections of the base model, SFT, the reward model, evaluation and gates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.processes import ProcessSection, check_divides
-from rlhf.config.section import Section, model_place
+from rlhf.config.section import Section, check_model_uri
 
 
 class ArchitectureConfig(Section):
@@ -60,7 +60,7 @@ class BaseModelConfig(Section):
     architecture: ArchitectureConfig = ArchitectureConfig()
     """Used when `path` is none."""
 
-    _place = field_validator("path")(model_place)
+    _check_path = field_validator("path")(check_model_uri)
 
     @model_validator(mode="after")
     def _revision_needs_path(self) -> Self:
@@ -70,7 +70,7 @@ class BaseModelConfig(Section):
 
 
 class TrainingSection(ProcessSection):
-    """What SFT and the reward model share; handed to TRL's trainers unchanged."""
+    """Options of SFT and reward model training; passed to TRL's trainers unchanged."""
 
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows."""
@@ -136,7 +136,7 @@ class RewardModelConfig(TrainingSection):
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
 
     @model_validator(mode="after")
-    def _whole_embedding(self) -> Self:
+    def _lm_loss_needs_whole_embedding(self) -> Self:
         if self.lm_loss_coef and self.sharding == "fsdp":
             raise ValueError(
                 f"lm_loss_coef = {self.lm_loss_coef} reads the embedding, which sharding = 'fsdp' "
@@ -144,7 +144,7 @@ class RewardModelConfig(TrainingSection):
             )
         return self
 
-    _place = field_validator("base")(model_place)
+    _check_base = field_validator("base")(check_model_uri)
 
 
 class EvaluationConfig(Section):
@@ -173,7 +173,7 @@ class GateRule(Section):
     """Upper bound (inclusive): a number, or the name of another metric."""
 
     @model_validator(mode="after")
-    def _bounded(self) -> Self:
+    def _has_a_bound(self) -> Self:
         if self.min is None and self.max is None:
             raise ValueError("a rule needs min, max or both; as it is, it can't reject anything")
         return self

@@ -1,4 +1,4 @@
-"""The whole pipeline's configuration."""
+"""The whole configuration, with the sections of store, runtime and promotion."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rlhf.config.aliases import allow_aliases, gathered
+from rlhf.config.aliases import allow_aliases, by_field_names
 from rlhf.config.data import DataConfig
 from rlhf.config.models import (
     BaseModelConfig,
@@ -21,17 +21,6 @@ from rlhf.config.ppo import PPOConfig
 from rlhf.config.retraining import RetrainingConfig
 from rlhf.config.section import OrText, Section
 from rlhf.config.tracking import TrackingConfig
-
-
-def _uri(value: str) -> SplitResult:
-    """Split a URI; what is wrong is said without repeating it, for it may hold a password."""
-    try:
-        parts = urlsplit(value)
-    except ValueError:
-        raise ValueError("is no valid URI; mend its brackets") from None
-    if "@" in parts.netloc:
-        raise ValueError("holds user info; give credentials by the AWS chain instead")
-    return parts
 
 
 class StoreConfig(Section):
@@ -51,7 +40,7 @@ class StoreConfig(Section):
     """Key of `sse = aws:kms`; none takes the account's default."""
 
     @model_validator(mode="after")
-    def _key_of_kms(self) -> Self:
+    def _key_needs_kms(self) -> Self:
         if self.sse_kms_key_id and self.sse != "aws:kms":
             raise ValueError("sse_kms_key_id is given; it needs sse = 'aws:kms'")
         return self
@@ -149,17 +138,13 @@ class PipelineConfig(Section):
     """Experiment trackers."""
 
     def place_of(self, stage: str) -> str:
-        """The deployment that runs a stage, or `inline`."""
+        """Deployment that runs a stage, or `inline`."""
         return next((place for name, place in self.placement.items() if name == stage), INLINE)
 
     @model_validator(mode="before")
     @classmethod
-    def _rl_names(cls, data: Any) -> Any:
-        """`rl_gamma` at the top is `ppo.gamma`, and `promotion: manual` its approval, in Python
-        and in a Prefect parameter too."""
-        if not isinstance(data, dict):
-            return data
-        return gathered(cast("dict[str, Any]", data), PPOConfig.model_fields)
+    def _by_field_names(cls, data: Any) -> Any:
+        return by_field_names(cast("dict[str, Any]", data)) if isinstance(data, dict) else data
 
     @field_validator("store")
     @classmethod
@@ -184,18 +169,18 @@ class PipelineConfig(Section):
                 "model is not trained; keep one"
             )
         if self.ppo.shared_base:
-            self._reward_model_is_an_adapter()
-        elsewhere = [stage for stage, place in self.placement.items() if place != INLINE]
-        if elsewhere and not self.store.startswith(("s3://", "file:///", "/")):
+            self._check_reward_model_is_an_adapter()
+        placed = [stage for stage, place in self.placement.items() if place != INLINE]
+        if placed and not self.store.startswith(("s3://", "file:///", "/")):
             raise ValueError(
-                f"placement of {elsewhere[0]} needs a store that its machine reaches, and store = "
+                f"placement of {placed[0]} needs a store that its machine reaches, and store = "
                 f"{self.store!r} is a folder relative to this one; write s3://bucket/prefix or an "
                 "absolute path"
             )
-        asking = self.ppo.needs_reference_answers
-        if asking and self.data.reference_column is None:
+        setting = self.ppo.needs_reference_answers
+        if setting and self.data.reference_column is None:
             raise ValueError(
-                f"ppo: {asking} needs reference answers, and data.reference_column = none; name "
+                f"ppo: {setting} needs reference answers, and data.reference_column = none; name "
                 "the column that holds them"
             )
         if self.base.path is None and not self.sft.enabled:
@@ -204,7 +189,7 @@ class PipelineConfig(Section):
             )
         return self
 
-    def _reward_model_is_an_adapter(self) -> None:
+    def _check_reward_model_is_an_adapter(self) -> None:
         reason = None
         if self.ppo.reward_model_path:
             reason = f"ppo.reward_model_path = {self.ppo.reward_model_path!r} is a whole model"
@@ -217,3 +202,18 @@ class PipelineConfig(Section):
                 f"ppo.shared_base = true needs a reward model that is an adapter on the SFT "
                 f"policy, and {reason}; set reward_model.lora alone, or ppo.shared_base to false"
             )
+
+
+def _uri(value: str) -> SplitResult:
+    """Split a URI; errors do not repeat it, because it may hold a password.
+
+    Raises:
+        ValueError: It can't be split, or holds user info.
+    """
+    try:
+        parts = urlsplit(value)
+    except ValueError:
+        raise ValueError("is no valid URI; mend its brackets") from None
+    if "@" in parts.netloc:
+        raise ValueError("holds user info; give credentials by the AWS chain instead")
+    return parts

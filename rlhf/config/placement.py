@@ -1,4 +1,4 @@
-"""Which stage runs where: in the pipeline's own process, or as a run of a deployment."""
+"""Placement of stages: inline in the pipeline's process, or on a deployment."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 INLINE = "inline"
 
 
-def _deployments(placement: dict[StageName, str]) -> dict[StageName, str]:
-    """`gpu` for `train-policy` is the deployment `train-policy/gpu`; no other flow runs a stage."""
+def _full_names(placement: dict[StageName, str]) -> dict[StageName, str]:
     return {stage: _deployment(stage, value) for stage, value in placement.items()}
 
 
 def _deployment(stage: StageName, value: str) -> str:
+    """Full name of a stage's deployment, such as `train-policy/gpu` for `gpu`.
+
+    Raises:
+        ValueError: It is a deployment of another flow.
+    """
     if value == INLINE:
         return value
     flow, slash, name = value.rpartition("/")
@@ -37,8 +41,8 @@ def _deployment(stage: StageName, value: str) -> str:
     return f"{stage}/{name}"
 
 
-def _schema() -> dict[str, Any]:
-    """A field for each stage, so that a form has one and a wrong name is refused with its path."""
+def _placement_schema() -> dict[str, Any]:
+    """JSON schema with a field for each stage, which forms and errors name."""
     return {
         "type": "object",
         "title": "Placement",
@@ -50,4 +54,6 @@ def _schema() -> dict[str, Any]:
     }
 
 
-Placement = Annotated[dict[StageName, str], AfterValidator(_deployments), WithJsonSchema(_schema())]
+Placement = Annotated[
+    dict[StageName, str], AfterValidator(_full_names), WithJsonSchema(_placement_schema())
+]

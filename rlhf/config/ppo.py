@@ -1,4 +1,7 @@
-"""PPO's parameters, under the names of the papers and of TRL."""
+"""PPO's parameters, under the names that the papers and TRL use.
+
+The seed's parameters also go by `rl_` names, such as `rl_gamma`, in the section and at the top.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,16 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rlhf.config.aliases import allow_aliases, renamed
+from rlhf.config.aliases import allow_aliases, section_by_field_names
 from rlhf.config.models import LoraConfig
 from rlhf.config.processes import ProcessSection, check_divides
 from rlhf.config.rewards import RewardSection
-from rlhf.config.section import Section, advised, model_place
+from rlhf.config.section import Section, advised_range, check_model_uri
 
-#: Where the peers differ, and what each of them does there; set by `compat`. Read in their sources,
-#: named after each. What no option covers stays ours: lm-human-preferences whitens each optimiser
-#: step's part by itself, the others a whole chunk as we do; verl steers its adaptive controller by
-#: the KL per token, lm-human-preferences per reply as we do.
+#: Values that `compat` sets for each peer, from the sources named beside them. Differences that no
+#: option covers remain: lm-human-preferences whitens each optimiser step's part by itself, the
+#: others a whole chunk as here; verl's adaptive controller goes by the KL per token,
+#: lm-human-preferences' by the KL per reply as here.
 COMPAT: Mapping[str, Mapping[str, Any]] = {
     # TRL 1.12.0, trl/experimental/ppo/ppo_trainer.py: the score goes to `actual_end`, one past the
     # end token; masked_var multiplies by n / (n − 1), for advantages and rewards alike; KL is
@@ -41,8 +44,8 @@ COMPAT: Mapping[str, Mapping[str, Any]] = {
         "reward_clip": 10.0,
     },
     # verl 0.9.1: masked_var in verl/utils/torch_functional.py is unbiased; kl_penalty_forward in
-    # verl/trainer/ppo/core_algos.py clamps k3 alone, to ±10 (`_as_the_peer`); the reward managers
-    # put the score on the last token. Its dual clip (clip_ratio_c: 3) is always on there.
+    # verl/trainer/ppo/core_algos.py clamps k3 alone, to ±10 (`_by_field_names_with_compat`); the
+    # reward managers put the score on the last token. Its dual clip (clip_ratio_c: 3) is always on.
     "verl": {
         "score_position": "last",
         "whiten_variance": "unbiased",
@@ -66,7 +69,7 @@ COMPAT: Mapping[str, Mapping[str, Any]] = {
 
 
 class SamplingSection(Section):
-    """How replies are drawn."""
+    """Sampling of replies."""
 
     max_new_tokens: int = Field(default=128, ge=1)
     """No reply is longer."""
@@ -82,7 +85,7 @@ class SamplingSection(Section):
 
 
 class ShapingSection(Section):
-    """How a reply's score becomes the reward of its tokens."""
+    """Reward shaping: from a reply's score to the rewards of its tokens."""
 
     missing_eos: Literal["subtract", "replace", "none"] = "subtract"
     """What happens to the score of a reply that does not end: `missing_eos_penalty` is subtracted
@@ -103,9 +106,9 @@ class ShapingSection(Section):
 
 
 class KLSection(Section):
-    """The leash to the frozen reference."""
+    """KL penalty against the frozen reference."""
 
-    kl_coef: float = Field(default=0.1, ge=0, json_schema_extra=advised(0.01, 0.5))
+    kl_coef: float = Field(default=0.1, ge=0, json_schema_extra=advised_range(0.01, 0.5))
     """Weight of the per-token KL penalty, in the reward, against the frozen reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of a token's KL (Schulman 2020, "Approximating KL divergence")."""
@@ -127,7 +130,7 @@ class CriticSection(Section):
     critic: Literal["reward_model", "policy", "adapter", "head"] = "reward_model"
     """A model of its own, from the reward model's or the policy's backbone; or a LoRA adapter on
     the policy's base; or just a value head on the policy."""
-    value_loss_coef: float = Field(default=1.0, ge=0, json_schema_extra=advised(0.5, 2.0))
+    value_loss_coef: float = Field(default=1.0, ge=0, json_schema_extra=advised_range(0.5, 2.0))
     """Multiplies ½·max(clipped, unclipped)² in the loss."""
     value_clip_range: float | None = Field(default=0.2, gt=0)
     """New values are clamped to the old ones ± this; none switches the clamp off."""
@@ -135,14 +138,14 @@ class CriticSection(Section):
     """Peak learning rate of the critic; none uses the policy's."""
     critic_warmup_updates: int = Field(default=0, ge=0)
     """First updates in which only the critic learns."""
-    gamma: float = Field(default=0.99, gt=0, le=1, json_schema_extra=advised(0.9, 0.99))
+    gamma: float = Field(default=0.99, gt=0, le=1, json_schema_extra=advised_range(0.9, 0.99))
     """Discount per token in generalised advantage estimation."""
-    gae_lambda: float = Field(default=0.95, ge=0, le=1, json_schema_extra=advised(0.9, 0.99))
+    gae_lambda: float = Field(default=0.95, ge=0, le=1, json_schema_extra=advised_range(0.9, 0.99))
     """λ of generalised advantage estimation (Schulman et al. 2015)."""
 
 
 class OptimizerSection(Section):
-    """Optimiser steps, their size, and what they cost in memory."""
+    """Optimiser, precision and memory."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of the policy."""
@@ -179,7 +182,7 @@ class PPOConfig(
 ):  # fmt: skip
     """Proximal policy optimisation (Schulman et al. 2017) as in Ziegler et al. 2019."""
 
-    # Prefect checks a deployment's parameters by this schema, before anything here sees them.
+    # Prefect checks a deployment's parameters by this schema before a run starts.
     model_config = ConfigDict(json_schema_extra=allow_aliases)
 
     compat: Literal["trl", "openrlhf", "verl", "oai"] | None = None
@@ -204,7 +207,7 @@ class PPOConfig(
     on the size of a batch and changes tokens."""
     num_ppo_epochs: int = Field(default=4, ge=1)
     """Passes over one chunk of rollouts."""
-    clip_range: float = Field(default=0.2, gt=0, lt=1, json_schema_extra=advised(0.1, 0.3))
+    clip_range: float = Field(default=0.2, gt=0, lt=1, json_schema_extra=advised_range(0.1, 0.3))
     """The probability ratio is clamped to 1 ± this."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bounds the loss of a token with negative advantage to this times it (Ye et al. 2020)."""
@@ -219,17 +222,17 @@ class PPOConfig(
 
     @model_validator(mode="before")
     @classmethod
-    def _as_named_and_as_the_peer(cls, data: Any) -> Any:
-        """Values by their own names (`rl_gamma` is `gamma`), and those that `compat` stands for."""
+    def _by_field_names_with_compat(cls, data: Any) -> Any:
+        """Resolve `rl_` names, and add the values that `compat` stands for."""
         if not isinstance(data, dict):
             return data
-        given = renamed(cast("dict[str, Any]", data).items(), cls.model_fields)
-        peer = dict(COMPAT.get(str(given.get("compat")), {}))
-        if given.get("compat") == "verl" and given.get("kl_estimator") == "k3":
+        values = section_by_field_names(cast("dict[str, Any]", data).items())
+        peer = dict(COMPAT.get(str(values.get("compat")), {}))
+        if values.get("compat") == "verl" and values.get("kl_estimator") == "k3":
             peer["kl_clamp"] = 10.0
-        return {**peer, **given}
+        return {**peer, **values}
 
-    _place = field_validator("reward_model_path")(model_place)
+    _check_reward_model_path = field_validator("reward_model_path")(check_model_uri)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -1,4 +1,7 @@
-"""How many processes a training stage runs in. It says where, never what is learnt."""
+"""Processes of a training stage: their number, and how they share weights.
+
+They decide where work is done, not what is learnt, so they are no part of a fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from rlhf.config.section import Section
 
 
 class ProcessSection(Section):
-    """Child processes of a stage, which share the work of every step."""
+    """Child processes of a training stage; they share the work of every step."""
 
     processes: int | None = Field(default=None, ge=1)
     """Child processes that train together, launched as torchrun does, each on its own GPU or its
@@ -21,21 +24,21 @@ class ProcessSection(Section):
     and optimiser in each, which needs less memory and more communication."""
 
 
-#: Fields that no fingerprint and no checkpoint's identity holds: they say where and in what
-#: portions work is done, and the same is learnt, up to rounding.
+#: Fields left out of fingerprints and of checkpoints' identities: they decide where and in what
+#: portions work is done, and the result is the same up to rounding.
 WHERE = frozenset({*ProcessSection.model_fields, "rollout_batch_size"})
 
 
 def check_divides(section: ProcessSection, *names: str, by: int = 1) -> None:
-    """Refuse sizes that can't be dealt out evenly.
+    """Check that sizes are multiples of the number of processes.
 
     Args:
-        section: Has these fields.
-        names: Of the sizes.
-        by: What stays together, such as the replies to one prompt.
+        section: The section that holds the sizes.
+        names: Fields of the sizes.
+        by: Size of groups that must stay together, such as the replies to one prompt.
 
     Raises:
-        ValueError: One is no multiple of the number of processes.
+        ValueError: One is not, times the size of a group.
     """
     count = section.processes or 1
     for name in names:

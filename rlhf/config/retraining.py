@@ -1,4 +1,4 @@
-"""When new data are worth a retraining, and what it starts from."""
+"""Section of the retraining flow: when it trains, and which model it starts from."""
 
 from __future__ import annotations
 

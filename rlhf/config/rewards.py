@@ -1,4 +1,7 @@
-"""What a reply is rewarded for: a reward function, or an environment with its own options."""
+"""Rewards of replies: reward functions, and environments with their options.
+
+Without either, the reward model scores each reply.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from rlhf.config.components import (
     CustomConfig,
     LengthPenaltyConfig,
     RewardModelComponent,
-    component,
+    validate_component,
 )
 from rlhf.config.environments import (
     ENVIRONMENTS,
@@ -25,7 +28,7 @@ from rlhf.config.environments import (
     TextGenerationConfig,
     read_mapping,
 )
-from rlhf.config.section import OrText, Section, chosen
+from rlhf.config.section import OrText, Section, validate_as
 
 RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
 EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
@@ -33,7 +36,7 @@ FUNCTIONS = ("length_penalty", "correctness", "custom")
 
 
 class RewardSection(Section):
-    """Where the reward of a reply comes from."""
+    """Reward function, environment, and what PPO needs for them."""
 
     reward_fn: RewardFunction | None = None
     """None and `default`: the reward model; or a function, with the options below."""
@@ -55,39 +58,38 @@ class RewardSection(Section):
 
     @field_validator("reward_weights", mode="before")
     @classmethod
-    def _weights(cls, value: Any) -> Any:
+    def _read_weights(cls, value: Any) -> Any:
         return read_mapping(value, "reward_weights")
 
     @model_validator(mode="before")
     @classmethod
-    def _implied_type(cls, data: Any) -> Any:
-        """`multi_objective` names the environment, and the environment is multi-objective."""
+    def _sync_multi_objective(cls, data: Any) -> Any:
+        """Set `env_type` from `multi_objective: true`, and the other way round."""
         if not isinstance(data, dict):
             return data
-        given = cast("dict[str, Any]", data)
-        flag, kind = given.get("multi_objective"), given.get("env_type")
-        if kind is None and (flag is True or str(flag).lower() in ("true", "1", "yes", "on")):
-            return {**given, "env_type": "multi_objective"}
-        if kind == "multi_objective" and flag is None:
-            return {**given, "multi_objective": True}
-        return given
+        values = cast("dict[str, Any]", data)
+        flag, env_type = values.get("multi_objective"), values.get("env_type")
+        if env_type is None and (flag is True or str(flag).lower() in ("true", "1", "yes", "on")):
+            return {**values, "env_type": "multi_objective"}
+        if env_type == "multi_objective" and flag is None:
+            return {**values, "multi_objective": True}
+        return values
 
     @field_validator("env_config", mode="before")
     @classmethod
-    def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
+    def _validate_by_env_type(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None or "env_type" not in info.data:
-            return None  # a wrong env_type has an error of its own, which is the one to show
-        kind = info.data["env_type"]
-        if kind is None:
+            return None  # an invalid env_type has an error of its own, which is the one to show
+        env_type = info.data["env_type"]
+        if env_type is None:
             raise ValueError(
                 f"there is no env_type that these options are for; set env_type to one of "
                 f"{', '.join(ENVIRONMENTS)}"
             )
-        given = read_mapping(value, "env_config")
-        return chosen(ENVIRONMENTS[kind], given)
+        return validate_as(ENVIRONMENTS[env_type], read_mapping(value, "env_config"))
 
     @model_validator(mode="after")
-    def _functions_fit(self) -> Self:
+    def _check_functions(self) -> Self:
         for name in FUNCTIONS:
             if getattr(self, name) is not None and self.reward_fn != name:
                 raise ValueError(
@@ -108,7 +110,7 @@ class RewardSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _components_fit(self) -> Self:
+    def _check_components(self) -> Self:
         if self.multi_objective != (self.env_type == "multi_objective"):
             raise ValueError(
                 f"multi_objective = {str(self.multi_objective).lower()} contradicts env_type = "
@@ -120,9 +122,12 @@ class RewardSection(Section):
                     f"reward_weights = {self.reward_weights} need multi_objective; set it to true"
                 )
             return self
-        given = self._given_components()
-        # Without components of one's own, those that need no options are there by name.
-        known = given or {k: c for k, c in COMPONENTS.items() if _needs_no_options(c)}
+        # Without configured components, a weight's name stands for a type that needs no options.
+        known = self._configured_components() or {
+            name: section
+            for name, section in COMPONENTS.items()
+            if not any(field.is_required() for field in section.model_fields.values())
+        }
         for name in self.reward_weights or {}:
             if name not in known:
                 raise ValueError(
@@ -135,25 +140,27 @@ class RewardSection(Section):
             )
         return self
 
-    def _given_components(self) -> Mapping[str, ComponentSection]:
+    @property
+    def components(self) -> dict[str, ComponentSection]:
+        """Components of `multi_objective` with their effective weights; empty without it."""
+        weights = self.reward_weights or {}
+        if self.env_type != "multi_objective":
+            return {}
+        components = self._configured_components() or {
+            name: validate_component(name, None) for name in weights
+        }
+        return {
+            name: c.model_copy(update={"weight": weights.get(name, c.weight)})
+            for name, c in components.items()
+        }
+
+    def _configured_components(self) -> Mapping[str, ComponentSection]:
         options = self.env_config
         return options.components if isinstance(options, MultiObjectiveConfig) else {}
 
     @property
-    def components(self) -> dict[str, ComponentSection]:
-        """The components of `multi_objective` with the weights that hold; empty without it."""
-        weights = self.reward_weights or {}
-        if self.env_type != "multi_objective":
-            return {}
-        given = self._given_components() or {name: component(name, None) for name in weights}
-        return {
-            name: c.model_copy(update={"weight": weights.get(name, c.weight)})
-            for name, c in given.items()
-        }
-
-    @property
     def generation(self) -> TextGenerationConfig:
-        """Options of text generation, which also hold without an environment: the defaults."""
+        """Options of text generation; the defaults in another environment or without one."""
         options = self.env_config
         return options if isinstance(options, TextGenerationConfig) else TextGenerationConfig()
 
@@ -167,12 +174,12 @@ class RewardSection(Section):
 
     @property
     def replies_per_prompt(self) -> int:
-        """How often each prompt is answered."""
+        """Number of replies to each prompt."""
         return self.comparison.replies_per_prompt if self.comparison else 1
 
     @property
     def needs_reward_model(self) -> bool:
-        """Whether any reward comes from the reward model."""
+        """True if any reward comes from the reward model."""
         if self.comparison:
             return self.comparison.judge == "reward_model"
         if self.env_type == "multi_objective":
@@ -181,16 +188,12 @@ class RewardSection(Section):
 
     @property
     def needs_reference_answers(self) -> str | None:
-        """The setting for which every prompt must have a reference answer, or None."""
+        """The setting that needs a reference answer for every prompt, or None."""
         if self.reward_fn == "correctness":
             return "reward_fn = 'correctness'"
-        found = [n for n, c in self.components.items() if isinstance(c, CorrectnessComponent)]
-        return f"component {found[0]!r}" if found else None
+        names = [n for n, c in self.components.items() if isinstance(c, CorrectnessComponent)]
+        return f"component {names[0]!r}" if names else None
 
 
 def _shown(value: str | None) -> str:
     return "none" if value is None else repr(value)
-
-
-def _needs_no_options(section: type[ComponentSection]) -> bool:
-    return not any(field.is_required() for field in section.model_fields.values())

@@ -1,4 +1,8 @@
-"""The base of every configuration section."""
+"""The base of all configuration sections, and the types of their fields.
+
+A field whose section type depends on another field, such as `ppo.env_config` on `ppo.env_type`, is
+validated with `validate_as`, which keeps each error of the inner section for our messages.
+"""
 
 from __future__ import annotations
 
@@ -22,61 +26,44 @@ from rlhf.config.wording import one_line
 Tree = dict[str, Any]
 
 
-def kinds(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type there is."""
-    if get_origin(annotation) is Annotated:
-        return kinds(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(kind for member in get_args(annotation) for kind in kinds(member))
-    return (annotation,)
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # a value in the wrong place may be a secret
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false, which pydantic reads as 1 and 0, for numbers."""
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and bool not in union_members(field.annotation):
+            raise ValueError(f"must not be {str(value).lower()}; write a number or text")
+        return value
 
 
-def below(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
-    """Types of what is called `name` in a value of one of these types; None if nothing can be.
-
-    Fields of sections (of all of them, where a field may be one of several), and the values of a
-    mapping from names to sections, or from a closed set of names.
-    """
-    found: list[Any] = []
-    for section in sections(types):
-        if name in section.model_fields:
-            found += kinds(section.model_fields[name].annotation)
-    for kind in types:
-        if get_origin(kind) is not dict:
-            continue
-        keys, values = get_args(kind)
-        if sections(kinds(values)) or (get_origin(keys) is Literal and name in get_args(keys)):
-            found += kinds(values)
-    return tuple(found) or None
+SectionT = TypeVar("SectionT", bound=Section)
 
 
-def sections(types: tuple[Any, ...]) -> list[type[BaseModel]]:
-    """The sections among some types."""
-    return [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
-
-
-def without_none(value: Any, types: tuple[Any, ...]) -> Any:
-    """`none` means null where a value may be null, and an empty section is one of defaults."""
-    if type(None) in types and isinstance(value, str) and value.lower() in ("none", "null"):
-        return None
-    if sections(types) and value is None and type(None) not in types:
-        return {}
-    if isinstance(value, dict):
-        tree = cast("Tree", value)
-        return {k: without_none(v, below(types, k) or ()) for k, v in tree.items()}
-    if isinstance(value, list):
-        items = next((kinds(get_args(t)[0]) for t in types if get_origin(t) is tuple), ())
-        return [without_none(v, items) for v in cast("list[Any]", value)]
-    return value
-
-
-def advised(low: float, high: float) -> dict[str, Any]:
-    """Schema note of the range in which a value is usual; outside it is warned about, not wrong."""
+def advised_range(low: float, high: float) -> dict[str, Any]:
+    """JSON schema note of a field's usual range; values outside are warned about."""
     return {"advised": [low, high]}
 
 
 class OrText:
-    """Marks a field whose JSON schema accepts text too, which a validator reads into a mapping."""
+    """Annotation that adds text to the JSON schema of a field.
+
+    The field's validator reads the text.
+
+    Args:
+        words: The only texts that are accepted; without them any text is.
+    """
 
     def __init__(self, *words: str) -> None:
         self.words = words
@@ -84,18 +71,21 @@ class OrText:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """The field's own schema with one more member: any text, or one of these words."""
-        found = handler(schema)
+        field = handler(schema)
         text: dict[str, Any] = {"type": "string"}
         if self.words:
             text["enum"] = list(self.words)
-        if "anyOf" in found:
-            return {**found, "anyOf": [*found["anyOf"], text]}
-        return {"anyOf": [found, text]}
+        if "anyOf" in field:
+            return {**field, "anyOf": [*field["anyOf"], text]}
+        return {"anyOf": [field, text]}
 
 
-def model_place(value: str | None) -> str | None:
-    """Refuse what is no place of a model, before anybody asks there."""
+def check_model_uri(value: str | None) -> str | None:
+    """Check that a value may name a folder, artifact, s3:// URI or hub id.
+
+    Raises:
+        ValueError: It is another URI, names no bucket, or holds user info.
+    """
     scheme, separator, rest = (value or "").partition("://")
     if not separator:
         return value
@@ -111,80 +101,106 @@ def model_place(value: str | None) -> str | None:
     return value
 
 
-class Section(BaseModel):
-    """Immutable, typed, and closed: an unknown key is an error, never silently ignored."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        hide_input_in_errors=True,  # a value in the wrong place may be a secret
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes` and `on` as true, which pydantic would take for the number 1."""
-        field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and bool not in kinds(field.annotation):
-            raise ValueError(f"must not be {str(value).lower()}; write a number or text")
-        return value
+def union_members(annotation: Any) -> tuple[Any, ...]:
+    """Types in an annotation: the members of a union, or the one type."""
+    if get_origin(annotation) is Annotated:
+        return union_members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(t for member in get_args(annotation) for t in union_members(member))
+    return (annotation,)
 
 
-#: Kind of an error that stands for several, of a section within.
+def sections(types: tuple[Any, ...]) -> list[type[BaseModel]]:
+    """Section classes among some types."""
+    return [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
+
+
+def member_types(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
+    """Types of the member `name` in a value of these types; None without one.
+
+    A member is a field of a section (of any of them, where a field may be one of several), or a
+    value of a mapping whose values are sections or whose names are a closed set.
+    """
+    members: list[Any] = []
+    for section in sections(types):
+        if name in section.model_fields:
+            members += union_members(section.model_fields[name].annotation)
+    for mapping in types:
+        if get_origin(mapping) is not dict:
+            continue
+        keys, values = get_args(mapping)
+        is_known_name = get_origin(keys) is Literal and name in get_args(keys)
+        if sections(union_members(values)) or is_known_name:
+            members += union_members(values)
+    return tuple(members) or None
+
+
+def without_none(value: Any, types: tuple[Any, ...]) -> Any:
+    """The value with `none` as null where null is allowed, null sections as empty."""
+    if type(None) in types and isinstance(value, str) and value.lower() in ("none", "null"):
+        return None
+    if sections(types) and value is None and type(None) not in types:
+        return {}
+    if isinstance(value, dict):
+        tree = cast("Tree", value)
+        return {k: without_none(v, member_types(types, k) or ()) for k, v in tree.items()}
+    if isinstance(value, list):
+        items = next((union_members(get_args(t)[0]) for t in types if get_origin(t) is tuple), ())
+        return [without_none(v, items) for v in cast("list[Any]", value)]
+    return value
+
+
+#: Type of the error that carries the errors of an inner section.
 NESTED = "nested"
-SectionT = TypeVar("SectionT", bound=Section)
 
 
-def chosen(model: type[SectionT], value: Any) -> SectionT:
-    """The section of this type, for a validator that knows the type only from another field.
+def validate_as(model: type[SectionT], value: Any) -> SectionT:
+    """Validate a value as a section that was chosen by another field.
 
     Raises:
-        PydanticCustomError: What is wrong in it, for `explain` to say with full names.
+        PydanticCustomError: The section's errors in one, see `nested_error`.
     """
     try:
         return model.model_validate(without_none(value, (model,)))
     except ValidationError as error:
-        raise nested([_with_known(model, dict(e)) for e in error.errors()]) from None
+        raise nested_error([_with_known(model, dict(e)) for e in error.errors()]) from None
 
 
-def nested(errors: list[dict[str, Any]]) -> PydanticCustomError:
-    """One error for several of a section within; `loc` in each starts from there.
+def nested_error(errors: list[dict[str, Any]]) -> PydanticCustomError:
+    """One error that carries several of an inner section, whose `loc` starts there.
 
-    Its own text sums them up, for Python and Prefect, which show no more than that.
+    Its text sums them up for callers from Python, whose message holds no more than the text.
     """
-    flat = list(expanded(errors))
-    summary = one_line("; ".join(map(_summary, flat)))
-    return PydanticCustomError(NESTED, "{summary}", {"errors": flat, "summary": summary})
+    leaves = list(expand_nested(errors))
+    summary = one_line("; ".join(map(_describe, leaves)))
+    return PydanticCustomError(NESTED, "{summary}", {"errors": leaves, "summary": summary})
 
 
-def expanded(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Errors of sections that a validator chose by another field, each under its full name."""
+def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Replace errors that carry others by these, under their full location."""
     for error in errors:
         if error["type"] != NESTED:
             yield error
             continue
-        for inner in expanded(error["ctx"]["errors"]):
+        for inner in error["ctx"]["errors"]:
             yield {**inner, "loc": (*error["loc"], *inner["loc"])}
 
 
-def _summary(error: dict[str, Any]) -> str:
-    """Place and fault; no value, for it may be a secret."""
-    place = ".".join(map(str, error["loc"]))
+def _describe(error: dict[str, Any]) -> str:
+    """Location and text of an error, without the value, which may be a secret."""
+    location = ".".join(map(str, error["loc"]))
     if "known" in error:
-        return f"{place} is no field; known are {', '.join(error['known'])}"
+        return f"{location} is no field; known are {', '.join(error['known'])}"
     text = error["msg"].removeprefix("Value error, ")
-    return f"{place}: {text}" if place else text
+    return f"{location}: {text}" if location else text
 
 
 def _with_known(model: type[Section], error: dict[str, Any]) -> dict[str, Any]:
-    """An unknown key's error also lists the keys that are known in its place."""
+    """The error; an unknown key's with `known`, the keys of its section."""
     if error["type"] != "extra_forbidden":
         return error
     types: tuple[Any, ...] = (model,)
     for part in error["loc"][:-1]:
-        types = below(types, str(part)) or ()
+        types = member_types(types, str(part)) or ()
     known = {name for section in sections(types) for name in section.model_fields}
     return {**error, "known": sorted(known)}

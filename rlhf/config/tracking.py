@@ -1,4 +1,4 @@
-"""Section for experiment trackers."""
+"""Section of experiment trackers."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ class TrackingConfig(Section):
 
     @field_validator("trackers")
     @classmethod
-    def _each_once(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+    def _without_duplicates(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
         return tuple(dict.fromkeys(value))

@@ -173,7 +173,7 @@ def _run_updates(
         uploads = None
     if checkpoints and uploads:
         uploads.restore(checkpoints)
-    ranks.any(False)  # barrier: the leader may be restoring
+    ranks.barrier()  # the leader may be restoring
     state = load_checkpoint(checkpoints, trainer.models, identity) if checkpoints else TrainState()
     if state.update:
         log.info("PPO goes on after update %d of %d", state.update, config.updates)

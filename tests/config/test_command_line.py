@@ -1,12 +1,12 @@
-"""Overrides on the command line: what is understood, and what each mistake is told."""
+"""Overrides on the command line: parsing and error messages."""
 
 from __future__ import annotations
 
 import pytest
 
 from rlhf.config import PipelineConfig, PPOConfig, load_config
+from rlhf.config.aliases import SEED_NAMES
 from rlhf.config.command_line import parse_overrides
-from rlhf.config.fields import RENAMED
 from rlhf.errors import ConfigError
 
 UNKNOWN = "is not a field of the configuration"
@@ -228,7 +228,7 @@ def test_pydantics_own_message_does_not_repeat_values_either():
     assert "s3cret" not in str(caught.value)
 
 
-FLAGS = [name for name in RENAMED if PPOConfig.model_fields[name].annotation is bool]
+FLAGS = [name for name in SEED_NAMES if PPOConfig.model_fields[name].annotation is bool]
 
 
 @pytest.mark.parametrize("name", FLAGS)

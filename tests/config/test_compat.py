@@ -1,4 +1,4 @@
-"""`compat`: each peer's choices, and what wins over them."""
+"""`compat`: the values of each peer, and explicit values that win over them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/ppo.md says what the configuration says."""
+"""docs/ppo.md matches the configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets in YAML: merging, origins, aliases, and what each mistake is told."""
+"""Presets in YAML: merging, sources, `rl_` names and error messages."""
 
 from __future__ import annotations
 

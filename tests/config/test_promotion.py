@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import PipelineConfig, PromotionConfig, load_config
+from rlhf.config import PipelineConfig, load_config
+from rlhf.config.pipeline import PromotionConfig
 from rlhf.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""Reward functions and environments in the configuration: what is read, and what is refused."""
+"""Reward functions and environments in the configuration: valid and invalid values."""
 
 from __future__ import annotations
 

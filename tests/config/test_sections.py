@@ -7,16 +7,20 @@ import subprocess
 import sys
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-import rlhf.config
 from rlhf.config import PipelineConfig, PPOConfig, load_config
+from rlhf.config.section import Section
 
-SECTIONS = [
-    value
-    for value in vars(rlhf.config).values()
-    if isinstance(value, type) and issubclass(value, BaseModel)
-]
+
+def subclasses(section: type[Section]) -> set[type[Section]]:
+    return {s for child in section.__subclasses__() for s in {child, *subclasses(child)}}
+
+
+SECTIONS = sorted(
+    (s for s in subclasses(Section) if s.__module__.startswith("rlhf.config")),
+    key=lambda s: s.__name__,
+)
 
 
 def test_frozen():

@@ -5,15 +5,18 @@ import json
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.utilities.collections import visit_collection
 
 from flows.cli import app
 from flows.pipeline import pipeline
 from flows.stages import STAGE_FLOWS
+from rlhf.config import load_config
 from rlhf.config.placement import STAGE_NAMES
 from rlhf.errors import GateRejected, StoreError
 from rlhf.registry import Promotion, promote
 from rlhf.store import Store
 from tasks import prefect_tasks
+from tasks.parameters import NO_PRESET, configuration_name, resolve
 from tasks.preflight import preflight_command
 from tasks.stage import store_of
 from tasks.stages import STAGES
@@ -170,6 +173,20 @@ def test_a_store_error_is_retried_and_a_bad_value_is_not(tiny, monkeypatch):
     assert state.name == "Failed"
     assert "a bug, not a fault" in state.message
     assert result.outcome == "Failed"
+
+
+def test_a_loaded_configuration_is_taken_as_it_is_and_shown_as_its_values():
+    loaded = load_config("configs/quickstart.yaml", ["--rl-gamma=0.9"])
+    for given in (loaded, loaded.config, loaded.config.model_dump(mode="json")):
+        shown = pipeline.serialize_parameters({"overrides": given})
+        assert shown == {"overrides": loaded.config.model_dump(mode="json")}
+        parameters = visit_collection({"overrides": given}, lambda value: value, return_data=True)
+        valid = pipeline.validate_parameters(parameters)
+        assert configuration_name(valid) == "quickstart"
+        resolved = resolve(valid.get("preset", NO_PRESET), valid["overrides"])
+        assert resolved.config == loaded.config
+        assert (resolved is loaded) is (given is loaded)
+        assert resolved.sources["ppo.gamma"] == ("command line" if given is loaded else "override")
 
 
 def test_prefect_shows_stages_states_and_results(tiny):
