@@ -1,16 +1,47 @@
-"""Confidence intervals of shares."""
+"""Statistics: Wilson intervals of shares, running mean and variance."""
 
-from scipy.stats import binomtest
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 def share(name: str, successes: float, n: int) -> dict[str, float]:
-    """A share with its 95 % Wilson interval, as `name`, `name_low` and `name_high`.
+    """Return a share with its 95 % Wilson interval: `name`, `name_low`, `name_high`.
 
-    Ties count a half each, so `successes` may be fractional; the interval takes it rounded.
+    `successes` may be fractional, as ties count a half; the interval is that of the rounded number.
     """
+    from scipy.stats import binomtest  # takes 1 s, which users of RunningMoments need not spend
+
     interval = binomtest(round(successes), n).proportion_ci(0.95, "wilson")
     return {
         name: successes / n,
         f"{name}_low": float(interval.low),
         f"{name}_high": float(interval.high),
     }
+
+
+class RunningMoments:
+    """Running count, mean and sum of squared deviations, in double precision."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def merge(self, count: int, mean: float, squares: float) -> None:
+        """Add a batch, given by its own moments.
+
+        Source: Chan, Golub and LeVeque 1983, eq. 2.1; for one value that is Welford 1962.
+        """
+        total = self.count + count
+        shift = mean - self.mean
+        self.squares += squares + shift**2 * self.count * count / total
+        self.mean += shift * count / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, float]:
+        """State for a checkpoint; JSON stores it exactly."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore a state of `state_dict`."""
+        self.count = int(state["count"])
+        self.mean, self.squares = float(state["mean"]), float(state["squares"])

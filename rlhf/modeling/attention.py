@@ -24,7 +24,7 @@ LONGEST = 512
 
 
 def supports_blockwise(query: Tensor, width: int, dropout: float) -> bool:
-    """Return whether `blockwise` can compute this attention, exactly and with an advantage."""
+    """Return whether `blockwise` computes this attention exactly and faster."""
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
@@ -129,7 +129,11 @@ def _backward(
 
 
 def _blocks(rectangles: Sequence[tuple[int, int]], heads: int) -> Iterator[tuple[slice, int, int]]:
-    """Cut the rectangles into parts of at most `BLOCK` weights: slots, rows and width of each."""
+    """Cut the rectangles into parts of at most `BLOCK` weights.
+
+    Yields:
+        Slots, number of rows and width of each part.
+    """
     start = 0
     for rows, width in rectangles:
         limit = max(1, BLOCK // (heads * width * width))
@@ -140,9 +144,9 @@ def _blocks(rectangles: Sequence[tuple[int, int]], heads: int) -> Iterator[tuple
 
 
 def _split(part: Tensor, rows: int, width: int, kv_heads: int, group: int) -> Tensor:
-    """Reshape (rows × width, heads × dim) to (rows × kv_heads, group × width, dim), contiguous.
+    """Reshape (rows × width, heads × dim) to (rows × kv_heads, group × width, dim).
 
-    The `group` query heads of one key head follow each other.
+    The result is contiguous; the `group` query heads of one key head follow each other.
     """
     split = part.view(rows, width, kv_heads, group, -1).permute(0, 2, 3, 1, 4)
     return split.reshape(rows * kv_heads, group * width, -1)

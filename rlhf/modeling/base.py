@@ -1,4 +1,4 @@
-"""Base models and tokenizers: initialised from scratch, or loaded from a folder or a hub."""
+"""Base models and tokenizers: initialised from scratch, or loaded."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def from_scratch(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with this project's chat markers as single tokens."""
+    """Train a byte-level BPE tokenizer in which each chat marker is one token."""
     # Otherwise the tokenizers library warns when the process forks later (Prefect's worker).
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = Tokenizer(models.BPE())
@@ -110,14 +110,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_policy(folder: Path | str, revision: str | None = None) -> Any:
-    """Load a causal language model in float32 from safetensors, without running code of a hub."""
+    """Load a causal language model in float32; see `load_pretrained`."""
     return load_pretrained(AutoModelForCausalLM.from_pretrained, folder, revision)
 
 
 def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
-    """Load a tokenizer; add a chat template and a pad token other than eos if it has none.
+    """Load a tokenizer; add a chat template and a pad token if they are missing.
 
-    The new pad token may lie beyond the model's embeddings: see `fit_embeddings`.
+    A pad token equal to eos is replaced. The new one may lie beyond the model's embeddings: see
+    `fit_embeddings`.
 
     Raises:
         ConfigError: The tokenizer can't be loaded, or it has no end-of-text token.
@@ -140,7 +141,12 @@ def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
 
 
 def load_pretrained(loader: Any, folder: Path | str, revision: str | None) -> Any:
-    """Call a `from_pretrained` of transformers: float32, safetensors only, no code of a hub.
+    """Load in float32, from safetensors only, without running code from a hub.
+
+    Args:
+        loader: The `from_pretrained` of a transformers class.
+        folder: Local folder or hub id.
+        revision: Of a hub model; None is the newest.
 
     Raises:
         ConfigError: The model can't be loaded.
@@ -175,7 +181,7 @@ def fit_embeddings(model: Any, tokenizer: Any) -> None:
 
 
 def context_of(model: Any) -> int:
-    """Return the maximum number of tokens a model can read, `UNBOUNDED` if it sets no limit."""
+    """Return a model's context length in tokens, `UNBOUNDED` if it sets no limit."""
     return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
 
 

@@ -1,4 +1,4 @@
-"""Critics: a linear value head on a backbone of its own, the policy's states, or an adapter."""
+"""Critics: a value head on a backbone, an adapter or the policy's hidden states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Critic(nn.Module):
         self.value_head = zero_value_head(backbone.config.hidden_size)
 
     def active(self) -> AbstractContextManager[Any]:
-        """Context in which the backbone computes as the critic; no-op for a backbone of its own."""
+        """Context in which the backbone computes as the critic; here a no-op."""
         return nullcontext()
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -39,7 +39,7 @@ class Critic(nn.Module):
         position_ids: Int[Tensor, "batch time"],
         **options: Any,
     ) -> Float[Tensor, "batch time"]:
-        """Compute the value of the prefix up to each position; `options` go to the backbone."""
+        """Compute the value of each prefix; `options` go to the backbone."""
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,4 +1,4 @@
-"""The device that a process computes on: selection, uploads, matrix products, memory.
+"""Device of a process: selection, uploads, matrix products, memory.
 
 A copy back to the host (`.cpu()`, `.item()`, `.tolist()`, a boolean mask as an index) waits for all
 kernels launched before it. Hot loops avoid it: tensors that decide about shapes are computed on the

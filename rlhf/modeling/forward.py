@@ -30,7 +30,7 @@ _plain_heads: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 def arguments_of(
     ids: Int[Tensor, "batch time"], attention: Int[Tensor, "batch time"], packed: bool
 ) -> tuple[dict[str, Any], Int[Tensor, "batch time"]]:
-    """Return a model call's arguments and each token's index in the flat hidden states.
+    """Return a model call's arguments, and each token's index in its hidden states.
 
     The index of a padding token is that of some other token: use those of real tokens only.
 
@@ -79,7 +79,7 @@ def packed_arguments(
 
 
 def packs(model: Any, longest: int) -> bool:
-    """Return whether packing is exact for this model and sequences of up to `longest` tokens.
+    """Return whether packing is exact for sequences of up to `longest` tokens.
 
     The first call tests it, and on success leaves the model's attention set to `ATTENTION`.
     """
@@ -92,10 +92,10 @@ def packs(model: Any, longest: int) -> bool:
 
 
 def copy_in(model: Any, dtype: torch.dtype) -> Any:
-    """Copy a model, frozen, with its parameters in `dtype`; shares those that have it already.
+    """Copy a model, frozen, with its parameters in `dtype`.
 
-    Buffers keep their precision: rotary frequencies need all their digits. The result of `packs`
-    holds for the copy, which is not tested again.
+    Parameters of that dtype are shared, not copied. Buffers keep their precision: rotary
+    frequencies need all their digits. The result of `packs` holds for the copy as well.
     """
     packs(model, 1)  # sets the attention in the configuration that is copied
     parameters = {
@@ -123,7 +123,7 @@ def final_hidden(
 def captured_logits(
     model: Any, arguments: dict[str, Any], index: Int[Tensor, " selected"]
 ) -> tuple[Float[Tensor, "positions width"], Float[Tensor, "selected vocabulary"]]:
-    """Compute the last hidden states, flattened, and the model's own logits at some of them."""
+    """Compute the last hidden states, flattened, and the logits of some of them."""
     packed = arguments["input_ids"].shape[0] == 1
     index = upload(index, arguments["input_ids"].device)
     with _Capture(model) as capture:
@@ -139,7 +139,7 @@ def head_of(model: Any) -> Any:
 
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
-    """Return whether the logits are the head's plain output, neither scaled nor capped."""
+    """Return whether logits are the head's plain output, not scaled or capped."""
     core = core_of(model)
     if core not in _plain_heads:
         head, device = head_of(core), next(core.parameters()).device
@@ -155,7 +155,7 @@ def has_plain_head(model: Any) -> bool:
 
 
 def core_of(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside adapters, a critic, or a wrapper of processes."""
+    """Return the transformers model inside adapters, a critic or a DDP wrapper."""
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "get_base_model"):  # peft
             model = model.get_base_model()
@@ -209,7 +209,7 @@ def _window(config: Any) -> float:
 
 @torch.no_grad()
 def _enable_packing(core: Any, backbone: Any) -> bool:
-    """Compare both ways on two short sequences; if they agree, keep the packed attention."""
+    """Compare packed and padded results; if they agree, keep `ATTENTION` set."""
     before = core.config._attn_implementation
     if before not in ("sdpa", ATTENTION) or not core._can_set_attn_implementation():
         return False
@@ -241,7 +241,7 @@ def _enable_packing(core: Any, backbone: Any) -> bool:
 
 
 class _Capture:
-    """Captures the backbone's last hidden states during a model call, and their autocast dtype."""
+    """Captures a backbone's last hidden states, and the autocast dtype, during a call."""
 
     def __init__(self, model: Any) -> None:
         self.backbone = backbone_of(model)

@@ -40,7 +40,7 @@ def lora_config(
 
 @contextmanager
 def named_targets(section: str, config: LoraConfig | None) -> Iterator[None]:
-    """Translate peft's errors about `target_modules` into a ConfigError that names the field.
+    """Turn peft's errors about `target_modules` into errors that name the field.
 
     Raises:
         ConfigError: `target_modules` does not fit the model.
@@ -57,10 +57,10 @@ def named_targets(section: str, config: LoraConfig | None) -> Iterator[None]:
 
 
 def merged(model: Any, base: Any = None) -> Any:
-    """Merge the adapter `POLICY` into its base and drop the others; no-op without adapters.
+    """Merge the adapter `POLICY` into its base and drop the others.
 
     Args:
-        model: Plain, or with adapters.
+        model: With adapters; a model without any is returned unchanged.
         base: The base in full precision, if the model's own is stored in bfloat16.
     """
     if not isinstance(model, peft.PeftModel):
@@ -127,10 +127,10 @@ def parameters_of(model: Any, adapter: str) -> dict[str, Any]:
 
 @contextmanager
 def using(model: Any, adapter: str | None) -> Iterator[None]:
-    """Activate one adapter of a model, or none; restores the previous one. May be nested.
+    """Activate one adapter of a model, or none, within a context; may be nested.
 
-    `requires_grad` of all parameters is preserved: peft would make the activated adapter trainable
-    and freeze the others.
+    On exit the previous adapter is active again. `requires_grad` of all parameters is preserved:
+    peft would make the activated adapter trainable and freeze the others.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]

@@ -37,14 +37,14 @@ def fast_float32(device: torch.device) -> Iterator[bool]:
 
 @contextmanager
 def plain_float32(device: torch.device) -> Iterator[None]:
-    """Use MKL for matrix products on a CPU: faster for many small shapes that rarely repeat."""
+    """Use MKL for matrix products on a CPU: for many shapes that rarely repeat."""
     mkl = "highest" if device.type == "cpu" else torch.get_float32_matmul_precision()
     with _matmul_precision(mkl):
         yield
 
 
 def rounding(rows: int, device: torch.device) -> int:
-    """Return the rows to add so that few different shapes occur; 0 unless oneDNN is in use."""
+    """Return the rows to add so that few shapes occur; 0 unless oneDNN is in use."""
     if device.type != "cpu" or torch.get_float32_matmul_precision() == "highest":
         return 0
     return -rows % ROW_MULTIPLE
@@ -52,7 +52,7 @@ def rounding(rows: int, device: torch.device) -> int:
 
 @cache
 def _onednn_error() -> float:
-    """Return the relative error of oneDNN against float64 for a product of training's size."""
+    """Return the relative error of oneDNN for a product of training's size."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 512, generator=generator) for _ in range(2))
     exact = a.double() @ b.double().T

@@ -36,7 +36,7 @@ ACCELERATOR_CALL_COST = 2**20
 
 @runtime_checkable
 class AttentionPlan(Protocol):
-    """Attention of one forward pass, passed through the model under the name `ATTENTION`."""
+    """Attention of a forward pass, handed through the model as `ATTENTION`."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attend from (batch, heads, time, dim) to (batch, time, heads, dim)."""
@@ -166,10 +166,10 @@ def take_rows(
 
 
 class _Gather(torch.autograd.Function):
-    """Gather rows by an index that holds each source row at most once, apart from filler rows.
+    """Gather rows by an index without repeats, apart from filler rows.
 
-    The backward pass gathers by the inverse index: that of general indexing adds row by row, which
-    is slow on a CPU.
+    Filler rows are padding that repeats a row. The backward pass gathers by the inverse index: that
+    of general indexing adds row by row, which is slow on a CPU.
     """
 
     @staticmethod

@@ -21,7 +21,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Return the context of a forward pass: autocast to bfloat16 for `bf16`, none for `fp32`."""
+    """Return the context of a forward pass: autocast to bfloat16 for `bf16`."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
@@ -37,10 +37,11 @@ def in_own_precision(layer: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def store_in_bfloat16(model: Any) -> None:
-    """Store the frozen linear layers of a model in bfloat16; from now on use it with `autocast`.
+    """Store the frozen linear layers in bfloat16, of a model used with `autocast`.
 
-    Layers that share their weights with an embedding stay in float32, because a lookup is not
-    rounded. So does the output head's bias, which is divided by the temperature before rounding.
+    From now on the model must be called in that context only. Layers that share their weights with
+    an embedding stay in float32, because a lookup is not rounded. So does the output head's bias,
+    which is divided by the temperature before rounding.
     """
     head = head_of(model)
     # These test the model in float32 and cache their results.

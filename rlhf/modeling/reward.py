@@ -1,4 +1,4 @@
-"""Reward models: sequence classifiers with one label, pooling of token scores, scoring.
+"""Reward models: sequence classifiers with one label, pooling, scoring.
 
 The files are those of a transformers sequence classifier. `rlhf.json` beside them adds the pooling,
 the rendering of the training data and, for a model with an adapter, the digest of its base.
@@ -33,7 +33,7 @@ BASE = "base_weights"
 
 
 def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | None = None) -> Any:
-    """Load a reward model, or make one from a language model's backbone with a zero head.
+    """Load a reward model, or make one from a language model with a zero head.
 
     Args:
         folder: Local folder or hub id of a sequence classifier or language model.
@@ -73,7 +73,7 @@ def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | Non
 def save_reward_model(
     model: Any, renderer: Renderer, folder: Path, base: str | None = None
 ) -> None:
-    """Save weights, tokenizer and `rlhf.json`; `base` is the digest of an adapter's base."""
+    """Save weights, tokenizer and `rlhf.json`; `base` is the digest of its base."""
     save_model(model, folder)
     renderer.tokenizer.save_pretrained(folder)
     meta = {"pooling": model.pooling, "template_hash": renderer.template_hash}
@@ -102,7 +102,7 @@ class Scorer:
         folder: Reward model with its tokenizer.
         device: Device of the model.
         max_length: Tokens of prompt and reply together; the model's context may be shorter.
-        batch_tokens: Tokens of one forward pass.
+        batch_tokens: Most tokens of one forward pass.
         model: The model of `folder`, if it is loaded already.
         precision: Precision of forward passes.
     """
@@ -143,7 +143,7 @@ class Scorer:
 
     @torch.no_grad()
     def score_ids(self, rows: list[list[int]]) -> Float[Tensor, " batch"]:
-        """Score token sequences, in batches of similar length and at most `batch_tokens` tokens."""
+        """Score token sequences, in batches of similar length."""
         if not rows:
             return torch.empty(0)
         batches = token_batches([len(row) for row in rows], self.batch_tokens)
@@ -170,7 +170,7 @@ def pool(
     counted: Bool[Tensor, "batch time"],
     pooling: str,
 ) -> Float[Tensor, " batch"]:
-    """Pool token scores: that of the last counted token (`last`) or the sum of all (`sum`)."""
+    """Pool token scores: the last counted one (`last`) or the sum of all (`sum`)."""
     if pooling == "sum":
         return (token_scores * counted).sum(1)
     positions = torch.arange(token_scores.shape[1], device=token_scores.device)
@@ -183,9 +183,10 @@ def counted_tokens(
     attention_mask: Int[Tensor, "batch time"],
     marker: int | None,
 ) -> Bool[Tensor, "batch time"]:
-    """Mask the tokens after the first `marker` (all if a row has none) that are not padding.
+    """Mask the tokens after the first `marker` of a row that are not padding.
 
-    After the *first*, so that a policy that writes the marker can't hide the text before it.
+    Without a marker in the row: all. After the *first*, so that a policy that writes the marker
+    can't hide the text before it.
     """
     valid = attention_mask.bool()
     if marker is None:
@@ -209,7 +210,7 @@ def pad_right(
 
 
 class _Pooled:
-    """Mixin for a transformers sequence classifier: pools by position, never by pad id."""
+    """Mixin for a sequence classifier: pools by position, never by pad id."""
 
     pooling = "last"
     marker: int | None = None

@@ -1,4 +1,4 @@
-"""Weight files: safetensors in shards of bounded size, and the digest of a model's weights.
+"""Weight files: safetensors in shards of bounded size, digest of weights.
 
 After a broken transfer only the shards that are missing are sent again.
 """
@@ -23,9 +23,10 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None:
-    """Write tensors to `<name>.safetensors`, or in shards `<name>-00001-of-00003.safetensors`, ….
+    """Write tensors to `<name>.safetensors` or to shards.
 
-    Copies the tensors of one file at a time from an accelerator.
+    Shards are called `<name>-00001-of-00003.safetensors` and so on. Copies the tensors of one file
+    at a time from an accelerator.
     """
     groups = [*_groups(tensors)]
     for path, group in zip(_paths(folder, name, len(groups)), groups, strict=True):
@@ -33,7 +34,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None
 
 
 def shards_of(folder: Path, name: str) -> list[Path]:
-    """Return the files that `save_tensors` wrote; if there is none, the path of a single file.
+    """Return the files that `save_tensors` wrote, or the path of a single file.
 
     Raises:
         ValueError: Shards are missing.
@@ -49,9 +50,10 @@ def shards_of(folder: Path, name: str) -> list[Path]:
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Group tensors into shards, sorted by name: an optimiser's state has no fixed order."""
+    """Group tensors into shards, sorted by name."""
     group: dict[str, Tensor] = {}
     size = 0
+    # Sorted, because the order of an optimiser's state depends on its history.
     for name, tensor in sorted(tensors.items()):
         if group and size + tensor.nbytes > MAX_SHARD:
             yield group

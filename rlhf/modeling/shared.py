@@ -1,4 +1,7 @@
-"""Critics and reward models on the policy's weights: a head on its states, or an adapter."""
+"""Critics and reward models that share the policy's weights.
+
+They are a head on the policy's hidden states, or an adapter on its base.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class HeadCritic(Critic):
 
 
 class AdapterCritic(Critic):
-    """A critic on the policy's base, with the policy's adapter `CRITIC` and a value head."""
+    """A critic on the policy's base: the adapter `CRITIC` and a value head."""
 
     def __init__(self, policy: Any) -> None:
         nn.Module.__init__(self)
@@ -79,7 +82,7 @@ class SharedScorer(Scorer):
 
 
 class AdapterReward(nn.Module):
-    """A frozen reward model for `Scorer`: an adapter on the policy's base, and a score head.
+    """A frozen reward model: an adapter on the policy's base and a score head.
 
     Raises:
         ConfigError: The reward model has no adapter, or one for another base.
@@ -117,7 +120,7 @@ class AdapterReward(nn.Module):
 
 
 def check_adapter(sft: Path, folder: Path) -> Path:
-    """Return the folder of a reward model's adapter after checking that it fits the SFT policy.
+    """Check that a reward model's adapter fits the SFT policy; return its folder.
 
     Raises:
         ConfigError: The reward model has no adapter, or one that was trained on other weights.
