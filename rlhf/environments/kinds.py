@@ -154,16 +154,17 @@ class PreferenceComparison(BaseEnvironment):
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
         """Score every reply; the raw value is its score, or its mean advantage by `pairs`."""
-        duels = self._duels(batch)
-        advantages, raw = self._judge(batch, duels)
+        comparisons = self._comparisons(batch)
+        advantages, raw = self._judge(batch, comparisons)
         sums, counts = [0.0] * len(batch), [0] * len(batch)
-        for (i, _), advantage in zip(duels, advantages, strict=True):
-            sums[i] += _preference(advantage / self.config.temperature)
+        for (i, _), advantage in zip(comparisons, advantages, strict=True):
+            # σ(x) − ½ by tanh, which does not overflow and is odd to the last bit.
+            sums[i] += 0.5 * math.tanh(advantage / self.config.temperature / 2)
             counts[i] += 1
         reward = torch.tensor([total / n for total, n in zip(sums, counts, strict=True)])
         return Scored(reward, {"judge": torch.tensor(raw)}, {"judge": reward})
 
-    def _duels(self, batch: Sequence[Reply]) -> list[tuple[int, int | None]]:
+    def _comparisons(self, batch: Sequence[Reply]) -> list[tuple[int, int | None]]:
         """Return (reply, rival) of every comparison; rival None is the reference's reply."""
         if self.config.rival == "reference":
             return [(i, None) for i in range(len(batch))]
@@ -179,22 +180,24 @@ class PreferenceComparison(BaseEnvironment):
         return [(i, j) for members in groups.values() for i in members for j in members if i != j]
 
     def _judge(
-        self, batch: Sequence[Reply], duels: Sequence[tuple[int, int | None]]
+        self, batch: Sequence[Reply], comparisons: Sequence[tuple[int, int | None]]
     ) -> tuple[list[float], list[float]]:
         """Return the advantage of each comparison, and the raw value of each reply."""
-        rivals = [self._reference(batch[i]) if j is None else batch[j] for i, j in duels]
+        rivals = [self._reference(batch[i]) if j is None else batch[j] for i, j in comparisons]
         if self.pairs:
             triples = [
                 (batch[i].prompt, batch[i].response, rival.response)
-                for (i, _), rival in zip(duels, rivals, strict=True)
+                for (i, _), rival in zip(comparisons, rivals, strict=True)
             ]
-            advantages = check_values("judge", self.pairs(triples), [batch[i] for i, _ in duels])
-            return advantages, _means(advantages, [i for i, _ in duels], len(batch))
+            advantages = check_values(
+                "judge", self.pairs(triples), [batch[i] for i, _ in comparisons]
+            )
+            return advantages, _means(advantages, [i for i, _ in comparisons], len(batch))
         assert self.judge is not None
         replies = [*batch, *(rivals if self.config.rival == "reference" else [])]
         scores = check_values("judge", self.judge(replies), replies)
-        opponents = [len(batch) + n if j is None else j for n, (_, j) in enumerate(duels)]
-        advantages = [scores[i] - scores[j] for (i, _), j in zip(duels, opponents, strict=True)]
+        indices = [len(batch) + n if j is None else j for n, (_, j) in enumerate(comparisons)]
+        advantages = [scores[i] - scores[j] for (i, _), j in zip(comparisons, indices, strict=True)]
         return advantages, scores[: len(batch)]
 
     def _reference(self, reply: Reply) -> Reply:
@@ -217,8 +220,3 @@ def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[f
         sums[owner] += value
         counts[owner] += 1
     return [total / n for total, n in zip(sums, counts, strict=True)]
-
-
-def _preference(x: float) -> float:
-    """Return σ(x) − ½, by tanh, which does not overflow and is odd to the last bit."""
-    return 0.5 * math.tanh(x / 2)

@@ -21,7 +21,7 @@ POLICY, REWARD, CRITIC = "default", "reward", "critic"
 
 #: Folder of a reward model's adapter, beside the merged weights.
 FOLDER = "adapter"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def lora_config(
@@ -85,9 +85,9 @@ def save_adapter(model: Any, folder: Path) -> None:
     state = peft.get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
     folder.mkdir()
     weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    save_file(weights, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     fields |= {"base_model_name_or_path": None, "inference_mode": True}
-    write_json(folder / CONFIG, fields)
+    write_json(folder / ADAPTER_CONFIG, fields)
 
 
 def load_adapter(model: Any, folder: Path, name: str) -> dict[str, Tensor] | None:
@@ -100,7 +100,7 @@ def load_adapter(model: Any, folder: Path, name: str) -> dict[str, Tensor] | Non
     config: Any = peft.LoraConfig.from_pretrained(str(folder))
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     config.lora_dropout = 0.0
-    saved = load_file(folder / WEIGHTS)
+    saved = load_file(folder / ADAPTER_WEIGHTS)
     prefix = "base_model.model.score."
     head = {k.removeprefix(prefix): saved.pop(k) for k in list(saved) if k.startswith(prefix)}
     model.add_adapter(name, config)
