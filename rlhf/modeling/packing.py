@@ -55,7 +55,7 @@ class Packed:
     rectangles: tuple[tuple[int, int], ...]
     """(rows, width) of each."""
     fill: Int[Tensor, " slots"] | None
-    """Token of each slot of the rectangles (0 for padding); None if they are the row itself."""
+    """Token of each slot (0 for padding); None if the rectangles are the row itself."""
     read: Int[Tensor, " tokens"] | None
     """Slot of each token."""
     filler: Int[Tensor, " padding"] | None
