@@ -1,4 +1,4 @@
-"""Stage: a ready reward model, checked and published in place of a trained one."""
+"""Reward model stage without training: checks and publishes a ready reward model."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from rlhf.stage import StageResult
 def adopt_reward_model(
     model: ExternalModel, folder: Path, out_dir: Path, *, runtime: RuntimeConfig | None = None
 ) -> StageResult:
-    """Write a reward model of others, with its own tokenizer, to `out_dir` as safetensors.
+    """Check an external reward model; write it to `out_dir` as safetensors.
 
-    What it noted of itself in `rlhf.json` (pooling, rendering) is kept. A tokenizer without chat
-    template or padding token is completed, as a base model's is.
+    Its `rlhf.json` (pooling, rendering) is copied. A tokenizer without chat template or padding
+    token is completed like that of a base model.
 
     Args:
-        model: Where the configuration found it; named in errors.
+        model: The model's entry in the configuration; named in errors.
         folder: Its files on this machine.
         out_dir: Empty folder for the reward model.
         runtime: Device and threads.
 
     Raises:
-        ConfigError: It is no sequence-classification model with one label, lacks a `score` head or
-            its weights, has no usable tokenizer, or another one than it was trained with.
+        ConfigError: It is not a sequence-classification model with one label, lacks a `score` head
+            or its weights, has no usable tokenizer, or not the one it was trained with.
     """
     device_of(runtime or RuntimeConfig())
-    path = folder / CONFIG
-    model.select([p.name for p in folder.iterdir()])
-    model.check_config(path.read_bytes())
+    model.select([path.name for path in folder.iterdir()])
+    model.check_config((folder / CONFIG).read_bytes())
     _check_head(model, folder)
     try:
         renderer = Renderer(load_tokenizer(folder))
-        scorer = load_reward_model(folder, renderer)
+        reward_model = load_reward_model(folder, renderer)
     except ConfigError as error:
         raise model.error(str(error)) from None
     meta = reward_meta(folder)
@@ -51,15 +50,21 @@ def adopt_reward_model(
             "its tokenizer or chat template changed since it was trained; restore them, or train "
             "it again"
         )
-    fit_embeddings(scorer, renderer.tokenizer)
-    save_model(scorer, out_dir)
+    fit_embeddings(reward_model, renderer.tokenizer)
+    save_model(reward_model, out_dir)
     renderer.tokenizer.save_pretrained(out_dir)
-    write_json(out_dir / META, {**meta, "pooling": scorer.pooling})
-    return StageResult({"parameters": scorer.num_parameters()})
+    write_json(out_dir / META, {**meta, "pooling": reward_model.pooling})
+    return StageResult({"parameters": reward_model.num_parameters()})
 
 
 def _check_head(model: ExternalModel, folder: Path) -> None:
-    """The head must be among the weights: transformers would replace a missing one by chance."""
+    """Check that the weights include the head.
+
+    transformers would initialise a missing one randomly.
+
+    Raises:
+        ConfigError: The head is missing, or a file can't be read.
+    """
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):
         try:

@@ -1,4 +1,7 @@
-"""Stage: reward-model training, by TRL's RewardTrainer (Bradley–Terry loss)."""
+"""Reward model stage: training by TRL, or publishing of a ready model.
+
+The loss is that of Bradley and Terry on preference pairs.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,11 @@ from rlhf.progress import Progress, silent
 from rlhf.ranks import world
 from rlhf.stage import StageResult
 from rlhf.trl_adapter import (
+    MultiProcessMixin,
     ProgressCallback,
-    Together,
+    gather_weights,
     quiet_trainer,
     training_arguments,
-    unsharded,
 )
 
 
@@ -50,10 +53,11 @@ def train_reward_model(
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Train a reward model on the training pairs and write it, with its tokenizer, to `out_dir`.
+    """Train a reward model on preference pairs; write it to `out_dir`.
 
-    One trained by LoRA from the SFT policy is written twice: merged, and in `adapter/` as the
-    adapter and head alone, with the digest of the policy's weights in `rlhf.json`.
+    The tokenizer is written beside it. A model trained by LoRA from the SFT policy is written
+    merged and, in `adapter/`, as adapter and head alone; `rlhf.json` then has the digest of the
+    policy's weights.
 
     Args:
         config: Hyper-parameters; `config.base` overrides the SFT policy as starting point.
@@ -62,7 +66,7 @@ def train_reward_model(
         out_dir: Empty folder for the reward model.
         seed: Seeds the new head and shuffling.
         runtime: Device and threads.
-        progress: Told of every step.
+        progress: Called after every step.
 
     Raises:
         ConfigError: The base has no sequence classifier with one label.
@@ -87,7 +91,7 @@ def train_reward_model(
     trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():
-        # PPO can put it on the policy's base, instead of loading a whole model more.
+        # With ppo.shared_base PPO loads the adapter alone, onto the policy's base.
         base = weights_digest(Path(sft))
         if leads:
             save_adapter(trained, out_dir / FOLDER)
@@ -100,29 +104,8 @@ def train_reward_model(
     )
 
 
-def _train(
-    model: Any, rows: list[dict[str, Any]], config: RewardModelConfig, renderer: Renderer,
-    seed: int, use_cpu: bool, progress: Progress,
-) -> tuple[Any, list[dict[str, float]]]:  # fmt: skip
-    callback = ProgressCallback(progress)
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
-        arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
-        with named_targets("reward_model", config.lora):
-            trainer = _Trainer(
-                model=model,
-                args=TRLRewardConfig(**arguments, length_column_name="length"),
-                train_dataset=Dataset.from_list(rows),
-                processing_class=renderer.tokenizer,
-                peft_config=lora_config(config.lora, "SEQ_CLS") if config.lora else None,
-                callbacks=[callback],
-            )
-        trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return unsharded(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
-
-
 def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, Any]]:
+    """Render and tokenize pairs, each reply cut to `room` tokens with its prompt."""
     rows = []
     for pair in pairs:
         chosen = renderer.encode(pair.prompt, pair.chosen, room).ids
@@ -139,15 +122,38 @@ def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, 
     return rows
 
 
-class _Trainer(Together, RewardTrainer):
-    """RewardTrainer plus the optional language-model loss on the chosen reply."""
+def _train(
+    model: Any, rows: list[dict[str, Any]], config: RewardModelConfig, renderer: Renderer,
+    seed: int, use_cpu: bool, progress: Progress,
+) -> tuple[Any, list[dict[str, float]]]:  # fmt: skip
+    """Return the trained model, adapters not merged, and its curve."""
+    callback = ProgressCallback(progress)
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
+        arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
+        with named_targets("reward_model", config.lora):
+            trainer = _Trainer(
+                model=model,
+                args=TRLRewardConfig(**arguments, length_column_name="length"),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=renderer.tokenizer,
+                peft_config=lora_config(config.lora, "SEQ_CLS") if config.lora else None,
+                callbacks=[callback],
+            )
+        trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
+
+
+class _Trainer(MultiProcessMixin, RewardTrainer):
+    """RewardTrainer with an optional language-model loss on the chosen reply."""
 
     lm_loss_coef = 0.0
     marker: int | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # The sampler that groups rows by length sees only columns that are kept.
+        # RewardTrainer would drop this column, which the sampler groups rows by.
         if "length" not in self._signature_columns:
             self._signature_columns.append("length")
 
@@ -164,7 +170,7 @@ class _Trainer(Together, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _lm_loss(self, model: Any, inputs: dict[str, Any], outputs: Any) -> Tensor:
-        """Mean next-token loss over the chosen replies, the first half of the batch."""
+        """Return the mean next-token loss over the chosen replies: the batch's first half."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         half = len(ids) // 2
         ids = ids[:half]

@@ -1,4 +1,4 @@
-"""Stage: supervised fine-tuning, by TRL's SFTTrainer."""
+"""SFT stage: supervised fine-tuning of the base model by TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from rlhf.progress import Progress, silent
 from rlhf.ranks import world
 from rlhf.stage import StageResult
 from rlhf.trl_adapter import (
+    MultiProcessMixin,
     ProgressCallback,
-    Together,
+    gather_weights,
     quiet_trainer,
     training_arguments,
-    unsharded,
 )
 
 
@@ -42,9 +42,10 @@ def train_sft(
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Fine-tune the base model on demonstrations and write it, with its tokenizer, to `out_dir`.
+    """Fine-tune the base model on demonstrations; write it to `out_dir`.
 
-    With `config.enabled` false the base itself is written: it is the starting policy then.
+    The tokenizer is written beside it. With `config.enabled` false the base model is written as it
+    is.
 
     Args:
         config: Hyper-parameters.
@@ -53,11 +54,11 @@ def train_sft(
         out_dir: Empty folder for the policy.
         seed: Seeds initial weights and shuffling.
         runtime: Device and threads.
-        progress: Told of every step.
+        progress: Called after every step.
 
     Raises:
-        ConfigError: The base can't be used.
-        DataError: No demonstration fits into `config.max_length`.
+        ConfigError: The base can't be loaded or used.
+        DataError: There are no demonstrations.
     """
     device = device_of(runtime or RuntimeConfig())
     leads = world()[0] == 0
@@ -69,11 +70,11 @@ def train_sft(
     if config.enabled:
         room = min(config.max_length, context_of(model))
         rows = _encode(demonstrations, renderer, room)
-        curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
-        model, losses = curve
-        metrics |= {"demonstrations": len(rows), "loss": losses[-1]["loss"] if losses else None}
+        use_cpu = device.type == "cpu"
+        model, curve = _train(model, rows, config, renderer, seed, use_cpu, progress)
+        metrics |= {"demonstrations": len(rows), "loss": curve[-1]["loss"] if curve else None}
         if leads:
-            write_json(out_dir / "curve.json", losses)
+            write_json(out_dir / "curve.json", curve)
     if leads:
         save_model(model, out_dir)
         tokenizer.save_pretrained(out_dir)
@@ -81,7 +82,7 @@ def train_sft(
 
 
 def _texts(demonstrations: list[Demonstration], data: Path) -> Iterator[str]:
-    """Text for a tokenizer: every message and reply that the policy may meet in training."""
+    """Yield the training data's prompts and replies, for training a tokenizer."""
     for row in demonstrations:
         yield from (
             [row.prompt] if isinstance(row.prompt, str) else [m["content"] for m in row.prompt]
@@ -95,6 +96,7 @@ def _texts(demonstrations: list[Demonstration], data: Path) -> Iterator[str]:
 def _encode(
     demonstrations: list[Demonstration], renderer: Renderer, room: int
 ) -> list[dict[str, list[int]]]:
+    """Render and tokenize demonstrations, each cut to `room` tokens."""
     rows = []
     for row in demonstrations:
         encoded = renderer.encode(row.prompt, row.response, room)
@@ -116,6 +118,7 @@ def _train(
     use_cpu: bool,
     progress: Progress,
 ) -> tuple[Any, list[dict[str, float]]]:
+    """Return the trained model, adapters merged, and its curve."""
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
         with named_targets("sft", config.lora):
@@ -133,8 +136,8 @@ def _train(
             )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return merged(unsharded(trainer.accelerator.unwrap_model(trainer.model))), callback.curve
+    return merged(gather_weights(trainer.accelerator.unwrap_model(trainer.model))), callback.curve
 
 
-class _Trainer(Together, SFTTrainer):
-    """SFTTrainer, which does the same in however many processes."""
+class _Trainer(MultiProcessMixin, SFTTrainer):
+    """SFTTrainer for several processes."""

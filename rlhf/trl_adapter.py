@@ -1,4 +1,4 @@
-"""What SFT and reward-model training hand to TRL's trainers alike."""
+"""TRL trainers: arguments, several processes, progress."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ from rlhf.errors import TrainingError
 from rlhf.progress import Progress
 from rlhf.ranks import world
 
+#: FSDP: weights, gradients and optimiser state of every block are sharded; a block's weights are
+#: gathered only while it computes.
+_SHARDED: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+}
+
 
 def training_arguments(
     section: TrainingSection, rows: int, scratch: Path, seed: int, use_cpu: bool
 ) -> dict[str, Any]:
-    """Our section as keyword arguments of `SFTConfig` and `RewardConfig`.
+    """Translate a training section to arguments of TRL's configurations.
 
     Args:
-        section: Hyper-parameters.
+        section: Hyper-parameters of SFT or of reward-model training.
         rows: Number of training rows, for the length of the warm-up.
-        scratch: Folder for whatever the trainer writes; nothing in it is kept.
+        scratch: Temporary folder for the trainer's files.
         seed: Seed of shuffling.
-        use_cpu: Train on the CPU even if there is an accelerator.
+        use_cpu: Train on the CPU even if an accelerator is available.
     """
     share = section.batch_size // world()[1]
     micro = min(section.micro_batch_size or share, share)
@@ -49,7 +56,7 @@ def training_arguments(
         "adam_beta2": section.adam_beta2,
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
-        "max_length": None,  # rows are rendered and cut before they get here
+        "max_length": None,  # rows are rendered and cut already
         "seed": seed,
         "data_seed": seed,
         "use_cpu": use_cpu,
@@ -65,32 +72,24 @@ def training_arguments(
     }
 
 
-#: Every block's weights, gradients and optimiser state are dealt out; a block's weights are whole
-#: only while it computes.
-_SHARDED: dict[str, Any] = {
-    "fsdp": True,
-    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
-}
-
-
-class Together:
-    """What a trainer needs to do in several processes what it does in one."""
+class MultiProcessMixin:
+    """Mixin for a trainer: the same results in several processes as in one."""
 
     args: Any
     accelerator: Any
     is_fsdp_enabled: bool
 
     def _get_train_sampler(self, *args: Any, **options: Any) -> Any:
-        """The sampler of rows grouped by length, dealing as one process would deal them.
+        """Return a sampler that makes the same batches as in a single process.
 
-        By itself it groups one process's share of a batch, and so takes other rows together.
+        The default groups rows by one process's share of a batch, which gives other batches.
         """
         sampler = super()._get_train_sampler(*args, **options)  # pyright: ignore
         sampler.batch_size *= world()[1]
         return sampler
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Shard on CPUs as on accelerators; accelerate 1.15 would keep whole copies, silently."""
+        """Enable FSDP on CPUs too; accelerate 1.15 silently keeps full copies there."""
         super().create_accelerator_and_postprocess()  # pyright: ignore
         state = self.accelerator.state
         if self.args.fsdp_plugin_args and state.distributed_type == DistributedType.MULTI_CPU:
@@ -99,33 +98,25 @@ class Together:
             self.is_fsdp_enabled = True
 
 
-def unsharded(model: Any) -> Any:
-    """The model with whole weights, where each process had a part of them."""
-    for module in model.modules():
-        for name, parameter in [*module.named_parameters(recurse=False)]:
-            if isinstance(parameter, DTensor):
-                whole = torch.nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
-                setattr(module, name, whole)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-    return model
-
-
 class ProgressCallback(TrainerCallback):
-    """Forwards a trainer's steps to our progress and keeps the curve of its logs."""
+    """Forwards a trainer's steps to `progress`, and collects the curve of its logs."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.curve: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell the progress of a finished optimiser step."""
+        """Report a finished optimiser step."""
         if state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Keep a row of the curve, and tell it with the step it is of, which has ended before."""
-        # The summary at the end holds durations, which would make equal runs differ.
+        """Add a row to the curve, and report its metrics with the same step again.
+
+        Raises:
+            TrainingError: A metric is not finite.
+        """
+        # The summary at the end has no loss; it holds durations, which differ between equal runs.
         if logs and "loss" in logs:
             numbers = {k: v for k, v in logs.items() if isinstance(v, float)}
             if not all(math.isfinite(v) for v in numbers.values()):
@@ -138,9 +129,21 @@ class ProgressCallback(TrainerCallback):
                 self.progress(state.global_step, state.max_steps, numbers)
 
 
+def gather_weights(model: Any) -> Any:
+    """Replace sharded weights by full ones, in place, and return the model."""
+    for module in model.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if isinstance(parameter, DTensor):
+                full = torch.nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
+                setattr(module, name, full)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model
+
+
 @contextmanager
 def quiet_trainer() -> Iterator[None]:
-    """Silence the trainers' own console output: progress is ours to show."""
+    """Suppress the console output of TRL and transformers during training."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     logger = logging.getLogger("trl")
@@ -148,7 +151,7 @@ def quiet_trainer() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # TRL's own default for gradient_checkpointing is what transformers warns of.
+            # transformers warns of TRL's default for gradient_checkpointing.
             warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)
             yield
     finally:

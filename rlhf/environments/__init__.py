@@ -1,4 +1,4 @@
-"""Where the reward of a reply comes from: reward functions and environments."""
+"""Reward functions and environments: the sources of a reply's reward."""
 
 from rlhf.environments.build import build_environment
 from rlhf.environments.contract import Environment, Reply, Reward, Scored, Stop

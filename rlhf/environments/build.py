@@ -1,4 +1,4 @@
-"""Makes the environment that a configuration asks for, and checks it before anything is trained."""
+"""Construction of the environment of a PPO run, with the checks before training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from rlhf.config import (
 )
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
-from rlhf.environments import functions
 from rlhf.environments.answers import Correctness
-from rlhf.environments.contract import Environment, Reply, Values
+from rlhf.environments.contract import Environment, Reply, RewardFunction
 from rlhf.environments.custom import CustomFunction
+from rlhf.environments.functions import (
+    json_valid,
+    keyword,
+    length,
+    length_penalty,
+    regex_match,
+    repetition,
+)
 from rlhf.environments.kinds import MultiObjective, PreferenceComparison, TextGeneration
 from rlhf.environments.model import ModelReward, PairModel
 from rlhf.environments.remote import RemoteReward
@@ -29,13 +36,13 @@ from rlhf.files import at_home
 from rlhf.modeling.reward import Scorer
 from rlhf.ranks import Ranks
 
-#: Components that need nothing but their own section.
-SIMPLE: Mapping[str, Callable[[Any], Values]] = {
-    "length": functions.length,
-    "keyword": functions.keyword,
-    "regex": functions.pattern,
-    "json_valid": functions.json_valid,
-    "repetition": functions.repetition,
+#: Components by type that need only their section.
+SIMPLE_COMPONENTS: Mapping[str, Callable[[Any], RewardFunction]] = {
+    "length": length,
+    "keyword": keyword,
+    "regex": regex_match,
+    "json_valid": json_valid,
+    "repetition": repetition,
 }
 
 
@@ -49,29 +56,41 @@ def build_environment(
     context: int = 1024,
     ranks: Ranks | None = None,
 ) -> Environment:
-    """The environment of a PPO run.
+    """Build the environment of a PPO run.
 
     Args:
-        config: Says which, and with what options.
-        scorer: The reward model; none where `config.needs_reward_model` is false.
-        renderer: The policy's, which decodes replies.
-        rows: The training prompts, whose reference answers are checked.
-        device: Where a pair model runs; none is the CPU.
-        context: Tokens that a pair model may read.
-        ranks: The processes that train together: models score each its share of the replies, what
-            has effects outside is called by one of them.
+        config: Selects the environment and its options.
+        scorer: The reward model; None if `config.needs_reward_model` is false.
+        renderer: Decodes the policy's replies.
+        rows: Training prompts, whose reference answers are checked.
+        device: Device of a pair model; None is the CPU.
+        context: Maximum number of tokens of a pair model's input.
+        ranks: Processes of the training. Each runs models on its share of the replies; custom
+            functions and services are called by the leading one.
 
     Raises:
-        ConfigError: Something that it needs is missing or does not work: the reward model, a
-            reference answer, custom code that may not run or fails on a dry batch, a token.
+        ConfigError: Something required is missing or fails: the reward model, a reference answer,
+            custom code that is not allowed or fails on a dry batch, a token.
     """
     builder = _Builder(
         config, scorer, renderer, rows, device or torch.device("cpu"), context, ranks or Ranks()
     )
-    return builder.made()
+    return builder.build()
+
+
+def dry_batch(rows: Sequence[PromptRow]) -> list[Reply]:
+    """Return two replies like those of training, to test a custom function."""
+    prompts = [*rows[:2], PromptRow("A question?"), PromptRow("Another one?")][:2]
+    texts = ("A reply.", "")
+    return [
+        Reply(row.prompt, text, len(text.split()), bool(text), row.reference, row.metadata, i, text)
+        for i, (row, text) in enumerate(zip(prompts, texts, strict=True))
+    ]
 
 
 class _Builder:
+    """Builds an environment and its reward functions."""
+
     def __init__(
         self, config: PPOConfig, scorer: Scorer | None, renderer: Renderer,
         rows: Sequence[PromptRow], device: torch.device, context: int, ranks: Ranks,
@@ -81,7 +100,7 @@ class _Builder:
         self.ending = Ending(renderer, config.generation.stop_sequences)
         self.functions: list[CustomFunction] = []
 
-    def made(self) -> Environment:
+    def build(self) -> Environment:
         config = self.config
         if config.comparison:
             judge, pairs = None, None
@@ -90,71 +109,68 @@ class _Builder:
                 pairs = self.ranks.shared(model.advantages)
             else:
                 judge = self._function(config.comparison.judge, config.comparison.custom, "judge")
-            return PreferenceComparison(config.comparison, judge, pairs, **self._shared())
+            return PreferenceComparison(config.comparison, judge, pairs, **self._base_options())
         if config.multi_objective:
-            parts = {name: (c, self._component(name, c)) for name, c in config.components.items()}
-            return MultiObjective(parts, **self._shared())
+            components = {
+                name: (section, self._component(name, section))
+                for name, section in config.components.items()
+            }
+            return MultiObjective(components, **self._base_options())
         name = config.reward_fn or "default"
         options = getattr(config, name, None)
-        values = self._function(name, options, f"reward_fn = {name!r}")
-        shown = "reward_model" if name == "default" else name
-        return TextGeneration(shown, values, **self._shared())
+        function = self._function(name, options, f"reward_fn = {name!r}")
+        label = "reward_model" if name == "default" else name
+        return TextGeneration(label, function, **self._base_options())
 
-    def _shared(self) -> dict[str, Any]:
+    def _base_options(self) -> dict[str, Any]:
+        """Return the arguments of `BaseEnvironment`."""
         return {
             "ending": self.ending,
             "needs_reward_model": self.config.needs_reward_model,
             "functions": self.functions,
         }
 
-    def _component(self, name: str, section: ComponentSection) -> Values:
-        kind = str(getattr(section, "type", ""))
-        if kind == "remote":
+    def _component(self, name: str, section: ComponentSection) -> RewardFunction:
+        type_name = str(getattr(section, "type", ""))
+        if type_name == "remote":
             remote = RemoteReward(section, name)  # pyright: ignore[reportArgumentType]
             return self.ranks.led(remote)
-        if kind in SIMPLE:
-            return SIMPLE[kind](section)
-        return self._function(kind, section, f"component {name!r}", f".components.{name}")
+        if type_name in SIMPLE_COMPONENTS:
+            return SIMPLE_COMPONENTS[type_name](section)
+        return self._function(type_name, section, f"component {name!r}", f".components.{name}")
 
-    def _function(self, kind: str, options: Any, needing: str, place: str = "") -> Values:
-        if kind == "length_penalty":
-            return functions.length_penalty(options or LengthPenaltyConfig())
-        if kind == "correctness":
+    def _function(
+        self, type_name: str, options: Any, label: str, field: str = ""
+    ) -> RewardFunction:
+        """Build a reward function; `label` and `field` name it in errors."""
+        if type_name == "length_penalty":
+            return length_penalty(options or LengthPenaltyConfig())
+        if type_name == "correctness":
             correctness = Correctness(options or CorrectnessConfig())
-            correctness.check(self.rows, needing)
+            correctness.check(self.rows, label)
             return correctness
-        if kind == "custom":
+        if type_name == "custom":
             in_environment = self.config.env_type in ("multi_objective", "preference_comparison")
-            start = f"ppo.env_config{place or '.custom'}" if in_environment else "ppo.custom"
-            return self._custom(options, start)
+            path = f"ppo.env_config{field or '.custom'}" if in_environment else "ppo.custom"
+            return self._custom(options, path)
         if self.scorer is None:
-            raise ConfigError(f"ppo: {needing} needs a reward model, and there is none; give one")
+            raise ConfigError(f"ppo: {label} needs a reward model, and there is none; give one")
         return self.ranks.shared(ModelReward(self.scorer).values)
 
     def _pair_model(self, folder: str) -> PairModel:
         try:
             return PairModel(at_home(folder), self.device, self.context, self.config.precision)
-        except (OSError, ValueError) as error:  # as transformers calls whatever is no model
+        except (OSError, ValueError) as error:  # transformers raises these for what is no model
             raise ConfigError(
                 f"ppo.env_config.pair_model = {folder!r}: can't be loaded "
                 f"({' '.join(str(error).split())[:200]}); give a folder with a one-label "
                 "sequence classifier and its tokenizer"
             ) from None
 
-    def _custom(self, options: CustomConfig, field: str) -> Values:
+    def _custom(self, options: CustomConfig, field: str) -> RewardFunction:
         function = CustomFunction(options, field)
         function.dry_run(dry_batch(self.rows))
         self.functions.append(function)
         if not self.ranks.leads:
             function.close()
         return self.ranks.led(function)
-
-
-def dry_batch(rows: Sequence[PromptRow]) -> list[Reply]:
-    """Two replies as training would hand them over, to see if a function takes them."""
-    first = [*rows[:2], PromptRow("A question?"), PromptRow("Another one?")][:2]
-    texts = ("A reply.", "")
-    return [
-        Reply(row.prompt, text, len(text.split()), bool(text), row.reference, row.metadata, i, text)
-        for i, (row, text) in enumerate(zip(first, texts, strict=True))
-    ]

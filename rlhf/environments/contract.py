@@ -1,4 +1,4 @@
-"""What training asks of a reward: the batch it hands over, and what comes back."""
+"""Interfaces of rewards: replies to score, scores, reward functions, environments."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ from rlhf.errors import TrainingError
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply to be scored, always with its own prompt.
-
-    `reference` is the right answer of the prompt's row, `group` the number of its prompt in the
-    chunk, and `reference_reply` the reference policy's reply where the environment asks for one,
-    which `reference_finished` by itself or was cut off.
-    """
+    """One reply to score, with its prompt."""
 
     prompt: Prompt
     response: str
     n_tokens: int
     finished: bool
+    """True if it ended by itself, False if it was cut off at the maximum length."""
     reference: str | None = None
+    """Reference answer of the prompt's row."""
     metadata: dict[str, Any] = field(default_factory=dict)
     group: int = 0
+    """Number of the prompt in the chunk; replies to one prompt share it."""
     reference_reply: str | None = None
+    """The reference policy's reply, for environments with `needs_reference_reply`."""
     reference_finished: bool | None = None
 
     def row(self) -> dict[str, Any]:
-        """The reply as custom functions and remote services see it."""
+        """Return the fields as custom functions and remote services receive them."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Totals, the raw named parts, and the weighted ones that add up to the totals."""
+    """Total reward of each reply, its named components, and their weighted values.
+
+    The weighted values add up to the totals.
+    """
 
     totals: Float[Tensor, " batch"]
     components: dict[str, Float[Tensor, " batch"]]
     weighted: dict[str, Float[Tensor, " batch"]]
 
     def metrics(self) -> dict[str, float]:
-        """Means for the curve: `reward/<name>` raw, `reward_weighted/<name>` as it counts."""
+        """Return means over replies as `reward/<name>` and `reward_weighted/<name>`."""
         raw = {f"reward/{name}": float(v.mean()) for name, v in self.components.items()}
         return raw | {f"reward_weighted/{n}": float(v.mean()) for n, v in self.weighted.items()}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Total, raw and weighted parts of each reply, to be stored with it."""
+        """Return each reply's total and components, for its row in the samples."""
         return [
             {
                 "reward": float(total),
@@ -64,13 +66,13 @@ class Scored:
         ]
 
 
-#: One named part of a reward: a batch in, a number for each reply out.
-Values = Callable[[Sequence[Reply]], Sequence[float]]
+#: Returns one number for each reply of a batch.
+RewardFunction = Callable[[Sequence[Reply]], Sequence[float]]
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Anything that scores a batch of replies."""
+    """Scores a batch of replies."""
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
         """Score every reply; raises TrainingError if a score is not finite."""
@@ -79,20 +81,19 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Stop(Protocol):
-    """Tells which replies have reached a stop sequence."""
+    """Finds stop sequences in replies."""
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each row of a reply's token ids holds a stop sequence."""
+        """Return for each row of a reply's token ids whether it contains a stop sequence."""
         ...
 
 
 @runtime_checkable
 class Environment(Protocol):
-    """Where replies are asked for and rewarded; `build_environment` makes one.
+    """Reward of a PPO run, with the way that replies are sampled for it.
 
-    `replies_per_prompt` replies to each prompt share a `group`. `stop` ends a reply before its
-    end-of-reply token; `text` gives what is scored of its tokens. The state makes a resumed run
-    the same run.
+    `build_environment` makes one. The `replies_per_prompt` replies to one prompt share a `group`.
+    With its state restored, a resumed run gets the same rewards as an undisturbed one.
     """
 
     replies_per_prompt: int
@@ -101,11 +102,11 @@ class Environment(Protocol):
 
     @property
     def stop(self) -> Stop | None:
-        """What ends a reply; None if nothing but the end-of-reply token does."""
+        """Stop sequences; None if only the end-of-reply token ends a reply."""
         ...
 
     def text(self, ids: Sequence[int]) -> str:
-        """Text of a reply's token ids, without the stop sequence and what comes after it."""
+        """Decode a reply's token ids, up to the first stop sequence: the text to score."""
         ...
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
@@ -113,36 +114,36 @@ class Environment(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Running statistics, as JSON holds them."""
+        """Running statistics as JSON values."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state; raises ConfigError if it is another environment's."""
+        """Restore a state; raises ConfigError if it is of a different environment."""
         ...
 
 
-def checked(name: str, values: Sequence[float], batch: Sequence[Reply]) -> list[float]:
-    """The values as floats.
+def check_values(name: str, values: Sequence[float], batch: Sequence[Reply]) -> list[float]:
+    """Convert a reward function's values to floats.
 
     Raises:
-        TrainingError: There are more or fewer than replies, or one is not finite.
+        TrainingError: Their number is not that of the replies, or one is not finite.
     """
     if len(values) != len(batch):
         raise TrainingError(
             f"reward {name!r} gave {len(values)} values for {len(batch)} replies; it must give one "
             "for each"
         )
-    found = [float(value) for value in values]
-    for value, reply in zip(found, batch, strict=True):
+    numbers = [float(value) for value in values]
+    for value, reply in zip(numbers, batch, strict=True):
         if not math.isfinite(value):
             raise TrainingError(
                 f"reward {name!r} is {value} for the reply {reply.response[:80]!r}; it must be "
                 "finite: mend what computes it; the last checkpoint is intact"
             )
-    return found
+    return numbers
 
 
-def single(name: str, values: Sequence[float], batch: Sequence[Reply]) -> Scored:
-    """A reward of one part."""
-    part = torch.tensor(checked(name, values, batch))
-    return Scored(part, {name: part}, {name: part})
+def single_component(name: str, values: Sequence[float], batch: Sequence[Reply]) -> Scored:
+    """Return the scores of a reward with one component."""
+    component = torch.tensor(check_values(name, values, batch))
+    return Scored(component, {name: component}, {name: component})

@@ -1,4 +1,4 @@
-"""Rewards that are computed from a reply's text and length alone."""
+"""Reward functions of a reply's text and length, and of its reference answer."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rlhf.config import (
     RepetitionComponent,
 )
 from rlhf.environments.answers import matches
-from rlhf.environments.contract import Reply, Values
+from rlhf.environments.contract import Reply, RewardFunction
 from rlhf.statistics import repeated_ngrams
 
 
-def length_penalty(config: LengthPenaltyConfig) -> Values:
-    """−slope for each token beyond the target, or (both sides) off it."""
+def length_penalty(config: LengthPenaltyConfig) -> RewardFunction:
+    """−slope for each token above the target, or on both sides of it."""
 
     def values(batch: Sequence[Reply]) -> list[float]:
-        off = [reply.n_tokens - config.target for reply in batch]
-        return [-config.slope * (abs(n) if config.side == "both" else max(n, 0)) for n in off]
+        excess = [reply.n_tokens - config.target for reply in batch]
+        return [-config.slope * (abs(n) if config.side == "both" else max(n, 0)) for n in excess]
 
     return values
 
 
-def length(config: LengthComponent) -> Values:
-    """Linear between the points, constant outside of them."""
+def length(config: LengthComponent) -> RewardFunction:
+    """Piecewise linear function of the number of tokens, constant beyond the points."""
 
     def value(tokens: int) -> float:
         first, last = config.points[0], config.points[-1]
@@ -45,8 +45,8 @@ def length(config: LengthComponent) -> Values:
     return lambda batch: [value(reply.n_tokens) for reply in batch]
 
 
-def keyword(config: KeywordComponent) -> Values:
-    """Which of the words stand in a reply."""
+def keyword(config: KeywordComponent) -> RewardFunction:
+    """Fraction of the words that a reply contains, or 1 if it contains any or all."""
     flags = 0 if config.case_sensitive else regex.IGNORECASE | regex.FULLCASE
     edges = (r"(?<!\w)", r"(?!\w)") if config.whole_words else ("", "")
     patterns = [
@@ -54,16 +54,16 @@ def keyword(config: KeywordComponent) -> Values:
     ]
 
     def value(text: str) -> float:
-        found = [pattern.search(text) is not None for pattern in patterns]
+        hits = [pattern.search(text) is not None for pattern in patterns]
         if config.match == "fraction":
-            return sum(found) / len(found)
-        return float(any(found) if config.match == "any" else all(found))
+            return sum(hits) / len(hits)
+        return float(any(hits) if config.match == "any" else all(hits))
 
     return lambda batch: [value(reply.response) for reply in batch]
 
 
-def pattern(config: RegexComponent) -> Values:
-    """1 where the pattern is found."""
+def regex_match(config: RegexComponent) -> RewardFunction:
+    """1 if the reply matches the pattern, else 0."""
     compiled = regex.compile(config.pattern)
 
     def values(batch: Sequence[Reply]) -> list[float]:
@@ -73,28 +73,29 @@ def pattern(config: RegexComponent) -> Values:
     return values
 
 
-def json_valid(config: JsonValidComponent) -> Values:
-    """1 where the reply is JSON of the kind wanted."""
-    kinds: dict[str, Any] = {"any": object, "object": dict, "array": list}
+def json_valid(config: JsonValidComponent) -> RewardFunction:
+    """1 if the reply is JSON of the required type and has the required keys, else 0."""
+    types: dict[str, Any] = {"any": object, "object": dict, "array": list}
 
     def value(text: str) -> float:
         try:
-            read = json.loads(text, parse_constant=_no_number)
+            document = json.loads(text, parse_constant=_reject_constant)
         except (ValueError, RecursionError):
             return 0.0
         return float(
-            isinstance(read, kinds[config.require]) and all(k in read for k in config.keys)
+            isinstance(document, types[config.require]) and all(k in document for k in config.keys)
         )
 
     return lambda batch: [value(reply.response) for reply in batch]
 
 
-def _no_number(constant: str) -> float:
+def _reject_constant(constant: str) -> float:
+    """Refuse NaN and Infinity, which Python's parser would accept."""
     raise ValueError(f"{constant} is no JSON")
 
 
-def repetition(config: RepetitionComponent) -> Values:
-    """Score minus the share of word n-grams that occurred before in the reply."""
+def repetition(config: RepetitionComponent) -> RewardFunction:
+    """Minus the share of word n-grams that occurred earlier in the reply."""
 
     def value(text: str) -> float:
         # 0.0 - x, as a bare minus would turn 0 into -0.0.

@@ -1,4 +1,4 @@
-"""The three environments."""
+"""Environments: one reward function, weighted components, or comparisons."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ import torch
 
 from rlhf.config import ComponentSection, PreferenceConfig
 from rlhf.data.rows import Prompt
-from rlhf.environments.contract import Reply, Scored, Stop, Values, checked, single
+from rlhf.environments.contract import (
+    Reply,
+    RewardFunction,
+    Scored,
+    Stop,
+    check_values,
+    single_component,
+)
 from rlhf.environments.custom import CustomFunction
-from rlhf.environments.scale import Scale
+from rlhf.environments.scale import ComponentScale
 from rlhf.environments.stop import Ending
 from rlhf.errors import ConfigError, TrainingError
 
-#: How much better the first reply is than the second, for each (prompt, first, second).
+#: Returns for each (prompt, first reply, second reply) how much better the first is.
 Advantages = Callable[[Sequence[tuple[Prompt, str, str]]], Sequence[float]]
 
 
-class Base:
-    """What the environments share: decoding, and a state that names the code it depends on."""
+class BaseEnvironment:
+    """Decoding of replies, and a state that identifies the custom code in use."""
 
     replies_per_prompt = 1
     needs_reference_reply = False
@@ -35,22 +42,22 @@ class Base:
 
     @property
     def stop(self) -> Stop | None:
-        """What ends a reply; None if nothing but the end-of-reply token does."""
+        """Stop sequences; None if only the end-of-reply token ends a reply."""
         return self.ending if self.ending.sequences else None
 
     def text(self, ids: Sequence[int]) -> str:
-        """Text of a reply's token ids, without the stop sequence and what comes after it."""
+        """Decode a reply's token ids, up to the first stop sequence."""
         return self.ending.text(ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Running statistics, and the identity of custom code."""
+        """Digests of custom code."""
         return {"code": {function.where: function.digest for function in self.functions}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state.
+        """Check the digests of custom code.
 
         Raises:
-            ConfigError: Custom code is another than it was.
+            ConfigError: The code is not that of the state.
         """
         for function in self.functions:
             if state.get("code", {}).get(function.where) != function.digest:
@@ -60,39 +67,39 @@ class Base:
                 )
 
     def close(self) -> None:
-        """End the processes of custom functions; a further call starts them again."""
+        """End the processes of custom functions; the next call restarts them."""
         for function in self.functions:
             function.close()
 
 
-class TextGeneration(Base):
+class TextGeneration(BaseEnvironment):
     """One reply to each prompt, scored by the reward model or one function."""
 
-    def __init__(self, name: str, values: Values, **shared: Any) -> None:
-        super().__init__(**shared)
-        self.name, self.values = name, values
+    def __init__(self, name: str, function: RewardFunction, **options: Any) -> None:
+        super().__init__(**options)
+        self.name, self.function = name, function
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
         """Score every reply."""
-        return single(self.name, self.values(batch), batch)
+        return single_component(self.name, self.function(batch), batch)
 
 
-class MultiObjective(Base):
-    """A weighted sum of named components, each scaled on its own."""
+class MultiObjective(BaseEnvironment):
+    """A weighted sum of named components, each normalised separately."""
 
     def __init__(
-        self, components: Mapping[str, tuple[ComponentSection, Values]], **shared: Any
+        self, components: Mapping[str, tuple[ComponentSection, RewardFunction]], **options: Any
     ) -> None:
-        super().__init__(**shared)
+        super().__init__(**options)
         self.components = components
-        self.scales = {name: Scale(config) for name, (config, _) in components.items()}
+        self.scales = {name: ComponentScale(config) for name, (config, _) in components.items()}
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
-        """Score every reply; raw parts are as computed, weighted ones scaled, clamped, weighed."""
+        """Score every reply; weighted values are normalised and clipped before the weight."""
         raw: dict[str, list[float]] = {}
-        for name, (_, values) in self.components.items():
-            raw[name] = checked(name, values(batch), batch)
-        # All raw values are there before any is taken up: a failure leaves no half of a batch.
+        for name, (_, function) in self.components.items():
+            raw[name] = check_values(name, function(batch), batch)
+        # All raw values are computed before the first scale changes: a failure adds no half batch.
         weighted = {
             name: torch.tensor([config.weight * v for v in self.scales[name](raw[name])])
             for name, (config, _) in self.components.items()
@@ -101,12 +108,16 @@ class MultiObjective(Base):
         return Scored(totals, {name: torch.tensor(v) for name, v in raw.items()}, weighted)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scales' statistics."""
+        """Digests of custom code, and statistics of the scales."""
         scales = {name: scale.state_dict() for name, scale in self.scales.items()}
         return {**super().state_dict(), "scales": scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Restore the scales.
+
+        Raises:
+            ConfigError: Custom code or the names of components differ from those of the state.
+        """
         super().load_state_dict(state)
         scales: Mapping[str, Any] = state.get("scales", {})
         if scales.keys() != self.scales.keys():
@@ -118,36 +129,43 @@ class MultiObjective(Base):
             scale.load_state_dict(scales[name])
 
 
-class PreferenceComparison(Base):
-    """Each reply is rewarded for what it wins against its rivals.
+class PreferenceComparison(BaseEnvironment):
+    """Rewards each reply by comparison with its rivals.
 
-    reward of i = mean over rivals j of σ(dᵢⱼ/τ) − ½, where dᵢⱼ is how much better i is than j: a
-    difference of scores, or what a pair model says. It is antisymmetric (the rewards of a prompt's
-    replies add up to 0 where they are each other's rivals), and ties are worth 0.
+    reward of i = mean over rivals j of σ(dᵢⱼ/τ) − ½, where the advantage dᵢⱼ of i over j is a
+    difference of scores or the output of a pair model. It is antisymmetric: the rewards of replies
+    that are each other's rivals add up to 0, and a tie is worth 0.
+
+    Args:
+        config: Rivals, temperature and replies per prompt.
+        judge: Scores single replies; None with `pairs`.
+        pairs: Compares two replies; None with `judge`.
+        options: Arguments of `BaseEnvironment`.
     """
 
     def __init__(
-        self, config: PreferenceConfig, judge: Values | None, pairs: Advantages | None,
-        **shared: Any,
+        self, config: PreferenceConfig, judge: RewardFunction | None, pairs: Advantages | None,
+        **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(**shared)
+        super().__init__(**options)
         self.config, self.judge, self.pairs = config, judge, pairs
         self.replies_per_prompt = config.replies_per_prompt
         self.needs_reference_reply = config.rival == "reference"
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
-        """Score every reply; raw is the judge's mean advantage, or its score of the reply."""
-        duels = self._duels(batch)
-        advantages, raw = self._judged(batch, duels)
+        """Score every reply; the raw value is its score, or its mean advantage by `pairs`."""
+        comparisons = self._comparisons(batch)
+        advantages, raw = self._judge(batch, comparisons)
         sums, counts = [0.0] * len(batch), [0] * len(batch)
-        for (i, _), advantage in zip(duels, advantages, strict=True):
-            sums[i] += _preference(advantage / self.config.temperature)
+        for (i, _), advantage in zip(comparisons, advantages, strict=True):
+            # σ(x) − ½ by tanh, which does not overflow and is odd to the last bit.
+            sums[i] += 0.5 * math.tanh(advantage / self.config.temperature / 2)
             counts[i] += 1
         reward = torch.tensor([total / n for total, n in zip(sums, counts, strict=True)])
         return Scored(reward, {"judge": torch.tensor(raw)}, {"judge": reward})
 
-    def _duels(self, batch: Sequence[Reply]) -> list[tuple[int, int | None]]:
-        """(reply, rival) for every comparison; the rival None is the reference's reply."""
+    def _comparisons(self, batch: Sequence[Reply]) -> list[tuple[int, int | None]]:
+        """Return (reply, rival) of every comparison; rival None is the reference's reply."""
         if self.config.rival == "reference":
             return [(i, None) for i in range(len(batch))]
         groups: dict[int, list[int]] = defaultdict(list)
@@ -161,29 +179,29 @@ class PreferenceComparison(Base):
                 )
         return [(i, j) for members in groups.values() for i in members for j in members if i != j]
 
-    def _judged(
-        self, batch: Sequence[Reply], duels: Sequence[tuple[int, int | None]]
+    def _judge(
+        self, batch: Sequence[Reply], comparisons: Sequence[tuple[int, int | None]]
     ) -> tuple[list[float], list[float]]:
-        """The advantage of each duel, and the raw value of each reply."""
-        rivals = [self._reference(batch[i]) if j is None else batch[j] for i, j in duels]
+        """Return the advantage of each comparison, and the raw value of each reply."""
+        rivals = [self._reference(batch[i]) if j is None else batch[j] for i, j in comparisons]
         if self.pairs:
-            asked = [
+            triples = [
                 (batch[i].prompt, batch[i].response, rival.response)
-                for (i, _), rival in zip(duels, rivals, strict=True)
+                for (i, _), rival in zip(comparisons, rivals, strict=True)
             ]
-            fighting = [batch[i] for i, _ in duels]
-            advantages = checked("judge", self.pairs(asked), fighting)
-            means = _means(advantages, [i for i, _ in duels], len(batch))
-            return advantages, means
+            advantages = check_values(
+                "judge", self.pairs(triples), [batch[i] for i, _ in comparisons]
+            )
+            return advantages, _means(advantages, [i for i, _ in comparisons], len(batch))
         assert self.judge is not None
-        everyone = [*batch, *(rivals if self.config.rival == "reference" else [])]
-        scores = checked("judge", self.judge(everyone), everyone)
-        places = [len(batch) + n if j is None else j for n, (_, j) in enumerate(duels)]
-        advantages = [scores[i] - scores[p] for (i, _), p in zip(duels, places, strict=True)]
+        replies = [*batch, *(rivals if self.config.rival == "reference" else [])]
+        scores = check_values("judge", self.judge(replies), replies)
+        indices = [len(batch) + n if j is None else j for n, (_, j) in enumerate(comparisons)]
+        advantages = [scores[i] - scores[j] for (i, _), j in zip(comparisons, indices, strict=True)]
         return advantages, scores[: len(batch)]
 
     def _reference(self, reply: Reply) -> Reply:
-        """The reference policy's reply, in the place of the policy's."""
+        """Return the reference policy's reply to the same prompt."""
         text = reply.reference_reply
         if text is None:
             raise TrainingError(f"there is no reference reply to {str(reply.prompt)[:80]!r}")
@@ -196,13 +214,9 @@ class PreferenceComparison(Base):
 
 
 def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[float]:
+    """Return for each of `count` owners the mean of its values."""
     sums, counts = [0.0] * count, [0] * count
     for value, owner in zip(values, owners, strict=True):
         sums[owner] += value
         counts[owner] += 1
     return [total / n for total, n in zip(sums, counts, strict=True)]
-
-
-def _preference(x: float) -> float:
-    """σ(x) − ½, by tanh: it does not overflow, and is odd to the last bit."""
-    return 0.5 * math.tanh(x / 2)

@@ -1,4 +1,4 @@
-"""Stop sequences: text that ends a reply, wherever it falls among the tokens."""
+"""Stop sequences: strings that end a reply, independent of token borders."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from rlhf.errors import ConfigError
 
 
 class Ending:
-    """Finds stop sequences in replies and cuts them off; without any, it only decodes.
+    """Decodes replies, finds stop sequences in their text, and cuts the text there.
 
-    It looks at the text, so that a sequence may span several tokens, or end inside of one. Special
-    tokens are left out of the text.
+    A sequence may span several tokens or end within one. Special tokens are not part of the text.
 
     Raises:
-        ConfigError: A sequence holds a special token, so that it would never be found.
+        ConfigError: A sequence contains a special token, so that it would never be found.
     """
 
     def __init__(self, renderer: Renderer, sequences: Sequence[str] = ()) -> None:
         self.tokenizer = renderer.tokenizer
         self.sequences = tuple(sequences)
-        special = _special(self.tokenizer) if sequences else []
+        special = _special_tokens(self.tokenizer) if sequences else []
         for sequence in sequences:
             token = next((token for token in special if token in sequence), None)
             if token is not None:
@@ -32,16 +31,16 @@ class Ending:
                 )
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each row of a reply's token ids holds a stop sequence."""
+        """Return for each row of a reply's token ids whether it contains a stop sequence."""
         return [self._cut(text) is not None for text in self._decode(rows)]
 
     def text(self, ids: Sequence[int]) -> str:
-        """Text of the token ids, up to the first stop sequence."""
+        """Decode the token ids up to the first stop sequence."""
         (text,) = self._decode([ids])
         return text[: self._cut(text)].strip()
 
     def count(self, text: str) -> int:
-        """Tokens of a reply with this text, its end included."""
+        """Count the tokens of a reply with this text, including its end-of-reply token."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return len(ids) + 1
 
@@ -49,11 +48,13 @@ class Ending:
         return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
 
     def _cut(self, text: str) -> int | None:
-        places = [text.find(sequence) for sequence in self.sequences]
-        return min((place for place in places if place >= 0), default=None)
+        """Return the index of the first stop sequence, None if there is none."""
+        indices = [text.find(sequence) for sequence in self.sequences]
+        return min((index for index in indices if index >= 0), default=None)
 
 
-def _special(tokenizer: Any) -> list[str]:
-    """Tokens that decoding leaves out: those of a role, and others that were added as special."""
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """Return the special tokens, which decoding skips."""
+    # Those with a role, such as eos, and those that were added as special.
     added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
     return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token]

@@ -1,9 +1,10 @@
-"""Runs one function of a user's in a process of its own; started by `custom.py`, as a script.
+"""Worker process of a custom reward function, started by `custom.py` as a script.
 
     python -P worker.py <file> <module or ""> <function> <folder for imports>
 
-One JSON line in, one out: {"batch": [...]} gives {"values": [...]} or {"error": "..."}. It imports
-nothing of this project, so that it starts in a moment. What the function prints goes to stderr.
+Protocol: one JSON line per request on stdin, {"batch": [...]}, and one per response on stdout,
+{"values": [...]} or {"error": "..."}. Output of the function goes to stderr. It imports nothing of
+this project, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any, BinaryIO
 
 
 def main() -> None:
-    """Load the function, then answer until stdin ends."""
+    """Load the function and serve requests until stdin ends."""
     file, module, name, folder = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # a print must not look like an answer
+    responses = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # a print of the function must not be read as a response
     requests: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, requests), daemon=True).start()
     function: Callable[..., Any] | None = None
@@ -31,27 +32,28 @@ def main() -> None:
         line = requests.get()
         try:
             function = function or _load(file, module, name, folder)
-            answer: dict[str, Any] = {"values": _numbers(function(json.loads(line)["batch"]))}
+            response: dict[str, Any] = {"values": _numbers(function(json.loads(line)["batch"]))}
         except BaseException as error:
             text = " ".join(str(error).split())
-            answer = {"error": f"{type(error).__name__}: {text}"[:500]}
-        answers.write(json.dumps(answer).encode() + b"\n")
+            response = {"error": f"{type(error).__name__}: {text}"[:500]}
+        responses.write(json.dumps(response).encode() + b"\n")
 
 
 def _listen(stdin: BinaryIO, requests: queue.Queue[bytes]) -> None:
-    """Take requests; when the parent is gone, so is this, even in the midst of an answer."""
+    """Queue requests; end the process when stdin is closed, even during a call."""
     for line in stdin:
         requests.put(line)
     os._exit(0)
 
 
 def _load(file: str, module: str, name: str, folder: str) -> Callable[..., Any]:
+    """Import the function from its module, or from the file if it has no module name."""
     sys.path.insert(0, folder)
     if module:
         loaded = importlib.import_module(module)
-        found = os.path.realpath(str(loaded.__file__))
-        if found != file:
-            raise ImportError(f"the module {module!r} is {found!r} already; rename yours")
+        path = os.path.realpath(str(loaded.__file__))
+        if path != file:
+            raise ImportError(f"the module {module!r} is {path!r} already; rename yours")
     else:
         spec = importlib.util.spec_from_file_location("rlhf_custom_reward", file)
         assert spec is not None
@@ -66,7 +68,7 @@ def _load(file: str, module: str, name: str, folder: str) -> Callable[..., Any]:
 
 
 def _numbers(values: Any) -> list[float]:
-    """A list of numbers, also of an array's or a tensor's."""
+    """Convert a list, array or tensor to a list of numbers."""
     if hasattr(values, "tolist"):
         values = values.tolist()
     if not isinstance(values, list | tuple):

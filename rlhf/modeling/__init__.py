@@ -1,1 +1,1 @@
-"""Models: from scratch or loaded, policy, reward model, critic, adapters."""
+"""Language models, reward models and critics, their adapters and forward passes."""

@@ -1,4 +1,4 @@
-"""Where models come from: a small architecture trained from scratch, a hub id, or a folder."""
+"""Base models and tokenizers: initialised from scratch, or loaded."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLA
 from rlhf.errors import ConfigError
 from rlhf.files import at_home, files_sha256
 
-#: The context of a model whose positions are relative.
+#: Context length of a model that sets no limit, such as one with relative positions.
 UNBOUNDED = 2**31 - 1
 
 
 def device_of(runtime: RuntimeConfig) -> torch.device:
-    """The device that `runtime` asks for, after setting the CPU threads.
+    """Set the number of CPU threads and return the device that `runtime` selects.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: The device is not available.
     """
     torch.set_num_threads(runtime.threads)
     cpu = torch.device("cpu")
-    found = torch.accelerator.current_accelerator(check_available=True) or cpu
-    device = found if runtime.device == "auto" else torch.device(runtime.device)
-    if device.type not in (cpu.type, found.type):
+    available = torch.accelerator.current_accelerator(check_available=True) or cpu
+    device = available if runtime.device == "auto" else torch.device(runtime.device)
+    if device.type not in (cpu.type, available.type):
         raise ConfigError(
             f"runtime.device = {runtime.device!r}, but torch finds no such device here; set it to "
             "auto or cpu, or install a torch that was built for it"
@@ -44,9 +44,48 @@ def device_of(runtime: RuntimeConfig) -> torch.device:
     return device
 
 
+def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
+    """Return the base model and its tokenizer, with chat template and pad token.
+
+    Raises:
+        ConfigError: `base.path` can't be loaded, or its tokenizer has no end-of-text token.
+    """
+    if config.path is None:
+        return from_scratch(config.architecture, texts, seed)
+    model = load_policy(config.path, config.revision)
+    tokenizer = load_tokenizer(config.path, config.revision)
+    fit_embeddings(model, tokenizer)
+    return model, tokenizer
+
+
+def from_scratch(
+    config: ArchitectureConfig, texts: Iterable[str], seed: int
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Initialise a small Llama model and train its tokenizer on `texts`."""
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    ids = tokenizer.get_vocab()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.context,
+            tie_word_embeddings=True,
+            pad_token_id=ids[PAD],
+            eos_token_id=ids[END],
+            bos_token_id=None,
+        )
+    )
+    return model, tokenizer
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with this project's chat markers as single tokens."""
-    # Without this, the tokenizers library warns when a later fork (Prefect's worker) happens.
+    """Train a byte-level BPE tokenizer in which each chat marker is one token."""
+    # Otherwise the tokenizers library warns when the process forks later (Prefect's worker).
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,81 +108,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return fast
 
 
-def from_scratch(
-    config: ArchitectureConfig, texts: Iterable[str], seed: int
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A freshly initialised Llama-type model and a tokenizer trained on `texts`."""
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    ids = tokenizer.get_vocab()
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.context,
-            tie_word_embeddings=True,
-            pad_token_id=ids[PAD],
-            eos_token_id=ids[END],
-            bos_token_id=None,
-        )
-    )
-    return model, tokenizer
-
-
-def context_of(model: Any) -> int:
-    """Most tokens that the model can read; without a bound where it learnt no positions."""
-    return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
-
-
 def load_policy(folder: Path | str, revision: str | None = None) -> Any:
-    """Load a causal language model in float32 from safetensors; code from a hub is never run."""
-    return _load(AutoModelForCausalLM.from_pretrained, folder, revision)
-
-
-def _load(loader: Any, folder: Path | str, revision: str | None) -> Any:
-    extra = {"revision": revision} if revision else {}
-    try:
-        return loader(
-            str(at_home(folder)) if str(folder).startswith("~") else str(folder),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **extra,
-        )
-    except (OSError, ValueError) as error:
-        raise _unusable(folder, error) from error
-
-
-def _unusable(folder: Path | str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"model {str(folder)!r} (base.path or a reward model's) can't be "
-        f"loaded ({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, s3://bucket/"
-        "prefix or a local folder with config.json, a tokenizer and safetensors"
-    )
-
-
-def weights_digest(folder: Path) -> str:
-    """Hex sha256 over a model folder's safetensors, in the order of their names."""
-    return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))
+    """Load a causal language model in float32; see `load_pretrained`."""
+    return load_pretrained(AutoModelForCausalLM.from_pretrained, folder, revision)
 
 
 def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
-    """A model's tokenizer, completed for this pipeline: a chat template, and pad ≠ eos.
+    """Load a tokenizer; add a chat template and a pad token if they are missing.
 
-    A new pad token may lie beyond the model's embeddings: see `fit_embeddings`.
+    A pad token equal to eos is replaced. The new one may lie beyond the model's embeddings: see
+    `fit_embeddings`.
 
     Raises:
-        ConfigError: There is none, or it has no end-of-text token.
+        ConfigError: The tokenizer can't be loaded, or it has no end-of-text token.
     """
     extra = {"revision": revision} if revision else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
-        raise _unusable(folder, error) from error
+        raise loading_error(folder, error) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model {str(folder)!r}: its tokenizer has no eos_token, so no reply could end; "
@@ -156,22 +139,51 @@ def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load_pretrained(loader: Any, folder: Path | str, revision: str | None) -> Any:
+    """Load in float32, from safetensors only, without running code from a hub.
+
+    Args:
+        loader: The `from_pretrained` of a transformers class.
+        folder: Local folder or hub id.
+        revision: Of a hub model; None is the newest.
+
+    Raises:
+        ConfigError: The model can't be loaded.
+    """
+    extra = {"revision": revision} if revision else {}
+    try:
+        return loader(
+            str(at_home(folder)) if str(folder).startswith("~") else str(folder),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **extra,
+        )
+    except (OSError, ValueError) as error:
+        raise loading_error(folder, error) from error
+
+
+def loading_error(folder: Path | str, error: Exception) -> ConfigError:
+    """Return the ConfigError for a model that transformers can't load."""
+    return ConfigError(
+        f"model {str(folder)!r} (base.path or a reward model's) can't be "
+        f"loaded ({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, s3://bucket/"
+        "prefix or a local folder with config.json, a tokenizer and safetensors"
+    )
+
+
 def fit_embeddings(model: Any, tokenizer: Any) -> None:
-    """Give the model an embedding for every token, and tell it which one is padding."""
+    """Add embeddings for tokens beyond the model's vocabulary, and set its pad token."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
-    """The base model and tokenizer, complete for this pipeline.
+def context_of(model: Any) -> int:
+    """Return a model's context length in tokens, `UNBOUNDED` if it sets no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
 
-    Raises:
-        ConfigError: `base.path` can't be loaded, or its tokenizer has no end-of-text token.
-    """
-    if config.path is None:
-        return from_scratch(config.architecture, texts, seed)
-    model = load_policy(config.path, config.revision)
-    tokenizer = load_tokenizer(config.path, config.revision)
-    fit_embeddings(model, tokenizer)
-    return model, tokenizer
+
+def weights_digest(folder: Path) -> str:
+    """Return the hex sha256 over a model folder's safetensors files, in the order of their names."""
+    return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))

@@ -1,4 +1,4 @@
-"""The critic: a backbone with a linear value head on every position."""
+"""Critics: a value head on a backbone, an adapter or the policy's hidden states."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ from rlhf.modeling.precision import in_own_precision
 
 
 class Critic(nn.Module):
-    """Value of every prefix; the head starts at zero, so that the first values are all 0.
+    """Value of every prefix, by a linear head on the last hidden states of a backbone.
 
-    A zeroed head keeps the reward model's *scale* out of the first advantages while its features
-    are there to be used (Stiennon et al. 2020, appendix G.1 initialise from the reward model).
+    The head starts at zero, so the first values are 0: a critic that starts from a reward model
+    (Stiennon et al. 2020, appendix G.1) has its features, but not its *scale*.
     """
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
-        self.value_head = nn.Linear(backbone.config.hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = zero_value_head(backbone.config.hidden_size)
 
     def active(self) -> AbstractContextManager[Any]:
-        """While its backbone computes for it; one of its own always does."""
+        """Context in which the backbone computes as the critic; here a no-op."""
         return nullcontext()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that training changes, by name."""
+        """Trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(
@@ -41,7 +39,7 @@ class Critic(nn.Module):
         position_ids: Int[Tensor, "batch time"],
         **options: Any,
     ) -> Float[Tensor, "batch time"]:
-        """Value of the prefix that ends at each position; `options` are the backbone's."""
+        """Compute the value of each prefix; `options` go to the backbone."""
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -54,10 +52,18 @@ class Critic(nn.Module):
 
 
 def critic_from(model: Any) -> Critic:
-    """A critic on the backbone of a language model or sequence classifier."""
+    """Make a critic from the backbone of a language model or sequence classifier."""
     return Critic(getattr(model, model.base_model_prefix))
 
 
 def freeze(model: Any) -> Any:
-    """The model in evaluation mode without gradients."""
+    """Set a model to evaluation mode without gradients, and return it."""
     return model.eval().requires_grad_(False)
+
+
+def zero_value_head(hidden_size: int) -> nn.Linear:
+    """Return a linear layer with one output whose weights and bias are zero."""
+    head = nn.Linear(hidden_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

@@ -1,8 +1,8 @@
-"""Transfers to an accelerator that do not make the host wait.
+"""Device of a process: selection, uploads, matrix products, memory.
 
-A copy back (`.cpu()`, `.item()`, `.tolist()`, a boolean mask as an index) waits until everything
-that was launched before it has been computed, so hot loops have as few of them as they can: what
-decides about shapes is worked out on the CPU and uploaded.
+A copy back to the host (`.cpu()`, `.item()`, `.tolist()`, a boolean mask as an index) waits for all
+kernels launched before it. Hot loops avoid it: tensors that decide about shapes are computed on the
+CPU and uploaded.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device, from the CPU to a GPU without waiting for it.
+    """Copy a tensor to a device; from the CPU to a GPU without blocking the host.
 
-    A plain `.to(device)` waits until everything that was launched before has been computed, and for
-    pageable memory CUDA only says that it might not. So the copy starts from pinned memory, which
-    torch keeps for the next one as soon as this one is done; the source may be changed at once.
+    The source may be changed as soon as the call returns.
     """
     if tensor.device.type != "cpu" or device.type != "cuda":
         return tensor.to(device)
+    # `.to(device)` blocks until all launched kernels have finished, and for pageable memory CUDA
+    # does not guarantee that non_blocking helps. torch reuses a pinned buffer after its copy.
     return tensor.pin_memory().to(device, non_blocking=True)

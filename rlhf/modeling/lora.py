@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft: several on one base, of which one computes at a time, or none."""
+"""LoRA adapters by peft: several on one base, at most one of them active."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rlhf.config import LoraConfig
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
 
-#: Names of the adapters; the first is peft's own for the only one.
+#: Names of the adapters; "default" is the name that peft gives a single one.
 POLICY, REWARD, CRITIC = "default", "reward", "critic"
 
 #: Folder of a reward model's adapter, beside the merged weights.
 FOLDER = "adapter"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def lora_config(
     config: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"], dropout: float | None = None
 ) -> peft.LoraConfig:
-    """Our section as peft's; a reward model's head is trained in full beside its adapters."""
+    """Translate the section to peft's; a reward model's head is trained in full."""
     return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (a float is fine)
@@ -40,7 +40,7 @@ def lora_config(
 
 @contextmanager
 def named_targets(section: str, config: LoraConfig | None) -> Iterator[None]:
-    """Name the field whose value keeps peft, inside, from making adapters.
+    """Turn peft's errors about `target_modules` into errors that name the field.
 
     Raises:
         ConfigError: `target_modules` does not fit the model.
@@ -57,10 +57,11 @@ def named_targets(section: str, config: LoraConfig | None) -> Iterator[None]:
 
 
 def merged(model: Any, base: Any = None) -> Any:
-    """The plain model as later stages expect it: its own adapter merged, others dropped.
+    """Merge the adapter `POLICY` into its base and drop the others.
 
-    The adapter is merged into `base` where one is given, because the model's own base is stored
-    with fewer digits.
+    Args:
+        model: With adapters; a model without any is returned unchanged.
+        base: The base in full precision, if the model's own is stored in bfloat16.
     """
     if not isinstance(model, peft.PeftModel):
         return model
@@ -74,44 +75,44 @@ def merged(model: Any, base: Any = None) -> Any:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter, with what is trained in full beside it, in peft's layout.
+    """Write the adapter, and the head trained in full with it, in peft's layout.
 
-    Not by peft's own method: that adds a text for people, names the base by its path on this
-    machine, and writes sets in an order that changes from run to run.
+    peft's own method is not used: it adds a model card, names the base by its local path, and
+    writes sets in an order that differs between runs.
     """
     config = model.peft_config[POLICY].to_dict()
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     state = peft.get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
     folder.mkdir()
     weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    nowhere = {"base_model_name_or_path": None, "inference_mode": True}
-    write_json(folder / CONFIG, {**fields, **nowhere})
+    save_file(weights, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    fields |= {"base_model_name_or_path": None, "inference_mode": True}
+    write_json(folder / ADAPTER_CONFIG, fields)
 
 
 def load_adapter(model: Any, folder: Path, name: str) -> dict[str, Tensor] | None:
     """Add a saved adapter, frozen, to a causal language model under `name`.
 
     Returns:
-        The weights of the head that was trained beside it, without their prefix; none if the
-        adapter does not fit the model.
+        Weights of the head that was trained with it, without their prefix; None if the adapter
+        does not fit the model.
     """
     config: Any = peft.LoraConfig.from_pretrained(str(folder))
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     config.lora_dropout = 0.0
-    saved = load_file(folder / WEIGHTS)
-    start = "base_model.model.score."
-    head = {k.removeprefix(start): saved.pop(k) for k in list(saved) if k.startswith(start)}
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    prefix = "base_model.model.score."
+    head = {k.removeprefix(prefix): saved.pop(k) for k in list(saved) if k.startswith(prefix)}
     model.add_adapter(name, config)
     result: Any = peft.set_peft_model_state_dict(model, saved, adapter_name=name)
-    absent = [k for k in result.missing_keys if f".{name}." in k]
+    missing = [k for k in result.missing_keys if f".{name}." in k]
     for parameter in parameters_of(model, name).values():
         parameter.requires_grad_(False)
-    return None if absent or result.unexpected_keys else head
+    return None if missing or result.unexpected_keys else head
 
 
 def copy_adapter(model: Any, source: str, target: str) -> None:
-    """Add an adapter that starts as a copy of another one."""
+    """Add an adapter as a copy of another one."""
     config = model.peft_config[source].to_dict()
     model.add_adapter(target, peft.LoraConfig(**{**config, "inference_mode": False}))
     copies = parameters_of(model, target)
@@ -120,34 +121,35 @@ def copy_adapter(model: Any, source: str, target: str) -> None:
 
 
 def parameters_of(model: Any, adapter: str) -> dict[str, Any]:
-    """One adapter's parameters, by their names in the whole model."""
+    """Return the parameters of one adapter, by their names in the whole model."""
     return {name: p for name, p in model.named_parameters() if f".{adapter}." in name}
 
 
 @contextmanager
 def using(model: Any, adapter: str | None) -> Iterator[None]:
-    """While the model computes with this adapter alone, or with none; may be nested in any order.
+    """Activate one adapter of a model, or none, within a context; may be nested.
 
-    Afterwards it computes as before. What is trainable stays so: peft takes the adapter that it
-    switches on for the one to train, and all others for frozen.
+    On exit the previous adapter is active again. `requires_grad` of all parameters is preserved:
+    peft would make the activated adapter trainable and freeze the others.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
-    wanted = [(names if adapter is None else [adapter], adapter is None) for names, _ in before]
-    if wanted == before:
+    target = [(names if adapter is None else [adapter], adapter is None) for names, _ in before]
+    if target == before:
         yield
         return
-    _switch(layers, wanted)
+    _activate(layers, target)
     try:
         yield
     finally:
-        _switch(layers, before)
+        _activate(layers, before)
 
 
-def _switch(layers: list[Any], states: list[tuple[list[str], bool]]) -> None:
-    for layer, (names, off) in zip(layers, states, strict=True):
+def _activate(layers: list[Any], states: list[tuple[list[str], bool]]) -> None:
+    """Set each layer's active adapters, and whether they are disabled."""
+    for layer, (names, disabled) in zip(layers, states, strict=True):
         flags = [(p, p.requires_grad) for p in layer.parameters()]
         layer.set_adapter(names)
-        layer.enable_adapters(not off)
+        layer.enable_adapters(not disabled)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -1,7 +1,7 @@
-"""Which library multiplies float32 matrices on a CPU.
+"""The library that multiplies float32 matrices on a CPU: oneDNN or MKL.
 
-With `torch.set_float32_matmul_precision("medium")` torch hands them to oneDNN. On many CPUs that is
-twice as fast as MKL and as exact; on CPUs with matrix units it means bfloat16, which is not.
+With `torch.set_float32_matmul_precision("medium")` torch uses oneDNN. On many CPUs that is twice as
+fast as MKL and as accurate; on CPUs with matrix units it computes in bfloat16, which is not.
 """
 
 from __future__ import annotations
@@ -12,60 +12,62 @@ from functools import cache
 
 import torch
 
+#: Largest relative error that counts as float32; that of bfloat16 is hundreds of times larger.
 FLOAT32_ERROR = 1e-5
-"""Largest relative error that still is float32's; bfloat16's is hundreds of times this."""
-STEP = 32
-"""oneDNN prepares code for each shape that it meets: numbers of rows are rounded up to this."""
+#: Numbers of rows are rounded up to this, because oneDNN generates code for each new shape.
+ROW_MULTIPLE = 32
 
 
 @contextmanager
 def fast_float32(device: torch.device) -> Iterator[bool]:
-    """oneDNN's products inside, on a CPU where they keep float32's accuracy.
+    """Use oneDNN for matrix products, on a CPU where it keeps float32 accuracy.
 
-    It depends on the machine alone, never on a timing, so that a resumed run computes alike.
+    The choice depends on the machine alone, never on a timing, so that a resumed run computes the
+    same numbers.
 
     Yields:
-        Whether it is on.
+        True if oneDNN is in use.
     """
     before = torch.get_float32_matmul_precision()
-    wanted = device.type == "cpu" and before == "highest"
-    fast = wanted and _error() < FLOAT32_ERROR
-    with _precision("medium" if fast else before):
+    eligible = device.type == "cpu" and before == "highest"
+    fast = eligible and _onednn_error() < FLOAT32_ERROR
+    with _matmul_precision("medium" if fast else before):
         yield fast
 
 
 @contextmanager
 def plain_float32(device: torch.device) -> Iterator[None]:
-    """MKL's products inside, for many small shapes that seldom occur twice."""
-    with _precision("highest" if device.type == "cpu" else torch.get_float32_matmul_precision()):
+    """Use MKL for matrix products on a CPU: for many shapes that rarely repeat."""
+    mkl = "highest" if device.type == "cpu" else torch.get_float32_matmul_precision()
+    with _matmul_precision(mkl):
         yield
 
 
 def rounding(rows: int, device: torch.device) -> int:
-    """Rows to add, so that few different shapes occur; none where it is of no use."""
+    """Return the rows to add so that few shapes occur; 0 unless oneDNN is in use."""
     if device.type != "cpu" or torch.get_float32_matmul_precision() == "highest":
         return 0
-    return -rows % STEP
+    return -rows % ROW_MULTIPLE
+
+
+@cache
+def _onednn_error() -> float:
+    """Return the relative error of oneDNN for a product of training's size."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 512, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double().T
+    with _matmul_precision("medium"):
+        return float((a @ b.T - exact).abs().max() / exact.abs().max())
 
 
 @contextmanager
-def _precision(wanted: str) -> Iterator[None]:
+def _matmul_precision(value: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    if wanted == before:  # setting it costs more than asking
+    if value == before:  # setting it costs more than reading it
         yield
         return
-    torch.set_float32_matmul_precision(wanted)
+    torch.set_float32_matmul_precision(value)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@cache
-def _error() -> float:
-    """Relative error of a product as training has them, against float64."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 512, generator=generator) for _ in range(2))
-    exact = a.double() @ b.double().T
-    with _precision("medium"):
-        return float((a @ b.T - exact).abs().max() / exact.abs().max())

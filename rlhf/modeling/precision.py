@@ -1,8 +1,8 @@
-"""Forward passes in bfloat16: by autocast, with the linear layers of frozen models stored lowered.
+"""bfloat16 forward passes: autocast, and frozen linear layers stored in bfloat16.
 
 Under autocast a linear layer computes with its weights rounded to bfloat16. Weights that are never
-trained can be rounded once and for all: the results are the same, bit by bit, in half the memory
-and without a cast in every call. Norms, embeddings and heads of one output stay in float32.
+trained can be rounded once: the results are the same, bit by bit, in half the memory and without a
+cast in every call. Norms, embeddings and heads of one output stay in float32.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ Precision = Literal["fp32", "bf16"]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Context of a forward pass: autocast to bfloat16 for `bf16`, nothing for `fp32`."""
+    """Return the context of a forward pass: autocast to bfloat16 for `bf16`."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 
 
 def in_own_precision(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """A head's output in the precision of its weights, whatever autocast is on.
+    """Apply a head in the precision of its weights, also under autocast.
 
-    Scores and values have one number per token: lowering them saves nothing and costs digits.
+    Scores and values have one number per token: bfloat16 would save nothing and cost digits.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return layer(hidden.to(layer.weight.dtype))
 
 
 def store_in_bfloat16(model: Any) -> None:
-    """Round the frozen linear layers of a model that computes under `autocast` alone from now on.
+    """Store the frozen linear layers in bfloat16, of a model used with `autocast`.
 
-    Layers that share their weights with an embedding stay as they are, because a lookup is not
-    rounded; so does the output head's bias, which is divided by the temperature before it is. What
-    is found out about a model by calling it in float32 is found out here.
+    From now on the model must be called in that context only. Layers that share their weights with
+    an embedding stay in float32, because a lookup is not rounded. So does the output head's bias,
+    which is divided by the temperature before rounding.
     """
-    packs(model, 1)
     head = head_of(model)
+    # These test the model in float32 and cache their results.
+    packs(model, 1)
     if head is not None:
         has_plain_head(model)
     for layer in _frozen_linear(model):

@@ -1,4 +1,7 @@
-"""Weights in files of bounded size, so that what broke on the way is sent again in small parts."""
+"""Weight files: safetensors in shards of bounded size, digest of weights.
+
+After a broken transfer only the shards that are missing are sent again.
+"""
 
 from __future__ import annotations
 
@@ -9,56 +12,59 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-#: Bytes of tensors in one file; a tensor that is larger has a file of its own. While one is on its
-#: way to a store, the next is hashed: one file of 1 GB takes an eighth longer than two of 0.5 GB.
+#: Bytes of tensors in one file; a larger tensor has a file of its own. The next file is hashed
+#: while one is sent to a store: one file of 1 GB takes an eighth longer than two of 0.5 GB.
 MAX_SHARD = 500_000_000
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Save a model as transformers does, which by itself would not split it below 50 GB."""
+    """Save a model by transformers, in shards; its default is one file up to 50 GB."""
     model.save_pretrained(folder, max_shard_size=MAX_SHARD)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None:
-    """Write `<name>.safetensors`, or `<name>-00001-of-00003.safetensors` and so on if it is large.
+    """Write tensors to `<name>.safetensors` or to shards.
 
-    Only one file's tensors are copied from an accelerator at a time.
+    Shards are called `<name>-00001-of-00003.safetensors` and so on. Copies the tensors of one file
+    at a time from an accelerator.
     """
-    parts = [*_split(tensors)]
-    for path, part in zip(_paths(folder, name, len(parts)), parts, strict=True):
-        save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, path)
+    groups = [*_groups(tensors)]
+    for path, group in zip(_paths(folder, name, len(groups)), groups, strict=True):
+        save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, path)
 
 
 def shards_of(folder: Path, name: str) -> list[Path]:
-    """The files that `save_tensors` wrote; a file that is not sharded is named even if absent.
+    """Return the files that `save_tensors` wrote, or the path of a single file.
 
     Raises:
-        ValueError: Some of the shards are missing.
+        ValueError: Shards are missing.
     """
-    whole = folder / f"{name}.safetensors"
-    found = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
-    if whole.exists() or not found:
-        return [whole]
-    count = found[-1].stem.rpartition("-of-")[2]
-    if not count.isdigit() or found != _paths(folder, name, int(count)):
-        raise ValueError(f"{name}: of its {count} shards only {len(found)} are there")
-    return found
+    single = folder / f"{name}.safetensors"
+    shards = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
+    if single.exists() or not shards:
+        return [single]
+    count = shards[-1].stem.rpartition("-of-")[2]
+    if not count.isdigit() or shards != _paths(folder, name, int(count)):
+        raise ValueError(f"{name}: of its {count} shards only {len(shards)} are there")
+    return shards
 
 
-def _split(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """By name, as the order of an optimiser's state depends on how it came to be."""
-    part: dict[str, Tensor] = {}
+def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Group tensors into shards, sorted by name."""
+    group: dict[str, Tensor] = {}
     size = 0
+    # Sorted, because the order of an optimiser's state depends on its history.
     for name, tensor in sorted(tensors.items()):
-        if part and size + tensor.nbytes > MAX_SHARD:
-            yield part
-            part, size = {}, 0
-        part[name] = tensor
+        if group and size + tensor.nbytes > MAX_SHARD:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
         size += tensor.nbytes
-    yield part
+    yield group
 
 
 def _paths(folder: Path, name: str, count: int) -> list[Path]:
+    """Return the paths of `count` shards."""
     if count == 1:
         return [folder / f"{name}.safetensors"]
     return [folder / f"{name}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

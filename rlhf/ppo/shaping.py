@@ -9,7 +9,6 @@ the last column the state after the last token. Advantages are used on reply tok
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf.ppo.losses import Mask, Tokens, last_valid
+from rlhf.statistics import RunningMoments
 
 Scores = Float[Tensor, " batch"]
 
@@ -38,29 +38,15 @@ def missing_eos(
     return torch.where(finished, scores, penalised)
 
 
-class RunningScale:
-    """Running standard deviation of all scores, for scaling scores by it.
-
-    Chunks are merged by the update of Chan, Golub and LeVeque 1983 (of one value: Welford 1962),
-    in double precision. The deviation is the unbiased one (n − 1).
-    """
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+class RunningScale(RunningMoments):
+    """Divides scores by the unbiased standard deviation (n − 1) of all scores so far."""
 
     def update(self, scores: Scores) -> None:
         """Add a chunk of scores."""
-        n = len(scores)
-        if n == 0:
-            return
-        chunk = scores.detach().double()
-        mean = float(chunk.mean())
-        squares = float(((chunk - mean) ** 2).sum())
-        total = self.count + n
-        shift = mean - self.mean
-        self.squares += squares + shift**2 * self.count * n / total
-        self.mean += shift * n / total
-        self.count = total
+        if len(scores) > 0:
+            chunk = scores.detach().double()
+            mean = float(chunk.mean())
+            self.merge(len(scores), mean, float(((chunk - mean) ** 2).sum()))
 
     @property
     def deviation(self) -> float:
@@ -71,15 +57,6 @@ class RunningScale:
     def apply(self, scores: Scores) -> Scores:
         """Divide scores by the deviation; no shift of the mean, so signs do not change."""
         return scores / self.deviation
-
-    def state_dict(self) -> dict[str, float]:
-        """State as JSON values, without loss of digits."""
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore what `state_dict` returned."""
-        self.count = int(state["count"])
-        self.mean, self.squares = float(state["mean"]), float(state["squares"])
 
 
 def clip_scores(scores: Scores, bound: float | None) -> Scores:

@@ -23,11 +23,11 @@ from rlhf.config import (
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Environment, Reply, build_environment
-from rlhf.environments.answers import Correctness, last_number, matches, normalised
+from rlhf.environments.answers import Correctness, last_number, matches, normalise_answer
 from rlhf.environments.functions import length_penalty
 from rlhf.environments.kinds import PreferenceComparison
 from rlhf.environments.model import PairModel
-from rlhf.environments.scale import Scale
+from rlhf.environments.scale import ComponentScale
 from rlhf.environments.stop import Ending
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.reward import Scorer
@@ -158,7 +158,7 @@ def test_the_last_number(text, number):
 
 @given(st.text())
 def test_normalising_twice_is_normalising_once(text):
-    assert normalised(normalised(text)) == normalised(text)
+    assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
 
 
 SLOW = r"^(?:a|a?b?a)+?(?:a|aa)+$"
@@ -301,7 +301,7 @@ def test_weights_and_what_is_logged(renderer):
 
 
 def scale(**options):
-    return Scale(ComponentSection(**options))
+    return ComponentScale(ComponentSection(**options))
 
 
 def test_zscore_of_all_so_far():

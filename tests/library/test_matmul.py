@@ -16,14 +16,14 @@ cpu_only = pytest.mark.cpu_only("of oneDNN's products")
 @cpu_only
 def test_on_and_put_back():
     with fast_float32(CPU) as on:
-        assert on == (matmul._error() < 1e-5)
+        assert on == (matmul._onednn_error() < 1e-5)
         assert torch.get_float32_matmul_precision() == ("medium" if on else "highest")
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 @cpu_only
 def test_few_shapes_inside_and_small_products_by_mkl(monkeypatch):
-    monkeypatch.setattr(matmul, "_error", lambda: 1e-6)
+    monkeypatch.setattr(matmul, "_onednn_error", lambda: 1e-6)
     with fast_float32(CPU):
         assert (rounding(33, CPU), rounding(64, CPU)) == (31, 0)
         assert rounding(33, torch.device("cuda")) == 0
@@ -38,7 +38,7 @@ def test_few_shapes_inside_and_small_products_by_mkl(monkeypatch):
 
 @cpu_only
 def test_not_where_it_costs_accuracy(monkeypatch):
-    monkeypatch.setattr(matmul, "_error", lambda: 3e-3)  # bfloat16's
+    monkeypatch.setattr(matmul, "_onednn_error", lambda: 3e-3)  # bfloat16's
     with fast_float32(CPU) as on:
         assert not on
         assert torch.get_float32_matmul_precision() == "highest"
@@ -64,6 +64,6 @@ def test_a_users_own_setting_stays():
 
 @cpu_only
 def test_the_error_is_measured():
-    matmul._error.cache_clear()
-    assert 0 < matmul._error() < 1e-5
+    matmul._onednn_error.cache_clear()
+    assert 0 < matmul._onednn_error() < 1e-5
     assert torch.get_float32_matmul_precision() == "highest"

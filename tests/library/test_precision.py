@@ -116,7 +116,7 @@ def test_a_copy_shares_what_is_lowered_already_and_is_not_tried_again(monkeypatc
     model = make("gqa").requires_grad_(False)
     store_in_bfloat16(model)
     twin = copy_in(model, torch.bfloat16)
-    monkeypatch.setattr("rlhf.modeling.forward._switch_on", None)  # would be called to try it
+    monkeypatch.setattr("rlhf.modeling.forward._enable_packing", None)  # would be called to try it
     assert packs(twin, 8)
     ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
     assert {p.dtype for p in theirs.values()} == {torch.bfloat16}

@@ -47,7 +47,7 @@ def build(sft, scored):
 
 def scores(trainer):
     """What the trainer's environment gives for the replies."""
-    return trainer.environment.values.__self__.scorer(PROMPTS, REPLIES)
+    return trainer.environment.function.__self__.scorer(PROMPTS, REPLIES)
 
 
 def nudge(policy, *adapters):
