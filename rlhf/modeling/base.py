@@ -185,5 +185,5 @@ def context_of(model: Any) -> int:
 
 
 def weights_digest(folder: Path) -> str:
-    """Return the hex sha256 over a model folder's safetensors files, in the order of their names."""
+    """Return the hex sha256 over a model folder's safetensors, in the order of their names."""
     return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))
