@@ -23,7 +23,7 @@ from benchmarks.storage_kill_trials import ended, forked
 from benchmarks.storage_places import PRODUCER, Place
 from rlhf.errors import StoreError
 from rlhf.store import Store, collect, publish, refs
-from rlhf.store.create import create, is_atomic
+from rlhf.store.coordination import COLLECTIONS, create, is_atomic
 from rlhf.store.manifest import FileEntry, build_manifest, sha256_bytes
 
 Backend = Any
@@ -159,8 +159,8 @@ def aged(fresh: float) -> Iterator[None]:
     A collection would take its own announcement for an old one's, and with that a publisher's
     protection, which real ages rule out.
     """
-    traces = tuple(name for name in collect._TRACES if name != publish.COLLECTING)
-    with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(collect, "_TRACES", traces):
+    traces = tuple(name for name in collect.TRACES if name != COLLECTIONS)
+    with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(collect, "TRACES", traces):
         yield
 
 

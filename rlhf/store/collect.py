@@ -11,10 +11,8 @@ sends again what was removed.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +20,8 @@ from typing import Any
 from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.store import pins, refs
 from rlhf.store.backend import Backend, Found, in_parallel
-from rlhf.store.create import CLAIMS, PROBES
+from rlhf.store.coordination import COLLECTION_SECONDS, FRESH, TRACES, announced_collection
 from rlhf.store.manifest import Manifest, blob_key, manifest_key
-from rlhf.store.publish import COLLECTING, COLLECTION_SECONDS, ENDED, FRESH, GOING_ON
 
 #: Seconds that everything is left alone for.
 GRACE = 24 * 3600.0
@@ -36,7 +33,6 @@ _BATCH = 1000
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHECKPOINTS = re.compile(r"checkpoints/((?P<stage>.+)-(?P<key>[0-9a-f]{16}))/.*")
 _MANIFEST = re.compile(r"manifests/[0-9a-f]{64}\.json")
-_TRACES = (PROBES, CLAIMS, COLLECTING)
 
 
 @dataclass
@@ -75,7 +71,7 @@ def collect(
         StoreError: The store failed, or the collection took too long for one go; what it has
             removed by then was garbage, and it can be run again.
     """
-    with _announced(backend, dry_run) as (began, skew):
+    with announced_collection(backend, dry_run) as (began, skew):
         garbage = _find(backend, read_manifest, grace + skew, skew)
         if not dry_run:
             for at in range(0, len(garbage.keys), _BATCH):
@@ -96,23 +92,6 @@ def retain(backend: Backend, kept: Mapping[str, Manifest]) -> None:
         backend.delete([key for key in backend.list(prefix) if key not in wanted])
 
 
-@contextlib.contextmanager
-def _announced(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
-    """When the collection began by our clock, and how old the store says that a new object is."""
-    name = f"{PROBES if dry_run else COLLECTING}{uuid.uuid4().hex}"
-    key = name + GOING_ON
-    began = time.monotonic()
-    backend.put(key, b"{}")
-    try:
-        # Twice, as a bit may flip in a date: the larger one is the careful one.
-        ages = [found.age if found else 0.0 for found in (backend.find(key), backend.find(key))]
-        yield began, max(ages)
-    finally:
-        if not dry_run:
-            backend.put(name + ENDED, b"{}")
-        backend.delete([key])
-
-
 def _find(
     backend: Backend, read_manifest: Callable[[str], Manifest], grace: float, skew: float
 ) -> Garbage:
@@ -130,7 +109,7 @@ def _find(
     garbage.artifacts = [_digest(key) for key in sizes]
     sizes |= {k: f.size for k, f in blobs.sure.items() if k not in wanted and f.age >= grace}
     sizes |= _checkpoints(_Listing(backend, "checkpoints/").sure, entries, grace, skew)
-    for prefix in _TRACES:
+    for prefix in TRACES:
         old = max(grace, FRESH + skew)
         sizes |= {k: f.size for k, f in backend.list(prefix).items() if f.age >= old}
     garbage.keys, garbage.size = list(sizes), sum(sizes.values())

@@ -7,10 +7,9 @@ import re
 
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.store.backend import Backend
-from rlhf.store.create import create
+from rlhf.store.coordination import create, wait_for_collection
 from rlhf.store.lookup import is_beginning
 from rlhf.store.manifest import manifest_key
-from rlhf.store.publish import wait_for_collection
 from rlhf.store.refs import open_sealed, seal
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 import threading
@@ -10,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreError
-from rlhf.store.backend import SMALL, Backend, Found, Meter, Source, in_parallel
+from rlhf.errors import ArtifactCorrupt, ArtifactMissing
+from rlhf.store.backend import SMALL, Backend, Meter, Source, in_parallel
+from rlhf.store.coordination import FRESH, collected_since
 from rlhf.store.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
@@ -28,17 +28,8 @@ from rlhf.store.manifest import (
     sha256_bytes,
 )
 
-#: Objects younger than this are left alone by every garbage collection, whatever its grace.
-FRESH = 3600.0
-#: Where a garbage collection says that it is going on, and then that it was.
-COLLECTING, GOING_ON, ENDED = "gc/", ".json", ".ended"
-#: A collection removes nothing any more this long after it said so; nobody waits for longer.
-COLLECTION_SECONDS = 600.0
-
 #: One large file is hashed while another is sent: all at once would leave the network idle.
 _HASHING = threading.BoundedSemaphore(2)
-
-log = logging.getLogger("rlhf.store")
 
 
 def publish(
@@ -64,7 +55,7 @@ def publish(
     digest = sha256_bytes(data)
     key = manifest_key(digest)
     _put_manifest(backend, key, data)
-    if _collected(backend, began):
+    if collected_since(backend, began):
         _mend(backend, folder, entries, key, data)
         _check_parents(backend, parents)
     uri = f"{backend.uri}/{key}"
@@ -158,35 +149,6 @@ def _check_parents(backend: Backend, parents: Mapping[str, ArtifactRef]) -> None
                 f"{backend.uri}: {role} {ref.short} was collected as garbage while something was "
                 "made from it; make it again"
             )
-
-
-def _collected(backend: Backend, began: float) -> bool:
-    """Whether garbage may have been collected since; returns once none is going on."""
-    traces = wait_for_collection(backend)
-    since = time.monotonic() - began + COLLECTION_SECONDS
-    return any(found.age < since for found in traces.values())
-
-
-def wait_for_collection(backend: Backend) -> dict[str, Found]:
-    """Wait while garbage is collected, but not for a collection that died; the traces of all."""
-    told = False
-    end = time.monotonic() + 2 * COLLECTION_SECONDS
-    while True:
-        traces = backend.list(COLLECTING)
-        if not any(
-            key.endswith(GOING_ON) and found.age < COLLECTION_SECONDS
-            for key, found in traces.items()
-        ):
-            return traces
-        if time.monotonic() > end:
-            raise StoreError(
-                f"{backend.uri}: {COLLECTING} says that garbage is being collected, and does not "
-                "end; try again, or delete what is there"
-            )
-        if not told:
-            log.info("%s: garbage is being collected; waiting for it", backend.uri)
-            told = True
-        time.sleep(1.0)
 
 
 def scan(folder: Path) -> dict[str, int]:

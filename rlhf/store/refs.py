@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.errors import ArtifactCorrupt, StoreError
 from rlhf.store.backend import Backend, in_parallel
-from rlhf.store.create import create
+from rlhf.store.coordination import create
 from rlhf.store.manifest import MAX_MANIFEST_BYTES, PublishError, canonical_json, sha256_bytes
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -25,7 +25,7 @@ from rlhf.store import lookup, pins, refs
 from rlhf.store.backend import Backend, Meter, in_parallel
 from rlhf.store.cache import DEFAULT_LIMIT, Cache, Origin
 from rlhf.store.collect import GRACE, Garbage, collect, retain
-from rlhf.store.create import PROBES, is_atomic
+from rlhf.store.coordination import PROBES, is_atomic
 from rlhf.store.manifest import (
     MAX_MANIFEST_BYTES,
     Ancestor,

@@ -17,7 +17,7 @@ from benchmarks.storage_race_trials import Row, appending, collecting, creating
 from rlhf.errors import ArtifactMissing
 from rlhf.store import Producer, Store
 from rlhf.store.cache import Cache
-from rlhf.store.create import is_atomic
+from rlhf.store.coordination import is_atomic
 from rlhf.store.local import LocalBackend
 
 OLD = 7 * 24 * 3600

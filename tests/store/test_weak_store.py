@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlhf.store import Store, create, open_store
+from rlhf.store import Store, coordination, open_store
 from tests.servers import client_of
 from tests.store.test_artifacts import contents, put
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.s3
 def weak(s3_weak_server, tmp_path, monkeypatch) -> Store:
     for name, value in s3_weak_server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(create, "_known", {})
+    monkeypatch.setattr(coordination, "_known", {})
     bucket = f"weak-{uuid.uuid4().hex[:8]}"
     with client_of(s3_weak_server, bucket):
         return open_store(f"s3://{bucket}/store", cache_dir=tmp_path / "cache")
@@ -31,7 +31,7 @@ def test_weakness_is_named_once_and_artifacts_work(weak, folder, producer, caplo
     (warning,) = [r for r in caplog.records if "weak conditional writes" in r.message]
     assert weak.uri in warning.getMessage()
     assert weak._backend.atomic is None  # of the probe's own client; ours finds it known
-    assert create.is_atomic(weak._backend) is False
+    assert coordination.is_atomic(weak._backend) is False
     ref = put(weak, folder, producer)
     assert contents(weak.fetch(ref)) == contents(folder)
     assert weak.append("champion/x", {"policy": ref.digest}) == 1
@@ -68,9 +68,9 @@ def test_of_writers_that_decide_by_the_same_entry_one_wins(weak):
 
 
 def test_strong_server_is_not_slowed_down(s3_place, monkeypatch, caplog):
-    monkeypatch.setattr(create, "_known", {})
+    monkeypatch.setattr(coordination, "_known", {})
     store = s3_place.open()
     store.check()
-    assert create.is_atomic(store._backend) is True
+    assert coordination.is_atomic(store._backend) is True
     assert not caplog.records
     assert not s3_place.objects()
