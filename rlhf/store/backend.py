@@ -40,6 +40,14 @@ class Backend(Protocol):
         """Create the object whole, or return False and leave the existing one alone."""
         ...
 
+    def put_new_held(self, key: str, data: bytes, hold: Callable[[], None]) -> bool | None:
+        """`put_new` that calls `hold` in mid-body, after the server has accepted the request.
+
+        None if it proves nothing: the server did not say that it reads the body, or the request
+        had to be repeated.
+        """
+        ...
+
     def put(self, key: str, data: bytes) -> None:
         """Store an object whole, replacing what was there."""
         ...
@@ -74,6 +82,10 @@ class Backend(Protocol):
 
     def hurried(self, seconds: float) -> Backend:
         """The same store, giving up on an answer after this long (for a probe)."""
+        ...
+
+    def close(self) -> None:
+        """Close idle connections; further calls open new ones."""
         ...
 
     def below(self, name: str) -> Backend:

@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from rlhf.errors import StoreConfigError, StoreError
 from rlhf.store.backend import Backend, Found
@@ -42,6 +42,17 @@ _RUNNING, _ENDED = ".json", ".ended"
 
 RACERS = 16
 ROUNDS = 3
+#: How long to repeat a probe that proved nothing, and how long one holds a write back.
+_PROBE_SECONDS, _HOLD_SECONDS = 15.0, 5.0
+_CLAIMED = "names are claimed before they are written, which is slower"
+_WEAK = (
+    "%s: of several writers of one name more than one is told that it won (weak conditional "
+    f"writes); {_CLAIMED}"
+)
+_UNPROVEN = (
+    "%s: it could not be proven that of several writers of one name only one is told that it won "
+    f"(conditional writes); {_CLAIMED}"
+)
 #: A claim this old belongs to a dead writer; a living one gives up long before.
 _DEAD = 60.0
 _GIVE_UP = 20.0
@@ -66,36 +77,83 @@ def is_atomic(backend: Backend) -> bool:
     with _known_lock:
         if backend.atomic is None:
             if backend.uri not in _known:
-                _known[backend.uri] = winners(backend) == 1 and backend.atomic is not False
-                if not _known[backend.uri]:
-                    log.warning(
-                        "%s: of several writers of one name more than one is told that it won "
-                        "(weak conditional writes); names are claimed before they are written, "
-                        "which is slower", backend.uri,
-                    )  # fmt: skip
+                warning = _warning(backend)
+                if warning:
+                    log.warning(warning, backend.uri)
+                _known[backend.uri] = warning is None
             backend.atomic = _known[backend.uri]
         return backend.atomic
 
 
-def winners(backend: Backend) -> int:
-    """The most writers that won a race for one key, in a few races."""
+def _warning(backend: Backend) -> str | None:
+    """Probe the server's conditional writes: None if they are atomic, else the reason to claim."""
+    end = time.monotonic() + _PROBE_SECONDS
+    winners = overlapping_winners(backend)
+    while winners is None and backend.atomic is None and time.monotonic() < end:
+        winners = overlapping_winners(backend)
+    if winners in (None, 1):
+        raced = racing_winners(backend)
+        if winners is None and raced == 1 and backend.atomic is None:
+            return _UNPROVEN
+        winners = raced
+    return None if winners == 1 and backend.atomic is None else _WEAK
+
+
+def overlapping_winners(backend: Backend) -> int | None:
+    """Return the number of winners of two writes, the second within the first; None if unproven.
+
+    The first write's body is held back, after the server has accepted it, until the second is
+    complete. A server that checks first and writes later lets both win, however slow or fast it
+    is; an atomic one refuses the first (412; 409 on AWS).
+    """
+    second: list[Future[bool]] = []
+    with _probe_key(backend) as key, ThreadPoolExecutor(1, thread_name_prefix="probe") as pool:
+        completed = False
+
+        def hold() -> None:
+            nonlocal completed
+            second.append(pool.submit(backend.put_new, key, b"second"))
+            # With a limit, for a server that lets the second wait for the first.
+            completed = bool(wait(second, _HOLD_SECONDS).done)
+
+        try:
+            first = backend.put_new_held(key, b"first", hold)
+            results = [first, *(future.result() for future in second)]
+        except StoreConfigError:
+            raise
+        except StoreError:  # such as a proxy that allows no pause; a race shows if there is more
+            return None
+    return results.count(True) if completed and first is not None else None
+
+
+def racing_winners(backend: Backend) -> int:
+    """Return the most winners of a race for one key, in a few races.
+
+    It sees what overlapping requests do not: a server behind a proxy that buffers whole requests.
+    """
     most = 0
     with ThreadPoolExecutor(RACERS, thread_name_prefix="probe") as pool:
         for _ in range(ROUNDS):
-            key = f"{PROBES}{uuid.uuid4().hex}"
             line = threading.Barrier(RACERS)
+            with _probe_key(backend) as key:
 
-            def race(number: int, key: str = key, line: threading.Barrier = line) -> bool:
-                line.wait()
-                return backend.put_new(key, f"{number}".encode())
+                def race(number: int, key: str = key, line: threading.Barrier = line) -> bool:
+                    line.wait()
+                    return backend.put_new(key, f"{number}".encode())
 
-            try:
                 most = max(most, list(pool.map(race, range(RACERS))).count(True))
-            finally:
-                # A bucket that forbids deletion is a good home for artifacts.
-                with contextlib.suppress(StoreConfigError):
-                    backend.delete([key])
     return most
+
+
+@contextlib.contextmanager
+def _probe_key(backend: Backend) -> Iterator[str]:
+    key = f"{PROBES}{uuid.uuid4().hex}"
+    try:
+        yield key
+    finally:
+        # A bucket that forbids deletion is a good home for artifacts.
+        with contextlib.suppress(StoreConfigError):
+            backend.delete([key])
 
 
 def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
@@ -27,6 +28,8 @@ MIB = 1024 * 1024
 _PART = 32 * MIB
 _SENDING = threading.BoundedSemaphore(4)
 _MOST_PARTS = 10_000
+#: How long botocore waits for "100 Continue" before it sends a body.
+_CONTINUE_SECONDS = 1.0
 
 
 class S3Backend:
@@ -57,10 +60,16 @@ class S3Backend:
             self._client: Any = client or make_client(
                 options, connect_timeout, read_timeout, attempts
             )
+            if not client:
+                self._client.meta.events.register("before-send.s3.PutObject", _HeldBody.begin)
 
     def hurried(self, seconds: float) -> S3Backend:
         """A second client with few retries, for a probe that must not keep people waiting."""
         return S3Backend(self.uri, self._options, seconds, seconds, attempts=2)
+
+    def close(self) -> None:
+        """Close the client's idle connections."""
+        self._client.close()
 
     def below(self, name: str) -> S3Backend:
         """A longer prefix; what is known of the server stays known."""
@@ -89,6 +98,19 @@ class S3Backend:
                 else:
                     time.sleep(s3_read.PAUSE / 2 * 2**attempt)
         raise StoreError(f"{self.uri}: {key} is being written by others; try again")
+
+    def put_new_held(self, key: str, data: bytes, hold: Callable[[], None]) -> bool | None:
+        """Send head and first byte, call `hold`, then send the rest of the body."""
+        body, writer = _HeldBody(data, hold), uuid.uuid4().hex
+        try:
+            with self._translated("write", key, ("412", "409", "501")):
+                self._put(key, body, Metadata={"writer": writer}, IfNoneMatch="*")
+                won = True
+        except ClientError as error:
+            if status_of(error) == "501":
+                self._conditional = self.atomic = False
+            won = self._writer(key) == writer
+        return won if body.was_held and body.sends == 1 else None
 
     def put(self, key: str, data: bytes) -> None:
         """One request; its signature covers the body, so what arrives is what was sent."""
@@ -192,7 +214,7 @@ class S3Backend:
                             swept += 1
         return swept
 
-    def _put(self, key: str, data: bytes, **extra: Any) -> None:
+    def _put(self, key: str, data: bytes | BinaryIO, **extra: Any) -> None:
         answer = self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
         self._check_encryption(key, answer)
 
@@ -243,6 +265,41 @@ class S3Backend:
             client: Any = getattr(self, "_client", None)
             endpoint = client.meta.endpoint_url if client else self._options.endpoint_url or "AWS"
             raise failed(what, endpoint, error, opening=verb == "open") from None
+
+
+class _HeldBody(io.BytesIO):
+    """A request body that calls `hold` between its first byte and the others.
+
+    Only if the server has answered "100 Continue" before: then it has read the head. boto3 waits
+    for that answer for a second, and sends the body without it after that.
+    """
+
+    def __init__(self, data: bytes, hold: Callable[[], None]) -> None:
+        super().__init__(data)
+        self._hold = hold
+        self._continued = False
+        self._begun = 0.0
+        self.sends = 0
+        self.was_held = False
+
+    @staticmethod
+    def begin(request: Any, **_: Any) -> None:
+        """Handle boto3's event before a request is sent; what it reads earlier it signs."""
+        if isinstance(request.body, _HeldBody):
+            request.body.sends += 1
+            request.body._begun = time.monotonic()
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the first byte alone; `hold` is called before the second is returned."""
+        if self.sends != 1:
+            return super().read(size)
+        if self.tell() == 0:
+            self._continued = time.monotonic() - self._begun < _CONTINUE_SECONDS
+            return super().read(1)
+        if self._continued and not self.was_held:
+            self.was_held = True
+            self._hold()
+        return super().read(size)
 
 
 def _encryption(options: StoreConfig) -> dict[str, str]:

@@ -107,6 +107,8 @@ class Store:
             raise
         except StoreError as error:
             raise StoreConfigError(str(error)) from None
+        finally:
+            backend.close()
 
     def publish(
         self,

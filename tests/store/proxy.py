@@ -25,6 +25,8 @@ class Faults:
     """Ask the server, then close the connection without an answer."""
     mangle: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
     """Change a wanted body on its way down; a shorter one is a cut connection."""
+    continues: bool = True
+    """Answer "100 Continue" to clients that wait for it."""
     seen: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of every request."""
 
@@ -36,6 +38,9 @@ def fault_proxy(upstream: str) -> Iterator[Faults]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def handle_expect_100(self) -> bool:
+            return super().handle_expect_100() if faults.continues else True
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

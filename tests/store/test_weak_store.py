@@ -5,11 +5,17 @@ from __future__ import annotations
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from rlhf.config.pipeline import StoreConfig
 from rlhf.store import Store, coordination, open_store
+from rlhf.store.cache import Cache
+from rlhf.store.s3 import S3Backend
 from tests.servers import client_of
+from tests.store.conftest import Place
+from tests.store.objects import soon
 from tests.store.test_artifacts import contents, put
 
 pytestmark = pytest.mark.s3
@@ -67,10 +73,77 @@ def test_of_writers_that_decide_by_the_same_entry_one_wins(weak):
     assert weak.numbered("champion/x") == {1: {"writer": won.index(True)}}
 
 
-def test_strong_server_is_not_slowed_down(s3_place, monkeypatch, caplog):
+def test_two_overlapping_writes_win(weak):
+    """By construction: the second write is complete before the first one's body is."""
+    assert coordination.overlapping_winners(weak._backend) == 2
+
+
+def test_strong_server_is_not_slowed_down(s3_place, line, monkeypatch, caplog):
     monkeypatch.setattr(coordination, "_known", {})
-    store = s3_place.open()
+    threads = {*threading.enumerate()}
+    store = at(s3_place, line.endpoint)
+    assert coordination.overlapping_winners(store._backend) == 1
     store.check()
     assert coordination.is_atomic(store._backend) is True
     assert not caplog.records
     assert not s3_place.objects()
+    store._backend.close()
+    assert soon(lambda: not line.links)
+    line.close()
+    assert {*threading.enumerate()} <= threads
+
+
+@pytest.mark.parametrize(
+    "answer", [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed")]
+)
+def test_refusal_of_the_first_write_is_strong(s3_place, faults, monkeypatch, caplog, answer):
+    """AWS answers either to the write that was overtaken."""
+    monkeypatch.setattr(coordination, "_known", {})
+    complete = []
+
+    def refuse(method: str, path: str, _: object) -> tuple[int, str] | None:
+        # The proxy asks when a body is complete: the held one is the second.
+        if method == "PUT" and "/probe/" in path:
+            complete.append(path)
+        return answer if len(complete) == 2 and complete[-1] == path else None
+
+    faults.refuse = refuse
+    assert coordination.is_atomic(at(s3_place, faults.endpoint)._backend)
+    assert complete[0] == complete[1] != complete[2]
+    assert not caplog.records
+    assert not s3_place.objects()
+
+
+def test_what_is_not_proven_strong_is_weak(s3_place, faults, monkeypatch, caplog):
+    """Without "100 Continue" nothing shows that the first write came first."""
+    monkeypatch.setattr(coordination, "_known", {})
+    monkeypatch.setattr(coordination, "_PROBE_SECONDS", 0.1)
+    faults.continues = False
+    store = at(s3_place, faults.endpoint)
+    assert not coordination.is_atomic(store._backend)
+    assert ["could not be proven" in r.message for r in caplog.records] == [True]
+    assert store.append("a", {"x": 1}) == 1
+    assert store.history("a") == [{"x": 1}]
+
+
+def test_second_write_that_waits_for_the_first_ends_in_time(s3_place, faults, monkeypatch):
+    """A server that locks the key: the first write is let go on, and nothing is proven."""
+    monkeypatch.setattr(coordination, "_HOLD_SECONDS", 0.2)
+    first_is_complete = threading.Event()
+    complete = []
+
+    def wait(method: str, path: str, _: object) -> None:
+        if method == "PUT":
+            complete.append(path)
+            if len(complete) == 1:
+                assert first_is_complete.wait(20)
+            first_is_complete.set()
+
+    faults.refuse = wait
+    assert coordination.overlapping_winners(at(s3_place, faults.endpoint)._backend) is None
+    assert len(complete) == 2
+    assert not s3_place.objects()
+
+
+def at(place: Place, endpoint: str) -> Store:
+    return Store(S3Backend(place.uri, StoreConfig(endpoint_url=endpoint)), Cache(Path("/nowhere")))
