@@ -49,13 +49,13 @@ def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
     from flows.terminal import artifacts_table
 
     opened = open_named(store, config)
-    champions = {name: opened.latest(name) for name in opened.names("champion/")}
+    champions = {name: opened.history.latest(name) for name in opened.history.names("champion/")}
     marks = [
         (entry["policy"], f"champion of {name.removeprefix('champion/')}")
         for name, entry in champions.items()
         if entry
     ]
-    marks += [(digest, f"pin {name}") for name, digest in opened.pins().items()]
+    marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
     console.print(artifacts_table(opened.list(), marks))
 
 
@@ -182,13 +182,13 @@ def pin(ref: str, name: str, *, store: StoreOption = None, config: ConfigOption 
         Letters, digits, '.', '_' and '-'.
     """
     opened = open_named(store, config)
-    opened.pin(name, opened.resolve(ref))
+    opened.pins.add(name, opened.resolve(ref))
 
 
 @app.command
 def unpin(name: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
     """Take a pin away; the artifact stays until nothing else refers to it and `gc` comes."""
-    open_named(store, config).unpin(name)
+    open_named(store, config).pins.remove(name)
 
 
 @app.command

@@ -112,7 +112,7 @@ def champion(
     from rlhf import registry
 
     loaded, opened = opened_line(name, store, config)
-    found = [line.removeprefix("champion/") for line in opened.names("champion/")]
+    found = [line.removeprefix("champion/") for line in opened.history.names("champion/")]
     lines = [loaded.promotion.name] if name or config else found
     entries = {line: registry.history(opened, line) for line in lines}
     if not any(entries.values()):

@@ -82,13 +82,13 @@ def record_approval(
         run: Name of the run that asked.
     """
     said = Approval(approved=approved, by=person(by), when=now(), why=line("--why", why), run=run)
-    store.append(_place(name, policy), said.model_dump())
+    store.history.append(_place(name, policy), said.model_dump())
     return said
 
 
 def approval_of(store: Store, name: str, policy: str) -> Approval | None:
     """What was said last of a policy; None if nothing was."""
-    entry = store.latest(_place(name, policy))
+    entry = store.history.latest(_place(name, policy))
     return read_entry(Approval, _place(name, policy), entry) if entry else None
 
 

@@ -39,7 +39,7 @@ class Promotion(Said):
 def history(store: Store, name: str) -> list[Promotion]:
     """All promotions and rollbacks of a model line, oldest first."""
     place = _place(name)
-    entries = store.numbered(place).items()
+    entries = store.history.numbered(place).items()
     return [read_entry(Promotion, place, {**entry, "number": n}) for n, entry in entries]
 
 
@@ -188,7 +188,7 @@ def _replayed(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promot
 
 def _written(store: Store, entry: Promotion) -> Promotion:
     name, policy = entry.model, entry.policy[:12]
-    if store.advance(_place(name), entry.model_dump(), entry.number - 1):
+    if store.history.advance(_place(name), entry.model_dump(), entry.number - 1):
         return entry
     won = next((each for each in history(store, name) if each.number == entry.number), None)
     what = f"{won.policy[:12]} became champion{won}" if won else "by whom is not known"

@@ -81,7 +81,7 @@ def _make_champion(run: StageRun, before: registry.Promotion | None, said: Appro
 
 def is_champion(config: PipelineConfig, refs: Mapping[str, ArtifactRef], store: Store) -> bool:
     """Whether the policy is what the line's history names last."""
-    latest = store.latest(f"champion/{config.promotion.name}")
+    latest = store.history.latest(f"champion/{config.promotion.name}")
     return latest is not None and latest["policy"] == refs["policy"].digest
 
 

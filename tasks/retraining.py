@@ -42,8 +42,9 @@ class Situation:
 def situation(config: PipelineConfig, store: Store) -> Situation:
     """Look at the data, without reading more of them than their fingerprint takes."""
     line = config.promotion.name
+    latest = store.history.latest
     return Situation(
-        config, data_digest(config), store.latest(_history(line)), store.latest(f"champion/{line}")
+        config, data_digest(config), latest(_history(line)), latest(f"champion/{line}")
     )
 
 
@@ -92,7 +93,7 @@ def remember(found: Situation, dataset: ArtifactRef, run: str, outcome: str, sto
         "outcome": outcome,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    store.append(_history(found.config.promotion.name), entry)
+    store.history.append(_history(found.config.promotion.name), entry)
 
 
 def _history(line: str) -> str:

@@ -112,7 +112,7 @@ def run_stage(
                 out, stage.kind, parents=refs, producer=made_by, metrics=result.metrics,
                 listener=Transfer(f"{stage.name}: publishing"),
             )  # fmt: skip
-        store.append(_record(stage, key), ref.model_dump(mode="json"))
+        store.history.append(_record(stage, key), ref.model_dump(mode="json"))
         discard_checkpoints(store, checkpoints)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
 
@@ -171,7 +171,7 @@ def fingerprint(stage: Stage, config: PipelineConfig, inputs: Mapping[str, Artif
 
 def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
     """The artifact that this work made before, if its record and all of its bytes are there."""
-    record = store.latest(_record(stage, key))
+    record = store.history.latest(_record(stage, key))
     if record is None:
         return None
     ref = ArtifactRef.model_validate(record)

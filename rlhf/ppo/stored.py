@@ -93,7 +93,8 @@ class StoredCheckpoints:
         found = _found(self._store, self._damaged)
         best = _best(found)
         entry = {"digest": ref.digest, "update": update, "score": score}
-        self._store.append(HISTORY, {**entry, "best": bool(best and best.digest == ref.digest)})
+        entry["best"] = bool(best and best.digest == ref.digest)
+        self._store.history.append(HISTORY, entry)
         self._drop_all_but(_to_keep(found))
 
     def newest_after(self, update: int) -> tuple[int, Path] | None:

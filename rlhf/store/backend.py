@@ -88,7 +88,7 @@ class Backend(Protocol):
         """Close idle connections; further calls open new ones."""
         ...
 
-    def below(self, name: str) -> Backend:
+    def child(self, name: str) -> Backend:
         """The store under that name of this one."""
         ...
 

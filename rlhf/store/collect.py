@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.errors import ArtifactMissing, StoreError
-from rlhf.store import pins, refs
 from rlhf.store.backend import Backend, Found, in_parallel
 from rlhf.store.coordination import COLLECTION_SECONDS, FRESH, TRACES, announced_collection
 from rlhf.store.manifest import Manifest, blob_key, manifest_key
+from rlhf.store.pins import Pins
+from rlhf.store.refs import open_sealed
 
 #: Seconds that everything is left alone for.
 GRACE = 24 * 3600.0
@@ -146,13 +147,13 @@ def _roots(backend: Backend, entries: Iterable[str]) -> set[str]:
 
     def read(key: str) -> dict[str, Any]:
         try:
-            return refs.open_sealed(backend, key)
+            return open_sealed(backend, key)
         except ArtifactMissing:  # a bit of its name flipped in a listing, or it is gone since
             return {}
 
     found = in_parallel(read, entries)
     return {digest for payload in found for digest in _digests(payload)} | {
-        *pins.read_all(backend).values()
+        *Pins(backend).by_name().values()
     }
 
 

@@ -44,7 +44,7 @@ class LocalBackend:
     def close(self) -> None:
         """Do nothing: a folder has no connections."""
 
-    def below(self, name: str) -> LocalBackend:
+    def child(self, name: str) -> LocalBackend:
         """A folder in the folder."""
         return LocalBackend(self.root / name)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
 from rlhf.config.section import Section
-from rlhf.errors import StoreError
+from rlhf.errors import ArtifactMissing, StoreError
 
 MAX_FILES = 100_000
 MAX_MANIFEST_BYTES = 5 * 1024 * 1024
@@ -157,6 +157,19 @@ def blob_key(sha256: str) -> str:
 def manifest_key(digest: str) -> str:
     """Where a manifest lies."""
     return f"manifests/{digest}.json"
+
+
+def digest_of(ref: ArtifactRef | str) -> str:
+    """Return the digest of a reference, or the digest itself; ArtifactMissing if it is none."""
+    digest = ref if isinstance(ref, str) else ref.digest
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ArtifactMissing(f"{digest!r} is no digest; resolve it first")
+    return digest
+
+
+def is_digest_prefix(text: str) -> bool:
+    """Return whether the text can be the beginning of a digest: 6 to 64 hex digits."""
+    return re.fullmatch(r"[0-9a-f]{6,64}", text) is not None
 
 
 def sha256_bytes(data: bytes) -> str:

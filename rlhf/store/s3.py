@@ -71,7 +71,7 @@ class S3Backend:
         """Close the client's idle connections."""
         self._client.close()
 
-    def below(self, name: str) -> S3Backend:
+    def child(self, name: str) -> S3Backend:
         """A longer prefix; what is known of the server stays known."""
         other = S3Backend(f"{self.uri}/{name}", self._options, client=self._client)
         other.atomic, other._conditional = self.atomic, self._conditional

@@ -118,7 +118,7 @@ def test_manifest_holds_no_path_host_time_or_credential(place, store, folder, pr
 
 def test_layout(place, store, folder, producer):
     put(store, folder, producer)
-    store.append("stages/abc", {"x": 1})
+    store.history.append("stages/abc", {"x": 1})
     shapes = (
         r"blobs/sha256/([0-9a-f]{2})/\1[0-9a-f]{62}",
         r"manifests/[0-9a-f]{64}\.json",

@@ -42,8 +42,8 @@ def test_only_what_nothing_leads_to_goes(folder_place, folder, producer, age):
     pinned = put(store, folder, producer)
     change(folder, "3")
     orphan = put(store, folder, producer, data=data)
-    store.append("champion/default", {"policy": policy.digest})
-    store.pin("keep", pinned)
+    store.history.append("champion/default", {"policy": policy.digest})
+    store.pins.add("keep", pinned)
     age(2 * DAY)
     change(folder, "4")
     young = put(store, folder, producer)
@@ -61,14 +61,14 @@ def test_only_what_nothing_leads_to_goes(folder_place, folder, producer, age):
         assert store.problems(ref, deep=True) == []
     assert not store.exists(orphan)
     assert store.collect().keys == []
-    store.unpin("keep")
+    store.pins.remove("keep")
     age(2 * DAY, pinned.digest)
     assert store.collect().artifacts == [pinned.digest]
 
 
 def test_records_keep_artifacts(place, store, folder, producer):
     kept = put(store, folder, producer)
-    store.append("records/train-sft/" + "0" * 64, kept.model_dump(mode="json"))
+    store.history.append("records/train-sft/" + "0" * 64, kept.model_dump(mode="json"))
     change(folder, "other")
     orphan = put(store, folder, producer)
     time.sleep(2.1)  # S3 tells seconds
@@ -102,7 +102,7 @@ def test_grace_is_measured_by_the_stores_clock(folder_place, folder, producer, a
 def test_manifest_that_can_not_be_read_stops_it(folder_place, folder, producer, age):
     store = folder_place.open()
     ref = put(store, folder, producer)
-    store.append("champion/default", {"policy": ref.digest})
+    store.history.append("champion/default", {"policy": ref.digest})
     age(2 * DAY)
     folder_place.write(f"manifests/{ref.digest}.json", b"{}")
     before = set(folder_place.objects())
@@ -114,7 +114,7 @@ def test_manifest_that_can_not_be_read_stops_it(folder_place, folder, producer, 
 def test_traces_and_checkpoints(folder_place, age):
     store = folder_place.open()
     done, going = "train-policy-" + "a" * 16, "train-policy-" + "b" * 16
-    store.append("records/train-policy/" + "a" * 64, {})
+    store.history.append("records/train-policy/" + "a" * 64, {})
     for key in ("probe/1", "claims/x/1", "gc/1.json", f"checkpoints/{done}/blobs/1",
                 f"checkpoints/{going}/blobs/1"):  # fmt: skip
         folder_place.write(key, b"x")
@@ -200,19 +200,19 @@ def test_pins(store, folder, producer):
     ref = put(store, folder, producer)
     change(folder, "other")
     other = put(store, folder, producer)
-    store.pin("good", ref)
-    store.pin("good", ref)
-    assert store.pins() == {"good": ref.digest}
+    store.pins.add("good", ref)
+    store.pins.add("good", ref)
+    assert store.pins.by_name() == {"good": ref.digest}
     assert store.resolve("good") == ref
     with pytest.raises(ConfigError, match=r"pin 'good' is that of .*choose another name"):
-        store.pin("good", other)
+        store.pins.add("good", other)
     for name in ("", "a/b", "../x", "abcdef", "x" * 129):
         with pytest.raises(ConfigError, match="not valid"):
-            store.pin(name, ref)
-    store.unpin("good")
+            store.pins.add(name, ref)
+    store.pins.remove("good")
     with pytest.raises(OSError, match="no pin 'good'"):
-        store.unpin("good")
-    assert store.pins() == {}
+        store.pins.remove("good")
+    assert store.pins.by_name() == {}
 
 
 def test_problems_name_every_blob(place, store, folder, producer):
@@ -238,8 +238,8 @@ def test_a_listing_with_a_flipped_bit_removes_nothing(folder_place, folder, prod
     """A key that is not what it is, or a date, in one answer of the server."""
     store = folder_place.open()
     ref = put(store, folder, producer)
-    store.append("champion/default", {"policy": ref.digest})
-    store.pin("good", ref)
+    store.history.append("champion/default", {"policy": ref.digest})
+    store.pins.add("good", ref)
     age(2 * DAY)
     change(folder, "young")
     young = put(store, folder, producer)

@@ -125,7 +125,7 @@ def test_clock_that_is_wrong(s3_place, monkeypatch, folder, producer, minutes):
         patch.setattr(
             botocore.auth, "get_current_datetime", lambda *a: get_current_datetime(*a) + offset
         )
-        for work in (lambda: store.fetch(ref), store.names, store.check):
+        for work in (lambda: store.fetch(ref), store.history.names, store.check):
             error = complaint(work, store.uri, "clock", "RequestTimeTooSkewed", "NTP")
             assert isinstance(error, StoreConfigError)
     assert contents(store.fetch(ref)) == contents(folder)
@@ -182,7 +182,7 @@ def test_encryption_that_is_ignored(s3_place, s3_server, tmp_path):
         endpoint_url=s3_server.tls_endpoint, ca_bundle=s3_server.ca_bundle, sse="AES256"
     )
     store = open_store(s3_place.uri, options=options, cache_dir=tmp_path / "cache")
-    for work in (store.check, lambda: store.append("a", {})):
+    for work in (store.check, lambda: store.history.append("a", {})):
         error = complaint(work, store.uri, "does not say that it encrypts", "remove sse")
         assert not error.retriable
 
@@ -218,7 +218,7 @@ def test_debug_logs_hold_no_secrets(s3_place, s3_server, tmp_path, folder, produ
         "before-send.s3", lambda request, **_: signatures.append(_signature(request.headers))
     )
     store.fetch(put(store, folder, producer))
-    store.append("a", {})
+    store.history.append("a", {})
     text = "\n".join(logged)
     assert "CanonicalRequest" in text
     assert len(signatures) > 10
@@ -232,7 +232,7 @@ def test_session_token_is_not_logged(s3_place, faults, tmp_path, monkeypatch, lo
     token = "a-session-token/which+is=secret=="
     monkeypatch.setenv("AWS_SESSION_TOKEN", token)
     store = impatient(s3_place.uri, faults.endpoint, tmp_path / "cache", 5)
-    store.names()
+    store.history.names()
     url = store._backend._client.generate_presigned_url(
         "get_object", Params={"Bucket": BUCKET, "Key": "x"}
     )
@@ -246,7 +246,7 @@ def test_session_token_is_not_logged(s3_place, faults, tmp_path, monkeypatch, lo
 
 def test_presigned_url_is_not_logged(s3_place, s3_server, logged):
     store = s3_place.open()
-    store.append("a", {"x": 1})
+    store.history.append("a", {"x": 1})
     client, prefix = store._backend._client, s3_place.uri.removeprefix(f"s3://{BUCKET}/")
     url = client.generate_presigned_url(
         "get_object", Params={"Bucket": BUCKET, "Key": f"{prefix}/refs/a/000001.json"}

@@ -108,7 +108,7 @@ def test_unreachable_endpoint(s3_place, tmp_path):
     assert f"no answer from http://127.0.0.1:{port}" in message
     # In the middle of a run the same may heal: worth a retry.
     with pytest.raises(StoreError) as caught:
-        open_store("s3://bucket/prefix", options=options, cache_dir=tmp_path).names()
+        open_store("s3://bucket/prefix", options=options, cache_dir=tmp_path).history.names()
     assert caught.value.retriable
     assert not isinstance(caught.value, StoreConfigError)
 

@@ -49,7 +49,7 @@ def test_busy_server_is_asked_again(store, faults, folder, producer, method):
 def test_server_that_stays_busy_is_worth_a_later_retry(store, faults):
     faults.refuse = lambda *_: 503
     with pytest.raises(StoreError, match=r"answered 503 .*try again later") as caught:
-        store.append("a", {})
+        store.history.append("a", {})
     assert caught.value.retriable
     assert type(caught.value) is StoreError
 
@@ -104,37 +104,37 @@ def test_lost_answer_is_no_lost_race(store, faults):
     """boto3 repeats the PUT and gets 412 from its own object: it must not append twice."""
     lose = Once("PUT", "/refs/")
     faults.lose_answer = lose
-    assert store.append("a", {"x": 1}) == 1
+    assert store.history.append("a", {"x": 1}) == 1
     assert lose.left == 0
-    assert store.history("a") == [{"x": 1}]
+    assert store.history.entries("a") == [{"x": 1}]
 
 
 def test_server_without_conditions(store, faults, folder, producer):
     faults.refuse = lambda _method, _path, headers: 501 if "If-None-Match" in headers else None
     ref = put(store, folder, producer)
     assert put(store, folder, producer) == ref
-    assert [store.append("a", {}) for _ in range(2)] == [1, 2]
+    assert [store.history.append("a", {}) for _ in range(2)] == [1, 2]
     assert store._backend.put_new("refs/a/000002.json", b"other") is False
 
 
 def test_conflict_is_tried_again(store, faults):
     conflict = Once("PUT", "/refs/", times=2)
     faults.refuse = lambda method, path, _: 409 if conflict(method, path) else None
-    assert store.append("a", {}) == 1
+    assert store.history.append("a", {}) == 1
     assert conflict.left == 0
 
 
 def test_conflict_for_ever(store, faults):
     faults.refuse = lambda method, _path, _headers: 409 if method == "PUT" else None
     with pytest.raises(StoreError, match="being written by others") as caught:
-        store.append("a", {})
+        store.history.append("a", {})
     assert caught.value.retriable
 
 
 def test_refusal_is_final(store, faults):
     faults.refuse = lambda *_: 400
     with pytest.raises(StoreError, match="check endpoint and region") as caught:
-        store.names()
+        store.history.names()
     assert not caught.value.retriable
 
 

@@ -60,8 +60,8 @@ def test_flip_in_what_is_written_last(store, line, s3_place, folder, producer, d
     method = "PUT" if direction == "up" else "GET"
     fault = line.arm("flip", direction, 20, bit=5, method=method, path=part)
     ref = put(store, folder, producer)
-    store.append("a", {"digest": ref.digest})
-    assert store.history("a") == [{"digest": ref.digest}]
+    store.history.append("a", {"digest": ref.digest})
+    assert store.history.entries("a") == [{"digest": ref.digest}]
     assert contents(store.fetch(ref)) == contents(folder)
     assert fault.struck == 1
     assert json.loads(s3_place.read("refs/a/000001.json"))["payload"] == {"digest": ref.digest}
@@ -87,13 +87,13 @@ def test_flip_in_every_upload(store, line, s3_place, s3_client, tmp_path, produc
 @pytest.mark.parametrize("part", ["/manifests/", "/blobs/", "/refs/"])
 def test_flip_in_every_download(store, line, folder, producer, part):
     ref = put(store, folder, producer)
-    store.append("a", {"x": 1})
+    store.history.append("a", {"x": 1})
     line.arm("flip", "down", 9, method="GET", path=part, times=math.inf)
-    work = store.history if part == "/refs/" else lambda _: store.fetch(ref)
+    work = store.history.entries if part == "/refs/" else lambda _: store.fetch(ref)
     error = complaint(lambda: work("a"), store.uri, part.strip("/"), "delete")
     assert isinstance(error, ArtifactCorrupt)
     line.clear()
-    assert store.history("a") == [{"x": 1}]
+    assert store.history.entries("a") == [{"x": 1}]
     assert contents(store.fetch(ref)) == contents(folder)
 
 

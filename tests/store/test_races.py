@@ -124,11 +124,11 @@ def test_pin_while_the_artifact_is_collected(root, publishing):
     """Who is told that the pin is there has the artifact."""
     store = publishing.store
     (digest,) = (artifact.ref.digest for artifact in store.list())
-    publishing._publish = lambda: store.pin("keep", digest)
+    publishing._publish = lambda: store.pins.add("keep", digest)
     open_stopping(root, publishing.until_it_waits).collect(dry_run=False)
     with pytest.raises(ArtifactMissing, match=f"can't pin {digest[:12]}"):
         publishing.future.result(30)
-    assert store.pins() == {}
+    assert store.pins.by_name() == {}
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])

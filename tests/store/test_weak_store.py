@@ -40,8 +40,8 @@ def test_weakness_is_named_once_and_artifacts_work(weak, folder, producer, caplo
     assert coordination.is_atomic(weak._backend) is False
     ref = put(weak, folder, producer)
     assert contents(weak.fetch(ref)) == contents(folder)
-    assert weak.append("champion/x", {"policy": ref.digest}) == 1
-    assert weak.latest("champion/x") == {"policy": ref.digest}
+    assert weak.history.append("champion/x", {"policy": ref.digest}) == 1
+    assert weak.history.latest("champion/x") == {"policy": ref.digest}
     assert weak._backend.list("claims/") == weak._backend.list("probe/") == {}
 
 
@@ -51,12 +51,12 @@ def test_writers_at_once_lose_nothing(weak):
 
     def write(writer: int) -> int:
         line.wait()
-        return weak.append("race", {"writer": writer})
+        return weak.history.append("race", {"writer": writer})
 
     with ThreadPoolExecutor(6) as pool:
         numbers = list(pool.map(write, range(6)))
     assert sorted(numbers) == [1, 2, 3, 4, 5, 6]
-    history = weak.history("race")
+    history = weak.history.entries("race")
     assert [history[number - 1]["writer"] for number in numbers] == list(range(6))
 
 
@@ -65,12 +65,12 @@ def test_of_writers_that_decide_by_the_same_entry_one_wins(weak):
 
     def advance(writer: int) -> bool:
         line.wait()
-        return weak.advance("champion/x", {"writer": writer}, 0)
+        return weak.history.advance("champion/x", {"writer": writer}, 0)
 
     with ThreadPoolExecutor(6) as pool:
         won = list(pool.map(advance, range(6)))
     assert won.count(True) == 1
-    assert weak.numbered("champion/x") == {1: {"writer": won.index(True)}}
+    assert weak.history.numbered("champion/x") == {1: {"writer": won.index(True)}}
 
 
 def test_two_overlapping_writes_win(weak):
@@ -122,8 +122,8 @@ def test_what_is_not_proven_strong_is_weak(s3_place, faults, monkeypatch, caplog
     store = at(s3_place, faults.endpoint)
     assert not coordination.is_atomic(store._backend)
     assert ["could not be proven" in r.message for r in caplog.records] == [True]
-    assert store.append("a", {"x": 1}) == 1
-    assert store.history("a") == [{"x": 1}]
+    assert store.history.append("a", {"x": 1}) == 1
+    assert store.history.entries("a") == [{"x": 1}]
 
 
 def test_second_write_that_waits_for_the_first_ends_in_time(s3_place, faults, monkeypatch):
