@@ -1,4 +1,8 @@
-"""Every store test runs over a folder and over a real S3 server."""
+"""Fixtures of the store's tests: stores in a folder and on a real S3 server.
+
+`Store` itself is tested over a folder; the contract of the backends below it, and whatever depends
+on S3, over both (`each_place`).
+"""
 
 from __future__ import annotations
 
@@ -121,14 +125,24 @@ def folder_place(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
-def place(request: pytest.FixtureRequest) -> Place:
-    return request.getfixturevalue(f"{request.param}_place")
+@pytest.fixture
+def place(folder_place: Folder) -> Place:
+    return folder_place
 
 
 @pytest.fixture
 def store(place: Place) -> Store:
     return place.open()
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def each_place(request: pytest.FixtureRequest) -> Place:
+    return request.getfixturevalue(f"{request.param}_place")
+
+
+@pytest.fixture
+def each_store(each_place: Place) -> Store:
+    return each_place.open()
 
 
 @pytest.fixture

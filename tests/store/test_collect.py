@@ -66,18 +66,18 @@ def test_only_what_nothing_leads_to_goes(folder_place, folder, producer, age):
     assert store.collect().artifacts == [pinned.digest]
 
 
-def test_records_keep_artifacts(place, store, folder, producer):
-    kept = put(store, folder, producer)
-    store.history.append("records/train-sft/" + "0" * 64, kept.model_dump(mode="json"))
+def test_records_keep_artifacts(each_place, each_store, folder, producer):
+    kept = put(each_store, folder, producer)
+    each_store.history.append("records/train-sft/" + "0" * 64, kept.model_dump(mode="json"))
     change(folder, "other")
-    orphan = put(store, folder, producer)
+    orphan = put(each_store, folder, producer)
     time.sleep(2.1)  # S3 tells seconds
-    found = store.collect(grace=0.0, dry_run=False)
+    found = each_store.collect(grace=0.0, dry_run=False)
     assert found.artifacts == [orphan.digest]
-    assert store.problems(kept, deep=True) == []
-    assert len(blobs(place)) == 3
+    assert each_store.problems(kept, deep=True) == []
+    assert len(blobs(each_place)) == 3
     # Only the trace of the collection, for publishers to see.
-    left = [key for key in place.objects() if key.startswith(("gc/", "probe/"))]
+    left = [key for key in each_place.objects() if key.startswith(("gc/", "probe/"))]
     assert [key.rpartition(".")[2] for key in left] == ["ended"]
 
 

@@ -67,21 +67,6 @@ def test_of_writers_that_decide_by_the_same_entry_one_wins(place):
     assert stores[0].history.numbered("champion") == {}
 
 
-def test_create_only_has_one_winner(place):
-    backends = [place.open()._backend for _ in range(8)]
-    for key in ("race/1", "race/2", "race/3"):
-        barrier = threading.Barrier(8)
-
-        def write(writer: int, key: str = key, barrier: threading.Barrier = barrier) -> bool:
-            barrier.wait()
-            return backends[writer].put_new(key, str(writer).encode() * 1000)
-
-        with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(write, range(8)))
-        assert won.count(True) == 1
-        assert place.read(key) == str(won.index(True)).encode() * 1000
-
-
 @pytest.mark.parametrize("name", ["", "/a", "a/", "a//b", "../a", "a/..", ".a", "a b", "a\nb", "ä"])
 def test_hostile_names(folder_place, name):
     place, store = folder_place, folder_place.open()

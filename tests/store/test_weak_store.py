@@ -75,14 +75,14 @@ def test_of_writers_that_decide_by_the_same_entry_one_wins(weak):
 
 def test_two_overlapping_writes_win(weak):
     """By construction: the second write is complete before the first one's body is."""
-    assert coordination.overlapping_winners(weak._backend) == 2
+    assert overlapping_winners(weak) == 2
 
 
 def test_strong_server_is_not_slowed_down(s3_place, line, monkeypatch, caplog):
     monkeypatch.setattr(coordination, "_known", {})
     threads = {*threading.enumerate()}
     store = at(s3_place, line.endpoint)
-    assert coordination.overlapping_winners(store._backend) == 1
+    assert overlapping_winners(store) == 1
     store.check()
     assert coordination.is_atomic(store._backend) is True
     assert not caplog.records
@@ -143,6 +143,14 @@ def test_second_write_that_waits_for_the_first_ends_in_time(s3_place, faults, mo
     assert coordination.overlapping_winners(at(s3_place, faults.endpoint)._backend) is None
     assert len(complete) == 2
     assert not s3_place.objects()
+
+
+def overlapping_winners(store: Store) -> int | None:
+    """Of a probe that proves something; on a busy machine the server may take too long for one."""
+    for _ in range(20):
+        if winners := coordination.overlapping_winners(store._backend):
+            return winners
+    return None
 
 
 def at(place: Place, endpoint: str) -> Store:
