@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from rlhf.errors import StoreConfigError, StoreError
-from rlhf.store.backend import Backend, Found
+from rlhf.store.backend import Backend, ObjectInfo
 from rlhf.store.manifest import sha256_bytes
 
 #: Prefixes of the objects that serve coordination only; all go once they are old.
@@ -66,14 +66,14 @@ _known_lock = threading.Lock()
 
 
 def create(backend: Backend, key: str, data: bytes) -> bool:
-    """Create an object atomically; of several concurrent writers exactly one gets True."""
+    """Create an object; of several concurrent writers exactly one gets True."""
     if is_atomic(backend):
         return backend.put_new(key, data)
     return _create_claimed(backend, key, data)
 
 
 def is_atomic(backend: Backend) -> bool:
-    """Return whether the server's conditional writes are atomic; probed once per process."""
+    """Return whether conditional writes are atomic; probed once per process."""
     with _known_lock:
         if backend.atomic is None:
             if backend.uri not in _known:
@@ -86,7 +86,7 @@ def is_atomic(backend: Backend) -> bool:
 
 
 def _warning(backend: Backend) -> str | None:
-    """Probe the server's conditional writes: None if they are atomic, else the reason to claim."""
+    """Probe conditional writes; None if atomic, else the warning to log."""
     end = time.monotonic() + _PROBE_SECONDS
     winners = overlapping_winners(backend)
     while winners is None and backend.atomic is None and time.monotonic() < end:
@@ -100,7 +100,7 @@ def _warning(backend: Backend) -> str | None:
 
 
 def overlapping_winners(backend: Backend) -> int | None:
-    """Return the number of winners of two writes, the second within the first; None if unproven.
+    """Count the winners of two overlapping writes of a key; None if unproven.
 
     The first write's body is held back, after the server has accepted it, until the second is
     complete. A server that checks first and writes later lets both win, however slow or fast it
@@ -208,7 +208,7 @@ def _is_alone(backend: Backend, prefix: str, claim: str, end: float) -> bool:
 
 
 def _live_claims(backend: Backend, prefix: str) -> set[str]:
-    return {key for key, found in backend.list(prefix).items() if found.age < _DEAD}
+    return {key for key, info in backend.list(prefix).items() if info.age < _DEAD}
 
 
 @contextlib.contextmanager
@@ -224,7 +224,7 @@ def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[floa
     backend.put(key, b"{}")
     try:
         # Twice, as a bit may flip in a date: the larger age is the careful one.
-        ages = [found.age if found else 0.0 for found in (backend.find(key), backend.find(key))]
+        ages = [info.age if info else 0.0 for info in (backend.find(key), backend.find(key))]
         yield began, max(ages)
     finally:
         if not dry_run:
@@ -233,14 +233,14 @@ def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[floa
 
 
 def collected_since(backend: Backend, began: float) -> bool:
-    """Return whether garbage may have been collected since; waits for a running collection."""
+    """Return whether a collection may have run since, after waiting for any."""
     traces = wait_for_collection(backend)
     since = time.monotonic() - began + COLLECTION_SECONDS
-    return any(found.age < since for found in traces.values())
+    return any(info.age < since for info in traces.values())
 
 
-def wait_for_collection(backend: Backend) -> dict[str, Found]:
-    """Wait until no garbage collection is running, and return the traces of all recent ones.
+def wait_for_collection(backend: Backend) -> dict[str, ObjectInfo]:
+    """Wait until no garbage collection is running; returns the traces of all.
 
     A collection that died counts as ended after `COLLECTION_SECONDS`.
     """
@@ -249,8 +249,7 @@ def wait_for_collection(backend: Backend) -> dict[str, Found]:
     while True:
         traces = backend.list(COLLECTIONS)
         if not any(
-            key.endswith(_RUNNING) and found.age < COLLECTION_SECONDS
-            for key, found in traces.items()
+            key.endswith(_RUNNING) and info.age < COLLECTION_SECONDS for key, info in traces.items()
         ):
             return traces
         if time.monotonic() > end:

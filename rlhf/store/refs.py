@@ -29,7 +29,7 @@ class Histories:
         self._backend = backend
 
     def append(self, name: str, payload: Mapping[str, Any]) -> int:
-        """Add an entry and return its number; a writer that loses a race takes the next one."""
+        """Add an entry and return its number; the loser of a race takes the next one."""
         folder = _folder(name)
         data = seal(name, payload)
         number = max(self._numbers(folder), default=0)
@@ -42,7 +42,7 @@ class Histories:
         )
 
     def advance(self, name: str, payload: Mapping[str, Any], after: int) -> bool:
-        """Add the entry that follows number `after` (0: the first), or return False if it exists.
+        """Add the entry after number `after` (0: none); False if it exists.
 
         Unlike `append`, for a decision that depends on the entries up to `after`.
         """
@@ -59,7 +59,7 @@ class Histories:
         return [*self.numbered(name).values()]
 
     def numbered(self, name: str) -> dict[int, dict[str, Any]]:
-        """Return all entries by number, oldest first; a decision based on them uses `advance`."""
+        """Return all entries by number, oldest first; decide on them with `advance`."""
         folder = _folder(name)
         numbers = self._numbers(folder)
         numbers += range(max(numbers, default=0) + 1, self._last(folder, numbers) + 1)
@@ -86,7 +86,7 @@ class Histories:
 
 
 def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
-    """Read the payload of a sealed object; one that a flipped bit damaged is read again."""
+    """Read the payload of a sealed object; again if a bit flipped on the way."""
     for _ in range(3):
         payload = _payload(backend.get_bytes(key, MAX_MANIFEST_BYTES))
         if payload is not None:
@@ -97,7 +97,7 @@ def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
 
 
 def seal(name: str, payload: Mapping[str, Any]) -> bytes:
-    """Encode a payload together with its sha256: unlike a blob's, its key does not hold one."""
+    """Encode a payload with its sha256, which unlike a blob's is not in its key."""
     try:
         digest = sha256_bytes(canonical_json(payload))
         data = canonical_json({"payload": payload, "sha256": digest})

@@ -65,7 +65,7 @@ def open_store(
     cache_dir: Path,
     cache_bytes: int = DEFAULT_LIMIT,
 ) -> Store:
-    """Open a store in a folder (`file:///folder` or a path) or a bucket (`s3://bucket/prefix`).
+    """Open a store: `file:///folder`, a path or `s3://bucket/prefix`.
 
     Makes no request; `Store.check` does. boto3 is imported only for s3.
     """
@@ -129,7 +129,7 @@ class Store:
         metrics: Mapping[str, Metric],
         listener: Listener | None = None,
     ) -> ArtifactRef:
-        """Store a folder's files as an artifact; files that the store has are not sent again."""
+        """Store a folder as an artifact; files that the store has are not sent again."""
         return publish(
             self._backend, folder, kind, parents=parents, producer=producer, metrics=metrics,
             listener=listener,
@@ -182,7 +182,7 @@ class Store:
             ) from None
 
     def exists(self, ref: ArtifactRef | str) -> bool:
-        """Return whether manifest and blobs are all stored, by size; `fetch` verifies the bytes."""
+        """Return whether manifest and blobs exist, by size; `fetch` verifies bytes."""
         try:
             files = self.manifest(ref).files
         except (ArtifactMissing, ArtifactCorrupt):
@@ -190,7 +190,7 @@ class Store:
         return not _blob_problems(self._backend, files, deep=False)
 
     def problems(self, ref: ArtifactRef | str, deep: bool = False) -> Names:
-        """Return an artifact's defects, one line each; `deep` reads every byte in the store."""
+        """Return an artifact's defects, one line each; `deep` reads every byte."""
         try:
             files = self.manifest(ref).files
         except (ArtifactMissing, ArtifactCorrupt) as error:
@@ -235,7 +235,7 @@ class Store:
         return digests[0]
 
     def lineage(self, ref: ArtifactRef | str) -> Ancestors:
-        """Return the artifact itself (depth 0) and its ancestors, depth first, roles in order.
+        """Return the artifact (depth 0) and its ancestors, depth first, by role.
 
         An artifact met twice is listed twice, but its own ancestors only once.
         """
@@ -268,12 +268,12 @@ class Store:
         """Remove the manifest; blobs stay, as other artifacts may share them."""
         self._backend.delete([manifest_key(digest_of(ref))])
 
-    def retain(self, kept: Iterable[str]) -> None:
-        """Remove all artifacts but these digests, at once; for a store that has no other user."""
-        retain(self._backend, {digest: self.manifest(digest) for digest in kept})
+    def retain(self, digests: Iterable[str]) -> None:
+        """Remove all artifacts but these, at once; for a store without other users."""
+        retain(self._backend, {digest: self.manifest(digest) for digest in digests})
 
     def collect(self, *, grace: float = GRACE, dry_run: bool = True) -> Garbage:
-        """Find unreferenced objects, and remove them unless this is a dry run (see `collect`)."""
+        """Find unreferenced objects, and remove them unless this is a dry run."""
         return collect(self._backend, self.manifest, grace=grace, dry_run=dry_run)
 
     def sweep(self, age: float = GRACE) -> int:
@@ -300,16 +300,16 @@ class Store:
 
 
 def _blob_problems(backend: Backend, files: Iterable[FileEntry], deep: bool) -> list[str]:
-    """A line for each blob that is missing or of another size, or, if `deep`, of other bytes."""
+    """A line for each blob that is missing or has another size; `deep`: other bytes."""
 
     def problem(entry: FileEntry) -> str | None:
         key = blob_key(entry.sha256)
         what = f"{backend.uri}: {key} ({entry.path})"
-        found = backend.find(key)
-        if found is None:
+        info = backend.find(key)
+        if info is None:
             return f"{what} is missing"
-        if found.size != entry.size:
-            return f"{what} has {found.size} bytes instead of {entry.size}"
+        if info.size != entry.size:
+            return f"{what} has {info.size} bytes instead of {entry.size}"
         if deep and not _has_right_bytes(backend, entry):
             return f"{what} does not have the sha256 in its name"
         return None

@@ -174,6 +174,7 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     tried again waits less.
     """
     monkeypatch.setattr("rlhf.store.s3_read.PAUSE", 0.01)
+    monkeypatch.setattr("rlhf.store.s3.PAUSE", 0.01)
     monkeypatch.setattr("rlhf.store.s3._PART", 16 << 20)
 
 
