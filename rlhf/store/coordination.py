@@ -88,15 +88,19 @@ def is_atomic(backend: Backend) -> bool:
 def _warning(backend: Backend) -> str | None:
     """Probe conditional writes; None if atomic, else the warning to log."""
     end = time.monotonic() + _PROBE_SECONDS
-    winners = overlapping_winners(backend)
-    while winners is None and backend.atomic is None and time.monotonic() < end:
-        winners = overlapping_winners(backend)
-    if winners in (None, 1):
-        raced = racing_winners(backend)
-        if winners is None and raced == 1 and backend.atomic is None:
-            return _UNPROVEN
-        winners = raced
-    return None if winners == 1 and backend.atomic is None else _WEAK
+    winners = None
+    try:
+        while winners is None and backend.atomic is None and time.monotonic() < end:
+            winners = overlapping_winners(backend)
+    except StoreConfigError:
+        raise
+    except StoreError:  # such as a proxy that allows no pause; a broken store fails the race, too
+        pass
+    raced = racing_winners(backend) if winners in (None, 1) else winners
+    # `put_new` sets it to False on a server without conditional writes (501).
+    if raced != 1 or backend.atomic is not None:
+        return _WEAK
+    return _UNPROVEN if winners is None else None
 
 
 def overlapping_winners(backend: Backend) -> int | None:
@@ -116,13 +120,8 @@ def overlapping_winners(backend: Backend) -> int | None:
             # With a limit, for a server that lets the second wait for the first.
             completed = bool(wait(second, _HOLD_SECONDS).done)
 
-        try:
-            first = backend.put_new_held(key, b"first", hold)
-            results = [first, *(future.result() for future in second)]
-        except StoreConfigError:
-            raise
-        except StoreError:  # such as a proxy that allows no pause; a race shows if there is more
-            return None
+        first = backend.put_new_held(key, b"first", hold)
+        results = [first, *(future.result() for future in second)]
     return results.count(True) if completed and first is not None else None
 
 

@@ -54,7 +54,8 @@ class S3Backend:
         self.atomic: bool | None = None
         self._options = options
         self._conditional = True
-        self._extra = _encryption(options)
+        settings = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_kms_key_id}
+        self._extra = {name: value for name, value in settings.items() if value}
         if options.ca_bundle and not Path(options.ca_bundle).is_file():
             raise StoreConfigError(
                 f"{self.uri}: ca_bundle {options.ca_bundle} is not a file; name the certificate's"
@@ -303,11 +304,6 @@ class _HeldBody(io.BytesIO):
             self.was_held = True
             self._hold()
         return super().read(size)
-
-
-def _encryption(options: StoreConfig) -> dict[str, str]:
-    settings = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_kms_key_id}
-    return {name: value for name, value in settings.items() if value}
 
 
 def _date(answer: dict[str, Any]) -> datetime | None:
