@@ -1,4 +1,4 @@
-"""A TCP-level fault: a small HTTP proxy in front of the real server that a test can make fail.
+"""An HTTP proxy in front of the real server, with faults that a test chooses.
 
 SigV4 survives it, because the host header that was signed is the proxy's and is passed on.
 """
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Faults:
-    """What goes wrong; by default nothing."""
+    """The faults of a proxy; none by default."""
 
     endpoint: str
     refuse: Callable[[str, str, dict[str, str]], int | tuple[int, str] | None] = lambda *_: None

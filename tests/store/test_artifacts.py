@@ -78,7 +78,7 @@ def test_same_bytes_same_digest_on_every_backend(
 
 
 def test_digest_is_pinned(tmp_path):
-    """The layout is a contract: a change of the canonical bytes orphans every stored reference."""
+    """The canonical bytes are a contract: a change orphans all stored references."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.json").write_text("{}")
     producer = Producer(stage="s", code_version="1", config={"x": 1.0}, seed=0, versions={})

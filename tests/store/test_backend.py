@@ -81,7 +81,7 @@ def test_create_only_has_one_winner(each_place):
 
 
 def test_create_only_that_is_held(backend, each_place):
-    """The server has accepted the write when it is held; nobody sees it before its end."""
+    """The server has accepted the held write, but shows no object before its end."""
     held = []
     won = backend.put_new_held("a/b", b"whole", lambda: held.append(backend.find("a/b")))
     # On S3 nothing is held if the server takes a second to say that it reads the body.
@@ -110,7 +110,7 @@ def test_files(backend, each_place, tmp_path, size):
 
 
 def test_file_that_changes_while_it_is_put(backend, each_place, tmp_path):
-    """The blob under a digest must never be other bytes than the digest's."""
+    """The blob of a digest must never hold other bytes than those hashed."""
     for size in (10, SMALL + 10):
         path = tmp_path / "some.txt"
         path.write_bytes(b"x" * size)

@@ -1,4 +1,4 @@
-"""Garbage goes, what anything leads to stays, and who publishes meanwhile is not hurt."""
+"""Garbage collection, alone and beside publishers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DAY = 24 * 3600.0
 
 @pytest.fixture
 def age(folder_place):
-    """Makes everything in the folder older by so many seconds."""
+    """A function that makes files of the folder older by so many seconds."""
 
     def make_older(seconds: float, part: str = "") -> None:
         for path in (p for p in folder_place.root.rglob("*") if p.is_file() and part in str(p)):
@@ -82,7 +82,7 @@ def test_records_keep_artifacts(each_place, each_store, folder, producer):
 
 
 def test_grace_is_measured_by_the_stores_clock(folder_place, folder, producer, age):
-    """A store whose clock is days behind ours: what was just written is young all the same."""
+    """New objects count as new even if the store's clock is days behind."""
     store = folder_place.open()
     put(store, folder, producer)
     backend, real = store._backend, store._backend.put
@@ -135,7 +135,7 @@ def test_traces_and_checkpoints(folder_place, age):
 def test_collection_between_the_look_and_the_manifest(
     folder_place, folder, producer, age, monkeypatch
 ):
-    """The publisher saw old blobs and sent nothing; then they were collected."""
+    """Old blobs, which the publisher did not send again, are collected meanwhile."""
     store, collector = folder_place.open(), folder_place.open()
     store.delete(put(store, folder, producer))
     age(2 * DAY)
@@ -155,7 +155,7 @@ def test_collection_between_the_look_and_the_manifest(
 def test_publisher_waits_for_a_collection_that_did_not_see_it(
     folder_place, folder, producer, age, caplog
 ):
-    """The collection has looked, and removes only after the manifest was written."""
+    """The collection listed before the manifest was written, and removes after it."""
     caplog.set_level("INFO", "rlhf")
     store, collector = folder_place.open(), folder_place.open()
     store.delete(put(store, folder, producer))
@@ -187,7 +187,7 @@ def test_publisher_waits_for_a_collection_that_did_not_see_it(
 
 
 def test_old_manifest_is_made_young_when_published_again(folder_place, folder, producer, age):
-    """Else it could be collected before its record is written."""
+    """Otherwise it could be collected before its record is written."""
     store = folder_place.open()
     ref = put(store, folder, producer)
     age(2 * DAY)
@@ -235,7 +235,7 @@ def test_problems_name_every_blob(place, store, folder, producer):
 
 
 def test_a_listing_with_a_flipped_bit_removes_nothing(folder_place, folder, producer, age):
-    """A key that is not what it is, or a date, in one answer of the server."""
+    """One answer of the server holds a damaged key or date."""
     store = folder_place.open()
     ref = put(store, folder, producer)
     store.history.append("champion/default", {"policy": ref.digest})

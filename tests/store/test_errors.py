@@ -1,4 +1,4 @@
-"""A store that can't work says so in one line, quickly, without secrets."""
+"""Errors of unusable stores: one line, quickly, without secrets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRETS = ("a-secret-that-is-wrong", CephServer.secret_key, CephServer.other_sec
 
 
 def problem(uri: str, cache: Path, options: StoreConfig | None = None) -> str:
-    """The message of `check`, after the rules that every such message keeps."""
+    """Return the message of `check`, after checks that hold for each."""
     with pytest.raises(StoreConfigError) as caught:
         open_store(uri, options=options, cache_dir=cache).check()
     message = str(caught.value)
@@ -114,7 +114,7 @@ def test_unreachable_endpoint(s3_place, tmp_path):
 
 @pytest.mark.parametrize("waiting", [0, 2])
 def test_silent_endpoint(s3_place, tmp_path, waiting, monkeypatch):
-    """It connects but never answers; with its queue full, even connecting gets no answer."""
+    """The server connects but never answers, or does not even connect (full queue)."""
     # Two tries of 5 s take less than 15 s; two of 1 s, less than the default's first try.
     assert store_module._PROBE_SECONDS == 5
     monkeypatch.setattr(store_module, "_PROBE_SECONDS", 1)

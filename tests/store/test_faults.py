@@ -1,4 +1,4 @@
-"""A network that fails in the middle, by a proxy in front of the real server."""
+"""Failing requests, by a proxy in front of the real server."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_download_that_is_always_cut(store, faults, folder, producer):
 
 
 def test_lost_answer_is_no_lost_race(store, faults):
-    """boto3 repeats the PUT and gets 412 from its own object: it must not append twice."""
+    """boto3 repeats the PUT and gets 412 from its own object: append only once."""
     lose = Once("PUT", "/refs/")
     faults.lose_answer = lose
     assert store.history.append("a", {"x": 1}) == 1
@@ -167,7 +167,7 @@ def test_bucket_that_forbids_deletion_is_fine(store, faults):
 
 @pytest.mark.slow
 def test_large_file_in_parts(store, faults, folder, producer):
-    """33 MiB are two parts; one of them is refused once."""
+    """33 MiB are two parts, one of which is refused once."""
     (folder / "large.safetensors").write_bytes(os.urandom(33 << 20))
     busy = Once("PUT", "partNumber=2")
     faults.refuse = lambda method, path, _: 503 if busy(method, path) else None
@@ -182,7 +182,7 @@ def test_large_file_in_parts(store, faults, folder, producer):
 
 @pytest.mark.parametrize("moment", ["before", "while"])
 def test_large_file_that_changes(store, s3_place, faults, tmp_path, moment):
-    """What was sent can't be known then, so the blob must not stay under that digest."""
+    """The sent bytes are unknown then, so no blob may stay under that digest."""
     path = tmp_path / "large.safetensors"
     path.write_bytes(b"a" * (129 << 20))
 

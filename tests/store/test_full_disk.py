@@ -1,4 +1,4 @@
-"""A disk that is full, on the way down and in a store that is a folder: a small tmpfs."""
+"""Full disks, for downloads and for folder stores, on a small tmpfs."""
 
 from __future__ import annotations
 

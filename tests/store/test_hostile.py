@@ -1,6 +1,6 @@
-"""Paths and files that an artifact must not hold, on the way in and on the way out.
+"""Paths and files that artifacts must not hold, when published or fetched.
 
-The checks come before any backend, so most cases run over a folder alone.
+The checks come before any backend, so they are tested over a folder alone.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def entry(path: str) -> dict[str, object]:
     ],
 )
 def test_hostile_manifest_is_not_fetched(folder_place, files, tmp_path):
-    """Its digest is right: whoever can write to the store can do that."""
+    """The digest is right: anybody who can write to the store can forge that."""
     place, store = folder_place, folder_place.open()
     data = hostile_manifest(files)
     evil = sha256_bytes(b"evil")
@@ -166,7 +166,7 @@ def test_publish_refuses_a_huge_manifest(place, store, folder, producer, monkeyp
 
 
 def test_too_many_files(folder_place, folder, producer, tmp_path, monkeypatch):
-    """100,001 of them: too many for a manifest, which would be too long to be read as well."""
+    """100,001 files: too many for a manifest, which would also be too long to read."""
     data = hostile_manifest([entry(f"{number:06}") for number in range(manifest.MAX_FILES + 1)])
     with pytest.raises(ValueError, match="at most 100000 items"):
         manifest.Manifest.model_validate_json(data)

@@ -1,4 +1,4 @@
-"""Histories: append-only, nothing lost, whoever writes at the same time."""
+"""Histories: append-only, no entry lost, with concurrent writers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same promises over TLS; RLHF_TEST_TLS=1 runs all tests of the store so."""
+"""The store over TLS; RLHF_TEST_TLS=1 runs all tests of the store so."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_files_in_parts(tls_place, tmp_path, folder, producer):
 
 
 def test_check_and_deletion(tls_place, folder, producer):
-    """Deleting several keys takes a checksum, which Ceph over TLS must accept."""
+    """Deleting several keys needs a checksum, which Ceph must accept over TLS."""
     store = tls_place.open()
     store.check()
     put(store, folder, producer)

@@ -1,4 +1,4 @@
-"""A server on which several writers of one name win: nothing is lost there either."""
+"""A server with weak conditional writes, and the probe that detects it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_of_writers_that_decide_by_the_same_entry_one_wins(weak):
 
 
 def test_two_overlapping_writes_win(weak):
-    """By construction: the second write is complete before the first one's body is."""
+    """By construction: the second write completes before the first one's body."""
     assert overlapping_winners(weak) == 2
 
 
@@ -97,7 +97,7 @@ def test_strong_server_is_not_slowed_down(s3_place, line, monkeypatch, caplog):
     "answer", [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed")]
 )
 def test_refusal_of_the_first_write_is_strong(s3_place, faults, monkeypatch, caplog, answer):
-    """AWS answers either to the write that was overtaken."""
+    """AWS answers one of these to the write that was overtaken."""
     monkeypatch.setattr(coordination, "_known", {})
     complete = []
 
@@ -115,7 +115,7 @@ def test_refusal_of_the_first_write_is_strong(s3_place, faults, monkeypatch, cap
 
 
 def test_what_is_not_proven_strong_is_weak(s3_place, faults, monkeypatch, caplog):
-    """Without "100 Continue" nothing shows that the first write came first."""
+    """Without "100 Continue" nothing proves which write came first."""
     monkeypatch.setattr(coordination, "_known", {})
     monkeypatch.setattr(coordination, "_PROBE_SECONDS", 0.1)
     faults.continues = False
@@ -127,7 +127,7 @@ def test_what_is_not_proven_strong_is_weak(s3_place, faults, monkeypatch, caplog
 
 
 def test_second_write_that_waits_for_the_first_ends_in_time(s3_place, faults, monkeypatch):
-    """A server that locks the key: the first write is let go on, and nothing is proven."""
+    """A server that locks the key: the first write goes on, and nothing is proven."""
     monkeypatch.setattr(coordination, "_HOLD_SECONDS", 0.2)
     first_is_complete = threading.Event()
     complete = []
@@ -146,7 +146,7 @@ def test_second_write_that_waits_for_the_first_ends_in_time(s3_place, faults, mo
 
 
 def overlapping_winners(store: Store) -> int | None:
-    """Of a probe that proves something; on a busy machine the server may take too long for one."""
+    """Probe until the result is proven; a busy server may take too long for one."""
     for _ in range(20):
         if winners := coordination.overlapping_winners(store._backend):
             return winners
