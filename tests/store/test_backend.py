@@ -128,16 +128,16 @@ def test_find_and_list(backend):
     for key in ("b", "a/c/d", "a/bc", "a/b"):
         backend.put(key, bytes(sizes[key]))
     for key, size in sizes.items():
-        found = backend.find(key)
-        assert found
-        assert found.size == size
+        info = backend.find(key)
+        assert info
+        assert info.size == size
         # Dates of S3 are cut off to seconds.
-        assert -1 <= found.age < 60
+        assert -1 <= info.age < 60
     for prefix in ("", "a", "a/", "a/b", "a/c/", "b", "none", "none/"):
         listed = backend.list(prefix)
         assert [*listed] == sorted(key for key in sizes if key.startswith(prefix))
-        assert {key: found.size for key, found in listed.items()}.items() <= sizes.items()
-        assert all(-1 <= found.age < 60 for found in listed.values())
+        assert {key: info.size for key, info in listed.items()}.items() <= sizes.items()
+        assert all(-1 <= info.age < 60 for info in listed.values())
 
 
 def test_delete(backend, each_place):

@@ -48,15 +48,15 @@ def test_only_what_nothing_leads_to_goes(folder_place, folder, producer, age):
     change(folder, "4")
     young = put(store, folder, producer)
     before = place.objects()
-    found = store.collect()
-    assert (found.artifacts, found.kept, found.removed) == ([orphan.digest], 4, False)
+    garbage = store.collect()
+    assert (garbage.artifacts, garbage.kept, garbage.removed) == ([orphan.digest], 4, False)
     assert place.objects() == before
     # Its manifest and its own config.json; the weights are those of the others too.
     size = place.objects, (place.root / f"manifests/{orphan.digest}.json").stat().st_size
-    assert (len(found.keys), found.size) == (2, size[1] + 1)
-    found = store.collect(dry_run=False)
-    assert found.removed
-    assert set(before) - set(place.objects()) == set(found.keys)
+    assert (len(garbage.keys), garbage.size) == (2, size[1] + 1)
+    garbage = store.collect(dry_run=False)
+    assert garbage.removed
+    assert set(before) - set(place.objects()) == set(garbage.keys)
     for ref in (data, policy, pinned, young):
         assert store.problems(ref, deep=True) == []
     assert not store.exists(orphan)
@@ -67,14 +67,14 @@ def test_only_what_nothing_leads_to_goes(folder_place, folder, producer, age):
 
 
 def test_records_keep_artifacts(each_place, each_store, folder, producer):
-    kept = put(each_store, folder, producer)
-    each_store.history.append("records/train-sft/" + "0" * 64, kept.model_dump(mode="json"))
+    recorded = put(each_store, folder, producer)
+    each_store.history.append("records/train-sft/" + "0" * 64, recorded.model_dump(mode="json"))
     change(folder, "other")
     orphan = put(each_store, folder, producer)
     time.sleep(2.1)  # S3 tells seconds
-    found = each_store.collect(grace=0.0, dry_run=False)
-    assert found.artifacts == [orphan.digest]
-    assert each_store.problems(kept, deep=True) == []
+    garbage = each_store.collect(grace=0.0, dry_run=False)
+    assert garbage.artifacts == [orphan.digest]
+    assert each_store.problems(recorded, deep=True) == []
     assert len(blobs(each_place)) == 3
     # Only the trace of the collection, for publishers to see.
     left = [key for key in each_place.objects() if key.startswith(("gc/", "probe/"))]
@@ -125,9 +125,14 @@ def test_traces_and_checkpoints(folder_place, age):
     age(2 * DAY, "/claims/")
     age(2 * DAY, "/gc/")
     age(2 * DAY, "/tmp/")
-    found = store.collect(dry_run=False)
-    assert set(found.keys) == {"probe/1", "claims/x/1", "gc/1.json", f"checkpoints/{done}/blobs/1"}
-    assert found.uploads == 1
+    garbage = store.collect(dry_run=False)
+    assert set(garbage.keys) == {
+        "probe/1",
+        "claims/x/1",
+        "gc/1.json",
+        f"checkpoints/{done}/blobs/1",
+    }
+    assert garbage.uploads == 1
     age(ABANDONED, "/checkpoints/")
     assert store.collect().keys == [f"checkpoints/{going}/blobs/1"]
 
@@ -250,14 +255,14 @@ def test_a_listing_with_a_flipped_bit_removes_nothing(folder_place, folder, prod
     def flipped_key(prefix):
         nonlocal calls
         calls += 1
-        found = real_list(prefix)
-        return {(k[:-7] + "~" + k[-6:] if calls == bad else k): f for k, f in found.items()}
+        listed = real_list(prefix)
+        return {(k[:-7] + "~" + k[-6:] if calls == bad else k): f for k, f in listed.items()}
 
     def flipped_date(prefix):
         nonlocal calls
         calls += 1
-        found = real_list(prefix)
-        return {k: f._replace(age=f.age + 9e8) if calls == bad else f for k, f in found.items()}
+        listed = real_list(prefix)
+        return {k: f._replace(age=f.age + 9e8) if calls == bad else f for k, f in listed.items()}
 
     for flipped in (flipped_key, flipped_date):
         backend.list = flipped
@@ -272,8 +277,8 @@ def test_a_listing_with_a_flipped_bit_removes_nothing(folder_place, folder, prod
 
     def flipped_find(key):
         finds.append(key)
-        found = real_find(key)
-        return found._replace(age=found.age - 9e8) if found and len(finds) == 1 else found
+        info = real_find(key)
+        return info._replace(age=info.age - 9e8) if info and len(finds) == 1 else info
 
     backend.find = flipped_find
     store.collect(dry_run=False)
