@@ -127,13 +127,13 @@ def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
 def found_in(made: Site, store: str, cache: Path) -> dict[str, Any]:
     """What a run left: the champion, how often each stage was recorded, whether all is whole."""
     os.environ.update(made.environment)
-    place = open_store(store, cache_dir=cache)
+    history = open_store(store, cache_dir=cache).history
     recorded = {
-        stage: sum(len(place.history(name)) for name in place.names(f"records/{stage}/"))
+        stage: sum(map(len, map(history.entries, history.names(f"records/{stage}/"))))
         for stage in STAGES
     }
     made.run("rlhf", "artifacts", "verify", "--deep", "--store", store)
-    champions = place.history("champion/quickstart")
+    champions = history.entries("champion/quickstart")
     return {
         "policy": champions[-1]["policy"] if champions else None,
         "promotions": len(champions),

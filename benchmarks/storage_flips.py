@@ -100,7 +100,7 @@ def opened(server: CephServer, folder: Path) -> Iterator[Bench]:
                 new_files(folder / name, size)
                 bench.digests[name] = digests(folder / name)
                 bench.refs[name] = publish(bench.store(folder / "cache"), folder / name)
-            bench.store(folder / "cache").append("history", {"n": 1})
+            bench.store(folder / "cache").history.append("history", {"n": 1})
             bench.kept = frozenset(bench.keys())
             yield bench
         finally:
@@ -195,13 +195,13 @@ def send(bench: Bench, cache: Path, size: int) -> str:
 
 def read_entry(bench: Bench, cache: Path) -> str:
     """The history begins with an entry that is known."""
-    first = bench.store(cache).history("history")[:1]
+    first = bench.store(cache).history.entries("history")[:1]
     return "" if first == [{"n": 1}] else "delivered wrong"
 
 
 def write_entry(bench: Bench, cache: Path, value: float) -> str:
     """What was appended is the entry of the number that was told."""
-    number = bench.store(cache).append("written", {"value": value})
+    number = bench.store(cache).history.append("written", {"value": value})
     key = f"campaign/refs/written/{number:06d}.json"
     data = bench.client.get_object(Bucket=bench.bucket, Key=key)["Body"].read()
     return "" if repr(value).encode() in data else "stored wrong"

@@ -196,7 +196,7 @@ class Publisher:
         wrong = (
             [] if contents(store.fetch(self.digest)) == self.expected else ["fetched other bytes"]
         )
-        store.append("kept", {"digest": self.digest})
+        store.history.append("kept", {"digest": self.digest})
         # Less than nothing: a server tells its time in whole seconds.
         store.collect(grace=-2, dry_run=False)
         blobs = {f"blobs/sha256/{sha[:2]}/{sha}" for sha in self.expected.values()}

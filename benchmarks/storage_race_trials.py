@@ -22,9 +22,10 @@ from benchmarks.storage_campaign import Trial
 from benchmarks.storage_kill_trials import ended, forked
 from benchmarks.storage_places import PRODUCER, Place
 from rlhf.errors import StoreError
-from rlhf.store import Store, collect, publish, refs
-from rlhf.store.create import create, is_atomic
+from rlhf.store import Store, collect, publish
+from rlhf.store.coordination import COLLECTIONS, create, is_atomic
 from rlhf.store.manifest import FileEntry, build_manifest, sha256_bytes
+from rlhf.store.refs import Histories, seal
 
 Backend = Any
 
@@ -130,7 +131,7 @@ def appending(place: Place, processes: int, threads: int, rounds: int, row: Row)
         return {"digest": sha256_bytes(f"{writer} {number}".encode())}
 
     def act(backend: Backend, writer: int, number: int) -> int:
-        return refs.append(backend, "champion/x", payload(writer, number))
+        return Histories(backend).append("champion/x", payload(writer, number))
 
     told: dict[int, dict[str, str]] = {}
     for number, each in enumerate(together(place, processes, threads, rounds, act)):
@@ -145,7 +146,7 @@ def appending(place: Place, processes: int, threads: int, rounds: int, row: Row)
                 row.won += 1
                 told[value] = payload(writer, number)
     with tempfile.TemporaryDirectory() as folder:
-        history = place.open(Path(folder)).history("champion/x")
+        history = place.open(Path(folder)).history.entries("champion/x")
     if not row.errors and history != [told[number] for number in sorted(told)]:
         row.failures.append("the history is not what the writers were told")
     row.failures += [f"{key} is left" for key in place.objects() if key.startswith("claims/")]
@@ -159,8 +160,8 @@ def aged(fresh: float) -> Iterator[None]:
     A collection would take its own announcement for an old one's, and with that a publisher's
     protection, which real ages rule out.
     """
-    traces = tuple(name for name in collect._TRACES if name != publish.COLLECTING)
-    with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(collect, "_TRACES", traces):
+    traces = tuple(name for name in collect.TRACES if name != COLLECTIONS)
+    with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(collect, "TRACES", traces):
         yield
 
 
@@ -244,7 +245,7 @@ class Collection:
         for each in range(times):
             source, digest = rng.choice(pool.artifacts)
             name = f"records/{number}-{each}"
-            store.append(name, {"digest": digest})
+            store.history.append(name, {"digest": digest})
             told = store.publish(source, "data", parents={}, producer=PRODUCER, metrics={})
             wrong = [] if told.digest == digest else ["another digest"]
             wrong += store.problems(digest, deep=True)
@@ -255,10 +256,10 @@ class Collection:
                 self._row.won += not wrong
                 self._row.failures += [f"publisher {number}, {each}: {line}" for line in wrong]
             if each < times - 1:
-                store._backend.put(f"refs/{name}/000001.json", refs.seal(name, {}))
+                store._backend.put(f"refs/{name}/000001.json", seal(name, {}))
 
 
 def _recorded(store: Store) -> list[str]:
-    entries = [store.history(name)[0] for name in store.names("records/")]
+    entries = [store.history.entries(name)[0] for name in store.history.names("records/")]
     digests = {entry["digest"] for entry in entries if entry}
     return [line for digest in digests for line in store.problems(digest, deep=True)]

@@ -60,12 +60,12 @@ def ours(operation: str, job: Job) -> Work:
     def put() -> str:
         ref = store.publish(job.folder, "policy", parents={}, producer=producer, metrics={})
         if job.memo == RELEASE:
-            store.append(RELEASE, ref.model_dump(mode="json"))
+            store.history.append(RELEASE, ref.model_dump(mode="json"))
         return ref.model_dump_json()
 
     def get() -> str:
         if job.memo == RELEASE:
-            released = store.latest(RELEASE)
+            released = store.history.latest(RELEASE)
             if released is None:
                 raise OSError("nothing has been released")
             ref = ArtifactRef.model_validate(released)

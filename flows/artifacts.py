@@ -51,9 +51,9 @@ def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
     from rlhf.registry import model_lines
 
     opened = open_named(store, config)
-    champions = {line: opened.latest(f"champion/{line}") for line in model_lines(opened)}
+    champions = {line: opened.history.latest(f"champion/{line}") for line in model_lines(opened)}
     marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
-    marks += [(digest, f"pin {name}") for name, digest in opened.pins().items()]
+    marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
     console.print(artifacts_table(opened.list(), marks))
 
 
@@ -180,13 +180,13 @@ def pin(ref: str, name: str, *, store: StoreOption = None, config: ConfigOption 
         Letters, digits, '.', '_' and '-'.
     """
     opened = open_named(store, config)
-    opened.pin(name, opened.resolve(ref))
+    opened.pins.add(name, opened.resolve(ref))
 
 
 @app.command
 def unpin(name: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
     """Take a pin away; the artifact stays until nothing else refers to it and `gc` comes."""
-    open_named(store, config).unpin(name)
+    open_named(store, config).pins.remove(name)
 
 
 @app.command

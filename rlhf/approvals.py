@@ -85,14 +85,14 @@ def record_approval(
         approved=approved, by=acting_person(by), when=timestamp(), why=checked_line("--why", why),
         run=run,
     )  # fmt: skip
-    store.append(_approval_history(name, policy), approval.model_dump())
+    store.history.append(_approval_history(name, policy), approval.model_dump())
     return approval
 
 
 def approval_of(store: Store, name: str, policy: str) -> Approval | None:
     """Return the last decision on a policy; None if there is none."""
     history = _approval_history(name, policy)
-    entry = store.latest(history)
+    entry = store.history.latest(history)
     return read_entry(Approval, history, entry) if entry else None
 
 

@@ -48,13 +48,13 @@ class Promotion(Entry):
 
 def history(store: Store, name: str) -> list[Promotion]:
     """Return all promotions and rollbacks of a model line, oldest first."""
-    entries = store.numbered(CHAMPIONS + name).items()
+    entries = store.history.numbered(CHAMPIONS + name).items()
     return [read_entry(Promotion, CHAMPIONS + name, {**entry, "number": n}) for n, entry in entries]
 
 
 def model_lines(store: Store) -> list[str]:
     """Return the names of the model lines that have a history."""
-    return [name.removeprefix(CHAMPIONS) for name in store.names(CHAMPIONS)]
+    return [name.removeprefix(CHAMPIONS) for name in store.history.names(CHAMPIONS)]
 
 
 def champion(store: Store, name: str) -> Promotion | None:
@@ -208,7 +208,7 @@ def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> P
         model=name, when=timestamp(), previous=last.policy if last else None,
         number=last.number + 1 if last else 1, **fields,
     )  # fmt: skip
-    if store.advance(CHAMPIONS + name, entry.model_dump(), entry.number - 1):
+    if store.history.advance(CHAMPIONS + name, entry.model_dump(), entry.number - 1):
         return entry
     policy = entry.policy[:12]
     winner = next((each for each in history(store, name) if each.number == entry.number), None)

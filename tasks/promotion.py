@@ -65,7 +65,7 @@ def promote(run: StageRun) -> StageResult:
 
 def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bool:
     """Return whether a policy is the last entry of its line's history."""
-    latest = store.latest(f"champion/{config.promotion.name}")
+    latest = store.history.latest(f"champion/{config.promotion.name}")
     return latest is not None and latest["policy"] == policy.digest
 
 

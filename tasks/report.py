@@ -85,7 +85,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
     folder = at_home(on_this_machine(run.config).runtime.report_dir)
     folder.mkdir(parents=True, exist_ok=True)
     run.report = (folder / f"{run.config.name}-{key[:10]}.html").resolve()
-    record = store.latest(f"records/report/{key}") if run.all_cached else None
+    record = store.history.latest(f"records/report/{key}") if run.all_cached else None
     if record and store.exists(record["digest"]):
         shutil.copyfile(store.fetch(record["digest"]) / REPORT, run.report)
         return record["digest"]
@@ -100,7 +100,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
             producer=producer("report", {}, run.config.seed),
         )  # fmt: skip
         shutil.copyfile(page, run.report)
-    store.append(f"records/report/{key}", ref.model_dump(mode="json"))
+    store.history.append(f"records/report/{key}", ref.model_dump(mode="json"))
     return ref.digest
 
 

@@ -42,8 +42,9 @@ class Situation:
 def situation(config: PipelineConfig, store: Store) -> Situation:
     """Return the state before a retraining; of the data only the digest is read."""
     line = config.promotion.name
+    latest = store.history.latest
     return Situation(
-        config, data_digest(config), store.latest(_history(line)), store.latest(f"champion/{line}")
+        config, data_digest(config), latest(_history(line)), latest(f"champion/{line}")
     )
 
 
@@ -91,7 +92,7 @@ def record_retraining(
         "outcome": outcome,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    store.append(_history(state.config.promotion.name), entry)
+    store.history.append(_history(state.config.promotion.name), entry)
 
 
 def _history(line: str) -> str:

@@ -115,7 +115,7 @@ def run_stage(
                 out, stage.kind, parents=work.refs, producer=made_by, metrics=result.metrics,
                 listener=Transfer(f"{stage.name}: publishing"),
             )  # fmt: skip
-        store.append(_record_name(stage, work.key), ref.model_dump(mode="json"))
+        store.history.append(_record_name(stage, work.key), ref.model_dump(mode="json"))
         discard_checkpoints(store, checkpoints)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
 
@@ -175,7 +175,7 @@ def fingerprint(
 
 def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
     """Return the artifact that a record names, if the store still has all of it."""
-    record = store.latest(_record_name(stage, key))
+    record = store.history.latest(_record_name(stage, key))
     if record is None:
         return None
     ref = ArtifactRef.model_validate(record)

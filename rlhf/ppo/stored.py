@@ -98,7 +98,9 @@ class StoredCheckpoints:
         intact = _intact(self._store, self._damaged)
         best = _best(intact)
         entry = {"digest": ref.digest, "update": update, "score": score}
-        self._store.append(HISTORY, {**entry, "best": bool(best and best.digest == ref.digest)})
+        self._store.history.append(
+            HISTORY, {**entry, "best": bool(best and best.digest == ref.digest)}
+        )
         self._delete_all_but(_retained(intact))
 
     def newest_after(self, update: int) -> tuple[int, Path] | None:

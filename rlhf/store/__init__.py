@@ -1,6 +1,6 @@
 """Artifacts in object storage: content-addressed, verified, append-only.
 
-`open_store` gives a `Store`; `ArtifactRef` is what stages hand to each other.
+`open_store` opens a `Store`. Stages pass each other an `ArtifactRef`.
 """
 
 from rlhf.store.manifest import (

@@ -1,4 +1,7 @@
-"""The little that the artifact store asks of an object store."""
+"""The object-store protocol, file streams with progress, and thread maps.
+
+A backend maps keys to bytes: a folder (`local`) or a bucket (`s3`).
+"""
 
 from __future__ import annotations
 
@@ -22,69 +25,85 @@ WORKERS = 8
 SMALL = 16 * 1024 * 1024
 
 
-class Found(NamedTuple):
-    """An object that is there: its bytes, and its age in seconds by the store's clock."""
+class ObjectInfo(NamedTuple):
+    """An existing object's size in bytes and age in seconds, by the store's clock."""
 
     size: int
     age: float
 
 
 class Backend(Protocol):
-    """Keys to bytes. Every method raises StoreError subclasses only, naming store and key."""
+    """An object store: keys to bytes.
+
+    Methods raise only StoreError and its subclasses, which name store and key.
+    """
 
     uri: str
-    #: Whether of several `put_new` of one key at once exactly one succeeds; None if not known.
+    #: Whether exactly one of several concurrent `put_new` of a key succeeds; None: not known.
     atomic: bool | None
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Create the object whole, or return False and leave the existing one alone."""
         ...
 
+    def put_new_held(self, key: str, data: bytes, hold: Callable[[], None]) -> bool | None:
+        """Like `put_new`, calling `hold` in mid-body, when the server reads it.
+
+        None if nothing is proven: the server did not confirm that it reads the body, or the request
+        was repeated.
+        """
+        ...
+
     def put(self, key: str, data: bytes) -> None:
-        """Store an object whole, replacing what was there."""
+        """Store an object whole; an existing one is replaced."""
         ...
 
     def put_file(self, key: str, source: Source) -> None:
-        """Store a large file whole, replacing what was there; PublishError if it changes."""
+        """Store a large file whole, replacing the object; PublishError if it changes."""
         ...
 
     def get_bytes(self, key: str, limit: int) -> bytes:
-        """A small object; ArtifactMissing if it is absent, ArtifactCorrupt beyond the limit."""
+        """Read an object; ArtifactMissing if absent, ArtifactCorrupt beyond the limit."""
         ...
 
     def get_file(self, key: str, sink: Sink) -> None:
-        """Write an object into the sink, in order; ArtifactMissing if it is absent."""
+        """Write an object into the sink, in order; ArtifactMissing if absent."""
         ...
 
-    def find(self, key: str) -> Found | None:
-        """Size and age of an object, None if it is absent."""
+    def find(self, key: str) -> ObjectInfo | None:
+        """Return size and age of an object, None if it is absent."""
         ...
 
-    def list(self, prefix: str) -> dict[str, Found]:
-        """The keys that start with the prefix, sorted."""
+    def list(self, prefix: str) -> dict[str, ObjectInfo]:
+        """Return the objects whose keys start with the prefix, sorted by key."""
         ...
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; absent is fine."""
+        """Remove objects; absent ones are ignored."""
         ...
 
     def sweep(self, age: float) -> int:
-        """Remove what unfinished uploads left behind that long ago; how many there were."""
+        """Remove unfinished uploads older than `age` seconds, and return their number."""
         ...
 
     def hurried(self, seconds: float) -> Backend:
-        """The same store, giving up on an answer after this long (for a probe)."""
+        """Return the same store with a short timeout and few retries, for checks."""
         ...
 
-    def below(self, name: str) -> Backend:
-        """The store under that name of this one."""
+    def close(self) -> None:
+        """Close idle connections; further calls open new ones."""
+        ...
+
+    def child(self, name: str) -> Backend:
+        """Return the store under that prefix of this one."""
         ...
 
 
 class Source:
-    """A file on its way up. Its size was taken before it was hashed; any change since is an error,
-    which is seen before an upload is completed: no other bytes than those that were hashed ever
-    become a whole object.
+    """A file being uploaded; PublishError if it changes.
+
+    Its state is taken before it is hashed, and compared again before an upload is completed: only
+    the bytes that were hashed ever become a complete object.
     """
 
     def __init__(self, file: BinaryIO, name: str, sent: Callable[[int], None]) -> None:
@@ -95,19 +114,19 @@ class Source:
         self.sent = sent
 
     def sha256(self) -> str:
-        """Hash the file, and go back to its beginning."""
+        """Hash the file, and seek back to its beginning."""
         digest = hashlib.file_digest(cast("io.BufferedReader", self._file), "sha256").hexdigest()
         self._file.seek(0)
         return digest
 
     def read(self) -> bytes:
-        """All of it."""
+        """Read the whole file."""
         data = self._file.read()
         self.check()
         return data
 
     def chunks(self) -> Iterator[bytes]:
-        """All of it, in pieces; the last comes only if the file is still what it was."""
+        """Yield the file in chunks; the last one only if the file has not changed."""
         for offset in range(0, self.size, 1 << 20):
             data = self.read_at(offset, 1 << 20)
             if offset + len(data) >= self.size:
@@ -116,14 +135,14 @@ class Source:
             yield data
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Some of it; from any thread. It is less than that at the end only."""
+        """Read a range, from any thread; shorter only at the end of the file."""
         data = os.pread(self._file.fileno(), size, offset)
         if len(data) != min(size, self.size - offset):
             raise self._changed()
         return data
 
     def check(self) -> None:
-        """PublishError if the file is not what it was."""
+        """Raise PublishError if the file has changed."""
         if self._now() != self._state:
             raise self._changed()
 
@@ -131,13 +150,13 @@ class Source:
         return PublishError(f"{self._name} changed while it was being published; try again")
 
     def _now(self) -> tuple[int, int]:
-        # No ctime: it tells of links to the file as well.
+        # No ctime: it changes with hard links to the file, too.
         state = os.fstat(self._file.fileno())
         return state.st_size, state.st_mtime_ns
 
 
 class Sink:
-    """A file on its way down, hashed as it comes."""
+    """A file being downloaded, hashed as its bytes arrive."""
 
     def __init__(self, file: BinaryIO, received: Callable[[int], None]) -> None:
         self._file = file
@@ -148,13 +167,14 @@ class Sink:
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> None:
-        """Append."""
+        """Append data, and hash it."""
         self.put(data, self.size)
         self.add(data)
 
     def put(self, data: bytes, offset: int) -> None:
-        """Write to a place in the file, from any thread; a disk that is full is kept apart from a
-        network that fails.
+        """Write at an offset, from any thread.
+
+        The error of a full disk is kept in `error`, to tell it from one of the network.
         """
         view = memoryview(data)
         try:
@@ -166,7 +186,7 @@ class Sink:
             raise
 
     def add(self, data: bytes | memoryview) -> None:
-        """Hash what was put behind all that was added so far."""
+        """Hash the next data in order, which `put` has written."""
         self._digest.update(data)
         self.size += len(data)
         self.moved = time.monotonic()
@@ -174,12 +194,12 @@ class Sink:
 
     @property
     def sha256(self) -> str:
-        """Of all that was added."""
+        """The hex sha256 of all data added so far."""
         return self._digest.hexdigest()
 
 
 class Meter:
-    """Adds up the bytes that several threads have moved, and tells a listener."""
+    """Sums up the bytes moved by several threads, and reports them to a listener."""
 
     def __init__(self, total: int, listener: Callable[[int, int], None] | None) -> None:
         self._done = 0
@@ -188,7 +208,7 @@ class Meter:
         self._lock = threading.Lock()
 
     def __call__(self, moved: int) -> None:
-        """Count; what has to be sent again counts once."""
+        """Add moved bytes; those sent again count once."""
         if self._listener:
             with self._lock:
                 self._done = min(self._done + moved, self._total)
@@ -196,7 +216,7 @@ class Meter:
 
 
 def in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int = WORKERS) -> list[R]:
-    """Map over threads in order; the first error cancels what has not begun."""
+    """Map over threads, results in order; the first error cancels items not yet begun."""
     with ThreadPoolExecutor(workers, thread_name_prefix="store") as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
@@ -209,19 +229,20 @@ def in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int = WORKE
 def in_order(
     work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
 ) -> Generator[R, None, None]:
-    """Map over threads; results come in order, with no more than so many begun or in waiting.
+    """Map lazily over threads, results in order.
 
-    Close it, so that nothing goes on when what takes the results fails.
+    At most `ahead` items are begun or wait to be taken. Close the generator, so that the work stops
+    when the consumer fails.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="store") as pool:
-        begun: deque[Future[R]] = deque()
+        pending: deque[Future[R]] = deque()
         try:
             for item in items:
-                begun.append(pool.submit(work, item))
-                if len(begun) == ahead:
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
+                pending.append(pool.submit(work, item))
+                if len(pending) == ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in begun:
+            for future in pending:
                 future.cancel()

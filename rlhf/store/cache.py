@@ -1,9 +1,9 @@
-"""Local copies of artifacts: verified, put in place whole, shared by processes, bounded in size.
+"""Verified local copies of artifacts, shared by processes and bounded in size.
 
 <root>/blobs/ab/<sha256>         each file's bytes, once
-<root>/artifacts/<digest>/…      what a stage reads: hard links to the blobs
-<root>/locks/                    one lock for each blob and folder that somebody is working on
-<root>/tmp/                      what is being written
+<root>/artifacts/<digest>/…      folders that stages read: hard links to the blobs
+<root>/locks/                    a lock for each blob and folder in work
+<root>/tmp/                      unfinished files
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from rlhf.store.locks import acquire, locked
 from rlhf.store.manifest import FileEntry, blob_key
 from rlhf.store.receive import ATTEMPTS
 
-#: Bytes that fetched artifacts may take, unless the configuration says otherwise.
+#: Default limit in bytes of all fetched artifacts.
 DEFAULT_LIMIT = 50 * 10**9
-#: Seconds without a byte after which a download has been tried for long enough, by boto3.
+#: After so many seconds without a byte, boto3 has retried a download for long enough.
 _SLOW = 5.0
 
 
 class Origin(NamedTuple):
-    """Where files come from: the store's name, a way to get one, and who is told of the bytes."""
+    """Source of a download: the store's URI, a function for one file, and progress."""
 
     uri: str
     download: Callable[[FileEntry, Sink], None]
@@ -42,24 +42,24 @@ class Origin(NamedTuple):
 
 
 class Cache:
-    """A folder of blobs, and of artifacts that are links to them."""
+    """A folder of blobs, and of artifacts that are hard links to them."""
 
     def __init__(self, root: Path, limit: int = DEFAULT_LIMIT) -> None:
         self.root = root / "cache"
         self._limit = limit
-        #: Inode to digest, size and time of what this process has read and found right.
+        #: Inode to digest, size and time of the files that this process has verified.
         self._verified: dict[tuple[int, int], tuple[str, int, int]] = {}
-        #: Folders that were handed out, and so must not go, each with its shared lock.
+        #: Folders in use by this process, which must not be evicted, each with its shared lock.
         self._used: dict[Path, BinaryIO] = {}
         weakref.finalize(self, _release, self._used)
 
     def fill(self, digest: str, files: Sequence[FileEntry], complete: bool, origin: Origin) -> Path:
-        """The folder that holds these files of an artifact, downloaded if no sound copy is there.
+        """Return a folder with these files; downloads what has no sound copy here.
 
-        It stays as long as this object does, whatever others fetch.
+        It stays for as long as this object exists.
         """
-        chosen = hashlib.sha256("\n".join(entry.path for entry in files).encode()).hexdigest()
-        name = digest if complete else f"{digest}-{chosen[:16]}"
+        selection = hashlib.sha256("\n".join(entry.path for entry in files).encode()).hexdigest()
+        name = digest if complete else f"{digest}-{selection[:16]}"
         final = self.root / "artifacts" / name
         with self._writable():
             for folder in ("artifacts", "locks", "tmp"):
@@ -73,30 +73,32 @@ class Cache:
         return final
 
     def _build(self, final: Path, files: Sequence[FileEntry], origin: Origin) -> None:
-        """Link the blobs, each fetched if need be, into a folder that appears whole."""
+        """Link the blobs, downloaded where missing, into a folder that appears atomically."""
         paths: dict[str, list[FileEntry]] = {}
         for entry in files:
             paths.setdefault(entry.sha256, []).append(entry)
-        with self._temporary() as desk:
-            whole = desk / "whole"
+        with self._temporary() as scratch:
+            whole = scratch / "whole"
             for folder in {(whole / entry.path).parent for entry in files}:
                 folder.mkdir(parents=True, exist_ok=True)
 
-            def place(entries: list[FileEntry]) -> None:
+            def link(entries: list[FileEntry]) -> None:
                 targets = [whole / entry.path for entry in entries]
-                self._place(entries[0], targets, desk, origin)
+                self._link(entries[0], targets, scratch, origin)
 
-            in_parallel(place, paths.values())
+            in_parallel(link, paths.values())
             self._discard(final)
             whole.replace(final)
 
-    def _place(self, entry: FileEntry, targets: Sequence[Path], desk: Path, origin: Origin) -> None:
-        """One blob, at all its places; its lock keeps it from being cleared away meanwhile."""
+    def _link(
+        self, entry: FileEntry, targets: Sequence[Path], scratch: Path, origin: Origin
+    ) -> None:
+        """Link one blob to all its paths; its lock protects it from eviction meanwhile."""
         blob = self._blob(entry)
         with locked(self._lock(entry.sha256)):
             if not self._right(blob, entry):
                 blob.parent.mkdir(parents=True, exist_ok=True)
-                part = desk / entry.sha256
+                part = scratch / entry.sha256
                 self._download(entry, part, origin)
                 part.replace(blob)
             else:
@@ -110,7 +112,7 @@ class Cache:
                     shutil.copyfile(blob, target)
 
     def _download(self, entry: FileEntry, part: Path, origin: Origin) -> None:
-        """Once more if what came is not what was promised, as bits do flip on the way."""
+        """Download and verify; repeated on a wrong sha256, as bits do flip on the way."""
         sink = None
         for attempt in range(ATTEMPTS):
             with part.open("wb") as file:
@@ -120,7 +122,7 @@ class Cache:
                 except StoreError as error:
                     if sink.error:
                         raise sink.error from None
-                    # A flipped bit in a header looks like many things, but is seen at once.
+                    # A flipped bit in a header causes any error, but at once.
                     slow = time.monotonic() - sink.moved > _SLOW
                     if attempt == ATTEMPTS - 1 or slow or not error.retriable:
                         raise
@@ -140,19 +142,22 @@ class Cache:
         )
 
     def _sound(self, folder: Path, files: Sequence[FileEntry]) -> bool:
-        """Whether the folder holds these very files, and nothing else."""
+        """Return whether the folder holds exactly these files, unchanged."""
         if not folder.is_dir() or folder.is_symlink():
             return False
-        found: set[str] = set()
+        paths: set[str] = set()
         for where, folders, names in os.walk(folder):
             links = [name for name in folders if (Path(where) / name).is_symlink()]
-            found |= {(Path(where) / n).relative_to(folder).as_posix() for n in [*names, *links]}
-        return found == {entry.path for entry in files} and all(
+            paths |= {(Path(where) / n).relative_to(folder).as_posix() for n in [*names, *links]}
+        return paths == {entry.path for entry in files} and all(
             self._right(folder / entry.path, entry) for entry in files
         )
 
     def _right(self, path: Path, entry: FileEntry) -> bool:
-        """Every byte is read once per process, and again whenever a size or a time changes."""
+        """Return whether a file is as in the manifest.
+
+        It is read once per process, and again when its size or time has changed.
+        """
         try:
             state = path.lstat()
         except OSError:
@@ -173,7 +178,7 @@ class Cache:
         self._verified[state.st_dev, state.st_ino] = known
 
     def _use(self, folder: Path) -> None:
-        """Say that the folder is in use, and that it was now."""
+        """Mark a folder as in use by this process, and as used now."""
         if folder not in self._used:
             file = acquire(_use_lock(folder), shared=True)
             assert file is not None
@@ -181,9 +186,9 @@ class Cache:
         os.utime(_use_lock(folder))
 
     def _make_room(self, wanted: int) -> None:
-        """Remove what was used longest ago and is not in use, until there is room."""
-        with locked(self.root / "locks" / "room", wait=False) as alone:
-            if not alone:
+        """Evict the least recently used folders that are not in use, until there is room."""
+        with locked(self.root / "locks" / "room", wait=False) as held:
+            if not held:
                 return
             self._clear_up()
             folders = [path for path in (self.root / "artifacts").iterdir() if path.is_dir()]
@@ -203,15 +208,15 @@ class Cache:
         return True
 
     def _drop_blobs(self) -> None:
-        """Remove blobs that no folder links to."""
+        """Remove blobs that no folder links to any more."""
         for blob in self.root.glob("blobs/*/*"):
             if blob.stat().st_nlink == 1:
-                with locked(self._lock(blob.name), wait=False) as alone:
-                    if alone and blob.exists() and blob.stat().st_nlink == 1:
+                with locked(self._lock(blob.name), wait=False) as held:
+                    if held and blob.exists() and blob.stat().st_nlink == 1:
                         blob.unlink()
 
     def _size(self) -> int:
-        """Bytes on the disk, those that are linked several times once."""
+        """The bytes on disk; a file with several links counts once."""
         sizes: dict[int, int] = {}
         for top in ("artifacts", "blobs"):
             for where, _, names in os.walk(self.root / top):
@@ -222,14 +227,15 @@ class Cache:
         return sum(sizes.values())
 
     def _clear_up(self) -> None:
-        """Remove what killed processes left behind: what is being written has a lock."""
+        """Remove leftovers of killed processes: files in work are locked."""
         for lock in (self.root / "tmp").glob("*.lock"):
-            with locked(lock, wait=False) as alone:
-                if alone:
+            with locked(lock, wait=False) as held:
+                if held:
                     _remove(lock.with_suffix(""))
         for lock in (self.root / "locks").iterdir():
+            # Releasing a lock removes its file.
             with locked(lock, wait=False):
-                """One that nobody holds goes as it is let go."""
+                pass
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -241,7 +247,7 @@ class Cache:
                 _remove(path)
 
     def _discard(self, path: Path) -> None:
-        """Gone in one step, so that nobody takes a half for a whole."""
+        """Remove a folder atomically, so that no partial one is ever seen."""
         if os.path.lexists(path):
             with self._temporary() as gone:
                 path.replace(gone)

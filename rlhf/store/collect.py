@@ -1,52 +1,45 @@
-"""Garbage collection: what nothing refers to goes, and nobody who publishes meanwhile is hurt.
+"""Garbage collection of unreferenced artifacts, safe beside publishers.
 
-What stays is what a reference, a pin or an artifact younger than the grace time leads to, through
-all parents; and whatever is itself younger than that. Ages are by the store's clock.
-
-A collection first puts an object under `gc/`, and only then looks at what is there; another one
-says that it has ended. A publisher looks for them after it has written its manifest
-(`rlhf.store.publish`): so either the collection sees the manifest, or the publisher waits, and
-sends again what was removed.
+Kept is what a history, a pin or an artifact younger than the grace period refers to, through all
+parents, and every object younger than that. Ages are by the store's clock. `coordination` describes
+how a collection and a publisher see each other.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.errors import ArtifactMissing, StoreError
-from rlhf.store import pins, refs
-from rlhf.store.backend import Backend, Found, in_parallel
-from rlhf.store.create import CLAIMS, PROBES
+from rlhf.store.backend import Backend, ObjectInfo, in_parallel
+from rlhf.store.coordination import COLLECTION_SECONDS, FRESH, TRACES, announced_collection
 from rlhf.store.manifest import Manifest, blob_key, manifest_key
-from rlhf.store.publish import COLLECTING, COLLECTION_SECONDS, ENDED, FRESH, GOING_ON
+from rlhf.store.pins import Pins
+from rlhf.store.refs import open_sealed
 
-#: Seconds that everything is left alone for.
+#: Grace period in seconds: younger objects are kept.
 GRACE = 24 * 3600.0
-#: Checkpoints of a run that nobody has gone on with for this long are of no use any more.
+#: Checkpoints of a run that was not resumed for this long are abandoned.
 ABANDONED = 30 * 24 * 3600.0
-#: Time to spare between the last removal and the moment from which publishers stop waiting.
+#: Margin between the last removal and the moment when publishers stop waiting.
 _MARGIN = 330.0
 _BATCH = 1000
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHECKPOINTS = re.compile(r"checkpoints/((?P<stage>.+)-(?P<key>[0-9a-f]{16}))/.*")
 _MANIFEST = re.compile(r"manifests/[0-9a-f]{64}\.json")
-_TRACES = (PROBES, CLAIMS, COLLECTING)
 
 
 @dataclass
 class Garbage:
-    """What a collection found, and whether it removed it."""
+    """Result of a garbage collection."""
 
     artifacts: list[str] = field(default_factory=list)
     """Digests of manifests that nothing refers to."""
     keys: list[str] = field(default_factory=list)
-    """All objects to remove, manifests first: an artifact must never be there without its blobs."""
+    """All objects to remove, manifests first: no artifact must ever lack its blobs."""
     size: int = 0
     """Bytes of these objects."""
     kept: int = 0
@@ -60,22 +53,22 @@ class Garbage:
 def collect(
     backend: Backend, read_manifest: Callable[[str], Manifest], *, grace: float, dry_run: bool
 ) -> Garbage:
-    """Find what nothing refers to, and remove it unless this is a dry run.
+    """Find unreferenced objects, and remove them unless this is a dry run.
 
     Args:
         backend: The store's backend.
         read_manifest: Reads and verifies the manifest of a digest.
-        grace: Seconds; younger objects stay. Less than two hours is for a store that nobody
-            publishes to: publishers rely on it that what is an hour old stays.
-        dry_run: Only look.
+        grace: Seconds; younger objects are kept. Less than two hours is for a store without
+            publishers, which rely on objects of up to an hour to stay.
+        dry_run: Remove nothing.
 
     Raises:
-        ArtifactCorrupt: A manifest that something refers to can't be read, so its blobs are not
-            known; nothing is removed.
-        StoreError: The store failed, or the collection took too long for one go; what it has
-            removed by then was garbage, and it can be run again.
+        ArtifactCorrupt: A referenced manifest can't be read, so its blobs are not known; nothing
+            is removed.
+        StoreError: The store failed, or the collection took too long for one go; all it removed
+            was garbage, and it can be run again.
     """
-    with _announced(backend, dry_run) as (began, skew):
+    with announced_collection(backend, dry_run) as (began, skew):
         garbage = _find(backend, read_manifest, grace + skew, skew)
         if not dry_run:
             for at in range(0, len(garbage.keys), _BATCH):
@@ -89,64 +82,47 @@ def collect(
     return garbage
 
 
-def retain(backend: Backend, kept: Mapping[str, Manifest]) -> None:
-    """Remove all artifacts but these; nobody else may be publishing."""
-    wanted = _objects_of(kept)
+def retain(backend: Backend, manifests: Mapping[str, Manifest]) -> None:
+    """Remove all other artifacts; nothing may be published meanwhile."""
+    wanted = _objects_of(manifests)
     for prefix in ("manifests/", "blobs/"):
         backend.delete([key for key in backend.list(prefix) if key not in wanted])
-
-
-@contextlib.contextmanager
-def _announced(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
-    """When the collection began by our clock, and how old the store says that a new object is."""
-    name = f"{PROBES if dry_run else COLLECTING}{uuid.uuid4().hex}"
-    key = name + GOING_ON
-    began = time.monotonic()
-    backend.put(key, b"{}")
-    try:
-        # Twice, as a bit may flip in a date: the larger one is the careful one.
-        ages = [found.age if found else 0.0 for found in (backend.find(key), backend.find(key))]
-        yield began, max(ages)
-    finally:
-        if not dry_run:
-            backend.put(name + ENDED, b"{}")
-        backend.delete([key])
 
 
 def _find(
     backend: Backend, read_manifest: Callable[[str], Manifest], grace: float, skew: float
 ) -> Garbage:
     blobs = _Listing(backend, "blobs/")
-    # Manifests are listed after the blobs, so that none of a new artifact is taken for garbage.
+    # Manifests are listed after the blobs, so that no blob of a new artifact looks like garbage.
     manifests = _Listing(backend, "manifests/")
     entries = _Listing(backend, "refs/").all
-    young = [_digest(key) for key, found in manifests.all.items() if found.age < grace]
-    kept = _reachable(read_manifest, {*young, *_roots(backend, entries)})
-    wanted = _objects_of(kept)
-    garbage = Garbage(kept=len(kept))
+    young = [_digest(key) for key, info in manifests.all.items() if info.age < grace]
+    retained = _reachable(read_manifest, {*young, *_roots(backend, entries)})
+    wanted = _objects_of(retained)
+    garbage = Garbage(kept=len(retained))
     sizes = {
         k: f.size for k, f in manifests.sure.items() if k not in wanted and _MANIFEST.fullmatch(k)
     }
     garbage.artifacts = [_digest(key) for key in sizes]
     sizes |= {k: f.size for k, f in blobs.sure.items() if k not in wanted and f.age >= grace}
     sizes |= _checkpoints(_Listing(backend, "checkpoints/").sure, entries, grace, skew)
-    for prefix in _TRACES:
+    for prefix in TRACES:
         old = max(grace, FRESH + skew)
         sizes |= {k: f.size for k, f in backend.list(prefix).items() if f.age >= old}
     garbage.keys, garbage.size = list(sizes), sum(sizes.values())
     return garbage
 
 
-def _objects_of(kept: Mapping[str, Manifest]) -> set[str]:
-    """Keys of these manifests and of their blobs."""
-    blobs = {blob_key(entry.sha256) for manifest in kept.values() for entry in manifest.files}
-    return blobs | {manifest_key(digest) for digest in kept}
+def _objects_of(manifests: Mapping[str, Manifest]) -> set[str]:
+    """The keys of these manifests and of their blobs."""
+    blobs = {blob_key(entry.sha256) for each in manifests.values() for entry in each.files}
+    return blobs | {manifest_key(digest) for digest in manifests}
 
 
 class _Listing:
-    """What two listings say. A bit that flips in one must not make anything look like garbage.
+    """Two listings, against flipped bits that make an object look like garbage.
 
-    `all` are the keys of either, `sure` those of both, each as young as it was said to be.
+    `all` are the keys of either, `sure` those of both, each with the lower age.
     """
 
     def __init__(self, backend: Backend, prefix: str) -> None:
@@ -155,7 +131,7 @@ class _Listing:
             key: min((each[key] for each in (one, two) if key in each), key=lambda f: f.age)
             for key in sorted({*one, *two})
         }
-        self.sure = {key: found for key, found in self.all.items() if key in one and key in two}
+        self.sure = {key: info for key, info in self.all.items() if key in one and key in two}
 
 
 def _digest(key: str) -> str:
@@ -163,17 +139,17 @@ def _digest(key: str) -> str:
 
 
 def _roots(backend: Backend, entries: Iterable[str]) -> set[str]:
-    """All that looks like a digest in references (records, the champions …) and in pins."""
+    """All strings that look like digests in histories (records, champions …) and pins."""
 
     def read(key: str) -> dict[str, Any]:
         try:
-            return refs.open_sealed(backend, key)
-        except ArtifactMissing:  # a bit of its name flipped in a listing, or it is gone since
+            return open_sealed(backend, key)
+        except ArtifactMissing:  # its name was damaged in a listing, or it was removed since
             return {}
 
-    found = in_parallel(read, entries)
-    return {digest for payload in found for digest in _digests(payload)} | {
-        *pins.read_all(backend).values()
+    payloads = in_parallel(read, entries)
+    return {digest for payload in payloads for digest in _digests(payload)} | {
+        *Pins(backend).by_name().values()
     }
 
 
@@ -192,7 +168,7 @@ def _digests(value: Any) -> Iterator[str]:
 def _reachable(
     read_manifest: Callable[[str], Manifest], roots: Iterable[str]
 ) -> dict[str, Manifest]:
-    """The manifests of these digests and of all their ancestors, as far as they are there."""
+    """The existing manifests of these digests and of all their ancestors."""
 
     def read(digest: str) -> Manifest | None:
         try:
@@ -200,33 +176,33 @@ def _reachable(
         except ArtifactMissing:
             return None
 
-    found: dict[str, Manifest] = {}
+    reachable: dict[str, Manifest] = {}
     seen: set[str] = set()
     fresh = {*roots}
     while fresh:
         seen |= fresh
         order = sorted(fresh)
         manifests = zip(order, in_parallel(read, order), strict=True)
-        there = {digest: manifest for digest, manifest in manifests if manifest}
-        found |= there
-        fresh = {parent for each in there.values() for parent in each.parents.values()} - seen
-    return found
+        existing = {digest: manifest for digest, manifest in manifests if manifest}
+        reachable |= existing
+        fresh = {parent for each in existing.values() for parent in each.parents.values()} - seen
+    return reachable
 
 
 def _checkpoints(
-    objects: Mapping[str, Found], entries: Iterable[str], grace: float, skew: float
+    objects: Mapping[str, ObjectInfo], entries: Iterable[str], grace: float, skew: float
 ) -> dict[str, int]:
-    """Checkpoints of work that is done, or that nobody has gone on with for a month."""
-    groups: dict[str, dict[str, Found]] = {}
-    for key, found in objects.items():
+    """Checkpoints of finished stages, and of runs that were not resumed for a month."""
+    groups: dict[str, dict[str, ObjectInfo]] = {}
+    for key, info in objects.items():
         match = _CHECKPOINTS.fullmatch(key)
         if match:
-            groups.setdefault(match[1], {})[key] = found
+            groups.setdefault(match[1], {})[key] = info
     records = {tuple(key.split("/")[2:4]) for key in entries if key.startswith("refs/records/")}
     done = {f"{stage}-{key[:16]}" for stage, key in (r for r in records if len(r) == 2)}
     garbage: dict[str, int] = {}
     for name, group in groups.items():
-        youngest = min(found.age for found in group.values())
+        youngest = min(info.age for info in group.values())
         if youngest >= (grace if name in done else ABANDONED + skew):
-            garbage |= {key: found.size for key, found in group.items()}
+            garbage |= {key: info.size for key, info in group.items()}
     return garbage

@@ -1,4 +1,4 @@
-"""A folder as an object store: every object appears whole or not at all."""
+"""A folder as an object store, with atomic and durable writes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
 from rlhf.files import fsync
-from rlhf.store.backend import Found, Sink, Source
+from rlhf.store.backend import ObjectInfo, Sink, Source
 
 _CONFIGURATION = {
     errno.EACCES,
@@ -29,7 +29,7 @@ _CONFIGURATION = {
 
 
 class LocalBackend:
-    """Objects are files under one root; `tmp/` holds what is being written."""
+    """An object store in a folder; `tmp/` holds unfinished files."""
 
     atomic: bool | None = True
 
@@ -38,16 +38,19 @@ class LocalBackend:
         self.uri = root.as_uri()
 
     def hurried(self, seconds: float) -> LocalBackend:
-        """Itself: a folder answers at once."""
+        """Return this backend: a folder needs no timeout."""
         del seconds
         return self
 
-    def below(self, name: str) -> LocalBackend:
-        """A folder in the folder."""
+    def close(self) -> None:
+        """Do nothing: a folder has no connections."""
+
+    def child(self, name: str) -> LocalBackend:
+        """Return the backend of a subfolder."""
         return LocalBackend(self.root / name)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Create by a hard link, which unlike a rename never overwrites."""
+        """Create by hard link, which unlike a rename never overwrites."""
         with self._translated("write", key):
             if (self.root / key).exists():
                 return False
@@ -61,12 +64,18 @@ class LocalBackend:
             fsync((self.root / key).parent)
             return True
 
+    def put_new_held(self, key: str, data: bytes, hold: Callable[[], None]) -> bool | None:
+        """Prove nothing: hard links are known to be atomic."""
+        del hold
+        self.put_new(key, data)
+        return None
+
     def put(self, key: str, data: bytes) -> None:
-        """Write beside it, then rename."""
+        """Write to a temporary file, then rename it."""
         self._put(key, iter([data]))
 
     def put_file(self, key: str, source: Source) -> None:
-        """Copy beside it, then rename: the file was read to its end by then, unchanged."""
+        """Copy to a temporary file, then rename it if the source is unchanged."""
         self._put(key, source.chunks())
 
     def _put(self, key: str, data: Iterator[bytes]) -> None:
@@ -79,7 +88,7 @@ class LocalBackend:
             fsync(final.parent)
 
     def get_bytes(self, key: str, limit: int) -> bytes:
-        """Read at most `limit` bytes."""
+        """Read a file of at most `limit` bytes."""
         with self._translated("read", key), (self.root / key).open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
@@ -87,23 +96,23 @@ class LocalBackend:
         return data
 
     def get_file(self, key: str, sink: Sink) -> None:
-        """Copy; a link would let a change in the cache reach the store."""
+        """Copy a file; with a link, a change in the cache would reach the store."""
         with self._translated("read", key), (self.root / key).open("rb") as source:
             while chunk := source.read(1 << 20):
                 sink.write(chunk)
 
-    def find(self, key: str) -> Found | None:
-        """From the file system."""
+    def find(self, key: str) -> ObjectInfo | None:
+        """Return size and age of a file."""
         with self._translated("read", key):
             try:
-                return _found(self.root / key)
+                return _info(self.root / key)
             except FileNotFoundError:
                 return None
 
-    def list(self, prefix: str) -> dict[str, Found]:
-        """Walk the folder part of the prefix, then filter."""
+    def list(self, prefix: str) -> dict[str, ObjectInfo]:
+        """Walk the folder part of the prefix, and filter by the rest."""
         folder = self.root / prefix.rpartition("/")[0]
-        found: dict[str, Found] = {}
+        objects: dict[str, ObjectInfo] = {}
         with self._translated("list", prefix):
             for where, _, names in os.walk(folder):
                 for name in names:
@@ -111,18 +120,18 @@ class LocalBackend:
                     key = path.relative_to(self.root).as_posix()
                     if key.startswith(prefix):
                         with contextlib.suppress(FileNotFoundError):
-                            found[key] = _found(path)
-        return dict(sorted(found.items()))
+                            objects[key] = _info(path)
+        return dict(sorted(objects.items()))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Unlink."""
+        """Unlink files."""
         for key in keys:
             with self._translated("delete", key):
                 (self.root / key).unlink(missing_ok=True)
 
     def sweep(self, age: float) -> int:
-        """What a killed process was writing is in `tmp/`."""
-        old = [key for key, found in self.list("tmp/").items() if found.age >= age]
+        """Remove the temporary files of killed processes."""
+        old = [key for key, info in self.list("tmp/").items() if info.age >= age]
         self.delete(old)
         return len(old)
 
@@ -138,7 +147,7 @@ class LocalBackend:
             path.unlink(missing_ok=True)
 
     def _prepared(self, key: str) -> Path:
-        """The final path, its folders made and durable."""
+        """Return the final path, its folders created and synced."""
         path = self.root / key
         missing = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,9 +173,9 @@ class LocalBackend:
             raise StoreError(f"{message}; {cure}, then try again") from None
 
 
-def _found(path: Path) -> Found:
+def _info(path: Path) -> ObjectInfo:
     state = path.stat()
-    return Found(state.st_size, time.time() - state.st_mtime)
+    return ObjectInfo(state.st_size, time.time() - state.st_mtime)
 
 
 def _sync(file: BinaryIO) -> None:

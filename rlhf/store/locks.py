@@ -1,4 +1,4 @@
-"""Locks between processes that leave no file behind."""
+"""File locks between processes, whose files are removed when they are released."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import BinaryIO
 
 
 def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> BinaryIO | None:
-    """An open file that holds the lock until it is closed; None if others have it."""
+    """Return an open file that holds the lock until closed; None if it is taken."""
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         file = path.open("ab")
         try:
             fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
-            if _is_there(file, path):
+            if _is_current(file, path):
                 return file
         except BlockingIOError:
             file.close()
@@ -25,13 +25,13 @@ def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> BinaryIO 
         except BaseException:
             file.close()
             raise
-        # Whoever had it took the file away: the lock is on nothing that others can see.
+        # The previous holder removed the file: nobody else can see a lock on it.
         file.close()
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Alone, among threads and processes; False if others are and there is no waiting."""
+    """Hold a lock among threads and processes; yields False if it is taken."""
     file = acquire(path, wait=wait)
     try:
         yield file is not None
@@ -41,7 +41,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             file.close()
 
 
-def _is_there(file: BinaryIO, path: Path) -> bool:
+def _is_current(file: BinaryIO, path: Path) -> bool:
+    """Return whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

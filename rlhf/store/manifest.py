@@ -1,4 +1,4 @@
-"""What an artifact is: a reference, a manifest and the rules that its paths must keep."""
+"""References, manifests, and the rules for the paths in an artifact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
 from rlhf.config.section import Section
-from rlhf.errors import StoreError
+from rlhf.errors import ArtifactMissing, StoreError
 
 MAX_FILES = 100_000
 MAX_MANIFEST_BYTES = 5 * 1024 * 1024
@@ -26,13 +26,13 @@ Metric = float | int | str | bool | None
 
 
 class PublishError(StoreError, ValueError):
-    """A folder can't become an artifact as it is; nothing was written to the store."""
+    """A folder that can't become an artifact; nothing was written to the store."""
 
     retriable = False
 
 
 class ArtifactRef(Section):
-    """Names one artifact by its content; the only thing that moves between stages."""
+    """Reference to an artifact by its content; the only thing passed between stages."""
 
     kind: Kind
     """What the artifact is, for example `policy` or `reward_model`."""
@@ -45,7 +45,7 @@ class ArtifactRef(Section):
 
     @property
     def short(self) -> str:
-        """First 12 digits of the digest, for people."""
+        """The first 12 digits of the digest, for display."""
         return self.digest[:12]
 
 
@@ -67,7 +67,7 @@ class FileEntry(Section):
 
 
 class Producer(Section):
-    """What made an artifact: enough to make it again, nothing that names a machine or a time."""
+    """Provenance of an artifact: enough to reproduce it; no machine names, no times."""
 
     stage: str
     """The stage's name."""
@@ -89,9 +89,9 @@ class Producer(Section):
     @model_validator(mode="before")
     @classmethod
     def _digested(cls, data: Any) -> Any:
-        """Filled in here, so that nobody forgets it."""
+        """Add the configuration's digest if it is missing."""
         if isinstance(data, dict) and "config" in data and "config_digest" not in data:
-            # What is no JSON is refused with its own reason, later.
+            # Values that are not JSON are refused later, with a reason of their own.
             with contextlib.suppress(TypeError, ValueError):
                 fields = cast("dict[str, Any]", data)
                 digest = sha256_bytes(canonical_json(fields["config"]))
@@ -100,7 +100,7 @@ class Producer(Section):
 
 
 class Manifest(Section):
-    """Everything an artifact promises; written last, so that a published artifact is whole."""
+    """Files and provenance of an artifact; written last, after all blobs."""
 
     format: Literal[1] = 1
     """Version of this layout."""
@@ -129,12 +129,12 @@ class Manifest(Section):
         return sum(entry.size for entry in self.files)
 
     def encode(self) -> bytes:
-        """The canonical bytes, whose sha256 is the artifact's digest."""
+        """Encode canonically; the sha256 of these bytes is the artifact's digest."""
         return canonical_json(self.model_dump(mode="json"))
 
 
 class Artifact(NamedTuple):
-    """A reference together with its manifest, and its age in seconds by the store's clock."""
+    """Reference, manifest and age in seconds (by the store's clock) of an artifact."""
 
     ref: ArtifactRef
     manifest: Manifest
@@ -142,7 +142,7 @@ class Artifact(NamedTuple):
 
 
 class Ancestor(NamedTuple):
-    """One step of a lineage: how far back, in which role, which artifact."""
+    """One step of a lineage: depth, role and reference of an ancestor."""
 
     depth: int
     role: str
@@ -150,22 +150,38 @@ class Ancestor(NamedTuple):
 
 
 def blob_key(sha256: str) -> str:
-    """Where a file's bytes lie; the two digits keep folders small."""
+    """Return the key of a file's bytes; the two digits keep folders small."""
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
 def manifest_key(digest: str) -> str:
-    """Where a manifest lies."""
+    """Return the key of a manifest."""
     return f"manifests/{digest}.json"
 
 
+def digest_of(ref: ArtifactRef | str) -> str:
+    """Return the digest of a reference; ArtifactMissing for a text that is none."""
+    digest = ref if isinstance(ref, str) else ref.digest
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ArtifactMissing(f"{digest!r} is no digest; resolve it first")
+    return digest
+
+
+def is_digest_prefix(text: str) -> bool:
+    """Return whether the text can be the beginning of a digest: 6 to 64 hex digits."""
+    return re.fullmatch(r"[0-9a-f]{6,64}", text) is not None
+
+
 def sha256_bytes(data: bytes) -> str:
-    """Hex sha256 of bytes."""
+    """Return the hex sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
-    """One spelling per value: sorted keys, no spaces, UTF-8; NaN and infinity are a ValueError."""
+    """Encode as canonical JSON; ValueError for NaN and infinity.
+
+    Sorted keys, no spaces, UTF-8.
+    """
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -173,7 +189,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def check_path(path: str) -> None:
-    """Raise ValueError unless the path stays inside its folder on every system and is no pickle."""
+    """Raise ValueError for a path that may leave its folder, or is a pickle."""
     if any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in path):
         raise ValueError(f"path {path!r} holds a control character or is not Unicode")
     if "\\" in path:
@@ -190,7 +206,7 @@ def check_path(path: str) -> None:
 
 
 def check_collisions(paths: Iterable[str]) -> None:
-    """Raise ValueError if two paths would meet on a file system that ignores case."""
+    """Raise ValueError for paths that collide on a case-insensitive file system."""
     seen: dict[str, str] = {}
     for path in paths:
         folded = unicodedata.normalize("NFC", path).casefold()
@@ -204,7 +220,7 @@ def check_collisions(paths: Iterable[str]) -> None:
 
 
 def first_problem(error: ValidationError) -> str:
-    """A validation error in one line, without the values, which may be huge."""
+    """Format a validation error in one line, without the values, which may be huge."""
     problem = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
@@ -218,7 +234,7 @@ def build_manifest(
     producer: Producer,
     metrics: Mapping[str, Metric],
 ) -> Manifest:
-    """A validated manifest; PublishError says what is wrong with the arguments."""
+    """Build a validated manifest; PublishError names what is wrong with the arguments."""
     try:
         manifest = Manifest(
             kind=kind,

@@ -7,71 +7,77 @@ import re
 
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.store.backend import Backend
-from rlhf.store.create import create
-from rlhf.store.lookup import is_beginning
-from rlhf.store.manifest import manifest_key
-from rlhf.store.publish import wait_for_collection
+from rlhf.store.coordination import create, wait_for_collection
+from rlhf.store.manifest import ArtifactRef, digest_of, is_digest_prefix, manifest_key
 from rlhf.store.refs import open_sealed, seal
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def pin(backend: Backend, name: str, digest: str) -> None:
-    """Give the name to an artifact; a garbage collection that is going on is waited for.
+class Pins:
+    """The pins of one store: names that keep an artifact from garbage collection."""
 
-    Raises:
-        ConfigError: The name is not valid, or another artifact has it.
-        ArtifactMissing: There is no such artifact, or it was collected just now.
-    """
-    key = _key(name)
-    created = create(backend, key, seal(name, {"digest": digest}))
-    if not created:
-        theirs = open_sealed(backend, key)["digest"]
-        if theirs != digest:
-            raise ConfigError(
-                f"{backend.uri}: pin {name!r} is that of {theirs[:12]}; take it away first, or "
-                "choose another name"
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def add(self, name: str, ref: ArtifactRef | str) -> None:
+        """Give a name to an artifact; waits for a running garbage collection.
+
+        Raises:
+            ConfigError: The name is not valid, or another artifact has it.
+            ArtifactMissing: There is no such artifact, or it was collected just now.
+        """
+        digest = digest_of(ref)
+        key, backend = _pin_key(name), self._backend
+        created = create(backend, key, seal(name, {"digest": digest}))
+        if not created:
+            pinned = open_sealed(backend, key)["digest"]
+            if pinned != digest:
+                raise ConfigError(
+                    f"{backend.uri}: pin {name!r} is that of {pinned[:12]}; take it away first, "
+                    "or choose another name"
+                )
+        # A collection that missed the pin has ended by then, and has removed the manifest first.
+        wait_for_collection(backend)
+        if backend.find(manifest_key(digest)) is None:
+            if created:
+                backend.delete([key])
+            raise ArtifactMissing(
+                f"{backend.uri}: can't pin {digest[:12]}: there is no such artifact"
             )
-    # A collection that did not see the pin has ended then; its manifest goes first.
-    wait_for_collection(backend)
-    if backend.find(manifest_key(digest)) is None:
-        if created:
-            backend.delete([key])
-        raise ArtifactMissing(f"{backend.uri}: can't pin {digest[:12]}: there is no such artifact")
+
+    def remove(self, name: str) -> None:
+        """Remove a pin; ArtifactMissing if there is none of this name."""
+        key = _pin_key(name)
+        if self._backend.find(key) is None:
+            raise ArtifactMissing(
+                f"{self._backend.uri}: there is no pin {name!r}; see `rlhf artifacts ls`"
+            )
+        self._backend.delete([key])
+
+    def find(self, name: str) -> str | None:
+        """Return the digest of the artifact with this name, None if there is none."""
+        if not _is_valid(name) or self._backend.find(_pin_key(name)) is None:
+            return None
+        return str(open_sealed(self._backend, _pin_key(name))["digest"])
+
+    def by_name(self) -> dict[str, str]:
+        """Return the digests of all pinned artifacts by name."""
+        digests: dict[str, str] = {}
+        for key in self._backend.list("pins/"):
+            if key.endswith(".json"):
+                with contextlib.suppress(ArtifactMissing):  # removed since it was listed
+                    name = key.removeprefix("pins/").removesuffix(".json")
+                    digests[name] = str(open_sealed(self._backend, key)["digest"])
+        return digests
 
 
-def unpin(backend: Backend, name: str) -> None:
-    """Take the name away.
-
-    Raises:
-        ArtifactMissing: There is no such pin.
-    """
-    key = _key(name)
-    if backend.find(key) is None:
-        raise ArtifactMissing(f"{backend.uri}: there is no pin {name!r}; see `rlhf artifacts ls`")
-    backend.delete([key])
+def _is_valid(name: str) -> bool:
+    return _PIN.fullmatch(name) is not None and not is_digest_prefix(name)
 
 
-def find(backend: Backend, name: str) -> str | None:
-    """The digest of the artifact that has this name; None if there is none."""
-    if not _NAME.fullmatch(name) or is_beginning(name) or backend.find(_key(name)) is None:
-        return None
-    return str(open_sealed(backend, _key(name))["digest"])
-
-
-def read_all(backend: Backend) -> dict[str, str]:
-    """Name to digest."""
-    keys = [key for key in backend.list("pins/") if key.endswith(".json")]
-    found: dict[str, str] = {}
-    for key in keys:
-        with contextlib.suppress(ArtifactMissing):  # taken away since it was listed
-            name = key.removeprefix("pins/").removesuffix(".json")
-            found[name] = str(open_sealed(backend, key)["digest"])
-    return found
-
-
-def _key(name: str) -> str:
-    if not _NAME.fullmatch(name) or is_beginning(name):
+def _pin_key(name: str) -> str:
+    if not _is_valid(name):
         raise ConfigError(
             f"pin {name!r} is not valid; use letters, digits, '.', '_' and '-', at most 128, and "
             "nothing that could be the beginning of a digest"

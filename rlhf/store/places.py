@@ -1,4 +1,4 @@
-"""Where a store lies: the backend of a URI."""
+"""Choice of the backend for a store's URI."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rlhf.store.local import LocalBackend
 
 
 def backend_of(uri: str, options: StoreConfig) -> Backend:
-    """A folder (`file:///folder` or a path) or a bucket (`s3://bucket/prefix`).
+    """Return the backend of a folder (`file:///…`, a path) or bucket (`s3://…`).
 
     Raises:
-        StoreConfigError: It is neither.
+        StoreConfigError: The URI is neither.
     """
     parts = urlsplit(uri)
     if "@" in parts.netloc:

@@ -1,8 +1,7 @@
-"""From a folder to blobs and a manifest: everything is checked before a byte is written."""
+"""Publishing a folder as an artifact: checks first, then blobs, the manifest last."""
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 import threading
@@ -10,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreError
-from rlhf.store.backend import SMALL, Backend, Found, Meter, Source, in_parallel
+from rlhf.errors import ArtifactCorrupt, ArtifactMissing
+from rlhf.store.backend import SMALL, Backend, Meter, Source, in_parallel
+from rlhf.store.coordination import FRESH, collected_since
 from rlhf.store.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
@@ -28,17 +28,8 @@ from rlhf.store.manifest import (
     sha256_bytes,
 )
 
-#: Objects younger than this are left alone by every garbage collection, whatever its grace.
-FRESH = 3600.0
-#: Where a garbage collection says that it is going on, and then that it was.
-COLLECTING, GOING_ON, ENDED = "gc/", ".json", ".ended"
-#: A collection removes nothing any more this long after it said so; nobody waits for longer.
-COLLECTION_SECONDS = 600.0
-
 #: One large file is hashed while another is sent: all at once would leave the network idle.
 _HASHING = threading.BoundedSemaphore(2)
-
-log = logging.getLogger("rlhf.store")
 
 
 def publish(
@@ -51,10 +42,10 @@ def publish(
     metrics: Mapping[str, Metric],
     listener: Callable[[int, int], None] | None = None,
 ) -> ArtifactRef:
-    """Send the blobs the store lacks, then the manifest: a crash leaves no half artifact."""
+    """Send missing blobs, then the manifest; a crash leaves no partial artifact."""
     began = time.monotonic()
     sizes = scan(folder)
-    # All that can be wrong with the rest is found out before a byte is sent.
+    # A draft, so that everything else is validated before a byte is sent.
     draft = [FileEntry(path=path, sha256="0" * 64, size=size) for path, size in sizes.items()]
     build_manifest(kind, draft, parents, producer, metrics)
     meter = Meter(sum(sizes.values()), listener)
@@ -64,7 +55,7 @@ def publish(
     digest = sha256_bytes(data)
     key = manifest_key(digest)
     _put_manifest(backend, key, data)
-    if _collected(backend, began):
+    if collected_since(backend, began):
         _mend(backend, folder, entries, key, data)
         _check_parents(backend, parents)
     uri = f"{backend.uri}/{key}"
@@ -72,7 +63,7 @@ def publish(
 
 
 class _Sender:
-    """Sends a folder's files, those with equal bytes once."""
+    """Sends the files of a folder; equal ones once."""
 
     def __init__(self, backend: Backend, folder: Path, meter: Meter) -> None:
         self._backend = backend
@@ -83,8 +74,8 @@ class _Sender:
     def __call__(self, path: str) -> FileEntry:
         """Hash a file, and send it unless the store has it.
 
-        A file of up to 16 MiB is read once; of a larger one the second reading finds in memory
-        what the first has just read from the disk.
+        A file of up to 16 MiB is read once. A larger one is read twice, the second time mostly from
+        the page cache.
         """
         try:
             with (self._folder / path).open("rb") as file:
@@ -102,8 +93,8 @@ class _Sender:
         entry = FileEntry(path=path, sha256=sha256, size=source.size)
         key = blob_key(sha256)
         with self._locks.setdefault(sha256, threading.Lock()):
-            found = self._backend.find(key)
-            if found is not None and found.size == entry.size:
+            info = self._backend.find(key)
+            if info is not None and info.size == entry.size:
                 self._meter(entry.size)
                 return entry
             if data is None:
@@ -115,7 +106,7 @@ class _Sender:
 
 
 def _put_manifest(backend: Backend, key: str, data: bytes) -> None:
-    """Create it; one that is there already is made young again, lest it be collected."""
+    """Create the manifest; rewrite an old one, against garbage collection."""
     if backend.put_new(key, data):
         return
     if backend.get_bytes(key, MAX_MANIFEST_BYTES) != data:
@@ -123,29 +114,24 @@ def _put_manifest(backend: Backend, key: str, data: bytes) -> None:
             f"{backend.uri}: {key} does not have the sha256 in its name; "
             "delete that object and publish the artifact again"
         )
-    found = backend.find(key)
-    if found is None or found.age > FRESH:
+    info = backend.find(key)
+    if info is None or info.age > FRESH:
         backend.put(key, data)
 
 
 def _mend(
     backend: Backend, folder: Path, entries: Sequence[FileEntry], key: str, data: bytes
 ) -> None:
-    """Send again what a garbage collection took of what we rely on.
+    """Send again what a garbage collection has removed (see `coordination`).
 
-    A collection announces itself before it looks at the manifests, and leaves a trace when it has
-    ended. One that did not see ours is therefore either announced still, and waited for here, or
-    has left its trace: then what it removed is found missing, and sent again. One that begins
-    later sees our manifest.
-
-    What we have just sent is looked for too: it may have taken the place of an older object that a
-    collection had listed, a damaged one, or one that another collection was faster to remove.
+    Blobs that were sent just now are checked, too: one may have replaced an older object that a
+    collection had listed, a damaged one, or one that another collection removed first.
     """
     again = _Sender(backend, folder, Meter(0, None))
     blobs = list({entry.sha256: entry for entry in entries}.values())
-    there = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), blobs)
-    for entry, found in zip(blobs, there, strict=True):
-        if found is None and again(entry.path) != entry:
+    stored = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), blobs)
+    for entry, info in zip(blobs, stored, strict=True):
+        if info is None and again(entry.path) != entry:
             raise PublishError(f"{entry.path} changed while it was being published")
     if backend.find(key) is None:
         backend.put(key, data)
@@ -160,37 +146,8 @@ def _check_parents(backend: Backend, parents: Mapping[str, ArtifactRef]) -> None
             )
 
 
-def _collected(backend: Backend, began: float) -> bool:
-    """Whether garbage may have been collected since; returns once none is going on."""
-    traces = wait_for_collection(backend)
-    since = time.monotonic() - began + COLLECTION_SECONDS
-    return any(found.age < since for found in traces.values())
-
-
-def wait_for_collection(backend: Backend) -> dict[str, Found]:
-    """Wait while garbage is collected, but not for a collection that died; the traces of all."""
-    told = False
-    end = time.monotonic() + 2 * COLLECTION_SECONDS
-    while True:
-        traces = backend.list(COLLECTING)
-        if not any(
-            key.endswith(GOING_ON) and found.age < COLLECTION_SECONDS
-            for key, found in traces.items()
-        ):
-            return traces
-        if time.monotonic() > end:
-            raise StoreError(
-                f"{backend.uri}: {COLLECTING} says that garbage is being collected, and does not "
-                "end; try again, or delete what is there"
-            )
-        if not told:
-            log.info("%s: garbage is being collected; waiting for it", backend.uri)
-            told = True
-        time.sleep(1.0)
-
-
 def scan(folder: Path) -> dict[str, int]:
-    """Relative path and size of all files; PublishError for what an artifact must not hold."""
+    """Return path and size of all files; PublishError if one is not allowed."""
     if not folder.is_dir():
         raise PublishError(f"can't publish {folder}: it is not a folder")
     sizes: dict[str, int] = {}

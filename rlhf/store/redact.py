@@ -1,4 +1,7 @@
-"""Keeps secrets out of logs: boto3's debug log repeats signatures, tokens and presigned URLs."""
+"""Redaction of secrets in logs.
+
+boto3's debug log holds signatures, tokens and presigned URLs.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from typing import Any
 
 _NAMES = r"X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature"
 _PATTERNS = (
-    # A presigned URL's query, and botocore's own line of it.
+    # The query of a presigned URL, and botocore's log line of it.
     re.compile(rf"(?P<name>(?:{_NAMES})(?:=|:\n))[^&\s'\",)]+", re.IGNORECASE),
-    # A refusal of AWS repeats what was signed, and how.
+    # An AWS error repeats the signed text and its signature.
     re.compile(
         r"(?P<name><(?:SignatureProvided|StringToSign|CanonicalRequest)(?:Bytes)?>)[^<]*",
         re.IGNORECASE,
     ),
-    # A header as text, bytes or in a dict; a secret in a setting.
+    # Headers as text, bytes or in a dict; secrets in settings.
     re.compile(r"(?P<name>x-amz-security-token['\"]?\s*[:=]\s*b?['\"]?)[^\s'\",}]+", re.IGNORECASE),
     re.compile(r"(?P<name>Authorization['\"]?\s*[:=]\s*b?['\"]?)[^\r\n'\"}]+", re.IGNORECASE),
     re.compile(
@@ -32,7 +35,7 @@ _CHATTY = ("boto3", "botocore", "s3transfer", "urllib3", "rlhf")
 
 
 def redact(text: str) -> str:
-    """The text without signatures, tokens, secret keys and passwords of URLs."""
+    """Remove signatures, tokens, secret keys and passwords in URLs from a text."""
     for pattern in _PATTERNS:
         text = pattern.sub(lambda match: match["name"] + _HIDDEN, text)
     for name in _VARIABLES:
@@ -43,10 +46,10 @@ def redact(text: str) -> str:
 
 
 def keep_secrets_out_of_logs() -> None:
-    """Rewrite the records of boto3, of what is below it, and of this project; once is enough.
+    """Redact the log records of boto3, its dependencies and this project.
 
-    A logger's filter would not see what is logged on its children, and some of these are born
-    later: only the making of a record is passed by all of them.
+    Further calls do nothing. A filter on a logger does not see the records of its children, some of
+    which are created later; the record factory sees all.
     """
     make: Any = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
@@ -65,11 +68,11 @@ def keep_secrets_out_of_logs() -> None:
 def _clean(record: logging.LogRecord) -> None:
     try:
         text = record.getMessage()
-    except Exception:  # as logging does: a message that can't be formatted is no reason to fail
+    except Exception:  # as logging does: a malformed message must not raise
         return
     clean = redact(text)
     if clean != text:
         record.msg, record.args = clean, None
     if record.exc_info and record.exc_info[0]:
-        # Formatters take the text of a traceback from here if it is there.
+        # Formatters use this text of the traceback if it is set.
         record.exc_text = redact(logging.Formatter().formatException(record.exc_info))

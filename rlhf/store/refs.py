@@ -1,4 +1,9 @@
-"""Named, append-only histories: `refs/<name>/<n>.json`, each entry created once."""
+"""Histories and pins: the mutable names of a store.
+
+Histories, `refs/<name>/<n>.json`, are append-only: each entry is created once, atomically, and
+none is ever replaced. Pins, `pins/<name>.json`, are names that people give to artifacts, and keep
+them from garbage collection.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from typing import Any
 
 from rlhf.errors import ArtifactCorrupt, StoreError
 from rlhf.store.backend import Backend, in_parallel
-from rlhf.store.create import create
+from rlhf.store.coordination import create
 from rlhf.store.manifest import MAX_MANIFEST_BYTES, PublishError, canonical_json, sha256_bytes
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -17,55 +22,101 @@ _ENTRY = re.compile(r"refs/(?P<name>.+)/(?P<number>[0-9]{6,})\.json")
 _ATTEMPTS = 1000
 
 
-def append(backend: Backend, name: str, payload: Mapping[str, Any]) -> int:
-    """Create the next entry; whoever loses a race takes the number after."""
-    folder = _folder(name)
-    data = seal(name, payload)
-    number = max(_numbers(backend, folder), default=0)
-    for _ in range(_ATTEMPTS):
-        number += 1
-        if create(backend, _key(folder, number), data):
-            return number
-    raise StoreError(f"{backend.uri}: {_ATTEMPTS} writers were faster at {name!r}; try again")
+class Histories:
+    """The histories of one store; entries are JSON objects, numbered from 1."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def append(self, name: str, payload: Mapping[str, Any]) -> int:
+        """Add an entry and return its number; the loser of a race takes the next one."""
+        folder = _folder(name)
+        data = seal(name, payload)
+        number = max(self._numbers(folder), default=0)
+        for _ in range(_ATTEMPTS):
+            number += 1
+            if create(self._backend, _entry_key(folder, number), data):
+                return number
+        raise StoreError(
+            f"{self._backend.uri}: {_ATTEMPTS} writers were faster at {name!r}; try again"
+        )
+
+    def advance(self, name: str, payload: Mapping[str, Any], after: int) -> bool:
+        """Add the entry after number `after` (0: none); False if it exists.
+
+        Unlike `append`, for a decision that depends on the entries up to `after`.
+        """
+        return create(self._backend, _entry_key(_folder(name), after + 1), seal(name, payload))
+
+    def latest(self, name: str) -> dict[str, Any] | None:
+        """Return the newest entry, None if there is none."""
+        folder = _folder(name)
+        number = self._last(folder, self._numbers(folder))
+        return open_sealed(self._backend, _entry_key(folder, number)) if number else None
+
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        """Return all entries, oldest first."""
+        return [*self.numbered(name).values()]
+
+    def numbered(self, name: str) -> dict[int, dict[str, Any]]:
+        """Return all entries by number, oldest first; decide on them with `advance`."""
+        folder = _folder(name)
+        numbers = self._numbers(folder)
+        numbers += range(max(numbers, default=0) + 1, self._last(folder, numbers) + 1)
+        keys = {number: _entry_key(folder, number) for number in sorted(numbers)}
+        entries = in_parallel(lambda key: open_sealed(self._backend, key), keys.values())
+        return dict(zip(keys, entries, strict=True))
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Return the names of the histories that start with the prefix."""
+        matches = (_ENTRY.fullmatch(key) for key in self._backend.list(f"refs/{prefix}"))
+        return sorted({match["name"] for match in matches if match})
+
+    def _numbers(self, folder: str) -> list[int]:
+        """Listed entries of this very name, not of names under it."""
+        matches = (_ENTRY.fullmatch(key) for key in self._backend.list(f"{folder}/"))
+        return [int(m["number"]) for m in matches if m and f"refs/{m['name']}" == folder]
+
+    def _last(self, folder: str, listed: list[int]) -> int:
+        """The highest number; a bit that flipped in the listing may hide the last entry."""
+        number = max(listed, default=0)
+        while self._backend.find(_entry_key(folder, number + 1)) is not None:
+            number += 1
+        return number
 
 
-def advance(backend: Backend, name: str, payload: Mapping[str, Any], after: int) -> bool:
-    """Create the entry that follows number `after`, or return False: somebody else did.
-
-    Unlike `append`, for a decision that rests on what the entry `after` says.
-    """
-    return create(backend, _key(_folder(name), after + 1), seal(name, payload))
-
-
-def latest(backend: Backend, name: str) -> dict[str, Any] | None:
-    """The entry with the highest number, None if there is none."""
-    folder = _folder(name)
-    number = _last(backend, folder, _numbers(backend, folder))
-    return open_sealed(backend, _key(folder, number)) if number else None
+def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
+    """Read the payload of a sealed object; again if a bit flipped on the way."""
+    for _ in range(3):
+        payload = _payload(backend.get_bytes(key, MAX_MANIFEST_BYTES))
+        if payload is not None:
+            return payload
+    raise ArtifactCorrupt(
+        f"{backend.uri}: {key} is not an entry, or not as it was written; delete it"
+    )
 
 
-def numbered(backend: Backend, name: str) -> dict[int, dict[str, Any]]:
-    """All entries by their number, oldest first."""
-    folder = _folder(name)
-    numbers = _numbers(backend, folder)
-    numbers += range(max(numbers, default=0) + 1, _last(backend, folder, numbers) + 1)
-    keys = {number: _key(folder, number) for number in sorted(numbers)}
-    entries = in_parallel(lambda key: open_sealed(backend, key), keys.values())
-    return dict(zip(keys, entries, strict=True))
+def seal(name: str, payload: Mapping[str, Any]) -> bytes:
+    """Encode a payload with its sha256, which unlike a blob's is not in its key."""
+    try:
+        digest = sha256_bytes(canonical_json(payload))
+        data = canonical_json({"payload": payload, "sha256": digest})
+    except (TypeError, ValueError) as error:
+        raise PublishError(f"can't write {name!r}: {error}") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PublishError(f"can't write {name!r}: {len(data)} bytes are too many")
+    return data
 
 
-def _last(backend: Backend, folder: str, listed: list[int]) -> int:
-    """The highest number; a bit that flipped in the listing may hide the last entry."""
-    number = max(listed, default=0)
-    while backend.find(_key(folder, number + 1)) is not None:
-        number += 1
-    return number
-
-
-def names(backend: Backend, prefix: str) -> list[str]:
-    """Names that have entries and start with the prefix."""
-    found = (_ENTRY.fullmatch(key) for key in backend.list(f"refs/{prefix}"))
-    return sorted({match["name"] for match in found if match})
+def _payload(data: bytes) -> dict[str, Any] | None:
+    """The payload of sealed bytes, None if they are damaged."""
+    try:
+        value = json.loads(data)
+        payload, digest = value["payload"], value["sha256"]
+        whole = isinstance(payload, dict) and digest == sha256_bytes(canonical_json(payload))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return payload if whole else None
 
 
 def _folder(name: str) -> str:
@@ -77,44 +128,5 @@ def _folder(name: str) -> str:
     return f"refs/{name}"
 
 
-def _key(folder: str, number: int) -> str:
+def _entry_key(folder: str, number: int) -> str:
     return f"{folder}/{number:06d}.json"
-
-
-def _numbers(backend: Backend, folder: str) -> list[int]:
-    """Entries of this very name, not of names below it."""
-    found = (_ENTRY.fullmatch(key) for key in backend.list(f"{folder}/"))
-    return [int(match["number"]) for match in found if match and f"refs/{match['name']}" == folder]
-
-
-def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
-    """What an entry says. A bit that flipped on the way is seen, and the entry read again."""
-    for _ in range(3):
-        payload = _opened(backend.get_bytes(key, MAX_MANIFEST_BYTES))
-        if payload is not None:
-            return payload
-    raise ArtifactCorrupt(
-        f"{backend.uri}: {key} is not an entry, or not as it was written; delete it"
-    )
-
-
-def seal(name: str, payload: Mapping[str, Any]) -> bytes:
-    """The bytes of an entry, which carry their own sha256: unlike a blob's, no name does."""
-    try:
-        seal = sha256_bytes(canonical_json(payload))
-        data = canonical_json({"payload": payload, "sha256": seal})
-    except (TypeError, ValueError) as error:
-        raise PublishError(f"can't write {name!r}: {error}") from None
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise PublishError(f"can't write {name!r}: {len(data)} bytes are too many")
-    return data
-
-
-def _opened(data: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(data)
-        payload, seal = value["payload"], value["sha256"]
-        whole = isinstance(payload, dict) and seal == sha256_bytes(canonical_json(payload))
-    except (ValueError, KeyError, TypeError):
-        return None
-    return payload if whole else None

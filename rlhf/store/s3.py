@@ -1,36 +1,42 @@
-"""S3 and what speaks like it; the rules come from measurements on Ceph RGW and Swift."""
+"""An S3 bucket, or one of a compatible server, as an object store.
+
+Its rules come from measurements on Ceph RGW and OpenStack Swift.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
-from rlhf.store import s3_read
-from rlhf.store.backend import Found, Sink, Source, in_parallel
+from rlhf.store.backend import ObjectInfo, Sink, Source, in_parallel
 from rlhf.store.s3_client import make_client
 from rlhf.store.s3_errors import ERRORS, failed, refused, status_of
+from rlhf.store.s3_read import PAUSE, read_object, receive_object
 
 MIB = 1024 * 1024
-#: Just more than malloc would keep to itself when it is freed; four at once bound the memory.
+#: Just more than the buffers that malloc keeps when freed; four at once bound the memory.
 _PART = 32 * MIB
 _SENDING = threading.BoundedSemaphore(4)
 _MOST_PARTS = 10_000
+#: How long botocore waits for "100 Continue" before it sends a body.
+_CONTINUE_SECONDS = 1.0
 
 
 class S3Backend:
-    """One bucket and prefix. Opening it makes no request to the server."""
+    """An object store in a bucket, under a prefix. Opening it makes no request."""
 
     def __init__(
         self,
@@ -48,7 +54,8 @@ class S3Backend:
         self.atomic: bool | None = None
         self._options = options
         self._conditional = True
-        self._extra = _encryption(options)
+        settings = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_kms_key_id}
+        self._extra = {name: value for name, value in settings.items() if value}
         if options.ca_bundle and not Path(options.ca_bundle).is_file():
             raise StoreConfigError(
                 f"{self.uri}: ca_bundle {options.ca_bundle} is not a file; name the certificate's"
@@ -57,20 +64,26 @@ class S3Backend:
             self._client: Any = client or make_client(
                 options, connect_timeout, read_timeout, attempts
             )
+            if not client:
+                self._client.meta.events.register("before-send.s3.PutObject", _HeldBody.begin)
 
     def hurried(self, seconds: float) -> S3Backend:
-        """A second client with few retries, for a probe that must not keep people waiting."""
+        """Return a backend with a client of its own, a short timeout and few retries."""
         return S3Backend(self.uri, self._options, seconds, seconds, attempts=2)
 
-    def below(self, name: str) -> S3Backend:
-        """A longer prefix; what is known of the server stays known."""
+    def close(self) -> None:
+        """Close the client's idle connections."""
+        self._client.close()
+
+    def child(self, name: str) -> S3Backend:
+        """Return a backend for a longer prefix, with the same client and known properties."""
         other = S3Backend(f"{self.uri}/{name}", self._options, client=self._client)
         other.atomic, other._conditional = self.atomic, self._conditional
         return other
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Create by `If-None-Match: *`; a server without it (501) gets a look before the write."""
-        # boto3 repeats a request whose answer was lost: the 412 that follows is then our own win.
+        """Create by `If-None-Match: *`; without it (501), look before the write."""
+        # boto3 repeats a request whose answer was lost: the 412 may then be for this very object.
         writer = uuid.uuid4().hex
         for attempt in range(6):
             if not self._conditional and self.find(key) is not None:
@@ -87,24 +100,37 @@ class S3Backend:
                 if code == "501":
                     self._conditional = self.atomic = False
                 else:
-                    time.sleep(s3_read.PAUSE / 2 * 2**attempt)
+                    time.sleep(PAUSE / 2 * 2**attempt)
         raise StoreError(f"{self.uri}: {key} is being written by others; try again")
 
+    def put_new_held(self, key: str, data: bytes, hold: Callable[[], None]) -> bool | None:
+        """Send head and first byte, call `hold`, then send the rest of the body."""
+        body, writer = _HeldBody(data, hold), uuid.uuid4().hex
+        try:
+            with self._translated("write", key, ("412", "409", "501")):
+                self._put(key, body, Metadata={"writer": writer}, IfNoneMatch="*")
+                won = True
+        except ClientError as error:
+            if status_of(error) == "501":
+                self._conditional = self.atomic = False
+            won = self._writer(key) == writer
+        return won if body.was_held and body.sends == 1 else None
+
     def put(self, key: str, data: bytes) -> None:
-        """One request; its signature covers the body, so what arrives is what was sent."""
+        """Put in one request, whose signature covers the body against flipped bits."""
         with self._translated("write", key):
             self._put(key, data)
 
     def put_file(self, key: str, source: Source) -> None:
-        """In parts; completed only if the file has not changed until the last was read.
+        """Upload in parts; completed only if the file has not changed until the last one.
 
-        s3transfer has no place for that look, and keeps several times the memory.
+        s3transfer has no hook for that check, and needs several times the memory.
         """
         where = self._where(key)
         with self._translated("write", key):
-            begun = self._client.create_multipart_upload(**where, **self._extra)
-            self._check_encryption(key, begun)
-            where["UploadId"] = begun["UploadId"]
+            upload = self._client.create_multipart_upload(**where, **self._extra)
+            self._check_encryption(key, upload)
+            where["UploadId"] = upload["UploadId"]
             try:
                 size = max(_PART, -(-source.size // _MOST_PARTS))
                 numbers = range(1, -(-source.size // size) + 1)
@@ -113,7 +139,7 @@ class S3Backend:
                 parts = [{"PartNumber": n, "ETag": t} for n, t in zip(numbers, tags, strict=True)]
                 self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
             except BaseException:
-                # Where the network forbids it, `sweep` does it later.
+                # If this fails, `sweep` aborts it later.
                 with contextlib.suppress(*ERRORS):
                     self._client.abort_multipart_upload(**where)
                 raise
@@ -126,61 +152,61 @@ class S3Backend:
             return answer["ETag"]
 
     def get_bytes(self, key: str, limit: int) -> bytes:
-        """Read in one go."""
+        """Read in one request."""
         with self._translated("read", key):
-            return s3_read.read(self._client, self._where(key), limit, lambda body: body.read())[0]
+            return read_object(self._client, self._where(key), limit, lambda body: body.read())[0]
 
     def get_file(self, key: str, sink: Sink) -> None:
-        """In pieces, put in order; an error if the object is replaced meanwhile."""
+        """Read in ranges; StoreError if the object is replaced meanwhile."""
         with self._translated("read", key, ("412", "416")):
             try:
-                s3_read.receive(self._client, self._where(key), sink)
+                receive_object(self._client, self._where(key), sink)
             except ClientError as error:
                 status = status_of(error)
                 if status == "416" and not sink.size:
-                    return  # no range of an empty object can be had
+                    return  # an empty object has no ranges
                 if status not in ("412", "416"):
                     raise
                 message = f"{self.uri}: {key} changed while it was being read; try again"
                 raise StoreError(message) from None
 
-    def find(self, key: str) -> Found | None:
-        """HEAD; a missing bucket looks like a missing object here."""
+    def find(self, key: str) -> ObjectInfo | None:
+        """Send HEAD; a missing bucket looks like a missing object."""
         with self._translated("read", key):
             head = self._head(key)
             if head is None:
                 return None
-            return Found(head["ContentLength"], _age(head["LastModified"], _date(head)))
+            return ObjectInfo(head["ContentLength"], _age(head["LastModified"], _date(head)))
 
-    def list(self, prefix: str) -> dict[str, Found]:
-        """All pages."""
+    def list(self, prefix: str) -> dict[str, ObjectInfo]:
+        """List all pages."""
         with self._translated("list", prefix):
-            found = {
-                item["Key"]: Found(item["Size"], _age(item["LastModified"], _date(page)))
+            objects = {
+                item["Key"]: ObjectInfo(item["Size"], _age(item["LastModified"], _date(page)))
                 for page, item in self._items(prefix)
             }
-        return {key.removeprefix(self._prefix): found[key] for key in sorted(found)}
+        return {key.removeprefix(self._prefix): objects[key] for key in sorted(objects)}
 
     def objects(self, prefix: str) -> dict[str, tuple[str, int]]:
-        """Entity tag and size of every key."""
+        """Return entity tag and size of all objects with the prefix."""
         with self._translated("list", prefix):
             items = [item for _, item in self._items(prefix)]
         return {i["Key"].removeprefix(self._prefix): (i["ETag"], i["Size"]) for i in items}
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Up to a thousand in a request."""
-        left = list(keys)
-        for some in (left[at : at + 1000] for at in range(0, len(left), 1000)):
-            with self._translated("delete", some[0]):
-                wanted = [{"Key": self._prefix + key} for key in some]
+        """Delete up to a thousand objects per request."""
+        pending = list(keys)
+        for batch in (pending[at : at + 1000] for at in range(0, len(pending), 1000)):
+            with self._translated("delete", batch[0]):
+                objects = [{"Key": self._prefix + key} for key in batch]
                 answer = self._client.delete_objects(
-                    Bucket=self.bucket, Delete={"Objects": wanted, "Quiet": True}
+                    Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True}
                 )
                 for error in answer.get("Errors", ()):
                     raise ClientError({"Error": error}, "DeleteObjects")
 
     def sweep(self, age: float) -> int:
-        """Multipart uploads that a killed publisher never completed cost space, unseen."""
+        """Abort the multipart uploads of killed publishers, which take space unseen."""
         swept = 0
         with self._translated("list", "unfinished uploads"):
             for page in self._pages("list_multipart_uploads", ""):
@@ -192,7 +218,7 @@ class S3Backend:
                             swept += 1
         return swept
 
-    def _put(self, key: str, data: bytes, **extra: Any) -> None:
+    def _put(self, key: str, data: bytes | BinaryIO, **extra: Any) -> None:
         answer = self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
         self._check_encryption(key, answer)
 
@@ -208,7 +234,7 @@ class S3Backend:
         return pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
 
     def _items(self, prefix: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Each object, with the page of the listing that it is on."""
+        """Yield each object with its page of the listing."""
         for page in self._pages("list_objects_v2", prefix):
             for item in page.get("Contents", ()):
                 yield page, item
@@ -229,7 +255,7 @@ class S3Backend:
 
     @contextlib.contextmanager
     def _translated(self, verb: str, key: str = "", passed: tuple[str, ...] = ()) -> Iterator[None]:
-        """Every error of boto3 becomes one of ours, except HTTP statuses the caller handles."""
+        """Translate errors of boto3 to StoreErrors, except HTTP statuses in `passed`."""
         try:
             yield
         except StoreError:
@@ -245,23 +271,53 @@ class S3Backend:
             raise failed(what, endpoint, error, opening=verb == "open") from None
 
 
-def _encryption(options: StoreConfig) -> dict[str, str]:
-    wanted = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_kms_key_id}
-    return {name: value for name, value in wanted.items() if value}
+class _HeldBody(io.BytesIO):
+    """A request body that calls `hold` between its first byte and the others.
+
+    Only if the server has answered "100 Continue" before: then it has read the head. boto3 waits
+    for that answer for a second, and sends the body without it after that.
+    """
+
+    def __init__(self, data: bytes, hold: Callable[[], None]) -> None:
+        super().__init__(data)
+        self._hold = hold
+        self._continued = False
+        self._begun = 0.0
+        self.sends = 0
+        self.was_held = False
+
+    @staticmethod
+    def begin(request: Any, **_: Any) -> None:
+        """Handle boto3's event before a request is sent; what it reads earlier it signs."""
+        if isinstance(request.body, _HeldBody):
+            request.body.sends += 1
+            request.body._begun = time.monotonic()
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the first byte alone; `hold` is called before the second is returned."""
+        if self.sends != 1:
+            return super().read(size)
+        if self.tell() == 0:
+            self._continued = time.monotonic() - self._begun < _CONTINUE_SECONDS
+            return super().read(1)
+        if self._continued and not self.was_held:
+            self.was_held = True
+            self._hold()
+        return super().read(size)
 
 
 def _date(answer: dict[str, Any]) -> datetime | None:
-    """The server's clock, as it was when it answered."""
+    """Return the server's time from an answer, None if it is missing or damaged."""
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     if not date:
         return None
     try:
         parsed = parsedate_to_datetime(date)
-    except ValueError:  # a flipped bit
+    except ValueError:
         return None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
 def _age(modified: datetime, now: datetime | None) -> float:
-    """Seconds; without a date there is no telling, and what is young is left alone."""
+    """Return an age in seconds; 0 without a date, as young objects are kept."""
     return (now - modified).total_seconds() if now else 0.0

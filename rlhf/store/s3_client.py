@@ -1,4 +1,7 @@
-"""A boto3 client that gets through what a long transfer meets: flipped bits, tokens that expire."""
+"""The boto3 client, its credentials, and the translation of its errors.
+
+It survives what a long transfer meets: flipped bits, expired tokens, a restarted server.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from botocore.session import Session
 from rlhf.config.pipeline import StoreConfig
 from rlhf.store.redact import keep_secrets_out_of_logs
 
-#: The body or the headers did not arrive as they were signed; boto3 gives up on these at once.
+#: Codes for a body or headers that arrived damaged; boto3 does not retry these.
 _DAMAGED = {
     "XAmzContentSHA256Mismatch",
     "BadDigest",
@@ -27,9 +30,9 @@ _DAMAGED = {
     "IncompleteBody",
     "RequestTimeout",
 }
-#: A request without an answer, as boto3 names it.
+#: boto3's errors for a request without an answer.
 _UNANSWERED = (ConnectionClosedError, ReadTimeoutError)
-#: An answer to HEAD has no body that could say what is wrong.
+#: Statuses without a code: an answer to HEAD has no body.
 _UNNAMED = {"400", "403"}
 _EXPIRED = {
     "ExpiredToken",
@@ -41,10 +44,10 @@ _EXPIRED = {
 
 
 class ChainCredentials(Credentials):
-    """What the standard chain finds, looked up anew when the server says that it has expired.
+    """Credentials of the standard chain, looked up again when they have expired.
 
-    boto3 renews credentials that come with a date of expiry; those of a file or a variable that
-    another program keeps fresh, and those that are revoked early, it would use for ever.
+    boto3 itself renews only credentials with a date of expiry, not those of a file or variable that
+    another program keeps fresh, nor those that are revoked early.
     """
 
     def __init__(self, profile: str | None) -> None:
@@ -56,26 +59,26 @@ class ChainCredentials(Credentials):
         self.renew()
 
     def renew(self) -> bool:
-        """Ask the chain; whether it had other credentials than before."""
+        """Look up the chain again; returns whether the credentials have changed."""
         with self._lock:
             before = self._found.get_frozen_credentials() if self._found else None
             self._found = Session(profile=self._profile).get_credentials()
             return self._found is not None and self._found.get_frozen_credentials() != before
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
-        """What a request is signed with; boto3 asks before every one."""
+        """Return the credentials that boto3 signs the next request with."""
         return self._found.get_frozen_credentials()
 
     def __bool__(self) -> bool:
         return self._found is not None
 
     def get_deferred_property(self, property_name: str) -> Any:
-        """Of no use to us, but part of the interface."""
+        """Part of the interface; not used here."""
         return lambda: getattr(self.get_frozen_credentials(), property_name, None)
 
 
 class _ChainProvider:
-    """Puts `ChainCredentials` before what else a session would find."""
+    """A provider that puts `ChainCredentials` before those of the session."""
 
     METHOD = CANONICAL_NAME = "rlhf-chain"
 
@@ -83,12 +86,12 @@ class _ChainProvider:
         self._credentials = credentials
 
     def load(self) -> Credentials | None:
-        """None if the chain is empty: boto3 then says so in its own way."""
+        """Return None if the chain is empty, for boto3's own error."""
         return self._credentials or None
 
 
 def make_client(options: StoreConfig, connect: float, read: float, total: int) -> Any:
-    """An S3 client by the standard chain and these options. Makes no request to the store."""
+    """Make an S3 client from the standard chain and these options; makes no request."""
     keep_secrets_out_of_logs()
     credentials = ChainCredentials(options.profile)
     core = Session(profile=options.profile)
@@ -99,33 +102,33 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
         read_timeout=read,
         retries={"mode": "standard", "total_max_attempts": total},
         max_pool_connections=40,
-        # Over HTTPS, Ceph refuses every upload with boto3's default trailing checksum. What is
-        # signed instead is the body's own sha256, so that no flipped bit is ever stored.
+        # Over HTTPS, Ceph refuses every upload with boto3's default trailing checksum. Instead the
+        # body's own sha256 is signed, so that no flipped bit is ever stored.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={"payload_signing_enabled": True},
     )
-    # boto3 addresses a bucket by path whenever an endpoint is set, by options or chain.
+    # boto3 addresses a bucket by path whenever an endpoint is set, in the options or the chain.
     client: Any = session.client(
         "s3", endpoint_url=options.endpoint_url, verify=options.ca_bundle, config=config
     )
 
     def once_more(attempts: int, response: Any, caught_exception: Any, **_: Any) -> float | None:
-        """Seconds after which to send a request again that boto3 would not; None for no more."""
+        """Return the delay of a retry that boto3 would not make, None for none."""
         if isinstance(caught_exception, _UNANSWERED) and attempts >= total:
-            # As the same error means a body that was cut, those who read it would ask again.
+            # The same error also means a cut body, which `read_object` would request again.
             url = client.meta.endpoint_url
             raise EndpointConnectionError(endpoint_url=url) from caught_exception
         if isinstance(caught_exception, EndpointConnectionError) and attempts < total:
-            # boto3 waits for a random time, which may be next to nothing: a server that is
-            # started anew takes some seconds.
+            # boto3's own delay is random and may be almost zero; a server takes seconds to
+            # restart.
             return 0.2 * 2 ** (attempts - 1)
         code = response[1].get("Error", {}).get("Code") if response else None
         if code in _EXPIRED or code in _UNNAMED:
-            # Another thread may have been here first: then there is nothing new, but a new try.
+            # Another thread may have renewed them already: then nothing changes, but a retry helps.
             renewed = attempts < 3 and credentials.renew()
             return 0.0 if renewed or attempts == 1 else None
-        # A wrong secret key looks like a flipped bit: it is told from it by happening again.
+        # A wrong secret key looks like a flipped bit, but happens again.
         return 0.1 if code in _DAMAGED and attempts < 3 else None
 
     client.meta.events.register_first("needs-retry.s3", once_more)

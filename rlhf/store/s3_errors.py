@@ -1,4 +1,4 @@
-"""What boto3 raises, as one line of ours that names store, key and cure."""
+"""Translation of boto3's errors to StoreErrors: one line with store, key and cure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
 from rlhf.store.redact import redact
 
-#: What boto3 can raise; KeyError: an answer without what it must have.
+#: All errors that boto3 can raise; KeyError: an answer that lacks a required field.
 ERRORS = (
     ClientError,
     BotoCoreError,
@@ -37,7 +37,7 @@ ERRORS = (
     OSError,
 )
 _BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
-#: A body that was cut: worth another try of the whole request.
+#: Errors of a cut body: the whole request is worth a retry.
 CUT = (ReadTimeoutError, *_BROKEN)
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 _SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError)
@@ -51,7 +51,7 @@ _DENIED = {
     "ExpiredToken": "the session token has expired",
     "InvalidToken": "the session token is not valid",
 }
-#: Of requests that were refused without saying more.
+#: Cures for refusals that give no further reason.
 _CURES = {
     "400": "check endpoint and region, and whether the credentials have expired",
     "InvalidRequest": "check the options, as sse may need HTTPS, or not be there",
@@ -63,9 +63,9 @@ _SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
 def refused(  # noqa: PLR0911  (a row of cases)
     what: str, uri: str, key: str, bucket: str, error: ClientError
 ) -> StoreError:
-    """The server answered, and the answer is no.
+    """Return the error for a request that the server refused.
 
-    Its own text is left out: it can repeat request headers.
+    The server's own text is left out: it can repeat request headers.
     """
     status = status_of(error)
     code = str(error.response.get("Error", {}).get("Code", status))
@@ -97,7 +97,10 @@ def refused(  # noqa: PLR0911  (a row of cases)
 
 
 def failed(what: str, endpoint: str, error: BaseException, opening: bool) -> StoreError:
-    """No usable answer came back; `opening` a client asks for none."""
+    """Return the error for a request without a usable answer.
+
+    `opening`: raised while the client was made.
+    """
     if isinstance(error, _CREDENTIALS):
         return StoreConfigError(
             f"{what}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -108,7 +111,7 @@ def failed(what: str, endpoint: str, error: BaseException, opening: bool) -> Sto
             f"{what}: {endpoint} does not prove its identity (TLS); set ca_bundle to its "
             "certificate"
         )
-    # Later, a ValueError is an answer that boto3 can't read, as with a flipped bit.
+    # Once the client is made, a ValueError is an answer that boto3 can't parse (a flipped bit).
     if isinstance(error, _SETTINGS) or (opening and isinstance(error, ValueError)):
         reason = redact(shorten(str(error), 160))
         return StoreConfigError(f"{what}: {reason}; correct the store's options")
@@ -125,5 +128,5 @@ def failed(what: str, endpoint: str, error: BaseException, opening: bool) -> Sto
 
 
 def status_of(error: ClientError) -> str:
-    """The HTTP status, as text; empty if there was none."""
+    """Return the HTTP status as text; empty if there was none."""
     return str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))

@@ -1,4 +1,4 @@
-"""Reading objects of S3: in one go, or in pieces that come side by side."""
+"""Reading S3 objects: in one request, or in ranges fetched in parallel."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from rlhf.store.s3_errors import CUT
 
 T = TypeVar("T")
 
-#: Seconds before the second try of what boto3 does not repeat; before each further one, twice that.
+#: Pause in seconds before the first retry of requests that boto3 does not repeat; then doubled.
 PAUSE = 0.1
 _PIECE = 8 * 1024 * 1024
-#: Pieces of a file in memory, and how many of them are on their way at once.
+#: Ranges of a file in memory, and how many of them are requested at once.
 _AHEAD, _AT_ONCE = 6, 4
-#: Large files at once.
+#: Large files read at once.
 _FILES = threading.BoundedSemaphore(2)
-#: What is read at once, small enough for the processor's cache.
+#: Bytes per read, small enough for the processor's cache.
 _CHUNK = 256 * 1024
 
 
-def read(
+def read_object(
     client: Any, where: dict[str, str], limit: int, take: Callable[[Any], T], **part: str
 ) -> tuple[T, dict[str, Any]]:
-    """What `take` makes of the body, and the answer; boto3 repeats a request but not a body that
-    was cut, so this does.
+    """Read an object by `take`; returns its result and the answer.
+
+    A body that was cut is read again: boto3 repeats only requests.
 
     Raises:
         ArtifactCorrupt: The body has more bytes than the limit.
@@ -50,12 +51,12 @@ def read(
     raise ArtifactCorrupt(f"{name} is larger than {limit} bytes; delete it")
 
 
-def receive(client: Any, where: dict[str, str], sink: Sink) -> None:
-    """An object in pieces, several at once: written as they come, and hashed in order.
+def receive_object(client: Any, where: dict[str, str], sink: Sink) -> None:
+    """Read an object in parallel ranges, hashed in order.
 
-    Buffers are used again and again, as fresh memory costs more than hashing, and are one block,
-    as malloc gives nothing back that is smaller than 32 MiB. s3transfer would hang with a limit on
-    the parts that it keeps in memory.
+    The buffers are reused, as fresh memory costs more than hashing, and lie in one block, as malloc
+    does not return smaller ones than 32 MiB to the system. s3transfer hangs with a limit on the
+    parts that it keeps in memory.
     """
     with _FILES:
         block = memoryview(bytearray(_AHEAD * _PIECE))
@@ -64,7 +65,7 @@ def receive(client: Any, where: dict[str, str], sink: Sink) -> None:
         def piece(start: int, **same: str) -> tuple[memoryview, int, dict[str, Any]]:
             part, buffer = f"bytes={start}-{start + _PIECE - 1}", free.pop()
             take = partial(_fill, buffer, sink, start)
-            return buffer, *read(client, where, _PIECE, take, Range=part, **same)
+            return buffer, *read_object(client, where, _PIECE, take, Range=part, **same)
 
         def add(buffer: memoryview, size: int) -> None:
             sink.add(buffer[:size])
@@ -80,7 +81,7 @@ def receive(client: Any, where: dict[str, str], sink: Sink) -> None:
 
 
 def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
-    """How much came; the last read, of nothing, has boto3 see whether that was all."""
+    """Fill the buffer, and return the size; reads to the end, for boto3's checks."""
     size = 0
     while data := body.read(_CHUNK):
         sink.put(data, start + size)

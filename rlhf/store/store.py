@@ -1,7 +1,7 @@
-"""The artifact store: immutable, content-addressed artifacts and append-only names.
+"""The artifact store: immutable, content-addressed artifacts, histories and pins.
 
 <store>/blobs/sha256/ab/<sha256>     file contents, each stored once
-<store>/manifests/<sha256>.json      what an artifact consists of and came from
+<store>/manifests/<sha256>.json      files and provenance of an artifact
 <store>/refs/<name>/000001.json      append-only histories
 <store>/pins/<name>.json             names that keep an artifact
 """
@@ -9,47 +9,52 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from pydantic import ValidationError
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
-from rlhf.store import lookup, pins, refs
-from rlhf.store.backend import Backend, Meter, in_parallel
+from rlhf.store.backend import Backend, Meter, Sink, in_parallel
 from rlhf.store.cache import DEFAULT_LIMIT, Cache, Origin
 from rlhf.store.collect import GRACE, Garbage, collect, retain
-from rlhf.store.create import PROBES, is_atomic
+from rlhf.store.coordination import PROBES, is_atomic
 from rlhf.store.manifest import (
     MAX_MANIFEST_BYTES,
     Ancestor,
     Artifact,
     ArtifactRef,
+    FileEntry,
     Manifest,
     Metric,
     Producer,
+    blob_key,
+    digest_of,
     first_problem,
+    is_digest_prefix,
     manifest_key,
     sha256_bytes,
 )
+from rlhf.store.pins import Pins
 from rlhf.store.places import backend_of
 from rlhf.store.publish import publish
-from rlhf.store.receive import download, problems
+from rlhf.store.receive import ATTEMPTS, download
+from rlhf.store.refs import Histories
 
-_MANIFEST = re.compile(r"manifests/([0-9a-f]{64})\.json")
+_MANIFEST_KEY = re.compile(r"manifests/([0-9a-f]{64})\.json")
 _PROBE_SECONDS = 5
 
 # `Store.list` hides the builtin inside the class.
-Entries: TypeAlias = list[dict[str, Any]]
 Names: TypeAlias = list[str]
 Ancestors: TypeAlias = list[Ancestor]
-#: Told of the bytes that are done, of all; from several threads, but never two at once.
+#: Called with the bytes done and the total; from several threads, but never two at once.
 Listener: TypeAlias = Callable[[int, int], None]
 
 
@@ -60,7 +65,7 @@ def open_store(
     cache_dir: Path,
     cache_bytes: int = DEFAULT_LIMIT,
 ) -> Store:
-    """A store in a folder (`file:///folder` or a path) or a bucket (`s3://bucket/prefix`).
+    """Open a store: `file:///folder`, a path or `s3://bucket/prefix`.
 
     Makes no request; `Store.check` does. boto3 is imported only for s3.
     """
@@ -73,6 +78,10 @@ class Store:
     def __init__(self, backend: Backend, cache: Cache) -> None:
         self._backend = backend
         self._cache = cache
+        #: Append-only histories, such as the champions of a model line.
+        self.history = Histories(backend)
+        #: Names that keep an artifact from garbage collection.
+        self.pins = Pins(backend)
 
     @property
     def uri(self) -> str:
@@ -80,16 +89,16 @@ class Store:
         return self._backend.uri
 
     def below(self, name: str) -> Store:
-        """A store of its own under that name of this one, with the same cache."""
-        return Store(self._backend.below(name), self._cache)
+        """Return a store of its own under that name of this one, with the same cache."""
+        return Store(self._backend.child(name), self._cache)
 
     def check(self) -> None:
-        """Try what artifacts need: to write, read, list and delete, and to create only once.
+        """Check that the store can be used: write, read, list, delete and atomic create.
 
-        A store whose create-only writes are weak is named in a warning, and used with care.
+        A server whose conditional writes are weak is logged as a warning, and used with claims.
 
         Raises:
-            StoreConfigError: Why that is impossible.
+            StoreConfigError: The store can't be used, with the reason.
         """
         backend = self._backend.hurried(_PROBE_SECONDS)
         key = f"{PROBES}{uuid.uuid4().hex}"
@@ -107,6 +116,8 @@ class Store:
             raise
         except StoreError as error:
             raise StoreConfigError(str(error)) from None
+        finally:
+            backend.close()
 
     def publish(
         self,
@@ -118,7 +129,7 @@ class Store:
         metrics: Mapping[str, Metric],
         listener: Listener | None = None,
     ) -> ArtifactRef:
-        """Store a folder's files as an artifact; what the store has already is not sent again."""
+        """Store a folder as an artifact; files that the store has are not sent again."""
         return publish(
             self._backend, folder, kind, parents=parents, producer=producer, metrics=metrics,
             listener=listener,
@@ -130,29 +141,29 @@ class Store:
         include: Sequence[str] | None = None,
         listener: Listener | None = None,
     ) -> Path:
-        """A local folder with the artifact's files, every byte verified; don't write to it.
+        """Return a local folder with the artifact's verified files; don't write to it.
 
         With `include`, only files that match one of the patterns are fetched (`*` crosses
         folders). The folder stays for as long as this store is open.
         """
-        digest = _digest(ref)
+        digest = digest_of(ref)
         files = self.manifest(digest).files
-        chosen = [
+        included = [
             entry
             for entry in files
             if include is None or any(fnmatchcase(entry.path, pattern) for pattern in include)
         ]
-        if not chosen:
+        if not included:
             raise ArtifactMissing(
                 f"{self.uri}: no file of artifact {digest[:12]} matches {', '.join(include or ())}"
             )
-        meter = Meter(sum(entry.size for entry in chosen), listener)
+        meter = Meter(sum(entry.size for entry in included), listener)
         origin = Origin(self.uri, partial(download, self._backend), meter)
-        return self._cache.fill(digest, chosen, len(chosen) == len(files), origin)
+        return self._cache.fill(digest, included, len(included) == len(files), origin)
 
     def manifest(self, ref: ArtifactRef | str) -> Manifest:
-        """The verified manifest of a reference or digest."""
-        digest = _digest(ref)
+        """Read and verify the manifest of a reference or digest."""
+        digest = digest_of(ref)
         key = manifest_key(digest)
         for _ in range(3):
             data = self._backend.get_bytes(key, MAX_MANIFEST_BYTES)
@@ -171,94 +182,103 @@ class Store:
             ) from None
 
     def exists(self, ref: ArtifactRef | str) -> bool:
-        """Whether manifest and blobs are all there, by size; bytes are verified by `fetch`."""
+        """Return whether manifest and blobs exist, by size; `fetch` verifies bytes."""
         try:
             files = self.manifest(ref).files
         except (ArtifactMissing, ArtifactCorrupt):
             return False
-        return not problems(self._backend, files, deep=False)
+        return not _blob_problems(self._backend, files, deep=False)
 
     def problems(self, ref: ArtifactRef | str, deep: bool = False) -> Names:
-        """What is wrong with an artifact, one line each; `deep` reads every byte in the store."""
+        """Return an artifact's defects, one line each; `deep` reads every byte."""
         try:
             files = self.manifest(ref).files
         except (ArtifactMissing, ArtifactCorrupt) as error:
             return [str(error)]
-        return problems(self._backend, files, deep)
+        return _blob_problems(self._backend, files, deep)
 
     def resolve(self, text: str) -> ArtifactRef:
-        """A reference from a digest, its beginning, `artifact:<digest>`, a pin's name or a URI."""
-        digest = lookup.digest_of(text, self.uri, self.digests, partial(pins.find, self._backend))
-        return self._artifact(digest).ref
+        """Resolve a digest, its beginning, `artifact:<digest>`, a pin's name or a URI.
+
+        Raises:
+            ArtifactMissing: No artifact matches, or several do.
+        """
+        name = text.strip().removeprefix("artifact:")
+        base, slash, file = name.rpartition("/manifests/")
+        if slash:
+            if base != self.uri:
+                raise ArtifactMissing(f"{text} is not in {self.uri}; open its own store")
+            name = file.removesuffix(".json")
+        if is_digest_prefix(name):
+            return self._artifact(self._completed(name)).ref
+        pinned = self.pins.find(name)
+        if pinned is None:
+            raise ArtifactMissing(
+                f"{text!r} names no artifact; give 6 to 64 hex digits of its digest, "
+                "artifact:<digest>, a pin's name or its URI"
+            )
+        return self._artifact(pinned).ref
+
+    def _completed(self, prefix: str) -> str:
+        """The one digest with this prefix."""
+        digests = [prefix] if len(prefix) == 64 else self.digests(prefix)
+        if not digests:
+            raise ArtifactMissing(
+                f"{self.uri}: there is no artifact {prefix}; `rlhf artifacts ls` shows those there "
+                "are"
+            )
+        if len(digests) > 1:
+            candidates = ", ".join(digest[:16] for digest in digests[:5])
+            raise ArtifactMissing(
+                f"{self.uri}: {prefix} is ambiguous ({candidates}); give more digits"
+            )
+        return digests[0]
 
     def lineage(self, ref: ArtifactRef | str) -> Ancestors:
-        """The artifact itself (depth 0) and its ancestors, depth first, roles in order.
+        """Return the artifact (depth 0) and its ancestors, depth first, by role.
 
         An artifact met twice is listed twice, but its own ancestors only once.
         """
-        return lookup.lineage(_digest(ref), self._artifact)
+        ancestors: Ancestors = []
+        expanded: set[str] = set()
+
+        def visit(depth: int, role: str, digest: str) -> None:
+            artifact = self._artifact(digest)
+            ancestors.append(Ancestor(depth, role, artifact.ref))
+            if digest in expanded:
+                return
+            expanded.add(digest)
+            for name, parent in sorted(artifact.manifest.parents.items()):
+                visit(depth + 1, name, parent)
+
+        visit(0, "self", digest_of(ref))
+        return ancestors
+
+    def list(self) -> list[Artifact]:
+        """Return every artifact with its manifest, ordered by digest."""
+        ages = self._ages("")
+        artifacts = in_parallel(lambda digest: self._listed(digest, ages[digest]), ages)
+        return [artifact for artifact in artifacts if artifact]
+
+    def digests(self, prefix: str = "") -> Names:
+        """Return the digests of the artifacts with this prefix, in order."""
+        return [*self._ages(prefix)]
 
     def delete(self, ref: ArtifactRef | str) -> None:
         """Remove the manifest; blobs stay, as other artifacts may share them."""
-        self._backend.delete([manifest_key(_digest(ref))])
+        self._backend.delete([manifest_key(digest_of(ref))])
 
-    def retain(self, kept: Iterable[str]) -> None:
-        """Remove all artifacts but these digests, at once; for a store that has no other user."""
-        retain(self._backend, {digest: self.manifest(digest) for digest in kept})
+    def retain(self, digests: Iterable[str]) -> None:
+        """Remove all artifacts but these, at once; for a store without other users."""
+        retain(self._backend, {digest: self.manifest(digest) for digest in digests})
 
     def collect(self, *, grace: float = GRACE, dry_run: bool = True) -> Garbage:
-        """Find what nothing refers to, and remove it unless this is a dry run (see `collect`)."""
+        """Find unreferenced objects, and remove them unless this is a dry run."""
         return collect(self._backend, self.manifest, grace=grace, dry_run=dry_run)
 
     def sweep(self, age: float = GRACE) -> int:
-        """Remove unfinished uploads older than this, of publishers that were killed."""
+        """Remove unfinished uploads older than this, which killed publishers left behind."""
         return self._backend.sweep(age)
-
-    def pin(self, name: str, ref: ArtifactRef | str) -> None:
-        """Give an artifact a name that keeps it."""
-        pins.pin(self._backend, name, _digest(ref))
-
-    def unpin(self, name: str) -> None:
-        """Take the name away."""
-        pins.unpin(self._backend, name)
-
-    def pins(self) -> dict[str, str]:
-        """Name to digest."""
-        return pins.read_all(self._backend)
-
-    def append(self, name: str, payload: Mapping[str, Any]) -> int:
-        """Add an entry to a named history and return its number, counted from 1."""
-        return refs.append(self._backend, name, payload)
-
-    def latest(self, name: str) -> dict[str, Any] | None:
-        """The newest entry of a history, None if there is none."""
-        return refs.latest(self._backend, name)
-
-    def history(self, name: str) -> Entries:
-        """All entries of a history, oldest first."""
-        return [*self.numbered(name).values()]
-
-    def numbered(self, name: str) -> dict[int, dict[str, Any]]:
-        """The same by number: whoever decides by them writes with `advance`, after the last."""
-        return refs.numbered(self._backend, name)
-
-    def advance(self, name: str, payload: Mapping[str, Any], after: int) -> bool:
-        """Add the entry after that number, 0 being none; False if somebody else has."""
-        return refs.advance(self._backend, name, payload, after)
-
-    def names(self, prefix: str = "") -> Names:
-        """Names of histories that start with the prefix."""
-        return refs.names(self._backend, prefix)
-
-    def list(self) -> list[Artifact]:
-        """Every artifact with its manifest, ordered by digest."""
-        ages = self._ages("")
-        found = in_parallel(lambda digest: self._listed(digest, ages[digest]), ages)
-        return [artifact for artifact in found if artifact]
-
-    def digests(self, prefix: str = "") -> Names:
-        """Digests of the artifacts that begin so, in order."""
-        return [*self._ages(prefix)]
 
     def _listed(self, digest: str, age: float) -> Artifact | None:
         try:
@@ -268,8 +288,8 @@ class Store:
             return None
 
     def _ages(self, prefix: str) -> dict[str, float]:
-        found = self._backend.list(f"manifests/{prefix}").items()
-        matches = ((_MANIFEST.fullmatch(key), each.age) for key, each in found)
+        objects = self._backend.list(f"manifests/{prefix}").items()
+        matches = ((_MANIFEST_KEY.fullmatch(key), each.age) for key, each in objects)
         return {match[1]: age for match, age in matches if match}
 
     def _artifact(self, digest: str) -> Artifact:
@@ -279,8 +299,30 @@ class Store:
         return Artifact(ref, manifest)
 
 
-def _digest(ref: ArtifactRef | str) -> str:
-    digest = ref if isinstance(ref, str) else ref.digest
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise ArtifactMissing(f"{digest!r} is no digest; resolve it first")
-    return digest
+def _blob_problems(backend: Backend, files: Iterable[FileEntry], deep: bool) -> list[str]:
+    """A line for each blob that is missing or has another size; `deep`: other bytes."""
+
+    def problem(entry: FileEntry) -> str | None:
+        key = blob_key(entry.sha256)
+        what = f"{backend.uri}: {key} ({entry.path})"
+        info = backend.find(key)
+        if info is None:
+            return f"{what} is missing"
+        if info.size != entry.size:
+            return f"{what} has {info.size} bytes instead of {entry.size}"
+        if deep and not _has_right_bytes(backend, entry):
+            return f"{what} does not have the sha256 in its name"
+        return None
+
+    blobs = {entry.sha256: entry for entry in files}.values()
+    return [line for line in in_parallel(problem, blobs) if line]
+
+
+def _has_right_bytes(backend: Backend, entry: FileEntry) -> bool:
+    for _ in range(ATTEMPTS):
+        with Path(os.devnull).open("wb") as devnull:
+            sink = Sink(devnull, lambda _: None)
+            download(backend, entry, sink)
+        if sink.sha256 == entry.sha256:
+            return True
+    return False

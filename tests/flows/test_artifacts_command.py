@@ -76,7 +76,8 @@ def test_a_pull_that_fails_leaves_nothing(rlhf, model, tmp_path, monkeypatch):
 def test_ls_marks_champions_and_pins(rlhf, model):
     first = pushed(rlhf, model)
     second = pushed(rlhf, model, "reward-model")
-    open_store(".rlhf/store", cache_dir=Path("c")).append("champion/ours", {"policy": first})
+    store = open_store(".rlhf/store", cache_dir=Path("c"))
+    store.history.append("champion/ours", {"policy": first})
     rlhf("pin", second[:10], "good")
     table = rlhf("ls")
     (champion,) = [line for line in table.splitlines() if first[:12] in line]

@@ -59,7 +59,7 @@ def test_runs_to_promotion_and_never_twice(tiny):
     assert state.is_completed(), state.message
     assert list(states(first).items()) == [(name, "Completed") for name in NAMES]
     assert "Promoted" in first.report.read_text()
-    champion = store_of(config).latest("champion/default")
+    champion = store_of(config).history.latest("champion/default")
     assert champion["policy"] == first.refs["train-policy"].digest
     assert champion["run"] == first.name
 
@@ -67,7 +67,7 @@ def test_runs_to_promotion_and_never_twice(tiny):
     assert set(states(second).values()) == {"Cached"}
     assert second.refs == first.refs
     assert second.report == first.report
-    assert len(store_of(config).history("champion/default")) == 1
+    assert len(store_of(config).history.entries("champion/default")) == 1
 
     # Another policy was promoted since: it is champion again, as the run says.
     before = Promotion(**champion, number=1)
@@ -75,7 +75,7 @@ def test_runs_to_promotion_and_never_twice(tiny):
     _, third = run(config)
     assert [name for name, state in states(third).items() if state != "Cached"] == ["promote"]
     assert third.refs == first.refs
-    again = store_of(config).latest("champion/default")
+    again = store_of(config).history.latest("champion/default")
     assert (again["policy"], again["previous"]) == (champion["policy"], "0" * 64)
 
 
@@ -137,7 +137,7 @@ def test_a_rejection_ends_as_rejected_with_its_reason(tiny, gate):
     after = NAMES[NAMES.index(name) + 1 :]
     assert states(result)[name] == "GateRejected"
     assert all(states(result)[later] == "NotRun" for later in after)
-    assert store_of(config).latest("champion/default") is None
+    assert store_of(config).history.latest("champion/default") is None
     page = result.report.read_text()
     assert "1.01" in page
     assert "Rejected" in page or "rejected" in page

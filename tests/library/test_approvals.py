@@ -38,10 +38,10 @@ def test_approvals(local):
         require_approval(local, "theirs", A)
     yes = record_approval(local, "ours", A, approved=True, by="bob")
     assert require_approval(local, "ours", A) == yes
-    entries = local.history(f"approvals/ours/{A}")
+    entries = local.history.entries(f"approvals/ours/{A}")
     assert [(e["approved"], e["by"], e["why"], e["run"]) for e in entries] == [
         (False, "ann", "too short", "r-1"), (True, "bob", "", None),
     ]  # fmt: skip
-    local.append(f"approvals/ours/{B}", {"by": "ann"})
+    local.history.append(f"approvals/ours/{B}", {"by": "ann"})
     with pytest.raises(ArtifactCorrupt, match="approved: "):
         require_approval(local, "ours", B)

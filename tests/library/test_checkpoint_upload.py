@@ -236,7 +236,7 @@ def test_the_last_two_and_the_best_stay_with_their_blobs_and_nothing_else(place,
         objects = {key for key in place.objects() if not key.startswith("refs/")}
         assert objects == keys_of(store)
         assert all(store.exists(artifact.ref) for artifact in store.list())
-    history = store.history(HISTORY)
+    history = store.history.entries(HISTORY)
     assert [(e["update"], e["score"], e["best"]) for e in history] == [
         (update, score, best) for update, score, _, best in rounds
     ]

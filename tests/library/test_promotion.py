@@ -239,7 +239,7 @@ def test_promote_rollback_champion(line, rlhf):
     registry.promote(
         line.store, "ours", second.digest, verdict=None, expected=line.champion(), why="", by="bob"
     )
-    line.store.append("champion/theirs", {"policy": second.digest})
+    line.store.history.append("champion/theirs", {"policy": second.digest})
     shown = rlhf("champion")
     assert first.short not in shown
     assert shown.count(second.short) == 2
@@ -266,7 +266,7 @@ def test_promote_without_a_gates_yes(line, rlhf):
         rlhf("promote", unjudged.digest)
     with pytest.raises(ConfigError, match="--unapproved needs --why"):
         rlhf("promote", judged.digest, "--unapproved", "--why", " ")
-    assert line.store.names("champion/") == []
+    assert line.store.history.names("champion/") == []
     rlhf("promote", judged.digest, "--unapproved", "--why", "a demo")
     entry = registry.champion(line.store, "default")
     assert (entry.unapproved, entry.verdict, entry.why) == (True, no.digest, "a demo")
@@ -293,7 +293,7 @@ def test_mistakes(line, rlhf, fresh):
         rlhf("promote", pushed.digest, *words)
     with pytest.raises(SmokeTestFailed, match="logits are not finite"):
         rlhf("promote", line.policy(spoilt).digest, *words)
-    assert line.store.names("champion/") == []
-    line.store.append("champion/theirs", {"policy": policy.digest})
+    assert line.store.history.names("champion/") == []
+    line.store.history.append("champion/theirs", {"policy": policy.digest})
     with pytest.raises(ArtifactMissing, match="for model line 'ours'; there is one of theirs"):
         rlhf("champion", "--name=ours")

@@ -59,7 +59,7 @@ def test_an_entry_says_who_when_why_and_what_was_before(local, monkeypatch):
         local, "ours", B, verdict=None, expected=first, why=" two\n lines\x1b[31m ", unapproved=True
     )
     assert history(local, "ours") == [first, second]
-    saved = local.latest("champion/ours")
+    saved = local.history.latest("champion/ours")
     when = saved.pop("when")
     assert saved == {
         "model": "ours", "policy": B, "verdict": None, "action": "promote", "by": "bob",
@@ -77,7 +77,8 @@ def test_an_entry_says_who_when_why_and_what_was_before(local, monkeypatch):
 
 def test_entries_of_before_there_were_rollbacks(local):
     for digest in (A, B):
-        local.append("champion/ours", {"model": "ours", "policy": digest, "verdict": VERDICT})
+        entry = {"model": "ours", "policy": digest, "verdict": VERDICT}
+        local.history.append("champion/ours", entry)
     first, second = history(local, "ours")
     assert (first.policy, first.action, first.by, first.number) == (A, "promote", None, 1)
     assert put(local, C).previous == second.policy
@@ -91,7 +92,7 @@ def test_entries_of_before_there_were_rollbacks(local):
      ({"policy": A, "action": "sell"}, "action: ")],
 )  # fmt: skip
 def test_what_is_no_promotion(local, entry, problem):
-    local.append("champion/ours", entry)
+    local.history.append("champion/ours", entry)
     with pytest.raises(ArtifactCorrupt, match=f"refs/champion/ours: .*{problem}"):
         champion(local, "ours")
 

@@ -78,12 +78,13 @@ def test_ends_as_if_nothing_had_happened(struck, s3, tmp_path):
     local = {"store": str(tmp_path / "store"), "runtime": {"work_dir": str(tmp_path / "work"),
              "report_dir": str(tmp_path / "reports"), "threads": 1}}  # fmt: skip
     undisturbed = pipeline(overrides={**tree, **local}, return_state=True).result()
-    champion = store.latest("champion/struck")
+    champion = store.history.latest("champion/struck")
     assert champion["policy"] == undisturbed.refs["train-policy"].digest
     for stage in STAGES:
-        entries = [e for name in store.names(f"records/{stage}/") for e in store.history(name)]
+        names = store.history.names(f"records/{stage}/")
+        entries = [e for name in names for e in store.history.entries(name)]
         assert [e["digest"] for e in entries] == [undisturbed.refs[stage].digest]
-    assert len(store.history("champion/struck")) == 1
+    assert len(store.history.entries("champion/struck")) == 1
 
 
 def test_a_retried_parent_waits_for_the_child_that_lives(struck):
@@ -153,11 +154,11 @@ def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_pat
     assert "gate-policy" in form
     assert "sampled.kl" in form
     store = s3("struck", tmp_path / "cache")
-    before = store.latest("champion/struck")
+    before = store.history.latest("champion/struck")
     said = workers.run("rlhf", "approve", waiting["name"], "--by", "ann", "--why", "reads well")
     assert "approved" in said
     assert workers.wait(run, 180)["state"]["name"] == "Completed"
-    after = store.latest("champion/struck")
+    after = store.history.latest("champion/struck")
     assert after["policy"] != before["policy"]
     assert (after["by"], after["why"], after["run"]) == ("ann", "reads well", waiting["name"])
 
@@ -171,7 +172,7 @@ def test_a_refused_policy_is_not_promoted(struck, workers, s3, tmp_path):
     ended = workers.wait(run, 180)["state"]
     assert ended["name"] == "Refused"
     assert "bob" in ended["message"]
-    assert s3("struck", tmp_path / "cache").latest("champion/default") is None
+    assert s3("struck", tmp_path / "cache").history.latest("champion/default") is None
 
 
 def test_retraining_looks_first(struck, workers, s3, tmp_path):
@@ -183,7 +184,7 @@ def test_retraining_looks_first(struck, workers, s3, tmp_path):
     first = workers.wait(again, 240)
     assert first["state"]["name"] == "Completed", first["state"]
     store = s3("struck", tmp_path / "cache")
-    champion = store.latest("champion/struck")
+    champion = store.history.latest("champion/struck")
     sft = store.manifest(champion["policy"]).parents["sft"]
     assert "base" in store.manifest(sft).parents
     ended = workers.wait(nothing, 240)

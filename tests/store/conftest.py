@@ -1,4 +1,8 @@
-"""Every store test runs over a folder and over a real S3 server."""
+"""Fixtures of the store's tests: stores in a folder and on a real S3 server.
+
+`Store` itself is tested over a folder; the contract of the backends below it, and whatever depends
+on S3, over both (`each_place`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ TLS = os.environ.get("RLHF_TEST_TLS") == "1"
 
 
 class Place(Protocol):
-    """Direct access to what a store has written, not by the store's own code."""
+    """Direct access to a store's objects, past the store's own code."""
 
     uri: str
 
@@ -90,7 +94,7 @@ class Bucket:
 
 @pytest.fixture(scope="session")
 def s3_client(s3_server: CephServer) -> Iterator[Any]:
-    """boto3 as its own authority, with the bucket made."""
+    """A boto3 client independent of the store's code; creates the bucket."""
     with client_of(s3_server, BUCKET) as client:
         yield client
 
@@ -111,7 +115,7 @@ def s3_place(
 
 
 def use_tls(server: CephServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The standard chain's way to the same server, with a certificate that nobody else trusts."""
+    """Point the standard chain at the server's TLS port and self-signed certificate."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.tls_endpoint)
     monkeypatch.setenv("AWS_CA_BUNDLE", server.ca_bundle)
 
@@ -121,14 +125,24 @@ def folder_place(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
-def place(request: pytest.FixtureRequest) -> Place:
-    return request.getfixturevalue(f"{request.param}_place")
+@pytest.fixture
+def place(folder_place: Folder) -> Place:
+    return folder_place
 
 
 @pytest.fixture
 def store(place: Place) -> Store:
     return place.open()
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def each_place(request: pytest.FixtureRequest) -> Place:
+    return request.getfixturevalue(f"{request.param}_place")
+
+
+@pytest.fixture
+def each_store(each_place: Place) -> Store:
+    return each_place.open()
 
 
 @pytest.fixture
@@ -156,22 +170,24 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of 20 MiB go up in two parts, larger ones would only cost time and memory; and what is
-    tried again waits less.
+    """Use small parts and short retry pauses.
+
+    Files of 20 MiB are uploaded in two parts; larger ones would only cost time and memory.
     """
     monkeypatch.setattr("rlhf.store.s3_read.PAUSE", 0.01)
+    monkeypatch.setattr("rlhf.store.s3.PAUSE", 0.01)
     monkeypatch.setattr("rlhf.store.s3._PART", 16 << 20)
 
 
 @pytest.fixture
 def line(s3_server: CephServer) -> Iterator[Wire]:
-    """A way to the server that breaks where it is told to."""
+    """A wire to the server, for faults of connections."""
     with wire(s3_server.endpoint) as opened:
         yield opened
 
 
 @pytest.fixture
 def faults(s3_server: CephServer) -> Iterator[Faults]:
-    """A proxy that understands requests, and refuses or spoils some."""
+    """An HTTP proxy to the server, for refused requests and damaged bodies."""
     with fault_proxy(s3_server.endpoint) as opened:
         yield opened

@@ -1,4 +1,4 @@
-"""What the tests of a failing network share: impatient stores, and what must be left behind."""
+"""Helpers for tests of failing networks: impatient stores and cleanup checks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRETS = (CephServer.secret_key, CephServer.second_secret_key, CephServer.other
 def impatient(
     uri: str, endpoint: str, cache: Path, seconds: float = 1.0, attempts: int = 3, **options: Any
 ) -> Store:
-    """A store that waits this long for every byte."""
+    """Open an S3 store with this timeout in seconds."""
     chosen = StoreConfig(endpoint_url=endpoint, **options)
     backend = S3Backend(
         uri, chosen, connect_timeout=seconds, read_timeout=seconds, attempts=attempts
@@ -36,14 +36,14 @@ def impatient(
 
 
 def make_folder(path: Path, size: int) -> Path:
-    """One file of random bytes."""
+    """Make a folder with one file of random bytes."""
     path.mkdir()
     (path / "model.safetensors").write_bytes(os.urandom(size))
     return path
 
 
 def complaint(work: Callable[[], object], *parts: str, within: float = 30) -> StoreError:
-    """The one error that the work raises, after the rules that every such error keeps."""
+    """Return the StoreError that the work raises, after checks that hold for each."""
     begin = time.monotonic()
     with pytest.raises(StoreError) as caught:
         work()
@@ -61,14 +61,14 @@ def complaint(work: Callable[[], object], *parts: str, within: float = 30) -> St
 
 
 def nothing_half(cache: Path) -> None:
-    """No folder that was not finished, and nothing temporary."""
+    """Check that the cache holds no partial folder and no temporary file."""
     root = cache / "cache"
     assert [path for name in ("tmp", "locks") for path in (root / name).glob("*")] == []
     assert [path for path in (root / "artifacts").glob("*") if path.is_dir()] == []
 
 
 def unfinished(client: Any, uri: str) -> list[str]:
-    """Keys of multipart uploads that were begun, and neither completed nor aborted."""
+    """Return the keys of multipart uploads neither completed nor aborted."""
     prefix = uri.removeprefix(f"s3://{BUCKET}/")
     answer = client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
     return [upload["Key"] for upload in answer.get("Uploads", ())]

@@ -1,4 +1,4 @@
-"""The inside of tests/store/wire.py: two threads for each connection, one for each direction.
+"""Connections of `tests/store/wire.py`, with a thread for each direction.
 
 Heads of HTTP/1.1 are read to know where bodies begin and end; bodies pass by splice, unread.
 """
@@ -28,7 +28,7 @@ LONGEST_HEAD = 1 << 16
 
 @dataclass(eq=False)
 class Request:
-    """One request, and the body bytes carried for it: "up" its own, "down" the answer's."""
+    """A request and its body bytes so far: "up" its own, "down" the answer's."""
 
     method: str = ""
     path: str = ""
@@ -37,7 +37,7 @@ class Request:
 
 
 class Throttle:
-    """One direction's bytes per second, for all connections together; 0: no limit."""
+    """Bytes per second of one direction, for all connections together; 0: no limit."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -45,7 +45,7 @@ class Throttle:
         self._lock = threading.Lock()
 
     def pay(self, count: int, waited: bool) -> None:
-        """Sleep until the bytes may pass; oversleep is made up for, waiting is not."""
+        """Sleep until the bytes may pass; oversleeping is made up for, idle time is not."""
         if self.rate:
             with self._lock:
                 now = time.monotonic()
@@ -55,11 +55,11 @@ class Throttle:
 
 
 class Ended(Exception):
-    """The link is over, for both directions."""
+    """Raised when the link has ended, for both directions."""
 
 
 class Link:
-    """A client's connection and the one to the server that goes with it."""
+    """A client's connection and its connection to the server."""
 
     def __init__(self, wire: Wire, client: socket.socket, server: socket.socket) -> None:
         self.sockets = (client, server)
@@ -88,7 +88,7 @@ class Link:
             os.eventfd_write(self.wake, 1)
 
     def drain(self) -> None:
-        """Read until the client closes: close() with bytes unread would send an RST as well."""
+        """Read until the client closes: close() with unread bytes would send an RST."""
         self.sockets[0].settimeout(0.05)
         while not self._wire.closing:
             with contextlib.suppress(TimeoutError):
@@ -96,7 +96,7 @@ class Link:
                     return
 
     def leave(self) -> None:
-        """A flow has ended; the last one closes."""
+        """Count a flow that has ended; the last one closes the sockets."""
         with self._lock:
             self._running -= 1
             if not self._running:
@@ -164,7 +164,7 @@ class Flow(threading.Thread):
         return self._chunks() if "transfer-encoding" in headers else self._carry(size)
 
     def _answer(self, status: int, headers: dict[str, str]) -> float:
-        """Size of the body that follows."""
+        """Read the head of an answer; returns the size of its body."""
         self.request, final = (self.link.unanswered or [Request()])[0], status >= 200
         if not final:
             del self.began["message"]  # no test aims at "100 Continue"
@@ -185,14 +185,14 @@ class Flow(threading.Thread):
         return False
 
     def _until(self, mark: bytes) -> int:
-        """Bytes up to the end of the mark, read ahead; 0 if it does not come."""
+        """Read ahead to the end of the mark; returns the length, 0 without the mark."""
         while (found := self.ahead.find(mark)) < 0:
             if len(self.ahead) > LONGEST_HEAD or not self._read():
                 return 0
         return found + len(mark)
 
     def _carry(self, left: float) -> bool:
-        """So many bytes and the faults among them; False at the end of the stream."""
+        """Carry so many bytes, with faults; returns False at the end of the stream."""
         while not self.link.ended:
             limit = left
             for fault in self.wire.faults:
@@ -212,7 +212,7 @@ class Flow(threading.Thread):
         raise Ended
 
     def _distance(self, fault: Fault) -> int:
-        """Bytes until it strikes; negative: not in this message."""
+        """Return the bytes until a fault strikes; negative: not in this message."""
         began = self.began.get(fault.where)
         chosen = fault.method in ("", self.request.method) and fault.path in self.request.path
         here = fault.direction == self.direction and fault.kind != "hang up"
@@ -239,7 +239,7 @@ class Flow(threading.Thread):
             raise Ended
 
     def _flush(self) -> None:
-        """Let the other side's kernel have what was sent: an RST would take it back."""
+        """Wait until the receiver's kernel has the sent bytes; an RST discards them."""
         end = time.monotonic() + 1
         while time.monotonic() < end:
             queued = fcntl.ioctl(self.target, termios.TIOCOUTQ, bytes(4))
@@ -248,14 +248,14 @@ class Flow(threading.Thread):
             time.sleep(0.001)
 
     def _read(self) -> bool:
-        """Some bytes into `ahead`; False at the end of the stream."""
+        """Read some bytes into `ahead`; returns False at the end of the stream."""
         self._wait(self.source, select.POLLIN)
         data = self.source.recv(LONGEST_HEAD)
         self.ahead += data
         return bool(data)
 
     def _move(self, limit: float) -> int:
-        """Up to so many bytes, 0 at the end of the stream, -1 after waiting for some."""
+        """Move up to so many bytes; returns 0 at the end, -1 after waiting for some."""
         share = int(self.throttle.rate / 50) or 1 if self.throttle.rate else CHUNK
         limit, read = int(min(limit, share, CHUNK)), bool(self.ahead)
         try:
@@ -285,7 +285,7 @@ class Flow(threading.Thread):
         return count
 
     def _wait(self, end: socket.socket, event: int) -> None:
-        """Until the socket is ready, or the other flow or the test ends the link."""
+        """Wait for the socket, or for the end of the link."""
         poll = select.poll()
         poll.register(end, event)
         poll.register(self.link.wake, select.POLLIN)

@@ -1,4 +1,4 @@
-"""A small server of objects and its client, both real, for the tests of the wire."""
+"""A small object server and its client, for the tests of the wire."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DATA = os.urandom(1 << 20)
 
 
 class Objects(ThreadingHTTPServer):
-    """Keeps what is put; `broken` is what it read of a body that did not end, and why."""
+    """A server that keeps PUT bodies; `broken` lists partial ones and how they ended."""
 
     daemon_threads = True
 
@@ -28,7 +28,7 @@ class Objects(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def handle_error(self, request, client_address):
-        """The faults are meant."""
+        """Ignore errors: the faults are intended."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Client(HTTPConnection):
-    """One connection that is kept, and closed with the test."""
+    """One persistent connection, closed at the end of the test."""
 
     def __init__(self, endpoint: str):
         super().__init__(endpoint.removeprefix("http://"), timeout=10)
@@ -111,7 +111,7 @@ def flipped(data: bytes, byte: int, bit: int = 0) -> bytes:
 
 
 def received(sock: socket.socket) -> tuple[bytes, str]:
-    """All that comes, and how it ends."""
+    """Receive until the end of the stream; returns the bytes and "FIN" or "RST"."""
     got = bytearray()
     try:
         while data := sock.recv(1 << 16):

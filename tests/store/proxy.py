@@ -1,4 +1,4 @@
-"""A TCP-level fault: a small HTTP proxy in front of the real server that a test can make fail.
+"""An HTTP proxy in front of the real server, with faults that a test chooses.
 
 SigV4 survives it, because the host header that was signed is the proxy's and is passed on.
 """
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Faults:
-    """What goes wrong; by default nothing."""
+    """The faults of a proxy; none by default."""
 
     endpoint: str
     refuse: Callable[[str, str, dict[str, str]], int | tuple[int, str] | None] = lambda *_: None
@@ -25,6 +25,8 @@ class Faults:
     """Ask the server, then close the connection without an answer."""
     mangle: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
     """Change a wanted body on its way down; a shorter one is a cut connection."""
+    continues: bool = True
+    """Answer "100 Continue" to clients that wait for it."""
     seen: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of every request."""
 
@@ -36,6 +38,9 @@ def fault_proxy(upstream: str) -> Iterator[Faults]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def handle_expect_100(self) -> bool:
+            return super().handle_expect_100() if faults.continues else True
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

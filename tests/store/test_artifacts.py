@@ -1,4 +1,4 @@
-"""Publish, fetch, find: the same promises over a folder and over S3."""
+"""Publish, fetch and find artifacts."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def refuse_message(store: Store, ref: ArtifactRef) -> str:
     return message
 
 
-def test_round_trip(place, store, folder, producer):
-    ref = put(store, folder, producer)
-    assert store.exists(ref)
-    assert contents(store.fetch(ref)) == contents(folder)
+def test_round_trip(each_place, each_store, folder, producer):
+    ref = put(each_store, folder, producer)
+    assert each_store.exists(ref)
+    assert contents(each_store.fetch(ref)) == contents(folder)
     # 10240 + 10240 + 32 ("größe" has two letters of two bytes) + 0.
     assert ref.size == 10240 * 2 + len((folder / "config.json").read_bytes())
-    assert ref.uri == f"{store.uri}/manifests/{ref.digest}.json"
+    assert ref.uri == f"{each_store.uri}/manifests/{ref.digest}.json"
     assert ref.short == ref.digest[:12]
     # Four files, two of them equal: three blobs.
-    assert len(blobs(place)) == 3
-    manifest = store.manifest(ref)
+    assert len(blobs(each_place)) == 3
+    manifest = each_store.manifest(ref)
     assert manifest.metrics == {"loss": 1.5, "steps": 3}
     assert manifest.producer == producer
     assert [entry.path for entry in manifest.files] == [
@@ -66,17 +66,19 @@ def test_reference_survives_json(store, folder, producer):
     assert len(ref.model_dump_json()) < 400
 
 
-def test_same_bytes_same_digest_on_every_backend(place, store, folder, producer, tmp_path):
+def test_same_bytes_same_digest_on_every_backend(
+    each_place, each_store, folder, producer, tmp_path
+):
     other = open_store(str(tmp_path / "elsewhere"), cache_dir=tmp_path / "cache2")
-    first, second = put(store, folder, producer), put(other, folder, producer)
+    first, second = put(each_store, folder, producer), put(other, folder, producer)
     assert first.model_copy(update={"uri": ""}) == second.model_copy(update={"uri": ""})
     assert first.uri != second.uri
     changed = producer.model_copy(update={"seed": 8})
-    assert put(store, folder, changed).digest != first.digest
+    assert put(each_store, folder, changed).digest != first.digest
 
 
 def test_digest_is_pinned(tmp_path):
-    """The layout is a contract: a change of the canonical bytes orphans every stored reference."""
+    """The canonical bytes are a contract: a change orphans all stored references."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.json").write_text("{}")
     producer = Producer(stage="s", code_version="1", config={"x": 1.0}, seed=0, versions={})
@@ -102,9 +104,9 @@ def test_publishing_again_writes_nothing(place, store, folder, producer):
     assert place.objects() == before
 
 
-def test_manifest_holds_no_path_host_time_or_credential(place, store, folder, producer):
-    ref = put(store, folder, producer)
-    text = place.read(f"manifests/{ref.digest}.json").decode()
+def test_manifest_holds_no_path_host_time_or_credential(each_place, each_store, folder, producer):
+    ref = put(each_store, folder, producer)
+    text = each_place.read(f"manifests/{ref.digest}.json").decode()
     assert json.loads(text).keys() == {
         "files", "format", "kind", "metrics", "parents", "producer"
     }  # fmt: skip
@@ -116,15 +118,15 @@ def test_manifest_holds_no_path_host_time_or_credential(place, store, folder, pr
     assert not re.search(r"20\d\d-\d\d", text)
 
 
-def test_layout(place, store, folder, producer):
-    put(store, folder, producer)
-    store.append("stages/abc", {"x": 1})
+def test_layout(each_place, each_store, folder, producer):
+    put(each_store, folder, producer)
+    each_store.history.append("stages/abc", {"x": 1})
     shapes = (
         r"blobs/sha256/([0-9a-f]{2})/\1[0-9a-f]{62}",
         r"manifests/[0-9a-f]{64}\.json",
         r"refs/stages/abc/000001\.json",
     )
-    keys = place.objects()
+    keys = each_place.objects()
     assert all(any(re.fullmatch(shape, key) for shape in shapes) for key in keys), keys
     assert len(keys) == 5
 

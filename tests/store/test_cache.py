@@ -1,4 +1,4 @@
-"""The local copy: verified before it is used, whole before it is seen, shared by processes."""
+"""The local cache: verified, atomic, shared by processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def damage_flip(got: Path) -> None:
 
 
 def damage_quiet_flip(got: Path) -> None:
-    """The disk's own error: size and time stay."""
+    """Flip a bit as a failing disk does: size and time stay."""
     state = (got / WEIGHTS).stat()
     flip(got / WEIGHTS)
     os.utime(got / WEIGHTS, ns=(state.st_atime_ns, state.st_mtime_ns))

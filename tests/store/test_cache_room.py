@@ -1,4 +1,4 @@
-"""The cache takes no more room than it may: what was used longest ago goes, not what is in use."""
+"""The size limit of the cache: least recently used first, none in use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = 100_000
 
 @pytest.fixture
 def artifacts(folder_place, producer, tmp_path):
-    """Four artifacts of 100 kB, and one file of 50 kB that all of them share."""
+    """Four artifacts of 100 kB, which share one more file of 50 kB."""
     store, refs = folder_place.open(), []
     for number in range(4):
         folder = tmp_path / f"in-{number}"
@@ -46,13 +46,13 @@ def cached(tmp_path: Path) -> set[str]:
 
 
 def bytes_used(tmp_path: Path) -> int:
-    """Of files, those with several names once."""
+    """Return the bytes of all files; hard links count once."""
     files = [p.stat() for p in (tmp_path / "small" / "cache").rglob("*") if p.is_file()]
     return sum({state.st_ino: state.st_size for state in files}.values())
 
 
 def fetch_and_forget(opened, ref, limit: int) -> None:
-    """As a process that has ended."""
+    """Fetch as a process does that ends then."""
     opened(limit).fetch(ref)
 
 

@@ -1,4 +1,4 @@
-"""Garbage goes, what anything leads to stays, and who publishes meanwhile is not hurt."""
+"""Garbage collection, alone and beside publishers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DAY = 24 * 3600.0
 
 @pytest.fixture
 def age(folder_place):
-    """Makes everything in the folder older by so many seconds."""
+    """A function that makes files of the folder older by so many seconds."""
 
     def make_older(seconds: float, part: str = "") -> None:
         for path in (p for p in folder_place.root.rglob("*") if p.is_file() and part in str(p)):
@@ -42,47 +42,47 @@ def test_only_what_nothing_leads_to_goes(folder_place, folder, producer, age):
     pinned = put(store, folder, producer)
     change(folder, "3")
     orphan = put(store, folder, producer, data=data)
-    store.append("champion/default", {"policy": policy.digest})
-    store.pin("keep", pinned)
+    store.history.append("champion/default", {"policy": policy.digest})
+    store.pins.add("keep", pinned)
     age(2 * DAY)
     change(folder, "4")
     young = put(store, folder, producer)
     before = place.objects()
-    found = store.collect()
-    assert (found.artifacts, found.kept, found.removed) == ([orphan.digest], 4, False)
+    garbage = store.collect()
+    assert (garbage.artifacts, garbage.kept, garbage.removed) == ([orphan.digest], 4, False)
     assert place.objects() == before
     # Its manifest and its own config.json; the weights are those of the others too.
     size = place.objects, (place.root / f"manifests/{orphan.digest}.json").stat().st_size
-    assert (len(found.keys), found.size) == (2, size[1] + 1)
-    found = store.collect(dry_run=False)
-    assert found.removed
-    assert set(before) - set(place.objects()) == set(found.keys)
+    assert (len(garbage.keys), garbage.size) == (2, size[1] + 1)
+    garbage = store.collect(dry_run=False)
+    assert garbage.removed
+    assert set(before) - set(place.objects()) == set(garbage.keys)
     for ref in (data, policy, pinned, young):
         assert store.problems(ref, deep=True) == []
     assert not store.exists(orphan)
     assert store.collect().keys == []
-    store.unpin("keep")
+    store.pins.remove("keep")
     age(2 * DAY, pinned.digest)
     assert store.collect().artifacts == [pinned.digest]
 
 
-def test_records_keep_artifacts(place, store, folder, producer):
-    kept = put(store, folder, producer)
-    store.append("records/train-sft/" + "0" * 64, kept.model_dump(mode="json"))
+def test_records_keep_artifacts(each_place, each_store, folder, producer):
+    recorded = put(each_store, folder, producer)
+    each_store.history.append("records/train-sft/" + "0" * 64, recorded.model_dump(mode="json"))
     change(folder, "other")
-    orphan = put(store, folder, producer)
+    orphan = put(each_store, folder, producer)
     time.sleep(2.1)  # S3 tells seconds
-    found = store.collect(grace=0.0, dry_run=False)
-    assert found.artifacts == [orphan.digest]
-    assert store.problems(kept, deep=True) == []
-    assert len(blobs(place)) == 3
+    garbage = each_store.collect(grace=0.0, dry_run=False)
+    assert garbage.artifacts == [orphan.digest]
+    assert each_store.problems(recorded, deep=True) == []
+    assert len(blobs(each_place)) == 3
     # Only the trace of the collection, for publishers to see.
-    left = [key for key in place.objects() if key.startswith(("gc/", "probe/"))]
+    left = [key for key in each_place.objects() if key.startswith(("gc/", "probe/"))]
     assert [key.rpartition(".")[2] for key in left] == ["ended"]
 
 
 def test_grace_is_measured_by_the_stores_clock(folder_place, folder, producer, age):
-    """A store whose clock is days behind ours: what was just written is young all the same."""
+    """New objects count as new even if the store's clock is days behind."""
     store = folder_place.open()
     put(store, folder, producer)
     backend, real = store._backend, store._backend.put
@@ -102,7 +102,7 @@ def test_grace_is_measured_by_the_stores_clock(folder_place, folder, producer, a
 def test_manifest_that_can_not_be_read_stops_it(folder_place, folder, producer, age):
     store = folder_place.open()
     ref = put(store, folder, producer)
-    store.append("champion/default", {"policy": ref.digest})
+    store.history.append("champion/default", {"policy": ref.digest})
     age(2 * DAY)
     folder_place.write(f"manifests/{ref.digest}.json", b"{}")
     before = set(folder_place.objects())
@@ -114,7 +114,7 @@ def test_manifest_that_can_not_be_read_stops_it(folder_place, folder, producer, 
 def test_traces_and_checkpoints(folder_place, age):
     store = folder_place.open()
     done, going = "train-policy-" + "a" * 16, "train-policy-" + "b" * 16
-    store.append("records/train-policy/" + "a" * 64, {})
+    store.history.append("records/train-policy/" + "a" * 64, {})
     for key in ("probe/1", "claims/x/1", "gc/1.json", f"checkpoints/{done}/blobs/1",
                 f"checkpoints/{going}/blobs/1"):  # fmt: skip
         folder_place.write(key, b"x")
@@ -125,9 +125,14 @@ def test_traces_and_checkpoints(folder_place, age):
     age(2 * DAY, "/claims/")
     age(2 * DAY, "/gc/")
     age(2 * DAY, "/tmp/")
-    found = store.collect(dry_run=False)
-    assert set(found.keys) == {"probe/1", "claims/x/1", "gc/1.json", f"checkpoints/{done}/blobs/1"}
-    assert found.uploads == 1
+    garbage = store.collect(dry_run=False)
+    assert set(garbage.keys) == {
+        "probe/1",
+        "claims/x/1",
+        "gc/1.json",
+        f"checkpoints/{done}/blobs/1",
+    }
+    assert garbage.uploads == 1
     age(ABANDONED, "/checkpoints/")
     assert store.collect().keys == [f"checkpoints/{going}/blobs/1"]
 
@@ -135,7 +140,7 @@ def test_traces_and_checkpoints(folder_place, age):
 def test_collection_between_the_look_and_the_manifest(
     folder_place, folder, producer, age, monkeypatch
 ):
-    """The publisher saw old blobs and sent nothing; then they were collected."""
+    """Old blobs, which the publisher did not send again, are collected meanwhile."""
     store, collector = folder_place.open(), folder_place.open()
     store.delete(put(store, folder, producer))
     age(2 * DAY)
@@ -155,7 +160,7 @@ def test_collection_between_the_look_and_the_manifest(
 def test_publisher_waits_for_a_collection_that_did_not_see_it(
     folder_place, folder, producer, age, caplog
 ):
-    """The collection has looked, and removes only after the manifest was written."""
+    """The collection listed before the manifest was written, and removes after it."""
     caplog.set_level("INFO", "rlhf")
     store, collector = folder_place.open(), folder_place.open()
     store.delete(put(store, folder, producer))
@@ -187,7 +192,7 @@ def test_publisher_waits_for_a_collection_that_did_not_see_it(
 
 
 def test_old_manifest_is_made_young_when_published_again(folder_place, folder, producer, age):
-    """Else it could be collected before its record is written."""
+    """Otherwise it could be collected before its record is written."""
     store = folder_place.open()
     ref = put(store, folder, producer)
     age(2 * DAY)
@@ -200,19 +205,19 @@ def test_pins(store, folder, producer):
     ref = put(store, folder, producer)
     change(folder, "other")
     other = put(store, folder, producer)
-    store.pin("good", ref)
-    store.pin("good", ref)
-    assert store.pins() == {"good": ref.digest}
+    store.pins.add("good", ref)
+    store.pins.add("good", ref)
+    assert store.pins.by_name() == {"good": ref.digest}
     assert store.resolve("good") == ref
     with pytest.raises(ConfigError, match=r"pin 'good' is that of .*choose another name"):
-        store.pin("good", other)
+        store.pins.add("good", other)
     for name in ("", "a/b", "../x", "abcdef", "x" * 129):
         with pytest.raises(ConfigError, match="not valid"):
-            store.pin(name, ref)
-    store.unpin("good")
+            store.pins.add(name, ref)
+    store.pins.remove("good")
     with pytest.raises(OSError, match="no pin 'good'"):
-        store.unpin("good")
-    assert store.pins() == {}
+        store.pins.remove("good")
+    assert store.pins.by_name() == {}
 
 
 def test_problems_name_every_blob(place, store, folder, producer):
@@ -235,11 +240,11 @@ def test_problems_name_every_blob(place, store, folder, producer):
 
 
 def test_a_listing_with_a_flipped_bit_removes_nothing(folder_place, folder, producer, age):
-    """A key that is not what it is, or a date, in one answer of the server."""
+    """One answer of the server holds a damaged key or date."""
     store = folder_place.open()
     ref = put(store, folder, producer)
-    store.append("champion/default", {"policy": ref.digest})
-    store.pin("good", ref)
+    store.history.append("champion/default", {"policy": ref.digest})
+    store.pins.add("good", ref)
     age(2 * DAY)
     change(folder, "young")
     young = put(store, folder, producer)
@@ -250,14 +255,14 @@ def test_a_listing_with_a_flipped_bit_removes_nothing(folder_place, folder, prod
     def flipped_key(prefix):
         nonlocal calls
         calls += 1
-        found = real_list(prefix)
-        return {(k[:-7] + "~" + k[-6:] if calls == bad else k): f for k, f in found.items()}
+        listed = real_list(prefix)
+        return {(k[:-7] + "~" + k[-6:] if calls == bad else k): f for k, f in listed.items()}
 
     def flipped_date(prefix):
         nonlocal calls
         calls += 1
-        found = real_list(prefix)
-        return {k: f._replace(age=f.age + 9e8) if calls == bad else f for k, f in found.items()}
+        listed = real_list(prefix)
+        return {k: f._replace(age=f.age + 9e8) if calls == bad else f for k, f in listed.items()}
 
     for flipped in (flipped_key, flipped_date):
         backend.list = flipped
@@ -272,8 +277,8 @@ def test_a_listing_with_a_flipped_bit_removes_nothing(folder_place, folder, prod
 
     def flipped_find(key):
         finds.append(key)
-        found = real_find(key)
-        return found._replace(age=found.age - 9e8) if found and len(finds) == 1 else found
+        info = real_find(key)
+        return info._replace(age=info.age - 9e8) if info and len(finds) == 1 else info
 
     backend.find = flipped_find
     store.collect(dry_run=False)

@@ -1,4 +1,4 @@
-"""Keys that change in mid-transfer, clocks that are wrong, encryption at rest, and no secrets."""
+"""Changing keys, wrong clocks, encryption at rest, and secrets in logs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SECOND = {
 
 
 class Vault:
-    """What the `credential_process` of an AWS configuration file prints."""
+    """Keys that the `credential_process` of an AWS configuration file prints."""
 
     def __init__(self, folder) -> None:
         self.file = folder / "now.json"
@@ -69,7 +69,7 @@ def store(s3_place, faults, tmp_path):
 
 
 def expire(faults, method: str, part: str, after: int, then=lambda: None) -> list[int]:
-    """The first key is refused from the request on that comes after so many of that kind."""
+    """Refuse the first key after so many requests of a kind."""
     counts = [0, 0]
 
     def refuse(its_method: str, path: str, headers: dict[str, str]):
@@ -125,14 +125,14 @@ def test_clock_that_is_wrong(s3_place, monkeypatch, folder, producer, minutes):
         patch.setattr(
             botocore.auth, "get_current_datetime", lambda *a: get_current_datetime(*a) + offset
         )
-        for work in (lambda: store.fetch(ref), store.names, store.check):
+        for work in (lambda: store.fetch(ref), store.history.names, store.check):
             error = complaint(work, store.uri, "clock", "RequestTimeTooSkewed", "NTP")
             assert isinstance(error, StoreConfigError)
     assert contents(store.fetch(ref)) == contents(folder)
 
 
 def test_rights_that_are_taken_away(store, faults, s3_client, s3_place, tmp_path, producer):
-    """In mid-transfer; the next try, with them back, succeeds."""
+    """Rights are lost in mid-transfer; the next try, with them, succeeds."""
     folder = make_folder(tmp_path / "new", LARGE)
     faults.refuse = lambda _method, path, _: (
         (403, "AccessDenied") if "partNumber=2" in path else None
@@ -152,7 +152,7 @@ def test_rights_that_are_taken_away(store, faults, s3_client, s3_place, tmp_path
 
 @pytest.mark.parametrize(("sse", "key"), [("AES256", None), ("aws:kms", "our-key"), (None, None)])
 def test_encryption_at_rest_is_asked_for(s3_place, faults, tmp_path, producer, sse, key):
-    """Ceph refuses over plain HTTP: what counts is what was asked."""
+    """Check the request headers: Ceph refuses encryption over plain HTTP."""
     asked: dict[str, tuple[str | None, str | None]] = {}
 
     def record(method: str, path: str, headers: dict[str, str]) -> None:
@@ -177,18 +177,18 @@ def test_encryption_at_rest_is_asked_for(s3_place, faults, tmp_path, producer, s
 
 
 def test_encryption_that_is_ignored(s3_place, s3_server, tmp_path):
-    """Ceph without a key server takes AES256 over TLS, and stores the bytes as they are."""
+    """Ceph without a key server accepts AES256 over TLS, and stores plain bytes."""
     options = StoreConfig(
         endpoint_url=s3_server.tls_endpoint, ca_bundle=s3_server.ca_bundle, sse="AES256"
     )
     store = open_store(s3_place.uri, options=options, cache_dir=tmp_path / "cache")
-    for work in (store.check, lambda: store.append("a", {})):
+    for work in (store.check, lambda: store.history.append("a", {})):
         error = complaint(work, store.uri, "does not say that it encrypts", "remove sse")
         assert not error.retriable
 
 
 class Records(logging.Handler):
-    """All that is logged, as text, with tracebacks."""
+    """A handler that keeps all log records as text, with tracebacks."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -218,7 +218,7 @@ def test_debug_logs_hold_no_secrets(s3_place, s3_server, tmp_path, folder, produ
         "before-send.s3", lambda request, **_: signatures.append(_signature(request.headers))
     )
     store.fetch(put(store, folder, producer))
-    store.append("a", {})
+    store.history.append("a", {})
     text = "\n".join(logged)
     assert "CanonicalRequest" in text
     assert len(signatures) > 10
@@ -228,11 +228,11 @@ def test_debug_logs_hold_no_secrets(s3_place, s3_server, tmp_path, folder, produ
 
 
 def test_session_token_is_not_logged(s3_place, faults, tmp_path, monkeypatch, logged):
-    """Ceph ignores it."""
+    """Ceph ignores the token."""
     token = "a-session-token/which+is=secret=="
     monkeypatch.setenv("AWS_SESSION_TOKEN", token)
     store = impatient(s3_place.uri, faults.endpoint, tmp_path / "cache", 5)
-    store.names()
+    store.history.names()
     url = store._backend._client.generate_presigned_url(
         "get_object", Params={"Bucket": BUCKET, "Key": "x"}
     )
@@ -246,7 +246,7 @@ def test_session_token_is_not_logged(s3_place, faults, tmp_path, monkeypatch, lo
 
 def test_presigned_url_is_not_logged(s3_place, s3_server, logged):
     store = s3_place.open()
-    store.append("a", {"x": 1})
+    store.history.append("a", {"x": 1})
     client, prefix = store._backend._client, s3_place.uri.removeprefix(f"s3://{BUCKET}/")
     url = client.generate_presigned_url(
         "get_object", Params={"Bucket": BUCKET, "Key": f"{prefix}/refs/a/000001.json"}

@@ -1,4 +1,4 @@
-"""A network that fails in the middle, by a proxy in front of the real server."""
+"""Failing requests, by a proxy in front of the real server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_busy_server_is_asked_again(store, faults, folder, producer, method):
 def test_server_that_stays_busy_is_worth_a_later_retry(store, faults):
     faults.refuse = lambda *_: 503
     with pytest.raises(StoreError, match=r"answered 503 .*try again later") as caught:
-        store.append("a", {})
+        store.history.append("a", {})
     assert caught.value.retriable
     assert type(caught.value) is StoreError
 
@@ -101,40 +101,40 @@ def test_download_that_is_always_cut(store, faults, folder, producer):
 
 
 def test_lost_answer_is_no_lost_race(store, faults):
-    """boto3 repeats the PUT and gets 412 from its own object: it must not append twice."""
+    """boto3 repeats the PUT and gets 412 from its own object: append only once."""
     lose = Once("PUT", "/refs/")
     faults.lose_answer = lose
-    assert store.append("a", {"x": 1}) == 1
+    assert store.history.append("a", {"x": 1}) == 1
     assert lose.left == 0
-    assert store.history("a") == [{"x": 1}]
+    assert store.history.entries("a") == [{"x": 1}]
 
 
 def test_server_without_conditions(store, faults, folder, producer):
     faults.refuse = lambda _method, _path, headers: 501 if "If-None-Match" in headers else None
     ref = put(store, folder, producer)
     assert put(store, folder, producer) == ref
-    assert [store.append("a", {}) for _ in range(2)] == [1, 2]
+    assert [store.history.append("a", {}) for _ in range(2)] == [1, 2]
     assert store._backend.put_new("refs/a/000002.json", b"other") is False
 
 
 def test_conflict_is_tried_again(store, faults):
     conflict = Once("PUT", "/refs/", times=2)
     faults.refuse = lambda method, path, _: 409 if conflict(method, path) else None
-    assert store.append("a", {}) == 1
+    assert store.history.append("a", {}) == 1
     assert conflict.left == 0
 
 
 def test_conflict_for_ever(store, faults):
     faults.refuse = lambda method, _path, _headers: 409 if method == "PUT" else None
     with pytest.raises(StoreError, match="being written by others") as caught:
-        store.append("a", {})
+        store.history.append("a", {})
     assert caught.value.retriable
 
 
 def test_refusal_is_final(store, faults):
     faults.refuse = lambda *_: 400
     with pytest.raises(StoreError, match="check endpoint and region") as caught:
-        store.names()
+        store.history.names()
     assert not caught.value.retriable
 
 
@@ -167,7 +167,7 @@ def test_bucket_that_forbids_deletion_is_fine(store, faults):
 
 @pytest.mark.slow
 def test_large_file_in_parts(store, faults, folder, producer):
-    """33 MiB are two parts; one of them is refused once."""
+    """33 MiB are two parts, one of which is refused once."""
     (folder / "large.safetensors").write_bytes(os.urandom(33 << 20))
     busy = Once("PUT", "partNumber=2")
     faults.refuse = lambda method, path, _: 503 if busy(method, path) else None
@@ -182,7 +182,7 @@ def test_large_file_in_parts(store, faults, folder, producer):
 
 @pytest.mark.parametrize("moment", ["before", "while"])
 def test_large_file_that_changes(store, s3_place, faults, tmp_path, moment):
-    """What was sent can't be known then, so the blob must not stay under that digest."""
+    """The sent bytes are unknown then, so no blob may stay under that digest."""
     path = tmp_path / "large.safetensors"
     path.write_bytes(b"a" * (129 << 20))
 

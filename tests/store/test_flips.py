@@ -1,4 +1,4 @@
-"""One bit that flips on the way: seen, and sent again, in both directions."""
+"""Flipped bits in transfers of both directions: detected and repeated."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_flip_in_what_is_written_last(store, line, s3_place, folder, producer, d
     method = "PUT" if direction == "up" else "GET"
     fault = line.arm("flip", direction, 20, bit=5, method=method, path=part)
     ref = put(store, folder, producer)
-    store.append("a", {"digest": ref.digest})
-    assert store.history("a") == [{"digest": ref.digest}]
+    store.history.append("a", {"digest": ref.digest})
+    assert store.history.entries("a") == [{"digest": ref.digest}]
     assert contents(store.fetch(ref)) == contents(folder)
     assert fault.struck == 1
     assert json.loads(s3_place.read("refs/a/000001.json"))["payload"] == {"digest": ref.digest}
@@ -70,7 +70,7 @@ def test_flip_in_what_is_written_last(store, line, s3_place, folder, producer, d
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_flip_in_every_upload(store, line, s3_place, s3_client, tmp_path, producer, size):
-    """Sent three times, then given up; nothing wrong is stored."""
+    """Sent three times, then an error; nothing damaged is stored."""
     folder = make_folder(tmp_path / "new", size)
     fault = line.arm("flip", "up", 9, method="PUT", path="/blobs/", times=math.inf)
     complaint(
@@ -87,13 +87,13 @@ def test_flip_in_every_upload(store, line, s3_place, s3_client, tmp_path, produc
 @pytest.mark.parametrize("part", ["/manifests/", "/blobs/", "/refs/"])
 def test_flip_in_every_download(store, line, folder, producer, part):
     ref = put(store, folder, producer)
-    store.append("a", {"x": 1})
+    store.history.append("a", {"x": 1})
     line.arm("flip", "down", 9, method="GET", path=part, times=math.inf)
-    work = store.history if part == "/refs/" else lambda _: store.fetch(ref)
+    work = store.history.entries if part == "/refs/" else lambda _: store.fetch(ref)
     error = complaint(lambda: work("a"), store.uri, part.strip("/"), "delete")
     assert isinstance(error, ArtifactCorrupt)
     line.clear()
-    assert store.history("a") == [{"x": 1}]
+    assert store.history.entries("a") == [{"x": 1}]
     assert contents(store.fetch(ref)) == contents(folder)
 
 
@@ -102,7 +102,7 @@ def test_flip_in_every_download(store, line, folder, producer, part):
     [("HEAD", "/blobs/", 0, 240), ("GET", "/blobs/", 0, 240), ("GET", "list-type", 0, 500)],
 )
 def test_flip_in_an_answer(s3_place, line, tmp_path, folder, producer, method, path, start, end):
-    """A status, a length, a date, a listing: an error of ours, or the right bytes."""
+    """In a status, length, date or listing: a StoreError, or the right bytes."""
     rng = random.Random(f"{method} {path}")
     store = impatient(s3_place.uri, line.endpoint, tmp_path / "cache", 0.5, attempts=2)
     ref = put(store, folder, producer)
@@ -118,7 +118,7 @@ def test_flip_in_an_answer(s3_place, line, tmp_path, folder, producer, method, p
 
 
 def test_flip_in_a_date_or_a_length():
-    """No age, so that nothing looks old; and no complaint about the options."""
+    """An age of zero, so that nothing looks old; no complaint about options."""
     for date in ("Mon, 23 Nov 2026 19x05:32 GMT", "Mon, 23 \x0eov 2026 19:05:32 GMT", "\x00"):
         assert _date({"ResponseMetadata": {"HTTPHeaders": {"date": date}}}) is None
     error = failed("what", "endpoint", ValueError("invalid literal for int()"), opening=False)
@@ -128,7 +128,7 @@ def test_flip_in_a_date_or_a_length():
 
 @pytest.mark.parametrize("path", ["/manifests/", "/blobs/"])
 def test_flip_in_the_name_of_a_header(store, line, folder, producer, path):
-    """Without a Content-Length there is no telling: read again, or a clear error."""
+    """Without a Content-Length an answer is read again, or a clear error."""
     ref = put(store, folder, producer)
     for method in ("GET", "HEAD"):
         # "HTTP/1.1 200 OK" and the end of that line are 17 bytes.
@@ -144,7 +144,7 @@ def test_flip_in_the_name_of_a_header(store, line, folder, producer, path):
 @pytest.mark.parametrize("told", ["0-9/60971520", "0-9/9971520", "0-9/*", "x", None])
 @pytest.mark.parametrize("times", [1, math.inf])
 def test_flip_in_the_length_of_a_whole(store, s3_place, tmp_path, producer, told, times):
-    """The answer to the first piece tells how many there are; a flip there is seen in the end."""
+    """The first range's answer holds the total size; damage to it is detected."""
     folder = make_folder(tmp_path / "new", LARGE)
     ref = put(store, folder, producer)
     told_so_far = []
@@ -170,7 +170,7 @@ def judge(store, ref, folder, producer) -> str:
 
 
 def test_sample_of_the_campaign(s3_server, tmp_path, s3_place):
-    """20 flips of `python -m benchmarks.storage_flips`, which makes 1500."""
+    """20 flips of `python -m benchmarks.storage_flips`, which does 1500."""
     with storage_flips.opened(s3_server, tmp_path) as bench:
         for name, count in (("body, down", 10), ("body, up", 5), ("anywhere", 5)):
             found = storage_flips.campaign(bench, name, count, seed=7)

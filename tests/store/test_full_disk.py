@@ -1,4 +1,4 @@
-"""A disk that is full, on the way down and in a store that is a folder: a small tmpfs."""
+"""Full disks, for downloads and for folder stores, on a small tmpfs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 @SIZES
-def test_full_disk_on_the_way_down(place, disk, tmp_path, producer, size):
+def test_full_disk_on_the_way_down(each_place, disk, tmp_path, producer, size):
     folder = make_folder(tmp_path / "new", size)
-    ref = put(place.open(), folder, producer)
-    store = open_store(place.uri, cache_dir=disk)
+    ref = put(each_place.open(), folder, producer)
+    store = open_store(each_place.uri, cache_dir=disk)
     error = complaint(
         lambda: store.fetch(ref), f"artifact cache {disk}/cache", "No space left",
         "make room, lower runtime.cache_gb, or set runtime.work_dir to a larger disk",

@@ -1,4 +1,7 @@
-"""Writers, publishers and garbage collection at the same time; see `benchmarks.storage_races`."""
+"""Concurrent writers, publishers and garbage collections.
+
+`benchmarks.storage_races` is the long form.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from benchmarks.storage_race_trials import Row, appending, collecting, creating
 from rlhf.errors import ArtifactMissing
 from rlhf.store import Producer, Store
 from rlhf.store.cache import Cache
-from rlhf.store.create import is_atomic
+from rlhf.store.coordination import is_atomic
 from rlhf.store.local import LocalBackend
 
 OLD = 7 * 24 * 3600
 
 
 class Stopping(LocalBackend):
-    """Calls back before it removes garbage."""
+    """A backend that calls back before it removes garbage."""
 
     before: Callable[[], None] | None = None
 
@@ -54,7 +57,7 @@ def make_old(root: Path) -> None:
 
 
 class Publishing:
-    """Publishes in another thread, as far as to where it waits for a collection."""
+    """A publisher in another thread, run up to where it waits for a collection."""
 
     def __init__(self, root: Path, folder: Path, producer: Producer) -> None:
         self.store = open_stopping(root)
@@ -79,7 +82,7 @@ class Publishing:
         assert self._waits.wait(20)
 
     def problems(self) -> list[str]:
-        """Of what it says that it published."""
+        """Return the problems of the published artifact."""
         ref = self.future.result(30)
         self._pool.shutdown()
         return self.store.problems(ref, deep=True)
@@ -87,7 +90,7 @@ class Publishing:
 
 @pytest.fixture
 def publishing(root, folder, producer):
-    """An artifact that nothing refers to for a week, and somebody who publishes it again."""
+    """An artifact unreferenced for a week, and a publisher of it."""
     found = Publishing(root, folder, producer)
     found._publish()
     make_old(root)
@@ -101,7 +104,7 @@ def test_publish_while_garbage_is_collected(root, publishing):
 
 
 def test_publish_mends_a_blob_while_it_is_collected(root, publishing):
-    """The collector has seen the damaged one, and removes the one that was sent in its place."""
+    """A collector listed the damaged blob, and removes its replacement."""
     for blob in root.glob("blobs/*/*/*"):
         blob.write_bytes(b"damaged")
     make_old(root)
@@ -110,7 +113,7 @@ def test_publish_mends_a_blob_while_it_is_collected(root, publishing):
 
 
 def test_publish_between_the_removals_of_two_collectors(root, publishing):
-    """One removed a blob, it was sent anew, and the other removes it again, as it was listed."""
+    """A second collector removes the blob again after it was sent anew."""
 
     def both() -> None:
         open_stopping(root).collect(dry_run=False)
@@ -121,14 +124,14 @@ def test_publish_between_the_removals_of_two_collectors(root, publishing):
 
 
 def test_pin_while_the_artifact_is_collected(root, publishing):
-    """Who is told that the pin is there has the artifact."""
+    """A pin that is reported as created keeps the artifact."""
     store = publishing.store
     (digest,) = (artifact.ref.digest for artifact in store.list())
-    publishing._publish = lambda: store.pin("keep", digest)
+    publishing._publish = lambda: store.pins.add("keep", digest)
     open_stopping(root, publishing.until_it_waits).collect(dry_run=False)
     with pytest.raises(ArtifactMissing, match=f"can't pin {digest[:12]}"):
         publishing.future.result(30)
-    assert store.pins() == {}
+    assert store.pins.by_name() == {}
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])

@@ -1,4 +1,4 @@
-"""Histories: append-only, nothing lost, whoever writes at the same time."""
+"""Histories: append-only, no entry lost, with concurrent writers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rlhf.store import PublishError
 
 
 def test_append_latest_history(store):
-    assert store.latest("champions/default") is None
-    assert store.history("champions/default") == []
-    assert [store.append("champions/default", {"n": n}) for n in range(3)] == [1, 2, 3]
-    assert store.latest("champions/default") == {"n": 2}
-    assert store.history("champions/default") == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert store.history.latest("champions/default") is None
+    assert store.history.entries("champions/default") == []
+    assert [store.history.append("champions/default", {"n": n}) for n in range(3)] == [1, 2, 3]
+    assert store.history.latest("champions/default") == {"n": 2}
+    assert store.history.entries("champions/default") == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
 def test_names(store):
     for name in ("stages/b", "stages/a", "stages/a/deeper", "champions/x"):
-        store.append(name, {"name": name})
-    assert store.names("stages/") == ["stages/a", "stages/a/deeper", "stages/b"]
-    assert store.names() == ["champions/x", "stages/a", "stages/a/deeper", "stages/b"]
-    assert store.names("none") == []
+        store.history.append(name, {"name": name})
+    assert store.history.names("stages/") == ["stages/a", "stages/a/deeper", "stages/b"]
+    assert store.history.names() == ["champions/x", "stages/a", "stages/a/deeper", "stages/b"]
+    assert store.history.names("none") == []
     # A name below is a name of its own.
-    assert store.history("stages/a") == [{"name": "stages/a"}]
-    assert store.append("stages/a", {}) == 2
+    assert store.history.entries("stages/a") == [{"name": "stages/a"}]
+    assert store.history.append("stages/a", {}) == 2
 
 
 def test_eight_writers_lose_nothing(place):
@@ -36,12 +36,12 @@ def test_eight_writers_lose_nothing(place):
 
     def write(writer: int) -> list[int]:
         barrier.wait()
-        return [stores[writer].append("race", {"writer": writer, "i": i}) for i in range(3)]
+        return [stores[writer].history.append("race", {"writer": writer, "i": i}) for i in range(3)]
 
     with ThreadPoolExecutor(8) as pool:
         numbers = [number for got in pool.map(write, range(8)) for number in got]
     assert sorted(numbers) == list(range(1, 25))
-    entries = stores[0].history("race")
+    entries = stores[0].history.entries("race")
     assert sorted((e["writer"], e["i"]) for e in entries) == [
         (writer, i) for writer in range(8) for i in range(3)
     ]
@@ -54,38 +54,23 @@ def test_of_writers_that_decide_by_the_same_entry_one_wins(place):
 
         def advance(writer: int, after: int = after, line: threading.Barrier = line) -> bool:
             line.wait()
-            return stores[writer].advance("champion/x", {"writer": writer}, after)
+            return stores[writer].history.advance("champion/x", {"writer": writer}, after)
 
         with ThreadPoolExecutor(8) as pool:
             won = list(pool.map(advance, range(8)))
         assert won.count(True) == 1
-        entries = stores[0].numbered("champion/x")
+        entries = stores[0].history.numbered("champion/x")
         assert list(entries) == list(range(1, after + 2))
         assert entries[after + 1] == {"writer": won.index(True)}
     # Who looked long ago is late, too.
-    assert not stores[0].advance("champion/x", {}, 0)
-    assert stores[0].numbered("champion") == {}
-
-
-def test_create_only_has_one_winner(place):
-    backends = [place.open()._backend for _ in range(8)]
-    for key in ("race/1", "race/2", "race/3"):
-        barrier = threading.Barrier(8)
-
-        def write(writer: int, key: str = key, barrier: threading.Barrier = barrier) -> bool:
-            barrier.wait()
-            return backends[writer].put_new(key, str(writer).encode() * 1000)
-
-        with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(write, range(8)))
-        assert won.count(True) == 1
-        assert place.read(key) == str(won.index(True)).encode() * 1000
+    assert not stores[0].history.advance("champion/x", {}, 0)
+    assert stores[0].history.numbered("champion") == {}
 
 
 @pytest.mark.parametrize("name", ["", "/a", "a/", "a//b", "../a", "a/..", ".a", "a b", "a\nb", "ä"])
 def test_hostile_names(folder_place, name):
     place, store = folder_place, folder_place.open()
-    for work in (lambda: store.append(name, {}), lambda: store.latest(name)):
+    for work in (lambda: store.history.append(name, {}), lambda: store.history.latest(name)):
         with pytest.raises(PublishError, match="not valid"):
             work()
     assert place.objects() == {}
@@ -95,7 +80,7 @@ def test_hostile_names(folder_place, name):
 def test_payload_must_be_small_json(folder_place, payload):
     place, store = folder_place, folder_place.open()
     with pytest.raises(PublishError, match="can't write"):
-        store.append("a", payload)
+        store.history.append("a", payload)
     assert place.objects() == {}
 
 
@@ -105,22 +90,22 @@ def test_payload_must_be_small_json(folder_place, payload):
 def test_broken_entry(place, store, data):
     place.write("refs/a/000001.json", data)
     with pytest.raises(ArtifactCorrupt, match=r"refs/a/000001\.json is not an entry"):
-        store.latest("a")
+        store.history.latest("a")
 
 
 def test_strangers_are_ignored(place, store):
-    store.append("a", {"x": 1})
+    store.history.append("a", {"x": 1})
     place.write("refs/a/notes.txt", b"hello")
     place.write("refs/a/7.json", b"{}")
-    assert store.latest("a") == {"x": 1}
-    assert store.names() == ["a"]
+    assert store.history.latest("a") == {"x": 1}
+    assert store.history.names() == ["a"]
 
 
 def test_latest_entry_is_not_hidden_by_a_flipped_listing(folder_place):
     store = folder_place.open()
     for number in range(3):
-        store.append("champion/default", {"number": number})
+        store.history.append("champion/default", {"number": number})
     real = store._backend.list
     store._backend.list = lambda prefix: {k: f for k, f in real(prefix).items() if "3" not in k}
-    assert store.latest("champion/default") == {"number": 2}
-    assert store.numbered("champion/default") == {n + 1: {"number": n} for n in range(3)}
+    assert store.history.latest("champion/default") == {"number": 2}
+    assert store.history.numbered("champion/default") == {n + 1: {"number": n} for n in range(3)}

@@ -1,4 +1,4 @@
-"""What Swift does by itself, so that a failure of the store's tests on it is the store's."""
+"""Swift's own behaviour, to tell its failures from the store's."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_objects_and_multipart_uploads(client):
 
 
 def test_conditional_puts_have_one_winner_or_more(client):
-    """Large bodies keep the server's window open; each round is one key."""
+    """Large bodies keep the server's window open; each round uses one key."""
     counts = [len(race(client, f"race/{number}")) for number in range(10)]
     assert min(counts) >= 1
     assert max(counts) > 1, "no weakness seen: the store's tests on this server prove nothing"
 
 
 def race(client: Any, key: str) -> list[int]:
-    """The writers whom the server told that they created the object."""
+    """Return the writers that the server told they created the object."""
     together = threading.Barrier(WRITERS)
 
     def wins(writer: int) -> bool:

@@ -1,4 +1,4 @@
-"""Each fault of the wire does what it says, and nothing but it; the server is real but small."""
+"""Faults of the wire: each does only what it is meant to."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_nothing_changes_without_a_fault(server, line):
 
 
 def test_all_kinds_of_bodies(server, line, client):
-    """A wrong end of one body would spoil the count of the next on the same connection."""
+    """A wrong end of one body would shift the next on the same connection."""
     assert client.ask("GET", "/data?chunked") == DATA
     assert client.ask("HEAD", "/data") == b""
     assert client.ask("GET", "/absent") == b""
@@ -121,7 +121,7 @@ def test_flip_in_a_body(server, line, client, byte):
 
 
 def test_flip_in_a_head(server, line, client):
-    """In "PUT /a", byte 5 is the a, and its bit 1 makes it a c."""
+    """In "PUT /a", byte 5 is the a; its bit 1 makes it a c."""
     server.objects["/a"] = b"a"
     line.arm("flip", "up", 5, where="message", method="PUT", path="/a", bit=1)
     assert client.ask("GET", "/a") == b"a"
@@ -145,7 +145,7 @@ def test_flip_anywhere_in_the_stream(server, line, client):
 @pytest.mark.parametrize(("kind", "end"), [("cut", "FIN"), ("reset", "RST")])
 @pytest.mark.parametrize("at", [0, 1, 300_000, len(DATA)])
 def test_broken_download(line, client, kind, end, at):
-    """The client has all bytes before the fault."""
+    """The client has received all bytes before the fault."""
     fault = line.arm(kind, "down", at, path="/data")
     client.request("GET", "/data")
     got, how = received(client.sock)
@@ -158,7 +158,7 @@ def test_broken_download(line, client, kind, end, at):
 @pytest.mark.parametrize(("kind", "end"), [("cut", "FIN"), ("reset", "RST")])
 @pytest.mark.parametrize("at", [1, 300_000])
 def test_broken_upload(server, line, client, kind, end, at):
-    """The server has all bytes before the fault; so has a client that is cut the FIN alone."""
+    """The server has received all bytes before the fault."""
     line.arm(kind, "up", at, path="/x")
     with pytest.raises(RemoteDisconnected if kind == "cut" else ConnectionError) as caught:
         client.ask("PUT", "/x", DATA * 16)
@@ -168,7 +168,7 @@ def test_broken_upload(server, line, client, kind, end, at):
 
 
 def test_lost_answer(server, line, client):
-    """A whole request reaches the server, and nothing comes back but the wish to have its body."""
+    """The whole request arrives, and only "100 Continue" comes back."""
     line.arm("reset", "down", where="message", method="PUT")
     client.raw(b"PUT /x HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n")
     assert client.sock.recv(999) == b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -1,4 +1,4 @@
-"""Connections that break, on a wire in front of the real server: resets, cuts, stalls, refusals."""
+"""Broken connections to the real server: resets, cuts, stalls, refusals."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_refused_for_ever(store, s3_place, line, tmp_path, folder, producer):
 def test_refused_from_the_middle_of_an_upload(
     store, s3_place, line, tmp_path, producer, unfinished
 ):
-    """What can't be aborted stays until it is swept, and is in nobody's way."""
+    """An upload that can't be aborted stays until `sweep`, and does no harm."""
     folder = make_folder(tmp_path / "new", LARGE)
     line.throttle["up"].rate = 20 << 20
 
@@ -168,7 +168,7 @@ def test_hung_up_on(store, line: Wire, s3_place, tmp_path, folder, producer, tim
 
 
 def test_silence_is_waited_for_once(store, line, folder, producer):
-    """A server that takes requests and never answers is not asked by three loops in each other."""
+    """A server that never answers is not retried by three nested loops."""
     ref = put(store, folder, producer)
     for path in ("/manifests/", "/blobs/"):
         fault = line.arm("stall", "down", where="message", method="GET", path=path, times=math.inf)

@@ -1,4 +1,4 @@
-"""A wire with faults: carries bytes between client and server, and breaks where a test says.
+"""A TCP proxy with faults at chosen bytes of chosen requests.
 
 It changes no byte without a fault, so SigV4 survives: the signed host header is the wire's own.
 For benchmarks, `python -m tests.store.wire http://127.0.0.1:7480 --mib-per-second 200` prints its
@@ -24,7 +24,7 @@ from tests.store.link import Flow, Link, Request, Throttle
 
 @dataclass(eq=False)
 class Fault:
-    """What goes wrong where, made by `Wire.arm`. Fields may be set at any moment."""
+    """A fault and its position, made by `Wire.arm`; fields may change at any time."""
 
     kind: str  # "flip", "cut" (FIN), "reset" (RST), "stall"; "hang up": close what was accepted
     direction: str = "up"  # from client to server; or "down"
@@ -45,7 +45,7 @@ class Fault:
         assert self.where in ("body", "message", "stream")
 
     def claim(self) -> bool:
-        """Whether to strike now; counts."""
+        """Count a strike, and return whether the fault is still armed."""
         with self._lock:
             armed = self.struck < self.times
             self.struck += armed
@@ -53,7 +53,7 @@ class Fault:
 
 
 class Wire:
-    """Where clients connect to; everything may be changed at any moment."""
+    """The proxy; everything may be changed at any time."""
 
     def __init__(self, upstream: str, rate: float) -> None:
         url = urlsplit(upstream)
@@ -78,20 +78,20 @@ class Wire:
         return fault
 
     def clear(self) -> None:
-        """No faults any more; what is stalled goes on."""
+        """Remove all faults; stalled connections go on."""
         faults, self.faults = self.faults, ()
         for fault in faults:
             fault.times, fault.released = 0, True
 
     def refuse(self) -> None:
-        """Connects get ECONNREFUSED until `listen`; connections live on, but see `drop`."""
+        """Refuse connections until `listen`; open ones stay, but see `drop`."""
         self._listening.clear()
         with contextlib.suppress(OSError):  # it does not listen
             self._listener.shutdown(socket.SHUT_RDWR)  # close() alone would not wake accept()
         self._listener.close()
 
     def listen(self) -> None:
-        """Undo `refuse`; after the end of the block it does nothing, as a timer may call it."""
+        """Undo `refuse`; no-op after the end of the block, as timers may call it."""
         if self.closing:
             return
         self._listener = _bound(self._port.getsockname()[1])
@@ -99,17 +99,17 @@ class Wire:
         self._listening.set()
 
     def drop(self) -> None:
-        """Reset all connections there are."""
+        """Reset all open connections."""
         for link in tuple(self.links):
             link.end("reset")
 
     def body_bytes(self, direction: str, method: str = "", path: str = "") -> int:
-        """Carried so far for requests of the method whose path contains the text."""
+        """Count body bytes of requests with this method and part of a path."""
         chosen = (r for r in tuple(self.seen) if method in ("", r.method) and path in r.path)
         return sum(request.body[direction] for request in chosen)
 
     def close(self) -> None:
-        """End everything."""
+        """Close all connections and end all threads."""
         self.closing = True
         self.refuse()
         self._listening.set()
@@ -151,7 +151,7 @@ def _bound(port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def wire(upstream: str, bytes_per_second: float = 0) -> Iterator[Wire]:
-    """Carry to the server at this endpoint until the block ends; 0: as fast as can be."""
+    """Open a wire to the server at this endpoint; 0: without a limit of speed."""
     opened = Wire(upstream, bytes_per_second)
     try:
         yield opened
