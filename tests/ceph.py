@@ -27,7 +27,8 @@ PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 DAEMONS = ("ceph-mon", "ceph-osd", "radosgw", "monmaptool", "radosgw-admin", "ceph", "openssl")
 
 # Without the six crc modes RGW hangs for ever; the pool settings let one OSD be a cluster. Unless
-# told otherwise RGW keeps what was deleted for two hours: a full memstore blocks every write.
+# told otherwise RGW keeps what was deleted for two hours: a full memstore blocks every write. By
+# default the monitor waits a second before each change of the map, and RGW's start makes ten.
 CONF = """
 [global]
 fsid = {fsid}
@@ -52,6 +53,8 @@ mon allow pool size one = true
 mon max pg per osd = 1000
 mon data avail crit = 1
 mon data avail warn = 1
+paxos propose interval = 0.02
+paxos min wait = 0.01
 run dir = {dir}
 admin socket = {dir}/$name.asok
 log file = {dir}/$name.log

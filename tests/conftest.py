@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import sys
 
 # Before anything imports torch or Prefect.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +13,7 @@ os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
 
 import pytest
 
+from tests import reaper
 from tests.ceph import s3_server
 from tests.swift import s3_weak_server
 
@@ -26,6 +28,8 @@ __all__ = ["s3_server", "s3_weak_server"]
 
 
 def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # a worker of xdist belongs to the session
+        reaper.start()
     # transformers renamed a switch that TRL and peft still read by its old name.
     for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
         config.addinivalue_line(
@@ -42,20 +46,56 @@ def pytest_ignore_collect(collection_path, config):
     return (is_test and "pytest.mark.device" not in collection_path.read_text("utf-8")) or None
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Measure coverage and check shapes in the tests of single functions alone.
+
+    Suites of whole programs call the same functions, where both only cost time; on the emulated
+    device a check of a shape costs more than the operation.
+    """
+    whole = item.nodeid.startswith(("tests/flows/", "tests/production/", "tests/benchmarks/"))
+    _measure(item.config, not whole)
+    if "tests.library.typecheck" in sys.modules:
+        typecheck.enable(not whole and "test_on_a_device" not in item.nodeid)
+    return (yield)
+
+
+def _measure(config, wanted: bool) -> None:
+    """Switch pytest-cov on or off."""
+    plugin = config.pluginmanager.getplugin("_cov")
+    coverage = plugin and plugin.cov_controller and plugin.cov_controller.cov
+    if coverage and wanted != coverage._started:
+        (coverage.start if wanted else coverage.stop)()
+
+
+#: The longest first, so that no worker begins one when the other has nothing left. A group has
+#: servers of its own, hence runs on one worker.
+GROUPS = ("production", "prefect", "s3")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Skip what needs a CPU elsewhere; deal tests to two workers.
-
-    One Ceph runs on one of them, one Prefect on the other.
-    """
+    """Skip what needs a CPU elsewhere; group the tests by the servers they use, and sort."""
     for item in items:
         cpu_only = item.get_closest_marker("cpu_only")
         if cpu_only and (os.environ.get("RLHF_DEVICE") or "cpu") != "cpu":
             item.add_marker(pytest.mark.skip(reason=f"CPU only: {cpu_only.args[0]}"))
-        if "tests/production" in item.nodeid:
-            item.add_marker(pytest.mark.xdist_group("production"))
-        elif "s3_server" in item.fixturenames or item.get_closest_marker("s3"):
-            item.add_marker(pytest.mark.xdist_group("s3"))
-        elif "tests/flows" in item.nodeid:
-            item.add_marker(pytest.mark.xdist_group("prefect"))
-    items.sort(key=lambda item: "tests/flows" not in item.nodeid)
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_turn)
+
+
+def _group(item) -> str | None:
+    if item.nodeid.startswith("tests/production/"):
+        return "production"
+    if "s3_server" in item.fixturenames or item.get_closest_marker("s3"):
+        return "s3"
+    return "prefect" if item.nodeid.startswith("tests/flows/") else None
+
+
+def _turn(item) -> int:
+    group = _group(item)
+    if group is not None:
+        return GROUPS.index(group)
+    long = ("tests/benchmarks/", "tests/library/test_on_a_device", "tests/test_reaper")
+    return len(GROUPS) + (not item.nodeid.startswith(long))

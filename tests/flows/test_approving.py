@@ -23,13 +23,13 @@ def rlhf(*arguments):
     )  # fmt: skip
 
 
-def test_without_a_server_a_run_can_t_be_approved(tmp_path):
+def test_without_a_server_a_run_can_t_be_approved():
     done = rlhf("approve", "some-run")
     assert done.returncode == 2
     assert "set PREFECT_API_URL" in " ".join(done.stderr.split())
 
 
-def test_a_run_without_a_deployment_is_approved_by_its_policy(tiny, tmp_path):
+def test_a_run_without_a_deployment_is_approved_by_its_policy(tiny, finished):
     config = tiny(promotion={"name": "line", "approval": "manual"})
     waiting = pipeline(overrides=config, return_state=True)
     assert (waiting.name, waiting.is_completed()) == ("AwaitingApproval", True)

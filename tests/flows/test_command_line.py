@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,11 +193,13 @@ def test_unknown_stage_missing_input_and_bad_role(rlhf, preset):
     assert "role=artifact" in bad.stderr
 
 
-def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, environment, tmp_path):
+def test_killed_in_ppo_goes_on_from_the_last_checkpoint(
+    rlhf, preset, environment, finished, tmp_path
+):
     """kill -9 in mid-PPO, then the same command: earlier stages are cached, PPO resumes, and the
     policy has the very bytes of an undisturbed run.
     """
-    slow = ["--ppo.total_episodes=120", "--ppo.checkpoint_every=2"]
+    slow = ["--ppo.total_episodes=240", "--ppo.checkpoint_every=2"]
     command = [sys.executable, "-m", "flows.cli", "run", str(preset), *slow]
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -211,7 +214,7 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, environmen
     process.wait()
     saved = sorted(p.name for p in tmp_path.glob(pattern))
     assert saved
-    assert saved[-1] < "update-000015"
+    assert saved[-1] < "update-000030"
 
     resumed = rlhf("run", preset, *slow, "--runtime.report_dir", tmp_path / "reports")
     assert resumed.returncode == 0, resumed.stderr
@@ -223,7 +226,8 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, environmen
     assert int(first_step.split()[1].split("/")[0]) > int(saved[-1][-6:])
 
     # The undisturbed run, in this process: its libraries are loaded already.
-    other = [f"--store={tmp_path / 'other'}", f"--runtime.work_dir={tmp_path / 'other-work'}"]
+    other_store = shutil.copytree(finished, tmp_path / "other")
+    other = [f"--store={other_store}", f"--runtime.work_dir={tmp_path / 'other-work'}"]
     undisturbed = pipeline(overrides=load_config(preset, [*slow, *other]).config)
     assert undisturbed.refs["train-policy"].digest[:10] == policy_digest(resumed.stdout)
 
