@@ -7,6 +7,8 @@ nothing is required, and no default: a form must not send what nobody chose.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, cast
@@ -40,11 +42,17 @@ class _Partial:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        whole = PipelineConfig.model_json_schema()
-        partial = _without_defaults(whole, whole.pop("$defs"))
-        # What PPO's section goes by, `rl_gamma` and the like, may stand at the top too.
-        partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
-        return partial
+        return copy.deepcopy(_partial_schema())
+
+
+@functools.cache
+def _partial_schema() -> Tree:
+    """Made once: Prefect asks for it some hundred times in a `prefect deploy --all`."""
+    whole = PipelineConfig.model_json_schema()
+    partial = _without_defaults(whole, whole.pop("$defs"))
+    # What PPO's section goes by, `rl_gamma` and the like, may stand at the top too.
+    partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
+    return partial
 
 
 def _without_defaults(node: Any, definitions: Tree) -> Any:
