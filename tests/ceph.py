@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import apt_install, for_tests, serve
+from tests.servers import PATIENCE, apt_install, for_tests, serve
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 DAEMONS = ("ceph-mon", "ceph-osd", "radosgw", "monmaptool", "radosgw-admin", "ceph", "openssl")
@@ -151,7 +151,9 @@ def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) 
 
     def call(program: str, *arguments: str) -> None:
         command = [program, "-c", str(conf), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
 
@@ -165,7 +167,7 @@ def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) 
     call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", addresses, monmap)
     call("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
     start("ceph-mon", "-i", "a")
-    call("ceph", "--connect-timeout", "30", "osd", "new", osd)
+    call("ceph", "--connect-timeout", "300", "osd", "new", osd)
     call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
     start("ceph-osd", "-i", "0")
     self_signed = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30"]
@@ -188,13 +190,13 @@ def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) 
     return server
 
 
-def _wait(endpoint: str, started: list[subprocess.Popen[bytes]], seconds: float = 90) -> None:
+def _wait(endpoint: str, started: list[subprocess.Popen[bytes]], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < end:
         if any(process.poll() is not None for process in started):
             raise RuntimeError(f"a Ceph daemon ended early: {[p.args for p in started]}")
-        with contextlib.suppress(OSError), opener.open(endpoint, timeout=5):
+        with contextlib.suppress(OSError), opener.open(endpoint, timeout=30):
             return
         time.sleep(0.2)
     raise RuntimeError(f"Ceph did not answer at {endpoint} within {seconds:.0f} s")

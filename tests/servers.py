@@ -14,6 +14,10 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
+#: Seconds after which what is waited for counts as never coming. Far more than a quiet machine needs:
+#: a limit decides how long a broken program hangs, never whether a busy machine is good enough.
+PATIENCE = 900.0
+
 
 class UnavailableError(Exception):
     """The server can't be installed here."""
