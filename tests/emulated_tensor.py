@@ -260,7 +260,7 @@ class EmulatedTensor(Tensor):
 
 
 def leaves_of(tree: Any) -> Iterator[Any]:
-    """All that is in nested tuples, lists and dictionaries; torch's pytree takes ten times as long."""
+    """Yield all that is in nested containers; torch's pytree takes ten times as long."""
     if isinstance(tree, dict):
         tree = tree.values()
     elif not isinstance(tree, tuple | list):
@@ -274,7 +274,7 @@ def leaves_of(tree: Any) -> Iterator[Any]:
 
 
 def mapped(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
-    """The same tree with `function` of each leaf of a type."""
+    """Return the same tree with `function` of each leaf of a type."""
     if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, dict):

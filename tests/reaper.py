@@ -7,6 +7,7 @@ end of pytest, however it ends (Ctrl-C, SIGTERM, SIGKILL), and then kills all th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -52,16 +53,12 @@ def processes_of(name: str) -> list[int]:
 
 def main(pid: int, name: str) -> None:
     """Wait for the end of process `pid`, then kill the session's processes until none is left."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
         select.select([os.pidfd_open(pid)], [], [])
-    except ProcessLookupError:
-        pass  # it has ended already
     while pids := processes_of(name):
         for each in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.05)
 
 

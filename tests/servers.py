@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-#: Seconds after which what is waited for counts as never coming. Far more than a quiet machine needs:
-#: a limit decides how long a broken program hangs, never whether a busy machine is good enough.
+#: Seconds after which what is waited for counts as never coming: how long a broken program hangs,
+#: never whether a machine is quiet enough.
 PATIENCE = 900.0
 
 

@@ -206,10 +206,8 @@ def _start(programs: Path, folder: Path, started: list[subprocess.Popen[bytes]])
     return server
 
 
-def _wait(
-    port: int, process: subprocess.Popen[bytes], out: Path, seconds: float = PATIENCE
-) -> None:
-    end = time.monotonic() + seconds
+def _wait(port: int, process: subprocess.Popen[bytes], out: Path) -> None:
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
             return

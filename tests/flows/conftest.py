@@ -1,4 +1,4 @@
-"""A pipeline small enough to run in seconds, one finished run, and Prefect's API for the session."""
+"""A pipeline small enough to run in seconds, one finished run of it, and Prefect's API."""
 
 from __future__ import annotations
 

@@ -175,17 +175,14 @@ class Site:
     def api(self, path: str, **body: Any) -> Any:
         """The server's answer to a POST, or to a GET without a body."""
         url = f"{self.environment['PREFECT_API_URL']}/{path}"
-        answer = (
-            httpx.post(url, json=body, timeout=PATIENCE)
-            if body
-            else httpx.get(url, timeout=PATIENCE)
-        )
+        method = "POST" if body else "GET"
+        answer = httpx.request(method, url, json=body or None, timeout=PATIENCE)
         answer.raise_for_status()
         return answer.json()
 
-    def wait(self, run: str, *until: str) -> Any:
+    def wait(self, run: str, *until: str, seconds: float = PATIENCE) -> Any:
         """A flow run when it is in a final state, or in one of these."""
-        give_up = time.monotonic() + PATIENCE
+        give_up = time.monotonic() + seconds
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 found = self.api(f"flow_runs/{run}")
