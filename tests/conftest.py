@@ -1,7 +1,6 @@
 """Fixtures that several folders of tests share."""
 
 import os
-import sys
 
 # Before anything imports torch or Prefect.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,7 +18,8 @@ from tests.swift import s3_weak_server
 
 # Before any test imports rlhf. Off for the whole quickstart, which runs at a user's speed, and on
 # a bare GPU machine, which has no beartype.
-if os.environ.get("RLHF_CHECK_SHAPES", "1") == "1":
+CHECKS_SHAPES = os.environ.get("RLHF_CHECK_SHAPES", "1") == "1"
+if CHECKS_SHAPES:
     from tests.library import typecheck
 
     typecheck.install()
@@ -55,7 +55,7 @@ def pytest_runtest_protocol(item):
     """
     whole = item.nodeid.startswith(("tests/flows/", "tests/production/", "tests/benchmarks/"))
     _measure(item.config, not whole)
-    if "tests.library.typecheck" in sys.modules:
+    if CHECKS_SHAPES:
         typecheck.enable(not whole and "test_on_a_device" not in item.nodeid)
     return (yield)
 

@@ -11,6 +11,7 @@ from flows.pipeline import pipeline
 from rlhf.errors import ConfigError
 from tasks.remote import check_placement
 from tests.flows.test_command_line import ROOT
+from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
 
@@ -19,7 +20,7 @@ def rlhf(*arguments):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_API")}
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", *map(str, arguments)], cwd=ROOT, env=environment,
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
 
 

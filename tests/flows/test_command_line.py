@@ -17,6 +17,7 @@ from flows.pipeline import pipeline
 from rlhf.config import load_config
 from rlhf.store.manifest import sha256_bytes
 from tests.flows.conftest import tiny_tree
+from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def rlhf(environment):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
             check=False,
         )
 
@@ -206,7 +207,7 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(
         start_new_session=True,
     )  # fmt: skip
     pattern = "work/checkpoints/train-policy-*/update-*"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and not list(tmp_path.glob(pattern)):
         assert process.poll() is None
         time.sleep(0.02)

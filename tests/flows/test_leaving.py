@@ -16,6 +16,7 @@ from rlhf.ppo.checkpoint import checkpoints_in
 from tests.flows.conftest import tiny_tree
 from tests.flows.test_command_line import ROOT, bare_environment
 from tests.library.kills import in_child
+from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
 STAGE = "train-policy"
@@ -54,13 +55,13 @@ def test_sigterm_to_the_group_while_the_policy_is_trained(preset, tmp_path):
             start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + PATIENCE
         while STAGE not in shown.read_text() and time.monotonic() < deadline:
             assert process.poll() is None, shown.read_text()
             time.sleep(0.05)
         assert [*servers(tmp_path)]
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
