@@ -68,9 +68,11 @@ def _measure(config, wanted: bool) -> None:
         (coverage.start if wanted else coverage.stop)()
 
 
-#: The longest first, so that no worker begins one when the other has nothing left. A group has
-#: servers of its own, hence runs on one worker.
-GROUPS = ("production", "prefect", "s3")
+#: The longest first, so that no worker begins one when the other has nothing left. A group shares
+#: servers or models, hence runs on one worker.
+GROUPS = ("production", "prefect", "s3", "gpu")
+#: Long tests of no group, before the many short ones that fill up both workers.
+LONG = ("tests/library/test_on_a_device", "tests/test_reaper", "tests/library/test_processes")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -90,6 +92,8 @@ def _group(item) -> str | None:
         return "production"
     if "s3_server" in item.fixturenames or item.get_closest_marker("s3"):
         return "s3"
+    if item.nodeid.startswith("tests/benchmarks/test_gpu"):
+        return "gpu"
     return "prefect" if item.nodeid.startswith("tests/flows/") else None
 
 
@@ -97,5 +101,4 @@ def _turn(item) -> int:
     group = _group(item)
     if group is not None:
         return GROUPS.index(group)
-    long = ("tests/benchmarks/", "tests/library/test_on_a_device", "tests/test_reaper")
-    return len(GROUPS) + (not item.nodeid.startswith(long))
+    return len(GROUPS) + (not item.nodeid.startswith(LONG))
