@@ -5,11 +5,12 @@ import os
 # Before anything imports torch or Prefect.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
 os.environ.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT", "60")
 os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
 
+import hypothesis
 import pytest
 
 from tests import reaper
@@ -25,6 +26,10 @@ if CHECKS_SHAPES:
     typecheck.install()
 
 __all__ = ["s3_server", "s3_weak_server"]
+
+# An example may take as long as a busy machine needs.
+hypothesis.settings.register_profile("any-speed", deadline=None)
+hypothesis.settings.load_profile("any-speed")
 
 
 def pytest_configure(config):

@@ -16,7 +16,7 @@ from rlhf.config import PipelineConfig
 
 @pytest.fixture(scope="session", autouse=True)
 def prefect_api():
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         yield
 
 
