@@ -79,7 +79,7 @@ def first_run(prefect_api, tmp_path_factory) -> FirstRun:
 def finished(first_run, tmp_path) -> Path:
     """The store of `tiny` as the first run left it: a stage runs only where a test changes it.
 
-    A fingerprint holds no path, so records are valid wherever the store lies.
+    Fingerprints and digests hold no path, so records are valid in any copy of the store.
     """
     return Path(shutil.copytree(first_run.store, tmp_path / "store"))
 
