@@ -51,17 +51,20 @@ def pytest_ignore_collect(collection_path, config):
     return (is_test and "pytest.mark.device" not in collection_path.read_text("utf-8")) or None
 
 
+#: Whole programs, and the emulated device: they call what other suites measure, at a high price.
+UNMEASURED = (
+    "tests/flows/", "tests/production/", "tests/benchmarks/", "tests/test_reaper",
+    "tests/test_emulated_cuda", "tests/library/test_on_a_device",
+)  # fmt: skip
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Measure coverage and check shapes in the tests of single functions alone.
-
-    Suites of whole programs call the same functions, where both only cost time; on the emulated
-    device a check of a shape costs more than the operation.
-    """
-    whole = item.nodeid.startswith(("tests/flows/", "tests/production/", "tests/benchmarks/"))
-    _measure(item.config, not whole)
+    """Measure coverage and check shapes in the tests of single functions alone."""
+    wanted = not item.nodeid.startswith(UNMEASURED)
+    _measure(item.config, wanted)
     if CHECKS_SHAPES:
-        typecheck.enable(not whole and "test_on_a_device" not in item.nodeid)
+        typecheck.enable(wanted)
     return (yield)
 
 

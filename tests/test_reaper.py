@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from tests import reaper
+from tests import reaper, swift
+from tests.servers import UnavailableError
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -20,28 +23,43 @@ pytestmark = [
 ]
 
 SESSION = """
-import contextlib
+import importlib
 import os
 import time
 from pathlib import Path
 
 import pytest
-from prefect.testing.utilities import prefect_test_harness
 
-from tests.ceph import ceph_server
-from tests.production.postgres import postgres
-from tests.swift import swift_server
-
-SERVERS = {{"Ceph": ceph_server, "Postgres": postgres, "Prefect": prefect_test_harness,
-           "Swift": swift_server}}
+SERVERS = {{
+    "Ceph": ("tests.ceph", "ceph_server"),
+    "Postgres": ("tests.production.postgres", "postgres"),
+    "Prefect": ("prefect.testing.utilities", "prefect_test_harness"),
+    "Swift": ("tests.swift", "swift_server"),
+}}
 
 
 @pytest.mark.parametrize("name", {names!r})
 def test_one(name):
-    with SERVERS[name]():
-        Path({folder!r}, name).write_text(os.environ["PYTEST_SESSION_NAMES"].rpartition(":")[2])
-        time.sleep(600)
+    module, function = SERVERS[name]
+    try:
+        with getattr(importlib.import_module(module), function)():
+            Path({folder!r}, name).write_text(os.environ["PYTEST_SESSION_NAMES"].rpartition(":")[2])
+            time.sleep(600)
+    except Exception as error:
+        Path({folder!r}, "failed").write_text(repr(error))
 """
+
+
+@pytest.fixture
+def scratch():
+    """A folder for the servers' files, which nobody else would remove; Postgres' user reads it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with contextlib.suppress(UnavailableError):
+            programs = swift.install()
+            (folder / programs.name).symlink_to(programs)
+        yield folder
 
 
 @pytest.mark.parametrize(
@@ -53,14 +71,14 @@ def test_one(name):
     ],
     ids=["Ctrl-C", "SIGTERM"],
 )
-def test_an_interrupted_session_leaves_no_process(tmp_path, servers, interrupt):
+def test_an_interrupted_session_leaves_no_process(tmp_path, scratch, servers, interrupt):
     path = tmp_path / "test_session.py"
     path.write_text(SESSION.format(names=servers, folder=str(tmp_path)))
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
     command += ["-n", "2", "-c", str(ROOT / "pyproject.toml"), str(path)]
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")},
-        "PYTHONPATH": str(ROOT), "RLHF_CHECK_SHAPES": "0", "TMPDIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT), "RLHF_CHECK_SHAPES": "0", "TMPDIR": str(scratch),
     }  # fmt: skip
     log = tmp_path / "log"
     with log.open("w") as out:
@@ -68,9 +86,10 @@ def test_an_interrupted_session_leaves_no_process(tmp_path, servers, interrupt):
             command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
         )
     try:
-        notes = [tmp_path / name for name in servers]
+        notes, failed = [tmp_path / name for name in servers], tmp_path / "failed"
         while not all(note.exists() and note.read_text() for note in notes):
             assert session.poll() is None, log.read_text()
+            assert not failed.exists(), failed.read_text()
             time.sleep(0.05)
         name = notes[0].read_text()
         assert len(reaper.processes_of(name)) > len(servers) + 2  # the workers, and servers
