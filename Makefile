@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the tests, one for each core.
+WORKERS ?= 2
 
 .PHONY: quickstart deploy pools test lint unit quickstart-bars gpu clean
 
@@ -33,7 +35,7 @@ lint: $(STAMP)
 # Exported, not written before the command: without a shell in between, make's SIGTERM reaches pytest.
 unit: export OMP_NUM_THREADS = 1
 unit: $(STAMP)
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder --cov
+	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --cov
 
 # Alone and with all threads: torch's suffer badly from company on 2 cores.
 quickstart-bars: export RLHF_CHECK_SHAPES = 0
