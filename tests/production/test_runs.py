@@ -11,7 +11,13 @@ import pytest
 from rlhf.store import open_store
 from tasks.stages import STAGES
 from tests.flows.conftest import tiny_tree
-from tests.production.blows import kill_server, kill_store, processes_of, signal_run
+from tests.production.blows import (
+    kill_server,
+    kill_store,
+    kill_worker,
+    processes_of,
+    signal_run,
+)
 from tests.production.site import ROOT
 from tests.servers import PATIENCE
 
@@ -80,7 +86,9 @@ def struck(workers, tmp_path_factory):
     assert signal_run(run, signal.SIGKILL)
     workers.wait(run, "Crashed")
     assert processes_of(third["id"])
-    time.sleep(4)  # Prefect reports a crash twice, and the second would undo the retry
+    # Prefect's worker reports a crash twice. The second report would undo the retry, whenever it
+    # comes; without that worker it does not.
+    kill_worker(workers, "cpu")
     workers.run("prefect", "flow-run", "retry", run)
     ended = workers.wait(run)
     output, _ = undisturbed.communicate()
