@@ -25,6 +25,7 @@ pytestmark = [
 SESSION = """
 import importlib
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -41,8 +42,10 @@ SERVERS = {{
 @pytest.mark.parametrize("name", {names!r})
 def test_one(name):
     module, function = SERVERS[name]
+    os.setpgrp()  # as servers in sessions of their own: Ctrl-C does not reach them
     try:
         with getattr(importlib.import_module(module), function)():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as if it hung: nothing is torn down
             Path({folder!r}, name).write_text(os.environ["PYTEST_SESSION_NAMES"].rpartition(":")[2])
             time.sleep(600)
     except Exception as error:
