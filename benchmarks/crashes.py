@@ -169,7 +169,7 @@ def main() -> None:
                 "rlhf-pipeline/rlhf-pipeline", preset=preset,
                 overrides=overrides("s3://crashes/plain", given.size),
             )  # fmt: skip
-            undisturbed = made.wait(plain, LIMIT)["state"]
+            undisturbed = made.wait(plain, seconds=LIMIT)["state"]
             seconds = time.monotonic() - begun
             print(f"undisturbed: {undisturbed['name']} in {seconds:.0f} s", flush=True)
             begun = time.monotonic()

@@ -36,7 +36,7 @@ def went(made: Site, name: str, placement: dict[str, str]) -> dict[str, Any]:
     tree |= {"name": name, "store": f"s3://placement/{name}", "placement": placement}
     begun = time.time()
     run = made.submit("rlhf-pipeline/rlhf-pipeline", overrides=tree)
-    ended = made.wait(run, 600)
+    ended = made.wait(run, seconds=600)
     assert ended["state"]["name"] == "Completed", ended["state"]
     started = datetime.fromisoformat(ended["start_time"]).timestamp()
     return {

@@ -8,6 +8,8 @@ a loaded configuration instead, which the flow uses as it is, with the sources o
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, cast
 
@@ -45,11 +47,17 @@ class _OverridesSchema:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        whole = PipelineConfig.model_json_schema()
-        partial = _without_defaults(whole, whole.pop("$defs"))
-        # `rl_` names may stand at the top too.
-        partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
-        return partial
+        return copy.deepcopy(_partial_schema())
+
+
+@functools.cache
+def _partial_schema() -> Tree:
+    """Schema of partial overrides; cached, as `prefect deploy --all` asks for it some 100 times."""
+    whole = PipelineConfig.model_json_schema()
+    partial = _without_defaults(whole, whole.pop("$defs"))
+    # `rl_` names may stand at the top too.
+    partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
+    return partial
 
 
 Preset = Annotated[str, _PresetSchema()]

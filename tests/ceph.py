@@ -21,13 +21,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import apt_install, for_tests, serve
+from tests.servers import PATIENCE, apt_install, for_tests, serve
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 DAEMONS = ("ceph-mon", "ceph-osd", "radosgw", "monmaptool", "radosgw-admin", "ceph", "openssl")
 
 # Without the six crc modes RGW hangs for ever; the pool settings let one OSD be a cluster. Unless
-# told otherwise RGW keeps what was deleted for two hours: a full memstore blocks every write.
+# told otherwise RGW keeps what was deleted for two hours: a full memstore blocks every write. By
+# default the monitor waits a second before each change of the map, and RGW's start makes ten.
 CONF = """
 [global]
 fsid = {fsid}
@@ -52,6 +53,8 @@ mon allow pool size one = true
 mon max pg per osd = 1000
 mon data avail crit = 1
 mon data avail warn = 1
+paxos propose interval = 0.02
+paxos min wait = 0.01
 run dir = {dir}
 admin socket = {dir}/$name.asok
 log file = {dir}/$name.log
@@ -148,7 +151,9 @@ def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) 
 
     def call(program: str, *arguments: str) -> None:
         command = [program, "-c", str(conf), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
 
@@ -162,7 +167,7 @@ def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) 
     call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", addresses, monmap)
     call("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
     start("ceph-mon", "-i", "a")
-    call("ceph", "--connect-timeout", "30", "osd", "new", osd)
+    call("ceph", "--connect-timeout", "300", "osd", "new", osd)
     call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
     start("ceph-osd", "-i", "0")
     self_signed = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30"]
@@ -185,13 +190,13 @@ def _start(folder: Path, started: list[subprocess.Popen[bytes]], settings: str) 
     return server
 
 
-def _wait(endpoint: str, started: list[subprocess.Popen[bytes]], seconds: float = 90) -> None:
+def _wait(endpoint: str, started: list[subprocess.Popen[bytes]], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < end:
         if any(process.poll() is not None for process in started):
             raise RuntimeError(f"a Ceph daemon ended early: {[p.args for p in started]}")
-        with contextlib.suppress(OSError), opener.open(endpoint, timeout=5):
+        with contextlib.suppress(OSError), opener.open(endpoint, timeout=30):
             return
         time.sleep(0.2)
     raise RuntimeError(f"Ceph did not answer at {endpoint} within {seconds:.0f} s")

@@ -5,27 +5,36 @@ import os
 # Before anything imports torch or Prefect.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
 os.environ.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT", "60")
 os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
 
+import hypothesis
 import pytest
 
+from tests import reaper
 from tests.ceph import s3_server
 from tests.swift import s3_weak_server
 
 # Before any test imports rlhf. Off for the whole quickstart, which runs at a user's speed, and on
 # a bare GPU machine, which has no beartype.
-if os.environ.get("RLHF_CHECK_SHAPES", "1") == "1":
+CHECKS_SHAPES = os.environ.get("RLHF_CHECK_SHAPES", "1") == "1"
+if CHECKS_SHAPES:
     from tests.library import typecheck
 
     typecheck.install()
 
 __all__ = ["s3_server", "s3_weak_server"]
 
+# An example may take as long as a busy machine needs.
+hypothesis.settings.register_profile("any-speed", deadline=None)
+hypothesis.settings.load_profile("any-speed")
+
 
 def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # a worker of xdist belongs to the session
+        reaper.start()
     # transformers renamed a switch that TRL and peft still read by its old name.
     for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
         config.addinivalue_line(
@@ -42,20 +51,68 @@ def pytest_ignore_collect(collection_path, config):
     return (is_test and "pytest.mark.device" not in collection_path.read_text("utf-8")) or None
 
 
+#: Whole programs, and the emulated device: they call what other suites measure, at a high price.
+UNMEASURED = (
+    "tests/flows/", "tests/production/", "tests/benchmarks/", "tests/test_reaper",
+    "tests/test_emulated_cuda", "tests/library/test_on_a_device",
+)  # fmt: skip
+#: Their subject is what a training saves; shapes are checked where its options are tested. Checks
+#: make a PPO run half as long again.
+UNCHECKED = tuple(
+    f"tests/library/test_{name}"
+    for name in ("checkpoint", "ppo_resume", "processes", "resume_stage", "uploads")
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Measure coverage and check shapes in the tests of single functions alone."""
+    measured = not item.nodeid.startswith(UNMEASURED)
+    _measure(item.config, measured)
+    if CHECKS_SHAPES:
+        typecheck.enable(measured and not item.nodeid.startswith(UNCHECKED))
+    return (yield)
+
+
+def _measure(config, wanted: bool) -> None:
+    """Switch pytest-cov on or off."""
+    plugin = config.pluginmanager.getplugin("_cov")
+    coverage = plugin and plugin.cov_controller and plugin.cov_controller.cov
+    if coverage and wanted != coverage._started:
+        (coverage.start if wanted else coverage.stop)()
+
+
+#: The longest first, so that no worker begins one when the other has nothing left. A group shares
+#: servers or models, hence runs on one worker.
+GROUPS = ("production", "prefect", "s3", "gpu")
+#: Long tests of no group, before the many short ones that fill up both workers.
+LONG = ("tests/library/test_on_a_device", "tests/test_reaper", "tests/library/test_processes")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Skip what needs a CPU elsewhere; deal tests to two workers.
-
-    One Ceph runs on one of them, one Prefect on the other.
-    """
+    """Skip what needs a CPU elsewhere; group the tests by the servers they use, and sort."""
     for item in items:
         cpu_only = item.get_closest_marker("cpu_only")
         if cpu_only and (os.environ.get("RLHF_DEVICE") or "cpu") != "cpu":
             item.add_marker(pytest.mark.skip(reason=f"CPU only: {cpu_only.args[0]}"))
-        if "tests/production" in item.nodeid:
-            item.add_marker(pytest.mark.xdist_group("production"))
-        elif "s3_server" in item.fixturenames or item.get_closest_marker("s3"):
-            item.add_marker(pytest.mark.xdist_group("s3"))
-        elif "tests/flows" in item.nodeid:
-            item.add_marker(pytest.mark.xdist_group("prefect"))
-    items.sort(key=lambda item: "tests/flows" not in item.nodeid)
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_turn)
+
+
+def _group(item) -> str | None:
+    if item.nodeid.startswith("tests/production/"):
+        return "production"
+    if "s3_server" in item.fixturenames or item.get_closest_marker("s3"):
+        return "s3"
+    if item.nodeid.startswith("tests/benchmarks/test_gpu"):
+        return "gpu"
+    return "prefect" if item.nodeid.startswith("tests/flows/") else None
+
+
+def _turn(item) -> int:
+    group = _group(item)
+    if group is not None:
+        return GROUPS.index(group)
+    return len(GROUPS) + (not item.nodeid.startswith(LONG))

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from tests.emulated_tensor import (
     CUDA,
@@ -34,6 +33,7 @@ from tests.emulated_tensor import (
     inner_of,
     is_cuda,
     is_pinned,
+    leaves_of,
     parse_to,
     pin,
     source_line,
@@ -80,8 +80,7 @@ class _PythonCalls(TorchFunctionMode):
         plain = bool(args) and isinstance(args[0], Tensor) and type(args[0]) is not EmulatedTensor
         if plain and func in _METHODS:
             return _METHODS[func](*args, **kwargs)
-        leaves = tree_flatten((args, kwargs))[0]
-        emulated = any(isinstance(leaf, EmulatedTensor) for leaf in leaves)
+        emulated = any(isinstance(leaf, EmulatedTensor) for leaf in leaves_of((args, kwargs)))
         device = kwargs.get("device")
         _check_generator(kwargs.get("generator"), emulated or is_cuda(device))
         if is_cuda(device) and not emulated:
@@ -106,7 +105,7 @@ class _CreatedInside(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         if not DEVICES[-1].inside or type(result) is not Tensor:
             return result
-        created = not any(isinstance(leaf, Tensor) for leaf in tree_flatten((args, kwargs))[0])
+        created = not any(isinstance(leaf, Tensor) for leaf in leaves_of((args, kwargs)))
         return EmulatedTensor(result) if created else result
 
 

@@ -5,14 +5,15 @@ For use inside of `tests.emulated_cuda.emulated_cuda` only.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 import rlhf
 
@@ -258,9 +259,37 @@ class EmulatedTensor(Tensor):
         raise RuntimeError("cannot pin a CUDA tensor, only dense CPU tensors can be pinned")
 
 
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """Yield all that is in nested containers; torch's pytree takes ten times as long."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        yield tree
+        return
+    for each in tree:
+        if isinstance(each, tuple | list | dict):
+            yield from leaves_of(each)
+        else:
+            yield each
+
+
+def mapped(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the same tree with `function` of each leaf of a type."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: mapped(kind, function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        values = [mapped(kind, function, value) for value in tree]
+        if hasattr(tree, "_fields"):  # a named tuple
+            return type(tree)(*values)
+        return type(tree)(values)
+    return tree
+
+
 def inner_of(tree: Any) -> Any:
     """The same arguments with the CPU tensors inside of emulated ones."""
-    return tree_map_only(EmulatedTensor, lambda t: t.inner, tree)
+    return mapped(EmulatedTensor, lambda t: t.inner, tree)
 
 
 def parse_to(args: Any, kwargs: Any) -> tuple[Any, torch.dtype | None, bool, bool]:
@@ -315,7 +344,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _copy(*args, **kwargs)
     _check_devices(func, args, kwargs)
     _count(func, args, kwargs)
-    leaves = tree_flatten((args, kwargs))[0]
+    leaves = leaves_of((args, kwargs))
     wrappers = {id(leaf.inner): leaf for leaf in leaves if isinstance(leaf, EmulatedTensor)}
     inner_args, inner_kwargs = inner_of((args, kwargs))
     if inner_kwargs.get("device") is not None:
@@ -330,7 +359,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise NotImplementedError(f"{func} changes a shape in place")
         return wrapper
 
-    return tree_map_only(Tensor, wrapped, result)
+    return mapped(Tensor, wrapped, result)
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -350,21 +379,29 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 def _check_devices(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Raise as CUDA does where CPU tensors are mixed with emulated ones."""
-    for i, argument in enumerate(func._schema.arguments):
-        value = args[i] if i < len(args) else kwargs.get(argument.name)
+    for i, (name, written) in enumerate(_arguments(func)):
+        value = args[i] if i < len(args) else kwargs.get(name)
         for tensor in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(tensor, Tensor) or isinstance(tensor, EmulatedTensor):
                 continue
-            if argument.name == "indices" and isinstance(args[0], EmulatedTensor):
+            if name == "indices" and isinstance(args[0], EmulatedTensor):
                 DEVICES[-1].upload(tensor, "CPU index")
                 continue
-            written = argument.alias_info is not None and argument.alias_info.is_write
             scalar = tensor is value and tensor.dim() == 0 and tensor.device.type == "cpu"
             if not scalar or written or func.overloadpacket in STRICT:
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, but found at least two "
-                    f"devices, cuda:0 and {tensor.device}! (argument {argument.name} of {func})"
+                    f"devices, cuda:0 and {tensor.device}! (argument {name} of {func})"
                 )
+
+
+@functools.cache
+def _arguments(func: Any) -> list[tuple[str, bool]]:
+    """Name of each argument of an operation, and whether it is written to."""
+    return [
+        (argument.name, argument.alias_info is not None and argument.alias_info.is_write)
+        for argument in func._schema.arguments
+    ]
 
 
 def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,10 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
+#: Seconds after which what is waited for counts as never coming: how long a broken program hangs,
+#: never whether a machine is quiet enough.
+PATIENCE = 900.0
+
 
 class UnavailableError(Exception):
     """The server can't be installed here."""

@@ -24,7 +24,7 @@ import pytest
 from filelock import FileLock
 
 from tests.ceph import free_ports
-from tests.servers import UnavailableError, for_tests, serve
+from tests.servers import PATIENCE, UnavailableError, for_tests, serve
 
 VERSION = "2.38.3"
 # Swift, PyECLib and all that pip chose for them.
@@ -206,8 +206,8 @@ def _start(programs: Path, folder: Path, started: list[subprocess.Popen[bytes]])
     return server
 
 
-def _wait(port: int, process: subprocess.Popen[bytes], out: Path, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def _wait(port: int, process: subprocess.Popen[bytes], out: Path) -> None:
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
             return

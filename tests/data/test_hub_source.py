@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,18 @@ def test_empty_dataset(use):
 
 
 @pytest.mark.parametrize("call", [read, digest])
-def test_no_network_is_told_at_once(use, call):
+def test_no_network_is_told_at_once(use, call, monkeypatch):
+    waits = []
+
+    def sleep(seconds):
+        if threading.current_thread() is threading.main_thread():
+            waits.append(seconds)
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", sleep)
     (port,) = free_ports(1)
     use(f"http://127.0.0.1:{port}")
-    started = time.monotonic()
     text = message(ConfigError, call, "owner/name")
-    assert time.monotonic() - started < 5
+    assert waits == []  # it is not tried again
     assert text.startswith(
         "data.source = 'owner/name': no such path here, and the hub can't tell of a dataset by "
         "that name (ConnectError: "
@@ -138,11 +145,11 @@ def test_no_network_is_told_at_once(use, call):
 
 def test_hub_that_does_not_answer_is_given_up(use, monkeypatch):
     monkeypatch.setattr(sources, "TIMEOUT", 0.2)
-    with fake_hub(FILES, delay=1.5) as hub:
+    with fake_hub(FILES, delay=60) as hub:
         use(hub.url)
         started = time.monotonic()
         assert "ReadTimeout" in message(ConfigError, digest, DATASET)
-        assert time.monotonic() - started < 1.4
+        assert time.monotonic() - started < 50
 
 
 def test_folder_of_that_name_is_read_instead(tmp_path, monkeypatch):

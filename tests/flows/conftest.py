@@ -1,16 +1,22 @@
-"""A pipeline small enough to run in seconds, and Prefect's API for the whole session."""
+"""A pipeline small enough to run in seconds, one finished run of it, and Prefect's API."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
+from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
 
+from flows.pipeline import PipelineRun, pipeline
 from rlhf.config import PipelineConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
 def prefect_api():
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         yield
 
 
@@ -31,8 +37,9 @@ def tiny_tree(folder) -> dict:
                 "vocab_size": 320, "context": 160,
             }
         },
-        "sft": {"batch_size": 32, "max_length": 128},
-        "reward_model": {"batch_size": 32, "max_length": 128, "pooling": "sum"},
+        # 64 rows in batches of 8 are 8 steps, of which the trainers log the fifth.
+        "sft": {"batch_size": 8, "max_length": 128},
+        "reward_model": {"batch_size": 8, "max_length": 128, "pooling": "sum"},
         "ppo": {
             "total_episodes": 32, "chunk_size": 8, "mini_batch_size": 8, "num_ppo_epochs": 1,
             "max_new_tokens": 8, "checkpoint_every": 1,
@@ -46,6 +53,35 @@ def tiny_tree(folder) -> dict:
         "runtime": {"work_dir": str(folder / "work"), "report_dir": str(folder / "reports")},
         "tracking": {"log_dir": str(folder / "logs")},
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FirstRun:
+    """The session's only tiny run from nothing, and a copy of its store as it was at the end."""
+
+    config: PipelineConfig
+    state: State
+    result: PipelineRun
+    store: Path
+
+
+@pytest.fixture(scope="session")
+def first_run(prefect_api, tmp_path_factory) -> FirstRun:
+    folder = tmp_path_factory.mktemp("first-run")
+    config = PipelineConfig.model_validate(tiny_tree(folder))
+    state = pipeline(overrides=config, return_state=True)
+    assert state.is_completed(), state.message
+    store = Path(shutil.copytree(folder / "store", folder / "finished"))
+    return FirstRun(config, state, state.result(), store)
+
+
+@pytest.fixture
+def finished(first_run, tmp_path) -> Path:
+    """The store of `tiny` as the first run left it: a stage runs only where a test changes it.
+
+    Fingerprints and digests hold no path, so records are valid in any copy of the store.
+    """
+    return Path(shutil.copytree(first_run.store, tmp_path / "store"))
 
 
 @pytest.fixture

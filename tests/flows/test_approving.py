@@ -11,6 +11,7 @@ from flows.pipeline import pipeline
 from rlhf.errors import ConfigError
 from tasks.remote import check_placement
 from tests.flows.test_command_line import ROOT
+from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
 
@@ -19,17 +20,17 @@ def rlhf(*arguments):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_API")}
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", *map(str, arguments)], cwd=ROOT, env=environment,
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
 
 
-def test_without_a_server_a_run_can_t_be_approved(tmp_path):
+def test_without_a_server_a_run_can_t_be_approved():
     done = rlhf("approve", "some-run")
     assert done.returncode == 2
     assert "set PREFECT_API_URL" in " ".join(done.stderr.split())
 
 
-def test_a_run_without_a_deployment_is_approved_by_its_policy(tiny, tmp_path):
+def test_a_run_without_a_deployment_is_approved_by_its_policy(tiny, finished):
     config = tiny(promotion={"name": "line", "approval": "manual"})
     waiting = pipeline(overrides=config, return_state=True)
     assert (waiting.name, waiting.is_completed()) == ("AwaitingApproval", True)

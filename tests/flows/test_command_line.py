@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from flows.pipeline import pipeline
 from rlhf.config import load_config
 from rlhf.store.manifest import sha256_bytes
 from tests.flows.conftest import tiny_tree
+from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
 ROOT = Path(__file__).parents[2]
@@ -51,7 +53,7 @@ def rlhf(environment):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
             check=False,
         )
 
@@ -192,18 +194,20 @@ def test_unknown_stage_missing_input_and_bad_role(rlhf, preset):
     assert "role=artifact" in bad.stderr
 
 
-def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, environment, tmp_path):
+def test_killed_in_ppo_goes_on_from_the_last_checkpoint(
+    rlhf, preset, environment, finished, tmp_path
+):
     """kill -9 in mid-PPO, then the same command: earlier stages are cached, PPO resumes, and the
     policy has the very bytes of an undisturbed run.
     """
-    slow = ["--ppo.total_episodes=120", "--ppo.checkpoint_every=2"]
+    slow = ["--ppo.total_episodes=160", "--ppo.checkpoint_every=2"]
     command = [sys.executable, "-m", "flows.cli", "run", str(preset), *slow]
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     pattern = "work/checkpoints/train-policy-*/update-*"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and not list(tmp_path.glob(pattern)):
         assert process.poll() is None
         time.sleep(0.02)
@@ -211,7 +215,7 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, environmen
     process.wait()
     saved = sorted(p.name for p in tmp_path.glob(pattern))
     assert saved
-    assert saved[-1] < "update-000015"
+    assert saved[-1] < "update-000020"
 
     resumed = rlhf("run", preset, *slow, "--runtime.report_dir", tmp_path / "reports")
     assert resumed.returncode == 0, resumed.stderr
@@ -223,7 +227,8 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, environmen
     assert int(first_step.split()[1].split("/")[0]) > int(saved[-1][-6:])
 
     # The undisturbed run, in this process: its libraries are loaded already.
-    other = [f"--store={tmp_path / 'other'}", f"--runtime.work_dir={tmp_path / 'other-work'}"]
+    other_store = shutil.copytree(finished, tmp_path / "other")
+    other = [f"--store={other_store}", f"--runtime.work_dir={tmp_path / 'other-work'}"]
     undisturbed = pipeline(overrides=load_config(preset, [*slow, *other]).config)
     assert undisturbed.refs["train-policy"].digest[:10] == policy_digest(resumed.stdout)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from prefect import flow
@@ -45,11 +46,10 @@ def tell(config, name, steps, *, final=None, stage="train-policy"):
     work()
 
 
-def test_tensorboard_has_every_metric_of_every_step(tiny, tmp_path):
-    # 64 rows in batches of 8 are 8 steps, of which the trainers log the fifth.
-    config = tiny(sft__batch_size=8, reward_model__batch_size=8)
-    result = pipeline(overrides=config)
-    logs = tmp_path / "logs" / result.name
+def test_tensorboard_has_every_metric_of_every_step(first_run):
+    config, result = first_run.config, first_run.result
+    folder = Path(config.tracking.log_dir)
+    logs = folder / result.name
     trained = {"train-sft", "train-reward-model", "train-policy"}
     assert {p.name for p in logs.iterdir()} == {
         *trained,
@@ -70,7 +70,7 @@ def test_tensorboard_has_every_metric_of_every_step(tiny, tmp_path):
 
     # A run that finds all done opens nothing, and so loads no torch for it.
     pipeline(overrides=config)
-    assert [p.name for p in (tmp_path / "logs").iterdir()] == [result.name]
+    assert [p.name for p in folder.iterdir()] == [result.name]
 
 
 def test_a_training_that_is_resumed_goes_on_where_it_was_shown(tiny, tmp_path):

@@ -31,8 +31,14 @@ WORDS = [
 ]
 
 
-@pytest.fixture
-def source(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One store for the module: what the tests have in common is done once."""
+    return tmp_path_factory.mktemp("own-data")
+
+
+@pytest.fixture(scope="module")
+def source(folder):
     """Rows as people have them: several pairs a prompt, lengths that vary, the longer one chosen
     in about 70 %, a chat prompt, and a few rows that can't be used.
     """
@@ -44,19 +50,19 @@ def source(tmp_path):
         rows.append({"prompt": f"Say {i % 60}", "chosen": replies[0], "rejected": replies[1]})
     rows.append({"prompt": "Same", "chosen": "x", "rejected": "x"})
     rows.append({"prompt": " ", "chosen": "a", "rejected": "b"})
-    path = tmp_path / "pairs.jsonl"
+    path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-@pytest.fixture
-def config(source, tmp_path):
+@pytest.fixture(scope="module")
+def config(source, folder):
     def make(*overrides):
         small = [
-            f"--data.source={source}", f"--store={tmp_path / 'store'}",
-            f"--runtime.work_dir={tmp_path / 'work'}",
-            f"--runtime.report_dir={tmp_path / 'reports'}",
-            f"--tracking.log_dir={tmp_path / 'logs'}",
+            f"--data.source={source}", f"--store={folder / 'store'}",
+            f"--runtime.work_dir={folder / 'work'}",
+            f"--runtime.report_dir={folder / 'reports'}",
+            f"--tracking.log_dir={folder / 'logs'}",
             "--base.architecture.hidden_size=16", "--base.architecture.layers=1",
             "--base.architecture.heads=2", "--base.architecture.vocab_size=400",
             "--ppo.total_episodes=16", "--ppo.chunk_size=8", "--ppo.mini_batch_size=8",

@@ -4,7 +4,12 @@ import json
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
 from prefect.utilities.collections import visit_collection
 
 from flows.cli import app
@@ -53,10 +58,18 @@ def test_the_flow_of_a_command_does_not_check_again(tiny, monkeypatch):
     assert len(checks) == 2
 
 
-def test_runs_to_promotion_and_never_twice(tiny):
-    config = tiny()
-    state, first = run(config)
-    assert state.is_completed(), state.message
+def digests(result):
+    """What was made; a reference also says where it lies, and a copied store lies elsewhere."""
+    return {name: ref.digest for name, ref in result.refs.items()}
+
+
+def artifacts(config):
+    return {artifact.ref for artifact in store_of(config).list()}
+
+
+def test_runs_to_promotion_and_never_twice(first_run):
+    config, first = first_run.config, first_run.result
+    assert first_run.state.is_completed(), first_run.state.message
     assert list(states(first).items()) == [(name, "Completed") for name in NAMES]
     assert "Promoted" in first.report.read_text()
     champion = store_of(config).history.latest("champion/default")
@@ -79,55 +92,57 @@ def test_runs_to_promotion_and_never_twice(tiny):
     assert (again["policy"], again["previous"]) == (champion["policy"], "0" * 64)
 
 
-def test_unusual_values_are_recorded_with_the_run(tiny):
+def test_unusual_values_are_recorded_with_the_run(tiny, finished):
     config = tiny(rl_kl_coef=0.9, gates__reward_model=[{"metric": "accuracy", "min": 1.01}])
+    before = artifacts(config)
     _, result = run(config)
     line = "ppo.kl_coef = 0.9 is outside the advised 0.01–0.5; keep it only if you mean it"
     assert result.advice == (line,)
     assert line in result.report.read_text()
     store = store_of(config)
-    folder = next(store.fetch(a.ref) for a in store.list() if a.ref.kind == "report")
+    (report,) = [ref for ref in artifacts(config) - before if ref.kind == "report"]
+    folder = store.fetch(report)
     recorded = json.loads((folder / "report.json").read_text())
     assert (recorded["advice"], recorded["outcome"]) == ([line], "GateRejected")
     assert (folder / "report.html").read_text() == result.report.read_text()
 
 
-def test_a_changed_setting_reruns_its_stage_and_what_follows(tiny):
-    _, first = run(tiny())
+def test_a_changed_setting_reruns_its_stage_and_what_follows(tiny, first_run, finished):
+    first = first_run.result
     _, second = run(tiny(ppo__kl_coef=0.3))
     cached = [name for name, state in states(second).items() if state == "Cached"]
     assert cached == NAMES[: NAMES.index("train-policy")]
-    assert second.refs["train-policy"] != first.refs["train-policy"]
+    assert digests(second)["train-policy"] != digests(first)["train-policy"]
 
 
-def test_a_deleted_artifact_is_made_again(tiny):
-    config = tiny()
-    _, first = run(config)
+def test_a_deleted_artifact_is_made_again(tiny, first_run, finished):
+    config, first = tiny(), first_run.result
     store_of(config).delete(first.refs["train-reward-model"])
     _, second = run(config)
     assert states(second)["train-reward-model"] == "Completed"
     assert states(second)["train-sft"] == "Cached"
     # Training is reproducible, so the same bytes come back and what follows stays valid.
-    assert second.refs["train-reward-model"] == first.refs["train-reward-model"]
+    assert digests(second)["train-reward-model"] == digests(first)["train-reward-model"]
     assert states(second)["train-policy"] == "Cached"
 
 
-def test_a_lost_blob_is_noticed(tiny, tmp_path):
-    config = tiny()
-    _, first = run(config)
+def test_a_lost_blob_is_noticed(tiny, first_run, finished):
+    config, first = tiny(), first_run.result
     weights = next(
         f for f in store_of(config).manifest(first.refs["train-policy"]).files
         if f.path == "model.safetensors"
     )  # fmt: skip
-    (tmp_path / "store/blobs/sha256" / weights.sha256[:2] / weights.sha256).unlink()
+    (finished / "blobs/sha256" / weights.sha256[:2] / weights.sha256).unlink()
     _, second = run(config)
     assert states(second)["train-policy"] == "Completed"
 
 
 @pytest.mark.parametrize("gate", ["reward_model", "policy"])
-def test_a_rejection_ends_as_rejected_with_its_reason(tiny, gate):
+def test_a_rejection_ends_as_rejected_with_its_reason(tiny, finished, gate):
     metric = {"reward_model": "accuracy", "policy": "sampled.win_rate"}[gate]
-    config = tiny(**{f"gates__{gate}": [{"metric": metric, "min": 1.01}]})
+    rule = {f"gates__{gate}": [{"metric": metric, "min": 1.01}]}
+    config = tiny(promotion={"name": "line"}, **rule)
+    before = artifacts(config)
     state, result = run(config)
     assert state.is_failed()
     assert state.name == "GateRejected"
@@ -137,16 +152,15 @@ def test_a_rejection_ends_as_rejected_with_its_reason(tiny, gate):
     after = NAMES[NAMES.index(name) + 1 :]
     assert states(result)[name] == "GateRejected"
     assert all(states(result)[later] == "NotRun" for later in after)
-    assert store_of(config).history.latest("champion/default") is None
+    assert store_of(config).history.latest("champion/line") is None
     page = result.report.read_text()
     assert "1.01" in page
     assert "Rejected" in page or "rejected" in page
     # The verdict was published before anything was raised.
-    kinds = [a.ref.kind for a in store_of(config).list()]
-    assert kinds.count("verdict") == (1 if gate == "reward_model" else 2)
+    assert [ref.kind for ref in artifacts(config) - before].count("verdict") == 1
 
 
-def test_a_rejection_is_not_retried_and_says_the_same_again(tiny):
+def test_a_rejection_is_not_retried_and_says_the_same_again(tiny, finished):
     config = tiny(gates__reward_model=[{"metric": "accuracy", "min": 1.01}])
     for _ in range(2):
         _, result = run(config)
@@ -154,7 +168,7 @@ def test_a_rejection_is_not_retried_and_says_the_same_again(tiny):
     assert task_run_counts(config, "gate-reward-model") == [1, 1]
 
 
-def test_a_store_error_is_retried_and_a_bad_value_is_not(tiny, monkeypatch):
+def test_a_store_error_is_retried_and_a_bad_value_is_not(tiny, finished, monkeypatch):
     real, calls = prefect_tasks.run_stage, []
 
     def flaky(stage, *args, **kwargs):
@@ -189,14 +203,13 @@ def test_a_loaded_configuration_is_taken_as_it_is_and_shown_as_its_values():
         assert resolved.sources["ppo.gamma"] == ("command line" if given is loaded else "override")
 
 
-def test_prefect_shows_stages_states_and_results(tiny):
-    config = tiny()
-    run(config)
-    state, _ = run(config)
+def test_prefect_shows_stages_states_and_results(tiny, finished):
+    state, _ = run(tiny())
     flow_run_id = state.state_details.flow_run_id
     with get_client(sync_client=True) as client:
-        task_runs = client.read_task_runs()
-        mine = {t.name: t.state.name for t in task_runs if t.flow_run_id == flow_run_id}
+        own = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+        task_runs = client.read_task_runs(flow_run_filter=own)
+        mine = {t.name: t.state.name for t in task_runs}
         artifacts = client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
         )

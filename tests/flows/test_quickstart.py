@@ -76,7 +76,7 @@ def test_nothing_but_s3_holds_the_artifacts_and_a_second_run_does_nothing(config
     again = pipeline(overrides=elsewhere, return_state=True).result()
     assert {row.state for row in again.rows} == {"Cached"}
     assert again.refs == result.refs
-    assert sum(row.seconds for row in again.rows) < 15
+    assert sum(row.seconds for row in again.rows) < 60  # trained, it would be minutes
 
 
 def test_report_of_a_real_run_in_a_browser(browser, result, tmp_path):

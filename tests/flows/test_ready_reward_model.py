@@ -19,7 +19,7 @@ def states(result):
     return {row.name: row.state for row in result.rows}
 
 
-def test_it_is_evaluated_gated_and_learnt_from(tiny, tmp_path):
+def test_it_is_evaluated_gated_and_learnt_from(tiny, finished, tmp_path):
     folder = save_foreign(tmp_path / "foreign")
     given = {"ppo__reward_model_path": str(folder), "ppo__critic": "policy"}
     state, first = run(tiny(**given))
@@ -36,7 +36,7 @@ def test_it_is_evaluated_gated_and_learnt_from(tiny, tmp_path):
     assert set(states(second).values()) == {"Cached"}
 
 
-def test_an_ungated_one_is_never_trained_on(tiny, tmp_path):
+def test_an_ungated_one_is_never_trained_on(tiny, finished, tmp_path):
     folder = save_foreign(tmp_path / "foreign")
     rule = [{"metric": "accuracy", "min": 1.01}]
     changes = {"rl_reward_model_path": str(folder), "gates__reward_model": rule}

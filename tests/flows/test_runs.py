@@ -23,6 +23,7 @@ import flows.runs
 from flows.runs import runs, status
 from flows.showing import duration
 from rlhf.errors import ArtifactMissing, ConfigError
+from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def one_run(name, train):
 
 def shown(capsys, run, *words):
     """What `rlhf status` prints once the server has heard of these: tasks reach it by events."""
-    give_up = time.monotonic() + 15
+    give_up = time.monotonic() + PATIENCE
     while True:
         status(run)
         said = capsys.readouterr().out
@@ -123,7 +124,7 @@ def test_status_of_a_stage_that_ran_elsewhere(capsys, client, name):
 
     def train():
         parent = UUID(task_run.id)
-        give_up = time.monotonic() + 15
+        give_up = time.monotonic() + PATIENCE
         while not made and time.monotonic() < give_up:
             try:
                 client.read_task_run(parent)
@@ -203,7 +204,7 @@ def test_the_command(client, name, tmp_path):
     def rlhf(*words, **extra):
         return subprocess.run(
             [sys.executable, "-m", "flows.cli", *words], cwd=ROOT, env={**clean, **extra},
-            capture_output=True, text=True, check=False, timeout=120,
+            capture_output=True, text=True, check=False, timeout=PATIENCE,
         )  # fmt: skip
 
     there = rlhf("status", name, PREFECT_API_URL=str(PREFECT_API_URL.value()))

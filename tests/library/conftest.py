@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.gates import Approved
@@ -32,7 +33,17 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives the folder of a toy model by its name in `toy_models.MAKERS`."""
-    return partial(toy_model, tmp_path_factory.mktemp("toys"))
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+    folder = shared / "toys"
+    folder.mkdir(exist_ok=True)
+
+    def make(name: str) -> Path:
+        with FileLock(folder / "lock"):
+            return toy_model(folder, name)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def in_child(work: Callable[[], None]) -> int:
     """Do it in a forked process; returns what `os.waitstatus_to_exitcode` makes of its end."""
     child = os.fork()
     if not child:
-        signal.alarm(300)  # a thread that did not survive the fork may be waited for
+        signal.alarm(900)  # a thread that did not survive the fork may be waited for
         try:
             work()
             os._exit(0)

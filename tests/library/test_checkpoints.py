@@ -211,11 +211,11 @@ def test_two_processes_on_one_folder_are_one_too_many(tmp_path, monkeypatch):
     def other():
         with exclusive(folder):
             inside.set()
-            done.wait(30)
+            done.wait(900)
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert inside.wait(30)
+    assert inside.wait(900)
     try:
         with (
             pytest.raises(ConfigError, match="another process trains with this folder"),

@@ -169,7 +169,7 @@ def test_a_slow_pattern_is_stopped():
     begun = time.monotonic()
     with pytest.raises(TrainingError, match=r"took more than timeout_seconds = 0\.1 on the reply"):
         matches(regex.compile(SLOW), text, 0.1)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 60  # unstopped, it would be years
     with pytest.raises(TrainingError, match="took more than"):
         agrees(text, SLOW, "regex", timeout_seconds=0.1)
 

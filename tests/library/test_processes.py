@@ -33,6 +33,7 @@ from tasks.stages import STAGES
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING
 from tests.library.upload_runs import PRODUCER
+from tests.servers import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 CLOSE = 2e-4  # Adam divides by tiny second moments, so rounding shows
@@ -61,7 +62,7 @@ def running(place) -> dict[int, int]:
     return pids_in(folder)
 
 
-def gone(pids, seconds=10.0) -> bool:
+def gone(pids, seconds=PATIENCE) -> bool:
     """Whether all have ended, or do so soon."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(runs(pid) for pid in pids):
@@ -204,7 +205,7 @@ def test_killed_with_the_parent(data, tmp_path):
         parent.kill()
     assert len(pids) == 2
     assert gone(pids)
-    end = time.monotonic() + 5
+    end = time.monotonic() + PATIENCE
     while [*(tmp_path / "t").iterdir()] and time.monotonic() < end:
         time.sleep(0.05)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 #: Not `config` and `store`: beartype refuses typing.Self in pydantic's validators. Not `world`:
 #: it has no arrays, and its small functions are called a million times.
@@ -31,3 +31,8 @@ def install() -> None:
         raise RuntimeError(f"imported before the type checker was installed: {early}")
     install_import_hook(names, f"{__name__}.check")
     sys.meta_path[0]._rlhf = True
+
+
+def enable(wanted: bool) -> None:
+    """Check the calls from now on, or don't."""
+    config.update("jaxtyping_disable", not wanted)

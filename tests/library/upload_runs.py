@@ -10,9 +10,9 @@ from rlhf.ppo.stored import StoredCheckpoints
 from rlhf.ppo.upload import CheckpointUploads
 from rlhf.store import Producer, open_store
 from rlhf.store.local import LocalBackend
+from tests.servers import PATIENCE
 
 PRODUCER = Producer(stage="train-policy", code_version="1", config={}, seed=0, versions={})
-PATIENCE = 60
 
 
 class Machine:

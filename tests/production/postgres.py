@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.ceph import free_ports
-from tests.servers import UnavailableError, apt_install
+from tests.servers import PATIENCE, UnavailableError, apt_install
 
 PACKAGE = "postgresql"
-START = 30.0
 
 
 def binaries() -> Path:
@@ -62,7 +61,7 @@ def postgres() -> Iterator[str]:
             yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
         finally:
             server.send_signal(signal.SIGINT)  # without waiting for who is connected
-            server.wait(20)
+            server.wait(PATIENCE)
 
 
 def _works(command: list[str], folder: str) -> bool:
@@ -70,7 +69,7 @@ def _works(command: list[str], folder: str) -> bool:
 
 
 def _until(done: Callable[[], bool], what: str) -> None:
-    give_up = time.monotonic() + START
+    give_up = time.monotonic() + PATIENCE
     while not done():
         if time.monotonic() > give_up:
             raise UnavailableError(f"{what} does not answer")

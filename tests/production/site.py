@@ -22,11 +22,10 @@ import httpx
 
 from tests.ceph import free_ports
 from tests.production.postgres import postgres
-from tests.servers import UnavailableError
+from tests.servers import PATIENCE, UnavailableError
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-START = 90.0
 
 
 @dataclass
@@ -166,7 +165,7 @@ class Site:
         """What a command prints, run from the checkout's root as a user would."""
         done = subprocess.run(
             [*command], cwd=ROOT, env={**self.environment, **extra},
-            capture_output=True, text=True, check=False, timeout=300,
+            capture_output=True, text=True, check=False, timeout=PATIENCE,
         )  # fmt: skip
         output = done.stdout + done.stderr
         if check and done.returncode:
@@ -176,11 +175,12 @@ class Site:
     def api(self, path: str, **body: Any) -> Any:
         """The server's answer to a POST, or to a GET without a body."""
         url = f"{self.environment['PREFECT_API_URL']}/{path}"
-        answer = httpx.post(url, json=body, timeout=60) if body else httpx.get(url, timeout=60)
+        method = "POST" if body else "GET"
+        answer = httpx.request(method, url, json=body or None, timeout=PATIENCE)
         answer.raise_for_status()
         return answer.json()
 
-    def wait(self, run: str, seconds: float, *until: str) -> Any:
+    def wait(self, run: str, *until: str, seconds: float = PATIENCE) -> Any:
         """A flow run when it is in a final state, or in one of these."""
         give_up = time.monotonic() + seconds
         while True:
@@ -196,11 +196,11 @@ class Site:
 
     def wait_for_server(self) -> None:
         """Until it answers."""
-        give_up = time.monotonic() + START
+        give_up = time.monotonic() + PATIENCE
         url = f"{self.environment['PREFECT_API_URL']}/health"
         while True:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(url, timeout=5).status_code == 200:
+                if httpx.get(url, timeout=30).status_code == 200:
                     return
             if time.monotonic() > give_up:
                 raise UnavailableError("Prefect's server does not answer")
@@ -225,8 +225,8 @@ def site(folder: Path, store: Mapping[str, str]) -> Iterator[Site]:
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_HOME": str(folder / "user"),
-        # Questions every 2 s instead of 10, so that tests do not wait.
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        # Questions every second instead of 10, so that tests do not wait.
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",

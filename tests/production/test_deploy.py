@@ -9,6 +9,7 @@ import yaml
 
 from tasks.stages import STAGES
 from tests.production.site import ROOT
+from tests.servers import PATIENCE
 
 pytestmark = [pytest.mark.prefect, pytest.mark.s3]
 
@@ -52,7 +53,7 @@ def test_the_scheduler_has_planned_the_retraining(place):
 def test_data_that_have_landed_start_a_retraining(place):
     made = deployments(place)["retraining/retraining"]["id"]
     place.run("prefect", "event", "emit", "rlhf.data.landed", "--resource-id", "rlhf.data.chats")
-    give_up = time.monotonic() + 90
+    give_up = time.monotonic() + PATIENCE
     while True:
         runs = place.api("flow_runs/filter", sort="START_TIME_ASC", limit=200)
         found = [
@@ -133,8 +134,8 @@ def test_the_form_has_every_field_and_sends_only_what_was_chosen(place, browser)
     assert not sent
 
 
-def until(browser, expression, done, seconds=60):
-    give_up = time.monotonic() + seconds
+def until(browser, expression, done):
+    give_up = time.monotonic() + PATIENCE
     while True:
         answer = browser.call("Runtime.evaluate", expression=expression, returnByValue=True)
         value = answer["result"].get("value")

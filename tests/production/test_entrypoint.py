@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.production.site import ROOT, descendants
+from tests.servers import PATIENCE
 
 ENTRYPOINT = str(ROOT / "deployments" / "entrypoint.sh")
 CODE = """
@@ -71,12 +72,12 @@ def test_a_training_saves_first_unless_prefect_starts_it_again(
     with log.open("w") as out:
         container = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=tmp_path)
     try:
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + PATIENCE
         while "TRAINING" not in log.read_text():
             assert time.monotonic() < give_up, log.read_text()
             time.sleep(0.2)
         os.kill(descendants(container.pid)[-1], signal.SIGTERM)  # process 1, as the kubelet does
-        container.wait(30)
+        container.wait(PATIENCE)
     finally:
         container.kill()
         container.wait()

@@ -1,15 +1,25 @@
 """Runs on three machines that share only the store: killed, cancelled, approved, retrained."""
 
+import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from flows.pipeline import pipeline
 from rlhf.store import open_store
 from tasks.stages import STAGES
 from tests.flows.conftest import tiny_tree
-from tests.production.blows import kill_server, kill_store, processes_of, signal_run
+from tests.production.blows import (
+    kill_server,
+    kill_store,
+    kill_worker,
+    processes_of,
+    signal_run,
+)
+from tests.production.site import ROOT
+from tests.servers import PATIENCE
 
 pytestmark = [pytest.mark.prefect, pytest.mark.s3]
 PLACEMENT = {"train-sft": "gpu", "train-reward-model": "reward", "train-policy": "gpu"}
@@ -29,17 +39,27 @@ def s3(place, monkeypatch):
     return store
 
 
-def policy_child(place, run, number, seconds=150):
+def until(done, every=0.3):
+    """What `done` returns once that is true."""
+    give_up = time.monotonic() + PATIENCE
+    while not (found := done()):
+        assert time.monotonic() < give_up
+        time.sleep(every)
+    return found
+
+
+def policy_child(place, run, number):
     """The run of train-policy that was made as that one, when it is at work."""
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
+
+    def at_work():
         children = place.children(run)
         found = [c for c in children if c["name"].endswith("train-policy")]
         wanted = found[number - 1] if len(found) >= number else None
         if wanted and wanted["state"]["name"] == "Running" and processes_of(wanted["id"]):
             return wanted
-        time.sleep(0.3)
-    raise AssertionError([(c["name"], c["state"]["name"]) for c in place.children(run)])
+        return None
+
+    return until(at_work)
 
 
 @pytest.fixture(scope="module")
@@ -51,44 +71,57 @@ def struck(workers, tmp_path_factory):
     tree["ppo"] |= {"total_episodes": 8 * UPDATES, "checkpoint_every": 5}
     tree["retries"] = {"attempts": 9, "delay_seconds": 0.2}
     tree |= {"name": "struck", "store": "s3://production/struck", "promotion": {"name": "struck"}}
+    undisturbed = start_undisturbed(tree, tmp_path_factory.mktemp("undisturbed"))
+    saved = workers.machine("gpu") / "home" / "work" / "checkpoints"
     run = workers.submit("rlhf-pipeline", overrides={**tree, "placement": PLACEMENT})
     first = policy_child(workers, run, 1)
-    time.sleep(4)
+    until(lambda: [*saved.glob("train-policy-*/update-*")], 0.05)
     assert signal_run(first["id"], signal.SIGKILL)
-    while len(workers.children(run)) < 4:
-        time.sleep(0.2)
+    until(lambda: len(workers.children(run)) >= 4, 0.2)
     kill_store(workers)  # just when the second looks for it, before it does anything
     second = policy_child(workers, run, 2)
     kill_server(workers)
-    time.sleep(2)
     assert signal_run(second["id"], signal.SIGTERM)
     third = policy_child(workers, run, 3)
     assert signal_run(run, signal.SIGKILL)
-    workers.wait(run, 150, "Crashed")
+    workers.wait(run, "Crashed")
     assert processes_of(third["id"])
-    time.sleep(4)  # Prefect reports a crash twice, and the second would undo the retry
+    # Prefect's worker reports a crash twice. The second report would undo the retry, whenever it
+    # comes; without that worker it does not.
+    kill_worker(workers, "cpu")
     workers.run("prefect", "flow-run", "retry", run)
-    return tree, workers.wait(run, 300), workers.children(run)
+    ended = workers.wait(run)
+    output, _ = undisturbed.communicate()
+    assert undisturbed.returncode == 0, output
+    return tree, ended, workers.children(run), json.loads(output.splitlines()[-1])
+
+
+def start_undisturbed(tree, folder):
+    """The same stages in a process of their own, while the site is mostly waited for."""
+    local = {"store": str(folder / "store"), "runtime": {"work_dir": str(folder / "work"),
+             "report_dir": str(folder / "reports"), "threads": 1}}  # fmt: skip
+    command = [sys.executable, "-m", "tests.production.undisturbed", json.dumps({**tree, **local})]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def test_ends_as_if_nothing_had_happened(struck, s3, tmp_path):
-    tree, run, _ = struck
+    _, run, _, undisturbed = struck
     assert run["state"]["name"] == "Completed", run["state"]
     store = s3("struck", tmp_path / "cache")
-    local = {"store": str(tmp_path / "store"), "runtime": {"work_dir": str(tmp_path / "work"),
-             "report_dir": str(tmp_path / "reports"), "threads": 1}}  # fmt: skip
-    undisturbed = pipeline(overrides={**tree, **local}, return_state=True).result()
     champion = store.history.latest("champion/struck")
-    assert champion["policy"] == undisturbed.refs["train-policy"].digest
+    assert champion["policy"] == undisturbed["train-policy"]
     for stage in STAGES:
-        names = store.history.names(f"records/{stage}/")
-        entries = [e for name in names for e in store.history.entries(name)]
-        assert [e["digest"] for e in entries] == [undisturbed.refs[stage].digest]
+        entries = [
+            e
+            for name in store.history.names(f"records/{stage}/")
+            for e in store.history.entries(name)
+        ]
+        assert [e["digest"] for e in entries] == [undisturbed[stage]]
     assert len(store.history.entries("champion/struck")) == 1
 
 
 def test_a_retried_parent_waits_for_the_child_that_lives(struck):
-    _, run, children = struck
+    _, run, children, _ = struck
     states = [c["state"]["name"] for c in children if c["name"].endswith("train-policy")]
     assert states == ["Crashed", "Crashed", "Completed"]
     assert run["run_count"] == 2
@@ -96,7 +129,7 @@ def test_a_retried_parent_waits_for_the_child_that_lives(struck):
 
 
 def test_children_are_linked_and_placed(struck, workers):
-    _, run, children = struck
+    _, run, children, _ = struck
     pools = {c["name"].rpartition("-")[2]: c["work_pool_name"] for c in children}
     assert pools == {"sft": "gpu", "model": "reward", "policy": "gpu"}
     for child in children:
@@ -125,17 +158,12 @@ def test_cancelling_the_parent_stops_the_child_and_another_parent_takes_it_for_a
     run = workers.submit("rlhf-pipeline", overrides=asked)
     child = policy_child(workers, run, 1)
     other = workers.submit("rlhf-pipeline", overrides=asked)
-    give_up = time.monotonic() + 60
-    while f"found {child['name']}" not in workers.logs(other) and time.monotonic() < give_up:
-        time.sleep(0.5)
+    until(lambda: f"found {child['name']}" in workers.logs(other))
     workers.cancel(run)
-    workers.wait(run, 150, "Cancelled")
-    workers.wait(child["id"], 180, "Cancelled")
-    give_up = time.monotonic() + 30
-    while processes_of(child["id"]) and time.monotonic() < give_up:
-        time.sleep(0.5)
-    assert not processes_of(child["id"])
-    assert workers.wait(other, 150)["state"]["name"] == "Failed"
+    workers.wait(run, "Cancelled")
+    workers.wait(child["id"], "Cancelled")
+    until(lambda: not processes_of(child["id"]))
+    assert workers.wait(other)["state"]["name"] == "Failed"
     assert workers.children(other) == []
 
 
@@ -144,11 +172,8 @@ def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_pat
     ppo = {**tree["ppo"], "kl_coef": 0.3, "total_episodes": 32}
     manual = {**tree, "ppo": ppo, "promotion": {"name": "struck", "approval": "manual"}}
     run = workers.submit("rlhf-pipeline", overrides=manual)
-    waiting = workers.wait(run, 180, "Suspended")
-    give_up = time.monotonic() + 20
-    while processes_of(run) and time.monotonic() < give_up:
-        time.sleep(0.5)
-    assert not processes_of(run)
+    waiting = workers.wait(run, "Suspended")
+    until(lambda: not processes_of(run))
     keyset = waiting["state"]["state_details"]["run_input_keyset"]
     form = workers.api(f"flow_runs/{run}/input/{keyset['description']}")
     assert "gate-policy" in form
@@ -157,7 +182,7 @@ def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_pat
     before = store.history.latest("champion/struck")
     said = workers.run("rlhf", "approve", waiting["name"], "--by", "ann", "--why", "reads well")
     assert "approved" in said
-    assert workers.wait(run, 180)["state"]["name"] == "Completed"
+    assert workers.wait(run)["state"]["name"] == "Completed"
     after = store.history.latest("champion/struck")
     assert after["policy"] != before["policy"]
     assert (after["by"], after["why"], after["run"]) == ("ann", "reads well", waiting["name"])
@@ -167,9 +192,9 @@ def test_a_refused_policy_is_not_promoted(struck, workers, s3, tmp_path):
     tree, *_ = struck
     ppo = {**tree["ppo"], "kl_coef": 0.4, "total_episodes": 32}
     run = workers.submit("rlhf-pipeline", overrides={**tree, "ppo": ppo, "promotion": "manual"})
-    workers.wait(run, 180, "Suspended")
+    workers.wait(run, "Suspended")
     workers.run("rlhf", "approve", run[:8], "--refuse", "--by", "bob", "--why", "too curt")
-    ended = workers.wait(run, 180)["state"]
+    ended = workers.wait(run)["state"]
     assert ended["name"] == "Refused"
     assert "bob" in ended["message"]
     assert s3("struck", tmp_path / "cache").history.latest("champion/default") is None
@@ -180,21 +205,19 @@ def test_retraining_looks_first(struck, workers, s3, tmp_path):
     short = {**tree, "ppo": {**tree["ppo"], "total_episodes": 32}}
     again = workers.submit("retraining/retraining", preset="none", overrides=short)
     nothing = workers.submit("retraining/retraining", preset="none", overrides=short)
-    workers.wait(nothing, 150, "AwaitingConcurrencySlot")
-    first = workers.wait(again, 240)
+    workers.wait(nothing, "AwaitingConcurrencySlot")
+    first = workers.wait(again)
     assert first["state"]["name"] == "Completed", first["state"]
     store = s3("struck", tmp_path / "cache")
     champion = store.history.latest("champion/struck")
     sft = store.manifest(champion["policy"]).parents["sft"]
     assert "base" in store.manifest(sft).parents
-    ended = workers.wait(nothing, 240)
+    ended = workers.wait(nothing)
     assert (ended["state"]["name"], ended["state"]["type"]) == ("NoNewData", "COMPLETED")
     assert first["name"] in ended["state"]["message"]
     assert "train-sft" not in workers.logs(nothing)
     more = {**short, "data": {"world": {**tree["data"]["world"], "pairs": 70}},
             "retraining": {"min_new_pairs": 1000}}  # fmt: skip
-    few = workers.wait(
-        workers.submit("retraining/retraining", preset="none", overrides=more), 150
-    )  # fmt: skip
+    few = workers.wait(workers.submit("retraining/retraining", preset="none", overrides=more))
     assert few["state"]["name"] == "NoNewData"
     assert "min_new_pairs = 1000" in few["state"]["message"]

@@ -33,7 +33,7 @@ FLAGS = (
     "--remote-debugging-pipe", "about:blank",
 )  # fmt: skip
 PROTOCOL_IN, PROTOCOL_OUT = 3, 4
-TIMEOUT = 60.0
+TIMEOUT = 300.0
 
 
 def chromium_path() -> str:
