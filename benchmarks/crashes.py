@@ -153,7 +153,7 @@ def main() -> None:
     print(f"seed {given.seed}, {given.kills} blows, {given.size}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     with ceph_server() as s3, client_of(s3, "crashes"):
-        throttle = [sys.executable, "-m", "benchmarks.throttle", s3.endpoint, "1000"]
+        throttle = [sys.executable, "-m", "benchmarks.storage.throttle", s3.endpoint, "1000"]
         network = subprocess.Popen(
             throttle, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )

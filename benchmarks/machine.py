@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.side import CPU, synchronise
-from benchmarks.workload import Size
+from benchmarks.ppo.process import CPU, synchronise
+from benchmarks.ppo.workload import Size
 
 SETTINGS = ("highest", "medium")
 SECONDS = 0.3

@@ -48,7 +48,7 @@ def open_named(store: str | None, config: Path | None) -> Store:
 def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
     """List all artifacts of a store, the newest last."""
     from flows.terminal import artifacts_table
-    from rlhf.registry import model_lines
+    from rlhf.champions import model_lines
 
     opened = open_named(store, config)
     champions = {line: opened.history.latest(f"champion/{line}") for line in model_lines(opened)}
@@ -154,7 +154,7 @@ def push(
         What it is, for example policy, reward-model or dataset.
     """
     from rlhf.store import PublishError
-    from tasks.code_version import producer
+    from tasks.runner import producer
 
     opened = open_named(store, config)
     try:

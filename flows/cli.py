@@ -12,8 +12,8 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
-from flows import approving, artifacts, registry, runs
-from flows.leaving import exit_on_signals
+from flows import artifacts, champions, runs
+from flows.signals import exit_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
 
@@ -39,7 +39,7 @@ app.command(config_app)
 app.command(artifacts.app)
 for command in (
     runs.runs, runs.status,
-    approving.approve, registry.promote, registry.rollback, registry.champion,
+    champions.approve, champions.promote, champions.rollback, champions.champion,
 ):  # fmt: skip
     app.command(command)
 console = Console()
@@ -86,7 +86,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     if isinstance(result, BaseException):
         return fail(result)
     show_run(console, result)
-    if result.outcome in (RunOutcome.PROMOTED, RunOutcome.AWAITINGAPPROVAL):
+    if result.outcome in (RunOutcome.PROMOTED, RunOutcome.AWAITING_APPROVAL):
         return 0
     return fail(result.error or RuntimeError(result.reason))
 

@@ -12,22 +12,22 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
-from flows.leaving import before_prefect
-from rlhf.config import Loaded, advice
+from flows.signals import exit_on_sigterm
+from rlhf.config import LoadedConfig, advice
 from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
 from rlhf.report import RunOutcome, StageRow, StageState
-from tasks.approval import is_waiting, wait_for_approval
-from tasks.first import preflight_flow
-from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, configuration_name, resolve
+from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, configuration_name, resolve
 from tasks.prefect_tasks import run_task
+from tasks.preflight import preflight_flow
+from tasks.promotion import is_waiting, wait_for_approval
 from tasks.report import PipelineRun, write_report
 from tasks.runner import Outcome
 from tasks.stages import STAGES
 
 #: Outcome of a run that one of these errors stopped; any other error is a failure.
 OUTCOMES = (
-    (GateRejected, RunOutcome.GATEREJECTED),
-    (ApprovalMissing, RunOutcome.AWAITINGAPPROVAL),
+    (GateRejected, RunOutcome.GATE_REJECTED),
+    (ApprovalMissing, RunOutcome.AWAITING_APPROVAL),
     (ApprovalRefused, RunOutcome.REFUSED),
 )
 
@@ -45,7 +45,7 @@ def run_name() -> str:
 
 
 @flow(name="rlhf-pipeline", flow_run_name=run_name, persist_result=False)
-def pipeline(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> State[PipelineRun]:
+def pipeline(preset: Preset = NO_PRESET, overrides: Overrides = NO_OVERRIDES) -> State[PipelineRun]:
     """Data prep → SFT → reward model → gate → PPO → gate → promotion, then a report.
 
     Args:
@@ -58,7 +58,7 @@ def pipeline(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> Stat
     return state
 
 
-def run_pipeline(loaded: Loaded) -> tuple[State[PipelineRun], PipelineRun]:
+def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]:
     """Run the stages and write the report, as part of the flow that is running."""
     config = loaded.config
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -67,12 +67,12 @@ def run_pipeline(loaded: Loaded) -> tuple[State[PipelineRun], PipelineRun]:
     run.advice = tuple(advice(config))
     for line in run.advice:
         get_run_logger().warning(line)
-    with before_prefect():
+    with exit_on_sigterm():
         run_stages(run)
         write_report(run)
     if run.outcome == RunOutcome.PROMOTED:
         return Completed(message=run.reason, data=run), run
-    if run.outcome == RunOutcome.AWAITINGAPPROVAL:
+    if run.outcome == RunOutcome.AWAITING_APPROVAL:
         return Completed(name=run.outcome.value, message=run.reason, data=run), run
     state = None if run.outcome == RunOutcome.FAILED else run.outcome.value
     # A worker's process ends with the error; the caller of the flow gets the whole run.
@@ -85,7 +85,7 @@ def run_stages(run: PipelineRun) -> None:
     for stage in STAGES.values():
         inputs = {role: run.refs[maker] for role, maker in stage.inputs.items()}
         if stage.needs_approval and is_waiting(run.config, inputs["policy"]):
-            run.outcome = RunOutcome.AWAITINGAPPROVAL
+            run.outcome = RunOutcome.AWAITING_APPROVAL
             run.reason = "The policy met every gate and waits for a person's approval."
             # A run of a deployment ends here, until it is resumed.
             wait_for_approval(run.config, inputs["policy"], run.name, write_report(run))
@@ -114,5 +114,5 @@ def run_stages(run: PipelineRun) -> None:
         )
     done = {row.name for row in run.rows}
     run.rows += [
-        StageRow(name=name, state=StageState.NOTRUN) for name in STAGES if name not in done
+        StageRow(name=name, state=StageState.NOT_RUN) for name in STAGES if name not in done
     ]

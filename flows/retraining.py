@@ -10,9 +10,9 @@ from prefect.states import Completed
 
 from flows.pipeline import run_name, run_pipeline
 from rlhf.report.model import RunOutcome
-from tasks.first import preflight_flow
-from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
+from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
+from tasks.preflight import preflight_flow
 from tasks.retraining import new_pairs, record_retraining, situation, warm_started
 from tasks.runner import Outcome
 from tasks.stage import store_of
@@ -22,7 +22,7 @@ NO_NEW_DATA = "NoNewData"
 
 
 @flow(name="retraining", flow_run_name=run_name, persist_result=False)
-def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> State[Any]:
+def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NO_OVERRIDES) -> State[Any]:
     """Look at the data, and if they are new enough, run the pipeline warm-started.
 
     Args:
@@ -43,7 +43,7 @@ def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NOTHING) -> St
         return _nothing(f"{count} new pairs, and retraining.min_new_pairs = {least}")
     get_run_logger().info("%d new pairs: retraining", count)
     ended, run = run_pipeline(warm_started(loaded, state.champion, store))
-    if run.outcome in (RunOutcome.PROMOTED, RunOutcome.GATEREJECTED, RunOutcome.REFUSED):
+    if run.outcome in (RunOutcome.PROMOTED, RunOutcome.GATE_REJECTED, RunOutcome.REFUSED):
         record_retraining(state, outcome.ref, run.name, run.outcome, store)
     return ended
 

@@ -6,13 +6,13 @@ from prefect import Flow, flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.leaving import before_prefect
+from flows.signals import exit_on_sigterm
 from rlhf.config import advice
 from rlhf.errors import GateRejected
 from rlhf.report.model import RunOutcome
-from tasks.first import preflight_flow
-from tasks.parameters import NO_PRESET, NOTHING, Overrides, Preset, resolve
+from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
+from tasks.preflight import preflight_flow
 from tasks.runner import Outcome, find_inputs
 from tasks.stage import Stage, store_of
 from tasks.stages import (
@@ -34,7 +34,7 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
     @flow(name=stage.name, persist_result=False)
     def stage_flow(
         preset: Preset = NO_PRESET,
-        overrides: Overrides = NOTHING,
+        overrides: Overrides = NO_OVERRIDES,
         inputs: dict[str, str] = NO_INPUTS,
     ) -> State[Outcome]:
         """Run one stage; inputs that are not given are those recorded under this configuration.
@@ -50,11 +50,11 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
             get_run_logger().warning(line)
         store = store_of(config)
         given = {role: store.resolve(digest) for role, digest in inputs.items()}
-        with before_prefect():
+        with exit_on_sigterm():
             state = run_task(stage, config, find_inputs(stage, config, given))
         result = state.result(raise_on_failure=False)
         if isinstance(result, GateRejected):
-            return Failed(name=RunOutcome.GATEREJECTED.value, message=str(result), data=result)
+            return Failed(name=RunOutcome.GATE_REJECTED.value, message=str(result), data=result)
         if isinstance(result, BaseException):
             raise result
         return Completed(name=state.name, message=state.message, data=result)

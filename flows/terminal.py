@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from rlhf.config import Loaded, on_this_machine
-from rlhf.files import at_home, read_json
-from rlhf.registry import Promotion
+from rlhf.champions import Promotion
+from rlhf.config import LoadedConfig, apply_machine_settings
+from rlhf.files import expand_home, read_json
 from rlhf.report import OUTCOMES, STATES
 from rlhf.store import Ancestor, Artifact
 from tasks.stage import store_of
@@ -31,14 +31,14 @@ def show_run(console: Console, run: PipelineRun) -> None:
         samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
         console.print(_samples(samples))
     console.print(Text(f"{run.outcome}: {run.reason}", OUTCOMES[run.outcome].style))
-    tracking = on_this_machine(run.config).tracking
-    logs = at_home(tracking.log_dir)
+    tracking = apply_machine_settings(run.config).tracking
+    logs = expand_home(tracking.log_dir)
     if "tensorboard" in tracking.trackers and logs.is_dir():
         console.print(Text(f"metrics: tensorboard --logdir {logs}"), soft_wrap=True)
     console.print(Text(f"report: {run.report}"), soft_wrap=True)
 
 
-def config_table(loaded: Loaded) -> Table:
+def config_table(loaded: LoadedConfig) -> Table:
     """Return all values of a configuration and their origins as a table."""
     table = Table()
     for name in ("field", "value", "from"):

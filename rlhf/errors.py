@@ -120,7 +120,7 @@ class SmokeTestFailed(RLHFError):
     """The published policy, loaded as a user would, produces no answers."""
 
 
-def worth_retrying(error: BaseException) -> bool:
+def is_retriable(error: BaseException) -> bool:
     """Return whether a retry of the same work may succeed.
 
     `RLHFError.retriable` decides, or for other exceptions whether they come from the machine: an

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,22 @@ from torch import Tensor
 from rlhf.config import DataConfig, EvaluationConfig, PPOConfig, RuntimeConfig
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
-from rlhf.environments.stop import Ending
+from rlhf.environments.stop import StopSequences
 from rlhf.errors import DataError
 from rlhf.files import write_json
-from rlhf.judges import Judge, ceiling_of, judge_of
-from rlhf.modeling.base import context_of, device_of, load_policy
+from rlhf.modeling.base import context_length, load_policy
 from rlhf.modeling.critic import freeze
+from rlhf.modeling.device import prepare_device
+from rlhf.modeling.generate import Replies, generate
+from rlhf.modeling.logprobs import log_probs_and_entropy
 from rlhf.modeling.reward import Scorer
-from rlhf.ppo.rollout import Replies, Sampling, generate, log_probs_and_entropy
-from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult
+from rlhf.modeling.sampling import Sampling
+from rlhf.stage import Progress, StageResult, silent
 from rlhf.statistics import repeated_ngrams, share
 
 EVALUATION = "evaluation.json"
+
+
 SAMPLES = "samples.json"
 
 
@@ -65,7 +68,7 @@ def evaluate_reward_model(
     pairs = read_rows(data / PAIRS_EVAL, Pair)
     if not pairs:
         raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
-    scorer = Scorer(reward_model, device_of(runtime or RuntimeConfig()), max_length)
+    scorer = Scorer(reward_model, prepare_device(runtime or RuntimeConfig()), max_length)
     chosen = _score_in_parts(scorer, pairs, "chosen", progress, 0)
     rejected = _score_in_parts(scorer, pairs, "rejected", progress, len(pairs))
     # A tie counts a half: a model with the same score for everything is no better than a coin.
@@ -120,12 +123,12 @@ def evaluate_policy(
     if not rows:
         raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
     groups = _groups([row.group for row in rows])
-    device = device_of(runtime or RuntimeConfig())
+    device = prepare_device(runtime or RuntimeConfig())
     models = [freeze(load_policy(folder)).to(device) for folder in (sft, policy)]
     renderer = load_renderer(sft)
-    scorer = Scorer(reward_model, device, context_of(models[0]))
+    scorer = Scorer(reward_model, device, context_length(models[0]))
     judge = judge_of(config)
-    ending = Ending(renderer, ppo.generation.stop_sequences)
+    ending = StopSequences(renderer, ppo.generation.stop_sequences)
     evaluation: dict[str, Any] = {"n": len(rows)}
     for part, (mode, temperature) in enumerate((("sampled", config.temperature), ("greedy", 0.0))):
         sampling = Sampling(ppo.max_new_tokens, temperature)
@@ -133,7 +136,7 @@ def evaluate_policy(
         for index, model in enumerate(models):
             reference = models[0] if index == 1 else None
             answers.append(
-                _answer(
+                answer_prompts(
                     model, reference, rows, renderer, ending, scorer, judge, sampling, seed, config
                 )
             )
@@ -156,13 +159,14 @@ def evaluate_policy(
 
 
 @torch.no_grad()
-def _answer(
-    model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer, ending: Ending,
-    scorer: Scorer, judge: Judge | None, sampling: Sampling, seed: int, config: EvaluationConfig,
+def answer_prompts(
+    model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer,
+    ending: StopSequences, scorer: Scorer, judge: Judge | None, sampling: Sampling, seed: int,
+    config: EvaluationConfig,
 ) -> Answers:  # fmt: skip
     """Generate and score a model's replies; with a reference, estimate their KL too."""
     prompts = [r.prompt for r in rows]
-    max_prompt = context_of(model) - sampling.max_new_tokens
+    max_prompt = context_length(model) - sampling.max_new_tokens
     texts: list[str] = []
     tokens, finished, kl = [], [], []
     for start in range(0, len(rows), config.batch_size):
@@ -284,3 +288,25 @@ def _kl(model: Any, reference: Any, replies: Replies) -> Float[Tensor, " batch"]
     log_p, _ = log_probs_and_entropy(model, replies, 1.0, entropy=False)
     log_p_ref, _ = log_probs_and_entropy(reference, replies, 1.0, entropy=False)
     return ((log_p - log_p_ref) * replies.mask).sum(1)
+
+
+Judge = Callable[[Any, str], float]
+
+
+def judge_of(config: EvaluationConfig) -> Judge | None:
+    """Return the configured judge: `judge(prompt, reply) -> score`."""
+    if config.judge == "none":
+        return None
+    from rlhf.world import gold
+
+    return gold
+
+
+def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
+    """Return the best accuracy to expect on these noisy labels, if it is known."""
+    if config.judge == "none":
+        return None
+    from rlhf.world import WorldPair, ceiling
+
+    rows = [WorldPair(str(p.prompt), p.chosen, p.rejected) for p in pairs]
+    return ceiling(rows, data.world.temperature)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import files_sha256, known_sha256
-from rlhf.store.backend import Sink, in_parallel
+from rlhf.store.objects import Sink, in_parallel
 
 if TYPE_CHECKING:
     from rlhf.store.s3 import S3Backend

@@ -12,6 +12,8 @@ from typing import Any
 
 #: sha256 of files by path, size and time of change.
 _digests: dict[tuple[Path, int, int], str] = {}
+
+
 #: Nanoseconds after which a changed file is sure to have another time of change: FAT's resolution.
 _SETTLED = 2 * 10**9
 
@@ -27,7 +29,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def at_home(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """Expand `~` and `~user`; the path of an unknown user stays as it is, and so is missing."""
     path = Path(path)
     try:

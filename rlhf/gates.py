@@ -8,7 +8,7 @@ from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from rlhf.config.models import GateRule
+from rlhf.config.training import GateRule
 from rlhf.errors import GateRejected
 from rlhf.files import read_json
 

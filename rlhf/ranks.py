@@ -13,11 +13,13 @@ from torch import Tensor
 from rlhf.errors import RLHFError, TrainingError
 
 T = TypeVar("T")
+
+
 #: Bytes that are sent at a time; the values are copied into a buffer for it.
 BUCKET = 2**26
 
 
-def world() -> tuple[int, int]:
+def rank_and_count() -> tuple[int, int]:
     """Rank and number of processes, from the environment variables that torchrun sets."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -33,7 +35,7 @@ class Ranks:
         self.device = device or torch.device("cpu")
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """True in the leader: the process that writes, uploads and reports progress."""
         return self.rank == 0
 
@@ -57,7 +59,7 @@ class Ranks:
         """Return whether the flag is true in any process."""
         return any(self.gather(flag)) if self.count > 1 else flag
 
-    def must_agree(self, what: str, value: float) -> None:
+    def check_equal(self, what: str, value: float) -> None:
         """Check that all processes have the same value; `what` names it in the error.
 
         Raises:
@@ -70,7 +72,7 @@ class Ranks:
                 "processes = none trains without this risk"
             )
 
-    def add_up(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all processes, in place."""
         if self.count == 1:
             return
@@ -81,7 +83,7 @@ class Ranks:
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def shared(
+    def split_batches(
         self, function: Callable[[Sequence[T]], Sequence[float]]
     ) -> Callable[[Sequence[T]], Sequence[float]]:
         """Wrap a function of a batch so that each process computes its own rows of it."""
@@ -95,7 +97,7 @@ class Ranks:
 
         return call
 
-    def led(
+    def on_leader(
         self, function: Callable[[Sequence[T]], Sequence[float]]
     ) -> Callable[[Sequence[T]], Sequence[float]]:
         """Wrap a function so that only the leader calls it; all get its result or error.
@@ -107,7 +109,7 @@ class Ranks:
 
         def call(batch: Sequence[T]) -> list[float]:
             result: list[Any] = [None]
-            if self.leads:
+            if self.is_leader:
                 try:
                     result = [list(function(batch))]
                 except RLHFError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PrinterCallback
@@ -22,18 +23,26 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
-from rlhf.modeling.base import (
-    context_of,
-    device_of,
-    fit_embeddings,
-    load_tokenizer,
-    weights_digest,
+from rlhf.modeling.base import context_length, fit_embeddings, load_tokenizer
+from rlhf.modeling.device import prepare_device
+from rlhf.modeling.lora import (
+    ADAPTER_FOLDER,
+    lora_config,
+    merge_adapter,
+    save_adapter,
+    target_module_errors,
 )
-from rlhf.modeling.lora import FOLDER, lora_config, merged, named_targets, save_adapter
-from rlhf.modeling.reward import counted_tokens, load_reward_model, save_reward_model
-from rlhf.progress import Progress, silent
-from rlhf.ranks import world
-from rlhf.stage import StageResult
+from rlhf.modeling.reward import (
+    META,
+    counted_tokens,
+    load_reward_model,
+    reward_meta,
+    save_reward_model,
+)
+from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.modeling.weights import save_model, weights_digest
+from rlhf.ranks import rank_and_count
+from rlhf.stage import Progress, StageResult, silent
 from rlhf.trl_adapter import (
     MultiProcessMixin,
     ProgressCallback,
@@ -72,8 +81,8 @@ def train_reward_model(
         ConfigError: The base has no sequence classifier with one label.
         DataError: There are no training pairs.
     """
-    device = device_of(runtime or RuntimeConfig())
-    leads = world()[0] == 0
+    device = prepare_device(runtime or RuntimeConfig())
+    leads = rank_and_count()[0] == 0
     torch.manual_seed(seed)
     start = config.base or sft
     renderer = Renderer(load_tokenizer(start))
@@ -86,7 +95,7 @@ def train_reward_model(
             f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
             f"and {start} has none; set it to 0"
         )
-    room = min(config.max_length, context_of(model))
+    room = min(config.max_length, context_length(model))
     rows = _encode(read_rows(data / PAIRS_TRAIN, Pair), renderer, room)
     trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
     base = None
@@ -94,9 +103,9 @@ def train_reward_model(
         # With ppo.shared_base PPO loads the adapter alone, onto the policy's base.
         base = weights_digest(Path(sft))
         if leads:
-            save_adapter(trained, out_dir / FOLDER)
+            save_adapter(trained, out_dir / ADAPTER_FOLDER)
     if leads:
-        save_reward_model(merged(trained), renderer, out_dir, base)
+        save_reward_model(merge_adapter(trained), renderer, out_dir, base)
         write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
     return StageResult(
@@ -130,7 +139,7 @@ def _train(
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
-        with named_targets("reward_model", config.lora):
+        with target_module_errors("reward_model", config.lora):
             trainer = _Trainer(
                 model=model,
                 args=TRLRewardConfig(**arguments, length_column_name="length"),
@@ -178,3 +187,65 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
         embedding = self.accelerator.unwrap_model(model).get_input_embeddings().weight
         logits = outputs.hidden_states[0][:half, :-1][counted] @ embedding.T
         return F.cross_entropy(logits, ids[:, 1:][counted])
+
+
+def publish_ready_reward_model(
+    model: ExternalModel, folder: Path, out_dir: Path, *, runtime: RuntimeConfig | None = None
+) -> StageResult:
+    """Check an external reward model; write it to `out_dir` as safetensors.
+
+    Its `rlhf.json` (pooling, rendering) is copied. A tokenizer without chat template or padding
+    token is completed like that of a base model.
+
+    Args:
+        model: The model's entry in the configuration; named in errors.
+        folder: Its files on this machine.
+        out_dir: Empty folder for the reward model.
+        runtime: Device and threads.
+
+    Raises:
+        ConfigError: It is not a sequence-classification model with one label, lacks a `score` head
+            or its weights, has no usable tokenizer, or not the one it was trained with.
+    """
+    prepare_device(runtime or RuntimeConfig())
+    model.select([path.name for path in folder.iterdir()])
+    model.check_config((folder / CONFIG).read_bytes())
+    _check_head(model, folder)
+    try:
+        renderer = Renderer(load_tokenizer(folder))
+        reward_model = load_reward_model(folder, renderer)
+    except ConfigError as error:
+        raise model.error(str(error)) from None
+    meta = reward_meta(folder)
+    if meta.get("template_hash") not in (None, renderer.template_hash):
+        raise model.error(
+            "its tokenizer or chat template changed since it was trained; restore them, or train "
+            "it again"
+        )
+    fit_embeddings(reward_model, renderer.tokenizer)
+    save_model(reward_model, out_dir)
+    renderer.tokenizer.save_pretrained(out_dir)
+    write_json(out_dir / META, {**meta, "pooling": reward_model.pooling})
+    return StageResult({"parameters": reward_model.num_parameters()})
+
+
+def _check_head(model: ExternalModel, folder: Path) -> None:
+    """Check that the weights include the head.
+
+    transformers would initialise a missing one randomly.
+
+    Raises:
+        ConfigError: The head is missing, or a file can't be read.
+    """
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as weights:
+                names.update(weights.keys())
+        except (OSError, SafetensorError) as error:
+            raise model.error(f"{path.name} is broken ({error}); copy or save it again") from None
+    if "score.weight" not in names:
+        raise model.error(
+            "its weights hold no linear head called `score`, by which decoder models are made "
+            "sequence classifiers; give a decoder-type reward model"
+        )

@@ -17,12 +17,12 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
 from rlhf.files import write_json
-from rlhf.modeling.base import context_of, device_of, load_base
-from rlhf.modeling.lora import lora_config, merged, named_targets
-from rlhf.modeling.shards import save_model
-from rlhf.progress import Progress, silent
-from rlhf.ranks import world
-from rlhf.stage import StageResult
+from rlhf.modeling.base import context_length, load_base
+from rlhf.modeling.device import prepare_device
+from rlhf.modeling.lora import lora_config, merge_adapter, target_module_errors
+from rlhf.modeling.weights import save_model
+from rlhf.ranks import rank_and_count
+from rlhf.stage import Progress, StageResult, silent
 from rlhf.trl_adapter import (
     MultiProcessMixin,
     ProgressCallback,
@@ -60,15 +60,15 @@ def train_sft(
         ConfigError: The base can't be loaded or used.
         DataError: There are no demonstrations.
     """
-    device = device_of(runtime or RuntimeConfig())
-    leads = world()[0] == 0
+    device = prepare_device(runtime or RuntimeConfig())
+    leads = rank_and_count()[0] == 0
     demonstrations = read_rows(data / DEMONSTRATIONS, Demonstration)
     model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
     renderer = Renderer(tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     if config.enabled:
-        room = min(config.max_length, context_of(model))
+        room = min(config.max_length, context_length(model))
         rows = _encode(demonstrations, renderer, room)
         use_cpu = device.type == "cpu"
         model, curve = _train(model, rows, config, renderer, seed, use_cpu, progress)
@@ -121,7 +121,7 @@ def _train(
     """Return the trained model, adapters merged, and its curve."""
     callback = ProgressCallback(progress)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
-        with named_targets("sft", config.lora):
+        with target_module_errors("sft", config.lora):
             trainer = _Trainer(
                 model=model,
                 args=TRLSFTConfig(
@@ -136,7 +136,9 @@ def _train(
             )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return merged(gather_weights(trainer.accelerator.unwrap_model(trainer.model))), callback.curve
+    return merge_adapter(
+        gather_weights(trainer.accelerator.unwrap_model(trainer.model))
+    ), callback.curve
 
 
 class _Trainer(MultiProcessMixin, SFTTrainer):

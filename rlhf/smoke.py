@@ -127,17 +127,18 @@ def _replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) ->
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rlhf.data.rendering import Renderer
-    from rlhf.modeling.base import context_of, device_of
+    from rlhf.modeling.base import context_length
+    from rlhf.modeling.device import prepare_device
 
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     renderer = Renderer(AutoTokenizer.from_pretrained(folder, **local))
-    device = device_of(runtime)
+    device = prepare_device(runtime)
     load: Any = AutoModelForCausalLM.from_pretrained
     model, info = load(folder, use_safetensors=True, output_loading_info=True, **local)
     if info["missing_keys"]:  # transformers initialises them at random
         raise SmokeTestFailed(f"its files lack the weights of {sorted(info['missing_keys'])[0]}")
     model = model.to(device).eval()
-    max_length = context_of(model) - NEW_TOKENS
+    max_length = context_length(model) - NEW_TOKENS
     torch.manual_seed(0)
     with torch.no_grad():
         return [

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from rlhf.config.models import TrainingSection
+from rlhf.config.training import TrainingSection
 from rlhf.errors import TrainingError
-from rlhf.progress import Progress
-from rlhf.ranks import world
+from rlhf.ranks import rank_and_count
+from rlhf.stage import Progress
 
 #: FSDP: weights, gradients and optimiser state of every block are sharded; a block's weights are
 #: gathered only while it computes.
@@ -41,7 +41,7 @@ def training_arguments(
         seed: Seed of shuffling.
         use_cpu: Train on the CPU even if an accelerator is available.
     """
-    share = section.batch_size // world()[1]
+    share = section.batch_size // rank_and_count()[1]
     micro = min(section.micro_batch_size or share, share)
     steps = max(1, int(rows * section.epochs / section.batch_size))
     return {
@@ -85,7 +85,7 @@ class MultiProcessMixin:
         The default groups rows by one process's share of a batch, which gives other batches.
         """
         sampler = super()._get_train_sampler(*args, **options)  # pyright: ignore
-        sampler.batch_size *= world()[1]
+        sampler.batch_size *= rank_and_count()[1]
         return sampler
 
     def create_accelerator_and_postprocess(self) -> None:

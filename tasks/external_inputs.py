@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
-from rlhf.config.processes import WHERE
+from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.custom_code import CustomCode
-from rlhf.files import at_home
+from rlhf.files import expand_home
 from rlhf.modeling.source import ExternalModel
 
 
-def base_of_others(config: PipelineConfig) -> ExternalModel | None:
+def external_base_model(config: PipelineConfig) -> ExternalModel | None:
     """Return the model that SFT starts from; None to start from scratch."""
     base = config.base
     if base.path is None:
@@ -20,7 +20,7 @@ def base_of_others(config: PipelineConfig) -> ExternalModel | None:
     return ExternalModel("base.path", base.path, config.store_options, base.revision)
 
 
-def reward_model_of_others(config: PipelineConfig) -> ExternalModel | None:
+def external_reward_model(config: PipelineConfig) -> ExternalModel | None:
     """Return a ready reward model, or one that training starts from; None to start from SFT."""
     if config.ppo.reward_model_path is not None:
         path = config.ppo.reward_model_path
@@ -34,10 +34,12 @@ def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
     """Return the settings that shape the reward model, without the external model itself."""
     if config.ppo.reward_model_path is not None:
         return {"reward_model": "ready"}  # nothing is trained
-    return {"reward_model": config.reward_model.model_dump(exclude={"base", *WHERE})}
+    return {
+        "reward_model": config.reward_model.model_dump(exclude={"base", *UNFINGERPRINTED_FIELDS})
+    }
 
 
-def judges_of_others(config: PPOConfig) -> dict[str, str]:
+def reward_function_digests(config: PPOConfig) -> dict[str, str]:
     """Return digests of the operator's reward functions and of the pair model, by setting.
 
     Raises:
@@ -70,20 +72,20 @@ def pair_model(folder: str) -> ExternalModel:
         ConfigError: It is no folder on this machine.
     """
     model = ExternalModel("ppo.env_config.pair_model", folder, ready=True)
-    if not at_home(folder).is_dir():
+    if not expand_home(folder).is_dir():
         raise model.error("is no folder; give that of a one-label sequence classifier")
     # Absolute, so that owner/name is not looked up on a hub.
-    return ExternalModel(model.field, str(at_home(folder).absolute()), ready=True)
+    return ExternalModel(model.field, str(expand_home(folder).absolute()), ready=True)
 
 
 def check_tokens(config: PPOConfig) -> None:
     """Refuse a reward service's token that is missing or may not be sent.
 
     Raises:
-        ConfigError: See `rlhf.environments.remote.token_of`.
+        ConfigError: See `rlhf.environments.remote.read_token`.
     """
     for name, section in config.components.items():
         if isinstance(section, RemoteComponent) and section.token_env:
-            from rlhf.environments.remote import token_of  # imports torch, which takes seconds
+            from rlhf.environments.remote import read_token  # imports torch, which takes seconds
 
-            token_of(section, f"ppo.env_config.components.{name}")
+            read_token(section, f"ppo.env_config.components.{name}")

@@ -17,13 +17,16 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from rlhf.config import Loaded, PipelineConfig, load_preset, presets
+from rlhf.config import LoadedConfig, PipelineConfig, load_preset, presets
 
 Tree = dict[str, Any]
 
+
 NO_PRESET = "none"
+
+
 #: No override. A field that may be null has no form in Prefect's UI until its type is chosen.
-NOTHING: Tree = {}
+NO_OVERRIDES: Tree = {}
 
 
 class _PresetSchema:
@@ -61,16 +64,18 @@ def _partial_schema() -> Tree:
 
 
 Preset = Annotated[str, _PresetSchema()]
-Overrides = Annotated[Tree | PipelineConfig | Loaded, _OverridesSchema()]
 
 
-def resolve(preset: str, overrides: Tree | PipelineConfig | Loaded) -> Loaded:
+Overrides = Annotated[Tree | PipelineConfig | LoadedConfig, _OverridesSchema()]
+
+
+def resolve(preset: str, overrides: Tree | PipelineConfig | LoadedConfig) -> LoadedConfig:
     """Load the configuration that parameters name, or take the loaded one as is.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
     """
-    if isinstance(overrides, Loaded):
+    if isinstance(overrides, LoadedConfig):
         return overrides
     # Prefect has validated the parameters, so that a configuration is a mapping by now.
     return load_preset(None if preset == NO_PRESET else preset, cast("Tree", overrides))
@@ -78,15 +83,15 @@ def resolve(preset: str, overrides: Tree | PipelineConfig | Loaded) -> Loaded:
 
 def configuration_name(parameters: Mapping[str, Any]) -> str:
     """Return the name in a run's parameters: that of the overrides, or of the preset."""
-    overrides: Tree | Loaded = parameters.get("overrides") or {}
-    if isinstance(overrides, Loaded):
+    overrides: Tree | LoadedConfig = parameters.get("overrides") or {}
+    if isinstance(overrides, LoadedConfig):
         return overrides.config.name
     preset = parameters.get("preset", NO_PRESET)
     return overrides.get("name") or (preset if preset != NO_PRESET else "rlhf")
 
 
 def _unless_loaded(value: Any, to_mapping: core_schema.ValidatorFunctionWrapHandler) -> Any:
-    if isinstance(value, Loaded):
+    if isinstance(value, LoadedConfig):
         return value
     return to_mapping(value.model_dump(mode="json") if isinstance(value, PipelineConfig) else value)
 

@@ -12,17 +12,17 @@ from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
 from rlhf.config import PipelineConfig
-from rlhf.config.placement import INLINE
-from rlhf.errors import worth_retrying
+from rlhf.config.pipeline import INLINE
+from rlhf.errors import is_retriable
 from rlhf.gates import read_verdict, require
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
-from tasks.metrics import StageMetrics
 from tasks.progress import StageProgress, harmless
 from tasks.remote import run_remotely
 from tasks.runner import Outcome, run_stage
 from tasks.stage import Stage, store_of
 from tasks.stages import STAGES
+from tasks.trackers import StageMetrics
 
 Refs = dict[str, ArtifactRef]
 
@@ -41,7 +41,7 @@ def run_task(stage: Stage, config: PipelineConfig, inputs: Refs) -> State[Outcom
 def retry_condition(_: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Return whether a retry may succeed; that of a config error or a rejection can't."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, BaseException) and worth_retrying(error)
+    return isinstance(error, BaseException) and is_retriable(error)
 
 
 def _task(stage: Stage) -> Task[[PipelineConfig, Refs], Any]:
@@ -50,7 +50,7 @@ def _task(stage: Stage) -> Task[[PipelineConfig, Refs], Any]:
         persist_result=False,
     )  # fmt: skip
     def stage_task(config: PipelineConfig, inputs: Refs) -> State[Outcome]:
-        deployment = config.place_of(stage.name)
+        deployment = config.deployment_of(stage.name)
         if deployment == INLINE:
             metrics = StageMetrics(stage, config, inputs)
             with StageProgress(stage.name, metrics) as progress:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import time
 from contextvars import ContextVar
 
-from rlhf.config import PipelineConfig, TrackingConfig, on_this_machine
+from rlhf.config import PipelineConfig, TrackingConfig, apply_machine_settings
 from rlhf.errors import ConfigError, StoreError
-from rlhf.files import at_home
+from rlhf.files import expand_home
 from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.store import Store
-from tasks.external_inputs import check_tokens, judges_of_others
+from tasks.external_inputs import check_tokens, reward_function_digests
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
 log = logging.getLogger(__name__)
+
+
 #: The configuration that a command has checked, for the flow that it starts in this process.
 _checked: ContextVar[PipelineConfig | None] = ContextVar("_checked", default=None)
 
@@ -27,7 +30,7 @@ def preflight(config: PipelineConfig) -> None:
     Raises:
         ConfigError: One line naming field, value and cure (StoreConfigError for the store).
     """
-    config = on_this_machine(config)
+    config = apply_machine_settings(config)
     for field in ("work_dir", "report_dir"):
         _check_writable(f"runtime.{field}", getattr(config.runtime, field))
     _check_trackers(config.tracking)
@@ -40,7 +43,7 @@ def preflight(config: PipelineConfig) -> None:
         external = stage.external_model(config)
         if external is not None:
             _check_model(external, store)
-    judges_of_others(config.ppo)
+    reward_function_digests(config.ppo)
     check_tokens(config.ppo)
 
 
@@ -101,7 +104,7 @@ def _check_trackers(tracking: TrackingConfig) -> None:
 
 
 def _check_writable(field: str, path: str) -> None:
-    folder = at_home(path)
+    folder = expand_home(path)
     if str(folder).startswith("~"):
         raise ConfigError(f"{field} = {path!r}: there is no such user; choose another folder")
     try:
@@ -112,3 +115,32 @@ def _check_writable(field: str, path: str) -> None:
         ) from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{field} = {str(folder)!r}: not writable; choose another folder")
+
+
+def preflight_flow(config: PipelineConfig) -> None:
+    """Run the checks of a flow: placement, and preflight unless its command did it.
+
+    A run of a deployment may be resumed on another machine just while the store is down, so it
+    retries as often as a stage does. A command fails at once.
+
+    Raises:
+        ConfigError: One line naming field, value and cure.
+    """
+    # A command imports this module before it sets Prefect's environment variables.
+    from prefect.logging import get_run_logger
+    from prefect.runtime import deployment
+
+    from tasks.remote import check_placement
+
+    retries = config.retries
+    if not is_checked(config):
+        for left in reversed(range(retries.attempts + 1)):
+            try:
+                preflight(config)
+                break
+            except StoreError as error:
+                if not (deployment.id and left):
+                    raise
+                get_run_logger().warning("%s; asking again", error)
+                time.sleep(retries.delay_seconds * 2 ** min(retries.attempts - left, 5))
+    check_placement(config)

@@ -5,6 +5,7 @@ Prefect is imported in functions alone, so that a command can set its environmen
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from tasks.metrics import StageMetrics
+    from tasks.trackers import StageMetrics
+
 
 #: Metrics in a line of progress, in this order.
 SHOWN = ("loss", "accuracy", "reward", "kl", "entropy", "tokens", "pairs")
+
+
 #: Seconds between two lines, and between two updates of Prefect's UI.
 LINE_EVERY, UI_EVERY = 5.0, 3.0
 
@@ -161,3 +165,23 @@ class StageProgress:
             _display.close()
         if self._metrics:
             self._metrics.close()
+
+
+log = logging.getLogger("rlhf.tasks")
+
+
+class Transfer:
+    """Logs progress and ETA of a transfer every `LINE_EVERY` seconds."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._started = self._logged = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Log that `done` of `total` bytes have been moved, if a line is due."""
+        now = time.monotonic()
+        if now - self._logged < LINE_EVERY or not done:
+            return
+        self._logged = now
+        left = (now - self._started) * (total - done) / done
+        log.info("%s, %.0f of %.0f MB, ETA %s", self._what, done / 1e6, total / 1e6, minutes(left))

@@ -6,8 +6,15 @@ another run meanwhile is an error, not overwritten.
 
 from __future__ import annotations
 
-from rlhf import registry
-from rlhf.approvals import Approval, approval_of, require_approval
+from typing import Literal
+
+from prefect.flow_runs import suspend_flow_run
+from prefect.input import RunInput
+from prefect.runtime import deployment
+from pydantic import Field
+
+from rlhf import champions
+from rlhf.champions import Approval, approval_of, record_approval, require_approval
 from rlhf.config import PipelineConfig
 from rlhf.errors import PromotionLost
 from rlhf.files import write_json
@@ -15,9 +22,11 @@ from rlhf.gates import read_verdict, require
 from rlhf.smoke import SMOKE, smoke_test
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
-from tasks.stage import StageRun
+from tasks.stage import StageRun, store_of
 
 PROMOTION = "promotion.json"
+
+
 BY_GATES = "it met every gate"
 
 
@@ -35,13 +44,13 @@ def promote(run: StageRun) -> StageResult:
         PromotionLost: The champion changed meanwhile.
     """
     config, name, ref = run.config.promotion, run.config.promotion.name, run.refs["policy"]
-    history = registry.history(run.store, name)
+    history = champions.history(run.store, name)
     before = history[-1] if history else None
     is_new = before is None or before.policy != ref.digest
     require(ref, ref.digest, read_verdict(run.folders["verdict"]))
     approval: Approval | None = None
     if is_new:
-        registry.require_standing(history, name, ref.digest)
+        champions.require_standing(history, name, ref.digest)
     if config.approval == "manual":
         read_approval = require_approval if is_new else approval_of
         approval = read_approval(run.store, name, ref.digest)
@@ -70,13 +79,13 @@ def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bo
 
 
 def _make_champion(
-    run: StageRun, before: registry.Promotion | None, approval: Approval | None
+    run: StageRun, before: champions.Promotion | None, approval: Approval | None
 ) -> None:
     from prefect.runtime import flow_run  # takes a second where no flow has loaded it
 
     policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
     try:
-        registry.promote(
+        champions.promote(
             run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
             by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
             run=flow_run.get_name(), approval=approval,
@@ -85,3 +94,38 @@ def _make_champion(
         # Another try of this stage may have won, on a machine that was taken for lost.
         if not is_champion(run.config, run.refs["policy"], run.store):
             raise
+
+
+class Decision(RunInput):
+    """The decision's form, filled in by Prefect's UI or by `rlhf approve`."""
+
+    decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
+    by: str = Field(min_length=1, description="Who decides.")
+    why: str = Field(default="", description="The reason, for the promotion's record.")
+
+
+def is_waiting(config: PipelineConfig, policy: ArtifactRef) -> bool:
+    """Return whether a policy that met every gate still needs a person's decision."""
+    promotion = config.promotion
+    if promotion.approval != "manual":
+        return False
+    store = store_of(config)
+    decided = approval_of(store, promotion.name, policy.digest) is not None
+    return not decided and not is_champion(config, policy, store)
+
+
+def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, about: str) -> None:
+    """Suspend this flow run until a person has decided; record the decision.
+
+    Suspension ends the process. The resumed run starts again, gets its completed stages from the
+    store, and gets the answer here. A run without a deployment can't be resumed: it goes on to the
+    promotion, whose error names the missing approval.
+    """
+    if not deployment.id:
+        return
+    form = Decision.with_initial_data(description=about)
+    answer = suspend_flow_run(wait_for_input=form, key=f"approve-{policy.digest[:12]}")
+    record_approval(
+        store_of(config), config.promotion.name, policy.digest,
+        approved=answer.decision == "approve", by=answer.by, why=answer.why, run=run,
+    )  # fmt: skip

@@ -7,10 +7,11 @@ under the same record as if it had run here.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
@@ -22,16 +23,21 @@ from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, StageFailed, StageLost
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
-from tasks.prefect_api import retried
 from tasks.runner import Outcome, recorded_outcome, work_of
 from tasks.stage import Stage, store_of
 
 #: Seconds between two polls of the child, before and after `WAIT_NOTICE`.
 POLL, SLOW_POLL = 1.0, 5.0
+
+
 #: Seconds between two notices in the log that the child waits for a worker.
 WAIT_NOTICE = 60.0
+
+
 #: Limit on the children that have ended without a result of the same work.
 ATTEMPTS = 1000
+
+
 #: Seconds in which the event of a task's start reaches Prefect's database.
 TASK_EVENT = 10.0
 
@@ -167,7 +173,7 @@ def _require_completed(client: SyncPrefectClient, child: FlowRun, deployment: st
     GateRejected counts as completed: its verdict is in the store, and is enforced by the caller.
     """
     state: Any = child.state
-    if state.is_completed() or state.name == StageState.GATEREJECTED:
+    if state.is_completed() or state.name == StageState.GATE_REJECTED:
         return
     reason = state.message or "no reason"
     message = f"{child.name} on {deployment} {state.name.lower()}: {reason} {_link(child.id)}"
@@ -180,3 +186,39 @@ def _require_completed(client: SyncPrefectClient, child: FlowRun, deployment: st
 def _link(identifier: UUID) -> str:
     base = PREFECT_UI_URL.value()
     return f"{base}/runs/flow-run/{identifier}" if base else f"(run {identifier})"
+
+
+T = TypeVar("T")
+
+
+#: Seconds that a server may be down: time for a restart, or for another machine to take over.
+RETRY_TIME = 600.0
+
+
+#: Seconds between two requests; they double from the first to the longest.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
+
+
+SERVER_ERROR = 500
+
+
+def retried(request: Callable[[], T]) -> T:
+    """Return the result of a request, retried while the server is down (or 5xx).
+
+    Raises:
+        httpx.HTTPError: The server was down for `RETRY_TIME`, or the request is wrong.
+    """
+    end = time.monotonic() + RETRY_TIME
+    wait = FIRST_WAIT
+    while True:
+        try:
+            return request()
+        except httpx.HTTPError as error:
+            wrong = isinstance(error, httpx.HTTPStatusError) and (
+                error.response.status_code < SERVER_ERROR
+            )
+            if wrong or time.monotonic() > end:
+                raise
+            get_run_logger().warning("Prefect's server is away (%s); asking again", error)
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)

@@ -12,8 +12,8 @@ from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 
-from rlhf.config import Loaded, PipelineConfig, on_this_machine
-from rlhf.files import at_home, read_json
+from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
+from rlhf.files import expand_home, read_json
 from rlhf.gates import Verdict, read_verdict
 from rlhf.report import (
     ConfigRow,
@@ -28,7 +28,7 @@ from rlhf.report import (
 )
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
-from tasks.code_version import code_version, commit, library_versions, producer
+from tasks.runner import code_version, commit, library_versions, producer
 from tasks.stage import Stage, store_of
 from tasks.stages import (
     EVALUATE_POLICY,
@@ -82,7 +82,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
     refs = {name: ref.digest for name, ref in run.refs.items()}
     identity = {"refs": refs, "outcome": run.outcome, "config": run.config.model_dump(mode="json")}
     key = sha256_bytes(canonical_json(identity))
-    folder = at_home(on_this_machine(run.config).runtime.report_dir)
+    folder = expand_home(apply_machine_settings(run.config).runtime.report_dir)
     folder.mkdir(parents=True, exist_ok=True)
     run.report = (folder / f"{run.config.name}-{key[:10]}.html").resolve()
     record = store.history.latest(f"records/report/{key}") if run.all_cached else None
@@ -129,7 +129,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         verdicts=tuple(_verdicts(run, store)),
         advice=run.advice,
         config_rows=tuple(
-            ConfigRow(*row) for row in Loaded(config=run.config, sources=run.origins).rows()
+            ConfigRow(*row) for row in LoadedConfig(config=run.config, sources=run.origins).rows()
         ),
         lineage=_lineage(run, store),
         versions={

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import Loaded, PipelineConfig
+from rlhf.config import LoadedConfig, PipelineConfig
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.data.sources import source_digest
 from rlhf.store import ArtifactRef, Store
@@ -67,7 +67,9 @@ def new_pairs(state: Situation, dataset: ArtifactRef, store: Store) -> int:
     return len(pairs - _pairs(store.fetch(before)))
 
 
-def warm_started(loaded: Loaded, champion: Mapping[str, Any] | None, store: Store) -> Loaded:
+def warm_started(
+    loaded: LoadedConfig, champion: Mapping[str, Any] | None, store: Store
+) -> LoadedConfig:
     """Return the configuration with the champion or its SFT policy as base model."""
     start = loaded.config.retraining.warm_start
     if start == "none" or champion is None:
@@ -78,7 +80,7 @@ def warm_started(loaded: Loaded, champion: Mapping[str, Any] | None, store: Stor
     base = loaded.config.base.model_copy(update={"path": f"artifact:{digest}", "revision": None})
     config = loaded.config.model_copy(update={"base": base})
     sources = {**loaded.sources, "base.path": f"champion ({start})"}
-    return Loaded(config=config, sources=sources)
+    return LoadedConfig(config=config, sources=sources)
 
 
 def record_retraining(

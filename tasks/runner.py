@@ -7,32 +7,37 @@ record and artifact are there is not run again by any process, machine or flow r
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import logging
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from rlhf.config import PipelineConfig, on_this_machine
+import rlhf
+from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.errors import ArtifactMissing, ConfigError
-from rlhf.files import at_home
-from rlhf.progress import Progress, silent
-from rlhf.store import ArtifactRef, Store
+from rlhf.files import expand_home, file_sha256
+from rlhf.stage import Progress, silent
+from rlhf.store import ArtifactRef, Producer, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
-from tasks.checkpoints import discard_checkpoints
-from tasks.code_version import code_version, producer
+from tasks.progress import Transfer
 from tasks.stage import Stage, StageRun, store_of
-from tasks.stages import STAGES
-from tasks.transfer import Transfer
+from tasks.stages import STAGES, discard_checkpoints
 
 _JSON = TypeAdapter(Any)
+
+
 log = logging.getLogger("rlhf.tasks")
 
 
@@ -85,10 +90,10 @@ def run_stage(
         RLHFError: An error of the stage's body.
     """
     started = time.monotonic()
-    config = on_this_machine(config)
+    config = apply_machine_settings(config)
     store = store_of(config)
     work = work_of(stage, config, inputs, store)
-    work_dir = at_home(config.runtime.work_dir)
+    work_dir = expand_home(config.runtime.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = work_dir / "checkpoints" / work.name
     with _exclusive(work_dir / f"{work.name}.lock", stage):
@@ -264,3 +269,64 @@ def _recorded_result(
             f"`rlhf stage {stage.name}` first, or give --input <role>=<artifact>"
         )
     return ref
+
+
+#: Libraries whose version can change the result of a stage.
+LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
+
+
+@cache
+def code_version() -> str:
+    """Return a hash of the library's sources, equal for equal code, committed or not.
+
+    `rlhf/report` is left out: it shows results, and must not cause training to run again.
+    """
+    root = Path(rlhf.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
+        if path.relative_to(root).parts[0] != "report":
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return f"{rlhf.__version__}+{digest.hexdigest()[:16]}"
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Return the installed versions of `LIBRARIES`."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
+    """Return a manifest's record of an artifact's origin: stage, settings, code."""
+    return Producer(
+        stage=stage,
+        code_version=code_version(),
+        dirty=commit().endswith("-dirty") if commit() else None,
+        config=dict(config),
+        lock_digest=lock_digest(),
+        seed=seed,
+        versions=library_versions(),
+    )
+
+
+@cache
+def lock_digest() -> str | None:
+    """Return the sha256 of the checkout's constraints.txt; None outside of a checkout."""
+    path = Path(rlhf.__file__).parent.parent / "constraints.txt"
+    return file_sha256(path) if path.is_file() else None
+
+
+@cache
+def commit() -> str:
+    """Return the checkout's commit, `-dirty` if changed; empty outside of a checkout."""
+    root = Path(rlhf.__file__).parent.parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rlhf.config import PipelineConfig, on_this_machine
-from rlhf.config.placement import StageName
-from rlhf.files import at_home
+from rlhf.config import PipelineConfig, apply_machine_settings
+from rlhf.config.pipeline import StageName
+from rlhf.files import expand_home
 from rlhf.modeling.source import ExternalModel
-from rlhf.progress import Progress
-from rlhf.stage import StageResult
+from rlhf.stage import Progress, StageResult
 from rlhf.store import ArtifactRef, Producer, Store, open_store
 
 #: A page of Markdown, or the rows of a table.
@@ -70,10 +69,10 @@ class Stage:
 
 def store_of(config: PipelineConfig) -> Store:
     """Open the configured store, with its cache in this machine's work folder."""
-    config = on_this_machine(config)
+    config = apply_machine_settings(config)
     return open_store(
         config.store,
         options=config.store_options,
-        cache_dir=at_home(config.runtime.work_dir),
+        cache_dir=expand_home(config.runtime.work_dir),
         cache_bytes=int(config.runtime.cache_gb * 1e9),
     )

@@ -7,29 +7,33 @@ Prefect, as `tasks.promotion` does, only after it has set Prefect's environment 
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
-from rlhf.config.processes import WHERE
+from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.data.sources import source_digest
-from rlhf.errors import ArtifactMissing
-from rlhf.files import read_json, write_json
+from rlhf.errors import ArtifactMissing, StoreError
+from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, judge, read_verdict, require
+from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
-from tasks.checkpoints import checkpoint_store_of
 from tasks.external_inputs import (
-    base_of_others,
-    judges_of_others,
-    reward_model_of_others,
+    external_base_model,
+    external_reward_model,
+    reward_function_digests,
     reward_settings,
 )
 from tasks.stage import Shown, Stage, StageRun
 
 EVALUATION = "evaluation.json"
+
+
 SAMPLES = "samples.json"
 
 
@@ -65,12 +69,12 @@ def _train_sft(run: StageRun) -> StageResult:
 
 
 def _train_reward_model(run: StageRun) -> StageResult:
-    external = reward_model_of_others(run.config)
+    external = external_reward_model(run.config)
     if external and external.ready:
-        from rlhf.adopt import adopt_reward_model
+        from rlhf.reward import publish_ready_reward_model
 
         folder = run.folders["base"]
-        return adopt_reward_model(external, folder, run.out_dir, runtime=run.config.runtime)
+        return publish_ready_reward_model(external, folder, run.out_dir, runtime=run.config.runtime)
     section = run.config.reward_model
     if "base" in run.folders:
         section = section.model_copy(update={"base": str(run.folders["base"])})
@@ -201,32 +205,35 @@ PREPARE_DATA = Stage(
     headline=(("{:,} pairs", "pairs_train"), ("{:,} prompts", "prompts_train")),
 )
 
+
 TRAIN_SFT = Stage(
     name="train-sft",
     kind="policy",
     inputs={"data": PREPARE_DATA.name},
     depends_on=lambda c: {
-        "sft": c.sft.model_dump(exclude={*WHERE}),
+        "sft": c.sft.model_dump(exclude={*UNFINGERPRINTED_FIELDS}),
         "base": c.base.model_dump(exclude={"path"}),
     },
-    external_model=base_of_others,
+    external_model=external_base_model,
     body=_train_sft,
     headline=(("loss {:.3f}", "loss"), ("{:,} parameters", "parameters")),
     section="sft",
     tracks_steps=True,
 )
 
+
 TRAIN_REWARD_MODEL = Stage(
     name="train-reward-model",
     kind="reward-model",
     inputs={"data": PREPARE_DATA.name, "sft": TRAIN_SFT.name},
     depends_on=reward_settings,
-    external_model=reward_model_of_others,
+    external_model=external_reward_model,
     body=_train_reward_model,
     headline=(("loss {:.3f}", "loss"), ("ready model, {:,} parameters", "parameters")),
     section="reward_model",
     tracks_steps=True,
 )
+
 
 EVALUATE_REWARD_MODEL = Stage(
     name="evaluate-reward-model",
@@ -246,6 +253,7 @@ EVALUATE_REWARD_MODEL = Stage(
     section="evaluation",
 )
 
+
 GATE_REWARD_MODEL = Stage(
     name="gate-reward-model",
     kind="verdict",
@@ -259,6 +267,7 @@ GATE_REWARD_MODEL = Stage(
     show=_show_verdict,
 )
 
+
 TRAIN_POLICY = Stage(
     name="train-policy",
     kind="policy",
@@ -269,14 +278,15 @@ TRAIN_POLICY = Stage(
         "verdict": GATE_REWARD_MODEL.name,
     },
     depends_on=lambda c: {
-        "ppo": c.ppo.model_dump(exclude={"reward_model_path", *WHERE}),
-        "others": judges_of_others(c.ppo),
+        "ppo": c.ppo.model_dump(exclude={"reward_model_path", *UNFINGERPRINTED_FIELDS}),
+        "others": reward_function_digests(c.ppo),
     },
     body=_train_policy,
     headline=(("reward {:.2f}", "reward"), ("KL {:.2f}", "kl")),
     section="ppo",
     tracks_steps=True,
 )
+
 
 EVALUATE_POLICY = Stage(
     name="evaluate-policy",
@@ -302,6 +312,7 @@ EVALUATE_POLICY = Stage(
     show=_show_samples,
 )
 
+
 GATE_POLICY = Stage(
     name="gate-policy",
     kind="verdict",
@@ -311,6 +322,7 @@ GATE_POLICY = Stage(
     headline=(("{} of {} rules met", "passed", "rules"),),
     show=_show_verdict,
 )
+
 
 PROMOTE = Stage(
     name="promote",
@@ -328,6 +340,7 @@ PROMOTE = Stage(
     headline=(("champion of {}", "model"),),
 )
 
+
 #: All stages by name, in the order of a run.
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -336,3 +349,38 @@ STAGES: dict[str, Stage] = {
         TRAIN_POLICY, EVALUATE_POLICY, GATE_POLICY, PROMOTE,
     )
 }  # fmt: skip
+
+
+log = logging.getLogger("rlhf.tasks")
+
+
+def checkpoint_store_of(run: StageRun) -> CheckpointStoreConfig | None:
+    """Return the store for a run's checkpoints; None if it uploads none."""
+    config = run.config
+    if not config.runtime.upload_checkpoints:
+        return None
+    return CheckpointStoreConfig(
+        uri=config.store, options=config.store_options, name=_store_name(run.checkpoints),
+        work_dir=str(expand_home(config.runtime.work_dir)),
+        cache_bytes=int(config.runtime.cache_gb * 1e9), producer=run.producer,
+    )  # fmt: skip
+
+
+def discard_checkpoints(store: Store, checkpoints: Path) -> None:
+    """Remove the checkpoints of a completed stage, if it had any.
+
+    Of those in the store the best one stays until garbage is collected.
+    """
+    if not checkpoints.exists():
+        return
+    stored = store.child(_store_name(checkpoints))
+    try:
+        keep_best(stored)
+    except StoreError as error:
+        log.warning("the checkpoints in %s are no longer needed, but stay (%s)", stored.uri, error)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _store_name(checkpoints: Path) -> str:
+    """Return the name within the pipeline's store, from that of the local folder."""
+    return f"checkpoints/{checkpoints.name}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.files import at_home, file_sha256, files_sha256, folder_sha256, read_json, write_json
+from rlhf.files import expand_home, file_sha256, files_sha256, folder_sha256, read_json, write_json
 
 
 def test_json_has_one_form_and_no_nan(tmp_path):
@@ -36,5 +36,5 @@ def test_hashes_are_those_of_existing_checkpoints_and_fingerprints(tmp_path):
 
 def test_the_home_of_an_unknown_user_stays_as_written(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert at_home("~/x") == tmp_path / "x"
-    assert at_home("~no-such-user-here/x") == Path("~no-such-user-here/x")
+    assert expand_home("~/x") == tmp_path / "x"
+    assert expand_home("~no-such-user-here/x") == Path("~no-such-user-here/x")

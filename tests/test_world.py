@@ -18,7 +18,7 @@ from rlhf.config.data import WorldConfig
 from rlhf.world import WorldPair, best_reply, ceiling, generate, gold, gold_parts, text
 from rlhf.world.generate import NEW, SEEN
 from rlhf.world.gold import BEST, WORST, _known_sentences, read_question, read_reply
-from tasks.code_version import code_version
+from tasks.runner import code_version
 
 SMALL = WorldConfig(pairs=400, demonstrations=400, prompts=300, eval_pairs=200, eval_prompts=101)
 PROMPT = "Hello, this is Anna from Bath. When will my router arrive?"

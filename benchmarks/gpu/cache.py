@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu import measure
 from benchmarks.gpu.models import build, work_of
 from benchmarks.gpu.section import Context, Results, SectionFailedError
-from benchmarks.our_side import run_update, weights_of
+from benchmarks.ppo.ours import run_update, weights_of
 
 UPDATES = 2
 

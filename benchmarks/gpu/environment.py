@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.section import Context, Results
 from benchmarks.machine import matmul_precision, matmul_rate
-from benchmarks.side import synchronise
+from benchmarks.ppo.process import synchronise
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "pydantic")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import peak_mib
-from benchmarks.side import Clock, synchronise
+from benchmarks.ppo.process import Clock, synchronise
+from benchmarks.ppo.report import peak_mib
 
 
 def reset_peak(device: torch.device) -> None:

@@ -12,17 +12,17 @@ import peft
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from benchmarks import workload
 from benchmarks.gpu.section import Context
-from benchmarks.our_side import configuration, share_base, trainer_of, trl_critic
-from benchmarks.workload import LORA, Size, Workload, add_bias, architecture, biases, text_of
+from benchmarks.ppo import workload
+from benchmarks.ppo.ours import configuration, share_base, trainer_of, trl_critic
+from benchmarks.ppo.workload import LORA, Size, Workload, add_bias, architecture, biases, text_of
 from rlhf.config import PPOConfig
 from rlhf.data.rows import PromptRow
 from rlhf.files import write_json
-from rlhf.modeling.base import weights_digest
 from rlhf.modeling.critic import Critic, freeze
-from rlhf.modeling.lora import FOLDER, lora_config, save_adapter
-from rlhf.modeling.reward import BASE, META, Scorer
+from rlhf.modeling.lora import ADAPTER_FOLDER, lora_config, save_adapter
+from rlhf.modeling.reward import BASE_WEIGHTS, META, Scorer
+from rlhf.modeling.weights import weights_digest
 from rlhf.ppo.trainer import PPOTrainer, Rollouts
 
 TINY = Size(64, 2, 4, 128, 500, batch=4, new_tokens=8, epochs=2)
@@ -133,8 +133,9 @@ def _on_one_base(
     workload.word_tokenizer(work.size.vocab).save_pretrained(folder / "shared")
     # No weights lie beside the tokenizer: the digest is that of none, on both sides.
     write_json(
-        folder / "shared" / META, {"pooling": "last", BASE: weights_digest(folder / "policy")}
+        folder / "shared" / META,
+        {"pooling": "last", BASE_WEIGHTS: weights_digest(folder / "policy")},
     )
     adapted = peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS"))
-    save_adapter(adapted, folder / "shared" / FOLDER)
+    save_adapter(adapted, folder / "shared" / ADAPTER_FOLDER)
     return share_base(config, policy, folder, work)

@@ -19,8 +19,7 @@ from benchmarks.gpu import measure, quickstart
 from benchmarks.gpu.models import build, rows_of, work_of
 from benchmarks.gpu.section import Context, Results, SectionFailedError
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
-from rlhf.ppo.decode import decoder_of
-from rlhf.ppo.rollout import Replies
+from rlhf.modeling.generate import Replies, decoder_of
 from rlhf.ppo.train import build_trainer
 from rlhf.ppo.trainer import PPOTrainer
 
@@ -110,7 +109,7 @@ def _ratio_error(new: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
 
 def _padded(trainer: PPOTrainer, replies: Replies) -> Tensor:
     """The same batch as transformers computes it: rows of one length, with padding."""
-    with patch("rlhf.ppo.rollout.packs", lambda *_: False):
+    with patch("rlhf.modeling.logprobs.packs", lambda *_: False):
         return trainer.models.log_probs(replies)[0]
 
 

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import measure
 from benchmarks.gpu.models import build, rows_of, sample, scale_of, work_of
 from benchmarks.gpu.section import Context, Results
-from benchmarks.side import synchronise
-from rlhf.ppo.optimise import optimise
+from benchmarks.ppo.process import synchronise
+from rlhf.ppo.trainer import optimise
 
 TOP = 10
 #: CUDA's calls by the beginnings of their names in the profile.

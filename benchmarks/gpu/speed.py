@@ -13,11 +13,10 @@ from benchmarks.gpu import measure
 from benchmarks.gpu.models import build, rows_of, sample, scale_of, work_of
 from benchmarks.gpu.section import Context, Results
 from benchmarks.machine import needed_gflops
-from benchmarks.our_side import run_update
-from benchmarks.side import PHASES, Update
-from benchmarks.workload import Size, Workload
-from rlhf.ppo.optimise import Buffer, optimise
-from rlhf.ppo.trainer import PPOTrainer, Rollouts
+from benchmarks.ppo.ours import run_update
+from benchmarks.ppo.process import PHASES, Update
+from benchmarks.ppo.workload import Size, Workload
+from rlhf.ppo.trainer import Buffer, PPOTrainer, Rollouts, optimise
 
 #: Steps of a rollout's warm-up: its prompts need the same memory as the measured ones'.
 WARMUP_TOKENS = 4

@@ -1,6 +1,5 @@
 """Configuration: its sections, and loading it from presets and overrides."""
 
-from rlhf.config.advice import advice
 from rlhf.config.components import (
     ComponentSection,
     CorrectnessConfig,
@@ -15,10 +14,17 @@ from rlhf.config.components import (
     RepetitionComponent,
 )
 from rlhf.config.data import DataConfig, WorldConfig
-from rlhf.config.environments import PreferenceConfig
-from rlhf.config.load import Loaded, load_config, load_preset, presets
-from rlhf.config.machine import on_this_machine
-from rlhf.config.models import (
+from rlhf.config.load import LoadedConfig, apply_machine_settings, load_config, load_preset, presets
+from rlhf.config.messages import advice
+from rlhf.config.pipeline import (
+    PipelineConfig,
+    RuntimeConfig,
+    StoreConfig,
+    TrackingConfig,
+)
+from rlhf.config.ppo import PPOConfig
+from rlhf.config.rewards import PreferenceConfig
+from rlhf.config.training import (
     ArchitectureConfig,
     BaseModelConfig,
     EvaluationConfig,
@@ -27,13 +33,6 @@ from rlhf.config.models import (
     RewardModelConfig,
     SFTConfig,
 )
-from rlhf.config.pipeline import (
-    PipelineConfig,
-    RuntimeConfig,
-    StoreConfig,
-)
-from rlhf.config.ppo import PPOConfig
-from rlhf.config.tracking import TrackingConfig
 
 __all__ = [
     "ArchitectureConfig",
@@ -49,7 +48,7 @@ __all__ = [
     "KeywordComponent",
     "LengthComponent",
     "LengthPenaltyConfig",
-    "Loaded",
+    "LoadedConfig",
     "LoraConfig",
     "PPOConfig",
     "PipelineConfig",
@@ -64,8 +63,8 @@ __all__ = [
     "TrackingConfig",
     "WorldConfig",
     "advice",
+    "apply_machine_settings",
     "load_config",
     "load_preset",
-    "on_this_machine",
     "presets",
 ]

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf.config.section import Section, nested_error, validate_as
 
 #: Hosts to which a token may be sent unencrypted, because it does not leave the machine.
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class LengthPenaltyConfig(Section):
@@ -237,7 +237,7 @@ class RemoteComponent(ComponentSection):
     @model_validator(mode="after")
     def _token_is_encrypted(self) -> Self:
         parts = urlsplit(self.url)
-        if self.token_env and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        if self.token_env and parts.scheme == "http" and parts.hostname not in LOOPBACK_HOSTS:
             raise ValueError("token_env would go over the network unencrypted; use https in url")
         return self
 
@@ -260,6 +260,7 @@ AnyComponent = (
     | JsonValidComponent | CorrectnessComponent | RepetitionComponent | CustomComponent
     | RemoteComponent
 )  # fmt: skip
+
 
 #: The section of each component type.
 COMPONENTS: Mapping[str, type[ComponentSection]] = {

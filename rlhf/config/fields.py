@@ -8,8 +8,8 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
-from rlhf.config.aliases import ALIASES
 from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.ppo import ALIASES
 from rlhf.config.section import Tree, member_types, sections, union_members, without_none
 
 

@@ -6,31 +6,36 @@ of a machine are applied last, by each process that uses the configuration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError, model_serializer
 
-from rlhf.config import strict_yaml
-from rlhf.config.aliases import by_field_names
-from rlhf.config.command_line import Replacement, parse_overrides
-from rlhf.config.environments import read_mapping
-from rlhf.config.explain import explain
 from rlhf.config.fields import flatten, resolve_none
+from rlhf.config.messages import explain
+from rlhf.config.overrides import Replacement, parse_overrides
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.config.ppo import COMPAT
+from rlhf.config.ppo import COMPAT, by_field_names
+from rlhf.config.rewards import read_mapping
 from rlhf.config.section import Section, Tree
-from rlhf.config.wording import as_written, one_line
+from rlhf.config.text import BROKEN, as_written, one_line, parse, reason
 from rlhf.errors import ConfigError
 
 DEFAULT = "default"
+
+
 COMMAND_LINE = "command line"
+
+
 OVERRIDE = "override"
+
+
 PRESETS = Path(__file__).parents[2] / "configs"
 
 
-class Loaded(Section):
+class LoadedConfig(Section):
     """A configuration with the source of each value; as JSON without these."""
 
     config: PipelineConfig
@@ -60,7 +65,7 @@ class Loaded(Section):
         return self.sources.get(parent, f"compat={peer}" if from_peer else DEFAULT)
 
 
-def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Loaded:
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Load a preset file with overrides such as `--ppo.kl_coef=0.05`.
 
     Raises:
@@ -70,7 +75,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     return _load(Path(path) if path is not None else None, command_line, COMMAND_LINE)
 
 
-def load_preset(name: str | None, overrides: Tree) -> Loaded:
+def load_preset(name: str | None, overrides: Tree) -> LoadedConfig:
     """Load a preset by its name in `presets()`, with a tree of overrides.
 
     Raises:
@@ -89,7 +94,7 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def _load(path: Path | None, overrides: Tree, override_source: str) -> Loaded:
+def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedConfig:
     preset = _read_preset(path) if path is not None else {}
     name = path.name if path is not None else ""
     merged = _merge(_with_env_config_read(preset, overrides, name), overrides)
@@ -100,7 +105,7 @@ def _load(path: Path | None, overrides: Tree, override_source: str) -> Loaded:
         config = PipelineConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(error, sources)) from None
-    return Loaded(config=config, sources=sources)
+    return LoadedConfig(config=config, sources=sources)
 
 
 def _read_preset(path: Path) -> Tree:
@@ -114,14 +119,14 @@ def _read_preset(path: Path) -> Tree:
             )
         )
     try:
-        tree: Any = strict_yaml.parse(path.read_text(encoding="utf-8"))
+        tree: Any = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             one_line(f"{where}: can't be read ({error.strerror}); check the file and its rights")
         ) from None
-    except strict_yaml.BROKEN as error:
+    except BROKEN as error:
         raise ConfigError(
-            one_line(f"{where}: not valid YAML ({strict_yaml.reason(error)}); mend it there")
+            one_line(f"{where}: not valid YAML ({reason(error)}); mend it there")
         ) from None
     if tree is None:
         return {}
@@ -160,3 +165,49 @@ def _merge(base: Tree, top: Tree) -> Tree:
         else:
             merged[key] = value
     return merged
+
+
+#: Fields that an environment variable overrides, by section.
+MACHINE_FIELDS = {
+    "runtime": ("work_dir", "report_dir", "cache_gb", "device", "threads"),
+    "tracking": ("log_dir",),
+}
+
+
+def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
+    """Apply this machine's environment to `runtime` and `tracking`.
+
+    `RLHF_WORK_DIR`, `RLHF_REPORT_DIR`, `RLHF_CACHE_GB`, `RLHF_DEVICE`, `RLHF_THREADS` and
+    `RLHF_LOG_DIR` win over the configuration, because one run may cross machines with different
+    disks and devices.
+
+    Raises:
+        ConfigError: A variable holds a value that its field refuses.
+    """
+    sections = {
+        name: _with_variables(getattr(config, name), fields)
+        for name, fields in MACHINE_FIELDS.items()
+    }
+    return config.model_copy(update=sections)
+
+
+def environment_variable(field: str) -> str:
+    """The environment variable of a field of `runtime` or `tracking`."""
+    return f"RLHF_{field.upper()}"
+
+
+def _with_variables(section: Section, fields: Iterable[str]) -> Section:
+    values: dict[str, Any] = {
+        name: value for name in fields if (value := os.environ.get(environment_variable(name)))
+    }
+    if not values:
+        return section
+    try:
+        return type(section).model_validate({**section.model_dump(), **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(
+            f"{environment_variable(name)} = {values[name]!r}: {first['msg']}; "
+            "mend this machine's environment"
+        ) from None

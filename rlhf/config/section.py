@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from rlhf.config.wording import one_line
+from rlhf.config.text import one_line
 
 Tree = dict[str, Any]
 

@@ -24,8 +24,7 @@ from rlhf.data.rows import (
 from rlhf.data.sources import read_source, source_name
 from rlhf.errors import DataError
 from rlhf.files import write_json
-from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult
+from rlhf.stage import Progress, StageResult, silent
 
 #: Least number of different prompts on each side of the split: a comparison needs two.
 MIN_PROMPTS = 2

@@ -12,7 +12,7 @@ from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.readers import READERS, MalformedError, Row, Table, ending, read_file
 from rlhf.errors import ConfigError, DataError
 from rlhf.external import TIMEOUT, External, shorten
-from rlhf.files import at_home
+from rlhf.files import expand_home
 
 
 def source_digest(config: DataConfig, options: StoreConfig) -> str:
@@ -113,7 +113,7 @@ class _ExternalData(External):
 
 
 def _local_path(source: str) -> Path:
-    return at_home(unquote(source[7:]) if source.startswith("file://") else source)
+    return expand_home(unquote(source[7:]) if source.startswith("file://") else source)
 
 
 def _exists(path: Path) -> bool:

@@ -16,10 +16,11 @@ from rlhf.config import (
 )
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
-from rlhf.environments.answers import Correctness
 from rlhf.environments.contract import Environment, Reply, RewardFunction
 from rlhf.environments.custom import CustomFunction
+from rlhf.environments.env_types import MultiObjective, PreferenceComparison, TextGeneration
 from rlhf.environments.functions import (
+    Correctness,
     json_valid,
     keyword,
     length,
@@ -27,12 +28,11 @@ from rlhf.environments.functions import (
     regex_match,
     repetition,
 )
-from rlhf.environments.kinds import MultiObjective, PreferenceComparison, TextGeneration
 from rlhf.environments.model import ModelReward, PairModel
 from rlhf.environments.remote import RemoteReward
-from rlhf.environments.stop import Ending
+from rlhf.environments.stop import StopSequences
 from rlhf.errors import ConfigError
-from rlhf.files import at_home
+from rlhf.files import expand_home
 from rlhf.modeling.reward import Scorer
 from rlhf.ranks import Ranks
 
@@ -97,7 +97,7 @@ class _Builder:
     ) -> None:  # fmt: skip
         self.config, self.scorer, self.rows = config, scorer, rows
         self.device, self.context, self.ranks = device, context, ranks
-        self.ending = Ending(renderer, config.generation.stop_sequences)
+        self.ending = StopSequences(renderer, config.generation.stop_sequences)
         self.functions: list[CustomFunction] = []
 
     def build(self) -> Environment:
@@ -106,7 +106,7 @@ class _Builder:
             judge, pairs = None, None
             if config.comparison.judge == "pair_model":
                 model = self._pair_model(str(config.comparison.pair_model))
-                pairs = self.ranks.shared(model.advantages)
+                pairs = self.ranks.split_batches(model.advantages)
             else:
                 judge = self._function(config.comparison.judge, config.comparison.custom, "judge")
             return PreferenceComparison(config.comparison, judge, pairs, **self._base_options())
@@ -134,7 +134,7 @@ class _Builder:
         type_name = str(getattr(section, "type", ""))
         if type_name == "remote":
             remote = RemoteReward(section, name)  # pyright: ignore[reportArgumentType]
-            return self.ranks.led(remote)
+            return self.ranks.on_leader(remote)
         if type_name in SIMPLE_COMPONENTS:
             return SIMPLE_COMPONENTS[type_name](section)
         return self._function(type_name, section, f"component {name!r}", f".components.{name}")
@@ -155,11 +155,11 @@ class _Builder:
             return self._custom(options, path)
         if self.scorer is None:
             raise ConfigError(f"ppo: {label} needs a reward model, and there is none; give one")
-        return self.ranks.shared(ModelReward(self.scorer).values)
+        return self.ranks.split_batches(ModelReward(self.scorer).values)
 
     def _pair_model(self, folder: str) -> PairModel:
         try:
-            return PairModel(at_home(folder), self.device, self.context, self.config.precision)
+            return PairModel(expand_home(folder), self.device, self.context, self.config.precision)
         except (OSError, ValueError) as error:  # transformers raises these for what is no model
             raise ConfigError(
                 f"ppo.env_config.pair_model = {folder!r}: can't be loaded "
@@ -171,6 +171,6 @@ class _Builder:
         function = CustomFunction(options, field)
         function.dry_run(dry_batch(self.rows))
         self.functions.append(function)
-        if not self.ranks.leads:
+        if not self.ranks.is_leader:
             function.close()
-        return self.ranks.led(function)
+        return self.ranks.on_leader(function)

@@ -13,22 +13,27 @@ from urllib.parse import urlsplit
 import httpx
 
 from rlhf.config import RemoteComponent
-from rlhf.config.components import LOOPBACK
+from rlhf.config.components import LOOPBACK_HOSTS
 from rlhf.environments.contract import Reply, check_values
 from rlhf.errors import ConfigError, RewardServiceError, TrainingError
 
 #: Status codes of transient failures.
 RETRIABLE = (408, 425, 429, 500, 502, 503, 504)
+
+
 #: Bytes of a response, which holds one number for each reply.
 MAX_RESPONSE = 16 * 2**20
+
+
 #: Environment variable with the tokens that may be sent, as comma-separated NAME@host. Only the
 #: operator sets it: a user who sets a run's parameters must not be able to read any secret.
 ALLOWED = "RLHF_ALLOWED_TOKENS"
 
+
 log = logging.getLogger(__name__)
 
 
-def token_of(config: RemoteComponent, where: str) -> str | None:
+def read_token(config: RemoteComponent, where: str) -> str | None:
     """Read the token of a service from the environment; None if it needs none.
 
     Args:
@@ -72,7 +77,7 @@ class RemoteReward:
         self.failures = 0
         self.open_until = 0.0
         self.host = urlsplit(config.url).hostname or ""
-        token = token_of(config, self.where)
+        token = read_token(config, self.where)
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def __call__(self, batch: Sequence[Reply]) -> list[float]:
@@ -86,7 +91,7 @@ class RemoteReward:
         values: list[float] = []
         # Redirects are not followed: they would send replies and token to another host. Requests to
         # this machine must not go through a proxy.
-        proxies = self.host not in LOOPBACK
+        proxies = self.host not in LOOPBACK_HOSTS
         with httpx.Client(
             timeout=self.config.timeout_seconds, headers=self.headers, trust_env=proxies
         ) as client:

@@ -9,7 +9,7 @@ from rlhf.data.rendering import Renderer
 from rlhf.errors import ConfigError
 
 
-class Ending:
+class StopSequences:
     """Decodes replies, finds stop sequences in their text, and cuts the text there.
 
     A sequence may span several tokens or end within one. Special tokens are not part of the text.

@@ -16,9 +16,8 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from rlhf.config import BaseModelConfig, PPOConfig, RewardModelConfig, RuntimeConfig, SFTConfig
 from rlhf.gates import Verdict, require
-from rlhf.ppo.stored import CheckpointPlace
-from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult
+from rlhf.ppo.checkpoint_store import CheckpointStoreConfig
+from rlhf.stage import Progress, StageResult, silent
 
 #: A path that is absolute in JSON, for a process that may have another working directory.
 JobPath = Annotated[Path, PlainSerializer(lambda path: str(path.absolute()), when_used="json")]
@@ -49,7 +48,7 @@ class Job(BaseModel):
     """Device, and the threads of all processes together."""
     checkpoints: JobPath | None = None
     """Folder that PPO saves to and resumes from; None trains without."""
-    checkpoint_store: CheckpointPlace | None = None
+    checkpoint_store: CheckpointStoreConfig | None = None
     """Store that PPO's checkpoints are uploaded to; None uploads none."""
     identity: Mapping[str, str] = {}
     """Digests of PPO's inputs, as far as they are known."""
@@ -76,8 +75,8 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
 
             return train_reward_model(job.section, data, job.inputs["sft"], job.out_dir, **shared)
         case PPOConfig():
+            from rlhf.ppo.checkpoint_upload import CheckpointUploads
             from rlhf.ppo.train import train_policy
-            from rlhf.ppo.upload import CheckpointUploads
 
             approved = uploads = None
             if job.verdict is not None:

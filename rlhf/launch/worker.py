@@ -70,9 +70,9 @@ def _set_device(job: Job) -> None:
     """
     import torch
 
-    from rlhf.modeling.base import device_of
+    from rlhf.modeling.device import prepare_device
 
-    device, count = device_of(job.runtime), int(os.environ["WORLD_SIZE"])
+    device, count = prepare_device(job.runtime), int(os.environ["WORLD_SIZE"])
     if device.type == "cpu":
         return
     available = torch.accelerator.device_count()

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.modeling.matmul import plain_float32
+from rlhf.modeling.device import plain_float32
 
 #: Attention weights computed at a time: 1 MiB in float32.
 BLOCK = 2**18

@@ -17,31 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.config import ArchitectureConfig, BaseModelConfig, RuntimeConfig
+from rlhf.config import ArchitectureConfig, BaseModelConfig
 from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
 from rlhf.errors import ConfigError
-from rlhf.files import at_home, files_sha256
+from rlhf.files import expand_home
 
 #: Context length of a model that sets no limit, such as one with relative positions.
 UNBOUNDED = 2**31 - 1
-
-
-def device_of(runtime: RuntimeConfig) -> torch.device:
-    """Set the number of CPU threads and return the device that `runtime` selects.
-
-    Raises:
-        ConfigError: The device is not available.
-    """
-    torch.set_num_threads(runtime.threads)
-    cpu = torch.device("cpu")
-    available = torch.accelerator.current_accelerator(check_available=True) or cpu
-    device = available if runtime.device == "auto" else torch.device(runtime.device)
-    if device.type not in (cpu.type, available.type):
-        raise ConfigError(
-            f"runtime.device = {runtime.device!r}, but torch finds no such device here; set it to "
-            "auto or cpu, or install a torch that was built for it"
-        )
-    return device
 
 
 def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
@@ -153,7 +135,7 @@ def load_pretrained(loader: Any, folder: Path | str, revision: str | None) -> An
     extra = {"revision": revision} if revision else {}
     try:
         return loader(
-            str(at_home(folder)) if str(folder).startswith("~") else str(folder),
+            str(expand_home(folder)) if str(folder).startswith("~") else str(folder),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -179,11 +161,6 @@ def fit_embeddings(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def context_of(model: Any) -> int:
+def context_length(model: Any) -> int:
     """Return a model's context length in tokens, `UNBOUNDED` if it sets no limit."""
     return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
-
-
-def weights_digest(folder: Path) -> str:
-    """Return the hex sha256 over a model folder's safetensors, in the order of their names."""
-    return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))

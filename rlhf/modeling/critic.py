@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlhf.modeling.lora import CRITIC, active_adapter, parameters_of
 from rlhf.modeling.precision import in_own_precision
 
 
@@ -67,3 +68,42 @@ def zero_value_head(hidden_size: int) -> nn.Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
+
+
+class HeadCritic(Critic):
+    """A critic without backbone: a value head on the policy's hidden states."""
+
+    def __init__(self, hidden_size: int) -> None:
+        nn.Module.__init__(self)
+        self.value_head = zero_value_head(hidden_size)
+
+    @property
+    def backbone(self) -> Any:
+        """Raise AttributeError."""
+        raise AttributeError("a head on the policy has no backbone of its own")
+
+
+class AdapterCritic(Critic):
+    """A critic on the policy's base: the adapter `CRITIC` and a value head."""
+
+    def __init__(self, policy: Any) -> None:
+        nn.Module.__init__(self)
+        # A tuple hides the policy from nn.Module, which would register its weights as the critic's.
+        self._policy = (policy,)
+        self.value_head = zero_value_head(policy.config.hidden_size)
+        for parameter in self.trainable().values():
+            parameter.requires_grad_(True)
+
+    @property
+    def backbone(self) -> Any:
+        """The shared transformer; within `active` it uses the critic's adapter."""
+        model = self._policy[0].get_base_model()
+        return getattr(model, model.base_model_prefix)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Context in which the shared base computes as the critic; may be nested."""
+        return active_adapter(self._policy[0], CRITIC)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters of the adapter and the head, by name."""
+        return {**parameters_of(self._policy[0], CRITIC), **dict(self.named_parameters())}

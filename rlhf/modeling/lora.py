@@ -19,8 +19,11 @@ from rlhf.files import write_json
 #: Names of the adapters; "default" is the name that peft gives a single one.
 POLICY, REWARD, CRITIC = "default", "reward", "critic"
 
+
 #: Folder of a reward model's adapter, beside the merged weights.
-FOLDER = "adapter"
+ADAPTER_FOLDER = "adapter"
+
+
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -39,7 +42,7 @@ def lora_config(
 
 
 @contextmanager
-def named_targets(section: str, config: LoraConfig | None) -> Iterator[None]:
+def target_module_errors(section: str, config: LoraConfig | None) -> Iterator[None]:
     """Turn peft's errors about `target_modules` into errors that name the field.
 
     Raises:
@@ -56,7 +59,7 @@ def named_targets(section: str, config: LoraConfig | None) -> Iterator[None]:
         ) from error
 
 
-def merged(model: Any, base: Any = None) -> Any:
+def merge_adapter(model: Any, base: Any = None) -> Any:
     """Merge the adapter `POLICY` into its base and drop the others.
 
     Args:
@@ -126,7 +129,7 @@ def parameters_of(model: Any, adapter: str) -> dict[str, Any]:
 
 
 @contextmanager
-def using(model: Any, adapter: str | None) -> Iterator[None]:
+def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
     """Activate one adapter of a model, or none, within a context; may be nested.
 
     On exit the previous adapter is active again. `requires_grad` of all parameters is preserved:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.modeling.forward import has_plain_head, head_of, packs
+from rlhf.modeling.packed import has_plain_head, head_of, packs
 
 Precision = Literal["fp32", "bf16"]
 

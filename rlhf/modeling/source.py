@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.external import TIMEOUT, External
-from rlhf.files import at_home
+from rlhf.files import expand_home
 from rlhf.store.manifest import PICKLES
 
 #: Endings of a model's files. No other file is fetched or part of its identity.
@@ -82,7 +82,7 @@ class ExternalModel(External):
     @property
     def path(self) -> Path:
         """The folder."""
-        return at_home(self.uri)
+        return expand_home(self.uri)
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Return the model's files, sorted; refuse one without configuration or safetensors."""

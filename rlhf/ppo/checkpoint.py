@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf.errors import CheckpointError, ConfigError, TrainingError
 from rlhf.files import fsync, read_json, write_json
-from rlhf.modeling.shards import save_tensors, shards_of
+from rlhf.modeling.weights import save_tensors, shards_of
 from rlhf.ppo.models import Models
 
 KEEP = 2

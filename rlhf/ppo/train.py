@@ -12,24 +12,22 @@ from pathlib import Path
 import torch
 
 from rlhf.config import PPOConfig, RuntimeConfig
-from rlhf.config.processes import WHERE
+from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import DataError, Interrupted
-from rlhf.files import at_home, folder_sha256, write_json
+from rlhf.files import expand_home, folder_sha256, write_json
 from rlhf.gates import Approved
-from rlhf.modeling.base import device_of, load_policy
-from rlhf.modeling.lora import merged
-from rlhf.modeling.matmul import fast_float32
-from rlhf.modeling.shards import save_model
-from rlhf.ppo.build import load_models
+from rlhf.modeling.base import load_policy
+from rlhf.modeling.device import fast_float32, prepare_device, retained_heap
+from rlhf.modeling.lora import merge_adapter
+from rlhf.modeling.weights import save_model
 from rlhf.ppo.checkpoint import TrainState, exclusive, load_checkpoint, save_checkpoint
-from rlhf.ppo.memory import kept
-from rlhf.ppo.termination import deferred_sigterm
+from rlhf.ppo.checkpoint_upload import CheckpointUploads
+from rlhf.ppo.models import load_models
 from rlhf.ppo.trainer import PPOTrainer, derive_seed
-from rlhf.ppo.upload import CheckpointUploads
-from rlhf.progress import Progress, silent
-from rlhf.stage import StageResult
+from rlhf.signals import deferred_sigterm
+from rlhf.stage import Progress, StageResult, silent
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +78,9 @@ def train_policy(
     rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
     if not rows:
         raise DataError("no prompts to train the policy on; check data.source")
-    device = device_of(runtime or RuntimeConfig())
+    device = prepare_device(runtime or RuntimeConfig())
     trainer = build_trainer(config, sft, reward_model, seed, device, rows)
-    leads = trainer.models.ranks.leads
+    leads = trainer.models.ranks.is_leader
     run = _run_identity(config, seed, data, sft, reward_model, trainer.renderer, identity or {})
     with exclusive(checkpoints) if checkpoints and leads else nullcontext():
         state = _run_updates(trainer, rows, checkpoints, uploads, run, progress)
@@ -152,9 +150,9 @@ def _run_identity(
     if reward_model is not None:
         folders["reward model"] = reward_model.subject
     if config.comparison and config.comparison.pair_model:
-        folders["pair model"] = at_home(config.comparison.pair_model)
+        folders["pair model"] = expand_home(config.comparison.pair_model)
     # Excluded: checkpoint intervals and the number of processes do not change the result.
-    settings = config.model_dump_json(exclude={"checkpoint_every", *WHERE})
+    settings = config.model_dump_json(exclude={"checkpoint_every", *UNFINGERPRINTED_FIELDS})
     return {
         **{name: known.get(name) or folder_sha256(folder) for name, folder in folders.items()},
         "tokenizer": renderer.template_hash,
@@ -169,7 +167,7 @@ def _run_updates(
 ) -> TrainState:  # fmt: skip
     """Run the remaining updates, saving checkpoints; returns the final state."""
     config, ranks = trainer.config, trainer.models.ranks
-    if not ranks.leads:
+    if not ranks.is_leader:
         uploads = None
     if checkpoints and uploads:
         uploads.restore(checkpoints)
@@ -180,7 +178,7 @@ def _run_updates(
         trainer.load_state_dict(state.trainer)
     sigterm = deferred_sigterm() if checkpoints else nullcontext(lambda: False)
     # The order matters: uploads end before SIGTERM is passed on, which may end the process.
-    memory, uploading = kept(trainer.device), uploads or nullcontext()
+    memory, uploading = retained_heap(trainer.device), uploads or nullcontext()
     with fast_float32(trainer.device), memory, sigterm as terminated, uploading:
         while state.update < config.updates:
             chunk = prompts_of_update(rows, state.update, config, trainer.seed)
@@ -190,7 +188,7 @@ def _run_updates(
             state.samples += result.samples
             # After SIGTERM skip progress: the Prefect client may block, and the save must not
             # wait for it.
-            if ranks.leads and not terminated():
+            if ranks.is_leader and not terminated():
                 progress(state.update, config.updates, result.metrics)
             due = state.update % config.checkpoint_every == 0
             # Writing the result reads the SFT folder again; a failure there must not lose the run.
@@ -199,8 +197,8 @@ def _run_updates(
             # The decision is shared: a process that decided alone would block the others.
             if checkpoints and ranks.any(due or failed or terminated()):
                 if ranks.count > 1:
-                    ranks.must_agree("the policy's weights", trainer.models.checksum())
-                if ranks.leads:
+                    ranks.check_equal("the policy's weights", trainer.models.checksum())
+                if ranks.is_leader:
                     state.trainer = trainer.state_dict()
                     saved = save_checkpoint(checkpoints, state, trainer.models, identity)
                     if uploads:
@@ -216,7 +214,7 @@ def _run_updates(
 def _write_result(trainer: PPOTrainer, state: TrainState, sft: Path, out_dir: Path) -> None:
     policy = trainer.models.accelerator.unwrap_model(trainer.models.policy)
     base = load_policy(sft) if _base_is_rounded(trainer.config) else None
-    save_model(merged(policy, base), out_dir)
+    save_model(merge_adapter(policy, base), out_dir)
     trainer.renderer.tokenizer.save_pretrained(out_dir)
     write_json(out_dir / "curve.json", state.curve)
     write_json(out_dir / "samples.json", state.samples)

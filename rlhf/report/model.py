@@ -19,9 +19,9 @@ class RunOutcome(StrEnum):
     """Final outcome of a pipeline run."""
 
     PROMOTED = "Promoted"
-    GATEREJECTED = "GateRejected"
+    GATE_REJECTED = "GateRejected"
     FAILED = "Failed"
-    AWAITINGAPPROVAL = "AwaitingApproval"
+    AWAITING_APPROVAL = "AwaitingApproval"
     REFUSED = "Refused"
 
 
@@ -31,10 +31,10 @@ class StageState(StrEnum):
     COMPLETED = "Completed"
     CACHED = "Cached"
     FAILED = "Failed"
-    GATEREJECTED = "GateRejected"
-    AWAITINGAPPROVAL = "AwaitingApproval"
+    GATE_REJECTED = "GateRejected"
+    AWAITING_APPROVAL = "AwaitingApproval"
     REFUSED = "Refused"
-    NOTRUN = "NotRun"
+    NOT_RUN = "NotRun"
 
 
 class Look(NamedTuple):
@@ -50,19 +50,19 @@ class Look(NamedTuple):
 
 OUTCOMES = {
     RunOutcome.PROMOTED: Look("promoted", "Promoted", "green"),
-    RunOutcome.GATEREJECTED: Look("rejected", "Rejected by a gate", "yellow"),
+    RunOutcome.GATE_REJECTED: Look("rejected", "Rejected by a gate", "yellow"),
     RunOutcome.FAILED: Look("failed", "Failed", "red"),
-    RunOutcome.AWAITINGAPPROVAL: Look("cached", "Waits for a person's approval", "yellow"),
+    RunOutcome.AWAITING_APPROVAL: Look("cached", "Waits for a person's approval", "yellow"),
     RunOutcome.REFUSED: Look("rejected", "Refused by a person", "yellow"),
 }
 STATES = {
     StageState.COMPLETED: Look("completed", "Completed", "green"),
     StageState.CACHED: Look("cached", "From cache", "cyan"),
     StageState.FAILED: Look("failed", "Failed", "red"),
-    StageState.GATEREJECTED: Look("rejected", "Rejected", "yellow"),
-    StageState.AWAITINGAPPROVAL: Look("notrun", "Waits", "yellow"),
+    StageState.GATE_REJECTED: Look("rejected", "Rejected", "yellow"),
+    StageState.AWAITING_APPROVAL: Look("notrun", "Waits", "yellow"),
     StageState.REFUSED: Look("rejected", "Refused", "yellow"),
-    StageState.NOTRUN: Look("notrun", "Not run", "dim"),
+    StageState.NOT_RUN: Look("notrun", "Not run", "dim"),
 }
 
 

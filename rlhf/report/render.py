@@ -5,25 +5,17 @@ The page has no script and loads nothing: no network, no font. The same report g
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf.report import charts, text
-from rlhf.report.model import OUTCOMES, STATES, RunReport
-from rlhf.report.view import (
-    accuracy_chart,
-    comparison,
-    config_parts,
-    curve_table,
-    data_rows,
-    lanes,
-    left_out,
-    parents,
-    tiles,
-    win_chart,
-)
+from rlhf.report.charts import IntervalChart, interval_chart
+from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
+from rlhf.report.text import duration, number, number_of, percent, percent_range, words
 
 
 def render(report: RunReport) -> str:
@@ -80,3 +72,196 @@ def _environment() -> Environment:
     )
     environment.globals.update(states=STATES, chart=charts)
     return environment
+
+
+MAX_TABLE_ROWS = 60
+
+
+DATA_ORDER = (
+    ("source", "Source"),
+    ("pairs_train", "Pairs to train on"),
+    ("pairs_eval", "Pairs held out"),
+    ("prompts_train", "Prompts for PPO"),
+    ("prompts_eval", "Prompts held out"),
+    ("demonstrations", "Demonstrations"),
+    ("chosen_longer", "Chosen reply is the longer one"),
+)
+
+
+class Tile(NamedTuple):
+    """One key figure at the top of the page."""
+
+    label: str
+    value: str
+    note: str
+    spread: str = ""
+
+
+class Compared(NamedTuple):
+    """One row of the policy table, with a (value, note) for each way of decoding."""
+
+    label: str
+    cells: tuple[tuple[str, str], ...]
+    judge: bool = False
+
+
+def tiles(report: RunReport) -> list[Tile]:
+    """Return the key figures that were measured."""
+    figures: list[Tile] = []
+    model = report.reward_model or {}
+    sampled = _mapping((report.policy or {}).get("sampled"))
+    if number_of(model.get("accuracy")) is not None:
+        figures.append(_rate_tile("Reward model", "accuracy", model, "accuracy"))
+    if number_of(sampled.get("win_rate")) is not None:
+        figures.append(_rate_tile("Wins over SFT", "by reward", sampled, "win_rate"))
+    if number_of(sampled.get("reward_after")) is not None:
+        before = number(sampled.get("reward_before"))
+        figures.append(Tile("Reward", number(sampled["reward_after"]), f"was {before} after SFT"))
+    if number_of(sampled.get("kl")) is not None:
+        figures.append(Tile("KL", number(sampled["kl"]), "nats from the SFT policy"))
+    if number_of(sampled.get("gold_win_rate")) is not None:
+        figures.append(_rate_tile("Independent judge", "wins", sampled, "gold_win_rate"))
+    times = [s.seconds for s in report.stages if number_of(s.seconds) is not None]
+    if times:
+        cached = sum(stage.state is StageState.CACHED for stage in report.stages)
+        note = f"{cached} of {len(report.stages)} from cache" if cached else "all stages together"
+        figures.append(Tile("Time", duration(sum(t for t in times if t is not None)), note))
+    return figures
+
+
+def lanes(stages: Sequence[StageRow]) -> list[list[StageRow]]:
+    """Split the stages into two lanes after the first gate."""
+    for i, stage in enumerate(stages[:-1], start=1):
+        if stage.name.startswith("gate-"):
+            return [list(stages[:i]), list(stages[i:])]
+    return [list(stages)] if stages else []
+
+
+def data_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return labels and values of the data summary, known ones first."""
+    known = [(key, label) for key, label in DATA_ORDER if data.get(key) is not None]
+    placed = {key for key, _ in DATA_ORDER} | {"left_out"}
+    rest = [(key, words(key)) for key in sorted(data) if key not in placed]
+    return [
+        (label, percent(data[key]) if key == "chosen_longer" else _plain_text(data[key]))
+        for key, label in known + rest
+    ]
+
+
+def left_out(data: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Return the reasons for leaving rows out, the most frequent first."""
+    counts = [(str(k), int(number_of(v) or 0)) for k, v in _mapping(data.get("left_out")).items()]
+    return sorted(counts, key=lambda item: (-item[1], item[0]))
+
+
+def accuracy_chart(model: Mapping[str, Any] | None) -> IntervalChart | None:
+    """Chart the reward model's accuracy, overall and by group, beside its baselines."""
+    if not model:
+        return None
+    estimates = [
+        ("Reward model", "main", model, "accuracy"),
+        ("Choose the longer reply", "baseline", model, "baseline_longer"),
+        *_groups(model, "accuracy"),
+    ]
+    lines = [("coin", "coin", 0.5), ("ceiling", "ceiling", model.get("ceiling"))]
+    return interval_chart(estimates, lines)
+
+
+def win_chart(policy: Mapping[str, Any] | None) -> IntervalChart | None:
+    """Chart the win rates by decoding, after the reward model and the judge."""
+    if not policy:
+        return None
+    estimates: list[tuple[str, str, Mapping[str, Any], str]] = []
+    for mode, metrics in _modes(policy):
+        estimates.append((words(mode), "main", metrics, "win_rate"))
+        estimates.append((f"{words(mode)}, independent judge", "judge", metrics, "gold_win_rate"))
+    estimates.extend(_groups(_mapping(policy.get("sampled")), "win_rate"))
+    return interval_chart(estimates, [("tie", "coin", 0.5)])
+
+
+def comparison(policy: Mapping[str, Any] | None) -> tuple[list[str], list[Compared]]:
+    """Return headings and rows of the policy table; unmeasured rows are left out."""
+    modes = _modes(policy or {})
+
+    def row(label: str, cell: Any, judge: bool = False) -> Compared:
+        return Compared(label, tuple(cell(metrics) for _, metrics in modes), judge)
+
+    def change(name: str) -> Any:
+        return lambda m: _change(m.get(f"{name}_before"), m.get(f"{name}_after"))
+
+    rows = [
+        row("Wins over the SFT policy", lambda m: (percent(m.get("win_rate")), _ci(m, "win_rate"))),
+        row("Reward", change("reward")),
+        row("KL from the SFT policy", lambda m: (number(m.get("kl")), "nats per reply")),
+        row("Replies that end by EOS", lambda m: (percent(m.get("eos_rate")), "")),
+        row("Reply length", change("tokens")),
+        row("Repetition", change("repetition")),
+        row("Wins", lambda m: (percent(m.get("gold_win_rate")), _ci(m, "gold_win_rate")), True),
+        row("Score", change("gold"), True),
+    ]
+    measured = [r for r in rows if any(value != number(None) for value, _ in r.cells)]
+    return [words(mode) for mode, _ in modes], measured
+
+
+def curve_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], int]:
+    """Return the curves' columns, the rows of every n-th update, and n."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    step = -(-len(rows) // MAX_TABLE_ROWS) or 1
+    selected = list(rows[::step])
+    if rows and selected[-1] is not rows[-1]:
+        selected.append(rows[-1])
+    return columns, [[_cell(key, row.get(key)) for key in columns] for row in selected], step
+
+
+def config_parts(rows: Sequence[ConfigRow]) -> tuple[list[ConfigRow], list[ConfigRow]]:
+    """Split the configuration into values that were set and defaults."""
+    return [r for r in rows if r.source != "default"], [r for r in rows if r.source == "default"]
+
+
+def parents(report: RunReport) -> dict[str, list[tuple[str, str]]]:
+    """Return each artifact's parents as pairs of digest and kind."""
+    kinds = {node.digest: node.kind for node in report.lineage.nodes}
+    by_child: dict[str, list[tuple[str, str]]] = {digest: [] for digest in kinds}
+    for parent, child in report.lineage.edges:
+        by_child.setdefault(child, []).append((parent, kinds.get(parent, "")))
+    return by_child
+
+
+def _rate_tile(label: str, note: str, metrics: Mapping[str, Any], key: str) -> Tile:
+    spread = percent_range(metrics.get(f"{key}_low"), metrics.get(f"{key}_high"))
+    note = f"{note}, 95\u00a0% interval" if spread else note
+    return Tile(label, percent(metrics[key]), note, spread)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _plain_text(value: Any) -> str:
+    """Return any value of the data summary as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_plain_text(item)}" for key, item in value.items())
+    return str(value) if isinstance(value, str | bool) else number(value)
+
+
+def _groups(metrics: Mapping[str, Any], key: str) -> list[tuple[str, str, Mapping[str, Any], str]]:
+    groups = _mapping(metrics.get("by_group"))
+    return [(str(name), "group", _mapping(groups[name]), key) for name in sorted(groups)]
+
+
+def _modes(policy: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(mode, _mapping(policy[mode])) for mode in ("sampled", "greedy") if policy.get(mode)]
+
+
+def _change(before: Any, after: Any) -> tuple[str, str]:
+    return number(after), "" if number_of(before) is None else f"was {number(before)}"
+
+
+def _ci(metrics: Mapping[str, Any], key: str) -> str:
+    spread = percent_range(metrics.get(f"{key}_low"), metrics.get(f"{key}_high"))
+    return f"95\u00a0% interval {spread}" if spread else ""
+
+
+def _cell(key: str, value: Any) -> str:
+    whole = key == "update" and (x := number_of(value)) is not None and x.is_integer()
+    return number(int(value) if whole else value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -22,13 +23,13 @@ from typing import BinaryIO, NamedTuple
 
 from rlhf.errors import ArtifactCorrupt, StoreConfigError, StoreError
 from rlhf.files import file_sha256
-from rlhf.store.backend import Meter, Sink, in_parallel
-from rlhf.store.locks import acquire, locked
 from rlhf.store.manifest import FileEntry, blob_key
-from rlhf.store.receive import ATTEMPTS
+from rlhf.store.objects import SMALL, Backend, Meter, Sink, in_parallel
 
 #: Default limit in bytes of all fetched artifacts.
 DEFAULT_LIMIT = 50 * 10**9
+
+
 #: After so many seconds without a byte, boto3 has retried a download for long enough.
 _SLOW = 5.0
 
@@ -296,3 +297,55 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> BinaryIO | None:
+    """Return an open file that holds the lock until closed; None if it is taken."""
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
+            if _is_current(file, path):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except BaseException:
+            file.close()
+            raise
+        # The previous holder removed the file: nobody else can see a lock on it.
+        file.close()
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock among threads and processes; yields False if it is taken."""
+    file = acquire(path, wait=wait)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def _is_current(file: BinaryIO, path: Path) -> bool:
+    """Return whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+#: A bit that flips on the way is not flipped again the next time.
+ATTEMPTS = 3
+
+
+def download(backend: Backend, entry: FileEntry, sink: Sink) -> None:
+    """Write a file's bytes into the sink, unverified: the caller compares the sha256."""
+    key = blob_key(entry.sha256)
+    if entry.size <= SMALL:
+        sink.write(backend.get_bytes(key, SMALL))
+    else:
+        backend.get_file(key, sink)

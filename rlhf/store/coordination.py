@@ -28,8 +28,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from rlhf.errors import StoreConfigError, StoreError
-from rlhf.store.backend import Backend, ObjectInfo
 from rlhf.store.manifest import sha256_bytes
+from rlhf.store.objects import Backend, ObjectInfo
 
 #: Prefixes of the objects that serve coordination only; all go once they are old.
 PROBES, CLAIMS, COLLECTIONS = "probe/", "claims/", "gc/"

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
 from rlhf.files import fsync
-from rlhf.store.backend import ObjectInfo, Sink, Source
+from rlhf.store.objects import ObjectInfo, Sink, Source
 
 _CONFIGURATION = {
     errno.EACCES,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing
-from rlhf.store.backend import SMALL, Backend, Meter, Source, in_parallel
 from rlhf.store.coordination import FRESH, collected_since
 from rlhf.store.manifest import (
     MAX_FILES,
@@ -27,6 +26,7 @@ from rlhf.store.manifest import (
     manifest_key,
     sha256_bytes,
 )
+from rlhf.store.objects import SMALL, Backend, Meter, Source, in_parallel
 
 #: One large file is hashed while another is sent: all at once would leave the network idle.
 _HASHING = threading.BoundedSemaphore(2)

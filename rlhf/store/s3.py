@@ -13,24 +13,31 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
 
 from rlhf.config.pipeline import StoreConfig
-from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
-from rlhf.store.backend import ObjectInfo, Sink, Source, in_parallel
-from rlhf.store.s3_client import make_client
-from rlhf.store.s3_errors import ERRORS, failed, refused, status_of
-from rlhf.store.s3_read import PAUSE, read_object, receive_object
+from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
+from rlhf.store.objects import ObjectInfo, Sink, Source, in_order, in_parallel
+from rlhf.store.s3_client import CUT, ERRORS, failed, make_client, refused, status_of
 
 MIB = 1024 * 1024
+
+
 #: Just more than the buffers that malloc keeps when freed; four at once bound the memory.
 _PART = 32 * MIB
+
+
 _SENDING = threading.BoundedSemaphore(4)
+
+
 _MOST_PARTS = 10_000
+
+
 #: How long botocore waits for "100 Continue" before it sends a body.
 _CONTINUE_SECONDS = 1.0
 
@@ -321,3 +328,89 @@ def _date(answer: dict[str, Any]) -> datetime | None:
 def _age(modified: datetime, now: datetime | None) -> float:
     """Return an age in seconds; 0 without a date, as young objects are kept."""
     return (now - modified).total_seconds() if now else 0.0
+
+
+T = TypeVar("T")
+
+
+#: Pause in seconds before the first retry of requests that boto3 does not repeat; then doubled.
+PAUSE = 0.1
+
+
+_PIECE = 8 * 1024 * 1024
+
+
+#: Ranges of a file in memory, and how many of them are requested at once.
+_AHEAD, _AT_ONCE = 6, 4
+
+
+#: Large files read at once.
+_FILES = threading.BoundedSemaphore(2)
+
+
+#: Bytes per read, small enough for the processor's cache.
+_CHUNK = 256 * 1024
+
+
+def read_object(
+    client: Any, where: dict[str, str], limit: int, take: Callable[[Any], T], **part: str
+) -> tuple[T, dict[str, Any]]:
+    """Read an object by `take`; returns its result and the answer.
+
+    A body that was cut is read again: boto3 repeats only requests.
+
+    Raises:
+        ArtifactCorrupt: The body has more bytes than the limit.
+    """
+    for attempt in range(5):
+        try:
+            answer = client.get_object(**where, **part)
+            with contextlib.closing(answer["Body"]) as body:
+                if answer["ContentLength"] > limit:
+                    break
+                return take(body), answer
+        except CUT:
+            if attempt == 4:
+                raise
+            time.sleep(PAUSE * 2**attempt)
+    name = f"s3://{where['Bucket']}/{where['Key']}"
+    raise ArtifactCorrupt(f"{name} is larger than {limit} bytes; delete it")
+
+
+def receive_object(client: Any, where: dict[str, str], sink: Sink) -> None:
+    """Read an object in parallel ranges, hashed in order.
+
+    The buffers are reused, as fresh memory costs more than hashing, and lie in one block, as malloc
+    does not return smaller ones than 32 MiB to the system. s3transfer hangs with a limit on the
+    parts that it keeps in memory.
+    """
+    with _FILES:
+        block = memoryview(bytearray(_AHEAD * _PIECE))
+        free = [block[at : at + _PIECE] for at in range(0, len(block), _PIECE)]
+
+        def piece(start: int, **same: str) -> tuple[memoryview, int, dict[str, Any]]:
+            part, buffer = f"bytes={start}-{start + _PIECE - 1}", free.pop()
+            take = partial(_fill, buffer, sink, start)
+            return buffer, *read_object(client, where, _PIECE, take, Range=part, **same)
+
+        def add(buffer: memoryview, size: int) -> None:
+            sink.add(buffer[:size])
+            free.append(buffer)
+
+        buffer, size, answer = piece(0)
+        add(buffer, size)
+        starts = range(_PIECE, int(answer["ContentRange"].rpartition("/")[2]), _PIECE)
+        rest = in_order(partial(piece, IfMatch=answer["ETag"]), starts, _AT_ONCE, _AHEAD)
+        with contextlib.closing(rest):
+            for buffer, size, _ in rest:
+                add(buffer, size)
+
+
+def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
+    """Fill the buffer, and return the size; reads to the end, for boto3's checks."""
+    size = 0
+    while data := body.read(_CHUNK):
+        sink.put(data, start + size)
+        buffer[size : size + len(data)] = data
+        size += len(data)
+    return size

@@ -17,15 +17,18 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
-from rlhf.store.backend import Backend, Meter, Sink, in_parallel
-from rlhf.store.cache import DEFAULT_LIMIT, Cache, Origin
-from rlhf.store.collect import GRACE, Garbage, collect, retain
+from rlhf.files import expand_home
+from rlhf.store.cache import ATTEMPTS, DEFAULT_LIMIT, Cache, Origin, download
 from rlhf.store.coordination import PROBES, is_atomic
+from rlhf.store.gc import GRACE, Garbage, collect, retain
+from rlhf.store.history import Histories, Pins
+from rlhf.store.local import LocalBackend
 from rlhf.store.manifest import (
     MAX_MANIFEST_BYTES,
     Ancestor,
@@ -42,18 +45,22 @@ from rlhf.store.manifest import (
     manifest_key,
     sha256_bytes,
 )
-from rlhf.store.pins import Pins
-from rlhf.store.places import backend_of
+from rlhf.store.objects import Backend, Meter, Sink, in_parallel
 from rlhf.store.publish import publish
-from rlhf.store.receive import ATTEMPTS, download
-from rlhf.store.refs import Histories
 
 _MANIFEST_KEY = re.compile(r"manifests/([0-9a-f]{64})\.json")
+
+
 _PROBE_SECONDS = 5
+
 
 # `Store.list` hides the builtin inside the class.
 Names: TypeAlias = list[str]
+
+
 Ancestors: TypeAlias = list[Ancestor]
+
+
 #: Called with the bytes done and the total; from several threads, but never two at once.
 Listener: TypeAlias = Callable[[int, int], None]
 
@@ -88,7 +95,7 @@ class Store:
         """The store's address, normalised, without credentials."""
         return self._backend.uri
 
-    def below(self, name: str) -> Store:
+    def child(self, name: str) -> Store:
         """Return a store of its own under that name of this one, with the same cache."""
         return Store(self._backend.child(name), self._cache)
 
@@ -326,3 +333,26 @@ def _has_right_bytes(backend: Backend, entry: FileEntry) -> bool:
         if sink.sha256 == entry.sha256:
             return True
     return False
+
+
+def backend_of(uri: str, options: StoreConfig) -> Backend:
+    """Return the backend of a folder (`file:///…`, a path) or bucket (`s3://…`).
+
+    Raises:
+        StoreConfigError: The URI is neither.
+    """
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
+    if parts.scheme == "s3" and parts.netloc:
+        from rlhf.store.s3 import S3Backend
+
+        return S3Backend(uri, options)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
+        return LocalBackend(Path(unquote(parts.path)).resolve())
+    folder = expand_home(uri)
+    if uri and "://" not in uri and not str(folder).startswith("~"):
+        return LocalBackend(folder.resolve())
+    raise StoreConfigError(
+        f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
+    )

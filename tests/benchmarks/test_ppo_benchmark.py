@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import workload
 from benchmarks.machine import needed_gflops
-from benchmarks.our_side import OurSide
-from benchmarks.report import summary
-from benchmarks.side import PHASES, check, differences
-from benchmarks.workload import Size, Workload, end_share, write_models
+from benchmarks.ppo import workload
+from benchmarks.ppo.ours import OurSide
+from benchmarks.ppo.process import PHASES, check, differences
+from benchmarks.ppo.report import summary
+from benchmarks.ppo.workload import Size, Workload, end_share, write_models
 
 TINY = Size(16, 2, 2, 32, 64, batch=4, new_tokens=6, epochs=2)
 

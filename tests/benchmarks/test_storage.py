@@ -10,14 +10,13 @@ import boto3
 import pytest
 from boto3.s3.transfer import TransferConfig
 
-from benchmarks import storage_wire
-from benchmarks.storage_faults import TRIALS, Trial
-from benchmarks.storage_report import Table, against, fastest, in_turn, seconds, verdict
-from benchmarks.storage_runs import Run, SideFailed, Site, delivered, random_files
-from benchmarks.storage_sides import MIB, SIDES
-from benchmarks.storage_speed import everyone, moved, sink
-from benchmarks.storage_wire import Once, cut, during, flip, reset, wire
-from benchmarks.throttle import throttled
+from benchmarks.storage.faults import TRIALS, Trial
+from benchmarks.storage.methods import MIB, SIDES
+from benchmarks.storage.report import Table, against, fastest, in_turn, seconds, verdict
+from benchmarks.storage.runs import Run, SideFailed, Site, delivered, random_files
+from benchmarks.storage.speed import everyone, moved, sink
+from benchmarks.storage.throttle import throttled
+from benchmarks.storage.wire import CHUNK, Once, cut, during, flip, reset, wire
 
 
 def test_a_value_beside_its_bar():
@@ -134,7 +133,7 @@ def test_wire_flips_one_bit(echo, received, direction):
     assert once.done
     changed = [number for number, byte in enumerate(found) if byte]
     assert len(changed) == 1
-    assert changed[0] > MIB // 2 - storage_wire.CHUNK
+    assert changed[0] > MIB // 2 - CHUNK
     assert found[changed[0]] == 1
     assert any(received) == (direction == "up")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.generate_ppo import page
 from rlhf.config import PPOConfig
-from rlhf.config.document import page
 from tests.config.test_seed_table import FIELDS, TABLE
 
 DOCUMENT = Path("docs/ppo.md").read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ ROWS = {
 
 
 def test_the_page_is_up_to_date():
-    assert page() == DOCUMENT, "run: python -m rlhf.config.document > docs/ppo.md"
+    assert page() == DOCUMENT, "run: python -m docs.generate_ppo > docs/ppo.md"
 
 
 def test_every_field_is_named_with_its_default():

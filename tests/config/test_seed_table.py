@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf.config import PipelineConfig, PPOConfig, load_config
-from rlhf.config.aliases import SEED_NAMES
+from rlhf.config.ppo import SEED_NAMES
 from rlhf.errors import ConfigError
 
 

@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flows.pipeline import pipeline
 from rlhf.errors import ConfigError
 from rlhf.files import read_json
-from tasks.metrics import StageMetrics
 from tasks.preflight import preflight
 from tasks.stage import store_of
 from tasks.stages import STAGES
+from tasks.trackers import StageMetrics
 
 pytestmark = pytest.mark.prefect
 

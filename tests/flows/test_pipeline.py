@@ -15,10 +15,10 @@ from prefect.utilities.collections import visit_collection
 from flows.cli import app
 from flows.pipeline import pipeline
 from flows.stages import STAGE_FLOWS
+from rlhf.champions import Promotion, promote
 from rlhf.config import load_config
-from rlhf.config.placement import STAGE_NAMES
+from rlhf.config.pipeline import STAGE_NAMES
 from rlhf.errors import GateRejected, StoreError
-from rlhf.registry import Promotion, promote
 from rlhf.store import Store
 from tasks import prefect_tasks
 from tasks.parameters import NO_PRESET, configuration_name, resolve

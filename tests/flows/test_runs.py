@@ -20,8 +20,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Crashed, Running, Scheduled, Suspended
 
 import flows.runs
-from flows.runs import runs, status
-from flows.showing import duration
+from flows.runs import duration, runs, status
 from rlhf.errors import ArtifactMissing, ConfigError
 from tests.servers import PATIENCE
 

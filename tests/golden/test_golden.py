@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf.config.ppo import KLSection
-from rlhf.ppo import kl, losses, shaping
+from rlhf.ppo import losses
 from tests.golden import reference
 from tests.library.toys import DEVICE
 
@@ -50,15 +50,15 @@ def whitening(x):
 
 
 def shaped_rewards(x):
-    estimate = kl.kl_estimate(x.log_probs, x.reference_log_probs, x.estimator, x.clamp)
-    states = shaping.value_mask(x.mask, x.max_new_tokens, x.score_position)
-    return {"rewards": shaping.shaped_rewards(x.scores, estimate, x.mask, states, x.kl_coef)}
+    estimate = losses.kl_estimate(x.log_probs, x.reference_log_probs, x.estimator, x.clamp)
+    states = losses.value_mask(x.mask, x.max_new_tokens, x.score_position)
+    return {"rewards": losses.shaped_rewards(x.scores, estimate, x.mask, states, x.kl_coef)}
 
 
 def reward_placement(x):
-    states = shaping.value_mask(x.mask, x.max_new_tokens, x.score_position)
+    states = losses.value_mask(x.mask, x.max_new_tokens, x.score_position)
     nothing = torch.zeros_like(x.values[:, :-1])
-    rewards = shaping.shaped_rewards(x.scores, nothing, x.mask, states, 0.1)
+    rewards = losses.shaped_rewards(x.scores, nothing, x.mask, states, 0.1)
     advantages, _ = losses.gae(rewards, x.values, states, x.gamma, x.gae_lambda)
     return {"states": states, "rewards": rewards, "advantages": advantages[:, :-1] * x.mask}
 
@@ -88,11 +88,11 @@ def value_clip(x):
 
 def kl_estimators(x):
     args = (x.log_probs, x.reference_log_probs)
-    return {name: kl.kl_estimate(*args, name, x.clamp) for name in ("k1", "k2", "k3")}
+    return {name: losses.kl_estimate(*args, name, x.clamp) for name in ("k1", "k2", "k3")}
 
 
 def exact_kl(x):
-    return {"kl": kl.exact_kl(x.logits, x.reference_logits)}
+    return {"kl": losses.exact_kl(x.logits, x.reference_logits)}
 
 
 def adaptive_kl(x):
@@ -100,12 +100,12 @@ def adaptive_kl(x):
         kl_coef=x.kl_coef, kl_controller=x.controller, kl_target=x.target, kl_horizon=x.horizon
     )
     values = []
-    controller = kl.kl_controller(config)
+    controller = losses.kl_controller(config)
     for current, n in x.inputs["updates"]:
         controller.update(current, n)
         values.append(controller.value)
         state = json.loads(json.dumps(controller.state_dict()))
-        controller = kl.kl_controller(config)  # as if the run were resumed
+        controller = losses.kl_controller(config)  # as if the run were resumed
         controller.load_state_dict(state)
     return {"kl_coef": torch.tensor(values, dtype=torch.float64)}
 
@@ -134,7 +134,7 @@ def aggregation(x):
 
 
 def missing_eos(x):
-    return {"scores": shaping.missing_eos(x.scores, x.finished, x.rule, x.penalty)}
+    return {"scores": losses.missing_eos(x.scores, x.finished, x.rule, x.penalty)}
 
 
 def entropy(x):
@@ -144,14 +144,14 @@ def entropy(x):
 
 
 def running_scale(x):
-    scale, deviations, scaled = shaping.RunningScale(), [], []
+    scale, deviations, scaled = losses.RunningScale(), [], []
     for chunk in x.inputs["chunks"]:
         scores = torch.tensor(chunk, dtype=x.dtype, device=DEVICE)
         scale.update(scores)
         deviations.append(scale.deviation)
         scaled.append(scale.apply(scores))
         state = json.loads(json.dumps(scale.state_dict()))
-        scale = shaping.RunningScale()
+        scale = losses.RunningScale()
         scale.load_state_dict(state)
     return {"deviations": deviations, "scaled": scaled}
 

@@ -11,17 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.config.ppo import KLSection
-from rlhf.ppo.kl import exact_kl, kl_controller, kl_estimate
 from rlhf.ppo.losses import (
+    RunningScale,
     entropy_bonus,
+    exact_kl,
     gae,
+    kl_controller,
+    kl_estimate,
     last_valid,
     masked_mean,
     policy_loss,
+    shaped_rewards,
     value_loss,
+    value_mask,
     whiten,
 )
-from rlhf.ppo.shaping import RunningScale, shaped_rewards, value_mask
 from tests.library.toys import DEVICE
 
 pytestmark = pytest.mark.device

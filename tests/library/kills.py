@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.modeling import shards
+from rlhf.modeling import weights
 from rlhf.ppo import checkpoint
 
 CALLS = ("open", "close", "fsync", "mkdir", "replace", "unlink", "rmdir")
 #: The functions that write a file of a checkpoint, and which argument says where.
-WRITES: dict[tuple[Any, str], int] = {(shards, "save_file"): 1, (checkpoint, "write_json"): 0}
+WRITES: dict[tuple[Any, str], int] = {(weights, "save_file"): 1, (checkpoint, "write_json"): 0}
 
 
 @contextmanager

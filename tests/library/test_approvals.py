@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.approvals import acting_person, approval_of, record_approval, require_approval
+from rlhf.champions import acting_person, approval_of, record_approval, require_approval
 from rlhf.errors import ApprovalMissing, ApprovalRefused, ArtifactCorrupt
 from rlhf.store import Store, open_store
 

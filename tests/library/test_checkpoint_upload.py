@@ -10,9 +10,9 @@ import uuid
 
 import pytest
 
-from rlhf.errors import CheckpointError, Interrupted, StoreError, worth_retrying
+from rlhf.errors import CheckpointError, Interrupted, StoreError, is_retriable
 from rlhf.ppo.checkpoint import checkpoints_in, import_checkpoint
-from rlhf.ppo.stored import HISTORY, StoredCheckpoints, keep_best
+from rlhf.ppo.checkpoint_store import HISTORY, CheckpointStore, keep_best
 from rlhf.ppo.train import score_of
 from rlhf.store import Store, open_store
 from rlhf.store.cache import Cache
@@ -212,7 +212,7 @@ def test_a_copy_that_finds_no_room_says_so(tmp_path):
             import_checkpoint(tmp_path / "c", source, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert worth_retrying(e.value)
+    assert is_retriable(e.value)
     assert names(tmp_path / "c") == []
 
 
@@ -221,7 +221,7 @@ def test_a_copy_that_finds_no_room_says_so(tmp_path):
 
 def test_the_last_two_and_the_best_stay_with_their_blobs_and_nothing_else(place, machine, tmp_path):
     store = machine("m").store
-    kept = StoredCheckpoints(store, PRODUCER)
+    kept = CheckpointStore(store, PRODUCER)
     place.write("blobs/sha256/ab/left-by-a-killed-upload", b"x")
     rounds = [
         (5, 0.5, [5], True), (10, None, [5, 10], False), (15, 0.75, [10, 15], True),
@@ -253,7 +253,7 @@ def test_a_store_that_forbids_deletion_only_grows(tmp_path, caplog):
                 raise StoreError("denied")
 
     store = Store(Forbidding(tmp_path / "s"), Cache(tmp_path / "c"))
-    kept = StoredCheckpoints(store, PRODUCER)
+    kept = CheckpointStore(store, PRODUCER)
     for update in (1, 2, 3):
         kept.save(checkpoint(tmp_path / str(update), update), update, -float(update))
     kept.save(checkpoint(tmp_path / "4", 4), 4, -4.0)
@@ -278,7 +278,7 @@ def test_names_of_runs_do_not_meet(tmp_path):
     folder = checkpoint(tmp_path / uuid.uuid4().hex, 1)
     main.publish(folder, "policy", parents={}, producer=PRODUCER, metrics={})
     for run in runs:
-        StoredCheckpoints(run, PRODUCER).save(folder, 1, None)
+        CheckpointStore(run, PRODUCER).save(folder, 1, None)
     keep_best(runs[0])  # none has a score
     assert [stored(run) for run in runs] == [[], [1]]
     (artifact,) = main.list()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
-from rlhf.errors import CheckpointError, ConfigError, TrainingError, worth_retrying
+from rlhf.errors import CheckpointError, ConfigError, TrainingError, is_retriable
 from rlhf.files import read_json
 from rlhf.ppo import checkpoint
 from rlhf.ppo.checkpoint import (
@@ -138,7 +138,7 @@ def test_a_full_disk_is_said_and_spares_the_earlier_checkpoints(trainer, saved, 
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         said = r"update-000003: can't be written \(.*too large.*update-000002 is whole; mend"
         assert re.search(said, str(caught.value)), caught.value
-        assert worth_retrying(caught.value)
+        assert is_retriable(caught.value)
         assert {path.name: contents(path) for path in checkpoints_in(folder)} == before
     save(trainer, folder, 3)
     assert names(folder) == ["update-000002", "update-000003"]

@@ -9,7 +9,7 @@ import pytest
 from rlhf.config import PipelineConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import ConfigError
-from tasks.external_inputs import check_tokens, judges_of_others
+from tasks.external_inputs import check_tokens, reward_function_digests
 from tasks.runner import fingerprint
 from tasks.stages import STAGES
 
@@ -44,7 +44,7 @@ def test_changed_code_is_other_work(ppo, tmp_path, monkeypatch):
 
 
 def test_nothing_of_others():
-    assert judges_of_others(PipelineConfig().ppo) == {}
+    assert reward_function_digests(PipelineConfig().ppo) == {}
 
 
 def test_a_changed_pair_model_is_other_work(tmp_path):
@@ -54,9 +54,9 @@ def test_a_changed_pair_model_is_other_work(tmp_path):
     ppo = {"env_type": "preference_comparison", "env_config": options}
     config = PipelineConfig.model_validate({"ppo": ppo}).ppo
     (tmp_path / "model.safetensors").write_bytes(b"one")
-    before = judges_of_others(config)
+    before = reward_function_digests(config)
     (tmp_path / "model.safetensors").write_bytes(b"two")
-    assert judges_of_others(config) != before
+    assert reward_function_digests(config) != before
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_pair_model_is_looked_at_before_any_work(tmp_path, monkeypatch, folder
     options = {"judge": "pair_model", "pair_model": folder}
     ppo = {"env_type": "preference_comparison", "env_config": options}
     with pytest.raises(ConfigError, match=rf"ppo\.env_config\.pair_model = '.*': {reason}"):
-        judges_of_others(PipelineConfig.model_validate({"ppo": ppo}).ppo)
+        reward_function_digests(PipelineConfig.model_validate({"ppo": ppo}).ppo)
 
 
 def test_tokens_are_looked_for_before_any_work(monkeypatch):

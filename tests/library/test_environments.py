@@ -23,12 +23,16 @@ from rlhf.config import (
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Environment, Reply, build_environment
-from rlhf.environments.answers import Correctness, last_number, matches, normalise_answer
-from rlhf.environments.functions import length_penalty
-from rlhf.environments.kinds import PreferenceComparison
+from rlhf.environments.env_types import ComponentScale, PreferenceComparison
+from rlhf.environments.functions import (
+    Correctness,
+    last_number,
+    length_penalty,
+    matches,
+    normalise_answer,
+)
 from rlhf.environments.model import PairModel
-from rlhf.environments.scale import ComponentScale
-from rlhf.environments.stop import Ending
+from rlhf.environments.stop import StopSequences
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.reward import Scorer
 
@@ -381,7 +385,7 @@ def test_a_stop_sequence_over_several_tokens_and_inside_of_one(renderer):
     row = ids(renderer, "tea good bad cup")
     pieces = [renderer.tokenizer.decode(i) for i in row]
     assert not any("d b" in piece for piece in pieces)
-    ending = Ending(renderer, ["d b"])
+    ending = StopSequences(renderer, ["d b"])
     found = [ending([row[:n]])[0] for n in range(len(row) + 1)]
     first = found.index(True)
     assert found == [False] * first + [True] * (len(row) + 1 - first)
@@ -391,14 +395,14 @@ def test_a_stop_sequence_over_several_tokens_and_inside_of_one(renderer):
 
 
 def test_rows_on_their_own_and_the_earliest_sequence(renderer):
-    ending = Ending(renderer, ["bad", "cup"])
+    ending = StopSequences(renderer, ["bad", "cup"])
     rows = [ids(renderer, text) for text in ("good", "cup bad", "good bad", "")]
     assert ending(rows) == [False, True, True, False]
     assert [ending.text(row) for row in rows] == ["good", "", "good", ""]
 
 
 def test_a_sequence_of_space_is_found_before_the_text_is_stripped(renderer):
-    ending = Ending(renderer, ["\n\n"])
+    ending = StopSequences(renderer, ["\n\n"])
     row = ids(renderer, "good \n\n")
     assert ending([row, row[:-1]]) == [True, False]
     assert ending.text(row) == "good"
@@ -411,7 +415,7 @@ def test_a_stop_sequence_with_a_special_token_is_refused(renderer, sequence):
     tokenizer.add_tokens([AddedToken("<|extra|>", special=True)])
     assert "<|extra|>" not in tokenizer.all_special_tokens
     with pytest.raises(ConfigError) as caught:
-        Ending(Renderer(tokenizer), ["bad", sequence])
+        StopSequences(Renderer(tokenizer), ["bad", sequence])
     token = sequence.removeprefix("bye")
     assert str(caught.value) == (
         f"ppo.env_config.stop_sequences: {sequence!r} holds the special token {token!r}, and "
@@ -565,7 +569,7 @@ def test_a_pair_model_compares(renderer, reward_model):
     ]
     assert float(environment(batch).totals.sum()) == 0
     environment = PreferenceComparison(
-        config.comparison, None, longer, ending=Ending(renderer), needs_reward_model=False,
+        config.comparison, None, longer, ending=StopSequences(renderer), needs_reward_model=False,
         functions=[],
     )  # fmt: skip
     scored = environment(batch)

@@ -16,7 +16,7 @@ import pytest
 from rlhf.config import PPOConfig, RemoteComponent
 from rlhf.environments import Reply, build_environment
 from rlhf.environments.remote import ALLOWED, RemoteReward
-from rlhf.errors import ConfigError, RewardServiceError, TrainingError, worth_retrying
+from rlhf.errors import ConfigError, RewardServiceError, TrainingError, is_retriable
 
 BATCH = [
     Reply("tea?", "good", 2, True, "yes", {"n": 1}),
@@ -177,7 +177,7 @@ def test_nobody_there():
         RewardServiceError, match=r"can't be reached \(ConnectError\), 2 t"
     ) as error:
         RemoteReward(config, "helpful")(BATCH)
-    assert worth_retrying(error.value)
+    assert is_retriable(error.value)
     assert isinstance(error.value, ConnectionError)
 
 

@@ -13,7 +13,8 @@ from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows, write_rows
 from rlhf.environments import Scored
 from rlhf.errors import ConfigError
 from rlhf.files import read_json
-from rlhf.ppo.rollout import Sampling, generate
+from rlhf.modeling.generate import generate
+from rlhf.modeling.sampling import Sampling
 from rlhf.ppo.train import build_trainer, prompts_of_update, train_policy
 from tests.library import toys
 

@@ -16,15 +16,17 @@ from rlhf.evaluate import (
     _compare,
     _groups,
     _kl,
+    ceiling_of,
     evaluate_policy,
     evaluate_reward_model,
+    judge_of,
     repetition,
 )
 from rlhf.files import read_json
-from rlhf.judges import ceiling_of, judge_of
 from rlhf.modeling.base import load_policy
+from rlhf.modeling.generate import generate
 from rlhf.modeling.reward import Scorer
-from rlhf.ppo.rollout import Sampling, generate
+from rlhf.modeling.sampling import Sampling
 from rlhf.ppo.train import train_policy
 from rlhf.statistics import share
 from rlhf.world import ceiling, gold

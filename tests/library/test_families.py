@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.config import EvaluationConfig
 from rlhf.evaluate import evaluate_policy
-from rlhf.modeling.base import UNBOUNDED, context_of, load_policy
+from rlhf.modeling.base import UNBOUNDED, context_length, load_policy
 from rlhf.ppo.train import train_policy
 from tests.library import toys
 from tests.library.toy_models import FAMILIES
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.device
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_stage(family, toy, data, tmp_path):
     model = load_policy(toy(f"{family}-base"))
-    assert context_of(model) == {"bloom": UNBOUNDED, "gpt2": 64}[family]
+    assert context_length(model) == {"bloom": UNBOUNDED, "gpt2": 64}[family]
     sft, reward = toy(f"{family}-sft"), toy(f"{family}-reward")
     policy, evaluation = tmp_path / "policy", tmp_path / "evaluation"
     for folder in (policy, evaluation):

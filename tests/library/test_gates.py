@@ -11,7 +11,7 @@ import pytest
 
 from rlhf import errors
 from rlhf.config import GateRule
-from rlhf.errors import GateRejected, worth_retrying
+from rlhf.errors import GateRejected, is_retriable
 from rlhf.gates import Approved, Verdict, flat_metrics, judge, require
 
 METRICS = {
@@ -179,4 +179,4 @@ def test_errors_are_the_standard_ones_too():
     ids=repr,
 )
 def test_worth_retrying(error, worth):
-    assert worth_retrying(error) is worth
+    assert is_retriable(error) is worth

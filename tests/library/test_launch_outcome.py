@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from rlhf.errors import DataError, Interrupted, StoreError, WorkerDied, worth_retrying
+from rlhf.errors import DataError, Interrupted, StoreError, WorkerDied, is_retriable
 from rlhf.files import write_json
 from rlhf.launch.job import FAILURES, ended_file, output_file
-from rlhf.launch.outcome import read_result
+from rlhf.launch.parent import read_result
 
 
 def ended(folder, rank, **report):
@@ -55,7 +55,7 @@ def test_a_dead_childs_error_has_its_last_output(tmp_path):
     with pytest.raises(WorkerDied, match=r"(?s)process 1 of 2 ended with status 3.*line 49$") as e:
         read_result(tmp_path, "stage", 2, 1)
     assert "line 41" not in str(e.value)
-    assert worth_retrying(e.value)
+    assert is_retriable(e.value)
     (tmp_path / FAILURES).unlink()
     with pytest.raises(WorkerDied, match="the launcher of its processes was ended by SIGKILL"):
         read_result(tmp_path, "stage", 2, -9)

@@ -13,14 +13,17 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from rlhf.ppo.losses import (
+    RunningScale,
+    clip_scores,
     gae,
     last_valid,
     masked_mean,
     policy_loss,
+    shaped_rewards,
     value_loss,
+    value_mask,
     whiten,
 )
-from rlhf.ppo.shaping import RunningScale, clip_scores, shaped_rewards, value_mask
 from tests.library.toys import DEVICE
 
 pytestmark = pytest.mark.device

@@ -21,9 +21,11 @@ from transformers import (
 from rlhf.config import ArchitectureConfig, BaseModelConfig, LoraConfig, RuntimeConfig
 from rlhf.data.rendering import ASSISTANT, PAD, PLAIN_TEMPLATE, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.modeling.base import device_of, from_scratch, load_base, load_policy, train_tokenizer
+from rlhf.modeling.base import from_scratch, load_base, load_policy, train_tokenizer
 from rlhf.modeling.critic import Critic, critic_from, freeze
-from rlhf.modeling.lora import lora_config, merged
+from rlhf.modeling.device import prepare_device
+from rlhf.modeling.generate import position_ids
+from rlhf.modeling.lora import lora_config, merge_adapter
 from rlhf.modeling.reward import (
     Scorer,
     counted_tokens,
@@ -33,7 +35,6 @@ from rlhf.modeling.reward import (
     reward_meta,
     save_reward_model,
 )
-from rlhf.ppo.decode import position_ids
 from tests.library import toys
 from tests.library.toys import DEVICE, within
 
@@ -177,14 +178,14 @@ def _foreign_tokenizer():
 
 def test_device():
     threads = torch.get_num_threads()
-    assert device_of(RuntimeConfig(device="cpu", threads=3)) == torch.device("cpu")
+    assert prepare_device(RuntimeConfig(device="cpu", threads=3)) == torch.device("cpu")
     assert torch.get_num_threads() == 3
     torch.set_num_threads(threads)
-    assert device_of(RuntimeConfig(threads=threads)).type in ("cpu", "cuda", "mps")
+    assert prepare_device(RuntimeConfig(threads=threads)).type in ("cpu", "cuda", "mps")
     found = torch.accelerator.current_accelerator(check_available=True)
     absent = "mps" if found and found.type == "cuda" else "cuda"
     with pytest.raises(ConfigError, match=f"runtime.device = '{absent}', but torch finds no such"):
-        device_of(RuntimeConfig(device=absent, threads=threads))
+        prepare_device(RuntimeConfig(device=absent, threads=threads))
 
 
 class TestPooling:
@@ -388,11 +389,11 @@ class TestLora:
                 torch.nn.init.normal_(p, std=0.3)
         adapted = model(ids).logits
         assert not torch.allclose(adapted, before)
-        plain = merged(model)
+        plain = merge_adapter(model)
         assert type(plain) is LlamaForCausalLM
         close = {"atol": within(1e-5, 1e-4), "rtol": within(1e-4, 1e-3)}
         torch.testing.assert_close(plain(ids).logits, adapted, **close)
-        assert merged(plain) is plain
+        assert merge_adapter(plain) is plain
 
 
 def test_tokenizers_do_not_warn_about_forks(monkeypatch):

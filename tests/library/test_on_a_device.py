@@ -12,16 +12,15 @@ from rlhf.config import DataConfig, EvaluationConfig, LoraConfig, RuntimeConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.evaluate import EVALUATION, evaluate_policy, evaluate_reward_model
 from rlhf.files import read_json
-from rlhf.ppo.decode import PackedDecoder, PaddedDecoder, decoder_of
-from rlhf.ppo.rollout import READ_EVERY, generate
-from rlhf.ppo.sampler import Sampling, inverse_cdf, running_sum
+from rlhf.modeling.generate import READ_EVERY, PackedDecoder, PaddedDecoder, decoder_of, generate
+from rlhf.modeling.sampling import Sampling, inverse_cdf, running_sum
 from rlhf.ppo.train import train_policy
 from rlhf.reward import train_reward_model
 from tests.emulated_cuda import emulated_cuda
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, LORA, Stopped, assert_same_run
-from tests.library.test_decode import PROMPTS, TOKENS, likely_end
-from tests.library.test_packing import ALL, PACKED, make
+from tests.library.test_generate import PROMPTS, TOKENS, likely_end
+from tests.library.test_packed import ALL, PACKED, make
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device is here")
 JUDGE = """
@@ -69,7 +68,7 @@ def test_the_cpus_tokens_where_rows_end_by_a_rule(gpu, monkeypatch, kind):
     def stop(rows):
         return [len(row) > 1 and row[-1] % 3 == 0 for row in rows]
 
-    monkeypatch.setattr("rlhf.ppo.rollout.decoder_of", kind)
+    monkeypatch.setattr("rlhf.modeling.logprobs.decoder_of", kind)
     options = {"sampling": Sampling(20), "seed": 3, "stop": stop}
     expected = generate(make("gqa"), PROMPTS, TOKENS, **options)
     replies = generate(make("gqa").to(gpu.device), PROMPTS, TOKENS, **options)
@@ -104,7 +103,7 @@ def test_without_padding_no_mask_is_read(gpu, monkeypatch):
 
 def waits_of_decoding(gpu, monkeypatch, name, kind, prompts):
     """The host waits for the device once in READ_EVERY steps, and for nothing else."""
-    monkeypatch.setattr("rlhf.ppo.rollout.decoder_of", kind)
+    monkeypatch.setattr("rlhf.modeling.logprobs.decoder_of", kind)
     model = make(name).to(gpu.device)
     endless = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
     generate(model, prompts, endless, Sampling(4), 0)  # finds out whether the model can be packed

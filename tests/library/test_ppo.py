@@ -11,7 +11,7 @@ from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, write_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import read_json, write_json
 from rlhf.modeling.base import load_policy
-from rlhf.ppo.rollout import log_probs_and_entropy
+from rlhf.modeling.logprobs import log_probs_and_entropy
 from rlhf.ppo.train import build_trainer, prompts_of_update, train_policy
 from tests.library import toys
 from tests.library.ppo_runs import LORA, Stopped, assert_same_run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import rlhf.ppo.optimise as optimise_module
+import rlhf.ppo.trainer as optimise_module
 from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json

@@ -9,11 +9,11 @@ from rlhf.config import LoraConfig, PPOConfig
 from rlhf.config.ppo import COMPAT
 from rlhf.data.rows import PromptRow
 from rlhf.files import read_json
-from rlhf.ppo.decode import position_ids
-from rlhf.ppo.memory import empty_cache
+from rlhf.modeling.device import empty_cache
+from rlhf.modeling.generate import position_ids
 from rlhf.ppo.models import learning_rate_scale
-from rlhf.ppo.optimise import optimise
 from rlhf.ppo.train import build_trainer
+from rlhf.ppo.trainer import optimise
 from tests.library import toys
 from tests.library.ppo_runs import LORA
 from tests.library.toys import DEVICE, within

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf.data.rendering import load_renderer
-from rlhf.errors import ConfigError, Interrupted, worth_retrying
+from rlhf.errors import ConfigError, Interrupted, is_retriable
 from rlhf.files import read_json, write_json
 from rlhf.modeling.reward import META
 from rlhf.ppo.checkpoint import checkpoints_in
@@ -155,7 +155,7 @@ def test_whoever_listened_for_sigterm_hears_it_after_the_save(train, tmp_path):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [["update-000002"]]
-    assert worth_retrying(Interrupted("x"))
+    assert is_retriable(Interrupted("x"))
 
 
 def test_without_checkpoints_sigterm_is_not_held_back(train):

@@ -13,13 +13,15 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from rlhf.errors import ConfigError
 from rlhf.modeling.base import load_policy
-from rlhf.modeling.forward import copy_in, packs
+from rlhf.modeling.generate import generate
+from rlhf.modeling.logprobs import log_probs_and_entropy
+from rlhf.modeling.packed import frozen_copy, packs
 from rlhf.modeling.precision import autocast, in_own_precision, store_in_bfloat16
 from rlhf.modeling.reward import Scorer
-from rlhf.ppo.rollout import Sampling, generate, log_probs_and_entropy
+from rlhf.modeling.sampling import Sampling
 from tests.library import toys
 from tests.library.ppo_runs import LORA, assert_same_run
-from tests.library.test_packing import ALL, make
+from tests.library.test_packed import ALL, make
 
 pytestmark = pytest.mark.device
 PLACES = ("rlhf.modeling.reward.store_in_bfloat16", "rlhf.ppo.models.store_in_bfloat16")
@@ -115,8 +117,8 @@ def test_what_was_learnt_is_saved_before_the_base_is_read_again(train, sft, tmp_
 def test_a_copy_shares_what_is_lowered_already_and_is_not_tried_again(monkeypatch):
     model = make("gqa").requires_grad_(False)
     store_in_bfloat16(model)
-    twin = copy_in(model, torch.bfloat16)
-    monkeypatch.setattr("rlhf.modeling.forward._enable_packing", None)  # would be called to try it
+    twin = frozen_copy(model, torch.bfloat16)
+    monkeypatch.setattr("rlhf.modeling.packed._enable_packing", None)  # would be called to try it
     assert packs(twin, 8)
     ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
     assert {p.dtype for p in theirs.values()} == {torch.bfloat16}

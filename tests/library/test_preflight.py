@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import PipelineConfig
-from rlhf.store.store import GRACE
+from rlhf.store.gc import GRACE
 from tasks.preflight import preflight
 from tests.servers import client_of
 

@@ -24,9 +24,10 @@ from rlhf.errors import (
 from rlhf.files import read_json
 from rlhf.launch import Job, launch
 from rlhf.launch.job import pids as pids_in
+from rlhf.modeling.generate import concatenate, generate
+from rlhf.modeling.sampling import Sampling
 from rlhf.ppo.checkpoint import checkpoints_in
-from rlhf.ppo.rollout import Sampling, concatenate, generate
-from rlhf.ppo.stored import CheckpointPlace
+from rlhf.ppo.checkpoint_store import CheckpointStoreConfig
 from rlhf.ranks import Ranks
 from rlhf.store import open_store
 from tasks.stages import STAGES
@@ -127,7 +128,7 @@ def test_a_process_that_dies_fails_this_try_alone(
     config = toys.changed(toys.PPO, **options)
     out, checkpoints, pids, steps = tmp_path / "out", tmp_path / "c", [], []
     out.mkdir()
-    place = CheckpointPlace(
+    place = CheckpointStoreConfig(
         uri=str(tmp_path / "store"), options=StoreConfig(), name="checkpoints/x",
         work_dir=str(tmp_path / "work"), cache_bytes=10**9, producer=PRODUCER,
     )  # fmt: skip
@@ -150,7 +151,7 @@ def test_a_process_that_dies_fails_this_try_alone(
     launch(call, progress)
     assert steps[-1] == 4
     assert steps.count(1) == 1  # it went on
-    assert open_store(place.uri, cache_dir=tmp_path).below(place.name).digests()
+    assert open_store(place.uri, cache_dir=tmp_path).child(place.name).digests()
     assert_close(out, train("alone", **{**options, "processes": None}))
 
 

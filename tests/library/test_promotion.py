@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from flows import registry as commands
+from flows import champions as commands
 from flows.cli import app
-from rlhf import registry
-from rlhf.approvals import record_approval
+from rlhf import champions
+from rlhf.champions import record_approval
 from rlhf.config import GateRule, PipelineConfig
 from rlhf.errors import (
     ApprovalMissing,
@@ -70,8 +70,8 @@ class Line:
         inputs = {"data": self.data, "policy": policy, "verdict": self.verdict(policy, least)}
         return run_stage(PROMOTE, self.config(**promotion_), inputs)
 
-    def champion(self) -> registry.Promotion | None:
-        return registry.champion(self.store, "ours")
+    def champion(self) -> champions.Promotion | None:
+        return champions.champion(self.store, "ours")
 
     def _published(self, folder: Path, kind: str, **parents: ArtifactRef) -> ArtifactRef:
         return self.store.publish(folder, kind, parents=parents, producer=PRODUCER, metrics={})
@@ -168,7 +168,7 @@ def test_manual_promotion_waits_for_a_person(line):
 def test_what_is_champion_already_needs_nobody(line):
     """Promoted by hand, or by a try that was killed before it could record it."""
     policy = line.policy()
-    registry.promote(
+    champions.promote(
         line.store, "ours", policy.digest, verdict=None, expected=None, why="by hand", by="ann"
     )
     line.run(policy, approval="manual")
@@ -180,7 +180,7 @@ def test_a_run_does_not_promote_again_what_was_rolled_back(line):
     first, second = line.policy(noted("1")), line.policy(noted("2"))
     line.run(first)
     line.run(second)
-    registry.rollback(line.store, "ours", why="it leaks", by="ann")
+    champions.rollback(line.store, "ours", why="it leaks", by="ann")
     with pytest.raises(PolicyWithdrawn, match="rolled back by ann"):
         line.run(second)
     assert line.run(first).cached
@@ -193,7 +193,7 @@ def test_of_two_runs_at_once_one_is_told(line, monkeypatch, same):
     policy, other = line.policy(noted("1")), line.policy(noted("2"))
 
     def meanwhile(*_: object, **__: object) -> list[dict[str, str]]:
-        registry.promote(
+        champions.promote(
             line.store, "ours", (policy if same else other).digest, verdict=None, expected=None,
             why="faster", by="bob",
         )  # fmt: skip
@@ -236,7 +236,7 @@ def test_promote_rollback_champion(line, rlhf):
     assert line.champion().verdict == line.verdict(first).digest
     assert (line.champion().by, line.champion().why) == ("ann", "by hand")
     assert "already" in rlhf("promote", first.digest, "--name=ours")
-    registry.promote(
+    champions.promote(
         line.store, "ours", second.digest, verdict=None, expected=line.champion(), why="", by="bob"
     )
     line.store.history.append("champion/theirs", {"policy": second.digest})
@@ -268,13 +268,13 @@ def test_promote_without_a_gates_yes(line, rlhf):
         rlhf("promote", judged.digest, "--unapproved", "--why", " ")
     assert line.store.history.names("champion/") == []
     rlhf("promote", judged.digest, "--unapproved", "--why", "a demo")
-    entry = registry.champion(line.store, "default")
+    entry = champions.champion(line.store, "default")
     assert (entry.unapproved, entry.verdict, entry.why) == (True, no.digest, "a demo")
     assert "unapproved" in rlhf("champion")
     # Where a gate said yes, the word changes nothing.
     line.verdict(unjudged)
     rlhf("promote", unjudged.digest, "--unapproved", "--why", "a demo")
-    assert not registry.champion(line.store, "default").unapproved
+    assert not champions.champion(line.store, "default").unapproved
 
 
 def test_mistakes(line, rlhf, fresh):

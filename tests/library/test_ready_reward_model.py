@@ -15,7 +15,6 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from rlhf.adopt import adopt_reward_model
 from rlhf.config import PipelineConfig
 from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
 from rlhf.errors import ConfigError
@@ -23,6 +22,7 @@ from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer, reward_meta
 from rlhf.modeling.source import ExternalModel
 from rlhf.ppo.train import train_policy
+from rlhf.reward import publish_ready_reward_model
 from tasks.preflight import preflight
 from tasks.runner import find_inputs, run_stage, store_of
 from tasks.stages import STAGES
@@ -39,7 +39,7 @@ def adopt(tmp_path):
         out = tmp_path / name
         out.mkdir(exist_ok=True)
         model = ExternalModel("ppo.reward_model_path", str(folder), ready=True)
-        result = adopt_reward_model(model, folder, out, runtime=toys.RUNTIME)
+        result = publish_ready_reward_model(model, folder, out, runtime=toys.RUNTIME)
         assert result.metrics["parameters"] > 1000
         return out
 

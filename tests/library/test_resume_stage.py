@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.config import PipelineConfig
 from rlhf.errors import StoreError
-from tasks import checkpoints
+from tasks import stages
 from tasks.runner import run_stage, store_of
 from tasks.stages import STAGES
 from tests.flows.conftest import tiny_tree
@@ -113,7 +113,7 @@ def test_what_can_not_be_wiped_is_a_warning(ready, machine, monkeypatch, caplog)
     def fail(store):
         raise StoreError("busy")
 
-    monkeypatch.setattr(checkpoints, "keep_best", fail)
+    monkeypatch.setattr(stages, "keep_best", fail)
     config = machine("m")
     assert store_of(config).exists(train(config, ready[1]).ref)
     assert "are no longer needed, but stay (busy)" in caplog.text

@@ -14,8 +14,8 @@ from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
 from rlhf.data.rows import PromptRow
 from rlhf.errors import ConfigError
 from rlhf.files import read_json, write_json
-from rlhf.modeling.lora import CRITIC, POLICY, REWARD, merged, parameters_of, using
-from rlhf.modeling.reward import BASE, Scorer, reward_meta
+from rlhf.modeling.lora import CRITIC, POLICY, REWARD, active_adapter, merge_adapter, parameters_of
+from rlhf.modeling.reward import BASE_WEIGHTS, Scorer, reward_meta
 from rlhf.ppo.train import build_trainer
 from rlhf.store.publish import scan
 from tests.library import toys
@@ -66,7 +66,7 @@ def test_a_reward_model_is_published_with_its_adapter(scored, sft):
     assert config["target_modules"] == sorted(config["target_modules"])
     assert str(sft) not in json.dumps(config)
     assert "base_model.model.score.weight" in load_file(scored / names[1])
-    assert len(reward_meta(scored)[BASE]) == 64
+    assert len(reward_meta(scored)[BASE_WEIGHTS]) == 64
 
 
 def test_one_with_a_base_of_its_own_has_no_adapter(sft, tmp_path, data):
@@ -76,7 +76,7 @@ def test_one_with_a_base_of_its_own_has_no_adapter(sft, tmp_path, data):
     other = toys.changed(toys.REWARD, base=str(sft), lora=LoraConfig(r=2), epochs=0.1)
     train_reward_model(other, data, sft, tmp_path, runtime=toys.RUNTIME)
     assert not (tmp_path / "adapter").exists()
-    assert BASE not in reward_meta(tmp_path)
+    assert BASE_WEIGHTS not in reward_meta(tmp_path)
 
 
 def test_scores_are_those_of_the_merged_reward_model(build, scored):
@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_merged_reward_model(build, scored):
     torch.testing.assert_close(
         scores(trainer), Scorer(scored, DEVICE, 64)(PROMPTS, REPLIES), atol=1e-4, rtol=1e-4
     )
-    with using(trainer.models.policy, None):
+    with active_adapter(trainer.models.policy, None):
         inside = scores(trainer)
     assert torch.equal(inside, scores(trainer))
 
@@ -132,17 +132,17 @@ def test_adapters_may_be_switched_inside_one_another(build):
 
     alone = {POLICY: logits()}
     for name in (None, REWARD, CRITIC):
-        with using(policy, name):
+        with active_adapter(policy, name):
             alone[name] = logits()
     assert len({float(t.sum()) for t in alone.values()}) == 4
-    with using(policy, None):
-        with using(policy, REWARD):
+    with active_adapter(policy, None):
+        with active_adapter(policy, REWARD):
             assert torch.equal(logits(), alone[REWARD])
-            with using(policy, None):
+            with active_adapter(policy, None):
                 assert torch.equal(logits(), alone[None])
             assert torch.equal(logits(), alone[REWARD])
         assert torch.equal(logits(), alone[None])
-    with pytest.raises(ValueError, match="inside"), using(policy, CRITIC):
+    with pytest.raises(ValueError, match="inside"), active_adapter(policy, CRITIC):
         raise ValueError("inside")
     assert torch.equal(logits(), alone[POLICY])
 
@@ -224,7 +224,7 @@ def test_only_the_policys_adapter_is_merged(build, sft):
     trainer = build()
     policy = trainer.models.policy
     nudge(policy, CRITIC)
-    plain = merged(policy).state_dict()
+    plain = merge_adapter(policy).state_dict()
     assert all(torch.equal(v, plain[k].cpu()) for k, v in toys.weights(sft).items())
 
 
@@ -261,7 +261,7 @@ def test_a_reward_model_that_is_no_adapter_on_this_policy_is_refused(
     with pytest.raises(ConfigError, match=r"ppo\.shared_base = true.*has no adapter/.*lora"):
         build(reward=reward_model)
     other = copy_of(scored)
-    write_json(other / "rlhf.json", {**reward_meta(other), BASE: "f" * 64})
+    write_json(other / "rlhf.json", {**reward_meta(other), BASE_WEIGHTS: "f" * 64})
     with pytest.raises(ConfigError, match=r"weights ffffffffffff, and this SFT policy's are"):
         build(reward=other)
     shutil.copy(scored / "rlhf.json", other)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
-from rlhf.errors import SmokeTestFailed, worth_retrying
+from rlhf.errors import SmokeTestFailed, is_retriable
 from rlhf.smoke import PROMPTS, answer, smoke_test
 from tests.library import toys
 
@@ -30,7 +30,7 @@ def reason(bundle: Path, data: Path, seconds: float = 120) -> str:
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith("smoke test: ")
-    assert not worth_retrying(caught.value)
+    assert not is_retriable(caught.value)
     return text
 
 

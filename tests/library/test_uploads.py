@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from rlhf.config import StoreConfig
-from rlhf.errors import CheckpointError, Interrupted, StoreError, worth_retrying
+from rlhf.errors import CheckpointError, Interrupted, StoreError, is_retriable
 from tests.library.ppo_runs import Stopped, assert_same_run
 from tests.library.upload_runs import (
     PATIENCE,
@@ -112,7 +112,7 @@ def test_a_checkpoint_may_go_while_it_is_sent(watched, tmp_path, monkeypatch):
         gate.clear()
         folder = checkpoint(watched.checkpoints.with_name(f"c{number}"), number, str(links))
         if not links:
-            monkeypatch.setattr("rlhf.ppo.upload.os.link", no_links)
+            monkeypatch.setattr("rlhf.ppo.checkpoint_upload.os.link", no_links)
         with watched.uploads() as uploads:
             uploads.submit(folder, number, None)
             (aside,) = folder.parent.glob(".upload-*")
@@ -128,11 +128,11 @@ def test_a_full_disk_keeps_the_checkpoint(watched, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = checkpoint(watched.checkpoints.with_name("c"), 1)
-    monkeypatch.setattr("rlhf.ppo.upload.os.link", full)
-    monkeypatch.setattr("rlhf.ppo.upload.shutil.copyfile", full)
+    monkeypatch.setattr("rlhf.ppo.checkpoint_upload.os.link", full)
+    monkeypatch.setattr("rlhf.ppo.checkpoint_upload.shutil.copyfile", full)
     with watched.uploads() as uploads, pytest.raises(CheckpointError, match="is whole, but") as e:
         uploads.submit(folder, 1, None)
-    assert worth_retrying(e.value)
+    assert is_retriable(e.value)
     assert not [*folder.parent.glob(".upload-*")]
 
 
@@ -152,7 +152,7 @@ def surfaces(train, machine, break_it):
     with pytest.raises(StoreError) as caught:
         train("broken", told=told, checkpoints=machine.checkpoints, uploads=uploads,
               checkpoint_every=2)  # fmt: skip
-    assert worth_retrying(caught.value)
+    assert is_retriable(caught.value)
     assert names(machine.checkpoints) == ["update-000002", "update-000003"]
     assert left_behind(machine) == []
     assert threads() == []

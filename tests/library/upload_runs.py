@@ -6,8 +6,8 @@ import threading
 import time
 
 from rlhf.ppo.checkpoint import checkpoints_in
-from rlhf.ppo.stored import StoredCheckpoints
-from rlhf.ppo.upload import CheckpointUploads
+from rlhf.ppo.checkpoint_store import CheckpointStore
+from rlhf.ppo.checkpoint_upload import CheckpointUploads
 from rlhf.store import Producer, open_store
 from rlhf.store.local import LocalBackend
 from tests.servers import PATIENCE
@@ -24,7 +24,7 @@ class Machine:
         self.folder = folder
 
     def uploads(self):
-        return CheckpointUploads(StoredCheckpoints(self.store, PRODUCER))
+        return CheckpointUploads(CheckpointStore(self.store, PRODUCER))
 
     def use(self):
         return {"checkpoints": self.checkpoints, "uploads": self.uploads()}

@@ -17,7 +17,7 @@ ENTRYPOINT = str(ROOT / "deployments" / "entrypoint.sh")
 CODE = """
 import time
 from prefect import flow
-from rlhf.ppo.termination import deferred_sigterm
+from rlhf.signals import deferred_sigterm
 
 @flow
 def training():

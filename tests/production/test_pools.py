@@ -11,7 +11,7 @@ from botocore.validate import ParamValidator
 from prefect.utilities.schema_tools import is_valid_schema, validate
 from prefect.utilities.templating import apply_values, find_placeholders
 
-from rlhf.config.machine import FIELDS, variable
+from rlhf.config.load import MACHINE_FIELDS, environment_variable
 from tests.production.site import ROOT
 
 pytestmark = pytest.mark.prefect
@@ -177,8 +177,8 @@ def test_image_templates_and_compose_agree():
     assert f'ENTRYPOINT ["/opt/rlhf/{entrypoint.relative_to(ROOT)}"]' in dockerfile
     assert entrypoint.stat().st_mode & 0o111 == 0o111
     for field in ("work_dir", "report_dir", "log_dir"):
-        assert any(field in fields for fields in FIELDS.values())
-        assert f"{variable(field)}=/scratch/" in dockerfile
+        assert any(field in fields for fields in MACHINE_FIELDS.values())
+        assert f"{environment_variable(field)}=/scratch/" in dockerfile
     for name in TEMPLATES[:2]:
         pod = template(name)["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
         assert pod["securityContext"]["runAsUser"] == 1000

@@ -37,7 +37,7 @@ def stages(stop: int = 9, state: str = "Completed", message: str = "") -> tuple[
     rows = []
     for i, (name, metric, seconds) in enumerate(zip(NAMES, METRICS, SECONDS, strict=True)):
         if i > stop:
-            rows.append(StageRow(name=name, state=StageState.NOTRUN))
+            rows.append(StageRow(name=name, state=StageState.NOT_RUN))
         elif i == stop:
             rows.append(
                 StageRow.model_validate(

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreError
 from rlhf.store import PublishError
-from rlhf.store.backend import SMALL, Backend, Sink, Source
+from rlhf.store.objects import SMALL, Backend, Sink, Source
 from tests.store.conftest import Place
 
 # Linux's file that is always full.

@@ -9,7 +9,7 @@ import pytest
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, StoreError
 from rlhf.store import PublishError, Store, open_store
-from rlhf.store.backend import Source
+from rlhf.store.objects import Source
 from tests.store.test_artifacts import contents, put
 
 pytestmark = pytest.mark.s3

@@ -8,10 +8,10 @@ import random
 
 import pytest
 
-from benchmarks import storage_flips
+from benchmarks.storage import flips
 from rlhf.errors import ArtifactCorrupt
 from rlhf.store.s3 import _date
-from rlhf.store.s3_errors import failed
+from rlhf.store.s3_client import failed
 from tests.store.faulty import (
     LARGE,
     SMALL,
@@ -111,7 +111,7 @@ def test_flip_in_an_answer(s3_place, line, tmp_path, folder, producer, method, p
         line.arm("flip", "down", at, where="message", bit=bit, method=method, path=path)
         cache = tmp_path / str(number)
         other = impatient(s3_place.uri, line.endpoint, cache, 0.5, attempts=2)
-        outcome = storage_flips.one(lambda _, s=other: judge(s, ref, folder, producer), cache)
+        outcome = flips.one(lambda _, s=other: judge(s, ref, folder, producer), cache)
         assert outcome in ("", "clear error"), (at, bit)
         line.clear()
     assert contents(store.fetch(ref)) == contents(folder)
@@ -170,11 +170,11 @@ def judge(store, ref, folder, producer) -> str:
 
 
 def test_sample_of_the_campaign(s3_server, tmp_path, s3_place):
-    """20 flips of `python -m benchmarks.storage_flips`, which does 1500."""
-    with storage_flips.opened(s3_server, tmp_path) as bench:
+    """20 flips of `python -m benchmarks.storage.flips`, which does 1500."""
+    with flips.opened(s3_server, tmp_path) as bench:
         for name, count in (("body, down", 10), ("body, up", 5), ("anywhere", 5)):
-            found = storage_flips.campaign(bench, name, count, seed=7)
+            found = flips.campaign(bench, name, count, seed=7)
             assert found["flips"] == count
-            assert [found[column] for column in storage_flips.BAD] == [0, 0, 0]
+            assert [found[column] for column in flips.BAD] == [0, 0, 0]
             if name != "anywhere":
                 assert found["repaired or harmless"] == count

@@ -1,4 +1,4 @@
-"""A few of the kills of `benchmarks.storage_kills`."""
+"""A few of the kills of `benchmarks.storage.kills`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.storage_kill_trials import Publisher, Row, at_points, at_random, readers
-from benchmarks.storage_places import BucketPlace, FolderPlace, write_files
+from benchmarks.storage.backends import BucketPlace, FolderPlace, write_files
+from benchmarks.storage.kills import Publisher, Row, at_points, at_random, readers
 
 LARGE = 17 * 1024 * 1024
 

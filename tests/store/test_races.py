@@ -1,6 +1,6 @@
 """Concurrent writers, publishers and garbage collections.
 
-`benchmarks.storage_races` is the long form.
+`benchmarks.storage.races` is the long form.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.storage_places import BucketPlace, FolderPlace, Place
-from benchmarks.storage_race_trials import Row, appending, collecting, creating
+from benchmarks.storage.backends import BucketPlace, FolderPlace, Place
+from benchmarks.storage.races import Row, appending, collecting, creating
 from rlhf.errors import ArtifactMissing
 from rlhf.store import Producer, Store
 from rlhf.store.cache import Cache

@@ -1,0 +1,247 @@
+"""The work that both sides of `benchmarks.ppo` do: models, tokenizer, prompts and reply lengths."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.config import LoraConfig
+from rlhf.data.rendering import END, PAD, load_renderer
+from rlhf.files import read_json, write_json
+from rlhf.modeling.base import load_policy
+from rlhf.modeling.lora import ADAPTER_FOLDER, lora_config, save_adapter
+from rlhf.modeling.reward import load_reward_model, save_reward_model
+from rlhf.modeling.weights import weights_digest
+
+PROMPT_TOKENS = (16, 32)
+
+
+CONTEXT = 256
+
+
+NEVER = -100.0
+
+
+LORA = LoraConfig(r=16, alpha=32, dropout=0.0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama-type architecture and the shape of one PPO update on it."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    vocab: int
+    batch: int
+    new_tokens: int
+    epochs: int
+
+    @property
+    def body(self) -> int:
+        """Weights that every token is multiplied by, without embedding and head."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head(self) -> int:
+        """Weights of the language-model head, tied to the embedding."""
+        return self.hidden * self.vocab
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all, up to the norms."""
+        return self.body + self.head
+
+
+SIZES = {
+    "2m": Size(128, 5, 4, 352, 8_192, batch=32, new_tokens=64, epochs=4),
+    "15m": Size(288, 6, 6, 768, 32_000, batch=16, new_tokens=48, epochs=2),
+    "124m": Size(768, 12, 12, 2_048, 50_257, batch=8, new_tokens=32, epochs=2),
+    "500m": Size(1_024, 24, 16, 5_120, 32_000, batch=64, new_tokens=128, epochs=2),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Work of one benchmark run; `batch` and `new_tokens` replace the size's own."""
+
+    size_name: str = "2m"
+    lengths: Literal["full", "varying"] = "full"
+    mode: Literal["exact", "fast"] = "exact"
+    lora: bool = False
+    updates: int = 4
+    seed: int = 0
+    micro_batch: int | None = None
+    learning_rate: float = 1e-5
+    kl_coef: float = 0.05
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    value_loss_coef: float = 0.5
+    missing_eos_penalty: float = 1.0
+    ours: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    batch: int | None = None
+    new_tokens: int | None = None
+    prompt_tokens: tuple[int, int] = PROMPT_TOKENS
+
+    @property
+    def size(self) -> Size:
+        size = SIZES[self.size_name]
+        return replace(
+            size, batch=self.batch or size.batch, new_tokens=self.new_tokens or size.new_tokens
+        )
+
+    @property
+    def context(self) -> int:
+        """Positions of the models: a prompt may fill half of them, and an end token must fit."""
+        longest = self.prompt_tokens[1]
+        return max(CONTEXT, 2 * longest, longest + self.size.new_tokens + 1)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both sides must come to the same numbers."""
+        return self.mode == "exact" and not self.lora
+
+    def sampling_seed(self, update: int) -> int:
+        """Seed of torch's generator right before the replies of an update are drawn."""
+        return 1_000_003 * (self.seed + 1) + update
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of more prompts than the run needs: TRL's loader must never start over."""
+        rng = random.Random(self.seed)
+        words = range(2, self.size.vocab)
+        return [
+            rng.choices(words, k=rng.randint(*self.prompt_tokens))
+            for _ in range((self.updates + 2) * self.size.batch)
+        ]
+
+
+def text_of(ids: list[int]) -> str:
+    """Text that the tokenizer turns into just these ids."""
+    return " ".join(f"w{i}" for i in ids)
+
+
+def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """One token per word, so that text and tokens always agree: what is timed is PPO."""
+    words = {PAD: 0, END: 1, **{f"w{i}": i for i in range(2, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return fast
+
+
+def architecture(work: Workload) -> LlamaConfig:
+    """The configuration of policy and reward model."""
+    size = work.size
+    config = LlamaConfig(
+        vocab_size=size.vocab, hidden_size=size.hidden, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        intermediate_size=size.intermediate, max_position_embeddings=work.context,
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    config.num_labels = 1
+    return config
+
+
+def write_models(work: Workload, folder: Path) -> None:
+    """Write policy and reward model, both random, with their tokenizer; and the head's bias."""
+    config, tokenizer = architecture(work), word_tokenizer(work.size.vocab)
+    torch.manual_seed(work.seed)
+    policy = LlamaForCausalLM(config)
+    policy.save_pretrained(folder / "policy")
+    write_json(folder / "bias.json", {str(i): b for i, b in biases(policy, work).items()})
+    del policy
+    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(folder / name)
+    if work.lora:
+        write_adapter(folder)
+
+
+def write_adapter(folder: Path) -> None:
+    """Write a reward model that is an adapter on the policy's base, as our side shares it."""
+    classifier: Any = load_reward_model(folder / "policy", load_renderer(folder / "policy"))
+    save_reward_model(
+        classifier, load_renderer(folder / "policy"), folder / "shared",
+        weights_digest(folder / "policy"),
+    )  # fmt: skip
+    save_adapter(
+        peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS")),
+        folder / "shared" / ADAPTER_FOLDER,
+    )
+
+
+def biases(policy: Any, work: Workload) -> dict[int, float]:
+    """Bias of the logits by token: no padding is drawn, and the end token sets the lengths."""
+    return {0: NEVER, 1: end_bias(policy, work)}
+
+
+@torch.no_grad()
+def end_bias(policy: Any, work: Workload) -> float:
+    """Bias of the end token's logit: never, or such that replies are a third of the cap on average.
+
+    Measured on random text, because a random model's logits hardly depend on what it reads.
+    """
+    if work.lengths == "full":
+        return NEVER
+    rows = torch.tensor([(p * 2)[:16] for p in work.prompts()[:16]], device=policy.device)
+    logits = policy(input_ids=rows, use_cache=False).logits.double()
+    share = end_share(work.size.new_tokens)
+    return float(
+        math.log(share / (1 - share)) + logits.logsumexp(-1).mean() - logits[..., 1].mean()
+    )
+
+
+def end_share(cap: int) -> float:
+    """The p at which a geometric length, cut at `cap`, has mean cap/3: (1 − (1 − p)^cap) / p."""
+    low, high = 1e-6, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        low, high = (p, high) if (1 - (1 - p) ** cap) / p > cap / 3 else (low, p)
+    return (low + high) / 2
+
+
+def load_biased_policy(folder: Path) -> Any:
+    """The policy, with a frozen bias on its head that rules out padding and sets the lengths."""
+    saved = read_json(folder / "bias.json")
+    return add_bias(load_policy(folder / "policy"), {int(i): b for i, b in saved.items()})
+
+
+def add_bias(policy: Any, biases: dict[int, float]) -> Any:
+    """The policy with a frozen bias on its head; the weight stays tied to the embedding."""
+    embedding = policy.get_input_embeddings().weight
+    head = nn.Linear(1, 1, bias=True)
+    head.in_features, head.out_features = embedding.shape[1], embedding.shape[0]
+    head.weight = embedding
+    bias = torch.zeros(embedding.shape[0], device=embedding.device)
+    for token, value in biases.items():
+        bias[token] = value
+    head.bias = nn.Parameter(bias, requires_grad=False)
+    policy.lm_head = head
+    return policy
+
+
+def as_json(work: Workload) -> dict[str, Any]:
+    """The workload's settings and sizes, for the report."""
+    return {**asdict(work), "size": {**asdict(work.size), "parameters": work.size.parameters}}

@@ -1,0 +1,209 @@
+"""What becomes of an artifact when something goes wrong: ours, `aws s3 sync` and MLflow.
+
+All keep it under one name at one place. Each trial is a put and a get in processes of their own,
+with one fault in one of them, and then a look at what was delivered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.storage.methods import MIB, PEERS, RELEASE
+from benchmarks.storage.report import Table, verdict
+from benchmarks.storage.runs import SideFailed, Site, delivered, random_files
+from benchmarks.storage.wire import Change, Direction, Once, cut, during, flip, reset, wire
+from tests.store.proxy import fault_proxy
+
+SIDES = ("ours", *PEERS)
+
+
+#: As a model's folder: a large file, which all sides send in parts, and many small ones.
+SHARES = (0.6, *[0.02] * 20)
+
+
+@dataclass
+class Trial:
+    """One side at one place, with two contents that it may hold: equal names and sizes."""
+
+    site: Site
+    side: str
+    a: Path
+    b: Path
+    bytes: int
+
+    def __post_init__(self) -> None:
+        self.place = self.site.place()
+
+    def put(self, folder: Path, endpoint: str | None = None) -> str | None:
+        """Release a folder; the error, if any."""
+        return self._run("put", folder, endpoint)[0]
+
+    def get(self, endpoint: str | None = None) -> tuple[str | None, Path]:
+        """Fetch what is released into a new folder; the error, if any, and where to look."""
+        target = self.site.new_folder()
+        error, folder = self._run("get", target, endpoint)
+        # An artifact of ours is where `fetch` says, or nowhere: a cache is no place to look.
+        return error, folder or (target if self.side in PEERS else self.site.new_folder())
+
+    def _run(
+        self, operation: str, folder: Path, endpoint: str | None
+    ) -> tuple[str | None, Path | None]:
+        arguments = (self.side, operation, str(folder), self.place, RELEASE)
+        try:
+            return None, self.site.run(*arguments, endpoint=endpoint).folder
+        except SideFailed as error:
+            print(f"    {self.side}, {operation}: {error}", flush=True)
+            return str(error), None
+
+    @contextlib.contextmanager
+    def fault(self, direction: Direction, change: Change, share: float = 0.4) -> Iterator[str]:
+        """A network with one fault, after this share of the artifact."""
+        once = Once(direction, int(self.bytes * share), change)
+        with wire(self.site.server.endpoint, once) as endpoint:
+            yield endpoint
+        if not once.done:
+            raise RuntimeError(f"{self.side}: nothing went wrong, so nothing was tried")
+
+    def seen(self, *wanted: Path) -> str:
+        """What a reader gets now."""
+        error, folder = self.get()
+        return verdict(error, delivered(folder, *wanted))
+
+
+def upward(change: Change) -> Callable[[Trial], str]:
+    """A fault while putting, then what a reader finds."""
+
+    def attempt(trial: Trial) -> str:
+        with trial.fault("up", change) as endpoint:
+            error = trial.put(trial.a, endpoint)
+        return _after_put(trial, error)
+
+    return attempt
+
+
+def _after_put(trial: Trial, error: str | None) -> str:
+    found, folder = trial.get()
+    what = delivered(folder, trial.a)
+    if error is None:
+        return verdict(found, what)
+    # The writer knows; a reader who does not must not be given a part.
+    if what == "wrong":
+        return "the writer's error, but **a reader silently gets a part**"
+    return "fails cleanly"
+
+
+def downward(change: Change) -> Callable[[Trial], str]:
+    """A fault while getting."""
+
+    def attempt(trial: Trial) -> str:
+        trial.put(trial.a)
+        with trial.fault("down", change) as endpoint:
+            error, folder = trial.get(endpoint)
+        return verdict(error, delivered(folder, trial.a))
+
+    return attempt
+
+
+def busy(trial: Trial) -> str:
+    """Three times 503 to a put, and again to a get."""
+    left: list[tuple[str, int]] = []
+
+    def refuse(method: str, _path: str, _headers: dict[str, str]) -> int | None:
+        return left.pop()[1] if left and left[0][0] == method else None
+
+    with fault_proxy(trial.site.server.endpoint) as faults:
+        faults.refuse = refuse
+        left += [("PUT", 503)] * 3
+        up = _after_put(trial, trial.put(trial.a, faults.endpoint))
+        trial.put(trial.a)
+        left[:] = [("GET", 503)] * 3
+        error, folder = trial.get(faults.endpoint)
+        down = verdict(error, delivered(folder, trial.a))
+    return up if up == down else f"up: {up}; down: {down}"
+
+
+def killed(trial: Trial) -> str:
+    """The publisher dies in the middle; what a reader finds, and what trying again makes of it."""
+    arguments = (trial.side, "put", str(trial.a), trial.place, RELEASE)
+    running: list[Callable[[], None]] = []
+    with trial.fault("up", during(lambda: [kill() for kill in running])) as endpoint:
+        process = trial.site.start(*arguments, endpoint=endpoint)
+        running.append(process.kill)
+        with contextlib.suppress(SideFailed):
+            process.go().result()
+    error, folder = trial.get()
+    half = delivered(folder, trial.a)
+    found = "**a reader silently gets a part**" if half == "wrong" else "a reader finds nothing"
+    error = trial.put(trial.a)
+    return f"{found}; again: {verdict(error, 'nothing') if error else trial.seen(trial.a)}"
+
+
+def overtaken(trial: Trial) -> str:
+    """Two writers of one name at once, the later one faster; a reader must get either whole."""
+    # So late that some of the first writer's files are complete, whatever their order.
+    with trial.fault("up", during(lambda: _released(trial)), 0.8) as endpoint:
+        trial.put(trial.a, endpoint)
+    return trial.seen(trial.a, trial.b)
+
+
+def replaced(trial: Trial) -> str:
+    """A new version is released while a reader is in the middle of the old one."""
+    trial.put(trial.a)
+    with trial.fault("down", during(lambda: _released(trial))) as endpoint:
+        error, folder = trial.get(endpoint)
+    return verdict(error, delivered(folder, trial.a, trial.b))
+
+
+def _released(trial: Trial) -> None:
+    """The other content, made just now; S3 keeps times in whole seconds."""
+    time.sleep(1.1)
+    for path in trial.b.iterdir():
+        path.touch()
+    trial.put(trial.b)
+
+
+def copied_back(trial: Trial) -> str:
+    """The next version has the same sizes and older times, as files have that a backup restores."""
+    trial.put(trial.a)
+    for path in trial.b.iterdir():
+        os.utime(path, (0, 0))
+    error = trial.put(trial.b)
+    return verdict(error, "nothing") if error else trial.seen(trial.b)
+
+
+TRIALS: dict[str, Callable[[Trial], str]] = {
+    "a bit flips on the way up": upward(flip),
+    "a bit flips on the way down": downward(flip),
+    "503, three times": busy,
+    "connection reset in mid-upload": upward(reset),
+    "connection reset in mid-download": downward(reset),
+    "download cut short": downward(cut),
+    "publisher killed (kill -9) in mid-upload": killed,
+    "two writers of one name, one overtakes": overtaken,
+    "replaced while a reader downloads": replaced,
+    "next version of equal sizes, older times": copied_back,
+}
+
+
+def measure(site: Site, mib: float) -> Table:
+    """Every fault on every side."""
+    table = Table(f"Faults, artifacts of {mib:g} MiB", ["", *SIDES])
+    sizes = [int(share * mib * MIB) for share in SHARES]
+    for name, attempt in TRIALS.items():
+        row = [name]
+        for side in SIDES:
+            work = site.new_folder()
+            a, b = (random_files(work / which, sizes) for which in "ab")
+            trial = Trial(site, side, a, b, sum(sizes))
+            row.append(attempt(trial))
+            site.forget(trial.place)
+            shutil.rmtree(work)
+        print(f"{row[0]}: {'; '.join(row[1:])}", flush=True)
+        table.rows.append(row)
+    return table

@@ -1,0 +1,79 @@
+"""Tables of `benchmarks.storage`: for the terminal, and to paste into RESULTS.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import rich.box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks.storage.runs import Run
+
+
+@dataclass
+class Table:
+    """A title, a head, rows of cells and lines below them."""
+
+    title: str
+    head: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def show(self, console: Console) -> None:
+        """For people."""
+        shown = RichTable(title=self.title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+        for name in self.head:
+            shown.add_column(name, overflow="fold")
+        for row in self.rows:
+            shown.add_row(*(cell.replace("**", "") for cell in row))
+        console.print(shown)
+        for note in self.notes:
+            console.print(note, highlight=False)
+
+    def markdown(self) -> str:
+        """For RESULTS.md."""
+        lines = [f"**{self.title}**", "", _line(self.head), "|" + "---|" * len(self.head)]
+        lines += [_line(row) for row in self.rows]
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def middle(runs: Sequence[Run], what: Callable[[Run], float]) -> float:
+    """The median of one quantity."""
+    return median(what(run) for run in runs)
+
+
+def seconds(runs: Sequence[Run]) -> float:
+    """The median time."""
+    return middle(runs, lambda run: run.seconds)
+
+
+def fastest(sides: Mapping[str, Sequence[Run]]) -> str:
+    """The side with the smallest median time."""
+    return min(sides, key=lambda side: seconds(sides[side]))
+
+
+def against(value: float, bar: float, *, most: bool = False, digits: int = 2) -> str:
+    """A value beside its bar, which is the least or the most that it may be."""
+    kept = value <= bar if most else value >= bar
+    return (
+        f"**{value:.{digits}f}** ({'≤' if most else '≥'} {bar:g} {'✓' if kept else '**missed**'})"
+    )
+
+
+def verdict(error: str | None, found: str) -> str:
+    """What an operation under a fault comes to: its error, if any, and what was delivered."""
+    if error is None:
+        return "survives" if found == "right" else "**silently wrong**"
+    return "fails, **wrong files left**" if found == "wrong" else "fails cleanly"
+
+
+def in_turn(sides: Sequence[str], repetition: int) -> list[str]:
+    """The contenders' order, reversed every other time: nobody always follows the same one."""
+    return list(sides if repetition % 2 == 0 else reversed(sides))

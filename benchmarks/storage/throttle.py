@@ -1,0 +1,134 @@
+"""A slow network: `python -m benchmarks.storage.throttle http://127.0.0.1:PORT MIB`.
+
+Forwards TCP to the server at MIB MiB/s in each direction, over all connections together, without
+copying a byte into Python (splice), so that it costs the machine little. The first line it prints
+is its own address. Every line on its standard input is answered with what it has forwarded so far
+and the CPU seconds it took, as JSON; at the end of its input it ends. Linux only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+from urllib.parse import urlsplit
+
+CHUNK = 1 << 20
+
+
+BURST = 0.01
+"""Seconds of unused time that may be made up for: the clock wakes sleepers late."""
+
+
+class Pace:
+    """One direction: every byte is paid for by waiting, whoever sends it."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+        self.bytes = 0
+
+    def pay(self, count: int) -> None:
+        """Wait until the line has had time for so many bytes more."""
+        with self._lock:
+            self.bytes += count
+            self._free_at = max(self._free_at, time.monotonic() - BURST) + count / self._rate
+            wait = self._free_at - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+
+
+def _pump(source: socket.socket, target: socket.socket, pace: Pace) -> None:
+    """Socket to pipe to socket until the source ends, then end the target's input as well."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, CHUNK)
+    try:
+        with contextlib.suppress(OSError):
+            while count := os.splice(source.fileno(), writing, CHUNK):
+                pace.pay(count)
+                while count:
+                    count -= os.splice(reading, target.fileno(), count)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _serve(listener: socket.socket, upstream: tuple[str, int], up: Pace, down: Pace) -> None:
+    while True:
+        client, _ = listener.accept()
+        try:
+            server = socket.create_connection(upstream)
+        except OSError:
+            client.close()
+            continue
+        for each in (client, server):
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=_both_ways, args=(client, server, up, down), daemon=True).start()
+
+
+def _both_ways(client: socket.socket, server: socket.socket, up: Pace, down: Pace) -> None:
+    with client, server:
+        other = threading.Thread(target=_pump, args=(server, client, down), daemon=True)
+        other.start()
+        _pump(client, server, up)
+        other.join()
+
+
+def main() -> None:
+    upstream = urlsplit(sys.argv[1])
+    rate = float(sys.argv[2]) * (1 << 20)
+    up, down = Pace(rate), Pace(rate)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    where = (upstream.hostname or "127.0.0.1", upstream.port or 80)
+    threading.Thread(target=_serve, args=(listener, where, up, down), daemon=True).start()
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    for _ in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        counts = {"up": up.bytes, "down": down.bytes, "cpu": used.ru_utime + used.ru_stime}
+        print(json.dumps(counts), flush=True)
+
+
+@dataclass
+class Throttle:
+    """A running throttle, as its user sees it."""
+
+    endpoint: str
+    _input: IO[str]
+    _output: IO[str]
+
+    def counts(self) -> dict[str, float]:
+        """Bytes `up` and `down` so far, and the throttle's own CPU seconds."""
+        self._input.write("\n")
+        self._input.flush()
+        return json.loads(self._output.readline())
+
+
+@contextlib.contextmanager
+def throttled(upstream: str, mib: float) -> Iterator[Throttle]:
+    """A throttle in a process of its own, which ends with the block."""
+    command = [sys.executable, "-m", "benchmarks.storage.throttle", upstream, str(mib)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            yield Throttle(process.stdout.readline().strip(), process.stdin, process.stdout)
+        finally:
+            process.stdin.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A network that fails in the middle of a body: a TCP proxy that can change what passes."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+Direction = Literal["up", "down"]
+
+
+CHUNK = 64 << 10
+
+
+BODY = 16 << 10
+
+
+class Reset(Exception):
+    """Both sides see their connection reset."""
+
+
+class Cut(Exception):
+    """Both sides see an orderly end, in the middle of a body."""
+
+
+Change = Callable[[bytes], bytes]
+
+
+@dataclass
+class Once:
+    """Does something to the first piece of a body after so many bytes in one direction."""
+
+    direction: Direction
+    after: int
+    change: Change
+    total: int = 0
+    done: bool = False
+
+    def __call__(self, direction: Direction, chunk: bytes) -> bytes:
+        if direction != self.direction:
+            return chunk
+        self.total += len(chunk)
+        # Only a body fills a large piece, and only heads hold this.
+        body = len(chunk) >= BODY and b"HTTP/1.1" not in chunk
+        if self.done or self.total < self.after or not body:
+            return chunk
+        self.done = True
+        return self.change(chunk)
+
+
+def flip(chunk: bytes) -> bytes:
+    """One bit, in the middle."""
+    half = len(chunk) // 2
+    return chunk[:half] + bytes([chunk[half] ^ 1]) + chunk[half + 1 :]
+
+
+def reset(_chunk: bytes) -> bytes:
+    """End the connection as a crashed host does."""
+    raise Reset
+
+
+def cut(_chunk: bytes) -> bytes:
+    """End the connection as a host does that has nothing more to say."""
+    raise Cut
+
+
+def during(work: Callable[[], object]) -> Change:
+    """Do something while the transfer waits."""
+
+    def change(chunk: bytes) -> bytes:
+        work()
+        return chunk
+
+    return change
+
+
+class Wire:
+    """The proxy: every connection is one thread, which can therefore really reset it."""
+
+    def __init__(self, upstream: str, once: Once) -> None:
+        parts = urlsplit(upstream)
+        self._upstream = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self._once = once
+        # One piece at a time on all connections: `during` holds up the whole transfer.
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._upstream) as server:
+            try:
+                self._forward(client, server)
+            except Reset:
+                for each in (client, server):
+                    each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            except (Cut, OSError):
+                return
+
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        """Until either side ends: S3's clients never half-close."""
+        while True:
+            for source in select.select([client, server], [], [])[0]:
+                up = source is client
+                chunk = source.recv(CHUNK)
+                if not chunk:
+                    return
+                with self._lock:
+                    chunk = self._once("up" if up else "down", chunk)
+                (server if up else client).sendall(chunk)
+
+    def close(self) -> None:
+        """Take no more connections; shutdown, because a close alone does not wake the thread."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@contextlib.contextmanager
+def wire(upstream: str, once: Once) -> Iterator[str]:
+    """The endpoint of such a proxy, for the length of the block."""
+    proxy = Wire(upstream, once)
+    try:
+        yield proxy.endpoint
+    finally:
+        proxy.close()

@@ -1,0 +1,246 @@
+"""The commands `rlhf promote`, `rlhf rollback`, `rlhf champion` and `rlhf approve`.
+
+They show and change by hand which policy is the champion of a model line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from flows.artifacts import ConfigOption, StoreOption
+from rlhf.champions import acting_person, record_approval
+from rlhf.config import PipelineConfig, load_config
+from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.store import ArtifactRef, Store
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
+    from rlhf.champions import Promotion
+
+
+console = Console()
+
+
+NameOption = Annotated[
+    str | None, Parameter(help="Model line; default: the preset's promotion.name, or default.")
+]
+
+
+ByOption = Annotated[
+    str | None, Parameter(help="Who does it; default: RLHF_USER, or the system's user name.")
+]
+
+
+def promote(
+    policy: str, *, name: NameOption = None, why: str = "", by: ByOption = None,
+    unapproved: bool = False, data: str | None = None, store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:  # fmt: skip
+    """Make a policy the champion of a model line, if its gate said yes and it can answer.
+
+    Parameters
+    ----------
+    policy
+        Digest, its first 6 or more digits, a pin's name, or URI.
+    why
+        The reason, for the history.
+    unapproved
+        Promote it although its gate said no, or was never asked; needs --why.
+    data
+        Dataset whose held-out prompts it has to answer; default: the one it was trained on.
+    """
+    from rlhf import champions
+    from rlhf.smoke import smoke_test
+
+    loaded, opened = open_model_line(name, store, config)
+    line, ref = loaded.promotion.name, opened.resolve(policy)
+    if ref.kind != "policy":
+        raise ConfigError(f"{policy}: {ref.short} is of kind {ref.kind}; give a policy")
+    if unapproved and not why.strip():
+        raise ConfigError("--unapproved needs --why: the reason stands in the history")
+    before = champions.champion(opened, line)
+    if before and before.policy == ref.digest:
+        console.print(f"{ref.short} is the champion of {line} already", highlight=False)
+        return
+    verdict_ref, verdict = champions.verdict_of(opened, ref.digest) or (None, None)
+    approved = verdict is not None and verdict.approved
+    if not approved and not unapproved:
+        reason = (
+            f"{verdict.gate} said no ({verdict.reason})" if verdict else "no gate has judged it"
+        )
+        raise ConfigError(
+            f"{ref.short}: {reason}; to promote it all the same: --unapproved --why '<the reason>'"
+        )
+    dataset = _dataset(opened, ref, data)
+    replies = smoke_test(
+        opened.fetch(ref), opened.fetch(dataset), seconds=loaded.promotion.smoke_seconds,
+        runtime=loaded.runtime,
+    )  # fmt: skip
+    entry = champions.promote(
+        opened, line, ref.digest, verdict=verdict_ref.digest if verdict_ref else None,
+        expected=before, why=why, by=by, unapproved=not approved,
+    )  # fmt: skip
+    _print_champion(entry, f"; it answered {len(replies)} held-out prompts")
+
+
+def rollback(
+    *, why: str, name: NameOption = None, to: str | None = None, by: ByOption = None,
+    store: StoreOption = None, config: ConfigOption = None,
+) -> None:  # fmt: skip
+    """Make an earlier champion the champion again; no run promotes the present one on its own then.
+
+    Parameters
+    ----------
+    why
+        The reason, for the history.
+    to
+        Digest, its first 6 or more digits, a pin's name, or URI; default: the champion before the
+        present one.
+    """
+    from rlhf import champions
+
+    loaded, opened = open_model_line(name, store, config)
+    target = opened.resolve(to).digest if to else None
+    _print_champion(champions.rollback(opened, loaded.promotion.name, to=target, why=why, by=by))
+
+
+def champion(
+    *, name: NameOption = None, history: bool = False, store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:  # fmt: skip
+    """Show the champion of a model line, or of each; who made it so, when and why.
+
+    Parameters
+    ----------
+    history
+        Show all champions that there were, the present one last.
+    """
+    from flows.terminal import champions_table
+    from rlhf import champions
+
+    loaded, opened = open_model_line(name, store, config)
+    existing = champions.model_lines(opened)
+    lines = [loaded.promotion.name] if name or config else existing
+    entries = {line: champions.history(opened, line) for line in lines}
+    if not any(entries.values()):
+        wanted = f" for model line {lines[0]!r}" if lines else ""
+        others = f"; there is one of {', '.join(existing)}" if existing else ""
+        raise ArtifactMissing(f"{opened.uri}: no champion{wanted}{others}")
+    first = 0 if history else -1
+    console.print(champions_table([e for each in entries.values() for e in each[first:]]))
+
+
+def open_model_line(
+    name: str | None, store: str | None, config: Path | None
+) -> tuple[PipelineConfig, Store]:
+    """Return the configuration of a model line (its `promotion.name`), and its store."""
+    from tasks.stage import store_of
+
+    options = {"store": store, "promotion.name": name}
+    loaded = load_config(config, [f"--{key}={value}" for key, value in options.items() if value])
+    return loaded.config, store_of(loaded.config)
+
+
+def _dataset(store: Store, policy: ArtifactRef, data: str | None) -> ArtifactRef:
+    """Return the dataset of the --data option, or else the policy's own."""
+    parent = store.manifest(policy).parents.get("data")
+    if data is None and parent is None:
+        raise ConfigError(
+            f"{policy.short} was trained on no dataset of this store; name one whose held-out "
+            "prompts it shall answer: --data <digest>"
+        )
+    ref = store.resolve(data or str(parent))
+    if ref.kind != "dataset":
+        raise ConfigError(f"--data {data}: {ref.short} is of kind {ref.kind}; give a dataset")
+    return ref
+
+
+def _print_champion(entry: Promotion, more: str = "") -> None:
+    instead = f" in place of {entry.previous[:12]}" if entry.previous else ""
+    text = f"{entry.policy[:12]} is the champion of {entry.model}{instead}{more}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def approve(
+    run: str, *, refuse: bool = False, why: str = "", by: ByOption = None, name: NameOption = None,
+    store: StoreOption = None, config: ConfigOption = None,
+) -> None:  # fmt: skip
+    """Approve of a policy, so that its run goes on and promotes it; or refuse it.
+
+    Parameters
+    ----------
+    run
+        A suspended run: its name, its id or the beginning of that. Or, for a run that was started
+        without a deployment, the policy's digest, with --store or --config.
+    refuse
+        Say no: the run ends as Refused, and what was champion stays.
+    why
+        The reason, for the promotion's record.
+    """
+    decided = "refused" if refuse else "approved"
+    if store is None and config is None:
+        suspended = _suspended(run)
+        answer = "refuse" if refuse else "approve"
+        _resume(suspended, {"decision": answer, "by": acting_person(by), "why": why})
+        console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
+        return
+    loaded, opened = open_model_line(name, store, config)
+    line = loaded.promotion
+    policy = opened.resolve(run)
+    if policy.kind != "policy":
+        raise ConfigError(f"{run}: {policy.short} is of kind {policy.kind}; give a policy")
+    approval = record_approval(
+        opened, line.name, policy.digest, approved=not refuse, by=by, why=why
+    )
+    console.print(
+        f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again",
+        highlight=False,
+    )
+
+
+def _suspended(run: str) -> FlowRun:
+    """Return the one suspended run with this name or beginning of its id.
+
+    Raises:
+        ConfigError: No server is configured, or several runs match.
+        ArtifactMissing: No suspended run matches.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateName,
+    )
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        raise ConfigError(
+            f"{run}: needs the Prefect server that the run is on; set PREFECT_API_URL, or give "
+            "the policy's digest with --store"
+        )
+    with get_client(sync_client=True) as client:
+        state = FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
+        suspended = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
+    matches = [each for each in suspended if each.name == run or str(each.id).startswith(run)]
+    if not matches:
+        others = ", ".join(each.name for each in suspended) or "none"
+        raise ArtifactMissing(f"{run}: no such run waits for an approval; those that do: {others}")
+    if len(matches) > 1:
+        ids = ", ".join(str(each.id) for each in matches)
+        raise ConfigError(f"{run}: {len(matches)} runs are meant; give the id of one: {ids}")
+    return matches[0]
+
+
+def _resume(run: FlowRun, answer: dict[str, object]) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        response = client.resume_flow_run(run.id, run_input=answer)
+    if response.status.value != "ACCEPT":
+        reason = getattr(response.details, "reason", None) or response.status.value
+        raise ConfigError(f"{run.name}: can't be resumed: {reason}")

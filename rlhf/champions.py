@@ -1,0 +1,371 @@
+"""Champions of model lines: append-only histories of promotions and rollbacks.
+
+The last entry of the history `champion/<model line>` in the store names the champion. A new entry
+is written only after the entry that its writer has read: of two concurrent changes one wins, the
+other raises PromotionLost.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from rlhf.errors import (
+    ApprovalMissing,
+    ApprovalRefused,
+    ArtifactCorrupt,
+    ArtifactMissing,
+    ConfigError,
+    PolicyWithdrawn,
+    PromotionLost,
+)
+from rlhf.gates import VERDICT, Verdict, read_verdict
+from rlhf.store import ArtifactRef, Store
+from rlhf.store.manifest import Digest, first_problem
+
+USER = "RLHF_USER"
+
+
+#: Most characters of a name or a reason.
+LONGEST = 2000
+
+
+def one_line(value: Any) -> Any:
+    """Return text as one line of printable characters, for tables and logs."""
+    if not isinstance(value, str):
+        return value
+    return " ".join("".join(c if c.isprintable() else " " for c in value).split())
+
+
+Line = Annotated[str, BeforeValidator(one_line), Field(max_length=LONGEST)]
+
+
+class Entry(BaseModel):
+    """An entry of a history: author, time, reason and run, as far as they are known."""
+
+    # Later versions may write more fields; earlier ones wrote fewer.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    by: Line | None = None
+    when: Line | None = None
+    why: Line = ""
+    run: Line | None = None
+
+    def __str__(self) -> str:
+        """` by ann at 2026-01-01T00:00:00+00:00 (worse on long prompts)`."""
+        parts = (("by", self.by), ("in run", self.run), ("at", self.when))
+        known = "".join(f" {word} {value}" for word, value in parts if value)
+        return known + (f" ({self.why})" if self.why else "")
+
+
+EntryT = TypeVar("EntryT", bound=Entry)
+
+
+class Approval(Entry):
+    """A person's decision on a policy: approved or refused."""
+
+    approved: bool
+
+
+def record_approval(
+    store: Store,
+    name: str,
+    policy: str,
+    *,
+    approved: bool,
+    by: str | None = None,
+    why: str = "",
+    run: str | None = None,
+) -> Approval:
+    """Record a person's decision on a policy for a model line.
+
+    Args:
+        store: The store with the history.
+        name: The model line.
+        policy: Digest of the policy.
+        approved: True approves, False refuses.
+        by: The person; see `acting_person`.
+        why: The reason.
+        run: Name of the run that waited for the decision.
+    """
+    approval = Approval(
+        approved=approved, by=acting_person(by), when=timestamp(), why=checked_line("--why", why),
+        run=run,
+    )  # fmt: skip
+    store.history.append(_approval_history(name, policy), approval.model_dump())
+    return approval
+
+
+def approval_of(store: Store, name: str, policy: str) -> Approval | None:
+    """Return the last decision on a policy; None if there is none."""
+    history = _approval_history(name, policy)
+    entry = store.history.latest(history)
+    return read_entry(Approval, history, entry) if entry else None
+
+
+def require_approval(store: Store, name: str, policy: str) -> Approval:
+    """Return a person's approval of a policy.
+
+    Raises:
+        ApprovalMissing: No person has decided yet.
+        ApprovalRefused: It was refused.
+    """
+    approval = approval_of(store, name, policy)
+    subject = f"policy {policy[:12]} of model line {name!r}"
+    if approval is None:
+        raise ApprovalMissing(
+            f"{subject} waits for a person's approval (promotion.approval = manual); give it by "
+            "`rlhf approve`, and run the same again"
+        )
+    if not approval.approved:
+        raise ApprovalRefused(
+            f"{subject} was refused{approval}; to change that: `rlhf approve`, and run the same "
+            "again"
+        )
+    return approval
+
+
+def acting_person(by: str | None = None) -> str:
+    """Return `by`, the value of RLHF_USER, or the name of the system's user."""
+    try:
+        name = by or os.environ.get(USER) or getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        name = f"uid {os.getuid()}"
+    return checked_line("--by", name)
+
+
+def timestamp() -> str:
+    """Return the current time as entries hold it: UTC in ISO 8601, in seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def checked_line(option: str, text: str) -> str:
+    """Return the text of an option as one line.
+
+    Raises:
+        ConfigError: It is too long.
+    """
+    line = one_line(text)
+    if len(line) > LONGEST:
+        raise ConfigError(f"{option}: {len(line)} characters; write at most {LONGEST}")
+    return line
+
+
+def read_entry(model: type[EntryT], history: str, entry: Mapping[str, Any]) -> EntryT:
+    """Parse an entry of a history.
+
+    Raises:
+        ArtifactCorrupt: It does not fit the model.
+    """
+    try:
+        return model.model_validate(entry)
+    except ValidationError as error:
+        raise ArtifactCorrupt(
+            f"refs/{history}: an entry is not one that this version understands "
+            f"({first_problem(error)})"
+        ) from None
+
+
+def _approval_history(name: str, policy: str) -> str:
+    """Return the name of the history of decisions on a policy."""
+    return f"approvals/{name}/{policy}"
+
+
+#: Prefix of the histories' names.
+CHAMPIONS = "champion/"
+
+
+class Promotion(Entry):
+    """A change of a model line's champion to `policy`.
+
+    `previous` was champion before. `unapproved` means without the approval of a gate; `approval` is
+    a person's, if the line needs one. `number` counts the history's entries from 1.
+    """
+
+    model: str = ""
+    policy: Digest
+    verdict: Digest | None = None
+    action: Literal["promote", "rollback"] = "promote"
+    previous: Digest | None = None
+    unapproved: bool = False
+    approval: Approval | None = None
+    number: int = Field(default=0, exclude=True)
+
+
+def history(store: Store, name: str) -> list[Promotion]:
+    """Return all promotions and rollbacks of a model line, oldest first."""
+    entries = store.history.numbered(CHAMPIONS + name).items()
+    return [read_entry(Promotion, CHAMPIONS + name, {**entry, "number": n}) for n, entry in entries]
+
+
+def model_lines(store: Store) -> list[str]:
+    """Return the names of the model lines that have a history."""
+    return [name.removeprefix(CHAMPIONS) for name in store.history.names(CHAMPIONS)]
+
+
+def champion(store: Store, name: str) -> Promotion | None:
+    """Return the promotion of a line's champion; None if the line has no champion."""
+    return next(reversed(history(store, name)), None)
+
+
+def promote(
+    store: Store,
+    name: str,
+    policy: str,
+    *,
+    verdict: str | None,
+    expected: Promotion | None,
+    why: str,
+    by: str | None = None,
+    run: str | None = None,
+    unapproved: bool = False,
+    approval: Approval | None = None,
+) -> Promotion:
+    """Make a policy the champion, if `expected` still is the last entry.
+
+    Args:
+        store: The store with the history.
+        name: The model line.
+        policy: Digest of the new champion.
+        verdict: Digest of the gate's verdict on it.
+        expected: The last entry when the decision was made.
+        why: The reason, for people.
+        by: The person; see `acting_person`.
+        run: Name of the run that promotes it, if one does.
+        unapproved: Whether it is promoted without the approval of a gate.
+        approval: A person's approval.
+
+    Raises:
+        ConfigError: It is unapproved, and no reason is given.
+        PromotionLost: The champion changed meanwhile; nothing was written.
+    """
+    return _append(
+        store, name, expected, policy=policy, by=acting_person(by),
+        why=_reason(why) if unapproved else checked_line("--why", why), verdict=verdict, run=run,
+        unapproved=unapproved, approval=approval,
+    )  # fmt: skip
+
+
+def rollback(
+    store: Store, name: str, *, why: str, to: str | None = None, by: str | None = None
+) -> Promotion:
+    """Make an earlier champion the champion again, as a new entry.
+
+    Without `to` it is the one before the present champion, without those that were rolled back.
+
+    Raises:
+        ArtifactMissing: There is no earlier champion, or its files are incomplete.
+        ConfigError: `to` was never champion, or is champion already; or no reason is given.
+        PromotionLost: The champion changed meanwhile; nothing was written.
+    """
+    why = _reason(why)
+    entries = history(store, name)
+    if not entries:
+        raise ArtifactMissing(f"{store.uri}: model line {name!r} has no champion to roll back")
+    last = entries[-1]
+    target = to or _previous_champion(entries, store, name)
+    if target == last.policy:
+        raise ConfigError(f"--to {target[:12]}: is the champion of {name!r} already")
+    earlier = [entry for entry in entries if entry.policy == target]
+    if not earlier:
+        raise ConfigError(
+            f"--to {target[:12]}: was never champion of {name!r}; choose one of `rlhf champion "
+            f"--name {name} --history`, or use `rlhf promote`"
+        )
+    if not store.exists(target):
+        raise ArtifactMissing(
+            f"{store.uri}: policy {target[:12]} is not there, or not whole; name another by --to"
+        )
+    return _append(
+        store, name, last, action="rollback", policy=target, by=acting_person(by), why=why,
+        verdict=earlier[-1].verdict, unapproved=earlier[-1].unapproved,
+    )  # fmt: skip
+
+
+def require_standing(entries: Sequence[Promotion], name: str, policy: str) -> None:
+    """Refuse a policy that was rolled back, for a run that promotes without a person.
+
+    Raises:
+        PolicyWithdrawn: It names the rollback, and how to promote the policy again.
+    """
+    rollback_entry = _replay(entries)[1].get(policy)
+    if rollback_entry:
+        raise PolicyWithdrawn(
+            f"policy {policy[:12]} of model line {name!r} was rolled back{rollback_entry}, and a "
+            "run does not promote it again; if it shall be champion after all: `rlhf promote "
+            f"{policy[:12]} --name {name}`"
+        )
+
+
+def verdict_of(store: Store, policy: str) -> tuple[ArtifactRef, Verdict] | None:
+    """Return the newest verdict on a policy; of equally old ones a rejection."""
+    verdicts: list[tuple[float, bool, ArtifactRef, Verdict]] = []
+    for ref, manifest, age in store.list():
+        if ref.kind == "verdict" and policy in manifest.parents.values():
+            verdict = read_verdict(store.fetch(ref, [VERDICT]))
+            if verdict.subject == policy:
+                verdicts.append((age, verdict.approved, ref, verdict))
+    if not verdicts:
+        return None
+    _, _, ref, verdict = min(verdicts, key=lambda each: each[:2])
+    return ref, verdict
+
+
+def _reason(why: str) -> str:
+    reason = checked_line("--why", why)
+    if not reason:
+        raise ConfigError("--why is empty; say why, for those who read the history")
+    return reason
+
+
+def _previous_champion(entries: Sequence[Promotion], store: Store, name: str) -> str:
+    standing, _ = _replay(entries)
+    if len(standing) < 2:
+        raise ArtifactMissing(
+            f"{store.uri}: before {entries[-1].policy[:12]} model line {name!r} had no champion "
+            "that was not rolled back; name one by --to, or promote another"
+        )
+    return standing[-2]
+
+
+def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotion]]:
+    """Return the standing champions, the present one last, and the rollbacks of others.
+
+    A rollback withdraws every champion after the one that it returns to.
+    """
+    standing: list[str] = []
+    withdrawn: dict[str, Promotion] = {}
+    for entry in entries:
+        stands = entry.policy in standing
+        if entry.action == "rollback":
+            at = standing.index(entry.policy) if stands else max(len(standing) - 1, 0)
+            withdrawn |= dict.fromkeys(standing[at:], entry)
+            del standing[at:]
+        elif stands:
+            standing.remove(entry.policy)
+        standing.append(entry.policy)
+        withdrawn.pop(entry.policy, None)
+    return standing, withdrawn
+
+
+def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> Promotion:
+    """Append an entry after `last`, the last one that the caller has read."""
+    entry = Promotion(
+        model=name, when=timestamp(), previous=last.policy if last else None,
+        number=last.number + 1 if last else 1, **fields,
+    )  # fmt: skip
+    if store.history.advance(CHAMPIONS + name, entry.model_dump(), entry.number - 1):
+        return entry
+    policy = entry.policy[:12]
+    winner = next((each for each in history(store, name) if each.number == entry.number), None)
+    cause = f"{winner.policy[:12]} became champion{winner}" if winner else "by whom is not known"
+    raise PromotionLost(
+        f"{store.uri}: {policy} did not become champion of {name!r}, as somebody else changed that "
+        f"meanwhile: {cause}; look at `rlhf champion --name {name} --history`, and if it shall be "
+        f"{policy} all the same: `rlhf promote {policy} --name {name}`"
+    )

@@ -1,0 +1,121 @@
+"""Messages about values: one-line errors, and notes on unusual values.
+
+An error names field, value and cure, and the file or command line that the value is from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from pydantic import BaseModel, ValidationError
+
+from rlhf.config.fields import nearest, siblings
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.section import expand_nested
+from rlhf.config.text import one_line, shown_value
+
+#: Text for pydantic's error types; names in braces are from the error's context.
+WORDING = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a whole number, and not so long",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text; put it in quotes",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must match {pattern}",
+    "literal_error": "must be {expected}",
+    "tuple_type": "must be a list",
+    "too_short": "must hold at least {min_length}",
+    "dict_type": "must be a mapping from names to values",
+    "model_type": "is a section; set the fields in it",
+    "missing": "is missing; add it",
+    "invalid_key": "is no name of a field; names are text",
+}
+
+
+def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    """Word the first problem of a configuration in one line.
+
+    Args:
+        error: The errors of validation.
+        sources: Source of each value, by dotted name.
+    """
+    errors = list(expand_nested([dict(e) for e in error.errors()]))
+    # A misspelt field that is required gives two errors; the unknown name leads to the cure.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    # Where a field may be a number or text, pydantic adds the type that it tried to the location.
+    parts = [str(part) for part in first["loc"] if part not in ("float", "str", "[key]")]
+    field, error_type = ".".join(parts), first["type"]
+    if error_type == "extra_forbidden":
+        known = first.get("known")
+        text = f"{field} is not a field of the configuration; "
+        text += f"known are {', '.join(known)}" if known else cure(field)
+    elif error_type == "value_error":
+        # The validator names the value, unless it must not be repeated.
+        text = first["msg"].removeprefix("Value error, ")
+        text = f"{field}: {text}" if field else text
+    else:
+        context = first.get("ctx", {}).items()
+        bounds = {k: f"{v:.12g}" if isinstance(v, float) else v for k, v in context}
+        wording = WORDING.get(error_type)
+        text = first["msg"].replace("Input should", "must")
+        text = wording.format_map(bounds) if wording else text
+        has_value = error_type not in ("missing", "invalid_key")
+        shown = f" = {shown_value(first['input'])}" if has_value else ""
+        text = f"{field}{shown}: {text}"
+    return one_line(text + _source_note(field, text, sources))
+
+
+def cure(field: str) -> str:
+    """Advice on a field that does not exist."""
+    if field.startswith("ppo.env_config.") and (known := siblings(field)):
+        return f"known are {', '.join(known)}"
+    near = nearest(field)
+    return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
+
+
+def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
+    """Sources of an error's values: ` (from quickstart.yaml)`.
+
+    For a rule on several fields they are those of the fields that its text names.
+    """
+    keys = [k for k in sources if not field or f"{k}.".startswith(f"{field}.")]
+    # The items of a list have the source of the list.
+    keys = keys or [k for k in sources if field.startswith(f"{k}.")]
+    words = set(re.findall(r"\w+", text))
+    named = [k for k in keys if k.rpartition(".")[2] in words] or keys
+    origins = sorted({sources[k] for k in named})
+    return f" (from {' and '.join(origins)})" if origins else ""
+
+
+def advice(config: PipelineConfig) -> list[str]:
+    """One line for each value outside of its advised range."""
+    return list(_unusual_values(config, ""))
+
+
+def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value: Any = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _unusual_values(value, f"{prefix}{name}.")
+            continue
+        extra = field.json_schema_extra
+        if not isinstance(extra, dict) or "advised" not in extra or value is None:
+            continue
+        low, high = cast("list[float]", extra["advised"])
+        if not low <= value <= high:
+            yield (
+                f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
+                "keep it only if you mean it"
+            )

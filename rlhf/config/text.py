@@ -1,0 +1,81 @@
+"""Reading YAML and JSON that people wrote, and writing values into messages.
+
+Reading is strict: a duplicate key is an error. No error repeats the text, which may hold a secret.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+#: Exceptions that reading broken YAML raises.
+BROKEN = (yaml.YAMLError, ValueError, RecursionError)
+
+
+class DuplicateKey(yaml.constructor.ConstructorError, ValueError):
+    """A key appears twice in one mapping; `problem` names it."""
+
+    def __init__(self, key: Any, mark: yaml.Mark | None = None) -> None:
+        super().__init__(None, None, f"{key} stands there twice", mark)
+
+
+def parse(text: str) -> Any:
+    """Parse a YAML or JSON text.
+
+    Raises:
+        Exception: One of `BROKEN`.
+    """
+    return yaml.load(text, _Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML loader that refuses duplicate keys and values that contain themselves."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build the mapping at once, so that an alias to an outer value is an error."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise DuplicateKey(key.value, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=True)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Hook for `json.loads(object_pairs_hook=…)` that raises `DuplicateKey`."""
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise DuplicateKey(key)
+        mapping[key] = value
+    return mapping
+
+
+def reason(error: Exception) -> str:
+    """Line and problem of a YAML error, without its excerpt of the text."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'unexpected text'}"
+
+
+def shown_value(value: Any) -> str:
+    """The value's repr, cut off after 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def as_written(value: Any) -> str:
+    """The value as in a preset: text bare, null as `none`, others as JSON."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and without user info, such as passwords, in URIs."""
+    return re.sub(r"//[^\s'\"]*@", "//…@", " ".join(text.split()))

@@ -1,0 +1,230 @@
+"""Sections of the base model, SFT, the reward model, evaluation and gates."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from rlhf.config.section import Section, check_model_uri
+
+
+class ProcessSection(Section):
+    """Child processes of a training stage; they share the work of every step."""
+
+    processes: int | None = Field(default=None, ge=1)
+    """Child processes that train together, launched as torchrun does, each on its own GPU or its
+    share of `runtime.threads`; none trains in the stage's own process. Batch sizes stay those of
+    all together, and must be multiples of it."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp` holds all weights in each, `fsdp` a share of weights, gradients
+    and optimiser in each, which needs less memory and more communication."""
+
+
+#: Fields left out of fingerprints and of checkpoints' identities: they decide where and in what
+#: portions work is done, and the result is the same up to rounding.
+UNFINGERPRINTED_FIELDS = frozenset({*ProcessSection.model_fields, "rollout_batch_size"})
+
+
+def check_divides(section: ProcessSection, *names: str, by: int = 1) -> None:
+    """Check that sizes are multiples of the number of processes.
+
+    Args:
+        section: The section that holds the sizes.
+        names: Fields of the sizes.
+        by: Size of groups that must stay together, such as the replies to one prompt.
+
+    Raises:
+        ValueError: One is not, times the size of a group.
+    """
+    count = section.processes or 1
+    for name in names:
+        value: Any = getattr(section, name)
+        if value % (count * by):
+            together = f", in groups of {by} replies," if by > 1 else ""
+            raise ValueError(
+                f"{name} = {value} can't be shared evenly{together} by processes = {count}; make "
+                f"it a multiple of {count * by}, or change processes"
+            )
+
+
+class ArchitectureConfig(Section):
+    """A small Llama-type model to train from scratch, with a BPE tokenizer of its own."""
+
+    hidden_size: int = Field(default=96, ge=8)
+    """Width of the residual stream."""
+    layers: int = Field(default=3, ge=1)
+    """Number of transformer blocks."""
+    heads: int = Field(default=4, ge=1)
+    """Attention heads; must divide `hidden_size`."""
+    intermediate_size: int = Field(default=256, ge=8)
+    """Width of the feed-forward layer."""
+    vocab_size: int = Field(default=1024, ge=300)
+    """Size of the tokenizer trained on the pipeline's own text (256 bytes plus merges)."""
+    context: int = Field(default=256, ge=16)
+    """Longest sequence in tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"heads = {self.heads} must divide hidden_size = {self.hidden_size} into an even "
+                "head width; choose for example heads = hidden_size / 32"
+            )
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021); merged into the weights before publishing."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter input (SFT and reward model only; PPO runs without dropout)."""
+    target_modules: str = "all-linear"
+    """Which layers get adapters: `all-linear`, or a regular expression on module names."""
+
+
+class BaseModelConfig(Section):
+    """The model that everything starts from."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """A local folder, `artifact:<digest>`, `s3://bucket/prefix` or a hub id; none trains from
+    scratch."""
+    revision: str | None = None
+    """Hub revision to pin; only with a hub id."""
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    """Used when `path` is none."""
+
+    _check_path = field_validator("path")(check_model_uri)
+
+    @model_validator(mode="after")
+    def _revision_needs_path(self) -> Self:
+        if self.revision and not self.path:
+            raise ValueError("revision is set but path is not; name the hub id in path")
+        return self
+
+
+class TrainingSection(ProcessSection):
+    """Options of SFT and reward model training; passed to TRL's trainers unchanged."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training rows."""
+    batch_size: int = Field(default=64, ge=1)
+    """Rows per optimiser step."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Rows per forward pass; must divide `batch_size`. None means the whole batch at once, or a
+    process's share of it."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after warm-up."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps spent on linear warm-up."""
+    adam_beta2: float = Field(default=0.95, gt=0, lt=1)
+    """Second-moment decay of AdamW (first: 0.9)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    max_length: int = Field(default=256, ge=8)
+    """Longest prompt + reply in tokens; longer rows lose the end of the reply."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights."""
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> Self:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} must divide "
+                f"batch_size = {self.batch_size}"
+            )
+        if self.sharding == "fsdp" and self.processes is None:
+            raise ValueError("sharding = 'fsdp' deals weights out to processes; set processes too")
+        check_divides(self, "batch_size")
+        share = self.batch_size // (self.processes or 1)
+        if self.micro_batch_size and share % min(self.micro_batch_size, share):
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} must divide {share}, the share of "
+                f"batch_size = {self.batch_size} that each of processes = {self.processes} has"
+            )
+        return self
+
+
+class SFTConfig(TrainingSection):
+    """Supervised fine-tuning on demonstrations; loss on the reply only."""
+
+    enabled: bool = True
+    """False publishes the base model unchanged as the starting policy."""
+
+
+class RewardModelConfig(TrainingSection):
+    """A Bradley–Terry reward model: one scalar per (prompt, reply)."""
+
+    base: str | None = Field(default=None, min_length=1)
+    """Local folder, `artifact:<digest>`, `s3://bucket/prefix` or hub id to start from; none starts
+    from the SFT policy."""
+    pooling: Literal["last", "sum"] = "last"
+    """Score of the last token (the field's standard), or a linear head summed over the reply's
+    tokens, which small models trained from scratch learn far more from."""
+    lm_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of a language-model loss on the chosen reply that keeps the features general
+    (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
+
+    @model_validator(mode="after")
+    def _lm_loss_needs_whole_embedding(self) -> Self:
+        if self.lm_loss_coef and self.sharding == "fsdp":
+            raise ValueError(
+                f"lm_loss_coef = {self.lm_loss_coef} reads the embedding, which sharding = 'fsdp' "
+                "takes apart; set sharding to ddp, or lm_loss_coef to 0"
+            )
+        return self
+
+    _check_base = field_validator("base")(check_model_uri)
+
+
+class EvaluationConfig(Section):
+    """Held-out comparison of the trained policy with the SFT policy."""
+
+    prompts: int = Field(default=300, ge=2)
+    """Held-out prompts to answer with both policies (at most as many as there are)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the sampled replies; greedy ones are always compared too."""
+    samples: int = Field(default=6, ge=0)
+    """Sample replies, before and after, to show in the terminal and the report."""
+    batch_size: int = Field(default=128, ge=1)
+    """Rows per forward pass while evaluating."""
+    judge: Literal["none", "world"] = "none"
+    """An independent judge that no training stage and no gate sees: the world's gold score."""
+
+
+class GateRule(Section):
+    """One condition on one metric of an evaluation; a missing or non-finite metric fails."""
+
+    metric: str = Field(min_length=1)
+    """Dotted name in the evaluation's metrics, for example `sampled.win_rate`."""
+    min: float | str | None = None
+    """Lower bound (inclusive): a number, or the name of another metric."""
+    max: float | str | None = None
+    """Upper bound (inclusive): a number, or the name of another metric."""
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        if self.min is None and self.max is None:
+            raise ValueError("a rule needs min, max or both; as it is, it can't reject anything")
+        return self
+
+
+class GatesConfig(Section):
+    """The rules that a model has to meet before the pipeline goes on."""
+
+    reward_model: tuple[GateRule, ...] = (GateRule(metric="accuracy_low", min=0.5),)
+    """Checked before PPO; the default asks for better than a coin with 95 % confidence."""
+    policy: tuple[GateRule, ...] = (
+        GateRule(metric="sampled.win_rate_low", min=0.5),
+        GateRule(metric="sampled.kl", max=20.0),
+        GateRule(metric="sampled.eos_rate", min=0.8),
+    )
+    """Checked before promotion."""

@@ -1,0 +1,117 @@
+"""oneDNN's products are used where they are float32's, only while training, in few shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlhf.modeling import device
+from rlhf.modeling.device import fast_float32, plain_float32, rounding
+
+CPU = torch.device("cpu")
+
+
+pytestmark = pytest.mark.device
+
+
+cpu_only = pytest.mark.cpu_only("of oneDNN's products")
+
+
+@cpu_only
+def test_on_and_put_back():
+    with fast_float32(CPU) as on:
+        assert on == (device._onednn_error() < 1e-5)
+        assert torch.get_float32_matmul_precision() == ("medium" if on else "highest")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@cpu_only
+def test_few_shapes_inside_and_small_products_by_mkl(monkeypatch):
+    monkeypatch.setattr(device, "_onednn_error", lambda: 1e-6)
+    with fast_float32(CPU):
+        assert (rounding(33, CPU), rounding(64, CPU)) == (31, 0)
+        assert rounding(33, torch.device("cuda")) == 0
+        with plain_float32(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert rounding(33, CPU) == 0
+        assert torch.get_float32_matmul_precision() == "medium"
+        with plain_float32(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "medium"
+    assert rounding(33, CPU) == 0
+
+
+@cpu_only
+def test_not_where_it_costs_accuracy(monkeypatch):
+    monkeypatch.setattr(device, "_onednn_error", lambda: 3e-3)  # bfloat16's
+    with fast_float32(CPU) as on:
+        assert not on
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_not_on_other_devices():
+    with fast_float32(torch.device("cuda")) as on:
+        assert not on
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@cpu_only
+def test_a_users_own_setting_stays():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with fast_float32(CPU) as on:
+            assert not on
+            assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@cpu_only
+def test_the_error_is_measured():
+    device._onednn_error.cache_clear()
+    assert 0 < device._onednn_error() < 1e-5
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+#: In a process of its own: what earlier tests freed would do as well.
+SCRIPT = """
+import resource, torch
+from rlhf.modeling.device import kept
+
+def faults():
+    # Each fits where the one before was, with room for what came in between.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for i in range(8):
+        torch.ones(2**24 - i * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+with kept(torch.device("cpu")):
+    torch.ones(2**25)
+    print(faults())
+"""
+
+
+@pytest.mark.cpu_only("of malloc")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc"
+)
+def test_freed_memory_is_kept_inside():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], check=True, stdout=subprocess.PIPE, text=True
+    )
+    fresh, kept = map(int, done.stdout.split())
+    assert fresh > 80_000  # 4 KiB each
+    assert kept < fresh / 10
+
+
+def test_other_devices_have_allocators_of_their_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(device.ctypes, "CDLL", asked.append)
+    with device.retained_heap(torch.device("cuda")):
+        assert not asked
+    assert not asked
