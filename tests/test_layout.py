@@ -16,7 +16,8 @@ from rlhf.config.pipeline import StageName
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "tasks", "flows")
 #: A stage's name may be a string here: in the Literal, and in the table that is checked against it.
-DECLARATIONS = ("rlhf/config/pipeline.py", "tasks/stages.py")
+#: In a champion's history "promote" is the action of an entry, beside "rollback".
+DECLARATIONS = ("rlhf/config/pipeline.py", "tasks/stages.py", "rlhf/champions.py")
 
 
 def module_trees() -> dict[str, ast.Module]:
