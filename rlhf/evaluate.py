@@ -29,21 +29,9 @@ from rlhf.stage import Progress, StageResult, silent
 from rlhf.statistics import repeated_ngrams, share
 
 EVALUATION = "evaluation.json"
-
-
 SAMPLES = "samples.json"
 
-
-@dataclass(frozen=True)
-class Answers:
-    """A policy's replies to the held-out prompts, with their scores."""
-
-    texts: list[str]
-    scores: Float[Tensor, " batch"]
-    tokens: Float[Tensor, " batch"]
-    finished: Float[Tensor, " batch"]
-    kl: Float[Tensor, " batch"] | None
-    gold: list[float] | None
+Judge = Callable[[Any, str], float]
 
 
 def evaluate_reward_model(
@@ -191,6 +179,37 @@ def answer_prompts(
     )
 
 
+@dataclass(frozen=True)
+class Answers:
+    """A policy's replies to the held-out prompts, with their scores."""
+
+    texts: list[str]
+    scores: Float[Tensor, " batch"]
+    tokens: Float[Tensor, " batch"]
+    finished: Float[Tensor, " batch"]
+    kl: Float[Tensor, " batch"] | None
+    gold: list[float] | None
+
+
+def judge_of(config: EvaluationConfig) -> Judge | None:
+    """Return the configured judge: `judge(prompt, reply) -> score`."""
+    if config.judge == "none":
+        return None
+    from rlhf.world import gold
+
+    return gold
+
+
+def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
+    """Return the best accuracy to expect on these noisy labels, if it is known."""
+    if config.judge == "none":
+        return None
+    from rlhf.world import WorldPair, ceiling
+
+    rows = [WorldPair(str(p.prompt), p.chosen, p.rejected) for p in pairs]
+    return ceiling(rows, data.world.temperature)
+
+
 def repetition(text: str) -> float:
     """Return the share of a reply's 3-grams of words that repeat earlier ones."""
     return repeated_ngrams(text.lower().split(), 3)
@@ -208,10 +227,23 @@ def _score_in_parts(
     return torch.cat(scores)
 
 
+def _points(difference: float) -> float:
+    """Return 1 for a win, 0.5 for a tie and 0 for a loss."""
+    return ((difference > 0) - (difference < 0)) / 2 + 0.5
+
+
 def _of_ceiling(accuracy: float, ceiling: float) -> dict[str, float]:
     """Return the ceiling, and the accuracy's share of its gain over chance."""
     share_of = {"share_of_ceiling": (accuracy - 0.5) / (ceiling - 0.5)} if ceiling > 0.5 else {}
     return {"ceiling": ceiling, **share_of}
+
+
+def _groups(names: Sequence[str | None]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        if name is not None:
+            groups.setdefault(name, []).append(i)
+    return groups
 
 
 def _compare(before: Answers, after: Answers, index: Sequence[int]) -> dict[str, float]:
@@ -245,11 +277,6 @@ def _compare(before: Answers, after: Answers, index: Sequence[int]) -> dict[str,
     return result
 
 
-def _points(difference: float) -> float:
-    """Return 1 for a win, 0.5 for a tie and 0 for a loss."""
-    return ((difference > 0) - (difference < 0)) / 2 + 0.5
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -275,38 +302,8 @@ def _samples(rows: Sequence[PromptRow], before: Answers, after: Answers) -> list
     ]
 
 
-def _groups(names: Sequence[str | None]) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        if name is not None:
-            groups.setdefault(name, []).append(i)
-    return groups
-
-
 def _kl(model: Any, reference: Any, replies: Replies) -> Float[Tensor, " batch"]:
     """Estimate the KL of each reply in nats at temperature 1: k1, Σ log π − log π_ref."""
     log_p, _ = log_probs_and_entropy(model, replies, 1.0, entropy=False)
     log_p_ref, _ = log_probs_and_entropy(reference, replies, 1.0, entropy=False)
     return ((log_p - log_p_ref) * replies.mask).sum(1)
-
-
-Judge = Callable[[Any, str], float]
-
-
-def judge_of(config: EvaluationConfig) -> Judge | None:
-    """Return the configured judge: `judge(prompt, reply) -> score`."""
-    if config.judge == "none":
-        return None
-    from rlhf.world import gold
-
-    return gold
-
-
-def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
-    """Return the best accuracy to expect on these noisy labels, if it is known."""
-    if config.judge == "none":
-        return None
-    from rlhf.world import WorldPair, ceiling
-
-    rows = [WorldPair(str(p.prompt), p.chosen, p.rejected) for p in pairs]
-    return ceiling(rows, data.world.temperature)

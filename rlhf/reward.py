@@ -113,6 +113,46 @@ def train_reward_model(
     )
 
 
+def publish_ready_reward_model(
+    model: ExternalModel, folder: Path, out_dir: Path, *, runtime: RuntimeConfig | None = None
+) -> StageResult:
+    """Check an external reward model; write it to `out_dir` as safetensors.
+
+    Its `rlhf.json` (pooling, rendering) is copied. A tokenizer without chat template or padding
+    token is completed like that of a base model.
+
+    Args:
+        model: The model's entry in the configuration; named in errors.
+        folder: Its files on this machine.
+        out_dir: Empty folder for the reward model.
+        runtime: Device and threads.
+
+    Raises:
+        ConfigError: It is not a sequence-classification model with one label, lacks a `score` head
+            or its weights, has no usable tokenizer, or not the one it was trained with.
+    """
+    prepare_device(runtime or RuntimeConfig())
+    model.select([path.name for path in folder.iterdir()])
+    model.check_config((folder / CONFIG).read_bytes())
+    _check_head(model, folder)
+    try:
+        renderer = Renderer(load_tokenizer(folder))
+        reward_model = load_reward_model(folder, renderer)
+    except ConfigError as error:
+        raise model.error(str(error)) from None
+    meta = reward_meta(folder)
+    if meta.get("template_hash") not in (None, renderer.template_hash):
+        raise model.error(
+            "its tokenizer or chat template changed since it was trained; restore them, or train "
+            "it again"
+        )
+    fit_embeddings(reward_model, renderer.tokenizer)
+    save_model(reward_model, out_dir)
+    renderer.tokenizer.save_pretrained(out_dir)
+    write_json(out_dir / META, {**meta, "pooling": reward_model.pooling})
+    return StageResult({"parameters": reward_model.num_parameters()})
+
+
 def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, Any]]:
     """Render and tokenize pairs, each reply cut to `room` tokens with its prompt."""
     rows = []
@@ -187,46 +227,6 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
         embedding = self.accelerator.unwrap_model(model).get_input_embeddings().weight
         logits = outputs.hidden_states[0][:half, :-1][counted] @ embedding.T
         return F.cross_entropy(logits, ids[:, 1:][counted])
-
-
-def publish_ready_reward_model(
-    model: ExternalModel, folder: Path, out_dir: Path, *, runtime: RuntimeConfig | None = None
-) -> StageResult:
-    """Check an external reward model; write it to `out_dir` as safetensors.
-
-    Its `rlhf.json` (pooling, rendering) is copied. A tokenizer without chat template or padding
-    token is completed like that of a base model.
-
-    Args:
-        model: The model's entry in the configuration; named in errors.
-        folder: Its files on this machine.
-        out_dir: Empty folder for the reward model.
-        runtime: Device and threads.
-
-    Raises:
-        ConfigError: It is not a sequence-classification model with one label, lacks a `score` head
-            or its weights, has no usable tokenizer, or not the one it was trained with.
-    """
-    prepare_device(runtime or RuntimeConfig())
-    model.select([path.name for path in folder.iterdir()])
-    model.check_config((folder / CONFIG).read_bytes())
-    _check_head(model, folder)
-    try:
-        renderer = Renderer(load_tokenizer(folder))
-        reward_model = load_reward_model(folder, renderer)
-    except ConfigError as error:
-        raise model.error(str(error)) from None
-    meta = reward_meta(folder)
-    if meta.get("template_hash") not in (None, renderer.template_hash):
-        raise model.error(
-            "its tokenizer or chat template changed since it was trained; restore them, or train "
-            "it again"
-        )
-    fit_embeddings(reward_model, renderer.tokenizer)
-    save_model(reward_model, out_dir)
-    renderer.tokenizer.save_pretrained(out_dir)
-    write_json(out_dir / META, {**meta, "pooling": reward_model.pooling})
-    return StageResult({"parameters": reward_model.num_parameters()})
 
 
 def _check_head(model: ExternalModel, folder: Path) -> None:

@@ -213,15 +213,6 @@ class PreferenceComparison(BaseEnvironment):
         )  # fmt: skip
 
 
-def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[float]:
-    """Return for each of `count` owners the mean of its values."""
-    sums, counts = [0.0] * count, [0] * count
-    for value, owner in zip(values, owners, strict=True):
-        sums[owner] += value
-        counts[owner] += 1
-    return [total / n for total, n in zip(sums, counts, strict=True)]
-
-
 class ComponentScale(RunningMoments):
     """Running normalisation (z-score or min-max) and clipping of component values.
 
@@ -267,3 +258,12 @@ class ComponentScale(RunningMoments):
         if state:
             super().load_state_dict(state)
             self.low, self.high = float(state["low"]), float(state["high"])
+
+
+def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[float]:
+    """Return for each of `count` owners the mean of its values."""
+    sums, counts = [0.0] * count, [0] * count
+    for value, owner in zip(values, owners, strict=True):
+        sums[owner] += value
+        counts[owner] += 1
+    return [total / n for total, n in zip(sums, counts, strict=True)]

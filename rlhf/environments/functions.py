@@ -25,6 +25,17 @@ from rlhf.environments.contract import Reply, RewardFunction
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.statistics import repeated_ngrams
 
+#: A number, with a sign that is not a hyphen, and commas between thousands.
+NUMBER = regex.compile(
+    r"(?:(?<![\w.)\]])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    r"|(?:(?<![\w.)\]])[-+−])?(?<!\d)\.\d+(?:[eE][-+]?\d+)?"
+)
+
+ARTICLES = ("a", "an", "the")
+
+#: Rounds numbers of any length and never raises.
+ARITHMETIC = Context(prec=60, traps=[])
+
 
 def length_penalty(config: LengthPenaltyConfig) -> RewardFunction:
     """−slope for each token above the target, or on both sides of it."""
@@ -93,11 +104,6 @@ def json_valid(config: JsonValidComponent) -> RewardFunction:
     return lambda batch: [value(reply.response) for reply in batch]
 
 
-def _reject_constant(constant: str) -> float:
-    """Refuse NaN and Infinity, which Python's parser would accept."""
-    raise ValueError(f"{constant} is no JSON")
-
-
 def repetition(config: RepetitionComponent) -> RewardFunction:
     """Minus the share of word n-grams that occurred earlier in the reply."""
 
@@ -106,20 +112,6 @@ def repetition(config: RepetitionComponent) -> RewardFunction:
         return 0.0 - repeated_ngrams(text.casefold().split(), config.ngram)
 
     return lambda batch: [value(reply.response) for reply in batch]
-
-
-#: A number, with a sign that is not a hyphen, and commas between thousands.
-NUMBER = regex.compile(
-    r"(?:(?<![\w.)\]])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
-    r"|(?:(?<![\w.)\]])[-+−])?(?<!\d)\.\d+(?:[eE][-+]?\d+)?"
-)
-
-
-ARTICLES = ("a", "an", "the")
-
-
-#: Rounds numbers of any length and never raises.
-ARITHMETIC = Context(prec=60, traps=[])
 
 
 class Correctness:
@@ -232,3 +224,8 @@ def matches(pattern: regex.Pattern[str], text: str, seconds: float, full: bool =
             f"the reply {text[:80]!r}; write it without nested repeats, or raise the limit"
         ) from None
     return match is not None
+
+
+def _reject_constant(constant: str) -> float:
+    """Refuse NaN and Infinity, which Python's parser would accept."""
+    raise ValueError(f"{constant} is no JSON")

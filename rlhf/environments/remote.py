@@ -20,15 +20,12 @@ from rlhf.errors import ConfigError, RewardServiceError, TrainingError
 #: Status codes of transient failures.
 RETRIABLE = (408, 425, 429, 500, 502, 503, 504)
 
-
 #: Bytes of a response, which holds one number for each reply.
 MAX_RESPONSE = 16 * 2**20
-
 
 #: Environment variable with the tokens that may be sent, as comma-separated NAME@host. Only the
 #: operator sets it: a user who sets a run's parameters must not be able to read any secret.
 ALLOWED = "RLHF_ALLOWED_TOKENS"
-
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from rlhf.modeling.device import plain_float32
 
 #: Attention weights computed at a time: 1 MiB in float32.
 BLOCK = 2**18
+
 #: Longest sequence in tokens; the weights saved for the backward pass grow with its square.
 LONGEST = 512
 

@@ -52,24 +52,6 @@ class Critic(nn.Module):
         return values if values.dtype == torch.float64 else values.float()
 
 
-def critic_from(model: Any) -> Critic:
-    """Make a critic from the backbone of a language model or sequence classifier."""
-    return Critic(getattr(model, model.base_model_prefix))
-
-
-def freeze(model: Any) -> Any:
-    """Set a model to evaluation mode without gradients, and return it."""
-    return model.eval().requires_grad_(False)
-
-
-def zero_value_head(hidden_size: int) -> nn.Linear:
-    """Return a linear layer with one output whose weights and bias are zero."""
-    head = nn.Linear(hidden_size, 1)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
 class HeadCritic(Critic):
     """A critic without backbone: a value head on the policy's hidden states."""
 
@@ -107,3 +89,21 @@ class AdapterCritic(Critic):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters of the adapter and the head, by name."""
         return {**parameters_of(self._policy[0], CRITIC), **dict(self.named_parameters())}
+
+
+def critic_from(model: Any) -> Critic:
+    """Make a critic from the backbone of a language model or sequence classifier."""
+    return Critic(getattr(model, model.base_model_prefix))
+
+
+def freeze(model: Any) -> Any:
+    """Set a model to evaluation mode without gradients, and return it."""
+    return model.eval().requires_grad_(False)
+
+
+def zero_value_head(hidden_size: int) -> nn.Linear:
+    """Return a linear layer with one output whose weights and bias are zero."""
+    head = nn.Linear(hidden_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

@@ -20,6 +20,21 @@ from torch import Tensor
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError
 
+#: Largest relative error that counts as float32; that of bfloat16 is hundreds of times larger.
+FLOAT32_ERROR = 1e-5
+
+#: Numbers of rows are rounded up to this, because oneDNN generates code for each new shape.
+ROW_MULTIPLE = 32
+
+# Parameters of mallopt(3): free bytes at the heap's end above which it shrinks, and the least size
+# and greatest number of blocks that come from mmap and are returned to the kernel.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+
+#: Never shrink, no mmap; then the values that glibc adapts itself to if left alone.
+_RETAIN = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+
+_DEFAULT = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
+
 
 def prepare_device(runtime: RuntimeConfig) -> torch.device:
     """Set the number of CPU threads and return the device that `runtime` selects.
@@ -49,14 +64,6 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     # `.to(device)` blocks until all launched kernels have finished, and for pageable memory CUDA
     # does not guarantee that non_blocking helps. torch reuses a pinned buffer after its copy.
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-#: Largest relative error that counts as float32; that of bfloat16 is hundreds of times larger.
-FLOAT32_ERROR = 1e-5
-
-
-#: Numbers of rows are rounded up to this, because oneDNN generates code for each new shape.
-ROW_MULTIPLE = 32
 
 
 @contextmanager
@@ -91,41 +98,6 @@ def rounding(rows: int, device: torch.device) -> int:
     return -rows % ROW_MULTIPLE
 
 
-@cache
-def _onednn_error() -> float:
-    """Return the relative error of oneDNN for a product of training's size."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 512, generator=generator) for _ in range(2))
-    exact = a.double() @ b.double().T
-    with _matmul_precision("medium"):
-        return float((a @ b.T - exact).abs().max() / exact.abs().max())
-
-
-@contextmanager
-def _matmul_precision(value: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if value == before:  # setting it costs more than reading it
-        yield
-        return
-    torch.set_float32_matmul_precision(value)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-# Parameters of mallopt(3): free bytes at the heap's end above which it shrinks, and the least size
-# and greatest number of blocks that come from mmap and are returned to the kernel.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-
-
-#: Never shrink, no mmap; then the values that glibc adapts itself to if left alone.
-_RETAIN = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
-
-
-_DEFAULT = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
-
-
 @contextmanager
 def retained_heap(device: torch.device) -> Iterator[None]:
     """Retain freed heap memory until the context ends; on CPU with glibc only.
@@ -157,3 +129,26 @@ def empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+@cache
+def _onednn_error() -> float:
+    """Return the relative error of oneDNN for a product of training's size."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 512, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double().T
+    with _matmul_precision("medium"):
+        return float((a @ b.T - exact).abs().max() / exact.abs().max())
+
+
+@contextmanager
+def _matmul_precision(value: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if value == before:  # setting it costs more than reading it
+        yield
+        return
+    torch.set_float32_matmul_precision(value)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -28,56 +28,9 @@ from rlhf.modeling.sampling import Sampler, Sampling
 Stop = Callable[[list[list[int]]], list[bool]]
 """Stopping rule: takes each live row's reply tokens so far, returns whether the row ends here."""
 
-
 READ_EVERY = 8
 """Steps between two reads of drawn tokens from an accelerator. Each read makes the host wait for
 everything launched; between two reads an ended row is decoded for up to 7 steps more."""
-
-
-@dataclass(frozen=True)
-class Replies:
-    """A batch of replies: prompts padded on the left, replies on the right.
-
-    `ids` and `attention` are (batch, prompt + reply). `mask` is (batch, reply), true up to and
-    including the end-of-reply token; it is made by position, because a sampled pad token is a token
-    like any other. `attention` stays on the CPU, since shapes depend on it and reading it from an
-    accelerator would make the host wait.
-    """
-
-    ids: Int[Tensor, "batch total"]
-    attention: Int[Tensor, "batch total"]
-    mask: Bool[Tensor, "batch reply"]
-    finished: Bool[Tensor, " batch"]
-
-    @property
-    def reply_ids(self) -> Int[Tensor, "batch reply"]:
-        """Tokens of the replies, without the prompts."""
-        return self.ids[:, -self.mask.shape[1] :]
-
-    @property
-    def valid(self) -> Bool[Tensor, "batch reply"]:
-        """`mask` on the CPU."""
-        return self.attention[:, -self.mask.shape[1] :].bool()
-
-    def to(self, device: torch.device) -> Replies:
-        """Copy to a device, except `attention`."""
-        ids, mask, finished = (upload(t, device) for t in (self.ids, self.mask, self.finished))
-        return Replies(ids, self.attention, mask, finished)
-
-    def rows(self) -> list[list[int]]:
-        """Valid tokens of each reply."""
-        pairs = zip(self.reply_ids.tolist(), self.valid.sum(1).tolist(), strict=True)
-        return [ids[:n] for ids, n in pairs]
-
-    def take(self, index: Tensor) -> Replies:
-        """Select rows, cut to the longest reply among them; `index` is on the CPU."""
-        width = int(self.valid[index].sum(1).max())
-        cut = self.ids.shape[1] - self.mask.shape[1] + width
-        rows = upload(index, self.ids.device)
-        return Replies(
-            self.ids[rows, :cut], self.attention[index, :cut], self.mask[rows, :width],
-            self.finished[rows],
-        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -134,6 +87,67 @@ def generate(
         upload(mask, device),
         upload(drawn.finished, device),
     )
+
+
+@dataclass(frozen=True)
+class Replies:
+    """A batch of replies: prompts padded on the left, replies on the right.
+
+    `ids` and `attention` are (batch, prompt + reply). `mask` is (batch, reply), true up to and
+    including the end-of-reply token; it is made by position, because a sampled pad token is a token
+    like any other. `attention` stays on the CPU, since shapes depend on it and reading it from an
+    accelerator would make the host wait.
+    """
+
+    ids: Int[Tensor, "batch total"]
+    attention: Int[Tensor, "batch total"]
+    mask: Bool[Tensor, "batch reply"]
+    finished: Bool[Tensor, " batch"]
+
+    @property
+    def reply_ids(self) -> Int[Tensor, "batch reply"]:
+        """Tokens of the replies, without the prompts."""
+        return self.ids[:, -self.mask.shape[1] :]
+
+    @property
+    def valid(self) -> Bool[Tensor, "batch reply"]:
+        """`mask` on the CPU."""
+        return self.attention[:, -self.mask.shape[1] :].bool()
+
+    def to(self, device: torch.device) -> Replies:
+        """Copy to a device, except `attention`."""
+        ids, mask, finished = (upload(t, device) for t in (self.ids, self.mask, self.finished))
+        return Replies(ids, self.attention, mask, finished)
+
+    def rows(self) -> list[list[int]]:
+        """Valid tokens of each reply."""
+        pairs = zip(self.reply_ids.tolist(), self.valid.sum(1).tolist(), strict=True)
+        return [ids[:n] for ids, n in pairs]
+
+    def take(self, index: Tensor) -> Replies:
+        """Select rows, cut to the longest reply among them; `index` is on the CPU."""
+        width = int(self.valid[index].sum(1).max())
+        cut = self.ids.shape[1] - self.mask.shape[1] + width
+        rows = upload(index, self.ids.device)
+        return Replies(
+            self.ids[rows, :cut], self.attention[index, :cut], self.mask[rows, :width],
+            self.finished[rows],
+        )  # fmt: skip
+
+
+def concatenate(batches: Sequence[Replies], pad: int) -> Replies:
+    """Concatenate batches of replies whose prompts are padded to the same width."""
+    if len(batches) == 1:
+        return batches[0]
+    width = max(batch.mask.shape[1] for batch in batches)
+
+    def widened(name: str, value: int) -> Tensor:
+        return torch.cat(
+            [F.pad(getattr(b, name), (0, width - b.mask.shape[1]), value=value) for b in batches]
+        )
+
+    finished = torch.cat([batch.finished for batch in batches])
+    return Replies(widened("ids", pad), widened("attention", 0), widened("mask", 0), finished)
 
 
 def _decode(
@@ -204,36 +218,6 @@ class _DrawnReplies:
     def keep(self, order: Tensor) -> None:
         """Drop all live rows but these, in this order."""
         self.live = self.live[order]
-
-
-def concatenate(batches: Sequence[Replies], pad: int) -> Replies:
-    """Concatenate batches of replies whose prompts are padded to the same width."""
-    if len(batches) == 1:
-        return batches[0]
-    width = max(batch.mask.shape[1] for batch in batches)
-
-    def widened(name: str, value: int) -> Tensor:
-        return torch.cat(
-            [F.pad(getattr(b, name), (0, width - b.mask.shape[1]), value=value) for b in batches]
-        )
-
-    finished = torch.cat([batch.finished for batch in batches])
-    return Replies(widened("ids", pad), widened("attention", 0), widened("mask", 0), finished)
-
-
-def pad_left(
-    rows: list[list[int]], pad: int
-) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-    """Stack prompts, padded on the left; returns ids and attention mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
-def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """Positions counted from each row's first real token."""
-    return (attention.cumsum(1) - 1).clamp(min=0)
 
 
 def decoder_of(
@@ -425,3 +409,18 @@ class PaddedDecoder:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+
+
+def pad_left(
+    rows: list[list[int]], pad: int
+) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+    """Stack prompts, padded on the left; returns ids and attention mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    """Positions counted from each row's first real token."""
+    return (attention.cumsum(1) - 1).clamp(min=0)

@@ -28,6 +28,14 @@ from rlhf.modeling.packed import (
 )
 from rlhf.modeling.precision import in_own_precision
 
+SLICE, ACCELERATOR_SLICE = 2**22, 2**26
+"""Logits computed at a time: 16 MiB in float32, about a CPU's cache; on an accelerator 256 MiB, as
+few launches are faster there."""
+
+KEEP, ACCELERATOR_KEEP = 2**25, 2**27
+"""Logits stored for the backward pass at most: 128 MiB in float32, 512 MiB on an accelerator; more
+are computed again."""
+
 
 def log_probs_and_entropy(
     policy: Any, replies: Replies, temperature: float, entropy: bool = True
@@ -77,75 +85,6 @@ def reply_values(critic: Any, replies: Replies) -> Float[Tensor, "batch states"]
     values = critic(**arguments).flatten()
     states = upload(_state_tokens(index, replies), values.device)
     return _scatter(values[states], _state_mask(replies.valid))
-
-
-def _evaluate(
-    policy: Any, head: Any, replies: Replies, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute log-probs and entropies, and with a value head the values of states."""
-    arguments, index = _model_arguments(policy, replies)
-    previous = _previous_tokens(index, replies)
-    valid = upload(replies.valid.flatten().nonzero().squeeze(1), replies.ids.device)
-    targets = replies.reply_ids.flatten()[valid]
-    values = None
-    if has_plain_head(policy):
-        hidden, cast = final_hidden(policy, arguments)
-        rows = cast(take_rows(hidden, previous))
-        results = token_log_probs(head_of(policy), rows, targets, temperature, entropy)
-    else:
-        hidden, logits = captured_logits(policy, arguments, previous)
-        results = log_probs_from_logits(logits, targets, temperature, entropy)
-    if head is not None:
-        states = take_rows(hidden, _state_tokens(index, replies))
-        flat = in_own_precision(head, states).squeeze(-1)
-        flat = flat if flat.dtype == torch.float64 else flat.float()
-        values = _scatter(flat, _state_mask(replies.valid))
-    log_probs, entropies = (_scatter(t, replies.valid) for t in results)
-    return log_probs, entropies, values
-
-
-def _model_arguments(model: Any, replies: Replies) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of the model's call, and each token's row among the hidden states.
-
-    The rows are on the CPU.
-    """
-    longest = int(replies.attention.sum(1).max())
-    return arguments_of(replies.ids, replies.attention, packs(model, longest))
-
-
-def _previous_tokens(index: Tensor, replies: Replies) -> Int[Tensor, " tokens"]:
-    """Select from an index of all tokens the one before each valid reply token."""
-    return index[:, -replies.mask.shape[1] - 1 : -1][replies.valid]
-
-
-def _state_tokens(index: Tensor, replies: Replies) -> Int[Tensor, " states"]:
-    """Select from an index of all tokens the last token of each state."""
-    states = _state_mask(replies.valid)
-    return index[:, -states.shape[1] :][states]
-
-
-def _state_mask(mask: Bool[Tensor, "batch reply"]) -> Bool[Tensor, "batch states"]:
-    """Mask of each reply's states: one before it, and one after each valid token."""
-    return F.pad(mask, (1, 0), value=True)
-
-
-def _scatter(flat: Tensor, mask: Bool[Tensor, "rows columns"]) -> Tensor:
-    """Write values row by row into a mask's true cells, zero elsewhere; the mask is on the CPU.
-
-    `masked_scatter` would do the same, but its backward pass makes the host wait.
-    """
-    cells = upload(mask.flatten().nonzero().squeeze(1), flat.device)
-    return flat.new_zeros(mask.numel()).index_copy(0, cells, flat).view(mask.shape)
-
-
-SLICE, ACCELERATOR_SLICE = 2**22, 2**26
-"""Logits computed at a time: 16 MiB in float32, about a CPU's cache; on an accelerator 256 MiB, as
-few launches are faster there."""
-
-
-KEEP, ACCELERATOR_KEEP = 2**25, 2**27
-"""Logits stored for the backward pass at most: 128 MiB in float32, 512 MiB on an accelerator; more
-are computed again."""
 
 
 def token_log_probs(
@@ -222,6 +161,65 @@ def log_probs_from_logits(
     if not entropy:
         return log_probs, torch.zeros_like(log_probs)
     return log_probs, -(log_p.exp() * log_p).sum(-1)
+
+
+def _evaluate(
+    policy: Any, head: Any, replies: Replies, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute log-probs and entropies, and with a value head the values of states."""
+    arguments, index = _model_arguments(policy, replies)
+    previous = _previous_tokens(index, replies)
+    valid = upload(replies.valid.flatten().nonzero().squeeze(1), replies.ids.device)
+    targets = replies.reply_ids.flatten()[valid]
+    values = None
+    if has_plain_head(policy):
+        hidden, cast = final_hidden(policy, arguments)
+        rows = cast(take_rows(hidden, previous))
+        results = token_log_probs(head_of(policy), rows, targets, temperature, entropy)
+    else:
+        hidden, logits = captured_logits(policy, arguments, previous)
+        results = log_probs_from_logits(logits, targets, temperature, entropy)
+    if head is not None:
+        states = take_rows(hidden, _state_tokens(index, replies))
+        flat = in_own_precision(head, states).squeeze(-1)
+        flat = flat if flat.dtype == torch.float64 else flat.float()
+        values = _scatter(flat, _state_mask(replies.valid))
+    log_probs, entropies = (_scatter(t, replies.valid) for t in results)
+    return log_probs, entropies, values
+
+
+def _model_arguments(model: Any, replies: Replies) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of the model's call, and each token's row among the hidden states.
+
+    The rows are on the CPU.
+    """
+    longest = int(replies.attention.sum(1).max())
+    return arguments_of(replies.ids, replies.attention, packs(model, longest))
+
+
+def _previous_tokens(index: Tensor, replies: Replies) -> Int[Tensor, " tokens"]:
+    """Select from an index of all tokens the one before each valid reply token."""
+    return index[:, -replies.mask.shape[1] - 1 : -1][replies.valid]
+
+
+def _state_tokens(index: Tensor, replies: Replies) -> Int[Tensor, " states"]:
+    """Select from an index of all tokens the last token of each state."""
+    states = _state_mask(replies.valid)
+    return index[:, -states.shape[1] :][states]
+
+
+def _state_mask(mask: Bool[Tensor, "batch reply"]) -> Bool[Tensor, "batch states"]:
+    """Mask of each reply's states: one before it, and one after each valid token."""
+    return F.pad(mask, (1, 0), value=True)
+
+
+def _scatter(flat: Tensor, mask: Bool[Tensor, "rows columns"]) -> Tensor:
+    """Write values row by row into a mask's true cells, zero elsewhere; the mask is on the CPU.
+
+    `masked_scatter` would do the same, but its backward pass makes the host wait.
+    """
+    cells = upload(mask.flatten().nonzero().squeeze(1), flat.device)
+    return flat.new_zeros(mask.numel()).index_copy(0, cells, flat).view(mask.shape)
 
 
 class _LinearLogProbs(torch.autograd.Function):

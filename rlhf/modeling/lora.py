@@ -19,10 +19,8 @@ from rlhf.files import write_json
 #: Names of the adapters; "default" is the name that peft gives a single one.
 POLICY, REWARD, CRITIC = "default", "reward", "critic"
 
-
 #: Folder of a reward model's adapter, beside the merged weights.
 ADAPTER_FOLDER = "adapter"
-
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

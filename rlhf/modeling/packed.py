@@ -27,9 +27,19 @@ from transformers.masking_utils import sdpa_mask
 from rlhf.modeling.attention import blockwise, supports_blockwise
 from rlhf.modeling.device import rounding, upload
 
+#: Name of the attention function in transformers, and of its argument that carries the plan.
+ATTENTION = "rlhf_rows"
+
+#: Squared tokens of padding that cost as much as one more attention call on a CPU: measured at
+#: width 192 to 768 on one core, where a call takes some 0.1 ms.
+CALL_COST = 2000
+
+#: The same on an accelerator, estimated: a call launches six kernels in some 30 µs, in which a
+#: Hopper GPU computes 10 GFLOP, so 4 · width · 10^6 operations at width 2048.
+ACCELERATOR_CALL_COST = 2**20
+
 #: Results of `packs` by backbone and of `has_plain_head` by model: each is tested once.
 _packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
 
 _plain_heads: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
@@ -139,6 +149,25 @@ def captured_logits(
     return capture.hidden.flatten(0, 1), flat if packed else flat[index]
 
 
+def take_rows(
+    source: Float[Tensor, "rows width"], index: Int[Tensor, " selected"]
+) -> Float[Tensor, "selected width"]:
+    """Return `source[index]` for an index without repeats, with a fast backward pass.
+
+    An index on the CPU selects from a source on an accelerator without blocking the host.
+    """
+    device = source.device
+    if not (torch.is_grad_enabled() and source.requires_grad):
+        return source.index_select(0, upload(index, device))
+    unselected = torch.ones(len(source), dtype=torch.bool, device=index.device)
+    unselected[index] = False
+    back = torch.zeros(len(source), dtype=torch.long, device=index.device)
+    back[index] = torch.arange(len(index), device=index.device)
+    indices = (index, back, unselected.nonzero().squeeze(1))
+    result: Any = _Gather.apply(source, *(upload(i, device) for i in indices))
+    return result
+
+
 def head_of(model: Any) -> Any:
     """Return the layer that maps hidden states to logits."""
     return core_of(model).get_output_embeddings()
@@ -203,84 +232,6 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _window(config: Any) -> float:
-    """Return the shortest attention window of a layer, in tokens."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and set(types) <= {"full_attention"}:
-        return float("inf")
-    limits = (getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
-    return min((limit for limit in limits if limit), default=float("inf"))
-
-
-@torch.no_grad()
-def _enable_packing(core: Any, backbone: Any) -> bool:
-    """Compare packed and padded results; if they agree, keep `ATTENTION` set."""
-    before = core.config._attn_implementation
-    if before not in ("sdpa", ATTENTION) or not core._can_set_attn_implementation():
-        return False
-    device = next(backbone.parameters()).device
-    highest = min(backbone.get_input_embeddings().num_embeddings, 97)
-    width = int(min(8, _window(backbone.config)))
-    ids = (torch.arange(2 * width, device=device).view(2, width) * 37 + 11) % highest
-    attention = torch.ones(2, width, dtype=torch.long)
-    attention[0, : width // 3] = 0
-    valid = attention.bool()
-
-    def run(packed: bool) -> Tensor:
-        arguments, index = arguments_of(ids, attention, packed)
-        hidden = backbone(**arguments, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[index[valid].to(device)].float()
-
-    with evaluating(backbone), torch.autocast(device.type, enabled=False):
-        expected = run(packed=False)
-        core.set_attn_implementation(ATTENTION)
-        try:
-            gap = (run(packed=True) - expected).abs().max()
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):
-            gap = torch.tensor(float("inf"))
-    exact = next(backbone.parameters()).dtype in (torch.float32, torch.float64)
-    agrees = bool(gap <= (1e-4 if exact else 3e-2) * expected.abs().max().clamp(min=1e-6))
-    if not agrees:
-        core.set_attn_implementation(before)
-    return agrees
-
-
-class _Capture:
-    """Captures a backbone's last hidden states, and the autocast dtype, during a call."""
-
-    def __init__(self, model: Any) -> None:
-        self.backbone = backbone_of(model)
-        self.hidden: Any = None
-        self.cast: torch.dtype | None = None
-
-    def __enter__(self) -> _Capture:
-        self.hook = self.backbone.register_forward_hook(self._store)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hook.remove()
-
-    def _store(self, _module: Any, _inputs: Any, output: Any) -> None:
-        self.hidden = output.last_hidden_state
-        device = self.hidden.device.type
-        if torch.is_autocast_enabled(device):
-            self.cast = torch.get_autocast_dtype(device)
-
-
-#: Name of the attention function in transformers, and of its argument that carries the plan.
-ATTENTION = "rlhf_rows"
-
-
-#: Squared tokens of padding that cost as much as one more attention call on a CPU: measured at
-#: width 192 to 768 on one core, where a call takes some 0.1 ms.
-CALL_COST = 2000
-
-
-#: The same on an accelerator, estimated: a call launches six kernels in some 30 µs, in which a
-#: Hopper GPU computes 10 GFLOP, so 4 · width · 10^6 operations at width 2048.
-ACCELERATOR_CALL_COST = 2**20
 
 
 @runtime_checkable
@@ -395,23 +346,68 @@ def rectangles_of(lengths: Sequence[int], call_cost: int = CALL_COST) -> list[li
     return groups
 
 
-def take_rows(
-    source: Float[Tensor, "rows width"], index: Int[Tensor, " selected"]
-) -> Float[Tensor, "selected width"]:
-    """Return `source[index]` for an index without repeats, with a fast backward pass.
+def _window(config: Any) -> float:
+    """Return the shortest attention window of a layer, in tokens."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and set(types) <= {"full_attention"}:
+        return float("inf")
+    limits = (getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
+    return min((limit for limit in limits if limit), default=float("inf"))
 
-    An index on the CPU selects from a source on an accelerator without blocking the host.
-    """
-    device = source.device
-    if not (torch.is_grad_enabled() and source.requires_grad):
-        return source.index_select(0, upload(index, device))
-    unselected = torch.ones(len(source), dtype=torch.bool, device=index.device)
-    unselected[index] = False
-    back = torch.zeros(len(source), dtype=torch.long, device=index.device)
-    back[index] = torch.arange(len(index), device=index.device)
-    indices = (index, back, unselected.nonzero().squeeze(1))
-    result: Any = _Gather.apply(source, *(upload(i, device) for i in indices))
-    return result
+
+@torch.no_grad()
+def _enable_packing(core: Any, backbone: Any) -> bool:
+    """Compare packed and padded results; if they agree, keep `ATTENTION` set."""
+    before = core.config._attn_implementation
+    if before not in ("sdpa", ATTENTION) or not core._can_set_attn_implementation():
+        return False
+    device = next(backbone.parameters()).device
+    highest = min(backbone.get_input_embeddings().num_embeddings, 97)
+    width = int(min(8, _window(backbone.config)))
+    ids = (torch.arange(2 * width, device=device).view(2, width) * 37 + 11) % highest
+    attention = torch.ones(2, width, dtype=torch.long)
+    attention[0, : width // 3] = 0
+    valid = attention.bool()
+
+    def run(packed: bool) -> Tensor:
+        arguments, index = arguments_of(ids, attention, packed)
+        hidden = backbone(**arguments, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[index[valid].to(device)].float()
+
+    with evaluating(backbone), torch.autocast(device.type, enabled=False):
+        expected = run(packed=False)
+        core.set_attn_implementation(ATTENTION)
+        try:
+            gap = (run(packed=True) - expected).abs().max()
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            gap = torch.tensor(float("inf"))
+    exact = next(backbone.parameters()).dtype in (torch.float32, torch.float64)
+    agrees = bool(gap <= (1e-4 if exact else 3e-2) * expected.abs().max().clamp(min=1e-6))
+    if not agrees:
+        core.set_attn_implementation(before)
+    return agrees
+
+
+class _Capture:
+    """Captures a backbone's last hidden states, and the autocast dtype, during a call."""
+
+    def __init__(self, model: Any) -> None:
+        self.backbone = backbone_of(model)
+        self.hidden: Any = None
+        self.cast: torch.dtype | None = None
+
+    def __enter__(self) -> _Capture:
+        self.hook = self.backbone.register_forward_hook(self._store)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+
+    def _store(self, _module: Any, _inputs: Any, output: Any) -> None:
+        self.hidden = output.last_hidden_state
+        device = self.hidden.device.type
+        if torch.is_autocast_enabled(device):
+            self.cast = torch.get_autocast_dtype(device)
 
 
 class _Gather(torch.autograd.Function):
@@ -463,6 +459,4 @@ def _attention(
 
 
 AttentionInterface.register(ATTENTION, _attention)
-
-
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

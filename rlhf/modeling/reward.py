@@ -36,7 +36,6 @@ from rlhf.modeling.weights import save_model, weights_digest
 #: File beside the weights.
 META = "rlhf.json"
 
-
 #: Field of it: digest of the base weights on which the adapter in `adapter/` was trained.
 BASE_WEIGHTS = "base_weights"
 
@@ -87,21 +86,6 @@ def save_reward_model(
     renderer.tokenizer.save_pretrained(folder)
     meta = {"pooling": model.pooling, "template_hash": renderer.template_hash}
     write_json(folder / META, {**meta, BASE_WEIGHTS: base} if base else meta)
-
-
-def reward_meta(folder: Path | str) -> dict[str, Any]:
-    """Read `rlhf.json`; empty for an external model, which has none."""
-    path = Path(folder) / META
-    return read_json(path) if path.is_file() else {}
-
-
-def set_pooling(
-    model: Any, folder: Path | str, renderer: Renderer, pooling: str | None = None
-) -> None:
-    """Set a reward model's pooling and marker; without `pooling`, that of `rlhf.json`."""
-    model.pooling = pooling or reward_meta(folder).get("pooling", "last")
-    if model.pooling == "sum":
-        model.marker = renderer.tokenizer.get_vocab().get(ASSISTANT)
 
 
 class Scorer:
@@ -172,6 +156,102 @@ class Scorer:
         token_scores = in_own_precision(self.model.score, hidden).flatten()
         token_scores = token_scores[upload(index, self.device)].float()
         return pool(token_scores, counted, self.model.pooling)
+
+
+class SharedScorer(Scorer):
+    """A scorer whose reward model is an adapter on the policy's base."""
+
+    def __init__(
+        self, policy: Any, sft: Path, folder: Path, device: torch.device, max_length: int,
+        precision: Precision = "fp32",
+    ) -> None:  # fmt: skip
+        renderer = load_renderer(folder)
+        model = AdapterReward(policy, sft, folder, renderer)
+        super().__init__(folder, device, max_length, model=model)
+        # Scorer must not store the policy's base in bfloat16: the critic may still get an adapter.
+        self.precision = precision
+
+    def _score(
+        self, ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, " batch"]:
+        with self.model.active():
+            return super()._score(ids, mask)
+
+
+class AdapterReward(nn.Module):
+    """A frozen reward model: an adapter on the policy's base and a score head.
+
+    Raises:
+        ConfigError: The reward model has no adapter, or one for another base.
+    """
+
+    pooling = "last"
+    marker: int | None = None
+
+    def __init__(self, policy: Any, sft: Path, folder: Path, renderer: Renderer) -> None:
+        super().__init__()
+        self._policy = (policy,)
+        head = load_adapter(policy, check_adapter(sft, folder), REWARD)
+        if not head:
+            raise ConfigError(
+                f"ppo.shared_base = true, but the adapter of reward model {str(folder)!r} does not "
+                "fit this SFT policy; train the reward model again, or set ppo.shared_base to false"
+            )
+        width = head["weight"].shape[1]
+        self.score = nn.Linear(width, 1, bias="bias" in head)
+        self.score.load_state_dict(head)
+        set_pooling(self, folder, renderer)
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the base."""
+        return self._policy[0].config
+
+    def get_base_model(self) -> Any:
+        """Return the shared transformer; peft's name for it."""
+        return self._policy[0].get_base_model()
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Context in which the shared base computes as the reward model; may be nested."""
+        return active_adapter(self._policy[0], REWARD)
+
+
+def check_adapter(sft: Path, folder: Path) -> Path:
+    """Check that a reward model's adapter fits the SFT policy; return its folder.
+
+    Raises:
+        ConfigError: The reward model has no adapter, or one that was trained on other weights.
+    """
+    adapter = folder / ADAPTER_FOLDER
+    if not adapter.is_dir():
+        raise ConfigError(
+            f"ppo.shared_base = true, but reward model {str(folder)!r} has no "
+            f"{ADAPTER_FOLDER}/ folder; "
+            "train it from the SFT policy with reward_model.lora, or set ppo.shared_base to false"
+        )
+    trained_on, policy = reward_meta(folder).get(BASE_WEIGHTS), weights_digest(sft)
+    if trained_on != policy:
+        raise ConfigError(
+            f"ppo.shared_base = true, but the adapter of reward model {str(folder)!r} is for a "
+            f"base with weights {str(trained_on)[:12]}, and this SFT policy's are {policy[:12]}; "
+            "train it again from this SFT policy, or set ppo.shared_base to false"
+        )
+    return adapter
+
+
+def reward_meta(folder: Path | str) -> dict[str, Any]:
+    """Read `rlhf.json`; empty for an external model, which has none."""
+    path = Path(folder) / META
+    return read_json(path) if path.is_file() else {}
+
+
+def set_pooling(
+    model: Any, folder: Path | str, renderer: Renderer, pooling: str | None = None
+) -> None:
+    """Set a reward model's pooling and marker; without `pooling`, that of `rlhf.json`."""
+    model.pooling = pooling or reward_meta(folder).get("pooling", "last")
+    if model.pooling == "sum":
+        model.marker = renderer.tokenizer.get_vocab().get(ASSISTANT)
 
 
 def pool(
@@ -254,84 +334,3 @@ def _quiet_load(model_class: Any, folder: Path | str, config: Any) -> Any:
         )
     finally:
         transformers_logging.set_verbosity(level)
-
-
-class AdapterReward(nn.Module):
-    """A frozen reward model: an adapter on the policy's base and a score head.
-
-    Raises:
-        ConfigError: The reward model has no adapter, or one for another base.
-    """
-
-    pooling = "last"
-    marker: int | None = None
-
-    def __init__(self, policy: Any, sft: Path, folder: Path, renderer: Renderer) -> None:
-        super().__init__()
-        self._policy = (policy,)
-        head = load_adapter(policy, check_adapter(sft, folder), REWARD)
-        if not head:
-            raise ConfigError(
-                f"ppo.shared_base = true, but the adapter of reward model {str(folder)!r} does not "
-                "fit this SFT policy; train the reward model again, or set ppo.shared_base to false"
-            )
-        width = head["weight"].shape[1]
-        self.score = nn.Linear(width, 1, bias="bias" in head)
-        self.score.load_state_dict(head)
-        set_pooling(self, folder, renderer)
-
-    @property
-    def config(self) -> Any:
-        """Configuration of the base."""
-        return self._policy[0].config
-
-    def get_base_model(self) -> Any:
-        """Return the shared transformer; peft's name for it."""
-        return self._policy[0].get_base_model()
-
-    def active(self) -> AbstractContextManager[Any]:
-        """Context in which the shared base computes as the reward model; may be nested."""
-        return active_adapter(self._policy[0], REWARD)
-
-
-class SharedScorer(Scorer):
-    """A scorer whose reward model is an adapter on the policy's base."""
-
-    def __init__(
-        self, policy: Any, sft: Path, folder: Path, device: torch.device, max_length: int,
-        precision: Precision = "fp32",
-    ) -> None:  # fmt: skip
-        renderer = load_renderer(folder)
-        model = AdapterReward(policy, sft, folder, renderer)
-        super().__init__(folder, device, max_length, model=model)
-        # Scorer must not store the policy's base in bfloat16: the critic may still get an adapter.
-        self.precision = precision
-
-    def _score(
-        self, ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]
-    ) -> Float[Tensor, " batch"]:
-        with self.model.active():
-            return super()._score(ids, mask)
-
-
-def check_adapter(sft: Path, folder: Path) -> Path:
-    """Check that a reward model's adapter fits the SFT policy; return its folder.
-
-    Raises:
-        ConfigError: The reward model has no adapter, or one that was trained on other weights.
-    """
-    adapter = folder / ADAPTER_FOLDER
-    if not adapter.is_dir():
-        raise ConfigError(
-            f"ppo.shared_base = true, but reward model {str(folder)!r} has no "
-            f"{ADAPTER_FOLDER}/ folder; "
-            "train it from the SFT policy with reward_model.lora, or set ppo.shared_base to false"
-        )
-    trained_on, policy = reward_meta(folder).get(BASE_WEIGHTS), weights_digest(sft)
-    if trained_on != policy:
-        raise ConfigError(
-            f"ppo.shared_base = true, but the adapter of reward model {str(folder)!r} is for a "
-            f"base with weights {str(trained_on)[:12]}, and this SFT policy's are {policy[:12]}; "
-            "train it again from this SFT policy, or set ppo.shared_base to false"
-        )
-    return adapter

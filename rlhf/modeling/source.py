@@ -14,6 +14,7 @@ from rlhf.store.manifest import PICKLES
 
 #: Endings of a model's files. No other file is fetched or part of its identity.
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
+
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 2**20
 

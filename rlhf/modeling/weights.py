@@ -51,6 +51,11 @@ def shards_of(folder: Path, name: str) -> list[Path]:
     return shards
 
 
+def weights_digest(folder: Path) -> str:
+    """Return the hex sha256 over a model folder's safetensors, in the order of their names."""
+    return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))
+
+
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Group tensors into shards, sorted by name."""
     group: dict[str, Tensor] = {}
@@ -70,8 +75,3 @@ def _paths(folder: Path, name: str, count: int) -> list[Path]:
     if count == 1:
         return [folder / f"{name}.safetensors"]
     return [folder / f"{name}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-def weights_digest(folder: Path) -> str:
-    """Return the hex sha256 over a model folder's safetensors, in the order of their names."""
-    return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))

@@ -30,6 +30,7 @@ from rlhf.ppo.models import Models
 
 KEEP = 2
 STATE = "state.json"
+
 #: Seconds to wait for another process's lock: one that was just killed may still be ending.
 LOCK_TIMEOUT = 2.0
 

@@ -18,13 +18,8 @@ from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreError
 from rlhf.store import Producer, Store, open_store
 
 KIND = "ppo_checkpoint"
-
-
 HISTORY = "ppo"
-
-
 KEEP = 2
-
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from rlhf.ppo.checkpoint_store import CheckpointStore
 
 SNAPSHOT = ".upload-"
 
-
 log = logging.getLogger(__name__)
 
 

@@ -18,17 +18,185 @@ from rlhf.config.ppo import KLSection
 from rlhf.statistics import RunningMoments
 
 Tokens = Float[Tensor, "batch time"]
-
-
 Mask = Bool[Tensor, "batch time"]
-
-
 Scalar = Float[Tensor, ""]
+Scores = Float[Tensor, " batch"]
+Logits = Float[Tensor, "tokens vocabulary"]
 
 
-def masked_mean(values: Tokens, mask: Mask) -> Scalar:
-    """Mean over all valid tokens with equal weight; 0 if none is valid."""
-    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+def missing_eos(
+    scores: Scores,
+    finished: Bool[Tensor, " batch"],
+    rule: Literal["subtract", "replace", "none"],
+    penalty: float | None,
+) -> Scores:
+    """Apply the missing-EOS rule to the scores of replies that did not finish.
+
+    `subtract` subtracts `penalty`, `replace` replaces the score by −`penalty` (as the published
+    code of Ziegler et al. 2019), `none` or a penalty of None changes nothing.
+    """
+    if rule == "none" or penalty is None:
+        return scores
+    penalised = scores - penalty if rule == "subtract" else torch.full_like(scores, -penalty)
+    return torch.where(finished, scores, penalised)
+
+
+class RunningScale(RunningMoments):
+    """Divides scores by the unbiased standard deviation (n − 1) of all scores so far."""
+
+    def update(self, scores: Scores) -> None:
+        """Add a chunk of scores."""
+        if len(scores) > 0:
+            chunk = scores.detach().double()
+            mean = float(chunk.mean())
+            self.merge(len(scores), mean, float(((chunk - mean) ** 2).sum()))
+
+    @property
+    def deviation(self) -> float:
+        """The divisor of `apply`; 1 while all scores are equal."""
+        deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+        return deviation if deviation > 1e-8 else 1.0
+
+    def apply(self, scores: Scores) -> Scores:
+        """Divide scores by the deviation; no shift of the mean, so signs do not change."""
+        return scores / self.deviation
+
+
+def clip_scores(scores: Scores, bound: float | None) -> Scores:
+    """Clamp scores to ± `bound`; None does not bound them."""
+    return scores if bound is None else scores.clamp(-bound, bound)
+
+
+def kl_estimate(
+    log_probs: Tokens,
+    reference_log_probs: Tokens,
+    estimator: Literal["k1", "k2", "k3"],
+    clamp: float | None = None,
+) -> Tokens:
+    """Estimate of KL(π‖π_ref) from each sampled token, with d = log π − log π_ref.
+
+    k1 = d is unbiased, k2 = d²/2 varies less, k3 = e^(−d) − 1 + d is unbiased and never negative.
+    Source: Schulman 2020, "Approximating KL divergence".
+
+    Args:
+        log_probs: Log-probability of each token under the policy.
+        reference_log_probs: Log-probability of each token under the frozen reference.
+        estimator: k1, k2 or k3.
+        clamp: Bounds the estimate (not d) to ± this, as OpenRLHF does; None does not bound it.
+
+    Returns:
+        Nats per token, also on invalid tokens, where they mean nothing.
+    """
+    difference = log_probs - reference_log_probs
+    if estimator == "k1":
+        estimate = difference
+    elif estimator == "k2":
+        estimate = difference**2 / 2
+    else:
+        # expm1 keeps the digits that e^(−d) − 1 loses near d = 0, and with them the sign.
+        estimate = torch.expm1(-difference) + difference
+    return estimate if clamp is None else estimate.clamp(-clamp, clamp)
+
+
+def exact_kl(logits: Logits, reference_logits: Logits) -> Float[Tensor, " tokens"]:
+    """Exact KL(π‖π_ref) = Σ π·(log π − log π_ref) over the whole vocabulary, in nats.
+
+    Source: Kullback and Leibler 1951, section 2; Schulman's estimators estimate this. Logits are
+    already divided by the sampling temperature. A token of probability 0 under π adds 0.
+    """
+    log_probs = logits.log_softmax(-1)
+    reference = reference_logits.log_softmax(-1)
+    probs = log_probs.exp()
+    # 0·(−∞) is NaN in floating point and 0 in this sum.
+    return (probs * (log_probs - reference)).masked_fill(probs == 0, 0).sum(-1)
+
+
+class KLController:
+    """KL penalty coefficient `value`, constant here; subclasses adapt it in `update`."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def update(self, kl: float, n: int) -> None:
+        """Adapt to the mean KL per reply of `n` replies (nats, summed over tokens)."""
+
+    def state_dict(self) -> dict[str, float]:
+        """State as JSON values, without loss of digits."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what `state_dict` returned."""
+        self.value = float(state["value"])
+
+
+class AdaptiveKLController(KLController):
+    """Proportional controller that moves the coefficient towards a target KL.
+
+    e = clip(KL/target − 1, ±0.2) and value ← value·(1 + e·n/horizon).
+    Source: Ziegler et al. 2019, section 2.2 (e_t and β_{t+1}); K_β is n/horizon here, as in their
+    published code.
+    """
+
+    def __init__(self, value: float, target: float, horizon: int) -> None:
+        super().__init__(value)
+        self.target, self.horizon = target, horizon
+
+    def update(self, kl: float, n: int) -> None:
+        """Raise the coefficient if `kl` is above the target, lower it if it is below."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n / self.horizon
+
+
+def kl_controller(config: KLSection) -> KLController:
+    """Make the controller that `config.kl_controller` names, starting from `kl_coef`."""
+    if config.kl_controller == "adaptive":
+        return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+    return KLController(config.kl_coef)
+
+
+def value_mask(
+    mask: Mask, width: int, score_position: Literal["last", "past_end"]
+) -> Bool[Tensor, "batch time+1"]:
+    """Mask of the states with a value and a reward; the score goes to the last one.
+
+    `last`: the state before each valid token, so the score is the reward of a reply's last token.
+    `past_end`: also the state after the last token if it is within `width`, the chunk's longest
+    reply, so the longest replies have none (TRL 1.12, experimental/ppo/ppo_trainer.py,
+    sequence_lengths_p1).
+    """
+    states = torch.nn.functional.pad(mask, (0, 1))
+    if score_position == "past_end":
+        end = last_valid(mask) + 1
+        rows = torch.arange(len(mask), device=mask.device)
+        states[rows, end] |= mask.any(1) & (end < width)
+    return states
+
+
+def shaped_rewards(
+    scores: Scores,
+    kl: Tokens,
+    mask: Mask,
+    states: Bool[Tensor, "batch time+1"],
+    kl_coef: float,
+) -> Float[Tensor, "batch time+1"]:
+    """Rewards: −kl_coef·KL on each reply token, plus the score on the last state.
+
+    Source: Ziegler et al. 2019, eq. 2 and section 2.2.
+
+    Args:
+        scores: One per reply.
+        kl: KL per token (`kl_estimate`).
+        mask: True on reply tokens.
+        states: From `value_mask`.
+        kl_coef: The KL controller's value.
+
+    Returns:
+        Rewards, 0 outside `states`; a reply without tokens has none.
+    """
+    rewards = torch.nn.functional.pad((-kl_coef * kl).masked_fill(~mask, 0), (0, 1))
+    rows = torch.arange(len(scores), device=scores.device)
+    rewards[rows, last_valid(states)] += scores * states.any(1)
+    return rewards
 
 
 def whiten(
@@ -52,12 +220,6 @@ def whiten(
     count = mask.sum() - (1 if variance == "unbiased" else 0)
     scaled = deviations * torch.rsqrt((deviations**2).sum() / count.clamp(min=1) + 1e-8)
     return scaled if shift_mean else (scaled + mean).masked_fill(~mask, 0)
-
-
-def last_valid(mask: Mask) -> Int[Tensor, " batch"]:
-    """Index of each row's last valid token; 0 for a row without one."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (positions * mask).argmax(1)
 
 
 def gae(
@@ -156,182 +318,12 @@ def entropy_bonus(entropy: Tokens, mask: Mask, n_tokens: float) -> Scalar:
     return entropy.masked_fill(~mask, 0).sum() / n_tokens
 
 
-Logits = Float[Tensor, "tokens vocabulary"]
+def masked_mean(values: Tokens, mask: Mask) -> Scalar:
+    """Mean over all valid tokens with equal weight; 0 if none is valid."""
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def kl_estimate(
-    log_probs: Tokens,
-    reference_log_probs: Tokens,
-    estimator: Literal["k1", "k2", "k3"],
-    clamp: float | None = None,
-) -> Tokens:
-    """Estimate of KL(π‖π_ref) from each sampled token, with d = log π − log π_ref.
-
-    k1 = d is unbiased, k2 = d²/2 varies less, k3 = e^(−d) − 1 + d is unbiased and never negative.
-    Source: Schulman 2020, "Approximating KL divergence".
-
-    Args:
-        log_probs: Log-probability of each token under the policy.
-        reference_log_probs: Log-probability of each token under the frozen reference.
-        estimator: k1, k2 or k3.
-        clamp: Bounds the estimate (not d) to ± this, as OpenRLHF does; None does not bound it.
-
-    Returns:
-        Nats per token, also on invalid tokens, where they mean nothing.
-    """
-    difference = log_probs - reference_log_probs
-    if estimator == "k1":
-        estimate = difference
-    elif estimator == "k2":
-        estimate = difference**2 / 2
-    else:
-        # expm1 keeps the digits that e^(−d) − 1 loses near d = 0, and with them the sign.
-        estimate = torch.expm1(-difference) + difference
-    return estimate if clamp is None else estimate.clamp(-clamp, clamp)
-
-
-def exact_kl(logits: Logits, reference_logits: Logits) -> Float[Tensor, " tokens"]:
-    """Exact KL(π‖π_ref) = Σ π·(log π − log π_ref) over the whole vocabulary, in nats.
-
-    Source: Kullback and Leibler 1951, section 2; Schulman's estimators estimate this. Logits are
-    already divided by the sampling temperature. A token of probability 0 under π adds 0.
-    """
-    log_probs = logits.log_softmax(-1)
-    reference = reference_logits.log_softmax(-1)
-    probs = log_probs.exp()
-    # 0·(−∞) is NaN in floating point and 0 in this sum.
-    return (probs * (log_probs - reference)).masked_fill(probs == 0, 0).sum(-1)
-
-
-class KLController:
-    """KL penalty coefficient `value`, constant here; subclasses adapt it in `update`."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def update(self, kl: float, n: int) -> None:
-        """Adapt to the mean KL per reply of `n` replies (nats, summed over tokens)."""
-
-    def state_dict(self) -> dict[str, float]:
-        """State as JSON values, without loss of digits."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore what `state_dict` returned."""
-        self.value = float(state["value"])
-
-
-class AdaptiveKLController(KLController):
-    """Proportional controller that moves the coefficient towards a target KL.
-
-    e = clip(KL/target − 1, ±0.2) and value ← value·(1 + e·n/horizon).
-    Source: Ziegler et al. 2019, section 2.2 (e_t and β_{t+1}); K_β is n/horizon here, as in their
-    published code.
-    """
-
-    def __init__(self, value: float, target: float, horizon: int) -> None:
-        super().__init__(value)
-        self.target, self.horizon = target, horizon
-
-    def update(self, kl: float, n: int) -> None:
-        """Raise the coefficient if `kl` is above the target, lower it if it is below."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n / self.horizon
-
-
-def kl_controller(config: KLSection) -> KLController:
-    """Make the controller that `config.kl_controller` names, starting from `kl_coef`."""
-    if config.kl_controller == "adaptive":
-        return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
-    return KLController(config.kl_coef)
-
-
-Scores = Float[Tensor, " batch"]
-
-
-def missing_eos(
-    scores: Scores,
-    finished: Bool[Tensor, " batch"],
-    rule: Literal["subtract", "replace", "none"],
-    penalty: float | None,
-) -> Scores:
-    """Apply the missing-EOS rule to the scores of replies that did not finish.
-
-    `subtract` subtracts `penalty`, `replace` replaces the score by −`penalty` (as the published
-    code of Ziegler et al. 2019), `none` or a penalty of None changes nothing.
-    """
-    if rule == "none" or penalty is None:
-        return scores
-    penalised = scores - penalty if rule == "subtract" else torch.full_like(scores, -penalty)
-    return torch.where(finished, scores, penalised)
-
-
-class RunningScale(RunningMoments):
-    """Divides scores by the unbiased standard deviation (n − 1) of all scores so far."""
-
-    def update(self, scores: Scores) -> None:
-        """Add a chunk of scores."""
-        if len(scores) > 0:
-            chunk = scores.detach().double()
-            mean = float(chunk.mean())
-            self.merge(len(scores), mean, float(((chunk - mean) ** 2).sum()))
-
-    @property
-    def deviation(self) -> float:
-        """The divisor of `apply`; 1 while all scores are equal."""
-        deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
-        return deviation if deviation > 1e-8 else 1.0
-
-    def apply(self, scores: Scores) -> Scores:
-        """Divide scores by the deviation; no shift of the mean, so signs do not change."""
-        return scores / self.deviation
-
-
-def clip_scores(scores: Scores, bound: float | None) -> Scores:
-    """Clamp scores to ± `bound`; None does not bound them."""
-    return scores if bound is None else scores.clamp(-bound, bound)
-
-
-def value_mask(
-    mask: Mask, width: int, score_position: Literal["last", "past_end"]
-) -> Bool[Tensor, "batch time+1"]:
-    """Mask of the states with a value and a reward; the score goes to the last one.
-
-    `last`: the state before each valid token, so the score is the reward of a reply's last token.
-    `past_end`: also the state after the last token if it is within `width`, the chunk's longest
-    reply, so the longest replies have none (TRL 1.12, experimental/ppo/ppo_trainer.py,
-    sequence_lengths_p1).
-    """
-    states = torch.nn.functional.pad(mask, (0, 1))
-    if score_position == "past_end":
-        end = last_valid(mask) + 1
-        rows = torch.arange(len(mask), device=mask.device)
-        states[rows, end] |= mask.any(1) & (end < width)
-    return states
-
-
-def shaped_rewards(
-    scores: Scores,
-    kl: Tokens,
-    mask: Mask,
-    states: Bool[Tensor, "batch time+1"],
-    kl_coef: float,
-) -> Float[Tensor, "batch time+1"]:
-    """Rewards: −kl_coef·KL on each reply token, plus the score on the last state.
-
-    Source: Ziegler et al. 2019, eq. 2 and section 2.2.
-
-    Args:
-        scores: One per reply.
-        kl: KL per token (`kl_estimate`).
-        mask: True on reply tokens.
-        states: From `value_mask`.
-        kl_coef: The KL controller's value.
-
-    Returns:
-        Rewards, 0 outside `states`; a reply without tokens has none.
-    """
-    rewards = torch.nn.functional.pad((-kl_coef * kl).masked_fill(~mask, 0), (0, 1))
-    rows = torch.arange(len(scores), device=scores.device)
-    rewards[rows, last_valid(states)] += scores * states.any(1)
-    return rewards
+def last_valid(mask: Mask) -> Int[Tensor, " batch"]:
+    """Index of each row's last valid token; 0 for a row without one."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (positions * mask).argmax(1)

@@ -50,8 +50,6 @@ from rlhf.ppo.losses import exact_kl
 from rlhf.ranks import Ranks
 
 LogProbs = Float[Tensor, "batch reply"]
-
-
 Values = Float[Tensor, "batch states"]
 
 
@@ -235,19 +233,6 @@ class Models:
         return autocast(self.device, self.config.precision)
 
 
-def learning_rate_scale(config: PPOConfig, update: int) -> float:
-    """Fraction of the peak learning rate: linear warm-up, then `lr_scheduler`'s decay."""
-    if update < config.lr_warmup_updates:
-        return (update + 1) / (config.lr_warmup_updates + 1)
-    final = config.lr_final_fraction
-    done = (update - config.lr_warmup_updates) / max(1, config.updates - config.lr_warmup_updates)
-    if config.lr_scheduler == "constant":
-        return 1.0
-    if config.lr_scheduler == "cosine":
-        return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
-    return 1 - (1 - final) * done
-
-
 def load_models(
     config: PPOConfig,
     sft: Path,
@@ -295,6 +280,19 @@ def load_models(
     critic = _load_critic(config, sft, policy, renderer, scorer, reward_model)
     models = Models(config, policy, reference, critic, accelerator, ranks)
     return models, environment, renderer
+
+
+def learning_rate_scale(config: PPOConfig, update: int) -> float:
+    """Fraction of the peak learning rate: linear warm-up, then `lr_scheduler`'s decay."""
+    if update < config.lr_warmup_updates:
+        return (update + 1) / (config.lr_warmup_updates + 1)
+    final = config.lr_final_fraction
+    done = (update - config.lr_warmup_updates) / max(1, config.updates - config.lr_warmup_updates)
+    if config.lr_scheduler == "constant":
+        return 1.0
+    if config.lr_scheduler == "cosine":
+        return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+    return 1 - (1 - final) * done
 
 
 def _load_policy_and_reference(config: PPOConfig, sft: Path) -> tuple[Any, Any]:

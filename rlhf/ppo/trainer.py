@@ -42,32 +42,7 @@ from rlhf.ppo.models import Models
 #: Replies of an update that are shown as samples.
 SAMPLES = 4
 
-
-def derive_seed(seed: int, number: int) -> int:
-    """Derive a seed for each number; seeds are even, so `+ 1` gives an unrelated one."""
-    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
-    return int.from_bytes(digest[:7], "big") * 2
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """Metrics of one update, and a few of its replies with their rewards."""
-
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]]
-
-
-@dataclass
-class Rollouts:
-    """One chunk of sampled replies; `PPOTrainer.score` adds the scores."""
-
-    rows: Sequence[PromptRow]
-    replies: Replies
-    texts: list[str]
-    reference_texts: list[str] | None = None
-    reference_finished: list[bool] | None = None
-    scored: Scored | None = None
-    scores: Float[Tensor, " batch"] = field(default_factory=lambda: torch.zeros(0))
+Metrics = dict[str, float]
 
 
 class PPOTrainer:
@@ -248,41 +223,25 @@ class PPOTrainer:
         self.environment.load_state_dict(state["environment"])
 
 
-def _score_metrics(rollouts: Rollouts) -> dict[str, float]:
-    scored = rollouts.scored
-    assert scored is not None
-    return {
-        "reward": float(rollouts.scores.mean()),
-        **scored.metrics(),
-        "reward/missing_eos": float((rollouts.scores - scored.totals).mean()),
-    }
+@dataclass(frozen=True)
+class UpdateResult:
+    """Metrics of one update, and a few of its replies with their rewards."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
 
 
-def _explained_variance(values: Tensor, returns: Tensor, states: Tensor) -> float:
-    """1 − mean squared error of the critic over the variance of the returns."""
-    residual = masked_mean((returns - values) ** 2, states)
-    variance = masked_mean((returns - masked_mean(returns, states)) ** 2, states)
-    return float(1 - residual / variance.clamp(min=1e-8))
+@dataclass
+class Rollouts:
+    """One chunk of sampled replies; `PPOTrainer.score` adds the scores."""
 
-
-def _samples(rollouts: Rollouts, kl: Float[Tensor, " batch"]) -> list[dict[str, Any]]:
-    """The chunk's first replies, a random selection because prompts are shuffled."""
-    scored = rollouts.scored
-    assert scored is not None
-    return [
-        {
-            "prompt": rollouts.rows[i].prompt,
-            "response": rollouts.texts[i],
-            **parts,
-            "reward": float(rollouts.scores[i]),
-            "kl": float(kl[i]),
-            "finished": bool(rollouts.replies.finished[i]),
-        }
-        for i, parts in enumerate(scored.rows()[:SAMPLES])
-    ]
-
-
-Metrics = dict[str, float]
+    rows: Sequence[PromptRow]
+    replies: Replies
+    texts: list[str]
+    reference_texts: list[str] | None = None
+    reference_finished: list[bool] | None = None
+    scored: Scored | None = None
+    scores: Float[Tensor, " batch"] = field(default_factory=lambda: torch.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -315,6 +274,12 @@ class Buffer:
             replies, self.states[states], self.log_probs[tokens], self.advantages[tokens],
             self.values[states], self.returns[states],
         )  # fmt: skip
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """Derive a seed for each number; seeds are even, so `+ 1` gives an unrelated one."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") * 2
 
 
 def optimise(buffer: Buffer, models: Models, seed: int, learn_policy: bool = True) -> Metrics:
@@ -481,3 +446,37 @@ class _OptimizerStep:
             )
         self.models.optimizers[optimizer].step()
         self.models.optimizers[optimizer].zero_grad()
+
+
+def _score_metrics(rollouts: Rollouts) -> dict[str, float]:
+    scored = rollouts.scored
+    assert scored is not None
+    return {
+        "reward": float(rollouts.scores.mean()),
+        **scored.metrics(),
+        "reward/missing_eos": float((rollouts.scores - scored.totals).mean()),
+    }
+
+
+def _explained_variance(values: Tensor, returns: Tensor, states: Tensor) -> float:
+    """1 − mean squared error of the critic over the variance of the returns."""
+    residual = masked_mean((returns - values) ** 2, states)
+    variance = masked_mean((returns - masked_mean(returns, states)) ** 2, states)
+    return float(1 - residual / variance.clamp(min=1e-8))
+
+
+def _samples(rollouts: Rollouts, kl: Float[Tensor, " batch"]) -> list[dict[str, Any]]:
+    """The chunk's first replies, a random selection because prompts are shuffled."""
+    scored = rollouts.scored
+    assert scored is not None
+    return [
+        {
+            "prompt": rollouts.rows[i].prompt,
+            "response": rollouts.texts[i],
+            **parts,
+            "reward": float(rollouts.scores[i]),
+            "kl": float(kl[i]),
+            "finished": bool(rollouts.replies.finished[i]),
+        }
+        for i, parts in enumerate(scored.rows()[:SAMPLES])
+    ]
