@@ -72,13 +72,13 @@ def evaluate_reward_model(
     }
     ceiling = ceiling_of(config, data_config, pairs)
     if ceiling is not None:
-        metrics |= _of_ceiling(metrics["accuracy"], ceiling)
+        metrics |= _ceiling_metrics(metrics["accuracy"], ceiling)
     metrics["by_group"] = {}
     for group, index in _groups([p.group for p in pairs]).items():
         part = {**share("accuracy", float(correct[index].sum()), len(index)), "n": len(index)}
         if ceiling is not None:
             group_ceiling = ceiling_of(config, data_config, [pairs[i] for i in index]) or ceiling
-            part |= _of_ceiling(part["accuracy"], group_ceiling)
+            part |= _ceiling_metrics(part["accuracy"], group_ceiling)
         metrics["by_group"][group] = part
     write_json(out_dir / EVALUATION, metrics)
     return StageResult({k: v for k, v in metrics.items() if k != "by_group"})
@@ -232,13 +232,14 @@ def _points(difference: float) -> float:
     return ((difference > 0) - (difference < 0)) / 2 + 0.5
 
 
-def _of_ceiling(accuracy: float, ceiling: float) -> dict[str, float]:
+def _ceiling_metrics(accuracy: float, ceiling: float) -> dict[str, float]:
     """Return the ceiling, and the accuracy's share of its gain over chance."""
     share_of = {"share_of_ceiling": (accuracy - 0.5) / (ceiling - 0.5)} if ceiling > 0.5 else {}
     return {"ceiling": ceiling, **share_of}
 
 
 def _groups(names: Sequence[str | None]) -> dict[str, list[int]]:
+    """Return the rows of each group; a row without a name is in none."""
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         if name is not None:

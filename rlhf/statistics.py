@@ -1,4 +1,4 @@
-"""Statistics: Wilson intervals of shares, n-gram repetition, running mean and variance."""
+"""Statistics: Wilson intervals, n-gram repetition, running mean and variance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def share(name: str, successes: float, n: int) -> dict[str, float]:
 
 
 def repeated_ngrams(words: Sequence[str], n: int) -> float:
-    """Return the share of n-grams that repeat an earlier one; 0 for fewer than `n` words."""
+    """Return the share of n-grams that repeat an earlier one; 0 without n-grams."""
     ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 

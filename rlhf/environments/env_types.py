@@ -30,7 +30,7 @@ Advantages = Callable[[Sequence[tuple[Prompt, str, str]]], Sequence[float]]
 
 
 class BaseEnvironment:
-    """Decoding of replies, and a state that identifies the custom code in use."""
+    """Base of all environments: decodes replies, and identifies custom code."""
 
     replies_per_prompt = 1
     needs_reference_reply = False

@@ -61,7 +61,7 @@ class HeadCritic(Critic):
 
     @property
     def backbone(self) -> Any:
-        """Raise AttributeError."""
+        """Raise AttributeError: the policy computes the hidden states."""
         raise AttributeError("a head on the policy has no backbone of its own")
 
 

@@ -32,7 +32,6 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 #: Never shrink, no mmap; then the values that glibc adapts itself to if left alone.
 _RETAIN = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
-
 _DEFAULT = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
 
 

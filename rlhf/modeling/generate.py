@@ -1,6 +1,7 @@
 """Generation of replies: sampling from a causal language model with a cache.
 
-`generate` and `Replies` are the interface. Log-probabilities of replies are evaluated apart.
+`generate` decodes with `PackedDecoder` where packing is exact for the model, and otherwise with
+`PaddedDecoder`. Log-probabilities of replies are in `logprobs`.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ class _DrawnReplies:
         self.live, self.step = rows, 0
 
     def read(self, block: Int[Tensor, "steps live"]) -> list[bool]:
-        """Append some steps' tokens to the live rows; returns which of them have ended."""
+        """Append some steps' tokens to the live rows; return which of them have ended."""
         over = torch.zeros(len(self.live), dtype=torch.bool)
         for step in block:
             going = (~over).nonzero().squeeze(1)
@@ -250,7 +251,7 @@ class PackedDecoder:
         self.ready_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
 
     def start(self) -> Float[Tensor, "rows vocabulary"]:
-        """Prefill the cache with the prompts; returns the logits after each."""
+        """Prefill the cache with the prompts; return the logits after each."""
         lengths = self.lengths
         ids = upload(torch.tensor([i for p in self.prompts for i in p]), self.device)
         positions = upload(torch.cat([torch.arange(n) for n in lengths]), self.device)
@@ -268,7 +269,7 @@ class PackedDecoder:
         return logits
 
     def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
-        """Append one token to each live row; returns the logits after it."""
+        """Append one token to each live row; return the logits after it."""
         cache = self.cache
         n = cache.rows
         cache.width += 1
@@ -286,7 +287,7 @@ class PackedDecoder:
         return logits
 
     def drop(self, ended: list[bool]) -> list[int]:
-        """Drop ended rows; returns the old index of each remaining row, in the new order."""
+        """Drop ended rows; return the old index of each remaining row, in the new order."""
         n = len(ended) - sum(ended)
         holes = [i for i in range(n) if ended[i]]
         last = [i for i in range(n, len(ended)) if not ended[i]]
@@ -322,7 +323,7 @@ class _KVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store packed prompts or one column; returns the keys and values to attend to."""
+        """Store packed prompts or one column; return the keys and values to attend to."""
         if layer_idx == len(self.keys):
             return self._prefill(key_states, value_states)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
@@ -384,16 +385,16 @@ class PaddedDecoder:
         self.cache = DynamicCache(config=core_of(policy).config)
 
     def start(self) -> Float[Tensor, "rows vocabulary"]:
-        """Prefill the cache with the prompts; returns the logits after each."""
+        """Prefill the cache with the prompts; return the logits after each."""
         return self._forward(self.ids, position_ids(self.attention))
 
     def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
-        """Append one token to each live row; returns the logits after it."""
+        """Append one token to each live row; return the logits after it."""
         self.attention = F.pad(self.attention, (0, 1), value=1)
         return self._forward(tokens[:, None], self.attention.sum(1, keepdim=True) - 1)
 
     def drop(self, ended: list[bool]) -> list[int]:
-        """Drop ended rows; returns the old index of each remaining row, in the new order."""
+        """Drop ended rows; return the old index of each remaining row, in the new order."""
         order = [i for i, end in enumerate(ended) if not end]
         index = upload(torch.tensor(order, dtype=torch.long), self.attention.device)
         self.cache.batch_select_indices(index)
@@ -414,7 +415,7 @@ class PaddedDecoder:
 def pad_left(
     rows: list[list[int]], pad: int
 ) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-    """Stack prompts, padded on the left; returns ids and attention mask."""
+    """Stack prompts, padded on the left; return ids and attention mask."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -214,9 +214,10 @@ def _state_mask(mask: Bool[Tensor, "batch reply"]) -> Bool[Tensor, "batch states
 
 
 def _scatter(flat: Tensor, mask: Bool[Tensor, "rows columns"]) -> Tensor:
-    """Write values row by row into a mask's true cells, zero elsewhere; the mask is on the CPU.
+    """Write values row by row into a mask's true cells; the others are zero.
 
-    `masked_scatter` would do the same, but its backward pass makes the host wait.
+    The mask is on the CPU. `masked_scatter` would do the same, but its backward pass makes the host
+    wait.
     """
     cells = upload(mask.flatten().nonzero().squeeze(1), flat.device)
     return flat.new_zeros(mask.numel()).index_copy(0, cells, flat).view(mask.shape)

@@ -40,7 +40,6 @@ ACCELERATOR_CALL_COST = 2**20
 
 #: Results of `packs` by backbone and of `has_plain_head` by model: each is tested once.
 _packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
 _plain_heads: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
@@ -63,12 +62,8 @@ def arguments_of(
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     if not packed:
         index = torch.arange(ids.numel()).view(ids.shape)
-        arguments = {
-            "input_ids": ids,
-            "attention_mask": upload(attention, device),
-            "position_ids": upload(positions, device),
-        }
-        return arguments, index
+        mask, steps = upload(attention, device), upload(positions, device)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": steps}, index
     index = (attention.flatten().cumsum(0) - 1).clamp(min=0).view(ids.shape)
     valid = attention.flatten().nonzero().squeeze(1)
     flat, steps = ids.flatten()[upload(valid, device)], positions.flatten()[valid]
@@ -180,11 +175,8 @@ def has_plain_head(model: Any) -> bool:
     if core not in _plain_heads:
         head, device = head_of(core), next(core.parameters()).device
         ids = torch.arange(2, device=device)[None]
-        with (
-            evaluating(core),
-            torch.autocast(device.type, enabled=False),
-            _Capture(core) as capture,
-        ):
+        no_autocast = torch.autocast(device.type, enabled=False)
+        with evaluating(core), no_autocast, _Capture(core) as capture:
             logits = core(input_ids=ids, use_cache=False).logits
             _plain_heads[core] = head is not None and torch.equal(head(capture.hidden), logits)
     return _plain_heads[core]
@@ -271,9 +263,8 @@ class Packed:
         for n in lengths:
             starts.append(starts[-1] + n)
         fill = []
-        rectangles = rectangles_of(
-            lengths, CALL_COST if device.type == "cpu" else ACCELERATOR_CALL_COST
-        )
+        call_cost = CALL_COST if device.type == "cpu" else ACCELERATOR_CALL_COST
+        rectangles = rectangles_of(lengths, call_cost)
         for rows in rectangles:
             width = lengths[rows[0]]
             steps = torch.arange(width)
@@ -434,16 +425,10 @@ class _Gather(torch.autograd.Function):
 
 
 def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    rlhf_rows: AttentionPlan | None = None,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, rlhf_rows: AttentionPlan | None = None,
     **extra: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, None]:  # fmt: skip
     """Attend by the plan of the forward pass; plain SDPA without one.
 
     It stays the model's attention between calls, because gradient checkpointing calls it again in

@@ -2,6 +2,7 @@
 
 The files are those of a transformers sequence classifier. `rlhf.json` beside them adds the pooling,
 the rendering of the training data and, for a model with an adapter, the digest of its base.
+`Scorer` loads the whole model; `SharedScorer` puts its adapter on the policy's base instead.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ MAX_CONFIG_BYTES = 2**20
 
 @dataclass(frozen=True)
 class ExternalModel(External):
-    """A model that a stage starts from, or (`ready`) publishes instead of training one.
+    """A model that a stage starts from or, if `ready`, publishes without training.
 
     The URI is a folder, `s3://bucket/prefix` or a hub id (`owner/name` or `owner/name@revision`).
     An `artifact:<digest>` is resolved by the caller; only its `config.json` is checked here.
@@ -76,7 +76,7 @@ class ExternalModel(External):
         )
 
     def is_path(self) -> bool:
-        """Return whether it is a folder, or is written like a path; a hub id has one slash."""
+        """Return whether it is a folder or written like a path; a hub id has one slash."""
         written_as_path = self.uri.startswith((".", "/", "~")) or self.uri.count("/") > 1
         return written_as_path or Path(self.uri).is_dir()
 
@@ -86,7 +86,7 @@ class ExternalModel(External):
         return expand_home(self.uri)
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Return the model's files, sorted; refuse one without configuration or safetensors."""
+        """Return the model's files, sorted; refuse one without config or safetensors."""
         if CONFIG not in names:
             raise self.error(
                 f"no model there (no {CONFIG}); give a folder or prefix that holds {CONFIG}, a "

@@ -52,7 +52,7 @@ def shards_of(folder: Path, name: str) -> list[Path]:
 
 
 def weights_digest(folder: Path) -> str:
-    """Return the hex sha256 over a model folder's safetensors, in the order of their names."""
+    """Return the hex sha256 of a model folder's safetensors, ordered by name."""
     return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))
 
 

@@ -28,6 +28,7 @@ from rlhf.files import fsync, read_json, write_json
 from rlhf.modeling.weights import save_tensors, shards_of
 from rlhf.ppo.models import Models
 
+#: Checkpoints to retain.
 KEEP = 2
 STATE = "state.json"
 
@@ -91,7 +92,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, models: Models, identity: Mapping[str, str]) -> TrainState:
-    """Load the newest intact checkpoint under `folder`; returns a fresh state if none.
+    """Load the newest intact checkpoint under `folder`; return a fresh state if none.
 
     A damaged checkpoint is logged as a warning and skipped: the result of the run is the same, some
     updates are repeated.

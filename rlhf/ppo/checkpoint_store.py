@@ -19,6 +19,7 @@ from rlhf.store import Producer, Store, open_store
 
 KIND = "ppo_checkpoint"
 HISTORY = "ppo"
+#: Newest checkpoints to retain; the best one is retained in any case.
 KEEP = 2
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from rlhf.errors import CheckpointError, Interrupted
 from rlhf.ppo.checkpoint import checkpoints_in, import_checkpoint
 from rlhf.ppo.checkpoint_store import CheckpointStore
 
+#: Prefix of the folders of snapshots, beside the checkpoints.
 SNAPSHOT = ".upload-"
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class CheckpointUploads:
 
     @property
     def failed(self) -> bool:
-        """Whether an upload failed; the next `submit` raises its error."""
+        """True if an upload failed; the next `submit` raises its error."""
         return self._error is not None
 
     def submit(self, checkpoint: Path, update: int, score: float | None) -> None:

@@ -1,4 +1,4 @@
-"""PPO's formulas: KL penalty, rewards per token, whitening, advantages and losses.
+"""PPO's formulas in the order of an update: rewards, KL, advantages, losses.
 
 Tensors are (batch, time) and masks are true on valid tokens. Every formula computes in the
 precision of its arguments. Values on invalid tokens are ignored, unless a docstring says otherwise.

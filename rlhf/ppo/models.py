@@ -88,7 +88,7 @@ class Models:
 
     @property
     def joint(self) -> bool:
-        """Whether policy and critic are one network, trained by one loss."""
+        """True if policy and critic are one network, trained by one loss."""
         return self.config.critic == "head"
 
     def _build_optimizers(self) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _run_updates(
     trainer: PPOTrainer, rows: Sequence[PromptRow], checkpoints: Path | None,
     uploads: CheckpointUploads | None, identity: Mapping[str, str], progress: Progress,
 ) -> TrainState:  # fmt: skip
-    """Run the remaining updates, saving checkpoints; returns the final state."""
+    """Run the remaining updates, saving checkpoints; return the final state."""
     config, ranks = trainer.config, trainer.models.ranks
     if not ranks.is_leader:
         uploads = None

@@ -145,7 +145,8 @@ class PPOTrainer:
         Returns:
             The buffer to optimise on, the chunk's metrics, and its samples.
         """
-        config, replies = self.config, rollouts.replies
+        config, replies, scored = self.config, rollouts.replies, rollouts.scored
+        assert scored is not None
         log_probs, reference, entropy, values, exact_kl = self._forward(replies)
         mask = replies.mask
         states = value_mask(mask, mask.shape[1], config.score_position)
@@ -163,7 +164,9 @@ class PPOTrainer:
         advantages = whiten(advantages[:, :-1] * mask, mask, config.whiten_variance)
         reply_kl = ((log_probs - reference) * mask).sum(1)
         metrics = {
-            **_score_metrics(rollouts),
+            "reward": float(rollouts.scores.mean()),
+            **scored.metrics(),
+            "reward/missing_eos": float((rollouts.scores - scored.totals).mean()),
             "kl": float(reply_kl.mean()),
             "kl_coef": self.kl.value,
             "entropy": float(masked_mean(entropy, mask)),
@@ -174,7 +177,7 @@ class PPOTrainer:
         if config.kl_audit:
             metrics["kl_exact"] = exact_kl / len(mask)
         buffer = Buffer(replies, states, log_probs, advantages, values, returns)
-        return buffer, metrics, _samples(rollouts, reply_kl)
+        return buffer, metrics, _samples(rollouts, scored, reply_kl)
 
     def _forward(self, replies: Replies) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Run all models on the replies, in micro-batches shared among the processes.
@@ -183,10 +186,8 @@ class PPOTrainer:
             Log-probs of policy and reference, entropies, values, and the exact KL summed over all
             tokens (0 without `kl_audit`).
         """
-        rows, width = replies.mask.shape
-        log_probs, reference, entropy = (
-            torch.zeros(rows, width, device=self.device) for _ in range(3)
-        )
+        rows, width = shape = replies.mask.shape
+        log_probs, reference, entropy = (torch.zeros(shape, device=self.device) for _ in range(3))
         values = torch.zeros(rows, width + 1, device=self.device)
         kl_sums: list[Tensor] = []
         ranks = self.models.ranks
@@ -293,13 +294,9 @@ def optimise(buffer: Buffer, models: Models, seed: int, learn_policy: bool = Tru
     """
     config = models.config
     generator = torch.Generator().manual_seed(seed)
-    batches = [
-        batch
-        for _ in range(config.num_ppo_epochs)
-        for batch in torch.randperm(len(buffer.values), generator=generator).split(
-            config.mini_batch_size
-        )
-    ]
+    n = len(buffer.values)
+    orders = [torch.randperm(n, generator=generator) for _ in range(config.num_ppo_epochs)]
+    batches = [batch for order in orders for batch in order.split(config.mini_batch_size)]
     steps = 0
     sums: Metrics = defaultdict(float)
     counts = buffer.replies.valid.sum(1), buffer.states.sum(1).cpu()
@@ -448,16 +445,6 @@ class _OptimizerStep:
         self.models.optimizers[optimizer].zero_grad()
 
 
-def _score_metrics(rollouts: Rollouts) -> dict[str, float]:
-    scored = rollouts.scored
-    assert scored is not None
-    return {
-        "reward": float(rollouts.scores.mean()),
-        **scored.metrics(),
-        "reward/missing_eos": float((rollouts.scores - scored.totals).mean()),
-    }
-
-
 def _explained_variance(values: Tensor, returns: Tensor, states: Tensor) -> float:
     """1 − mean squared error of the critic over the variance of the returns."""
     residual = masked_mean((returns - values) ** 2, states)
@@ -465,10 +452,10 @@ def _explained_variance(values: Tensor, returns: Tensor, states: Tensor) -> floa
     return float(1 - residual / variance.clamp(min=1e-8))
 
 
-def _samples(rollouts: Rollouts, kl: Float[Tensor, " batch"]) -> list[dict[str, Any]]:
-    """The chunk's first replies, a random selection because prompts are shuffled."""
-    scored = rollouts.scored
-    assert scored is not None
+def _samples(
+    rollouts: Rollouts, scored: Scored, kl: Float[Tensor, " batch"]
+) -> list[dict[str, Any]]:
+    """Return the chunk's first replies, a random selection as prompts are shuffled."""
     return [
         {
             "prompt": rollouts.rows[i].prompt,
