@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache
 from rlhf.modeling.device import plain_float32, upload
 from rlhf.modeling.packed import (
     Packed,
+    cache_parameter,
     core_of,
     evaluating,
     packed_arguments,
@@ -241,6 +242,7 @@ class PackedDecoder:
         self.device = next(policy.parameters()).device
         self.lengths = lengths = [len(p) for p in prompts]
         self.cache = _KVCache(lengths, max(lengths) + max_new_tokens, self.device)
+        self.cache_argument = {cache_parameter(policy): self.cache}
         self.positions = upload(torch.tensor(lengths)[:, None], self.device)
         self.mask = None
         if min(lengths) < max(lengths):
@@ -258,7 +260,7 @@ class PackedDecoder:
         last = upload(torch.tensor(lengths).cumsum(0) - 1, self.device)
         logits = self.policy(
             **packed_arguments(ids, positions, Packed.of(lengths, self.device)),
-            past_key_values=self.cache,
+            **self.cache_argument,
             use_cache=True,
             logits_to_keep=last,
         ).logits[0]
@@ -278,7 +280,7 @@ class PackedDecoder:
             input_ids=tokens[:, None],
             position_ids=self.positions[:n],
             attention_mask=self.ready_mask,
-            past_key_values=cache,
+            **self.cache_argument,
             use_cache=True,
             logits_to_keep=1,
             rlhf_rows=_TokenAttention(mask),
@@ -383,6 +385,7 @@ class PaddedDecoder:
         # whether it masks anything.
         self.has_padding = not bool(attention.all())
         self.cache = DynamicCache(config=core_of(policy).config)
+        self.cache_argument = {cache_parameter(policy): self.cache}
 
     def start(self) -> Float[Tensor, "rows vocabulary"]:
         """Prefill the cache with the prompts; return the logits after each."""
@@ -406,7 +409,7 @@ class PaddedDecoder:
             input_ids=ids,
             attention_mask=self.attention if self.has_padding else None,
             position_ids=positions,
-            past_key_values=self.cache,
+            **self.cache_argument,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]

@@ -10,6 +10,7 @@ padded batches.
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -192,6 +193,15 @@ def core_of(model: Any) -> PreTrainedModel:
         else:
             model = model.backbone
     return model
+
+
+def cache_parameter(model: Any) -> str:
+    """Return the name of a model's cache parameter.
+
+    transformers 5.24 renamed `past_key_values` to `cache`, model by model.
+    """
+    parameters = inspect.signature(core_of(model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def backbone_of(model: Any) -> Any:
