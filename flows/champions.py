@@ -22,14 +22,11 @@ if TYPE_CHECKING:
 
     from rlhf.champions import Promotion
 
-
 console = Console()
-
 
 NameOption = Annotated[
     str | None, Parameter(help="Model line; default: the preset's promotion.name, or default.")
 ]
-
 
 ByOption = Annotated[
     str | None, Parameter(help="Who does it; default: RLHF_USER, or the system's user name.")
@@ -135,37 +132,6 @@ def champion(
     console.print(champions_table([e for each in entries.values() for e in each[first:]]))
 
 
-def open_model_line(
-    name: str | None, store: str | None, config: Path | None
-) -> tuple[PipelineConfig, Store]:
-    """Return the configuration of a model line (its `promotion.name`), and its store."""
-    from tasks.stage import store_of
-
-    options = {"store": store, "promotion.name": name}
-    loaded = load_config(config, [f"--{key}={value}" for key, value in options.items() if value])
-    return loaded.config, store_of(loaded.config)
-
-
-def _dataset(store: Store, policy: ArtifactRef, data: str | None) -> ArtifactRef:
-    """Return the dataset of the --data option, or else the policy's own."""
-    parent = store.manifest(policy).parents.get("data")
-    if data is None and parent is None:
-        raise ConfigError(
-            f"{policy.short} was trained on no dataset of this store; name one whose held-out "
-            "prompts it shall answer: --data <digest>"
-        )
-    ref = store.resolve(data or str(parent))
-    if ref.kind != "dataset":
-        raise ConfigError(f"--data {data}: {ref.short} is of kind {ref.kind}; give a dataset")
-    return ref
-
-
-def _print_champion(entry: Promotion, more: str = "") -> None:
-    instead = f" in place of {entry.previous[:12]}" if entry.previous else ""
-    text = f"{entry.policy[:12]} is the champion of {entry.model}{instead}{more}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def approve(
     run: str, *, refuse: bool = False, why: str = "", by: ByOption = None, name: NameOption = None,
     store: StoreOption = None, config: ConfigOption = None,
@@ -201,6 +167,37 @@ def approve(
         f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again",
         highlight=False,
     )
+
+
+def open_model_line(
+    name: str | None, store: str | None, config: Path | None
+) -> tuple[PipelineConfig, Store]:
+    """Return the configuration of a model line (its `promotion.name`), and its store."""
+    from tasks.stage import store_of
+
+    options = {"store": store, "promotion.name": name}
+    loaded = load_config(config, [f"--{key}={value}" for key, value in options.items() if value])
+    return loaded.config, store_of(loaded.config)
+
+
+def _dataset(store: Store, policy: ArtifactRef, data: str | None) -> ArtifactRef:
+    """Return the dataset of the --data option, or else the policy's own."""
+    parent = store.manifest(policy).parents.get("data")
+    if data is None and parent is None:
+        raise ConfigError(
+            f"{policy.short} was trained on no dataset of this store; name one whose held-out "
+            "prompts it shall answer: --data <digest>"
+        )
+    ref = store.resolve(data or str(parent))
+    if ref.kind != "dataset":
+        raise ConfigError(f"--data {data}: {ref.short} is of kind {ref.kind}; give a dataset")
+    return ref
+
+
+def _print_champion(entry: Promotion, more: str = "") -> None:
+    instead = f" in place of {entry.previous[:12]}" if entry.previous else ""
+    text = f"{entry.policy[:12]} is the champion of {entry.model}{instead}{more}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _suspended(run: str) -> FlowRun:

@@ -18,11 +18,7 @@ from contextlib import contextmanager
 
 #: Seconds that the server has to stop by itself.
 PATIENCE = 3.0
-
-
 MESSAGES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-
-
 _own_server = False
 
 

@@ -20,11 +20,7 @@ from pydantic_core import CoreSchema, core_schema
 from rlhf.config import LoadedConfig, PipelineConfig, load_preset, presets
 
 Tree = dict[str, Any]
-
-
 NO_PRESET = "none"
-
-
 #: No override. A field that may be null has no form in Prefect's UI until its type is chosen.
 NO_OVERRIDES: Tree = {}
 
@@ -53,19 +49,7 @@ class _OverridesSchema:
         return copy.deepcopy(_partial_schema())
 
 
-@functools.cache
-def _partial_schema() -> Tree:
-    """Schema of partial overrides; cached, as `prefect deploy --all` asks for it some 100 times."""
-    whole = PipelineConfig.model_json_schema()
-    partial = _without_defaults(whole, whole.pop("$defs"))
-    # `rl_` names may stand at the top too.
-    partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
-    return partial
-
-
 Preset = Annotated[str, _PresetSchema()]
-
-
 Overrides = Annotated[Tree | PipelineConfig | LoadedConfig, _OverridesSchema()]
 
 
@@ -94,6 +78,16 @@ def _unless_loaded(value: Any, to_mapping: core_schema.ValidatorFunctionWrapHand
     if isinstance(value, LoadedConfig):
         return value
     return to_mapping(value.model_dump(mode="json") if isinstance(value, PipelineConfig) else value)
+
+
+@functools.cache
+def _partial_schema() -> Tree:
+    """Schema of partial overrides; cached, as `prefect deploy --all` asks for it some 100 times."""
+    whole = PipelineConfig.model_json_schema()
+    partial = _without_defaults(whole, whole.pop("$defs"))
+    # `rl_` names may stand at the top too.
+    partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
+    return partial
 
 
 def _without_defaults(node: Any, definitions: Tree) -> Any:

@@ -25,8 +25,6 @@ from rlhf.store import ArtifactRef, Store
 from tasks.stage import StageRun, store_of
 
 PROMOTION = "promotion.json"
-
-
 BY_GATES = "it met every gate"
 
 
@@ -78,32 +76,6 @@ def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bo
     return latest is not None and latest["policy"] == policy.digest
 
 
-def _make_champion(
-    run: StageRun, before: champions.Promotion | None, approval: Approval | None
-) -> None:
-    from prefect.runtime import flow_run  # takes a second where no flow has loaded it
-
-    policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
-    try:
-        champions.promote(
-            run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
-            by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
-            run=flow_run.get_name(), approval=approval,
-        )  # fmt: skip
-    except PromotionLost:
-        # Another try of this stage may have won, on a machine that was taken for lost.
-        if not is_champion(run.config, run.refs["policy"], run.store):
-            raise
-
-
-class Decision(RunInput):
-    """The decision's form, filled in by Prefect's UI or by `rlhf approve`."""
-
-    decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
-    by: str = Field(min_length=1, description="Who decides.")
-    why: str = Field(default="", description="The reason, for the promotion's record.")
-
-
 def is_waiting(config: PipelineConfig, policy: ArtifactRef) -> bool:
     """Return whether a policy that met every gate still needs a person's decision."""
     promotion = config.promotion
@@ -129,3 +101,29 @@ def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, abo
         store_of(config), config.promotion.name, policy.digest,
         approved=answer.decision == "approve", by=answer.by, why=answer.why, run=run,
     )  # fmt: skip
+
+
+class Decision(RunInput):
+    """The decision's form, filled in by Prefect's UI or by `rlhf approve`."""
+
+    decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
+    by: str = Field(min_length=1, description="Who decides.")
+    why: str = Field(default="", description="The reason, for the promotion's record.")
+
+
+def _make_champion(
+    run: StageRun, before: champions.Promotion | None, approval: Approval | None
+) -> None:
+    from prefect.runtime import flow_run  # takes a second where no flow has loaded it
+
+    policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
+    try:
+        champions.promote(
+            run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
+            by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
+            run=flow_run.get_name(), approval=approval,
+        )  # fmt: skip
+    except PromotionLost:
+        # Another try of this stage may have won, on a machine that was taken for lost.
+        if not is_champion(run.config, run.refs["policy"], run.store):
+            raise

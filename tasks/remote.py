@@ -28,18 +28,18 @@ from tasks.stage import Stage, store_of
 
 #: Seconds between two polls of the child, before and after `WAIT_NOTICE`.
 POLL, SLOW_POLL = 1.0, 5.0
-
-
 #: Seconds between two notices in the log that the child waits for a worker.
 WAIT_NOTICE = 60.0
-
-
 #: Limit on the children that have ended without a result of the same work.
 ATTEMPTS = 1000
-
-
 #: Seconds in which the event of a task's start reaches Prefect's database.
 TASK_EVENT = 10.0
+#: Seconds that a server may be down: time for a restart, or for another machine to take over.
+RETRY_TIME = 600.0
+#: Seconds between two requests; they double from the first to the longest.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
+SERVER_ERROR = 500
+T = TypeVar("T")
 
 
 def run_remotely(
@@ -97,6 +97,28 @@ def check_placement(config: PipelineConfig) -> None:
                     f"{field}: no such deployment on {client.api_url}; run `make deploy`, or "
                     "choose one that `prefect deployment ls` shows"
                 ) from None
+
+
+def retried(request: Callable[[], T]) -> T:
+    """Return the result of a request, retried while the server is down (or 5xx).
+
+    Raises:
+        httpx.HTTPError: The server was down for `RETRY_TIME`, or the request is wrong.
+    """
+    end = time.monotonic() + RETRY_TIME
+    wait = FIRST_WAIT
+    while True:
+        try:
+            return request()
+        except httpx.HTTPError as error:
+            wrong = isinstance(error, httpx.HTTPStatusError) and (
+                error.response.status_code < SERVER_ERROR
+            )
+            if wrong or time.monotonic() > end:
+                raise
+            get_run_logger().warning("Prefect's server is away (%s); asking again", error)
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)
 
 
 def _child(
@@ -186,39 +208,3 @@ def _require_completed(client: SyncPrefectClient, child: FlowRun, deployment: st
 def _link(identifier: UUID) -> str:
     base = PREFECT_UI_URL.value()
     return f"{base}/runs/flow-run/{identifier}" if base else f"(run {identifier})"
-
-
-T = TypeVar("T")
-
-
-#: Seconds that a server may be down: time for a restart, or for another machine to take over.
-RETRY_TIME = 600.0
-
-
-#: Seconds between two requests; they double from the first to the longest.
-FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
-
-
-SERVER_ERROR = 500
-
-
-def retried(request: Callable[[], T]) -> T:
-    """Return the result of a request, retried while the server is down (or 5xx).
-
-    Raises:
-        httpx.HTTPError: The server was down for `RETRY_TIME`, or the request is wrong.
-    """
-    end = time.monotonic() + RETRY_TIME
-    wait = FIRST_WAIT
-    while True:
-        try:
-            return request()
-        except httpx.HTTPError as error:
-            wrong = isinstance(error, httpx.HTTPStatusError) and (
-                error.response.status_code < SERVER_ERROR
-            )
-            if wrong or time.monotonic() > end:
-                raise
-            get_run_logger().warning("Prefect's server is away (%s); asking again", error)
-        time.sleep(wait)
-        wait = min(2 * wait, LONGEST_WAIT)

@@ -35,10 +35,10 @@ from tasks.progress import Transfer
 from tasks.stage import Stage, StageRun, store_of
 from tasks.stages import STAGES, discard_checkpoints
 
-_JSON = TypeAdapter(Any)
-
-
 log = logging.getLogger("rlhf.tasks")
+_JSON = TypeAdapter(Any)
+#: Libraries whose version can change the result of a stage.
+LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
 
 
 @dataclass(frozen=True)
@@ -146,16 +146,6 @@ def work_of(
     return Work(stage, config, refs, settings, fingerprint(stage, config, refs, settings))
 
 
-def recorded_outcome(work: Work, store: Store) -> Outcome | None:
-    """Return the recorded result of the same work on any machine, if there is one."""
-    started = time.monotonic()
-    ref = recorded_ref(store, work.stage, work.key)
-    if ref is None or not work.stage.holds(work.config, work.refs, store):
-        return None
-    metrics = store.manifest(ref).metrics
-    return Outcome(work.stage.name, ref, True, time.monotonic() - started, metrics)
-
-
 def fingerprint(
     stage: Stage,
     config: PipelineConfig,
@@ -176,6 +166,16 @@ def fingerprint(
     if external is not None and "base" not in inputs:
         identity["base"] = external.digest()
     return sha256_bytes(canonical_json(identity))
+
+
+def recorded_outcome(work: Work, store: Store) -> Outcome | None:
+    """Return the recorded result of the same work on any machine, if there is one."""
+    started = time.monotonic()
+    ref = recorded_ref(store, work.stage, work.key)
+    if ref is None or not work.stage.holds(work.config, work.refs, store):
+        return None
+    metrics = store.manifest(ref).metrics
+    return Outcome(work.stage.name, ref, True, time.monotonic() - started, metrics)
 
 
 def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
@@ -216,6 +216,63 @@ def find_inputs(
             wanted = f"{stage.name}: {role}"
             inputs[role] = _recorded_result(STAGES[maker], config, store, given, wanted)
     return inputs
+
+
+def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
+    """Return a manifest's record of an artifact's origin: stage, settings, code."""
+    return Producer(
+        stage=stage,
+        code_version=code_version(),
+        dirty=commit().endswith("-dirty") if commit() else None,
+        config=dict(config),
+        lock_digest=lock_digest(),
+        seed=seed,
+        versions=library_versions(),
+    )
+
+
+@cache
+def code_version() -> str:
+    """Return a hash of the library's sources, equal for equal code, committed or not.
+
+    `rlhf/report` is left out: it shows results, and must not cause training to run again.
+    """
+    root = Path(rlhf.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
+        if path.relative_to(root).parts[0] != "report":
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return f"{rlhf.__version__}+{digest.hexdigest()[:16]}"
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Return the installed versions of `LIBRARIES`."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+@cache
+def lock_digest() -> str | None:
+    """Return the sha256 of the checkout's constraints.txt; None outside of a checkout."""
+    path = Path(rlhf.__file__).parent.parent / "constraints.txt"
+    return file_sha256(path) if path.is_file() else None
+
+
+@cache
+def commit() -> str:
+    """Return the checkout's commit, `-dirty` if changed; empty outside of a checkout."""
+    root = Path(rlhf.__file__).parent.parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 @contextmanager
@@ -269,64 +326,3 @@ def _recorded_result(
             f"`rlhf stage {stage.name}` first, or give --input <role>=<artifact>"
         )
     return ref
-
-
-#: Libraries whose version can change the result of a stage.
-LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
-
-
-@cache
-def code_version() -> str:
-    """Return a hash of the library's sources, equal for equal code, committed or not.
-
-    `rlhf/report` is left out: it shows results, and must not cause training to run again.
-    """
-    root = Path(rlhf.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
-        if path.relative_to(root).parts[0] != "report":
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return f"{rlhf.__version__}+{digest.hexdigest()[:16]}"
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Return the installed versions of `LIBRARIES`."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
-
-
-def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
-    """Return a manifest's record of an artifact's origin: stage, settings, code."""
-    return Producer(
-        stage=stage,
-        code_version=code_version(),
-        dirty=commit().endswith("-dirty") if commit() else None,
-        config=dict(config),
-        lock_digest=lock_digest(),
-        seed=seed,
-        versions=library_versions(),
-    )
-
-
-@cache
-def lock_digest() -> str | None:
-    """Return the sha256 of the checkout's constraints.txt; None outside of a checkout."""
-    path = Path(rlhf.__file__).parent.parent / "constraints.txt"
-    return file_sha256(path) if path.is_file() else None
-
-
-@cache
-def commit() -> str:
-    """Return the checkout's commit, `-dirty` if changed; empty outside of a checkout."""
-    root = Path(rlhf.__file__).parent.parent
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

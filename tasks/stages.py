@@ -31,21 +31,9 @@ from tasks.external_inputs import (
 )
 from tasks.stage import Shown, Stage, StageRun
 
+log = logging.getLogger("rlhf.tasks")
 EVALUATION = "evaluation.json"
-
-
 SAMPLES = "samples.json"
-
-
-def stage_named(name: str) -> Stage:
-    """Return a stage by its name.
-
-    Raises:
-        ArtifactMissing: No stage has that name; the message lists those that exist.
-    """
-    if name not in STAGES:
-        raise ArtifactMissing(f"{name!r} is no stage; choose one of {', '.join(STAGES)}")
-    return STAGES[name]
 
 
 def _prepare_data(run: StageRun) -> StageResult:
@@ -205,7 +193,6 @@ PREPARE_DATA = Stage(
     headline=(("{:,} pairs", "pairs_train"), ("{:,} prompts", "prompts_train")),
 )
 
-
 TRAIN_SFT = Stage(
     name="train-sft",
     kind="policy",
@@ -221,7 +208,6 @@ TRAIN_SFT = Stage(
     tracks_steps=True,
 )
 
-
 TRAIN_REWARD_MODEL = Stage(
     name="train-reward-model",
     kind="reward-model",
@@ -233,7 +219,6 @@ TRAIN_REWARD_MODEL = Stage(
     section="reward_model",
     tracks_steps=True,
 )
-
 
 EVALUATE_REWARD_MODEL = Stage(
     name="evaluate-reward-model",
@@ -253,7 +238,6 @@ EVALUATE_REWARD_MODEL = Stage(
     section="evaluation",
 )
 
-
 GATE_REWARD_MODEL = Stage(
     name="gate-reward-model",
     kind="verdict",
@@ -266,7 +250,6 @@ GATE_REWARD_MODEL = Stage(
     headline=(("{} of {} rules met", "passed", "rules"),),
     show=_show_verdict,
 )
-
 
 TRAIN_POLICY = Stage(
     name="train-policy",
@@ -286,7 +269,6 @@ TRAIN_POLICY = Stage(
     section="ppo",
     tracks_steps=True,
 )
-
 
 EVALUATE_POLICY = Stage(
     name="evaluate-policy",
@@ -312,7 +294,6 @@ EVALUATE_POLICY = Stage(
     show=_show_samples,
 )
 
-
 GATE_POLICY = Stage(
     name="gate-policy",
     kind="verdict",
@@ -322,7 +303,6 @@ GATE_POLICY = Stage(
     headline=(("{} of {} rules met", "passed", "rules"),),
     show=_show_verdict,
 )
-
 
 PROMOTE = Stage(
     name="promote",
@@ -340,7 +320,6 @@ PROMOTE = Stage(
     headline=(("champion of {}", "model"),),
 )
 
-
 #: All stages by name, in the order of a run.
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -351,7 +330,15 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 
 
-log = logging.getLogger("rlhf.tasks")
+def stage_named(name: str) -> Stage:
+    """Return a stage by its name.
+
+    Raises:
+        ArtifactMissing: No stage has that name; the message lists those that exist.
+    """
+    if name not in STAGES:
+        raise ArtifactMissing(f"{name!r} is no stage; choose one of {', '.join(STAGES)}")
+    return STAGES[name]
 
 
 def checkpoint_store_of(run: StageRun) -> CheckpointStoreConfig | None:

@@ -27,7 +27,6 @@ from tasks.stage import Stage
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-
 log = logging.getLogger("rlhf.tasks")
 
 
