@@ -1,6 +1,6 @@
 """The commands `rlhf promote`, `rlhf rollback`, `rlhf champion` and `rlhf approve`.
 
-They show and change by hand which policy is the champion of a model line.
+They show and change the champion of a model line, and record people's approvals.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def promote(
     from rlhf import champions
     from rlhf.smoke import smoke_test
 
-    loaded, opened = open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config)
     line, ref = loaded.promotion.name, opened.resolve(policy)
     if ref.kind != "policy":
         raise ConfigError(f"{policy}: {ref.short} is of kind {ref.kind}; give a policy")
@@ -101,7 +101,7 @@ def rollback(
     """
     from rlhf import champions
 
-    loaded, opened = open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config)
     target = opened.resolve(to).digest if to else None
     _print_champion(champions.rollback(opened, loaded.promotion.name, to=target, why=why, by=by))
 
@@ -120,7 +120,7 @@ def champion(
     from flows.terminal import champions_table
     from rlhf import champions
 
-    loaded, opened = open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config)
     existing = champions.model_lines(opened)
     lines = [loaded.promotion.name] if name or config else existing
     entries = {line: champions.history(opened, line) for line in lines}
@@ -155,7 +155,7 @@ def approve(
         _resume(suspended, {"decision": answer, "by": acting_person(by), "why": why})
         console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
         return
-    loaded, opened = open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config)
     line = loaded.promotion
     policy = opened.resolve(run)
     if policy.kind != "policy":
@@ -169,7 +169,7 @@ def approve(
     )
 
 
-def open_model_line(
+def _open_model_line(
     name: str | None, store: str | None, config: Path | None
 ) -> tuple[PipelineConfig, Store]:
     """Return the configuration of a model line (its `promotion.name`), and its store."""

@@ -1,4 +1,7 @@
-"""Preflight checks: refuse known failures before anything expensive starts."""
+"""Preflight checks of commands and flows: refuse known failures before any work.
+
+A flow that a command starts in its own process skips the checks that the command made.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +59,10 @@ def preflight_command(config: PipelineConfig) -> None:
 
 
 def preflight_flow(config: PipelineConfig) -> None:
-    """Run the checks of a flow: placement, and preflight unless its command did it.
+    """Run the checks of a flow: placement, and preflight unless a command did it.
 
-    A run of a deployment may be resumed on another machine just while the store is down, so it
-    retries as often as a stage does. A command fails at once.
+    A deployment's run may be resumed while the store is down, so it retries as often as a stage
+    does. A command fails at once.
 
     Raises:
         ConfigError: One line naming field, value and cure.
@@ -71,7 +74,7 @@ def preflight_flow(config: PipelineConfig) -> None:
     from tasks.remote import check_placement
 
     retries = config.retries
-    if not is_checked(config):
+    if not _is_checked(config):
         for left in reversed(range(retries.attempts + 1)):
             try:
                 preflight(config)
@@ -82,11 +85,6 @@ def preflight_flow(config: PipelineConfig) -> None:
                 get_run_logger().warning("%s; asking again", error)
                 time.sleep(retries.delay_seconds * 2 ** min(retries.attempts - left, 5))
     check_placement(config)
-
-
-def is_checked(config: PipelineConfig) -> bool:
-    """Return whether the command that started this flow has checked its configuration."""
-    return _checked.get() == _without_placement(config)
 
 
 def _check_writable(field: str, path: str) -> None:
@@ -118,7 +116,7 @@ def _check_trackers(tracking: TrackingConfig) -> None:
 
 
 def _sweep(store: Store) -> None:
-    """Remove unfinished uploads of killed publishers; a failure can wait."""
+    """Remove unfinished uploads of killed publishers; a failure is only logged."""
     try:
         swept = store.sweep()
     except StoreError as error:
@@ -129,7 +127,7 @@ def _sweep(store: Store) -> None:
 
 
 def _check_model(external: ExternalModel, store: Store) -> None:
-    """Check a model's configuration, which is small wherever it is stored."""
+    """Check an external model's configuration, without its weights."""
     if not external.is_artifact:
         external.check()
         return
@@ -139,6 +137,11 @@ def _check_model(external: ExternalModel, store: Store) -> None:
     external.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
 
 
+def _is_checked(config: PipelineConfig) -> bool:
+    """Return whether the command that started this flow has checked its configuration."""
+    return _checked.get() == _without_placement(config)
+
+
 def _without_placement(config: PipelineConfig) -> PipelineConfig:
-    """Drop what `preflight` does not read and a flow of one stage does not have."""
+    """Return a configuration without placement, which `preflight` does not read."""
     return config.model_copy(update={"placement": {}})

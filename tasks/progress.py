@@ -1,6 +1,7 @@
-"""Progress of a stage in the terminal, Prefect's UI, the log and trackers.
+"""Progress of stages and transfers in terminal, Prefect's UI, log and trackers.
 
-Prefect is imported in functions alone, so that a command can set its environment variables first.
+Prefect is imported inside functions only, so that a command can set its environment variables
+first.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StageProgress:
         return self
 
     def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Show `step` of `total` in all places, each at its own rate."""
+        """Show `step` of `total` everywhere, each display at its own rate."""
         if self._metrics:
             self._metrics.log(step, metrics)
         # Trainers log metrics every few steps; in between the last ones are shown.
@@ -103,7 +104,7 @@ def show_on(console: Console | None) -> None:
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """A block that only shows results; its errors are logged as warnings."""
+    """Log errors as warnings, in a block that only shows results."""
     try:
         yield
     except Exception as error:

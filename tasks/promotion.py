@@ -1,7 +1,8 @@
-"""The last stage: promotes a policy after its gate, approval and smoke test.
+"""Promotion of a policy after its gate, a person's approval and a smoke test.
 
 The champion is read first, and replaced only if it is still the same at the end: a promotion by
-another run meanwhile is an error, not overwritten.
+another run meanwhile is an error, not overwritten. With manual approval, a run of a deployment is
+suspended until a person has decided.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
-from prefect.runtime import deployment
+from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
 from rlhf import champions
@@ -29,7 +30,7 @@ BY_GATES = "it met every gate"
 
 
 def promote(run: StageRun) -> StageResult:
-    """Make a policy the champion of its model line; write what was decided and seen.
+    """Make a policy the champion of its model line; write the decision and replies.
 
     Files: `promotion.json` and `smoke.json`.
 
@@ -58,7 +59,7 @@ def promote(run: StageRun) -> StageResult:
     )  # fmt: skip
     if is_new:
         _make_champion(run, before, approval)
-    # No time: equal work has an equal artifact. The history has it.
+    # No time, so that equal work has an equal artifact; the history has it.
     promotion = {
         "model": name,
         "policy": ref.digest,
@@ -90,7 +91,7 @@ def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, abo
     """Suspend this flow run until a person has decided; record the decision.
 
     Suspension ends the process. The resumed run starts again, gets its completed stages from the
-    store, and gets the answer here. A run without a deployment can't be resumed: it goes on to the
+    store and the answer here. A run without a deployment can't be resumed: it goes on to the
     promotion, whose error names the missing approval.
     """
     if not deployment.id:
@@ -114,8 +115,6 @@ class Decision(RunInput):
 def _make_champion(
     run: StageRun, before: champions.Promotion | None, approval: Approval | None
 ) -> None:
-    from prefect.runtime import flow_run  # takes a second where no flow has loaded it
-
     policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
     try:
         champions.promote(

@@ -1,8 +1,9 @@
-"""Runs one stage, unless a record shows that the same work was done before.
+"""Run of one stage, unless a record shows that the same work was done before.
 
 A run fetches the inputs, calls the body, publishes its files and writes a record. Its key is the
 stage's fingerprint: name, configuration it depends on, input digests, code and seed. A stage whose
-record and artifact are there is not run again by any process, machine or flow run.
+record and artifact exist is not run again by any process, machine or flow run. The versions of
+code and libraries, which fingerprints and manifests hold, are here too.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Work:
-    """A stage with all that its result follows from; `key` is the fingerprint of that."""
+    """A stage and everything that its result depends on; `key` is the fingerprint."""
 
     stage: Stage
     config: PipelineConfig
@@ -83,7 +84,7 @@ def run_stage(
     inputs: Mapping[str, ArtifactRef],
     progress: Progress = silent,
 ) -> Outcome:
-    """Run a stage, or return what its record has.
+    """Run a stage, or return its recorded outcome.
 
     Raises:
         ArtifactMissing: An input of the stage is not given.
@@ -99,11 +100,11 @@ def run_stage(
     with _exclusive(work_dir / f"{work.name}.lock", stage):
         recorded = recorded_outcome(work, store)
         if recorded is not None:
-            discard_checkpoints(store, checkpoints)  # of a try that was killed before it did so
+            discard_checkpoints(store, checkpoints)  # left by a try that was killed
             return recorded
         for scratch in work_dir.glob(f"{work.name}-*"):
-            shutil.rmtree(scratch)  # of a try that was killed; this process holds the lock
-        made_by = producer(stage.name, work.settings, config.seed)
+            shutil.rmtree(scratch)  # left by a killed try; this process holds the lock
+        provenance = producer(stage.name, work.settings, config.seed)
         with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{work.name}-") as scratch:
             out = Path(scratch, "out")
             out.mkdir()
@@ -114,10 +115,12 @@ def run_stage(
             external = stage.external_model(config)
             if external is not None and "base" not in folders:
                 folders["base"] = external.fetch(Path(scratch, "base")).folder
-            run = StageRun(config, work.refs, folders, out, checkpoints, store, made_by, progress)
+            run = StageRun(
+                config, work.refs, folders, out, checkpoints, store, provenance, progress
+            )
             result = stage.body(run)
             ref = store.publish(
-                out, stage.kind, parents=work.refs, producer=made_by, metrics=result.metrics,
+                out, stage.kind, parents=work.refs, producer=provenance, metrics=result.metrics,
                 listener=Transfer(f"{stage.name}: publishing"),
             )  # fmt: skip
         store.history.append(_record_name(stage, work.key), ref.model_dump(mode="json"))
@@ -140,7 +143,7 @@ def work_of(
     refs = {role: inputs[role] for role in needed}
     external = stage.external_model(config)
     if external is not None and external.is_artifact:
-        # As an input it is a parent of the result, and fetched like the others.
+        # As an input it becomes a parent of the result, and is fetched like the others.
         refs["base"] = store.resolve(external.uri)
     settings = _settings(stage, config)
     return Work(stage, config, refs, settings, fingerprint(stage, config, refs, settings))
@@ -179,7 +182,7 @@ def recorded_outcome(work: Work, store: Store) -> Outcome | None:
 
 
 def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
-    """Return the artifact that a record names, if the store still has all of it."""
+    """Return the artifact that a record names, if the store still has it whole."""
     record = store.history.latest(_record_name(stage, key))
     if record is None:
         return None
@@ -277,7 +280,7 @@ def commit() -> str:
 
 @contextmanager
 def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
-    """A file lock, for which a second run of the same work waits."""
+    """Hold a file lock, for which a second run of the same work waits."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

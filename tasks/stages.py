@@ -1,8 +1,9 @@
-"""The pipeline's stages: their inputs, fingerprints and bodies.
+"""The pipeline's stages: bodies, the table that declares them, PPO's checkpoints.
 
-The only module that knows both the library's functions and the artifacts' roles. Heavy imports
+The only module that knows both the library's functions and the artifacts' roles. The bodies stand
+before `STAGES`, whose rows name them. Heavy imports
 stay inside functions: a run whose stages are all recorded loads no torch, and the command loads
-Prefect, as `tasks.promotion` does, only after it has set Prefect's environment variables.
+Prefect, which `tasks.promotion` imports, only after it has set Prefect's environment variables.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _prepare_data(run: StageRun) -> StageResult:
 def _train_sft(run: StageRun) -> StageResult:
     section, base = run.config.sft, run.config.base
     if not section.enabled:
-        # Nothing is trained, so there is nothing to share among child processes.
+        # Nothing is trained, so no child processes are needed.
         section = section.model_copy(update={"processes": None})
     if "base" in run.folders:
         base = base.model_copy(update={"path": str(run.folders["base"]), "revision": None})
@@ -139,7 +140,7 @@ def _show_samples(folder: Path, config: PipelineConfig) -> Mapping[str, Shown]:
 
 
 def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
-    """Return a gate's body, which writes any verdict; `_enforce` raises afterwards.
+    """Return a gate's body, which writes any verdict; the task raises afterwards.
 
     Args:
         subject: Role of the artifact that is judged.
@@ -356,7 +357,7 @@ def checkpoint_store_of(run: StageRun) -> CheckpointStoreConfig | None:
 def discard_checkpoints(store: Store, checkpoints: Path) -> None:
     """Remove the checkpoints of a completed stage, if it had any.
 
-    Of those in the store the best one stays until garbage is collected.
+    Of those in the store the best one stays until the next garbage collection.
     """
     if not checkpoints.exists():
         return
@@ -369,5 +370,5 @@ def discard_checkpoints(store: Store, checkpoints: Path) -> None:
 
 
 def _store_name(checkpoints: Path) -> str:
-    """Return the name within the pipeline's store, from that of the local folder."""
+    """Return the name within the pipeline's store, from the local folder's name."""
     return f"checkpoints/{checkpoints.name}"

@@ -1,6 +1,6 @@
 """The report's data: frozen, plain values that a flow fills in.
 
-Every part may be missing: a rejected run has no policy, a failed one may have nothing but stages.
+Every part may be missing: a rejected run has no policy, a failed run may have only stages.
 Metrics stay dictionaries, because a report must show a new metric without knowing its name.
 """
 
