@@ -17,7 +17,7 @@ def digests(tree: dict[str, Any]) -> dict[str, str]:
     config = PipelineConfig.model_validate(tree)
     refs: dict[str, ArtifactRef] = {}
     for name, stage in STAGES.items():
-        inputs = {role: refs[producer] for role, producer in stage.needs(config).items()}
+        inputs = {role: refs[producer] for role, producer in stage.needed_inputs(config).items()}
         refs[name] = run_stage(stage, config, inputs).ref
     return {name: ref.digest for name, ref in refs.items()}
 
