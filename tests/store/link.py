@@ -128,7 +128,7 @@ class Flow(threading.Thread):
         try:
             while self._message():
                 self.began = {"stream": 0}
-            self._carry(math.inf)  # what is no message of HTTP
+            self._carry(math.inf)  # bytes that are no message of HTTP
             self.target.shutdown(socket.SHUT_WR)
         except Ended:
             pass
