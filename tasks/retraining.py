@@ -49,7 +49,7 @@ def situation(config: PipelineConfig, store: Store) -> Situation:
 
 
 def data_digest(config: PipelineConfig) -> str:
-    """Return the identity of the data and of how they are read, wherever they are."""
+    """Return a digest of the data's content and settings, without their location."""
     identity = {
         "source": source_digest(config.data, config.store_options),
         "data": config.data.model_dump(mode="json", exclude={"source"}),

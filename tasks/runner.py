@@ -172,7 +172,7 @@ def fingerprint(
 
 
 def recorded_outcome(work: Work, store: Store) -> Outcome | None:
-    """Return the recorded result of the same work on any machine, if there is one."""
+    """Return the recorded result of the same work on any machine, or None."""
     started = time.monotonic()
     ref = recorded_ref(store, work.stage, work.key)
     if ref is None or not work.stage.holds(work.config, work.refs, store):
@@ -206,18 +206,18 @@ def find_inputs(
                 f"--input {role}: no input of {stage.name}, which takes "
                 f"{', '.join(needed) or 'none'}"
             )
-        wanted = STAGES[needed[role]].kind
-        if ref.kind != wanted:
+        kind = STAGES[needed[role]].kind
+        if ref.kind != kind:
             raise ConfigError(
-                f"--input {role}: {ref.short} is of kind {ref.kind}; give one of kind {wanted}, "
+                f"--input {role}: {ref.short} is of kind {ref.kind}; give one of kind {kind}, "
                 f"as {needed[role]} makes it"
             )
     store = store_of(config)
     inputs = dict(given)
     for role, maker in needed.items():
         if role not in inputs:
-            wanted = f"{stage.name}: {role}"
-            inputs[role] = _recorded_result(STAGES[maker], config, store, given, wanted)
+            label = f"{stage.name}: {role}"
+            inputs[role] = _recorded_result(STAGES[maker], config, store, given, label)
     return inputs
 
 
@@ -307,7 +307,7 @@ def _recorded_result(
     config: PipelineConfig,
     store: Store,
     given: Mapping[str, ArtifactRef],
-    wanted: str,
+    label: str,
 ) -> ArtifactRef:
     """Return a stage's recorded artifact, with its inputs found in the same way.
 
@@ -316,16 +316,16 @@ def _recorded_result(
         config: Configuration of the run.
         store: Where the records are.
         given: Artifacts by role that take the place of recorded ones.
-        wanted: Stage and role that it is an input of, for the error.
+        label: Stage and role that need it, for the error message.
     """
     inputs = {
-        role: given.get(role) or _recorded_result(STAGES[maker], config, store, given, wanted)
+        role: given.get(role) or _recorded_result(STAGES[maker], config, store, given, label)
         for role, maker in stage.needed_inputs(config).items()
     }
     ref = recorded_ref(store, stage, work_of(stage, config, inputs, store).key)
     if ref is None:
         raise ArtifactMissing(
-            f"{wanted} is missing: {stage.name} has not run with this configuration; run "
+            f"{label} is missing: {stage.name} has not run with this configuration; run "
             f"`rlhf stage {stage.name}` first, or give --input <role>=<artifact>"
         )
     return ref

@@ -1,6 +1,6 @@
 """The pipeline's stages: bodies, the table that declares them, PPO's checkpoints.
 
-The only module that knows both the library's functions and the artifacts' roles. The bodies stand
+The only module that joins the library's functions with the artifacts' roles. The bodies stand
 before `STAGES`, whose rows name them. Heavy imports
 stay inside functions: a run whose stages are all recorded loads no torch, and the command loads
 Prefect, which `tasks.promotion` imports, only after it has set Prefect's environment variables.
@@ -89,7 +89,7 @@ def _train_policy(run: StageRun) -> StageResult:
 def _train(
     run: StageRun, field: str, section: SFTConfig | RewardModelConfig | PPOConfig, **values: Any
 ) -> StageResult:
-    """Train in this process, or in as many child processes as the section asks for.
+    """Train in this process, or in the section's number of child processes.
 
     Args:
         run: Arguments of the stage's body.

@@ -43,10 +43,10 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With `-m device`, import no other modules: a bare GPU machine lacks what they need."""
+    """With `-m device`, import no other modules, whose packages a GPU machine may lack."""
     if not config.option.markexpr.startswith("device") or collection_path.suffix != ".py":
         return None
-    # pytest asks this for conftest.py too.
+    # pytest calls this for conftest.py too.
     is_test = collection_path.name.startswith("test_")
     return (is_test and "pytest.mark.device" not in collection_path.read_text("utf-8")) or None
 

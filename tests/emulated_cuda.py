@@ -121,7 +121,7 @@ def _inside(emulated: bool) -> Iterator[None]:
 
 
 def _backward(calls: _PythonCalls) -> tuple[str, Callable[..., Any]]:
-    """Return name and replacement of autograd's entry, with `calls` on for custom functions.
+    """Return name and replacement of autograd's entry, with `calls` on inside it.
 
     torch disables a mode while it handles Tensor.backward.
     """

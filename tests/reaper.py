@@ -53,7 +53,7 @@ def processes_of(name: str) -> list[int]:
 
 
 def main(pid: int, name: str) -> None:
-    """Wait for the end of process `pid`, then kill the session's processes until none is left."""
+    """Wait for the end of process `pid`, then kill all of the session's processes."""
     with contextlib.suppress(ProcessLookupError):  # it has ended already
         select.select([os.pidfd_open(pid)], [], [])
     while pids := processes_of(name):

@@ -66,7 +66,7 @@ def _set_device(job: Job) -> None:
     """Assign this process a device of its own; no-op on CPUs.
 
     Raises:
-        ConfigError: There are fewer devices than processes.
+        ConfigError: Fewer devices than processes are available.
     """
     import torch
 

@@ -187,7 +187,7 @@ class RunReport(Plain):
 
     @field_serializer("verdicts")
     def _serialize_verdicts(self, verdicts: tuple[Verdict, ...]) -> list[dict[str, Any]]:
-        # Readers of report.json know a gate's checks as `rules`.
+        # In report.json a gate's checks are called `rules`.
         return [
             {"gate": v.gate, "approved": v.approved, "rules": [asdict(c) for c in v.checks]}
             for v in verdicts

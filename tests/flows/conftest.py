@@ -77,7 +77,7 @@ def first_run(prefect_api, tmp_path_factory) -> FirstRun:
 
 @pytest.fixture
 def finished(first_run, tmp_path) -> Path:
-    """The store of `tiny` after the first run: only stages that a test changes run again.
+    """The store of `tiny` after the first run; only stages that a test changes run.
 
     Fingerprints and digests hold no path, so records are valid in any copy of the store.
     """

@@ -1,4 +1,4 @@
-"""Reference implementation of the golden values: exact fractions, 50-digit logarithms.
+"""Reference of the golden values: exact fractions, and logarithms to 50 digits.
 
 Written in plain Python from the text in the JSON files, by other formulas than `rlhf.ppo` where
 possible: sums instead of recursions, cases instead of minima, pairs instead of deviations.

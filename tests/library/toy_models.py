@@ -98,7 +98,7 @@ def _fresh_reward(root: Path, folder: Path) -> None:
 
 
 def _family(family: str) -> dict[str, Callable[[Path, Path], None]]:
-    """Return makers of an untrained base of this architecture, and of its trained models."""
+    """Return makers of this architecture's untrained base and trained models."""
 
     def base(root: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(_made(root, "fresh"))

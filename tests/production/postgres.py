@@ -1,4 +1,4 @@
-"""A real Postgres on loopback for Prefect's server, installed by apt if it is missing."""
+"""A real Postgres on loopback for Prefect's server, installed by apt if missing."""
 
 from __future__ import annotations
 

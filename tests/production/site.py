@@ -73,7 +73,7 @@ class Process:
         self.process.wait()
 
     def end(self) -> None:
-        """Ask the program to end, and kill it if it does not."""
+        """End the program by SIGTERM, and kill it if it does not end."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -173,7 +173,7 @@ class Site:
         return output
 
     def api(self, path: str, **body: Any) -> Any:
-        """Return the server's answer to a POST, or to a GET if there is no body."""
+        """Return the server's answer to a POST, or to a GET without a body."""
         url = f"{self.environment['PREFECT_API_URL']}/{path}"
         method = "POST" if body else "GET"
         answer = httpx.request(method, url, json=body or None, timeout=PATIENCE)
