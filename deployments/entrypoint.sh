@@ -1,9 +1,9 @@
 #!/bin/sh
-# The image's first process. SIGTERM here is a spot node that is taken back, an eviction or a stop.
-# Prefect's runner would then kill a training at once, because it holds the signal back until its
+# The image's first process. It gets SIGTERM when a spot node is reclaimed, at an eviction or a stop.
+# Prefect's runner would then kill a training at once, because the training delays the signal until its
 # update is saved; so the training gets the signal first, and Prefect when the training has ended.
-# Where Prefect is to start the run again by itself (reschedule), all is left to it.
-# A shell's background child ignores SIGINT, with which Prefect's worker ends itself.
+# If Prefect is configured to reschedule the run, it gets the signal at once.
+# By default a shell's background child ignores SIGINT, by which Prefect's worker ends itself.
 env --default-signal=INT,QUIT "$@" &
 child=$!
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rlhf.store import Store
     from rlhf.store.store import Listener
 
-app = App(name="artifacts", help="Look at stored artifacts, move them, keep the store sound.")
 console = Console()
+app = App(name="artifacts", help="Look at stored artifacts, move them, keep the store sound.")
 
 StoreOption = Annotated[str | None, Parameter(help="Store URI; default: the preset's store.")]
 ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the store.")]
@@ -37,20 +37,13 @@ ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the stor
 LEAST_GRACE = 2.0
 
 
-def open_named(store: str | None, config: Path | None) -> Store:
-    """Open a preset's store, or the store at this URI with the preset's options."""
-    from tasks.stage import store_of
-
-    return store_of(load_config(config, [f"--store={store}"] if store else []).config)
-
-
 @app.command
 def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
     """List all artifacts of a store, the newest last."""
     from flows.terminal import artifacts_table
     from rlhf.champions import model_lines
 
-    opened = open_named(store, config)
+    opened = _open_named(store, config)
     champions = {line: opened.history.latest(f"champion/{line}") for line in model_lines(opened)}
     marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
     marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
@@ -66,7 +59,7 @@ def show_artifact(ref: str, *, store: StoreOption = None, config: ConfigOption =
     ref
         Digest, its first 6 or more digits, a pin's name, or URI.
     """
-    opened = open_named(store, config)
+    opened = _open_named(store, config)
     manifest = opened.manifest(opened.resolve(ref))
     console.print_json(manifest.model_dump_json())
 
@@ -82,7 +75,7 @@ def lineage(ref: str, *, store: StoreOption = None, config: ConfigOption = None)
     """
     from flows.terminal import lineage_tree
 
-    opened = open_named(store, config)
+    opened = _open_named(store, config)
     console.print(lineage_tree(opened.lineage(opened.resolve(ref))))
 
 
@@ -99,7 +92,7 @@ def verify(
     deep
         Read every byte in the store and compare its sha256, instead of sizes alone.
     """
-    opened = open_named(store, config)
+    opened = _open_named(store, config)
     digests = [opened.resolve(ref).digest for ref in refs] or opened.digests()
     broken = 0
     for digest in digests:
@@ -126,7 +119,7 @@ def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOpt
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} is there already; name a new folder")
-    opened = open_named(store, config)
+    opened = _open_named(store, config)
     resolved = opened.resolve(ref)
     with _progress(f"pull {resolved.short}") as listener:
         source = opened.fetch(resolved, listener=listener)
@@ -156,7 +149,7 @@ def push(
     from rlhf.store import PublishError
     from tasks.runner import producer
 
-    opened = open_named(store, config)
+    opened = _open_named(store, config)
     try:
         with _progress(f"push {folder.name}") as listener:
             ref = opened.publish(
@@ -179,14 +172,14 @@ def pin(ref: str, name: str, *, store: StoreOption = None, config: ConfigOption 
     name
         Letters, digits, '.', '_' and '-'.
     """
-    opened = open_named(store, config)
+    opened = _open_named(store, config)
     opened.pins.add(name, opened.resolve(ref))
 
 
 @app.command
 def unpin(name: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
     """Take a pin away; the artifact stays until nothing else refers to it and `gc` comes."""
-    open_named(store, config).pins.remove(name)
+    _open_named(store, config).pins.remove(name)
 
 
 @app.command
@@ -207,7 +200,7 @@ def gc(
         raise ConfigError(
             f"--grace-hours {grace_hours:g}: publishers rely on at least {LEAST_GRACE:g}; give more"
         )
-    opened = open_named(store, config)
+    opened = _open_named(store, config)
     garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete)
     for digest in garbage.artifacts:
         console.print(f"artifact {digest}", highlight=False, soft_wrap=True)
@@ -221,6 +214,13 @@ def gc(
         console.print(f"unfinished uploads removed: {garbage.uploads}", highlight=False)
     elif garbage.keys:
         console.print("nothing was removed; --delete does it")
+
+
+def _open_named(store: str | None, config: Path | None) -> Store:
+    """Open a preset's store, or the store at this URI with the preset's options."""
+    from tasks.stage import store_of
+
+    return store_of(load_config(config, [f"--store={store}"] if store else []).config)
 
 
 @contextmanager

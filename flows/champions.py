@@ -1,6 +1,6 @@
 """The commands `rlhf promote`, `rlhf rollback`, `rlhf champion` and `rlhf approve`.
 
-They show and change by hand which policy is the champion of a model line.
+They show and change the champion of a model line, and record people's approvals.
 """
 
 from __future__ import annotations
@@ -22,14 +22,11 @@ if TYPE_CHECKING:
 
     from rlhf.champions import Promotion
 
-
 console = Console()
-
 
 NameOption = Annotated[
     str | None, Parameter(help="Model line; default: the preset's promotion.name, or default.")
 ]
-
 
 ByOption = Annotated[
     str | None, Parameter(help="Who does it; default: RLHF_USER, or the system's user name.")
@@ -57,7 +54,7 @@ def promote(
     from rlhf import champions
     from rlhf.smoke import smoke_test
 
-    loaded, opened = open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config)
     line, ref = loaded.promotion.name, opened.resolve(policy)
     if ref.kind != "policy":
         raise ConfigError(f"{policy}: {ref.short} is of kind {ref.kind}; give a policy")
@@ -104,7 +101,7 @@ def rollback(
     """
     from rlhf import champions
 
-    loaded, opened = open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config)
     target = opened.resolve(to).digest if to else None
     _print_champion(champions.rollback(opened, loaded.promotion.name, to=target, why=why, by=by))
 
@@ -123,7 +120,7 @@ def champion(
     from flows.terminal import champions_table
     from rlhf import champions
 
-    loaded, opened = open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config)
     existing = champions.model_lines(opened)
     lines = [loaded.promotion.name] if name or config else existing
     entries = {line: champions.history(opened, line) for line in lines}
@@ -135,7 +132,44 @@ def champion(
     console.print(champions_table([e for each in entries.values() for e in each[first:]]))
 
 
-def open_model_line(
+def approve(
+    run: str, *, refuse: bool = False, why: str = "", by: ByOption = None, name: NameOption = None,
+    store: StoreOption = None, config: ConfigOption = None,
+) -> None:  # fmt: skip
+    """Approve of a policy, so that its run goes on and promotes it; or refuse it.
+
+    Parameters
+    ----------
+    run
+        A suspended run: its name, its id or the beginning of that. Or, for a run that was started
+        without a deployment, the policy's digest, with --store or --config.
+    refuse
+        Say no: the run ends as Refused, and what was champion stays.
+    why
+        The reason, for the promotion's record.
+    """
+    decided = "refused" if refuse else "approved"
+    if store is None and config is None:
+        suspended = _suspended(run)
+        answer = "refuse" if refuse else "approve"
+        _resume(suspended, {"decision": answer, "by": acting_person(by), "why": why})
+        console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
+        return
+    loaded, opened = _open_model_line(name, store, config)
+    line = loaded.promotion
+    policy = opened.resolve(run)
+    if policy.kind != "policy":
+        raise ConfigError(f"{run}: {policy.short} is of kind {policy.kind}; give a policy")
+    approval = record_approval(
+        opened, line.name, policy.digest, approved=not refuse, by=by, why=why
+    )
+    console.print(
+        f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again",
+        highlight=False,
+    )
+
+
+def _open_model_line(
     name: str | None, store: str | None, config: Path | None
 ) -> tuple[PipelineConfig, Store]:
     """Return the configuration of a model line (its `promotion.name`), and its store."""
@@ -164,43 +198,6 @@ def _print_champion(entry: Promotion, more: str = "") -> None:
     instead = f" in place of {entry.previous[:12]}" if entry.previous else ""
     text = f"{entry.policy[:12]} is the champion of {entry.model}{instead}{more}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def approve(
-    run: str, *, refuse: bool = False, why: str = "", by: ByOption = None, name: NameOption = None,
-    store: StoreOption = None, config: ConfigOption = None,
-) -> None:  # fmt: skip
-    """Approve of a policy, so that its run goes on and promotes it; or refuse it.
-
-    Parameters
-    ----------
-    run
-        A suspended run: its name, its id or the beginning of that. Or, for a run that was started
-        without a deployment, the policy's digest, with --store or --config.
-    refuse
-        Say no: the run ends as Refused, and what was champion stays.
-    why
-        The reason, for the promotion's record.
-    """
-    decided = "refused" if refuse else "approved"
-    if store is None and config is None:
-        suspended = _suspended(run)
-        answer = "refuse" if refuse else "approve"
-        _resume(suspended, {"decision": answer, "by": acting_person(by), "why": why})
-        console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
-        return
-    loaded, opened = open_model_line(name, store, config)
-    line = loaded.promotion
-    policy = opened.resolve(run)
-    if policy.kind != "policy":
-        raise ConfigError(f"{run}: {policy.short} is of kind {policy.kind}; give a policy")
-    approval = record_approval(
-        opened, line.name, policy.digest, approved=not refuse, by=by, why=why
-    )
-    console.print(
-        f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again",
-        highlight=False,
-    )
 
 
 def _suspended(run: str) -> FlowRun:

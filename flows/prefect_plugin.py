@@ -13,8 +13,6 @@ from typing import Any
 from prefect.plugins import register_hook
 
 NAME = "rlhf-pipeline"
-
-
 COMMAND = ["deployment", "run", NAME]
 
 

@@ -1,4 +1,4 @@
-"""The retraining flow: runs the pipeline again if there are new data."""
+"""The retraining flow: runs the pipeline again when new data have arrived."""
 
 from __future__ import annotations
 

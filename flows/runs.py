@@ -1,4 +1,4 @@
-"""The commands `rlhf runs` and `rlhf status`, which show runs on Prefect's server."""
+"""The commands `rlhf runs` and `rlhf status`: runs on Prefect's server."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import Artifact, FlowRun, State, TaskRun
 
-
+console = Console()
 FLOWS = ["rlhf-pipeline", "retraining"]
-
-
 #: Prefect's API returns at most this many rows per request.
 PAGE = 200
-
-
 #: Seconds between two updates of `rlhf status --watch`.
 WATCH_EVERY = 2.0
 
-
-console = Console()
+#: Colours of Prefect's types of states.
+_TYPE_STYLES = {
+    "COMPLETED": "green", "RUNNING": "blue", "FAILED": "red", "CRASHED": "bold red",
+    "PAUSED": "yellow",
+}  # fmt: skip
 
 
 def runs(*, limit: int = 20) -> None:
@@ -58,13 +57,13 @@ def runs(*, limit: int = 20) -> None:
     table.add_column("message", no_wrap=True, overflow="ellipsis", ratio=1)
     for run in started:
         table.add_row(
-            Text(run.name), str(run.id)[:8], state_text(run.state), local_time(run.start_time),
-            duration(seconds_of(run)), Text(deployments.get(run.deployment_id, "local")),
-            Text(message_of(run.state)),
+            Text(run.name), str(run.id)[:8], _state_text(run.state), _local_time(run.start_time),
+            duration(_seconds_of(run)), Text(deployments.get(run.deployment_id, "local")),
+            Text(_message_of(run.state)),
         )  # fmt: skip
     console.print(table if started else f"no runs on {client.api_url}", highlight=False)
     for run in scheduled:
-        line = f"next: {run.name} {str(run.id)[:8]} at {local_time(run.expected_start_time)}"
+        line = f"next: {run.name} {str(run.id)[:8]} at {_local_time(run.expected_start_time)}"
         console.print(line, highlight=False)
 
 
@@ -206,15 +205,18 @@ def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
     deployments = _deployments(client, [run, *children])
     parts: list[Any] = [
         Text.assemble(
-            (run.name, "bold"), f" {run.id}  ", state_text(run.state), f"  {message_of(run.state)}"
+            (run.name, "bold"),
+            f" {run.id}  ",
+            _state_text(run.state),
+            f"  {_message_of(run.state)}",
         ),
         Text(
-            f"started {local_time(run.start_time)}, {duration(seconds_of(run))}, "
+            f"started {_local_time(run.start_time)}, {duration(_seconds_of(run))}, "
             f"{deployments.get(run.deployment_id, 'local')}"
         ),
         _stages(tasks, children, artifacts, deployments),
         *(Text(line) for line in _report(artifacts)),
-        *(Text(line, "bold") for line in next_step(run)),
+        *(Text(line, "bold") for line in _next_step(run)),
     ]
     return Group(*parts)
 
@@ -240,10 +242,10 @@ def _stages(
         child = created[-1] if created else None
         worker = child or last
         progress = next((a for a in artifacts if _is_progress(a, stage, worker)), None)
-        message = message_of(last.state) or (message_of(child.state) if child else "")
+        message = _message_of(last.state) or (_message_of(child.state) if child else "")
         table.add_row(
-            stage, state_text(last.state), duration(seconds_of(last)),
-            progress_of(progress, worker), Text(message), _location(child, deployments),
+            stage, _state_text(last.state), duration(_seconds_of(last)),
+            _progress_of(progress, worker), Text(message), _location(child, deployments),
         )  # fmt: skip
     return table
 
@@ -260,7 +262,7 @@ def _location(child: FlowRun | None, deployments: dict[UUID | None, str]) -> Tex
         return Text("inline")
     deployment = deployments.get(child.deployment_id, "local")
     return Text.assemble(
-        f"{deployment}: {child.name} {str(child.id)[:8]} ", state_text(child.state)
+        f"{deployment}: {child.name} {str(child.id)[:8]} ", _state_text(child.state)
     )
 
 
@@ -273,52 +275,17 @@ def _report(artifacts: Sequence[Artifact]) -> list[str]:
     return [f"report: {' '.join(last.split())}"]
 
 
-#: Colours of Prefect's types of states.
-TYPE_STYLES = {
-    "COMPLETED": "green", "RUNNING": "blue", "FAILED": "red", "CRASHED": "bold red",
-    "PAUSED": "yellow",
-}  # fmt: skip
+def _next_step(run: FlowRun) -> list[str]:
+    """Return the command that continues a suspended or crashed run, if it is one."""
+    name = run.state.name if run.state else ""
+    if name == "Suspended":
+        return [f"waits for you: rlhf approve {run.name}, or rlhf approve {run.name} --refuse"]
+    if name == "Crashed":
+        return [f"goes on from what is done: prefect flow-run retry {run.id}"]
+    return []
 
 
-def state_text(state: State[Any] | None) -> Text:
-    """Return a state's name, coloured by name or else by type."""
-    from rlhf.report import STATES
-
-    if state is None:
-        return Text("Unknown", "dim")
-    name = state.name or state.type.value
-    styles = TYPE_STYLES | {word.value: look.style for word, look in STATES.items()}
-    return Text(name, styles.get(name) or styles.get(state.type.value, "dim"))
-
-
-def message_of(state: State[Any] | None) -> str:
-    """Return a state's message as one line."""
-    return " ".join((state.message or "").split()) if state else ""
-
-
-def seconds_of(run: FlowRun | TaskRun) -> float | None:
-    """Return a run's time so far; None before its start."""
-    if run.start_time is None:
-        return None
-    spent = run.estimated_run_time or run.total_run_time or timedelta()
-    return spent.total_seconds()
-
-
-def duration(seconds: float | None) -> str:
-    """Format seconds: `3.2 s`, `3 min 05 s`, `2 h 14 min`; empty for None."""
-    from rlhf.report.text import minutes
-
-    if seconds is None:
-        return ""
-    return f"{seconds:.1f} s" if seconds < 60 else minutes(int(seconds))
-
-
-def local_time(moment: datetime | None) -> str:
-    """Format a time in the local time zone; empty for None."""
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M") if moment else ""
-
-
-def progress_of(progress: Artifact | None, run: FlowRun | TaskRun) -> str:
+def _progress_of(progress: Artifact | None, run: FlowRun | TaskRun) -> str:
     """Return the percentage of a progress artifact, with the ETA of a running `run`.
 
     The ETA extrapolates the mean speed since the run's start.
@@ -336,11 +303,39 @@ def progress_of(progress: Artifact | None, run: FlowRun | TaskRun) -> str:
     return f"{text}, ETA {duration(left)}"
 
 
-def next_step(run: FlowRun) -> list[str]:
-    """Return the command that continues a suspended or crashed run, if it is one."""
-    name = run.state.name if run.state else ""
-    if name == "Suspended":
-        return [f"waits for you: rlhf approve {run.name}, or rlhf approve {run.name} --refuse"]
-    if name == "Crashed":
-        return [f"goes on from what is done: prefect flow-run retry {run.id}"]
-    return []
+def _state_text(state: State[Any] | None) -> Text:
+    """Return a state's name, coloured by name or else by type."""
+    from rlhf.report import STATES
+
+    if state is None:
+        return Text("Unknown", "dim")
+    name = state.name or state.type.value
+    styles = _TYPE_STYLES | {word.value: look.style for word, look in STATES.items()}
+    return Text(name, styles.get(name) or styles.get(state.type.value, "dim"))
+
+
+def _message_of(state: State[Any] | None) -> str:
+    """Return a state's message as one line."""
+    return " ".join((state.message or "").split()) if state else ""
+
+
+def _seconds_of(run: FlowRun | TaskRun) -> float | None:
+    """Return a run's time so far; None before its start."""
+    if run.start_time is None:
+        return None
+    spent = run.estimated_run_time or run.total_run_time or timedelta()
+    return spent.total_seconds()
+
+
+def duration(seconds: float | None) -> str:
+    """Format seconds: `3.2 s`, `3 min 05 s`, `2 h 14 min`; empty for None."""
+    from rlhf.report.text import minutes
+
+    if seconds is None:
+        return ""
+    return f"{seconds:.1f} s" if seconds < 60 else minutes(int(seconds))
+
+
+def _local_time(moment: datetime | None) -> str:
+    """Format a time in the local time zone; empty for None."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M") if moment else ""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the process stops its own Prefect server and exits at once.
+"""Ctrl-C and SIGTERM: stop this process's own Prefect server and exit at once.
 
 Prefect would report the run's end first. But the ephemeral server gets the same signal when it is
 sent to the process group, and Prefect's client then waits minutes for an answer. Exiting at once is
@@ -16,13 +16,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: Seconds that the server has to stop by itself.
+#: Seconds that the server has to stop after SIGTERM, before it is killed.
 PATIENCE = 3.0
-
-
 MESSAGES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-
-
 _own_server = False
 
 

@@ -1,4 +1,4 @@
-"""Tables, samples and trees for the terminal."""
+"""Tables, samples and trees that the commands print in the terminal."""
 
 from __future__ import annotations
 

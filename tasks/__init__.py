@@ -1,4 +1,4 @@
 """The pipeline's stages, and the Prefect tasks that run them.
 
-Artifacts in the store become folders for the library here, and its folders become artifacts.
+They turn artifacts in the store into folders for the library, and its results into artifacts.
 """

@@ -1,4 +1,4 @@
-"""Models, functions and tokens that the configuration names, by the stage that uses them."""
+"""Models, reward functions and tokens from outside, named by the configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def external_base_model(config: PipelineConfig) -> ExternalModel | None:
 
 
 def external_reward_model(config: PipelineConfig) -> ExternalModel | None:
-    """Return a ready reward model, or one that training starts from; None to start from SFT."""
+    """Return a ready reward model, or the start of training; None starts from SFT."""
     if config.ppo.reward_model_path is not None:
         path = config.ppo.reward_model_path
         return ExternalModel("ppo.reward_model_path", path, config.store_options, ready=True)
@@ -31,7 +31,7 @@ def external_reward_model(config: PipelineConfig) -> ExternalModel | None:
 
 
 def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
-    """Return the settings that shape the reward model, without the external model itself."""
+    """Return the reward model's settings, without the external model itself."""
     if config.ppo.reward_model_path is not None:
         return {"reward_model": "ready"}  # nothing is trained
     return {
@@ -40,7 +40,7 @@ def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
 
 
 def reward_function_digests(config: PPOConfig) -> dict[str, str]:
-    """Return digests of the operator's reward functions and of the pair model, by setting.
+    """Return digests of custom reward functions and of the pair model, by field.
 
     Raises:
         ConfigError: One of them is missing, or may not run.

@@ -1,4 +1,4 @@
-"""Parameters of the flows: preset and overrides.
+"""Parameters of the flows: preset and overrides, with their JSON schema.
 
 Prefect checks a deployment's parameters against their JSON schema before a run exists, and makes
 the form in its UI from it. So the overrides carry the configuration's own schema, in which nothing
@@ -20,11 +20,7 @@ from pydantic_core import CoreSchema, core_schema
 from rlhf.config import LoadedConfig, PipelineConfig, load_preset, presets
 
 Tree = dict[str, Any]
-
-
 NO_PRESET = "none"
-
-
 #: No override. A field that may be null has no form in Prefect's UI until its type is chosen.
 NO_OVERRIDES: Tree = {}
 
@@ -53,24 +49,12 @@ class _OverridesSchema:
         return copy.deepcopy(_partial_schema())
 
 
-@functools.cache
-def _partial_schema() -> Tree:
-    """Schema of partial overrides; cached, as `prefect deploy --all` asks for it some 100 times."""
-    whole = PipelineConfig.model_json_schema()
-    partial = _without_defaults(whole, whole.pop("$defs"))
-    # `rl_` names may stand at the top too.
-    partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
-    return partial
-
-
 Preset = Annotated[str, _PresetSchema()]
-
-
 Overrides = Annotated[Tree | PipelineConfig | LoadedConfig, _OverridesSchema()]
 
 
 def resolve(preset: str, overrides: Tree | PipelineConfig | LoadedConfig) -> LoadedConfig:
-    """Load the configuration that parameters name, or take the loaded one as is.
+    """Load the configuration that parameters name, or return a loaded one as it is.
 
     Raises:
         ConfigError: One line naming the field, the value and the cure.
@@ -96,8 +80,21 @@ def _unless_loaded(value: Any, to_mapping: core_schema.ValidatorFunctionWrapHand
     return to_mapping(value.model_dump(mode="json") if isinstance(value, PipelineConfig) else value)
 
 
+@functools.cache
+def _partial_schema() -> Tree:
+    """Return the schema of partial overrides.
+
+    Cached, because `prefect deploy --all` reads it about 100 times.
+    """
+    whole = PipelineConfig.model_json_schema()
+    partial = _without_defaults(whole, whole.pop("$defs"))
+    # `rl_` names may stand at the top too.
+    partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
+    return partial
+
+
 def _without_defaults(node: Any, definitions: Tree) -> Any:
-    """The schema with its references resolved, and without defaults."""
+    """Return the schema with its references resolved, and without defaults."""
     if isinstance(node, list):
         return [_without_defaults(item, definitions) for item in cast("list[Any]", node)]
     if not isinstance(node, dict):

@@ -39,7 +39,7 @@ def run_task(stage: Stage, config: PipelineConfig, inputs: Refs) -> State[Outcom
 
 
 def retry_condition(_: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Return whether a retry may succeed; that of a config error or a rejection can't."""
+    """Return whether a retry may succeed; not after a config error or a rejection."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, BaseException) and is_retriable(error)
 

@@ -1,4 +1,7 @@
-"""Preflight checks: refuse known failures before anything expensive starts."""
+"""Preflight checks of commands and flows: refuse known failures before any work.
+
+A flow that a command starts in its own process skips the checks that the command made.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,6 @@ from tasks.stage import store_of
 from tasks.stages import STAGES
 
 log = logging.getLogger(__name__)
-
-
 #: The configuration that a command has checked, for the flow that it starts in this process.
 _checked: ContextVar[PipelineConfig | None] = ContextVar("_checked", default=None)
 
@@ -57,50 +58,33 @@ def preflight_command(config: PipelineConfig) -> None:
     _checked.set(_without_placement(config))
 
 
-def is_checked(config: PipelineConfig) -> bool:
-    """Return whether the command that started this flow has checked its configuration."""
-    return _checked.get() == _without_placement(config)
+def preflight_flow(config: PipelineConfig) -> None:
+    """Run the checks of a flow: placement, and preflight unless a command did it.
 
+    A deployment's run may be resumed while the store is down, so it retries as often as a stage
+    does. A command fails at once.
 
-def _without_placement(config: PipelineConfig) -> PipelineConfig:
-    """Drop what `preflight` does not read and a flow of one stage does not have."""
-    return config.model_copy(update={"placement": {}})
+    Raises:
+        ConfigError: One line naming field, value and cure.
+    """
+    # A command imports this module before it sets Prefect's environment variables.
+    from prefect.logging import get_run_logger
+    from prefect.runtime import deployment
 
+    from tasks.remote import check_placement
 
-def _sweep(store: Store) -> None:
-    """Remove unfinished uploads of killed publishers; a failure can wait."""
-    try:
-        swept = store.sweep()
-    except StoreError as error:
-        log.debug("unfinished uploads stay where they are: %s", error)
-        return
-    if swept:
-        log.info("%s: removed %d unfinished uploads of killed runs", store.uri, swept)
-
-
-def _check_model(external: ExternalModel, store: Store) -> None:
-    """Check a model's configuration, which is small wherever it is stored."""
-    if not external.is_artifact:
-        external.check()
-        return
-    ref = store.resolve(external.uri)
-    if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
-        raise external.error(f"this artifact is a {ref.kind}, no model; give that of a model")
-    external.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
-
-
-def _check_trackers(tracking: TrackingConfig) -> None:
-    """Check that the trackers' packages, which have their names, are installed."""
-    for name in tracking.trackers:
-        package = importlib.util.find_spec(name)
-        # wandb leaves a folder of its name, which would be found as a package without a file.
-        if package is None or package.origin is None:
-            raise ConfigError(
-                f"tracking.trackers = {name!r}: that package is not installed; run "
-                f"`pip install {name}`, or choose others (tracking.trackers = [] for none)"
-            )
-    if {"tensorboard", "wandb"} & set(tracking.trackers):
-        _check_writable("tracking.log_dir", tracking.log_dir)
+    retries = config.retries
+    if not _is_checked(config):
+        for left in reversed(range(retries.attempts + 1)):
+            try:
+                preflight(config)
+                break
+            except StoreError as error:
+                if not (deployment.id and left):
+                    raise
+                get_run_logger().warning("%s; asking again", error)
+                time.sleep(retries.delay_seconds * 2 ** min(retries.attempts - left, 5))
+    check_placement(config)
 
 
 def _check_writable(field: str, path: str) -> None:
@@ -117,30 +101,47 @@ def _check_writable(field: str, path: str) -> None:
         raise ConfigError(f"{field} = {str(folder)!r}: not writable; choose another folder")
 
 
-def preflight_flow(config: PipelineConfig) -> None:
-    """Run the checks of a flow: placement, and preflight unless its command did it.
+def _check_trackers(tracking: TrackingConfig) -> None:
+    """Check that the trackers' packages, which have their names, are installed."""
+    for name in tracking.trackers:
+        package = importlib.util.find_spec(name)
+        # wandb leaves a folder of its name, which would be found as a package without a file.
+        if package is None or package.origin is None:
+            raise ConfigError(
+                f"tracking.trackers = {name!r}: that package is not installed; run "
+                f"`pip install {name}`, or choose others (tracking.trackers = [] for none)"
+            )
+    if {"tensorboard", "wandb"} & set(tracking.trackers):
+        _check_writable("tracking.log_dir", tracking.log_dir)
 
-    A run of a deployment may be resumed on another machine just while the store is down, so it
-    retries as often as a stage does. A command fails at once.
 
-    Raises:
-        ConfigError: One line naming field, value and cure.
-    """
-    # A command imports this module before it sets Prefect's environment variables.
-    from prefect.logging import get_run_logger
-    from prefect.runtime import deployment
+def _sweep(store: Store) -> None:
+    """Remove unfinished uploads of killed publishers; a failure is only logged."""
+    try:
+        swept = store.sweep()
+    except StoreError as error:
+        log.debug("unfinished uploads stay where they are: %s", error)
+        return
+    if swept:
+        log.info("%s: removed %d unfinished uploads of killed runs", store.uri, swept)
 
-    from tasks.remote import check_placement
 
-    retries = config.retries
-    if not is_checked(config):
-        for left in reversed(range(retries.attempts + 1)):
-            try:
-                preflight(config)
-                break
-            except StoreError as error:
-                if not (deployment.id and left):
-                    raise
-                get_run_logger().warning("%s; asking again", error)
-                time.sleep(retries.delay_seconds * 2 ** min(retries.attempts - left, 5))
-    check_placement(config)
+def _check_model(external: ExternalModel, store: Store) -> None:
+    """Check an external model's configuration, without its weights."""
+    if not external.is_artifact:
+        external.check()
+        return
+    ref = store.resolve(external.uri)
+    if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
+        raise external.error(f"this artifact is a {ref.kind}, no model; give that of a model")
+    external.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
+
+
+def _is_checked(config: PipelineConfig) -> bool:
+    """Return whether the command that started this flow has checked its configuration."""
+    return _checked.get() == _without_placement(config)
+
+
+def _without_placement(config: PipelineConfig) -> PipelineConfig:
+    """Return a configuration without placement, which `preflight` does not read."""
+    return config.model_copy(update={"placement": {}})

@@ -1,7 +1,8 @@
-"""The last stage: promotes a policy after its gate, approval and smoke test.
+"""Promotion of a policy after its gate, a person's approval and a smoke test.
 
 The champion is read first, and replaced only if it is still the same at the end: a promotion by
-another run meanwhile is an error, not overwritten.
+another run meanwhile is an error, not overwritten. With manual approval, a run of a deployment is
+suspended until a person has decided.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
-from prefect.runtime import deployment
+from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
 from rlhf import champions
@@ -25,13 +26,11 @@ from rlhf.store import ArtifactRef, Store
 from tasks.stage import StageRun, store_of
 
 PROMOTION = "promotion.json"
-
-
 BY_GATES = "it met every gate"
 
 
 def promote(run: StageRun) -> StageResult:
-    """Make a policy the champion of its model line; write what was decided and seen.
+    """Make a policy the champion of its model line; write the decision and replies.
 
     Files: `promotion.json` and `smoke.json`.
 
@@ -60,7 +59,7 @@ def promote(run: StageRun) -> StageResult:
     )  # fmt: skip
     if is_new:
         _make_champion(run, before, approval)
-    # No time: equal work has an equal artifact. The history has it.
+    # No time, so that equal work has an equal artifact; the history has it.
     promotion = {
         "model": name,
         "policy": ref.digest,
@@ -78,32 +77,6 @@ def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bo
     return latest is not None and latest["policy"] == policy.digest
 
 
-def _make_champion(
-    run: StageRun, before: champions.Promotion | None, approval: Approval | None
-) -> None:
-    from prefect.runtime import flow_run  # takes a second where no flow has loaded it
-
-    policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
-    try:
-        champions.promote(
-            run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
-            by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
-            run=flow_run.get_name(), approval=approval,
-        )  # fmt: skip
-    except PromotionLost:
-        # Another try of this stage may have won, on a machine that was taken for lost.
-        if not is_champion(run.config, run.refs["policy"], run.store):
-            raise
-
-
-class Decision(RunInput):
-    """The decision's form, filled in by Prefect's UI or by `rlhf approve`."""
-
-    decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
-    by: str = Field(min_length=1, description="Who decides.")
-    why: str = Field(default="", description="The reason, for the promotion's record.")
-
-
 def is_waiting(config: PipelineConfig, policy: ArtifactRef) -> bool:
     """Return whether a policy that met every gate still needs a person's decision."""
     promotion = config.promotion
@@ -118,7 +91,7 @@ def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, abo
     """Suspend this flow run until a person has decided; record the decision.
 
     Suspension ends the process. The resumed run starts again, gets its completed stages from the
-    store, and gets the answer here. A run without a deployment can't be resumed: it goes on to the
+    store and the answer here. A run without a deployment can't be resumed: it goes on to the
     promotion, whose error names the missing approval.
     """
     if not deployment.id:
@@ -129,3 +102,27 @@ def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, abo
         store_of(config), config.promotion.name, policy.digest,
         approved=answer.decision == "approve", by=answer.by, why=answer.why, run=run,
     )  # fmt: skip
+
+
+class Decision(RunInput):
+    """The decision's form, filled in by Prefect's UI or by `rlhf approve`."""
+
+    decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
+    by: str = Field(min_length=1, description="Who decides.")
+    why: str = Field(default="", description="The reason, for the promotion's record.")
+
+
+def _make_champion(
+    run: StageRun, before: champions.Promotion | None, approval: Approval | None
+) -> None:
+    policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
+    try:
+        champions.promote(
+            run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
+            by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
+            run=flow_run.get_name(), approval=approval,
+        )  # fmt: skip
+    except PromotionLost:
+        # Another try of this stage may have won, on a machine that was taken for lost.
+        if not is_champion(run.config, run.refs["policy"], run.store):
+            raise

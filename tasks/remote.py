@@ -1,7 +1,8 @@
-"""A stage on other hardware, as a run of its own deployment.
+"""Stages on other hardware: each as a run of its own deployment.
 
-The run gets references and the configuration, and returns nothing: its result is in the store,
-under the same record as if it had run here.
+The child run gets references and the configuration, and returns nothing: its result is in the
+store, under the same record as if it had run here. Requests to Prefect's server are retried while
+it restarts.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from tasks.stage import Stage, store_of
 
 #: Seconds between two polls of the child, before and after `WAIT_NOTICE`.
 POLL, SLOW_POLL = 1.0, 5.0
-
-
 #: Seconds between two notices in the log that the child waits for a worker.
 WAIT_NOTICE = 60.0
-
-
 #: Limit on the children that have ended without a result of the same work.
 ATTEMPTS = 1000
-
-
 #: Seconds in which the event of a task's start reaches Prefect's database.
 TASK_EVENT = 10.0
+#: Seconds that a server may be down: time for a restart, or for another machine to take over.
+RETRY_TIME = 600.0
+#: Seconds between two requests; they double from the first to the longest.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
+SERVER_ERROR = 500
+T = TypeVar("T")
 
 
 def run_remotely(
@@ -47,8 +48,8 @@ def run_remotely(
 ) -> Outcome:
     """Run a stage in a deployment, unless it has a record; return the result.
 
-    A child that does this work already, for whatever parent, is waited for: its idempotency key is
-    the work's fingerprint, with a number that rises when a child has ended without a result.
+    A child of any parent that already does this work is waited for: the idempotency key is the
+    work's fingerprint, with a number that rises when a child has ended without a result.
 
     Raises:
         StageLost: The child crashed: its machine, worker or process is gone. Retriable.
@@ -91,7 +92,7 @@ def check_placement(config: PipelineConfig) -> None:
         for stage, place in placement.items():
             field = f"placement.{stage} = {place!r}"
             try:
-                retried(lambda place=place: client.read_deployment_by_name(place))
+                _retried(lambda place=place: client.read_deployment_by_name(place))
             except ObjectNotFound:
                 raise ConfigError(
                     f"{field}: no such deployment on {client.api_url}; run `make deploy`, or "
@@ -103,15 +104,15 @@ def _child(
     client: SyncPrefectClient, key: str, deployment: str, config: PipelineConfig,
     inputs: Mapping[str, ArtifactRef],
 ) -> FlowRun:  # fmt: skip
-    """Return the run that does this work, or create one."""
-    target = retried(lambda: client.read_deployment_by_name(deployment))
+    """Return the run that does this work, found by its idempotency key or created."""
+    target = _retried(lambda: client.read_deployment_by_name(deployment))
     parent = _linkable(client, task_run.id)
     parameters = {
         "overrides": config.model_dump(mode="json", exclude={"placement"}),
         "inputs": {role: ref.digest for role, ref in inputs.items()},
     }
     for attempt in range(ATTEMPTS):
-        child = retried(
+        child = _retried(
             lambda attempt=attempt: client.create_flow_run_from_deployment(
                 target.id,
                 parameters=parameters,
@@ -136,7 +137,7 @@ def _linkable(client: SyncPrefectClient, identifier: str | None) -> UUID | None:
     end = time.monotonic() + TASK_EVENT
     while identifier and time.monotonic() < end:
         try:
-            return retried(lambda: client.read_task_run(UUID(identifier))).id
+            return _retried(lambda: client.read_task_run(UUID(identifier))).id
         except ObjectNotFound:
             time.sleep(0.2)
     return None
@@ -147,7 +148,7 @@ def _wait(client: SyncPrefectClient, child: FlowRun, deployment: str) -> FlowRun
     started = last_notice = time.monotonic()
     logged = ""
     while True:
-        run = retried(lambda: client.read_flow_run(child.id))
+        run = _retried(lambda: client.read_flow_run(child.id))
         state = run.state
         assert state is not None
         if state.is_final():
@@ -177,8 +178,8 @@ def _require_completed(client: SyncPrefectClient, child: FlowRun, deployment: st
         return
     reason = state.message or "no reason"
     message = f"{child.name} on {deployment} {state.name.lower()}: {reason} {_link(child.id)}"
-    # A trainer that is cancelled saves first, and Prefect takes that for a crash, for a while.
-    states = retried(lambda: client.read_flow_run_states(child.id))
+    # A cancelled trainer saves first; Prefect reports a crash until it has ended.
+    states = _retried(lambda: client.read_flow_run_states(child.id))
     cancelled = any(before.type == StateType.CANCELLING for before in states)
     raise StageLost(message) if state.is_crashed() and not cancelled else StageFailed(message)
 
@@ -188,21 +189,7 @@ def _link(identifier: UUID) -> str:
     return f"{base}/runs/flow-run/{identifier}" if base else f"(run {identifier})"
 
 
-T = TypeVar("T")
-
-
-#: Seconds that a server may be down: time for a restart, or for another machine to take over.
-RETRY_TIME = 600.0
-
-
-#: Seconds between two requests; they double from the first to the longest.
-FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
-
-
-SERVER_ERROR = 500
-
-
-def retried(request: Callable[[], T]) -> T:
+def _retried(request: Callable[[], T]) -> T:
     """Return the result of a request, retried while the server is down (or 5xx).
 
     Raises:

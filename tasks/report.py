@@ -1,4 +1,4 @@
-"""The report of a pipeline run: an HTML page in the store, and a Markdown summary."""
+"""State of a pipeline run, its HTML report in the store, its Markdown summary."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ class PipelineRun:
 
     @property
     def all_cached(self) -> bool:
-        """Whether every stage had a record."""
+        """True if every stage had a record."""
         return all(row.state == StageState.CACHED for row in self.rows)
 
 
 def write_report(run: PipelineRun) -> str:
     """Write the report to the report folder and the store, and return its summary.
 
-    Sets `run.report`. A run that found every stage done gets the page of the run that it repeats.
-    The summary goes to Prefect's UI too.
+    Sets `run.report`. A run whose stages were all cached gets the page of the run that it repeats.
+    The summary is shown in Prefect's UI too.
     """
     store = store_of(run.config)
     summary = _summary(run, _publish(run, store), store)
@@ -93,7 +93,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
         page = Path(scratch) / REPORT
         report = _gather(run, store)
         page.write_text(render(report), encoding="utf-8")
-        # For programs; a number that is not finite is null there.
+        # For programs; a number that is not finite becomes null.
         (page.parent / DATA).write_text(report.model_dump_json(indent=1), encoding="utf-8")
         ref = store.publish(
             page.parent, "report", parents=run.refs, metrics={},

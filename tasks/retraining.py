@@ -1,4 +1,4 @@
-"""The decision to retrain, its history, and the configuration of a warm start."""
+"""Retraining: its decision, its history, and the configuration of a warm start."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Situation:
 
     @property
     def same_data(self) -> bool:
-        """Whether the last retraining had the same data."""
+        """True if the last retraining had the same data."""
         return self.last is not None and self.last["data"] == self.data
 
     @property
     def overdue(self) -> bool:
-        """Whether the champion is older than `retraining.max_age_days`."""
+        """True if the champion is older than `retraining.max_age_days`."""
         days = self.config.retraining.max_age_days
         when = (self.champion or {}).get("when")
         if days is None or when is None:
@@ -49,7 +49,7 @@ def situation(config: PipelineConfig, store: Store) -> Situation:
 
 
 def data_digest(config: PipelineConfig) -> str:
-    """Return the identity of the data and of how they are read, wherever they are."""
+    """Return a digest of the data's content and settings, without their location."""
     identity = {
         "source": source_digest(config.data, config.store_options),
         "data": config.data.model_dump(mode="json", exclude={"source"}),

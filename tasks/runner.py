@@ -1,8 +1,9 @@
-"""Runs one stage, unless a record shows that the same work was done before.
+"""Run of one stage, unless a record shows that the same work was done before.
 
 A run fetches the inputs, calls the body, publishes its files and writes a record. Its key is the
 stage's fingerprint: name, configuration it depends on, input digests, code and seed. A stage whose
-record and artifact are there is not run again by any process, machine or flow run.
+record and artifact exist is not run again by any process, machine or flow run. The versions of
+code and libraries, which fingerprints and manifests hold, are here too.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from tasks.progress import Transfer
 from tasks.stage import Stage, StageRun, store_of
 from tasks.stages import STAGES, discard_checkpoints
 
-_JSON = TypeAdapter(Any)
-
-
 log = logging.getLogger("rlhf.tasks")
+_JSON = TypeAdapter(Any)
+#: Libraries whose version can change the result of a stage.
+LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Work:
-    """A stage with all that its result follows from; `key` is the fingerprint of that."""
+    """A stage and everything that its result depends on; `key` is the fingerprint."""
 
     stage: Stage
     config: PipelineConfig
@@ -83,7 +84,7 @@ def run_stage(
     inputs: Mapping[str, ArtifactRef],
     progress: Progress = silent,
 ) -> Outcome:
-    """Run a stage, or return what its record has.
+    """Run a stage, or return its recorded outcome.
 
     Raises:
         ArtifactMissing: An input of the stage is not given.
@@ -99,11 +100,11 @@ def run_stage(
     with _exclusive(work_dir / f"{work.name}.lock", stage):
         recorded = recorded_outcome(work, store)
         if recorded is not None:
-            discard_checkpoints(store, checkpoints)  # of a try that was killed before it did so
+            discard_checkpoints(store, checkpoints)  # left by a try that was killed
             return recorded
         for scratch in work_dir.glob(f"{work.name}-*"):
-            shutil.rmtree(scratch)  # of a try that was killed; this process holds the lock
-        made_by = producer(stage.name, work.settings, config.seed)
+            shutil.rmtree(scratch)  # left by a killed try; this process holds the lock
+        provenance = producer(stage.name, work.settings, config.seed)
         with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{work.name}-") as scratch:
             out = Path(scratch, "out")
             out.mkdir()
@@ -114,10 +115,12 @@ def run_stage(
             external = stage.external_model(config)
             if external is not None and "base" not in folders:
                 folders["base"] = external.fetch(Path(scratch, "base")).folder
-            run = StageRun(config, work.refs, folders, out, checkpoints, store, made_by, progress)
+            run = StageRun(
+                config, work.refs, folders, out, checkpoints, store, provenance, progress
+            )
             result = stage.body(run)
             ref = store.publish(
-                out, stage.kind, parents=work.refs, producer=made_by, metrics=result.metrics,
+                out, stage.kind, parents=work.refs, producer=provenance, metrics=result.metrics,
                 listener=Transfer(f"{stage.name}: publishing"),
             )  # fmt: skip
         store.history.append(_record_name(stage, work.key), ref.model_dump(mode="json"))
@@ -140,20 +143,10 @@ def work_of(
     refs = {role: inputs[role] for role in needed}
     external = stage.external_model(config)
     if external is not None and external.is_artifact:
-        # As an input it is a parent of the result, and fetched like the others.
+        # As an input it becomes a parent of the result, and is fetched like the others.
         refs["base"] = store.resolve(external.uri)
     settings = _settings(stage, config)
     return Work(stage, config, refs, settings, fingerprint(stage, config, refs, settings))
-
-
-def recorded_outcome(work: Work, store: Store) -> Outcome | None:
-    """Return the recorded result of the same work on any machine, if there is one."""
-    started = time.monotonic()
-    ref = recorded_ref(store, work.stage, work.key)
-    if ref is None or not work.stage.holds(work.config, work.refs, store):
-        return None
-    metrics = store.manifest(ref).metrics
-    return Outcome(work.stage.name, ref, True, time.monotonic() - started, metrics)
 
 
 def fingerprint(
@@ -178,8 +171,18 @@ def fingerprint(
     return sha256_bytes(canonical_json(identity))
 
 
+def recorded_outcome(work: Work, store: Store) -> Outcome | None:
+    """Return the recorded result of the same work on any machine, or None."""
+    started = time.monotonic()
+    ref = recorded_ref(store, work.stage, work.key)
+    if ref is None or not work.stage.holds(work.config, work.refs, store):
+        return None
+    metrics = store.manifest(ref).metrics
+    return Outcome(work.stage.name, ref, True, time.monotonic() - started, metrics)
+
+
 def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
-    """Return the artifact that a record names, if the store still has all of it."""
+    """Return the artifact that a record names, if the store still has it whole."""
     record = store.history.latest(_record_name(stage, key))
     if record is None:
         return None
@@ -203,24 +206,81 @@ def find_inputs(
                 f"--input {role}: no input of {stage.name}, which takes "
                 f"{', '.join(needed) or 'none'}"
             )
-        wanted = STAGES[needed[role]].kind
-        if ref.kind != wanted:
+        kind = STAGES[needed[role]].kind
+        if ref.kind != kind:
             raise ConfigError(
-                f"--input {role}: {ref.short} is of kind {ref.kind}; give one of kind {wanted}, "
+                f"--input {role}: {ref.short} is of kind {ref.kind}; give one of kind {kind}, "
                 f"as {needed[role]} makes it"
             )
     store = store_of(config)
     inputs = dict(given)
     for role, maker in needed.items():
         if role not in inputs:
-            wanted = f"{stage.name}: {role}"
-            inputs[role] = _recorded_result(STAGES[maker], config, store, given, wanted)
+            label = f"{stage.name}: {role}"
+            inputs[role] = _recorded_result(STAGES[maker], config, store, given, label)
     return inputs
+
+
+def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
+    """Return a manifest's record of an artifact's origin: stage, settings, code."""
+    return Producer(
+        stage=stage,
+        code_version=code_version(),
+        dirty=commit().endswith("-dirty") if commit() else None,
+        config=dict(config),
+        lock_digest=lock_digest(),
+        seed=seed,
+        versions=library_versions(),
+    )
+
+
+@cache
+def code_version() -> str:
+    """Return a hash of the library's sources, equal for equal code, committed or not.
+
+    `rlhf/report` is left out: it shows results, and must not cause training to run again.
+    """
+    root = Path(rlhf.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
+        if path.relative_to(root).parts[0] != "report":
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return f"{rlhf.__version__}+{digest.hexdigest()[:16]}"
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Return the installed versions of `LIBRARIES`."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+@cache
+def lock_digest() -> str | None:
+    """Return the sha256 of the checkout's constraints.txt; None outside of a checkout."""
+    path = Path(rlhf.__file__).parent.parent / "constraints.txt"
+    return file_sha256(path) if path.is_file() else None
+
+
+@cache
+def commit() -> str:
+    """Return the checkout's commit, `-dirty` if changed; empty outside of a checkout."""
+    root = Path(rlhf.__file__).parent.parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 @contextmanager
 def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
-    """A file lock, for which a second run of the same work waits."""
+    """Hold a file lock, for which a second run of the same work waits."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -247,7 +307,7 @@ def _recorded_result(
     config: PipelineConfig,
     store: Store,
     given: Mapping[str, ArtifactRef],
-    wanted: str,
+    label: str,
 ) -> ArtifactRef:
     """Return a stage's recorded artifact, with its inputs found in the same way.
 
@@ -256,77 +316,16 @@ def _recorded_result(
         config: Configuration of the run.
         store: Where the records are.
         given: Artifacts by role that take the place of recorded ones.
-        wanted: Stage and role that it is an input of, for the error.
+        label: Stage and role that need it, for the error message.
     """
     inputs = {
-        role: given.get(role) or _recorded_result(STAGES[maker], config, store, given, wanted)
+        role: given.get(role) or _recorded_result(STAGES[maker], config, store, given, label)
         for role, maker in stage.needed_inputs(config).items()
     }
     ref = recorded_ref(store, stage, work_of(stage, config, inputs, store).key)
     if ref is None:
         raise ArtifactMissing(
-            f"{wanted} is missing: {stage.name} has not run with this configuration; run "
+            f"{label} is missing: {stage.name} has not run with this configuration; run "
             f"`rlhf stage {stage.name}` first, or give --input <role>=<artifact>"
         )
     return ref
-
-
-#: Libraries whose version can change the result of a stage.
-LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
-
-
-@cache
-def code_version() -> str:
-    """Return a hash of the library's sources, equal for equal code, committed or not.
-
-    `rlhf/report` is left out: it shows results, and must not cause training to run again.
-    """
-    root = Path(rlhf.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
-        if path.relative_to(root).parts[0] != "report":
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return f"{rlhf.__version__}+{digest.hexdigest()[:16]}"
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Return the installed versions of `LIBRARIES`."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
-
-
-def producer(stage: str, config: Mapping[str, Any], seed: int) -> Producer:
-    """Return a manifest's record of an artifact's origin: stage, settings, code."""
-    return Producer(
-        stage=stage,
-        code_version=code_version(),
-        dirty=commit().endswith("-dirty") if commit() else None,
-        config=dict(config),
-        lock_digest=lock_digest(),
-        seed=seed,
-        versions=library_versions(),
-    )
-
-
-@cache
-def lock_digest() -> str | None:
-    """Return the sha256 of the checkout's constraints.txt; None outside of a checkout."""
-    path = Path(rlhf.__file__).parent.parent / "constraints.txt"
-    return file_sha256(path) if path.is_file() else None
-
-
-@cache
-def commit() -> str:
-    """Return the checkout's commit, `-dirty` if changed; empty outside of a checkout."""
-    root = Path(rlhf.__file__).parent.parent
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

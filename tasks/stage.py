@@ -1,4 +1,4 @@
-"""The types of a pipeline stage: its declaration, and a run of it."""
+"""Types of a pipeline stage: its declaration, and the arguments of its body."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StageRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One node of the pipeline, with everything that is particular to it."""
+    """Declaration of a stage: one node of the pipeline."""
 
     name: StageName
     kind: str

@@ -1,8 +1,9 @@
-"""The pipeline's stages: their inputs, fingerprints and bodies.
+"""The pipeline's stages: bodies, the table that declares them, PPO's checkpoints.
 
-The only module that knows both the library's functions and the artifacts' roles. Heavy imports
+The only module that joins the library's functions with the artifacts' roles. The bodies stand
+before `STAGES`, whose rows name them. Heavy imports
 stay inside functions: a run whose stages are all recorded loads no torch, and the command loads
-Prefect, as `tasks.promotion` does, only after it has set Prefect's environment variables.
+Prefect, which `tasks.promotion` imports, only after it has set Prefect's environment variables.
 """
 
 from __future__ import annotations
@@ -31,21 +32,9 @@ from tasks.external_inputs import (
 )
 from tasks.stage import Shown, Stage, StageRun
 
+log = logging.getLogger("rlhf.tasks")
 EVALUATION = "evaluation.json"
-
-
 SAMPLES = "samples.json"
-
-
-def stage_named(name: str) -> Stage:
-    """Return a stage by its name.
-
-    Raises:
-        ArtifactMissing: No stage has that name; the message lists those that exist.
-    """
-    if name not in STAGES:
-        raise ArtifactMissing(f"{name!r} is no stage; choose one of {', '.join(STAGES)}")
-    return STAGES[name]
 
 
 def _prepare_data(run: StageRun) -> StageResult:
@@ -61,7 +50,7 @@ def _prepare_data(run: StageRun) -> StageResult:
 def _train_sft(run: StageRun) -> StageResult:
     section, base = run.config.sft, run.config.base
     if not section.enabled:
-        # Nothing is trained, so there is nothing to share among child processes.
+        # Nothing is trained, so no child processes are needed.
         section = section.model_copy(update={"processes": None})
     if "base" in run.folders:
         base = base.model_copy(update={"path": str(run.folders["base"]), "revision": None})
@@ -100,7 +89,7 @@ def _train_policy(run: StageRun) -> StageResult:
 def _train(
     run: StageRun, field: str, section: SFTConfig | RewardModelConfig | PPOConfig, **values: Any
 ) -> StageResult:
-    """Train in this process, or in as many child processes as the section asks for.
+    """Train in this process, or in the section's number of child processes.
 
     Args:
         run: Arguments of the stage's body.
@@ -151,7 +140,7 @@ def _show_samples(folder: Path, config: PipelineConfig) -> Mapping[str, Shown]:
 
 
 def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
-    """Return a gate's body, which writes any verdict; `_enforce` raises afterwards.
+    """Return a gate's body, which writes any verdict; the task raises afterwards.
 
     Args:
         subject: Role of the artifact that is judged.
@@ -205,7 +194,6 @@ PREPARE_DATA = Stage(
     headline=(("{:,} pairs", "pairs_train"), ("{:,} prompts", "prompts_train")),
 )
 
-
 TRAIN_SFT = Stage(
     name="train-sft",
     kind="policy",
@@ -221,7 +209,6 @@ TRAIN_SFT = Stage(
     tracks_steps=True,
 )
 
-
 TRAIN_REWARD_MODEL = Stage(
     name="train-reward-model",
     kind="reward-model",
@@ -233,7 +220,6 @@ TRAIN_REWARD_MODEL = Stage(
     section="reward_model",
     tracks_steps=True,
 )
-
 
 EVALUATE_REWARD_MODEL = Stage(
     name="evaluate-reward-model",
@@ -253,7 +239,6 @@ EVALUATE_REWARD_MODEL = Stage(
     section="evaluation",
 )
 
-
 GATE_REWARD_MODEL = Stage(
     name="gate-reward-model",
     kind="verdict",
@@ -266,7 +251,6 @@ GATE_REWARD_MODEL = Stage(
     headline=(("{} of {} rules met", "passed", "rules"),),
     show=_show_verdict,
 )
-
 
 TRAIN_POLICY = Stage(
     name="train-policy",
@@ -286,7 +270,6 @@ TRAIN_POLICY = Stage(
     section="ppo",
     tracks_steps=True,
 )
-
 
 EVALUATE_POLICY = Stage(
     name="evaluate-policy",
@@ -312,7 +295,6 @@ EVALUATE_POLICY = Stage(
     show=_show_samples,
 )
 
-
 GATE_POLICY = Stage(
     name="gate-policy",
     kind="verdict",
@@ -322,7 +304,6 @@ GATE_POLICY = Stage(
     headline=(("{} of {} rules met", "passed", "rules"),),
     show=_show_verdict,
 )
-
 
 PROMOTE = Stage(
     name="promote",
@@ -340,7 +321,6 @@ PROMOTE = Stage(
     headline=(("champion of {}", "model"),),
 )
 
-
 #: All stages by name, in the order of a run.
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -351,7 +331,15 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 
 
-log = logging.getLogger("rlhf.tasks")
+def stage_named(name: str) -> Stage:
+    """Return a stage by its name.
+
+    Raises:
+        ArtifactMissing: No stage has that name; the message lists those that exist.
+    """
+    if name not in STAGES:
+        raise ArtifactMissing(f"{name!r} is no stage; choose one of {', '.join(STAGES)}")
+    return STAGES[name]
 
 
 def checkpoint_store_of(run: StageRun) -> CheckpointStoreConfig | None:
@@ -369,7 +357,7 @@ def checkpoint_store_of(run: StageRun) -> CheckpointStoreConfig | None:
 def discard_checkpoints(store: Store, checkpoints: Path) -> None:
     """Remove the checkpoints of a completed stage, if it had any.
 
-    Of those in the store the best one stays until garbage is collected.
+    Of those in the store the best one stays until the next garbage collection.
     """
     if not checkpoints.exists():
         return
@@ -382,5 +370,5 @@ def discard_checkpoints(store: Store, checkpoints: Path) -> None:
 
 
 def _store_name(checkpoints: Path) -> str:
-    """Return the name within the pipeline's store, from that of the local folder."""
+    """Return the name within the pipeline's store, from the local folder's name."""
     return f"checkpoints/{checkpoints.name}"

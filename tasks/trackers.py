@@ -27,7 +27,6 @@ from tasks.stage import Stage
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-
 log = logging.getLogger("rlhf.tasks")
 
 
@@ -48,7 +47,7 @@ class StageMetrics:
         self._first = self._step = 0
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send the metrics of a step; the first step, with or without, is the start."""
+        """Send the metrics of a step; the first step, with metrics or without, is the start."""
         self._first = self._first or step
         if metrics and self._wanted and self._stage.tracks_steps:
             self._send(step, _numbers(metrics))
@@ -77,7 +76,7 @@ class StageMetrics:
         self._each(lambda tracker: tracker.log(dict(numbers), step=step))
 
     def _open(self) -> None:
-        """Open all trackers, in the run of an earlier try if this one resumes it."""
+        """Open all trackers, in the run of an earlier try if this try resumes it."""
         from accelerate.state import PartialState
 
         from rlhf.modeling.device import prepare_device
@@ -114,7 +113,7 @@ class StageMetrics:
         return expand_home(self._config.runtime.work_dir) / "tracked" / name
 
     def _parameters(self) -> dict[str, Any]:
-        """The stage's section, flat, and the seed; values that are no scalars as text."""
+        """Return the stage's section, flat, and the seed; non-scalar values as text."""
         assert self._stage.section is not None  # else no tracker is opened
         section = getattr(self._config, self._stage.section).model_dump(mode="json")
         values = {"seed": self._config.seed, **dict(flatten(section))}
@@ -141,7 +140,7 @@ class StageMetrics:
 
 
 def _tracker(name: Tracker, tracking: TrackingConfig, title: str, step: int) -> GeneralTracker:
-    """One of accelerate's trackers, not started, for a run whose first step is `step`."""
+    """Return a tracker of accelerate, not started, for a run that begins at `step`."""
     from accelerate import tracking as classes
 
     run, _, stage = title.partition("/")

@@ -1,8 +1,8 @@
-"""A real S3 server for the tests: one-node Ceph on loopback, installed by apt if it is missing.
+"""A real S3 server for the tests: one-node Ceph on loopback, installed by apt.
 
 From the shell, `python -m tests.ceph` prints the export lines to paste into another terminal
 (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...) and serves until Ctrl-C. Root and apt are needed only
-where Ceph is not installed; all data live in a temporary folder and go with it.
+where Ceph is not installed; all data are in a temporary folder, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tests.servers import PATIENCE, apt_install, for_tests, serve
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 DAEMONS = ("ceph-mon", "ceph-osd", "radosgw", "monmaptool", "radosgw-admin", "ceph", "openssl")
 
-# Without the six crc modes RGW hangs for ever; the pool settings let one OSD be a cluster. Unless
-# told otherwise RGW keeps what was deleted for two hours: a full memstore blocks every write. By
-# default the monitor waits a second before each change of the map, and RGW's start makes ten.
+# Without the six crc modes RGW hangs for ever; the pool settings let one OSD be a cluster. By
+# default RGW keeps deleted objects for two hours, and a full memstore blocks every write, and the
+# monitor waits a second before each change of the map, of which RGW's start makes ten.
 CONF = """
 [global]
 fsid = {fsid}
@@ -79,9 +79,9 @@ ssl_certificate={dir}/cert.pem ssl_private_key={dir}/key.pem
 
 @dataclass(frozen=True)
 class CephServer:
-    """Where the server listens, and two users: one for the tests, one without any bucket.
+    """Endpoints of the server, and two users: one for the tests, one without a bucket.
 
-    The first has a second pair of keys, for what changes keys in mid-transfer.
+    The first has a second pair of keys, for changes of keys during a transfer.
     """
 
     endpoint: str
@@ -96,7 +96,7 @@ class CephServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs in its environment."""
+        """Environment variables of a client."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -106,14 +106,14 @@ class CephServer:
 
 
 def install() -> None:
-    """Install what is missing, or raise `UnavailableError` with the reason."""
+    """Install Ceph if it is missing, or raise `UnavailableError` with the reason."""
     if all(shutil.which(name) for name in DAEMONS):
         return
     apt_install("Ceph", *PACKAGES, "openssl")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Return ports that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -123,9 +123,9 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def ceph_server(settings: str = "") -> Iterator[CephServer]:
-    """Start the server, yield where it is, and end what was started by its process id.
+    """Start the server, yield its address, and end its processes by their ids.
 
-    `settings` are further lines of its configuration; they win over those above.
+    `settings` are further lines of its configuration; they override `CONF`.
     """
     install()
     folder = Path(tempfile.mkdtemp(prefix="ceph-"))

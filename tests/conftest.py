@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share."""
+"""Set-up of all tests: environment, shape checks, coverage, order and groups."""
 
 import os
 
@@ -17,8 +17,8 @@ from tests import reaper
 from tests.ceph import s3_server
 from tests.swift import s3_weak_server
 
-# Before any test imports rlhf. Off for the whole quickstart, which runs at a user's speed, and on
-# a bare GPU machine, which has no beartype.
+# Before any test imports rlhf. RLHF_CHECK_SHAPES=0 for the whole quickstart, which runs at a user's
+# speed, and for a bare GPU machine, which has no beartype.
 CHECKS_SHAPES = os.environ.get("RLHF_CHECK_SHAPES", "1") == "1"
 if CHECKS_SHAPES:
     from tests.library import typecheck
@@ -43,21 +43,22 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With `-m device`, import no other modules: a bare GPU machine lacks what they need."""
+    """With `-m device`, import no other modules, whose packages a GPU machine may lack."""
     if not config.option.markexpr.startswith("device") or collection_path.suffix != ".py":
         return None
-    # pytest asks this for conftest.py too.
+    # pytest calls this for conftest.py too.
     is_test = collection_path.name.startswith("test_")
     return (is_test and "pytest.mark.device" not in collection_path.read_text("utf-8")) or None
 
 
-#: Whole programs, and the emulated device: they call what other suites measure, at a high price.
+#: Whole programs, and the emulated device: slow under coverage, and they run code that other suites
+#: measure.
 UNMEASURED = (
     "tests/flows/", "tests/production/", "tests/benchmarks/", "tests/test_reaper",
     "tests/test_emulated_cuda", "tests/library/test_on_a_device",
 )  # fmt: skip
-#: Their subject is what a training saves; shapes are checked where its options are tested. Checks
-#: make a PPO run half as long again.
+#: Tests of saved state; the tests of PPO's options check shapes. Checks make a PPO run take half as
+#: long again.
 UNCHECKED = tuple(
     f"tests/library/test_{name}"
     for name in ("checkpoint", "ppo_resume", "processes", "resume_stage", "uploads")
@@ -66,7 +67,7 @@ UNCHECKED = tuple(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Measure coverage and check shapes in the tests of single functions alone."""
+    """Measure coverage and check shapes only in tests of single functions."""
     measured = not item.nodeid.startswith(UNMEASURED)
     _measure(item.config, measured)
     if CHECKS_SHAPES:
@@ -82,16 +83,16 @@ def _measure(config, wanted: bool) -> None:
         (coverage.start if wanted else coverage.stop)()
 
 
-#: The longest first, so that no worker begins one when the other has nothing left. A group shares
-#: servers or models, hence runs on one worker.
+#: Longest first, so that both workers end together. A group shares servers or models, so it runs on
+#: one worker.
 GROUPS = ("production", "prefect", "s3", "gpu")
-#: Long tests of no group, before the many short ones that fill up both workers.
+#: Long tests without a group, before the many short ones.
 LONG = ("tests/library/test_on_a_device", "tests/test_reaper", "tests/library/test_processes")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Skip what needs a CPU elsewhere; group the tests by the servers they use, and sort."""
+    """Skip CPU-only tests on other devices; group tests by their servers, and sort."""
     for item in items:
         cpu_only = item.get_closest_marker("cpu_only")
         if cpu_only and (os.environ.get("RLHF_DEVICE") or "cpu") != "cpu":

@@ -1,4 +1,4 @@
-"""An emulated CUDA device on a machine without one: finds device bugs and counts host syncs.
+"""An emulated CUDA device: finds device bugs and counts host syncs without a GPU.
 
 `with emulated_cuda() as gpu:` makes `torch.device("cuda")` usable. A tensor there is an
 `EmulatedTensor`, which wraps a CPU tensor and computes on it, so that results equal those of the
@@ -50,7 +50,7 @@ FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 def emulated_cuda() -> Iterator[EmulatedDevice]:
     """Make torch.device("cuda") usable inside. Move results to the CPU before leaving.
 
-    Accelerate's state, which is the process's, is reset before and afterwards.
+    Accelerate's process-wide state is reset before and afterwards.
     """
     calls = _PythonCalls()
     with ExitStack() as stack:
@@ -101,7 +101,7 @@ class _CreatedInside(TorchDispatchMode):
     """Wraps what C++ creates by itself inside of an operation on emulated tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # from here on, it is no longer Python that calls
+        with torch._C.DisableTorchFunction():  # the caller is C++ from here on
             result = func(*args, **(kwargs or {}))
         if not DEVICES[-1].inside or type(result) is not Tensor:
             return result
@@ -121,9 +121,9 @@ def _inside(emulated: bool) -> Iterator[None]:
 
 
 def _backward(calls: _PythonCalls) -> tuple[str, Callable[..., Any]]:
-    """The name and a version of autograd's entry that keeps `calls` on for custom functions.
+    """Return name and replacement of autograd's entry, with `calls` on inside it.
 
-    torch takes a mode off while it handles Tensor.backward.
+    torch disables a mode while it handles Tensor.backward.
     """
     name = "_engine_run_backward"
     run = getattr(torch.autograd, name)
@@ -145,7 +145,7 @@ def _check_generator(generator: torch.Generator | None, emulated: bool) -> None:
 
 
 def _create(func: Any, args: Any, kwargs: dict[str, Any]) -> EmulatedTensor:
-    """The result of a factory function, on the emulated device."""
+    """Return the result of a factory function, on the emulated device."""
     with _inside(False):
         inner = func(*args, **{**kwargs, "device": "cpu"})
     gpu = DEVICES[-1]
@@ -227,7 +227,7 @@ class _Stream:
 
 
 def _patches() -> list[tuple[Any, str, Any]]:
-    """Replacements for what asks the driver."""
+    """Return replacements of the functions that call the driver."""
 
     def as_cpu(function: Any) -> Any:
         return lambda *args: function(*("cpu" if a == "cuda" else a for a in args))
@@ -239,7 +239,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
     group = torch._C._group_tensors_by_device_and_dtype
 
     def grouped(tensorlists: Any, with_indices: bool = False) -> Any:
-        """torch's groups of tensors, by the devices that Python sees."""
+        """Group tensors as torch does, by the devices that Python sees."""
         groups = group(tensorlists, with_indices)
         return {
             (lists[0][0].device, dtype): (lists, i) for (_, dtype), (lists, i) in groups.items()

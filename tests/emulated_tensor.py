@@ -1,4 +1,4 @@
-"""A tensor that Python sees on cuda:0 and that computes on the CPU, and counters of its costs.
+"""An emulated CUDA tensor that computes on the CPU, and counters of its costs.
 
 For use inside of `tests.emulated_cuda.emulated_cuda` only.
 """
@@ -20,7 +20,7 @@ import rlhf
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
 PACKAGE = str(Path(rlhf.__file__).parent)
-#: Files whose functions only copy: the line that calls them is counted.
+#: Files whose functions only copy: costs are counted at their callers' lines.
 HELPERS = {"modeling/device.py"}
 
 #: Operations whose result or its size the host must wait for.
@@ -47,11 +47,11 @@ FREE = ("detach", "alias", "empty", "lift", "_unsafe_view", "_reshape_alias")
 
 
 class EmulatedDevice:
-    """Counters of what a program does on the emulated device, by its source line in `rlhf`."""
+    """Counters of a program's use of the emulated device, by source line in `rlhf`."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda")
-        #: Whether C++ runs an operation on emulated tensors: what it creates is emulated as well.
+        #: True while C++ runs an operation on emulated tensors: what it creates is emulated too.
         self.inside = False
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._completed = 0
@@ -74,7 +74,7 @@ class EmulatedDevice:
         return self.kernels.total()
 
     def report(self) -> str:
-        """All waits and copies, the most frequent first."""
+        """Return all waits and copies as text, the most frequent first."""
         counters = {
             "syncs": self.syncs, "uploads": self.uploads, "async uploads": self.async_uploads
         }  # fmt: skip
@@ -85,7 +85,7 @@ class EmulatedDevice:
         return "\n".join(lines)
 
     def sync(self, name: str) -> None:
-        """Count a wait for the device; all copies to pinned memory have arrived afterwards."""
+        """Count a wait for the device, and complete all copies to pinned memory."""
         self.syncs[f"{source_line()} {name}"] += 1
         self.complete(self.mark())
 
@@ -98,7 +98,7 @@ class EmulatedDevice:
     def download(self, source: EmulatedTensor, target: Tensor, non_blocking: bool) -> None:
         """Copy to the host: at once, or to pinned memory when the host waits for the device.
 
-        Until then the target holds NaN or the least integer, so that a read too early is noticed.
+        Until then the target holds NaN or the least integer, so that early reads are detected.
         """
         self.kernels["download"] += 1
         if not (non_blocking and is_pinned(target)):
@@ -110,11 +110,11 @@ class EmulatedDevice:
         target.fill_(torch.iinfo(target.dtype).min if integer else torch.nan)
 
     def mark(self) -> int:
-        """A point in the device's queue, for `complete`."""
+        """Return the current point in the device's queue, for `complete`."""
         return self._completed + len(self._copies)
 
     def complete(self, mark: int) -> None:
-        """Let the copies to pinned memory arrive that were queued before `mark`."""
+        """Complete the copies to pinned memory that were queued before `mark`."""
         while self._copies and self._completed < mark:
             target, source = self._copies.pop(0)
             self._completed += 1
@@ -122,12 +122,15 @@ class EmulatedDevice:
                 target.copy_(source)
 
 
-#: The devices of the contexts that are open; the first is for tensors that outlive theirs.
+#: Devices of the open contexts; the first one is for tensors that outlive their context.
 DEVICES = [EmulatedDevice()]
 
 
 def source_line() -> str:
-    """`path:line function` of the innermost frame in `rlhf`; in a backward pass, of its forward."""
+    """Return `path:line function` of the innermost frame in `rlhf`.
+
+    In a backward pass, that of the forward pass.
+    """
     node = torch._C._current_autograd_node()
     if node is not None and "source" in node.metadata:
         return f"{node.metadata['source']} (backward)"
@@ -142,19 +145,19 @@ def source_line() -> str:
 
 
 def is_cuda(device: Any) -> bool:
-    """Whether an argument `device` names the emulated device."""
+    """Return whether an argument `device` names the emulated device."""
     if isinstance(device, int):
         return True  # torch's meaning of a number where an accelerator is available
     return device is not None and torch.device(device).type == "cuda"
 
 
 def is_pinned(tensor: Tensor) -> bool:
-    """Whether a CPU tensor counts as pinned; views of a pinned tensor do not."""
+    """Return whether a CPU tensor counts as pinned; views of a pinned one do not."""
     return getattr(tensor, "emulated_pinned", False)
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """Let a CPU tensor count as pinned."""
+    """Mark a CPU tensor as pinned."""
     tensor.emulated_pinned = True  # pyright: ignore[reportAttributeAccessIssue]
     return tensor
 
@@ -260,7 +263,7 @@ class EmulatedTensor(Tensor):
 
 
 def leaves_of(tree: Any) -> Iterator[Any]:
-    """Yield all that is in nested containers; torch's pytree takes ten times as long."""
+    """Yield the leaves of nested containers; torch's pytree takes ten times as long."""
     if isinstance(tree, dict):
         tree = tree.values()
     elif not isinstance(tree, tuple | list):
@@ -288,12 +291,12 @@ def mapped(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def inner_of(tree: Any) -> Any:
-    """The same arguments with the CPU tensors inside of emulated ones."""
+    """Return the arguments with emulated tensors replaced by their CPU tensors."""
     return mapped(EmulatedTensor, lambda t: t.inner, tree)
 
 
 def parse_to(args: Any, kwargs: Any) -> tuple[Any, torch.dtype | None, bool, bool]:
-    """Device, dtype, non_blocking and copy from the arguments of Tensor.to."""
+    """Return device, dtype, non_blocking and copy from the arguments of Tensor.to."""
     device, dtype, other = (kwargs.get(name) for name in ("device", "dtype", "other"))
     flags = [arg for arg in args if isinstance(arg, bool)]
     for arg in args:
@@ -310,7 +313,7 @@ def parse_to(args: Any, kwargs: Any) -> tuple[Any, torch.dtype | None, bool, boo
 
 
 def transfer(source: Tensor, dtype: torch.dtype | None, non_blocking: bool) -> Tensor:
-    """A copy on the other device, through which gradients flow back."""
+    """Return a copy on the other device, through which gradients flow back."""
     if torch.is_grad_enabled() and source.requires_grad:
         result: Any = _Transfer.apply(source, dtype, non_blocking)
         return result
@@ -397,7 +400,7 @@ def _check_devices(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 @functools.cache
 def _arguments(func: Any) -> list[tuple[str, bool]]:
-    """Name of each argument of an operation, and whether it is written to."""
+    """Return each argument's name, and whether the operation writes to it."""
     return [
         (argument.name, argument.alias_info is not None and argument.alias_info.is_write)
         for argument in func._schema.arguments

@@ -1,8 +1,9 @@
-"""End what an interrupted test session leaves running: its servers, workers and commands.
+"""Kill the processes that an interrupted test session leaves running.
 
-Every process that a session starts inherits `VARIABLE`, which names the session; those in sessions
-(`setsid`) of their own and the children of servers too. A small process of its own waits for the
-end of pytest, however it ends (Ctrl-C, SIGTERM, SIGKILL), and then kills all that bears the name.
+Every process that a session starts inherits the environment variable `VARIABLE`, which names the
+session; so do processes after `setsid` and the children of servers. A small separate process waits
+for the end of pytest (also by Ctrl-C, SIGTERM or SIGKILL), and then kills all processes with that
+name.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ VARIABLE = "PYTEST_SESSION_NAMES"
 def start() -> None:
     """Name this session and have its processes killed when this process has ended."""
     name = uuid.uuid4().hex
-    # A session that a test starts belongs to the outer one as well.
+    # A session that a test starts belongs to the outer session too.
     os.environ[VARIABLE] = f"{os.environ.get(VARIABLE, '')}:{name}"
     if sys.platform != "linux":
         return
@@ -40,19 +41,19 @@ def start() -> None:
 
 
 def processes_of(name: str) -> list[int]:
-    """Return the processes, zombies left out, that a session of this name has started."""
+    """Return the living processes that the session of this name has started."""
     pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if name.encode() in (folder / "environ").read_bytes():
                 pids.append(int(folder.name))
-        except OSError:  # ended meanwhile, or somebody else's
+        except OSError:  # ended meanwhile, or of another user
             continue
     return pids
 
 
 def main(pid: int, name: str) -> None:
-    """Wait for the end of process `pid`, then kill the session's processes until none is left."""
+    """Wait for the end of process `pid`, then kill all of the session's processes."""
     with contextlib.suppress(ProcessLookupError):  # it has ended already
         select.select([os.pidfd_open(pid)], [], [])
     while pids := processes_of(name):

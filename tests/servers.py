@@ -1,4 +1,4 @@
-"""What the tests' S3 servers have in common: a fixture's life, and serving by hand."""
+"""Common parts of the tests' S3 servers: installation, fixtures, serving by hand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-#: Seconds after which what is waited for counts as never coming: how long a broken program hangs,
-#: never whether a machine is quiet enough.
+#: Timeout in seconds, large enough for a loaded machine: only a broken program reaches it.
 PATIENCE = 900.0
 
 
@@ -50,7 +49,7 @@ def apt_install(what: str, *packages: str) -> None:
 
 
 def for_tests(start: Callable[[], AbstractContextManager[S]]) -> Iterator[S]:
-    """A fixture's body: the server; skips where it can't be had, except in CI."""
+    """Yield the server, as a fixture's body; skip where it is unavailable, fail in CI."""
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(start())
@@ -61,7 +60,7 @@ def for_tests(start: Callable[[], AbstractContextManager[S]]) -> Iterator[S]:
 
 @contextlib.contextmanager
 def client_of(server: _Server, bucket: str, **options: Any) -> Iterator[Any]:
-    """boto3 as its own authority, past all code of ours, with the bucket made."""
+    """Yield a boto3 client independent of the store's code; creates the bucket."""
     import boto3  # not on a bare GPU machine
     from botocore.config import Config
 
@@ -71,7 +70,7 @@ def client_of(server: _Server, bucket: str, **options: Any) -> Iterator[Any]:
         aws_access_key_id=server.access_key,
         aws_secret_access_key=server.secret_key,
         region_name="us-east-1",
-        # Without it Swift refuses what boto3 sends.
+        # Swift refuses boto3's default checksums.
         config=Config(request_checksum_calculation="when_required", **options),
     )
     client.create_bucket(Bucket=bucket)
@@ -80,7 +79,7 @@ def client_of(server: _Server, bucket: str, **options: Any) -> Iterator[Any]:
 
 
 def serve(start: Callable[[], AbstractContextManager[_Server]]) -> None:
-    """Print what a shell needs to reach the server, until Ctrl-C or SIGTERM."""
+    """Serve, and print the shell's export lines, until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), start() as server:
         for name, value in server.environment.items():

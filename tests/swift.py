@@ -1,9 +1,9 @@
-"""A second real S3 server for the tests, weak where Ceph is strong: OpenStack Swift with s3api.
+"""A real S3 server with weak conditional writes: OpenStack Swift with s3api.
 
-It looks for the object before it reads the body of a PUT, so that `If-None-Match: *` lets several
-of the writers at once win. From the shell, `python -m tests.swift` prints the export lines to
+It checks for the object before it reads the body of a PUT, so that several concurrent writers with
+`If-None-Match: *` may succeed. From the shell, `python -m tests.swift` prints the export lines to
 paste into another terminal and serves until Ctrl-C. The programs stay in a virtual environment in
-the temporary folder, for the next time; all data live in a folder that goes with the server.
+the temporary folder, for the next time; the data's folder is removed with the server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.ceph import free_ports
 from tests.servers import PATIENCE, UnavailableError, for_tests, serve
 
 VERSION = "2.38.3"
-# Swift, PyECLib and all that pip chose for them.
+# Swift, PyECLib and their dependencies, as pip chose them.
 PACKAGES = (
     f"swift=={VERSION}",
     "certifi==2026.10.18",
@@ -48,9 +48,9 @@ PACKAGES = (
 )
 KINDS = ("account", "container", "object", "proxy")
 
-# One process each, without workers: greenlets are enough for the race. With the default limits,
-# half a second to connect and 3 s to answer, a server that stalls for some seconds is given up,
-# and requests get 503. Logs go to stderr, and to a port where nobody listens, not to the machine's.
+# One process each, without workers: greenlets are enough for the race. With the default timeouts,
+# half a second to connect and 3 s to answer, requests to a server that stalls for some seconds get
+# 503. Logs go to stderr, and to an unused port instead of the machine's syslog.
 CONF = """
 [DEFAULT]
 bind_ip = 127.0.0.1
@@ -103,7 +103,7 @@ for kind, port in zip(("account", "container", "object"), sys.argv[2:]):
 
 @dataclass(frozen=True)
 class SwiftServer:
-    """Where the server listens, and its only user."""
+    """Endpoint of the server, and its only user."""
 
     endpoint: str
     access_key: str = "test:tester"
@@ -111,7 +111,7 @@ class SwiftServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs in its environment."""
+        """Environment variables of a client."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -121,7 +121,7 @@ class SwiftServer:
 
 
 def install() -> Path:
-    """Swift's own virtual environment; built if missing, by one process while others wait."""
+    """Return Swift's virtual environment; built under a lock if it is missing."""
     if sys.platform != "linux":
         raise UnavailableError("Swift needs Linux")
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
@@ -150,7 +150,7 @@ def _build(folder: Path) -> None:
 
 
 def data_folder() -> Path:
-    """A new folder whose files can have extended attributes: there Swift keeps its metadata."""
+    """Return a new folder that supports extended attributes, for Swift's metadata."""
     for parent in (tempfile.gettempdir(), "/var/tmp", "/dev/shm", "."):
         with contextlib.suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="swift-", dir=parent)).resolve()
@@ -164,7 +164,7 @@ def data_folder() -> Path:
 
 @contextlib.contextmanager
 def swift_server() -> Iterator[SwiftServer]:
-    """Start the server, yield where it is, and end what was started by its process id."""
+    """Start the server, yield its address, and end its processes by their ids."""
     programs = install()
     folder = data_folder()
     started: list[subprocess.Popen[bytes]] = []
@@ -178,7 +178,7 @@ def swift_server() -> Iterator[SwiftServer]:
 
 
 def _start(programs: Path, folder: Path, started: list[subprocess.Popen[bytes]]) -> SwiftServer:
-    # Isolated from our PYTHONPATH. A program's first line names the folder where it was built.
+    # Isolated from PYTHONPATH. By `python`, as the programs' first lines name the build folder.
     python = [str(programs / "bin" / "python"), "-I"]
     ports = free_ports(len(KINDS))
     server = SwiftServer(f"http://127.0.0.1:{ports[-1]}")
@@ -187,8 +187,8 @@ def _start(programs: Path, folder: Path, started: list[subprocess.Popen[bytes]])
     rings = [*python, "-c", RINGS, str(folder), *map(str, ports[:-1])]
     subprocess.run(rings, capture_output=True, check=True)
     for kind, port in zip(KINDS, ports, strict=True):
-        # There is no memcached, and no need of it: s3api checks signatures without tokens. Other
-        # filters that Swift can't do without it adds by itself.
+        # No memcached: s3api checks signatures without tokens. Swift adds the other filters that it
+        # requires by itself.
         pipeline = "s3api tempauth slo proxy-server" if kind == "proxy" else f"{kind}-server"
         conf = folder / f"{kind}.conf"
         conf.write_text(

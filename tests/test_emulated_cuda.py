@@ -1,4 +1,4 @@
-"""The emulated CUDA device: it raises where CUDA raises, waits where CUDA waits."""
+"""The emulated CUDA device raises and waits where CUDA does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the layout: imports run one way, flows hold no class, one table declares the stages."""
+"""Laws of the layout: one-way imports, no class in flows, one table of stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An interrupted test session takes its servers with it, those of xdist's workers too."""
+"""An interrupted test session's servers are killed, also those of xdist's workers."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The synthetic world: generation, its gold judge, and its command."""
+
 import math
 import os
 import re

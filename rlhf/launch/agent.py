@@ -1,4 +1,4 @@
-"""The launcher of the children: torchrun, which ends when its parent does.
+"""Launcher of the children: torchrun, which ends when its parent does.
 
 Runs as a script: `python -m rlhf.launch.agent <folder> <count>`.
 """
@@ -21,7 +21,7 @@ def main() -> None:
     """Run the children until all have ended, or one has failed."""
     folder, count = Path(sys.argv[1]), sys.argv[2]
     os.environ[AGENT_PID] = str(os.getpid())
-    # SIGTERM is for the children: they get it from the parent, or as part of the process group.
+    # SIGTERM is meant for the children, which get it from the parent or by the process group.
     signal.signal(signal.SIGTERM, lambda *_: None)
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     from torch.distributed import run
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _end_with_parent(folder: Path) -> None:
-    """Kill the children and exit when the parent's end of our stdin is closed."""
+    """Kill the children and exit when the parent's end of stdin is closed."""
     sys.stdin.buffer.read()
     send(folder, signal.SIGKILL)
     for _ in range(3):  # a child that is being killed may still write into it

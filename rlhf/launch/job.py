@@ -22,6 +22,15 @@ from rlhf.stage import Progress, StageResult, silent
 #: A path that is absolute in JSON, for a process that may have another working directory.
 JobPath = Annotated[Path, PlainSerializer(lambda path: str(path.absolute()), when_used="json")]
 
+# Files in the folder of a launch.
+JOB = "job.json"
+RESULT = "result.json"
+MESSAGES = "messages.jsonl"
+FAILURES = "failures.json"
+AGENT_LOG = "agent.log"
+#: Environment variable with the launcher's process id.
+AGENT_PID = "RLHF_AGENT_PID"
+
 
 class Job(BaseModel):
     """One call of a training stage: `train` runs it here, `launch` in child processes."""
@@ -87,16 +96,6 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
                 job.section, data, job.inputs["sft"], approved, job.out_dir,
                 identity=job.identity, checkpoints=job.checkpoints, uploads=uploads, **shared,
             )  # fmt: skip
-
-
-# Files in the folder of a launch.
-JOB = "job.json"
-RESULT = "result.json"
-MESSAGES = "messages.jsonl"
-FAILURES = "failures.json"
-AGENT_LOG = "agent.log"
-#: Environment variable with the launcher's process id.
-AGENT_PID = "RLHF_AGENT_PID"
 
 
 def pid_file(folder: Path, rank: int) -> Path:

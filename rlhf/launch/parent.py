@@ -1,4 +1,8 @@
-"""The parent of a launch: starts the children, forwards messages, ends them."""
+"""Parent of a launch: starts the children, forwards messages, returns the result.
+
+No child outlives the call of `launch`. The result, or the error that a child reported, is read
+from the files in the launch's folder.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +40,12 @@ from rlhf.stage import Progress, StageResult, silent
 
 #: Seconds between two polls of the children.
 _POLL = 0.05
-
-
 #: Seconds until a signal is sent again: one that arrives while a child starts is lost.
 _RESEND = 1.0
-
-
 #: Seconds in which the other children may report why they end, after one of them died.
 _GRACE = 5.0
+#: Lines and characters of a dead child's output that its error shows.
+_LINES, _CHARACTERS = 8, 1500
 
 
 def launch(job: Job, progress: Progress = silent) -> StageResult:
@@ -53,14 +55,14 @@ def launch(job: Job, progress: Progress = silent) -> StageResult:
 
     Raises:
         WorkerDied: A child ended without a report, as by a signal; the others were ended.
-        RLHFError: An error that a child reported. Other errors come as what they were in Python.
+        RLHFError: An error that a child reported; other errors keep their own class.
     """
     count = job.section.processes or 1
     threads = max(1, job.runtime.threads // count)
     level = logging.getLogger("rlhf").getEffectiveLevel()
     runtime = job.runtime.model_copy(update={"threads": threads})
     sent = job.model_copy(update={"runtime": runtime, "log_level": level})
-    # Outermost: at its end the signal is passed on, which may end this process.
+    # Outermost: on leaving it the signal is delivered, which may end this process.
     hold = deferred_sigterm() if job.checkpoints else nullcontext(lambda: False)
     with hold as terminated, tempfile.TemporaryDirectory(
         prefix="rlhf-launch-", ignore_cleanup_errors=True
@@ -72,11 +74,36 @@ def launch(job: Job, progress: Progress = silent) -> StageResult:
         return read_result(folder, job.stage, count, agent.returncode)
 
 
+def read_result(folder: Path, stage: str, count: int, status: int) -> StageResult:
+    """Return the result of a launch that has ended.
+
+    An `RLHFError` is taken for the cause of all other errors. Next comes a child that died without
+    a report: it broke the connections of the others.
+
+    Raises:
+        WorkerDied: A child ended without a report.
+        RLHFError: An error that a child reported; other errors keep their own class.
+    """
+    reports = _reports(folder, count)
+    raised = [error for error in reports.values() if error is not None]
+    failures = [error for error in raised if not isinstance(error, Interrupted)]
+    for error in failures:
+        if isinstance(error, RLHFError):
+            raise error
+    unreported = [rank for rank in range(count) if rank not in reports]
+    if unreported:
+        raise _worker_died(folder, stage, count, unreported, status)
+    if raised:
+        raise (failures or raised)[0]
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    return StageResult(result)
+
+
 @contextmanager
 def _agent(folder: Path, count: int, threads: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The launcher's process, ended with the block.
+    """Start the launcher's process, and end it with the block.
 
-    It also ends when our end of its stdin is closed, as by our death.
+    It also ends when this end of its stdin is closed, as by this process's death.
     """
     source = str(Path(__file__).parents[2])
     environment = {
@@ -102,7 +129,7 @@ def _agent(folder: Path, count: int, threads: int) -> Iterator[subprocess.Popen[
 
 
 def _end(agent: subprocess.Popen[bytes], folder: Path) -> None:
-    """Kill what still runs, and wait until it is gone."""
+    """Kill the processes that still run, and wait until they have ended."""
     if agent.poll() is None and pids(folder):
         send(folder, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
@@ -118,7 +145,7 @@ def _end(agent: subprocess.Popen[bytes], folder: Path) -> None:
 def _wait(
     agent: subprocess.Popen[bytes], listener: _Listener, terminated: Callable[[], bool]
 ) -> None:
-    """Wait until all children have ended; pass messages and SIGTERM on meanwhile."""
+    """Wait until all children have ended; forward messages and SIGTERM meanwhile."""
     folder = listener.folder
     sent = 0.0
     died: float | None = None
@@ -131,14 +158,14 @@ def _wait(
         if died is None and any(not alive(pid) for pid in pids(folder).values()):
             died = now
         if died is not None and now - died > _GRACE:
-            # A collective with the dead child may wait for ever.
+            # A collective with the dead child may never return.
             send(folder, signal.SIGKILL)
         time.sleep(_POLL)
     listener.listen()
 
 
 class _Listener:
-    """Passes on progress and log records, which the leading child writes to a file."""
+    """Forwards progress and log records, which the leading child writes to a file."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self.folder, self.progress = folder, progress
@@ -146,7 +173,7 @@ class _Listener:
         self._read, self._rest = 0, b""
 
     def listen(self) -> None:
-        """Pass on the messages since the last call."""
+        """Forward the messages since the last call."""
         if not self._file.exists():
             return
         with self._file.open("rb") as file:
@@ -160,35 +187,6 @@ class _Listener:
                 self.progress(message["step"], message["total"], message["metrics"])
             else:
                 logging.getLogger(message["logger"]).log(message["level"], "%s", message["text"])
-
-
-#: Lines and characters of a dead child's output that its error shows.
-_LINES, _CHARACTERS = 8, 1500
-
-
-def read_result(folder: Path, stage: str, count: int, status: int) -> StageResult:
-    """Return the result of a launch that has ended.
-
-    An `RLHFError` is taken for the cause of all other errors. Next comes a child that died without
-    a report: it broke the connections of the others.
-
-    Raises:
-        WorkerDied: A child ended without a report.
-        RLHFError: An error that a child reported. Other errors come as what they were in Python.
-    """
-    reports = _reports(folder, count)
-    raised = [error for error in reports.values() if error is not None]
-    failures = [error for error in raised if not isinstance(error, Interrupted)]
-    for error in failures:
-        if isinstance(error, RLHFError):
-            raise error
-    unreported = [rank for rank in range(count) if rank not in reports]
-    if unreported:
-        raise _worker_died(folder, stage, count, unreported, status)
-    if raised:
-        raise (failures or raised)[0]
-    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    return StageResult(result)
 
 
 def _reports(folder: Path, count: int) -> dict[int, Exception | None]:
@@ -221,7 +219,7 @@ def _worker_died(
     """Return the error for the child that died first, as the launcher saw it."""
     file = folder / FAILURES
     codes: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
-    # The launcher ends those by SIGTERM that outlive the first.
+    # The launcher sends SIGTERM to the children that outlive the first.
     first = min(unreported, key=lambda rank: codes.get(str(rank), 0) in (0, -signal.SIGTERM))
     code = codes.get(str(first))
     if code is None:

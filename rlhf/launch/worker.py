@@ -1,4 +1,4 @@
-"""A child of a launch, which runs its share of a training stage under torchrun.
+"""Child of a launch: runs its share of a training stage under torchrun.
 
 Runs as a script: `python -m rlhf.launch.worker <folder>`.
 """
@@ -63,10 +63,10 @@ def main() -> None:
 
 
 def _set_device(job: Job) -> None:
-    """Give this process a device of its own; on CPUs do nothing.
+    """Assign this process a device of its own; no-op on CPUs.
 
     Raises:
-        ConfigError: There are fewer devices than processes.
+        ConfigError: Fewer devices than processes are available.
     """
     import torch
 
@@ -142,7 +142,7 @@ def _exit() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    # Everything is written. Unloading the libraries in order would take seconds.
+    # All output is written; unloading the libraries in order would take seconds.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,6 +1,6 @@
 """The report's data: frozen, plain values that a flow fills in.
 
-Every part may be missing: a rejected run has no policy, a failed one may have nothing but stages.
+Every part may be missing: a rejected run has no policy, a failed run may have only stages.
 Metrics stay dictionaries, because a report must show a new metric without knowing its name.
 """
 
@@ -187,7 +187,7 @@ class RunReport(Plain):
 
     @field_serializer("verdicts")
     def _serialize_verdicts(self, verdicts: tuple[Verdict, ...]) -> list[dict[str, Any]]:
-        # Readers of report.json know a gate's checks as `rules`.
+        # In report.json a gate's checks are called `rules`.
         return [
             {"gate": v.gate, "approved": v.approved, "rules": [asdict(c) for c in v.checks]}
             for v in verdicts

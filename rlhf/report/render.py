@@ -17,6 +17,18 @@ from rlhf.report.charts import IntervalChart, interval_chart
 from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
 from rlhf.report.text import duration, number, number_of, percent, percent_range, words
 
+MAX_TABLE_ROWS = 60
+
+DATA_ORDER = (
+    ("source", "Source"),
+    ("pairs_train", "Pairs to train on"),
+    ("pairs_eval", "Pairs held out"),
+    ("prompts_train", "Prompts for PPO"),
+    ("prompts_eval", "Prompts held out"),
+    ("demonstrations", "Demonstrations"),
+    ("chosen_longer", "Chosen reply is the longer one"),
+)
+
 
 def render(report: RunReport) -> str:
     """Render a report as HTML with all of its text escaped."""
@@ -48,46 +60,6 @@ def render(report: RunReport) -> str:
     )
 
 
-@cache
-def _environment() -> Environment:
-    """Load the templates; unknown names in them are errors."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=text.clean,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        number=text.number,
-        exact=text.exact,
-        percent=text.percent,
-        duration=text.duration,
-        moment=text.moment,
-        bound=text.bound,
-        words=text.words,
-        short=text.short,
-    )
-    environment.globals.update(states=STATES, chart=charts)
-    return environment
-
-
-MAX_TABLE_ROWS = 60
-
-
-DATA_ORDER = (
-    ("source", "Source"),
-    ("pairs_train", "Pairs to train on"),
-    ("pairs_eval", "Pairs held out"),
-    ("prompts_train", "Prompts for PPO"),
-    ("prompts_eval", "Prompts held out"),
-    ("demonstrations", "Demonstrations"),
-    ("chosen_longer", "Chosen reply is the longer one"),
-)
-
-
 class Tile(NamedTuple):
     """One key figure at the top of the page."""
 
@@ -95,14 +67,6 @@ class Tile(NamedTuple):
     value: str
     note: str
     spread: str = ""
-
-
-class Compared(NamedTuple):
-    """One row of the policy table, with a (value, note) for each way of decoding."""
-
-    label: str
-    cells: tuple[tuple[str, str], ...]
-    judge: bool = False
 
 
 def tiles(report: RunReport) -> list[Tile]:
@@ -179,6 +143,14 @@ def win_chart(policy: Mapping[str, Any] | None) -> IntervalChart | None:
     return interval_chart(estimates, [("tie", "coin", 0.5)])
 
 
+class Compared(NamedTuple):
+    """One row of the policy table, with a (value, note) for each way of decoding."""
+
+    label: str
+    cells: tuple[tuple[str, str], ...]
+    judge: bool = False
+
+
 def comparison(policy: Mapping[str, Any] | None) -> tuple[list[str], list[Compared]]:
     """Return headings and rows of the policy table; unmeasured rows are left out."""
     modes = _modes(policy or {})
@@ -225,6 +197,32 @@ def parents(report: RunReport) -> dict[str, list[tuple[str, str]]]:
     for parent, child in report.lineage.edges:
         by_child.setdefault(child, []).append((parent, kinds.get(parent, "")))
     return by_child
+
+
+@cache
+def _environment() -> Environment:
+    """Load the templates; unknown names in them are errors."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=text.clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        number=text.number,
+        exact=text.exact,
+        percent=text.percent,
+        duration=text.duration,
+        moment=text.moment,
+        bound=text.bound,
+        words=text.words,
+        short=text.short,
+    )
+    environment.globals.update(states=STATES, chart=charts)
+    return environment
 
 
 def _rate_tile(label: str, note: str, metrics: Mapping[str, Any], key: str) -> Tile:

@@ -1,4 +1,4 @@
-"""The GPU benchmark: its script at tiny sizes on a CPU, and what only fails on a GPU."""
+"""The GPU benchmark: its script at tiny sizes on a CPU, and its errors on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The half of `benchmarks.ppo` that needs no TRL: the workload, our side, and what is reported."""
+"""`benchmarks.ppo` without TRL: workload, this project's side, and its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`benchmarks.storage`: what it reports, its three networks and servers, and a tiny real case."""
+"""`benchmarks.storage`: its report, networks and servers, and a tiny real case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compat`: the values of each peer, and explicit values that win over them."""
+"""`compat`: the values of each peer, and explicit values that override them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections as such: frozen, closed, documented, and light to load."""
+"""Properties of all sections: frozen, closed, documented, and light to load."""
 
 from __future__ import annotations
 

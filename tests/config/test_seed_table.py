@@ -1,4 +1,4 @@
-"""Every row of the seed's parameter table, written from that table: default, bounds, aliases."""
+"""Rows of the seed's parameter table: default, bounds and aliases of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of data share."""
+"""Helpers for the tests of data: rows, messages, and reading a source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.errors import RLHFError
 
 
 def rows(count: int = 3) -> list[dict[str, Any]]:
-    """Pairs on as many prompts."""
+    """Return pairs, each with a prompt of its own."""
     return [
         {"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)
     ]
@@ -28,7 +28,7 @@ def digest(source: object) -> str:
 
 
 def message(kind: type[RLHFError], call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """The one line that a mistake is told."""
+    """Return the one-line message of the error that a call raises."""
     with pytest.raises(kind) as caught:
         call(*args, **kwargs)
     assert type(caught.value) is kind

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, with one dataset or model, for what `huggingface_hub` asks."""
+"""A Hugging Face hub on loopback, with one dataset or model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def fake_hub(
     broken: str = "",
     repo: str = f"datasets/{DATASET}",
 ) -> Iterator[Any]:
-    """Serve the files of a repository, but the broken one.
+    """Serve the files of a repository; the broken one gets 503.
 
-    `server.asked` lists the requests for the repository; the hub's client has others of its own,
-    once a process, so they would make a test depend on its neighbours.
+    `server.asked` lists the requests for the repository, without the client's own, which it sends
+    once per process: they would make a test depend on its neighbours.
     """
     api = f"/api/{repo}"
     folder = repo.removeprefix("models/")
@@ -66,7 +66,7 @@ def fake_hub(
                     self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Silent."""
+            """Log nothing."""
 
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.over = [], threading.Event()

@@ -1,4 +1,4 @@
-"""Which rows are left out, and for which reason."""
+"""Rows that are left out, and the reason for each."""
 
 from __future__ import annotations
 

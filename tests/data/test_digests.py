@@ -1,4 +1,4 @@
-"""Digests of external inputs are pinned: another value would make every stage run again."""
+"""Pinned digests of external inputs: another value would make every stage run again."""
 
 from __future__ import annotations
 

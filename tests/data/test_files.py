@@ -1,4 +1,4 @@
-"""Sources that are files: every format, and what each broken file is told."""
+"""Data sources that are files: every format, and the message for each broken file."""
 
 from __future__ import annotations
 

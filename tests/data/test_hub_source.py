@@ -1,4 +1,4 @@
-"""Sources on the Hugging Face hub: a stand-in on loopback, and no hub at all."""
+"""Data sources on the Hugging Face hub: a stand-in on loopback, and no hub at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage: how prompts are split, and what is written."""
+"""Data preparation: the split of prompts, and the files that are written."""
 
 from __future__ import annotations
 

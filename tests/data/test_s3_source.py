@@ -1,4 +1,4 @@
-"""Sources in object storage, read from a real S3 server."""
+"""Data sources in object storage, read from a real S3 server."""
 
 from __future__ import annotations
 

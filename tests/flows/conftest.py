@@ -1,4 +1,4 @@
-"""A pipeline small enough to run in seconds, one finished run of it, and Prefect's API."""
+"""Fixtures of the flows' tests: a tiny pipeline, a finished run, Prefect's API."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def prefect_api():
 
 
 def tiny_tree(folder) -> dict:
-    """Every stage for real, on a world of a few rows and a model of a few thousand weights."""
+    """Return a tiny configuration: a few rows, and a model of a few thousand weights."""
     return {
         "name": "tiny",
         "store": str(folder / "store"),
@@ -57,7 +57,7 @@ def tiny_tree(folder) -> dict:
 
 @dataclass(frozen=True)
 class FirstRun:
-    """The session's only tiny run from nothing, and a copy of its store as it was at the end."""
+    """The session's only tiny run with an empty store, and a copy of its final store."""
 
     config: PipelineConfig
     state: State
@@ -77,7 +77,7 @@ def first_run(prefect_api, tmp_path_factory) -> FirstRun:
 
 @pytest.fixture
 def finished(first_run, tmp_path) -> Path:
-    """The store of `tiny` as the first run left it: a stage runs only where a test changes it.
+    """The store of `tiny` after the first run; only stages that a test changes run.
 
     Fingerprints and digests hold no path, so records are valid in any copy of the store.
     """
@@ -86,7 +86,7 @@ def finished(first_run, tmp_path) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A function that makes the tiny configuration, with dotted changes."""
+    """Function that returns the tiny configuration with changes, `__` for a dot."""
 
     def make(**changes) -> PipelineConfig:
         tree = tiny_tree(tmp_path)

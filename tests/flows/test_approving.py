@@ -1,4 +1,4 @@
-"""`rlhf approve` without a server that could resume a run; the rest is in tests/production."""
+"""`rlhf approve` without a server; tests/production has the rest."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""`rlhf artifacts`, as a person types it."""
+"""The commands `rlhf artifacts …`, called as from a terminal."""
 
 from __future__ import annotations
 

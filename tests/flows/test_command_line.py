@@ -1,4 +1,4 @@
-"""The `rlhf` command, in a process of its own as a user would start it."""
+"""The `rlhf` command in a process of its own, as a user starts it."""
 
 import json
 import os

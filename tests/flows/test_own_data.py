@@ -1,4 +1,4 @@
-"""Preference data of one's own: the same flow, an honest number, a clean rejection."""
+"""A user's own preference data: the same flow, a measured accuracy, a rejection."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The pipeline as a Prefect flow: what runs, what does not run twice, how it ends."""
+"""The pipeline as a Prefect flow: stages run, stages cached, and final states."""
 
 import json
 

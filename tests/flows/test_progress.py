@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs."""
+"""Progress of a stage in the terminal and in Prefect's UI."""
 
 import io
 

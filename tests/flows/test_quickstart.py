@@ -1,4 +1,4 @@
-"""The whole quickstart, as its preset says, on a real S3 server: it learns what it promises."""
+"""The whole quickstart on a real S3 server, with the bars that its preset promises."""
 
 import boto3
 import pytest

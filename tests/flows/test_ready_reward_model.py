@@ -1,4 +1,4 @@
-"""The whole pipeline with a ready reward model: gated like a trained one, and its own tokenizer."""
+"""The pipeline with a ready reward model: gated, and with its own tokenizer."""
 
 import pytest
 

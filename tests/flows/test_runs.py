@@ -1,4 +1,4 @@
-"""`rlhf runs` and `rlhf status`: what the terminal shows of runs that Prefect's server knows."""
+"""`rlhf runs` and `rlhf status`: output for runs on Prefect's server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM ends the command soon, with the update saved and no server left behind."""
+"""SIGTERM ends the command soon, with the update saved and the server stopped."""
 
 from __future__ import annotations
 

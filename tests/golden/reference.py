@@ -1,7 +1,7 @@
-"""The golden values once more, in plain Python: exact fractions, and 50 digits for logarithms.
+"""Reference of the golden values: exact fractions, and logarithms to 50 digits.
 
-Written from the text in the JSON files, by another road than `rlhf.ppo` takes wherever there is
-one: sums instead of recursions, cases instead of minima, pairs instead of deviations.
+Written in plain Python from the text in the JSON files, by other formulas than `rlhf.ppo` where
+possible: sums instead of recursions, cases instead of minima, pairs instead of deviations.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def table(mask, entries):
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """The sum over all later errors, for every token anew: O(T²)."""
+    """Sum all later errors for each token, in O(T²)."""
     valid = places(mask)
     following = {(i, t): values[i][t + 1] if (i, t + 1) in valid else 0 for i, t in valid}
     delta = {(i, t): rewards[i][t] + gamma * following[i, t] - values[i][t] for i, t in valid}
@@ -135,7 +135,7 @@ def reward_placement(scores, values, mask, score_position, max_new_tokens, gamma
 
 
 def surrogate(ratio, advantage, eps, dual=None):
-    """A token's loss, its gradient by the log-prob, and whether the clip decided."""
+    """Return a token's loss, its gradient by the log-prob, and whether it was clipped."""
     if advantage >= 0 and ratio > 1 + eps:
         return -(1 + eps) * advantage, 0, True
     if advantage < 0 and ratio < 1 - eps:
@@ -247,6 +247,6 @@ def running_scale(chunks):
 
 
 def expected(formula, inputs):
-    """What `formula` (a JSON file's name) gives for the inputs of a case."""
+    """Return the values of `formula` (a JSON file's name) for the inputs of a case."""
     with localcontext(prec=DIGITS):
         return globals()[formula](**inputs)

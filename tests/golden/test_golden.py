@@ -1,4 +1,4 @@
-"""The golden vectors: ours in single and double precision, and the vectors themselves."""
+"""The golden vectors: `rlhf` in single and double precision, and the vectors themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every input, in single and double precision."""
+"""Properties of PPO's formulas for all inputs, in single and double precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models and data, made once."""
+"""Fixtures of the library's tests: toy models and data, PPO runs, machines."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives the folder of a toy model by its name in `toy_models.MAKERS`."""
+    """Function that returns the folder of a toy model, by its name in `MAKERS`."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of all workers
+        shared = shared.parent  # common to all workers
     folder = shared / "toys"
     folder.mkdir(exist_ok=True)
 
@@ -54,7 +54,7 @@ def data(toy: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def fresh(toy: Callable[[str], Path]) -> Path:
-    """An untrained policy with its tokenizer: broad distributions, all kinds of tokens."""
+    """An untrained policy and its tokenizer: broad distributions, all kinds of tokens."""
     return toy("fresh")
 
 
@@ -84,13 +84,13 @@ def reward_model(toy: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def approved(reward_model: Path) -> Approved[Path]:
-    """The reward model, past its gate."""
+    """The reward model, approved by a gate."""
     return toys.approve(reward_model)
 
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
-    """Copies a model folder, to be spoilt by a test."""
+    """Function that copies a model folder, for a test that damages it."""
 
     def copy(folder: Path) -> Path:
         return Path(shutil.copytree(folder, tmp_path / f"copy-{folder.name}"))
@@ -100,7 +100,7 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def train(data, sft, approved, tmp_path):
-    """Runs PPO on the toy task and returns its folder."""
+    """Function that runs PPO on the toy task and returns its folder."""
 
     def run(
         name="out",
@@ -146,7 +146,7 @@ def two_updates(data, sft, approved, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def straight(data, sft, approved, tmp_path_factory):
-    """Four updates in one go, without checkpoints."""
+    """Four updates without interruption or checkpoints."""
     out = tmp_path_factory.mktemp("straight")
     train_policy(toys.PPO, data, sft, approved, out, runtime=toys.RUNTIME)
     return out
@@ -154,7 +154,7 @@ def straight(data, sft, approved, tmp_path_factory):
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
 def place(request, tmp_path, monkeypatch) -> Iterator[Place]:
-    """A store for a run's checkpoints, with direct access to what it holds."""
+    """A store for a run's checkpoints, with direct access to its objects."""
     if request.param == "folder":
         yield Folder(tmp_path)
         return
@@ -170,13 +170,13 @@ def place(request, tmp_path, monkeypatch) -> Iterator[Place]:
 
 @pytest.fixture
 def machine(place, tmp_path) -> Callable[[str], Machine]:
-    """Makes machines with a work folder each, and that store."""
+    """Function that makes machines with a work folder each, and that store."""
     return lambda name: Machine(tmp_path / name, place.uri)
 
 
 @pytest.fixture
 def watched(tmp_path) -> Machine:
-    """A machine whose store can be held up."""
+    """A machine whose store a test can delay."""
     machine = Machine(tmp_path / "watched", str(tmp_path / "held"))
     machine.store = Store(Watched(tmp_path / "held"), Cache(tmp_path / "watched"))
     return machine

@@ -1,7 +1,7 @@
-"""Ends a process with SIGKILL inside of a save: between any two of its calls, or half-way in one.
+"""SIGKILL at every point of a save: between any two of its calls, or within a write.
 
-What a kill can leave behind is decided by the order of the calls to the file system. So each of
-them is a point: the process dies before it, or, where a file is being written, in the midst of it.
+The order of the calls to the file system decides which files a kill leaves. So each call is a
+point: the process dies before it or, for the writing of a file, half-way through it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from rlhf.modeling import weights
 from rlhf.ppo import checkpoint
 
 CALLS = ("open", "close", "fsync", "mkdir", "replace", "unlink", "rmdir")
-#: The functions that write a file of a checkpoint, and which argument says where.
+#: Functions that write a file of a checkpoint, with the position of the path's argument.
 WRITES: dict[tuple[Any, str], int] = {(weights, "save_file"): 1, (checkpoint, "write_json"): 0}
 
 
 @contextmanager
 def kill_points(at: int | None = None) -> Iterator[list[str]]:
-    """Names every point that is passed; the process dies at point number `at`."""
+    """Yield the names of the points passed so far; kill the process at number `at`."""
     passed: list[str] = []
 
     def point(name: str) -> None:
@@ -63,10 +63,10 @@ def kill_points(at: int | None = None) -> Iterator[list[str]]:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Do it in a forked process; returns what `os.waitstatus_to_exitcode` makes of its end."""
+    """Run `work` in a forked process, and return its exit code, negative for a signal."""
     child = os.fork()
     if not child:
-        signal.alarm(900)  # a thread that did not survive the fork may be waited for
+        signal.alarm(900)  # the child may wait for ever for a thread that the fork did not copy
         try:
             work()
             os._exit(0)

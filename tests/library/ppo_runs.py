@@ -1,4 +1,4 @@
-"""Runs of PPO on the toy task, for the tests of PPO."""
+"""Helpers for the tests of PPO: options of a run, comparison of two runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlhf.config import LoraConfig
 from tests.library import toys
 
 LORA = LoraConfig(r=4, alpha=16.0)
-#: Every option that has a state to be resumed, or a course over the updates.
+#: Every option with a state that must be resumed, or with a schedule over the updates.
 EVERYTHING = {
     "kl_controller": "adaptive", "kl_target": 0.01, "kl_horizon": 50, "lora": LORA,
     "reward_normalization": "running", "critic": "adapter", "lr_scheduler": "cosine",
@@ -24,7 +24,7 @@ EVERYTHING = {
 
 
 class Stopped(Exception):
-    """The machine goes away."""
+    """Simulates the loss of the machine."""
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -1,4 +1,4 @@
-"""What people say of a policy before it is promoted."""
+"""People's approvals and refusals of a policy before its promotion."""
 
 from __future__ import annotations
 

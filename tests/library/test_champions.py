@@ -1,4 +1,4 @@
-"""Champions: promoted, lost, rolled back; by whom and why."""
+"""Champions of model lines: promotion, lost races, rollback, and their histories."""
 
 from __future__ import annotations
 

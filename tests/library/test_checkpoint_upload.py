@@ -1,4 +1,4 @@
-"""Another machine goes on from the checkpoints in the store, of which the right ones are kept."""
+"""Resuming on another machine from uploaded checkpoints, and their retention."""
 
 from __future__ import annotations
 

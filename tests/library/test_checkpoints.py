@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there, whatever happens while it is written."""
+"""Atomic checkpoints: whole or absent after a kill at any point of the save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rewards are computed by is part of what a stage's work is known by."""
+"""Custom reward code as a part of a stage's fingerprint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""oneDNN's products are used where they are float32's, only while training, in few shapes."""
+"""CPU settings during training: oneDNN's matrix products, and freed memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward functions, components and the three environments, on batches written by hand."""
+"""Reward functions, components and the three environments, on constructed batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards from functions of the operator's: where they may lie, and how they are called."""
+"""Rewards from custom functions: their location, and how they are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The remote component against a real server on this machine: slow, failing, refusing."""
+"""The remote component with a real local server: slow, failing, refusing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environments in PPO: each raises its own reward, and every reply meets its own prompt."""
+"""Environments in PPO: each raises its own reward, with each reply's own prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architectures of others go through every stage."""
+"""Every stage with architectures other than the project's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts in batches, and read some steps at a time: the same draws whatever the sizes."""
+"""Rollouts in batches, read every few steps: the same draws for all sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The result or error of a launch, from the files that its children left."""
+"""The result or error of a launch, from the files that its children wrote."""
 
 from __future__ import annotations
 

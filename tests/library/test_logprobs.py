@@ -1,4 +1,4 @@
-"""Fused log-probabilities: the values and gradients of the plain formula, in slices or at once."""
+"""Fused log-probabilities: values and gradients of the plain formula, in any slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PPO's formulas against values worked out by hand."""
+"""PPO's formulas against values calculated by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PPO on the toy task: it learns, from its own prompts."""
+"""PPO on the toy task: it learns from its own prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong in PPO, and what is said then."""
+"""Errors of PPO and their messages."""
 
 from __future__ import annotations
 

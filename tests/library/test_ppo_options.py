@@ -1,4 +1,4 @@
-"""Every parameter of PPO arrives where it acts."""
+"""Effects of every PPO parameter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resumed PPO run is the run that was not interrupted."""
+"""A resumed PPO run equals an uninterrupted one."""
 
 from __future__ import annotations
 

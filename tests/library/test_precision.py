@@ -1,4 +1,4 @@
-"""bfloat16: frozen layers stored lowered change no bit, and heads keep their digits."""
+"""bfloat16: storing frozen layers in it changes no bit, and heads keep their precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run begins by removing what killed runs have left unfinished in the store."""
+"""Removal of killed runs' unfinished uploads at the start of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages in several processes: the same result as in one, and no process or file remains."""
+"""Stages in several processes: the result of a single process, and no leftovers."""
 
 from __future__ import annotations
 

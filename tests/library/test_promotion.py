@@ -1,4 +1,4 @@
-"""The promote stage and the commands beside it, on a real store and a real small policy."""
+"""The promote stage and its commands, on a real store and a small real policy."""
 
 from __future__ import annotations
 

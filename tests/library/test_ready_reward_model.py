@@ -1,4 +1,4 @@
-"""A ready reward model in place of a trained one: what is published, and what is refused."""
+"""A ready reward model in place of a trained one: publication and refusals."""
 
 from __future__ import annotations
 

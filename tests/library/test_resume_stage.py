@@ -1,4 +1,4 @@
-"""The stage of PPO on two machines with one store."""
+"""PPO's stage on two machines with a common store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints go to the store while PPO trains: who waits for whom, and how it ends."""
+"""Uploads of checkpoints during PPO: queueing, blocking, and the end of a run."""
 
 from __future__ import annotations
 

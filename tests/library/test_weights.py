@@ -1,4 +1,4 @@
-"""Weights in several files: every place that reads a model or a checkpoint reads those too."""
+"""Weights in several files: read by everything that loads a model or a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The toy task's models, each made on first use, or ready-made in the folder RLHF_TOY_MODELS.
+"""Models of the toy task, made on first use or read from RLHF_TOY_MODELS.
 
 Most are trained by TRL, which a bare GPU machine lacks: `write_toy_models` makes them elsewhere.
 """
@@ -24,11 +24,11 @@ from rlhf.config import BaseModelConfig, LoraConfig
 from rlhf.modeling.base import from_scratch
 from tests.library import toys
 
-#: Folder of ready-made models; none: they are made.
+#: Folder of ready-made models; None makes them on first use.
 READY = os.environ.get("RLHF_TOY_MODELS")
-#: Architectures of others.
+#: Architectures other than the project's own.
 FAMILIES: dict[str, Callable[[int], Any]] = {
-    # Relative positions: no bound on what it can read.
+    # Relative positions: no limit on the input's length.
     "bloom": lambda n: BloomForCausalLM(
         BloomConfig(vocab_size=n, hidden_size=16, n_layer=1, n_head=2)
     ),
@@ -39,10 +39,10 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
 
 
 def toy_model(root: Path, name: str) -> Path:
-    """The ready-made folder of this name, or one in `root`, made on first use; don't write to it.
+    """Return a model's folder, made in `root` on first use; read-only.
 
     Args:
-        root: A folder that several calls share: models are made from one another.
+        root: Common folder of all calls: models are made from one another.
         name: `data` (the dataset) or a key of `MAKERS`.
     """
     if READY:
@@ -53,7 +53,7 @@ def toy_model(root: Path, name: str) -> Path:
 
 
 def write_toy_models(folder: Path) -> None:
-    """Make all of them in a folder: what RLHF_TOY_MODELS takes. Needs TRL."""
+    """Make all models in a folder for RLHF_TOY_MODELS; needs TRL."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in MAKERS:
         _made(folder, name)
@@ -62,7 +62,7 @@ def write_toy_models(folder: Path) -> None:
 def _made(root: Path, name: str) -> Path:
     folder, partial = root / name, root / f".{name}"
     if not folder.exists():
-        shutil.rmtree(partial, ignore_errors=True)  # of a call that failed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a call that failed
         partial.mkdir()
         MAKERS[name](root, partial)
         partial.rename(folder)
@@ -98,7 +98,7 @@ def _fresh_reward(root: Path, folder: Path) -> None:
 
 
 def _family(family: str) -> dict[str, Callable[[Path, Path], None]]:
-    """Makers of an untrained base of this architecture, and of what is trained from it."""
+    """Return makers of this architecture's untrained base and trained models."""
 
     def base(root: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(_made(root, "fresh"))
@@ -118,7 +118,7 @@ def _family(family: str) -> dict[str, Callable[[Path, Path], None]]:
     return {f"{family}-base": base, f"{family}-sft": sft, f"{family}-reward": reward}
 
 
-#: Functions that fill a folder, given the root in which the others lie.
+#: Functions that fill a model's folder, given the root folder of the others.
 MAKERS: dict[str, Callable[[Path, Path], object]] = {
     "data": lambda _, folder: toys.write_data(folder),
     "fresh": _fresh,

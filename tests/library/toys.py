@@ -1,4 +1,4 @@
-"""A toy task that one thread learns in a second: good replies say "good", bad ones say "bad"."""
+"""A toy task for one thread and one second: good replies say "good", bad ones "bad"."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rlhf.data.rows import (
 )
 from rlhf.gates import Approved, judge, require
 
-#: Where the tests of models and PPO compute.
+#: Device and threads of the tests of models and PPO.
 DEVICE = torch.device(os.environ.get("RLHF_DEVICE") or "cpu")
 RUNTIME = RuntimeConfig(device=DEVICE.type, threads=1)
 ARCHITECTURE = ArchitectureConfig(
@@ -59,13 +59,13 @@ ASKED = ["tea", "cup", "jar", "pot", "mug"]
 
 
 def replies(rng: random.Random) -> tuple[str, str]:
-    """A good and a bad reply of the same length."""
+    """Return a good and a bad reply of the same length."""
     n = rng.randint(1, 2)
     return " ".join(["good"] * n), " ".join(["bad"] * n)
 
 
 def write_data(folder: Path, pairs: int = 96, seed: int = 0) -> Path:
-    """A dataset folder as `prepare_data` writes it."""
+    """Write a dataset folder as `prepare_data` does, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     prompts = [f"{a} or {b}?" for a, b in itertools.permutations(ASKED, 2)]
@@ -89,34 +89,34 @@ def write_data(folder: Path, pairs: int = 96, seed: int = 0) -> Path:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a saved model."""
+    """Return all weights of a saved model."""
     return load_file(folder / "model.safetensors")
 
 
 def changed(config: object, **values: object) -> object:
-    """The same section with other values."""
+    """Return a copy of a section with other values."""
     return type(config)(**{**config.model_dump(), **values})
 
 
 def within(cpu: float, elsewhere: float) -> float:
-    """The tolerance on this device: other devices add up float32 in other orders."""
+    """Return the tolerance on this device; the order of float32 sums differs by device."""
     return cpu if DEVICE.type == "cpu" else elsewhere
 
 
 def approve(reward_model: Path) -> Approved[Path]:
-    """Past a gate that lets everything through."""
+    """Approve a reward model by a gate without rules."""
     verdict = judge("toy", "digest", {"accuracy": 1.0}, [GateRule(metric="accuracy", min=0.5)])
     return require(reward_model, "digest", verdict)
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
-    """Bit-equal, name by name."""
+    """Check that two models' weights are bit-equal, name by name."""
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
     assert [k for k in first if not torch.equal(first[k], second[k])] == []
 
 
 def distance(a: Path, b: Path) -> float:
-    """The largest difference between two models' weights."""
+    """Return the largest difference between two models' weights."""
     first, second = weights(a), weights(b)
     return max(float((first[k] - second[k]).abs().max()) for k in first)

@@ -1,4 +1,4 @@
-"""Checks types and array shapes of `rlhf` at run time: `install()` before it is imported."""
+"""Run-time checks of types and array shapes in `rlhf`, by beartype and jaxtyping."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import sys
 from beartype import BeartypeConf, beartype
 from jaxtyping import config, install_import_hook
 
-#: Not `config` and `store`: beartype refuses typing.Self in pydantic's validators. Not `world`:
-#: it has no arrays, and its small functions are called a million times.
+#: Without `config` and `store`, as beartype refuses typing.Self in pydantic's validators, and
+#: without `world`, which has no arrays and whose small functions are called a million times.
 MODULES = [
-    *("data", "environments", "errors", "evaluate", "gates", "judges", "modeling", "ppo"),
-    *("progress", "report", "reward", "sft", "stage", "statistics", "trl_adapter"),
+    *("data", "environments", "errors", "evaluate", "gates", "modeling", "ppo"),
+    *("report", "reward", "sft", "stage", "statistics", "trl_adapter"),
 ]
 
-#: An int where a float is announced is fine, as it is for type checkers (PEP 484).
+#: Accepts an int for a float, as type checkers do (PEP 484).
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def install() -> None:
-    """Check every function of `MODULES` that is imported from now on; a second call does nothing.
+    """Check all functions of `MODULES`, which must not be imported yet; idempotent.
 
     Raises:
-        RuntimeError: Some of them are imported already and would go unchecked.
+        RuntimeError: Some of them are imported already and would not be checked.
     """
     if any(getattr(finder, "_rlhf", False) for finder in sys.meta_path):
         return
@@ -34,5 +34,5 @@ def install() -> None:
 
 
 def enable(wanted: bool) -> None:
-    """Check the calls from now on, or don't."""
+    """Switch the checks on or off for calls from now on."""
     config.update("jaxtyping_disable", not wanted)

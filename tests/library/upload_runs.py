@@ -1,4 +1,4 @@
-"""Machines with a store to which PPO sends its checkpoints, for the tests of that."""
+"""Helpers for tests of checkpoint uploads: machines with a common store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRODUCER = Producer(stage="train-policy", code_version="1", config={}, seed=0, v
 
 
 class Machine:
-    """A work folder of its own."""
+    """A machine: a work folder, and a store that may be common to several."""
 
     def __init__(self, folder, uri, options=None):
         self.checkpoints = folder / "checkpoints"
@@ -31,7 +31,7 @@ class Machine:
 
 
 class Watched(LocalBackend):
-    """A folder that calls `hook` with the key before a blob is written."""
+    """A folder store that calls `hook` with the key before it writes a blob."""
 
     hook = staticmethod(lambda key: None)
 
@@ -53,12 +53,12 @@ def names(folder):
 
 
 def stored(store):
-    """Updates of the store's checkpoints."""
+    """Return the update numbers of the store's checkpoints."""
     return sorted(artifact.manifest.metrics["update"] for artifact in store.list())
 
 
 def keys_of(store):
-    """Everything that the artifacts of a store consist of."""
+    """Return the keys of all manifests and blobs of a store's artifacts."""
     found = set()
     for ref, manifest, _ in store.list():
         found.add(f"manifests/{ref.digest}.json")
@@ -71,7 +71,7 @@ def threads():
 
 
 def left_behind(machine):
-    """What uploads may leave in the work folder, and must not."""
+    """Return temporary files of uploads in the work folder; there should be none."""
     return [*machine.checkpoints.glob(".upload-*"), *machine.folder.glob("artifacts/[!.]*")]
 
 

@@ -1,8 +1,8 @@
-"""Ways to hurt a site while it works: each kills something for real.
+"""Faults of a running site: each kills real processes.
 
-A supervisor (systemd, Kubernetes) restarts servers and workers; here the blow itself does. What
-becomes of the runs is left to Prefect and to us, but for a pipeline's own run that has crashed: a
-person, or the scheduler with the next run, tries that again.
+In production a supervisor (systemd, Kubernetes) restarts servers and workers; here the fault does.
+Prefect and the pipeline recover the runs, except a crashed run of the pipeline itself, which a
+person or the next scheduled run repeats.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 from tests.production.site import Site
 
-#: Seconds that a server is away.
+#: Seconds that a killed server is down.
 AWAY = 5.0
 
 
 def processes_of(run: str) -> list[int]:
-    """Processes at work on this flow run, the one that Prefect started first."""
+    """Return the processes of a flow run; that of Prefect's engine comes first."""
     mark = f"PREFECT__FLOW_RUN_ID={run}".encode()
     found: list[int] = []
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -32,7 +32,7 @@ def processes_of(run: str) -> list[int]:
 
 
 def running_stages(site: Site, run: str) -> list[str]:
-    """Ids of the children of a pipeline's run that are at work now."""
+    """Return the ids of a pipeline run's children that are running now."""
     body = {
         "flow_runs": {
             "parent_flow_run_id": {"any_": [run]},
@@ -43,7 +43,7 @@ def running_stages(site: Site, run: str) -> list[str]:
 
 
 def signal_run(run: str, number: signal.Signals) -> bool:
-    """Send a signal to the process that Prefect started for a run; whether there was one."""
+    """Send a signal to a run's first process; return whether there was one."""
     for pid in processes_of(run)[:1]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -52,14 +52,14 @@ def signal_run(run: str, number: signal.Signals) -> bool:
 
 
 def kill_worker(site: Site, pool: str) -> None:
-    """Kill a worker, whose runs are left without it, and start another."""
+    """Kill a worker but not its runs, and start another."""
     site.workers[pool].kill()
     time.sleep(1)
     site.workers[pool].start()
 
 
 def lose_machine(site: Site, pool: str) -> None:
-    """Kill a worker and all that runs on its machine at once, and bring an empty machine."""
+    """Kill a worker with all its runs, and start another on an empty machine."""
     site.workers[pool].lose()
     subprocess.run(["rm", "-rf", str(site.machine(pool))], check=True)
     site.worker(pool, **site.extras[pool])

@@ -1,4 +1,4 @@
-"""One site for all tests here: server, Postgres, S3, everything deployed; workers as they ask."""
+"""Fixtures of the production tests: one deployed site, its workers, parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["browser", "s3_server"]
 
 @pytest.fixture(scope="session")
 def place(s3_server, tmp_path_factory):
-    """A site that `make deploy` was run on."""
+    """A site after `make deploy`, without workers."""
     folder = tmp_path_factory.mktemp("site")
     try:
         with client_of(s3_server, "production"), site(folder, s3_server.environment) as made:
@@ -27,7 +27,7 @@ def place(s3_server, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def workers(place):
-    """Three machines on three pools."""
+    """The site with three workers, one for each pool."""
     for pool in ("cpu", "reward", "gpu"):
         place.worker(pool)
     return place
@@ -35,7 +35,7 @@ def workers(place):
 
 @pytest.fixture
 def overrides(tmp_path):
-    """A tiny run's parameters, in a store of its own."""
+    """Function that returns a tiny run's parameters, with a store of its own."""
 
     def make(name, updates=4, **more):
         tree = tiny_tree(tmp_path)

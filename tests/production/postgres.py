@@ -1,4 +1,4 @@
-"""A real Postgres on loopback for Prefect's server, installed by apt if it is missing."""
+"""A real Postgres on loopback for Prefect's server, installed by apt if missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = "postgresql"
 
 
 def binaries() -> Path:
-    """The folder of Postgres' own programs; installs them, or raises `UnavailableError`."""
+    """Return the folder of Postgres' programs, installed if they are missing."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     if not found:
         apt_install("Postgres", PACKAGE)
@@ -29,9 +29,9 @@ def binaries() -> Path:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """A server with an empty database `prefect`; yields the URL for Prefect."""
+    """Start a server with an empty database `prefect`, and yield its URL for Prefect."""
     programs = binaries()
-    # It refuses to run as root.
+    # Postgres refuses to run as root.
     demoted = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
     prefix = demoted if os.geteuid() == 0 else []
     (port,) = free_ports(1)
@@ -60,7 +60,7 @@ def postgres() -> Iterator[str]:
             _until(lambda: _works([*create, "prefect"], folder), "Postgres")
             yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
         finally:
-            server.send_signal(signal.SIGINT)  # without waiting for who is connected
+            server.send_signal(signal.SIGINT)  # does not wait for open connections
             server.wait(PATIENCE)
 
 

@@ -1,11 +1,11 @@
-"""The pool templates in the hands of the workers themselves, which the product does not need:
+"""Check of the pool templates by the real workers, which the product does not need.
 
     python3.11 -m venv /tmp/pools && /tmp/pools/bin/pip install -c constraints.txt prefect \
         prefect-kubernetes prefect-aws kubernetes-validate
     PYTHONPATH=. /tmp/pools/bin/python -m tests.production.real_workers
 
-Each renders a job as for a flow run, from our template. Kubernetes' own schemas then look at the
-manifest, strictly, and AWS' service model at what goes to ECS. Prints what they have to say.
+Each worker renders a job from its template, as for a flow run. Kubernetes' schemas then validate
+the manifest strictly, and AWS' service model validates the requests to ECS. Prints their results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PREFECTS_OWN = ("parallelism", "completions")
 
 
 def prepared(kind: Any, pool: str, **variables: Any) -> Any:
-    """The worker's configuration for one run of a deployment with these variables."""
+    """Return a worker's configuration for a run with these job variables, and the run."""
     template = json.loads((POOLS / f"{pool}.json").read_text())
     job = asyncio.run(kind.from_template_and_values(template, {"image": IMAGE, **variables}))
     run = FlowRun(id=uuid.uuid4(), name="witty-otter", flow_id=uuid.uuid4())
@@ -43,7 +43,7 @@ def prepared(kind: Any, pool: str, **variables: Any) -> Any:
 
 
 def kubernetes(pool: str) -> None:
-    """A job for the cluster."""
+    """Check the job for a cluster."""
     job, _ = prepared(KubernetesWorkerJobConfiguration, pool, env={"AWS_REGION": "eu-west-1"})
     manifest = job.job_manifest
     pod = manifest["spec"]["template"]["spec"]
@@ -70,7 +70,7 @@ def kubernetes(pool: str) -> None:
 
 
 def ecs() -> None:
-    """A task definition and the request to run it."""
+    """Check the task definition and the request to run it."""
     roles = {"execution_role_arn": ROLE, "task_role_arn": ROLE}
     spot = [{"capacityProvider": "gpu-spot", "weight": 1, "base": 0}]
     service = get_session().get_service_model("ecs")

@@ -1,7 +1,7 @@
-"""A site as in production: a Prefect server on Postgres, and workers that share only a store.
+"""A site as in production: Prefect's server on Postgres, workers that share a store.
 
-Every worker has a home and a folder for temporary files of its own, both empty at first, and all
-its processes are one process group, so that it can be lost as a machine is lost.
+Every worker has its own home and folder for temporary files, both empty at first. Its processes are
+one process group, so that a test can kill them together, as the loss of a machine does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Process:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, with its output in a log."""
+        """Start the program, with its output in a log."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=dict(self.environment), cwd=ROOT, stdout=log, stderr=log,
@@ -48,23 +48,23 @@ class Process:
 
     @property
     def log(self) -> Path:
-        """What it and its children printed."""
+        """File with the output of the program and its children."""
         return self.folder / f"{self.name}.log"
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id of the program."""
         assert self.process is not None
         return self.process.pid
 
     def kill(self) -> None:
-        """Kill it alone, as an out-of-memory killer does; its children live on."""
+        """Kill the program alone, as an out-of-memory killer does; its children live on."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
 
     def lose(self) -> None:
-        """Kill it with all that it started, as when its machine is gone."""
+        """Kill the program and all its descendants, as the loss of its machine does."""
         if self.process is None:
             return
         for pid in [*descendants(self.pid), self.pid]:
@@ -73,7 +73,7 @@ class Process:
         self.process.wait()
 
     def end(self) -> None:
-        """Let it end by itself, then make sure."""
+        """End the program by SIGTERM, and kill it if it does not end."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -83,7 +83,7 @@ class Process:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that this one started, and theirs, the youngest first."""
+    """Return the ids of a process's descendants, the youngest first."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -100,20 +100,20 @@ def descendants(pid: int) -> list[int]:
 
 @dataclass
 class Site:
-    """Server and workers, and the environment in which a user talks to them."""
+    """Server and workers, and the environment of a user's commands."""
 
     folder: Path
     environment: dict[str, str]
     server: Process
     workers: dict[str, Process] = field(default_factory=dict)
     extras: dict[str, dict[str, str]] = field(default_factory=dict)
-    """What a worker's environment was given beside the rest."""
+    """Additional environment variables of each worker."""
     store_endpoint: str = ""
-    """Where the S3 server itself listens, whatever lies before it."""
+    """Address of the S3 server itself, without a proxy."""
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    """What was started in the place of something that was killed."""
+    """Processes that replaced killed ones."""
     said: str = ""
-    """What `make deploy` printed."""
+    """Output of `make deploy`."""
 
     def worker(self, pool: str, **extra: str) -> Process:
         """Start a worker of this pool, on a machine of its own."""
@@ -137,18 +137,18 @@ class Site:
         return self.workers[pool]
 
     def machine(self, pool: str) -> Path:
-        """All that a worker's machine has on its disk."""
+        """Return the folder with a worker's home and temporary files."""
         return self.folder / f"machine-{pool}"
 
     def submit(self, deployment: str, **parameters: Any) -> str:
-        """Run a deployment by Prefect's command; the id of its run."""
+        """Run a deployment by Prefect's command, and return the run's id."""
         given = [f"{name}={json.dumps(value)}" for name, value in parameters.items()]
         pairs = [part for text in given for part in ("-p", text)]
         said = self.run("prefect", "deployment", "run", deployment, *pairs)
         return said.partition("UUID: ")[2].split()[0]
 
     def logs(self, run: str) -> str:
-        """What a run has logged."""
+        """Return the log of a run."""
         asked = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
         return "\n".join(line["message"] for line in self.api("logs/filter", **asked))
 
@@ -157,12 +157,12 @@ class Site:
         self.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
 
     def children(self, run: str) -> list[Any]:
-        """The runs that were made for a run's stages, the oldest first."""
+        """Return the child runs of a run's stages, the oldest first."""
         asked = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}, "sort": "START_TIME_ASC"}
         return self.api("flow_runs/filter", **asked)
 
     def run(self, *command: str, check: bool = True, **extra: str) -> str:
-        """What a command prints, run from the checkout's root as a user would."""
+        """Run a command in the checkout's root as a user, and return its output."""
         done = subprocess.run(
             [*command], cwd=ROOT, env={**self.environment, **extra},
             capture_output=True, text=True, check=False, timeout=PATIENCE,
@@ -173,7 +173,7 @@ class Site:
         return output
 
     def api(self, path: str, **body: Any) -> Any:
-        """The server's answer to a POST, or to a GET without a body."""
+        """Return the server's answer to a POST, or to a GET without a body."""
         url = f"{self.environment['PREFECT_API_URL']}/{path}"
         method = "POST" if body else "GET"
         answer = httpx.request(method, url, json=body or None, timeout=PATIENCE)
@@ -181,7 +181,7 @@ class Site:
         return answer.json()
 
     def wait(self, run: str, *until: str, seconds: float = PATIENCE) -> Any:
-        """A flow run when it is in a final state, or in one of these."""
+        """Wait until a flow run is in a final state, or in one of these; return the run."""
         give_up = time.monotonic() + seconds
         while True:
             with contextlib.suppress(httpx.HTTPError):
@@ -195,7 +195,7 @@ class Site:
             time.sleep(0.5)
 
     def wait_for_server(self) -> None:
-        """Until it answers."""
+        """Wait until the server answers."""
         give_up = time.monotonic() + PATIENCE
         url = f"{self.environment['PREFECT_API_URL']}/health"
         while True:
@@ -207,7 +207,7 @@ class Site:
             time.sleep(0.3)
 
     def end(self) -> None:
-        """Stop everything."""
+        """Stop all processes of the site."""
         for process in (*self.workers.values(), self.server):
             process.end()
         for started in self.started:
@@ -217,7 +217,7 @@ class Site:
 
 @contextlib.contextmanager
 def site(folder: Path, store: Mapping[str, str]) -> Iterator[Site]:
-    """A server and no worker yet; `store` is the environment of the object store."""
+    """Start a server without workers; `store` is the object store's environment."""
     (port,) = free_ports(1)
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RLHF_"))},
@@ -225,7 +225,7 @@ def site(folder: Path, store: Mapping[str, str]) -> Iterator[Site]:
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_HOME": str(folder / "user"),
-        # Questions every second instead of 10, so that tests do not wait.
+        # Poll every second instead of every 10 s, so that tests do not wait.
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",

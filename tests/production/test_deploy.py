@@ -1,4 +1,4 @@
-"""`make deploy`, the commands that start a run, and what is refused before one exists."""
+"""`make deploy`, the commands that start a run, and refusals before a run exists."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The image's first process, as process 1 of a namespace of its own: who hears of SIGTERM first."""
+"""The image's entrypoint as process 1 of a namespace: the order of SIGTERM."""
 
 import os
 import shutil

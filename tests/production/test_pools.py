@@ -1,4 +1,4 @@
-"""The work-pool templates: valid for Prefect, for its server, and for what they are sent to."""
+"""The work-pool templates: valid for Prefect, its server, and the target platforms."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs on three machines that share only the store: killed, cancelled, approved, retrained."""
+"""Runs on three machines with one store: killed, cancelled, approved, retrained."""
 
 import json
 import signal

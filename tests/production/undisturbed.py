@@ -1,4 +1,4 @@
-"""Runs every stage here, without Prefect and beside the site: what a disturbed run must equal."""
+"""A run of every stage without Prefect, which a disturbed run must equal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tasks.stages import STAGES
 
 
 def digests(tree: dict[str, Any]) -> dict[str, str]:
-    """Return each stage's artifact."""
+    """Return the digest of each stage's artifact."""
     config = PipelineConfig.model_validate(tree)
     refs: dict[str, ArtifactRef] = {}
     for name, stage in STAGES.items():
-        inputs = {role: refs[producer] for role, producer in stage.needs(config).items()}
+        inputs = {role: refs[producer] for role, producer in stage.needed_inputs(config).items()}
         refs[name] = run_stage(stage, config, inputs).ref
     return {name: ref.digest for name, ref in refs.items()}
 

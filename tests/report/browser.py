@@ -1,4 +1,4 @@
-"""A real browser for tests: headless Chromium, driven through its DevTools protocol over a pipe.
+"""Headless Chromium for tests, driven by the DevTools protocol over a pipe.
 
 Standard library only: no driver, no port, no web socket. Use it so:
 
@@ -37,7 +37,7 @@ TIMEOUT = 300.0
 
 
 def chromium_path() -> str:
-    """Return Chromium, installing Debian's as root; skip without it, but fail in CI."""
+    """Return Chromium's path, installed by apt as root; else skip, or fail in CI."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
         apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300"]
@@ -51,13 +51,13 @@ def chromium_path() -> str:
 
 
 class Browser:
-    """One Chromium with one tab; `open` loads a file and returns what can be asked of it."""
+    """One Chromium with one tab; `open` loads a file and returns it as a `Page`."""
 
     def __init__(self, executable: str, profile: Path) -> None:
         child_in, self._write = os.pipe()
         self._read, child_out = os.pipe()
         log = profile / "chromium.log"
-        # High numbers first: 3 and 4 may be in use as one of the ends themselves.
+        # To high numbers first: one of the ends may itself have the number 3 or 4.
         parked = [
             os.dup2(end, 200 + i, inheritable=True) for i, end in enumerate((child_in, child_out))
         ]
@@ -94,7 +94,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send one command and wait for its answer; events on the way are kept."""
+        """Send a command and return its answer; events that arrive meanwhile are stored."""
         self._count += 1
         message: dict[str, Any] = {"id": self._count, "method": method, "params": parameters}
         if self._session:
@@ -111,7 +111,7 @@ class Browser:
             self.events.append(answer)
 
     def wait_for(self, method: str) -> None:
-        """Return once the event has happened."""
+        """Wait until the event has happened."""
         while not any(event.get("method") == method for event in self.events):
             self.events.append(self._receive())
 
@@ -167,7 +167,7 @@ class Page:
 
     @property
     def problems(self) -> list[str]:
-        """Console errors and warnings, uncaught exceptions, and requests for anything not local."""
+        """Console errors and warnings, uncaught exceptions, and requests beyond local files."""
         found = []
         for event in self._browser.events:
             method, given = event.get("method"), event.get("params", {})

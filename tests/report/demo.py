@@ -1,4 +1,4 @@
-"""Reports for tests and screenshots: promoted, rejected and failed, with hostile and long text."""
+"""Sample reports: promoted, rejected and failed, with hostile and long text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def digest(name: str) -> str:
 
 
 def stages(stop: int = 9, state: str = "Completed", message: str = "") -> tuple[StageRow, ...]:
-    """All nine stages; the one at `stop` ends in `state` and those after it did not run."""
+    """Return the nine stages; that at `stop` ends in `state`, later ones did not run."""
     rows = []
     for i, (name, metric, seconds) in enumerate(zip(NAMES, METRICS, SECONDS, strict=True)):
         if i > stop:
@@ -248,7 +248,7 @@ GATES = (
 
 
 def full_report() -> RunReport:
-    """A promoted run with every part."""
+    """Return the report of a promoted run, with every part."""
     return _report(
         outcome="Promoted",
         reason="The policy met every rule of both gates and is the new champion.",
@@ -263,7 +263,7 @@ def full_report() -> RunReport:
 
 
 def rejected_report() -> RunReport:
-    """A run whose reward model a gate refused: no policy, no curves, no samples."""
+    """Return the report of a rejected reward model: no policy, curves or samples."""
     why = "accuracy_low = 0.49998 does not meet >= 0.5"
     verdict = Verdict(
         gate="gate-reward-model",
@@ -287,7 +287,7 @@ def rejected_report() -> RunReport:
 
 
 def failed_report() -> RunReport:
-    """A run that broke in its second stage, with a long message and no lineage."""
+    """Return the report of a run that failed in its second stage, without lineage."""
     why = (
         "TrainingError: loss is nan at step 12; lower sft.learning_rate\n  in /work/" + "deep/" * 40
     )

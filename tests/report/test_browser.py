@@ -1,4 +1,4 @@
-"""The page in a real browser: no complaint, no overflow, every section to be seen."""
+"""The report in a real browser: no error, no overflow, every section visible."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Geometry and number formats, against values worked out by hand."""
+"""Geometry and number formats, against values calculated by hand."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The page as text: parts, escaping, determinism, nothing external."""
+"""The report's HTML: parts, escaping, determinism, nothing external."""
 
 import hashlib
 import os

@@ -1,7 +1,7 @@
 """Fixtures of the store's tests: stores in a folder and on a real S3 server.
 
-`Store` itself is tested over a folder; the contract of the backends below it, and whatever depends
-on S3, over both (`each_place`).
+`Store` itself is tested over a folder; the contract of its backends, and everything that
+depends on S3, over both (`each_place`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.store.proxy import Faults, fault_proxy
 from tests.store.wire import Wire, wire
 
 BUCKET = "artifacts"
-#: Whether the tests speak to the server over TLS; those with a proxy or a wire never do.
+#: True if the tests connect over TLS; those with a proxy or a wire never do.
 TLS = os.environ.get("RLHF_TEST_TLS") == "1"
 
 

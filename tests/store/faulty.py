@@ -43,7 +43,7 @@ def make_folder(path: Path, size: int) -> Path:
 
 
 def complaint(work: Callable[[], object], *parts: str, within: float = 30) -> StoreError:
-    """Return the StoreError that the work raises, after checks that hold for each."""
+    """Return the StoreError that `work` raises, after the checks common to all."""
     begin = time.monotonic()
     with pytest.raises(StoreError) as caught:
         work()

@@ -1,6 +1,6 @@
 """Connections of `tests/store/wire.py`, with a thread for each direction.
 
-Heads of HTTP/1.1 are read to know where bodies begin and end; bodies pass by splice, unread.
+Heads of HTTP/1.1 are parsed to find where bodies begin and end; bodies pass by splice, unread.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Flow(threading.Thread):
         try:
             while self._message():
                 self.began = {"stream": 0}
-            self._carry(math.inf)  # what is no message of HTTP
+            self._carry(math.inf)  # bytes that are no message of HTTP
             self.target.shutdown(socket.SHUT_WR)
         except Ended:
             pass
@@ -268,7 +268,7 @@ class Flow(threading.Thread):
         self.throttle.pay(count, self.waited)
         self.waited = False
         self.sent += count
-        if "body" in self.began:  # counted before the client can know
+        if "body" in self.began:  # counted before the client can see it
             self.request.body[self.direction] += count
         left = count
         while left:

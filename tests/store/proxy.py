@@ -1,6 +1,6 @@
 """An HTTP proxy in front of the real server, with faults that a test chooses.
 
-SigV4 survives it, because the host header that was signed is the proxy's and is passed on.
+SigV4 signatures stay valid: the signed host header is the proxy's, and is forwarded unchanged.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Faults:
 
     endpoint: str
     refuse: Callable[[str, str, dict[str, str]], int | tuple[int, str] | None] = lambda *_: None
-    """Answer with this status, and S3's code for it, instead of asking the server."""
+    """Answer with this status and S3's code for it, without forwarding."""
     lose_answer: Callable[[str, str], bool] = lambda *_: False
-    """Ask the server, then close the connection without an answer."""
+    """Forward the request, then close the connection without an answer."""
     mangle: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
-    """Change a wanted body on its way down; a shorter one is a cut connection."""
+    """Change the body of an answer; a shorter one is a cut connection."""
     continues: bool = True
     """Answer "100 Continue" to clients that wait for it."""
     seen: list[tuple[str, str]] = field(default_factory=list)

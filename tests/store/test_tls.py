@@ -1,4 +1,4 @@
-"""The store over TLS; RLHF_TEST_TLS=1 runs all tests of the store so."""
+"""The store over TLS; RLHF_TEST_TLS=1 runs all tests of the store over TLS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Swift's own behaviour, to tell its failures from the store's."""
+"""Swift's own behaviour, to distinguish its failures from the store's."""
 
 from __future__ import annotations
 

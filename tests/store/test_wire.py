@@ -1,4 +1,4 @@
-"""Faults of the wire: each does only what it is meant to."""
+"""Faults of the wire proxy: each has only its intended effect."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A TCP proxy with faults at chosen bytes of chosen requests.
 
-It changes no byte without a fault, so SigV4 survives: the signed host header is the wire's own.
+It changes no byte without a fault, so SigV4 signatures stay valid: the signed host header is the
+wire's own.
 For benchmarks, `python -m tests.store.wire http://127.0.0.1:7480 --mib-per-second 200` prints its
 endpoint and serves until SIGTERM.
 """
@@ -53,7 +54,7 @@ class Fault:
 
 
 class Wire:
-    """The proxy; everything may be changed at any time."""
+    """The proxy; its settings and faults may be changed at any time."""
 
     def __init__(self, upstream: str, rate: float) -> None:
         url = urlsplit(upstream)
@@ -66,7 +67,7 @@ class Wire:
         self._threads: list[threading.Thread] = []
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
         self._listening = threading.Event()
-        self._port = _bound(0)  # never listens, but keeps the port while nobody does
+        self._port = _bound(0)  # never listens, but reserves the port while the proxy does not
         self.endpoint = f"http://127.0.0.1:{self._port.getsockname()[1]}"
         self.listen()
         self._acceptor.start()
