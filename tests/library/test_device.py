@@ -80,7 +80,7 @@ def test_the_error_is_measured():
 #: In a process of its own: what earlier tests freed would do as well.
 SCRIPT = """
 import resource, torch
-from rlhf.modeling.device import kept
+from rlhf.modeling.device import retained_heap
 
 def faults():
     # Each fits where the one before was, with room for what came in between.
@@ -90,7 +90,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 print(faults())
-with kept(torch.device("cpu")):
+with retained_heap(torch.device("cpu")):
     torch.ones(2**25)
     print(faults())
 """

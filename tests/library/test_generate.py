@@ -93,7 +93,7 @@ def scripted(monkeypatch):
     """Makes `generate` draw the given tokens."""
 
     def script(replies):
-        monkeypatch.setattr("rlhf.modeling.logprobs.Sampler", lambda *_: Scripted(replies))
+        monkeypatch.setattr("rlhf.modeling.generate.Sampler", lambda *_: Scripted(replies))
 
     return script
 

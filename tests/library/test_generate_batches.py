@@ -80,7 +80,7 @@ def test_decoding_ends_when_all_rows_have(monkeypatch):
     def sampler(logits, rows, step):
         return torch.full((len(rows),), END if step == 1 else 9, device=logits.device)
 
-    monkeypatch.setattr("rlhf.modeling.logprobs.Sampler", lambda *_: sampler)
+    monkeypatch.setattr("rlhf.modeling.generate.Sampler", lambda *_: sampler)
     generate(model, PROMPTS, TOKENS, Sampling(30), 0, read_every=1)
     assert len(steps) == 2
     steps.clear()

@@ -68,7 +68,7 @@ def test_the_cpus_tokens_where_rows_end_by_a_rule(gpu, monkeypatch, kind):
     def stop(rows):
         return [len(row) > 1 and row[-1] % 3 == 0 for row in rows]
 
-    monkeypatch.setattr("rlhf.modeling.logprobs.decoder_of", kind)
+    monkeypatch.setattr("rlhf.modeling.generate.decoder_of", kind)
     options = {"sampling": Sampling(20), "seed": 3, "stop": stop}
     expected = generate(make("gqa"), PROMPTS, TOKENS, **options)
     replies = generate(make("gqa").to(gpu.device), PROMPTS, TOKENS, **options)
@@ -103,7 +103,7 @@ def test_without_padding_no_mask_is_read(gpu, monkeypatch):
 
 def waits_of_decoding(gpu, monkeypatch, name, kind, prompts):
     """The host waits for the device once in READ_EVERY steps, and for nothing else."""
-    monkeypatch.setattr("rlhf.modeling.logprobs.decoder_of", kind)
+    monkeypatch.setattr("rlhf.modeling.generate.decoder_of", kind)
     model = make(name).to(gpu.device)
     endless = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
     generate(model, prompts, endless, Sampling(4), 0)  # finds out whether the model can be packed
