@@ -29,8 +29,8 @@ from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import Digest, first_problem
 
 USER = "RLHF_USER"
-
-
+#: Prefix of the histories' names.
+CHAMPIONS = "champion/"
 #: Most characters of a name or a reason.
 LONGEST = 2000
 
@@ -70,114 +70,6 @@ class Approval(Entry):
     """A person's decision on a policy: approved or refused."""
 
     approved: bool
-
-
-def record_approval(
-    store: Store,
-    name: str,
-    policy: str,
-    *,
-    approved: bool,
-    by: str | None = None,
-    why: str = "",
-    run: str | None = None,
-) -> Approval:
-    """Record a person's decision on a policy for a model line.
-
-    Args:
-        store: The store with the history.
-        name: The model line.
-        policy: Digest of the policy.
-        approved: True approves, False refuses.
-        by: The person; see `acting_person`.
-        why: The reason.
-        run: Name of the run that waited for the decision.
-    """
-    approval = Approval(
-        approved=approved, by=acting_person(by), when=timestamp(), why=checked_line("--why", why),
-        run=run,
-    )  # fmt: skip
-    store.history.append(_approval_history(name, policy), approval.model_dump())
-    return approval
-
-
-def approval_of(store: Store, name: str, policy: str) -> Approval | None:
-    """Return the last decision on a policy; None if there is none."""
-    history = _approval_history(name, policy)
-    entry = store.history.latest(history)
-    return read_entry(Approval, history, entry) if entry else None
-
-
-def require_approval(store: Store, name: str, policy: str) -> Approval:
-    """Return a person's approval of a policy.
-
-    Raises:
-        ApprovalMissing: No person has decided yet.
-        ApprovalRefused: It was refused.
-    """
-    approval = approval_of(store, name, policy)
-    subject = f"policy {policy[:12]} of model line {name!r}"
-    if approval is None:
-        raise ApprovalMissing(
-            f"{subject} waits for a person's approval (promotion.approval = manual); give it by "
-            "`rlhf approve`, and run the same again"
-        )
-    if not approval.approved:
-        raise ApprovalRefused(
-            f"{subject} was refused{approval}; to change that: `rlhf approve`, and run the same "
-            "again"
-        )
-    return approval
-
-
-def acting_person(by: str | None = None) -> str:
-    """Return `by`, the value of RLHF_USER, or the name of the system's user."""
-    try:
-        name = by or os.environ.get(USER) or getpass.getuser()
-    except (KeyError, OSError):  # a container's user often has no name
-        name = f"uid {os.getuid()}"
-    return checked_line("--by", name)
-
-
-def timestamp() -> str:
-    """Return the current time as entries hold it: UTC in ISO 8601, in seconds."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def checked_line(option: str, text: str) -> str:
-    """Return the text of an option as one line.
-
-    Raises:
-        ConfigError: It is too long.
-    """
-    line = one_line(text)
-    if len(line) > LONGEST:
-        raise ConfigError(f"{option}: {len(line)} characters; write at most {LONGEST}")
-    return line
-
-
-def read_entry(model: type[EntryT], history: str, entry: Mapping[str, Any]) -> EntryT:
-    """Parse an entry of a history.
-
-    Raises:
-        ArtifactCorrupt: It does not fit the model.
-    """
-    try:
-        return model.model_validate(entry)
-    except ValidationError as error:
-        raise ArtifactCorrupt(
-            f"refs/{history}: an entry is not one that this version understands "
-            f"({first_problem(error)})"
-        ) from None
-
-
-def _approval_history(name: str, policy: str) -> str:
-    """Return the name of the history of decisions on a policy."""
-    return f"approvals/{name}/{policy}"
-
-
-#: Prefix of the histories' names.
-CHAMPIONS = "champion/"
 
 
 class Promotion(Entry):
@@ -316,6 +208,123 @@ def verdict_of(store: Store, policy: str) -> tuple[ArtifactRef, Verdict] | None:
     return ref, verdict
 
 
+def record_approval(
+    store: Store,
+    name: str,
+    policy: str,
+    *,
+    approved: bool,
+    by: str | None = None,
+    why: str = "",
+    run: str | None = None,
+) -> Approval:
+    """Record a person's decision on a policy for a model line.
+
+    Args:
+        store: The store with the history.
+        name: The model line.
+        policy: Digest of the policy.
+        approved: True approves, False refuses.
+        by: The person; see `acting_person`.
+        why: The reason.
+        run: Name of the run that waited for the decision.
+    """
+    approval = Approval(
+        approved=approved, by=acting_person(by), when=timestamp(), why=checked_line("--why", why),
+        run=run,
+    )  # fmt: skip
+    store.history.append(_approval_history(name, policy), approval.model_dump())
+    return approval
+
+
+def approval_of(store: Store, name: str, policy: str) -> Approval | None:
+    """Return the last decision on a policy; None if there is none."""
+    history = _approval_history(name, policy)
+    entry = store.history.latest(history)
+    return read_entry(Approval, history, entry) if entry else None
+
+
+def require_approval(store: Store, name: str, policy: str) -> Approval:
+    """Return a person's approval of a policy.
+
+    Raises:
+        ApprovalMissing: No person has decided yet.
+        ApprovalRefused: It was refused.
+    """
+    approval = approval_of(store, name, policy)
+    subject = f"policy {policy[:12]} of model line {name!r}"
+    if approval is None:
+        raise ApprovalMissing(
+            f"{subject} waits for a person's approval (promotion.approval = manual); give it by "
+            "`rlhf approve`, and run the same again"
+        )
+    if not approval.approved:
+        raise ApprovalRefused(
+            f"{subject} was refused{approval}; to change that: `rlhf approve`, and run the same "
+            "again"
+        )
+    return approval
+
+
+def acting_person(by: str | None = None) -> str:
+    """Return `by`, the value of RLHF_USER, or the name of the system's user."""
+    try:
+        name = by or os.environ.get(USER) or getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        name = f"uid {os.getuid()}"
+    return checked_line("--by", name)
+
+
+def timestamp() -> str:
+    """Return the current time as entries hold it: UTC in ISO 8601, in seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def checked_line(option: str, text: str) -> str:
+    """Return the text of an option as one line.
+
+    Raises:
+        ConfigError: It is too long.
+    """
+    line = one_line(text)
+    if len(line) > LONGEST:
+        raise ConfigError(f"{option}: {len(line)} characters; write at most {LONGEST}")
+    return line
+
+
+def read_entry(model: type[EntryT], history: str, entry: Mapping[str, Any]) -> EntryT:
+    """Parse an entry of a history.
+
+    Raises:
+        ArtifactCorrupt: It does not fit the model.
+    """
+    try:
+        return model.model_validate(entry)
+    except ValidationError as error:
+        raise ArtifactCorrupt(
+            f"refs/{history}: an entry is not one that this version understands "
+            f"({first_problem(error)})"
+        ) from None
+
+
+def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> Promotion:
+    """Append an entry after `last`, the last one that the caller has read."""
+    entry = Promotion(
+        model=name, when=timestamp(), previous=last.policy if last else None,
+        number=last.number + 1 if last else 1, **fields,
+    )  # fmt: skip
+    if store.history.advance(CHAMPIONS + name, entry.model_dump(), entry.number - 1):
+        return entry
+    policy = entry.policy[:12]
+    winner = next((each for each in history(store, name) if each.number == entry.number), None)
+    cause = f"{winner.policy[:12]} became champion{winner}" if winner else "by whom is not known"
+    raise PromotionLost(
+        f"{store.uri}: {policy} did not become champion of {name!r}, as somebody else changed that "
+        f"meanwhile: {cause}; look at `rlhf champion --name {name} --history`, and if it shall be "
+        f"{policy} all the same: `rlhf promote {policy} --name {name}`"
+    )
+
+
 def _reason(why: str) -> str:
     reason = checked_line("--why", why)
     if not reason:
@@ -353,19 +362,6 @@ def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotio
     return standing, withdrawn
 
 
-def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> Promotion:
-    """Append an entry after `last`, the last one that the caller has read."""
-    entry = Promotion(
-        model=name, when=timestamp(), previous=last.policy if last else None,
-        number=last.number + 1 if last else 1, **fields,
-    )  # fmt: skip
-    if store.history.advance(CHAMPIONS + name, entry.model_dump(), entry.number - 1):
-        return entry
-    policy = entry.policy[:12]
-    winner = next((each for each in history(store, name) if each.number == entry.number), None)
-    cause = f"{winner.policy[:12]} became champion{winner}" if winner else "by whom is not known"
-    raise PromotionLost(
-        f"{store.uri}: {policy} did not become champion of {name!r}, as somebody else changed that "
-        f"meanwhile: {cause}; look at `rlhf champion --name {name} --history`, and if it shall be "
-        f"{policy} all the same: `rlhf promote {policy} --name {name}`"
-    )
+def _approval_history(name: str, policy: str) -> str:
+    """Return the name of the history of decisions on a policy."""
+    return f"approvals/{name}/{policy}"

@@ -140,6 +140,12 @@ class External(ABC):
         """
 
 
+def shorten(reason: object) -> str:
+    """Return the text of an error on one line of at most 200 characters."""
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 @dataclass(frozen=True)
 class _Folder:
     external: External
@@ -294,9 +300,3 @@ class _Hub:
 def _is_visible(name: str) -> bool:
     """True unless a part of the relative path is hidden, as checkpoints and caches of tools are."""
     return "/." not in f"/{name}"
-
-
-def shorten(reason: object) -> str:
-    """Return the text of an error on one line of at most 200 characters."""
-    text = " ".join(str(reason).split())
-    return text if len(text) <= 200 else f"{text[:199]}…"

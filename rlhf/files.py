@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-#: sha256 of files by path, size and time of change.
-_digests: dict[tuple[Path, int, int], str] = {}
-
-
 #: Nanoseconds after which a changed file is sure to have another time of change: FAT's resolution.
 _SETTLED = 2 * 10**9
+#: sha256 of files by path, size and time of change.
+_digests: dict[tuple[Path, int, int], str] = {}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,7 +14,6 @@ from rlhf.errors import RLHFError, TrainingError
 
 T = TypeVar("T")
 
-
 #: Bytes that are sent at a time; the values are copied into a buffer for it.
 BUCKET = 2**26
 

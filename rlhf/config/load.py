@@ -24,15 +24,16 @@ from rlhf.config.text import BROKEN, as_written, one_line, parse, reason
 from rlhf.errors import ConfigError
 
 DEFAULT = "default"
-
-
 COMMAND_LINE = "command line"
-
-
 OVERRIDE = "override"
 
-
 PRESETS = Path(__file__).parents[2] / "configs"
+
+#: Fields that an environment variable overrides, by section.
+MACHINE_FIELDS = {
+    "runtime": ("work_dir", "report_dir", "cache_gb", "device", "threads"),
+    "tracking": ("log_dir",),
+}
 
 
 class LoadedConfig(Section):
@@ -92,6 +93,28 @@ def load_preset(name: str | None, overrides: Tree) -> LoadedConfig:
 def presets() -> list[str]:
     """Names of the presets in this checkout's folder `configs`."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
+    """Apply this machine's environment to `runtime` and `tracking`.
+
+    `RLHF_WORK_DIR`, `RLHF_REPORT_DIR`, `RLHF_CACHE_GB`, `RLHF_DEVICE`, `RLHF_THREADS` and
+    `RLHF_LOG_DIR` win over the configuration, because one run may cross machines with different
+    disks and devices.
+
+    Raises:
+        ConfigError: A variable holds a value that its field refuses.
+    """
+    sections = {
+        name: _with_variables(getattr(config, name), fields)
+        for name, fields in MACHINE_FIELDS.items()
+    }
+    return config.model_copy(update=sections)
+
+
+def environment_variable(field: str) -> str:
+    """The environment variable of a field of `runtime` or `tracking`."""
+    return f"RLHF_{field.upper()}"
 
 
 def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedConfig:
@@ -165,35 +188,6 @@ def _merge(base: Tree, top: Tree) -> Tree:
         else:
             merged[key] = value
     return merged
-
-
-#: Fields that an environment variable overrides, by section.
-MACHINE_FIELDS = {
-    "runtime": ("work_dir", "report_dir", "cache_gb", "device", "threads"),
-    "tracking": ("log_dir",),
-}
-
-
-def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
-    """Apply this machine's environment to `runtime` and `tracking`.
-
-    `RLHF_WORK_DIR`, `RLHF_REPORT_DIR`, `RLHF_CACHE_GB`, `RLHF_DEVICE`, `RLHF_THREADS` and
-    `RLHF_LOG_DIR` win over the configuration, because one run may cross machines with different
-    disks and devices.
-
-    Raises:
-        ConfigError: A variable holds a value that its field refuses.
-    """
-    sections = {
-        name: _with_variables(getattr(config, name), fields)
-        for name, fields in MACHINE_FIELDS.items()
-    }
-    return config.model_copy(update=sections)
-
-
-def environment_variable(field: str) -> str:
-    """The environment variable of a field of `runtime` or `tracking`."""
-    return f"RLHF_{field.upper()}"
 
 
 def _with_variables(section: Section, fields: Iterable[str]) -> Section:

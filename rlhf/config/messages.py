@@ -85,6 +85,11 @@ def cure(field: str) -> str:
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 
 
+def advice(config: PipelineConfig) -> list[str]:
+    """One line for each value outside of its advised range."""
+    return list(_unusual_values(config, ""))
+
+
 def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
     """Sources of an error's values: ` (from quickstart.yaml)`.
 
@@ -97,11 +102,6 @@ def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
     named = [k for k in keys if k.rpartition(".")[2] in words] or keys
     origins = sorted({sources[k] for k in named})
     return f" (from {' and '.join(origins)})" if origins else ""
-
-
-def advice(config: PipelineConfig) -> list[str]:
-    """One line for each value outside of its advised range."""
-    return list(_unusual_values(config, ""))
 
 
 def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:

@@ -13,15 +13,9 @@ from rlhf.config.section import Tree
 from rlhf.config.text import BROKEN, DuplicateKey, one_line, parse, shown_value, unique
 from rlhf.errors import ConfigError
 
+FORM = "write overrides as --section.field=value"
 #: Mappings in section `ppo` that replace the preset's when they are given whole.
 MAPPINGS = ("env_config", "reward_weights")
-
-
-FORM = "write overrides as --section.field=value"
-
-
-class Replacement(dict[str, Any]):
-    """A mapping that replaces the preset's instead of being merged into it."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> Tree:
@@ -61,6 +55,10 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
     except ConfigError as error:
         raise _error(str(error)) from None
     return _mark_replacements(tree, keys)
+
+
+class Replacement(dict[str, Any]):
+    """A mapping that replaces the preset's instead of being merged into it."""
 
 
 def _split_tokens(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,8 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from rlhf.config.text import one_line
 
 Tree = dict[str, Any]
+#: Type of the error that carries the errors of an inner section.
+NESTED = "nested"
 
 
 class Section(BaseModel):
@@ -51,11 +53,6 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def advised_range(low: float, high: float) -> dict[str, Any]:
-    """JSON schema note of a field's usual range; values outside are warned about."""
-    return {"advised": [low, high]}
-
-
 class OrText:
     """Annotation that adds text to the JSON schema of a field.
 
@@ -80,6 +77,11 @@ class OrText:
         return {"anyOf": [field, text]}
 
 
+def advised_range(low: float, high: float) -> dict[str, Any]:
+    """JSON schema note of a field's usual range; values outside are warned about."""
+    return {"advised": [low, high]}
+
+
 def check_model_uri(value: str | None) -> str | None:
     """Check that a value may name a folder, artifact, s3:// URI or hub id.
 
@@ -99,6 +101,38 @@ def check_model_uri(value: str | None) -> str | None:
             "or a hub id"
         )
     return value
+
+
+def validate_as(model: type[SectionT], value: Any) -> SectionT:
+    """Validate a value as a section that was chosen by another field.
+
+    Raises:
+        PydanticCustomError: The section's errors in one, see `nested_error`.
+    """
+    try:
+        return model.model_validate(without_none(value, (model,)))
+    except ValidationError as error:
+        raise nested_error([_with_known(model, dict(e)) for e in error.errors()]) from None
+
+
+def nested_error(errors: list[dict[str, Any]]) -> PydanticCustomError:
+    """One error that carries several of an inner section, whose `loc` starts there.
+
+    Its text sums them up for callers from Python, whose message holds no more than the text.
+    """
+    leaves = list(expand_nested(errors))
+    summary = one_line("; ".join(map(_describe, leaves)))
+    return PydanticCustomError(NESTED, "{summary}", {"errors": leaves, "summary": summary})
+
+
+def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Replace errors that carry others by these, under their full location."""
+    for error in errors:
+        if error["type"] != NESTED:
+            yield error
+            continue
+        for inner in error["ctx"]["errors"]:
+            yield {**inner, "loc": (*error["loc"], *inner["loc"])}
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:
@@ -148,42 +182,6 @@ def without_none(value: Any, types: tuple[Any, ...]) -> Any:
         items = next((union_members(get_args(t)[0]) for t in types if get_origin(t) is tuple), ())
         return [without_none(v, items) for v in cast("list[Any]", value)]
     return value
-
-
-#: Type of the error that carries the errors of an inner section.
-NESTED = "nested"
-
-
-def validate_as(model: type[SectionT], value: Any) -> SectionT:
-    """Validate a value as a section that was chosen by another field.
-
-    Raises:
-        PydanticCustomError: The section's errors in one, see `nested_error`.
-    """
-    try:
-        return model.model_validate(without_none(value, (model,)))
-    except ValidationError as error:
-        raise nested_error([_with_known(model, dict(e)) for e in error.errors()]) from None
-
-
-def nested_error(errors: list[dict[str, Any]]) -> PydanticCustomError:
-    """One error that carries several of an inner section, whose `loc` starts there.
-
-    Its text sums them up for callers from Python, whose message holds no more than the text.
-    """
-    leaves = list(expand_nested(errors))
-    summary = one_line("; ".join(map(_describe, leaves)))
-    return PydanticCustomError(NESTED, "{summary}", {"errors": leaves, "summary": summary})
-
-
-def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Replace errors that carry others by these, under their full location."""
-    for error in errors:
-        if error["type"] != NESTED:
-            yield error
-            continue
-        for inner in error["ctx"]["errors"]:
-            yield {**inner, "loc": (*error["loc"], *inner["loc"])}
 
 
 def _describe(error: dict[str, Any]) -> str:

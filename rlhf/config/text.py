@@ -16,13 +16,6 @@ import yaml
 BROKEN = (yaml.YAMLError, ValueError, RecursionError)
 
 
-class DuplicateKey(yaml.constructor.ConstructorError, ValueError):
-    """A key appears twice in one mapping; `problem` names it."""
-
-    def __init__(self, key: Any, mark: yaml.Mark | None = None) -> None:
-        super().__init__(None, None, f"{key} stands there twice", mark)
-
-
 def parse(text: str) -> Any:
     """Parse a YAML or JSON text.
 
@@ -30,19 +23,6 @@ def parse(text: str) -> Any:
         Exception: One of `BROKEN`.
     """
     return yaml.load(text, _Loader)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML loader that refuses duplicate keys and values that contain themselves."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build the mapping at once, so that an alias to an outer value is an error."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise DuplicateKey(key.value, key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=True)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -79,3 +59,23 @@ def as_written(value: Any) -> str:
 def one_line(text: str) -> str:
     """The text without line breaks and without user info, such as passwords, in URIs."""
     return re.sub(r"//[^\s'\"]*@", "//…@", " ".join(text.split()))
+
+
+class DuplicateKey(yaml.constructor.ConstructorError, ValueError):
+    """A key appears twice in one mapping; `problem` names it."""
+
+    def __init__(self, key: Any, mark: yaml.Mark | None = None) -> None:
+        super().__init__(None, None, f"{key} stands there twice", mark)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML loader that refuses duplicate keys and values that contain themselves."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build the mapping at once, so that an alias to an outer value is an error."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise DuplicateKey(key.value, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=True)

@@ -29,6 +29,8 @@ from rlhf.stage import Progress, StageResult, silent
 #: Least number of different prompts on each side of the split: a comparison needs two.
 MIN_PROMPTS = 2
 
+Parts = dict[str, Sequence[Any]]
+
 
 def prepare_data(
     config: DataConfig,
@@ -69,9 +71,6 @@ def prepare_data(
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
     return StageResult({k: v for k, v in summary.items() if not isinstance(v, dict)})
-
-
-Parts = dict[str, Sequence[Any]]
 
 
 def _from_world(config: DataConfig, seed: int) -> Parts:

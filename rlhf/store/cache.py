@@ -28,8 +28,8 @@ from rlhf.store.objects import SMALL, Backend, Meter, Sink, in_parallel
 
 #: Default limit in bytes of all fetched artifacts.
 DEFAULT_LIMIT = 50 * 10**9
-
-
+#: A bit that flips on the way is not flipped again the next time.
+ATTEMPTS = 3
 #: After so many seconds without a byte, boto3 has retried a download for long enough.
 _SLOW = 5.0
 
@@ -277,26 +277,30 @@ class Cache:
             ) from None
 
 
+def download(backend: Backend, entry: FileEntry, sink: Sink) -> None:
+    """Write a file's bytes into the sink, unverified: the caller compares the sha256."""
+    key = blob_key(entry.sha256)
+    if entry.size <= SMALL:
+        sink.write(backend.get_bytes(key, SMALL))
+    else:
+        backend.get_file(key, sink)
+
+
 def _release(used: dict[Path, BinaryIO]) -> None:
     for lock in used.values():
         lock.close()
 
 
-def _use_lock(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
-def _last_used(folder: Path) -> float:
-    with contextlib.suppress(FileNotFoundError):
-        return _use_lock(folder).stat().st_mtime
-    return 0.0
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock among threads and processes; yields False if it is taken."""
+    file = acquire(path, wait=wait)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
 
 
 def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> BinaryIO | None:
@@ -318,18 +322,6 @@ def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> BinaryIO 
         file.close()
 
 
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock among threads and processes; yields False if it is taken."""
-    file = acquire(path, wait=wait)
-    try:
-        yield file is not None
-    finally:
-        if file is not None:
-            path.unlink(missing_ok=True)
-            file.close()
-
-
 def _is_current(file: BinaryIO, path: Path) -> bool:
     """Return whether the path still names the open file."""
     try:
@@ -338,14 +330,18 @@ def _is_current(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-#: A bit that flips on the way is not flipped again the next time.
-ATTEMPTS = 3
+def _use_lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
-def download(backend: Backend, entry: FileEntry, sink: Sink) -> None:
-    """Write a file's bytes into the sink, unverified: the caller compares the sha256."""
-    key = blob_key(entry.sha256)
-    if entry.size <= SMALL:
-        sink.write(backend.get_bytes(key, SMALL))
+def _last_used(folder: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return _use_lock(folder).stat().st_mtime
+    return 0.0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        backend.get_file(key, sink)
+        path.unlink(missing_ok=True)

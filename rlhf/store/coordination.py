@@ -85,6 +85,58 @@ def is_atomic(backend: Backend) -> bool:
         return backend.atomic
 
 
+@contextlib.contextmanager
+def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
+    """Announce a garbage collection, and leave a trace of it at the end.
+
+    Yields when it began by the local clock, and the age that the store reports for a new object.
+    A dry run announces nothing, and writes its object only to learn that age.
+    """
+    name = f"{PROBES if dry_run else COLLECTIONS}{uuid.uuid4().hex}"
+    key = name + _RUNNING
+    began = time.monotonic()
+    backend.put(key, b"{}")
+    try:
+        # Twice, as a bit may flip in a date: the larger age is the careful one.
+        ages = [info.age if info else 0.0 for info in (backend.find(key), backend.find(key))]
+        yield began, max(ages)
+    finally:
+        if not dry_run:
+            backend.put(name + _ENDED, b"{}")
+        backend.delete([key])
+
+
+def collected_since(backend: Backend, began: float) -> bool:
+    """Return whether a collection may have run since, after waiting for any."""
+    traces = wait_for_collection(backend)
+    since = time.monotonic() - began + COLLECTION_SECONDS
+    return any(info.age < since for info in traces.values())
+
+
+def wait_for_collection(backend: Backend) -> dict[str, ObjectInfo]:
+    """Wait until no garbage collection is running; returns the traces of all.
+
+    A collection that died counts as ended after `COLLECTION_SECONDS`.
+    """
+    logged = False
+    end = time.monotonic() + 2 * COLLECTION_SECONDS
+    while True:
+        traces = backend.list(COLLECTIONS)
+        if not any(
+            key.endswith(_RUNNING) and info.age < COLLECTION_SECONDS for key, info in traces.items()
+        ):
+            return traces
+        if time.monotonic() > end:
+            raise StoreError(
+                f"{backend.uri}: {COLLECTIONS} says that garbage is being collected, and does not "
+                "end; try again, or delete what is there"
+            )
+        if not logged:
+            log.info("%s: garbage is being collected; waiting for it", backend.uri)
+            logged = True
+        time.sleep(1.0)
+
+
 def _warning(backend: Backend) -> str | None:
     """Probe conditional writes; None if atomic, else the warning to log."""
     end = time.monotonic() + _PROBE_SECONDS
@@ -208,55 +260,3 @@ def _is_alone(backend: Backend, prefix: str, claim: str, end: float) -> bool:
 
 def _live_claims(backend: Backend, prefix: str) -> set[str]:
     return {key for key, info in backend.list(prefix).items() if info.age < _DEAD}
-
-
-@contextlib.contextmanager
-def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
-    """Announce a garbage collection, and leave a trace of it at the end.
-
-    Yields when it began by the local clock, and the age that the store reports for a new object.
-    A dry run announces nothing, and writes its object only to learn that age.
-    """
-    name = f"{PROBES if dry_run else COLLECTIONS}{uuid.uuid4().hex}"
-    key = name + _RUNNING
-    began = time.monotonic()
-    backend.put(key, b"{}")
-    try:
-        # Twice, as a bit may flip in a date: the larger age is the careful one.
-        ages = [info.age if info else 0.0 for info in (backend.find(key), backend.find(key))]
-        yield began, max(ages)
-    finally:
-        if not dry_run:
-            backend.put(name + _ENDED, b"{}")
-        backend.delete([key])
-
-
-def collected_since(backend: Backend, began: float) -> bool:
-    """Return whether a collection may have run since, after waiting for any."""
-    traces = wait_for_collection(backend)
-    since = time.monotonic() - began + COLLECTION_SECONDS
-    return any(info.age < since for info in traces.values())
-
-
-def wait_for_collection(backend: Backend) -> dict[str, ObjectInfo]:
-    """Wait until no garbage collection is running; returns the traces of all.
-
-    A collection that died counts as ended after `COLLECTION_SECONDS`.
-    """
-    logged = False
-    end = time.monotonic() + 2 * COLLECTION_SECONDS
-    while True:
-        traces = backend.list(COLLECTIONS)
-        if not any(
-            key.endswith(_RUNNING) and info.age < COLLECTION_SECONDS for key, info in traces.items()
-        ):
-            return traces
-        if time.monotonic() > end:
-            raise StoreError(
-                f"{backend.uri}: {COLLECTIONS} says that garbage is being collected, and does not "
-                "end; try again, or delete what is there"
-            )
-        if not logged:
-            log.info("%s: garbage is being collected; waiting for it", backend.uri)
-            logged = True
-        time.sleep(1.0)

@@ -21,26 +21,15 @@ from rlhf.store.objects import Backend, ObjectInfo, in_parallel
 
 #: Grace period in seconds: younger objects are kept.
 GRACE = 24 * 3600.0
-
-
 #: Checkpoints of a run that was not resumed for this long are abandoned.
 ABANDONED = 30 * 24 * 3600.0
-
-
 #: Margin between the last removal and the moment when publishers stop waiting.
 _MARGIN = 330.0
-
-
 _BATCH = 1000
 
-
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-_CHECKPOINTS = re.compile(r"checkpoints/((?P<stage>.+)-(?P<key>[0-9a-f]{16}))/.*")
-
-
 _MANIFEST = re.compile(r"manifests/[0-9a-f]{64}\.json")
+_CHECKPOINTS = re.compile(r"checkpoints/((?P<stage>.+)-(?P<key>[0-9a-f]{16}))/.*")
 
 
 @dataclass
@@ -124,12 +113,6 @@ def _find(
     return garbage
 
 
-def _objects_of(manifests: Mapping[str, Manifest]) -> set[str]:
-    """The keys of these manifests and of their blobs."""
-    blobs = {blob_key(entry.sha256) for each in manifests.values() for entry in each.files}
-    return blobs | {manifest_key(digest) for digest in manifests}
-
-
 class _Listing:
     """Two listings, against flipped bits that make an object look like garbage.
 
@@ -198,6 +181,12 @@ def _reachable(
         reachable |= existing
         fresh = {parent for each in existing.values() for parent in each.parents.values()} - seen
     return reachable
+
+
+def _objects_of(manifests: Mapping[str, Manifest]) -> set[str]:
+    """The keys of these manifests and of their blobs."""
+    blobs = {blob_key(entry.sha256) for each in manifests.values() for entry in each.files}
+    return blobs | {manifest_key(digest) for digest in manifests}
 
 
 def _checkpoints(

@@ -28,12 +28,9 @@ from rlhf.store.manifest import (
 from rlhf.store.objects import Backend, in_parallel
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
 _ENTRY = re.compile(r"refs/(?P<name>.+)/(?P<number>[0-9]{6,})\.json")
-
-
 _ATTEMPTS = 1000
+_PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Histories:
@@ -99,56 +96,6 @@ class Histories:
         return number
 
 
-def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
-    """Read the payload of a sealed object; again if a bit flipped on the way."""
-    for _ in range(3):
-        payload = _payload(backend.get_bytes(key, MAX_MANIFEST_BYTES))
-        if payload is not None:
-            return payload
-    raise ArtifactCorrupt(
-        f"{backend.uri}: {key} is not an entry, or not as it was written; delete it"
-    )
-
-
-def seal(name: str, payload: Mapping[str, Any]) -> bytes:
-    """Encode a payload with its sha256, which unlike a blob's is not in its key."""
-    try:
-        digest = sha256_bytes(canonical_json(payload))
-        data = canonical_json({"payload": payload, "sha256": digest})
-    except (TypeError, ValueError) as error:
-        raise PublishError(f"can't write {name!r}: {error}") from None
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise PublishError(f"can't write {name!r}: {len(data)} bytes are too many")
-    return data
-
-
-def _payload(data: bytes) -> dict[str, Any] | None:
-    """The payload of sealed bytes, None if they are damaged."""
-    try:
-        value = json.loads(data)
-        payload, digest = value["payload"], value["sha256"]
-        whole = isinstance(payload, dict) and digest == sha256_bytes(canonical_json(payload))
-    except (ValueError, KeyError, TypeError):
-        return None
-    return payload if whole else None
-
-
-def _folder(name: str) -> str:
-    if not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
-        raise PublishError(
-            f"reference name {name!r} is not valid; use letters, digits, '.', '_' and '-', "
-            "with '/' between the parts"
-        )
-    return f"refs/{name}"
-
-
-def _entry_key(folder: str, number: int) -> str:
-    return f"{folder}/{number:06d}.json"
-
-
-_PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
 class Pins:
     """The pins of one store: names that keep an artifact from garbage collection."""
 
@@ -207,8 +154,40 @@ class Pins:
         return digests
 
 
-def _is_valid(name: str) -> bool:
-    return _PIN.fullmatch(name) is not None and not is_digest_prefix(name)
+def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
+    """Read the payload of a sealed object; again if a bit flipped on the way."""
+    for _ in range(3):
+        payload = _payload(backend.get_bytes(key, MAX_MANIFEST_BYTES))
+        if payload is not None:
+            return payload
+    raise ArtifactCorrupt(
+        f"{backend.uri}: {key} is not an entry, or not as it was written; delete it"
+    )
+
+
+def seal(name: str, payload: Mapping[str, Any]) -> bytes:
+    """Encode a payload with its sha256, which unlike a blob's is not in its key."""
+    try:
+        digest = sha256_bytes(canonical_json(payload))
+        data = canonical_json({"payload": payload, "sha256": digest})
+    except (TypeError, ValueError) as error:
+        raise PublishError(f"can't write {name!r}: {error}") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PublishError(f"can't write {name!r}: {len(data)} bytes are too many")
+    return data
+
+
+def _folder(name: str) -> str:
+    if not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
+        raise PublishError(
+            f"reference name {name!r} is not valid; use letters, digits, '.', '_' and '-', "
+            "with '/' between the parts"
+        )
+    return f"refs/{name}"
+
+
+def _entry_key(folder: str, number: int) -> str:
+    return f"{folder}/{number:06d}.json"
 
 
 def _pin_key(name: str) -> str:
@@ -218,3 +197,18 @@ def _pin_key(name: str) -> str:
             "nothing that could be the beginning of a digest"
         )
     return f"pins/{name}.json"
+
+
+def _is_valid(name: str) -> bool:
+    return _PIN.fullmatch(name) is not None and not is_digest_prefix(name)
+
+
+def _payload(data: bytes) -> dict[str, Any] | None:
+    """The payload of sealed bytes, None if they are damaged."""
+    try:
+        value = json.loads(data)
+        payload, digest = value["payload"], value["sha256"]
+        whole = isinstance(payload, dict) and digest == sha256_bytes(canonical_json(payload))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return payload if whole else None

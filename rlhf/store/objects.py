@@ -18,14 +18,9 @@ from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
 from rlhf.store.manifest import PublishError
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
-
 WORKERS = 8
-
-
 #: Up to this size a file is read once, into memory, and sent or received in one request.
 SMALL = 16 * 1024 * 1024
 

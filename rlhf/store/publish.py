@@ -62,6 +62,35 @@ def publish(
     return ArtifactRef(kind=kind, digest=digest, size=manifest.size, uri=uri)
 
 
+def scan(folder: Path) -> dict[str, int]:
+    """Return path and size of all files; PublishError if one is not allowed."""
+    if not folder.is_dir():
+        raise PublishError(f"can't publish {folder}: it is not a folder")
+    sizes: dict[str, int] = {}
+    for where, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(where) / name
+            relative = path.relative_to(folder).as_posix()
+            state = path.lstat()
+            mode = state.st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                what = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
+                raise PublishError(f"can't publish {folder}: {relative!r} is {what}; copy the file")
+            if stat.S_ISREG(mode):
+                sizes[relative] = state.st_size
+    if not 0 < len(sizes) <= MAX_FILES:
+        raise PublishError(
+            f"can't publish {folder}: it holds {len(sizes)} files; 1 to {MAX_FILES} are allowed"
+        )
+    try:
+        for path in sizes:
+            check_path(path)
+        check_collisions(sizes)
+    except ValueError as error:
+        raise PublishError(f"can't publish {folder}: {error}") from None
+    return dict(sorted(sizes.items()))
+
+
 class _Sender:
     """Sends the files of a folder; equal ones once."""
 
@@ -144,32 +173,3 @@ def _check_parents(backend: Backend, parents: Mapping[str, ArtifactRef]) -> None
                 f"{backend.uri}: {role} {ref.short} was collected as garbage while something was "
                 "made from it; make it again"
             )
-
-
-def scan(folder: Path) -> dict[str, int]:
-    """Return path and size of all files; PublishError if one is not allowed."""
-    if not folder.is_dir():
-        raise PublishError(f"can't publish {folder}: it is not a folder")
-    sizes: dict[str, int] = {}
-    for where, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            path = Path(where) / name
-            relative = path.relative_to(folder).as_posix()
-            state = path.lstat()
-            mode = state.st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                what = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
-                raise PublishError(f"can't publish {folder}: {relative!r} is {what}; copy the file")
-            if stat.S_ISREG(mode):
-                sizes[relative] = state.st_size
-    if not 0 < len(sizes) <= MAX_FILES:
-        raise PublishError(
-            f"can't publish {folder}: it holds {len(sizes)} files; 1 to {MAX_FILES} are allowed"
-        )
-    try:
-        for path in sizes:
-            check_path(path)
-        check_collisions(sizes)
-    except ValueError as error:
-        raise PublishError(f"can't publish {folder}: {error}") from None
-    return dict(sorted(sizes.items()))

@@ -25,21 +25,26 @@ from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, Stor
 from rlhf.store.objects import ObjectInfo, Sink, Source, in_order, in_parallel
 from rlhf.store.s3_client import CUT, ERRORS, failed, make_client, refused, status_of
 
+T = TypeVar("T")
+
 MIB = 1024 * 1024
 
-
-#: Just more than the buffers that malloc keeps when freed; four at once bound the memory.
-_PART = 32 * MIB
-
-
-_SENDING = threading.BoundedSemaphore(4)
-
-
-_MOST_PARTS = 10_000
-
-
+#: Pause in seconds before the first retry of requests that boto3 does not repeat; then doubled.
+PAUSE = 0.1
 #: How long botocore waits for "100 Continue" before it sends a body.
 _CONTINUE_SECONDS = 1.0
+#: Just more than the buffers that malloc keeps when freed; four at once bound the memory.
+_PART = 32 * MIB
+_MOST_PARTS = 10_000
+_SENDING = threading.BoundedSemaphore(4)
+
+_PIECE = 8 * 1024 * 1024
+#: Ranges of a file in memory, and how many of them are requested at once.
+_AHEAD, _AT_ONCE = 6, 4
+#: Large files read at once.
+_FILES = threading.BoundedSemaphore(2)
+#: Bytes per read, small enough for the processor's cache.
+_CHUNK = 256 * 1024
 
 
 class S3Backend:
@@ -278,80 +283,6 @@ class S3Backend:
             raise failed(what, endpoint, error, opening=verb == "open") from None
 
 
-class _HeldBody(io.BytesIO):
-    """A request body that calls `hold` between its first byte and the others.
-
-    Only if the server has answered "100 Continue" before: then it has read the head. boto3 waits
-    for that answer for a second, and sends the body without it after that.
-    """
-
-    def __init__(self, data: bytes, hold: Callable[[], None]) -> None:
-        super().__init__(data)
-        self._hold = hold
-        self._continued = False
-        self._begun = 0.0
-        self.sends = 0
-        self.was_held = False
-
-    @staticmethod
-    def begin(request: Any, **_: Any) -> None:
-        """Handle boto3's event before a request is sent; what it reads earlier it signs."""
-        if isinstance(request.body, _HeldBody):
-            request.body.sends += 1
-            request.body._begun = time.monotonic()
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Return the first byte alone; `hold` is called before the second is returned."""
-        if self.sends != 1:
-            return super().read(size)
-        if self.tell() == 0:
-            self._continued = time.monotonic() - self._begun < _CONTINUE_SECONDS
-            return super().read(1)
-        if self._continued and not self.was_held:
-            self.was_held = True
-            self._hold()
-        return super().read(size)
-
-
-def _date(answer: dict[str, Any]) -> datetime | None:
-    """Return the server's time from an answer, None if it is missing or damaged."""
-    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    if not date:
-        return None
-    try:
-        parsed = parsedate_to_datetime(date)
-    except ValueError:
-        return None
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
-
-
-def _age(modified: datetime, now: datetime | None) -> float:
-    """Return an age in seconds; 0 without a date, as young objects are kept."""
-    return (now - modified).total_seconds() if now else 0.0
-
-
-T = TypeVar("T")
-
-
-#: Pause in seconds before the first retry of requests that boto3 does not repeat; then doubled.
-PAUSE = 0.1
-
-
-_PIECE = 8 * 1024 * 1024
-
-
-#: Ranges of a file in memory, and how many of them are requested at once.
-_AHEAD, _AT_ONCE = 6, 4
-
-
-#: Large files read at once.
-_FILES = threading.BoundedSemaphore(2)
-
-
-#: Bytes per read, small enough for the processor's cache.
-_CHUNK = 256 * 1024
-
-
 def read_object(
     client: Any, where: dict[str, str], limit: int, take: Callable[[Any], T], **part: str
 ) -> tuple[T, dict[str, Any]]:
@@ -414,3 +345,55 @@ def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
         buffer[size : size + len(data)] = data
         size += len(data)
     return size
+
+
+class _HeldBody(io.BytesIO):
+    """A request body that calls `hold` between its first byte and the others.
+
+    Only if the server has answered "100 Continue" before: then it has read the head. boto3 waits
+    for that answer for a second, and sends the body without it after that.
+    """
+
+    def __init__(self, data: bytes, hold: Callable[[], None]) -> None:
+        super().__init__(data)
+        self._hold = hold
+        self._continued = False
+        self._begun = 0.0
+        self.sends = 0
+        self.was_held = False
+
+    @staticmethod
+    def begin(request: Any, **_: Any) -> None:
+        """Handle boto3's event before a request is sent; what it reads earlier it signs."""
+        if isinstance(request.body, _HeldBody):
+            request.body.sends += 1
+            request.body._begun = time.monotonic()
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the first byte alone; `hold` is called before the second is returned."""
+        if self.sends != 1:
+            return super().read(size)
+        if self.tell() == 0:
+            self._continued = time.monotonic() - self._begun < _CONTINUE_SECONDS
+            return super().read(1)
+        if self._continued and not self.was_held:
+            self.was_held = True
+            self._hold()
+        return super().read(size)
+
+
+def _age(modified: datetime, now: datetime | None) -> float:
+    """Return an age in seconds; 0 without a date, as young objects are kept."""
+    return (now - modified).total_seconds() if now else 0.0
+
+
+def _date(answer: dict[str, Any]) -> datetime | None:
+    """Return the server's time from an answer, None if it is missing or damaged."""
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    if not date:
+        return None
+    try:
+        parsed = parsedate_to_datetime(date)
+    except ValueError:
+        return None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)

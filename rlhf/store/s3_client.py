@@ -38,6 +38,23 @@ from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
 from rlhf.store.redact import keep_secrets_out_of_logs, redact
 
+#: All errors that boto3 can raise; KeyError: an answer that lacks a required field.
+ERRORS = (
+    ClientError,
+    BotoCoreError,
+    ValueError,
+    KeyError,
+    OSError,
+)
+_BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
+#: Errors of a cut body: the whole request is worth a retry.
+CUT = (ReadTimeoutError, *_BROKEN)
+#: boto3's errors for a request without an answer.
+_UNANSWERED = (ConnectionClosedError, ReadTimeoutError)
+_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
+_SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError)
+_UNREACHABLE = (EndpointConnectionError, ConnectTimeoutError, BotoConnectionError, HTTPClientError)
+
 #: Codes for a body or headers that arrived damaged; boto3 does not retry these.
 _DAMAGED = {
     "XAmzContentSHA256Mismatch",
@@ -47,16 +64,8 @@ _DAMAGED = {
     "IncompleteBody",
     "RequestTimeout",
 }
-
-
-#: boto3's errors for a request without an answer.
-_UNANSWERED = (ConnectionClosedError, ReadTimeoutError)
-
-
 #: Statuses without a code: an answer to HEAD has no body.
 _UNNAMED = {"400", "403"}
-
-
 _EXPIRED = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -65,52 +74,22 @@ _EXPIRED = {
     "InvalidAccessKeyId",
 }
 
-
-class ChainCredentials(Credentials):
-    """Credentials of the standard chain, looked up again when they have expired.
-
-    boto3 itself renews only credentials with a date of expiry, not those of a file or variable that
-    another program keeps fresh, nor those that are revoked early.
-    """
-
-    def __init__(self, profile: str | None) -> None:
-        self._profile = profile
-        self._found: Any = None
-        self._lock = threading.Lock()
-        self.method = "chain"
-        self.account_id = None
-        self.renew()
-
-    def renew(self) -> bool:
-        """Look up the chain again; returns whether the credentials have changed."""
-        with self._lock:
-            before = self._found.get_frozen_credentials() if self._found else None
-            self._found = Session(profile=self._profile).get_credentials()
-            return self._found is not None and self._found.get_frozen_credentials() != before
-
-    def get_frozen_credentials(self) -> ReadOnlyCredentials:
-        """Return the credentials that boto3 signs the next request with."""
-        return self._found.get_frozen_credentials()
-
-    def __bool__(self) -> bool:
-        return self._found is not None
-
-    def get_deferred_property(self, property_name: str) -> Any:
-        """Part of the interface; not used here."""
-        return lambda: getattr(self.get_frozen_credentials(), property_name, None)
-
-
-class _ChainProvider:
-    """A provider that puts `ChainCredentials` before those of the session."""
-
-    METHOD = CANONICAL_NAME = "rlhf-chain"
-
-    def __init__(self, credentials: ChainCredentials) -> None:
-        self._credentials = credentials
-
-    def load(self) -> Credentials | None:
-        """Return None if the chain is empty, for boto3's own error."""
-        return self._credentials or None
+_DENIED = {
+    "403": "access denied",
+    "AccessDenied": "access denied",
+    "AllAccessDisabled": "access denied",
+    "InvalidAccessKeyId": "the server does not know this access key",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
+    "ExpiredToken": "the session token has expired",
+    "InvalidToken": "the session token is not valid",
+}
+_SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
+#: Cures for refusals that give no further reason.
+_CURES = {
+    "400": "check endpoint and region, and whether the credentials have expired",
+    "InvalidRequest": "check the options, as sse may need HTTPS, or not be there",
+    "InvalidArgument": "check the options, as sse may not be there",
+}
 
 
 def make_client(options: StoreConfig, connect: float, read: float, total: int) -> Any:
@@ -158,52 +137,51 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
     return client
 
 
-#: All errors that boto3 can raise; KeyError: an answer that lacks a required field.
-ERRORS = (
-    ClientError,
-    BotoCoreError,
-    ValueError,
-    KeyError,
-    OSError,
-)
+class ChainCredentials(Credentials):
+    """Credentials of the standard chain, looked up again when they have expired.
+
+    boto3 itself renews only credentials with a date of expiry, not those of a file or variable that
+    another program keeps fresh, nor those that are revoked early.
+    """
+
+    def __init__(self, profile: str | None) -> None:
+        self._profile = profile
+        self._found: Any = None
+        self._lock = threading.Lock()
+        self.method = "chain"
+        self.account_id = None
+        self.renew()
+
+    def renew(self) -> bool:
+        """Look up the chain again; returns whether the credentials have changed."""
+        with self._lock:
+            before = self._found.get_frozen_credentials() if self._found else None
+            self._found = Session(profile=self._profile).get_credentials()
+            return self._found is not None and self._found.get_frozen_credentials() != before
+
+    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+        """Return the credentials that boto3 signs the next request with."""
+        return self._found.get_frozen_credentials()
+
+    def __bool__(self) -> bool:
+        return self._found is not None
+
+    def get_deferred_property(self, property_name: str) -> Any:
+        """Part of the interface; not used here."""
+        return lambda: getattr(self.get_frozen_credentials(), property_name, None)
 
 
-_BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
+class _ChainProvider:
+    """A provider that puts `ChainCredentials` before those of the session."""
 
+    METHOD = CANONICAL_NAME = "rlhf-chain"
 
-#: Errors of a cut body: the whole request is worth a retry.
-CUT = (ReadTimeoutError, *_BROKEN)
+    def __init__(self, credentials: ChainCredentials) -> None:
+        self._credentials = credentials
 
-
-_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
-
-
-_SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError)
-
-
-_UNREACHABLE = (EndpointConnectionError, ConnectTimeoutError, BotoConnectionError, HTTPClientError)
-
-
-_DENIED = {
-    "403": "access denied",
-    "AccessDenied": "access denied",
-    "AllAccessDisabled": "access denied",
-    "InvalidAccessKeyId": "the server does not know this access key",
-    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
-    "ExpiredToken": "the session token has expired",
-    "InvalidToken": "the session token is not valid",
-}
-
-
-#: Cures for refusals that give no further reason.
-_CURES = {
-    "400": "check endpoint and region, and whether the credentials have expired",
-    "InvalidRequest": "check the options, as sse may need HTTPS, or not be there",
-    "InvalidArgument": "check the options, as sse may not be there",
-}
-
-
-_SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
+    def load(self) -> Credentials | None:
+        """Return None if the chain is empty, for boto3's own error."""
+        return self._credentials or None
 
 
 def refused(  # noqa: PLR0911  (a row of cases)

@@ -48,21 +48,14 @@ from rlhf.store.manifest import (
 from rlhf.store.objects import Backend, Meter, Sink, in_parallel
 from rlhf.store.publish import publish
 
-_MANIFEST_KEY = re.compile(r"manifests/([0-9a-f]{64})\.json")
-
-
-_PROBE_SECONDS = 5
-
-
 # `Store.list` hides the builtin inside the class.
 Names: TypeAlias = list[str]
-
-
 Ancestors: TypeAlias = list[Ancestor]
-
-
 #: Called with the bytes done and the total; from several threads, but never two at once.
 Listener: TypeAlias = Callable[[int, int], None]
+
+_MANIFEST_KEY = re.compile(r"manifests/([0-9a-f]{64})\.json")
+_PROBE_SECONDS = 5
 
 
 def open_store(
@@ -306,6 +299,29 @@ class Store:
         return Artifact(ref, manifest)
 
 
+def backend_of(uri: str, options: StoreConfig) -> Backend:
+    """Return the backend of a folder (`file:///…`, a path) or bucket (`s3://…`).
+
+    Raises:
+        StoreConfigError: The URI is neither.
+    """
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
+    if parts.scheme == "s3" and parts.netloc:
+        from rlhf.store.s3 import S3Backend
+
+        return S3Backend(uri, options)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
+        return LocalBackend(Path(unquote(parts.path)).resolve())
+    folder = expand_home(uri)
+    if uri and "://" not in uri and not str(folder).startswith("~"):
+        return LocalBackend(folder.resolve())
+    raise StoreConfigError(
+        f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
+    )
+
+
 def _blob_problems(backend: Backend, files: Iterable[FileEntry], deep: bool) -> list[str]:
     """A line for each blob that is missing or has another size; `deep`: other bytes."""
 
@@ -333,26 +349,3 @@ def _has_right_bytes(backend: Backend, entry: FileEntry) -> bool:
         if sink.sha256 == entry.sha256:
             return True
     return False
-
-
-def backend_of(uri: str, options: StoreConfig) -> Backend:
-    """Return the backend of a folder (`file:///…`, a path) or bucket (`s3://…`).
-
-    Raises:
-        StoreConfigError: The URI is neither.
-    """
-    parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
-    if parts.scheme == "s3" and parts.netloc:
-        from rlhf.store.s3 import S3Backend
-
-        return S3Backend(uri, options)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return LocalBackend(Path(unquote(parts.path)).resolve())
-    folder = expand_home(uri)
-    if uri and "://" not in uri and not str(folder).startswith("~"):
-        return LocalBackend(folder.resolve())
-    raise StoreConfigError(
-        f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
-    )
