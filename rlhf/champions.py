@@ -1,8 +1,9 @@
-"""Champions of model lines: append-only histories of promotions and rollbacks.
+"""Champions of model lines and approvals of policies, as histories in the store.
 
-The last entry of the history `champion/<model line>` in the store names the champion. A new entry
-is written only after the entry that its writer has read: of two concurrent changes one wins, the
-other raises PromotionLost.
+The last entry of the history `champion/<model line>`, a promotion or a rollback, names the
+champion. A new entry is written only after the entry that its writer has read: of two concurrent
+changes one wins, the other raises PromotionLost. The last entry of
+`approvals/<model line>/<policy>` is the decision on a policy that needs a person's approval.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from rlhf.gates import VERDICT, Verdict, read_verdict
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import Digest, first_problem
 
+#: Environment variable with the name of the person who decides.
 USER = "RLHF_USER"
-#: Prefix of the histories' names.
+#: Prefix of the names of the champions' histories.
 CHAMPIONS = "champion/"
 #: Most characters of a name or a reason.
 LONGEST = 2000
@@ -57,7 +59,7 @@ class Entry(BaseModel):
     run: Line | None = None
 
     def __str__(self) -> str:
-        """` by ann at 2026-01-01T00:00:00+00:00 (worse on long prompts)`."""
+        """Return text such as ` by ann at 2026-01-01T00:00:00+00:00 (too long)`."""
         parts = (("by", self.by), ("in run", self.run), ("at", self.when))
         known = "".join(f" {word} {value}" for word, value in parts if value)
         return known + (f" ({self.why})" if self.why else "")
@@ -308,7 +310,11 @@ def read_entry(model: type[EntryT], history: str, entry: Mapping[str, Any]) -> E
 
 
 def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> Promotion:
-    """Append an entry after `last`, the last one that the caller has read."""
+    """Append an entry after `last`, the last one that the caller has read.
+
+    Raises:
+        PromotionLost: Another entry stands there; nothing was written.
+    """
     entry = Promotion(
         model=name, when=timestamp(), previous=last.policy if last else None,
         number=last.number + 1 if last else 1, **fields,
@@ -326,6 +332,7 @@ def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> P
 
 
 def _reason(why: str) -> str:
+    """Return the reason as one line; ConfigError if it is empty or too long."""
     reason = checked_line("--why", why)
     if not reason:
         raise ConfigError("--why is empty; say why, for those who read the history")
@@ -333,6 +340,7 @@ def _reason(why: str) -> str:
 
 
 def _previous_champion(entries: Sequence[Promotion], store: Store, name: str) -> str:
+    """Return the standing champion before the present one."""
     standing, _ = _replay(entries)
     if len(standing) < 2:
         raise ArtifactMissing(
@@ -343,9 +351,10 @@ def _previous_champion(entries: Sequence[Promotion], store: Store, name: str) ->
 
 
 def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotion]]:
-    """Return the standing champions, the present one last, and the rollbacks of others.
+    """Return the standing champions, the present one last, and others' rollbacks.
 
-    A rollback withdraws every champion after the one that it returns to.
+    Policies that were rolled back are the keys of the second result. A rollback withdraws every
+    champion after the one that it returns to.
     """
     standing: list[str] = []
     withdrawn: dict[str, Promotion] = {}

@@ -15,7 +15,7 @@ from rlhf.files import read_json
 VERDICT = "verdict.json"
 T = TypeVar("T")
 U = TypeVar("U")
-#: Known to this module alone, so that only `require` can construct an Approved.
+#: Private to this module, so that only `require` can construct an Approved.
 _seal = object()
 
 

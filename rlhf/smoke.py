@@ -1,8 +1,8 @@
-"""Smoke test before promotion: load the published policy as a user would, and sample replies.
+"""Smoke test before promotion: load the published policy and sample a few replies.
 
-`python -m rlhf.smoke <folder> <request.json>` loads the folder by transformers alone, in a process
-of its own without network or cache, answers the request's prompts, and prints the replies as JSON
-on its last line.
+`python -m rlhf.smoke <folder> <request.json>` loads the folder as a user would: by transformers
+alone, in a process of its own without network or cache. It answers the request's prompts, and
+prints the replies as JSON on its last line.
 """
 # ruff: noqa: T201 (a command prints)
 
@@ -27,7 +27,9 @@ from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import RLHFError, SmokeTestFailed
 from rlhf.files import read_json, write_json
 
+#: File with the replies.
 SMOKE = "smoke.json"
+#: Number of prompts, and most tokens of a reply.
 PROMPTS = 4
 NEW_TOKENS = 32
 #: Seconds from the parent's time limit to the process's own, and from that to SIGALRM.
@@ -69,7 +71,7 @@ def smoke_test(
 def main() -> None:
     """Run the command."""
     folder, request = Path(sys.argv[1]), read_json(Path(sys.argv[2]))
-    # The parent ends this process at its time limit; this is for when the parent is gone.
+    # The parent ends this process at its time limit; this ends it if the parent died.
     end_after(request["seconds"] + _GRACE)
     with contextlib.redirect_stdout(sys.stderr):
         result = answer(folder, request)
@@ -77,7 +79,7 @@ def main() -> None:
 
 
 def answer(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the replies of the model in a folder as `replies`, or the failure as `error`."""
+    """Return the replies of a folder's model as `replies`, or the failure as `error`."""
     try:
         runtime = RuntimeConfig.model_validate(request["runtime"])
         replies = _replies(folder, request["prompts"], runtime)
@@ -111,6 +113,7 @@ def end_after(seconds: float) -> None:
 
 
 def _output(command: Sequence[str], scratch: Path, seconds: float) -> Mapping[str, Any]:
+    """Run the command, and return its last line's JSON, or the failure as `error`."""
     with (
         (scratch / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
@@ -136,7 +139,10 @@ def _output(command: Sequence[str], scratch: Path, seconds: float) -> Mapping[st
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """Environment with this code, offline, with an empty hub cache: the bundle must be complete."""
+    """Return an environment with this code, offline and with an empty hub cache.
+
+    So a bundle that lacks a file fails.
+    """
     paths = [str(Path(rlhf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -154,6 +160,7 @@ def _failed(reason: str) -> SmokeTestFailed:
 
 
 def _replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) -> list[str]:
+    """Load the model and its tokenizer, and sample a reply to each prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

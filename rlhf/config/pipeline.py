@@ -1,4 +1,7 @@
-"""The whole configuration, with the sections of store, runtime and promotion."""
+"""The whole configuration, and its sections of how and where a pipeline runs.
+
+The sections are store, runtime, tracking, retraining, retries, promotion and placement.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ StageName = Literal[
 ]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
+#: Value of `placement` for a stage that runs in the pipeline's own process.
 INLINE = "inline"
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -150,7 +154,7 @@ def _full_names(placement: dict[StageName, str]) -> dict[StageName, str]:
 
 
 def _placement_schema() -> dict[str, Any]:
-    """JSON schema with a field for each stage, which forms and errors name."""
+    """Return a JSON schema with a field for each stage, which forms and errors name."""
     return {
         "type": "object",
         "title": "Placement",
@@ -209,7 +213,7 @@ class PipelineConfig(Section):
     """Experiment trackers."""
 
     def deployment_of(self, stage: str) -> str:
-        """Deployment that runs a stage, or `inline`."""
+        """Return the deployment that runs a stage, or `inline`."""
         return next((place for name, place in self.placement.items() if name == stage), INLINE)
 
     @model_validator(mode="before")
@@ -276,7 +280,7 @@ class PipelineConfig(Section):
 
 
 def _deployment(stage: StageName, value: str) -> str:
-    """Full name of a stage's deployment, such as `train-policy/gpu` for `gpu`.
+    """Return the full name of a deployment, such as `train-policy/gpu` for `gpu`.
 
     Raises:
         ValueError: It is a deployment of another flow.

@@ -1,6 +1,7 @@
 """PPO's parameters, under the names that the papers and TRL use.
 
-The seed's parameters also go by `rl_` names, such as `rl_gamma`, in the section and at the top.
+The seed's parameters also go by `rl_` names, such as `rl_gamma`, in section `ppo` and at the top
+of a configuration. `compat` sets parameters as TRL, OpenRLHF, verl or OpenAI's code does.
 """
 
 from __future__ import annotations
@@ -314,10 +315,10 @@ class PPOConfig(
 
 
 def by_field_names(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration tree with each `rl_` name moved to its field in section `ppo`.
+    """Move each `rl_` name in a configuration tree to its field in section `ppo`.
 
     `rl_` names may stand at the top and in the section. Text in place of section `promotion`
-    becomes the section's field `approval`. What is not a valid section is left to validation.
+    becomes the section's field `approval`. Invalid sections are left to validation.
 
     Raises:
         ConfigError: A field has two values.
@@ -338,7 +339,7 @@ def by_field_names(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def section_by_field_names(values: Iterable[tuple[str, Any]], prefix: str = "") -> dict[str, Any]:
-    """Values of section `ppo`, each under its field's name.
+    """Return the values of section `ppo`, each under its field's name.
 
     Args:
         values: (name, value) pairs; a name may be an `rl_` name.

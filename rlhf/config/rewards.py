@@ -1,6 +1,7 @@
-"""Rewards of replies: reward functions, and environments with their options.
+"""Section of the rewards of replies: reward functions and environments.
 
-Without either, the reward model scores each reply.
+Without either, the reward model scores each reply. Components of `multi_objective` are in
+`components`.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ class RewardSection(Section):
     @classmethod
     def _validate_by_env_type(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None or "env_type" not in info.data:
-            return None  # an invalid env_type has an error of its own, which is the one to show
+            return None  # an invalid env_type has an error of its own, which is shown instead
         env_type = info.data["env_type"]
         if env_type is None:
             raise ValueError(

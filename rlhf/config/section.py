@@ -1,7 +1,7 @@
-"""The base of all configuration sections, and the types of their fields.
+"""Base of all configuration sections, and functions on their fields' types.
 
 A field whose section type depends on another field, such as `ppo.env_config` on `ppo.env_type`, is
-validated with `validate_as`, which keeps each error of the inner section for our messages.
+validated with `validate_as`, which keeps each error of the inner section for `messages`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class OrText:
 
 
 def advised_range(low: float, high: float) -> dict[str, Any]:
-    """JSON schema note of a field's usual range; values outside are warned about."""
+    """Return a JSON schema note of a field's usual range, for `messages.advice`."""
     return {"advised": [low, high]}
 
 
@@ -116,9 +116,10 @@ def validate_as(model: type[SectionT], value: Any) -> SectionT:
 
 
 def nested_error(errors: list[dict[str, Any]]) -> PydanticCustomError:
-    """One error that carries several of an inner section, whose `loc` starts there.
+    """Return one error that carries several of an inner section.
 
-    Its text sums them up for callers from Python, whose message holds no more than the text.
+    Their `loc` starts in that section. The text of the one error sums them up, for callers from
+    Python, who see only the text.
     """
     leaves = list(expand_nested(errors))
     summary = one_line("; ".join(map(_describe, leaves)))
@@ -136,7 +137,7 @@ def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:
-    """Types in an annotation: the members of a union, or the one type."""
+    """Return the types in an annotation: the members of a union, or the one type."""
     if get_origin(annotation) is Annotated:
         return union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -145,12 +146,12 @@ def union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def sections(types: tuple[Any, ...]) -> list[type[BaseModel]]:
-    """Section classes among some types."""
+    """Return the section classes among some types."""
     return [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
 
 
 def member_types(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
-    """Types of the member `name` in a value of these types; None without one.
+    """Return the types of member `name` in a value of these types; None without one.
 
     A member is a field of a section (of any of them, where a field may be one of several), or a
     value of a mapping whose values are sections or whose names are a closed set.
@@ -170,7 +171,7 @@ def member_types(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
 
 
 def without_none(value: Any, types: tuple[Any, ...]) -> Any:
-    """The value with `none` as null where null is allowed, null sections as empty."""
+    """Return the value with `none` as null where allowed, and null sections as empty."""
     if type(None) in types and isinstance(value, str) and value.lower() in ("none", "null"):
         return None
     if sections(types) and value is None and type(None) not in types:
@@ -185,7 +186,7 @@ def without_none(value: Any, types: tuple[Any, ...]) -> Any:
 
 
 def _describe(error: dict[str, Any]) -> str:
-    """Location and text of an error, without the value, which may be a secret."""
+    """Return location and text of an error, without the value: it may be a secret."""
     location = ".".join(map(str, error["loc"]))
     if "known" in error:
         return f"{location} is no field; known are {', '.join(error['known'])}"
@@ -194,7 +195,7 @@ def _describe(error: dict[str, Any]) -> str:
 
 
 def _with_known(model: type[Section], error: dict[str, Any]) -> dict[str, Any]:
-    """The error; an unknown key's with `known`, the keys of its section."""
+    """Return the error; an unknown key's with `known`, the keys of its section."""
     if error["type"] != "extra_forbidden":
         return error
     types: tuple[Any, ...] = (model,)

@@ -1,6 +1,6 @@
-"""Reading YAML and JSON that people wrote, and writing values into messages.
+"""Strict YAML and JSON parsing, and values as text in messages.
 
-Reading is strict: a duplicate key is an error. No error repeats the text, which may hold a secret.
+A duplicate key is an error. No error repeats the text, which may hold a secret.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-#: Exceptions that reading broken YAML raises.
+#: Exceptions that `parse` raises for broken YAML.
 BROKEN = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -26,7 +26,7 @@ def parse(text: str) -> Any:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Hook for `json.loads(object_pairs_hook=…)` that raises `DuplicateKey`."""
+    """Raise `DuplicateKey` for a duplicate key; for `json.loads(object_pairs_hook=…)`."""
     mapping: dict[str, Any] = {}
     for key, value in pairs:
         if key in mapping:
@@ -36,7 +36,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """Line and problem of a YAML error, without its excerpt of the text."""
+    """Return line and problem of a YAML error, without its excerpt of the text."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return str(error)
@@ -44,25 +44,25 @@ def reason(error: Exception) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """The value's repr, cut off after 80 characters."""
+    """Return the value's repr, cut off after 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def as_written(value: Any) -> str:
-    """The value as in a preset: text bare, null as `none`, others as JSON."""
+    """Format a value as in a preset: text bare, null as `none`, others as JSON."""
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and without user info, such as passwords, in URIs."""
+    """Remove line breaks, and from URIs user info such as passwords."""
     return re.sub(r"//[^\s'\"]*@", "//…@", " ".join(text.split()))
 
 
 class DuplicateKey(yaml.constructor.ConstructorError, ValueError):
-    """A key appears twice in one mapping; `problem` names it."""
+    """Error for a key that appears twice in a mapping; `problem` names the key."""
 
     def __init__(self, key: Any, mark: yaml.Mark | None = None) -> None:
         super().__init__(None, None, f"{key} stands there twice", mark)

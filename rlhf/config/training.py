@@ -1,4 +1,7 @@
-"""Sections of the base model, SFT, the reward model, evaluation and gates."""
+"""Sections of the base model, SFT, the reward model, evaluation and gates.
+
+`ProcessSection`, about a stage's child processes, is a base of the section of PPO, too.
+"""
 
 from __future__ import annotations
 
@@ -151,6 +154,8 @@ class RewardModelConfig(TrainingSection):
     """Weight of a language-model loss on the chosen reply that keeps the features general
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
 
+    _check_base = field_validator("base")(check_model_uri)
+
     @model_validator(mode="after")
     def _lm_loss_needs_whole_embedding(self) -> Self:
         if self.lm_loss_coef and self.sharding == "fsdp":
@@ -159,8 +164,6 @@ class RewardModelConfig(TrainingSection):
                 "takes apart; set sharding to ddp, or lm_loss_coef to 0"
             )
         return self
-
-    _check_base = field_validator("base")(check_model_uri)
 
 
 class EvaluationConfig(Section):

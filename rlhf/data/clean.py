@@ -83,9 +83,9 @@ class PromptFields:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Return a key that is equal for prompts that differ in Unicode form, spacing or case only.
+    """Return a key of a prompt that ignores Unicode form, spacing and case.
 
-    Such prompts stay on one side of the split: a held-out copy would raise the score.
+    Prompts with one key stay on one side of the split: a held-out copy would raise the score.
     """
 
     def plain(text: str) -> str:
@@ -127,7 +127,7 @@ def _prompt(value: Any) -> Prompt:
 
 
 def _reply(value: Any, prompt: Prompt) -> str:
-    """Return a reply's text; of a chat, the last message, if the others repeat the prompt."""
+    """Return a reply's text: of a chat the last message, if it follows the prompt."""
     if isinstance(value, list):
         messages = _chat(value)
         if messages and messages[-1]["role"] != "assistant":

@@ -28,14 +28,14 @@ from rlhf.store.objects import SMALL, Backend, Meter, Sink, in_parallel
 
 #: Default limit in bytes of all fetched artifacts.
 DEFAULT_LIMIT = 50 * 10**9
-#: A bit that flips on the way is not flipped again the next time.
+#: Downloads of a file whose sha256 is wrong: a bit that flipped on the way is right the next time.
 ATTEMPTS = 3
 #: After so many seconds without a byte, boto3 has retried a download for long enough.
 _SLOW = 5.0
 
 
 class Origin(NamedTuple):
-    """Source of a download: the store's URI, a function for one file, and progress."""
+    """Source of a download: the store's URI, a function for one file, and a meter."""
 
     uri: str
     download: Callable[[FileEntry, Sink], None]
@@ -43,7 +43,10 @@ class Origin(NamedTuple):
 
 
 class Cache:
-    """A folder of blobs, and of artifacts that are hard links to them."""
+    """Cache of verified blobs, and of artifact folders that are hard links to them.
+
+    Safe for threads and processes. Beyond the limit the least recently used folders are evicted.
+    """
 
     def __init__(self, root: Path, limit: int = DEFAULT_LIMIT) -> None:
         self.root = root / "cache"
@@ -55,9 +58,9 @@ class Cache:
         weakref.finalize(self, _release, self._used)
 
     def fill(self, digest: str, files: Sequence[FileEntry], complete: bool, origin: Origin) -> Path:
-        """Return a folder with these files; downloads what has no sound copy here.
+        """Return a folder with these files; downloads those without an intact copy.
 
-        It stays for as long as this object exists.
+        The folder is not evicted for as long as this object exists.
         """
         selection = hashlib.sha256("\n".join(entry.path for entry in files).encode()).hexdigest()
         name = digest if complete else f"{digest}-{selection[:16]}"
@@ -67,82 +70,39 @@ class Cache:
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             self._use(final)
             with locked(self._lock(name)):
-                if not self._sound(final, files):
+                if not self._is_intact(final, files):
                     absent = [entry for entry in files if not self._blob(entry).exists()]
                     self._make_room(sum(entry.size for entry in absent))
                     self._build(final, files, origin)
         return final
 
-    def _build(self, final: Path, files: Sequence[FileEntry], origin: Origin) -> None:
-        """Link the blobs, downloaded where missing, into a folder that appears atomically."""
-        paths: dict[str, list[FileEntry]] = {}
-        for entry in files:
-            paths.setdefault(entry.sha256, []).append(entry)
-        with self._temporary() as scratch:
-            whole = scratch / "whole"
-            for folder in {(whole / entry.path).parent for entry in files}:
-                folder.mkdir(parents=True, exist_ok=True)
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Translate an OSError of the cache's own files to a StoreError."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except OSError as error:
+            message = f"can't use the artifact cache {self.root}: {error.strerror or error}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(
+                    f"{message}; make room, lower runtime.cache_gb, or set runtime.work_dir to a "
+                    "larger disk"
+                ) from None
+            raise StoreConfigError(
+                f"{message}; make it a folder that this user can write"
+            ) from None
 
-            def link(entries: list[FileEntry]) -> None:
-                targets = [whole / entry.path for entry in entries]
-                self._link(entries[0], targets, scratch, origin)
+    def _use(self, folder: Path) -> None:
+        """Mark a folder as in use by this process, and as used now."""
+        if folder not in self._used:
+            file = acquire(_use_lock(folder), shared=True)
+            assert file is not None
+            self._used[folder] = file
+        os.utime(_use_lock(folder))
 
-            in_parallel(link, paths.values())
-            self._discard(final)
-            whole.replace(final)
-
-    def _link(
-        self, entry: FileEntry, targets: Sequence[Path], scratch: Path, origin: Origin
-    ) -> None:
-        """Link one blob to all its paths; its lock protects it from eviction meanwhile."""
-        blob = self._blob(entry)
-        with locked(self._lock(entry.sha256)):
-            if not self._right(blob, entry):
-                blob.parent.mkdir(parents=True, exist_ok=True)
-                part = scratch / entry.sha256
-                self._download(entry, part, origin)
-                part.replace(blob)
-            else:
-                origin.meter(entry.size)
-            for target in targets:
-                try:
-                    os.link(blob, target)
-                except OSError as error:
-                    if error.errno not in (errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                        raise
-                    shutil.copyfile(blob, target)
-
-    def _download(self, entry: FileEntry, part: Path, origin: Origin) -> None:
-        """Download and verify; repeated on a wrong sha256, as bits do flip on the way."""
-        sink = None
-        for attempt in range(ATTEMPTS):
-            with part.open("wb") as file:
-                sink = Sink(file, origin.meter)
-                try:
-                    origin.download(entry, sink)
-                except StoreError as error:
-                    if sink.error:
-                        raise sink.error from None
-                    # A flipped bit in a header causes any error, but at once.
-                    slow = time.monotonic() - sink.moved > _SLOW
-                    if attempt == ATTEMPTS - 1 or slow or not error.retriable:
-                        raise
-                    continue
-            if (sink.size, sink.sha256) == (entry.size, entry.sha256):
-                self._remember(part, entry)
-                return
-        assert sink is not None
-        problem = (
-            f"has {sink.size} bytes instead of {entry.size}"
-            if sink.size != entry.size
-            else "does not have the sha256 in its name"
-        )
-        raise ArtifactCorrupt(
-            f"{origin.uri}: {blob_key(entry.sha256)} ({entry.path}) {problem}; "
-            "delete that object and publish the artifact again"
-        )
-
-    def _sound(self, folder: Path, files: Sequence[FileEntry]) -> bool:
+    def _is_intact(self, folder: Path, files: Sequence[FileEntry]) -> bool:
         """Return whether the folder holds exactly these files, unchanged."""
         if not folder.is_dir() or folder.is_symlink():
             return False
@@ -151,13 +111,13 @@ class Cache:
             links = [name for name in folders if (Path(where) / name).is_symlink()]
             paths |= {(Path(where) / n).relative_to(folder).as_posix() for n in [*names, *links]}
         return paths == {entry.path for entry in files} and all(
-            self._right(folder / entry.path, entry) for entry in files
+            self._is_verified(folder / entry.path, entry) for entry in files
         )
 
-    def _right(self, path: Path, entry: FileEntry) -> bool:
+    def _is_verified(self, path: Path, entry: FileEntry) -> bool:
         """Return whether a file is as in the manifest.
 
-        It is read once per process, and again when its size or time has changed.
+        Its bytes are read once per process, and again when its size or time has changed.
         """
         try:
             state = path.lstat()
@@ -173,21 +133,11 @@ class Cache:
         self._verified[state.st_dev, state.st_ino] = known
         return True
 
-    def _remember(self, path: Path, entry: FileEntry) -> None:
-        state = path.stat()
-        known = (entry.sha256, state.st_size, state.st_mtime_ns)
-        self._verified[state.st_dev, state.st_ino] = known
-
-    def _use(self, folder: Path) -> None:
-        """Mark a folder as in use by this process, and as used now."""
-        if folder not in self._used:
-            file = acquire(_use_lock(folder), shared=True)
-            assert file is not None
-            self._used[folder] = file
-        os.utime(_use_lock(folder))
-
     def _make_room(self, wanted: int) -> None:
-        """Evict the least recently used folders that are not in use, until there is room."""
+        """Evict the least recently used folders until there is room for `wanted` bytes.
+
+        Folders in use stay, even beyond the limit.
+        """
         with locked(self.root / "locks" / "room", wait=False) as held:
             if not held:
                 return
@@ -198,6 +148,17 @@ class Cache:
                     self._drop_blobs()
                     if self._size() + wanted <= self._limit:
                         return
+
+    def _clear_up(self) -> None:
+        """Remove leftovers of killed processes, which hold no lock any more."""
+        for lock in (self.root / "tmp").glob("*.lock"):
+            with locked(lock, wait=False) as held:
+                if held:
+                    _remove(lock.with_suffix(""))
+        for lock in (self.root / "locks").iterdir():
+            # Releasing a lock removes its file: a dead process's goes, one in use stays.
+            with locked(lock, wait=False):
+                pass
 
     def _evict(self, folder: Path) -> bool:
         lock = acquire(_use_lock(folder), wait=False)
@@ -217,7 +178,7 @@ class Cache:
                         blob.unlink()
 
     def _size(self) -> int:
-        """The bytes on disk; a file with several links counts once."""
+        """Return the bytes on disk; a file with several links counts once."""
         sizes: dict[int, int] = {}
         for top in ("artifacts", "blobs"):
             for where, _, names in os.walk(self.root / top):
@@ -227,16 +188,79 @@ class Cache:
                         sizes[state.st_ino] = state.st_size
         return sum(sizes.values())
 
-    def _clear_up(self) -> None:
-        """Remove leftovers of killed processes: files in work are locked."""
-        for lock in (self.root / "tmp").glob("*.lock"):
-            with locked(lock, wait=False) as held:
-                if held:
-                    _remove(lock.with_suffix(""))
-        for lock in (self.root / "locks").iterdir():
-            # Releasing a lock removes its file.
-            with locked(lock, wait=False):
-                pass
+    def _build(self, final: Path, files: Sequence[FileEntry], origin: Origin) -> None:
+        """Create a folder of links to the blobs atomically, downloading missing blobs."""
+        paths: dict[str, list[FileEntry]] = {}
+        for entry in files:
+            paths.setdefault(entry.sha256, []).append(entry)
+        with self._temporary() as scratch:
+            whole = scratch / "whole"
+            for folder in {(whole / entry.path).parent for entry in files}:
+                folder.mkdir(parents=True, exist_ok=True)
+
+            def link(entries: list[FileEntry]) -> None:
+                targets = [whole / entry.path for entry in entries]
+                self._link(entries[0], targets, scratch, origin)
+
+            in_parallel(link, paths.values())
+            self._discard(final)
+            whole.replace(final)
+
+    def _link(
+        self, entry: FileEntry, targets: Sequence[Path], scratch: Path, origin: Origin
+    ) -> None:
+        """Link a blob to all its paths, under its lock against eviction."""
+        blob = self._blob(entry)
+        with locked(self._lock(entry.sha256)):
+            if not self._is_verified(blob, entry):
+                blob.parent.mkdir(parents=True, exist_ok=True)
+                part = scratch / entry.sha256
+                self._download(entry, part, origin)
+                part.replace(blob)
+            else:
+                origin.meter(entry.size)
+            for target in targets:
+                try:
+                    os.link(blob, target)
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                        raise
+                    shutil.copyfile(blob, target)
+
+    def _download(self, entry: FileEntry, part: Path, origin: Origin) -> None:
+        """Download a file and verify its sha256, in up to `ATTEMPTS` attempts."""
+        sink = None
+        for attempt in range(ATTEMPTS):
+            with part.open("wb") as file:
+                sink = Sink(file, origin.meter)
+                try:
+                    origin.download(entry, sink)
+                except StoreError as error:
+                    if sink.error:
+                        raise sink.error from None
+                    # A flipped bit in a header causes any error, but without a pause.
+                    slow = time.monotonic() - sink.moved > _SLOW
+                    if attempt == ATTEMPTS - 1 or slow or not error.retriable:
+                        raise
+                    continue
+            if (sink.size, sink.sha256) == (entry.size, entry.sha256):
+                self._remember(part, entry)
+                return
+        assert sink is not None
+        problem = (
+            f"has {sink.size} bytes instead of {entry.size}"
+            if sink.size != entry.size
+            else "does not have the sha256 in its name"
+        )
+        raise ArtifactCorrupt(
+            f"{origin.uri}: {blob_key(entry.sha256)} ({entry.path}) {problem}; "
+            "delete that object and publish the artifact again"
+        )
+
+    def _remember(self, path: Path, entry: FileEntry) -> None:
+        state = path.stat()
+        known = (entry.sha256, state.st_size, state.st_mtime_ns)
+        self._verified[state.st_dev, state.st_ino] = known
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -248,7 +272,7 @@ class Cache:
                 _remove(path)
 
     def _discard(self, path: Path) -> None:
-        """Remove a folder atomically, so that no partial one is ever seen."""
+        """Remove a folder atomically, so that no process sees a part of it."""
         if os.path.lexists(path):
             with self._temporary() as gone:
                 path.replace(gone)
@@ -258,23 +282,6 @@ class Cache:
 
     def _lock(self, name: str) -> Path:
         return self.root / "locks" / name
-
-    @contextlib.contextmanager
-    def _writable(self) -> Iterator[None]:
-        try:
-            yield
-        except StoreError:
-            raise
-        except OSError as error:
-            message = f"can't use the artifact cache {self.root}: {error.strerror or error}"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreError(
-                    f"{message}; make room, lower runtime.cache_gb, or set runtime.work_dir to a "
-                    "larger disk"
-                ) from None
-            raise StoreConfigError(
-                f"{message}; make it a folder that this user can write"
-            ) from None
 
 
 def download(backend: Backend, entry: FileEntry, sink: Sink) -> None:
@@ -293,7 +300,10 @@ def _release(used: dict[Path, BinaryIO]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock among threads and processes; yields False if it is taken."""
+    """Hold a lock among threads and processes; yields False if it is taken.
+
+    With `wait` it blocks instead. The lock's file is removed on release.
+    """
     file = acquire(path, wait=wait)
     try:
         yield file is not None
@@ -318,7 +328,7 @@ def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> BinaryIO 
         except BaseException:
             file.close()
             raise
-        # The previous holder removed the file: nobody else can see a lock on it.
+        # The previous holder removed the file, so a lock on it excludes no other process.
         file.close()
 
 

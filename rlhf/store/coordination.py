@@ -2,11 +2,11 @@
 
 Atomic create, for any S3 server. With `If-None-Match: *` exactly one of several writers of a key
 wins on AWS and Ceph. Other servers (OpenStack Swift) check for the object first and write later:
-two concurrent writers are both told that they won, and one entry is lost silently. Each store is
+two concurrent writers both succeed, and one entry is lost silently. Each store is
 probed once per process, and where the conditional write is weak a key is claimed before it is
 written. To claim a key, a writer puts an object of its own beside other writers' claims and lists
 them all. A writer whose claim is the only one may write; of several, the smallest waits and the
-others withdraw. No second writer can pass: its claim came after the first had listed, so it sees
+others withdraw. A second writer can't pass: its claim came after the first had listed, so it sees
 the first claim or, once that is removed, what the first has written. This needs no conditional
 write, only listings that show all earlier writes.
 
@@ -31,7 +31,7 @@ from rlhf.errors import StoreConfigError, StoreError
 from rlhf.store.manifest import sha256_bytes
 from rlhf.store.objects import Backend, ObjectInfo
 
-#: Prefixes of the objects that serve coordination only; all go once they are old.
+#: Prefixes of the objects that serve coordination only; the collector removes old ones.
 PROBES, CLAIMS, COLLECTIONS = "probe/", "claims/", "gc/"
 TRACES = (PROBES, CLAIMS, COLLECTIONS)
 #: Objects younger than this survive every garbage collection, whatever its grace period.
@@ -66,7 +66,7 @@ _known_lock = threading.Lock()
 
 
 def create(backend: Backend, key: str, data: bytes) -> bool:
-    """Create an object; of several concurrent writers exactly one gets True."""
+    """Create an object atomically: of several concurrent writers one gets True."""
     if is_atomic(backend):
         return backend.put_new(key, data)
     return _create_claimed(backend, key, data)
@@ -89,7 +89,7 @@ def is_atomic(backend: Backend) -> bool:
 def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
     """Announce a garbage collection, and leave a trace of it at the end.
 
-    Yields when it began by the local clock, and the age that the store reports for a new object.
+    Yields its start by the local clock, and the age that the store reports for a new object.
     A dry run announces nothing, and writes its object only to learn that age.
     """
     name = f"{PROBES if dry_run else COLLECTIONS}{uuid.uuid4().hex}"
@@ -107,7 +107,7 @@ def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[floa
 
 
 def collected_since(backend: Backend, began: float) -> bool:
-    """Return whether a collection may have run since, after waiting for any."""
+    """Return whether a collection may have run since `began`, once none is running."""
     traces = wait_for_collection(backend)
     since = time.monotonic() - began + COLLECTION_SECONDS
     return any(info.age < since for info in traces.values())
@@ -169,7 +169,7 @@ def overlapping_winners(backend: Backend) -> int | None:
         def hold() -> None:
             nonlocal completed
             second.append(pool.submit(backend.put_new, key, b"second"))
-            # With a limit, for a server that lets the second wait for the first.
+            # The limit is for a server that lets the second write wait for the first.
             completed = bool(wait(second, _HOLD_SECONDS).done)
 
         first = backend.put_new_held(key, b"first", hold)
@@ -180,7 +180,7 @@ def overlapping_winners(backend: Backend) -> int | None:
 def racing_winners(backend: Backend) -> int:
     """Return the most winners of a race for one key, in a few races.
 
-    It sees what overlapping requests do not: a server behind a proxy that buffers whole requests.
+    It detects what overlapping requests do not: a server behind a proxy that buffers requests.
     """
     most = 0
     with ThreadPoolExecutor(RACERS, thread_name_prefix="probe") as pool:
@@ -202,12 +202,13 @@ def _probe_key(backend: Backend) -> Iterator[str]:
     try:
         yield key
     finally:
-        # A bucket that forbids deletion is a good home for artifacts.
+        # A bucket may forbid deletion; it can still hold artifacts.
         with contextlib.suppress(StoreConfigError):
             backend.delete([key])
 
 
 def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
+    """Create an object under a claim, for a server whose conditional writes are weak."""
     prefix = f"{CLAIMS}{sha256_bytes(key.encode())[:32]}/"
     end = time.monotonic() + _PATIENCE
     pause = _FIRST_PAUSE
@@ -215,7 +216,7 @@ def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
         if backend.find(key) is not None:
             return False
         if _live_claims(backend, prefix):
-            # Another claim would only delay their owners.
+            # A further claim would only delay the writers that hold these.
             time.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, _LONGEST_PAUSE)
             continue
@@ -244,7 +245,10 @@ def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
 
 
 def _is_alone(backend: Backend, prefix: str, claim: str, end: float) -> bool:
-    """Wait while the claim is the smallest; False once it is not, or at the deadline."""
+    """Return whether the claim is the only one, waiting while it is the smallest.
+
+    False once it is not the smallest, was removed, or the deadline has passed.
+    """
     while time.monotonic() < end:
         claims = _live_claims(backend, prefix)
         if claim not in claims:
@@ -259,4 +263,5 @@ def _is_alone(backend: Backend, prefix: str, claim: str, end: float) -> bool:
 
 
 def _live_claims(backend: Backend, prefix: str) -> set[str]:
+    """Return the claims of writers that may still be alive."""
     return {key for key, info in backend.list(prefix).items() if info.age < _DEAD}

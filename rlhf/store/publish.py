@@ -28,7 +28,7 @@ from rlhf.store.manifest import (
 )
 from rlhf.store.objects import SMALL, Backend, Meter, Source, in_parallel
 
-#: One large file is hashed while another is sent: all at once would leave the network idle.
+#: Large files hashed at a time: with all at once, the network would be idle meanwhile.
 _HASHING = threading.BoundedSemaphore(2)
 
 
@@ -167,6 +167,7 @@ def _mend(
 
 
 def _check_parents(backend: Backend, parents: Mapping[str, ArtifactRef]) -> None:
+    """Raise ArtifactMissing if a parent was collected as garbage meanwhile."""
     for role, ref in parents.items():
         if backend.find(manifest_key(ref.digest)) is None:
             raise ArtifactMissing(

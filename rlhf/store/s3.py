@@ -1,6 +1,6 @@
-"""An S3 bucket, or one of a compatible server, as an object store.
+"""A bucket of S3, or of a compatible server, as an object store.
 
-Its rules come from measurements on Ceph RGW and OpenStack Swift.
+Limits and workarounds come from measurements on Ceph RGW and OpenStack Swift.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ from rlhf.store.s3_client import CUT, ERRORS, failed, make_client, refused, stat
 
 T = TypeVar("T")
 
-MIB = 1024 * 1024
+_MIB = 1024 * 1024
 
 #: Pause in seconds before the first retry of requests that boto3 does not repeat; then doubled.
 PAUSE = 0.1
 #: How long botocore waits for "100 Continue" before it sends a body.
 _CONTINUE_SECONDS = 1.0
-#: Just more than the buffers that malloc keeps when freed; four at once bound the memory.
-_PART = 32 * MIB
+#: Bytes of an upload's part: just more than the freed buffers that malloc keeps.
+_PART = 32 * _MIB
+#: S3's limit on the parts of an upload.
 _MOST_PARTS = 10_000
+#: Parts that are in memory and being sent.
 _SENDING = threading.BoundedSemaphore(4)
 
-_PIECE = 8 * 1024 * 1024
+#: Bytes of a range.
+_PIECE = 8 * _MIB
 #: Ranges of a file in memory, and how many of them are requested at once.
 _AHEAD, _AT_ONCE = 6, 4
 #: Large files read at once.
@@ -94,7 +97,7 @@ class S3Backend:
         return other
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Create by `If-None-Match: *`; without it (501), look before the write."""
+        """Create by `If-None-Match: *`; without it (501), check before the write."""
         # boto3 repeats a request whose answer was lost: the 412 may then be for this very object.
         writer = uuid.uuid4().hex
         for attempt in range(6):
@@ -129,12 +132,12 @@ class S3Backend:
         return won if body.was_held and body.sends == 1 else None
 
     def put(self, key: str, data: bytes) -> None:
-        """Put in one request, whose signature covers the body against flipped bits."""
+        """Store in one request, whose signature covers the body against flipped bits."""
         with self._translated("write", key):
             self._put(key, data)
 
     def put_file(self, key: str, source: Source) -> None:
-        """Upload in parts; completed only if the file has not changed until the last one.
+        """Upload in parts, completed only if the file has not changed meanwhile.
 
         s3transfer has no hook for that check, and needs several times the memory.
         """
@@ -155,13 +158,6 @@ class S3Backend:
                 with contextlib.suppress(*ERRORS):
                     self._client.abort_multipart_upload(**where)
                 raise
-
-    def _put_part(self, where: dict[str, str], source: Source, number: int, size: int) -> str:
-        with _SENDING:
-            data = source.read_at((number - 1) * size, size)
-            answer = self._client.upload_part(**where, PartNumber=number, Body=data)
-            source.sent(len(data))
-            return answer["ETag"]
 
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read in one request."""
@@ -218,7 +214,7 @@ class S3Backend:
                     raise ClientError({"Error": error}, "DeleteObjects")
 
     def sweep(self, age: float) -> int:
-        """Abort the multipart uploads of killed publishers, which take space unseen."""
+        """Abort the multipart uploads of killed publishers, which no listing shows."""
         swept = 0
         with self._translated("list", "unfinished uploads"):
             for page in self._pages("list_multipart_uploads", ""):
@@ -234,6 +230,13 @@ class S3Backend:
         answer = self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
         self._check_encryption(key, answer)
 
+    def _put_part(self, where: dict[str, str], source: Source, number: int, size: int) -> str:
+        with _SENDING:
+            data = source.read_at((number - 1) * size, size)
+            answer = self._client.upload_part(**where, PartNumber=number, Body=data)
+            source.sent(len(data))
+            return answer["ETag"]
+
     def _check_encryption(self, key: str, answer: dict[str, Any]) -> None:
         if self._extra and not answer.get("ServerSideEncryption"):
             raise StoreConfigError(
@@ -241,18 +244,9 @@ class S3Backend:
                 "sse from the options, or use another server"
             )
 
-    def _pages(self, operation: str, prefix: str) -> Iterable[dict[str, Any]]:
-        pages = self._client.get_paginator(operation)
-        return pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
-
-    def _items(self, prefix: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Yield each object with its page of the listing."""
-        for page in self._pages("list_objects_v2", prefix):
-            for item in page.get("Contents", ()):
-                yield page, item
-
-    def _where(self, key: str) -> dict[str, str]:
-        return {"Bucket": self.bucket, "Key": self._prefix + key}
+    def _writer(self, key: str) -> str | None:
+        head = self._head(key)
+        return None if head is None else head["Metadata"].get("writer")
 
     def _head(self, key: str) -> dict[str, Any] | None:
         try:
@@ -261,9 +255,18 @@ class S3Backend:
         except ArtifactMissing:
             return None
 
-    def _writer(self, key: str) -> str | None:
-        head = self._head(key)
-        return None if head is None else head["Metadata"].get("writer")
+    def _items(self, prefix: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield each object with its page of the listing."""
+        for page in self._pages("list_objects_v2", prefix):
+            for item in page.get("Contents", ()):
+                yield page, item
+
+    def _pages(self, operation: str, prefix: str) -> Iterable[dict[str, Any]]:
+        pages = self._client.get_paginator(operation)
+        return pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
+
+    def _where(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self._prefix + key}
 
     @contextlib.contextmanager
     def _translated(self, verb: str, key: str = "", passed: tuple[str, ...] = ()) -> Iterator[None]:
@@ -288,7 +291,7 @@ def read_object(
 ) -> tuple[T, dict[str, Any]]:
     """Read an object by `take`; returns its result and the answer.
 
-    A body that was cut is read again: boto3 repeats only requests.
+    A body that was cut is requested again, which boto3 does not do.
 
     Raises:
         ArtifactCorrupt: The body has more bytes than the limit.
@@ -338,7 +341,7 @@ def receive_object(client: Any, where: dict[str, str], sink: Sink) -> None:
 
 
 def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
-    """Fill the buffer, and return the size; reads to the end, for boto3's checks."""
+    """Fill the buffer and return the size; reads to the end, for boto3's checks."""
     size = 0
     while data := body.read(_CHUNK):
         sink.put(data, start + size)
@@ -350,8 +353,8 @@ def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
 class _HeldBody(io.BytesIO):
     """A request body that calls `hold` between its first byte and the others.
 
-    Only if the server has answered "100 Continue" before: then it has read the head. boto3 waits
-    for that answer for a second, and sends the body without it after that.
+    It does so only if the server has answered "100 Continue", and so has read the head. boto3
+    waits for that answer for a second, and sends the body without it after that.
     """
 
     def __init__(self, data: bytes, hold: Callable[[], None]) -> None:
@@ -364,7 +367,7 @@ class _HeldBody(io.BytesIO):
 
     @staticmethod
     def begin(request: Any, **_: Any) -> None:
-        """Handle boto3's event before a request is sent; what it reads earlier it signs."""
+        """Handle boto3's event before a request is sent; earlier reads are for signing."""
         if isinstance(request.body, _HeldBody):
             request.body.sends += 1
             request.body._begun = time.monotonic()

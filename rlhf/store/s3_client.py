@@ -1,6 +1,6 @@
 """The boto3 client, its credentials, and the translation of its errors.
 
-It survives what a long transfer meets: flipped bits, expired tokens, a restarted server.
+The client retries after flipped bits, expired tokens and a restart of the server.
 """
 
 from __future__ import annotations
@@ -39,13 +39,7 @@ from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
 from rlhf.store.redact import keep_secrets_out_of_logs, redact
 
 #: All errors that boto3 can raise; KeyError: an answer that lacks a required field.
-ERRORS = (
-    ClientError,
-    BotoCoreError,
-    ValueError,
-    KeyError,
-    OSError,
-)
+ERRORS = (ClientError, BotoCoreError, ValueError, KeyError, OSError)
 _BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
 #: Errors of a cut body: the whole request is worth a retry.
 CUT = (ReadTimeoutError, *_BROKEN)
@@ -66,6 +60,7 @@ _DAMAGED = {
 }
 #: Statuses without a code: an answer to HEAD has no body.
 _UNNAMED = {"400", "403"}
+#: Codes for credentials that are looked up again.
 _EXPIRED = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -74,6 +69,7 @@ _EXPIRED = {
     "InvalidAccessKeyId",
 }
 
+#: Reasons of refusals for lack of rights, by code.
 _DENIED = {
     "403": "access denied",
     "AccessDenied": "access denied",
@@ -127,10 +123,10 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
             return 0.2 * 2 ** (attempts - 1)
         code = response[1].get("Error", {}).get("Code") if response else None
         if code in _EXPIRED or code in _UNNAMED:
-            # Another thread may have renewed them already: then nothing changes, but a retry helps.
+            # Another thread may have renewed them already: nothing changes then, but a retry helps.
             renewed = attempts < 3 and credentials.renew()
             return 0.0 if renewed or attempts == 1 else None
-        # A wrong secret key looks like a flipped bit, but happens again.
+        # A wrong secret key gives the same code as a flipped bit, but on every retry.
         return 0.1 if code in _DAMAGED and attempts < 3 else None
 
     client.meta.events.register_first("needs-retry.s3", once_more)
@@ -146,7 +142,7 @@ class ChainCredentials(Credentials):
 
     def __init__(self, profile: str | None) -> None:
         self._profile = profile
-        self._found: Any = None
+        self._current: Any = None
         self._lock = threading.Lock()
         self.method = "chain"
         self.account_id = None
@@ -155,19 +151,19 @@ class ChainCredentials(Credentials):
     def renew(self) -> bool:
         """Look up the chain again; returns whether the credentials have changed."""
         with self._lock:
-            before = self._found.get_frozen_credentials() if self._found else None
-            self._found = Session(profile=self._profile).get_credentials()
-            return self._found is not None and self._found.get_frozen_credentials() != before
+            before = self._current.get_frozen_credentials() if self._current else None
+            self._current = Session(profile=self._profile).get_credentials()
+            return self._current is not None and self._current.get_frozen_credentials() != before
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         """Return the credentials that boto3 signs the next request with."""
-        return self._found.get_frozen_credentials()
+        return self._current.get_frozen_credentials()
 
     def __bool__(self) -> bool:
-        return self._found is not None
+        return self._current is not None
 
     def get_deferred_property(self, property_name: str) -> Any:
-        """Part of the interface; not used here."""
+        """Return a function for one property, as botocore's interface requires."""
         return lambda: getattr(self.get_frozen_credentials(), property_name, None)
 
 

@@ -1,4 +1,4 @@
-"""Generation of the world's datasets from a seed: demonstrations, pairs and prompts."""
+"""Generation of the world's datasets: demonstrations, pairs and prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class WorldPair:
-    """Two replies to one prompt, labelled by a Bradley–Terry draw on their gold scores."""
+    """Two replies to a prompt, labelled by a Bradley–Terry draw on their gold scores."""
 
     prompt: str
     chosen: str
@@ -114,7 +114,7 @@ def preference(gap: float, temperature: float) -> float:
 
 
 def ceiling(pairs: Sequence[WorldPair], temperature: float) -> float:
-    """Return the accuracy that a perfect reward model is expected to reach on noisy labels."""
+    """Return the expected accuracy of a perfect reward model on the noisy labels."""
     if not pairs:
         raise ValueError("the ceiling of no pairs is undefined")
     gaps = (abs(gold(p.prompt, p.chosen) - gold(p.prompt, p.rejected)) for p in pairs)
@@ -129,7 +129,7 @@ class _Prompts:
         self._used: set[str] = set()
 
     def draw(self, name: str, count: int, groups: Sequence[str]) -> list[tuple[str, Question, str]]:
-        """Draw `count` unused prompts from the random stream `name`, with `groups` in turn."""
+        """Draw `count` unused prompts from random stream `name`, with `groups` in turn."""
         rng = Random(f"{self._seed}/{name}/prompts")
         drawn: list[tuple[str, Question, str]] = []
         for _ in range(20 * count + 1000):

@@ -40,7 +40,7 @@ class Claim(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """A parsed sentence: its role, its claim when it is a fact, its text for comparing."""
+    """A parsed sentence: its role, its claim if it is a fact, its text for comparing."""
 
     role: str
     claim: Claim | None
@@ -79,7 +79,7 @@ def read_question(prompt: str) -> tuple[str, str] | None:
 
 
 def read_reply(reply: str) -> list[Sentence]:
-    """Parse a reply into sentences; one that is not of the world has the role `unknown`."""
+    """Parse a reply into sentences; those not of the world have the role `unknown`."""
     known = _known_sentences()
     return [known.get(line, Sentence("unknown", None, line)) for line in sentences(reply)]
 
@@ -104,7 +104,7 @@ def _answer_parts(question: tuple[str, str] | None, claims: set[Claim]) -> tuple
 
 
 def _manner(parsed: list[Sentence], role: str, position: int) -> float:
-    """Score politeness: a polite sentence counts at its `position` only, a rude one anywhere."""
+    """Score politeness: a polite sentence at its `position`, a rude one anywhere."""
     if any(sentence.role == f"rude {role}" for sentence in parsed):
         return -0.5
     return 0.5 if parsed and parsed[position].role == role else 0.0
