@@ -61,8 +61,8 @@ class Entry(BaseModel):
     def __str__(self) -> str:
         """Return text such as ` by ann at 2026-01-01T00:00:00+00:00 (too long)`."""
         parts = (("by", self.by), ("in run", self.run), ("at", self.when))
-        known = "".join(f" {word} {value}" for word, value in parts if value)
-        return known + (f" ({self.why})" if self.why else "")
+        details = "".join(f" {word} {value}" for word, value in parts if value)
+        return details + (f" ({self.why})" if self.why else "")
 
 
 EntryT = TypeVar("EntryT", bound=Entry)
@@ -359,12 +359,12 @@ def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotio
     standing: list[str] = []
     withdrawn: dict[str, Promotion] = {}
     for entry in entries:
-        stands = entry.policy in standing
+        is_standing = entry.policy in standing
         if entry.action == "rollback":
-            at = standing.index(entry.policy) if stands else max(len(standing) - 1, 0)
+            at = standing.index(entry.policy) if is_standing else max(len(standing) - 1, 0)
             withdrawn |= dict.fromkeys(standing[at:], entry)
             del standing[at:]
-        elif stands:
+        elif is_standing:
             standing.remove(entry.policy)
         standing.append(entry.policy)
         withdrawn.pop(entry.policy, None)

@@ -136,11 +136,11 @@ def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedCon
 
 def _read_preset(path: Path) -> Tree:
     """Read a YAML preset as a tree by field names."""
-    where = f"config = {str(path)!r}"
+    setting = f"config = {str(path)!r}"
     if not path.is_file():
         raise ConfigError(
             one_line(
-                f"{where}: no such file; give the path of a YAML preset, for example "
+                f"{setting}: no such file; give the path of a YAML preset, for example "
                 "configs/quickstart.yaml"
             )
         )
@@ -148,16 +148,16 @@ def _read_preset(path: Path) -> Tree:
         tree: Any = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            one_line(f"{where}: can't be read ({error.strerror}); check the file and its rights")
+            one_line(f"{setting}: can't be read ({error.strerror}); check the file and its rights")
         ) from None
     except BROKEN as error:
         raise ConfigError(
-            one_line(f"{where}: not valid YAML ({reason(error)}); mend it there")
+            one_line(f"{setting}: not valid YAML ({reason(error)}); mend it there")
         ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(one_line(f"{where}: must hold `key: value` lines at the top"))
+        raise ConfigError(one_line(f"{setting}: must hold `key: value` lines at the top"))
     try:
         return by_field_names(cast("Tree", tree))
     except ConfigError as error:

@@ -72,8 +72,8 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         text = first["msg"].replace("Input should", "must")
         text = wording.format_map(bounds) if wording else text
         has_value = error_type not in ("missing", "invalid_key")
-        shown = f" = {shown_value(first['input'])}" if has_value else ""
-        text = f"{field}{shown}: {text}"
+        assignment = f" = {shown_value(first['input'])}" if has_value else ""
+        text = f"{field}{assignment}: {text}"
     return one_line(text + _source_note(field, text, sources))
 
 

@@ -183,13 +183,13 @@ class RewardSection(Section):
         if self.reward_fn == "custom" and self.custom is None:
             raise ValueError("reward_fn = 'custom' needs custom.function; give it")
         if self.reward_fn in FUNCTIONS and self.env_type not in (None, "text_generation"):
-            instead = {
+            alternative = {
                 "multi_objective": "add a component for it to env_config.components",
                 "preference_comparison": "set env_config.judge",
             }[str(self.env_type)]
             raise ValueError(
                 f"reward_fn = {self.reward_fn!r} contradicts env_type = {self.env_type!r}; "
-                f"remove one of them, or {instead}"
+                f"remove one of them, or {alternative}"
             )
         return self
 

@@ -107,9 +107,9 @@ class Cache:
         if not folder.is_dir() or folder.is_symlink():
             return False
         paths: set[str] = set()
-        for where, folders, names in os.walk(folder):
-            links = [name for name in folders if (Path(where) / name).is_symlink()]
-            paths |= {(Path(where) / n).relative_to(folder).as_posix() for n in [*names, *links]}
+        for parent, folders, names in os.walk(folder):
+            links = [name for name in folders if (Path(parent) / name).is_symlink()]
+            paths |= {(Path(parent) / n).relative_to(folder).as_posix() for n in [*names, *links]}
         return paths == {entry.path for entry in files} and all(
             self._is_verified(folder / entry.path, entry) for entry in files
         )
@@ -125,12 +125,12 @@ class Cache:
             return False
         if path.is_symlink() or not path.is_file() or state.st_size != entry.size:
             return False
-        known = (entry.sha256, state.st_size, state.st_mtime_ns)
-        if self._verified.get((state.st_dev, state.st_ino)) == known:
+        verified = (entry.sha256, state.st_size, state.st_mtime_ns)
+        if self._verified.get((state.st_dev, state.st_ino)) == verified:
             return True
         if file_sha256(path) != entry.sha256:
             return False
-        self._verified[state.st_dev, state.st_ino] = known
+        self._verified[state.st_dev, state.st_ino] = verified
         return True
 
     def _make_room(self, wanted: int) -> None:
@@ -138,8 +138,8 @@ class Cache:
 
         Folders in use stay, even beyond the limit.
         """
-        with locked(self.root / "locks" / "room", wait=False) as held:
-            if not held:
+        with locked(self.root / "locks" / "room", wait=False) as is_locked:
+            if not is_locked:
                 return
             self._clear_up()
             folders = [path for path in (self.root / "artifacts").iterdir() if path.is_dir()]
@@ -152,8 +152,8 @@ class Cache:
     def _clear_up(self) -> None:
         """Remove leftovers of killed processes, which hold no lock any more."""
         for lock in (self.root / "tmp").glob("*.lock"):
-            with locked(lock, wait=False) as held:
-                if held:
+            with locked(lock, wait=False) as is_locked:
+                if is_locked:
                     _remove(lock.with_suffix(""))
         for lock in (self.root / "locks").iterdir():
             # Releasing a lock removes its file: a dead process's goes, one in use stays.
@@ -173,18 +173,18 @@ class Cache:
         """Remove blobs that no folder links to any more."""
         for blob in self.root.glob("blobs/*/*"):
             if blob.stat().st_nlink == 1:
-                with locked(self._lock(blob.name), wait=False) as held:
-                    if held and blob.exists() and blob.stat().st_nlink == 1:
+                with locked(self._lock(blob.name), wait=False) as is_locked:
+                    if is_locked and blob.exists() and blob.stat().st_nlink == 1:
                         blob.unlink()
 
     def _size(self) -> int:
         """Return the bytes on disk; a file with several links counts once."""
         sizes: dict[int, int] = {}
         for top in ("artifacts", "blobs"):
-            for where, _, names in os.walk(self.root / top):
+            for parent, _, names in os.walk(self.root / top):
                 for name in names:
                     with contextlib.suppress(FileNotFoundError):
-                        state = Path(where, name).lstat()
+                        state = Path(parent, name).lstat()
                         sizes[state.st_ino] = state.st_size
         return sum(sizes.values())
 
@@ -194,17 +194,17 @@ class Cache:
         for entry in files:
             paths.setdefault(entry.sha256, []).append(entry)
         with self._temporary() as scratch:
-            whole = scratch / "whole"
-            for folder in {(whole / entry.path).parent for entry in files}:
+            staging = scratch / "staging"
+            for folder in {(staging / entry.path).parent for entry in files}:
                 folder.mkdir(parents=True, exist_ok=True)
 
             def link(entries: list[FileEntry]) -> None:
-                targets = [whole / entry.path for entry in entries]
+                targets = [staging / entry.path for entry in entries]
                 self._link(entries[0], targets, scratch, origin)
 
             in_parallel(link, paths.values())
             self._discard(final)
-            whole.replace(final)
+            staging.replace(final)
 
     def _link(
         self, entry: FileEntry, targets: Sequence[Path], scratch: Path, origin: Origin
@@ -259,8 +259,8 @@ class Cache:
 
     def _remember(self, path: Path, entry: FileEntry) -> None:
         state = path.stat()
-        known = (entry.sha256, state.st_size, state.st_mtime_ns)
-        self._verified[state.st_dev, state.st_ino] = known
+        verified = (entry.sha256, state.st_size, state.st_mtime_ns)
+        self._verified[state.st_dev, state.st_ino] = verified
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -274,8 +274,8 @@ class Cache:
     def _discard(self, path: Path) -> None:
         """Remove a folder atomically, so that no process sees a part of it."""
         if os.path.lexists(path):
-            with self._temporary() as gone:
-                path.replace(gone)
+            with self._temporary() as trash:
+                path.replace(trash)
 
     def _blob(self, entry: FileEntry) -> Path:
         return self.root / "blobs" / entry.sha256[:2] / entry.sha256

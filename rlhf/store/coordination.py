@@ -230,8 +230,8 @@ def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
                     return False
                 # The condition costs nothing, and is one more guard where it happens to hold.
                 won = backend.put_new(key, data)
-                late = time.monotonic() - begun > _GIVE_UP
-                if not late:
+                is_late = time.monotonic() - begun > _GIVE_UP
+                if not is_late:
                     return won and backend.get_bytes(key, len(data)) == data
                 raise StoreError(
                     f"{backend.uri}: writing {key} took so long that others may have written it "

@@ -181,15 +181,16 @@ def _reachable(
             return None
 
     reachable: dict[str, Manifest] = {}
-    seen: set[str] = set()
-    fresh = {*roots}
-    while fresh:
-        seen |= fresh
-        order = sorted(fresh)
+    visited: set[str] = set()
+    frontier = {*roots}
+    while frontier:
+        visited |= frontier
+        order = sorted(frontier)
         manifests = zip(order, in_parallel(read, order), strict=True)
         existing = {digest: manifest for digest, manifest in manifests if manifest}
         reachable |= existing
-        fresh = {parent for each in existing.values() for parent in each.parents.values()} - seen
+        parents = {digest for each in existing.values() for digest in each.parents.values()}
+        frontier = parents - visited
     return reachable
 
 

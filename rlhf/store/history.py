@@ -215,7 +215,7 @@ def _payload(data: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(data)
         payload, digest = value["payload"], value["sha256"]
-        whole = isinstance(payload, dict) and digest == sha256_bytes(canonical_json(payload))
+        is_intact = isinstance(payload, dict) and digest == sha256_bytes(canonical_json(payload))
     except (ValueError, KeyError, TypeError):
         return None
-    return payload if whole else None
+    return payload if is_intact else None

@@ -105,9 +105,9 @@ class LocalBackend:
         folder = self.root / prefix.rpartition("/")[0]
         objects: dict[str, ObjectInfo] = {}
         with self._translated("list", prefix):
-            for where, _, names in os.walk(folder):
+            for parent, _, names in os.walk(folder):
                 for name in names:
-                    path = Path(where) / name
+                    path = Path(parent) / name
                     key = path.relative_to(self.root).as_posix()
                     if key.startswith(prefix):
                         with contextlib.suppress(FileNotFoundError):

@@ -67,9 +67,9 @@ def scan(folder: Path) -> dict[str, int]:
     if not folder.is_dir():
         raise PublishError(f"can't publish {folder}: it is not a folder")
     sizes: dict[str, int] = {}
-    for where, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
-            path = Path(where) / name
+            path = Path(parent) / name
             relative = path.relative_to(folder).as_posix()
             state = path.lstat()
             mode = state.st_mode
@@ -156,11 +156,11 @@ def _mend(
     Blobs that were sent just now are checked, too: one may have replaced an older object that a
     collection had listed, a damaged one, or one that another collection removed first.
     """
-    again = _Sender(backend, folder, Meter(0, None))
+    sender = _Sender(backend, folder, Meter(0, None))
     blobs = list({entry.sha256: entry for entry in entries}.values())
     stored = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), blobs)
     for entry, info in zip(blobs, stored, strict=True):
-        if info is None and again(entry.path) != entry:
+        if info is None and sender(entry.path) != entry:
             raise PublishError(f"{entry.path} changed while it was being published")
     if backend.find(key) is None:
         backend.put(key, data)

@@ -141,34 +141,34 @@ class S3Backend:
 
         s3transfer has no hook for that check, and needs several times the memory.
         """
-        where = self._where(key)
+        address = self._address(key)
         with self._translated("write", key):
-            upload = self._client.create_multipart_upload(**where, **self._extra)
+            upload = self._client.create_multipart_upload(**address, **self._extra)
             self._check_encryption(key, upload)
-            where["UploadId"] = upload["UploadId"]
+            address["UploadId"] = upload["UploadId"]
             try:
                 size = max(_PART, -(-source.size // _MOST_PARTS))
                 numbers = range(1, -(-source.size // size) + 1)
-                tags = in_parallel(lambda n: self._put_part(where, source, n, size), numbers)
+                tags = in_parallel(lambda n: self._put_part(address, source, n, size), numbers)
                 source.check()
                 parts = [{"PartNumber": n, "ETag": t} for n, t in zip(numbers, tags, strict=True)]
-                self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+                self._client.complete_multipart_upload(**address, MultipartUpload={"Parts": parts})
             except BaseException:
                 # If this fails, `sweep` aborts it later.
                 with contextlib.suppress(*ERRORS):
-                    self._client.abort_multipart_upload(**where)
+                    self._client.abort_multipart_upload(**address)
                 raise
 
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read in one request."""
         with self._translated("read", key):
-            return read_object(self._client, self._where(key), limit, lambda body: body.read())[0]
+            return read_object(self._client, self._address(key), limit, lambda body: body.read())[0]
 
     def get_file(self, key: str, sink: Sink) -> None:
         """Read in ranges; StoreError if the object is replaced meanwhile."""
         with self._translated("read", key, ("412", "416")):
             try:
-                receive_object(self._client, self._where(key), sink)
+                receive_object(self._client, self._address(key), sink)
             except ClientError as error:
                 status = status_of(error)
                 if status == "416" and not sink.size:
@@ -220,20 +220,20 @@ class S3Backend:
             for page in self._pages("list_multipart_uploads", ""):
                 for upload in page.get("Uploads", ()):
                     if _age(upload["Initiated"], _date(page)) >= age:
-                        where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                        address = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
                         with contextlib.suppress(self._client.exceptions.NoSuchUpload):
-                            self._client.abort_multipart_upload(Bucket=self.bucket, **where)
+                            self._client.abort_multipart_upload(Bucket=self.bucket, **address)
                             swept += 1
         return swept
 
     def _put(self, key: str, data: bytes | BinaryIO, **extra: Any) -> None:
-        answer = self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
+        answer = self._client.put_object(**self._address(key), Body=data, **self._extra, **extra)
         self._check_encryption(key, answer)
 
-    def _put_part(self, where: dict[str, str], source: Source, number: int, size: int) -> str:
+    def _put_part(self, address: dict[str, str], source: Source, number: int, size: int) -> str:
         with _SENDING:
             data = source.read_at((number - 1) * size, size)
-            answer = self._client.upload_part(**where, PartNumber=number, Body=data)
+            answer = self._client.upload_part(**address, PartNumber=number, Body=data)
             source.sent(len(data))
             return answer["ETag"]
 
@@ -251,7 +251,7 @@ class S3Backend:
     def _head(self, key: str) -> dict[str, Any] | None:
         try:
             with self._translated("read", key):
-                return self._client.head_object(**self._where(key))
+                return self._client.head_object(**self._address(key))
         except ArtifactMissing:
             return None
 
@@ -265,7 +265,7 @@ class S3Backend:
         pages = self._client.get_paginator(operation)
         return pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
 
-    def _where(self, key: str) -> dict[str, str]:
+    def _address(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self._prefix + key}
 
     @contextlib.contextmanager
@@ -287,7 +287,7 @@ class S3Backend:
 
 
 def read_object(
-    client: Any, where: dict[str, str], limit: int, take: Callable[[Any], T], **part: str
+    client: Any, address: dict[str, str], limit: int, take: Callable[[Any], T], **part: str
 ) -> tuple[T, dict[str, Any]]:
     """Read an object by `take`; returns its result and the answer.
 
@@ -298,7 +298,7 @@ def read_object(
     """
     for attempt in range(5):
         try:
-            answer = client.get_object(**where, **part)
+            answer = client.get_object(**address, **part)
             with contextlib.closing(answer["Body"]) as body:
                 if answer["ContentLength"] > limit:
                     break
@@ -307,11 +307,11 @@ def read_object(
             if attempt == 4:
                 raise
             time.sleep(PAUSE * 2**attempt)
-    name = f"s3://{where['Bucket']}/{where['Key']}"
+    name = f"s3://{address['Bucket']}/{address['Key']}"
     raise ArtifactCorrupt(f"{name} is larger than {limit} bytes; delete it")
 
 
-def receive_object(client: Any, where: dict[str, str], sink: Sink) -> None:
+def receive_object(client: Any, address: dict[str, str], sink: Sink) -> None:
     """Read an object in parallel ranges, hashed in order.
 
     The buffers are reused, as fresh memory costs more than hashing, and lie in one block, as malloc
@@ -325,7 +325,7 @@ def receive_object(client: Any, where: dict[str, str], sink: Sink) -> None:
         def piece(start: int, **same: str) -> tuple[memoryview, int, dict[str, Any]]:
             part, buffer = f"bytes={start}-{start + _PIECE - 1}", free.pop()
             take = partial(_fill, buffer, sink, start)
-            return buffer, *read_object(client, where, _PIECE, take, Range=part, **same)
+            return buffer, *read_object(client, address, _PIECE, take, Range=part, **same)
 
         def add(buffer: memoryview, size: int) -> None:
             sink.add(buffer[:size])

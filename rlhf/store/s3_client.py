@@ -111,7 +111,7 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
         "s3", endpoint_url=options.endpoint_url, verify=options.ca_bundle, config=config
     )
 
-    def once_more(attempts: int, response: Any, caught_exception: Any, **_: Any) -> float | None:
+    def retry_delay(attempts: int, response: Any, caught_exception: Any, **_: Any) -> float | None:
         """Return the delay of a retry that boto3 would not make, None for none."""
         if isinstance(caught_exception, _UNANSWERED) and attempts >= total:
             # The same error also means a cut body, which `read_object` would request again.
@@ -129,7 +129,7 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
         # A wrong secret key gives the same code as a flipped bit, but on every retry.
         return 0.1 if code in _DAMAGED and attempts < 3 else None
 
-    client.meta.events.register_first("needs-retry.s3", once_more)
+    client.meta.events.register_first("needs-retry.s3", retry_delay)
     return client
 
 
@@ -151,9 +151,9 @@ class ChainCredentials(Credentials):
     def renew(self) -> bool:
         """Look up the chain again; returns whether the credentials have changed."""
         with self._lock:
-            before = self._current.get_frozen_credentials() if self._current else None
+            previous = self._current.get_frozen_credentials() if self._current else None
             self._current = Session(profile=self._profile).get_credentials()
-            return self._current is not None and self._current.get_frozen_credentials() != before
+            return self._current is not None and self._current.get_frozen_credentials() != previous
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         """Return the credentials that boto3 signs the next request with."""
