@@ -351,10 +351,9 @@ def _previous_champion(entries: Sequence[Promotion], store: Store, name: str) ->
 
 
 def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotion]]:
-    """Return the standing champions, the present one last, and others' rollbacks.
+    """Return the standing champions, the present one last, and rollbacks by policy.
 
-    Policies that were rolled back are the keys of the second result. A rollback withdraws every
-    champion after the one that it returns to.
+    A rollback withdraws every champion after the one that it returns to.
     """
     standing: list[str] = []
     withdrawn: dict[str, Promotion] = {}

@@ -40,6 +40,7 @@ FRESH = 3600.0
 COLLECTION_SECONDS = 600.0
 _RUNNING, _ENDED = ".json", ".ended"
 
+#: Writers in a race, and races of a probe.
 RACERS = 16
 ROUNDS = 3
 #: How long to repeat a probe that proved nothing, and how long one holds a write back.
@@ -61,6 +62,7 @@ _PATIENCE = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 log = logging.getLogger("rlhf.store")
+#: Results of `is_atomic` by the store's URI.
 _known: dict[str, bool] = {}
 _known_lock = threading.Lock()
 
@@ -73,7 +75,7 @@ def create(backend: Backend, key: str, data: bytes) -> bool:
 
 
 def is_atomic(backend: Backend) -> bool:
-    """Return whether conditional writes are atomic; probed once per process."""
+    """Return whether conditional writes are atomic; probed once per process and store."""
     with _known_lock:
         if backend.atomic is None:
             if backend.uri not in _known:

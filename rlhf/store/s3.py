@@ -266,6 +266,7 @@ class S3Backend:
         return pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
 
     def _address(self, key: str) -> dict[str, str]:
+        """Return bucket and key as arguments of boto3."""
         return {"Bucket": self.bucket, "Key": self._prefix + key}
 
     @contextlib.contextmanager
