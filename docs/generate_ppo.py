@@ -34,8 +34,6 @@ This page is written by `python -m docs.generate_ppo > docs/ppo.md`.
 | field | also | default | bounds | advised | meaning |
 |---|---|---|---|---|---|
 """
-
-
 COMPAT_HEAD = """
 ## What `compat` sets
 

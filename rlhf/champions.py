@@ -1,8 +1,9 @@
-"""Champions of model lines: append-only histories of promotions and rollbacks.
+"""Champions of model lines and approvals of policies, as histories in the store.
 
-The last entry of the history `champion/<model line>` in the store names the champion. A new entry
-is written only after the entry that its writer has read: of two concurrent changes one wins, the
-other raises PromotionLost.
+The last entry of the history `champion/<model line>`, a promotion or a rollback, names the
+champion. A new entry is written only after the entry that its writer has read: of two concurrent
+changes one wins, the other raises PromotionLost. The last entry of
+`approvals/<model line>/<policy>` is the decision on a policy that needs a person's approval.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from rlhf.gates import VERDICT, Verdict, read_verdict
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import Digest, first_problem
 
+#: Environment variable with the name of the person who decides.
 USER = "RLHF_USER"
-
-
+#: Prefix of the names of the champions' histories.
+CHAMPIONS = "champion/"
 #: Most characters of a name or a reason.
 LONGEST = 2000
 
@@ -57,10 +59,10 @@ class Entry(BaseModel):
     run: Line | None = None
 
     def __str__(self) -> str:
-        """` by ann at 2026-01-01T00:00:00+00:00 (worse on long prompts)`."""
+        """Return text such as ` by ann at 2026-01-01T00:00:00+00:00 (too long)`."""
         parts = (("by", self.by), ("in run", self.run), ("at", self.when))
-        known = "".join(f" {word} {value}" for word, value in parts if value)
-        return known + (f" ({self.why})" if self.why else "")
+        details = "".join(f" {word} {value}" for word, value in parts if value)
+        return details + (f" ({self.why})" if self.why else "")
 
 
 EntryT = TypeVar("EntryT", bound=Entry)
@@ -70,114 +72,6 @@ class Approval(Entry):
     """A person's decision on a policy: approved or refused."""
 
     approved: bool
-
-
-def record_approval(
-    store: Store,
-    name: str,
-    policy: str,
-    *,
-    approved: bool,
-    by: str | None = None,
-    why: str = "",
-    run: str | None = None,
-) -> Approval:
-    """Record a person's decision on a policy for a model line.
-
-    Args:
-        store: The store with the history.
-        name: The model line.
-        policy: Digest of the policy.
-        approved: True approves, False refuses.
-        by: The person; see `acting_person`.
-        why: The reason.
-        run: Name of the run that waited for the decision.
-    """
-    approval = Approval(
-        approved=approved, by=acting_person(by), when=timestamp(), why=checked_line("--why", why),
-        run=run,
-    )  # fmt: skip
-    store.history.append(_approval_history(name, policy), approval.model_dump())
-    return approval
-
-
-def approval_of(store: Store, name: str, policy: str) -> Approval | None:
-    """Return the last decision on a policy; None if there is none."""
-    history = _approval_history(name, policy)
-    entry = store.history.latest(history)
-    return read_entry(Approval, history, entry) if entry else None
-
-
-def require_approval(store: Store, name: str, policy: str) -> Approval:
-    """Return a person's approval of a policy.
-
-    Raises:
-        ApprovalMissing: No person has decided yet.
-        ApprovalRefused: It was refused.
-    """
-    approval = approval_of(store, name, policy)
-    subject = f"policy {policy[:12]} of model line {name!r}"
-    if approval is None:
-        raise ApprovalMissing(
-            f"{subject} waits for a person's approval (promotion.approval = manual); give it by "
-            "`rlhf approve`, and run the same again"
-        )
-    if not approval.approved:
-        raise ApprovalRefused(
-            f"{subject} was refused{approval}; to change that: `rlhf approve`, and run the same "
-            "again"
-        )
-    return approval
-
-
-def acting_person(by: str | None = None) -> str:
-    """Return `by`, the value of RLHF_USER, or the name of the system's user."""
-    try:
-        name = by or os.environ.get(USER) or getpass.getuser()
-    except (KeyError, OSError):  # a container's user often has no name
-        name = f"uid {os.getuid()}"
-    return checked_line("--by", name)
-
-
-def timestamp() -> str:
-    """Return the current time as entries hold it: UTC in ISO 8601, in seconds."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def checked_line(option: str, text: str) -> str:
-    """Return the text of an option as one line.
-
-    Raises:
-        ConfigError: It is too long.
-    """
-    line = one_line(text)
-    if len(line) > LONGEST:
-        raise ConfigError(f"{option}: {len(line)} characters; write at most {LONGEST}")
-    return line
-
-
-def read_entry(model: type[EntryT], history: str, entry: Mapping[str, Any]) -> EntryT:
-    """Parse an entry of a history.
-
-    Raises:
-        ArtifactCorrupt: It does not fit the model.
-    """
-    try:
-        return model.model_validate(entry)
-    except ValidationError as error:
-        raise ArtifactCorrupt(
-            f"refs/{history}: an entry is not one that this version understands "
-            f"({first_problem(error)})"
-        ) from None
-
-
-def _approval_history(name: str, policy: str) -> str:
-    """Return the name of the history of decisions on a policy."""
-    return f"approvals/{name}/{policy}"
-
-
-#: Prefix of the histories' names.
-CHAMPIONS = "champion/"
 
 
 class Promotion(Entry):
@@ -316,45 +210,111 @@ def verdict_of(store: Store, policy: str) -> tuple[ArtifactRef, Verdict] | None:
     return ref, verdict
 
 
-def _reason(why: str) -> str:
-    reason = checked_line("--why", why)
-    if not reason:
-        raise ConfigError("--why is empty; say why, for those who read the history")
-    return reason
+def record_approval(
+    store: Store,
+    name: str,
+    policy: str,
+    *,
+    approved: bool,
+    by: str | None = None,
+    why: str = "",
+    run: str | None = None,
+) -> Approval:
+    """Record a person's decision on a policy for a model line.
 
-
-def _previous_champion(entries: Sequence[Promotion], store: Store, name: str) -> str:
-    standing, _ = _replay(entries)
-    if len(standing) < 2:
-        raise ArtifactMissing(
-            f"{store.uri}: before {entries[-1].policy[:12]} model line {name!r} had no champion "
-            "that was not rolled back; name one by --to, or promote another"
-        )
-    return standing[-2]
-
-
-def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotion]]:
-    """Return the standing champions, the present one last, and the rollbacks of others.
-
-    A rollback withdraws every champion after the one that it returns to.
+    Args:
+        store: The store with the history.
+        name: The model line.
+        policy: Digest of the policy.
+        approved: True approves, False refuses.
+        by: The person; see `acting_person`.
+        why: The reason.
+        run: Name of the run that waited for the decision.
     """
-    standing: list[str] = []
-    withdrawn: dict[str, Promotion] = {}
-    for entry in entries:
-        stands = entry.policy in standing
-        if entry.action == "rollback":
-            at = standing.index(entry.policy) if stands else max(len(standing) - 1, 0)
-            withdrawn |= dict.fromkeys(standing[at:], entry)
-            del standing[at:]
-        elif stands:
-            standing.remove(entry.policy)
-        standing.append(entry.policy)
-        withdrawn.pop(entry.policy, None)
-    return standing, withdrawn
+    approval = Approval(
+        approved=approved, by=acting_person(by), when=timestamp(), why=checked_line("--why", why),
+        run=run,
+    )  # fmt: skip
+    store.history.append(_approval_history(name, policy), approval.model_dump())
+    return approval
+
+
+def approval_of(store: Store, name: str, policy: str) -> Approval | None:
+    """Return the last decision on a policy; None if there is none."""
+    history = _approval_history(name, policy)
+    entry = store.history.latest(history)
+    return read_entry(Approval, history, entry) if entry else None
+
+
+def require_approval(store: Store, name: str, policy: str) -> Approval:
+    """Return a person's approval of a policy.
+
+    Raises:
+        ApprovalMissing: No person has decided yet.
+        ApprovalRefused: It was refused.
+    """
+    approval = approval_of(store, name, policy)
+    subject = f"policy {policy[:12]} of model line {name!r}"
+    if approval is None:
+        raise ApprovalMissing(
+            f"{subject} waits for a person's approval (promotion.approval = manual); give it by "
+            "`rlhf approve`, and run the same again"
+        )
+    if not approval.approved:
+        raise ApprovalRefused(
+            f"{subject} was refused{approval}; to change that: `rlhf approve`, and run the same "
+            "again"
+        )
+    return approval
+
+
+def acting_person(by: str | None = None) -> str:
+    """Return `by`, the value of RLHF_USER, or the name of the system's user."""
+    try:
+        name = by or os.environ.get(USER) or getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        name = f"uid {os.getuid()}"
+    return checked_line("--by", name)
+
+
+def timestamp() -> str:
+    """Return the current time as entries hold it: UTC in ISO 8601, in seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def checked_line(option: str, text: str) -> str:
+    """Return the text of an option as one line.
+
+    Raises:
+        ConfigError: It is too long.
+    """
+    line = one_line(text)
+    if len(line) > LONGEST:
+        raise ConfigError(f"{option}: {len(line)} characters; write at most {LONGEST}")
+    return line
+
+
+def read_entry(model: type[EntryT], history: str, entry: Mapping[str, Any]) -> EntryT:
+    """Parse an entry of a history.
+
+    Raises:
+        ArtifactCorrupt: It does not fit the model.
+    """
+    try:
+        return model.model_validate(entry)
+    except ValidationError as error:
+        raise ArtifactCorrupt(
+            f"refs/{history}: an entry is not one that this version understands "
+            f"({first_problem(error)})"
+        ) from None
 
 
 def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> Promotion:
-    """Append an entry after `last`, the last one that the caller has read."""
+    """Append an entry after `last`, the last one that the caller has read.
+
+    Raises:
+        PromotionLost: Another entry stands there; nothing was written.
+    """
     entry = Promotion(
         model=name, when=timestamp(), previous=last.policy if last else None,
         number=last.number + 1 if last else 1, **fields,
@@ -369,3 +329,47 @@ def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> P
         f"meanwhile: {cause}; look at `rlhf champion --name {name} --history`, and if it shall be "
         f"{policy} all the same: `rlhf promote {policy} --name {name}`"
     )
+
+
+def _reason(why: str) -> str:
+    """Return the reason as one line; ConfigError if it is empty or too long."""
+    reason = checked_line("--why", why)
+    if not reason:
+        raise ConfigError("--why is empty; say why, for those who read the history")
+    return reason
+
+
+def _previous_champion(entries: Sequence[Promotion], store: Store, name: str) -> str:
+    """Return the standing champion before the present one."""
+    standing, _ = _replay(entries)
+    if len(standing) < 2:
+        raise ArtifactMissing(
+            f"{store.uri}: before {entries[-1].policy[:12]} model line {name!r} had no champion "
+            "that was not rolled back; name one by --to, or promote another"
+        )
+    return standing[-2]
+
+
+def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotion]]:
+    """Return the standing champions, the present one last, and rollbacks by policy.
+
+    A rollback withdraws every champion after the one that it returns to.
+    """
+    standing: list[str] = []
+    withdrawn: dict[str, Promotion] = {}
+    for entry in entries:
+        is_standing = entry.policy in standing
+        if entry.action == "rollback":
+            at = standing.index(entry.policy) if is_standing else max(len(standing) - 1, 0)
+            withdrawn |= dict.fromkeys(standing[at:], entry)
+            del standing[at:]
+        elif is_standing:
+            standing.remove(entry.policy)
+        standing.append(entry.policy)
+        withdrawn.pop(entry.policy, None)
+    return standing, withdrawn
+
+
+def _approval_history(name: str, policy: str) -> str:
+    """Return the name of the history of decisions on a policy."""
+    return f"approvals/{name}/{policy}"

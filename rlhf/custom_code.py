@@ -1,6 +1,6 @@
 """Custom code: finding and checking a Python function's file without importing it.
 
-Loads no torch: preflight and the worker that runs the function use it.
+Imports no torch, for the preflight checks and the worker that runs the function.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CustomCode:
             )
 
     def _find(self, path: str) -> tuple[Path, Path]:
-        """File of the function, and the folder that its imports start from."""
+        """Return the function's file, and the folder that its imports start from."""
         allowed = [Path(p).resolve() for p in os.environ.get(ALLOWED, "").split(os.pathsep) if p]
         if not allowed:
             raise ConfigError(

@@ -105,15 +105,15 @@ class PromotionLost(RLHFError):
 
 
 class PolicyWithdrawn(RLHFError):
-    """The policy was rolled back by a person, so a run does not promote it again."""
+    """A person rolled the policy back, so a run does not promote it again."""
 
 
 class ApprovalMissing(RLHFError):
-    """The promotion of this policy is not decided yet."""
+    """A person has not decided yet on the promotion of this policy."""
 
 
 class ApprovalRefused(RLHFError):
-    """The promotion of this policy was refused by a person."""
+    """A person refused the promotion of this policy."""
 
 
 class SmokeTestFailed(RLHFError):

@@ -1,6 +1,6 @@
-"""External inputs: data or a model in a folder, in a bucket or on the Hugging Face hub.
+"""External inputs: data or a model in a folder, a bucket or the Hugging Face hub.
 
-Imports neither torch nor, for a folder, boto3, so that a run can be refused at once.
+Imports neither torch nor, for a folder, boto3, so that preflight checks are fast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TIMEOUT = 10
 
 
 class LocalCopy(NamedTuple):
-    """An external input on this machine: its folder, and the paths of its files by name."""
+    """Local copy of an external input: its folder, and the paths of its files by name."""
 
     folder: Path
     files: Mapping[str, Path]
@@ -58,7 +58,7 @@ class External(ABC):
     hub_files: ClassVar[Sequence[str]]
 
     def digest(self) -> str:
-        """Return the identity of the content, the same for the same content in the same place.
+        """Return the identity of the content: equal for equal content in the same place.
 
         Local files are identified by name and sha256, objects by name, entity tag and size, a
         repository on the hub by its commit.
@@ -70,7 +70,7 @@ class External(ABC):
         return self._location.digest()
 
     def fetch(self, scratch: Path) -> LocalCopy:
-        """Return local files: a folder's own, otherwise copies in the new folder `scratch`.
+        """Return local files: a folder's own, else copies in the new folder `scratch`.
 
         A model from the hub is kept in the hub's cache instead.
 
@@ -140,8 +140,16 @@ class External(ABC):
         """
 
 
+def shorten(reason: object) -> str:
+    """Return the text of an error on one line of at most 200 characters."""
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 @dataclass(frozen=True)
 class _Folder:
+    """An input in a local folder, or a local file."""
+
     external: External
 
     def digest(self) -> str:
@@ -171,6 +179,8 @@ class _Folder:
 
 @dataclass(frozen=True)
 class _Bucket:
+    """An input in an S3 bucket: the objects under a key, or one object."""
+
     external: External
 
     def digest(self) -> str:
@@ -206,7 +216,7 @@ class _Bucket:
 
     @contextmanager
     def _open(self) -> Iterator[tuple[S3Backend, str]]:
-        """The bucket and the key in it; errors of the bucket name the setting."""
+        """Yield the bucket and the key in it; errors of the bucket name the setting."""
         from rlhf.store.s3 import S3Backend
 
         name, _, key = self.external.uri.removeprefix("s3://").partition("/")
@@ -242,6 +252,8 @@ class _Bucket:
 
 @dataclass(frozen=True)
 class _Hub:
+    """An input in a repository on the Hugging Face hub."""
+
     external: External
 
     def digest(self) -> str:
@@ -292,11 +304,5 @@ class _Hub:
 
 
 def _is_visible(name: str) -> bool:
-    """True unless a part of the relative path is hidden, as checkpoints and caches of tools are."""
+    """True unless a part of the path is hidden, as are checkpoints and tools' caches."""
     return "/." not in f"/{name}"
-
-
-def shorten(reason: object) -> str:
-    """Return the text of an error on one line of at most 200 characters."""
-    text = " ".join(str(reason).split())
-    return text if len(text) <= 200 else f"{text[:199]}…"

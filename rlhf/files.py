@@ -1,4 +1,4 @@
-"""Files and folders: JSON, content hashes, fsync and the `~` of a path."""
+"""Files and folders: JSON, content hashes, fsync, and `~` in paths."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-#: sha256 of files by path, size and time of change.
+#: Nanoseconds after which a changed file is sure to have another time of change: FAT's resolution.
+_SETTLED = 2 * 10**9
+#: sha256 of files by path, size and time of change; see `known_sha256`.
 _digests: dict[tuple[Path, int, int], str] = {}
 
 
-#: Nanoseconds after which a changed file is sure to have another time of change: FAT's resolution.
-_SETTLED = 2 * 10**9
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys; NaN and infinities raise ValueError."""
+    """Write `value` as indented JSON with sorted keys; ValueError for NaN, infinity."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -30,7 +28,7 @@ def read_json(path: Path) -> Any:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Expand `~` and `~user`; the path of an unknown user stays as it is, and so is missing."""
+    """Expand `~` and `~user`; the path of an unknown user is returned unchanged."""
     path = Path(path)
     try:
         return path.expanduser()

@@ -15,7 +15,7 @@ from rlhf.files import read_json
 VERDICT = "verdict.json"
 T = TypeVar("T")
 U = TypeVar("U")
-#: Known to this module alone, so that only `require` can construct an Approved.
+#: Private to this module, so that only `require` can construct an Approved.
 _seal = object()
 
 
@@ -126,5 +126,5 @@ def _check(rule: GateRule, numbers: Mapping[str, float]) -> Check:
         # Comparisons with NaN are false, so an unknown bound rejects.
         within = value is not None and (value >= limit if sign == "≥" else value <= limit)
         passed = passed and within
-    shown = value if value is not None and math.isfinite(value) else None
-    return Check(rule.metric, shown, " and ".join(bounds), passed)
+    finite_value = value if value is not None and math.isfinite(value) else None
+    return Check(rule.metric, finite_value, " and ".join(bounds), passed)

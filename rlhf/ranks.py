@@ -14,13 +14,12 @@ from rlhf.errors import RLHFError, TrainingError
 
 T = TypeVar("T")
 
-
 #: Bytes that are sent at a time; the values are copied into a buffer for it.
 BUCKET = 2**26
 
 
 def rank_and_count() -> tuple[int, int]:
-    """Rank and number of processes, from the environment variables that torchrun sets."""
+    """Return rank and number of processes, from torchrun's environment variables."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -40,7 +39,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """Slice of this process's rows out of `n`."""
+        """Return the slice of this process's rows out of `n`."""
         return slice(n * self.rank // self.count, n * (self.rank + 1) // self.count)
 
     def barrier(self) -> None:
@@ -48,7 +47,7 @@ class Ranks:
         self.gather(None)
 
     def gather(self, value: T) -> list[T]:
-        """Values of all processes, by rank."""
+        """Return the values of all processes, by rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -123,7 +122,7 @@ class Ranks:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of tensors of one dtype, of up to `BUCKET` bytes."""
+    """Yield groups of tensors of one dtype, of up to `BUCKET` bytes."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         full = sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET

@@ -1,8 +1,8 @@
-"""Smoke test before promotion: load the published policy as a user would, and sample replies.
+"""Smoke test before promotion: load the published policy and sample a few replies.
 
-`python -m rlhf.smoke <folder> <request.json>` loads the folder by transformers alone, in a process
-of its own without network or cache, answers the request's prompts, and prints the replies as JSON
-on its last line.
+`python -m rlhf.smoke <folder> <request.json>` loads the folder as a user would: by transformers
+alone, in a process of its own without network or cache. It answers the request's prompts, and
+prints the replies as JSON on its last line.
 """
 # ruff: noqa: T201 (a command prints)
 
@@ -27,7 +27,9 @@ from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import RLHFError, SmokeTestFailed
 from rlhf.files import read_json, write_json
 
+#: File with the replies.
 SMOKE = "smoke.json"
+#: Number of prompts, and most tokens of a reply.
 PROMPTS = 4
 NEW_TOKENS = 32
 #: Seconds from the parent's time limit to the process's own, and from that to SIGALRM.
@@ -66,7 +68,52 @@ def smoke_test(
     return [{"prompt": p, "reply": r} for p, r in zip(prompts, result["replies"], strict=True)]
 
 
+def main() -> None:
+    """Run the command."""
+    folder, request = Path(sys.argv[1]), read_json(Path(sys.argv[2]))
+    # The parent ends this process at its time limit; this ends it if the parent died.
+    end_after(request["seconds"] + _GRACE)
+    with contextlib.redirect_stdout(sys.stderr):
+        result = answer(folder, request)
+    print(json.dumps(result))
+
+
+def answer(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the replies of a folder's model as `replies`, or the failure as `error`."""
+    try:
+        runtime = RuntimeConfig.model_validate(request["runtime"])
+        replies = _replies(folder, request["prompts"], runtime)
+    except Exception as error:  # a broken bundle can raise anything
+        name = "" if isinstance(error, RLHFError) else f"{type(error).__name__}: "
+        return {"error": name + str(error).strip().partition("\n")[0]}
+    if not any(replies):
+        return {"error": f"all of its {len(replies)} replies are empty"}
+    return {"replies": replies}
+
+
+def end_after(seconds: float) -> None:
+    """Start a watchdog that ends this process with status 1 after `seconds`.
+
+    Code that holds the GIL is ended by SIGALRM, `_GRACE` seconds later.
+    """
+
+    def end() -> None:
+        # Neither print nor sys.exit: the main thread may hold the stream's lock, or never return.
+        os.write(2, f"Timeout ({timedelta(seconds=seconds)})!\n".encode())
+        os._exit(1)
+
+    # `faulthandler.dump_traceback_later` reads the stacks of running threads, and crashed with
+    # SIGSEGV in one of twelve runs.
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    # The default action of SIGALRM is the kernel's and needs no GIL.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
+
+
 def _output(command: Sequence[str], scratch: Path, seconds: float) -> Mapping[str, Any]:
+    """Run the command, and return its last line's JSON, or the failure as `error`."""
     with (
         (scratch / "stderr").open("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
@@ -91,14 +138,11 @@ def _output(command: Sequence[str], scratch: Path, seconds: float) -> Mapping[st
         return json.loads(output.splitlines()[-1]) if output else {"error": "".join(last).strip()}
 
 
-def _failed(reason: str) -> SmokeTestFailed:
-    return SmokeTestFailed(
-        f"smoke test: the published policy can't answer, so it is not promoted: {reason}"
-    )
-
-
 def _environment(scratch: Path) -> dict[str, str]:
-    """Environment with this code, offline, with an empty hub cache: the bundle must be complete."""
+    """Return an environment with this code, offline and with an empty hub cache.
+
+    So a bundle that lacks a file fails.
+    """
     paths = [str(Path(rlhf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -109,20 +153,14 @@ def _environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def answer(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the replies of the model in a folder as `replies`, or the failure as `error`."""
-    try:
-        runtime = RuntimeConfig.model_validate(request["runtime"])
-        replies = _replies(folder, request["prompts"], runtime)
-    except Exception as error:  # a broken bundle can raise anything
-        name = "" if isinstance(error, RLHFError) else f"{type(error).__name__}: "
-        return {"error": name + str(error).strip().partition("\n")[0]}
-    if not any(replies):
-        return {"error": f"all of its {len(replies)} replies are empty"}
-    return {"replies": replies}
+def _failed(reason: str) -> SmokeTestFailed:
+    return SmokeTestFailed(
+        f"smoke test: the published policy can't answer, so it is not promoted: {reason}"
+    )
 
 
 def _replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) -> list[str]:
+    """Load the model and its tokenizer, and sample a reply to each prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -160,37 +198,6 @@ def _reply(model: Any, renderer: Any, ids: list[int]) -> str:
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     return renderer.decode(output[0, len(ids) :].tolist())
-
-
-def end_after(seconds: float) -> None:
-    """Start a watchdog that ends this process with status 1 after `seconds`.
-
-    Code that holds the GIL is ended by SIGALRM, `_GRACE` seconds later.
-    """
-
-    def end() -> None:
-        # Neither print nor sys.exit: the main thread may hold the stream's lock, or never return.
-        os.write(2, f"Timeout ({timedelta(seconds=seconds)})!\n".encode())
-        os._exit(1)
-
-    # `faulthandler.dump_traceback_later` reads the stacks of running threads, and crashed with
-    # SIGSEGV in one of twelve runs.
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    # The default action of SIGALRM is the kernel's and needs no GIL.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
-
-
-def main() -> None:
-    """Run the command."""
-    folder, request = Path(sys.argv[1]), read_json(Path(sys.argv[2]))
-    # The parent ends this process at its time limit; this is for when the parent is gone.
-    end_after(request["seconds"] + _GRACE)
-    with contextlib.redirect_stdout(sys.stderr):
-        result = answer(folder, request)
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

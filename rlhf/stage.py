@@ -1,4 +1,4 @@
-"""The result that a training or evaluation stage returns."""
+"""Types that every stage uses: its result and the listener to its progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StageResult:
 
 @runtime_checkable
 class Progress(Protocol):
-    """Listener to a stage's progress, called often: implementations throttle."""
+    """Listener to a stage's progress. It is called often, so implementations throttle."""
 
     def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Report that `step` of `total` is done, with its metrics (reward, kl …), if any.

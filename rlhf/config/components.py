@@ -242,25 +242,11 @@ class RemoteComponent(ComponentSection):
         return self
 
 
-def _is_usable_url(url: str) -> bool:
-    """Return whether httpx accepts the URL, and DNS its host name."""
-    import httpx  # slow to import, and rarely needed
-
-    try:
-        parsed = httpx.URL(url)
-        host = parsed.host and parsed.raw_host.decode("ascii")
-        host.encode("idna")  # as a socket does: no part empty or too long
-    except (httpx.InvalidURL, UnicodeError):
-        return False
-    return bool(host) and ("%" not in host or ":" in host)
-
-
 AnyComponent = (
     RewardModelComponent | LengthComponent | KeywordComponent | RegexComponent
     | JsonValidComponent | CorrectnessComponent | RepetitionComponent | CustomComponent
     | RemoteComponent
 )  # fmt: skip
-
 
 #: The section of each component type.
 COMPONENTS: Mapping[str, type[ComponentSection]] = {
@@ -297,3 +283,16 @@ def validate_component(name: str, value: Any) -> ComponentSection:
     if problem:
         raise nested_error([{"type": "value_error", "loc": (), "msg": problem, "input": name}])
     return validate_as(COMPONENTS[component_type], {} if value is None else value)
+
+
+def _is_usable_url(url: str) -> bool:
+    """Return whether httpx accepts the URL, and DNS its host name."""
+    import httpx  # slow to import, and rarely needed
+
+    try:
+        parsed = httpx.URL(url)
+        host = parsed.host and parsed.raw_host.decode("ascii")
+        host.encode("idna")  # as a socket does: no part empty or too long
+    except (httpx.InvalidURL, UnicodeError):
+        return False
+    return bool(host) and ("%" not in host or ":" in host)

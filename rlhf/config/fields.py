@@ -14,13 +14,13 @@ from rlhf.config.section import Tree, member_types, sections, union_members, wit
 
 
 def canonical(key: str) -> str:
-    """The dotted name with `rl_gamma` or `ppo.rl_gamma` replaced by `ppo.gamma`."""
+    """Return the dotted name, `rl_gamma` and `ppo.rl_gamma` replaced by `ppo.gamma`."""
     alias, dot, rest = key.removeprefix("ppo.").partition(".")
     return f"ppo.{ALIASES[alias]}{dot}{rest}" if alias in ALIASES else key
 
 
 def field_types(key: str) -> tuple[Any, ...] | None:
-    """Types of the field with this dotted name; None if it does not exist."""
+    """Return the types of the field with this dotted name; None if there is none."""
     types: tuple[Any, ...] | None = (PipelineConfig,)
     for name in key.split("."):
         types = member_types(types, name)
@@ -30,7 +30,7 @@ def field_types(key: str) -> tuple[Any, ...] | None:
 
 
 def containing_field(key: str) -> str | None:
-    """The field without members that a dotted name reaches into, or None."""
+    """Return the field without members that a dotted name reaches into, or None."""
     parent = key.rpartition(".")[0]
     types = field_types(parent) if parent else ()
     if types is None:
@@ -39,7 +39,7 @@ def containing_field(key: str) -> str | None:
 
 
 def siblings(key: str) -> list[str]:
-    """Names of the fields in the section that this dotted name lies in."""
+    """Return the names of the fields in the section that a dotted name lies in."""
     types: tuple[Any, ...] | None = (PipelineConfig,)
     for name in key.split(".")[:-1]:
         types = member_types(types or (), name)
@@ -47,7 +47,7 @@ def siblings(key: str) -> list[str]:
 
 
 def nearest(key: str) -> str | None:
-    """The field with the most similar dotted name."""
+    """Return the field with the most similar dotted name, or None."""
     names = list(_field_names(PipelineConfig))
     plain = key.removeprefix("ppo.").removeprefix("rl_")
     end = f".{key}" if plain == key else f"ppo.{plain}"
@@ -57,12 +57,12 @@ def nearest(key: str) -> str | None:
 
 
 def resolve_none(tree: Tree) -> Tree:
-    """A configuration tree after `without_none`."""
+    """Apply `without_none` to a configuration tree."""
     return without_none(tree, (PipelineConfig,))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, leaf) pairs of a nested mapping; lists are leaves."""
+    """Yield (dotted name, leaf) pairs of a nested mapping; lists are leaves."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flatten(cast("Tree", value), f"{prefix}{key}.")
@@ -76,6 +76,7 @@ def _has_members(types: tuple[Any, ...]) -> bool:
 
 
 def _field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all fields, sections included."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
         types = union_members(field.annotation)

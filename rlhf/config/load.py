@@ -1,7 +1,7 @@
 """Loading a configuration: defaults, then a YAML preset, then overrides.
 
-The source of each value is kept for messages, reports and `rlhf config show`. `RLHF_*` variables
-of a machine are applied last, by each process that uses the configuration.
+The source of each value is kept for messages, reports and `rlhf config show`. A machine's `RLHF_*`
+variables are applied last, by each process that uses the configuration.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from rlhf.config.section import Section, Tree
 from rlhf.config.text import BROKEN, as_written, one_line, parse, reason
 from rlhf.errors import ConfigError
 
+#: Sources of values; the other sources are files and `compat`.
 DEFAULT = "default"
-
-
 COMMAND_LINE = "command line"
-
-
 OVERRIDE = "override"
 
-
+#: Folder of the presets in this checkout.
 PRESETS = Path(__file__).parents[2] / "configs"
+
+#: Fields that an environment variable overrides, by section.
+MACHINE_FIELDS = {
+    "runtime": ("work_dir", "report_dir", "cache_gb", "device", "threads"),
+    "tracking": ("log_dir",),
+}
 
 
 class LoadedConfig(Section):
@@ -45,18 +48,18 @@ class LoadedConfig(Section):
 
     @model_serializer
     def _as_configuration(self) -> Tree:
-        # Prefect stores and shows it so among a run's parameters.
+        # The form that Prefect stores and shows among a run's parameters.
         return self.config.model_dump(mode="json")
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(dotted name, value, source) of every value, in the order of the sections."""
+        """Return (dotted name, value, source) of every value, in the sections' order."""
         return [
             (key, as_written(value), self._source(key))
             for key, value in flatten(self.config.model_dump(mode="json"))
         ]
 
     def _source(self, key: str) -> str:
-        """Source of the value, or of the text or file that it was a part of."""
+        """Return the source of a value, or of the text or file that it was a part of."""
         parent = key
         while parent and parent not in self.sources:
             parent = parent.rpartition(".")[0]
@@ -90,88 +93,8 @@ def load_preset(name: str | None, overrides: Tree) -> LoadedConfig:
 
 
 def presets() -> list[str]:
-    """Names of the presets in this checkout's folder `configs`."""
+    """Return the names of the presets in this checkout's folder `configs`."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedConfig:
-    preset = _read_preset(path) if path is not None else {}
-    name = path.name if path is not None else ""
-    merged = _merge(_with_env_config_read(preset, overrides, name), overrides)
-    overridden = {key for key, _ in flatten(resolve_none(overrides))}
-    tree = resolve_none(merged)
-    sources = {key: override_source if key in overridden else name for key, _ in flatten(tree)}
-    try:
-        config = PipelineConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(explain(error, sources)) from None
-    return LoadedConfig(config=config, sources=sources)
-
-
-def _read_preset(path: Path) -> Tree:
-    """Read a YAML preset as a tree by field names."""
-    where = f"config = {str(path)!r}"
-    if not path.is_file():
-        raise ConfigError(
-            one_line(
-                f"{where}: no such file; give the path of a YAML preset, for example "
-                "configs/quickstart.yaml"
-            )
-        )
-    try:
-        tree: Any = parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            one_line(f"{where}: can't be read ({error.strerror}); check the file and its rights")
-        ) from None
-    except BROKEN as error:
-        raise ConfigError(
-            one_line(f"{where}: not valid YAML ({reason(error)}); mend it there")
-        ) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(one_line(f"{where}: must hold `key: value` lines at the top"))
-    try:
-        return by_field_names(cast("Tree", tree))
-    except ConfigError as error:
-        raise ConfigError(one_line(f"{error} (from {path.name})")) from None
-
-
-def _with_env_config_read(preset: Tree, overrides: Tree, name: str) -> Tree:
-    """The preset with `env_config` parsed, if overrides change a value in it."""
-    try:
-        text, values = (tree["ppo"]["env_config"] for tree in (preset, overrides))
-    except (KeyError, TypeError):
-        return preset
-    replaced = isinstance(values, Replacement) or not isinstance(values, dict)
-    if replaced or not isinstance(text, str):
-        return preset
-    try:
-        options = read_mapping(text, "env_config")
-    except ValueError as error:
-        raise ConfigError(one_line(f"ppo.env_config: {error} (from {name})")) from None
-    return {**preset, "ppo": {**preset["ppo"], "env_config": options}}
-
-
-def _merge(base: Tree, top: Tree) -> Tree:
-    """Merge `top` into `base`, but a `Replacement` replaces."""
-    merged = dict(base)
-    for key, value in top.items():
-        current = merged.get(key)
-        replaces = isinstance(value, Replacement) or not isinstance(value, dict)
-        if isinstance(current, dict) and not replaces:
-            merged[key] = _merge(cast("Tree", current), cast("Tree", value))
-        else:
-            merged[key] = value
-    return merged
-
-
-#: Fields that an environment variable overrides, by section.
-MACHINE_FIELDS = {
-    "runtime": ("work_dir", "report_dir", "cache_gb", "device", "threads"),
-    "tracking": ("log_dir",),
-}
 
 
 def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
@@ -192,11 +115,86 @@ def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
 
 
 def environment_variable(field: str) -> str:
-    """The environment variable of a field of `runtime` or `tracking`."""
+    """Return the environment variable of a field of `runtime` or `tracking`."""
     return f"RLHF_{field.upper()}"
 
 
+def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedConfig:
+    """Merge defaults, preset and overrides, and validate the result."""
+    preset = _read_preset(path) if path is not None else {}
+    name = path.name if path is not None else ""
+    merged = _merge(_with_env_config_read(preset, overrides, name), overrides)
+    overridden = {key for key, _ in flatten(resolve_none(overrides))}
+    tree = resolve_none(merged)
+    sources = {key: override_source if key in overridden else name for key, _ in flatten(tree)}
+    try:
+        config = PipelineConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, sources)) from None
+    return LoadedConfig(config=config, sources=sources)
+
+
+def _read_preset(path: Path) -> Tree:
+    """Read a YAML preset as a tree by field names."""
+    setting = f"config = {str(path)!r}"
+    if not path.is_file():
+        raise ConfigError(
+            one_line(
+                f"{setting}: no such file; give the path of a YAML preset, for example "
+                "configs/quickstart.yaml"
+            )
+        )
+    try:
+        tree: Any = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            one_line(f"{setting}: can't be read ({error.strerror}); check the file and its rights")
+        ) from None
+    except BROKEN as error:
+        raise ConfigError(
+            one_line(f"{setting}: not valid YAML ({reason(error)}); mend it there")
+        ) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(one_line(f"{setting}: must hold `key: value` lines at the top"))
+    try:
+        return by_field_names(cast("Tree", tree))
+    except ConfigError as error:
+        raise ConfigError(one_line(f"{error} (from {path.name})")) from None
+
+
+def _with_env_config_read(preset: Tree, overrides: Tree, name: str) -> Tree:
+    """Return the preset, its `env_config` parsed if overrides change a value in it."""
+    try:
+        text, values = (tree["ppo"]["env_config"] for tree in (preset, overrides))
+    except (KeyError, TypeError):
+        return preset
+    replaced = isinstance(values, Replacement) or not isinstance(values, dict)
+    if replaced or not isinstance(text, str):
+        return preset
+    try:
+        options = read_mapping(text, "env_config")
+    except ValueError as error:
+        raise ConfigError(one_line(f"ppo.env_config: {error} (from {name})")) from None
+    return {**preset, "ppo": {**preset["ppo"], "env_config": options}}
+
+
+def _merge(base: Tree, top: Tree) -> Tree:
+    """Merge `top` into `base`; a `Replacement` in it replaces instead."""
+    merged = dict(base)
+    for key, value in top.items():
+        current = merged.get(key)
+        replaces = isinstance(value, Replacement) or not isinstance(value, dict)
+        if isinstance(current, dict) and not replaces:
+            merged[key] = _merge(cast("Tree", current), cast("Tree", value))
+        else:
+            merged[key] = value
+    return merged
+
+
 def _with_variables(section: Section, fields: Iterable[str]) -> Section:
+    """Return a section with the values that environment variables give its fields."""
     values: dict[str, Any] = {
         name: value for name in fields if (value := os.environ.get(environment_variable(name)))
     }

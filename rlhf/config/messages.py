@@ -1,4 +1,4 @@
-"""Messages about values: one-line errors, and notes on unusual values.
+"""Messages about configuration values: one-line errors, and notes on odd values.
 
 An error names field, value and cure, and the file or command line that the value is from.
 """
@@ -45,7 +45,7 @@ WORDING = {
 
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
-    """Word the first problem of a configuration in one line.
+    """Return the first problem of a configuration in one line.
 
     Args:
         error: The errors of validation.
@@ -54,7 +54,7 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     errors = list(expand_nested([dict(e) for e in error.errors()]))
     # A misspelt field that is required gives two errors; the unknown name leads to the cure.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # Where a field may be a number or text, pydantic adds the type that it tried to the location.
+    # For a field that may be a number or text, pydantic adds the type it tried to the location.
     parts = [str(part) for part in first["loc"] if part not in ("float", "str", "[key]")]
     field, error_type = ".".join(parts), first["type"]
     if error_type == "extra_forbidden":
@@ -72,21 +72,26 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         text = first["msg"].replace("Input should", "must")
         text = wording.format_map(bounds) if wording else text
         has_value = error_type not in ("missing", "invalid_key")
-        shown = f" = {shown_value(first['input'])}" if has_value else ""
-        text = f"{field}{shown}: {text}"
+        assignment = f" = {shown_value(first['input'])}" if has_value else ""
+        text = f"{field}{assignment}: {text}"
     return one_line(text + _source_note(field, text, sources))
 
 
 def cure(field: str) -> str:
-    """Advice on a field that does not exist."""
+    """Return advice on a field that does not exist."""
     if field.startswith("ppo.env_config.") and (known := siblings(field)):
         return f"known are {', '.join(known)}"
     near = nearest(field)
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 
 
+def advice(config: PipelineConfig) -> list[str]:
+    """Return one line for each value outside of its advised range."""
+    return list(_unusual_values(config, ""))
+
+
 def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
-    """Sources of an error's values: ` (from quickstart.yaml)`.
+    """Return the sources of an error's values, such as ` (from quickstart.yaml)`.
 
     For a rule on several fields they are those of the fields that its text names.
     """
@@ -97,11 +102,6 @@ def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
     named = [k for k in keys if k.rpartition(".")[2] in words] or keys
     origins = sorted({sources[k] for k in named})
     return f" (from {' and '.join(origins)})" if origins else ""
-
-
-def advice(config: PipelineConfig) -> list[str]:
-    """One line for each value outside of its advised range."""
-    return list(_unusual_values(config, ""))
 
 
 def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:

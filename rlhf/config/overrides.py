@@ -13,15 +13,10 @@ from rlhf.config.section import Tree
 from rlhf.config.text import BROKEN, DuplicateKey, one_line, parse, shown_value, unique
 from rlhf.errors import ConfigError
 
+#: Cure for what is not an override.
+FORM = "write overrides as --section.field=value"
 #: Mappings in section `ppo` that replace the preset's when they are given whole.
 MAPPINGS = ("env_config", "reward_weights")
-
-
-FORM = "write overrides as --section.field=value"
-
-
-class Replacement(dict[str, Any]):
-    """A mapping that replaces the preset's instead of being merged into it."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> Tree:
@@ -63,8 +58,12 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
     return _mark_replacements(tree, keys)
 
 
+class Replacement(dict[str, Any]):
+    """A mapping that replaces the preset's instead of being merged into it."""
+
+
 def _split_tokens(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, text of the value) pairs; a flag that stands alone gets its text here."""
+    """Yield (name, text of the value) pairs; of a flag alone, `true` or `false`."""
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
@@ -87,7 +86,7 @@ def _split_tokens(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _with_underscores(name: str) -> str:
-    """The dotted name with `-` as `_`, except in names of components."""
+    """Return the dotted name with `-` as `_`, except in names of components."""
     parts: list[str] = []
     for part in name.split("."):
         parent = canonical(".".join(parts).removeprefix("no_"))
@@ -97,7 +96,7 @@ def _with_underscores(name: str) -> str:
 
 
 def _flag(name: str) -> tuple[str, bool] | None:
-    """The true-or-false field that a name sets, and to what: `no_` sets it to false.
+    """Return the boolean field that a name sets, and the value: false for `no_`.
 
     The seed's flags may leave out the section: `--no-optimize-device-cache`.
     """
@@ -111,7 +110,7 @@ def _flag(name: str) -> tuple[str, bool] | None:
 
 
 def _parse_value(key: str, text: str, types: tuple[Any, ...]) -> Any:
-    """Text where the field may be text, or is broken; else JSON or YAML."""
+    """Parse JSON or YAML, unless the field may be text or the text is broken."""
     if any(t is str or get_origin(t) is Literal for t in types):
         return text
     try:
@@ -125,7 +124,7 @@ def _parse_value(key: str, text: str, types: tuple[Any, ...]) -> Any:
 
 
 def _parse_json(text: str) -> Any:
-    """JSON; in brackets YAML too, which has fewer quotes to escape from the shell."""
+    """Parse JSON; in brackets YAML too, with fewer quotes to escape from the shell."""
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
@@ -134,7 +133,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _mark_replacements(tree: Tree, keys: Sequence[str]) -> Tree:
-    """The tree with a `Replacement` for each mapping that no dotted name reaches into."""
+    """Make a `Replacement` of each mapping that no dotted name reaches into."""
     section = tree.get("ppo")
     if not isinstance(section, dict):
         return tree

@@ -1,4 +1,7 @@
-"""The whole configuration, with the sections of store, runtime and promotion."""
+"""The whole configuration, and its sections of how and where a pipeline runs.
+
+The sections are store, runtime, tracking, retraining, retries, promotion and placement.
+"""
 
 from __future__ import annotations
 
@@ -36,83 +39,11 @@ StageName = Literal[
     "gate-policy",
     "promote",
 ]
-
-
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
-
+#: Value of `placement` for a stage that runs in the pipeline's own process.
 INLINE = "inline"
-
-
-def _full_names(placement: dict[StageName, str]) -> dict[StageName, str]:
-    return {stage: _deployment(stage, value) for stage, value in placement.items()}
-
-
-def _deployment(stage: StageName, value: str) -> str:
-    """Full name of a stage's deployment, such as `train-policy/gpu` for `gpu`.
-
-    Raises:
-        ValueError: It is a deployment of another flow.
-    """
-    if value == INLINE:
-        return value
-    flow, slash, name = value.rpartition("/")
-    if not name or (slash and flow != stage):
-        raise ValueError(
-            f"{value!r} is no deployment of {stage}; write {stage}/<deployment>, or inline"
-        )
-    return f"{stage}/{name}"
-
-
-def _placement_schema() -> dict[str, Any]:
-    """JSON schema with a field for each stage, which forms and errors name."""
-    return {
-        "type": "object",
-        "title": "Placement",
-        "additionalProperties": False,
-        "properties": {
-            stage: {"type": "string", "title": stage, "pattern": f"^({stage}/)?[^/]+$"}
-            for stage in STAGE_NAMES
-        },
-    }
-
-
-Placement = Annotated[
-    dict[StageName, str], AfterValidator(_full_names), WithJsonSchema(_placement_schema())
-]
-
-
-class RetrainingConfig(Section):
-    """Rules of the retraining flow; a plain run of the pipeline does not ask them."""
-
-    warm_start: Literal["none", "sft", "policy"] = "policy"
-    """What of the champion takes the place of the base model: its SFT policy, itself, or nothing.
-    With `sft.enabled: false` PPO starts from it directly."""
-    min_new_pairs: int = Field(default=1, ge=1)
-    """Fewest training pairs that the last retraining did not have."""
-    max_age_days: float | None = Field(default=None, gt=0)
-    """Age of the champion from which it is trained again whatever is new; none waits for data."""
-
-
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-
-
-class TrackingConfig(Section):
-    """Where metrics are sent: changes what is seen, never what is learnt, so no part of a
-    fingerprint. Addresses and credentials stand in each tracker's own environment variables."""
-
-    trackers: tuple[Tracker, ...] = ("tensorboard",)
-    """Any of `tensorboard`, `wandb`, `mlflow` and `trackio`; an empty list sends nothing."""
-    project: str = Field(default="rlhf", min_length=1)
-    """Project of wandb and trackio, and experiment of MLflow."""
-    log_dir: str = Field(default=".rlhf/logs", min_length=1)
-    """Local folder for TensorBoard's files (one folder per run, and in it one per stage) and
-    wandb's; a machine's own RLHF_LOG_DIR wins."""
-
-    @field_validator("trackers")
-    @classmethod
-    def _without_duplicates(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
-        return tuple(dict.fromkeys(value))
 
 
 class StoreConfig(Section):
@@ -166,6 +97,36 @@ class RuntimeConfig(Section):
     """Send PPO's checkpoints to the store as well, so that another machine can go on."""
 
 
+class TrackingConfig(Section):
+    """Where metrics are sent: changes what is seen, never what is learnt, so no part of a
+    fingerprint. Addresses and credentials stand in each tracker's own environment variables."""
+
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Any of `tensorboard`, `wandb`, `mlflow` and `trackio`; an empty list sends nothing."""
+    project: str = Field(default="rlhf", min_length=1)
+    """Project of wandb and trackio, and experiment of MLflow."""
+    log_dir: str = Field(default=".rlhf/logs", min_length=1)
+    """Local folder for TensorBoard's files (one folder per run, and in it one per stage) and
+    wandb's; a machine's own RLHF_LOG_DIR wins."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _without_duplicates(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        return tuple(dict.fromkeys(value))
+
+
+class RetrainingConfig(Section):
+    """Rules of the retraining flow; a plain run of the pipeline does not ask them."""
+
+    warm_start: Literal["none", "sft", "policy"] = "policy"
+    """What of the champion takes the place of the base model: its SFT policy, itself, or nothing.
+    With `sft.enabled: false` PPO starts from it directly."""
+    min_new_pairs: int = Field(default=1, ge=1)
+    """Fewest training pairs that the last retraining did not have."""
+    max_age_days: float | None = Field(default=None, gt=0)
+    """Age of the champion from which it is trained again whatever is new; none waits for data."""
+
+
 class RetryConfig(Section):
     """Retries of a stage, for errors that trying again can cure."""
 
@@ -186,6 +147,28 @@ class PromotionConfig(Section):
     """Whether the gates decide alone, or a person approves as well; `promotion: manual` sets it."""
     smoke_seconds: float = Field(default=600.0, gt=0)
     """Most that the smoke test may take: loading the policy and answering a few prompts."""
+
+
+def _full_names(placement: dict[StageName, str]) -> dict[StageName, str]:
+    return {stage: _deployment(stage, value) for stage, value in placement.items()}
+
+
+def _placement_schema() -> dict[str, Any]:
+    """Return a JSON schema with a field for each stage, which forms and errors name."""
+    return {
+        "type": "object",
+        "title": "Placement",
+        "additionalProperties": False,
+        "properties": {
+            stage: {"type": "string", "title": stage, "pattern": f"^({stage}/)?[^/]+$"}
+            for stage in STAGE_NAMES
+        },
+    }
+
+
+Placement = Annotated[
+    dict[StageName, str], AfterValidator(_full_names), WithJsonSchema(_placement_schema())
+]
 
 
 class PipelineConfig(Section):
@@ -230,7 +213,7 @@ class PipelineConfig(Section):
     """Experiment trackers."""
 
     def deployment_of(self, stage: str) -> str:
-        """Deployment that runs a stage, or `inline`."""
+        """Return the deployment that runs a stage, or `inline`."""
         return next((place for name, place in self.placement.items() if name == stage), INLINE)
 
     @model_validator(mode="before")
@@ -294,6 +277,22 @@ class PipelineConfig(Section):
                 f"ppo.shared_base = true needs a reward model that is an adapter on the SFT "
                 f"policy, and {reason}; set reward_model.lora alone, or ppo.shared_base to false"
             )
+
+
+def _deployment(stage: StageName, value: str) -> str:
+    """Return the full name of a deployment, such as `train-policy/gpu` for `gpu`.
+
+    Raises:
+        ValueError: It is a deployment of another flow.
+    """
+    if value == INLINE:
+        return value
+    flow, slash, name = value.rpartition("/")
+    if not name or (slash and flow != stage):
+        raise ValueError(
+            f"{value!r} is no deployment of {stage}; write {stage}/<deployment>, or inline"
+        )
+    return f"{stage}/{name}"
 
 
 def _uri(value: str) -> SplitResult:

@@ -1,6 +1,7 @@
 """PPO's parameters, under the names that the papers and TRL use.
 
-The seed's parameters also go by `rl_` names, such as `rl_gamma`, in the section and at the top.
+The seed's parameters also go by `rl_` names, such as `rl_gamma`, in section `ppo` and at the top
+of a configuration. `compat` sets parameters as TRL, OpenRLHF, verl or OpenAI's code does.
 """
 
 from __future__ import annotations
@@ -23,69 +24,8 @@ SEED_NAMES = (
     *("optimize_device_cache", "max_new_tokens", "top_k", "top_p", "temperature", "reward_fn"),
     *("multi_objective", "reward_weights", "env_type", "env_config"),
 )
-
-
 #: The field of each `rl_` name.
 ALIASES = {f"rl_{name}": name for name in SEED_NAMES}
-
-
-def by_field_names(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration tree with each `rl_` name moved to its field in section `ppo`.
-
-    `rl_` names may stand at the top and in the section. Text in place of section `promotion`
-    becomes the section's field `approval`. What is not a valid section is left to validation.
-
-    Raises:
-        ConfigError: A field has two values.
-    """
-    if isinstance(tree.get("promotion"), str):
-        tree = {**tree, "promotion": {"approval": tree["promotion"]}}
-    at_top = {key: value for key, value in tree.items() if key in ALIASES}
-    section: Any = tree.get("ppo")
-    if isinstance(section, BaseModel) and at_top:
-        section = section.model_dump(exclude_unset=True)
-    if section is None and at_top:
-        section = {}
-    if not isinstance(section, dict):
-        return dict(tree)
-    values = [*cast("dict[str, Any]", section).items(), *at_top.items()]
-    others = {key: value for key, value in tree.items() if key not in ALIASES}
-    return {**others, "ppo": section_by_field_names(values, "ppo.")}
-
-
-def section_by_field_names(values: Iterable[tuple[str, Any]], prefix: str = "") -> dict[str, Any]:
-    """Values of section `ppo`, each under its field's name.
-
-    Args:
-        values: (name, value) pairs; a name may be an `rl_` name.
-        prefix: Stands before a field's name in errors.
-
-    Raises:
-        ConfigError: A field has two values.
-    """
-    section: dict[str, Any] = {}
-    for key, value in values:
-        name = ALIASES.get(key, key)
-        if name in section:
-            raise ConfigError(
-                one_line(
-                    f"{prefix}{name} is given twice, as {name} and as rl_{name}: "
-                    f"{shown_value(section[name])} and {shown_value(value)}; keep one"
-                )
-            )
-        section[name] = value
-    return section
-
-
-def allow_aliases(schema: dict[str, Any]) -> None:
-    """Make a JSON schema accept `rl_` names.
-
-    They are patterns, so that a form lists each field once. In section `ppo` an `rl_` name has its
-    field's schema; at the top any value is accepted.
-    """
-    fields = schema.get("properties", {})
-    schema["patternProperties"] = {f"^rl_{name}$": fields.get(name, {}) for name in SEED_NAMES}
-
 
 #: Values that `compat` sets for each peer, from the sources named beside them. Differences that no
 #: option covers remain: lm-human-preferences whitens each optimiser step's part by itself, the
@@ -247,6 +187,16 @@ class OptimizerSection(Section):
     weights are in memory; needs `lora`, and a reward model trained with `reward_model.lora`."""
 
 
+def allow_aliases(schema: dict[str, Any]) -> None:
+    """Make a JSON schema accept `rl_` names.
+
+    They are patterns, so that a form lists each field once. In section `ppo` an `rl_` name has its
+    field's schema; at the top any value is accepted.
+    """
+    fields = schema.get("properties", {})
+    schema["patternProperties"] = {f"^rl_{name}$": fields.get(name, {}) for name in SEED_NAMES}
+
+
 class PPOConfig(
     SamplingSection, RewardSection, ShapingSection, KLSection, CriticSection, OptimizerSection,
     ProcessSection,
@@ -362,3 +312,51 @@ class PPOConfig(
     def updates(self) -> int:
         """Number of PPO updates: ⌈total_episodes / chunk_size⌉."""
         return -(-self.total_episodes // self.chunk_size)
+
+
+def by_field_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Move each `rl_` name in a configuration tree to its field in section `ppo`.
+
+    `rl_` names may stand at the top and in the section. Text in place of section `promotion`
+    becomes the section's field `approval`. Invalid sections are left to validation.
+
+    Raises:
+        ConfigError: A field has two values.
+    """
+    if isinstance(tree.get("promotion"), str):
+        tree = {**tree, "promotion": {"approval": tree["promotion"]}}
+    at_top = {key: value for key, value in tree.items() if key in ALIASES}
+    section: Any = tree.get("ppo")
+    if isinstance(section, BaseModel) and at_top:
+        section = section.model_dump(exclude_unset=True)
+    if section is None and at_top:
+        section = {}
+    if not isinstance(section, dict):
+        return dict(tree)
+    values = [*cast("dict[str, Any]", section).items(), *at_top.items()]
+    others = {key: value for key, value in tree.items() if key not in ALIASES}
+    return {**others, "ppo": section_by_field_names(values, "ppo.")}
+
+
+def section_by_field_names(values: Iterable[tuple[str, Any]], prefix: str = "") -> dict[str, Any]:
+    """Return the values of section `ppo`, each under its field's name.
+
+    Args:
+        values: (name, value) pairs; a name may be an `rl_` name.
+        prefix: Stands before a field's name in errors.
+
+    Raises:
+        ConfigError: A field has two values.
+    """
+    section: dict[str, Any] = {}
+    for key, value in values:
+        name = ALIASES.get(key, key)
+        if name in section:
+            raise ConfigError(
+                one_line(
+                    f"{prefix}{name} is given twice, as {name} and as rl_{name}: "
+                    f"{shown_value(section[name])} and {shown_value(value)}; keep one"
+                )
+            )
+        section[name] = value
+    return section

@@ -1,6 +1,7 @@
-"""Rewards of replies: reward functions, and environments with their options.
+"""Section of the rewards of replies: reward functions and environments.
 
-Without either, the reward model scores each reply.
+Without either, the reward model scores each reply. Components of `multi_objective` are in
+`components`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from rlhf.config.components import (
 )
 from rlhf.config.section import NESTED, OrText, Section, nested_error, validate_as
 from rlhf.files import expand_home
+
+RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
+EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
+
+FUNCTIONS = ("length_penalty", "correctness", "custom")
 
 
 class TextGenerationConfig(Section):
@@ -105,58 +111,12 @@ class PreferenceConfig(Section):
 
 AnyEnvironment = TextGenerationConfig | MultiObjectiveConfig | PreferenceConfig
 
-
 #: The section of each `env_type`.
 ENVIRONMENTS: Mapping[str, type[Section]] = {
     "text_generation": TextGenerationConfig,
     "multi_objective": MultiObjectiveConfig,
     "preference_comparison": PreferenceConfig,
 }
-
-
-def read_mapping(value: Any, what: str) -> Any:
-    """Read a mapping from JSON text, or from the path of a JSON or YAML file.
-
-    Other values are returned as is. The content takes the place of the path, so that a changed file
-    is another configuration. A relative path starts from the working directory.
-
-    Raises:
-        ValueError: The text or file can't be read, or holds no mapping.
-    """
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith("{"):
-        try:
-            return json.loads(value, parse_constant=_refuse_constant, object_pairs_hook=text.unique)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"is no JSON ({error}); mend the text") from None
-    path = expand_home(value)
-    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
-        raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
-                         f"give {what} as one of these")  # fmt: skip
-    try:
-        tree = text.parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{value!r} can't be read ({error.strerror}); correct the path") from None
-    except text.BROKEN as error:
-        reason = text.reason(error)
-        raise ValueError(f"{value!r} is not valid YAML or JSON ({reason}); mend it") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{value!r} holds no mapping; write `key: value` lines into it")
-    return cast("dict[str, Any]", tree)
-
-
-def _refuse_constant(constant: str) -> float:
-    raise ValueError(f"{constant} is no number")
-
-
-RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
-
-
-EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
-
-
-FUNCTIONS = ("length_penalty", "correctness", "custom")
 
 
 class RewardSection(Section):
@@ -203,7 +163,7 @@ class RewardSection(Section):
     @classmethod
     def _validate_by_env_type(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None or "env_type" not in info.data:
-            return None  # an invalid env_type has an error of its own, which is the one to show
+            return None  # an invalid env_type has an error of its own, which is shown instead
         env_type = info.data["env_type"]
         if env_type is None:
             raise ValueError(
@@ -223,13 +183,13 @@ class RewardSection(Section):
         if self.reward_fn == "custom" and self.custom is None:
             raise ValueError("reward_fn = 'custom' needs custom.function; give it")
         if self.reward_fn in FUNCTIONS and self.env_type not in (None, "text_generation"):
-            instead = {
+            alternative = {
                 "multi_objective": "add a component for it to env_config.components",
                 "preference_comparison": "set env_config.judge",
             }[str(self.env_type)]
             raise ValueError(
                 f"reward_fn = {self.reward_fn!r} contradicts env_type = {self.env_type!r}; "
-                f"remove one of them, or {instead}"
+                f"remove one of them, or {alternative}"
             )
         return self
 
@@ -317,6 +277,42 @@ class RewardSection(Section):
             return "reward_fn = 'correctness'"
         names = [n for n, c in self.components.items() if isinstance(c, CorrectnessComponent)]
         return f"component {names[0]!r}" if names else None
+
+
+def read_mapping(value: Any, what: str) -> Any:
+    """Read a mapping from JSON text, or from the path of a JSON or YAML file.
+
+    Other values are returned as is. The content takes the place of the path, so that a changed file
+    is another configuration. A relative path starts from the working directory.
+
+    Raises:
+        ValueError: The text or file can't be read, or holds no mapping.
+    """
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        try:
+            return json.loads(value, parse_constant=_refuse_constant, object_pairs_hook=text.unique)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is no JSON ({error}); mend the text") from None
+    path = expand_home(value)
+    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+        raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
+                         f"give {what} as one of these")  # fmt: skip
+    try:
+        tree = text.parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{value!r} can't be read ({error.strerror}); correct the path") from None
+    except text.BROKEN as error:
+        reason = text.reason(error)
+        raise ValueError(f"{value!r} is not valid YAML or JSON ({reason}); mend it") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{value!r} holds no mapping; write `key: value` lines into it")
+    return cast("dict[str, Any]", tree)
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
 
 
 def _shown(value: str | None) -> str:

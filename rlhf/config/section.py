@@ -1,7 +1,7 @@
-"""The base of all configuration sections, and the types of their fields.
+"""Base of all configuration sections, and functions on their fields' types.
 
 A field whose section type depends on another field, such as `ppo.env_config` on `ppo.env_type`, is
-validated with `validate_as`, which keeps each error of the inner section for our messages.
+validated with `validate_as`, which keeps each error of the inner section for `messages`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from rlhf.config.text import one_line
 
 Tree = dict[str, Any]
+#: Type of the error that carries the errors of an inner section.
+NESTED = "nested"
 
 
 class Section(BaseModel):
@@ -51,11 +53,6 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def advised_range(low: float, high: float) -> dict[str, Any]:
-    """JSON schema note of a field's usual range; values outside are warned about."""
-    return {"advised": [low, high]}
-
-
 class OrText:
     """Annotation that adds text to the JSON schema of a field.
 
@@ -80,6 +77,11 @@ class OrText:
         return {"anyOf": [field, text]}
 
 
+def advised_range(low: float, high: float) -> dict[str, Any]:
+    """Return a JSON schema note of a field's usual range, for `messages.advice`."""
+    return {"advised": [low, high]}
+
+
 def check_model_uri(value: str | None) -> str | None:
     """Check that a value may name a folder, artifact, s3:// URI or hub id.
 
@@ -101,8 +103,41 @@ def check_model_uri(value: str | None) -> str | None:
     return value
 
 
+def validate_as(model: type[SectionT], value: Any) -> SectionT:
+    """Validate a value as a section that was chosen by another field.
+
+    Raises:
+        PydanticCustomError: The section's errors in one, see `nested_error`.
+    """
+    try:
+        return model.model_validate(without_none(value, (model,)))
+    except ValidationError as error:
+        raise nested_error([_with_known(model, dict(e)) for e in error.errors()]) from None
+
+
+def nested_error(errors: list[dict[str, Any]]) -> PydanticCustomError:
+    """Return one error that carries several of an inner section.
+
+    Their `loc` starts in that section. The text of the one error sums them up, for callers from
+    Python, who see only the text.
+    """
+    leaves = list(expand_nested(errors))
+    summary = one_line("; ".join(map(_describe, leaves)))
+    return PydanticCustomError(NESTED, "{summary}", {"errors": leaves, "summary": summary})
+
+
+def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Replace errors that carry others by these, under their full location."""
+    for error in errors:
+        if error["type"] != NESTED:
+            yield error
+            continue
+        for inner in error["ctx"]["errors"]:
+            yield {**inner, "loc": (*error["loc"], *inner["loc"])}
+
+
 def union_members(annotation: Any) -> tuple[Any, ...]:
-    """Types in an annotation: the members of a union, or the one type."""
+    """Return the types in an annotation: the members of a union, or the one type."""
     if get_origin(annotation) is Annotated:
         return union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -111,12 +146,12 @@ def union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def sections(types: tuple[Any, ...]) -> list[type[BaseModel]]:
-    """Section classes among some types."""
+    """Return the section classes among some types."""
     return [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
 
 
 def member_types(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
-    """Types of the member `name` in a value of these types; None without one.
+    """Return the types of member `name` in a value of these types; None without one.
 
     A member is a field of a section (of any of them, where a field may be one of several), or a
     value of a mapping whose values are sections or whose names are a closed set.
@@ -136,7 +171,7 @@ def member_types(types: tuple[Any, ...], name: str) -> tuple[Any, ...] | None:
 
 
 def without_none(value: Any, types: tuple[Any, ...]) -> Any:
-    """The value with `none` as null where null is allowed, null sections as empty."""
+    """Return the value with `none` as null where allowed, and null sections as empty."""
     if type(None) in types and isinstance(value, str) and value.lower() in ("none", "null"):
         return None
     if sections(types) and value is None and type(None) not in types:
@@ -150,44 +185,8 @@ def without_none(value: Any, types: tuple[Any, ...]) -> Any:
     return value
 
 
-#: Type of the error that carries the errors of an inner section.
-NESTED = "nested"
-
-
-def validate_as(model: type[SectionT], value: Any) -> SectionT:
-    """Validate a value as a section that was chosen by another field.
-
-    Raises:
-        PydanticCustomError: The section's errors in one, see `nested_error`.
-    """
-    try:
-        return model.model_validate(without_none(value, (model,)))
-    except ValidationError as error:
-        raise nested_error([_with_known(model, dict(e)) for e in error.errors()]) from None
-
-
-def nested_error(errors: list[dict[str, Any]]) -> PydanticCustomError:
-    """One error that carries several of an inner section, whose `loc` starts there.
-
-    Its text sums them up for callers from Python, whose message holds no more than the text.
-    """
-    leaves = list(expand_nested(errors))
-    summary = one_line("; ".join(map(_describe, leaves)))
-    return PydanticCustomError(NESTED, "{summary}", {"errors": leaves, "summary": summary})
-
-
-def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Replace errors that carry others by these, under their full location."""
-    for error in errors:
-        if error["type"] != NESTED:
-            yield error
-            continue
-        for inner in error["ctx"]["errors"]:
-            yield {**inner, "loc": (*error["loc"], *inner["loc"])}
-
-
 def _describe(error: dict[str, Any]) -> str:
-    """Location and text of an error, without the value, which may be a secret."""
+    """Return location and text of an error, without the value: it may be a secret."""
     location = ".".join(map(str, error["loc"]))
     if "known" in error:
         return f"{location} is no field; known are {', '.join(error['known'])}"
@@ -196,7 +195,7 @@ def _describe(error: dict[str, Any]) -> str:
 
 
 def _with_known(model: type[Section], error: dict[str, Any]) -> dict[str, Any]:
-    """The error; an unknown key's with `known`, the keys of its section."""
+    """Return the error; an unknown key's with `known`, the keys of its section."""
     if error["type"] != "extra_forbidden":
         return error
     types: tuple[Any, ...] = (model,)

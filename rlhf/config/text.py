@@ -1,6 +1,6 @@
-"""Reading YAML and JSON that people wrote, and writing values into messages.
+"""Strict YAML and JSON parsing, and values as text in messages.
 
-Reading is strict: a duplicate key is an error. No error repeats the text, which may hold a secret.
+A duplicate key is an error. No error repeats the text, which may hold a secret.
 """
 
 from __future__ import annotations
@@ -12,15 +12,8 @@ from typing import Any
 
 import yaml
 
-#: Exceptions that reading broken YAML raises.
+#: Exceptions that `parse` raises for broken YAML.
 BROKEN = (yaml.YAMLError, ValueError, RecursionError)
-
-
-class DuplicateKey(yaml.constructor.ConstructorError, ValueError):
-    """A key appears twice in one mapping; `problem` names it."""
-
-    def __init__(self, key: Any, mark: yaml.Mark | None = None) -> None:
-        super().__init__(None, None, f"{key} stands there twice", mark)
 
 
 def parse(text: str) -> Any:
@@ -30,6 +23,49 @@ def parse(text: str) -> Any:
         Exception: One of `BROKEN`.
     """
     return yaml.load(text, _Loader)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raise `DuplicateKey` for a duplicate key; for `json.loads(object_pairs_hook=…)`."""
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise DuplicateKey(key)
+        mapping[key] = value
+    return mapping
+
+
+def reason(error: Exception) -> str:
+    """Return line and problem of a YAML error, without its excerpt of the text."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'unexpected text'}"
+
+
+def shown_value(value: Any) -> str:
+    """Return the value's repr, cut off after 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def as_written(value: Any) -> str:
+    """Format a value as in a preset: text bare, null as `none`, others as JSON."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def one_line(text: str) -> str:
+    """Remove line breaks, and from URIs user info such as passwords."""
+    return re.sub(r"//[^\s'\"]*@", "//…@", " ".join(text.split()))
+
+
+class DuplicateKey(yaml.constructor.ConstructorError, ValueError):
+    """Error for a key that appears twice in a mapping; `problem` names the key."""
+
+    def __init__(self, key: Any, mark: yaml.Mark | None = None) -> None:
+        super().__init__(None, None, f"{key} stands there twice", mark)
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,39 +79,3 @@ class _Loader(yaml.SafeLoader):
                 raise DuplicateKey(key.value, key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep=True)
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Hook for `json.loads(object_pairs_hook=…)` that raises `DuplicateKey`."""
-    mapping: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in mapping:
-            raise DuplicateKey(key)
-        mapping[key] = value
-    return mapping
-
-
-def reason(error: Exception) -> str:
-    """Line and problem of a YAML error, without its excerpt of the text."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return str(error)
-    return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'unexpected text'}"
-
-
-def shown_value(value: Any) -> str:
-    """The value's repr, cut off after 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
-def as_written(value: Any) -> str:
-    """The value as in a preset: text bare, null as `none`, others as JSON."""
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks and without user info, such as passwords, in URIs."""
-    return re.sub(r"//[^\s'\"]*@", "//…@", " ".join(text.split()))

@@ -1,4 +1,7 @@
-"""Sections of the base model, SFT, the reward model, evaluation and gates."""
+"""Sections of the base model, SFT, the reward model, evaluation and gates.
+
+`ProcessSection`, about a stage's child processes, is a base of the section of PPO, too.
+"""
 
 from __future__ import annotations
 
@@ -7,45 +10,6 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.section import Section, check_model_uri
-
-
-class ProcessSection(Section):
-    """Child processes of a training stage; they share the work of every step."""
-
-    processes: int | None = Field(default=None, ge=1)
-    """Child processes that train together, launched as torchrun does, each on its own GPU or its
-    share of `runtime.threads`; none trains in the stage's own process. Batch sizes stay those of
-    all together, and must be multiples of it."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes: `ddp` holds all weights in each, `fsdp` a share of weights, gradients
-    and optimiser in each, which needs less memory and more communication."""
-
-
-#: Fields left out of fingerprints and of checkpoints' identities: they decide where and in what
-#: portions work is done, and the result is the same up to rounding.
-UNFINGERPRINTED_FIELDS = frozenset({*ProcessSection.model_fields, "rollout_batch_size"})
-
-
-def check_divides(section: ProcessSection, *names: str, by: int = 1) -> None:
-    """Check that sizes are multiples of the number of processes.
-
-    Args:
-        section: The section that holds the sizes.
-        names: Fields of the sizes.
-        by: Size of groups that must stay together, such as the replies to one prompt.
-
-    Raises:
-        ValueError: One is not, times the size of a group.
-    """
-    count = section.processes or 1
-    for name in names:
-        value: Any = getattr(section, name)
-        if value % (count * by):
-            together = f", in groups of {by} replies," if by > 1 else ""
-            raise ValueError(
-                f"{name} = {value} can't be shared evenly{together} by processes = {count}; make "
-                f"it a multiple of {count * by}, or change processes"
-            )
 
 
 class ArchitectureConfig(Section):
@@ -74,19 +38,6 @@ class ArchitectureConfig(Section):
         return self
 
 
-class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2021); merged into the weights before publishing."""
-
-    r: int = Field(default=16, ge=1)
-    """Rank of the adapters."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Scale: the update is multiplied by alpha / r."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter input (SFT and reward model only; PPO runs without dropout)."""
-    target_modules: str = "all-linear"
-    """Which layers get adapters: `all-linear`, or a regular expression on module names."""
-
-
 class BaseModelConfig(Section):
     """The model that everything starts from."""
 
@@ -105,6 +56,36 @@ class BaseModelConfig(Section):
         if self.revision and not self.path:
             raise ValueError("revision is set but path is not; name the hub id in path")
         return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021); merged into the weights before publishing."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter input (SFT and reward model only; PPO runs without dropout)."""
+    target_modules: str = "all-linear"
+    """Which layers get adapters: `all-linear`, or a regular expression on module names."""
+
+
+class ProcessSection(Section):
+    """Child processes of a training stage; they share the work of every step."""
+
+    processes: int | None = Field(default=None, ge=1)
+    """Child processes that train together, launched as torchrun does, each on its own GPU or its
+    share of `runtime.threads`; none trains in the stage's own process. Batch sizes stay those of
+    all together, and must be multiples of it."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp` holds all weights in each, `fsdp` a share of weights, gradients
+    and optimiser in each, which needs less memory and more communication."""
+
+
+#: Fields left out of fingerprints and of checkpoints' identities: they decide where and in what
+#: portions work is done, and the result is the same up to rounding.
+UNFINGERPRINTED_FIELDS = frozenset({*ProcessSection.model_fields, "rollout_batch_size"})
 
 
 class TrainingSection(ProcessSection):
@@ -173,6 +154,8 @@ class RewardModelConfig(TrainingSection):
     """Weight of a language-model loss on the chosen reply that keeps the features general
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
 
+    _check_base = field_validator("base")(check_model_uri)
+
     @model_validator(mode="after")
     def _lm_loss_needs_whole_embedding(self) -> Self:
         if self.lm_loss_coef and self.sharding == "fsdp":
@@ -181,8 +164,6 @@ class RewardModelConfig(TrainingSection):
                 "takes apart; set sharding to ddp, or lm_loss_coef to 0"
             )
         return self
-
-    _check_base = field_validator("base")(check_model_uri)
 
 
 class EvaluationConfig(Section):
@@ -228,3 +209,25 @@ class GatesConfig(Section):
         GateRule(metric="sampled.eos_rate", min=0.8),
     )
     """Checked before promotion."""
+
+
+def check_divides(section: ProcessSection, *names: str, by: int = 1) -> None:
+    """Check that sizes are multiples of the number of processes.
+
+    Args:
+        section: The section that holds the sizes.
+        names: Fields of the sizes.
+        by: Size of groups that must stay together, such as the replies to one prompt.
+
+    Raises:
+        ValueError: One is not, times the size of a group.
+    """
+    count = section.processes or 1
+    for name in names:
+        value: Any = getattr(section, name)
+        if value % (count * by):
+            together = f", in groups of {by} replies," if by > 1 else ""
+            raise ValueError(
+                f"{name} = {value} can't be shared evenly{together} by processes = {count}; make "
+                f"it a multiple of {count * by}, or change processes"
+            )

@@ -1,1 +1,1 @@
-"""Preference data: reading, cleaning, splitting, and rendering with a chat template."""
+"""Preference data: reading, cleaning, splitting, and rendering by chat template."""

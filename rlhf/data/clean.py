@@ -37,10 +37,6 @@ def clean(
     return list(pairs.values()), dict(sorted(left_out.items()))
 
 
-class _LeftOutError(Exception):
-    """The reason for leaving out a row."""
-
-
 class PromptFields:
     """Reference answers and metadata by prompt, the same for every row of a prompt."""
 
@@ -86,15 +82,20 @@ class PromptFields:
         return str(value)
 
 
-def _plain_json(value: Any) -> Any:
-    """Convert a cell to JSON values; dates and other types become text."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
-    except (TypeError, ValueError):
-        raise _LeftOutError("metadata can't be written as JSON") from None
-    if not _is_unicode(text):
-        raise _LeftOutError("metadata is no text")
-    return json.loads(text)
+def prompt_key(prompt: Prompt) -> str:
+    """Return a key of a prompt that ignores Unicode form, spacing and case.
+
+    Prompts with one key stay on one side of the split: a held-out copy would raise the score.
+    """
+
+    def plain(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+    return json.dumps([(m["role"], plain(m["content"])) for m in _messages(prompt)])
+
+
+class _LeftOutError(Exception):
+    """The reason for leaving out a row."""
 
 
 def _pair(row: dict[str, Any], config: DataConfig) -> Pair:
@@ -126,7 +127,7 @@ def _prompt(value: Any) -> Prompt:
 
 
 def _reply(value: Any, prompt: Prompt) -> str:
-    """Return a reply's text; of a chat, the last message, if the others repeat the prompt."""
+    """Return a reply's text: of a chat the last message, if it follows the prompt."""
     if isinstance(value, list):
         messages = _chat(value)
         if messages and messages[-1]["role"] != "assistant":
@@ -137,19 +138,6 @@ def _reply(value: Any, prompt: Prompt) -> str:
     if not _is_text(value):
         raise _LeftOutError("a reply is empty or no text")
     return value
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
-
-
-def _is_unicode(text: str) -> bool:
-    """Return False for a lone surrogate, which JSON can hold and UTF-8 can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _chat(value: list[Any]) -> list[Message]:
@@ -169,13 +157,25 @@ def _messages(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def prompt_key(prompt: Prompt) -> str:
-    """Return a key that is equal for prompts that differ in Unicode form, spacing or case only.
+def _plain_json(value: Any) -> Any:
+    """Convert a cell to JSON values; dates and other types become text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    except (TypeError, ValueError):
+        raise _LeftOutError("metadata can't be written as JSON") from None
+    if not _is_unicode(text):
+        raise _LeftOutError("metadata is no text")
+    return json.loads(text)
 
-    Such prompts stay on one side of the split: a held-out copy would raise the score.
-    """
 
-    def plain(text: str) -> str:
-        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
 
-    return json.dumps([(m["role"], plain(m["content"])) for m in _messages(prompt)])
+
+def _is_unicode(text: str) -> bool:
+    """Return False for a lone surrogate, which JSON can hold and UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Stage `prepare-data`: read preference data, drop unusable rows, and split by prompt."""
+"""Stage `prepare-data`: read preference data, drop unusable rows, split by prompt."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ from rlhf.stage import Progress, StageResult, silent
 #: Least number of different prompts on each side of the split: a comparison needs two.
 MIN_PROMPTS = 2
 
+#: Rows of a dataset by the name of their file.
+Parts = dict[str, Sequence[Any]]
+
 
 def prepare_data(
     config: DataConfig,
@@ -38,7 +41,7 @@ def prepare_data(
     store_options: StoreConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Write a dataset: demonstrations, training and held-out pairs and prompts, a summary.
+    """Write a dataset: demonstrations, pairs and prompts, split by prompt; a summary.
 
     Args:
         config: Source, columns, split.
@@ -71,9 +74,6 @@ def prepare_data(
     return StageResult({k: v for k, v in summary.items() if not isinstance(v, dict)})
 
 
-Parts = dict[str, Sequence[Any]]
-
-
 def _from_world(config: DataConfig, seed: int) -> Parts:
     from rlhf.world import generate
 
@@ -91,7 +91,7 @@ def _from_world(config: DataConfig, seed: int) -> Parts:
 
 
 def _sample(pairs: list[Pair], config: DataConfig, seed: int) -> list[Pair]:
-    """Return at most `max_pairs` of the pairs; the choice does not depend on their order."""
+    """Return at most `max_pairs` of the pairs, chosen independently of their order."""
     if config.max_pairs is None or len(pairs) <= config.max_pairs:
         return pairs
     sample = set(sorted(map(repr, pairs), key=lambda p: _seeded_hash(seed, p))[: config.max_pairs])

@@ -70,7 +70,7 @@ class Renderer:
         )
 
     def _escape(self, content: str) -> str:
-        """Break up special tokens, so that a user's text can't end a turn or begin a reply."""
+        """Break up special tokens, so that a user's text can't end or begin a turn."""
         for token in self.tokenizer.all_special_tokens:
             content = content.replace(token, f"{token[0]} {token[1:]}")
         return content

@@ -1,4 +1,4 @@
-"""Preference rows of `data.source`: columns, formats and the identity of the source."""
+"""Preference rows of `data.source`: columns, formats and the source's identity."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def source_digest(config: DataConfig, options: StoreConfig) -> str:
 
 
 def source_name(source: str) -> str:
-    """Return the source as a summary shows it: a path without its folder on this machine."""
+    """Return the source for a summary: of a local path the last part only."""
     external = _ExternalData("data.source", source)
     is_remote = source.startswith("s3://") or external.is_on_hub
     return source if is_remote else _local_path(source).name
 
 
 def read_source(config: DataConfig, options: StoreConfig) -> list[Row]:
-    """Read all rows of the source, with those of the configured columns that a row has.
+    """Read all rows of the source, with the configured columns that a row has.
 
     Raises:
         ConfigError: The source does not exist, or lacks a column.
@@ -152,7 +152,10 @@ def _read_split(config: DataConfig, folder: Path, cache: Path) -> Table:
 
 
 def _rows_with_columns(table: Table, config: DataConfig, name: str) -> list[Row]:
-    """Return the rows of a table that has all configured columns; an empty file has none."""
+    """Return a table's rows, after a check that it has all configured columns.
+
+    An empty file has no columns, and passes.
+    """
     names, rows = table
     for field, column in _column_settings(config):
         if names and column not in names:

@@ -2,11 +2,11 @@
 
 Atomic create, for any S3 server. With `If-None-Match: *` exactly one of several writers of a key
 wins on AWS and Ceph. Other servers (OpenStack Swift) check for the object first and write later:
-two concurrent writers are both told that they won, and one entry is lost silently. Each store is
+two concurrent writers both succeed, and one entry is lost silently. Each store is
 probed once per process, and where the conditional write is weak a key is claimed before it is
 written. To claim a key, a writer puts an object of its own beside other writers' claims and lists
 them all. A writer whose claim is the only one may write; of several, the smallest waits and the
-others withdraw. No second writer can pass: its claim came after the first had listed, so it sees
+others withdraw. A second writer can't pass: its claim came after the first had listed, so it sees
 the first claim or, once that is removed, what the first has written. This needs no conditional
 write, only listings that show all earlier writes.
 
@@ -31,7 +31,7 @@ from rlhf.errors import StoreConfigError, StoreError
 from rlhf.store.manifest import sha256_bytes
 from rlhf.store.objects import Backend, ObjectInfo
 
-#: Prefixes of the objects that serve coordination only; all go once they are old.
+#: Prefixes of the objects that serve coordination only; the collector removes old ones.
 PROBES, CLAIMS, COLLECTIONS = "probe/", "claims/", "gc/"
 TRACES = (PROBES, CLAIMS, COLLECTIONS)
 #: Objects younger than this survive every garbage collection, whatever its grace period.
@@ -40,6 +40,7 @@ FRESH = 3600.0
 COLLECTION_SECONDS = 600.0
 _RUNNING, _ENDED = ".json", ".ended"
 
+#: Writers in a race, and races of a probe.
 RACERS = 16
 ROUNDS = 3
 #: How long to repeat a probe that proved nothing, and how long one holds a write back.
@@ -61,19 +62,20 @@ _PATIENCE = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 log = logging.getLogger("rlhf.store")
+#: Results of `is_atomic` by the store's URI.
 _known: dict[str, bool] = {}
 _known_lock = threading.Lock()
 
 
 def create(backend: Backend, key: str, data: bytes) -> bool:
-    """Create an object; of several concurrent writers exactly one gets True."""
+    """Create an object atomically: of several concurrent writers one gets True."""
     if is_atomic(backend):
         return backend.put_new(key, data)
     return _create_claimed(backend, key, data)
 
 
 def is_atomic(backend: Backend) -> bool:
-    """Return whether conditional writes are atomic; probed once per process."""
+    """Return whether conditional writes are atomic; probed once per process and store."""
     with _known_lock:
         if backend.atomic is None:
             if backend.uri not in _known:
@@ -83,6 +85,58 @@ def is_atomic(backend: Backend) -> bool:
                 _known[backend.uri] = warning is None
             backend.atomic = _known[backend.uri]
         return backend.atomic
+
+
+@contextlib.contextmanager
+def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
+    """Announce a garbage collection, and leave a trace of it at the end.
+
+    Yields its start by the local clock, and the age that the store reports for a new object.
+    A dry run announces nothing, and writes its object only to learn that age.
+    """
+    name = f"{PROBES if dry_run else COLLECTIONS}{uuid.uuid4().hex}"
+    key = name + _RUNNING
+    began = time.monotonic()
+    backend.put(key, b"{}")
+    try:
+        # Twice, as a bit may flip in a date: the larger age is the careful one.
+        ages = [info.age if info else 0.0 for info in (backend.find(key), backend.find(key))]
+        yield began, max(ages)
+    finally:
+        if not dry_run:
+            backend.put(name + _ENDED, b"{}")
+        backend.delete([key])
+
+
+def collected_since(backend: Backend, began: float) -> bool:
+    """Return whether a collection may have run since `began`, once none is running."""
+    traces = wait_for_collection(backend)
+    since = time.monotonic() - began + COLLECTION_SECONDS
+    return any(info.age < since for info in traces.values())
+
+
+def wait_for_collection(backend: Backend) -> dict[str, ObjectInfo]:
+    """Wait until no garbage collection is running; returns the traces of all.
+
+    A collection that died counts as ended after `COLLECTION_SECONDS`.
+    """
+    logged = False
+    end = time.monotonic() + 2 * COLLECTION_SECONDS
+    while True:
+        traces = backend.list(COLLECTIONS)
+        if not any(
+            key.endswith(_RUNNING) and info.age < COLLECTION_SECONDS for key, info in traces.items()
+        ):
+            return traces
+        if time.monotonic() > end:
+            raise StoreError(
+                f"{backend.uri}: {COLLECTIONS} says that garbage is being collected, and does not "
+                "end; try again, or delete what is there"
+            )
+        if not logged:
+            log.info("%s: garbage is being collected; waiting for it", backend.uri)
+            logged = True
+        time.sleep(1.0)
 
 
 def _warning(backend: Backend) -> str | None:
@@ -117,7 +171,7 @@ def overlapping_winners(backend: Backend) -> int | None:
         def hold() -> None:
             nonlocal completed
             second.append(pool.submit(backend.put_new, key, b"second"))
-            # With a limit, for a server that lets the second wait for the first.
+            # The limit is for a server that lets the second write wait for the first.
             completed = bool(wait(second, _HOLD_SECONDS).done)
 
         first = backend.put_new_held(key, b"first", hold)
@@ -128,7 +182,7 @@ def overlapping_winners(backend: Backend) -> int | None:
 def racing_winners(backend: Backend) -> int:
     """Return the most winners of a race for one key, in a few races.
 
-    It sees what overlapping requests do not: a server behind a proxy that buffers whole requests.
+    It detects what overlapping requests do not: a server behind a proxy that buffers requests.
     """
     most = 0
     with ThreadPoolExecutor(RACERS, thread_name_prefix="probe") as pool:
@@ -150,12 +204,13 @@ def _probe_key(backend: Backend) -> Iterator[str]:
     try:
         yield key
     finally:
-        # A bucket that forbids deletion is a good home for artifacts.
+        # A bucket may forbid deletion; it can still hold artifacts.
         with contextlib.suppress(StoreConfigError):
             backend.delete([key])
 
 
 def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
+    """Create an object under a claim, for a server whose conditional writes are weak."""
     prefix = f"{CLAIMS}{sha256_bytes(key.encode())[:32]}/"
     end = time.monotonic() + _PATIENCE
     pause = _FIRST_PAUSE
@@ -163,7 +218,7 @@ def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
         if backend.find(key) is not None:
             return False
         if _live_claims(backend, prefix):
-            # Another claim would only delay their owners.
+            # A further claim would only delay the writers that hold these.
             time.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, _LONGEST_PAUSE)
             continue
@@ -177,8 +232,8 @@ def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
                     return False
                 # The condition costs nothing, and is one more guard where it happens to hold.
                 won = backend.put_new(key, data)
-                late = time.monotonic() - begun > _GIVE_UP
-                if not late:
+                is_late = time.monotonic() - begun > _GIVE_UP
+                if not is_late:
                     return won and backend.get_bytes(key, len(data)) == data
                 raise StoreError(
                     f"{backend.uri}: writing {key} took so long that others may have written it "
@@ -192,7 +247,10 @@ def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
 
 
 def _is_alone(backend: Backend, prefix: str, claim: str, end: float) -> bool:
-    """Wait while the claim is the smallest; False once it is not, or at the deadline."""
+    """Return whether the claim is the only one, waiting while it is the smallest.
+
+    False once it is not the smallest, was removed, or the deadline has passed.
+    """
     while time.monotonic() < end:
         claims = _live_claims(backend, prefix)
         if claim not in claims:
@@ -207,56 +265,5 @@ def _is_alone(backend: Backend, prefix: str, claim: str, end: float) -> bool:
 
 
 def _live_claims(backend: Backend, prefix: str) -> set[str]:
+    """Return the claims of writers that may still be alive."""
     return {key for key, info in backend.list(prefix).items() if info.age < _DEAD}
-
-
-@contextlib.contextmanager
-def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
-    """Announce a garbage collection, and leave a trace of it at the end.
-
-    Yields when it began by the local clock, and the age that the store reports for a new object.
-    A dry run announces nothing, and writes its object only to learn that age.
-    """
-    name = f"{PROBES if dry_run else COLLECTIONS}{uuid.uuid4().hex}"
-    key = name + _RUNNING
-    began = time.monotonic()
-    backend.put(key, b"{}")
-    try:
-        # Twice, as a bit may flip in a date: the larger age is the careful one.
-        ages = [info.age if info else 0.0 for info in (backend.find(key), backend.find(key))]
-        yield began, max(ages)
-    finally:
-        if not dry_run:
-            backend.put(name + _ENDED, b"{}")
-        backend.delete([key])
-
-
-def collected_since(backend: Backend, began: float) -> bool:
-    """Return whether a collection may have run since, after waiting for any."""
-    traces = wait_for_collection(backend)
-    since = time.monotonic() - began + COLLECTION_SECONDS
-    return any(info.age < since for info in traces.values())
-
-
-def wait_for_collection(backend: Backend) -> dict[str, ObjectInfo]:
-    """Wait until no garbage collection is running; returns the traces of all.
-
-    A collection that died counts as ended after `COLLECTION_SECONDS`.
-    """
-    logged = False
-    end = time.monotonic() + 2 * COLLECTION_SECONDS
-    while True:
-        traces = backend.list(COLLECTIONS)
-        if not any(
-            key.endswith(_RUNNING) and info.age < COLLECTION_SECONDS for key, info in traces.items()
-        ):
-            return traces
-        if time.monotonic() > end:
-            raise StoreError(
-                f"{backend.uri}: {COLLECTIONS} says that garbage is being collected, and does not "
-                "end; try again, or delete what is there"
-            )
-        if not logged:
-            log.info("%s: garbage is being collected; waiting for it", backend.uri)
-            logged = True
-        time.sleep(1.0)

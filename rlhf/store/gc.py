@@ -1,8 +1,8 @@
 """Garbage collection of unreferenced artifacts, safe beside publishers.
 
-Kept is what a history, a pin or an artifact younger than the grace period refers to, through all
-parents, and every object younger than that. Ages are by the store's clock. `coordination` describes
-how a collection and a publisher see each other.
+A collection keeps artifacts that a history, a pin or an artifact younger than the grace period
+refers to, through all parents, and every object younger than that. Ages are by the store's clock.
+`coordination` describes how a collection and a publisher see each other.
 """
 
 from __future__ import annotations
@@ -21,26 +21,15 @@ from rlhf.store.objects import Backend, ObjectInfo, in_parallel
 
 #: Grace period in seconds: younger objects are kept.
 GRACE = 24 * 3600.0
-
-
-#: Checkpoints of a run that was not resumed for this long are abandoned.
+#: Seconds after which the checkpoints of a run that was not resumed are garbage.
 ABANDONED = 30 * 24 * 3600.0
-
-
-#: Margin between the last removal and the moment when publishers stop waiting.
+#: Seconds between the last removal and the moment when publishers stop waiting.
 _MARGIN = 330.0
-
-
 _BATCH = 1000
 
-
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-_CHECKPOINTS = re.compile(r"checkpoints/((?P<stage>.+)-(?P<key>[0-9a-f]{16}))/.*")
-
-
 _MANIFEST = re.compile(r"manifests/[0-9a-f]{64}\.json")
+_CHECKPOINTS = re.compile(r"checkpoints/((?P<stage>.+)-(?P<key>[0-9a-f]{16}))/.*")
 
 
 @dataclass
@@ -103,6 +92,14 @@ def retain(backend: Backend, manifests: Mapping[str, Manifest]) -> None:
 def _find(
     backend: Backend, read_manifest: Callable[[str], Manifest], grace: float, skew: float
 ) -> Garbage:
+    """Find the objects that nothing refers to, except young ones.
+
+    Args:
+        backend: The store's backend.
+        read_manifest: Reads and verifies the manifest of a digest.
+        grace: Seconds; younger objects are no garbage. It includes `skew`.
+        skew: Age that the store reports for a new object.
+    """
     blobs = _Listing(backend, "blobs/")
     # Manifests are listed after the blobs, so that no blob of a new artifact looks like garbage.
     manifests = _Listing(backend, "manifests/")
@@ -124,16 +121,10 @@ def _find(
     return garbage
 
 
-def _objects_of(manifests: Mapping[str, Manifest]) -> set[str]:
-    """The keys of these manifests and of their blobs."""
-    blobs = {blob_key(entry.sha256) for each in manifests.values() for entry in each.files}
-    return blobs | {manifest_key(digest) for digest in manifests}
-
-
 class _Listing:
     """Two listings, against flipped bits that make an object look like garbage.
 
-    `all` are the keys of either, `sure` those of both, each with the lower age.
+    `all` holds the keys of either, `sure` those of both, each with the lower age.
     """
 
     def __init__(self, backend: Backend, prefix: str) -> None:
@@ -146,11 +137,12 @@ class _Listing:
 
 
 def _digest(key: str) -> str:
+    """Return the digest in a manifest's key."""
     return key.removeprefix("manifests/").removesuffix(".json")
 
 
 def _roots(backend: Backend, entries: Iterable[str]) -> set[str]:
-    """All strings that look like digests in histories (records, champions …) and pins."""
+    """Return the strings in histories and pins that look like digests."""
 
     def read(key: str) -> dict[str, Any]:
         try:
@@ -165,6 +157,7 @@ def _roots(backend: Backend, entries: Iterable[str]) -> set[str]:
 
 
 def _digests(value: Any) -> Iterator[str]:
+    """Yield the strings in a JSON value that look like digests."""
     if isinstance(value, str):
         if _DIGEST.fullmatch(value):
             yield value
@@ -179,7 +172,7 @@ def _digests(value: Any) -> Iterator[str]:
 def _reachable(
     read_manifest: Callable[[str], Manifest], roots: Iterable[str]
 ) -> dict[str, Manifest]:
-    """The existing manifests of these digests and of all their ancestors."""
+    """Return the existing manifests of these digests and of all their ancestors."""
 
     def read(digest: str) -> Manifest | None:
         try:
@@ -188,22 +181,29 @@ def _reachable(
             return None
 
     reachable: dict[str, Manifest] = {}
-    seen: set[str] = set()
-    fresh = {*roots}
-    while fresh:
-        seen |= fresh
-        order = sorted(fresh)
+    visited: set[str] = set()
+    frontier = {*roots}
+    while frontier:
+        visited |= frontier
+        order = sorted(frontier)
         manifests = zip(order, in_parallel(read, order), strict=True)
         existing = {digest: manifest for digest, manifest in manifests if manifest}
         reachable |= existing
-        fresh = {parent for each in existing.values() for parent in each.parents.values()} - seen
+        parents = {digest for each in existing.values() for digest in each.parents.values()}
+        frontier = parents - visited
     return reachable
+
+
+def _objects_of(manifests: Mapping[str, Manifest]) -> set[str]:
+    """Return the keys of these manifests and of their blobs."""
+    blobs = {blob_key(entry.sha256) for each in manifests.values() for entry in each.files}
+    return blobs | {manifest_key(digest) for digest in manifests}
 
 
 def _checkpoints(
     objects: Mapping[str, ObjectInfo], entries: Iterable[str], grace: float, skew: float
 ) -> dict[str, int]:
-    """Checkpoints of finished stages, and of runs that were not resumed for a month."""
+    """Return key and size of checkpoints of finished stages and of abandoned runs."""
     groups: dict[str, dict[str, ObjectInfo]] = {}
     for key, info in objects.items():
         match = _CHECKPOINTS.fullmatch(key)

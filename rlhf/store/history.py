@@ -1,8 +1,8 @@
 """Histories and pins: the mutable names of a store.
 
 Histories, `refs/<name>/<n>.json`, are append-only: each entry is created once, atomically, and
-none is ever replaced. Pins, `pins/<name>.json`, are names that people give to artifacts, and keep
-them from garbage collection.
+none is ever replaced. Pins, `pins/<name>.json`, are names that users give to artifacts to keep them
+from garbage collection.
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ from rlhf.store.manifest import (
 )
 from rlhf.store.objects import Backend, in_parallel
 
-_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
+#: A pin's name, and each part of a history's.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ENTRY = re.compile(r"refs/(?P<name>.+)/(?P<number>[0-9]{6,})\.json")
-
-
+#: Entries to try before `append` gives up to other writers.
 _ATTEMPTS = 1000
 
 
@@ -87,66 +85,16 @@ class Histories:
         return sorted({match["name"] for match in matches if match})
 
     def _numbers(self, folder: str) -> list[int]:
-        """Listed entries of this very name, not of names under it."""
+        """Return the numbers of the listed entries of this name, not of names under it."""
         matches = (_ENTRY.fullmatch(key) for key in self._backend.list(f"{folder}/"))
         return [int(m["number"]) for m in matches if m and f"refs/{m['name']}" == folder]
 
     def _last(self, folder: str, listed: list[int]) -> int:
-        """The highest number; a bit that flipped in the listing may hide the last entry."""
+        """Return the highest number, also if a flipped bit hid it from the listing."""
         number = max(listed, default=0)
         while self._backend.find(_entry_key(folder, number + 1)) is not None:
             number += 1
         return number
-
-
-def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
-    """Read the payload of a sealed object; again if a bit flipped on the way."""
-    for _ in range(3):
-        payload = _payload(backend.get_bytes(key, MAX_MANIFEST_BYTES))
-        if payload is not None:
-            return payload
-    raise ArtifactCorrupt(
-        f"{backend.uri}: {key} is not an entry, or not as it was written; delete it"
-    )
-
-
-def seal(name: str, payload: Mapping[str, Any]) -> bytes:
-    """Encode a payload with its sha256, which unlike a blob's is not in its key."""
-    try:
-        digest = sha256_bytes(canonical_json(payload))
-        data = canonical_json({"payload": payload, "sha256": digest})
-    except (TypeError, ValueError) as error:
-        raise PublishError(f"can't write {name!r}: {error}") from None
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise PublishError(f"can't write {name!r}: {len(data)} bytes are too many")
-    return data
-
-
-def _payload(data: bytes) -> dict[str, Any] | None:
-    """The payload of sealed bytes, None if they are damaged."""
-    try:
-        value = json.loads(data)
-        payload, digest = value["payload"], value["sha256"]
-        whole = isinstance(payload, dict) and digest == sha256_bytes(canonical_json(payload))
-    except (ValueError, KeyError, TypeError):
-        return None
-    return payload if whole else None
-
-
-def _folder(name: str) -> str:
-    if not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
-        raise PublishError(
-            f"reference name {name!r} is not valid; use letters, digits, '.', '_' and '-', "
-            "with '/' between the parts"
-        )
-    return f"refs/{name}"
-
-
-def _entry_key(folder: str, number: int) -> str:
-    return f"{folder}/{number:06d}.json"
-
-
-_PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Pins:
@@ -172,7 +120,7 @@ class Pins:
                     f"{backend.uri}: pin {name!r} is that of {pinned[:12]}; take it away first, "
                     "or choose another name"
                 )
-        # A collection that missed the pin has ended by then, and has removed the manifest first.
+        # A collection that missed the pin has ended then, and it removes manifests before blobs.
         wait_for_collection(backend)
         if backend.find(manifest_key(digest)) is None:
             if created:
@@ -192,7 +140,7 @@ class Pins:
 
     def find(self, name: str) -> str | None:
         """Return the digest of the artifact with this name, None if there is none."""
-        if not _is_valid(name) or self._backend.find(_pin_key(name)) is None:
+        if not _is_pin_name(name) or self._backend.find(_pin_key(name)) is None:
             return None
         return str(open_sealed(self._backend, _pin_key(name))["digest"])
 
@@ -207,14 +155,67 @@ class Pins:
         return digests
 
 
-def _is_valid(name: str) -> bool:
-    return _PIN.fullmatch(name) is not None and not is_digest_prefix(name)
+def open_sealed(backend: Backend, key: str) -> dict[str, Any]:
+    """Read the payload of a sealed object, repeated if a bit flipped on the way.
+
+    Raises:
+        ArtifactCorrupt: The stored bytes are damaged.
+    """
+    for _ in range(3):
+        payload = _payload(backend.get_bytes(key, MAX_MANIFEST_BYTES))
+        if payload is not None:
+            return payload
+    raise ArtifactCorrupt(
+        f"{backend.uri}: {key} is not an entry, or not as it was written; delete it"
+    )
+
+
+def seal(name: str, payload: Mapping[str, Any]) -> bytes:
+    """Encode a payload with its sha256, which unlike a blob's is not in its key."""
+    try:
+        digest = sha256_bytes(canonical_json(payload))
+        data = canonical_json({"payload": payload, "sha256": digest})
+    except (TypeError, ValueError) as error:
+        raise PublishError(f"can't write {name!r}: {error}") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PublishError(f"can't write {name!r}: {len(data)} bytes are too many")
+    return data
+
+
+def _folder(name: str) -> str:
+    """Return the prefix of a history's keys; PublishError for an invalid name."""
+    if not all(_NAME.fullmatch(part) for part in name.split("/")):
+        raise PublishError(
+            f"reference name {name!r} is not valid; use letters, digits, '.', '_' and '-', "
+            "with '/' between the parts"
+        )
+    return f"refs/{name}"
+
+
+def _entry_key(folder: str, number: int) -> str:
+    return f"{folder}/{number:06d}.json"
 
 
 def _pin_key(name: str) -> str:
-    if not _is_valid(name):
+    """Return the key of a pin; ConfigError for an invalid name."""
+    if not _is_pin_name(name):
         raise ConfigError(
             f"pin {name!r} is not valid; use letters, digits, '.', '_' and '-', at most 128, and "
             "nothing that could be the beginning of a digest"
         )
     return f"pins/{name}.json"
+
+
+def _is_pin_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and not is_digest_prefix(name)
+
+
+def _payload(data: bytes) -> dict[str, Any] | None:
+    """Return the payload of sealed bytes, None if they are damaged."""
+    try:
+        value = json.loads(data)
+        payload, digest = value["payload"], value["sha256"]
+        is_intact = isinstance(payload, dict) and digest == sha256_bytes(canonical_json(payload))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return payload if is_intact else None

@@ -78,15 +78,6 @@ class LocalBackend:
         """Copy to a temporary file, then rename it if the source is unchanged."""
         self._put(key, source.chunks())
 
-    def _put(self, key: str, data: Iterator[bytes]) -> None:
-        with self._translated("write", key), self._temporary() as (file, temporary):
-            for chunk in data:
-                file.write(chunk)
-            _sync(file)
-            final = self._prepared(key)
-            temporary.replace(final)
-            fsync(final.parent)
-
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read a file of at most `limit` bytes."""
         with self._translated("read", key), (self.root / key).open("rb") as file:
@@ -114,9 +105,9 @@ class LocalBackend:
         folder = self.root / prefix.rpartition("/")[0]
         objects: dict[str, ObjectInfo] = {}
         with self._translated("list", prefix):
-            for where, _, names in os.walk(folder):
+            for parent, _, names in os.walk(folder):
                 for name in names:
-                    path = Path(where) / name
+                    path = Path(parent) / name
                     key = path.relative_to(self.root).as_posix()
                     if key.startswith(prefix):
                         with contextlib.suppress(FileNotFoundError):
@@ -134,6 +125,15 @@ class LocalBackend:
         old = [key for key, info in self.list("tmp/").items() if info.age >= age]
         self.delete(old)
         return len(old)
+
+    def _put(self, key: str, data: Iterator[bytes]) -> None:
+        with self._translated("write", key), self._temporary() as (file, temporary):
+            for chunk in data:
+                file.write(chunk)
+            _sync(file)
+            final = self._prepared(key)
+            temporary.replace(final)
+            fsync(final.parent)
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[BinaryIO, Path]]:

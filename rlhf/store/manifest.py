@@ -222,9 +222,9 @@ def check_collisions(paths: Iterable[str]) -> None:
 def first_problem(error: ValidationError) -> str:
     """Format a validation error in one line, without the values, which may be huge."""
     problem = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    location = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return f"{location}: {message}" if location else message
 
 
 def build_manifest(

@@ -18,15 +18,11 @@ from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
 from rlhf.store.manifest import PublishError
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
-
+#: Threads of `in_parallel`.
 WORKERS = 8
-
-
-#: Up to this size a file is read once, into memory, and sent or received in one request.
+#: Bytes up to which a file is read into memory once, and sent or received in one request.
 SMALL = 16 * 1024 * 1024
 
 
@@ -179,7 +175,7 @@ class Sink:
     def put(self, data: bytes, offset: int) -> None:
         """Write at an offset, from any thread.
 
-        The error of a full disk is kept in `error`, to tell it from one of the network.
+        The error of a full disk is also kept in `error`, to distinguish it from one of the network.
         """
         view = memoryview(data)
         try:

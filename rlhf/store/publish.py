@@ -28,7 +28,7 @@ from rlhf.store.manifest import (
 )
 from rlhf.store.objects import SMALL, Backend, Meter, Source, in_parallel
 
-#: One large file is hashed while another is sent: all at once would leave the network idle.
+#: Large files hashed at a time: with all at once, the network would be idle meanwhile.
 _HASHING = threading.BoundedSemaphore(2)
 
 
@@ -60,6 +60,35 @@ def publish(
         _check_parents(backend, parents)
     uri = f"{backend.uri}/{key}"
     return ArtifactRef(kind=kind, digest=digest, size=manifest.size, uri=uri)
+
+
+def scan(folder: Path) -> dict[str, int]:
+    """Return path and size of all files; PublishError if one is not allowed."""
+    if not folder.is_dir():
+        raise PublishError(f"can't publish {folder}: it is not a folder")
+    sizes: dict[str, int] = {}
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(parent) / name
+            relative = path.relative_to(folder).as_posix()
+            state = path.lstat()
+            mode = state.st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                what = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
+                raise PublishError(f"can't publish {folder}: {relative!r} is {what}; copy the file")
+            if stat.S_ISREG(mode):
+                sizes[relative] = state.st_size
+    if not 0 < len(sizes) <= MAX_FILES:
+        raise PublishError(
+            f"can't publish {folder}: it holds {len(sizes)} files; 1 to {MAX_FILES} are allowed"
+        )
+    try:
+        for path in sizes:
+            check_path(path)
+        check_collisions(sizes)
+    except ValueError as error:
+        raise PublishError(f"can't publish {folder}: {error}") from None
+    return dict(sorted(sizes.items()))
 
 
 class _Sender:
@@ -127,49 +156,21 @@ def _mend(
     Blobs that were sent just now are checked, too: one may have replaced an older object that a
     collection had listed, a damaged one, or one that another collection removed first.
     """
-    again = _Sender(backend, folder, Meter(0, None))
+    sender = _Sender(backend, folder, Meter(0, None))
     blobs = list({entry.sha256: entry for entry in entries}.values())
     stored = in_parallel(lambda entry: backend.find(blob_key(entry.sha256)), blobs)
     for entry, info in zip(blobs, stored, strict=True):
-        if info is None and again(entry.path) != entry:
+        if info is None and sender(entry.path) != entry:
             raise PublishError(f"{entry.path} changed while it was being published")
     if backend.find(key) is None:
         backend.put(key, data)
 
 
 def _check_parents(backend: Backend, parents: Mapping[str, ArtifactRef]) -> None:
+    """Raise ArtifactMissing if a parent was collected as garbage meanwhile."""
     for role, ref in parents.items():
         if backend.find(manifest_key(ref.digest)) is None:
             raise ArtifactMissing(
                 f"{backend.uri}: {role} {ref.short} was collected as garbage while something was "
                 "made from it; make it again"
             )
-
-
-def scan(folder: Path) -> dict[str, int]:
-    """Return path and size of all files; PublishError if one is not allowed."""
-    if not folder.is_dir():
-        raise PublishError(f"can't publish {folder}: it is not a folder")
-    sizes: dict[str, int] = {}
-    for where, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            path = Path(where) / name
-            relative = path.relative_to(folder).as_posix()
-            state = path.lstat()
-            mode = state.st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                what = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
-                raise PublishError(f"can't publish {folder}: {relative!r} is {what}; copy the file")
-            if stat.S_ISREG(mode):
-                sizes[relative] = state.st_size
-    if not 0 < len(sizes) <= MAX_FILES:
-        raise PublishError(
-            f"can't publish {folder}: it holds {len(sizes)} files; 1 to {MAX_FILES} are allowed"
-        )
-    try:
-        for path in sizes:
-            check_path(path)
-        check_collisions(sizes)
-    except ValueError as error:
-        raise PublishError(f"can't publish {folder}: {error}") from None
-    return dict(sorted(sizes.items()))

@@ -1,6 +1,6 @@
-"""An S3 bucket, or one of a compatible server, as an object store.
+"""A bucket of S3, or of a compatible server, as an object store.
 
-Its rules come from measurements on Ceph RGW and OpenStack Swift.
+Limits and workarounds come from measurements on Ceph RGW and OpenStack Swift.
 """
 
 from __future__ import annotations
@@ -25,21 +25,29 @@ from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, Stor
 from rlhf.store.objects import ObjectInfo, Sink, Source, in_order, in_parallel
 from rlhf.store.s3_client import CUT, ERRORS, failed, make_client, refused, status_of
 
-MIB = 1024 * 1024
+T = TypeVar("T")
 
+_MIB = 1024 * 1024
 
-#: Just more than the buffers that malloc keeps when freed; four at once bound the memory.
-_PART = 32 * MIB
-
-
-_SENDING = threading.BoundedSemaphore(4)
-
-
-_MOST_PARTS = 10_000
-
-
+#: Pause in seconds before the first retry of requests that boto3 does not repeat; then doubled.
+PAUSE = 0.1
 #: How long botocore waits for "100 Continue" before it sends a body.
 _CONTINUE_SECONDS = 1.0
+#: Bytes of an upload's part: just more than the freed buffers that malloc keeps.
+_PART = 32 * _MIB
+#: S3's limit on the parts of an upload.
+_MOST_PARTS = 10_000
+#: Parts that are in memory and being sent.
+_SENDING = threading.BoundedSemaphore(4)
+
+#: Bytes of a range.
+_PIECE = 8 * _MIB
+#: Ranges of a file in memory, and how many of them are requested at once.
+_AHEAD, _AT_ONCE = 6, 4
+#: Large files read at once.
+_FILES = threading.BoundedSemaphore(2)
+#: Bytes per read, small enough for the processor's cache.
+_CHUNK = 256 * 1024
 
 
 class S3Backend:
@@ -89,7 +97,7 @@ class S3Backend:
         return other
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Create by `If-None-Match: *`; without it (501), look before the write."""
+        """Create by `If-None-Match: *`; without it (501), check before the write."""
         # boto3 repeats a request whose answer was lost: the 412 may then be for this very object.
         writer = uuid.uuid4().hex
         for attempt in range(6):
@@ -124,50 +132,43 @@ class S3Backend:
         return won if body.was_held and body.sends == 1 else None
 
     def put(self, key: str, data: bytes) -> None:
-        """Put in one request, whose signature covers the body against flipped bits."""
+        """Store in one request, whose signature covers the body against flipped bits."""
         with self._translated("write", key):
             self._put(key, data)
 
     def put_file(self, key: str, source: Source) -> None:
-        """Upload in parts; completed only if the file has not changed until the last one.
+        """Upload in parts, completed only if the file has not changed meanwhile.
 
         s3transfer has no hook for that check, and needs several times the memory.
         """
-        where = self._where(key)
+        address = self._address(key)
         with self._translated("write", key):
-            upload = self._client.create_multipart_upload(**where, **self._extra)
+            upload = self._client.create_multipart_upload(**address, **self._extra)
             self._check_encryption(key, upload)
-            where["UploadId"] = upload["UploadId"]
+            address["UploadId"] = upload["UploadId"]
             try:
                 size = max(_PART, -(-source.size // _MOST_PARTS))
                 numbers = range(1, -(-source.size // size) + 1)
-                tags = in_parallel(lambda n: self._put_part(where, source, n, size), numbers)
+                tags = in_parallel(lambda n: self._put_part(address, source, n, size), numbers)
                 source.check()
                 parts = [{"PartNumber": n, "ETag": t} for n, t in zip(numbers, tags, strict=True)]
-                self._client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+                self._client.complete_multipart_upload(**address, MultipartUpload={"Parts": parts})
             except BaseException:
                 # If this fails, `sweep` aborts it later.
                 with contextlib.suppress(*ERRORS):
-                    self._client.abort_multipart_upload(**where)
+                    self._client.abort_multipart_upload(**address)
                 raise
-
-    def _put_part(self, where: dict[str, str], source: Source, number: int, size: int) -> str:
-        with _SENDING:
-            data = source.read_at((number - 1) * size, size)
-            answer = self._client.upload_part(**where, PartNumber=number, Body=data)
-            source.sent(len(data))
-            return answer["ETag"]
 
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read in one request."""
         with self._translated("read", key):
-            return read_object(self._client, self._where(key), limit, lambda body: body.read())[0]
+            return read_object(self._client, self._address(key), limit, lambda body: body.read())[0]
 
     def get_file(self, key: str, sink: Sink) -> None:
         """Read in ranges; StoreError if the object is replaced meanwhile."""
         with self._translated("read", key, ("412", "416")):
             try:
-                receive_object(self._client, self._where(key), sink)
+                receive_object(self._client, self._address(key), sink)
             except ClientError as error:
                 status = status_of(error)
                 if status == "416" and not sink.size:
@@ -213,21 +214,28 @@ class S3Backend:
                     raise ClientError({"Error": error}, "DeleteObjects")
 
     def sweep(self, age: float) -> int:
-        """Abort the multipart uploads of killed publishers, which take space unseen."""
+        """Abort the multipart uploads of killed publishers, which no listing shows."""
         swept = 0
         with self._translated("list", "unfinished uploads"):
             for page in self._pages("list_multipart_uploads", ""):
                 for upload in page.get("Uploads", ()):
                     if _age(upload["Initiated"], _date(page)) >= age:
-                        where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                        address = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
                         with contextlib.suppress(self._client.exceptions.NoSuchUpload):
-                            self._client.abort_multipart_upload(Bucket=self.bucket, **where)
+                            self._client.abort_multipart_upload(Bucket=self.bucket, **address)
                             swept += 1
         return swept
 
     def _put(self, key: str, data: bytes | BinaryIO, **extra: Any) -> None:
-        answer = self._client.put_object(**self._where(key), Body=data, **self._extra, **extra)
+        answer = self._client.put_object(**self._address(key), Body=data, **self._extra, **extra)
         self._check_encryption(key, answer)
+
+    def _put_part(self, address: dict[str, str], source: Source, number: int, size: int) -> str:
+        with _SENDING:
+            data = source.read_at((number - 1) * size, size)
+            answer = self._client.upload_part(**address, PartNumber=number, Body=data)
+            source.sent(len(data))
+            return answer["ETag"]
 
     def _check_encryption(self, key: str, answer: dict[str, Any]) -> None:
         if self._extra and not answer.get("ServerSideEncryption"):
@@ -236,9 +244,16 @@ class S3Backend:
                 "sse from the options, or use another server"
             )
 
-    def _pages(self, operation: str, prefix: str) -> Iterable[dict[str, Any]]:
-        pages = self._client.get_paginator(operation)
-        return pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
+    def _writer(self, key: str) -> str | None:
+        head = self._head(key)
+        return None if head is None else head["Metadata"].get("writer")
+
+    def _head(self, key: str) -> dict[str, Any] | None:
+        try:
+            with self._translated("read", key):
+                return self._client.head_object(**self._address(key))
+        except ArtifactMissing:
+            return None
 
     def _items(self, prefix: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield each object with its page of the listing."""
@@ -246,19 +261,13 @@ class S3Backend:
             for item in page.get("Contents", ()):
                 yield page, item
 
-    def _where(self, key: str) -> dict[str, str]:
+    def _pages(self, operation: str, prefix: str) -> Iterable[dict[str, Any]]:
+        pages = self._client.get_paginator(operation)
+        return pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
+
+    def _address(self, key: str) -> dict[str, str]:
+        """Return bucket and key as arguments of boto3."""
         return {"Bucket": self.bucket, "Key": self._prefix + key}
-
-    def _head(self, key: str) -> dict[str, Any] | None:
-        try:
-            with self._translated("read", key):
-                return self._client.head_object(**self._where(key))
-        except ArtifactMissing:
-            return None
-
-    def _writer(self, key: str) -> str | None:
-        head = self._head(key)
-        return None if head is None else head["Metadata"].get("writer")
 
     @contextlib.contextmanager
     def _translated(self, verb: str, key: str = "", passed: tuple[str, ...] = ()) -> Iterator[None]:
@@ -278,11 +287,75 @@ class S3Backend:
             raise failed(what, endpoint, error, opening=verb == "open") from None
 
 
+def read_object(
+    client: Any, address: dict[str, str], limit: int, take: Callable[[Any], T], **part: str
+) -> tuple[T, dict[str, Any]]:
+    """Read an object by `take`; returns its result and the answer.
+
+    A body that was cut is requested again, which boto3 does not do.
+
+    Raises:
+        ArtifactCorrupt: The body has more bytes than the limit.
+    """
+    for attempt in range(5):
+        try:
+            answer = client.get_object(**address, **part)
+            with contextlib.closing(answer["Body"]) as body:
+                if answer["ContentLength"] > limit:
+                    break
+                return take(body), answer
+        except CUT:
+            if attempt == 4:
+                raise
+            time.sleep(PAUSE * 2**attempt)
+    name = f"s3://{address['Bucket']}/{address['Key']}"
+    raise ArtifactCorrupt(f"{name} is larger than {limit} bytes; delete it")
+
+
+def receive_object(client: Any, address: dict[str, str], sink: Sink) -> None:
+    """Read an object in parallel ranges, hashed in order.
+
+    The buffers are reused, as fresh memory costs more than hashing, and lie in one block, as malloc
+    does not return smaller ones than 32 MiB to the system. s3transfer hangs with a limit on the
+    parts that it keeps in memory.
+    """
+    with _FILES:
+        block = memoryview(bytearray(_AHEAD * _PIECE))
+        free = [block[at : at + _PIECE] for at in range(0, len(block), _PIECE)]
+
+        def piece(start: int, **same: str) -> tuple[memoryview, int, dict[str, Any]]:
+            part, buffer = f"bytes={start}-{start + _PIECE - 1}", free.pop()
+            take = partial(_fill, buffer, sink, start)
+            return buffer, *read_object(client, address, _PIECE, take, Range=part, **same)
+
+        def add(buffer: memoryview, size: int) -> None:
+            sink.add(buffer[:size])
+            free.append(buffer)
+
+        buffer, size, answer = piece(0)
+        add(buffer, size)
+        starts = range(_PIECE, int(answer["ContentRange"].rpartition("/")[2]), _PIECE)
+        rest = in_order(partial(piece, IfMatch=answer["ETag"]), starts, _AT_ONCE, _AHEAD)
+        with contextlib.closing(rest):
+            for buffer, size, _ in rest:
+                add(buffer, size)
+
+
+def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
+    """Fill the buffer and return the size; reads to the end, for boto3's checks."""
+    size = 0
+    while data := body.read(_CHUNK):
+        sink.put(data, start + size)
+        buffer[size : size + len(data)] = data
+        size += len(data)
+    return size
+
+
 class _HeldBody(io.BytesIO):
     """A request body that calls `hold` between its first byte and the others.
 
-    Only if the server has answered "100 Continue" before: then it has read the head. boto3 waits
-    for that answer for a second, and sends the body without it after that.
+    It does so only if the server has answered "100 Continue", and so has read the head. boto3
+    waits for that answer for a second, and sends the body without it after that.
     """
 
     def __init__(self, data: bytes, hold: Callable[[], None]) -> None:
@@ -295,7 +368,7 @@ class _HeldBody(io.BytesIO):
 
     @staticmethod
     def begin(request: Any, **_: Any) -> None:
-        """Handle boto3's event before a request is sent; what it reads earlier it signs."""
+        """Handle boto3's event before a request is sent; earlier reads are for signing."""
         if isinstance(request.body, _HeldBody):
             request.body.sends += 1
             request.body._begun = time.monotonic()
@@ -313,6 +386,11 @@ class _HeldBody(io.BytesIO):
         return super().read(size)
 
 
+def _age(modified: datetime, now: datetime | None) -> float:
+    """Return an age in seconds; 0 without a date, as young objects are kept."""
+    return (now - modified).total_seconds() if now else 0.0
+
+
 def _date(answer: dict[str, Any]) -> datetime | None:
     """Return the server's time from an answer, None if it is missing or damaged."""
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
@@ -323,94 +401,3 @@ def _date(answer: dict[str, Any]) -> datetime | None:
     except ValueError:
         return None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
-
-
-def _age(modified: datetime, now: datetime | None) -> float:
-    """Return an age in seconds; 0 without a date, as young objects are kept."""
-    return (now - modified).total_seconds() if now else 0.0
-
-
-T = TypeVar("T")
-
-
-#: Pause in seconds before the first retry of requests that boto3 does not repeat; then doubled.
-PAUSE = 0.1
-
-
-_PIECE = 8 * 1024 * 1024
-
-
-#: Ranges of a file in memory, and how many of them are requested at once.
-_AHEAD, _AT_ONCE = 6, 4
-
-
-#: Large files read at once.
-_FILES = threading.BoundedSemaphore(2)
-
-
-#: Bytes per read, small enough for the processor's cache.
-_CHUNK = 256 * 1024
-
-
-def read_object(
-    client: Any, where: dict[str, str], limit: int, take: Callable[[Any], T], **part: str
-) -> tuple[T, dict[str, Any]]:
-    """Read an object by `take`; returns its result and the answer.
-
-    A body that was cut is read again: boto3 repeats only requests.
-
-    Raises:
-        ArtifactCorrupt: The body has more bytes than the limit.
-    """
-    for attempt in range(5):
-        try:
-            answer = client.get_object(**where, **part)
-            with contextlib.closing(answer["Body"]) as body:
-                if answer["ContentLength"] > limit:
-                    break
-                return take(body), answer
-        except CUT:
-            if attempt == 4:
-                raise
-            time.sleep(PAUSE * 2**attempt)
-    name = f"s3://{where['Bucket']}/{where['Key']}"
-    raise ArtifactCorrupt(f"{name} is larger than {limit} bytes; delete it")
-
-
-def receive_object(client: Any, where: dict[str, str], sink: Sink) -> None:
-    """Read an object in parallel ranges, hashed in order.
-
-    The buffers are reused, as fresh memory costs more than hashing, and lie in one block, as malloc
-    does not return smaller ones than 32 MiB to the system. s3transfer hangs with a limit on the
-    parts that it keeps in memory.
-    """
-    with _FILES:
-        block = memoryview(bytearray(_AHEAD * _PIECE))
-        free = [block[at : at + _PIECE] for at in range(0, len(block), _PIECE)]
-
-        def piece(start: int, **same: str) -> tuple[memoryview, int, dict[str, Any]]:
-            part, buffer = f"bytes={start}-{start + _PIECE - 1}", free.pop()
-            take = partial(_fill, buffer, sink, start)
-            return buffer, *read_object(client, where, _PIECE, take, Range=part, **same)
-
-        def add(buffer: memoryview, size: int) -> None:
-            sink.add(buffer[:size])
-            free.append(buffer)
-
-        buffer, size, answer = piece(0)
-        add(buffer, size)
-        starts = range(_PIECE, int(answer["ContentRange"].rpartition("/")[2]), _PIECE)
-        rest = in_order(partial(piece, IfMatch=answer["ETag"]), starts, _AT_ONCE, _AHEAD)
-        with contextlib.closing(rest):
-            for buffer, size, _ in rest:
-                add(buffer, size)
-
-
-def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
-    """Fill the buffer, and return the size; reads to the end, for boto3's checks."""
-    size = 0
-    while data := body.read(_CHUNK):
-        sink.put(data, start + size)
-        buffer[size : size + len(data)] = data
-        size += len(data)
-    return size

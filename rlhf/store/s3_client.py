@@ -1,6 +1,6 @@
 """The boto3 client, its credentials, and the translation of its errors.
 
-It survives what a long transfer meets: flipped bits, expired tokens, a restarted server.
+The client retries after flipped bits, expired tokens and a restart of the server.
 """
 
 from __future__ import annotations
@@ -38,6 +38,17 @@ from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
 from rlhf.store.redact import keep_secrets_out_of_logs, redact
 
+#: All errors that boto3 can raise; KeyError: an answer that lacks a required field.
+ERRORS = (ClientError, BotoCoreError, ValueError, KeyError, OSError)
+_BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
+#: Errors of a cut body: the whole request is worth a retry.
+CUT = (ReadTimeoutError, *_BROKEN)
+#: boto3's errors for a request without an answer.
+_UNANSWERED = (ConnectionClosedError, ReadTimeoutError)
+_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
+_SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError)
+_UNREACHABLE = (EndpointConnectionError, ConnectTimeoutError, BotoConnectionError, HTTPClientError)
+
 #: Codes for a body or headers that arrived damaged; boto3 does not retry these.
 _DAMAGED = {
     "XAmzContentSHA256Mismatch",
@@ -47,16 +58,9 @@ _DAMAGED = {
     "IncompleteBody",
     "RequestTimeout",
 }
-
-
-#: boto3's errors for a request without an answer.
-_UNANSWERED = (ConnectionClosedError, ReadTimeoutError)
-
-
 #: Statuses without a code: an answer to HEAD has no body.
 _UNNAMED = {"400", "403"}
-
-
+#: Codes for credentials that are looked up again.
 _EXPIRED = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -65,52 +69,23 @@ _EXPIRED = {
     "InvalidAccessKeyId",
 }
 
-
-class ChainCredentials(Credentials):
-    """Credentials of the standard chain, looked up again when they have expired.
-
-    boto3 itself renews only credentials with a date of expiry, not those of a file or variable that
-    another program keeps fresh, nor those that are revoked early.
-    """
-
-    def __init__(self, profile: str | None) -> None:
-        self._profile = profile
-        self._found: Any = None
-        self._lock = threading.Lock()
-        self.method = "chain"
-        self.account_id = None
-        self.renew()
-
-    def renew(self) -> bool:
-        """Look up the chain again; returns whether the credentials have changed."""
-        with self._lock:
-            before = self._found.get_frozen_credentials() if self._found else None
-            self._found = Session(profile=self._profile).get_credentials()
-            return self._found is not None and self._found.get_frozen_credentials() != before
-
-    def get_frozen_credentials(self) -> ReadOnlyCredentials:
-        """Return the credentials that boto3 signs the next request with."""
-        return self._found.get_frozen_credentials()
-
-    def __bool__(self) -> bool:
-        return self._found is not None
-
-    def get_deferred_property(self, property_name: str) -> Any:
-        """Part of the interface; not used here."""
-        return lambda: getattr(self.get_frozen_credentials(), property_name, None)
-
-
-class _ChainProvider:
-    """A provider that puts `ChainCredentials` before those of the session."""
-
-    METHOD = CANONICAL_NAME = "rlhf-chain"
-
-    def __init__(self, credentials: ChainCredentials) -> None:
-        self._credentials = credentials
-
-    def load(self) -> Credentials | None:
-        """Return None if the chain is empty, for boto3's own error."""
-        return self._credentials or None
+#: Reasons of refusals for lack of rights, by code.
+_DENIED = {
+    "403": "access denied",
+    "AccessDenied": "access denied",
+    "AllAccessDisabled": "access denied",
+    "InvalidAccessKeyId": "the server does not know this access key",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
+    "ExpiredToken": "the session token has expired",
+    "InvalidToken": "the session token is not valid",
+}
+_SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
+#: Cures for refusals that give no further reason.
+_CURES = {
+    "400": "check endpoint and region, and whether the credentials have expired",
+    "InvalidRequest": "check the options, as sse may need HTTPS, or not be there",
+    "InvalidArgument": "check the options, as sse may not be there",
+}
 
 
 def make_client(options: StoreConfig, connect: float, read: float, total: int) -> Any:
@@ -136,7 +111,7 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
         "s3", endpoint_url=options.endpoint_url, verify=options.ca_bundle, config=config
     )
 
-    def once_more(attempts: int, response: Any, caught_exception: Any, **_: Any) -> float | None:
+    def retry_delay(attempts: int, response: Any, caught_exception: Any, **_: Any) -> float | None:
         """Return the delay of a retry that boto3 would not make, None for none."""
         if isinstance(caught_exception, _UNANSWERED) and attempts >= total:
             # The same error also means a cut body, which `read_object` would request again.
@@ -148,62 +123,61 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
             return 0.2 * 2 ** (attempts - 1)
         code = response[1].get("Error", {}).get("Code") if response else None
         if code in _EXPIRED or code in _UNNAMED:
-            # Another thread may have renewed them already: then nothing changes, but a retry helps.
+            # Another thread may have renewed them already: nothing changes then, but a retry helps.
             renewed = attempts < 3 and credentials.renew()
             return 0.0 if renewed or attempts == 1 else None
-        # A wrong secret key looks like a flipped bit, but happens again.
+        # A wrong secret key gives the same code as a flipped bit, but on every retry.
         return 0.1 if code in _DAMAGED and attempts < 3 else None
 
-    client.meta.events.register_first("needs-retry.s3", once_more)
+    client.meta.events.register_first("needs-retry.s3", retry_delay)
     return client
 
 
-#: All errors that boto3 can raise; KeyError: an answer that lacks a required field.
-ERRORS = (
-    ClientError,
-    BotoCoreError,
-    ValueError,
-    KeyError,
-    OSError,
-)
+class ChainCredentials(Credentials):
+    """Credentials of the standard chain, looked up again when they have expired.
+
+    boto3 itself renews only credentials with a date of expiry, not those of a file or variable that
+    another program keeps fresh, nor those that are revoked early.
+    """
+
+    def __init__(self, profile: str | None) -> None:
+        self._profile = profile
+        self._current: Any = None
+        self._lock = threading.Lock()
+        self.method = "chain"
+        self.account_id = None
+        self.renew()
+
+    def renew(self) -> bool:
+        """Look up the chain again; returns whether the credentials have changed."""
+        with self._lock:
+            previous = self._current.get_frozen_credentials() if self._current else None
+            self._current = Session(profile=self._profile).get_credentials()
+            return self._current is not None and self._current.get_frozen_credentials() != previous
+
+    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+        """Return the credentials that boto3 signs the next request with."""
+        return self._current.get_frozen_credentials()
+
+    def __bool__(self) -> bool:
+        return self._current is not None
+
+    def get_deferred_property(self, property_name: str) -> Any:
+        """Return a function for one property, as botocore's interface requires."""
+        return lambda: getattr(self.get_frozen_credentials(), property_name, None)
 
 
-_BROKEN = (ConnectionClosedError, IncompleteReadError, ResponseStreamingError)
+class _ChainProvider:
+    """A provider that puts `ChainCredentials` before those of the session."""
 
+    METHOD = CANONICAL_NAME = "rlhf-chain"
 
-#: Errors of a cut body: the whole request is worth a retry.
-CUT = (ReadTimeoutError, *_BROKEN)
+    def __init__(self, credentials: ChainCredentials) -> None:
+        self._credentials = credentials
 
-
-_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
-
-
-_SETTINGS = (ProfileNotFound, InvalidConfigError, NoRegionError, ParamValidationError)
-
-
-_UNREACHABLE = (EndpointConnectionError, ConnectTimeoutError, BotoConnectionError, HTTPClientError)
-
-
-_DENIED = {
-    "403": "access denied",
-    "AccessDenied": "access denied",
-    "AllAccessDisabled": "access denied",
-    "InvalidAccessKeyId": "the server does not know this access key",
-    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
-    "ExpiredToken": "the session token has expired",
-    "InvalidToken": "the session token is not valid",
-}
-
-
-#: Cures for refusals that give no further reason.
-_CURES = {
-    "400": "check endpoint and region, and whether the credentials have expired",
-    "InvalidRequest": "check the options, as sse may need HTTPS, or not be there",
-    "InvalidArgument": "check the options, as sse may not be there",
-}
-
-
-_SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
+    def load(self) -> Credentials | None:
+        """Return None if the chain is empty, for boto3's own error."""
+        return self._credentials or None
 
 
 def refused(  # noqa: PLR0911  (a row of cases)

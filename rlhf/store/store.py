@@ -48,21 +48,15 @@ from rlhf.store.manifest import (
 from rlhf.store.objects import Backend, Meter, Sink, in_parallel
 from rlhf.store.publish import publish
 
-_MANIFEST_KEY = re.compile(r"manifests/([0-9a-f]{64})\.json")
-
-
-_PROBE_SECONDS = 5
-
-
 # `Store.list` hides the builtin inside the class.
 Names: TypeAlias = list[str]
-
-
 Ancestors: TypeAlias = list[Ancestor]
-
-
 #: Called with the bytes done and the total; from several threads, but never two at once.
 Listener: TypeAlias = Callable[[int, int], None]
+
+_MANIFEST_KEY = re.compile(r"manifests/([0-9a-f]{64})\.json")
+#: Timeout of one request of `Store.check`.
+_PROBE_SECONDS = 5
 
 
 def open_store(
@@ -80,7 +74,7 @@ def open_store(
 
 
 class Store:
-    """Publishes and fetches artifacts. Safe for threads and for several processes."""
+    """A store of artifacts, safe for threads and for several processes."""
 
     def __init__(self, backend: Backend, cache: Cache) -> None:
         self._backend = backend
@@ -116,7 +110,7 @@ class Store:
                     f"{self.uri}: {key} does not read as it was written; use another store"
                 )
             is_atomic(backend)
-            # A bucket that forbids deletion is a good home for artifacts.
+            # A bucket may forbid deletion; it can still hold artifacts.
             with contextlib.suppress(StoreConfigError):
                 backend.delete([key])
         except StoreConfigError:
@@ -226,21 +220,6 @@ class Store:
             )
         return self._artifact(pinned).ref
 
-    def _completed(self, prefix: str) -> str:
-        """The one digest with this prefix."""
-        digests = [prefix] if len(prefix) == 64 else self.digests(prefix)
-        if not digests:
-            raise ArtifactMissing(
-                f"{self.uri}: there is no artifact {prefix}; `rlhf artifacts ls` shows those there "
-                "are"
-            )
-        if len(digests) > 1:
-            candidates = ", ".join(digest[:16] for digest in digests[:5])
-            raise ArtifactMissing(
-                f"{self.uri}: {prefix} is ambiguous ({candidates}); give more digits"
-            )
-        return digests[0]
-
     def lineage(self, ref: ArtifactRef | str) -> Ancestors:
         """Return the artifact (depth 0) and its ancestors, depth first, by role.
 
@@ -284,8 +263,34 @@ class Store:
         return collect(self._backend, self.manifest, grace=grace, dry_run=dry_run)
 
     def sweep(self, age: float = GRACE) -> int:
-        """Remove unfinished uploads older than this, which killed publishers left behind."""
+        """Remove unfinished uploads older than this, left behind by killed publishers."""
         return self._backend.sweep(age)
+
+    def _artifact(self, digest: str) -> Artifact:
+        manifest = self.manifest(digest)
+        uri = f"{self.uri}/{manifest_key(digest)}"
+        ref = ArtifactRef(kind=manifest.kind, digest=digest, size=manifest.size, uri=uri)
+        return Artifact(ref, manifest)
+
+    def _completed(self, prefix: str) -> str:
+        """Return the one digest with this prefix; ArtifactMissing for none or several."""
+        digests = [prefix] if len(prefix) == 64 else self.digests(prefix)
+        if not digests:
+            raise ArtifactMissing(
+                f"{self.uri}: there is no artifact {prefix}; `rlhf artifacts ls` shows those there "
+                "are"
+            )
+        if len(digests) > 1:
+            candidates = ", ".join(digest[:16] for digest in digests[:5])
+            raise ArtifactMissing(
+                f"{self.uri}: {prefix} is ambiguous ({candidates}); give more digits"
+            )
+        return digests[0]
+
+    def _ages(self, prefix: str) -> dict[str, float]:
+        objects = self._backend.list(f"manifests/{prefix}").items()
+        matches = ((_MANIFEST_KEY.fullmatch(key), each.age) for key, each in objects)
+        return {match[1]: age for match, age in matches if match}
 
     def _listed(self, digest: str, age: float) -> Artifact | None:
         try:
@@ -294,20 +299,32 @@ class Store:
             # Deleted since it was listed.
             return None
 
-    def _ages(self, prefix: str) -> dict[str, float]:
-        objects = self._backend.list(f"manifests/{prefix}").items()
-        matches = ((_MANIFEST_KEY.fullmatch(key), each.age) for key, each in objects)
-        return {match[1]: age for match, age in matches if match}
 
-    def _artifact(self, digest: str) -> Artifact:
-        manifest = self.manifest(digest)
-        uri = f"{self.uri}/{manifest_key(digest)}"
-        ref = ArtifactRef(kind=manifest.kind, digest=digest, size=manifest.size, uri=uri)
-        return Artifact(ref, manifest)
+def backend_of(uri: str, options: StoreConfig) -> Backend:
+    """Return the backend of a folder (`file:///…`, a path) or bucket (`s3://…`).
+
+    Raises:
+        StoreConfigError: The URI is neither.
+    """
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
+    if parts.scheme == "s3" and parts.netloc:
+        from rlhf.store.s3 import S3Backend
+
+        return S3Backend(uri, options)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
+        return LocalBackend(Path(unquote(parts.path)).resolve())
+    folder = expand_home(uri)
+    if uri and "://" not in uri and not str(folder).startswith("~"):
+        return LocalBackend(folder.resolve())
+    raise StoreConfigError(
+        f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
+    )
 
 
 def _blob_problems(backend: Backend, files: Iterable[FileEntry], deep: bool) -> list[str]:
-    """A line for each blob that is missing or has another size; `deep`: other bytes."""
+    """Return a line per missing or wrong-sized blob; `deep` compares bytes too."""
 
     def problem(entry: FileEntry) -> str | None:
         key = blob_key(entry.sha256)
@@ -333,26 +350,3 @@ def _has_right_bytes(backend: Backend, entry: FileEntry) -> bool:
         if sink.sha256 == entry.sha256:
             return True
     return False
-
-
-def backend_of(uri: str, options: StoreConfig) -> Backend:
-    """Return the backend of a folder (`file:///…`, a path) or bucket (`s3://…`).
-
-    Raises:
-        StoreConfigError: The URI is neither.
-    """
-    parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
-    if parts.scheme == "s3" and parts.netloc:
-        from rlhf.store.s3 import S3Backend
-
-        return S3Backend(uri, options)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return LocalBackend(Path(unquote(parts.path)).resolve())
-    folder = expand_home(uri)
-    if uri and "://" not in uri and not str(folder).startswith("~"):
-        return LocalBackend(folder.resolve())
-    raise StoreConfigError(
-        f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
-    )

@@ -1,4 +1,4 @@
-"""Synthetic preference data with a known true reward: customer questions and support replies.
+"""Synthetic preference data with a known true reward: questions and replies.
 
 `sentences.yaml` holds the sentences, `text.py` loads them, `gold.py` scores a reply, `replies.py`
 writes good and bad replies, and `generate.py` the datasets.

@@ -1,4 +1,4 @@
-"""Generation of the world's datasets from a seed: demonstrations, pairs and prompts."""
+"""Generation of the world's datasets: demonstrations, pairs and prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class WorldPair:
-    """Two replies to one prompt, labelled by a Bradley–Terry draw on their gold scores."""
+    """Two replies to a prompt, labelled by a Bradley–Terry draw on their gold scores."""
 
     prompt: str
     chosen: str
@@ -81,28 +81,6 @@ def generate(config: WorldConfig, seed: int) -> World:
     )
 
 
-class _Prompts:
-    """Draws distinct prompts."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._used: set[str] = set()
-
-    def draw(self, name: str, count: int, groups: Sequence[str]) -> list[tuple[str, Question, str]]:
-        """Draw `count` unused prompts from the random stream `name`, with `groups` in turn."""
-        rng = Random(f"{self._seed}/{name}/prompts")
-        drawn: list[tuple[str, Question, str]] = []
-        for _ in range(20 * count + 1000):
-            if len(drawn) == count:
-                return drawn
-            group = groups[len(drawn) % len(groups)]
-            prompt, question = make_prompt(rng, group)
-            if prompt not in self._used:
-                self._used.add(prompt)
-                drawn.append((prompt, question, group))
-        raise ValueError(f"the world has too few distinct prompts for {count} {name}")
-
-
 def make_prompt(rng: Random, group: str) -> tuple[str, Question]:
     """Return a customer's message, and its topic and intent."""
     topic, intent = rng.choice(text.TOPICS), rng.choice(text.INTENTS)
@@ -136,8 +114,30 @@ def preference(gap: float, temperature: float) -> float:
 
 
 def ceiling(pairs: Sequence[WorldPair], temperature: float) -> float:
-    """Return the accuracy that a perfect reward model is expected to reach on noisy labels."""
+    """Return the expected accuracy of a perfect reward model on the noisy labels."""
     if not pairs:
         raise ValueError("the ceiling of no pairs is undefined")
     gaps = (abs(gold(p.prompt, p.chosen) - gold(p.prompt, p.rejected)) for p in pairs)
     return sum(preference(gap, temperature) for gap in gaps) / len(pairs)
+
+
+class _Prompts:
+    """Draws distinct prompts."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._used: set[str] = set()
+
+    def draw(self, name: str, count: int, groups: Sequence[str]) -> list[tuple[str, Question, str]]:
+        """Draw `count` unused prompts from random stream `name`, with `groups` in turn."""
+        rng = Random(f"{self._seed}/{name}/prompts")
+        drawn: list[tuple[str, Question, str]] = []
+        for _ in range(20 * count + 1000):
+            if len(drawn) == count:
+                return drawn
+            group = groups[len(drawn) % len(groups)]
+            prompt, question = make_prompt(rng, group)
+            if prompt not in self._used:
+                self._used.add(prompt)
+                drawn.append((prompt, question, group))
+        raise ValueError(f"the world has too few distinct prompts for {count} {name}")

@@ -40,7 +40,7 @@ class Claim(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """A parsed sentence: its role, its claim when it is a fact, its text for comparing."""
+    """A parsed sentence: its role, its claim if it is a fact, its text for comparing."""
 
     role: str
     claim: Claim | None
@@ -71,6 +71,25 @@ def gold_parts(prompt: str, reply: str) -> dict[str, float]:
     }
 
 
+def read_question(prompt: str) -> tuple[str, str] | None:
+    """Return the topic and intent of a prompt's first known question, or None."""
+    known = _known_questions()
+    questions = (known[sentence] for sentence in sentences(prompt) if sentence in known)
+    return next(questions, None)
+
+
+def read_reply(reply: str) -> list[Sentence]:
+    """Parse a reply into sentences; those not of the world have the role `unknown`."""
+    known = _known_sentences()
+    return [known.get(line, Sentence("unknown", None, line)) for line in sentences(reply)]
+
+
+def sentences(words: str) -> list[str]:
+    """Split into lower-case sentences with their end marks and single spaces."""
+    parts = (" ".join(part.split()).lower() for part in _SENTENCE.findall(words))
+    return [part for part in parts if part]
+
+
 def _answer_parts(question: tuple[str, str] | None, claims: set[Claim]) -> tuple[float, float]:
     """Score intent and fact; both are 0 for a prompt without a known question."""
     if question is None:
@@ -85,7 +104,7 @@ def _answer_parts(question: tuple[str, str] | None, claims: set[Claim]) -> tuple
 
 
 def _manner(parsed: list[Sentence], role: str, position: int) -> float:
-    """Score politeness: a polite sentence counts at its `position` only, a rude one anywhere."""
+    """Score politeness: a polite sentence at its `position`, a rude one anywhere."""
     if any(sentence.role == f"rude {role}" for sentence in parsed):
         return -0.5
     return 0.5 if parsed and parsed[position].role == role else 0.0
@@ -112,19 +131,6 @@ def _repeats(parsed: list[Sentence]) -> int:
         same_role = sentence.role in {"opening", "closing", "step"}
         meanings.add(sentence.role if same_role else sentence.claim or sentence.text)
     return len(parsed) - len(meanings)
-
-
-def read_question(prompt: str) -> tuple[str, str] | None:
-    """Return the topic and intent of a prompt's first known question, or None."""
-    known = _known_questions()
-    questions = (known[sentence] for sentence in sentences(prompt) if sentence in known)
-    return next(questions, None)
-
-
-def read_reply(reply: str) -> list[Sentence]:
-    """Parse a reply into sentences; one that is not of the world has the role `unknown`."""
-    known = _known_sentences()
-    return [known.get(line, Sentence("unknown", None, line)) for line in sentences(reply)]
 
 
 @cache
@@ -163,9 +169,3 @@ def _known_sentences() -> dict[str, Sentence]:
                     line = template.format(topic=topic, detail=detail).lower()
                     known[line] = Sentence("fact", Claim(topic, intent, detail), line)
     return known
-
-
-def sentences(words: str) -> list[str]:
-    """Split into lower-case sentences with their end marks and single spaces."""
-    parts = (" ".join(part.split()).lower() for part in _SENTENCE.findall(words))
-    return [part for part in parts if part]

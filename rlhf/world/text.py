@@ -1,4 +1,4 @@
-"""Sentences of the world, from `sentences.yaml`: questions of customers and parts of replies."""
+"""Sentences of the world, from `sentences.yaml`: questions and parts of replies."""
 
 from __future__ import annotations
 
