@@ -22,6 +22,7 @@ from typing import Any
 
 import boto3
 
+from benchmarks.storage import methods
 from benchmarks.storage.methods import MIB, PEERS
 from tests.ceph import CephServer, ceph_server
 
@@ -32,7 +33,7 @@ LIMIT = 1800
 """Seconds after which an operation hangs, rather than being slow."""
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 PEER_PACKAGES = ("awscli", "mlflow-skinny", "boto3")
@@ -69,7 +70,7 @@ class Process:
 
     def __init__(self, site: Site, endpoint: str, *arguments: str) -> None:
         python = site.peers_python() if arguments[0] in PEERS else Path(sys.executable)
-        command = [str(python), str(ROOT / "benchmarks" / "storage_sides.py"), *arguments]
+        command = [str(python), str(Path(methods.__file__)), *arguments]
         env = {**os.environ, **site.server.environment, "AWS_ENDPOINT_URL": endpoint}
         env["PYTHONPATH"] = str(ROOT) if arguments[0] not in PEERS else ""
         # What a user has configured for other servers must not change what is measured.
