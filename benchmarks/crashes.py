@@ -1,9 +1,10 @@
-"""Twenty random blows to one quickstart-sized run: `python -m benchmarks.crashes --seed 1`.
+"""Crash campaign on the quickstart: `python -m benchmarks.crashes --seed 1`.
 
-A real site (Prefect's server on Postgres, an S3 server, three workers on three pools that share
-nothing else) runs the quickstart twice: undisturbed, and while something is killed every few
-seconds. It must end as promoted, with the same bytes, every stage's work recorded once, and every
-artifact whole. Takes half an hour on 2 cores; prints a line per blow and writes a JSON row.
+A real site (Prefect's server on Postgres, an S3 server, and three workers on three pools that share
+nothing else) runs the quickstart twice: undisturbed, and while a process is killed every few
+seconds. The second run must be promoted with the same bytes, every stage must be recorded once, and
+every artifact must be whole. Takes half an hour on 2 cores; prints a line per blow and a JSON row
+at the end.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ LIMIT = 3600.0
 
 @dataclass
 class Trial:
-    """One run under blows."""
+    """One pipeline run that is struck at random."""
 
     site: Site
     network: subprocess.Popen[str]
@@ -59,7 +60,7 @@ class Trial:
     retries: int = 0
 
     def strike(self, name: str) -> None:
-        """One blow; one that finds nothing to hit is not counted."""
+        """Strike once; a blow without a target is not counted."""
         hit = self._kinds()[name]() is not False
         if hit:
             self.blows.append(name)
@@ -83,13 +84,13 @@ class Trial:
         return any(hit)
 
     def _cut(self) -> None:
-        """The line to the store is dead for a while: nothing arrives, nothing is refused."""
+        """Stop the proxy to the store: packets are lost, connections are not refused."""
         self.network.send_signal(signal.SIGSTOP)
         time.sleep(CUT)
         self.network.send_signal(signal.SIGCONT)
 
     def go(self, kills: int) -> dict[str, Any]:
-        """Strike until the count is full, then wait for the end; the run's last state."""
+        """Strike until the count is reached, wait for the end, return the final state."""
         give_up = time.monotonic() + LIMIT
         # Each kind at least once, in random order; then any.
         plan = list(self._kinds())
@@ -113,7 +114,7 @@ class Trial:
 
 
 def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
-    """The run's parameters; a tiny one is for trying this program out."""
+    """Return the run's parameters; `tiny` serves to try the program."""
     tree: dict[str, Any] = {"store": store, "retries": {"attempts": 60, "delay_seconds": 1}}
     if size == "tiny":
         from tests.flows.conftest import tiny_tree
@@ -125,7 +126,7 @@ def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
 
 
 def found_in(made: Site, store: str, cache: Path) -> dict[str, Any]:
-    """What a run left: the champion, how often each stage was recorded, whether all is whole."""
+    """Return a run's champion, promotions and records per stage; verify its artifacts."""
     os.environ.update(made.environment)
     history = open_store(store, cache_dir=cache).history
     recorded = {

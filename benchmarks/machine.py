@@ -1,4 +1,4 @@
-"""The machine's matrix-multiply rate, and the least arithmetic that an update needs."""
+"""Matrix-multiply rate of the machine, and least arithmetic of a PPO update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ SECONDS = 0.3
 
 @contextmanager
 def matmul_precision(setting: str) -> Any:
-    """`torch.set_float32_matmul_precision` for a while; `medium` lets oneDNN multiply on CPUs."""
+    """Set `torch.set_float32_matmul_precision` inside a with block.
+
+    `medium` lets oneDNN multiply on CPUs.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
@@ -29,7 +32,7 @@ def matmul_precision(setting: str) -> Any:
 
 
 def matmul_rates(size: Size, device: torch.device = CPU) -> dict[str, Any]:
-    """GF/s of the update's matrix products, by float32 precision setting, and their error.
+    """Return GF/s of the update's matrix products, by float32 precision setting.
 
     The error is the largest difference to float64 over the largest result. `peak` is the best rate
     of any shape and setting: what phases are measured against.
@@ -66,7 +69,7 @@ def matmul_rate(
     rows: int, inner: int, columns: int, device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> float:  # fmt: skip
-    """GF/s of one product, the best of many."""
+    """Return GF/s of one product, the best of many."""
     a, b = (t.to(dtype) for t in _operands(rows, inner, columns, device))
     F.linear(a, b)
     synchronise(device)
@@ -88,7 +91,7 @@ def _error(rows: int, inner: int, columns: int, device: torch.device) -> float:
 
 
 def needed_gflops(size: Size, prompts: Sequence[int], replies: Sequence[int]) -> dict[str, float]:
-    """The least work of each phase, in 1e9 operations, for prompts and replies of these lengths.
+    """Return the least work of each phase, in 1e9 operations, for these lengths.
 
     2 operations per weight and token forward, 4 backward, plus attention's 4·hidden per layer and
     pair of positions; the head on reply tokens only, nothing on padding. Rollout: the policy once

@@ -1,8 +1,8 @@
-"""What a stage's placement costs in seconds: `python -m benchmarks.placement`.
+"""Cost of a stage's placement in seconds: `python -m benchmarks.placement`.
 
-The same tiny pipeline on one real site (server on Postgres, S3, three workers), with every stage
-inline and with every stage on a deployment of its own, by turns. A stage's overhead is the time
-that the pipeline waits for it, less the time that the stage itself says it took.
+One tiny pipeline on a real site (server on Postgres, S3, three workers), with every stage inline
+and with every stage on a deployment of its own, in turn. The table has the seconds that the
+pipeline waited for each stage, the stage's own work included; the difference is the overhead.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.servers import client_of
 
 
 def overheads(made: Site, run: str) -> dict[str, float]:
-    """Seconds of each stage's task in the pipeline's run."""
+    """Return the seconds of each stage's task in the pipeline's run."""
     asked = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
     return {task["name"]: task["total_run_time"] for task in made.api("task_runs/filter", **asked)}
 
 
 def went(made: Site, name: str, placement: dict[str, str]) -> dict[str, Any]:
-    """One run: its wall time, from being asked for to its end, and each stage's."""
+    """Run the pipeline once; return seconds to start, of the run and of each stage."""
     tree: dict[str, Any] = tiny_tree(Path("/nowhere"))
     del tree["runtime"]
     tree |= {"name": name, "store": f"s3://placement/{name}", "placement": placement}
@@ -47,7 +47,7 @@ def went(made: Site, name: str, placement: dict[str, str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON where it is asked."""
+    """Measure, print a table, and write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--query", type=int, default=10, help="PREFECT_WORKER_QUERY_SECONDS")

@@ -1,7 +1,8 @@
-"""The quickstart's promises, measured: `python -m benchmarks.quickstart_seeds [--seeds 0 1 2]`.
+"""Figures of the quickstart by seed: `python -m benchmarks.quickstart_seeds`.
 
-Runs the whole quickstart for each seed from nothing, in a process of its own, and prints a table of
-what issue and README promise beside the bars. Figures go by hand into RESULTS.md, good or bad.
+Runs the whole quickstart for each seed (`--seeds 0 1 2`) from an empty store, in a child process,
+and prints a table of the promised figures beside their bars. They go into RESULTS.md by hand, good
+or bad.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PRESET = "configs/quickstart.yaml"
 
 
 def measure(seed: int, overrides: list[str]) -> dict[str, float]:
-    """Run one seed and read its evaluations from the store."""
+    """Run one seed and return the figures of its evaluations."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
             f"--seed={seed}", f"--store={folder}/store", f"--runtime.work_dir={folder}/work",

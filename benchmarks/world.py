@@ -20,7 +20,7 @@ def mean_words(texts: Sequence[str]) -> float:
 
 
 def statistics(world: World, temperature: float) -> dict[str, float]:
-    """Summarise a world in numbers."""
+    """Return statistics of a world by name."""
     replies = [d.response for d in world.demonstrations]
     prompts = [d.prompt for d in world.demonstrations]
     scores = [gold(d.prompt, d.response) for d in world.demonstrations]
@@ -53,7 +53,7 @@ def show(prompt: str, reply: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Print samples and statistics."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.world", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=5, help="number of prompts to print")

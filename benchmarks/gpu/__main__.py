@@ -1,8 +1,9 @@
-"""Runs the sections, each in a process with a time limit: `python -m benchmarks.gpu`.
+"""Run the GPU benchmark's sections: `python -m benchmarks.gpu`.
 
-benchmarks/gpu.sh starts this after installing what is missing. gpu.json and gpu.md are written
-again after every section and every few seconds in between, so that a run that is cut off leaves
-what it measured; gpu.log has the output of all sections.
+Each section is a process with a time limit. benchmarks/gpu.sh starts this program after it has
+installed the missing packages. gpu.json and gpu.md are rewritten after every section and every few
+seconds in between, so that a run that is cut off leaves its measurements; gpu.log has the output of
+all sections.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PRELOADED = ("torch", "transformers", "peft", "accelerate", "rlhf.ppo.train")
 
 @dataclass(frozen=True)
 class Section:
-    """A section: its function, the seconds it may take, and whether it must run alone."""
+    """A section: its function, its time limit, and whether it must run alone."""
 
     name: str
     entry: str
@@ -76,7 +77,7 @@ SECTIONS = (
 
 @dataclass
 class Running:
-    """A section's process, and until when it may run."""
+    """A running section: its process, log and deadline."""
 
     section: Section
     context: Context
@@ -91,7 +92,7 @@ class Running:
 
 
 class Benchmark:
-    """All sections of a run, and the files that it leaves."""
+    """A run of sections, and the files that it writes."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch = args, scratch
@@ -112,7 +113,7 @@ class Benchmark:
             (self.out / "gpu.log").write_bytes(b"")
 
     def run(self, sections: Sequence[Section]) -> bool:
-        """Run them all; whether none failed."""
+        """Run the sections; return whether none failed."""
         self.result["archive"] = unpack(Path(self.args.carried) / ARCHIVE, self.unpacked)
         say(f"device {self.args.device}, archive: {self.result['archive']}")
         _preload()
@@ -142,7 +143,7 @@ class Benchmark:
         return not failed
 
     def _has_room(self, section: Section, together: int) -> bool:
-        """Sections that are timed run alone, the others beside each other."""
+        """Return whether the section may start: timed ones run alone."""
         if not self.running:
             return True
         alone = section.timed or any(r.section.timed for r in self.running)
@@ -169,7 +170,7 @@ class Benchmark:
         self.running.append(Running(section, context, child, log, time.monotonic() + limit))
 
     def _poll(self) -> None:
-        """Collect what has ended and end what is late."""
+        """Collect sections that have ended and kill those past their deadline."""
         for running in list(self.running):
             late = time.monotonic() > running.deadline
             code = running.child.poll()
@@ -186,7 +187,10 @@ class Benchmark:
             self.write()
 
     def _collect(self, running: Running, without_status: str, why: str) -> None:
-        """Record a section that ended; the last two if it did not say itself how."""
+        """Record a section that ended.
+
+        `without_status` and `why` apply if the section itself left no status.
+        """
         results = Results.read(Path(running.context.results))
         values, status, reason = results.values, results.status, results.reason
         if not status:
@@ -211,7 +215,7 @@ class Benchmark:
         self.write()
 
     def write(self) -> None:
-        """Write gpu.json and gpu.md with all that is known, of running sections too."""
+        """Write gpu.json and gpu.md with all results, running sections included."""
         self._written = time.monotonic()
         sections = dict(self.result["sections"])
         for running in self.running:
@@ -262,7 +266,7 @@ def _prepare(context: Context) -> None:
 
 
 def _preload() -> None:
-    """Import what every section needs, so that forks share it."""
+    """Import the packages that sections need, so that forks share them."""
     for module in PRELOADED:
         try:
             importlib.import_module(module)
@@ -271,7 +275,10 @@ def _preload() -> None:
 
 
 def unpack(archive: Path, folder: Path) -> str:
-    """Unpack the archive, refusing paths that lead out of the folder; how that went."""
+    """Unpack the archive and return the outcome in words.
+
+    Paths that lead out of the folder are refused.
+    """
     folder.mkdir()
     if not archive.is_file():
         return f"none ({archive} is not there)"
@@ -284,18 +291,18 @@ def unpack(archive: Path, folder: Path) -> str:
 
 
 def say(line: str) -> None:
-    """Print at once, for whoever watches."""
+    """Print a line and flush."""
     print(line, flush=True)
 
 
 def refuse(reason: str) -> NoReturn:
-    """End without running anything."""
+    """Exit with code 2 before any section has started."""
     print(f"gpu.sh: {reason}", file=sys.stderr)
     sys.exit(2)
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
     add = parser.add_argument
     add("sections", nargs="*", metavar="SECTION",
@@ -319,7 +326,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace) -> list[Section]:
-    """The sections to run; with some of them also those that their tables need."""
+    """Return the sections to run, with those that their tables need."""
     if not args.sections:
         return list(SECTIONS)
     wanted = {*args.sections, "environment"}
@@ -339,7 +346,7 @@ def earlier_sections(path: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def no_gpu() -> str:
-    """Reason why nothing can run on a GPU here; empty if it can."""
+    """Return the reason why no GPU can be used; empty if one can."""
     try:
         import torch
     except ImportError as error:
@@ -350,7 +357,7 @@ def no_gpu() -> str:
 
 
 def main() -> None:
-    """Run what the command line names."""
+    """Run the sections that the command line names."""
     args = arguments()
     # A run that is ended by SIGTERM ends its sections first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -16,7 +16,9 @@ UPDATES = 2
 
 
 def comparison(context: Context, results: Results) -> None:
-    """The 124 M model (tiny: 2 M) in float32, geometric lengths, update by update in turn.
+    """Compare with TRL on the 124 M model (tiny: 2 M), update by update in turn.
+
+    Float32, replies of geometric lengths.
 
     Raises:
         SectionSkippedError: TRL's wheel was not carried, or can't be installed.
@@ -48,7 +50,7 @@ def comparison(context: Context, results: Results) -> None:
 
 
 def _install(wheels: list[Path], site: Path) -> None:
-    """Put TRL and what it needs beyond this Python's packages into a folder.
+    """Install TRL's wheels, and those of missing dependencies, into a folder.
 
     Raises:
         SectionSkippedError: A wheel is for another Python, or a package is missing.

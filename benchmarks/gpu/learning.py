@@ -28,17 +28,17 @@ BARS = {
 
 
 def learning(context: Context, results: Results) -> None:
-    """In float32, as the quickstart is configured."""
+    """Train in float32, the quickstart's precision."""
     _learn(context, results, "fp32")
 
 
 def learning_bf16(context: Context, results: Results) -> None:
-    """The same in bfloat16."""
+    """Train in bfloat16."""
     _learn(context, results, "bf16")
 
 
 def _learn(context: Context, results: Results, precision: str) -> None:
-    """Train and evaluate.
+    """Train and evaluate the quickstart's policy.
 
     Raises:
         SectionFailedError: A bar of the quickstart is missed.

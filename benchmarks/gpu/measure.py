@@ -15,14 +15,17 @@ from benchmarks.ppo.report import peak_mib
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of peak memory; a CPU's resident set has no such beginning."""
+    """Reset the GPU's peak memory; a CPU's resident peak can't be reset."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak(device: torch.device) -> dict[str, float]:
-    """Peak memory since `reset_peak`: in use by tensors, and held by torch's allocator."""
+    """Return peak memory since `reset_peak`.
+
+    In use by tensors, and held by torch's allocator.
+    """
     if device.type != "cuda":
         return {"peak_resident_mib": peak_mib()}
     return {
@@ -32,7 +35,7 @@ def peak(device: torch.device) -> dict[str, float]:
 
 
 def release(device: torch.device) -> None:
-    """Free what is no longer referenced, so that the next measurement starts from little."""
+    """Free unreferenced memory before the next measurement."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -41,7 +44,10 @@ def release(device: torch.device) -> None:
 def timed(
     work: Callable[[int], Any], device: torch.device, repeats: int
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Run `work(number)`, warmed up before; its results, the seconds of each run, peak memory."""
+    """Run `work(number)` repeatedly and time it; the caller warms up.
+
+    Returns the results, and the median seconds, the seconds of each run and peak memory.
+    """
     reset_peak(device)
     results, seconds = [], []
     for number in range(repeats):
@@ -54,19 +60,19 @@ def timed(
 
 
 class PhaseClock(Clock):
-    """A clock that also notes each phase's peak memory."""
+    """A clock that also records each phase's peak memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.peaks: dict[str, dict[str, float]] = {}
         super().__init__(device)
 
     def start(self) -> None:
-        """Begin a new update."""
+        """Start the clock and peak memory for a new update."""
         reset_peak(self.device)
         super().start()
 
     def mark(self, phase: str) -> None:
-        """Count time and peak memory since the last mark as this phase's."""
+        """Attribute time and peak memory since the last mark to this phase."""
         super().mark(phase)
         highest = self.peaks.setdefault(phase, {})
         for name, value in peak(self.device).items():

@@ -1,4 +1,4 @@
-"""Random models of a PPO run, made on the device itself: nothing large is written to disk."""
+"""Random models of a PPO run, created on the device; no large file is written."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ SMALL = Scale(
 
 
 def scale_of(context: Context) -> Scale:
-    """The full work, or the smoke test's."""
+    """Return the full sizes, or the smoke test's."""
     return SMALL if context.tiny else FULL
 
 
 def work_of(
     context: Context, size: str, lengths: Literal["full", "varying"] = "full", **changes: Any
 ) -> Workload:
-    """The workload of the speed sections; prompts all have the same length."""
+    """Return the workload of the speed sections; all prompts have one length."""
     scale = scale_of(context)
     values: dict[str, Any] = {
         "mode": "fast", "updates": 4, "micro_batch": scale.micro_batch, "batch": scale.batch,
@@ -73,13 +73,13 @@ def work_of(
 
 
 def rows_of(work: Workload, count: int) -> list[PromptRow]:
-    """Random prompts, as texts."""
+    """Return random prompts as text."""
     prompts = dataclasses.replace(work, batch=count, updates=1).prompts()
     return [PromptRow(text_of(ids)) for ids in prompts[:count]]
 
 
 def sample(trainer: PPOTrainer, rows: list[PromptRow], tokens: int, seed: int = 0) -> Rollouts:
-    """A rollout with another length than the configuration's."""
+    """Sample a rollout with `tokens` as the longest reply."""
     before = trainer.sampling
     trainer.sampling = dataclasses.replace(before, max_new_tokens=tokens)
     try:
@@ -89,9 +89,10 @@ def sample(trainer: PPOTrainer, rows: list[PromptRow], tokens: int, seed: int = 
 
 
 def build(work: Workload, folder: Path, **options: Any) -> PPOTrainer:
-    """The product's trainer with random models; `folder` gets tokenizers and adapters.
+    """Build the product's trainer with random models.
 
-    `options` are of the ppo section and win over the workload's.
+    `folder` gets tokenizers and adapters. `options` are fields of the ppo section and win over the
+    workload's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = workload.word_tokenizer(work.size.vocab)
@@ -129,7 +130,7 @@ def _each_by_itself(
 def _on_one_base(
     config: PPOConfig, policy: Any, classifier: Any, folder: Path, work: Workload
 ) -> tuple[Any, Any, Critic, Scorer]:
-    """Write the reward model as an adapter without its base, which is the policy in memory."""
+    """Share the policy as base: write the reward model as an adapter alone."""
     workload.word_tokenizer(work.size.vocab).save_pretrained(folder / "shared")
     # No weights lie beside the tokenizer: the digest is that of none, on both sides.
     write_json(

@@ -29,7 +29,7 @@ SHUFFLE_SEED = 1
 
 
 def precision(context: Context, results: Results) -> None:
-    """Compare on a random model and on the quickstart's trained one.
+    """Compare on a random model and on the quickstart's trained model.
 
     Raises:
         SectionFailedError: In float32 two ways of computing differ by more than rounding.
@@ -74,7 +74,7 @@ def _trained_model(context: Context) -> tuple[str, Callable[[str], PPOTrainer], 
 
 @torch.no_grad()
 def _compared(make: Callable[[str], PPOTrainer], rows: list[PromptRow]) -> dict[str, Any]:
-    """Largest and mean |ratio − 1| of each precision and way, against two references."""
+    """Return |ratio − 1| by precision and way of computing, against two references."""
     found: dict[str, Any] = {}
     replies: Replies | None = None
     reference = torch.zeros(0)
@@ -102,19 +102,19 @@ def _compared(make: Callable[[str], PPOTrainer], rows: list[PromptRow]) -> dict[
 
 
 def _ratio_error(new: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
-    """Largest and mean |exp(new − old) − 1| of the reply tokens."""
+    """Return the largest and mean |exp(new − old) − 1| of the reply tokens."""
     error = torch.expm1((new.double() - old.double())[mask]).abs()
     return {"largest_ratio_error": float(error.max()), "mean_ratio_error": float(error.mean())}
 
 
 def _padded(trainer: PPOTrainer, replies: Replies) -> Tensor:
-    """The same batch as transformers computes it: rows of one length, with padding."""
+    """Compute the batch as transformers does: rows of one length, with padding."""
     with patch("rlhf.modeling.logprobs.packs", lambda *_: False):
         return trainer.models.log_probs(replies)[0]
 
 
 def _shuffled(trainer: PPOTrainer, replies: Replies) -> Tensor:
-    """In random parts, as `optimise` computes them: the ratio of its first step."""
+    """Compute in random micro-batches, as `optimise` does in its first step."""
     rows = len(replies.mask)
     generator = torch.Generator().manual_seed(SHUFFLE_SEED)
     log_probs = torch.zeros(replies.mask.shape, device=trainer.device)
@@ -126,7 +126,7 @@ def _shuffled(trainer: PPOTrainer, replies: Replies) -> Tensor:
 
 
 def _decoded(trainer: PPOTrainer, prompts: list[list[int]], replies: Replies) -> Tensor:
-    """Token by token with a cache, as sampling computes them, on the tokens that were drawn."""
+    """Compute the sampled tokens one by one with a cache, as sampling does."""
     models = trainer.models
     policy = models.sampling_copy(models.accelerator.unwrap_model(models.policy))
     width = replies.mask.shape[1]

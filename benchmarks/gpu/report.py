@@ -1,4 +1,4 @@
-"""Renders gpu.md from gpu.json; what a section has not measured (yet) is left out."""
+"""Render gpu.md from gpu.json; missing measurements are left out."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Run:
     ceilings: Values
 
     def model(self, size: str) -> str:
-        """The model's name: a test of the script has one tiny model only."""
+        """Return the model's name; a smoke test has one tiny model for all sizes."""
         return "tiny" if self.tiny else size
 
 
 def markdown(result: Values) -> str:
-    """The whole report."""
+    """Return the whole report."""
     sections: Values = result["sections"]
     parts = [_head(result), _overview(sections)]
     ceilings = _results(sections, "rates").get("matmul_gflops_per_second", {})
@@ -49,7 +49,7 @@ def markdown(result: Values) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; numbers are shortened, columns without a value are left out."""
+    """Return a Markdown table; columns without a value are left out."""
     cells = list(rows)
     kept = [
         i for i in range(len(header))
@@ -61,7 +61,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A cell: numbers with three digits, others as they are."""
+    """Format a cell: numbers with three digits, other values as they are."""
     if value is None or value == "":
         return NOTHING
     if isinstance(value, bool):
@@ -336,12 +336,15 @@ def _share(rate: float | None, run: Run, kind: str) -> str | None:
 
 
 def _number(value: float | None, divisor: float = 1) -> float:
-    """A measured number in a larger unit; gpu.json has null for one that is not finite."""
+    """Return a number in a larger unit; null in gpu.json is one that is not finite."""
     return math.nan if value is None else value / divisor
 
 
 def _memory(values: Values) -> tuple[Any, Any]:
-    """Peak in use and held, in GiB; on a CPU the process's resident set stands for the first."""
+    """Return peak memory used and held, in GiB.
+
+    On a CPU the process's resident peak takes the place of the first.
+    """
     if "peak_resident_mib" in values:
         return _number(values["peak_resident_mib"], GIB), None
     if "peak_allocated_mib" not in values:

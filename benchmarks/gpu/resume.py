@@ -1,8 +1,8 @@
-"""Section: a PPO run that is killed and resumed against one that is not, bit by bit.
+"""Section: a killed and resumed PPO run against an undisturbed one, bit by bit.
 
-Each run is a process: 20 updates in one go; 7 updates and `kill -9`; the rest. With torch's
-deterministic algorithms only (`strict`), or, where torch has none for an operation, with a warning
-for each such operation (`warned`); and as users run it (`plain`).
+Each run is a process: 20 updates in one go; 7 updates and `kill -9`; the rest. Modes: `strict`,
+with torch's deterministic algorithms only; `warned`, with a warning for each operation that torch
+has none for; and `plain`, as users run it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def resume(context: Context, results: Results) -> None:
 
 
 class _Run:
-    """One run in its folder; each start is a process."""
+    """A run in its own folder; each start is a process."""
 
     def __init__(self, context: Context, variant: str, folder: Path) -> None:
         self.context, self.variant, self.folder = context, variant, folder
@@ -78,7 +78,7 @@ class _Run:
         self.out.mkdir(parents=True)
 
     def train(self, mode: str, killed_after: int | None = None) -> dict[str, Any]:
-        """Train, or go on; returns how it ended, with operations that torch warned of."""
+        """Train or resume; return the exit code, with the operations torch warned of."""
         note = self.folder / "note.json"
         note.unlink(missing_ok=True)
         argument = {
@@ -94,7 +94,7 @@ class _Run:
 
 
 def train_in_process(argument: str) -> None:
-    """Body of a run's process; writes a note of torch's warnings, and of an error."""
+    """Body of a run's process; writes torch's warnings or an error to the note."""
     given = json.loads(argument)
     context, mode = Context.from_json(given["context"]), given["mode"]
     note = Path(given["note"])
@@ -130,7 +130,7 @@ def _config(context: Context, variant: str) -> PPOConfig:
 
 
 def _variant(context: Context, variant: str, mode: str) -> dict[str, Any]:
-    """Three processes of one variant, and how their results compare."""
+    """Run a variant straight, killed and resumed; return how the results compare."""
     folder = Path(context.scratch) / f"{variant} {mode}".replace(", ", "-").replace(" ", "-")
     outcome: dict[str, Any] = {"mode": mode, "refused": None}
     straight = _Run(context, variant, folder / "straight")
@@ -164,7 +164,10 @@ def _why(ended: dict[str, Any]) -> str:
 
 
 def _compared(straight: _Run, other: _Run) -> dict[str, Any]:
-    """Whether all files are equal; if not, the largest difference and the first update of one."""
+    """Compare the files of two runs.
+
+    If they differ: the largest difference of a weight, and the first update with one.
+    """
     pairs = {}
     for run in (straight, other):
         last = checkpoints_in(run.checkpoints)[-1]

@@ -1,10 +1,10 @@
-"""Does our PPO learn as well as TRL 1.12's? `python -m benchmarks.learning --seeds 0 1 2 3 4`.
+"""Learning curves of our PPO and TRL 1.12's: `python -m benchmarks.learning`.
 
 On the quickstart's generated world, where the true ("gold") quality of a reply is known: one SFT
 policy and one reward model, then PPO by both trainers with the same settings and the same budget of
 rollouts, several seeds each. Every few updates the policy answers held-out prompts; gold score and
-KL to the SFT policy make a curve per run. Each run is a process of its own whose result is a file,
-so the benchmark goes on where it was stopped.
+KL to the SFT policy make a curve per run. Each run is a process whose result is a file, so an
+interrupted benchmark resumes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIDES = ("ours", "trl")
 
 
 def arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and the overrides of the preset in it (`--ppo.kl_coef=0.1`)."""
+    """Parse options, and overrides of the preset (`--ppo.kl_coef=0.1`)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,7 +50,7 @@ def arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
 
 
 def settings(args: argparse.Namespace, overrides: Sequence[str]) -> PipelineConfig:
-    """The quickstart's configuration, with the benchmark's threads and prompts."""
+    """Return the quickstart's configuration with the benchmark's threads and prompts."""
     return load_config(
         PRESET,
         [
@@ -63,14 +63,14 @@ def settings(args: argparse.Namespace, overrides: Sequence[str]) -> PipelineConf
 
 
 def identity(config: PipelineConfig, every: int) -> dict[str, Any]:
-    """What results depend on; kept beside them, so that others are never mixed in."""
+    """Return the settings that results depend on, stored beside them."""
     sections = ("data", "base", "sft", "reward_model", "ppo", "evaluation")
     chosen = {name: getattr(config, name).model_dump(mode="json") for name in sections}
     return {**chosen, "seed": config.seed, "every": every}
 
 
 def check_identity(work: Path, wanted: dict[str, Any]) -> None:
-    """Refuse a folder with results of other settings.
+    """Refuse a folder that holds results of other settings.
 
     Raises:
         TrainingError: They differ.
@@ -89,7 +89,7 @@ def check_identity(work: Path, wanted: dict[str, Any]) -> None:
 
 
 def make_inputs(config: PipelineConfig, work: Path) -> None:
-    """Data, SFT policy and reward model, each in a folder that appears when complete."""
+    """Make data, SFT policy and reward model; a folder appears when complete."""
     from rlhf.data.prepare import prepare_data
     from rlhf.evaluate import evaluate_reward_model
     from rlhf.reward import train_reward_model
@@ -125,7 +125,7 @@ def _once(folder: Path, make: Callable[[Path], Any]) -> None:
 
 
 def in_process(only: str, log: Path) -> None:
-    """This very command for one part of the work, in a process of its own.
+    """Run this command for one part of the work in a child process.
 
     Raises:
         TrainingError: It failed.
@@ -140,7 +140,7 @@ def in_process(only: str, log: Path) -> None:
 
 
 def part(args: argparse.Namespace, config: PipelineConfig, work: Path) -> None:
-    """What `in_process` asks for."""
+    """Make the inputs, or run one training, as `--only` of a child process names it."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if args.only == "inputs":
@@ -160,12 +160,12 @@ def part(args: argparse.Namespace, config: PipelineConfig, work: Path) -> None:
 
 
 def result_path(work: Path, side: str, seed: int) -> Path:
-    """Where a run's result lies; it is there only when the run is complete."""
+    """Return the path of a run's result, which exists once the run is complete."""
     return work / "runs" / f"{side}-seed{seed}.json"
 
 
 def main() -> None:
-    """Make what is missing, then report."""
+    """Make the missing results, then report."""
     args, overrides = arguments()
     config, work = settings(args, overrides), Path(args.work)
     if args.only:

@@ -1,4 +1,4 @@
-"""What `benchmarks.learning` makes of its runs: gold against KL, paired by seed, and the plot."""
+"""Report of `benchmarks.learning`: gold against KL, paired by seed, and the plot."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ LABELS = {"ours": "rlhf-pipeline", "trl": "TRL 1.12"}
 
 
 def frontier(curve: Curve, kl: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The best gold reached with at most this KL: straight between points, never falling.
+    """Return the best gold reached with at most this KL, linear between points.
 
-    A run's KL may go back and forth, so gold is no function of it; what could be had for a KL is.
+    A run's KL may go back and forth, so gold is no function of KL; this frontier is, and it never
+    falls.
     """
     points: list[tuple[float, float]] = []
     for point in sorted(curve, key=lambda p: p["kl"]):
@@ -39,7 +40,7 @@ def frontier(curve: Curve, kl: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def measures(ours: Curve, theirs: Curve) -> dict[str, tuple[float, float]]:
-    """Four numbers a side for one seed, on common ground.
+    """Return six measures of both sides for one seed.
 
     `gold_kl_area` and `gold_at_kl` go up to the KL that both runs reached, the first being the mean
     of the frontier from 0 to there. `gold_updates_area` is the mean over the budget of rollouts.
@@ -62,7 +63,7 @@ def measures(ours: Curve, theirs: Curve) -> dict[str, tuple[float, float]]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % t interval of the mean; infinite for one value."""
+    """Return the 95 % t interval of the mean; infinite for one value."""
     n = len(values)
     if n < 2:
         return -math.inf, math.inf
@@ -72,14 +73,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(low: float, high: float, margin: float) -> str:
-    """No worse if the whole interval is above −margin, worse if it is below, else undecided."""
+    """Judge a confidence interval against the margin.
+
+    No worse if the whole interval is above −margin, worse if it is below, else undecided.
+    """
     if low >= -margin:
         return "better" if low > 0 else "no worse"
     return "worse" if high < -margin else "undecided"
 
 
 def compare(runs: Runs, seeds: Sequence[int], margin: float) -> dict[str, Any]:
-    """Differences ours − TRL's, paired by seed, with intervals and a verdict each."""
+    """Return differences ours − TRL's, paired by seed, with intervals and verdicts."""
     paired = [s for s in seeds if ("ours", s) in runs and ("trl", s) in runs]
     rows = [measures(runs["ours", s]["curve"], runs["trl", s]["curve"]) for s in paired]
     result: dict[str, Any] = {"seeds": paired, "margin": margin, "measures": {}}
@@ -102,7 +106,7 @@ def compare(runs: Runs, seeds: Sequence[int], margin: float) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> None:
-    """Print the comparison for people."""
+    """Print the comparison as Markdown."""
     print(f"\n{len(result['seeds'])} seeds, margin {result['margin']} gold points\n")
     print("| mean over seeds | ours | TRL | difference, 95 % | verdict |\n|---|---|---|---|---|")
     for name, row in result["measures"].items():
@@ -118,7 +122,10 @@ def table(result: Mapping[str, Any]) -> None:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Gold against KL and against rollouts: every run thin, mean and 95 % interval bold."""
+    """Plot gold against KL and against rollouts.
+
+    Every run is drawn thin, mean and 95 % interval bold.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""TRL's half of `benchmarks.learning`: its PPOTrainer with the counterpart of our settings.
+"""TRL's side of `benchmarks.learning`: its PPOTrainer with our settings.
 
 What has no counterpart: TRL clips no gradients, puts the score one past the end token, and takes a
 padding token that was sampled for the end. Its critic starts, as ours does, from the reward model's
@@ -25,7 +25,7 @@ from rlhf.modeling.reward import counted_tokens
 
 
 class SummedReward(nn.Module):
-    """Our reward model as TRL reads one: `score` of the last token is the sum over the reply.
+    """Adapter of our reward model to TRL: `score` sums token scores over the reply.
 
     TRL calls the backbone, then `score` on its hidden states, and takes the last real token's.
     """
@@ -39,19 +39,19 @@ class SummedReward(nn.Module):
         self.counted: Tensor | None = None
 
     def backbone(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        """The backbone's output; remembers which tokens count."""
+        """Return the backbone's output, and store which tokens count."""
         self.counted = counted_tokens(input_ids, attention_mask.long(), self.model[0].marker)
         return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def score(self, hidden: Tensor) -> Tensor:
-        """Sums of the token scores so far, (batch, time, 1)."""
+        """Return cumulative sums of the token scores, (batch, time, 1)."""
         assert self.counted is not None
         scores = self.model[0].score(hidden).squeeze(-1).float()
         return (scores * self.counted).cumsum(1)[..., None]
 
 
 class _AfterUpdate(TrainerCallback):
-    """Hands the policy over for judging, and counts optimiser steps."""
+    """Callback that evaluates the policy and checks the count of optimiser steps."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.updates, self.steps = run, 0, 0
@@ -68,7 +68,7 @@ class _AfterUpdate(TrainerCallback):
         trainer.optimizer.step = counted
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An update is over."""
+        """Check the optimiser steps of the update, then evaluate the policy."""
         self.updates += 1
         config = self.run.config.ppo
         expected = config.num_ppo_epochs * -(-config.chunk_size // config.mini_batch_size)
@@ -123,7 +123,10 @@ def train_by_trl(run: Run, path: str) -> None:
 
 
 def _models(run: Run) -> tuple[Any, Any, Any, Any]:
-    """Policy and critic, their optimiser, and our schedule: linear, down to a share of the peak."""
+    """Return policy, critic, optimiser and schedule.
+
+    The schedule is ours: linear, down to a share of the peak.
+    """
     config = run.config.ppo
     policy = load_policy(run.sft)
     value = AutoModelForSequenceClassification.from_pretrained(

@@ -1,4 +1,4 @@
-"""Our PPO beside TRL 1.12's, on the same work: `python -m benchmarks.ppo --size 15m --threads 2`.
+"""PPO beside TRL 1.12's, on the same work: `python -m benchmarks.ppo --size 15m`.
 
 Both sides run in one process, update by update in turn, so that whatever else the machine does
 hits both alike. After every update tokens must be the same, and log-probs, values, advantages and
@@ -36,7 +36,7 @@ SIDES = ("ours", "trl")
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +71,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def workload(args: argparse.Namespace) -> Workload:
-    """The command line as a workload."""
+    """Return the workload that the command line describes."""
     pairs = [option.split("=", 1) for option in args.ppo]
     return Workload(
         args.size, args.lengths, args.mode, args.lora, args.updates + args.warmup, args.seed,
@@ -82,14 +82,14 @@ def workload(args: argparse.Namespace) -> Workload:
 
 
 def precision_of(side: str, matmul: str) -> str:
-    """Float32 precision setting of a side."""
+    """Return the float32 precision setting of a side."""
     return "medium" if matmul in ("both", side) else "highest"
 
 
 def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, float]:
-    """This process's peak memory in MiB after two updates of one side, and before its models.
+    """Return this process's memory in MiB at its start, after imports and at its peak.
 
-    On a GPU it is the GPU's memory in use.
+    The peak is that of two updates of one side. On a GPU it is the GPU's memory in use.
     """
     started = peak_mib(work)
     work = dataclasses.replace(work, updates=2)
@@ -112,14 +112,14 @@ def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, f
 
 
 def peak_mib(work: Workload) -> float:
-    """Peak memory so far: the GPU's in use, or this process's resident."""
+    """Return peak memory so far: the GPU's in use, or this process's resident."""
     if work.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return report.peak_mib()
 
 
 def memory_of(side: str, folder: Path) -> dict[str, float]:
-    """Run this very command for one side, in a process of its own."""
+    """Run this command for one side alone in a child process; return its memory."""
     command = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--side", side]
     command += ["--models", str(folder)]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
@@ -131,7 +131,7 @@ def memory_of(side: str, folder: Path) -> dict[str, float]:
 def interleaved(
     args: argparse.Namespace, work: Workload, folder: Path
 ) -> tuple[list[dict[str, Update]], list[dict[str, float]]]:
-    """Every update by TRL and then by us; what they took and how far apart they are."""
+    """Run every update by TRL and then by us; return updates and differences."""
     from benchmarks.ppo.trl import TRLSide  # first: it puts its trl before the environment's
 
     theirs = TRLSide(work, folder, args.trl)
@@ -163,7 +163,7 @@ def interleaved(
 
 
 def main() -> None:
-    """Measure, compare, print."""
+    """Measure, compare and print."""
     args = arguments()
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
@@ -184,7 +184,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
-    """Memory, matmul rate, and both sides in turn."""
+    """Measure memory, matmul rates, and the updates of both sides in turn."""
     with tempfile.TemporaryDirectory(prefix="ppo-benchmark-") as name:
         folder = Path(name)
         write_models(work, folder)

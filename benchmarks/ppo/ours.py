@@ -1,6 +1,6 @@
-"""Our side of `benchmarks.ppo`: the product's PPOTrainer on the workload.
+"""Our side of `benchmarks.ppo`: the product's PPOTrainer, driven phase by phase.
 
-All that the benchmark knows of the trainer's inside stands here: it is driven phase by phase.
+Only this module of the benchmark depends on the trainer's internals.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf.ppo.trainer import PPOTrainer, optimise
 
 
 class TokenReward:
-    """The reward model's score of just the tokens that the policy wrote, as TRL scores them.
+    """Reward model's score of the sampled tokens alone, as TRL computes it.
 
     The product's own reward ends every reply with an end token; a reply that was cut has none.
     """
@@ -42,15 +42,14 @@ class TokenReward:
         self.scorer = scorer
 
     def text(self, ids: Sequence[int]) -> str:
-        """A reply's text, all of it."""
+        """Return a reply's text, uncut."""
         return self.scorer.renderer.decode(list(ids))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing changes."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing changes."""
+        pass
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
         """Score every reply with its own prompt."""
@@ -64,7 +63,7 @@ class TokenReward:
 
 
 def configuration(work: Workload) -> PPOConfig:
-    """The counterpart of TRL's settings; `work.ours` wins."""
+    """Return the counterpart of TRL's settings; `work.ours` wins."""
     size = work.size
     fast = {"sampler": "inverse_cdf", "precision": "bf16"}
     exact = {"sampler": "multinomial", "precision": "fp32"}
@@ -99,7 +98,7 @@ def configuration(work: Workload) -> PPOConfig:
 def each_by_itself(
     config: PPOConfig, folder: Path, work: Workload
 ) -> tuple[Any, Any, Critic, Scorer]:
-    """Policy, reference, critic and reward model, as TRL has them."""
+    """Return policy, reference, critic and reward model as four models."""
     device = torch.device(work.device)
     policy, reference = load_biased_policy(folder), None
     if config.lora:
@@ -114,7 +113,7 @@ def each_by_itself(
 
 
 def trl_critic(classifier: Any) -> Critic:
-    """The critic as TRL makes it: with the reward model's head, without bias."""
+    """Return the critic as TRL makes it: the reward model's head, without bias."""
     critic = critic_from(classifier)
     with torch.no_grad():
         critic.value_head.weight.copy_(classifier.score.weight)
@@ -125,7 +124,10 @@ def trl_critic(classifier: Any) -> Critic:
 def on_one_base(
     config: PPOConfig, folder: Path, work: Workload
 ) -> tuple[Any, None, Critic, Scorer]:
-    """The same four as adapters on one base, or as that base alone: the reference."""
+    """Return the four models as adapters on one base.
+
+    The base alone is the reference.
+    """
     torch.manual_seed(work.seed)
     return share_base(config, load_biased_policy(folder), folder, work)
 
@@ -147,7 +149,7 @@ def share_base(
 def trainer_of(
     config: PPOConfig, parts: tuple[Any, Any, Critic, Scorer], folder: Path, work: Workload
 ) -> PPOTrainer:
-    """The product's trainer of policy, reference, critic and reward model."""
+    """Return the product's trainer of policy, reference, critic and reward model."""
     policy, reference, critic, scorer = parts
     accelerator = Accelerator(cpu=work.device == "cpu")
     models = Models(config, policy, reference, critic, accelerator)
@@ -159,7 +161,7 @@ def run_update(
     trainer: PPOTrainer, work: Workload, number: int, prompts: list[list[int]],
     compare: bool = False, clock: Clock | None = None,
 ) -> Update:  # fmt: skip
-    """One update on these prompts, with the sampling seed that the other side has."""
+    """Run one update on these prompts, with TRL's sampling seed."""
     seed, clock = work.sampling_seed(number), clock or Clock(trainer.device)
     rows = [PromptRow(text_of(ids)) for ids in prompts]
     trainer.models.set_learning_rates(number)
@@ -192,7 +194,7 @@ def run_update(
 
 
 def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
-    """Trained weights, named as on TRL's side."""
+    """Return the trained weights, under the names of TRL's side."""
     names = {"backbone.": "model.", "value_head.": "score."}
     parameters = trainer.models.parameters
     found = {f"policy.{n}": p.detach() for n, p in parameters["policy"].items()}
@@ -203,7 +205,7 @@ def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
 
 
 class OurSide:
-    """The product's trainer; `update` does one update on given prompts.
+    """The product's trainer on the workload.
 
     `compare` also computes what only the comparison needs, outside the clock.
     """
@@ -215,5 +217,5 @@ class OurSide:
         self.trainer = trainer_of(config, four(config, folder, work), folder, work)
 
     def update(self, number: int, prompts: list[list[int]]) -> Update:
-        """One update on these prompts."""
+        """Run one update on these prompts."""
         return run_update(self.trainer, self.work, number, prompts, self.compare)

@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks.ppo` hand over after an update, and how it is compared."""
+"""Clock and result of one PPO update, and the comparison of two results."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CPU = torch.device("cpu")
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until an accelerator has done all that it was given."""
+    """Wait until an accelerator has completed its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Clock:
-    """Wall and processor seconds between marks; an accelerator's work is waited for at each."""
+    """Wall and CPU seconds between marks; each mark synchronises the device."""
 
     def __init__(self, device: torch.device = CPU) -> None:
         self.device = device
@@ -35,16 +35,16 @@ class Clock:
         return time.perf_counter(), time.process_time()
 
     def start(self) -> None:
-        """Begin a new update."""
+        """Start a new update."""
         self.wall, self.cpu = {}, {}
         self._last = self._now()
 
     def skip(self) -> None:
-        """Leave the time since the last mark out."""
+        """Exclude the time since the last mark."""
         self._last = self._now()
 
     def mark(self, phase: str) -> None:
-        """Count the time since the last mark as this phase's."""
+        """Attribute the time since the last mark to this phase."""
         now = self._now()
         self.wall[phase] = now[0] - self._last[0]
         self.cpu[phase] = now[1] - self._last[1]
@@ -53,7 +53,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Update:
-    """One PPO update: how long its phases took, and what came of it.
+    """Timings and results of one PPO update.
 
     Tensors are (batch, reply); `mask` is true up to and including the end token.
     """
@@ -68,7 +68,10 @@ class Update:
 
 
 def differences(first: Update, second: Update) -> dict[str, float]:
-    """The largest absolute difference by quantity; `tokens` counts the replies that differ."""
+    """Return the largest absolute difference by quantity.
+
+    `tokens` counts the replies that differ; if any does, the rest is not compared.
+    """
     found = {"tokens": float(sum(a != b for a, b in _pairs(first.replies, second.replies)))}
     if found["tokens"]:
         return found
@@ -87,7 +90,7 @@ def _pairs(first: list[list[int]], second: list[list[int]]) -> list[tuple[list[i
 
 
 def check(update: int, found: Mapping[str, float], tolerance: float) -> None:
-    """Stop at a difference that rounding does not explain.
+    """Raise if a difference exceeds rounding.
 
     Raises:
         AssertionError: Tokens differ, or another quantity by more than `tolerance`.

@@ -1,4 +1,4 @@
-"""What `benchmarks.ppo` prints: seconds, ratios, tokens a second, memory, share of the peak."""
+"""Report of `benchmarks.ppo`: seconds, ratios, tokens/s, memory, share of peak."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ROWS = (*PHASES, "total")
 
 
 def say(line: str) -> None:
-    """Progress goes to standard error: standard output may be JSON."""
+    """Print progress to standard error: standard output may be JSON."""
     print(line, file=sys.stderr, flush=True)
 
 
 def listed(values: Mapping[str, float]) -> str:
-    """Names and numbers in one line."""
+    """Return names and numbers in one line."""
     return ", ".join(f"{name} {value:.2g}" for name, value in values.items())
 
 
 def peak_mib() -> float:
-    """This process's peak resident memory so far, in MiB."""
+    """Return this process's peak resident memory so far, in MiB."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -37,7 +37,7 @@ def peak_mib() -> float:
 
 
 def memory_ratio(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
-    """TRL's peak over ours: of the whole process, and without what imports alone take."""
+    """Return TRL's peak over ours: of the process, and above the imports."""
     if not memory:
         return None
     ours, theirs = memory["ours"], memory["trl"]
@@ -46,13 +46,13 @@ def memory_ratio(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float] 
 
 
 def worst(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The largest difference of every quantity over all updates."""
+    """Return the largest difference of every quantity over all updates."""
     names = {name for row in found for name in row}
     return {name: max(row.get(name, 0.0) for row in found) for name in sorted(names)}
 
 
 def agree(found: Sequence[Mapping[str, float]], tolerance: float) -> bool:
-    """Whether tokens are the same and the rest is within rounding, in every update."""
+    """Return whether tokens are equal and the rest within rounding in every update."""
     return all(
         difference <= (0 if name == "tokens" else tolerance)
         for row in found
@@ -67,7 +67,7 @@ def _with_total(seconds: Mapping[str, float]) -> dict[str, float]:
 def summary(
     size: Size, updates: Sequence[Mapping[str, Update]], peak_rate: float
 ) -> dict[str, Any]:
-    """Seconds, ratios (TRL's over ours), tokens a second and share of the matmul peak."""
+    """Return seconds, ratios (TRL's over ours), tokens/s and share of the matmul peak."""
     result: dict[str, Any] = {"ratio": {}, "ratio_of_minima": {}, "ratio_cpu": {}}
     shapes = [
         ([len(p) for p in u["trl"].prompts], [len(r) for r in u["trl"].replies]) for u in updates
@@ -104,7 +104,7 @@ def summary(
 
 
 def table(result: Mapping[str, Any]) -> None:
-    """Print the report for people."""
+    """Print the report as Markdown."""
     settings = result["settings"]
     work, size = settings["workload"], settings["workload"]["size"]
     print(

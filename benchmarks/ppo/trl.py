@@ -1,8 +1,8 @@
-"""TRL 1.12's side of `benchmarks.ppo`: its PPOTrainer as it is, watched from outside.
+"""TRL 1.12's side of `benchmarks.ppo`: its PPOTrainer, unmodified.
 
 TRL runs its own loop; a callback at the end of each update hands over, so that the other side can
-do the same update while TRL stands still. Its files are not edited: two module-level functions
-(`batch_generation`, `forward`) are wrapped with time stamps, and what an update computed is read
+run the same update while TRL waits. Its files are not edited: two module-level functions
+(`batch_generation`, `forward`) are wrapped with time stamps, and the results of an update are read
 from the local variables of `train`.
 """
 
@@ -32,7 +32,7 @@ VERSION = "1.12.0"
 
 
 def import_trl(path: str) -> Any:
-    """TRL's module with its PPO trainer, from a folder of its own.
+    """Import TRL's module with its PPO trainer from a folder of its own.
 
     Raises:
         ConfigError: There is no TRL 1.12.0 there.
@@ -50,7 +50,7 @@ def import_trl(path: str) -> Any:
 
 
 class TRLSide(TrainerCallback):
-    """TRL's trainer on the workload; `run` calls back after every update."""
+    """TRL's trainer on the workload."""
 
     def __init__(self, work: Workload, folder: Path, path: str) -> None:
         self.module = import_trl(path)
@@ -122,13 +122,13 @@ class TRLSide(TrainerCallback):
         self.module.batch_generation, self.module.forward = batch_generation, first_forward
 
     def run(self, after_update: Callable[[int, Update], None] | None) -> None:
-        """Train; `after_update(number, update)` runs while TRL stands still, if there is one."""
+        """Train; call `after_update(number, update)`, if given, while TRL waits."""
         self.after_update = after_update
         self.clock.start()
         self.trainer.train()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An update is over: read it, let the other side work, go on."""
+        """Read the update's results and pass them to `after_update`."""
         self.clock.mark("optimisation")
         if self.after_update:
             self.after_update(self.update, self._result())
@@ -160,7 +160,7 @@ class TRLSide(TrainerCallback):
         )
 
     def _weights(self) -> dict[str, Tensor]:
-        """Trained weights, named as on our side."""
+        """Return the trained weights, under the names of our side."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         policy = {f"policy.{n}": p for n, p in _trained(model.policy)}
         critic = {f"critic.{n}": p for n, p in _trained(model.value_model)}

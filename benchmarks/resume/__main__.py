@@ -1,11 +1,11 @@
-"""A resumed run is the run that was never interrupted: `python -m benchmarks.resume`.
+"""Resumed PPO runs against undisturbed ones: `python -m benchmarks.resume`.
 
 PPO on the toy task of the tests, with every option that has a state, in forked processes: once
-straight through; once killed (`kill -9`) after 37 updates, and gone on with; then killed again and
-again, at every point inside of a save and at random moments; and asked to end by SIGTERM at random
-moments. What remains is resumed until it is complete, and then compared with the straight run byte
-by byte: policy, curve, samples, and the last checkpoint with its optimisers, KL controller, running
-scales and environment. Any difference ends it with exit code 1. Unix only.
+straight through; once killed (`kill -9`) after 37 updates, and resumed; then killed again and
+again, at every point inside of a save and at random moments; and ended by SIGTERM at random
+moments. Each run is resumed until it is complete, and compared with the straight run byte by byte:
+policy, curve, samples, and the last checkpoint with its optimisers, KL controller, running scales
+and environment. Any difference gives exit code 1. Unix only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SIGNALS = 10
 
 
 def measure(folder: Path, updates: int, kills: int, seed: int) -> list[Row]:
-    """All trials of all variants; the kills are the first variant's."""
+    """Run the trials of all variants; only the first variant is killed in campaigns."""
     models = folder / "models"
     make_models(models)
     rows: list[Row] = []

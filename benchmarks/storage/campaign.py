@@ -1,4 +1,4 @@
-"""What the campaigns on the store have in common: trials, and the command that runs them."""
+"""Base of the campaigns on the store: a trial's row, and the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 @dataclass
 class Trial:
-    """What was done in one place, and what came of it."""
+    """Failures and duration of one trial on one store."""
 
     trial: str
     place: str
@@ -26,7 +26,7 @@ R = TypeVar("R", bound=Trial)
 
 
 def tried(row: R, run: Callable[[R], None]) -> R:
-    """Run it, and say how it went."""
+    """Run a trial and print its failures and duration."""
     begun = time.monotonic()
     run(row)
     row.seconds = row.seconds or time.monotonic() - begun
@@ -43,8 +43,10 @@ def command(
     measure: Callable[[str, Namespace], list[R]],
     report: Callable[[list[R]], str],
 ) -> int:
-    """Measure in each of the stores that were asked for, print and write; exit code 1 if any trial
-    failed."""
+    """Measure each of the given stores, print the report, return the exit code.
+
+    1 if any trial failed.
+    """
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""What becomes of an artifact when something goes wrong: ours, `aws s3 sync` and MLflow.
+"""Faults of network and processes: our store, `aws s3 sync` and MLflow.
 
-All keep it under one name at one place. Each trial is a put and a get in processes of their own,
-with one fault in one of them, and then a look at what was delivered.
+Each stores an artifact under one name at one prefix. A trial is a put and a get in child processes,
+with one fault in one of them, and then a check of the delivered files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARES = (0.6, *[0.02] * 20)
 
 @dataclass
 class Trial:
-    """One side at one place, with two contents that it may hold: equal names and sizes."""
+    """One method at one prefix, with two contents of equal names and sizes."""
 
     site: Site
     side: str
@@ -41,11 +41,11 @@ class Trial:
         self.place = self.site.place()
 
     def put(self, folder: Path, endpoint: str | None = None) -> str | None:
-        """Release a folder; the error, if any."""
+        """Release a folder; return the error, if any."""
         return self._run("put", folder, endpoint)[0]
 
     def get(self, endpoint: str | None = None) -> tuple[str | None, Path]:
-        """Fetch what is released into a new folder; the error, if any, and where to look."""
+        """Fetch the release into a new folder; return the error, if any, and the folder."""
         target = self.site.new_folder()
         error, folder = self._run("get", target, endpoint)
         # An artifact of ours is where `fetch` says, or nowhere: a cache is no place to look.
@@ -63,7 +63,7 @@ class Trial:
 
     @contextlib.contextmanager
     def fault(self, direction: Direction, change: Change, share: float = 0.4) -> Iterator[str]:
-        """A network with one fault, after this share of the artifact."""
+        """Proxy with one fault after this share of the artifact's bytes."""
         once = Once(direction, int(self.bytes * share), change)
         with wire(self.site.server.endpoint, once) as endpoint:
             yield endpoint
@@ -71,13 +71,13 @@ class Trial:
             raise RuntimeError(f"{self.side}: nothing went wrong, so nothing was tried")
 
     def seen(self, *wanted: Path) -> str:
-        """What a reader gets now."""
+        """Return the verdict on a fetch of the release."""
         error, folder = self.get()
         return verdict(error, delivered(folder, *wanted))
 
 
 def upward(change: Change) -> Callable[[Trial], str]:
-    """A fault while putting, then what a reader finds."""
+    """Return an attempt with a fault during a put, followed by a get."""
 
     def attempt(trial: Trial) -> str:
         with trial.fault("up", change) as endpoint:
@@ -99,7 +99,7 @@ def _after_put(trial: Trial, error: str | None) -> str:
 
 
 def downward(change: Change) -> Callable[[Trial], str]:
-    """A fault while getting."""
+    """Return an attempt with a fault during a get."""
 
     def attempt(trial: Trial) -> str:
         trial.put(trial.a)
@@ -111,7 +111,7 @@ def downward(change: Change) -> Callable[[Trial], str]:
 
 
 def busy(trial: Trial) -> str:
-    """Three times 503 to a put, and again to a get."""
+    """Answer 503 three times to a put, and again to a get."""
     left: list[tuple[str, int]] = []
 
     def refuse(method: str, _path: str, _headers: dict[str, str]) -> int | None:
@@ -129,7 +129,7 @@ def busy(trial: Trial) -> str:
 
 
 def killed(trial: Trial) -> str:
-    """The publisher dies in the middle; what a reader finds, and what trying again makes of it."""
+    """Kill the publisher in mid-upload; fetch, then publish again and fetch."""
     arguments = (trial.side, "put", str(trial.a), trial.place, RELEASE)
     running: list[Callable[[], None]] = []
     with trial.fault("up", during(lambda: [kill() for kill in running])) as endpoint:
@@ -145,7 +145,7 @@ def killed(trial: Trial) -> str:
 
 
 def overtaken(trial: Trial) -> str:
-    """Two writers of one name at once, the later one faster; a reader must get either whole."""
+    """Let a second writer of the name overtake the first; either must be whole."""
     # So late that some of the first writer's files are complete, whatever their order.
     with trial.fault("up", during(lambda: _released(trial)), 0.8) as endpoint:
         trial.put(trial.a, endpoint)
@@ -153,7 +153,7 @@ def overtaken(trial: Trial) -> str:
 
 
 def replaced(trial: Trial) -> str:
-    """A new version is released while a reader is in the middle of the old one."""
+    """Release a new version while a reader fetches the old one."""
     trial.put(trial.a)
     with trial.fault("down", during(lambda: _released(trial))) as endpoint:
         error, folder = trial.get(endpoint)
@@ -161,7 +161,7 @@ def replaced(trial: Trial) -> str:
 
 
 def _released(trial: Trial) -> None:
-    """The other content, made just now; S3 keeps times in whole seconds."""
+    """Release the other content with fresh times; S3 keeps times in whole seconds."""
     time.sleep(1.1)
     for path in trial.b.iterdir():
         path.touch()
@@ -169,7 +169,7 @@ def _released(trial: Trial) -> None:
 
 
 def copied_back(trial: Trial) -> str:
-    """The next version has the same sizes and older times, as files have that a backup restores."""
+    """Release a version of equal sizes and older times, as a backup restores them."""
     trial.put(trial.a)
     for path in trial.b.iterdir():
         os.utime(path, (0, 0))
@@ -192,7 +192,7 @@ TRIALS: dict[str, Callable[[Trial], str]] = {
 
 
 def measure(site: Site, mib: float) -> Table:
-    """Every fault on every side."""
+    """Try every fault on every method."""
     table = Table(f"Faults, artifacts of {mib:g} MiB", ["", *SIDES])
     sizes = [int(share * mib * MIB) for share in SHARES]
     for name, attempt in TRIALS.items():

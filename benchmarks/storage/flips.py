@@ -1,9 +1,9 @@
-"""No flipped bit is ever delivered or stored: `python -m benchmarks.storage.flips`.
+"""Campaign of bit flips on the wire to S3: `python -m benchmarks.storage.flips`.
 
-Files go to a real S3 server (the Ceph of the tests) and come back over a wire that flips one bit:
-at a seeded place of a body on its way down or up, or anywhere in the stream, heads and listings
-included. What arrives is compared with what was sent, by reading the store directly. Wrong bytes
-that were delivered or stored, or an error that is none of ours, end it with exit code 1.
+Files go to a real S3 server (the tests' Ceph) and come back over a proxy that flips one bit: at a
+seeded position of a body on its way down or up, or anywhere in the stream, heads and listings
+included. Downloads are compared with the sources, and stored objects are read past the proxy. Wrong
+bytes that were delivered or stored, or an error that is no StoreError, give exit code 1.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ EVERY = 20
 
 @dataclass
 class Bench:
-    """A server behind a wire, with one small and one large artifact that are whole."""
+    """A server behind a proxy, with one small and one large intact artifact."""
 
     line: Wire
     folder: Path
@@ -66,16 +66,19 @@ class Bench:
     kept: frozenset[str] = frozenset()
 
     def store(self, cache: Path) -> Store:
-        """With a cache of its own."""
+        """Return the store with a cache of its own."""
         return Store(self.backend, Cache(cache))
 
     def keys(self) -> list[str]:
-        """All there are."""
+        """Return all keys of the bucket."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
         return [item["Key"] for page in pages for item in page.get("Contents", ())]
 
     def audit(self) -> int:
-        """How many objects are not what their name says, read past the wire; new ones go."""
+        """Count objects whose content is not that of their name; delete new ones.
+
+        Read past the proxy.
+        """
         wrong = 0
         for key in self.keys():
             name = key.rpartition("/")[2].removesuffix(".json")
@@ -93,7 +96,7 @@ Trial: TypeAlias = tuple[Fault, Callable[[Path], str]]
 
 @contextmanager
 def opened(server: CephServer, folder: Path) -> Iterator[Bench]:
-    """A bench on this server; its bucket goes with it."""
+    """Bench on this server, whose bucket is deleted after the block."""
     os.environ.update(server.environment)
     client = boto3.client("s3", endpoint_url=server.endpoint)
     bucket = f"flips-{uuid.uuid4().hex}"
@@ -119,25 +122,25 @@ def opened(server: CephServer, folder: Path) -> Iterator[Bench]:
 
 
 def new_files(folder: Path, size: int) -> None:
-    """A file of random bytes."""
+    """Write a file of random bytes."""
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(os.urandom(size))
 
 
 def publish(store: Store, folder: Path) -> ArtifactRef:
-    """With a producer that is always the same."""
+    """Publish a folder with a constant producer."""
     producer = Producer(stage="flips", code_version="1", config={}, seed=0, versions={})
     return store.publish(folder, "policy", parents={}, producer=producer, metrics={})
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file."""
+    """Return the sha256 of every file by name."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def down(bench: Bench, rng: random.Random) -> Trial:
-    """A flip in the body of a blob, a manifest or an entry that is read."""
+    """Flip a bit in the body of a blob, a manifest or an entry that is read."""
     what = rng.choice(["small"] * 6 + ["manifest", "entry"] + ["large"] * 2)
     if what == "entry":
         fault = flip(bench, rng, "down", 80, method="GET", path="/refs/")
@@ -152,7 +155,7 @@ def down(bench: Bench, rng: random.Random) -> Trial:
 
 
 def up(bench: Bench, rng: random.Random) -> Trial:
-    """A flip in the body of a blob, a part, a manifest or an entry that is written."""
+    """Flip a bit in the body of a blob, part, manifest or entry that is written."""
     what = rng.choice(["small"] * 5 + ["manifest", "entry"] + ["large"] * 3)
     if what == "entry":
         fault = flip(bench, rng, "up", 80, method="PUT", path="/refs/")
@@ -166,7 +169,7 @@ def up(bench: Bench, rng: random.Random) -> Trial:
 
 
 def anywhere(bench: Bench, rng: random.Random) -> Trial:
-    """A flip in a message's first bytes: its status, its head, a listing, an error."""
+    """Flip a bit in a message's first bytes: status, head, listing or error."""
     direction, end = rng.choice(["up", "down"]), rng.choice([50, 300, 600, 1500])
     method = rng.choice(["", "GET", "HEAD", "PUT"])
     fault = flip(bench, rng, direction, end, where="message", method=method)
@@ -181,19 +184,19 @@ def anywhere(bench: Bench, rng: random.Random) -> Trial:
 
 
 def flip(bench: Bench, rng: random.Random, direction: str, end: int, **where: str) -> Fault:
-    """One bit before byte `end`, in the first message that is long enough."""
+    """Arm a flip of one bit before byte `end`, in the first long enough message."""
     choice: dict[str, Any] = {"bit": rng.randrange(8), **where}
     return bench.line.arm("flip", direction, rng.randrange(end), **choice)
 
 
 def fetch(bench: Bench, cache: Path, name: str) -> str:
-    """What is wrong with what was delivered; empty if nothing."""
+    """Fetch an artifact; return the column of wrong bytes, or an empty text."""
     folder = bench.store(cache).fetch(bench.refs[name])
     return "" if digests(folder) == bench.digests[name] else "delivered wrong"
 
 
 def send(bench: Bench, cache: Path, size: int) -> str:
-    """Publish new bytes; success must mean that another client can have them."""
+    """Publish new bytes and fetch them by another client past the fault."""
     new_files(cache / "new", size)
     ref = publish(bench.store(cache), cache / "new")
     bench.line.clear()
@@ -202,13 +205,13 @@ def send(bench: Bench, cache: Path, size: int) -> str:
 
 
 def read_entry(bench: Bench, cache: Path) -> str:
-    """The history begins with an entry that is known."""
+    """Read the history, whose first entry is known."""
     first = bench.store(cache).history.entries("history")[:1]
     return "" if first == [{"n": 1}] else "delivered wrong"
 
 
 def write_entry(bench: Bench, cache: Path, value: float) -> str:
-    """What was appended is the entry of the number that was told."""
+    """Append to the history; the entry of the returned number must hold the value."""
     number = bench.store(cache).history.append("written", {"value": value})
     key = f"campaign/refs/written/{number:06d}.json"
     data = bench.client.get_object(Bucket=bench.bucket, Key=key)["Body"].read()
@@ -223,7 +226,7 @@ KINDS: dict[str, tuple[Callable[[Bench, random.Random], Trial], int]] = {
 
 
 def campaign(bench: Bench, name: str, count: int, seed: int) -> Counter[str]:
-    """So many flips of one kind, and what came of them."""
+    """Run `count` flips of one type; return the outcomes by column."""
     found: Counter[str] = Counter()
     for number in itertools.count():
         if found["flips"] == count:
@@ -244,7 +247,7 @@ def campaign(bench: Bench, name: str, count: int, seed: int) -> Counter[str]:
 
 
 def one(work: Callable[[Path], str], cache: Path) -> str:
-    """The column that the trial counts for; empty for success."""
+    """Return the column that the trial counts for; empty for success."""
     try:
         return work(cache)
     except StoreError as error:
@@ -255,7 +258,7 @@ def one(work: Callable[[Path], str], cache: Path) -> str:
 
 
 def table(rows: dict[str, Counter[str]]) -> str:
-    """In Markdown."""
+    """Return the outcomes as Markdown."""
     lines = ["| place | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, row in rows.items():
         lines.append(f"| {name} | " + " | ".join(str(row[column]) for column in COLUMNS) + " |")
@@ -263,7 +266,7 @@ def table(rows: dict[str, Counter[str]]) -> str:
 
 
 def main() -> int:
-    """Run all kinds, print the table."""
+    """Run all types of flips and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.storage.flips")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of flips")
     parser.add_argument("--seed", type=int, default=0, help="of the places")

@@ -1,4 +1,9 @@
-"""Publishers and readers in forked processes that are killed, and what they leave behind."""
+"""Campaign of killed publishers and readers: `python -m benchmarks.storage.kills`.
+
+Publishers are killed in forked processes, at every point of a publish and at random moments;
+fetches at random moments. Afterwards the store must hold no broken artifact, and the same publish
+or fetch must complete with the digest of an undisturbed one. Any failure gives exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +34,7 @@ STEP = 4 * 1024 * 1024
 
 
 class Points:
-    """Counts what is passed; dies at the named point."""
+    """Numbered points of a publish; the process dies at the given one."""
 
     def __init__(self, at: str | None = None) -> None:
         self.passed: list[str] = []
@@ -44,7 +49,7 @@ class Points:
             self.passed.append(numbered)
 
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The call, with a point before and one after it."""
+        """Wrap a call, with a point before and a point after it."""
 
         def wrapped(*args: Any, **options: Any) -> Any:
             self(f"before {name}")
@@ -56,7 +61,7 @@ class Points:
 
 
 class Deadly:
-    """A backend whose calls, and all that they do, are points."""
+    """A backend with points around its calls and their requests or system calls."""
 
     def __init__(self, backend: Any, points: Points) -> None:
         self._backend, self._points = backend, points
@@ -76,7 +81,7 @@ class Deadly:
         return self._points.around(name, value) if callable(value) else value
 
     def put_file(self, key: str, source: Any) -> None:
-        """As the backend does, with points while bytes are sent."""
+        """Send a file, with a point every STEP bytes."""
         tell, done = source.sent, 0
 
         def sent(count: int) -> None:
@@ -92,7 +97,7 @@ class Deadly:
 
 @dataclass
 class Row(Trial):
-    """What was done in one place, and what came of it."""
+    """Counts of one trial on one store."""
 
     kills: int = 0
     late: int = 0
@@ -106,7 +111,7 @@ class Row(Trial):
 
 
 def forked(work: Callable[[], object]) -> int:
-    """Begin it in another process; returns its id."""
+    """Run a function in a forked process and return its id."""
     child = os.fork()
     if child:
         return child
@@ -119,12 +124,12 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def ended(child: int) -> int:
-    """Wait for it; 0, or minus the number of the signal that ended it."""
+    """Wait for a process; return its exit code, −n if signal n ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed(work: Callable[[], object], after: float) -> int:
-    """Kill it so many seconds after its beginning."""
+    """Run a function in a forked process and kill it after these seconds."""
     child = forked(work)
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
@@ -132,7 +137,7 @@ def killed(work: Callable[[], object], after: float) -> int:
 
 
 class Publisher:
-    """Publishes one folder to one place, over and over."""
+    """A publisher of one folder to one store."""
 
     def __init__(self, place: Place, folder: Path, work: Path) -> None:
         self.place, self.folder, self.work = place, folder, work
@@ -143,7 +148,10 @@ class Publisher:
     def publish(
         self, at: str | None = None, passed: Path | None = None, store: Store | None = None
     ) -> str:
-        """In this process; with a point to die at, or a file that takes the points' names."""
+        """Publish in this process and return the digest.
+
+        `at` is a point to die at; `passed` a file for the names of the points.
+        """
         store = store or self.place.open(self.work / "cache")
         points = Points(at)
         if at or passed:
@@ -155,7 +163,10 @@ class Publisher:
         return ref.digest
 
     def undisturbed(self, times: int = 3) -> list[str]:
-        """Learn the digest, the duration and the points, each publish to an empty store."""
+        """Measure digest and duration of publishes; return the names of the points.
+
+        Each publish goes to an empty store.
+        """
         seconds = []
         for _ in range(times):
             begun = time.monotonic()
@@ -173,7 +184,7 @@ class Publisher:
         return names.read_text().splitlines()
 
     def trial(self, row: Row, name: str, end: int) -> None:
-        """After a kill: look, publish again, fetch, collect garbage, look again, clean up."""
+        """Check the store after a kill, complete the publish, check again, wipe."""
         row.kills += end == -signal.SIGKILL
         row.late += end == 0
         wrong = [f"ended with {end}"] if end not in (0, -signal.SIGKILL) else []
@@ -195,7 +206,7 @@ class Publisher:
         self.place.wipe()
 
     def _complete(self, store: Store) -> list[str]:
-        """Publish again, fetch and collect; what is not as it would be without the kill."""
+        """Publish again, fetch and collect; return differences to an undisturbed run."""
         if self.publish(store=store) != self.digest:
             return ["published again, the digest differs"]
         wrong = (
@@ -215,14 +226,14 @@ class Publisher:
 
 
 def at_points(publisher: Publisher, points: list[str], row: Row) -> None:
-    """Die once at each point."""
+    """Kill a publish once at each point."""
     for point in points:
         end = ended(forked(lambda point=point: publisher.publish(at=point)))
         publisher.trial(row, point, end)
 
 
 def at_random(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> None:
-    """Die at moments spread over the duration of a publish."""
+    """Kill publishes at moments spread over the duration of one."""
     for _ in range(kills):
         moment = rng.uniform(0, publisher.seconds)
         end = killed(publisher.publish, moment)
@@ -230,7 +241,7 @@ def at_random(publisher: Publisher, kills: int, rng: random.Random, row: Row) ->
 
 
 def readers(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> None:
-    """Kill fetches; what they leave in the cache goes when the next one makes room."""
+    """Kill fetches; the next ones must clear the cache of what they left."""
     place, cache = publisher.place, publisher.work / "cache"
     wanted = publisher.publish()
     other = publisher.work / "other"
@@ -267,13 +278,13 @@ def readers(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> N
 
 
 def leftovers(cache: Path) -> list[str]:
-    """What is in the cache's working folders while nobody works."""
+    """Return the files in the cache's working folders."""
     folders = [cache / "cache" / name for name in ("tmp", "locks")]
     return [f"{f.name}/{p.name}" for f in folders if f.is_dir() for p in sorted(f.iterdir())]
 
 
 def measure(store: str, options: Namespace) -> list[Row]:
-    """All trials in one place."""
+    """Run all trials on one store."""
     with tempfile.TemporaryDirectory() as folder, place(store) as there:
         work = Path(folder)
         rng = random.Random(f"{options.seed}/{there.name}")
@@ -294,7 +305,7 @@ def measure(store: str, options: Namespace) -> list[Row]:
 
 
 def report(rows: list[Row]) -> str:
-    """The block for RESULTS.md."""
+    """Return the table for RESULTS.md."""
     lines = [
         "| trial | store | kills | ended before | artifact already seen | left unfinished "
         "| complete when run again | failures | s |",

@@ -1,4 +1,8 @@
-"""Many writers at once, in threads and processes, and garbage collection among publishers."""
+"""Concurrent writers and collectors: `python -m benchmarks.storage.races`.
+
+Threads and processes create one key or append to one history at the same time; garbage collectors
+run among publishers. Any failure gives exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ Backend = Any
 
 @dataclass
 class Row(Trial):
-    """One kind of race in one place."""
+    """Counts of one type of race on one store."""
 
     rounds: int = 0
     won: int = 0
@@ -48,7 +52,7 @@ class Row(Trial):
 
 @dataclass
 class Round:
-    """What writers were told, by their number, and how long it took."""
+    """Results of all writers by number, and the slowest one's seconds."""
 
     told: dict[int, Any]
     seconds: float
@@ -58,9 +62,9 @@ def together(
     place: Place, processes: int, threads: int, rounds: int,
     act: Callable[[Backend, int, int], Any],
 ) -> Iterator[Round]:  # fmt: skip
-    """Let all writers act at once, each with a backend of its own, round by round.
+    """Let all writers act at once, each with its own backend, round by round.
 
-    What is told is `act(backend, writer, round)`, or the text of a StoreError.
+    A result is `act(backend, writer, round)`, or the text of a StoreError.
     """
     line = multiprocessing.get_context("fork").Barrier(processes * threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,12 +104,12 @@ def together(
 
 
 def _payload(writer: int, number: int) -> bytes:
-    """Of a length that takes a server a while."""
+    """Return bytes that take a server some time."""
     return f"{writer} in round {number};".encode() * 1000
 
 
 def creating(place: Place, processes: int, threads: int, rounds: int, row: Row) -> None:
-    """One key for each round: who is told that it won wrote what is there, alone."""
+    """Create one key per round; the only winner's bytes must be stored."""
 
     def act(backend: Backend, writer: int, number: int) -> bool:
         return create(backend, f"refs/race/{number:06d}.json", _payload(writer, number))
@@ -127,7 +131,7 @@ def creating(place: Place, processes: int, threads: int, rounds: int, row: Row) 
 
 
 def appending(place: Place, processes: int, threads: int, rounds: int, row: Row) -> None:
-    """All append to one history at once: each number is one writer's, and nothing is lost."""
+    """Append to one history at once; numbers must be unique, entries complete."""
 
     def payload(writer: int, number: int) -> dict[str, str]:
         return {"digest": sha256_bytes(f"{writer} {number}".encode())}
@@ -157,7 +161,7 @@ def appending(place: Place, processes: int, threads: int, rounds: int, row: Row)
 
 @contextlib.contextmanager
 def aged(fresh: float) -> Iterator[None]:
-    """Seconds take the place of hours.
+    """Count an age in seconds as hours.
 
     A collection would take its own announcement for an old one's, and with that a publisher's
     protection, which real ages rule out.
@@ -168,7 +172,7 @@ def aged(fresh: float) -> Iterator[None]:
 
 
 class Pool:
-    """Artifacts of three files each, out of a few: they share blobs and come again and again."""
+    """Artifacts of three files each out of six, which share blobs and recur."""
 
     def __init__(self, work: Path, seed: int) -> None:
         rng = random.Random(seed)
@@ -190,7 +194,7 @@ class Pool:
 def collecting(
     place: Place, publishes: int, collectors: int, fresh: float, grace: float, seed: int, row: Row
 ) -> None:
-    """Eight publishers and collectors in endless rounds; an artifact with a record is whole."""
+    """Run eight publishers and endless collectors; recorded artifacts must be whole."""
     with tempfile.TemporaryDirectory() as folder, aged(fresh):
         work = Path(folder)
         collection = Collection(place, work / "cache", grace, seed, row)
@@ -216,7 +220,7 @@ def collecting(
 
 
 class Collection:
-    """Publishers and collectors of one store, and what they have come to."""
+    """Publishers and collectors of one store, with their counts."""
 
     def __init__(self, place: Place, cache: Path, grace: float, seed: int, row: Row) -> None:
         self._open = lambda: place.open(cache)
@@ -226,7 +230,7 @@ class Collection:
         self.removed = 0
 
     def collect(self) -> None:
-        """Until all is over."""
+        """Collect garbage until the publishers are done."""
         rng = random.Random(self._seed)
         store = self._open()
         # It would take what publishers are writing just now, for which a grace of hours is.
@@ -240,8 +244,11 @@ class Collection:
             time.sleep(rng.uniform(0, 0.6))
 
     def publish(self, number: int, pool: Pool, times: int) -> None:
-        """The record is there before the artifact, as it would be garbage at once without, and goes
-        after it was looked at, so that the next collection finds something to remove."""
+        """Publish artifacts under records and check that they stay whole.
+
+        The record precedes the artifact, which would be garbage at once without it. It is removed
+        after the check, so that the next collection has something to remove.
+        """
         rng = random.Random(f"{self._seed} {number}")
         store = self._open()
         for each in range(times):
@@ -272,7 +279,7 @@ COLLECTIONS_OF_TRIALS = ((1, 0.0, 0.0, 1), (2, 0.0, 0.0, 1), (2, 2.0, 4.0, 4))
 
 
 def measure(store: str, options: Namespace) -> list[Row]:
-    """All trials in one place."""
+    """Run all races on one store."""
     with place(store) as there:
         rows = [row for kind in ((1, 24), (4, 6)) for row in _writers(there, *kind, options.rounds)]
         if there.name != "Swift" and options.publishes:
@@ -307,7 +314,7 @@ def _collected(
 
 
 def report(rows: list[Row]) -> str:
-    """The block for RESULTS.md."""
+    """Return the table for RESULTS.md."""
     lines = [
         "| race | store | rounds | won | nobody won | gave up | slowest round, s | failures | s |",
         "|---" * 9 + "|",

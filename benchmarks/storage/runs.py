@@ -1,4 +1,4 @@
-"""The server, the processes of `storage_sides`, and the files that they move."""
+"""The server, the child processes of the methods, and their files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COLLECT = "rgw gc obj min wait = 0\nrgw gc processor period = 1\nrgw gc max objs
 
 
 class SideFailed(Exception):
-    """A side ended with an error; its own line about it."""
+    """A method's process ended with an error; the message is its last line."""
 
 
 #: Memory of the server beyond which its objects would push out what is measured.
@@ -53,7 +53,7 @@ MOST_MIB = 8 * 1024
 
 @dataclass(frozen=True)
 class Run:
-    """What one operation took; `folder` is where a `get` has put the files."""
+    """Measurements of one operation; for a `get`, `memo` is the folder of the files."""
 
     seconds: float
     cpu: float
@@ -66,7 +66,7 @@ class Run:
 
 
 class Process:
-    """A side that is ready to work and waits for `go`."""
+    """A method's process that has connected and waits for `go`."""
 
     def __init__(self, site: Site, endpoint: str, *arguments: str) -> None:
         python = site.peers_python() if arguments[0] in PEERS else Path(sys.executable)
@@ -90,17 +90,17 @@ class Process:
             self.result()
 
     def go(self) -> Process:
-        """Let it begin."""
+        """Start the operation."""
         self._input.write("\n")
         self._input.flush()
         return self
 
     def kill(self) -> None:
-        """As a machine that loses its power."""
+        """Kill the process, as a loss of power would."""
         self._process.kill()
 
     def result(self) -> Run:
-        """Wait for its end; SideFailed if that was no good one."""
+        """Wait for the end and return the measurements; SideFailed on an error."""
         with contextlib.suppress(BrokenPipeError):
             self._input.close()
         try:
@@ -122,7 +122,7 @@ class Process:
 
 
 class Site:
-    """A server with a bucket, and a folder to work in."""
+    """A server with a bucket, and a working folder."""
 
     def __init__(self, server: CephServer, work: Path) -> None:
         self.server, self.work = server, work
@@ -141,7 +141,7 @@ class Site:
 
     @staticmethod
     def peers_python() -> Path:
-        """An environment of its own for what we are compared with, made once."""
+        """Return the Python of the peers' own environment, made on first use."""
         folder = Path(tempfile.gettempdir()) / "rlhf-benchmark-peers"
         python = folder / "bin" / "python"
         if not (folder / "complete").exists():
@@ -153,25 +153,25 @@ class Site:
         return python
 
     def place(self) -> str:
-        """A prefix that nobody has used."""
+        """Return an unused prefix of the bucket."""
         return f"{BUCKET}/{uuid.uuid4().hex}"
 
     def new_folder(self) -> Path:
-        """An empty folder that nobody has used."""
+        """Return a new, empty folder."""
         return Path(tempfile.mkdtemp(dir=self.work))
 
     def start(self, *arguments: str, endpoint: str | None = None) -> Process:
-        """A side that has imported and connected: side, operation, folder, place and memo."""
+        """Start a method's process: method, operation, folder, place and memo."""
         return Process(self, endpoint or self.server.endpoint, *arguments)
 
     def run(self, *arguments: str, endpoint: str | None = None) -> Run:
-        """A side's operation from start to end, with nothing still to be written to the disk."""
+        """Run a method's operation; pending writes are flushed to the disk before it."""
         process = self.start(*arguments, endpoint=endpoint)
         os.sync()
         return process.go().result()
 
     def forget(self, place: str) -> None:
-        """Delete what lies there, and wait until the server has its memory back."""
+        """Delete the objects of a prefix, and wait until the server has freed them."""
         before = _server_mib()
         prefix = place.partition("/")[2]
         for upload in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ()):
@@ -192,7 +192,10 @@ class Site:
 
 
 def _server_mib() -> float:
-    """Resident memory of the Ceph daemon that holds the objects, a child of this process."""
+    """Return the resident memory of the Ceph daemon that holds the objects.
+
+    It is a child of this process.
+    """
     for children in Path("/proc/self/task").glob("*/children"):
         for child in children.read_text().split():
             status = Path(f"/proc/{child}/status").read_text()
@@ -203,13 +206,13 @@ def _server_mib() -> float:
 
 @contextlib.contextmanager
 def site(work: Path | None) -> Iterator[Site]:
-    """A server of our own and a working folder; both go with the block."""
+    """A Ceph server and a working folder, removed after the block."""
     with tempfile.TemporaryDirectory(dir=work) as folder, ceph_server(COLLECT) as server:
         yield Site(server, Path(folder))
 
 
 def random_files(folder: Path, sizes: Sequence[int]) -> Path:
-    """Files of random bytes, which nothing can compress or share."""
+    """Write files of random bytes, which can't be compressed or deduplicated."""
     folder.mkdir(parents=True)
     for number, size in enumerate(sizes):
         with (folder / f"{number:04}.safetensors").open("wb") as file:
@@ -219,8 +222,7 @@ def random_files(folder: Path, sizes: Sequence[int]) -> Path:
 
 
 def delivered(found: Path, *wanted: Path) -> str:
-    """Whether a folder holds the `right` files (of any of the wanted folders), `nothing` or else
-    `wrong` ones."""
+    """Compare a folder with the expected ones: `right`, `nothing` or `wrong`."""
     names = _names(found)
     if not names:
         return "nothing"

@@ -1,9 +1,9 @@
-"""An S3 server that keeps almost nothing: `python -m benchmarks.storage.sink`.
+"""An S3 server that discards content: `python -m benchmarks.storage.sink`.
 
-For artifacts larger than any memory here. Objects over 1 MiB are kept as their length and their
-first 4 KiB; what follows is served as zeros, which is what the benchmark's sparse files hold. It
-knows no signatures and only the requests that uploads, downloads and listings need. Its first line
-of output is its address; it ends when its standard input does.
+For artifacts larger than memory. Objects over 1 MiB are stored as their length and first 4 KiB; the
+rest is served as zeros, as in the benchmark's sparse files. It checks no signatures and implements
+only the requests of uploads, downloads and listings. Its first line of output is its address; it
+ends at the end of its standard input.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HTTP_DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 @dataclass
 class Kept:
-    """What remains of an object or of a part: zeros follow the head."""
+    """The stored rest of an object or part: length and first bytes, zeros after them."""
 
     size: int
     head: bytes
@@ -37,7 +37,7 @@ class Kept:
 
     @property
     def etag(self) -> str:
-        """Tells contents apart as far as they are kept."""
+        """Return a hash of the length and the stored bytes."""
         return f'"{hashlib.sha256(b"%d " % self.size + self.head).hexdigest()[:32]}"'
 
 
@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     wbufsize = BLOCK
 
     def handle_expect_100(self) -> bool:
-        """Clients that ask before they send a body wait for this."""
+        """Answer `100 Continue`, which clients await before they send a body."""
         self.send_response_only(100)
         self.end_headers()
         self.wfile.flush()
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         return unquote(parts.path).strip("/"), {name: v[0] for name, v in query.items()}
 
     def _take(self) -> Kept:
-        """Read the body and forget most of it."""
+        """Read the body and discard all but its head."""
         size = int(self.headers.get("Content-Length", 0))
         meta = {n: v for n, v in self.headers.items() if n.lower().startswith("x-amz-meta-")}
         head = self.rfile.read(size if size <= WHOLE else HEAD)

@@ -1,4 +1,4 @@
-"""Seconds, CPU seconds, memory and bytes: every measurement of `benchmarks.storage` but faults."""
+"""Measurements of `benchmarks.storage` but faults: time, CPU, memory and bytes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Runs = dict[str, dict[str, list[Run]]]
 def moved(
     site: Site, folder: Path, sides: Sequence[str], repeats: int, endpoint: str | None = None
 ) -> Runs:
-    """Put, get the same, and empty the server again: every side, so many times."""
+    """Put, get and delete a folder with every method, `repeats` times."""
     found: Runs = {operation: {side: [] for side in sides} for operation in OPERATIONS}
     for repetition in range(repeats):
         for side in in_turn(sides, repetition):
@@ -62,7 +62,7 @@ def moved(
 
 
 def everyone(title: str, runs: Runs, work: float, unit: str) -> Table:
-    """All contenders with their rates; `work` is what one operation moves, in MiB or files."""
+    """Return the table of all methods; `work` is an operation's MiB or files."""
     head = [""]
     for operation in OPERATIONS:
         head += [f"{operation}, s", f"{unit}/s", "CPU s", "peak MiB"]
@@ -78,7 +78,7 @@ def everyone(title: str, runs: Runs, work: float, unit: str) -> Table:
 
 
 def large(site: Site, options: Namespace) -> list[Table]:
-    """Publish and fetch of a large artifact beside s3transfer: the network or the CPU limits."""
+    """Measure publish and fetch of a large artifact beside s3transfer."""
     gib = options.mib / 1024
     head = ["", "ours, s", "fastest raw, s", "raw/ours", "CPU s/GiB, ours", "raw", "ours − raw"]
     bars = Table(f"{options.mib:g} MiB: ours beside raw s3transfer", head)
@@ -110,7 +110,7 @@ def large(site: Site, options: Namespace) -> list[Table]:
 
 
 def _beside(runs: dict[str, list[Run]], gib: float, bar: float) -> list[str]:
-    """Ours and the fastest of s3transfer: seconds, their ratio, and CPU seconds per GiB."""
+    """Return the cells of ours and the fastest s3transfer: seconds, ratio, CPU s/GiB."""
     best = fastest({side: runs[side] for side in runs if side in RAW})
     ours, raw = runs["ours"], runs[best]
     cpu = [middle(each, lambda r: r.cpu) / gib for each in (ours, raw)]
@@ -131,7 +131,7 @@ def _cost(where: str, line: Throttle) -> str:
 
 
 def hashing(folder: Path, repeats: int) -> float:
-    """CPU seconds per GiB of sha256 alone, the files being in memory."""
+    """Return CPU seconds per GiB of sha256 alone, with the files in memory."""
     size = sum(path.stat().st_size for path in folder.iterdir())
     spent: list[float] = []
     for _ in range(repeats):
@@ -144,7 +144,7 @@ def hashing(folder: Path, repeats: int) -> float:
 
 
 def small(site: Site, options: Namespace) -> list[Table]:
-    """Many small files."""
+    """Measure many small files."""
     folder = random_files(site.new_folder() / "small", [100_000] * options.files)
     sides = ("ours", *REQUESTS, *ONE_BY_ONE, *PEERS)
     runs = moved(site, folder, sides, options.repeats)
@@ -159,7 +159,7 @@ def small(site: Site, options: Namespace) -> list[Table]:
 
 @contextmanager
 def sink() -> Iterator[str]:
-    """The endpoint of `benchmarks.storage.sink` in a process of its own."""
+    """Endpoint of a `benchmarks.storage.sink` process, which ends with the block."""
     command = [sys.executable, "-m", "benchmarks.storage.sink"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
@@ -172,7 +172,7 @@ def sink() -> Iterator[str]:
 
 
 def memory(site: Site, options: Namespace) -> list[Table]:
-    """Peak resident memory; files of zeros behind a block of their own."""
+    """Measure peak resident memory with large sparse files."""
     size = int(options.gb * 1e9 / 10)
     free = shutil.disk_usage(site.work).free
     if free < 1.1 * options.gb * 1e9:
@@ -204,7 +204,7 @@ def memory(site: Site, options: Namespace) -> list[Table]:
 
 
 def again(site: Site, options: Namespace) -> list[Table]:
-    """Publishing what is there already."""
+    """Measure a second publish of the same content."""
     sides = ("ours", *PEERS)
     folder = random_files(site.new_folder() / "again", [int(options.mib * MIB / 4)] * 4)
     found = {f"{side}, {n}": list[tuple[Run, float]]() for side in sides for n in (1, 2)}
@@ -236,7 +236,7 @@ def again(site: Site, options: Namespace) -> list[Table]:
 
 
 def _bodies(site: Site, folder: Path) -> str:
-    """Requests of a second publication that have a body, as key and bytes."""
+    """Return a second publish's requests with a body, as key and bytes."""
     place, sent = site.place(), list[str]()
 
     def look(method: str, path: str, headers: dict[str, str]) -> None:

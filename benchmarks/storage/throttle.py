@@ -1,9 +1,9 @@
-"""A slow network: `python -m benchmarks.storage.throttle http://127.0.0.1:PORT MIB`.
+"""A slow network: `python -m benchmarks.storage.throttle http://HOST:PORT MIB`.
 
-Forwards TCP to the server at MIB MiB/s in each direction, over all connections together, without
-copying a byte into Python (splice), so that it costs the machine little. The first line it prints
-is its own address. Every line on its standard input is answered with what it has forwarded so far
-and the CPU seconds it took, as JSON; at the end of its input it ends. Linux only.
+Forwards TCP to the server at MIB MiB/s in each direction, over all connections together. It
+splices, without copies in Python, to cost little CPU time. Its first line of output is its own
+address. For every line of standard input it prints the bytes forwarded so far and its CPU seconds,
+as JSON; it ends at the end of its input. Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BURST = 0.01
 
 
 class Pace:
-    """One direction: every byte is paid for by waiting, whoever sends it."""
+    """Rate limit of one direction, shared by its connections."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
@@ -40,7 +40,7 @@ class Pace:
         self.bytes = 0
 
     def pay(self, count: int) -> None:
-        """Wait until the line has had time for so many bytes more."""
+        """Wait until the line has had time for `count` more bytes."""
         with self._lock:
             self.bytes += count
             self._free_at = max(self._free_at, time.monotonic() - BURST) + count / self._rate
@@ -50,7 +50,7 @@ class Pace:
 
 
 def _pump(source: socket.socket, target: socket.socket, pace: Pace) -> None:
-    """Socket to pipe to socket until the source ends, then end the target's input as well."""
+    """Copy socket to socket through a pipe, then shut down the target's input."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, CHUNK)
     try:
@@ -103,14 +103,14 @@ def main() -> None:
 
 @dataclass
 class Throttle:
-    """A running throttle, as its user sees it."""
+    """A running throttle process."""
 
     endpoint: str
     _input: IO[str]
     _output: IO[str]
 
     def counts(self) -> dict[str, float]:
-        """Bytes `up` and `down` so far, and the throttle's own CPU seconds."""
+        """Return bytes `up` and `down` so far, and the throttle's own CPU seconds."""
         self._input.write("\n")
         self._input.flush()
         return json.loads(self._output.readline())
@@ -118,7 +118,7 @@ class Throttle:
 
 @contextlib.contextmanager
 def throttled(upstream: str, mib: float) -> Iterator[Throttle]:
-    """A throttle in a process of its own, which ends with the block."""
+    """Throttle in a child process, which ends with the block."""
     command = [sys.executable, "-m", "benchmarks.storage.throttle", upstream, str(mib)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:

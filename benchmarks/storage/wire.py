@@ -1,4 +1,4 @@
-"""A network that fails in the middle of a body: a TCP proxy that can change what passes."""
+"""TCP proxy that flips, cuts or delays data in the middle of a body."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BODY = 16 << 10
 
 
 class Reset(Exception):
-    """Both sides see their connection reset."""
+    """Reset the connection on both sides."""
 
 
 class Cut(Exception):
-    """Both sides see an orderly end, in the middle of a body."""
+    """Close the connection on both sides in the middle of a body."""
 
 
 Change = Callable[[bytes], bytes]
@@ -34,7 +34,7 @@ Change = Callable[[bytes], bytes]
 
 @dataclass
 class Once:
-    """Does something to the first piece of a body after so many bytes in one direction."""
+    """Change one piece of a body, after `after` bytes in one direction."""
 
     direction: Direction
     after: int
@@ -55,23 +55,23 @@ class Once:
 
 
 def flip(chunk: bytes) -> bytes:
-    """One bit, in the middle."""
+    """Flip one bit in the middle."""
     half = len(chunk) // 2
     return chunk[:half] + bytes([chunk[half] ^ 1]) + chunk[half + 1 :]
 
 
 def reset(_chunk: bytes) -> bytes:
-    """End the connection as a crashed host does."""
+    """Reset the connection, as a crashed host does."""
     raise Reset
 
 
 def cut(_chunk: bytes) -> bytes:
-    """End the connection as a host does that has nothing more to say."""
+    """Close the connection, as after the last byte."""
     raise Cut
 
 
 def during(work: Callable[[], object]) -> Change:
-    """Do something while the transfer waits."""
+    """Return a change that runs `work` while the transfer waits."""
 
     def change(chunk: bytes) -> bytes:
         work()
@@ -81,7 +81,7 @@ def during(work: Callable[[], object]) -> Change:
 
 
 class Wire:
-    """The proxy: every connection is one thread, which can therefore really reset it."""
+    """The proxy; one thread per connection, so that a reset reaches both sides."""
 
     def __init__(self, upstream: str, once: Once) -> None:
         parts = urlsplit(upstream)
@@ -110,7 +110,7 @@ class Wire:
                 return
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
-        """Until either side ends: S3's clients never half-close."""
+        """Forward until either side ends: S3 clients never half-close."""
         while True:
             for source in select.select([client, server], [], [])[0]:
                 up = source is client
@@ -122,14 +122,17 @@ class Wire:
                 (server if up else client).sendall(chunk)
 
     def close(self) -> None:
-        """Take no more connections; shutdown, because a close alone does not wake the thread."""
+        """Take no more connections.
+
+        shutdown first: a close alone does not wake the accepting thread.
+        """
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
 @contextlib.contextmanager
 def wire(upstream: str, once: Once) -> Iterator[str]:
-    """The endpoint of such a proxy, for the length of the block."""
+    """Endpoint of a proxy that runs for the length of the block."""
     proxy = Wire(upstream, once)
     try:
         yield proxy.endpoint
