@@ -48,6 +48,75 @@ CUT = 30.0
 LIMIT = 3600.0
 
 
+def main() -> None:
+    """Run the campaign."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    preset = "quickstart" if given.size == "quickstart" else "none"
+    print(f"seed {given.seed}, {given.kills} blows, {given.size}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="crashes-"))
+    with ceph_server() as s3, client_of(s3, "crashes"):
+        throttle = [sys.executable, "-m", "benchmarks.storage.throttle", s3.endpoint, "1000"]
+        network = subprocess.Popen(
+            throttle, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert network.stdout is not None
+        line = network.stdout.readline().strip()
+        with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as made:
+            made.store_endpoint = s3.endpoint
+            made.run("make", "deploy")
+            for pool in ("cpu", "reward", "gpu"):
+                made.worker(pool, RLHF_THREADS="2", OMP_NUM_THREADS="2")
+            begun = time.monotonic()
+            plain = made.submit(
+                "rlhf-pipeline/rlhf-pipeline", preset=preset,
+                overrides=overrides("s3://crashes/plain", given.size),
+            )  # fmt: skip
+            undisturbed = made.wait(plain, seconds=LIMIT)["state"]
+            seconds = time.monotonic() - begun
+            print(f"undisturbed: {undisturbed['name']} in {seconds:.0f} s", flush=True)
+            begun = time.monotonic()
+            tree = overrides("s3://crashes/struck", given.size, placement=PLACEMENT)
+            run = made.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
+            trial = Trial(made, network, run, random.Random(given.seed))
+            state = trial.go(given.kills)
+            struck_seconds = time.monotonic() - begun
+            children = made.children(run)
+            plain_left, left = (
+                found_in(made, f"s3://crashes/{name}", folder / "cache")
+                for name in ("plain", "struck")
+            )
+        network.terminate()
+    row = {
+        "seed": given.seed, "size": given.size, "state": state["name"], "blows": trial.blows,
+        "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
+        "flow_run_retries": trial.retries, "children": len(children),
+        "same_policy": left["policy"] == plain_left["policy"], **left,
+    }  # fmt: skip
+    print(json.dumps(row, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(row))
+    once = set(left["recorded"].values()) == {1} and left["promotions"] == 1
+    good = row["same_policy"] and once and state["type"] == "COMPLETED"
+    sys.exit(0 if good else 1)
+
+
+def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
+    """Return the run's parameters; `tiny` serves to try the program."""
+    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 60, "delay_seconds": 1}}
+    if size == "tiny":
+        from tests.flows.conftest import tiny_tree
+
+        tree = {**tiny_tree(Path("/nowhere")), **tree, "promotion": {"name": "quickstart"}}
+        tree.pop("runtime")
+        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 1500, "checkpoint_every": 20}
+    return {**tree, **more}
+
+
 @dataclass
 class Trial:
     """One pipeline run that is struck at random."""
@@ -113,18 +182,6 @@ class Trial:
             time.sleep(1)
 
 
-def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
-    """Return the run's parameters; `tiny` serves to try the program."""
-    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 60, "delay_seconds": 1}}
-    if size == "tiny":
-        from tests.flows.conftest import tiny_tree
-
-        tree = {**tiny_tree(Path("/nowhere")), **tree, "promotion": {"name": "quickstart"}}
-        tree.pop("runtime")
-        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 1500, "checkpoint_every": 20}
-    return {**tree, **more}
-
-
 def found_in(made: Site, store: str, cache: Path) -> dict[str, Any]:
     """Return a run's champion, promotions and records per stage; verify its artifacts."""
     os.environ.update(made.environment)
@@ -140,63 +197,6 @@ def found_in(made: Site, store: str, cache: Path) -> dict[str, Any]:
         "promotions": len(champions),
         "recorded": recorded,
     }
-
-
-def main() -> None:
-    """Run the campaign."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    preset = "quickstart" if given.size == "quickstart" else "none"
-    print(f"seed {given.seed}, {given.kills} blows, {given.size}", flush=True)
-    folder = Path(tempfile.mkdtemp(prefix="crashes-"))
-    with ceph_server() as s3, client_of(s3, "crashes"):
-        throttle = [sys.executable, "-m", "benchmarks.storage.throttle", s3.endpoint, "1000"]
-        network = subprocess.Popen(
-            throttle, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        assert network.stdout is not None
-        line = network.stdout.readline().strip()
-        with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as made:
-            made.store_endpoint = s3.endpoint
-            made.run("make", "deploy")
-            for pool in ("cpu", "reward", "gpu"):
-                made.worker(pool, RLHF_THREADS="2", OMP_NUM_THREADS="2")
-            begun = time.monotonic()
-            plain = made.submit(
-                "rlhf-pipeline/rlhf-pipeline", preset=preset,
-                overrides=overrides("s3://crashes/plain", given.size),
-            )  # fmt: skip
-            undisturbed = made.wait(plain, seconds=LIMIT)["state"]
-            seconds = time.monotonic() - begun
-            print(f"undisturbed: {undisturbed['name']} in {seconds:.0f} s", flush=True)
-            begun = time.monotonic()
-            tree = overrides("s3://crashes/struck", given.size, placement=PLACEMENT)
-            run = made.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
-            trial = Trial(made, network, run, random.Random(given.seed))
-            state = trial.go(given.kills)
-            struck_seconds = time.monotonic() - begun
-            children = made.children(run)
-            plain_left, left = (
-                found_in(made, f"s3://crashes/{name}", folder / "cache")
-                for name in ("plain", "struck")
-            )
-        network.terminate()
-    row = {
-        "seed": given.seed, "size": given.size, "state": state["name"], "blows": trial.blows,
-        "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
-        "flow_run_retries": trial.retries, "children": len(children),
-        "same_policy": left["policy"] == plain_left["policy"], **left,
-    }  # fmt: skip
-    print(json.dumps(row, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(row))
-    once = set(left["recorded"].values()) == {1} and left["promotions"] == 1
-    good = row["same_policy"] and once and state["type"] == "COMPLETED"
-    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

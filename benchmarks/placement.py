@@ -23,29 +23,6 @@ from tests.production.site import Site, site
 from tests.servers import client_of
 
 
-def overheads(made: Site, run: str) -> dict[str, float]:
-    """Return the seconds of each stage's task in the pipeline's run."""
-    asked = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
-    return {task["name"]: task["total_run_time"] for task in made.api("task_runs/filter", **asked)}
-
-
-def went(made: Site, name: str, placement: dict[str, str]) -> dict[str, Any]:
-    """Run the pipeline once; return seconds to start, of the run and of each stage."""
-    tree: dict[str, Any] = tiny_tree(Path("/nowhere"))
-    del tree["runtime"]
-    tree |= {"name": name, "store": f"s3://placement/{name}", "placement": placement}
-    begun = time.time()
-    run = made.submit("rlhf-pipeline/rlhf-pipeline", overrides=tree)
-    ended = made.wait(run, seconds=600)
-    assert ended["state"]["name"] == "Completed", ended["state"]
-    started = datetime.fromisoformat(ended["start_time"]).timestamp()
-    return {
-        "to_start": started - begun,
-        "run": ended["total_run_time"],
-        "stages": overheads(made, run),
-    }
-
-
 def main() -> None:
     """Measure, print a table, and write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -71,6 +48,29 @@ def main() -> None:
         values = [statistics.median(row[name] for row in rows[kind]) for kind in rows]
         print(f"{name:24}{values[0]:8.1f} s{values[1]:8.1f} s{values[1] - values[0]:+8.1f} s")
     (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def went(made: Site, name: str, placement: dict[str, str]) -> dict[str, Any]:
+    """Run the pipeline once; return seconds to start, of the run and of each stage."""
+    tree: dict[str, Any] = tiny_tree(Path("/nowhere"))
+    del tree["runtime"]
+    tree |= {"name": name, "store": f"s3://placement/{name}", "placement": placement}
+    begun = time.time()
+    run = made.submit("rlhf-pipeline/rlhf-pipeline", overrides=tree)
+    ended = made.wait(run, seconds=600)
+    assert ended["state"]["name"] == "Completed", ended["state"]
+    started = datetime.fromisoformat(ended["start_time"]).timestamp()
+    return {
+        "to_start": started - begun,
+        "run": ended["total_run_time"],
+        "stages": overheads(made, run),
+    }
+
+
+def overheads(made: Site, run: str) -> dict[str, float]:
+    """Return the seconds of each stage's task in the pipeline's run."""
+    asked = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    return {task["name"]: task["total_run_time"] for task in made.api("task_runs/filter", **asked)}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,20 @@ from tasks.stages import STAGES
 PRESET = "configs/quickstart.yaml"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    known, overrides = parser.parse_known_args()
+    results = []
+    for seed in known.seeds:
+        results.append(measure(seed, overrides))
+        print(f"seed {seed} done in {results[-1]['seconds, whole command']:.0f} s", flush=True)
+    print("\n| | " + " | ".join(f"seed {s}" for s in known.seeds) + " |")
+    print("|---|" + "---|" * len(results))
+    for name in results[0]:
+        print(f"| {name} | " + " | ".join(f"{r[name]:.3f}" for r in results) + " |")
+
+
 def measure(seed: int, overrides: list[str]) -> dict[str, float]:
     """Run one seed and return the figures of its evaluations."""
     with tempfile.TemporaryDirectory() as folder:
@@ -74,20 +88,6 @@ def measure(seed: int, overrides: list[str]) -> dict[str, float]:
         "tokens before → after, before": sampled["tokens_before"],
         "tokens before → after, after": sampled["tokens_after"],
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    known, overrides = parser.parse_known_args()
-    results = []
-    for seed in known.seeds:
-        results.append(measure(seed, overrides))
-        print(f"seed {seed} done in {results[-1]['seconds, whole command']:.0f} s", flush=True)
-    print("\n| | " + " | ".join(f"seed {s}" for s in known.seeds) + " |")
-    print("|---|" + "---|" * len(results))
-    for name in results[0]:
-        print(f"| {name} | " + " | ".join(f"{r[name]:.3f}" for r in results) + " |")
 
 
 if __name__ == "__main__":

@@ -75,20 +75,80 @@ SECTIONS = (
 )
 
 
-@dataclass
-class Running:
-    """A running section: its process, log and deadline."""
+def main() -> None:
+    """Run the sections that the command line names."""
+    args = arguments()
+    # A run that is ended by SIGTERM ends its sections first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking must not start CUDA in this process
+    if args.device == "cuda" and (reason := no_gpu()):
+        refuse(f"{reason}; --cpu tries the script without one")
+    from filelock import FileLock, Timeout  # not there in a Python that lacks everything
 
-    section: Section
-    context: Context
-    child: processes.Child
-    log: Path
-    deadline: float
-    started: float = field(default_factory=time.monotonic)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(args.out) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        refuse(f"another run writes to {args.out}; give another --out")
+    with (
+        lock,
+        tempfile.TemporaryDirectory(prefix="rlhf-gpu-", ignore_cleanup_errors=True) as scratch,
+        contextlib.suppress(BrokenPipeError, KeyboardInterrupt),
+    ):
+        sys.exit(0 if Benchmark(args, Path(scratch)).run(chosen(args)) else 1)
+    sys.exit(130)
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION",
+        help=f"all, or some of: {', '.join(s.name for s in SECTIONS)}")  # fmt: skip
+    add("--cpu", action="store_true", help="on the CPU, with tiny sizes: proves the script")
+    add("--out", required=True, help="folder of gpu.json, gpu.md and gpu.log")
+    add("--carried", default=".gpu", help="folder of wheels and archive")
+    add("--seconds", type=float, default=450.0, help="time budget of all sections")
+    add("--fail", action="append", default=[], metavar="SECTION", help=argparse.SUPPRESS)
+    add("--missing", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args(given)
+    args.device, args.tiny = ("cpu", True) if args.cpu else ("cuda", False)
+    names = [s.name for s in SECTIONS]
+    if unknown := [name for name in args.sections if name not in names]:
+        parser.error(f"no section is called {unknown[0]!r}; there are {', '.join(names)}")
+    if args.seconds < 2 * LEAST_SECONDS:
+        parser.error(
+            f"--seconds {args.seconds:g} is too little; give at least {2 * LEAST_SECONDS:g}"
+        )
+    return args
+
+
+def no_gpu() -> str:
+    """Return the reason why no GPU can be used; empty if one can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"this Python can't import torch ({error})"
+    if torch.cuda.is_available():
+        return ""
+    return f"torch {torch.__version__} finds no NVIDIA GPU"
+
+
+def refuse(reason: str) -> NoReturn:
+    """Exit with code 2 before any section has started."""
+    print(f"gpu.sh: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def chosen(args: argparse.Namespace) -> list[Section]:
+    """Return the sections to run, with those that their tables need."""
+    if not args.sections:
+        return list(SECTIONS)
+    wanted = {*args.sections, "environment"}
+    if any(s.timed for s in SECTIONS if s.name in wanted):
+        wanted.add("rates")
+    return [s for s in SECTIONS if s.name in wanted]
 
 
 class Benchmark:
@@ -235,6 +295,57 @@ class Benchmark:
             temporary.replace(self.out / name)
 
 
+@dataclass
+class Running:
+    """A running section: its process, log and deadline."""
+
+    section: Section
+    context: Context
+    child: processes.Child
+    log: Path
+    deadline: float
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+def earlier_sections(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Results of an earlier run on the same device with the same sizes, by section."""
+    try:
+        earlier = json.loads(path.read_text())
+        same = (earlier["device"], earlier["tiny"]) == (args.device, args.tiny)
+        return dict(earlier["sections"]) if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def unpack(archive: Path, folder: Path) -> str:
+    """Unpack the archive and return the outcome in words.
+
+    Paths that lead out of the folder are refused.
+    """
+    folder.mkdir()
+    if not archive.is_file():
+        return f"none ({archive} is not there)"
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        return f"broken ({type(error).__name__}: {error})"
+    return "unpacked"
+
+
+def _preload() -> None:
+    """Import the packages that sections need, so that forks share them."""
+    for module in PRELOADED:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # each section that needs it will fail and say so
+            say(f"can't import {module}: {error}")
+
+
 def run_section(argument: str) -> None:
     """Body of a section's process: run its function and note how it ended."""
     context = Context.from_json(argument)
@@ -265,120 +376,9 @@ def _prepare(context: Context) -> None:
     logging.disable_progress_bar()
 
 
-def _preload() -> None:
-    """Import the packages that sections need, so that forks share them."""
-    for module in PRELOADED:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # each section that needs it will fail and say so
-            say(f"can't import {module}: {error}")
-
-
-def unpack(archive: Path, folder: Path) -> str:
-    """Unpack the archive and return the outcome in words.
-
-    Paths that lead out of the folder are refused.
-    """
-    folder.mkdir()
-    if not archive.is_file():
-        return f"none ({archive} is not there)"
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        return f"broken ({type(error).__name__}: {error})"
-    return "unpacked"
-
-
 def say(line: str) -> None:
     """Print a line and flush."""
     print(line, flush=True)
-
-
-def refuse(reason: str) -> NoReturn:
-    """Exit with code 2 before any section has started."""
-    print(f"gpu.sh: {reason}", file=sys.stderr)
-    sys.exit(2)
-
-
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
-    add = parser.add_argument
-    add("sections", nargs="*", metavar="SECTION",
-        help=f"all, or some of: {', '.join(s.name for s in SECTIONS)}")  # fmt: skip
-    add("--cpu", action="store_true", help="on the CPU, with tiny sizes: proves the script")
-    add("--out", required=True, help="folder of gpu.json, gpu.md and gpu.log")
-    add("--carried", default=".gpu", help="folder of wheels and archive")
-    add("--seconds", type=float, default=450.0, help="time budget of all sections")
-    add("--fail", action="append", default=[], metavar="SECTION", help=argparse.SUPPRESS)
-    add("--missing", default="", help=argparse.SUPPRESS)
-    args = parser.parse_args(given)
-    args.device, args.tiny = ("cpu", True) if args.cpu else ("cuda", False)
-    names = [s.name for s in SECTIONS]
-    if unknown := [name for name in args.sections if name not in names]:
-        parser.error(f"no section is called {unknown[0]!r}; there are {', '.join(names)}")
-    if args.seconds < 2 * LEAST_SECONDS:
-        parser.error(
-            f"--seconds {args.seconds:g} is too little; give at least {2 * LEAST_SECONDS:g}"
-        )
-    return args
-
-
-def chosen(args: argparse.Namespace) -> list[Section]:
-    """Return the sections to run, with those that their tables need."""
-    if not args.sections:
-        return list(SECTIONS)
-    wanted = {*args.sections, "environment"}
-    if any(s.timed for s in SECTIONS if s.name in wanted):
-        wanted.add("rates")
-    return [s for s in SECTIONS if s.name in wanted]
-
-
-def earlier_sections(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Results of an earlier run on the same device with the same sizes, by section."""
-    try:
-        earlier = json.loads(path.read_text())
-        same = (earlier["device"], earlier["tiny"]) == (args.device, args.tiny)
-        return dict(earlier["sections"]) if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def no_gpu() -> str:
-    """Return the reason why no GPU can be used; empty if one can."""
-    try:
-        import torch
-    except ImportError as error:
-        return f"this Python can't import torch ({error})"
-    if torch.cuda.is_available():
-        return ""
-    return f"torch {torch.__version__} finds no NVIDIA GPU"
-
-
-def main() -> None:
-    """Run the sections that the command line names."""
-    args = arguments()
-    # A run that is ended by SIGTERM ends its sections first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking must not start CUDA in this process
-    if args.device == "cuda" and (reason := no_gpu()):
-        refuse(f"{reason}; --cpu tries the script without one")
-    from filelock import FileLock, Timeout  # not there in a Python that lacks everything
-
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(args.out) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        refuse(f"another run writes to {args.out}; give another --out")
-    with (
-        lock,
-        tempfile.TemporaryDirectory(prefix="rlhf-gpu-", ignore_cleanup_errors=True) as scratch,
-        contextlib.suppress(BrokenPipeError, KeyboardInterrupt),
-    ):
-        sys.exit(0 if Benchmark(args, Path(scratch)).run(chosen(args)) else 1)
-    sys.exit(130)
 
 
 if __name__ == "__main__":

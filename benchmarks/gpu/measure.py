@@ -14,33 +14,6 @@ from benchmarks.ppo.process import Clock, synchronise
 from benchmarks.ppo.report import peak_mib
 
 
-def reset_peak(device: torch.device) -> None:
-    """Reset the GPU's peak memory; a CPU's resident peak can't be reset."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak(device: torch.device) -> dict[str, float]:
-    """Return peak memory since `reset_peak`.
-
-    In use by tensors, and held by torch's allocator.
-    """
-    if device.type != "cuda":
-        return {"peak_resident_mib": peak_mib()}
-    return {
-        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / 2**20,
-        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / 2**20,
-    }
-
-
-def release(device: torch.device) -> None:
-    """Free unreferenced memory before the next measurement."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def timed(
     work: Callable[[int], Any], device: torch.device, repeats: int
 ) -> tuple[list[Any], dict[str, Any]]:
@@ -78,3 +51,30 @@ class PhaseClock(Clock):
         for name, value in peak(self.device).items():
             highest[name] = max(value, highest.get(name, 0.0))
         reset_peak(self.device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Reset the GPU's peak memory; a CPU's resident peak can't be reset."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> dict[str, float]:
+    """Return peak memory since `reset_peak`.
+
+    In use by tensors, and held by torch's allocator.
+    """
+    if device.type != "cuda":
+        return {"peak_resident_mib": peak_mib()}
+    return {
+        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / 2**20,
+        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / 2**20,
+    }
+
+
+def release(device: torch.device) -> None:
+    """Free unreferenced memory before the next measurement."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -54,40 +54,6 @@ SMALL = Scale(
 )  # fmt: skip
 
 
-def scale_of(context: Context) -> Scale:
-    """Return the full sizes, or the smoke test's."""
-    return SMALL if context.tiny else FULL
-
-
-def work_of(
-    context: Context, size: str, lengths: Literal["full", "varying"] = "full", **changes: Any
-) -> Workload:
-    """Return the workload of the speed sections; all prompts have one length."""
-    scale = scale_of(context)
-    values: dict[str, Any] = {
-        "mode": "fast", "updates": 4, "micro_batch": scale.micro_batch, "batch": scale.batch,
-        "new_tokens": scale.new_tokens, "prompt_tokens": (scale.prompt_tokens,) * 2,
-        "device": context.device, **changes,
-    }  # fmt: skip
-    return Workload("tiny" if context.tiny else size, lengths, **values)
-
-
-def rows_of(work: Workload, count: int) -> list[PromptRow]:
-    """Return random prompts as text."""
-    prompts = dataclasses.replace(work, batch=count, updates=1).prompts()
-    return [PromptRow(text_of(ids)) for ids in prompts[:count]]
-
-
-def sample(trainer: PPOTrainer, rows: list[PromptRow], tokens: int, seed: int = 0) -> Rollouts:
-    """Sample a rollout with `tokens` as the longest reply."""
-    before = trainer.sampling
-    trainer.sampling = dataclasses.replace(before, max_new_tokens=tokens)
-    try:
-        return trainer.sample(rows, seed=seed)
-    finally:
-        trainer.sampling = before
-
-
 def build(work: Workload, folder: Path, **options: Any) -> PPOTrainer:
     """Build the product's trainer with random models.
 
@@ -140,3 +106,37 @@ def _on_one_base(
     adapted = peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS"))
     save_adapter(adapted, folder / "shared" / ADAPTER_FOLDER)
     return share_base(config, policy, folder, work)
+
+
+def sample(trainer: PPOTrainer, rows: list[PromptRow], tokens: int, seed: int = 0) -> Rollouts:
+    """Sample a rollout with `tokens` as the longest reply."""
+    before = trainer.sampling
+    trainer.sampling = dataclasses.replace(before, max_new_tokens=tokens)
+    try:
+        return trainer.sample(rows, seed=seed)
+    finally:
+        trainer.sampling = before
+
+
+def work_of(
+    context: Context, size: str, lengths: Literal["full", "varying"] = "full", **changes: Any
+) -> Workload:
+    """Return the workload of the speed sections; all prompts have one length."""
+    scale = scale_of(context)
+    values: dict[str, Any] = {
+        "mode": "fast", "updates": 4, "micro_batch": scale.micro_batch, "batch": scale.batch,
+        "new_tokens": scale.new_tokens, "prompt_tokens": (scale.prompt_tokens,) * 2,
+        "device": context.device, **changes,
+    }  # fmt: skip
+    return Workload("tiny" if context.tiny else size, lengths, **values)
+
+
+def scale_of(context: Context) -> Scale:
+    """Return the full sizes, or the smoke test's."""
+    return SMALL if context.tiny else FULL
+
+
+def rows_of(work: Workload, count: int) -> list[PromptRow]:
+    """Return random prompts as text."""
+    prompts = dataclasses.replace(work, batch=count, updates=1).prompts()
+    return [PromptRow(text_of(ids)) for ids in prompts[:count]]

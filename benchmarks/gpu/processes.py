@@ -21,35 +21,6 @@ from typing import Any
 POLL_SECONDS = 0.05
 
 
-@dataclass
-class Child:
-    """A process that runs one function."""
-
-    pid: int
-    leads_group: bool
-    code: int | None = None
-
-    def poll(self) -> int | None:
-        """Return the exit code, None while it runs; −n if signal n ended it."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code
-
-    def wait(self) -> int:
-        """Wait for the end and return the exit code."""
-        while (code := self.poll()) is None:
-            time.sleep(POLL_SECONDS)
-        return code
-
-    def kill(self) -> int:
-        """Kill the process, and its own children if it leads a group."""
-        with contextlib.suppress(ProcessLookupError):  # it may have ended in between
-            (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
-        return self.wait()
-
-
 def start(
     entry: str, argument: str, log: Path, *, needs_cuda: bool = False, leads_group: bool = True
 ) -> Child:
@@ -83,6 +54,35 @@ def start(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+@dataclass
+class Child:
+    """A process that runs one function."""
+
+    pid: int
+    leads_group: bool
+    code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs; −n if signal n ended it."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def wait(self) -> int:
+        """Wait for the end and return the exit code."""
+        while (code := self.poll()) is None:
+            time.sleep(POLL_SECONDS)
+        return code
+
+    def kill(self) -> int:
+        """Kill the process, and its own children if it leads a group."""
+        with contextlib.suppress(ProcessLookupError):  # it may have ended in between
+            (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
+        return self.wait()
 
 
 def call(entry: str) -> Callable[..., Any]:

@@ -14,6 +14,11 @@ NOTHING = "–"
 #: As `precision.FLOAT32_LIMIT`; this module can't import torch, which may be missing.
 FLOAT32_LIMIT = 1e-3
 UNKNOWN_GPU = "GPU unknown (section environment did not run)"
+LARGEST = {
+    "decode": "decoding at once",
+    "micro_batch": "micro-batch",
+    "micro_batch_checkpointing": "micro-batch, gradient checkpointing",
+}
 
 
 @dataclass(frozen=True)
@@ -266,13 +271,6 @@ def _largest(values: Values, run: Run) -> str:
         ("what", "largest that fits, rows", "out of memory at", "searched up to",
          "seconds of the largest", "its peak in use, GiB", "its peak held, GiB"), rows,
     )  # fmt: skip
-
-
-LARGEST = {
-    "decode": "decoding at once",
-    "micro_batch": "micro-batch",
-    "micro_batch_checkpointing": "micro-batch, gradient checkpointing",
-}
 
 
 def _profile(values: Values, run: Run) -> str:

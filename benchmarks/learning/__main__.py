@@ -25,9 +25,39 @@ from rlhf.errors import RLHFError, TrainingError
 from rlhf.files import read_json, write_json
 
 PRESET = "configs/quickstart.yaml"
-
-
 SIDES = ("ours", "trl")
+
+
+def main() -> None:
+    """Make the missing results, then report."""
+    args, overrides = arguments()
+    config, work = settings(args, overrides), Path(args.work)
+    if args.only:
+        part(args, config, work)
+        return
+    check_identity(work, identity(config, args.every))
+    (work / "runs").mkdir(exist_ok=True)
+    if not args.report:
+        if not (work / "evaluation").is_dir():
+            in_process("inputs", work / "inputs.log")
+        for seed in args.seeds:
+            for side in SIDES:
+                if not result_path(work, side, seed).is_file():
+                    in_process(f"{side}:{seed}", work / f"{side}-seed{seed}.log")
+    from benchmarks.learning import report
+
+    runs = {
+        (side, seed): read_json(result_path(work, side, seed))
+        for seed in args.seeds
+        for side in SIDES
+        if result_path(work, side, seed).is_file()
+    }
+    result = report.compare(runs, args.seeds, args.margin)
+    write_json(work / "verdict.json", result)
+    report.table(result)
+    plot = Path(args.plot or work / "learning.svg")
+    report.draw(runs, plot)
+    print(f"\nplot: {plot}; figures: {work / 'verdict.json'}")
 
 
 def arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -88,6 +118,41 @@ def check_identity(work: Path, wanted: dict[str, Any]) -> None:
         write_json(path, wanted)
 
 
+def in_process(only: str, log: Path) -> None:
+    """Run this command for one part of the work in a child process.
+
+    Raises:
+        TrainingError: It failed.
+    """
+    print(f"{only} …", flush=True)
+    command = [sys.executable, "-m", "benchmarks.learning", *sys.argv[1:], "--only", only]
+    with log.open("w") as handle:
+        done = subprocess.run(command, check=False, stdout=handle, stderr=subprocess.STDOUT)
+    if done.returncode:
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise TrainingError(f"{only} failed: {last}; its output is in {log}")
+
+
+def part(args: argparse.Namespace, config: PipelineConfig, work: Path) -> None:
+    """Make the inputs, or run one training, as `--only` of a child process names it."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if args.only == "inputs":
+        make_inputs(config, work)
+        return
+    side, seed = args.only.split(":")
+    from benchmarks.learning.runs import Run
+
+    run = Run(config, work, int(seed), args.every)
+    if side == "ours":
+        run.ours()
+    else:
+        from benchmarks.learning.trl import train_by_trl
+
+        train_by_trl(run, args.trl)
+    write_json(result_path(work, side, int(seed)), run.result())
+
+
 def make_inputs(config: PipelineConfig, work: Path) -> None:
     """Make data, SFT policy and reward model; a folder appears when complete."""
     from rlhf.data.prepare import prepare_data
@@ -124,76 +189,9 @@ def _once(folder: Path, make: Callable[[Path], Any]) -> None:
     partial.rename(folder)
 
 
-def in_process(only: str, log: Path) -> None:
-    """Run this command for one part of the work in a child process.
-
-    Raises:
-        TrainingError: It failed.
-    """
-    print(f"{only} …", flush=True)
-    command = [sys.executable, "-m", "benchmarks.learning", *sys.argv[1:], "--only", only]
-    with log.open("w") as handle:
-        done = subprocess.run(command, check=False, stdout=handle, stderr=subprocess.STDOUT)
-    if done.returncode:
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise TrainingError(f"{only} failed: {last}; its output is in {log}")
-
-
-def part(args: argparse.Namespace, config: PipelineConfig, work: Path) -> None:
-    """Make the inputs, or run one training, as `--only` of a child process names it."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if args.only == "inputs":
-        make_inputs(config, work)
-        return
-    side, seed = args.only.split(":")
-    from benchmarks.learning.runs import Run
-
-    run = Run(config, work, int(seed), args.every)
-    if side == "ours":
-        run.ours()
-    else:
-        from benchmarks.learning.trl import train_by_trl
-
-        train_by_trl(run, args.trl)
-    write_json(result_path(work, side, int(seed)), run.result())
-
-
 def result_path(work: Path, side: str, seed: int) -> Path:
     """Return the path of a run's result, which exists once the run is complete."""
     return work / "runs" / f"{side}-seed{seed}.json"
-
-
-def main() -> None:
-    """Make the missing results, then report."""
-    args, overrides = arguments()
-    config, work = settings(args, overrides), Path(args.work)
-    if args.only:
-        part(args, config, work)
-        return
-    check_identity(work, identity(config, args.every))
-    (work / "runs").mkdir(exist_ok=True)
-    if not args.report:
-        if not (work / "evaluation").is_dir():
-            in_process("inputs", work / "inputs.log")
-        for seed in args.seeds:
-            for side in SIDES:
-                if not result_path(work, side, seed).is_file():
-                    in_process(f"{side}:{seed}", work / f"{side}-seed{seed}.log")
-    from benchmarks.learning import report
-
-    runs = {
-        (side, seed): read_json(result_path(work, side, seed))
-        for seed in args.seeds
-        for side in SIDES
-        if result_path(work, side, seed).is_file()
-    }
-    result = report.compare(runs, args.seeds, args.margin)
-    write_json(work / "verdict.json", result)
-    report.table(result)
-    plot = Path(args.plot or work / "learning.svg")
-    report.draw(runs, plot)
-    print(f"\nplot: {plot}; figures: {work / 'verdict.json'}")
 
 
 if __name__ == "__main__":

@@ -12,31 +12,33 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 Curve = list[dict[str, float]]
-
-
 Runs = Mapping[tuple[str, int], Mapping[str, Any]]
-
-
 GRID = 200
-
-
 COLOURS = {"ours": "#0b6e4f", "trl": "#c1440e"}
-
-
 LABELS = {"ours": "rlhf-pipeline", "trl": "TRL 1.12"}
 
 
-def frontier(curve: Curve, kl: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the best gold reached with at most this KL, linear between points.
-
-    A run's KL may go back and forth, so gold is no function of KL; this frontier is, and it never
-    falls.
-    """
-    points: list[tuple[float, float]] = []
-    for point in sorted(curve, key=lambda p: p["kl"]):
-        if not points or point["gold"] > points[-1][1]:
-            points.append((max(point["kl"], 0.0), point["gold"]))
-    return np.interp(kl, [k for k, _ in points], [g for _, g in points])
+def compare(runs: Runs, seeds: Sequence[int], margin: float) -> dict[str, Any]:
+    """Return differences ours − TRL's, paired by seed, with intervals and verdicts."""
+    paired = [s for s in seeds if ("ours", s) in runs and ("trl", s) in runs]
+    rows = [measures(runs["ours", s]["curve"], runs["trl", s]["curve"]) for s in paired]
+    result: dict[str, Any] = {"seeds": paired, "margin": margin, "measures": {}}
+    for name in rows[0] if rows else ():
+        ours, theirs = ([row[name][side] for row in rows] for side in (0, 1))
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        low, high = interval(differences)
+        result["measures"][name] = {
+            "ours": ours, "trl": theirs, "difference": float(np.mean(differences)),
+            "low": low if math.isfinite(low) else None,
+            "high": high if math.isfinite(high) else None,
+            "verdict": verdict(low, high, margin) if name.startswith("gold") else None,
+        }  # fmt: skip
+    main = result["measures"].get("gold_kl_area")
+    result["verdict"] = main["verdict"] if main else "undecided"
+    result["seconds"] = {
+        side: [runs[side, s]["seconds"] for s in paired] for side in ("ours", "trl")
+    }
+    return result
 
 
 def measures(ours: Curve, theirs: Curve) -> dict[str, tuple[float, float]]:
@@ -62,6 +64,19 @@ def measures(ours: Curve, theirs: Curve) -> dict[str, tuple[float, float]]:
     }
 
 
+def frontier(curve: Curve, kl: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the best gold reached with at most this KL, linear between points.
+
+    A run's KL may go back and forth, so gold is no function of KL; this frontier is, and it never
+    falls.
+    """
+    points: list[tuple[float, float]] = []
+    for point in sorted(curve, key=lambda p: p["kl"]):
+        if not points or point["gold"] > points[-1][1]:
+            points.append((max(point["kl"], 0.0), point["gold"]))
+    return np.interp(kl, [k for k, _ in points], [g for _, g in points])
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % t interval of the mean; infinite for one value."""
     n = len(values)
@@ -80,29 +95,6 @@ def verdict(low: float, high: float, margin: float) -> str:
     if low >= -margin:
         return "better" if low > 0 else "no worse"
     return "worse" if high < -margin else "undecided"
-
-
-def compare(runs: Runs, seeds: Sequence[int], margin: float) -> dict[str, Any]:
-    """Return differences ours − TRL's, paired by seed, with intervals and verdicts."""
-    paired = [s for s in seeds if ("ours", s) in runs and ("trl", s) in runs]
-    rows = [measures(runs["ours", s]["curve"], runs["trl", s]["curve"]) for s in paired]
-    result: dict[str, Any] = {"seeds": paired, "margin": margin, "measures": {}}
-    for name in rows[0] if rows else ():
-        ours, theirs = ([row[name][side] for row in rows] for side in (0, 1))
-        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        low, high = interval(differences)
-        result["measures"][name] = {
-            "ours": ours, "trl": theirs, "difference": float(np.mean(differences)),
-            "low": low if math.isfinite(low) else None,
-            "high": high if math.isfinite(high) else None,
-            "verdict": verdict(low, high, margin) if name.startswith("gold") else None,
-        }  # fmt: skip
-    main = result["measures"].get("gold_kl_area")
-    result["verdict"] = main["verdict"] if main else "undecided"
-    result["seconds"] = {
-        side: [runs[side, s]["seconds"] for s in paired] for side in ("ours", "trl")
-    }
-    return result
 
 
 def table(result: Mapping[str, Any]) -> None:

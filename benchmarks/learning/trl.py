@@ -24,63 +24,6 @@ from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import counted_tokens
 
 
-class SummedReward(nn.Module):
-    """Adapter of our reward model to TRL: `score` sums token scores over the reply.
-
-    TRL calls the backbone, then `score` on its hidden states, and takes the last real token's.
-    """
-
-    base_model_prefix = "backbone"
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = [model]  # in a list: not a submodule twice
-        self.inner = getattr(model, model.base_model_prefix)
-        self.counted: Tensor | None = None
-
-    def backbone(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        """Return the backbone's output, and store which tokens count."""
-        self.counted = counted_tokens(input_ids, attention_mask.long(), self.model[0].marker)
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)
-
-    def score(self, hidden: Tensor) -> Tensor:
-        """Return cumulative sums of the token scores, (batch, time, 1)."""
-        assert self.counted is not None
-        scores = self.model[0].score(hidden).squeeze(-1).float()
-        return (scores * self.counted).cumsum(1)[..., None]
-
-
-class _AfterUpdate(TrainerCallback):
-    """Callback that evaluates the policy and checks the count of optimiser steps."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.updates, self.steps = run, 0, 0
-        self.trainer: Any = None
-
-    def watch(self, trainer: Any) -> None:
-        """Count the steps of the trainer's optimiser."""
-        self.trainer, step = trainer, trainer.optimizer.step
-
-        def counted(*arguments: Any, **options: Any) -> Any:
-            self.steps += 1
-            return step(*arguments, **options)
-
-        trainer.optimizer.step = counted
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check the optimiser steps of the update, then evaluate the policy."""
-        self.updates += 1
-        config = self.run.config.ppo
-        expected = config.num_ppo_epochs * -(-config.chunk_size // config.mini_batch_size)
-        if self.steps != self.updates * expected:
-            raise TrainingError(
-                f"TRL took {self.steps} optimiser steps in {self.updates} updates, not {expected} "
-                "each: the comparison would not be fair"
-            )
-        policy = self.trainer.accelerator.unwrap_model(self.trainer.model).policy
-        self.run.after_update(self.updates, policy)
-
-
 def train_by_trl(run: Run, path: str) -> None:
     """Train by TRL's trainer on the same prompts and settings.
 
@@ -149,6 +92,32 @@ def _reward_model(run: Run) -> Any:
     return run.scorer.model
 
 
+class SummedReward(nn.Module):
+    """Adapter of our reward model to TRL: `score` sums token scores over the reply.
+
+    TRL calls the backbone, then `score` on its hidden states, and takes the last real token's.
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = [model]  # in a list: not a submodule twice
+        self.inner = getattr(model, model.base_model_prefix)
+        self.counted: Tensor | None = None
+
+    def backbone(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        """Return the backbone's output, and store which tokens count."""
+        self.counted = counted_tokens(input_ids, attention_mask.long(), self.model[0].marker)
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Return cumulative sums of the token scores, (batch, time, 1)."""
+        assert self.counted is not None
+        scores = self.model[0].score(hidden).squeeze(-1).float()
+        return (scores * self.counted).cumsum(1)[..., None]
+
+
 def _arguments(run: Run, module: Any) -> Any:
     config = run.config.ppo
     scratch = tempfile.mkdtemp(prefix="trl-ppo-")
@@ -167,3 +136,34 @@ def _arguments(run: Run, module: Any) -> Any:
         cliprange_value=config.value_clip_range, vf_coef=config.value_loss_coef,
         whiten_rewards=config.whiten_rewards,
     )  # fmt: skip
+
+
+class _AfterUpdate(TrainerCallback):
+    """Callback that evaluates the policy and checks the count of optimiser steps."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.updates, self.steps = run, 0, 0
+        self.trainer: Any = None
+
+    def watch(self, trainer: Any) -> None:
+        """Count the steps of the trainer's optimiser."""
+        self.trainer, step = trainer, trainer.optimizer.step
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.steps += 1
+            return step(*arguments, **options)
+
+        trainer.optimizer.step = counted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the optimiser steps of the update, then evaluate the policy."""
+        self.updates += 1
+        config = self.run.config.ppo
+        expected = config.num_ppo_epochs * -(-config.chunk_size // config.mini_batch_size)
+        if self.steps != self.updates * expected:
+            raise TrainingError(
+                f"TRL took {self.steps} optimiser steps in {self.updates} updates, not {expected} "
+                "each: the comparison would not be fair"
+            )
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model).policy
+        self.run.after_update(self.updates, policy)

@@ -35,6 +35,27 @@ from rlhf.modeling.device import retained_heap
 SIDES = ("ours", "trl")
 
 
+def main() -> None:
+    """Measure, compare and print."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    work = workload(args)
+    memory = (
+        retained_heap(torch.device("cpu")) if args.memory == "both" else contextlib.nullcontext()
+    )
+    # TRL prints; standard output is for the result alone.
+    with contextlib.redirect_stdout(sys.stderr), memory:
+        result = alone(args, work, Path(args.models)) if args.side else measure(args, work)
+    if args.side or args.json == "-":
+        print(json.dumps(result))
+        return
+    report.table(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -81,9 +102,37 @@ def workload(args: argparse.Namespace) -> Workload:
     )  # fmt: skip
 
 
-def precision_of(side: str, matmul: str) -> str:
-    """Return the float32 precision setting of a side."""
-    return "medium" if matmul in ("both", side) else "highest"
+def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
+    """Measure memory, matmul rates, and the updates of both sides in turn."""
+    with tempfile.TemporaryDirectory(prefix="ppo-benchmark-") as name:
+        folder = Path(name)
+        write_models(work, folder)
+        memory = {} if args.no_memory else {side: memory_of(side, folder) for side in SIDES}
+        rates = matmul_rates(work.size, torch.device(work.device))
+        updates, found = interleaved(args, work, folder)
+    measured = updates[args.warmup :]
+    return {
+        **report.summary(work.size, measured, rates["peak"]),
+        "memory": memory,
+        "memory_ratio": report.memory_ratio(memory),
+        "differences": report.worst(found),
+        "agree": bool(found) and report.agree(found, args.tolerance),
+        "matmul": rates,
+        "settings": {
+            "matmul": args.matmul, "memory": args.memory, "threads": args.threads,
+            "torch": torch.__version__, "tolerance": args.tolerance, "workload": as_json(work),
+        },
+    }  # fmt: skip
+
+
+def memory_of(side: str, folder: Path) -> dict[str, float]:
+    """Run this command for one side alone in a child process; return its memory."""
+    command = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--side", side]
+    command += ["--models", str(folder)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise TrainingError(f"measuring the memory of {side} failed; its message stands above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, float]:
@@ -116,16 +165,6 @@ def peak_mib(work: Workload) -> float:
     if work.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return report.peak_mib()
-
-
-def memory_of(side: str, folder: Path) -> dict[str, float]:
-    """Run this command for one side alone in a child process; return its memory."""
-    command = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--side", side]
-    command += ["--models", str(folder)]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise TrainingError(f"measuring the memory of {side} failed; its message stands above")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def interleaved(
@@ -162,48 +201,9 @@ def interleaved(
     return updates, found
 
 
-def main() -> None:
-    """Measure, compare and print."""
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    work = workload(args)
-    memory = (
-        retained_heap(torch.device("cpu")) if args.memory == "both" else contextlib.nullcontext()
-    )
-    # TRL prints; standard output is for the result alone.
-    with contextlib.redirect_stdout(sys.stderr), memory:
-        result = alone(args, work, Path(args.models)) if args.side else measure(args, work)
-    if args.side or args.json == "-":
-        print(json.dumps(result))
-        return
-    report.table(result)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-
-
-def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
-    """Measure memory, matmul rates, and the updates of both sides in turn."""
-    with tempfile.TemporaryDirectory(prefix="ppo-benchmark-") as name:
-        folder = Path(name)
-        write_models(work, folder)
-        memory = {} if args.no_memory else {side: memory_of(side, folder) for side in SIDES}
-        rates = matmul_rates(work.size, torch.device(work.device))
-        updates, found = interleaved(args, work, folder)
-    measured = updates[args.warmup :]
-    return {
-        **report.summary(work.size, measured, rates["peak"]),
-        "memory": memory,
-        "memory_ratio": report.memory_ratio(memory),
-        "differences": report.worst(found),
-        "agree": bool(found) and report.agree(found, args.tolerance),
-        "matmul": rates,
-        "settings": {
-            "matmul": args.matmul, "memory": args.memory, "threads": args.threads,
-            "torch": torch.__version__, "tolerance": args.tolerance, "workload": as_json(work),
-        },
-    }  # fmt: skip
+def precision_of(side: str, matmul: str) -> str:
+    """Return the float32 precision setting of a side."""
+    return "medium" if matmul in ("both", side) else "highest"
 
 
 if __name__ == "__main__":

@@ -27,39 +27,21 @@ from rlhf.ppo.models import Models
 from rlhf.ppo.trainer import PPOTrainer, optimise
 
 
-class TokenReward:
-    """Reward model's score of the sampled tokens alone, as TRL computes it.
+class OurSide:
+    """The product's trainer on the workload.
 
-    The product's own reward ends every reply with an end token; a reply that was cut has none.
+    `compare` also computes what only the comparison needs, outside the clock.
     """
 
-    replies_per_prompt = 1
-    needs_reference_reply = False
-    needs_reward_model = True
-    stop = None
+    def __init__(self, work: Workload, folder: Path, compare: bool) -> None:
+        self.work, self.compare = work, compare
+        config = configuration(work)
+        four = on_one_base if config.shared_base else each_by_itself
+        self.trainer = trainer_of(config, four(config, folder, work), folder, work)
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Return a reply's text, uncut."""
-        return self.scorer.renderer.decode(list(ids))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def __call__(self, batch: Sequence[Reply]) -> Scored:
-        """Score every reply with its own prompt."""
-        renderer = self.scorer.renderer
-        rows = []
-        for reply in batch:
-            encoded = renderer.encode(reply.prompt, reply.response, self.scorer.max_length)
-            rows.append(encoded.ids if reply.finished else encoded.ids[:-1])
-        scores = self.scorer.score_ids(rows)
-        return Scored(scores, {"reward_model": scores}, {"reward_model": scores})
+    def update(self, number: int, prompts: list[list[int]]) -> Update:
+        """Run one update on these prompts."""
+        return run_update(self.trainer, self.work, number, prompts, self.compare)
 
 
 def configuration(work: Workload) -> PPOConfig:
@@ -157,6 +139,41 @@ def trainer_of(
     return PPOTrainer(config, models, reward, load_renderer(folder / "policy"), work.seed)
 
 
+class TokenReward:
+    """Reward model's score of the sampled tokens alone, as TRL computes it.
+
+    The product's own reward ends every reply with an end token; a reply that was cut has none.
+    """
+
+    replies_per_prompt = 1
+    needs_reference_reply = False
+    needs_reward_model = True
+    stop = None
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return a reply's text, uncut."""
+        return self.scorer.renderer.decode(list(ids))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def __call__(self, batch: Sequence[Reply]) -> Scored:
+        """Score every reply with its own prompt."""
+        renderer = self.scorer.renderer
+        rows = []
+        for reply in batch:
+            encoded = renderer.encode(reply.prompt, reply.response, self.scorer.max_length)
+            rows.append(encoded.ids if reply.finished else encoded.ids[:-1])
+        scores = self.scorer.score_ids(rows)
+        return Scored(scores, {"reward_model": scores}, {"reward_model": scores})
+
+
 def run_update(
     trainer: PPOTrainer, work: Workload, number: int, prompts: list[list[int]],
     compare: bool = False, clock: Clock | None = None,
@@ -202,20 +219,3 @@ def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
         ours, theirs = next(pair for pair in names.items() if name.startswith(pair[0]))
         found[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter.detach()
     return found
-
-
-class OurSide:
-    """The product's trainer on the workload.
-
-    `compare` also computes what only the comparison needs, outside the clock.
-    """
-
-    def __init__(self, work: Workload, folder: Path, compare: bool) -> None:
-        self.work, self.compare = work, compare
-        config = configuration(work)
-        four = on_one_base if config.shared_base else each_by_itself
-        self.trainer = trainer_of(config, four(config, folder, work), folder, work)
-
-    def update(self, number: int, prompts: list[list[int]]) -> Update:
-        """Run one update on these prompts."""
-        return run_update(self.trainer, self.work, number, prompts, self.compare)

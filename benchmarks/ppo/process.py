@@ -10,45 +10,7 @@ import torch
 from torch import Tensor
 
 PHASES = ("rollout", "scoring", "optimisation")
-
-
 CPU = torch.device("cpu")
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until an accelerator has completed its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class Clock:
-    """Wall and CPU seconds between marks; each mark synchronises the device."""
-
-    def __init__(self, device: torch.device = CPU) -> None:
-        self.device = device
-        self.wall: dict[str, float] = {}
-        self.cpu: dict[str, float] = {}
-        self.start()
-
-    def _now(self) -> tuple[float, float]:
-        synchronise(self.device)
-        return time.perf_counter(), time.process_time()
-
-    def start(self) -> None:
-        """Start a new update."""
-        self.wall, self.cpu = {}, {}
-        self._last = self._now()
-
-    def skip(self) -> None:
-        """Exclude the time since the last mark."""
-        self._last = self._now()
-
-    def mark(self, phase: str) -> None:
-        """Attribute the time since the last mark to this phase."""
-        now = self._now()
-        self.wall[phase] = now[0] - self._last[0]
-        self.cpu[phase] = now[1] - self._last[1]
-        self._last = now
 
 
 @dataclass(frozen=True)
@@ -102,3 +64,39 @@ def check(update: int, found: Mapping[str, float], tolerance: float) -> None:
             f"update {update}: the two sides differ in {listed} (at most {tolerance:g} is "
             "rounding); --report-only goes on"
         )
+
+
+class Clock:
+    """Wall and CPU seconds between marks; each mark synchronises the device."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+        self.start()
+
+    def _now(self) -> tuple[float, float]:
+        synchronise(self.device)
+        return time.perf_counter(), time.process_time()
+
+    def start(self) -> None:
+        """Start a new update."""
+        self.wall, self.cpu = {}, {}
+        self._last = self._now()
+
+    def skip(self) -> None:
+        """Exclude the time since the last mark."""
+        self._last = self._now()
+
+    def mark(self, phase: str) -> None:
+        """Attribute the time since the last mark to this phase."""
+        now = self._now()
+        self.wall[phase] = now[0] - self._last[0]
+        self.cpu[phase] = now[1] - self._last[1]
+        self._last = now
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until an accelerator has completed its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

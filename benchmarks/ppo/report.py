@@ -16,54 +16,6 @@ from benchmarks.ppo.workload import Size
 ROWS = (*PHASES, "total")
 
 
-def say(line: str) -> None:
-    """Print progress to standard error: standard output may be JSON."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def listed(values: Mapping[str, float]) -> str:
-    """Return names and numbers in one line."""
-    return ", ".join(f"{name} {value:.2g}" for name, value in values.items())
-
-
-def peak_mib() -> float:
-    """Return this process's peak resident memory so far, in MiB."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def memory_ratio(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
-    """Return TRL's peak over ours: of the process, and above the imports."""
-    if not memory:
-        return None
-    ours, theirs = memory["ours"], memory["trl"]
-    above = [m["peak"] - m["imports"] for m in (theirs, ours)]
-    return {"peak": theirs["peak"] / ours["peak"], "above_imports": above[0] / above[1]}
-
-
-def worst(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the largest difference of every quantity over all updates."""
-    names = {name for row in found for name in row}
-    return {name: max(row.get(name, 0.0) for row in found) for name in sorted(names)}
-
-
-def agree(found: Sequence[Mapping[str, float]], tolerance: float) -> bool:
-    """Return whether tokens are equal and the rest within rounding in every update."""
-    return all(
-        difference <= (0 if name == "tokens" else tolerance)
-        for row in found
-        for name, difference in row.items()
-    )
-
-
-def _with_total(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {**seconds, "total": sum(seconds.values())}
-
-
 def summary(
     size: Size, updates: Sequence[Mapping[str, Update]], peak_rate: float
 ) -> dict[str, Any]:
@@ -101,6 +53,10 @@ def summary(
         "reply_tokens_per_update": tokens,
         "mean_reply": sum(lengths) / len(lengths),
     }
+
+
+def _with_total(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {**seconds, "total": sum(seconds.values())}
 
 
 def table(result: Mapping[str, Any]) -> None:
@@ -146,3 +102,47 @@ def table(result: Mapping[str, Any]) -> None:
     if result["differences"]:
         verdict = "agree" if result["agree"] else "DO NOT AGREE"
         print(f"the two sides {verdict}; largest differences: {listed(result['differences'])}")
+
+
+def listed(values: Mapping[str, float]) -> str:
+    """Return names and numbers in one line."""
+    return ", ".join(f"{name} {value:.2g}" for name, value in values.items())
+
+
+def memory_ratio(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
+    """Return TRL's peak over ours: of the process, and above the imports."""
+    if not memory:
+        return None
+    ours, theirs = memory["ours"], memory["trl"]
+    above = [m["peak"] - m["imports"] for m in (theirs, ours)]
+    return {"peak": theirs["peak"] / ours["peak"], "above_imports": above[0] / above[1]}
+
+
+def worst(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the largest difference of every quantity over all updates."""
+    names = {name for row in found for name in row}
+    return {name: max(row.get(name, 0.0) for row in found) for name in sorted(names)}
+
+
+def agree(found: Sequence[Mapping[str, float]], tolerance: float) -> bool:
+    """Return whether tokens are equal and the rest within rounding in every update."""
+    return all(
+        difference <= (0 if name == "tokens" else tolerance)
+        for row in found
+        for name, difference in row.items()
+    )
+
+
+def peak_mib() -> float:
+    """Return this process's peak resident memory so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def say(line: str) -> None:
+    """Print progress to standard error: standard output may be JSON."""
+    print(line, file=sys.stderr, flush=True)

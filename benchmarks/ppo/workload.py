@@ -28,14 +28,8 @@ from rlhf.modeling.reward import load_reward_model, save_reward_model
 from rlhf.modeling.weights import weights_digest
 
 PROMPT_TOKENS = (16, 32)
-
-
 CONTEXT = 256
-
-
 NEVER = -100.0
-
-
 LORA = LoraConfig(r=16, alpha=32, dropout=0.0)
 
 
@@ -139,9 +133,32 @@ class Workload:
         ]
 
 
-def text_of(ids: list[int]) -> str:
-    """Return text that the tokenizer encodes as these ids."""
-    return " ".join(f"w{i}" for i in ids)
+def write_models(work: Workload, folder: Path) -> None:
+    """Write random policy and reward model, their tokenizer, and the head's bias."""
+    config, tokenizer = architecture(work), word_tokenizer(work.size.vocab)
+    torch.manual_seed(work.seed)
+    policy = LlamaForCausalLM(config)
+    policy.save_pretrained(folder / "policy")
+    write_json(folder / "bias.json", {str(i): b for i, b in biases(policy, work).items()})
+    del policy
+    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(folder / name)
+    if work.lora:
+        write_adapter(folder)
+
+
+def architecture(work: Workload) -> LlamaConfig:
+    """Return the configuration of policy and reward model."""
+    size = work.size
+    config = LlamaConfig(
+        vocab_size=size.vocab, hidden_size=size.hidden, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        intermediate_size=size.intermediate, max_position_embeddings=work.context,
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    config.num_labels = 1
+    return config
 
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
@@ -158,47 +175,6 @@ def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     )  # fmt: skip
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return fast
-
-
-def architecture(work: Workload) -> LlamaConfig:
-    """Return the configuration of policy and reward model."""
-    size = work.size
-    config = LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads,
-        intermediate_size=size.intermediate, max_position_embeddings=work.context,
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    config.num_labels = 1
-    return config
-
-
-def write_models(work: Workload, folder: Path) -> None:
-    """Write random policy and reward model, their tokenizer, and the head's bias."""
-    config, tokenizer = architecture(work), word_tokenizer(work.size.vocab)
-    torch.manual_seed(work.seed)
-    policy = LlamaForCausalLM(config)
-    policy.save_pretrained(folder / "policy")
-    write_json(folder / "bias.json", {str(i): b for i, b in biases(policy, work).items()})
-    del policy
-    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
-    for name in ("policy", "reward"):
-        tokenizer.save_pretrained(folder / name)
-    if work.lora:
-        write_adapter(folder)
-
-
-def write_adapter(folder: Path) -> None:
-    """Write a reward model that is an adapter on the policy's base."""
-    classifier: Any = load_reward_model(folder / "policy", load_renderer(folder / "policy"))
-    save_reward_model(
-        classifier, load_renderer(folder / "policy"), folder / "shared",
-        weights_digest(folder / "policy"),
-    )  # fmt: skip
-    save_adapter(
-        peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS")),
-        folder / "shared" / ADAPTER_FOLDER,
-    )
 
 
 def biases(policy: Any, work: Workload) -> dict[int, float]:
@@ -238,6 +214,19 @@ def end_share(cap: int) -> float:
     return (low + high) / 2
 
 
+def write_adapter(folder: Path) -> None:
+    """Write a reward model that is an adapter on the policy's base."""
+    classifier: Any = load_reward_model(folder / "policy", load_renderer(folder / "policy"))
+    save_reward_model(
+        classifier, load_renderer(folder / "policy"), folder / "shared",
+        weights_digest(folder / "policy"),
+    )  # fmt: skip
+    save_adapter(
+        peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS")),
+        folder / "shared" / ADAPTER_FOLDER,
+    )
+
+
 def load_biased_policy(folder: Path) -> Any:
     """Load the policy and add the saved bias to its head."""
     saved = read_json(folder / "bias.json")
@@ -256,6 +245,11 @@ def add_bias(policy: Any, biases: dict[int, float]) -> Any:
     head.bias = nn.Parameter(bias, requires_grad=False)
     policy.lm_head = head
     return policy
+
+
+def text_of(ids: list[int]) -> str:
+    """Return text that the tokenizer encodes as these ids."""
+    return " ".join(f"w{i}" for i in ids)
 
 
 def as_json(work: Workload) -> dict[str, Any]:

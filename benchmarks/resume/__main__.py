@@ -42,8 +42,6 @@ from tests.library.ppo_runs import EVERYTHING
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
-
-
 #: Everything with a state, and the other kinds of critic in its place.
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA, critic an adapter": EVERYTHING,
@@ -51,9 +49,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA, critic of its own": {**EVERYTHING, "critic": "reward_model"},
     "full, critic of its own": {**EVERYTHING, "critic": "reward_model", "lora": None},
 }
-
-
 SIGNALS = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--updates", type=int, default=100, help="more than 37")
+    parser.add_argument("--kills", type=int, default=100, help="at least; half are inside a save")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), options.updates, options.kills, options.seed)
+    print(
+        "\n| trial | variant | signals | resumed | complete runs | files compared | different | s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        print(f"| {r.trial} | {r.variant} | {r.kills} | {r.resumed} | {r.runs} | {r.files} "
+              f"| {len(r.failures)} | {r.seconds:.0f} |")  # fmt: skip
+    failed = [failure for row in rows for failure in row.failures]
+    print(f"\n{options.updates} updates, seed {options.seed}, {time.monotonic() - begun:.0f} s: "
+          f"{f'{len(failed)} differences' if failed else 'all bit-equal'}")  # fmt: skip
+    if options.json:
+        report = {"options": {**vars(options), "json": None}, "rows": [asdict(r) for r in rows]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if failed else 0
 
 
 def measure(folder: Path, updates: int, kills: int, seed: int) -> list[Row]:
@@ -103,33 +126,6 @@ def measure(folder: Path, updates: int, kills: int, seed: int) -> list[Row]:
             lambda row: terminated(make("term", **more), straight, row, SIGNALS, rng, pace),  # noqa: B023
         )
     return rows
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--updates", type=int, default=100, help="more than 37")
-    parser.add_argument("--kills", type=int, default=100, help="at least; half are inside a save")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.updates, options.kills, options.seed)
-    print(
-        "\n| trial | variant | signals | resumed | complete runs | files compared | different | s |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r.trial} | {r.variant} | {r.kills} | {r.resumed} | {r.runs} | {r.files} "
-              f"| {len(r.failures)} | {r.seconds:.0f} |")  # fmt: skip
-    failed = [failure for row in rows for failure in row.failures]
-    print(f"\n{options.updates} updates, seed {options.seed}, {time.monotonic() - begun:.0f} s: "
-          f"{f'{len(failed)} differences' if failed else 'all bit-equal'}")  # fmt: skip
-    if options.json:
-        report = {"options": {**vars(options), "json": None}, "rows": [asdict(r) for r in rows]}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -108,30 +108,6 @@ class Row:
         ]
 
 
-def ended(child: int) -> int:
-    """Wait for a process; return its exit code, −n if signal n ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def make_models(folder: Path) -> None:
-    """Make data, SFT policy and reward model in a forked process.
-
-    This process must run no torch: a fork takes only one thread along.
-    """
-
-    def work() -> None:
-        toys.write_data(folder / "data")
-        for name in ("sft", "reward"):
-            (folder / name).mkdir()
-        train_sft(toys.SFT, toys.BASE, folder / "data", folder / "sft", runtime=toys.RUNTIME)
-        train_reward_model(
-            toys.REWARD, folder / "data", folder / "sft", folder / "reward", runtime=toys.RUNTIME
-        )
-
-    if in_child(work):
-        raise SystemExit("the toy models could not be made")
-
-
 def killed_once(run: Run, straight: dict[str, bytes], row: Row) -> None:
     """`kill -9` after 37 updates, before they are saved; then resume."""
 
@@ -143,6 +119,37 @@ def killed_once(run: Run, straight: dict[str, bytes], row: Row) -> None:
         row.failures.append("was not killed")
     row.kills, row.resumed = 1, 1
     row.complete(run, straight)
+
+
+def campaign(
+    make: Callable[[str], Run], straight: dict[str, bytes], row: Row, plan: list[int | None],
+    rng: random.Random, pace: float,
+) -> None:  # fmt: skip
+    """Kill at each point of the plan, or at a random moment where it is None.
+
+    `pace` is the seconds that a child takes for its start and a few updates. The next child loads
+    what the last one left; a checkpoint that is damaged is a failure there.
+    """
+    run = make(f"lap-{row.runs}")
+    while plan and not row.failures:
+        before, at = run.saved(), plan[-1]
+        if at is None:
+            child = run.start()
+            time.sleep(rng.uniform(0, pace))
+            os.kill(child, signal.SIGKILL)
+        else:
+            child = run.start(before=armed(at, rng.randint(0, 2)))
+        end = ended(child)
+        row.resumed += before > 0
+        if end == -signal.SIGKILL:
+            plan.pop()
+            row.kills += 1
+        if end not in (0, -signal.SIGKILL) or run.saved() < before:
+            row.failures.append(f"{run.folder.name}: ended with {end}, {before}, {run.saved()}")
+        if end == 0 or not plan:
+            row.complete(run, straight)
+            shutil.rmtree(run.folder)
+            run = make(f"lap-{row.runs}")
 
 
 def armed(at: int, skip: int) -> Callable[[], None]:
@@ -186,37 +193,6 @@ def count_points(run: Run) -> int:
     return int(counts.read_text())
 
 
-def campaign(
-    make: Callable[[str], Run], straight: dict[str, bytes], row: Row, plan: list[int | None],
-    rng: random.Random, pace: float,
-) -> None:  # fmt: skip
-    """Kill at each point of the plan, or at a random moment where it is None.
-
-    `pace` is the seconds that a child takes for its start and a few updates. The next child loads
-    what the last one left; a checkpoint that is damaged is a failure there.
-    """
-    run = make(f"lap-{row.runs}")
-    while plan and not row.failures:
-        before, at = run.saved(), plan[-1]
-        if at is None:
-            child = run.start()
-            time.sleep(rng.uniform(0, pace))
-            os.kill(child, signal.SIGKILL)
-        else:
-            child = run.start(before=armed(at, rng.randint(0, 2)))
-        end = ended(child)
-        row.resumed += before > 0
-        if end == -signal.SIGKILL:
-            plan.pop()
-            row.kills += 1
-        if end not in (0, -signal.SIGKILL) or run.saved() < before:
-            row.failures.append(f"{run.folder.name}: ended with {end}, {before}, {run.saved()}")
-        if end == 0 or not plan:
-            row.complete(run, straight)
-            shutil.rmtree(run.folder)
-            run = make(f"lap-{row.runs}")
-
-
 def terminated(
     run: Run, straight: dict[str, bytes], row: Row, signals: int, rng: random.Random, pace: float
 ) -> None:
@@ -240,3 +216,27 @@ def terminated(
         if end not in (0, -signal.SIGTERM) or run.saved() < max(before, done):
             row.failures.append(f"ended with {end}, {done} updates done and {run.saved()} saved")
     row.complete(run, straight)
+
+
+def ended(child: int) -> int:
+    """Wait for a process; return its exit code, −n if signal n ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def make_models(folder: Path) -> None:
+    """Make data, SFT policy and reward model in a forked process.
+
+    This process must run no torch: a fork takes only one thread along.
+    """
+
+    def work() -> None:
+        toys.write_data(folder / "data")
+        for name in ("sft", "reward"):
+            (folder / name).mkdir()
+        train_sft(toys.SFT, toys.BASE, folder / "data", folder / "sft", runtime=toys.RUNTIME)
+        train_reward_model(
+            toys.REWARD, folder / "data", folder / "sft", folder / "reward", runtime=toys.RUNTIME
+        )
+
+    if in_child(work):
+        raise SystemExit("the toy models could not be made")

@@ -42,6 +42,37 @@ NO_HUB = (
 )
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=[*MEASUREMENTS])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--mib", type=float, default=1024, help="size of the large artifact")
+    parser.add_argument("--files", type=int, default=1000, help="number of small files")
+    parser.add_argument("--gb", type=float, default=20, help="size for the peak of memory")
+    networks = ["throttled", "loopback"]
+    parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
+    parser.add_argument("--work", type=Path, help="folder for files, instead of the system's /tmp")
+    options = parser.parse_args()
+    # Ended from outside, it must still end the server that it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began, tables = time.monotonic(), list[Table]()
+    with site(options.work) as here:
+        for name in options.only:
+            print(f"\n{name}", flush=True)
+            tables += MEASUREMENTS[name](here, options)
+    # Without a terminal rich assumes 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for table in tables:
+        console.print()
+        table.show(console)
+    print(f"\n## {datetime.now(UTC):%Y-%m-%d} · The artifact store beside its alternatives · "
+          "`python -m benchmarks.storage`\n")  # fmt: skip
+    print(f"{machine()}. Medians of {options.repeats}; {time.monotonic() - began:.0f} s in all.\n")
+    print("\n".join(table.markdown() for table in tables))
+
+
 def faults(site: Site, options: Namespace) -> list[Table]:
     """Measure the faults on small artifacts, as speed does not matter there."""
     table = measure(site, min(48, options.mib))
@@ -72,37 +103,6 @@ def machine() -> str:
         f"{os.cpu_count()} cores ({name}), {gib:.0f} GiB; boto3 {version('boto3')}, s3transfer "
         f"{version('s3transfer')}; the peers' own {', '.join(peers)}"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=[*MEASUREMENTS])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--mib", type=float, default=1024, help="size of the large artifact")
-    parser.add_argument("--files", type=int, default=1000, help="number of small files")
-    parser.add_argument("--gb", type=float, default=20, help="size for the peak of memory")
-    networks = ["throttled", "loopback"]
-    parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
-    parser.add_argument("--work", type=Path, help="folder for files, instead of the system's /tmp")
-    options = parser.parse_args()
-    # Ended from outside, it must still end the server that it started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    began, tables = time.monotonic(), list[Table]()
-    with site(options.work) as here:
-        for name in options.only:
-            print(f"\n{name}", flush=True)
-            tables += MEASUREMENTS[name](here, options)
-    # Without a terminal rich assumes 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    for table in tables:
-        console.print()
-        table.show(console)
-    print(f"\n## {datetime.now(UTC):%Y-%m-%d} · The artifact store beside its alternatives · "
-          "`python -m benchmarks.storage`\n")  # fmt: skip
-    print(f"{machine()}. Medians of {options.repeats}; {time.monotonic() - began:.0f} s in all.\n")
-    print("\n".join(table.markdown() for table in tables))
 
 
 if __name__ == "__main__":

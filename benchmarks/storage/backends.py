@@ -21,8 +21,6 @@ from tests.ceph import CephServer, ceph_server
 from tests.swift import SwiftServer, swift_server
 
 BUCKET = "campaign"
-
-
 PRODUCER = Producer(stage="campaign", code_version="0", config={}, seed=0, versions={})
 
 
@@ -124,18 +122,6 @@ class BucketPlace(Place):
 
 
 @contextlib.contextmanager
-def environment(server: CephServer | SwiftServer) -> Iterator[None]:
-    """Point boto3 at the server by environment variables."""
-    before = dict(os.environ)
-    os.environ.update(server.environment)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
 def place(name: str, prefix: str = "trial") -> Iterator[Place]:
     """Open `folder`, `ceph` or `swift`; a server runs for the length of the block."""
     if name == "folder":
@@ -147,6 +133,18 @@ def place(name: str, prefix: str = "trial") -> Iterator[Place]:
     else:
         with swift_server() as swift, environment(swift):
             yield BucketPlace("Swift", prefix)
+
+
+@contextlib.contextmanager
+def environment(server: CephServer | SwiftServer) -> Iterator[None]:
+    """Point boto3 at the server by environment variables."""
+    before = dict(os.environ)
+    os.environ.update(server.environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def write_files(folder: Path, seed: int, large: int) -> None:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+_SAID = ("kills", "fetches", "mib", "rounds", "publishes", "seed")
+
 
 @dataclass
 class Trial:
@@ -23,19 +25,6 @@ class Trial:
 
 
 R = TypeVar("R", bound=Trial)
-
-
-def tried(row: R, run: Callable[[R], None]) -> R:
-    """Run a trial and print its failures and duration."""
-    begun = time.monotonic()
-    run(row)
-    row.seconds = row.seconds or time.monotonic() - begun
-    for line in row.failures:
-        print(line, flush=True)
-    print(
-        f"{row.trial}, {row.place}: {len(row.failures)} failures, {row.seconds:.0f} s", flush=True
-    )
-    return row
 
 
 def command(
@@ -64,4 +53,14 @@ def command(
     return 1 if failed else 0
 
 
-_SAID = ("kills", "fetches", "mib", "rounds", "publishes", "seed")
+def tried(row: R, run: Callable[[R], None]) -> R:
+    """Run a trial and print its failures and duration."""
+    begun = time.monotonic()
+    run(row)
+    row.seconds = row.seconds or time.monotonic() - begun
+    for line in row.failures:
+        print(line, flush=True)
+    print(
+        f"{row.trial}, {row.place}: {len(row.failures)} failures, {row.seconds:.0f} s", flush=True
+    )
+    return row

@@ -21,10 +21,26 @@ from benchmarks.storage.wire import Change, Direction, Once, cut, during, flip, 
 from tests.store.proxy import fault_proxy
 
 SIDES = ("ours", *PEERS)
-
-
 #: As a model's folder: a large file, which all sides send in parts, and many small ones.
 SHARES = (0.6, *[0.02] * 20)
+
+
+def measure(site: Site, mib: float) -> Table:
+    """Try every fault on every method."""
+    table = Table(f"Faults, artifacts of {mib:g} MiB", ["", *SIDES])
+    sizes = [int(share * mib * MIB) for share in SHARES]
+    for name, attempt in TRIALS.items():
+        row = [name]
+        for side in SIDES:
+            work = site.new_folder()
+            a, b = (random_files(work / which, sizes) for which in "ab")
+            trial = Trial(site, side, a, b, sum(sizes))
+            row.append(attempt(trial))
+            site.forget(trial.place)
+            shutil.rmtree(work)
+        print(f"{row[0]}: {'; '.join(row[1:])}", flush=True)
+        table.rows.append(row)
+    return table
 
 
 @dataclass
@@ -189,21 +205,3 @@ TRIALS: dict[str, Callable[[Trial], str]] = {
     "replaced while a reader downloads": replaced,
     "next version of equal sizes, older times": copied_back,
 }
-
-
-def measure(site: Site, mib: float) -> Table:
-    """Try every fault on every method."""
-    table = Table(f"Faults, artifacts of {mib:g} MiB", ["", *SIDES])
-    sizes = [int(share * mib * MIB) for share in SHARES]
-    for name, attempt in TRIALS.items():
-        row = [name]
-        for side in SIDES:
-            work = site.new_folder()
-            a, b = (random_files(work / which, sizes) for which in "ab")
-            trial = Trial(site, side, a, b, sum(sizes))
-            row.append(attempt(trial))
-            site.forget(trial.place)
-            shutil.rmtree(work)
-        print(f"{row[0]}: {'; '.join(row[1:])}", flush=True)
-        table.rows.append(row)
-    return table

@@ -35,21 +35,103 @@ from tests.ceph import CephServer, ceph_server
 from tests.store.wire import Fault, Wire, wire
 
 SMALL = 64 << 10
-
-
 #: Beyond 16 MiB: two parts up, three ranges down.
 LARGE = (16 << 20) + (1 << 16)
-
-
 COLUMNS = ("flips", "repaired or harmless", "clear error", "delivered wrong", "stored wrong",
            "other error")  # fmt: skip
-
-
 BAD = COLUMNS[-3:]
-
-
 #: So often the store is read past the wire.
 EVERY = 20
+#: The flip, and what to do meanwhile: an empty text if all is well, else a column.
+Trial: TypeAlias = tuple[Fault, Callable[[Path], str]]
+
+
+def main() -> int:
+    """Run all types of flips and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.storage.flips")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of flips")
+    parser.add_argument("--seed", type=int, default=0, help="of the places")
+    options = parser.parse_args()
+    rows: dict[str, Counter[str]] = {}
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="flips-") as folder,
+        ceph_server() as server,
+        opened(server, Path(folder)) as bench,
+    ):
+        for name, (_, count) in KINDS.items():
+            rows[name] = campaign(bench, name, max(1, round(count * options.scale)), options.seed)
+            sys.stdout.write(f"{name}: {dict(rows[name])}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"\n{table(rows)}\n{time.monotonic() - began:.0f} s\n")
+    return int(any(row[column] for row in rows.values() for column in BAD))
+
+
+def campaign(bench: Bench, name: str, count: int, seed: int) -> Counter[str]:
+    """Run `count` flips of one type; return the outcomes by column."""
+    found: Counter[str] = Counter()
+    for number in itertools.count():
+        if found["flips"] == count:
+            break
+        rng = random.Random(f"{name} {seed} {number}")
+        fault, work = KINDS[name][0](bench, rng)
+        with tempfile.TemporaryDirectory(dir=bench.folder) as cache:
+            outcome = one(work, Path(cache))
+        bench.line.clear()
+        if fault.struck:  # it aims at bytes that not every exchange has
+            found.update(["flips", outcome or "repaired or harmless"])
+        if outcome in BAD:
+            sys.stdout.write(f"{name} {number}: {outcome}: {fault}\n")
+        if number % EVERY == EVERY - 1:
+            found["stored wrong"] += bench.audit()
+    found["stored wrong"] += bench.audit()
+    return found
+
+
+def one(work: Callable[[Path], str], cache: Path) -> str:
+    """Return the column that the trial counts for; empty for success."""
+    try:
+        return work(cache)
+    except StoreError as error:
+        return "clear error" if "\n" not in str(error) else "other error"
+    except Exception as error:
+        sys.stdout.write(f"{error!r}\n")
+        return "other error"
+
+
+def table(rows: dict[str, Counter[str]]) -> str:
+    """Return the outcomes as Markdown."""
+    lines = ["| place | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(str(row[column]) for column in COLUMNS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def opened(server: CephServer, folder: Path) -> Iterator[Bench]:
+    """Bench on this server, whose bucket is deleted after the block."""
+    os.environ.update(server.environment)
+    client = boto3.client("s3", endpoint_url=server.endpoint)
+    bucket = f"flips-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=bucket)
+    with wire(server.endpoint) as line:
+        options = StoreConfig(endpoint_url=line.endpoint)
+        # Impatient, as a flipped length makes both sides wait.
+        backend = S3Backend(f"s3://{bucket}/campaign", options, 2, 2, attempts=4)
+        bench = Bench(line, folder, client, bucket, backend)
+        try:
+            for name, size in (("small", SMALL), ("large", LARGE)):
+                new_files(folder / name, size)
+                bench.digests[name] = digests(folder / name)
+                bench.refs[name] = publish(bench.store(folder / "cache"), folder / name)
+            bench.store(folder / "cache").history.append("history", {"n": 1})
+            bench.kept = frozenset(bench.keys())
+            yield bench
+        finally:
+            bench.kept = frozenset()
+            bench.audit()
+            client.delete_bucket(Bucket=bucket)
+            client.close()
 
 
 @dataclass
@@ -88,55 +170,6 @@ class Bench:
             if key not in self.kept:
                 self.client.delete_object(Bucket=self.bucket, Key=key)
         return wrong
-
-
-#: The flip, and what to do meanwhile: an empty text if all is well, else a column.
-Trial: TypeAlias = tuple[Fault, Callable[[Path], str]]
-
-
-@contextmanager
-def opened(server: CephServer, folder: Path) -> Iterator[Bench]:
-    """Bench on this server, whose bucket is deleted after the block."""
-    os.environ.update(server.environment)
-    client = boto3.client("s3", endpoint_url=server.endpoint)
-    bucket = f"flips-{uuid.uuid4().hex}"
-    client.create_bucket(Bucket=bucket)
-    with wire(server.endpoint) as line:
-        options = StoreConfig(endpoint_url=line.endpoint)
-        # Impatient, as a flipped length makes both sides wait.
-        backend = S3Backend(f"s3://{bucket}/campaign", options, 2, 2, attempts=4)
-        bench = Bench(line, folder, client, bucket, backend)
-        try:
-            for name, size in (("small", SMALL), ("large", LARGE)):
-                new_files(folder / name, size)
-                bench.digests[name] = digests(folder / name)
-                bench.refs[name] = publish(bench.store(folder / "cache"), folder / name)
-            bench.store(folder / "cache").history.append("history", {"n": 1})
-            bench.kept = frozenset(bench.keys())
-            yield bench
-        finally:
-            bench.kept = frozenset()
-            bench.audit()
-            client.delete_bucket(Bucket=bucket)
-            client.close()
-
-
-def new_files(folder: Path, size: int) -> None:
-    """Write a file of random bytes."""
-    folder.mkdir(exist_ok=True)
-    (folder / "model.safetensors").write_bytes(os.urandom(size))
-
-
-def publish(store: Store, folder: Path) -> ArtifactRef:
-    """Publish a folder with a constant producer."""
-    producer = Producer(stage="flips", code_version="1", config={}, seed=0, versions={})
-    return store.publish(folder, "policy", parents={}, producer=producer, metrics={})
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file by name."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def down(bench: Bench, rng: random.Random) -> Trial:
@@ -183,6 +216,13 @@ def anywhere(bench: Bench, rng: random.Random) -> Trial:
     return fault, rng.choice(works)
 
 
+KINDS: dict[str, tuple[Callable[[Bench, random.Random], Trial], int]] = {
+    "body, down": (down, 1000),
+    "body, up": (up, 200),
+    "anywhere": (anywhere, 300),
+}
+
+
 def flip(bench: Bench, rng: random.Random, direction: str, end: int, **where: str) -> Fault:
     """Arm a flip of one bit before byte `end`, in the first long enough message."""
     choice: dict[str, Any] = {"bit": rng.randrange(8), **where}
@@ -218,72 +258,22 @@ def write_entry(bench: Bench, cache: Path, value: float) -> str:
     return "" if repr(value).encode() in data else "stored wrong"
 
 
-KINDS: dict[str, tuple[Callable[[Bench, random.Random], Trial], int]] = {
-    "body, down": (down, 1000),
-    "body, up": (up, 200),
-    "anywhere": (anywhere, 300),
-}
+def new_files(folder: Path, size: int) -> None:
+    """Write a file of random bytes."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(os.urandom(size))
 
 
-def campaign(bench: Bench, name: str, count: int, seed: int) -> Counter[str]:
-    """Run `count` flips of one type; return the outcomes by column."""
-    found: Counter[str] = Counter()
-    for number in itertools.count():
-        if found["flips"] == count:
-            break
-        rng = random.Random(f"{name} {seed} {number}")
-        fault, work = KINDS[name][0](bench, rng)
-        with tempfile.TemporaryDirectory(dir=bench.folder) as cache:
-            outcome = one(work, Path(cache))
-        bench.line.clear()
-        if fault.struck:  # it aims at bytes that not every exchange has
-            found.update(["flips", outcome or "repaired or harmless"])
-        if outcome in BAD:
-            sys.stdout.write(f"{name} {number}: {outcome}: {fault}\n")
-        if number % EVERY == EVERY - 1:
-            found["stored wrong"] += bench.audit()
-    found["stored wrong"] += bench.audit()
-    return found
+def publish(store: Store, folder: Path) -> ArtifactRef:
+    """Publish a folder with a constant producer."""
+    producer = Producer(stage="flips", code_version="1", config={}, seed=0, versions={})
+    return store.publish(folder, "policy", parents={}, producer=producer, metrics={})
 
 
-def one(work: Callable[[Path], str], cache: Path) -> str:
-    """Return the column that the trial counts for; empty for success."""
-    try:
-        return work(cache)
-    except StoreError as error:
-        return "clear error" if "\n" not in str(error) else "other error"
-    except Exception as error:
-        sys.stdout.write(f"{error!r}\n")
-        return "other error"
-
-
-def table(rows: dict[str, Counter[str]]) -> str:
-    """Return the outcomes as Markdown."""
-    lines = ["| place | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(str(row[column]) for column in COLUMNS) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    """Run all types of flips and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.storage.flips")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of flips")
-    parser.add_argument("--seed", type=int, default=0, help="of the places")
-    options = parser.parse_args()
-    rows: dict[str, Counter[str]] = {}
-    began = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory(prefix="flips-") as folder,
-        ceph_server() as server,
-        opened(server, Path(folder)) as bench,
-    ):
-        for name, (_, count) in KINDS.items():
-            rows[name] = campaign(bench, name, max(1, round(count * options.scale)), options.seed)
-            sys.stdout.write(f"{name}: {dict(rows[name])}\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"\n{table(rows)}\n{time.monotonic() - began:.0f} s\n")
-    return int(any(row[column] for row in rows.values() for column in BAD))
+def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file by name."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 if __name__ == "__main__":

@@ -27,72 +27,53 @@ from benchmarks.storage.campaign import Trial, command, tried
 from rlhf.store import Store
 
 SYSTEM_CALLS = ("link", "fsync", "replace", "unlink", "mkdir")
-
-
 #: Inside of a large file, a point every so many bytes.
 STEP = 4 * 1024 * 1024
 
 
-class Points:
-    """Numbered points of a publish; the process dies at the given one."""
-
-    def __init__(self, at: str | None = None) -> None:
-        self.passed: list[str] = []
-        self._at = at
-        self._lock = threading.Lock()
-
-    def __call__(self, name: str) -> None:
-        with self._lock:
-            numbered = f"{name} {1 + sum(p.startswith(name + ' ') for p in self.passed)}"
-            if numbered == self._at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.passed.append(numbered)
-
-    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a call, with a point before and a point after it."""
-
-        def wrapped(*args: Any, **options: Any) -> Any:
-            self(f"before {name}")
-            result = call(*args, **options)
-            self(f"after {name}")
-            return result
-
-        return wrapped
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="at random moments, in each store")
+    parser.add_argument("--fetches", type=int, default=30, help="killed ones, in each store")
+    parser.add_argument("--mib", type=int, default=40, help="size of the large file")
+    parser.add_argument("--stores", nargs="+", default=["folder", "ceph"])
+    return command(parser, measure, report)
 
 
-class Deadly:
-    """A backend with points around its calls and their requests or system calls."""
+def measure(store: str, options: Namespace) -> list[Row]:
+    """Run all trials on one store."""
+    with tempfile.TemporaryDirectory() as folder, place(store) as there:
+        work = Path(folder)
+        rng = random.Random(f"{options.seed}/{there.name}")
+        write_files(work / "files", options.seed, options.mib << 20)
+        publisher = Publisher(there, work / "files", work)
+        points = publisher.undisturbed()
+        print(
+            f"{there.name}: {len(points)} points, {publisher.seconds:.2f} s a publish", flush=True
+        )
+        return [
+            tried(Row(name, there.name), run)
+            for name, run in (
+                ("publish, every point", lambda row: at_points(publisher, points, row)),
+                ("publish, at random", lambda row: at_random(publisher, options.kills, rng, row)),
+                ("fetch, at random", lambda row: readers(publisher, options.fetches, rng, row)),
+            )
+        ]
 
-    def __init__(self, backend: Any, points: Points) -> None:
-        self._backend, self._points = backend, points
-        if hasattr(backend, "_client"):
-            events = backend._client.meta.events
-            for when in ("before", "after"):
-                events.register(
-                    f"{when}-call.s3",
-                    lambda model, when=when, **_: points(f"{when} request {model.name}"),
-                )
-        else:
-            for name in SYSTEM_CALLS:
-                setattr(os, name, points.around(name, getattr(os, name)))
 
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._backend, name)
-        return self._points.around(name, value) if callable(value) else value
-
-    def put_file(self, key: str, source: Any) -> None:
-        """Send a file, with a point every STEP bytes."""
-        tell, done = source.sent, 0
-
-        def sent(count: int) -> None:
-            nonlocal done
-            steps, done = done // STEP, done + count
-            if done // STEP > steps:
-                self._points("inside put_file")
-            tell(count)
-
-        source.sent = sent
-        self._points.around("put_file", self._backend.put_file)(key, source)
+def report(rows: list[Row]) -> str:
+    """Return the table for RESULTS.md."""
+    lines = [
+        "| trial | store | kills | ended before | artifact already seen | left unfinished "
+        "| complete when run again | failures | s |",
+        "|---" * 9 + "|",
+        *(
+            f"| {r.trial} | {r.place} | {r.kills} | {r.late} | {r.visible} | {r.unfinished} "
+            f"| {r.completed} | {len(r.failures)} | {r.seconds:.0f} |"
+            for r in rows
+        ),
+    ]
+    return "\n".join(lines)
 
 
 @dataclass
@@ -110,30 +91,62 @@ class Row(Trial):
     """Publishes or fetches that were complete when run again."""
 
 
-def forked(work: Callable[[], object]) -> int:
-    """Run a function in a forked process and return its id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-        os._exit(0)
-    except BaseException as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+def at_points(publisher: Publisher, points: list[str], row: Row) -> None:
+    """Kill a publish once at each point."""
+    for point in points:
+        end = ended(forked(lambda point=point: publisher.publish(at=point)))
+        publisher.trial(row, point, end)
 
 
-def ended(child: int) -> int:
-    """Wait for a process; return its exit code, −n if signal n ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def at_random(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> None:
+    """Kill publishes at moments spread over the duration of one."""
+    for _ in range(kills):
+        moment = rng.uniform(0, publisher.seconds)
+        end = killed(publisher.publish, moment)
+        publisher.trial(row, f"after {moment:.3f} s", end)
 
 
-def killed(work: Callable[[], object], after: float) -> int:
-    """Run a function in a forked process and kill it after these seconds."""
-    child = forked(work)
-    time.sleep(after)
-    os.kill(child, signal.SIGKILL)
-    return ended(child)
+def readers(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> None:
+    """Kill fetches; the next ones must clear the cache of what they left."""
+    place, cache = publisher.place, publisher.work / "cache"
+    wanted = publisher.publish()
+    other = publisher.work / "other"
+    other.mkdir()
+    (other / "small").write_bytes(rng.randbytes(1000))
+    another = (
+        place.open(cache).publish(other, "data", parents={}, producer=PRODUCER, metrics={}).digest
+    )
+    begun = time.monotonic()
+    ended(forked(lambda: place.open(cache).fetch(wanted)))
+    seconds = time.monotonic() - begun
+    for number in range(kills):
+        shutil.rmtree(cache, ignore_errors=True)
+        moment = rng.uniform(0, seconds)
+        end = killed(lambda: place.open(cache).fetch(wanted), moment)
+        row.kills += end == -signal.SIGKILL
+        row.late += end == 0
+        row.visible += (cache / "cache" / "artifacts" / wanted).exists()
+        left = leftovers(cache)
+        row.unfinished += len(left)
+        # The next one that makes room wants something else, or the same.
+        wrong = [] if end in (0, -signal.SIGKILL) else [f"ended with {end}"]
+        for digest in (another, wanted) if number % 2 else (wanted, another):
+            found = contents(place.open(cache).fetch(digest))
+            if found != (publisher.expected if digest == wanted else contents(other)):
+                wrong.append("fetched other bytes")
+            if number % 2 or digest == another:
+                wrong += [f"{name} is left over" for name in leftovers(cache)]
+        row.completed += not wrong
+        row.failures += [f"readers {place.name}, after {moment:.3f} s: {w}" for w in wrong]
+    place.wipe()
+    shutil.rmtree(other)
+    shutil.rmtree(cache, ignore_errors=True)
+
+
+def leftovers(cache: Path) -> list[str]:
+    """Return the files in the cache's working folders."""
+    folders = [cache / "cache" / name for name in ("tmp", "locks")]
+    return [f"{f.name}/{p.name}" for f in folders if f.is_dir() for p in sorted(f.iterdir())]
 
 
 class Publisher:
@@ -225,107 +238,92 @@ class Publisher:
         return wrong
 
 
-def at_points(publisher: Publisher, points: list[str], row: Row) -> None:
-    """Kill a publish once at each point."""
-    for point in points:
-        end = ended(forked(lambda point=point: publisher.publish(at=point)))
-        publisher.trial(row, point, end)
+class Points:
+    """Numbered points of a publish; the process dies at the given one."""
+
+    def __init__(self, at: str | None = None) -> None:
+        self.passed: list[str] = []
+        self._at = at
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str) -> None:
+        with self._lock:
+            numbered = f"{name} {1 + sum(p.startswith(name + ' ') for p in self.passed)}"
+            if numbered == self._at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.passed.append(numbered)
+
+    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a call, with a point before and a point after it."""
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            self(f"before {name}")
+            result = call(*args, **options)
+            self(f"after {name}")
+            return result
+
+        return wrapped
 
 
-def at_random(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> None:
-    """Kill publishes at moments spread over the duration of one."""
-    for _ in range(kills):
-        moment = rng.uniform(0, publisher.seconds)
-        end = killed(publisher.publish, moment)
-        publisher.trial(row, f"after {moment:.3f} s", end)
+class Deadly:
+    """A backend with points around its calls and their requests or system calls."""
+
+    def __init__(self, backend: Any, points: Points) -> None:
+        self._backend, self._points = backend, points
+        if hasattr(backend, "_client"):
+            events = backend._client.meta.events
+            for when in ("before", "after"):
+                events.register(
+                    f"{when}-call.s3",
+                    lambda model, when=when, **_: points(f"{when} request {model.name}"),
+                )
+        else:
+            for name in SYSTEM_CALLS:
+                setattr(os, name, points.around(name, getattr(os, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._backend, name)
+        return self._points.around(name, value) if callable(value) else value
+
+    def put_file(self, key: str, source: Any) -> None:
+        """Send a file, with a point every STEP bytes."""
+        tell, done = source.sent, 0
+
+        def sent(count: int) -> None:
+            nonlocal done
+            steps, done = done // STEP, done + count
+            if done // STEP > steps:
+                self._points("inside put_file")
+            tell(count)
+
+        source.sent = sent
+        self._points.around("put_file", self._backend.put_file)(key, source)
 
 
-def readers(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> None:
-    """Kill fetches; the next ones must clear the cache of what they left."""
-    place, cache = publisher.place, publisher.work / "cache"
-    wanted = publisher.publish()
-    other = publisher.work / "other"
-    other.mkdir()
-    (other / "small").write_bytes(rng.randbytes(1000))
-    another = (
-        place.open(cache).publish(other, "data", parents={}, producer=PRODUCER, metrics={}).digest
-    )
-    begun = time.monotonic()
-    ended(forked(lambda: place.open(cache).fetch(wanted)))
-    seconds = time.monotonic() - begun
-    for number in range(kills):
-        shutil.rmtree(cache, ignore_errors=True)
-        moment = rng.uniform(0, seconds)
-        end = killed(lambda: place.open(cache).fetch(wanted), moment)
-        row.kills += end == -signal.SIGKILL
-        row.late += end == 0
-        row.visible += (cache / "cache" / "artifacts" / wanted).exists()
-        left = leftovers(cache)
-        row.unfinished += len(left)
-        # The next one that makes room wants something else, or the same.
-        wrong = [] if end in (0, -signal.SIGKILL) else [f"ended with {end}"]
-        for digest in (another, wanted) if number % 2 else (wanted, another):
-            found = contents(place.open(cache).fetch(digest))
-            if found != (publisher.expected if digest == wanted else contents(other)):
-                wrong.append("fetched other bytes")
-            if number % 2 or digest == another:
-                wrong += [f"{name} is left over" for name in leftovers(cache)]
-        row.completed += not wrong
-        row.failures += [f"readers {place.name}, after {moment:.3f} s: {w}" for w in wrong]
-    place.wipe()
-    shutil.rmtree(other)
-    shutil.rmtree(cache, ignore_errors=True)
+def forked(work: Callable[[], object]) -> int:
+    """Run a function in a forked process and return its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
-def leftovers(cache: Path) -> list[str]:
-    """Return the files in the cache's working folders."""
-    folders = [cache / "cache" / name for name in ("tmp", "locks")]
-    return [f"{f.name}/{p.name}" for f in folders if f.is_dir() for p in sorted(f.iterdir())]
+def killed(work: Callable[[], object], after: float) -> int:
+    """Run a function in a forked process and kill it after these seconds."""
+    child = forked(work)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    return ended(child)
 
 
-def measure(store: str, options: Namespace) -> list[Row]:
-    """Run all trials on one store."""
-    with tempfile.TemporaryDirectory() as folder, place(store) as there:
-        work = Path(folder)
-        rng = random.Random(f"{options.seed}/{there.name}")
-        write_files(work / "files", options.seed, options.mib << 20)
-        publisher = Publisher(there, work / "files", work)
-        points = publisher.undisturbed()
-        print(
-            f"{there.name}: {len(points)} points, {publisher.seconds:.2f} s a publish", flush=True
-        )
-        return [
-            tried(Row(name, there.name), run)
-            for name, run in (
-                ("publish, every point", lambda row: at_points(publisher, points, row)),
-                ("publish, at random", lambda row: at_random(publisher, options.kills, rng, row)),
-                ("fetch, at random", lambda row: readers(publisher, options.fetches, rng, row)),
-            )
-        ]
-
-
-def report(rows: list[Row]) -> str:
-    """Return the table for RESULTS.md."""
-    lines = [
-        "| trial | store | kills | ended before | artifact already seen | left unfinished "
-        "| complete when run again | failures | s |",
-        "|---" * 9 + "|",
-        *(
-            f"| {r.trial} | {r.place} | {r.kills} | {r.late} | {r.visible} | {r.unfinished} "
-            f"| {r.completed} | {len(r.failures)} | {r.seconds:.0f} |"
-            for r in rows
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="at random moments, in each store")
-    parser.add_argument("--fetches", type=int, default=30, help="killed ones, in each store")
-    parser.add_argument("--mib", type=int, default=40, help="size of the large file")
-    parser.add_argument("--stores", nargs="+", default=["folder", "ceph"])
-    return command(parser, measure, report)
+def ended(child: int) -> int:
+    """Wait for a process; return its exit code, −n if signal n ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MIB = 1 << 20
+RELEASE = "release"
+"""A memo that stands for a name: `put` names what it has stored, `get` takes what is named."""
+PEERS = ("aws s3 sync", "MLflow")
+Work = Callable[[], str]
+
+
+def main() -> int:
+    side, operation, folder, place, memo = (*sys.argv[1:], "")[:5]
+    bucket, _, prefix = place.partition("/")
+    work = SIDES[side](operation, Job(Path(folder), bucket, prefix, memo))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    before = cpu_seconds()
+    started = time.perf_counter()
+    try:
+        memo = work()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        return 1
+    seconds = time.perf_counter() - started
+    took = {"seconds": seconds, "cpu": cpu_seconds() - before, "peak": peak_mib(), "memo": memo}
+    print(json.dumps(took), flush=True)
+    return 0
 
 
 class Job(NamedTuple):
@@ -41,13 +64,6 @@ class Job(NamedTuple):
         """Return relative paths of the files to put."""
         found = (path for path in self.folder.rglob("*") if path.is_file())
         return sorted(path.relative_to(self.folder).as_posix() for path in found)
-
-
-Work = Callable[[], str]
-
-
-RELEASE = "release"
-"""A memo that stands for a name: `put` names what it has stored, `get` takes what is named."""
 
 
 def ours(operation: str, job: Job) -> Work:
@@ -82,18 +98,6 @@ def ours(operation: str, job: Job) -> Work:
         return str(store.fetch(ref))
 
     return put if operation == "put" else get
-
-
-def _client(lean: bool) -> Any:
-    import boto3
-    from botocore.config import Config
-
-    config = Config(max_pool_connections=40)
-    if lean:
-        when = "when_required"
-        checksums = Config(request_checksum_calculation=when, response_checksum_validation=when)
-        config = config.merge(checksums)
-    return boto3.client("s3", config=config)
 
 
 def s3transfer(operation: str, job: Job, *, lean: bool, threads: int) -> Work:
@@ -131,6 +135,18 @@ def requests(operation: str, job: Job, *, threads: int) -> Work:
             path.write_bytes(client.get_object(**where)["Body"].read())
 
     return _each(operation, job, move, threads)
+
+
+def _client(lean: bool) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(max_pool_connections=40)
+    if lean:
+        when = "when_required"
+        checksums = Config(request_checksum_calculation=when, response_checksum_validation=when)
+        config = config.merge(checksums)
+    return boto3.client("s3", config=config)
 
 
 def _each(operation: str, job: Job, move: Callable[[str], None], threads: int) -> Work:
@@ -192,9 +208,6 @@ SIDES: dict[str, Callable[[str, Job], Work]] = {
 }
 
 
-PEERS = ("aws s3 sync", "MLflow")
-
-
 def cpu_seconds() -> float:
     """Return CPU seconds of this process and of children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -210,25 +223,6 @@ def peak_mib() -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     raise OSError("no VmHWM in /proc/self/status")
-
-
-def main() -> int:
-    side, operation, folder, place, memo = (*sys.argv[1:], "")[:5]
-    bucket, _, prefix = place.partition("/")
-    work = SIDES[side](operation, Job(Path(folder), bucket, prefix, memo))
-    print("ready", flush=True)
-    sys.stdin.readline()
-    before = cpu_seconds()
-    started = time.perf_counter()
-    try:
-        memo = work()
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
-        return 1
-    seconds = time.perf_counter() - started
-    took = {"seconds": seconds, "cpu": cpu_seconds() - before, "peak": peak_mib(), "memo": memo}
-    print(json.dumps(took), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

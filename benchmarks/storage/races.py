@@ -34,6 +34,65 @@ from rlhf.store.history import Histories, seal
 from rlhf.store.manifest import FileEntry, build_manifest, sha256_bytes
 
 Backend = Any
+#: Collectors, seconds for which an artifact is fresh, grace, and the part of the publishes.
+COLLECTIONS_OF_TRIALS = ((1, 0.0, 0.0, 1), (2, 0.0, 0.0, 1), (2, 2.0, 4.0, 4))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--publishes", type=int, default=400)
+    parser.add_argument("--stores", nargs="+", default=["folder", "ceph", "swift"])
+    return command(parser, measure, report)
+
+
+def measure(store: str, options: Namespace) -> list[Row]:
+    """Run all races on one store."""
+    with place(store) as there:
+        rows = [row for kind in ((1, 24), (4, 6)) for row in _writers(there, *kind, options.rounds)]
+        if there.name != "Swift" and options.publishes:
+            rows += [_collected(there, options, *each) for each in COLLECTIONS_OF_TRIALS]
+        return rows
+
+
+def _writers(there: Place, processes: int, threads: int, rounds: int) -> list[Row]:
+    kind = "24 threads" if processes == 1 else f"{processes} × {threads} threads"
+    few = max(1, rounds // 20)
+    return [
+        tried(
+            Row(f"create, {kind}", there.name),
+            lambda row: creating(there, processes, threads, rounds, row),
+        ),
+        tried(
+            Row(f"append, {kind}", there.name),
+            lambda row: appending(there, processes, threads, few, row),
+        ),
+    ]
+
+
+def _collected(
+    there: Place, options: Namespace, collectors: int, fresh: float, grace: float, part: int
+) -> Row:
+    name = f"collect, {collectors} collectors, grace {grace:.0f} s"
+    publishes = options.publishes // part
+    return tried(
+        Row(name, there.name),
+        lambda row: collecting(there, publishes, collectors, fresh, grace, options.seed, row),
+    )
+
+
+def report(rows: list[Row]) -> str:
+    """Return the table for RESULTS.md."""
+    lines = [
+        "| race | store | rounds | won | nobody won | gave up | slowest round, s | failures | s |",
+        "|---" * 9 + "|",
+        *(
+            f"| {r.trial} | {r.place} | {r.rounds} | {r.won} | {r.none} | {r.errors} "
+            f"| {r.slowest:.2f} | {len(r.failures)} | {r.seconds:.0f} |"
+            for r in rows
+        ),
+    ]
+    return "\n".join(lines)
 
 
 @dataclass
@@ -48,64 +107,6 @@ class Row(Trial):
     errors: int = 0
     """Writers that gave up with an error."""
     slowest: float = 0.0
-
-
-@dataclass
-class Round:
-    """Results of all writers by number, and the slowest one's seconds."""
-
-    told: dict[int, Any]
-    seconds: float
-
-
-def together(
-    place: Place, processes: int, threads: int, rounds: int,
-    act: Callable[[Backend, int, int], Any],
-) -> Iterator[Round]:  # fmt: skip
-    """Let all writers act at once, each with its own backend, round by round.
-
-    A result is `act(backend, writer, round)`, or the text of a StoreError.
-    """
-    line = multiprocessing.get_context("fork").Barrier(processes * threads)
-    with tempfile.TemporaryDirectory() as folder:
-
-        def writer(number: int) -> list[tuple[Any, float]]:
-            backend = place.open(Path(folder))._backend
-            is_atomic(backend)
-            told: list[tuple[Any, float]] = []
-            for each in range(rounds):
-                line.wait()
-                begun = time.monotonic()
-                try:
-                    value = act(backend, number, each)
-                except StoreError as error:
-                    value = str(error)
-                told.append((value, time.monotonic() - begun))
-            return told
-
-        def process(first: int) -> None:
-            with ThreadPoolExecutor(threads) as pool:
-                numbers = range(first, first + threads)
-                told = dict(zip(numbers, pool.map(writer, numbers), strict=True))
-            Path(folder, f"{first}.json").write_text(json.dumps(told))
-
-        starts = range(0, processes * threads, threads)
-        children = [forked(lambda first=first: process(first)) for first in starts]
-        if any(list(map(ended, children))):
-            raise SystemExit(f"{place.name}: a process of writers failed")
-        found: dict[str, Any] = {}
-        for first in starts:
-            found |= json.loads(Path(folder, f"{first}.json").read_text())
-        for each in range(rounds):
-            yield Round(
-                {int(number): told[each][0] for number, told in found.items()},
-                max(told[each][1] for told in found.values()),
-            )
-
-
-def _payload(writer: int, number: int) -> bytes:
-    """Return bytes that take a server some time."""
-    return f"{writer} in round {number};".encode() * 1000
 
 
 def creating(place: Place, processes: int, threads: int, rounds: int, row: Row) -> None:
@@ -159,36 +160,62 @@ def appending(place: Place, processes: int, threads: int, rounds: int, row: Row)
     place.wipe()
 
 
-@contextlib.contextmanager
-def aged(fresh: float) -> Iterator[None]:
-    """Count an age in seconds as hours.
+def together(
+    place: Place, processes: int, threads: int, rounds: int,
+    act: Callable[[Backend, int, int], Any],
+) -> Iterator[Round]:  # fmt: skip
+    """Let all writers act at once, each with its own backend, round by round.
 
-    A collection would take its own announcement for an old one's, and with that a publisher's
-    protection, which real ages rule out.
+    A result is `act(backend, writer, round)`, or the text of a StoreError.
     """
-    traces = tuple(name for name in gc.TRACES if name != COLLECTIONS)
-    with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(gc, "TRACES", traces):
-        yield
+    line = multiprocessing.get_context("fork").Barrier(processes * threads)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def writer(number: int) -> list[tuple[Any, float]]:
+            backend = place.open(Path(folder))._backend
+            is_atomic(backend)
+            told: list[tuple[Any, float]] = []
+            for each in range(rounds):
+                line.wait()
+                begun = time.monotonic()
+                try:
+                    value = act(backend, number, each)
+                except StoreError as error:
+                    value = str(error)
+                told.append((value, time.monotonic() - begun))
+            return told
+
+        def process(first: int) -> None:
+            with ThreadPoolExecutor(threads) as pool:
+                numbers = range(first, first + threads)
+                told = dict(zip(numbers, pool.map(writer, numbers), strict=True))
+            Path(folder, f"{first}.json").write_text(json.dumps(told))
+
+        starts = range(0, processes * threads, threads)
+        children = [forked(lambda first=first: process(first)) for first in starts]
+        if any(list(map(ended, children))):
+            raise SystemExit(f"{place.name}: a process of writers failed")
+        found: dict[str, Any] = {}
+        for first in starts:
+            found |= json.loads(Path(folder, f"{first}.json").read_text())
+        for each in range(rounds):
+            yield Round(
+                {int(number): told[each][0] for number, told in found.items()},
+                max(told[each][1] for told in found.values()),
+            )
 
 
-class Pool:
-    """Artifacts of three files each out of six, which share blobs and recur."""
+@dataclass
+class Round:
+    """Results of all writers by number, and the slowest one's seconds."""
 
-    def __init__(self, work: Path, seed: int) -> None:
-        rng = random.Random(seed)
-        files = {f"{number}.dat": rng.randbytes(20_000) for number in range(6)}
-        self.artifacts: list[tuple[Path, str]] = []
-        for at, names in enumerate(itertools.combinations(files, 3)):
-            folder = work / f"artifact-{at}"
-            folder.mkdir(parents=True)
-            for name in names:
-                (folder / name).write_bytes(files[name])
-            entries = [
-                FileEntry(path=name, sha256=sha256_bytes(files[name]), size=len(files[name]))
-                for name in names
-            ]
-            manifest = build_manifest("data", entries, {}, PRODUCER, {})
-            self.artifacts.append((folder, sha256_bytes(manifest.encode())))
+    told: dict[int, Any]
+    seconds: float
+
+
+def _payload(writer: int, number: int) -> bytes:
+    """Return bytes that take a server some time."""
+    return f"{writer} in round {number};".encode() * 1000
 
 
 def collecting(
@@ -217,6 +244,18 @@ def collecting(
         row.failures += _recorded(place.open(work / "cache"))
     print(f"{collection.removed} objects were removed in {row.rounds} collections", file=sys.stderr)
     place.wipe()
+
+
+@contextlib.contextmanager
+def aged(fresh: float) -> Iterator[None]:
+    """Count an age in seconds as hours.
+
+    A collection would take its own announcement for an old one's, and with that a publisher's
+    protection, which real ages rule out.
+    """
+    traces = tuple(name for name in gc.TRACES if name != COLLECTIONS)
+    with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(gc, "TRACES", traces):
+        yield
 
 
 class Collection:
@@ -268,71 +307,30 @@ class Collection:
                 store._backend.put(f"refs/{name}/000001.json", seal(name, {}))
 
 
+class Pool:
+    """Artifacts of three files each out of six, which share blobs and recur."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        rng = random.Random(seed)
+        files = {f"{number}.dat": rng.randbytes(20_000) for number in range(6)}
+        self.artifacts: list[tuple[Path, str]] = []
+        for at, names in enumerate(itertools.combinations(files, 3)):
+            folder = work / f"artifact-{at}"
+            folder.mkdir(parents=True)
+            for name in names:
+                (folder / name).write_bytes(files[name])
+            entries = [
+                FileEntry(path=name, sha256=sha256_bytes(files[name]), size=len(files[name]))
+                for name in names
+            ]
+            manifest = build_manifest("data", entries, {}, PRODUCER, {})
+            self.artifacts.append((folder, sha256_bytes(manifest.encode())))
+
+
 def _recorded(store: Store) -> list[str]:
     entries = [store.history.entries(name)[0] for name in store.history.names("records/")]
     digests = {entry["digest"] for entry in entries if entry}
     return [line for digest in digests for line in store.problems(digest, deep=True)]
-
-
-#: Collectors, seconds for which an artifact is fresh, grace, and the part of the publishes.
-COLLECTIONS_OF_TRIALS = ((1, 0.0, 0.0, 1), (2, 0.0, 0.0, 1), (2, 2.0, 4.0, 4))
-
-
-def measure(store: str, options: Namespace) -> list[Row]:
-    """Run all races on one store."""
-    with place(store) as there:
-        rows = [row for kind in ((1, 24), (4, 6)) for row in _writers(there, *kind, options.rounds)]
-        if there.name != "Swift" and options.publishes:
-            rows += [_collected(there, options, *each) for each in COLLECTIONS_OF_TRIALS]
-        return rows
-
-
-def _writers(there: Place, processes: int, threads: int, rounds: int) -> list[Row]:
-    kind = "24 threads" if processes == 1 else f"{processes} × {threads} threads"
-    few = max(1, rounds // 20)
-    return [
-        tried(
-            Row(f"create, {kind}", there.name),
-            lambda row: creating(there, processes, threads, rounds, row),
-        ),
-        tried(
-            Row(f"append, {kind}", there.name),
-            lambda row: appending(there, processes, threads, few, row),
-        ),
-    ]
-
-
-def _collected(
-    there: Place, options: Namespace, collectors: int, fresh: float, grace: float, part: int
-) -> Row:
-    name = f"collect, {collectors} collectors, grace {grace:.0f} s"
-    publishes = options.publishes // part
-    return tried(
-        Row(name, there.name),
-        lambda row: collecting(there, publishes, collectors, fresh, grace, options.seed, row),
-    )
-
-
-def report(rows: list[Row]) -> str:
-    """Return the table for RESULTS.md."""
-    lines = [
-        "| race | store | rounds | won | nobody won | gave up | slowest round, s | failures | s |",
-        "|---" * 9 + "|",
-        *(
-            f"| {r.trial} | {r.place} | {r.rounds} | {r.won} | {r.none} | {r.errors} "
-            f"| {r.slowest:.2f} | {len(r.failures)} | {r.seconds:.0f} |"
-            for r in rows
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--publishes", type=int, default=400)
-    parser.add_argument("--stores", nargs="+", default=["folder", "ceph", "swift"])
-    return command(parser, measure, report)
 
 
 if __name__ == "__main__":

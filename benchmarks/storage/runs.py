@@ -27,98 +27,21 @@ from benchmarks.storage.methods import MIB, PEERS
 from tests.ceph import CephServer, ceph_server
 
 BUCKET = "bench"
-
-
 LIMIT = 1800
 """Seconds after which an operation hangs, rather than being slow."""
-
-
 ROOT = Path(__file__).parents[2]
-
-
 PEER_PACKAGES = ("awscli", "mlflow-skinny", "boto3")
-
-
 # radosgw keeps what was deleted for two hours, and the server's store is memory.
 COLLECT = "rgw gc obj min wait = 0\nrgw gc processor period = 1\nrgw gc max objs = 4\n"
-
-
-class SideFailed(Exception):
-    """A method's process ended with an error; the message is its last line."""
-
-
 #: Memory of the server beyond which its objects would push out what is measured.
 MOST_MIB = 8 * 1024
 
 
-@dataclass(frozen=True)
-class Run:
-    """Measurements of one operation; for a `get`, `memo` is the folder of the files."""
-
-    seconds: float
-    cpu: float
-    peak: float
-    memo: str
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.memo)
-
-
-class Process:
-    """A method's process that has connected and waits for `go`."""
-
-    def __init__(self, site: Site, endpoint: str, *arguments: str) -> None:
-        python = site.peers_python() if arguments[0] in PEERS else Path(sys.executable)
-        command = [str(python), str(Path(methods.__file__)), *arguments]
-        env = {**os.environ, **site.server.environment, "AWS_ENDPOINT_URL": endpoint}
-        env["PYTHONPATH"] = str(ROOT) if arguments[0] not in PEERS else ""
-        # What a user has configured for other servers must not change what is measured.
-        env.update(AWS_CONFIG_FILE=os.devnull, AWS_EC2_METADATA_DISABLED="true")
-        pipe = subprocess.PIPE
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            command, env=env, stdin=pipe, stdout=pipe, stderr=self._errors, text=True
-        )
-        assert self._process.stdin
-        assert self._process.stdout
-        self._input, self._output = self._process.stdin, self._process.stdout
-        self._limit = threading.Timer(LIMIT, self.kill)
-        self._limit.daemon = True
-        self._limit.start()
-        if self._output.readline() != "ready\n":
-            self.result()
-
-    def go(self) -> Process:
-        """Start the operation."""
-        self._input.write("\n")
-        self._input.flush()
-        return self
-
-    def kill(self) -> None:
-        """Kill the process, as a loss of power would."""
-        self._process.kill()
-
-    def result(self) -> Run:
-        """Wait for the end and return the measurements; SideFailed on an error."""
-        with contextlib.suppress(BrokenPipeError):
-            self._input.close()
-        try:
-            lines = self._output.read().splitlines()
-        except BaseException:
-            # Interrupted: it must not go on alone.
-            self.kill()
-            raise
-        finally:
-            status = self._process.wait()
-            self._limit.cancel()
-            self._output.close()
-        with self._errors:
-            self._errors.seek(0)
-            said = self._errors.read().strip().splitlines()
-        if status or not lines:
-            raise SideFailed(said[-1] if said else f"ended with {status}")
-        return Run(**json.loads(lines[-1]))
+@contextlib.contextmanager
+def site(work: Path | None) -> Iterator[Site]:
+    """A Ceph server and a working folder, removed after the block."""
+    with tempfile.TemporaryDirectory(dir=work) as folder, ceph_server(COLLECT) as server:
+        yield Site(server, Path(folder))
 
 
 class Site:
@@ -204,11 +127,78 @@ def _server_mib() -> float:
     raise RuntimeError("the Ceph server is no child of this process")
 
 
-@contextlib.contextmanager
-def site(work: Path | None) -> Iterator[Site]:
-    """A Ceph server and a working folder, removed after the block."""
-    with tempfile.TemporaryDirectory(dir=work) as folder, ceph_server(COLLECT) as server:
-        yield Site(server, Path(folder))
+class Process:
+    """A method's process that has connected and waits for `go`."""
+
+    def __init__(self, site: Site, endpoint: str, *arguments: str) -> None:
+        python = site.peers_python() if arguments[0] in PEERS else Path(sys.executable)
+        command = [str(python), str(Path(methods.__file__)), *arguments]
+        env = {**os.environ, **site.server.environment, "AWS_ENDPOINT_URL": endpoint}
+        env["PYTHONPATH"] = str(ROOT) if arguments[0] not in PEERS else ""
+        # What a user has configured for other servers must not change what is measured.
+        env.update(AWS_CONFIG_FILE=os.devnull, AWS_EC2_METADATA_DISABLED="true")
+        pipe = subprocess.PIPE
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+        self._process = subprocess.Popen(
+            command, env=env, stdin=pipe, stdout=pipe, stderr=self._errors, text=True
+        )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._input, self._output = self._process.stdin, self._process.stdout
+        self._limit = threading.Timer(LIMIT, self.kill)
+        self._limit.daemon = True
+        self._limit.start()
+        if self._output.readline() != "ready\n":
+            self.result()
+
+    def go(self) -> Process:
+        """Start the operation."""
+        self._input.write("\n")
+        self._input.flush()
+        return self
+
+    def kill(self) -> None:
+        """Kill the process, as a loss of power would."""
+        self._process.kill()
+
+    def result(self) -> Run:
+        """Wait for the end and return the measurements; SideFailed on an error."""
+        with contextlib.suppress(BrokenPipeError):
+            self._input.close()
+        try:
+            lines = self._output.read().splitlines()
+        except BaseException:
+            # Interrupted: it must not go on alone.
+            self.kill()
+            raise
+        finally:
+            status = self._process.wait()
+            self._limit.cancel()
+            self._output.close()
+        with self._errors:
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines()
+        if status or not lines:
+            raise SideFailed(said[-1] if said else f"ended with {status}")
+        return Run(**json.loads(lines[-1]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Measurements of one operation; for a `get`, `memo` is the folder of the files."""
+
+    seconds: float
+    cpu: float
+    peak: float
+    memo: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.memo)
+
+
+class SideFailed(Exception):
+    """A method's process ended with an error; the message is its last line."""
 
 
 def random_files(folder: Path, sizes: Sequence[int]) -> Path:

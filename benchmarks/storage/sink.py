@@ -19,11 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 WHOLE, HEAD, BLOCK = 1 << 20, 4 << 10, 1 << 20
-
-
 DATE = "2026-01-01T00:00:00.000Z"
-
-
 HTTP_DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 
@@ -42,12 +38,16 @@ class Kept:
 
 
 OBJECTS: dict[str, Kept] = {}
-
-
 UPLOADS: dict[str, dict[int, Kept]] = {}
-
-
 LOCK = threading.Lock()
+
+
+def main() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+    sys.stdin.read()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -175,14 +175,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         del format, args
-
-
-def main() -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
-    sys.stdin.read()
 
 
 if __name__ == "__main__":

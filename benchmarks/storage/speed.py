@@ -20,61 +20,13 @@ from benchmarks.storage.throttle import Throttle, throttled
 from tests.store.proxy import fault_proxy
 
 RATE = 200
-
-
 RAW = tuple(side for side in SIDES if side.startswith("s3transfer"))
-
-
 ONE_BY_ONE = tuple(side for side in RAW if side.endswith("a loop"))
-
-
 REQUESTS = tuple(side for side in SIDES if side.startswith("boto3"))
-
-
 OPERATIONS = ("put", "get")
-
-
 GIB = 1 << 30
-
-
 Runs = dict[str, dict[str, list[Run]]]
 """Operation, side, repetition."""
-
-
-def moved(
-    site: Site, folder: Path, sides: Sequence[str], repeats: int, endpoint: str | None = None
-) -> Runs:
-    """Put, get and delete a folder with every method, `repeats` times."""
-    found: Runs = {operation: {side: [] for side in sides} for operation in OPERATIONS}
-    for repetition in range(repeats):
-        for side in in_turn(sides, repetition):
-            place, target = site.place(), site.new_folder()
-            put = site.run(side, "put", str(folder), place, endpoint=endpoint)
-            got = site.run(side, "get", str(target), place, put.memo, endpoint=endpoint)
-            if delivered(got.folder, folder) != "right":
-                raise RuntimeError(f"{side} delivered other bytes")
-            found["put"][side].append(put)
-            found["get"][side].append(got)
-            shutil.rmtree(target)
-            site.forget(place)
-            print(f"{side}: put {put.seconds:.2f} s, get {got.seconds:.2f} s", flush=True)
-    return found
-
-
-def everyone(title: str, runs: Runs, work: float, unit: str) -> Table:
-    """Return the table of all methods; `work` is an operation's MiB or files."""
-    head = [""]
-    for operation in OPERATIONS:
-        head += [f"{operation}, s", f"{unit}/s", "CPU s", "peak MiB"]
-    table = Table(title, head)
-    for side in runs["put"]:
-        row = [side]
-        for operation in OPERATIONS:
-            of = runs[operation][side]
-            row += [f"{seconds(of):.2f}", f"{work / seconds(of):.0f}"]
-            row += [f"{middle(of, lambda r: r.cpu):.2f}", f"{max(r.peak for r in of):.0f}"]
-        table.rows.append(row)
-    return table
 
 
 def large(site: Site, options: Namespace) -> list[Table]:
@@ -157,20 +109,6 @@ def small(site: Site, options: Namespace) -> list[Table]:
     return [table]
 
 
-@contextmanager
-def sink() -> Iterator[str]:
-    """Endpoint of a `benchmarks.storage.sink` process, which ends with the block."""
-    command = [sys.executable, "-m", "benchmarks.storage.sink"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin
-        assert process.stdout
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.stdin.close()
-
-
 def memory(site: Site, options: Namespace) -> list[Table]:
     """Measure peak resident memory with large sparse files."""
     size = int(options.gb * 1e9 / 10)
@@ -201,6 +139,20 @@ def memory(site: Site, options: Namespace) -> list[Table]:
         table.rows.append(row)
     shutil.rmtree(folder)
     return [table]
+
+
+@contextmanager
+def sink() -> Iterator[str]:
+    """Endpoint of a `benchmarks.storage.sink` process, which ends with the block."""
+    command = [sys.executable, "-m", "benchmarks.storage.sink"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
 
 
 def again(site: Site, options: Namespace) -> list[Table]:
@@ -250,3 +202,39 @@ def _bodies(site: Site, folder: Path) -> str:
         site.run("ours", "put", str(folder), place, endpoint=faults.endpoint)
     site.forget(place)
     return ", ".join(sent) or "None"
+
+
+def moved(
+    site: Site, folder: Path, sides: Sequence[str], repeats: int, endpoint: str | None = None
+) -> Runs:
+    """Put, get and delete a folder with every method, `repeats` times."""
+    found: Runs = {operation: {side: [] for side in sides} for operation in OPERATIONS}
+    for repetition in range(repeats):
+        for side in in_turn(sides, repetition):
+            place, target = site.place(), site.new_folder()
+            put = site.run(side, "put", str(folder), place, endpoint=endpoint)
+            got = site.run(side, "get", str(target), place, put.memo, endpoint=endpoint)
+            if delivered(got.folder, folder) != "right":
+                raise RuntimeError(f"{side} delivered other bytes")
+            found["put"][side].append(put)
+            found["get"][side].append(got)
+            shutil.rmtree(target)
+            site.forget(place)
+            print(f"{side}: put {put.seconds:.2f} s, get {got.seconds:.2f} s", flush=True)
+    return found
+
+
+def everyone(title: str, runs: Runs, work: float, unit: str) -> Table:
+    """Return the table of all methods; `work` is an operation's MiB or files."""
+    head = [""]
+    for operation in OPERATIONS:
+        head += [f"{operation}, s", f"{unit}/s", "CPU s", "peak MiB"]
+    table = Table(title, head)
+    for side in runs["put"]:
+        row = [side]
+        for operation in OPERATIONS:
+            of = runs[operation][side]
+            row += [f"{seconds(of):.2f}", f"{work / seconds(of):.0f}"]
+            row += [f"{middle(of, lambda r: r.cpu):.2f}", f"{max(r.peak for r in of):.0f}"]
+        table.rows.append(row)
+    return table

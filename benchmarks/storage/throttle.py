@@ -24,10 +24,51 @@ from typing import IO
 from urllib.parse import urlsplit
 
 CHUNK = 1 << 20
-
-
 BURST = 0.01
 """Seconds of unused time that may be made up for: the clock wakes sleepers late."""
+
+
+@contextlib.contextmanager
+def throttled(upstream: str, mib: float) -> Iterator[Throttle]:
+    """Throttle in a child process, which ends with the block."""
+    command = [sys.executable, "-m", "benchmarks.storage.throttle", upstream, str(mib)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            yield Throttle(process.stdout.readline().strip(), process.stdin, process.stdout)
+        finally:
+            process.stdin.close()
+
+
+@dataclass
+class Throttle:
+    """A running throttle process."""
+
+    endpoint: str
+    _input: IO[str]
+    _output: IO[str]
+
+    def counts(self) -> dict[str, float]:
+        """Return bytes `up` and `down` so far, and the throttle's own CPU seconds."""
+        self._input.write("\n")
+        self._input.flush()
+        return json.loads(self._output.readline())
+
+
+def main() -> None:
+    upstream = urlsplit(sys.argv[1])
+    rate = float(sys.argv[2]) * (1 << 20)
+    up, down = Pace(rate), Pace(rate)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    where = (upstream.hostname or "127.0.0.1", upstream.port or 80)
+    threading.Thread(target=_serve, args=(listener, where, up, down), daemon=True).start()
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    for _ in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        counts = {"up": up.bytes, "down": down.bytes, "cpu": used.ru_utime + used.ru_stime}
+        print(json.dumps(counts), flush=True)
 
 
 class Pace:
@@ -47,23 +88,6 @@ class Pace:
             wait = self._free_at - time.monotonic()
         if wait > 0:
             time.sleep(wait)
-
-
-def _pump(source: socket.socket, target: socket.socket, pace: Pace) -> None:
-    """Copy socket to socket through a pipe, then shut down the target's input."""
-    reading, writing = os.pipe()
-    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, CHUNK)
-    try:
-        with contextlib.suppress(OSError):
-            while count := os.splice(source.fileno(), writing, CHUNK):
-                pace.pay(count)
-                while count:
-                    count -= os.splice(reading, target.fileno(), count)
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
-    finally:
-        os.close(reading)
-        os.close(writing)
 
 
 def _serve(listener: socket.socket, upstream: tuple[str, int], up: Pace, down: Pace) -> None:
@@ -87,47 +111,21 @@ def _both_ways(client: socket.socket, server: socket.socket, up: Pace, down: Pac
         other.join()
 
 
-def main() -> None:
-    upstream = urlsplit(sys.argv[1])
-    rate = float(sys.argv[2]) * (1 << 20)
-    up, down = Pace(rate), Pace(rate)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    where = (upstream.hostname or "127.0.0.1", upstream.port or 80)
-    threading.Thread(target=_serve, args=(listener, where, up, down), daemon=True).start()
-    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    for _ in sys.stdin:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        counts = {"up": up.bytes, "down": down.bytes, "cpu": used.ru_utime + used.ru_stime}
-        print(json.dumps(counts), flush=True)
-
-
-@dataclass
-class Throttle:
-    """A running throttle process."""
-
-    endpoint: str
-    _input: IO[str]
-    _output: IO[str]
-
-    def counts(self) -> dict[str, float]:
-        """Return bytes `up` and `down` so far, and the throttle's own CPU seconds."""
-        self._input.write("\n")
-        self._input.flush()
-        return json.loads(self._output.readline())
-
-
-@contextlib.contextmanager
-def throttled(upstream: str, mib: float) -> Iterator[Throttle]:
-    """Throttle in a child process, which ends with the block."""
-    command = [sys.executable, "-m", "benchmarks.storage.throttle", upstream, str(mib)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin
-        assert process.stdout
-        try:
-            yield Throttle(process.stdout.readline().strip(), process.stdin, process.stdout)
-        finally:
-            process.stdin.close()
+def _pump(source: socket.socket, target: socket.socket, pace: Pace) -> None:
+    """Copy socket to socket through a pipe, then shut down the target's input."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, CHUNK)
+    try:
+        with contextlib.suppress(OSError):
+            while count := os.splice(source.fileno(), writing, CHUNK):
+                pace.pay(count)
+                while count:
+                    count -= os.splice(reading, target.fileno(), count)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 if __name__ == "__main__":

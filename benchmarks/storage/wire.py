@@ -12,72 +12,20 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
-Direction = Literal["up", "down"]
-
-
 CHUNK = 64 << 10
-
-
 BODY = 16 << 10
-
-
-class Reset(Exception):
-    """Reset the connection on both sides."""
-
-
-class Cut(Exception):
-    """Close the connection on both sides in the middle of a body."""
-
-
+Direction = Literal["up", "down"]
 Change = Callable[[bytes], bytes]
 
 
-@dataclass
-class Once:
-    """Change one piece of a body, after `after` bytes in one direction."""
-
-    direction: Direction
-    after: int
-    change: Change
-    total: int = 0
-    done: bool = False
-
-    def __call__(self, direction: Direction, chunk: bytes) -> bytes:
-        if direction != self.direction:
-            return chunk
-        self.total += len(chunk)
-        # Only a body fills a large piece, and only heads hold this.
-        body = len(chunk) >= BODY and b"HTTP/1.1" not in chunk
-        if self.done or self.total < self.after or not body:
-            return chunk
-        self.done = True
-        return self.change(chunk)
-
-
-def flip(chunk: bytes) -> bytes:
-    """Flip one bit in the middle."""
-    half = len(chunk) // 2
-    return chunk[:half] + bytes([chunk[half] ^ 1]) + chunk[half + 1 :]
-
-
-def reset(_chunk: bytes) -> bytes:
-    """Reset the connection, as a crashed host does."""
-    raise Reset
-
-
-def cut(_chunk: bytes) -> bytes:
-    """Close the connection, as after the last byte."""
-    raise Cut
-
-
-def during(work: Callable[[], object]) -> Change:
-    """Return a change that runs `work` while the transfer waits."""
-
-    def change(chunk: bytes) -> bytes:
-        work()
-        return chunk
-
-    return change
+@contextlib.contextmanager
+def wire(upstream: str, once: Once) -> Iterator[str]:
+    """Endpoint of a proxy that runs for the length of the block."""
+    proxy = Wire(upstream, once)
+    try:
+        yield proxy.endpoint
+    finally:
+        proxy.close()
 
 
 class Wire:
@@ -130,11 +78,57 @@ class Wire:
         self._listener.close()
 
 
-@contextlib.contextmanager
-def wire(upstream: str, once: Once) -> Iterator[str]:
-    """Endpoint of a proxy that runs for the length of the block."""
-    proxy = Wire(upstream, once)
-    try:
-        yield proxy.endpoint
-    finally:
-        proxy.close()
+@dataclass
+class Once:
+    """Change one piece of a body, after `after` bytes in one direction."""
+
+    direction: Direction
+    after: int
+    change: Change
+    total: int = 0
+    done: bool = False
+
+    def __call__(self, direction: Direction, chunk: bytes) -> bytes:
+        if direction != self.direction:
+            return chunk
+        self.total += len(chunk)
+        # Only a body fills a large piece, and only heads hold this.
+        body = len(chunk) >= BODY and b"HTTP/1.1" not in chunk
+        if self.done or self.total < self.after or not body:
+            return chunk
+        self.done = True
+        return self.change(chunk)
+
+
+def flip(chunk: bytes) -> bytes:
+    """Flip one bit in the middle."""
+    half = len(chunk) // 2
+    return chunk[:half] + bytes([chunk[half] ^ 1]) + chunk[half + 1 :]
+
+
+def reset(_chunk: bytes) -> bytes:
+    """Reset the connection, as a crashed host does."""
+    raise Reset
+
+
+def cut(_chunk: bytes) -> bytes:
+    """Close the connection, as after the last byte."""
+    raise Cut
+
+
+def during(work: Callable[[], object]) -> Change:
+    """Return a change that runs `work` while the transfer waits."""
+
+    def change(chunk: bytes) -> bytes:
+        work()
+        return chunk
+
+    return change
+
+
+class Reset(Exception):
+    """Reset the connection on both sides."""
+
+
+class Cut(Exception):
+    """Close the connection on both sides in the middle of a body."""
