@@ -22,6 +22,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# Before torch is loaded: a forked child has the calling thread alone, and no OpenMP workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
 import torch
 
 from benchmarks.resume.runs import (
@@ -38,10 +43,6 @@ from benchmarks.resume.runs import (
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING
 
-# Before torch: children are forked, and a fork takes only one thread along.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DISABLE", "1")
 #: Everything with a state, and the other kinds of critic in its place.
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA, critic an adapter": EVERYTHING,
