@@ -55,9 +55,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    preset = "quickstart" if given.size == "quickstart" else "none"
-    print(f"seed {given.seed}, {given.kills} blows, {given.size}", flush=True)
+    options = parser.parse_args()
+    preset = "quickstart" if options.size == "quickstart" else "none"
+    print(f"seed {options.seed}, {options.kills} blows, {options.size}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     with ceph_server() as s3, client_of(s3, "crashes"):
         throttle = [sys.executable, "-m", "benchmarks.storage.throttle", s3.endpoint, "1000"]
@@ -66,41 +66,41 @@ def main() -> None:
         )
         assert network.stdout is not None
         line = network.stdout.readline().strip()
-        with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as made:
-            made.store_endpoint = s3.endpoint
-            made.run("make", "deploy")
+        with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as production:
+            production.store_endpoint = s3.endpoint
+            production.run("make", "deploy")
             for pool in ("cpu", "reward", "gpu"):
-                made.worker(pool, RLHF_THREADS="2", OMP_NUM_THREADS="2")
+                production.worker(pool, RLHF_THREADS="2", OMP_NUM_THREADS="2")
             begun = time.monotonic()
-            plain = made.submit(
+            plain = production.submit(
                 "rlhf-pipeline/rlhf-pipeline", preset=preset,
-                overrides=overrides("s3://crashes/plain", given.size),
+                overrides=overrides("s3://crashes/plain", options.size),
             )  # fmt: skip
-            undisturbed = made.wait(plain, seconds=LIMIT)["state"]
+            undisturbed = production.wait(plain, seconds=LIMIT)["state"]
             seconds = time.monotonic() - begun
             print(f"undisturbed: {undisturbed['name']} in {seconds:.0f} s", flush=True)
             begun = time.monotonic()
-            tree = overrides("s3://crashes/struck", given.size, placement=PLACEMENT)
-            run = made.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
-            trial = Trial(made, network, run, random.Random(given.seed))
-            state = trial.go(given.kills)
+            tree = overrides("s3://crashes/struck", options.size, placement=PLACEMENT)
+            run = production.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
+            trial = Trial(production, network, run, random.Random(options.seed))
+            state = trial.go(options.kills)
             struck_seconds = time.monotonic() - begun
-            children = made.children(run)
-            plain_left, left = (
-                found_in(made, f"s3://crashes/{name}", folder / "cache")
+            children = production.children(run)
+            plain_outcome, outcome = (
+                outcome_of(production, f"s3://crashes/{name}", folder / "cache")
                 for name in ("plain", "struck")
             )
         network.terminate()
     row = {
-        "seed": given.seed, "size": given.size, "state": state["name"], "blows": trial.blows,
+        "seed": options.seed, "size": options.size, "state": state["name"], "blows": trial.blows,
         "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
         "flow_run_retries": trial.retries, "children": len(children),
-        "same_policy": left["policy"] == plain_left["policy"], **left,
+        "same_policy": outcome["policy"] == plain_outcome["policy"], **outcome,
     }  # fmt: skip
     print(json.dumps(row, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(row))
-    once = set(left["recorded"].values()) == {1} and left["promotions"] == 1
+    if options.json:
+        options.json.write_text(json.dumps(row))
+    once = set(outcome["recorded"].values()) == {1} and outcome["promotions"] == 1
     good = row["same_policy"] and once and state["type"] == "COMPLETED"
     sys.exit(0 if good else 1)
 
@@ -182,15 +182,15 @@ class Trial:
             time.sleep(1)
 
 
-def found_in(made: Site, store: str, cache: Path) -> dict[str, Any]:
+def outcome_of(production: Site, store: str, cache: Path) -> dict[str, Any]:
     """Return a run's champion, promotions and records per stage; verify its artifacts."""
-    os.environ.update(made.environment)
+    os.environ.update(production.environment)
     history = open_store(store, cache_dir=cache).history
     recorded = {
         stage: sum(map(len, map(history.entries, history.names(f"records/{stage}/"))))
         for stage in STAGES
     }
-    made.run("rlhf", "artifacts", "verify", "--deep", "--store", store)
+    production.run("rlhf", "artifacts", "verify", "--deep", "--store", store)
     champions = history.entries("champion/quickstart")
     return {
         "policy": champions[-1]["policy"] if champions else None,

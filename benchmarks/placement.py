@@ -28,17 +28,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--query", type=int, default=10, help="PREFECT_WORKER_QUERY_SECONDS")
-    given = parser.parse_args()
+    options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="placement-"))
     rows: dict[str, list[dict[str, Any]]] = {"inline": [], "remote": []}
-    with ceph_server() as s3, client_of(s3, "placement"), site(folder, s3.environment) as made:
-        made.run("make", "deploy")
+    with (
+        ceph_server() as s3,
+        client_of(s3, "placement"),
+        site(folder, s3.environment) as production,
+    ):
+        production.run("make", "deploy")
         for pool in ("cpu", "reward", "gpu"):
-            made.worker(pool, PREFECT_WORKER_QUERY_SECONDS=str(given.query))
-        went(made, "warm-up", {})
-        for number in range(given.rounds):
-            rows["inline"].append(went(made, f"inline-{number}", {}))
-            rows["remote"].append(went(made, f"remote-{number}", PLACEMENT))
+            production.worker(pool, PREFECT_WORKER_QUERY_SECONDS=str(options.query))
+        run_pipeline(production, "warm-up", {})
+        for number in range(options.rounds):
+            rows["inline"].append(run_pipeline(production, f"inline-{number}", {}))
+            rows["remote"].append(run_pipeline(production, f"remote-{number}", PLACEMENT))
     for stage in PLACEMENT:
         inline, remote = (
             statistics.median(row["stages"][stage] for row in rows[kind]) for kind in rows
@@ -50,27 +54,29 @@ def main() -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
-def went(made: Site, name: str, placement: dict[str, str]) -> dict[str, Any]:
+def run_pipeline(production: Site, name: str, placement: dict[str, str]) -> dict[str, Any]:
     """Run the pipeline once; return seconds to start, of the run and of each stage."""
     tree: dict[str, Any] = tiny_tree(Path("/nowhere"))
     del tree["runtime"]
     tree |= {"name": name, "store": f"s3://placement/{name}", "placement": placement}
     begun = time.time()
-    run = made.submit("rlhf-pipeline/rlhf-pipeline", overrides=tree)
-    ended = made.wait(run, seconds=600)
+    run = production.submit("rlhf-pipeline/rlhf-pipeline", overrides=tree)
+    ended = production.wait(run, seconds=600)
     assert ended["state"]["name"] == "Completed", ended["state"]
     started = datetime.fromisoformat(ended["start_time"]).timestamp()
     return {
         "to_start": started - begun,
         "run": ended["total_run_time"],
-        "stages": overheads(made, run),
+        "stages": overheads(production, run),
     }
 
 
-def overheads(made: Site, run: str) -> dict[str, float]:
+def overheads(production: Site, run: str) -> dict[str, float]:
     """Return the seconds of each stage's task in the pipeline's run."""
-    asked = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
-    return {task["name"]: task["total_run_time"] for task in made.api("task_runs/filter", **asked)}
+    query = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    return {
+        task["name"]: task["total_run_time"] for task in production.api("task_runs/filter", **query)
+    }
 
 
 if __name__ == "__main__":

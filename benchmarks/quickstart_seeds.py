@@ -24,12 +24,12 @@ PRESET = "configs/quickstart.yaml"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    known, overrides = parser.parse_known_args()
+    options, overrides = parser.parse_known_args()
     results = []
-    for seed in known.seeds:
+    for seed in options.seeds:
         results.append(measure(seed, overrides))
         print(f"seed {seed} done in {results[-1]['seconds, whole command']:.0f} s", flush=True)
-    print("\n| | " + " | ".join(f"seed {s}" for s in known.seeds) + " |")
+    print("\n| | " + " | ".join(f"seed {s}" for s in options.seeds) + " |")
     print("|---|" + "---|" * len(results))
     for name in results[0]:
         print(f"| {name} | " + " | ".join(f"{r[name]:.3f}" for r in results) + " |")

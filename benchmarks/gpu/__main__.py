@@ -210,8 +210,8 @@ class Benchmark:
         return not alone and len(self.running) < together
 
     def _start(self, section: Section) -> None:
-        left = self.end - time.monotonic()
-        if left < LEAST_SECONDS:
+        remaining = self.end - time.monotonic()
+        if remaining < LEAST_SECONDS:
             self._record(section, "not run", f"no time left of {self.args.seconds:.0f} s", 0.0, {})
             return
         folder = self.scratch / section.name
@@ -226,7 +226,7 @@ class Benchmark:
             f"{__package__}.__main__:run_section", context.to_json(), log,
             needs_cuda=section.needs_cuda and self.args.device == "cuda",
         )  # fmt: skip
-        limit = min(section.seconds, left)
+        limit = min(section.seconds, remaining)
         self.running.append(Running(section, context, child, log, time.monotonic() + limit))
 
     def _poll(self) -> None:

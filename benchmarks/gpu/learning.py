@@ -90,16 +90,16 @@ def _meets(name: str, value: float, bar: float) -> bool:
 
 def _outcome(evaluation: dict[str, Any]) -> dict[str, Any]:
     sampled, greedy = evaluation["sampled"], evaluation["greedy"]
-    found = {
+    measures = {
         "gold_strict_win_rate_sampled": sampled["gold_strict_win_rate"],
         "gold_strict_win_rate_greedy": greedy["gold_strict_win_rate"],
         "kl_sampled": sampled["kl"],
     }
     within = {
         f"{name}_within_cpu_seeds": min(CPU_SEEDS[name]) <= value <= max(CPU_SEEDS[name])
-        for name, value in found.items()
+        for name, value in measures.items()
     }
     return {
-        **found, **within, "gold_before": sampled["gold_before"],
+        **measures, **within, "gold_before": sampled["gold_before"],
         "gold_after": sampled["gold_after"], "eos_rate": sampled["eos_rate"],
     }  # fmt: skip

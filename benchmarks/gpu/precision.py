@@ -38,8 +38,8 @@ def precision(context: Context, results: Results) -> None:
         results.put(**{name: _compared(make, rows)})
         measure.release(torch.device(context.device))
     worst = {
-        f"{name} {way}": found[f"fp32 {way}"]["against_float32_packed"]["largest_ratio_error"]
-        for name, found in results.values.items()
+        f"{name} {way}": by_way[f"fp32 {way}"]["against_float32_packed"]["largest_ratio_error"]
+        for name, by_way in results.values.items()
         for way in ("padded", "shuffled", "decoded")
     }
     wrong = {name: error for name, error in worst.items() if not error <= FLOAT32_LIMIT}
@@ -75,7 +75,7 @@ def _trained_model(context: Context) -> tuple[str, Callable[[str], PPOTrainer], 
 @torch.no_grad()
 def _compared(make: Callable[[str], PPOTrainer], rows: list[PromptRow]) -> dict[str, Any]:
     """Return |ratio − 1| by precision and way of computing, against two references."""
-    found: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     replies: Replies | None = None
     reference = torch.zeros(0)
     for kind in ("fp32", "bf16"):
@@ -92,13 +92,13 @@ def _compared(make: Callable[[str], PPOTrainer], rows: list[PromptRow]) -> dict[
         if kind == "fp32":
             reference = ways["packed"]
         for way, log_probs in ways.items():
-            found[f"{kind} {way}"] = {
+            errors[f"{kind} {way}"] = {
                 "against_float32_packed": _ratio_error(log_probs, reference, replies.mask),
                 "against_same_precision_packed": _ratio_error(
                     log_probs, ways["packed"], replies.mask
                 ),
             }
-    return found
+    return errors
 
 
 def _ratio_error(new: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:

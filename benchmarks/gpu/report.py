@@ -56,12 +56,12 @@ def markdown(result: Values) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a Markdown table; columns without a value are left out."""
     cells = list(rows)
-    kept = [
+    columns = [
         i for i in range(len(header))
         if not cells or any(row[i] is not None and row[i] != "" for row in cells)
     ]  # fmt: skip
-    lines = ["| " + " | ".join(header[i] for i in kept) + " |", "|---" * len(kept) + "|"]
-    lines += ["| " + " | ".join(shown(row[i]) for i in kept) + " |" for row in cells]
+    lines = ["| " + " | ".join(header[i] for i in columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(shown(row[i]) for i in columns) + " |" for row in cells]
     return "\n".join(lines)
 
 
@@ -132,11 +132,11 @@ def _tests(values: Values, _: Run) -> str:
 def _precision(values: Values, run: Run) -> str:
     rows = [
         ("random, " + run.model("124m") if model == "random_124m" else model, way, *(
-            _number(found[reference][error])
+            _number(by_reference[reference][error])
             for reference in ("against_float32_packed", "against_same_precision_packed")
             for error in ("largest_ratio_error", "mean_ratio_error")
         ))
-        for model, ways in values.items() for way, found in ways.items()
+        for model, ways in values.items() for way, by_reference in ways.items()
     ]  # fmt: skip
     references = ("float32 packed", "same precision packed")
     errors = [f"{e}, against {r}" for r in references for e in ("largest", "mean")]
@@ -239,8 +239,8 @@ def _updates(values: Values, run: Run) -> str:
         (name, phase, p["seconds"], p["tokens_per_second"], _number(p["gflops_per_second"], 1e3),
          _share(p["gflops_per_second"], run, "fp32" if "fp32" in name else "bf16"),
          *_memory(p))
-        for name, found in values.items() if isinstance(found, dict)
-        for phase, p in found["phases"].items()
+        for name, update in values.items() if isinstance(update, dict)
+        for phase, p in update["phases"].items()
     ]  # fmt: skip
     return (
         f"Model {run.model(values['size'])}. Tokens are the chunk's prompt and reply tokens, "
@@ -256,13 +256,13 @@ def _updates(values: Values, run: Run) -> str:
 def _largest(values: Values, run: Run) -> str:
     rows = []
     for name, label in LARGEST.items():
-        found = values.get(name)
-        if not found:
+        search = values.get(name)
+        if not search:
             continue
-        best = found["fitted"][-1] if found["fitted"] else None
+        best = search["fitted"][-1] if search["fitted"] else None
         rows.append((
-            label, best["rows"] if best else "none", found["out_of_memory_at"] or NOTHING,
-            found.get("searched_to", NOTHING), best and best["seconds"],
+            label, best["rows"] if best else "none", search["out_of_memory_at"] or NOTHING,
+            search.get("searched_to", NOTHING), best and best["seconds"],
             *(_memory(best) if best else (None, None)),
         ))  # fmt: skip
     if not rows:

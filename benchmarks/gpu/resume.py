@@ -95,24 +95,24 @@ class _Run:
 
 def train_in_process(argument: str) -> None:
     """Body of a run's process; writes torch's warnings or an error to the note."""
-    given = json.loads(argument)
-    context, mode = Context.from_json(given["context"]), given["mode"]
-    note = Path(given["note"])
+    settings = json.loads(argument)
+    context, mode = Context.from_json(settings["context"]), settings["mode"]
+    note = Path(settings["note"])
     if mode != "plain":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True, warn_only=mode == "warned")
 
     def progress(step: int, total: int, metrics: Mapping[str, float]) -> None:
-        if step == given["killed_after"]:
+        if step == settings["killed_after"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    folder = Path(given["folder"])
+    folder = Path(settings["folder"])
     data, sft, reward = (quickstart.folder(context, n) for n in ("data", "sft", "reward-model"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             train_policy(
-                _config(context, given["variant"]), data, sft,
+                _config(context, settings["variant"]), data, sft,
                 quickstart.approved_without_gate(reward), folder / "out",
                 checkpoints=folder / "checkpoints", runtime=context.runtime, progress=progress,
             )  # fmt: skip

@@ -40,8 +40,8 @@ def _rollouts(context: Context, results: Results, size: str) -> None:
         work = work_of(context, size, lengths)
         trainer = build(work, Path(context.scratch) / lengths)
         for count in scale.rows:
-            found = _rollout(trainer, work, count, scale.repeats)
-            results.put(**{f"{lengths}, {count} rows": found})
+            rollout = _rollout(trainer, work, count, scale.repeats)
+            results.put(**{f"{lengths}, {count} rows": rollout})
         del trainer
         measure.release(device)
 
@@ -50,11 +50,11 @@ def _rollout(trainer: PPOTrainer, work: Workload, count: int, repeats: int) -> d
     """Return seconds, reply tokens and operations per second, and peak memory."""
     rows = rows_of(work, count)
     sample(trainer, rows, WARMUP_TOKENS)  # warm-up
-    found, timing = measure.timed(
+    samples, timing = measure.timed(
         lambda number: trainer.sample(rows, seed=work.sampling_seed(number)), trainer.device,
         repeats,
     )  # fmt: skip
-    replies = [[len(r) for r in rollouts.replies.rows()] for rollouts in found]
+    replies = [[len(r) for r in rollouts.replies.rows()] for rollouts in samples]
     tokens = median(sum(lengths) for lengths in replies)
     prompts = [work.prompt_tokens[0]] * count
     needed = median(needed_gflops(work.size, prompts, r)["rollout"] for r in replies)
@@ -154,8 +154,8 @@ def largest(context: Context, results: Results) -> None:
     rollouts = trainer.sample(rows_of(work, scale.micro_to), seed=0)
     for checkpointing in (False, True):
         step = _Step(trainer, rollouts, checkpointing)
-        found = _doubled(step.take, 2 if context.tiny else 16, scale.micro_to, device, results)
-        results.put(**{"micro_batch_checkpointing" if checkpointing else "micro_batch": found})
+        search = _doubled(step.take, 2 if context.tiny else 16, scale.micro_to, device, results)
+        results.put(**{"micro_batch_checkpointing" if checkpointing else "micro_batch": search})
 
 
 class _Step:

@@ -107,8 +107,8 @@ def check_identity(work: Path, wanted: dict[str, Any]) -> None:
     """
     path = work / "settings.json"
     if path.is_file():
-        found = read_json(path)
-        differ = [name for name in wanted if found.get(name) != wanted[name]]
+        existing = read_json(path)
+        differ = [name for name in wanted if existing.get(name) != wanted[name]]
         if differ:
             raise TrainingError(
                 f"--work {work} holds results of another {', '.join(differ)}; give another folder"

@@ -109,14 +109,14 @@ def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
         write_models(work, folder)
         memory = {} if args.no_memory else {side: memory_of(side, folder) for side in SIDES}
         rates = matmul_rates(work.size, torch.device(work.device))
-        updates, found = interleaved(args, work, folder)
+        updates, errors = interleaved(args, work, folder)
     measured = updates[args.warmup :]
     return {
         **report.summary(work.size, measured, rates["peak"]),
         "memory": memory,
         "memory_ratio": report.memory_ratio(memory),
-        "differences": report.worst(found),
-        "agree": bool(found) and report.agree(found, args.tolerance),
+        "differences": report.worst(errors),
+        "agree": bool(errors) and report.agree(errors, args.tolerance),
         "matmul": rates,
         "settings": {
             "matmul": args.matmul, "memory": args.memory, "threads": args.threads,
@@ -178,27 +178,27 @@ def interleaved(
 
     ours = OurSide(work, folder, work.comparable)
     updates: list[dict[str, Update]] = []
-    found: list[dict[str, float]] = []
+    errors: list[dict[str, float]] = []
 
     def after_trl(number: int, update: Update) -> None:
         with matmul_precision(precision_of("ours", args.matmul)):
-            mine = ours.update(number, update.prompts)
+            our_update = ours.update(number, update.prompts)
         if work.comparable:
-            found.append(differences(mine, update))
-            report.say(f"update {number}: " + report.listed(found[-1]))
+            errors.append(differences(our_update, update))
+            report.say(f"update {number}: " + report.listed(errors[-1]))
             if not args.report_only:
-                check(number, found[-1], args.tolerance)
+                check(number, errors[-1], args.tolerance)
         # The tensors were compared; keeping them would only grow the process.
         updates.append(
             {
-                "ours": dataclasses.replace(mine, tensors={}),
+                "ours": dataclasses.replace(our_update, tensors={}),
                 "trl": dataclasses.replace(update, tensors={}),
             }
         )
 
     with matmul_precision(precision_of("trl", args.matmul)):
         theirs.run(after_trl)
-    return updates, found
+    return updates, errors
 
 
 def precision_of(side: str, matmul: str) -> str:

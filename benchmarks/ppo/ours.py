@@ -214,8 +214,8 @@ def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
     """Return the trained weights, under the names of TRL's side."""
     names = {"backbone.": "model.", "value_head.": "score."}
     parameters = trainer.models.parameters
-    found = {f"policy.{n}": p.detach() for n, p in parameters["policy"].items()}
+    weights = {f"policy.{n}": p.detach() for n, p in parameters["policy"].items()}
     for name, parameter in parameters["critic"].items():
         ours, theirs = next(pair for pair in names.items() if name.startswith(pair[0]))
-        found[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter.detach()
-    return found
+        weights[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter.detach()
+    return weights

@@ -34,30 +34,30 @@ def differences(first: Update, second: Update) -> dict[str, float]:
 
     `tokens` counts the replies that differ; if any does, the rest is not compared.
     """
-    found = {"tokens": float(sum(a != b for a, b in _pairs(first.replies, second.replies)))}
-    if found["tokens"]:
-        return found
+    result = {"tokens": float(sum(a != b for a, b in _pairs(first.replies, second.replies)))}
+    if result["tokens"]:
+        return result
     for name, values in first.tensors.items():
-        found[name] = float((values[first.mask] - second.tensors[name][second.mask]).abs().max())
+        result[name] = float((values[first.mask] - second.tensors[name][second.mask]).abs().max())
     ours, theirs = first.weights(), second.weights()
     if ours.keys() != theirs.keys():
         raise AssertionError(f"weights of one side only: {sorted(ours.keys() ^ theirs.keys())}")
     with torch.no_grad():
-        found["weights"] = max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
-    return found
+        result["weights"] = max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
+    return result
 
 
 def _pairs(first: list[list[int]], second: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     return list(zip(first, second, strict=True))
 
 
-def check(update: int, found: Mapping[str, float], tolerance: float) -> None:
+def check(update: int, errors: Mapping[str, float], tolerance: float) -> None:
     """Raise if a difference exceeds rounding.
 
     Raises:
         AssertionError: Tokens differ, or another quantity by more than `tolerance`.
     """
-    wrong = {n: d for n, d in found.items() if not d <= (0 if n == "tokens" else tolerance)}
+    wrong = {n: d for n, d in errors.items() if not d <= (0 if n == "tokens" else tolerance)}
     if wrong:
         listed = ", ".join(f"{n} by {d:.2g}" for n, d in wrong.items())
         raise AssertionError(

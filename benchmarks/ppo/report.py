@@ -118,17 +118,17 @@ def memory_ratio(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float] 
     return {"peak": theirs["peak"] / ours["peak"], "above_imports": above[0] / above[1]}
 
 
-def worst(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def worst(differences: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the largest difference of every quantity over all updates."""
-    names = {name for row in found for name in row}
-    return {name: max(row.get(name, 0.0) for row in found) for name in sorted(names)}
+    names = {name for row in differences for name in row}
+    return {name: max(row.get(name, 0.0) for row in differences) for name in sorted(names)}
 
 
-def agree(found: Sequence[Mapping[str, float]], tolerance: float) -> bool:
+def agree(differences: Sequence[Mapping[str, float]], tolerance: float) -> bool:
     """Return whether tokens are equal and the rest within rounding in every update."""
     return all(
         difference <= (0 if name == "tokens" else tolerance)
-        for row in found
+        for row in differences
         for name, difference in row.items()
     )
 

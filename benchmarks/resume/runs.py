@@ -38,8 +38,8 @@ class Run:
 
     def saved(self) -> int:
         """Return the update of the newest checkpoint, 0 if there is none."""
-        found = checkpoints_in(self.checkpoints)
-        return int(found[-1].name.removeprefix("update-")) if found else 0
+        checkpoints = checkpoints_in(self.checkpoints)
+        return int(checkpoints[-1].name.removeprefix("update-")) if checkpoints else 0
 
     def train(self, progress: Callable[..., None] = lambda *_: None) -> None:
         """Train or resume in this process; a damaged checkpoint is an error."""

@@ -105,8 +105,8 @@ class BucketPlace(Place):
         return self.client.get_object(Bucket=BUCKET, Key=self._prefix + key)["Body"].read()
 
     def unfinished(self) -> int:
-        found = self.client.list_multipart_uploads(Bucket=BUCKET, Prefix=self._prefix)
-        return len(found.get("Uploads", ()))
+        uploads = self.client.list_multipart_uploads(Bucket=BUCKET, Prefix=self._prefix)
+        return len(uploads.get("Uploads", ()))
 
     def wipe(self) -> None:
         """Delete all objects, and have Ceph free its memory every tenth time.

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-_SAID = ("kills", "fetches", "mib", "rounds", "publishes", "seed")
+_PRINTED = ("kills", "fetches", "mib", "rounds", "publishes", "seed")
 
 
 @dataclass
@@ -44,9 +44,11 @@ def command(
     begun = time.monotonic()
     rows = [row for store in options.stores for row in measure(store, options)]
     failed = sum(len(row.failures) for row in rows)
-    said = ", ".join(f"{key} {value}" for key, value in vars(options).items() if key in _SAID)
+    settings = ", ".join(
+        f"{key} {value}" for key, value in vars(options).items() if key in _PRINTED
+    )
     print(f"\n{report(rows)}\n")
-    print(f"{said}, {time.monotonic() - begun:.0f} s: {failed or 'no'} failures")
+    print(f"{settings}, {time.monotonic() - begun:.0f} s: {failed or 'no'} failures")
     if options.json:
         result = {"options": {**vars(options), "json": None}, "rows": [asdict(r) for r in rows]}
         options.json.write_text(json.dumps(result, indent=1) + "\n")

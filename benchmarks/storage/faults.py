@@ -104,10 +104,10 @@ def upward(change: Change) -> Callable[[Trial], str]:
 
 
 def _after_put(trial: Trial, error: str | None) -> str:
-    found, folder = trial.get()
+    read_error, folder = trial.get()
     what = delivered(folder, trial.a)
     if error is None:
-        return verdict(found, what)
+        return verdict(read_error, what)
     # The writer knows; a reader who does not must not be given a part.
     if what == "wrong":
         return "the writer's error, but **a reader silently gets a part**"
@@ -128,17 +128,17 @@ def downward(change: Change) -> Callable[[Trial], str]:
 
 def busy(trial: Trial) -> str:
     """Answer 503 three times to a put, and again to a get."""
-    left: list[tuple[str, int]] = []
+    pending: list[tuple[str, int]] = []
 
     def refuse(method: str, _path: str, _headers: dict[str, str]) -> int | None:
-        return left.pop()[1] if left and left[0][0] == method else None
+        return pending.pop()[1] if pending and pending[0][0] == method else None
 
     with fault_proxy(trial.site.server.endpoint) as faults:
         faults.refuse = refuse
-        left += [("PUT", 503)] * 3
+        pending += [("PUT", 503)] * 3
         up = _after_put(trial, trial.put(trial.a, faults.endpoint))
         trial.put(trial.a)
-        left[:] = [("GET", 503)] * 3
+        pending[:] = [("GET", 503)] * 3
         error, folder = trial.get(faults.endpoint)
         down = verdict(error, delivered(folder, trial.a))
     return up if up == down else f"up: {up}; down: {down}"
@@ -155,9 +155,9 @@ def killed(trial: Trial) -> str:
             process.go().result()
     error, folder = trial.get()
     half = delivered(folder, trial.a)
-    found = "**a reader silently gets a part**" if half == "wrong" else "a reader finds nothing"
+    outcome = "**a reader silently gets a part**" if half == "wrong" else "a reader finds nothing"
     error = trial.put(trial.a)
-    return f"{found}; again: {verdict(error, 'nothing') if error else trial.seen(trial.a)}"
+    return f"{outcome}; again: {verdict(error, 'nothing') if error else trial.seen(trial.a)}"
 
 
 def overtaken(trial: Trial) -> str:

@@ -69,9 +69,9 @@ def main() -> int:
 
 def campaign(bench: Bench, name: str, count: int, seed: int) -> Counter[str]:
     """Run `count` flips of one type; return the outcomes by column."""
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for number in itertools.count():
-        if found["flips"] == count:
+        if outcomes["flips"] == count:
             break
         rng = random.Random(f"{name} {seed} {number}")
         fault, work = KINDS[name][0](bench, rng)
@@ -79,13 +79,13 @@ def campaign(bench: Bench, name: str, count: int, seed: int) -> Counter[str]:
             outcome = one(work, Path(cache))
         bench.line.clear()
         if fault.struck:  # it aims at bytes that not every exchange has
-            found.update(["flips", outcome or "repaired or harmless"])
+            outcomes.update(["flips", outcome or "repaired or harmless"])
         if outcome in BAD:
             sys.stdout.write(f"{name} {number}: {outcome}: {fault}\n")
         if number % EVERY == EVERY - 1:
-            found["stored wrong"] += bench.audit()
-    found["stored wrong"] += bench.audit()
-    return found
+            outcomes["stored wrong"] += bench.audit()
+    outcomes["stored wrong"] += bench.audit()
+    return outcomes
 
 
 def one(work: Callable[[Path], str], cache: Path) -> str:
@@ -125,10 +125,10 @@ def opened(server: CephServer, folder: Path) -> Iterator[Bench]:
                 bench.digests[name] = digests(folder / name)
                 bench.refs[name] = publish(bench.store(folder / "cache"), folder / name)
             bench.store(folder / "cache").history.append("history", {"n": 1})
-            bench.kept = frozenset(bench.keys())
+            bench.initial_keys = frozenset(bench.keys())
             yield bench
         finally:
-            bench.kept = frozenset()
+            bench.initial_keys = frozenset()
             bench.audit()
             client.delete_bucket(Bucket=bucket)
             client.close()
@@ -145,7 +145,7 @@ class Bench:
     backend: S3Backend
     refs: dict[str, ArtifactRef] = field(default_factory=dict)
     digests: dict[str, dict[str, str]] = field(default_factory=dict)
-    kept: frozenset[str] = frozenset()
+    initial_keys: frozenset[str] = frozenset()
 
     def store(self, cache: Path) -> Store:
         """Return the store with a cache of its own."""
@@ -167,7 +167,7 @@ class Bench:
             if len(name) == 64:
                 data = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
                 wrong += hashlib.sha256(data).hexdigest() != name
-            if key not in self.kept:
+            if key not in self.initial_keys:
                 self.client.delete_object(Bucket=self.bucket, Key=key)
         return wrong
 
@@ -223,9 +223,9 @@ KINDS: dict[str, tuple[Callable[[Bench, random.Random], Trial], int]] = {
 }
 
 
-def flip(bench: Bench, rng: random.Random, direction: str, end: int, **where: str) -> Fault:
+def flip(bench: Bench, rng: random.Random, direction: str, end: int, **match: str) -> Fault:
     """Arm a flip of one bit before byte `end`, in the first long enough message."""
-    choice: dict[str, Any] = {"bit": rng.randrange(8), **where}
+    choice: dict[str, Any] = {"bit": rng.randrange(8), **match}
     return bench.line.arm("flip", direction, rng.randrange(end), **choice)
 
 

@@ -42,17 +42,17 @@ def main() -> int:
 
 def measure(store: str, options: Namespace) -> list[Row]:
     """Run all trials on one store."""
-    with tempfile.TemporaryDirectory() as folder, place(store) as there:
+    with tempfile.TemporaryDirectory() as folder, place(store) as target:
         work = Path(folder)
-        rng = random.Random(f"{options.seed}/{there.name}")
+        rng = random.Random(f"{options.seed}/{target.name}")
         write_files(work / "files", options.seed, options.mib << 20)
-        publisher = Publisher(there, work / "files", work)
+        publisher = Publisher(target, work / "files", work)
         points = publisher.undisturbed()
         print(
-            f"{there.name}: {len(points)} points, {publisher.seconds:.2f} s a publish", flush=True
+            f"{target.name}: {len(points)} points, {publisher.seconds:.2f} s a publish", flush=True
         )
         return [
-            tried(Row(name, there.name), run)
+            tried(Row(name, target.name), run)
             for name, run in (
                 ("publish, every point", lambda row: at_points(publisher, points, row)),
                 ("publish, at random", lambda row: at_random(publisher, options.kills, rng, row)),
@@ -126,13 +126,13 @@ def readers(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> N
         row.kills += end == -signal.SIGKILL
         row.late += end == 0
         row.visible += (cache / "cache" / "artifacts" / wanted).exists()
-        left = leftovers(cache)
-        row.unfinished += len(left)
+        leftover_files = leftovers(cache)
+        row.unfinished += len(leftover_files)
         # The next one that makes room wants something else, or the same.
         wrong = [] if end in (0, -signal.SIGKILL) else [f"ended with {end}"]
         for digest in (another, wanted) if number % 2 else (wanted, another):
-            found = contents(place.open(cache).fetch(digest))
-            if found != (publisher.expected if digest == wanted else contents(other)):
+            fetched = contents(place.open(cache).fetch(digest))
+            if fetched != (publisher.expected if digest == wanted else contents(other)):
                 wrong.append("fetched other bytes")
             if number % 2 or digest == another:
                 wrong += [f"{name} is left over" for name in leftovers(cache)]
@@ -229,10 +229,10 @@ class Publisher:
         # Less than nothing: a server tells its time in whole seconds.
         store.collect(grace=-2, dry_run=False)
         blobs = {f"blobs/sha256/{sha[:2]}/{sha}" for sha in self.expected.values()}
-        there = {*self.place.objects()}
+        keys = {*self.place.objects()}
         whole = {*blobs, f"manifests/{self.digest}.json", "refs/kept/000001.json"}
-        wrong += [f"{key} is left over" for key in there - whole if not key.endswith(".ended")]
-        wrong += [f"{key} is gone" for key in whole - there]
+        wrong += [f"{key} is left over" for key in keys - whole if not key.endswith(".ended")]
+        wrong += [f"{key} is gone" for key in whole - keys]
         if unfinished := self.place.unfinished():
             wrong.append(f"{unfinished} unfinished uploads are left over")
         return wrong

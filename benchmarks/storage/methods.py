@@ -62,8 +62,8 @@ class Job(NamedTuple):
     @property
     def files(self) -> list[str]:
         """Return relative paths of the files to put."""
-        found = (path for path in self.folder.rglob("*") if path.is_file())
-        return sorted(path.relative_to(self.folder).as_posix() for path in found)
+        paths = (path for path in self.folder.rglob("*") if path.is_file())
+        return sorted(path.relative_to(self.folder).as_posix() for path in paths)
 
 
 def ours(operation: str, job: Job) -> Work:
@@ -127,12 +127,12 @@ def requests(operation: str, job: Job, *, threads: int) -> Work:
     client = _client(lean=True)
 
     def move(file: str) -> None:
-        path, where = job.folder / file, {"Bucket": job.bucket, "Key": f"{job.prefix}/{file}"}
+        path, location = job.folder / file, {"Bucket": job.bucket, "Key": f"{job.prefix}/{file}"}
         if operation == "put":
-            client.put_object(**where, Body=path.read_bytes())
+            client.put_object(**location, Body=path.read_bytes())
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(client.get_object(**where)["Body"].read())
+            path.write_bytes(client.get_object(**location)["Body"].read())
 
     return _each(operation, job, move, threads)
 
@@ -210,7 +210,7 @@ SIDES: dict[str, Callable[[str, Job], Work]] = {
 
 def cpu_seconds() -> float:
     """Return CPU seconds of this process and of children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    used = [resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 

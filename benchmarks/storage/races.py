@@ -48,36 +48,38 @@ def main() -> int:
 
 def measure(store: str, options: Namespace) -> list[Row]:
     """Run all races on one store."""
-    with place(store) as there:
-        rows = [row for kind in ((1, 24), (4, 6)) for row in _writers(there, *kind, options.rounds)]
-        if there.name != "Swift" and options.publishes:
-            rows += [_collected(there, options, *each) for each in COLLECTIONS_OF_TRIALS]
+    with place(store) as target:
+        rows = [
+            row for kind in ((1, 24), (4, 6)) for row in _writers(target, *kind, options.rounds)
+        ]
+        if target.name != "Swift" and options.publishes:
+            rows += [_collected(target, options, *each) for each in COLLECTIONS_OF_TRIALS]
         return rows
 
 
-def _writers(there: Place, processes: int, threads: int, rounds: int) -> list[Row]:
+def _writers(target: Place, processes: int, threads: int, rounds: int) -> list[Row]:
     kind = "24 threads" if processes == 1 else f"{processes} × {threads} threads"
     few = max(1, rounds // 20)
     return [
         tried(
-            Row(f"create, {kind}", there.name),
-            lambda row: creating(there, processes, threads, rounds, row),
+            Row(f"create, {kind}", target.name),
+            lambda row: creating(target, processes, threads, rounds, row),
         ),
         tried(
-            Row(f"append, {kind}", there.name),
-            lambda row: appending(there, processes, threads, few, row),
+            Row(f"append, {kind}", target.name),
+            lambda row: appending(target, processes, threads, few, row),
         ),
     ]
 
 
 def _collected(
-    there: Place, options: Namespace, collectors: int, fresh: float, grace: float, part: int
+    target: Place, options: Namespace, collectors: int, fresh: float, grace: float, part: int
 ) -> Row:
     name = f"collect, {collectors} collectors, grace {grace:.0f} s"
     publishes = options.publishes // part
     return tried(
-        Row(name, there.name),
-        lambda row: collecting(there, publishes, collectors, fresh, grace, options.seed, row),
+        Row(name, target.name),
+        lambda row: collecting(target, publishes, collectors, fresh, grace, options.seed, row),
     )
 
 
@@ -117,9 +119,9 @@ def creating(place: Place, processes: int, threads: int, rounds: int, row: Row) 
 
     for number, each in enumerate(together(place, processes, threads, rounds, act)):
         key = f"refs/race/{number:06d}.json"
-        winners = [writer for writer, told in each.told.items() if told is True]
+        winners = [writer for writer, result in each.results.items() if result is True]
         row.rounds += 1
-        row.errors += sum(isinstance(told, str) for told in each.told.values())
+        row.errors += sum(isinstance(result, str) for result in each.results.values())
         row.slowest = max(row.slowest, each.seconds)
         row.won += len(winners) == 1
         row.none += not winners
@@ -140,21 +142,21 @@ def appending(place: Place, processes: int, threads: int, rounds: int, row: Row)
     def act(backend: Backend, writer: int, number: int) -> int:
         return Histories(backend).append("champion/x", payload(writer, number))
 
-    told: dict[int, dict[str, str]] = {}
+    entries: dict[int, dict[str, str]] = {}
     for number, each in enumerate(together(place, processes, threads, rounds, act)):
         row.rounds += 1
         row.slowest = max(row.slowest, each.seconds)
-        for writer, value in each.told.items():
+        for writer, value in each.results.items():
             if isinstance(value, str):
                 row.errors += 1
-            elif value in told:
+            elif value in entries:
                 row.failures.append(f"number {value} was given twice")
             else:
                 row.won += 1
-                told[value] = payload(writer, number)
+                entries[value] = payload(writer, number)
     with tempfile.TemporaryDirectory() as folder:
         history = place.open(Path(folder)).history.entries("champion/x")
-    if not row.errors and history != [told[number] for number in sorted(told)]:
+    if not row.errors and history != [entries[number] for number in sorted(entries)]:
         row.failures.append("the history is not what the writers were told")
     row.failures += [f"{key} is left" for key in place.objects() if key.startswith("claims/")]
     place.wipe()
@@ -174,7 +176,7 @@ def together(
         def writer(number: int) -> list[tuple[Any, float]]:
             backend = place.open(Path(folder))._backend
             is_atomic(backend)
-            told: list[tuple[Any, float]] = []
+            results: list[tuple[Any, float]] = []
             for each in range(rounds):
                 line.wait()
                 begun = time.monotonic()
@@ -182,26 +184,26 @@ def together(
                     value = act(backend, number, each)
                 except StoreError as error:
                     value = str(error)
-                told.append((value, time.monotonic() - begun))
-            return told
+                results.append((value, time.monotonic() - begun))
+            return results
 
         def process(first: int) -> None:
             with ThreadPoolExecutor(threads) as pool:
                 numbers = range(first, first + threads)
-                told = dict(zip(numbers, pool.map(writer, numbers), strict=True))
-            Path(folder, f"{first}.json").write_text(json.dumps(told))
+                results = dict(zip(numbers, pool.map(writer, numbers), strict=True))
+            Path(folder, f"{first}.json").write_text(json.dumps(results))
 
         starts = range(0, processes * threads, threads)
         children = [forked(lambda first=first: process(first)) for first in starts]
         if any(list(map(ended, children))):
             raise SystemExit(f"{place.name}: a process of writers failed")
-        found: dict[str, Any] = {}
+        by_writer: dict[str, Any] = {}
         for first in starts:
-            found |= json.loads(Path(folder, f"{first}.json").read_text())
+            by_writer |= json.loads(Path(folder, f"{first}.json").read_text())
         for each in range(rounds):
             yield Round(
-                {int(number): told[each][0] for number, told in found.items()},
-                max(told[each][1] for told in found.values()),
+                {int(number): results[each][0] for number, results in by_writer.items()},
+                max(results[each][1] for results in by_writer.values()),
             )
 
 
@@ -209,7 +211,7 @@ def together(
 class Round:
     """Results of all writers by number, and the slowest one's seconds."""
 
-    told: dict[int, Any]
+    results: dict[int, Any]
     seconds: float
 
 
@@ -275,9 +277,9 @@ class Collection:
         # It would take what publishers are writing just now, for which a grace of hours is.
         store._backend.sweep = lambda age: 0
         while not self.over.is_set():
-            found = store.collect(grace=self._grace, dry_run=False)
+            garbage = store.collect(grace=self._grace, dry_run=False)
             with self._lock:
-                self.removed += len(found.keys)
+                self.removed += len(garbage.keys)
                 self._row.rounds += 1
             # Publishers wait for it, and look once in a second.
             time.sleep(rng.uniform(0, 0.6))
@@ -294,8 +296,8 @@ class Collection:
             source, digest = rng.choice(pool.artifacts)
             name = f"records/{number}-{each}"
             store.history.append(name, {"digest": digest})
-            told = store.publish(source, "data", parents={}, producer=PRODUCER, metrics={})
-            wrong = [] if told.digest == digest else ["another digest"]
+            ref = store.publish(source, "data", parents={}, producer=PRODUCER, metrics={})
+            wrong = [] if ref.digest == digest else ["another digest"]
             wrong += store.problems(digest, deep=True)
             # Once more, after others have been at it.
             time.sleep(rng.uniform(0, 0.2 + self._grace))

@@ -24,12 +24,12 @@ class Table:
 
     def show(self, console: Console) -> None:
         """Print the table to the terminal."""
-        shown = RichTable(title=self.title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+        rich_table = RichTable(title=self.title, box=rich.box.SIMPLE_HEAD, title_justify="left")
         for name in self.head:
-            shown.add_column(name, overflow="fold")
+            rich_table.add_column(name, overflow="fold")
         for row in self.rows:
-            shown.add_row(*(cell.replace("**", "") for cell in row))
-        console.print(shown)
+            rich_table.add_row(*(cell.replace("**", "") for cell in row))
+        console.print(rich_table)
         for note in self.notes:
             console.print(note, highlight=False)
 
@@ -61,17 +61,15 @@ def fastest(sides: Mapping[str, Sequence[Run]]) -> str:
 
 def against(value: float, bar: float, *, most: bool = False, digits: int = 2) -> str:
     """Format a value beside its bar, its least or (`most`) greatest valid value."""
-    kept = value <= bar if most else value >= bar
-    return (
-        f"**{value:.{digits}f}** ({'≤' if most else '≥'} {bar:g} {'✓' if kept else '**missed**'})"
-    )
+    met = value <= bar if most else value >= bar
+    return f"**{value:.{digits}f}** ({'≤' if most else '≥'} {bar:g} {'✓' if met else '**missed**'})"
 
 
-def verdict(error: str | None, found: str) -> str:
+def verdict(error: str | None, delivery: str) -> str:
     """Return the verdict on an operation under a fault, by error and delivery."""
     if error is None:
-        return "survives" if found == "right" else "**silently wrong**"
-    return "fails, **wrong files left**" if found == "wrong" else "fails cleanly"
+        return "survives" if delivery == "right" else "**silently wrong**"
+    return "fails, **wrong files left**" if delivery == "wrong" else "fails cleanly"
 
 
 def in_turn(sides: Sequence[str], repetition: int) -> list[str]:

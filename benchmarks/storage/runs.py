@@ -98,8 +98,8 @@ class Site:
         before = _server_mib()
         prefix = place.partition("/")[2]
         for upload in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ()):
-            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            self.client.abort_multipart_upload(Bucket=BUCKET, **where)
+            target = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            self.client.abort_multipart_upload(Bucket=BUCKET, **target)
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         items = [item for page in pages for item in page.get("Contents", ())]
         with ThreadPoolExecutor(8) as pool:
@@ -177,9 +177,9 @@ class Process:
             self._output.close()
         with self._errors:
             self._errors.seek(0)
-            said = self._errors.read().strip().splitlines()
+            errors = self._errors.read().strip().splitlines()
         if status or not lines:
-            raise SideFailed(said[-1] if said else f"ended with {status}")
+            raise SideFailed(errors[-1] if errors else f"ended with {status}")
         return Run(**json.loads(lines[-1]))
 
 
@@ -211,14 +211,14 @@ def random_files(folder: Path, sizes: Sequence[int]) -> Path:
     return folder
 
 
-def delivered(found: Path, *wanted: Path) -> str:
+def delivered(delivery: Path, *expected: Path) -> str:
     """Compare a folder with the expected ones: `right`, `nothing` or `wrong`."""
-    names = _names(found)
+    names = _names(delivery)
     if not names:
         return "nothing"
-    for folder in wanted:
+    for folder in expected:
         if names == _names(folder):
-            _, different, unread = filecmp.cmpfiles(found, folder, names, shallow=False)
+            _, different, unread = filecmp.cmpfiles(delivery, folder, names, shallow=False)
             if not different and not unread:
                 return "right"
     return "wrong"

@@ -44,19 +44,19 @@ def large(site: Site, options: Namespace) -> list[Table]:
         raw = RAW if count > 1 else ONE_BY_ONE
         for slow in [network == "throttled" for network in options.networks]:
             network = f"{RATE} MiB/s" if slow else "loopback"
-            where = f"{count} × {options.mib / count:g} MiB, {network}"
-            print(f"\n{where}", flush=True)
+            case = f"{count} × {options.mib / count:g} MiB, {network}"
+            print(f"\n{case}", flush=True)
             if slow:
                 with throttled(site.server.endpoint, RATE) as line:
                     runs = moved(site, folder, ("ours", *raw), options.repeats, line.endpoint)
-                    bars.notes.append(_cost(where, line))
+                    bars.notes.append(_cost(case, line))
             else:
                 peers = PEERS if count > 1 else ()
                 runs = moved(site, folder, ("ours", *raw, *peers), options.repeats)
-            rest.append(everyone(where, runs, options.mib, "MiB"))
+            rest.append(everyone(case, runs, options.mib, "MiB"))
             for operation in OPERATIONS:
                 row = _beside(runs[operation], gib, 0.9 if slow else 0.6)
-                bars.rows.append([f"{where}, {operation}", *row])
+                bars.rows.append([f"{case}, {operation}", *row])
         shutil.rmtree(folder)
     return [bars, *rest]
 
@@ -76,10 +76,10 @@ def _beside(runs: dict[str, list[Run]], gib: float, bar: float) -> list[str]:
     ]
 
 
-def _cost(where: str, line: Throttle) -> str:
+def _cost(case: str, line: Throttle) -> str:
     counts = line.counts()
     forwarded = (counts["up"] + counts["down"]) / GIB
-    return f"The throttle of {where} took {counts['cpu'] / forwarded:.2f} CPU s/GiB itself."
+    return f"The throttle of {case} took {counts['cpu'] / forwarded:.2f} CPU s/GiB itself."
 
 
 def hashing(folder: Path, repeats: int) -> float:
@@ -159,7 +159,7 @@ def again(site: Site, options: Namespace) -> list[Table]:
     """Measure a second publish of the same content."""
     sides = ("ours", *PEERS)
     folder = random_files(site.new_folder() / "again", [int(options.mib * MIB / 4)] * 4)
-    found = {f"{side}, {n}": list[tuple[Run, float]]() for side in sides for n in (1, 2)}
+    runs = {f"{side}, {n}": list[tuple[Run, float]]() for side in sides for n in (1, 2)}
     with throttled(site.server.endpoint, RATE) as line:
         for repetition in range(options.repeats):
             for side in in_turn(sides, repetition):
@@ -167,13 +167,13 @@ def again(site: Site, options: Namespace) -> list[Table]:
                 for number in (1, 2):
                     before = line.counts()["up"]
                     run = site.run(side, "put", str(folder), place, endpoint=line.endpoint)
-                    found[f"{side}, {number}"].append((run, line.counts()["up"] - before))
+                    runs[f"{side}, {number}"].append((run, line.counts()["up"] - before))
                 site.forget(place)
     head = ["", "first, s", "MiB sent", "again, s", "CPU s", "bytes sent", "again/first, s"]
     table = Table(f"4 × {options.mib / 4:g} MiB published twice, {RATE} MiB/s", head)
     for side in sides:
         (first, sent), (second, sent_again) = (
-            ([run for run, _ in found[f"{side}, {n}"]], median(b for _, b in found[f"{side}, {n}"]))
+            ([run for run, _ in runs[f"{side}, {n}"]], median(b for _, b in runs[f"{side}, {n}"]))
             for n in (1, 2)
         )
         row = [side, f"{seconds(first):.2f}", f"{sent / MIB:.1f}", f"{seconds(second):.2f}"]
@@ -208,7 +208,7 @@ def moved(
     site: Site, folder: Path, sides: Sequence[str], repeats: int, endpoint: str | None = None
 ) -> Runs:
     """Put, get and delete a folder with every method, `repeats` times."""
-    found: Runs = {operation: {side: [] for side in sides} for operation in OPERATIONS}
+    runs: Runs = {operation: {side: [] for side in sides} for operation in OPERATIONS}
     for repetition in range(repeats):
         for side in in_turn(sides, repetition):
             place, target = site.place(), site.new_folder()
@@ -216,12 +216,12 @@ def moved(
             got = site.run(side, "get", str(target), place, put.memo, endpoint=endpoint)
             if delivered(got.folder, folder) != "right":
                 raise RuntimeError(f"{side} delivered other bytes")
-            found["put"][side].append(put)
-            found["get"][side].append(got)
+            runs["put"][side].append(put)
+            runs["get"][side].append(got)
             shutil.rmtree(target)
             site.forget(place)
             print(f"{side}: put {put.seconds:.2f} s, get {got.seconds:.2f} s", flush=True)
-    return found
+    return runs
 
 
 def everyone(title: str, runs: Runs, work: float, unit: str) -> Table:

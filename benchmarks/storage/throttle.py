@@ -62,8 +62,8 @@ def main() -> None:
     rate = float(sys.argv[2]) * (1 << 20)
     up, down = Pace(rate), Pace(rate)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    where = (upstream.hostname or "127.0.0.1", upstream.port or 80)
-    threading.Thread(target=_serve, args=(listener, where, up, down), daemon=True).start()
+    address = (upstream.hostname or "127.0.0.1", upstream.port or 80)
+    threading.Thread(target=_serve, args=(listener, address, up, down), daemon=True).start()
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     for _ in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
