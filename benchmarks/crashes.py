@@ -42,7 +42,7 @@ PLACEMENT = {
     "evaluate-reward-model": "reward", "gate-reward-model": "cpu", "train-policy": "gpu",
     "evaluate-policy": "gpu", "gate-policy": "cpu", "promote": "cpu",
 }  # fmt: skip
-#: Seconds between two blows.
+#: Range of the seconds between two blows.
 PAUSE = (8.0, 25.0)
 CUT = 30.0
 LIMIT = 3600.0
@@ -161,7 +161,7 @@ class Trial:
     def go(self, kills: int) -> dict[str, Any]:
         """Strike until the count is reached, wait for the end, return the final state."""
         give_up = time.monotonic() + LIMIT
-        # Each kind at least once, in random order; then any.
+        # Each type of blow at least once, in random order; the rest at random.
         plan = list(self._kinds())
         plan += self.chance.choices(plan, k=max(0, kills - len(plan)))
         self.chance.shuffle(plan)

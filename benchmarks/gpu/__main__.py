@@ -34,10 +34,10 @@ from benchmarks.gpu.section import (
 )
 
 ARCHIVE = "carried.tar.gz"
-#: Seconds under which no section is started any more.
+#: With fewer seconds left than this, no further section is started.
 LEAST_SECONDS = 5.0
 WRITE_EVERY = 5.0
-#: Sections at a time whose seconds do not matter: more would wait for each other on the GPU.
+#: Concurrent sections without timing: more would wait for each other on the GPU.
 MOST_AT_A_TIME, CORES_OF_EACH = 4, 4
 PRELOADED = ("torch", "transformers", "peft", "accelerate", "rlhf.ppo.train")
 
@@ -53,7 +53,7 @@ class Section:
     needs_cuda: bool = True
 
 
-#: In this order, so that what the budget cuts off is what matters least.
+#: Most important first: the time budget cuts off the end.
 SECTIONS = (
     Section("environment", "environment:environment", 30),
     Section("resume", "resume:resume", 170, needs_cuda=False),
@@ -78,12 +78,14 @@ SECTIONS = (
 def main() -> None:
     """Run the sections that the command line names."""
     args = arguments()
-    # A run that is ended by SIGTERM ends its sections first.
+    # On SIGTERM the sections are ended first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking must not start CUDA in this process
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+        "1"  # else the check initialises CUDA in this process
+    )
     if args.device == "cuda" and (reason := no_gpu()):
         refuse(f"{reason}; --cpu tries the script without one")
-    from filelock import FileLock, Timeout  # not there in a Python that lacks everything
+    from filelock import FileLock, Timeout  # late: no_gpu() must work without it
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(args.out) / ".lock")
@@ -165,7 +167,7 @@ class Benchmark:
             "device": args.device, "tiny": args.tiny, "missing_packages": args.missing,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "sections": {},
         }  # fmt: skip
-        if args.sections:  # some sections: those of an earlier run there stay
+        if args.sections:  # only some sections: keep the others of an earlier run
             self.result["sections"] = earlier_sections(self.out / "gpu.json", args)
         self.running: list[Running] = []
         self._written = 0.0
@@ -342,7 +344,7 @@ def _preload() -> None:
     for module in PRELOADED:
         try:
             importlib.import_module(module)
-        except Exception as error:  # each section that needs it will fail and say so
+        except Exception as error:  # each section that needs it fails with this error
             say(f"can't import {module}: {error}")
 
 

@@ -23,7 +23,7 @@ def cache(context: Context, results: Results) -> None:
         SectionFailedError: Replies or weights differ.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
-    # Else the two runs may differ by operations that add in no fixed order.
+    # By default some operations add in no fixed order, by which two runs may differ.
     torch.use_deterministic_algorithms(True, warn_only=True)
     runs = {}
     for name, option in (("on", True), ("off", False)):

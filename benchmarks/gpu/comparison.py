@@ -1,4 +1,4 @@
-"""Section: TRL 1.12's PPO on the same work, by `benchmarks.ppo` in a process of its own."""
+"""Section: TRL 1.12's PPO on the same work, by `benchmarks.ppo`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def comparison(context: Context, results: Results) -> None:
         "--updates", "1" if context.tiny else str(UPDATES), "--trl", str(site),
         "--json", str(report), "--no-memory", "--threads", str(context.threads),
     ]  # fmt: skip
-    # TRL's needs come from its folder alone, so that the product never sees them elsewhere.
+    # TRL's dependencies are in its folder alone: the product must not import them.
     path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(site)])
     done = subprocess.run(
         command, check=False, env={**os.environ, "PYTHONPATH": path.lstrip(os.pathsep)}

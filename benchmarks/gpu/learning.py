@@ -1,4 +1,4 @@
-"""Sections: the quickstart's PPO stage on the device, judged by its world's gold score.
+"""Sections: the quickstart's PPO stage on the device, judged by the gold score.
 
 Data, SFT policy and reward model were made on a CPU and carried here (`benchmarks.gpu.pack`).
 """
@@ -21,7 +21,7 @@ CPU_SEEDS = {
     "gold_strict_win_rate_greedy": (0.943, 0.993, 0.917),
     "kl_sampled": (5.06, 3.97, 4.03),
 }
-#: The quickstart's bars: lowest, or for the KL highest, of what is acceptable.
+#: The quickstart's bars: the least acceptable value, for the KL the greatest.
 BARS = {
     "gold_strict_win_rate_sampled": 0.80, "gold_strict_win_rate_greedy": 0.90, "kl_sampled": 8.0,
 }  # fmt: skip

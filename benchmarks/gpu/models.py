@@ -41,7 +41,7 @@ class Scale:
     updates: int = 2
     micro_batch: int = 16
     profiled_tokens: tuple[int, int] = (8, 24)
-    #: Rows from which the search for the largest batch doubles, and where it ends in any case.
+    #: First and last number of rows of the search for the largest batch, which doubles them.
     decode_from: int = 512
     decode_to: int = 8192
     micro_to: int = 512
@@ -98,7 +98,7 @@ def _on_one_base(
 ) -> tuple[Any, Any, Critic, Scorer]:
     """Share the policy as base: write the reward model as an adapter alone."""
     workload.word_tokenizer(work.size.vocab).save_pretrained(folder / "shared")
-    # No weights lie beside the tokenizer: the digest is that of none, on both sides.
+    # The folder has no weights: both digests are the digest of no file.
     write_json(
         folder / "shared" / META,
         {"pooling": "last", BASE_WEIGHTS: weights_digest(folder / "policy")},

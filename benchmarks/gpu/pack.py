@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rlhf-gpu-pack-") as name:
         folder = Path(name)
         train_quickstart(folder / "quickstart", args.tiny, args.threads)
-        if not args.tiny:  # no test of the smoke test needs them
+        if not args.tiny:  # the smoke test runs no test that needs them
             write_toy_models(folder / "toys")
         archive.parent.mkdir(parents=True, exist_ok=True)
         archive.write_bytes(packed(folder))

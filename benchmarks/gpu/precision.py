@@ -1,4 +1,4 @@
-"""Section: log-probabilities in bfloat16 against float32, packed, padded, shuffled and decoded.
+"""Section: log-probabilities in bfloat16 against float32, by way of computing.
 
 PPO's ratio compares the log-probs of a reply when it was sampled with those when it is optimised.
 Before the first step both come from the same weights, so a ratio other than 1 is rounding. The

@@ -80,7 +80,7 @@ class Child:
 
     def kill(self) -> int:
         """Kill the process, and its own children if it leads a group."""
-        with contextlib.suppress(ProcessLookupError):  # it may have ended in between
+        with contextlib.suppress(ProcessLookupError):  # it may have ended since the last poll
             (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
         return self.wait()
 
@@ -98,7 +98,7 @@ def _redirect(log: Path) -> None:
         os.dup2(file.fileno(), 2)
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
-    # The parent may have replaced these by what does not end in the two descriptors.
+    # The parent may have replaced these by objects that do not write to the descriptors.
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
 
 

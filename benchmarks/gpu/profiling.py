@@ -21,7 +21,7 @@ from benchmarks.ppo.process import synchronise
 from rlhf.ppo.trainer import optimise
 
 TOP = 10
-#: CUDA's calls by the beginnings of their names in the profile.
+#: Prefixes of CUDA calls' names in the profile, by category.
 CALLS = {
     "kernel_launches": ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"),
     "synchronisations": (
@@ -72,7 +72,7 @@ def _profiled(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
         work()
         synchronise(device)
     events: list[Any] = list(profiler.key_averages())
-    # An annotation spans kernels that are counted by themselves.
+    # Annotations span kernels that are counted separately.
     kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
     hosts = [e for e in events if e.device_type == DeviceType.CPU]
     busy = sum(e.self_device_time_total for e in kernels)

@@ -1,4 +1,4 @@
-"""The quickstart's configuration, and its trained models as the archive carries them."""
+"""The quickstart's configuration, and its trained models from the archive."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf.config import GateRule, PipelineConfig, load_config
 from rlhf.gates import Approved, judge, require
 
 PRESET = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
-#: What makes the quickstart small enough for a smoke test; `pack --tiny` trains with it.
+#: Overrides that make the quickstart a smoke test; `pack --tiny` trains with them.
 TINY = [
     "--data.world.pairs=256", "--data.world.demonstrations=256", "--data.world.prompts=64",
     "--data.world.eval_pairs=32", "--data.world.eval_prompts=10", "--sft.epochs=1",

@@ -9,7 +9,7 @@ from typing import Any
 
 Values = Mapping[str, Any]
 GIB = 1024
-#: A cell of something that was not measured.
+#: Cell of a missing measurement.
 NOTHING = "–"
 #: As `precision.FLOAT32_LIMIT`; this module can't import torch, which may be missing.
 FLOAT32_LIMIT = 1e-3

@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "bf16, every option with a state": {**EVERYTHING, "precision": "bf16"},
 }
-#: Runs of the full benchmark, and those of the smoke test.
+#: Variant and mode of the full benchmark's runs; the smoke test has the first alone.
 PAIRS = (
     ("bf16, every option with a state", "strict"), ("fp32", "strict"), ("bf16", "strict"),
     ("bf16", "plain"),
@@ -53,7 +53,7 @@ def resume(context: Context, results: Results) -> None:
     Raises:
         SectionFailedError: A resumed run differs, though all algorithms were deterministic.
     """
-    # Threads of torch's own in this process would be missing in the processes forked from it.
+    # A forked process lacks torch's threads of this process.
     torch.set_num_threads(1)
     pairs = TINY_PAIRS if context.tiny else PAIRS
     with ThreadPoolExecutor(AT_A_TIME) as pool:
@@ -154,7 +154,7 @@ def _variant(context: Context, variant: str, mode: str) -> dict[str, Any]:
     if not compared["bit_equal"]:
         again = _Run(context, variant, folder / "again")
         again.train(mode)
-        # Two undisturbed runs that differ too are no fault of the resume.
+        # If two undisturbed runs differ as well, the resume is not the cause.
         compared["undisturbed_runs_equal"] = _compared(straight, again)["bit_equal"]
     return {**outcome, "resumed_from": saved, **compared}
 

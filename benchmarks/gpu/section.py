@@ -83,7 +83,7 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        # Replaced at once, so that a reader never sees half of it.
+        # Replaced atomically: the parent reads it while the section runs.
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps([self.values, self.status, self.reason]))
         temporary.replace(self.path)

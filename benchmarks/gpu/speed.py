@@ -1,4 +1,4 @@
-"""Sections: rollouts, whole updates, LoRA on one base, and the largest batches that fit."""
+"""Sections: rollouts, updates, LoRA on one base, and the largest batches."""
 
 from __future__ import annotations
 

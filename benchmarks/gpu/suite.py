@@ -1,4 +1,4 @@
-"""Sections: the golden vectors and the library's tests, run by pytest on the device."""
+"""Sections: golden vectors and the library's device tests, run by pytest."""
 
 from __future__ import annotations
 

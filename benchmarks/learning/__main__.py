@@ -33,7 +33,7 @@ def main() -> None:
     args, overrides = arguments()
     config, work = settings(args, overrides), Path(args.work)
     if args.only:
-        part(args, config, work)
+        run_part(args, config, work)
         return
     check_identity(work, identity(config, args.every))
     (work / "runs").mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ def in_process(only: str, log: Path) -> None:
         raise TrainingError(f"{only} failed: {last}; its output is in {log}")
 
 
-def part(args: argparse.Namespace, config: PipelineConfig, work: Path) -> None:
+def run_part(args: argparse.Namespace, config: PipelineConfig, work: Path) -> None:
     """Make the inputs, or run one training, as `--only` of a child process names it."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

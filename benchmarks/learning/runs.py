@@ -20,7 +20,7 @@ from rlhf.modeling.device import prepare_device
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
 
-#: Of the evaluation's draws, the same for every run: runs are compared on equal luck.
+#: Seed of the evaluation's sampling, equal for all runs, so that they compare in pairs.
 EVALUATION_SEED = 20_000
 
 
@@ -61,7 +61,7 @@ class Run:
         """Sample replies to held-out prompts and append their scores to the curve."""
         self.seconds += time.monotonic() - self._started
         ppo, evaluation = self.config.ppo, self.config.evaluation
-        # A copy, so that judging leaves nothing behind in the policy that trains.
+        # A copy: the evaluation must not change the policy in training.
         policy = freeze(copy.deepcopy(policy))
         answers = answer_prompts(
             policy, self.reference, self.held_out, self.renderer, StopSequences(self.renderer),

@@ -102,7 +102,7 @@ class SummedReward(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = [model]  # in a list: not a submodule twice
+        self.model = [model]  # in a list, so that it is no second submodule
         self.inner = getattr(model, model.base_model_prefix)
         self.counted: Tensor | None = None
 
@@ -125,7 +125,7 @@ def _arguments(run: Run, module: Any) -> Any:
         output_dir=scratch, seed=run.seed, use_cpu=run.device.type == "cpu", bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", eval_strategy="no",
         disable_tqdm=True, num_sample_generations=0,
-        # Without accumulation a minibatch is an optimiser step, whatever the dataloader does.
+        # Without accumulation each minibatch is one optimiser step.
         per_device_train_batch_size=config.chunk_size, gradient_accumulation_steps=1,
         num_mini_batches=config.chunk_size // config.mini_batch_size,
         local_rollout_forward_batch_size=config.chunk_size,

@@ -45,7 +45,7 @@ def main() -> None:
     memory = (
         retained_heap(torch.device("cpu")) if args.memory == "both" else contextlib.nullcontext()
     )
-    # TRL prints; standard output is for the result alone.
+    # TRL prints to standard output, which is reserved for the result.
     with contextlib.redirect_stdout(sys.stderr), memory:
         result = alone(args, work, Path(args.models)) if args.side else measure(args, work)
     if args.side or args.json == "-":
@@ -171,7 +171,9 @@ def interleaved(
     args: argparse.Namespace, work: Workload, folder: Path
 ) -> tuple[list[dict[str, Update]], list[dict[str, float]]]:
     """Run every update by TRL and then by us; return updates and differences."""
-    from benchmarks.ppo.trl import TRLSide  # first: it puts its trl before the environment's
+    from benchmarks.ppo.trl import (
+        TRLSide,
+    )  # first: puts TRL 1.12 before the environment's trl on sys.path
 
     theirs = TRLSide(work, folder, args.trl)
     from benchmarks.ppo.ours import OurSide
@@ -188,7 +190,7 @@ def interleaved(
             report.say(f"update {number}: " + report.listed(errors[-1]))
             if not args.report_only:
                 check(number, errors[-1], args.tolerance)
-        # The tensors were compared; keeping them would only grow the process.
+        # The tensors have been compared; drop them to save memory.
         updates.append(
             {
                 "ours": dataclasses.replace(our_update, tensors={}),

@@ -60,7 +60,7 @@ def configuration(work: Workload) -> PPOConfig:
         "learning_rate": work.learning_rate,
         "lr_scheduler": "constant",
         "adam_beta2": 0.999,
-        "max_grad_norm": None,  # TRL ignores its own
+        "max_grad_norm": None,  # TRL 1.12 does not clip, whatever its max_grad_norm
         "kl_coef": work.kl_coef,
         "gamma": work.gamma,
         "gae_lambda": work.gae_lambda,
@@ -84,7 +84,7 @@ def each_by_itself(
     device = torch.device(work.device)
     policy, reference = load_biased_policy(folder), None
     if config.lora:
-        torch.manual_seed(work.seed)  # of the adapters
+        torch.manual_seed(work.seed)  # for the adapters
         policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
     else:
         reference = freeze(load_biased_policy(folder))
@@ -200,7 +200,7 @@ def run_update(
             "values": buffer.values[:, :-1],
             "advantages": buffer.advantages,
         }
-    clock.skip()  # what the comparison needs is no part of the update
+    clock.skip()  # exclude the comparison's own computations
     optimise(buffer, trainer.models, seed + 1)
     trainer.free()
     clock.mark("optimisation")

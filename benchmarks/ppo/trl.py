@@ -59,7 +59,7 @@ class TRLSide(TrainerCallback):
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
         classifier = AutoModelForSequenceClassification
         lora = self._lora() if work.lora else None
-        torch.manual_seed(work.seed)  # of the adapters
+        torch.manual_seed(work.seed)  # for the adapters
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self.trainer: Any = self.module.PPOTrainer(
@@ -91,8 +91,8 @@ class TRLSide(TrainerCallback):
             output_dir=scratch, seed=work.seed, use_cpu=work.device == "cpu", bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no",
             eval_strategy="no", disable_tqdm=True, num_sample_generations=0,
-            # One optimiser step per PPO epoch on the whole batch: its other ways to cut a batch
-            # give another number of steps than they say.
+            # One optimiser step per PPO epoch on the whole batch: TRL's other divisions of a
+            # batch give another number of steps than configured.
             per_device_train_batch_size=size.batch, gradient_accumulation_steps=1,
             num_mini_batches=1, local_rollout_forward_batch_size=max(64, size.batch),
             total_episodes=work.updates * size.batch, num_ppo_epochs=size.epochs,
@@ -154,7 +154,8 @@ class TRLSide(TrainerCallback):
         }
         tensors = {ours: local[theirs].clone().cpu() for ours, theirs in names.items()}
         if sys.version_info < (3, 13):
-            local.clear()  # a copy, which would keep all of TRL's tensors through its next update
+            # A copy, which would hold TRL's tensors through its next update.
+            local.clear()
         return Update(
             self.clock.wall, self.clock.cpu, queries, replies, mask, tensors, self._weights
         )

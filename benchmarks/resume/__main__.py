@@ -43,7 +43,7 @@ from benchmarks.resume.runs import (
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING
 
-#: Everything with a state, and the other kinds of critic in its place.
+#: Every option with a state, and the same with the other types of critic.
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA, critic an adapter": EVERYTHING,
     "LoRA, critic a head": {**EVERYTHING, "critic": "head"},
@@ -104,13 +104,13 @@ def measure(folder: Path, updates: int, kills: int, seed: int) -> list[Row]:
         an_update = (time.monotonic() - begun) / updates
         straight = first.files()
         begun = time.monotonic()
-        ended(first.start())  # complete: starts, loads, writes
+        ended(first.start())  # the run is complete: only loads and writes
         pace = time.monotonic() - begun + 8 * an_update
         trial("kill -9 after 37", lambda row: killed_once(make("killed"), straight, row))  # noqa: B023
         if number == 0:
             few = 4 * EVERY * toys.PPO.chunk_size
             points = range(count_points(make("counted", total_episodes=few)))
-            # Half of them inside of a save, and every point at least once.
+            # Half of the kills are inside a save, at every point at least once.
             inside: list[int | None] = [
                 *points,
                 *rng.choices(points, k=max(0, kills // 2 - len(points))),

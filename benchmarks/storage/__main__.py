@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
     parser.add_argument("--work", type=Path, help="folder for files, instead of the system's /tmp")
     options = parser.parse_args()
-    # Ended from outside, it must still end the server that it started.
+    # On SIGTERM too, the server is stopped by the with block.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began, tables = time.monotonic(), list[Table]()
     with site(options.work) as here:

@@ -86,7 +86,7 @@ class BucketPlace(Place):
         self._prefix = f"{prefix}/"
         self._conf = conf
         self._wiped = 0
-        # Not the default session, which keeps the first credentials.
+        # Not the default session, which caches the first credentials.
         self.client: Any = boto3.Session().client("s3")
         with contextlib.suppress(self.client.exceptions.BucketAlreadyOwnedByYou):
             self.client.create_bucket(Bucket=BUCKET)

@@ -39,7 +39,7 @@ def command(
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    # Ended from outside, it must still end the servers that it started.
+    # On SIGTERM too, the servers are stopped by their with blocks.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     begun = time.monotonic()
     rows = [row for store in options.stores for row in measure(store, options)]
@@ -55,7 +55,7 @@ def command(
     return 1 if failed else 0
 
 
-def tried(row: R, run: Callable[[R], None]) -> R:
+def run_trial(row: R, run: Callable[[R], None]) -> R:
     """Run a trial and print its failures and duration."""
     begun = time.monotonic()
     run(row)

@@ -21,7 +21,7 @@ from benchmarks.storage.wire import Change, Direction, Once, cut, during, flip, 
 from tests.store.proxy import fault_proxy
 
 SIDES = ("ours", *PEERS)
-#: As a model's folder: a large file, which all sides send in parts, and many small ones.
+#: Shares of the files, as in a model's folder: one large file, sent in parts, and small ones.
 SHARES = (0.6, *[0.02] * 20)
 
 
@@ -64,7 +64,7 @@ class Trial:
         """Fetch the release into a new folder; return the error, if any, and the folder."""
         target = self.site.new_folder()
         error, folder = self._run("get", target, endpoint)
-        # An artifact of ours is where `fetch` says, or nowhere: a cache is no place to look.
+        # Our store delivers only the folder that `fetch` returns; its cache does not count.
         return error, folder or (target if self.side in PEERS else self.site.new_folder())
 
     def _run(
@@ -108,7 +108,7 @@ def _after_put(trial: Trial, error: str | None) -> str:
     what = delivered(folder, trial.a)
     if error is None:
         return verdict(read_error, what)
-    # The writer knows; a reader who does not must not be given a part.
+    # The writer got an error, but a reader must not get a part without one.
     if what == "wrong":
         return "the writer's error, but **a reader silently gets a part**"
     return "fails cleanly"
@@ -162,8 +162,8 @@ def killed(trial: Trial) -> str:
 
 def overtaken(trial: Trial) -> str:
     """Let a second writer of the name overtake the first; either must be whole."""
-    # So late that some of the first writer's files are complete, whatever their order.
-    with trial.fault("up", during(lambda: _released(trial)), 0.8) as endpoint:
+    # At 0.8, some of the first writer's files are complete in any order.
+    with trial.fault("up", during(lambda: _release_other(trial)), 0.8) as endpoint:
         trial.put(trial.a, endpoint)
     return trial.seen(trial.a, trial.b)
 
@@ -171,12 +171,12 @@ def overtaken(trial: Trial) -> str:
 def replaced(trial: Trial) -> str:
     """Release a new version while a reader fetches the old one."""
     trial.put(trial.a)
-    with trial.fault("down", during(lambda: _released(trial))) as endpoint:
+    with trial.fault("down", during(lambda: _release_other(trial))) as endpoint:
         error, folder = trial.get(endpoint)
     return verdict(error, delivered(folder, trial.a, trial.b))
 
 
-def _released(trial: Trial) -> None:
+def _release_other(trial: Trial) -> None:
     """Release the other content with fresh times; S3 keeps times in whole seconds."""
     time.sleep(1.1)
     for path in trial.b.iterdir():

@@ -35,14 +35,14 @@ from tests.ceph import CephServer, ceph_server
 from tests.store.wire import Fault, Wire, wire
 
 SMALL = 64 << 10
-#: Beyond 16 MiB: two parts up, three ranges down.
+#: Above 16 MiB: uploaded in two parts, downloaded in three ranges.
 LARGE = (16 << 20) + (1 << 16)
 COLUMNS = ("flips", "repaired or harmless", "clear error", "delivered wrong", "stored wrong",
            "other error")  # fmt: skip
 BAD = COLUMNS[-3:]
-#: So often the store is read past the wire.
+#: Trials between two audits of the stored objects.
 EVERY = 20
-#: The flip, and what to do meanwhile: an empty text if all is well, else a column.
+#: The flip, and the operation under it, which returns a column, or an empty text for success.
 Trial: TypeAlias = tuple[Fault, Callable[[Path], str]]
 
 
@@ -78,7 +78,7 @@ def campaign(bench: Bench, name: str, count: int, seed: int) -> Counter[str]:
         with tempfile.TemporaryDirectory(dir=bench.folder) as cache:
             outcome = one(work, Path(cache))
         bench.line.clear()
-        if fault.struck:  # it aims at bytes that not every exchange has
+        if fault.struck:  # not every exchange has the byte that it aims at
             outcomes.update(["flips", outcome or "repaired or harmless"])
         if outcome in BAD:
             sys.stdout.write(f"{name} {number}: {outcome}: {fault}\n")
@@ -116,7 +116,7 @@ def opened(server: CephServer, folder: Path) -> Iterator[Bench]:
     client.create_bucket(Bucket=bucket)
     with wire(server.endpoint) as line:
         options = StoreConfig(endpoint_url=line.endpoint)
-        # Impatient, as a flipped length makes both sides wait.
+        # Short timeouts, because a flipped length makes both sides wait.
         backend = S3Backend(f"s3://{bucket}/campaign", options, 2, 2, attempts=4)
         bench = Bench(line, folder, client, bucket, backend)
         try:

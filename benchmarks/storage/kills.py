@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.storage.backends import PRODUCER, Place, contents, examine, place, write_files
-from benchmarks.storage.campaign import Trial, command, tried
+from benchmarks.storage.campaign import Trial, command, run_trial
 from rlhf.store import Store
 
 SYSTEM_CALLS = ("link", "fsync", "replace", "unlink", "mkdir")
-#: Inside of a large file, a point every so many bytes.
+#: Bytes between two points inside of a large file.
 STEP = 4 * 1024 * 1024
 
 
@@ -52,7 +52,7 @@ def measure(store: str, options: Namespace) -> list[Row]:
             f"{target.name}: {len(points)} points, {publisher.seconds:.2f} s a publish", flush=True
         )
         return [
-            tried(Row(name, target.name), run)
+            run_trial(Row(name, target.name), run)
             for name, run in (
                 ("publish, every point", lambda row: at_points(publisher, points, row)),
                 ("publish, at random", lambda row: at_random(publisher, options.kills, rng, row)),
@@ -82,13 +82,13 @@ class Row(Trial):
 
     kills: int = 0
     late: int = 0
-    """Ended before the kill came."""
+    """Processes that ended before the kill."""
     visible: int = 0
-    """Kills after which a reader saw the artifact."""
+    """Kills after which the artifact was readable."""
     unfinished: int = 0
-    """Uploads (or temporary files) that kills left behind, before they were swept."""
+    """Unfinished uploads, or temporary files, before the sweep."""
     completed: int = 0
-    """Publishes or fetches that were complete when run again."""
+    """Publishes or fetches that completed when run again."""
 
 
 def at_points(publisher: Publisher, points: list[str], row: Row) -> None:
@@ -128,7 +128,7 @@ def readers(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> N
         row.visible += (cache / "cache" / "artifacts" / wanted).exists()
         leftover_files = leftovers(cache)
         row.unfinished += len(leftover_files)
-        # The next one that makes room wants something else, or the same.
+        # The next fetch, which sweeps the cache, is of another artifact or of the same.
         wrong = [] if end in (0, -signal.SIGKILL) else [f"ended with {end}"]
         for digest in (another, wanted) if number % 2 else (wanted, another):
             fetched = contents(place.open(cache).fetch(digest))
@@ -226,7 +226,7 @@ class Publisher:
             [] if contents(store.fetch(self.digest)) == self.expected else ["fetched other bytes"]
         )
         store.history.append("kept", {"digest": self.digest})
-        # Less than nothing: a server tells its time in whole seconds.
+        # Negative: S3 timestamps have a resolution of 1 s.
         store.collect(grace=-2, dry_run=False)
         blobs = {f"blobs/sha256/{sha[:2]}/{sha}" for sha in self.expected.values()}
         keys = {*self.place.objects()}

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 MIB = 1 << 20
 RELEASE = "release"
-"""A memo that stands for a name: `put` names what it has stored, `get` takes what is named."""
+"""Memo for an operation by name: `put` assigns the name, `get` resolves it."""
 PEERS = ("aws s3 sync", "MLflow")
 Work = Callable[[], str]
 
@@ -76,7 +76,7 @@ def ours(operation: str, job: Job) -> Work:
 
     options = StoreConfig(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     place = f"s3://{job.bucket}/{job.prefix}"
-    # A cache that nobody has used: everything has to come from the server.
+    # An unused cache, so that every byte comes from the server.
     cache = job.folder if operation == "get" else job.folder.parent / "no-cache"
     store = open_store(place, options=options, cache_dir=cache)
     producer = Producer(stage="bench", code_version="1", config={}, seed=0, versions={})

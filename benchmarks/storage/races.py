@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.storage.backends import PRODUCER, Place, place
-from benchmarks.storage.campaign import Trial, command, tried
+from benchmarks.storage.campaign import Trial, command, run_trial
 from benchmarks.storage.kills import ended, forked
 from rlhf.errors import StoreError
 from rlhf.store import Store, gc, publish
@@ -34,7 +34,7 @@ from rlhf.store.history import Histories, seal
 from rlhf.store.manifest import FileEntry, build_manifest, sha256_bytes
 
 Backend = Any
-#: Collectors, seconds for which an artifact is fresh, grace, and the part of the publishes.
+#: Number of collectors, seconds of FRESH, grace, and divisor of the publishes.
 COLLECTIONS_OF_TRIALS = ((1, 0.0, 0.0, 1), (2, 0.0, 0.0, 1), (2, 2.0, 4.0, 4))
 
 
@@ -50,34 +50,34 @@ def measure(store: str, options: Namespace) -> list[Row]:
     """Run all races on one store."""
     with place(store) as target:
         rows = [
-            row for kind in ((1, 24), (4, 6)) for row in _writers(target, *kind, options.rounds)
+            row for kind in ((1, 24), (4, 6)) for row in _writer_rows(target, *kind, options.rounds)
         ]
         if target.name != "Swift" and options.publishes:
-            rows += [_collected(target, options, *each) for each in COLLECTIONS_OF_TRIALS]
+            rows += [_collector_row(target, options, *each) for each in COLLECTIONS_OF_TRIALS]
         return rows
 
 
-def _writers(target: Place, processes: int, threads: int, rounds: int) -> list[Row]:
+def _writer_rows(target: Place, processes: int, threads: int, rounds: int) -> list[Row]:
     kind = "24 threads" if processes == 1 else f"{processes} × {threads} threads"
     few = max(1, rounds // 20)
     return [
-        tried(
+        run_trial(
             Row(f"create, {kind}", target.name),
             lambda row: creating(target, processes, threads, rounds, row),
         ),
-        tried(
+        run_trial(
             Row(f"append, {kind}", target.name),
             lambda row: appending(target, processes, threads, few, row),
         ),
     ]
 
 
-def _collected(
+def _collector_row(
     target: Place, options: Namespace, collectors: int, fresh: float, grace: float, part: int
 ) -> Row:
     name = f"collect, {collectors} collectors, grace {grace:.0f} s"
     publishes = options.publishes // part
-    return tried(
+    return run_trial(
         Row(name, target.name),
         lambda row: collecting(target, publishes, collectors, fresh, grace, options.seed, row),
     )
@@ -103,11 +103,11 @@ class Row(Trial):
 
     rounds: int = 0
     won: int = 0
-    """Rounds with one winner; or entries that were appended; or publishes."""
+    """Rounds with one winner; entries appended; intact publishes."""
     none: int = 0
-    """Rounds that nobody won; or publishes that failed and were run again."""
+    """Rounds without a winner."""
     errors: int = 0
-    """Writers that gave up with an error."""
+    """Writers that ended with a StoreError."""
     slowest: float = 0.0
 
 
@@ -243,7 +243,7 @@ def collecting(
             for each in cleaners:
                 each.result()
         row.seconds = time.monotonic() - begun
-        row.failures += _recorded(place.open(work / "cache"))
+        row.failures += _problems(place.open(work / "cache"))
     print(f"{collection.removed} objects were removed in {row.rounds} collections", file=sys.stderr)
     place.wipe()
 
@@ -274,14 +274,14 @@ class Collection:
         """Collect garbage until the publishers are done."""
         rng = random.Random(self._seed)
         store = self._open()
-        # It would take what publishers are writing just now, for which a grace of hours is.
+        # A sweep without grace would remove the uploads in progress.
         store._backend.sweep = lambda age: 0
         while not self.over.is_set():
             garbage = store.collect(grace=self._grace, dry_run=False)
             with self._lock:
                 self.removed += len(garbage.keys)
                 self._row.rounds += 1
-            # Publishers wait for it, and look once in a second.
+            # Publishers wait for a collection, and poll once a second.
             time.sleep(rng.uniform(0, 0.6))
 
     def publish(self, number: int, pool: Pool, times: int) -> None:
@@ -299,7 +299,7 @@ class Collection:
             ref = store.publish(source, "data", parents={}, producer=PRODUCER, metrics={})
             wrong = [] if ref.digest == digest else ["another digest"]
             wrong += store.problems(digest, deep=True)
-            # Once more, after others have been at it.
+            # Again, after publishes and collections of the other threads.
             time.sleep(rng.uniform(0, 0.2 + self._grace))
             wrong += store.problems(digest, deep=True)
             with self._lock:
@@ -329,7 +329,7 @@ class Pool:
             self.artifacts.append((folder, sha256_bytes(manifest.encode())))
 
 
-def _recorded(store: Store) -> list[str]:
+def _problems(store: Store) -> list[str]:
     entries = [store.history.entries(name)[0] for name in store.history.names("records/")]
     digests = {entry["digest"] for entry in entries if entry}
     return [line for digest in digests for line in store.problems(digest, deep=True)]

@@ -28,12 +28,12 @@ from tests.ceph import CephServer, ceph_server
 
 BUCKET = "bench"
 LIMIT = 1800
-"""Seconds after which an operation hangs, rather than being slow."""
+"""Seconds after which an operation counts as hanging."""
 ROOT = Path(__file__).parents[2]
 PEER_PACKAGES = ("awscli", "mlflow-skinny", "boto3")
-# radosgw keeps what was deleted for two hours, and the server's store is memory.
+#: By default radosgw keeps deleted objects for two hours, here in memory.
 COLLECT = "rgw gc obj min wait = 0\nrgw gc processor period = 1\nrgw gc max objs = 4\n"
-#: Memory of the server beyond which its objects would push out what is measured.
+#: Greatest memory of the server: more would displace the measured files from the page cache.
 MOST_MIB = 8 * 1024
 
 
@@ -57,7 +57,7 @@ class Site:
             region_name="us-east-1",
         )
         self.client.create_bucket(Bucket=BUCKET)
-        # The server's first object and first upload in parts take seconds: nobody's to pay.
+        # The server's first object and first multipart upload take seconds: not measured.
         for size in (1, 9 * MIB):
             self.client.upload_fileobj(io.BytesIO(bytes(size)), BUCKET, "first")
         self.client.delete_object(Bucket=BUCKET, Key="first")
@@ -104,8 +104,8 @@ class Site:
         items = [item for page in pages for item in page.get("Contents", ())]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda i: self.client.delete_object(Bucket=BUCKET, Key=i["Key"]), items))
-        # Small objects go at once, and into holes; large ones when the collector comes round, and
-        # then the server gives their memory back, or keeps it for the next.
+        # Small objects are freed at once; large ones by Ceph's collector, after which the server
+        # returns their memory or reuses it.
         large = sum(item["Size"] for item in items if item["Size"] > 4 * MIB) / MIB
         end = time.monotonic() + 15
         while large > 64 and _server_mib() > before - large / 2 and time.monotonic() < end:
@@ -135,7 +135,7 @@ class Process:
         command = [str(python), str(Path(methods.__file__)), *arguments]
         env = {**os.environ, **site.server.environment, "AWS_ENDPOINT_URL": endpoint}
         env["PYTHONPATH"] = str(ROOT) if arguments[0] not in PEERS else ""
-        # What a user has configured for other servers must not change what is measured.
+        # The user's AWS configuration must not affect the measurement.
         env.update(AWS_CONFIG_FILE=os.devnull, AWS_EC2_METADATA_DISABLED="true")
         pipe = subprocess.PIPE
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
@@ -168,7 +168,7 @@ class Process:
         try:
             lines = self._output.read().splitlines()
         except BaseException:
-            # Interrupted: it must not go on alone.
+            # Interrupted: end the child too.
             self.kill()
             raise
         finally:

@@ -26,7 +26,7 @@ REQUESTS = tuple(side for side in SIDES if side.startswith("boto3"))
 OPERATIONS = ("put", "get")
 GIB = 1 << 30
 Runs = dict[str, dict[str, list[Run]]]
-"""Operation, side, repetition."""
+"""Runs by operation and method, in the order of repetitions."""
 
 
 def large(site: Site, options: Namespace) -> list[Table]:
@@ -49,19 +49,19 @@ def large(site: Site, options: Namespace) -> list[Table]:
             if slow:
                 with throttled(site.server.endpoint, RATE) as line:
                     runs = moved(site, folder, ("ours", *raw), options.repeats, line.endpoint)
-                    bars.notes.append(_cost(case, line))
+                    bars.notes.append(_throttle_cost(case, line))
             else:
                 peers = PEERS if count > 1 else ()
                 runs = moved(site, folder, ("ours", *raw, *peers), options.repeats)
             rest.append(everyone(case, runs, options.mib, "MiB"))
             for operation in OPERATIONS:
-                row = _beside(runs[operation], gib, 0.9 if slow else 0.6)
+                row = _comparison_cells(runs[operation], gib, 0.9 if slow else 0.6)
                 bars.rows.append([f"{case}, {operation}", *row])
         shutil.rmtree(folder)
     return [bars, *rest]
 
 
-def _beside(runs: dict[str, list[Run]], gib: float, bar: float) -> list[str]:
+def _comparison_cells(runs: dict[str, list[Run]], gib: float, bar: float) -> list[str]:
     """Return the cells of ours and the fastest s3transfer: seconds, ratio, CPU s/GiB."""
     best = fastest({side: runs[side] for side in runs if side in RAW})
     ours, raw = runs["ours"], runs[best]
@@ -76,7 +76,7 @@ def _beside(runs: dict[str, list[Run]], gib: float, bar: float) -> list[str]:
     ]
 
 
-def _cost(case: str, line: Throttle) -> str:
+def _throttle_cost(case: str, line: Throttle) -> str:
     counts = line.counts()
     forwarded = (counts["up"] + counts["down"]) / GIB
     return f"The throttle of {case} took {counts['cpu'] / forwarded:.2f} CPU s/GiB itself."

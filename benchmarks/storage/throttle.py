@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 CHUNK = 1 << 20
 BURST = 0.01
-"""Seconds of unused time that may be made up for: the clock wakes sleepers late."""
+"""Seconds of unused time that may be caught up: sleepers wake late."""
 
 
 @contextlib.contextmanager

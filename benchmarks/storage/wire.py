@@ -35,7 +35,7 @@ class Wire:
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname or "127.0.0.1", parts.port or 80)
         self._once = once
-        # One piece at a time on all connections: `during` holds up the whole transfer.
+        # One piece at a time over all connections, so that `during` stops the whole transfer.
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -92,7 +92,7 @@ class Once:
         if direction != self.direction:
             return chunk
         self.total += len(chunk)
-        # Only a body fills a large piece, and only heads hold this.
+        # Only a body fills a large piece; only heads contain HTTP/1.1.
         body = len(chunk) >= BODY and b"HTTP/1.1" not in chunk
         if self.done or self.total < self.after or not body:
             return chunk
