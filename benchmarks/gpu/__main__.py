@@ -177,7 +177,7 @@ class Benchmark:
     def run(self, sections: Sequence[Section]) -> bool:
         """Run the sections; return whether none failed."""
         self.result["archive"] = unpack(Path(self.args.carried) / ARCHIVE, self.unpacked)
-        say(f"device {self.args.device}, archive: {self.result['archive']}")
+        print_line(f"device {self.args.device}, archive: {self.result['archive']}")
         _preload()
         waiting, names = list(sections), {s.name for s in sections}
         together = max(1, min(MOST_AT_A_TIME, (os.cpu_count() or 1) // CORES_OF_EACH))
@@ -199,7 +199,7 @@ class Benchmark:
             n for n, s in self.result["sections"].items()
             if n in names and s["status"] not in ("ok", "skipped")
         ]  # fmt: skip
-        say(f"{len(sections) - len(failed)} of {len(sections)} sections ok or skipped in "
+        print_line(f"{len(sections) - len(failed)} of {len(sections)} sections ok or skipped in "
             f"{time.monotonic() - self.started:.0f} s; {self.out}/gpu.md"
             + (f"; failed: {', '.join(failed)}" if failed else ""))  # fmt: skip
         return not failed
@@ -272,7 +272,7 @@ class Benchmark:
             "status": status, "reason": reason, "seconds": seconds, "limit_seconds":
             section.seconds, "results": values,
         }  # fmt: skip
-        say(f"[{time.monotonic() - self.started:5.0f} s] {section.name}: {status} in "
+        print_line(f"[{time.monotonic() - self.started:5.0f} s] {section.name}: {status} in "
             f"{seconds:.1f} s{': ' + reason if reason else ''}")  # fmt: skip
         self.write()
 
@@ -345,7 +345,7 @@ def _preload() -> None:
         try:
             importlib.import_module(module)
         except Exception as error:  # each section that needs it fails with this error
-            say(f"can't import {module}: {error}")
+            print_line(f"can't import {module}: {error}")
 
 
 def run_section(argument: str) -> None:
@@ -378,7 +378,7 @@ def _prepare(context: Context) -> None:
     logging.disable_progress_bar()
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line and flush."""
     print(line, flush=True)
 

@@ -187,7 +187,7 @@ def interleaved(
             our_update = ours.update(number, update.prompts)
         if work.comparable:
             errors.append(differences(our_update, update))
-            report.say(f"update {number}: " + report.listed(errors[-1]))
+            report.log(f"update {number}: " + report.listed(errors[-1]))
             if not args.report_only:
                 check(number, errors[-1], args.tolerance)
         # The tensors have been compared; drop them to save memory.

@@ -143,6 +143,6 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print progress to standard error: standard output may be JSON."""
     print(line, file=sys.stderr, flush=True)

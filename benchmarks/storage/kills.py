@@ -107,7 +107,7 @@ def at_random(publisher: Publisher, kills: int, rng: random.Random, row: Row) ->
 
 
 def readers(publisher: Publisher, kills: int, rng: random.Random, row: Row) -> None:
-    """Kill fetches; the next ones must clear the cache of what they left."""
+    """Kill fetches; the next ones must clear the cache of leftover files."""
     place, cache = publisher.place, publisher.work / "cache"
     wanted = publisher.publish()
     other = publisher.work / "other"
@@ -287,14 +287,14 @@ class Deadly:
 
     def put_file(self, key: str, source: Any) -> None:
         """Send a file, with a point every STEP bytes."""
-        tell, done = source.sent, 0
+        send, done = source.sent, 0
 
         def sent(count: int) -> None:
             nonlocal done
             steps, done = done // STEP, done + count
             if done // STEP > steps:
                 self._points("inside put_file")
-            tell(count)
+            send(count)
 
         source.sent = sent
         self._points.around("put_file", self._backend.put_file)(key, source)

@@ -250,10 +250,10 @@ def collecting(
 
 @contextlib.contextmanager
 def aged(fresh: float) -> Iterator[None]:
-    """Count an age in seconds as hours.
+    """Count ages in seconds instead of hours.
 
-    A collection would take its own announcement for an old one's, and with that a publisher's
-    protection, which real ages rule out.
+    TRACES lose COLLECTIONS: at such ages a collection would remove its own announcement as an old
+    one, and with it the protection of publishers. Real ages rule that out.
     """
     traces = tuple(name for name in gc.TRACES if name != COLLECTIONS)
     with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(gc, "TRACES", traces):
