@@ -1,9 +1,10 @@
-"""Twenty random blows to one quickstart-sized run: `python -m benchmarks.crashes --seed 1`.
+"""Crash campaign on the quickstart: `python -m benchmarks.crashes --seed 1`.
 
-A real site (Prefect's server on Postgres, an S3 server, three workers on three pools that share
-nothing else) runs the quickstart twice: undisturbed, and while something is killed every few
-seconds. It must end as promoted, with the same bytes, every stage's work recorded once, and every
-artifact whole. Takes half an hour on 2 cores; prints a line per blow and writes a JSON row.
+A real site (Prefect's server on Postgres, an S3 server, and three workers on three pools that share
+nothing else) runs the quickstart twice: undisturbed, and while a process is killed every few
+seconds. The second run must be promoted with the same bytes, every stage must be recorded once, and
+every artifact must be whole. Takes half an hour on 2 cores; prints a line per blow and a JSON row
+at the end.
 """
 
 from __future__ import annotations
@@ -41,15 +42,84 @@ PLACEMENT = {
     "evaluate-reward-model": "reward", "gate-reward-model": "cpu", "train-policy": "gpu",
     "evaluate-policy": "gpu", "gate-policy": "cpu", "promote": "cpu",
 }  # fmt: skip
-#: Seconds between two blows.
+#: Range of the seconds between two blows.
 PAUSE = (8.0, 25.0)
 CUT = 30.0
 LIMIT = 3600.0
 
 
+def main() -> None:
+    """Run the campaign."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    preset = "quickstart" if options.size == "quickstart" else "none"
+    print(f"seed {options.seed}, {options.kills} blows, {options.size}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="crashes-"))
+    with ceph_server() as s3, client_of(s3, "crashes"):
+        throttle = [sys.executable, "-m", "benchmarks.storage.throttle", s3.endpoint, "1000"]
+        network = subprocess.Popen(
+            throttle, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert network.stdout is not None
+        line = network.stdout.readline().strip()
+        with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as production:
+            production.store_endpoint = s3.endpoint
+            production.run("make", "deploy")
+            for pool in ("cpu", "reward", "gpu"):
+                production.worker(pool, RLHF_THREADS="2", OMP_NUM_THREADS="2")
+            begun = time.monotonic()
+            plain = production.submit(
+                "rlhf-pipeline/rlhf-pipeline", preset=preset,
+                overrides=overrides("s3://crashes/plain", options.size),
+            )  # fmt: skip
+            undisturbed = production.wait(plain, seconds=LIMIT)["state"]
+            seconds = time.monotonic() - begun
+            print(f"undisturbed: {undisturbed['name']} in {seconds:.0f} s", flush=True)
+            begun = time.monotonic()
+            tree = overrides("s3://crashes/struck", options.size, placement=PLACEMENT)
+            run = production.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
+            trial = Trial(production, network, run, random.Random(options.seed))
+            state = trial.go(options.kills)
+            struck_seconds = time.monotonic() - begun
+            children = production.children(run)
+            plain_outcome, outcome = (
+                outcome_of(production, f"s3://crashes/{name}", folder / "cache")
+                for name in ("plain", "struck")
+            )
+        network.terminate()
+    row = {
+        "seed": options.seed, "size": options.size, "state": state["name"], "blows": trial.blows,
+        "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
+        "flow_run_retries": trial.retries, "children": len(children),
+        "same_policy": outcome["policy"] == plain_outcome["policy"], **outcome,
+    }  # fmt: skip
+    print(json.dumps(row, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(row))
+    once = set(outcome["recorded"].values()) == {1} and outcome["promotions"] == 1
+    good = row["same_policy"] and once and state["type"] == "COMPLETED"
+    sys.exit(0 if good else 1)
+
+
+def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
+    """Return the run's parameters; `tiny` serves to try the program."""
+    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 60, "delay_seconds": 1}}
+    if size == "tiny":
+        from tests.flows.conftest import tiny_tree
+
+        tree = {**tiny_tree(Path("/nowhere")), **tree, "promotion": {"name": "quickstart"}}
+        tree.pop("runtime")
+        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 1500, "checkpoint_every": 20}
+    return {**tree, **more}
+
+
 @dataclass
 class Trial:
-    """One run under blows."""
+    """One pipeline run that is struck at random."""
 
     site: Site
     network: subprocess.Popen[str]
@@ -59,7 +129,7 @@ class Trial:
     retries: int = 0
 
     def strike(self, name: str) -> None:
-        """One blow; one that finds nothing to hit is not counted."""
+        """Strike once; a blow without a target is not counted."""
         hit = self._kinds()[name]() is not False
         if hit:
             self.blows.append(name)
@@ -83,15 +153,15 @@ class Trial:
         return any(hit)
 
     def _cut(self) -> None:
-        """The line to the store is dead for a while: nothing arrives, nothing is refused."""
+        """Stop the proxy to the store: packets are lost, connections are not refused."""
         self.network.send_signal(signal.SIGSTOP)
         time.sleep(CUT)
         self.network.send_signal(signal.SIGCONT)
 
     def go(self, kills: int) -> dict[str, Any]:
-        """Strike until the count is full, then wait for the end; the run's last state."""
+        """Strike until the count is reached, wait for the end, return the final state."""
         give_up = time.monotonic() + LIMIT
-        # Each kind at least once, in random order; then any.
+        # Each type of blow at least once, in random order; the rest at random.
         plan = list(self._kinds())
         plan += self.chance.choices(plan, k=max(0, kills - len(plan)))
         self.chance.shuffle(plan)
@@ -112,90 +182,21 @@ class Trial:
             time.sleep(1)
 
 
-def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
-    """The run's parameters; a tiny one is for trying this program out."""
-    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 60, "delay_seconds": 1}}
-    if size == "tiny":
-        from tests.flows.conftest import tiny_tree
-
-        tree = {**tiny_tree(Path("/nowhere")), **tree, "promotion": {"name": "quickstart"}}
-        tree.pop("runtime")
-        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 1500, "checkpoint_every": 20}
-    return {**tree, **more}
-
-
-def found_in(made: Site, store: str, cache: Path) -> dict[str, Any]:
-    """What a run left: the champion, how often each stage was recorded, whether all is whole."""
-    os.environ.update(made.environment)
+def outcome_of(production: Site, store: str, cache: Path) -> dict[str, Any]:
+    """Return a run's champion, promotions and records per stage; verify its artifacts."""
+    os.environ.update(production.environment)
     history = open_store(store, cache_dir=cache).history
     recorded = {
         stage: sum(map(len, map(history.entries, history.names(f"records/{stage}/"))))
         for stage in STAGES
     }
-    made.run("rlhf", "artifacts", "verify", "--deep", "--store", store)
+    production.run("rlhf", "artifacts", "verify", "--deep", "--store", store)
     champions = history.entries("champion/quickstart")
     return {
         "policy": champions[-1]["policy"] if champions else None,
         "promotions": len(champions),
         "recorded": recorded,
     }
-
-
-def main() -> None:
-    """Run the campaign."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    preset = "quickstart" if given.size == "quickstart" else "none"
-    print(f"seed {given.seed}, {given.kills} blows, {given.size}", flush=True)
-    folder = Path(tempfile.mkdtemp(prefix="crashes-"))
-    with ceph_server() as s3, client_of(s3, "crashes"):
-        throttle = [sys.executable, "-m", "benchmarks.storage.throttle", s3.endpoint, "1000"]
-        network = subprocess.Popen(
-            throttle, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        assert network.stdout is not None
-        line = network.stdout.readline().strip()
-        with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as made:
-            made.store_endpoint = s3.endpoint
-            made.run("make", "deploy")
-            for pool in ("cpu", "reward", "gpu"):
-                made.worker(pool, RLHF_THREADS="2", OMP_NUM_THREADS="2")
-            begun = time.monotonic()
-            plain = made.submit(
-                "rlhf-pipeline/rlhf-pipeline", preset=preset,
-                overrides=overrides("s3://crashes/plain", given.size),
-            )  # fmt: skip
-            undisturbed = made.wait(plain, seconds=LIMIT)["state"]
-            seconds = time.monotonic() - begun
-            print(f"undisturbed: {undisturbed['name']} in {seconds:.0f} s", flush=True)
-            begun = time.monotonic()
-            tree = overrides("s3://crashes/struck", given.size, placement=PLACEMENT)
-            run = made.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
-            trial = Trial(made, network, run, random.Random(given.seed))
-            state = trial.go(given.kills)
-            struck_seconds = time.monotonic() - begun
-            children = made.children(run)
-            plain_left, left = (
-                found_in(made, f"s3://crashes/{name}", folder / "cache")
-                for name in ("plain", "struck")
-            )
-        network.terminate()
-    row = {
-        "seed": given.seed, "size": given.size, "state": state["name"], "blows": trial.blows,
-        "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
-        "flow_run_retries": trial.retries, "children": len(children),
-        "same_policy": left["policy"] == plain_left["policy"], **left,
-    }  # fmt: skip
-    print(json.dumps(row, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(row))
-    once = set(left["recorded"].values()) == {1} and left["promotions"] == 1
-    good = row["same_policy"] and once and state["type"] == "COMPLETED"
-    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

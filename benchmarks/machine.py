@@ -1,4 +1,4 @@
-"""The machine's matrix-multiply rate, and the least arithmetic that an update needs."""
+"""Matrix-multiply rate of the machine, and least arithmetic of a PPO update."""
 
 from __future__ import annotations
 
@@ -17,19 +17,28 @@ SETTINGS = ("highest", "medium")
 SECONDS = 0.3
 
 
-@contextmanager
-def matmul_precision(setting: str) -> Any:
-    """`torch.set_float32_matmul_precision` for a while; `medium` lets oneDNN multiply on CPUs."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def needed_gflops(size: Size, prompts: Sequence[int], replies: Sequence[int]) -> dict[str, float]:
+    """Return the least work of each phase, in 1e9 operations, for these lengths.
+
+    2 operations per weight and token forward, 4 backward, plus attention's 4·hidden per layer and
+    pair of positions; the head on reply tokens only, nothing on padding. Rollout: the policy once
+    over all tokens. Scoring: reference, critic and reward model (the policy's log-probs come with
+    sampling). Optimisation: policy and critic, forward and backward, every epoch.
+    """
+    reply_tokens, tokens = sum(replies), sum(prompts) + sum(replies)
+    pairs = sum((p + r) * (p + r + 1) / 2 for p, r in zip(prompts, replies, strict=True))
+    body = 2 * size.body * tokens + 4 * size.layers * size.hidden * pairs
+    head = 2 * size.head * reply_tokens
+    operations = {
+        "rollout": body + head,
+        "scoring": 3 * body + head,
+        "optimisation": size.epochs * 3 * (2 * body + head),
+    }
+    return {name: value / 1e9 for name, value in operations.items()}
 
 
 def matmul_rates(size: Size, device: torch.device = CPU) -> dict[str, Any]:
-    """GF/s of the update's matrix products, by float32 precision setting, and their error.
+    """Return GF/s of the update's matrix products, by float32 precision setting.
 
     The error is the largest difference to float64 over the largest result. `peak` is the best rate
     of any shape and setting: what phases are measured against.
@@ -51,14 +60,18 @@ def matmul_rates(size: Size, device: torch.device = CPU) -> dict[str, Any]:
     return rates
 
 
-def _operands(
-    rows: int, inner: int, columns: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    return (
-        torch.randn(rows, inner, generator=generator, device=device),
-        torch.randn(columns, inner, generator=generator, device=device),
-    )
+@contextmanager
+def matmul_precision(setting: str) -> Any:
+    """Set `torch.set_float32_matmul_precision` inside a with block.
+
+    `medium` lets oneDNN multiply on CPUs.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -66,7 +79,7 @@ def matmul_rate(
     rows: int, inner: int, columns: int, device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> float:  # fmt: skip
-    """GF/s of one product, the best of many."""
+    """Return GF/s of one product, the best of many."""
     a, b = (t.to(dtype) for t in _operands(rows, inner, columns, device))
     F.linear(a, b)
     synchronise(device)
@@ -87,21 +100,11 @@ def _error(rows: int, inner: int, columns: int, device: torch.device) -> float:
     return float((F.linear(a, b) - exact).abs().max() / exact.abs().max())
 
 
-def needed_gflops(size: Size, prompts: Sequence[int], replies: Sequence[int]) -> dict[str, float]:
-    """The least work of each phase, in 1e9 operations, for prompts and replies of these lengths.
-
-    2 operations per weight and token forward, 4 backward, plus attention's 4·hidden per layer and
-    pair of positions; the head on reply tokens only, nothing on padding. Rollout: the policy once
-    over all tokens. Scoring: reference, critic and reward model (the policy's log-probs come with
-    sampling). Optimisation: policy and critic, forward and backward, every epoch.
-    """
-    reply_tokens, tokens = sum(replies), sum(prompts) + sum(replies)
-    pairs = sum((p + r) * (p + r + 1) / 2 for p, r in zip(prompts, replies, strict=True))
-    body = 2 * size.body * tokens + 4 * size.layers * size.hidden * pairs
-    head = 2 * size.head * reply_tokens
-    operations = {
-        "rollout": body + head,
-        "scoring": 3 * body + head,
-        "optimisation": size.epochs * 3 * (2 * body + head),
-    }
-    return {name: value / 1e9 for name, value in operations.items()}
+def _operands(
+    rows: int, inner: int, columns: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return (
+        torch.randn(rows, inner, generator=generator, device=device),
+        torch.randn(columns, inner, generator=generator, device=device),
+    )

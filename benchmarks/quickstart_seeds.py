@@ -1,7 +1,8 @@
-"""The quickstart's promises, measured: `python -m benchmarks.quickstart_seeds [--seeds 0 1 2]`.
+"""Figures of the quickstart by seed: `python -m benchmarks.quickstart_seeds`.
 
-Runs the whole quickstart for each seed from nothing, in a process of its own, and prints a table of
-what issue and README promise beside the bars. Figures go by hand into RESULTS.md, good or bad.
+Runs the whole quickstart for each seed (`--seeds 0 1 2`) from an empty store, in a child process,
+and prints a table of the promised figures beside their bars. They go into RESULTS.md by hand, good
+or bad.
 """
 
 from __future__ import annotations
@@ -20,8 +21,22 @@ from tasks.stages import STAGES
 PRESET = "configs/quickstart.yaml"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options, overrides = parser.parse_known_args()
+    results = []
+    for seed in options.seeds:
+        results.append(measure(seed, overrides))
+        print(f"seed {seed} done in {results[-1]['seconds, whole command']:.0f} s", flush=True)
+    print("\n| | " + " | ".join(f"seed {s}" for s in options.seeds) + " |")
+    print("|---|" + "---|" * len(results))
+    for name in results[0]:
+        print(f"| {name} | " + " | ".join(f"{r[name]:.3f}" for r in results) + " |")
+
+
 def measure(seed: int, overrides: list[str]) -> dict[str, float]:
-    """Run one seed and read its evaluations from the store."""
+    """Run one seed and return the figures of its evaluations."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
             f"--seed={seed}", f"--store={folder}/store", f"--runtime.work_dir={folder}/work",
@@ -73,20 +88,6 @@ def measure(seed: int, overrides: list[str]) -> dict[str, float]:
         "tokens before → after, before": sampled["tokens_before"],
         "tokens before → after, after": sampled["tokens_after"],
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    known, overrides = parser.parse_known_args()
-    results = []
-    for seed in known.seeds:
-        results.append(measure(seed, overrides))
-        print(f"seed {seed} done in {results[-1]['seconds, whole command']:.0f} s", flush=True)
-    print("\n| | " + " | ".join(f"seed {s}" for s in known.seeds) + " |")
-    print("|---|" + "---|" * len(results))
-    for name in results[0]:
-        print(f"| {name} | " + " | ".join(f"{r[name]:.3f}" for r in results) + " |")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,34 @@ from rlhf.world.gold import BEST, gold, gold_parts, read_question
 from rlhf.world.replies import best_reply
 
 
-def mean_words(texts: Sequence[str]) -> float:
-    """Return the mean number of words."""
-    return fmean(len(text.split()) for text in texts)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print samples and statistics."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.world", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=5, help="number of prompts to print")
+    options = parser.parse_args(arguments)
+    config = WorldConfig()
+    world = generate(config, options.seed)
+    for pair in world.eval_pairs[: options.show]:
+        print(f"\n{pair.prompt}  [{pair.group}]")
+        show(pair.prompt, pair.chosen)
+        show(pair.prompt, pair.rejected)
+        question = read_question(pair.prompt)
+        if question:
+            show(pair.prompt, best_reply(Random(options.seed), question))
+    print()
+    for name, value in statistics(world, config.temperature).items():
+        print(f"{name:36}{value:8.3f}")
+
+
+def show(prompt: str, reply: str) -> None:
+    """Print a reply, its gold score and the parts that are not zero."""
+    parts = {name: round(value, 2) for name, value in gold_parts(prompt, reply).items() if value}
+    print(f"  {gold(prompt, reply):5.2f}  {reply}\n         {parts}")
 
 
 def statistics(world: World, temperature: float) -> dict[str, float]:
-    """Summarise a world in numbers."""
+    """Return statistics of a world by name."""
     replies = [d.response for d in world.demonstrations]
     prompts = [d.prompt for d in world.demonstrations]
     scores = [gold(d.prompt, d.response) for d in world.demonstrations]
@@ -46,30 +67,9 @@ def statistics(world: World, temperature: float) -> dict[str, float]:
     }
 
 
-def show(prompt: str, reply: str) -> None:
-    """Print a reply, its gold score and the parts that are not zero."""
-    parts = {name: round(value, 2) for name, value in gold_parts(prompt, reply).items() if value}
-    print(f"  {gold(prompt, reply):5.2f}  {reply}\n         {parts}")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.world", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=5, help="number of prompts to print")
-    options = parser.parse_args(arguments)
-    config = WorldConfig()
-    world = generate(config, options.seed)
-    for pair in world.eval_pairs[: options.show]:
-        print(f"\n{pair.prompt}  [{pair.group}]")
-        show(pair.prompt, pair.chosen)
-        show(pair.prompt, pair.rejected)
-        question = read_question(pair.prompt)
-        if question:
-            show(pair.prompt, best_reply(Random(options.seed), question))
-    print()
-    for name, value in statistics(world, config.temperature).items():
-        print(f"{name:36}{value:8.3f}")
+def mean_words(texts: Sequence[str]) -> float:
+    """Return the mean number of words."""
+    return fmean(len(text.split()) for text in texts)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Runs the sections, each in a process with a time limit: `python -m benchmarks.gpu`.
+"""Run the GPU benchmark's sections: `python -m benchmarks.gpu`.
 
-benchmarks/gpu.sh starts this after installing what is missing. gpu.json and gpu.md are written
-again after every section and every few seconds in between, so that a run that is cut off leaves
-what it measured; gpu.log has the output of all sections.
+Each section is a process with a time limit. benchmarks/gpu.sh starts this program after it has
+installed the missing packages. gpu.json and gpu.md are rewritten after every section and every few
+seconds in between, so that a run that is cut off leaves its measurements; gpu.log has the output of
+all sections.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from benchmarks.gpu.section import (
 )
 
 ARCHIVE = "carried.tar.gz"
-#: Seconds under which no section is started any more.
+#: With fewer seconds left than this, no further section is started.
 LEAST_SECONDS = 5.0
 WRITE_EVERY = 5.0
-#: Sections at a time whose seconds do not matter: more would wait for each other on the GPU.
+#: Concurrent sections without timing: more would wait for each other on the GPU.
 MOST_AT_A_TIME, CORES_OF_EACH = 4, 4
 PRELOADED = ("torch", "transformers", "peft", "accelerate", "rlhf.ppo.train")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section: its function, the seconds it may take, and whether it must run alone."""
+    """A section: its function, its time limit, and whether it must run alone."""
 
     name: str
     entry: str
@@ -52,7 +53,7 @@ class Section:
     needs_cuda: bool = True
 
 
-#: In this order, so that what the budget cuts off is what matters least.
+#: Most important first: the time budget cuts off the end.
 SECTIONS = (
     Section("environment", "environment:environment", 30),
     Section("resume", "resume:resume", 170, needs_cuda=False),
@@ -74,24 +75,86 @@ SECTIONS = (
 )
 
 
-@dataclass
-class Running:
-    """A section's process, and until when it may run."""
+def main() -> None:
+    """Run the sections that the command line names."""
+    args = arguments()
+    # On SIGTERM the sections are ended first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+        "1"  # else the check initialises CUDA in this process
+    )
+    if args.device == "cuda" and (reason := no_gpu()):
+        refuse(f"{reason}; --cpu tries the script without one")
+    from filelock import FileLock, Timeout  # late: no_gpu() must work without it
 
-    section: Section
-    context: Context
-    child: processes.Child
-    log: Path
-    deadline: float
-    started: float = field(default_factory=time.monotonic)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(args.out) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        refuse(f"another run writes to {args.out}; give another --out")
+    with (
+        lock,
+        tempfile.TemporaryDirectory(prefix="rlhf-gpu-", ignore_cleanup_errors=True) as scratch,
+        contextlib.suppress(BrokenPipeError, KeyboardInterrupt),
+    ):
+        sys.exit(0 if Benchmark(args, Path(scratch)).run(chosen(args)) else 1)
+    sys.exit(130)
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION",
+        help=f"all, or some of: {', '.join(s.name for s in SECTIONS)}")  # fmt: skip
+    add("--cpu", action="store_true", help="on the CPU, with tiny sizes: proves the script")
+    add("--out", required=True, help="folder of gpu.json, gpu.md and gpu.log")
+    add("--carried", default=".gpu", help="folder of wheels and archive")
+    add("--seconds", type=float, default=450.0, help="time budget of all sections")
+    add("--fail", action="append", default=[], metavar="SECTION", help=argparse.SUPPRESS)
+    add("--missing", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args(given)
+    args.device, args.tiny = ("cpu", True) if args.cpu else ("cuda", False)
+    names = [s.name for s in SECTIONS]
+    if unknown := [name for name in args.sections if name not in names]:
+        parser.error(f"no section is called {unknown[0]!r}; there are {', '.join(names)}")
+    if args.seconds < 2 * LEAST_SECONDS:
+        parser.error(
+            f"--seconds {args.seconds:g} is too little; give at least {2 * LEAST_SECONDS:g}"
+        )
+    return args
+
+
+def no_gpu() -> str:
+    """Return the reason why no GPU can be used; empty if one can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"this Python can't import torch ({error})"
+    if torch.cuda.is_available():
+        return ""
+    return f"torch {torch.__version__} finds no NVIDIA GPU"
+
+
+def refuse(reason: str) -> NoReturn:
+    """Exit with code 2 before any section has started."""
+    print(f"gpu.sh: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def chosen(args: argparse.Namespace) -> list[Section]:
+    """Return the sections to run, with those that their tables need."""
+    if not args.sections:
+        return list(SECTIONS)
+    wanted = {*args.sections, "environment"}
+    if any(s.timed for s in SECTIONS if s.name in wanted):
+        wanted.add("rates")
+    return [s for s in SECTIONS if s.name in wanted]
 
 
 class Benchmark:
-    """All sections of a run, and the files that it leaves."""
+    """A run of sections, and the files that it writes."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch = args, scratch
@@ -104,7 +167,7 @@ class Benchmark:
             "device": args.device, "tiny": args.tiny, "missing_packages": args.missing,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "sections": {},
         }  # fmt: skip
-        if args.sections:  # some sections: those of an earlier run there stay
+        if args.sections:  # only some sections: keep the others of an earlier run
             self.result["sections"] = earlier_sections(self.out / "gpu.json", args)
         self.running: list[Running] = []
         self._written = 0.0
@@ -112,9 +175,9 @@ class Benchmark:
             (self.out / "gpu.log").write_bytes(b"")
 
     def run(self, sections: Sequence[Section]) -> bool:
-        """Run them all; whether none failed."""
+        """Run the sections; return whether none failed."""
         self.result["archive"] = unpack(Path(self.args.carried) / ARCHIVE, self.unpacked)
-        say(f"device {self.args.device}, archive: {self.result['archive']}")
+        print_line(f"device {self.args.device}, archive: {self.result['archive']}")
         _preload()
         waiting, names = list(sections), {s.name for s in sections}
         together = max(1, min(MOST_AT_A_TIME, (os.cpu_count() or 1) // CORES_OF_EACH))
@@ -136,21 +199,21 @@ class Benchmark:
             n for n, s in self.result["sections"].items()
             if n in names and s["status"] not in ("ok", "skipped")
         ]  # fmt: skip
-        say(f"{len(sections) - len(failed)} of {len(sections)} sections ok or skipped in "
+        print_line(f"{len(sections) - len(failed)} of {len(sections)} sections ok or skipped in "
             f"{time.monotonic() - self.started:.0f} s; {self.out}/gpu.md"
             + (f"; failed: {', '.join(failed)}" if failed else ""))  # fmt: skip
         return not failed
 
     def _has_room(self, section: Section, together: int) -> bool:
-        """Sections that are timed run alone, the others beside each other."""
+        """Return whether the section may start: timed ones run alone."""
         if not self.running:
             return True
         alone = section.timed or any(r.section.timed for r in self.running)
         return not alone and len(self.running) < together
 
     def _start(self, section: Section) -> None:
-        left = self.end - time.monotonic()
-        if left < LEAST_SECONDS:
+        remaining = self.end - time.monotonic()
+        if remaining < LEAST_SECONDS:
             self._record(section, "not run", f"no time left of {self.args.seconds:.0f} s", 0.0, {})
             return
         folder = self.scratch / section.name
@@ -165,11 +228,11 @@ class Benchmark:
             f"{__package__}.__main__:run_section", context.to_json(), log,
             needs_cuda=section.needs_cuda and self.args.device == "cuda",
         )  # fmt: skip
-        limit = min(section.seconds, left)
+        limit = min(section.seconds, remaining)
         self.running.append(Running(section, context, child, log, time.monotonic() + limit))
 
     def _poll(self) -> None:
-        """Collect what has ended and end what is late."""
+        """Collect sections that have ended and kill those past their deadline."""
         for running in list(self.running):
             late = time.monotonic() > running.deadline
             code = running.child.poll()
@@ -186,7 +249,10 @@ class Benchmark:
             self.write()
 
     def _collect(self, running: Running, without_status: str, why: str) -> None:
-        """Record a section that ended; the last two if it did not say itself how."""
+        """Record a section that ended.
+
+        `without_status` and `why` apply if the section itself left no status.
+        """
         results = Results.read(Path(running.context.results))
         values, status, reason = results.values, results.status, results.reason
         if not status:
@@ -206,12 +272,12 @@ class Benchmark:
             "status": status, "reason": reason, "seconds": seconds, "limit_seconds":
             section.seconds, "results": values,
         }  # fmt: skip
-        say(f"[{time.monotonic() - self.started:5.0f} s] {section.name}: {status} in "
+        print_line(f"[{time.monotonic() - self.started:5.0f} s] {section.name}: {status} in "
             f"{seconds:.1f} s{': ' + reason if reason else ''}")  # fmt: skip
         self.write()
 
     def write(self) -> None:
-        """Write gpu.json and gpu.md with all that is known, of running sections too."""
+        """Write gpu.json and gpu.md with all results, running sections included."""
         self._written = time.monotonic()
         sections = dict(self.result["sections"])
         for running in self.running:
@@ -229,6 +295,57 @@ class Benchmark:
             temporary = self.out / f"{name}.tmp"
             temporary.write_text(text)
             temporary.replace(self.out / name)
+
+
+@dataclass
+class Running:
+    """A running section: its process, log and deadline."""
+
+    section: Section
+    context: Context
+    child: processes.Child
+    log: Path
+    deadline: float
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+def earlier_sections(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Results of an earlier run on the same device with the same sizes, by section."""
+    try:
+        earlier = json.loads(path.read_text())
+        same = (earlier["device"], earlier["tiny"]) == (args.device, args.tiny)
+        return dict(earlier["sections"]) if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def unpack(archive: Path, folder: Path) -> str:
+    """Unpack the archive and return the outcome in words.
+
+    Paths that lead out of the folder are refused.
+    """
+    folder.mkdir()
+    if not archive.is_file():
+        return f"none ({archive} is not there)"
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        return f"broken ({type(error).__name__}: {error})"
+    return "unpacked"
+
+
+def _preload() -> None:
+    """Import the packages that sections need, so that forks share them."""
+    for module in PRELOADED:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # each section that needs it fails with this error
+            print_line(f"can't import {module}: {error}")
 
 
 def run_section(argument: str) -> None:
@@ -261,117 +378,9 @@ def _prepare(context: Context) -> None:
     logging.disable_progress_bar()
 
 
-def _preload() -> None:
-    """Import what every section needs, so that forks share it."""
-    for module in PRELOADED:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # each section that needs it will fail and say so
-            say(f"can't import {module}: {error}")
-
-
-def unpack(archive: Path, folder: Path) -> str:
-    """Unpack the archive, refusing paths that lead out of the folder; how that went."""
-    folder.mkdir()
-    if not archive.is_file():
-        return f"none ({archive} is not there)"
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        return f"broken ({type(error).__name__}: {error})"
-    return "unpacked"
-
-
-def say(line: str) -> None:
-    """Print at once, for whoever watches."""
+def print_line(line: str) -> None:
+    """Print a line and flush."""
     print(line, flush=True)
-
-
-def refuse(reason: str) -> NoReturn:
-    """End without running anything."""
-    print(f"gpu.sh: {reason}", file=sys.stderr)
-    sys.exit(2)
-
-
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
-    add = parser.add_argument
-    add("sections", nargs="*", metavar="SECTION",
-        help=f"all, or some of: {', '.join(s.name for s in SECTIONS)}")  # fmt: skip
-    add("--cpu", action="store_true", help="on the CPU, with tiny sizes: proves the script")
-    add("--out", required=True, help="folder of gpu.json, gpu.md and gpu.log")
-    add("--carried", default=".gpu", help="folder of wheels and archive")
-    add("--seconds", type=float, default=450.0, help="time budget of all sections")
-    add("--fail", action="append", default=[], metavar="SECTION", help=argparse.SUPPRESS)
-    add("--missing", default="", help=argparse.SUPPRESS)
-    args = parser.parse_args(given)
-    args.device, args.tiny = ("cpu", True) if args.cpu else ("cuda", False)
-    names = [s.name for s in SECTIONS]
-    if unknown := [name for name in args.sections if name not in names]:
-        parser.error(f"no section is called {unknown[0]!r}; there are {', '.join(names)}")
-    if args.seconds < 2 * LEAST_SECONDS:
-        parser.error(
-            f"--seconds {args.seconds:g} is too little; give at least {2 * LEAST_SECONDS:g}"
-        )
-    return args
-
-
-def chosen(args: argparse.Namespace) -> list[Section]:
-    """The sections to run; with some of them also those that their tables need."""
-    if not args.sections:
-        return list(SECTIONS)
-    wanted = {*args.sections, "environment"}
-    if any(s.timed for s in SECTIONS if s.name in wanted):
-        wanted.add("rates")
-    return [s for s in SECTIONS if s.name in wanted]
-
-
-def earlier_sections(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Results of an earlier run on the same device with the same sizes, by section."""
-    try:
-        earlier = json.loads(path.read_text())
-        same = (earlier["device"], earlier["tiny"]) == (args.device, args.tiny)
-        return dict(earlier["sections"]) if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def no_gpu() -> str:
-    """Reason why nothing can run on a GPU here; empty if it can."""
-    try:
-        import torch
-    except ImportError as error:
-        return f"this Python can't import torch ({error})"
-    if torch.cuda.is_available():
-        return ""
-    return f"torch {torch.__version__} finds no NVIDIA GPU"
-
-
-def main() -> None:
-    """Run what the command line names."""
-    args = arguments()
-    # A run that is ended by SIGTERM ends its sections first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking must not start CUDA in this process
-    if args.device == "cuda" and (reason := no_gpu()):
-        refuse(f"{reason}; --cpu tries the script without one")
-    from filelock import FileLock, Timeout  # not there in a Python that lacks everything
-
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(args.out) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        refuse(f"another run writes to {args.out}; give another --out")
-    with (
-        lock,
-        tempfile.TemporaryDirectory(prefix="rlhf-gpu-", ignore_cleanup_errors=True) as scratch,
-        contextlib.suppress(BrokenPipeError, KeyboardInterrupt),
-    ):
-        sys.exit(0 if Benchmark(args, Path(scratch)).run(chosen(args)) else 1)
-    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Section: `optimize_device_cache` on and off: the same numbers, and the peak memory of both."""
+"""Section: results and peak memory with `optimize_device_cache` on and off."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ UPDATES = 2
 
 
 def cache(context: Context, results: Results) -> None:
-    """Two updates each way.
+    """Run two updates with the option and two without.
 
     Raises:
         SectionFailedError: Replies or weights differ.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
-    # Else the two runs may differ by operations that add in no fixed order.
+    # By default some operations add in no fixed order, by which two runs may differ.
     torch.use_deterministic_algorithms(True, warn_only=True)
     runs = {}
     for name, option in (("on", True), ("off", False)):
@@ -41,7 +41,7 @@ def cache(context: Context, results: Results) -> None:
 
 
 def _run(context: Context, option: bool) -> dict[str, Any]:
-    """Updates on a new trainer; peaks are those of the last update, by phase."""
+    """Run the updates on a new trainer; peaks are the last update's, by phase."""
     device = torch.device(context.device)
     work = work_of(context, "124m", "varying")
     trainer = build(work, Path(context.scratch) / str(option), optimize_device_cache=option)

@@ -1,4 +1,4 @@
-"""Section: TRL 1.12's PPO on the same work, by `benchmarks.ppo` in a process of its own."""
+"""Section: TRL 1.12's PPO on the same work, by `benchmarks.ppo`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ UPDATES = 2
 
 
 def comparison(context: Context, results: Results) -> None:
-    """The 124 M model (tiny: 2 M) in float32, geometric lengths, update by update in turn.
+    """Compare with TRL on the 124 M model (tiny: 2 M), update by update in turn.
+
+    Float32, replies of geometric lengths.
 
     Raises:
         SectionSkippedError: TRL's wheel was not carried, or can't be installed.
@@ -37,7 +39,7 @@ def comparison(context: Context, results: Results) -> None:
         "--updates", "1" if context.tiny else str(UPDATES), "--trl", str(site),
         "--json", str(report), "--no-memory", "--threads", str(context.threads),
     ]  # fmt: skip
-    # TRL's needs come from its folder alone, so that the product never sees them elsewhere.
+    # TRL's dependencies are in its folder alone: the product must not import them.
     path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(site)])
     done = subprocess.run(
         command, check=False, env={**os.environ, "PYTHONPATH": path.lstrip(os.pathsep)}
@@ -48,7 +50,7 @@ def comparison(context: Context, results: Results) -> None:
 
 
 def _install(wheels: list[Path], site: Path) -> None:
-    """Put TRL and what it needs beyond this Python's packages into a folder.
+    """Install TRL's wheels, and those of missing dependencies, into a folder.
 
     Raises:
         SectionSkippedError: A wheel is for another Python, or a package is missing.

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "accel
 
 
 def environment(context: Context, results: Results) -> None:
-    """Versions of what runs, and what the machine is."""
+    """Record package versions, the machine and the GPU."""
     results.put(
         python=platform.python_version(),
         packages={name: _version(name) for name in (*PACKAGES, "trl", "datasets")},
@@ -55,7 +55,7 @@ def _gpu(context: Context) -> dict[str, Any]:
 
 
 def rates(context: Context, results: Results) -> None:
-    """The best rate of a large matrix product by precision, and of a copy on the device."""
+    """Record the best rates of a large matrix product and of a copy on the device."""
     device, n = torch.device(context.device), 256 if context.tiny else 8192
     matmul = {
         "bf16": matmul_rate(n, n, n, device, torch.bfloat16),
@@ -68,7 +68,7 @@ def rates(context: Context, results: Results) -> None:
 
 
 def _copy_rate(device: torch.device, size: int) -> float:
-    """10⁹ bytes read and written per second by copying `size` bytes, the best of ten."""
+    """Return 10⁹ bytes read and written per second by a copy, the best of ten."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")

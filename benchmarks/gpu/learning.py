@@ -1,4 +1,4 @@
-"""Sections: the quickstart's PPO stage on the device, judged by its world's gold score.
+"""Sections: the quickstart's PPO stage on the device, judged by the gold score.
 
 Data, SFT policy and reward model were made on a CPU and carried here (`benchmarks.gpu.pack`).
 """
@@ -21,24 +21,24 @@ CPU_SEEDS = {
     "gold_strict_win_rate_greedy": (0.943, 0.993, 0.917),
     "kl_sampled": (5.06, 3.97, 4.03),
 }
-#: The quickstart's bars: lowest, or for the KL highest, of what is acceptable.
+#: The quickstart's bars: the least acceptable value, for the KL the greatest.
 BARS = {
     "gold_strict_win_rate_sampled": 0.80, "gold_strict_win_rate_greedy": 0.90, "kl_sampled": 8.0,
 }  # fmt: skip
 
 
 def learning(context: Context, results: Results) -> None:
-    """In float32, as the quickstart is configured."""
+    """Train in float32, the quickstart's precision."""
     _learn(context, results, "fp32")
 
 
 def learning_bf16(context: Context, results: Results) -> None:
-    """The same in bfloat16."""
+    """Train in bfloat16."""
     _learn(context, results, "bf16")
 
 
 def _learn(context: Context, results: Results, precision: str) -> None:
-    """Train and evaluate.
+    """Train and evaluate the quickstart's policy.
 
     Raises:
         SectionFailedError: A bar of the quickstart is missed.
@@ -90,16 +90,16 @@ def _meets(name: str, value: float, bar: float) -> bool:
 
 def _outcome(evaluation: dict[str, Any]) -> dict[str, Any]:
     sampled, greedy = evaluation["sampled"], evaluation["greedy"]
-    found = {
+    measures = {
         "gold_strict_win_rate_sampled": sampled["gold_strict_win_rate"],
         "gold_strict_win_rate_greedy": greedy["gold_strict_win_rate"],
         "kl_sampled": sampled["kl"],
     }
     within = {
         f"{name}_within_cpu_seeds": min(CPU_SEEDS[name]) <= value <= max(CPU_SEEDS[name])
-        for name, value in found.items()
+        for name, value in measures.items()
     }
     return {
-        **found, **within, "gold_before": sampled["gold_before"],
+        **measures, **within, "gold_before": sampled["gold_before"],
         "gold_after": sampled["gold_after"], "eos_rate": sampled["eos_rate"],
     }  # fmt: skip

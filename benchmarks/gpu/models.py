@@ -1,4 +1,4 @@
-"""Random models of a PPO run, made on the device itself: nothing large is written to disk."""
+"""Random models of a PPO run, created on the device; no large file is written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Scale:
     updates: int = 2
     micro_batch: int = 16
     profiled_tokens: tuple[int, int] = (8, 24)
-    #: Rows from which the search for the largest batch doubles, and where it ends in any case.
+    #: First and last number of rows of the search for the largest batch, which doubles them.
     decode_from: int = 512
     decode_to: int = 8192
     micro_to: int = 512
@@ -54,44 +54,11 @@ SMALL = Scale(
 )  # fmt: skip
 
 
-def scale_of(context: Context) -> Scale:
-    """The full work, or the smoke test's."""
-    return SMALL if context.tiny else FULL
-
-
-def work_of(
-    context: Context, size: str, lengths: Literal["full", "varying"] = "full", **changes: Any
-) -> Workload:
-    """The workload of the speed sections; prompts all have the same length."""
-    scale = scale_of(context)
-    values: dict[str, Any] = {
-        "mode": "fast", "updates": 4, "micro_batch": scale.micro_batch, "batch": scale.batch,
-        "new_tokens": scale.new_tokens, "prompt_tokens": (scale.prompt_tokens,) * 2,
-        "device": context.device, **changes,
-    }  # fmt: skip
-    return Workload("tiny" if context.tiny else size, lengths, **values)
-
-
-def rows_of(work: Workload, count: int) -> list[PromptRow]:
-    """Random prompts, as texts."""
-    prompts = dataclasses.replace(work, batch=count, updates=1).prompts()
-    return [PromptRow(text_of(ids)) for ids in prompts[:count]]
-
-
-def sample(trainer: PPOTrainer, rows: list[PromptRow], tokens: int, seed: int = 0) -> Rollouts:
-    """A rollout with another length than the configuration's."""
-    before = trainer.sampling
-    trainer.sampling = dataclasses.replace(before, max_new_tokens=tokens)
-    try:
-        return trainer.sample(rows, seed=seed)
-    finally:
-        trainer.sampling = before
-
-
 def build(work: Workload, folder: Path, **options: Any) -> PPOTrainer:
-    """The product's trainer with random models; `folder` gets tokenizers and adapters.
+    """Build the product's trainer with random models.
 
-    `options` are of the ppo section and win over the workload's.
+    `folder` gets tokenizers and adapters. `options` are fields of the ppo section and win over the
+    workload's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = workload.word_tokenizer(work.size.vocab)
@@ -129,9 +96,9 @@ def _each_by_itself(
 def _on_one_base(
     config: PPOConfig, policy: Any, classifier: Any, folder: Path, work: Workload
 ) -> tuple[Any, Any, Critic, Scorer]:
-    """Write the reward model as an adapter without its base, which is the policy in memory."""
+    """Share the policy as base: write the reward model as an adapter alone."""
     workload.word_tokenizer(work.size.vocab).save_pretrained(folder / "shared")
-    # No weights lie beside the tokenizer: the digest is that of none, on both sides.
+    # The folder has no weights: both digests are the digest of no file.
     write_json(
         folder / "shared" / META,
         {"pooling": "last", BASE_WEIGHTS: weights_digest(folder / "policy")},
@@ -139,3 +106,37 @@ def _on_one_base(
     adapted = peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS"))
     save_adapter(adapted, folder / "shared" / ADAPTER_FOLDER)
     return share_base(config, policy, folder, work)
+
+
+def sample(trainer: PPOTrainer, rows: list[PromptRow], tokens: int, seed: int = 0) -> Rollouts:
+    """Sample a rollout with `tokens` as the longest reply."""
+    before = trainer.sampling
+    trainer.sampling = dataclasses.replace(before, max_new_tokens=tokens)
+    try:
+        return trainer.sample(rows, seed=seed)
+    finally:
+        trainer.sampling = before
+
+
+def work_of(
+    context: Context, size: str, lengths: Literal["full", "varying"] = "full", **changes: Any
+) -> Workload:
+    """Return the workload of the speed sections; all prompts have one length."""
+    scale = scale_of(context)
+    values: dict[str, Any] = {
+        "mode": "fast", "updates": 4, "micro_batch": scale.micro_batch, "batch": scale.batch,
+        "new_tokens": scale.new_tokens, "prompt_tokens": (scale.prompt_tokens,) * 2,
+        "device": context.device, **changes,
+    }  # fmt: skip
+    return Workload("tiny" if context.tiny else size, lengths, **values)
+
+
+def scale_of(context: Context) -> Scale:
+    """Return the full sizes, or the smoke test's."""
+    return SMALL if context.tiny else FULL
+
+
+def rows_of(work: Workload, count: int) -> list[PromptRow]:
+    """Return random prompts as text."""
+    prompts = dataclasses.replace(work, batch=count, updates=1).prompts()
+    return [PromptRow(text_of(ids)) for ids in prompts[:count]]

@@ -1,4 +1,4 @@
-"""Makes `.gpu/carried.tar.gz`: trained models that the GPU machine can't make itself.
+"""Make `.gpu/carried.tar.gz`, trained models for the GPU machine.
 
 `python -m benchmarks.gpu.pack` runs the quickstart's data, SFT and reward-model stages (TRL trains
 the latter two, and is not on that machine), and those of the tests' toy task.
@@ -26,7 +26,7 @@ LIMIT = 15 * 10**6
 
 
 def main() -> None:
-    """Train, pack, and check the size."""
+    """Train, pack, and check the archive's size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=".gpu/carried.tar.gz")
     parser.add_argument("--tiny", action="store_true", help="a few steps, for a smoke test")
@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rlhf-gpu-pack-") as name:
         folder = Path(name)
         train_quickstart(folder / "quickstart", args.tiny, args.threads)
-        if not args.tiny:  # no test of the smoke test needs them
+        if not args.tiny:  # the smoke test runs no test that needs them
             write_toy_models(folder / "toys")
         archive.parent.mkdir(parents=True, exist_ok=True)
         archive.write_bytes(packed(folder))
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def train_quickstart(folder: Path, tiny: bool, threads: int) -> None:
-    """The stages before PPO, as tasks/stages.py calls them."""
+    """Run the stages before PPO, with the arguments of tasks/stages.py."""
     config = quickstart.configuration(tiny)
     runtime = RuntimeConfig(device="cpu", threads=threads)
     data, sft, reward = (folder / name for name in ("data", "sft", "reward-model"))
@@ -59,7 +59,7 @@ def train_quickstart(folder: Path, tiny: bool, threads: int) -> None:
 
 
 def packed(folder: Path) -> bytes:
-    """A tar.gz of all files, the same for the same content: no times, no owners, sorted."""
+    """Return a reproducible tar.gz of all files: sorted, without times and owners."""
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as compressed,

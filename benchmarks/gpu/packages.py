@@ -1,4 +1,8 @@
-"""Lists packages that this Python lacks; runs as a script before anything is installed."""
+"""List the packages that this Python lacks.
+
+benchmarks/gpu.sh runs it as a script before anything is installed: it imports the standard library
+alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ LIST = Path(__file__).parent.parent / "gpu_packages.txt"
 
 
 def missing(groups: set[str]) -> list[str]:
-    """Packages of these groups of gpu_packages.txt that are not installed."""
+    """Return the packages of these groups of gpu_packages.txt that are not installed."""
     lacking = []
     for line in LIST.read_text().splitlines():
         if not line.strip() or line.startswith("#"):

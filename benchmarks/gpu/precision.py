@@ -1,4 +1,4 @@
-"""Section: log-probabilities in bfloat16 against float32, packed, padded, shuffled and decoded.
+"""Section: log-probabilities in bfloat16 against float32, by way of computing.
 
 PPO's ratio compares the log-probs of a reply when it was sampled with those when it is optimised.
 Before the first step both come from the same weights, so a ratio other than 1 is rounding. The
@@ -29,7 +29,7 @@ SHUFFLE_SEED = 1
 
 
 def precision(context: Context, results: Results) -> None:
-    """Compare on a random model and on the quickstart's trained one.
+    """Compare on a random model and on the quickstart's trained model.
 
     Raises:
         SectionFailedError: In float32 two ways of computing differ by more than rounding.
@@ -38,8 +38,8 @@ def precision(context: Context, results: Results) -> None:
         results.put(**{name: _compared(make, rows)})
         measure.release(torch.device(context.device))
     worst = {
-        f"{name} {way}": found[f"fp32 {way}"]["against_float32_packed"]["largest_ratio_error"]
-        for name, found in results.values.items()
+        f"{name} {way}": by_way[f"fp32 {way}"]["against_float32_packed"]["largest_ratio_error"]
+        for name, by_way in results.values.items()
         for way in ("padded", "shuffled", "decoded")
     }
     wrong = {name: error for name, error in worst.items() if not error <= FLOAT32_LIMIT}
@@ -74,8 +74,8 @@ def _trained_model(context: Context) -> tuple[str, Callable[[str], PPOTrainer], 
 
 @torch.no_grad()
 def _compared(make: Callable[[str], PPOTrainer], rows: list[PromptRow]) -> dict[str, Any]:
-    """Largest and mean |ratio − 1| of each precision and way, against two references."""
-    found: dict[str, Any] = {}
+    """Return |ratio − 1| by precision and way of computing, against two references."""
+    errors: dict[str, Any] = {}
     replies: Replies | None = None
     reference = torch.zeros(0)
     for kind in ("fp32", "bf16"):
@@ -92,29 +92,29 @@ def _compared(make: Callable[[str], PPOTrainer], rows: list[PromptRow]) -> dict[
         if kind == "fp32":
             reference = ways["packed"]
         for way, log_probs in ways.items():
-            found[f"{kind} {way}"] = {
+            errors[f"{kind} {way}"] = {
                 "against_float32_packed": _ratio_error(log_probs, reference, replies.mask),
                 "against_same_precision_packed": _ratio_error(
                     log_probs, ways["packed"], replies.mask
                 ),
             }
-    return found
+    return errors
 
 
 def _ratio_error(new: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
-    """Largest and mean |exp(new − old) − 1| of the reply tokens."""
+    """Return the largest and mean |exp(new − old) − 1| of the reply tokens."""
     error = torch.expm1((new.double() - old.double())[mask]).abs()
     return {"largest_ratio_error": float(error.max()), "mean_ratio_error": float(error.mean())}
 
 
 def _padded(trainer: PPOTrainer, replies: Replies) -> Tensor:
-    """The same batch as transformers computes it: rows of one length, with padding."""
+    """Compute the batch as transformers does: rows of one length, with padding."""
     with patch("rlhf.modeling.logprobs.packs", lambda *_: False):
         return trainer.models.log_probs(replies)[0]
 
 
 def _shuffled(trainer: PPOTrainer, replies: Replies) -> Tensor:
-    """In random parts, as `optimise` computes them: the ratio of its first step."""
+    """Compute in random micro-batches, as `optimise` does in its first step."""
     rows = len(replies.mask)
     generator = torch.Generator().manual_seed(SHUFFLE_SEED)
     log_probs = torch.zeros(replies.mask.shape, device=trainer.device)
@@ -126,7 +126,7 @@ def _shuffled(trainer: PPOTrainer, replies: Replies) -> Tensor:
 
 
 def _decoded(trainer: PPOTrainer, prompts: list[list[int]], replies: Replies) -> Tensor:
-    """Token by token with a cache, as sampling computes them, on the tokens that were drawn."""
+    """Compute the sampled tokens one by one with a cache, as sampling does."""
     models = trainer.models
     policy = models.sampling_copy(models.accelerator.unwrap_model(models.policy))
     width = replies.mask.shape[1]

@@ -1,7 +1,7 @@
-"""Functions in processes of their own: forked, or started anew where a fork can't use the GPU.
+"""Functions in child processes: forked, or in a new interpreter if CUDA needs one.
 
 A fork saves the seconds that importing torch and transformers takes. It works as long as the parent
-never touched the GPU; `start` checks that in the child, and runs a new interpreter if it fails.
+never used the GPU: `start` checks that in the child, and runs a new interpreter if it fails.
 """
 
 from __future__ import annotations
@@ -19,35 +19,6 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.05
-
-
-@dataclass
-class Child:
-    """A process that runs one function."""
-
-    pid: int
-    leads_group: bool
-    code: int | None = None
-
-    def poll(self) -> int | None:
-        """Its exit code (minus the signal's number if one ended it), or None while it runs."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code
-
-    def wait(self) -> int:
-        """Its exit code, once it has ended."""
-        while (code := self.poll()) is None:
-            time.sleep(POLL_SECONDS)
-        return code
-
-    def kill(self) -> int:
-        """End it at once, with its own children if it leads a group."""
-        with contextlib.suppress(ProcessLookupError):  # it may have ended in between
-            (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
-        return self.wait()
 
 
 def start(
@@ -85,20 +56,49 @@ def start(
         os._exit(code)
 
 
+@dataclass
+class Child:
+    """A process that runs one function."""
+
+    pid: int
+    leads_group: bool
+    code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs; −n if signal n ended it."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def wait(self) -> int:
+        """Wait for the end and return the exit code."""
+        while (code := self.poll()) is None:
+            time.sleep(POLL_SECONDS)
+        return code
+
+    def kill(self) -> int:
+        """Kill the process, and its own children if it leads a group."""
+        with contextlib.suppress(ProcessLookupError):  # it may have ended since the last poll
+            (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
+        return self.wait()
+
+
 def call(entry: str) -> Callable[..., Any]:
-    """The function that `module:function` names."""
+    """Return the function that `module:function` names."""
     module, name = entry.split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _redirect(log: Path) -> None:
-    """Send standard output and error to the log, and read nothing."""
+    """Send standard output and error to the log; standard input is empty."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
-    # The parent may have replaced these by what does not end in the two descriptors.
+    # The parent may have replaced these by objects that do not write to the descriptors.
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
 
 

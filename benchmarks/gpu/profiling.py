@@ -1,7 +1,7 @@
-"""Section: what each phase of an update spends its time on, by torch's profiler.
+"""Section: costliest operations of each phase of an update, by torch's profiler.
 
-Also the kernel launches and the waits of the host for the GPU, by phase and per decoding step: the
-difference of two rollouts of different length, so that reading the prompts does not count.
+Also kernel launches and waits of the host for the GPU, by phase and per decoding step. The latter
+is the difference of two rollouts of different length, which removes the cost of the prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.ppo.process import synchronise
 from rlhf.ppo.trainer import optimise
 
 TOP = 10
-#: CUDA's calls by the beginnings of their names in the profile.
+#: Prefixes of CUDA calls' names in the profile, by category.
 CALLS = {
     "kernel_launches": ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"),
     "synchronisations": (
@@ -34,7 +34,7 @@ CALLS = {
 
 
 def profiles(context: Context, results: Results) -> None:
-    """Rollout, scoring and optimisation of the 0.5 B model in bfloat16."""
+    """Profile rollout, scoring and optimisation of the 0.5 B model in bfloat16."""
     scale, device = scale_of(context), torch.device(context.device)
     work = work_of(context, "500m", "full")
     trainer = build(work, Path(context.scratch) / "models")
@@ -64,7 +64,7 @@ def profiles(context: Context, results: Results) -> None:
 
 
 def _profiled(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """The costliest kernels and host operations of a piece of work, and CUDA's calls."""
+    """Profile a function: costliest kernels and host operations, counts of CUDA calls."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -72,7 +72,7 @@ def _profiled(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
         work()
         synchronise(device)
     events: list[Any] = list(profiler.key_averages())
-    # An annotation spans kernels that are counted by themselves.
+    # Annotations span kernels that are counted separately.
     kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
     hosts = [e for e in events if e.device_type == DeviceType.CPU]
     busy = sum(e.self_device_time_total for e in kernels)
@@ -100,7 +100,7 @@ def _top(events: list[Any], attribute: str) -> list[dict[str, Any]]:
 
 
 def _per_step(short: dict[str, Any], long: dict[str, Any], steps: int) -> dict[str, float]:
-    """Calls and kernel time of one decoding step (one token of each row)."""
+    """Return calls and kernel time of one decoding step (one token of each row)."""
     added = {n: (long["calls"][n] - short["calls"][n]) / steps for n in CALLS}
     for name in ("kernel_milliseconds", "device_operations"):
         added[name] = (long[name] - short[name]) / steps

@@ -1,4 +1,4 @@
-"""The quickstart's configuration, and its trained models as the archive carries them."""
+"""The quickstart's configuration, and its trained models from the archive."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf.config import GateRule, PipelineConfig, load_config
 from rlhf.gates import Approved, judge, require
 
 PRESET = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
-#: What makes the quickstart small enough for a smoke test; `pack --tiny` trains with it.
+#: Overrides that make the quickstart a smoke test; `pack --tiny` trains with them.
 TINY = [
     "--data.world.pairs=256", "--data.world.demonstrations=256", "--data.world.prompts=64",
     "--data.world.eval_pairs=32", "--data.world.eval_prompts=10", "--sft.epochs=1",
@@ -21,12 +21,12 @@ TINY = [
 
 
 def configuration(tiny: bool) -> PipelineConfig:
-    """The preset; `tiny` for a smoke test."""
+    """Return the quickstart's configuration; `tiny` for a smoke test."""
     return load_config(str(PRESET), TINY if tiny else []).config
 
 
 def folder(context: Context, name: str) -> Path:
-    """A folder of the archive: data, sft or reward-model.
+    """Return a folder of the archive: data, sft or reward-model.
 
     Raises:
         SectionFailedError: The archive was not carried, or has no such folder.
@@ -41,10 +41,10 @@ def folder(context: Context, name: str) -> Path:
 
 
 def approved(path: Path, metrics: dict[str, Any], rules: tuple[GateRule, ...]) -> Approved[Path]:
-    """A reward model past its gate."""
+    """Return a reward model that has passed its gate."""
     return require(path, "carried", judge("gate-reward-model", "carried", metrics, rules))
 
 
 def approved_without_gate(path: Path) -> Approved[Path]:
-    """A reward model for measurements that do not care how good it is."""
+    """Approve a reward model of any quality, for measurements of speed."""
     return approved(path, {"accuracy": 1.0}, (GateRule(metric="accuracy", min=0.0),))

@@ -1,4 +1,4 @@
-"""Renders gpu.md from gpu.json; what a section has not measured (yet) is left out."""
+"""Render gpu.md from gpu.json; missing measurements are left out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any
 
 Values = Mapping[str, Any]
 GIB = 1024
-#: A cell of something that was not measured.
+#: Cell of a missing measurement.
 NOTHING = "–"
 #: As `precision.FLOAT32_LIMIT`; this module can't import torch, which may be missing.
 FLOAT32_LIMIT = 1e-3
 UNKNOWN_GPU = "GPU unknown (section environment did not run)"
+LARGEST = {
+    "decode": "decoding at once",
+    "micro_batch": "micro-batch",
+    "micro_batch_checkpointing": "micro-batch, gradient checkpointing",
+}
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,12 @@ class Run:
     ceilings: Values
 
     def model(self, size: str) -> str:
-        """The model's name: a test of the script has one tiny model only."""
+        """Return the model's name; a smoke test has one tiny model for all sizes."""
         return "tiny" if self.tiny else size
 
 
 def markdown(result: Values) -> str:
-    """The whole report."""
+    """Return the whole report."""
     sections: Values = result["sections"]
     parts = [_head(result), _overview(sections)]
     ceilings = _results(sections, "rates").get("matmul_gflops_per_second", {})
@@ -49,19 +54,19 @@ def markdown(result: Values) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; numbers are shortened, columns without a value are left out."""
+    """Return a Markdown table; columns without a value are left out."""
     cells = list(rows)
-    kept = [
+    columns = [
         i for i in range(len(header))
         if not cells or any(row[i] is not None and row[i] != "" for row in cells)
     ]  # fmt: skip
-    lines = ["| " + " | ".join(header[i] for i in kept) + " |", "|---" * len(kept) + "|"]
-    lines += ["| " + " | ".join(shown(row[i]) for i in kept) + " |" for row in cells]
+    lines = ["| " + " | ".join(header[i] for i in columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(shown(row[i]) for i in columns) + " |" for row in cells]
     return "\n".join(lines)
 
 
 def shown(value: Any) -> str:
-    """A cell: numbers with three digits, others as they are."""
+    """Format a cell: numbers with three digits, other values as they are."""
     if value is None or value == "":
         return NOTHING
     if isinstance(value, bool):
@@ -127,11 +132,11 @@ def _tests(values: Values, _: Run) -> str:
 def _precision(values: Values, run: Run) -> str:
     rows = [
         ("random, " + run.model("124m") if model == "random_124m" else model, way, *(
-            _number(found[reference][error])
+            _number(by_reference[reference][error])
             for reference in ("against_float32_packed", "against_same_precision_packed")
             for error in ("largest_ratio_error", "mean_ratio_error")
         ))
-        for model, ways in values.items() for way, found in ways.items()
+        for model, ways in values.items() for way, by_reference in ways.items()
     ]  # fmt: skip
     references = ("float32 packed", "same precision packed")
     errors = [f"{e}, against {r}" for r in references for e in ("largest", "mean")]
@@ -234,8 +239,8 @@ def _updates(values: Values, run: Run) -> str:
         (name, phase, p["seconds"], p["tokens_per_second"], _number(p["gflops_per_second"], 1e3),
          _share(p["gflops_per_second"], run, "fp32" if "fp32" in name else "bf16"),
          *_memory(p))
-        for name, found in values.items() if isinstance(found, dict)
-        for phase, p in found["phases"].items()
+        for name, update in values.items() if isinstance(update, dict)
+        for phase, p in update["phases"].items()
     ]  # fmt: skip
     return (
         f"Model {run.model(values['size'])}. Tokens are the chunk's prompt and reply tokens, "
@@ -251,13 +256,13 @@ def _updates(values: Values, run: Run) -> str:
 def _largest(values: Values, run: Run) -> str:
     rows = []
     for name, label in LARGEST.items():
-        found = values.get(name)
-        if not found:
+        search = values.get(name)
+        if not search:
             continue
-        best = found["fitted"][-1] if found["fitted"] else None
+        best = search["fitted"][-1] if search["fitted"] else None
         rows.append((
-            label, best["rows"] if best else "none", found["out_of_memory_at"] or NOTHING,
-            found.get("searched_to", NOTHING), best and best["seconds"],
+            label, best["rows"] if best else "none", search["out_of_memory_at"] or NOTHING,
+            search.get("searched_to", NOTHING), best and best["seconds"],
             *(_memory(best) if best else (None, None)),
         ))  # fmt: skip
     if not rows:
@@ -266,13 +271,6 @@ def _largest(values: Values, run: Run) -> str:
         ("what", "largest that fits, rows", "out of memory at", "searched up to",
          "seconds of the largest", "its peak in use, GiB", "its peak held, GiB"), rows,
     )  # fmt: skip
-
-
-LARGEST = {
-    "decode": "decoding at once",
-    "micro_batch": "micro-batch",
-    "micro_batch_checkpointing": "micro-batch, gradient checkpointing",
-}
 
 
 def _profile(values: Values, run: Run) -> str:
@@ -336,12 +334,15 @@ def _share(rate: float | None, run: Run, kind: str) -> str | None:
 
 
 def _number(value: float | None, divisor: float = 1) -> float:
-    """A measured number in a larger unit; gpu.json has null for one that is not finite."""
+    """Return a number in a larger unit; null in gpu.json is one that is not finite."""
     return math.nan if value is None else value / divisor
 
 
 def _memory(values: Values) -> tuple[Any, Any]:
-    """Peak in use and held, in GiB; on a CPU the process's resident set stands for the first."""
+    """Return peak memory used and held, in GiB.
+
+    On a CPU the process's resident peak takes the place of the first.
+    """
     if "peak_resident_mib" in values:
         return _number(values["peak_resident_mib"], GIB), None
     if "peak_allocated_mib" not in values:

@@ -1,8 +1,8 @@
-"""Section: a PPO run that is killed and resumed against one that is not, bit by bit.
+"""Section: a killed and resumed PPO run against an undisturbed one, bit by bit.
 
-Each run is a process: 20 updates in one go; 7 updates and `kill -9`; the rest. With torch's
-deterministic algorithms only (`strict`), or, where torch has none for an operation, with a warning
-for each such operation (`warned`); and as users run it (`plain`).
+Each run is a process: 20 updates in one go; 7 updates and `kill -9`; the rest. Modes: `strict`,
+with torch's deterministic algorithms only; `warned`, with a warning for each operation that torch
+has none for; and `plain`, as users run it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "bf16, every option with a state": {**EVERYTHING, "precision": "bf16"},
 }
-#: Runs of the full benchmark, and those of the smoke test.
+#: Variant and mode of the full benchmark's runs; the smoke test has the first alone.
 PAIRS = (
     ("bf16, every option with a state", "strict"), ("fp32", "strict"), ("bf16", "strict"),
     ("bf16", "plain"),
@@ -53,7 +53,7 @@ def resume(context: Context, results: Results) -> None:
     Raises:
         SectionFailedError: A resumed run differs, though all algorithms were deterministic.
     """
-    # Threads of torch's own in this process would be missing in the processes forked from it.
+    # A forked process lacks torch's threads of this process.
     torch.set_num_threads(1)
     pairs = TINY_PAIRS if context.tiny else PAIRS
     with ThreadPoolExecutor(AT_A_TIME) as pool:
@@ -70,7 +70,7 @@ def resume(context: Context, results: Results) -> None:
 
 
 class _Run:
-    """One run in its folder; each start is a process."""
+    """A run in its own folder; each start is a process."""
 
     def __init__(self, context: Context, variant: str, folder: Path) -> None:
         self.context, self.variant, self.folder = context, variant, folder
@@ -78,7 +78,7 @@ class _Run:
         self.out.mkdir(parents=True)
 
     def train(self, mode: str, killed_after: int | None = None) -> dict[str, Any]:
-        """Train, or go on; returns how it ended, with operations that torch warned of."""
+        """Train or resume; return the exit code, with the operations torch warned of."""
         note = self.folder / "note.json"
         note.unlink(missing_ok=True)
         argument = {
@@ -94,25 +94,25 @@ class _Run:
 
 
 def train_in_process(argument: str) -> None:
-    """Body of a run's process; writes a note of torch's warnings, and of an error."""
-    given = json.loads(argument)
-    context, mode = Context.from_json(given["context"]), given["mode"]
-    note = Path(given["note"])
+    """Body of a run's process; writes torch's warnings or an error to the note."""
+    settings = json.loads(argument)
+    context, mode = Context.from_json(settings["context"]), settings["mode"]
+    note = Path(settings["note"])
     if mode != "plain":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True, warn_only=mode == "warned")
 
     def progress(step: int, total: int, metrics: Mapping[str, float]) -> None:
-        if step == given["killed_after"]:
+        if step == settings["killed_after"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    folder = Path(given["folder"])
+    folder = Path(settings["folder"])
     data, sft, reward = (quickstart.folder(context, n) for n in ("data", "sft", "reward-model"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             train_policy(
-                _config(context, given["variant"]), data, sft,
+                _config(context, settings["variant"]), data, sft,
                 quickstart.approved_without_gate(reward), folder / "out",
                 checkpoints=folder / "checkpoints", runtime=context.runtime, progress=progress,
             )  # fmt: skip
@@ -130,7 +130,7 @@ def _config(context: Context, variant: str) -> PPOConfig:
 
 
 def _variant(context: Context, variant: str, mode: str) -> dict[str, Any]:
-    """Three processes of one variant, and how their results compare."""
+    """Run a variant straight, killed and resumed; return how the results compare."""
     folder = Path(context.scratch) / f"{variant} {mode}".replace(", ", "-").replace(" ", "-")
     outcome: dict[str, Any] = {"mode": mode, "refused": None}
     straight = _Run(context, variant, folder / "straight")
@@ -154,7 +154,7 @@ def _variant(context: Context, variant: str, mode: str) -> dict[str, Any]:
     if not compared["bit_equal"]:
         again = _Run(context, variant, folder / "again")
         again.train(mode)
-        # Two undisturbed runs that differ too are no fault of the resume.
+        # If two undisturbed runs differ as well, the resume is not the cause.
         compared["undisturbed_runs_equal"] = _compared(straight, again)["bit_equal"]
     return {**outcome, "resumed_from": saved, **compared}
 
@@ -164,7 +164,10 @@ def _why(ended: dict[str, Any]) -> str:
 
 
 def _compared(straight: _Run, other: _Run) -> dict[str, Any]:
-    """Whether all files are equal; if not, the largest difference and the first update of one."""
+    """Compare the files of two runs.
+
+    If they differ: the largest difference of a weight, and the first update with one.
+    """
     pairs = {}
     for run in (straight, other):
         last = checkpoints_in(run.checkpoints)[-1]

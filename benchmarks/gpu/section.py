@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class SectionFailedError(Exception):
-    """The section ran and found something wrong; its message is the finding."""
+    """The section detected an error, which the message describes."""
 
 
 class SectionSkippedError(Exception):
-    """The section can't run here, and need not."""
+    """The section can't run on this machine, which is no failure."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Context:
 
     @property
     def runtime(self) -> RuntimeConfig:
-        """The device as the product's stages take it."""
+        """Return the device as the product's stages take it."""
         # Imported here, so that a missing package fails sections and not the whole run.
         from rlhf.config import RuntimeConfig
 
@@ -50,22 +50,22 @@ class Context:
 
     @property
     def threads(self) -> int:
-        """CPU threads of torch: tiny tensors gain nothing by a second one."""
+        """Return the CPU threads of torch; tiny tensors gain nothing by a second."""
         return 1 if self.tiny else 2
 
     def to_json(self) -> str:
-        """The context as the argument of a process."""
+        """Serialise the context as the argument of a process."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Context:
-        """The reverse of `to_json`."""
+        """Restore a context from `to_json`."""
         return cls(**json.loads(text))
 
 
 @dataclass
 class Results:
-    """A section's numbers and how it ended, written to its file whenever one is added."""
+    """A section's numbers and status, written to its file on every change."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -73,29 +73,29 @@ class Results:
     reason: str = ""
 
     def put(self, **values: Any) -> None:
-        """Add values and write all."""
+        """Add values and write the file."""
         self.values.update(values)
         self._write()
 
     def end(self, status: str, reason: str = "") -> None:
-        """Note how the section ended: ok, failed or skipped."""
+        """Record the section's status: ok, failed or skipped."""
         self.status, self.reason = status, reason
         self._write()
 
     def _write(self) -> None:
-        # Replaced at once, so that a reader never sees half of it.
+        # Replaced atomically: the parent reads it while the section runs.
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps([self.values, self.status, self.reason]))
         temporary.replace(self.path)
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Results written so far."""
+        """Read the results written so far."""
         return cls(path, *json.loads(path.read_text())) if path.is_file() else cls(path)
 
 
 def finite(value: Any) -> Any:
-    """Nested results with None in place of numbers that JSON can't hold."""
+    """Return nested results with None for numbers that JSON can't hold."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -104,7 +104,7 @@ def finite(value: Any) -> Any:
 
 
 def not_finite(value: Any, path: str = "") -> list[str]:
-    """Paths of the numbers in nested results that are not finite."""
+    """Return the paths of numbers in nested results that are not finite."""
     if isinstance(value, dict):
         return [p for k, v in value.items() for p in not_finite(v, f"{path}.{k}".strip("."))]
     if isinstance(value, list):

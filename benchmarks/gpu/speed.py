@@ -1,4 +1,4 @@
-"""Sections: rollouts, whole updates, LoRA on one base, and the largest batches that fit."""
+"""Sections: rollouts, updates, LoRA on one base, and the largest batches."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ WARMUP_TOKENS = 4
 
 
 def rollouts_500m(context: Context, results: Results) -> None:
-    """Rollouts of the 0.5 B model."""
+    """Measure rollouts of the 0.5 B model."""
     _rollouts(context, results, "500m")
 
 
 def rollouts_124m(context: Context, results: Results) -> None:
-    """Rollouts of the 124 M model."""
+    """Measure rollouts of the 124 M model."""
     _rollouts(context, results, "124m")
 
 
 def _rollouts(context: Context, results: Results, size: str) -> None:
-    """Reply tokens per second by rows and lengths; a rollout includes text in and out."""
+    """Measure reply tokens per second by rows and lengths, tokenizing included."""
     scale, device = scale_of(context), torch.device(context.device)
     results.put(size=size)
     for lengths in ("full", "varying"):
         work = work_of(context, size, lengths)
         trainer = build(work, Path(context.scratch) / lengths)
         for count in scale.rows:
-            found = _rollout(trainer, work, count, scale.repeats)
-            results.put(**{f"{lengths}, {count} rows": found})
+            rollout = _rollout(trainer, work, count, scale.repeats)
+            results.put(**{f"{lengths}, {count} rows": rollout})
         del trainer
         measure.release(device)
 
 
 def _rollout(trainer: PPOTrainer, work: Workload, count: int, repeats: int) -> dict[str, Any]:
-    """Seconds, reply tokens per second, operations per second and peak memory."""
+    """Return seconds, reply tokens and operations per second, and peak memory."""
     rows = rows_of(work, count)
     sample(trainer, rows, WARMUP_TOKENS)  # warm-up
-    found, timing = measure.timed(
+    samples, timing = measure.timed(
         lambda number: trainer.sample(rows, seed=work.sampling_seed(number)), trainer.device,
         repeats,
     )  # fmt: skip
-    replies = [[len(r) for r in rollouts.replies.rows()] for rollouts in found]
+    replies = [[len(r) for r in rollouts.replies.rows()] for rollouts in samples]
     tokens = median(sum(lengths) for lengths in replies)
     prompts = [work.prompt_tokens[0]] * count
     needed = median(needed_gflops(work.size, prompts, r)["rollout"] for r in replies)
@@ -69,20 +69,23 @@ def _rollout(trainer: PPOTrainer, work: Workload, count: int, repeats: int) -> d
 
 
 def update_500m(context: Context, results: Results) -> None:
-    """Whole updates of the 0.5 B model in bfloat16 and float32, full lengths and geometric."""
+    """Measure updates of the 0.5 B model in bfloat16 and float32.
+
+    Full lengths; in bfloat16 geometric lengths too.
+    """
     _update(context, results, "500m", "full")
     _update(context, results, "500m", "full", precision="fp32")
     _update(context, results, "500m", "varying")
 
 
 def update_124m(context: Context, results: Results) -> None:
-    """Whole updates of the 124 M model in bfloat16."""
+    """Measure updates of the 124 M model in bfloat16."""
     _update(context, results, "124m", "full")
     _update(context, results, "124m", "varying")
 
 
 def lora(context: Context, results: Results) -> None:
-    """Updates with adapters of policy, critic and reward model on one base, and without."""
+    """Measure updates with LoRA adapters on one base, without and with checkpointing."""
     _update(context, results, "500m", "full", lora=True)
     _update(context, results, "500m", "full", lora=True, gradient_checkpointing=True)
 
@@ -90,7 +93,7 @@ def lora(context: Context, results: Results) -> None:
 def _update(
     context: Context, results: Results, size: str, lengths: Any, lora: bool = False, **options: Any
 ) -> None:
-    """Seconds, tokens per second, operations per second and peak memory by phase."""
+    """Measure seconds, tokens and operations per second, and peak memory by phase."""
     scale, device = scale_of(context), torch.device(context.device)
     work = work_of(context, size, lengths, lora=lora)
     trainer = build(work, Path(context.scratch) / f"{lengths}-{len(results.values)}", **options)
@@ -136,7 +139,10 @@ def _phases(size: Size, updates: list[Update], peaks: dict[str, dict[str, float]
 
 
 def largest(context: Context, results: Results) -> None:
-    """Most rows decoded at once, and the largest micro-batch, by doubling until out of memory."""
+    """Find the most rows that can be decoded, and the largest micro-batch.
+
+    Rows are doubled until memory is exhausted.
+    """
     scale, device = scale_of(context), torch.device(context.device)
     work = work_of(context, "500m")
     trainer = build(work, Path(context.scratch) / "largest")
@@ -148,8 +154,8 @@ def largest(context: Context, results: Results) -> None:
     rollouts = trainer.sample(rows_of(work, scale.micro_to), seed=0)
     for checkpointing in (False, True):
         step = _Step(trainer, rollouts, checkpointing)
-        found = _doubled(step.take, 2 if context.tiny else 16, scale.micro_to, device, results)
-        results.put(**{"micro_batch_checkpointing" if checkpointing else "micro_batch": found})
+        search = _doubled(step.take, 2 if context.tiny else 16, scale.micro_to, device, results)
+        results.put(**{"micro_batch_checkpointing" if checkpointing else "micro_batch": search})
 
 
 class _Step:
@@ -165,7 +171,10 @@ class _Step:
         self.buffer = Buffer(replies, states, zeros, torch.ones_like(zeros), values, values)
 
     def take(self, count: int) -> dict[str, Any]:
-        """Seconds and peak memory; the old log-probs are not the policy's, which costs the same."""
+        """Return seconds and peak memory of one step.
+
+        The old log-probs are not the policy's, which costs the same.
+        """
         models = self.trainer.models
         before = models.config
         models.config = before.model_copy(
@@ -190,7 +199,7 @@ def _doubled(
     run: Callable[[int], dict[str, Any]], first: int, last: int, device: torch.device,
     results: Results,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run with twice the rows until memory is exhausted; what fitted, and what did not."""
+    """Run with twice the rows until memory is exhausted; return all that fitted."""
     fitted: list[dict[str, Any]] = []
     rows = first
     while rows <= last:

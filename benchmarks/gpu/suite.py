@@ -1,4 +1,4 @@
-"""Sections: the golden vectors and the library's tests, run by pytest on the device."""
+"""Sections: golden vectors and the library's device tests, run by pytest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHOWN = 10
 
 
 def golden(context: Context, results: Results) -> None:
-    """Golden vectors of PPO's formulas in float32 and float64."""
+    """Run the golden vectors of PPO's formulas in float32 and float64."""
     _pytest(context, results, ["-m", "device", "tests/golden/test_golden.py"])
 
 
 def tests(context: Context, results: Results) -> None:
-    """Tests of rlhf.modeling and rlhf.ppo; in the smoke test one file of them."""
+    """Run the library's device tests; in the smoke test one file of them."""
     _pytest(
         context, results,
         ["-m", "device", "tests/library/test_losses.py"]
@@ -30,7 +30,7 @@ def tests(context: Context, results: Results) -> None:
 
 
 def _pytest(context: Context, results: Results, selection: list[str]) -> None:
-    """Run a selection of tests in a process of its own and read its report.
+    """Run a selection of tests in a child process and read its report.
 
     Raises:
         SectionFailedError: A test failed, or none ran.
@@ -58,7 +58,7 @@ def _pytest(context: Context, results: Results, selection: list[str]) -> None:
 
 
 def _outcomes(report: Path) -> dict[str, Any]:
-    """Number of tests by outcome, and the first failures with their messages."""
+    """Count tests by outcome, and return the first failures with their messages."""
     counts: Counter[str] = Counter()
     failures = []
     for case in ET.parse(report).getroot().iter("testcase"):

@@ -1,4 +1,4 @@
-"""What `benchmarks.learning` makes of its runs: gold against KL, paired by seed, and the plot."""
+"""Report of `benchmarks.learning`: gold against KL, paired by seed, and the plot."""
 
 from __future__ import annotations
 
@@ -12,74 +12,14 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 Curve = list[dict[str, float]]
-
-
 Runs = Mapping[tuple[str, int], Mapping[str, Any]]
-
-
 GRID = 200
-
-
 COLOURS = {"ours": "#0b6e4f", "trl": "#c1440e"}
-
-
 LABELS = {"ours": "rlhf-pipeline", "trl": "TRL 1.12"}
 
 
-def frontier(curve: Curve, kl: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The best gold reached with at most this KL: straight between points, never falling.
-
-    A run's KL may go back and forth, so gold is no function of it; what could be had for a KL is.
-    """
-    points: list[tuple[float, float]] = []
-    for point in sorted(curve, key=lambda p: p["kl"]):
-        if not points or point["gold"] > points[-1][1]:
-            points.append((max(point["kl"], 0.0), point["gold"]))
-    return np.interp(kl, [k for k, _ in points], [g for _, g in points])
-
-
-def measures(ours: Curve, theirs: Curve) -> dict[str, tuple[float, float]]:
-    """Four numbers a side for one seed, on common ground.
-
-    `gold_kl_area` and `gold_at_kl` go up to the KL that both runs reached, the first being the mean
-    of the frontier from 0 to there. `gold_updates_area` is the mean over the budget of rollouts.
-    """
-    limit = min(max(p["kl"] for p in curve) for curve in (ours, theirs))
-    kl = np.linspace(0.0, limit, GRID)
-    fronts = [frontier(curve, kl) for curve in (ours, theirs)]
-    areas = []
-    for curve in (ours, theirs):
-        updates, gold = [p["update"] for p in curve], [p["gold"] for p in curve]
-        areas.append(float(np.trapezoid(gold, updates)) / (updates[-1] - updates[0]))
-    return {
-        "gold_kl_area": (float(fronts[0].mean()), float(fronts[1].mean())),
-        "gold_at_kl": (float(fronts[0][-1]), float(fronts[1][-1])),
-        "gold_updates_area": (areas[0], areas[1]),
-        "gold_at_end": (ours[-1]["gold"], theirs[-1]["gold"]),
-        "kl_at_end": (ours[-1]["kl"], theirs[-1]["kl"]),
-        "matched_kl": (limit, limit),
-    }
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % t interval of the mean; infinite for one value."""
-    n = len(values)
-    if n < 2:
-        return -math.inf, math.inf
-    half = float(student.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    mean = float(np.mean(values))
-    return mean - half, mean + half
-
-
-def verdict(low: float, high: float, margin: float) -> str:
-    """No worse if the whole interval is above −margin, worse if it is below, else undecided."""
-    if low >= -margin:
-        return "better" if low > 0 else "no worse"
-    return "worse" if high < -margin else "undecided"
-
-
 def compare(runs: Runs, seeds: Sequence[int], margin: float) -> dict[str, Any]:
-    """Differences ours − TRL's, paired by seed, with intervals and a verdict each."""
+    """Return differences ours − TRL's, paired by seed, with intervals and verdicts."""
     paired = [s for s in seeds if ("ours", s) in runs and ("trl", s) in runs]
     rows = [measures(runs["ours", s]["curve"], runs["trl", s]["curve"]) for s in paired]
     result: dict[str, Any] = {"seeds": paired, "margin": margin, "measures": {}}
@@ -101,8 +41,64 @@ def compare(runs: Runs, seeds: Sequence[int], margin: float) -> dict[str, Any]:
     return result
 
 
+def measures(ours: Curve, theirs: Curve) -> dict[str, tuple[float, float]]:
+    """Return six measures of both sides for one seed.
+
+    `gold_kl_area` and `gold_at_kl` go up to the KL that both runs reached, the first being the mean
+    of the frontier from 0 to there. `gold_updates_area` is the mean over the budget of rollouts.
+    """
+    limit = min(max(p["kl"] for p in curve) for curve in (ours, theirs))
+    kl = np.linspace(0.0, limit, GRID)
+    fronts = [frontier(curve, kl) for curve in (ours, theirs)]
+    areas = []
+    for curve in (ours, theirs):
+        updates, gold = [p["update"] for p in curve], [p["gold"] for p in curve]
+        areas.append(float(np.trapezoid(gold, updates)) / (updates[-1] - updates[0]))
+    return {
+        "gold_kl_area": (float(fronts[0].mean()), float(fronts[1].mean())),
+        "gold_at_kl": (float(fronts[0][-1]), float(fronts[1][-1])),
+        "gold_updates_area": (areas[0], areas[1]),
+        "gold_at_end": (ours[-1]["gold"], theirs[-1]["gold"]),
+        "kl_at_end": (ours[-1]["kl"], theirs[-1]["kl"]),
+        "matched_kl": (limit, limit),
+    }
+
+
+def frontier(curve: Curve, kl: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the best gold reached with at most this KL, linear between points.
+
+    A run's KL may go back and forth, so gold is no function of KL; this frontier is, and it never
+    falls.
+    """
+    points: list[tuple[float, float]] = []
+    for point in sorted(curve, key=lambda p: p["kl"]):
+        if not points or point["gold"] > points[-1][1]:
+            points.append((max(point["kl"], 0.0), point["gold"]))
+    return np.interp(kl, [k for k, _ in points], [g for _, g in points])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % t interval of the mean; infinite for one value."""
+    n = len(values)
+    if n < 2:
+        return -math.inf, math.inf
+    half = float(student.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def verdict(low: float, high: float, margin: float) -> str:
+    """Judge a confidence interval against the margin.
+
+    No worse if the whole interval is above −margin, worse if it is below, else undecided.
+    """
+    if low >= -margin:
+        return "better" if low > 0 else "no worse"
+    return "worse" if high < -margin else "undecided"
+
+
 def table(result: Mapping[str, Any]) -> None:
-    """Print the comparison for people."""
+    """Print the comparison as Markdown."""
     print(f"\n{len(result['seeds'])} seeds, margin {result['margin']} gold points\n")
     print("| mean over seeds | ours | TRL | difference, 95 % | verdict |\n|---|---|---|---|---|")
     for name, row in result["measures"].items():
@@ -118,7 +114,10 @@ def table(result: Mapping[str, Any]) -> None:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Gold against KL and against rollouts: every run thin, mean and 95 % interval bold."""
+    """Plot gold against KL and against rollouts.
+
+    Every run is drawn thin, mean and 95 % interval bold.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""One PPO training of `benchmarks.learning`, ours, and how both sides' policies are judged."""
+"""One PPO run of `benchmarks.learning`: our training, and both sides' evaluation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rlhf.modeling.device import prepare_device
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
 
-#: Of the evaluation's draws, the same for every run: runs are compared on equal luck.
+#: Seed of the evaluation's sampling, equal for all runs, so that they compare in pairs.
 EVALUATION_SEED = 20_000
 
 
 class Run:
-    """One training with its curve: gold score, KL and more, every few updates."""
+    """One training with its curve of gold score, KL and more, every few updates."""
 
     def __init__(self, config: PipelineConfig, work: Path, seed: int, every: int) -> None:
         self.config, self.seed, self.every = config, seed, every
@@ -47,21 +47,21 @@ class Run:
         self.judge_policy(0, self.reference)
 
     def approved(self) -> Approved[Path]:
-        """The reward model, past the quickstart's own gate."""
+        """Return the reward model, past the quickstart's own gate."""
         rules = self.config.gates.reward_model
         verdict = judge("reward model", "benchmark", self.evaluation, rules)
         return require(self.reward_model, "benchmark", verdict)
 
     def after_update(self, number: int, policy: Any) -> None:
-        """Judge the policy if it is due; `number` counts updates that are done."""
+        """Evaluate the policy if it is due; `number` counts completed updates."""
         if number % self.every == 0 or number == self.config.ppo.updates:
             self.judge_policy(number, policy)
 
     def judge_policy(self, number: int, policy: Any) -> None:
-        """Sample replies to the held-out prompts, and add what they are worth to the curve."""
+        """Sample replies to held-out prompts and append their scores to the curve."""
         self.seconds += time.monotonic() - self._started
         ppo, evaluation = self.config.ppo, self.config.evaluation
-        # A copy, so that judging leaves nothing behind in the policy that trains.
+        # A copy: the evaluation must not change the policy in training.
         policy = freeze(copy.deepcopy(policy))
         answers = answer_prompts(
             policy, self.reference, self.held_out, self.renderer, StopSequences(self.renderer),
@@ -96,5 +96,5 @@ class Run:
             self.after_update(number + 1, trainer.models.policy)
 
     def result(self) -> dict[str, Any]:
-        """What is kept of the run."""
+        """Return the run's result as JSON."""
         return {"seed": self.seed, "seconds": self.seconds, "curve": self.curve}

@@ -1,4 +1,4 @@
-"""TRL's half of `benchmarks.learning`: its PPOTrainer with the counterpart of our settings.
+"""TRL's side of `benchmarks.learning`: its PPOTrainer with our settings.
 
 What has no counterpart: TRL clips no gradients, puts the score one past the end token, and takes a
 padding token that was sampled for the end. Its critic starts, as ours does, from the reward model's
@@ -22,63 +22,6 @@ from benchmarks.ppo.trl import import_trl
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import counted_tokens
-
-
-class SummedReward(nn.Module):
-    """Our reward model as TRL reads one: `score` of the last token is the sum over the reply.
-
-    TRL calls the backbone, then `score` on its hidden states, and takes the last real token's.
-    """
-
-    base_model_prefix = "backbone"
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = [model]  # in a list: not a submodule twice
-        self.inner = getattr(model, model.base_model_prefix)
-        self.counted: Tensor | None = None
-
-    def backbone(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        """The backbone's output; remembers which tokens count."""
-        self.counted = counted_tokens(input_ids, attention_mask.long(), self.model[0].marker)
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)
-
-    def score(self, hidden: Tensor) -> Tensor:
-        """Sums of the token scores so far, (batch, time, 1)."""
-        assert self.counted is not None
-        scores = self.model[0].score(hidden).squeeze(-1).float()
-        return (scores * self.counted).cumsum(1)[..., None]
-
-
-class _AfterUpdate(TrainerCallback):
-    """Hands the policy over for judging, and counts optimiser steps."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.updates, self.steps = run, 0, 0
-        self.trainer: Any = None
-
-    def watch(self, trainer: Any) -> None:
-        """Count the steps of the trainer's optimiser."""
-        self.trainer, step = trainer, trainer.optimizer.step
-
-        def counted(*arguments: Any, **options: Any) -> Any:
-            self.steps += 1
-            return step(*arguments, **options)
-
-        trainer.optimizer.step = counted
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An update is over."""
-        self.updates += 1
-        config = self.run.config.ppo
-        expected = config.num_ppo_epochs * -(-config.chunk_size // config.mini_batch_size)
-        if self.steps != self.updates * expected:
-            raise TrainingError(
-                f"TRL took {self.steps} optimiser steps in {self.updates} updates, not {expected} "
-                "each: the comparison would not be fair"
-            )
-        policy = self.trainer.accelerator.unwrap_model(self.trainer.model).policy
-        self.run.after_update(self.updates, policy)
 
 
 def train_by_trl(run: Run, path: str) -> None:
@@ -123,7 +66,10 @@ def train_by_trl(run: Run, path: str) -> None:
 
 
 def _models(run: Run) -> tuple[Any, Any, Any, Any]:
-    """Policy and critic, their optimiser, and our schedule: linear, down to a share of the peak."""
+    """Return policy, critic, optimiser and schedule.
+
+    The schedule is ours: linear, down to a share of the peak.
+    """
     config = run.config.ppo
     policy = load_policy(run.sft)
     value = AutoModelForSequenceClassification.from_pretrained(
@@ -146,6 +92,32 @@ def _reward_model(run: Run) -> Any:
     return run.scorer.model
 
 
+class SummedReward(nn.Module):
+    """Adapter of our reward model to TRL: `score` sums token scores over the reply.
+
+    TRL calls the backbone, then `score` on its hidden states, and takes the last real token's.
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = [model]  # in a list, so that it is no second submodule
+        self.inner = getattr(model, model.base_model_prefix)
+        self.counted: Tensor | None = None
+
+    def backbone(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        """Return the backbone's output, and store which tokens count."""
+        self.counted = counted_tokens(input_ids, attention_mask.long(), self.model[0].marker)
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Return cumulative sums of the token scores, (batch, time, 1)."""
+        assert self.counted is not None
+        scores = self.model[0].score(hidden).squeeze(-1).float()
+        return (scores * self.counted).cumsum(1)[..., None]
+
+
 def _arguments(run: Run, module: Any) -> Any:
     config = run.config.ppo
     scratch = tempfile.mkdtemp(prefix="trl-ppo-")
@@ -153,7 +125,7 @@ def _arguments(run: Run, module: Any) -> Any:
         output_dir=scratch, seed=run.seed, use_cpu=run.device.type == "cpu", bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", eval_strategy="no",
         disable_tqdm=True, num_sample_generations=0,
-        # Without accumulation a minibatch is an optimiser step, whatever the dataloader does.
+        # Without accumulation each minibatch is one optimiser step.
         per_device_train_batch_size=config.chunk_size, gradient_accumulation_steps=1,
         num_mini_batches=config.chunk_size // config.mini_batch_size,
         local_rollout_forward_batch_size=config.chunk_size,
@@ -164,3 +136,34 @@ def _arguments(run: Run, module: Any) -> Any:
         cliprange_value=config.value_clip_range, vf_coef=config.value_loss_coef,
         whiten_rewards=config.whiten_rewards,
     )  # fmt: skip
+
+
+class _AfterUpdate(TrainerCallback):
+    """Callback that evaluates the policy and checks the count of optimiser steps."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.updates, self.steps = run, 0, 0
+        self.trainer: Any = None
+
+    def watch(self, trainer: Any) -> None:
+        """Count the steps of the trainer's optimiser."""
+        self.trainer, step = trainer, trainer.optimizer.step
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.steps += 1
+            return step(*arguments, **options)
+
+        trainer.optimizer.step = counted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the optimiser steps of the update, then evaluate the policy."""
+        self.updates += 1
+        config = self.run.config.ppo
+        expected = config.num_ppo_epochs * -(-config.chunk_size // config.mini_batch_size)
+        if self.steps != self.updates * expected:
+            raise TrainingError(
+                f"TRL took {self.steps} optimiser steps in {self.updates} updates, not {expected} "
+                "each: the comparison would not be fair"
+            )
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model).policy
+        self.run.after_update(self.updates, policy)

@@ -1,4 +1,4 @@
-"""Our PPO beside TRL 1.12's, on the same work: `python -m benchmarks.ppo --size 15m --threads 2`.
+"""PPO beside TRL 1.12's, on the same work: `python -m benchmarks.ppo --size 15m`.
 
 Both sides run in one process, update by update in turn, so that whatever else the machine does
 hits both alike. After every update tokens must be the same, and log-probs, values, advantages and
@@ -35,8 +35,29 @@ from rlhf.modeling.device import retained_heap
 SIDES = ("ours", "trl")
 
 
+def main() -> None:
+    """Measure, compare and print."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    work = workload(args)
+    memory = (
+        retained_heap(torch.device("cpu")) if args.memory == "both" else contextlib.nullcontext()
+    )
+    # TRL prints to standard output, which is reserved for the result.
+    with contextlib.redirect_stdout(sys.stderr), memory:
+        result = alone(args, work, Path(args.models)) if args.side else measure(args, work)
+    if args.side or args.json == "-":
+        print(json.dumps(result))
+        return
+    report.table(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +92,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def workload(args: argparse.Namespace) -> Workload:
-    """The command line as a workload."""
+    """Return the workload that the command line describes."""
     pairs = [option.split("=", 1) for option in args.ppo]
     return Workload(
         args.size, args.lengths, args.mode, args.lora, args.updates + args.warmup, args.seed,
@@ -81,15 +102,43 @@ def workload(args: argparse.Namespace) -> Workload:
     )  # fmt: skip
 
 
-def precision_of(side: str, matmul: str) -> str:
-    """Float32 precision setting of a side."""
-    return "medium" if matmul in ("both", side) else "highest"
+def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
+    """Measure memory, matmul rates, and the updates of both sides in turn."""
+    with tempfile.TemporaryDirectory(prefix="ppo-benchmark-") as name:
+        folder = Path(name)
+        write_models(work, folder)
+        memory = {} if args.no_memory else {side: memory_of(side, folder) for side in SIDES}
+        rates = matmul_rates(work.size, torch.device(work.device))
+        updates, errors = interleaved(args, work, folder)
+    measured = updates[args.warmup :]
+    return {
+        **report.summary(work.size, measured, rates["peak"]),
+        "memory": memory,
+        "memory_ratio": report.memory_ratio(memory),
+        "differences": report.worst(errors),
+        "agree": bool(errors) and report.agree(errors, args.tolerance),
+        "matmul": rates,
+        "settings": {
+            "matmul": args.matmul, "memory": args.memory, "threads": args.threads,
+            "torch": torch.__version__, "tolerance": args.tolerance, "workload": as_json(work),
+        },
+    }  # fmt: skip
+
+
+def memory_of(side: str, folder: Path) -> dict[str, float]:
+    """Run this command for one side alone in a child process; return its memory."""
+    command = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--side", side]
+    command += ["--models", str(folder)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise TrainingError(f"measuring the memory of {side} failed; its message stands above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, float]:
-    """This process's peak memory in MiB after two updates of one side, and before its models.
+    """Return this process's memory in MiB at its start, after imports and at its peak.
 
-    On a GPU it is the GPU's memory in use.
+    The peak is that of two updates of one side. On a GPU it is the GPU's memory in use.
     """
     started = peak_mib(work)
     work = dataclasses.replace(work, updates=2)
@@ -112,98 +161,51 @@ def alone(args: argparse.Namespace, work: Workload, folder: Path) -> dict[str, f
 
 
 def peak_mib(work: Workload) -> float:
-    """Peak memory so far: the GPU's in use, or this process's resident."""
+    """Return peak memory so far: the GPU's in use, or this process's resident."""
     if work.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return report.peak_mib()
 
 
-def memory_of(side: str, folder: Path) -> dict[str, float]:
-    """Run this very command for one side, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--side", side]
-    command += ["--models", str(folder)]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise TrainingError(f"measuring the memory of {side} failed; its message stands above")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def interleaved(
     args: argparse.Namespace, work: Workload, folder: Path
 ) -> tuple[list[dict[str, Update]], list[dict[str, float]]]:
-    """Every update by TRL and then by us; what they took and how far apart they are."""
-    from benchmarks.ppo.trl import TRLSide  # first: it puts its trl before the environment's
+    """Run every update by TRL and then by us; return updates and differences."""
+    from benchmarks.ppo.trl import (
+        TRLSide,
+    )  # first: puts TRL 1.12 before the environment's trl on sys.path
 
     theirs = TRLSide(work, folder, args.trl)
     from benchmarks.ppo.ours import OurSide
 
     ours = OurSide(work, folder, work.comparable)
     updates: list[dict[str, Update]] = []
-    found: list[dict[str, float]] = []
+    errors: list[dict[str, float]] = []
 
     def after_trl(number: int, update: Update) -> None:
         with matmul_precision(precision_of("ours", args.matmul)):
-            mine = ours.update(number, update.prompts)
+            our_update = ours.update(number, update.prompts)
         if work.comparable:
-            found.append(differences(mine, update))
-            report.say(f"update {number}: " + report.listed(found[-1]))
+            errors.append(differences(our_update, update))
+            report.log(f"update {number}: " + report.listed(errors[-1]))
             if not args.report_only:
-                check(number, found[-1], args.tolerance)
-        # The tensors were compared; keeping them would only grow the process.
+                check(number, errors[-1], args.tolerance)
+        # The tensors have been compared; drop them to save memory.
         updates.append(
             {
-                "ours": dataclasses.replace(mine, tensors={}),
+                "ours": dataclasses.replace(our_update, tensors={}),
                 "trl": dataclasses.replace(update, tensors={}),
             }
         )
 
     with matmul_precision(precision_of("trl", args.matmul)):
         theirs.run(after_trl)
-    return updates, found
+    return updates, errors
 
 
-def main() -> None:
-    """Measure, compare, print."""
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    work = workload(args)
-    memory = (
-        retained_heap(torch.device("cpu")) if args.memory == "both" else contextlib.nullcontext()
-    )
-    # TRL prints; standard output is for the result alone.
-    with contextlib.redirect_stdout(sys.stderr), memory:
-        result = alone(args, work, Path(args.models)) if args.side else measure(args, work)
-    if args.side or args.json == "-":
-        print(json.dumps(result))
-        return
-    report.table(result)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-
-
-def measure(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
-    """Memory, matmul rate, and both sides in turn."""
-    with tempfile.TemporaryDirectory(prefix="ppo-benchmark-") as name:
-        folder = Path(name)
-        write_models(work, folder)
-        memory = {} if args.no_memory else {side: memory_of(side, folder) for side in SIDES}
-        rates = matmul_rates(work.size, torch.device(work.device))
-        updates, found = interleaved(args, work, folder)
-    measured = updates[args.warmup :]
-    return {
-        **report.summary(work.size, measured, rates["peak"]),
-        "memory": memory,
-        "memory_ratio": report.memory_ratio(memory),
-        "differences": report.worst(found),
-        "agree": bool(found) and report.agree(found, args.tolerance),
-        "matmul": rates,
-        "settings": {
-            "matmul": args.matmul, "memory": args.memory, "threads": args.threads,
-            "torch": torch.__version__, "tolerance": args.tolerance, "workload": as_json(work),
-        },
-    }  # fmt: skip
+def precision_of(side: str, matmul: str) -> str:
+    """Return the float32 precision setting of a side."""
+    return "medium" if matmul in ("both", side) else "highest"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Our side of `benchmarks.ppo`: the product's PPOTrainer on the workload.
+"""Our side of `benchmarks.ppo`: the product's PPOTrainer, driven phase by phase.
 
-All that the benchmark knows of the trainer's inside stands here: it is driven phase by phase.
+Only this module of the benchmark depends on the trainer's internals.
 """
 
 from __future__ import annotations
@@ -27,44 +27,25 @@ from rlhf.ppo.models import Models
 from rlhf.ppo.trainer import PPOTrainer, optimise
 
 
-class TokenReward:
-    """The reward model's score of just the tokens that the policy wrote, as TRL scores them.
+class OurSide:
+    """The product's trainer on the workload.
 
-    The product's own reward ends every reply with an end token; a reply that was cut has none.
+    `compare` also computes what only the comparison needs, outside the clock.
     """
 
-    replies_per_prompt = 1
-    needs_reference_reply = False
-    needs_reward_model = True
-    stop = None
+    def __init__(self, work: Workload, folder: Path, compare: bool) -> None:
+        self.work, self.compare = work, compare
+        config = configuration(work)
+        four = on_one_base if config.shared_base else each_by_itself
+        self.trainer = trainer_of(config, four(config, folder, work), folder, work)
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
-
-    def text(self, ids: Sequence[int]) -> str:
-        """A reply's text, all of it."""
-        return self.scorer.renderer.decode(list(ids))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing changes."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing changes."""
-
-    def __call__(self, batch: Sequence[Reply]) -> Scored:
-        """Score every reply with its own prompt."""
-        renderer = self.scorer.renderer
-        rows = []
-        for reply in batch:
-            encoded = renderer.encode(reply.prompt, reply.response, self.scorer.max_length)
-            rows.append(encoded.ids if reply.finished else encoded.ids[:-1])
-        scores = self.scorer.score_ids(rows)
-        return Scored(scores, {"reward_model": scores}, {"reward_model": scores})
+    def update(self, number: int, prompts: list[list[int]]) -> Update:
+        """Run one update on these prompts."""
+        return run_update(self.trainer, self.work, number, prompts, self.compare)
 
 
 def configuration(work: Workload) -> PPOConfig:
-    """The counterpart of TRL's settings; `work.ours` wins."""
+    """Return the counterpart of TRL's settings; `work.ours` wins."""
     size = work.size
     fast = {"sampler": "inverse_cdf", "precision": "bf16"}
     exact = {"sampler": "multinomial", "precision": "fp32"}
@@ -79,7 +60,7 @@ def configuration(work: Workload) -> PPOConfig:
         "learning_rate": work.learning_rate,
         "lr_scheduler": "constant",
         "adam_beta2": 0.999,
-        "max_grad_norm": None,  # TRL ignores its own
+        "max_grad_norm": None,  # TRL 1.12 does not clip, whatever its max_grad_norm
         "kl_coef": work.kl_coef,
         "gamma": work.gamma,
         "gae_lambda": work.gae_lambda,
@@ -99,11 +80,11 @@ def configuration(work: Workload) -> PPOConfig:
 def each_by_itself(
     config: PPOConfig, folder: Path, work: Workload
 ) -> tuple[Any, Any, Critic, Scorer]:
-    """Policy, reference, critic and reward model, as TRL has them."""
+    """Return policy, reference, critic and reward model as four models."""
     device = torch.device(work.device)
     policy, reference = load_biased_policy(folder), None
     if config.lora:
-        torch.manual_seed(work.seed)  # of the adapters
+        torch.manual_seed(work.seed)  # for the adapters
         policy = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
     else:
         reference = freeze(load_biased_policy(folder))
@@ -114,7 +95,7 @@ def each_by_itself(
 
 
 def trl_critic(classifier: Any) -> Critic:
-    """The critic as TRL makes it: with the reward model's head, without bias."""
+    """Return the critic as TRL makes it: the reward model's head, without bias."""
     critic = critic_from(classifier)
     with torch.no_grad():
         critic.value_head.weight.copy_(classifier.score.weight)
@@ -125,7 +106,10 @@ def trl_critic(classifier: Any) -> Critic:
 def on_one_base(
     config: PPOConfig, folder: Path, work: Workload
 ) -> tuple[Any, None, Critic, Scorer]:
-    """The same four as adapters on one base, or as that base alone: the reference."""
+    """Return the four models as adapters on one base.
+
+    The base alone is the reference.
+    """
     torch.manual_seed(work.seed)
     return share_base(config, load_biased_policy(folder), folder, work)
 
@@ -147,7 +131,7 @@ def share_base(
 def trainer_of(
     config: PPOConfig, parts: tuple[Any, Any, Critic, Scorer], folder: Path, work: Workload
 ) -> PPOTrainer:
-    """The product's trainer of policy, reference, critic and reward model."""
+    """Return the product's trainer of policy, reference, critic and reward model."""
     policy, reference, critic, scorer = parts
     accelerator = Accelerator(cpu=work.device == "cpu")
     models = Models(config, policy, reference, critic, accelerator)
@@ -155,11 +139,46 @@ def trainer_of(
     return PPOTrainer(config, models, reward, load_renderer(folder / "policy"), work.seed)
 
 
+class TokenReward:
+    """Reward model's score of the sampled tokens alone, as TRL computes it.
+
+    The product's own reward ends every reply with an end token; a reply that was cut has none.
+    """
+
+    replies_per_prompt = 1
+    needs_reference_reply = False
+    needs_reward_model = True
+    stop = None
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return a reply's text, uncut."""
+        return self.scorer.renderer.decode(list(ids))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def __call__(self, batch: Sequence[Reply]) -> Scored:
+        """Score every reply with its own prompt."""
+        renderer = self.scorer.renderer
+        rows = []
+        for reply in batch:
+            encoded = renderer.encode(reply.prompt, reply.response, self.scorer.max_length)
+            rows.append(encoded.ids if reply.finished else encoded.ids[:-1])
+        scores = self.scorer.score_ids(rows)
+        return Scored(scores, {"reward_model": scores}, {"reward_model": scores})
+
+
 def run_update(
     trainer: PPOTrainer, work: Workload, number: int, prompts: list[list[int]],
     compare: bool = False, clock: Clock | None = None,
 ) -> Update:  # fmt: skip
-    """One update on these prompts, with the sampling seed that the other side has."""
+    """Run one update on these prompts, with TRL's sampling seed."""
     seed, clock = work.sampling_seed(number), clock or Clock(trainer.device)
     rows = [PromptRow(text_of(ids)) for ids in prompts]
     trainer.models.set_learning_rates(number)
@@ -181,7 +200,7 @@ def run_update(
             "values": buffer.values[:, :-1],
             "advantages": buffer.advantages,
         }
-    clock.skip()  # what the comparison needs is no part of the update
+    clock.skip()  # exclude the comparison's own computations
     optimise(buffer, trainer.models, seed + 1)
     trainer.free()
     clock.mark("optimisation")
@@ -192,28 +211,11 @@ def run_update(
 
 
 def weights_of(trainer: PPOTrainer) -> dict[str, Tensor]:
-    """Trained weights, named as on TRL's side."""
+    """Return the trained weights, under the names of TRL's side."""
     names = {"backbone.": "model.", "value_head.": "score."}
     parameters = trainer.models.parameters
-    found = {f"policy.{n}": p.detach() for n, p in parameters["policy"].items()}
+    weights = {f"policy.{n}": p.detach() for n, p in parameters["policy"].items()}
     for name, parameter in parameters["critic"].items():
         ours, theirs = next(pair for pair in names.items() if name.startswith(pair[0]))
-        found[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter.detach()
-    return found
-
-
-class OurSide:
-    """The product's trainer; `update` does one update on given prompts.
-
-    `compare` also computes what only the comparison needs, outside the clock.
-    """
-
-    def __init__(self, work: Workload, folder: Path, compare: bool) -> None:
-        self.work, self.compare = work, compare
-        config = configuration(work)
-        four = on_one_base if config.shared_base else each_by_itself
-        self.trainer = trainer_of(config, four(config, folder, work), folder, work)
-
-    def update(self, number: int, prompts: list[list[int]]) -> Update:
-        """One update on these prompts."""
-        return run_update(self.trainer, self.work, number, prompts, self.compare)
+        weights[f"critic.{theirs}{name.removeprefix(ours)}"] = parameter.detach()
+    return weights

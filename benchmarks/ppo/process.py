@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks.ppo` hand over after an update, and how it is compared."""
+"""Clock and result of one PPO update, and the comparison of two results."""
 
 from __future__ import annotations
 
@@ -10,50 +10,12 @@ import torch
 from torch import Tensor
 
 PHASES = ("rollout", "scoring", "optimisation")
-
-
 CPU = torch.device("cpu")
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until an accelerator has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class Clock:
-    """Wall and processor seconds between marks; an accelerator's work is waited for at each."""
-
-    def __init__(self, device: torch.device = CPU) -> None:
-        self.device = device
-        self.wall: dict[str, float] = {}
-        self.cpu: dict[str, float] = {}
-        self.start()
-
-    def _now(self) -> tuple[float, float]:
-        synchronise(self.device)
-        return time.perf_counter(), time.process_time()
-
-    def start(self) -> None:
-        """Begin a new update."""
-        self.wall, self.cpu = {}, {}
-        self._last = self._now()
-
-    def skip(self) -> None:
-        """Leave the time since the last mark out."""
-        self._last = self._now()
-
-    def mark(self, phase: str) -> None:
-        """Count the time since the last mark as this phase's."""
-        now = self._now()
-        self.wall[phase] = now[0] - self._last[0]
-        self.cpu[phase] = now[1] - self._last[1]
-        self._last = now
 
 
 @dataclass(frozen=True)
 class Update:
-    """One PPO update: how long its phases took, and what came of it.
+    """Timings and results of one PPO update.
 
     Tensors are (batch, reply); `mask` is true up to and including the end token.
     """
@@ -68,34 +30,73 @@ class Update:
 
 
 def differences(first: Update, second: Update) -> dict[str, float]:
-    """The largest absolute difference by quantity; `tokens` counts the replies that differ."""
-    found = {"tokens": float(sum(a != b for a, b in _pairs(first.replies, second.replies)))}
-    if found["tokens"]:
-        return found
+    """Return the largest absolute difference by quantity.
+
+    `tokens` counts the replies that differ; if any does, the rest is not compared.
+    """
+    result = {"tokens": float(sum(a != b for a, b in _pairs(first.replies, second.replies)))}
+    if result["tokens"]:
+        return result
     for name, values in first.tensors.items():
-        found[name] = float((values[first.mask] - second.tensors[name][second.mask]).abs().max())
+        result[name] = float((values[first.mask] - second.tensors[name][second.mask]).abs().max())
     ours, theirs = first.weights(), second.weights()
     if ours.keys() != theirs.keys():
         raise AssertionError(f"weights of one side only: {sorted(ours.keys() ^ theirs.keys())}")
     with torch.no_grad():
-        found["weights"] = max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
-    return found
+        result["weights"] = max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
+    return result
 
 
 def _pairs(first: list[list[int]], second: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     return list(zip(first, second, strict=True))
 
 
-def check(update: int, found: Mapping[str, float], tolerance: float) -> None:
-    """Stop at a difference that rounding does not explain.
+def check(update: int, errors: Mapping[str, float], tolerance: float) -> None:
+    """Raise if a difference exceeds rounding.
 
     Raises:
         AssertionError: Tokens differ, or another quantity by more than `tolerance`.
     """
-    wrong = {n: d for n, d in found.items() if not d <= (0 if n == "tokens" else tolerance)}
+    wrong = {n: d for n, d in errors.items() if not d <= (0 if n == "tokens" else tolerance)}
     if wrong:
         listed = ", ".join(f"{n} by {d:.2g}" for n, d in wrong.items())
         raise AssertionError(
             f"update {update}: the two sides differ in {listed} (at most {tolerance:g} is "
             "rounding); --report-only goes on"
         )
+
+
+class Clock:
+    """Wall and CPU seconds between marks; each mark synchronises the device."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+        self.start()
+
+    def _now(self) -> tuple[float, float]:
+        synchronise(self.device)
+        return time.perf_counter(), time.process_time()
+
+    def start(self) -> None:
+        """Start a new update."""
+        self.wall, self.cpu = {}, {}
+        self._last = self._now()
+
+    def skip(self) -> None:
+        """Exclude the time since the last mark."""
+        self._last = self._now()
+
+    def mark(self, phase: str) -> None:
+        """Attribute the time since the last mark to this phase."""
+        now = self._now()
+        self.wall[phase] = now[0] - self._last[0]
+        self.cpu[phase] = now[1] - self._last[1]
+        self._last = now
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until an accelerator has completed its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

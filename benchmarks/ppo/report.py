@@ -1,4 +1,4 @@
-"""What `benchmarks.ppo` prints: seconds, ratios, tokens a second, memory, share of the peak."""
+"""Report of `benchmarks.ppo`: seconds, ratios, tokens/s, memory, share of peak."""
 
 from __future__ import annotations
 
@@ -16,58 +16,10 @@ from benchmarks.ppo.workload import Size
 ROWS = (*PHASES, "total")
 
 
-def say(line: str) -> None:
-    """Progress goes to standard error: standard output may be JSON."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def listed(values: Mapping[str, float]) -> str:
-    """Names and numbers in one line."""
-    return ", ".join(f"{name} {value:.2g}" for name, value in values.items())
-
-
-def peak_mib() -> float:
-    """This process's peak resident memory so far, in MiB."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def memory_ratio(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
-    """TRL's peak over ours: of the whole process, and without what imports alone take."""
-    if not memory:
-        return None
-    ours, theirs = memory["ours"], memory["trl"]
-    above = [m["peak"] - m["imports"] for m in (theirs, ours)]
-    return {"peak": theirs["peak"] / ours["peak"], "above_imports": above[0] / above[1]}
-
-
-def worst(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The largest difference of every quantity over all updates."""
-    names = {name for row in found for name in row}
-    return {name: max(row.get(name, 0.0) for row in found) for name in sorted(names)}
-
-
-def agree(found: Sequence[Mapping[str, float]], tolerance: float) -> bool:
-    """Whether tokens are the same and the rest is within rounding, in every update."""
-    return all(
-        difference <= (0 if name == "tokens" else tolerance)
-        for row in found
-        for name, difference in row.items()
-    )
-
-
-def _with_total(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {**seconds, "total": sum(seconds.values())}
-
-
 def summary(
     size: Size, updates: Sequence[Mapping[str, Update]], peak_rate: float
 ) -> dict[str, Any]:
-    """Seconds, ratios (TRL's over ours), tokens a second and share of the matmul peak."""
+    """Return seconds, ratios (TRL's over ours), tokens/s and share of the matmul peak."""
     result: dict[str, Any] = {"ratio": {}, "ratio_of_minima": {}, "ratio_cpu": {}}
     shapes = [
         ([len(p) for p in u["trl"].prompts], [len(r) for r in u["trl"].replies]) for u in updates
@@ -103,8 +55,12 @@ def summary(
     }
 
 
+def _with_total(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {**seconds, "total": sum(seconds.values())}
+
+
 def table(result: Mapping[str, Any]) -> None:
-    """Print the report for people."""
+    """Print the report as Markdown."""
     settings = result["settings"]
     work, size = settings["workload"], settings["workload"]["size"]
     print(
@@ -146,3 +102,47 @@ def table(result: Mapping[str, Any]) -> None:
     if result["differences"]:
         verdict = "agree" if result["agree"] else "DO NOT AGREE"
         print(f"the two sides {verdict}; largest differences: {listed(result['differences'])}")
+
+
+def listed(values: Mapping[str, float]) -> str:
+    """Return names and numbers in one line."""
+    return ", ".join(f"{name} {value:.2g}" for name, value in values.items())
+
+
+def memory_ratio(memory: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
+    """Return TRL's peak over ours: of the process, and above the imports."""
+    if not memory:
+        return None
+    ours, theirs = memory["ours"], memory["trl"]
+    above = [m["peak"] - m["imports"] for m in (theirs, ours)]
+    return {"peak": theirs["peak"] / ours["peak"], "above_imports": above[0] / above[1]}
+
+
+def worst(differences: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the largest difference of every quantity over all updates."""
+    names = {name for row in differences for name in row}
+    return {name: max(row.get(name, 0.0) for row in differences) for name in sorted(names)}
+
+
+def agree(differences: Sequence[Mapping[str, float]], tolerance: float) -> bool:
+    """Return whether tokens are equal and the rest within rounding in every update."""
+    return all(
+        difference <= (0 if name == "tokens" else tolerance)
+        for row in differences
+        for name, difference in row.items()
+    )
+
+
+def peak_mib() -> float:
+    """Return this process's peak resident memory so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def log(line: str) -> None:
+    """Print progress to standard error: standard output may be JSON."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""TRL 1.12's side of `benchmarks.ppo`: its PPOTrainer as it is, watched from outside.
+"""TRL 1.12's side of `benchmarks.ppo`: its PPOTrainer, unmodified.
 
 TRL runs its own loop; a callback at the end of each update hands over, so that the other side can
-do the same update while TRL stands still. Its files are not edited: two module-level functions
-(`batch_generation`, `forward`) are wrapped with time stamps, and what an update computed is read
+run the same update while TRL waits. Its files are not edited: two module-level functions
+(`batch_generation`, `forward`) are wrapped with time stamps, and the results of an update are read
 from the local variables of `train`.
 """
 
@@ -32,7 +32,7 @@ VERSION = "1.12.0"
 
 
 def import_trl(path: str) -> Any:
-    """TRL's module with its PPO trainer, from a folder of its own.
+    """Import TRL's module with its PPO trainer from a folder of its own.
 
     Raises:
         ConfigError: There is no TRL 1.12.0 there.
@@ -50,7 +50,7 @@ def import_trl(path: str) -> Any:
 
 
 class TRLSide(TrainerCallback):
-    """TRL's trainer on the workload; `run` calls back after every update."""
+    """TRL's trainer on the workload."""
 
     def __init__(self, work: Workload, folder: Path, path: str) -> None:
         self.module = import_trl(path)
@@ -59,7 +59,7 @@ class TRLSide(TrainerCallback):
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
         classifier = AutoModelForSequenceClassification
         lora = self._lora() if work.lora else None
-        torch.manual_seed(work.seed)  # of the adapters
+        torch.manual_seed(work.seed)  # for the adapters
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self.trainer: Any = self.module.PPOTrainer(
@@ -91,8 +91,8 @@ class TRLSide(TrainerCallback):
             output_dir=scratch, seed=work.seed, use_cpu=work.device == "cpu", bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no",
             eval_strategy="no", disable_tqdm=True, num_sample_generations=0,
-            # One optimiser step per PPO epoch on the whole batch: its other ways to cut a batch
-            # give another number of steps than they say.
+            # One optimiser step per PPO epoch on the whole batch: TRL's other divisions of a
+            # batch give another number of steps than configured.
             per_device_train_batch_size=size.batch, gradient_accumulation_steps=1,
             num_mini_batches=1, local_rollout_forward_batch_size=max(64, size.batch),
             total_episodes=work.updates * size.batch, num_ppo_epochs=size.epochs,
@@ -122,13 +122,13 @@ class TRLSide(TrainerCallback):
         self.module.batch_generation, self.module.forward = batch_generation, first_forward
 
     def run(self, after_update: Callable[[int, Update], None] | None) -> None:
-        """Train; `after_update(number, update)` runs while TRL stands still, if there is one."""
+        """Train; call `after_update(number, update)`, if given, while TRL waits."""
         self.after_update = after_update
         self.clock.start()
         self.trainer.train()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An update is over: read it, let the other side work, go on."""
+        """Read the update's results and pass them to `after_update`."""
         self.clock.mark("optimisation")
         if self.after_update:
             self.after_update(self.update, self._result())
@@ -154,13 +154,14 @@ class TRLSide(TrainerCallback):
         }
         tensors = {ours: local[theirs].clone().cpu() for ours, theirs in names.items()}
         if sys.version_info < (3, 13):
-            local.clear()  # a copy, which would keep all of TRL's tensors through its next update
+            # A copy, which would hold TRL's tensors through its next update.
+            local.clear()
         return Update(
             self.clock.wall, self.clock.cpu, queries, replies, mask, tensors, self._weights
         )
 
     def _weights(self) -> dict[str, Tensor]:
-        """Trained weights, named as on our side."""
+        """Return the trained weights, under the names of our side."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         policy = {f"policy.{n}": p for n, p in _trained(model.policy)}
         critic = {f"critic.{n}": p for n, p in _trained(model.value_model)}

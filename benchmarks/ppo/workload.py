@@ -1,4 +1,4 @@
-"""The work that both sides of `benchmarks.ppo` do: models, tokenizer, prompts and reply lengths."""
+"""Workload of `benchmarks.ppo`: models, tokenizer, prompts and reply lengths."""
 
 from __future__ import annotations
 
@@ -28,20 +28,14 @@ from rlhf.modeling.reward import load_reward_model, save_reward_model
 from rlhf.modeling.weights import weights_digest
 
 PROMPT_TOKENS = (16, 32)
-
-
 CONTEXT = 256
-
-
 NEVER = -100.0
-
-
 LORA = LoraConfig(r=16, alpha=32, dropout=0.0)
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama-type architecture and the shape of one PPO update on it."""
+    """Architecture of a Llama-type model, and the shape of one PPO update on it."""
 
     hidden: int
     layers: int
@@ -54,17 +48,17 @@ class Size:
 
     @property
     def body(self) -> int:
-        """Weights that every token is multiplied by, without embedding and head."""
+        """Return the weights of all layers, which multiply every token."""
         return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
 
     @property
     def head(self) -> int:
-        """Weights of the language-model head, tied to the embedding."""
+        """Return the weights of the language-model head, tied to the embedding."""
         return self.hidden * self.vocab
 
     @property
     def parameters(self) -> int:
-        """Weights in all, up to the norms."""
+        """Return the number of weights, norms excepted."""
         return self.body + self.head
 
 
@@ -78,7 +72,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Work of one benchmark run; `batch` and `new_tokens` replace the size's own."""
+    """Settings of a benchmark run; `batch` and `new_tokens` override the size's."""
 
     size_name: str = "2m"
     lengths: Literal["full", "varying"] = "full"
@@ -110,21 +104,27 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Positions of the models: a prompt may fill half of them, and an end token must fit."""
+        """Return the positions of the models.
+
+        A prompt may fill half of them, and an end token must fit.
+        """
         longest = self.prompt_tokens[1]
         return max(CONTEXT, 2 * longest, longest + self.size.new_tokens + 1)
 
     @property
     def comparable(self) -> bool:
-        """Whether both sides must come to the same numbers."""
+        """Return whether both sides must compute the same numbers."""
         return self.mode == "exact" and not self.lora
 
     def sampling_seed(self, update: int) -> int:
-        """Seed of torch's generator right before the replies of an update are drawn."""
+        """Return the seed of torch's generator before an update's sampling."""
         return 1_000_003 * (self.seed + 1) + update
 
     def prompts(self) -> list[list[int]]:
-        """Token ids of more prompts than the run needs: TRL's loader must never start over."""
+        """Return token ids of prompts, more than the run needs.
+
+        TRL's loader must never start over.
+        """
         rng = random.Random(self.seed)
         words = range(2, self.size.vocab)
         return [
@@ -133,39 +133,8 @@ class Workload:
         ]
 
 
-def text_of(ids: list[int]) -> str:
-    """Text that the tokenizer turns into just these ids."""
-    return " ".join(f"w{i}" for i in ids)
-
-
-def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One token per word, so that text and tokens always agree: what is timed is PPO."""
-    words = {PAD: 0, END: 1, **{f"w{i}": i for i in range(2, vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return fast
-
-
-def architecture(work: Workload) -> LlamaConfig:
-    """The configuration of policy and reward model."""
-    size = work.size
-    config = LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads,
-        intermediate_size=size.intermediate, max_position_embeddings=work.context,
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    config.num_labels = 1
-    return config
-
-
 def write_models(work: Workload, folder: Path) -> None:
-    """Write policy and reward model, both random, with their tokenizer; and the head's bias."""
+    """Write random policy and reward model, their tokenizer, and the head's bias."""
     config, tokenizer = architecture(work), word_tokenizer(work.size.vocab)
     torch.manual_seed(work.seed)
     policy = LlamaForCausalLM(config)
@@ -179,29 +148,49 @@ def write_models(work: Workload, folder: Path) -> None:
         write_adapter(folder)
 
 
-def write_adapter(folder: Path) -> None:
-    """Write a reward model that is an adapter on the policy's base, as our side shares it."""
-    classifier: Any = load_reward_model(folder / "policy", load_renderer(folder / "policy"))
-    save_reward_model(
-        classifier, load_renderer(folder / "policy"), folder / "shared",
-        weights_digest(folder / "policy"),
+def architecture(work: Workload) -> LlamaConfig:
+    """Return the configuration of policy and reward model."""
+    size = work.size
+    config = LlamaConfig(
+        vocab_size=size.vocab, hidden_size=size.hidden, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        intermediate_size=size.intermediate, max_position_embeddings=work.context,
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
-    save_adapter(
-        peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS")),
-        folder / "shared" / ADAPTER_FOLDER,
-    )
+    config.num_labels = 1
+    return config
+
+
+def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per word.
+
+    Text and tokens then always agree, and the time measured is PPO's.
+    """
+    words = {PAD: 0, END: 1, **{f"w{i}": i for i in range(2, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return fast
 
 
 def biases(policy: Any, work: Workload) -> dict[int, float]:
-    """Bias of the logits by token: no padding is drawn, and the end token sets the lengths."""
+    """Return the biases of the logits by token.
+
+    They rule out padding, and the end token's sets the reply lengths.
+    """
     return {0: NEVER, 1: end_bias(policy, work)}
 
 
 @torch.no_grad()
 def end_bias(policy: Any, work: Workload) -> float:
-    """Bias of the end token's logit: never, or such that replies are a third of the cap on average.
+    """Return the bias of the end token's logit.
 
-    Measured on random text, because a random model's logits hardly depend on what it reads.
+    Full lengths: it is never drawn. Varying: replies have a third of the cap on average, measured
+    on random text, because a random model's logits hardly depend on their input.
     """
     if work.lengths == "full":
         return NEVER
@@ -214,7 +203,10 @@ def end_bias(policy: Any, work: Workload) -> float:
 
 
 def end_share(cap: int) -> float:
-    """The p at which a geometric length, cut at `cap`, has mean cap/3: (1 − (1 − p)^cap) / p."""
+    """Return p of a geometric length, cut at `cap`, with mean cap/3.
+
+    The mean is (1 − (1 − p)^cap) / p.
+    """
     low, high = 1e-6, 1.0
     for _ in range(60):
         p = (low + high) / 2
@@ -222,14 +214,27 @@ def end_share(cap: int) -> float:
     return (low + high) / 2
 
 
+def write_adapter(folder: Path) -> None:
+    """Write a reward model that is an adapter on the policy's base."""
+    classifier: Any = load_reward_model(folder / "policy", load_renderer(folder / "policy"))
+    save_reward_model(
+        classifier, load_renderer(folder / "policy"), folder / "shared",
+        weights_digest(folder / "policy"),
+    )  # fmt: skip
+    save_adapter(
+        peft.get_peft_model(classifier, lora_config(LORA, "SEQ_CLS")),
+        folder / "shared" / ADAPTER_FOLDER,
+    )
+
+
 def load_biased_policy(folder: Path) -> Any:
-    """The policy, with a frozen bias on its head that rules out padding and sets the lengths."""
+    """Load the policy and add the saved bias to its head."""
     saved = read_json(folder / "bias.json")
     return add_bias(load_policy(folder / "policy"), {int(i): b for i, b in saved.items()})
 
 
 def add_bias(policy: Any, biases: dict[int, float]) -> Any:
-    """The policy with a frozen bias on its head; the weight stays tied to the embedding."""
+    """Add a frozen bias to the policy's head; its weight stays tied to the embedding."""
     embedding = policy.get_input_embeddings().weight
     head = nn.Linear(1, 1, bias=True)
     head.in_features, head.out_features = embedding.shape[1], embedding.shape[0]
@@ -242,6 +247,11 @@ def add_bias(policy: Any, biases: dict[int, float]) -> Any:
     return policy
 
 
+def text_of(ids: list[int]) -> str:
+    """Return text that the tokenizer encodes as these ids."""
+    return " ".join(f"w{i}" for i in ids)
+
+
 def as_json(work: Workload) -> dict[str, Any]:
-    """The workload's settings and sizes, for the report."""
+    """Return the workload's settings and sizes as JSON."""
     return {**asdict(work), "size": {**asdict(work.size), "parameters": work.size.parameters}}

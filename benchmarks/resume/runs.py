@@ -1,4 +1,4 @@
-"""PPO on the toy task in forked processes that are killed, and resumed until complete."""
+"""PPO runs on the toy task in forked processes that are killed and resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KILLED_AFTER, EVERY = 37, 2
 
 
 class Run:
-    """One run of PPO in its folder, to be started again until it is complete."""
+    """A run of PPO in its own folder, started again until it is complete."""
 
     def __init__(self, models: Path, folder: Path, options: dict[str, Any], updates: int) -> None:
         self.models, self.folder = models, folder
@@ -37,12 +37,12 @@ class Run:
         return self.folder / "checkpoints"
 
     def saved(self) -> int:
-        """Update of the newest checkpoint."""
-        found = checkpoints_in(self.checkpoints)
-        return int(found[-1].name.removeprefix("update-")) if found else 0
+        """Return the update of the newest checkpoint, 0 if there is none."""
+        checkpoints = checkpoints_in(self.checkpoints)
+        return int(checkpoints[-1].name.removeprefix("update-")) if checkpoints else 0
 
     def train(self, progress: Callable[..., None] = lambda *_: None) -> None:
-        """Train, or go on, in this process; a damaged checkpoint is an error here."""
+        """Train or resume in this process; a damaged checkpoint is an error."""
         logging.getLogger("rlhf").addHandler(_Strict())
         out = self.folder / "out"
         out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Run:
         )  # fmt: skip
 
     def start(self, *, before: Callable[[], None] | None = None, **options: Any) -> int:
-        """`train` in a forked process; returns its id."""
+        """Run `train` in a forked process and return its id."""
         child = os.fork()
         if child:
             return child
@@ -67,14 +67,14 @@ class Run:
             os._exit(1)
 
     def files(self) -> dict[str, bytes]:
-        """What has to be equal: the policy, curve and samples, and the last checkpoint."""
+        """Return the files to compare: policy, curve, samples, last checkpoint."""
         last = checkpoints_in(self.checkpoints)[-1]
         paths = [*(self.folder / "out").iterdir(), *last.iterdir()]
         return {f"{p.parent.name}/{p.name}": p.read_bytes() for p in paths}
 
 
 class _Strict(logging.Handler):
-    """No checkpoint may be found damaged: kills alone spoil none."""
+    """Handler that turns a record into an error: kills must not damage a checkpoint."""
 
     def emit(self, record: logging.LogRecord) -> None:
         raise RuntimeError(record.getMessage())
@@ -82,7 +82,7 @@ class _Strict(logging.Handler):
 
 @dataclass
 class Row:
-    """What was done to one variant, and what came of it."""
+    """Counts and failures of one trial on one variant."""
 
     trial: str
     variant: str
@@ -94,7 +94,7 @@ class Row:
     seconds: float = 0.0
 
     def complete(self, run: Run, straight: dict[str, bytes]) -> None:
-        """Do what is left of a run, and compare it."""
+        """Complete a run and compare its files with the straight run's."""
         if end := ended(run.start()):
             self.failures.append(f"{run.folder.name}: could not be completed, ended with {end}")
             return
@@ -108,29 +108,8 @@ class Row:
         ]
 
 
-def ended(child: int) -> int:
-    """Wait for a process; 0 if it completed, minus a signal's number if that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def make_models(folder: Path) -> None:
-    """Data, SFT policy and reward model, made in a forked process: this one runs no torch."""
-
-    def work() -> None:
-        toys.write_data(folder / "data")
-        for name in ("sft", "reward"):
-            (folder / name).mkdir()
-        train_sft(toys.SFT, toys.BASE, folder / "data", folder / "sft", runtime=toys.RUNTIME)
-        train_reward_model(
-            toys.REWARD, folder / "data", folder / "sft", folder / "reward", runtime=toys.RUNTIME
-        )
-
-    if in_child(work):
-        raise SystemExit("the toy models could not be made")
-
-
 def killed_once(run: Run, straight: dict[str, bytes], row: Row) -> None:
-    """`kill -9` after 37 updates, before they are saved, and the rest in another process."""
+    """`kill -9` after 37 updates, before they are saved; then resume."""
 
     def progress(step: int, *_: Any) -> None:
         if step == KILLED_AFTER:
@@ -142,49 +121,11 @@ def killed_once(run: Run, straight: dict[str, bytes], row: Row) -> None:
     row.complete(run, straight)
 
 
-def armed(at: int, skip: int) -> Callable[[], None]:
-    """Dies at point `at` of a save, `skip` saves from now, or the first later one that has it."""
-
-    def arm() -> None:
-        left = skip
-
-        def save(*args: Any) -> Path:
-            nonlocal left
-            left -= 1
-            if left >= 0:
-                return save_checkpoint(*args)
-            with kill_points(at):
-                return save_checkpoint(*args)
-
-        train_module.save_checkpoint = save
-
-    return arm
-
-
-def count_points(run: Run) -> int:
-    """How many points a save has once there are checkpoints to be dropped."""
-    counts = run.folder / "points"
-
-    def work() -> None:
-        def save(*args: Any) -> Path:
-            with kill_points() as points:
-                final = save_checkpoint(*args)
-            counts.write_text(str(len(points)))
-            return final
-
-        train_module.save_checkpoint = save
-        run.train()
-
-    run.folder.mkdir(parents=True)
-    in_child(work)
-    return int(counts.read_text())
-
-
 def campaign(
     make: Callable[[str], Run], straight: dict[str, bytes], row: Row, plan: list[int | None],
     rng: random.Random, pace: float,
 ) -> None:  # fmt: skip
-    """A kill for each entry: at that point inside of a save, or (None) at a random moment.
+    """Kill at each point of the plan, or at a random moment where it is None.
 
     `pace` is the seconds that a child takes for its start and a few updates. The next child loads
     what the last one left; a checkpoint that is damaged is a failure there.
@@ -211,10 +152,51 @@ def campaign(
             run = make(f"lap-{row.runs}")
 
 
+def armed(at: int, skip: int) -> Callable[[], None]:
+    """Return a function that makes the process die at point `at` of a save.
+
+    Of the save `skip` saves from now, or the first later one that has the point.
+    """
+
+    def arm() -> None:
+        left = skip
+
+        def save(*args: Any) -> Path:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                return save_checkpoint(*args)
+            with kill_points(at):
+                return save_checkpoint(*args)
+
+        train_module.save_checkpoint = save
+
+    return arm
+
+
+def count_points(run: Run) -> int:
+    """Count the points of a save, once old checkpoints are removed too."""
+    counts = run.folder / "points"
+
+    def work() -> None:
+        def save(*args: Any) -> Path:
+            with kill_points() as points:
+                final = save_checkpoint(*args)
+            counts.write_text(str(len(points)))
+            return final
+
+        train_module.save_checkpoint = save
+        run.train()
+
+    run.folder.mkdir(parents=True)
+    in_child(work)
+    return int(counts.read_text())
+
+
 def terminated(
     run: Run, straight: dict[str, bytes], row: Row, signals: int, rng: random.Random, pace: float
 ) -> None:
-    """SIGTERM at random moments; but for the last update, nothing else makes it save."""
+    """Send SIGTERM at random moments, with no other save before the last update."""
     steps = run.folder.with_suffix(".step")
 
     def progress(step: int, *_: Any) -> None:
@@ -234,3 +216,27 @@ def terminated(
         if end not in (0, -signal.SIGTERM) or run.saved() < max(before, done):
             row.failures.append(f"ended with {end}, {done} updates done and {run.saved()} saved")
     row.complete(run, straight)
+
+
+def ended(child: int) -> int:
+    """Wait for a process; return its exit code, −n if signal n ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def make_models(folder: Path) -> None:
+    """Make data, SFT policy and reward model in a forked process.
+
+    This process must run no torch: a fork takes only one thread along.
+    """
+
+    def work() -> None:
+        toys.write_data(folder / "data")
+        for name in ("sft", "reward"):
+            (folder / name).mkdir()
+        train_sft(toys.SFT, toys.BASE, folder / "data", folder / "sft", runtime=toys.RUNTIME)
+        train_reward_model(
+            toys.REWARD, folder / "data", folder / "sft", folder / "reward", runtime=toys.RUNTIME
+        )
+
+    if in_child(work):
+        raise SystemExit("the toy models could not be made")

@@ -1,14 +1,14 @@
-"""The artifact store beside what one would use instead: `python -m benchmarks.storage`.
+"""The artifact store beside its alternatives: `python -m benchmarks.storage`.
 
-On a one-node Ceph of its own, side by side in one run: medians of `--repeats`, every operation in a
-fresh process, the contenders' order reversed from one repetition to the next. Prints tables, then
-the same as Markdown for RESULTS.md. `--only` takes one or several of
+On a one-node Ceph of its own, in one run: medians of `--repeats`, every operation in a fresh
+process, the methods' order reversed from one repetition to the next. Prints tables, then the same
+as Markdown for RESULTS.md. `--only` takes one or several of
 
     large   publish and fetch of 1 GiB beside s3transfer, through 200 MiB/s and on loopback
     small   1,000 files of 100 KB
     memory  peak memory with 20 GB
-    again   bytes and seconds of publishing the same once more
-    faults  what survives, what fails cleanly and what is silently wrong
+    again   bytes and seconds of a second publish of the same content
+    faults  outcomes of faults: survived, failed cleanly or silently wrong
 
 The peers (`aws s3 sync`, MLflow) are installed into an environment of their own under /tmp. Linux,
 and Ceph as for the tests; nothing else may run beside it. In two minutes, without figures worth
@@ -42,38 +42,6 @@ NO_HUB = (
 )
 
 
-def faults(site: Site, options: Namespace) -> list[Table]:
-    """Small artifacts do: what is asked is whether, not how fast."""
-    table = measure(site, min(48, options.mib))
-    table.notes.append(NO_HUB)
-    return [table]
-
-
-MEASUREMENTS: dict[str, Callable[[Site, Namespace], list[Table]]] = {
-    "large": speed.large,
-    "small": speed.small,
-    "memory": speed.memory,
-    "again": speed.again,
-    "faults": faults,
-}
-
-
-def machine() -> str:
-    """What it was measured with."""
-    cpus = Path("/proc/cpuinfo").read_text().split("model name")
-    name = cpus[1].partition(":")[2].partition("\n")[0].strip() if len(cpus) > 1 else "CPU"
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    python = Site.peers_python()
-    listed = subprocess.run(
-        [python, "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    peers = [line.replace("==", " ") for line in listed if line.split("==")[0] in PEER_PACKAGES]
-    return (
-        f"{os.cpu_count()} cores ({name}), {gib:.0f} GiB; boto3 {version('boto3')}, s3transfer "
-        f"{version('s3transfer')}; the peers' own {', '.join(peers)}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,7 +55,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
     parser.add_argument("--work", type=Path, help="folder for files, instead of the system's /tmp")
     options = parser.parse_args()
-    # Ended from outside, it must still end the server that it started.
+    # On SIGTERM too, the server is stopped by the with block.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began, tables = time.monotonic(), list[Table]()
     with site(options.work) as here:
@@ -103,6 +71,38 @@ def main() -> None:
           "`python -m benchmarks.storage`\n")  # fmt: skip
     print(f"{machine()}. Medians of {options.repeats}; {time.monotonic() - began:.0f} s in all.\n")
     print("\n".join(table.markdown() for table in tables))
+
+
+def faults(site: Site, options: Namespace) -> list[Table]:
+    """Measure the faults on small artifacts, as speed does not matter there."""
+    table = measure(site, min(48, options.mib))
+    table.notes.append(NO_HUB)
+    return [table]
+
+
+MEASUREMENTS: dict[str, Callable[[Site, Namespace], list[Table]]] = {
+    "large": speed.large,
+    "small": speed.small,
+    "memory": speed.memory,
+    "again": speed.again,
+    "faults": faults,
+}
+
+
+def machine() -> str:
+    """Return the machine and the versions in one line."""
+    cpus = Path("/proc/cpuinfo").read_text().split("model name")
+    name = cpus[1].partition(":")[2].partition("\n")[0].strip() if len(cpus) > 1 else "CPU"
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    python = Site.peers_python()
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    peers = [line.replace("==", " ") for line in listed if line.split("==")[0] in PEER_PACKAGES]
+    return (
+        f"{os.cpu_count()} cores ({name}), {gib:.0f} GiB; boto3 {version('boto3')}, s3transfer "
+        f"{version('s3transfer')}; the peers' own {', '.join(peers)}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stores for the campaigns against storage, each with a way to look at it that is not its own."""
+"""Stores for the storage campaigns, inspected without the store's own code."""
 
 from __future__ import annotations
 
@@ -21,40 +21,38 @@ from tests.ceph import CephServer, ceph_server
 from tests.swift import SwiftServer, swift_server
 
 BUCKET = "campaign"
-
-
 PRODUCER = Producer(stage="campaign", code_version="0", config={}, seed=0, versions={})
 
 
 class Place:
-    """A store at `uri`, and what lies there as others see it."""
+    """A store at `uri`, with direct access to its objects."""
 
     name: str
     uri: str
 
     def open(self, cache: Path) -> Store:
-        """A store without any memory of what was before."""
+        """Open the store with this cache."""
         return open_store(self.uri, cache_dir=cache)
 
     def objects(self) -> list[str]:
-        """All keys."""
+        """Return all keys."""
         raise NotImplementedError
 
     def read(self, key: str) -> bytes:
-        """An object's bytes."""
+        """Return an object's bytes."""
         raise NotImplementedError
 
     def unfinished(self) -> int:
-        """Uploads that were begun and neither completed nor given up."""
+        """Return the number of uploads neither completed nor aborted."""
         raise NotImplementedError
 
     def wipe(self) -> None:
-        """Remove everything, for the next trial."""
+        """Remove all objects, for the next trial."""
         raise NotImplementedError
 
 
 class FolderPlace(Place):
-    """A local folder."""
+    """A store in a local folder; files in `tmp/` are unfinished uploads."""
 
     name = "folder"
 
@@ -63,19 +61,15 @@ class FolderPlace(Place):
         self.uri = root.as_uri()
 
     def objects(self) -> list[str]:
-        """Files, but for those that are being written."""
         return [key for key in self._files() if not key.startswith("tmp/")]
 
     def read(self, key: str) -> bytes:
-        """From the file."""
         return (self.root / key).read_bytes()
 
     def unfinished(self) -> int:
-        """Temporary files."""
         return sum(key.startswith("tmp/") for key in self._files())
 
     def wipe(self) -> None:
-        """The folder goes."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _files(self) -> list[str]:
@@ -84,7 +78,7 @@ class FolderPlace(Place):
 
 
 class BucketPlace(Place):
-    """A bucket of a server; its address and keys are taken from the environment."""
+    """A store in a bucket; server and credentials come from the environment."""
 
     def __init__(self, name: str, prefix: str, conf: Path | None = None) -> None:
         self.name = name
@@ -92,13 +86,12 @@ class BucketPlace(Place):
         self._prefix = f"{prefix}/"
         self._conf = conf
         self._wiped = 0
-        # Not the default session, which keeps the first credentials.
+        # Not the default session, which caches the first credentials.
         self.client: Any = boto3.Session().client("s3")
         with contextlib.suppress(self.client.exceptions.BucketAlreadyOwnedByYou):
             self.client.create_bucket(Bucket=BUCKET)
 
     def objects(self) -> list[str]:
-        """All pages."""
         pages = self.client.get_paginator("list_objects_v2").paginate(
             Bucket=BUCKET, Prefix=self._prefix
         )
@@ -109,16 +102,17 @@ class BucketPlace(Place):
         ]
 
     def read(self, key: str) -> bytes:
-        """In one go."""
         return self.client.get_object(Bucket=BUCKET, Key=self._prefix + key)["Body"].read()
 
     def unfinished(self) -> int:
-        """Multipart uploads."""
-        found = self.client.list_multipart_uploads(Bucket=BUCKET, Prefix=self._prefix)
-        return len(found.get("Uploads", ()))
+        uploads = self.client.list_multipart_uploads(Bucket=BUCKET, Prefix=self._prefix)
+        return len(uploads.get("Uploads", ()))
 
     def wipe(self) -> None:
-        """Ceph would keep the bytes for two hours, in memory."""
+        """Delete all objects, and have Ceph free its memory every tenth time.
+
+        Ceph keeps deleted bytes for two hours otherwise.
+        """
         for key in self.objects():
             self.client.delete_object(Bucket=BUCKET, Key=self._prefix + key)
         self._wiped += 1
@@ -128,20 +122,8 @@ class BucketPlace(Place):
 
 
 @contextlib.contextmanager
-def environment(server: CephServer | SwiftServer) -> Iterator[None]:
-    """Where boto3 finds the server."""
-    before = dict(os.environ)
-    os.environ.update(server.environment)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
 def place(name: str, prefix: str = "trial") -> Iterator[Place]:
-    """`folder`, `ceph` or `swift`, the servers started and ended."""
+    """Open `folder`, `ceph` or `swift`; a server runs for the length of the block."""
     if name == "folder":
         with tempfile.TemporaryDirectory() as folder:
             yield FolderPlace(Path(folder).resolve() / "store")
@@ -153,8 +135,20 @@ def place(name: str, prefix: str = "trial") -> Iterator[Place]:
             yield BucketPlace("Swift", prefix)
 
 
+@contextlib.contextmanager
+def environment(server: CephServer | SwiftServer) -> Iterator[None]:
+    """Point boto3 at the server by environment variables."""
+    before = dict(os.environ)
+    os.environ.update(server.environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def write_files(folder: Path, seed: int, large: int) -> None:
-    """Two equal files, one nested, an empty one, and a large one."""
+    """Write two equal files, one nested, an empty one, and a large one."""
     rng = random.Random(seed)
     (folder / "model").mkdir(parents=True)
     same = rng.randbytes(50_000)
@@ -166,7 +160,7 @@ def write_files(folder: Path, seed: int, large: int) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Path to sha256."""
+    """Return the sha256 of each file by path."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -175,7 +169,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def examine(place: Place) -> tuple[list[str], int]:
-    """What is wrong with what lies there, and the number of manifests; no code of the store's."""
+    """Return problems of the stored objects, and the number of manifests.
+
+    Uses no code of the store.
+    """
     wrong: list[str] = []
     blobs: dict[str, int] = {}
     manifests: dict[str, bytes] = {}

@@ -1,7 +1,7 @@
-"""What becomes of an artifact when something goes wrong: ours, `aws s3 sync` and MLflow.
+"""Faults of network and processes: our store, `aws s3 sync` and MLflow.
 
-All keep it under one name at one place. Each trial is a put and a get in processes of their own,
-with one fault in one of them, and then a look at what was delivered.
+Each stores an artifact under one name at one prefix. A trial is a put and a get in child processes,
+with one fault in one of them, and then a check of the delivered files.
 """
 
 from __future__ import annotations
@@ -21,15 +21,31 @@ from benchmarks.storage.wire import Change, Direction, Once, cut, during, flip, 
 from tests.store.proxy import fault_proxy
 
 SIDES = ("ours", *PEERS)
-
-
-#: As a model's folder: a large file, which all sides send in parts, and many small ones.
+#: Shares of the files, as in a model's folder: one large file, sent in parts, and small ones.
 SHARES = (0.6, *[0.02] * 20)
+
+
+def measure(site: Site, mib: float) -> Table:
+    """Try every fault on every method."""
+    table = Table(f"Faults, artifacts of {mib:g} MiB", ["", *SIDES])
+    sizes = [int(share * mib * MIB) for share in SHARES]
+    for name, attempt in TRIALS.items():
+        row = [name]
+        for side in SIDES:
+            work = site.new_folder()
+            a, b = (random_files(work / which, sizes) for which in "ab")
+            trial = Trial(site, side, a, b, sum(sizes))
+            row.append(attempt(trial))
+            site.forget(trial.place)
+            shutil.rmtree(work)
+        print(f"{row[0]}: {'; '.join(row[1:])}", flush=True)
+        table.rows.append(row)
+    return table
 
 
 @dataclass
 class Trial:
-    """One side at one place, with two contents that it may hold: equal names and sizes."""
+    """One method at one prefix, with two contents of equal names and sizes."""
 
     site: Site
     side: str
@@ -41,14 +57,14 @@ class Trial:
         self.place = self.site.place()
 
     def put(self, folder: Path, endpoint: str | None = None) -> str | None:
-        """Release a folder; the error, if any."""
+        """Release a folder; return the error, if any."""
         return self._run("put", folder, endpoint)[0]
 
     def get(self, endpoint: str | None = None) -> tuple[str | None, Path]:
-        """Fetch what is released into a new folder; the error, if any, and where to look."""
+        """Fetch the release into a new folder; return the error, if any, and the folder."""
         target = self.site.new_folder()
         error, folder = self._run("get", target, endpoint)
-        # An artifact of ours is where `fetch` says, or nowhere: a cache is no place to look.
+        # Our store delivers only the folder that `fetch` returns; its cache does not count.
         return error, folder or (target if self.side in PEERS else self.site.new_folder())
 
     def _run(
@@ -63,7 +79,7 @@ class Trial:
 
     @contextlib.contextmanager
     def fault(self, direction: Direction, change: Change, share: float = 0.4) -> Iterator[str]:
-        """A network with one fault, after this share of the artifact."""
+        """Proxy with one fault after this share of the artifact's bytes."""
         once = Once(direction, int(self.bytes * share), change)
         with wire(self.site.server.endpoint, once) as endpoint:
             yield endpoint
@@ -71,13 +87,13 @@ class Trial:
             raise RuntimeError(f"{self.side}: nothing went wrong, so nothing was tried")
 
     def seen(self, *wanted: Path) -> str:
-        """What a reader gets now."""
+        """Return the verdict on a fetch of the release."""
         error, folder = self.get()
         return verdict(error, delivered(folder, *wanted))
 
 
 def upward(change: Change) -> Callable[[Trial], str]:
-    """A fault while putting, then what a reader finds."""
+    """Return an attempt with a fault during a put, followed by a get."""
 
     def attempt(trial: Trial) -> str:
         with trial.fault("up", change) as endpoint:
@@ -88,18 +104,18 @@ def upward(change: Change) -> Callable[[Trial], str]:
 
 
 def _after_put(trial: Trial, error: str | None) -> str:
-    found, folder = trial.get()
+    read_error, folder = trial.get()
     what = delivered(folder, trial.a)
     if error is None:
-        return verdict(found, what)
-    # The writer knows; a reader who does not must not be given a part.
+        return verdict(read_error, what)
+    # The writer got an error, but a reader must not get a part without one.
     if what == "wrong":
         return "the writer's error, but **a reader silently gets a part**"
     return "fails cleanly"
 
 
 def downward(change: Change) -> Callable[[Trial], str]:
-    """A fault while getting."""
+    """Return an attempt with a fault during a get."""
 
     def attempt(trial: Trial) -> str:
         trial.put(trial.a)
@@ -111,25 +127,25 @@ def downward(change: Change) -> Callable[[Trial], str]:
 
 
 def busy(trial: Trial) -> str:
-    """Three times 503 to a put, and again to a get."""
-    left: list[tuple[str, int]] = []
+    """Answer 503 three times to a put, and again to a get."""
+    pending: list[tuple[str, int]] = []
 
     def refuse(method: str, _path: str, _headers: dict[str, str]) -> int | None:
-        return left.pop()[1] if left and left[0][0] == method else None
+        return pending.pop()[1] if pending and pending[0][0] == method else None
 
     with fault_proxy(trial.site.server.endpoint) as faults:
         faults.refuse = refuse
-        left += [("PUT", 503)] * 3
+        pending += [("PUT", 503)] * 3
         up = _after_put(trial, trial.put(trial.a, faults.endpoint))
         trial.put(trial.a)
-        left[:] = [("GET", 503)] * 3
+        pending[:] = [("GET", 503)] * 3
         error, folder = trial.get(faults.endpoint)
         down = verdict(error, delivered(folder, trial.a))
     return up if up == down else f"up: {up}; down: {down}"
 
 
 def killed(trial: Trial) -> str:
-    """The publisher dies in the middle; what a reader finds, and what trying again makes of it."""
+    """Kill the publisher in mid-upload; fetch, then publish again and fetch."""
     arguments = (trial.side, "put", str(trial.a), trial.place, RELEASE)
     running: list[Callable[[], None]] = []
     with trial.fault("up", during(lambda: [kill() for kill in running])) as endpoint:
@@ -139,29 +155,29 @@ def killed(trial: Trial) -> str:
             process.go().result()
     error, folder = trial.get()
     half = delivered(folder, trial.a)
-    found = "**a reader silently gets a part**" if half == "wrong" else "a reader finds nothing"
+    outcome = "**a reader silently gets a part**" if half == "wrong" else "a reader finds nothing"
     error = trial.put(trial.a)
-    return f"{found}; again: {verdict(error, 'nothing') if error else trial.seen(trial.a)}"
+    return f"{outcome}; again: {verdict(error, 'nothing') if error else trial.seen(trial.a)}"
 
 
 def overtaken(trial: Trial) -> str:
-    """Two writers of one name at once, the later one faster; a reader must get either whole."""
-    # So late that some of the first writer's files are complete, whatever their order.
-    with trial.fault("up", during(lambda: _released(trial)), 0.8) as endpoint:
+    """Let a second writer of the name overtake the first; either must be whole."""
+    # At 0.8, some of the first writer's files are complete in any order.
+    with trial.fault("up", during(lambda: _release_other(trial)), 0.8) as endpoint:
         trial.put(trial.a, endpoint)
     return trial.seen(trial.a, trial.b)
 
 
 def replaced(trial: Trial) -> str:
-    """A new version is released while a reader is in the middle of the old one."""
+    """Release a new version while a reader fetches the old one."""
     trial.put(trial.a)
-    with trial.fault("down", during(lambda: _released(trial))) as endpoint:
+    with trial.fault("down", during(lambda: _release_other(trial))) as endpoint:
         error, folder = trial.get(endpoint)
     return verdict(error, delivered(folder, trial.a, trial.b))
 
 
-def _released(trial: Trial) -> None:
-    """The other content, made just now; S3 keeps times in whole seconds."""
+def _release_other(trial: Trial) -> None:
+    """Release the other content with fresh times; S3 keeps times in whole seconds."""
     time.sleep(1.1)
     for path in trial.b.iterdir():
         path.touch()
@@ -169,7 +185,7 @@ def _released(trial: Trial) -> None:
 
 
 def copied_back(trial: Trial) -> str:
-    """The next version has the same sizes and older times, as files have that a backup restores."""
+    """Release a version of equal sizes and older times, as a backup restores them."""
     trial.put(trial.a)
     for path in trial.b.iterdir():
         os.utime(path, (0, 0))
@@ -189,21 +205,3 @@ TRIALS: dict[str, Callable[[Trial], str]] = {
     "replaced while a reader downloads": replaced,
     "next version of equal sizes, older times": copied_back,
 }
-
-
-def measure(site: Site, mib: float) -> Table:
-    """Every fault on every side."""
-    table = Table(f"Faults, artifacts of {mib:g} MiB", ["", *SIDES])
-    sizes = [int(share * mib * MIB) for share in SHARES]
-    for name, attempt in TRIALS.items():
-        row = [name]
-        for side in SIDES:
-            work = site.new_folder()
-            a, b = (random_files(work / which, sizes) for which in "ab")
-            trial = Trial(site, side, a, b, sum(sizes))
-            row.append(attempt(trial))
-            site.forget(trial.place)
-            shutil.rmtree(work)
-        print(f"{row[0]}: {'; '.join(row[1:])}", flush=True)
-        table.rows.append(row)
-    return table

@@ -1,12 +1,12 @@
-"""Who is measured by `benchmarks.storage`: one operation of one side in a process of its own.
+"""Methods that `benchmarks.storage` compares: one operation in its own process.
 
-    python benchmarks/storage/methods.py SIDE put FOLDER PLACE      PLACE is bucket/prefix
-    python benchmarks/storage/methods.py SIDE get FOLDER PLACE [MEMO]
+    python benchmarks/storage/methods.py METHOD put FOLDER PLACE      PLACE is bucket/prefix
+    python benchmarks/storage/methods.py METHOD get FOLDER PLACE [MEMO]
 
-It imports and connects, prints `ready`, waits for a line, works, and prints what it took as JSON,
-with the `memo` that a later `get` needs. Ours needs this repository on the path, the peers (the AWS
-command line, MLflow) an environment of their own, so every import is in its function. The server is
-where AWS_ENDPOINT_URL says.
+It imports and connects, prints `ready`, waits for a line, works, and prints its measurements as
+JSON, with the `memo` that a later `get` needs. It runs as a script: the store needs this repository
+on the path, the peers (the AWS command line, MLflow) an environment of their own, and so every
+import is in its function. AWS_ENDPOINT_URL is the server's address.
 """
 
 from __future__ import annotations
@@ -23,10 +23,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MIB = 1 << 20
+RELEASE = "release"
+"""Memo for an operation by name: `put` assigns the name, `get` resolves it."""
+PEERS = ("aws s3 sync", "MLflow")
+Work = Callable[[], str]
+
+
+def main() -> int:
+    side, operation, folder, place, memo = (*sys.argv[1:], "")[:5]
+    bucket, _, prefix = place.partition("/")
+    work = SIDES[side](operation, Job(Path(folder), bucket, prefix, memo))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    before = cpu_seconds()
+    started = time.perf_counter()
+    try:
+        memo = work()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        return 1
+    seconds = time.perf_counter() - started
+    took = {"seconds": seconds, "cpu": cpu_seconds() - before, "peak": peak_mib(), "memo": memo}
+    print(json.dumps(took), flush=True)
+    return 0
 
 
 class Job(NamedTuple):
-    """What to do; a side answers with its memo (put) or with the folder that it filled (get)."""
+    """Parameters of an operation.
+
+    A method returns its memo (put) or the folder that it filled (get).
+    """
 
     folder: Path
     bucket: str
@@ -35,26 +61,22 @@ class Job(NamedTuple):
 
     @property
     def files(self) -> list[str]:
-        """Relative paths of the files to put."""
-        found = (path for path in self.folder.rglob("*") if path.is_file())
-        return sorted(path.relative_to(self.folder).as_posix() for path in found)
-
-
-Work = Callable[[], str]
-
-
-RELEASE = "release"
-"""A memo that stands for a name: `put` names what it has stored, `get` takes what is named."""
+        """Return relative paths of the files to put."""
+        paths = (path for path in self.folder.rglob("*") if path.is_file())
+        return sorted(path.relative_to(self.folder).as_posix() for path in paths)
 
 
 def ours(operation: str, job: Job) -> Work:
-    """The artifact store, used as a stage does; `RELEASE` is a name in it."""
+    """The artifact store, as a stage uses it.
+
+    `RELEASE` is a name in its history.
+    """
     from rlhf.config.pipeline import StoreConfig
     from rlhf.store import ArtifactRef, Producer, open_store
 
     options = StoreConfig(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     place = f"s3://{job.bucket}/{job.prefix}"
-    # A cache that nobody has used: everything has to come from the server.
+    # An unused cache, so that every byte comes from the server.
     cache = job.folder if operation == "get" else job.folder.parent / "no-cache"
     store = open_store(place, options=options, cache_dir=cache)
     producer = Producer(stage="bench", code_version="1", config={}, seed=0, versions={})
@@ -78,20 +100,8 @@ def ours(operation: str, job: Job) -> Work:
     return put if operation == "put" else get
 
 
-def _client(lean: bool) -> Any:
-    import boto3
-    from botocore.config import Config
-
-    config = Config(max_pool_connections=40)
-    if lean:
-        when = "when_required"
-        checksums = Config(request_checksum_calculation=when, response_checksum_validation=when)
-        config = config.merge(checksums)
-    return boto3.client("s3", config=config)
-
-
 def s3transfer(operation: str, job: Job, *, lean: bool, threads: int) -> Work:
-    """`upload_file` and `download_file`, one file after the other or several at once.
+    """`upload_file` and `download_file`, sequentially or several at once.
 
     Lean is what the store's own settings are; else everything is boto3's default.
     """
@@ -113,18 +123,30 @@ def s3transfer(operation: str, job: Job, *, lean: bool, threads: int) -> Work:
 
 
 def requests(operation: str, job: Job, *, threads: int) -> Work:
-    """`put_object` and `get_object` from and to memory, no more than a file's own read or write."""
+    """`put_object` and `get_object` from and to memory, with plain file access."""
     client = _client(lean=True)
 
     def move(file: str) -> None:
-        path, where = job.folder / file, {"Bucket": job.bucket, "Key": f"{job.prefix}/{file}"}
+        path, location = job.folder / file, {"Bucket": job.bucket, "Key": f"{job.prefix}/{file}"}
         if operation == "put":
-            client.put_object(**where, Body=path.read_bytes())
+            client.put_object(**location, Body=path.read_bytes())
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(client.get_object(**where)["Body"].read())
+            path.write_bytes(client.get_object(**location)["Body"].read())
 
     return _each(operation, job, move, threads)
+
+
+def _client(lean: bool) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(max_pool_connections=40)
+    if lean:
+        when = "when_required"
+        checksums = Config(request_checksum_calculation=when, response_checksum_validation=when)
+        config = config.merge(checksums)
+    return boto3.client("s3", config=config)
 
 
 def _each(operation: str, job: Job, move: Callable[[str], None], threads: int) -> Work:
@@ -139,7 +161,7 @@ def _each(operation: str, job: Job, move: Callable[[str], None], threads: int) -
 
 
 def sync(operation: str, job: Job) -> Work:
-    """`aws s3 sync`, the command itself: list, compare sizes and times, then copy."""
+    """`aws s3 sync`, which lists, compares sizes and times, then copies."""
     from awscli.clidriver import create_clidriver  # pyright: ignore[reportMissingImports]
 
     place = f"s3://{job.bucket}/{job.prefix}"
@@ -156,7 +178,7 @@ def sync(operation: str, job: Job) -> Work:
 
 
 def mlflow(operation: str, job: Job) -> Work:
-    """MLflow's artifact client on the bucket itself, as a run's artifacts are logged and read."""
+    """MLflow's artifact client on the bucket, as for a run's artifacts."""
     os.environ["MLFLOW_S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
     from mlflow.store.artifact.artifact_repository_registry import (  # pyright: ignore[reportMissingImports]
         get_artifact_repository,
@@ -186,40 +208,21 @@ SIDES: dict[str, Callable[[str, Job], Work]] = {
 }
 
 
-PEERS = ("aws s3 sync", "MLflow")
-
-
 def cpu_seconds() -> float:
-    """Of this process with its threads, and of children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    """Return CPU seconds of this process and of children that have ended."""
+    used = [resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def peak_mib() -> float:
-    """Not getrusage's, which a process inherits from the one that started it."""
+    """Return this process's peak resident memory in MiB.
+
+    getrusage's value is inherited from the parent process.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     raise OSError("no VmHWM in /proc/self/status")
-
-
-def main() -> int:
-    side, operation, folder, place, memo = (*sys.argv[1:], "")[:5]
-    bucket, _, prefix = place.partition("/")
-    work = SIDES[side](operation, Job(Path(folder), bucket, prefix, memo))
-    print("ready", flush=True)
-    sys.stdin.readline()
-    before = cpu_seconds()
-    started = time.perf_counter()
-    try:
-        memo = work()
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
-        return 1
-    seconds = time.perf_counter() - started
-    took = {"seconds": seconds, "cpu": cpu_seconds() - before, "peak": peak_mib(), "memo": memo}
-    print(json.dumps(took), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Many writers at once, in threads and processes, and garbage collection among publishers."""
+"""Concurrent writers and collectors: `python -m benchmarks.storage.races`.
+
+Threads and processes create one key or append to one history at the same time; garbage collectors
+run among publishers. Any failure gives exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.storage.backends import PRODUCER, Place, place
-from benchmarks.storage.campaign import Trial, command, tried
+from benchmarks.storage.campaign import Trial, command, run_trial
 from benchmarks.storage.kills import ended, forked
 from rlhf.errors import StoreError
 from rlhf.store import Store, gc, publish
@@ -30,91 +34,94 @@ from rlhf.store.history import Histories, seal
 from rlhf.store.manifest import FileEntry, build_manifest, sha256_bytes
 
 Backend = Any
+#: Number of collectors, seconds of FRESH, grace, and divisor of the publishes.
+COLLECTIONS_OF_TRIALS = ((1, 0.0, 0.0, 1), (2, 0.0, 0.0, 1), (2, 2.0, 4.0, 4))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--publishes", type=int, default=400)
+    parser.add_argument("--stores", nargs="+", default=["folder", "ceph", "swift"])
+    return command(parser, measure, report)
+
+
+def measure(store: str, options: Namespace) -> list[Row]:
+    """Run all races on one store."""
+    with place(store) as target:
+        rows = [
+            row for kind in ((1, 24), (4, 6)) for row in _writer_rows(target, *kind, options.rounds)
+        ]
+        if target.name != "Swift" and options.publishes:
+            rows += [_collector_row(target, options, *each) for each in COLLECTIONS_OF_TRIALS]
+        return rows
+
+
+def _writer_rows(target: Place, processes: int, threads: int, rounds: int) -> list[Row]:
+    kind = "24 threads" if processes == 1 else f"{processes} × {threads} threads"
+    few = max(1, rounds // 20)
+    return [
+        run_trial(
+            Row(f"create, {kind}", target.name),
+            lambda row: creating(target, processes, threads, rounds, row),
+        ),
+        run_trial(
+            Row(f"append, {kind}", target.name),
+            lambda row: appending(target, processes, threads, few, row),
+        ),
+    ]
+
+
+def _collector_row(
+    target: Place, options: Namespace, collectors: int, fresh: float, grace: float, part: int
+) -> Row:
+    name = f"collect, {collectors} collectors, grace {grace:.0f} s"
+    publishes = options.publishes // part
+    return run_trial(
+        Row(name, target.name),
+        lambda row: collecting(target, publishes, collectors, fresh, grace, options.seed, row),
+    )
+
+
+def report(rows: list[Row]) -> str:
+    """Return the table for RESULTS.md."""
+    lines = [
+        "| race | store | rounds | won | nobody won | gave up | slowest round, s | failures | s |",
+        "|---" * 9 + "|",
+        *(
+            f"| {r.trial} | {r.place} | {r.rounds} | {r.won} | {r.none} | {r.errors} "
+            f"| {r.slowest:.2f} | {len(r.failures)} | {r.seconds:.0f} |"
+            for r in rows
+        ),
+    ]
+    return "\n".join(lines)
 
 
 @dataclass
 class Row(Trial):
-    """One kind of race in one place."""
+    """Counts of one type of race on one store."""
 
     rounds: int = 0
     won: int = 0
-    """Rounds with one winner; or entries that were appended; or publishes."""
+    """Rounds with one winner; entries appended; intact publishes."""
     none: int = 0
-    """Rounds that nobody won; or publishes that failed and were run again."""
+    """Rounds without a winner."""
     errors: int = 0
-    """Writers that gave up with an error."""
+    """Writers that ended with a StoreError."""
     slowest: float = 0.0
 
 
-@dataclass
-class Round:
-    """What writers were told, by their number, and how long it took."""
-
-    told: dict[int, Any]
-    seconds: float
-
-
-def together(
-    place: Place, processes: int, threads: int, rounds: int,
-    act: Callable[[Backend, int, int], Any],
-) -> Iterator[Round]:  # fmt: skip
-    """Let all writers act at once, each with a backend of its own, round by round.
-
-    What is told is `act(backend, writer, round)`, or the text of a StoreError.
-    """
-    line = multiprocessing.get_context("fork").Barrier(processes * threads)
-    with tempfile.TemporaryDirectory() as folder:
-
-        def writer(number: int) -> list[tuple[Any, float]]:
-            backend = place.open(Path(folder))._backend
-            is_atomic(backend)
-            told: list[tuple[Any, float]] = []
-            for each in range(rounds):
-                line.wait()
-                begun = time.monotonic()
-                try:
-                    value = act(backend, number, each)
-                except StoreError as error:
-                    value = str(error)
-                told.append((value, time.monotonic() - begun))
-            return told
-
-        def process(first: int) -> None:
-            with ThreadPoolExecutor(threads) as pool:
-                numbers = range(first, first + threads)
-                told = dict(zip(numbers, pool.map(writer, numbers), strict=True))
-            Path(folder, f"{first}.json").write_text(json.dumps(told))
-
-        starts = range(0, processes * threads, threads)
-        children = [forked(lambda first=first: process(first)) for first in starts]
-        if any(list(map(ended, children))):
-            raise SystemExit(f"{place.name}: a process of writers failed")
-        found: dict[str, Any] = {}
-        for first in starts:
-            found |= json.loads(Path(folder, f"{first}.json").read_text())
-        for each in range(rounds):
-            yield Round(
-                {int(number): told[each][0] for number, told in found.items()},
-                max(told[each][1] for told in found.values()),
-            )
-
-
-def _payload(writer: int, number: int) -> bytes:
-    """Of a length that takes a server a while."""
-    return f"{writer} in round {number};".encode() * 1000
-
-
 def creating(place: Place, processes: int, threads: int, rounds: int, row: Row) -> None:
-    """One key for each round: who is told that it won wrote what is there, alone."""
+    """Create one key per round; the only winner's bytes must be stored."""
 
     def act(backend: Backend, writer: int, number: int) -> bool:
         return create(backend, f"refs/race/{number:06d}.json", _payload(writer, number))
 
     for number, each in enumerate(together(place, processes, threads, rounds, act)):
         key = f"refs/race/{number:06d}.json"
-        winners = [writer for writer, told in each.told.items() if told is True]
+        winners = [writer for writer, result in each.results.items() if result is True]
         row.rounds += 1
-        row.errors += sum(isinstance(told, str) for told in each.told.values())
+        row.errors += sum(isinstance(result, str) for result in each.results.values())
         row.slowest = max(row.slowest, each.seconds)
         row.won += len(winners) == 1
         row.none += not winners
@@ -127,7 +134,7 @@ def creating(place: Place, processes: int, threads: int, rounds: int, row: Row) 
 
 
 def appending(place: Place, processes: int, threads: int, rounds: int, row: Row) -> None:
-    """All append to one history at once: each number is one writer's, and nothing is lost."""
+    """Append to one history at once; numbers must be unique, entries complete."""
 
     def payload(writer: int, number: int) -> dict[str, str]:
         return {"digest": sha256_bytes(f"{writer} {number}".encode())}
@@ -135,62 +142,88 @@ def appending(place: Place, processes: int, threads: int, rounds: int, row: Row)
     def act(backend: Backend, writer: int, number: int) -> int:
         return Histories(backend).append("champion/x", payload(writer, number))
 
-    told: dict[int, dict[str, str]] = {}
+    entries: dict[int, dict[str, str]] = {}
     for number, each in enumerate(together(place, processes, threads, rounds, act)):
         row.rounds += 1
         row.slowest = max(row.slowest, each.seconds)
-        for writer, value in each.told.items():
+        for writer, value in each.results.items():
             if isinstance(value, str):
                 row.errors += 1
-            elif value in told:
+            elif value in entries:
                 row.failures.append(f"number {value} was given twice")
             else:
                 row.won += 1
-                told[value] = payload(writer, number)
+                entries[value] = payload(writer, number)
     with tempfile.TemporaryDirectory() as folder:
         history = place.open(Path(folder)).history.entries("champion/x")
-    if not row.errors and history != [told[number] for number in sorted(told)]:
+    if not row.errors and history != [entries[number] for number in sorted(entries)]:
         row.failures.append("the history is not what the writers were told")
     row.failures += [f"{key} is left" for key in place.objects() if key.startswith("claims/")]
     place.wipe()
 
 
-@contextlib.contextmanager
-def aged(fresh: float) -> Iterator[None]:
-    """Seconds take the place of hours.
+def together(
+    place: Place, processes: int, threads: int, rounds: int,
+    act: Callable[[Backend, int, int], Any],
+) -> Iterator[Round]:  # fmt: skip
+    """Let all writers act at once, each with its own backend, round by round.
 
-    A collection would take its own announcement for an old one's, and with that a publisher's
-    protection, which real ages rule out.
+    A result is `act(backend, writer, round)`, or the text of a StoreError.
     """
-    traces = tuple(name for name in gc.TRACES if name != COLLECTIONS)
-    with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(gc, "TRACES", traces):
-        yield
+    line = multiprocessing.get_context("fork").Barrier(processes * threads)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def writer(number: int) -> list[tuple[Any, float]]:
+            backend = place.open(Path(folder))._backend
+            is_atomic(backend)
+            results: list[tuple[Any, float]] = []
+            for each in range(rounds):
+                line.wait()
+                begun = time.monotonic()
+                try:
+                    value = act(backend, number, each)
+                except StoreError as error:
+                    value = str(error)
+                results.append((value, time.monotonic() - begun))
+            return results
+
+        def process(first: int) -> None:
+            with ThreadPoolExecutor(threads) as pool:
+                numbers = range(first, first + threads)
+                results = dict(zip(numbers, pool.map(writer, numbers), strict=True))
+            Path(folder, f"{first}.json").write_text(json.dumps(results))
+
+        starts = range(0, processes * threads, threads)
+        children = [forked(lambda first=first: process(first)) for first in starts]
+        if any(list(map(ended, children))):
+            raise SystemExit(f"{place.name}: a process of writers failed")
+        by_writer: dict[str, Any] = {}
+        for first in starts:
+            by_writer |= json.loads(Path(folder, f"{first}.json").read_text())
+        for each in range(rounds):
+            yield Round(
+                {int(number): results[each][0] for number, results in by_writer.items()},
+                max(results[each][1] for results in by_writer.values()),
+            )
 
 
-class Pool:
-    """Artifacts of three files each, out of a few: they share blobs and come again and again."""
+@dataclass
+class Round:
+    """Results of all writers by number, and the slowest one's seconds."""
 
-    def __init__(self, work: Path, seed: int) -> None:
-        rng = random.Random(seed)
-        files = {f"{number}.dat": rng.randbytes(20_000) for number in range(6)}
-        self.artifacts: list[tuple[Path, str]] = []
-        for at, names in enumerate(itertools.combinations(files, 3)):
-            folder = work / f"artifact-{at}"
-            folder.mkdir(parents=True)
-            for name in names:
-                (folder / name).write_bytes(files[name])
-            entries = [
-                FileEntry(path=name, sha256=sha256_bytes(files[name]), size=len(files[name]))
-                for name in names
-            ]
-            manifest = build_manifest("data", entries, {}, PRODUCER, {})
-            self.artifacts.append((folder, sha256_bytes(manifest.encode())))
+    results: dict[int, Any]
+    seconds: float
+
+
+def _payload(writer: int, number: int) -> bytes:
+    """Return bytes that take a server some time."""
+    return f"{writer} in round {number};".encode() * 1000
 
 
 def collecting(
     place: Place, publishes: int, collectors: int, fresh: float, grace: float, seed: int, row: Row
 ) -> None:
-    """Eight publishers and collectors in endless rounds; an artifact with a record is whole."""
+    """Run eight publishers and endless collectors; recorded artifacts must be whole."""
     with tempfile.TemporaryDirectory() as folder, aged(fresh):
         work = Path(folder)
         collection = Collection(place, work / "cache", grace, seed, row)
@@ -210,13 +243,25 @@ def collecting(
             for each in cleaners:
                 each.result()
         row.seconds = time.monotonic() - begun
-        row.failures += _recorded(place.open(work / "cache"))
+        row.failures += _problems(place.open(work / "cache"))
     print(f"{collection.removed} objects were removed in {row.rounds} collections", file=sys.stderr)
     place.wipe()
 
 
+@contextlib.contextmanager
+def aged(fresh: float) -> Iterator[None]:
+    """Count ages in seconds instead of hours.
+
+    TRACES lose COLLECTIONS: at such ages a collection would remove its own announcement as an old
+    one, and with it the protection of publishers. Real ages rule that out.
+    """
+    traces = tuple(name for name in gc.TRACES if name != COLLECTIONS)
+    with mock.patch.object(publish, "FRESH", fresh), mock.patch.object(gc, "TRACES", traces):
+        yield
+
+
 class Collection:
-    """Publishers and collectors of one store, and what they have come to."""
+    """Publishers and collectors of one store, with their counts."""
 
     def __init__(self, place: Place, cache: Path, grace: float, seed: int, row: Row) -> None:
         self._open = lambda: place.open(cache)
@@ -226,32 +271,35 @@ class Collection:
         self.removed = 0
 
     def collect(self) -> None:
-        """Until all is over."""
+        """Collect garbage until the publishers are done."""
         rng = random.Random(self._seed)
         store = self._open()
-        # It would take what publishers are writing just now, for which a grace of hours is.
+        # A sweep without grace would remove the uploads in progress.
         store._backend.sweep = lambda age: 0
         while not self.over.is_set():
-            found = store.collect(grace=self._grace, dry_run=False)
+            garbage = store.collect(grace=self._grace, dry_run=False)
             with self._lock:
-                self.removed += len(found.keys)
+                self.removed += len(garbage.keys)
                 self._row.rounds += 1
-            # Publishers wait for it, and look once in a second.
+            # Publishers wait for a collection, and poll once a second.
             time.sleep(rng.uniform(0, 0.6))
 
     def publish(self, number: int, pool: Pool, times: int) -> None:
-        """The record is there before the artifact, as it would be garbage at once without, and goes
-        after it was looked at, so that the next collection finds something to remove."""
+        """Publish artifacts under records and check that they stay whole.
+
+        The record precedes the artifact, which would be garbage at once without it. It is removed
+        after the check, so that the next collection has something to remove.
+        """
         rng = random.Random(f"{self._seed} {number}")
         store = self._open()
         for each in range(times):
             source, digest = rng.choice(pool.artifacts)
             name = f"records/{number}-{each}"
             store.history.append(name, {"digest": digest})
-            told = store.publish(source, "data", parents={}, producer=PRODUCER, metrics={})
-            wrong = [] if told.digest == digest else ["another digest"]
+            ref = store.publish(source, "data", parents={}, producer=PRODUCER, metrics={})
+            wrong = [] if ref.digest == digest else ["another digest"]
             wrong += store.problems(digest, deep=True)
-            # Once more, after others have been at it.
+            # Again, after publishes and collections of the other threads.
             time.sleep(rng.uniform(0, 0.2 + self._grace))
             wrong += store.problems(digest, deep=True)
             with self._lock:
@@ -261,71 +309,30 @@ class Collection:
                 store._backend.put(f"refs/{name}/000001.json", seal(name, {}))
 
 
-def _recorded(store: Store) -> list[str]:
+class Pool:
+    """Artifacts of three files each out of six, which share blobs and recur."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        rng = random.Random(seed)
+        files = {f"{number}.dat": rng.randbytes(20_000) for number in range(6)}
+        self.artifacts: list[tuple[Path, str]] = []
+        for at, names in enumerate(itertools.combinations(files, 3)):
+            folder = work / f"artifact-{at}"
+            folder.mkdir(parents=True)
+            for name in names:
+                (folder / name).write_bytes(files[name])
+            entries = [
+                FileEntry(path=name, sha256=sha256_bytes(files[name]), size=len(files[name]))
+                for name in names
+            ]
+            manifest = build_manifest("data", entries, {}, PRODUCER, {})
+            self.artifacts.append((folder, sha256_bytes(manifest.encode())))
+
+
+def _problems(store: Store) -> list[str]:
     entries = [store.history.entries(name)[0] for name in store.history.names("records/")]
     digests = {entry["digest"] for entry in entries if entry}
     return [line for digest in digests for line in store.problems(digest, deep=True)]
-
-
-#: Collectors, seconds for which an artifact is fresh, grace, and the part of the publishes.
-COLLECTIONS_OF_TRIALS = ((1, 0.0, 0.0, 1), (2, 0.0, 0.0, 1), (2, 2.0, 4.0, 4))
-
-
-def measure(store: str, options: Namespace) -> list[Row]:
-    """All trials in one place."""
-    with place(store) as there:
-        rows = [row for kind in ((1, 24), (4, 6)) for row in _writers(there, *kind, options.rounds)]
-        if there.name != "Swift" and options.publishes:
-            rows += [_collected(there, options, *each) for each in COLLECTIONS_OF_TRIALS]
-        return rows
-
-
-def _writers(there: Place, processes: int, threads: int, rounds: int) -> list[Row]:
-    kind = "24 threads" if processes == 1 else f"{processes} × {threads} threads"
-    few = max(1, rounds // 20)
-    return [
-        tried(
-            Row(f"create, {kind}", there.name),
-            lambda row: creating(there, processes, threads, rounds, row),
-        ),
-        tried(
-            Row(f"append, {kind}", there.name),
-            lambda row: appending(there, processes, threads, few, row),
-        ),
-    ]
-
-
-def _collected(
-    there: Place, options: Namespace, collectors: int, fresh: float, grace: float, part: int
-) -> Row:
-    name = f"collect, {collectors} collectors, grace {grace:.0f} s"
-    publishes = options.publishes // part
-    return tried(
-        Row(name, there.name),
-        lambda row: collecting(there, publishes, collectors, fresh, grace, options.seed, row),
-    )
-
-
-def report(rows: list[Row]) -> str:
-    """The block for RESULTS.md."""
-    lines = [
-        "| race | store | rounds | won | nobody won | gave up | slowest round, s | failures | s |",
-        "|---" * 9 + "|",
-        *(
-            f"| {r.trial} | {r.place} | {r.rounds} | {r.won} | {r.none} | {r.errors} "
-            f"| {r.slowest:.2f} | {len(r.failures)} | {r.seconds:.0f} |"
-            for r in rows
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--publishes", type=int, default=400)
-    parser.add_argument("--stores", nargs="+", default=["folder", "ceph", "swift"])
-    return command(parser, measure, report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of `benchmarks.storage`: for the terminal, and to paste into RESULTS.md."""
+"""Tables of `benchmarks.storage`, for the terminal and as Markdown for RESULTS.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.storage.runs import Run
 
 @dataclass
 class Table:
-    """A title, a head, rows of cells and lines below them."""
+    """A title, a header, rows of cells, and notes."""
 
     title: str
     head: Sequence[str]
@@ -23,18 +23,18 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def show(self, console: Console) -> None:
-        """For people."""
-        shown = RichTable(title=self.title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+        """Print the table to the terminal."""
+        rich_table = RichTable(title=self.title, box=rich.box.SIMPLE_HEAD, title_justify="left")
         for name in self.head:
-            shown.add_column(name, overflow="fold")
+            rich_table.add_column(name, overflow="fold")
         for row in self.rows:
-            shown.add_row(*(cell.replace("**", "") for cell in row))
-        console.print(shown)
+            rich_table.add_row(*(cell.replace("**", "") for cell in row))
+        console.print(rich_table)
         for note in self.notes:
             console.print(note, highlight=False)
 
     def markdown(self) -> str:
-        """For RESULTS.md."""
+        """Return the table as Markdown."""
         lines = [f"**{self.title}**", "", _line(self.head), "|" + "---|" * len(self.head)]
         lines += [_line(row) for row in self.rows]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
@@ -45,35 +45,36 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def middle(runs: Sequence[Run], what: Callable[[Run], float]) -> float:
-    """The median of one quantity."""
+    """Return the median of one quantity."""
     return median(what(run) for run in runs)
 
 
 def seconds(runs: Sequence[Run]) -> float:
-    """The median time."""
+    """Return the median time."""
     return middle(runs, lambda run: run.seconds)
 
 
 def fastest(sides: Mapping[str, Sequence[Run]]) -> str:
-    """The side with the smallest median time."""
+    """Return the method with the smallest median time."""
     return min(sides, key=lambda side: seconds(sides[side]))
 
 
 def against(value: float, bar: float, *, most: bool = False, digits: int = 2) -> str:
-    """A value beside its bar, which is the least or the most that it may be."""
-    kept = value <= bar if most else value >= bar
-    return (
-        f"**{value:.{digits}f}** ({'≤' if most else '≥'} {bar:g} {'✓' if kept else '**missed**'})"
-    )
+    """Format a value beside its bar, its least or (`most`) greatest valid value."""
+    met = value <= bar if most else value >= bar
+    return f"**{value:.{digits}f}** ({'≤' if most else '≥'} {bar:g} {'✓' if met else '**missed**'})"
 
 
-def verdict(error: str | None, found: str) -> str:
-    """What an operation under a fault comes to: its error, if any, and what was delivered."""
+def verdict(error: str | None, delivery: str) -> str:
+    """Return the verdict on an operation under a fault, by error and delivery."""
     if error is None:
-        return "survives" if found == "right" else "**silently wrong**"
-    return "fails, **wrong files left**" if found == "wrong" else "fails cleanly"
+        return "survives" if delivery == "right" else "**silently wrong**"
+    return "fails, **wrong files left**" if delivery == "wrong" else "fails cleanly"
 
 
 def in_turn(sides: Sequence[str], repetition: int) -> list[str]:
-    """The contenders' order, reversed every other time: nobody always follows the same one."""
+    """Return the methods, in reverse order every other repetition.
+
+    So none always follows the same one.
+    """
     return list(sides if repetition % 2 == 0 else reversed(sides))

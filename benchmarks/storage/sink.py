@@ -1,9 +1,9 @@
-"""An S3 server that keeps almost nothing: `python -m benchmarks.storage.sink`.
+"""An S3 server that discards content: `python -m benchmarks.storage.sink`.
 
-For artifacts larger than any memory here. Objects over 1 MiB are kept as their length and their
-first 4 KiB; what follows is served as zeros, which is what the benchmark's sparse files hold. It
-knows no signatures and only the requests that uploads, downloads and listings need. Its first line
-of output is its address; it ends when its standard input does.
+For artifacts larger than memory. Objects over 1 MiB are stored as their length and first 4 KiB; the
+rest is served as zeros, as in the benchmark's sparse files. It checks no signatures and implements
+only the requests of uploads, downloads and listings. Its first line of output is its address; it
+ends at the end of its standard input.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 WHOLE, HEAD, BLOCK = 1 << 20, 4 << 10, 1 << 20
-
-
 DATE = "2026-01-01T00:00:00.000Z"
-
-
 HTTP_DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 
 @dataclass
-class Kept:
-    """What remains of an object or of a part: zeros follow the head."""
+class Stored:
+    """The stored rest of an object or part: length and first bytes, zeros after them."""
 
     size: int
     head: bytes
@@ -37,17 +33,21 @@ class Kept:
 
     @property
     def etag(self) -> str:
-        """Tells contents apart as far as they are kept."""
+        """Return a hash of the length and the stored bytes."""
         return f'"{hashlib.sha256(b"%d " % self.size + self.head).hexdigest()[:32]}"'
 
 
-OBJECTS: dict[str, Kept] = {}
-
-
-UPLOADS: dict[str, dict[int, Kept]] = {}
-
-
+OBJECTS: dict[str, Stored] = {}
+UPLOADS: dict[str, dict[int, Stored]] = {}
 LOCK = threading.Lock()
+
+
+def main() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+    sys.stdin.read()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     wbufsize = BLOCK
 
     def handle_expect_100(self) -> bool:
-        """Clients that ask before they send a body wait for this."""
+        """Answer `100 Continue`, which clients await before they send a body."""
         self.send_response_only(100)
         self.end_headers()
         self.wfile.flush()
@@ -64,29 +64,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         key, query = self._target()
-        kept = self._take()
+        stored = self._take()
         if "uploadId" in query:
-            UPLOADS[query["uploadId"]][int(query["partNumber"])] = kept
-            return self._answer(200, {"ETag": kept.etag})
+            UPLOADS[query["uploadId"]][int(query["partNumber"])] = stored
+            return self._answer(200, {"ETag": stored.etag})
         with LOCK:
             if self.headers.get("If-None-Match") == "*" and key in OBJECTS:
                 return self._refuse(412, "PreconditionFailed")
-            OBJECTS[key] = kept
-        return self._answer(200, {"ETag": kept.etag})
+            OBJECTS[key] = stored
+        return self._answer(200, {"ETag": stored.etag})
 
     def do_POST(self) -> None:
         key, query = self._target()
-        kept = self._take()
+        stored = self._take()
         if "uploads" in query:
             upload = uuid.uuid4().hex
-            UPLOADS[upload] = {0: kept}
+            UPLOADS[upload] = {0: stored}
             return self._xml("InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>")
         if "uploadId" not in query:
             return self._refuse(501, "NotImplemented")
         parts = UPLOADS.pop(query["uploadId"])
         meta = parts.pop(0).meta
         first = parts[min(parts)]
-        whole = OBJECTS[key] = Kept(sum(p.size for p in parts.values()), first.head, meta)
+        whole = OBJECTS[key] = Stored(sum(p.size for p in parts.values()), first.head, meta)
         return self._xml("CompleteMultipartUploadResult", f"<ETag>{escape(whole.etag)}</ETag>")
 
     def do_DELETE(self) -> None:
@@ -108,12 +108,12 @@ class Handler(BaseHTTPRequestHandler):
             return self._xml("ListMultipartUploadsResult", "<IsTruncated>false</IsTruncated>")
         if "uploadId" in query:
             return self._refuse(404, "NoSuchUpload")
-        wanted = f"{key}/{query.get('prefix', '')}"
+        prefix = f"{key}/{query.get('prefix', '')}"
         items = "".join(
-            f"<Contents><Key>{escape(name.partition('/')[2])}</Key><Size>{kept.size}</Size>"
-            f"<ETag>{escape(kept.etag)}</ETag><LastModified>{DATE}</LastModified></Contents>"
-            for name, kept in sorted(OBJECTS.items())
-            if name.startswith(wanted)
+            f"<Contents><Key>{escape(name.partition('/')[2])}</Key><Size>{stored.size}</Size>"
+            f"<ETag>{escape(stored.etag)}</ETag><LastModified>{DATE}</LastModified></Contents>"
+            for name, stored in sorted(OBJECTS.items())
+            if name.startswith(prefix)
         )
         return self._xml("ListBucketResult", f"<IsTruncated>false</IsTruncated>{items}")
 
@@ -122,8 +122,8 @@ class Handler(BaseHTTPRequestHandler):
         query = parse_qs(parts.query, keep_blank_values=True)
         return unquote(parts.path).strip("/"), {name: v[0] for name, v in query.items()}
 
-    def _take(self) -> Kept:
-        """Read the body and forget most of it."""
+    def _take(self) -> Stored:
+        """Read the body and discard all but its head."""
         size = int(self.headers.get("Content-Length", 0))
         meta = {n: v for n, v in self.headers.items() if n.lower().startswith("x-amz-meta-")}
         head = self.rfile.read(size if size <= WHOLE else HEAD)
@@ -133,23 +133,23 @@ class Handler(BaseHTTPRequestHandler):
             if not count:
                 raise ConnectionError("the body ended early")
             left -= count
-        return Kept(size, head, meta)
+        return Stored(size, head, meta)
 
     def _give(self, body: bool) -> None:
-        kept = OBJECTS.get(self._target()[0])
-        if kept is None:
+        stored = OBJECTS.get(self._target()[0])
+        if stored is None:
             return self._refuse(404, "NoSuchKey")
-        first, last = 0, kept.size - 1
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        headers = {"ETag": kept.etag, "Last-Modified": HTTP_DATE, **kept.meta}
-        if asked:
-            first, last = int(asked[1]), min(last, int(asked[2] or last))
-            headers["Content-Range"] = f"bytes {first}-{last}/{kept.size}"
-        self._answer(206 if asked else 200, headers, last + 1 - first)
+        first, last = 0, stored.size - 1
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        headers = {"ETag": stored.etag, "Last-Modified": HTTP_DATE, **stored.meta}
+        if byte_range:
+            first, last = int(byte_range[1]), min(last, int(byte_range[2] or last))
+            headers["Content-Range"] = f"bytes {first}-{last}/{stored.size}"
+        self._answer(206 if byte_range else 200, headers, last + 1 - first)
         if not body:
             return None
-        self.wfile.write(kept.head[first : last + 1])
-        left, zeros = last + 1 - max(first, len(kept.head)), memoryview(bytes(BLOCK))
+        self.wfile.write(stored.head[first : last + 1])
+        left, zeros = last + 1 - max(first, len(stored.head)), memoryview(bytes(BLOCK))
         while left > 0:
             self.wfile.write(zeros[: min(left, BLOCK)])
             left -= BLOCK
@@ -175,14 +175,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         del format, args
-
-
-def main() -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
-    sys.stdin.read()
 
 
 if __name__ == "__main__":

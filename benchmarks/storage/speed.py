@@ -1,4 +1,4 @@
-"""Seconds, CPU seconds, memory and bytes: every measurement of `benchmarks.storage` but faults."""
+"""Measurements of `benchmarks.storage` but faults: time, CPU, memory and bytes."""
 
 from __future__ import annotations
 
@@ -20,65 +20,17 @@ from benchmarks.storage.throttle import Throttle, throttled
 from tests.store.proxy import fault_proxy
 
 RATE = 200
-
-
 RAW = tuple(side for side in SIDES if side.startswith("s3transfer"))
-
-
 ONE_BY_ONE = tuple(side for side in RAW if side.endswith("a loop"))
-
-
 REQUESTS = tuple(side for side in SIDES if side.startswith("boto3"))
-
-
 OPERATIONS = ("put", "get")
-
-
 GIB = 1 << 30
-
-
 Runs = dict[str, dict[str, list[Run]]]
-"""Operation, side, repetition."""
-
-
-def moved(
-    site: Site, folder: Path, sides: Sequence[str], repeats: int, endpoint: str | None = None
-) -> Runs:
-    """Put, get the same, and empty the server again: every side, so many times."""
-    found: Runs = {operation: {side: [] for side in sides} for operation in OPERATIONS}
-    for repetition in range(repeats):
-        for side in in_turn(sides, repetition):
-            place, target = site.place(), site.new_folder()
-            put = site.run(side, "put", str(folder), place, endpoint=endpoint)
-            got = site.run(side, "get", str(target), place, put.memo, endpoint=endpoint)
-            if delivered(got.folder, folder) != "right":
-                raise RuntimeError(f"{side} delivered other bytes")
-            found["put"][side].append(put)
-            found["get"][side].append(got)
-            shutil.rmtree(target)
-            site.forget(place)
-            print(f"{side}: put {put.seconds:.2f} s, get {got.seconds:.2f} s", flush=True)
-    return found
-
-
-def everyone(title: str, runs: Runs, work: float, unit: str) -> Table:
-    """All contenders with their rates; `work` is what one operation moves, in MiB or files."""
-    head = [""]
-    for operation in OPERATIONS:
-        head += [f"{operation}, s", f"{unit}/s", "CPU s", "peak MiB"]
-    table = Table(title, head)
-    for side in runs["put"]:
-        row = [side]
-        for operation in OPERATIONS:
-            of = runs[operation][side]
-            row += [f"{seconds(of):.2f}", f"{work / seconds(of):.0f}"]
-            row += [f"{middle(of, lambda r: r.cpu):.2f}", f"{max(r.peak for r in of):.0f}"]
-        table.rows.append(row)
-    return table
+"""Runs by operation and method, in the order of repetitions."""
 
 
 def large(site: Site, options: Namespace) -> list[Table]:
-    """Publish and fetch of a large artifact beside s3transfer: the network or the CPU limits."""
+    """Measure publish and fetch of a large artifact beside s3transfer."""
     gib = options.mib / 1024
     head = ["", "ours, s", "fastest raw, s", "raw/ours", "CPU s/GiB, ours", "raw", "ours − raw"]
     bars = Table(f"{options.mib:g} MiB: ours beside raw s3transfer", head)
@@ -92,25 +44,25 @@ def large(site: Site, options: Namespace) -> list[Table]:
         raw = RAW if count > 1 else ONE_BY_ONE
         for slow in [network == "throttled" for network in options.networks]:
             network = f"{RATE} MiB/s" if slow else "loopback"
-            where = f"{count} × {options.mib / count:g} MiB, {network}"
-            print(f"\n{where}", flush=True)
+            case = f"{count} × {options.mib / count:g} MiB, {network}"
+            print(f"\n{case}", flush=True)
             if slow:
                 with throttled(site.server.endpoint, RATE) as line:
                     runs = moved(site, folder, ("ours", *raw), options.repeats, line.endpoint)
-                    bars.notes.append(_cost(where, line))
+                    bars.notes.append(_throttle_cost(case, line))
             else:
                 peers = PEERS if count > 1 else ()
                 runs = moved(site, folder, ("ours", *raw, *peers), options.repeats)
-            rest.append(everyone(where, runs, options.mib, "MiB"))
+            rest.append(everyone(case, runs, options.mib, "MiB"))
             for operation in OPERATIONS:
-                row = _beside(runs[operation], gib, 0.9 if slow else 0.6)
-                bars.rows.append([f"{where}, {operation}", *row])
+                row = _comparison_cells(runs[operation], gib, 0.9 if slow else 0.6)
+                bars.rows.append([f"{case}, {operation}", *row])
         shutil.rmtree(folder)
     return [bars, *rest]
 
 
-def _beside(runs: dict[str, list[Run]], gib: float, bar: float) -> list[str]:
-    """Ours and the fastest of s3transfer: seconds, their ratio, and CPU seconds per GiB."""
+def _comparison_cells(runs: dict[str, list[Run]], gib: float, bar: float) -> list[str]:
+    """Return the cells of ours and the fastest s3transfer: seconds, ratio, CPU s/GiB."""
     best = fastest({side: runs[side] for side in runs if side in RAW})
     ours, raw = runs["ours"], runs[best]
     cpu = [middle(each, lambda r: r.cpu) / gib for each in (ours, raw)]
@@ -124,14 +76,14 @@ def _beside(runs: dict[str, list[Run]], gib: float, bar: float) -> list[str]:
     ]
 
 
-def _cost(where: str, line: Throttle) -> str:
+def _throttle_cost(case: str, line: Throttle) -> str:
     counts = line.counts()
     forwarded = (counts["up"] + counts["down"]) / GIB
-    return f"The throttle of {where} took {counts['cpu'] / forwarded:.2f} CPU s/GiB itself."
+    return f"The throttle of {case} took {counts['cpu'] / forwarded:.2f} CPU s/GiB itself."
 
 
 def hashing(folder: Path, repeats: int) -> float:
-    """CPU seconds per GiB of sha256 alone, the files being in memory."""
+    """Return CPU seconds per GiB of sha256 alone, with the files in memory."""
     size = sum(path.stat().st_size for path in folder.iterdir())
     spent: list[float] = []
     for _ in range(repeats):
@@ -144,7 +96,7 @@ def hashing(folder: Path, repeats: int) -> float:
 
 
 def small(site: Site, options: Namespace) -> list[Table]:
-    """Many small files."""
+    """Measure many small files."""
     folder = random_files(site.new_folder() / "small", [100_000] * options.files)
     sides = ("ours", *REQUESTS, *ONE_BY_ONE, *PEERS)
     runs = moved(site, folder, sides, options.repeats)
@@ -157,22 +109,8 @@ def small(site: Site, options: Namespace) -> list[Table]:
     return [table]
 
 
-@contextmanager
-def sink() -> Iterator[str]:
-    """The endpoint of `benchmarks.storage.sink` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.storage.sink"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin
-        assert process.stdout
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.stdin.close()
-
-
 def memory(site: Site, options: Namespace) -> list[Table]:
-    """Peak resident memory; files of zeros behind a block of their own."""
+    """Measure peak resident memory with large sparse files."""
     size = int(options.gb * 1e9 / 10)
     free = shutil.disk_usage(site.work).free
     if free < 1.1 * options.gb * 1e9:
@@ -203,11 +141,25 @@ def memory(site: Site, options: Namespace) -> list[Table]:
     return [table]
 
 
+@contextmanager
+def sink() -> Iterator[str]:
+    """Endpoint of a `benchmarks.storage.sink` process, which ends with the block."""
+    command = [sys.executable, "-m", "benchmarks.storage.sink"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
+
+
 def again(site: Site, options: Namespace) -> list[Table]:
-    """Publishing what is there already."""
+    """Measure a second publish of the same content."""
     sides = ("ours", *PEERS)
     folder = random_files(site.new_folder() / "again", [int(options.mib * MIB / 4)] * 4)
-    found = {f"{side}, {n}": list[tuple[Run, float]]() for side in sides for n in (1, 2)}
+    runs = {f"{side}, {n}": list[tuple[Run, float]]() for side in sides for n in (1, 2)}
     with throttled(site.server.endpoint, RATE) as line:
         for repetition in range(options.repeats):
             for side in in_turn(sides, repetition):
@@ -215,13 +167,13 @@ def again(site: Site, options: Namespace) -> list[Table]:
                 for number in (1, 2):
                     before = line.counts()["up"]
                     run = site.run(side, "put", str(folder), place, endpoint=line.endpoint)
-                    found[f"{side}, {number}"].append((run, line.counts()["up"] - before))
+                    runs[f"{side}, {number}"].append((run, line.counts()["up"] - before))
                 site.forget(place)
     head = ["", "first, s", "MiB sent", "again, s", "CPU s", "bytes sent", "again/first, s"]
     table = Table(f"4 × {options.mib / 4:g} MiB published twice, {RATE} MiB/s", head)
     for side in sides:
         (first, sent), (second, sent_again) = (
-            ([run for run, _ in found[f"{side}, {n}"]], median(b for _, b in found[f"{side}, {n}"]))
+            ([run for run, _ in runs[f"{side}, {n}"]], median(b for _, b in runs[f"{side}, {n}"]))
             for n in (1, 2)
         )
         row = [side, f"{seconds(first):.2f}", f"{sent / MIB:.1f}", f"{seconds(second):.2f}"]
@@ -236,7 +188,7 @@ def again(site: Site, options: Namespace) -> list[Table]:
 
 
 def _bodies(site: Site, folder: Path) -> str:
-    """Requests of a second publication that have a body, as key and bytes."""
+    """Return a second publish's requests with a body, as key and bytes."""
     place, sent = site.place(), list[str]()
 
     def look(method: str, path: str, headers: dict[str, str]) -> None:
@@ -250,3 +202,39 @@ def _bodies(site: Site, folder: Path) -> str:
         site.run("ours", "put", str(folder), place, endpoint=faults.endpoint)
     site.forget(place)
     return ", ".join(sent) or "None"
+
+
+def moved(
+    site: Site, folder: Path, sides: Sequence[str], repeats: int, endpoint: str | None = None
+) -> Runs:
+    """Put, get and delete a folder with every method, `repeats` times."""
+    runs: Runs = {operation: {side: [] for side in sides} for operation in OPERATIONS}
+    for repetition in range(repeats):
+        for side in in_turn(sides, repetition):
+            place, target = site.place(), site.new_folder()
+            put = site.run(side, "put", str(folder), place, endpoint=endpoint)
+            got = site.run(side, "get", str(target), place, put.memo, endpoint=endpoint)
+            if delivered(got.folder, folder) != "right":
+                raise RuntimeError(f"{side} delivered other bytes")
+            runs["put"][side].append(put)
+            runs["get"][side].append(got)
+            shutil.rmtree(target)
+            site.forget(place)
+            print(f"{side}: put {put.seconds:.2f} s, get {got.seconds:.2f} s", flush=True)
+    return runs
+
+
+def everyone(title: str, runs: Runs, work: float, unit: str) -> Table:
+    """Return the table of all methods; `work` is an operation's MiB or files."""
+    head = [""]
+    for operation in OPERATIONS:
+        head += [f"{operation}, s", f"{unit}/s", "CPU s", "peak MiB"]
+    table = Table(title, head)
+    for side in runs["put"]:
+        row = [side]
+        for operation in OPERATIONS:
+            of = runs[operation][side]
+            row += [f"{seconds(of):.2f}", f"{work / seconds(of):.0f}"]
+            row += [f"{middle(of, lambda r: r.cpu):.2f}", f"{max(r.peak for r in of):.0f}"]
+        table.rows.append(row)
+    return table

@@ -1,4 +1,4 @@
-"""A network that fails in the middle of a body: a TCP proxy that can change what passes."""
+"""TCP proxy that flips, cuts or delays data in the middle of a body."""
 
 from __future__ import annotations
 
@@ -12,82 +12,30 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
-Direction = Literal["up", "down"]
-
-
 CHUNK = 64 << 10
-
-
 BODY = 16 << 10
-
-
-class Reset(Exception):
-    """Both sides see their connection reset."""
-
-
-class Cut(Exception):
-    """Both sides see an orderly end, in the middle of a body."""
-
-
+Direction = Literal["up", "down"]
 Change = Callable[[bytes], bytes]
 
 
-@dataclass
-class Once:
-    """Does something to the first piece of a body after so many bytes in one direction."""
-
-    direction: Direction
-    after: int
-    change: Change
-    total: int = 0
-    done: bool = False
-
-    def __call__(self, direction: Direction, chunk: bytes) -> bytes:
-        if direction != self.direction:
-            return chunk
-        self.total += len(chunk)
-        # Only a body fills a large piece, and only heads hold this.
-        body = len(chunk) >= BODY and b"HTTP/1.1" not in chunk
-        if self.done or self.total < self.after or not body:
-            return chunk
-        self.done = True
-        return self.change(chunk)
-
-
-def flip(chunk: bytes) -> bytes:
-    """One bit, in the middle."""
-    half = len(chunk) // 2
-    return chunk[:half] + bytes([chunk[half] ^ 1]) + chunk[half + 1 :]
-
-
-def reset(_chunk: bytes) -> bytes:
-    """End the connection as a crashed host does."""
-    raise Reset
-
-
-def cut(_chunk: bytes) -> bytes:
-    """End the connection as a host does that has nothing more to say."""
-    raise Cut
-
-
-def during(work: Callable[[], object]) -> Change:
-    """Do something while the transfer waits."""
-
-    def change(chunk: bytes) -> bytes:
-        work()
-        return chunk
-
-    return change
+@contextlib.contextmanager
+def wire(upstream: str, once: Once) -> Iterator[str]:
+    """Endpoint of a proxy that runs for the length of the block."""
+    proxy = Wire(upstream, once)
+    try:
+        yield proxy.endpoint
+    finally:
+        proxy.close()
 
 
 class Wire:
-    """The proxy: every connection is one thread, which can therefore really reset it."""
+    """The proxy; one thread per connection, so that a reset reaches both sides."""
 
     def __init__(self, upstream: str, once: Once) -> None:
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname or "127.0.0.1", parts.port or 80)
         self._once = once
-        # One piece at a time on all connections: `during` holds up the whole transfer.
+        # One piece at a time over all connections, so that `during` stops the whole transfer.
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -110,7 +58,7 @@ class Wire:
                 return
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
-        """Until either side ends: S3's clients never half-close."""
+        """Forward until either side ends: S3 clients never half-close."""
         while True:
             for source in select.select([client, server], [], [])[0]:
                 up = source is client
@@ -122,16 +70,65 @@ class Wire:
                 (server if up else client).sendall(chunk)
 
     def close(self) -> None:
-        """Take no more connections; shutdown, because a close alone does not wake the thread."""
+        """Take no more connections.
+
+        shutdown first: a close alone does not wake the accepting thread.
+        """
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
-@contextlib.contextmanager
-def wire(upstream: str, once: Once) -> Iterator[str]:
-    """The endpoint of such a proxy, for the length of the block."""
-    proxy = Wire(upstream, once)
-    try:
-        yield proxy.endpoint
-    finally:
-        proxy.close()
+@dataclass
+class Once:
+    """Change one piece of a body, after `after` bytes in one direction."""
+
+    direction: Direction
+    after: int
+    change: Change
+    total: int = 0
+    done: bool = False
+
+    def __call__(self, direction: Direction, chunk: bytes) -> bytes:
+        if direction != self.direction:
+            return chunk
+        self.total += len(chunk)
+        # Only a body fills a large piece; only heads contain HTTP/1.1.
+        body = len(chunk) >= BODY and b"HTTP/1.1" not in chunk
+        if self.done or self.total < self.after or not body:
+            return chunk
+        self.done = True
+        return self.change(chunk)
+
+
+def flip(chunk: bytes) -> bytes:
+    """Flip one bit in the middle."""
+    half = len(chunk) // 2
+    return chunk[:half] + bytes([chunk[half] ^ 1]) + chunk[half + 1 :]
+
+
+def reset(_chunk: bytes) -> bytes:
+    """Reset the connection, as a crashed host does."""
+    raise Reset
+
+
+def cut(_chunk: bytes) -> bytes:
+    """Close the connection, as after the last byte."""
+    raise Cut
+
+
+def during(work: Callable[[], object]) -> Change:
+    """Return a change that runs `work` while the transfer waits."""
+
+    def change(chunk: bytes) -> bytes:
+        work()
+        return chunk
+
+    return change
+
+
+class Reset(Exception):
+    """Reset the connection on both sides."""
+
+
+class Cut(Exception):
+    """Close the connection on both sides in the middle of a body."""
