@@ -119,7 +119,7 @@ def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
 
 @dataclass
 class Trial:
-    """One pipeline run that is struck at random."""
+    """One pipeline run under random faults: kills, lost machines, cut network."""
 
     site: Site
     network: subprocess.Popen[str]
@@ -129,7 +129,7 @@ class Trial:
     retries: int = 0
 
     def strike(self, name: str) -> None:
-        """Strike once; a blow without a target is not counted."""
+        """Inject this fault; it counts only if it hit a running target."""
         hit = self._kinds()[name]() is not False
         if hit:
             self.blows.append(name)
@@ -159,7 +159,7 @@ class Trial:
         self.network.send_signal(signal.SIGCONT)
 
     def go(self, kills: int) -> dict[str, Any]:
-        """Strike until the count is reached, wait for the end, return the final state."""
+        """Inject `kills` faults, wait for the run's end, and return its final state."""
         give_up = time.monotonic() + LIMIT
         # Each type of blow at least once, in random order; the rest at random.
         plan = list(self._kinds())

@@ -1,4 +1,4 @@
-"""Library of rlhf-pipeline: data, SFT, reward model, PPO, evaluation, gates, store."""
+"""Library of rlhf-pipeline: data, SFT, reward model, PPO, evaluation, gates, store.
 
 Nothing here knows about Prefect; `tasks` and `flows` do. Submodules are imported where they are
 used, so that loading a configuration never loads torch.

@@ -182,7 +182,7 @@ def rollback(
 
 
 def require_standing(entries: Sequence[Promotion], name: str, policy: str) -> None:
-    """Refuse a policy that was rolled back, for a run that promotes without a person.
+    """Raise if a policy was rolled back: a run must not promote it automatically.
 
     Raises:
         PolicyWithdrawn: It names the rollback, and how to promote the policy again.
@@ -351,7 +351,7 @@ def _previous_champion(entries: Sequence[Promotion], store: Store, name: str) ->
 
 
 def _replay(entries: Sequence[Promotion]) -> tuple[list[str], dict[str, Promotion]]:
-    """Return the standing champions, the present one last, and rollbacks by policy.
+    """Return the champions not rolled back, newest last, and rollbacks by policy.
 
     A rollback withdraws every champion after the one that it returns to.
     """

@@ -283,7 +283,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _samples(rows: Sequence[PromptRow], before: Answers, after: Answers) -> list[dict[str, Any]]:
-    """Return all replies side by side, in an order that depends on the prompts alone.
+    """Return all replies side by side, ordered by a hash of their prompt.
 
     The order keeps the replies out of the choice of the first few, which reports show.
     """

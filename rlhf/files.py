@@ -43,7 +43,7 @@ def file_sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """Return the hex sha256 of a file, read once per process and state of the file."""
+    """Return a file's hex sha256, cached by path, size and modification time."""
     status = path.stat()
     state = path.absolute(), status.st_size, status.st_mtime_ns
     if state in _digests:

@@ -21,7 +21,7 @@ def external_base_model(config: PipelineConfig) -> ExternalModel | None:
 
 
 def external_reward_model(config: PipelineConfig) -> ExternalModel | None:
-    """Return a ready reward model, or the start of training; None starts from SFT."""
+    """Return the external reward model, ready or to train from; None: use SFT's."""
     if config.ppo.reward_model_path is not None:
         path = config.ppo.reward_model_path
         return ExternalModel("ppo.reward_model_path", path, config.store_options, ready=True)

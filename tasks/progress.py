@@ -104,7 +104,7 @@ def show_on(console: Console | None) -> None:
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """Log errors as warnings, in a block that only shows results."""
+    """Log errors in the block as warnings: a failed display must not fail a stage."""
     try:
         yield
     except Exception as error:

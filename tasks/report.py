@@ -149,7 +149,7 @@ def _sample(row: dict[str, Any]) -> Sample:
 
 
 def _verdicts(run: PipelineRun, store: Store) -> list[Verdict]:
-    """Return the gates' verdicts; that of a rejecting gate comes with its error."""
+    """Return the gates' verdicts, also the one in the run's GateRejected error."""
     verdicts = _published_verdicts(run, store)
     rejection: Verdict | None = getattr(run.error, "verdict", None)
     if rejection is not None and rejection.gate not in {verdict.gate for verdict in verdicts}:

@@ -140,7 +140,7 @@ def _show_samples(folder: Path, config: PipelineConfig) -> Mapping[str, Shown]:
 
 
 def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
-    """Return a gate's body, which writes any verdict; the task raises afterwards.
+    """Return a gate's body: it writes the verdict; the task raises if it rejects.
 
     Args:
         subject: Role of the artifact that is judged.

@@ -171,7 +171,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _run_name() -> str:
-    """Return the name of the pipeline run, or of a child's root, fit for a folder."""
+    """Return the root flow run's name, made safe for use as a folder name."""
     name = flow_run.get_name() or "run"
     if flow_run.get_parent_flow_run_id() is not None:
         with get_client(sync_client=True) as client:

@@ -1,4 +1,4 @@
-"""Section: log-probabilities in bfloat16 against float32, by way of computing.
+"""Section: error of bfloat16 log-probabilities, by computation path.
 
 PPO's ratio compares the log-probs of a reply when it was sampled with those when it is optimised.
 Before the first step both come from the same weights, so a ratio other than 1 is rounding. The

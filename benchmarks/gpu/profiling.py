@@ -51,12 +51,12 @@ def profiles(context: Context, results: Results) -> None:
     )
     rollouts = sample(trainer, rows, many)
     trainer.score(rollouts)
-    buffer, _, _ = trainer.evaluate(rollouts)
+    buffer, _, _ = trainer.prepare_buffer(rollouts)
     optimise(buffer, trainer.models, 0)  # warm-up; makes the optimisers' state
 
     def score() -> None:
         trainer.score(rollouts)
-        trainer.evaluate(rollouts)
+        trainer.prepare_buffer(rollouts)
 
     results.put(scoring=_profiled(score, device))
     results.put(optimisation=_profiled(lambda: optimise(buffer, trainer.models, 1), device))

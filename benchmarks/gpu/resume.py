@@ -130,7 +130,7 @@ def _config(context: Context, variant: str) -> PPOConfig:
 
 
 def _variant(context: Context, variant: str, mode: str) -> dict[str, Any]:
-    """Run a variant straight, killed and resumed; return how the results compare."""
+    """Run a variant uninterrupted, and killed and resumed; compare the results."""
     folder = Path(context.scratch) / f"{variant} {mode}".replace(", ", "-").replace(" ", "-")
     outcome: dict[str, Any] = {"mode": mode, "refused": None}
     straight = _Run(context, variant, folder / "straight")

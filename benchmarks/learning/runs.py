@@ -47,7 +47,7 @@ class Run:
         self.judge_policy(0, self.reference)
 
     def approved(self) -> Approved[Path]:
-        """Return the reward model, past the quickstart's own gate."""
+        """Return the reward model as approved by the quickstart's gate."""
         rules = self.config.gates.reward_model
         verdict = judge("reward model", "benchmark", self.evaluation, rules)
         return require(self.reward_model, "benchmark", verdict)

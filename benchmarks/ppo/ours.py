@@ -187,7 +187,7 @@ def run_update(
     trainer.free()
     clock.mark("rollout")
     trainer.score(rollouts)
-    buffer, _, _ = trainer.evaluate(rollouts)
+    buffer, _, _ = trainer.prepare_buffer(rollouts)
     trainer.free()
     clock.mark("scoring")
     replies, tensors = rollouts.replies, {}

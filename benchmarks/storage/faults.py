@@ -79,7 +79,7 @@ class Trial:
 
     @contextlib.contextmanager
     def fault(self, direction: Direction, change: Change, share: float = 0.4) -> Iterator[str]:
-        """Proxy with one fault after this share of the artifact's bytes."""
+        """Run a proxy that injects one fault after `share` of the artifact's bytes."""
         once = Once(direction, int(self.bytes * share), change)
         with wire(self.site.server.endpoint, once) as endpoint:
             yield endpoint
@@ -161,7 +161,7 @@ def killed(trial: Trial) -> str:
 
 
 def overtaken(trial: Trial) -> str:
-    """Let a second writer of the name overtake the first; either must be whole."""
+    """Put `b` while `a` is put under the same name; a get must return one intact."""
     # At 0.8, some of the first writer's files are complete in any order.
     with trial.fault("up", during(lambda: _release_other(trial)), 0.8) as endpoint:
         trial.put(trial.a, endpoint)

@@ -109,7 +109,7 @@ def table(rows: dict[str, Counter[str]]) -> str:
 
 @contextmanager
 def opened(server: CephServer, folder: Path) -> Iterator[Bench]:
-    """Bench on this server, whose bucket is deleted after the block."""
+    """Yield a Bench on a new bucket of this server; delete the bucket afterwards."""
     os.environ.update(server.environment)
     client = boto3.client("s3", endpoint_url=server.endpoint)
     bucket = f"flips-{uuid.uuid4().hex}"

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 MIB = 1 << 20
 RELEASE = "release"
-"""Memo for an operation by name: `put` assigns the name, `get` resolves it."""
+"""Memo that selects access by name: `put` sets the name, `get` resolves it."""
 PEERS = ("aws s3 sync", "MLflow")
 Work = Callable[[], str]
 

@@ -223,7 +223,7 @@ def _payload(writer: int, number: int) -> bytes:
 def collecting(
     place: Place, publishes: int, collectors: int, fresh: float, grace: float, seed: int, row: Row
 ) -> None:
-    """Run eight publishers and endless collectors; recorded artifacts must be whole."""
+    """Publish in eight threads during repeated gc; check all recorded artifacts."""
     with tempfile.TemporaryDirectory() as folder, aged(fresh):
         work = Path(folder)
         collection = Collection(place, work / "cache", grace, seed, row)
@@ -250,7 +250,7 @@ def collecting(
 
 @contextlib.contextmanager
 def aged(fresh: float) -> Iterator[None]:
-    """Count ages in seconds instead of hours.
+    """Set publish.FRESH to `fresh` seconds within the block, and patch gc.TRACES.
 
     TRACES lose COLLECTIONS: at such ages a collection would remove its own announcement as an old
     one, and with it the protection of publishers. Real ages rule that out.
@@ -310,7 +310,7 @@ class Collection:
 
 
 class Pool:
-    """Artifacts of three files each out of six, which share blobs and recur."""
+    """All artifacts of three out of six files, so that artifacts share blobs."""
 
     def __init__(self, work: Path, seed: int) -> None:
         rng = random.Random(seed)

@@ -60,7 +60,7 @@ def fastest(sides: Mapping[str, Sequence[Run]]) -> str:
 
 
 def against(value: float, bar: float, *, most: bool = False, digits: int = 2) -> str:
-    """Format a value beside its bar, its least or (`most`) greatest valid value."""
+    """Format a value with its threshold: a minimum, or with `most` a maximum."""
     met = value <= bar if most else value >= bar
     return f"**{value:.{digits}f}** ({'≤' if most else '≥'} {bar:g} {'✓' if met else '**missed**'})"
 

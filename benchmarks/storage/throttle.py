@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 CHUNK = 1 << 20
 BURST = 0.01
-"""Seconds of unused time that may be caught up: sleepers wake late."""
+"""Seconds of idle line time that may be made up, because `sleep` overshoots."""
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ class Pace:
         self.bytes = 0
 
     def pay(self, count: int) -> None:
-        """Wait until the line has had time for `count` more bytes."""
+        """Sleep for as long as the rate limit requires before `count` more bytes."""
         with self._lock:
             self.bytes += count
             self._free_at = max(self._free_at, time.monotonic() - BURST) + count / self._rate

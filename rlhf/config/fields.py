@@ -30,7 +30,7 @@ def field_types(key: str) -> tuple[Any, ...] | None:
 
 
 def containing_field(key: str) -> str | None:
-    """Return the field without members that a dotted name reaches into, or None."""
+    """Return `ppo.gamma` for `ppo.gamma.x`; None if no plain field contains the name."""
     parent = key.rpartition(".")[0]
     types = field_types(parent) if parent else ()
     if types is None:
@@ -39,7 +39,7 @@ def containing_field(key: str) -> str | None:
 
 
 def siblings(key: str) -> list[str]:
-    """Return the names of the fields in the section that a dotted name lies in."""
+    """Return the field names of the section that contains this dotted name."""
     types: tuple[Any, ...] | None = (PipelineConfig,)
     for name in key.split(".")[:-1]:
         types = member_types(types or (), name)
@@ -71,7 +71,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _has_members(types: tuple[Any, ...]) -> bool:
-    """Return whether dotted names may reach into a value of these types."""
+    """Return whether values of these types have members that dotted names address."""
     return bool(sections(types)) or member_types(types, "") is not None
 
 

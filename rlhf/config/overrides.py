@@ -133,7 +133,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _mark_replacements(tree: Tree, keys: Sequence[str]) -> Tree:
-    """Make a `Replacement` of each mapping that no dotted name reaches into."""
+    """Mark mappings that are overridden as a whole, so that they are not merged."""
     section = tree.get("ppo")
     if not isinstance(section, dict):
         return tree

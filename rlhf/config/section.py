@@ -127,7 +127,7 @@ def nested_error(errors: list[dict[str, Any]]) -> PydanticCustomError:
 
 
 def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Replace errors that carry others by these, under their full location."""
+    """Yield the errors; each `nested_error` as its inner ones, with their full `loc`."""
     for error in errors:
         if error["type"] != NESTED:
             yield error

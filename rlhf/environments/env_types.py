@@ -153,7 +153,7 @@ class PreferenceComparison(BaseEnvironment):
         self.needs_reference_reply = config.rival == "reference"
 
     def __call__(self, batch: Sequence[Reply]) -> Scored:
-        """Score every reply; the raw value is its score, or its mean advantage by `pairs`."""
+        """Score every reply; raw values are scores, or mean advantages by `pairs`."""
         comparisons = self._comparisons(batch)
         advantages, raw = self._judge(batch, comparisons)
         sums, counts = [0.0] * len(batch), [0] * len(batch)
@@ -261,7 +261,7 @@ class ComponentScale(RunningMoments):
 
 
 def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[float]:
-    """Return for each of `count` owners the mean of its values."""
+    """Average the values of each owner; `owners` holds one owner index per value."""
     sums, counts = [0.0] * count, [0] * count
     for value, owner in zip(values, owners, strict=True):
         sums[owner] += value

@@ -202,7 +202,7 @@ def _reports(folder: Path, count: int) -> dict[int, Exception | None]:
 
 
 def _error(name: str, message: str) -> Exception:
-    """Return an error of that class, or a RuntimeError that names it."""
+    """Rebuild a child's error by class name; RuntimeError if that is not possible."""
     for module in (errors, builtins):
         cls = getattr(module, name, None)
         if isinstance(cls, type) and issubclass(cls, Exception):

@@ -42,7 +42,7 @@ def blockwise(
     heads: tuple[int, int],
     scale: float,
 ) -> Float[Tensor, "slots out"]:
-    """Causal attention within each row of each rectangle (rows, width) of slots.
+    """Causal attention within each row of a batch laid out as (rows, width) blocks.
 
     Args:
         query: All query heads side by side.

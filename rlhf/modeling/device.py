@@ -84,14 +84,14 @@ def fast_float32(device: torch.device) -> Iterator[bool]:
 
 @contextmanager
 def plain_float32(device: torch.device) -> Iterator[None]:
-    """Use MKL for matrix products on a CPU: for many shapes that rarely repeat."""
+    """Use MKL, not oneDNN, on a CPU, where many shapes occur that rarely repeat."""
     mkl = "highest" if device.type == "cpu" else torch.get_float32_matmul_precision()
     with _matmul_precision(mkl):
         yield
 
 
 def rounding(rows: int, device: torch.device) -> int:
-    """Return the rows to add so that few shapes occur; 0 unless oneDNN is in use."""
+    """Return the padding rows that limit the number of shapes; 0 without oneDNN."""
     if device.type != "cpu" or torch.get_float32_matmul_precision() == "highest":
         return 0
     return -rows % ROW_MULTIPLE

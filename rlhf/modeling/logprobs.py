@@ -198,7 +198,7 @@ def _model_arguments(model: Any, replies: Replies) -> tuple[dict[str, Any], Tens
 
 
 def _previous_tokens(index: Tensor, replies: Replies) -> Int[Tensor, " tokens"]:
-    """Select from an index of all tokens the one before each valid reply token."""
+    """Return the indices of the tokens that precede the valid reply tokens."""
     return index[:, -replies.mask.shape[1] - 1 : -1][replies.valid]
 
 
@@ -316,7 +316,7 @@ def _logit_gradients(
     e: Tensor, targets: Tensor, sums: Tensor, entropies: Tensor, grad: Tensor,
     grad_entropy: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Compute the loss's gradient by the logits, in place of the exponentials."""
+    """Compute the loss's gradient with respect to the logits; overwrites `e`."""
     p = e.div_(sums[:, None])
     if grad_entropy is None:
         gradients = p.mul_(-grad[:, None])

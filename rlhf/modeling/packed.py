@@ -238,7 +238,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @runtime_checkable
 class AttentionPlan(Protocol):
-    """Attention of a forward pass, handed through the model as `ATTENTION`."""
+    """Attention of one forward pass, passed to the model as a keyword argument."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attend from (batch, heads, time, dim) to (batch, time, heads, dim)."""

@@ -117,7 +117,7 @@ def running_sum(
 def exponential(
     batch: int, vocabulary: int, rows: Int[Tensor, " live"], generator: torch.Generator
 ) -> Float[Tensor, "live vocabulary"]:
-    """Draw some rows of the noise of `exponential_` on (batch, vocabulary).
+    """Draw some rows of a (batch, vocabulary) tensor of exponential noise.
 
     On a CPU torch computes one number at a time: −log1p(−u), with u uniform in float64. Here the
     logarithms are taken of all numbers at once, and of these rows alone: four times as fast.

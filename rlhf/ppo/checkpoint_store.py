@@ -139,7 +139,7 @@ def keep_best(store: Store) -> None:
 
 
 def _intact(store: Store, damaged: set[str]) -> list[_Stored]:
-    """List checkpoints by update, without `damaged`; adds broken manifests to it."""
+    """List intact checkpoints by update, except `damaged`; add newly found damage."""
     intact: dict[int, _Stored] = {}
     for digest in store.digests():
         if digest in damaged:

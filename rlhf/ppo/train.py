@@ -123,7 +123,7 @@ def prompts_of_update(
     return chosen
 
 
-def score_of(curve: Sequence[Mapping[str, float]], config: PPOConfig) -> float | None:
+def checkpoint_score(curve: Sequence[Mapping[str, float]], config: PPOConfig) -> float | None:
     """Score of a checkpoint: the mean of reward − kl_coef·KL over its last updates.
 
     It is the objective that PPO maximises, averaged over as many updates as lie between two
@@ -202,7 +202,7 @@ def _run_updates(
                     state.trainer = trainer.state_dict()
                     saved = save_checkpoint(checkpoints, state, trainer.models, identity)
                     if uploads:
-                        uploads.submit(saved, state.update, score_of(state.curve, config))
+                        uploads.submit(saved, state.update, checkpoint_score(state.curve, config))
                 if ranks.any(terminated()):
                     raise Interrupted(
                         f"SIGTERM after update {state.update} of {config.updates}: saved; run the "

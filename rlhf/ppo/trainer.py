@@ -46,7 +46,7 @@ Metrics = dict[str, float]
 
 
 class PPOTrainer:
-    """PPO's algorithm and its state beside the models; `update` performs one update.
+    """The PPO algorithm and its state, except the models'; see `update`.
 
     Random draws of an update are seeded by (seed, update number), so `state_dict` and the models'
     checkpoint are all that a resumed run needs.
@@ -58,7 +58,7 @@ class PPOTrainer:
     ) -> None:  # fmt: skip
         self.config, self.models, self.environment = config, models, environment
         self.renderer, self.seed = renderer, seed
-        self.kl = kl_controller(config)
+        self.kl_controller = kl_controller(config)
         self.scale = RunningScale()
         self.device = models.device
         #: Device of the rollouts between the phases of an update.
@@ -81,12 +81,12 @@ class PPOTrainer:
         rollouts = self.sample(rows, seed=seed)
         self.free()
         self.score(rollouts)
-        buffer, metrics, samples = self.evaluate(rollouts)
+        buffer, metrics, samples = self.prepare_buffer(rollouts)
         self.free()
         learn_policy = number >= self.config.critic_warmup_updates
         metrics |= optimise(buffer, self.models, seed + 1, learn_policy)
         self.free()
-        self.kl.update(metrics["kl"], len(rollouts.texts))
+        self.kl_controller.update(metrics["kl"], len(rollouts.texts))
         return UpdateResult({**metrics, **rates}, [{"update": number + 1, **s} for s in samples])
 
     def free(self) -> None:
@@ -139,7 +139,9 @@ class PPOTrainer:
         )
 
     @torch.no_grad()
-    def evaluate(self, rollouts: Rollouts) -> tuple[Buffer, dict[str, float], list[dict[str, Any]]]:
+    def prepare_buffer(
+        self, rollouts: Rollouts
+    ) -> tuple[Buffer, dict[str, float], list[dict[str, Any]]]:
         """Compute rewards, advantages and returns under the sampling policy.
 
         Returns:
@@ -157,7 +159,7 @@ class PPOTrainer:
             self.scale.update(scores)
             scores = self.scale.apply(scores)
         scores = clip_scores(scores, config.reward_clip).to(self.storage_device)
-        rewards = shaped_rewards(scores, kl, mask, states, self.kl.value)
+        rewards = shaped_rewards(scores, kl, mask, states, self.kl_controller.value)
         if config.whiten_rewards:
             rewards = whiten(rewards, states, config.whiten_variance, shift_mean=False)
         advantages, returns = gae(rewards, values, states, config.gamma, config.gae_lambda)
@@ -168,7 +170,7 @@ class PPOTrainer:
             **scored.metrics(),
             "reward/missing_eos": float((rollouts.scores - scored.totals).mean()),
             "kl": float(reply_kl.mean()),
-            "kl_coef": self.kl.value,
+            "kl_coef": self.kl_controller.value,
             "entropy": float(masked_mean(entropy, mask)),
             "tokens": float(mask.sum(1).float().mean()),
             "eos_rate": float(replies.finished.float().mean()),
@@ -210,16 +212,16 @@ class PPOTrainer:
         return log_probs, reference, entropy, values, exact
 
     def state_dict(self) -> dict[str, Any]:
-        """State beside weights and optimizers, as JSON values."""
+        """State other than weights and optimizers, as JSON values."""
         return {
-            "kl_controller": self.kl.state_dict(),
+            "kl_controller": self.kl_controller.state_dict(),
             "reward_scale": self.scale.state_dict(),
             "environment": self.environment.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.kl.load_state_dict(state["kl_controller"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
         self.scale.load_state_dict(state["reward_scale"])
         self.environment.load_state_dict(state["environment"])
 
@@ -278,7 +280,7 @@ class Buffer:
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """Derive a seed for each number; seeds are even, so `+ 1` gives an unrelated one."""
+    """Derive an even seed from (seed, number); `seed + 1` is then unused by others."""
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return int.from_bytes(digest[:7], "big") * 2
 

@@ -89,7 +89,7 @@ def is_atomic(backend: Backend) -> bool:
 
 @contextlib.contextmanager
 def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[float, float]]:
-    """Announce a garbage collection, and leave a trace of it at the end.
+    """Mark a garbage collection as running, then as ended, by objects under `gc/`.
 
     Yields its start by the local clock, and the age that the store reports for a new object.
     A dry run announces nothing, and writes its object only to learn that age.
@@ -109,7 +109,7 @@ def announced_collection(backend: Backend, dry_run: bool) -> Iterator[tuple[floa
 
 
 def collected_since(backend: Backend, began: float) -> bool:
-    """Return whether a collection may have run since `began`, once none is running."""
+    """Wait for running collections; return whether one may have run since `began`."""
     traces = wait_for_collection(backend)
     since = time.monotonic() - began + COLLECTION_SECONDS
     return any(info.age < since for info in traces.values())
@@ -158,7 +158,7 @@ def _warning(backend: Backend) -> str | None:
 
 
 def overlapping_winners(backend: Backend) -> int | None:
-    """Count the winners of two overlapping writes of a key; None if unproven.
+    """Count the successes of two overlapping writes to a key; None if inconclusive.
 
     The first write's body is held back, after the server has accepted it, until the second is
     complete. A server that checks first and writes later lets both win, however slow or fast it
@@ -180,7 +180,7 @@ def overlapping_winners(backend: Backend) -> int | None:
 
 
 def racing_winners(backend: Backend) -> int:
-    """Return the most winners of a race for one key, in a few races.
+    """Return the most `put_new` successes for one key in any of `ROUNDS` races.
 
     It detects what overlapping requests do not: a server behind a proxy that buffers requests.
     """
@@ -210,7 +210,7 @@ def _probe_key(backend: Backend) -> Iterator[str]:
 
 
 def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
-    """Create an object under a claim, for a server whose conditional writes are weak."""
+    """Create an object while holding a claim, for a store without atomic `put_new`."""
     prefix = f"{CLAIMS}{sha256_bytes(key.encode())[:32]}/"
     end = time.monotonic() + _PATIENCE
     pause = _FIRST_PAUSE
@@ -247,7 +247,7 @@ def _create_claimed(backend: Backend, key: str, data: bytes) -> bool:
 
 
 def _is_alone(backend: Backend, prefix: str, claim: str, end: float) -> bool:
-    """Return whether the claim is the only one, waiting while it is the smallest.
+    """Wait until the claim is the only one; False if another one sorts before it.
 
     False once it is not the smallest, was removed, or the deadline has passed.
     """

@@ -122,7 +122,7 @@ def _find(
 
 
 class _Listing:
-    """Two listings, against flipped bits that make an object look like garbage.
+    """Two listings combined, in case a bit error hides or alters an entry of one.
 
     `all` holds the keys of either, `sure` those of both, each with the lower age.
     """

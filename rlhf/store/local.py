@@ -65,7 +65,7 @@ class LocalBackend:
             return True
 
     def put_new_held(self, key: str, data: bytes, hold: Callable[[], None]) -> bool | None:
-        """Prove nothing: hard links are known to be atomic."""
+        """Create the object; return None, as a folder needs no probe of atomicity."""
         del hold
         self.put_new(key, data)
         return None

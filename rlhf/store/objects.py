@@ -68,7 +68,7 @@ class Backend(Protocol):
         ...
 
     def get_file(self, key: str, sink: Sink) -> None:
-        """Write an object into the sink, in order; ArtifactMissing if absent."""
+        """Write an object into the sink and hash it in order; ArtifactMissing if absent."""
         ...
 
     def find(self, key: str) -> ObjectInfo | None:
@@ -209,7 +209,7 @@ class Meter:
         self._lock = threading.Lock()
 
     def __call__(self, moved: int) -> None:
-        """Add moved bytes; those sent again count once."""
+        """Add moved bytes; the sum is capped at the total, as parts may be sent again."""
         if self._listener:
             with self._lock:
                 self._done = min(self._done + moved, self._total)

@@ -135,7 +135,7 @@ class _Sender:
 
 
 def _put_manifest(backend: Backend, key: str, data: bytes) -> None:
-    """Create the manifest; rewrite an old one, against garbage collection."""
+    """Create the manifest; rewrite one older than `FRESH`, so that gc keeps it."""
     if backend.put_new(key, data):
         return
     if backend.get_bytes(key, MAX_MANIFEST_BYTES) != data:

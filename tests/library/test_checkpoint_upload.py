@@ -13,7 +13,7 @@ import pytest
 from rlhf.errors import CheckpointError, Interrupted, StoreError, is_retriable
 from rlhf.ppo.checkpoint import checkpoints_in, import_checkpoint
 from rlhf.ppo.checkpoint_store import HISTORY, CheckpointStore, keep_best
-from rlhf.ppo.train import score_of
+from rlhf.ppo.train import checkpoint_score
 from rlhf.store import Store, open_store
 from rlhf.store.cache import Cache
 from rlhf.store.local import LocalBackend
@@ -264,11 +264,11 @@ def test_a_store_that_forbids_deletion_only_grows(tmp_path, caplog):
 def test_the_score_is_the_objective_of_the_last_updates():
     curve = [{"reward": r, "kl": k} for r, k in ((9.0, 0.0), (1.0, 2.0), (2.0, 4.0))]
     config = toys.changed(toys.PPO, kl_coef=0.5, checkpoint_every=2)
-    assert score_of(curve, config) == 0.0  # (1 − 0.5·2 + 2 − 0.5·4) / 2
-    assert score_of(curve[:1], config) == 9.0
+    assert checkpoint_score(curve, config) == 0.0  # (1 − 0.5·2 + 2 − 0.5·4) / 2
+    assert checkpoint_score(curve[:1], config) == 9.0
     for bad in (float("nan"), float("inf")):
-        assert score_of([*curve, {"reward": bad, "kl": 1.0}], config) is None
-        assert score_of([*curve, {"reward": bad, "kl": bad}], config) is None
+        assert checkpoint_score([*curve, {"reward": bad, "kl": 1.0}], config) is None
+        assert checkpoint_score([*curve, {"reward": bad, "kl": bad}], config) is None
 
 
 def test_names_of_runs_do_not_meet(tmp_path):

@@ -102,7 +102,7 @@ def nudge(model):
 @pytest.mark.parametrize(("variance", "correction"), [("biased", 0), ("unbiased", 1)])
 def test_advantages_are_whitened_by_the_variance_asked_for(sft, approved, variance, correction):
     trainer = trainer_with(sft, approved, whiten_variance=variance)
-    buffer = trainer.evaluate(rollouts_of(trainer))[0]
+    buffer = trainer.prepare_buffer(rollouts_of(trainer))[0]
     advantages = buffer.advantages[buffer.replies.mask]
     assert advantages.mean().item() == pytest.approx(0, abs=1e-6)
     assert advantages.var(correction=correction).item() == pytest.approx(1, abs=1e-5)
@@ -110,12 +110,12 @@ def test_advantages_are_whitened_by_the_variance_asked_for(sft, approved, varian
 
 def test_the_score_goes_where_it_is_asked_for(sft, approved):
     last = trainer_with(sft, approved, kl_coef=0.0, gamma=1.0, gae_lambda=1.0)
-    buffer = last.evaluate(rollouts_of(last))[0]
+    buffer = last.prepare_buffer(rollouts_of(last))[0]
     lengths = buffer.replies.mask.sum(1)
     assert torch.equal(buffer.states.sum(1), lengths)
     past = trainer_with(sft, approved, kl_coef=0.0, score_position="past_end", gamma=0.5)
     rollouts = rollouts_of(past)
-    buffer = past.evaluate(rollouts)[0]
+    buffer = past.prepare_buffer(rollouts)[0]
     assert torch.equal(buffer.states.sum(1), (lengths + 1).clamp(max=lengths.max()))
     rows = torch.arange(16, device=buffer.returns.device)
     # V is 0 at the start, so the return of the last state is its reward: the score
@@ -139,8 +139,8 @@ def test_the_audit_is_the_kl_over_the_vocabulary(sft, approved):
     trainer = trainer_with(sft, approved, kl_audit=True)
     nudge(trainer.models.policy)
     rollouts = rollouts_of(trainer)
-    metrics = trainer.evaluate(rollouts)[1]
-    assert "kl_exact" not in trainer_with(sft, approved).evaluate(rollouts)[1]
+    metrics = trainer.prepare_buffer(rollouts)[1]
+    assert "kl_exact" not in trainer_with(sft, approved).prepare_buffer(rollouts)[1]
     replies = rollouts.replies.to(DEVICE)
     attention = replies.attention.to(DEVICE)
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_every_kind_of_critic_learns(sft, approved, critic):
                            value_clip_range=None, max_grad_norm=None)  # fmt: skip
     trainer.models.set_learning_rates(0)
     rollouts = rollouts_of(trainer)
-    buffer = trainer.evaluate(rollouts)[0]
+    buffer = trainer.prepare_buffer(rollouts)[0]
     # A head alone is a linear function: there is more to learn for what is below it.
     optimise(buffer, trainer.models, seed=0, learn_policy=critic == "head")
     with torch.no_grad():
