@@ -2,7 +2,7 @@
 
 PPO's ratio compares the log-probs of a reply when it was sampled with those when it is optimised.
 Before the first step both come from the same weights, so a ratio other than 1 is rounding. The
-reference of all comparisons is float32, packed, as `PPOTrainer.evaluate` computes it.
+reference of all comparisons is float32, packed, as `PPOTrainer.prepare_buffer` computes it.
 """
 
 from __future__ import annotations
