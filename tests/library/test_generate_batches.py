@@ -8,7 +8,8 @@ import torch
 from rlhf.modeling.generate import _DrawnReplies, generate
 from rlhf.modeling.sampling import Sampling
 from tests.library.ppo_runs import Stopped, assert_same_run
-from tests.library.test_generate import PROMPTS, TOKENS, likely_end
+from tests.library.test_generate import MANY_PROMPTS as PROMPTS
+from tests.library.test_generate import TOKENS, likely_end
 from tests.library.test_packed import make
 
 pytestmark = pytest.mark.device

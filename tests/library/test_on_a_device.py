@@ -19,7 +19,8 @@ from rlhf.reward import train_reward_model
 from tests.emulated_cuda import emulated_cuda
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, LORA, Stopped, assert_same_run
-from tests.library.test_generate import PROMPTS, TOKENS, likely_end
+from tests.library.test_generate import MANY_PROMPTS as PROMPTS
+from tests.library.test_generate import TOKENS, likely_end
 from tests.library.test_packed import ALL, PACKED, make
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device is here")

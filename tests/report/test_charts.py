@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.report import charts, render, text
+from rlhf.report import charts, text
 from rlhf.report.model import StageRow, StageState
+from rlhf.report.render import curve_table, lanes
 
 
 @pytest.mark.parametrize(
@@ -105,14 +106,14 @@ def test_names_and_digests():
 def test_the_first_gate_opens_the_second_lane():
     names = ("prepare-data", "gate-reward-model", "train-policy", "gate-policy", "promote")
     rows = [StageRow(name=name, state=StageState.NOT_RUN) for name in names]
-    assert [[s.name for s in lane] for lane in render.lanes(rows)] == [
+    assert [[s.name for s in lane] for lane in lanes(rows)] == [
         ["prepare-data", "gate-reward-model"], ["train-policy", "gate-policy", "promote"],
     ]  # fmt: skip
-    assert render.lanes([]) == []
+    assert lanes([]) == []
 
 
 def test_long_tables_keep_every_nth_row_and_the_last():
-    columns, rows, step = render.curve_table([{"update": i, "kl": 0.5} for i in range(1, 201)])
+    columns, rows, step = curve_table([{"update": i, "kl": 0.5} for i in range(1, 201)])
     # 200 rows in at most 60 (plus the last): every 4th.
     assert (columns, step, len(rows)) == (["update", "kl"], 4, 51)
     assert rows[0] == ["1", "0.50"]
@@ -126,7 +127,7 @@ def _luminance(colour):
 
 
 def test_text_contrast_is_at_least_aa_in_both_modes():
-    css = Path(render.__file__).with_name("style.css").read_text(encoding="utf-8")
+    css = Path(charts.__file__).with_name("style.css").read_text(encoding="utf-8")
     css = css.replace("#fff;", "#ffffff;")
     light, dark = (
         dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block.partition("}")[0]))
