@@ -200,7 +200,7 @@ def cache_parameter(model: Any) -> str:
 
     transformers 5.24 renamed `past_key_values` to `cache`, model by model.
     """
-    parameters = inspect.signature(core_of(model).forward).parameters
+    parameters = inspect.signature(type(core_of(model)).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
