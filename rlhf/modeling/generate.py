@@ -24,6 +24,7 @@ from rlhf.modeling.packed import (
     evaluating,
     packed_arguments,
     packs,
+    position_ids,
 )
 from rlhf.modeling.sampling import Sampler, Sampling
 
@@ -423,8 +424,3 @@ def pad_left(
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
-
-
-def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """Positions counted from each row's first real token."""
-    return (attention.cumsum(1) - 1).clamp(min=0)

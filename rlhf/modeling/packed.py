@@ -60,7 +60,7 @@ def arguments_of(
         Keyword arguments on the device of `ids`, and the index on the CPU.
     """
     device, attention = ids.device, attention.cpu()
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    positions = position_ids(attention)
     if not packed:
         index = torch.arange(ids.numel()).view(ids.shape)
         mask, steps = upload(attention, device), upload(positions, device)
@@ -75,6 +75,11 @@ def arguments_of(
         steps = torch.cat([steps, torch.arange(extra)])
         lengths.append(extra)
     return packed_arguments(flat, upload(steps, device), Packed.of(lengths, device)), index
+
+
+def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    """Positions counted from each row's first real token."""
+    return (attention.cumsum(1) - 1).clamp(min=0)
 
 
 def packed_arguments(
@@ -208,19 +213,6 @@ def backbone_of(model: Any) -> Any:
     """Return the part of a model that computes hidden states."""
     core = core_of(model)
     return getattr(core, core.base_model_prefix, core)
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Batch rows by length, each with at most `budget` tokens (one row at least)."""
-    batches: list[list[int]] = []
-    tokens = 0
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not batches or tokens + lengths[i] > budget:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(i)
-        tokens += lengths[i]
-    return batches
 
 
 @contextmanager

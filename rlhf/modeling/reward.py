@@ -7,6 +7,7 @@ the rendering of the training data and, for a model with an adapter, the digest 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rlhf.modeling.lora import (
     active_adapter,
     load_adapter,
 )
-from rlhf.modeling.packed import arguments_of, backbone_of, packs, token_batches
+from rlhf.modeling.packed import arguments_of, backbone_of, packs, position_ids
 from rlhf.modeling.precision import Precision, autocast, in_own_precision, store_in_bfloat16
 from rlhf.modeling.weights import save_model, weights_digest
 
@@ -157,6 +158,19 @@ class Scorer:
         token_scores = in_own_precision(self.model.score, hidden).flatten()
         token_scores = token_scores[upload(index, self.device)].float()
         return pool(token_scores, counted, self.model.pooling)
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Batch rows by length, each with at most `budget` tokens (one row at least)."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or tokens + lengths[i] > budget:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return batches
 
 
 class SharedScorer(Scorer):
@@ -309,11 +323,10 @@ class _Pooled:
         self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any
     ) -> SequenceClassifierOutputWithPast:
         backbone = getattr(self, self.base_model_prefix)
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         hidden = backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=positions,
+            position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
         token_scores = self.score(hidden).squeeze(-1).float()

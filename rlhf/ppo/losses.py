@@ -318,6 +318,13 @@ def entropy_bonus(entropy: Tokens, mask: Mask, n_tokens: float) -> Scalar:
     return entropy.masked_fill(~mask, 0).sum() / n_tokens
 
 
+def explained_variance(values: Tokens, returns: Tokens, states: Mask) -> float:
+    """1 − mean squared error of the critic over the variance of the returns."""
+    residual = masked_mean((returns - values) ** 2, states)
+    variance = masked_mean((returns - masked_mean(returns, states)) ** 2, states)
+    return float(1 - residual / variance.clamp(min=1e-8))
+
+
 def masked_mean(values: Tokens, mask: Mask) -> Scalar:
     """Mean over all valid tokens with equal weight; 0 if none is valid."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

@@ -26,6 +26,7 @@ from rlhf.ppo.losses import (
     RunningScale,
     clip_scores,
     entropy_bonus,
+    explained_variance,
     gae,
     kl_controller,
     kl_estimate,
@@ -174,7 +175,7 @@ class PPOTrainer:
             "entropy": float(masked_mean(entropy, mask)),
             "tokens": float(mask.sum(1).float().mean()),
             "eos_rate": float(replies.finished.float().mean()),
-            "explained_variance": _explained_variance(values, returns, states),
+            "explained_variance": explained_variance(values, returns, states),
         }
         if config.kl_audit:
             metrics["kl_exact"] = exact_kl / len(mask)
@@ -445,13 +446,6 @@ class _OptimizerStep:
             )
         self.models.optimizers[optimizer].step()
         self.models.optimizers[optimizer].zero_grad()
-
-
-def _explained_variance(values: Tensor, returns: Tensor, states: Tensor) -> float:
-    """1 − mean squared error of the critic over the variance of the returns."""
-    residual = masked_mean((returns - values) ** 2, states)
-    variance = masked_mean((returns - masked_mean(returns, states)) ** 2, states)
-    return float(1 - residual / variance.clamp(min=1e-8))
 
 
 def _samples(

@@ -20,10 +20,9 @@ from rlhf.modeling.generate import (
     decoder_of,
     generate,
     pad_left,
-    position_ids,
 )
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
-from rlhf.modeling.packed import packs
+from rlhf.modeling.packed import packs, position_ids
 from rlhf.modeling.sampling import Sampler, Sampling, exponential, filter_logits, inverse_cdf
 from tests.library.test_packed import ALL, PACKED, make
 from tests.library.test_packed import PROMPTS as PACKED_PROMPTS

@@ -24,8 +24,8 @@ from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.base import from_scratch, load_base, load_policy, train_tokenizer
 from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.device import prepare_device
-from rlhf.modeling.generate import position_ids
 from rlhf.modeling.lora import lora_config, merge_adapter
+from rlhf.modeling.packed import position_ids
 from rlhf.modeling.reward import (
     Scorer,
     counted_tokens,

@@ -44,8 +44,8 @@ from rlhf.modeling.packed import (
     packs,
     rectangles_of,
     take_rows,
-    token_batches,
 )
+from rlhf.modeling.reward import token_batches
 from tests.library.toys import DEVICE, within
 
 pytestmark = pytest.mark.device

@@ -10,7 +10,7 @@ from rlhf.config.ppo import COMPAT
 from rlhf.data.rows import PromptRow
 from rlhf.files import read_json
 from rlhf.modeling.device import empty_cache
-from rlhf.modeling.generate import position_ids
+from rlhf.modeling.packed import position_ids
 from rlhf.ppo.models import learning_rate_scale
 from rlhf.ppo.train import build_trainer
 from rlhf.ppo.trainer import optimise
