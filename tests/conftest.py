@@ -1,6 +1,7 @@
 """Set-up of all tests: environment, shape checks, coverage, order and groups."""
 
 import os
+from pathlib import Path
 
 # Before anything imports torch or Prefect.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,7 @@ import pytest
 
 from tests import reaper
 from tests.ceph import s3_server
+from tests.startup import sitecustomize
 from tests.swift import s3_weak_server
 
 # Before any test imports rlhf. RLHF_CHECK_SHAPES=0 for the whole quickstart, which runs at a user's
@@ -33,6 +35,9 @@ hypothesis.settings.load_profile("any-speed")
 
 
 def pytest_configure(config):
+    # So that all Python processes of the session import sitecustomize, as this one has.
+    paths = [str(Path(sitecustomize.__file__).parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if not hasattr(config, "workerinput"):  # a worker of xdist belongs to the session
         reaper.start()
     # transformers renamed a switch that TRL and peft still read by its old name.
@@ -51,17 +56,24 @@ def pytest_ignore_collect(collection_path, config):
     return (is_test and "pytest.mark.device" not in collection_path.read_text("utf-8")) or None
 
 
-#: Whole programs, and the emulated device: slow under coverage, and they run code that other suites
-#: measure.
+#: Whole programs, the emulated device, and training again and again: slow under coverage, and they
+#: run code that other tests measure.
 UNMEASURED = (
     "tests/flows/", "tests/production/", "tests/benchmarks/", "tests/test_reaper",
-    "tests/test_emulated_cuda", "tests/library/test_on_a_device",
+    "tests/test_emulated_cuda",
+    *(
+        f"tests/library/test_{name}"
+        for name in (
+            "checkpoint_upload", "environments_training", "external_models", "families",
+            "generate_batches", "on_a_device", "ppo_options", "ppo_resume", "processes",
+            "promotion", "resume_stage", "shared_base", "smoke", "uploads",
+        )
+    ),
+    *(f"tests/store/test_{name}" for name in ("flips", "kills", "races", "wire_faults")),
 )  # fmt: skip
-#: Tests of saved state; the tests of PPO's options check shapes. Checks make a PPO run take half as
-#: long again.
-UNCHECKED = tuple(
-    f"tests/library/test_{name}"
-    for name in ("checkpoint", "ppo_resume", "processes", "resume_stage", "uploads")
+#: Of these, the tests that check shapes all the same: PPO with each of its options.
+CHECKED = tuple(
+    f"tests/library/test_{name}" for name in ("generate_batches", "ppo_options", "shared_base")
 )
 
 
@@ -71,7 +83,7 @@ def pytest_runtest_protocol(item):
     measured = not item.nodeid.startswith(UNMEASURED)
     _measure(item.config, measured)
     if CHECKS_SHAPES:
-        typecheck.enable(measured and not item.nodeid.startswith(UNCHECKED))
+        typecheck.enable(measured or item.nodeid.startswith(CHECKED))
     return (yield)
 
 
