@@ -19,9 +19,9 @@ deploy: pools  ## register flows, schedules and automations with the server of P
 pools: $(STAMP)
 	@$(BIN)/prefect config view | grep -q PREFECT_API_URL || \
 	  { echo "no Prefect server: start one, and export PREFECT_API_URL" >&2; exit 2; }
-	for pool in cpu reward gpu; do \
-	  $(BIN)/prefect work-pool inspect $$pool >/dev/null 2>&1 || \
-	  $(BIN)/prefect work-pool create $$pool --type process; done
+	existing=$$($(BIN)/prefect work-pool ls --output json) || exit; for pool in cpu reward gpu; do \
+	  case "$$existing" in *"\"name\": \"$$pool\""*) ;; \
+	  *) $(BIN)/prefect work-pool create $$pool --type process ;; esac; done
 
 test: $(STAMP)  ## lint, and all tests but the quickstart's quality bars
 	+$(MAKE) --no-print-directory --jobs=2 lint unit

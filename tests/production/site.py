@@ -7,7 +7,6 @@ one process group, so that a test can kill them together, as the loss of a machi
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +141,10 @@ class Site:
         return self.folder / f"machine-{pool}"
 
     def submit(self, deployment: str, **parameters: Any) -> str:
-        """Run a deployment by Prefect's command, and return the run's id."""
-        given = [f"{name}={json.dumps(value)}" for name, value in parameters.items()]
-        pairs = [part for text in given for part in ("-p", text)]
-        said = self.run("prefect", "deployment", "run", deployment, *pairs)
-        return said.partition("UUID: ")[2].split()[0]
+        """Run a deployment, named as in Prefect's command, and return the run's id."""
+        flow, _, name = deployment.partition("/")
+        made = self.api(f"deployments/name/{flow}/{name or flow}")["id"]
+        return self.api(f"deployments/{made}/create_flow_run", parameters=parameters)["id"]
 
     def logs(self, run: str) -> str:
         """Return the log of a run."""
@@ -174,11 +173,15 @@ class Site:
 
     def api(self, path: str, **body: Any) -> Any:
         """Return the server's answer to a POST, or to a GET without a body."""
-        url = f"{self.environment['PREFECT_API_URL']}/{path}"
-        method = "POST" if body else "GET"
-        answer = httpx.request(method, url, json=body or None, timeout=PATIENCE)
-        answer.raise_for_status()
+        answer = self.client.request("POST" if body else "GET", path, json=body or None)
+        if answer.is_error:
+            raise httpx.HTTPStatusError(answer.text, request=answer.request, response=answer)
         return answer.json()
+
+    @cached_property
+    def client(self) -> httpx.Client:
+        """One client for all requests: to make one takes longer than a request."""
+        return httpx.Client(base_url=self.environment["PREFECT_API_URL"], timeout=PATIENCE)
 
     def wait(self, run: str, *until: str, seconds: float = PATIENCE) -> Any:
         """Wait until a flow run is in a final state, or in one of these; return the run."""
@@ -208,6 +211,7 @@ class Site:
 
     def end(self) -> None:
         """Stop all processes of the site."""
+        self.client.close()
         for process in (*self.workers.values(), self.server):
             process.end()
         for started in self.started:

@@ -167,10 +167,25 @@ def test_cancelling_the_parent_stops_the_child_and_another_parent_takes_it_for_a
     assert workers.children(other) == []
 
 
-def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_path):
+@pytest.fixture(scope="module")
+def manual(struck):
+    """Overrides of a run with a policy of its own, which a person must approve."""
     tree, *_ = struck
     ppo = {**tree["ppo"], "kl_coef": 0.3, "total_episodes": 32}
-    manual = {**tree, "ppo": ppo, "promotion": {"name": "struck", "approval": "manual"}}
+    return {**tree, "ppo": ppo, "promotion": {"name": "struck", "approval": "manual"}}
+
+
+def test_a_refused_policy_is_not_promoted(manual, workers, s3, tmp_path):
+    run = workers.submit("rlhf-pipeline", overrides={**manual, "promotion": "manual"})
+    workers.wait(run, "Suspended")
+    workers.run("rlhf", "approve", run[:8], "--refuse", "--by", "bob", "--why", "too curt")
+    ended = workers.wait(run)["state"]
+    assert ended["name"] == "Refused"
+    assert "bob" in ended["message"]
+    assert s3("struck", tmp_path / "cache").history.latest("champion/default") is None
+
+
+def test_a_manual_promotion_waits_without_a_process(manual, workers, s3, tmp_path):
     run = workers.submit("rlhf-pipeline", overrides=manual)
     waiting = workers.wait(run, "Suspended")
     until(lambda: not processes_of(run))
@@ -186,18 +201,6 @@ def test_a_manual_promotion_waits_without_a_process(struck, workers, s3, tmp_pat
     after = store.history.latest("champion/struck")
     assert after["policy"] != before["policy"]
     assert (after["by"], after["why"], after["run"]) == ("ann", "reads well", waiting["name"])
-
-
-def test_a_refused_policy_is_not_promoted(struck, workers, s3, tmp_path):
-    tree, *_ = struck
-    ppo = {**tree["ppo"], "kl_coef": 0.4, "total_episodes": 32}
-    run = workers.submit("rlhf-pipeline", overrides={**tree, "ppo": ppo, "promotion": "manual"})
-    workers.wait(run, "Suspended")
-    workers.run("rlhf", "approve", run[:8], "--refuse", "--by", "bob", "--why", "too curt")
-    ended = workers.wait(run)["state"]
-    assert ended["name"] == "Refused"
-    assert "bob" in ended["message"]
-    assert s3("struck", tmp_path / "cache").history.latest("champion/default") is None
 
 
 def test_retraining_looks_first(struck, workers, s3, tmp_path):
