@@ -6,6 +6,7 @@ The client retries after flipped bits, expired tokens and a restart of the serve
 from __future__ import annotations
 
 import threading
+from functools import cache
 from textwrap import shorten
 from typing import Any
 
@@ -32,6 +33,7 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.loaders import Loader, create_loader
 from botocore.session import Session
 
 from rlhf.config.pipeline import StoreConfig
@@ -95,6 +97,7 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
     core = Session(profile=options.profile)
     core.get_component("credential_provider").providers.insert(0, _ChainProvider(credentials))
     session = boto3.Session(botocore_session=core, region_name=options.region)
+    core.register_component("data_loader", _loader(core.get_config_variable("data_path")))
     config = Config(
         connect_timeout=connect,
         read_timeout=read,
@@ -131,6 +134,12 @@ def make_client(options: StoreConfig, connect: float, read: float, total: int) -
 
     client.meta.events.register_first("needs-retry.s3", retry_delay)
     return client
+
+
+@cache
+def _loader(data_path: str | None) -> Loader:
+    """Loader of AWS' service models, shared by all clients: it parses each file but once."""
+    return create_loader(data_path)
 
 
 class ChainCredentials(Credentials):
