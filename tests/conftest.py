@@ -1,5 +1,6 @@
 """Set-up of all tests: environment, shape checks, coverage, order and groups."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def pytest_ignore_collect(collection_path, config):
     # pytest calls this for conftest.py too.
     is_test = collection_path.name.startswith("test_")
     return (is_test and "pytest.mark.device" not in collection_path.read_text("utf-8")) or None
+
+
+def pytest_collection_finish():
+    """Leave all that is imported out of garbage collections, which each training asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 #: Whole programs, the emulated device, and training again and again: slow under coverage, and they
