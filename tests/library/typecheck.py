@@ -10,8 +10,9 @@ from jaxtyping import config, install_import_hook
 #: Without `config` and `store`, as beartype refuses typing.Self in pydantic's validators, and
 #: without `world`, which has no arrays and whose small functions are called a million times.
 MODULES = [
-    *("data", "environments", "errors", "evaluate", "gates", "modeling", "ppo"),
-    *("report", "reward", "sft", "stage", "statistics", "trl_adapter"),
+    *("champions", "custom_code", "data", "environments", "errors", "evaluate", "external"),
+    *("files", "gates", "launch", "modeling", "ppo", "ranks", "report", "reward", "sft"),
+    *("signals", "smoke", "stage", "statistics", "trl_adapter"),
 ]
 
 #: Accepts an int for a float, as type checkers do (PEP 484).
