@@ -41,10 +41,10 @@ LEAST_GRACE = 2.0
 def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
     """List all artifacts of a store, the newest last."""
     from flows.terminal import artifacts_table
-    from rlhf.champions import model_lines
+    from rlhf.champions import latest_entry, model_lines
 
     opened = _open_named(store, config)
-    champions = {line: opened.history.latest(f"champion/{line}") for line in model_lines(opened)}
+    champions = {line: latest_entry(opened, line) for line in model_lines(opened)}
     marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
     marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
     console.print(artifacts_table(opened.list(), marks))

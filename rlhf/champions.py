@@ -37,14 +37,14 @@ CHAMPIONS = "champion/"
 LONGEST = 2000
 
 
-def one_line(value: Any) -> Any:
+def printable_line(value: Any) -> Any:
     """Return text as one line of printable characters, for tables and logs."""
     if not isinstance(value, str):
         return value
     return " ".join("".join(c if c.isprintable() else " " for c in value).split())
 
 
-Line = Annotated[str, BeforeValidator(one_line), Field(max_length=LONGEST)]
+Line = Annotated[str, BeforeValidator(printable_line), Field(max_length=LONGEST)]
 
 
 class Entry(BaseModel):
@@ -95,6 +95,11 @@ def history(store: Store, name: str) -> list[Promotion]:
     """Return all promotions and rollbacks of a model line, oldest first."""
     entries = store.history.numbered(CHAMPIONS + name).items()
     return [read_entry(Promotion, CHAMPIONS + name, {**entry, "number": n}) for n, entry in entries]
+
+
+def latest_entry(store: Store, name: str) -> dict[str, Any] | None:
+    """Return the last entry of a model line's history, unchecked; None if there is none."""
+    return store.history.latest(CHAMPIONS + name)
 
 
 def model_lines(store: Store) -> list[str]:
@@ -288,7 +293,7 @@ def checked_line(option: str, text: str) -> str:
     Raises:
         ConfigError: It is too long.
     """
-    line = one_line(text)
+    line = printable_line(text)
     if len(line) > LONGEST:
         raise ConfigError(f"{option}: {len(line)} characters; write at most {LONGEST}")
     return line

@@ -15,7 +15,13 @@ from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
 from rlhf import champions
-from rlhf.champions import Approval, approval_of, record_approval, require_approval
+from rlhf.champions import (
+    Approval,
+    approval_of,
+    latest_entry,
+    record_approval,
+    require_approval,
+)
 from rlhf.config import PipelineConfig
 from rlhf.errors import PromotionLost
 from rlhf.files import write_json
@@ -73,7 +79,7 @@ def promote(run: StageRun) -> StageResult:
 
 def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bool:
     """Return whether a policy is the last entry of its line's history."""
-    latest = store.history.latest(f"champion/{config.promotion.name}")
+    latest = latest_entry(store, config.promotion.name)
     return latest is not None and latest["policy"] == policy.digest
 
 

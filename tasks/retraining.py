@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from rlhf.champions import latest_entry
 from rlhf.config import LoadedConfig, PipelineConfig
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.data.sources import source_digest
@@ -42,10 +43,8 @@ class Situation:
 def situation(config: PipelineConfig, store: Store) -> Situation:
     """Return the state before a retraining; of the data only the digest is read."""
     line = config.promotion.name
-    latest = store.history.latest
-    return Situation(
-        config, data_digest(config), latest(_history(line)), latest(f"champion/{line}")
-    )
+    last = store.history.latest(_history(line))
+    return Situation(config, data_digest(config), last, latest_entry(store, line))
 
 
 def data_digest(config: PipelineConfig) -> str:
