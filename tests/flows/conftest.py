@@ -50,7 +50,10 @@ def tiny_tree(folder) -> dict:
         },
         "evaluation": {"judge": "world", "samples": 2},
         "retries": {"attempts": 2, "delay_seconds": 0.0},
-        "runtime": {"work_dir": str(folder / "work"), "report_dir": str(folder / "reports")},
+        # Two take several times the CPU time beside another test: they wait for each other.
+        "runtime": {
+            "work_dir": str(folder / "work"), "report_dir": str(folder / "reports"), "threads": 1,
+        },
         "tracking": {"log_dir": str(folder / "logs")},
     }  # fmt: skip
 
