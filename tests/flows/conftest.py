@@ -1,8 +1,17 @@
-"""Fixtures of the flows' tests: a tiny pipeline, a finished run, Prefect's API."""
+"""Fixtures of the flows' tests: a tiny pipeline, a finished run, the command, Prefect's API."""
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +19,10 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
 
+from flows import artifacts, champions, cli, runs, signals
 from flows.pipeline import PipelineRun, pipeline
 from rlhf.config import PipelineConfig
+from tasks import progress
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,7 +61,10 @@ def tiny_tree(folder) -> dict:
         },
         "evaluation": {"judge": "world", "samples": 2},
         "retries": {"attempts": 2, "delay_seconds": 0.0},
-        "runtime": {"work_dir": str(folder / "work"), "report_dir": str(folder / "reports")},
+        # Two take several times the CPU time beside another test: they wait for each other.
+        "runtime": {
+            "work_dir": str(folder / "work"), "report_dir": str(folder / "reports"), "threads": 1,
+        },
         "tracking": {"log_dir": str(folder / "logs")},
     }  # fmt: skip
 
@@ -99,3 +113,47 @@ def tiny(tmp_path):
         return PipelineConfig.model_validate(tree)
 
     return make
+
+
+@pytest.fixture
+def rlhf(monkeypatch, capsys):
+    """Function that runs the `rlhf` command in this process, which has loaded torch and Prefect.
+
+    Each process of its own would load them again, 3 to 10 s of CPU time.
+    """
+    for module in (artifacts, champions, cli, runs):
+        monkeypatch.setattr(module.console, "_width", 160)
+
+    def call(*arguments) -> subprocess.CompletedProcess[str]:
+        command = ["rlhf", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        with _restored_process(), pytest.raises(SystemExit) as end:
+            copy_context().run(cli.main)
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(command, end.value.code or 0, shown.out, shown.err)
+
+    return call
+
+
+@contextmanager
+def _restored_process() -> Iterator[None]:
+    """Restore what a command sets in its process and does not reset, since it ends with it."""
+    handlers = {number: signal.getsignal(number) for number in signals.MESSAGES}
+    logger = logging.getLogger("rlhf")
+    level, log_handlers = logger.level, [*logger.handlers]
+    variables = dict(os.environ)
+    try:
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            # The command reads sys.argv, which is meant here.
+            warnings.filterwarnings("ignore", "Cyclopts application invoked without tokens")
+            patch.setattr(signals, "_own_server", signals._own_server)
+            patch.setattr(progress, "_display", progress._display)
+            yield
+    finally:
+        logger.setLevel(level)
+        logger.handlers[:] = log_handlers
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(variables)

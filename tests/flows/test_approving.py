@@ -1,36 +1,28 @@
 """`rlhf approve` without a server; tests/production has the rest."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.pipeline import pipeline
 from rlhf.errors import ConfigError
 from tasks.remote import check_placement
-from tests.flows.test_command_line import ROOT
-from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
 
 
-def rlhf(*arguments):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_API")}
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *map(str, arguments)], cwd=ROOT, env=environment,
-        capture_output=True, text=True, check=False, timeout=PATIENCE,
-    )  # fmt: skip
+def no_server():
+    """Settings of a user who has not set PREFECT_API_URL."""
+    return temporary_settings(restore_defaults={PREFECT_API_URL})
 
 
-def test_without_a_server_a_run_can_t_be_approved():
-    done = rlhf("approve", "some-run")
+def test_without_a_server_a_run_can_t_be_approved(rlhf):
+    with no_server():
+        done = rlhf("approve", "some-run")
     assert done.returncode == 2
     assert "set PREFECT_API_URL" in " ".join(done.stderr.split())
 
 
-def test_a_run_without_a_deployment_is_approved_by_its_policy(tiny, finished):
+def test_a_run_without_a_deployment_is_approved_by_its_policy(rlhf, tiny, finished):
     config = tiny(promotion={"name": "line", "approval": "manual"})
     waiting = pipeline(overrides=config, return_state=True)
     assert (waiting.name, waiting.is_completed()) == ("AwaitingApproval", True)
@@ -38,13 +30,15 @@ def test_a_run_without_a_deployment_is_approved_by_its_policy(tiny, finished):
     assert "waits for a person" in run.reason
     assert "Waits for a person" in run.report.read_text()
     policy = run.refs["train-policy"].digest
-    no = rlhf("approve", policy[:10], "--refuse", "--why", "dull", "--by", "bob",
-              "--name", "line", "--store", config.store)  # fmt: skip
+    line = ("--name", "line", "--store", config.store)
+    with no_server():
+        no = rlhf("approve", policy[:10], "--refuse", "--why", "dull", "--by", "bob", *line)
     assert no.returncode == 0, no.stderr
     refused = pipeline(overrides=config, return_state=True)
     assert refused.name == "Refused"
     assert "bob" in refused.message
-    yes = rlhf("approve", policy[:10], "--name", "line", "--store", config.store, "--by", "ann")
+    with no_server():
+        yes = rlhf("approve", policy[:10], "--by", "ann", *line)
     assert "approved by ann" in " ".join(yes.stdout.split())
     assert pipeline(overrides=config, return_state=True).name == "Completed"
 
@@ -53,6 +47,5 @@ def test_a_placement_needs_a_server_and_its_deployment(tiny):
     elsewhere = tiny(placement={"train-sft": "gpu"})
     with pytest.raises(ConfigError, match=r"placement.train-sft = 'train-sft/gpu': no such deplo"):
         check_placement(elsewhere)
-    bare = temporary_settings(restore_defaults={PREFECT_API_URL})
-    with bare, pytest.raises(ConfigError, match="needs a Prefect server"):
+    with no_server(), pytest.raises(ConfigError, match="needs a Prefect server"):
         check_placement(elsewhere)

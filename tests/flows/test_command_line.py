@@ -1,79 +1,138 @@
-"""The `rlhf` command in a process of its own, as a user starts it."""
+"""The `rlhf` command as a user starts it; in a process of its own where that is the point."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL
 
-from flows.pipeline import pipeline
-from rlhf.config import load_config
 from rlhf.store.manifest import sha256_bytes
 from tests.flows.conftest import tiny_tree
 from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
 ROOT = Path(__file__).parents[2]
+#: PPO of 20 updates, with enough time between its first checkpoint and its end for a kill.
+SLOW = ["--ppo.total_episodes=160", "--ppo.checkpoint_every=2"]
 
 
-@pytest.fixture
-def preset(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+def write_preset(folder: Path) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_tree(folder)))
     return path
 
 
 @pytest.fixture
-def environment(tmp_path):
+def preset(tmp_path):
+    return write_preset(tmp_path)
+
+
+def bare_environment(folder):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    return {**clean, "PREFECT_HOME": str(folder / "prefect"), "COLUMNS": "160"}
+
+
+def environment(folder):
     """The session's Prefect server; a server of its own per command would cost 10 s each."""
     keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
     url = {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
-    return {**bare_environment(tmp_path), **url, **keys}
+    return {**bare_environment(folder), **url, **keys}
 
 
-def bare_environment(tmp_path):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    return {**clean, "PREFECT_HOME": str(tmp_path / "prefect"), "COLUMNS": "160"}
+def rlhf_process(*arguments, env):
+    """The command in a process of its own, until its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
 
 
-@pytest.fixture
-def rlhf(environment):
-    def call(*args, env=environment):
-        command = [sys.executable, "-m", "flows.cli", *map(str, args)]
-        return subprocess.run(
-            command,
-            env=env,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+@dataclass(frozen=True)
+class Resumed:
+    """A run from nothing that was killed in mid-PPO, and the same command again."""
 
-    return call
+    killed: str
+    checkpoints: list[str]
+    done: subprocess.CompletedProcess[str]
 
 
-def test_run_reject_stage_artifacts(rlhf, preset, tmp_path):
+@pytest.fixture(scope="module")
+def resumed(prefect_api, tmp_path_factory) -> Resumed:
+    """The module's two whole runs in processes: one is killed, the other goes on to the end."""
+    folder = tmp_path_factory.mktemp("killed")
+    preset = write_preset(folder)
+    shown = folder / "shown"
+    with shown.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "run", str(preset), *SLOW],
+            env=environment(folder), cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
+        )  # fmt: skip
+    pattern = "work/checkpoints/train-policy-*/update-*"
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and not list(folder.glob(pattern)):
+        assert process.poll() is None, shown.read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    checkpoints = sorted(path.name for path in folder.glob(pattern))
     # As on a fresh machine: no server, so the command starts Prefect's ephemeral API.
-    ran = rlhf("run", preset, env=bare_environment(tmp_path))
-    assert ran.returncode == 0, ran.stderr
-    assert "Traceback" not in ran.stderr
+    done = rlhf_process("run", preset, *SLOW, env=bare_environment(folder))
+    return Resumed(shown.read_text(), checkpoints, done)
+
+
+def test_run_shows_progress_stages_replies_and_report(resumed):
+    done = resumed.done
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in resumed.killed + done.stderr
+    for part in ("train-sft", "loss", "train-reward-model", "accuracy", "ETA"):
+        assert part in resumed.killed
     for part in ("train-policy", "reward", "kl", "ETA", "before (SFT)", "after (PPO)", "report: "):
-        assert part in ran.stdout
-    report = Path(ran.stdout.split("report: ")[1].strip())
+        assert part in done.stdout
+    report = Path(done.stdout.split("report: ")[1].strip())
     assert report.read_text().startswith("<!doctype html>")
 
+
+def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, resumed, finished):
+    """kill -9 in mid-PPO, then the same command: earlier stages are cached, PPO resumes, and the
+    policy has the very bytes of an undisturbed run.
+    """
+    saved = resumed.checkpoints
+    assert saved
+    assert saved[-1] < "update-000020"
+    stdout = resumed.done.stdout
+    rows = [line for line in stdout.splitlines() if line.startswith("│")]
+    state = {row.split("│")[1].strip(): row.split("│")[2].strip() for row in rows if "│" in row}
+    assert state["train-sft"] == state["train-reward-model"] == "Cached"
+    assert state["train-policy"] == "Completed"
+    first_step = next(x for x in stdout.splitlines() if x.startswith("train-policy "))
+    assert int(first_step.split()[1].split("/")[0]) > int(saved[-1][-6:])
+
+    # The undisturbed training, in this process: its libraries are loaded already.
+    alone = rlhf("stage", "train-policy", "--config", preset, *SLOW)
+    assert "completed" in alone.stdout, alone.stderr
+    row = next(x for x in stdout.splitlines() if x.startswith("│ train-policy"))
+    assert alone.stdout.split("artifact ")[1][:10] == row.split("│")[5].strip()
+
+
+def test_reject_stage_artifacts(rlhf, preset, finished, tmp_path):
     rejected = rlhf("run", preset, "--gates.policy", '[{"metric": "sampled.kl", "max": -9}]')
     assert rejected.returncode == 3
     assert "GateRejected" in rejected.stdout
-    assert "sampled.kl" in rejected.stderr
+    error = rejected.stderr.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "sampled.kl" in error
     assert "report: " in rejected.stdout
 
     alone = rlhf("stage", "evaluate-reward-model", "--config", preset, "--evaluation.batch_size=7")
@@ -115,11 +174,6 @@ def test_run_reject_stage_artifacts(rlhf, preset, tmp_path):
         ),
         (["--runtime.work_dir=/proc/nope"], 2, ["runtime.work_dir", "/proc/nope"]),
         (["--store=/proc/nope"], 2, ["/proc/nope"]),
-        (
-            ["--store=s3://bucket/x", "--store_options.endpoint_url=http://127.0.0.1:9"],
-            2,
-            ["s3://bucket/x", "127.0.0.1:9"],
-        ),
         (["--base.path=/no/model"], 2, ["base.path", "/no/model"]),
     ],
 )  # fmt: skip
@@ -129,6 +183,19 @@ def test_bad_input_is_one_line_before_any_work(rlhf, preset, tmp_path, arguments
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
     for word in words:
+        assert word in result.stderr
+    assert not list((tmp_path / "work").glob("checkpoints/*"))
+
+
+def test_bad_input_ends_a_process_with_one_line(preset, tmp_path):
+    """With boto3 in it, which has warnings and a log of its own."""
+    away = ["--store=s3://bucket/x", "--store_options.endpoint_url=http://127.0.0.1:9"]
+    result = rlhf_process("run", preset, *away, env=environment(tmp_path))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    for word in ("s3://bucket/x", "127.0.0.1:9"):
         assert word in result.stderr
     assert not list((tmp_path / "work").glob("checkpoints/*"))
 
@@ -172,7 +239,7 @@ def test_flags_and_rl_names_reach_the_configuration(rlhf, preset):
     assert (shown["ppo.kl_audit"], shown["ppo.top_k"]) == ("true", "3")
 
 
-def test_warnings_of_the_library_are_shown_beside_prefects_own_log(environment):
+def test_warnings_of_the_library_are_shown_beside_prefects_own_log(tmp_path):
     """A damaged checkpoint, say; Prefect's log handlers are silent but with --verbose."""
     script = (
         "import logging; from flows.cli import prepare_prefect; prepare_prefect(False); "
@@ -180,7 +247,7 @@ def test_warnings_of_the_library_are_shown_beside_prefects_own_log(environment):
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(
-        command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
+        command, env=environment(tmp_path), cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert done.stderr == "warning: is damaged\n"
 
@@ -192,47 +259,3 @@ def test_unknown_stage_missing_input_and_bad_role(rlhf, preset):
     assert "rlhf stage prepare-data" in missing.stderr
     bad = rlhf("stage", "train-sft", preset, "--input", "sft")
     assert "role=artifact" in bad.stderr
-
-
-def test_killed_in_ppo_goes_on_from_the_last_checkpoint(
-    rlhf, preset, environment, finished, tmp_path
-):
-    """kill -9 in mid-PPO, then the same command: earlier stages are cached, PPO resumes, and the
-    policy has the very bytes of an undisturbed run.
-    """
-    slow = ["--ppo.total_episodes=160", "--ppo.checkpoint_every=2"]
-    command = [sys.executable, "-m", "flows.cli", "run", str(preset), *slow]
-    process = subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    pattern = "work/checkpoints/train-policy-*/update-*"
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and not list(tmp_path.glob(pattern)):
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    saved = sorted(p.name for p in tmp_path.glob(pattern))
-    assert saved
-    assert saved[-1] < "update-000020"
-
-    resumed = rlhf("run", preset, *slow, "--runtime.report_dir", tmp_path / "reports")
-    assert resumed.returncode == 0, resumed.stderr
-    rows = [line for line in resumed.stdout.splitlines() if line.startswith("│")]
-    state = {row.split("│")[1].strip(): row.split("│")[2].strip() for row in rows if "│" in row}
-    assert state["train-sft"] == state["train-reward-model"] == "Cached"
-    assert state["train-policy"] == "Completed"
-    first_step = next(x for x in resumed.stdout.splitlines() if x.startswith("train-policy "))
-    assert int(first_step.split()[1].split("/")[0]) > int(saved[-1][-6:])
-
-    # The undisturbed run, in this process: its libraries are loaded already.
-    other_store = shutil.copytree(finished, tmp_path / "other")
-    other = [f"--store={other_store}", f"--runtime.work_dir={tmp_path / 'other-work'}"]
-    undisturbed = pipeline(overrides=load_config(preset, [*slow, *other]).config)
-    assert undisturbed.refs["train-policy"].digest[:10] == policy_digest(resumed.stdout)
-
-
-def policy_digest(stdout):
-    row = next(x for x in stdout.splitlines() if x.startswith("│ train-policy"))
-    return row.split("│")[5].strip()

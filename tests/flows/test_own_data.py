@@ -61,7 +61,7 @@ def config(source, folder):
         small = [
             f"--data.source={source}", f"--store={folder / 'store'}",
             f"--runtime.work_dir={folder / 'work'}",
-            f"--runtime.report_dir={folder / 'reports'}",
+            f"--runtime.report_dir={folder / 'reports'}", "--runtime.threads=1",
             f"--tracking.log_dir={folder / 'logs'}",
             "--base.architecture.hidden_size=16", "--base.architecture.layers=1",
             "--base.architecture.heads=2", "--base.architecture.vocab_size=400",

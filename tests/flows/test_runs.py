@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, WorkPoolCreate
 from prefect.runtime import task_run
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Crashed, Running, Scheduled, Suspended
 
 import flows.runs
@@ -199,19 +199,22 @@ def test_the_command(client, name, tmp_path):
     put(client, name, Completed())
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     clean |= {"PREFECT_HOME": str(tmp_path), "COLUMNS": "200"}
-
-    def rlhf(*words, **extra):
-        return subprocess.run(
-            [sys.executable, "-m", "flows.cli", *words], cwd=ROOT, env={**clean, **extra},
-            capture_output=True, text=True, check=False, timeout=PATIENCE,
-        )  # fmt: skip
-
-    there = rlhf("status", name, PREFECT_API_URL=str(PREFECT_API_URL.value()))
+    there = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "status", name], cwd=ROOT,
+        env={**clean, "PREFECT_API_URL": str(PREFECT_API_URL.value())},
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
+    )  # fmt: skip
     assert there.returncode == 0, there.stderr
     assert there.stdout.startswith(f"{name} ")
-    assert (none := rlhf("runs")).returncode == 2
+
+
+def test_the_command_without_a_server(rlhf):
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        none = rlhf("runs")
+    assert none.returncode == 2
     assert none.stderr.startswith("error: rlhf runs: needs the Prefect server")
-    away = rlhf("runs", PREFECT_API_URL="http://127.0.0.1:9/api")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        away = rlhf("runs")
     assert away.returncode == 2
     assert "does not answer at http://127.0.0.1:9/api" in away.stderr
 
