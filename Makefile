@@ -34,6 +34,8 @@ lint: $(STAMP)
 
 # Exported, not written before the command: without a shell in between, make's SIGTERM reaches pytest.
 unit: export OMP_NUM_THREADS = 1
+# Two threads of a training wait for each other beside another test.
+unit: export RLHF_THREADS = 1
 unit: $(STAMP)
 	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --cov
 
