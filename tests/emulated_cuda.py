@@ -30,10 +30,10 @@ from tests.emulated_tensor import (
     DEVICES,
     EmulatedDevice,
     EmulatedTensor,
+    holds,
     inner_of,
     is_cuda,
     is_pinned,
-    leaves_of,
     parse_to,
     pin,
     source_line,
@@ -74,38 +74,52 @@ class _PythonCalls(TorchFunctionMode):
     """Obeys devices in the arguments of torch's functions when Python calls them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = dict(kwargs) if kwargs else {}
         if kwargs.pop("pin_memory", False):
             return pin(func(*args, **kwargs))
-        plain = bool(args) and isinstance(args[0], Tensor) and type(args[0]) is not EmulatedTensor
-        if plain and func in _METHODS:
+        if func in _METHODS and type(args[0]) is not EmulatedTensor:
             return _METHODS[func](*args, **kwargs)
-        emulated = any(isinstance(leaf, EmulatedTensor) for leaf in leaves_of((args, kwargs)))
+        emulated = holds(EmulatedTensor, args) or holds(EmulatedTensor, kwargs)
         device = kwargs.get("device")
-        _check_generator(kwargs.get("generator"), emulated or is_cuda(device))
-        if is_cuda(device) and not emulated:
-            return _create(func, args, kwargs)
-        if emulated and device is not None:
-            del kwargs["device"]
-            if not is_cuda(device):
-                args, kwargs = inner_of((args, kwargs))
-                return func(*args, **kwargs)
-        with _inside(emulated):
+        if kwargs.get("generator") is not None:
+            _check_generator(kwargs["generator"], emulated or is_cuda(device))
+        if device is not None:
+            if is_cuda(device) and not emulated:
+                return _create(func, args, kwargs)
+            if emulated:
+                del kwargs["device"]
+                if not is_cuda(device):
+                    args, kwargs = inner_of((args, kwargs))
+                    return func(*args, **kwargs)
+        gpu = DEVICES[-1]
+        # As `_inside`, which takes longer.
+        before, gpu.inside = gpu.inside, emulated
+        try:
             result = func(*args, **kwargs)
-        if isinstance(result, EmulatedTensor) and result.grad_fn is not None:
-            result.grad_fn.metadata.setdefault("source", source_line())
+        finally:
+            gpu.inside = before
+        if type(result) is EmulatedTensor and (node := result.grad_fn) is not None:
+            metadata = node.metadata
+            if "source" not in metadata:
+                metadata["source"] = source_line()
         return result
 
 
 class _CreatedInside(TorchDispatchMode):
     """Wraps what C++ creates by itself inside of an operation on emulated tensors."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: a wrapper that keeps the compiler out takes time in each operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():  # the caller is C++ from here on
-            result = func(*args, **(kwargs or {}))
-        if not DEVICES[-1].inside or type(result) is not Tensor:
+            result = func(*args, **kwargs)
+        if type(result) is not Tensor or not DEVICES[-1].inside:
             return result
-        created = not any(isinstance(leaf, Tensor) for leaf in leaves_of((args, kwargs)))
+        created = not (holds(Tensor, args) or holds(Tensor, kwargs))
         return EmulatedTensor(result) if created else result
 
 
@@ -135,9 +149,9 @@ def _backward(calls: _PythonCalls) -> tuple[str, Callable[..., Any]]:
     return name, backward
 
 
-def _check_generator(generator: torch.Generator | None, emulated: bool) -> None:
+def _check_generator(generator: torch.Generator, emulated: bool) -> None:
     """Raise as torch does if an operation draws from a generator of another device."""
-    if generator is not None and (generator.device.type == "cuda") != emulated:
+    if (generator.device.type == "cuda") != emulated:
         expected, actual = ("cuda", "cpu") if emulated else ("cpu", "cuda")
         raise RuntimeError(
             f"Expected a '{expected}' device type for generator but found '{actual}'"

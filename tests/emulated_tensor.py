@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ STRICT = {
 }  # fmt: skip
 #: Beginnings of the names of operations that launch no kernel; views are known by their schema.
 FREE = ("detach", "alias", "empty", "lift", "_unsafe_view", "_reshape_alias")
+#: Containers in the arguments of operations.
+CONTAINERS = (tuple, list, dict)
 
 
 class EmulatedDevice:
@@ -262,32 +264,31 @@ class EmulatedTensor(Tensor):
         raise RuntimeError("cannot pin a CUDA tensor, only dense CPU tensors can be pinned")
 
 
-def leaves_of(tree: Any) -> Iterator[Any]:
-    """Yield the leaves of nested containers; torch's pytree takes ten times as long."""
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, tuple | list):
-        yield tree
-        return
-    for each in tree:
-        if isinstance(each, tuple | list | dict):
-            yield from leaves_of(each)
-        else:
-            yield each
+def holds(kind: type, tree: Any) -> bool:
+    """Return whether nested containers hold an instance of a type.
+
+    torch's pytree takes ten times as long; this runs in each operation.
+    """
+    for leaf in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(leaf, kind):
+            return True
+        if isinstance(leaf, CONTAINERS) and holds(kind, leaf):
+            return True
+    return False
 
 
 def mapped(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     """Return the same tree with `function` of each leaf of a type."""
     if isinstance(tree, kind):
         return function(tree)
+    if not isinstance(tree, CONTAINERS):
+        return tree
     if isinstance(tree, dict):
         return {key: mapped(kind, function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        values = [mapped(kind, function, value) for value in tree]
-        if hasattr(tree, "_fields"):  # a named tuple
-            return type(tree)(*values)
-        return type(tree)(values)
-    return tree
+    values = [mapped(kind, function, value) for value in tree]
+    if hasattr(tree, "_fields"):  # a named tuple
+        return type(tree)(*values)
+    return type(tree)(values)
 
 
 def inner_of(tree: Any) -> Any:
@@ -345,14 +346,16 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation with at least one emulated tensor among its arguments."""
     if func is aten.copy_.default:
         return _copy(*args, **kwargs)
-    _check_devices(func, args, kwargs)
-    _count(func, args, kwargs)
-    leaves = leaves_of((args, kwargs))
-    wrappers = {id(leaf.inner): leaf for leaf in leaves if isinstance(leaf, EmulatedTensor)}
-    inner_args, inner_kwargs = inner_of((args, kwargs))
-    if inner_kwargs.get("device") is not None:
-        inner_kwargs["device"] = torch.device("cpu")
-    result = func(*inner_args, **inner_kwargs)
+    wrappers: dict[int, EmulatedTensor] = {}
+    mixed = False
+
+    def unwrapped(tensor: Tensor) -> Tensor:
+        nonlocal mixed
+        if type(tensor) is not EmulatedTensor:
+            mixed = True
+            return tensor
+        wrappers[id(tensor.inner)] = tensor
+        return tensor.inner
 
     def wrapped(tensor: Tensor) -> EmulatedTensor:
         wrapper = wrappers.get(id(tensor))  # what an operation in place returns
@@ -362,7 +365,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise NotImplementedError(f"{func} changes a shape in place")
         return wrapper
 
-    return mapped(Tensor, wrapped, result)
+    inner_args = [mapped(Tensor, unwrapped, arg) for arg in args]
+    inner_kwargs = mapped(Tensor, unwrapped, kwargs) if kwargs else kwargs
+    if mixed:
+        _check_devices(func, args, kwargs)
+    _count(func, args, kwargs)
+    if inner_kwargs.get("device") is not None:
+        inner_kwargs["device"] = torch.device("cpu")
+    return mapped(Tensor, wrapped, func(*inner_args, **inner_kwargs))
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -408,14 +418,38 @@ def _arguments(func: Any) -> list[tuple[str, bool]]:
 
 
 def _count(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    packet, gpu = func.overloadpacket, DEVICES[-1]
-    masks = packet in INDEXING and any(
+    cost, gpu = _cost(func), DEVICES[-1]
+    # CUDA's masked_fill reads a value that lies on the device (native/cuda/Indexing.cu).
+    value = cost.fills and isinstance(args[2], EmulatedTensor)
+    masks = cost.indexes and any(
         isinstance(i, EmulatedTensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]
     )
-    # CUDA's masked_fill reads a value that lies on the device (native/cuda/Indexing.cu).
-    value = packet in (aten.masked_fill, aten.masked_fill_) and isinstance(args[2], EmulatedTensor)
-    repeats = packet is aten.repeat_interleave and kwargs.get("output_size") is None
-    if packet in SYNCS or masks or value or repeats:
-        gpu.sync(f"{packet}{' by a mask' if masks else ''}")
-    if not func.is_view and not packet.__name__.startswith(FREE):
-        gpu.kernels[str(packet)] += 1
+    repeats = cost.repeats and kwargs.get("output_size") is None
+    if cost.syncs or masks or value or repeats:
+        gpu.sync(f"{cost.name}{' by a mask' if masks else ''}")
+    if cost.launches:
+        gpu.kernels[cost.name] += 1
+
+
+class _Cost(NamedTuple):
+    """What of an operation's cost does not depend on its arguments, and what else to look at."""
+
+    name: str
+    syncs: bool
+    indexes: bool
+    fills: bool
+    repeats: bool
+    launches: bool
+
+
+@functools.cache
+def _cost(func: Any) -> _Cost:
+    packet = func.overloadpacket
+    return _Cost(
+        str(packet),
+        packet in SYNCS,
+        packet in INDEXING,
+        packet in (aten.masked_fill, aten.masked_fill_),
+        packet is aten.repeat_interleave,
+        not func.is_view and not packet.__name__.startswith(FREE),
+    )

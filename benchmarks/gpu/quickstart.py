@@ -12,7 +12,7 @@ from rlhf.gates import Approved, judge, require
 PRESET = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
 #: Overrides that make the quickstart a smoke test; `pack --tiny` trains with them.
 TINY = [
-    "--data.world.pairs=256", "--data.world.demonstrations=256", "--data.world.prompts=64",
+    "--data.world.pairs=64", "--data.world.demonstrations=64", "--data.world.prompts=32",
     "--data.world.eval_pairs=32", "--data.world.eval_prompts=10", "--sft.epochs=1",
     "--base.architecture.hidden_size=32", "--base.architecture.layers=1",
     "--base.architecture.intermediate_size=64", "--ppo.total_episodes=32", "--ppo.chunk_size=16",

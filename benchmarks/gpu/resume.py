@@ -31,7 +31,8 @@ SMALL = {
     "total_episodes": UPDATES * 32, "chunk_size": 32, "mini_batch_size": 16,
     "max_new_tokens": 32, "checkpoint_every": EVERY,
 }  # fmt: skip
-TINY = {**SMALL, "total_episodes": UPDATES * 4, "chunk_size": 4, "mini_batch_size": 4,
+# The smoke test goes on for two updates after the kill.
+TINY = {**SMALL, "total_episodes": (KILLED_AFTER + 2) * 4, "chunk_size": 4, "mini_batch_size": 4,
         "max_new_tokens": 4}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},

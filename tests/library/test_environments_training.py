@@ -53,9 +53,10 @@ def train(answered, sft, approved, tmp_path):
     return run
 
 
-#: Enough to learn which answer belongs to which prompt.
+#: Enough to learn which answer belongs to which prompt, in large steps.
 LEARNING = {
-    "total_episodes": 1024, "chunk_size": 64, "learning_rate": 1e-2, "kl_coef": 0.01,
+    "total_episodes": 1024, "chunk_size": 64, "mini_batch_size": 32, "learning_rate": 2e-2,
+    "kl_coef": 0.01,
 }  # fmt: skip
 
 
@@ -118,13 +119,20 @@ def reward(batch):
 """
 
 
-@pytest.mark.parametrize("rival", ["others", "reference"])
-def test_preference_comparison(train, tmp_path, monkeypatch, rival):
+@pytest.mark.parametrize(
+    ("rival", "steps"),
+    [
+        ("others", {"num_ppo_epochs": 3}),
+        # It compares with one reply alone: more noise.
+        ("reference", {"mini_batch_size": 16, "learning_rate": 1.5e-2}),
+    ],
+)
+def test_preference_comparison(train, tmp_path, monkeypatch, rival, steps):
     (tmp_path / "mine.py").write_text(JUDGE)
     monkeypatch.setenv(ALLOWED, str(tmp_path))
     options = {"judge": "custom", "custom": {"function": "mine:reward"}, "rival": rival}
     out = train(
-        **LEARNING,
+        **{**LEARNING, **steps},
         env_type="preference_comparison",
         env_config={**options, "replies_per_prompt": 4, "temperature": 0.3},
     )
@@ -259,6 +267,7 @@ class Stopped(Exception):
 def test_a_resumed_run_has_the_scales_of_an_uninterrupted_one(train, tmp_path):
     options = {
         "total_episodes": 64,
+        "num_ppo_epochs": 1,
         "multi_objective": True,
         "env_config": {
             "components": {

@@ -160,7 +160,7 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(
 ):
     out, checkpoints, heard, told = tmp_path / "out", tmp_path / "c", [], []
     out.mkdir()
-    long = {"total_episodes": 16 * 60, "checkpoint_every": 100}
+    long = {"total_episodes": 16 * 24, "checkpoint_every": 100}
     config = toys.changed(toys.PPO, processes=2, **long)
 
     def progress(step, total, metrics):
@@ -173,32 +173,33 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(
         signal.SIGTERM, lambda *_: heard.append([p.name for p in checkpoints_in(checkpoints)])
     )
     try:
-        with pytest.raises(Interrupted, match=r"SIGTERM after update \d+ of 60: saved"):
+        with pytest.raises(Interrupted, match=r"SIGTERM after update \d+ of 24: saved"):
             launch(call, progress)
     finally:
         signal.signal(signal.SIGTERM, before)
     ((saved,),) = heard
     train("on", checkpoints=checkpoints, told=told.append, **long)
     assert f"update-{told[0] - 1:06d}" == saved
-    assert told[-1] == 60
+    assert told[-1] == 24
 
 
 PARENT = """
+import sys
 from pathlib import Path
 from rlhf.launch import Job, launch
-from tests.library import toys
-job = Job(
-    stage="train-sft", field="sft", section=toys.changed(toys.SFT, processes=2, epochs=1000),
-    base=toys.BASE, inputs={{"data": {data!r}}}, out_dir={out!r}, runtime=toys.RUNTIME,
-)
-launch(job, lambda *_: Path({out!r}, "trains").touch())
+job = Job.model_validate_json(Path(sys.argv[1]).read_text())
+launch(job, lambda *_: (job.out_dir / "trains").touch())
 """
 
 
-def test_killed_with_the_parent(data, tmp_path):
-    script = PARENT.format(data=str(data), out=str(tmp_path))
+def test_killed_with_the_parent(data, sft, approved, tmp_path):
+    endless = toys.changed(toys.PPO, processes=2, total_episodes=16 * 10**4)
+    inputs = {"data": data, "sft": sft, "reward-model": approved.subject}
+    sent = job("policy", endless, tmp_path, inputs, verdict=approved.verdict)
+    (tmp_path / "job.json").write_text(sent.model_dump_json())
+    script = [sys.executable, "-c", PARENT, str(tmp_path / "job.json")]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "t")}
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment) as parent:
+    with subprocess.Popen(script, cwd=ROOT, env=environment) as parent:
         while not (tmp_path / "trains").exists():
             assert parent.poll() is None
             time.sleep(0.1)

@@ -16,6 +16,7 @@ from flows.cli import app
 from rlhf import champions
 from rlhf.champions import record_approval
 from rlhf.config import GateRule, PipelineConfig
+from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
 from rlhf.errors import (
     ApprovalMissing,
     ApprovalRefused,
@@ -25,6 +26,7 @@ from rlhf.errors import (
     PolicyWithdrawn,
     PromotionLost,
     SmokeTestFailed,
+    is_retriable,
 )
 from rlhf.files import read_json, write_json
 from rlhf.gates import judge
@@ -95,6 +97,11 @@ def noted(text: str) -> Callable[[Path], object]:
     return lambda bundle: (bundle / "note.txt").write_text(text)
 
 
+def unreadable(bundle: Path) -> None:
+    path = bundle / "tokenizer.json"
+    path.write_text(path.read_text()[:-200])
+
+
 def spoilt(bundle: Path) -> None:
     weights = load_file(bundle / "model.safetensors")
     weights["model.norm.weight"].fill_(float("nan"))
@@ -104,12 +111,16 @@ def spoilt(bundle: Path) -> None:
 # --- the stage --------------------------------------------------------------------------------
 
 
-def test_a_policy_that_answers_is_promoted_with_its_replies(line):
+def test_a_policy_that_answers_is_promoted_with_its_replies(line, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torch.py").write_text("raise SystemExit('not of this folder')")
     policy = line.policy()
     done = line.run(policy)
     assert not done.cached
     folder = line.store.fetch(done.ref)
     replies = read_json(folder / "smoke.json")
+    held_out = read_rows(data / PROMPTS_EVAL, PromptRow)[:PROMPTS]
+    assert [row["prompt"] for row in replies] == [row.prompt for row in held_out]
     assert len(replies) == PROMPTS
     assert any(row["reply"] for row in replies)
     assert read_json(folder / "promotion.json") == {
@@ -124,8 +135,13 @@ def test_a_policy_that_answers_is_promoted_with_its_replies(line):
 
 
 def test_one_that_can_not_answer_is_not_promoted(line):
-    with pytest.raises(SmokeTestFailed, match="logits are not finite"):
-        line.run(line.policy(spoilt))
+    with pytest.raises(SmokeTestFailed) as caught:
+        line.run(line.policy(unreadable))
+    said = str(caught.value)
+    assert said.startswith("smoke test: ")
+    assert "JSONDecodeError: " in said
+    assert "\n" not in said
+    assert not is_retriable(caught.value)
     assert line.champion() is None
     with pytest.raises(SmokeTestFailed, match=r"promotion\.smoke_seconds = 0\.1;"):
         line.run(line.policy(), smoke_seconds=0.1)

@@ -52,17 +52,19 @@ def test_it_learns_an_obvious_preference(train, data, tmp_path, pooling):
     assert result.metrics["train_accuracy"] == curve[-1]["accuracy"] > 0.9
     assert held_out_accuracy(out, data, tmp_path) > 0.9
     assert reward_meta(out)["pooling"] == pooling
+    # The merged, saved and reloaded model gives the scores that training left.
+    good, bad = Scorer(out, CPU, 48)(["tea or cup?"] * 2, ["good", "bad"])
+    assert good - bad > 2
 
 
-def test_seeds(train):
-    a, _ = train("a")
-    toys.assert_same_weights(a, train("b")[0])
-    assert toys.distance(a, train("c", seed=1)[0]) > 1e-5
+def test_seeds(train, reward_model):
+    toys.assert_same_weights(reward_model, train("a")[0])
+    assert toys.distance(reward_model, train("b", seed=1)[0]) > 1e-5
 
 
 def test_micro_batches_change_nothing(train):
-    whole, _ = train("whole", learning_rate=1e-3)
-    parts, _ = train("parts", learning_rate=1e-3, micro_batch_size=4)
+    whole, _ = train("whole", learning_rate=1e-3, epochs=1)
+    parts, _ = train("parts", learning_rate=1e-3, epochs=1, micro_batch_size=4)
     assert toys.distance(whole, parts) < 1e-4
 
 
@@ -124,8 +126,8 @@ def test_it_needs_tied_embeddings(train, fresh, copy_of):
 
 
 def test_another_base(train, fresh, sft):
-    a, _ = train("a", base=str(fresh))
-    toys.assert_same_weights(a, train("b", start=fresh)[0])
+    a, _ = train("a", base=str(fresh), epochs=1)
+    toys.assert_same_weights(a, train("b", start=fresh, epochs=1)[0])
     assert load_renderer(a).template_hash == load_renderer(fresh).template_hash
 
 
@@ -145,13 +147,6 @@ def test_lora_trains_adapters_and_the_head(train, sft, data, tmp_path):
     assert all(k.endswith("_proj.weight") for k in moved - {"score.weight"})
     assert reward_meta(out)["pooling"] == "sum"
     assert held_out_accuracy(out, data, tmp_path) > 0.9
-
-
-def test_trained_and_published_are_one(train, sft):
-    """The merged, saved and reloaded model gives the scores that training left."""
-    out, _ = train(epochs=4)
-    good, bad = Scorer(out, CPU, 48)(["tea or cup?"] * 2, ["good", "bad"])
-    assert good - bad > 2
 
 
 def test_no_pairs(train, data, tmp_path):

@@ -49,9 +49,8 @@ def test_it_learns(train, data):
     assert result.metrics["vocabulary"] == len(load_renderer(out).tokenizer)
 
 
-def test_the_published_weights_are_the_trained_ones(train):
-    out, _ = train()
-    model, renderer = load_policy(out), load_renderer(out)
+def test_the_published_weights_are_the_trained_ones(sft):
+    model, renderer = load_policy(sft), load_renderer(sft)
     encoded = renderer.encode("tea or cup?", "good good", 48)
     with torch.no_grad():
         log_p = model(torch.tensor([encoded.ids])).logits[0].log_softmax(-1)
@@ -68,22 +67,22 @@ def test_only_the_reply_is_learnt(renderer):
     assert encoded["completion_mask"] == [0] * len(both.prompt) + [1] * len(both.response)
 
 
-def test_seeds(train):
-    first, _ = train("a")
-    toys.assert_same_weights(first, train("b")[0])
-    assert read_json(first / "curve.json") == read_json(first.parent / "b" / "curve.json")
-    assert toys.distance(first, train("c", seed=1)[0]) > 1e-3
+def test_seeds(train, sft):
+    again, _ = train("a")
+    toys.assert_same_weights(sft, again)
+    assert read_json(sft / "curve.json") == read_json(again / "curve.json")
+    assert toys.distance(sft, train("b", seed=1)[0]) > 1e-3
 
 
 def test_shuffling_is_seeded_apart_from_the_weights(train, sft):
-    a, _ = train("a", base=based_on(sft), seed=1)
-    b, _ = train("b", base=based_on(sft), seed=2)
+    a, _ = train("a", base=based_on(sft), seed=1, epochs=1)
+    b, _ = train("b", base=based_on(sft), seed=2, epochs=1)
     assert toys.distance(a, b) > 1e-5
 
 
 def test_micro_batches_change_nothing(train):
-    whole, _ = train("whole", learning_rate=1e-3)
-    parts, _ = train("parts", learning_rate=1e-3, micro_batch_size=4)
+    whole, _ = train("whole", learning_rate=1e-3, epochs=1)
+    parts, _ = train("parts", learning_rate=1e-3, epochs=1, micro_batch_size=4)
     # Adam divides by tiny second moments, so rounding shows; a wrong scale would show in each step
     assert toys.distance(whole, parts) < 1e-4
 

@@ -1,4 +1,7 @@
-"""The smoke test before promotion, on real models, whole and broken."""
+"""The smoke test before promotion, on real models, whole and broken.
+
+test_promotion.py has it answer, and fail, in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
+from rlhf.data.rows import PROMPTS_EVAL
 from rlhf.errors import SmokeTestFailed, is_retriable
-from rlhf.smoke import PROMPTS, answer, smoke_test
+from rlhf.smoke import answer, smoke_test
 from tests.library import toys
 
 WEIGHTS = "model.safetensors"
@@ -38,22 +41,6 @@ def change_weights(bundle: Path, change: Callable[[dict[str, torch.Tensor]], obj
     weights = load_file(bundle / WEIGHTS)
     change(weights)
     save_file(weights, bundle / WEIGHTS, {"format": "pt"})
-
-
-def test_a_good_policy_answers_held_out_prompts(sft, data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "torch.py").write_text("raise SystemExit('not of this folder')")
-    replies = smoke_test(sft, data, seconds=120, runtime=toys.RUNTIME)
-    held_out = read_rows(data / PROMPTS_EVAL, PromptRow)[:PROMPTS]
-    assert [row["prompt"] for row in replies] == [row.prompt for row in held_out]
-    assert any(row["reply"] for row in replies)
-
-
-def test_the_reason_comes_out_of_the_process(sft, data, copy_of):
-    bundle = copy_of(sft)
-    path = bundle / "tokenizer.json"
-    path.write_text(path.read_text()[:-200])
-    assert "JSONDecodeError: " in reason(bundle, data)
 
 
 @pytest.fixture
