@@ -160,7 +160,7 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(
 ):
     out, checkpoints, heard, told = tmp_path / "out", tmp_path / "c", [], []
     out.mkdir()
-    long = {"total_episodes": 16 * 24, "checkpoint_every": 100}
+    long = {"total_episodes": 16 * 40, "checkpoint_every": 100}
     config = toys.changed(toys.PPO, processes=2, **long)
 
     def progress(step, total, metrics):
@@ -173,14 +173,14 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(
         signal.SIGTERM, lambda *_: heard.append([p.name for p in checkpoints_in(checkpoints)])
     )
     try:
-        with pytest.raises(Interrupted, match=r"SIGTERM after update \d+ of 24: saved"):
+        with pytest.raises(Interrupted, match=r"SIGTERM after update \d+ of 40: saved"):
             launch(call, progress)
     finally:
         signal.signal(signal.SIGTERM, before)
     ((saved,),) = heard
     train("on", checkpoints=checkpoints, told=told.append, **long)
     assert f"update-{told[0] - 1:06d}" == saved
-    assert told[-1] == 24
+    assert told[-1] == 40
 
 
 PARENT = """
