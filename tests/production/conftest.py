@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from tests.ceph import s3_server
@@ -13,16 +15,28 @@ from tests.servers import UnavailableError, client_of
 __all__ = ["browser", "s3_server"]
 
 
+running = contextlib.ExitStack()
+
+
 @pytest.fixture(scope="session")
 def place(s3_server, tmp_path_factory):
     """A site after `make deploy`, without workers."""
     folder = tmp_path_factory.mktemp("site")
-    try:
-        with client_of(s3_server, "production"), site(folder, s3_server.environment) as made:
-            made.said = made.run("make", "deploy")
-            yield made
-    except UnavailableError as error:
-        pytest.skip(str(error))
+    with running:
+        try:
+            running.enter_context(client_of(s3_server, "production"))
+            made = running.enter_context(site(folder, s3_server.environment))
+        except UnavailableError as error:
+            pytest.skip(str(error))
+        made.said = made.run("make", "deploy")
+        yield made
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """End the site with its last test: idle, it takes a seventh of a core."""
+    if nextitem is None or item.path.parent not in nextitem.path.parents:
+        running.close()
 
 
 @pytest.fixture(scope="session")
