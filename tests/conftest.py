@@ -78,7 +78,7 @@ UNMEASURED = (
     ),
     *(f"tests/store/test_{name}" for name in ("flips", "kills", "races", "wire_faults")),
 )  # fmt: skip
-#: Of these, the tests that check shapes all the same: PPO with each of its options.
+#: Of these, the tests that check shapes all the same: batches of replies, PPO with each option.
 CHECKED = tuple(
     f"tests/library/test_{name}" for name in ("generate_batches", "ppo_options", "shared_base")
 )

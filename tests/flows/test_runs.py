@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
@@ -22,10 +18,10 @@ from prefect.states import Completed, Crashed, Running, Scheduled, Suspended
 import flows.runs
 from flows.runs import duration, runs, status
 from rlhf.errors import ArtifactMissing, ConfigError
+from tests.flows.test_command_line import environment, rlhf_process
 from tests.servers import PATIENCE
 
 pytestmark = pytest.mark.prefect
-ROOT = Path(__file__).parents[2]
 REPORT = "**Promoted**\n\nReport: `/r/x.html`, on the machine that ran this, or\n\n    rlhf pull 1a"
 
 
@@ -197,13 +193,7 @@ def test_a_run_that_is_not_clear(client, name):
 
 def test_the_command(client, name, tmp_path):
     put(client, name, Completed())
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    clean |= {"PREFECT_HOME": str(tmp_path), "COLUMNS": "200"}
-    there = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "status", name], cwd=ROOT,
-        env={**clean, "PREFECT_API_URL": str(PREFECT_API_URL.value())},
-        capture_output=True, text=True, check=False, timeout=PATIENCE,
-    )  # fmt: skip
+    there = rlhf_process("status", name, env=environment(tmp_path))
     assert there.returncode == 0, there.stderr
     assert there.stdout.startswith(f"{name} ")
 
