@@ -62,7 +62,7 @@ _PATIENCE = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 log = logging.getLogger("rlhf.store")
-#: Results of `is_atomic` by the store's URI.
+#: Results of `is_atomic` by the store's location.
 _known: dict[str, bool] = {}
 _known_lock = threading.Lock()
 
@@ -78,12 +78,12 @@ def is_atomic(backend: Backend) -> bool:
     """Return whether conditional writes are atomic; probed once per process and store."""
     with _known_lock:
         if backend.atomic is None:
-            if backend.uri not in _known:
+            if backend.location not in _known:
                 warning = _warning(backend)
                 if warning:
                     log.warning(warning, backend.uri)
-                _known[backend.uri] = warning is None
-            backend.atomic = _known[backend.uri]
+                _known[backend.location] = warning is None
+            backend.atomic = _known[backend.location]
         return backend.atomic
 
 

@@ -35,7 +35,7 @@ class LocalBackend:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.uri = root.as_uri()
+        self.uri = self.location = root.as_uri()
 
     def hurried(self, seconds: float) -> LocalBackend:
         """Return this backend: a folder needs no timeout."""

@@ -40,6 +40,8 @@ class Backend(Protocol):
     """
 
     uri: str
+    #: The URI with the server's address: two servers may each have a bucket of this name.
+    location: str
     #: Whether exactly one of several concurrent `put_new` of a key succeeds; None: not known.
     atomic: bool | None
 

@@ -81,6 +81,7 @@ class S3Backend:
             )
             if not client:
                 self._client.meta.events.register("before-send.s3.PutObject", _HeldBody.begin)
+        self.location = f"{self.uri} at {self._client.meta.endpoint_url}"
 
     def hurried(self, seconds: float) -> S3Backend:
         """Return a backend with a client of its own, a short timeout and few retries."""

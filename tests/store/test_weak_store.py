@@ -45,6 +45,19 @@ def test_weakness_is_named_once_and_artifacts_work(weak, folder, producer, caplo
     assert weak._backend.list("claims/") == weak._backend.list("probe/") == {}
 
 
+def test_another_server_with_a_bucket_of_that_name_is_probed_too(
+    weak, s3_server, tmp_path, monkeypatch
+):
+    bucket = weak.uri.removeprefix("s3://").partition("/")[0]
+    with monkeypatch.context() as patch, client_of(s3_server, bucket):
+        for name, value in s3_server.environment.items():
+            patch.setenv(name, value)
+        strong = open_store(weak.uri, cache_dir=tmp_path / "strong")
+        assert strong.uri == weak.uri
+        assert coordination.is_atomic(strong._backend) is True
+    assert coordination.is_atomic(weak._backend) is False
+
+
 def test_writers_at_once_lose_nothing(weak):
     weak.check()
     line = threading.Barrier(6)
