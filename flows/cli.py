@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
-from flows import artifacts, champions, runs
+from flows import artifacts, champions, data, runs
 from flows.signals import exit_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
@@ -37,6 +37,7 @@ app = App(
 config_app = App(name="config", help="Look at configurations.")
 app.command(config_app)
 app.command(artifacts.app)
+app.command(data.app)
 for command in (
     runs.runs, runs.status,
     champions.approve, champions.promote, champions.rollback, champions.champion,

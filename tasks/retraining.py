@@ -51,7 +51,7 @@ def data_digest(config: PipelineConfig) -> str:
     """Return a digest of the data's content and settings, without their location."""
     identity = {
         "source": source_digest(config.data, config.store_options),
-        "data": config.data.model_dump(mode="json", exclude={"source"}),
+        "data": config.data.model_dump(mode="json", exclude={"source", "eval_source"}),
         "seed": config.seed if config.data.source == "world" else None,
     }
     return sha256_bytes(canonical_json(identity))

@@ -17,6 +17,7 @@ from typing import Any
 
 from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
+from rlhf.data.rows import SUMMARY
 from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.files import expand_home, read_json, write_json
@@ -45,6 +46,19 @@ def _prepare_data(run: StageRun) -> StageResult:
         config.data, run.out_dir, seed=config.seed, store_options=config.store_options,
         progress=run.progress,
     )  # fmt: skip
+
+
+def _show_data(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
+    """Show how the source was read, and the reasons for leaving rows out."""
+    summary = read_json(folder / SUMMARY)
+    reasons = [{"reason": k, "rows": v} for k, v in summary["left_out"].items()]
+    facts = [
+        {"fact": key.replace("_", " "), "value": str(value)}
+        for key, value in summary.items()
+        if key not in ("left_out", "notes")
+    ]
+    facts += [{"fact": "note", "value": note} for note in summary.get("notes", ())]
+    return {"data": facts, **({"data-left-out": reasons} if reasons else {})}
 
 
 def _train_sft(run: StageRun) -> StageResult:
@@ -188,10 +202,15 @@ PREPARE_DATA = Stage(
     name="prepare-data",
     kind="dataset",
     inputs={},
-    depends_on=lambda c: {"data": c.data.model_dump(exclude={"source"})},
+    depends_on=lambda c: {"data": c.data.model_dump(exclude={"source", "eval_source"})},
     source_digest=lambda c: source_digest(c.data, c.store_options),
     body=_prepare_data,
-    headline=(("{:,} pairs", "pairs_train"), ("{:,} prompts", "prompts_train")),
+    headline=(
+        ("{:,} pairs", "pairs_train"),
+        ("{:,} prompts", "prompts_train"),
+        ("{}", "rows_left_out"),
+    ),
+    show=_show_data,
 )
 
 TRAIN_SFT = Stage(

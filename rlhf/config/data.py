@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -44,6 +44,24 @@ class DataConfig(Section):
     """Column that holds the right answer to the prompt, for rewards that compare with it."""
     metadata_columns: tuple[str, ...] = ()
     """Columns that go with the prompt to custom and remote rewards."""
+    eval_source: str | None = Field(default=None, min_length=1)
+    """Held-out pairs of their own, read as `source` is; none holds out the source's own test or
+    validation part, if it has one, or else a share of its prompts."""
+    split: Literal["auto", "random"] = "auto"
+    """`auto` holds out a folder's files named test, validation or eval; `random` treats all files
+    alike, and holds out a share of the prompts."""
+    encoding: str | None = None
+    """Encoding of text files (`cp1252`, `utf-16`); none reads UTF-8."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Delimiter of CSV files; none finds it: comma, semicolon, tab or pipe."""
+    max_row_mb: float = Field(default=16, gt=0)
+    """Longest row that is read, in MB."""
+    votes: Literal["majority", "keep"] = "majority"
+    """Rows that repeat or contradict a pair: `majority` merges them to one pair and leaves out
+    ties, `keep` trains on every row."""
+    max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of rows with something wrong; above it the stage stops and explains. Ties, lost
+    votes and rows whose replies are the same are not wrong."""
     hub_split: str = "train"
     """Split to read when `source` is a hub dataset."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)

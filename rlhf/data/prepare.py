@@ -1,36 +1,71 @@
-"""Stage `prepare-data`: read preference data, drop unusable rows, split by prompt."""
+"""Stage `prepare-data`: read preference data, quarantine unusable rows, split by prompt."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.clean import PromptFields, clean, prompt_key
+from rlhf.data.collect import (
+    Collector,
+    Ledger,
+    Origin,
+    Resolved,
+    Totals,
+    demonstrations,
+    exact_key,
+)
+from rlhf.data.formats import Layout, detect
+from rlhf.data.prompt_fields import PromptFields
+from rlhf.data.quarantine import Quarantine
+from rlhf.data.records import LeftOutError, Record
 from rlhf.data.rows import (
     DEMONSTRATIONS,
     PAIRS_EVAL,
     PAIRS_TRAIN,
     PROMPTS_EVAL,
     PROMPTS_TRAIN,
+    QUARANTINE,
     SUMMARY,
-    Demonstration,
     Pair,
     PromptRow,
     write_rows,
 )
-from rlhf.data.sources import read_source, source_name
+from rlhf.data.sources import Part, open_source, source_name
+from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
 from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
 
-#: Least number of different prompts on each side of the split: a comparison needs two.
-MIN_PROMPTS = 2
+#: Rows of a file that its format is detected from.
+SAMPLE_ROWS = 200
 
 #: Rows of a dataset by the name of their file.
 Parts = dict[str, Sequence[Any]]
+
+
+@dataclass
+class Reading:
+    """Pairs of a source, and everything that a user should know of how it was read."""
+
+    pairs: list[Resolved] = field(default_factory=list)
+    held_out: list[Resolved] = field(default_factory=list)
+    """Pairs of the source's own test part."""
+    rows: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+    notes: list[str] = field(default_factory=list)
+    """Sentences, each once, in the order of the files."""
+    formats: list[str] = field(default_factory=list)
+    unused_columns: list[str] = field(default_factory=list)
+    totals: Totals = field(default_factory=Totals)
+
+    def note(self, text: str) -> None:
+        """Add a sentence unless it is there."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 def prepare_data(
@@ -43,35 +78,240 @@ def prepare_data(
 ) -> StageResult:
     """Write a dataset: demonstrations, pairs and prompts, split by prompt; a summary.
 
+    Every row of the source ends in a split or, with its reason, in `quarantine.jsonl`.
+
     Args:
-        config: Source, columns, split.
+        config: Source, format, columns, split.
         out_dir: Empty folder for the dataset.
         seed: Seeds the split (and the world, for `source: world`).
         store_options: S3 options, for an s3:// source.
         progress: Called after reading and after writing.
 
     Raises:
-        ConfigError: The source does not exist or lacks a column.
-        DataError: It can't be parsed, or too few prompts are left to split.
+        ConfigError: The source does not exist, or its format is not known.
+        DataError: It can't be parsed, too many rows are unusable, or too few prompts are left.
         StoreError: The S3 server of the source can't be reached.
     """
     if config.source == "world":
-        left_out: dict[str, int] = {}
         parts = _from_world(config, seed)
+        summary = _summary(config, parts, {})
     else:
-        rows = read_source(config, store_options or StoreConfig())
-        fields = PromptFields(config)
-        pairs, left_out = clean(rows, config, fields)
-        progress(1, 2, {"pairs": len(pairs)})
-        parts = _split(_sample(pairs, config, seed), left_out, config, seed)
-        for name in (PROMPTS_TRAIN, PROMPTS_EVAL):
-            parts[name] = [fields.complete(row) for row in parts[name]]
+        path = out_dir / QUARANTINE
+        try:
+            parts, summary = _from_source(
+                config, store_options or StoreConfig(), seed, path, progress
+            )
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
     for name, part in parts.items():
         write_rows(out_dir / name, part)
-    summary = _summary(config, parts, left_out)
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
-    return StageResult({k: v for k, v in summary.items() if not isinstance(v, dict)})
+    metrics = {k: v for k, v in summary.items() if not isinstance(v, dict | list)}
+    return StageResult(metrics)
+
+
+def read_pairs(
+    config: DataConfig,
+    options: StoreConfig,
+    quarantine: Quarantine,
+    fields: PromptFields,
+    limit: int | None = None,
+) -> Reading:
+    """Read a source's pairs; rows that can't be used go into the quarantine.
+
+    Args:
+        config: Source, format, columns.
+        options: S3 options.
+        quarantine: Receives the rows that are left out.
+        fields: Receives references and metadata of the prompts.
+        limit: Read at most this many rows of each part.
+
+    Raises:
+        ConfigError: The source does not exist, or its format is not known.
+        DataError: It can't be parsed, or has no rows.
+        StoreError: The S3 server can't be reached, or a transfer broke.
+    """
+    reading = Reading()
+    with open_source(config, options, reading.note) as parts:
+        for held_out in (False, True):
+            collector = Collector(config, reading.ledger, reading.totals)
+            for part in parts:
+                if part.held_out == held_out:
+                    _read_part(part, config, reading, collector, quarantine, fields, limit)
+            (reading.held_out if held_out else reading.pairs).extend(collector.resolve())
+    if not reading.rows:
+        raise DataError(f"data.source = {config.source!r}: holds no rows; give a file with pairs")
+    return reading
+
+
+def _read_part(
+    part: Part,
+    config: DataConfig,
+    reading: Reading,
+    collector: Collector,
+    quarantine: Quarantine,
+    fields: PromptFields,
+    limit: int | None,
+) -> None:
+    """Add the pairs of one file."""
+    records = itertools.islice(part.records(), limit)
+    head = list(itertools.islice(records, SAMPLE_ROWS))
+    layout = _layout(part, head, config)
+    if layout is not None:
+        reading.formats += [layout.name] if layout.name not in reading.formats else []
+        for text in layout.notes:
+            reading.note(text)
+        unused = [name for name in layout.unused if name not in reading.unused_columns]
+        reading.unused_columns += [n for n in unused if n not in _extra_columns(config)]
+    for record in itertools.chain(head, records):
+        reading.rows += 1
+        origin = Origin(record.file, record.line)
+        try:
+            _add(record, layout, collector, fields, origin, reading.note)
+        except LeftOutError as reason:
+            row = record.text if record.fields is None else record.fields
+            quarantine.add(origin, reason, row)
+
+
+def _layout(part: Part, head: list[Record], config: DataConfig) -> Layout | None:
+    """Detect a part's format from its first rows; None if none of them can be parsed."""
+    sample = [record.fields for record in head if record.fields is not None]
+    if not sample:
+        return None
+    columns = list(dict.fromkeys(name for row in sample for name in row))
+    return detect(columns, sample, config, text_cells=part.text_cells)
+
+
+def _add(
+    record: Record,
+    layout: Layout | None,
+    collector: Collector,
+    fields: PromptFields,
+    origin: Origin,
+    note: Callable[[str], None],
+) -> None:
+    if record.fields is None or layout is None:
+        raise LeftOutError("row can't be parsed", record.fault, "mend the row")
+    converted = layout.convert(record.fields)
+    prompts = {
+        exact_key(item.prompt): item.prompt for item in (*converted.comparisons, *converted.rated)
+    }
+    additions = [fields.read(record.fields, prompt) for prompt in prompts.values()]
+    collector.add(converted, origin)
+    for add in additions:
+        add()
+    for text in converted.notes:
+        note(text)
+
+
+def _extra_columns(config: DataConfig) -> set[str]:
+    """Return the columns that rewards use."""
+    return {*config.metadata_columns, *filter(None, [config.reference_column])}
+
+
+def _from_source(
+    config: DataConfig, options: StoreConfig, seed: int, path: Path, progress: Progress
+) -> tuple[Parts, dict[str, Any]]:
+    fields = PromptFields(config)
+    with Quarantine(path) as quarantine:
+        reading = read_pairs(config, options, quarantine, fields)
+        progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
+        train, held_out = _sides(reading, config, seed)
+        used = reading.ledger.close(quarantine.add)
+        quarantine.check(reading.rows, config.max_bad_fraction, config.source)
+    _check_sizes(train, held_out, bool(reading.held_out), quarantine, config)
+    parts: Parts = {
+        DEMONSTRATIONS: demonstrations(train),
+        PAIRS_TRAIN: train,
+        PAIRS_EVAL: held_out,
+        PROMPTS_TRAIN: _prompts(train, fields),
+        PROMPTS_EVAL: _prompts(held_out, fields),
+    }
+    rows: dict[str, Any] = {
+        "format": ", ".join(reading.formats),
+        "rows": reading.rows,
+        "rows_used": used,
+        "rows_merged": reading.totals.merged,
+        "agreement": reading.totals.agreement,
+        "rows_left_out": _left_out_line(quarantine, reading.rows),
+        "unused_columns": ", ".join(reading.unused_columns) or None,
+        "notes": reading.notes,
+        "left_out": dict(quarantine.ordered()),
+    }
+    return parts, _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
+
+
+def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:
+    if not quarantine.total:
+        return None
+    return f"{quarantine.total:,} of {rows:,} rows left out ({quarantine.in_words()})"
+
+
+def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs to train on and those held out; the ledger learns of all others."""
+    cluster = clusters([item.pair.prompt for item in (*reading.pairs, *reading.held_out)])
+
+    def of(item: Resolved) -> str:
+        return cluster[loose_key(item.pair.prompt)]
+
+    pairs, held_out = reading.pairs, reading.held_out
+    if held_out:
+        names = {of(item) for item in held_out}
+        leaked = [item for item in pairs if of(item) in names]
+        reason = LeftOutError(
+            "prompt is held out", "it, or a turn of its conversation, is in the test part",
+            is_choice=True,
+        )  # fmt: skip
+        _lose(leaked, reason, reading.ledger)
+        train = _sample([i for i in pairs if of(i) not in names], config, seed, reading.ledger)
+    else:
+        pairs = _sample(pairs, config, seed, reading.ledger)
+        names = held_out_clusters({of(item) for item in pairs}, config.eval_fraction, seed)
+        train = [item for item in pairs if of(item) not in names]
+        held_out = [item for item in pairs if of(item) in names]
+    for item in (*train, *held_out):
+        reading.ledger.use(item.origins)
+    return [item.pair for item in train], [item.pair for item in held_out]
+
+
+def _check_sizes(
+    train: list[Pair], held_out: list[Pair], is_own: bool, quarantine: Quarantine,
+    config: DataConfig,
+) -> None:  # fmt: skip
+    """Refuse data with too few prompts on a side."""
+    counts = [len({loose_key(pair.prompt) for pair in side}) for side in (train, held_out)]
+    if min(counts) >= MIN_PROMPTS:
+        return
+    total = f"{sum(counts)} different prompts with usable pairs"
+    if is_own:
+        total = f"{counts[0]} different prompts to train on and {counts[1]} held out"
+    raise DataError(
+        f"data.source = {config.source!r}: {total} are too few to train on {MIN_PROMPTS} and hold "
+        f"out {MIN_PROMPTS}; give more rows (left out: {quarantine.in_words() or 'none'})"
+    )
+
+
+def _sample(pairs: list[Resolved], config: DataConfig, seed: int, ledger: Ledger) -> list[Resolved]:
+    """Return at most `max_pairs` of the pairs, chosen independently of their order."""
+    if config.max_pairs is None or len(pairs) <= config.max_pairs:
+        return pairs
+    order = sorted(range(len(pairs)), key=lambda i: (position(seed, repr(pairs[i].pair)), i))
+    sample = set(order[: config.max_pairs])
+    reason = LeftOutError("not in the sample of data.max_pairs", is_choice=True)
+    _lose([item for i, item in enumerate(pairs) if i not in sample], reason, ledger)
+    return [item for i, item in enumerate(pairs) if i in sample]
+
+
+def _lose(items: Sequence[Resolved], reason: LeftOutError, ledger: Ledger) -> None:
+    for pair, origins in items:
+        ledger.lose(origins, reason, pair.prompt, pair.chosen, pair.rejected)
+
+
+def _prompts(pairs: list[Pair], fields: PromptFields) -> list[PromptRow]:
+    unique = {exact_key(pair.prompt): pair.prompt for pair in pairs}
+    return [fields.complete(PromptRow(prompt)) for prompt in unique.values()]
 
 
 def _from_world(config: DataConfig, seed: int) -> Parts:
@@ -90,46 +330,7 @@ def _from_world(config: DataConfig, seed: int) -> Parts:
     }
 
 
-def _sample(pairs: list[Pair], config: DataConfig, seed: int) -> list[Pair]:
-    """Return at most `max_pairs` of the pairs, chosen independently of their order."""
-    if config.max_pairs is None or len(pairs) <= config.max_pairs:
-        return pairs
-    sample = set(sorted(map(repr, pairs), key=lambda p: _seeded_hash(seed, p))[: config.max_pairs])
-    return [pair for pair in pairs if repr(pair) in sample]
-
-
-def _split(pairs: list[Pair], left_out: Mapping[str, int], config: DataConfig, seed: int) -> Parts:
-    """Hold out a share of the prompts with all their pairs."""
-    prompts = sorted({prompt_key(p.prompt) for p in pairs}, key=lambda p: _seeded_hash(seed, p))
-    if len(prompts) < 2 * MIN_PROMPTS:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
-        raise DataError(
-            f"data.source = {config.source!r}: {len(prompts)} different prompts with usable pairs "
-            f"are too few to train on {MIN_PROMPTS} and hold out {MIN_PROMPTS}; give more rows "
-            f"(left out: {reasons or 'none'})"
-        )
-    share = round(len(prompts) * config.eval_fraction)
-    held_out = set(prompts[: min(max(share, MIN_PROMPTS), len(prompts) - MIN_PROMPTS)])
-    train = [p for p in pairs if prompt_key(p.prompt) not in held_out]
-    evaluation = [p for p in pairs if prompt_key(p.prompt) in held_out]
-    return {
-        DEMONSTRATIONS: [Demonstration(p.prompt, p.chosen) for p in train],
-        PAIRS_TRAIN: train,
-        PAIRS_EVAL: evaluation,
-        PROMPTS_TRAIN: _prompts(train),
-        PROMPTS_EVAL: _prompts(evaluation),
-    }
-
-
-def _seeded_hash(seed: int, text: str) -> str:
-    return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()
-
-
-def _prompts(pairs: list[Pair]) -> list[PromptRow]:
-    return [PromptRow(p) for p in {prompt_key(pair.prompt): pair.prompt for pair in pairs}.values()]
-
-
-def _summary(config: DataConfig, parts: Parts, left_out: dict[str, int]) -> dict[str, Any]:
+def _summary(config: DataConfig, parts: Parts, rows: dict[str, Any]) -> dict[str, Any]:
     train: Sequence[Pair] = parts[PAIRS_TRAIN]
     longer = sum(len(p.chosen) > len(p.rejected) for p in train) / len(train)
     return {
@@ -140,5 +341,6 @@ def _summary(config: DataConfig, parts: Parts, left_out: dict[str, int]) -> dict
         "prompts_train": len(parts[PROMPTS_TRAIN]),
         "prompts_eval": len(parts[PROMPTS_EVAL]),
         "chosen_longer": longer,
-        "left_out": left_out,
+        "left_out": {},
+        **rows,
     }

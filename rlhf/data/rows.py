@@ -5,6 +5,7 @@
 | `demonstrations.jsonl` | prompt, response |
 | `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group |
 | `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
+| `quarantine.jsonl` | source, line, reason, detail, row |
 
 A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
 evaluation reports separately, or is null. `reference` is the right answer, or null. `metadata` maps
@@ -28,6 +29,7 @@ PAIRS_EVAL = "pairs-eval.jsonl"
 PROMPTS_TRAIN = "prompts-train.jsonl"
 PROMPTS_EVAL = "prompts-eval.jsonl"
 SUMMARY = "summary.json"
+QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)

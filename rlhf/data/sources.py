@@ -1,32 +1,46 @@
-"""Preference rows of `data.source`: columns, formats and the source's identity."""
+"""Files and hub datasets of `data.source`: their records, and their identity."""
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.readers import READERS, MalformedError, Row, Table, ending, read_file
+from rlhf.data.readers import (
+    ENDINGS,
+    MalformedError,
+    ReadOptions,
+    ending,
+    is_metadata,
+    read_records,
+)
+from rlhf.data.records import Record
 from rlhf.errors import ConfigError, DataError
 from rlhf.external import TIMEOUT, External, shorten
 from rlhf.files import expand_home
 
 
 def source_digest(config: DataConfig, options: StoreConfig) -> str:
-    """Return the identity of the source's content, by `External.digest`.
+    """Return the identity of the sources' content, by `External.digest`.
 
     The world's is constant: its rows follow from the seed and the code.
 
     Raises:
-        ConfigError: The source does not exist.
+        ConfigError: A source does not exist.
         StoreError: The S3 server can't be reached.
     """
     if config.source == "world":
         return "world"
-    return _ExternalData("data.source", config.source, options).digest()
+    digest = _ExternalData("data.source", config.source, options).digest()
+    if config.eval_source is None:
+        return digest
+    return f"{digest} {_ExternalData('data.eval_source', config.eval_source, options).digest()}"
 
 
 def source_name(source: str) -> str:
@@ -36,28 +50,45 @@ def source_name(source: str) -> str:
     return source if is_remote else _local_path(source).name
 
 
-def read_source(config: DataConfig, options: StoreConfig) -> list[Row]:
-    """Read all rows of the source, with the configured columns that a row has.
+@dataclass(frozen=True)
+class Part:
+    """A file of a source, or a split of a hub dataset."""
+
+    name: str
+    records: Callable[[], Iterator[Record]]
+    """Reads the part's rows anew, in order."""
+    text_cells: bool = False
+    """True if all values are text, as in CSV."""
+    held_out: bool = False
+    """True if no training stage may see it."""
+
+
+@contextmanager
+def open_source(
+    config: DataConfig, options: StoreConfig, note: Callable[[str], None]
+) -> Iterator[list[Part]]:
+    """Fetch the sources and give their parts, which can be read until the block ends.
+
+    Args:
+        config: Source, held-out source, and how files are read.
+        options: S3 options.
+        note: Receives a sentence for everything that was guessed.
 
     Raises:
-        ConfigError: The source does not exist, or lacks a column.
-        DataError: It has no rows, or can't be parsed.
+        ConfigError: A source does not exist, or has no readable file.
+        DataError: It can't be parsed (also while its records are read).
         StoreError: The S3 server can't be reached, or a transfer broke.
     """
-    external = _ExternalData("data.source", config.source, options)
     with tempfile.TemporaryDirectory() as scratch:
-        copy = external.fetch(Path(scratch, "source"))
-        if external.is_on_hub:
-            table = _read_split(config, copy.folder, Path(scratch, "datasets"))
-            rows = _rows_with_columns(table, config, config.source)
-        else:
-            rows = []
-            for name, path in copy.files.items():
-                table = _parse(external, name, path, _columns(config))
-                rows += _rows_with_columns(table, config, name)
-    if not rows:
-        raise DataError(f"data.source = {config.source!r}: holds no rows; give a file with pairs")
-    return rows
+        parts = _parts(config, "source", options, Path(scratch, "source"), note)
+        if config.eval_source is not None:
+            own = _parts(config, "eval_source", options, Path(scratch, "eval"), note)
+            parts = [*(replace(p, held_out=False) for p in parts)]
+            parts += [replace(part, held_out=True) for part in own]
+        elif any(part.held_out for part in parts):
+            names = ", ".join(part.name for part in parts if part.held_out)
+            note(f"held out as the source's own test part: {names}")
+        yield parts
 
 
 @dataclass(frozen=True)
@@ -66,12 +97,12 @@ class _ExternalData(External):
 
     type = "dataset"
     #: The data, and the card that says which file is which split.
-    hub_files = ("README.md", *(f"*{end}{gz}" for end in READERS for gz in ("", ".gz")))
+    hub_files = ("README.md", *(f"*{end}{gz}" for end in ENDINGS for gz in ("", ".gz")))
 
     def is_path(self) -> bool:
         """Return whether it exists, or is written like a path; a hub id is `owner/name`."""
         written_as_path = self.uri.startswith((".", "/", "~", "file:"))
-        written_as_path |= ending(self.uri) in READERS
+        written_as_path |= ending(self.uri) in ENDINGS
         return written_as_path or self.uri.count("/") != 1 or _exists(Path(self.uri))
 
     @property
@@ -86,10 +117,10 @@ class _ExternalData(External):
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Return the data files, sorted; they must be of one format."""
-        readable = sorted(name for name in names if ending(name) in READERS)
+        readable = sorted(n for n in names if ending(n) in ENDINGS and not is_metadata(n))
         formats = {ending(name) for name in readable}
         if not formats:
-            raise self.error(f"holds no file that can be read; use {', '.join(READERS)} (also .gz)")
+            raise self.error(f"holds no file that can be read; use {', '.join(ENDINGS)} (also .gz)")
         if len(formats) > 1:
             raise self.error(f"mixes {', '.join(sorted(formats))}; keep one format")
         return readable
@@ -123,18 +154,76 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _parse(external: External, name: str, path: Path, columns: Sequence[str]) -> Table:
+def _parts(
+    config: DataConfig, setting: str, options: StoreConfig, scratch: Path,
+    note: Callable[[str], None],
+) -> list[Part]:  # fmt: skip
+    uri = getattr(config, setting)
+    external = _ExternalData(f"data.{setting}", uri, options)
+    copy = external.fetch(scratch)
+    if external.is_on_hub:
+        return [Part(uri, lambda: _split(config, uri, copy.folder, scratch.parent / "datasets"))]
+    read = ReadOptions(
+        encoding=config.encoding, delimiter=config.delimiter, max_row_mb=config.max_row_mb
+    )
+    held_out = own_test_files(list(copy.files)) if config.split == "auto" else set()
+    return [
+        Part(
+            name,
+            partial(_records, external, name, path, read, note),
+            text_cells=ending(name) in (".csv", ".tsv"),
+            held_out=name in held_out,
+        )
+        for name, path in copy.files.items()
+    ]
+
+
+#: Words in a file's or a folder's name that mark held-out data, and data to train on.
+_TEST_WORDS = frozenset(
+    ("test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev", "heldout")
+)
+_TRAIN_WORDS = frozenset(("train", "training"))
+
+
+def own_test_files(names: Sequence[str]) -> set[str]:
+    """Return the files that hold a source's own test part.
+
+    A file `test.jsonl` or a folder `test` is one beside any other; a name that has such a word
+    among others ("dev-team") only beside one that has the word "train".
+    """
+    words = {name: _words(name) for name in names}
+    has_train = any(_TRAIN_WORDS & set(parts) for parts in words.values())
+    marked = {
+        name
+        for name, parts in words.items()
+        if (_TEST_WORDS & set(parts) if has_train else parts[:1] and parts[0] in _TEST_WORDS)
+        and not _TRAIN_WORDS & set(parts)
+    }
+    return marked if len(marked) < len(names) else set()
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a file's name without its ending, "held-out" as one."""
+    stem = re.sub(r"held[-_ ]?out|hold[-_ ]?out", "heldout", name.lower())
+    for end in (".gz", *ENDINGS):
+        stem = stem.removesuffix(end)
+    return [word for word in re.split(r"[^a-z]+", stem) if word not in ("", "data", "of")]
+
+
+def _records(
+    external: External, name: str, path: Path, options: ReadOptions, note: Callable[[str], None]
+) -> Iterator[Record]:
     try:
         with external.readable():
-            return read_file(path, columns)
+            yield from read_records(path, name, options, lambda text: note(f"{name}: {text}"))
     except MalformedError as error:
         raise DataError(
-            f"data.source = {external.uri!r}: can't be parsed ({name}: {shorten(error)}); "
+            f"{external.field} = {external.uri!r}: can't be parsed ({name}: {shorten(error)}); "
             "mend the file"
         ) from None
 
 
-def _read_split(config: DataConfig, folder: Path, cache: Path) -> Table:
+def _split(config: DataConfig, uri: str, folder: Path, cache: Path) -> Iterator[Record]:
     """Read the configured split of a hub dataset's files."""
     import datasets
 
@@ -142,38 +231,10 @@ def _read_split(config: DataConfig, folder: Path, cache: Path) -> Table:
     try:
         # By folder: by id, `load_dataset` keeps a copy in the user's cache whatever `cache_dir` is.
         loaded = datasets.load_dataset(str(folder), split=config.hub_split, cache_dir=str(cache))
-        names = list(loaded.column_names)
-        return names, loaded.select_columns([n for n in _columns(config) if n in names]).to_list()
     except Exception as error:  # the library raises anything
         raise ConfigError(
-            f"data.source = {config.source!r}, data.hub_split = {config.hub_split!r}: can't be "
+            f"data.source = {uri!r}, data.hub_split = {config.hub_split!r}: can't be "
             f"read ({type(error).__name__}: {shorten(error)}); check both"
         ) from None
-
-
-def _rows_with_columns(table: Table, config: DataConfig, name: str) -> list[Row]:
-    """Return a table's rows, after a check that it has all configured columns.
-
-    An empty file has no columns, and passes.
-    """
-    names, rows = table
-    for field, column in _column_settings(config):
-        if names and column not in names:
-            raise ConfigError(
-                f"data.{field} = {column!r}: not a column of {name!r}, which has "
-                f"{shorten(', '.join(map(str, names)))}; set data.{field} to one of these"
-            )
-    return rows
-
-
-def _columns(config: DataConfig) -> list[str]:
-    return list(dict.fromkeys(column for _, column in _column_settings(config)))
-
-
-def _column_settings(config: DataConfig) -> list[tuple[str, str]]:
-    """List (setting, column) of every column that the source must have."""
-    fields = ["prompt_column", "chosen_column", "rejected_column"]
-    if config.reference_column is not None:
-        fields.append("reference_column")
-    settings = [(field, getattr(config, field)) for field in fields]
-    return [*settings, *(("metadata_columns", column) for column in config.metadata_columns)]
+    for number, row in enumerate(loaded, start=1):
+        yield Record(uri, number, dict(row))

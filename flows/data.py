@@ -1,0 +1,154 @@
+"""The `rlhf data` command: look at preference data before a run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.config import PipelineConfig, load_config
+
+if TYPE_CHECKING:
+    from rlhf.data.prepare import Reading
+    from rlhf.data.quarantine import Quarantine
+    from rlhf.data.rows import Pair
+
+console = Console()
+app = App(name="data", help="Look at preference data.")
+
+#: Pairs that are shown as the model sees them.
+SHOWN = 3
+#: Most characters of a shown pair's prompt and of each reply.
+SHOWN_CHARS = 700
+
+Overrides = Annotated[
+    str,
+    Parameter(
+        allow_leading_hyphen=True,
+        help="Overrides of the section data, such as --data.format=comparison.",
+    ),
+]
+
+
+@app.command
+def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
+    """Print a source's format, three pairs as the model sees them, and the rows to leave out.
+
+    Parameters
+    ----------
+    source
+        File, folder, s3:// URI or hub dataset id.
+    rows
+        Read at most this many rows of each file.
+    """
+    from rlhf.data.prepare import read_pairs
+    from rlhf.data.prompt_fields import PromptFields
+    from rlhf.data.quarantine import Quarantine
+
+    config = load_config(None, [*overrides, f"--data.source={source}"]).config
+    quarantine = Quarantine()
+    fields = PromptFields(config.data)
+    reading = read_pairs(config.data, config.store_options, quarantine, fields, limit=rows)
+    pairs = [item.pair for item in (*reading.pairs, *reading.held_out)]
+    for item in (*reading.pairs, *reading.held_out):
+        reading.ledger.use(item.origins)
+    used = reading.ledger.close(quarantine.add)
+    _print_format(source, reading, pairs, used, rows)
+    if quarantine.total:
+        _print_left_out(quarantine, reading.rows, config)
+    if pairs:
+        _print_lengths(pairs)
+        for pair in pairs[:SHOWN]:
+            _print_pair(pair)
+    return 0
+
+
+def _print_format(
+    source: str, reading: Reading, pairs: Sequence[Pair], used: int, limit: int
+) -> None:
+    prompts = len({repr(pair.prompt) for pair in pairs})
+    begun = f" (the first {limit:,} of each file)" if reading.rows >= limit else ""
+    lines = [
+        f"{source}: {reading.rows:,} rows{begun}, format {', '.join(reading.formats) or 'unknown'}",
+        f"{len(pairs):,} pairs of {prompts:,} prompts, from {used:,} rows",
+        *reading.notes,
+    ]
+    if reading.unused_columns:
+        lines.append(f"columns not used: {', '.join(reading.unused_columns)}")
+    if reading.held_out:
+        lines.append(f"{len(reading.held_out):,} of the pairs are the source's own held-out part")
+    agreement = reading.totals.agreement
+    if agreement is not None:
+        lines.append(
+            f"{reading.totals.repeated:,} pairs were judged more than once; {agreement:.0%} of "
+            "their votes agree with the majority"
+        )
+    for line in lines:
+        console.print(Text(line))
+
+
+def _print_left_out(quarantine: Quarantine, rows: int, config: PipelineConfig) -> None:
+    """Print a table of the reasons, and whether the stage would stop."""
+    table = Table(title=f"{quarantine.total:,} of {rows:,} rows are left out", title_justify="left")
+    table.add_column("rows", justify="right")
+    for name in ("reason", "first example", "cure"):
+        table.add_column(name)
+    for reason, count in quarantine.ordered():
+        origin, example = quarantine.examples[reason]
+        position = f"{origin.file}:{origin.line} {example.detail}".strip()
+        cells = [f"{count:,}", reason, position, example.cure]
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    limit = config.data.max_bad_fraction
+    if quarantine.bad > limit * rows:
+        console.print(
+            Text(
+                f"{quarantine.bad:,} of them have something wrong, more than data.max_bad_fraction "
+                f"= {limit:g} allows: a run would stop",
+                style="red",
+            )
+        )
+
+
+def _print_lengths(pairs: Sequence[Pair]) -> None:
+    from rlhf.data.collect import messages_of
+
+    table = Table(title="Lengths in characters", title_justify="left")
+    table.add_column("")
+    for name in ("shortest", "median", "longest"):
+        table.add_column(name, justify="right")
+    lengths = {
+        "prompt": [sum(len(m["content"]) for m in messages_of(pair.prompt)) for pair in pairs],
+        "chosen": [len(pair.chosen) for pair in pairs],
+        "rejected": [len(pair.rejected) for pair in pairs],
+    }
+    for name, values in lengths.items():
+        figures = (min(values), round(statistics.median(values)), max(values))
+        table.add_row(name, *(f"{figure:,}" for figure in figures))
+    console.print(table)
+    longer = sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) / len(pairs)
+    console.print(f"the chosen reply is the longer one in {longer:.0%} of the pairs\n")
+
+
+def _print_pair(pair: Pair) -> None:
+    """Print a pair in the chat template of a model trained from scratch."""
+    import jinja2
+
+    from rlhf.data.collect import messages_of
+    from rlhf.data.rendering import END, TEMPLATE
+
+    template = jinja2.Environment(autoescape=False).from_string(TEMPLATE)
+    prompt = template.render(messages=messages_of(pair.prompt), add_generation_prompt=True)
+    for name, style, text in (
+        ("prompt", "bold", prompt),
+        ("chosen", "green", pair.chosen + END),
+        ("rejected", "red", pair.rejected + END),
+    ):
+        shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text):,})"
+        console.print(Text(f"{name:>8}  ", style=style), Text(shown), sep="")
+    console.print()

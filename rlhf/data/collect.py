@@ -1,0 +1,269 @@
+"""Comparisons of all rows become pairs: votes are counted, scores are ranked, rows accounted for.
+
+Rows that say the same are votes for one pair. Every row ends as used or as left out with a reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rlhf.config import DataConfig
+from rlhf.data.records import Comparison, Converted, LeftOutError
+from rlhf.data.rows import Demonstration, Message, Pair, Prompt
+
+#: Most pairs from the scored replies to one prompt: a hundred replies would give 4,950.
+MAX_RANKED_PAIRS = 64
+
+
+class Origin(NamedTuple):
+    """Position of a row: its file's name in the source, and its line."""
+
+    file: str
+    line: int
+
+
+#: Receives each row that is left out: its position, the reason, and its pair.
+OnLeftOut = Callable[[Origin, LeftOutError, dict[str, Any]], None]
+
+
+class Resolved(NamedTuple):
+    """A pair, and the rows that it comes from."""
+
+    pair: Pair
+    origins: tuple[Origin, ...]
+
+
+class Ledger:
+    """Fate of every row whose comparisons were collected: used, or left out for a reason."""
+
+    def __init__(self) -> None:
+        self._used: dict[Origin, bool] = {}
+        self._reasons: dict[Origin, tuple[LeftOutError, dict[str, Any]]] = {}
+
+    def use(self, origins: Iterable[Origin]) -> None:
+        """Count these rows as used, whatever else becomes of their comparisons."""
+        self._used |= dict.fromkeys(origins, True)
+
+    def lose(
+        self, origins: Iterable[Origin], reason: LeftOutError, prompt: Prompt, *replies: str
+    ) -> None:
+        """Note why a comparison of these rows is not used; the first reason counts."""
+        row = dict(zip(("prompt", "chosen", "rejected"), (prompt, *replies), strict=False))
+        for origin in origins:
+            self._used.setdefault(origin, False)
+            self._reasons.setdefault(origin, (reason, row))
+
+    def reason(self, origin: Origin) -> LeftOutError | None:
+        """Return the reason noted for a row, and forget the row."""
+        self._used.pop(origin, None)
+        return self._reasons.pop(origin, (None, {}))[0]
+
+    def close(self, on_left_out: OnLeftOut) -> int:
+        """Report each row of which nothing is used; return the number of those used."""
+        for origin, used in self._used.items():
+            if not used:
+                on_left_out(origin, *self._reasons[origin])
+        return sum(self._used.values())
+
+
+@dataclass
+class _Votes:
+    """Rows that compare the same two replies: for `a` against `b`, and the other way."""
+
+    for_a: list[Origin] = field(default_factory=list)
+    for_b: list[Origin] = field(default_factory=list)
+
+
+@dataclass
+class _Replies:
+    """Everything that the rows say of one prompt."""
+
+    prompt: Prompt
+    pairs: dict[tuple[str, str], _Votes] = field(default_factory=dict)
+    """By the two replies, sorted."""
+    scores: dict[str, list[tuple[float, Origin]]] = field(default_factory=dict)
+
+
+@dataclass
+class Totals:
+    """Counts of a collection."""
+
+    merged: int = 0
+    """Rows that repeat another row's pair."""
+    repeated: int = 0
+    """Pairs with more than one vote."""
+    votes: int = 0
+    """Votes for those pairs."""
+    agreeing: int = 0
+    """Those of them that agree with the majority."""
+    surplus: int = 0
+    """Pairs of scored replies beyond MAX_RANKED_PAIRS of their prompt."""
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the votes that agree with their pair's majority; None without repeats."""
+        return self.agreeing / self.votes if self.votes else None
+
+
+class Collector:
+    """Collects the comparisons of rows, and resolves them to pairs."""
+
+    def __init__(self, config: DataConfig, ledger: Ledger, totals: Totals) -> None:
+        self.config = config
+        self.ledger = ledger
+        self.totals = totals
+        self._replies: dict[str, _Replies] = {}
+
+    def add(self, converted: Converted, origin: Origin) -> None:
+        """Add what a row says.
+
+        Raises:
+            LeftOutError: None of it can be used.
+        """
+        comparisons = []
+        for item in converted.comparisons:
+            if fault := _fault(item, self.config):
+                self.ledger.lose([origin], fault, item.prompt, item.chosen, item.rejected)
+            else:
+                comparisons.append(item)
+        rated = []
+        for one in converted.rated:
+            if fault := too_long(one.prompt, [one.reply], self.config):
+                self.ledger.lose([origin], fault, one.prompt, one.reply)
+            else:
+                rated.append(one)
+        if not comparisons and not rated:
+            raise self.ledger.reason(origin) or LeftOutError("the row compares nothing")
+        for item in comparisons:
+            self._vote(item, origin)
+        for one in rated:
+            scores = self._of(one.prompt).scores.setdefault(one.reply, [])
+            scores.append((one.score, origin))
+
+    def resolve(self) -> list[Resolved]:
+        """Return the pairs, in the order of their first rows."""
+        pairs: list[Resolved] = []
+        for replies in self._replies.values():
+            pairs += self._voted(replies)
+            pairs += self._ranked(replies)
+        return pairs
+
+    def _of(self, prompt: Prompt) -> _Replies:
+        return self._replies.setdefault(exact_key(prompt), _Replies(prompt))
+
+    def _vote(self, comparison: Comparison, origin: Origin) -> None:
+        a, b = sorted((comparison.chosen, comparison.rejected))
+        votes = self._of(comparison.prompt).pairs.setdefault((a, b), _Votes())
+        (votes.for_a if comparison.chosen == a else votes.for_b).append(origin)
+
+    def _voted(self, replies: _Replies) -> Iterator[Resolved]:
+        for (a, b), votes in replies.pairs.items():
+            counts = len(votes.for_a), len(votes.for_b)
+            if sum(counts) > 1:
+                self.totals.repeated += 1
+                self.totals.votes += sum(counts)
+                self.totals.agreeing += max(counts)
+            if self.config.votes == "keep":
+                yield from (Resolved(Pair(replies.prompt, a, b), (o,)) for o in votes.for_a)
+                yield from (Resolved(Pair(replies.prompt, b, a), (o,)) for o in votes.for_b)
+            elif counts[0] == counts[1]:
+                self.ledger.lose(
+                    [*votes.for_a, *votes.for_b],
+                    LeftOutError(
+                        "votes for a pair are tied", f"{counts[0]} to {counts[1]}",
+                        "set data.votes=keep to train on both", is_choice=True,
+                    ),
+                    replies.prompt, a, b,
+                )  # fmt: skip
+            elif counts[0] > counts[1]:
+                yield self._elected(replies.prompt, a, b, votes.for_a, votes.for_b)
+            else:
+                yield self._elected(replies.prompt, b, a, votes.for_b, votes.for_a)
+
+    def _elected(
+        self, prompt: Prompt, better: str, worse: str, winners: list[Origin], losers: list[Origin]
+    ) -> Resolved:
+        reason = LeftOutError(
+            "outvoted by other rows of the pair", f"{len(losers)} to {len(winners)}",
+            "set data.votes=keep to train on every vote", is_choice=True,
+        )  # fmt: skip
+        self.ledger.lose(losers, reason, prompt, worse, better)
+        self.totals.merged += len(winners) - 1
+        return Resolved(Pair(prompt, better, worse), tuple(winners))
+
+    def _ranked(self, replies: _Replies) -> Iterator[Resolved]:
+        origins = {reply: [o for _, o in scores] for reply, scores in replies.scores.items()}
+        mean = {
+            reply: sum(score for score, _ in scores) / len(scores)
+            for reply, scores in replies.scores.items()
+        }
+        ranked = [
+            (mean[one] - mean[other], one, other)
+            for one, other in itertools.permutations(mean, 2)
+            if mean[one] > mean[other]
+        ]
+        ranked.sort(key=lambda item: -item[0])
+        self.totals.surplus += max(len(ranked) - MAX_RANKED_PAIRS, 0)
+        for _, one, other in ranked[:MAX_RANKED_PAIRS]:
+            pair = Pair(replies.prompt, one, other)
+            yield Resolved(pair, (*origins[one], *origins[other]))
+        reason = LeftOutError(
+            "no other reply to this prompt has a different score",
+            cure="give two replies to each prompt, one better than the other", is_choice=True,
+        )  # fmt: skip
+        for reply, rows in origins.items():
+            self.ledger.lose(rows, reason, replies.prompt, reply)
+
+
+def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
+    """Return each prompt's best reply, once: one that won, and lost to no other reply."""
+    won: dict[str, dict[str, int]] = {}
+    lost: dict[str, set[str]] = {}
+    prompts: dict[str, Prompt] = {}
+    for pair in pairs:
+        key = exact_key(pair.prompt)
+        prompts.setdefault(key, pair.prompt)
+        wins = won.setdefault(key, {})
+        wins[pair.chosen] = wins.get(pair.chosen, 0) + 1
+        lost.setdefault(key, set()).add(pair.rejected)
+    found = []
+    for key, prompt in prompts.items():
+        unbeaten = [reply for reply in won[key] if reply not in lost[key]]
+        if unbeaten:
+            found.append(Demonstration(prompt, max(unbeaten, key=won[key].__getitem__)))
+    return found
+
+
+def exact_key(prompt: Prompt) -> str:
+    """Return a key that two prompts share only if they are equal; text equals a user's turn."""
+    return json.dumps([(m["role"], m["content"]) for m in messages_of(prompt)])
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """Return a prompt as chat messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def too_long(prompt: Prompt, replies: list[str], config: DataConfig) -> LeftOutError | None:
+    """Return the reason for leaving out a prompt or reply that is too long, if one is."""
+    length = sum(len(m["content"]) for m in messages_of(prompt))
+    if length > config.max_prompt_chars:
+        return LeftOutError(
+            "prompt too long", f"{length:,} characters", "raise data.max_prompt_chars"
+        )
+    longest = max(map(len, replies))
+    if longest > config.max_reply_chars:
+        return LeftOutError(
+            "reply too long", f"{longest:,} characters", "raise data.max_reply_chars"
+        )
+    return None
+
+
+def _fault(comparison: Comparison, config: DataConfig) -> LeftOutError | None:
+    if comparison.chosen.strip() == comparison.rejected.strip():
+        return LeftOutError("both replies are the same", cure="remove the row", is_choice=True)
+    return too_long(comparison.prompt, [comparison.chosen, comparison.rejected], config)

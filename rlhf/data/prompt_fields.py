@@ -1,0 +1,95 @@
+"""Reference answers and metadata of prompts, for reward functions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlhf.config import DataConfig
+from rlhf.data.collect import exact_key
+from rlhf.data.columns import MISSING, value_of
+from rlhf.data.records import LeftOutError
+from rlhf.data.rows import Prompt, PromptRow
+
+
+class PromptFields:
+    """Reference answers and metadata by prompt, the same for every row of a prompt."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.references: dict[str, str] = {}
+        self.metadata: dict[str, dict[str, Any]] = {}
+
+    def read(self, row: Mapping[str, Any], prompt: Prompt) -> Callable[[], None]:
+        """Check a row's fields, and return a function that adds them once the row is used.
+
+        Raises:
+            LeftOutError: A field is unusable, or the prompt has another reference already.
+        """
+        columns = self.config.metadata_columns
+        if self.config.reference_column is None and not columns:
+            return lambda: None
+        name, reference = exact_key(prompt), self._reference(row)
+        if reference is not None and self.references.get(name, reference) != reference:
+            raise LeftOutError(
+                "another reference for the same prompt", repr(reference)[:100],
+                "give each prompt one reference",
+            )  # fmt: skip
+        metadata = {column: _plain_json(_cell(row, column)) for column in columns}
+
+        def add() -> None:
+            if reference is not None:
+                self.references[name] = reference
+            self.metadata.setdefault(name, metadata)
+
+        return add
+
+    def complete(self, row: PromptRow) -> PromptRow:
+        """Return the row with its prompt's reference, and the metadata of its first row."""
+        name = exact_key(row.prompt)
+        return replace(
+            row, reference=self.references.get(name), metadata=self.metadata.get(name, {})
+        )
+
+    def _reference(self, row: Mapping[str, Any]) -> str | None:
+        if self.config.reference_column is None:
+            return None
+        value = _cell(row, self.config.reference_column)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return None if math.isnan(value) else str(value)  # a missing number in Parquet
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if not isinstance(value, str) or not _is_unicode(value):
+            raise LeftOutError(
+                "the reference is no text or number", f"{type(value).__name__} {value!r}"[:100],
+                "mend the column of data.reference_column",
+            )  # fmt: skip
+        return value
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    value = value_of(row, column)
+    return None if value is MISSING else value
+
+
+def _plain_json(value: Any) -> Any:
+    """Convert a cell to JSON values; dates and other types become text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        raise LeftOutError("metadata can't be written as JSON", str(value)[:100]) from None
+    if not _is_unicode(text):
+        raise LeftOutError("metadata is no text", ascii(value)[:100])
+    return json.loads(text)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return False for a lone surrogate, which JSON can hold and UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

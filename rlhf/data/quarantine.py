@@ -1,0 +1,125 @@
+"""Rows that are left out: written with their reasons, counted, and refused above a limit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rlhf.data.collect import Origin
+from rlhf.data.records import LeftOutError
+from rlhf.errors import DataError
+
+#: Reasons that a message lists.
+SHOWN = 3
+#: Longest text of a row in the file, in characters: a row may hold megabytes.
+MAX_TEXT = 100_000
+
+
+class Quarantine:
+    """Writes rows that are left out as JSON lines, each with its source, line and reason.
+
+    Args:
+        path: The file, which is made anew; None counts only.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._file = path.open("w", encoding="utf-8") if path else None
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, tuple[Origin, LeftOutError]] = {}
+        """The first row with each reason."""
+        self.bad = 0
+        """Rows with something wrong: all but ties, lost votes and the like."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file:
+            self._file.close()
+
+    def add(self, origin: Origin, reason: LeftOutError, row: Any) -> None:
+        """Write and count a row."""
+        self.reasons[reason.reason] += 1
+        self.examples.setdefault(reason.reason, (origin, reason))
+        self.bad += not reason.is_choice
+        if self._file:
+            line = {
+                "source": origin.file,
+                "line": origin.line,
+                "reason": reason.reason,
+                "detail": reason.detail,
+                "row": row,
+            }
+            self._file.write(_json(line) + "\n")
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return sum(self.reasons.values())
+
+    def ordered(self) -> list[tuple[str, int]]:
+        """Return reasons and counts, the most frequent first."""
+        return sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+
+    def in_words(self) -> str:
+        """Return the commonest reasons with their counts: `8 × chosen is empty`."""
+        shown = [f"{count:,} × {reason}" for reason, count in self.ordered()[:SHOWN]]
+        rest = self.total - sum(count for _, count in self.ordered()[:SHOWN])
+        return ", ".join([*shown, *([f"{rest:,} × other"] if rest else [])])
+
+    def explained(self) -> str:
+        """Return the commonest faults, each with an example and a cure."""
+        parts = []
+        for reason, count in self.ordered():
+            origin, example = self.examples[reason]
+            if example.is_choice:
+                continue
+            detail = f": {example.detail}" if example.detail else ""
+            cure = f" → {example.cure}" if example.cure else ""
+            parts.append(f"{count:,} × {reason} ({origin.file}:{origin.line}{detail}){cure}")
+        return "; ".join(parts[:SHOWN])
+
+    def check(self, rows: int, limit: float, source: str) -> None:
+        """Refuse a source of which too many rows are faulty.
+
+        Raises:
+            DataError: More than `limit` of the rows have something wrong.
+        """
+        if self.bad > limit * rows:
+            raise DataError(
+                f"data.source = {source!r}: {self.bad:,} of {rows:,} rows can't be used, more than "
+                f"data.max_bad_fraction = {limit:g} allows: {self.explained()}; mend the rows or "
+                f"the settings, or raise data.max_bad_fraction; all reasons: "
+                f"rlhf data inspect {source}"
+            )
+
+
+def _json(value: Any) -> str:
+    """Return JSON that every reader can read: other types and NaN as text, long text cut."""
+    try:
+        return json.dumps(_plain(value), allow_nan=False)
+    except (ValueError, RecursionError):
+        return json.dumps({**_plain({**value, "row": None}), "row": ascii(value["row"])[:MAX_TEXT]})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return value if len(value) <= MAX_TEXT else value[:MAX_TEXT] + "…"
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return str(value)
