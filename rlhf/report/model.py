@@ -163,7 +163,8 @@ class RunReport(Plain):
     """Stages in the order they run."""
     data: dict[str, Any] = {}
     """Data summary: `source`, `pairs_train`, `pairs_eval`, `prompts_train`, `prompts_eval`,
-    `demonstrations`, `left_out` ({reason: n}), `chosen_longer`; other keys are shown too."""
+    `demonstrations`, `left_out` ({reason: n}), `chosen_longer`, `notes` (sentences); other keys are
+    shown too."""
     reward_model: dict[str, Any] | None = None
     """Reward-model metrics: `accuracy`, `baseline_longer` (each with `_low`, `_high`), `n`,
     `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""

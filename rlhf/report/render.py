@@ -21,13 +21,23 @@ MAX_TABLE_ROWS = 60
 
 DATA_ORDER = (
     ("source", "Source"),
+    ("format", "Format"),
+    ("rows", "Rows read"),
+    ("rows_used", "Rows used"),
+    ("rows_merged", "Rows merged with an equal one"),
+    ("agreement", "Votes that agree with their pair's majority"),
     ("pairs_train", "Pairs to train on"),
     ("pairs_eval", "Pairs held out"),
     ("prompts_train", "Prompts for PPO"),
     ("prompts_eval", "Prompts held out"),
     ("demonstrations", "Demonstrations"),
     ("chosen_longer", "Chosen reply is the longer one"),
+    ("unused_columns", "Columns not used"),
 )
+#: Shown elsewhere: the reasons in a table of their own, notes as sentences.
+DATA_PLACED = {key for key, _ in DATA_ORDER} | {"left_out", "rows_left_out", "notes"}
+#: Shares, shown in per cent.
+DATA_SHARES = ("agreement", "chosen_longer")
 
 
 def render(report: RunReport) -> str:
@@ -45,6 +55,7 @@ def render(report: RunReport) -> str:
             lanes=lanes(report.stages),
             data_rows=data_rows(report.data),
             left_out=left_out(report.data),
+            data_notes=data_notes(report.data),
             accuracy=accuracy_chart(report.reward_model),
             curves=charts.curves_of(report.curves),
             curve_columns=columns,
@@ -104,10 +115,9 @@ def lanes(stages: Sequence[StageRow]) -> list[list[StageRow]]:
 def data_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return labels and values of the data summary, known ones first."""
     known = [(key, label) for key, label in DATA_ORDER if data.get(key) is not None]
-    placed = {key for key, _ in DATA_ORDER} | {"left_out"}
-    rest = [(key, words(key)) for key in sorted(data) if key not in placed]
+    rest = [(key, words(key)) for key in sorted(data) if key not in DATA_PLACED]
     return [
-        (label, percent(data[key]) if key == "chosen_longer" else _plain_text(data[key]))
+        (label, percent(data[key]) if key in DATA_SHARES else _plain_text(data[key]))
         for key, label in known + rest
     ]
 
@@ -116,6 +126,12 @@ def left_out(data: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Return the reasons for leaving rows out, the most frequent first."""
     counts = [(str(k), int(number_of(v) or 0)) for k, v in _mapping(data.get("left_out")).items()]
     return sorted(counts, key=lambda item: (-item[1], item[0]))
+
+
+def data_notes(data: Mapping[str, Any]) -> list[str]:
+    """Return the sentences on how the source was read."""
+    notes = data.get("notes")
+    return [_plain_text(note) for note in notes] if isinstance(notes, list) else []
 
 
 def accuracy_chart(model: Mapping[str, Any] | None) -> IntervalChart | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.sources import read_source, source_digest
+from rlhf.data.sources import open_source, source_digest
 from rlhf.errors import RLHFError
 
 
@@ -19,8 +19,12 @@ def rows(count: int = 3) -> list[dict[str, Any]]:
     ]
 
 
-def read(source: object, **options: Any) -> list[dict[str, Any]]:
-    return read_source(DataConfig(source=str(source), **options), StoreConfig())
+def read(source: object, options: StoreConfig | None = None, **settings: Any) -> list[Any]:
+    """Return the fields of every record; for one that can't be parsed, the reason."""
+    config = DataConfig(source=str(source), **settings)
+    with open_source(config, options or StoreConfig(), lambda _: None) as parts:
+        records = [record for part in parts for record in part.records()]
+    return [record.fault if record.fields is None else record.fields for record in records]
 
 
 def digest(source: object) -> str:

@@ -59,11 +59,12 @@ def test_split_is_read_quietly_at_its_commit_and_nothing_is_left_behind(tmp_path
     script = (
         "import sys\n"
         "from rlhf.config import DataConfig, StoreConfig\n"
-        "from rlhf.data.sources import read_source, source_digest\n"
+        "from rlhf.data.sources import open_source, source_digest\n"
         "import json\n"
         "for split in ('train', 'test'):\n"
         f"    config = DataConfig(source={DATASET!r}, hub_split=split)\n"
-        "    print(json.dumps(read_source(config, StoreConfig())))\n"
+        "    with open_source(config, StoreConfig(), print) as (part,):\n"
+        "        print(json.dumps([record.fields for record in part.records()]))\n"
         "print(source_digest(config, StoreConfig()))\n"
     )
     folders = {"HOME": tmp_path / "home", "TMPDIR": tmp_path / "tmp"}

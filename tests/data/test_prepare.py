@@ -17,7 +17,7 @@ from rlhf.data import rows as files
 from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Demonstration, Pair, PromptRow, read_rows
 from rlhf.errors import ConfigError, DataError
-from tests.data.helpers import message, pair, rows, user
+from tests.data.helpers import assistant, message, pair, rows, user
 
 PARTS = (
     (files.DEMONSTRATIONS, Demonstration),
@@ -46,24 +46,40 @@ def prompts(parts: dict[str, list[Any]], names: Sequence[str]) -> set[str]:
 
 
 def test_what_is_written(tmp_path):
-    data = [*rows(20), pair("p0", "better", "bad 0"), pair("")]
-    parts, summary = prepare(tmp_path, data, eval_fraction=0.25)
+    data = [*rows(40), pair("p0", "better", "bad 0"), pair(""), pair("p1", "good 1", "bad 1")]
+    parts, summary = prepare(tmp_path, [{**row, "id": 1} for row in data], eval_fraction=0.25)
     train, held_out = parts[files.PAIRS_TRAIN], parts[files.PAIRS_EVAL]
-    # A quarter of 20 prompts is 5; one prompt has two pairs.
-    assert len(parts[files.PROMPTS_EVAL]) == 5
-    assert len(parts[files.PROMPTS_TRAIN]) == 15
-    assert len(train) + len(held_out) == 21
-    assert parts[files.DEMONSTRATIONS] == [Demonstration(p.prompt, p.chosen) for p in train]
+    prompts_train, prompts_eval = parts[files.PROMPTS_TRAIN], parts[files.PROMPTS_EVAL]
+    assert 5 <= len(prompts_eval) <= 15
+    assert len(prompts_train) + len(prompts_eval) == 40
+    assert len(train) + len(held_out) == 41
+    assert [d.prompt for d in parts[files.DEMONSTRATIONS]] == [p.prompt for p in prompts_train]
     assert summary == {
         "source": "pairs.jsonl",
-        "demonstrations": len(train),
+        "demonstrations": len(prompts_train),
         "pairs_train": len(train),
         "pairs_eval": len(held_out),
-        "prompts_train": 15,
-        "prompts_eval": 5,
+        "prompts_train": len(prompts_train),
+        "prompts_eval": len(prompts_eval),
         "chosen_longer": 1.0,
-        "left_out": {"prompt is empty or no text": 1},
+        "format": "pairs",
+        "rows": 43,
+        "rows_used": 42,
+        "rows_merged": 1,
+        "agreement": 1.0,
+        "rows_left_out": "1 of 43 rows left out (1 × prompt is empty)",
+        "unused_columns": "id",
+        "notes": summary["notes"],
+        "left_out": {"prompt is empty": 1},
     }
+    (line,) = (tmp_path / "out" / files.QUARANTINE).read_text().splitlines()
+    found = json.loads(line)
+    assert (found["source"], found["line"], found["reason"]) == (
+        "pairs.jsonl",
+        42,
+        "prompt is empty",
+    )
+    assert found["row"] == {**pair(""), "id": 1}
 
 
 def test_metrics_and_progress(tmp_path):
@@ -77,6 +93,7 @@ def test_metrics_and_progress(tmp_path):
     )
     assert result.metrics["pairs_train"] == 8
     assert "left_out" not in result.metrics
+    assert "rows_left_out" not in result.metrics
     assert told == [(1, 2), (2, 2)]
 
 
@@ -92,7 +109,7 @@ def test_alike_prompts_never_stand_on_both_sides(tmp_path):
         ]
         numbers = [{int(text.split()[-1]) for text in side} for side in sides]
         assert numbers[0].isdisjoint(numbers[1])
-        assert len(numbers[0]) == len(numbers[1]) == 15
+        assert len(numbers[0] | numbers[1]) == 30
 
 
 def test_system_prompt_makes_another_prompt(tmp_path):
@@ -145,8 +162,7 @@ def test_max_pairs(tmp_path, most, kept):
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "held_out"),
-    [(4, 0.1, 2), (4, 0.9, 2), (10, 0.1, 2), (10, 0.5, 5), (10, 0.99, 8), (100, 0.1, 10)],
+    ("count", "fraction", "held_out"), [(4, 0.1, 2), (4, 0.9, 2), (10, 0.01, 2), (10, 0.999, 8)]
 )
 def test_both_sides_get_at_least_two_prompts(tmp_path, count, fraction, held_out):
     parts, _ = prepare(tmp_path, rows(count), eval_fraction=fraction)
@@ -161,12 +177,7 @@ def test_both_sides_get_at_least_two_prompts(tmp_path, count, fraction, held_out
         (rows(2), 2, "none"),
         (rows(3), 3, "none"),
         ([pair("p", f"c{i}") for i in range(50)], 1, "none"),
-        ([pair("")], 0, "1 × prompt is empty or no text"),
-        (
-            [*rows(2), *rows(2), pair(5)],
-            2,
-            "2 × duplicate, 1 × prompt is empty or no text",
-        ),
+        ([*rows(2), pair("p0", "bad 0", "good 0")], 1, "2 × votes for a pair are tied"),
     ],
 )
 def test_too_little_to_split(tmp_path, data, count, left_out):
@@ -176,6 +187,69 @@ def test_too_little_to_split(tmp_path, data, count, left_out):
         f"pairs are too few to train on 2 and hold out 2; give more rows (left out: {left_out})"
     )
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_too_many_bad_rows_stop_the_stage_with_reasons_examples_and_cures(tmp_path):
+    data = [*rows(17), pair(""), pair(""), pair("x", {"text": "c"})]
+    text = message(DataError, prepare, tmp_path, data)
+    assert "3 of 20 rows can't be used, more than data.max_bad_fraction = 0.1 allows: " in text
+    assert "2 × prompt is empty (pairs.jsonl:18" in text
+    assert "set data.chosen_column=chosen.text" in text
+    assert "rlhf data inspect" in text
+    assert list((tmp_path / "out").iterdir()) == []
+    _, summary = prepare(tmp_path, data, max_bad_fraction=0.15)
+    assert summary["rows_used"] == 17
+
+
+def test_ties_and_lost_votes_are_not_bad_rows(tmp_path):
+    data = [*rows(10), *(pair(f"p{i}", f"bad {i}", f"good {i}") for i in range(5))]
+    _, summary = prepare(tmp_path, data, max_bad_fraction=0)
+    assert summary["left_out"] == {"votes for a pair are tied": 10}
+
+
+def test_the_sources_own_test_part_is_held_out_and_leaks_are_not_trained_on(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    own = [*(pair(f"test {i}") for i in range(3)), pair(" P1", "c1")]
+    for name, data in (("train.jsonl", rows(6)), ("test.jsonl", own)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in data))
+    prepare_data(DataConfig(source=str(folder)), out)
+    held_out = [row.prompt for row in read_rows(out / files.PAIRS_EVAL, Pair)]
+    assert held_out == ["test 0", "test 1", "test 2", " P1"]
+    train = [row.prompt for row in read_rows(out / files.PAIRS_TRAIN, Pair)]
+    assert train == ["p0", "p2", "p3", "p4", "p5"]
+    summary = json.loads((out / files.SUMMARY).read_text())
+    assert summary["left_out"] == {"prompt is held out": 1}
+    assert "held out as the source's own test part: test.jsonl" in summary["notes"]
+    prepare_data(DataConfig(source=str(folder), split="random", eval_fraction=0.5), out)
+    assert len(read_rows(out / files.PAIRS_TRAIN, Pair)) < 8
+
+
+def test_held_out_data_of_their_own(tmp_path):
+    for name, data in (("a.jsonl", rows(6)), ("b.jsonl", [pair(f"q{i}") for i in range(3)])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in data))
+    out = tmp_path / "out"
+    out.mkdir()
+    config = DataConfig(source=str(tmp_path / "a.jsonl"), eval_source=str(tmp_path / "b.jsonl"))
+    prepare_data(config, out)
+    assert [p.prompt for p in read_rows(out / files.PAIRS_EVAL, Pair)] == ["q0", "q1", "q2"]
+    assert len(read_rows(out / files.PAIRS_TRAIN, Pair)) == 6
+
+
+def test_a_conversation_stands_on_one_side(tmp_path):
+    data = []
+    for i in range(40):
+        opening = [user(f"How do I mend a broken thing number {i}?")]
+        data += [pair(opening), pair([*opening, assistant("c"), user("And then?")])]
+    for seed in range(3):
+        parts, _ = prepare(tmp_path, data, seed=seed, eval_fraction=0.4)
+        sides = [
+            {row.prompt[0]["content"] for name in names for row in parts[name]}
+            for names in (TRAINING, HELD_OUT)
+        ]
+        assert sides[0].isdisjoint(sides[1])
+        assert len(sides[0] | sides[1]) == 40
 
 
 def test_missing_source(tmp_path):

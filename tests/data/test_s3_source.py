@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.prepare import prepare_data
-from rlhf.data.sources import read_source, source_digest
+from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, StoreConfigError, StoreError
 from rlhf.store.s3 import S3Backend
 from tests.ceph import CephServer, free_ports
@@ -73,14 +73,14 @@ def test_a_whole_bucket(client, put):
 
 def test_a_large_object_of_many_parts(put):
     long = {"prompt": "p", "chosen": "x" * 40_000_000, "rejected": "r"}
-    assert read(put("big.jsonl", json.dumps(long).encode())) == [long]
+    assert read(put("big.jsonl", json.dumps(long).encode()), max_row_mb=64) == [long]
 
 
 def test_options_of_the_store_are_used(put, s3_server, monkeypatch):
     uri = put("a.jsonl")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     options = StoreConfig(endpoint_url=s3_server.tls_endpoint, ca_bundle=s3_server.ca_bundle)
-    assert read_source(DataConfig(source=uri), options) == rows()
+    assert read(uri, options) == rows()
 
 
 def test_identity_follows_content_size_and_names(put):
@@ -159,8 +159,9 @@ def test_unreachable_can_be_tried_again(put, call, monkeypatch):
 def test_options_that_no_client_can_have(put):
     put()
     config, options = DataConfig(source="s3://b/a.jsonl"), StoreConfig(profile="no-such-profile")
-    for call in (read_source, source_digest):
-        text = message(StoreConfigError, call, config, options)
+    calls = (lambda: read(config.source, options), lambda: source_digest(config, options))
+    for call in calls:
+        text = message(StoreConfigError, call)
         assert text.startswith("data.source = 's3://b/a.jsonl': can't open: ")
         assert "no-such-profile" in text
 

@@ -209,7 +209,17 @@ def _report(**changes: Any) -> RunReport:
                 "prompts_eval": 300,
                 "demonstrations": 6000,
                 "chosen_longer": 0.571,
-                "left_out": {"reply_too_long": 12, "same_replies": 31, "empty_prompt": 2},
+                "left_out": {
+                    "reply too long": 12,
+                    "both replies are the same": 31,
+                    "prompt is empty": 2,
+                },
+                "rows": 6_412,
+                "rows_used": 6_367,
+                "agreement": 0.914,
+                "rows_left_out": "45 of 6,412 rows left out",
+                "unused_columns": "annotator, created_at",
+                "notes": ["format: comparison; response_a against response_b, decided by winner"],
             },
             "config_rows": config_rows(),
             "advice": (

@@ -1,0 +1,152 @@
+"""Votes and scores become pairs, and every row is accounted for."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.config import DataConfig
+from rlhf.data.collect import Collector, Ledger, Origin, Totals, demonstrations
+from rlhf.data.records import Comparison, Converted, LeftOutError, Rated
+from rlhf.data.rows import Demonstration, Pair
+from tests.data.helpers import user
+
+
+def resolve(*rows, **options):
+    """Pairs, {reason: lines} of the rows left out, and the totals; each argument is a row."""
+    ledger, totals = Ledger(), Totals()
+    collector = Collector(DataConfig(source="x.csv", **options), ledger, totals)
+    left_out: dict[str, list[int]] = {}
+
+    def lose(origin, reason, _row=None):
+        left_out.setdefault(reason.reason, []).append(origin.line)
+
+    for line, row in enumerate(rows, start=1):
+        items = row if isinstance(row, list) else [row]
+        converted = Converted(
+            comparisons=[item for item in items if isinstance(item, Comparison)],
+            rated=[item for item in items if isinstance(item, Rated)],
+        )
+        try:
+            collector.add(converted, Origin("x.csv", line))
+        except LeftOutError as reason:
+            lose(Origin("x.csv", line), reason)
+    resolved = collector.resolve()
+    for item in resolved:
+        ledger.use(item.origins)
+    used = ledger.close(lose)
+    assert used + sum(map(len, left_out.values())) == len(rows)
+    return [item.pair for item in resolved], left_out, totals
+
+
+def vote(chosen="good", rejected="bad", prompt="p"):
+    return Comparison(prompt, chosen, rejected)
+
+
+def test_majority_of_the_votes_is_one_pair_and_lost_votes_are_named():
+    pairs, left_out, totals = resolve(vote(), vote(), vote("bad", "good"), vote(), vote("x", "y"))
+    assert pairs == [Pair("p", "good", "bad"), Pair("p", "x", "y")]
+    assert left_out == {"outvoted by other rows of the pair": [3]}
+    assert (totals.merged, totals.repeated, totals.agreement) == (2, 1, 0.75)
+
+
+def test_tied_votes_are_left_out():
+    pairs, left_out, totals = resolve(vote(), vote("bad", "good"))
+    assert pairs == []
+    assert left_out == {"votes for a pair are tied": [1, 2]}
+    assert totals.agreement == 0.5
+
+
+def test_all_votes_are_kept_if_asked():
+    pairs, left_out, totals = resolve(vote(), vote(), vote("bad", "good"), votes="keep")
+    assert sorted(p.chosen for p in pairs) == ["bad", "good", "good"]
+    assert left_out == {}
+    assert totals.merged == 0
+
+
+def test_a_prompt_as_text_and_as_chat_is_one_and_case_makes_another():
+    pairs, _, _ = resolve(vote(), vote(prompt=[user("p")]), vote(prompt="P"))
+    assert [p.prompt for p in pairs] == ["p", "P"]
+
+
+def test_scores_are_means_of_their_votes_and_give_all_pairs():
+    rows = [
+        Rated("p", reply, score)
+        for reply, score in (("a", 3), ("b", 1), ("c", 1), ("a", 1), ("d", 2.5))
+    ]
+    pairs, left_out, _ = resolve(*rows)
+    assert {(p.chosen, p.rejected) for p in pairs} == {
+        ("d", "b"), ("d", "c"), ("d", "a"), ("a", "b"), ("a", "c"),
+    }  # fmt: skip
+    assert left_out == {}
+
+
+def test_a_score_without_another_is_left_out_but_is_no_fault():
+    _, left_out, _ = resolve(Rated("p", "a", 1), Rated("q", "a", 1), Rated("q", "b", 1))
+    assert left_out == {"no other reply to this prompt has a different score": [1, 2, 3]}
+
+
+def test_many_scored_replies_give_a_bounded_number_of_pairs_the_clearest_first():
+    pairs, left_out, totals = resolve(*(Rated("p", f"r{i}", i) for i in range(40)))
+    assert len(pairs) == 64
+    assert totals.surplus == 40 * 39 / 2 - 64
+    assert (pairs[0].chosen, pairs[0].rejected) == ("r39", "r0")
+    assert set(left_out) == {"no other reply to this prompt has a different score"} or not left_out
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (vote(prompt="x" * 101), "prompt too long"),
+        (vote(prompt=[user("x" * 51), user("y" * 50)]), "prompt too long"),
+        (vote(chosen="x" * 201), "reply too long"),
+        (vote(rejected="x" * 201), "reply too long"),
+        (vote("same", " same\n"), "both replies are the same"),
+        ([], "the row compares nothing"),
+    ],
+)
+def test_reasons(row, reason):
+    _, left_out, _ = resolve(row, vote("y" * 200), max_prompt_chars=100, max_reply_chars=200)
+    assert left_out == {reason: [1]}
+
+
+def test_a_row_of_which_something_is_used_is_used():
+    ranking = [vote("a", "b"), vote("a", "a"), vote("b", "x" * 300)]
+    pairs, left_out, _ = resolve(ranking, max_reply_chars=200)
+    assert pairs == [Pair("p", "a", "b")]
+    assert left_out == {}
+
+
+def test_a_demonstration_is_the_best_reply_of_its_prompt_once():
+    ranking = [Pair("p", a, b) for a, b in ("12", "13", "14", "23", "24", "34")]
+    assert demonstrations(ranking) == [Demonstration("p", "1")]
+    several = [Pair("p", "c", "a"), Pair("p", "d", "a"), Pair("p", "d", "b"), Pair("q", "a", "d")]
+    assert demonstrations(several) == [Demonstration("p", "d"), Demonstration("q", "a")]
+    circle = [Pair("p", a, b) for a, b in ("ab", "bc", "ca")]
+    assert demonstrations(circle) == []
+
+
+REPLY = st.sampled_from(["a", "b", "c", " a", ""])
+ROW = st.lists(
+    st.one_of(
+        st.builds(Comparison, st.sampled_from(["p", "q", "P"]), REPLY, REPLY),
+        st.builds(Rated, st.sampled_from(["p", "q"]), REPLY, st.integers(0, 2).map(float)),
+    ),
+    max_size=4,
+)
+
+
+@given(st.lists(ROW, max_size=12), st.sampled_from(["majority", "keep"]))
+def test_every_row_is_used_or_left_out_for_a_reason(rows, votes):
+    pairs, _, _ = resolve(*rows, votes=votes)  # checks the sum
+    if votes == "majority":
+        compared = [
+            item for row in rows if not any(isinstance(i, Rated) for i in row) for item in row
+        ]
+        if len(compared) == sum(map(len, rows)):
+            keys = [(p.prompt, frozenset((p.chosen, p.rejected))) for p in pairs]
+            assert len(set(keys)) == len(keys)
+    for demonstration in demonstrations(pairs):
+        same = [p for p in pairs if p.prompt == demonstration.prompt]
+        assert demonstration.response not in {p.rejected for p in same}
