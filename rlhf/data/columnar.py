@@ -28,7 +28,9 @@ def parquet_records(
         MalformedError: It is broken, or declares more than it can hold.
     """
     with _seekable(content) as (stream, size), _broken("Parquet"):
-        with parquet.ParquetFile(stream, pre_buffer=False, buffer_size=MB) as file:
+        # Opened within _broken: a file without a footer fails here.
+        file = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=MB)
+        with file:
             _check_columns(file.schema_arrow)
             widest = _check_sizes(file.metadata, size)
             # A dictionary holds a value once; a batch may repeat its longest one in each row.

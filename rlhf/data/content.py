@@ -60,7 +60,7 @@ def open_content(
         MalformedError: It is of a kind that is never data, or unpacks to absurdly much. Reading
             from the stream raises it too, where gzip is broken.
     """
-    with path.open("rb", buffering=_BUFFER) as file:
+    with io.BufferedReader(io.FileIO(path), _BUFFER) as file:
         head = file.peek()[:_HEAD]
         if not head.startswith(_GZIP):
             if head and is_named_gz:
@@ -101,7 +101,12 @@ class Text:
     """
 
     def __init__(
-        self, content: BinaryIO, head: bytes, options: ReadOptions, note: Note, newline: str
+        self,
+        content: BinaryIO,
+        head: bytes,
+        options: ReadOptions,
+        note: Note,
+        newline: str,
     ) -> None:
         self.options = options
         self.number = 0

@@ -31,32 +31,35 @@ def csv_records(text: Text, name: str, is_tsv: bool, note: Note) -> Iterator[Rec
         note("blanks after the delimiter are skipped")
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=skip, strict=True)
     names: list[str] | None = None
+    for cells, broken in _parsed(reader, lines):
+        if names is None:
+            names = _names(cells, broken, lines.start, note)
+            continue
+        if len(cells) == 1 < len(names) and not cells[0].strip():
+            continue  # a line of blanks
+        fault = broken or _row_fault(cells, names, lines)
+        if fault:
+            yield Record(name, lines.start, None, fault, lines.record_text())
+        else:
+            fields: dict[str, Any] = dict(zip(names, cells, strict=True))
+            fields.pop("", None)
+            yield Record(name, lines.start, fields)
+
+
+def _parsed(reader: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[list[str], str]]:
+    """Yield (cells, fault) of each record that is not an empty line."""
     while True:
-        fault = ""
-        cells: list[str] = []
         lines.start_record()
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            fault = _fault(str(error), lines, options)
-        if not fault and (not cells or (len(cells) == 1 and not cells[0].strip() and names != [])):
-            if not cells or names is None or len(names) > 1:
-                continue  # a blank line
-        if names is None:
-            names = _names(cells, fault, lines.start, note)
-            continue
-        if not fault and len(cells) != len(names):
-            fault = f"{_count(len(cells), 'cell')} for {_count(len(names), 'column')}"
-        if not fault and lines.has_nul:
-            fault = "holds a NUL character"
-        if fault:
-            yield Record(name, lines.start, None, fault, lines.record_text())
-            continue
-        fields: dict[str, Any] = dict(zip(names, cells, strict=True))
-        fields.pop("", None)
-        yield Record(name, lines.start, fields)
+            # The csv module goes on with the next line.
+            yield [], lines.fault(str(error))
+        else:
+            if cells:
+                yield cells, ""
 
 
 class _Lines:
@@ -101,6 +104,16 @@ class _Lines:
     def record_text(self) -> str:
         """Return the beginning of the record, as in the file."""
         return "".join(self._record)[:500].rstrip("\r\n")
+
+    def fault(self, reason: str) -> str:
+        """Return the csv module's reason in plain words, or raise where there is no reading on."""
+        if "unexpected end of data" in reason:
+            raise MalformedError(
+                f"line {self.start}: the file ends within the quotes of this record; close them"
+            )
+        if "field larger than" in reason:
+            raise self._text.options.too_long(f"line {self.start}", _UNCLOSED)
+        return "a quote within quotes, which is not doubled" if "expected" in reason else reason
 
     def __iter__(self) -> _Lines:
         return self
@@ -167,10 +180,9 @@ def _pads(sample: list[str], delimiter: str) -> bool:
         return False
     mark = re.escape(delimiter)
     # Quoted cells are matched as a whole, or their text would be taken for structure.
-    cell = re.compile(
-        rf'(?:^|{mark}|[\r\n]+)(?:"(?:[^"]|"")*+"|(?P<padded>[ ]+"(?:[^"]|"")*+"[ ]*(?={mark}|[\r\n]|$))'
-        rf"|[^{mark}\r\n]*+)"
-    )
+    quoted = r'"(?:[^"]|"")*+"'
+    padded = rf"(?P<padded>[ ]+{quoted}[ ]*(?={mark}|[\r\n]|$))"
+    cell = re.compile(rf"(?:^|{mark}|[\r\n]+)(?:{quoted}|{padded}|[^{mark}\r\n]*+)")
     return any(match["padded"] for match in cell.finditer("".join(sample)))
 
 
@@ -193,17 +205,10 @@ def _names(cells: list[str], fault: str, line: int, note: Note) -> list[str]:
     return names
 
 
-def _fault(reason: str, lines: _Lines, options: ReadOptions) -> str:
-    """Return the fault of a record, or raise where there is no reading on."""
-    if "unexpected end of data" in reason:
-        raise MalformedError(
-            f"line {lines.start}: the file ends within the quotes of this record; close them"
-        )
-    if "field larger than" in reason:
-        raise options.too_long(f"line {lines.start}", _UNCLOSED)
-    if "expected after" in reason:
-        return "a quote within quotes, which is not doubled"
-    return reason
+def _row_fault(cells: list[str], names: list[str], lines: _Lines) -> str:
+    if len(cells) != len(names):
+        return f"{_count(len(cells), 'cell')} for {_count(len(names), 'column')}"
+    return "holds a NUL character" if lines.has_nul else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -59,24 +60,17 @@ def _is_document(lines: list[str], is_named_so: bool, limit: int) -> bool:
     if not lines:
         return False
     first = lines[0].strip()
+    is_array, is_object = first[0] == "[", first[0] == "{"
     if len(first) > limit:
-        return first[0] == "[" or (is_named_so and first[0] == "{")
-    is_first_whole = _is_whole(first)
+        return is_array or (is_named_so and is_object)
     if len(lines) == 1:
-        # A single line: an object is a row of a file of lines.
-        return first[0] == "[" or (is_named_so and (is_first_whole or first[0] == "{"))
-    if is_first_whole or first[0] not in "[{":
-        return False
-    if first[-1] in "[{" or first[0] == "[":
-        return True
-    # An object that goes on in the next line. A row that was cut is followed by a whole one.
-    try:
-        json.loads(first)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(first) and not _is_whole(lines[1])
-    except (ValueError, RecursionError):
-        pass
-    return False
+        # In a file of lines a single object is a row, and so is a list that holds no objects.
+        is_data = is_named_so and (is_array or is_object or _is_whole(first))
+        return is_data or re.match(r"\[\s*[{\]]", first) is not None
+    if is_array:
+        return _goes_on(first) or (is_named_so and not _is_whole(first))
+    # A row that was cut is followed by a whole one.
+    return is_object and _goes_on(first) and (first[-1] in "[{" or not _is_whole(lines[1]))
 
 
 def _is_whole(line: str) -> bool:
@@ -85,8 +79,19 @@ def _is_whole(line: str) -> bool:
     except json.JSONDecodeError:
         return False
     except (ValueError, RecursionError):
-        return not line.strip().startswith("[[")
+        pass  # a number that is too long, or nesting that is too deep
     return True
+
+
+def _goes_on(line: str) -> bool:
+    """Return whether JSON that begins in this line ends in a later one."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line)
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _whole(ahead: list[tuple[int, str]], text: Text) -> str:
@@ -167,6 +172,7 @@ def _lines(numbered: Iterator[tuple[int, str]], name: str) -> Iterator[Record]:
     decoder = _Decoder()
     decode = decoder.decode
     for number, line in numbered:
+        row = None
         try:
             row = decode(line)
         except json.JSONDecodeError as error:
@@ -221,13 +227,14 @@ def _items(document: Any, note: Note) -> Iterator[Any] | list[Any]:
         return document
     if not isinstance(document, dict):
         raise MalformedError(f"{_TYPES.get(type(document), 'a value')}, not rows; {_CURE}")
-    served = document.get("rows")
+    served: Any = document.get("rows")
     if _all(served, dict) and all({"row", "row_idx"} <= item.keys() for item in served):
         total = document.get("num_rows_total")
         part = f", {len(served):,} of {total:,}" if isinstance(total, int) else ""
         note(f"rows are under 'row' of 'rows', as the hub's server sends them{part}")
         return [item["row"] for item in served]
-    columns, data = document.get("columns"), document.get("data")
+    columns: Any = document.get("columns")
+    data: Any = document.get("data")
     if _all(columns, str) and _all(data, list):
         note("rows are lists under 'data', with their names under 'columns'")
         return _split(columns, data)

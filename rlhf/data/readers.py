@@ -92,9 +92,9 @@ def _form(head: bytes, form: str, note: Callable[[str], None]) -> str:
     return form
 
 
-_METADATA = frozenset(
-    "dataset_infos.json dataset_info.json dataset_dict.json state.json _success _metadata "
-    "_common_metadata croissant.json thumbs.db desktop.ini".split()
+_METADATA = (
+    *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"),
+    *("_success", "_metadata", "_common_metadata", "croissant.json", "thumbs.db", "desktop.ini"),
 )
 _METADATA_PATTERN = r"(readme|license|licence|notice|changelog|citation)(\..*)?|.*\.(lock|md|crc)"
 #: First bytes by which a file is read in spite of its name.
