@@ -5,11 +5,12 @@ A module of its own because it loads pyarrow, which readers of text do without.
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow
 from pyarrow import ipc, parquet
@@ -20,7 +21,7 @@ from rlhf.data.records import Record
 
 
 def parquet_records(
-    content: BinaryIO, head: bytes, name: str, options: ReadOptions
+    content: io.BufferedIOBase, head: bytes, name: str, options: ReadOptions
 ) -> Iterator[Record]:
     """Yield the rows of a Parquet file.
 
@@ -40,7 +41,7 @@ def parquet_records(
 
 
 def arrow_records(
-    content: BinaryIO, head: bytes, name: str, options: ReadOptions
+    content: io.BufferedIOBase, head: bytes, name: str, options: ReadOptions
 ) -> Iterator[Record]:
     """Yield the rows of an Arrow file or stream, as `datasets.save_to_disk` writes them.
 
@@ -60,7 +61,7 @@ def arrow_records(
 
 
 @contextmanager
-def _seekable(content: BinaryIO) -> Iterator[tuple[BinaryIO, int]]:
+def _seekable(content: io.BufferedIOBase) -> Iterator[tuple[io.BufferedIOBase, int]]:
     """Yield the content as a file, and its size; a gzip stream is unpacked to a temporary one."""
     if content.seekable():
         size = content.seek(0, 2)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 MB = 2**20
 Note = Callable[[str], None]
@@ -53,7 +52,7 @@ class ReadOptions:
 @contextmanager
 def open_content(
     path: Path, is_named_gz: bool, options: ReadOptions, note: Note
-) -> Iterator[tuple[BinaryIO, bytes]]:
+) -> Iterator[tuple[io.BufferedIOBase, bytes]]:
     """Yield the unpacked content as a stream, and its first bytes.
 
     Raises:
@@ -102,7 +101,7 @@ class Text:
 
     def __init__(
         self,
-        content: BinaryIO,
+        content: io.BufferedIOBase,
         head: bytes,
         options: ReadOptions,
         note: Note,
@@ -181,7 +180,7 @@ class Text:
 class _Unpacked(io.RawIOBase):
     """Content of a gzip stream."""
 
-    def __init__(self, packed: BinaryIO, options: ReadOptions) -> None:
+    def __init__(self, packed: io.BufferedIOBase, options: ReadOptions) -> None:
         self._packed, self._max_mb, self._size = packed, options.max_mb, 0
         self._gzip = gzip.GzipFile(fileobj=packed)
 

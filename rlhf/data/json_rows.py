@@ -174,12 +174,11 @@ def _lines(numbered: Iterator[tuple[int, str]], name: str) -> Iterator[Record]:
     for number, line in numbered:
         row = None
         try:
-            row = decode(line)
+            row = decode(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             if line.isspace():
                 continue
-            # Of a line, `pos` is the column; `colno` counts from the last line end before it.
-            fault = f"column {error.pos + 1}: not JSON ({error.msg})"
+            fault = f"column {error.colno}: not JSON ({error.msg})"
         except RecursionError:
             fault = "JSON that is nested too deep"
         except ValueError:
