@@ -113,7 +113,12 @@ class Text:
         self._encoding = _encoding(head, options, note)
         try:
             # Wrong bytes become surrogates, which tell the exact line and byte.
-            self._stream = io.TextIOWrapper(content, self._encoding, "surrogateescape", newline)
+            self._stream = io.TextIOWrapper(
+                content,  # pyright: ignore[reportArgumentType]
+                self._encoding,
+                "surrogateescape",
+                newline,
+            )
         except (LookupError, ValueError):
             raise MalformedError(
                 f"data.encoding = {options.encoding!r} is no encoding; set one like utf-8, "
