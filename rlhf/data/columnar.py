@@ -20,44 +20,43 @@ from rlhf.data.delimited import MAX_COLUMNS
 from rlhf.data.records import Record
 
 
-def parquet_records(
+def table_records(
     content: io.BufferedIOBase, head: bytes, name: str, options: ReadOptions
 ) -> Iterator[Record]:
-    """Yield the rows of a Parquet file.
+    """Yield the rows of a Parquet file, or of an Arrow file or stream as `datasets` saves them.
 
     Raises:
         MalformedError: It is broken, or declares more than it can hold.
     """
-    with _seekable(content) as (stream, size), _broken("Parquet"):
-        # Opened within _broken: a file without a footer fails here.
-        file = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=MB)
-        with file:
-            _check_columns(file.schema_arrow)
-            widest = _check_sizes(file.metadata, size)
-            # A dictionary holds a value once; a batch may repeat its longest one in each row.
-            rows = _BATCH if widest * _BATCH <= 1024 * MB else 16
-            batches = file.iter_batches(batch_size=rows, use_threads=False)
-            yield from _records(batches, name, options)
-
-
-def arrow_records(
-    content: io.BufferedIOBase, head: bytes, name: str, options: ReadOptions
-) -> Iterator[Record]:
-    """Yield the rows of an Arrow file or stream, as `datasets.save_to_disk` writes them.
-
-    Raises:
-        MalformedError: It is broken.
-    """
-    with _seekable(content) as (stream, _), _broken("Arrow"):
-        if head.startswith(b"ARROW1"):
-            with ipc.open_file(stream) as file:
-                _check_columns(file.schema)
-                batches = (file.get_batch(number) for number in range(file.num_record_batches))
-                yield from _records(batches, name, options)
+    kind = "Parquet" if head.startswith(b"PAR1") else "Arrow"
+    with _seekable(content) as (stream, size), _broken(kind):
+        if kind == "Parquet":
+            batches = _parquet_batches(parquet.ParquetFile(stream, buffer_size=MB), size)
+        elif head.startswith(b"ARROW1"):
+            batches = _arrow_batches(ipc.open_file(stream))
         else:
-            with ipc.open_stream(stream) as file:
-                _check_columns(file.schema)
-                yield from _records(file, name, options)
+            batches = _arrow_batches(ipc.open_stream(stream))
+        yield from _records(batches, name, options)
+
+
+def _parquet_batches(file: parquet.ParquetFile, size: int) -> Iterator[pyarrow.RecordBatch]:
+    with file:
+        _check_columns(file.schema_arrow)
+        widest = _check_sizes(file.metadata, size)
+        # A dictionary holds a value once; a batch may repeat its longest one in each row.
+        rows = _BATCH if widest * _BATCH <= 1024 * MB else 16
+        yield from file.iter_batches(batch_size=rows, use_threads=False)
+
+
+def _arrow_batches(
+    file: ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader,
+) -> Iterator[pyarrow.RecordBatch]:
+    with file:
+        _check_columns(file.schema)
+        if isinstance(file, ipc.RecordBatchFileReader):
+            yield from (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            yield from file
 
 
 @contextmanager

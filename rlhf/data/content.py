@@ -215,7 +215,7 @@ def _probe_ratio(path: Path) -> None:
     size = 0
     with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as content:
         try:
-            while size <= 64 * MB and (data := content.read1(MB)):
+            while size <= 64 * MB and (data := content.read1(_BUFFER)):
                 size += len(data)
                 check_ratio(size, packed.tell())
         except _BROKEN_GZIP:

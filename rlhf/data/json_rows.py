@@ -196,7 +196,7 @@ def _lines(numbered: Iterator[tuple[int, str]], name: str) -> Iterator[Record]:
 
 def _rows(items: Iterator[Any] | list[Any], name: str, decoder: _Decoder) -> Iterator[Record]:
     for number, row in enumerate(items, start=1):
-        fault = _fault(row) or (decoder.found_faults and _deep_fault(row))
+        fault = _fault(row) or (_deep_fault(row) if decoder.found_faults else "")
         if fault:
             text = json.dumps(row, ensure_ascii=False, default=lambda _: "…")[:500]
             yield Record(name, number, None, fault, text)
@@ -226,6 +226,8 @@ def _items(document: Any, note: Note) -> Iterator[Any] | list[Any]:
         return document
     if not isinstance(document, dict):
         raise MalformedError(f"{_TYPES.get(type(document), 'a value')}, not rows; {_CURE}")
+    if isinstance(document, _RepeatedKey):
+        raise MalformedError(f"{document.fault}; keep one")
     served: Any = document.get("rows")
     if _all(served, dict) and all({"row", "row_idx"} <= item.keys() for item in served):
         total = document.get("num_rows_total")

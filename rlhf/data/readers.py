@@ -58,10 +58,9 @@ def read_records(
         form = _form(head, ending(name), note)
         if form in (".parquet", ".arrow"):
             # Loads pyarrow, which readers of text do without.
-            from rlhf.data.columnar import arrow_records, parquet_records
+            from rlhf.data.columnar import table_records
 
-            read = parquet_records if form == ".parquet" else arrow_records
-            yield from read(content, head, name, options)
+            yield from table_records(content, head, name, options)
         elif head:
             is_csv = form in (".csv", ".tsv")
             text = Text(content, head, options, note, newline="" if is_csv else "\n")
