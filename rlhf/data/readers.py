@@ -1,26 +1,25 @@
-"""Readers of data files: CSV, JSON lines, JSON and Parquet, plain or gzipped.
+"""Records of data files: CSV, JSON and JSON lines, Parquet and Arrow, plain or gzipped.
 
-Text stays text: no cell is parsed as a number, a date or a missing value.
+Files are streamed, and their size does not decide about memory; only a JSON document that is not
+JSON lines is loaded whole. Text stays text: no cell is parsed as a number, a date or a missing
+value. All that is guessed about a file is noted.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-Row = dict[str, Any]
-Table = tuple[list[str], list[Row]]
-"""Names of all columns, and the rows with the wanted ones."""
+from rlhf.data.content import MalformedError, ReadOptions, Text, open_content
+from rlhf.data.delimited import csv_records
+from rlhf.data.json_rows import json_records
+from rlhf.data.records import Record
 
+__all__ = ["ENDINGS", "MalformedError", "ReadOptions", "ending", "is_metadata", "read_records"]
 
-class MalformedError(Exception):
-    """Position and reason of a syntax error; the caller adds the file's name."""
+#: Endings of the files that are read, which .gz may follow.
+ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 
 
 def ending(name: str) -> str:
@@ -29,105 +28,80 @@ def ending(name: str) -> str:
     return PurePosixPath(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def read_file(path: Path, wanted: Sequence[str]) -> Table:
-    """Read the wanted columns of a file whose ending is one of READERS.
+def is_metadata(name: str) -> bool:
+    """Return whether a file lies beside data and holds none: a card, a licence, a hidden file."""
+    parts = PurePosixPath(name.lower()).parts
+    return bool(parts) and (
+        any(part.startswith(".") for part in parts)
+        or parts[-1] in _METADATA
+        or re.fullmatch(_METADATA_PATTERN, parts[-1]) is not None
+    )
+
+
+def read_records(
+    path: Path, name: str, options: ReadOptions, note: Callable[[str], None]
+) -> Iterator[Record]:
+    """Stream the records of a file, in its order.
+
+    Args:
+        path: The local file.
+        name: Its name in the source, which gives the format.
+        options: Encoding, delimiter and limits.
+        note: Called with a sentence for everything that was guessed.
 
     Raises:
-        MalformedError: The content is not of the format.
-        OSError: It can't be opened or read.
+        MalformedError: The whole file can't be read, or not from here on. A row that can't be
+            parsed is a record with a fault instead.
+        OSError: The file can't be opened or read.
     """
-    data = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise MalformedError(f"broken gzip: {error}") from None
-    return READERS[ending(path.name)](data, wanted)
+    with open_content(path, name.lower().endswith(".gz"), options, note) as (content, head):
+        form = _form(head, ending(name), note)
+        if form in (".parquet", ".arrow"):
+            # Loads pyarrow, which readers of text do without.
+            from rlhf.data.columnar import table_records
+
+            yield from table_records(content, head, name, options)
+        elif head:
+            is_csv = form in (".csv", ".tsv")
+            text = Text(content, head, options, note, newline="" if is_csv else "\n")
+            if is_csv:
+                yield from csv_records(text, name, form == ".tsv", note)
+            else:
+                yield from json_records(text, name, form == ".json", note)
 
 
-def _csv(data: bytes, wanted: Sequence[str]) -> Table:
-    text = _text(data)
-    # The default limit of 128 KiB per cell would save no memory: the text is loaded already.
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        names = next(reader, [])
-        duplicates = [name for name in wanted if names.count(name) > 1]
-        if duplicates:
-            raise MalformedError(f"two columns are named {duplicates[0]!r}")
-        rows: list[Row] = []
-        for cells in reader:
-            if cells and len(cells) != len(names):
-                raise MalformedError(
-                    f"line {reader.line_num}: {len(cells)} cells for {len(names)} columns"
-                )
-            if cells:
-                row = dict(zip(names, cells, strict=True))
-                rows.append({name: row[name] for name in wanted if name in row})
-    except csv.Error as error:
-        raise MalformedError(f"line {reader.line_num}: {error}") from None
-    return names, rows
+def _form(head: bytes, form: str, note: Callable[[str], None]) -> str:
+    """Return the ending that fits the content."""
+    if form not in ENDINGS:
+        raise MalformedError(f"a file of unknown kind; use {', '.join(ENDINGS)} (also .gz)")
+    found = next((kind for magic, kind in _MAGIC.items() if re.match(magic, head)), "")
+    is_table = form in (".parquet", ".arrow")
+    if found == form or (not found and not is_table):
+        return form
+    if is_table and not found:
+        if form == ".arrow" and head.startswith(b"\xff\xff\xff\xff"):
+            return form
+        kind = "Parquet" if form == ".parquet" else "Arrow"
+        raise MalformedError(
+            f"not {kind}: {f'begins with {head[:20]!r}' if head else 'empty'}; write it again"
+        )
+    if found in (".parquet", ".arrow") or form in (".csv", ".tsv"):
+        note(f"{_KINDS[found]}, though its name ends in {form}")
+        return found
+    return form
 
 
-def _json_lines(data: bytes, wanted: Sequence[str]) -> Table:
-    # Not splitlines(), which also splits at characters that JSON text may hold, like U+2028.
-    lines = enumerate(_text(data).split("\n"), start=1)
-    return _objects(((f"line {n}", _json(line, n)) for n, line in lines if line.strip()), wanted)
-
-
-def _json_file(data: bytes, wanted: Sequence[str]) -> Table:
-    text = _text(data)
-    if not text.lstrip().startswith("["):
-        return _json_lines(data, wanted)  # the hub and many tools write JSON lines as .json
-    items = enumerate(_json(text), start=1)
-    return _objects(((f"item {n}", item) for n, item in items), wanted)
-
-
-def _parquet(data: bytes, wanted: Sequence[str]) -> Table:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(pyarrow.BufferReader(data))
-        names = list(file.schema_arrow.names)
-        return names, file.read(columns=[name for name in wanted if name in names]).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise MalformedError(f"not Parquet: {error}") from None
-
-
-#: The reader of each ending, which .gz may follow.
-READERS: dict[str, Callable[[bytes, Sequence[str]], Table]] = {
-    ".csv": _csv,
-    ".jsonl": _json_lines,
-    ".json": _json_file,
-    ".parquet": _parquet,
+_METADATA = (
+    *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"),
+    *("_success", "_metadata", "_common_metadata", "croissant.json", "thumbs.db", "desktop.ini"),
+)
+_METADATA_PATTERN = r"(readme|license|licence|notice|changelog|citation)(\..*)?|.*\.(lock|md|crc)"
+#: First bytes by which a file is read in spite of its name.
+_MAGIC = {
+    rb"PAR1": ".parquet",
+    rb"ARROW1": ".arrow",
+    # The stream format: a continuation mark, and the length of a schema.
+    rb"\xff\xff\xff\xff[\x00-\xff]{2}[\x00-\x0f]\x00": ".arrow",
+    rb"(\xef\xbb\xbf)?\s*(\{\s*\"|\[\s*\{)": ".json",
 }
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise MalformedError(f"line {line}: not UTF-8 (byte {data[error.start]:#04x})") from None
-
-
-def _json(text: str, line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        position = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise MalformedError(f"{position}: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"line {line}: JSON that can't be read ({error})") from None
-
-
-def _objects(items: Iterator[tuple[str, Any]], wanted: Sequence[str]) -> Table:
-    names: dict[str, None] = {}
-    rows: list[Row] = []
-    for position, item in items:
-        if not isinstance(item, dict):
-            raise MalformedError(f"{position}: not an object with named fields")
-        names |= dict.fromkeys(item)
-        rows.append({name: item[name] for name in wanted if name in item})
-    return list(names), rows
+_KINDS = {".parquet": "Parquet", ".arrow": "Arrow", ".json": "JSON"}
