@@ -219,9 +219,10 @@ def _seen(value: object) -> str:
 
 def _beginning(value: object) -> str:
     try:
-        return _REPR.repr(value)
+        text = _REPR.repr(value)
     except ValueError:  # an integer with more digits than Python writes out
         return "a number of thousands of digits"
+    return text[:_SHOWN] + ("…" if len(text) > _SHOWN else "")
 
 
 # --- messages ---------------------------------------------------------------------------------
