@@ -117,7 +117,7 @@ def without_prompt(prompt_text: str, reply: str) -> str | None:
     if not rest.strip() or (last.isalnum() and rest[0].isalnum()):
         return None  # "2 + 23" begins like the prompt "2 + 2" and doesn't repeat it
     lines = _EMPTY_LINES.match(rest)
-    return rest[lines.end() :] if lines else rest.removeprefix(" ")
+    return rest[lines.end() :] if lines else rest.removeprefix("" if last.isspace() else " ")
 
 
 def is_missing_word(text: str) -> bool:
@@ -289,9 +289,11 @@ def _parse_template(
     if not marks or (opening and text.count(opening, head) != len(marks)):
         return None
     messages: list[Message] = []
-    if prefix := text[head : marks[0].start()]:
-        if not (system_first and text[:head].strip()):
+    begun = len(text[:head].rstrip())
+    if marks[0].start() != head:
+        if not (system_first and begun):
             return None
+        prefix = text[begun : marks[0].start()]
         messages.append({"role": "system", "content": prefix})
     bounds = [*(match.start() for match in marks), len(text)]
     for match, (_, end) in zip(marks, pairwise(bounds), strict=True):
@@ -457,7 +459,7 @@ JSON_LIST = Markup("JSON list", _json_texts)
 PYTHON = Markup("Python repr", _python_chat)
 PYTHON_LIST = Markup("Python list", _python_texts)
 NUMPY = Markup("numpy repr", None)
-_HEADER = r"([^<>\n]{1,40})"
+_HEADER = r"([\w-]{1,30})(?: name=[\w-]{1,60})?"  # OpenAI's examples have names
 _PARSED = (
     JSON,
     JSON_LIST,
