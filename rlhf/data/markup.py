@@ -1,0 +1,531 @@
+"""Text that is a chat written out: as JSON, as Python's repr, as a transcript, by a chat template.
+
+Such text reads as one long turn, so a model would learn the marks. Every scanner takes linear time.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from rlhf.data.chat import CONTENT_KEYS, ROLE_KEYS, ROLES
+from rlhf.data.rows import Message
+
+
+@dataclass(frozen=True)
+class Markup:
+    """A way of writing a chat as text."""
+
+    name: str
+    parse: Callable[[str], Any] | None
+    """Returns the messages, of JSON and Python the value, or None for text in another form.
+    Without the function, such text is recognised but can't be parsed."""
+
+
+END_TOKENS: tuple[str, ...] = (
+    *("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|end|>"),
+    *("<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"),
+    *("<|return|>", "<｜end▁of▁sentence｜>"),
+)
+_BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>")
+
+#: A whole cell that pandas, SQL or a spreadsheet wrote for a missing value. "none" is an answer.
+MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A"})
+
+_ENOUGH = 0.6
+_MAX_REPR = 1_000_000  # characters; a syntax tree takes a hundred times its text
+_MIN_PROMPT = 8  # characters; a reply may begin with a shorter prompt by chance: "Hello"
+
+
+def recognise(texts: Sequence[str]) -> Markup | None:
+    """Return the markup in which at least 60 % of a column's non-blank texts are written."""
+    filled = [text for text in texts if text.strip()]
+    counts = Counter(markup_of(text) for text in filled)
+    if counts[NUMPY]:  # which writes a list of one message as Python does
+        counts[NUMPY] += counts.pop(PYTHON, 0)
+    markup, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+    return markup if count >= _ENOUGH * len(filled) else None
+
+
+def markup_of(text: str) -> Markup | None:
+    """Return the markup that a text consists of from beginning to end."""
+    for markup in _PARSED:
+        if markup.parse is not None and markup.parse(text) is not None:
+            return markup
+    return NUMPY if _is_numpy_repr(text) else None
+
+
+def strip_end_tokens(reply: str) -> tuple[str, bool]:
+    """Return a reply without end tokens behind it and a begin token before it; whether it had any.
+
+    `<s>` and `</s>` stay where they are HTML: "Price: <s>10</s>".
+    """
+    start = _after_begin_tokens(reply)
+    struck = reply.rfind("<s>", start)
+    closing = reply.find("</s>", struck) if struck >= 0 else -1
+    end, found = len(reply), False
+    while True:
+        last = end
+        while last > start and reply[last - 1].isspace():
+            last -= 1
+        token = next((t for t in END_TOKENS if reply.endswith(t, start, last)), None)
+        if token is None or last - len(token) == closing:
+            break
+        end, found = last - len(token), True
+    if not reply[:start].strip() or ("<s>" in reply[:start] and "</s>" in reply[start:end]):
+        start = 0
+    if not found and start == 0:
+        return reply, False
+    return (reply[start:end].rstrip() if found else reply[start:]), True
+
+
+def holds_control_tokens(reply: str) -> str | None:
+    """Return the first control token inside a reply; `<s>…</s>` is HTML and none."""
+    is_struck = False
+    for match in _CONTROL.finditer(reply):
+        token = match.group()
+        if token == "</s>":
+            if not is_struck:
+                return token
+            is_struck = False
+        elif token.startswith(("<s>", "<s ")):
+            is_struck = True
+        else:
+            return token
+    return None
+
+
+def without_prompt(prompt_text: str, reply: str) -> str | None:
+    """Return a reply without the prompt that it repeats at its front; None where it doesn't.
+
+    The two may differ in spacing. Empty lines after the prompt are cut, or one blank.
+    """
+    if len(prompt_text.strip()) < _MIN_PROMPT:
+        return None
+    end, last = len(prompt_text), prompt_text[-1]
+    if not reply.startswith(prompt_text):
+        end, last = _end_of_words(prompt_text.split(), reply), prompt_text.rstrip()[-1]
+    rest = "" if end is None else reply[end:]
+    if not rest.strip() or (last.isalnum() and rest[0].isalnum()):
+        return None  # "2 + 23" begins like the prompt "2 + 2" and doesn't repeat it
+    lines = _EMPTY_LINES.match(rest)
+    return rest[lines.end() :] if lines else rest.removeprefix("" if last.isspace() else " ")
+
+
+def is_missing_word(text: str) -> bool:
+    """Return True for a cell that is nothing but a word for a missing value."""
+    return text.strip() in MISSING_WORDS
+
+
+# --- tokens -----------------------------------------------------------------------------------
+
+
+def _any_of(tokens: Sequence[str]) -> str:
+    return "|".join(re.escape(token) for token in tokens)
+
+
+_HEAD = re.compile(rf"(?:\s|{_any_of(_BEGIN_TOKENS)})*")
+_TAIL = re.compile(rf"(?:\s|{_any_of((*END_TOKENS, *_BEGIN_TOKENS))})*")
+_EMPTY_LINES = re.compile(r"(?:[ \t\r]*\n)+")
+_CONTROL = re.compile(
+    r"<s(?: [^<>]{0,200})?>|"
+    + _any_of(
+        (
+            *(*END_TOKENS, *(token for token in _BEGIN_TOKENS if token != "<s>")),
+            *("<|im_start|>", "<|im_sep|>", "<start_of_turn>", "<|START_OF_TURN_TOKEN|>"),
+            *("<|start_header_id|>", "<|end_header_id|>", "<|header_start|>", "<|header_end|>"),
+            *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<｜User｜>", "<｜Assistant｜>"),
+            *("<|system|>", "<|user|>", "<|assistant|>", "<|start|>", "<|message|>"),
+        )
+    )
+)
+
+
+def _after_begin_tokens(text: str) -> int:
+    match = _HEAD.match(text)
+    return match.end() if match else 0
+
+
+def _end_of_words(words: list[str], text: str) -> int | None:
+    """Return where the words end with which a text begins, whatever the spacing."""
+    position = 0
+    for index, word in enumerate(words):
+        start = position
+        while position < len(text) and text[position].isspace():
+            position += 1
+        if (index and position == start) or not text.startswith(word, position):
+            return None
+        position += len(word)
+    return position
+
+
+# --- JSON and Python --------------------------------------------------------------------------
+
+
+def _json_value(text: str) -> Any:
+    text = text.strip()
+    if not text.startswith(("[", "{")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_chat(text: str) -> Any:
+    value = _json_value(text)
+    return value if _is_chat(value) else None
+
+
+def _json_texts(text: str) -> Any:
+    value = _json_value(text)
+    return value if _is_texts(value) else None
+
+
+def _python_value(text: str) -> Any:
+    text = text.strip()
+    if not text.startswith(("[", "{")) or len(text) > _MAX_REPR:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes such as "\d" in the text
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _python_chat(text: str) -> Any:
+    # other text with a bracket in front is no chat, and a syntax tree takes time
+    is_likely = text.lstrip().startswith(("[['", "[('")) or _quotes_keys(text)
+    value = _python_value(text) if is_likely else None
+    return value if _is_chat(value) else None
+
+
+def _python_texts(text: str) -> Any:
+    value = _python_value(text) if text.lstrip().startswith(("['", '["')) else None
+    return value if _is_texts(value) else None
+
+
+def _is_numpy_repr(text: str) -> bool:
+    """Return True for a NumPy array of messages as text, or for a list with NumPy's values."""
+    text = text.strip()
+    return (
+        text.startswith(("[{", "array([{"))
+        and text.endswith(("}]", "dtype=object)"))
+        and _quotes_keys(text)
+    )
+
+
+def _quotes_keys(text: str) -> bool:
+    return "{'" in text and any(
+        f"'{role}':" in text and f"'{content}':" in text
+        for role in ROLE_KEYS
+        for content in CONTENT_KEYS
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+def _is_chat(value: Any) -> bool:
+    """Return True for messages, but not for another list of objects, which may be an answer."""
+    if isinstance(value, dict):
+        return _is_message(value) and _is_known_role(_role_of(value))
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    if all(isinstance(item, list | tuple) and len(item) == 2 for item in value):
+        return all(_is_known_role(role) and isinstance(text, str) for role, text in value)
+    if not all(isinstance(item, dict) and _is_message(item) for item in value):
+        return False
+    return all({"role", "content"} <= item.keys() for item in value) or any(
+        _is_known_role(_role_of(item)) for item in value
+    )
+
+
+def _is_message(item: dict[Any, Any]) -> bool:
+    has_content = any(key in item for key in (*CONTENT_KEYS, "tool_calls", "function_call"))
+    return has_content and isinstance(_role_of(item), str)
+
+
+def _role_of(item: dict[Any, Any]) -> Any:
+    return next((item[key] for key in ROLE_KEYS if item.get(key) is not None), None)
+
+
+def _is_known_role(role: Any) -> bool:
+    return isinstance(role, str) and role.strip().lower() in ROLES
+
+
+# --- chat templates ---------------------------------------------------------------------------
+
+
+def _parse_template(
+    text: str,
+    mark: re.Pattern[str],
+    opening: str,
+    ends: tuple[str, ...],
+    system_first: bool = False,
+) -> list[Message] | None:
+    """Return the messages of a text that a chat template rendered.
+
+    Args:
+        text: The text.
+        mark: What begins a turn; its group is the role's name.
+        opening: Beginning of every mark, which may stand nowhere else in the text.
+        ends: Tokens that end a turn.
+        system_first: Whether the system turn has no mark, and follows the begin token.
+    """
+    if opening not in text:  # every text holds an empty one
+        return None
+    head = _after_begin_tokens(text)
+    marks = list(mark.finditer(text, head))
+    if not marks or (opening and text.count(opening, head) != len(marks)):
+        return None
+    messages: list[Message] = []
+    begun = len(text[:head].rstrip())
+    if marks[0].start() != head:
+        if not (system_first and begun):
+            return None
+        prefix = text[begun : marks[0].start()]
+        messages.append({"role": "system", "content": prefix})
+    bounds = [*(match.start() for match in marks), len(text)]
+    for match, (_, end) in zip(marks, pairwise(bounds), strict=True):
+        raw = text[match.end() : end]
+        cut = min((at for token in ends if (at := raw.find(token)) >= 0), default=None)
+        if cut is not None and not _TAIL.fullmatch(raw, cut):
+            return None
+        content = raw.rstrip("\r\n") if cut is None else raw[:cut]
+        messages.append({"role": _role(match.group(1)), "content": content})
+        if cut is None and end == len(text):
+            messages = _before_reply(messages)
+    return messages or None
+
+
+def _parse_llama_2(text: str) -> list[Message] | None:
+    head = _after_begin_tokens(text)
+    if not text.startswith("[INST]", head):
+        return None
+    messages: list[Message] = []
+    for index, turn in enumerate(text[head:].split("[INST]")[1:]):
+        question, close, answer = turn.partition("[/INST]")
+        if not close or "[/INST]" in answer:
+            return None
+        opening, is_system, rest = question.partition("<<SYS>>")
+        system, closes, after = rest.partition("<</SYS>>")
+        if is_system:
+            if index or opening.strip() or not closes:
+                return None
+            messages.append({"role": "system", "content": _without_lines(system)})
+            question = after.lstrip("\r\n")
+        else:
+            question = question.removeprefix(" ")
+        answer, is_closed = _before_tokens(answer)
+        messages.append({"role": "user", "content": question.removesuffix(" ")})
+        answer = answer.removeprefix(" ")
+        answer = answer.removesuffix(" ") if is_closed else answer
+        messages.append({"role": "assistant", "content": answer})
+    return _before_reply(messages)
+
+
+def _before_tokens(text: str) -> tuple[str, bool]:
+    """Return a turn without the tokens and line breaks behind it; whether it had tokens."""
+    end, found = len(text), False
+    while True:
+        last = end
+        while last and text[last - 1].isspace():
+            last -= 1
+        token = next((t for t in ("</s>", "<s>") if text.endswith(t, 0, last)), None)
+        if token is None:
+            return (text[:end] if found else _without_lines(text)), found
+        end, found = last - len(token), True
+
+
+def _role(name: str) -> str:
+    """Return a known role's usual name; another is kept for the message that names it."""
+    return ROLES.get(name.strip().lower(), name.strip())
+
+
+def _before_reply(messages: list[Message]) -> list[Message]:
+    """Cut the assistant's empty last turn: there the reply begins."""
+    is_open = messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip()
+    return messages[:-1] if is_open else messages
+
+
+def _without_lines(text: str) -> str:
+    return text.strip("\r\n")
+
+
+# --- transcripts ------------------------------------------------------------------------------
+
+
+def _parse_transcript(
+    text: str, mark: re.Pattern[str], name: str, preambles: tuple[str, ...] = ()
+) -> list[Message] | None:
+    """Return the messages of a text with a name before every turn.
+
+    Args:
+        text: The text.
+        mark: What begins a turn; its group is the name.
+        name: The user's name with its colon.
+        preambles: How a system turn without a name may begin.
+    """
+    if name not in text:
+        return None
+    turns = _turns(text, mark)
+    if len(turns) < 3:
+        return None
+    (_, prefix), *named = turns
+    if prefix.strip() and not prefix.lstrip().startswith(preambles):
+        return None
+    messages = [{"role": "system", "content": prefix.strip()}] if prefix.strip() else []
+    messages += [{"role": _role(name), "content": content} for name, content in named]
+    if messages[0]["role"] == "assistant" or not {"user", "assistant"} <= {
+        message["role"] for message in messages
+    }:
+        return None
+    return _before_reply(messages)
+
+
+def _parse_vicuna(text: str) -> list[Message] | None:
+    if "USER:" not in text:
+        return None
+    return _parse_transcript(strip_end_tokens(text)[0], _VICUNA, "USER:", _PREAMBLES)
+
+
+def _parse_alpaca(text: str) -> list[Message] | None:
+    """Return the messages of Alpaca's template, whose own first sentences are left out."""
+    if "### Instruction:" not in text:
+        return None
+    (_, prefix), *named = _turns(text, _ALPACA)
+    names = [name for name, _ in named]
+    if names[:1] != ["Instruction"] or "Response" not in names:
+        return None
+    if prefix.strip() and not prefix.lstrip().startswith("Below is an instruction"):
+        return None
+    messages: list[Message] = []
+    for before, (name, content) in zip(["", *names], named, strict=False):
+        if name != "Input":
+            messages.append({"role": _role(name), "content": content})
+        elif before != "Instruction":
+            return None
+        elif content.strip():
+            messages[-1]["content"] += f"\n\n{content}"
+    return _before_reply(messages)
+
+
+def _turns(text: str, mark: re.Pattern[str]) -> list[tuple[str, str]]:
+    """Return name and text of each turn; the first is the text before all names."""
+    parts = mark.split(text)
+    turns = [("", parts[0])]
+    for index in range(1, len(parts), 2):
+        content = parts[index + 1].removeprefix(" ")
+        if index + 2 < len(parts) and not content.endswith(("\n", "\r")):
+            content = content.removesuffix(" ")  # the next name follows on the same line
+        turns.append((parts[index], _without_lines(content)))
+    return turns
+
+
+# --- all of them ------------------------------------------------------------------------------
+
+_PREAMBLES = ("A chat between", "You are ")
+_VICUNA = re.compile(r"(?:</s>|(?<!\S))(USER|ASSISTANT):")
+_ALPACA = re.compile(r"^### (Instruction|Input|Response):", re.MULTILINE)
+
+
+def _template(mark: str, opening: str, *ends: str, system_first: bool = False) -> Any:
+    return partial(
+        _parse_template,
+        mark=re.compile(mark),
+        opening=opening,
+        ends=ends,
+        system_first=system_first,
+    )
+
+
+def _names(*names: str) -> Any:
+    pattern = re.compile(rf"^({'|'.join(names)}):", re.MULTILINE)
+    return partial(_parse_transcript, mark=pattern, name=f"{names[0]}:")
+
+
+JSON = Markup("JSON", _json_chat)
+JSON_LIST = Markup("JSON list", _json_texts)
+PYTHON = Markup("Python repr", _python_chat)
+PYTHON_LIST = Markup("Python list", _python_texts)
+NUMPY = Markup("numpy repr", None)
+_HEADER = r"([\w-]{1,30})(?: name=[\w-]{1,60})?"  # OpenAI's examples have names
+_PARSED = (
+    JSON,
+    JSON_LIST,
+    PYTHON,
+    PYTHON_LIST,
+    Markup(
+        "ChatML",
+        _template(
+            rf"<\|im_start\|>{_HEADER}(?:\n|<\|im_sep\|>|\Z)",
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|endoftext|>",
+        ),
+    ),
+    Markup(
+        "Llama 3",
+        _template(
+            rf"<\|start_header_id\|>{_HEADER}<\|end_header_id\|>\n{{0,2}}",
+            "<|start_header_id|>",
+            *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+        ),
+    ),
+    Markup("Llama 2 [INST]", _parse_llama_2),
+    Markup(
+        "Gemma",
+        _template(
+            rf"<start_of_turn>{_HEADER}(?:\n|\Z)", "<start_of_turn>", "<end_of_turn>", "<eos>"
+        ),
+    ),
+    Markup(
+        "Zephyr/Phi <|user|>",
+        _template(
+            r"<\|(system|user|assistant)\|>\n?",
+            "",
+            *("</s>", "<|end|>", "<|endoftext|>"),
+        ),
+    ),
+    Markup(
+        "DeepSeek",
+        _template(
+            "<｜(User|Assistant)｜>",
+            "",
+            "<｜end▁of▁sentence｜>",
+            system_first=True,
+        ),
+    ),
+    Markup(
+        "Command R",
+        _template(
+            r"<\|START_OF_TURN_TOKEN\|><\|(USER|CHATBOT|SYSTEM)_TOKEN\|>",
+            "<|START_OF_TURN_TOKEN|>",
+            "<|END_OF_TURN_TOKEN|>",
+        ),
+    ),
+    Markup("Alpaca ### Instruction", _parse_alpaca),
+    Markup(
+        "### Human ### Assistant",
+        partial(
+            _parse_transcript,
+            mark=re.compile("### (Human|Assistant|System):"),
+            name="### Human:",
+            preambles=_PREAMBLES,
+        ),
+    ),
+    Markup("Vicuna USER: ASSISTANT:", _parse_vicuna),
+    Markup("Human/Assistant transcript", _names("Human", "Assistant", "System")),
+    Markup("User/Assistant transcript", _names("User", "Assistant", "System")),
+    Markup("Human/AI transcript", _names("Human", "AI", "System")),
+)
