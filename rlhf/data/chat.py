@@ -272,7 +272,6 @@ def _part(part: object, field: str) -> str:
         return part
     if isinstance(part, dict):
         kind, text = part.get("type"), part.get("text")
-        kind = kind if isinstance(kind, str) else None
         for medium, name in _MEDIA.items():
             if kind == medium or part.get(medium) is not None:
                 raise LeftOutError(f"{field} holds {name}", _seen(part), "leave such rows out")

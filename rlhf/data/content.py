@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MB = 2**20
+#: Content below this size is never taken for a decompression bomb.
+SMALL_MB = 64
 Note = Callable[[str], None]
 
 
@@ -81,10 +83,10 @@ def open_content(
 def check_ratio(unpacked: int, packed: int) -> None:
     """Refuse content that unpacks to absurdly much.
 
-    Text shrinks 3 to 30 times. More than 200 times, and more than 64 MB, is a decompression bomb,
-    or one row over and over.
+    Text shrinks 3 to 30 times. More than 200 times, and more than SMALL_MB, is a decompression
+    bomb, or one row over and over.
     """
-    if unpacked > 64 * MB and unpacked > 200 * packed:
+    if unpacked > SMALL_MB * MB and unpacked > 200 * packed:
         raise MalformedError(
             f"unpacks to more than 200 times its size ({packed:,} bytes hold over "
             f"{unpacked // MB:,} MB), as no real data does; if that is right, unpack it first"
@@ -215,7 +217,7 @@ def _probe_ratio(path: Path) -> None:
     size = 0
     with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as content:
         try:
-            while size <= 64 * MB and (data := content.read1(_BUFFER)):
+            while size <= SMALL_MB * MB and (data := content.read1(_BUFFER)):
                 size += len(data)
                 check_ratio(size, packed.tell())
         except _BROKEN_GZIP:

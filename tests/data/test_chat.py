@@ -221,6 +221,7 @@ def test_a_conversation_is_split_before_its_reply(messages, prompt, expected):
         ([P], "How?", "chosen does not end with an assistant message"),
         ([P, C, tool("12")], None, "chosen does not end with an assistant message"),
         ([user("Who?"), C], "How?", "chosen belongs to another prompt"),
+        ([user("How so?"), C], "Howso?", "chosen belongs to another prompt"),
         ([user("Who?"), C, P, C], "How?", "chosen belongs to another prompt"),
         ([assistant("How?"), P, C], "How?", "chosen belongs to another prompt"),
         ([system("Be long."), P, C], [S, P], "chosen belongs to another prompt"),
@@ -240,7 +241,7 @@ def test_conversations_that_are_no_reply_to_the_prompt(messages, prompt, reason)
 def test_the_detail_counts_the_messages_of_a_long_reply():
     found = left_out(split_reply, [P, C, tool("12"), C], [S, P], "chosen")
     assert found.detail == "3 messages after the prompt"
-    found = left_out(split_reply, [P, C, P, C], [P], "chosen")
+    found = left_out(split_reply, [S, P, C, P, C], [S, P], "chosen")
     assert found.detail == "3 messages after the prompt"
 
 

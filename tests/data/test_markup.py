@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -169,12 +169,6 @@ def test_a_parser_returns_none_for_text_in_another_form():
         parse = getattr(markup_of(text), "parse", None)
         if parse is not None:
             assert parse("Look at it.") is parse("") is None
-
-
-CASES = Path("/work/shared/data/cases")
-CASE_TEXTS = [
-    ("User/Assistant transcript", "User: Why?\nAssistant: So."),
-]
 
 
 # --- rendering and parsing --------------------------------------------------------------------
@@ -378,23 +372,51 @@ def test_words_for_missing_values():
 
 # --- hostile text -----------------------------------------------------------------------------
 
-MEGABYTE = 1_000_000
+LENGTH = 400_000
+LIMIT = 4  # seconds of CPU; linear scans take up to 0.3, copying the rest at each token over 10
 HOSTILE = [
-    "[", "{", "[{'role':", "[{'role': 'content': ", "\n", " ", "\\", "-", "1+",
-    "</s>", "<s>", "<s> ", "<s " + "x", "</s> ", "<|im_start|>", "<|im_start|>a\n", "<|im_end|>",
-    "<|start_header_id|>", "[INST]", "[INST][/INST]", "[INST]<<SYS>>", "<start_of_turn>a\n",
-    "<|user|>", "<｜User｜>", "Human:", "Human:\nAssistant:\n", "USER: ASSISTANT: ",
-    "### Human:", "### Instruction:\n", "### Instruction:\n### Response:\n", "word ", "[['", "\t\n",
-]  # fmt: skip
+    ("", "["),
+    ("", "{"),
+    ("", "[{'role':"),
+    ("[{'role': 'user', 'content': ", "-"),
+    ("[{'role': 'user', 'content': ", "1+"),
+    ("[", "['user', 'a'],"),
+    ("", "\n"),
+    ("", "\t \n"),
+    ("", " "),
+    ("<|im_start|>user\n", "\n"),
+    ("<|im_start|>user\n", " "),
+    ("", "</s>"),
+    ("<s>", "</s> "),
+    ("", "<s>"),
+    ("", "<s x"),
+    ("<s", " "),
+    ("", "<|im_start|>a\n"),
+    ("", "<|im_start|>"),
+    ("", "<|start_header_id|>a"),
+    ("<|im_start|>user\n", "<|im_end|>"),
+    ("<|user|>\n", "</s>x"),
+    ("", "[INST]"),
+    ("", "[INST][/INST]"),
+    ("[INST][/INST]", "</s> "),
+    ("", "[INST]<<SYS>>"),
+    ("", "<｜User｜>"),
+    ("", "Human:\nAssistant:\n"),
+    ("", "USER: ASSISTANT: "),
+    ("", "### Human:"),
+    ("", "### Instruction:\n### Input:\n"),
+    ("", "word "),
+]
 
 
-@pytest.mark.parametrize("piece", HOSTILE)
-def test_long_hostile_text_is_read_in_linear_time(piece):
-    """A quadratic scan of a megabyte takes minutes, which fails by the tests' time limit."""
-    text = piece * (MEGABYTE // len(piece))
-    for whole in (text, "<|im_start|>user\n" + text, "[{'role': 'user', 'content': " + text):
-        markup_of(whole)
-        reply, _ = strip_end_tokens(whole)
-        holds_control_tokens(reply)
-    assert without_prompt(text, text + "x") in {"x", None}
-    assert without_prompt("Look at it.", "Look at it." + text + "x") is not None
+@pytest.mark.parametrize(("beginning", "piece"), HOSTILE)
+def test_long_hostile_text_is_read_in_linear_time(beginning, piece):
+    text = beginning + piece * (LENGTH // len(piece))
+    start = time.process_time()
+    markup_of(text)
+    strip_end_tokens(text)
+    holds_control_tokens(text)
+    without_prompt(text, f"\n{text}\nLook.")
+    assert without_prompt("Why so?", f"Why so?{text}x") is None
+    assert without_prompt("Why is it so?", f"Why is it so?{text}x") is not None
+    assert time.process_time() - start < LIMIT
