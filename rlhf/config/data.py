@@ -26,20 +26,53 @@ class WorldConfig(Section):
     """Bradley–Terry temperature of the labels: P(a ≻ b) = σ((gold(a) − gold(b)) / temperature)."""
 
 
+#: Layouts of preference data.
+DataFormat = Literal[
+    "auto", "pairs", "comparison", "rated", "ranking", "open-assistant", "label-studio", "argilla"
+]
+
+
+class LabelsConfig(Section):
+    """Values of the label column of a comparison log whose meaning its name does not tell."""
+
+    first: str | None = None
+    """Value of rows whose first reply (`response_a`, `answer_1`) is better."""
+    second: str | None = None
+    """Value of rows whose second reply is better."""
+    tie: str | None = None
+    """Value of rows without a preference, which are left out."""
+
+    @field_validator("first", "second", "tie", mode="before")
+    @classmethod
+    def _numbers_are_text(cls, value: object) -> object:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(value) if is_number else value
+
+
 class DataConfig(Section):
     """Where the data comes from and how it is split."""
 
     source: str = Field(default="world", min_length=1)
     """`world`, or a CSV, JSONL, JSON or Parquet file (also .gz), a folder of them, an s3:// URI,
-    or a hub dataset id; rows need `prompt`, `chosen` and `rejected`."""
+    or a hub dataset id, of preference pairs in any of the formats of docs/data.md."""
     world: WorldConfig = WorldConfig()
     """Size of the generated world; used with `source: world` only."""
-    prompt_column: str = "prompt"
-    """Column that holds the prompt: a string, or a list of chat messages."""
-    chosen_column: str = "chosen"
-    """Column that holds the preferred reply."""
-    rejected_column: str = "rejected"
-    """Column that holds the other reply."""
+    format: DataFormat = "auto"
+    """Layout of the rows (docs/data.md); `auto` finds it by the columns, and says what it found."""
+    prompt_column: str | None = Field(default=None, min_length=1)
+    """Column that holds the prompt: a string, or a list of chat messages. This and all columns may
+    be a dotted path (`pair.better`, `messages.0.content`); none finds it by name."""
+    chosen_column: str | None = Field(default=None, min_length=1)
+    """Column that holds the preferred reply; none finds it by name."""
+    rejected_column: str | None = Field(default=None, min_length=1)
+    """Column that holds the other reply; none finds it by name."""
+    system_column: str | None = Field(default=None, min_length=1)
+    """Column whose text goes before the prompt as a system turn; none finds it by name."""
+    label_column: str | None = Field(default=None, min_length=1)
+    """Column that says which of two replies is better, or rates a single one; none finds it by
+    name."""
+    labels: LabelsConfig = LabelsConfig()
+    """Meaning of the values of `label_column`."""
     reference_column: str | None = None
     """Column that holds the right answer to the prompt, for rewards that compare with it."""
     metadata_columns: tuple[str, ...] = ()

@@ -44,6 +44,10 @@ class Ledger:
         self._used: dict[Origin, bool] = {}
         self._reasons: dict[Origin, tuple[LeftOutError, dict[str, Any]]] = {}
 
+    def register(self, origin: Origin) -> None:
+        """Add a row; rows are reported in the order of this."""
+        self._used.setdefault(origin, False)
+
     def use(self, origins: Iterable[Origin]) -> None:
         """Count these rows as used, whatever else becomes of their comparisons."""
         self._used |= dict.fromkeys(origins, True)
@@ -54,7 +58,7 @@ class Ledger:
         """Note why a comparison of these rows is not used; the first reason counts."""
         row = dict(zip(("prompt", "chosen", "rejected"), (prompt, *replies), strict=False))
         for origin in origins:
-            self._used.setdefault(origin, False)
+            self.register(origin)
             self._reasons.setdefault(origin, (reason, row))
 
     def reason(self, origin: Origin) -> LeftOutError | None:
@@ -124,6 +128,7 @@ class Collector:
         Raises:
             LeftOutError: None of it can be used.
         """
+        self.ledger.register(origin)
         comparisons = []
         for item in converted.comparisons:
             if fault := _fault(item, self.config):

@@ -1,0 +1,280 @@
+"""Prompts and replies from the cells of a row: parsed, cleaned, or left out with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.chat import common_prefix, split_reply, to_messages, to_text
+from rlhf.data.collect import messages_of
+from rlhf.data.columns import MISSING, value_of
+from rlhf.data.markup import (
+    Markup,
+    holds_control_tokens,
+    is_missing_word,
+    recognise,
+    strip_end_tokens,
+    without_prompt,
+)
+from rlhf.data.records import LeftOutError
+from rlhf.data.rows import Message, Prompt
+from rlhf.errors import ConfigError
+
+#: Markups of a list of texts, which is a model's answer as often as the turns of a chat.
+TEXT_LISTS = ("JSON list", "Python list")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Columns of prompt and replies, and how their text is written.
+
+    Args:
+        prompt: Column of the prompt; None if the replies are whole conversations.
+        first: Column of one reply.
+        second: Column of the other; equal to `first` for formats with one reply.
+        system: Column of the system prompt.
+        more: Column whose text follows the prompt's after a blank line (Alpaca's `input`).
+        history: Column of earlier turns, pairs of a user's and an assistant's text.
+        markups: Markup by column.
+        text_cells: True if all cells are text, so that a missing value is a word.
+    """
+
+    prompt: str | None
+    first: str
+    second: str
+    system: str | None = None
+    more: str | None = None
+    history: str | None = None
+    markups: Mapping[str, Markup] | None = None
+    text_cells: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        names = (self.prompt, self.first, self.second, self.system, self.more, self.history)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    def read(
+        self, row: Mapping[str, Any], roles: Sequence[str], notes: set[str]
+    ) -> tuple[Prompt, str, str]:
+        """Return the prompt and both replies of a row.
+
+        Args:
+            row: Values by column.
+            roles: Names of the two replies in reasons: "chosen" and "rejected".
+            notes: Receives a sentence for each conversion that a user should know of.
+
+        Raises:
+            LeftOutError: A value can't be used.
+        """
+        first, second = _cell(row, self.first), _cell(row, self.second)
+        if self.prompt is None:
+            prompt, first, second = self._conversations(first, second, roles)
+            prompt = self._framed(row, prompt, notes)
+        else:
+            prompt = self.read_prompt(row, notes)
+            first = self.read_reply(first, self.first, prompt, roles[0], notes)
+            second = self.read_reply(second, self.second, prompt, roles[1], notes)
+        first = _clean(first, roles[0], notes)
+        second = _clean(second, roles[1], notes)
+        asked = messages_of(prompt)[-1]["content"]
+        cut = without_prompt(asked, first), without_prompt(asked, second)
+        if cut[0] is not None and cut[1] is not None:
+            notes.add("the prompt is repeated in front of both replies, and cut from them")
+            first, second = cut
+        return prompt, first, second
+
+    def read_prompt(self, row: Mapping[str, Any], notes: set[str]) -> Prompt:
+        """Return a row's prompt with everything that belongs in front of it.
+
+        Raises:
+            LeftOutError: It can't be used, or ends with a reply.
+        """
+        assert self.prompt is not None
+        value = _cell(row, self.prompt)
+        if isinstance(value, str):
+            prompt: Prompt = self._text_prompt(value)
+        elif isinstance(value, list | tuple | dict):
+            prompt = to_messages(value, "prompt", self.prompt)
+        else:
+            prompt = to_text(value, "prompt", self.prompt)
+        return self._framed(row, prompt, notes)
+
+    def read_reply(
+        self, value: Any, column: str, prompt: Prompt, role: str, notes: set[str]
+    ) -> str:
+        """Return one reply to a prompt, without end tokens.
+
+        Raises:
+            LeftOutError: It can't be used.
+        """
+        if isinstance(value, str):
+            self._check_word(value, role)
+            markup = self._markup(column)
+            if markup is None or markup.name in TEXT_LISTS:
+                return _clean(to_text(value, role, column), role, notes)
+            value = _parsed(markup, value, role)
+            if isinstance(value, str | int | float):
+                return _clean(to_text(value, role, column), role, notes)
+        elif not isinstance(value, list | tuple | dict):
+            return to_text(value, role, column)
+        return _clean(split_reply(to_messages(value, role, column), prompt, role)[1], role, notes)
+
+    def _text_prompt(self, value: str) -> Prompt:
+        assert self.prompt is not None
+        self._check_word(value, "prompt")
+        markup = self._markup(self.prompt)
+        if markup is None or markup.name in TEXT_LISTS:
+            return to_text(value, "prompt", self.prompt)
+        return to_messages(_parsed(markup, value, "prompt"), "prompt", self.prompt)
+
+    def _framed(self, row: Mapping[str, Any], prompt: Prompt, notes: set[str]) -> Prompt:
+        """Add the further input, the history and the system turn."""
+        more = _cell(row, self.more) if self.more else None
+        if isinstance(more, str) and more.strip():
+            if not isinstance(prompt, str):
+                raise LeftOutError(f"{self.more} beside a prompt of messages", more[:60])
+            prompt = f"{prompt}\n\n{more}"
+            notes.add(f"{self.more} follows the prompt after an empty line")
+        messages = messages_of(prompt)
+        if self.history and (turns := _cell(row, self.history)) not in (None, MISSING, [], ""):
+            messages = [*_history(turns, self.history), *messages]
+            notes.add(f"{self.history} holds the turns before the prompt")
+        system = _cell(row, self.system) if self.system else None
+        if isinstance(system, str) and system.strip():
+            if messages[0]["role"] == "system":
+                raise LeftOutError(
+                    "two system turns", f"one in the prompt and one in {self.system}",
+                    "leave one of them out",
+                )  # fmt: skip
+            messages = [{"role": "system", "content": system}, *messages]
+        if messages[-1]["role"] == "assistant":
+            raise LeftOutError(
+                "prompt ends with a reply", messages[-1]["content"][:60],
+                "end prompts with a user's turn",
+            )  # fmt: skip
+        return prompt if len(messages) == 1 and isinstance(prompt, str) else messages
+
+    def _conversations(
+        self, first: Any, second: Any, roles: Sequence[str]
+    ) -> tuple[Prompt, str, str]:
+        """Split two whole conversations at the end of what they share."""
+        one = self._conversation(first, self.first, roles[0])
+        two = self._conversation(second, self.second, roles[1])
+        shared = min(common_prefix(one, two), len(one) - 1, len(two) - 1)
+        if shared < 1:
+            raise LeftOutError(
+                f"{roles[0]} and {roles[1]} share no prompt", f"{one[0]['content'][:40]!r}",
+                "give conversations that begin with the same turns, or a prompt column",
+            )  # fmt: skip
+        prompt = one[:shared]
+        replies = [
+            split_reply(messages[shared:], None, role)
+            for messages, role in ((one, roles[0]), (two, roles[1]))
+        ]
+        for (rest, _), role in zip(replies, roles, strict=False):
+            if rest:
+                raise LeftOutError(
+                    "conversations differ before their last reply", f"{role}: {len(rest)} turns",
+                    "compare replies to one prompt",
+                )  # fmt: skip
+        return prompt, replies[0][1], replies[1][1]
+
+    def _conversation(self, value: Any, column: str, role: str) -> list[Message]:
+        if isinstance(value, str):
+            markup = self._markup(column)
+            if markup is not None and markup.name not in TEXT_LISTS:
+                value = _parsed(markup, value, role)
+        return to_messages(value, role, column)
+
+    def _markup(self, column: str) -> Markup | None:
+        return (self.markups or {}).get(column)
+
+    def _check_word(self, value: str, role: str) -> None:
+        if self.text_cells and is_missing_word(value):
+            raise LeftOutError(
+                f"{role} is a missing value written as text", repr(value.strip()),
+                "remove the row, or export missing values as empty cells",
+            )  # fmt: skip
+
+
+def find_markups(
+    columns: Sequence[str], sample: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Markup], list[str]]:
+    """Return the markup of each column whose texts are written in one, and sentences about them.
+
+    Raises:
+        ConfigError: A column is written in a markup that can't be parsed.
+    """
+    markups: dict[str, Markup] = {}
+    notes = []
+    for column in columns:
+        texts = [value for row in sample if isinstance(value := _cell(row, column), str)]
+        markup = recognise(texts)
+        if markup is None:
+            continue
+        if markup.parse is None:
+            raise ConfigError(
+                f"data.source: column {column!r} holds chats written as {markup.name}, which "
+                "can't be read back; export the data as JSON lines or Parquet"
+            )
+        markups[column] = markup
+        if markup.name not in TEXT_LISTS:
+            notes.append(f"{column} holds chats written as {markup.name}, which are parsed")
+    return markups, notes
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    value = value_of(row, column)
+    return None if value is MISSING else value
+
+
+def _parsed(markup: Markup, text: str, role: str) -> Any:
+    assert markup.parse is not None
+    value = markup.parse(text)
+    if value is None:
+        to_text(text, role)  # an empty text has its own reason
+        raise LeftOutError(
+            f"{role} is not written as {markup.name} like other rows", repr(text[:60]),
+            "write all rows alike",
+        )  # fmt: skip
+    return value
+
+
+def _clean(reply: str, role: str, notes: set[str]) -> str:
+    """Return a reply without end tokens behind it.
+
+    Raises:
+        LeftOutError: It holds control tokens of a chat template, or nothing else.
+    """
+    reply, had_tokens = strip_end_tokens(reply)
+    if had_tokens:
+        notes.add("end tokens that are spelled out behind replies are cut")
+    if not reply.strip():
+        raise LeftOutError(f"{role} is empty")
+    if token := holds_control_tokens(reply):
+        raise LeftOutError(
+            f"{role} holds a control token of a chat template", repr(token),
+            "remove the marks of the template from the text",
+        )  # fmt: skip
+    return reply
+
+
+def _history(turns: Any, column: str) -> list[Message]:
+    """Return earlier turns: pairs of a user's and an assistant's text, or messages."""
+    if isinstance(turns, list | tuple) and turns and all(_is_exchange(turn) for turn in turns):
+        messages: list[Message] = []
+        for asked, answered in turns:
+            messages.append({"role": "user", "content": to_text(asked, column)})
+            messages.append({"role": "assistant", "content": to_text(answered, column)})
+        return messages
+    return to_messages(turns, column)
+
+
+def _is_exchange(turn: Any) -> bool:
+    return (
+        isinstance(turn, list | tuple)
+        and len(turn) == 2
+        and all(isinstance(text, str) for text in turn)
+    )

@@ -1,0 +1,413 @@
+"""Layouts of preference data: found by their columns, and converted row by row."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf.config import DataConfig
+from rlhf.data.cells import TEXT_LISTS, Cells, find_markups
+from rlhf.data.chat import to_text
+from rlhf.data.columns import MISSING, value_of
+from rlhf.data.exports import ADAPTERS, Adapter, trees
+from rlhf.data.markup import Markup
+from rlhf.data.records import Comparison, Converted, LeftOutError
+from rlhf.data.replies import find_ranking, find_rated
+from rlhf.data.verdicts import Judge, find_judge
+from rlhf.errors import ConfigError
+
+Row = Mapping[str, Any]
+#: What a finder returns: cells, the replies' names in reasons, the converter, sentences.
+Found = tuple[Cells, tuple[str, str], Any, tuple[str, ...]]
+
+PROMPTS = (
+    "prompt", "question", "instruction", "query", "context", "user_input", "user_prompt", "input",
+    "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "x",
+)  # fmt: skip
+SYSTEMS = ("system", "system_prompt", "system_message")
+#: Columns of the preferred and the other reply.
+PAIRS = (
+    ("chosen", "rejected"), ("chosen_response", "rejected_response"),
+    ("response_chosen", "response_rejected"), ("answer_chosen", "answer_rejected"),
+    ("output_chosen", "output_rejected"), ("chosen_answer", "rejected_answer"),
+    ("preferred", "dispreferred"), ("preferred_output", "non_preferred_output"),
+    ("preferred_response", "dispreferred_response"), ("preferred", "rejected"),
+    ("accepted", "rejected"), ("better", "worse"), ("better_response", "worse_response"),
+    ("best", "worst"), ("pos_answer", "neg_answer"), ("positive", "negative"), ("pos", "neg"),
+    ("good", "bad"), ("good_response", "bad_response"), ("winner", "loser"),
+    ("winning_response", "losing_response"), ("winner_response", "loser_response"),
+    ("win", "lose"), ("y_w", "y_l"), ("chosen_messages", "rejected_messages"),
+)  # fmt: skip
+#: Words for a reply in the names of two columns that differ in a suffix alone.
+_REPLY_WORDS = (
+    "response", "answer", "output", "completion", "reply", "text", "conversation", "generation",
+    "candidate", "option", "human_ref", "assistant", "summary", "message", "model_response",
+    "continuation", "chat", "responses",
+)  # fmt: skip
+_SUFFIXES = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"))
+_SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"),
+    ("chosen_reward", "rejected_reward"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A format and its columns, and the conversion of its rows."""
+
+    name: str
+    """One of `DataFormat`."""
+    columns: tuple[str, ...]
+    """Columns that are read."""
+    notes: tuple[str, ...]
+    """Sentences for the user: which columns are taken for what."""
+    converter: Callable[[Row], Converted]
+    unused: tuple[str, ...] = ()
+    """Columns that are not read."""
+
+    def convert(self, fields: Row) -> Converted:
+        """Return everything that a row says.
+
+        Raises:
+            LeftOutError: It can't be used.
+        """
+        return self.converter(fields)
+
+
+def detect(
+    columns: Sequence[str], sample: Sequence[Row], config: DataConfig, *, text_cells: bool = False
+) -> Layout:
+    """Return the layout of a source by its columns, its first rows, and the settings.
+
+    Args:
+        columns: Names of all columns.
+        sample: First rows.
+        config: Format and columns that the user set.
+        text_cells: True if all values are text, as in CSV.
+
+    Raises:
+        ConfigError: A column that is set does not exist, or no format fits.
+    """
+    _check_settings(columns, sample, config)
+    for name, find in ADAPTERS.items():
+        if config.format in ("auto", name) and (adapt := find(columns, sample)):
+            return _adapted(name, adapt, sample, config, text_cells)
+    if config.format in ("auto", "open-assistant") and (convert := trees(columns, sample)):
+        unused = tuple(name for name in columns if name != "prompt")
+        note = "replies to the same message are compared by their rank"
+        return Layout("open-assistant", ("prompt",), (note,), convert, unused)
+    layout = _flat(columns, sample, config, text_cells)
+    read = {column.partition(".")[0] for column in layout.columns} | set(layout.columns)
+    return replace(layout, unused=tuple(name for name in columns if name not in read))
+
+
+def _adapted(
+    name: str, adapt: Adapter, sample: Sequence[Row], config: DataConfig, text_cells: bool
+) -> Layout:
+    """Return the layout of an export, from the rows that its adapter makes."""
+    flat: list[Row] = []
+    for row in sample:
+        with contextlib.suppress(LeftOutError):
+            flat.append(adapt(row))
+    columns = list(dict.fromkeys(column for row in flat for column in row))
+    layout = _flat(columns, flat, config.model_copy(update={"format": "auto"}), text_cells)
+    return replace(layout, name=name, converter=lambda row: layout.converter(adapt(row)))
+
+
+def _flat(
+    columns: Sequence[str], sample: Sequence[Row], config: DataConfig, text_cells: bool
+) -> Layout:
+    """Return the layout of rows whose prompt and replies are columns."""
+    names = {_plain(column): column for column in reversed(columns)}
+    finders = {
+        "pairs": _find_pairs,
+        "comparison": _find_comparison,
+        "ranking": find_ranking,
+        "rated": find_rated,
+    }
+    prompt = _find_prompt(names, config)
+    for name, find in finders.items():
+        if config.format in ("auto", name) and (found := find(names, sample, config, prompt)):
+            return _layout(name, found, sample, text_cells)
+    raise _unknown(columns, sample, config)
+
+
+def _layout(name: str, found: Found, sample: Sequence[Row], text_cells: bool) -> Layout:
+    cells, roles, decide, notes = found
+    markups, more = find_markups(cells.columns, sample)
+    if cells.prompt is None:
+        _check_conversations(cells, markups, sample)
+    cells = replace(cells, markups=markups, text_cells=text_cells)
+    columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
+    return Layout(name, columns, (*notes, *more), lambda row: decide.convert(row, cells, roles))
+
+
+def _check_conversations(
+    cells: Cells, markups: Mapping[str, Markup], sample: Sequence[Row]
+) -> None:
+    """Refuse replies that are plain texts, where no column holds the prompt."""
+    values = [value_of(row, cells.first) for row in sample]
+    texts = [value for value in values if isinstance(value, str)]
+    if cells.first not in markups and len(texts) > len(values) / 2:
+        raise ConfigError(
+            f"data.prompt_column: no column holds the prompt, and {cells.first} "
+            f"({_shown(texts[0])}) is no conversation that begins with it; set data.prompt_column"
+        )
+
+
+def _find_prompt(names: Mapping[str, str], config: DataConfig) -> dict[str, str | None]:
+    """Return the columns of the prompt, the system turn, the history and Alpaca's input."""
+    prompt = config.prompt_column or next((names[n] for n in PROMPTS if n in names), None)
+    more = names.get("input") if prompt and _plain(prompt) == "instruction" else None
+    system = config.system_column or next((names[n] for n in SYSTEMS if n in names), None)
+    history = names.get("history")
+    return {
+        "prompt": prompt,
+        "more": more,
+        "system": system,
+        "history": history if history != prompt else None,
+    }
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Rows of a preferred reply and another one; either may be a list of texts."""
+
+    scores: tuple[str, str] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.scores or ()
+
+    def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
+        notes: set[str] = set()
+        margin = self._margin(row)
+        comparisons = []
+        for one in _alternatives(row, cells.first):
+            for other in _alternatives(row, cells.second):
+                comparisons.append(Comparison(*cells.read({**row, **one, **other}, roles, notes),
+                                              margin))  # fmt: skip
+        return Converted(comparisons=comparisons, notes=frozenset(notes))
+
+    def _margin(self, row: Row) -> float | None:
+        if self.scores is None:
+            return None
+        values = [value_of(row, column) for column in self.scores]
+        try:
+            one, other = (float(value) for value in values)
+        except (TypeError, ValueError):
+            return None
+        if one == other:
+            raise LeftOutError("tie: both replies have the same score", f"{one:g}", is_choice=True)
+        if one < other:
+            raise LeftOutError(
+                "the scores contradict the labels", f"{one:g} for chosen, {other:g} for rejected",
+                "check which column holds the preferred reply",
+            )  # fmt: skip
+        return one - other
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Rows of two replies and a label that says which is better."""
+
+    judge: Judge
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.judge.columns
+
+    def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
+        notes: set[str] = set()
+        verdict, margin = self.judge.decide(row)
+        if verdict == "tie":
+            raise LeftOutError("tie: neither reply is preferred", is_choice=True)
+        prompt, first, second = cells.read(_turns(row, cells), roles, notes)
+        if verdict == "second":
+            first, second = second, first
+        return Converted([Comparison(prompt, first, second, margin)], notes=frozenset(notes))
+
+
+def _find_pairs(
+    names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
+    prompt: dict[str, str | None],
+) -> Found | None:  # fmt: skip
+    chosen, rejected = config.chosen_column, config.rejected_column
+    for one, other in PAIRS:
+        if chosen is None and rejected is None and one in names and other in names:
+            chosen, rejected = names[one], names[other]
+        elif chosen is not None and rejected is None and other in names and _plain(chosen) == one:
+            rejected = names[other]
+        elif rejected is not None and chosen is None and one in names and _plain(rejected) == other:
+            chosen = names[one]
+    if chosen is None or rejected is None:
+        return None
+    if prompt["prompt"] in (chosen, rejected):
+        raise ConfigError(
+            f"data.prompt_column = {prompt['prompt']!r}: is the column of a reply; remove the "
+            "setting: the prompt is what both conversations share"
+        )
+    if chosen == rejected:
+        raise ConfigError(
+            f"data.chosen_column = {chosen!r}: is data.rejected_column too; set two columns"
+        )
+    scores = next(((names[a], names[b]) for a, b in _SCORES if a in names and b in names), None)
+    cells = Cells(**prompt, first=chosen, second=rejected)  # type: ignore[arg-type]
+    source = f"prompt from {cells.prompt}" if cells.prompt else "prompt is what both share"
+    note = f"pairs: {source}; {chosen} is preferred to {rejected}"
+    return cells, ("chosen", "rejected"), _Pair(scores), (note, *_prompt_notes(cells))
+
+
+def _find_comparison(
+    names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
+    prompt: dict[str, str | None],
+) -> Found | None:  # fmt: skip
+    for suffixes in _SUFFIXES:
+        for word in _REPLY_WORDS:
+            replies = _with_suffixes(names, word, suffixes)
+            if replies is None or not _hold_text(sample, replies):
+                continue
+            judge = find_judge(names, sample, replies, suffixes, config)
+            if prompt["prompt"] in replies:
+                prompt = {**prompt, "prompt": None}
+            cells = Cells(**prompt, first=replies[0], second=replies[1])  # type: ignore[arg-type]
+            note = f"comparison: {replies[0]} against {replies[1]}, {judge.description}"
+            return cells, replies, _Comparison(judge), (note, *_prompt_notes(cells))
+    return None
+
+
+def _prompt_notes(cells: Cells) -> Iterator[str]:
+    if cells.system:
+        yield f"{cells.system} goes before the prompt as a system turn"
+
+
+def _with_suffixes(
+    names: Mapping[str, str], word: str, suffixes: tuple[str, str]
+) -> tuple[str, str] | None:
+    stem, _, tail = word.partition("_") if word.startswith("model_") else (word, "", "")
+    for form in ("{0}_{1}", "{0}{1}", "{1}_{0}", "{0}_{1}_{2}", "{0}{1}_{2}"):
+        if ("{2}" in form) != bool(tail):
+            continue
+        one, other = (form.format(stem, suffix, tail) for suffix in suffixes)
+        if one in names and other in names:
+            return names[one], names[other]
+    return None
+
+
+def _hold_text(sample: Sequence[Row], columns: Sequence[str]) -> bool:
+    """Return whether columns hold replies, not scores or names of models."""
+    values = [row.get(column) for row in sample for column in columns]
+    return any(isinstance(value, str | list | dict) and value for value in values)
+
+
+def _alternatives(row: Row, column: str) -> list[Row]:
+    """Return a row's values of a column that may be a list of several replies."""
+    value = value_of(row, column)
+    if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
+        return [{column: text} for text in value]
+    return [{column: None if value is MISSING else value}]
+
+
+def _turns(row: Row, cells: Cells) -> Row:
+    """Unwrap cells that are JSON lists of turns, one for each, as in arena data."""
+    listed = [
+        c for c in cells.columns if (m := (cells.markups or {}).get(c)) and m.name in TEXT_LISTS
+    ]
+    if not {cells.prompt, cells.first, cells.second} <= {*listed}:
+        return row
+    unwrapped = dict(row)
+    for column in listed:
+        markup = (cells.markups or {})[column]
+        assert markup.parse is not None
+        turns = markup.parse(to_text(row.get(column), column))
+        if not isinstance(turns, list) or len(turns) != 1:
+            raise LeftOutError(
+                "several turns are compared at once", f"{column}: {str(turns)[:60]}",
+                "compare replies to one prompt",
+            )  # fmt: skip
+        unwrapped[column] = turns[0]
+    return unwrapped
+
+
+def _check_settings(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> None:
+    """Refuse columns that are set and don't exist, and one that is set twice."""
+    settings = ["prompt_column", "chosen_column", "rejected_column", "system_column",
+                "label_column", "reference_column"]  # fmt: skip
+    pinned = [(name, getattr(config, name)) for name in settings]
+    pinned += [("metadata_columns", column) for column in config.metadata_columns]
+    for name, column in pinned:
+        if column is None or any(value_of(row, column) is not MISSING for row in sample):
+            continue
+        if column in columns:
+            continue
+        close = difflib.get_close_matches(column, columns, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(
+            f"data.{name} = {column!r}: not a column of the source, which has {_listed(columns)}"
+            f"{hint}; correct it, or remove it to find the column by name"
+        )
+    roles: dict[str, str] = {}
+    for name, column in pinned[:3]:
+        if column is not None and column in roles:
+            raise ConfigError(
+                f"data.{name} = {column!r}: is {roles[column]} too; set another column"
+            )
+        if column is not None:
+            roles[column] = f"data.{name}"
+    if config.reference_column in roles:
+        raise ConfigError(
+            f"data.reference_column = {config.reference_column!r}: is "
+            f"{roles[config.reference_column]} too; set the column of the right answers"
+        )
+
+
+def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> ConfigError:
+    """Return the error for rows of which nothing says what was preferred."""
+    first = sample[0] if sample else {}
+    shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8])
+    names = {_plain(name) for name in columns}
+    if {"parent_id", "message_id"} <= names:
+        reason = "rows are single messages of trees; give the file with whole message trees"
+    elif config.format != "auto":
+        reason = f"data.format = {config.format!r} does not fit these columns"
+    elif names & {
+        "text",
+        "messages",
+        "conversations",
+        "output",
+        "response",
+        "answer",
+        "completion",
+    }:
+        reason = (
+            "looks like data for supervised fine-tuning: no column says which of two replies is "
+            "better, or rates one"
+        )
+    else:
+        reason = "no format fits these columns"
+    return ConfigError(
+        f"data.source: {reason}: {shown or 'none'}; set data.chosen_column and "
+        "data.rejected_column to the columns of the two replies if there are such, or see "
+        "docs/data.md for the formats"
+    )
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return f"{type(value).__name__} {text[:30]}{'…' if len(text) > 30 else ''}"
+
+
+def _listed(columns: Sequence[str]) -> str:
+    text = ", ".join(map(str, columns))
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def _plain(column: str) -> str:
+    """Return a column's name in lower case, its words joined by underscores."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
+    return re.sub(r"[\s\-.]+", "_", spaced).lower()

@@ -1,0 +1,242 @@
+"""Which of two replies was preferred, by the label column of a comparison log.
+
+A label whose meaning is not certain is refused until `data.labels` sets it: a wrong guess inverts
+every pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf.config import DataConfig
+from rlhf.data.columns import MISSING, value_of
+from rlhf.data.records import LeftOutError
+from rlhf.errors import ConfigError
+
+Verdict = Literal["first", "second", "tie"]
+
+#: Label columns, the usual ones first.
+LABEL_COLUMNS = (
+    "winner", "label", "labels", "preference", "overall_preference", "preference_strength",
+    "choice", "better_response_id", "chosen_id", "preferred_id", "better", "preferred", "judgment",
+    "judgement", "verdict", "vote", "votes", "result", "selected", "comparison", "human_preference",
+    "annotations",
+)  # fmt: skip
+#: Score columns of the two replies; a higher score is better.
+SCORE_COLUMNS = ("score", "rating", "reward", "quality")
+_TIES = (
+    "tie", "tied", "both", "both bad", "bothbad", "tie bothbad", "neither", "equal", "draw", "none",
+    "same", "no preference", "equally good", "equally bad",
+)  # fmt: skip
+_WORDS: Mapping[str, Verdict] = {
+    **dict.fromkeys(("left", "first", "a", "response a", "model a", "assistant a", "answer a"),
+                    "first"),
+    **dict.fromkeys(("right", "second", "b", "response b", "model b", "assistant b", "answer b"),
+                    "second"),
+    **dict.fromkeys(_TIES, "tie"),
+}  # fmt: skip
+#: HelpSteer's columns: negative where the first reply is better, 0 for a tie.
+_SIGNED = ("overall_preference", "preference_strength")
+#: Share of the labels that must be understood; others are left out one by one.
+_ENOUGH = 0.5
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Reads the verdict of a row: by label, by one-hot columns, or by two scores."""
+
+    description: str
+    columns: tuple[str, ...]
+    first: str
+    second: str
+    words: Mapping[str, Verdict]
+    by: Literal["label", "sign", "one-hot", "scores"] = "label"
+
+    def decide(self, row: Mapping[str, Any]) -> tuple[Verdict, float | None]:
+        """Return a row's verdict, and by how much where the source says.
+
+        Raises:
+            LeftOutError: The label is missing or unknown.
+        """
+        values = [value_of(row, column) for column in self.columns]
+        if self.by == "one-hot":
+            return self._one_hot(values), None
+        if self.by == "scores":
+            one, two = (
+                _number(value, name) for value, name in zip(values, self.columns, strict=True)
+            )
+            return _sign(two - one), abs(one - two)
+        votes = _votes(values[0])
+        if not votes:
+            raise LeftOutError(f"{self.columns[0]} is missing")
+        verdicts = Counter(self._vote(vote, row) for vote in votes)
+        if len(votes) == 1:
+            margin = abs(_number(votes[0], self.columns[0])) if self.by == "sign" else None
+            return next(iter(verdicts)), margin
+        lead = verdicts["first"] - verdicts["second"]
+        return _sign(-lead), abs(lead) / len(votes)
+
+    def _vote(self, value: Any, row: Mapping[str, Any]) -> Verdict:
+        if self.by == "sign":
+            return _sign(_number(value, self.columns[0]))
+        verdict = self.words.get(_plain(value))
+        if verdict is not None:
+            return verdict
+        if isinstance(value, str) and value.strip():
+            for name, column in (("first", self.first), ("second", self.second)):
+                reply = value_of(row, column)
+                if isinstance(reply, str) and reply.strip() == value.strip():
+                    return name  # type: ignore[return-value]
+        raise LeftOutError(
+            f"{self.columns[0]} has an unknown value", repr(value)[:60],
+            "set data.labels.first, data.labels.second and data.labels.tie",
+        )  # fmt: skip
+
+    def _one_hot(self, values: Sequence[Any]) -> Verdict:
+        flags = [_plain(value) in ("1", "1.0", "true") for value in values]
+        if sum(flags) != 1:
+            raise LeftOutError("not exactly one of the winner columns is set", repr(values)[:60])
+        return ("first", "second", "tie")[flags.index(True)]
+
+
+def find_judge(
+    names: Mapping[str, str],
+    sample: Sequence[Mapping[str, Any]],
+    replies: tuple[str, str],
+    suffixes: tuple[str, str],
+    config: DataConfig,
+) -> Judge:
+    """Return the way to decide between two reply columns.
+
+    Args:
+        names: Columns by their plain names.
+        sample: First rows.
+        replies: Columns of the two replies.
+        suffixes: The part in which their names differ: a and b, 1 and 2.
+        config: Label column and the meaning of its values.
+
+    Raises:
+        ConfigError: There is no label, or its meaning is not certain.
+    """
+    one_hot = [names.get(f"winner_{name}") for name in _one_hot_names(suffixes)]
+    if config.label_column is None and one_hot[0] and one_hot[1]:
+        columns = tuple(name for name in one_hot if name)
+        return Judge(f"decided by {', '.join(columns)}", columns, *replies, {}, "one-hot")
+    label = config.label_column or next((names[n] for n in LABEL_COLUMNS if n in names), None)
+    if label is None:
+        for stem in SCORE_COLUMNS:
+            scores = [_with_suffix(names, stem, suffix) for suffix in suffixes]
+            if scores[0] and scores[1]:
+                columns = (scores[0], scores[1])
+                return Judge(f"decided by {' and '.join(columns)}, the higher", columns, *replies,
+                             {}, "scores")  # fmt: skip
+        raise ConfigError(
+            f"data.source: {replies[0]} and {replies[1]} are two replies, but no column says which "
+            "is better; set data.label_column, and data.labels.first and data.labels.second to its "
+            "values"
+        )
+    if label in _SIGNED and suffixes == ("1", "2") and config.labels.first is None:
+        return Judge(f"decided by the sign of {label}", (label,), *replies, {}, "sign")
+    words = _words(label, sample, replies, suffixes, config)
+    return Judge(f"decided by {label}", (label,), *replies, words)
+
+
+def _words(
+    label: str, sample: Sequence[Mapping[str, Any]], replies: tuple[str, str],
+    suffixes: tuple[str, str], config: DataConfig,
+) -> dict[str, Verdict]:  # fmt: skip
+    """Return the verdict of each label."""
+    settings = config.labels
+    if settings.first is not None or settings.second is not None:
+        words: dict[str, Verdict] = {}
+        for name in ("first", "second", "tie"):
+            if (value := getattr(settings, name)) is not None:
+                words[_plain(value)] = name  # type: ignore[assignment]
+        return words
+    words = {**_WORDS}
+    for column, verdict in zip(replies, ("first", "second"), strict=True):
+        words[_plain(column)] = verdict
+    votes = [vote for row in sample for vote in _votes(value_of(row, label))]
+    values = Counter(_plain(vote) for vote in votes)
+    numbers = {value for value in values if _is_number(value)}
+    if _plain(replies[0]) == "human ref a" and label in ("labels", "label"):
+        words |= {"1": "first", "0": "second"}  # Stanford Human Preferences
+    elif "2" in numbers <= {"1", "2"} and suffixes in (("1", "2"), ("a", "b")):
+        words |= {"1": "first", "2": "second"}
+    elif suffixes == ("0", "1") and label.endswith(("_id", "_idx", "_index")):
+        words |= {"0": "first", "1": "second"}
+    texts = {
+        _plain(text)
+        for row in sample
+        for column in replies
+        if isinstance(text := value_of(row, column), str)
+    }
+    known = sum(count for value, count in values.items() if value in words or value in texts)
+    if known < _ENOUGH * sum(values.values()) or not values:
+        shown = ", ".join(f"{value!r} × {count}" for value, count in values.most_common(5))
+        raise ConfigError(
+            f"data.label_column = {label!r}: its values ({shown or 'none'}) don't say which of "
+            f"{replies[0]} and {replies[1]} is better; set data.labels.first to the value that "
+            f"prefers {replies[0]}, data.labels.second to the other, and data.labels.tie if there "
+            "are ties"
+        )
+    return words
+
+
+def _one_hot_names(suffixes: tuple[str, str]) -> tuple[str, str, str]:
+    return (f"model_{suffixes[0]}", f"model_{suffixes[1]}", "tie")
+
+
+def _with_suffix(names: Mapping[str, str], stem: str, suffix: str) -> str | None:
+    forms = (f"{stem}_{suffix}", f"{stem}{suffix}", f"{suffix}_{stem}", f"response_{suffix}_{stem}")
+    return next((names[form] for form in forms if form in names), None)
+
+
+def _votes(value: Any) -> list[Any]:
+    """Return the votes of one cell: of a list each item, of an object its value."""
+    if value is MISSING or value is None or value == "":
+        return []
+    if isinstance(value, Mapping):
+        for key in ("selected", "value", "label", "preference", "winner", "choice"):
+            if key in value:
+                return _votes(value[key])
+        return [value]
+    if isinstance(value, list | tuple):
+        return [vote for item in value for vote in _votes(item)]
+    return [value]
+
+
+def _plain(value: Any) -> str:
+    """Return a label as text: 1.0 and "1" alike, case and marks ignored."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip().casefold()
+    if _is_number(text):
+        return text.removesuffix(".0")
+    return " ".join("".join(c if c.isalnum() else " " for c in text).split())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(value: Any, column: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if isinstance(value, bool) or math.isnan(number):
+        raise LeftOutError(f"{column} is no number", repr(value)[:60])
+    return number
+
+
+def _sign(number: float) -> Verdict:
+    return "first" if number < 0 else "second" if number > 0 else "tie"
