@@ -152,6 +152,7 @@ class Text:
 
     def rest(self, limit: int) -> str:
         """Return the remaining text, cut where it is longer than the limit."""
+        self.number += 1  # the line that follows
         parts, size = [], 0
         while size <= limit:
             try:

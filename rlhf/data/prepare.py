@@ -36,7 +36,7 @@ from rlhf.data.rows import (
 )
 from rlhf.data.sources import Part, open_source, source_name
 from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
 
@@ -181,7 +181,10 @@ def _layout(part: Part, head: list[Record], config: DataConfig) -> Layout | None
     if not sample:
         return None
     columns = list(dict.fromkeys(name for row in sample for name in row))
-    return detect(columns, sample, config, text_cells=part.text_cells)
+    try:
+        return detect(columns, sample, config, text_cells=part.text_cells)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {part.name}; rlhf data inspect shows more)") from None
 
 
 def _add(

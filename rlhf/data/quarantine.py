@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rlhf.data.collect import Origin
 from rlhf.data.records import LeftOutError
@@ -34,7 +34,7 @@ class Quarantine:
         self.bad = 0
         """Rows with something wrong: all but ties, lost votes and the like."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Quarantine:
         return self
 
     def __exit__(

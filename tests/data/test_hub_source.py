@@ -87,13 +87,9 @@ def test_split_is_read_quietly_at_its_commit_and_nothing_is_left_behind(tmp_path
         assert [p for p in folder.rglob("*") if p.is_file()] == []
 
 
-def test_columns_and_splits_that_there_are_not(use):
+def test_a_split_that_there_is_not(use):
     with fake_hub(FILES | {"a.jsonl": b'{"q": "x", "n": 1}\n', "b.jsonl": b'{"q": "x"}\n'}) as hub:
         use(hub.url)
-        text = message(ConfigError, read, DATASET)
-        assert (
-            f"data.prompt_column = 'prompt': not a column of {DATASET!r}, which has q, n;" in text
-        )
         text = message(ConfigError, read, DATASET, hub_split="validation")
         assert text.startswith(
             f"data.source = {DATASET!r}, data.hub_split = 'validation': can't be read "
