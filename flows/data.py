@@ -82,11 +82,13 @@ def _print_format(
         lines.append(f"columns not used: {', '.join(reading.unused_columns)}")
     if reading.held_out:
         lines.append(f"{len(reading.held_out):,} of the pairs are the source's own held-out part")
-    agreement = reading.totals.agreement
-    if agreement is not None:
+    totals = reading.totals
+    if totals.merged:
+        lines.append(f"{totals.merged:,} rows repeat the pair of another row")
+    if totals.agreement not in (None, 1):
         lines.append(
-            f"{reading.totals.repeated:,} pairs were judged more than once; {agreement:.0%} of "
-            "their votes agree with the majority"
+            f"{totals.repeated:,} pairs have several votes, of which {totals.agreement:.0%} agree "
+            "with their pair's majority"
         )
     for line in lines:
         console.print(Text(line))

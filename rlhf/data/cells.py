@@ -72,18 +72,18 @@ class Cells:
         if self.prompt is None:
             prompt, first, second = self._conversations(first, second, roles)
             prompt = self._framed(row, prompt, notes)
+            first = _clean(first, roles[0], notes)
+            second = _clean(second, roles[1], notes)
         else:
             prompt = self.read_prompt(row, notes)
             first = self.read_reply(first, self.first, prompt, roles[0], notes)
             second = self.read_reply(second, self.second, prompt, roles[1], notes)
-        first = _clean(first, roles[0], notes)
-        second = _clean(second, roles[1], notes)
         asked = messages_of(prompt)[-1]["content"]
-        cut = without_prompt(asked, first), without_prompt(asked, second)
-        if cut[0] is not None and cut[1] is not None:
-            notes.add("the prompt is repeated in front of both replies, and cut from them")
-            first, second = cut
-        return prompt, first, second
+        rest, other = without_prompt(asked, first), without_prompt(asked, second)
+        if rest is None or other is None:
+            return prompt, first, second
+        notes.add("the prompt is repeated in front of both replies, and cut from them")
+        return prompt, rest, other
 
     def read_prompt(self, row: Mapping[str, Any], notes: set[str]) -> Prompt:
         """Return a row's prompt with everything that belongs in front of it.
@@ -248,6 +248,8 @@ def _clean(reply: str, role: str, notes: set[str]) -> str:
     Raises:
         LeftOutError: It holds control tokens of a chat template, or nothing else.
     """
+    if "<" not in reply and "[" not in reply:
+        return reply  # nine replies of ten, and no token is without one of these
     reply, had_tokens = strip_end_tokens(reply)
     if had_tokens:
         notes.add("end tokens that are spelled out behind replies are cut")

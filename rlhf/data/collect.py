@@ -6,7 +6,6 @@ Rows that say the same are votes for one pair. Every row ends as used or as left
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -56,7 +55,8 @@ class Ledger:
         self, origins: Iterable[Origin], reason: LeftOutError, prompt: Prompt, *replies: str
     ) -> None:
         """Note why a comparison of these rows is not used; the first reason counts."""
-        row = dict(zip(("prompt", "chosen", "rejected"), (prompt, *replies), strict=False))
+        row: dict[str, Any] = {"prompt": prompt}
+        row |= zip(("chosen", "rejected"), replies, strict=False)
         for origin in origins:
             self.register(origin)
             self._reasons.setdefault(origin, (reason, row))
@@ -154,7 +154,8 @@ class Collector:
         pairs: list[Resolved] = []
         for replies in self._replies.values():
             pairs += self._voted(replies)
-            pairs += self._ranked(replies)
+            if replies.scores:
+                pairs += self._ranked(replies)
         return pairs
 
     def _of(self, prompt: Prompt) -> _Replies:
@@ -192,11 +193,12 @@ class Collector:
     def _elected(
         self, prompt: Prompt, better: str, worse: str, winners: list[Origin], losers: list[Origin]
     ) -> Resolved:
-        reason = LeftOutError(
-            "outvoted by other rows of the pair", f"{len(losers)} to {len(winners)}",
-            "set data.votes=keep to train on every vote", is_choice=True,
-        )  # fmt: skip
-        self.ledger.lose(losers, reason, prompt, worse, better)
+        if losers:
+            reason = LeftOutError(
+                "outvoted by other rows of the pair", f"{len(losers)} to {len(winners)}",
+                "set data.votes=keep to train on every vote", is_choice=True,
+            )  # fmt: skip
+            self.ledger.lose(losers, reason, prompt, worse, better)
         self.totals.merged += len(winners) - 1
         return Resolved(Pair(prompt, better, worse), tuple(winners))
 
@@ -245,7 +247,12 @@ def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
 
 def exact_key(prompt: Prompt) -> str:
     """Return a key that two prompts share only if they are equal; text equals a user's turn."""
-    return json.dumps([(m["role"], m["content"]) for m in messages_of(prompt)])
+    return joined((m["role"], m["content"]) for m in messages_of(prompt))
+
+
+def joined(turns: Iterable[tuple[str, str]]) -> str:
+    """Return one text for roles and contents that no other turns give."""
+    return "".join(f"{role} {len(content)} {content}" for role, content in turns)
 
 
 def messages_of(prompt: Prompt) -> list[Message]:

@@ -160,18 +160,18 @@ def _check_conversations(
         )
 
 
-def _find_prompt(names: Mapping[str, str], config: DataConfig) -> dict[str, str | None]:
-    """Return the columns of the prompt, the system turn, the history and Alpaca's input."""
+def _find_prompt(names: Mapping[str, str], config: DataConfig) -> Cells:
+    """Return the columns of the prompt, the system turn, the history and Alpaca's input.
+
+    The columns of the replies are empty.
+    """
     prompt = config.prompt_column or next((names[n] for n in PROMPTS if n in names), None)
     more = names.get("input") if prompt and _plain(prompt) == "instruction" else None
     system = config.system_column or next((names[n] for n in SYSTEMS if n in names), None)
     history = names.get("history")
-    return {
-        "prompt": prompt,
-        "more": more,
-        "system": system,
-        "history": history if history != prompt else None,
-    }
+    return Cells(
+        prompt, "", "", system=system, more=more, history=history if history != prompt else None
+    )
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class _Comparison:
 
 def _find_pairs(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
-    prompt: dict[str, str | None],
+    prompt: Cells,
 ) -> Found | None:  # fmt: skip
     chosen, rejected = config.chosen_column, config.rejected_column
     for one, other in PAIRS:
@@ -247,9 +247,9 @@ def _find_pairs(
             chosen = names[one]
     if chosen is None or rejected is None:
         return None
-    if prompt["prompt"] in (chosen, rejected):
+    if prompt.prompt in (chosen, rejected):
         raise ConfigError(
-            f"data.prompt_column = {prompt['prompt']!r}: is the column of a reply; remove the "
+            f"data.prompt_column = {prompt.prompt!r}: is the column of a reply; remove the "
             "setting: the prompt is what both conversations share"
         )
     if chosen == rejected:
@@ -257,7 +257,7 @@ def _find_pairs(
             f"data.chosen_column = {chosen!r}: is data.rejected_column too; set two columns"
         )
     scores = next(((names[a], names[b]) for a, b in _SCORES if a in names and b in names), None)
-    cells = Cells(**prompt, first=chosen, second=rejected)  # type: ignore[arg-type]
+    cells = replace(prompt, first=chosen, second=rejected)
     source = f"prompt from {cells.prompt}" if cells.prompt else "prompt is what both share"
     note = f"pairs: {source}; {chosen} is preferred to {rejected}"
     return cells, ("chosen", "rejected"), _Pair(scores), (note, *_prompt_notes(cells))
@@ -265,7 +265,7 @@ def _find_pairs(
 
 def _find_comparison(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
-    prompt: dict[str, str | None],
+    prompt: Cells,
 ) -> Found | None:  # fmt: skip
     for suffixes in _SUFFIXES:
         for word in _REPLY_WORDS:
@@ -273,9 +273,9 @@ def _find_comparison(
             if replies is None or not _hold_text(sample, replies):
                 continue
             judge = find_judge(names, sample, replies, suffixes, config)
-            if prompt["prompt"] in replies:
-                prompt = {**prompt, "prompt": None}
-            cells = Cells(**prompt, first=replies[0], second=replies[1])  # type: ignore[arg-type]
+            cells = replace(prompt, first=replies[0], second=replies[1])
+            if prompt.prompt in replies:
+                cells = replace(cells, prompt=None)
             note = f"comparison: {replies[0]} against {replies[1]}, {judge.description}"
             return cells, replies, _Comparison(judge), (note, *_prompt_notes(cells))
     return None

@@ -236,7 +236,7 @@ def _from_source(
         "format": ", ".join(reading.formats),
         "rows": reading.rows,
         "rows_used": used,
-        "rows_merged": reading.totals.merged,
+        "rows_merged": reading.totals.merged or None,
         "agreement": reading.totals.agreement,
         "rows_left_out": _left_out_line(quarantine, reading.rows),
         "unused_columns": ", ".join(reading.unused_columns) or None,
@@ -254,10 +254,12 @@ def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:
 
 def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to train on and those held out; the ledger learns of all others."""
-    cluster = clusters([item.pair.prompt for item in (*reading.pairs, *reading.held_out)])
+    prompts = {id(i.pair.prompt): i.pair.prompt for i in (*reading.pairs, *reading.held_out)}
+    cluster = clusters(prompts.values())
+    names_by_id = {number: cluster[loose_key(prompt)] for number, prompt in prompts.items()}
 
     def of(item: Resolved) -> str:
-        return cluster[loose_key(item.pair.prompt)]
+        return names_by_id[id(item.pair.prompt)]
 
     pairs, held_out = reading.pairs, reading.held_out
     if held_out:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
@@ -69,14 +69,14 @@ class _Rating:
 
 def find_rated(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
-    prompt: dict[str, str | None],
+    prompt: Cells,
 ) -> Found | None:  # fmt: skip
     """Return the columns of a prompt, a reply, and its label or scores, if there are such."""
     reply = config.chosen_column or next((names[n] for n in REPLIES if n in names), None)
     label = config.label_column or next((names[n] for n in RATINGS if n in names), None)
-    if reply is None or prompt["prompt"] in (None, reply):
+    if reply is None or prompt.prompt in (None, reply):
         return None
-    cells = Cells(**prompt, first=reply, second=reply)  # type: ignore[arg-type]
+    cells = replace(prompt, first=reply, second=reply)
     attributes = {names[n]: w for n, w in ATTRIBUTES.items() if n in names}
     if label is None and len(attributes) > 1:
         total = " ".join(f"{weight:+g} {name}" for name, weight in attributes.items())
@@ -85,7 +85,7 @@ def find_rated(
     label = label or next(iter(attributes), None)
     if label is None or not any(_is_score(value_of(row, label)) for row in sample):
         return None
-    note = f"rated: {reply} to {prompt['prompt']}; replies to one prompt are compared by {label}"
+    note = f"rated: {reply} to {prompt.prompt}; replies to one prompt are compared by {label}"
     return cells, ("reply", "reply"), _Rating((label,)), (note,)
 
 
@@ -137,16 +137,16 @@ class _Ranking:
 
 def find_ranking(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
-    prompt: dict[str, str | None],
+    prompt: Cells,
 ) -> Found | None:  # fmt: skip
     """Return the columns of a prompt and a list of replies, if the best of them is known."""
     wanted = [config.chosen_column] if config.chosen_column else [
         names[n] for n in LISTS if n in names
     ]  # fmt: skip
     column = next((c for c in wanted if _is_list_of_replies(sample, c)), None)
-    if column is None or prompt["prompt"] in (None, column):
+    if column is None or prompt.prompt in (None, column):
         return None
-    cells = Cells(**prompt, first=column, second=column)  # type: ignore[arg-type]
+    cells = replace(prompt, first=column, second=column)
     roles = ("reply", "reply")
     first = next(v for row in sample if isinstance(v := value_of(row, column), list) and v)[0]
     if isinstance(first, Mapping):

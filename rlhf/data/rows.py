@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,7 +67,8 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """Write dataclass rows as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            # Not asdict(), which copies every value: half of the time of a large source.
+            file.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
 
 
 def read_rows(path: Path, row_type: type[Row]) -> list[Row]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
 from collections.abc import Iterable
 
-from rlhf.data.collect import messages_of
+from rlhf.data.collect import joined, messages_of
 from rlhf.data.rows import Prompt
 
 #: Least number of prompts on each side: a comparison needs two.
@@ -22,7 +21,7 @@ def loose_key(prompt: Prompt) -> str:
     Only for keeping prompts on one side of the split, where a copy would raise the score: two
     prompts of one key may still differ, like 2² and 22.
     """
-    return json.dumps([(m["role"], _plain(m["content"])) for m in messages_of(prompt)])
+    return joined((m["role"], _plain(m["content"])) for m in messages_of(prompt))
 
 
 def clusters(prompts: Iterable[Prompt]) -> dict[str, str]:
@@ -80,4 +79,6 @@ def _beginnings(prompt: Prompt) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(text.lower().split())

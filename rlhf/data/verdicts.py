@@ -73,7 +73,7 @@ class Judge:
         votes = _votes(values[0])
         if not votes:
             raise LeftOutError(f"{self.columns[0]} is missing")
-        verdicts = Counter(self._vote(vote, row) for vote in votes)
+        verdicts: Counter[Verdict] = Counter(self._vote(vote, row) for vote in votes)
         if len(votes) == 1:
             margin = abs(_number(votes[0], self.columns[0])) if self.by == "sign" else None
             return next(iter(verdicts)), margin
@@ -87,10 +87,14 @@ class Judge:
         if verdict is not None:
             return verdict
         if isinstance(value, str) and value.strip():
-            for name, column in (("first", self.first), ("second", self.second)):
+            named: tuple[tuple[Verdict, str], ...] = (
+                ("first", self.first),
+                ("second", self.second),
+            )
+            for name, column in named:
                 reply = value_of(row, column)
                 if isinstance(reply, str) and reply.strip() == value.strip():
-                    return name  # type: ignore[return-value]
+                    return name
         raise LeftOutError(
             f"{self.columns[0]} has an unknown value", repr(value)[:60],
             "set data.labels.first, data.labels.second and data.labels.tie",
@@ -100,7 +104,8 @@ class Judge:
         flags = [_plain(value) in ("1", "1.0", "true") for value in values]
         if sum(flags) != 1:
             raise LeftOutError("not exactly one of the winner columns is set", repr(values)[:60])
-        return ("first", "second", "tie")[flags.index(True)]
+        verdicts: tuple[Verdict, ...] = ("first", "second", "tie")
+        return verdicts[flags.index(True)]
 
 
 def find_judge(
@@ -152,12 +157,11 @@ def _words(
     """Return the verdict of each label."""
     settings = config.labels
     if settings.first is not None or settings.second is not None:
-        words: dict[str, Verdict] = {}
-        for name in ("first", "second", "tie"):
-            if (value := getattr(settings, name)) is not None:
-                words[_plain(value)] = name  # type: ignore[assignment]
-        return words
-    words = {**_WORDS}
+        meanings: dict[Verdict, str | None] = {
+            "first": settings.first, "second": settings.second, "tie": settings.tie,
+        }  # fmt: skip
+        return {_plain(value): name for name, value in meanings.items() if value is not None}
+    words: dict[str, Verdict] = {**_WORDS}
     for column, verdict in zip(replies, ("first", "second"), strict=True):
         words[_plain(column)] = verdict
     votes = [vote for row in sample for vote in _votes(value_of(row, label))]

@@ -253,7 +253,7 @@ def as_python(messages, is_open):
 
 MARKS = re.compile(r"(Human|Assistant|System|AI):|</?s>|<[|｜]|\[/?INST\]|<</?SYS|_of_turn>")
 PIECES = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6),
     st.sampled_from(
         ["Human", "Assistant", ":", " ", "\n", "\n\n", "\n    x = [1]", "<b>", "[", "# ", "'", '"']
     ),
