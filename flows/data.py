@@ -68,6 +68,11 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     return 0
 
 
+def _text(shown: str) -> Text:
+    """Return text of a stranger for the terminal: control characters are written out."""
+    return Text("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in shown))
+
+
 def _print_format(
     source: str, reading: Reading, pairs: Sequence[Pair], used: int, limit: int
 ) -> None:
@@ -91,7 +96,7 @@ def _print_format(
             "with their pair's majority"
         )
     for line in lines:
-        console.print(Text(line))
+        console.print(_text(line))
 
 
 def _print_left_out(quarantine: Quarantine, rows: int, config: PipelineConfig) -> None:
@@ -99,12 +104,12 @@ def _print_left_out(quarantine: Quarantine, rows: int, config: PipelineConfig) -
     table = Table(title=f"{quarantine.total:,} of {rows:,} rows are left out", title_justify="left")
     table.add_column("rows", justify="right")
     for name in ("reason", "first example", "cure"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for reason, count in quarantine.ordered():
         origin, example = quarantine.examples[reason]
         position = f"{origin.file}:{origin.line} {example.detail}".strip()
         cells = [f"{count:,}", reason, position, example.cure]
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(_text(cell) for cell in cells))
     console.print(table)
     limit = config.data.max_bad_fraction
     if quarantine.bad > limit * rows:
@@ -152,5 +157,5 @@ def _print_pair(pair: Pair) -> None:
         ("rejected", "red", pair.rejected + END),
     ):
         shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text):,})"
-        console.print(Text(f"{name:>8}  ", style=style), Text(shown), sep="")
+        console.print(Text(f"{name:>8}  ", style=style), _text(shown), sep="")
     console.print()

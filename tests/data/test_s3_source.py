@@ -126,14 +126,16 @@ def test_nothing_to_read_and_mixed_formats(put, call):
     assert message(ConfigError, call, uri) == text
 
 
-def test_broken_and_empty_objects_name_the_key(put):
-    uri = put("a.jsonl", b"{")
+def test_broken_and_empty_objects_name_the_key(put, tmp_path):
+    uri = put("a.jsonl", b"\xff")
     key = uri.removeprefix(f"s3://{BUCKET}/") + "/a.jsonl"
-    assert f"can't be parsed ({key}: line 1, column 2: not JSON" in message(DataError, read, uri)
+    assert f"can't be parsed ({key}: line 1: not UTF-8" in message(DataError, read, uri)
     put("a.jsonl", b"")
-    assert message(DataError, read, uri).endswith("holds no rows; give a file with pairs")
+    config = DataConfig(source=uri)
+    text = message(DataError, prepare_data, config, tmp_path)
+    assert text.endswith("holds no rows; give a file with pairs")
     put("a.jsonl", b'{"q": 1}')
-    assert f"not a column of {key!r}, which has q" in message(ConfigError, read, uri)
+    assert f"(in {key};" in message(ConfigError, prepare_data, config, tmp_path)
 
 
 @pytest.mark.parametrize("call", [read, digest])

@@ -83,7 +83,8 @@ def test_completes_and_tells_the_truth(config):
     run = state.result()
     store = store_of(chosen)
     summary = read_json(store.fetch(run.refs["prepare-data"]) / "summary.json")
-    assert summary["left_out"] == {"both replies are the same": 1, "prompt is empty or no text": 1}
+    assert summary["left_out"] == {"both replies are the same": 1, "prompt is empty": 1}
+    assert summary["rows"] == summary["rows_used"] + 2
     found = read_json(store.fetch(run.refs["evaluate-reward-model"]) / "evaluation.json")
     assert found["accuracy_low"] < found["accuracy"] < found["accuracy_high"]
     assert found["baseline_longer"] == pytest.approx(0.7, abs=0.15)
