@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Processes that share the tests, one for each core.
-WORKERS ?= 2
+# Processes that share the tests: one more than cores, for one of them often waits for a server.
+WORKERS ?= 3
 
 .PHONY: quickstart deploy pools test lint unit quickstart-bars gpu clean
 
