@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.rows import Message, Prompt
+from rlhf.errors import DataError
 
 ASSISTANT = "<|assistant|>"
 END = "<|end|>"
@@ -60,14 +61,43 @@ class Renderer:
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def prompt_text(self, prompt: Prompt) -> str:
-        """Render a prompt up to the start of its reply."""
+        """Render a prompt up to the start of its reply.
+
+        Where the template has no system turn, its text goes before the first user's, after which
+        an empty line follows.
+
+        Raises:
+            DataError: The template refuses the order of roles.
+        """
         messages: list[Message] = (
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         )
         messages = [{**m, "content": self._escape(m["content"])} for m in messages]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        if messages[0]["role"] != "system":
+            return self._render(messages)
+        try:
+            text = self._render(messages)
+            if messages[0]["content"].strip() in text:
+                return text
+        except DataError:
+            if len(messages) == 1:
+                raise
+        return self._render(_folded(messages))
+
+    def _render(self, messages: list[Message]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"the model's chat template refuses a prompt of the roles {roles} "
+                f"({' '.join(str(error).split())[:100]}); leave such rows out, or use a model "
+                "whose template takes them"
+            ) from None
 
     def _escape(self, content: str) -> str:
         """Break up special tokens, so that a user's text can't end or begin a turn."""
@@ -76,9 +106,44 @@ class Renderer:
         return content
 
     def encode_prompt(self, prompt: Prompt, max_length: int) -> list[int]:
-        """Return token ids of the prompt; a prompt that is too long loses its start."""
-        ids = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
-        return ids[-max_length:]
+        """Return token ids of the prompt, at most `max_length`.
+
+        Of a prompt that is too long, the oldest turns after the system turn are left out as a
+        whole. If the last user's turn and the system turn still don't fit, that turn loses its
+        beginning, so that the system turn and all headers stay.
+        """
+        ids = self._prompt_ids(prompt)
+        if len(ids) <= max_length:
+            return ids
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > len(system)]
+        for start in starts:
+            ids = self._prompt_ids([*system, *messages[start:]])
+            if len(ids) <= max_length:
+                return ids
+        rest = messages[starts[-1] :] if starts else messages[len(system) :]
+        return self._cut_first(system, rest or system, max_length) or ids[-max_length:]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
+
+    def _cut_first(
+        self, system: list[Message], messages: list[Message], max_length: int
+    ) -> list[int] | None:
+        """Return the ids of the messages with the longest end of the first one that fits."""
+        first, *rest = messages
+        low, high = 0, len(first["content"])
+        best = None
+        while low <= high:
+            kept = (low + high) // 2
+            content = first["content"][len(first["content"]) - kept :]
+            ids = self._prompt_ids([*system, {**first, "content": content}, *rest])
+            if len(ids) <= max_length:
+                best, low = ids, kept + 1
+            else:
+                high = kept - 1
+        return best
 
     def encode(self, prompt: Prompt, response: str, max_length: int) -> Encoded:
         """Return token ids of prompt and reply, at most `max_length` together.
@@ -94,6 +159,16 @@ class Renderer:
     def decode(self, response_ids: list[int]) -> str:
         """Return the reply's text, without special tokens."""
         return self.tokenizer.decode(response_ids, skip_special_tokens=True).strip()
+
+
+def _folded(messages: list[Message]) -> list[Message]:
+    """Return messages whose system turn stands at the beginning of the first user's turn."""
+    system, *rest = messages
+    for index, message in enumerate(rest):
+        if message["role"] == "user":
+            text = f"{system['content']}\n\n{message['content']}"
+            return [*rest[:index], {**message, "content": text}, *rest[index + 1 :]]
+    return [{**system, "role": "user"}, *rest]
 
 
 def load_renderer(folder: Path | str) -> Renderer:

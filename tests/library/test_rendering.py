@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from rlhf.data.rendering import END, PLAIN_TEMPLATE, SPECIAL_TOKENS, Renderer
 from rlhf.data.rows import Pair, PromptRow, read_rows, write_rows
+from rlhf.errors import DataError
 from rlhf.modeling.base import train_tokenizer
 
 CHAT = [
@@ -29,6 +32,31 @@ def test_plain_template():
     assert Renderer(tokenizer).prompt_text(CHAT) == (
         "System: be kind\n\nUser: tea?\n\nAssistant: yes\n\nUser: why?\n\nAssistant: "
     )
+
+
+STRICT = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[model]{% endif %}"
+)
+SILENT = STRICT.replace("{{ raise_exception('System role not supported') }}", "").replace(
+    "{% for message in messages %}",
+    "{% for message in messages if message['role'] != 'system' %}",
+)
+
+
+@pytest.mark.parametrize("template", [STRICT, SILENT], ids=["refuses", "drops"])
+def test_a_template_without_system_turn_has_it_in_the_first_users(template):
+    tokenizer = train_tokenizer(["a"], 300)
+    tokenizer.chat_template = template
+    renderer = Renderer(tokenizer)
+    assert renderer.prompt_text(CHAT) == "[user]be kind\n\ntea?[assistant]yes[user]why?[model]"
+    assert renderer.prompt_text("tea?") == "[user]tea?[model]"
+    with pytest.raises(DataError, match=r"roles user, user \(Roles must alternate\); leave"):
+        renderer.prompt_text([CHAT[1], CHAT[3]])
 
 
 def test_markers_are_single_tokens(renderer):
@@ -62,7 +90,29 @@ def test_what_does_not_fit(renderer):
     assert long.prompt[-1] == renderer.encode_prompt("?", 9)[-1]  # and keeps its end
     assert len(long.ids) == 20
     assert end not in long.response  # cut, so it does not end here
-    assert renderer.encode_prompt("abc", 3) == renderer.encode_prompt("abc", 50)[-3:]
+    assert renderer.encode_prompt("abc", 3) == renderer.encode_prompt("c", 50)
+    assert renderer.encode_prompt("abc", 1) == renderer.encode_prompt("abc", 50)[-1:]
+
+
+@pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE])
+def test_a_prompt_that_is_too_long_keeps_system_turn_and_question(renderer, template):
+    if template:
+        renderer = Renderer(copy.deepcopy(renderer.tokenizer))
+        renderer.tokenizer.chat_template = template
+    whole = len(renderer.encode_prompt(CHAT, 999))
+    without_first = [CHAT[0], CHAT[3]]
+    for length in range(1, whole + 1):
+        ids = renderer.encode_prompt(CHAT, length)
+        assert len(ids) <= length
+        if length == whole:
+            assert ids == renderer.encode_prompt(CHAT, 999)
+        elif length >= len(renderer.encode_prompt(without_first, 999)):
+            assert ids == renderer.encode_prompt(without_first, 999)
+        elif length >= len(renderer.encode_prompt([CHAT[0], {**CHAT[3], "content": ""}], 999)):
+            text = renderer.tokenizer.decode(ids)
+            assert text.startswith(renderer.prompt_text(CHAT)[:17])  # the system turn
+            endings = [[CHAT[0], {**CHAT[3], "content": "why?"[n:]}] for n in range(5)]
+            assert text in [renderer.prompt_text(chat) for chat in endings]
 
 
 def test_the_hash_names_template_end_and_vocabulary():
