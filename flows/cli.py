@@ -117,7 +117,7 @@ def stage(
     from tasks.preflight import preflight_command
     from tasks.runner import find_inputs
     from tasks.stage import store_of
-    from tasks.stages import stage_named
+    from tasks.stages import PREPARE_DATA, stage_named
 
     loaded = load_config(config, overrides)
     chosen = stage_named(name)
@@ -128,6 +128,7 @@ def stage(
     inputs = find_inputs(chosen, loaded.config, given)
     prepare_prefect(verbose)
     from flows.stages import STAGE_FLOWS
+    from flows.terminal import show_data
     from tasks.progress import show_on
 
     show_on(console)
@@ -139,6 +140,8 @@ def stage(
     label = "cached" if result.cached else "completed"
     console.print(f"{name}: {label} in {result.seconds:.1f} s  {result.headline}", highlight=False)
     console.print(f"artifact {result.ref.digest}", soft_wrap=True, highlight=False)
+    if result.ref.kind == PREPARE_DATA.kind:
+        show_data(console, store.fetch(result.ref))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -11,13 +12,14 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from rlhf.champions import Promotion
+from rlhf.champions import Promotion, printable_line
 from rlhf.config import LoadedConfig, apply_machine_settings
+from rlhf.data.rows import QUARANTINE, SUMMARY
 from rlhf.files import expand_home, read_json
 from rlhf.report import OUTCOMES, STATES
 from rlhf.store import Ancestor, Artifact
 from tasks.stage import store_of
-from tasks.stages import EVALUATE_POLICY
+from tasks.stages import EVALUATE_POLICY, PREPARE_DATA
 
 if TYPE_CHECKING:
     from tasks.report import PipelineRun
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 def show_run(console: Console, run: PipelineRun) -> None:
     """Print a run's stages, sample replies side by side, and the report's path."""
     console.print(_stages(run))
+    if PREPARE_DATA.name in run.refs:
+        show_data(console, store_of(run.config).fetch(run.refs[PREPARE_DATA.name]))
     if EVALUATE_POLICY.name in run.refs:
         folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
         samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
@@ -36,6 +40,18 @@ def show_run(console: Console, run: PipelineRun) -> None:
     if "tensorboard" in tracking.trackers and logs.is_dir():
         console.print(Text(f"metrics: tensorboard --logdir {logs}"), soft_wrap=True)
     console.print(Text(f"report: {run.report}"), soft_wrap=True)
+
+
+def show_data(console: Console, folder: Path) -> None:
+    """Print how a dataset's source was read, and how many rows were left out for which reasons."""
+    summary = read_json(folder / SUMMARY)
+    lines = [*summary.get("notes", ())]
+    if summary.get("unused_columns"):
+        lines.append(f"columns not used: {summary['unused_columns']}")
+    if summary.get("rows_left_out"):
+        lines.append(f"{summary['rows_left_out']}; each with its reason in {QUARANTINE}")
+    for line in lines:
+        console.print(Text(f"data: {printable_line(line)}"), soft_wrap=True)
 
 
 def config_table(loaded: LoadedConfig) -> Table:
