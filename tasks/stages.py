@@ -208,6 +208,7 @@ PREPARE_DATA = Stage(
     headline=(
         ("{:,} pairs", "pairs_train"),
         ("{:,} prompts", "prompts_train"),
+        ("{:,} rows repeat another", "rows_merged"),
         ("{}", "rows_left_out"),
     ),
     show=_show_data,
