@@ -87,7 +87,7 @@ class DataConfig(Section):
     """Encoding of text files (`cp1252`, `utf-16`); none reads UTF-8."""
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
     """Delimiter of CSV files; none finds it: comma, semicolon, tab or pipe."""
-    max_row_mb: float = Field(default=16, gt=0)
+    max_row_mb: float = Field(default=16.0, gt=0)
     """Longest row that is read, in MB."""
     votes: Literal["majority", "keep"] = "majority"
     """Rows that repeat or contradict a pair: `majority` merges them to one pair and leaves out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -62,3 +63,10 @@ def test_loading_a_configuration_loads_no_heavy_library():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_defaults_are_of_their_fields_types():
+    """A default 16 of a float field is 16.0 after a flow's parameters: another fingerprint."""
+    config = PipelineConfig()
+    again = PipelineConfig.model_validate_json(config.model_dump_json())
+    assert json.dumps(again.model_dump(mode="json")) == json.dumps(config.model_dump(mode="json"))
