@@ -239,12 +239,13 @@ def _find_pairs(
 ) -> Found | None:  # fmt: skip
     chosen, rejected = config.chosen_column, config.rejected_column
     for one, other in PAIRS:
-        if chosen is None and rejected is None and one in names and other in names:
-            chosen, rejected = names[one], names[other]
-        elif chosen is not None and rejected is None and other in names and _plain(chosen) == one:
-            rejected = names[other]
-        elif rejected is not None and chosen is None and one in names and _plain(rejected) == other:
-            chosen = names[one]
+        if config.chosen_column is None and config.rejected_column is None:
+            if chosen is None and one in names and other in names:
+                chosen, rejected = names[one], names[other]
+        elif rejected is None:
+            rejected = names.get(other)
+        elif chosen is None:
+            chosen = names.get(one)
     if chosen is None or rejected is None:
         return None
     if prompt.prompt in (chosen, rejected):

@@ -1,0 +1,92 @@
+"""Exports of annotation tools and message trees."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.data.helpers import assistant, user
+from tests.data.test_formats import BAD, GOOD, ONE, Q, read_rows
+
+
+def task(*selected, **more):
+    """A task of Label Studio with these annotations."""
+    annotations = [
+        {"id": i, "result": [{"type": "pairwise", "value": {"selected": side}}]}
+        for i, side in enumerate(selected)
+    ]
+    data = {"prompt": Q, "answer1": BAD, "answer2": GOOD, **more}
+    return {"id": 1, "data": data, "annotations": annotations, "predictions": []}
+
+
+@pytest.mark.parametrize(
+    ("selected", "pairs", "left_out"),
+    [
+        (["right"], ONE, {}),
+        (["left"], [(Q, BAD, GOOD)], {}),
+        (["right", "left", "right"], ONE, {}),
+        (["right", "left"], [], {"tie: neither reply is preferred": 1}),
+        ([], [], {"the task has no annotation": 1}),
+    ],
+)
+def test_label_studio(tmp_path, selected, pairs, left_out):
+    rows = [task("right", prompt="Another question?"), task(*selected)]
+    found, read, reasons, _ = read_rows(tmp_path, rows)
+    assert found == "label-studio"
+    assert read[1:] == pairs
+    assert reasons == left_out
+
+
+def test_label_studios_short_form(tmp_path):
+    row = {"id": 1, "prompt": Q, "answer1": BAD, "answer2": GOOD, "annotator": 1,
+           "comparison": {"type": "pairwise", "selected": "right"}}  # fmt: skip
+    assert read_rows(tmp_path, [row])[:3] == ("comparison", ONE, {})
+
+
+FIELDS = {"prompt": Q, "response_1": BAD, "response_2": GOOD}
+ARGILLA = [
+    {"preference": [{"value": "response_2", "status": "submitted", "user_id": "u"}]},
+    {"preference": [{"value": "response_2"}, {"value": "response_1", "status": "discarded"}]},
+    [{"values": {"preference": {"value": "response_2"}}, "status": "submitted"}],
+]
+
+
+@pytest.mark.parametrize("responses", ARGILLA)
+def test_argilla(tmp_path, responses):
+    row = {"id": "1", "fields": FIELDS, "responses": responses, "metadata": {}}
+    assert read_rows(tmp_path, [row])[:3] == ("argilla", ONE, {})
+
+
+def test_an_argilla_record_without_responses_is_left_out(tmp_path):
+    rows = [{"fields": FIELDS, "responses": responses} for responses in (ARGILLA[0], {})]
+    _, read, reasons, _ = read_rows(tmp_path, rows)
+    assert read == ONE
+    assert reasons == {"the record has no submitted response": 1}
+
+
+def reply(text, rank, *replies, role="assistant"):
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
+
+
+def test_message_trees_several_turns_deep(tmp_path):
+    deeper = reply("Why?", None, reply("Acid.", 0), reply("Magic.", 2), reply("Who knows.", 1),
+                   role="prompter")  # fmt: skip
+    root = {"text": Q, "role": "prompter", "replies": [reply(BAD, 1), reply(GOOD, 0, deeper)]}
+    found, read, reasons, _ = read_rows(tmp_path, [{"message_tree_id": "1", "prompt": root}])
+    asked = [user(Q), assistant(GOOD), user("Why?")]
+    assert (found, reasons) == ("open-assistant", {})
+    assert read == [
+        ([user(Q)], GOOD, BAD),
+        (asked, "Acid.", "Who knows."),
+        (asked, "Acid.", "Magic."),
+        (asked, "Who knows.", "Magic."),
+    ]
+
+
+def test_a_tree_without_ranks_is_left_out(tmp_path):
+    trees = [
+        {"prompt": {"text": Q, "role": "prompter", "replies": [reply(GOOD, r), reply(BAD, s)]}}
+        for r, s in ((0, 1), (None, None), (0, 0))
+    ]
+    _, read, reasons, _ = read_rows(tmp_path, trees)
+    assert read == [([user(Q)], GOOD, BAD)]
+    assert reasons == {"no message of the tree has two ranked replies": 2}
