@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from rlhf.errors import ConfigError
 
 #: Markups of a list of texts, which is a model's answer as often as the turns of a chat.
 TEXT_LISTS = ("JSON list", "Python list")
+_SPEAKER = re.compile(r"\s*(?:### ?)?(?:Assistant|ASSISTANT|AI|Bot|GPT|Response):[ \n]*")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Cells:
         history: Column of earlier turns, pairs of a user's and an assistant's text.
         markups: Markup by column.
         text_cells: True if all cells are text, so that a missing value is a word.
+        named: Columns whose replies begin with the speaker: "Assistant: …".
     """
 
     prompt: str | None
@@ -48,6 +51,7 @@ class Cells:
     history: str | None = None
     markups: Mapping[str, Markup] | None = None
     text_cells: bool = False
+    named: frozenset[str] = frozenset()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -111,6 +115,9 @@ class Cells:
         """
         if isinstance(value, str):
             self._check_word(value, role)
+            if column in self.named and (match := _SPEAKER.match(value)):
+                notes.add(f"{match.group().strip()!r} in front of replies is cut")
+                value = value[match.end() :]
             markup = self._markup(column)
             if markup is None or markup.name in TEXT_LISTS:
                 return _clean(to_text(value, role, column), role, notes)
@@ -149,6 +156,12 @@ class Cells:
                     "leave one of them out",
                 )  # fmt: skip
             messages = [{"role": "system", "content": system}, *messages]
+        if (
+            len(messages) > 1
+            and messages[0]["role"] == "system"
+            and not messages[0]["content"].strip()
+        ):
+            messages = messages[1:]  # templates write an empty one where there is none
         if messages[-1]["role"] == "assistant":
             raise LeftOutError(
                 "prompt ends with a reply", messages[-1]["content"][:60],
@@ -197,6 +210,16 @@ class Cells:
                 f"{role} is a missing value written as text", repr(value.strip()),
                 "remove the row, or export missing values as empty cells",
             )  # fmt: skip
+
+
+def find_named(columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the columns in most of whose texts the assistant is named in front."""
+    found = set()
+    for column in columns:
+        texts = [value for row in sample if isinstance(value := _cell(row, column), str) and value]
+        if sum(bool(_SPEAKER.match(text)) for text in texts) > len(texts) / 2:
+            found.add(column)
+    return frozenset(found)
 
 
 def find_markups(

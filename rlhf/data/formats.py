@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import TEXT_LISTS, Cells, find_markups
+from rlhf.data.cells import TEXT_LISTS, Cells, find_markups, find_named
 from rlhf.data.chat import to_text
 from rlhf.data.columns import MISSING, value_of
 from rlhf.data.exports import ADAPTERS, Adapter, trees
@@ -142,7 +142,8 @@ def _layout(name: str, found: Found, sample: Sequence[Row], text_cells: bool) ->
     markups, more = find_markups(cells.columns, sample)
     if cells.prompt is None:
         _check_conversations(cells, markups, sample)
-    cells = replace(cells, markups=markups, text_cells=text_cells)
+    named = find_named([c for c in (cells.first, cells.second) if c not in markups], sample)
+    cells = replace(cells, markups=markups, text_cells=text_cells, named=named)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
     return Layout(name, columns, (*notes, *more), lambda row: decide.convert(row, cells, roles))
 
@@ -393,8 +394,8 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
         reason = "no format fits these columns"
     return ConfigError(
         f"data.source: {reason}: {shown or 'none'}; set data.chosen_column and "
-        "data.rejected_column to the columns of the two replies if there are such, or see "
-        "docs/data.md for the formats"
+        "data.rejected_column to the columns of two replies, or data.label_column to the one that "
+        "rates a reply, if there are such; docs/data.md shows the formats"
     )
 
 

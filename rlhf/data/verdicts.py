@@ -55,6 +55,8 @@ class Judge:
     second: str
     words: Mapping[str, Verdict]
     by: Literal["label", "sign", "one-hot", "scores"] = "label"
+    models: tuple[str, str] | None = None
+    """Columns with the names of the two replies' models, one of which a label may give."""
 
     def decide(self, row: Mapping[str, Any]) -> tuple[Verdict, float | None]:
         """Return a row's verdict, and by how much where the source says.
@@ -87,14 +89,10 @@ class Judge:
         if verdict is not None:
             return verdict
         if isinstance(value, str) and value.strip():
-            named: tuple[tuple[Verdict, str], ...] = (
-                ("first", self.first),
-                ("second", self.second),
-            )
-            for name, column in named:
-                reply = value_of(row, column)
-                if isinstance(reply, str) and reply.strip() == value.strip():
-                    return name
+            for columns in ((self.first, self.second), self.models or ()):
+                names = [_plain(value_of(row, column)) for column in columns]
+                if names.count(_plain(value)) == 1:
+                    return "first" if names[0] == _plain(value) else "second"
         raise LeftOutError(
             f"{self.columns[0]} has an unknown value", repr(value)[:60],
             "set data.labels.first, data.labels.second and data.labels.tie",
@@ -146,15 +144,25 @@ def find_judge(
         )
     if label in _SIGNED and suffixes == ("1", "2") and config.labels.first is None:
         return Judge(f"decided by the sign of {label}", (label,), *replies, {}, "sign")
-    words = _words(label, sample, replies, suffixes, config)
-    return Judge(f"decided by {label}", (label,), *replies, words)
+    models = [names.get(f"model_{suffix}") for suffix in suffixes]
+    both = (models[0], models[1]) if models[0] and models[1] else None
+    words = _words(label, sample, (*replies, *(both or ())), suffixes, config)
+    return Judge(f"decided by {label}", (label,), *replies, words, models=both)
 
 
 def _words(
-    label: str, sample: Sequence[Mapping[str, Any]], replies: tuple[str, str],
+    label: str, sample: Sequence[Mapping[str, Any]], replies: tuple[str, ...],
     suffixes: tuple[str, str], config: DataConfig,
 ) -> dict[str, Verdict]:  # fmt: skip
-    """Return the verdict of each label."""
+    """Return the verdict of each label; a label may also be the text of one of the columns.
+
+    Args:
+        label: Column of the label.
+        sample: First rows.
+        replies: Columns of the two replies, and of their models' names if there are such.
+        suffixes: The part in which the two replies' columns differ.
+        config: Meaning of the labels.
+    """
     settings = config.labels
     if settings.first is not None or settings.second is not None:
         meanings: dict[Verdict, str | None] = {
@@ -162,7 +170,7 @@ def _words(
         }  # fmt: skip
         return {_plain(value): name for name, value in meanings.items() if value is not None}
     words: dict[str, Verdict] = {**_WORDS}
-    for column, verdict in zip(replies, ("first", "second"), strict=True):
+    for column, verdict in zip(replies[:2], ("first", "second"), strict=True):
         words[_plain(column)] = verdict
     votes = [vote for row in sample for vote in _votes(value_of(row, label))]
     values = Counter(_plain(vote) for vote in votes)

@@ -112,6 +112,23 @@ LAYOUTS = {
          "conversation_a": [user(Q), assistant(GOOD)], "conversation_b": [user(Q), assistant(BAD)]},
         CHAT,
     ),
+    "winner's name": (
+        "comparison",
+        {"prompt": Q, "model_a": "x-1", "model_b": "y", "response_a": BAD, "response_b": GOOD,
+         "winner": "y"},
+        ONE,
+    ),
+    "speaker in front of replies": (
+        "pairs",
+        {"prompt": Q, "chosen": f"Assistant: {GOOD}", "rejected": f"Assistant: {BAD}"},
+        ONE,
+    ),
+    "empty system turn": (
+        "pairs",
+        {"prompt": f"<|system|>\n</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n",
+         "chosen": f"{GOOD}</s>", "rejected": f"{BAD}</s>"},
+        CHAT,
+    ),
     "kaggle arena": (
         "comparison",
         {"id": 1, "prompt": json.dumps([Q]), "response_a": json.dumps([BAD]),
