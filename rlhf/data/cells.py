@@ -10,16 +10,15 @@ from typing import Any
 from rlhf.data.chat import common_prefix, split_reply, to_messages, to_text
 from rlhf.data.collect import messages_of
 from rlhf.data.columns import MISSING, value_of
-from rlhf.data.markup import (
-    Markup,
+from rlhf.data.markup import Markup, recognise
+from rlhf.data.records import LeftOutError
+from rlhf.data.rows import Message, Prompt
+from rlhf.data.special_tokens import (
     holds_control_tokens,
     is_missing_word,
-    recognise,
     strip_end_tokens,
     without_prompt,
 )
-from rlhf.data.records import LeftOutError
-from rlhf.data.rows import Message, Prompt
 from rlhf.errors import ConfigError
 
 #: Markups of a list of texts, which is a model's answer as often as the turns of a chat.

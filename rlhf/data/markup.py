@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf.data.chat import CONTENT_KEYS, ROLE_KEYS, ROLES
 from rlhf.data.rows import Message
+from rlhf.data.special_tokens import after_begin_tokens, ends_at, strip_end_tokens
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,8 @@ class Markup:
     Without the function, such text is recognised but can't be parsed."""
 
 
-END_TOKENS: tuple[str, ...] = (
-    *("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|end|>"),
-    *("<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"),
-    *("<|return|>", "<｜end▁of▁sentence｜>"),
-)
-_BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>")
-
-#: A whole cell that pandas, SQL or a spreadsheet wrote for a missing value. "none" is an answer.
-MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A"})
-
 _ENOUGH = 0.6
 _MAX_REPR = 1_000_000  # characters; a syntax tree takes a hundred times its text
-_MIN_PROMPT = 8  # characters; a reply may begin with a shorter prompt by chance: "Hello"
 
 
 def recognise(texts: Sequence[str]) -> Markup | None:
@@ -61,110 +51,6 @@ def markup_of(text: str) -> Markup | None:
         if markup.parse is not None and markup.parse(text) is not None:
             return markup
     return NUMPY if _is_numpy_repr(text) else None
-
-
-def strip_end_tokens(reply: str) -> tuple[str, bool]:
-    """Return a reply without end tokens behind it and a begin token before it; whether it had any.
-
-    `<s>` and `</s>` stay where they are HTML: "Price: <s>10</s>".
-    """
-    start = _after_begin_tokens(reply)
-    struck = reply.rfind("<s>", start)
-    closing = reply.find("</s>", struck) if struck >= 0 else -1
-    end, found = len(reply), False
-    while True:
-        last = end
-        while last > start and reply[last - 1].isspace():
-            last -= 1
-        token = next((t for t in END_TOKENS if reply.endswith(t, start, last)), None)
-        if token is None or last - len(token) == closing:
-            break
-        end, found = last - len(token), True
-    if not reply[:start].strip() or ("<s>" in reply[:start] and "</s>" in reply[start:end]):
-        start = 0
-    if not found and start == 0:
-        return reply, False
-    return (reply[start:end].rstrip() if found else reply[start:]), True
-
-
-def holds_control_tokens(reply: str) -> str | None:
-    """Return the first control token inside a reply; `<s>…</s>` is HTML and none."""
-    is_struck = False
-    for match in _CONTROL.finditer(reply):
-        token = match.group()
-        if token == "</s>":
-            if not is_struck:
-                return token
-            is_struck = False
-        elif token.startswith(("<s>", "<s ")):
-            is_struck = True
-        else:
-            return token
-    return None
-
-
-def without_prompt(prompt_text: str, reply: str) -> str | None:
-    """Return a reply without the prompt that it repeats at its front; None where it doesn't.
-
-    The two may differ in spacing. Empty lines after the prompt are cut, or one blank.
-    """
-    if len(prompt_text.strip()) < _MIN_PROMPT:
-        return None
-    end, last = len(prompt_text), prompt_text[-1]
-    if not reply.startswith(prompt_text):
-        end, last = _end_of_words(prompt_text.split(), reply), prompt_text.rstrip()[-1]
-    rest = "" if end is None else reply[end:]
-    if not rest.strip() or (last.isalnum() and rest[0].isalnum()):
-        return None  # "2 + 23" begins like the prompt "2 + 2" and doesn't repeat it
-    lines = _EMPTY_LINES.match(rest)
-    return rest[lines.end() :] if lines else rest.removeprefix("" if last.isspace() else " ")
-
-
-def is_missing_word(text: str) -> bool:
-    """Return True for a cell that is nothing but a word for a missing value."""
-    return text.strip() in MISSING_WORDS
-
-
-# --- tokens -----------------------------------------------------------------------------------
-
-
-def _any_of(tokens: Sequence[str]) -> str:
-    return "|".join(re.escape(token) for token in tokens)
-
-
-_HEAD = re.compile(rf"(?:\s|{_any_of(_BEGIN_TOKENS)})*")
-_TAIL = re.compile(rf"(?:\s|{_any_of((*END_TOKENS, *_BEGIN_TOKENS))})*")
-_EMPTY_LINES = re.compile(r"(?:[ \t\r]*\n)+")
-_CONTROL = re.compile(
-    r"<s(?: [^<>]{0,200})?>|"
-    + _any_of(
-        (
-            *(*END_TOKENS, *(token for token in _BEGIN_TOKENS if token != "<s>")),
-            *("<|im_start|>", "<|im_sep|>", "<start_of_turn>", "<|START_OF_TURN_TOKEN|>"),
-            *("<|start_header_id|>", "<|end_header_id|>", "<|header_start|>", "<|header_end|>"),
-            *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<｜User｜>", "<｜Assistant｜>"),
-            *("<|system|>", "<|user|>", "<|assistant|>", "<|start|>", "<|message|>"),
-        )
-    )
-)
-
-
-def _after_begin_tokens(text: str) -> int:
-    match = _HEAD.match(text)
-    return match.end() if match else 0
-
-
-def _end_of_words(words: list[str], text: str) -> int | None:
-    """Return where the words end with which a text begins, whatever the spacing."""
-    position = 0
-    for index, word in enumerate(words):
-        start = position
-        while position < len(text) and text[position].isspace():
-            position += 1
-        if (index and position == start) or not text.startswith(word, position):
-            return None
-        position += len(word)
-    return position
 
 
 # --- JSON and Python --------------------------------------------------------------------------
@@ -284,7 +170,7 @@ def _parse_template(
     """
     if opening not in text:  # every text holds an empty one
         return None
-    head = _after_begin_tokens(text)
+    head = after_begin_tokens(text)
     marks = list(mark.finditer(text, head))
     if not marks or (opening and text.count(opening, head) != len(marks)):
         return None
@@ -299,7 +185,7 @@ def _parse_template(
     for match, (_, end) in zip(marks, pairwise(bounds), strict=True):
         raw = text[match.end() : end]
         cut = min((at for token in ends if (at := raw.find(token)) >= 0), default=None)
-        if cut is not None and not _TAIL.fullmatch(raw, cut):
+        if cut is not None and not ends_at(raw, cut):
             return None
         content = raw.rstrip("\r\n") if cut is None else raw[:cut]
         messages.append({"role": _role(match.group(1)), "content": content})
@@ -309,7 +195,7 @@ def _parse_template(
 
 
 def _parse_llama_2(text: str) -> list[Message] | None:
-    head = _after_begin_tokens(text)
+    head = after_begin_tokens(text)
     if not text.startswith("[INST]", head):
         return None
     messages: list[Message] = []

@@ -7,7 +7,7 @@ import csv
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.config import DataConfig, StoreConfig
@@ -352,6 +352,7 @@ JSON = st.recursive(
 
 @pytest.mark.parametrize("row", [row for _, row, _ in LAYOUTS.values()], ids=LAYOUTS)
 @given(data=st.data())
+@settings(max_examples=15)
 def test_any_value_is_converted_or_left_out(row, data):
     layout = detect(list(row), [row], DataConfig(source="x.jsonl"))
     changed = data.draw(st.dictionaries(st.sampled_from(list(row)), JSON, min_size=1))

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.chat import to_messages
-from rlhf.data.markup import (
+from rlhf.data.markup import markup_of, recognise
+from rlhf.data.special_tokens import (
     END_TOKENS,
     MISSING_WORDS,
     holds_control_tokens,
     is_missing_word,
-    markup_of,
-    recognise,
     strip_end_tokens,
     without_prompt,
 )

@@ -1,0 +1,125 @@
+"""Special tokens of chat templates in replies, and other traces of an export."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+END_TOKENS: tuple[str, ...] = (
+    *("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|end|>"),
+    *("<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"),
+    *("<|return|>", "<｜end▁of▁sentence｜>"),
+)
+_BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>")
+
+#: A whole cell that pandas, SQL or a spreadsheet wrote for a missing value. "none" is an answer.
+MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A"})
+
+_MIN_PROMPT = 8  # characters; a reply may begin with a shorter prompt by chance: "Hello"
+
+
+def strip_end_tokens(reply: str) -> tuple[str, bool]:
+    """Return a reply without end tokens behind it and a begin token before it; whether it had any.
+
+    `<s>` and `</s>` stay where they are HTML: "Price: <s>10</s>".
+    """
+    start = after_begin_tokens(reply)
+    struck = reply.rfind("<s>", start)
+    closing = reply.find("</s>", struck) if struck >= 0 else -1
+    end, found = len(reply), False
+    while True:
+        last = end
+        while last > start and reply[last - 1].isspace():
+            last -= 1
+        token = next((t for t in END_TOKENS if reply.endswith(t, start, last)), None)
+        if token is None or last - len(token) == closing:
+            break
+        end, found = last - len(token), True
+    if not reply[:start].strip() or ("<s>" in reply[:start] and "</s>" in reply[start:end]):
+        start = 0
+    if not found and start == 0:
+        return reply, False
+    return (reply[start:end].rstrip() if found else reply[start:]), True
+
+
+def holds_control_tokens(reply: str) -> str | None:
+    """Return the first control token inside a reply; `<s>…</s>` is HTML and none."""
+    is_struck = False
+    for match in _CONTROL.finditer(reply):
+        token = match.group()
+        if token == "</s>":
+            if not is_struck:
+                return token
+            is_struck = False
+        elif token.startswith(("<s>", "<s ")):
+            is_struck = True
+        else:
+            return token
+    return None
+
+
+def without_prompt(prompt_text: str, reply: str) -> str | None:
+    """Return a reply without the prompt that it repeats at its front; None where it doesn't.
+
+    The two may differ in spacing. Empty lines after the prompt are cut, or one blank.
+    """
+    if len(prompt_text.strip()) < _MIN_PROMPT:
+        return None
+    end, last = len(prompt_text), prompt_text[-1]
+    if not reply.startswith(prompt_text):
+        end, last = _end_of_words(prompt_text.split(), reply), prompt_text.rstrip()[-1]
+    rest = "" if end is None else reply[end:]
+    if not rest.strip() or (last.isalnum() and rest[0].isalnum()):
+        return None  # "2 + 23" begins like the prompt "2 + 2" and doesn't repeat it
+    lines = _EMPTY_LINES.match(rest)
+    return rest[lines.end() :] if lines else rest.removeprefix("" if last.isspace() else " ")
+
+
+def is_missing_word(text: str) -> bool:
+    """Return True for a cell that is nothing but a word for a missing value."""
+    return text.strip() in MISSING_WORDS
+
+
+def after_begin_tokens(text: str) -> int:
+    """Return where a text goes on after blanks and begin tokens."""
+    match = _HEAD.match(text)
+    return match.end() if match else 0
+
+
+def ends_at(text: str, start: int) -> bool:
+    """Return whether a text holds nothing but blanks and tokens from a position on."""
+    return _TAIL.fullmatch(text, start) is not None
+
+
+def _any_of(tokens: Sequence[str]) -> str:
+    return "|".join(re.escape(token) for token in tokens)
+
+
+_HEAD = re.compile(rf"(?:\s|{_any_of(_BEGIN_TOKENS)})*")
+_TAIL = re.compile(rf"(?:\s|{_any_of((*END_TOKENS, *_BEGIN_TOKENS))})*")
+_EMPTY_LINES = re.compile(r"(?:[ \t\r]*\n)+")
+_CONTROL = re.compile(
+    r"<s(?: [^<>]{0,200})?>|"
+    + _any_of(
+        (
+            *(*END_TOKENS, *(token for token in _BEGIN_TOKENS if token != "<s>")),
+            *("<|im_start|>", "<|im_sep|>", "<start_of_turn>", "<|START_OF_TURN_TOKEN|>"),
+            *("<|start_header_id|>", "<|end_header_id|>", "<|header_start|>", "<|header_end|>"),
+            *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<｜User｜>", "<｜Assistant｜>"),
+            *("<|system|>", "<|user|>", "<|assistant|>", "<|start|>", "<|message|>"),
+        )
+    )
+)
+
+
+def _end_of_words(words: list[str], text: str) -> int | None:
+    """Return where the words end with which a text begins, whatever the spacing."""
+    position = 0
+    for index, word in enumerate(words):
+        start = position
+        while position < len(text) and text[position].isspace():
+            position += 1
+        if (index and position == start) or not text.startswith(word, position):
+            return None
+        position += len(word)
+    return position
