@@ -10,7 +10,7 @@ from typing import Any
 from rlhf.data.chat import common_prefix, split_reply, to_messages, to_text
 from rlhf.data.collect import messages_of
 from rlhf.data.columns import MISSING, value_of
-from rlhf.data.markup import Markup, recognise
+from rlhf.data.markup import Markup, markup_of, recognise
 from rlhf.data.records import LeftOutError
 from rlhf.data.rows import Message, Prompt
 from rlhf.data.special_tokens import (
@@ -23,6 +23,8 @@ from rlhf.errors import ConfigError
 
 #: Markups of a list of texts, which is a model's answer as often as the turns of a chat.
 TEXT_LISTS = ("JSON list", "Python list")
+#: Beginnings of chats written as text, so that few texts are parsed in vain.
+_CHAT_BEGINS = ("Human:", "User:", "USER:", "System:", "SYSTEM:", "### ", "[{", "Q:", "A chat ")
 _SPEAKER = re.compile(r"\s*(?:### ?)?(?:Assistant|ASSISTANT|AI|Bot|GPT|Response):[ \n]*")
 
 
@@ -132,6 +134,7 @@ class Cells:
         self._check_word(value, "prompt")
         markup = self._markup(self.prompt)
         if markup is None or markup.name in TEXT_LISTS:
+            _check_stray(value)
             return to_text(value, "prompt", self.prompt)
         return to_messages(_parsed(markup, value, "prompt"), "prompt", self.prompt)
 
@@ -262,6 +265,25 @@ def _parsed(markup: Markup, text: str, role: str) -> Any:
             "write all rows alike",
         )  # fmt: skip
     return value
+
+
+def _check_stray(prompt: str) -> None:
+    """Refuse a single prompt that is a chat written as text, where most are not.
+
+    Raises:
+        LeftOutError: It would be read as one turn of a user.
+    """
+    name = None
+    if prompt.lstrip().startswith(_CHAT_BEGINS) and "ssistant" in prompt:
+        markup = markup_of(prompt)
+        name = markup.name if markup and markup.name not in TEXT_LISTS else None
+    if name is None and ("<" in prompt or "[" in prompt):
+        name = holds_control_tokens(prompt)
+    if name is not None:
+        raise LeftOutError(
+            "prompt is a chat written as text, unlike other rows", f"{name}: {prompt[:40]!r}",
+            "write all rows alike",
+        )  # fmt: skip
 
 
 def _clean(reply: str, role: str, notes: set[str]) -> str:

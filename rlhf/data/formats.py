@@ -17,7 +17,7 @@ from rlhf.data.exports import ADAPTERS, Adapter, trees
 from rlhf.data.markup import Markup
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.replies import find_ranking, find_rated
-from rlhf.data.verdicts import Judge, find_judge
+from rlhf.data.verdicts import Judge, find_judge, names_a_reply
 from rlhf.errors import ConfigError
 
 Row = Mapping[str, Any]
@@ -249,6 +249,10 @@ def _find_pairs(
             chosen = names.get(one)
     if chosen is None or rejected is None:
         return None
+    values = [v for row in sample if (v := value_of(row, chosen)) not in (None, MISSING, "")]
+    are_labels = values and all(names_a_reply(value, list(names.values())) for value in values)
+    if are_labels and _reply_columns(names, sample):
+        return None  # the label of a comparison: {"response_a": …, "chosen": "response_a"}
     if prompt.prompt in (chosen, rejected):
         raise ConfigError(
             f"data.prompt_column = {prompt.prompt!r}: is the column of a reply; remove the "
@@ -269,17 +273,27 @@ def _find_comparison(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
     prompt: Cells,
 ) -> Found | None:  # fmt: skip
+    found = _reply_columns(names, sample)
+    if found is None:
+        return None
+    replies, suffixes = found
+    judge = find_judge(names, sample, replies, suffixes, config)
+    cells = replace(prompt, first=replies[0], second=replies[1])
+    if prompt.prompt in replies:
+        cells = replace(cells, prompt=None)
+    note = f"comparison: {replies[0]} against {replies[1]}, {judge.description}"
+    return cells, replies, _Comparison(judge), (note, *_prompt_notes(cells))
+
+
+def _reply_columns(
+    names: Mapping[str, str], sample: Sequence[Row]
+) -> tuple[tuple[str, str], tuple[str, str]] | None:
+    """Return two columns of replies whose names differ in a suffix, and the suffixes."""
     for suffixes in _SUFFIXES:
         for word in _REPLY_WORDS:
             replies = _with_suffixes(names, word, suffixes)
-            if replies is None or not _hold_text(sample, replies):
-                continue
-            judge = find_judge(names, sample, replies, suffixes, config)
-            cells = replace(prompt, first=replies[0], second=replies[1])
-            if prompt.prompt in replies:
-                cells = replace(cells, prompt=None)
-            note = f"comparison: {replies[0]} against {replies[1]}, {judge.description}"
-            return cells, replies, _Comparison(judge), (note, *_prompt_notes(cells))
+            if replies is not None and _hold_text(sample, replies):
+                return replies, suffixes
     return None
 
 

@@ -23,8 +23,8 @@ Verdict = Literal["first", "second", "tie"]
 LABEL_COLUMNS = (
     "winner", "label", "labels", "preference", "overall_preference", "preference_strength",
     "choice", "better_response_id", "chosen_id", "preferred_id", "better", "preferred", "judgment",
-    "judgement", "verdict", "vote", "votes", "result", "selected", "comparison", "human_preference",
-    "annotations",
+    "judgement", "verdict", "vote", "votes", "result", "chosen", "selected", "comparison",
+    "human_preference", "annotations",
 )  # fmt: skip
 #: Score columns of the two replies; a higher score is better.
 SCORE_COLUMNS = ("score", "rating", "reward", "quality")
@@ -197,6 +197,11 @@ def _words(
             "are ties"
         )
     return words
+
+
+def names_a_reply(value: Any, columns: Sequence[str]) -> bool:
+    """Return whether a value is a label or a column's name rather than a reply."""
+    return _plain(value) in _WORDS or _plain(value) in {_plain(column) for column in columns}
 
 
 def _one_hot_names(suffixes: tuple[str, str]) -> tuple[str, str, str]:

@@ -129,6 +129,16 @@ LAYOUTS = {
          "chosen": f"{GOOD}</s>", "rejected": f"{BAD}</s>"},
         CHAT,
     ),
+    "chosen names the column": (
+        "comparison",
+        {"prompt": Q, "response_1": BAD, "response_2": GOOD, "chosen": "response_2",
+         "rejected": "response_1"},
+        ONE,
+    ),
+    "letters as answers": ("pairs", {"prompt": Q, "chosen": "A", "rejected": "B"}, [(Q, "A", "B")]),
+    "chosen is a letter": (
+        "comparison", {"prompt": Q, "response_a": BAD, "response_b": GOOD, "chosen": "B"}, ONE,
+    ),
     "kaggle arena": (
         "comparison",
         {"id": 1, "prompt": json.dumps([Q]), "response_a": json.dumps([BAD]),
@@ -290,6 +300,16 @@ def test_chats_as_json_in_csv_cells_and_end_tokens(tmp_path):
     assert read[0] == ([user(f"{Q} 0")], GOOD, BAD)
     assert "prompt holds chats written as JSON, which are parsed" in reading.notes
     assert "end tokens that are spelled out behind replies are cut" in reading.notes
+
+
+@pytest.mark.parametrize(
+    "prompt", [HH.format(Q, ""), f"<|im_start|>user\n{Q}<|im_end|>", f"[INST] {Q} [/INST]"]
+)
+def test_a_single_prompt_that_is_a_chat_written_as_text_is_left_out(tmp_path, prompt):
+    rows = [{"prompt": f"{Q} {i}", "chosen": GOOD, "rejected": BAD} for i in range(3)]
+    _, read, left_out, _ = read_rows(tmp_path, [*rows, {**rows[0], "prompt": prompt}])
+    assert len(read) == 3
+    assert left_out == {"prompt is a chat written as text, unlike other rows": 1}
 
 
 def test_what_looks_like_markup_but_is_an_answer_stays(tmp_path):
