@@ -222,7 +222,9 @@ def _score_in_parts(
     size = max(1, len(pairs) // 5)
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
-        scores.append(scorer([p.prompt for p in part], [getattr(p, side) for p in part]))
+        texts = {name: [getattr(p, name) for p in part] for name in ("chosen", "rejected")}
+        beside = texts["rejected" if side == "chosen" else "chosen"]
+        scores.append(scorer([p.prompt for p in part], texts[side], beside))
         progress(done + start + len(part), 2 * len(pairs), {})
     return torch.cat(scores)
 

@@ -96,7 +96,7 @@ def train_reward_model(
             f"and {start} has none; set it to 0"
         )
     room = min(config.max_length, context_length(model))
-    rows = _encode(read_rows(data / PAIRS_TRAIN, Pair), renderer, room)
+    rows, counts = _encode(read_rows(data / PAIRS_TRAIN, Pair), renderer, room)
     trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():
@@ -109,7 +109,12 @@ def train_reward_model(
         write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
     return StageResult(
-        {"pairs": len(rows), "loss": last.get("loss"), "train_accuracy": last.get("accuracy")}
+        {
+            "pairs": len(rows),
+            "loss": last.get("loss"),
+            "train_accuracy": last.get("accuracy"),
+            **counts,
+        }
     )
 
 
@@ -153,22 +158,34 @@ def publish_ready_reward_model(
     return StageResult({"parameters": reward_model.num_parameters()})
 
 
-def _encode(pairs: list[Pair], renderer: Renderer, room: int) -> list[dict[str, Any]]:
-    """Render and tokenize pairs, each reply cut to `room` tokens with its prompt."""
-    rows = []
+def _encode(
+    pairs: list[Pair], renderer: Renderer, room: int
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Render and tokenize pairs, each reply cut to `room` tokens with its prompt.
+
+    Returns:
+        The rows, and counts of pairs with a reply that was cut, and of those left out because
+        their replies differ only behind the cut.
+    """
+    rows: list[dict[str, Any]] = []
+    counts = {"pairs_cut": 0, "pairs_equal_when_cut": 0}
     for pair in pairs:
-        chosen = renderer.encode(pair.prompt, pair.chosen, room).ids
-        rejected = renderer.encode(pair.prompt, pair.rejected, room).ids
-        rows.append(
-            {
-                "chosen_ids": chosen,
-                "rejected_ids": rejected,
-                "length": max(len(chosen), len(rejected)),
-            }
+        one = renderer.encode(pair.prompt, pair.chosen, room, beside=pair.rejected)
+        other = renderer.encode(pair.prompt, pair.rejected, room, beside=pair.chosen)
+        counts["pairs_cut"] += one.is_cut or other.is_cut
+        if one.ids == other.ids:
+            counts["pairs_equal_when_cut"] += 1
+            continue
+        length = max(len(one.ids), len(other.ids))
+        rows.append({"chosen_ids": one.ids, "rejected_ids": other.ids, "length": length})
+    if not rows and pairs:
+        raise DataError(
+            f"reward_model.max_length = {room}: all {len(pairs)} pairs are equal within it; raise "
+            "it, or shorten the prompts"
         )
     if not rows:
         raise DataError("no preference pairs to train on; check data.source and data.eval_fraction")
-    return rows
+    return rows, {name: count for name, count in counts.items() if count}
 
 
 def _train(

@@ -69,10 +69,11 @@ def train_sft(
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     if config.enabled:
         room = min(config.max_length, context_length(model))
-        rows = _encode(demonstrations, renderer, room)
+        rows, cut = _encode(demonstrations, renderer, room)
         use_cpu = device.type == "cpu"
         model, curve = _train(model, rows, config, renderer, seed, use_cpu, progress)
         metrics |= {"demonstrations": len(rows), "loss": curve[-1]["loss"] if curve else None}
+        metrics |= {"replies_cut": cut} if cut else {}
         if leads:
             write_json(out_dir / "curve.json", curve)
     if leads:
@@ -95,18 +96,19 @@ def _texts(demonstrations: list[Demonstration], data: Path) -> Iterator[str]:
 
 def _encode(
     demonstrations: list[Demonstration], renderer: Renderer, room: int
-) -> list[dict[str, list[int]]]:
-    """Render and tokenize demonstrations, each cut to `room` tokens."""
-    rows = []
+) -> tuple[list[dict[str, list[int]]], int]:
+    """Render and tokenize demonstrations, each cut to `room` tokens; count the replies cut."""
+    rows, cut = [], 0
     for row in demonstrations:
         encoded = renderer.encode(row.prompt, row.response, room)
+        cut += encoded.is_cut
         mask = [0] * len(encoded.prompt) + [1] * len(encoded.response)
         rows.append({"input_ids": encoded.ids, "completion_mask": mask})
     if not rows:
         raise DataError(
             "no demonstrations to fine-tune on; check data.source or set sft.enabled=false"
         )
-    return rows
+    return rows, cut
 
 
 def _train(

@@ -224,7 +224,11 @@ TRAIN_SFT = Stage(
     },
     external_model=external_base_model,
     body=_train_sft,
-    headline=(("loss {:.3f}", "loss"), ("{:,} parameters", "parameters")),
+    headline=(
+        ("loss {:.3f}", "loss"),
+        ("{:,} parameters", "parameters"),
+        ("{:,} replies cut at max_length", "replies_cut"),
+    ),
     section="sft",
     tracks_steps=True,
 )
@@ -236,7 +240,12 @@ TRAIN_REWARD_MODEL = Stage(
     depends_on=reward_settings,
     external_model=external_reward_model,
     body=_train_reward_model,
-    headline=(("loss {:.3f}", "loss"), ("ready model, {:,} parameters", "parameters")),
+    headline=(
+        ("loss {:.3f}", "loss"),
+        ("ready model, {:,} parameters", "parameters"),
+        ("{:,} pairs cut at max_length", "pairs_cut"),
+        ("{:,} left out, equal when cut", "pairs_equal_when_cut"),
+    ),
     section="reward_model",
     tracks_steps=True,
 )

@@ -36,6 +36,8 @@ class Encoded:
 
     prompt: list[int]
     response: list[int]
+    is_cut: bool = False
+    """True if the reply lost its end."""
 
     @property
     def ids(self) -> list[int]:
@@ -145,16 +147,27 @@ class Renderer:
                 high = kept - 1
         return best
 
-    def encode(self, prompt: Prompt, response: str, max_length: int) -> Encoded:
+    def encode(self, prompt: Prompt, response: str, max_length: int, beside: str = "") -> Encoded:
         """Return token ids of prompt and reply, at most `max_length` together.
 
-        The prompt takes at most half of them. A reply that does not fit loses its end, and so the
-        end-of-reply token: the model must not learn to stop there.
+        The prompt gets what the reply leaves, and at least half. A reply that does not fit loses
+        its end, and so the end-of-reply token: the model must not learn to stop there.
+
+        Args:
+            prompt: Text or messages.
+            response: The reply.
+            max_length: Tokens of both.
+            beside: Another reply to the same prompt, which must be cut alike: that of a pair.
         """
-        prompt_ids = self.encode_prompt(prompt, max_length // 2)
-        reply = self.tokenizer(response, add_special_tokens=False, split_special_tokens=True)
-        response_ids = [*reply["input_ids"], self.tokenizer.eos_token_id]
-        return Encoded(prompt_ids, response_ids[: max_length - len(prompt_ids)])
+        ids = self._reply_ids(response)
+        longest = max(len(ids), len(self._reply_ids(beside)) if beside else 0)
+        prompt_ids = self.encode_prompt(prompt, max_length - min(longest, max_length // 2))
+        room = max_length - len(prompt_ids)
+        return Encoded(prompt_ids, ids[:room], is_cut=len(ids) > room)
+
+    def _reply_ids(self, response: str) -> list[int]:
+        ids = self.tokenizer(response, add_special_tokens=False, split_special_tokens=True)
+        return [*ids["input_ids"], self.tokenizer.eos_token_id]
 
     def decode(self, response_ids: list[int]) -> str:
         """Return the reply's text, without special tokens."""

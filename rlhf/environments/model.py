@@ -57,7 +57,7 @@ class PairModel:
         """Return the input; the prompt gets half of the context, the replies the rest."""
         room = self.scorer.max_length
         a, b = (self.scorer.renderer.encode(prompt, r, 2 * room) for r in (first, second))
-        start = a.prompt[-(room // 2) :]
+        start = self.scorer.renderer.encode_prompt(prompt, room // 2)
         share = (room - len(start)) // 2
         return [*start, *a.response[:share], *b.response[:share]]
 

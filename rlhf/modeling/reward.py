@@ -117,15 +117,22 @@ class Scorer:
         self.max_length = min(max_length, context_length(self.model))
         self.batch_tokens, self.device = batch_tokens, device
 
-    def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
+    def __call__(
+        self, prompts: list[Any], replies: list[str], beside: list[str] | None = None
+    ) -> Float[Tensor, " batch"]:
         """Score each reply to its own prompt; the result is on the CPU.
+
+        Args:
+            prompts: Texts or messages.
+            replies: One for each prompt.
+            beside: The other reply of each pair, so that both follow the same part of the prompt.
 
         Raises:
             TrainingError: A score is not finite.
         """
         rows = [
-            self.renderer.encode(p, r, self.max_length).ids
-            for p, r in zip(prompts, replies, strict=True)
+            self.renderer.encode(p, r, self.max_length, other).ids
+            for p, r, other in zip(prompts, replies, beside or [""] * len(replies), strict=True)
         ]
         scores = self.score_ids(rows)
         if not torch.isfinite(scores).all():

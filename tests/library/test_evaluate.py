@@ -69,7 +69,7 @@ class TableScorer(Scorer):
     def __init__(self, *_: object) -> None:
         pass
 
-    def __call__(self, prompts, replies):
+    def __call__(self, prompts, replies, beside=None):
         return torch.tensor([SCORES[r] for r in replies])
 
 

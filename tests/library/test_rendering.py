@@ -89,6 +89,12 @@ def test_what_does_not_fit(renderer):
     assert len(long.prompt) == 10  # a prompt may take half
     assert long.prompt[-1] == renderer.encode_prompt("?", 9)[-1]  # and keeps its end
     assert len(long.ids) == 20
+    assert long.is_cut
+    assert not short.is_cut
+    # A short reply leaves more than half to the prompt, and both replies of a pair the same.
+    beside = renderer.encode("q" * 99, "r", 20)
+    assert (len(beside.prompt), len(beside.response)) == (18, 2)
+    assert renderer.encode("q" * 99, "r", 20, beside="r" * 99).prompt == long.prompt
     assert end not in long.response  # cut, so it does not end here
     assert renderer.encode_prompt("abc", 3) == renderer.encode_prompt("c", 50)
     assert renderer.encode_prompt("abc", 1) == renderer.encode_prompt("abc", 50)[-1:]

@@ -100,7 +100,7 @@ def test_the_language_model_loss_keeps_the_language_model(train, sft, data):
     plain, _ = train("plain", epochs=3)
     kept, _ = train("kept", epochs=3, lm_loss_coef=2.0)
     renderer = load_renderer(sft)
-    rows = _encode([Pair("tea or cup?", "good good", "bad bad")], renderer, 48)
+    rows, _ = _encode([Pair("tea or cup?", "good good", "bad bad")], renderer, 48)
     ids = torch.tensor([rows[0]["chosen_ids"]])
     n = len(renderer.encode("tea or cup?", "good good", 48).response)
 
@@ -157,8 +157,25 @@ def test_no_pairs(train, data, tmp_path):
         train(folder=folder)
 
 
+def test_pairs_that_are_cut_are_counted_and_equal_ones_left_out(renderer):
+    long = "good " * 30
+    pairs = [
+        Pair("tea?", "good", "bad bad"), Pair("tea?", long + "end", long + "other"),
+        Pair("tea?", "bad", long), Pair("tea? " * 40, "good", long),
+    ]  # fmt: skip
+    rows, counts = _encode(pairs, renderer, 24)
+    assert counts == {"pairs_cut": 3, "pairs_equal_when_cut": 1}
+    assert len(rows) == 3
+    # Both replies of a pair follow the same part of the prompt.
+    one, other = rows[2]["chosen_ids"], rows[2]["rejected_ids"]
+    assert one[:12] == other[:12]
+    with pytest.raises(DataError, match=r"reward_model.max_length = 24: all 1 pairs are equal"):
+        _encode(pairs[1:2], renderer, 24)
+
+
 def test_rows_are_rendered_with_their_prompt(renderer):
-    (row,) = _encode([Pair("tea?", "good", "bad bad")], renderer, 48)
+    (row,), counts = _encode([Pair("tea?", "good", "bad bad")], renderer, 48)
+    assert counts == {}
     assert row["chosen_ids"] == renderer.encode("tea?", "good", 48).ids
     assert row["rejected_ids"] == renderer.encode("tea?", "bad bad", 48).ids
     assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
