@@ -497,6 +497,10 @@ def test_text_that_is_not_utf8(tmp_path, name):
 def test_line_that_is_not_utf8_within_a_document(tmp_path):
     data = b'[\n{"a": 1},\n{"a": 2},\n{"a": "' + b'\xff"}]'
     assert Reading(tmp_path, "a.json", data).error.startswith("line 4: not UTF-8 (byte 0xff)")
+    # A line that was cut when it was read ahead goes on as the same line.
+    data = b'\n[{"a": "' + b"x" * 2**20 + b'\xff"},\n{}]'
+    found = Reading(tmp_path, "a.json", data, max_row_mb=0.5)
+    assert found.error.startswith("line 2: not UTF-8 (byte 0xff)")
 
 
 def test_encoding_that_is_set(tmp_path):
