@@ -23,7 +23,7 @@ from rlhf.data.records import Record
 def table_records(
     content: io.BufferedIOBase, head: bytes, name: str, options: ReadOptions
 ) -> Iterator[Record]:
-    """Yield the rows of a Parquet file, or of an Arrow file or stream as `datasets` saves them.
+    """Yield the rows of a Parquet file, or of an Arrow file or stream.
 
     Raises:
         MalformedError: It is broken, or declares more than it can hold.
@@ -61,7 +61,7 @@ def _arrow_batches(
 
 @contextmanager
 def _seekable(content: io.BufferedIOBase) -> Iterator[tuple[io.BufferedIOBase, int]]:
-    """Yield the content as a file, and its size; a gzip stream is unpacked to a temporary one."""
+    """Yield the content as a file, and its size; gzip is unpacked to a temporary one."""
     if content.seekable():
         size = content.seek(0, 2)
         content.seek(0)
@@ -97,7 +97,7 @@ def _check_columns(schema: pyarrow.Schema) -> None:
 
 
 def _check_sizes(metadata: parquet.FileMetaData, size: int) -> int:
-    """Refuse sizes that no real file has; return an upper limit of the longest dictionary."""
+    """Refuse sizes that no real file has; return a bound of the longest dictionary."""
     # A column that is constant takes no space per row, but a reply does.
     if metadata.num_rows > 1_000_000 and metadata.num_rows > 100 * size:
         raise MalformedError(
@@ -131,7 +131,7 @@ def _records(
 def _part_rows(
     part: pyarrow.RecordBatch, item: int, options: ReadOptions
 ) -> Iterator[tuple[dict[str, Any] | None, str]]:
-    """Yield (fields, fault) of each row; one at a time where together they are large or faulty."""
+    """Yield (fields, fault) of each row; large or faulty ones are converted singly."""
     if part.nbytes <= options.row_limit:
         try:
             rows = part.to_pylist()

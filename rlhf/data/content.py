@@ -112,6 +112,7 @@ class Text:
         self.options = options
         self.number = 0
         """How many lines were read."""
+        self._is_line_cut = False
         self._encoding = _encoding(head, options, note)
         try:
             # Wrong bytes become surrogates, which tell the exact line and byte.
@@ -132,10 +133,11 @@ class Text:
         try:
             line = self._stream.readline(limit + 1)
         except UnicodeError as error:
-            raise self._undecodable(str(error)) from None
+            raise self._undecodable(str(error), self.number + 1) from None
         self.number += 1
+        self._is_line_cut = len(line) > limit
         if not line.isascii():
-            self._check(line)
+            self._check(line, self.number)
         return line.removeprefix("\ufeff") if self.number == 1 else line
 
     def lines(self) -> Iterator[str]:
@@ -152,37 +154,38 @@ class Text:
 
     def rest(self, limit: int) -> str:
         """Return the remaining text, cut where it is longer than the limit."""
-        self.number += 1  # the line that follows
+        number = self.number if self._is_line_cut else self.number + 1
         parts, size = [], 0
         while size <= limit:
             try:
                 part = self._stream.read(MB)
             except UnicodeError as error:
-                raise self._undecodable(str(error)) from None
+                raise self._undecodable(str(error), number) from None
             if not part:
                 break
             if not part.isascii():
-                self._check(part)
-            self.number += part.count("\n")
+                self._check(part, number)
+            number += part.count("\n")
             size += len(part)
             parts.append(part)
         return "".join(parts)
 
-    def _check(self, text: str) -> None:
+    def _check(self, text: str, number: int) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            self.number += text.count("\n", 0, error.start)
-            raise self._undecodable(f"byte {ord(text[error.start]) - 0xDC00:#04x}") from None
+            number += text.count("\n", 0, error.start)
+            byte = ord(text[error.start]) - 0xDC00
+            raise self._undecodable(f"byte {byte:#04x}", number) from None
 
-    def _undecodable(self, reason: str) -> MalformedError:
+    def _undecodable(self, reason: str, number: int) -> MalformedError:
         cure = (
             "set data.encoding=cp1252 if it comes from Windows, or save it as UTF-8"
             if self.options.encoding is None
             else "set data.encoding to what it is written in"
         )
         name = self._encoding.upper()
-        return MalformedError(f"line {max(1, self.number)}: not {name} ({reason}); {cure}")
+        return MalformedError(f"line {number}: not {name} ({reason}); {cure}")
 
 
 class _Unpacked(io.RawIOBase):

@@ -1,4 +1,4 @@
-"""Records of delimited text: CSV and its relatives, as spreadsheets and programs write it."""
+"""Records of delimited text: CSV and its relatives."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class _Lines:
         return "".join(self._record)[:500].rstrip("\r\n")
 
     def fault(self, reason: str) -> str:
-        """Return the csv module's reason in plain words, or raise where there is no reading on."""
+        """Return the csv module's reason in plain words, or raise at a fatal one."""
         if "unexpected end of data" in reason:
             raise MalformedError(
                 f"line {self.start}: the file ends within the quotes of this record; close them"
@@ -159,7 +159,7 @@ def _delimiter(lines: _Lines, options: ReadOptions, is_tsv: bool, note: Note) ->
 
 
 def _consistency(sample: list[str], delimiter: str) -> tuple[bool, float, int]:
-    """Return a rank: names several columns, share of records with a cell for each, columns."""
+    """Return a rank: is a table, share of records of the header's width, width."""
     widths = []
     try:
         for cells in csv.reader(sample, delimiter=delimiter, skipinitialspace=True, strict=True):

@@ -172,6 +172,8 @@ def _lines(numbered: Iterator[tuple[int, str]], name: str) -> Iterator[Record]:
     decoder = _Decoder()
     decode = decoder.decode
     for number, line in numbered:
+        if line in ("\n", "\r\n"):
+            continue  # decoding would find it too, but at the price of an exception
         row = None
         try:
             row = decode(line.rstrip("\r\n"))

@@ -1,4 +1,4 @@
-"""Records of data files: CSV, JSON and JSON lines, Parquet and Arrow, plain or gzipped.
+"""Records of data files: CSV, JSON, Parquet and Arrow, plain or gzipped.
 
 Files are streamed, and their size does not decide about memory; only a JSON document that is not
 JSON lines is loaded whole. Text stays text: no cell is parsed as a number, a date or a missing
@@ -29,7 +29,7 @@ def ending(name: str) -> str:
 
 
 def is_metadata(name: str) -> bool:
-    """Return whether a file lies beside data and holds none: a card, a licence, a hidden file."""
+    """Return whether a file is a card, a licence, hidden or the like, and not data."""
     parts = PurePosixPath(name.lower()).parts
     return bool(parts) and (
         any(part.startswith(".") for part in parts)

@@ -391,7 +391,8 @@ def test_lines_of_json(tmp_path, name):
 
 def test_lines_of_json_end_at_no_other_character(tmp_path):
     text = '{"a": "x\u2028\x85", \r "b": "\u2029\x7f"}\n'
-    assert Reading(tmp_path, "a.jsonl", text).rows == [{"a": "x\u2028\x85", "b": "\u2029\x7f"}]
+    row = {"a": "x\u2028\x85", "b": "\u2029\x7f"}
+    assert Reading(tmp_path, "a.jsonl", text * 2).rows == [row, row]
 
 
 def test_single_line_is_a_row_of_a_file_of_lines(tmp_path):
@@ -495,6 +496,10 @@ def test_text_that_is_not_utf8(tmp_path, name):
 def test_line_that_is_not_utf8_within_a_document(tmp_path):
     data = b'[\n{"a": 1},\n{"a": 2},\n{"a": "' + b'\xff"}]'
     assert Reading(tmp_path, "a.json", data).error.startswith("line 4: not UTF-8 (byte 0xff)")
+    # A line that was cut when it was read ahead goes on as the same line.
+    data = b'\n[{"a": "' + b"x" * 2**20 + b'\xff"},\n{}]'
+    found = Reading(tmp_path, "a.json", data, max_row_mb=0.5)
+    assert found.error.startswith("line 2: not UTF-8 (byte 0xff)")
 
 
 def test_encoding_that_is_set(tmp_path):
@@ -795,7 +800,8 @@ def test_dictionary_of_a_long_text_is_not_expanded_at_once(tmp_path):
     values = pyarrow.array(["x" * 8_000_000])
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300), values)
     path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"a": column}), path)
+    # Without the schema it is read back as text, not as a dictionary.
+    parquet.write_table(pyarrow.table({"a": column}), path, store_schema=False)
     records = read_records(path, "a.parquet", ReadOptions(), lambda _: None)
     assert len(next(records).fields["a"]) == 8_000_000
     assert pyarrow.total_allocated_bytes() < 400_000_000
