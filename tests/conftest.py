@@ -31,7 +31,9 @@ if CHECKS_SHAPES:
 __all__ = ["s3_server", "s3_weak_server"]
 
 # An example may take as long as a busy machine needs.
-hypothesis.settings.register_profile("any-speed", deadline=None)
+hypothesis.settings.register_profile(
+    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any-speed")
 
 

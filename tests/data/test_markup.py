@@ -295,7 +295,7 @@ def test_a_rendered_conversation_is_parsed_exactly(render, name, conversation):
 def test_what_is_parsed_is_a_chat(conversation):
     messages, is_open = conversation
     _, found = parsed(chat_ml(messages, is_open))
-    assert to_messages(found, "prompt") == [{**m, "content": m["content"]} for m in messages]
+    assert to_messages(found, "prompt") == messages
 
 
 # --- tokens -----------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_words_for_missing_values():
 # --- hostile text -----------------------------------------------------------------------------
 
 LENGTH = 400_000
-LIMIT = 4  # seconds of CPU; linear scans take up to 0.3, copying the rest at each token over 10
+LIMIT = 4  # seconds of CPU; linear scans take up to 0.75, copying the rest at each token over 10
 HOSTILE = [
     ("", "["),
     ("", "{"),
@@ -419,3 +419,43 @@ def test_long_hostile_text_is_read_in_linear_time(beginning, piece):
     assert without_prompt("Why so?", f"Why so?{text}x") is None
     assert without_prompt("Why is it so?", f"Why is it so?{text}x") is not None
     assert time.process_time() - start < LIMIT
+
+
+# --- edges ------------------------------------------------------------------------------------
+
+OPEN_REPR = "[{'role': 'user', 'content': "
+
+
+@pytest.mark.parametrize("depth", [5_000, 100_000])
+def test_a_repr_too_deep_for_a_syntax_tree_is_not_parsed(depth):
+    assert parsed(f"{OPEN_REPR}{'-' * depth}1}}]")[1] is None
+
+
+def test_a_repr_of_more_than_a_million_characters_is_not_parsed():
+    room = 1_000_000 - len(f"{OPEN_REPR}''}}]")
+    assert parsed(f"{OPEN_REPR}'{'x' * room}'}}]") == ("Python repr", [user("x" * room)])
+    longer = f"{OPEN_REPR}'{'x' * (room + 1)}'}}]"
+    assert parsed(longer)[1] is None
+
+
+def test_an_escape_that_python_warns_of_stays():
+    assert parsed(OPEN_REPR + r"'\d+'}]") == ("Python repr", [user(r"\d+")])
+
+
+def test_a_message_with_tool_calls_alone_is_a_chat():
+    messages = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "tool_calls": [{"id": 1}]},
+    ]
+    assert parsed(json.dumps(messages)) == ("JSON", messages)
+
+
+def test_a_later_system_turn_is_not_llama_2():
+    first = "[INST] <<SYS>>\nBe short.\n<</SYS>>\n\nWhy? [/INST] So. </s>"
+    assert parsed(f"{first}<s>[INST] How? [/INST]")[0] == LLAMA_2
+    assert markup_of(f"{first}<s>[INST] <<SYS>>\nx\n<</SYS>>\n\nHow? [/INST]") is None
+
+
+def test_an_empty_last_turn_of_a_user_is_no_beginning_of_a_reply():
+    text = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>user\n"
+    assert parsed(text) == (CHAT_ML, [WHY, user("")])
