@@ -272,7 +272,7 @@ def _is_number(text: str) -> bool:
 def _number(value: Any, column: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
         number = float("nan")
     if isinstance(value, bool) or math.isnan(number):
         raise LeftOutError(f"{column} is no number", repr(value)[:60])
