@@ -123,7 +123,7 @@ def _print_left_out(quarantine: Quarantine, rows: int, config: PipelineConfig) -
 
 
 def _print_lengths(pairs: Sequence[Pair]) -> None:
-    from rlhf.data.collect import messages_of
+    from rlhf.data.rows import messages_of
 
     table = Table(title="Lengths in characters", title_justify="left")
     table.add_column("")
@@ -146,8 +146,8 @@ def _print_pair(pair: Pair) -> None:
     """Print a pair in the chat template of a model trained from scratch."""
     import jinja2
 
-    from rlhf.data.collect import messages_of
     from rlhf.data.rendering import END, TEMPLATE
+    from rlhf.data.rows import messages_of
 
     template = jinja2.Environment(autoescape=False).from_string(TEMPLATE)
     prompt = template.render(messages=messages_of(pair.prompt), add_generation_prompt=True)

@@ -108,14 +108,8 @@ def train_reward_model(
         save_reward_model(merge_adapter(trained), renderer, out_dir, base)
         write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
-    return StageResult(
-        {
-            "pairs": len(rows),
-            "loss": last.get("loss"),
-            "train_accuracy": last.get("accuracy"),
-            **counts,
-        }
-    )
+    metrics = {"pairs": len(rows), "loss": last.get("loss")}
+    return StageResult({**metrics, "train_accuracy": last.get("accuracy"), **counts})
 
 
 def publish_ready_reward_model(

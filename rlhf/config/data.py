@@ -50,7 +50,7 @@ class LabelsConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the data comes from and how it is split."""
+    """Source, format and split of the data."""
 
     source: str = Field(default="world", min_length=1)
     """`world`, or a CSV, JSONL, JSON or Parquet file (also .gz), a folder of them, an s3:// URI,

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.chat import common_prefix, split_reply, to_messages, to_text
-from rlhf.data.collect import messages_of
-from rlhf.data.columns import MISSING, value_of
+from rlhf.data.columns import Row, cell_of
 from rlhf.data.markup import Markup, markup_of, recognise
 from rlhf.data.records import LeftOutError
-from rlhf.data.rows import Message, Prompt
+from rlhf.data.rows import Message, Prompt, messages_of
 from rlhf.data.special_tokens import (
     holds_control_tokens,
     is_missing_word,
@@ -60,9 +59,7 @@ class Cells:
         names = (self.prompt, self.first, self.second, self.system, self.more, self.history)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
-    def read(
-        self, row: Mapping[str, Any], roles: Sequence[str], notes: set[str]
-    ) -> tuple[Prompt, str, str]:
+    def read(self, row: Row, roles: Sequence[str], notes: set[str]) -> tuple[Prompt, str, str]:
         """Return the prompt and both replies of a row.
 
         Args:
@@ -73,7 +70,7 @@ class Cells:
         Raises:
             LeftOutError: A value can't be used.
         """
-        first, second = _cell(row, self.first), _cell(row, self.second)
+        first, second = cell_of(row, self.first), cell_of(row, self.second)
         if self.prompt is None:
             prompt, first, second = self._conversations(first, second, roles)
             prompt = self._framed(row, prompt, notes)
@@ -90,14 +87,14 @@ class Cells:
         notes.add("the prompt is repeated in front of both replies, and cut from them")
         return prompt, rest, other
 
-    def read_prompt(self, row: Mapping[str, Any], notes: set[str]) -> Prompt:
+    def read_prompt(self, row: Row, notes: set[str]) -> Prompt:
         """Return a row's prompt with everything that belongs in front of it.
 
         Raises:
             LeftOutError: It can't be used, or ends with a reply.
         """
         assert self.prompt is not None
-        value = _cell(row, self.prompt)
+        value = cell_of(row, self.prompt)
         if isinstance(value, str):
             prompt: Prompt = self._text_prompt(value)
         elif isinstance(value, list | tuple | dict):
@@ -123,8 +120,6 @@ class Cells:
             if markup is None or markup.name in TEXT_LISTS:
                 return _clean(to_text(value, role, column), role, notes)
             value = _parsed(markup, value, role)
-            if isinstance(value, str | int | float):
-                return _clean(to_text(value, role, column), role, notes)
         elif not isinstance(value, list | tuple | dict):
             return to_text(value, role, column)
         return _clean(split_reply(to_messages(value, role, column), prompt, role)[1], role, notes)
@@ -138,19 +133,19 @@ class Cells:
             return to_text(value, "prompt", self.prompt)
         return to_messages(_parsed(markup, value, "prompt"), "prompt", self.prompt)
 
-    def _framed(self, row: Mapping[str, Any], prompt: Prompt, notes: set[str]) -> Prompt:
+    def _framed(self, row: Row, prompt: Prompt, notes: set[str]) -> Prompt:
         """Add the further input, the history and the system turn."""
-        more = _cell(row, self.more) if self.more else None
+        more = cell_of(row, self.more) if self.more else None
         if isinstance(more, str) and more.strip():
             if not isinstance(prompt, str):
                 raise LeftOutError(f"{self.more} beside a prompt of messages", more[:60])
             prompt = f"{prompt}\n\n{more}"
             notes.add(f"{self.more} follows the prompt after an empty line")
         messages = messages_of(prompt)
-        if self.history and (turns := _cell(row, self.history)) not in (None, MISSING, [], ""):
+        if self.history and (turns := cell_of(row, self.history)) not in (None, [], ""):
             messages = [*_history(turns, self.history), *messages]
             notes.add(f"{self.history} holds the turns before the prompt")
-        system = _cell(row, self.system) if self.system else None
+        system = cell_of(row, self.system) if self.system else None
         if isinstance(system, str) and system.strip():
             if messages[0]["role"] == "system":
                 raise LeftOutError(
@@ -214,18 +209,20 @@ class Cells:
             )  # fmt: skip
 
 
-def find_named(columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+def find_named(columns: Sequence[str], sample: Sequence[Row]) -> frozenset[str]:
     """Return the columns in most of whose texts the assistant is named in front."""
     found = set()
     for column in columns:
-        texts = [value for row in sample if isinstance(value := _cell(row, column), str) and value]
+        texts = [
+            value for row in sample if isinstance(value := cell_of(row, column), str) and value
+        ]
         if sum(bool(_SPEAKER.match(text)) for text in texts) > len(texts) / 2:
             found.add(column)
     return frozenset(found)
 
 
 def find_markups(
-    columns: Sequence[str], sample: Sequence[Mapping[str, Any]]
+    columns: Sequence[str], sample: Sequence[Row]
 ) -> tuple[dict[str, Markup], list[str]]:
     """Return the markup of each column whose texts are written in one, and sentences about them.
 
@@ -235,7 +232,7 @@ def find_markups(
     markups: dict[str, Markup] = {}
     notes = []
     for column in columns:
-        texts = [value for row in sample if isinstance(value := _cell(row, column), str)]
+        texts = [value for row in sample if isinstance(value := cell_of(row, column), str)]
         markup = recognise(texts)
         if markup is None:
             continue
@@ -248,11 +245,6 @@ def find_markups(
         if markup.name not in TEXT_LISTS:
             notes.append(f"{column} holds chats written as {markup.name}, which are parsed")
     return markups, notes
-
-
-def _cell(row: Mapping[str, Any], column: str) -> Any:
-    value = value_of(row, column)
-    return None if value is MISSING else value
 
 
 def _parsed(markup: Markup, text: str, role: str) -> Any:

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from rlhf.data.records import LeftOutError
-from rlhf.data.rows import Message, Prompt
+from rlhf.data.rows import Message, Prompt, messages_of
 
 #: Names of roles in public data sets, in lower case.
 ROLES: Mapping[str, str] = {
@@ -135,8 +135,7 @@ def split_reply(
         if before and before[-1]["role"] == "assistant":
             raise _several(2, field)
         return before or None, last["content"]
-    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    known, found = _key(given), _key(before)
+    known, found = _key(messages_of(prompt)), _key(before)
     if found in ([], known, _without_system(known)):
         return prompt, last["content"]
     raise _other_prompt(found, known, field)
@@ -150,6 +149,13 @@ def common_prefix(a: list[Message], b: list[Message]) -> int:
             break
         count += 1
     return count
+
+
+def loose_text(text: str) -> str:
+    """Return a text without differences in Unicode form, spacing and case."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(text.lower().split())
 
 
 # --- text -------------------------------------------------------------------------------------
@@ -293,11 +299,7 @@ def _calls(item: dict[Any, Any], field: str) -> LeftOutError:
 
 def _key(messages: list[Message]) -> list[tuple[str, str]]:
     """Return messages without Unicode form, spacing and case."""
-
-    def plain(text: str) -> str:
-        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-    return [(m["role"], plain(m["content"])) for m in messages]
+    return [(m["role"], loose_text(m["content"])) for m in messages]
 
 
 def _without_system(key: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rlhf.config import DataConfig
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.rows import Demonstration, Message, Pair, Prompt
+from rlhf.data.rows import Demonstration, Pair, Prompt, messages_of
 
 #: Most pairs from the scored replies to one prompt: a hundred replies would give 4,950.
 MAX_RANKED_PAIRS = 64
@@ -84,7 +84,7 @@ class _Votes:
 
 @dataclass
 class _Replies:
-    """Everything that the rows say of one prompt."""
+    """Votes and scores of the replies to one prompt."""
 
     prompt: Prompt
     pairs: dict[tuple[str, str], _Votes] = field(default_factory=dict)
@@ -253,11 +253,6 @@ def exact_key(prompt: Prompt) -> str:
 def joined(turns: Iterable[tuple[str, str]]) -> str:
     """Return one text for roles and contents that no other turns give."""
     return "".join(f"{role} {len(content)} {content}" for role, content in turns)
-
-
-def messages_of(prompt: Prompt) -> list[Message]:
-    """Return a prompt as chat messages."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def too_long(prompt: Prompt, replies: list[str], config: DataConfig) -> LeftOutError | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
+#: Values of a row by column.
+Row: TypeAlias = Mapping[str, Any]
 #: What `value_of` returns for a column that a row does not have.
 MISSING: Final = object()
 
 
-def value_of(row: Mapping[str, Any], path: str) -> Any:
+def value_of(row: Row, path: str) -> Any:
     """Return a column's value, or MISSING.
 
     A column of that very name wins; else `a.b.0` is item 0 of the list in field `b` of column `a`.
@@ -27,3 +29,9 @@ def value_of(row: Mapping[str, Any], path: str) -> Any:
         else:
             return MISSING
     return value
+
+
+def cell_of(row: Row, path: str) -> Any:
+    """Return a column's value, None for a column that the row does not have."""
+    value = value_of(row, path)
+    return None if value is MISSING else value

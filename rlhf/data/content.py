@@ -27,7 +27,7 @@ class MalformedError(Exception):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read."""
+    """Settings for reading files."""
 
     encoding: str | None = None
     """`data.encoding`; None: UTF-8, or UTF-16 or UTF-32 by its byte order mark."""

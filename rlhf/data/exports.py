@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.data.chat import to_messages, to_text
+from rlhf.data.columns import Row
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.rows import Message
 
-Row = Mapping[str, Any]
 #: Turns an export's row into one with a column for each text.
 Adapter = Callable[[Row], Row]
 

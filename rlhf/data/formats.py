@@ -12,17 +12,13 @@ from typing import Any
 from rlhf.config import DataConfig
 from rlhf.data.cells import TEXT_LISTS, Cells, find_markups, find_named
 from rlhf.data.chat import to_text
-from rlhf.data.columns import MISSING, value_of
+from rlhf.data.columns import MISSING, Row, cell_of, value_of
 from rlhf.data.exports import ADAPTERS, Adapter, trees
 from rlhf.data.markup import Markup
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.replies import find_ranking, find_rated
+from rlhf.data.replies import Found, find_ranking, find_rated
 from rlhf.data.verdicts import Judge, find_judge, names_a_reply
 from rlhf.errors import ConfigError
-
-Row = Mapping[str, Any]
-#: What a finder returns: cells, the replies' names in reasons, the converter, sentences.
-Found = tuple[Cells, tuple[str, str], Any, tuple[str, ...]]
 
 PROMPTS = (
     "prompt", "question", "instruction", "query", "context", "user_input", "user_prompt", "input",
@@ -249,7 +245,7 @@ def _find_pairs(
             chosen = names.get(one)
     if chosen is None or rejected is None:
         return None
-    values = [v for row in sample if (v := value_of(row, chosen)) not in (None, MISSING, "")]
+    values = [v for row in sample if (v := cell_of(row, chosen)) not in (None, "")]
     are_labels = values and all(names_a_reply(value, list(names.values())) for value in values)
     if are_labels and _reply_columns(names, sample):
         return None  # the label of a comparison: {"response_a": …, "chosen": "response_a"}
@@ -323,10 +319,10 @@ def _hold_text(sample: Sequence[Row], columns: Sequence[str]) -> bool:
 
 def _alternatives(row: Row, column: str) -> list[Row]:
     """Return a row's values of a column that may be a list of several replies."""
-    value = value_of(row, column)
+    value = cell_of(row, column)
     if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
         return [{column: text} for text in value]
-    return [{column: None if value is MISSING else value}]
+    return [{column: value}]
 
 
 def _turns(row: Row, cells: Cells) -> Row:

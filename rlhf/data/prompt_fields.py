@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from rlhf.config import DataConfig
 from rlhf.data.collect import exact_key
-from rlhf.data.columns import MISSING, value_of
+from rlhf.data.columns import Row, cell_of
 from rlhf.data.records import LeftOutError
 from rlhf.data.rows import Prompt, PromptRow
 
@@ -23,7 +23,7 @@ class PromptFields:
         self.references: dict[str, str] = {}
         self.metadata: dict[str, dict[str, Any]] = {}
 
-    def read(self, row: Mapping[str, Any], prompt: Prompt) -> Callable[[], None]:
+    def read(self, row: Row, prompt: Prompt) -> Callable[[], None]:
         """Check a row's fields, and return a function that adds them once the row is used.
 
         Raises:
@@ -38,7 +38,7 @@ class PromptFields:
                 "another reference for the same prompt", repr(reference)[:100],
                 "give each prompt one reference",
             )  # fmt: skip
-        metadata = {column: _plain_json(_cell(row, column)) for column in columns}
+        metadata = {column: _plain_json(cell_of(row, column)) for column in columns}
 
         def add() -> None:
             if reference is not None:
@@ -54,10 +54,10 @@ class PromptFields:
             row, reference=self.references.get(name), metadata=self.metadata.get(name, {})
         )
 
-    def _reference(self, row: Mapping[str, Any]) -> str | None:
+    def _reference(self, row: Row) -> str | None:
         if self.config.reference_column is None:
             return None
-        value = _cell(row, self.config.reference_column)
+        value = cell_of(row, self.config.reference_column)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return None if math.isnan(value) else str(value)  # a missing number in Parquet
         if value is None or (isinstance(value, str) and not value.strip()):
@@ -68,11 +68,6 @@ class PromptFields:
                 "mend the column of data.reference_column",
             )  # fmt: skip
         return value
-
-
-def _cell(row: Mapping[str, Any], column: str) -> Any:
-    value = value_of(row, column)
-    return None if value is MISSING else value
 
 
 def _plain_json(value: Any) -> Any:

@@ -65,7 +65,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Converted:
-    """Everything that one row says."""
+    """Comparisons and ratings that one row holds."""
 
     comparisons: list[Comparison] = field(default_factory=list)
     rated: list[Rated] = field(default_factory=list)

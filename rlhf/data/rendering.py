@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.rows import Message, Prompt
+from rlhf.data.rows import Message, Prompt, messages_of
 from rlhf.errors import DataError
 
 ASSISTANT = "<|assistant|>"
@@ -71,10 +71,9 @@ class Renderer:
         Raises:
             DataError: The template refuses the order of roles.
         """
-        messages: list[Message] = (
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        )
-        messages = [{**m, "content": self._escape(m["content"])} for m in messages]
+        messages: list[Message] = [
+            {**m, "content": self._escape(m["content"])} for m in messages_of(prompt)
+        ]
         if messages[0]["role"] != "system":
             return self._render(messages)
         try:
@@ -117,7 +116,7 @@ class Renderer:
         ids = self._prompt_ids(prompt)
         if len(ids) <= max_length:
             return ids
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = messages_of(prompt)
         system = messages[:1] if messages[0]["role"] == "system" else []
         starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > len(system)]
         for start in starts:
@@ -160,8 +159,10 @@ class Renderer:
             beside: Another reply to the same prompt, which must be cut alike: that of a pair.
         """
         ids = self._reply_ids(response)
-        longest = max(len(ids), len(self._reply_ids(beside)) if beside else 0)
-        prompt_ids = self.encode_prompt(prompt, max_length - min(longest, max_length // 2))
+        prompt_ids = self._prompt_ids(prompt)
+        if len(prompt_ids) > max_length // 2:
+            longest = max(len(ids), len(self._reply_ids(beside)) if beside else 0)
+            prompt_ids = self.encode_prompt(prompt, max_length - min(longest, max_length // 2))
         room = max_length - len(prompt_ids)
         return Encoded(prompt_ids, ids[:room], is_cut=len(ids) > room)
 

@@ -12,10 +12,10 @@ from typing import Any
 from rlhf.config import DataConfig
 from rlhf.data.cells import Cells
 from rlhf.data.collect import MAX_RANKED_PAIRS
-from rlhf.data.columns import MISSING, value_of
+from rlhf.data.columns import Row, cell_of, value_of
 from rlhf.data.records import Comparison, Converted, LeftOutError, Rated
 
-Row = Mapping[str, Any]
+#: What a finder returns: cells, the replies' names in reasons, the converter, sentences.
 Found = tuple[Cells, tuple[str, str], Any, tuple[str, ...]]
 
 REPLIES = ("completion", "response", "answer", "reply", "output", "generation", "text")
@@ -58,8 +58,7 @@ class _Rating:
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
         prompt = cells.read_prompt(row, notes)
-        value = value_of(row, cells.first)
-        value = None if value is MISSING else value
+        value = cell_of(row, cells.first)
         reply = cells.read_reply(value, cells.first, prompt, roles[0], notes)
         score = sum(
             weight * _score(value_of(row, column), column)

@@ -23,6 +23,12 @@ from typing import Any, TypeVar
 Message = dict[str, str]
 Prompt = str | list[Message]
 
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """Return a prompt as chat messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 DEMONSTRATIONS = "demonstrations.jsonl"
 PAIRS_TRAIN = "pairs-train.jsonl"
 PAIRS_EVAL = "pairs-eval.jsonl"

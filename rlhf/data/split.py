@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Iterable
 
-from rlhf.data.collect import joined, messages_of
-from rlhf.data.rows import Prompt
+from rlhf.data.chat import loose_text
+from rlhf.data.collect import joined
+from rlhf.data.rows import Prompt, messages_of
 
 #: Least number of prompts on each side: a comparison needs two.
 MIN_PROMPTS = 2
@@ -21,7 +21,7 @@ def loose_key(prompt: Prompt) -> str:
     Only for keeping prompts on one side of the split, where a copy would raise the score: two
     prompts of one key may still differ, like 2² and 22.
     """
-    return joined((m["role"], _plain(m["content"])) for m in messages_of(prompt))
+    return joined((m["role"], loose_text(m["content"])) for m in messages_of(prompt))
 
 
 def clusters(prompts: Iterable[Prompt]) -> dict[str, str]:
@@ -76,9 +76,3 @@ def _beginnings(prompt: Prompt) -> list[str]:
             found.append(loose_key(turns))
         found.append(loose_key(messages[: end + 1]))
     return found
-
-
-def _plain(text: str) -> str:
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(text.lower().split())

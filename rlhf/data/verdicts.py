@@ -1,4 +1,4 @@
-"""Which of two replies was preferred, by the label column of a comparison log.
+"""Decide which of two replies a row of a comparison log prefers.
 
 A label whose meaning is not certain is refused until `data.labels` sets it: a wrong guess inverts
 every pair.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.config import DataConfig
-from rlhf.data.columns import MISSING, value_of
+from rlhf.data.columns import MISSING, Row, value_of
 from rlhf.data.records import LeftOutError
 from rlhf.errors import ConfigError
 
@@ -59,7 +59,7 @@ class Judge:
     models: tuple[str, str] | None = None
     """Columns with the names of the two replies' models, one of which a label may give."""
 
-    def decide(self, row: Mapping[str, Any]) -> tuple[Verdict, float | None]:
+    def decide(self, row: Row) -> tuple[Verdict, float | None]:
         """Return a row's verdict, and by how much where the source says.
 
         Raises:
@@ -83,7 +83,7 @@ class Judge:
         lead = verdicts["first"] - verdicts["second"]
         return _sign(-lead), abs(lead) / len(votes)
 
-    def _vote(self, value: Any, row: Mapping[str, Any]) -> Verdict:
+    def _vote(self, value: Any, row: Row) -> Verdict:
         if self.by == "sign":
             return _sign(_number(value, self.columns[0]))
         verdict = self.words.get(_exact(value)) or self.words.get(_plain(value))
@@ -109,7 +109,7 @@ class Judge:
 
 def find_judge(
     names: Mapping[str, str],
-    sample: Sequence[Mapping[str, Any]],
+    sample: Sequence[Row],
     replies: tuple[str, str],
     suffixes: tuple[str, str],
     config: DataConfig,
@@ -153,7 +153,7 @@ def find_judge(
 
 
 def _words(
-    label: str, sample: Sequence[Mapping[str, Any]], replies: tuple[str, ...],
+    label: str, sample: Sequence[Row], replies: tuple[str, ...],
     suffixes: tuple[str, str], config: DataConfig,
 ) -> dict[str, Verdict]:  # fmt: skip
     """Return the verdict of each label; a label may also be the text of one of the columns.
