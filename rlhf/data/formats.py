@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from rlhf.config import DataConfig
 from rlhf.data.cells import TEXT_LISTS, Cells, find_markups, find_named
 from rlhf.data.chat import to_text
 from rlhf.data.columns import MISSING, value_of
-from rlhf.data.exports import ADAPTERS, Adapter, trees
+from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.replies import find_ranking, find_rated
@@ -94,9 +93,11 @@ def detect(
         ConfigError: A column that is set does not exist, or no format fits.
     """
     _check_settings(columns, sample, config)
-    for name, find in ADAPTERS.items():
-        if config.format in ("auto", name) and (adapt := find(columns, sample)):
-            return _adapted(name, adapt, sample, config, text_cells)
+    for name in EXPORTS:
+        if config.format not in ("auto", name):
+            continue
+        if export := find_export(name, columns, sample, config):
+            return _exported(name, export, columns, sample, config, text_cells)
     if config.format in ("auto", "open-assistant") and (convert := trees(columns, sample)):
         unused = tuple(name for name in columns if name != "prompt")
         note = "replies to the same message are compared by their rank"
@@ -106,17 +107,18 @@ def detect(
     return replace(layout, unused=tuple(name for name in columns if name not in read))
 
 
-def _adapted(
-    name: str, adapt: Adapter, sample: Sequence[Row], config: DataConfig, text_cells: bool
-) -> Layout:
-    """Return the layout of an export, from the rows that its adapter makes."""
-    flat: list[Row] = []
-    for row in sample:
-        with contextlib.suppress(LeftOutError):
-            flat.append(adapt(row))
-    columns = list(dict.fromkeys(column for row in flat for column in row))
-    layout = _flat(columns, flat, config.model_copy(update={"format": "auto"}), text_cells)
-    return replace(layout, name=name, converter=lambda row: layout.converter(adapt(row)))
+def _exported(
+    name: str, export: Export, columns: Sequence[str], sample: Sequence[Row], config: DataConfig,
+    text_cells: bool,
+) -> Layout:  # fmt: skip
+    """Return the layout of an export, from the rows that it is turned into."""
+    names, flat = export.flatten(name, sample)
+    settings = {"format": "auto", "label_column": config.label_column or export.label}
+    layout = _flat(names, flat, config.model_copy(update=settings), text_cells)
+    unused = export.unused(columns, sample, layout.columns)
+    return replace(
+        layout, name=name, unused=unused, converter=lambda row: layout.converter(export.widen(row))
+    )
 
 
 def _flat(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.data.helpers import assistant, user
+from rlhf.errors import ConfigError
+from tests.data.helpers import assistant, message, user
 from tests.data.test_formats import BAD, GOOD, ONE, Q, read_rows
 
 
@@ -54,6 +55,80 @@ ARGILLA = [
 def test_argilla(tmp_path, responses):
     row = {"id": "1", "fields": FIELDS, "responses": responses, "metadata": {}}
     assert read_rows(tmp_path, [row])[:3] == ("argilla", ONE, {})
+
+
+RECORD = {"prompt": Q, "response-1": BAD, "response-2": GOOD}
+PREFERENCE = [{"value": "response-2", "status": "submitted"}]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"preference": PREFERENCE},
+        {"preference": [*PREFERENCE, {"value": "response-1", "status": "discarded"}]},
+        {"comment": [{"value": "Nice.", "status": "submitted"}], "preference": PREFERENCE},
+        {"preference.responses": ["response-2", "response-1"],
+         "preference.responses.status": ["submitted", "draft"],
+         "preference.responses.users": ["u", "v"]},
+    ],
+)  # fmt: skip
+def test_argilla_records_as_a_table(tmp_path, columns):
+    assert read_rows(tmp_path, [RECORD | columns])[:3] == ("argilla", ONE, {})
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [
+        {"comment": [{"value": "Nice."}], "better": [{"value": "response_2"}]},
+        [{"values": {"comment": {"value": "Nice."}, "better": {"value": "response_2"}}}],
+    ],
+)
+def test_the_question_that_compares_the_replies_decides(tmp_path, responses):
+    row = {"fields": FIELDS, "responses": responses}
+    found, read, _, reading = read_rows(tmp_path, [row])
+    assert (found, read) == ("argilla", ONE)
+    assert "decided by responses.better" in " ".join(reading.notes)
+
+
+def test_a_label_column_that_is_set_chooses_the_question(tmp_path):
+    responses = {"preference": [{"value": "response_1"}], "overall": [{"value": "response_2"}]}
+    row = {"fields": FIELDS, "responses": responses}
+    assert read_rows(tmp_path, [row], label_column="responses.overall")[1] == ONE
+    assert read_rows(tmp_path, [row])[1] == [(Q, BAD, GOOD)]
+
+
+def test_a_prompt_inside_of_an_export_is_set_by_its_path(tmp_path):
+    row = {"fields": {**FIELDS, "task": "Which?"}, "responses": ARGILLA[0]}
+    _, read, _, _ = read_rows(tmp_path, [row], prompt_column="fields.task")
+    assert read == [("Which?", GOOD, BAD)]
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"input": {"messages": [user(Q)], "tools": [{"type": "function"}]}, "split": "train",
+          "preferred_output": [assistant(GOOD)], "non_preferred_output": [assistant(BAD)]},
+         ["split", "input.tools"]),
+        (task("right", customer="c1"), ["data.customer"]),
+        ({"fields": {**FIELDS, "hint": "h"}, "responses": ARGILLA[0]}, ["fields.hint"]),
+    ],
+)  # fmt: skip
+def test_parts_of_an_export_that_are_not_read_are_named(tmp_path, row, unused):
+    assert read_rows(tmp_path, [row])[3].unused_columns == unused
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (task(), "looks like label-studio, but of the first 1 rows none can be used: the task has "
+                 "no annotation; export labelled tasks only"),
+        ({"fields": FIELDS, "responses": {}},
+         "looks like argilla, but of the first 1 rows none can be used: the record has no "
+         "submitted response; export submitted records only"),
+    ],
+)  # fmt: skip
+def test_an_export_without_any_answer_is_refused_by_its_name(tmp_path, row, reason):
+    assert reason in message(ConfigError, read_rows, tmp_path, [row])
 
 
 def test_an_argilla_record_without_responses_is_left_out(tmp_path):
