@@ -203,7 +203,7 @@ class _Pair:
         values = [value_of(row, column) for column in self.scores]
         try:
             one, other = (float(value) for value in values)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
             return None
         if one == other:
             raise LeftOutError("tie: both replies have the same score", f"{one:g}", is_choice=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -220,6 +221,7 @@ def _score(value: Any, column: str) -> float:
             value = float(text)
         except ValueError:
             value = None
-    if isinstance(value, bool | int | float) and math.isfinite(value):
-        return float(value)
+    with contextlib.suppress(OverflowError):  # an integer of 400 digits
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            return float(value)
     raise LeftOutError(f"{column} is neither a number nor a thumb", _beginning(value))

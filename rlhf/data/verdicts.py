@@ -7,6 +7,7 @@ every pair.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Judge:
     def _vote(self, value: Any, row: Mapping[str, Any]) -> Verdict:
         if self.by == "sign":
             return _sign(_number(value, self.columns[0]))
-        verdict = self.words.get(_plain(value))
+        verdict = self.words.get(_exact(value)) or self.words.get(_plain(value))
         if verdict is not None:
             return verdict
         if isinstance(value, str) and value.strip():
@@ -168,7 +169,7 @@ def _words(
         meanings: dict[Verdict, str | None] = {
             "first": settings.first, "second": settings.second, "tie": settings.tie,
         }  # fmt: skip
-        return {_plain(value): name for name, value in meanings.items() if value is not None}
+        return _set_words(meanings)
     words: dict[str, Verdict] = {**_WORDS}
     for column, verdict in zip(replies[:2], ("first", "second"), strict=True):
         words[_plain(column)] = verdict
@@ -196,6 +197,21 @@ def _words(
             f"prefers {replies[0]}, data.labels.second to the other, and data.labels.tie if there "
             "are ties"
         )
+    return words
+
+
+def _set_words(meanings: Mapping[Verdict, str | None]) -> dict[str, Verdict]:
+    """Return the verdicts of the labels that are set, which may differ in marks alone: A>B, A=B."""
+    words: dict[str, Verdict] = {}
+    for name, value in meanings.items():
+        if value is None:
+            continue
+        if other := words.get(_exact(value)):
+            raise ConfigError(
+                f"data.labels.{name} = {value!r}: data.labels.{other} and data.labels.{name} have "
+                "the same value; set each to a value of its own"
+            )
+        words[_exact(value)] = name
     return words
 
 
@@ -229,12 +245,20 @@ def _votes(value: Any) -> list[Any]:
 
 def _plain(value: Any) -> str:
     """Return a label as text: 1.0 and "1" alike, case and marks ignored."""
+    text = _exact(value)
+    if _is_number(text):
+        return text
+    return " ".join("".join(c if c.isalnum() else " " for c in text).split())
+
+
+def _exact(value: Any) -> str:
+    """Return a label as text: 1.0 and "1" alike, case and what joins words ignored."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip().casefold()
     if _is_number(text):
         return text.removesuffix(".0")
-    return " ".join("".join(c if c.isalnum() else " " for c in text).split())
+    return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", text)
 
 
 def _is_number(text: str) -> bool:
@@ -248,7 +272,7 @@ def _is_number(text: str) -> bool:
 def _number(value: Any, column: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
         number = float("nan")
     if isinstance(value, bool) or math.isnan(number):
         raise LeftOutError(f"{column} is no number", repr(value)[:60])
