@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -299,9 +300,11 @@ def _ranked_siblings(node: Mapping[str, Any], before: list[Message]) -> Iterator
     replies = node.get("replies")
     children = [c for c in replies if isinstance(c, Mapping)] if isinstance(replies, list) else []
     ranked = [
-        (child["rank"], to_text(child.get("text"), "a reply"))
+        (rank, to_text(child.get("text"), "a reply"))
         for child in children
-        if isinstance(child.get("rank"), int) and not child.get("deleted")
+        if isinstance(rank := child.get("rank"), int | float)  # pandas writes 0.0 and NaN
+        and math.isfinite(rank)
+        and not child.get("deleted")
     ]
     if message[0]["role"] == "user":
         ranked.sort(key=lambda item: item[0])

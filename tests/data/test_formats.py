@@ -218,7 +218,8 @@ def test_what_looks_like_markup_but_is_an_answer_stays(tmp_path):
          ["data.reference_column = 'chosen': is data.chosen_column too"]),
         ({"prompt": Q, "chosen": GOOD, "rejected": BAD}, {"format": "comparison"},
          ["data.format = 'comparison' does not fit"]),
-        ({"prompt": Q, "outputs": [GOOD, BAD]}, {}, ["no format fits"]),
+        ({"prompt": Q, "outputs": [GOOD, BAD]}, {},
+         ["the replies in outputs have neither scores nor ranks", "set data.format=ranking"]),
     ],
 )  # fmt: skip
 def test_what_can_not_be_right_is_refused_with_a_cure(tmp_path, row, settings, parts):
