@@ -302,8 +302,8 @@ def _ranked_siblings(node: Mapping[str, Any], before: list[Message]) -> Iterator
     ranked = [
         (rank, to_text(child.get("text"), "a reply"))
         for child in children
-        if isinstance(rank := child.get("rank"), int | float)  # pandas writes 0.0 and NaN
-        and math.isfinite(rank)
+        if isinstance(rank := child.get("rank"), int | float)
+        and -math.inf < rank < math.inf  # pandas writes NaN; isfinite fails for 400 digits
         and not child.get("deleted")
     ]
     if message[0]["role"] == "user":

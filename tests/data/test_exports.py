@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.config import DataConfig
+from rlhf.data.formats import detect
+from rlhf.data.records import LeftOutError
 from rlhf.errors import ConfigError
 from tests.data.helpers import assistant, message, user
-from tests.data.test_formats import BAD, GOOD, ONE, Q, read_rows
+from tests.data.test_formats import BAD, GOOD, JSON, ONE, Q, read_rows
 
 
 def task(*selected, **more):
@@ -157,11 +167,61 @@ def test_message_trees_several_turns_deep(tmp_path):
     ]
 
 
+def test_a_rank_of_400_digits_is_one():
+    root = {"text": Q, "role": "prompter", "replies": [reply(BAD, 10**400), reply(GOOD, 0)]}
+    row = {"prompt": root}
+    (comparison,) = detect(["prompt"], [row], DataConfig(source="x.jsonl")).convert(row).comparisons
+    assert comparison.chosen == GOOD
+
+
 def test_a_tree_without_ranks_is_left_out(tmp_path):
     trees = [
         {"prompt": {"text": Q, "role": "prompter", "replies": [reply(GOOD, r), reply(BAD, s)]}}
-        for r, s in ((0, 1), (None, None), (0, 0))
+        for r, s in ((0, 1), (None, None), (0, 0), (0, math.nan))
     ]
     _, read, reasons, _ = read_rows(tmp_path, trees)
     assert read == [([user(Q)], GOOD, BAD)]
-    assert reasons == {"no message of the tree has two ranked replies": 2}
+    assert reasons == {"no message of the tree has two ranked replies": 3}
+
+
+EXPORTED = {
+    "openai": {"input": {"messages": [user(Q)]}, "preferred_output": [assistant(GOOD)],
+               "non_preferred_output": [assistant(BAD)]},
+    "label studio": task("right", "left", "right"),
+    "argilla by question": {"fields": FIELDS, "responses": ARGILLA[0]},
+    "argilla by annotator": {"fields": FIELDS, "responses": ARGILLA[2]},
+    "argilla table": RECORD | {"preference": PREFERENCE},
+    "argilla flat table": RECORD | {"preference.responses": ["response-2"],
+                                    "preference.responses.status": ["submitted"]},
+    "tree": {"prompt": {"text": Q, "role": "prompter", "replies": [reply(GOOD, 0), reply(BAD, 1)]}},
+}  # fmt: skip
+
+
+def paths(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to all values inside of a value."""
+    keys = value if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
+    for key in keys:
+        yield (*prefix, key)
+        yield from paths(value[key], (*prefix, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """The value with another one at a path."""
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+@pytest.mark.parametrize("row", EXPORTED.values(), ids=EXPORTED)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_value_anywhere_in_an_export_is_converted_or_left_out(row, data):
+    layout = detect(list(row), [row], DataConfig(source="x.jsonl"))
+    path = data.draw(st.sampled_from([*paths(row)]))
+    other = changed(row, path, data.draw(JSON))
+    with contextlib.suppress(LeftOutError):
+        assert layout.convert(other).comparisons
+    with contextlib.suppress(LeftOutError, ConfigError):
+        detect(list(row), [other], DataConfig(source="x.jsonl")).convert(row)
