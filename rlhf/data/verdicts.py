@@ -94,7 +94,7 @@ class Judge:
         if isinstance(value, str) and value.strip():
             for columns in ((self.first, self.second), self.models or ()):
                 names = [_plain(value_of(row, column)) for column in columns]
-                if names.count(_plain(value)) == 1:
+                if _plain(value) and names.count(_plain(value)) == 1:
                     return "first" if names[0] == _plain(value) else "second"
         raise LeftOutError(
             f"{self.columns[0]} has an unknown value", repr(value)[:60],
@@ -145,7 +145,8 @@ def find_judge(
             "is better; set data.label_column, and data.labels.first and data.labels.second to its "
             "values"
         )
-    if label in _SIGNED and suffixes == ("1", "2") and config.labels.first is None:
+    is_set = any(v is not None for v in config.labels.model_dump().values())
+    if label in _SIGNED and suffixes == ("1", "2") and not is_set:
         return Judge(f"decided by the sign of {label}", (label,), *replies, {}, "sign")
     models = [names.get(f"model_{suffix}") for suffix in suffixes]
     both = (models[0], models[1]) if models[0] and models[1] else None
@@ -173,6 +174,8 @@ def _words(
         }  # fmt: skip
         return _set_words(meanings)
     words: dict[str, Verdict] = {**_WORDS}
+    if settings.tie is not None:
+        words[_exact(settings.tie)] = "tie"
     for column, verdict in zip(replies[:2], ("first", "second"), strict=True):
         words[_plain(column)] = verdict
     votes = [vote for row in sample for vote in _votes(value_of(row, label))]

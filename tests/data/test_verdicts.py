@@ -108,3 +108,17 @@ def test_swapping_replies_and_votes_gives_the_same_preference(votes, form):
     wins = "x" if lead > 0 else "y"
     found = [(wins, abs(lead) / len(votes)) if len(votes) > 1 else wins] if lead else ["tie"]
     assert winners([form.format(vote) for vote in votes]) == decide([row]) == found
+
+
+def test_a_setting_wins_over_the_sign_and_a_tie_alone_is_heard():
+    rows = [{"overall_preference": value} for value in (-1, 1)]
+    assert decide(rows, "12", labels={"second": "-1"}) == [
+        "y",
+        "overall_preference has an unknown value",
+    ]
+    assert winners("a", "skip", "b", tie="skip") == ["x", "tie", "y"]
+
+
+def test_a_label_of_marks_alone_is_no_reply_of_marks_alone():
+    rows = [{"response_b": "!!!", "winner": label} for label in ("a", "b", "b", "?")]
+    assert decide(rows)[3] == "winner has an unknown value"
