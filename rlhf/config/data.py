@@ -73,6 +73,9 @@ class DataConfig(Section):
     name."""
     labels: LabelsConfig = LabelsConfig()
     """Meaning of the values of `label_column`."""
+    score_weights: dict[str, float] = Field(default_factory=dict[str, float])
+    """Weights of several columns that rate one reply, by column; none takes HelpSteer's attributes
+    with the weights of NVIDIA's SteerLM reward models."""
     reference_column: str | None = None
     """Column that holds the right answer to the prompt, for rewards that compare with it."""
     metadata_columns: tuple[str, ...] = ()

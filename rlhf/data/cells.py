@@ -124,6 +124,23 @@ class Cells:
             return to_text(value, role, column)
         return _clean(split_reply(to_messages(value, role, column), prompt, role)[1], role, notes)
 
+    def read_conversation(
+        self, row: Mapping[str, Any], role: str, notes: set[str]
+    ) -> tuple[Prompt, str]:
+        """Return the prompt and the last reply of a whole conversation.
+
+        Raises:
+            LeftOutError: It can't be used, or is a reply alone.
+        """
+        messages = self._conversation(cell_of(row, self.first), self.first, role)
+        prompt, reply = split_reply(messages, None, role)
+        if prompt is None:
+            raise LeftOutError(
+                f"{role} is a conversation without a prompt", reply[:60],
+                "give the messages before the reply too",
+            )  # fmt: skip
+        return self._framed(row, prompt, notes), _clean(reply, role, notes)
+
     def _text_prompt(self, value: str) -> Prompt:
         assert self.prompt is not None
         self._check_word(value, "prompt")

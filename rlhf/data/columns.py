@@ -1,9 +1,13 @@
-"""Values of a row by column, also nested ones by a dotted path."""
+"""Columns of a source: values by name or dotted path, and the settings that name them."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
+
+from rlhf.config import DataConfig
+from rlhf.errors import ConfigError
 
 #: Values of a row by column.
 Row: TypeAlias = Mapping[str, Any]
@@ -35,3 +39,47 @@ def cell_of(row: Row, path: str) -> Any:
     """Return a column's value, None for a column that the row does not have."""
     value = value_of(row, path)
     return None if value is MISSING else value
+
+
+def check_settings(
+    columns: Sequence[str], sample: Sequence[Mapping[str, Any]], config: DataConfig
+) -> None:
+    """Refuse columns that are set and don't exist, and one that is set twice.
+
+    Raises:
+        ConfigError: With the names of the columns that exist.
+    """
+    settings = ["prompt_column", "chosen_column", "rejected_column", "system_column",
+                "label_column", "reference_column"]  # fmt: skip
+    pinned = [(name, getattr(config, name)) for name in settings]
+    pinned += [("metadata_columns", column) for column in config.metadata_columns]
+    pinned += [("score_weights", column) for column in config.score_weights]
+    for name, column in pinned:
+        if column is None or any(value_of(row, column) is not MISSING for row in sample):
+            continue
+        if column in columns:
+            continue
+        close = difflib.get_close_matches(column, columns, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(
+            f"data.{name} = {column!r}: not a column of the source, which has {_listed(columns)}"
+            f"{hint}; correct it, or remove it to find the column by name"
+        )
+    roles: dict[str, str] = {}
+    for name, column in pinned[:3]:
+        if column is not None and column in roles:
+            raise ConfigError(
+                f"data.{name} = {column!r}: is {roles[column]} too; set another column"
+            )
+        if column is not None:
+            roles[column] = f"data.{name}"
+    if config.reference_column in roles:
+        raise ConfigError(
+            f"data.reference_column = {config.reference_column!r}: is "
+            f"{roles[config.reference_column]} too; set the column of the right answers"
+        )
+
+
+def _listed(columns: Sequence[str]) -> str:
+    text = ", ".join(map(str, columns))
+    return text if len(text) <= 200 else f"{text[:199]}…"

@@ -3,21 +3,95 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config import DataConfig
 from rlhf.data.chat import to_messages, to_text
 from rlhf.data.columns import Row
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.rows import Message
+from rlhf.data.verdicts import LABEL_COLUMNS, names_a_reply
+from rlhf.errors import ConfigError
 
-#: Turns an export's row into one with a column for each text.
-Adapter = Callable[[Row], Row]
+
+@dataclass(frozen=True)
+class Export:
+    """Rows of a tool's export, turned into rows with a column for each text."""
+
+    adapt: Callable[[Row], Row]
+    read: frozenset[str]
+    """Columns and dotted paths that are read, or that the tool adds to every row."""
+    holders: tuple[str, ...] = ()
+    """Columns whose fields are the columns of the new rows."""
+    label: str | None = None
+    """Column of the votes in the new rows."""
+
+    def widen(self, row: Row) -> Row:
+        """Add the new columns to a row, whose own ones a setting may name: `fields.question`.
+
+        Raises:
+            LeftOutError: The row is not like others, or has no answer.
+        """
+        return {**row, **self.adapt(row)}
+
+    def flatten(self, name: str, sample: Sequence[Row]) -> tuple[list[str], list[Row]]:
+        """Return the new columns' names and the first rows with them.
+
+        Raises:
+            ConfigError: None of the rows can be used.
+        """
+        names: dict[str, None] = {}
+        rows: list[Row] = []
+        reasons: Counter[str] = Counter()
+        for row in sample:
+            try:
+                names |= dict.fromkeys(self.adapt(row))
+                rows.append(self.widen(row))
+            except LeftOutError as error:
+                reasons[f"{error.reason}; {error.cure}" if error.cure else error.reason] += 1
+        if not rows and reasons:
+            raise ConfigError(
+                f"data.source: looks like {name}, but of the first {len(sample)} rows none can be "
+                f"used: {reasons.most_common(1)[0][0]}"
+            )
+        return [*names], rows
+
+    def unused(
+        self, columns: Sequence[str], sample: Sequence[Row], read: Sequence[str]
+    ) -> tuple[str, ...]:
+        """Return the columns, and the fields inside of them, that are not read."""
+        known = {*self.read, *read}
+        unused = [column for column in columns if column not in known]
+        for holder in self.holders:
+            values = [row.get(holder) for row in sample]
+            fields = dict.fromkeys(key for v in values if isinstance(v, Mapping) for key in v)
+            unused += [f"{holder}.{key}" for key in fields if not {key, f"{holder}.{key}"} & known]
+        return tuple(unused)
 
 
-def _openai(columns: Sequence[str], sample: Sequence[Row]) -> Adapter | None:
-    """Adapter of OpenAI's preference files: `input.messages` and two outputs."""
-    if not {"input", "preferred_output", "non_preferred_output"} <= set(columns):
+def find_export(
+    name: str, columns: Sequence[str], sample: Sequence[Row], config: DataConfig
+) -> Export | None:
+    """Return the export of a format in `EXPORTS`, if the rows are one."""
+    if name == "pairs":
+        return _openai(columns)
+    if name == "label-studio":
+        return _label_studio(columns, sample)
+    return _argilla(columns, sample, config) or _argilla_table(columns, sample, config)
+
+
+#: Formats that are exports; OpenAI's preference files are pairs.
+EXPORTS = ("pairs", "label-studio", "argilla")
+
+
+def _openai(columns: Sequence[str]) -> Export | None:
+    """Return the export for OpenAI's preference files: `input.messages` and two outputs."""
+    outputs = ("preferred_output", "non_preferred_output")
+    if not {"input", *outputs} <= set(columns):
         return None
 
     def adapt(row: Row) -> Row:
@@ -30,11 +104,11 @@ def _openai(columns: Sequence[str], sample: Sequence[Row]) -> Adapter | None:
             "rejected": row.get("non_preferred_output"),
         }
 
-    return adapt
+    return Export(adapt, frozenset(("input", "input.messages", *outputs)), ("input",))
 
 
-def _label_studio(columns: Sequence[str], sample: Sequence[Row]) -> Adapter | None:
-    """Adapter of Label Studio's JSON export of pairwise tasks."""
+def _label_studio(columns: Sequence[str], sample: Sequence[Row]) -> Export | None:
+    """Return the export for Label Studio's JSON of pairwise tasks."""
     if not {"data", "annotations"} <= set(columns):
         return None
     if not any(isinstance(row.get("data"), Mapping) for row in sample):
@@ -49,9 +123,9 @@ def _label_studio(columns: Sequence[str], sample: Sequence[Row]) -> Adapter | No
             raise LeftOutError(
                 "the task has no annotation", cure="export labelled tasks only", is_choice=True
             )
-        return {**{k: v for k, v in data.items() if k != "winner"}, "winner": votes}
+        return {**data, "annotations": votes}
 
-    return adapt
+    return Export(adapt, frozenset(columns), ("data",), "annotations")
 
 
 def _selections(annotations: Any) -> Iterator[Any]:
@@ -67,49 +141,134 @@ def _selections(annotations: Any) -> Iterator[Any]:
                 yield from selected if isinstance(selected, list) else [selected]
 
 
-def _argilla(columns: Sequence[str], sample: Sequence[Row]) -> Adapter | None:
-    """Adapter of Argilla's records: `fields`, and `responses` by question."""
+def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> Export | None:
+    """Return the export for Argilla's records: `fields`, and `responses` by question."""
     if not {"fields", "responses"} <= set(columns):
         return None
-    if not any(isinstance(row.get("fields"), Mapping) for row in sample):
+    texts = [fields for row in sample if isinstance(fields := row.get("fields"), Mapping)]
+    if not texts:
         return None
+    answers: dict[str, list[Any]] = {}
+    for row in sample:
+        for question, values in _answers(row.get("responses")).items():
+            answers.setdefault(f"responses.{question}", []).extend(values)
+    label = _question(answers, list(texts[0]), config)
 
     def adapt(row: Row) -> Row:
-        fields, responses = row.get("fields"), row.get("responses")
+        fields = row.get("fields")
         if not isinstance(fields, Mapping):
             raise LeftOutError("fields is no object", str(fields)[:60])
-        votes = [*_answers(responses)]
+        question = (label or "").removeprefix("responses.")
+        votes = _answers(row.get("responses")).get(question)
         if not votes:
-            raise LeftOutError(
-                "the record has no submitted response", cure="export submitted records only",
-                is_choice=True,
-            )  # fmt: skip
-        return {**fields, "winner": votes}
+            raise _NoResponseError()
+        return {**fields, label or "": votes}
 
-    return adapt
+    read = frozenset(name for name in (*columns, label) if name)
+    return Export(adapt, read, ("fields", "responses"), label)
 
 
-def _answers(responses: Any) -> Iterator[Any]:
-    """Return the submitted values of the first question, in both of Argilla's export forms."""
+def _answers(responses: Any) -> dict[str, list[Any]]:
+    """Return the submitted values by question, in both forms of Argilla's records."""
+    answers: dict[str, list[Any]] = {}
     if isinstance(responses, Mapping):  # {question: [{value, user_id, status}]}
-        for answers in itertools.islice(responses.values(), 1):
-            for answer in answers if isinstance(answers, list) else ():
-                if isinstance(answer, Mapping) and answer.get("status") in (None, "submitted"):
-                    yield answer.get("value")
+        for question, values in responses.items():
+            answers[str(question)] = _submitted(values)
     elif isinstance(responses, list):  # [{values: {question: {value}}, status}]
         for answer in responses:
             values = answer.get("values") if isinstance(answer, Mapping) else None
-            if isinstance(values, Mapping) and answer.get("status") in (None, "submitted"):
-                for value in itertools.islice(values.values(), 1):
-                    yield value.get("value") if isinstance(value, Mapping) else value
+            if isinstance(values, Mapping) and _counts(answer.get("status")):
+                for question, given in values.items():
+                    value = given.get("value") if isinstance(given, Mapping) else given
+                    answers.setdefault(str(question), []).append(value)
+    return answers
 
 
-#: Finders of adapters by the format's name in `DataFormat`; OpenAI's files are pairs.
-ADAPTERS: Mapping[str, Callable[[Sequence[str], Sequence[Row]], Adapter | None]] = {
-    "pairs": _openai,
-    "label-studio": _label_studio,
-    "argilla": _argilla,
-}
+def _argilla_table(
+    columns: Sequence[str], sample: Sequence[Row], config: DataConfig
+) -> Export | None:
+    """Return the export for Argilla's records as a table, with columns for each question.
+
+    A question is `preference` with {value, status} for each annotator, or `preference.responses`
+    beside `preference.responses.status`.
+    """
+    answers: dict[str, list[Any]] = {}
+    for column in columns:
+        cells = [cell for row in sample if (cell := row.get(column)) is not None]
+        is_table = f"{column}.status" in columns and column.endswith(".responses")
+        if cells and (is_table or all(_are_responses(cell) for cell in cells)):
+            answers[column] = [v for row in sample for v in _cell_votes(row, column)]
+    label = _question(answers, columns, config)
+    if label is None:
+        return None
+
+    def adapt(row: Row) -> Row:
+        votes = _cell_votes(row, label)
+        if not votes:
+            raise _NoResponseError()
+        return {**row, label: votes}
+
+    own = (f"{label}.status", f"{label}.users")
+    return Export(adapt, frozenset((label, *own)), label=label)
+
+
+def _are_responses(cell: Any) -> bool:
+    return isinstance(cell, list) and all(
+        isinstance(item, Mapping) and {"value", "status"} <= set(item) for item in cell
+    )
+
+
+def _cell_votes(row: Row, column: str) -> list[Any]:
+    values, statuses = row.get(column), row.get(f"{column}.status")
+    if _are_responses(values):
+        return _submitted(values)
+    if not isinstance(values, list):
+        return []
+    if not isinstance(statuses, list) or len(statuses) != len(values):
+        return values
+    return [value for value, status in zip(values, statuses, strict=True) if _counts(status)]
+
+
+def _submitted(answers: Any) -> list[Any]:
+    return [
+        answer.get("value")
+        for answer in (answers if isinstance(answers, list) else ())
+        if isinstance(answer, Mapping) and _counts(answer.get("status"))
+    ]
+
+
+def _counts(status: Any) -> bool:
+    """Return whether an answer counts: drafts and discarded ones do not."""
+    return status in (None, "submitted")
+
+
+def _question(
+    answers: Mapping[str, Sequence[Any]], columns: Sequence[str], config: DataConfig
+) -> str | None:
+    """Return the question that compares the replies: records also hold comments and ratings."""
+    if config.label_column in answers:
+        return config.label_column
+    naming = [
+        question
+        for question, values in answers.items()
+        if sum(names_a_reply(value, columns) for value in values) > len(values) / 2
+    ]
+    known = [
+        question
+        for question in naming or answers
+        if question.removeprefix("responses.").removesuffix(".responses") in LABEL_COLUMNS
+    ]
+    return next(iter((*known, *naming, *answers)), None)
+
+
+class _NoResponseError(LeftOutError):
+    """A record was not answered, or its answers were discarded."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the record has no submitted response", cure="export submitted records only",
+            is_choice=True,
+        )  # fmt: skip
 
 
 def trees(
@@ -140,9 +299,11 @@ def _ranked_siblings(node: Mapping[str, Any], before: list[Message]) -> Iterator
     replies = node.get("replies")
     children = [c for c in replies if isinstance(c, Mapping)] if isinstance(replies, list) else []
     ranked = [
-        (child["rank"], to_text(child.get("text"), "a reply"))
+        (rank, to_text(child.get("text"), "a reply"))
         for child in children
-        if isinstance(child.get("rank"), int) and not child.get("deleted")
+        if isinstance(rank := child.get("rank"), int | float)
+        and -math.inf < rank < math.inf  # pandas writes NaN; isfinite fails for 400 digits
+        and not child.get("deleted")
     ]
     if message[0]["role"] == "user":
         ranked.sort(key=lambda item: item[0])

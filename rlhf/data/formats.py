@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +11,18 @@ from typing import Any
 from rlhf.config import DataConfig
 from rlhf.data.cells import TEXT_LISTS, Cells, find_markups, find_named
 from rlhf.data.chat import to_text
-from rlhf.data.columns import MISSING, Row, cell_of, value_of
-from rlhf.data.exports import ADAPTERS, Adapter, trees
+from rlhf.data.columns import Row, cell_of, check_settings, value_of
+from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.replies import Found, find_ranking, find_rated
+from rlhf.data.replies import (
+    CONVERSATIONS,
+    REPLIES,
+    Found,
+    find_ranking,
+    find_rated,
+    find_unranked,
+)
 from rlhf.data.verdicts import Judge, find_judge, names_a_reply
 from rlhf.errors import ConfigError
 
@@ -24,6 +30,8 @@ PROMPTS = (
     "prompt", "question", "instruction", "query", "context", "user_input", "user_prompt", "input",
     "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "x",
 )  # fmt: skip
+#: Columns that identify a row.
+_KEYS = ("id", "prompt_id", "conversation_id", "index", "source", "dataset")
 SYSTEMS = ("system", "system_prompt", "system_message")
 #: Columns of the preferred and the other reply.
 PAIRS = (
@@ -32,7 +40,8 @@ PAIRS = (
     ("output_chosen", "output_rejected"), ("chosen_answer", "rejected_answer"),
     ("preferred", "dispreferred"), ("preferred_output", "non_preferred_output"),
     ("preferred_response", "dispreferred_response"), ("preferred", "rejected"),
-    ("accepted", "rejected"), ("better", "worse"), ("better_response", "worse_response"),
+    ("accepted", "rejected"), ("accepted_response", "rejected_response"),
+    ("better", "worse"), ("better_response", "worse_response"),
     ("best", "worst"), ("pos_answer", "neg_answer"), ("positive", "negative"), ("pos", "neg"),
     ("good", "bad"), ("good_response", "bad_response"), ("winner", "loser"),
     ("winning_response", "losing_response"), ("winner_response", "loser_response"),
@@ -87,12 +96,29 @@ def detect(
         text_cells: True if all values are text, as in CSV.
 
     Raises:
-        ConfigError: A column that is set does not exist, or no format fits.
+        ConfigError: A column that is set does not exist or is not read, or no format fits.
     """
-    _check_settings(columns, sample, config)
-    for name, find in ADAPTERS.items():
-        if config.format in ("auto", name) and (adapt := find(columns, sample)):
-            return _adapted(name, adapt, sample, config, text_cells)
+    check_settings(columns, sample, config)
+    layout = _detect(columns, sample, config, text_cells)
+    labels = [("label_column", config.label_column)]
+    for name, column in (*labels, *(("score_weights", column) for column in config.score_weights)):
+        if column is not None and column not in layout.columns:
+            raise ConfigError(
+                f"data.{name}: names {column!r}, but the rows are taken for {layout.name} "
+                f"({layout.notes[0]}), where it has no meaning; remove the setting, or set "
+                "data.format"
+            )
+    return layout
+
+
+def _detect(
+    columns: Sequence[str], sample: Sequence[Row], config: DataConfig, text_cells: bool
+) -> Layout:
+    for name in EXPORTS:
+        if config.format not in ("auto", name):
+            continue
+        if export := find_export(name, columns, sample, config):
+            return _exported(name, export, columns, sample, config, text_cells)
     if config.format in ("auto", "open-assistant") and (convert := trees(columns, sample)):
         unused = tuple(name for name in columns if name != "prompt")
         note = "replies to the same message are compared by their rank"
@@ -102,17 +128,18 @@ def detect(
     return replace(layout, unused=tuple(name for name in columns if name not in read))
 
 
-def _adapted(
-    name: str, adapt: Adapter, sample: Sequence[Row], config: DataConfig, text_cells: bool
-) -> Layout:
-    """Return the layout of an export, from the rows that its adapter makes."""
-    flat: list[Row] = []
-    for row in sample:
-        with contextlib.suppress(LeftOutError):
-            flat.append(adapt(row))
-    columns = list(dict.fromkeys(column for row in flat for column in row))
-    layout = _flat(columns, flat, config.model_copy(update={"format": "auto"}), text_cells)
-    return replace(layout, name=name, converter=lambda row: layout.converter(adapt(row)))
+def _exported(
+    name: str, export: Export, columns: Sequence[str], sample: Sequence[Row], config: DataConfig,
+    text_cells: bool,
+) -> Layout:  # fmt: skip
+    """Return the layout of an export, from the rows that it is turned into."""
+    names, flat = export.flatten(name, sample)
+    settings = {"format": "auto", "label_column": config.label_column or export.label}
+    layout = _flat(names, flat, config.model_copy(update=settings), text_cells)
+    unused = export.unused(columns, sample, layout.columns)
+    return replace(
+        layout, name=name, unused=unused, converter=lambda row: layout.converter(export.widen(row))
+    )
 
 
 def _flat(
@@ -198,6 +225,8 @@ class _Pair:
         try:
             one, other = (float(value) for value in values)
         except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
+            return None
+        if not (math.isfinite(one) and math.isfinite(other)):
             return None
         if one == other:
             raise LeftOutError("tie: both replies have the same score", f"{one:g}", is_choice=True)
@@ -346,77 +375,51 @@ def _turns(row: Row, cells: Cells) -> Row:
     return unwrapped
 
 
-def _check_settings(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> None:
-    """Refuse columns that are set and don't exist, and one that is set twice."""
-    settings = ["prompt_column", "chosen_column", "rejected_column", "system_column",
-                "label_column", "reference_column"]  # fmt: skip
-    pinned = [(name, getattr(config, name)) for name in settings]
-    pinned += [("metadata_columns", column) for column in config.metadata_columns]
-    for name, column in pinned:
-        if column is None or any(value_of(row, column) is not MISSING for row in sample):
-            continue
-        if column in columns:
-            continue
-        close = difflib.get_close_matches(column, columns, 1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(
-            f"data.{name} = {column!r}: not a column of the source, which has {_listed(columns)}"
-            f"{hint}; correct it, or remove it to find the column by name"
-        )
-    roles: dict[str, str] = {}
-    for name, column in pinned[:3]:
-        if column is not None and column in roles:
-            raise ConfigError(
-                f"data.{name} = {column!r}: is {roles[column]} too; set another column"
-            )
-        if column is not None:
-            roles[column] = f"data.{name}"
-    if config.reference_column in roles:
-        raise ConfigError(
-            f"data.reference_column = {config.reference_column!r}: is "
-            f"{roles[config.reference_column]} too; set the column of the right answers"
-        )
-
-
 def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> ConfigError:
-    """Return the error for rows of which nothing says what was preferred."""
+    """Return the error for rows of which nothing says what was preferred.
+
+    Its cure is one that can work: rows without anything to compare have no column to set.
+    """
     first = sample[0] if sample else {}
-    shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8])
-    names = {_plain(name) for name in columns}
-    if {"parent_id", "message_id"} <= names:
-        reason = "rows are single messages of trees; give the file with whole message trees"
+    shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8]) or "none"
+    names = {_plain(name): name for name in columns}
+    cure = (
+        "set data.chosen_column and data.rejected_column to the columns of two replies, or "
+        "data.label_column to the one that rates a reply, if there are such; docs/data.md shows "
+        "the formats"
+    )
+    if {"parent_id", "message_id"} <= {*names}:
+        reason = "rows are single messages of trees"
+        cure = "give the file with whole message trees, one on each line"
     elif config.format != "auto":
         reason = f"data.format = {config.format!r} does not fit these columns"
-    elif names & {
-        "text",
-        "messages",
-        "conversations",
-        "output",
-        "response",
-        "answer",
-        "completion",
-    }:
+    elif column := find_unranked(names, sample):
+        reason = f"the replies in {column} have neither scores nor ranks"
+        cure = (
+            "set data.format=ranking if the best comes first, or data.label_column to a column "
+            "with a score for each"
+        )
+    elif names.keys() <= {*PROMPTS, *SYSTEMS, *REPLIES, *_KEYS} and sample:
+        reason = "there is nothing to compare in these columns"
+        if names.keys() & {*CONVERSATIONS, *REPLIES}:
+            reason = f"looks like data for supervised fine-tuning: {reason}"
+        cure = (
+            "give two replies to each prompt and which is better, or replies with ratings; "
+            "docs/data.md shows the formats"
+        )
+    elif names.keys() & {*CONVERSATIONS, *REPLIES}:
         reason = (
             "looks like data for supervised fine-tuning: no column says which of two replies is "
             "better, or rates one"
         )
     else:
         reason = "no format fits these columns"
-    return ConfigError(
-        f"data.source: {reason}: {shown or 'none'}; set data.chosen_column and "
-        "data.rejected_column to the columns of two replies, or data.label_column to the one that "
-        "rates a reply, if there are such; docs/data.md shows the formats"
-    )
+    return ConfigError(f"data.source: {reason}: {shown}; {cure}")
 
 
 def _shown(value: Any) -> str:
     text = " ".join(str(value).split())
     return f"{type(value).__name__} {text[:30]}{'…' if len(text) > 30 else ''}"
-
-
-def _listed(columns: Sequence[str]) -> str:
-    text = ", ".join(map(str, columns))
-    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _plain(column: str) -> str:

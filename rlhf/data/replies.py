@@ -19,11 +19,13 @@ from rlhf.data.records import Comparison, Converted, LeftOutError, Rated
 Found = tuple[Cells, tuple[str, str], Any, tuple[str, ...]]
 
 REPLIES = ("completion", "response", "answer", "reply", "output", "generation", "text")
+#: Columns of whole conversations, whose last message is the reply that is rated.
+CONVERSATIONS = ("messages", "conversations", "conversation")
 RATINGS = (
     "label", "thumbs", "feedback", "vote", "rating", "score", "overall_score", "reward", "quality",
     "overall", "is_good", "desirable",
 )  # fmt: skip
-#: Weights of HelpSteer's attributes in one score, those of NVIDIA's SteerLM reward models.
+#: Default of `data.score_weights`: HelpSteer's attributes, as NVIDIA's SteerLM weighs them.
 ATTRIBUTES = {
     "helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55,
     "verbosity": -0.4,
@@ -57,9 +59,12 @@ class _Rating:
 
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
-        prompt = cells.read_prompt(row, notes)
-        value = cell_of(row, cells.first)
-        reply = cells.read_reply(value, cells.first, prompt, roles[0], notes)
+        if cells.prompt is None:
+            prompt, reply = cells.read_conversation(row, roles[0], notes)
+        else:
+            prompt = cells.read_prompt(row, notes)
+            value = cell_of(row, cells.first)
+            reply = cells.read_reply(value, cells.first, prompt, roles[0], notes)
         score = sum(
             weight * _score(value_of(row, column), column)
             for column, weight in zip(self.columns, self.weights, strict=True)
@@ -74,18 +79,25 @@ def find_rated(
     """Return the columns of a prompt, a reply, and its label or scores, if there are such."""
     reply = config.chosen_column or next((names[n] for n in REPLIES if n in names), None)
     label = config.label_column or next((names[n] for n in RATINGS if n in names), None)
-    if reply is None or prompt.prompt in (None, reply):
+    if reply is None and prompt.prompt in [names.get(n) for n in CONVERSATIONS]:
+        reply, prompt = prompt.prompt, replace(prompt, prompt=None)
+    elif prompt.prompt in (None, reply):
+        return None
+    if reply is None:
         return None
     cells = replace(prompt, first=reply, second=reply)
-    attributes = {names[n]: w for n, w in ATTRIBUTES.items() if n in names}
-    if label is None and len(attributes) > 1:
+    attributes = config.score_weights or {
+        names[n]: weight for n, weight in ATTRIBUTES.items() if n in names
+    }
+    if config.score_weights or (label is None and len(attributes) > 1):
         total = " ".join(f"{weight:+g} {name}" for name, weight in attributes.items())
         note = f"rated: replies to one prompt are compared by {total}"
         return cells, ("reply", "reply"), _Rating((*attributes,), (*attributes.values(),)), (note,)
     label = label or next(iter(attributes), None)
     if label is None or not any(_is_score(value_of(row, label)) for row in sample):
         return None
-    note = f"rated: {reply} to {prompt.prompt}; replies to one prompt are compared by {label}"
+    source = f"{reply} to {prompt.prompt}" if prompt.prompt else f"the last reply of {reply}"
+    note = f"rated: {source}; replies to one prompt are compared by {label}"
     return cells, ("reply", "reply"), _Rating((label,)), (note,)
 
 
@@ -97,6 +109,8 @@ class _Ranking:
     scores: str | None = None
     sign: float = 1.0
     """−1 for ranks, of which the lowest is best."""
+    by_order: bool = False
+    """True if the best reply stands first."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -130,7 +144,7 @@ class _Ranking:
                     f"{self.scores} does not have one number for each reply", str(listed)[:60]
                 )
             return [self.sign * _score(value, self.scores) for value in listed]
-        if isinstance(items[0], Mapping):
+        if not self.by_order:
             return [_item_score(item, self.column) for item in items]
         return [float(-index) for index in range(len(items))]
 
@@ -148,22 +162,35 @@ def find_ranking(
         return None
     cells = replace(prompt, first=column, second=column)
     roles = ("reply", "reply")
-    first = next(v for row in sample if isinstance(v := value_of(row, column), list) and v)[0]
-    if isinstance(first, Mapping):
-        if any(key in first for key in (*_SCORE_KEYS, "rank")):
-            note = f"ranking: the replies in {column} are compared by their scores"
-            return cells, roles, _Ranking(column), (note,)
-        return None
-    for listed, sign in ((_SCORE_LISTS, 1.0), (_RANK_LISTS, -1.0)):
-        scores = next((names[n] for n in listed if n in names and names[n] != column), None)
-        if scores is not None:
-            order = "highest" if sign > 0 else "lowest"
-            note = f"ranking: the replies in {column} by {scores}, the {order} first"
-            return cells, roles, _Ranking(column, scores, sign), (note,)
+    if config.label_column is None and _has_scores(sample, column):
+        note = f"ranking: the replies in {column} are compared by their scores"
+        return cells, roles, _Ranking(column), (note,)
+    ranks = [names[n] for n in _RANK_LISTS if n in names]
+    scores = config.label_column or next(
+        (c for c in (*(names[n] for n in _SCORE_LISTS if n in names), *ranks) if c != column), None
+    )
+    if scores is not None:
+        is_rank = scores in ranks or "rank" in scores.lower()
+        order, sign = ("lowest", -1.0) if is_rank else ("highest", 1.0)
+        note = f"ranking: the replies in {column} by {scores}, the {order} first"
+        return cells, roles, _Ranking(column, scores, sign), (note,)
     if column.lower() in _BEST_FIRST or config.format == "ranking":
         note = f"ranking: the replies in {column}, taken as the best first"
-        return cells, roles, _Ranking(column), (note,)
+        return cells, roles, _Ranking(column, by_order=True), (note,)
     return None
+
+
+def find_unranked(names: Mapping[str, str], sample: Sequence[Row]) -> str | None:
+    """Return a column with lists of replies."""
+    return next(
+        (names[n] for n in LISTS if n in names and _is_list_of_replies(sample, names[n])), None
+    )
+
+
+def _has_scores(sample: Sequence[Row], column: str) -> bool:
+    """Return whether the replies of a list are objects with a score or a rank."""
+    first = next(v for row in sample if isinstance(v := value_of(row, column), list) and v)[0]
+    return isinstance(first, Mapping) and any(key in first for key in (*_SCORE_KEYS, "rank"))
 
 
 def _is_list_of_replies(sample: Sequence[Row], column: str) -> bool:

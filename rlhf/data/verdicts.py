@@ -42,6 +42,8 @@ _WORDS: Mapping[str, Verdict] = {
 }  # fmt: skip
 #: HelpSteer's columns: negative where the first reply is better, 0 for a tie.
 _SIGNED = ("overall_preference", "preference_strength")
+#: Settings of `data.labels`, each of one value.
+_SETTABLE = ("first", "second", "tie")
 #: Share of the labels that must be understood; others are left out one by one.
 _ENOUGH = 0.5
 
@@ -194,11 +196,18 @@ def _words(
     known = sum(count for value, count in values.items() if value in words or value in texts)
     if known < _ENOUGH * sum(values.values()) or not values:
         shown = ", ".join(f"{value!r} × {count}" for value, count in values.most_common(5))
+        cure = (
+            f"set data.labels.first to the value that prefers {replies[0]}, data.labels.second to "
+            "the other, and data.labels.tie if there are ties"
+        )
+        if len(numbers) > len(_SETTABLE):
+            cure = (
+                "they are a scale, of which the settings can't give a meaning to each value; add a "
+                f"column that names the better reply, {replies[0]} or {replies[1]}"
+            )
         raise ConfigError(
             f"data.label_column = {label!r}: its values ({shown or 'none'}) don't say which of "
-            f"{replies[0]} and {replies[1]} is better; set data.labels.first to the value that "
-            f"prefers {replies[0]}, data.labels.second to the other, and data.labels.tie if there "
-            "are ties"
+            f"{replies[0]} and {replies[1]} is better; {cure}"
         )
     return words
 
@@ -277,7 +286,7 @@ def _number(value: Any, column: str) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
         number = float("nan")
-    if isinstance(value, bool) or math.isnan(number):
+    if isinstance(value, bool) or not math.isfinite(number):
         raise LeftOutError(f"{column} is no number", repr(value)[:60])
     return number
 

@@ -218,7 +218,21 @@ def test_what_looks_like_markup_but_is_an_answer_stays(tmp_path):
          ["data.reference_column = 'chosen': is data.chosen_column too"]),
         ({"prompt": Q, "chosen": GOOD, "rejected": BAD}, {"format": "comparison"},
          ["data.format = 'comparison' does not fit"]),
-        ({"prompt": Q, "outputs": [GOOD, BAD]}, {}, ["no format fits"]),
+        ({"prompt": Q, "outputs": [GOOD, BAD]}, {},
+         ["the replies in outputs have neither scores nor ranks", "set data.format=ranking"]),
+        ({"instruction": Q, "input": "", "output": GOOD}, {},
+         ["supervised fine-tuning: there is nothing to compare", "give two replies"]),
+        ({"messages": [user(Q), assistant(GOOD)]}, {},
+         ["supervised fine-tuning: there is nothing to compare", "give two replies"]),
+        ({"id": 1, "prompt": Q}, {}, ["there is nothing to compare in these columns"]),
+        ({"prompt": Q, "response": GOOD, "stars": 5}, {},
+         ["supervised fine-tuning: no column says", "data.label_column"]),
+        ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "flag": 1}, {"label_column": "flag"},
+         ["data.label_column: names 'flag'", "taken for pairs", "remove the setting"]),
+        ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "flag": 1}, {"score_weights": {"flag": 1}},
+         ["data.score_weights: names 'flag'", "taken for pairs"]),
+        ({"prompt": Q, "response": GOOD, "tone": 1}, {"score_weights": {"tune": 1.0}},
+         ["data.score_weights = 'tune': not a column", "did you mean 'tone'?"]),
     ],
 )  # fmt: skip
 def test_what_can_not_be_right_is_refused_with_a_cure(tmp_path, row, settings, parts):
@@ -226,6 +240,15 @@ def test_what_can_not_be_right_is_refused_with_a_cure(tmp_path, row, settings, p
     for part in parts:
         assert part in text
     assert "to one of these" not in text
+    if "nothing to compare" in text or "single messages" in text:
+        assert "data.chosen_column" not in text  # there is no column to set
+
+
+def test_a_scale_of_unknown_sign_is_refused_with_a_cure_that_works(tmp_path):
+    rows = [ab(score, prompt=f"{Q} {score}") for score in (-2, -1, 1, 1.5)]
+    text = message(ConfigError, read_rows, tmp_path, rows)
+    assert "add a column that names the better reply, answer_a or answer_b" in text
+    assert "data.labels.first" not in text
 
 
 JSON = st.recursive(
