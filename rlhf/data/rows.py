@@ -36,6 +36,9 @@ PROMPTS_TRAIN = "prompts-train.jsonl"
 PROMPTS_EVAL = "prompts-eval.jsonl"
 SUMMARY = "summary.json"
 QUARANTINE = "quarantine.jsonl"
+#: Data card for programs and for people.
+CARD = "card.json"
+CARD_TEXT = "card.md"
 
 
 @dataclass(frozen=True)
