@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,6 @@ from rlhf.data.audit import (
 )
 from rlhf.data.findings import Finding, find
 from rlhf.data.rows import CARD, CARD_TEXT, Pair
-from rlhf.files import write_json
 
 #: Most rows of a table in `card.md`; `card.json` has all.
 MAX_ROWS = 30
@@ -26,10 +26,11 @@ MAX_ROWS = 30
 MAX_CELL = 160
 
 #: Markup anywhere in a line; an underscore inside of a word is none.
-_MARKUP = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")
+_MARKUP = re.compile(r"[`*\[\]~]|(?<![^\W_])_|_(?![^\W_])")
 #: Markup at the beginning of a line: lists, headings, quotations, underlines.
 _BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$)))?([-+#=.)])")
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+#: Not all renderers let a backslash escape these.
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\\": "&#92;", "|": "&#124;"}
 
 
 def write_card(
@@ -45,8 +46,10 @@ def write_card(
     """
     audit = audit_pairs(pairs, evidence, with_languages=facts.get("source") != "world")
     findings = find(audit)
-    figures = asdict(audit)
-    write_json(out_dir / CARD, {"findings": [asdict(f) for f in findings], **figures})
+    figures = {"findings": [asdict(finding) for finding in findings], **asdict(audit)}
+    card = json.dumps(figures, indent=1, allow_nan=False, ensure_ascii=False)
+    # In the order of the audit, most votes first; half of a surrogate pair becomes "?".
+    (out_dir / CARD).write_bytes(card.encode("utf-8", "replace") + b"\n")
     (out_dir / CARD_TEXT).write_text(render_card(audit, findings, facts), encoding="utf-8")
     return [finding.text for finding in findings if finding.level == "warning"]
 

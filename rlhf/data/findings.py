@@ -138,8 +138,8 @@ def _annotators(annotators: Annotators) -> Iterator[Finding]:
     else:
         yield Finding(
             "note",
-            f"{annotators.count:,} annotators ({annotators.column}) gave {annotators.votes:,} "
-            f"votes, as unevenly as {annotators.effective:.1f} with equal shares.",
+            f"{annotators.count:,} annotators (column {annotators.column}) gave "
+            f"{annotators.votes:,} votes; their effective number is {annotators.effective:.1f}.",
         )
     for row in annotators.rows:
         if row.agreement and row.agreement.share_high < 0.5 + SHORTCUT:

@@ -110,7 +110,10 @@ def prepare_data(
             raise
     for name, part in parts.items():
         write_rows(out_dir / name, part)
-    pairs = [*parts[PAIRS_TRAIN], *parts[PAIRS_EVAL]]
+    pairs = [
+        p if isinstance(p, Pair) else Pair(p.prompt, p.chosen, p.rejected, p.group)
+        for p in itertools.chain(parts[PAIRS_TRAIN], parts[PAIRS_EVAL])
+    ]
     summary["findings"] = write_card(out_dir, pairs, evidence, summary)
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})

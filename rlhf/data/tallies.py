@@ -122,7 +122,9 @@ class Tallies:
 def _name(value: Any) -> str:
     """Return a cell as the name of a slice or annotator; empty for anything but text or numbers."""
     if isinstance(value, bool | int | str):
-        return " ".join(str(value).split())[:MAX_NAME]
+        # Half of a surrogate pair can't be written to a file.
+        text = str(value).encode("utf-8", "replace").decode()
+        return " ".join(text.split())[:MAX_NAME]
     return ""
 
 
