@@ -25,6 +25,7 @@ MAX_BARS = 12
 MAX_SLICES = 15
 MAX_COLUMNS = 3
 TEXTS = ("prompt", "chosen", "rejected")
+_EDGES = {str(2**power) for power in range(64)}
 QUANTILES = (("p5", "5 %"), ("median", "median"), ("p95", "95 %"), ("longest", "longest"))
 
 
@@ -131,7 +132,8 @@ def _histogram(lengths: Mapping[str, Any]) -> Histogram | None:
     for name in TEXTS:
         counts = _mapping(_mapping(lengths.get(name)).get("histogram"))
         # JSON has no integers as keys. 256 stands for 128 to 255.
-        bins = {int(key).bit_length() - 1: _number(n) for key, n in counts.items()}
+        edges = {int(key): n for key, n in counts.items() if key in _EDGES}
+        bins = {edge.bit_length() - 1: _number(n) for edge, n in edges.items()}
         if total := sum(bins.values()):
             shares[name] = {k: n / total for k, n in bins.items()}
     if not shares:
