@@ -14,7 +14,7 @@ from rlhf.data.columns import Row, cell_of, value_of
 from rlhf.data.markup import LISTS
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.replies import CONVERSATIONS, Found, find_unranked
-from rlhf.data.verdicts import LABEL_COLUMNS, Judge, find_judge, names_a_reply
+from rlhf.data.verdicts import LABEL_COLUMNS, Judge, find_judge, names_a_reply, relation
 from rlhf.errors import ConfigError
 
 #: Columns of the preferred and the other reply.
@@ -39,6 +39,8 @@ _REPLY_WORDS = (
     "continuation", "chat", "responses",
 )  # fmt: skip
 _SUFFIXES = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"))
+#: Different values of so many rows that are labels, whatever they are, beside columns of replies.
+_FEW, _MANY = 4, 12
 _SCORES = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"),
@@ -214,14 +216,15 @@ def find_comparison(
 def _are_labels(
     names: Mapping[str, str], sample: Sequence[Row], chosen: str, rejected: str
 ) -> bool:
-    """Return whether columns of a pair hold labels of replies that stand in other columns."""
+    """Return whether the preferred reply's column holds labels of replies in other columns."""
     replies = _reply_columns(names, sample)
     listed = find_unranked({n: c for n, c in names.items() if c not in (chosen, rejected)}, sample)
     if (replies is None or {*replies[0]} & {chosen, rejected}) and listed is None:
         return False
     models = [column for name, column in names.items() if name.startswith(("model", "policy"))]
-    values = [(row, v) for row in sample for c in (chosen, rejected)
-              if (v := cell_of(row, c)) not in (None, "")]  # fmt: skip
+    values = [(row, v) for row in sample if (v := cell_of(row, chosen)) not in (None, "")]
+    if len(values) >= _MANY and len({repr(value) for _, value in values}) <= _FEW:
+        return True  # so few texts are no replies to so many prompts
     return bool(values) and all(
         _is_label(value, row, [*names.values()], models, listed) for row, value in values
     )
@@ -240,6 +243,7 @@ def _is_label(
     texts = [text for item in fields for key in REPLY_KEYS if (text := item.get(key))]
     return (
         names_a_reply(value, columns)
+        or any(relation(value, suffixes) for suffixes in _SUFFIXES)
         or value.strip().lstrip("-").isdecimal()
         or any(value == cell_of(row, column) for column in models)
         or (any(value in item.values() for item in fields) and value not in texts)

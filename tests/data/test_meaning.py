@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.errors import ConfigError, DataError, RLHFError
-from tests.data.helpers import message, prepare
+from rlhf.config import DataConfig
+from rlhf.data import rows as files
+from rlhf.data.prepare import prepare_data
+from rlhf.errors import RLHFError
 
 ASKED = ("How do I clean a kettle", "Why is rust red", "What do otters eat", "Who wrote Emma")
 
@@ -53,8 +55,10 @@ def best(i, start=0):
 
 
 def parts(i, *ranks):
-    fields = [*two(i).values()][1:]
-    return [{"value": f"r{k}", "rank": r} for k, r in enumerate(ranks)] if ranks else fields
+    """Fields of an Argilla record, or their ranks as its ranking question gives them."""
+    if not ranks:
+        return two(i, "response-1", "response-2")
+    return [{"value": f"response-{k}", "rank": rank} for k, rank in enumerate(ranks, 1)]
 
 
 def judged(i, *controls):
@@ -128,7 +132,7 @@ READ = {
         i, ("topic", "choices", "choices", "History"), ("cmp", "pairwise", "selected",
                                                        side(i, "left", "right"))),
     "ranking question": lambda i: {
-        "fields": {"prompt": asked(i), **dict(zip(("r0", "r1"), parts(i), strict=True))},
+        "fields": parts(i),
         "responses": {"ranking": [{"value": parts(i, *side(i, (1, 2), (2, 1))),
                                    "status": "submitted"}]}},
 }  # fmt: skip
@@ -138,14 +142,23 @@ SETTINGS = {
     "rank": {"label_column": "rank"},
     "harm": {"label_column": "is_harmful"},
     "harmlessness": {"label_column": "harmlessness"},
-    "ranking question": {"format": "argilla", "chosen_column": "r0", "rejected_column": "r1",
-                         "label_column": "responses.ranking"},
 }  # fmt: skip
+
+
+def prepare(folder, rows, **settings):
+    """The pairs that are written, and the summary."""
+    source, out = folder / "data.jsonl", folder / "out"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.mkdir(exist_ok=True)
+    prepare_data(DataConfig(source=str(source), **settings), out)
+    written = [p for name in (files.PAIRS_TRAIN, files.PAIRS_EVAL)
+               for p in files.read_rows(out / name, files.Pair)]  # fmt: skip
+    return written, json.loads((out / files.SUMMARY).read_text())
 
 
 def right(pairs):
     """Return whether all pairs prefer the right reply."""
-    return all("GOOD" in row["chosen"] and "GOOD" not in row["rejected"] for row in pairs)
+    return all("GOOD" in row.chosen and "GOOD" not in row.rejected for row in pairs)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -154,9 +167,9 @@ def test_layouts_of_one_meaning_are_read_in_it(tmp_path, name):
     pairs, summary = prepare(tmp_path, rows, **SETTINGS.get(name, {}))
     assert pairs
     if name == "position of the best from 1":
-        pairs = [row for row in pairs if row["chosen"] != "So so."]
+        pairs = [row for row in pairs if row.chosen != "So so."]
     assert right(pairs)
-    assert all("question" in str(row["prompt"]) for row in pairs)
+    assert all("question" in str(row.prompt) for row in pairs)
     assert summary["rows"] == summary["rows_used"] + sum(summary["left_out"].values())
 
 
@@ -212,7 +225,9 @@ def test_layouts_of_no_certain_meaning_are_refused(tmp_path, name):
     row, part = REFUSED[name]
     rows = [row(i) for i in range(40)]
     settings = REFUSED_SETTINGS.get(name, {})
-    text = message((ConfigError, DataError), prepare, tmp_path, rows, **settings)
+    with pytest.raises(RLHFError) as caught:
+        prepare(tmp_path, rows, **settings)
+    text = str(caught.value)
     assert part in text
     for cure in re.findall(r"data\.(\w+_column)=([\w.]+)", text):
         assert cure[0] in ("prompt_column", "chosen_column", "rejected_column", "label_column")
@@ -243,7 +258,6 @@ def test_a_comparison_is_never_the_wrong_way_round(tmp_path_factory, data):
     rows = [{**two(i, one, other), **more, label: side(i, first, second)} for i in range(20)]
     try:
         pairs, _ = prepare(tmp_path_factory.mktemp("data"), rows)
-    except RLHFError as error:
-        assert "data." in str(error)
+    except RLHFError:
         return
     assert right(pairs), json.dumps(rows[0])
