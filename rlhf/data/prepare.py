@@ -20,7 +20,8 @@ from rlhf.data.collect import (
     demonstrations,
     exact_key,
 )
-from rlhf.data.formats import Layout, detect
+from rlhf.data.formats import Layout
+from rlhf.data.parts import with_layouts
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
@@ -39,12 +40,9 @@ from rlhf.data.rows import (
 from rlhf.data.sources import Part, open_source, source_name
 from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
 from rlhf.data.tallies import Tallies
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
-
-#: Rows of a file that its format is detected from.
-SAMPLE_ROWS = 200
 
 #: Rows of a dataset by the name of their file.
 Parts = dict[str, Sequence[Any]]
@@ -67,7 +65,8 @@ class Reading:
     tallies: Tallies = field(default_factory=Tallies)
 
     def note(self, text: str) -> None:
-        """Add a sentence unless it is there."""
+        """Add a sentence unless it is there; a column's name may hold what UTF-8 can't write."""
+        text = text.encode("utf-8", "backslashreplace").decode()
         if text not in self.notes:
             self.notes.append(text)
 
@@ -165,10 +164,8 @@ def _read_part(
     limit: int | None,
 ) -> None:
     """Add the pairs of one file."""
-    records = itertools.islice(part.records(), limit)
-    head = list(itertools.islice(records, SAMPLE_ROWS))
-    layout = _layout(part, head, config)
-    if layout is not None:
+
+    def report(layout: Layout) -> None:
         reading.formats += [layout.name] if layout.name not in reading.formats else []
         for text in layout.notes:
             reading.note(text)
@@ -177,7 +174,8 @@ def _read_part(
         reading.unused_columns += [
             n for n in unused if n not in _extra_columns(config) and n not in counted
         ]
-    for record in itertools.chain(head, records):
+
+    for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
         origin = Origin(record.file, record.line)
         try:
@@ -185,18 +183,6 @@ def _read_part(
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             quarantine.add(origin, reason, row)
-
-
-def _layout(part: Part, head: list[Record], config: DataConfig) -> Layout | None:
-    """Detect a part's format from its first rows; None if none of them can be parsed."""
-    sample = [record.fields for record in head if record.fields is not None]
-    if not sample:
-        return None
-    columns = list(dict.fromkeys(name for row in sample for name in row))
-    try:
-        return detect(columns, sample, config, text_cells=part.text_cells)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (in {part.name}; rlhf data inspect shows more)") from None
 
 
 def _add(
@@ -252,7 +238,7 @@ def _from_source(
         "rows_merged": reading.totals.merged or None,
         "agreement": reading.totals.agreement,
         "rows_left_out": _left_out_line(quarantine, reading.rows),
-        "unused_columns": ", ".join(reading.unused_columns) or None,
+        "unused_columns": _joined(reading.unused_columns) or None,
         "notes": reading.notes,
         "left_out": dict(quarantine.ordered()),
     }
@@ -262,6 +248,10 @@ def _from_source(
     )  # fmt: skip
     summary = _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
     return parts, summary, evidence
+
+
+def _joined(columns: Sequence[str]) -> str:
+    return ", ".join(columns).encode("utf-8", "backslashreplace").decode()
 
 
 def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:
