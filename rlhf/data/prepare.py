@@ -170,7 +170,7 @@ def _read_part(
         for text in layout.notes:
             reading.note(text)
         unused = [name for name in layout.unused if name not in reading.unused_columns]
-        counted = reading.tallies.set_columns(layout.unused, layout.columns)
+        counted = reading.tallies.set_columns(layout.unused)
         reading.unused_columns += [
             n for n in unused if n not in _extra_columns(config) and n not in counted
         ]

@@ -70,15 +70,9 @@ class Tallies:
     _annotator: str | None = None
     _slice_columns: tuple[str, ...] = ()
 
-    def set_columns(self, columns: Sequence[str], read: Sequence[str]) -> tuple[str, ...]:
-        """Find the columns to count in a file; return them.
-
-        Args:
-            columns: All columns.
-            read: Columns with prompts, replies or labels, which divide nothing.
-        """
-        taken = {column.partition(".")[0] for column in read}
-        names = {_plain(c): c for c in reversed(columns) if c not in taken}
+    def set_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """Find the columns to count in a file, of those that hold no prompt, reply or label."""
+        names = {_plain(column): column for column in reversed(columns)}
         found = [names[name] for name in ANNOTATOR_COLUMNS if name in names]
         self._annotator = found[0] if found else None
         self.annotator_column = self.annotator_column or self._annotator

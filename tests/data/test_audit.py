@@ -173,14 +173,14 @@ def test_label_noise(agreement, noise):
 def test_noise_from_repeated_votes(tmp_path):
     rows = [vote(i, "a") for i in range(20)]
     rows += [vote(i, "a" if i < 15 else "b") for i in range(20)]
-    rows += [vote(0, "b"), vote(99, "a")]
+    rows += [vote(0, "b"), vote(0, "b"), vote(99, "a")]
     repeats = audit_rows(tmp_path, rows)[0].repeats
-    # 14 pairs with both votes alike, one with 2 : 1, where 1 of 3 pairs of votes agrees, 5 split.
+    # 14 pairs with both votes alike, one with 2 : 2, where 2 of 6 pairs of votes agree, 5 split.
     share = (14 + 1 / 3) / 20
     low, high = wilson_interval(share * 20, 20)
     assert repeats.pairwise.share == pytest.approx(share)
-    assert (repeats.votes, repeats.pairwise.n) == (41, 20)
-    assert repeats.majority == pytest.approx((14 * 2 + 2 + 5) / 41)
+    assert (repeats.votes, repeats.pairwise.n) == (42, 20)
+    assert repeats.majority == pytest.approx((14 * 2 + 2 + 5) / 42)
     assert repeats.noise == pytest.approx(label_noise(share))
     assert (repeats.noise_low, repeats.noise_high) == pytest.approx(
         (label_noise(high), label_noise(low))

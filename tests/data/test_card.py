@@ -129,6 +129,7 @@ def test_escaped_text_is_shown_as_it_is(text):
         ("a\x1b[31mb\u202e", "a&#92;x1b\\[31mb&#92;u202e"),
         ("https://evil.example www.evil.example a@b.example",
          "https&#58;//evil.example www&#46;evil.example a&#64;b.example"),
+        ("<b> & a|b\\", "&lt;b&gt; &amp; a&#124;b&#92;"),
         ("snake_case.py 3.5", "snake_case.py 3.5"),
     ],
 )  # fmt: skip

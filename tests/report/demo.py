@@ -271,7 +271,7 @@ def card() -> dict[str, Any]:
     draw = random.Random(0)
     names = ("ada", "bert", "cleo", HOSTILE[:MAX_NAME])
     tallies, totals = Tallies(annotator_column="annotator"), Totals()
-    tallies.set_columns(("annotator", "category"), ())
+    tallies.set_columns(("annotator", "category"))
     pairs = []
     for i in range(600):
         prompt, votes = "Where do I find my old invoices? " * (1 + i % 5), []
