@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import astuple
 
 import pytest
 from hypothesis import given
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from rlhf.config import DataConfig, WorldConfig
-from rlhf.data.card import escape
+from rlhf.data.audit import Evidence, LeftOut
+from rlhf.data.card import escape, write_card
 from rlhf.data.prepare import prepare_data
-from rlhf.data.rows import CARD, CARD_TEXT
+from rlhf.data.records import Comparison, Converted
+from rlhf.data.rows import CARD, CARD_TEXT, Pair
+from rlhf.data.tallies import Tallies
 from rlhf.files import read_json
 from rlhf.report import RunOutcome, RunReport, render
 
@@ -60,6 +64,26 @@ def test_findings_stand_first_and_in_the_summary(tmp_path):
     assert card["longer"]["n"] == card["pairs"] == 60
     assert card["languages"]["en"]["share"] == 1
     assert [r["rows"] for r in card["left_out"]] == [1, 1]
+
+
+def test_warnings_stand_before_notes(tmp_path):
+    # Replies of equal length: a note; the first of them always wins: a warning.
+    card, *_ = prepare(tmp_path, [{**row, "response_b": "x" * 19} for row in log(9)])
+    found = [(f["level"], f["text"][:10]) for f in card["findings"]]
+    assert found[:2] == [("warning", "The first "), ("note", "The longer")]
+
+
+def test_half_of_a_surrogate_pair_can_be_written(tmp_path):
+    tallies = Tallies()
+    tallies.set_columns(["annotator"])
+    pair = Pair("p", "good", "bad")
+    for name in ("\ud800 one", "\ud800 one", "\ud800 one", "two"):
+        tallies.add({"annotator": name}, Converted([Comparison(*astuple(pair)[:3])]))
+    left_out = (LeftOut("reply is empty", 1, "\udcff.csv:1", "", False),)
+    warnings = write_card(tmp_path, [pair], Evidence(tallies, left_out=left_out), {})
+    assert any("? one" in warning for warning in warnings)
+    assert read_json(tmp_path / CARD)["left_out"][0]["example"] == "?.csv:1"
+    assert "&#92;udcff.csv:1" in (tmp_path / CARD_TEXT).read_text()
 
 
 def test_the_card_holds_pairs_of_both_sides(tmp_path):

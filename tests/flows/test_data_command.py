@@ -64,12 +64,12 @@ def test_overrides_and_a_part_of_the_rows(inspect):
 def test_it_prints_what_the_rows_tell_beside_the_pairs(inspect):
     log = [
         {"prompt": f"p{i}", "response_a": f"x{i}", "response_b": f"y{i}", "winner": "a",
-         "annotator": f"\x1b[31mann{i % 2}"}
+         "annotator": f"\x1b[31mann{i % 4 // 3}"}
         for i in range(40)
     ]  # fmt: skip
     shown = inspect(log)
     assert "The first of the two replies is preferred in 100 %" in shown
-    assert "2 annotators (column annotator) gave 40 votes" in shown
+    assert r"One of 2 annotators, \x1b[31mann0, gave 75 % of the votes" in shown
     assert "\x1b[31m" not in shown
 
 

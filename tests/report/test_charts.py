@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlhf.report import charts, text
@@ -83,6 +83,8 @@ def test_bars_beyond_a_dozen_are_one():
         max_leaves=30,
     )
 )
+@example({"prompt": {"histogram": {"x": 1, "²": 1, "3": 2}}})
+@example({"prompt": {"histogram": {"9" * 99: 1}}})
 def test_a_card_of_any_form_is_laid_out(value):
     card = dict.fromkeys(CARD_KEYS, value)
     assert data_card(card) == data_card(card) or "nan" in str(value)
