@@ -146,7 +146,7 @@ def _flat(
     columns: Sequence[str], sample: Sequence[Row], config: DataConfig, text_cells: bool
 ) -> Layout:
     """Return the layout of rows whose prompt and replies are columns."""
-    names = {_plain(column): column for column in reversed(columns)}
+    names = {plain_name(column): column for column in reversed(columns)}
     finders = {
         "pairs": _find_pairs,
         "comparison": _find_comparison,
@@ -190,7 +190,7 @@ def _find_prompt(names: Mapping[str, str], config: DataConfig) -> Cells:
     The columns of the replies are empty.
     """
     prompt = config.prompt_column or next((names[n] for n in PROMPTS if n in names), None)
-    more = names.get("input") if prompt and _plain(prompt) == "instruction" else None
+    more = names.get("input") if prompt and plain_name(prompt) == "instruction" else None
     system = config.system_column or next((names[n] for n in SYSTEMS if n in names), None)
     history = names.get("history")
     return Cells(
@@ -382,7 +382,7 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     """
     first = sample[0] if sample else {}
     shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8]) or "none"
-    names = {_plain(name): name for name in columns}
+    names = {plain_name(name): name for name in columns}
     cure = (
         "set data.chosen_column and data.rejected_column to the columns of two replies, or "
         "data.label_column to the one that rates a reply, if there are such; docs/data.md shows "
@@ -422,7 +422,7 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__} {text[:30]}{'…' if len(text) > 30 else ''}"
 
 
-def _plain(column: str) -> str:
+def plain_name(column: str) -> str:
     """Return a column's name in lower case, its words joined by underscores."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
     return re.sub(r"[\s\-.]+", "_", spaced).lower()
