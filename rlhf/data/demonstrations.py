@@ -235,6 +235,8 @@ def _prompts_and_replies(
 
 def _layout(name: str, reader: _Reader, notes: list[str]) -> RowLayout[Demonstration]:
     columns = [*reader.cells.columns]
+    if reader.cells.system is not None:
+        notes = [*notes, f"{reader.cells.system} goes before the prompt as a system turn"]
     if reader.thumbs is not None:
         columns.append(reader.thumbs)
         notes = [*notes, f"replies that {reader.thumbs} rates down are left out"]

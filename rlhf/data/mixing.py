@@ -173,7 +173,7 @@ def not_in_share(sources: Sources, origins: Sequence[Origin]) -> LeftOutError:
 
 
 def describe_counts(counts: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a sentence on each source of the settings that have several."""
+    """Return a sentence on each source, but not on a single one of pairs."""
     settings = Counter(count["setting"] for count in counts)
     totals: Counter[str] = Counter()
     for count in counts:
@@ -182,7 +182,7 @@ def describe_counts(counts: Sequence[dict[str, Any]]) -> list[str]:
         f"data.{c['setting']}: {c['source']} with weight {c['weight']:g}: {c['rows']:,} rows, "
         f"{c['left_out']:,} left out, {c['written']:,} of {totals[c['setting']]:,} written"
         for c in counts
-        if settings[c["setting"]] > 1
+        if settings[c["setting"]] > 1 or c["setting"] != "source"
     ]
 
 

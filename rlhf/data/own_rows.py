@@ -132,7 +132,7 @@ def read_own_rows(
         elif number == 0:
             reason = reason or not_in_share(sources, origins[key])
         if reason is not None:
-            ledger.lose(origins[key], reason, found.prompt, found.reply)
+            ledger.lose(origins[key], reason, found.prompt, *filter(None, [found.reply]))
             lost += [(origin, reason.reason) for origin in origins[key]]
             continue
         ledger.use(origins[key])
@@ -232,7 +232,7 @@ def _usable(
     usable = [one for one in found if one.fault is None]
     for one in found:
         if one.fault is not None:
-            ledger.lose([origin], one.fault, one.prompt, one.reply)
+            ledger.lose([origin], one.fault, one.prompt, *filter(None, [one.reply]))
             own.lost.append((origin, one.fault.reason))
     if not usable:
         raise ledger.reason(origin) or LeftOutError("the row holds nothing to use")

@@ -167,12 +167,16 @@ def _read_part(
     records = itertools.islice(part.records(), limit)
     head = list(itertools.islice(records, SAMPLE_ROWS))
     config = source.config
+
+    def note(text: str) -> None:
+        reading.note(f"{source.name}: {text}" if source.is_listed else text)
+
     layout = _layout(part, head, source)
     if layout is not None:
         source.formats += [layout.name] if layout.name not in source.formats else []
         reading.formats += [layout.name] if layout.name not in reading.formats else []
         for text in layout.notes:
-            reading.note(text)
+            note(text)
         unused = [name for name in layout.unused if name not in reading.unused_columns]
         reading.unused_columns += [n for n in unused if n not in _extra_columns(config)]
     assert reading.sources is not None
@@ -182,7 +186,7 @@ def _read_part(
         source.rows += 1
         origin = Origin(file, record.line)
         try:
-            _add(record, layout, collector, fields, origin, reading.note)
+            _add(record, layout, collector, fields, origin, note)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             source.quarantine.add(origin, reason, row)

@@ -92,9 +92,8 @@ def find_layout(
     prompt = config.prompt_column or next(
         (names[n] for n in _PROMPTS if n in names and names[n] not in extra), None
     )
-    answers = tuple(
-        column for n in ANSWERS if (column := names.get(n)) and column not in (prompt, *extra)
-    )
+    present = dict.fromkeys(names[n] for n in ANSWERS if n in names)
+    answers = tuple(column for column in present if column not in (prompt, *extra))
     if prompt is None:
         return _from_pairs(columns, sample, config, text_cells, extra, fields)
     cells = Cells(
@@ -106,6 +105,8 @@ def find_layout(
     markups, notes = find_markups(cells.columns, sample)
     reader = _Reader(replace(cells, markups=markups), config, fields.of(config), answers)
     first = [f"prompts are those of {prompt}"]
+    if cells.system is not None:
+        first.append(f"{cells.system} goes before the prompt as a system turn")
     if answers:
         first.append(f"answers are not read: {', '.join(answers)}")
     return RowLayout("prompts", (*cells.columns, *extra), (*first, *notes), reader.convert)

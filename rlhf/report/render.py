@@ -34,8 +34,8 @@ DATA_ORDER = (
     ("chosen_longer", "Chosen reply is the longer one"),
     ("unused_columns", "Columns not used"),
 )
-#: Shown elsewhere: the reasons in a table of their own, notes as sentences.
-DATA_PLACED = {key for key, _ in DATA_ORDER} | {"left_out", "rows_left_out", "notes"}
+#: Shown elsewhere: the reasons in a table of their own, notes and sources as sentences.
+DATA_PLACED = {key for key, _ in DATA_ORDER} | {"left_out", "rows_left_out", "notes", "sources"}
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")
 
