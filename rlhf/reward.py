@@ -19,7 +19,7 @@ from trl.trainer.reward_config import RewardConfig as TRLRewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf.config import RewardModelConfig, RuntimeConfig
-from rlhf.data.rendering import Renderer
+from rlhf.data.rendering import Renderer, renderable
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
@@ -168,10 +168,13 @@ def _encode(
 
     Returns:
         The rows, and counts of pairs with a reply that was cut, of those left out because their
-        replies differ only behind the cut, and of those without a margin.
+        replies differ only behind the cut, or because the chat template refuses the prompt, and of
+        those without a margin.
     """
     rows: list[dict[str, Any]] = []
-    counts = {"pairs_cut": 0, "pairs_equal_when_cut": 0, "pairs_without_margin": 0}
+    pairs, refused = renderable(pairs, renderer)
+    counts = {"pairs_cut": 0, "pairs_equal_when_cut": 0, "prompts_refused": refused}
+    counts["pairs_without_margin"] = 0
     for pair in pairs:
         one = renderer.encode(pair.prompt, pair.chosen, room, beside=pair.rejected)
         other = renderer.encode(pair.prompt, pair.rejected, room, beside=pair.chosen)

@@ -107,8 +107,9 @@ class DataConfig(Section):
 
     source: Sources = "world"
     """`world`, or a CSV, JSONL, JSON or Parquet file (also .gz), a folder of them, an s3:// URI,
-    or a hub dataset id, of preference pairs in any of the formats of docs/data.md; or a list of
-    them, each a name or `{source, weight}` with the settings that differ."""
+    or a hub dataset, `owner/name[:config][@revision]`, of preference pairs in any of the formats of
+    docs/data.md; or a list of them, each a name or `{source, weight}` with the settings that
+    differ."""
     sft_source: Sources | None = None
     """Demonstrations of their own for SFT, a name or a list as in `source`: conversations, or
     prompts with replies. Columns are found by name, or set in the list; none takes the best

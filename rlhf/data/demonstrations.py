@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.cells import TEXT_LISTS, Cells, find_markups, find_named
+from rlhf.data.cells import Cells, find_markups, find_named
 from rlhf.data.collect import exact_key, too_long
 from rlhf.data.columns import Row, cell_of, check_settings
-from rlhf.data.formats import PAIRS, PROMPTS, SYSTEMS, plain_name
+from rlhf.data.comparisons import PAIRS
+from rlhf.data.formats import PROMPTS, SYSTEMS, plain_name
+from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.quarantine import Quarantine
@@ -204,7 +206,7 @@ def _conversations(
 ) -> RowLayout[Demonstration]:  # fmt: skip
     system = config.system_column or _first(names, SYSTEMS)
     cells = Cells(None, column, column, system=system, text_cells=text_cells)
-    markups, notes = find_markups(cells.columns, sample)
+    markups, notes = find_markups(cells, sample)
     reader = _Reader(replace(cells, markups=markups), config, thumbs)
     turns = "every" if config.sft_turns == "all" else "the last"
     first = f"conversations in {column}; {turns} reply of the assistant is a demonstration"
@@ -221,7 +223,7 @@ def _prompts_and_replies(
         system=config.system_column or _first(names, SYSTEMS),
         history=history if history not in (prompt, reply) else None,
     )  # fmt: skip
-    markups, notes = find_markups(cells.columns, sample)
+    markups, notes = find_markups(cells, sample)
     named = find_named([reply] if reply not in markups else [], sample)
     texts = [(cell_of(row, prompt), cell_of(row, reply)) for row in sample]
     both = [(a, b) for a, b in texts if isinstance(a, str) and isinstance(b, str)]
@@ -261,13 +263,14 @@ def _holds_chats(column: str, sample: Sequence[Row]) -> bool:
         # Of messages; a list of texts is a list of answers.
         items = [value[0] for value in values if isinstance(value, list | tuple)]
         return not all(isinstance(item, str) for item in items)
-    markup = find_markups([column], sample)[0].get(column)
-    return markup is not None and markup.name not in TEXT_LISTS
+    markup = find_markups(Cells(None, column, column), sample)[0].get(column)
+    return markup is not None and markup not in LISTS
 
 
 def _ends_with_question(sample: Sequence[Row], column: str) -> bool:
     """Return whether most conversations of a column are prompts that a user's turn ends."""
-    cells = Cells(None, column, column, markups=find_markups([column], sample)[0])
+    cells = Cells(None, column, column)
+    cells = replace(cells, markups=find_markups(cells, sample)[0])
     ends = []
     for row in sample:
         try:

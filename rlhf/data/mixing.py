@@ -23,8 +23,8 @@ from rlhf.data.split import position
 ItemT = TypeVar("ItemT")
 #: Settings that say how files are read; a source of demonstrations or prompts shares them.
 _FILE_SETTINGS = frozenset(
-    ("encoding", "delimiter", "hub_split", "max_row_mb", "max_prompt_chars", "max_reply_chars",
-     "max_bad_fraction", "sft_turns")
+    ("encoding", "delimiter", "hub_split", "split", "max_row_mb", "max_prompt_chars",
+     "max_reply_chars", "max_bad_fraction", "sft_turns")
 )  # fmt: skip
 _PROMPT_SETTINGS = frozenset(("reference_column", "metadata_columns"))
 

@@ -177,6 +177,9 @@ def _read(
 
     with open_source(source.config, options, noted, source.field) as parts:
         for part in parts:
+            if part.held_out:
+                noted(f"{part.name} is not read: no training stage sees a source's own test part")
+                continue
             records = iter(part.records())
             head = list(itertools.islice(records, SAMPLE_ROWS))
             layout = _layout(source, part, head, detect, own, noted)

@@ -19,10 +19,10 @@ from rlhf.data.collect import (
     exact_key,
 )
 from rlhf.data.demonstrations import read_demonstrations
-from rlhf.data.formats import Layout, detect
-from rlhf.data.margins import add_margins
+from rlhf.data.formats import Layout
 from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share, repeated
-from rlhf.data.own_rows import SAMPLE_ROWS, OwnRows
+from rlhf.data.own_rows import OwnRows
+from rlhf.data.parts import with_layouts
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.prompt_source import read_prompts
 from rlhf.data.quarantine import Quarantine
@@ -42,7 +42,7 @@ from rlhf.data.rows import (
 )
 from rlhf.data.sources import Part, open_source, source_names
 from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
 
@@ -68,7 +68,8 @@ class Reading:
     """Settings and counts of each source, where they are a list."""
 
     def note(self, text: str) -> None:
-        """Add a sentence unless it is there."""
+        """Add a sentence unless it is there; a column's name may hold what UTF-8 can't write."""
+        text = text.encode("utf-8", "backslashreplace").decode()
         if text not in self.notes:
             self.notes.append(text)
 
@@ -164,24 +165,22 @@ def _read_part(
     limit: int | None,
 ) -> None:
     """Add the pairs of one file."""
-    records = itertools.islice(part.records(), limit)
-    head = list(itertools.islice(records, SAMPLE_ROWS))
     config = source.config
 
     def note(text: str) -> None:
         reading.note(f"{source.name}: {text}" if source.is_listed else text)
 
-    layout = _layout(part, head, source)
-    if layout is not None:
+    def report(layout: Layout) -> None:
         source.formats += [layout.name] if layout.name not in source.formats else []
         reading.formats += [layout.name] if layout.name not in reading.formats else []
         for text in layout.notes:
             note(text)
         unused = [name for name in layout.unused if name not in reading.unused_columns]
         reading.unused_columns += [n for n in unused if n not in _extra_columns(config)]
+
     assert reading.sources is not None
     file = reading.sources.file_name(source, part)
-    for record in itertools.chain(head, records):
+    for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
         source.rows += 1
         origin = Origin(file, record.line)
@@ -190,20 +189,6 @@ def _read_part(
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             source.quarantine.add(origin, reason, row)
-
-
-def _layout(part: Part, head: list[Record], source: MixedSource) -> Layout | None:
-    """Detect a part's format from its first rows; None if none of them can be parsed."""
-    sample = [record.fields for record in head if record.fields is not None]
-    if not sample:
-        return None
-    columns = list(dict.fromkeys(name for row in sample for name in row))
-    config = source.config
-    try:
-        layout = detect(columns, sample, config, text_cells=part.text_cells)
-        return add_margins(layout, columns, sample, config)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (in {part.name}; rlhf data inspect shows more)") from None
 
 
 def _add(
@@ -271,7 +256,7 @@ def _from_source(
         "rows_merged": reading.totals.merged or None,
         "agreement": reading.totals.agreement,
         "rows_left_out": _left_out_line(quarantine, total),
-        "unused_columns": ", ".join(dict.fromkeys(itertools.chain(*unused))) or None,
+        "unused_columns": _joined([*dict.fromkeys(itertools.chain(*unused))]) or None,
         "sources": all_counts if len(all_counts) > 1 else None,
         "notes": [*reading.notes, *describe_counts(all_counts)],
         "left_out": dict(quarantine.ordered()),
@@ -313,6 +298,10 @@ def _demonstration_key(row: Demonstration) -> str:
 
 def _prompt_key(row: PromptRow) -> str:
     return exact_key(row.prompt)
+
+
+def _joined(columns: Sequence[str]) -> str:
+    return ", ".join(columns).encode("utf-8", "backslashreplace").decode()
 
 
 def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:

@@ -11,19 +11,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.cells import TEXT_LISTS, Cells, find_markups
+from rlhf.data.cells import Cells, find_markups
 from rlhf.data.chat import loose_text
 from rlhf.data.collect import too_long
 from rlhf.data.columns import Row, cell_of, check_settings
+from rlhf.data.comparisons import PAIRS
 from rlhf.data.demonstrations import CHATS, TEXTS, more_column
 from rlhf.data.demonstrations import REPLIES as SINGLE_REPLIES
-from rlhf.data.formats import PAIRS, PROMPTS, SYSTEMS, detect, plain_name
+from rlhf.data.formats import PROMPTS, SYSTEMS, detect, plain_name
+from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError
-from rlhf.data.replies import LISTS
+from rlhf.data.replies import LISTS as REPLY_LISTS
 from rlhf.data.rows import Prompt, PromptRow, messages_of
 from rlhf.errors import ConfigError
 
@@ -31,7 +33,7 @@ _PROMPTS = (*(n for n in PROMPTS if n not in (*CHATS, "history", "context")), *C
             "context", "history")  # fmt: skip
 #: Columns that hold answers, which are not read.
 ANSWERS = (
-    *SINGLE_REPLIES, *LISTS, *(name for pair in PAIRS for name in pair), "ground_truth",
+    *SINGLE_REPLIES, *REPLY_LISTS, *(name for pair in PAIRS for name in pair), "ground_truth",
     "reference", "best_answer", "correct_answer", "label", "labels", "final_answer",
 )  # fmt: skip
 #: A shorter answer, such as a number or an option, may end a question by chance. In characters.
@@ -102,7 +104,7 @@ def find_layout(
         more=more_column(names, prompt),
         history=names.get("history") if names.get("history") != prompt else None,
     )  # fmt: skip
-    markups, notes = find_markups(cells.columns, sample)
+    markups, notes = find_markups(cells, sample)
     reader = _Reader(replace(cells, markups=markups), config, fields.of(config), answers)
     first = [f"prompts are those of {prompt}"]
     if cells.system is not None:
@@ -142,7 +144,7 @@ class _Reader:
         assert cells.prompt is not None
         value = cell_of(row, cells.prompt)
         markup = (cells.markups or {}).get(cells.prompt)
-        is_text = isinstance(value, str) and (markup is None or markup.name in TEXT_LISTS)
+        is_text = isinstance(value, str) and (markup is None or markup in LISTS)
         if is_text or not isinstance(value, str | list | tuple | dict) or not value:
             return row
         messages = cells.read_messages(row, "prompt")

@@ -98,12 +98,13 @@ class Quarantine:
         Raises:
             DataError: More than `limit` of the rows have something wrong.
         """
+        # The command reads pairs only.
+        inspect = f"; all reasons: rlhf data inspect {source}" if "_source" not in field else ""
         if self.bad > limit * rows:
             raise DataError(
                 f"{field} = {source!r}: {self.bad:,} of {rows:,} rows can't be used, more than "
                 f"data.max_bad_fraction = {limit:g} allows: {self.explained()}; mend the rows or "
-                f"the settings, or raise data.max_bad_fraction; all reasons: "
-                f"rlhf data inspect {source}"
+                f"the settings, or raise data.max_bad_fraction{inspect}"
             )
 
 

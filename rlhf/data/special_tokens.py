@@ -8,13 +8,14 @@ from collections.abc import Sequence
 END_TOKENS: tuple[str, ...] = (
     *("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|end|>"),
     *("<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"),
-    *("<|return|>", "<｜end▁of▁sentence｜>"),
+    *("<|return|>", "<｜end▁of▁sentence｜>", "<|end_of_turn|>", "[|endofturn|]"),
 )
 _BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>")
 
 #: A whole cell that pandas, SQL or a spreadsheet wrote for a missing value. "none" is an answer.
 MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A"})
 
+_BLANKS = 50  # most blanks in front of a prompt that a reply repeats
 _MIN_PROMPT = 8  # characters; a reply may begin with a shorter prompt by chance: "Hello"
 
 
@@ -63,6 +64,9 @@ def without_prompt(prompt_text: str, reply: str) -> str | None:
 
     The two may differ in spacing. Empty lines after the prompt are cut, or one blank.
     """
+    words = prompt_text.split(None, 1)
+    if not words or not reply[: len(words[0]) + _BLANKS].lstrip().startswith(words[0]):
+        return None  # as for nearly all replies
     if len(prompt_text.strip()) < _MIN_PROMPT:
         return None
     end, last = len(prompt_text), prompt_text[-1]
@@ -107,6 +111,7 @@ _CONTROL = re.compile(
             *("<|start_header_id|>", "<|end_header_id|>", "<|header_start|>", "<|header_end|>"),
             *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<｜User｜>", "<｜Assistant｜>"),
             *("<|system|>", "<|user|>", "<|assistant|>", "<|start|>", "<|message|>"),
+            *("<|prompter|>", "<|start_of_role|>", "<|end_of_role|>", "[|user|]", "[|assistant|]"),
         )
     )
 )
