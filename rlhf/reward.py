@@ -79,8 +79,14 @@ def train_reward_model(
 
     Raises:
         ConfigError: The base has no sequence classifier with one label.
-        DataError: There are no training pairs.
+        DataError: There are no training pairs, or none with the margin that is asked for.
     """
+    pairs = read_rows(data / PAIRS_TRAIN, Pair)
+    if config.margin_coef and pairs and all(pair.margin is None for pair in pairs):
+        raise DataError(
+            f"reward_model.margin_coef = {config.margin_coef:g}: no pair has a margin; give scores "
+            "of the replies or set data.margin_column, or set it to 0"
+        )
     device = prepare_device(runtime or RuntimeConfig())
     leads = rank_and_count()[0] == 0
     torch.manual_seed(seed)
@@ -96,7 +102,7 @@ def train_reward_model(
             f"and {start} has none; set it to 0"
         )
     room = min(config.max_length, context_length(model))
-    rows, counts = _encode(read_rows(data / PAIRS_TRAIN, Pair), renderer, room)
+    rows, counts = _encode(pairs, renderer, room, config.margin_coef)
     trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():
@@ -153,17 +159,22 @@ def publish_ready_reward_model(
 
 
 def _encode(
-    pairs: list[Pair], renderer: Renderer, room: int
+    pairs: list[Pair], renderer: Renderer, room: int, margin_coef: float = 0
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Render and tokenize pairs, each reply cut to `room` tokens with its prompt.
 
+    With a `margin_coef` each row has the margin that TRL's RewardTrainer subtracts from the
+    difference of the rewards: −log σ(r_chosen − r_rejected − margin).
+
     Returns:
-        The rows, and counts of pairs with a reply that was cut, and of those left out because
-        their replies differ only behind the cut, or because the chat template refuses the prompt.
+        The rows, and counts of pairs with a reply that was cut, of those left out because their
+        replies differ only behind the cut, or because the chat template refuses the prompt, and of
+        those without a margin.
     """
     rows: list[dict[str, Any]] = []
     pairs, refused = renderable(pairs, renderer)
     counts = {"pairs_cut": 0, "pairs_equal_when_cut": 0, "prompts_refused": refused}
+    counts["pairs_without_margin"] = 0
     for pair in pairs:
         one = renderer.encode(pair.prompt, pair.chosen, room, beside=pair.rejected)
         other = renderer.encode(pair.prompt, pair.rejected, room, beside=pair.chosen)
@@ -173,6 +184,9 @@ def _encode(
             continue
         length = max(len(one.ids), len(other.ids))
         rows.append({"chosen_ids": one.ids, "rejected_ids": other.ids, "length": length})
+        if margin_coef:
+            rows[-1]["margin"] = margin_coef * (pair.margin or 0.0)
+            counts["pairs_without_margin"] += pair.margin is None
     if not rows and pairs:
         raise DataError(
             f"reward_model.max_length = {room}: all {len(pairs)} pairs are equal within it; raise "

@@ -47,11 +47,15 @@ def situation(config: PipelineConfig, store: Store) -> Situation:
     return Situation(config, data_digest(config), last, latest_entry(store, line))
 
 
+#: Fields of section data whose content `source_digest` identifies.
+_LOCATIONS = {"source", "eval_source", "sft_source", "prompts_source"}
+
+
 def data_digest(config: PipelineConfig) -> str:
     """Return a digest of the data's content and settings, without their location."""
     identity = {
         "source": source_digest(config.data, config.store_options),
-        "data": config.data.model_dump(mode="json", exclude={"source", "eval_source"}),
+        "data": config.data.model_dump(mode="json", exclude=_LOCATIONS),
         "seed": config.seed if config.data.source == "world" else None,
     }
     return sha256_bytes(canonical_json(identity))

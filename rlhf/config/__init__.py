@@ -13,7 +13,7 @@ from rlhf.config.components import (
     RemoteComponent,
     RepetitionComponent,
 )
-from rlhf.config.data import DataConfig, WorldConfig
+from rlhf.config.data import DataConfig, SourceConfig, WorldConfig
 from rlhf.config.load import LoadedConfig, apply_machine_settings, load_config, load_preset, presets
 from rlhf.config.messages import advice
 from rlhf.config.pipeline import (
@@ -59,6 +59,7 @@ __all__ = [
     "RewardModelConfig",
     "RuntimeConfig",
     "SFTConfig",
+    "SourceConfig",
     "StoreConfig",
     "TrackingConfig",
     "WorldConfig",

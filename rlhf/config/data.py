@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from rlhf.config.section import Section
+from rlhf.config.section import Section, nested_error, validate_as
+from rlhf.config.text import BROKEN, parse
 
 
 class WorldConfig(Section):
@@ -49,13 +52,79 @@ class LabelsConfig(Section):
         return str(value) if is_number else value
 
 
+class SourceConfig(Section):
+    """One of several sources, and its settings that differ from the section's."""
+
+    source: str = Field(min_length=1)
+    """A file, folder, s3:// URI or hub dataset id."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often its rows are used: 1 once each, 2 twice, 0.3 three of ten, chosen by a hash."""
+    format: DataFormat | None = None
+    """Layout of its rows; none takes that of the section, here and below."""
+    prompt_column: str | None = Field(default=None, min_length=1)
+    """Column that holds the prompt, or a whole conversation."""
+    chosen_column: str | None = Field(default=None, min_length=1)
+    """Column that holds the preferred reply; in a source of demonstrations, the reply."""
+    rejected_column: str | None = Field(default=None, min_length=1)
+    """Column that holds the other reply."""
+    system_column: str | None = Field(default=None, min_length=1)
+    """Column whose text goes before the prompt as a system turn."""
+    label_column: str | None = Field(default=None, min_length=1)
+    """Column that says which reply is better, or rates one."""
+    labels: LabelsConfig | None = None
+    """Meaning of the values of `label_column`."""
+    score_weights: dict[str, float] | None = None
+    """Weights of several columns that rate one reply."""
+    margin_column: str | None = Field(default=None, min_length=1)
+    """Column with the margin of each pair."""
+    margin_scale: float | None = Field(default=None, gt=0)
+    """Factor of its margins, which brings sources with other scales to one unit."""
+    reference_column: str | None = None
+    """Column that holds the right answer to the prompt."""
+    metadata_columns: tuple[str, ...] | None = None
+    """Columns that go with the prompt to rewards."""
+    encoding: str | None = None
+    """Encoding of its text files."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Delimiter of its CSV files."""
+    hub_split: str | None = None
+    """Split to read of a hub dataset."""
+
+    @field_validator("source")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if value == "world":
+            raise ValueError("'world' can't be mixed with other sources; give files or hub ids")
+        return _check_uri(value)
+
+
+#: One source by its name, or several with their weights and settings.
+Sources = Annotated[str, Field(min_length=1)] | tuple[SourceConfig, ...]
+
+
 class DataConfig(Section):
     """Source, format and split of the data."""
 
-    source: str = Field(default="world", min_length=1)
+    source: Sources = "world"
     """`world`, or a CSV, JSONL, JSON or Parquet file (also .gz), a folder of them, an s3:// URI,
     or a hub dataset, `owner/name[:config][@revision]`, of preference pairs in any of the formats of
-    docs/data.md."""
+    docs/data.md; or a list of them, each a name or `{source, weight}` with the settings that
+    differ."""
+    sft_source: Sources | None = None
+    """Demonstrations of their own for SFT, a name or a list as in `source`: conversations, or
+    prompts with replies. Columns are found by name, or set in the list; none takes the best
+    replies of the pairs."""
+    sft_mode: Literal["replace", "add"] = "replace"
+    """Whether the demonstrations of `sft_source` stand in place of those from the pairs, or beside
+    them."""
+    sft_turns: Literal["all", "last"] = "all"
+    """Turns of a conversation that SFT learns: every assistant's, or the last one only."""
+    prompts_source: Sources | None = None
+    """Prompts of their own for PPO, a name or a list as in `source`, with the columns of
+    references and metadata of this section; none takes the prompts of the pairs."""
+    prompts_mode: Literal["replace", "add"] = "replace"
+    """Whether the prompts of `prompts_source` stand in place of those of the pairs, or beside
+    them."""
     world: WorldConfig = WorldConfig()
     """Size of the generated world; used with `source: world` only."""
     format: DataFormat = "auto"
@@ -77,6 +146,11 @@ class DataConfig(Section):
     score_weights: dict[str, float] = Field(default_factory=dict[str, float])
     """Weights of several columns that rate one reply, by column; none takes HelpSteer's attributes
     with the weights of NVIDIA's SteerLM reward models."""
+    margin_column: str | None = Field(default=None, min_length=1)
+    """Column with the margin of each pair: by how much the preferred reply is better, for
+    `reward_model.margin_coef`; none finds it by name, or takes the difference of scores."""
+    margin_scale: float = Field(default=1.0, gt=0)
+    """Factor of all margins."""
     reference_column: str | None = None
     """Column that holds the right answer to the prompt, for rewards that compare with it."""
     metadata_columns: tuple[str, ...] = ()
@@ -112,29 +186,89 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _world_has_no_columns(self) -> Self:
-        for name in ("reference_column", "metadata_columns"):
+        for name in ("reference_column", "metadata_columns", "margin_column"):
             value = getattr(self, name)
             if value and self.source == "world":
                 raise ValueError(
                     f"{name} = {value!r}: source = 'world' has no such columns; set source to data "
                     "of your own"
                 )
+        for name in ("sft_source", "prompts_source"):
+            if getattr(self, name) is not None and self.source == "world":
+                raise ValueError(
+                    f"{name} is set, but source = 'world' makes all of its data; set source to "
+                    "data of your own"
+                )
         return self
 
-    @field_validator("source")
+    @model_validator(mode="after")
+    def _modes_need_sources(self) -> Self:
+        for name in ("sft", "prompts"):
+            if getattr(self, f"{name}_mode") == "add" and getattr(self, f"{name}_source") is None:
+                raise ValueError(
+                    f"{name}_mode = 'add' adds {name}_source, which is not set; set it"
+                )
+        return self
+
+    @field_validator("source", "sft_source", "prompts_source", mode="before")
     @classmethod
-    def _known_source(cls, value: str) -> str:
-        scheme, separator, rest = value.partition("://")
-        if not separator:
-            return value
-        host = rest.partition("/")[0]
-        if "@" in host:
-            # The value itself must not be repeated: it may hold a password.
-            raise ValueError("holds user info; give credentials by the AWS chain instead")
-        if scheme not in ("file", "s3"):
-            raise ValueError(
-                f"scheme {scheme!r} is not supported; download the data, or use s3:// or a hub id"
-            )
-        if bool(host) is not (scheme == "s3"):
-            raise ValueError("is no full URI; write s3://bucket/key or file:///folder")
+    def _read_list(cls, value: Any) -> Any:
+        """Read a list, and one written as text on the command line."""
+        if isinstance(value, str) and value[:1] in ("[", "{"):
+            try:
+                value = parse(value)
+            except BROKEN:
+                raise ValueError(
+                    "begins like a list of sources, and is none; write "
+                    "[{source: a.jsonl, weight: 2}, {source: b.jsonl}]"
+                ) from None
+        if isinstance(value, dict):
+            value = [value]
+        return tuple(_read_sources(cast("list[Any]", value))) if _is_list(value) else value
+
+    @field_validator("source", "eval_source", "sft_source", "prompts_source")
+    @classmethod
+    def _known_source(cls, value: Sources | None) -> Sources | None:
+        return _check_uri(value) if isinstance(value, str) else value
+
+    @property
+    def has_references(self) -> bool:
+        """True if a column holds right answers to the prompts that PPO answers."""
+        sources = self.source if self.prompts_source is None else self.prompts_source
+        items: tuple[SourceConfig, ...] = () if isinstance(sources, str) else sources
+        return bool(self.reference_column or any(item.reference_column for item in items))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _read_sources(items: list[Any]) -> Iterator[SourceConfig]:
+    if not items:
+        raise ValueError("is an empty list; give at least one source")
+    for index, item in enumerate(items):
+        if isinstance(item, SourceConfig):
+            yield item
+            continue
+        try:
+            yield validate_as(SourceConfig, {"source": item} if isinstance(item, str) else item)
+        except PydanticCustomError as error:
+            errors = cast("list[dict[str, Any]]", (error.context or {})["errors"])
+            raise nested_error([{**e, "loc": (index, *e["loc"])} for e in errors]) from None
+
+
+def _check_uri(value: str) -> str:
+    scheme, separator, rest = value.partition("://")
+    if not separator:
         return value
+    host = rest.partition("/")[0]
+    if "@" in host:
+        # The value itself must not be repeated: it may hold a password.
+        raise ValueError("holds user info; give credentials by the AWS chain instead")
+    if scheme not in ("file", "s3"):
+        raise ValueError(
+            f"scheme {scheme!r} is not supported; download the data, or use s3:// or a hub id"
+        )
+    if bool(host) is not (scheme == "s3"):
+        raise ValueError("is no full URI; write s3://bucket/key or file:///folder")
+    return value

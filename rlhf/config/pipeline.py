@@ -243,6 +243,11 @@ class PipelineConfig(Section):
                 "ppo.reward_model_path and reward_model.base are both given, but a ready reward "
                 "model is not trained; keep one"
             )
+        if self.reward_model.margin_coef and self.data.source == "world":
+            raise ValueError(
+                f"reward_model.margin_coef = {self.reward_model.margin_coef:g} needs margins, and "
+                "the pairs of data.source = 'world' have none; set it to 0"
+            )
         if self.ppo.shared_base:
             self._check_reward_model_is_an_adapter()
         placed = [stage for stage, place in self.placement.items() if place != INLINE]
@@ -253,7 +258,7 @@ class PipelineConfig(Section):
                 "absolute path"
             )
         setting = self.ppo.needs_reference_answers
-        if setting and self.data.reference_column is None:
+        if setting and not self.data.has_references:
             raise ValueError(
                 f"ppo: {setting} needs reference answers, and data.reference_column = none; name "
                 "the column that holds them"

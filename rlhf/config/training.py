@@ -154,6 +154,11 @@ class RewardModelConfig(TrainingSection):
     """Weight of a language-model loss on the chosen reply that keeps the features general
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
 
+    margin_coef: float = Field(default=0.0, ge=0)
+    """Factor of the pairs' margins m in the loss −log σ(r_chosen − r_rejected − margin_coef · m)
+    (Touvron et al. 2023, "Llama 2", eq. 2); pairs without a margin have m = 0. With 0 margins are
+    not used."""
+
     _check_base = field_validator("base")(check_model_uri)
 
     @model_validator(mode="after")

@@ -136,6 +136,14 @@ class Cells:
             return to_text(value, role, column)
         return _clean(split_reply(to_messages(value, role, column), prompt, role)[1], role, notes)
 
+    def read_messages(self, row: Row, role: str) -> list[Message]:
+        """Return all messages of a whole conversation, without the system column.
+
+        Raises:
+            LeftOutError: The cell holds none.
+        """
+        return self._conversation(cell_of(row, self.first), self.first, role)
+
     def read_conversation(
         self, row: Mapping[str, Any], role: str, notes: set[str]
     ) -> tuple[Prompt, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -81,6 +81,17 @@ class _Votes:
 
     for_a: list[Origin] = field(default_factory=list)
     for_b: list[Origin] = field(default_factory=list)
+    margins: dict[Origin, float] = field(default_factory=dict)
+    """By how much a row prefers its reply, where it says so."""
+
+    def margin(self, origins: Sequence[Origin], others: Sequence[Origin] = ()) -> float | None:
+        """Return the mean margin of rows that prefer a reply and of others that prefer the other.
+
+        The others' count negative; None if no row has a margin.
+        """
+        values = [self.margins[o] for o in origins if o in self.margins]
+        values += [-self.margins[o] for o in others if o in self.margins]
+        return max(sum(values) / len(values), 0.0) if values else None
 
 
 @dataclass
@@ -168,6 +179,8 @@ class Collector:
         a, b = sorted((comparison.chosen, comparison.rejected))
         votes = self._of(comparison.prompt).pairs.setdefault((a, b), _Votes())
         (votes.for_a if comparison.chosen == a else votes.for_b).append(origin)
+        if comparison.margin is not None:
+            votes.margins[origin] = comparison.margin
 
     def _voted(self, replies: _Replies) -> Iterator[Resolved]:
         for (a, b), votes in replies.pairs.items():
@@ -179,8 +192,11 @@ class Collector:
                 alike = math.comb(counts[0], 2) + math.comb(counts[1], 2)
                 self.totals.pairwise += alike / math.comb(sum(counts), 2)
             if self.config.votes == "keep":
-                yield from (Resolved(Pair(replies.prompt, a, b), (o,)) for o in votes.for_a)
-                yield from (Resolved(Pair(replies.prompt, b, a), (o,)) for o in votes.for_b)
+                for one, other, origins in ((a, b, votes.for_a), (b, a, votes.for_b)):
+                    for origin in origins:
+                        margin = votes.margin([origin])
+                        pair = Pair(replies.prompt, one, other, margin=margin)
+                        yield Resolved(pair, (origin,))
             elif counts[0] == counts[1]:
                 self.ledger.lose(
                     [*votes.for_a, *votes.for_b],
@@ -191,21 +207,23 @@ class Collector:
                     replies.prompt, a, b,
                 )  # fmt: skip
             elif counts[0] > counts[1]:
-                yield self._elected(replies.prompt, a, b, votes.for_a, votes.for_b)
+                margin = votes.margin(votes.for_a, votes.for_b)
+                pair = Pair(replies.prompt, a, b, margin=margin)
+                yield self._elected(pair, votes.for_a, votes.for_b)
             else:
-                yield self._elected(replies.prompt, b, a, votes.for_b, votes.for_a)
+                margin = votes.margin(votes.for_b, votes.for_a)
+                pair = Pair(replies.prompt, b, a, margin=margin)
+                yield self._elected(pair, votes.for_b, votes.for_a)
 
-    def _elected(
-        self, prompt: Prompt, better: str, worse: str, winners: list[Origin], losers: list[Origin]
-    ) -> Resolved:
+    def _elected(self, pair: Pair, winners: list[Origin], losers: list[Origin]) -> Resolved:
         if losers:
             reason = LeftOutError(
                 "outvoted by other rows of the pair", f"{len(losers)} to {len(winners)}",
                 "set data.votes=keep to train on every vote", is_choice=True,
             )  # fmt: skip
-            self.ledger.lose(losers, reason, prompt, worse, better)
+            self.ledger.lose(losers, reason, pair.prompt, pair.rejected, pair.chosen)
         self.totals.merged += len(winners) - 1
-        return Resolved(Pair(prompt, better, worse), tuple(winners))
+        return Resolved(pair, tuple(winners))
 
     def _ranked(self, replies: _Replies) -> Iterator[Resolved]:
         origins = {reply: [o for _, o in scores] for reply, scores in replies.scores.items()}
@@ -220,8 +238,8 @@ class Collector:
         ]
         ranked.sort(key=lambda item: -item[0])
         self.totals.surplus += max(len(ranked) - MAX_RANKED_PAIRS, 0)
-        for _, one, other in ranked[:MAX_RANKED_PAIRS]:
-            pair = Pair(replies.prompt, one, other)
+        for margin, one, other in ranked[:MAX_RANKED_PAIRS]:
+            pair = Pair(replies.prompt, one, other, margin=margin)
             yield Resolved(pair, (*origins[one], *origins[other]))
         reason = LeftOutError(
             "no other reply to this prompt has a different score",

@@ -126,7 +126,7 @@ def _flat(
     Columns are named alike for different things: the first prompt column with which rows can be
     read is the prompt, or else what two conversations share.
     """
-    names = {_plain(column): column for column in reversed(columns)}
+    names = {plain_name(column): column for column in reversed(columns)}
     first: Layout | None = None
     fault: ConfigError | None = None
     for prompt in _find_prompts(names, sample, config):
@@ -221,7 +221,7 @@ def _find_prompts(
     return [
         Cells(
             prompt, "", "", system=system,
-            more=names.get("input") if prompt and _plain(prompt) == "instruction" else None,
+            more=names.get("input") if prompt and plain_name(prompt) == "instruction" else None,
             history=history if history != prompt else None,
         )
         for prompt in found
@@ -245,7 +245,7 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     """
     first = sample[0] if sample else {}
     shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8]) or "none"
-    names = {_plain(name): name for name in columns}
+    names = {plain_name(name): name for name in columns}
     cure = (
         "set data.chosen_column and data.rejected_column to the columns of two replies, or "
         "data.label_column to the one that rates a reply, if there are such; docs/data.md shows "
@@ -297,7 +297,7 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__} {text[:30]}{'…' if len(text) > 30 else ''}"
 
 
-def _plain(column: str) -> str:
+def plain_name(column: str) -> str:
     """Return a column's name in lower case, its words joined by underscores."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
     return re.sub(r"[\s\-.]+", "_", spaced).lower()

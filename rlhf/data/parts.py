@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rlhf.config import DataConfig
 from rlhf.data.formats import Layout, detect
+from rlhf.data.margins import add_margins
 from rlhf.data.records import Record
 from rlhf.data.sources import Part
 from rlhf.errors import ConfigError
@@ -86,7 +87,8 @@ def _layout(part: Part, head: Sequence[Record], config: DataConfig) -> Layout | 
         return None
     columns = list(dict.fromkeys(name for row in sample for name in row))
     try:
-        return detect(columns, sample, config, text_cells=part.text_cells)
+        layout = detect(columns, sample, config, text_cells=part.text_cells)
+        return add_margins(layout, columns, sample, config)
     except ConfigError as error:
         raise ConfigError(f"{error} (in {part.name}; rlhf data inspect shows more)") from None
 

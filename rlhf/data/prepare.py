@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ from rlhf.data.collect import (
     demonstrations,
     exact_key,
 )
+from rlhf.data.demonstrations import read_demonstrations
 from rlhf.data.formats import Layout
+from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share, repeated
+from rlhf.data.own_rows import OwnRows
 from rlhf.data.parts import with_layouts
 from rlhf.data.prompt_fields import PromptFields
+from rlhf.data.prompt_source import read_prompts
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
 from rlhf.data.rows import (
@@ -33,11 +37,12 @@ from rlhf.data.rows import (
     PROMPTS_TRAIN,
     QUARANTINE,
     SUMMARY,
+    Demonstration,
     Pair,
     PromptRow,
     write_rows,
 )
-from rlhf.data.sources import Part, open_source, source_name
+from rlhf.data.sources import Part, open_source, source_names
 from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
 from rlhf.data.tallies import Tallies
 from rlhf.errors import DataError
@@ -63,6 +68,8 @@ class Reading:
     unused_columns: list[str] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
     tallies: Tallies = field(default_factory=Tallies)
+    sources: Sources | None = None
+    """Settings and counts of each source, where they are a list."""
 
     def note(self, text: str) -> None:
         """Add a sentence unless it is there; a column's name may hold what UTF-8 can't write."""
@@ -142,47 +149,58 @@ def read_pairs(
         StoreError: The S3 server can't be reached, or a transfer broke.
     """
     reading = Reading()
-    with open_source(config, options, reading.note) as parts:
-        for held_out in (False, True):
-            collector = Collector(config, reading.ledger, reading.totals)
-            for part in parts:
-                if part.held_out == held_out:
-                    _read_part(part, config, reading, collector, quarantine, fields, limit)
-            (reading.held_out if held_out else reading.pairs).extend(collector.resolve())
-    if not reading.rows:
-        raise DataError(f"data.source = {config.source!r}: holds no rows; give a file with pairs")
+    reading.sources = sources = Sources(config, "source", quarantine)
+    # Of all sources, so that rows of two sources that compare the same are votes.
+    collectors = [Collector(config, reading.ledger, reading.totals) for _ in range(2)]
+    for source in sources.all:
+        with open_source(source.config, options, reading.note, source.field) as parts:
+            for part in sorted(parts, key=lambda part: part.held_out):
+                collector = collectors[part.held_out or source.is_held_out]
+                _read_part(part, source, reading, collector, fields.of(source.config), limit)
+        if not source.rows:
+            raise DataError(
+                f"{source.field} = {source.uri!r}: holds no rows; give a file with pairs"
+            )
+    reading.pairs, reading.held_out = (collector.resolve() for collector in collectors)
     return reading
 
 
 def _read_part(
     part: Part,
-    config: DataConfig,
+    source: MixedSource,
     reading: Reading,
     collector: Collector,
-    quarantine: Quarantine,
     fields: PromptFields,
     limit: int | None,
 ) -> None:
     """Add the pairs of one file."""
+    config = source.config
+
+    def note(text: str) -> None:
+        reading.note(f"{source.name}: {text}" if source.is_listed else text)
 
     def report(layout: Layout) -> None:
+        source.formats += [layout.name] if layout.name not in source.formats else []
         reading.formats += [layout.name] if layout.name not in reading.formats else []
         for text in layout.notes:
-            reading.note(text)
+            note(text)
         unused = [name for name in layout.unused if name not in reading.unused_columns]
         counted = reading.tallies.set_columns(layout.unused)
         reading.unused_columns += [
             n for n in unused if n not in _extra_columns(config) and n not in counted
         ]
 
+    assert reading.sources is not None
+    file = reading.sources.file_name(source, part)
     for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
-        origin = Origin(record.file, record.line)
+        source.rows += 1
+        origin = Origin(file, record.line)
         try:
-            _add(record, layout, collector, fields, origin, reading)
+            _add(record, layout, collector, fields, origin, reading, note)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
-            quarantine.add(origin, reason, row)
+            source.quarantine.add(origin, reason, row)
 
 
 def _add(
@@ -192,6 +210,7 @@ def _add(
     fields: PromptFields,
     origin: Origin,
     reading: Reading,
+    note: Callable[[str], None],
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
@@ -205,7 +224,7 @@ def _add(
         add()
     reading.tallies.add(record.fields, converted)
     for text in converted.notes:
-        reading.note(text)
+        note(text)
 
 
 def _extra_columns(config: DataConfig) -> set[str]:
@@ -220,26 +239,40 @@ def _from_source(
     with Quarantine(path) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
-        train, held_out = _sides(reading, config, seed)
-        used = reading.ledger.close(quarantine.add)
-        quarantine.check(reading.rows, config.max_bad_fraction, config.source)
-    _check_sizes(train, held_out, bool(reading.held_out), quarantine, config)
+        sides, times = _sides(reading, config, seed)
+        sources = reading.sources
+        assert sources is not None
+        used = reading.ledger.close(sources.leave_out)
+        for source in sources.all:
+            source.check(config.max_bad_fraction)
+        train, held_out = ([item.pair for item in side] for side in sides)
+        _check_sizes(train, held_out, bool(reading.held_out), quarantine, config)
+        own = _own_rows(config, options, quarantine, fields, (train, held_out), seed, reading.note)
+    counts = sources.counts([item.origins[0] for item in (*repeated(sides[0], times), *sides[1])])
     parts: Parts = {
-        DEMONSTRATIONS: demonstrations(train),
-        PAIRS_TRAIN: train,
+        DEMONSTRATIONS: _replaced(
+            config.sft_mode, demonstrations(train), own.get(DEMONSTRATIONS), _demonstration_key
+        ),
+        PAIRS_TRAIN: list(repeated(train, times)),
         PAIRS_EVAL: held_out,
-        PROMPTS_TRAIN: _prompts(train, fields),
+        PROMPTS_TRAIN: _replaced(
+            config.prompts_mode, _prompts(train, fields), own.get(PROMPTS_TRAIN), _prompt_key
+        ),
         PROMPTS_EVAL: _prompts(held_out, fields),
     }
+    unused = [reading.unused_columns, *(o.unused_columns for o in own.values())]
+    total = reading.rows + sum(o.rows for o in own.values())
+    all_counts = [*counts, *(count for o in own.values() for count in o.counts)]
     rows: dict[str, Any] = {
         "format": ", ".join(reading.formats),
-        "rows": reading.rows,
-        "rows_used": used,
+        "rows": total,
+        "rows_used": used + sum(o.used for o in own.values()),
         "rows_merged": reading.totals.merged or None,
         "agreement": reading.totals.agreement,
-        "rows_left_out": _left_out_line(quarantine, reading.rows),
-        "unused_columns": _joined(reading.unused_columns) or None,
-        "notes": reading.notes,
+        "rows_left_out": _left_out_line(quarantine, total),
+        "unused_columns": _joined([*dict.fromkeys(itertools.chain(*unused))]) or None,
+        "sources": all_counts if len(all_counts) > 1 else None,
+        "notes": [*reading.notes, *describe_counts(all_counts)],
         "left_out": dict(quarantine.ordered()),
     }
     evidence = Evidence(
@@ -248,6 +281,42 @@ def _from_source(
     )  # fmt: skip
     summary = _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
     return parts, summary, evidence
+
+
+def _own_rows(
+    config: DataConfig, options: StoreConfig, quarantine: Quarantine, fields: PromptFields,
+    pairs: tuple[list[Pair], list[Pair]], seed: int, note: Callable[[str], None],
+) -> dict[str, OwnRows[Any]]:  # fmt: skip
+    """Read demonstrations and prompts of their own, by the file that they are written to."""
+    own: dict[str, OwnRows[Any]] = {}
+    held_out = [pair.prompt for pair in pairs[1]]
+    if config.sft_source is not None:
+        own[DEMONSTRATIONS] = read_demonstrations(
+            config, options, quarantine, pairs[0], held_out, seed, note
+        )
+    if config.prompts_source is not None:
+        own[PROMPTS_TRAIN] = read_prompts(config, options, quarantine, fields, held_out, seed, note)
+    return own
+
+
+def _replaced(
+    mode: str, from_pairs: list[Any], own: OwnRows[Any] | None, key: Callable[[Any], str]
+) -> list[Any]:
+    """Return the rows of the pairs, or the own ones in their place or behind them."""
+    if own is None:
+        return from_pairs
+    if mode == "replace":
+        return own.items
+    keys = {key(row) for row in own.items}
+    return [*(row for row in from_pairs if key(row) not in keys), *own.items]
+
+
+def _demonstration_key(row: Demonstration) -> str:
+    return f"{exact_key(row.prompt)}\0{row.response}"
+
+
+def _prompt_key(row: PromptRow) -> str:
+    return exact_key(row.prompt)
 
 
 def _joined(columns: Sequence[str]) -> str:
@@ -260,8 +329,13 @@ def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:
     return f"{quarantine.total:,} of {rows:,} rows left out ({quarantine.in_words()})"
 
 
-def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs to train on and those held out; the ledger learns of all others."""
+def _sides(
+    reading: Reading, config: DataConfig, seed: int
+) -> tuple[tuple[list[Resolved], list[Resolved]], list[int]]:
+    """Return the pairs to train on and those held out, and how often to train on each.
+
+    The ledger learns of all others.
+    """
     prompts = {id(i.pair.prompt): i.pair.prompt for i in (*reading.pairs, *reading.held_out)}
     cluster = clusters(prompts.values())
     names_by_id = {number: cluster[loose_key(prompt)] for number, prompt in prompts.items()}
@@ -269,7 +343,8 @@ def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair],
     def of(item: Resolved) -> str:
         return names_by_id[id(item.pair.prompt)]
 
-    pairs, held_out = reading.pairs, reading.held_out
+    pairs, times = _weighted(reading, seed)
+    held_out = reading.held_out
     if held_out:
         names = {of(item) for item in held_out}
         leaked = [item for item in pairs if of(item) in names]
@@ -286,7 +361,27 @@ def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair],
         held_out = [item for item in pairs if of(item) in names]
     for item in (*train, *held_out):
         reading.ledger.use(item.origins)
-    return [item.pair for item in train], [item.pair for item in held_out]
+    return (train, held_out), [times.get(id(item.pair), 1) for item in train]
+
+
+def _weighted(reading: Reading, seed: int) -> tuple[list[Resolved], dict[int, int]]:
+    """Return the pairs that the weights of their sources leave, and how often each is used.
+
+    By the id of the pair, only of those that are not used once.
+    """
+    sources = reading.sources
+    if sources is None or not sources.are_weighted:
+        return reading.pairs, {}
+    pairs, times = [], {}
+    for item in reading.pairs:
+        number = sources.times(repr(item.pair), item.origins, seed)
+        if number == 0:
+            _lose([item], not_in_share(sources, item.origins), reading.ledger)
+            continue
+        pairs.append(item)
+        if number > 1:
+            times[id(item.pair)] = number
+    return pairs, times
 
 
 def _check_sizes(
@@ -347,7 +442,7 @@ def _summary(config: DataConfig, parts: Parts, rows: dict[str, Any]) -> dict[str
     train: Sequence[Pair] = parts[PAIRS_TRAIN]
     longer = sum(len(p.chosen) > len(p.rejected) for p in train) / len(train)
     return {
-        "source": source_name(config.source),
+        "source": source_names(config.source),
         "demonstrations": len(parts[DEMONSTRATIONS]),
         "pairs_train": len(train),
         "pairs_eval": len(parts[PAIRS_EVAL]),

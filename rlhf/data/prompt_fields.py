@@ -23,6 +23,12 @@ class PromptFields:
         self.references: dict[str, str] = {}
         self.metadata: dict[str, dict[str, Any]] = {}
 
+    def of(self, config: DataConfig) -> PromptFields:
+        """Return the reader of another source, which shares what was read."""
+        other = PromptFields(config)
+        other.references, other.metadata = self.references, self.metadata
+        return other
+
     def read(self, row: Row, prompt: Prompt) -> Callable[[], None]:
         """Check a row's fields, and return a function that adds them once the row is used.
 

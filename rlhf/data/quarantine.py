@@ -24,10 +24,12 @@ class Quarantine:
 
     Args:
         path: The file, which is made anew; None counts only.
+        parent: Quarantine of all sources, which writes and counts the rows too.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, parent: Quarantine | None = None) -> None:
         self._file = path.open("w", encoding="utf-8") if path else None
+        self._parent = parent
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, tuple[Origin, LeftOutError]] = {}
         """The first row with each reason."""
@@ -48,6 +50,8 @@ class Quarantine:
 
     def add(self, origin: Origin, reason: LeftOutError, row: Any) -> None:
         """Write and count a row."""
+        if self._parent:
+            self._parent.add(origin, reason, row)
         self.reasons[reason.reason] += 1
         self.examples.setdefault(reason.reason, (origin, reason))
         self.bad += not reason.is_choice
@@ -88,18 +92,19 @@ class Quarantine:
             parts.append(f"{count:,} × {reason} ({origin.file}:{origin.line}{detail}){cure}")
         return "; ".join(parts[:SHOWN])
 
-    def check(self, rows: int, limit: float, source: str) -> None:
+    def check(self, rows: int, limit: float, source: str, field: str = "data.source") -> None:
         """Refuse a source of which too many rows are faulty.
 
         Raises:
             DataError: More than `limit` of the rows have something wrong.
         """
+        # The command reads pairs only.
+        inspect = f"; all reasons: rlhf data inspect {source}" if "_source" not in field else ""
         if self.bad > limit * rows:
             raise DataError(
-                f"data.source = {source!r}: {self.bad:,} of {rows:,} rows can't be used, more than "
+                f"{field} = {source!r}: {self.bad:,} of {rows:,} rows can't be used, more than "
                 f"data.max_bad_fraction = {limit:g} allows: {self.explained()}; mend the rows or "
-                f"the settings, or raise data.max_bad_fraction; all reasons: "
-                f"rlhf data inspect {source}"
+                f"the settings, or raise data.max_bad_fraction{inspect}"
             )
 
 

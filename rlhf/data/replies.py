@@ -185,15 +185,29 @@ class _Ranking:
             if score is not None
         ]
         scored.sort(key=lambda item: -item[0])
-        comparisons = [
-            Comparison(prompt, one, other, high - low)
+        pairs = [
+            (high - low, one, other)
             for (high, one), (low, other) in itertools.combinations(scored, 2)
             if high > low
         ]
-        if not comparisons:
+        if not pairs:
             raise LeftOutError("tie: all replies have the same score", is_choice=True)
-        comparisons.sort(key=lambda item: -(item.margin or 0))
-        return Converted(comparisons[:MAX_RANKED_PAIRS], notes=frozenset(notes))
+        pairs.sort(key=lambda item: -item[0])
+        # Ranks are an order without distances.
+        is_graded = self._has_grades(items)
+        comparisons = [
+            Comparison(prompt, one, other, difference if is_graded else None)
+            for difference, one, other in pairs[:MAX_RANKED_PAIRS]
+        ]
+        return Converted(comparisons, notes=frozenset(notes))
+
+    def _has_grades(self, items: Sequence[Any]) -> bool:
+        if self.by != "scores" or self.scores is not None:
+            return self.by == "scores" and self.sign > 0
+        return any(
+            isinstance(item, Mapping) and any(item.get(key) is not None for key in _SCORE_KEYS)
+            for item in items
+        )
 
     def _scores(self, row: Row, items: Sequence[Any]) -> list[float | None]:
         if self.by == "order":
@@ -464,6 +478,14 @@ def _is_score(value: Any) -> bool:
     except LeftOutError:
         return False
     return True
+
+
+def thumb_of(value: Any) -> bool | None:
+    """Return True for a thumb up, False for one down, None for what is neither."""
+    if isinstance(value, str | bool):
+        text = str(value).strip().casefold()
+        return True if text in _UP else False if text in _DOWN else None
+    return None
 
 
 def _score(value: Any, column: str) -> float:

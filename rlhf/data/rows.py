@@ -3,14 +3,15 @@
 | file | fields |
 |---|---|
 | `demonstrations.jsonl` | prompt, response |
-| `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group |
+| `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group, margin |
 | `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
 | `quarantine.jsonl` | source, line, reason, detail, row |
 | `card.json`, `card.md` | findings and figures of the audit (rlhf/data/audit.py) |
 
 A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
 evaluation reports separately, or is null. `reference` is the right answer, or null. `metadata` maps
-columns of the source to their values.
+columns of the source to their values. `margin` is by how much the chosen reply is better, in the
+units of the source's ratings, or null.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Pair:
     chosen: str
     rejected: str
     group: str | None = None
+    # Not in repr(), by which data.max_pairs samples: it must not depend on the margins.
+    margin: float | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from rlhf.config import DataConfig, StoreConfig
+from rlhf.config.data import Sources
 from rlhf.data.readers import (
     ENDINGS,
     MalformedError,
@@ -38,10 +39,21 @@ def source_digest(config: DataConfig, options: StoreConfig) -> str:
     """
     if config.source == "world":
         return "world"
-    digest = _ExternalData("data.source", config.source, options).digest()
-    if config.eval_source is None:
-        return digest
-    return f"{digest} {_ExternalData('data.eval_source', config.eval_source, options).digest()}"
+    digests = []
+    for setting in ("source", "eval_source", "sft_source", "prompts_source"):
+        value = getattr(config, setting)
+        if value is None:
+            continue
+        if setting in ("sft_source", "prompts_source"):
+            digests.append(setting)  # the pairs of one run may be the demonstrations of another
+        if isinstance(value, str):
+            digests.append(_ExternalData(f"data.{setting}", value, options).digest())
+            continue
+        for index, item in enumerate(value):
+            digests.append(_ExternalData(f"data.{setting}[{index}]", item.source, options).digest())
+            # Whoever leaves locations out of an identity leaves the settings beside them out too.
+            digests.append(item.model_dump_json(exclude={"source"}))
+    return " ".join(digests)
 
 
 def source_name(source: str) -> str:
@@ -49,6 +61,12 @@ def source_name(source: str) -> str:
     external = _ExternalData("data.source", source)
     is_remote = source.startswith("s3://") or external.is_on_hub
     return source if is_remote else _local_path(source).name
+
+
+def source_names(source: Sources) -> str:
+    """Return the names of one source or several for a summary."""
+    items = [source] if isinstance(source, str) else [item.source for item in source]
+    return ", ".join(map(source_name, items))
 
 
 @dataclass(frozen=True)
@@ -66,14 +84,16 @@ class Part:
 
 @contextmanager
 def open_source(
-    config: DataConfig, options: StoreConfig, note: Callable[[str], None]
-) -> Iterator[list[Part]]:
+    config: DataConfig, options: StoreConfig, note: Callable[[str], None],
+    field: str = "data.source",
+) -> Iterator[list[Part]]:  # fmt: skip
     """Fetch the sources and give their parts, which can be read until the block ends.
 
     Args:
         config: Source, held-out source, and how files are read.
         options: S3 options.
         note: Receives a sentence for everything that was guessed.
+        field: Setting that names the source, for messages.
 
     Raises:
         ConfigError: A source does not exist, or has no readable file.
@@ -81,9 +101,11 @@ def open_source(
         StoreError: The S3 server can't be reached, or a transfer broke.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        parts = _parts(config, "source", options, Path(scratch, "source"), note)
+        assert isinstance(config.source, str)
+        parts = _parts(config, config.source, field, options, Path(scratch, "source"), note)
         if config.eval_source is not None:
-            own = _parts(config, "eval_source", options, Path(scratch, "eval"), note)
+            uri = config.eval_source
+            own = _parts(config, uri, "data.eval_source", options, Path(scratch, "eval"), note)
             parts = [*(replace(p, held_out=False) for p in parts)]
             parts += [replace(part, held_out=True) for part in own]
         elif any(part.held_out for part in parts):
@@ -178,14 +200,13 @@ def _exists(path: Path) -> bool:
 
 
 def _parts(
-    config: DataConfig, setting: str, options: StoreConfig, scratch: Path,
+    config: DataConfig, uri: str, field: str, options: StoreConfig, scratch: Path,
     note: Callable[[str], None],
 ) -> list[Part]:  # fmt: skip
-    uri = getattr(config, setting)
-    external = _ExternalData(f"data.{setting}", uri, options)
+    external = _ExternalData(field, uri, options)
     copy = external.fetch(scratch)
     if external.is_on_hub:
-        return _hub_splits(config, setting, uri, copy.folder, scratch.parent / "datasets")
+        return _hub_splits(config, field, uri, copy.folder, scratch.parent / "datasets")
     read = ReadOptions(
         encoding=config.encoding, delimiter=config.delimiter, max_row_mb=config.max_row_mb
     )
@@ -246,11 +267,10 @@ def _records(
         ) from None
 
 
-def _hub_splits(
-    config: DataConfig, setting: str, uri: str, folder: Path, cache: Path
-) -> list[Part]:
+def _hub_splits(config: DataConfig, field: str, uri: str, folder: Path, cache: Path) -> list[Part]:
     """Return the split to train on, and the dataset's own test parts beside it."""
-    own = config.split == "auto" and config.eval_source is None and setting == "source"
+    is_eval = field == "data.eval_source"
+    own = config.split == "auto" and config.eval_source is None and not is_eval
     names = _split_names(uri, folder, cache) if own and config.hub_split in _TRAIN_WORDS else []
     held_out = [name for name in names if _TEST_WORDS & set(_words(name))]
     parts = [Part(uri, partial(_split, uri, config.hub_split, folder, cache))]

@@ -98,8 +98,9 @@ class Judge:
             raise LeftOutError(f"{self.columns[0]} is missing")
         verdicts: Counter[Verdict] = Counter(self._vote(vote, row) for vote in votes)
         if len(votes) == 1:
+            is_list = isinstance(values[0], list | tuple)  # where other rows have several votes
             margin = abs(_number(votes[0], self.columns[0])) if self.by == "sign" else None
-            return next(iter(verdicts)), margin
+            return next(iter(verdicts)), 1.0 if is_list and margin is None else margin
         lead = verdicts["first"] - verdicts["second"]
         return _sign(-lead), abs(lead) / len(votes)
 

@@ -35,9 +35,9 @@ DATA_ORDER = (
     ("chosen_longer", "Chosen reply is the longer one"),
     ("unused_columns", "Columns not used"),
 )
-#: Shown elsewhere: the reasons in a table of their own, notes and findings as sentences.
+#: Shown elsewhere: the reasons in a table of their own, notes, findings and sources as sentences.
 DATA_PLACED = {key for key, _ in DATA_ORDER} | {
-    "left_out", "rows_left_out", "notes", "findings"
+    "left_out", "rows_left_out", "notes", "findings", "sources"
 }  # fmt: skip
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")

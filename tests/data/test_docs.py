@@ -11,9 +11,10 @@ import pytest
 
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.config.data import DataFormat
-from rlhf.data.prepare import read_pairs
+from rlhf.data.prepare import prepare_data, read_pairs
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
+from rlhf.data.rows import DEMONSTRATIONS, PROMPTS_TRAIN, SUMMARY
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 EXAMPLES = re.findall(r"```jsonl ([\w-]+)\n(.*?)```", TEXT, re.DOTALL)
@@ -33,6 +34,24 @@ def test_an_example_is_read_as_its_format(tmp_path, name, rows):
     assert all(pair.chosen.startswith(GOOD) for pair in pairs)
     assert not any(pair.rejected.startswith(GOOD) for pair in pairs)
     assert quarantine.bad == 0
+
+
+OWN = re.findall(r"```jsonl (sft|prompts)/([\w-]+)\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize(("setting", "name", "rows"), OWN)
+def test_an_example_of_own_rows_is_read_as_its_format(tmp_path, setting, name, rows):
+    pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (tmp_path / "own.jsonl").write_text(rows)
+    sources = {f"{setting}_source": str(tmp_path / "own.jsonl")}
+    prepare_data(DataConfig(source=str(tmp_path / "pairs.jsonl"), **sources), tmp_path)
+    summary = json.loads((tmp_path / SUMMARY).read_text())
+    assert [c["format"] for c in summary["sources"]] == ["pairs", name]
+    written = {"sft": DEMONSTRATIONS, "prompts": PROMPTS_TRAIN}[setting]
+    lines = [json.loads(line) for line in (tmp_path / written).read_text().splitlines()]
+    assert len(lines) == 3
+    assert setting == "prompts" or all(line["response"].startswith(GOOD) for line in lines)
 
 
 def test_every_format_has_an_example():

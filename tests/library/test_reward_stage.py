@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from rlhf.config import DataConfig, EvaluationConfig, LoraConfig
 from rlhf.data.rendering import load_renderer
@@ -15,7 +20,7 @@ from rlhf.evaluate import evaluate_reward_model
 from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import Scorer, reward_meta
-from rlhf.reward import _encode, train_reward_model
+from rlhf.reward import _encode, _Trainer, train_reward_model
 from tests.library import toys
 
 CPU = torch.device("cpu")
@@ -179,3 +184,72 @@ def test_rows_are_rendered_with_their_prompt(renderer):
     assert row["chosen_ids"] == renderer.encode("tea?", "good", 48).ids
     assert row["rejected_ids"] == renderer.encode("tea?", "bad bad", 48).ids
     assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def graded(folder, margins):
+    """Write a dataset of pairs with these margins, and return it."""
+    folder.mkdir()
+    pairs = [Pair("tea or cup?", "good", "bad", margin=m) for m in margins]
+    write_rows(folder / PAIRS_TRAIN, pairs)
+    return folder
+
+
+def first_loss(train, folder, **changes):
+    """Loss while the new head makes all rewards 0: the learning rate is next to nothing."""
+    out, result = train(folder=folder, epochs=10, learning_rate=1e-9, **changes)
+    return read_json(out / "curve.json")[0]["loss"], out, result
+
+
+def test_the_margin_is_subtracted_from_the_difference_of_rewards(train, tmp_path):
+    folder = graded(tmp_path / "data", [2.0, 2.0, 0.0, None])
+    changes = {"batch_size": 4, "micro_batch_size": None, "lm_loss_coef": 0}
+    plain, without, _ = first_loss(train, folder, name="a", **changes)
+    # r_chosen = r_rejected = 0, so that the loss is −log σ(−c·m): ln(1 + exp(c·m)).
+    assert plain == pytest.approx(math.log(2), abs=1e-5)
+    loss, out, result = first_loss(train, folder, name="b", margin_coef=1.5, **changes)
+    assert loss == pytest.approx((2 * math.log1p(math.exp(3)) + 2 * math.log(2)) / 4, abs=1e-4)
+    assert result.metrics["pairs_without_margin"] == 1
+    assert toys.distance(without, out) > 0
+
+
+def test_gradients_with_a_margin(renderer, sft):
+    """d loss / d (r_chosen − r_rejected) = −σ(m − (r_chosen − r_rejected)), by hand."""
+    rows, _ = _encode(
+        [Pair("tea?", "good", "bad", margin=2), Pair("tea?", "bad", "good", margin=0.5)],
+        renderer, 48, margin_coef=0.5,
+    )  # fmt: skip
+    assert [row["margin"] for row in rows] == [1, 0.25]
+    rewards = torch.tensor([0.75, -0.5, 0.25, 0.5], requires_grad=True)
+
+    class Model(torch.nn.Module):
+        def forward(self, **_):
+            return SequenceClassifierOutput(logits=rewards[:, None])
+
+    collated = DataCollatorForPreference(pad_token_id=0)(rows)
+    trainer = _Trainer.__new__(_Trainer)
+    trainer.model = Model().eval()
+    trainer.args = SimpleNamespace(center_rewards_coefficient=None)
+    trainer.accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer._metrics = {"eval": defaultdict(list)}
+    trainer._total_train_tokens = 0
+    loss = trainer.compute_loss(trainer.model, collated)
+    # Differences 0.75 − 0.25 = 0.5 and −0.5 − 0.5 = −1, less the margins 1 and 0.25.
+    behind = [0.5 - 1, -1 - 0.25]
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-d)) for d in behind) / 2)
+    loss.backward()
+    slopes = [-1 / (1 + math.exp(d)) / 2 for d in behind]
+    assert rewards.grad.tolist() == pytest.approx([*slopes, *(-s for s in slopes)])
+
+
+def test_without_the_setting_margins_change_nothing(train, tmp_path):
+    margins = graded(tmp_path / "margins", [3.0, 1.0, 0.5, 2.0])
+    none = graded(tmp_path / "none", [None] * 4)
+    one, _ = train("a", folder=margins, epochs=1)
+    two, _ = train("b", folder=none, epochs=1)
+    toys.assert_same_weights(one, two)
+
+
+def test_margins_that_are_asked_for_and_missing(train, tmp_path):
+    folder = graded(tmp_path / "data", [None] * 4)
+    with pytest.raises(DataError, match=r"reward_model.margin_coef = 1: no pair has a margin"):
+        train(folder=folder, margin_coef=1)

@@ -1,0 +1,244 @@
+"""Rows of `data.sft_source` and `data.prompts_source`: read, kept off held-out prompts, counted.
+
+Every row ends as used or in the quarantine. An item equal to an earlier one is used once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from rlhf.config import DataConfig, StoreConfig
+from rlhf.data.collect import Ledger, Origin, exact_key
+from rlhf.data.columns import Row
+from rlhf.data.mixing import MixedSource, Sources, not_in_share, repeated
+from rlhf.data.quarantine import Quarantine
+from rlhf.data.records import LeftOutError, Record
+from rlhf.data.rows import Prompt
+from rlhf.data.sources import Part, open_source
+from rlhf.data.split import clusters, loose_key
+from rlhf.errors import ConfigError, DataError
+
+#: Rows of a file that its format is detected from.
+SAMPLE_ROWS = 200
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Found(Generic[ItemT]):
+    """One item of a row: a demonstration, or a prompt."""
+
+    item: ItemT
+    prompt: Prompt
+    reply: str = ""
+    fault: LeftOutError | None = None
+    """Reason for which it can't be used, though others of its row may be."""
+    on_use: Callable[[], None] = lambda: None
+    """Called once the row is used."""
+
+    @property
+    def key(self) -> str:
+        """Text that equal items share."""
+        return f"{exact_key(self.prompt)}\0{self.reply}"
+
+
+@dataclass(frozen=True)
+class RowLayout(Generic[ItemT]):
+    """How the rows of a file are read."""
+
+    name: str
+    """Name of the format."""
+    columns: tuple[str, ...]
+    """Columns that are read."""
+    notes: tuple[str, ...]
+    """Sentences for the user: which columns are taken for what."""
+    convert: Callable[[Row, Callable[[str], None]], list[Found[ItemT]]]
+    """Returns the items of a row, and adds sentences on it; raises LeftOutError."""
+
+
+#: Returns the layout by columns, first rows, source, and whether all cells are text.
+Detect = Callable[[Sequence[str], Sequence[Row], MixedSource, bool], RowLayout[ItemT]]
+
+
+@dataclass
+class OwnRows(Generic[ItemT]):
+    """Items of a setting, and what became of its rows."""
+
+    items: list[ItemT] = field(default_factory=list)
+    rows: int = 0
+    used: int = 0
+    unused_columns: list[str] = field(default_factory=list)
+    counts: list[dict[str, Any]] = field(default_factory=list)
+    """Counts of each source, by `Sources.counts`."""
+    lost: list[tuple[Origin, str]] = field(default_factory=list)
+    """Items with a fault: their row, of which others may be used, and the reason."""
+
+
+def read_own_rows(
+    config: DataConfig,
+    setting: str,
+    options: StoreConfig,
+    quarantine: Quarantine,
+    detect: Detect[ItemT],
+    *,
+    held_out: Iterable[Prompt],
+    refuse: Callable[[Found[ItemT]], LeftOutError | None] = lambda _: None,
+    seed: int,
+    note: Callable[[str], None],
+) -> OwnRows[ItemT]:
+    """Read the items of a setting's sources.
+
+    Args:
+        config: The section.
+        setting: `sft_source` or `prompts_source`.
+        options: S3 options.
+        quarantine: Receives the rows that are left out.
+        detect: Finds the layout of a file.
+        held_out: Prompts that no training stage may see, nor one of their cluster.
+        refuse: Returns the reason for leaving an item out, if there is one.
+        seed: Seeds the choice by weights that are no whole numbers.
+        note: Receives sentences for the user.
+
+    Raises:
+        ConfigError: A source does not exist, or its format is not known.
+        DataError: It can't be parsed, too many rows are unusable, or none is left.
+        StoreError: The S3 server can't be reached, or a transfer broke.
+    """
+    sources, ledger = Sources(config, setting, quarantine), Ledger()
+    items: dict[str, Found[ItemT]] = {}
+    origins: dict[str, list[Origin]] = {}
+    own: OwnRows[ItemT] = OwnRows()
+    for source in sources.all:
+        for found, origin in _read(sources, source, options, detect, ledger, own, note):
+            items.setdefault(found.key, found)
+            origins.setdefault(found.key, []).append(origin)
+        if not source.rows:
+            raise DataError(
+                f"{source.field} = {source.uri!r}: holds no rows; give a file with some"
+            )
+    kept, times, lost = [], [], list(own.lost)
+    used: set[Origin] = set()
+    is_held_out = _held_out_test(held_out, [found.prompt for found in items.values()])
+    for key, found in items.items():
+        reason, number = refuse(found), sources.times(key, origins[key], seed)
+        if is_held_out(found.prompt):
+            reason = LeftOutError(
+                "prompt is held out", "it, or a turn of its conversation, is held out for the gate",
+                is_choice=True,
+            )  # fmt: skip
+        elif number == 0:
+            reason = reason or not_in_share(sources, origins[key])
+        if reason is not None:
+            ledger.lose(origins[key], reason, found.prompt, *filter(None, [found.reply]))
+            lost += [(origin, reason.reason) for origin in origins[key]]
+            continue
+        ledger.use(origins[key])
+        used.update(origins[key])
+        kept.append(key)
+        times.append(number)
+    parts = Counter(reason for origin, reason in lost if origin in used)
+    for reason, count in sorted(parts.items()):
+        note(f"data.{setting}: {count:,} turns of conversations are left out: {reason}")
+    own.used = ledger.close(sources.leave_out)
+    own.rows = sum(source.rows for source in sources.all)
+    for source in sources.all:
+        source.check(config.max_bad_fraction)
+    if not kept:
+        raise DataError(
+            f"data.{setting}: no row is left to use; give more (left out: {quarantine.in_words()})"
+        )
+    keys = list(repeated(kept, times))
+    own.items = [items[key].item for key in keys]
+    own.counts = sources.counts([origins[key][0] for key in keys])
+    return own
+
+
+def _held_out_test(
+    held_out: Iterable[Prompt], prompts: Sequence[Prompt]
+) -> Callable[[Prompt], bool]:
+    """Return a function that tells whether a prompt is in the cluster of a held-out one."""
+    held_out = list(held_out)
+    names = clusters([*held_out, *prompts])
+    theirs = {names[loose_key(prompt)] for prompt in held_out}
+    return lambda prompt: names[loose_key(prompt)] in theirs
+
+
+def _read(
+    sources: Sources, source: MixedSource, options: StoreConfig, detect: Detect[ItemT],
+    ledger: Ledger, own: OwnRows[ItemT], note: Callable[[str], None],
+) -> Iterable[tuple[Found[ItemT], Origin]]:  # fmt: skip
+    """Yield the usable items of a source; leave out the rows without one."""
+
+    def noted(text: str) -> None:
+        note(f"data.{source.setting}: {text}")
+
+    with open_source(source.config, options, noted, source.field) as parts:
+        for part in parts:
+            if part.held_out:
+                noted(f"{part.name} is not read: no training stage sees a source's own test part")
+                continue
+            records = iter(part.records())
+            head = list(itertools.islice(records, SAMPLE_ROWS))
+            layout = _layout(source, part, head, detect, own, noted)
+            file = sources.file_name(source, part)
+            for record in itertools.chain(head, records):
+                source.rows += 1
+                origin = Origin(file, record.line)
+                try:
+                    usable = _usable(record, layout, origin, ledger, own, noted)
+                except LeftOutError as reason:
+                    row = record.text if record.fields is None else record.fields
+                    source.quarantine.add(origin, reason, row)
+                    continue
+                for found in usable:
+                    yield found, origin
+
+
+def _layout(
+    source: MixedSource, part: Part, head: Sequence[Record], detect: Detect[ItemT],
+    own: OwnRows[ItemT], note: Callable[[str], None],
+) -> RowLayout[ItemT] | None:  # fmt: skip
+    """Detect a file's layout; note it and the columns that it does not read."""
+    sample = [record.fields for record in head if record.fields is not None]
+    if not sample:
+        return None
+    columns = list(dict.fromkeys(name for row in sample for name in row))
+    try:
+        layout = detect(columns, sample, source, part.text_cells)
+    except ConfigError as error:
+        raise ConfigError(f"{source.field} = {source.uri!r}: {error} (in {part.name})") from None
+    source.formats += [layout.name] if layout.name not in source.formats else []
+    for text in layout.notes:
+        note(text)
+    read = {column.partition(".")[0] for column in layout.columns} | {*layout.columns}
+    more = [name for name in columns if name not in read and name not in own.unused_columns]
+    own.unused_columns += more
+    return layout
+
+
+def _usable(
+    record: Record, layout: RowLayout[ItemT] | None, origin: Origin, ledger: Ledger,
+    own: OwnRows[ItemT], note: Callable[[str], None],
+) -> list[Found[ItemT]]:  # fmt: skip
+    """Return the usable items of a row.
+
+    Raises:
+        LeftOutError: There is none.
+    """
+    if record.fields is None or layout is None:
+        raise LeftOutError("row can't be parsed", record.fault, "mend the row")
+    found = layout.convert(record.fields, note)
+    ledger.register(origin)
+    usable = [one for one in found if one.fault is None]
+    for one in found:
+        if one.fault is not None:
+            ledger.lose([origin], one.fault, one.prompt, *filter(None, [one.reply]))
+            own.lost.append((origin, one.fault.reason))
+    if not usable:
+        raise ledger.reason(origin) or LeftOutError("the row holds nothing to use")
+    for one in usable:
+        one.on_use()
+    return usable
