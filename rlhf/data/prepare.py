@@ -1,4 +1,4 @@
-"""Stage `prepare-data`: read preference data, quarantine unusable rows, split by prompt."""
+"""Stage `prepare-data`: read preferences, quarantine unusable rows, split by prompts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from rlhf.data.collect import (
     exact_key,
 )
 from rlhf.data.formats import Layout, detect
+from rlhf.data.partition import check_sizes, partition
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
 from rlhf.data.rows import (
     DEMONSTRATIONS,
     PAIRS_EVAL,
+    PAIRS_JUDGE,
     PAIRS_TRAIN,
     PROMPTS_EVAL,
     PROMPTS_TRAIN,
@@ -35,7 +37,6 @@ from rlhf.data.rows import (
     write_rows,
 )
 from rlhf.data.sources import Part, open_source, source_name
-from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
@@ -221,10 +222,13 @@ def _from_source(
     with Quarantine(path) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
-        train, held_out = _sides(reading, config, seed)
+        divided = partition(
+            reading.pairs, reading.held_out, config, seed, reading.ledger, reading.note
+        )
         used = reading.ledger.close(quarantine.add)
         quarantine.check(reading.rows, config.max_bad_fraction, config.source)
-    _check_sizes(train, held_out, bool(reading.held_out), quarantine, config)
+    check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
+    train, held_out = divided.train, divided.held_out
     parts: Parts = {
         DEMONSTRATIONS: demonstrations(train),
         PAIRS_TRAIN: train,
@@ -232,12 +236,16 @@ def _from_source(
         PROMPTS_TRAIN: _prompts(train, fields),
         PROMPTS_EVAL: _prompts(held_out, fields),
     }
+    if config.judge_fraction:
+        parts[PAIRS_JUDGE] = divided.judge
     rows: dict[str, Any] = {
         "format": ", ".join(reading.formats),
         "rows": reading.rows,
         "rows_used": used,
         "rows_merged": reading.totals.merged or None,
         "agreement": reading.totals.agreement,
+        "contradictions": divided.contradictions or None,
+        "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, reading.rows),
         "unused_columns": ", ".join(reading.unused_columns) or None,
         "notes": reading.notes,
@@ -250,68 +258,6 @@ def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:
     if not quarantine.total:
         return None
     return f"{quarantine.total:,} of {rows:,} rows left out ({quarantine.in_words()})"
-
-
-def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs to train on and those held out; the ledger learns of all others."""
-    prompts = {id(i.pair.prompt): i.pair.prompt for i in (*reading.pairs, *reading.held_out)}
-    cluster = clusters(prompts.values())
-    names_by_id = {number: cluster[loose_key(prompt)] for number, prompt in prompts.items()}
-
-    def of(item: Resolved) -> str:
-        return names_by_id[id(item.pair.prompt)]
-
-    pairs, held_out = reading.pairs, reading.held_out
-    if held_out:
-        names = {of(item) for item in held_out}
-        leaked = [item for item in pairs if of(item) in names]
-        reason = LeftOutError(
-            "prompt is held out", "it, or a turn of its conversation, is in the test part",
-            is_choice=True,
-        )  # fmt: skip
-        _lose(leaked, reason, reading.ledger)
-        train = _sample([i for i in pairs if of(i) not in names], config, seed, reading.ledger)
-    else:
-        pairs = _sample(pairs, config, seed, reading.ledger)
-        names = held_out_clusters({of(item) for item in pairs}, config.eval_fraction, seed)
-        train = [item for item in pairs if of(item) not in names]
-        held_out = [item for item in pairs if of(item) in names]
-    for item in (*train, *held_out):
-        reading.ledger.use(item.origins)
-    return [item.pair for item in train], [item.pair for item in held_out]
-
-
-def _check_sizes(
-    train: list[Pair], held_out: list[Pair], is_own: bool, quarantine: Quarantine,
-    config: DataConfig,
-) -> None:  # fmt: skip
-    """Refuse data with too few prompts on a side."""
-    counts = [len({loose_key(pair.prompt) for pair in side}) for side in (train, held_out)]
-    if min(counts) >= MIN_PROMPTS:
-        return
-    total = f"{sum(counts)} different prompts with usable pairs"
-    if is_own:
-        total = f"{counts[0]} different prompts to train on and {counts[1]} held out"
-    raise DataError(
-        f"data.source = {config.source!r}: {total} are too few to train on {MIN_PROMPTS} and hold "
-        f"out {MIN_PROMPTS}; give more rows (left out: {quarantine.in_words() or 'none'})"
-    )
-
-
-def _sample(pairs: list[Resolved], config: DataConfig, seed: int, ledger: Ledger) -> list[Resolved]:
-    """Return at most `max_pairs` of the pairs, chosen independently of their order."""
-    if config.max_pairs is None or len(pairs) <= config.max_pairs:
-        return pairs
-    order = sorted(range(len(pairs)), key=lambda i: (position(seed, repr(pairs[i].pair)), i))
-    sample = set(order[: config.max_pairs])
-    reason = LeftOutError("not in the sample of data.max_pairs", is_choice=True)
-    _lose([item for i, item in enumerate(pairs) if i not in sample], reason, ledger)
-    return [item for i, item in enumerate(pairs) if i in sample]
-
-
-def _lose(items: Sequence[Resolved], reason: LeftOutError, ledger: Ledger) -> None:
-    for pair, origins in items:
-        ledger.lose(origins, reason, pair.prompt, pair.chosen, pair.rejected)
 
 
 def _prompts(pairs: list[Pair], fields: PromptFields) -> list[PromptRow]:
@@ -343,6 +289,7 @@ def _summary(config: DataConfig, parts: Parts, rows: dict[str, Any]) -> dict[str
         "demonstrations": len(parts[DEMONSTRATIONS]),
         "pairs_train": len(train),
         "pairs_eval": len(parts[PAIRS_EVAL]),
+        **({"pairs_judge": len(parts[PAIRS_JUDGE])} if PAIRS_JUDGE in parts else {}),
         "prompts_train": len(parts[PROMPTS_TRAIN]),
         "prompts_eval": len(parts[PROMPTS_EVAL]),
         "chosen_longer": longer,
