@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 
 from rlhf.data.chat import loose_text
 from rlhf.data.collect import joined
-from rlhf.data.duplicates import MIN_COMMON, TEMPLATE_SHARE, bare_text, near_duplicates, width
+from rlhf.data.duplicates import MIN_COMMON, TEMPLATE_SHARE, bare_text, near_duplicates
 from rlhf.data.rows import Prompt, messages_of
 
 #: Least number of prompts on each side: a comparison needs two.
 MIN_PROMPTS = 2
-#: Shorter openings do not decide alone on which side a conversation is; more turns are taken in.
-MIN_OPENING = 20
 #: From this number of openings on, a cluster's chance to be held out no longer grows.
 MAX_CHANCES = 3
 
@@ -87,8 +85,7 @@ def find_clusters(prompts: Iterable[Prompt], threshold: float | None = None) -> 
     for key, beginnings in turns.items():
         own = [text for text in beginnings if text not in common]
         sets.join(f"k{key}", f"b{own[0]}" if own else f"k{key}")
-        long = (text for text in own if width(text) >= MIN_OPENING)
-        openings[key] = next(long, own[-1] if own else key)
+        openings[key] = own[0] if own else key
         clusters.texts[key] = _distinctive(beginnings, common) or bare_text(
             " ".join(m["content"] for m in messages_of(unique[key]))
         )
