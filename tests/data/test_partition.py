@@ -265,7 +265,7 @@ REPLIES = [CANNED, "yes", "no", *texts(4), *(f"{text} now" for text in texts(4))
 def test_every_row_ends_in_one_place(data, votes, contradictions, judge, threshold, most):
     base = [pair(sentence(random.Random(500 + i)), f"c {i}", "r") for i in range(20)]
     base += [pair(sentence(random.Random(600 + i)), CANNED, "r") for i in range(12)]
-    parts, summary, quarantine = prepare(
+    parts, _, quarantine = prepare(
         [*base, *data], votes=votes, contradictions=contradictions, judge_fraction=judge,
         near_duplicates=threshold, max_pairs=most, max_bad_fraction=1,
     )  # fmt: skip
@@ -310,12 +310,15 @@ def test_a_large_group_and_a_common_beginning_are_reported():
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["judge_fraction=0.95"], "leave nothing to train on; together they must be below 1"),
+        (
+            ["source=x.jsonl", "judge_fraction=0.95"],
+            "leave nothing to train on; together they must be below 1",
+        ),
         (["judge_fraction=0.1", "source=world"], "has a judge of its own, the gold score"),
-        (["near_duplicates=0.3"], "data.near_duplicates"),
-        (["contradictions=weight"], "data.contradictions"),
+        (["source=x.jsonl", "near_duplicates=0.3"], "data.near_duplicates"),
+        (["source=x.jsonl", "contradictions=weight"], "data.contradictions"),
     ],
 )
 def test_settings_that_can_not_be(overrides, part):
-    arguments = [f"--data.{text}" for text in ("source=x.jsonl", *overrides)]
+    arguments = [f"--data.{text}" for text in overrides]
     assert part in message(ConfigError, load_config, None, arguments)
