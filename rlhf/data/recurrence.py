@@ -69,12 +69,13 @@ class Recurrence:
         for item, name in zip(pairs, names, strict=True):
             for reply in _replies(item.pair):
                 text = bare[reply]
-                if width(text) >= MIN_REPLY:
+                if len(text) >= MIN_REPLY or width(text) >= MIN_REPLY:
                     uses[groups[text]][text].add(name)
         limit = max(MIN_RECURRENCE, share * total)
         recurring: dict[str, int] = {}
         for texts in uses.values():
-            recurring |= _recurring(texts, limit, self.config.near_duplicates)
+            if sum(map(len, texts.values())) > limit:
+                recurring |= _recurring(texts, limit, self.config.near_duplicates)
         lost = [any(bare[r] in recurring for r in _replies(item.pair)) for item in pairs]
         kept_files = self._files_to_keep(pairs, lost)
         kept = []

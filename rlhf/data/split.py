@@ -80,23 +80,30 @@ def find_clusters(prompts: Iterable[Prompt], threshold: float | None = None) -> 
     counts = Counter(text for beginnings in turns.values() for text in beginnings)
     limit = max(MIN_COMMON, TEMPLATE_SHARE * len(unique))
     clusters.common = common = {text: n for text, n in counts.items() if n > limit}
-    sets = _DisjointSets()
-    openings: dict[str, str] = {}
-    for key, beginnings in turns.items():
+    sets = _DisjointSets(len(unique))
+    openings: list[str] = []
+    first: dict[str, int] = {}
+    for index, (key, beginnings) in enumerate(turns.items()):
         own = [text for text in beginnings if text not in common]
-        sets.join(f"k{key}", f"b{own[0]}" if own else f"k{key}")
-        openings[key] = own[0] if own else key
+        if own:
+            sets.join(index, first.setdefault(own[0], index))
+        openings.append(own[0] if own else key)
         clusters.texts[key] = _distinctive(beginnings, common) or bare_text(
             " ".join(m["content"] for m in messages_of(unique[key]))
         )
     if threshold is not None:
         groups = near_duplicates(clusters.texts.values(), threshold)
-        for key, text in clusters.texts.items():
-            sets.join(f"k{key}", f"n{groups[text]}")
-    for key in unique:
-        name = sets.find(f"k{key}")
-        clusters.names[key] = name
-        clusters.openings.setdefault(name, set()).add(openings[key])
+        first = {}
+        for index, text in enumerate(clusters.texts.values()):
+            sets.join(index, first.setdefault(groups[text], index))
+    keys = list(unique)
+    names: dict[int, str] = {}
+    for index, key in enumerate(keys):
+        root = sets.find(index)
+        names[root] = min(names.get(root, key), key)
+    for index, key in enumerate(keys):
+        name = clusters.names[key] = names[sets.find(index)]
+        clusters.openings.setdefault(name, set()).add(openings[index])
     return clusters
 
 
@@ -158,19 +165,18 @@ def _distinctive(beginnings: list[str], common: Mapping[str, int]) -> str:
 
 
 class _DisjointSets:
-    """Union-find; a set is named by its smallest member."""
+    """Union-find of the numbers below `size`."""
 
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
+    def __init__(self, size: int) -> None:
+        self._parent = list(range(size))
 
-    def find(self, key: str) -> str:
+    def find(self, node: int) -> int:
         parent = self._parent
-        parent.setdefault(key, key)
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
 
-    def join(self, one: str, other: str) -> None:
+    def join(self, one: int, other: int) -> None:
         one, other = self.find(one), self.find(other)
         self._parent[max(one, other)] = min(one, other)
