@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.chat import common_prefix, split_reply, to_messages, to_text
+from rlhf.data.chat import (
+    COLUMN_SETTINGS,
+    REPLY_KEYS,
+    ROLE_KEYS,
+    common_prefix,
+    split_reply,
+    to_messages,
+    to_text,
+)
 from rlhf.data.columns import Row, cell_of
-from rlhf.data.markup import Markup, markup_of, recognise
+from rlhf.data.markup import LISTS, WEAK, Markup, recognise
 from rlhf.data.records import LeftOutError
 from rlhf.data.rows import Message, Prompt, messages_of
 from rlhf.data.special_tokens import (
@@ -18,12 +28,9 @@ from rlhf.data.special_tokens import (
     strip_end_tokens,
     without_prompt,
 )
+from rlhf.data.strays import check_reply, check_stray
 from rlhf.errors import ConfigError
 
-#: Markups of a list of texts, which is a model's answer as often as the turns of a chat.
-TEXT_LISTS = ("JSON list", "Python list")
-#: Beginnings of chats written as text, so that few texts are parsed in vain.
-_CHAT_BEGINS = ("Human:", "User:", "USER:", "System:", "SYSTEM:", "### ", "[{", "Q:", "A chat ")
 _SPEAKER = re.compile(r"\s*(?:### ?)?(?:Assistant|ASSISTANT|AI|Bot|GPT|Response):[ \n]*")
 
 
@@ -73,7 +80,7 @@ class Cells:
         first, second = cell_of(row, self.first), cell_of(row, self.second)
         if self.prompt is None:
             prompt, first, second = self._conversations(first, second, roles)
-            prompt = self._framed(row, prompt, notes)
+            prompt = self._framed(row, _checked(prompt), notes)
             first = _clean(first, roles[0], notes)
             second = _clean(second, roles[1], notes)
         else:
@@ -97,8 +104,10 @@ class Cells:
         value = cell_of(row, self.prompt)
         if isinstance(value, str):
             prompt: Prompt = self._text_prompt(value)
+        elif isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str):
+            prompt = self._text_prompt(value[0])
         elif isinstance(value, list | tuple | dict):
-            prompt = to_messages(value, "prompt", self.prompt)
+            prompt = _checked(to_messages(value, "prompt", self.prompt))
         else:
             prompt = to_text(value, "prompt", self.prompt)
         return self._framed(row, prompt, notes)
@@ -117,9 +126,12 @@ class Cells:
                 notes.add(f"{match.group().strip()!r} in front of replies is cut")
                 value = value[match.end() :]
             markup = self._markup(column)
-            if markup is None or markup.name in TEXT_LISTS:
+            if markup is None or markup in LISTS:
                 return _clean(to_text(value, role, column), role, notes)
             value = _parsed(markup, value, role)
+        elif role not in COLUMN_SETTINGS and isinstance(text := _own_text(value), str):
+            notes.add(f"the text of {column} is taken from a field of it")
+            return _clean(to_text(text, role, column), role, notes)
         elif not isinstance(value, list | tuple | dict):
             return to_text(value, role, column)
         return _clean(split_reply(to_messages(value, role, column), prompt, role)[1], role, notes)
@@ -135,41 +147,41 @@ class Cells:
         messages = self._conversation(cell_of(row, self.first), self.first, role)
         prompt, reply = split_reply(messages, None, role)
         if prompt is None:
-            raise LeftOutError(
-                f"{role} is a conversation without a prompt", reply[:60],
-                "give the messages before the reply too",
-            )  # fmt: skip
-        return self._framed(row, prompt, notes), _clean(reply, role, notes)
+            raise _no_prompt(role, reply)
+        return self._framed(row, _checked(prompt), notes), _clean(reply, role, notes)
 
     def _text_prompt(self, value: str) -> Prompt:
         assert self.prompt is not None
         self._check_word(value, "prompt")
         markup = self._markup(self.prompt)
-        if markup is None or markup.name in TEXT_LISTS:
-            _check_stray(value)
+        if markup in LISTS and (texts := markup.parse(value) if markup.parse else None):
+            value = _only_text(texts, "prompt")
+        if markup is None or markup in LISTS:
+            check_stray(value, "prompt")
             return to_text(value, "prompt", self.prompt)
-        return to_messages(_parsed(markup, value, "prompt"), "prompt", self.prompt)
+        return _checked(to_messages(_parsed(markup, value, "prompt"), "prompt", self.prompt))
 
     def _framed(self, row: Row, prompt: Prompt, notes: set[str]) -> Prompt:
         """Add the further input, the history and the system turn."""
-        more = cell_of(row, self.more) if self.more else None
-        if isinstance(more, str) and more.strip():
+        if more := self._beside(row, self.more):
             if not isinstance(prompt, str):
                 raise LeftOutError(f"{self.more} beside a prompt of messages", more[:60])
             prompt = f"{prompt}\n\n{more}"
             notes.add(f"{self.more} follows the prompt after an empty line")
         messages = messages_of(prompt)
-        if self.history and (turns := cell_of(row, self.history)) not in (None, [], ""):
-            messages = [*_history(turns, self.history), *messages]
-            notes.add(f"{self.history} holds the turns before the prompt")
-        system = cell_of(row, self.system) if self.system else None
-        if isinstance(system, str) and system.strip():
-            if messages[0]["role"] == "system":
+        if self.history and (turns := cell_of(row, self.history)) not in (None, [], "", "[]"):
+            earlier = _history(_unwritten(turns), self.history)
+            if messages[: len(earlier)] != earlier:
+                messages = [*earlier, *messages]
+                notes.add(f"{self.history} holds the turns before the prompt")
+        if system := self._beside(row, self.system):
+            if messages[0]["role"] == "system" and messages[0]["content"] != system:
                 raise LeftOutError(
                     "two system turns", f"one in the prompt and one in {self.system}",
                     "leave one of them out",
                 )  # fmt: skip
-            messages = [{"role": "system", "content": system}, *messages]
+            if messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": system}, *messages]
         if (
             len(messages) > 1
             and messages[0]["role"] == "system"
@@ -183,11 +195,33 @@ class Cells:
             )  # fmt: skip
         return prompt if len(messages) == 1 and isinstance(prompt, str) else messages
 
+    def _beside(self, row: Row, column: str | None) -> str | None:
+        """Return the text of a column beside the prompt, None where it is empty.
+
+        Raises:
+            LeftOutError: It is neither text nor a number, or a chat written as text.
+        """
+        value = cell_of(row, column) if column else None
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if isinstance(value, float) and math.isnan(value):
+            return None
+        if self.text_cells and isinstance(value, str) and is_missing_word(value):
+            return None
+        text = to_text(value, column or "")
+        check_stray(text, column or "")
+        return text
+
     def _conversations(
         self, first: Any, second: Any, roles: Sequence[str]
     ) -> tuple[Prompt, str, str]:
         """Split two whole conversations at the end of what they share."""
         one = self._conversation(first, self.first, roles[0])
+        if isinstance(second, str) and self._markup(self.second) is None:
+            prompt, reply = split_reply(one, None, roles[0])  # a conversation, and a reply alone
+            if prompt is None:
+                raise _no_prompt(roles[0], reply)
+            return prompt, reply, to_text(second, roles[1], self.second)
         two = self._conversation(second, self.second, roles[1])
         shared = min(common_prefix(one, two), len(one) - 1, len(two) - 1)
         if shared < 1:
@@ -204,14 +238,14 @@ class Cells:
             if rest:
                 raise LeftOutError(
                     "conversations differ before their last reply", f"{role}: {len(rest)} turns",
-                    "compare replies to one prompt",
+                    "compare replies to one prompt", is_choice=True,
                 )  # fmt: skip
         return prompt, replies[0][1], replies[1][1]
 
     def _conversation(self, value: Any, column: str, role: str) -> list[Message]:
         if isinstance(value, str):
             markup = self._markup(column)
-            if markup is not None and markup.name not in TEXT_LISTS:
+            if markup is not None and markup not in LISTS:
                 value = _parsed(markup, value, role)
         return to_messages(value, role, column)
 
@@ -226,6 +260,13 @@ class Cells:
             )  # fmt: skip
 
 
+def _no_prompt(role: str, reply: str) -> LeftOutError:
+    return LeftOutError(
+        f"{role} is a conversation without a prompt", reply[:60],
+        "give the messages before the reply too",
+    )  # fmt: skip
+
+
 def find_named(columns: Sequence[str], sample: Sequence[Row]) -> frozenset[str]:
     """Return the columns in most of whose texts the assistant is named in front."""
     found = set()
@@ -238,20 +279,23 @@ def find_named(columns: Sequence[str], sample: Sequence[Row]) -> frozenset[str]:
     return frozenset(found)
 
 
-def find_markups(
-    columns: Sequence[str], sample: Sequence[Row]
-) -> tuple[dict[str, Markup], list[str]]:
+def find_markups(cells: Cells, sample: Sequence[Row]) -> tuple[dict[str, Markup], list[str]]:
     """Return the markup of each column whose texts are written in one, and sentences about them.
+
+    Replies of their own are not taken for chats by marks that other texts have too.
 
     Raises:
         ConfigError: A column is written in a markup that can't be parsed.
     """
     markups: dict[str, Markup] = {}
     notes = []
-    for column in columns:
+    replies = {cells.first, cells.second} if cells.prompt is not None else set()
+    for column in cells.columns:
         texts = [value for row in sample if isinstance(value := cell_of(row, column), str)]
         markup = recognise(texts)
-        if markup is None:
+        if markup is None or column in (cells.system, cells.more):
+            continue
+        if column in replies and markup in WEAK:
             continue
         if markup.parse is None:
             raise ConfigError(
@@ -259,7 +303,7 @@ def find_markups(
                 "can't be read back; export the data as JSON lines or Parquet"
             )
         markups[column] = markup
-        if markup.name not in TEXT_LISTS:
+        if markup not in LISTS:
             notes.append(f"{column} holds chats written as {markup.name}, which are parsed")
     return markups, notes
 
@@ -276,31 +320,46 @@ def _parsed(markup: Markup, text: str, role: str) -> Any:
     return value
 
 
-def _check_stray(prompt: str) -> None:
-    """Refuse a single prompt that is a chat written as text, where most are not.
+def _own_text(reply: Any) -> str | None:
+    """Return the text of a reply that is an object with its model's name and the like."""
+    if not isinstance(reply, dict) or any(key in reply for key in ROLE_KEYS):
+        return None
+    texts = [reply[key] for key in REPLY_KEYS if isinstance(reply.get(key), str)]
+    return texts[0] if len(texts) == 1 else None
+
+
+def _checked(prompt: Prompt) -> Prompt:
+    """Return a prompt of messages.
 
     Raises:
-        LeftOutError: It would be read as one turn of a user.
+        LeftOutError: A message is a chat written as text.
     """
-    name = None
-    if prompt.lstrip().startswith(_CHAT_BEGINS) and "ssistant" in prompt:
-        markup = markup_of(prompt)
-        name = markup.name if markup and markup.name not in TEXT_LISTS else None
-    if name is None and ("<" in prompt or "[" in prompt):
-        name = holds_control_tokens(prompt)
-    if name is not None:
+    for message in messages_of(prompt):
+        if message["role"] != "assistant":
+            check_stray(message["content"], f"a message of the {message['role']}")
+    return prompt
+
+
+def _only_text(texts: Any, field: str) -> str:
+    """Return the text of a list with one text.
+
+    Raises:
+        LeftOutError: There are several, which may be turns.
+    """
+    if len(texts) != 1:
         raise LeftOutError(
-            "prompt is a chat written as text, unlike other rows", f"{name}: {prompt[:40]!r}",
-            "write all rows alike",
-        )  # fmt: skip
+            f"{field} is a list of texts", f"{len(texts)} texts", "give a list of {role, content}"
+        )
+    return str(texts[0])
 
 
 def _clean(reply: str, role: str, notes: set[str]) -> str:
     """Return a reply without end tokens behind it.
 
     Raises:
-        LeftOutError: It holds control tokens of a chat template, or nothing else.
+        LeftOutError: It holds control tokens of a chat template, or nothing else, or is a chat.
     """
+    check_reply(reply, role)
     if "<" not in reply and "[" not in reply:
         return reply  # nine replies of ten, and no token is without one of these
     reply, had_tokens = strip_end_tokens(reply)
@@ -325,6 +384,16 @@ def _history(turns: Any, column: str) -> list[Message]:
             messages.append({"role": "assistant", "content": to_text(answered, column)})
         return messages
     return to_messages(turns, column)
+
+
+def _unwritten(turns: Any) -> Any:
+    """Return the value of a cell of CSV that holds it as JSON."""
+    if not isinstance(turns, str) or not turns.lstrip().startswith("["):
+        return turns
+    try:
+        return json.loads(turns)
+    except (ValueError, RecursionError):
+        return turns
 
 
 def _is_exchange(turn: Any) -> bool:

@@ -33,6 +33,14 @@ ROLES: Mapping[str, str] = {
 ROLE_KEYS = ("role", "from", "speaker", "sender")
 CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
 
+#: Fields of a reply that is an object, one of which holds its text.
+REPLY_KEYS = ("response", "text", "content", "completion", "answer", "output", "reply")
+#: Fields that hold the text of an object.
+_TEXT_FIELDS = ("full_text", "prompt", "question", "instruction", "query", "response", "answer",
+                "output", "completion", "body", "post")  # fmt: skip
+#: Fields of a pair that have a setting for their column.
+COLUMN_SETTINGS = ("prompt", "chosen", "rejected")
+
 _CALL_KEYS = ("tool_calls", "function_call")
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # LLaMA-Factory's roles
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -204,11 +212,12 @@ def _field_cure(value: dict[Any, Any], field: str, column: str) -> str:
         for name in names
         if isinstance(value[name], list) and value[name] and isinstance(value[name][0], dict)
     ]
-    usual = [name for name in CONTENT_KEYS if name in texts]
-    for name in [*usual, *texts, *chats]:
-        shown = name.encode("utf-8", "backslashreplace").decode()
-        return f"data.{field}_column={column}.{shown}"
-    return "give a column of texts"
+    usual = [name for name in (*CONTENT_KEYS, *_TEXT_FIELDS) if name in texts]
+    found = [*usual, *chats, *texts]
+    if field not in COLUMN_SETTINGS or (not usual and len(found) != 1):
+        return "give a column of texts"  # a guess among fields may name an id
+    shown = found[0].encode("utf-8", "backslashreplace").decode()
+    return f"data.{field}_column={column}.{shown}"
 
 
 def _seen(value: object) -> str:

@@ -80,7 +80,7 @@ def find_export(
     if name == "pairs":
         return _openai(columns)
     if name == "label-studio":
-        return _label_studio(columns, sample)
+        return _label_studio(columns, sample, config)
     return _argilla(columns, sample, config) or _argilla_table(columns, sample, config)
 
 
@@ -107,38 +107,49 @@ def _openai(columns: Sequence[str]) -> Export | None:
     return Export(adapt, frozenset(("input", "input.messages", *outputs)), ("input",))
 
 
-def _label_studio(columns: Sequence[str], sample: Sequence[Row]) -> Export | None:
+def _label_studio(
+    columns: Sequence[str], sample: Sequence[Row], config: DataConfig
+) -> Export | None:
     """Return the export for Label Studio's JSON of pairwise tasks."""
     if not {"data", "annotations"} <= set(columns):
         return None
-    if not any(isinstance(row.get("data"), Mapping) for row in sample):
+    data = [data for row in sample if isinstance(data := row.get("data"), Mapping)]
+    if not data:
         return None
+    answers: dict[str, list[Any]] = {}
+    for row in sample:
+        for control, value in _selections(row.get("annotations")):
+            answers.setdefault(control, []).append(value)
+    label = _question(answers, list(data[0]), config)
 
     def adapt(row: Row) -> Row:
         data = row.get("data")
         if not isinstance(data, Mapping):
             raise LeftOutError("data is no object", str(data)[:60])
-        votes = [*_selections(row.get("annotations"))]
+        given = _selections(row.get("annotations"))
+        votes = [value for control, value in given if control == label]
         if not votes:
             raise LeftOutError(
                 "the task has no annotation", cure="export labelled tasks only", is_choice=True
             )
-        return {**data, "annotations": votes}
+        return {**data, label or "annotations": votes}
 
-    return Export(adapt, frozenset(columns), ("data",), "annotations")
+    return Export(adapt, frozenset((*columns, label or "")), ("data",), label or "annotations")
 
 
-def _selections(annotations: Any) -> Iterator[Any]:
-    """Return the selected sides of all annotations that count."""
+def _selections(annotations: Any) -> Iterator[tuple[str, Any]]:
+    """Return control and selected side of all annotations that count."""
     for annotation in annotations if isinstance(annotations, list) else ():
         if not isinstance(annotation, Mapping) or annotation.get("was_cancelled"):
             continue
         results = annotation.get("result")
         for result in results if isinstance(results, list) else ():
             value = result.get("value") if isinstance(result, Mapping) else None
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and ("selected" in value or "choices" in value):
                 selected = value.get("selected", value.get("choices"))
-                yield from selected if isinstance(selected, list) else [selected]
+                control = str(result.get("from_name", "annotations"))
+                for side in selected if isinstance(selected, list) else [selected]:
+                    yield control, side
 
 
 def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> Export | None:
@@ -179,7 +190,7 @@ def _answers(responses: Any) -> dict[str, list[Any]]:
             values = answer.get("values") if isinstance(answer, Mapping) else None
             if isinstance(values, Mapping) and _counts(answer.get("status")):
                 for question, given in values.items():
-                    value = given.get("value") if isinstance(given, Mapping) else given
+                    value = _best_of(given.get("value") if isinstance(given, Mapping) else given)
                     answers.setdefault(str(question), []).append(value)
     return answers
 
@@ -231,10 +242,23 @@ def _cell_votes(row: Row, column: str) -> list[Any]:
 
 def _submitted(answers: Any) -> list[Any]:
     return [
-        answer.get("value")
+        _best_of(answer.get("value"))
         for answer in (answers if isinstance(answers, list) else ())
         if isinstance(answer, Mapping) and _counts(answer.get("status"))
     ]
+
+
+def _best_of(value: Any) -> Any:
+    """Return the field that a ranking question puts first, a tie if it is not one alone."""
+    if not isinstance(value, list) or not value:
+        return value
+    ranks = [item.get("rank") if isinstance(item, Mapping) else None for item in value]
+    known = [rank for rank in ranks if isinstance(rank, int | float)]
+    if len(value) != 2 or len(known) != 2:
+        return value
+    if known[0] == known[1]:
+        return "tie"
+    return value[known.index(min(known))].get("value")
 
 
 def _counts(status: Any) -> bool:
@@ -245,7 +269,11 @@ def _counts(status: Any) -> bool:
 def _question(
     answers: Mapping[str, Sequence[Any]], columns: Sequence[str], config: DataConfig
 ) -> str | None:
-    """Return the question that compares the replies: records also hold comments and ratings."""
+    """Return the question that compares the replies: records also hold comments and ratings.
+
+    Raises:
+        ConfigError: There are several such questions, none of them of a usual name.
+    """
     if config.label_column in answers:
         return config.label_column
     naming = [
@@ -258,6 +286,11 @@ def _question(
         for question in naming or answers
         if question.removeprefix("responses.").removesuffix(".responses") in LABEL_COLUMNS
     ]
+    if len(naming) > 1 and not known:
+        raise ConfigError(
+            f"data.label_column: {' and '.join(naming)} each say which reply is better; set "
+            "data.label_column to one of them"
+        )
     return next(iter((*known, *naming, *answers)), None)
 
 

@@ -18,7 +18,14 @@ from typing import Any
 
 from rlhf.data.chat import CONTENT_KEYS, ROLE_KEYS, ROLES
 from rlhf.data.rows import Message
-from rlhf.data.special_tokens import after_begin_tokens, ends_at, strip_end_tokens
+from rlhf.data.special_tokens import after_begin_tokens, ends_at
+from rlhf.data.transcripts import (
+    TRANSCRIPTS,
+    WEAK_TRANSCRIPTS,
+    before_reply,
+    role_of_name,
+    without_lines,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,14 @@ def markup_of(text: str) -> Markup | None:
     for markup in _PARSED:
         if markup.parse is not None and markup.parse(text) is not None:
             return markup
-    return NUMPY if _is_numpy_repr(text) else None
+    if _is_numpy_repr(text):
+        return NUMPY
+    begin = text.lstrip()[:40]
+    if _BYTES.match(begin) and text.rstrip().endswith(("'", '"')):
+        return BYTES
+    if begin.startswith("[{") and _are_parts(_json_value(text)):
+        return PARTS
+    return TEMPLATE if _TEMPLATE.match(begin) else None
 
 
 # --- JSON and Python --------------------------------------------------------------------------
@@ -97,6 +111,14 @@ def _python_chat(text: str) -> Any:
 def _python_texts(text: str) -> Any:
     value = _python_value(text) if text.lstrip().startswith(("['", '["')) else None
     return value if _is_texts(value) else None
+
+
+def _are_parts(value: Any) -> bool:
+    """Return True for the content of one message in parts: [{"type": "text", "text": …}]."""
+    return isinstance(value, list) and all(
+        isinstance(part, dict) and "type" in part and not set(ROLE_KEYS) & set(part)
+        for part in value
+    )
 
 
 def _is_numpy_repr(text: str) -> bool:
@@ -188,9 +210,9 @@ def _parse_template(
         if cut is not None and not ends_at(raw, cut):
             return None
         content = raw.rstrip("\r\n") if cut is None else raw[:cut]
-        messages.append({"role": _role(match.group(1)), "content": content})
+        messages.append({"role": role_of_name(match.group(1)), "content": content})
         if cut is None and end == len(text):
-            messages = _before_reply(messages)
+            messages = before_reply(messages)
     return messages or None
 
 
@@ -208,7 +230,7 @@ def _parse_llama_2(text: str) -> list[Message] | None:
         if is_system:
             if index or opening.strip() or not closes:
                 return None
-            messages.append({"role": "system", "content": _without_lines(system)})
+            messages.append({"role": "system", "content": without_lines(system)})
             question = after.lstrip("\r\n")
         else:
             question = question.removeprefix(" ")
@@ -217,7 +239,7 @@ def _parse_llama_2(text: str) -> list[Message] | None:
         answer = answer.removeprefix(" ")
         answer = answer.removesuffix(" ") if is_closed else answer
         messages.append({"role": "assistant", "content": answer})
-    return _before_reply(messages)
+    return before_reply(messages)
 
 
 def _before_tokens(text: str) -> tuple[str, bool]:
@@ -229,100 +251,20 @@ def _before_tokens(text: str) -> tuple[str, bool]:
             last -= 1
         token = next((t for t in ("</s>", "<s>") if text.endswith(t, 0, last)), None)
         if token is None:
-            return (text[:end] if found else _without_lines(text)), found
+            return (text[:end] if found else without_lines(text)), found
         end, found = last - len(token), True
-
-
-def _role(name: str) -> str:
-    """Return a known role's usual name; another is kept for the message that names it."""
-    return ROLES.get(name.strip().lower(), name.strip())
-
-
-def _before_reply(messages: list[Message]) -> list[Message]:
-    """Cut the assistant's empty last turn: there the reply begins."""
-    is_open = messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip()
-    return messages[:-1] if is_open else messages
-
-
-def _without_lines(text: str) -> str:
-    return text.strip("\r\n")
-
-
-# --- transcripts ------------------------------------------------------------------------------
-
-
-def _parse_transcript(
-    text: str, mark: re.Pattern[str], name: str, preambles: tuple[str, ...] = ()
-) -> list[Message] | None:
-    """Return the messages of a text with a name before every turn.
-
-    Args:
-        text: The text.
-        mark: What begins a turn; its group is the name.
-        name: The user's name with its colon.
-        preambles: How a system turn without a name may begin.
-    """
-    if name not in text:
-        return None
-    turns = _turns(text, mark)
-    if len(turns) < 3:
-        return None
-    (_, prefix), *named = turns
-    if prefix.strip() and not prefix.lstrip().startswith(preambles):
-        return None
-    messages = [{"role": "system", "content": prefix.strip()}] if prefix.strip() else []
-    messages += [{"role": _role(name), "content": content} for name, content in named]
-    if messages[0]["role"] == "assistant" or not {"user", "assistant"} <= {
-        message["role"] for message in messages
-    }:
-        return None
-    return _before_reply(messages)
-
-
-def _parse_vicuna(text: str) -> list[Message] | None:
-    if "USER:" not in text:
-        return None
-    return _parse_transcript(strip_end_tokens(text)[0], _VICUNA, "USER:", _PREAMBLES)
-
-
-def _parse_alpaca(text: str) -> list[Message] | None:
-    """Return the messages of Alpaca's template, whose own first sentences are left out."""
-    if "### Instruction:" not in text:
-        return None
-    (_, prefix), *named = _turns(text, _ALPACA)
-    names = [name for name, _ in named]
-    if names[:1] != ["Instruction"] or "Response" not in names:
-        return None
-    if prefix.strip() and not prefix.lstrip().startswith("Below is an instruction"):
-        return None
-    messages: list[Message] = []
-    for before, (name, content) in zip(["", *names], named, strict=False):
-        if name != "Input":
-            messages.append({"role": _role(name), "content": content})
-        elif before != "Instruction":
-            return None
-        elif content.strip():
-            messages[-1]["content"] += f"\n\n{content}"
-    return _before_reply(messages)
-
-
-def _turns(text: str, mark: re.Pattern[str]) -> list[tuple[str, str]]:
-    """Return name and text of each turn; the first is the text before all names."""
-    parts = mark.split(text)
-    turns = [("", parts[0])]
-    for index in range(1, len(parts), 2):
-        content = parts[index + 1].removeprefix(" ")
-        if index + 2 < len(parts) and not content.endswith(("\n", "\r")):
-            content = content.removesuffix(" ")  # the next name follows on the same line
-        turns.append((parts[index], _without_lines(content)))
-    return turns
 
 
 # --- all of them ------------------------------------------------------------------------------
 
-_PREAMBLES = ("A chat between", "You are ")
-_VICUNA = re.compile(r"(?:</s>|(?<!\S))(USER|ASSISTANT):")
-_ALPACA = re.compile(r"^### (Instruction|Input|Response):", re.MULTILINE)
+_BYTES = re.compile(r"b['\"]")
+#: Special tokens at the beginning of a text, of templates that are not known.
+_TEMPLATE = re.compile(
+    r"(?:<s>|<bos>|\s)*"
+    r"(?:<\|(?!(?:im_start|user|assistant|system|start_header_id)\|)[\w ]{1,30}\|>|"
+    r"\[\|\w{1,30}\|\]|<(?:extra_id|reserved)_\d+>|\[gMASK\]|"
+    r"\[SYSTEM_PROMPT\]|\[AVAILABLE_TOOLS\]|<｜[^｜]{1,30}｜>)"
+)
 
 
 def _template(mark: str, opening: str, *ends: str, system_first: bool = False) -> Any:
@@ -335,16 +277,19 @@ def _template(mark: str, opening: str, *ends: str, system_first: bool = False) -
     )
 
 
-def _names(*names: str) -> Any:
-    pattern = re.compile(rf"^({'|'.join(names)}):", re.MULTILINE)
-    return partial(_parse_transcript, mark=pattern, name=f"{names[0]}:")
-
-
 JSON = Markup("JSON", _json_chat)
 JSON_LIST = Markup("JSON list", _json_texts)
 PYTHON = Markup("Python repr", _python_chat)
 PYTHON_LIST = Markup("Python list", _python_texts)
 NUMPY = Markup("numpy repr", None)
+BYTES = Markup("Python bytes", None)
+PARTS = Markup("JSON content parts", None)
+TEMPLATE = Markup("an unknown chat template", None)
+#: Lists of texts, which are a model's answer as often as the turns of a chat.
+LISTS = (JSON_LIST, PYTHON_LIST)
+#: Marks that texts other than chats have too: columns of them are parsed, single texts are not.
+WEAK = tuple(Markup(name, parse) for name, parse in WEAK_TRANSCRIPTS)
+
 _HEADER = r"([\w-]{1,30})(?: name=[\w-]{1,60})?"  # OpenAI's examples have names
 _PARSED = (
     JSON,
@@ -378,7 +323,7 @@ _PARSED = (
     Markup(
         "Zephyr/Phi <|user|>",
         _template(
-            r"<\|(system|user|assistant)\|>\n?",
+            r"<\|(system|user|assistant|prompter)\|>\n?",
             "",
             *("</s>", "<|end|>", "<|endoftext|>"),
         ),
@@ -400,18 +345,23 @@ _PARSED = (
             "<|END_OF_TURN_TOKEN|>",
         ),
     ),
-    Markup("Alpaca ### Instruction", _parse_alpaca),
     Markup(
-        "### Human ### Assistant",
-        partial(
-            _parse_transcript,
-            mark=re.compile("### (Human|Assistant|System):"),
-            name="### Human:",
-            preambles=_PREAMBLES,
+        "Llama 4",
+        _template(
+            rf"<\|header_start\|>{_HEADER}<\|header_end\|>\n{{0,2}}",
+            "<|header_start|>",
+            "<|eot|>",
         ),
     ),
-    Markup("Vicuna USER: ASSISTANT:", _parse_vicuna),
-    Markup("Human/Assistant transcript", _names("Human", "Assistant", "System")),
-    Markup("User/Assistant transcript", _names("User", "Assistant", "System")),
-    Markup("Human/AI transcript", _names("Human", "AI", "System")),
+    Markup(
+        "Granite",
+        _template(
+            rf"<\|start_of_role\|>{_HEADER}<\|end_of_role\|>",
+            "<|start_of_role|>",
+            "<|end_of_text|>",
+        ),
+    ),
+    Markup("EXAONE", _template(r"\[\|(system|user|assistant)\|\]", "", "[|endofturn|]")),
+    *(Markup(name, parse) for name, parse in TRANSCRIPTS),
+    *WEAK,
 )

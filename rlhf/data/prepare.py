@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ from rlhf.data.collect import (
     demonstrations,
     exact_key,
 )
-from rlhf.data.formats import Layout, detect
+from rlhf.data.formats import Layout
 from rlhf.data.partition import check_sizes, partition
+from rlhf.data.parts import with_layouts
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
@@ -37,12 +37,9 @@ from rlhf.data.rows import (
     write_rows,
 )
 from rlhf.data.sources import Part, open_source, source_name
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
-
-#: Rows of a file that its format is detected from.
-SAMPLE_ROWS = 200
 
 #: Rows of a dataset by the name of their file.
 Parts = dict[str, Sequence[Any]]
@@ -64,7 +61,8 @@ class Reading:
     totals: Totals = field(default_factory=Totals)
 
     def note(self, text: str) -> None:
-        """Add a sentence unless it is there."""
+        """Add a sentence unless it is there; a column's name may hold what UTF-8 can't write."""
+        text = text.encode("utf-8", "backslashreplace").decode()
         if text not in self.notes:
             self.notes.append(text)
 
@@ -157,16 +155,15 @@ def _read_part(
     limit: int | None,
 ) -> None:
     """Add the pairs of one file."""
-    records = itertools.islice(part.records(), limit)
-    head = list(itertools.islice(records, SAMPLE_ROWS))
-    layout = _layout(part, head, config)
-    if layout is not None:
+
+    def report(layout: Layout) -> None:
         reading.formats += [layout.name] if layout.name not in reading.formats else []
         for text in layout.notes:
             reading.note(text)
         unused = [name for name in layout.unused if name not in reading.unused_columns]
         reading.unused_columns += [n for n in unused if n not in _extra_columns(config)]
-    for record in itertools.chain(head, records):
+
+    for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
         origin = Origin(record.file, record.line)
         try:
@@ -174,18 +171,6 @@ def _read_part(
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             quarantine.add(origin, reason, row)
-
-
-def _layout(part: Part, head: list[Record], config: DataConfig) -> Layout | None:
-    """Detect a part's format from its first rows; None if none of them can be parsed."""
-    sample = [record.fields for record in head if record.fields is not None]
-    if not sample:
-        return None
-    columns = list(dict.fromkeys(name for row in sample for name in row))
-    try:
-        return detect(columns, sample, config, text_cells=part.text_cells)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (in {part.name}; rlhf data inspect shows more)") from None
 
 
 def _add(
@@ -247,11 +232,15 @@ def _from_source(
         "contradictions": divided.contradictions or None,
         "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, reading.rows),
-        "unused_columns": ", ".join(reading.unused_columns) or None,
+        "unused_columns": _joined(reading.unused_columns) or None,
         "notes": reading.notes,
         "left_out": dict(quarantine.ordered()),
     }
     return parts, _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
+
+
+def _joined(columns: Sequence[str]) -> str:
+    return ", ".join(columns).encode("utf-8", "backslashreplace").decode()
 
 
 def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:

@@ -144,6 +144,11 @@ class Recurrence:
                 for side, own, against in zip(found, votes, votes[::-1], strict=True):
                     if own <= against:
                         lost.update(side)
+        if self.contradictions and not lost:
+            self.note(
+                f"{self.contradictions:,} pairs have a near duplicate that prefers the other reply "
+                "(data.contradictions=majority leaves out the fewer ones)"
+            )
         reason = LeftOutError(
             "a near duplicate prefers the other reply",
             cure="set data.contradictions=keep to train on both", is_choice=True,

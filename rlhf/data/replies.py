@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.config import DataConfig
 from rlhf.data.cells import Cells
+from rlhf.data.chat import REPLY_KEYS
 from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row, cell_of, value_of
 from rlhf.data.records import Comparison, Converted, LeftOutError, Rated
+from rlhf.errors import ConfigError
 
 #: What a finder returns: cells, the replies' names in reasons, the converter, sentences.
 Found = tuple[Cells, tuple[str, str], Any, tuple[str, ...]]
@@ -32,13 +36,27 @@ ATTRIBUTES = {
 }  # fmt: skip
 LISTS = (
     "completions", "responses", "outputs", "output", "replies", "candidates", "answers",
-    "generations", "ranking", "ranked_responses", "ranked", "choices",
+    "generations", "responses_and_scores", "summaries", "samples", "ranking", "ranked_responses",
+    "ranked", "choices",
 )  # fmt: skip
+#: Words in names of scores of which the lowest is best, and those that turn them round.
+_LOWER_IS_BETTER = frozenset(
+    ("rank", "ranks", "ranking", "loss", "cost", "error", "errors", "penalty", "perplexity", "ppl",
+     "nll", "distance", "toxic", "toxicity", "harm", "harmful", "harmfulness", "unsafe",
+     "violation", "violations")
+)  # fmt: skip
+_TURNED = frozenset(("neg", "negative", "negated", "minus", "inverse", "not", "non", "no"))
+#: Columns of thumbs, whose numbers are no scale.
+_THUMBS = ("label", "thumbs", "feedback", "vote")
+#: Columns with the position of the best reply in a list.
+_BEST = ("best", "best_index", "best_idx", "chosen_index", "chosen_idx", "chosen", "choice",
+         "preferred", "winner", "preferred_index", "label")  # fmt: skip
 #: Lists whose names say that the best comes first.
 _BEST_FIRST = ("output", "ranking", "ranked", "ranked_responses")
-_TEXT_KEYS = ("response", "text", "content", "completion", "answer", "output", "reply")
-_SCORE_KEYS = ("overall_score", "score", "rating", "reward", "fine_grained_score")
-_SCORE_LISTS = ("scores", "score", "ratings", "rewards", "overall_scores")
+_SCORE_KEYS = (
+    "overall_score", "score", "rating", "reward", "fine_grained_score", "pm_score", "label",
+)  # fmt: skip
+_SCORE_LISTS = ("scores", "score", "ratings", "rating", "rewards", "overall_scores")
 _RANK_LISTS = ("rank", "ranks", "ranking")
 _UP = frozenset(
     {"true", "up", "good", "positive", "like", "liked", "thumbs_up", "thumbsup", "thumbs up",
@@ -66,7 +84,7 @@ class _Rating:
             value = cell_of(row, cells.first)
             reply = cells.read_reply(value, cells.first, prompt, roles[0], notes)
         score = sum(
-            weight * _score(value_of(row, column), column)
+            weight * _mean_score(value_of(row, column), column)
             for column, weight in zip(self.columns, self.weights, strict=True)
         )
         return Converted(rated=[Rated(prompt, reply, score)], notes=frozenset(notes))
@@ -78,7 +96,9 @@ def find_rated(
 ) -> Found | None:  # fmt: skip
     """Return the columns of a prompt, a reply, and its label or scores, if there are such."""
     reply = config.chosen_column or next((names[n] for n in REPLIES if n in names), None)
-    label = config.label_column or next((names[n] for n in RATINGS if n in names), None)
+    label = config.label_column or next(
+        (names[n] for n in RATINGS if n in names and _are_scores(sample, names[n])), None
+    )
     if reply is None and prompt.prompt in [names.get(n) for n in CONVERSATIONS]:
         reply, prompt = prompt.prompt, replace(prompt, prompt=None)
     elif prompt.prompt in (None, reply):
@@ -94,11 +114,42 @@ def find_rated(
         note = f"rated: replies to one prompt are compared by {total}"
         return cells, ("reply", "reply"), _Rating((*attributes,), (*attributes.values(),)), (note,)
     label = label or next(iter(attributes), None)
-    if label is None or not any(_is_score(value_of(row, label)) for row in sample):
+    if label is None or not _are_scores(sample, label):
         return None
+    _check_thumbs(sample, label)
+    sign, order = _direction(label)
     source = f"{reply} to {prompt.prompt}" if prompt.prompt else f"the last reply of {reply}"
-    note = f"rated: {source}; replies to one prompt are compared by {label}"
-    return cells, ("reply", "reply"), _Rating((label,)), (note,)
+    note = f"rated: {source}; replies to one prompt are compared by {label}, the {order} is best"
+    return cells, ("reply", "reply"), _Rating((label,), (sign,)), (note,)
+
+
+def _are_scores(sample: Sequence[Row], column: str) -> bool:
+    """Return whether most of a column's values are numbers or thumbs, not texts."""
+    values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
+    return sum(_is_score(value) for value in values) > len(values) / 2
+
+
+def _check_thumbs(sample: Sequence[Row], column: str) -> None:
+    """Refuse thumbs of 1 and 2: nothing says which of them is up.
+
+    Raises:
+        ConfigError: With the values that say it.
+    """
+    values = [cell_of(row, column) for row in sample]
+    scores = {_mean_score(value, column) for value in values if _is_score(value)}
+    if column.lower() in _THUMBS and scores == {1.0, 2.0}:
+        raise ConfigError(
+            f"data.label_column: {column!r} holds 1 and 2, which don't say whether 1 or 2 is the "
+            "better; write true and false, or rename the column to rating (the highest is best) "
+            "or rank (the lowest)"
+        )
+
+
+def _direction(column: str) -> tuple[float, str]:
+    """Return the sign and the word for the best value of a score, by its name: a loss is low."""
+    words = set(re.findall(r"[a-z]+", column.replace("_", " ").lower()))
+    is_low = bool(words & _LOWER_IS_BETTER) and not words & _TURNED
+    return (-1.0, "lowest") if is_low else (1.0, "highest")
 
 
 @dataclass(frozen=True)
@@ -109,8 +160,11 @@ class _Ranking:
     scores: str | None = None
     sign: float = 1.0
     """−1 for ranks, of which the lowest is best."""
-    by_order: bool = False
-    """True if the best reply stands first."""
+    by: Literal["scores", "order", "best", "id"] = "scores"
+    """`order` if the best reply stands first; if `scores` names the best one, `best` if by its
+    position and `id` if by a field of the reply."""
+    start: int = 0
+    """Position of the first reply, if `scores` is a position."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -119,12 +173,17 @@ class _Ranking:
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
         prompt = cells.read_prompt(row, notes)
-        items = value_of(row, self.column)
+        items = _listed(value_of(row, self.column))
         if not isinstance(items, list | tuple) or len(items) < 2:
             raise LeftOutError(f"{self.column} has fewer than two replies", str(items)[:60])
-        texts = [_text_of(item) for item in items]
-        replies = [cells.read_reply(t, self.column, prompt, roles[0], notes) for t in texts]
-        scored = [*zip(self._scores(row, items), replies, strict=True)]
+        scores = self._scores(row, items)
+        if any(score is None for score in scores):
+            notes.add(f"replies in {self.column} without a score are not compared")
+        scored = [
+            (score, cells.read_reply(_text_of(item), self.column, prompt, roles[0], notes))
+            for score, item in zip(scores, items, strict=True)
+            if score is not None
+        ]
         scored.sort(key=lambda item: -item[0])
         comparisons = [
             Comparison(prompt, one, other, high - low)
@@ -136,24 +195,50 @@ class _Ranking:
         comparisons.sort(key=lambda item: -(item.margin or 0))
         return Converted(comparisons[:MAX_RANKED_PAIRS], notes=frozenset(notes))
 
-    def _scores(self, row: Row, items: Sequence[Any]) -> list[float]:
+    def _scores(self, row: Row, items: Sequence[Any]) -> list[float | None]:
+        if self.by == "order":
+            return [float(-index) for index in range(len(items))]
+        if self.by == "best":
+            best = _position(cell_of(row, self.scores or ""), self.scores or "") - self.start
+            if not 0 <= best < len(items):
+                raise LeftOutError(
+                    f"{self.scores} is no position in {self.column}",
+                    f"{best + self.start} of {len(items)} replies",
+                )
+            return [float(index == best) for index in range(len(items))]
+        if self.by == "id":
+            named = [_names_item(cell_of(row, self.scores or ""), item) for item in items]
+            if sum(named) != 1:
+                raise LeftOutError(
+                    f"{self.scores} does not name one reply of {self.column}",
+                    _beginning(cell_of(row, self.scores or "")),
+                )
+            return [float(is_best) for is_best in named]
         if self.scores is not None:
-            listed = value_of(row, self.scores)
+            listed = _listed(value_of(row, self.scores))
             if not isinstance(listed, list | tuple) or len(listed) != len(items):
                 raise LeftOutError(
                     f"{self.scores} does not have one number for each reply", str(listed)[:60]
                 )
-            return [self.sign * _score(value, self.scores) for value in listed]
-        if not self.by_order:
-            return [_item_score(item, self.column) for item in items]
-        return [float(-index) for index in range(len(items))]
+            found = [_optional_score(value, self.scores) for value in listed]
+            scores = [None if score is None else self.sign * score for score in found]
+        else:
+            scores = [_item_score(item, self.column) for item in items]
+            _check_ranks(items, scores)
+        if all(score is None for score in scores):
+            raise LeftOutError(f"no reply in {self.column} has a score")
+        return scores
 
 
 def find_ranking(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
     prompt: Cells,
 ) -> Found | None:  # fmt: skip
-    """Return the columns of a prompt and a list of replies, if the best of them is known."""
+    """Return the columns of a prompt and a list of replies, if the best of them is known.
+
+    Raises:
+        ConfigError: A column orders the replies, but in which way is not certain.
+    """
     wanted = [config.chosen_column] if config.chosen_column else [
         names[n] for n in LISTS if n in names
     ]  # fmt: skip
@@ -161,23 +246,143 @@ def find_ranking(
     if column is None or prompt.prompt in (None, column):
         return None
     cells = replace(prompt, first=column, second=column)
-    roles = ("reply", "reply")
+    decided = _decision(names, sample, config, column)
+    if decided is None:
+        return None
+    ranking, order = decided
+    return cells, ("reply", "reply"), ranking, (f"ranking: the replies in {column} {order}",)
+
+
+def _decision(
+    names: Mapping[str, str], sample: Sequence[Row], config: DataConfig, column: str
+) -> tuple[_Ranking, str] | None:
+    """Return how the replies of a list are ordered, and a sentence about it."""
     if config.label_column is None and _has_scores(sample, column):
-        note = f"ranking: the replies in {column} are compared by their scores"
-        return cells, roles, _Ranking(column), (note,)
-    ranks = [names[n] for n in _RANK_LISTS if n in names]
-    scores = config.label_column or next(
-        (c for c in (*(names[n] for n in _SCORE_LISTS if n in names), *ranks) if c != column), None
+        return _Ranking(column), "are compared by their scores"
+    ranks = [names[n] for n in _RANK_LISTS if n in names and _hold_lists(sample, names[n])]
+    scores = [names[n] for n in _SCORE_LISTS if n in names and _hold_lists(sample, names[n])]
+    listed = [c for c in (*scores, *ranks) if c != column]
+    if config.label_column and _hold_lists(sample, config.label_column):
+        listed = [config.label_column]
+    best = [names[n] for n in _BEST if n in names] if not config.label_column else [
+        config.label_column
+    ]  # fmt: skip
+    if config.format == "ranking" and not config.label_column and column.lower() in _BEST_FIRST:
+        listed = best = []
+    if listed:
+        if listed[0].lower() == "ranking" and not config.label_column:
+            _check_order(sample, listed[0])
+        sign, order = _direction(listed[0])
+        return _Ranking(column, listed[0], sign), f"by {listed[0]}, the {order} first"
+    for name in best:
+        start = _start(sample, name, column)
+        if start is not None:
+            ranking = _Ranking(column, name, by="best", start=start)
+            return ranking, f"by {name}, the position of the best, counted from {start}"
+        if _name_items(sample, name, column):
+            return _Ranking(column, name, by="id"), f"by {name}, which names the best"
+    is_plain = any(isinstance(cell_of(row, column), list) for row in sample) and all(
+        isinstance(item, str) or {*item} <= {*REPLY_KEYS, "model", "role"}
+        for values in _lists(sample, column)
+        for item in values
     )
-    if scores is not None:
-        is_rank = scores in ranks or "rank" in scores.lower()
-        order, sign = ("lowest", -1.0) if is_rank else ("highest", 1.0)
-        note = f"ranking: the replies in {column} by {scores}, the {order} first"
-        return cells, roles, _Ranking(column, scores, sign), (note,)
-    if column.lower() in _BEST_FIRST or config.format == "ranking":
-        note = f"ranking: the replies in {column}, taken as the best first"
-        return cells, roles, _Ranking(column, by_order=True), (note,)
+    if is_plain and (column.lower() in _BEST_FIRST or config.format == "ranking"):
+        return _Ranking(column, by="order"), "are taken as the best first"
     return None
+
+
+def _check_order(sample: Sequence[Row], column: str) -> None:
+    """Refuse a ranking that may be each reply's rank or the replies' order.
+
+    Raises:
+        ConfigError: The two readings differ in a row.
+    """
+    for values in _lists(sample, column):
+        if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            return
+        low = min(values)
+        order = [value - low for value in values]
+        if sorted(order) != list(range(len(order))):
+            return  # ties or gaps: no list of positions
+        if any(order[place] != index for index, place in enumerate(order)):
+            raise ConfigError(
+                f"data.label_column: {column!r} ({values}) may hold the rank of each reply, or the "
+                f"positions of the replies, the best first; set data.label_column={column} if it "
+                "is the rank of each, or else put the replies in that order, drop the column, and "
+                "set data.format=ranking"
+            )
+
+
+def _start(sample: Sequence[Row], name: str, column: str) -> int | None:
+    """Return the position of a list's first reply as a column counts, 0 or 1.
+
+    Raises:
+        ConfigError: The column holds positions of which this is not certain.
+    """
+    pairs = [(cell_of(row, name), _listed(cell_of(row, column))) for row in sample]
+    known = [
+        (int(value), len(items))
+        for value, items in pairs
+        if _is_whole(value) and isinstance(items, list) and items
+    ]
+    given = [value for value, _ in pairs if value is not None]
+    if not known or len(known) < len(given) / 2:
+        return None
+    if any(position == 0 for position, _ in known):
+        return 0
+    if any(position == length for position, length in known):
+        return 1
+    raise ConfigError(
+        f"data.label_column: {name!r} holds positions in {column}, but nothing says whether the "
+        f"first reply is 0 or 1; give a score for each reply instead"
+    )
+
+
+def _names_item(value: Any, item: Any) -> bool:
+    """Return whether a value is a field of a reply, but not its text."""
+    if not isinstance(item, Mapping) or not isinstance(value, str | int) or value == "":
+        return False
+    return any(key not in REPLY_KEYS and item[key] == value for key in item)
+
+
+def _name_items(sample: Sequence[Row], name: str, column: str) -> bool:
+    """Return whether most values of a column name exactly one reply in a list."""
+    pairs = [(cell_of(row, name), _listed(cell_of(row, column))) for row in sample]
+    lists = [(value, items) for value, items in pairs if isinstance(items, list)]
+    named = sum(sum(_names_item(value, item) for item in items) == 1 for value, items in lists)
+    return named > len(sample) / 2
+
+
+def _position(value: Any, column: str) -> int:
+    if not _is_whole(value):
+        raise LeftOutError(f"{column} is no position", _beginning(value))
+    return int(value)
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().isdecimal() and len(value) < 10
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> Any:
+    """Return a list as it is, and one that a cell of CSV holds as JSON parsed."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _lists(sample: Sequence[Row], column: str) -> list[list[Any]]:
+    """Return the lists in a column that are not empty."""
+    found = [_listed(cell_of(row, column)) for row in sample]
+    return [value for value in found if isinstance(value, list) and value]
+
+
+def _hold_lists(sample: Sequence[Row], column: str) -> bool:
+    return bool(_lists(sample, column))
 
 
 def find_unranked(names: Mapping[str, str], sample: Sequence[Row]) -> str | None:
@@ -189,13 +394,14 @@ def find_unranked(names: Mapping[str, str], sample: Sequence[Row]) -> str | None
 
 def _has_scores(sample: Sequence[Row], column: str) -> bool:
     """Return whether the replies of a list are objects with a score or a rank."""
-    first = next(v for row in sample if isinstance(v := value_of(row, column), list) and v)[0]
+    first = _lists(sample, column)[0][0]
     return isinstance(first, Mapping) and any(key in first for key in (*_SCORE_KEYS, "rank"))
 
 
 def _is_list_of_replies(sample: Sequence[Row], column: str) -> bool:
-    lists = [v for row in sample if isinstance(v := value_of(row, column), list) and v]
-    return bool(lists) and all(
+    lists = _lists(sample, column)
+    filled = sum(cell_of(row, column) not in (None, "") for row in sample)
+    return len(lists) > filled / 2 and all(
         isinstance(item, str) or (isinstance(item, Mapping) and "role" not in item)
         for values in lists
         for item in values
@@ -205,17 +411,46 @@ def _is_list_of_replies(sample: Sequence[Row], column: str) -> bool:
 def _text_of(item: Any) -> Any:
     if not isinstance(item, Mapping):
         return item
-    return next((item[key] for key in _TEXT_KEYS if key in item), None)
+    return next((item[key] for key in REPLY_KEYS if key in item), None)
 
 
-def _item_score(item: Any, column: str) -> float:
+def _item_score(item: Any, column: str) -> float | None:
+    """Return a reply's score, or its rank with a minus; None where it has neither."""
     if isinstance(item, Mapping):
         for key in _SCORE_KEYS:
-            if item.get(key) is not None:
-                return _score(item[key], f"{column}.{key}")
-        if item.get("rank") is not None:
-            return -_score(item["rank"], f"{column}.rank")
+            if (score := _optional_score(item.get(key), f"{column}.{key}")) is not None:
+                return score
+        rank = _optional_score(item.get("rank"), f"{column}.rank")
+        return None if rank is None else -rank
     raise LeftOutError(f"a reply in {column} has no score", _beginning(item))
+
+
+def _check_ranks(items: Sequence[Any], scores: Sequence[float | None]) -> None:
+    """Refuse replies whose ranks and scores order them differently."""
+    ranks = [_optional_score(item.get("rank"), "rank") for item in items]
+    known = [(s, r) for s, r in zip(scores, ranks, strict=True) if s is not None and r is not None]
+    for (one, rank), (two, other) in itertools.combinations(known, 2):
+        if (one - two) * (rank - other) > 0:
+            raise LeftOutError(
+                "the scores contradict the ranks",
+                f"scores {one:g} and {two:g}, ranks {rank:g} and {other:g}",
+                "leave out the scores or the ranks",
+            )  # fmt: skip
+
+
+def _optional_score(value: Any, column: str) -> float | None:
+    is_missing = value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    return None if is_missing else _score(value, column)
+
+
+def _mean_score(value: Any, column: str) -> float:
+    """Return a score, or the mean of several annotators' scores."""
+    if not isinstance(value, list | tuple):
+        return _score(value, column)
+    scores = [score for v in value if (score := _optional_score(v, column)) is not None]
+    if not scores:
+        raise LeftOutError(f"{column} is missing")
+    return sum(scores) / len(scores)
 
 
 def _beginning(value: Any) -> str:
@@ -225,7 +460,7 @@ def _beginning(value: Any) -> str:
 
 def _is_score(value: Any) -> bool:
     try:
-        _score(value, "")
+        _mean_score(value, "")
     except LeftOutError:
         return False
     return True

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 END_TOKENS: tuple[str, ...] = (
     *("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|end|>"),
     *("<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"),
-    *("<|return|>", "<｜end▁of▁sentence｜>"),
+    *("<|return|>", "<｜end▁of▁sentence｜>", "<|end_of_turn|>", "[|endofturn|]"),
 )
 _BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>")
 
@@ -107,6 +107,7 @@ _CONTROL = re.compile(
             *("<|start_header_id|>", "<|end_header_id|>", "<|header_start|>", "<|header_end|>"),
             *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<｜User｜>", "<｜Assistant｜>"),
             *("<|system|>", "<|user|>", "<|assistant|>", "<|start|>", "<|message|>"),
+            *("<|prompter|>", "<|start_of_role|>", "<|end_of_role|>", "[|user|]", "[|assistant|]"),
         )
     )
 )

@@ -16,19 +16,21 @@ from typing import Any, Literal
 from rlhf.config import DataConfig
 from rlhf.data.columns import MISSING, Row, value_of
 from rlhf.data.records import LeftOutError
+from rlhf.data.special_tokens import is_missing_word
 from rlhf.errors import ConfigError
 
 Verdict = Literal["first", "second", "tie"]
 
 #: Label columns, the usual ones first.
 LABEL_COLUMNS = (
-    "winner", "label", "labels", "preference", "overall_preference", "preference_strength",
-    "choice", "better_response_id", "chosen_id", "preferred_id", "better", "preferred", "judgment",
-    "judgement", "verdict", "vote", "votes", "result", "chosen", "selected", "comparison",
-    "human_preference", "annotations",
+    "winner", "label", "labels", "preference", "choice", "better_response_id", "chosen_id",
+    "preferred_id", "better", "preferred", "judgment", "judgement", "verdict", "vote", "votes",
+    "result", "chosen", "selected", "comparison", "human_preference", "annotations",
+    "overall_preference", "preference_strength",
 )  # fmt: skip
 #: Score columns of the two replies; a higher score is better.
 SCORE_COLUMNS = ("score", "rating", "reward", "quality")
+_REPLY_NAMES = ("response", "model", "assistant", "answer", "output", "completion", "option")
 _TIES = (
     "tie", "tied", "both", "both bad", "bothbad", "tie bothbad", "neither", "equal", "draw", "none",
     "same", "no preference", "equally good", "equally bad",
@@ -42,6 +44,14 @@ _WORDS: Mapping[str, Verdict] = {
 }  # fmt: skip
 #: HelpSteer's columns: negative where the first reply is better, 0 for a tie.
 _SIGNED = ("overall_preference", "preference_strength")
+#: Judgements of language models: `[[A>>B]]`, and the sentence "Response 1 is slightly better".
+_RELATION = re.compile(r"\[*\s*(\w)\s*(>{1,3}|<{1,3}|={1,3})\s*(\w)\s*\]*")
+_IS_BETTER = re.compile(
+    r"@?(?:(?:response|answer|model|assistant|output|option) )?(\w) is "
+    r"(?:(?:much|slightly|significantly|clearly|far|a bit|a little|somewhat) )?better\b"
+)
+#: Nested lists and objects around a vote.
+_MAX_DEPTH = 8
 #: Settings of `data.labels`, each of one value.
 _SETTABLE = ("first", "second", "tie")
 #: Share of the labels that must be understood; others are left out one by one.
@@ -60,6 +70,12 @@ class Judge:
     by: Literal["label", "sign", "one-hot", "scores"] = "label"
     models: tuple[str, str] | None = None
     """Columns with the names of the two replies' models, one of which a label may give."""
+    suffixes: tuple[str, str] = ("a", "b")
+    """The part in which the names of the two replies differ."""
+    are_set: bool = False
+    """True if `data.labels` gives the words their meaning."""
+    text_cells: bool = False
+    """True if all cells are text, so that a missing value is a word."""
 
     def decide(self, row: Row) -> tuple[Verdict, float | None]:
         """Return a row's verdict, and by how much where the source says.
@@ -76,6 +92,8 @@ class Judge:
             )
             return _sign(two - one), abs(one - two)
         votes = _votes(values[0])
+        if self.text_cells and not self.are_set:
+            votes = [vote for vote in votes if not is_missing_word(str(vote))]
         if not votes:
             raise LeftOutError(f"{self.columns[0]} is missing")
         verdicts: Counter[Verdict] = Counter(self._vote(vote, row) for vote in votes)
@@ -89,17 +107,29 @@ class Judge:
         if self.by == "sign":
             return _sign(_number(value, self.columns[0]))
         verdict = self.words.get(_exact(value)) or self.words.get(_plain(value))
-        if verdict is not None:
-            return verdict
-        if isinstance(value, str) and value.strip():
-            for columns in ((self.first, self.second), self.models or ()):
-                names = [_plain(value_of(row, column)) for column in columns]
-                if _plain(value) and names.count(_plain(value)) == 1:
-                    return "first" if names[0] == _plain(value) else "second"
+        verdict = verdict or (None if self.are_set else relation(value, self.suffixes))
+        text = self._named(value, row)
+        if verdict is not None and text not in (None, verdict) and not self.are_set:
+            raise LeftOutError(
+                f"{self.columns[0]} names one reply and is the text of the other",
+                repr(value)[:60], "set data.labels.first and data.labels.second",
+            )  # fmt: skip
+        if verdict or text:
+            return verdict or text or "tie"
         raise LeftOutError(
             f"{self.columns[0]} has an unknown value", repr(value)[:60],
             "set data.labels.first, data.labels.second and data.labels.tie",
         )  # fmt: skip
+
+    def _named(self, value: Any, row: Row) -> Verdict | None:
+        """Return the reply whose text, or whose model's name, a label repeats."""
+        if not isinstance(value, str) or not _plain(value):
+            return None
+        for columns in ((self.first, self.second), self.models or ()):
+            names = [_plain(value_of(row, column)) for column in columns]
+            if names.count(_plain(value)) == 1:
+                return "first" if names[0] == _plain(value) else "second"
+        return None
 
     def _one_hot(self, values: Sequence[Any]) -> Verdict:
         flags = [_plain(value) in ("1", "1.0", "true") for value in values]
@@ -115,6 +145,7 @@ def find_judge(
     replies: tuple[str, str],
     suffixes: tuple[str, str],
     config: DataConfig,
+    text_cells: bool = False,
 ) -> Judge:
     """Return the way to decide between two reply columns.
 
@@ -124,6 +155,7 @@ def find_judge(
         replies: Columns of the two replies.
         suffixes: The part in which their names differ: a and b, 1 and 2.
         config: Label column and the meaning of its values.
+        text_cells: True if all cells are text.
 
     Raises:
         ConfigError: There is no label, or its meaning is not certain.
@@ -132,26 +164,69 @@ def find_judge(
     if config.label_column is None and one_hot[0] and one_hot[1]:
         columns = tuple(name for name in one_hot if name)
         return Judge(f"decided by {', '.join(columns)}", columns, *replies, {}, "one-hot")
-    label = config.label_column or next((names[n] for n in LABEL_COLUMNS if n in names), None)
-    if label is None:
-        for stem in SCORE_COLUMNS:
-            scores = [_with_suffix(names, stem, suffix) for suffix in suffixes]
-            if scores[0] and scores[1]:
-                columns = (scores[0], scores[1])
-                return Judge(f"decided by {' and '.join(columns)}, the higher", columns, *replies,
-                             {}, "scores")  # fmt: skip
-        raise ConfigError(
-            f"data.source: {replies[0]} and {replies[1]} are two replies, but no column says which "
-            "is better; set data.label_column, and data.labels.first and data.labels.second to its "
-            "values"
-        )
+    labels = [config.label_column] if config.label_column else [
+        names[n] for n in LABEL_COLUMNS if n in names and names[n] not in replies
+    ]  # fmt: skip
+    fault: ConfigError | None = None
+    for label in labels:  # the first one whose values can be understood
+        try:
+            return _by_label(label, names, sample, replies, suffixes, config, text_cells)
+        except ConfigError as error:
+            fault = fault or error
+    if fault is not None:
+        raise fault
+    for stem in SCORE_COLUMNS:
+        scores = [_with_suffix(names, stem, suffix) for suffix in suffixes]
+        if scores[0] and scores[1]:
+            columns = (scores[0], scores[1])
+            return Judge(f"decided by {' and '.join(columns)}, the higher", columns, *replies,
+                         {}, "scores")  # fmt: skip
+    raise ConfigError(
+        f"data.source: {replies[0]} and {replies[1]} are two replies, but no column says which "
+        "is better; set data.label_column, and data.labels.first and data.labels.second to its "
+        "values"
+    )
+
+
+def _by_label(
+    label: str, names: Mapping[str, str], sample: Sequence[Row], replies: tuple[str, str],
+    suffixes: tuple[str, str], config: DataConfig, text_cells: bool,
+) -> Judge:  # fmt: skip
+    """Return the way to decide by the values of one column."""
     is_set = any(v is not None for v in config.labels.model_dump().values())
-    if label in _SIGNED and suffixes == ("1", "2") and not is_set:
+    if label in _SIGNED and suffixes == ("1", "2") and not is_set and _has_negative(sample, label):
         return Judge(f"decided by the sign of {label}", (label,), *replies, {}, "sign")
     models = [names.get(f"model_{suffix}") for suffix in suffixes]
     both = (models[0], models[1]) if models[0] and models[1] else None
     words = _words(label, sample, (*replies, *(both or ())), suffixes, config)
-    return Judge(f"decided by {label}", (label,), *replies, words, models=both)
+    return Judge(
+        f"decided by {label}", (label,), *replies, words, models=both, suffixes=suffixes,
+        are_set=config.labels.first is not None or config.labels.second is not None,
+        text_cells=text_cells,
+    )  # fmt: skip
+
+
+def _has_negative(sample: Sequence[Row], column: str) -> bool:
+    """Return whether a column is a scale around 0, on which a sign tells the sides apart."""
+    votes = [vote for row in sample for vote in _votes(value_of(row, column))]
+    return any(_is_number(_exact(vote)) and float(_exact(vote)) < 0 for vote in votes)
+
+
+def relation(value: Any, suffixes: tuple[str, str]) -> Verdict | None:
+    """Return the verdict of `A>>B`, `A=B` or "Response 1 is slightly better"; None for others."""
+    if not isinstance(value, str) or len(value) > 1000:
+        return None
+    text = value.strip().casefold()
+    if match := _RELATION.fullmatch(text):
+        one, sign, other = match.groups()
+        if {one, other} != set(suffixes):
+            return None
+        if sign[0] == "=":
+            return "tie"
+        return "first" if (one == suffixes[0]) == (sign[0] == ">") else "second"
+    if (match := _IS_BETTER.match(text)) and match.group(1) in suffixes:
+        return "first" if match.group(1) == suffixes[0] else "second"
+    return None
 
 
 def _words(
@@ -176,15 +251,19 @@ def _words(
     words: dict[str, Verdict] = {**_WORDS}
     if settings.tie is not None:
         words[_exact(settings.tie)] = "tie"
-    for column, verdict in zip(replies[:2], ("first", "second"), strict=True):
+    sides: tuple[tuple[str, str, Verdict], ...] = (
+        (replies[0], suffixes[0], "first"), (replies[1], suffixes[1], "second"),
+    )  # fmt: skip
+    for column, suffix, verdict in sides:
         words[_plain(column)] = verdict
+        words |= {f"{word} {suffix}": verdict for word in _REPLY_NAMES}
     votes = [vote for row in sample for vote in _votes(value_of(row, label))]
     values = Counter(_plain(vote) for vote in votes)
     numbers = {value for value in values if _is_number(value)}
     if _plain(replies[0]) == "human ref a" and label in ("labels", "label"):
         words |= {"1": "first", "0": "second"}  # Stanford Human Preferences
-    elif "2" in numbers <= {"1", "2"} and suffixes in (("1", "2"), ("a", "b")):
-        words |= {"1": "first", "2": "second"}
+    elif "2" in numbers <= {"1", "1.5", "2"} and suffixes in (("1", "2"), ("a", "b")):
+        words |= {"1": "first", "2": "second", "1.5": "tie"}  # AlpacaEval's draws are 1.5
     elif suffixes == ("0", "1") and label.endswith(("_id", "_idx", "_index")):
         words |= {"0": "first", "1": "second"}
     texts = {
@@ -194,6 +273,11 @@ def _words(
         if isinstance(text := value_of(row, column), str)
     }
     known = sum(count for value, count in values.items() if value in words or value in texts)
+    known += sum(
+        relation(vote, suffixes) is not None
+        for vote in votes
+        if _plain(vote) not in words and _plain(vote) not in texts
+    )
     if known < _ENOUGH * sum(values.values()) or not values:
         shown = ", ".join(f"{value!r} × {count}" for value, count in values.most_common(5))
         cure = (
@@ -241,17 +325,20 @@ def _with_suffix(names: Mapping[str, str], stem: str, suffix: str) -> str | None
     return next((names[form] for form in forms if form in names), None)
 
 
-def _votes(value: Any) -> list[Any]:
+def _votes(value: Any, depth: int = 0) -> list[Any]:
     """Return the votes of one cell: of a list each item, of an object its value."""
-    if value is MISSING or value is None or value == "":
+    is_nan = isinstance(value, float) and math.isnan(value)  # a missing value in Parquet
+    if value is MISSING or value is None or value == "" or is_nan:
         return []
+    if depth > _MAX_DEPTH:
+        return ["a deeply nested value"]
     if isinstance(value, Mapping):
         for key in ("selected", "value", "label", "preference", "winner", "choice"):
             if key in value:
-                return _votes(value[key])
+                return _votes(value[key], depth + 1)
         return [value]
     if isinstance(value, list | tuple):
-        return [vote for item in value for vote in _votes(item)]
+        return [vote for item in value for vote in _votes(item, depth + 1)]
     return [value]
 
 

@@ -164,7 +164,7 @@ def ab(label, **columns):
         (ab("c"), "label has an unknown value"),
         (ab("a", answer_b=GOOD), "both replies are the same"),
         (ab("a", answer_b=""), "answer_b is empty"),
-        (ab("a", answer_a={"text": GOOD}), "answer_a is an object"),
+        (ab("a", answer_a={"score": 1}), "answer_a is an object"),
         (ab("a", prompt=[user(Q), assistant("x")]), "prompt ends with a reply"),
         (ab("a", prompt=[{"role": "critic", "content": Q}]), "prompt has an unknown role"),
         (ab("a", answer_a=f"{GOOD}<|im_start|>user\nMore"),

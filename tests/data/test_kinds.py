@@ -69,6 +69,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 ROLES = [{"role": "Human", "content": Q}], [{"role": "ASSISTANT", "content": GOOD}]
 RANKED = {"question": Q, "completions": ["Ask.", GOOD, BAD], "scores": [2, 3, 1]}
 SIGN = {"context": [user(Q)], "response1": BAD, "response2": GOOD, "overall_preference": 2}
+NEGATIVE = {**SIGN, "response1": GOOD, "response2": BAD, "overall_preference": -1}
 NESTED = {"ask": {"text": Q}, "pos": {"answer": GOOD}, "neg": {"answer": BAD}}
 REPLIES = {"chosen_column": "pos.answer", "rejected_column": "neg.answer"}
 SCORED = {**TRIPLE, "score_chosen": 5, "score_rejected": 4}
@@ -91,7 +92,7 @@ KINDS = {
               "tie: neither reply is preferred", {}),
     "kto": ("csv", RATED[0], ONE, [{**RATED[0][0], "prompt": "Why?"}],
             "no other reply to this prompt has a different score", {}),
-    "sign": ("jsonl", [SIGN], CHAT, [{**SIGN, "overall_preference": 0}],
+    "sign": ("jsonl", [SIGN, NEGATIVE], CHAT, [{**SIGN, "overall_preference": 0}],
              "tie: neither reply is preferred", {}),
     "rankings": ("jsonl", [RANKED], [(Q, GOOD, "Ask."), (Q, GOOD, BAD), (Q, "Ask.", BAD)],
                  [{**RANKED, "scores": [1, 1, 1]}], "tie: all replies have the same score", {}),

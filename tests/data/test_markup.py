@@ -124,7 +124,6 @@ PROSE = [
     "In the log it says:\n\nHuman: hello\n\nAssistant: hi",
     "Human: a word for a person", "Human: hello\n\nHuman: hello?", "Assistant: Look.\nHuman: Why?",
     "Note: USER: and ASSISTANT: are marks.", "USER: admin", "The SUPERUSER: x ASSISTANT: y",
-    "Q: What is 2 + 2?\nA:",
     "### Instruction:\nOnly a heading", "Notes\n### Instruction:\nx\n### Response:\ny",
     "### Input:\nx\n### Response:\ny", "### Instruction:\na\n### Response:\nb\n### Input:\nc",
     '{"city": "Oslo"}', "[1, 2, 3]", '"text"', "[]", "{}", "null", '["a", 1]', "[[1, 2], [3, 4]]",

@@ -1,0 +1,263 @@
+"""Values decide what a column is, not its name alone: no layout is read the wrong way round."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.config import DataConfig
+from rlhf.data import rows as files
+from rlhf.data.prepare import prepare_data
+from rlhf.errors import RLHFError
+
+ASKED = ("How do I clean a kettle", "Why is rust red", "What do otters eat", "Who wrote Emma")
+
+
+def good(i):
+    return f"GOOD reply of case {i}, in full."
+
+
+def bad(i):
+    return f"BAD reply of case {i}."
+
+
+def asked(i):
+    return f"{ASKED[i % 4]}, question {i}?"
+
+
+def chat(i, reply):
+    return [{"role": "user", "content": asked(i)}, {"role": "assistant", "content": reply}]
+
+
+def two(i, one="response_a", other="response_b"):
+    """Two columns of replies of which the first is better in even rows."""
+    replies = (good(i), bad(i)) if i % 2 == 0 else (bad(i), good(i))
+    return {"prompt": asked(i), one: replies[0], other: replies[1]}
+
+
+def side(i, *names):
+    return names[i % 2]
+
+
+def ranked(i, **more):
+    """A list of replies of which the last is best in odd rows, the first in even ones."""
+    return {"prompt": asked(i), "responses": [*[*two(i).values()][1:], "So so."], **more}
+
+
+def rated(i, **more):
+    return {"prompt": asked(i // 2), "response": (bad, good)[i % 2](i // 2), **more}
+
+
+def best(i, start=0):
+    return (i % 2) + start
+
+
+def parts(i, *ranks):
+    """Fields of an Argilla record, or their ranks as its ranking question gives them."""
+    if not ranks:
+        return two(i, "response-1", "response-2")
+    return [{"value": f"response-{k}", "rank": rank} for k, rank in enumerate(ranks, 1)]
+
+
+def judged(i, *controls):
+    results = [
+        {"from_name": name, "type": kind, "value": {key: [value]}}
+        for name, kind, key, value in controls
+    ]
+    return {"data": two(i, "answer1", "answer2"), "annotations": [{"result": results}]}
+
+
+#: Rows of layouts that have one meaning, each by its number.
+READ = {
+    "labels in columns of a pair": lambda i: {
+        **two(i), "chosen": side(i, "response_a", "response_b"),
+        "rejected": side(i, "response_b", "response_a")},
+    "models in columns of a pair": lambda i: {
+        **two(i), "model_a": "m-7", "model_b": "n-8", "winner": side(i, "m-7", "n-8"),
+        "loser": side(i, "n-8", "m-7")},
+    "numbers in columns of a pair": lambda i: {
+        **two(i, "response_1", "response_2"), "chosen": 1 + i % 2, "rejected": 2 - i % 2},
+    "positions in columns of a pair": lambda i: {
+        **ranked(i), "chosen": best(i), "rejected": 1 - best(i)},
+    "ids in columns of a pair": lambda i: {
+        "prompt": asked(i), "chosen": f"{i}-x", "rejected": f"{i}-y",
+        "responses": [{"id": f"{i}-y", "text": bad(i)}, {"id": f"{i}-x", "text": good(i)}]},
+    "columns that the label names": lambda i: {
+        **two(i, "ours", "theirs"), "winner": side(i, "ours", "theirs")},
+    "strength without a sign": lambda i: {
+        **two(i, "response_1", "response_2"), "preference_strength": 1 + i % 3,
+        "choice": side(i, "response_1", "response_2")},
+    "verdict of a judge": lambda i: {**two(i), "verdict": side(i, "[[A>>B]]", "[[B>A]]")},
+    "sentence of a judge": lambda i: {
+        **two(i, "response_1", "response_2"),
+        "preference": side(i, "Response 1 is much better", "@Response 2 is slightly better.")},
+    "names of models with the suffix": lambda i: {
+        **two(i, "output_1", "output_2"), "winner": side(i, "model_1", "model_2")},
+    "a second label column": lambda i: {
+        **two(i), "label": "politics", "winner": side(i, "a", "b")},
+    "replies as objects": lambda i: {
+        "prompt": asked(i), "winner": side(i, "a", "b"),
+        **{key: {"text": text, "model": "m"} for key, text in two(i).items() if key != "prompt"}},
+    "ties by a flag": lambda i: {**two(i), "winner": side(i, "a", "b"), "is_tie": False},
+    "question in front of listed replies": lambda i: {
+        "prompt": asked(i), "chosen": [asked(i), good(i)], "rejected": [asked(i), bad(i)]},
+    "conversation and another reply": lambda i: {
+        "messages": chat(i, good(i)), "rejected_response": bad(i)},
+    "conversations beside another column": lambda i: {
+        "conversation": [{"input": asked(i), "output": "x"}], "chosen": chat(i, good(i)),
+        "rejected": chat(i, bad(i))},
+    "conversations beside an empty prompt": lambda i: {
+        "prompt": None, "chosen": chat(i, good(i)), "rejected": chat(i, bad(i))},
+    "prompts in a list": lambda i: {
+        "prompt": [asked(i)], "chosen": good(i), "rejected": bad(i)},
+    "equal system turns": lambda i: {
+        "system": "Be kind.", "chosen": good(i), "rejected": bad(i),
+        "prompt": [{"role": "system", "content": "Be kind."}, *chat(i, "")[:1]]},
+    "scores with a gap": lambda i: {
+        "prompt": asked(i), "responses": [bad(i), good(i), "No score."], "ratings": [3, 9, None]},
+    "scores and ranks": lambda i: {
+        "prompt": asked(i), "answers": [{"text": bad(i), "score": 1, "rank": 2},
+                                        {"text": good(i), "score": 3, "rank": 1}]},
+    "position of the best from 1": lambda i: {**ranked(i), "best": best(i, 1) if i else 3},
+    "loss": lambda i: rated(i, loss=side(i, 3.5, 0.1)),
+    "rank": lambda i: rated(i, rank=side(i, 2, 1)),
+    "harm": lambda i: rated(i, is_harmful=side(i, True, False)),
+    "harmlessness": lambda i: rated(i, harmlessness=side(i, 0.1, 0.8)),
+    "score beside a comment": lambda i: rated(
+        i, feedback=None if i % 9 else "Fine.", score=side(i, 1, 5)),
+    "ratings of several annotators": lambda i: rated(i, rating=side(i, [1, 2], [5, None, 4])),
+    "controls that do not compare": lambda i: judged(
+        i, ("topic", "choices", "choices", "History"), ("cmp", "pairwise", "selected",
+                                                       side(i, "left", "right"))),
+    "ranking question": lambda i: {
+        "fields": parts(i),
+        "responses": {"ranking": [{"value": parts(i, *side(i, (1, 2), (2, 1))),
+                                   "status": "submitted"}]}},
+}  # fmt: skip
+#: Settings that a layout needs.
+SETTINGS = {
+    "loss": {"label_column": "loss"},
+    "rank": {"label_column": "rank"},
+    "harm": {"label_column": "is_harmful"},
+    "harmlessness": {"label_column": "harmlessness"},
+}  # fmt: skip
+
+
+def prepare(folder, rows, **settings):
+    """The pairs that are written, and the summary."""
+    source, out = folder / "data.jsonl", folder / "out"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.mkdir(exist_ok=True)
+    prepare_data(DataConfig(source=str(source), **settings), out)
+    written = [p for name in (files.PAIRS_TRAIN, files.PAIRS_EVAL)
+               for p in files.read_rows(out / name, files.Pair)]  # fmt: skip
+    return written, json.loads((out / files.SUMMARY).read_text())
+
+
+def right(pairs):
+    """Return whether all pairs prefer the right reply."""
+    return all("GOOD" in row.chosen and "GOOD" not in row.rejected for row in pairs)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_layouts_of_one_meaning_are_read_in_it(tmp_path, name):
+    rows = [READ[name](i) for i in range(40)]
+    pairs, summary = prepare(tmp_path, rows, **SETTINGS.get(name, {}))
+    assert pairs
+    if name == "position of the best from 1":
+        pairs = [row for row in pairs if row.chosen != "So so."]
+    assert right(pairs)
+    assert all("question" in str(row.prompt) for row in pairs)
+    assert summary["rows"] == summary["rows_used"] + sum(summary["left_out"].values())
+
+
+#: Rows of layouts that have no certain meaning, and a part of the message.
+REFUSED = {
+    "positions from 0 or 1": (
+        lambda i: {**two(i, "response_0", "response_1"), "chosen": i % 2, "rejected": 1 - i % 2},
+        "data.labels.first"),
+    "scale without a sign": (
+        lambda i: {**two(i, "response_1", "response_2"), "overall_preference": side(i, 1, 5)},
+        "'overall_preference'"),
+    "thumbs of 1 and 2": (
+        lambda i: rated(i, label=side(i, 2, 1)), "which don't say whether 1 or 2 is the better"),
+    "order or ranks": (
+        lambda i: {"prompt": asked(i), "responses": [bad(i), "So so.", good(i)],
+                   "ranking": [2, 0, 1]}, "the positions of the replies"),
+    "position that may start at 0 or 1": (
+        lambda i: {**ranked(i), "best": 1}, "whether the first reply is 0 or 1"),
+    "label that is the other reply's text": (
+        lambda i: {"prompt": asked(i), "response_a": "B", "response_b": "A", "winner": "A"},
+        "is the text of the other"),
+    "scores against ranks": (
+        lambda i: {"prompt": asked(i), "answers": [{"text": "x", "score": 1, "rank": 1},
+                                                   {"text": "y", "score": 3, "rank": 2}]},
+        "the scores contradict the ranks"),
+    "columns that a label decides between": (
+        lambda i: {**two(i, "ours", "theirs"), "winner": side(i, "ours", "theirs")},
+        "set data.label_column=winner too"),
+    "two controls that compare": (
+        lambda i: judged(i, ("kind", "pairwise", "selected", "left"),
+                         ("safe", "pairwise", "selected", "right")),
+        "kind and safe each say which reply is better"),
+    "prompt as an object": (
+        lambda i: {"question": {"dataset": "d", "id": "1", "full_text": asked(i)}, **{
+            key: text for key, text in two(i).items() if key != "prompt"},
+            "winner": side(i, "a", "b")}, "data.prompt_column=question.full_text"),
+    "numbers as the prompt": (
+        lambda i: {"x": i, "chosen": good(i), "rejected": bad(i)}, "data.prompt_column"),
+    "system of another type": (
+        lambda i: {"prompt": asked(i), "system": {"tone": "kind"}, "chosen": good(i),
+                   "rejected": bad(i)}, "system is an object"),
+    "turns as a list": (
+        lambda i: {"prompt": asked(i), "chosen": [asked(i), "x", good(i)],
+                   "rejected": [asked(i), bad(i)]}, "chosen is a list of turns"),
+}  # fmt: skip
+REFUSED_SETTINGS = {
+    "columns that a label decides between": {"chosen_column": "ours", "rejected_column": "theirs"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layouts_of_no_certain_meaning_are_refused(tmp_path, name):
+    row, part = REFUSED[name]
+    rows = [row(i) for i in range(40)]
+    settings = REFUSED_SETTINGS.get(name, {})
+    with pytest.raises(RLHFError) as caught:
+        prepare(tmp_path, rows, **settings)
+    text = str(caught.value)
+    assert part in text
+    for cure in re.findall(r"data\.(\w+_column)=([\w.]+)", text):
+        assert cure[0] in ("prompt_column", "chosen_column", "rejected_column", "label_column")
+        try:
+            pairs, _ = prepare(tmp_path, rows, **{**settings, cure[0]: cure[1]})
+        except RLHFError:
+            continue
+        # The ranking is one of two readings, between which its setting decides.
+        assert name == "order or ranks" or right(pairs)
+
+
+TWO_NAMES = [("response_a", "response_b"), ("answer_1", "answer_2"), ("output_0", "output_1")]
+LABEL = st.sampled_from(["winner", "label", "preference", "choice", "better", "chosen", "verdict"])
+
+
+@given(st.data())
+def test_a_comparison_is_never_the_wrong_way_round(tmp_path_factory, data):
+    one, other = data.draw(st.sampled_from(TWO_NAMES))
+    a, b = one[-1], other[-1]
+    words = [(one, other), (a, b), (f"model_{a}", f"model_{b}"), (f"{a}>{b}", f"{b}>>{a}"),
+             (f"Response {a} is better.", f"Response {b} is better."), ("left", "right"),
+             (f"[[{a}]]", f"[[{b}]]")]  # fmt: skip
+    first, second = data.draw(st.sampled_from(words))
+    label = data.draw(LABEL)
+    more = data.draw(st.dictionaries(
+        st.sampled_from(["rejected", "loser", "score", "preference_strength", "rank"]),
+        st.sampled_from([1, 2, "x"]), max_size=2))  # fmt: skip
+    rows = [{**two(i, one, other), **more, label: side(i, first, second)} for i in range(20)]
+    try:
+        pairs, _ = prepare(tmp_path_factory.mktemp("data"), rows)
+    except RLHFError:
+        return
+    assert right(pairs), json.dumps(rows[0])
