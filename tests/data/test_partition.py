@@ -160,20 +160,20 @@ def test_a_judge_beside_the_sources_own_test_part():
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_reply_that_recurs_under_many_prompts_is_quarantined(side):
-    data = [pair(text, f"c {text}", f"r {text}") for text in texts(300)]
+    data = [pair(text, f"c {text}", f"r {text}") for text in texts(100, 12)]
     forms = (CANNED, CANNED.upper(), "I’m sorry — but I can't help you with that request!")
-    for i in range(40):
+    for i in range(14):
         data[i * 7][side] = forms[i % 3]
     parts, summary, quarantine = prepare(data)
-    assert summary["left_out"] == {"reply recurs under many prompts": 40}
-    assert [line["line"] for line in quarantine] == [i * 7 + 1 for i in range(40)]
-    assert {line["detail"][:17] for line in quarantine} == {"under 40 of 300: "}
+    assert summary["left_out"] == {"reply recurs under many prompts": 14}
+    assert [line["line"] for line in quarantine] == [i * 7 + 1 for i in range(14)]
+    assert {line["detail"][:17] for line in quarantine} == {"under 14 of 100: "}
     kept = [row for name in (files.PAIRS_TRAIN, files.PAIRS_EVAL) for row in parts[name]]
-    assert len(kept) == 260
+    assert len(kept) == 86
     for options in ({"max_reply_share": None}, {"max_reply_share": 0.14}):
-        assert prepare(data, **options)[1]["rows_used"] == 300
+        assert prepare(data, **options)[1]["rows_used"] == 100
     # Letters and numbers are equal, which needs no search.
-    assert prepare(data, near_duplicates=None)[1]["rows_used"] == 260
+    assert prepare(data, near_duplicates=None)[1]["rows_used"] == 86
 
 
 def test_near_duplicates_of_a_recurring_reply_are_repeats_of_it():

@@ -128,7 +128,7 @@ def growing_data(draw):
     return prompts[:cut], prompts[cut:]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(growing_data(), st.integers(0, 3), st.floats(0.1, 0.5))
 def test_held_out_prompts_stay_held_out_when_data_grow(data, seed, fraction):
     old, new = data
@@ -147,11 +147,11 @@ def test_held_out_prompts_stay_held_out_when_data_grow(data, seed, fraction):
 
 
 def test_chance_of_a_cluster_to_be_held_out():
-    for n in (1, 2, 3, 10, 100):
-        openings = {f"{i}": [f"{i} {j}" for j in range(n)] for i in range(4000)}
-        share = len(held_out_clusters(openings, 0.1, 0)) / 4000
+    for n in (1, 3, 20):
+        openings = {f"{i}": [f"{i} {j}" for j in range(n)] for i in range(3000)}
+        share = len(held_out_clusters(openings, 0.1, 0)) / 3000
         # P(one of n is below 0.1) = 1 - 0.9^n, for three openings at most; ± 3 deviations.
-        assert abs(share - (1 - 0.9 ** min(n, 3))) < 0.022
+        assert abs(share - (1 - 0.9 ** min(n, 3))) < 0.025
 
 
 def test_two_prompts_at_least_on_each_side():
