@@ -65,17 +65,18 @@ class Recurrence:
             return pairs
         names = [self.clusters.of(item.pair.prompt) for item in pairs]
         total = len(set(names))
+        limit = max(MIN_RECURRENCE, share * total)
+        counts = Counter(groups[bare[reply]] for item in pairs for reply in _replies(item.pair))
         uses: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
         for item, name in zip(pairs, names, strict=True):
             for reply in _replies(item.pair):
                 text = bare[reply]
-                if len(text) >= MIN_REPLY or width(text) >= MIN_REPLY:
+                # Most groups have one use: sets for all of them would take gigabytes.
+                if counts[groups[text]] > limit and width(text) >= MIN_REPLY:
                     uses[groups[text]][text].add(name)
-        limit = max(MIN_RECURRENCE, share * total)
         recurring: dict[str, int] = {}
         for texts in uses.values():
-            if sum(map(len, texts.values())) > limit:
-                recurring |= _recurring(texts, limit, self.config.near_duplicates)
+            recurring |= _recurring(texts, limit, self.config.near_duplicates)
         lost = [any(bare[r] in recurring for r in _replies(item.pair)) for item in pairs]
         kept_files = self._files_to_keep(pairs, lost)
         kept = []
