@@ -132,7 +132,7 @@ def test_near_duplicates_of_the_sources_own_test_part_are_not_trained_on():
 
 def test_a_judge_gets_pairs_that_no_stage_and_no_gate_sees():
     data = [pair(f"{text} {end}", text) for text in texts(120) for end in ("a", "b")]
-    parts, summary, _ = prepare(data, judge_fraction=0.3, eval_fraction=0.2)
+    parts, summary, _ = prepare(data, judge_fraction=0.2, eval_fraction=0.2)
     judge = {row.prompt[:-2] for row in parts[files.PAIRS_JUDGE]}
     others = [
         {row.prompt[:-2] for name in names for row in parts[name]} for names in (TRAINING, GATES)
@@ -140,7 +140,10 @@ def test_a_judge_gets_pairs_that_no_stage_and_no_gate_sees():
     assert judge.isdisjoint(others[0] | others[1])
     assert others[0].isdisjoint(others[1])
     assert len(judge | others[0] | others[1]) == 120
-    assert summary["pairs_judge"] == len(parts[files.PAIRS_JUDGE]) > 40
+    # About 48 of 240; not more, for its clusters have two openings. A choice that depended on that
+    # About a fifth of 240. A choice that followed that of the held-out part would leave a tenth.
+    assert summary["pairs_judge"] == len(parts[files.PAIRS_JUDGE]) > 36
+    assert "leaks_left_out" not in summary
     without, summary, _ = prepare(data, eval_fraction=0.2)
     assert files.PAIRS_JUDGE not in without
     assert "pairs_judge" not in summary

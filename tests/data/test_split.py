@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.sources import own_test_files
@@ -104,6 +104,13 @@ def test_questions_behind_a_shared_greeting_or_template_are_still_compared():
     assert [3, 12] in groups(*prompts)
 
 
+def test_a_conversation_has_one_opening_and_so_one_chance_to_be_held_out():
+    turns = [user(OPENING), assistant("a"), user("And then?"), assistant("b"), user("And now?")]
+    prompts = [turns[:1], turns[:3], turns, [system("Be brief."), *turns], OPENING]
+    for found in (find_clusters(prompts, 0.8), find_clusters(prompts[1:3])):
+        assert [len(openings) for openings in found.openings.values()] == [1]
+
+
 def test_common_beginnings_are_named():
     found = find_clusters([[user("Hi"), assistant("Yes?"), user(name)] for name in SUBJECTS])
     assert found.common == {"hi": 12}
@@ -128,7 +135,8 @@ def growing_data(draw):
     return prompts[:cut], prompts[cut:]
 
 
-@settings(max_examples=40)
+# Shrinking takes minutes, and an example of forty prompts is read as easily.
+@settings(max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(growing_data(), st.integers(0, 3), st.floats(0.1, 0.5))
 def test_held_out_prompts_stay_held_out_when_data_grow(data, seed, fraction):
     old, new = data
