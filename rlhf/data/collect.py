@@ -247,6 +247,8 @@ def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
 
 def exact_key(prompt: Prompt) -> str:
     """Return a key that two prompts share only if they are equal; text equals a user's turn."""
+    if isinstance(prompt, str):
+        return f"user {len(prompt)} {prompt}"
     return joined((m["role"], m["content"]) for m in messages_of(prompt))
 
 
