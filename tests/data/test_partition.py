@@ -140,7 +140,6 @@ def test_a_judge_gets_pairs_that_no_stage_and_no_gate_sees():
     assert judge.isdisjoint(others[0] | others[1])
     assert others[0].isdisjoint(others[1])
     assert len(judge | others[0] | others[1]) == 120
-    # About 48 of 240; not more, for its clusters have two openings. A choice that depended on that
     # About a fifth of 240. A choice that followed that of the held-out part would leave a tenth.
     assert summary["pairs_judge"] == len(parts[files.PAIRS_JUDGE]) > 36
     assert "leaks_left_out" not in summary
