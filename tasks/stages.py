@@ -55,8 +55,9 @@ def _show_data(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
     facts = [
         {"fact": key.replace("_", " "), "value": str(value)}
         for key, value in summary.items()
-        if key not in ("left_out", "notes")
+        if key not in ("left_out", "notes", "findings")
     ]
+    facts = [{"fact": "finding", "value": text} for text in summary.get("findings", ())] + facts
     facts += [{"fact": "note", "value": note} for note in summary.get("notes", ())]
     return {"data": facts, **({"data-left-out": reasons} if reasons else {})}
 
