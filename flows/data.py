@@ -48,6 +48,7 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
         Read at most this many rows of each file.
     """
     from rlhf.data.audit import Evidence, left_out_reasons
+    from rlhf.data.partition import partition
     from rlhf.data.prepare import read_pairs
     from rlhf.data.prompt_fields import PromptFields
     from rlhf.data.quarantine import Quarantine
@@ -56,9 +57,11 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     quarantine = Quarantine()
     fields = PromptFields(config.data)
     reading = read_pairs(config.data, config.store_options, quarantine, fields, limit=rows)
-    pairs = [item.pair for item in (*reading.pairs, *reading.held_out)]
-    for item in (*reading.pairs, *reading.held_out):
-        reading.ledger.use(item.origins)
+    parts = partition(
+        reading.pairs, reading.held_out, config.data, config.seed, reading.ledger, reading.note
+    )
+    of_parts = set(map(id, (*parts.train, *parts.held_out, *parts.judge)))
+    pairs = [item.pair for item in (*reading.pairs, *reading.held_out) if id(item.pair) in of_parts]
     used = reading.ledger.close(quarantine.add)
     reasons = left_out_reasons(quarantine.ordered(), quarantine.examples)
     evidence = Evidence(reading.tallies, reading.totals, reading.rows, reasons)

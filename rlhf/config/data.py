@@ -176,7 +176,19 @@ class DataConfig(Section):
     hub_split: str = "train"
     """Split to read when `source` is a hub dataset."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the *prompts* held out; all pairs of one prompt stay on one side."""
+    """Share of the *prompts* held out; prompts near each other stay on one side (docs/data.md)."""
+    judge_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the prompts whose pairs go to `pairs-judge.jsonl`, for an independent judge model:
+    no stage trains on them and no gate sees them. 0 writes no such file."""
+    near_duplicates: float | None = Field(default=0.8, ge=0.5, le=1)
+    """Least Jaccard similarity of two texts that count as near duplicates; none searches none."""
+    max_reply_share: float | None = Field(default=0.01, gt=0, le=1)
+    """Largest share of the prompts under which one reply, or near duplicates of it, may stand;
+    pairs with such a reply are left out, unless most pairs of their file have one. Replies under 20
+    characters may recur, and every reply under ten prompts. none allows all."""
+    contradictions: Literal["keep", "majority"] = "keep"
+    """Pairs of which a near duplicate prefers the other reply: `keep` trains on both, `majority`
+    leaves out those with fewer rows, and ties."""
     max_pairs: int | None = Field(default=None, ge=10)
     """Use at most this many pairs (a seeded sample); none uses all."""
     max_prompt_chars: int = Field(default=4000, ge=1)
@@ -208,6 +220,20 @@ class DataConfig(Section):
                 raise ValueError(
                     f"{name}_mode = 'add' adds {name}_source, which is not set; set it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _some_prompts_are_trained_on(self) -> Self:
+        if self.judge_fraction and self.source == "world":
+            raise ValueError(
+                f"judge_fraction = {self.judge_fraction:g}: source = 'world' has a judge of its "
+                "own, the gold score; set judge_fraction to 0"
+            )
+        if self.judge_fraction + self.eval_fraction >= 1:
+            raise ValueError(
+                f"judge_fraction = {self.judge_fraction:g} and eval_fraction = "
+                f"{self.eval_fraction:g} leave nothing to train on; together they must be below 1"
+            )
         return self
 
     @field_validator("source", "sft_source", "prompts_source", mode="before")

@@ -19,7 +19,7 @@ from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
 from rlhf.data.rows import Prompt
 from rlhf.data.sources import Part, open_source
-from rlhf.data.split import clusters, loose_key
+from rlhf.data.split import find_clusters
 from rlhf.errors import ConfigError, DataError
 
 #: Rows of a file that its format is detected from.
@@ -121,7 +121,8 @@ def read_own_rows(
             )
     kept, times, lost = [], [], list(own.lost)
     used: set[Origin] = set()
-    is_held_out = _held_out_test(held_out, [found.prompt for found in items.values()])
+    asked = [found.prompt for found in items.values()]
+    is_held_out = _held_out_test(held_out, asked, config.near_duplicates)
     for key, found in items.items():
         reason, number = refuse(found), sources.times(key, origins[key], seed)
         if is_held_out(found.prompt):
@@ -157,13 +158,13 @@ def read_own_rows(
 
 
 def _held_out_test(
-    held_out: Iterable[Prompt], prompts: Sequence[Prompt]
+    held_out: Iterable[Prompt], prompts: Sequence[Prompt], threshold: float | None
 ) -> Callable[[Prompt], bool]:
     """Return a function that tells whether a prompt is in the cluster of a held-out one."""
     held_out = list(held_out)
-    names = clusters([*held_out, *prompts])
-    theirs = {names[loose_key(prompt)] for prompt in held_out}
-    return lambda prompt: names[loose_key(prompt)] in theirs
+    clusters = find_clusters([*held_out, *prompts], threshold)
+    theirs = {clusters.of(prompt) for prompt in held_out}
+    return lambda prompt: clusters.of(prompt) in theirs
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""Stage `prepare-data`: read preference data, quarantine unusable rows, split by prompt."""
+"""Stage `prepare-data`: read preferences, quarantine unusable rows, split by prompts."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from rlhf.data.demonstrations import read_demonstrations
 from rlhf.data.formats import Layout
 from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share, repeated
 from rlhf.data.own_rows import OwnRows
+from rlhf.data.partition import Partition, check_sizes, partition
 from rlhf.data.parts import with_layouts
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.prompt_source import read_prompts
@@ -32,6 +33,7 @@ from rlhf.data.records import LeftOutError, Record
 from rlhf.data.rows import (
     DEMONSTRATIONS,
     PAIRS_EVAL,
+    PAIRS_JUDGE,
     PAIRS_TRAIN,
     PROMPTS_EVAL,
     PROMPTS_TRAIN,
@@ -43,7 +45,6 @@ from rlhf.data.rows import (
     write_rows,
 )
 from rlhf.data.sources import Part, open_source, source_names
-from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
 from rlhf.data.tallies import Tallies
 from rlhf.errors import DataError
 from rlhf.files import write_json
@@ -239,27 +240,33 @@ def _from_source(
     with Quarantine(path) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
-        sides, times = _sides(reading, config, seed)
+        pairs, times = _weighted(reading, seed)
+        divided = partition(pairs, reading.held_out, config, seed, reading.ledger, reading.note)
         sources = reading.sources
         assert sources is not None
         used = reading.ledger.close(sources.leave_out)
         for source in sources.all:
             source.check(config.max_bad_fraction)
-        train, held_out = ([item.pair for item in side] for side in sides)
-        _check_sizes(train, held_out, bool(reading.held_out), quarantine, config)
-        own = _own_rows(config, options, quarantine, fields, (train, held_out), seed, reading.note)
-    counts = sources.counts([item.origins[0] for item in (*repeated(sides[0], times), *sides[1])])
+        check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
+        train, held_out = divided.train, divided.held_out
+        own = _own_rows(config, options, quarantine, fields, divided, seed, reading.note)
+    repeats = [times.get(id(pair), 1) for pair in train]
+    first = {id(item.pair): item.origins[0] for item in (*reading.pairs, *reading.held_out)}
+    written = [first[id(p)] for p in (*repeated(train, repeats), *held_out, *divided.judge)]
+    counts = sources.counts(written)
     parts: Parts = {
         DEMONSTRATIONS: _replaced(
             config.sft_mode, demonstrations(train), own.get(DEMONSTRATIONS), _demonstration_key
         ),
-        PAIRS_TRAIN: list(repeated(train, times)),
+        PAIRS_TRAIN: list(repeated(train, repeats)),
         PAIRS_EVAL: held_out,
         PROMPTS_TRAIN: _replaced(
             config.prompts_mode, _prompts(train, fields), own.get(PROMPTS_TRAIN), _prompt_key
         ),
         PROMPTS_EVAL: _prompts(held_out, fields),
     }
+    if config.judge_fraction:
+        parts[PAIRS_JUDGE] = divided.judge
     unused = [reading.unused_columns, *(o.unused_columns for o in own.values())]
     total = reading.rows + sum(o.rows for o in own.values())
     all_counts = [*counts, *(count for o in own.values() for count in o.counts)]
@@ -269,6 +276,8 @@ def _from_source(
         "rows_used": used + sum(o.used for o in own.values()),
         "rows_merged": reading.totals.merged or None,
         "agreement": reading.totals.agreement,
+        "contradictions": divided.contradictions or None,
+        "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, total),
         "unused_columns": _joined([*dict.fromkeys(itertools.chain(*unused))]) or None,
         "sources": all_counts if len(all_counts) > 1 else None,
@@ -285,14 +294,14 @@ def _from_source(
 
 def _own_rows(
     config: DataConfig, options: StoreConfig, quarantine: Quarantine, fields: PromptFields,
-    pairs: tuple[list[Pair], list[Pair]], seed: int, note: Callable[[str], None],
+    parts: Partition, seed: int, note: Callable[[str], None],
 ) -> dict[str, OwnRows[Any]]:  # fmt: skip
     """Read demonstrations and prompts of their own, by the file that they are written to."""
     own: dict[str, OwnRows[Any]] = {}
-    held_out = [pair.prompt for pair in pairs[1]]
+    held_out = [pair.prompt for pair in (*parts.held_out, *parts.judge)]
     if config.sft_source is not None:
         own[DEMONSTRATIONS] = read_demonstrations(
-            config, options, quarantine, pairs[0], held_out, seed, note
+            config, options, quarantine, parts.train, held_out, seed, note
         )
     if config.prompts_source is not None:
         own[PROMPTS_TRAIN] = read_prompts(config, options, quarantine, fields, held_out, seed, note)
@@ -329,41 +338,6 @@ def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:
     return f"{quarantine.total:,} of {rows:,} rows left out ({quarantine.in_words()})"
 
 
-def _sides(
-    reading: Reading, config: DataConfig, seed: int
-) -> tuple[tuple[list[Resolved], list[Resolved]], list[int]]:
-    """Return the pairs to train on and those held out, and how often to train on each.
-
-    The ledger learns of all others.
-    """
-    prompts = {id(i.pair.prompt): i.pair.prompt for i in (*reading.pairs, *reading.held_out)}
-    cluster = clusters(prompts.values())
-    names_by_id = {number: cluster[loose_key(prompt)] for number, prompt in prompts.items()}
-
-    def of(item: Resolved) -> str:
-        return names_by_id[id(item.pair.prompt)]
-
-    pairs, times = _weighted(reading, seed)
-    held_out = reading.held_out
-    if held_out:
-        names = {of(item) for item in held_out}
-        leaked = [item for item in pairs if of(item) in names]
-        reason = LeftOutError(
-            "prompt is held out", "it, or a turn of its conversation, is in the test part",
-            is_choice=True,
-        )  # fmt: skip
-        _lose(leaked, reason, reading.ledger)
-        train = _sample([i for i in pairs if of(i) not in names], config, seed, reading.ledger)
-    else:
-        pairs = _sample(pairs, config, seed, reading.ledger)
-        names = held_out_clusters({of(item) for item in pairs}, config.eval_fraction, seed)
-        train = [item for item in pairs if of(item) not in names]
-        held_out = [item for item in pairs if of(item) in names]
-    for item in (*train, *held_out):
-        reading.ledger.use(item.origins)
-    return (train, held_out), [times.get(id(item.pair), 1) for item in train]
-
-
 def _weighted(reading: Reading, seed: int) -> tuple[list[Resolved], dict[int, int]]:
     """Return the pairs that the weights of their sources leave, and how often each is used.
 
@@ -382,34 +356,6 @@ def _weighted(reading: Reading, seed: int) -> tuple[list[Resolved], dict[int, in
         if number > 1:
             times[id(item.pair)] = number
     return pairs, times
-
-
-def _check_sizes(
-    train: list[Pair], held_out: list[Pair], is_own: bool, quarantine: Quarantine,
-    config: DataConfig,
-) -> None:  # fmt: skip
-    """Refuse data with too few prompts on a side."""
-    counts = [len({loose_key(pair.prompt) for pair in side}) for side in (train, held_out)]
-    if min(counts) >= MIN_PROMPTS:
-        return
-    total = f"{sum(counts)} different prompts with usable pairs"
-    if is_own:
-        total = f"{counts[0]} different prompts to train on and {counts[1]} held out"
-    raise DataError(
-        f"data.source = {config.source!r}: {total} are too few to train on {MIN_PROMPTS} and hold "
-        f"out {MIN_PROMPTS}; give more rows (left out: {quarantine.in_words() or 'none'})"
-    )
-
-
-def _sample(pairs: list[Resolved], config: DataConfig, seed: int, ledger: Ledger) -> list[Resolved]:
-    """Return at most `max_pairs` of the pairs, chosen independently of their order."""
-    if config.max_pairs is None or len(pairs) <= config.max_pairs:
-        return pairs
-    order = sorted(range(len(pairs)), key=lambda i: (position(seed, repr(pairs[i].pair)), i))
-    sample = set(order[: config.max_pairs])
-    reason = LeftOutError("not in the sample of data.max_pairs", is_choice=True)
-    _lose([item for i, item in enumerate(pairs) if i not in sample], reason, ledger)
-    return [item for i, item in enumerate(pairs) if i in sample]
 
 
 def _lose(items: Sequence[Resolved], reason: LeftOutError, ledger: Ledger) -> None:
@@ -446,6 +392,7 @@ def _summary(config: DataConfig, parts: Parts, rows: dict[str, Any]) -> dict[str
         "demonstrations": len(parts[DEMONSTRATIONS]),
         "pairs_train": len(train),
         "pairs_eval": len(parts[PAIRS_EVAL]),
+        **({"pairs_judge": len(parts[PAIRS_JUDGE])} if PAIRS_JUDGE in parts else {}),
         "prompts_train": len(parts[PROMPTS_TRAIN]),
         "prompts_eval": len(parts[PROMPTS_EVAL]),
         "chosen_longer": longer,

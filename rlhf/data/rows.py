@@ -3,7 +3,7 @@
 | file | fields |
 |---|---|
 | `demonstrations.jsonl` | prompt, response |
-| `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group, margin |
+| `pairs-train.jsonl`, `pairs-eval.jsonl`, `pairs-judge.jsonl` | prompt, chosen, rejected, margin |
 | `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
 | `quarantine.jsonl` | source, line, reason, detail, row |
 | `card.json`, `card.md` | findings and figures of the audit (rlhf/data/audit.py) |
@@ -34,6 +34,7 @@ def messages_of(prompt: Prompt) -> list[Message]:
 DEMONSTRATIONS = "demonstrations.jsonl"
 PAIRS_TRAIN = "pairs-train.jsonl"
 PAIRS_EVAL = "pairs-eval.jsonl"
+PAIRS_JUDGE = "pairs-judge.jsonl"
 PROMPTS_TRAIN = "prompts-train.jsonl"
 PROMPTS_EVAL = "prompts-eval.jsonl"
 SUMMARY = "summary.json"

@@ -227,22 +227,32 @@ _TEST_WORDS = frozenset(
     ("test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev", "heldout")
 )
 _TRAIN_WORDS = frozenset(("train", "training"))
+#: Words that mean something else too (a dev team): they count only at a name's end.
+_WEAK_WORDS = frozenset(("dev", "val", "valid"))
 
 
 def own_test_files(names: Sequence[str]) -> set[str]:
     """Return the files that hold a source's own test part.
 
-    A file `test.jsonl` or a folder `test` is one beside any other; a name that has such a word
-    among others ("dev-team") only beside one that has the word "train".
+    A file `test.jsonl` or a folder `test` is one beside any other. A name with other words
+    (`prefs_test`) is one beside a name with the word "train" or without the word "test" (`prefs`).
     """
     words = {name: _words(name) for name in names}
     has_train = any(_TRAIN_WORDS & set(parts) for parts in words.values())
-    marked = {
-        name
-        for name, parts in words.items()
-        if (_TEST_WORDS & set(parts) if has_train else parts[:1] and parts[0] in _TEST_WORDS)
-        and not _TRAIN_WORDS & set(parts)
-    }
+    others = {tuple(parts) for parts in words.values()}
+
+    def is_test(name: str) -> bool:
+        parts = words[name]
+        if _TRAIN_WORDS & set(parts):
+            return False
+        folders = [_words(part) for part in name.split("/")]
+        if any(part and _TEST_WORDS.issuperset(part) for part in folders):
+            return True
+        if not (_TEST_WORDS - _WEAK_WORDS) & set(parts) and not _TEST_WORDS & set(parts[-1:]):
+            return False
+        return has_train or tuple(part for part in parts if part not in _TEST_WORDS) in others
+
+    marked = {name for name in names if is_test(name)}
     return marked if len(marked) < len(names) else set()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -51,3 +52,13 @@ def user(content: Any) -> dict[str, Any]:
 
 def assistant(content: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
+
+
+WORDS = [
+    "".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(800)
+]
+
+
+def sentence(rng: random.Random, words: int = 30) -> str:
+    """Return a text that shares nothing much with another one."""
+    return " ".join(rng.choices(WORDS, k=words))

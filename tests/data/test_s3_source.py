@@ -99,7 +99,7 @@ def test_identity_follows_content_size_and_names(put):
 def test_prepare_data_from_s3(put, tmp_path):
     uri = put("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows(20)).encode())
     metrics = prepare_data(DataConfig(source=uri), tmp_path).metrics
-    assert (metrics["source"], metrics["pairs_train"], metrics["pairs_eval"]) == (uri, 18, 2)
+    assert (metrics["source"], metrics["pairs_train"], metrics["pairs_eval"]) == (uri, 17, 3)
 
 
 @pytest.mark.parametrize("call", [read, digest])

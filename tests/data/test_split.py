@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.sources import own_test_files
-from rlhf.data.split import clusters, held_out_clusters, loose_key
-from tests.data.helpers import assistant, user
+from rlhf.data.split import MAX_CHANCES, find_clusters, held_out_clusters, loose_key
+from tests.data.helpers import assistant, sentence, user
 
 OPENING = "How do I descale a kettle?"
+#: Twelve questions that have nothing in common.
+SUBJECTS = (
+    "kettle", "lamp", "sofa", "violin", "garden", "passport", "bicycle", "mortgage", "vaccine",
+    "origami", "glacier", "sonnet",
+)  # fmt: skip
 
 
-def groups(*prompts):
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def groups(*prompts, threshold=0.8):
     """Numbers of the prompts, together where their clusters are."""
-    found = clusters(prompts)
+    found = find_clusters(prompts, threshold)
     names: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        names.setdefault(found[loose_key(prompt)], []).append(number)
+        names.setdefault(found.of(prompt), []).append(number)
     return list(names.values())
 
 
+@pytest.mark.parametrize("threshold", [0.8, None])
 @pytest.mark.parametrize(
     "prompts",
     [
@@ -30,50 +42,141 @@ def groups(*prompts):
         (OPENING, [user(OPENING), assistant("With acid."), user("Which?")]),
         ([user(OPENING), assistant("With acid."), user("Which?")], OPENING),
         (
-            [user("Hi"), assistant("Hello!"), user("A kettle.")],
-            [user("Hi"), assistant("Hello!"), user("A lamp.")],
-        ),
-        (
             [user(OPENING), assistant("One."), user("And?")],
             [user(OPENING), assistant("Two."), user("And then?")],
         ),
+        # Openings may be short where few prompts share them.
+        (
+            [user("法国的首都是哪里?"), assistant("巴黎。"), user("人口呢?")],
+            [user("法国的首都是哪里?"), assistant("是巴黎。"), user("在哪条河边?")],
+            "法国的首都是哪里",
+        ),
+        # One question under several system turns, or none.
+        ([system("Be brief."), user(OPENING)], [system("Talk like a pirate."), user(OPENING)]),
+        ([system("Be brief."), user("2+2?")], "2+2?", [system("Be kind."), user("2+2 ?")]),
+        ([assistant("Hello!"), user(OPENING)], OPENING),
     ],
 )
-def test_one_cluster(prompts):
-    assert groups(*prompts) == [[*range(len(prompts))]]
+def test_one_cluster(prompts, threshold):
+    assert groups(*prompts, threshold=threshold) == [[*range(len(prompts))]]
+
+
+def test_near_duplicates_are_one_cluster():
+    long = "Please tell me in a few words how I should descale an old kettle with household things"
+    prompts = (long, f"{long}, thanks", [system("s"), user(f"{long}!!")], "Another thing")
+    assert groups(*prompts) == [[0, 1, 2], [3]]
+    assert groups(*prompts, threshold=None) == [[0, 2], [1], [3]]
+    assert groups(*prompts, threshold=1) == [[0, 2], [1], [3]]
 
 
 @pytest.mark.parametrize(
     "prompts",
     [
         ("Say x", "Say y"),
-        ([{"role": "system", "content": "a"}, user("p")], [user("p")]),
-        # A greeting begins many conversations.
-        (
-            [user("Hi"), assistant("Hello!"), user("A kettle.")],
-            [user("Hi"), assistant("Good day."), user("A lamp.")],
-            "Hi",
-        ),
+        # The question stands in the system turn.
+        [[system(f"Answer about the {name}"), user("Go")] for name in SUBJECTS],
+        # A greeting begins many conversations, with the same answer, which may be long.
+        [
+            [user("Hi"), assistant("Hello! How can I help you today?"), user(f"A {name}.")]
+            for name in SUBJECTS
+        ],
+        [
+            [user("Good day, I am a customer and need help"), assistant("Ok"), user(name)]
+            for name in SUBJECTS
+        ],
+        [[user(f"Hello, I have got a question on my {name}")] for name in SUBJECTS],
+        # A template: what all prompts have is not compared.
+        [f"{'Use the handbook. Rule one is to be kind. ' * 9} Q: {name}?" for name in SUBJECTS],
     ],
 )
 def test_clusters_of_their_own(prompts):
     assert groups(*prompts) == [[i] for i in range(len(prompts))]
 
 
-@given(st.integers(8, 200), st.floats(0.05, 0.95), st.integers(0, 5))
-def test_held_out_prompts_stay_when_data_grow(count, fraction, seed):
-    names = [f"n{i}" for i in range(count)]
-    before = held_out_clusters(names, fraction, seed)
-    after = held_out_clusters([*names, *(f"new{i}" for i in range(count))], fraction, seed)
-    assert 2 <= len(before) <= count - 2
-    # Only where a side would be too small, some change sides.
-    if 2 < len(before) < count - 2:
-        assert before == after & set(names)
+def test_questions_behind_a_shared_greeting_or_template_are_still_compared():
+    for shared in ([user("Hi"), assistant("Hello!")], [system("You help."), assistant("Yes?")]):
+        prompts = [[*shared, user(f"How do I mend a {name}")] for name in SUBJECTS]
+        prompts += [[*shared, user(f"How do I mend a {SUBJECTS[3]}??")]]
+        assert [3, 12] in groups(*prompts)
+    rules = "Use the handbook. Rule one is to be kind. " * 9
+    prompts = [f"{rules} Q: {sentence(random.Random(i))}" for i in range(12)]
+    prompts += [f"{prompts[3]} now"]
+    assert [3, 12] in groups(*prompts)
 
 
-def test_about_the_wanted_share_is_held_out():
-    share = len(held_out_clusters([f"n{i}" for i in range(5000)], 0.1, 0)) / 5000
-    assert 0.08 < share < 0.12
+def test_a_conversation_has_one_opening_and_so_one_chance_to_be_held_out():
+    turns = [user(OPENING), assistant("a"), user("And then?"), assistant("b"), user("And now?")]
+    prompts = [turns[:1], turns[:3], turns, [system("Be brief."), *turns], OPENING]
+    for found in (find_clusters(prompts, 0.8), find_clusters(prompts[1:3])):
+        assert [len(openings) for openings in found.openings.values()] == [1]
+
+
+def test_common_beginnings_are_named():
+    found = find_clusters([[user("Hi"), assistant("Yes?"), user(name)] for name in SUBJECTS])
+    assert found.common == {"hi": 12}
+
+
+@st.composite
+def growing_data(draw):
+    """Prompts, and the same with more: other system turns, later turns, small changes."""
+    texts = [sentence(random.Random(i)) for i in range(40)]
+    prompts: list = []
+    for text in texts:
+        forms = [
+            text,
+            [system("Be brief."), user(text)],
+            [user(text), assistant("a"), user("And then?")],
+            f"{text} please",
+        ]
+        prompts += draw(st.lists(st.sampled_from(forms), min_size=1, max_size=3))
+    rng = draw(st.randoms(use_true_random=False))
+    rng.shuffle(prompts)
+    cut = draw(st.integers(20, len(prompts)))
+    return prompts[:cut], prompts[cut:]
+
+
+# Shrinking takes minutes, and an example of forty prompts is read as easily.
+@settings(max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(growing_data(), st.integers(0, 3), st.floats(0.1, 0.5))
+def test_held_out_prompts_stay_held_out_when_data_grow(data, seed, fraction):
+    old, new = data
+    sides = []
+    for prompts in (old, [*new, *old]):
+        found = find_clusters(prompts, 0.8)
+        held_out = held_out_clusters(found.openings, fraction, seed)
+        sides.append((found, held_out))
+    (before, held_before), (after, held_after) = sides
+    if not 2 < len(held_before) < len(before.openings) - 2:
+        return  # only there that both sides have two prompts
+    for prompt in old:
+        if before.of(prompt) in held_before:
+            assert len(after.openings[after.of(prompt)]) <= MAX_CHANCES
+            assert after.of(prompt) in held_after
+
+
+def test_chance_of_a_cluster_to_be_held_out():
+    for n in (1, 3, 20):
+        openings = {f"{i}": [f"{i} {j}" for j in range(n)] for i in range(3000)}
+        share = len(held_out_clusters(openings, 0.1, 0)) / 3000
+        # P(one of n is below 0.1) = 1 - 0.9^n, for three openings at most; ± 3 deviations.
+        assert abs(share - (1 - 0.9 ** min(n, 3))) < 0.025
+
+
+def test_two_prompts_at_least_on_each_side():
+    for count, fraction, held_out in ((4, 0.01, 2), (4, 0.99, 2), (3, 0.1, 1), (2, 0.5, 0)):
+        openings = {f"{i}": [f"{i}"] for i in range(count)}
+        assert len(held_out_clusters(openings, fraction, 0)) == held_out
+
+
+def test_salt_makes_an_independent_choice():
+    openings = {f"{i}": [f"{i}"] for i in range(2000)}
+    one, two = (held_out_clusters(openings, 0.5, 0, salt) for salt in ("", "judge"))
+    assert 400 < len(one & two) < 600
+
+
+def test_loose_key_ignores_form_and_not_signs():
+    assert loose_key("2²") == loose_key("22") == loose_key(" 22")
+    assert loose_key("C++") != loose_key("C#")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +191,10 @@ def test_about_the_wanted_share_is_held_out():
         (["train.csv", "held_out.csv"], {"held_out.csv"}),
         (["prefs_train.csv", "prefs_dev.csv"], {"prefs_dev.csv"}),
         (["test/a.csv", "train/a.csv"], {"test/a.csv"}),
+        (["prefs.jsonl", "prefs_test.jsonl"], {"prefs_test.jsonl"}),
+        (["prefs.csv.gz", "eval_prefs.csv.gz"], {"eval_prefs.csv.gz"}),
+        (["a/prefs.csv", "a/prefs-dev.csv", "b.csv"], {"a/prefs-dev.csv"}),
+        (["test/a.csv", "main/a.csv"], {"test/a.csv"}),
         # No part of their own: all of it, or a word among others.
         (["test.jsonl"], set()),
         (["test-1.jsonl", "test-2.jsonl"], set()),
@@ -95,6 +202,10 @@ def test_about_the_wanted_share_is_held_out():
         (["latest.csv", "contest.csv", "more.csv"], set()),
         (["my-dev-team.csv", "my-ops-team.csv"], set()),
         (["train-test-mix.csv", "train.csv"], set()),
+        (["dev-team.jsonl", "sales-team.jsonl"], set()),
+        (["dev-team.jsonl", "team.jsonl"], set()),
+        (["dev-team.jsonl", "train.jsonl"], set()),
+        (["ab_test.jsonl", "survey.jsonl"], set()),
     ],
 )  # fmt: skip
 def test_the_sources_own_test_part(names, held_out):

@@ -1,0 +1,255 @@
+"""Near-duplicate texts: MinHash signatures, banded LSH, and the exact Jaccard similarity.
+
+Similarity is J(A, B) = |A ∩ B| / |A ∪ B| of two texts' sets of character 5-grams. Signatures only
+propose candidates, by the banding of Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets",
+section 3.4; each candidate is verified exactly. So a change of the signatures (another version of
+rensa) can change which duplicates are overlooked, never which texts are called similar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import regex
+from numpy.typing import NDArray
+from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # no stubs
+
+from rlhf.data.chat import loose_text
+
+#: Characters of a shingle. Chinese, Japanese, Korean and Thai ones count as two.
+SHINGLE = 5
+#: Values of a signature.
+PERMUTATIONS = 128
+#: Least probability of finding a pair whose similarity is the threshold itself.
+RECALL = 0.995
+#: Shingles that more than this share of the texts have are a template, which is not compared.
+TEMPLATE_SHARE = 1 / 3
+#: Up to this many texts with a shingle, it is no template.
+MIN_COMMON = 5
+
+_TEMPLATE_SAMPLE = 2000
+#: Arrays of a batch fit into a processor's cache.
+_BATCH_CHARS = 60_000
+#: A bucket's later members are compared with this many first ones.
+_MAX_COMPARED = 16
+#: Failed comparisons of one text, after which it is left alone: bounds the time for templates.
+_MAX_FAILED = 20
+_NOT_WORD = regex.compile(r"[^\p{L}\p{M}\p{N}]+")
+_ASCII_WORDS = {code: " " for code in range(128) if not chr(code).isalnum()}
+_WIDE = regex.compile(r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}])")
+_MULTIPLIER = 0x9E3779B97F4A7C15
+
+Hashes = NDArray[np.uint64]
+
+
+def bare_text(text: str) -> str:
+    """Return a text's letters and numbers only, or, if it has none, the text without its case."""
+    if text.isascii():  # three times as fast
+        return " ".join(text.lower().translate(_ASCII_WORDS).split()) or loose_text(text)
+    loose = loose_text(text)
+    return _NOT_WORD.sub(" ", loose).strip() or loose
+
+
+def width(text: str) -> int:
+    """Return the length of a text in characters; Chinese, Japanese, Korean, Thai count twice."""
+    return len(text) if text.isascii() else len(text) + len(_WIDE.findall(text))
+
+
+class Shingles:
+    """Sets of hashed character n-grams of bare texts, without those of a common template.
+
+    Args:
+        texts: Distinct texts, sorted; every n-th of them decides what is a template.
+    """
+
+    def __init__(self, texts: Sequence[str] = ()) -> None:
+        self._template = _template(texts)
+        self._set = lru_cache(maxsize=4096)(self._set_of)
+
+    def jaccard(self, one: str, other: str) -> float:
+        """Return the Jaccard similarity of two bare texts, in [0, 1]."""
+        return _jaccard(self._set(one), self._set(other))
+
+    def is_similar(self, one: str, other: str, threshold: float) -> bool:
+        """Return whether the similarity of two bare texts is at least `threshold`."""
+        a, b = self._set(one), self._set(other)
+        return min(len(a), len(b)) >= threshold * max(len(a), len(b)) and (
+            _jaccard(a, b) >= threshold
+        )
+
+    def flat(self, texts: Sequence[str]) -> tuple[Hashes, Hashes]:
+        """Return the hashes of all texts' shingles, and where each text's begin and end.
+
+        Returns:
+            `hashes` of shape (shingles,) with repeats, `offsets` of shape (texts + 1,): those of
+            text i are `hashes[offsets[i] : offsets[i + 1]]`, at least one.
+        """
+        hashes, offsets = _windows(texts)
+        if not len(self._template):
+            return hashes, offsets
+        rows = np.repeat(np.arange(len(texts)), np.diff(offsets.astype(np.int64)))
+        is_own = ~_is_in(hashes, self._template)
+        # A text that is all template has its own hash as the one shingle.
+        counts = np.bincount(rows[is_own], minlength=len(texts))
+        empty = np.flatnonzero(counts == 0)
+        whole = np.array([_digest(texts[int(row)]) for row in empty], dtype=np.uint64)
+        hashes, rows = np.append(hashes[is_own], whole), np.append(rows[is_own], empty)
+        counts[empty] = 1
+        ends = np.cumsum(counts, dtype=np.uint64)
+        return hashes[np.argsort(rows, kind="stable")], np.append(np.uint64(0), ends)
+
+    def _set_of(self, text: str) -> frozenset[int]:
+        return frozenset(self.flat([text])[0].tolist())
+
+
+def near_duplicates(texts: Iterable[str], threshold: float, seed: int = 0) -> dict[str, str]:
+    """Return each bare text's group, named by its smallest text.
+
+    Texts are in one group if a chain of texts joins them of which each is at least as similar to
+    the next as `threshold`. Of such pairs LSH overlooks less than 1 in 200. The result does not
+    depend on the texts' order.
+
+    Args:
+        texts: Bare texts; repeats are ignored.
+        threshold: Least Jaccard similarity, in (0, 1].
+        seed: Of the signatures: another seed overlooks other pairs.
+    """
+    ordered = sorted(set(texts))
+    shingles = Shingles(ordered)
+    parent = list(range(len(ordered)))
+    failed = [0] * len(ordered)
+
+    def find(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for bucket in _buckets(ordered, shingles, threshold, seed):
+        if len({find(node) for node in bucket}) == 1:
+            continue
+        for position, node in enumerate(bucket):
+            for other in bucket[: min(position, _MAX_COMPARED)]:
+                one, two = find(node), find(other)
+                if one == two or failed[node] >= _MAX_FAILED:
+                    continue
+                if shingles.is_similar(ordered[node], ordered[other], threshold):
+                    parent[max(one, two)] = min(one, two)
+                else:
+                    failed[node] += 1
+    return {text: ordered[find(node)] for node, text in enumerate(ordered)}
+
+
+def bands(threshold: float) -> tuple[int, int]:
+    """Return the number of bands and the rows of each, so that few duplicates are overlooked.
+
+    Two texts of similarity s share a band with probability 1 − (1 − s^rows)^bands.
+    """
+    for rows in range(16, 1, -1):
+        count = PERMUTATIONS // rows
+        if 1 - (1 - threshold**rows) ** count >= RECALL:
+            return count, rows
+    return PERMUTATIONS, 1
+
+
+def _buckets(
+    texts: Sequence[str], shingles: Shingles, threshold: float, seed: int
+) -> Iterator[list[int]]:
+    """Give the sets of texts, by index, that agree in a band of their signatures."""
+    count, rows = bands(threshold)
+    keys = np.empty((count, len(texts)), dtype=np.uint64)
+    for start, batch in _batches(texts):
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+            *shingles.flat(batch), PERMUTATIONS, seed
+        )
+        values = np.array(matrix.to_rows(), dtype=np.uint64)[:, : count * rows]
+        values = values.reshape(len(batch), count, rows)
+        key = np.zeros((len(batch), count), dtype=np.uint64)
+        for row in range(rows):
+            key = _mixed(key * np.uint64(_MULTIPLIER) + values[:, :, row])
+        keys[:, start : start + len(batch)] = key.T
+    for band in keys:
+        order = np.argsort(band, kind="stable")
+        edges = np.flatnonzero(np.diff(band[order])) + 1
+        starts, ends = np.append(0, edges), np.append(edges, len(order))
+        for bucket in np.flatnonzero(ends - starts > 1):
+            yield order[starts[bucket] : ends[bucket]].tolist()
+
+
+def _batches(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+    start, chars = 0, 0
+    for end, text in enumerate(texts, start=1):
+        chars += len(text)
+        if chars >= _BATCH_CHARS or end == len(texts):
+            yield start, texts[start:end]
+            start, chars = end, 0
+
+
+def _template(texts: Sequence[str]) -> Hashes:
+    """Return the shingles of a template, sorted; none if the texts have no template.
+
+    Shingles of more than TEMPLATE_SHARE of the texts are one if as many texts consist of them by
+    more than half. Common words alone are none: a long text shares them with every other.
+    """
+    sample = texts[:: len(texts) // _TEMPLATE_SAMPLE + 1]
+    if len(sample) <= MIN_COMMON:
+        return np.empty(0, dtype=np.uint64)
+    found = []
+    for _, batch in _batches(sample):
+        hashes, offsets = _windows(batch)
+        found += [np.unique(part) for part in np.split(hashes, offsets[1:-1].astype(np.int64))]
+    values, counts = np.unique(np.concatenate(found), return_counts=True)
+    limit = max(MIN_COMMON, TEMPLATE_SHARE * len(sample))
+    template = values[counts > limit]
+    texts_of_it = sum(_is_in(part, template).mean() > 0.5 for part in found)
+    return template if texts_of_it > limit else template[:0]
+
+
+def _is_in(hashes: Hashes, values: Hashes) -> NDArray[np.bool_]:
+    """Return which hashes are among the sorted values; `np.isin` would sort all of the hashes."""
+    if not len(values):
+        return np.zeros(len(hashes), dtype=bool)
+    places = np.searchsorted(values, hashes)
+    return values[np.minimum(places, len(values) - 1)] == hashes
+
+
+def _windows(texts: Sequence[str]) -> tuple[Hashes, Hashes]:
+    """Return the hashes of all n-grams, and the offset of each text's."""
+    padded = [
+        (text if text.isascii() else _WIDE.sub(r"\1\1", text)).ljust(SHINGLE) for text in texts
+    ]
+    raw = "".join(padded).encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(raw, dtype="<u4").astype(np.uint64)
+    lengths = np.fromiter(map(len, padded), dtype=np.int64, count=len(padded))
+    if not len(lengths):
+        return codes, np.zeros(1, dtype=np.uint64)
+    hashes = np.zeros(len(codes) - SHINGLE + 1, dtype=np.uint64)
+    for position in range(SHINGLE):
+        hashes *= np.uint64(_MULTIPLIER)
+        hashes += codes[position : position + len(hashes)]
+    inside = np.ones(len(codes), dtype=bool)
+    ends = np.cumsum(lengths)
+    for back in range(1, SHINGLE):  # a window must not reach into the next text
+        inside[ends - back] = False
+    offsets = np.append(0, np.cumsum(lengths - SHINGLE + 1)).astype(np.uint64)
+    return _mixed(hashes[inside[: len(hashes)]]), offsets
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """Return each value with all bits mixed: the finaliser of SplitMix64, a bijection."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _digest(text: str) -> int:
+    raw = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest())
+
+
+def _jaccard(one: frozenset[int], other: frozenset[int]) -> float:
+    common = len(one & other)
+    return common / (len(one) + len(other) - common)
