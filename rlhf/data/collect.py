@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rlhf.config import DataConfig
@@ -19,10 +19,16 @@ MAX_RANKED_PAIRS = 64
 
 
 class Origin(NamedTuple):
-    """Position of a row: its file's name in the source, and its line."""
+    """Position of a row: its file's name in the source, and its line; its id.
+
+    `part` is the number of its file in the reading: files of `data.source` and `data.eval_source`
+    may have one name.
+    """
 
     file: str
     line: int
+    id: str = ""
+    part: int = 0
 
 
 #: Receives each row that is left out: its position, the reason, and its pair.
@@ -34,6 +40,10 @@ class Resolved(NamedTuple):
 
     pair: Pair
     origins: tuple[Origin, ...]
+
+    def with_ids(self) -> Pair:
+        """Return the pair with the ids of its rows, each once."""
+        return replace(self.pair, row_ids=merged_ids([origin.id] for origin in self.origins))
 
 
 class Ledger:
@@ -237,12 +247,21 @@ def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
         wins = won.setdefault(key, {})
         wins[pair.chosen] = wins.get(pair.chosen, 0) + 1
         lost.setdefault(key, set()).add(pair.rejected)
+    ids: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for pair in pairs:
+        ids.setdefault((exact_key(pair.prompt), pair.chosen), []).append(pair.row_ids)
     found = []
     for key, prompt in prompts.items():
         unbeaten = [reply for reply in won[key] if reply not in lost[key]]
         if unbeaten:
-            found.append(Demonstration(prompt, max(unbeaten, key=won[key].__getitem__)))
+            best = max(unbeaten, key=won[key].__getitem__)
+            found.append(Demonstration(prompt, best, merged_ids(ids[key, best])))
     return found
+
+
+def merged_ids(ids: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """Return ids of rows, each once, in their order."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(ids)))
 
 
 def exact_key(prompt: Prompt) -> str:

@@ -16,6 +16,7 @@ from rlhf.data.collect import (
     Totals,
     demonstrations,
     exact_key,
+    merged_ids,
 )
 from rlhf.data.formats import Layout
 from rlhf.data.parts import with_layouts
@@ -135,9 +136,9 @@ def read_pairs(
     with open_source(config, options, reading.note) as parts:
         for held_out in (False, True):
             collector = Collector(config, reading.ledger, reading.totals)
-            for part in parts:
+            for number, part in enumerate(parts):
                 if part.held_out == held_out:
-                    _read_part(part, config, reading, collector, quarantine, fields, limit)
+                    _read_part(part, number, config, reading, collector, quarantine, fields, limit)
             (reading.held_out if held_out else reading.pairs).extend(collector.resolve())
     if not reading.rows:
         raise DataError(f"data.source = {config.source!r}: holds no rows; give a file with pairs")
@@ -146,6 +147,7 @@ def read_pairs(
 
 def _read_part(
     part: Part,
+    number: int,
     config: DataConfig,
     reading: Reading,
     collector: Collector,
@@ -164,7 +166,7 @@ def _read_part(
 
     for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
-        origin = Origin(record.file, record.line)
+        origin = Origin(record.file, record.line, record.id, number)
         try:
             _add(record, layout, collector, fields, origin, reading.note)
         except LeftOutError as reason:
@@ -267,7 +269,7 @@ def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair],
         held_out = [item for item in pairs if of(item) in names]
     for item in (*train, *held_out):
         reading.ledger.use(item.origins)
-    return [item.pair for item in train], [item.pair for item in held_out]
+    return [item.with_ids() for item in train], [item.with_ids() for item in held_out]
 
 
 def _check_sizes(
@@ -304,8 +306,13 @@ def _lose(items: Sequence[Resolved], reason: LeftOutError, ledger: Ledger) -> No
 
 
 def _prompts(pairs: list[Pair], fields: PromptFields) -> list[PromptRow]:
-    unique = {exact_key(pair.prompt): pair.prompt for pair in pairs}
-    return [fields.complete(PromptRow(prompt)) for prompt in unique.values()]
+    unique: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        unique.setdefault(exact_key(pair.prompt), []).append(pair)
+    return [
+        fields.complete(PromptRow(same[0].prompt, row_ids=merged_ids(p.row_ids for p in same)))
+        for same in unique.values()
+    ]
 
 
 def _from_world(config: DataConfig, seed: int) -> Parts:

@@ -55,6 +55,7 @@ class Quarantine:
             line = {
                 "source": origin.file,
                 "line": origin.line,
+                "id": origin.id,
                 "reason": reason.reason,
                 "detail": reason.detail,
                 "row": row,

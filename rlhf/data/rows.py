@@ -1,24 +1,35 @@
-"""Rows of a dataset artifact, as JSON lines.
+"""Rows of a dataset artifact, as Parquet files of one schema each.
 
-| file | fields |
+| file | columns |
 |---|---|
-| `demonstrations.jsonl` | prompt, response |
-| `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group |
-| `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
-| `quarantine.jsonl` | source, line, reason, detail, row |
+| `demonstrations.parquet` | response |
+| `pairs-train.parquet`, `pairs-eval.parquet` | chosen, rejected, group |
+| `prompts-train.parquet`, `prompts-eval.parquet` | group, reference, metadata |
+| each of these | prompt, prompt_is_text, row_ids |
+| `quarantine.jsonl` | source, line, id, reason, detail, row |
 
-A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
-evaluation reports separately, or is null. `reference` is the right answer, or null. `metadata` maps
-columns of the source to their values.
+`prompt` is a list of chat messages `{role, content}` in every file; a prompt that is a plain text
+is one message of the user, and `prompt_is_text` is true. `group` names a slice that evaluation
+reports separately, or is null. `reference` is the right answer, or null. `metadata` is a JSON
+object that maps columns of the source to their values. `row_ids` are the ids of the source's rows
+that a row comes from (`rlhf.data.records.Record.id`).
+
+Older artifacts hold the same rows as JSON lines, `pairs-train.jsonl`; they remain readable.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlhf.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Message = dict[str, str]
 Prompt = str | list[Message]
@@ -29,13 +40,16 @@ def messages_of(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-DEMONSTRATIONS = "demonstrations.jsonl"
-PAIRS_TRAIN = "pairs-train.jsonl"
-PAIRS_EVAL = "pairs-eval.jsonl"
-PROMPTS_TRAIN = "prompts-train.jsonl"
-PROMPTS_EVAL = "prompts-eval.jsonl"
+DEMONSTRATIONS = "demonstrations.parquet"
+PAIRS_TRAIN = "pairs-train.parquet"
+PAIRS_EVAL = "pairs-eval.parquet"
+PROMPTS_TRAIN = "prompts-train.parquet"
+PROMPTS_EVAL = "prompts-eval.parquet"
 SUMMARY = "summary.json"
 QUARANTINE = "quarantine.jsonl"
+#: Rows of a row group: at most these are in memory beside the caller's own.
+_GROUP = 10_000
+_MESSAGE_FIELDS = {"role", "content"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,8 @@ class Demonstration:
 
     prompt: Prompt
     response: str
+    # Provenance, not content: rows with equal text are equal, and samples don't depend on it.
+    row_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,7 @@ class Pair:
     chosen: str
     rejected: str
     group: str | None = None
+    row_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -64,20 +81,103 @@ class PromptRow:
     group: str | None = None
     reference: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    row_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 Row = TypeVar("Row", Demonstration, Pair, PromptRow)
 
 
+#: Type of the rows in each file.
+_TYPES: dict[str, type[Any]] = {
+    DEMONSTRATIONS: Demonstration,
+    PAIRS_TRAIN: Pair,
+    PAIRS_EVAL: Pair,
+    PROMPTS_TRAIN: PromptRow,
+    PROMPTS_EVAL: PromptRow,
+}
+
+
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write dataclass rows as JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            # Not asdict(), which copies every value: half of the time of a large source.
-            file.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
+    """Write rows as Parquet, in row groups; the file appears whole or not at all.
+
+    The file's name decides its schema. Equal rows give equal bytes with one version of pyarrow.
+
+    Raises:
+        DataError: A text holds a lone surrogate, which UTF-8 can't write, or a message has other
+            fields than role and content.
+    """
+    from pyarrow import parquet
+
+    schema = _schema(_TYPES[path.name])
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        with parquet.ParquetWriter(scratch, schema, compression="zstd") as writer:
+            remaining = iter(rows)
+            while batch := list(itertools.islice(remaining, _GROUP)):
+                writer.write_batch(_batch(batch, schema, path.name))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
-    """Read rows written by `write_rows`."""
-    with path.open(encoding="utf-8") as file:
-        return [row_type(**json.loads(line)) for line in file]
+    """Read rows written by `write_rows`, or by its predecessor as JSON lines."""
+    older = path.with_suffix(".jsonl")
+    if not path.exists() and older.exists():
+        with older.open(encoding="utf-8") as file:
+            return [row_type(**json.loads(line)) for line in file]
+    return list(_parquet_rows(path, row_type))
+
+
+def _parquet_rows(path: Path, row_type: type[Row]) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_GROUP, use_threads=False):
+            columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+            are_text = columns.pop("prompt_is_text")
+            columns["prompt"] = [
+                messages[0]["content"] if is_text else messages
+                for messages, is_text in zip(columns["prompt"], are_text, strict=True)
+            ]
+            columns["row_ids"] = [tuple(ids) for ids in columns["row_ids"]]
+            if "metadata" in columns:
+                columns["metadata"] = [json.loads(text) for text in columns["metadata"]]
+            for values in zip(*columns.values(), strict=True):
+                yield row_type(**dict(zip(columns, values, strict=True)))
+
+
+def _schema(row_type: type[Any]) -> pyarrow.Schema:
+    """Return the schema of a type's file; text is large: a column's batch may exceed 2 GB."""
+    import pyarrow as pa
+
+    text = pa.large_string()
+    message = pa.struct([("role", text), ("content", text)])
+    prompt = [("prompt", pa.list_(message)), ("prompt_is_text", pa.bool_())]
+    own = [name for name in row_type.__dataclass_fields__ if name not in ("prompt", "row_ids")]
+    fields = [*prompt, *((name, text) for name in own), ("row_ids", pa.list_(pa.string()))]
+    return pa.schema(fields)
+
+
+def _batch(rows: list[Any], schema: pyarrow.Schema, name: str) -> pyarrow.RecordBatch:
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {c: [getattr(r, c, None) for r in rows] for c in schema.names}
+    columns["prompt_is_text"] = [isinstance(prompt, str) for prompt in columns["prompt"]]
+    columns["prompt"] = [messages_of(prompt) for prompt in columns["prompt"]]
+    for message in itertools.chain.from_iterable(columns["prompt"]):
+        if message.keys() != _MESSAGE_FIELDS:
+            raise DataError(
+                f"{name}: a message has the fields {sorted(message)}; give it role and content"
+            )
+    if "metadata" in columns:  # escaped, so that it may hold a lone surrogate
+        columns["metadata"] = [json.dumps(value or {}) for value in columns["metadata"]]
+    # Rows of the generated world come from no source.
+    columns["row_ids"] = [ids or () for ids in columns["row_ids"]]
+    try:
+        return pa.RecordBatch.from_pydict(columns, schema=schema)
+    except UnicodeEncodeError as error:
+        seen = ascii(error.object[max(0, error.start - 20) : error.end])
+        raise DataError(
+            f"{name}: a text holds a lone surrogate, which UTF-8 can't write ({seen}); mend the row"
+        ) from None
