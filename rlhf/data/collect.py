@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rlhf.config import DataConfig
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.rows import Demonstration, Pair, Prompt, messages_of
+from rlhf.data.rows import Demonstration, Pair, Prompt, SourceRow, messages_of
 
 #: Most pairs from the scored replies to one prompt: a hundred replies would give 4,950.
 MAX_RANKED_PAIRS = 64
@@ -257,6 +257,21 @@ def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
             best = max(unbeaten, key=won[key].__getitem__)
             found.append(Demonstration(prompt, best, merged_ids(ids[key, best])))
     return found
+
+
+def source_rows(**splits: Iterable[Resolved]) -> list[SourceRow]:
+    """Return the rows that the pairs of each split come from, in the order of the source."""
+    found = {
+        (origin.part, origin.line, split): origin
+        for split, pairs in splits.items()
+        for pair in pairs
+        for origin in pair.origins
+    }
+    return [
+        # A file's name may hold bytes that are no UTF-8.
+        SourceRow(o.id, o.file.encode("utf-8", "backslashreplace").decode(), o.line, split)
+        for (_, _, split), o in sorted(found.items())
+    ]
 
 
 def merged_ids(ids: Iterable[Iterable[str]]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from rlhf.data.collect import (
     demonstrations,
     exact_key,
     merged_ids,
+    source_rows,
 )
 from rlhf.data.formats import Layout
 from rlhf.data.parts import with_layouts
@@ -30,6 +31,7 @@ from rlhf.data.rows import (
     PROMPTS_EVAL,
     PROMPTS_TRAIN,
     QUARANTINE,
+    ROWS,
     SUMMARY,
     Pair,
     PromptRow,
@@ -73,6 +75,7 @@ def prepare_data(
     *,
     seed: int = 0,
     store_options: StoreConfig | None = None,
+    forgotten: frozenset[str] = frozenset(),
     progress: Progress = silent,
 ) -> StageResult:
     """Write a dataset: demonstrations, pairs and prompts, split by prompt; a summary.
@@ -84,6 +87,7 @@ def prepare_data(
         out_dir: Empty folder for the dataset.
         seed: Seeds the split (and the world, for `source: world`).
         store_options: S3 options, for an s3:// source.
+        forgotten: Ids of rows to go without.
         progress: Called after reading and after writing.
 
     Raises:
@@ -98,7 +102,7 @@ def prepare_data(
         path = out_dir / QUARANTINE
         try:
             parts, summary = _from_source(
-                config, store_options or StoreConfig(), seed, path, progress
+                config, store_options or StoreConfig(), seed, path, forgotten, progress
             )
         except BaseException:
             path.unlink(missing_ok=True)
@@ -167,6 +171,9 @@ def _read_part(
     for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
         origin = Origin(record.file, record.line, record.id, number)
+        if origin.id in quarantine.forgotten:
+            quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
+            continue
         try:
             _add(record, layout, collector, fields, origin, reading.note)
         except LeftOutError as reason:
@@ -202,13 +209,19 @@ def _extra_columns(config: DataConfig) -> set[str]:
 
 
 def _from_source(
-    config: DataConfig, options: StoreConfig, seed: int, path: Path, progress: Progress
+    config: DataConfig,
+    options: StoreConfig,
+    seed: int,
+    path: Path,
+    forgotten: frozenset[str],
+    progress: Progress,
 ) -> tuple[Parts, dict[str, Any]]:
     fields = PromptFields(config)
-    with Quarantine(path) as quarantine:
+    with Quarantine(path, forgotten) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
-        train, held_out = _sides(reading, config, seed)
+        sides = _sides(reading, config, seed)
+        train, held_out = ([item.with_ids() for item in side] for side in sides)
         used = reading.ledger.close(quarantine.add)
         quarantine.check(reading.rows, config.max_bad_fraction, config.source)
     _check_sizes(train, held_out, bool(reading.held_out), quarantine, config)
@@ -218,6 +231,7 @@ def _from_source(
         PAIRS_EVAL: held_out,
         PROMPTS_TRAIN: _prompts(train, fields),
         PROMPTS_EVAL: _prompts(held_out, fields),
+        ROWS: source_rows(train=sides[0], eval=sides[1]),
     }
     rows: dict[str, Any] = {
         "format": ", ".join(reading.formats),
@@ -243,7 +257,9 @@ def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:
     return f"{quarantine.total:,} of {rows:,} rows left out ({quarantine.in_words()})"
 
 
-def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+def _sides(
+    reading: Reading, config: DataConfig, seed: int
+) -> tuple[list[Resolved], list[Resolved]]:
     """Return the pairs to train on and those held out; the ledger learns of all others."""
     prompts = {id(i.pair.prompt): i.pair.prompt for i in (*reading.pairs, *reading.held_out)}
     cluster = clusters(prompts.values())
@@ -269,7 +285,7 @@ def _sides(reading: Reading, config: DataConfig, seed: int) -> tuple[list[Pair],
         held_out = [item for item in pairs if of(item) in names]
     for item in (*train, *held_out):
         reading.ledger.use(item.origins)
-    return [item.with_ids() for item in train], [item.with_ids() for item in held_out]
+    return train, held_out
 
 
 def _check_sizes(

@@ -24,9 +24,11 @@ class Quarantine:
 
     Args:
         path: The file, which is made anew; None counts only.
+        forgotten: Ids of rows to leave out whatever they hold; their content is not written.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, forgotten: frozenset[str] = frozenset()) -> None:
+        self.forgotten = forgotten
         self._file = path.open("w", encoding="utf-8") if path else None
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, tuple[Origin, LeftOutError]] = {}

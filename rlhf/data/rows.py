@@ -5,7 +5,8 @@
 | `demonstrations.parquet` | response |
 | `pairs-train.parquet`, `pairs-eval.parquet` | chosen, rejected, group |
 | `prompts-train.parquet`, `prompts-eval.parquet` | group, reference, metadata |
-| each of these | prompt, prompt_is_text, row_ids |
+| each of the above | prompt, prompt_is_text, row_ids |
+| `rows.parquet` | id, source, line, split: the rows of the source that are used |
 | `quarantine.jsonl` | source, line, id, reason, detail, row |
 
 `prompt` is a list of chat messages `{role, content}` in every file; a prompt that is a plain text
@@ -46,6 +47,7 @@ PAIRS_EVAL = "pairs-eval.parquet"
 PROMPTS_TRAIN = "prompts-train.parquet"
 PROMPTS_EVAL = "prompts-eval.parquet"
 SUMMARY = "summary.json"
+ROWS = "rows.parquet"
 QUARANTINE = "quarantine.jsonl"
 #: Rows of a row group: at most these are in memory beside the caller's own.
 _GROUP = 10_000
@@ -84,7 +86,19 @@ class PromptRow:
     row_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
-Row = TypeVar("Row", Demonstration, Pair, PromptRow)
+@dataclass(frozen=True)
+class SourceRow:
+    """A row of the source that is used, and where."""
+
+    id: str
+    source: str
+    """Name of its file."""
+    line: int
+    split: str
+    """`train`, `eval`, or `quarantine` for a row that is left out."""
+
+
+Row = TypeVar("Row", Demonstration, Pair, PromptRow, SourceRow)
 
 
 #: Type of the rows in each file.
@@ -94,6 +108,7 @@ _TYPES: dict[str, type[Any]] = {
     PAIRS_EVAL: Pair,
     PROMPTS_TRAIN: PromptRow,
     PROMPTS_EVAL: PromptRow,
+    ROWS: SourceRow,
 }
 
 
@@ -135,12 +150,13 @@ def _parquet_rows(path: Path, row_type: type[Row]) -> Iterator[Row]:
     with parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=_GROUP, use_threads=False):
             columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
-            are_text = columns.pop("prompt_is_text")
-            columns["prompt"] = [
-                messages[0]["content"] if is_text else messages
-                for messages, is_text in zip(columns["prompt"], are_text, strict=True)
-            ]
-            columns["row_ids"] = [tuple(ids) for ids in columns["row_ids"]]
+            if "prompt" in columns:
+                are_text = columns.pop("prompt_is_text")
+                columns["prompt"] = [
+                    messages[0]["content"] if is_text else messages
+                    for messages, is_text in zip(columns["prompt"], are_text, strict=True)
+                ]
+                columns["row_ids"] = [tuple(ids) for ids in columns["row_ids"]]
             if "metadata" in columns:
                 columns["metadata"] = [json.loads(text) for text in columns["metadata"]]
             for values in zip(*columns.values(), strict=True):
@@ -153,9 +169,10 @@ def _schema(row_type: type[Any]) -> pyarrow.Schema:
 
     text = pa.large_string()
     message = pa.struct([("role", text), ("content", text)])
-    prompt = [("prompt", pa.list_(message)), ("prompt_is_text", pa.bool_())]
-    own = [name for name in row_type.__dataclass_fields__ if name not in ("prompt", "row_ids")]
-    fields = [*prompt, *((name, text) for name in own), ("row_ids", pa.list_(pa.string()))]
+    others = {"prompt": pa.list_(message), "row_ids": pa.list_(pa.string()), "line": pa.int64()}
+    fields = [(name, others.get(name, text)) for name in row_type.__dataclass_fields__]
+    if "prompt" in row_type.__dataclass_fields__:
+        fields.insert(1, ("prompt_is_text", pa.bool_()))
     return pa.schema(fields)
 
 
@@ -163,17 +180,18 @@ def _batch(rows: list[Any], schema: pyarrow.Schema, name: str) -> pyarrow.Record
     import pyarrow as pa
 
     columns: dict[str, list[Any]] = {c: [getattr(r, c, None) for r in rows] for c in schema.names}
-    columns["prompt_is_text"] = [isinstance(prompt, str) for prompt in columns["prompt"]]
-    columns["prompt"] = [messages_of(prompt) for prompt in columns["prompt"]]
-    for message in itertools.chain.from_iterable(columns["prompt"]):
+    if "prompt" in columns:
+        columns["prompt_is_text"] = [isinstance(prompt, str) for prompt in columns["prompt"]]
+        columns["prompt"] = [messages_of(prompt) for prompt in columns["prompt"]]
+        # Rows of the generated world come from no source.
+        columns["row_ids"] = [ids or () for ids in columns["row_ids"]]
+    for message in itertools.chain.from_iterable(columns.get("prompt", ())):
         if message.keys() != _MESSAGE_FIELDS:
             raise DataError(
                 f"{name}: a message has the fields {sorted(message)}; give it role and content"
             )
     if "metadata" in columns:  # escaped, so that it may hold a lone surrogate
         columns["metadata"] = [json.dumps(value or {}) for value in columns["metadata"]]
-    # Rows of the generated world come from no source.
-    columns["row_ids"] = [ids or () for ids in columns["row_ids"]]
     try:
         return pa.RecordBatch.from_pydict(columns, schema=schema)
     except UnicodeEncodeError as error:
