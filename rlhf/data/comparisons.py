@@ -114,7 +114,8 @@ class _Comparison:
         prompt, first, second = cells.read(_turns(row, cells), roles, notes)
         if verdict == "second":
             first, second = second, first
-        return Converted([Comparison(prompt, first, second, margin)], notes=frozenset(notes))
+        comparison = Comparison(prompt, first, second, margin, verdict)
+        return Converted([comparison], notes=frozenset(notes))
 
 
 def find_pairs(

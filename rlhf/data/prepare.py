@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import DataConfig, StoreConfig
+from rlhf.data.audit import Evidence, left_out_reasons
+from rlhf.data.card import write_card
 from rlhf.data.collect import (
     Collector,
     Ledger,
@@ -39,6 +42,7 @@ from rlhf.data.rows import (
 )
 from rlhf.data.sources import Part, open_source, source_name
 from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
+from rlhf.data.tallies import Tallies
 from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
@@ -61,6 +65,7 @@ class Reading:
     formats: list[str] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
+    tallies: Tallies = field(default_factory=Tallies)
 
     def note(self, text: str) -> None:
         """Add a sentence unless it is there; a column's name may hold what UTF-8 can't write."""
@@ -96,12 +101,12 @@ def prepare_data(
         StoreError: The S3 server of the source can't be reached.
     """
     if config.source == "world":
-        parts = _from_world(config, seed)
+        parts, evidence = _from_world(config, seed), Evidence()
         summary = _summary(config, parts, {})
     else:
         path = out_dir / QUARANTINE
         try:
-            parts, summary = _from_source(
+            parts, summary, evidence = _from_source(
                 config, store_options or StoreConfig(), seed, path, forgotten, progress
             )
         except BaseException:
@@ -109,6 +114,11 @@ def prepare_data(
             raise
     for name, part in parts.items():
         write_rows(out_dir / name, part)
+    pairs = [
+        p if isinstance(p, Pair) else Pair(p.prompt, p.chosen, p.rejected, p.group)
+        for p in itertools.chain(parts[PAIRS_TRAIN], parts[PAIRS_EVAL])
+    ]
+    summary["findings"] = write_card(out_dir, pairs, evidence, summary)
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
     metrics = {k: v for k, v in summary.items() if not isinstance(v, dict | list)}
@@ -166,7 +176,10 @@ def _read_part(
         for text in layout.notes:
             reading.note(text)
         unused = [name for name in layout.unused if name not in reading.unused_columns]
-        reading.unused_columns += [n for n in unused if n not in _extra_columns(config)]
+        counted = reading.tallies.set_columns(layout.unused)
+        reading.unused_columns += [
+            n for n in unused if n not in _extra_columns(config) and n not in counted
+        ]
 
     for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
@@ -175,7 +188,7 @@ def _read_part(
             quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
             continue
         try:
-            _add(record, layout, collector, fields, origin, reading.note)
+            _add(record, layout, collector, fields, origin, reading)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             quarantine.add(origin, reason, row)
@@ -187,7 +200,7 @@ def _add(
     collector: Collector,
     fields: PromptFields,
     origin: Origin,
-    note: Callable[[str], None],
+    reading: Reading,
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
@@ -199,8 +212,9 @@ def _add(
     collector.add(converted, origin)
     for add in additions:
         add()
+    reading.tallies.add(record.fields, converted)
     for text in converted.notes:
-        note(text)
+        reading.note(text)
 
 
 def _extra_columns(config: DataConfig) -> set[str]:
@@ -215,7 +229,7 @@ def _from_source(
     path: Path,
     forgotten: frozenset[str],
     progress: Progress,
-) -> tuple[Parts, dict[str, Any]]:
+) -> tuple[Parts, dict[str, Any], Evidence]:
     fields = PromptFields(config)
     with Quarantine(path, forgotten) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
@@ -244,7 +258,12 @@ def _from_source(
         "notes": reading.notes,
         "left_out": dict(quarantine.ordered()),
     }
-    return parts, _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
+    evidence = Evidence(
+        reading.tallies, reading.totals, reading.rows,
+        left_out_reasons(quarantine.ordered(), quarantine.examples),
+    )  # fmt: skip
+    summary = _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
+    return parts, summary, evidence
 
 
 def _joined(columns: Sequence[str]) -> str:

@@ -8,6 +8,7 @@
 | each of the above | prompt, prompt_is_text, row_ids |
 | `rows.parquet` | id, source, line, split: the rows of the source that are used |
 | `quarantine.jsonl` | source, line, id, reason, detail, row |
+| `card.json`, `card.md` | findings and figures of the audit (rlhf/data/audit.py) |
 
 `prompt` is a list of chat messages `{role, content}` in every file; a prompt that is a plain text
 is one message of the user, and `prompt_is_text` is true. `group` names a slice that evaluation
@@ -49,6 +50,9 @@ PROMPTS_EVAL = "prompts-eval.parquet"
 SUMMARY = "summary.json"
 ROWS = "rows.parquet"
 QUARANTINE = "quarantine.jsonl"
+#: Data card for programs and for people.
+CARD = "card.json"
+CARD_TEXT = "card.md"
 #: Rows of a row group: at most these are in memory beside the caller's own.
 _GROUP = 10_000
 _MESSAGE_FIELDS = {"role", "content"}
@@ -98,7 +102,8 @@ class SourceRow:
     """`train`, `eval`, or `quarantine` for a row that is left out."""
 
 
-Row = TypeVar("Row", Demonstration, Pair, PromptRow, SourceRow)
+Row = TypeVar("Row", Demonstration, Pair, PromptRow)
+_Stored = TypeVar("_Stored", Demonstration, Pair, PromptRow, SourceRow)
 
 
 #: Type of the rows in each file.
@@ -135,7 +140,7 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
+def read_rows(path: Path, row_type: type[_Stored]) -> list[_Stored]:
     """Read rows written by `write_rows`, or by its predecessor as JSON lines."""
     older = path.with_suffix(".jsonl")
     if not path.exists() and older.exists():
@@ -144,7 +149,7 @@ def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
     return list(_parquet_rows(path, row_type))
 
 
-def _parquet_rows(path: Path, row_type: type[Row]) -> Iterator[Row]:
+def _parquet_rows(path: Path, row_type: type[_Stored]) -> Iterator[_Stored]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
