@@ -86,13 +86,14 @@ def test_a_merged_pair_its_demonstration_and_its_prompt_know_all_their_rows(tmp_
 def test_files_of_one_name_in_source_and_eval_source_are_counted_apart(tmp_path):
     for part, first in (("train", 0), ("test", 50)):
         (tmp_path / part).mkdir()
-        lines = [json.dumps(row) + "\n" for row in rows(60)[first : first + 10]]
+        lines = [json.dumps(row) + "\n" for row in [*rows(1), *rows(60)[first + 1 : first + 10]]]
         (tmp_path / part / "pairs.jsonl").write_text("".join(lines))
     out = tmp_path / "out"
     out.mkdir()
     source, held_out = (str(tmp_path / part / "pairs.jsonl") for part in ("train", "test"))
     result = prepare_data(DataConfig(source=source, eval_source=held_out), out)
-    assert (result.metrics["rows"], result.metrics["rows_used"]) == (20, 20)
+    assert (result.metrics["rows"], result.metrics["rows_used"]) == (20, 19)  # row 1 is in both
+    assert sum(row.split == "quarantine" for row in rows_of(out)) == 1
     assert [row.split for row in rows_of(out)].count("eval") == 10
 
 
