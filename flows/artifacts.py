@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
     from flows.terminal import artifacts_table
     from rlhf.champions import latest_entry, model_lines
 
-    opened = _open_named(store, config)
+    opened = open_named(store, config)
     champions = {line: latest_entry(opened, line) for line in model_lines(opened)}
     marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
     marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
@@ -59,24 +60,37 @@ def show_artifact(ref: str, *, store: StoreOption = None, config: ConfigOption =
     ref
         Digest, its first 6 or more digits, a pin's name, or URI.
     """
-    opened = _open_named(store, config)
+    opened = open_named(store, config)
     manifest = opened.manifest(opened.resolve(ref))
     console.print_json(manifest.model_dump_json())
 
 
 @app.command
-def lineage(ref: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
+def lineage(
+    ref: str, *, rows: bool = False, store: StoreOption = None, config: ConfigOption = None
+) -> None:
     """Print everything that an artifact was made from.
 
     Parameters
     ----------
     ref
         Digest, its first 6 or more digits, a pin's name, or URI.
+    rows
+        Print the rows of the data instead, as JSON lines: id, source, line, split, dataset.
     """
     from flows.terminal import lineage_tree
 
-    opened = _open_named(store, config)
-    console.print(lineage_tree(opened.lineage(opened.resolve(ref))))
+    opened = open_named(store, config)
+    ancestors = opened.lineage(opened.resolve(ref))
+    if not rows:
+        console.print(lineage_tree(ancestors))
+        return
+    from rlhf.data.lineage import rows_of
+
+    for dataset in sorted({a.ref.digest for a in ancestors if a.ref.kind == "dataset"}):
+        for row in rows_of(opened.fetch(dataset)):
+            line = json.dumps({**vars(row), "dataset": dataset[:12]})
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command
@@ -92,7 +106,7 @@ def verify(
     deep
         Read every byte in the store and compare its sha256, instead of sizes alone.
     """
-    opened = _open_named(store, config)
+    opened = open_named(store, config)
     digests = [opened.resolve(ref).digest for ref in refs] or opened.digests()
     broken = 0
     for digest in digests:
@@ -119,7 +133,7 @@ def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOpt
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} is there already; name a new folder")
-    opened = _open_named(store, config)
+    opened = open_named(store, config)
     resolved = opened.resolve(ref)
     with _progress(f"pull {resolved.short}") as listener:
         source = opened.fetch(resolved, listener=listener)
@@ -149,7 +163,7 @@ def push(
     from rlhf.store import PublishError
     from tasks.runner import producer
 
-    opened = _open_named(store, config)
+    opened = open_named(store, config)
     try:
         with _progress(f"push {folder.name}") as listener:
             ref = opened.publish(
@@ -172,14 +186,42 @@ def pin(ref: str, name: str, *, store: StoreOption = None, config: ConfigOption 
     name
         Letters, digits, '.', '_' and '-'.
     """
-    opened = _open_named(store, config)
+    opened = open_named(store, config)
     opened.pins.add(name, opened.resolve(ref))
 
 
 @app.command
 def unpin(name: str, *, store: StoreOption = None, config: ConfigOption = None) -> None:
     """Take a pin away; the artifact stays until nothing else refers to it and `gc` comes."""
-    _open_named(store, config).pins.remove(name)
+    open_named(store, config).pins.remove(name)
+
+
+@app.command
+def rm(*refs: str, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Remove artifacts; `gc --delete` then removes the files that no other artifact has.
+
+    Parameters
+    ----------
+    refs
+        Digests, their first 6 or more digits, or URIs. A champion, a pinned artifact, and what they
+        were made from stay.
+    """
+    from rlhf.champions import latest_entry, model_lines
+
+    opened = open_named(store, config)
+    champions = [latest_entry(opened, line) for line in model_lines(opened)]
+    needed = {e["policy"] for e in champions if e} | set(opened.pins.by_name().values())
+    kept = {a.ref.digest: top for top in needed if opened.exists(top) for a in opened.lineage(top)}
+    digests = [opened.resolve(ref).digest for ref in refs]
+    for digest in digests:
+        if digest in kept:
+            raise ConfigError(
+                f"{digest[:12]} is, or was used to make, {kept[digest][:12]}, which is pinned or a "
+                "champion; unpin it, or promote another first"
+            )
+    for digest in digests:
+        opened.delete(digest)
+        console.print(f"removed {digest}", soft_wrap=True, highlight=False)
 
 
 @app.command
@@ -200,7 +242,7 @@ def gc(
         raise ConfigError(
             f"--grace-hours {grace_hours:g}: publishers rely on at least {LEAST_GRACE:g}; give more"
         )
-    opened = _open_named(store, config)
+    opened = open_named(store, config)
     garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete)
     for digest in garbage.artifacts:
         console.print(f"artifact {digest}", highlight=False, soft_wrap=True)
@@ -216,7 +258,7 @@ def gc(
         console.print("nothing was removed; --delete does it")
 
 
-def _open_named(store: str | None, config: Path | None) -> Store:
+def open_named(store: str | None, config: Path | None) -> Store:
     """Open a preset's store, or the store at this URI with the preset's options."""
     from tasks.stage import store_of
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
+from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import SUMMARY
 from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, StoreError
@@ -25,13 +26,14 @@ from rlhf.gates import VERDICT, judge, read_verdict, require
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
+from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.external_inputs import (
     external_base_model,
     external_reward_model,
     reward_function_digests,
     reward_settings,
 )
-from tasks.stage import Shown, Stage, StageRun
+from tasks.stage import Shown, Stage, StageRun, store_of
 
 log = logging.getLogger("rlhf.tasks")
 EVALUATION = "evaluation.json"
@@ -44,8 +46,17 @@ def _prepare_data(run: StageRun) -> StageResult:
     config = run.config
     return prepare_data(
         config.data, run.out_dir, seed=config.seed, store_options=config.store_options,
-        progress=run.progress,
+        forgotten=forgotten_ids(run.store), progress=run.progress,
     )  # fmt: skip
+
+
+def _data_digest(config: PipelineConfig) -> str:
+    """Return the digest of the source without the rows that the store's users forgot."""
+    digest = source_digest(config.data, config.store_options)
+    if config.data.source == "world":
+        return digest
+    ids = forgotten_ids(store_of(config))
+    return f"{digest} without {sha256_bytes(canonical_json(sorted(ids)))}" if ids else digest
 
 
 def _show_data(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
@@ -204,7 +215,7 @@ PREPARE_DATA = Stage(
     kind="dataset",
     inputs={},
     depends_on=lambda c: {"data": c.data.model_dump(exclude={"source", "eval_source"})},
-    source_digest=lambda c: source_digest(c.data, c.store_options),
+    source_digest=_data_digest,
     body=_prepare_data,
     headline=(
         ("{:,} pairs", "pairs_train"),

@@ -8,22 +8,32 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rlhf.config import DataConfig
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.rows import Demonstration, Pair, Prompt, messages_of
+from rlhf.data.rows import Demonstration, Pair, Prompt, SourceRow, messages_of
 
 #: Most pairs from the scored replies to one prompt: a hundred replies would give 4,950.
 MAX_RANKED_PAIRS = 64
 
 
+#: Splits of the rows of `data.sft_source` and `data.prompts_source`.
+OWN_SPLITS = ("sft", "prompts")
+
+
 class Origin(NamedTuple):
-    """Position of a row: its file's name in the source, and its line."""
+    """Position of a row: its file's name in the source, and its line; its id.
+
+    `part` is the number of its file in the reading: files of `data.source` and `data.eval_source`
+    may have one name.
+    """
 
     file: str
     line: int
+    id: str = ""
+    part: int = 0
 
 
 #: Receives each row that is left out: its position, the reason, and its pair.
@@ -35,6 +45,11 @@ class Resolved(NamedTuple):
 
     pair: Pair
     origins: tuple[Origin, ...]
+
+    def with_ids(self) -> Resolved:
+        """Return the pair with the ids of its rows, each once."""
+        ids = merged_ids([origin.id] for origin in self.origins)
+        return Resolved(replace(self.pair, row_ids=ids), self.origins)
 
 
 class Ledger:
@@ -260,12 +275,35 @@ def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
         wins = won.setdefault(key, {})
         wins[pair.chosen] = wins.get(pair.chosen, 0) + 1
         lost.setdefault(key, set()).add(pair.rejected)
+    ids: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for pair in pairs:
+        ids.setdefault((exact_key(pair.prompt), pair.chosen), []).append(pair.row_ids)
     found = []
     for key, prompt in prompts.items():
         unbeaten = [reply for reply in won[key] if reply not in lost[key]]
         if unbeaten:
-            found.append(Demonstration(prompt, max(unbeaten, key=won[key].__getitem__)))
+            best = max(unbeaten, key=won[key].__getitem__)
+            found.append(Demonstration(prompt, best, merged_ids(ids[key, best])))
     return found
+
+
+def source_rows(**splits: Iterable[Origin]) -> list[SourceRow]:
+    """Return the rows that are used in each split, in the order of the source."""
+    found = {
+        (split in OWN_SPLITS, origin.part, origin.line, split): origin
+        for split, origins in splits.items()
+        for origin in origins
+    }
+    return [
+        # A file's name may hold bytes that are no UTF-8.
+        SourceRow(o.id, o.file.encode("utf-8", "backslashreplace").decode(), o.line, key[-1])
+        for key, o in sorted(found.items())
+    ]
+
+
+def merged_ids(ids: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """Return ids of rows, each once, in their order."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(ids)))
 
 
 def exact_key(prompt: Prompt) -> str:

@@ -92,6 +92,11 @@ class Sources:
         self._by_file[name] = source
         return name
 
+    @property
+    def files(self) -> int:
+        """Number of files that have been named."""
+        return len(self._by_file)
+
     def of(self, origin: Origin) -> MixedSource:
         """Return the source of a row."""
         return self._by_file[origin.file]

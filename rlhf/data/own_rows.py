@@ -8,23 +8,23 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.collect import Ledger, Origin, exact_key
+from rlhf.data.collect import Ledger, Origin, exact_key, merged_ids
 from rlhf.data.columns import Row
 from rlhf.data.mixing import MixedSource, Sources, not_in_share, repeated
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
-from rlhf.data.rows import Prompt
+from rlhf.data.rows import Demonstration, Prompt, PromptRow
 from rlhf.data.sources import Part, open_source
 from rlhf.data.split import find_clusters
 from rlhf.errors import ConfigError, DataError
 
 #: Rows of a file that its format is detected from.
 SAMPLE_ROWS = 200
-ItemT = TypeVar("ItemT")
+ItemT = TypeVar("ItemT", Demonstration, PromptRow)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class OwnRows(Generic[ItemT]):
     """Items of a setting, and what became of its rows."""
 
     items: list[ItemT] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    """Rows that the items come from."""
     rows: int = 0
     used: int = 0
     unused_columns: list[str] = field(default_factory=list)
@@ -152,7 +154,12 @@ def read_own_rows(
             f"data.{setting}: no row is left to use; give more (left out: {quarantine.in_words()})"
         )
     keys = list(repeated(kept, times))
-    own.items = [items[key].item for key in keys]
+    with_ids = {
+        key: replace(items[key].item, row_ids=merged_ids([o.id] for o in origins[key]))
+        for key in kept
+    }
+    own.items = [with_ids[key] for key in keys]
+    own.origins = [origin for key in kept for origin in origins[key]]
     own.counts = sources.counts([origins[key][0] for key in keys])
     return own
 
@@ -187,7 +194,11 @@ def _read(
             file = sources.file_name(source, part)
             for record in itertools.chain(head, records):
                 source.rows += 1
-                origin = Origin(file, record.line)
+                origin = Origin(file, record.line, record.id, sources.files)
+                if origin.id in source.quarantine.forgotten:
+                    forgotten = LeftOutError("forgotten", is_choice=True)
+                    source.quarantine.add(origin, forgotten, None)
+                    continue
                 try:
                     usable = _usable(record, layout, origin, ledger, own, noted)
                 except LeftOutError as reason:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from rlhf.data.collect import (
     Totals,
     demonstrations,
     exact_key,
+    merged_ids,
+    source_rows,
 )
 from rlhf.data.demonstrations import read_demonstrations
 from rlhf.data.formats import Layout
@@ -38,6 +40,7 @@ from rlhf.data.rows import (
     PROMPTS_EVAL,
     PROMPTS_TRAIN,
     QUARANTINE,
+    ROWS,
     SUMMARY,
     Demonstration,
     Pair,
@@ -50,6 +53,8 @@ from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
 
+#: Names in `rows.parquet` of the rows of their own sources.
+SPLITS = {DEMONSTRATIONS: "sft", PROMPTS_TRAIN: "prompts"}
 #: Rows of a dataset by the name of their file.
 Parts = dict[str, Sequence[Any]]
 
@@ -85,6 +90,7 @@ def prepare_data(
     *,
     seed: int = 0,
     store_options: StoreConfig | None = None,
+    forgotten: frozenset[str] = frozenset(),
     progress: Progress = silent,
 ) -> StageResult:
     """Write a dataset: demonstrations, pairs and prompts, split by prompt; a summary.
@@ -96,6 +102,7 @@ def prepare_data(
         out_dir: Empty folder for the dataset.
         seed: Seeds the split (and the world, for `source: world`).
         store_options: S3 options, for an s3:// source.
+        forgotten: Ids of rows to go without.
         progress: Called after reading and after writing.
 
     Raises:
@@ -110,7 +117,7 @@ def prepare_data(
         path = out_dir / QUARANTINE
         try:
             parts, summary, evidence = _from_source(
-                config, store_options or StoreConfig(), seed, path, progress
+                config, store_options or StoreConfig(), seed, path, forgotten, progress
             )
         except BaseException:
             path.unlink(missing_ok=True)
@@ -162,7 +169,9 @@ def read_pairs(
             raise DataError(
                 f"{source.field} = {source.uri!r}: holds no rows; give a file with pairs"
             )
-    reading.pairs, reading.held_out = (collector.resolve() for collector in collectors)
+    reading.pairs, reading.held_out = (
+        [item.with_ids() for item in collector.resolve()] for collector in collectors
+    )
     return reading
 
 
@@ -193,10 +202,14 @@ def _read_part(
 
     assert reading.sources is not None
     file = reading.sources.file_name(source, part)
+    number = reading.sources.files
     for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
         source.rows += 1
-        origin = Origin(file, record.line)
+        origin = Origin(file, record.line, record.id, number)
+        if origin.id in source.quarantine.forgotten:
+            source.quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
+            continue
         try:
             _add(record, layout, collector, fields, origin, reading, note)
         except LeftOutError as reason:
@@ -234,10 +247,15 @@ def _extra_columns(config: DataConfig) -> set[str]:
 
 
 def _from_source(
-    config: DataConfig, options: StoreConfig, seed: int, path: Path, progress: Progress
+    config: DataConfig,
+    options: StoreConfig,
+    seed: int,
+    path: Path,
+    forgotten: frozenset[str],
+    progress: Progress,
 ) -> tuple[Parts, dict[str, Any], Evidence]:
     fields = PromptFields(config)
-    with Quarantine(path) as quarantine:
+    with Quarantine(path, forgotten=forgotten) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
         pairs, times = _weighted(reading, seed)
@@ -251,8 +269,11 @@ def _from_source(
         train, held_out = divided.train, divided.held_out
         own = _own_rows(config, options, quarantine, fields, divided, seed, reading.note)
     repeats = [times.get(id(pair), 1) for pair in train]
-    first = {id(item.pair): item.origins[0] for item in (*reading.pairs, *reading.held_out)}
-    written = [first[id(p)] for p in (*repeated(train, repeats), *held_out, *divided.judge)]
+    by_pair = {id(item.pair): item for item in (*reading.pairs, *reading.held_out)}
+    written = [
+        by_pair[id(pair)].origins[0]
+        for pair in (*repeated(train, repeats), *held_out, *divided.judge)
+    ]
     counts = sources.counts(written)
     parts: Parts = {
         DEMONSTRATIONS: _replaced(
@@ -264,6 +285,12 @@ def _from_source(
             config.prompts_mode, _prompts(train, fields), own.get(PROMPTS_TRAIN), _prompt_key
         ),
         PROMPTS_EVAL: _prompts(held_out, fields),
+        ROWS: source_rows(
+            train=_origins(train, by_pair),
+            eval=_origins(held_out, by_pair),
+            judge=_origins(divided.judge, by_pair),
+            **{SPLITS[name]: rows.origins for name, rows in own.items()},
+        ),
     }
     if config.judge_fraction:
         parts[PAIRS_JUDGE] = divided.judge
@@ -290,6 +317,10 @@ def _from_source(
     )  # fmt: skip
     summary = _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
     return parts, summary, evidence
+
+
+def _origins(pairs: Sequence[Pair], by_pair: dict[int, Resolved]) -> Iterator[Origin]:
+    return itertools.chain.from_iterable(by_pair[id(pair)].origins for pair in pairs)
 
 
 def _own_rows(
@@ -364,8 +395,13 @@ def _lose(items: Sequence[Resolved], reason: LeftOutError, ledger: Ledger) -> No
 
 
 def _prompts(pairs: list[Pair], fields: PromptFields) -> list[PromptRow]:
-    unique = {exact_key(pair.prompt): pair.prompt for pair in pairs}
-    return [fields.complete(PromptRow(prompt)) for prompt in unique.values()]
+    unique: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        unique.setdefault(exact_key(pair.prompt), []).append(pair)
+    return [
+        fields.complete(PromptRow(same[0].prompt, row_ids=merged_ids(p.row_ids for p in same)))
+        for same in unique.values()
+    ]
 
 
 def _from_world(config: DataConfig, seed: int) -> Parts:

@@ -25,9 +25,16 @@ class Quarantine:
     Args:
         path: The file, which is made anew; None counts only.
         parent: Quarantine of all sources, which writes and counts the rows too.
+        forgotten: Ids of rows to leave out whatever they hold; their content is not written.
     """
 
-    def __init__(self, path: Path | None = None, parent: Quarantine | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        parent: Quarantine | None = None,
+        forgotten: frozenset[str] = frozenset(),
+    ) -> None:
+        self.forgotten = parent.forgotten if parent else forgotten
         self._file = path.open("w", encoding="utf-8") if path else None
         self._parent = parent
         self.reasons: Counter[str] = Counter()
@@ -59,6 +66,7 @@ class Quarantine:
             line = {
                 "source": origin.file,
                 "line": origin.line,
+                "id": origin.id,
                 "reason": reason.reason,
                 "detail": reason.detail,
                 "row": row,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +25,30 @@ class Record:
     fields: dict[str, Any] | None
     fault: str = ""
     text: str = ""
+
+    @property
+    def id(self) -> str:
+        """The row's id: 32 hex digits of the sha256 of all its columns.
+
+        The content alone decides, so that the id stays when rows are added, moved or their file is
+        renamed; rows that are equal share it. A column `id` is content like any other: exports
+        number their rows anew, and two sources may use one number. The order of columns, and of
+        keys in objects, is ignored.
+        """
+        content = self.text if self.fields is None else self.fields
+        try:
+            text = json.dumps(content, sort_keys=True, default=repr)
+        except (TypeError, ValueError, RecursionError):  # keys of several types, or deep nesting
+            text = _bounded_repr(content)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _bounded_repr(content: Any) -> str:
+    """Return a text for what JSON can't write; what is nested too deeply is left out."""
+    try:
+        return ascii(content)
+    except RecursionError:
+        return ascii(sorted(map(str, content))) if isinstance(content, dict) else "nested"
 
 
 class LeftOutError(Exception):

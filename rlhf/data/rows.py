@@ -1,26 +1,39 @@
-"""Rows of a dataset artifact, as JSON lines.
+"""Rows of a dataset artifact, as Parquet files of one schema each.
 
-| file | fields |
+| file | columns |
 |---|---|
-| `demonstrations.jsonl` | prompt, response |
-| `pairs-train.jsonl`, `pairs-eval.jsonl`, `pairs-judge.jsonl` | prompt, chosen, rejected, margin |
-| `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
-| `quarantine.jsonl` | source, line, reason, detail, row |
+| `demonstrations.parquet` | response |
+| `pairs-train.parquet`, `pairs-eval.parquet` | chosen, rejected, group, margin |
+| `pairs-judge.parquet` | the same, with `data.judge_fraction` |
+| `prompts-train.parquet`, `prompts-eval.parquet` | group, reference, metadata |
+| each of the above | prompt, prompt_is_text, row_ids |
+| `rows.parquet` | id, source, line, split: the rows of the source that are used |
+| `quarantine.jsonl` | source, line, id, reason, detail, row |
 | `card.json`, `card.md` | findings and figures of the audit (rlhf/data/audit.py) |
 
-A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
-evaluation reports separately, or is null. `reference` is the right answer, or null. `metadata` maps
-columns of the source to their values. `margin` is by how much the chosen reply is better, in the
-units of the source's ratings, or null.
+`prompt` is a list of chat messages `{role, content}` in every file; a prompt that is a plain text
+is one message of the user, and `prompt_is_text` is true. `group` names a slice that evaluation
+reports separately, or is null. `reference` is the right answer, or null. `metadata` is a JSON
+object that maps columns of the source to their values. `margin` is by how much the chosen reply is
+better, in the units of the source's ratings, or null. `row_ids` are the ids of the source's rows
+that a row comes from (`rlhf.data.records.Record.id`).
+
+Older artifacts hold the same rows as JSON lines, `pairs-train.jsonl`; they remain readable.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlhf.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Message = dict[str, str]
 Prompt = str | list[Message]
@@ -31,17 +44,21 @@ def messages_of(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-DEMONSTRATIONS = "demonstrations.jsonl"
-PAIRS_TRAIN = "pairs-train.jsonl"
-PAIRS_EVAL = "pairs-eval.jsonl"
-PAIRS_JUDGE = "pairs-judge.jsonl"
-PROMPTS_TRAIN = "prompts-train.jsonl"
-PROMPTS_EVAL = "prompts-eval.jsonl"
+DEMONSTRATIONS = "demonstrations.parquet"
+PAIRS_TRAIN = "pairs-train.parquet"
+PAIRS_EVAL = "pairs-eval.parquet"
+PAIRS_JUDGE = "pairs-judge.parquet"
+PROMPTS_TRAIN = "prompts-train.parquet"
+PROMPTS_EVAL = "prompts-eval.parquet"
 SUMMARY = "summary.json"
+ROWS = "rows.parquet"
 QUARANTINE = "quarantine.jsonl"
 #: Data card for programs and for people.
 CARD = "card.json"
 CARD_TEXT = "card.md"
+#: Rows of a row group: at most these are in memory beside the caller's own.
+_GROUP = 10_000
+_MESSAGE_FIELDS = {"role", "content"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,8 @@ class Demonstration:
 
     prompt: Prompt
     response: str
+    # Provenance, not content: rows with equal text are equal, and samples don't depend on it.
+    row_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class Pair:
     group: str | None = None
     # Not in repr(), by which data.max_pairs samples: it must not depend on the margins.
     margin: float | None = field(default=None, repr=False)
+    row_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,20 +92,122 @@ class PromptRow:
     group: str | None = None
     reference: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    row_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A row of the source that is used, and where."""
+
+    id: str
+    source: str
+    """Name of its file."""
+    line: int
+    split: str
+    """`train`, `eval`, `judge`, `sft`, `prompts`, or `quarantine` for a row that is left out."""
 
 
 Row = TypeVar("Row", Demonstration, Pair, PromptRow)
+_Stored = TypeVar("_Stored", Demonstration, Pair, PromptRow, SourceRow)
+
+
+#: Type of the rows in each file.
+_TYPES: dict[str, type[Any]] = {
+    DEMONSTRATIONS: Demonstration,
+    PAIRS_TRAIN: Pair,
+    PAIRS_EVAL: Pair,
+    PAIRS_JUDGE: Pair,
+    PROMPTS_TRAIN: PromptRow,
+    PROMPTS_EVAL: PromptRow,
+    ROWS: SourceRow,
+}
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write dataclass rows as JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            # Not asdict(), which copies every value: half of the time of a large source.
-            file.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
+    """Write rows as Parquet, in row groups; the file appears whole or not at all.
+
+    The file's name decides its schema. Equal rows give equal bytes with one version of pyarrow.
+
+    Raises:
+        DataError: A text holds a lone surrogate, which UTF-8 can't write, or a message has other
+            fields than role and content.
+    """
+    from pyarrow import parquet
+
+    schema = _schema(_TYPES[path.name])
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        with parquet.ParquetWriter(scratch, schema, compression="zstd") as writer:
+            remaining = iter(rows)
+            while batch := list(itertools.islice(remaining, _GROUP)):
+                writer.write_batch(_batch(batch, schema, path.name))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
-def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
-    """Read rows written by `write_rows`."""
-    with path.open(encoding="utf-8") as file:
-        return [row_type(**json.loads(line)) for line in file]
+def read_rows(path: Path, row_type: type[_Stored]) -> list[_Stored]:
+    """Read rows written by `write_rows`, or by its predecessor as JSON lines."""
+    older = path.with_suffix(".jsonl")
+    if not path.exists() and older.exists():
+        with older.open(encoding="utf-8") as file:
+            return [row_type(**json.loads(line)) for line in file]
+    return list(_parquet_rows(path, row_type))
+
+
+def _parquet_rows(path: Path, row_type: type[_Stored]) -> Iterator[_Stored]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_GROUP, use_threads=False):
+            columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+            if "prompt" in columns:
+                are_text = columns.pop("prompt_is_text")
+                columns["prompt"] = [
+                    messages[0]["content"] if is_text else messages
+                    for messages, is_text in zip(columns["prompt"], are_text, strict=True)
+                ]
+                columns["row_ids"] = [tuple(ids) for ids in columns["row_ids"]]
+            if "metadata" in columns:
+                columns["metadata"] = [json.loads(text) for text in columns["metadata"]]
+            for values in zip(*columns.values(), strict=True):
+                yield row_type(**dict(zip(columns, values, strict=True)))
+
+
+def _schema(row_type: type[Any]) -> pyarrow.Schema:
+    """Return the schema of a type's file; text is large: a column's batch may exceed 2 GB."""
+    import pyarrow as pa
+
+    text = pa.large_string()
+    message = pa.struct([("role", text), ("content", text)])
+    others = {"prompt": pa.list_(message), "row_ids": pa.list_(pa.string()), "line": pa.int64(),
+              "margin": pa.float64()}  # fmt: skip
+    fields = [(name, others.get(name, text)) for name in row_type.__dataclass_fields__]
+    if "prompt" in row_type.__dataclass_fields__:
+        fields.insert(1, ("prompt_is_text", pa.bool_()))
+    return pa.schema(fields)
+
+
+def _batch(rows: list[Any], schema: pyarrow.Schema, name: str) -> pyarrow.RecordBatch:
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {c: [getattr(r, c, None) for r in rows] for c in schema.names}
+    if "prompt" in columns:
+        columns["prompt_is_text"] = [isinstance(prompt, str) for prompt in columns["prompt"]]
+        columns["prompt"] = [messages_of(prompt) for prompt in columns["prompt"]]
+        # Rows of the generated world come from no source.
+        columns["row_ids"] = [ids or () for ids in columns["row_ids"]]
+    for message in itertools.chain.from_iterable(columns.get("prompt", ())):
+        if message.keys() != _MESSAGE_FIELDS:
+            raise DataError(
+                f"{name}: a message has the fields {sorted(message)}; give it role and content"
+            )
+    if "metadata" in columns:  # escaped, so that it may hold a lone surrogate
+        columns["metadata"] = [json.dumps(value or {}) for value in columns["metadata"]]
+    try:
+        return pa.RecordBatch.from_pydict(columns, schema=schema)
+    except UnicodeEncodeError as error:
+        seen = ascii(error.object[max(0, error.start - 20) : error.end])
+        raise DataError(
+            f"{name}: a text holds a lone surrogate, which UTF-8 can't write ({seen}); mend the row"
+        ) from None

@@ -14,7 +14,9 @@ from rlhf.config.data import DataFormat
 from rlhf.data.prepare import prepare_data, read_pairs
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
-from rlhf.data.rows import DEMONSTRATIONS, PROMPTS_TRAIN, SUMMARY
+from rlhf.data.rows import (
+    DEMONSTRATIONS, PROMPTS_TRAIN, SUMMARY, Demonstration, PromptRow, read_rows,
+)  # fmt: skip
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 EXAMPLES = re.findall(r"```jsonl ([\w-]+)\n(.*?)```", TEXT, re.DOTALL)
@@ -36,6 +38,7 @@ def test_an_example_is_read_as_its_format(tmp_path, name, rows):
     assert quarantine.bad == 0
 
 
+TYPES = {"sft": Demonstration, "prompts": PromptRow}
 OWN = re.findall(r"```jsonl (sft|prompts)/([\w-]+)\n(.*?)```", TEXT, re.DOTALL)
 
 
@@ -49,7 +52,7 @@ def test_an_example_of_own_rows_is_read_as_its_format(tmp_path, setting, name, r
     summary = json.loads((tmp_path / SUMMARY).read_text())
     assert [c["format"] for c in summary["sources"]] == ["pairs", name]
     written = {"sft": DEMONSTRATIONS, "prompts": PROMPTS_TRAIN}[setting]
-    lines = [json.loads(line) for line in (tmp_path / written).read_text().splitlines()]
+    lines = read_rows(tmp_path / written, TYPES[setting])
     assert len(lines) == 3
     assert setting == "prompts" or all(line["response"].startswith(GOOD) for line in lines)
 

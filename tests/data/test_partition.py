@@ -41,8 +41,8 @@ def prepare(data, folder: Path | None = None, **options):
         quarantine = [json.loads(x) for x in (out / files.QUARANTINE).read_text().splitlines()]
         parts = {
             path.name: read_rows(path, TYPES.get(path.name, Pair))
-            for path in out.glob("*.jsonl")
-            if path.name != files.QUARANTINE
+            for path in out.glob("*.parquet")
+            if path.name != files.ROWS
         }
     assert summary["rows"] == summary["rows_used"] + len(quarantine)
     assert sum(summary["left_out"].values()) == len(quarantine)

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from rlhf.data.rendering import END, PLAIN_TEMPLATE, SPECIAL_TOKENS, Renderer, renderable
-from rlhf.data.rows import Pair, PromptRow, read_rows, write_rows
+from rlhf.data.rows import PAIRS_TRAIN, PROMPTS_EVAL, Pair, PromptRow, read_rows, write_rows
 from rlhf.errors import DataError
 from rlhf.modeling.base import train_tokenizer
 from rlhf.reward import _encode
@@ -155,8 +155,7 @@ def test_the_hash_names_template_end_and_vocabulary():
 
 def test_rows_round_trip(tmp_path):
     pairs = [Pair("é\n", "a", "b", "g"), Pair(CHAT, "a", "b")]
-    write_rows(tmp_path / "x.jsonl", pairs)
-    assert read_rows(tmp_path / "x.jsonl", Pair) == pairs
-    assert (tmp_path / "x.jsonl").read_text(encoding="utf-8").count("\n") == 2
-    write_rows(tmp_path / "y.jsonl", [])
-    assert read_rows(tmp_path / "y.jsonl", PromptRow) == []
+    write_rows(tmp_path / PAIRS_TRAIN, pairs)
+    assert read_rows(tmp_path / PAIRS_TRAIN, Pair) == pairs
+    write_rows(tmp_path / PROMPTS_EVAL, [])
+    assert read_rows(tmp_path / PROMPTS_EVAL, PromptRow) == []

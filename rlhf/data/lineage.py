@@ -1,0 +1,111 @@
+"""Rows of the source in a store: those of a dataset, what they reached, those to go without."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rlhf.data.rows import PAIRS_TRAIN, QUARANTINE, ROWS, SourceRow, read_rows
+from rlhf.errors import DataError
+from rlhf.store import ArtifactRef, Store
+
+#: History of the rows to go without; its entries hold ids alone.
+FORGOTTEN = "forgotten-rows"
+
+
+@dataclass
+class Reach:
+    """Artifacts that rows of the source reached."""
+
+    rows: dict[str, list[tuple[ArtifactRef, SourceRow]]] = field(default_factory=dict)
+    """By id: the row's place in each dataset that holds it, the quarantine included."""
+    derived: dict[str, list[ArtifactRef]] = field(default_factory=dict)
+    """By id: artifacts made from a dataset that uses the row, at any distance."""
+    unknown: list[ArtifactRef] = field(default_factory=list)
+    """Datasets of an older version, which keep no ids."""
+
+
+def rows_of(folder: Path) -> list[SourceRow]:
+    """Return the rows of a dataset's source, those left out with the split `quarantine`.
+
+    Empty for the generated world.
+
+    Raises:
+        DataError: An older version made the dataset, without ids.
+    """
+    quarantine = folder / QUARANTINE
+    if not (folder / ROWS).exists():
+        if (folder / PAIRS_TRAIN).exists():
+            return []
+        raise DataError(
+            "the dataset is of an older version, which kept no ids of rows; prepare the data again"
+        )
+    rows = read_rows(folder / ROWS, SourceRow)
+    if quarantine.exists():
+        with quarantine.open(encoding="utf-8") as file:
+            lines = map(json.loads, file)
+            rows += [SourceRow(x["id"], x["source"], x["line"], "quarantine") for x in lines]
+    return rows
+
+
+def reach(store: Store, ids: Iterable[str]) -> Reach:
+    """Find the artifacts of a store that rows reached; downloads every dataset.
+
+    Raises:
+        StoreError: The store can't be read.
+    """
+    wanted = dict.fromkeys(ids)
+    found = Reach({i: [] for i in wanted}, {i: [] for i in wanted})
+    artifacts = {artifact.ref.digest: artifact for artifact in store.list()}
+    users: dict[str, set[str]] = {}
+    for digest, artifact in artifacts.items():
+        if artifact.ref.kind != "dataset":
+            continue
+        try:
+            rows = rows_of(store.fetch(artifact.ref))
+        except DataError:
+            found.unknown.append(artifact.ref)
+            continue
+        for row in rows:
+            if row.id in wanted:
+                found.rows[row.id].append((artifact.ref, row))
+                if row.split != "quarantine":
+                    users.setdefault(digest, set()).add(row.id)
+    for digest, row_ids in users.items():
+        for ref in _descendants(digest, {d: a.manifest.parents for d, a in artifacts.items()}):
+            for row_id in row_ids:
+                if artifacts[ref].ref not in found.derived[row_id]:
+                    found.derived[row_id].append(artifacts[ref].ref)
+    return found
+
+
+def _descendants(digest: str, parents: dict[str, dict[str, str]]) -> list[str]:
+    """Return the artifacts made from one, nearest first."""
+    found: dict[str, None] = {}
+    frontier = {digest}
+    while frontier:
+        frontier = {
+            child
+            for child, own in parents.items()
+            if child not in found and frontier & set(own.values())
+        }
+        found |= dict.fromkeys(sorted(frontier))
+    return list(found)
+
+
+def forget_rows(store: Store, ids: Iterable[str]) -> int:
+    """Record rows that later data are prepared without; return how many are new."""
+    new = sorted(set(ids) - forgotten_ids(store))
+    if new:
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        store.history.append(FORGOTTEN, {"ids": new, "when": when})
+    return len(new)
+
+
+def forgotten_ids(store: Store) -> frozenset[str]:
+    """Return the ids of the rows to go without."""
+    entries = store.history.entries(FORGOTTEN)
+    return frozenset(row_id for entry in entries for row_id in entry["ids"])
