@@ -51,7 +51,7 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     from rlhf.data.quarantine import Quarantine
 
     config = load_config(None, [*overrides, f"--data.source={source}"]).config
-    quarantine = Quarantine()
+    quarantine = Quarantine(personal_data=config.data.personal_data)
     fields = PromptFields(config.data)
     reading = read_pairs(config.data, config.store_options, quarantine, fields, limit=rows)
     pairs = [item.pair for item in (*reading.pairs, *reading.held_out)]

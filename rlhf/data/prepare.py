@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rlhf.data.collect import (
 )
 from rlhf.data.formats import Layout
 from rlhf.data.parts import with_layouts
+from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
@@ -58,10 +59,11 @@ class Reading:
     formats: list[str] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
+    personal: PersonalData = field(default_factory=lambda: PersonalData(DataConfig()))
 
     def note(self, text: str) -> None:
         """Add a sentence unless it is there; a column's name may hold what UTF-8 can't write."""
-        text = text.encode("utf-8", "backslashreplace").decode()
+        text = self.personal.hide(text.encode("utf-8", "backslashreplace").decode())
         if text not in self.notes:
             self.notes.append(text)
 
@@ -131,7 +133,7 @@ def read_pairs(
         DataError: It can't be parsed, or has no rows.
         StoreError: The S3 server can't be reached, or a transfer broke.
     """
-    reading = Reading()
+    reading = Reading(personal=PersonalData(config))
     with open_source(config, options, reading.note) as parts:
         for held_out in (False, True):
             collector = Collector(config, reading.ledger, reading.totals)
@@ -139,6 +141,8 @@ def read_pairs(
                 if part.held_out == held_out:
                     _read_part(part, config, reading, collector, quarantine, fields, limit)
             (reading.held_out if held_out else reading.pairs).extend(collector.resolve())
+    if reading.personal.note:
+        reading.note(reading.personal.note)
     if not reading.rows:
         raise DataError(f"data.source = {config.source!r}: holds no rows; give a file with pairs")
     return reading
@@ -159,14 +163,15 @@ def _read_part(
         reading.formats += [layout.name] if layout.name not in reading.formats else []
         for text in layout.notes:
             reading.note(text)
-        unused = [name for name in layout.unused if name not in reading.unused_columns]
-        reading.unused_columns += [n for n in unused if n not in _extra_columns(config)]
+        unused = [n for n in layout.unused if n not in _extra_columns(config)]
+        names = dict.fromkeys(map(reading.personal.hide, unused))
+        reading.unused_columns += [n for n in names if n not in reading.unused_columns]
 
     for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
         origin = Origin(record.file, record.line)
         try:
-            _add(record, layout, collector, fields, origin, reading.note)
+            _add(record, layout, collector, fields, origin, reading)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             quarantine.add(origin, reason, row)
@@ -178,20 +183,20 @@ def _add(
     collector: Collector,
     fields: PromptFields,
     origin: Origin,
-    note: Callable[[str], None],
+    reading: Reading,
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
-    converted = layout.convert(record.fields)
+    converted, row = reading.personal.apply(layout.convert(record.fields), record.fields)
     prompts = {
         exact_key(item.prompt): item.prompt for item in (*converted.comparisons, *converted.rated)
     }
-    additions = [fields.read(record.fields, prompt) for prompt in prompts.values()]
+    additions = [fields.read(row, prompt) for prompt in prompts.values()]
     collector.add(converted, origin)
     for add in additions:
         add()
     for text in converted.notes:
-        note(text)
+        reading.note(text)
 
 
 def _extra_columns(config: DataConfig) -> set[str]:
@@ -203,7 +208,7 @@ def _from_source(
     config: DataConfig, options: StoreConfig, seed: int, path: Path, progress: Progress
 ) -> tuple[Parts, dict[str, Any]]:
     fields = PromptFields(config)
-    with Quarantine(path) as quarantine:
+    with Quarantine(path, config.personal_data) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
         train, held_out = _sides(reading, config, seed)
@@ -222,6 +227,8 @@ def _from_source(
         "rows": reading.rows,
         "rows_used": used,
         "rows_merged": reading.totals.merged or None,
+        "rows_with_personal_data": reading.personal.rows or None,
+        "personal_data": dict(reading.personal.kinds) or None,
         "agreement": reading.totals.agreement,
         "rows_left_out": _left_out_line(quarantine, reading.rows),
         "unused_columns": _joined(reading.unused_columns) or None,

@@ -25,6 +25,7 @@ DATA_ORDER = (
     ("rows", "Rows read"),
     ("rows_used", "Rows used"),
     ("rows_merged", "Rows merged with an equal one"),
+    ("rows_with_personal_data", "Rows with personal data"),
     ("agreement", "Votes that agree with their pair's majority"),
     ("pairs_train", "Pairs to train on"),
     ("pairs_eval", "Pairs held out"),
@@ -35,7 +36,9 @@ DATA_ORDER = (
     ("unused_columns", "Columns not used"),
 )
 #: Shown elsewhere: the reasons in a table of their own, notes as sentences.
-DATA_PLACED = {key for key, _ in DATA_ORDER} | {"left_out", "rows_left_out", "notes"}
+DATA_PLACED = {key for key, _ in DATA_ORDER} | {
+    "left_out", "rows_left_out", "notes", "personal_data"
+}  # fmt: skip
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")
 
