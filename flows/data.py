@@ -14,6 +14,7 @@ from rich.text import Text
 from rlhf.config import PipelineConfig, load_config
 
 if TYPE_CHECKING:
+    from rlhf.data.audit import Evidence
     from rlhf.data.prepare import Reading
     from rlhf.data.quarantine import Quarantine
     from rlhf.data.rows import Pair
@@ -46,6 +47,7 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     rows
         Read at most this many rows of each file.
     """
+    from rlhf.data.audit import Evidence, left_out_reasons
     from rlhf.data.prepare import read_pairs
     from rlhf.data.prompt_fields import PromptFields
     from rlhf.data.quarantine import Quarantine
@@ -58,11 +60,14 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     for item in (*reading.pairs, *reading.held_out):
         reading.ledger.use(item.origins)
     used = reading.ledger.close(quarantine.add)
+    reasons = left_out_reasons(quarantine.ordered(), quarantine.examples)
+    evidence = Evidence(reading.tallies, reading.totals, reading.rows, reasons)
     _print_format(source, reading, pairs, used, rows)
     if quarantine.total:
         _print_left_out(quarantine, reading.rows, config)
     if pairs:
         _print_lengths(pairs)
+        _print_findings(pairs, evidence)
         for pair in pairs[:SHOWN]:
             _print_pair(pair)
     return 0
@@ -138,8 +143,17 @@ def _print_lengths(pairs: Sequence[Pair]) -> None:
         figures = (min(values), round(statistics.median(values)), max(values))
         table.add_row(name, *(f"{figure:,}" for figure in figures))
     console.print(table)
-    longer = sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) / len(pairs)
-    console.print(f"the chosen reply is the longer one in {longer:.0%} of the pairs\n")
+
+
+def _print_findings(pairs: Sequence[Pair], evidence: Evidence) -> None:
+    """Print what the pairs teach besides quality; languages take too long here."""
+    from rlhf.data.audit import audit_pairs
+    from rlhf.data.findings import find
+
+    for finding in find(audit_pairs(pairs, evidence, with_languages=False)):
+        style = "yellow" if finding.level == "warning" else ""
+        console.print(_text(finding.text), style=style)
+    console.print()
 
 
 def _print_pair(pair: Pair) -> None:

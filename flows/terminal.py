@@ -43,13 +43,14 @@ def show_run(console: Console, run: PipelineRun) -> None:
 
 
 def show_data(console: Console, folder: Path) -> None:
-    """Print how a dataset's source was read, and how many rows were left out for which reasons."""
+    """Print how a dataset's source was read, which rows were left out, and the card's warnings."""
     summary = read_json(folder / SUMMARY)
     lines = [*summary.get("notes", ())]
     if summary.get("unused_columns"):
         lines.append(f"columns not used: {summary['unused_columns']}")
     if summary.get("rows_left_out"):
         lines.append(f"{summary['rows_left_out']}; each with its reason in {QUARANTINE}")
+    lines += summary.get("findings", ())
     for line in lines:
         console.print(Text(f"data: {printable_line(line)}"), soft_wrap=True)
 

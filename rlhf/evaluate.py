@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.config import DataConfig, EvaluationConfig, PPOConfig, RuntimeConfig
-from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rendering import Renderer, load_renderer, renderable
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
 from rlhf.environments.stop import StopSequences
 from rlhf.errors import DataError
@@ -57,6 +57,7 @@ def evaluate_reward_model(
     if not pairs:
         raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
     scorer = Scorer(reward_model, prepare_device(runtime or RuntimeConfig()), max_length)
+    pairs, _ = renderable(pairs, scorer.renderer)
     chosen = _score_in_parts(scorer, pairs, "chosen", progress, 0)
     rejected = _score_in_parts(scorer, pairs, "rejected", progress, len(pairs))
     # A tie counts a half: a model with the same score for everything is no better than a coin.
@@ -110,10 +111,11 @@ def evaluate_policy(
     rows = read_rows(data / PROMPTS_EVAL, PromptRow)[: config.prompts]
     if not rows:
         raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
-    groups = _groups([row.group for row in rows])
     device = prepare_device(runtime or RuntimeConfig())
     models = [freeze(load_policy(folder)).to(device) for folder in (sft, policy)]
     renderer = load_renderer(sft)
+    rows, _ = renderable(rows, renderer)
+    groups = _groups([row.group for row in rows])
     scorer = Scorer(reward_model, device, context_length(models[0]))
     judge = judge_of(config)
     ending = StopSequences(renderer, ppo.generation.stop_sequences)

@@ -19,7 +19,7 @@ from trl.trainer.reward_config import RewardConfig as TRLRewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf.config import RewardModelConfig, RuntimeConfig
-from rlhf.data.rendering import Renderer
+from rlhf.data.rendering import Renderer, renderable
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
@@ -159,10 +159,11 @@ def _encode(
 
     Returns:
         The rows, and counts of pairs with a reply that was cut, and of those left out because
-        their replies differ only behind the cut.
+        their replies differ only behind the cut, or because the chat template refuses the prompt.
     """
     rows: list[dict[str, Any]] = []
-    counts = {"pairs_cut": 0, "pairs_equal_when_cut": 0}
+    pairs, refused = renderable(pairs, renderer)
+    counts = {"pairs_cut": 0, "pairs_equal_when_cut": 0, "prompts_refused": refused}
     for pair in pairs:
         one = renderer.encode(pair.prompt, pair.chosen, room, beside=pair.rejected)
         other = renderer.encode(pair.prompt, pair.rejected, room, beside=pair.chosen)

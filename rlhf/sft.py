@@ -13,7 +13,7 @@ from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
-from rlhf.data.rendering import Renderer
+from rlhf.data.rendering import Renderer, renderable
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
 from rlhf.files import write_json
@@ -69,11 +69,13 @@ def train_sft(
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     if config.enabled:
         room = min(config.max_length, context_length(model))
+        demonstrations, refused = renderable(demonstrations, renderer)
         rows, cut = _encode(demonstrations, renderer, room)
         use_cpu = device.type == "cpu"
         model, curve = _train(model, rows, config, renderer, seed, use_cpu, progress)
         metrics |= {"demonstrations": len(rows), "loss": curve[-1]["loss"] if curve else None}
         metrics |= {"replies_cut": cut} if cut else {}
+        metrics |= {"prompts_refused": refused} if refused else {}
         if leads:
             write_json(out_dir / "curve.json", curve)
     if leads:

@@ -13,6 +13,8 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact
 
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
+from rlhf.data.card import escape
+from rlhf.data.rows import CARD, SUMMARY
 from rlhf.files import expand_home, read_json
 from rlhf.gates import Verdict, read_verdict
 from rlhf.report import (
@@ -121,7 +123,8 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         reason=run.reason,
         seed=run.config.seed,
         stages=tuple(run.rows),
-        data=part(PREPARE_DATA, "summary.json") or {},
+        data=part(PREPARE_DATA, SUMMARY) or {},
+        card=part(PREPARE_DATA, CARD),
         reward_model=part(EVALUATE_REWARD_MODEL, "evaluation.json"),
         policy=part(EVALUATE_POLICY, "evaluation.json"),
         curves=tuple(part(TRAIN_POLICY, "curve.json") or ()),
@@ -183,10 +186,13 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
         for verdict in _published_verdicts(run, store)
         for check in verdict.checks
     ]  # fmt: skip
+    data = run.refs.get(PREPARE_DATA.name)
+    findings = read_json(store.fetch(data) / SUMMARY).get("findings", ()) if data else ()
     pull = f"rlhf artifacts pull {report[:12]} report --store {run.config.store}"
     parts = (
         f"**{run.outcome}**: {_cell(run.reason)}",
         _table(("stage", "state", "key metric", "artifact"), stages),
+        "\n".join(f"- Data: {escape(finding, None)}" for finding in findings),
         _table(("gate", "metric", "value", "needs", "passed"), checks),
         f"Report: `{run.report}`, on the machine that ran this, or\n\n    {pull}",
     )

@@ -55,8 +55,9 @@ def _show_data(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
     facts = [
         {"fact": key.replace("_", " "), "value": str(value)}
         for key, value in summary.items()
-        if key not in ("left_out", "notes")
+        if key not in ("left_out", "notes", "findings")
     ]
+    facts = [{"fact": "finding", "value": text} for text in summary.get("findings", ())] + facts
     facts += [{"fact": "note", "value": note} for note in summary.get("notes", ())]
     return {"data": facts, **({"data-left-out": reasons} if reasons else {})}
 
@@ -228,6 +229,7 @@ TRAIN_SFT = Stage(
         ("loss {:.3f}", "loss"),
         ("{:,} parameters", "parameters"),
         ("{:,} replies cut at max_length", "replies_cut"),
+        ("{:,} prompts refused by the chat template", "prompts_refused"),
     ),
     section="sft",
     tracks_steps=True,
@@ -244,6 +246,7 @@ TRAIN_REWARD_MODEL = Stage(
         ("loss {:.3f}", "loss"),
         ("ready model, {:,} parameters", "parameters"),
         ("{:,} pairs cut at max_length", "pairs_cut"),
+        ("{:,} prompts refused by the chat template", "prompts_refused"),
         ("{:,} left out, equal when cut", "pairs_equal_when_cut"),
     ),
     section="reward_model",

@@ -57,7 +57,8 @@ class DataConfig(Section):
 
     source: str = Field(default="world", min_length=1)
     """`world`, or a CSV, JSONL, JSON or Parquet file (also .gz), a folder of them, an s3:// URI,
-    or a hub dataset id, of preference pairs in any of the formats of docs/data.md."""
+    or a hub dataset, `owner/name[:config][@revision]`, of preference pairs in any of the formats of
+    docs/data.md."""
     world: WorldConfig = WorldConfig()
     """Size of the generated world; used with `source: world` only."""
     format: DataFormat = "auto"

@@ -6,6 +6,7 @@ Rows that say the same are votes for one pair. Every row ends as used or as left
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -104,6 +105,8 @@ class Totals:
     """Votes for those pairs."""
     agreeing: int = 0
     """Those of them that agree with the majority."""
+    pairwise: float = 0.0
+    """Sum over those pairs of the share of two votes drawn at random that agree."""
     surplus: int = 0
     """Pairs of scored replies beyond MAX_RANKED_PAIRS of their prompt."""
 
@@ -173,6 +176,8 @@ class Collector:
                 self.totals.repeated += 1
                 self.totals.votes += sum(counts)
                 self.totals.agreeing += max(counts)
+                alike = math.comb(counts[0], 2) + math.comb(counts[1], 2)
+                self.totals.pairwise += alike / math.comb(sum(counts), 2)
             if self.config.votes == "keep":
                 yield from (Resolved(Pair(replies.prompt, a, b), (o,)) for o in votes.for_a)
                 yield from (Resolved(Pair(replies.prompt, b, a), (o,)) for o in votes.for_b)
@@ -247,6 +252,8 @@ def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
 
 def exact_key(prompt: Prompt) -> str:
     """Return a key that two prompts share only if they are equal; text equals a user's turn."""
+    if isinstance(prompt, str):
+        return f"user {len(prompt)} {prompt}"
     return joined((m["role"], m["content"]) for m in messages_of(prompt))
 
 

@@ -61,12 +61,20 @@ class _Pair:
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
         margin = self._margin(row)
+        if not self._may_be_lists(row, cells):
+            pair = Comparison(*cells.read(row, roles, notes), margin)
+            return Converted([pair], notes=frozenset(notes))
         comparisons = []
         for one in _alternatives(row, cells, cells.first):
             for other in _alternatives(row, cells, cells.second):
                 comparisons.append(Comparison(*cells.read({**row, **one, **other}, roles, notes),
                                               margin))  # fmt: skip
         return Converted(comparisons=comparisons, notes=frozenset(notes))
+
+    @staticmethod
+    def _may_be_lists(row: Row, cells: Cells) -> bool:
+        texts = all(isinstance(row.get(column), str) for column in (cells.first, cells.second))
+        return not texts or cells.text_cells
 
     def _margin(self, row: Row) -> float | None:
         if self.scores is None:
@@ -106,7 +114,8 @@ class _Comparison:
         prompt, first, second = cells.read(_turns(row, cells), roles, notes)
         if verdict == "second":
             first, second = second, first
-        return Converted([Comparison(prompt, first, second, margin)], notes=frozenset(notes))
+        comparison = Comparison(prompt, first, second, margin, verdict)
+        return Converted([comparison], notes=frozenset(notes))
 
 
 def find_pairs(

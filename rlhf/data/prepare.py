@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import DataConfig, StoreConfig
+from rlhf.data.audit import Evidence, left_out_reasons
+from rlhf.data.card import write_card
 from rlhf.data.collect import (
     Collector,
     Ledger,
@@ -37,6 +40,7 @@ from rlhf.data.rows import (
 )
 from rlhf.data.sources import Part, open_source, source_name
 from rlhf.data.split import MIN_PROMPTS, clusters, held_out_clusters, loose_key, position
+from rlhf.data.tallies import Tallies
 from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
@@ -60,6 +64,7 @@ class Reading:
     unused_columns: list[str] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
     personal: PersonalData = field(default_factory=lambda: PersonalData(DataConfig()))
+    tallies: Tallies = field(default_factory=Tallies)
 
     def note(self, text: str) -> None:
         """Add a sentence unless it is there; a column's name may hold what UTF-8 can't write."""
@@ -93,12 +98,12 @@ def prepare_data(
         StoreError: The S3 server of the source can't be reached.
     """
     if config.source == "world":
-        parts = _from_world(config, seed)
+        parts, evidence = _from_world(config, seed), Evidence()
         summary = _summary(config, parts, {})
     else:
         path = out_dir / QUARANTINE
         try:
-            parts, summary = _from_source(
+            parts, summary, evidence = _from_source(
                 config, store_options or StoreConfig(), seed, path, progress
             )
         except BaseException:
@@ -106,6 +111,11 @@ def prepare_data(
             raise
     for name, part in parts.items():
         write_rows(out_dir / name, part)
+    pairs = [
+        p if isinstance(p, Pair) else Pair(p.prompt, p.chosen, p.rejected, p.group)
+        for p in itertools.chain(parts[PAIRS_TRAIN], parts[PAIRS_EVAL])
+    ]
+    summary["findings"] = write_card(out_dir, pairs, evidence, summary)
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
     metrics = {k: v for k, v in summary.items() if not isinstance(v, dict | list)}
@@ -163,7 +173,8 @@ def _read_part(
         reading.formats += [layout.name] if layout.name not in reading.formats else []
         for text in layout.notes:
             reading.note(text)
-        unused = [n for n in layout.unused if n not in _extra_columns(config)]
+        counted = reading.tallies.set_columns(layout.unused)
+        unused = [n for n in layout.unused if n not in _extra_columns(config) and n not in counted]
         names = dict.fromkeys(map(reading.personal.hide, unused))
         reading.unused_columns += [n for n in names if n not in reading.unused_columns]
 
@@ -195,6 +206,7 @@ def _add(
     collector.add(converted, origin)
     for add in additions:
         add()
+    reading.tallies.add(record.fields, converted)
     for text in converted.notes:
         reading.note(text)
 
@@ -206,7 +218,7 @@ def _extra_columns(config: DataConfig) -> set[str]:
 
 def _from_source(
     config: DataConfig, options: StoreConfig, seed: int, path: Path, progress: Progress
-) -> tuple[Parts, dict[str, Any]]:
+) -> tuple[Parts, dict[str, Any], Evidence]:
     fields = PromptFields(config)
     with Quarantine(path, config.personal_data) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
@@ -235,7 +247,12 @@ def _from_source(
         "notes": reading.notes,
         "left_out": dict(quarantine.ordered()),
     }
-    return parts, _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
+    evidence = Evidence(
+        reading.tallies, reading.totals, reading.rows,
+        left_out_reasons(quarantine.ordered(), quarantine.examples),
+    )  # fmt: skip
+    summary = _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
+    return parts, summary, evidence
 
 
 def _joined(columns: Sequence[str]) -> str:

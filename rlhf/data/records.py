@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.data.rows import Prompt
 
@@ -52,6 +52,8 @@ class Comparison:
     rejected: str
     margin: float | None = None
     """How much better the first is, in the source's units."""
+    position: Literal["first", "second"] | None = None
+    """Position of the preferred reply in its row, where two columns hold either reply."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.rows import Message, Prompt, messages_of
+from rlhf.data.rows import Message, Prompt, Row, messages_of
 from rlhf.errors import DataError
 
 ASSISTANT = "<|assistant|>"
@@ -15,6 +16,8 @@ END = "<|end|>"
 PAD = "<|pad|>"
 USER = "<|user|>"
 SYSTEM = "<|system|>"
+#: Largest share of a stage's rows that the model's chat template may refuse.
+MAX_REFUSED = 0.1
 SPECIAL_TOKENS = [PAD, END, USER, ASSISTANT, SYSTEM]
 
 #: Chat template of a model trained from scratch; each marker is a single token.
@@ -183,6 +186,40 @@ def _folded(messages: list[Message]) -> list[Message]:
             text = f"{system['content']}\n\n{message['content']}"
             return [*rest[:index], {**message, "content": text}, *rest[index + 1 :]]
     return [{**system, "role": "user"}, *rest]
+
+
+def renderable(rows: Sequence[Row], renderer: Renderer) -> tuple[list[Row], int]:
+    """Return the rows whose prompts the chat template takes, and the number of those it refuses.
+
+    Templates refuse an order of roles, so that one prompt of each order is rendered.
+
+    Args:
+        rows: Demonstrations, pairs or prompts.
+        renderer: The model's.
+
+    Raises:
+        DataError: More than `MAX_REFUSED` of them are refused.
+    """
+    refused: dict[tuple[str, ...], DataError | None] = {}
+    taken: list[Row] = []
+    fault: DataError | None = None
+    for row in rows:
+        roles = tuple(message["role"] for message in messages_of(row.prompt))
+        if roles not in refused:
+            try:
+                renderer.prompt_text(row.prompt)
+            except DataError as error:
+                refused[roles] = error
+            else:
+                refused[roles] = None
+        if refused[roles] is None:
+            taken.append(row)
+        else:
+            fault = fault or refused[roles]
+    count = len(rows) - len(taken)
+    if count > MAX_REFUSED * len(rows):
+        raise DataError(f"{count:,} of {len(rows):,} rows can't be rendered: {fault}")
+    return taken, count
 
 
 def load_renderer(folder: Path | str) -> Renderer:

@@ -6,6 +6,7 @@
 | `pairs-train.jsonl`, `pairs-eval.jsonl` | prompt, chosen, rejected, group |
 | `prompts-train.jsonl`, `prompts-eval.jsonl` | prompt, group, reference, metadata |
 | `quarantine.jsonl` | source, line, reason, detail, row |
+| `card.json`, `card.md` | findings and figures of the audit (rlhf/data/audit.py) |
 
 A prompt is a string or a list of chat messages `{"role", "content"}`. `group` names a slice that
 evaluation reports separately, or is null. `reference` is the right answer, or null. `metadata` maps
@@ -36,6 +37,9 @@ PROMPTS_TRAIN = "prompts-train.jsonl"
 PROMPTS_EVAL = "prompts-eval.jsonl"
 SUMMARY = "summary.json"
 QUARANTINE = "quarantine.jsonl"
+#: Data card for programs and for people.
+CARD = "card.json"
+CARD_TEXT = "card.md"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from rlhf.config import DataConfig, StoreConfig
@@ -91,6 +92,20 @@ def open_source(
         yield parts
 
 
+class HubName(NamedTuple):
+    """Dataset on the hub: `owner/name`, with `:config` and `@revision` where they are given."""
+
+    repository: str
+    config: str | None
+    revision: str | None
+
+
+def hub_name(uri: str) -> HubName | None:
+    """Return the parts of a hub dataset's id, None for a text that is none."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?", uri)
+    return HubName(*match.groups()) if match else None
+
+
 @dataclass(frozen=True)
 class _ExternalData(External):
     """A file or a folder of files in one format."""
@@ -103,7 +118,13 @@ class _ExternalData(External):
         """Return whether it exists, or is written like a path; a hub id is `owner/name`."""
         written_as_path = self.uri.startswith((".", "/", "~", "file:"))
         written_as_path |= ending(self.uri) in ENDINGS
-        return written_as_path or self.uri.count("/") != 1 or _exists(Path(self.uri))
+        return written_as_path or hub_name(self.uri) is None or _exists(Path(self.uri))
+
+    @property
+    def repository(self) -> str:
+        """Name of the dataset's repository."""
+        name = hub_name(self.uri)
+        return name.repository if name else self.uri
 
     @property
     def path(self) -> Path:
@@ -126,11 +147,13 @@ class _ExternalData(External):
         return readable
 
     def hub_commit(self) -> str:
-        """Return the dataset's newest commit."""
+        """Return the commit of the dataset's revision, of its newest one without."""
         from huggingface_hub import dataset_info
 
+        name = hub_name(self.uri)
+        revision = name.revision if name else None
         try:
-            commit = dataset_info(self.uri, timeout=TIMEOUT).sha
+            commit = dataset_info(self.repository, revision=revision, timeout=TIMEOUT).sha
             if not commit:
                 raise ValueError("it names no commit")
             return commit
@@ -139,7 +162,7 @@ class _ExternalData(External):
             raise self.error(
                 "no such path here, and the hub can't tell of a dataset by that name "
                 f"({type(error).__name__}: {shorten(error)}); give an existing path or a hub "
-                "dataset id"
+                "dataset id, owner/name[:config][@revision]"
             ) from None
 
 
@@ -162,7 +185,7 @@ def _parts(
     external = _ExternalData(f"data.{setting}", uri, options)
     copy = external.fetch(scratch)
     if external.is_on_hub:
-        return [Part(uri, lambda: _split(config, uri, copy.folder, scratch.parent / "datasets"))]
+        return _hub_splits(config, setting, uri, copy.folder, scratch.parent / "datasets")
     read = ReadOptions(
         encoding=config.encoding, delimiter=config.delimiter, max_row_mb=config.max_row_mb
     )
@@ -223,18 +246,53 @@ def _records(
         ) from None
 
 
-def _split(config: DataConfig, uri: str, folder: Path, cache: Path) -> Iterator[Record]:
-    """Read the configured split of a hub dataset's files."""
+def _hub_splits(
+    config: DataConfig, setting: str, uri: str, folder: Path, cache: Path
+) -> list[Part]:
+    """Return the split to train on, and the dataset's own test parts beside it."""
+    own = config.split == "auto" and config.eval_source is None and setting == "source"
+    names = _split_names(uri, folder, cache) if own and config.hub_split in _TRAIN_WORDS else []
+    held_out = [name for name in names if _TEST_WORDS & set(_words(name))]
+    parts = [Part(uri, partial(_split, uri, config.hub_split, folder, cache))]
+    for name in held_out:
+        read = partial(_split, uri, name, folder, cache)
+        parts.append(Part(f"{uri}[{name}]", read, held_out=True))
+    return parts
+
+
+def _split_names(uri: str, folder: Path, cache: Path) -> list[str]:
+    """Return the names of a dataset's splits; none where they can't be told before reading."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(str(folder), _config_of(uri), cache_dir=str(cache))
+        return [str(name) for name in builder.config.data_files or ()]
+    except Exception:  # the library raises anything; reading the split says why
+        return []
+
+
+def _config_of(uri: str) -> str | None:
+    name = hub_name(uri)
+    return name.config if name else None
+
+
+def _split(uri: str, split: str, folder: Path, cache: Path) -> Iterator[Record]:
+    """Read a split of a hub dataset's files."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         # By folder: by id, `load_dataset` keeps a copy in the user's cache whatever `cache_dir` is.
-        loaded = datasets.load_dataset(str(folder), split=config.hub_split, cache_dir=str(cache))
+        loaded = datasets.load_dataset(
+            str(folder), _config_of(uri), split=split, cache_dir=str(cache)
+        )
     except Exception as error:  # the library raises anything
+        cure = "check both"
+        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+            cure = f"name a configuration: {uri.partition(':')[0].partition('@')[0]}:name"
         raise ConfigError(
-            f"data.source = {uri!r}, data.hub_split = {config.hub_split!r}: can't be "
-            f"read ({type(error).__name__}: {shorten(error)}); check both"
+            f"data.source = {uri!r}, data.hub_split = {split!r}: can't be "
+            f"read ({type(error).__name__}: {shorten(error)}); {cure}"
         ) from None
     for number, row in enumerate(loaded, start=1):
-        yield Record(uri, number, dict(row))
+        yield Record(f"{uri}[{split}]" if split != "train" else uri, number, dict(row))

@@ -15,6 +15,7 @@ _BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<ï½œbeginâ
 #: A whole cell that pandas, SQL or a spreadsheet wrote for a missing value. "none" is an answer.
 MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A"})
 
+_BLANKS = 50  # most blanks in front of a prompt that a reply repeats
 _MIN_PROMPT = 8  # characters; a reply may begin with a shorter prompt by chance: "Hello"
 
 
@@ -63,6 +64,9 @@ def without_prompt(prompt_text: str, reply: str) -> str | None:
 
     The two may differ in spacing. Empty lines after the prompt are cut, or one blank.
     """
+    words = prompt_text.split(None, 1)
+    if not words or not reply[: len(words[0]) + _BLANKS].lstrip().startswith(words[0]):
+        return None  # as for nearly all replies
     if len(prompt_text.strip()) < _MIN_PROMPT:
         return None
     end, last = len(prompt_text), prompt_text[-1]

@@ -13,7 +13,7 @@ import torch
 
 from rlhf.config import PPOConfig, RuntimeConfig
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
-from rlhf.data.rendering import Renderer
+from rlhf.data.rendering import Renderer, renderable
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import DataError, Interrupted
 from rlhf.files import expand_home, folder_sha256, write_json
@@ -80,6 +80,7 @@ def train_policy(
         raise DataError("no prompts to train the policy on; check data.source")
     device = prepare_device(runtime or RuntimeConfig())
     trainer = build_trainer(config, sft, reward_model, seed, device, rows)
+    rows, refused = renderable(rows, trainer.renderer)
     leads = trainer.models.ranks.is_leader
     run = _run_identity(config, seed, data, sft, reward_model, trainer.renderer, identity or {})
     with exclusive(checkpoints) if checkpoints and leads else nullcontext():
@@ -87,9 +88,9 @@ def train_policy(
     if leads:
         _write_result(trainer, state, sft, out_dir)
     last = state.curve[-1]
-    return StageResult(
-        {"updates": state.update, **{k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}}
-    )
+    metrics = {k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}
+    counts = {"prompts_refused": refused} if refused else {}
+    return StageResult({"updates": state.update, **metrics, **counts})
 
 
 def build_trainer(

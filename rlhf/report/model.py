@@ -165,6 +165,9 @@ class RunReport(Plain):
     """Data summary: `source`, `pairs_train`, `pairs_eval`, `prompts_train`, `prompts_eval`,
     `demonstrations`, `left_out` ({reason: n}), `chosen_longer`, `notes` (sentences); other keys are
     shown too."""
+    card: dict[str, Any] | None = None
+    """Data card (`card.json`): `findings`, `longer`, `formats`, `position`, `annotators`,
+    `repeats`, `slices`, `languages`, `lengths`, `left_out`."""
     reward_model: dict[str, Any] | None = None
     """Reward-model metrics: `accuracy`, `baseline_longer` (each with `_low`, `_high`), `n`,
     `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf.report import charts, text
 from rlhf.report.charts import IntervalChart, interval_chart
+from rlhf.report.data_card import data_card
 from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
 from rlhf.report.text import duration, number, number_of, percent, percent_range, words
 
@@ -35,9 +36,9 @@ DATA_ORDER = (
     ("chosen_longer", "Chosen reply is the longer one"),
     ("unused_columns", "Columns not used"),
 )
-#: Shown elsewhere: the reasons in a table of their own, notes as sentences.
+#: Shown elsewhere: the reasons in a table of their own, notes and findings as sentences.
 DATA_PLACED = {key for key, _ in DATA_ORDER} | {
-    "left_out", "rows_left_out", "notes", "personal_data"
+    "left_out", "rows_left_out", "notes", "findings", "personal_data"
 }  # fmt: skip
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")
@@ -59,6 +60,7 @@ def render(report: RunReport) -> str:
             data_rows=data_rows(report.data),
             left_out=left_out(report.data),
             data_notes=data_notes(report.data),
+            card=data_card(report.card),
             accuracy=accuracy_chart(report.reward_model),
             curves=charts.curves_of(report.curves),
             curve_columns=columns,

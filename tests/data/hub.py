@@ -38,7 +38,7 @@ def fake_hub(
             if folder in path:
                 self.server.asked.append(path)  # type: ignore[attr-defined]
             name = re.sub(rf"^/{folder}/resolve/({COMMIT}|main|v1)/", "", path)
-            if path in (api, f"{api}/revision/{COMMIT}"):
+            if path in (api, f"{api}/revision/{COMMIT}", f"{api}/revision/v1"):
                 self.answer(json.dumps({"id": DATASET, "sha": commit}).encode())
             elif path == f"{api}/tree/{COMMIT}":
                 tree = [

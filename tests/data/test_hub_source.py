@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, hf_api
 
+from rlhf.config import DataConfig, StoreConfig
 from rlhf.data import sources
+from rlhf.data.sources import open_source
 from rlhf.errors import ConfigError, StoreError
 from tests.ceph import free_ports
 from tests.data.helpers import digest, message, read, rows
@@ -63,7 +65,7 @@ def test_split_is_read_quietly_at_its_commit_and_nothing_is_left_behind(tmp_path
         "import json\n"
         "for split in ('train', 'test'):\n"
         f"    config = DataConfig(source={DATASET!r}, hub_split=split)\n"
-        "    with open_source(config, StoreConfig(), print) as (part,):\n"
+        "    with open_source(config, StoreConfig(), lambda _: None) as (part, *rest):\n"
         "        print(json.dumps([record.fields for record in part.records()]))\n"
         "print(source_digest(config, StoreConfig()))\n"
     )
@@ -85,6 +87,32 @@ def test_split_is_read_quietly_at_its_commit_and_nothing_is_left_behind(tmp_path
     assert not any("weights.bin" in path for path in hub.asked)
     for folder in folders.values():
         assert [p for p in folder.rglob("*") if p.is_file()] == []
+
+
+def test_the_own_test_split_is_held_out_and_a_revision_is_read(use):
+    with fake_hub(FILES) as hub:
+        use(hub.url)
+        notes = []
+        config = DataConfig(source=f"{DATASET}@v1")
+        with open_source(config, StoreConfig(), notes.append) as parts:
+            found = {part.held_out: [r.fields for r in part.records()] for part in parts}
+        assert found == {False: rows(4), True: rows(2)}
+        assert notes == [f"held out as the source's own test part: {DATASET}@v1[test]"]
+        assert digest(f"{DATASET}@v1") == COMMIT
+        assert any("/revision/v1" in path for path in hub.asked)
+        assert read(DATASET, split="random") == rows(4)
+
+
+def test_a_configuration_is_named_in_the_source(use):
+    card = CARD.replace("default", "en") + "dummy"
+    card = card.replace("---\ndummy", "- config_name: de\n  data_files: b.jsonl\n---\n")
+    with fake_hub(FILES | {"README.md": card.encode()}) as hub:
+        use(hub.url)
+        assert read(f"{DATASET}:de") == rows(2)
+        assert read(f"{DATASET}:en@v1", split="random") == rows(4)
+        text = message(ConfigError, read, DATASET)
+        assert f"name a configuration: {DATASET}:name" in text
+        assert "BuilderConfig" in message(ConfigError, read, f"{DATASET}:fr")
 
 
 def test_a_split_that_there_is_not(use):
@@ -137,7 +165,7 @@ def test_no_network_is_told_at_once(use, call, monkeypatch):
         "data.source = 'owner/name': no such path here, and the hub can't tell of a dataset by "
         "that name (ConnectError: "
     )
-    assert text.endswith("give an existing path or a hub dataset id")
+    assert text.endswith("or a hub dataset id, owner/name[:config][@revision]")
 
 
 def test_hub_that_does_not_answer_is_given_up(use, monkeypatch):

@@ -71,6 +71,7 @@ def test_what_is_written(tmp_path):
         "unused_columns": "id",
         "notes": summary["notes"],
         "left_out": {"prompt is empty": 1},
+        "findings": summary["findings"],
     }
     (line,) = (tmp_path / "out" / files.QUARANTINE).read_text().splitlines()
     found = json.loads(line)

@@ -126,7 +126,7 @@ def test_rows_left_out_for_other_reasons_hold_no_values_either(tmp_path, policy:
 
 
 @pytest.mark.parametrize("policy", ["flag", "redact", "quarantine"])
-def test_messages_repeat_no_value(tmp_path, policy: str):
+def test_messages_repeat_no_value(tmp_path, policy: Any):
     bad = [{"prompt": {"mail": MAIL}, "chosen": "a", "rejected": "b"}] * 3
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in [*rows(9), *bad]))

@@ -35,7 +35,8 @@ def test_it_prints_format_pairs_as_the_model_sees_them_and_lengths(inspect):
     assert "columns not used: id" in shown
     assert "prompt  <|user|>p0<|assistant|>" in shown
     assert "chosen  good 0<|end|>" in shown
-    assert "longer one in 100% of the pairs" in shown
+    assert "The longer reply is preferred in 100 % (84–100) of the pairs" in shown
+    assert "Languages" not in shown
     assert "left out" not in shown
 
 
@@ -58,6 +59,18 @@ def test_overrides_and_a_part_of_the_rows(inspect):
     shown = inspect(log, "--data.labels.first=1", "--data.labels.second=0", "--rows", "4")
     assert "4 rows (the first 4 of each file), format comparison" in shown
     assert "<|user|>p0<|assistant|>\n  chosen  y" in shown
+
+
+def test_it_prints_what_the_rows_tell_beside_the_pairs(inspect):
+    log = [
+        {"prompt": f"p{i}", "response_a": f"x{i}", "response_b": f"y{i}", "winner": "a",
+         "annotator": f"\x1b[31mann{i % 4 // 3}"}
+        for i in range(40)
+    ]  # fmt: skip
+    shown = inspect(log)
+    assert "The first of the two replies is preferred in 100 %" in shown
+    assert r"One of 2 annotators, \x1b[31mann0, gave 75 % of the votes" in shown
+    assert "\x1b[31m" not in shown
 
 
 def test_control_characters_do_not_reach_the_terminal(inspect):

@@ -1,11 +1,15 @@
 """A user's own preference data: the same flow, a measured accuracy, a rejection."""
 
+import io
 import json
 import random
 
 import pytest
+from prefect.client.orchestration import get_client
+from rich.console import Console
 
 from flows.pipeline import pipeline
+from flows.terminal import show_run
 from rlhf.config import load_config
 from rlhf.files import read_json
 from tasks.runner import store_of
@@ -85,6 +89,8 @@ def test_completes_and_tells_the_truth(config):
     summary = read_json(store.fetch(run.refs["prepare-data"]) / "summary.json")
     assert summary["left_out"] == {"both replies are the same": 1, "prompt is empty": 1}
     assert summary["rows"] == summary["rows_used"] + 2
+    (finding,) = summary["findings"]
+    assert finding.startswith("The longer reply is preferred in")
     found = read_json(store.fetch(run.refs["evaluate-reward-model"]) / "evaluation.json")
     assert found["accuracy_low"] < found["accuracy"] < found["accuracy_high"]
     assert found["baseline_longer"] == pytest.approx(0.7, abs=0.15)
@@ -92,6 +98,16 @@ def test_completes_and_tells_the_truth(config):
     page = run.report.read_text()
     assert f"{100 * found['accuracy']:.1f}" in page
     assert f"{100 * found['baseline_longer']:.1f}" in page
+    # The data card: in the page, in the terminal, and in Prefect's summary and table.
+    assert finding in page
+    assert "Rows left out, by reason" in page
+    console = Console(file=io.StringIO(), width=60)
+    show_run(console, run)
+    assert f"data: {finding}" in console.file.getvalue().splitlines()
+    with get_client(sync_client=True) as client:
+        shown = {artifact.key: artifact.data for artifact in client.read_artifacts()}
+    assert f"\n- Data: {finding}\n" in shown["report"]
+    assert json.loads(shown["data"])[0] == {"fact": "finding", "value": finding}
 
 
 def test_a_reward_model_no_better_than_length_is_rejected_when_asked(config):

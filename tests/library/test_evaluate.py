@@ -9,6 +9,7 @@ import torch
 
 import rlhf.evaluate as module
 from rlhf.config import DataConfig, EvaluationConfig, WorldConfig
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, write_rows
 from rlhf.errors import DataError
 from rlhf.evaluate import (
@@ -23,7 +24,7 @@ from rlhf.evaluate import (
     repetition,
 )
 from rlhf.files import read_json
-from rlhf.modeling.base import load_policy
+from rlhf.modeling.base import load_policy, train_tokenizer
 from rlhf.modeling.generate import generate
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
@@ -67,7 +68,7 @@ class TableScorer(Scorer):
     """Scores by a table."""
 
     def __init__(self, *_: object) -> None:
-        pass
+        self.renderer = Renderer(train_tokenizer(["a"], 300))
 
     def __call__(self, prompts, replies, beside=None):
         return torch.tensor([SCORES[r] for r in replies])

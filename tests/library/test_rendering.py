@@ -6,10 +6,11 @@ import copy
 
 import pytest
 
-from rlhf.data.rendering import END, PLAIN_TEMPLATE, SPECIAL_TOKENS, Renderer
+from rlhf.data.rendering import END, PLAIN_TEMPLATE, SPECIAL_TOKENS, Renderer, renderable
 from rlhf.data.rows import Pair, PromptRow, read_rows, write_rows
 from rlhf.errors import DataError
 from rlhf.modeling.base import train_tokenizer
+from rlhf.reward import _encode
 
 CHAT = [
     {"role": "system", "content": "be kind"},
@@ -57,6 +58,21 @@ def test_a_template_without_system_turn_has_it_in_the_first_users(template):
     assert renderer.prompt_text("tea?") == "[user]tea?[model]"
     with pytest.raises(DataError, match=r"roles user, user \(Roles must alternate\); leave"):
         renderer.prompt_text([CHAT[1], CHAT[3]])
+
+
+def test_rows_that_the_template_refuses_are_left_out_and_counted():
+    tokenizer = train_tokenizer(["a"], 300)
+    tokenizer.chat_template = STRICT
+    renderer = Renderer(tokenizer)
+    fine = [PromptRow(CHAT), PromptRow("tea?")] * 10
+    odd = PromptRow([CHAT[1], CHAT[3]])
+    assert renderable(fine, renderer) == (fine, 0)
+    assert renderable([*fine[:5], odd, *fine[5:], odd], renderer) == (fine, 2)
+    with pytest.raises(DataError, match=r"3 of 23 rows can't be rendered: .* roles user, user"):
+        renderable([*fine, odd, odd, odd], renderer)
+    pairs = [Pair(row.prompt, "yes", "no") for row in (*fine, odd)]
+    rows, counts = _encode(pairs, renderer, 200)
+    assert (len(rows), counts) == (20, {"prompts_refused": 1})
 
 
 def test_markers_are_single_tokens(renderer):

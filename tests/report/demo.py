@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
+from rlhf.data.audit import Evidence, LeftOut, audit_pairs
+from rlhf.data.collect import Totals
+from rlhf.data.findings import find
+from rlhf.data.records import Comparison, Converted
+from rlhf.data.rows import Pair
+from rlhf.data.tallies import MAX_NAME, Tallies
 from rlhf.gates import Check, Verdict
 from rlhf.report import Lineage, LineageNode, RunReport, Sample, StageRow, StageState
 
@@ -257,12 +266,47 @@ GATES = (
 )
 
 
+def card() -> dict[str, Any]:
+    """Return the data card of a comparison log whose judges like length and lists."""
+    draw = random.Random(0)
+    names = ("ada", "bert", "cleo", HOSTILE[:MAX_NAME])
+    tallies, totals = Tallies(annotator_column="annotator"), Totals()
+    tallies.set_columns(("annotator", "category"))
+    pairs = []
+    for i in range(600):
+        prompt, votes = "Where do I find my old invoices? " * (1 + i % 5), []
+        texts = ["Look into your account. " * draw.randrange(1, 20) for _ in range(2)]
+        texts[0] += "\n- one\n- two" * draw.randrange(2)
+        chosen, rejected = sorted(texts, key=lambda t: -len(t) * draw.uniform(0.5, 1.5))
+        position = draw.choice(("first", "first", "second"))
+        for name in draw.sample(names, 1 + i % 3):
+            one, other = (chosen, rejected) if draw.random() < 0.8 else (rejected, chosen)
+            comparison = Comparison(f"{prompt}{i}", one, other, None, position)
+            row = {"annotator": name, "category": ("returns", "orders", HOSTILE)[i % 3]}
+            tallies.add(row, Converted([comparison]))
+            votes.append(one == chosen)
+        if len(votes) > 1:
+            totals.repeated += 1
+            totals.votes += len(votes)
+            totals.agreeing += max(sum(votes), len(votes) - sum(votes))
+            totals.pairwise += 0.7
+        pairs.append(Pair(f"{prompt}{i}", chosen, rejected))
+    left_out = (
+        LeftOut("reply too long", 12, f"a.csv:7 {HOSTILE}", "raise data.max_reply_chars", False),
+        LeftOut("both replies are the same", 31, "a.csv:9", "remove the row", True),
+    )
+    audit = audit_pairs(pairs, Evidence(tallies, totals, 643, left_out))
+    figures = {"findings": [asdict(finding) for finding in find(audit)], **asdict(audit)}
+    return json.loads(json.dumps(figures))
+
+
 def full_report() -> RunReport:
     """Return the report of a promoted run, with every part."""
     return _report(
         outcome="Promoted",
         reason="The policy met every rule of both gates and is the new champion.",
         stages=stages(),
+        card=card(),
         reward_model=reward_model(),
         policy=policy(),
         curves=curves(),

@@ -5,10 +5,19 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from rlhf.report import charts, text
+from rlhf.report.data_card import data_card
 from rlhf.report.model import StageRow, StageState
 from rlhf.report.render import curve_table, lanes
+
+CARD_KEYS = (
+    "findings", "longer", "position", "formats", "annotators", "repeats", "slices", "languages",
+    "lengths", "left_out", "prompt", "histogram", "quantiles", "rows", "share", "n", "wins",
+    "agreement", "pairwise",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -35,6 +44,50 @@ def test_curve_ends_lie_in_the_corners():
     )
     assert curve.end == (right, charts.TOP)
     assert (curve.first, curve.last) == ("0", "1.00")
+
+
+def test_lengths_are_lines_over_powers_of_two():
+    # 256 stands for 128 to 255; 1 of 4 prompts below 128, 3 below 512, so that 256 has none.
+    card = {"lengths": {"prompt": {"histogram": {"128": 1, "512": 3}, "quantiles": {"p5": 90}}}}
+    found = data_card(card).lengths
+    bottom, right = charts.HEIGHT - charts.BOTTOM, charts.WIDTH - charts.RIGHT
+    middle = (charts.LEFT + right) / 2
+    # Ticks 0, 0.2 … 0.8: 0.75 / 4 = 0.19 -> 0.2.
+    height = bottom - charts.TOP
+    first, last = bottom - height * 0.25 / 0.8, bottom - height * 0.75 / 0.8
+    assert found.lines == (
+        ("prompt",
+         f"{charts.LEFT},{round(first, 1):g} {middle:g},{bottom} {right},{round(last, 1):g}"),
+    )  # fmt: skip
+    assert [tick.label for tick in found.x_ticks] == ["<128", "<256", "<512"]
+    assert found.rows == (("prompt", (90, None, None, None)),)
+
+
+def test_bars_beyond_a_dozen_are_one():
+    card = {"left_out": [{"reason": f"r{i}", "rows": 30 - i, "is_choice": i == 0}
+                         for i in range(14)]}  # fmt: skip
+    bars = data_card(card).left_out
+    assert len(bars) == 13
+    assert bars[0] == ("r0", "30", 100.0, "")
+    assert bars[1] == ("r1", "29", 96.7, "a fault")
+    assert bars[-1] == ("2 more", "35", 0.0, "")  # 18 + 17
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from((*CARD_KEYS, "x", "8")), inner, max_size=6)
+        ),
+        max_leaves=30,
+    )
+)
+@example({"prompt": {"histogram": {"x": 1, "²": 1, "3": 2}}})
+@example({"prompt": {"histogram": {"9" * 99: 1}}})
+def test_a_card_of_any_form_is_laid_out(value):
+    card = dict.fromkeys(CARD_KEYS, value)
+    assert data_card(card) == data_card(card) or "nan" in str(value)
 
 
 def test_missing_values_leave_a_gap():

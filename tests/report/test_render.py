@@ -89,6 +89,21 @@ def test_advice_stands_with_the_configuration():
     assert "advised" not in without
 
 
+def test_the_data_card_stands_with_the_data_findings_first():
+    page = PAGES["full"]
+    part = page[page.index('<section id="data"') : page.index('<section id="reward-model"')]
+    order = [
+        "The longer reply is preferred in 87", ">Kept<", "Rows left out, by reason",
+        "How often rules that ignore content", "Agreement of votes", "by category", "<polyline",
+        "Languages of the prompts, on a sample",
+    ]  # fmt: skip
+    assert [part.index(text) for text in order] == sorted(part.index(text) for text in order)
+    # Without a card, as of datasets made before there were cards, the reasons are a table.
+    old = render(REPORTS["full"].model_copy(update={"card": None}))
+    assert ">Left out<" in old
+    assert "findings" not in old[old.index("<body") :]
+
+
 def test_a_report_of_nothing_renders():
     report = RunReport(
         title="t",
@@ -124,7 +139,9 @@ def test_tags_nest():
         assert Tree(page).open == []
 
 
-@pytest.mark.parametrize("place", ["reply", "prompt", "reason", "config", "group", "metric"])
+@pytest.mark.parametrize(
+    "place", ["reply", "prompt", "reason", "config", "group", "metric", "card"]
+)
 def test_untrusted_text_is_escaped_everywhere(place):
     full, bad = REPORTS["full"], demo.HOSTILE + "</style></title>' onload='x"
     changes = {
@@ -133,6 +150,17 @@ def test_untrusted_text_is_escaped_everywhere(place):
         "reason": {"reason": bad, "title": bad, "run_name": bad, "started": bad},
         "config": {"config_rows": ((bad, bad, bad),), "advice": (bad,), "versions": {bad: bad}},
         "group": {"reward_model": {"accuracy": 0.7, "by_group": {bad: {"accuracy": 0.7}}}},
+        "card": {
+            "card": {
+                "findings": [{"level": bad, "text": bad}],
+                "formats": {bad: {"wins": {"share": 0.6, "n": 3}}},
+                "annotators": {"rows": [{"name": bad, "agreement": {"share": 0.6}}]},
+                "slices": {bad: {bad: {"share": 0.6}}},
+                "languages": {bad: {"share": 0.6}},
+                "lengths": {"prompt": {"histogram": {"8": 3}, "quantiles": {"p5": bad}}},
+                "left_out": [{"reason": bad, "rows": 3}],
+            }
+        },
         "metric": {
             "stages": (
                 StageRow(name=bad, state=StageState.FAILED, metric=bad, artifact=bad, message=bad),
