@@ -54,7 +54,7 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     from rlhf.data.quarantine import Quarantine
 
     config = load_config(None, [*overrides, f"--data.source={source}"]).config
-    quarantine = Quarantine()
+    quarantine = Quarantine(personal_data=config.data.personal_data)
     fields = PromptFields(config.data)
     reading = read_pairs(config.data, config.store_options, quarantine, fields, limit=rows)
     parts = partition(
@@ -90,6 +90,7 @@ def _print_format(
         f"{source}: {reading.rows:,} rows{begun}, format {', '.join(reading.formats) or 'unknown'}",
         f"{len(pairs):,} pairs of {prompts:,} prompts, from {used:,} rows",
         *reading.notes,
+        *reading.personal.notes,
     ]
     if reading.unused_columns:
         lines.append(f"columns not used: {', '.join(reading.unused_columns)}")

@@ -34,6 +34,9 @@ DataFormat = Literal[
     "auto", "pairs", "comparison", "rated", "ranking", "open-assistant", "label-studio", "argilla"
 ]
 
+#: Treatment of rows that hold personal data.
+PersonalDataPolicy = Literal["flag", "redact", "quarantine", "ignore"]
+
 
 class LabelsConfig(Section):
     """Values of the label column of a comparison log whose meaning its name does not tell."""
@@ -170,6 +173,10 @@ class DataConfig(Section):
     votes: Literal["majority", "keep"] = "majority"
     """Rows that repeat or contradict a pair: `majority` merges them to one pair and leaves out
     ties, `keep` trains on every row."""
+    personal_data: PersonalDataPolicy = "flag"
+    """Rows with an email address, phone number, payment card, IBAN or IP address: `flag` counts
+    them, `redact` replaces each by a placeholder such as `[EMAIL]`, `quarantine` leaves the rows
+    out, `ignore` does not look. With `redact` and `quarantine` no file of the dataset holds any."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
     """Largest share of rows with something wrong; above it the stage stops and explains. Ties, lost
     votes and rows whose replies are the same are not wrong."""

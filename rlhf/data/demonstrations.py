@@ -20,6 +20,7 @@ from rlhf.data.formats import PROMPTS, SYSTEMS, plain_name
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
+from rlhf.data.privacy import PersonalData
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError
 from rlhf.data.replies import CONVERSATIONS, RATINGS, thumb_of
@@ -53,6 +54,7 @@ def read_demonstrations(
     held_out: Iterable[Prompt],
     seed: int,
     note: Callable[[str], None],
+    personal: PersonalData,
 ) -> OwnRows[Demonstration]:
     """Read `data.sft_source`.
 
@@ -64,6 +66,7 @@ def read_demonstrations(
         held_out: Prompts that no training stage may see.
         seed: Seeds the choice by weights.
         note: Receives sentences for the user.
+        personal: Policy for personal data.
 
     Raises:
         ConfigError: A source does not exist, or its format is not known.
@@ -81,7 +84,7 @@ def read_demonstrations(
 
     return read_own_rows(
         config, "sft_source", options, quarantine, find_layout,
-        held_out=held_out, refuse=refuse, seed=seed, note=note,
+        held_out=held_out, refuse=refuse, seed=seed, note=note, personal=personal,
     )  # fmt: skip
 
 

@@ -15,9 +15,10 @@ from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.collect import Ledger, Origin, exact_key, merged_ids
 from rlhf.data.columns import Row
 from rlhf.data.mixing import MixedSource, Sources, not_in_share, repeated
+from rlhf.data.privacy import PersonalData, redacted_row
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
-from rlhf.data.rows import Demonstration, Prompt, PromptRow
+from rlhf.data.rows import Demonstration, Prompt, PromptRow, messages_of
 from rlhf.data.sources import Part, open_source
 from rlhf.data.split import find_clusters
 from rlhf.errors import ConfigError, DataError
@@ -90,6 +91,7 @@ def read_own_rows(
     refuse: Callable[[Found[ItemT]], LeftOutError | None] = lambda _: None,
     seed: int,
     note: Callable[[str], None],
+    personal: PersonalData,
 ) -> OwnRows[ItemT]:
     """Read the items of a setting's sources.
 
@@ -103,6 +105,7 @@ def read_own_rows(
         refuse: Returns the reason for leaving an item out, if there is one.
         seed: Seeds the choice by weights that are no whole numbers.
         note: Receives sentences for the user.
+        personal: Policy for personal data.
 
     Raises:
         ConfigError: A source does not exist, or its format is not known.
@@ -114,7 +117,7 @@ def read_own_rows(
     origins: dict[str, list[Origin]] = {}
     own: OwnRows[ItemT] = OwnRows()
     for source in sources.all:
-        for found, origin in _read(sources, source, options, detect, ledger, own, note):
+        for found, origin in _read(sources, source, options, detect, ledger, own, note, personal):
             items.setdefault(found.key, found)
             origins.setdefault(found.key, []).append(origin)
         if not source.rows:
@@ -176,7 +179,7 @@ def _held_out_test(
 
 def _read(
     sources: Sources, source: MixedSource, options: StoreConfig, detect: Detect[ItemT],
-    ledger: Ledger, own: OwnRows[ItemT], note: Callable[[str], None],
+    ledger: Ledger, own: OwnRows[ItemT], note: Callable[[str], None], personal: PersonalData,
 ) -> Iterable[tuple[Found[ItemT], Origin]]:  # fmt: skip
     """Yield the usable items of a source; leave out the rows without one."""
 
@@ -200,7 +203,8 @@ def _read(
                     source.quarantine.add(origin, forgotten, None)
                     continue
                 try:
-                    usable = _usable(record, layout, origin, ledger, own, noted)
+                    found = _convert(record, layout, source, personal, noted)
+                    usable = _usable(found, origin, ledger, own)
                 except LeftOutError as reason:
                     row = record.text if record.fields is None else record.fields
                     source.quarantine.add(origin, reason, row)
@@ -231,18 +235,34 @@ def _layout(
     return layout
 
 
-def _usable(
-    record: Record, layout: RowLayout[ItemT] | None, origin: Origin, ledger: Ledger,
-    own: OwnRows[ItemT], note: Callable[[str], None],
+def _convert(
+    record: Record, layout: RowLayout[ItemT] | None, source: MixedSource, personal: PersonalData,
+    note: Callable[[str], None],
 ) -> list[Found[ItemT]]:  # fmt: skip
+    """Return the items of a row, without personal data if the policy says so.
+
+    Raises:
+        LeftOutError: It can't be read, or holds personal data.
+    """
+    if record.fields is None or layout is None:
+        raise LeftOutError("row can't be parsed", record.fault, "mend the row")
+    found = layout.convert(record.fields, note)
+    columns = [*source.config.metadata_columns, *filter(None, [source.config.reference_column])]
+    texts = {m["content"] for one in found for m in messages_of(one.prompt)}
+    texts |= {one.reply for one in found}
+    if not personal.must_redact(texts, record.fields, columns):
+        return found
+    return layout.convert(redacted_row(record.fields), note)
+
+
+def _usable(
+    found: list[Found[ItemT]], origin: Origin, ledger: Ledger, own: OwnRows[ItemT]
+) -> list[Found[ItemT]]:
     """Return the usable items of a row.
 
     Raises:
         LeftOutError: There is none.
     """
-    if record.fields is None or layout is None:
-        raise LeftOutError("row can't be parsed", record.fault, "mend the row")
-    found = layout.convert(record.fields, note)
     ledger.register(origin)
     usable = [one for one in found if one.fault is None]
     for one in found:

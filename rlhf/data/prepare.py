@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share
 from rlhf.data.own_rows import OwnRows
 from rlhf.data.partition import Partition, check_sizes, partition
 from rlhf.data.parts import with_layouts
+from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.prompt_source import read_prompts
 from rlhf.data.quarantine import Quarantine
@@ -73,13 +74,14 @@ class Reading:
     formats: list[str] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
+    personal: PersonalData = field(default_factory=lambda: PersonalData(DataConfig()))
     tallies: Tallies = field(default_factory=Tallies)
     sources: Sources | None = None
     """Settings and counts of each source, where they are a list."""
 
     def note(self, text: str) -> None:
         """Add a sentence unless it is there; a column's name may hold what UTF-8 can't write."""
-        text = text.encode("utf-8", "backslashreplace").decode()
+        text = self.personal.hide(text.encode("utf-8", "backslashreplace").decode())
         if text not in self.notes:
             self.notes.append(text)
 
@@ -156,7 +158,7 @@ def read_pairs(
         DataError: It can't be parsed, or has no rows.
         StoreError: The S3 server can't be reached, or a transfer broke.
     """
-    reading = Reading()
+    reading = Reading(personal=PersonalData(config))
     reading.sources = sources = Sources(config, "source", quarantine)
     # Of all sources, so that rows of two sources that compare the same are votes.
     collectors = [Collector(config, reading.ledger, reading.totals) for _ in range(2)]
@@ -194,11 +196,10 @@ def _read_part(
         reading.formats += [layout.name] if layout.name not in reading.formats else []
         for text in layout.notes:
             note(text)
-        unused = [name for name in layout.unused if name not in reading.unused_columns]
         counted = reading.tallies.set_columns(layout.unused)
-        reading.unused_columns += [
-            n for n in unused if n not in _extra_columns(config) and n not in counted
-        ]
+        unused = [n for n in layout.unused if n not in _extra_columns(config) and n not in counted]
+        names = dict.fromkeys(map(reading.personal.hide, unused))
+        reading.unused_columns += [n for n in names if n not in reading.unused_columns]
 
     assert reading.sources is not None
     file = reading.sources.file_name(source, part)
@@ -211,7 +212,7 @@ def _read_part(
             source.quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
             continue
         try:
-            _add(record, layout, collector, fields, origin, reading, note)
+            _add(record, layout, collector, fields, origin, reading, _extra_columns(config), note)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             source.quarantine.add(origin, reason, row)
@@ -224,19 +225,21 @@ def _add(
     fields: PromptFields,
     origin: Origin,
     reading: Reading,
+    columns: Collection[str],
     note: Callable[[str], None],
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
     converted = layout.convert(record.fields)
+    converted, row = reading.personal.apply(converted, record.fields, columns)
     prompts = {
         exact_key(item.prompt): item.prompt for item in (*converted.comparisons, *converted.rated)
     }
-    additions = [fields.read(record.fields, prompt) for prompt in prompts.values()]
+    additions = [fields.read(row, prompt) for prompt in prompts.values()]
     collector.add(converted, origin)
     for add in additions:
         add()
-    reading.tallies.add(record.fields, converted)
+    reading.tallies.add(record.fields, converted, reading.personal.hide)
     for text in converted.notes:
         note(text)
 
@@ -255,7 +258,8 @@ def _from_source(
     progress: Progress,
 ) -> tuple[Parts, dict[str, Any], Evidence]:
     fields = PromptFields(config)
-    with Quarantine(path, forgotten=forgotten) as quarantine:
+    policy = config.personal_data
+    with Quarantine(path, forgotten=forgotten, personal_data=policy) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
         pairs, times = _weighted(reading, seed)
@@ -267,7 +271,7 @@ def _from_source(
             source.check(config.max_bad_fraction)
         check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
         train, held_out = divided.train, divided.held_out
-        own = _own_rows(config, options, quarantine, fields, divided, seed, reading.note)
+        own = _own_rows(config, options, quarantine, fields, divided, seed, reading)
     repeats = [times.get(id(pair), 1) for pair in train]
     by_pair = {id(item.pair): item for item in (*reading.pairs, *reading.held_out)}
     written = [
@@ -302,13 +306,15 @@ def _from_source(
         "rows": total,
         "rows_used": used + sum(o.used for o in own.values()),
         "rows_merged": reading.totals.merged or None,
+        "rows_with_personal_data": reading.personal.rows or None,
+        "personal_data": dict(reading.personal.kinds) or None,
         "agreement": reading.totals.agreement,
         "contradictions": divided.contradictions or None,
         "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, total),
         "unused_columns": _joined([*dict.fromkeys(itertools.chain(*unused))]) or None,
         "sources": all_counts if len(all_counts) > 1 else None,
-        "notes": [*reading.notes, *describe_counts(all_counts)],
+        "notes": [*reading.notes, *reading.personal.notes, *describe_counts(all_counts)],
         "left_out": dict(quarantine.ordered()),
     }
     evidence = Evidence(
@@ -325,17 +331,33 @@ def _origins(pairs: Sequence[Pair], by_pair: dict[int, Resolved]) -> Iterator[Or
 
 def _own_rows(
     config: DataConfig, options: StoreConfig, quarantine: Quarantine, fields: PromptFields,
-    parts: Partition, seed: int, note: Callable[[str], None],
+    parts: Partition, seed: int, reading: Reading,
 ) -> dict[str, OwnRows[Any]]:  # fmt: skip
     """Read demonstrations and prompts of their own, by the file that they are written to."""
     own: dict[str, OwnRows[Any]] = {}
     held_out = [pair.prompt for pair in (*parts.held_out, *parts.judge)]
     if config.sft_source is not None:
         own[DEMONSTRATIONS] = read_demonstrations(
-            config, options, quarantine, parts.train, held_out, seed, note
+            config,
+            options,
+            quarantine,
+            parts.train,
+            held_out,
+            seed,
+            reading.note,
+            reading.personal,
         )
     if config.prompts_source is not None:
-        own[PROMPTS_TRAIN] = read_prompts(config, options, quarantine, fields, held_out, seed, note)
+        own[PROMPTS_TRAIN] = read_prompts(
+            config,
+            options,
+            quarantine,
+            fields,
+            held_out,
+            seed,
+            reading.note,
+            reading.personal,
+        )
     return own
 
 

@@ -22,6 +22,7 @@ from rlhf.data.formats import PROMPTS, SYSTEMS, detect, plain_name
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
+from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError
@@ -50,6 +51,7 @@ def read_prompts(
     held_out: Iterable[Prompt],
     seed: int,
     note: Callable[[str], None],
+    personal: PersonalData,
 ) -> OwnRows[PromptRow]:
     """Read `data.prompts_source`; references and metadata are those of `fields`.
 
@@ -61,6 +63,7 @@ def read_prompts(
         held_out: Prompts of the gate, which no training stage may see.
         seed: Seeds the choice by weights.
         note: Receives sentences for the user.
+        personal: Policy for personal data.
 
     Raises:
         ConfigError: A source does not exist, or no column holds prompts.
@@ -69,7 +72,7 @@ def read_prompts(
     """
     own = read_own_rows(
         config, "prompts_source", options, quarantine, partial(find_layout, fields=fields),
-        held_out=held_out, seed=seed, note=note,
+        held_out=held_out, seed=seed, note=note, personal=personal,
     )  # fmt: skip
     own.items = [fields.complete(row) for row in own.items]
     return own

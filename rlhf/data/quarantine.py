@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rlhf.config.data import PersonalDataPolicy
 from rlhf.data.collect import Origin
+from rlhf.data.personal import redact_value
 from rlhf.data.records import LeftOutError
 from rlhf.errors import DataError
 
@@ -24,8 +26,11 @@ class Quarantine:
 
     Args:
         path: The file, which is made anew; None counts only.
-        parent: Quarantine of all sources, which writes and counts the rows too.
+        parent: Quarantine of all sources, which writes and counts the rows too, and whose policies
+            hold.
         forgotten: Ids of rows to leave out whatever they hold; their content is not written.
+        personal_data: Policy for rows with personal data: details, which messages show, never
+            repeat any, and with `redact` and `quarantine` the file holds placeholders too.
     """
 
     def __init__(
@@ -33,8 +38,10 @@ class Quarantine:
         path: Path | None = None,
         parent: Quarantine | None = None,
         forgotten: frozenset[str] = frozenset(),
+        personal_data: PersonalDataPolicy = "ignore",
     ) -> None:
         self.forgotten = parent.forgotten if parent else forgotten
+        self._policy: PersonalDataPolicy = parent._policy if parent else personal_data
         self._file = path.open("w", encoding="utf-8") if path else None
         self._parent = parent
         self.reasons: Counter[str] = Counter()
@@ -59,6 +66,7 @@ class Quarantine:
         """Write and count a row."""
         if self._parent:
             self._parent.add(origin, reason, row)
+        row, reason = self._without_personal_data(row, reason)
         self.reasons[reason.reason] += 1
         self.examples.setdefault(reason.reason, (origin, reason))
         self.bad += not reason.is_choice
@@ -72,6 +80,22 @@ class Quarantine:
                 "row": row,
             }
             self._file.write(_json(line) + "\n")
+
+    def _without_personal_data(
+        self, row: Any, reason: LeftOutError
+    ) -> tuple[Any, LeftOutError]:  # fmt: skip
+        if self._policy == "ignore":
+            return row, reason
+        try:
+            redacted, kinds = redact_value(row)
+        except (ValueError, RecursionError):
+            redacted, kinds = "not shown", frozenset({"of unknown kind"})
+        if not kinds:
+            return row, reason
+        # A detail is the beginning of a value, where half an address is not recognised.
+        detail = f"the row holds personal data ({', '.join(sorted(kinds))})"
+        reason = LeftOutError(reason.reason, detail, reason.cure, is_choice=reason.is_choice)
+        return (row if self._policy == "flag" else redacted), reason
 
     @property
     def total(self) -> int:

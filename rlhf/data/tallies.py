@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,8 @@ class Tallies:
         default_factory=dict[int, list[tuple[str, bool]]]
     )
     """Votes for each pair as (annotator, whether the reply that sorts first was preferred)."""
+    _names: dict[str, str] = field(default_factory=dict[str, str])
+    """Names of slices and annotators as they are shown."""
     _annotator: str | None = None
     _slice_columns: tuple[str, ...] = ()
 
@@ -79,23 +81,33 @@ class Tallies:
         self._slice_columns = tuple(names[name] for name in SLICE_COLUMNS if name in names)
         return (*found[:1], *self._slice_columns)
 
-    def add(self, row: Mapping[str, Any], converted: Converted) -> None:
-        """Count a row that is used."""
+    def add(
+        self, row: Mapping[str, Any], converted: Converted, hide: Callable[[str], str] = str
+    ) -> None:
+        """Count a row that is used; `hide` takes personal data out of names."""
         for item in converted.comparisons:
             if item.position is not None:
                 self.positions[item.position] += 1
         for column in self._slice_columns:
-            if name := _name(row.get(column)):
+            if name := self._shown(row.get(column), hide):
                 counts = self.slices.setdefault(column, {})
                 if len(counts) > MAX_SLICES:
                     continue
                 slice_ = counts.setdefault(name, LengthCounts())
                 for item in converted.comparisons:
                     slice_.add(item.chosen, item.rejected)
-        if self._annotator and (name := _name(row.get(self._annotator))):
+        if self._annotator and (name := self._shown(row.get(self._annotator), hide)):
             self.annotators[name] += 1
             for item in converted.comparisons:
                 self._vote(name, item)
+
+    def _shown(self, value: Any, hide: Callable[[str], str]) -> str:
+        """Return a cell as a name; names that are personal data are numbered instead."""
+        name = _name(value)
+        if name not in self._names and len(self._names) < MAX_BALLOTS:
+            hidden = hide(name)
+            self._names[name] = name if hidden == name else f"{hidden} {len(self._names) + 1}"
+        return self._names.get(name) or hide(name)
 
     def usable_slices(self) -> dict[str, dict[str, LengthCounts]]:
         """Return the columns with 2 to MAX_SLICES values, and the values with comparisons."""

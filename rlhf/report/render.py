@@ -26,6 +26,7 @@ DATA_ORDER = (
     ("rows", "Rows read"),
     ("rows_used", "Rows used"),
     ("rows_merged", "Rows merged with an equal one"),
+    ("rows_with_personal_data", "Rows with personal data"),
     ("agreement", "Votes that agree with their pair's majority"),
     ("contradictions", "Pairs that a near duplicate contradicts"),
     ("leaks_left_out", "Pairs left out by the leak check"),
@@ -40,7 +41,7 @@ DATA_ORDER = (
 )
 #: Shown elsewhere: the reasons in a table of their own, notes, findings and sources as sentences.
 DATA_PLACED = {key for key, _ in DATA_ORDER} | {
-    "left_out", "rows_left_out", "notes", "findings", "sources"
+    "left_out", "rows_left_out", "notes", "findings", "sources", "personal_data"
 }  # fmt: skip
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")

@@ -15,7 +15,12 @@ from rlhf.data.prepare import prepare_data, read_pairs
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.rows import (
-    DEMONSTRATIONS, PROMPTS_TRAIN, SUMMARY, Demonstration, PromptRow, read_rows,
+    DEMONSTRATIONS,
+    PROMPTS_TRAIN,
+    SUMMARY,
+    Demonstration,
+    PromptRow,
+    read_rows,
 )  # fmt: skip
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
@@ -54,7 +59,7 @@ def test_an_example_of_own_rows_is_read_as_its_format(tmp_path, setting, name, r
     written = {"sft": DEMONSTRATIONS, "prompts": PROMPTS_TRAIN}[setting]
     lines = read_rows(tmp_path / written, TYPES[setting])
     assert len(lines) == 3
-    assert setting == "prompts" or all(line["response"].startswith(GOOD) for line in lines)
+    assert setting == "prompts" or all(line.response.startswith(GOOD) for line in lines)
 
 
 def test_every_format_has_an_example():
