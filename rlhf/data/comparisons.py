@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +42,10 @@ _REPLY_WORDS = (
 _SUFFIXES = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"))
 #: Different values of so many rows that are labels, whatever they are, beside columns of replies.
 _FEW, _MANY = 4, 12
+#: Share of labels above which a column of labels and texts is refused.
+_SOME = 0.1
+#: Longest name of a model, in characters.
+_LONGEST_NAME = 80
 _SCORES = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"),
@@ -131,6 +136,10 @@ def find_pairs(
     chosen, rejected = _pair_columns(names, sample, config)
     if chosen is None or rejected is None:
         return None
+    if config.label_column and config.label_column == _label_naming(
+        names, sample, {chosen, rejected}
+    ):
+        return None  # {"chosen": …, "rejected": …, "preference": "rejected"}
     _check_pair(names, sample, config, prompt, chosen, rejected)
     if _are_labels(names, sample, chosen, rejected):
         if config.chosen_column or config.rejected_column:
@@ -192,10 +201,10 @@ def _check_pair(
             f"data.chosen_column = {chosen!r}: is data.rejected_column too; set two columns"
         )
     label = _label_naming(names, sample, {chosen, rejected})
-    if config.chosen_column and config.rejected_column and label:
+    if label:
         raise ConfigError(
             f"data.chosen_column = {chosen!r}: {label!r} says for each row which of {chosen} and "
-            f"{rejected} is better; set data.label_column={label} too"
+            f"{rejected} is better; set data.label_column={label} too, or remove the column"
         )
 
 
@@ -226,22 +235,26 @@ def _are_labels(
     names: Mapping[str, str], sample: Sequence[Row], chosen: str, rejected: str
 ) -> bool:
     """Return whether the preferred reply's column holds labels of replies in other columns."""
-    replies = _reply_columns(names, sample)
-    listed = find_unranked({n: c for n, c in names.items() if c not in (chosen, rejected)}, sample)
-    if (replies is None or {*replies[0]} & {chosen, rejected}) and listed is None:
-        return False
-    models = [column for name, column in names.items() if name.startswith(("model", "policy"))]
+    others = {n: c for n, c in names.items() if c not in (chosen, rejected)}
+    listed = find_unranked(others, sample)
     values = [(row, v) for row in sample if (v := cell_of(row, chosen)) not in (None, "")]
+    holders = listed is not None or _reply_columns(others, sample) is not None
+    if not holders:
+        # Columns of any name, which the values name: {"gpt": …, "llama": …, "chosen": "gpt"}.
+        columns = set(others.values())
+        return bool(values) and all(isinstance(v, str) and v in columns for _, v in values)
     if len(values) >= _MANY and len({repr(value) for _, value in values}) <= _FEW:
         return True  # so few texts are no replies to so many prompts
-    return bool(values) and all(
-        _is_label(value, row, [*names.values()], models, listed) for row, value in values
-    )
+    labels = sum(_is_label(value, row, [*others.values()], listed) for row, value in values)
+    if 0 < labels < len(values) and labels > len(values) * _SOME:
+        raise ConfigError(
+            f"data.source: {chosen} holds labels of other columns in {labels} of the first "
+            f"{len(values)} rows, and other texts in the rest; give all rows alike"
+        )
+    return bool(values) and labels == len(values)
 
 
-def _is_label(
-    value: Any, row: Row, columns: Sequence[str], models: Sequence[str], listed: str | None
-) -> bool:
+def _is_label(value: Any, row: Row, columns: Sequence[str], listed: str | None) -> bool:
     """Return whether a value is a number, or names a column, a model or an item of a list."""
     if isinstance(value, bool | int | float):
         return True
@@ -250,13 +263,20 @@ def _is_label(
     items = cell_of(row, listed) if listed else None
     fields = [item for item in items if isinstance(item, Mapping)] if items else []
     texts = [text for item in fields for key in REPLY_KEYS if (text := item.get(key))]
-    return (
+    texts += [item for item in items or () if isinstance(item, str)]
+    is_short = len(value) <= _LONGEST_NAME and "\n" not in value
+    return value not in texts and (
         names_a_reply(value, columns)
         or any(relation(value, suffixes) for suffixes in _SUFFIXES)
         or value.strip().lstrip("-").isdecimal()
-        or any(value == cell_of(row, column) for column in models)
-        or (any(value in item.values() for item in fields) and value not in texts)
+        or (is_short and any(value == cell_of(row, c) for c in columns if _names_model(c)))
+        or any(value in item.values() for item in fields)
     )
+
+
+def _names_model(column: str) -> bool:
+    """Return whether a column's name is one of models' names."""
+    return bool(re.search(r"model|policy|name|system_[ab12]|source_[ab12]|engine", column.lower()))
 
 
 def _label_naming(
@@ -350,7 +370,8 @@ def _alternatives(row: Row, cells: Cells, column: str) -> list[Row]:
     markup = (cells.markups or {}).get(column)
     if isinstance(value, str) and cells.text_cells and markup in LISTS:
         assert markup.parse is not None
-        value = markup.parse(value) or value
+        listed = markup.parse(value)
+        value = listed[0] if listed and len(listed) == 1 else value  # several may be an answer
     if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
         return [{column: value}]
     asked = cell_of(row, cells.prompt) if cells.prompt else None

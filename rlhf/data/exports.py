@@ -14,7 +14,7 @@ from rlhf.data.chat import to_messages, to_text
 from rlhf.data.columns import Row
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.rows import Message
-from rlhf.data.verdicts import LABEL_COLUMNS, names_a_reply
+from rlhf.data.verdicts import LABEL_COLUMNS, names_a_reply, prefers_worse
 from rlhf.errors import ConfigError
 
 
@@ -207,7 +207,8 @@ def _argilla_table(
     for column in columns:
         cells = [cell for row in sample if (cell := row.get(column)) is not None]
         is_table = f"{column}.status" in columns and column.endswith(".responses")
-        if cells and (is_table or all(_are_responses(cell) for cell in cells)):
+        # A column of empty lists, such as tags or images, is no question.
+        if any(cells) and (is_table or all(_are_responses(cell) for cell in cells)):
             answers[column] = [v for row in sample for v in _cell_votes(row, column)]
     label = _question(answers, columns, config)
     if label is None:
@@ -279,7 +280,8 @@ def _question(
     naming = [
         question
         for question, values in answers.items()
-        if sum(names_a_reply(value, columns) for value in values) > len(values) / 2
+        if not prefers_worse(question)
+        and sum(names_a_reply(value, columns) for value in values) > len(values) / 2
     ]
     known = [
         question
@@ -291,7 +293,13 @@ def _question(
             f"data.label_column: {' and '.join(naming)} each say which reply is better; set "
             "data.label_column to one of them"
         )
-    return next(iter((*known, *naming, *answers)), None)
+    question = next(iter((*known, *naming, *answers)), None)
+    if question is not None and prefers_worse(question):
+        raise ConfigError(
+            f"data.label_column: {question!r} seems to name the worse reply; rename the question, "
+            "and swap its answers"
+        )
+    return question
 
 
 class _NoResponseError(LeftOutError):

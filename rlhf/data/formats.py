@@ -25,7 +25,7 @@ from rlhf.data.replies import (
 from rlhf.errors import ConfigError
 
 PROMPTS = (
-    "prompt", "question", "instruction", "query", "context", "user_input", "user_prompt", "input",
+    "prompt", "question", "instruction", "query", "user_input", "user_prompt", "input", "context",
     "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "x",
 )  # fmt: skip
 #: Rows that a layout is tried on.
@@ -214,6 +214,8 @@ def _find_prompts(
         found: list[str | None] = [config.prompt_column]
     else:
         usual = [names[n] for n in PROMPTS if n in names and not _are_numbers(sample, names[n])]
+        texts = [column for column in usual if not _are_keys(sample, column)]
+        usual = texts or usual  # "p_0001" is a key beside a column of texts
         filled = next((i for i, c in enumerate(usual) if not _is_blank(sample, c)), 0)
         found = [*usual[filled : filled + 1], None]
     system = config.system_column or next((names[n] for n in SYSTEMS if n in names), None)
@@ -235,7 +237,20 @@ def _is_blank(sample: Sequence[Row], column: str) -> bool:
 
 def _are_numbers(sample: Sequence[Row], column: str) -> bool:
     values = [value for row in sample if (value := cell_of(row, column)) is not None]
-    return bool(values) and all(isinstance(value, bool | int | float) for value in values)
+    return bool(values) and all(
+        isinstance(value, bool | int | float)
+        or (isinstance(value, str) and value.strip().replace(".", "", 1).isdecimal())
+        for value in values
+    )
+
+
+def _are_keys(sample: Sequence[Row], column: str) -> bool:
+    """Return whether a column's values are single short words, such as ids."""
+    values = [value for row in sample if (value := cell_of(row, column)) is not None]
+    return bool(values) and all(
+        isinstance(value, str) and value.isascii() and len(value.split()) < 2 and len(value) < 40
+        for value in values
+    )
 
 
 def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> ConfigError:
@@ -261,10 +276,9 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
         cure = f"set data.prompt_column{_nested_prompt(sample)}"
     elif column := find_unranked(names, sample):
         reason = f"the replies in {column} have neither scores nor ranks"
-        cure = (
-            "set data.format=ranking if the best comes first, or data.label_column to a column "
-            "with a score for each"
-        )
+        cure = "set data.label_column to a column with a score for each, if there is one"
+        if names.keys() <= {*PROMPTS, *SYSTEMS, *_KEYS, plain_name(column)}:
+            cure = "set data.format=ranking if the best comes first, or give a score for each"
     elif names.keys() <= {*PROMPTS, *SYSTEMS, *REPLIES, *_KEYS} and sample:
         reason = "there is nothing to compare in these columns"
         if names.keys() & {*CONVERSATIONS, *REPLIES}:

@@ -34,6 +34,8 @@ ATTRIBUTES = {
     "helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55,
     "verbosity": -0.4,
 }  # fmt: skip
+#: Most replies of one row: their pairs grow with the square.
+MAX_REPLIES = 200
 LISTS = (
     "completions", "responses", "outputs", "output", "replies", "candidates", "answers",
     "generations", "responses_and_scores", "summaries", "samples", "ranking", "ranked_responses",
@@ -41,9 +43,11 @@ LISTS = (
 )  # fmt: skip
 #: Words in names of scores of which the lowest is best, and those that turn them round.
 _LOWER_IS_BETTER = frozenset(
-    ("rank", "ranks", "ranking", "loss", "cost", "error", "errors", "penalty", "perplexity", "ppl",
-     "nll", "distance", "toxic", "toxicity", "harm", "harmful", "harmfulness", "unsafe",
-     "violation", "violations")
+    ("rank", "ranks", "ranking", "rankings", "position", "positions", "place", "loss", "losses",
+     "cost", "costs", "error", "errors", "penalty", "penalties", "perplexity", "ppl", "nll",
+     "distance", "toxic", "toxicity", "harm", "harmful", "harmfulness", "unsafe", "violation",
+     "violations", "bad", "badness", "spam", "flagged", "hallucination", "hallucinations",
+     "rejected")
 )  # fmt: skip
 _TURNED = frozenset(("neg", "negative", "negated", "minus", "inverse", "not", "non", "no"))
 #: Columns of thumbs, whose numbers are no scale.
@@ -54,7 +58,8 @@ _BEST = ("best", "best_index", "best_idx", "chosen_index", "chosen_idx", "chosen
 #: Lists whose names say that the best comes first.
 _BEST_FIRST = ("output", "ranking", "ranked", "ranked_responses")
 _SCORE_KEYS = (
-    "overall_score", "score", "rating", "reward", "fine_grained_score", "pm_score", "label",
+    "overall_score", "score", "rating", "reward", "fine_grained_score", "fine-grained_score",
+    "pm_score", "label",
 )  # fmt: skip
 _SCORE_LISTS = ("scores", "score", "ratings", "rating", "rewards", "overall_scores")
 _RANK_LISTS = ("rank", "ranks", "ranking")
@@ -176,6 +181,11 @@ class _Ranking:
         items = _listed(value_of(row, self.column))
         if not isinstance(items, list | tuple) or len(items) < 2:
             raise LeftOutError(f"{self.column} has fewer than two replies", str(items)[:60])
+        if len(items) > MAX_REPLIES:
+            raise LeftOutError(
+                f"{self.column} has more than {MAX_REPLIES} replies", f"{len(items):,}",
+                "give the best and the worst of them",
+            )  # fmt: skip
         scores = self._scores(row, items)
         if any(score is None for score in scores):
             notes.add(f"replies in {self.column} without a score are not compared")
@@ -337,7 +347,7 @@ def _start(sample: Sequence[Row], name: str, column: str) -> int | None:
     known = [
         (int(value), len(items))
         for value, items in pairs
-        if _is_whole(value) and isinstance(items, list) and items
+        if _is_whole(value) and isinstance(items, list) and len(items) > 1
     ]
     given = [value for value, _ in pairs if value is not None]
     if not known or len(known) < len(given) / 2:
@@ -408,8 +418,11 @@ def find_unranked(names: Mapping[str, str], sample: Sequence[Row]) -> str | None
 
 def _has_scores(sample: Sequence[Row], column: str) -> bool:
     """Return whether the replies of a list are objects with a score or a rank."""
-    first = _lists(sample, column)[0][0]
-    return isinstance(first, Mapping) and any(key in first for key in (*_SCORE_KEYS, "rank"))
+    return any(
+        isinstance(item, Mapping) and any(key in item for key in (*_SCORE_KEYS, "rank"))
+        for values in _lists(sample, column)
+        for item in values
+    )
 
 
 def _is_list_of_replies(sample: Sequence[Row], column: str) -> bool:

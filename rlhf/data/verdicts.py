@@ -50,6 +50,11 @@ _IS_BETTER = re.compile(
     r"@?(?:(?:response|answer|model|assistant|output|option) )?(\w) is "
     r"(?:(?:much|slightly|significantly|clearly|far|a bit|a little|somewhat) )?better\b"
 )
+_CONTRARY = re.compile(r"\b(?:but|however|although|though|only|not)\b")
+#: Words in the names of columns that name the worse reply.
+_WORSE = frozenset(
+    ("loser", "loses", "worse", "worst", "rejected", "dispreferred", "error", "errors", "bad")
+)
 #: Nested lists and objects around a vote.
 _MAX_DEPTH = 8
 #: Settings of `data.labels`, each of one value.
@@ -107,7 +112,9 @@ class Judge:
     def _vote(self, value: Any, row: Row) -> Verdict:
         if self.by == "sign":
             return _sign(_number(value, self.columns[0]))
-        verdict = self.words.get(_exact(value)) or self.words.get(_plain(value))
+        verdict = self.words.get(_exact(value))
+        if verdict is None and not _is_marked(value):
+            verdict = self.words.get(_plain(value))
         verdict = verdict or (None if self.are_set else relation(value, self.suffixes))
         text = self._named(value, row)
         if verdict is not None and text not in (None, verdict) and not self.are_set:
@@ -168,6 +175,8 @@ def find_judge(
     labels = [config.label_column] if config.label_column else [
         names[n] for n in LABEL_COLUMNS if n in names and names[n] not in replies
     ]  # fmt: skip
+    sides = {_plain(column) for column in replies}
+    labels.sort(key=lambda label: not _name_sides(sample, label, sides))
     fault: ConfigError | None = None
     for label in labels:  # the first one whose values can be understood
         try:
@@ -195,9 +204,23 @@ def _by_label(
 ) -> Judge:  # fmt: skip
     """Return the way to decide by the values of one column."""
     is_set = any(v is not None for v in config.labels.model_dump().values())
+    if not is_set and prefers_worse(label):
+        raise ConfigError(
+            f"data.label_column = {label!r}: seems to name the worse reply; set data.labels.first "
+            f"to the value of rows whose {replies[0]} is better, and data.labels.second"
+        )
+    if (
+        not is_set
+        and re.fullmatch(rf".*_?(?:{'|'.join(map(re.escape, suffixes))})", label)
+        and (re.search(r"rank|score|rating|reward", label.lower()))
+    ):
+        raise ConfigError(
+            f"data.label_column = {label!r}: belongs to one of {replies[0]} and {replies[1]}; set "
+            "the column that compares them, or remove the setting to compare score_a with score_b"
+        )
     if label in _SIGNED and suffixes == ("1", "2") and not is_set and _has_negative(sample, label):
         return Judge(f"decided by the sign of {label}", (label,), *replies, {}, "sign")
-    models = [names.get(f"model_{suffix}") for suffix in suffixes]
+    models = [names.get(f"model_{s}") or names.get(f"name_{s}") for s in suffixes]
     both = (models[0], models[1]) if models[0] and models[1] else None
     words = _words(label, sample, (*replies, *(both or ())), suffixes, config)
     return Judge(
@@ -207,10 +230,21 @@ def _by_label(
     )  # fmt: skip
 
 
+def _name_sides(sample: Sequence[Row], column: str, sides: set[str]) -> bool:
+    """Return whether a column's values are the names of the reply columns."""
+    values = {_plain(v) for row in sample for v in _votes(value_of(row, column))}
+    return bool(values) and values <= {*sides, *_TIES}
+
+
 def _has_negative(sample: Sequence[Row], column: str) -> bool:
     """Return whether a column is a scale around 0, on which a sign tells the sides apart."""
     votes = [vote for row in sample for vote in _votes(value_of(row, column))]
     return any(_is_number(_exact(vote)) and float(_exact(vote)) < 0 for vote in votes)
+
+
+def prefers_worse(column: str) -> bool:
+    """Return whether a label column's name says that it names the worse reply."""
+    return bool(set(re.findall(r"[a-z]+", column.lower().replace("_", " "))) & _WORSE)
 
 
 def relation(value: Any, suffixes: tuple[str, str]) -> Verdict | None:
@@ -225,7 +259,10 @@ def relation(value: Any, suffixes: tuple[str, str]) -> Verdict | None:
         if sign[0] == "=":
             return "tie"
         return "first" if (one == suffixes[0]) == (sign[0] == ">") else "second"
-    if (match := _IS_BETTER.match(text)) and match.group(1) in suffixes:
+    match = _IS_BETTER.match(text)
+    # "A is better formatted, but B is better overall" says nothing certain
+    is_sure = len(set(_IS_BETTER.findall(text))) == 1 and not _CONTRARY.search(text)
+    if match and is_sure and match.group(1) in suffixes:
         return "first" if match.group(1) == suffixes[0] else "second"
     return None
 
@@ -359,6 +396,12 @@ def _exact(value: Any) -> str:
     if _is_number(text):
         return text.removesuffix(".0")
     return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", text)
+
+
+def _is_marked(value: Any) -> bool:
+    """Return whether a mark changes a label's meaning: !B, -B, and the grades A+ and B-."""
+    text = str(value).strip()
+    return isinstance(value, str) and (text[:1] in "!-~¬^" or text[-1:] in "+-") and text != "-"
 
 
 def _is_number(text: str) -> bool:

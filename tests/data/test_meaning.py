@@ -100,6 +100,22 @@ READ = {
     "replies as objects": lambda i: {
         "prompt": asked(i), "winner": side(i, "a", "b"),
         **{key: {"text": text, "model": "m"} for key, text in two(i).items() if key != "prompt"}},
+    "columns of any name in a pair": lambda i: {
+        **two(i, "ours", "theirs"), "chosen": side(i, "ours", "theirs"),
+        "rejected": side(i, "theirs", "ours")},
+    "names of models in a pair": lambda i: {
+        **two(i), "name_a": f"m{i}", "name_b": f"n{i}", "winner": side(i, f"m{i}", f"n{i}"),
+        "loser": side(i, f"n{i}", f"m{i}")},
+    "a label that names the columns beside another one": lambda i: {
+        **two(i, "completion_1", "completion_2"), "label": "BA"[i // 2 % 2],
+        "verdict": side(i, "completion_1", "completion_2")},
+    "lists that are empty": lambda i: {
+        "prompt": asked(i), "chosen": good(i), "rejected": bad(i), "tags": [], "images": None},
+    "keys beside questions": lambda i: {
+        "prompt": f"p_{i}", "question": asked(i), "chosen": good(i), "rejected": bad(i)},
+    "a passage beside questions": lambda i: {
+        "context": f"Passage {i} of a book.", "user_prompt": asked(i), "chosen": good(i),
+        "rejected": bad(i)},
     "ties by a flag": lambda i: {**two(i), "winner": side(i, "a", "b"), "is_tie": False},
     "question in front of listed replies": lambda i: {
         "prompt": asked(i), "chosen": [asked(i), good(i)], "rejected": [asked(i), bad(i)]},
@@ -206,6 +222,20 @@ REFUSED = {
         lambda i: {"question": {"dataset": "d", "id": "1", "full_text": asked(i)}, **{
             key: text for key, text in two(i).items() if key != "prompt"},
             "winner": side(i, "a", "b")}, "data.prompt_column=question.full_text"),
+    "column of the loser": (
+        lambda i: {**two(i), "loser": side(i, "b", "a")}, "data.label_column"),
+    "labels and texts in one column": (
+        lambda i: {**two(i), "chosen": good(i) if i < 8 else side(i, "a", "b"), "rejected": "x"},
+        "chosen holds labels of other columns in 32 of the first 40 rows"),
+    "a judge of two minds": (
+        lambda i: {**two(i), "verdict": "A is better formatted, but B is better overall."},
+        "data.labels.first"),
+    "a label with a mark": (lambda i: {**two(i), "winner": side(i, "!B", "!A")},
+                            "data.labels.first"),
+    "a pair whose order another column turns round": (
+        lambda i: {"prompt": asked(i), "chosen": two(i)["response_a"],
+                   "rejected": two(i)["response_b"], "preference": side(i, "chosen", "rejected")},
+        "set data.label_column=preference too"),
     "numbers as the prompt": (
         lambda i: {"x": i, "chosen": good(i), "rejected": bad(i)}, "data.prompt_column"),
     "system of another type": (
