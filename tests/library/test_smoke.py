@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.data.rows import PROMPTS_EVAL
+from rlhf.data.rows import PROMPTS_EVAL, write_rows
 from rlhf.errors import SmokeTestFailed, is_retriable
 from rlhf.smoke import answer, smoke_test
 from tests.library import toys
@@ -77,7 +77,7 @@ def test_code_that_holds_the_gil_is_ended_too():
 
 
 def test_without_anything_to_ask(sft, tmp_path):
-    (tmp_path / PROMPTS_EVAL).touch()
+    write_rows(tmp_path / PROMPTS_EVAL, [])
     assert "no held-out prompts" in reason(sft, tmp_path)
 
 
