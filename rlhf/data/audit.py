@@ -47,7 +47,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class FormatBias:
-    """How often replies have one kind of format, and win against replies without it."""
+    """Counts of replies with one kind of format, and of their wins against replies without it."""
 
     chosen: float
     """Share of the chosen replies that have it."""
@@ -124,7 +124,7 @@ class LeftOut:
 
 @dataclass
 class Evidence:
-    """What reading the rows has shown, beside the pairs."""
+    """Counts taken while the rows were read, which the pairs alone do not hold."""
 
     tallies: Tallies = field(default_factory=Tallies)
     totals: Totals = field(default_factory=Totals)

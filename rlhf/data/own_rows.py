@@ -15,6 +15,7 @@ from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.collect import Ledger, Origin, exact_key, merged_ids
 from rlhf.data.columns import Row
 from rlhf.data.mixing import MixedSource, Sources, not_in_share, repeated
+from rlhf.data.parts import SAMPLE_ROWS
 from rlhf.data.privacy import PersonalData, redacted_row
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError, Record
@@ -23,8 +24,6 @@ from rlhf.data.sources import Part, open_source
 from rlhf.data.split import find_clusters
 from rlhf.errors import ConfigError, DataError
 
-#: Rows of a file that its format is detected from.
-SAMPLE_ROWS = 200
 ItemT = TypeVar("ItemT", Demonstration, PromptRow)
 
 
@@ -48,7 +47,7 @@ class Found(Generic[ItemT]):
 
 @dataclass(frozen=True)
 class RowLayout(Generic[ItemT]):
-    """How the rows of a file are read."""
+    """Format of a file, its columns, and the conversion of its rows to items."""
 
     name: str
     """Name of the format."""
