@@ -55,6 +55,7 @@ def read_demonstrations(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    limit: int | None = None,
 ) -> OwnRows[Demonstration]:
     """Read `data.sft_source`.
 
@@ -67,6 +68,7 @@ def read_demonstrations(
         seed: Seeds the choice by weights.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        limit: Read at most this many rows of each file, to look at them.
 
     Raises:
         ConfigError: A source does not exist, or its format is not known.
@@ -85,6 +87,7 @@ def read_demonstrations(
     return read_own_rows(
         config, "sft_source", options, quarantine, find_layout,
         held_out=held_out, refuse=refuse, seed=seed, note=note, personal=personal,
+        limit=limit,
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,12 +51,23 @@ class MixedSource:
     """True if the setting is a list."""
     is_held_out: bool = False
     """True for `data.eval_source` beside a list: no training stage may see any of it."""
+    own_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the source's own in the list, without its weight."""
     rows: int = 0
     formats: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def inspect(self) -> str:
+        """Command that shows how the source is read, for a shell."""
+        value = self.uri
+        if self.own_settings:
+            value = json.dumps({"source": self.uri, **self.own_settings}, ensure_ascii=False)
+        option = {"sft_source": " --as sft", "prompts_source": " --as prompts"}
+        return f"rlhf data inspect {shlex.quote(value)}{option.get(self.setting, '')}"
+
     def check(self, limit: float) -> None:
         """Refuse the source if more than a share `limit` of its rows has something wrong."""
-        self.quarantine.check(self.rows, limit, self.uri, self.field)
+        self.quarantine.check(self.rows, limit, self.uri, self.field, self.inspect)
 
 
 class Sources:
@@ -75,6 +88,9 @@ class Sources:
                 f"data.{setting}" + (f"[{index}]" if is_listed else ""),
                 item.weight,
                 is_listed,
+                own_settings=item.model_dump(
+                    mode="json", exclude_none=True, exclude={"source", "weight"}
+                ),
             )
             self.all.append(source)
         if setting == "source" and not isinstance(value, str) and config.eval_source is not None:

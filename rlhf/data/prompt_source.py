@@ -52,6 +52,7 @@ def read_prompts(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    limit: int | None = None,
 ) -> OwnRows[PromptRow]:
     """Read `data.prompts_source`; references and metadata are those of `fields`.
 
@@ -64,6 +65,7 @@ def read_prompts(
         seed: Seeds the choice by weights.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        limit: Read at most this many rows of each file, to look at them.
 
     Raises:
         ConfigError: A source does not exist, or no column holds prompts.
@@ -73,6 +75,7 @@ def read_prompts(
     own = read_own_rows(
         config, "prompts_source", options, quarantine, partial(find_layout, fields=fields),
         held_out=held_out, seed=seed, note=note, personal=personal,
+        limit=limit,
     )  # fmt: skip
     own.items = [fields.complete(row) for row in own.items]
     return own

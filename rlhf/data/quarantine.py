@@ -124,19 +124,24 @@ class Quarantine:
             parts.append(f"{count:,} × {reason} ({origin.file}:{origin.line}{detail}){cure}")
         return "; ".join(parts[:SHOWN])
 
-    def check(self, rows: int, limit: float, source: str, field: str = "data.source") -> None:
+    def check(self, rows: int, limit: float, source: str, field: str, inspect: str) -> None:
         """Refuse a source of which too many rows are faulty.
+
+        Args:
+            rows: Number of its rows.
+            limit: Largest share of them that may be faulty.
+            source: Its URI.
+            field: The setting that names it.
+            inspect: Command that shows all reasons.
 
         Raises:
             DataError: More than `limit` of the rows have something wrong.
         """
-        # The command reads pairs only.
-        inspect = f"; all reasons: rlhf data inspect {source}" if "_source" not in field else ""
         if self.bad > limit * rows:
             raise DataError(
                 f"{field} = {source!r}: {self.bad:,} of {rows:,} rows can't be used, more than "
                 f"data.max_bad_fraction = {limit:g} allows: {self.explained()}; mend the rows or "
-                f"the settings, or raise data.max_bad_fraction{inspect}"
+                f"the settings, or raise data.max_bad_fraction; all reasons: {inspect}"
             )
 
 

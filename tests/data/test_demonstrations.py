@@ -192,7 +192,7 @@ def test_refused_with_a_cure(tmp_path, row, source, text):
     found = message(ConfigError, prepare, tmp_path, [row], source=source)
     assert found.startswith("data.sft_source")
     assert text in found
-    assert "(in sft.jsonl)" in found
+    assert "(in sft.jsonl; rlhf data inspect " in found
 
 
 def test_columns_that_are_set(tmp_path):
