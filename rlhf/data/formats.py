@@ -22,7 +22,7 @@ from rlhf.data.replies import (
     find_rated,
     find_unranked,
 )
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, NoPreferences
 
 PROMPTS = (
     "prompt", "question", "instruction", "query", "user_input", "user_prompt", "input", "context",
@@ -261,6 +261,7 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     first = sample[0] if sample else {}
     shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8]) or "none"
     names = {plain_name(name): name for name in columns}
+    error: type[ConfigError] = ConfigError
     cure = (
         "set data.chosen_column and data.rejected_column to the columns of two replies, or "
         "data.label_column to the one that rates a reply, if there are such; docs/data.md shows "
@@ -280,7 +281,7 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
         if names.keys() <= {*PROMPTS, *SYSTEMS, *_KEYS, plain_name(column)}:
             cure = "set data.format=ranking if the best comes first, or give a score for each"
     elif names.keys() <= {*PROMPTS, *SYSTEMS, *REPLIES, *_KEYS} and sample:
-        reason = "there is nothing to compare in these columns"
+        error, reason = NoPreferences, "there is nothing to compare in these columns"
         if names.keys() & {*CONVERSATIONS, *REPLIES}:
             reason = f"looks like data for supervised fine-tuning: {reason}"
         cure = (
@@ -288,13 +289,16 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
             "docs/data.md shows the formats"
         )
     elif names.keys() & {*CONVERSATIONS, *REPLIES}:
+        error = NoPreferences
         reason = (
             "looks like data for supervised fine-tuning: no column says which of two replies is "
             "better, or rates one"
         )
     else:
-        reason = "no format fits these columns"
-    return ConfigError(f"data.source: {reason}: {shown}; {cure}")
+        error, reason = NoPreferences, "no format fits these columns"
+    if error is NoPreferences and names.keys() & {*CONVERSATIONS, *REPLIES}:
+        cure += "; demonstrations beside pairs are given by data.sft_source"
+    return error(f"data.source: {reason}: {shown}; {cure}")
 
 
 def _nested_prompt(sample: Sequence[Row]) -> str:

@@ -207,6 +207,24 @@ def describe_counts(counts: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def settings_of_pairs(config: DataConfig, setting: str) -> list[str]:
+    """Return the settings of the section that are set, and that a setting's sources do not take."""
+    shared = _shared_settings(setting)
+    names = [name for name in SourceConfig.model_fields if name not in ("source", "weight")]
+    fields = DataConfig.model_fields
+    return [
+        name
+        for name in names
+        if name not in shared
+        and getattr(config, name) != fields[name].get_default(call_default_factory=True)
+    ]
+
+
+def _shared_settings(setting: str) -> frozenset[str]:
+    """Return the settings that a source of demonstrations or prompts takes from the section."""
+    return _FILE_SETTINGS | (_PROMPT_SETTINGS if setting == "prompts_source" else frozenset())
+
+
 def _own_config(config: DataConfig, setting: str, item: SourceConfig) -> DataConfig:
     """Return the section for one source: its own settings, and the rest of the section's.
 
@@ -215,8 +233,8 @@ def _own_config(config: DataConfig, setting: str, item: SourceConfig) -> DataCon
     """
     base = config
     if setting != "source":
-        shared = _FILE_SETTINGS | (_PROMPT_SETTINGS if setting == "prompts_source" else set())
-        base = DataConfig.model_construct(**{name: getattr(config, name) for name in shared})
+        shared = {name: getattr(config, name) for name in _shared_settings(setting)}
+        base = DataConfig.model_construct(**shared)
     own = {
         name: value
         for name in SourceConfig.model_fields

@@ -76,6 +76,7 @@ class OwnRows(Generic[ItemT]):
     unused_columns: list[str] = field(default_factory=list)
     counts: list[dict[str, Any]] = field(default_factory=list)
     """Counts of each source, by `Sources.counts`."""
+    sources: tuple[MixedSource, ...] = ()
 
 
 def read_own_rows(
@@ -216,6 +217,7 @@ class _Reader(Generic[ItemT]):
             used,
             self._unused_columns,
             self.sources.counts([self._origins[key][0] for key in keys]),
+            tuple(self.sources.all),
         )
 
     def _read_part(
