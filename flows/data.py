@@ -179,7 +179,8 @@ def _inspect_without_preferences(config: PipelineConfig, rows: int, reason: NoPr
             read = _read_alone(use, config, rows)
         except ConfigError:
             continue
-        console.print(_text(str(reason)), style="yellow")
+        # Without the file and this command, which end the message of a run.
+        console.print(_text(str(reason).rpartition(" (in ")[0]), style="yellow")
         shown = f"It is shown as {described} (--as {use}); a run reads it by data.{setting}."
         console.print(_text(shown))
         _print_own(use, config, rows, read)

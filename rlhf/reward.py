@@ -1,11 +1,15 @@
 """Reward model stage: training by TRL, or publishing of a ready model.
 
-The loss is that of Bradley and Terry on preference pairs.
+The loss is that of Bradley and Terry on preference pairs. With weights w (a pair's `weight`, 1
+where it has none) it is Σ w ℓ / Σ w over all pairs, ℓ = −log σ(r_chosen − r_rejected − margin):
+weighted maximum likelihood of the Bradley–Terry model. The sum of weights is that of all pairs, not
+of a batch, in which a single pair would count as 1 whatever its weight.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +172,14 @@ def _encode(
 
     Returns:
         The rows, and counts of pairs with a reply that was cut, of those left out because their
-        replies differ only behind the cut, or because the chat template refuses the prompt, and of
-        those without a margin.
+        replies differ only behind the cut, or because the chat template refuses the prompt, of
+        those without a margin, and of those with a weight. Weights have the mean 1.
     """
     rows: list[dict[str, Any]] = []
     pairs, refused = renderable(pairs, renderer)
     counts = {"pairs_cut": 0, "pairs_equal_when_cut": 0, "prompts_refused": refused}
-    counts["pairs_without_margin"] = 0
+    counts["pairs_without_margin"] = counts["pairs_weighted"] = 0
+    weights: list[float] = []
     for pair in pairs:
         one = renderer.encode(pair.prompt, pair.chosen, room, beside=pair.rejected)
         other = renderer.encode(pair.prompt, pair.rejected, room, beside=pair.chosen)
@@ -187,6 +192,8 @@ def _encode(
         if margin_coef:
             rows[-1]["margin"] = margin_coef * (pair.margin or 0.0)
             counts["pairs_without_margin"] += pair.margin is None
+        counts["pairs_weighted"] += pair.weight is not None
+        weights.append(1.0 if pair.weight is None else pair.weight)
     if not rows and pairs:
         raise DataError(
             f"reward_model.max_length = {room}: all {len(pairs)} pairs are equal within it; raise "
@@ -194,6 +201,9 @@ def _encode(
         )
     if not rows:
         raise DataError("no preference pairs to train on; check data.source and data.eval_fraction")
+    if counts["pairs_weighted"]:
+        mean = sum(weights) / len(weights)
+        rows = [{**row, "weight": w / mean} for row, w in zip(rows, weights, strict=True)]
     return rows, {name: count for name, count in counts.items() if count}
 
 
@@ -215,22 +225,36 @@ def _train(
                 callbacks=[callback],
             )
         trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
+        if "weight" in rows[0]:
+            trainer.data_collator = _WeightCollator(trainer.data_collator)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
 
 
+class _WeightCollator:
+    """Collator that adds the weights of the pairs to a batch of TRL's."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self._collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        weights = torch.tensor([example["weight"] for example in examples], dtype=torch.float)
+        return {**self._collate(examples), "weight": weights}
+
+
 class _Trainer(MultiProcessMixin, RewardTrainer):
-    """RewardTrainer with an optional language-model loss on the chosen reply."""
+    """RewardTrainer with weights of pairs, and a language-model loss on the chosen reply."""
 
     lm_loss_coef = 0.0
     marker: int | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # RewardTrainer would drop this column, which the sampler groups rows by.
-        if "length" not in self._signature_columns:
-            self._signature_columns.append("length")
+        # RewardTrainer would drop the column that the sampler groups rows by, and the weights.
+        for name in ("length", "weight"):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
 
     def compute_loss(
         self,
@@ -239,7 +263,13 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        weight = inputs.pop("weight", None)  # the model takes no such argument
+        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = result
+        if weight is not None:
+            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+            losses = -F.logsigmoid(chosen - rejected - inputs.get("margin", 0.0))
+            loss = loss + ((weight - 1) * losses).mean()
         if self.lm_loss_coef:
             loss = loss + self.lm_loss_coef * self._lm_loss(model, inputs, outputs)
         return (loss, outputs) if return_outputs else loss

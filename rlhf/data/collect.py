@@ -223,12 +223,18 @@ class Collector:
                 )  # fmt: skip
             elif counts[0] > counts[1]:
                 margin = votes.margin(votes.for_a, votes.for_b)
-                pair = Pair(replies.prompt, a, b, margin=margin)
+                pair = Pair(replies.prompt, a, b, margin=margin, weight=self._weight(*counts))
                 yield self._elected(pair, votes.for_a, votes.for_b)
             else:
                 margin = votes.margin(votes.for_b, votes.for_a)
-                pair = Pair(replies.prompt, b, a, margin=margin)
+                pair = Pair(replies.prompt, b, a, margin=margin, weight=self._weight(*counts))
                 yield self._elected(pair, votes.for_b, votes.for_a)
+
+    def _weight(self, one: int, other: int) -> float | None:
+        """Return the weight of a pair by the votes for either reply; None for 1."""
+        if self.config.votes != "weight" or not one or not other:
+            return None
+        return lead(one, other)
 
     def _elected(self, pair: Pair, winners: list[Origin], losers: list[Origin]) -> Resolved:
         if losers:
@@ -285,6 +291,16 @@ def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
             best = max(unbeaten, key=won[key].__getitem__)
             found.append(Demonstration(prompt, best, merged_ids(ids[key, best])))
     return found
+
+
+def lead(one: int, other: int) -> float:
+    """Return the lead of the majority as a share of the votes, |a − b| / (a + b).
+
+    A loss with this weight has, where both replies have the same reward, the gradient of the
+    cross-entropy with the shares of the votes as soft label: w · (σ(0) − 1) = σ(0) − a / (a + b)
+    (Christiano et al. 2017, section 2.2.3, takes these shares as label).
+    """
+    return abs(one - other) / (one + other)
 
 
 def source_rows(**splits: Iterable[Origin]) -> list[SourceRow]:

@@ -43,6 +43,8 @@ class Partition:
     """Pairs whose preference a near duplicate of theirs contradicts."""
     leaks: int = 0
     """Pairs left out by the leak check."""
+    weights: dict[int, float] = field(default_factory=dict)
+    """Weights of pairs that a near duplicate contradicts, by the id of the pair."""
 
 
 def partition(
@@ -97,6 +99,7 @@ def partition(
         clusters=len(set(clusters.names.values())),
         contradictions=recurrence.contradictions,
         leaks=before - len(train) - len(judge),
+        weights=recurrence.weights,
     )
 
 

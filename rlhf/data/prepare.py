@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -283,8 +283,8 @@ def _from_source(
         DEMONSTRATIONS: _replaced(
             config.sft_mode, demonstrations(train), own.get(DEMONSTRATIONS), _demonstration_key
         ),
-        PAIRS_TRAIN: list(repeated(train, repeats)),
-        PAIRS_EVAL: held_out,
+        PAIRS_TRAIN: _with_weights(repeated(train, repeats), divided.weights),
+        PAIRS_EVAL: _with_weights(held_out, divided.weights),
         PROMPTS_TRAIN: _replaced(
             config.prompts_mode, _prompts(train, fields), own.get(PROMPTS_TRAIN), _prompt_key
         ),
@@ -297,7 +297,7 @@ def _from_source(
         ),
     }
     if config.judge_fraction:
-        parts[PAIRS_JUDGE] = divided.judge
+        parts[PAIRS_JUDGE] = _with_weights(divided.judge, divided.weights)
     unused = [reading.unused_columns, *(o.unused_columns for o in own.values())]
     total = reading.rows + sum(o.rows for o in own.values())
     all_counts = [*counts, *(count for o in own.values() for count in o.counts)]
@@ -310,6 +310,7 @@ def _from_source(
         "personal_data": dict(reading.personal.kinds) or None,
         "agreement": reading.totals.agreement,
         "contradictions": divided.contradictions or None,
+        "pairs_weighted": sum(pair.weight is not None for pair in parts[PAIRS_TRAIN]) or None,
         "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, total),
         "unused_columns": _joined([*dict.fromkeys(itertools.chain(*unused))]) or None,
@@ -323,6 +324,16 @@ def _from_source(
     )  # fmt: skip
     summary = _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
     return parts, summary, evidence
+
+
+def _with_weights(pairs: Iterable[Pair], weights: dict[int, float]) -> list[Pair]:
+    """Return pairs with the weights of contradictions, times those of their own votes."""
+    return [
+        replace(pair, weight=weights[id(pair)] * (1 if pair.weight is None else pair.weight))
+        if id(pair) in weights
+        else pair
+        for pair in pairs
+    ]
 
 
 def _origins(pairs: Sequence[Pair], by_pair: dict[int, Resolved]) -> Iterator[Origin]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf.config import DataConfig
-from rlhf.data.collect import Ledger, Resolved
+from rlhf.data.collect import Ledger, Resolved, lead
 from rlhf.data.duplicates import Shingles, bare_text, near_duplicates, width
 from rlhf.data.records import LeftOutError
 from rlhf.data.rows import Pair, Prompt, messages_of
@@ -43,6 +43,8 @@ class Recurrence:
     note: Callable[[str], None]
     contradictions: int = 0
     """Pairs whose preference a near duplicate of theirs contradicts."""
+    weights: dict[int, float] = field(default_factory=dict)
+    """Weights of pairs that a near duplicate contradicts, by the id of the pair."""
 
     def filter(self, pairs: list[Resolved]) -> list[Resolved]:
         """Return the pairs without those to leave out, in their order."""
@@ -140,15 +142,19 @@ class Recurrence:
                 for side, others in (sides, sides[::-1])
             ]
             self.contradictions += sum(map(len, found))
-            if self.config.contradictions == "majority":
+            if self.config.contradictions != "keep":
                 votes = [sum(len(pairs[i].origins) for i in side) for side in found]
                 for side, own, against in zip(found, votes, votes[::-1], strict=True):
                     if own <= against:
                         lost.update(side)
+                    elif self.config.contradictions == "downweight":
+                        share = lead(own, against)
+                        self.weights |= dict.fromkeys((id(pairs[i].pair) for i in side), share)
         if self.contradictions and not lost:
             self.note(
                 f"{self.contradictions:,} pairs have a near duplicate that prefers the other reply "
-                "(data.contradictions=majority leaves out the fewer ones)"
+                "(data.contradictions=majority leaves out the fewer ones, and downweight lets the "
+                "others count less)"
             )
         reason = LeftOutError(
             "a near duplicate prefers the other reply",
