@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.config import PipelineConfig, load_config
-from rlhf.errors import ConfigError, NoPreferences
+from rlhf.errors import ConfigError, DataError, NoPreferences
 
 if TYPE_CHECKING:
     from rlhf.data.audit import Evidence
@@ -116,6 +116,8 @@ def _inspect_pairs(
     evidence = Evidence(reading.tallies, reading.totals, reading.rows, reasons)
     _print_format(source, reading, pairs, used, rows)
     _print_left_out(quarantine, reading.rows, reading.sources.all, config)
+    if reading.rows < rows:  # of the beginning of a file nothing follows
+        _print_too_few(parts, reading, quarantine, config)
     if pairs:
         prompts = [pair.prompt for pair in pairs]
         replies = {name: [getattr(p, name) for p in pairs] for name in ("chosen", "rejected")}
@@ -281,6 +283,19 @@ def _print_left_out(
                 f"{limit:g} allows: a run would stop"
             )
             console.print(_text(warning), style="red")
+
+
+def _print_too_few(
+    parts: Partition, reading: Reading, quarantine: Quarantine, config: PipelineConfig
+) -> None:
+    """Print why a run would stop for want of prompts, if it would."""
+    from rlhf.data.partition import check_sizes
+
+    left_out, cure = quarantine.in_words(), quarantine.main_cure(reading.rows)
+    try:
+        check_sizes(parts, bool(reading.held_out), left_out, config.data, cure)
+    except DataError as error:
+        console.print(_text(f"a run would stop: {error}"), style="red")
 
 
 def _print_lengths(prompts: Sequence[Prompt], replies: Mapping[str, Sequence[str]]) -> None:

@@ -150,6 +150,8 @@ class Collector:
         self.ledger = ledger
         self.totals = totals
         self._replies: dict[str, _Replies] = {}
+        self._are_thumbs = True
+        """True as long as all scores are those of thumbs up and down."""
 
     def add(self, converted: Converted, origin: Origin) -> None:
         """Add what a row says.
@@ -175,6 +177,7 @@ class Collector:
         for item in comparisons:
             self._vote(item, origin)
         for one in rated:
+            self._are_thumbs &= one.score in (-1.0, 0.0, 1.0)
             scores = self._of(one.prompt).scores.setdefault(one.reply, [])
             scores.append((one.score, origin))
 
@@ -262,10 +265,12 @@ class Collector:
         for margin, one, other in ranked[:MAX_RANKED_PAIRS]:
             pair = Pair(replies.prompt, one, other, margin=margin)
             yield Resolved(pair, (*origins[one], *origins[other]))
+        cure = "give two replies to each prompt, one better than the other"
+        if self._are_thumbs:
+            cure += "; or train SFT on those rated up, with data.sft_source, beside pairs"
         reason = LeftOutError(
-            "no other reply to this prompt has a different score",
-            cure="give two replies to each prompt, one better than the other", is_choice=True,
-        )  # fmt: skip
+            "no other reply to this prompt has a different score", cure=cure, is_choice=True
+        )
         for reply, rows in origins.items():
             self.ledger.lose(rows, reason, replies.prompt, reply)
 

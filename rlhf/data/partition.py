@@ -103,7 +103,9 @@ def partition(
     )
 
 
-def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfig) -> None:
+def check_sizes(
+    parts: Partition, is_own: bool, left_out: str, config: DataConfig, main_cure: str = ""
+) -> None:
     """Refuse data with too few prompts in a part.
 
     Args:
@@ -111,6 +113,7 @@ def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfi
         is_own: Whether the held-out part is the source's own.
         left_out: Commonest reasons of rows that were left out, or "".
         config: Source and split.
+        main_cure: Cure for the reason that leaves out most rows, or "".
 
     Raises:
         DataError: A part has fewer than MIN_PROMPTS different prompts.
@@ -123,7 +126,7 @@ def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfi
     if is_own:
         total = f"{counts[0]} different prompts to train on and {counts[1]} held out"
     judge = f", and give a judge {MIN_PROMPTS}" if config.judge_fraction else ""
-    cure = "give more rows"
+    cure = main_cure or "give more rows"
     if sum(counts) >= MIN_PROMPTS * len(sides) and not is_own:
         total += f" in {parts.clusters} groups of near duplicates or turns of one conversation"
         cure = "give more different prompts, or set data.near_duplicates=none"

@@ -269,7 +269,8 @@ def _from_source(
         used = reading.ledger.close(sources.leave_out)
         for source in sources.all:
             source.check(config.max_bad_fraction)
-        check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
+        left_out, cure = quarantine.in_words(), quarantine.main_cure(reading.rows)
+        check_sizes(divided, bool(reading.held_out), left_out, config, cure)
         train, held_out = divided.train, divided.held_out
         own = _own_rows(config, options, quarantine, fields, divided, seed, reading)
     repeats = [times.get(id(pair), 1) for pair in train]

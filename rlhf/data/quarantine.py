@@ -17,6 +17,8 @@ from rlhf.errors import DataError
 
 #: Reasons that a message lists.
 SHOWN = 3
+#: Rows from which on their reason is the one to mend, where it is that of most rows.
+MANY = 10
 #: Longest text of a row in the file, in characters: a row may hold megabytes.
 MAX_TEXT = 100_000
 
@@ -111,6 +113,16 @@ class Quarantine:
         shown = [f"{count:,} × {reason}" for reason, count in self.ordered()[:SHOWN]]
         rest = self.total - sum(count for _, count in self.ordered()[:SHOWN])
         return ", ".join([*shown, *([f"{rest:,} × other"] if rest else [])])
+
+    def main_cure(self, rows: int) -> str:
+        """Return the cure for the reason that leaves out most rows, "" if there is none such.
+
+        Of a handful of rows the usual cure is to give more.
+        """
+        for reason, count in self.ordered()[:1]:
+            if count > rows / 2 and count >= MANY:
+                return self.examples[reason][1].cure
+        return ""
 
     def explained(self) -> str:
         """Return the commonest faults, each with an example and a cure."""

@@ -27,7 +27,7 @@ REPLIES = ("completion", "response", "answer", "reply", "output", "generation", 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 RATINGS = (
     "label", "thumbs", "feedback", "vote", "rating", "score", "overall_score", "reward", "quality",
-    "overall", "is_good", "desirable",
+    "overall", "is_good", "desirable", "is_desirable", "thumb", "thumbs_up", "liked",
 )  # fmt: skip
 #: Default of `data.score_weights`: HelpSteer's attributes, as NVIDIA's SteerLM weighs them.
 ATTRIBUTES = {

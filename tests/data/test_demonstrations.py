@@ -213,12 +213,68 @@ def test_settings_of_the_pairs_are_not_those_of_demonstrations(tmp_path):
     assert prepare(tmp_path, rows, pairs, **options)[0] == both()
 
 
-def test_replies_that_were_rated_down_are_no_demonstrations(tmp_path):
-    rows = [{"prompt": f"q{i}", "completion": "a", "label": i % 2 == 0} for i in range(10)]
+@pytest.mark.parametrize(
+    ("column", "up", "down"),
+    [
+        ("label", True, False),
+        ("label", 1, 0),
+        ("label", "1", "0"),
+        ("label", 1, -1),
+        ("reward", 1.0, 0.0),
+        ("thumbs", "👍", "👎"),
+        ("thumbs_up", True, False),
+        ("feedback", "positive", "negative"),
+    ],
+)
+@pytest.mark.parametrize("form", ["reply", "conversation"])
+def test_replies_that_were_rated_down_are_no_demonstrations(tmp_path, column, up, down, form):
+    rows = [
+        {**({"prompt": f"q{i}", "completion": "a"} if form == "reply"
+            else {"messages": chat(f"q{i}", "a")}),
+         column: down if i % 2 else up}
+        for i in range(10)
+    ]  # fmt: skip
     found, summary, lines = prepare(tmp_path, rows)
-    assert [d.prompt for d in found] == ["q0", "q2", "q4", "q6", "q8"]
+    assert [messages_of(d.prompt)[0]["content"] for d in found] == ["q0", "q2", "q4", "q6", "q8"]
     assert {line["reason"] for line in lines} == {"the reply was rated down"}
-    assert any("label rates down" in note for note in summary["notes"])
+    assert any(f"{column} rates down" in note for note in summary["notes"])
+
+
+def test_grades_are_no_thumbs(tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": "a", "score": i % 3} for i in range(9)]
+    found, summary, lines = prepare(tmp_path, rows)
+    assert (len(found), lines, summary["unused_columns"]) == (9, [], "score")
+
+
+THUMBS = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=20)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(THUMBS)
+def test_thumbs_end_as_pairs_as_demonstrations_or_left_out(tmp_path, thumbs):
+    """One file of thumbs as pairs and as demonstrations, most prompts with one reply alone."""
+    always = [
+        (f"always {i}", f"{kind} {i}", kind == "up") for i in range(8) for kind in ("up", "no")
+    ]
+    drawn = [(f"prompt {n}", f"reply {i}", up) for i, (n, up) in enumerate(thumbs)]
+    rows = [{"prompt": p, "completion": c, "label": up} for p, c, up in (*always, *drawn)]
+    path = write(tmp_path / "kto.jsonl", rows)
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    prepare_data(DataConfig(source=path, sft_source=path, near_duplicates=None), out)
+    lines = [json.loads(line) for line in (out / files.QUARANTINE).read_text().splitlines()]
+    summary = json.loads((out / files.SUMMARY).read_text())
+    assert summary["rows"] == 2 * len(rows) == summary["rows_used"] + len(lines)
+    sides = {p: {up for q, _, up in (*always, *drawn) if p == q} for p, _, _ in drawn}
+    alone = {p for p, ups in sides.items() if len(ups) == 1}
+    unpaired = [n["line"] for n in lines if n["source"] == "kto.jsonl"]
+    assert unpaired == [i + 1 for i, row in enumerate(rows) if row["prompt"] in alone]
+    held_out = {p.prompt for p in read_rows(out / files.PAIRS_EVAL, Pair)}
+    ups = {(r["prompt"], r["completion"]) for r in rows if r["label"]}
+    found = {(d.prompt, d.response) for d in read_rows(out / files.DEMONSTRATIONS, Demonstration)}
+    assert found == {(p, c) for p, c in ups if p not in held_out}
 
 
 def test_in_place_of_the_pairs_or_beside_them(tmp_path):

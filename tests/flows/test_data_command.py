@@ -56,6 +56,15 @@ def test_it_prints_reasons_with_an_example_and_a_cure_and_whether_a_run_would_st
     assert "would stop" not in inspect([*rows(5), *bad], "--data.max_bad_fraction=0.5")
 
 
+def test_it_says_when_too_little_is_left(inspect):
+    same = [{**row, "chosen": "x", "rejected": "x"} for row in rows(10)]
+    shown = " ".join(inspect(same).split())
+    assert "a run would stop: data.source = " in shown
+    assert "remove the row (left out: 10 × both replies are the same)" in shown
+    assert "would stop" not in inspect(rows(9))
+    assert "would stop" not in inspect(rows(9), "--rows", "2")  # of the beginning nothing follows
+
+
 def test_overrides_and_a_part_of_the_rows(inspect):
     log = [{"prompt": f"p{i}", "answer_a": "x", "answer_b": "y", "label": i % 2} for i in range(9)]
     with pytest.raises(ConfigError, match=r"data\.labels\.first"):
