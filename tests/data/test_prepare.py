@@ -354,14 +354,14 @@ def test_thumbs_for_other_prompts_each_have_a_cure_that_works(tmp_path):
 
 
 def test_too_few_prompts_because_of_one_reason_have_its_cure(tmp_path):
-    tied = [pair("p", "x", "y"), pair("p", "y", "x"), pair("q", "x", "y"), pair("q", "y", "x")]
+    tied = [row for p in "pqstu" for row in (pair(p, "x", "y"), pair(p, "y", "x"))]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*tied, pair("r")]))
     text = message(DataError, prepare_data, DataConfig(source=str(path)), tmp_path)
     assert (
-        "; set data.votes=keep to train on both (left out: 4 × votes for a pair are tied)" in text
+        "; set data.votes=keep to train on both (left out: 10 × votes for a pair are tied)" in text
     )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows(3)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*tied[:8], pair("r")]))
     assert "; give more rows (" in message(
         DataError, prepare_data, DataConfig(source=str(path)), tmp_path
     )
