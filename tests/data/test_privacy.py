@@ -72,6 +72,23 @@ def test_ignore_does_not_look(tmp_path):
     summary = prepare(tmp_path, DIRTY, personal_data="ignore")
     assert "personal_data" not in summary
     assert not any("personal" in note for note in summary["notes"])
+    pairs = written(tmp_path, files.PAIRS_TRAIN, files.PAIRS_EVAL)
+    assert all(value in pairs for value in (MAIL, PHONE, CARD))
+
+
+def test_rated_replies_are_redacted_and_used(tmp_path):
+    data = [
+        {"prompt": f"Whom do I ask, {i}?", "completion": f"{text} {MAIL} {i}", "label": up}
+        for i in range(6)
+        for text, up in (("Ask", True), ("Never ask", False))
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
+    (tmp_path / "out").mkdir()
+    config = DataConfig(source=str(tmp_path / "a.jsonl"), personal_data="redact")
+    prepare_data(config, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / files.SUMMARY).read_text())
+    assert (summary["rows_used"], summary["left_out"]) == (12, {})
+    assert "Never ask [EMAIL] 0" in written(tmp_path, files.PAIRS_TRAIN, files.PAIRS_EVAL)
 
 
 def test_redact_replaces_in_every_turn_and_leaves_no_value_in_any_file(tmp_path):
@@ -106,11 +123,12 @@ def test_replies_that_differ_in_personal_data_alone_are_left_out_for_that_reason
     data = [
         pair("Whom?", "Ask ann@x.org.", "Ask bob@x.org."),
         pair("Who?", f"{MAIL} x", f"{MAIL} x"),
+        pair("Who else?", f"{MAIL} y", f"{MAIL} y"),
     ]
     summary = prepare(tmp_path, data, personal_data="redact")
     assert summary["left_out"] == {
         "replies differ in personal data alone": 1,
-        "both replies are the same": 1,
+        "both replies are the same": 2,
     }
 
 
