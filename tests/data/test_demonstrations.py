@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlhf.config import DataConfig
 from rlhf.data import rows as files
 from rlhf.data.prepare import prepare_data
-from rlhf.data.rows import Demonstration, Pair, messages_of, read_rows
+from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
 from rlhf.errors import ConfigError, DataError
 from tests.data.helpers import assistant, message, pair, user
 
@@ -305,6 +305,35 @@ def test_weights_and_repeats(tmp_path):
     summary = json.loads((out / files.SUMMARY).read_text())
     counts = [(c["source"], c["rows"], c["written"]) for c in summary["sources"]]
     assert counts == [("pairs.jsonl", 20, 20), ("one.jsonl", 3, 1), ("two.jsonl", 1, 4)]
+
+
+@pytest.mark.parametrize("setting", ["sft_source", "prompts_source"])
+def test_a_share_of_a_source_and_formats_of_its_files(tmp_path, setting):
+    """Rows that the weight leaves out are in quarantine; each format is named once."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name in "xy":
+        rows = [{"prompt": f"{name} asks {i}", "completion": "so"} for i in range(40)]
+        write(folder / f"{name}.jsonl", rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    own = {setting: [{"source": str(folder), "weight": 0.3}]}
+    prepare_data(DataConfig(source=write(tmp_path / "pairs.jsonl", PAIRS), **own), out)
+    lines = [json.loads(line) for line in (out / files.QUARANTINE).read_text().splitlines()]
+    assert {n["reason"] for n in lines} == {"not in the share of its source's weight"}
+    assert {n["source"] for n in lines} == {f"{setting}/own/x.jsonl", f"{setting}/own/y.jsonl"}
+    summary = json.loads((out / files.SUMMARY).read_text())
+    _, counts = summary["sources"]
+    assert counts["format"] == {"sft_source": "prompt-reply", "prompts_source": "prompts"}[setting]
+    assert counts["rows"] == 80 == counts["left_out"] + counts["written"]
+    assert 10 < counts["written"] < 40
+    name, row_type = {
+        "sft_source": (files.DEMONSTRATIONS, Demonstration),
+        "prompts_source": (files.PROMPTS_TRAIN, PromptRow),
+    }[setting]
+    assert len(read_rows(out / name, row_type)) == counts["written"]
+    sentence = f"data.{setting}: own with weight 0.3: 80 rows, {counts['left_out']} left out"
+    assert any(note.startswith(sentence) for note in summary["notes"])
 
 
 def test_world_makes_its_own():

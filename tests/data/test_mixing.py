@@ -164,6 +164,37 @@ def test_references_of_each_source(tmp_path):
     assert not DataConfig(source=[source[0]["source"]]).has_references
 
 
+def test_a_weight_of_every_source_counts(tmp_path):
+    one, two = (write(tmp_path / f"{n}.jsonl", numbered(n)) for n in "ab")
+    source = [{"source": one, "weight": 2}, {"source": two, "weight": 3}]
+    train, held_out, _, _ = prepare(tmp_path, source)
+    assert names(train) == {
+        "a": 2 * (20 - names(held_out)["a"]),
+        "b": 3 * (20 - names(held_out)["b"]),
+    }
+
+
+def test_names_of_files(tmp_path):
+    """Of one source as in its folder; of several with the source's name in front."""
+    bad = [*numbered("a"), pair("")]
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    for name in ("one/x.jsonl", "one/sub/y.jsonl", "two/x.jsonl", "z.jsonl"):
+        write(tmp_path / name, bad)
+
+    def found(source: Any) -> list[str]:
+        return sorted({n["source"] for n in prepare(tmp_path, source, max_bad_fraction=1)[3]})
+
+    assert found(one) == ["sub/y.jsonl", "x.jsonl"]
+    assert found(str(tmp_path / "z.jsonl")) == ["z.jsonl"]
+    assert found([one, two, str(tmp_path / "z.jsonl")]) == [
+        "one/sub/y.jsonl", "one/x.jsonl", "two/x.jsonl", "z.jsonl",
+    ]  # fmt: skip
+    replies = [{"prompt": "ask", "completion": "say"}, {"prompt": "", "completion": "say"}]
+    write(tmp_path / "sft/x.jsonl", replies)
+    own = prepare(tmp_path, one, max_bad_fraction=1, sft_source=[str(tmp_path / "sft")])
+    assert "sft_source/sft/x.jsonl" in {n["source"] for n in own[3]}
+
+
 def test_the_command_that_shows_a_source():
     config = DataConfig(
         source=["a.jsonl", {"source": "b c.jsonl", "weight": 2}, {"source": "d", "delimiter": "|"}],
