@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rlhf.config import DataConfig
 from rlhf.data import rows as files
 from rlhf.data.prepare import prepare_data
+from rlhf.data.records import Record
 from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
 from rlhf.errors import ConfigError, DataError
 from tests.data.helpers import assistant, message, pair, user
@@ -334,6 +335,26 @@ def test_a_share_of_a_source_and_formats_of_its_files(tmp_path, setting):
     assert len(read_rows(out / name, row_type)) == counts["written"]
     sentence = f"data.{setting}: own with weight 0.3: 80 rows, {counts['left_out']} left out"
     assert any(note.startswith(sentence) for note in summary["notes"])
+
+
+def test_a_forgotten_row_is_left_out_alone(tmp_path):
+    rows = [{"prompt": f"asks {i}", "completion": "so"} for i in range(6)]
+    path = write(tmp_path / "own.jsonl", rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    config = DataConfig(
+        source=write(tmp_path / "pairs.jsonl", PAIRS), sft_source=path, prompts_source=path
+    )
+    prepare_data(config, out, forgotten=frozenset([Record("own.jsonl", 3, rows[2]).id]))
+    lines = [json.loads(line) for line in (out / files.QUARANTINE).read_text().splitlines()]
+    assert [(n["source"], n["line"], n["reason"], n["row"]) for n in lines] == [
+        (f"{name}_source/own.jsonl", 3, "forgotten", None) for name in ("sft", "prompts")
+    ]  # fmt: skip
+    expected = ["asks 0", "asks 1", "asks 3", "asks 4", "asks 5"]
+    for name, row_type in (
+        (files.DEMONSTRATIONS, Demonstration), (files.PROMPTS_TRAIN, PromptRow),
+    ):  # fmt: skip
+        assert [row.prompt for row in read_rows(out / name, row_type)] == expected
 
 
 def test_world_makes_its_own():
