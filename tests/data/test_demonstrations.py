@@ -199,7 +199,9 @@ def test_refused_with_a_cure(tmp_path, row, source, text):
 def test_columns_that_are_set(tmp_path):
     rows = [{"ask": "How?", "meta": {"tell": "So."}, "sys": "Be"}]
     source = {"prompt_column": "ask", "chosen_column": "meta.tell", "system_column": "sys"}
-    assert prepare(tmp_path, rows, source=source)[0] == both([system("Be"), user("How?")])
+    found, summary, _ = prepare(tmp_path, [{**rows[0], "rest": 1}], source=source)
+    assert found == both([system("Be"), user("How?")])
+    assert summary["unused_columns"] == "rest"
     talk = [{"talk": chat("How?", "So."), "other": 1}]
     for name in ("prompt_column", "chosen_column"):
         found, summary, _ = prepare(tmp_path, talk, source={name: "talk"})

@@ -179,6 +179,38 @@ def test_references_and_metadata_are_read_too(tmp_path, policy: str, kept: str):
     assert row["metadata"] == {"info": {"by": [PHONE if policy == "flag" else "[PHONE]"]}}
 
 
+@pytest.mark.parametrize(
+    ("policy", "shown"), [("flag", MAIL), ("ignore", MAIL), ("redact", "[EMAIL]")]
+)
+@pytest.mark.parametrize("setting", ["sft_source", "prompts_source"])
+def test_sources_of_their_own_follow_the_policy(tmp_path, setting, policy: Any, shown: str):
+    own = [{"prompt": f"Write to {MAIL}.", "completion": f"To {PHONE}?", "by": CARD}]
+    own += [{"prompt": f"Clean {i}?", "completion": "Yes."} for i in range(3)]
+    source = {"source": str(tmp_path / "own.jsonl")}
+    if setting == "prompts_source":
+        source["metadata_columns"] = ["by"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+    summary = prepare(tmp_path, [], personal_data=policy, **{setting: [source]})
+    name = {"sft_source": files.DEMONSTRATIONS, "prompts_source": files.PROMPTS_TRAIN}[setting]
+    assert f"Write to {shown}." in written(tmp_path, name)
+    other = {"sft_source": (PHONE, "[PHONE]"), "prompts_source": (CARD, "[CARD]")}[setting]
+    assert other[policy == "redact"] in written(tmp_path, name)
+    assert "Clean 0?" in written(tmp_path, name)
+    assert (summary["rows_used"], summary["left_out"]) == (44, {})
+    kinds = {"email": 1, "phone" if setting == "sft_source" else "card": 1}
+    assert summary.get("personal_data", {}) == ({} if policy == "ignore" else kinds)
+
+
+@pytest.mark.parametrize("setting", ["sft_source", "prompts_source"])
+def test_sources_of_their_own_are_quarantined_without_values(tmp_path, setting):
+    own = [{"prompt": f"Write to {MAIL}.", "completion": "So."}, {"prompt": "a", "completion": "b"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+    path = str(tmp_path / "own.jsonl")
+    summary = prepare(tmp_path, [], personal_data="quarantine", **{setting: path})
+    assert (summary["rows_used"], summary["left_out"]) == (41, {"holds personal data": 1})
+    assert find_personal_data(written(tmp_path)) == []
+
+
 TEXTS = st.lists(st.sampled_from([MAIL, PHONE, CARD, "hello", "yes", " "]), min_size=1).map(
     " ".join
 )
