@@ -74,7 +74,9 @@ def detect(
     Raises:
         ConfigError: A column that is set does not exist or is not read, or no format fits.
     """
-    check_settings(columns, sample, config)
+    # A control of Label Studio is no column, but its answers are found under its name.
+    controls = {"label_column": None} if {"data", "annotations"} <= {*columns} else {}
+    check_settings(columns, sample, config.model_copy(update=controls))
     layout = _detect(columns, sample, config, text_cells)
     labels = [("label_column", config.label_column)]
     for name, column in (*labels, *(("score_weights", column) for column in config.score_weights)):
