@@ -40,8 +40,7 @@ def read_rows(folder, rows, form="jsonl", **settings):
     write_table(path, rows)
     config, quarantine = DataConfig(source=str(path), **settings), Quarantine()
     reading = read_pairs(config, StoreConfig(), quarantine, PromptFields(config))
-    for item in reading.pairs:
-        reading.ledger.use(item.origins)
+    reading.pairs.use()
     used = reading.ledger.close(quarantine.add)
     assert used + quarantine.total == reading.rows == len(rows)
     pairs = [(p.prompt, p.chosen, p.rejected) for p, _ in reading.pairs]
