@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -51,6 +52,7 @@ class Scratch:
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+                weakref.finalize(self, self._file.close)
             with memoryview(data) as view:
                 done = 0
                 while done < len(view):
