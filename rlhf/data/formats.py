@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import Cells, find_markups, find_named
+from rlhf.data.cells import Cells
+from rlhf.data.column_forms import with_forms
 from rlhf.data.columns import Row, cell_of, check_settings, value_of
 from rlhf.data.comparisons import find_comparison, find_pairs
 from rlhf.data.exports import EXPORTS, Export, find_export, trees
@@ -160,11 +161,9 @@ def _with_prompt(
 
 def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[Row]) -> Layout:
     cells, roles, decide, notes = found
-    markups, more = find_markups(cells, sample)
+    cells, more = with_forms(cells, sample)
     if cells.prompt is None:
-        _check_conversations(cells, markups, sample)
-    named = find_named([c for c in (cells.first, cells.second) if c not in markups], sample)
-    cells = replace(cells, markups=markups, named=named)
+        _check_conversations(cells, cells.markups or {}, sample)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
     tie = next((names[n] for n in _TIES if n in names and names[n] not in columns), None)
 
@@ -224,7 +223,7 @@ def _find_prompts(
         Cells(
             prompt, "", "", system=system,
             more=names.get("input") if prompt and plain_name(prompt) == "instruction" else None,
-            history=history if history != prompt else None,
+            history=history if history != prompt else None, plain=frozenset(config.text_columns),
         )
         for prompt in found
     ]  # fmt: skip

@@ -1,0 +1,113 @@
+"""How most texts of each column are written: as chats of a known form, with marks, with end tokens.
+
+What most rows have is the file's format, and is parsed or cut for all of them, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from rlhf.data.cells import Cells
+from rlhf.data.columns import Row, cell_of
+from rlhf.data.markup import LISTS, WEAK, Markup, recognise
+from rlhf.data.shared_marks import CUT_SPEAKER, ENOUGH, Marks, MarkWatch, texts_of
+from rlhf.data.special_tokens import strip_end_tokens, without_prompt
+from rlhf.errors import ConfigError
+
+
+def with_forms(cells: Cells, sample: Sequence[Row]) -> tuple[Cells, list[str]]:
+    """Return the cells with the forms of their columns, and sentences about them.
+
+    Args:
+        cells: Columns.
+        sample: First rows.
+
+    Raises:
+        ConfigError: A column is written in a form that can't be parsed, or by a template that is
+            not known, or is declared to be text and not read.
+    """
+    for column in sorted(cells.plain):
+        if column not in cells.columns:
+            raise ConfigError(
+                f"data.text_columns: {column!r} is not read; name columns of "
+                f"{', '.join(cells.columns)}"
+            )
+    markups, notes = find_markups(cells, sample)
+    replies = [c for c in (cells.first, cells.second) if c not in markups and c not in cells.plain]
+    texts = {column: _texts(sample, column) for column in replies}
+    named = [c for c in replies if _most(bool(CUT_SPEAKER.match(t)) for t in texts[c])]
+    ended = [c for c in replies if _most(strip_end_tokens(t)[1] for t in texts[c])]
+    watch = _marks(cells, markups, sample)
+    notes += [note for marks in watch.columns.values() if (note := marks.check())]
+    cells = replace(
+        cells, markups=markups, named=frozenset(named), ended=frozenset(ended), watch=watch,
+        repeats=_repeat_prompts(cells, sample) if replies else False,
+    )  # fmt: skip
+    return cells, notes
+
+
+def find_markups(cells: Cells, sample: Sequence[Row]) -> tuple[dict[str, Markup], list[str]]:
+    """Return the markup of each column whose texts are written in one, and sentences about them.
+
+    Replies of their own are not taken for chats by marks that other texts have too.
+
+    Raises:
+        ConfigError: A column is written in a markup that can't be parsed.
+    """
+    markups: dict[str, Markup] = {}
+    notes = []
+    replies = {cells.first, cells.second} if cells.prompt is not None else set()
+    for column in cells.columns:
+        markup = recognise(_texts(sample, column))
+        if markup is None or column in (cells.system, cells.more) or column in cells.plain:
+            continue
+        if column in replies and markup in WEAK:
+            continue
+        if markup.parse is None:
+            raise ConfigError(
+                f"data.source: column {column!r} holds chats written as {markup.name}, which "
+                "can't be read back; export the data as JSON lines or Parquet, or, if they are "
+                f"to be learned as text, set data.text_columns={column}"
+            )
+        markups[column] = markup
+        if markup not in LISTS:
+            notes.append(f"{column} holds chats written as {markup.name}, which are parsed")
+    return markups, notes
+
+
+def _marks(cells: Cells, markups: dict[str, Markup], sample: Sequence[Row]) -> MarkWatch:
+    """Return the counts of marks of the columns that are not parsed."""
+    columns: dict[str, Marks] = {}
+    for column in (cells.prompt, cells.first, cells.second, cells.system):
+        if column is None or column in markups or column in cells.plain or column in columns:
+            continue
+        is_reply = column not in (cells.prompt, cells.system)
+        columns[column] = Marks(column, is_reply)
+        for row in sample:
+            for text in texts_of(cell_of(row, column), is_reply):
+                columns[column].add(text)
+    return MarkWatch(columns)
+
+
+def _repeat_prompts(cells: Cells, sample: Sequence[Row]) -> bool:
+    """Return whether the replies of most rows begin with the prompt."""
+    if cells.prompt is None or {cells.first, cells.second} & cells.plain:
+        return False
+    repeats = []
+    for row in sample:
+        asked = [*texts_of(cell_of(row, cells.prompt), False)][-1:]
+        replies = [t for c in (cells.first, cells.second) for t in texts_of(cell_of(row, c), True)]
+        if asked and asked[0].strip() and replies:
+            repeats.append(all(without_prompt(asked[0], reply) is not None for reply in replies))
+    return _most(repeats)
+
+
+def _texts(sample: Sequence[Row], column: str) -> list[str]:
+    return [value for row in sample if isinstance(value := cell_of(row, column), str) and value]
+
+
+def _most(found: Iterable[bool]) -> bool:
+    """Return whether enough of some answers are yes."""
+    answers = [*found]
+    return bool(answers) and sum(answers) >= ENOUGH * len(answers)
