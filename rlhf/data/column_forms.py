@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from rlhf.data.cells import Cells
 from rlhf.data.columns import Row, cell_of
-from rlhf.data.markup import LISTS, WEAK, Markup, recognise
+from rlhf.data.markup import LISTS, WEAK, Markup, markup_of, recognise
+from rlhf.data.records import LeftOutError
 from rlhf.data.shared_marks import CUT_SPEAKER, ENOUGH, Marks, MarkWatch, texts_of
 from rlhf.data.special_tokens import strip_end_tokens, without_prompt
 from rlhf.errors import ConfigError
@@ -34,6 +35,7 @@ def with_forms(cells: Cells, sample: Sequence[Row]) -> tuple[Cells, list[str]]:
                 f"{', '.join(cells.columns)}"
             )
     markups, notes = find_markups(cells, sample)
+    _check_replies(replace(cells, markups=markups), sample)
     replies = [c for c in (cells.first, cells.second) if c not in markups and c not in cells.plain]
     texts = {column: _texts(sample, column) for column in replies}
     named = [c for c in replies if _most(bool(CUT_SPEAKER.match(t)) for t in texts[c])]
@@ -64,6 +66,8 @@ def find_markups(cells: Cells, sample: Sequence[Row]) -> tuple[dict[str, Markup]
             continue
         if column in replies and markup in WEAK:
             continue
+        if column in replies and markup in LISTS and not _hold_one_text(cells, sample):
+            continue
         if markup.parse is None:
             raise ConfigError(
                 f"data.source: column {column!r} holds chats written as {markup.name}, which "
@@ -74,6 +78,54 @@ def find_markups(cells: Cells, sample: Sequence[Row]) -> tuple[dict[str, Markup]
         if markup not in LISTS:
             notes.append(f"{column} holds chats written as {markup.name}, which are parsed")
     return markups, notes
+
+
+def _hold_one_text(cells: Cells, sample: Sequence[Row]) -> bool:
+    """Return whether all lists in the columns of replies hold one text, or prompts are lists too.
+
+    Other lists are answers, and taking the text of some would tell them from the rest.
+    """
+    assert cells.prompt is not None
+    if recognise(_texts(sample, cells.prompt)) in LISTS:
+        return True
+    texts = [*_texts(sample, cells.first), *_texts(sample, cells.second)]
+    lists = [markup_of(text) for text in texts]
+    return all(
+        markup in LISTS and markup.parse is not None and len(markup.parse(text)) == 1
+        for text, markup in zip(texts, lists, strict=True)
+        if markup is not None
+    )
+
+
+def _check_replies(cells: Cells, sample: Sequence[Row]) -> None:
+    """Refuse replies that are chats of other prompts: they may be answers about chats.
+
+    Raises:
+        ConfigError: With the setting that takes them as text.
+    """
+    for column in dict.fromkeys((cells.first, cells.second)):
+        markup = (cells.markups or {}).get(column)
+        if cells.prompt is None or markup is None or markup in LISTS:
+            continue
+        fits = [_fits(cells, row, column) for row in sample if cell_of(row, column)]
+        if not any(fits):
+            raise ConfigError(
+                f"data.source: {column} holds chats written as {markup.name}, none of which "
+                "continues the prompt of its row; give the reply alone, or, if the chats are the "
+                f"answers, set data.text_columns={column}"
+            )
+
+
+def _fits(cells: Cells, row: Row, column: str) -> bool:
+    try:
+        prompt = cells.read_prompt(row, set())
+    except LeftOutError:
+        return True  # which says nothing of the reply
+    try:
+        cells.read_reply(cell_of(row, column), column, prompt, "reply", set())
+    except LeftOutError:
+        return False
+    return True
 
 
 def _marks(cells: Cells, markups: dict[str, Markup], sample: Sequence[Row]) -> MarkWatch:

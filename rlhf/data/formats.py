@@ -138,7 +138,8 @@ def _flat(
             continue
         if layout is not None and _can_read(layout, sample[:_TRIED]):
             return layout
-        first = first or layout
+        if fault is None:
+            first = first or layout
     if first is not None:
         return first  # its rows say why they can't be used
     raise fault or _unknown(columns, sample, config)

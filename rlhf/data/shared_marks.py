@@ -40,6 +40,8 @@ _LONGEST_INNER = 4000  # characters of a text that are searched for turns
 #: Kinds of marks, the surest first: a special token's form; a speaker; a heading such as
 #: "Answer"; any other name.
 TOKEN, SPEAKER, LABEL, NAME = "token", "speaker", "label", "name"
+#: Quotation marks, and tags of HTML: formatting, which is told and stays.
+FORMAT = "format"
 
 
 class Mark(NamedTuple):
@@ -55,11 +57,15 @@ def opening_mark(text: str) -> Mark | None:
 
     Tokens that a text's own closing tag balances are content: `<think>…</think>`.
     """
+    if text[:1] == text.rstrip()[-1:] == '"' and "\n" not in text and text.count('"') == 2:
+        return Mark(FORMAT, '"')
     head = _plain(text[:_EDGE]).lstrip("\"' \t\r\n>")
     if match := _TOKEN_AT_START.match(head):
         return Mark(TOKEN, match.group())
     if match := _TAG_AT_START.match(head):
         return _tag(match, text)
+    if match := _ATTRIBUTES_AT_START.match(head):
+        return Mark(FORMAT, match.group())
     match = _NAME_AT_START.match(head)
     if match is None or not _is_whole(match):
         return None
@@ -154,7 +160,8 @@ class Marks:
         )
         least = max(_FEWEST, enough * len(self.seen))
         opens, closes = begins >= least, ends >= least
-        if begin and opens and (begin.kind != NAME or closes):
+        told = (NAME, FORMAT)
+        if begin and opens and (begin.kind not in told or (closes and begin.kind == NAME)):
             raise self._refusal("begins with", begin, begins)
         if end and closes and (end.kind != NAME or opens):
             raise self._refusal("ends with", end, ends)
@@ -237,6 +244,7 @@ _TOKEN = (
 _TAG = r"<(?P<slash>/?)(?P<tag>[A-Za-z][\w.▁-]{0,40})(?P<role> (?:role|name|from)=[^<>\n]{1,40})?>"
 _TOKEN_AT_START, _TAG_AT_START = re.compile(_TOKEN), re.compile(_TAG)
 _TOKEN_AT_END = re.compile(rf"{_TOKEN}(?=\s*(?:[:：]|\w{{1,12}})?\Z)")
+_ATTRIBUTES_AT_START = re.compile(r"<[a-z]{1,12} [^<>]{1,100}>")
 _TAG_AT_END = re.compile(rf"{_TAG}(?=\s*[:：]?\Z)")
 _HASHES_AT_END = re.compile(r"(?<!#)#{2,6}(?: ?[^\W\d_]\w{0,14})?\Z")
 _HTML = frozenset(

@@ -13,6 +13,7 @@ from typing import Any
 from rlhf.data.chat import to_messages
 from rlhf.data.markup import BYTES, LISTS, PARTS, SPOKEN, TEMPLATE, WEAK, Markup, markup_of
 from rlhf.data.records import LeftOutError
+from rlhf.data.rows import Message
 from rlhf.data.shared_marks import NAME, TOKEN, closing_mark
 from rlhf.data.special_tokens import break_token, edge_token
 
@@ -99,6 +100,8 @@ def _form(text: str) -> Markup | None:
 
 def _is_rendered(markup: Markup, text: str) -> bool:
     """Return whether a text in some form awaits a reply, where the form alone says too little."""
+    if markup.name in _DATA and not text.lstrip().startswith("["):
+        return [m["role"] for m in _messages(markup, text)][-1:] == ["user"]
     if markup is TEMPLATE:
         end = closing_mark(text)
         return end is not None and end.kind == TOKEN
@@ -110,14 +113,19 @@ def _is_rendered(markup: Markup, text: str) -> bool:
 
 def _holds(markup: Markup, reply: str, asked: str) -> bool:
     """Return whether a reply that is a chat as data is this row's: the reply, or all turns."""
-    value: Any = markup.parse(reply) if markup.parse else None
-    try:
-        messages = to_messages(value, "reply")
-    except LeftOutError:
-        return False
+    messages = _messages(markup, reply)
     if [message["role"] for message in messages] == ["assistant"]:
         return True
     return bool(asked.strip()) and any(m["content"].strip() == asked.strip() for m in messages)
+
+
+def _messages(markup: Markup, text: str) -> list[Message]:
+    """Return the messages of a chat as data; none if a message can't be used."""
+    value: Any = markup.parse(text) if markup.parse else None
+    try:
+        return to_messages(value, "text")
+    except LeftOutError:
+        return []
 
 
 def _stray(field: str, name: str, text: str) -> LeftOutError:

@@ -345,7 +345,8 @@ def test_tokens_at_which_another_text_begins(reply, token):
         ("Why?</s>", "</s>"), ("Why?\n<|assistant|>\n", "<|assistant|>"), ("so<|end|>", "<|end|>"),
         ("Why?<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>"), ("Why? </s> ", "</s>"),
         ("[INST] Why? [/INST]", "[/INST]"),
-        ("What is <|im_end|>", None), ("What is </s>?", None), ("Is it `</s>`", None), ("Why?", None),
+        ("What is <|im_end|>", None), ("What is </s>?", None), ("Is it `</s>`", None),
+        ("Why?", None),
         ("Why <s>so</s>", None), ("<|im_end|> is a token", None), ("the token [INST]", None),
     ],
 )  # fmt: skip
