@@ -33,7 +33,9 @@ _ENOUGH_IN_STRETCH = 0.95
 #: Different texts that the rule needs: of a few, most begin alike by chance.
 _FEWEST = 5
 _STRETCH = 50  # examined texts
-_DENSE_ROWS = 2000  # of which all are examined; then every eighth
+_DENSE_ROWS = 500  # of which all are examined; then one of 32
+_EVERY = 32
+_LONGEST_TOKEN = 90  # characters, and a role's name behind it
 _EDGE = 200  # characters at the beginning and end of a text that are searched for marks
 _LONGEST_INNER = 4000  # characters of a text that are searched for turns
 
@@ -78,11 +80,12 @@ def opening_mark(text: str) -> Mark | None:
 def closing_mark(text: str) -> Mark | None:
     """Return the mark that a text ends with; an end tag of the text's own is content."""
     tail = _plain(text[-_EDGE:]).rstrip("\"' \t\r\n")
-    if match := _TOKEN_AT_END.search(tail):
+    last = tail[-_LONGEST_TOKEN:]
+    if match := _TOKEN_AT_END.search(last):
         return Mark(TOKEN, match.group())
-    if (match := _TAG_AT_END.search(tail)) and (mark := _tag(match, text)):
+    if (match := _TAG_AT_END.search(last)) and (mark := _tag(match, text)):
         return mark
-    if (match := _HASHES_AT_END.search(tail)) and _is_role(match.group().strip("# ")):
+    if (match := _HASHES_AT_END.search(last)) and _is_role(match.group().strip("# ")):
         return Mark(TOKEN, match.group())
     line = tail[tail.rfind("\n") + 1 :]
     match = _NAME_AT_END.fullmatch(line) if line != text.strip() else None
@@ -190,7 +193,7 @@ class MarkWatch:
     rows: Counter[str] = field(default_factory=Counter)
 
     def see(self, column: str, value: Any) -> None:
-        """Count the marks of a value, of one row of eight in a long file.
+        """Count the marks of a value, of one row of 32 in a long file.
 
         Raises:
             ConfigError: Most texts so far, or nearly all in a stretch, have marks of a template.
@@ -199,7 +202,7 @@ class MarkWatch:
         if total is None:
             return
         self.rows[column] += 1
-        if self.rows[column] > _DENSE_ROWS and self.rows[column] % 8:
+        if self.rows[column] > _DENSE_ROWS and self.rows[column] % _EVERY:
             return
         stretch = self.stretches.setdefault(column, Marks(column, total.is_reply))
         for text in texts_of(value, total.is_reply):
@@ -266,12 +269,11 @@ _SPEAKER_AT_END = re.compile(
     r"(?:(?<=[\s>.!?。\]])|^)(?:#{1,6} ?|\[|\*\*)?(?P<name>[^\W\d_][^\s:：<>\[\]*#.]{0,20})"
     r"(?:(?:\]|\*\*)? ?[:：](?:\*\*)?|\])\Z"
 )
-_ROLES = "|".join(map(re.escape, sorted(USERS | ASKING | ASSISTANTS | ANSWERING, key=len)[::-1]))
 #: A turn on a line of its own; on one line only in the spelling of transcripts.
 _INNER = re.compile(
-    rf"(?P<mark>(?:\n[ \t]{{0,8}}(?:im_start )?|(?<=[.!?。] )(?=USER:|Human:)|"
-    rf"(?<=[.!?。])(?=user\n))(?:#{{1,6}} ?|\*\*|\[|<)?"
-    rf"(?P<name>(?i:{_ROLES}))(?:(?:\]|>|\*\*)? ?[:：](?:\*\*)?|\]|>|\*\*|(?=\r?\n)))"
+    r"(?P<mark>(?:\n[ \t]{0,8}(?:im_start )?|(?<=[.!?。] )(?=USER:|Human:)|(?<=[.!?。])(?=user\n))"
+    r"(?:#{1,6} ?|\*\*|\[|<)?(?P<name>[^\W\d_][^\n:：|<>\[\]*#.!?,;\"`(){}=]{0,24})"
+    r"(?:(?:\]|>|\*\*)? ?[:：](?:\*\*)?|\]|>|\*\*|(?=\r?\n)))"
 )
 _PLURAL = {"begins with": "begin with", "ends with": "end with", "has a further turn": "go on with"}
 
