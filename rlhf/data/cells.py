@@ -103,7 +103,7 @@ class Cells:
             "the prompt is repeated in front of both replies, and cut from them "
             f"(data.text_columns={self.first},{self.second} keeps it)"
         )
-        return prompt, rest, other
+        return prompt, _without_speaker(rest), _without_speaker(other)
 
     def read_prompt(self, row: Row, notes: set[str]) -> Prompt:
         """Return a row's prompt with everything that belongs in front of it.
@@ -343,6 +343,12 @@ class Cells:
                 f"{role} is a missing value written as text", repr(value.strip()),
                 "remove the row, or export missing values as empty cells",
             )  # fmt: skip
+
+
+def _without_speaker(rest: str) -> str:
+    """Return what follows a repeated prompt without the mark of the reply's turn."""
+    match = CUT_SPEAKER.match(rest)
+    return rest[match.end() :] if match else rest
 
 
 def _no_prompt(role: str, reply: str) -> LeftOutError:

@@ -5,7 +5,7 @@ What most rows have is the file's format, and is parsed or cut for all of them, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from rlhf.data.cells import Cells
@@ -40,8 +40,11 @@ def with_forms(cells: Cells, sample: Sequence[Row]) -> tuple[Cells, list[str]]:
     texts = {column: _texts(sample, column) for column in replies}
     named = [c for c in replies if _most(bool(CUT_SPEAKER.match(t)) for t in texts[c])]
     ended = [c for c in replies if _most(strip_end_tokens(t)[1] for t in texts[c])]
-    watch = _marks(cells, markups, sample)
-    notes += [note for marks in watch.columns.values() if (note := marks.check())]
+    watch = MarkWatch(_marks(cells, markups, sample))
+    if cells.prompt is None:  # a conversation's question is a prompt
+        asked = replace(cells, prompt=cells.first, first="", second="", system=None)
+        notes += _notes(_marks(asked, markups, sample))
+    notes += _notes(watch.columns)
     cells = replace(
         cells, markups=markups, named=frozenset(named), ended=frozenset(ended), watch=watch,
         repeats=_repeat_prompts(cells, sample) if replies else False,
@@ -128,31 +131,49 @@ def _fits(cells: Cells, row: Row, column: str) -> bool:
     return True
 
 
-def _marks(cells: Cells, markups: dict[str, Markup], sample: Sequence[Row]) -> MarkWatch:
-    """Return the counts of marks of the columns that are not parsed."""
+def _notes(columns: Mapping[str, Marks]) -> list[str]:
+    return [note for marks in columns.values() if (note := marks.check())]
+
+
+def _marks(cells: Cells, markups: Mapping[str, Markup], sample: Sequence[Row]) -> dict[str, Marks]:
+    """Return the counts of marks of the columns; of those that are parsed, of the last turns."""
     columns: dict[str, Marks] = {}
     for column in (cells.prompt, cells.first, cells.second, cells.system):
-        if column is None or column in markups or column in cells.plain or column in columns:
+        if not column or column in cells.plain or column in columns:
             continue
         is_reply = column not in (cells.prompt, cells.system)
         columns[column] = Marks(column, is_reply)
+        parse = markups[column].parse if column in markups else None
         for row in sample:
-            for text in texts_of(cell_of(row, column), is_reply):
+            value = cell_of(row, column)
+            value = parse(value) if parse is not None and isinstance(value, str) else value
+            for text in texts_of(value, is_reply):
                 columns[column].add(text)
-    return MarkWatch(columns)
+    return columns
 
 
 def _repeat_prompts(cells: Cells, sample: Sequence[Row]) -> bool:
-    """Return whether the replies of most rows begin with the prompt."""
+    """Return whether the replies of most rows begin with the prompt.
+
+    Raises:
+        ConfigError: What follows the prompt has marks of a template.
+    """
     if cells.prompt is None or {cells.first, cells.second} & cells.plain:
         return False
     repeats = []
+    marks = Marks(cells.first, is_reply=True)
     for row in sample:
         asked = [*texts_of(cell_of(row, cells.prompt), False)][-1:]
         replies = [t for c in (cells.first, cells.second) for t in texts_of(cell_of(row, c), True)]
         if asked and asked[0].strip() and replies:
-            repeats.append(all(without_prompt(asked[0], reply) is not None for reply in replies))
-    return _most(repeats)
+            rests = [without_prompt(asked[0], reply) for reply in replies]
+            repeats.append(None not in rests)
+            for rest in rests:
+                marks.add(rest or "")
+    if _most(repeats):
+        marks.check()
+        return True
+    return False
 
 
 def _texts(sample: Sequence[Row], column: str) -> list[str]:

@@ -119,6 +119,19 @@ def inner_turn(text: str) -> Mark | None:
 
 
 @dataclass
+class Edge:
+    """What several texts begin with, or end with, and how many they are."""
+
+    shared: str
+    count: int = 0
+
+    def add(self, text: str) -> None:
+        """Count a text that shares at least the characters by which it was found."""
+        self.shared = _common(self.shared, text)
+        self.count += 1
+
+
+@dataclass
 class Marks:
     """Counts of the marks of a column's texts.
 
@@ -133,6 +146,8 @@ class Marks:
     begins: Counter[Mark] = field(default_factory=Counter)
     ends: Counter[Mark] = field(default_factory=Counter)
     inside: Counter[Mark] = field(default_factory=Counter)
+    heads: dict[str, Edge] = field(default_factory=dict)
+    tails: dict[str, Edge] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
     def add(self, text: str) -> None:
@@ -140,6 +155,9 @@ class Marks:
         if not text.strip() or (key := hash(text)) in self.seen:
             return
         self.seen.add(key)
+        plain = text.strip()
+        for edges, edge in ((self.heads, plain[:_EDGE]), (self.tails, plain[: -_EDGE - 1 : -1])):
+            edges.setdefault(edge[:_LEAST_SHARED], Edge(edge)).add(edge)
         begin, end = opening_mark(text), closing_mark(text)
         if begin is not None and not (self.is_reply and CUT_SPEAKER.match(text)):
             self.begins[begin] += 1
@@ -173,6 +191,24 @@ class Marks:
         for verb, mark, is_shared in (("begin", begin, opens), ("end", end, closes)):
             if mark and is_shared:
                 return f"most texts of {self.column} {verb} with {mark.text!r}, which stays in them"
+        return self._check_edges(least)
+
+    def _check_edges(self, least: float) -> str | None:
+        """Check what most texts share at an edge in any form: a speaker between signs, a token."""
+        for verb, edges in (("begins with", self.heads), ("ends with", self.tails)):
+            edge = max(edges.values(), key=lambda edge: edge.count, default=Edge(""))
+            shared = edge.shared if verb == "begins with" else edge.shared[::-1]
+            if edge.count < least or len(shared) > _LONGEST_SHARED:
+                continue
+            if self.is_reply and (CUT_SPEAKER.match(shared) or shared.endswith(END_TOKENS)):
+                continue
+            if _speaker_in(shared) or _TOKEN_AT_START.search(shared):
+                raise self._refusal(verb, Mark(TOKEN, shared.strip()), edge.count)
+            is_structure = shared.startswith(_STRUCTURES) or shared.endswith(("}", "]"))
+            if _SIGN.search(shared) and not is_structure:
+                return (
+                    f"most texts of {self.column} {_PLURAL[verb]} {shared!r}, which stays in them"
+                )
         return None
 
     def _refusal(self, verb: str, mark: Mark, count: int) -> ConfigError:
@@ -223,13 +259,18 @@ def texts_of(value: Any, is_reply: bool) -> Iterable[str]:
     if not isinstance(value, list | tuple) or not value:
         return []
     if all(isinstance(item, Mapping) and any(k in item for k in ROLE_KEYS) for item in value):
-        value = value[-1:]
+        asked = [item for item in value if _role_of(item) in USERS]
+        value = value[-1:] if is_reply else asked[-1:]
     texts = []
     for item in value:
         keys = ("content", "value", *REPLY_KEYS) if isinstance(item, Mapping) else ()
         text = next((item[key] for key in keys if isinstance(item.get(key), str)), item)
         texts += [text] if isinstance(text, str) else []
     return texts
+
+
+def _role_of(message: Mapping[str, Any]) -> str:
+    return str(next((message[key] for key in ROLE_KEYS if key in message), "")).lower()
 
 
 # --- one text ---------------------------------------------------------------------------------
@@ -241,10 +282,12 @@ _TOKEN = (
     r"(?:<[|｜][^<>\n]{1,60}?[|｜]>|\[\|[^\[\]\n]{1,40}\|\]|<</?[A-Z]{2,20}>>|"
     r"</?(?:extra_id|reserved|unused)_?\d+>|</?s>|<\\/s>|</S>|<(?:[Ee][Oo][Ss]|[Bb][Oo][Ss]|BOS_TOKEN|"
     r"pad|PAD|unk|UNK|eo[hm]|sop|start_of_turn|end_of_turn)>|"
-    r"\[(?:UNUSED_TOKEN_\d+|gMASK|/?INST|/?SYSTEM_PROMPT|/?AVAILABLE_TOOLS|PAD|SEP|CLS|EOS|BOS|UNK|"
+    r"\[(?:UNUSED_TOKEN_\d+|gMASK|/?INST|/?SYSTEM_PROMPT|/?AVAILABLE_TOOLS|(?i:PAD|SEP|CLS|EOS|BOS|UNK|EOT|END|STOP)|"
     r"/[A-Za-z]\w{0,30})\])"
 )
-_TAG = r"<(?P<slash>/?)(?P<tag>[A-Za-z][\w.▁-]{0,40})(?P<role> (?:role|name|from)=[^<>\n]{1,40})?>"
+_TAG = (
+    r"<(?P<slash>/?)(?P<tag>[A-Za-z_][\w.:▁-]{0,40})(?P<role> (?:role|name|from)=[^<>\n]{1,40})?>"
+)
 _TOKEN_AT_START, _TAG_AT_START = re.compile(_TOKEN), re.compile(_TAG)
 _TOKEN_AT_END = re.compile(rf"{_TOKEN}(?=\s*(?:[:：]|\w{{1,12}})?\Z)")
 _ATTRIBUTES_AT_START = re.compile(r"<[a-z]{1,12} [^<>]{1,100}>")
@@ -275,6 +318,14 @@ _INNER = re.compile(
     r"(?:#{1,6} ?|\*\*|\[|<)?(?P<name>[^\W\d_][^\n:：|<>\[\]*#.!?,;\"`(){}=]{0,24})"
     r"(?:(?:\]|>|\*\*)? ?[:：](?:\*\*)?|\]|>|\*\*|(?=\r?\n)))"
 )
+_BETWEEN_SIGNS = re.compile(
+    r"(?:(?<=[^\w\s])|(?<=[^\w\s] )|^)[^\W\d_]+(?=\s?[^\w\s,.!?'’-]|\n|\Z)", re.M
+)
+_LEAST_SHARED = 3  # characters that texts of one group share
+_LONGEST_SHARED = 60  # characters; a longer beginning is an instruction
+#: Signs that prose has not.
+_SIGN = re.compile(r"[^\w\s.,!?;:'\"()\-–—…“”‘’/。，、？！：；（）「」*#&%$+=]")
+_STRUCTURES = ("{", "[", "<", "|", "`", "$", "\\")
 _PLURAL = {"begins with": "begin with", "ends with": "end with", "has a further turn": "go on with"}
 
 
@@ -296,6 +347,18 @@ def _tag(match: re.Match[str], text: str) -> Mark | None:
         return None
     other = f"<{name}" if match["slash"] else f"</{name}>"
     return None if other in text else Mark(TOKEN, match.group())
+
+
+def _common(one: str, other: str) -> str:
+    if other.startswith(one):
+        return one
+    end = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+    return one[:end]
+
+
+def _speaker_in(shared: str) -> bool:
+    """Return whether a speaker stands between signs: `(User)`, `=== USER ===`, `user> `."""
+    return any(is_speaker(match.group()) for match in _BETWEEN_SIGNS.finditer(shared))
 
 
 def _is_whole(match: re.Match[str]) -> bool:
