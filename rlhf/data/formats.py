@@ -164,7 +164,7 @@ def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[
     cells, roles, decide, notes = found
     cells, more = with_forms(cells, sample)
     if cells.prompt is None:
-        _check_conversations(cells, cells.markups or {}, sample)
+        _check_conversations(cells, cells.markups or {}, names, sample)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
     tie = next((names[n] for n in _TIES if n in names and names[n] not in columns), None)
 
@@ -190,9 +190,18 @@ def _can_read(layout: Layout, sample: Sequence[Row]) -> bool:
 
 
 def _check_conversations(
-    cells: Cells, markups: Mapping[str, Markup], sample: Sequence[Row]
+    cells: Cells, markups: Mapping[str, Markup], names: Mapping[str, str], sample: Sequence[Row]
 ) -> None:
-    """Refuse replies that are plain texts, where no column holds the prompt."""
+    """Refuse replies that are plain texts, where no column holds the prompt.
+
+    Beside a column of prompts, a chat as one reply to a plain other one is an answer about chats.
+    """
+    asked = [c for n in PROMPTS if (c := names.get(n)) not in (None, cells.first, cells.second)]
+    if cells.first in markups and cells.second not in markups and asked:
+        raise ConfigError(
+            f"data.source: {cells.first} holds chats that do not continue {asked[0]}, and "
+            f"{cells.second} plain replies; give replies, or set data.text_columns={cells.first}"
+        )
     values = [value_of(row, cells.first) for row in sample]
     texts = [value for value in values if isinstance(value, str)]
     if cells.first not in markups and len(texts) > len(values) / 2:

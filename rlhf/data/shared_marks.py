@@ -318,6 +318,8 @@ _INNER = re.compile(
     r"(?:#{1,6} ?|\*\*|\[|<)?(?P<name>[^\W\d_][^\n:：|<>\[\]*#.!?,;\"`(){}=]{0,24})"
     r"(?:(?:\]|>|\*\*)? ?[:：](?:\*\*)?|\]|>|\*\*|(?=\r?\n)))"
 )
+_TAG_OF_STYLE = re.compile(r"</?(?:b|br|p|i|em|strong|div|span)/?>")
+_WORD = re.compile(r"[^\W\d_]")
 _BETWEEN_SIGNS = re.compile(
     r"(?:(?<=[^\w\s])|(?<=[^\w\s] )|^)[^\W\d_]+(?=\s?[^\w\s,.!?'’-]|\n|\Z)", re.M
 )
@@ -357,8 +359,12 @@ def _common(one: str, other: str) -> str:
 
 
 def _speaker_in(shared: str) -> bool:
-    """Return whether a speaker stands between signs: `(User)`, `=== USER ===`, `user> `."""
-    return any(is_speaker(match.group()) for match in _BETWEEN_SIGNS.finditer(shared))
+    """Return whether a shared piece ends in a speaker between signs: `=== USER ===`, `user> `."""
+    shared = _TAG_OF_STYLE.sub("", shared)
+    words = [*_BETWEEN_SIGNS.finditer(shared)]
+    return (
+        bool(words) and is_speaker(words[-1].group()) and not _WORD.search(shared, words[-1].end())
+    )
 
 
 def _is_whole(match: re.Match[str]) -> bool:

@@ -14,7 +14,7 @@ from rlhf.data.chat import to_messages
 from rlhf.data.markup import BYTES, LISTS, PARTS, SPOKEN, TEMPLATE, WEAK, Markup, markup_of
 from rlhf.data.records import LeftOutError
 from rlhf.data.rows import Message
-from rlhf.data.shared_marks import NAME, TOKEN, closing_mark
+from rlhf.data.shared_marks import NAME, TOKEN, closing_mark, opening_mark
 from rlhf.data.special_tokens import break_token, edge_token
 
 #: Beginnings of all forms, so that few texts are parsed in vain.
@@ -79,7 +79,8 @@ def check_reply(reply: str, field: str, asked: str = "") -> None:
     is_apart = before.endswith(_SENTENCE_ENDS) or (
         turn.group() == "\nHuman:" and reply[: turn.start()].endswith("\n")
     )
-    is_shown = before.endswith((":", "：")) or before.count("```") % 2
+    begin = opening_mark(reply)  # of a dialogue that is the answer
+    is_shown = before.endswith((":", "：")) or before.count("```") % 2 or begin is not None
     if is_apart and not is_shown and not _ASKS_FOR_SPEAKERS.search(asked):
         raise LeftOutError(
             f"{field} goes on with a further turn", repr(reply[turn.start() :][:60]),
