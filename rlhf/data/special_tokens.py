@@ -44,7 +44,9 @@ def strip_end_tokens(reply: str, is_habit: bool = True, asked: str = "") -> tupl
         if token is None or last - len(token) == closing:
             break
         if not (is_habit or found) and (
-            token in asked or not _is_attached(reply, last - len(token))
+            token in asked
+            or not _is_attached(reply, last - len(token))
+            or _opens_turns(reply[start : last - len(token)])
         ):
             break
         end, found = last - len(token), True
@@ -153,6 +155,12 @@ _CONTROL = re.compile(
         )
     )
 )
+
+
+def _opens_turns(text: str) -> bool:
+    """Return whether a text holds tokens that open a turn, as one that shows a template does."""
+    tokens = (match.group() for match in _CONTROL.finditer(text))
+    return any(token not in END_TOKENS and not token.startswith("<s") for token in tokens)
 
 
 def _is_attached(text: str, start: int) -> bool:

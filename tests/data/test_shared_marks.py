@@ -268,7 +268,8 @@ def marks(draw):
     """Return an opening and a closing mark of a template that nobody has seen."""
     one, other = draw(NAMES), draw(NAMES)
     pattern = draw(st.sampled_from(
-        ["<|{}|>", "<{}>", "{}: ", "### {}\n", "[{}]: ", "**{}:** ", "<｜{}｜>", "[|{}|]", "## {}:\n"]
+        ["<|{}|>", "<{}>", "{}: ", "### {}\n", "[{}]: ", "**{}:** ", "<｜{}｜>", "[|{}|]",
+         "## {}:\n"]
     ))  # fmt: skip
     return pattern.format(one), "\n" + pattern.format(other)
 
@@ -298,7 +299,8 @@ def test_texts_without_shared_marks_are_left_alone(texts, cut):
     "text",
     ["Sure, here it is.", "Yes: it is so.", "<p>Hi</p>", "<think>Hm.</think>So.", "x < y",
      "1. Go.",
-     "https://a.b/c", "10:30 is too late", "(a) yes", "", " ", "# ", "```python\nx\n```", "$x$ is",
+     "https://a.b/c",
+     "10:30 is too late", "(a) yes", "", " ", "# ", "```python\nx\n```", "$x$ is",
      "def f(x):\n    return x", "\\[ x \\]", "| a | b |", "- one\n- two", "Hello there\nAnn"],
 )  # fmt: skip
 def test_texts_without_marks_of_templates(text):
