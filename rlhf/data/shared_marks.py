@@ -32,7 +32,7 @@ ENOUGH = 0.6
 _ENOUGH_IN_STRETCH = 0.95
 #: Different texts that the rule needs: of a few, most begin alike by chance.
 _FEWEST = 5
-_STRETCH = 50  # examined texts
+_STRETCH, _CHECKED_EVERY = 25, 8  # examined texts
 _DENSE_ROWS = 500  # of which all are examined; then one of 32
 _EVERY = 32
 _LONGEST_TOKEN = 90  # characters, and a role's name behind it
@@ -125,10 +125,10 @@ class Edge:
     shared: str
     count: int = 0
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, weight: int) -> None:
         """Count a text that shares at least the characters by which it was found."""
         self.shared = _common(self.shared, text)
-        self.count += 1
+        self.count += weight
 
 
 @dataclass
@@ -149,26 +149,35 @@ class Marks:
     heads: dict[str, Edge] = field(default_factory=dict)
     tails: dict[str, Edge] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
+    """Hashes of the counted texts."""
+    texts: int = 0
+    """Sum of their weights."""
 
-    def add(self, text: str) -> None:
-        """Count the marks of a text, unless an equal one is counted."""
+    def add(self, text: str, weight: int = 1) -> None:
+        """Count the marks of a text, unless an equal one is counted.
+
+        Args:
+            text: The text.
+            weight: Number of rows that it stands for.
+        """
         if not text.strip() or (key := hash(text)) in self.seen:
             return
         self.seen.add(key)
+        self.texts += weight
         plain = text.strip()
         for edges, edge in ((self.heads, plain[:_EDGE]), (self.tails, plain[: -_EDGE - 1 : -1])):
-            edges.setdefault(edge[:_LEAST_SHARED], Edge(edge)).add(edge)
+            edges.setdefault(edge[:_LEAST_SHARED], Edge(edge)).add(edge, weight)
         begin, end = opening_mark(text), closing_mark(text)
         if begin is not None and not (self.is_reply and CUT_SPEAKER.match(text)):
-            self.begins[begin] += 1
+            self.begins[begin] += weight
         is_cut = end is not None and end.text in END_TOKENS and text.rstrip().endswith(end.text)
         if end is not None and not (self.is_reply and is_cut):
-            self.ends[end] += 1
+            self.ends[end] += weight
         turn = inner_turn(text) if "\n" in text or "\\n" in text or "USER" in text else None
         # A prompt that a user's turn ends is a chat; another may be a task on a transcript.
         is_last = turn and text.rstrip().rpartition("\n")[2].startswith(turn.text)
         if turn is not None and (self.is_reply or is_last):
-            self.inside[turn] += 1
+            self.inside[turn] += weight
 
     def check(self, enough: float = ENOUGH) -> str | None:
         """Return a sentence on a mark of most texts that a template need not have written.
@@ -179,7 +188,7 @@ class Marks:
         (begin, begins), (end, ends), (turn, turns) = map(
             _most, (self.begins, self.ends, self.inside)
         )
-        least = max(_FEWEST, enough * len(self.seen))
+        least = max(_FEWEST, enough * self.texts)
         opens, closes = begins >= least, ends >= least
         told = (NAME, FORMAT)
         if begin and opens and (begin.kind not in told or (closes and begin.kind == NAME)):
@@ -214,7 +223,7 @@ class Marks:
     def _refusal(self, verb: str, mark: Mark, count: int) -> ConfigError:
         return ConfigError(
             f"data.text_columns: most texts of {self.column} are written by a template: "
-            f"{count:,} of {len(self.seen):,} {_PLURAL[verb]} {mark.text!r}; remove its marks, or "
+            f"{count:,} of {self.texts:,} {_PLURAL[verb]} {mark.text!r}; remove its marks, or "
             "give chats as lists of {role, content}, or, if they belong to the text, set "
             f"data.text_columns={self.column}"
         )
@@ -238,14 +247,16 @@ class MarkWatch:
         if total is None:
             return
         self.rows[column] += 1
-        if self.rows[column] > _DENSE_ROWS and self.rows[column] % _EVERY:
+        weight = 1 if self.rows[column] <= _DENSE_ROWS else _EVERY
+        if self.rows[column] % weight:
             return
         stretch = self.stretches.setdefault(column, Marks(column, total.is_reply))
         for text in texts_of(value, total.is_reply):
-            total.add(text)
+            total.add(text, weight)
             stretch.add(text)
-        if len(stretch.seen) >= _STRETCH:
+        if len(total.seen) % _CHECKED_EVERY == 0:
             total.check()
+        if len(stretch.seen) >= _STRETCH:
             stretch.check(_ENOUGH_IN_STRETCH)
             del self.stretches[column]
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf.data.chat import to_messages
 from rlhf.data.markup import markup_of, recognise
+from rlhf.data.shared_marks import Marks
 from rlhf.data.special_tokens import (
     END_TOKENS,
     MISSING_WORDS,
@@ -446,6 +447,8 @@ def test_long_hostile_text_is_read_in_linear_time(beginning, piece):
     strip_end_tokens(text)
     break_token(text)
     edge_token(text)
+    Marks("prompt", is_reply=True).add(text)
+    strip_end_tokens(text, is_habit=False)
     without_prompt(text, f"\n{text}\nLook.")
     assert without_prompt("Why so?", f"Why so?{text}x") is None
     assert without_prompt("Why is it so?", f"Why is it so?{text}x") is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import string
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from rlhf.config import DataConfig
 from rlhf.data import rows as files
 from rlhf.data.prepare import prepare_data
-from rlhf.data.shared_marks import FORMAT, Marks, closing_mark, inner_turn, opening_mark
+from rlhf.data.shared_marks import FORMAT, Marks, MarkWatch, closing_mark, inner_turn, opening_mark
 from rlhf.errors import ConfigError
 from tests.data.legitimate import PROMPTS, REPLIES
 
@@ -198,9 +199,29 @@ def test_marks_of_later_rows_stop_the_stage(tmp_path):
         prepare(tmp_path, [*(plain(i) for i in range(200)), *later])
 
 
-def test_a_few_marks_in_later_rows_are_content(tmp_path):
+@pytest.mark.parametrize(
+    ("rows", "is_marked", "is_refused"),
+    [
+        (3000, lambda i: i >= 200 and i % 5 > 0, True),
+        (3000, lambda i: i % 2 == 0, False),
+        (9000, lambda i: 6000 <= i < 8000, True),
+        (9000, lambda i: 6000 <= i < 8000 and i % 5 > 0, False),
+        (9000, lambda i: 6000 <= i < 6500, False),
+    ],
+    ids=["most rows", "half", "a stretch", "most of a stretch", "a short stretch"],
+)
+def test_marks_are_counted_over_the_whole_file(rows, is_marked, is_refused):
+    watch = MarkWatch({"prompt": Marks("prompt", is_reply=False)})
+    texts = [f"Student: {question(i)}\nTeacher:" if is_marked(i) else question(i)
+             for i in range(rows)]  # fmt: skip
+    with pytest.raises(ConfigError) if is_refused else contextlib.nullcontext():
+        for text in texts:
+            watch.see("prompt", text)
+
+
+def test_marks_of_half_of_the_rows_are_content(tmp_path):
     rows = [plain(i) for i in range(600)]
-    for i in range(200, 600, 3):
+    for i in range(0, 600, 2):
         rows[i]["prompt"] = f"Student: {question(i)}\nTeacher:"
     assert len(prepare(tmp_path, rows)[0]) == 600
 
