@@ -200,6 +200,7 @@ def _read_part(
     assert reading.sources is not None
     file = reading.sources.file_name(source, part)
     number = reading.sources.files
+    columns = _extra_columns(config)
     for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
         source.rows += 1
@@ -208,7 +209,7 @@ def _read_part(
             source.quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
             continue
         try:
-            _add(record, layout, collector, fields, origin, reading, _extra_columns(config), note)
+            _add(record, layout, collector, fields, origin, reading, columns, note)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             source.quarantine.add(origin, reason, row)
@@ -228,10 +229,11 @@ def _add(
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
     converted = layout.convert(record.fields)
     converted, row = reading.personal.apply(converted, record.fields, columns)
-    prompts = {
-        exact_key(item.prompt): item.prompt for item in (*converted.comparisons, *converted.rated)
-    }
-    additions = [fields.read(row, prompt) for prompt in prompts.values()]
+    additions: list[Callable[[], None]] = []
+    if columns:  # without any, a prompt has nothing beside it to read
+        compared = (*converted.comparisons, *converted.rated)
+        prompts = {exact_key(item.prompt): item.prompt for item in compared}
+        additions = [fields.read(row, prompt) for prompt in prompts.values()]
     collector.add(converted, origin)
     for add in additions:
         add()
