@@ -31,6 +31,9 @@ from rlhf.data.special_tokens import (
 from rlhf.data.strays import check_reply, check_stray
 from rlhf.errors import ConfigError
 
+#: What a finder of formats returns: cells, the replies' names in reasons, the converter, sentences.
+Found = tuple["Cells", tuple[str, str], Any, tuple[str, ...]]
+
 _SPEAKER = re.compile(r"\s*(?:### ?)?(?:Assistant|ASSISTANT|AI|Bot|GPT|Response):[ \n]*")
 
 

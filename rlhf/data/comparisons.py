@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import Cells
+from rlhf.data.cells import Cells, Found
 from rlhf.data.chat import REPLY_KEYS, loose_text, to_messages, to_text
 from rlhf.data.columns import Row, cell_of, value_of
 from rlhf.data.markup import LISTS
+from rlhf.data.rankings import find_unranked
+from rlhf.data.ratings import CONVERSATIONS
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.replies import CONVERSATIONS, Found, find_unranked
 from rlhf.data.verdicts import LABEL_COLUMNS, Judge, find_judge, names_a_reply, relation
 from rlhf.errors import ConfigError
 

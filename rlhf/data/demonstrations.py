@@ -22,9 +22,10 @@ from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.privacy import PersonalData
 from rlhf.data.quarantine import Quarantine
+from rlhf.data.ratings import CONVERSATIONS, RATINGS
 from rlhf.data.records import LeftOutError
-from rlhf.data.replies import CONVERSATIONS, RATINGS, thumb_of
 from rlhf.data.rows import Demonstration, Message, Pair, Prompt, messages_of
+from rlhf.data.scores import thumb_of
 from rlhf.data.special_tokens import without_prompt
 from rlhf.errors import ConfigError
 

@@ -8,20 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import Cells, find_markups, find_named
+from rlhf.data.cells import Cells, Found, find_markups, find_named
 from rlhf.data.columns import Row, cell_of, check_settings, value_of
 from rlhf.data.comparisons import find_comparison, find_pairs
 from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
+from rlhf.data.rankings import find_ranking, find_unranked
+from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
 from rlhf.data.records import Converted, LeftOutError
-from rlhf.data.replies import (
-    CONVERSATIONS,
-    REPLIES,
-    Found,
-    find_ranking,
-    find_rated,
-    find_unranked,
-)
 from rlhf.errors import ConfigError
 
 PROMPTS = (

@@ -1,39 +1,22 @@
-"""Replies that are rated one by one (KTO, scores), or listed with ranks or scores."""
+"""Lists of replies to one prompt, with ranks or scores, or the best first."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import Cells
+from rlhf.data.cells import Cells, Found
 from rlhf.data.chat import REPLY_KEYS
 from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row, cell_of, value_of
-from rlhf.data.records import Comparison, Converted, LeftOutError, Rated
+from rlhf.data.records import Comparison, Converted, LeftOutError
+from rlhf.data.scores import beginning, direction, optional_score
 from rlhf.errors import ConfigError
 
-#: What a finder returns: cells, the replies' names in reasons, the converter, sentences.
-Found = tuple[Cells, tuple[str, str], Any, tuple[str, ...]]
-
-REPLIES = ("completion", "response", "answer", "reply", "output", "generation", "text")
-#: Columns of whole conversations, whose last message is the reply that is rated.
-CONVERSATIONS = ("messages", "conversations", "conversation")
-RATINGS = (
-    "label", "thumbs", "feedback", "vote", "rating", "score", "overall_score", "reward", "quality",
-    "overall", "is_good", "desirable",
-)  # fmt: skip
-#: Default of `data.score_weights`: HelpSteer's attributes, as NVIDIA's SteerLM weighs them.
-ATTRIBUTES = {
-    "helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55,
-    "verbosity": -0.4,
-}  # fmt: skip
 #: Most replies of one row: their pairs grow with the square.
 MAX_REPLIES = 200
 LISTS = (
@@ -41,17 +24,6 @@ LISTS = (
     "generations", "responses_and_scores", "summaries", "samples", "ranking", "ranked_responses",
     "ranked", "choices",
 )  # fmt: skip
-#: Words in names of scores of which the lowest is best, and those that turn them round.
-_LOWER_IS_BETTER = frozenset(
-    ("rank", "ranks", "ranking", "rankings", "position", "positions", "place", "loss", "losses",
-     "cost", "costs", "error", "errors", "penalty", "penalties", "perplexity", "ppl", "nll",
-     "distance", "toxic", "toxicity", "harm", "harmful", "harmfulness", "unsafe", "violation",
-     "violations", "bad", "badness", "spam", "flagged", "hallucination", "hallucinations",
-     "rejected")
-)  # fmt: skip
-_TURNED = frozenset(("neg", "negative", "negated", "minus", "inverse", "not", "non", "no"))
-#: Columns of thumbs, whose numbers are no scale.
-_THUMBS = ("label", "thumbs", "feedback", "vote")
 #: Columns with the position of the best reply in a list.
 _BEST = ("best", "best_index", "best_idx", "chosen_index", "chosen_idx", "chosen", "choice",
          "preferred", "winner", "preferred_index", "label")  # fmt: skip
@@ -63,98 +35,6 @@ _SCORE_KEYS = (
 )  # fmt: skip
 _SCORE_LISTS = ("scores", "score", "ratings", "rating", "rewards", "overall_scores")
 _RANK_LISTS = ("rank", "ranks", "ranking")
-_UP = frozenset(
-    {"true", "up", "good", "positive", "like", "liked", "thumbs_up", "thumbsup", "thumbs up",
-     "desirable", "chosen", "yes", "👍", "accept", "accepted"}
-)  # fmt: skip
-_DOWN = frozenset(
-    {"false", "down", "bad", "negative", "dislike", "disliked", "thumbs_down", "thumbsdown",
-     "thumbs down", "undesirable", "rejected", "no", "👎", "reject"}
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Rating:
-    """Rows of one reply with a label or scores."""
-
-    columns: tuple[str, ...]
-    weights: tuple[float, ...] = (1.0,)
-
-    def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
-        notes: set[str] = set()
-        if cells.prompt is None:
-            prompt, reply = cells.read_conversation(row, roles[0], notes)
-        else:
-            prompt = cells.read_prompt(row, notes)
-            value = cell_of(row, cells.first)
-            reply = cells.read_reply(value, cells.first, prompt, roles[0], notes)
-        score = sum(
-            weight * _mean_score(value_of(row, column), column)
-            for column, weight in zip(self.columns, self.weights, strict=True)
-        )
-        return Converted(rated=[Rated(prompt, reply, score)], notes=frozenset(notes))
-
-
-def find_rated(
-    names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
-    prompt: Cells,
-) -> Found | None:  # fmt: skip
-    """Return the columns of a prompt, a reply, and its label or scores, if there are such."""
-    reply = config.chosen_column or next((names[n] for n in REPLIES if n in names), None)
-    label = config.label_column or next(
-        (names[n] for n in RATINGS if n in names and _are_scores(sample, names[n])), None
-    )
-    if reply is None and prompt.prompt in [names.get(n) for n in CONVERSATIONS]:
-        reply, prompt = prompt.prompt, replace(prompt, prompt=None)
-    elif prompt.prompt in (None, reply):
-        return None
-    if reply is None:
-        return None
-    cells = replace(prompt, first=reply, second=reply)
-    attributes = config.score_weights or {
-        names[n]: weight for n, weight in ATTRIBUTES.items() if n in names
-    }
-    if config.score_weights or (label is None and len(attributes) > 1):
-        total = " ".join(f"{weight:+g} {name}" for name, weight in attributes.items())
-        note = f"rated: replies to one prompt are compared by {total}"
-        return cells, ("reply", "reply"), _Rating((*attributes,), (*attributes.values(),)), (note,)
-    label = label or next(iter(attributes), None)
-    if label is None or not _are_scores(sample, label):
-        return None
-    _check_thumbs(sample, label)
-    sign, order = _direction(label)
-    source = f"{reply} to {prompt.prompt}" if prompt.prompt else f"the last reply of {reply}"
-    note = f"rated: {source}; replies to one prompt are compared by {label}, the {order} is best"
-    return cells, ("reply", "reply"), _Rating((label,), (sign,)), (note,)
-
-
-def _are_scores(sample: Sequence[Row], column: str) -> bool:
-    """Return whether most of a column's values are numbers or thumbs, not texts."""
-    values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
-    return sum(_is_score(value) for value in values) > len(values) / 2
-
-
-def _check_thumbs(sample: Sequence[Row], column: str) -> None:
-    """Refuse thumbs of 1 and 2: nothing says which of them is up.
-
-    Raises:
-        ConfigError: With the values that say it.
-    """
-    values = [cell_of(row, column) for row in sample]
-    scores = {_mean_score(value, column) for value in values if _is_score(value)}
-    if column.lower() in _THUMBS and scores == {1.0, 2.0}:
-        raise ConfigError(
-            f"data.label_column: {column!r} holds 1 and 2, which don't say whether 1 or 2 is the "
-            "better; write true and false, or rename the column to rating (the highest is best) "
-            "or rank (the lowest)"
-        )
-
-
-def _direction(column: str) -> tuple[float, str]:
-    """Return the sign and the word for the best value of a score, by its name: a loss is low."""
-    words = set(re.findall(r"[a-z]+", column.replace("_", " ").lower()))
-    is_low = bool(words & _LOWER_IS_BETTER) and not words & _TURNED
-    return (-1.0, "lowest") if is_low else (1.0, "highest")
 
 
 @dataclass(frozen=True)
@@ -235,7 +115,7 @@ class _Ranking:
             if sum(named) != 1:
                 raise LeftOutError(
                     f"{self.scores} does not name one reply of {self.column}",
-                    _beginning(cell_of(row, self.scores or "")),
+                    beginning(cell_of(row, self.scores or "")),
                 )
             return [float(is_best) for is_best in named]
         if self.scores is not None:
@@ -244,7 +124,7 @@ class _Ranking:
                 raise LeftOutError(
                     f"{self.scores} does not have one number for each reply", str(listed)[:60]
                 )
-            found = [_optional_score(value, self.scores) for value in listed]
+            found = [optional_score(value, self.scores) for value in listed]
             scores = [None if score is None else self.sign * score for score in found]
         else:
             scores = [_item_score(item, self.column) for item in items]
@@ -296,7 +176,7 @@ def _decision(
     if listed:
         if listed[0].lower() == "ranking" and not config.label_column:
             _check_order(sample, listed[0])
-        sign, order = _direction(listed[0])
+        sign, order = direction(listed[0])
         return _Ranking(column, listed[0], sign), f"by {listed[0]}, the {order} first"
     for name in best:
         start = _start(sample, name, column)
@@ -379,7 +259,7 @@ def _name_items(sample: Sequence[Row], name: str, column: str) -> bool:
 
 def _position(value: Any, column: str) -> int:
     if not _is_whole(value):
-        raise LeftOutError(f"{column} is no position", _beginning(value))
+        raise LeftOutError(f"{column} is no position", beginning(value))
     return int(value)
 
 
@@ -445,16 +325,16 @@ def _item_score(item: Any, column: str) -> float | None:
     """Return a reply's score, or its rank with a minus; None where it has neither."""
     if isinstance(item, Mapping):
         for key in _SCORE_KEYS:
-            if (score := _optional_score(item.get(key), f"{column}.{key}")) is not None:
+            if (score := optional_score(item.get(key), f"{column}.{key}")) is not None:
                 return score
-        rank = _optional_score(item.get("rank"), f"{column}.rank")
+        rank = optional_score(item.get("rank"), f"{column}.rank")
         return None if rank is None else -rank
-    raise LeftOutError(f"a reply in {column} has no score", _beginning(item))
+    raise LeftOutError(f"a reply in {column} has no score", beginning(item))
 
 
 def _check_ranks(items: Sequence[Any], scores: Sequence[float | None]) -> None:
     """Refuse replies whose ranks and scores order them differently."""
-    ranks = [_optional_score(item.get("rank"), "rank") for item in items]
+    ranks = [optional_score(item.get("rank"), "rank") for item in items]
     known = [(s, r) for s, r in zip(scores, ranks, strict=True) if s is not None and r is not None]
     for (one, rank), (two, other) in itertools.combinations(known, 2):
         if (one - two) * (rank - other) > 0:
@@ -463,61 +343,3 @@ def _check_ranks(items: Sequence[Any], scores: Sequence[float | None]) -> None:
                 f"scores {one:g} and {two:g}, ranks {rank:g} and {other:g}",
                 "leave out the scores or the ranks",
             )  # fmt: skip
-
-
-def _optional_score(value: Any, column: str) -> float | None:
-    is_missing = value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-    return None if is_missing else _score(value, column)
-
-
-def _mean_score(value: Any, column: str) -> float:
-    """Return a score, or the mean of several annotators' scores."""
-    if not isinstance(value, list | tuple):
-        return _score(value, column)
-    scores = [score for v in value if (score := _optional_score(v, column)) is not None]
-    if not scores:
-        raise LeftOutError(f"{column} is missing")
-    return sum(scores) / len(scores)
-
-
-def _beginning(value: Any) -> str:
-    """Return the beginning of a value for a message."""
-    return str(value)[:60]
-
-
-def _is_score(value: Any) -> bool:
-    try:
-        _mean_score(value, "")
-    except LeftOutError:
-        return False
-    return True
-
-
-def thumb_of(value: Any) -> bool | None:
-    """Return True for a thumb up, False for one down, None for what is neither."""
-    if isinstance(value, str | bool):
-        text = str(value).strip().casefold()
-        return True if text in _UP else False if text in _DOWN else None
-    return None
-
-
-def _score(value: Any, column: str) -> float:
-    """Return a label or score as a number; thumbs are 1 and 0.
-
-    Raises:
-        LeftOutError: It is neither.
-    """
-    if isinstance(value, str):
-        text = value.strip().casefold()
-        if text in _UP:
-            return 1.0
-        if text in _DOWN:
-            return 0.0
-        try:
-            value = float(text)
-        except ValueError:
-            value = None
-    with contextlib.suppress(OverflowError):  # an integer of 400 digits
-        if isinstance(value, bool | int | float) and math.isfinite(value):
-            return float(value)
-    raise LeftOutError(f"{column} is neither a number nor a thumb", _beginning(value))
