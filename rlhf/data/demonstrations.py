@@ -14,9 +14,9 @@ from typing import Any
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.cells import Cells, find_markups, find_named
 from rlhf.data.collect import exact_key, too_long
-from rlhf.data.columns import Row, cell_of, check_settings
+from rlhf.data.columns import Row, cell_of, check_settings, plain_name
 from rlhf.data.comparisons import PAIRS
-from rlhf.data.formats import PROMPTS, SYSTEMS, plain_name
+from rlhf.data.formats import PROMPTS, SYSTEMS
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows

@@ -14,11 +14,11 @@ from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.cells import Cells, find_markups
 from rlhf.data.chat import loose_text
 from rlhf.data.collect import too_long
-from rlhf.data.columns import Row, cell_of, check_settings
+from rlhf.data.columns import Row, cell_of, check_settings, plain_name
 from rlhf.data.comparisons import PAIRS
 from rlhf.data.demonstrations import CHATS, TEXTS, more_column
 from rlhf.data.demonstrations import REPLIES as SINGLE_REPLIES
-from rlhf.data.formats import PROMPTS, SYSTEMS, detect, plain_name
+from rlhf.data.formats import PROMPTS, SYSTEMS, detect
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows

@@ -22,12 +22,14 @@ _LOWER_IS_BETTER = frozenset(
 _TURNED = frozenset(("neg", "negative", "negated", "minus", "inverse", "not", "non", "no"))
 _UP = frozenset(
     {"true", "up", "good", "positive", "like", "liked", "thumbs_up", "thumbsup", "thumbs up",
-     "desirable", "chosen", "yes", "👍", "accept", "accepted"}
+     "thumb_up", "thumb up", "desirable", "chosen", "yes", "👍", "accept", "accepted"}
 )  # fmt: skip
 _DOWN = frozenset(
     {"false", "down", "bad", "negative", "dislike", "disliked", "thumbs_down", "thumbsdown",
-     "thumbs down", "undesirable", "rejected", "no", "👎", "reject"}
+     "thumb_down", "thumb down", "thumbs down", "undesirable", "rejected", "no", "👎", "reject"}
 )  # fmt: skip
+#: A number with its unit: "4/5", "80%", "4 stars".
+_WITH_UNIT = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)\s*(/\s*\d+(?:\.\d+)?|%|stars?|points?)\s*", re.I)
 
 
 def thumb_of(value: Any) -> bool | None:
@@ -60,6 +62,39 @@ def read_score(value: Any, column: str) -> float:
     raise LeftOutError(f"{column} is neither a number nor a thumb", beginning(value))
 
 
+def with_unit(value: Any) -> tuple[str, str] | None:
+    """Return number and unit of a text such as "4/5", "80%" or "4 stars"."""
+    match = _WITH_UNIT.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return None
+    unit = "".join(match[2].lower().split())
+    return match[1], unit if unit[0] == "/" else unit.removesuffix("s")
+
+
+def find_unit(sample: Sequence[Row], column: str) -> str | None:
+    """Return the unit of a column's numbers, if it is one and all of its first texts have it."""
+    values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
+    units = {found[1] if (found := with_unit(value)) else None for value in values}
+    return units.pop() if len(units) == 1 else None
+
+
+def without_unit(value: Any, unit: str | None, column: str) -> Any:
+    """Return the number of a value with a unit, as text.
+
+    Raises:
+        LeftOutError: It has another unit than the first rows, or none.
+    """
+    if unit is None or value is None or value == "":
+        return value
+    found = with_unit(value)
+    if found is None or found[1] != unit:
+        raise LeftOutError(
+            f"{column} has another unit than the first rows", f"{beginning(value)!r}, not {unit!r}",
+            "write all values in one unit",
+        )  # fmt: skip
+    return found[0]
+
+
 def optional_score(value: Any, column: str) -> float | None:
     """Return a score, None for a missing one."""
     is_missing = value is None or value == "" or (isinstance(value, float) and math.isnan(value))
@@ -88,6 +123,8 @@ def is_score(value: Any) -> bool:
 def are_scores(sample: Sequence[Row], column: str) -> bool:
     """Return whether most of a column's values are numbers or thumbs, not texts."""
     values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
+    if find_unit(sample, column) is not None:
+        return True
     return sum(is_score(value) for value in values) > len(values) / 2
 
 
