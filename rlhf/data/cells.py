@@ -17,6 +17,7 @@ from rlhf.data.chat import (
     split_reply,
     to_messages,
     to_text,
+    unread_reasoning,
 )
 from rlhf.data.columns import Row, cell_of
 from rlhf.data.markup import LISTS, WEAK, Markup, recognise
@@ -90,6 +91,8 @@ class Cells:
             prompt = self.read_prompt(row, notes)
             first = self.read_reply(first, self.first, prompt, roles[0], notes)
             second = self.read_reply(second, self.second, prompt, roles[1], notes)
+        for column in (self.first, self.second):
+            _note_reasoning(cell_of(row, column), column, notes)
         asked = messages_of(prompt)[-1]["content"]
         rest, other = without_prompt(asked, first), without_prompt(asked, second)
         if rest is None or other is None:
@@ -269,6 +272,11 @@ class Cells:
                 f"{role} is a missing value written as text", repr(value.strip()),
                 "remove the row, or export missing values as empty cells",
             )  # fmt: skip
+
+
+def _note_reasoning(value: Any, column: str, notes: set[str]) -> None:
+    if isinstance(value, list | tuple | dict) and (field := unread_reasoning(value)):
+        notes.add(f"{field} of messages in {column} is not read")
 
 
 def _no_prompt(role: str, reply: str) -> LeftOutError:

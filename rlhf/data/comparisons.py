@@ -41,7 +41,7 @@ _SCORES = (
 )  # fmt: skip
 
 
-CAPPED = f"of rows with more than {MAX_RANKED_PAIRS} pairs of listed replies, {MAX_RANKED_PAIRS} are used"
+CAPPED = f"of rows with more than {MAX_RANKED_PAIRS} pairs of lists, {MAX_RANKED_PAIRS} are used"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Comparison:
 
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
-        verdict, margin = self.judge.decide(row)
+        verdict, margin = self.judge.decide(row, notes)
         if verdict == "tie":
             raise LeftOutError("tie: neither reply is preferred", is_choice=True)
         prompt, first, second = cells.read(_turns(row, cells), roles, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
 from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
 from rlhf.data.records import Converted, LeftOutError
 from rlhf.data.reply_columns import NotRepliesError
+from rlhf.data.verdicts import LABEL_COLUMNS
 from rlhf.errors import ConfigError
 
 PROMPTS = (
@@ -27,6 +29,9 @@ PROMPTS = (
 _TRIED = 20
 #: Columns that mark rows without a preference.
 _TIES = ("is_tie", "tie", "tied")
+#: Columns beside a pair that may say in a word that it is a tie.
+_OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
+_TIE = re.compile(r"\s*(tie|tied|draw)\b.{0,20}", re.I)
 #: Columns that identify a row.
 _KEYS = ("id", "prompt_id", "conversation_id", "index", "source", "dataset")
 SYSTEMS = ("system", "system_prompt", "system_message")
@@ -193,10 +198,17 @@ def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[
     cells = replace(cells, markups=markups, named=named)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
     tie = next((names[n] for n in _TIES if n in names and names[n] not in columns), None)
+    outcomes = [] if name != "pairs" else [
+        names[n] for n in _OUTCOMES if n in names and names[n] not in columns
+    ]  # fmt: skip
 
     def convert(row: Row) -> Converted:
         if tie is not None and str(cell_of(row, tie)).strip().lower() in ("true", "1", "1.0"):
             raise LeftOutError("tie: neither reply is preferred", f"{tie} is set", is_choice=True)
+        for column in outcomes:
+            if isinstance(word := cell_of(row, column), str) and _TIE.fullmatch(word):
+                raise LeftOutError("tie: neither reply is preferred", f"{column} is {word!r}",
+                                   is_choice=True)  # fmt: skip
         return decide.convert(row, cells, roles)
 
     if tie is not None:

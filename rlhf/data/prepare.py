@@ -27,7 +27,7 @@ from rlhf.data.formats import Layout
 from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share, repeated
 from rlhf.data.own_rows import OwnRows
 from rlhf.data.partition import Partition, check_sizes, partition
-from rlhf.data.parts import with_layouts
+from rlhf.data.parts import convert, with_layouts
 from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.prompt_source import read_prompts
@@ -230,7 +230,7 @@ def _add(
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
-    converted = layout.convert(record.fields)
+    converted = convert(layout, record)
     converted, row = reading.personal.apply(converted, record.fields, columns)
     prompts = {
         exact_key(item.prompt): item.prompt for item in (*converted.comparisons, *converted.rated)
