@@ -123,8 +123,11 @@ _TYPES: dict[str, type[Any]] = {
 }
 
 
-def write_rows(path: Path, rows: Iterable[Any]) -> None:
+def write_rows(path: Path, rows: Iterable[Any]) -> int:
     """Write rows as Parquet, in row groups; the file appears whole or not at all.
+
+    Returns:
+        Number of rows.
 
     The file's name decides its schema. Equal rows give equal bytes with one version of pyarrow.
 
@@ -138,10 +141,12 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
     scratch = path.with_name(f".{path.name}.part")
     try:
         with parquet.ParquetWriter(scratch, schema, compression="zstd") as writer:
-            remaining = iter(rows)
+            remaining, count = iter(rows), 0
             while batch := list(itertools.islice(remaining, _GROUP)):
                 writer.write_batch(_batch(batch, schema, path.name))
+                count += len(batch)
         scratch.replace(path)
+        return count
     finally:
         scratch.unlink(missing_ok=True)
 
