@@ -16,6 +16,7 @@ from rlhf.data.chat import (
     split_reply,
     to_messages,
     to_text,
+    unread_reasoning,
 )
 from rlhf.data.columns import Row, cell_of
 from rlhf.data.markup import LISTS, Markup, parse_turns
@@ -29,6 +30,9 @@ from rlhf.data.special_tokens import (
     without_prompt,
 )
 from rlhf.data.strays import check_reply, check_stray
+
+#: What a finder of formats returns: cells, the replies' names in reasons, the converter, sentences.
+Found = tuple["Cells", tuple[str, str], Any, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Cells:
             prompt = self.read_prompt(row, notes)
             first = self.read_reply(first, self.first, prompt, roles[0], notes)
             second = self.read_reply(second, self.second, prompt, roles[1], notes)
+        for column in (self.first, self.second):
+            _note_reasoning(cell_of(row, column), column, notes)
         if not self.repeats:
             return prompt, first, second
         asked = messages_of(prompt)[-1]["content"]
@@ -343,6 +349,11 @@ class Cells:
                 f"{role} is a missing value written as text", repr(value.strip()),
                 "remove the row, or export missing values as empty cells",
             )  # fmt: skip
+
+
+def _note_reasoning(value: Any, column: str, notes: set[str]) -> None:
+    if isinstance(value, list | tuple | dict) and (field := unread_reasoning(value)):
+        notes.add(f"{field} of messages in {column} is not read")
 
 
 def _without_speaker(rest: str) -> str:

@@ -15,17 +15,18 @@ from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.cells import Cells
 from rlhf.data.collect import exact_key, too_long
 from rlhf.data.column_forms import find_markups, with_forms
-from rlhf.data.columns import Row, cell_of, check_settings
+from rlhf.data.columns import Row, cell_of, check_settings, plain_name
 from rlhf.data.comparisons import PAIRS
-from rlhf.data.formats import PROMPTS, SYSTEMS, plain_name
+from rlhf.data.formats import PROMPTS, SYSTEMS
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.privacy import PersonalData
 from rlhf.data.quarantine import Quarantine
+from rlhf.data.ratings import CONVERSATIONS, RATINGS
 from rlhf.data.records import LeftOutError
-from rlhf.data.replies import CONVERSATIONS, RATINGS, thumb_of
 from rlhf.data.rows import Demonstration, Message, Pair, Prompt, messages_of
+from rlhf.data.scores import thumb_of
 from rlhf.data.special_tokens import without_prompt
 from rlhf.errors import ConfigError
 

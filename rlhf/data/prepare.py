@@ -20,7 +20,7 @@ from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share
 from rlhf.data.own_rows import OwnRows
 from rlhf.data.pairs import Pairs
 from rlhf.data.partition import Partition, check_sizes, partition
-from rlhf.data.parts import with_layouts
+from rlhf.data.parts import convert, with_layouts
 from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.prompt_source import read_prompts
@@ -227,7 +227,7 @@ def _add(
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
-    converted = layout.convert(record.fields)
+    converted = convert(layout, record)
     converted, row = reading.personal.apply(converted, record.fields, columns)
     additions: list[Callable[[], None]] = []
     if columns:  # without any, a prompt has nothing beside it to read

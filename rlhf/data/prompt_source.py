@@ -15,19 +15,19 @@ from rlhf.data.cells import Cells
 from rlhf.data.chat import loose_text
 from rlhf.data.collect import too_long
 from rlhf.data.column_forms import with_forms
-from rlhf.data.columns import Row, cell_of, check_settings
+from rlhf.data.columns import Row, cell_of, check_settings, plain_name
 from rlhf.data.comparisons import PAIRS
 from rlhf.data.demonstrations import CHATS, TEXTS, more_column
 from rlhf.data.demonstrations import REPLIES as SINGLE_REPLIES
-from rlhf.data.formats import PROMPTS, SYSTEMS, detect, plain_name
+from rlhf.data.formats import PROMPTS, SYSTEMS, detect
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
+from rlhf.data.rankings import LISTS as REPLY_LISTS
 from rlhf.data.records import LeftOutError
-from rlhf.data.replies import LISTS as REPLY_LISTS
 from rlhf.data.rows import Prompt, PromptRow, messages_of
 from rlhf.errors import ConfigError
 

@@ -13,7 +13,7 @@ END_TOKENS: tuple[str, ...] = (
 _BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>")
 
 #: A whole cell that pandas, SQL or a spreadsheet wrote for a missing value. "none" is an answer.
-MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A"})
+MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A", r"\N"})
 
 _BLANKS = 50  # most blanks in front of a prompt that a reply repeats
 _SENTENCE_ENDS = ".!?…。！？"

@@ -267,7 +267,8 @@ def test_any_value_is_converted_or_left_out(row, data):
     layout = detect(list(row), [row], DataConfig(source="x.jsonl"))
     changed = data.draw(st.dictionaries(st.sampled_from(list(row)), JSON, min_size=1))
     converted = None
-    with contextlib.suppress(LeftOutError):
+    # A label outside of the first rows' convention stops the stage.
+    with contextlib.suppress(LeftOutError, ConfigError):
         converted = layout.convert({**row, **changed})
     for comparison in converted.comparisons if converted else ():
         assert comparison.chosen.strip()
