@@ -105,11 +105,8 @@ def _inspect_pairs(
     quarantine = Quarantine(personal_data=config.data.personal_data)
     fields = PromptFields(config.data)
     reading = read_pairs(config.data, config.store_options, quarantine, fields, limit=rows)
-    parts = partition(
-        reading.pairs, reading.held_out, config.data, config.seed, reading.ledger, reading.note
-    )
-    of_parts = set(map(id, (*parts.train, *parts.held_out, *parts.judge)))
-    pairs = [item.pair for item in (*reading.pairs, *reading.held_out) if id(item.pair) in of_parts]
+    parts = partition(reading.pairs, reading.held_out, config.data, config.seed, reading.note)
+    pairs = [*parts.used().once().written()]
     assert reading.sources is not None
     used = reading.ledger.close(reading.sources.leave_out)
     reasons = left_out_reasons(quarantine.ordered(), quarantine.examples)
@@ -129,22 +126,26 @@ def _inspect_pairs(
 
 
 def _read_own(
-    use: str, config: PipelineConfig, rows: int, parts: Partition, fields: PromptFields
+    use: str, config: PipelineConfig, rows: int, parts: Partition | None, fields: PromptFields
 ) -> OwnReading:
     """Read demonstrations or prompts as a run does, without those that the pairs forbid."""
     from rlhf.data.demonstrations import read_demonstrations
+    from rlhf.data.ledger import Ledger
     from rlhf.data.prepare import Reading
     from rlhf.data.privacy import PersonalData
     from rlhf.data.prompt_source import read_prompts
     from rlhf.data.quarantine import Quarantine
 
     quarantine = Quarantine(personal_data=config.data.personal_data)
-    reading = Reading(personal=PersonalData(config.data))
-    held_out = [pair.prompt for pair in (*parts.held_out, *parts.judge)]
+    reading = Reading(Ledger(), personal=PersonalData(config.data))
+    train, held_out = (), []
+    if parts is not None:
+        train = parts.train.written()
+        held_out = [*parts.held_out.prompts(), *parts.judge.prompts()]
     common = (config.data, config.store_options, quarantine)
     rest = (held_out, config.seed, reading.note, reading.personal, rows)
     if use == "sft":
-        return read_demonstrations(*common, parts.train, *rest), reading, quarantine
+        return read_demonstrations(*common, train, *rest), reading, quarantine
     return read_prompts(*common, fields, *rest), reading, quarantine
 
 
@@ -155,7 +156,6 @@ def _read_alone(use: str, config: PipelineConfig, rows: int) -> OwnReading:
         ConfigError: The section sets columns of pairs, which such a source does not take.
     """
     from rlhf.data.mixing import settings_of_pairs
-    from rlhf.data.partition import Partition
     from rlhf.data.prompt_fields import PromptFields
 
     setting, described = OWN[use]
@@ -167,7 +167,7 @@ def _read_alone(use: str, config: PipelineConfig, rows: int) -> OwnReading:
         )
     data = config.data.model_copy(update={setting: config.data.source})
     config = config.model_copy(update={"data": data})
-    return _read_own(use, config, rows, Partition(), PromptFields(data))
+    return _read_own(use, config, rows, None, PromptFields(data))
 
 
 def _inspect_without_preferences(config: PipelineConfig, rows: int, reason: NoPreferences) -> None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.collect import Ledger, Origin, exact_key, merged_ids
+from rlhf.data.collect import exact_key
 from rlhf.data.columns import Row
+from rlhf.data.ledger import Ledger, Origin
 from rlhf.data.mixing import MixedSource, Sources, not_in_share, repeated
+from rlhf.data.pairs import merged_ids
 from rlhf.data.parts import Detector, records_with_layouts
 from rlhf.data.privacy import PersonalData, redacted_row
 from rlhf.data.quarantine import Quarantine
@@ -140,8 +142,9 @@ class _Reader(Generic[ItemT]):
         self.sources, self.ledger = sources, Ledger()
         self._detect, self._note, self._personal = detect, note, personal
         self._items: dict[str, Found[ItemT]] = {}
-        self._origins: dict[str, list[Origin]] = {}
-        self._lost: list[tuple[Origin, str]] = []
+        self._rows: dict[str, list[int]] = {}
+        """Numbers of the rows of each item."""
+        self._lost: list[tuple[int, str]] = []
         """Items that are not used: their row, of which others may be, and the reason."""
         self._unused_columns: list[str] = []
 
@@ -163,9 +166,9 @@ class _Reader(Generic[ItemT]):
                         f"{part.name} is not read: no training stage sees a source's own test part"
                     )
                     continue
-                for found, origin in self._read_part(part, source, limit, note):
+                for found, row in self._read_part(part, source, limit, note):
                     self._items.setdefault(found.key, found)
-                    self._origins.setdefault(found.key, []).append(origin)
+                    self._rows.setdefault(found.key, []).append(row)
         if not source.rows:
             raise DataError(
                 f"{source.field} = {source.uri!r}: holds no rows; give a file with some"
@@ -179,7 +182,7 @@ class _Reader(Generic[ItemT]):
         is_held_out = _held_out_test(held_out, [f.prompt for f in self._items.values()], threshold)
         times: dict[str, int] = {}
         for key, found in self._items.items():
-            origins = self._origins[key]
+            rows, origins = self._rows[key], self._origins(key)
             reason, number = refuse(found), self.sources.times(key, origins, seed)
             if is_held_out(found.prompt):
                 reason = LeftOutError(
@@ -189,41 +192,44 @@ class _Reader(Generic[ItemT]):
             elif number == 0:
                 reason = reason or not_in_share(self.sources, origins)
             if reason is None:
-                self.ledger.use(origins)
+                self.ledger.use(rows)
                 times[key] = number
             else:
-                self._lose(found, reason, origins)
+                self._lose(found, reason, rows)
         return times
 
     def note_lost_items(self, setting: str, times: dict[str, int]) -> None:
         """Note the items that are left out of rows whose other items are used."""
-        used = {origin for key in times for origin in self._origins[key]}
-        lost = Counter(reason for origin, reason in self._lost if origin in used)
+        used = {row for key in times for row in self._rows[key]}
+        lost = Counter(reason for row, reason in self._lost if row in used)
         for reason, count in sorted(lost.items()):
             self._note(f"data.{setting}: {count:,} turns of conversations are left out: {reason}")
 
     def result(self, times: dict[str, int], used: int) -> OwnRows[ItemT]:
         """Return the items as often as they are used, each with the ids of its rows."""
+        origins = {key: self._origins(key) for key in times}
         items = {
-            key: replace(self._items[key].item, row_ids=merged_ids([o.id] for o in origins))
-            for key in times
-            for origins in [self._origins[key]]
+            key: replace(self._items[key].item, row_ids=merged_ids([o.id] for o in own))
+            for key, own in origins.items()
         }
         keys = list(repeated([*times], [*times.values()]))
         return OwnRows(
             [items[key] for key in keys],
-            [origin for key in times for origin in self._origins[key]],
+            [origin for own in origins.values() for origin in own],
             sum(source.rows for source in self.sources.all),
             used,
             self._unused_columns,
-            self.sources.counts([self._origins[key][0] for key in keys]),
+            self.sources.counts([origins[key][0] for key in keys]),
             tuple(self.sources.all),
         )
 
+    def _origins(self, key: str) -> list[Origin]:
+        return [self.ledger.origin(row) for row in self._rows[key]]
+
     def _read_part(
         self, part: Part, source: MixedSource, limit: int | None, note: Callable[[str], None]
-    ) -> Iterator[tuple[Found[ItemT], Origin]]:
-        """Yield the usable items of a file, each with its row."""
+    ) -> Iterator[tuple[Found[ItemT], int]]:
+        """Yield the usable items of a file, each with the number of its row."""
 
         def report(layout: RowLayout[ItemT]) -> None:
             source.formats += [layout.name] if layout.name not in source.formats else []
@@ -241,13 +247,15 @@ class _Reader(Generic[ItemT]):
                 source.quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
                 continue
             try:
-                found = self._usable(self._convert(record, layout, source, note), origin)
+                found = self._convert(record, layout, source, note)
+                number = self.ledger.register(origin)
+                usable = self._usable(found, number)
             except LeftOutError as reason:
                 row = record.text if record.fields is None else record.fields
                 source.quarantine.add(origin, reason, row)
                 continue
-            for one in found:
-                yield one, origin
+            for one in usable:
+                yield one, number
 
     def _convert(
         self, record: Record, layout: RowLayout[ItemT] | None, source: MixedSource,
@@ -268,26 +276,25 @@ class _Reader(Generic[ItemT]):
             return found
         return layout.convert(redacted_row(record.fields), note)
 
-    def _usable(self, found: list[Found[ItemT]], origin: Origin) -> list[Found[ItemT]]:
+    def _usable(self, found: list[Found[ItemT]], row: int) -> list[Found[ItemT]]:
         """Return the usable items of a row.
 
         Raises:
             LeftOutError: There is none.
         """
-        self.ledger.register(origin)
         for one in found:
             if one.fault is not None:
-                self._lose(one, one.fault, [origin])
+                self._lose(one, one.fault, [row])
         usable = [one for one in found if one.fault is None]
         if not usable:
-            raise self.ledger.reason(origin) or LeftOutError("the row holds nothing to use")
+            raise self.ledger.reason(row) or LeftOutError("the row holds nothing to use")
         for one in usable:
             one.on_use()
         return usable
 
-    def _lose(self, found: Found[ItemT], reason: LeftOutError, origins: Sequence[Origin]) -> None:
-        self.ledger.lose(origins, reason, found.prompt, *filter(None, [found.reply]))
-        self._lost += [(origin, reason.reason) for origin in origins]
+    def _lose(self, found: Found[ItemT], reason: LeftOutError, rows: Sequence[int]) -> None:
+        self.ledger.lose(rows, reason, found.prompt, *filter(None, [found.reply]))
+        self._lost += [(row, reason.reason) for row in rows]
 
 
 def _detector(source: MixedSource, detect: Detect[ItemT]) -> Detector[RowLayout[ItemT]]:

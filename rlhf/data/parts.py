@@ -17,9 +17,9 @@ from rlhf.config import DataConfig
 from rlhf.data.columns import Row
 from rlhf.data.formats import Layout, detect
 from rlhf.data.margins import add_margins
-from rlhf.data.records import Record
+from rlhf.data.records import Converted, Record
 from rlhf.data.sources import Part
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, NoPreferences
 
 #: Rows of a file that its format is detected from, and those it is looked for in if they don't do.
 SAMPLE_ROWS = 200
@@ -131,6 +131,19 @@ def records_with_layouts(
         yield record, layout
 
 
+def convert(layout: Layout, record: Record) -> Converted:
+    """Return everything that a row says.
+
+    Raises:
+        LeftOutError: It can't be used.
+        ConfigError: Its values have another meaning than those of the first rows.
+    """
+    try:
+        return layout.convert(record.fields or {})
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {record.file}:{record.line})") from None
+
+
 def _first_layout(
     part: Part, records: Iterator[Record], detector: Detector[LayoutT]
 ) -> tuple[list[Record], LayoutT | None]:
@@ -177,8 +190,9 @@ def _layout(part: Part, sample: Sequence[Row], detector: Detector[LayoutT]) -> L
     try:
         return detector.detect(columns, sample, part.text_cells)
     except ConfigError as error:
-        # Of the same class: the command looks for demonstrations where there are no preferences.
-        raise type(error)(f"{error} (in {part.name}; {detector.inspect} shows more)") from None
+        # The command looks for demonstrations where there are no preferences.
+        kind = NoPreferences if isinstance(error, NoPreferences) else ConfigError
+        raise kind(f"{error} (in {part.name}; {detector.inspect} shows more)") from None
 
 
 def _changed(
