@@ -25,6 +25,7 @@ from rlhf.data.collect import (
 from rlhf.data.demonstrations import read_demonstrations
 from rlhf.data.formats import Layout
 from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share, repeated
+from rlhf.data.model_check import ModelCheck
 from rlhf.data.own_rows import OwnRows
 from rlhf.data.partition import Partition, check_sizes, partition
 from rlhf.data.parts import with_layouts
@@ -93,6 +94,7 @@ def prepare_data(
     seed: int = 0,
     store_options: StoreConfig | None = None,
     forgotten: frozenset[str] = frozenset(),
+    model: ModelCheck | None = None,
     progress: Progress = silent,
 ) -> StageResult:
     """Write a dataset: demonstrations, pairs and prompts, split by prompt; a summary.
@@ -105,6 +107,8 @@ def prepare_data(
         seed: Seeds the split (and the world, for `source: world`).
         store_options: S3 options, for an s3:// source.
         forgotten: Ids of rows to go without.
+        model: Check against the model that will be trained; rows that it can't be given are left
+            out. None where its tokenizer is yet to be trained.
         progress: Called after reading and after writing.
 
     Raises:
@@ -119,7 +123,7 @@ def prepare_data(
         path = out_dir / QUARANTINE
         try:
             parts, summary, evidence = _from_source(
-                config, store_options or StoreConfig(), seed, path, forgotten, progress
+                config, store_options or StoreConfig(), seed, path, forgotten, model, progress
             )
         except BaseException:
             path.unlink(missing_ok=True)
@@ -255,6 +259,7 @@ def _from_source(
     seed: int,
     path: Path,
     forgotten: frozenset[str],
+    model: ModelCheck | None,
     progress: Progress,
 ) -> tuple[Parts, dict[str, Any], Evidence]:
     fields = PromptFields(config)
@@ -262,6 +267,9 @@ def _from_source(
     with Quarantine(path, forgotten=forgotten, personal_data=policy) as quarantine:
         reading = read_pairs(config, options, quarantine, fields)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
+        if model:
+            reading.pairs = model.usable(reading.pairs, reading.ledger)
+            reading.held_out = model.usable(reading.held_out, reading.ledger)
         pairs, times = _weighted(reading, seed)
         divided = partition(pairs, reading.held_out, config, seed, reading.ledger, reading.note)
         sources = reading.sources
@@ -271,7 +279,7 @@ def _from_source(
             source.check(config.max_bad_fraction)
         check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
         train, held_out = divided.train, divided.held_out
-        own = _own_rows(config, options, quarantine, fields, divided, seed, reading)
+        own = _own_rows(config, options, quarantine, fields, divided, seed, reading, model)
     repeats = [times.get(id(pair), 1) for pair in train]
     by_pair = {id(item.pair): item for item in (*reading.pairs, *reading.held_out)}
     written = [
@@ -312,6 +320,7 @@ def _from_source(
         "contradictions": divided.contradictions or None,
         "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, total),
+        "prompts_shortened": (model and model.shortened) or None,
         "unused_columns": _joined([*dict.fromkeys(itertools.chain(*unused))]) or None,
         "sources": all_counts if len(all_counts) > 1 else None,
         "notes": [*reading.notes, *reading.personal.notes, *describe_counts(all_counts)],
@@ -331,7 +340,7 @@ def _origins(pairs: Sequence[Pair], by_pair: dict[int, Resolved]) -> Iterator[Or
 
 def _own_rows(
     config: DataConfig, options: StoreConfig, quarantine: Quarantine, fields: PromptFields,
-    parts: Partition, seed: int, reading: Reading,
+    parts: Partition, seed: int, reading: Reading, model: ModelCheck | None,
 ) -> dict[str, OwnRows[Any]]:  # fmt: skip
     """Read demonstrations and prompts of their own, by the file that they are written to."""
     own: dict[str, OwnRows[Any]] = {}
@@ -346,6 +355,7 @@ def _own_rows(
             seed,
             reading.note,
             reading.personal,
+            model.prompt_fault if model else None,
         )
     if config.prompts_source is not None:
         own[PROMPTS_TRAIN] = read_prompts(
@@ -357,6 +367,7 @@ def _own_rows(
             seed,
             reading.note,
             reading.personal,
+            model.prompt_fault if model else None,
         )
     return own
 

@@ -105,8 +105,8 @@ def test_a_foreign_model_keeps_its_tokenizer_which_is_completed(adopt, tmp_path)
 def test_a_reward_model_with_less_room_than_the_policy(adopt, tmp_path):
     out = adopt(save_foreign(tmp_path / "foreign", max_position_embeddings=12))
     scorer = Scorer(out, CPU, 48)
-    assert scorer.max_length == 12
-    assert Scorer(out, CPU, 8).max_length == 8
+    assert scorer.limits.max_length == 12
+    assert Scorer(out, CPU, 8).limits.max_length == 8
     assert torch.isfinite(scorer(["word " * 50], ["good " * 50])).all()
 
 
