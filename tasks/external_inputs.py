@@ -20,17 +20,18 @@ def external_base_model(config: PipelineConfig) -> ExternalModel | None:
     return ExternalModel("base.path", base.path, config.store_options, base.revision)
 
 
-def external_tokenizer(config: PipelineConfig) -> ExternalTokenizer | None:
+def external_tokenizer(config: PipelineConfig, *stages: str) -> ExternalTokenizer | None:
     """Return the tokenizer that data are checked against; None leaves the check to the stages.
 
     They check too: where the tokenizer is trained on the data, where the base is an artifact, which
-    must not become a parent of its data, and where it is a folder on the machine of another stage.
+    must not become a parent of its data, and where it is a folder and the `stages`, that which
+    prepares data and that which trains the base, run on different machines.
     """
     model = external_base_model(config)
     if model is None or model.is_artifact or config.data.source == "world":
         return None
     is_elsewhere = bool(config.placement) and not (model.uri.startswith("s3://") or model.is_on_hub)
-    if is_elsewhere and len({_deployment(config, s) for s in ("prepare-data", "train-sft")}) > 1:
+    if is_elsewhere and len({_deployment(config, stage) for stage in stages}) > 1:
         return None
     return ExternalTokenizer(model.field, model.uri, model.options, model.revision)
 

@@ -24,7 +24,7 @@ from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, judge, read_verdict, require
-from rlhf.modeling.source import CONFIG
+from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
@@ -250,6 +250,10 @@ def _limits(
     return limits
 
 
+def _base_tokenizer(config: PipelineConfig) -> ExternalModel | None:
+    return external_tokenizer(config, PREPARE_DATA.name, TRAIN_SFT.name)
+
+
 def _reward_limits(config: PipelineConfig) -> Mapping[str, Any]:
     """Return the limits of training a reward model; a ready one has none."""
     return {} if config.ppo.reward_model_path is not None else {"limits": _limits(config)}
@@ -261,9 +265,9 @@ PREPARE_DATA = Stage(
     inputs={},
     depends_on=lambda c: {
         "data": c.data.model_dump(exclude={"source", "eval_source", *_MODEL_SETTINGS}),
-        **({"limits": _limits(c)} if external_tokenizer(c) else {}),
+        **({"limits": _limits(c)} if _base_tokenizer(c) else {}),
     },
-    external_model=external_tokenizer,
+    external_model=_base_tokenizer,
     source_digest=_data_digest,
     body=_prepare_data,
     headline=(

@@ -22,9 +22,11 @@ from rlhf.errors import DataError, PromptUnusable
 from rlhf.evaluate import _fitting_pairs
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer
+from rlhf.modeling.source import ExternalTokenizer
 from rlhf.ppo.models import ppo_limits
 from rlhf.reward import _encode as encode_pairs
 from rlhf.sft import _encode as encode_demonstrations
+from tasks.stages import STAGES
 
 TEXTS = ["tea or cup? good bad kind", "why? yes, the jar is of clay"] * 20
 NO_SYSTEM = (
@@ -247,3 +249,30 @@ def test_prepare_data_quarantines_what_the_model_cannot_read(tmp_path):
     short = ModelCheck(RENDERER, TokenLimits(max_length=20, max_new_tokens=16))
     with pytest.raises(DataError, match=r"40 of 40 rows .*prompt too long for the model .*raise"):
         prepare_data(config, out, model=short)
+
+
+def test_the_base_that_data_are_checked_against(tmp_path):
+    base = {"path": str(tmp_path)}
+    prepare = STAGES["prepare-data"]
+
+    def checked(**sections):
+        data = {"source": "pairs.jsonl"}
+        return prepare.external_model(config_of(data=data, store="/s", **sections))
+
+    found = checked(base=base)
+    assert isinstance(found, ExternalTokenizer)
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert found.select(names) == ["config.json", "tokenizer.json"]
+    assert checked() is None  # the tokenizer is trained on the data
+    assert checked(base={"path": "artifact:" + "a" * 64}) is None
+    assert checked(base=base, placement={"train-sft": "gpu"}) is None
+    assert checked(base=base, placement={"train-sft": "gpu", "prepare-data": "gpu"}) is not None
+    assert checked(base={"path": "s3://bucket/model"}, placement={"train-sft": "gpu"}) is not None
+
+    def depends_on(**sections):
+        data = {"source": "pairs.jsonl", **sections.pop("data", {})}
+        return prepare.depends_on(config_of(data=data, **sections))
+
+    # Limits are part of what a dataset depends on only if it is checked.
+    assert depends_on(data={"max_prompt": 50}) == depends_on()
+    assert depends_on(data={"max_prompt": 50}, base=base) != depends_on(base=base)
