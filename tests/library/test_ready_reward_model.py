@@ -103,12 +103,12 @@ def test_a_foreign_model_keeps_its_tokenizer_which_is_completed(adopt, tmp_path)
 
 
 def test_a_reward_model_with_less_room_than_the_policy(adopt, tmp_path):
-    out = adopt(save_foreign(tmp_path / "foreign", max_position_embeddings=12))
+    out = adopt(save_foreign(tmp_path / "foreign", max_position_embeddings=24))
     scorer = Scorer(out, CPU, 48)
-    assert scorer.limits.max_length == 12
+    assert scorer.limits.max_length == 24
     assert Scorer(out, CPU, 8).limits.max_length == 8
     assert torch.isfinite(scorer(["a"], ["good " * 50])).all()
-    with pytest.raises(PromptUnusable, match="and 11 fit"):
+    with pytest.raises(PromptUnusable, match="and 23 fit"):
         scorer(["word " * 50], ["good"])
 
 
