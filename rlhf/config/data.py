@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlhf.config.lengths import SystemPolicy
@@ -37,6 +37,15 @@ DataFormat = Literal[
 
 #: Treatment of rows that hold personal data.
 PersonalDataPolicy = Literal["flag", "redact", "quarantine", "ignore"]
+
+
+def _column_names(value: object) -> object:
+    """Return the names of columns that are written as on the command line: `chosen,rejected`."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+#: Names of columns, in a list or in one text.
+Columns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_column_names)]
 
 
 class LabelsConfig(Section):
@@ -75,6 +84,8 @@ class SourceConfig(Section):
     """Column whose text goes before the prompt as a system turn."""
     label_column: str | None = Field(default=None, min_length=1)
     """Column that says which reply is better, or rates one."""
+    text_columns: Columns | None = None
+    """Columns that are text as they stand."""
     labels: LabelsConfig | None = None
     """Meaning of the values of `label_column`."""
     score_weights: dict[str, float] | None = None
@@ -145,6 +156,9 @@ class DataConfig(Section):
     label_column: str | None = Field(default=None, min_length=1)
     """Column that says which of two replies is better, or rates a single one; none finds it by
     name."""
+    text_columns: Columns = ()
+    """Columns that are text as they stand: marks of chats, names of speakers and end tokens in them
+    belong to the text, so that nothing is parsed, cut or left out for them."""
     labels: LabelsConfig = LabelsConfig()
     """Meaning of the values of `label_column`."""
     score_weights: dict[str, float] = Field(default_factory=dict[str, float])

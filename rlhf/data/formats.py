@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import Cells, find_markups, find_named
+from rlhf.data.cells import Cells
+from rlhf.data.column_forms import with_forms
 from rlhf.data.columns import Row, cell_of, check_settings, value_of
 from rlhf.data.comparisons import find_comparison, find_pairs
 from rlhf.data.exports import EXPORTS, Export, find_export, trees
@@ -137,7 +138,8 @@ def _flat(
             continue
         if layout is not None and _can_read(layout, sample[:_TRIED]):
             return layout
-        first = first or layout
+        if fault is None:
+            first = first or layout
     if first is not None:
         return first  # its rows say why they can't be used
     raise fault or _unknown(columns, sample, config)
@@ -160,11 +162,9 @@ def _with_prompt(
 
 def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[Row]) -> Layout:
     cells, roles, decide, notes = found
-    markups, more = find_markups(cells, sample)
+    cells, more = with_forms(cells, sample)
     if cells.prompt is None:
-        _check_conversations(cells, markups, sample)
-    named = find_named([c for c in (cells.first, cells.second) if c not in markups], sample)
-    cells = replace(cells, markups=markups, named=named)
+        _check_conversations(cells, cells.markups or {}, names, sample)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
     tie = next((names[n] for n in _TIES if n in names and names[n] not in columns), None)
 
@@ -190,9 +190,18 @@ def _can_read(layout: Layout, sample: Sequence[Row]) -> bool:
 
 
 def _check_conversations(
-    cells: Cells, markups: Mapping[str, Markup], sample: Sequence[Row]
+    cells: Cells, markups: Mapping[str, Markup], names: Mapping[str, str], sample: Sequence[Row]
 ) -> None:
-    """Refuse replies that are plain texts, where no column holds the prompt."""
+    """Refuse replies that are plain texts, where no column holds the prompt.
+
+    Beside a column of prompts, a chat as one reply to a plain other one is an answer about chats.
+    """
+    asked = [c for n in PROMPTS if (c := names.get(n)) not in (None, cells.first, cells.second)]
+    if cells.first in markups and cells.second not in markups and asked:
+        raise ConfigError(
+            f"data.source: {cells.first} holds chats that do not continue {asked[0]}, and "
+            f"{cells.second} plain replies; give replies, or set data.text_columns={cells.first}"
+        )
     values = [value_of(row, cells.first) for row in sample]
     texts = [value for value in values if isinstance(value, str)]
     if cells.first not in markups and len(texts) > len(values) / 2:
@@ -224,7 +233,7 @@ def _find_prompts(
         Cells(
             prompt, "", "", system=system,
             more=names.get("input") if prompt and plain_name(prompt) == "instruction" else None,
-            history=history if history != prompt else None,
+            history=history if history != prompt else None, plain=frozenset(config.text_columns),
         )
         for prompt in found
     ]  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from rlhf.config.lengths import TokenLimits
-from rlhf.data.collect import Ledger, Resolved
 from rlhf.data.fitting import Fitting
+from rlhf.data.pairs import Pairs
 from rlhf.data.records import LeftOutError
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Pair, Prompt
@@ -39,17 +41,20 @@ class ModelCheck:
             return LeftOutError(error.reason, error.detail, error.cure)
         return None
 
-    def usable(self, items: list[Resolved], ledger: Ledger) -> list[Resolved]:
+    def usable(self, pairs: Pairs) -> Pairs:
         """Return the pairs that can be trained on; the ledger gets the reasons of the others."""
         kept = []
-        for item in items:
-            pair = item.pair
-            fault = self._pair_fault(pair)
+        for index in range(len(pairs)):
+            fault = self._pair_fault(pairs.pair(index))
             if fault is None:
-                kept.append(item)
+                kept.append(index)
             else:
-                ledger.lose(item.origins, fault, pair.prompt, pair.chosen, pair.rejected)
-        return kept
+                pairs.lose(fault, [index])
+        return pairs.select(np.array(kept, np.int64))
+
+    def facts(self) -> dict[str, int]:
+        """Return entries of the summary: the prompts of pairs that lose whole turns."""
+        return {"prompts_shortened": self.shortened} if self.shortened else {}
 
     def _pair_fault(self, pair: Pair) -> LeftOutError | None:
         try:

@@ -7,13 +7,14 @@ it, columns with answers are not read, and a prompt that ends with the row's ans
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.cells import Cells, find_markups
+from rlhf.data.cells import Cells
 from rlhf.data.chat import loose_text
 from rlhf.data.collect import too_long
+from rlhf.data.column_forms import with_forms
 from rlhf.data.columns import Row, cell_of, check_settings
 from rlhf.data.comparisons import PAIRS
 from rlhf.data.demonstrations import CHATS, TEXTS, more_column
@@ -109,9 +110,10 @@ def find_layout(
         system=config.system_column or next((names[n] for n in SYSTEMS if n in names), None),
         more=more_column(names, prompt),
         history=names.get("history") if names.get("history") != prompt else None,
+        plain=frozenset(config.text_columns),
     )  # fmt: skip
-    markups, notes = find_markups(cells, sample)
-    reader = _Reader(replace(cells, markups=markups), config, fields.of(config), answers)
+    cells, notes = with_forms(cells, sample)
+    reader = _Reader(cells, config, fields.of(config), answers)
     first = [f"prompts are those of {prompt}"]
     if cells.system is not None:
         first.append(f"{cells.system} goes before the prompt as a system turn")

@@ -40,8 +40,7 @@ def read_rows(folder, rows, form="jsonl", **settings):
     write_table(path, rows)
     config, quarantine = DataConfig(source=str(path), **settings), Quarantine()
     reading = read_pairs(config, StoreConfig(), quarantine, PromptFields(config))
-    for item in reading.pairs:
-        reading.ledger.use(item.origins)
+    reading.pairs.use()
     used = reading.ledger.close(quarantine.add)
     assert used + quarantine.total == reading.rows == len(rows)
     pairs = [(p.prompt, p.chosen, p.rejected) for p, _ in reading.pairs]
@@ -168,7 +167,7 @@ def ab(label, **columns):
         (ab("a", prompt=[user(Q), assistant("x")]), "prompt ends with a reply"),
         (ab("a", prompt=[{"role": "critic", "content": Q}]), "prompt has an unknown role"),
         (ab("a", answer_a=f"{GOOD}<|im_start|>user\nMore"),
-         "answer_a holds a control token of a chat template"),
+         "answer_a goes on behind a control token of a chat template"),
     ],
 )  # fmt: skip
 def test_rows_that_are_left_out(tmp_path, row, reason):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from rlhf.config import PipelineConfig, PPOConfig
 from rlhf.config.lengths import TokenLimits
-from rlhf.data.collect import Ledger, Origin, Resolved
 from rlhf.data.fitting import Fitting
 from rlhf.data.model_check import ModelCheck
 from rlhf.data.prepare import prepare_data
@@ -213,19 +212,13 @@ def test_pairs_that_the_model_cannot_tell_apart_are_left_out():
         Pair("tea?", "good", "bad"), Pair("tea?", long + "a", long + "b"),
         Pair("q" * 99, "good", "bad"), Pair("cup?", "z" + long, "w" + long),
     ]  # fmt: skip
-    origins = [Origin("a.jsonl", i, str(i), 0) for i in range(4)]
-    left_out, ledger = {}, Ledger()
-    for origin in origins:
-        ledger.register(origin)
-    items = [Resolved(p, (o,)) for p, o in zip(pairs, origins, strict=True)]
-    kept = check.usable(items, ledger)
-    ledger.use(origin for item in kept for origin in item.origins)
-    ledger.close(lambda origin, reason, row: left_out.update({origin.line: reason.reason}))
-    assert [item.pair for item in kept] == [pairs[0], pairs[3]]
-    assert left_out == {
-        1: "replies are equal where the model's input is cut",
-        2: "prompt too long for the model",
-    }
+    assert check._pair_fault(pairs[0]) is None
+    assert check._pair_fault(pairs[3]) is None
+    equal, long_prompt = check._pair_fault(pairs[1]), check._pair_fault(pairs[2])
+    assert equal is not None
+    assert equal.reason == "replies are equal where the model's input is cut"
+    assert long_prompt is not None
+    assert long_prompt.reason == "prompt too long for the model"
 
 
 def test_prepare_data_quarantines_what_the_model_cannot_read(tmp_path):
