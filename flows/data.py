@@ -143,10 +143,10 @@ def _read_own(
         train = parts.train.written()
         held_out = [*parts.held_out.prompts(), *parts.judge.prompts()]
     common = (config.data, config.store_options, quarantine)
-    rest = (held_out, config.seed, reading.note, reading.personal, rows)
+    rest = (held_out, config.seed, reading.note, reading.personal)
     if use == "sft":
-        return read_demonstrations(*common, train, *rest), reading, quarantine
-    return read_prompts(*common, fields, *rest), reading, quarantine
+        return read_demonstrations(*common, train, *rest, limit=rows), reading, quarantine
+    return read_prompts(*common, fields, *rest, limit=rows), reading, quarantine
 
 
 def _read_alone(use: str, config: PipelineConfig, rows: int) -> OwnReading:

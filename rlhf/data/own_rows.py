@@ -15,6 +15,7 @@ from rlhf.data.collect import exact_key
 from rlhf.data.columns import Row
 from rlhf.data.ledger import Ledger, Origin
 from rlhf.data.mixing import MixedSource, Sources, not_in_share, repeated
+from rlhf.data.model_check import CheckPrompt
 from rlhf.data.pairs import merged_ids
 from rlhf.data.parts import Detector, records_with_layouts
 from rlhf.data.privacy import PersonalData, redacted_row
@@ -93,6 +94,7 @@ def read_own_rows(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    check: CheckPrompt | None = None,
     limit: int | None = None,
 ) -> OwnRows[ItemT]:
     """Read the items of a setting's sources.
@@ -108,6 +110,7 @@ def read_own_rows(
         seed: Seeds the choice by weights that are no whole numbers.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        check: Finds prompts that the model can't be given.
         limit: Read at most this many rows of each file to look at them, however many are unusable.
 
     Raises:
@@ -118,7 +121,7 @@ def read_own_rows(
     reader = _Reader(Sources(config, setting, quarantine), detect, note, personal)
     for source in reader.sources.all:
         reader.read(source, options, limit)
-    times = reader.choose(held_out, config.near_duplicates, refuse, seed)
+    times = reader.choose(held_out, config.near_duplicates, refuse, check, seed)
     reader.note_lost_items(setting, times)
     used = reader.ledger.close(reader.sources.leave_out)
     if limit is None:
@@ -176,14 +179,15 @@ class _Reader(Generic[ItemT]):
 
     def choose(
         self, held_out: Iterable[Prompt], threshold: float | None,
-        refuse: Callable[[Found[ItemT]], LeftOutError | None], seed: int,
+        refuse: Callable[[Found[ItemT]], LeftOutError | None], check: CheckPrompt | None, seed: int,
     ) -> dict[str, int]:  # fmt: skip
         """Return how often each item is used, by its key; leave out the others."""
         is_held_out = _held_out_test(held_out, [f.prompt for f in self._items.values()], threshold)
         times: dict[str, int] = {}
         for key, found in self._items.items():
             rows, origins = self._rows[key], self._origins(key)
-            reason, number = refuse(found), self.sources.times(key, origins, seed)
+            reason = refuse(found) or (check(found.prompt) if check else None)
+            number = self.sources.times(key, origins, seed)
             if is_held_out(found.prompt):
                 reason = LeftOutError(
                     "prompt is held out",

@@ -17,6 +17,7 @@ from rlhf.data.demonstrations import read_demonstrations
 from rlhf.data.formats import Layout
 from rlhf.data.ledger import Ledger, Origin
 from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share
+from rlhf.data.model_check import ModelCheck
 from rlhf.data.own_rows import OwnRows
 from rlhf.data.pairs import Pairs
 from rlhf.data.partition import Partition, check_sizes, partition
@@ -80,6 +81,7 @@ def prepare_data(
     seed: int = 0,
     store_options: StoreConfig | None = None,
     forgotten: frozenset[str] = frozenset(),
+    model: ModelCheck | None = None,
     progress: Progress = silent,
 ) -> StageResult:
     """Write a dataset: demonstrations, pairs and prompts, split by prompt; a summary.
@@ -92,6 +94,8 @@ def prepare_data(
         seed: Seeds the split (and the world, for `source: world`).
         store_options: S3 options, for an s3:// source.
         forgotten: Ids of rows to go without.
+        model: Check against the model that will be trained; rows that it can't be given are left
+            out. None where its tokenizer is yet to be trained.
         progress: Called after reading and after writing.
 
     Raises:
@@ -105,7 +109,7 @@ def prepare_data(
         path = out_dir / QUARANTINE
         try:
             prepared = _from_source(
-                config, store_options or StoreConfig(), seed, path, forgotten, progress
+                config, store_options or StoreConfig(), seed, path, forgotten, model, progress
             )
         except BaseException:
             path.unlink(missing_ok=True)
@@ -253,6 +257,7 @@ def _from_source(
     seed: int,
     path: Path,
     forgotten: frozenset[str],
+    model: ModelCheck | None,
     progress: Progress,
 ) -> _Prepared:
     fields = PromptFields(config)
@@ -260,6 +265,9 @@ def _from_source(
     with Quarantine(path, forgotten=forgotten, personal_data=policy) as quarantine:
         reading = read_pairs(config, options, quarantine, fields, folder=path.parent)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
+        if model:
+            reading.pairs = model.usable(reading.pairs)
+            reading.held_out = model.usable(reading.held_out)
         pairs = _weighted(reading, seed)
         divided = partition(pairs, reading.held_out, config, seed, reading.note)
         sources = reading.sources
@@ -269,7 +277,7 @@ def _from_source(
             source.check(config.max_bad_fraction)
         left_out, cure = quarantine.in_words(), quarantine.main_cure(reading.rows)
         check_sizes(divided, bool(reading.held_out), left_out, config, cure)
-        own = _own_rows(config, options, quarantine, fields, divided, seed, reading)
+        own = _own_rows(config, options, quarantine, fields, divided, seed, reading, model)
     evidence = Evidence(
         reading.tallies, reading.totals, reading.rows,
         left_out_reasons(quarantine.ordered(), quarantine.examples),
@@ -278,7 +286,7 @@ def _from_source(
         dataset_parts(divided, own, fields, config),
         divided.written(),
         evidence,
-        _facts(reading, divided, own, quarantine, used),
+        _facts(reading, divided, own, quarantine, used) | (model.facts() if model else {}),
     )
 
 
@@ -323,7 +331,7 @@ def _facts(
 
 def _own_rows(
     config: DataConfig, options: StoreConfig, quarantine: Quarantine, fields: PromptFields,
-    parts: Partition, seed: int, reading: Reading,
+    parts: Partition, seed: int, reading: Reading, model: ModelCheck | None,
 ) -> dict[str, OwnRows[Any]]:  # fmt: skip
     """Read demonstrations and prompts of their own, by the file that they are written to."""
     own: dict[str, OwnRows[Any]] = {}
@@ -338,6 +346,7 @@ def _own_rows(
             seed,
             reading.note,
             reading.personal,
+            model.prompt_fault if model else None,
         )
     if config.prompts_source is not None:
         own[PROMPTS_TRAIN] = read_prompts(
@@ -349,6 +358,7 @@ def _own_rows(
             seed,
             reading.note,
             reading.personal,
+            model.prompt_fault if model else None,
         )
     return own
 
