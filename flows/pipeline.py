@@ -16,13 +16,15 @@ from flows.signals import exit_on_sigterm
 from rlhf.config import LoadedConfig, advice
 from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
 from rlhf.report import RunOutcome, StageRow, StageState
+from tasks.drift import GATE, check_drift
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, configuration_name, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
 from tasks.promotion import is_waiting, wait_for_approval
 from tasks.report import PipelineRun, write_report
 from tasks.runner import Outcome
-from tasks.stages import STAGES
+from tasks.stage import store_of
+from tasks.stages import PREPARE_DATA, STAGES
 
 #: Outcome of a run that one of these errors stopped; any other error is a failure.
 OUTCOMES = (
@@ -89,7 +91,7 @@ def run_stages(run: PipelineRun) -> None:
             run.reason = "The policy met every gate and waits for a person's approval."
             # A run of a deployment ends here, until it is resumed.
             wait_for_approval(run.config, inputs["policy"], run.name, write_report(run))
-        started = time.monotonic()
+        started, stage_name = time.monotonic(), str(stage.name)
         result: Any = run_task(stage, run.config, inputs).result(raise_on_failure=False)
         if isinstance(result, Outcome):
             run.refs[stage.name] = result.ref
@@ -100,12 +102,20 @@ def run_stages(run: PipelineRun) -> None:
                     artifact=result.ref.digest,
                 )
             )  # fmt: skip
-            continue
+            if stage is not PREPARE_DATA:
+                continue
+            started = time.monotonic()
+            run.drift = check_drift(run.config, result.ref, store_of(run.config))
+            for line in run.drift.warnings:
+                get_run_logger().warning("drift: %s", line)
+            if run.drift.rejection is None:
+                continue
+            stage_name, result = GATE, run.drift.rejection
         run.outcome = next((o for e, o in OUTCOMES if isinstance(result, e)), RunOutcome.FAILED)
         run.reason = str(result) or type(result).__name__
         run.error = result
         state, seconds = StageState(run.outcome.value), time.monotonic() - started
-        run.rows.append(StageRow(name=stage.name, state=state, seconds=seconds, message=run.reason))
+        run.rows.append(StageRow(name=stage_name, state=state, seconds=seconds, message=run.reason))
         break
     else:
         run.outcome = RunOutcome.PROMOTED

@@ -214,7 +214,7 @@ PREPARE_DATA = Stage(
     name="prepare-data",
     kind="dataset",
     inputs={},
-    depends_on=lambda c: {"data": c.data.model_dump(exclude={"source", "eval_source"})},
+    depends_on=lambda c: {"data": c.data.model_dump(exclude={"source", "eval_source", "drift"})},
     source_digest=_data_digest,
     body=_prepare_data,
     headline=(

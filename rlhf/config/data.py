@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from rlhf.config.drift import DriftConfig
 from rlhf.config.section import Section, nested_error, validate_as
 from rlhf.config.text import BROKEN, parse
 
@@ -202,6 +203,8 @@ class DataConfig(Section):
     """Pairs whose prompt is longer are left out and counted."""
     max_reply_chars: int = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""
+    drift: DriftConfig = DriftConfig()
+    """What follows if the data differ from those of the champion."""
 
     @model_validator(mode="after")
     def _world_has_no_columns(self) -> Self:

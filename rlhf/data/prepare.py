@@ -48,6 +48,7 @@ from rlhf.data.rows import (
     PromptRow,
     write_rows,
 )
+from rlhf.data.sketch import write_sketch
 from rlhf.data.sources import Part, open_source, source_names
 from rlhf.data.tallies import Tallies
 from rlhf.errors import DataError
@@ -131,6 +132,8 @@ def prepare_data(
         for p in itertools.chain(parts[PAIRS_TRAIN], parts[PAIRS_EVAL])
     ]
     summary["findings"] = write_card(out_dir, pairs, evidence, summary)
+    prompts = [row.prompt for row in parts[PROMPTS_TRAIN]]
+    write_sketch(out_dir, pairs, prompts, parts[DEMONSTRATIONS])
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
     metrics = {k: v for k, v in summary.items() if not isinstance(v, dict | list)}
