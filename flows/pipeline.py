@@ -14,8 +14,9 @@ from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
 from rlhf.config import LoadedConfig, advice
-from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
+from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected, RLHFError
 from rlhf.report import RunOutcome, StageRow, StageState
+from rlhf.store import ArtifactRef
 from tasks.drift import GATE, check_drift
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, configuration_name, resolve
 from tasks.prefect_tasks import run_task
@@ -82,6 +83,17 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     return Failed(name=state, message=run.reason, data=data), run
 
 
+def _check_drift(run: PipelineRun, data: ArtifactRef) -> RLHFError | None:
+    """Compare the data with the champion's, and return the error that stops the run."""
+    try:
+        run.drift = check_drift(run.config, data, store_of(run.config))
+    except RLHFError as error:
+        return error
+    for line in run.drift.warnings:
+        get_run_logger().warning("drift: %s", line)
+    return run.drift.rejection
+
+
 def run_stages(run: PipelineRun) -> None:
     """Run the stages in order until one of them stops the run."""
     for stage in STAGES.values():
@@ -105,12 +117,9 @@ def run_stages(run: PipelineRun) -> None:
             if stage is not PREPARE_DATA:
                 continue
             started = time.monotonic()
-            run.drift = check_drift(run.config, result.ref, store_of(run.config))
-            for line in run.drift.warnings:
-                get_run_logger().warning("drift: %s", line)
-            if run.drift.rejection is None:
+            stage_name, result = GATE, _check_drift(run, result.ref)
+            if result is None:
                 continue
-            stage_name, result = GATE, run.drift.rejection
         run.outcome = next((o for e, o in OUTCOMES if isinstance(result, e)), RunOutcome.FAILED)
         run.reason = str(result) or type(result).__name__
         run.error = result

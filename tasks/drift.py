@@ -12,8 +12,8 @@ from rlhf.champions import champion
 from rlhf.config import PipelineConfig
 from rlhf.data.drift import Drift, Shift, compare
 from rlhf.data.rows import SUMMARY
-from rlhf.data.sketch import Sketch, read_sketch
-from rlhf.errors import ArtifactMissing, GateRejected
+from rlhf.data.sketch import read_sketch
+from rlhf.errors import GateRejected
 from rlhf.files import read_json, write_json
 from rlhf.gates import VERDICT, Check, Verdict
 from rlhf.store import ArtifactRef, Store
@@ -64,27 +64,12 @@ def measure_drift(
         data: The dataset.
         store: Where champion and datasets are.
     """
-    line = config.promotion.name
-    if not config.data.drift.enabled:
-        return Drift((), ("not compared: data.drift.enabled = false",)), None
-    latest = champion(store, line)
-    if latest is None:
-        return Drift((), (f"not compared: {line} has no champion yet",)), None
-    who = f"the champion {latest.policy[:12]} of {line}"
     try:
-        digest = store.manifest(latest.policy).parents.get("data")
-    except ArtifactMissing:
-        return Drift((), (f"not compared: {who} is not in the store",)), None
-    if digest is None:
-        return Drift((), (f"not compared: {who} names no data, so it was not trained here",)), None
-    if digest == data.digest:
-        return Drift((), (f"none: these are the data of {who}",)), None
-    if not store.exists(digest):
-        return Drift((), (f"not compared: the data {digest[:12]} of {who} were removed",)), None
-    old, new = (store.fetch(item) for item in (digest, data))
-    if _is_world(old) and not _is_world(new):
-        return Drift((), (f"not compared: {who} was trained on the generated world",)), None
-    return compare(*map(_sketch, (old, new))), digest
+        digest = _comparable(config, data, store)
+    except LookupError as reason:
+        return Drift((), (str(reason.args[0]),)), None
+    old, new = (read_sketch(store.fetch(item)) for item in (digest, data))
+    return compare(old, new), digest
 
 
 def check_drift(config: PipelineConfig, data: ArtifactRef, store: Store) -> DriftCheck:
@@ -146,13 +131,36 @@ def trigger_reason(config: PipelineConfig, data: ArtifactRef, store: Store) -> s
     return describe(reached[0], getattr(limits, reached[0].measure), "trigger")
 
 
+def _comparable(config: PipelineConfig, data: ArtifactRef, store: Store) -> str:
+    """Return the digest of the champion's data.
+
+    Raises:
+        LookupError: There is nothing to compare with; the argument is the reason.
+    """
+    line = config.promotion.name
+    if not config.data.drift.enabled:
+        raise LookupError("not compared: data.drift.enabled = false")
+    latest = champion(store, line)
+    if latest is None:
+        raise LookupError(f"not compared: {line} has no champion yet")
+    who = f"the champion {latest.policy[:12]} of {line}"
+    if not store.exists(latest.policy):
+        raise LookupError(f"not compared: {who} is not in the store")
+    digest = store.manifest(latest.policy).parents.get("data")
+    if digest is None:
+        raise LookupError(f"not compared: {who} names no data, so it was not trained here")
+    if digest == data.digest:
+        raise LookupError(f"none: these are the data of {who}")
+    if not store.exists(digest):
+        raise LookupError(f"not compared: the data {digest[:12]} of {who} were removed")
+    if _is_world(store.fetch(digest)) and not _is_world(store.fetch(data)):
+        raise LookupError(f"not compared: {who} was trained on the generated world")
+    return digest
+
+
 def _is_world(folder: Path) -> bool:
     path = folder / SUMMARY
     return path.exists() and read_json(path).get("source") == "world"
-
-
-def _sketch(folder: Path) -> Sketch:
-    return read_sketch(folder)
 
 
 def _checks(drift: Drift, config: PipelineConfig) -> tuple[Check, ...]:

@@ -17,7 +17,7 @@ class DriftLimits(Section):
     shares: float | None = Field(default=None, ge=0, le=1)
     """Share of the prompts that would have to change their language or slice, 0 to 1."""
     labels: float | None = Field(default=None, ge=0, le=1)
-    """Difference of a rate such as longer replies preferred, or share of contrary labels, 0 to 1."""
+    """Difference of a rate, such as longer replies preferred, or share of contrary labels."""
 
 
 class DriftWarnings(DriftLimits):
@@ -30,7 +30,7 @@ class DriftWarnings(DriftLimits):
     shares: float | None = Field(default=0.1, ge=0, le=1)
     """Share of the prompts that would have to change their language or slice, 0 to 1."""
     labels: float | None = Field(default=0.1, ge=0, le=1)
-    """Difference of a rate such as longer replies preferred, or share of contrary labels, 0 to 1."""
+    """Difference of a rate, such as longer replies preferred, or share of contrary labels."""
 
 
 class DriftConfig(Section):

@@ -118,7 +118,7 @@ def jensen_shannon(p: Floats, q: Floats) -> Floats:
         q: The same.
     """
     divergence = _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
-    return np.clip(divergence, 0.0, 1.0)
+    return np.asarray(np.clip(divergence, 0.0, 1.0))
 
 
 def kolmogorov_smirnov(p: Floats, q: Floats) -> Floats:
@@ -130,7 +130,8 @@ def kolmogorov_smirnov(p: Floats, q: Floats) -> Floats:
         p: Distributions in the last axis.
         q: The same.
     """
-    return np.clip(np.abs(np.cumsum(p - q, axis=-1)).max(axis=-1), 0.0, 1.0)
+    distance = np.abs(np.cumsum(p - q, axis=-1)).max(axis=-1)
+    return np.asarray(np.clip(distance, 0.0, 1.0))
 
 
 def total_variation(p: Floats, q: Floats) -> Floats:
@@ -142,11 +143,11 @@ def total_variation(p: Floats, q: Floats) -> Floats:
         p: Distributions in the last axis.
         q: The same.
     """
-    return np.clip(np.abs(p - q).sum(axis=-1) / 2, 0.0, 1.0)
+    return np.asarray(np.clip(np.abs(p - q).sum(axis=-1) / 2, 0.0, 1.0))
 
 
 def _entropy(p: Floats) -> Floats:
-    return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(axis=-1)
+    return np.asarray(-(p * np.log2(np.where(p > 0, p, 1.0))).sum(axis=-1))
 
 
 def _text_shifts(old: Sketch, new: Sketch) -> Iterator[Shift]:
@@ -278,7 +279,7 @@ def _effective(sketch: Sketch, name: str) -> float:
 
 
 def _signal_shift(old: Sketch, new: Sketch) -> Shift | None:
-    """Return the share of labels that would have to be flipped for the tokens' preferences to agree.
+    """Return the share of labels to flip until both datasets prefer the same tokens.
 
     With d, the mean difference of the chosen and the rejected reply's tokens, flipping a share r of
     the labels makes it (1 − 2r)·d. So r = (1 − b) / 2, where b is the product of both datasets' d
@@ -291,7 +292,7 @@ def _signal_shift(old: Sketch, new: Sketch) -> Shift | None:
         if _corrected(*sides, jensen_shannon)[0] > MAX_TOKENS:
             return None
     sides = [_differences(sketch) for sketch in (old, new)]
-    if min(map(len, sides)) < 3 or np.array_equal(*sides):
+    if min(map(len, sides)) < 3 or np.array_equal(sides[0], sides[1]):
         return None
     spread = np.sqrt(sum((side**2).mean(axis=0) for side in sides) / 2 + 1e-12)
     first, second = (side / spread for side in sides)

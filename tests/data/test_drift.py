@@ -15,8 +15,38 @@ from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Pair
 from rlhf.data.sketch import SKETCH, make_sketch, read_sketch, tokens_of
 
-ENGLISH = "how do i clean the old kettle with lemon or warm water after tea".split()
-GERMAN = "wie kann ich den alten kessel mit zitrone oder wasser nach dem tee reinigen".split()
+ENGLISH = [
+    "how",
+    "do",
+    "i",
+    "clean",
+    "the",
+    "old",
+    "kettle",
+    "with",
+    "lemon",
+    "or",
+    "warm",
+    "water",
+    "after",
+    "tea",
+]
+GERMAN = [
+    "wie",
+    "kann",
+    "ich",
+    "den",
+    "alten",
+    "kessel",
+    "mit",
+    "zitrone",
+    "oder",
+    "wasser",
+    "nach",
+    "dem",
+    "tee",
+    "reinigen",
+]
 
 
 def pairs(n, seed, words=ENGLISH, longest=30, flipped=0.0, prefix=""):
@@ -66,14 +96,14 @@ sides = st.builds(
         position={"share": flipped, "n": n},
     ),
     st.integers(1, 90),
-    st.integers(0, 5),
-    st.integers(6, 60),
+    st.integers(0, 3),
+    st.integers(6, 20),
     st.floats(0, 1),
     st.dictionaries(st.sampled_from("abc"), st.integers(1, 50), min_size=1),
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(sides, sides)
 def test_symmetric_bounded_and_zero_for_equal(old, new):
     there, back = compare(old, new), compare(new, old)
@@ -114,9 +144,7 @@ def test_flipped_labels_warn_in_fresh_and_in_known_pairs():
     old, fresh = pairs(1500, 1), pairs(1500, 2, flipped=0.3)
     assert "labels" in warned(sketch(old), sketch(fresh))
     rng = random.Random(0)
-    known = [
-        Pair(p.prompt, p.rejected, p.chosen) if rng.random() < 0.2 else p for p in old
-    ]
+    known = [Pair(p.prompt, p.rejected, p.chosen) if rng.random() < 0.2 else p for p in old]
     (shift,) = [
         s
         for s in compare(sketch(old), sketch(known)).reached(DriftLimits(labels=0.1))
@@ -140,9 +168,7 @@ def test_a_new_slice_warns_with_its_share():
 def test_few_prompts_are_not_measured_and_it_says_so():
     drift = compare(sketch(pairs(500, 1)), sketch(pairs(30, 2)))
     assert drift.shifts == ()
-    assert drift.notes == (
-        "the new data have 30 different prompts; drift is measured from 50 on",
-    )
+    assert drift.notes == ("the new data have 30 different prompts; drift is measured from 50 on",)
 
 
 def test_own_demonstrations_are_compared_with_the_chosen_replies():
@@ -151,7 +177,9 @@ def test_own_demonstrations_are_compared_with_the_chosen_replies():
     old, rows = sketch(pairs(200, 1)), pairs(200, 2)
     own = [Demonstration(f"p {i}", f"{' '.join(GERMAN)} {i}") for i in range(200)]
     drift = compare(old, make_sketch(rows, [row.prompt for row in rows], own, {}))
-    assert ("tokens", "demonstrations") in {(s.measure, s.of) for s in drift.reached(DriftWarnings())}
+    assert ("tokens", "demonstrations") in {
+        (s.measure, s.of) for s in drift.reached(DriftWarnings())
+    }
 
 
 def write(path, rows):
