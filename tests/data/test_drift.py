@@ -160,8 +160,8 @@ def test_a_new_slice_warns_with_its_share():
     old = sketch(pairs(500, 1), slices=slices(chat=250, facts=250))
     new = sketch(pairs(500, 2), slices=slices(chat=200, facts=200, code=100))
     (shift,) = [s for s in compare(old, new).shifts if s.measure == "shares"]
-    # A fifth of the rows would have to move; chance adds a little, which is taken off.
-    assert shift.value == pytest.approx(0.2, abs=0.03)
+    # A fifth of the rows would have to move; what chance adds to equal data (0.03) is taken off.
+    assert shift.value == pytest.approx(0.17, abs=0.02)
     assert shift in compare(old, new).reached(DriftWarnings())
 
 

@@ -17,8 +17,14 @@ from tests.flows.conftest import tiny_tree
 
 pytestmark = pytest.mark.prefect
 
-OLD = ["the", "river", "stone", "bright", "quiet", "walks", "over", "under", "seldom", "often", "green", "old", "house"]
-NEW = ["fluss", "stein", "hell", "ruhig", "geht", "selten", "oft", "gruen", "alt", "haus", "wald", "feld", "weg"]
+OLD = [
+    "the", "river", "stone", "bright", "quiet", "walks", "over",
+    "under", "seldom", "often", "green", "old", "house",
+]  # fmt: skip
+NEW = [
+    "fluss", "stein", "hell", "ruhig", "geht", "selten", "oft",
+    "gruen", "alt", "haus", "wald", "feld", "weg",
+]  # fmt: skip
 
 
 def write(path, words, seed):
