@@ -264,7 +264,7 @@ PREPARE_DATA = Stage(
     kind="dataset",
     inputs={},
     depends_on=lambda c: {
-        "data": c.data.model_dump(exclude={"source", "eval_source", *_MODEL_SETTINGS}),
+        "data": c.data.model_dump(exclude={"source", "eval_source", "drift", *_MODEL_SETTINGS}),
         **({"limits": _limits(c)} if _base_tokenizer(c) else {}),
     },
     external_model=_base_tokenizer,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from rlhf.config.drift import DriftConfig
 from rlhf.config.lengths import SystemPolicy
 from rlhf.config.section import Section, nested_error, validate_as
 from rlhf.config.text import BROKEN, parse
@@ -229,6 +230,8 @@ class DataConfig(Section):
     system: SystemPolicy = "fold"
     """System turns where the model's chat template has none: `fold` puts them into the first user
     turn, `refuse` leaves the rows out and counts them."""
+    drift: DriftConfig = DriftConfig()
+    """What follows if the data differ from those of the champion."""
 
     @model_validator(mode="after")
     def _world_has_no_columns(self) -> Self:

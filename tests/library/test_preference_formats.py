@@ -91,7 +91,7 @@ def test_from_a_file_to_a_reward_model(tmp_path, sft, make, name, expected):
     result = train_reward_model(training, data, sft, model, runtime=toys.RUNTIME)
     assert result.metrics["pairs"] == summary["pairs_train"]
     found = evaluate_reward_model(
-        EvaluationConfig(), config, data, model, evaluation, max_length=48, runtime=toys.RUNTIME
+        EvaluationConfig(), config, data, model, evaluation, limits=48, runtime=toys.RUNTIME
     )
     assert found.metrics["n"] == summary["pairs_eval"] >= 6
     assert found.metrics["accuracy"] > 0.9
