@@ -3,7 +3,7 @@
 Synthetic preference pairs are written as JSON lines. Each side reads them in a process of its own,
 in turn: the whole stage `prepare-data` without and with the search for near duplicates, and
 `datasets`, which loads the file and maps each row to the same three fields (no split, no votes, no
-check). Time and peak memory are those of the process after its imports.
+check). Times are those after the imports; peak memory is that of the process and its children.
 """
 
 from __future__ import annotations
@@ -97,10 +97,14 @@ def alone(side: str, path: Path) -> dict[str, float]:
 
 def run(side: str, path: Path) -> dict[str, float]:
     """Return seconds and MiB of peak memory of one side."""
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         seconds, pairs = _datasets(path, folder) if side == SIDES[2] else _ours(side, path, folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "peak_mib": peak, "pairs": pairs}
+    cpu = time.process_time() - started
+    own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = (own.ru_maxrss + children.ru_maxrss) / 1024
+    cpu += children.ru_utime + children.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "peak_mib": peak, "pairs": pairs}
 
 
 def _ours(side: str, path: Path, folder: str) -> tuple[float, int]:
@@ -135,7 +139,7 @@ def _fields(row: dict[str, str]) -> dict[str, str]:
 def table(results: dict[str, list[dict[str, float]]], pairs: int, size: int) -> None:
     """Print pairs/s and memory of each side, and the time beside that of `datasets`."""
     shown = Table(title=f"{pairs:,} pairs, {size / 1e9:.2f} GB of JSON lines")
-    for column in ("side", "pairs/s", "all runs", "peak MiB", "time beside datasets"):
+    for column in ("side", "pairs/s", "all runs", "CPU s", "peak MiB", "time beside datasets"):
         shown.add_column(column, justify="left" if column == "side" else "right")
     other = [run["seconds"] for run in results.get(SIDES[2], [])]
     for side, runs in results.items():
@@ -144,7 +148,8 @@ def table(results: dict[str, list[dict[str, float]]], pairs: int, size: int) -> 
         ratio = f"{statistics.median(seconds) / statistics.median(other):.2f}" if other else ""
         peak = max(run["peak_mib"] for run in runs)
         rate = f"{pairs / statistics.median(seconds):,.0f}"
-        shown.add_row(side, rate, ", ".join(rates), f"{peak:,.0f}", ratio)
+        cpu = f"{statistics.median(run['cpu'] for run in runs):,.0f}"
+        shown.add_row(side, rate, ", ".join(rates), cpu, f"{peak:,.0f}", ratio)
     Console(width=110).print(shown)
 
 

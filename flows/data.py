@@ -57,11 +57,8 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     quarantine = Quarantine(personal_data=config.data.personal_data)
     fields = PromptFields(config.data)
     reading = read_pairs(config.data, config.store_options, quarantine, fields, limit=rows)
-    parts = partition(
-        reading.pairs, reading.held_out, config.data, config.seed, reading.ledger, reading.note
-    )
-    of_parts = set(map(id, (*parts.train, *parts.held_out, *parts.judge)))
-    pairs = [item.pair for item in (*reading.pairs, *reading.held_out) if id(item.pair) in of_parts]
+    parts = partition(reading.pairs, reading.held_out, config.data, config.seed, reading.note)
+    pairs = [*parts.used().once().written()]
     used = reading.ledger.close(quarantine.add)
     reasons = left_out_reasons(quarantine.ordered(), quarantine.examples)
     evidence = Evidence(reading.tallies, reading.totals, reading.rows, reasons)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlhf.config.drift import DriftConfig
+from rlhf.config.lengths import SystemPolicy
 from rlhf.config.section import Section, nested_error, validate_as
 from rlhf.config.text import BROKEN, parse
 
@@ -37,6 +38,15 @@ DataFormat = Literal[
 
 #: Treatment of rows that hold personal data.
 PersonalDataPolicy = Literal["flag", "redact", "quarantine", "ignore"]
+
+
+def _column_names(value: object) -> object:
+    """Return the names of columns that are written as on the command line: `chosen,rejected`."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+#: Names of columns, in a list or in one text.
+Columns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_column_names)]
 
 
 class LabelsConfig(Section):
@@ -75,6 +85,8 @@ class SourceConfig(Section):
     """Column whose text goes before the prompt as a system turn."""
     label_column: str | None = Field(default=None, min_length=1)
     """Column that says which reply is better, or rates one."""
+    text_columns: Columns | None = None
+    """Columns that are text as they stand."""
     labels: LabelsConfig | None = None
     """Meaning of the values of `label_column`."""
     score_weights: dict[str, float] | None = None
@@ -145,6 +157,9 @@ class DataConfig(Section):
     label_column: str | None = Field(default=None, min_length=1)
     """Column that says which of two replies is better, or rates a single one; none finds it by
     name."""
+    text_columns: Columns = ()
+    """Columns that are text as they stand: marks of chats, names of speakers and end tokens in them
+    belong to the text, so that nothing is parsed, cut or left out for them."""
     labels: LabelsConfig = LabelsConfig()
     """Meaning of the values of `label_column`."""
     score_weights: dict[str, float] = Field(default_factory=dict[str, float])
@@ -205,6 +220,16 @@ class DataConfig(Section):
     """Pairs with a longer reply on either side are left out and counted."""
     drift: DriftConfig = DriftConfig()
     """What follows if the data differ from those of the champion."""
+    max_prompt: int | None = Field(default=None, ge=1)
+    """Longest prompt in tokens of the model, in every stage: of a longer one whole turns after the
+    system turn are left out, oldest first; what still does not fit is left out and counted. none is
+    what `ppo.max_new_tokens` leave of the shorter `max_length`."""
+    max_reply: int | None = Field(default=None, ge=1)
+    """Longest reply in tokens, with its end token, in every stage; a longer one is cut and has no
+    end token. none is what its prompt leaves of `max_length`."""
+    system: SystemPolicy = "fold"
+    """System turns where the model's chat template has none: `fold` puts them into the first user
+    turn, `refuse` leaves the rows out and counts them."""
 
     @model_validator(mode="after")
     def _world_has_no_columns(self) -> Self:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import math
 import random
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from rlhf.data.collect import Origin, Totals
+import numpy as np
+
+from rlhf.data.collect import Origin, Totals, exact_key
 from rlhf.data.languages import count_languages
 from rlhf.data.records import LeftOutError
-from rlhf.data.rows import Pair, Prompt, messages_of
+from rlhf.data.rows import Pair, messages_of
+from rlhf.data.spill import digest, number_digests
 from rlhf.data.tallies import LengthCounts, Tallies
 from rlhf.statistics import wilson_interval
 
@@ -169,30 +173,27 @@ def audit_pairs(
         with_languages: False saves 1 s.
     """
     evidence = evidence or Evidence()
-    totals = LengthCounts()
-    for pair in pairs:
-        totals.add(pair.chosen, pair.rejected)
+    measured = _Measured(pairs)
     sample = _sample(pairs, FORMAT_SAMPLE)
-    prompts = [*{id(pair.prompt): pair.prompt for pair in pairs}.values()]
-    asked = _sample(prompts, LANGUAGE_SAMPLE) if with_languages else []
-    languages = count_languages(asked) if asked else Counter[str]()
+    asked = _sample(measured.firsts, LANGUAGE_SAMPLE) if with_languages else []
+    languages = count_languages([pairs[i].prompt for i in asked]) if asked else Counter[str]()
     return Audit(
         pairs=len(pairs),
         rows=evidence.rows,
-        longer=_rate(totals.longer, totals.comparisons),
-        same_length=sum(len(pair.chosen) == len(pair.rejected) for pair in pairs),
+        longer=_rate(measured.totals.longer, measured.totals.comparisons),
+        same_length=measured.same_length,
         formats_sample=len(sample),
         formats={name: _format_bias(sample, has) for name, has in FORMATS.items()},
         position=_rate(evidence.tallies.positions["first"], evidence.tallies.positions.total()),
         annotators=_annotators(evidence.tallies),
         repeats=_repeats(evidence.totals),
-        slices=_slices(pairs, evidence.tallies),
+        slices=_slices(measured.groups, evidence.tallies),
         languages={
             code: rate
             for code, count in sorted(languages.items(), key=lambda item: (-item[1], item[0]))
             if (rate := _rate(count, len(asked)))
         },
-        lengths=_lengths(pairs, prompts),
+        lengths={name: _distribution(own) for name, own in measured.lengths.items() if len(own)},
         left_out=evidence.left_out,
     )
 
@@ -250,9 +251,33 @@ def _rate(successes: float, n: int) -> Rate | None:
     return Rate(successes / n, *wilson_interval(successes, n), n) if n else None
 
 
+class _Measured:
+    """Lengths of all pairs and prompts; each pair is read once, as pairs may stand in a file."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.totals = LengthCounts()
+        self.same_length = 0
+        self.groups: dict[str, LengthCounts] = {}
+        self.lengths = {name: array("q") for name in ("prompt", "chosen", "rejected")}
+        prompts, all_lengths = bytearray(), array("q")
+        for pair in pairs:
+            self.totals.add(pair.chosen, pair.rejected)
+            self.same_length += len(pair.chosen) == len(pair.rejected)
+            if pair.group is not None:
+                own = self.groups.setdefault(pair.group, LengthCounts())
+                own.add(pair.chosen, pair.rejected)
+            self.lengths["chosen"].append(len(pair.chosen))
+            self.lengths["rejected"].append(len(pair.rejected))
+            prompts += digest(exact_key(pair.prompt))
+            all_lengths.append(sum(len(m["content"]) for m in messages_of(pair.prompt)))
+        self.firsts: list[int] = number_digests(prompts)[1].tolist()
+        """Index of the first pair of each prompt."""
+        self.lengths["prompt"].extend(all_lengths[index] for index in self.firsts)
+
+
 def _sample(items: Sequence[Item], size: int) -> Sequence[Item]:
     if len(items) <= size:
-        return items
+        return [*items]
     # Not every n-th: sources often hold a fixed number of pairs for each prompt.
     return [items[i] for i in sorted(random.Random(0).sample(range(len(items)), size))]
 
@@ -317,12 +342,8 @@ def _annotators(tallies: Tallies) -> Annotators | None:
     )
 
 
-def _slices(pairs: Sequence[Pair], tallies: Tallies) -> dict[str, dict[str, Rate]]:
+def _slices(groups: Mapping[str, LengthCounts], tallies: Tallies) -> dict[str, dict[str, Rate]]:
     columns = tallies.usable_slices()
-    groups: dict[str, LengthCounts] = {}
-    for pair in pairs:
-        if pair.group is not None:
-            groups.setdefault(pair.group, LengthCounts()).add(pair.chosen, pair.rejected)
     if groups:
         columns = {**columns, "group": groups}
     return {
@@ -335,23 +356,12 @@ def _slices(pairs: Sequence[Pair], tallies: Tallies) -> dict[str, dict[str, Rate
     }
 
 
-def _lengths(pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> dict[str, Lengths]:
-    if not pairs:
-        return {}
-    return {
-        "prompt": _distribution(
-            [sum(len(m["content"]) for m in messages_of(prompt)) for prompt in prompts]
-        ),
-        "chosen": _distribution([len(pair.chosen) for pair in pairs]),
-        "rejected": _distribution([len(pair.rejected) for pair in pairs]),
-    }
-
-
-def _distribution(lengths: list[int]) -> Lengths:
-    lengths.sort()
-    last = len(lengths) - 1
-    histogram = Counter(length.bit_length() for length in lengths)
+def _distribution(lengths: array[int]) -> Lengths:
+    ordered = np.sort(np.array(lengths, dtype=np.int64))
+    last = len(ordered) - 1
+    # Of whole numbers below 2^53 the exponent is their number of bits.
+    bits, counts = np.unique(np.frexp(ordered.astype(np.float64))[1], return_counts=True)
     return Lengths(
-        {name: lengths[round(q * last)] for name, q in QUANTILES.items()},
-        {2**bits: histogram[bits] for bits in sorted(histogram)},
+        {name: int(ordered[round(q * last)]) for name, q in QUANTILES.items()},
+        {2 ** int(n): int(count) for n, count in zip(bits, counts, strict=True)},
     )

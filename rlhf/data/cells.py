@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +16,23 @@ from rlhf.data.chat import (
     split_reply,
     to_messages,
     to_text,
+    unread_reasoning,
 )
 from rlhf.data.columns import Row, cell_of
-from rlhf.data.markup import LISTS, WEAK, Markup, recognise
+from rlhf.data.markup import LISTS, Markup, parse_turns
 from rlhf.data.records import LeftOutError
 from rlhf.data.rows import Message, Prompt, messages_of
+from rlhf.data.shared_marks import CUT_SPEAKER, MarkWatch
 from rlhf.data.special_tokens import (
-    holds_control_tokens,
+    break_token,
     is_missing_word,
     strip_end_tokens,
     without_prompt,
 )
 from rlhf.data.strays import check_reply, check_stray
-from rlhf.errors import ConfigError
 
-_SPEAKER = re.compile(r"\s*(?:### ?)?(?:Assistant|ASSISTANT|AI|Bot|GPT|Response):[ \n]*")
+#: What a finder of formats returns: cells, the replies' names in reasons, the converter, sentences.
+Found = tuple["Cells", tuple[str, str], Any, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Cells:
         markups: Markup by column.
         text_cells: True if all cells are text, so that a missing value is a word.
         named: Columns whose replies begin with the speaker: "Assistant: …".
+        ended: Columns whose replies end with an end token.
+        repeats: True if replies begin with their prompt.
+        plain: Columns that the user declares to be text, in which nothing is looked for.
+        watch: Counts the marks of later rows.
     """
 
     prompt: str | None
@@ -59,6 +64,10 @@ class Cells:
     markups: Mapping[str, Markup] | None = None
     text_cells: bool = False
     named: frozenset[str] = frozenset()
+    ended: frozenset[str] = frozenset()
+    repeats: bool = False
+    plain: frozenset[str] = frozenset()
+    watch: MarkWatch | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -80,19 +89,27 @@ class Cells:
         first, second = cell_of(row, self.first), cell_of(row, self.second)
         if self.prompt is None:
             prompt, first, second = self._conversations(first, second, roles)
-            prompt = self._framed(row, _checked(prompt), notes)
-            first = _clean(first, roles[0], notes)
-            second = _clean(second, roles[1], notes)
+            prompt = self._framed(row, self._checked(prompt), notes)
+            asked = messages_of(prompt)[-1]["content"]
+            first = self._clean(first, self.first, asked, roles[0], notes)
+            second = self._clean(second, self.second, asked, roles[1], notes)
         else:
             prompt = self.read_prompt(row, notes)
             first = self.read_reply(first, self.first, prompt, roles[0], notes)
             second = self.read_reply(second, self.second, prompt, roles[1], notes)
+        for column in (self.first, self.second):
+            _note_reasoning(cell_of(row, column), column, notes)
+        if not self.repeats:
+            return prompt, first, second
         asked = messages_of(prompt)[-1]["content"]
         rest, other = without_prompt(asked, first), without_prompt(asked, second)
         if rest is None or other is None:
             return prompt, first, second
-        notes.add("the prompt is repeated in front of both replies, and cut from them")
-        return prompt, rest, other
+        notes.add(
+            "the prompt is repeated in front of both replies, and cut from them "
+            f"(data.text_columns={self.first},{self.second} keeps it)"
+        )
+        return prompt, _without_speaker(rest), _without_speaker(other)
 
     def read_prompt(self, row: Row, notes: set[str]) -> Prompt:
         """Return a row's prompt with everything that belongs in front of it.
@@ -102,12 +119,13 @@ class Cells:
         """
         assert self.prompt is not None
         value = cell_of(row, self.prompt)
+        self._watch(self.prompt, value)
         if isinstance(value, str):
-            prompt: Prompt = self._text_prompt(value)
+            prompt: Prompt = self._text_prompt(value, notes)
         elif isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str):
-            prompt = self._text_prompt(value[0])
+            prompt = self._text_prompt(value[0], notes)
         elif isinstance(value, list | tuple | dict):
-            prompt = _checked(to_messages(value, "prompt", self.prompt))
+            prompt = self._checked(to_messages(value, "prompt", self.prompt))
         else:
             prompt = to_text(value, "prompt", self.prompt)
         return self._framed(row, prompt, notes)
@@ -120,21 +138,25 @@ class Cells:
         Raises:
             LeftOutError: It can't be used.
         """
+        asked = messages_of(prompt)[-1]["content"]
+        self._watch(column, value)
         if isinstance(value, str):
-            self._check_word(value, role)
-            if column in self.named and (match := _SPEAKER.match(value)):
+            if column not in self.plain:
+                self._check_word(value, role)
+            if column in self.named and (match := CUT_SPEAKER.match(value)):
                 notes.add(f"{match.group().strip()!r} in front of replies is cut")
                 value = value[match.end() :]
             markup = self._markup(column)
             if markup is None or markup in LISTS:
-                return _clean(to_text(value, role, column), role, notes)
+                return self._clean(to_text(value, role, column), column, asked, role, notes)
             value = _parsed(markup, value, role)
         elif role not in COLUMN_SETTINGS and isinstance(text := _own_text(value), str):
             notes.add(f"the text of {column} is taken from a field of it")
-            return _clean(to_text(text, role, column), role, notes)
+            return self._clean(to_text(text, role, column), column, asked, role, notes)
         elif not isinstance(value, list | tuple | dict):
             return to_text(value, role, column)
-        return _clean(split_reply(to_messages(value, role, column), prompt, role)[1], role, notes)
+        reply = split_reply(to_messages(value, role, column), prompt, role)[1]
+        return self._clean(reply, column, asked, role, notes)
 
     def read_messages(self, row: Row, role: str) -> list[Message]:
         """Return all messages of a whole conversation, without the system column.
@@ -156,18 +178,35 @@ class Cells:
         prompt, reply = split_reply(messages, None, role)
         if prompt is None:
             raise _no_prompt(role, reply)
-        return self._framed(row, _checked(prompt), notes), _clean(reply, role, notes)
+        asked = messages_of(prompt)[-1]["content"]
+        reply = self._clean(reply, self.first, asked, role, notes)
+        return self._framed(row, self._checked(prompt), notes), reply
 
-    def _text_prompt(self, value: str) -> Prompt:
+    def _text_prompt(self, value: str, notes: set[str]) -> Prompt:
         assert self.prompt is not None
+        if self.prompt in self.plain:
+            return to_text(value, "prompt", self.prompt)
         self._check_word(value, "prompt")
         markup = self._markup(self.prompt)
         if markup in LISTS and (texts := markup.parse(value) if markup.parse else None):
             value = _only_text(texts, "prompt")
+            notes.add(f"{self.prompt} holds lists with one text, which is taken")
+        if markup is None and "<extra_id_1>" in value and (turns := parse_turns(value)):
+            notes.add(f"turns marked <extra_id_1> in {self.prompt} are parsed")
+            return self._checked(to_messages(turns, "prompt", self.prompt))
         if markup is None or markup in LISTS:
             check_stray(value, "prompt")
             return to_text(value, "prompt", self.prompt)
-        return _checked(to_messages(_parsed(markup, value, "prompt"), "prompt", self.prompt))
+        return self._checked(to_messages(_parsed(markup, value, "prompt"), "prompt", self.prompt))
+
+    def _watch(self, column: str, value: Any) -> None:
+        """Count the marks of a value that is not parsed.
+
+        Raises:
+            ConfigError: Most values have marks of a template.
+        """
+        if self.watch is not None and column not in (self.markups or {}):
+            self.watch.see(column, value)
 
     def _framed(self, row: Row, prompt: Prompt, notes: set[str]) -> Prompt:
         """Add the further input, the history and the system turn."""
@@ -199,7 +238,8 @@ class Cells:
         if messages[-1]["role"] == "assistant":
             raise LeftOutError(
                 "prompt ends with a reply", messages[-1]["content"][:60],
-                "end prompts with a user's turn",
+                "end prompts with a user's turn, or name a column of tasks on transcripts in "
+                "data.text_columns",
             )  # fmt: skip
         return prompt if len(messages) == 1 and isinstance(prompt, str) else messages
 
@@ -217,7 +257,8 @@ class Cells:
         if self.text_cells and isinstance(value, str) and is_missing_word(value):
             return None
         text = to_text(value, column or "")
-        check_stray(text, column or "")
+        if column not in self.plain:
+            check_stray(text, column or "")
         return text
 
     def _conversations(
@@ -251,6 +292,7 @@ class Cells:
         return prompt, replies[0][1], replies[1][1]
 
     def _conversation(self, value: Any, column: str, role: str) -> list[Message]:
+        self._watch(column, value)
         if isinstance(value, str):
             markup = self._markup(column)
             if markup is not None and markup not in LISTS:
@@ -260,6 +302,47 @@ class Cells:
     def _markup(self, column: str) -> Markup | None:
         return (self.markups or {}).get(column)
 
+    def _checked(self, prompt: Prompt) -> Prompt:
+        """Return a prompt of messages.
+
+        Raises:
+            LeftOutError: A message is a chat written as text.
+        """
+        for message in messages_of(prompt) if (self.prompt or self.first) not in self.plain else ():
+            if message["role"] != "assistant":
+                check_stray(message["content"], f"a message of the {message['role']}")
+        return prompt
+
+    def _clean(self, reply: str, column: str, asked: str, role: str, notes: set[str]) -> str:
+        """Return a reply without end tokens behind it.
+
+        Args:
+            reply: The reply.
+            column: Its column.
+            asked: Text of the turn that it answers.
+            role: Name of the reply in reasons.
+            notes: Receives a sentence if tokens are cut.
+
+        Raises:
+            LeftOutError: It goes on behind an end token, holds nothing else, or is a chat.
+        """
+        if column in self.plain:
+            return reply
+        check_reply(reply, role, asked)
+        if "<" not in reply and "[" not in reply:
+            return reply  # nine replies of ten, and no token is without one of these
+        reply, had_tokens = strip_end_tokens(reply, column in self.ended, asked)
+        if had_tokens:
+            notes.add("end tokens that are spelled out behind replies are cut")
+        if not reply.strip():
+            raise LeftOutError(f"{role} is empty")
+        if token := break_token(reply, asked):
+            raise LeftOutError(
+                f"{role} goes on behind a control token of a chat template", repr(token),
+                "cut the reply where the token stands, or name its column in data.text_columns",
+            )  # fmt: skip
+        return reply
+
     def _check_word(self, value: str, role: str) -> None:
         if self.text_cells and is_missing_word(value):
             raise LeftOutError(
@@ -268,52 +351,22 @@ class Cells:
             )  # fmt: skip
 
 
+def _note_reasoning(value: Any, column: str, notes: set[str]) -> None:
+    if isinstance(value, list | tuple | dict) and (field := unread_reasoning(value)):
+        notes.add(f"{field} of messages in {column} is not read")
+
+
+def _without_speaker(rest: str) -> str:
+    """Return what follows a repeated prompt without the mark of the reply's turn."""
+    match = CUT_SPEAKER.match(rest)
+    return rest[match.end() :] if match else rest
+
+
 def _no_prompt(role: str, reply: str) -> LeftOutError:
     return LeftOutError(
         f"{role} is a conversation without a prompt", reply[:60],
         "give the messages before the reply too",
     )  # fmt: skip
-
-
-def find_named(columns: Sequence[str], sample: Sequence[Row]) -> frozenset[str]:
-    """Return the columns in most of whose texts the assistant is named in front."""
-    found = set()
-    for column in columns:
-        texts = [
-            value for row in sample if isinstance(value := cell_of(row, column), str) and value
-        ]
-        if sum(bool(_SPEAKER.match(text)) for text in texts) > len(texts) / 2:
-            found.add(column)
-    return frozenset(found)
-
-
-def find_markups(cells: Cells, sample: Sequence[Row]) -> tuple[dict[str, Markup], list[str]]:
-    """Return the markup of each column whose texts are written in one, and sentences about them.
-
-    Replies of their own are not taken for chats by marks that other texts have too.
-
-    Raises:
-        ConfigError: A column is written in a markup that can't be parsed.
-    """
-    markups: dict[str, Markup] = {}
-    notes = []
-    replies = {cells.first, cells.second} if cells.prompt is not None else set()
-    for column in cells.columns:
-        texts = [value for row in sample if isinstance(value := cell_of(row, column), str)]
-        markup = recognise(texts)
-        if markup is None or column in (cells.system, cells.more):
-            continue
-        if column in replies and markup in WEAK:
-            continue
-        if markup.parse is None:
-            raise ConfigError(
-                f"data.source: column {column!r} holds chats written as {markup.name}, which "
-                "can't be read back; export the data as JSON lines or Parquet"
-            )
-        markups[column] = markup
-        if markup not in LISTS:
-            notes.append(f"{column} holds chats written as {markup.name}, which are parsed")
-    return markups, notes
 
 
 def _parsed(markup: Markup, text: str, role: str) -> Any:
@@ -336,18 +389,6 @@ def _own_text(reply: Any) -> str | None:
     return texts[0] if len(texts) == 1 else None
 
 
-def _checked(prompt: Prompt) -> Prompt:
-    """Return a prompt of messages.
-
-    Raises:
-        LeftOutError: A message is a chat written as text.
-    """
-    for message in messages_of(prompt):
-        if message["role"] != "assistant":
-            check_stray(message["content"], f"a message of the {message['role']}")
-    return prompt
-
-
 def _only_text(texts: Any, field: str) -> str:
     """Return the text of a list with one text.
 
@@ -359,28 +400,6 @@ def _only_text(texts: Any, field: str) -> str:
             f"{field} is a list of texts", f"{len(texts)} texts", "give a list of {role, content}"
         )
     return str(texts[0])
-
-
-def _clean(reply: str, role: str, notes: set[str]) -> str:
-    """Return a reply without end tokens behind it.
-
-    Raises:
-        LeftOutError: It holds control tokens of a chat template, or nothing else, or is a chat.
-    """
-    check_reply(reply, role)
-    if "<" not in reply and "[" not in reply:
-        return reply  # nine replies of ten, and no token is without one of these
-    reply, had_tokens = strip_end_tokens(reply)
-    if had_tokens:
-        notes.add("end tokens that are spelled out behind replies are cut")
-    if not reply.strip():
-        raise LeftOutError(f"{role} is empty")
-    if token := holds_control_tokens(reply):
-        raise LeftOutError(
-            f"{role} holds a control token of a chat template", repr(token),
-            "remove the marks of the template from the text",
-        )  # fmt: skip
-    return reply
 
 
 def _history(turns: Any, column: str) -> list[Message]:

@@ -41,6 +41,7 @@ _TEXT_FIELDS = ("full_text", "prompt", "question", "instruction", "query", "resp
 #: Fields of a pair that have a setting for their column.
 COLUMN_SETTINGS = ("prompt", "chosen", "rejected")
 
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("tool_calls", "function_call")
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # LLaMA-Factory's roles
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -149,6 +150,16 @@ def split_reply(
     raise _other_prompt(found, known, field)
 
 
+def unread_reasoning(value: object) -> str | None:
+    """Return the field of a message that holds reasoning beside its content, if one does."""
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, dict) and item.get("content"):
+            found = next((key for key in _REASONING if item.get(key)), None)
+            if found is not None:
+                return found
+    return None
+
+
 def common_prefix(a: list[Message], b: list[Message]) -> int:
     """Return the number of leading messages that are equal but for blanks around their text."""
     count = 0
@@ -213,6 +224,11 @@ def _field_cure(value: dict[Any, Any], field: str, column: str) -> str:
         if isinstance(value[name], list) and value[name] and isinstance(value[name][0], dict)
     ]
     usual = [name for name in (*CONTENT_KEYS, *_TEXT_FIELDS) if name in texts]
+    # A single word, such as an id, is no reply beside a field with a sentence.
+    sentences = [name for name in texts if len(value[name].split()) > 1]
+    if sentences and usual and usual[0] not in sentences:
+        usual = [name for name in usual if name in sentences]
+        texts = sentences
     found = [*usual, *chats, *texts]
     if field not in COLUMN_SETTINGS or (not usual and len(found) != 1):
         return "give a column of texts"  # a guess among fields may name an id

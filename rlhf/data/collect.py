@@ -1,19 +1,25 @@
 """Comparisons of all rows become pairs: votes are counted, scores are ranked, rows accounted for.
 
 Rows that say the same are votes for one pair. Every row ends as used or as left out with a reason.
+Texts go to the spill of the ledger as they come, and digests decide which of them are equal.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from rlhf.config import DataConfig
+from rlhf.data.ledger import Ledger, Origin
+from rlhf.data.pairs import Ints, Pairs, merged_ids
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.rows import Demonstration, Pair, Prompt, SourceRow, messages_of
+from rlhf.data.spill import DIGEST_BYTES, digest, number_digests, runs
 
 #: Most pairs from the scored replies to one prompt: a hundred replies would give 4,950.
 MAX_RANKED_PAIRS = 64
@@ -21,102 +27,8 @@ MAX_RANKED_PAIRS = 64
 
 #: Splits of the rows of `data.sft_source` and `data.prompts_source`.
 OWN_SPLITS = ("sft", "prompts")
-
-
-class Origin(NamedTuple):
-    """Position of a row: its file's name in the source, and its line; its id.
-
-    `part` is the number of its file in the reading: files of `data.source` and `data.eval_source`
-    may have one name.
-    """
-
-    file: str
-    line: int
-    id: str = ""
-    part: int = 0
-
-
-#: Receives each row that is left out: its position, the reason, and its pair.
-OnLeftOut = Callable[[Origin, LeftOutError, dict[str, Any]], None]
-
-
-class Resolved(NamedTuple):
-    """A pair, and the rows that it comes from."""
-
-    pair: Pair
-    origins: tuple[Origin, ...]
-
-    def with_ids(self) -> Resolved:
-        """Return the pair with the ids of its rows, each once."""
-        ids = merged_ids([origin.id] for origin in self.origins)
-        return Resolved(replace(self.pair, row_ids=ids), self.origins)
-
-
-class Ledger:
-    """Fate of every row whose comparisons were collected: used, or left out for a reason."""
-
-    def __init__(self) -> None:
-        self._used: dict[Origin, bool] = {}
-        self._reasons: dict[Origin, tuple[LeftOutError, dict[str, Any]]] = {}
-
-    def register(self, origin: Origin) -> None:
-        """Add a row; rows are reported in the order of this."""
-        self._used.setdefault(origin, False)
-
-    def use(self, origins: Iterable[Origin]) -> None:
-        """Count these rows as used, whatever else becomes of their comparisons."""
-        self._used |= dict.fromkeys(origins, True)
-
-    def lose(
-        self, origins: Iterable[Origin], reason: LeftOutError, prompt: Prompt, *replies: str
-    ) -> None:
-        """Note why a comparison of these rows is not used; the first reason counts."""
-        row: dict[str, Any] = {"prompt": prompt}
-        row |= zip(("chosen", "rejected"), replies, strict=False)
-        for origin in origins:
-            self.register(origin)
-            self._reasons.setdefault(origin, (reason, row))
-
-    def reason(self, origin: Origin) -> LeftOutError | None:
-        """Return the reason noted for a row, and forget the row."""
-        self._used.pop(origin, None)
-        return self._reasons.pop(origin, (None, {}))[0]
-
-    def close(self, on_left_out: OnLeftOut) -> int:
-        """Report each row of which nothing is used; return the number of those used."""
-        for origin, used in self._used.items():
-            if not used:
-                on_left_out(origin, *self._reasons[origin])
-        return sum(self._used.values())
-
-
-@dataclass
-class _Votes:
-    """Rows that compare the same two replies: for `a` against `b`, and the other way."""
-
-    for_a: list[Origin] = field(default_factory=list)
-    for_b: list[Origin] = field(default_factory=list)
-    margins: dict[Origin, float] = field(default_factory=dict)
-    """By how much a row prefers its reply, where it says so."""
-
-    def margin(self, origins: Sequence[Origin], others: Sequence[Origin] = ()) -> float | None:
-        """Return the mean margin of rows that prefer a reply and of others that prefer the other.
-
-        The others' count negative; None if no row has a margin.
-        """
-        values = [self.margins[o] for o in origins if o in self.margins]
-        values += [-self.margins[o] for o in others if o in self.margins]
-        return max(sum(values) / len(values), 0.0) if values else None
-
-
-@dataclass
-class _Replies:
-    """Votes and scores of the replies to one prompt."""
-
-    prompt: Prompt
-    pairs: dict[tuple[str, str], _Votes] = field(default_factory=dict)
-    """By the two replies, sorted."""
-    scores: dict[str, list[tuple[float, Origin]]] = field(default_factory=dict)
+#: Pairs of scored replies stand behind a prompt's other pairs.
+_LAST = 2**62
 
 
 @dataclass
@@ -143,13 +55,22 @@ class Totals:
 
 
 class Collector:
-    """Collects the comparisons of rows, and resolves them to pairs."""
+    """Collects the comparisons of rows, and resolves them to pairs.
+
+    Args:
+        config: Longest texts, and what becomes of several votes.
+        ledger: Receives the rows and, in its spill, their texts.
+        totals: Receives counts.
+    """
 
     def __init__(self, config: DataConfig, ledger: Ledger, totals: Totals) -> None:
         self.config = config
         self.ledger = ledger
         self.totals = totals
-        self._replies: dict[str, _Replies] = {}
+        # One entry for each comparison and rating, in the order of the rows. With 3 million of
+        # them each byte of an entry is 3 MB.
+        self._prompts, self._prompt_at = bytearray(), array("q")
+        self._votes, self._ratings = _Votes(), _Ratings()
 
     def add(self, converted: Converted, origin: Origin) -> None:
         """Add what a row says.
@@ -157,94 +78,129 @@ class Collector:
         Raises:
             LeftOutError: None of it can be used.
         """
-        self.ledger.register(origin)
+        row = self.ledger.register(origin)
         comparisons = []
         for item in converted.comparisons:
             if fault := _fault(item, self.config):
-                self.ledger.lose([origin], fault, item.prompt, item.chosen, item.rejected)
+                self.ledger.lose([row], fault, item.prompt, item.chosen, item.rejected)
             else:
                 comparisons.append(item)
         rated = []
         for one in converted.rated:
             if fault := too_long(one.prompt, [one.reply], self.config):
-                self.ledger.lose([origin], fault, one.prompt, one.reply)
+                self.ledger.lose([row], fault, one.prompt, one.reply)
             else:
                 rated.append(one)
         if not comparisons and not rated:
-            raise self.ledger.reason(origin) or LeftOutError("the row compares nothing")
+            raise self.ledger.reason(row) or LeftOutError("the row compares nothing")
+        places: dict[bytes | str, int] = {}  # a ranking repeats its prompt and its replies
         for item in comparisons:
-            self._vote(item, origin)
+            entry, key = self._enter(item.prompt, places)
+            a, b = sorted((item.chosen, item.rejected))
+            at = self._place(a, a, places), self._place(b, b, places)
+            margin = math.nan if item.margin is None else item.margin
+            self._votes.add(entry, digest(a, b, salt=key), at, item.chosen == a, margin, row)
         for one in rated:
-            scores = self._of(one.prompt).scores.setdefault(one.reply, [])
-            scores.append((one.score, origin))
+            entry, _ = self._enter(one.prompt, places)
+            at = self._place(one.reply, one.reply, places)
+            self._ratings.add(entry, digest(one.reply), at, one.score, row)
 
-    def resolve(self) -> list[Resolved]:
+    def resolve(self) -> Pairs:
         """Return the pairs, in the order of their first rows."""
-        pairs: list[Resolved] = []
-        for replies in self._replies.values():
-            pairs += self._voted(replies)
-            if replies.scores:
-                pairs += self._ranked(replies)
-        return pairs
+        numbers, firsts = number_digests(self._prompts)
+        prompt_at = np.array(self._prompt_at, dtype=np.int64)[firsts]
+        found = _Columns()
+        self._add_voted(found, numbers, prompt_at)
+        self._add_ranked(found, numbers, prompt_at)
+        return found.pairs(self.ledger, prompt_at)
 
-    def _of(self, prompt: Prompt) -> _Replies:
-        return self._replies.setdefault(exact_key(prompt), _Replies(prompt))
+    def _enter(self, prompt: Prompt, places: dict[bytes | str, int]) -> tuple[int, bytes]:
+        key = digest(exact_key(prompt))
+        self._prompts += key
+        self._prompt_at.append(self._place(key, prompt, places))
+        return len(self._prompt_at) - 1, key
 
-    def _vote(self, comparison: Comparison, origin: Origin) -> None:
-        a, b = sorted((comparison.chosen, comparison.rejected))
-        votes = self._of(comparison.prompt).pairs.setdefault((a, b), _Votes())
-        (votes.for_a if comparison.chosen == a else votes.for_b).append(origin)
-        if comparison.margin is not None:
-            votes.margins[origin] = comparison.margin
+    def _place(self, key: bytes | str, value: Prompt, places: dict[bytes | str, int]) -> int:
+        at = places.get(key)
+        if at is None:
+            at = places[key] = self.ledger.spill.add(value)
+        return at
 
-    def _voted(self, replies: _Replies) -> Iterator[Resolved]:
-        for (a, b), votes in replies.pairs.items():
-            counts = len(votes.for_a), len(votes.for_b)
-            if sum(counts) > 1:
-                self.totals.repeated += 1
-                self.totals.votes += sum(counts)
-                self.totals.agreeing += max(counts)
-                alike = math.comb(counts[0], 2) + math.comb(counts[1], 2)
-                self.totals.pairwise += alike / math.comb(sum(counts), 2)
-            if self.config.votes == "keep":
-                for one, other, origins in ((a, b, votes.for_a), (b, a, votes.for_b)):
-                    for origin in origins:
-                        margin = votes.margin([origin])
-                        pair = Pair(replies.prompt, one, other, margin=margin)
-                        yield Resolved(pair, (origin,))
-            elif counts[0] == counts[1]:
-                self.ledger.lose(
-                    [*votes.for_a, *votes.for_b],
-                    LeftOutError(
-                        "votes for a pair are tied", f"{counts[0]} to {counts[1]}",
-                        "set data.votes=keep to train on both", is_choice=True,
-                    ),
-                    replies.prompt, a, b,
-                )  # fmt: skip
-            elif counts[0] > counts[1]:
-                margin = votes.margin(votes.for_a, votes.for_b)
-                pair = Pair(replies.prompt, a, b, margin=margin)
-                yield self._elected(pair, votes.for_a, votes.for_b)
-            else:
-                margin = votes.margin(votes.for_b, votes.for_a)
-                pair = Pair(replies.prompt, b, a, margin=margin)
-                yield self._elected(pair, votes.for_b, votes.for_a)
+    def _add_voted(self, found: _Columns, prompts: Ints, prompt_at: Ints) -> None:
+        votes = self._votes
+        groups, firsts = number_digests(votes.keys)
+        entries = np.array(votes.entry, dtype=np.int64)
+        counts = np.bincount(groups, minlength=len(firsts))
+        found.extend(votes, prompts[entries], firsts[counts == 1])
+        repeated = np.flatnonzero(counts[groups] > 1)
+        repeated = repeated[np.argsort(groups[repeated], kind="stable")]
+        starts, ends = runs(groups[repeated])
+        first = repeated[starts]
+        for run in np.lexsort((first, prompts[entries[first]])):
+            same = repeated[starts[run] : ends[run]].tolist()
+            number = int(prompts[entries[same[0]]])
+            for one, other, margin, rows in self._outcome(same, int(prompt_at[number])):
+                found.add(number, same[0], one, other, margin, rows)
 
-    def _elected(self, pair: Pair, winners: list[Origin], losers: list[Origin]) -> Resolved:
+    def _outcome(
+        self, same: list[int], prompt_at: int
+    ) -> Iterator[tuple[int, int, float, list[int]]]:
+        """Yield the pairs of several votes for one: chosen, rejected, margin, rows."""
+        votes = self._votes
+        a, b = votes.a_at[same[0]], votes.b_at[same[0]]
+        for_a = [votes.row[i] for i in same if votes.for_a[i]]
+        for_b = [votes.row[i] for i in same if not votes.for_a[i]]
+        margins = {votes.row[i]: m for i in same if not math.isnan(m := votes.margin[i])}
+        self.totals.repeated += 1
+        self.totals.votes += len(same)
+        self.totals.agreeing += max(len(for_a), len(for_b))
+        alike = math.comb(len(for_a), 2) + math.comb(len(for_b), 2)
+        self.totals.pairwise += alike / math.comb(len(same), 2)
+        if self.config.votes == "keep":
+            for one, other, rows in ((a, b, for_a), (b, a, for_b)):
+                for row in rows:
+                    yield one, other, _mean_margin(margins, [row]), [row]
+            return
+        if len(for_a) == len(for_b):
+            reason = LeftOutError(
+                "votes for a pair are tied", f"{len(for_a)} to {len(for_b)}",
+                "set data.votes=keep to train on both", is_choice=True,
+            )  # fmt: skip
+            self.ledger.lose_stored([*for_a, *for_b], reason, (prompt_at, a, b))
+            return
+        one, other, winners, losers = (
+            (a, b, for_a, for_b) if len(for_a) > len(for_b) else (b, a, for_b, for_a)
+        )
         if losers:
             reason = LeftOutError(
                 "outvoted by other rows of the pair", f"{len(losers)} to {len(winners)}",
                 "set data.votes=keep to train on every vote", is_choice=True,
             )  # fmt: skip
-            self.ledger.lose(losers, reason, pair.prompt, pair.rejected, pair.chosen)
+            self.ledger.lose_stored(losers, reason, (prompt_at, other, one))
         self.totals.merged += len(winners) - 1
-        return Resolved(pair, tuple(winners))
+        yield one, other, _mean_margin(margins, winners, losers), winners
 
-    def _ranked(self, replies: _Replies) -> Iterator[Resolved]:
-        origins = {reply: [o for _, o in scores] for reply, scores in replies.scores.items()}
+    def _add_ranked(self, found: _Columns, prompts: Ints, prompt_at: Ints) -> None:
+        numbers = prompts[np.array(self._ratings.entry, dtype=np.int64)]
+        order = np.argsort(numbers, kind="stable")
+        for start, end in zip(*runs(numbers[order]), strict=True):
+            same = order[start:end].tolist()
+            number = int(numbers[same[0]])
+            for one, other, margin, rows in self._ranked(same, int(prompt_at[number])):
+                found.add(number, _LAST, one, other, margin, rows)
+
+    def _ranked(
+        self, same: list[int], prompt_at: int
+    ) -> Iterator[tuple[int, int, float, list[int]]]:
+        """Yield the pairs of the scored replies to one prompt: chosen, rejected, margin, rows."""
+        ratings = self._ratings
+        replies: dict[bytes, list[int]] = {}
+        for i in same:
+            replies.setdefault(ratings.key(i), []).append(i)
+        at = {key: ratings.at[items[0]] for key, items in replies.items()}
+        rows = {key: [ratings.row[i] for i in items] for key, items in replies.items()}
         mean = {
-            reply: sum(score for score, _ in scores) / len(scores)
-            for reply, scores in replies.scores.items()
+            key: sum(ratings.score[i] for i in items) / len(items) for key, items in replies.items()
         }
         ranked = [
             (mean[one] - mean[other], one, other)
@@ -254,14 +210,126 @@ class Collector:
         ranked.sort(key=lambda item: -item[0])
         self.totals.surplus += max(len(ranked) - MAX_RANKED_PAIRS, 0)
         for margin, one, other in ranked[:MAX_RANKED_PAIRS]:
-            pair = Pair(replies.prompt, one, other, margin=margin)
-            yield Resolved(pair, (*origins[one], *origins[other]))
+            yield at[one], at[other], margin, [*rows[one], *rows[other]]
         reason = LeftOutError(
             "no other reply to this prompt has a different score",
             cure="give two replies to each prompt, one better than the other", is_choice=True,
         )  # fmt: skip
-        for reply, rows in origins.items():
-            self.ledger.lose(rows, reason, replies.prompt, reply)
+        for key, own in rows.items():
+            self.ledger.lose_stored(own, reason, (prompt_at, at[key]))
+
+
+class _Votes:
+    """Columns of comparisons, each of two replies a and b that are sorted."""
+
+    def __init__(self) -> None:
+        self.keys = bytearray()
+        """Digests of prompt and replies."""
+        self.entry, self.a_at, self.b_at = array("i"), array("q"), array("q")
+        self.for_a, self.margin, self.row = bytearray(), array("d"), array("i")
+
+    def add(
+        self, entry: int, key: bytes, at: tuple[int, int], for_a: bool, margin: float, row: int
+    ) -> None:
+        self.keys += key
+        self.entry.append(entry)
+        self.a_at.append(at[0])
+        self.b_at.append(at[1])
+        self.for_a.append(for_a)
+        self.margin.append(margin)
+        self.row.append(row)
+
+
+class _Ratings:
+    """Columns of scored replies."""
+
+    def __init__(self) -> None:
+        self._keys = bytearray()
+        self.entry, self.at, self.score, self.row = array("i"), array("q"), array("d"), array("i")
+
+    def add(self, entry: int, key: bytes, at: int, score: float, row: int) -> None:
+        self._keys += key
+        self.entry.append(entry)
+        self.at.append(at)
+        self.score.append(score)
+        self.row.append(row)
+
+    def key(self, index: int) -> bytes:
+        """Return the digest of a reply."""
+        return bytes(self._keys[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES])
+
+
+class _Columns:
+    """Columns of pairs, in any order until they are done."""
+
+    def __init__(self) -> None:
+        self._prompt, self._order = array("i"), array("q")
+        self._chosen, self._rejected, self._margin = array("q"), array("q"), array("d")
+        self._counts, self._rows = array("i"), array("i")
+
+    def add(
+        self, prompt: int, order: int, chosen: int, rejected: int, margin: float, rows: list[int]
+    ) -> None:
+        """Add a pair; those of a prompt are sorted by `order`."""
+        self._prompt.append(prompt)
+        self._order.append(order)
+        self._chosen.append(chosen)
+        self._rejected.append(rejected)
+        self._margin.append(margin)
+        self._counts.append(len(rows))
+        self._rows.extend(rows)
+
+    def extend(self, votes: _Votes, prompts: Ints, which: Ints) -> None:
+        """Add pairs of one vote each.
+
+        Args:
+            votes: The votes.
+            prompts: Number of the prompt of each vote.
+            which: Indices of the votes to add.
+        """
+        a, b = np.array(votes.a_at, dtype=np.int64)[which], np.array(votes.b_at, np.int64)[which]
+        for_a = np.frombuffer(votes.for_a, dtype=np.bool_)[which]
+        margin = np.maximum(np.array(votes.margin, dtype=np.float64)[which], 0.0)
+        for column, values in (
+            (self._prompt, prompts[which]),
+            (self._order, which),
+            (self._chosen, np.where(for_a, a, b)),
+            (self._rejected, np.where(for_a, b, a)),
+            (self._margin, margin),
+            (self._counts, np.ones(len(which))),
+            (self._rows, np.array(votes.row, dtype=np.int32)[which]),
+        ):
+            column.frombytes(values.astype(column.typecode).tobytes())
+
+    def pairs(self, ledger: Ledger, prompt_at: Ints) -> Pairs:
+        """Return the pairs, those of a prompt together, prompts in the order of their numbers."""
+        prompt = np.array(self._prompt, dtype=np.int32)
+        counts = np.array(self._counts, dtype=np.int32)
+        found = Pairs(
+            ledger,
+            prompt=prompt,
+            prompt_at=prompt_at[prompt],
+            chosen_at=np.array(self._chosen, dtype=np.int64),
+            rejected_at=np.array(self._rejected, dtype=np.int64),
+            margin=np.array(self._margin, dtype=np.float64),
+            starts=np.cumsum(counts, dtype=np.int64) - counts,
+            counts=counts,
+            times=np.ones(len(prompt), dtype=np.int32),
+            rows=np.array(self._rows, dtype=np.int32),
+        )
+        return found.select(np.lexsort((np.array(self._order, dtype=np.int64), prompt)))
+
+
+def _mean_margin(
+    margins: dict[int, float], rows: Sequence[int], others: Sequence[int] = ()
+) -> float:
+    """Return the mean margin of rows that prefer a reply and of others that prefer the other.
+
+    The others' count negative; NaN if no row has a margin.
+    """
+    values = [margins[row] for row in rows if row in margins]
+    values += [-margins[row] for row in others if row in margins]
+    return max(sum(values) / len(values), 0.0) if values else math.nan
 
 
 def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
@@ -299,11 +367,6 @@ def source_rows(**splits: Iterable[Origin]) -> list[SourceRow]:
         SourceRow(o.id, o.file.encode("utf-8", "backslashreplace").decode(), o.line, key[-1])
         for key, o in sorted(found.items())
     ]
-
-
-def merged_ids(ids: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """Return ids of rows, each once, in their order."""
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(ids)))
 
 
 def exact_key(prompt: Prompt) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -39,6 +40,12 @@ def cell_of(row: Row, path: str) -> Any:
     """Return a column's value, None for a column that the row does not have."""
     value = value_of(row, path)
     return None if value is MISSING else value
+
+
+def plain_name(column: str) -> str:
+    """Return a column's name in lower case, its words joined by underscores."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
+    return re.sub(r"[\s\-.]+", "_", spaced).lower()
 
 
 def check_settings(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import Cells
-from rlhf.data.chat import REPLY_KEYS, loose_text, to_messages, to_text
+from rlhf.data.cells import Cells, Found
+from rlhf.data.chat import loose_text, to_messages, to_text
+from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row, cell_of, value_of
 from rlhf.data.markup import LISTS
+from rlhf.data.ratings import CONVERSATIONS
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.replies import CONVERSATIONS, Found, find_unranked
-from rlhf.data.verdicts import LABEL_COLUMNS, Judge, find_judge, names_a_reply, relation
+from rlhf.data.reply_columns import are_labels, check_replies, hold_text, reply_columns
+from rlhf.data.verdicts import LABEL_COLUMNS, Judge, find_judge
 from rlhf.errors import ConfigError
 
 #: Columns of the preferred and the other reply.
@@ -33,24 +34,14 @@ PAIRS = (
     ("win", "lose"), ("y_w", "y_l"), ("chosen_messages", "rejected_messages"),
     ("response_j", "response_k"),
 )  # fmt: skip
-#: Words for a reply in the names of two columns that differ in a suffix alone.
-_REPLY_WORDS = (
-    "response", "answer", "output", "completion", "reply", "text", "conversation", "generation",
-    "candidate", "option", "human_ref", "assistant", "summary", "message", "model_response",
-    "continuation", "chat", "responses",
-)  # fmt: skip
-_SUFFIXES = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"))
-#: Different values of so many rows that are labels, whatever they are, beside columns of replies.
-_FEW, _MANY = 4, 12
-#: Share of labels above which a column of labels and texts is refused.
-_SOME = 0.1
-#: Longest name of a model, in characters.
-_LONGEST_NAME = 80
 _SCORES = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"),
     ("chosen_reward", "rejected_reward"),
 )  # fmt: skip
+
+
+CAPPED = f"of rows with more than {MAX_RANKED_PAIRS} pairs of lists, {MAX_RANKED_PAIRS} are used"
 
 
 @dataclass(frozen=True)
@@ -69,11 +60,17 @@ class _Pair:
         if not self._may_be_lists(row, cells):
             pair = Comparison(*cells.read(row, roles, notes), margin)
             return Converted([pair], notes=frozenset(notes))
+        ones = _alternatives(row, cells, cells.first)
+        others = _alternatives(row, cells, cells.second)
+        # Each reply of one list meets those of the other in turn, so that a limit leaves none out.
+        turns = ((i, (i + turn) % len(others)) for turn in range(len(others))
+                 for i in range(len(ones)))  # fmt: skip
         comparisons = []
-        for one in _alternatives(row, cells, cells.first):
-            for other in _alternatives(row, cells, cells.second):
-                comparisons.append(Comparison(*cells.read({**row, **one, **other}, roles, notes),
-                                              margin))  # fmt: skip
+        for i, j in itertools.islice(turns, MAX_RANKED_PAIRS):
+            values = cells.read({**row, **ones[i], **others[j]}, roles, notes)
+            comparisons.append(Comparison(*values, margin))
+        if len(ones) * len(others) > MAX_RANKED_PAIRS:
+            notes.add(CAPPED)
         return Converted(comparisons=comparisons, notes=frozenset(notes))
 
     @staticmethod
@@ -113,7 +110,7 @@ class _Comparison:
 
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
-        verdict, margin = self.judge.decide(row)
+        verdict, margin = self.judge.decide(row, notes)
         if verdict == "tie":
             raise LeftOutError("tie: neither reply is preferred", is_choice=True)
         prompt, first, second = cells.read(_turns(row, cells), roles, notes)
@@ -141,7 +138,7 @@ def find_pairs(
     ):
         return None  # {"chosen": …, "rejected": …, "preference": "rejected"}
     _check_pair(names, sample, config, prompt, chosen, rejected)
-    if _are_labels(names, sample, chosen, rejected):
+    if are_labels(names, sample, chosen, rejected):
         if config.chosen_column or config.rejected_column:
             raise ConfigError(
                 f"data.chosen_column, data.rejected_column: {chosen} and {rejected} hold labels "
@@ -149,6 +146,8 @@ def find_pairs(
                 "data.label_column to the column that says which reply is better"
             )
         return None  # the label of a comparison: {"response_a": …, "chosen": "response_a"}
+    if config.chosen_column is None and config.rejected_column is None:
+        check_replies(names, sample, prompt.prompt, (chosen, rejected))
     scores = next(((names[a], names[b]) for a, b in _SCORES if a in names and b in names), None)
     cells = replace(prompt, first=chosen, second=rejected)
     if cells.prompt in (chosen, rejected):
@@ -172,7 +171,12 @@ def _pair_columns(
         # ms-swift and others: a conversation that ends with the preferred reply, and another one
         alone = next((names[n] for _, n in PAIRS if n in names), None)
         whole = next((c for c in _chats(names) if _end_with_reply(sample, c)), None)
-        return (whole, alone) if alone and whole else (None, None)
+        if alone and whole:
+            return whole, alone
+        for word in ("response", "answer", "output", "completion"):  # ms-swift's older files
+            if word in names and f"rejected_{word}" in names:
+                return names[word], names[f"rejected_{word}"]
+        return None, None
     for one, other in PAIRS:
         if rejected is None:
             rejected = names.get(other)
@@ -216,7 +220,7 @@ def find_comparison(
     Raises:
         ConfigError: There are two replies, but nothing certain says which is better.
     """
-    found = _reply_columns(names, sample)
+    found = reply_columns(names, sample)
     if config.chosen_column and config.rejected_column:
         found = (config.chosen_column, config.rejected_column), ("", "")
     found = found or _replies_by_label(names, sample)
@@ -229,54 +233,6 @@ def find_comparison(
         cells = replace(cells, prompt=None)
     note = f"comparison: {replies[0]} against {replies[1]}, {judge.description}"
     return cells, replies, _Comparison(judge), (note, *_prompt_notes(cells))
-
-
-def _are_labels(
-    names: Mapping[str, str], sample: Sequence[Row], chosen: str, rejected: str
-) -> bool:
-    """Return whether the preferred reply's column holds labels of replies in other columns."""
-    others = {n: c for n, c in names.items() if c not in (chosen, rejected)}
-    listed = find_unranked(others, sample)
-    values = [(row, v) for row in sample if (v := cell_of(row, chosen)) not in (None, "")]
-    holders = listed is not None or _reply_columns(others, sample) is not None
-    if not holders:
-        # Columns of any name, which the values name: {"gpt": …, "llama": …, "chosen": "gpt"}.
-        columns = set(others.values())
-        return bool(values) and all(isinstance(v, str) and v in columns for _, v in values)
-    if len(values) >= _MANY and len({repr(value) for _, value in values}) <= _FEW:
-        return True  # so few texts are no replies to so many prompts
-    labels = sum(_is_label(value, row, [*others.values()], listed) for row, value in values)
-    if 0 < labels < len(values) and labels > len(values) * _SOME:
-        raise ConfigError(
-            f"data.source: {chosen} holds labels of other columns in {labels} of the first "
-            f"{len(values)} rows, and other texts in the rest; give all rows alike"
-        )
-    return bool(values) and labels == len(values)
-
-
-def _is_label(value: Any, row: Row, columns: Sequence[str], listed: str | None) -> bool:
-    """Return whether a value is a number, or names a column, a model or an item of a list."""
-    if isinstance(value, bool | int | float):
-        return True
-    if not isinstance(value, str):
-        return False
-    items = cell_of(row, listed) if listed else None
-    fields = [item for item in items if isinstance(item, Mapping)] if items else []
-    texts = [text for item in fields for key in REPLY_KEYS if (text := item.get(key))]
-    texts += [item for item in items or () if isinstance(item, str)]
-    is_short = len(value) <= _LONGEST_NAME and "\n" not in value
-    return value not in texts and (
-        names_a_reply(value, columns)
-        or any(relation(value, suffixes) for suffixes in _SUFFIXES)
-        or value.strip().lstrip("-").isdecimal()
-        or (is_short and any(value == cell_of(row, c) for c in columns if _names_model(c)))
-        or any(value in item.values() for item in fields)
-    )
-
-
-def _names_model(column: str) -> bool:
-    """Return whether a column's name is one of models' names."""
-    return bool(re.search(r"model|policy|name|system_[ab12]|source_[ab12]|engine", column.lower()))
 
 
 def _label_naming(
@@ -301,7 +257,7 @@ def _replies_by_label(
         return None
     values = {v for row in sample if isinstance(v := cell_of(row, label), str)}
     one, other = (column for column in names.values() if column in values)
-    return ((one, other), ("", "")) if _hold_text(sample, (one, other)) else None
+    return ((one, other), ("", "")) if hold_text(sample, (one, other)) else None
 
 
 def _chats(names: Mapping[str, str]) -> list[str]:
@@ -324,40 +280,9 @@ def _plain_texts(sample: Sequence[Row], column: str) -> bool:
     return any(isinstance(cell_of(row, column), str) for row in sample)
 
 
-def _reply_columns(
-    names: Mapping[str, str], sample: Sequence[Row]
-) -> tuple[tuple[str, str], tuple[str, str]] | None:
-    """Return two columns of replies whose names differ in a suffix, and the suffixes."""
-    for suffixes in _SUFFIXES:
-        for word in _REPLY_WORDS:
-            replies = _with_suffixes(names, word, suffixes)
-            if replies is not None and _hold_text(sample, replies):
-                return replies, suffixes
-    return None
-
-
 def _prompt_notes(cells: Cells) -> Iterator[str]:
     if cells.system:
         yield f"{cells.system} goes before the prompt as a system turn"
-
-
-def _with_suffixes(
-    names: Mapping[str, str], word: str, suffixes: tuple[str, str]
-) -> tuple[str, str] | None:
-    stem, _, tail = word.partition("_") if word.startswith("model_") else (word, "", "")
-    for form in ("{0}_{1}", "{0}{1}", "{1}_{0}", "{0}_{1}_{2}", "{0}{1}_{2}"):
-        if ("{2}" in form) != bool(tail):
-            continue
-        one, other = (form.format(stem, suffix, tail) for suffix in suffixes)
-        if one in names and other in names:
-            return names[one], names[other]
-    return None
-
-
-def _hold_text(sample: Sequence[Row], columns: Sequence[str]) -> bool:
-    """Return whether columns hold replies, not scores or names of models."""
-    values = [row.get(column) for row in sample for column in columns]
-    return any(isinstance(value, str | list | dict) and value for value in values)
 
 
 def _alternatives(row: Row, cells: Cells, column: str) -> list[Row]:

@@ -12,19 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.cells import Cells, find_markups, find_named
+from rlhf.data.cells import Cells
 from rlhf.data.collect import exact_key, too_long
-from rlhf.data.columns import Row, cell_of, check_settings
+from rlhf.data.column_forms import find_markups, with_forms
+from rlhf.data.columns import Row, cell_of, check_settings, plain_name
 from rlhf.data.comparisons import PAIRS
-from rlhf.data.formats import PROMPTS, SYSTEMS, plain_name
+from rlhf.data.formats import PROMPTS, SYSTEMS
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
+from rlhf.data.model_check import CheckPrompt
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.privacy import PersonalData
 from rlhf.data.quarantine import Quarantine
+from rlhf.data.ratings import CONVERSATIONS, RATINGS
 from rlhf.data.records import LeftOutError
-from rlhf.data.replies import CONVERSATIONS, RATINGS, thumb_of
 from rlhf.data.rows import Demonstration, Message, Pair, Prompt, messages_of
+from rlhf.data.scores import thumb_of
 from rlhf.data.special_tokens import without_prompt
 from rlhf.errors import ConfigError
 
@@ -55,6 +58,7 @@ def read_demonstrations(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    check: CheckPrompt | None = None,
 ) -> OwnRows[Demonstration]:
     """Read `data.sft_source`.
 
@@ -67,6 +71,7 @@ def read_demonstrations(
         seed: Seeds the choice by weights.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        check: Finds prompts that the model can't be given.
 
     Raises:
         ConfigError: A source does not exist, or its format is not known.
@@ -84,7 +89,7 @@ def read_demonstrations(
 
     return read_own_rows(
         config, "sft_source", options, quarantine, find_layout,
-        held_out=held_out, refuse=refuse, seed=seed, note=note, personal=personal,
+        held_out=held_out, refuse=refuse, seed=seed, note=note, personal=personal, check=check,
     )  # fmt: skip
 
 
@@ -133,13 +138,11 @@ class _Reader:
         cells: Columns; without a prompt column, of whole conversations.
         config: Limits, and the turns to learn.
         thumbs: Column with thumbs for the replies.
-        repeats: True if replies begin with their prompt.
     """
 
     cells: Cells
     config: DataConfig
     thumbs: str | None
-    repeats: bool = False
 
     def convert(self, row: Row, note: Callable[[str], None]) -> list[Found[Demonstration]]:
         """Return the demonstrations of a row."""
@@ -168,7 +171,7 @@ class _Reader:
             for index, message in enumerate(messages):
                 if message["role"] == "assistant":
                     yield messages[:index], message["content"]
-        if self.repeats:
+        if cells.repeats:
             rest = without_prompt(messages[-1]["content"], reply)
             if rest is not None:
                 notes.add("the prompt is repeated in front of replies, and cut from them")
@@ -208,9 +211,10 @@ def _conversations(
     text_cells: bool, thumbs: str | None,
 ) -> RowLayout[Demonstration]:  # fmt: skip
     system = config.system_column or _first(names, SYSTEMS)
-    cells = Cells(None, column, column, system=system, text_cells=text_cells)
-    markups, notes = find_markups(cells, sample)
-    reader = _Reader(replace(cells, markups=markups), config, thumbs)
+    plain = frozenset(config.text_columns)
+    cells = Cells(None, column, column, system=system, text_cells=text_cells, plain=plain)
+    cells, notes = with_forms(cells, sample)
+    reader = _Reader(cells, config, thumbs)
     turns = "every" if config.sft_turns == "all" else "the last"
     first = f"conversations in {column}; {turns} reply of the assistant is a demonstration"
     return _layout("conversations", reader, [first, *notes])
@@ -225,15 +229,10 @@ def _prompts_and_replies(
         prompt, reply, reply, more=more_column(names, prompt, reply), text_cells=text_cells,
         system=config.system_column or _first(names, SYSTEMS),
         history=history if history not in (prompt, reply) else None,
+        plain=frozenset(config.text_columns),
     )  # fmt: skip
-    markups, notes = find_markups(cells, sample)
-    named = find_named([reply] if reply not in markups else [], sample)
-    texts = [(cell_of(row, prompt), cell_of(row, reply)) for row in sample]
-    both = [(a, b) for a, b in texts if isinstance(a, str) and isinstance(b, str)]
-    repeats = sum(without_prompt(a, b) is not None for a, b in both if a.strip())
-    reader = _Reader(
-        replace(cells, markups=markups, named=named), config, thumbs, repeats > len(both) / 2
-    )
+    cells, notes = with_forms(cells, sample)
+    reader = _Reader(cells, config, thumbs)
     name = "alpaca" if plain_name(prompt) == "instruction" else "prompt-reply"
     return _layout(name, reader, [f"{name}: {reply} is the reply to {prompt}", *notes])
 

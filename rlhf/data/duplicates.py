@@ -9,15 +9,19 @@ rensa) can change which duplicates are overlooked, never which texts are called 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import regex
 from numpy.typing import NDArray
 from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # no stubs
 
+from rlhf.data import spill
 from rlhf.data.chat import loose_text
+from rlhf.data.spill import Scratch, runs
 
 #: Characters of a shingle. Chinese, Japanese, Korean and Thai ones count as two.
 SHINGLE = 5
@@ -31,6 +35,8 @@ TEMPLATE_SHARE = 1 / 3
 MIN_COMMON = 5
 
 _TEMPLATE_SAMPLE = 2000
+#: Sets of shingles that are held: of texts of 8,000 characters, these are 100 MB.
+_SETS = 128
 #: Arrays of a batch fit into a processor's cache.
 _BATCH_CHARS = 60_000
 #: A bucket's later members are compared with this many first ones.
@@ -43,6 +49,7 @@ _WIDE = regex.compile(r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}])")
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 Hashes = NDArray[np.uint64]
+Numbers = NDArray[np.int64]
 
 
 def bare_text(text: str) -> str:
@@ -62,12 +69,12 @@ class Shingles:
     """Sets of hashed character n-grams of bare texts, without those of a common template.
 
     Args:
-        texts: Distinct texts, sorted; every n-th of them decides what is a template.
+        texts: Sample of distinct texts, which decides what is a template.
     """
 
     def __init__(self, texts: Sequence[str] = ()) -> None:
         self._template = _template(texts)
-        self._set = lru_cache(maxsize=4096)(self._set_of)
+        self._set = lru_cache(maxsize=_SETS)(self._set_of)
 
     def jaccard(self, one: str, other: str) -> float:
         """Return the Jaccard similarity of two bare texts, in [0, 1]."""
@@ -105,6 +112,40 @@ class Shingles:
         return frozenset(self.flat([text])[0].tolist())
 
 
+class DisjointSets:
+    """Union-find of the numbers below `size`."""
+
+    def __init__(self, size: int) -> None:
+        self._parent = array("q", range(size))
+
+    def roots(self) -> Numbers:
+        """Return the least number of each number's set."""
+        roots = np.array(self._parent, dtype=np.int64)
+        while not np.array_equal(higher := roots[roots], roots):
+            roots = higher
+        return roots
+
+    def find(self, node: int) -> int:
+        """Return the least number of a number's set."""
+        parent = self._parent
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    def join(self, one: int, other: int) -> None:
+        """Make one set of two numbers' sets."""
+        one, other = self.find(one), self.find(other)
+        self._parent[max(one, other)] = min(one, other)
+
+    def join_equal(self, values: Numbers | Hashes) -> None:
+        """Join the numbers of equal values, of shape (size,)."""
+        order = np.argsort(values, kind="stable")
+        same = np.flatnonzero(values[order[1:]] == values[order[:-1]])
+        for place in same.tolist():
+            self.join(int(order[place]), int(order[place + 1]))
+
+
 def near_duplicates(texts: Iterable[str], threshold: float, seed: int = 0) -> dict[str, str]:
     """Return each bare text's group, named by its smallest text.
 
@@ -118,29 +159,54 @@ def near_duplicates(texts: Iterable[str], threshold: float, seed: int = 0) -> di
         seed: Of the signatures: another seed overlooks other pairs.
     """
     ordered = sorted(set(texts))
-    shingles = Shingles(ordered)
-    parent = list(range(len(ordered)))
-    failed = [0] * len(ordered)
+    groups = duplicate_groups(ordered, np.arange(len(ordered)), threshold, seed)
+    return {text: ordered[group] for text, group in zip(ordered, groups.tolist(), strict=True)}
 
-    def find(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
 
-    for bucket in _buckets(ordered, shingles, threshold, seed):
-        if len({find(node) for node in bucket}) == 1:
+def duplicate_groups(
+    texts: Sequence[str],
+    order: Numbers,
+    threshold: float,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> Numbers:
+    """Return the group of each text as the number of its first text by `order`.
+
+    Texts are read once in their sequence, and those that may be similar once more, so they may
+    stand in a file. In memory are 40 bytes a text.
+
+    Args:
+        texts: Distinct bare texts, of shape (texts,).
+        order: The texts' numbers in an order that their content decides, of shape (texts,): with
+            it, the result does not depend on their sequence.
+        threshold: Least Jaccard similarity, in (0, 1].
+        seed: Of the signatures.
+        folder: For a temporary file of the signatures; None takes the system's.
+
+    Raises:
+        DataError: The disk is full.
+    """
+    sample: list[int] = order[:: len(texts) // _TEMPLATE_SAMPLE + 1].tolist()
+    shingles = Shingles([texts[number] for number in sample])
+    sets = DisjointSets(len(texts))  # of places in `order`
+    failed = bytearray(len(texts))
+    for bucket in _buckets(texts, order, shingles, threshold, seed, folder):
+        if len({sets.find(node) for node in bucket}) == 1:
             continue
         for position, node in enumerate(bucket):
             for other in bucket[: min(position, _MAX_COMPARED)]:
-                one, two = find(node), find(other)
-                if one == two or failed[node] >= _MAX_FAILED:
+                if failed[node] >= _MAX_FAILED or sets.find(node) == sets.find(other):
                     continue
-                if shingles.is_similar(ordered[node], ordered[other], threshold):
-                    parent[max(one, two)] = min(one, two)
+                if shingles.is_similar(
+                    texts[int(order[node])], texts[int(order[other])], threshold
+                ):
+                    sets.join(node, other)
                 else:
                     failed[node] += 1
-    return {text: ordered[find(node)] for node, text in enumerate(ordered)}
+    roots = sets.roots()
+    groups = np.empty(len(texts), dtype=np.int64)
+    groups[order] = order[roots]
+    return groups
 
 
 def bands(threshold: float) -> tuple[int, int]:
@@ -156,12 +222,17 @@ def bands(threshold: float) -> tuple[int, int]:
 
 
 def _buckets(
-    texts: Sequence[str], shingles: Shingles, threshold: float, seed: int
+    texts: Sequence[str],
+    order: Numbers,
+    shingles: Shingles,
+    threshold: float,
+    seed: int,
+    folder: Path | None,
 ) -> Iterator[list[int]]:
-    """Give the sets of texts, by index, that agree in a band of their signatures."""
+    """Give the sets of texts, by place in `order`, that agree in a band of their signatures."""
     count, rows = bands(threshold)
-    keys = np.empty((count, len(texts)), dtype=np.uint64)
-    for start, batch in _batches(texts):
+    keys = _BandKeys(count, len(texts), folder)
+    for batch in _batches(texts):
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(
             *shingles.flat(batch), PERMUTATIONS, seed
         )
@@ -170,22 +241,71 @@ def _buckets(
         key = np.zeros((len(batch), count), dtype=np.uint64)
         for row in range(rows):
             key = _mixed(key * np.uint64(_MULTIPLIER) + values[:, :, row])
-        keys[:, start : start + len(batch)] = key.T
-    for band in keys:
-        order = np.argsort(band, kind="stable")
-        edges = np.flatnonzero(np.diff(band[order])) + 1
-        starts, ends = np.append(0, edges), np.append(edges, len(order))
-        for bucket in np.flatnonzero(ends - starts > 1):
-            yield order[starts[bucket] : ends[bucket]].tolist()
+        keys.put(key.T)
+    for number in range(count):
+        band = keys.band(number)[order]
+        places = np.argsort(band, kind="stable")
+        starts, ends = runs(band[places])
+        are_several = ends - starts > 1
+        for start, end in zip(starts[are_several], ends[are_several], strict=True):
+            yield places[start:end].tolist()
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
-    start, chars = 0, 0
-    for end, text in enumerate(texts, start=1):
+class _BandKeys:
+    """Keys of all texts by band, in memory or, for many texts, in a file.
+
+    Args:
+        count: Number of bands.
+        texts: Number of texts.
+        folder: Of the file.
+    """
+
+    def __init__(self, count: int, texts: int, folder: Path | None) -> None:
+        self._count, self._texts = count, texts
+        self._scratch = Scratch(folder) if count * texts * 8 > spill.MEMORY else None
+        size = min(texts, max(spill.MEMORY // (count * 8), 1)) if self._scratch else texts
+        self._held = np.empty((count, size), dtype=np.uint64)
+        self._start, self._filled = 0, 0
+
+    def put(self, keys: Hashes) -> None:
+        """Add keys of the next texts, of shape (bands, batch)."""
+        done = 0
+        while done < keys.shape[1]:
+            size = min(keys.shape[1] - done, self._held.shape[1] - self._filled)
+            self._held[:, self._filled : self._filled + size] = keys[:, done : done + size]
+            self._filled, done = self._filled + size, done + size
+            if self._filled == self._held.shape[1]:
+                self._flush()
+
+    def band(self, number: int) -> Hashes:
+        """Return the keys of a band, of shape (texts,)."""
+        if self._scratch is None:
+            return self._held[number]
+        self._flush()
+        size = self._texts * 8
+        return np.frombuffer(self._scratch.read(size, number * size), dtype=np.uint64)
+
+    def _flush(self) -> None:
+        if self._scratch is None or not self._filled:
+            return
+        for number, keys in enumerate(self._held[:, : self._filled]):
+            at = (number * self._texts + self._start) * 8
+            self._scratch.write(keys.tobytes(), at)
+        self._start, self._filled = self._start + self._filled, 0
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts in batches of about _BATCH_CHARS."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
         chars += len(text)
-        if chars >= _BATCH_CHARS or end == len(texts):
-            yield start, texts[start:end]
-            start, chars = end, 0
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def _template(texts: Sequence[str]) -> Hashes:
@@ -194,15 +314,14 @@ def _template(texts: Sequence[str]) -> Hashes:
     Shingles of more than TEMPLATE_SHARE of the texts are one if as many texts consist of them by
     more than half. Common words alone are none: a long text shares them with every other.
     """
-    sample = texts[:: len(texts) // _TEMPLATE_SAMPLE + 1]
-    if len(sample) <= MIN_COMMON:
+    if len(texts) <= MIN_COMMON:
         return np.empty(0, dtype=np.uint64)
     found = []
-    for _, batch in _batches(sample):
+    for batch in _batches(texts):
         hashes, offsets = _windows(batch)
         found += [np.unique(part) for part in np.split(hashes, offsets[1:-1].astype(np.int64))]
     values, counts = np.unique(np.concatenate(found), return_counts=True)
-    limit = max(MIN_COMMON, TEMPLATE_SHARE * len(sample))
+    limit = max(MIN_COMMON, TEMPLATE_SHARE * len(texts))
     template = values[counts > limit]
     texts_of_it = sum(_is_in(part, template).mean() > 0.5 for part in found)
     return template if texts_of_it > limit else template[:0]

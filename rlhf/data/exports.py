@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +13,9 @@ from typing import Any
 
 from rlhf.config import DataConfig
 from rlhf.data.chat import to_messages, to_text
+from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row
+from rlhf.data.rankings import CAPPED, MAX_REPLIES
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.rows import Message
 from rlhf.data.verdicts import LABEL_COLUMNS, names_a_reply, prefers_worse
@@ -78,7 +82,7 @@ def find_export(
 ) -> Export | None:
     """Return the export of a format in `EXPORTS`, if the rows are one."""
     if name == "pairs":
-        return _openai(columns)
+        return _openai(columns, sample)
     if name == "label-studio":
         return _label_studio(columns, sample, config)
     return _argilla(columns, sample, config) or _argilla_table(columns, sample, config)
@@ -88,14 +92,17 @@ def find_export(
 EXPORTS = ("pairs", "label-studio", "argilla")
 
 
-def _openai(columns: Sequence[str]) -> Export | None:
+def _openai(columns: Sequence[str], sample: Sequence[Row]) -> Export | None:
     """Return the export for OpenAI's preference files: `input.messages` and two outputs."""
     outputs = ("preferred_output", "non_preferred_output")
     if not {"input", *outputs} <= set(columns):
         return None
+    asked = [_object(value) for row in sample if (value := row.get("input")) is not None]
+    if not any(isinstance(value, Mapping) and "messages" in value for value in asked):
+        return None  # pairs with OpenAI's names, whose input is a text or a list of messages
 
     def adapt(row: Row) -> Row:
-        asked = row.get("input")
+        asked = _object(row.get("input"))
         if not isinstance(asked, Mapping):
             raise LeftOutError("input is no object with messages", str(asked)[:60])
         return {
@@ -105,6 +112,14 @@ def _openai(columns: Sequence[str]) -> Export | None:
         }
 
     return Export(adapt, frozenset(("input", "input.messages", *outputs)), ("input",))
+
+
+def _object(value: Any) -> Any:
+    """Return an object that a cell of CSV holds as JSON parsed; other values as they are."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _label_studio(
@@ -327,13 +342,16 @@ def _tree(row: Row) -> Converted:
     root = row.get("prompt")
     if not isinstance(root, Mapping):
         raise LeftOutError("prompt is no tree of messages", str(root)[:60])
-    comparisons = [*_ranked_siblings(root, [])]
+    notes: set[str] = set()
+    comparisons = [*_ranked_siblings(root, [], notes)]
     if not comparisons:
         raise LeftOutError("no message of the tree has two ranked replies", is_choice=True)
-    return Converted(comparisons)
+    return Converted(comparisons, notes=frozenset(notes))
 
 
-def _ranked_siblings(node: Mapping[str, Any], before: list[Message]) -> Iterator[Comparison]:
+def _ranked_siblings(
+    node: Mapping[str, Any], before: list[Message], notes: set[str]
+) -> Iterator[Comparison]:
     """Compare the assistant's replies to each user's message by rank, 0 being the best."""
     message = to_messages({"role": node.get("role"), "content": node.get("text")}, "prompt")
     conversation = [*before, *message]
@@ -342,14 +360,26 @@ def _ranked_siblings(node: Mapping[str, Any], before: list[Message]) -> Iterator
     ranked = [
         (rank, to_text(child.get("text"), "a reply"))
         for child in children
-        if isinstance(rank := child.get("rank"), int | float)
+        if (rank := _rank(child.get("rank"))) is not None
         and -math.inf < rank < math.inf  # pandas writes NaN; isfinite fails for 400 digits
         and not child.get("deleted")
     ]
     if message[0]["role"] == "user":
         ranked.sort(key=lambda item: item[0])
-        for (rank, better), (other, worse) in itertools.combinations(ranked, 2):
-            if rank < other:
-                yield Comparison(conversation, better, worse)
+        if len(ranked) > MAX_REPLIES:  # their pairs grow with the square
+            ranked = [*ranked[: MAX_REPLIES // 2], *ranked[-MAX_REPLIES // 2 :]]
+        pairs = [(b - a, x, y) for (a, x), (b, y) in itertools.combinations(ranked, 2) if a < b]
+        if len(pairs) > MAX_RANKED_PAIRS:
+            pairs.sort(key=lambda pair: -pair[0])
+            notes.add(CAPPED)
+        for _, better, worse in pairs[:MAX_RANKED_PAIRS]:
+            yield Comparison(conversation, better, worse)
     for child in children:
-        yield from _ranked_siblings(child, conversation)
+        yield from _ranked_siblings(child, conversation, notes)
+
+
+def _rank(value: Any) -> float | None:
+    """Return a rank, also one written as text."""
+    if isinstance(value, str):
+        value = int(value) if value.strip().isdecimal() and len(value) < 10 else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

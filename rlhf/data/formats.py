@@ -8,30 +8,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import Cells, find_markups, find_named
-from rlhf.data.columns import Row, cell_of, check_settings, value_of
+from rlhf.data.cells import Cells, Found
+from rlhf.data.column_forms import with_forms
+from rlhf.data.columns import Row, cell_of, check_settings, plain_name, value_of
 from rlhf.data.comparisons import find_comparison, find_pairs
 from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
+from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
+from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
 from rlhf.data.records import Converted, LeftOutError
-from rlhf.data.replies import (
-    CONVERSATIONS,
-    REPLIES,
-    Found,
-    find_ranking,
-    find_rated,
-    find_unranked,
-)
+from rlhf.data.reply_columns import NotRepliesError
+from rlhf.data.verdicts import LABEL_COLUMNS
 from rlhf.errors import ConfigError
 
 PROMPTS = (
     "prompt", "question", "instruction", "query", "user_input", "user_prompt", "input", "context",
-    "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "x",
+    "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "chat",
+    "x",
 )  # fmt: skip
 #: Rows that a layout is tried on.
 _TRIED = 20
 #: Columns that mark rows without a preference.
 _TIES = ("is_tie", "tie", "tied")
+#: Columns beside a pair that may say in a word that it is a tie.
+_OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
+_TIE = re.compile(r"\s*(tie|tied|draw)\b.{0,20}", re.I)
 #: Columns that identify a row.
 _KEYS = ("id", "prompt_id", "conversation_id", "index", "source", "dataset")
 SYSTEMS = ("system", "system_prompt", "system_message")
@@ -137,7 +138,8 @@ def _flat(
             continue
         if layout is not None and _can_read(layout, sample[:_TRIED]):
             return layout
-        first = first or layout
+        if fault is None:
+            first = first or layout
     if first is not None:
         return first  # its rows say why they can't be used
     raise fault or _unknown(columns, sample, config)
@@ -152,25 +154,61 @@ def _with_prompt(
         "ranking": find_ranking,
         "rated": find_rated,
     }
+    fault: NotRepliesError | None = None
     for name, find in finders.items():
-        if config.format in ("auto", name) and (found := find(names, sample, config, prompt)):
+        if config.format not in ("auto", name):
+            continue
+        try:
+            found = find(names, sample, config, prompt)
+            if found and name == "ranking" and config.format == "auto":
+                found = _unless_rated(found, names, sample, config, prompt)
+        except NotRepliesError as error:
+            fault = error
+            continue
+        if found:
             return _layout(name, found, names, sample)
+    if fault is not None:
+        raise fault
     return None
+
+
+def _unless_rated(
+    found: Found, names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
+    prompt: Cells,
+) -> Found | None:  # fmt: skip
+    """Return a ranking, unless another column holds the reply that is rated.
+
+    Beside a reply and its score a list is something else, such as the choices of a question; only
+    a list that holds the reply is one of replies.
+    """
+    if config.label_column or config.chosen_column:
+        return found
+    try:
+        rated = find_rated(names, sample, config, prompt)
+    except ConfigError:
+        return found
+    is_side = rated is not None and not holds_reply(sample, found[0].first, rated[0].first)
+    return None if is_side else found
 
 
 def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[Row]) -> Layout:
     cells, roles, decide, notes = found
-    markups, more = find_markups(cells, sample)
+    cells, more = with_forms(cells, sample)
     if cells.prompt is None:
-        _check_conversations(cells, markups, sample)
-    named = find_named([c for c in (cells.first, cells.second) if c not in markups], sample)
-    cells = replace(cells, markups=markups, named=named)
+        _check_conversations(cells, cells.markups or {}, names, sample)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
     tie = next((names[n] for n in _TIES if n in names and names[n] not in columns), None)
+    outcomes = [] if name != "pairs" else [
+        names[n] for n in _OUTCOMES if n in names and names[n] not in columns
+    ]  # fmt: skip
 
     def convert(row: Row) -> Converted:
         if tie is not None and str(cell_of(row, tie)).strip().lower() in ("true", "1", "1.0"):
             raise LeftOutError("tie: neither reply is preferred", f"{tie} is set", is_choice=True)
+        for column in outcomes:
+            if isinstance(word := cell_of(row, column), str) and _TIE.fullmatch(word):
+                raise LeftOutError("tie: neither reply is preferred", f"{column} is {word!r}",
+                                   is_choice=True)  # fmt: skip
         return decide.convert(row, cells, roles)
 
     if tie is not None:
@@ -190,9 +228,18 @@ def _can_read(layout: Layout, sample: Sequence[Row]) -> bool:
 
 
 def _check_conversations(
-    cells: Cells, markups: Mapping[str, Markup], sample: Sequence[Row]
+    cells: Cells, markups: Mapping[str, Markup], names: Mapping[str, str], sample: Sequence[Row]
 ) -> None:
-    """Refuse replies that are plain texts, where no column holds the prompt."""
+    """Refuse replies that are plain texts, where no column holds the prompt.
+
+    Beside a column of prompts, a chat as one reply to a plain other one is an answer about chats.
+    """
+    asked = [c for n in PROMPTS if (c := names.get(n)) not in (None, cells.first, cells.second)]
+    if cells.first in markups and cells.second not in markups and asked:
+        raise ConfigError(
+            f"data.source: {cells.first} holds chats that do not continue {asked[0]}, and "
+            f"{cells.second} plain replies; give replies, or set data.text_columns={cells.first}"
+        )
     values = [value_of(row, cells.first) for row in sample]
     texts = [value for value in values if isinstance(value, str)]
     if cells.first not in markups and len(texts) > len(values) / 2:
@@ -224,7 +271,7 @@ def _find_prompts(
         Cells(
             prompt, "", "", system=system,
             more=names.get("input") if prompt and plain_name(prompt) == "instruction" else None,
-            history=history if history != prompt else None,
+            history=history if history != prompt else None, plain=frozenset(config.text_columns),
         )
         for prompt in found
     ]  # fmt: skip
@@ -309,9 +356,3 @@ def _nested_prompt(sample: Sequence[Row]) -> str:
 def _shown(value: Any) -> str:
     text = " ".join(str(value).split())
     return f"{type(value).__name__} {text[:30]}{'…' if len(text) > 30 else ''}"
-
-
-def plain_name(column: str) -> str:
-    """Return a column's name in lower case, its words joined by underscores."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
-    return re.sub(r"[\s\-.]+", "_", spaced).lower()

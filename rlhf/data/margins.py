@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.columns import MISSING, Row, value_of
+from rlhf.data.columns import MISSING, Row, plain_name, value_of
 from rlhf.data.formats import Layout
 from rlhf.data.records import Converted, LeftOutError
 from rlhf.errors import ConfigError
@@ -63,7 +63,7 @@ def find_margin_column(
     """
     if setting is not None:
         return setting
-    names = {name.strip().lower(): name for name in columns}
+    names = {plain_name(name): name for name in columns}
     found = next((names[name] for name in MARGIN_COLUMNS if name in names), None)
     if found is None:
         return None

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from rlhf.data.chat import CONTENT_KEYS, ROLE_KEYS, ROLES
+from rlhf.data.role_words import is_label
 from rlhf.data.rows import Message
 from rlhf.data.special_tokens import after_begin_tokens, ends_at
 from rlhf.data.transcripts import (
@@ -38,6 +39,9 @@ class Markup:
     Without the function, such text is recognised but can't be parsed."""
 
 
+#: Keys of an object that holds nothing but messages.
+CHAT_KEYS = ("messages", "conversations", "conversation", "turns", "chat", "dialogue", "history")
+
 _ENOUGH = 0.6
 _MAX_REPR = 1_000_000  # characters; a syntax tree takes a hundred times its text
 
@@ -57,14 +61,7 @@ def markup_of(text: str) -> Markup | None:
     for markup in _PARSED:
         if markup.parse is not None and markup.parse(text) is not None:
             return markup
-    if _is_numpy_repr(text):
-        return NUMPY
-    begin = text.lstrip()[:40]
-    if _BYTES.match(begin) and text.rstrip().endswith(("'", '"')):
-        return BYTES
-    if begin.startswith("[{") and _are_parts(_json_value(text)):
-        return PARTS
-    return TEMPLATE if _TEMPLATE.match(begin) else None
+    return next((markup for markup, is_written in _UNPARSED if is_written(text)), None)
 
 
 # --- JSON and Python --------------------------------------------------------------------------
@@ -82,7 +79,28 @@ def _json_value(text: str) -> Any:
 
 def _json_chat(text: str) -> Any:
     value = _json_value(text)
+    if isinstance(value, dict) and len(value) == 1:
+        (name, items), *_ = value.items()
+        value = items if name in CHAT_KEYS and isinstance(items, list) else value
+    if value is None and text.lstrip().startswith("{") and "}\n" in text:
+        value = [_json_value(line) for line in text.strip().split("\n") if line.strip()]
     return value if _is_chat(value) else None
+
+
+def _is_wrapped_chat(text: str) -> bool:
+    """Return True for an object of messages and further fields, whose meaning is not known."""
+    value = _json_value(text) if text.lstrip().startswith("{") else None
+    return isinstance(value, dict) and any(_is_chat(value.get(key)) for key in CHAT_KEYS)
+
+
+def _is_wrapped_text(text: str) -> bool:
+    """Return True for an object whose only field is a prompt: {"question": "…"}."""
+    value = _json_value(text) if text.lstrip().startswith("{") else None
+    return (
+        isinstance(value, dict)
+        and len(value) == 1
+        and all(is_label(name) and isinstance(inner, str) for name, inner in value.items())
+    )
 
 
 def _json_texts(text: str) -> Any:
@@ -91,8 +109,13 @@ def _json_texts(text: str) -> Any:
 
 
 def _python_value(text: str) -> Any:
+    return _literal(text) if text.lstrip().startswith(("[", "{")) else None
+
+
+def _literal(text: str) -> Any:
+    """Return the value of a Python literal, None for other text."""
     text = text.strip()
-    if not text.startswith(("[", "{")) or len(text) > _MAX_REPR:
+    if len(text) > _MAX_REPR:
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # of escapes such as "\d" in the text
@@ -113,8 +136,9 @@ def _python_texts(text: str) -> Any:
     return value if _is_texts(value) else None
 
 
-def _are_parts(value: Any) -> bool:
+def _are_parts(text: str) -> bool:
     """Return True for the content of one message in parts: [{"type": "text", "text": …}]."""
+    value = _json_value(text) if text.lstrip().startswith("[{") else None
     return isinstance(value, list) and all(
         isinstance(part, dict) and "type" in part and not set(ROLE_KEYS) & set(part)
         for part in value
@@ -137,6 +161,16 @@ def _quotes_keys(text: str) -> bool:
         for role in ROLE_KEYS
         for content in CONTENT_KEYS
     )
+
+
+def _is_bytes(text: str) -> bool:
+    is_likely = text.lstrip().startswith(("b'", 'b"'))
+    return is_likely and isinstance(_literal(text), bytes)
+
+
+def _are_objects(text: str) -> bool:
+    text = text.strip()
+    return text.endswith((")", "]", "}", "'", '"')) and _OBJECTS.match(text) is not None
 
 
 def _is_texts(value: Any) -> bool:
@@ -255,9 +289,29 @@ def _before_tokens(text: str) -> tuple[str, bool]:
         end, found = last - len(token), True
 
 
+def parse_turns(text: str) -> list[Message] | None:
+    """Return the messages of HelpSteer's later turns, of which the first has no mark.
+
+    Returns:
+        None for text without `<extra_id_1>User` and `<extra_id_1>Assistant` on lines of their own.
+    """
+    parts = _EXTRA_ID.split(text)
+    if len(parts) < 3 or "<extra_id_" in "".join(parts[::2]):
+        return None
+    messages: list[Message] = [{"role": "user", "content": parts[0]}]
+    for name, content in zip(parts[1::2], parts[2::2], strict=True):
+        messages.append({"role": role_of_name(name), "content": content})
+    return before_reply(messages)
+
+
 # --- all of them ------------------------------------------------------------------------------
 
-_BYTES = re.compile(r"b['\"]")
+#: Messages as LangChain, LlamaIndex and JavaScript print them.
+_OBJECTS = re.compile(
+    r"\[?(?:[A-Z]\w*Message\(|ChatMessage\(|content=['\"]|\{\s*(?:role|from)\s*:\s*['\"])"
+)
+_EXTRA_ID = re.compile(r"\n<extra_id_1>(User|Assistant)(?:\n|\Z)")
+_YAML = re.compile(r"\s*- (?:role|from): ?['\"]?\w+['\"]?\r?\n +(?:content|value):")
 #: Special tokens at the beginning of a text, of templates that are not known.
 _TEMPLATE = re.compile(
     r"(?:<s>|<bos>|\s)*"
@@ -284,11 +338,17 @@ PYTHON_LIST = Markup("Python list", _python_texts)
 NUMPY = Markup("numpy repr", None)
 BYTES = Markup("Python bytes", None)
 PARTS = Markup("JSON content parts", None)
+OBJECTS = Markup("objects of messages", None)
+YAML = Markup("YAML", None)
 TEMPLATE = Markup("an unknown chat template", None)
+#: An object around a text, which is an answer as often as a prompt.
+WRAPPED = Markup("JSON objects of one text", None)
 #: Lists of texts, which are a model's answer as often as the turns of a chat.
 LISTS = (JSON_LIST, PYTHON_LIST)
 #: Marks that texts other than chats have too: columns of them are parsed, single texts are not.
-WEAK = tuple(Markup(name, parse) for name, parse in WEAK_TRANSCRIPTS)
+WEAK = (WRAPPED, *(Markup(name, parse) for name, parse in WEAK_TRANSCRIPTS))
+#: Transcripts, which a task or an answer may show too.
+SPOKEN = tuple(Markup(name, parse) for name, parse in TRANSCRIPTS)
 
 _HEADER = r"([\w-]{1,30})(?: name=[\w-]{1,60})?"  # OpenAI's examples have names
 _PARSED = (
@@ -362,6 +422,17 @@ _PARSED = (
         ),
     ),
     Markup("EXAONE", _template(r"\[\|(system|user|assistant)\|\]", "", "[|endofturn|]")),
-    *(Markup(name, parse) for name, parse in TRANSCRIPTS),
-    *WEAK,
+    *SPOKEN,
+    *(markup for markup in WEAK if markup.parse is not None),
+)
+#: Markups that can't be read back, and what tells whether a text is written in one.
+_UNPARSED: tuple[tuple[Markup, Callable[[str], Any]], ...] = (
+    (NUMPY, _is_numpy_repr),
+    (BYTES, _is_bytes),
+    (OBJECTS, _are_objects),
+    (OBJECTS, _is_wrapped_chat),
+    (YAML, _YAML.match),
+    (PARTS, _are_parts),
+    (WRAPPED, _is_wrapped_text),
+    (TEMPLATE, _TEMPLATE.match),
 )

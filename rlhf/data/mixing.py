@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -114,7 +114,7 @@ class Sources:
         """True if a weight is not 1."""
         return any(source.weight != 1 for source in self.all)
 
-    def counts(self, written: Sequence[Origin]) -> list[dict[str, Any]]:
+    def counts(self, written: Iterable[Origin]) -> list[dict[str, Any]]:
         """Return rows, rows left out and items written of each source, for the summary.
 
         Args:

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.collect import Ledger, Origin, exact_key, merged_ids
+from rlhf.data.collect import exact_key
 from rlhf.data.columns import Row
+from rlhf.data.ledger import Ledger, Origin
 from rlhf.data.mixing import MixedSource, Sources, not_in_share, repeated
+from rlhf.data.model_check import CheckPrompt
+from rlhf.data.pairs import merged_ids
 from rlhf.data.parts import SAMPLE_ROWS
 from rlhf.data.privacy import PersonalData, redacted_row
 from rlhf.data.quarantine import Quarantine
@@ -75,8 +78,8 @@ class OwnRows(Generic[ItemT]):
     unused_columns: list[str] = field(default_factory=list)
     counts: list[dict[str, Any]] = field(default_factory=list)
     """Counts of each source, by `Sources.counts`."""
-    lost: list[tuple[Origin, str]] = field(default_factory=list)
-    """Items with a fault: their row, of which others may be used, and the reason."""
+    lost: list[tuple[int, str]] = field(default_factory=list)
+    """Items with a fault: the number of their row, of which others may be used, and the reason."""
 
 
 def read_own_rows(
@@ -91,6 +94,7 @@ def read_own_rows(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    check: CheckPrompt | None = None,
 ) -> OwnRows[ItemT]:
     """Read the items of a setting's sources.
 
@@ -105,6 +109,7 @@ def read_own_rows(
         seed: Seeds the choice by weights that are no whole numbers.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        check: Finds prompts that the model can't be given.
 
     Raises:
         ConfigError: A source does not exist, or its format is not known.
@@ -113,22 +118,24 @@ def read_own_rows(
     """
     sources, ledger = Sources(config, setting, quarantine), Ledger()
     items: dict[str, Found[ItemT]] = {}
-    origins: dict[str, list[Origin]] = {}
+    rows: dict[str, list[int]] = {}
     own: OwnRows[ItemT] = OwnRows()
     for source in sources.all:
-        for found, origin in _read(sources, source, options, detect, ledger, own, note, personal):
+        for found, row in _read(sources, source, options, detect, ledger, own, note, personal):
             items.setdefault(found.key, found)
-            origins.setdefault(found.key, []).append(origin)
+            rows.setdefault(found.key, []).append(row)
         if not source.rows:
             raise DataError(
                 f"{source.field} = {source.uri!r}: holds no rows; give a file with some"
             )
     kept, times, lost = [], [], list(own.lost)
-    used: set[Origin] = set()
+    used: set[int] = set()
+    origins = {key: [ledger.origin(row) for row in own_rows] for key, own_rows in rows.items()}
     asked = [found.prompt for found in items.values()]
     is_held_out = _held_out_test(held_out, asked, config.near_duplicates)
     for key, found in items.items():
-        reason, number = refuse(found), sources.times(key, origins[key], seed)
+        reason = refuse(found) or (check(found.prompt) if check else None)
+        number = sources.times(key, origins[key], seed)
         if is_held_out(found.prompt):
             reason = LeftOutError(
                 "prompt is held out", "it, or a turn of its conversation, is held out for the gate",
@@ -137,14 +144,14 @@ def read_own_rows(
         elif number == 0:
             reason = reason or not_in_share(sources, origins[key])
         if reason is not None:
-            ledger.lose(origins[key], reason, found.prompt, *filter(None, [found.reply]))
-            lost += [(origin, reason.reason) for origin in origins[key]]
+            ledger.lose(rows[key], reason, found.prompt, *filter(None, [found.reply]))
+            lost += [(row, reason.reason) for row in rows[key]]
             continue
-        ledger.use(origins[key])
-        used.update(origins[key])
+        ledger.use(rows[key])
+        used.update(rows[key])
         kept.append(key)
         times.append(number)
-    parts = Counter(reason for origin, reason in lost if origin in used)
+    parts = Counter(reason for row, reason in lost if row in used)
     for reason, count in sorted(parts.items()):
         note(f"data.{setting}: {count:,} turns of conversations are left out: {reason}")
     own.used = ledger.close(sources.leave_out)
@@ -179,7 +186,7 @@ def _held_out_test(
 def _read(
     sources: Sources, source: MixedSource, options: StoreConfig, detect: Detect[ItemT],
     ledger: Ledger, own: OwnRows[ItemT], note: Callable[[str], None], personal: PersonalData,
-) -> Iterable[tuple[Found[ItemT], Origin]]:  # fmt: skip
+) -> Iterable[tuple[Found[ItemT], int]]:  # fmt: skip
     """Yield the usable items of a source; leave out the rows without one."""
 
     def noted(text: str) -> None:
@@ -203,13 +210,14 @@ def _read(
                     continue
                 try:
                     found = _convert(record, layout, source, personal, noted)
-                    usable = _usable(found, origin, ledger, own)
+                    row_number = ledger.register(origin)
+                    usable = _usable(found, row_number, ledger, own)
                 except LeftOutError as reason:
                     row = record.text if record.fields is None else record.fields
                     source.quarantine.add(origin, reason, row)
                     continue
                 for found in usable:
-                    yield found, origin
+                    yield found, row_number
 
 
 def _layout(
@@ -255,21 +263,20 @@ def _convert(
 
 
 def _usable(
-    found: list[Found[ItemT]], origin: Origin, ledger: Ledger, own: OwnRows[ItemT]
+    found: list[Found[ItemT]], row: int, ledger: Ledger, own: OwnRows[ItemT]
 ) -> list[Found[ItemT]]:
     """Return the usable items of a row.
 
     Raises:
         LeftOutError: There is none.
     """
-    ledger.register(origin)
     usable = [one for one in found if one.fault is None]
     for one in found:
         if one.fault is not None:
-            ledger.lose([origin], one.fault, one.prompt, *filter(None, [one.reply]))
-            own.lost.append((origin, one.fault.reason))
+            ledger.lose([row], one.fault, one.prompt, *filter(None, [one.reply]))
+            own.lost.append((row, one.fault.reason))
     if not usable:
-        raise ledger.reason(origin) or LeftOutError("the row holds nothing to use")
+        raise ledger.reason(row) or LeftOutError("the row holds nothing to use")
     for one in usable:
         one.on_use()
     return usable

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 
 from rlhf.config import DataConfig
-from rlhf.data.collect import Ledger, Resolved
-from rlhf.data.duplicates import near_duplicates
+from rlhf.data.duplicates import Numbers
+from rlhf.data.pairs import Pairs, StoredPrompts, WrittenPairs, joined_pairs
 from rlhf.data.records import LeftOutError
 from rlhf.data.recurrence import Recurrence
-from rlhf.data.rows import Pair
-from rlhf.data.split import (
-    MIN_PROMPTS,
-    Clusters,
-    find_clusters,
-    held_out_clusters,
-    loose_key,
-    position,
-)
+from rlhf.data.split import MIN_PROMPTS, Clusters, find_clusters, group_texts, position
 from rlhf.errors import DataError
 
 #: Share of the prompts above which one cluster is reported.
@@ -33,10 +27,15 @@ _CHECK_SEED = 1
 class Partition:
     """Pairs by the part of the dataset that they belong to; no part has another's prompts."""
 
-    train: list[Pair] = field(default_factory=list)
-    held_out: list[Pair] = field(default_factory=list)
-    judge: list[Pair] = field(default_factory=list)
-    """Pairs to train an independent judge on."""
+    pairs: Pairs
+    """All pairs, also those that are left out."""
+    in_train: Numbers
+    """Indices of the pairs to train on, ascending."""
+    in_held_out: Numbers
+    in_judge: Numbers
+    """Indices of the pairs to train an independent judge on."""
+    prompts: tuple[int, int, int]
+    """Number of different prompts of each part, where spacing and case make no difference."""
     clusters: int = 0
     """Clusters of prompts that were divided."""
     contradictions: int = 0
@@ -44,57 +43,81 @@ class Partition:
     leaks: int = 0
     """Pairs left out by the leak check."""
 
+    @property
+    def train(self) -> Pairs:
+        """Pairs to train on."""
+        return self.pairs.select(self.in_train)
+
+    @property
+    def held_out(self) -> Pairs:
+        """Pairs for the gates."""
+        return self.pairs.select(self.in_held_out).once()
+
+    @property
+    def judge(self) -> Pairs:
+        """Pairs to train an independent judge on."""
+        return self.pairs.select(self.in_judge).once()
+
+    def used(self) -> Pairs:
+        """Return the pairs of all parts, in the order of the source."""
+        parts = (self.in_train, self.in_held_out, self.in_judge)
+        return self.pairs.select(np.sort(np.concatenate(parts)))
+
+    def written(self) -> WrittenPairs:
+        """Return the pairs to train on, as often as their weight says, and those held out."""
+        train = np.repeat(self.in_train, self.pairs.times[self.in_train])
+        return WrittenPairs(self.pairs, np.append(train, self.in_held_out))
+
 
 def partition(
-    pairs: list[Resolved],
-    own_held_out: list[Resolved],
+    pairs: Pairs,
+    own_held_out: Pairs,
     config: DataConfig,
     seed: int,
-    ledger: Ledger,
     note: Callable[[str], None],
 ) -> Partition:
-    """Divide pairs by the clusters of their prompts; the ledger receives all that is left out.
+    """Divide pairs by the clusters of their prompts; their ledger receives all that is left out.
 
     Args:
         pairs: Pairs of the source.
         own_held_out: Those of the source's own test part; without any, a share is held out.
         config: Shares, thresholds, largest number of pairs.
         seed: Of the choice of clusters.
-        ledger: Receives the rows that are used and left out.
         note: Receives sentences for the user.
+
+    Raises:
+        DataError: The disk is full.
     """
-    clusters = find_clusters(
-        (item.pair.prompt for item in (*pairs, *own_held_out)), config.near_duplicates
-    )
+    division = _Division(joined_pairs(pairs, own_held_out), config, seed)
+    clusters = division.clusters
     _report_clusters(clusters, note)
-    recurrence = Recurrence(config, clusters, ledger, note)
-    kept = recurrence.filter([*pairs, *own_held_out])
-    if own_held_out:
-        own = set(map(id, own_held_out))
-        pairs = [item for item in kept if id(item) not in own]
-        held_out = [item for item in kept if id(item) in own]
-        names = {clusters.of(item.pair.prompt) for item in held_out}
-        _lose([i for i in pairs if clusters.of(i.pair.prompt) in names], _leak(), ledger)
-        pairs = [i for i in pairs if clusters.of(i.pair.prompt) not in names]
-        train = _sample(pairs, config, seed, ledger)
+    recurrence = Recurrence(config, division.pairs, division.names, note)
+    kept = recurrence.filter()
+    if len(own_held_out):
+        held_out = kept[kept >= len(pairs)]
+        kept = kept[kept < len(pairs)]
+        is_held_out = np.isin(division.names[kept], division.names[held_out])
+        division.pairs.lose(_leak(), kept[is_held_out].tolist())
+        train = division.sample(kept[~is_held_out])
     else:
-        pairs = _sample(kept, config, seed, ledger)
-        train, held_out = _divide(pairs, clusters, config.eval_fraction, seed)
-    judge: list[Resolved] = []
+        train, held_out = division.divide(division.sample(kept), config.eval_fraction)
+    judge = train[:0]
     if config.judge_fraction:
         # Of what is not held out, so that both are shares of all prompts.
-        share = config.judge_fraction / (1 if own_held_out else 1 - config.eval_fraction)
-        train, judge = _divide(train, clusters, share, seed, salt="judge\0")
+        share = config.judge_fraction / (1 if len(own_held_out) else 1 - config.eval_fraction)
+        train, judge = division.divide(train, share, salt="judge\0")
     before = len(train) + len(judge)
-    judge = _without_leaks(judge, held_out, clusters, config, ledger)
-    train = _without_leaks(train, [*held_out, *judge], clusters, config, ledger)
-    for item in (*train, *held_out, *judge):
-        ledger.use(item.origins)
+    judge = division.without_leaks(judge, held_out)
+    train = division.without_leaks(train, np.append(held_out, judge))
+    sides = train, held_out, judge
+    for side in sides:
+        division.pairs.select(side).use()
+    counts = [len(np.unique(division.places[side])) for side in sides]
     return Partition(
-        [item.pair for item in train],
-        [item.pair for item in held_out],
-        [item.pair for item in judge],
-        clusters=len(set(clusters.names.values())),
+        division.pairs,
+        *sides,
+        prompts=(counts[0], counts[1], counts[2]),
+        clusters=len(np.unique(clusters.key_clusters)),
         contradictions=recurrence.contradictions,
         leaks=before - len(train) - len(judge),
     )
@@ -112,8 +135,7 @@ def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfi
     Raises:
         DataError: A part has fewer than MIN_PROMPTS different prompts.
     """
-    sides = [parts.train, parts.held_out, *([parts.judge] if config.judge_fraction else [])]
-    counts = [len({loose_key(pair.prompt) for pair in side}) for side in sides]
+    counts = parts.prompts if config.judge_fraction else parts.prompts[:2]
     if min(counts) >= MIN_PROMPTS:
         return
     total = f"{sum(counts)} different prompts with usable pairs"
@@ -121,7 +143,7 @@ def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfi
         total = f"{counts[0]} different prompts to train on and {counts[1]} held out"
     judge = f", and give a judge {MIN_PROMPTS}" if config.judge_fraction else ""
     cure = "give more rows"
-    if sum(counts) >= MIN_PROMPTS * len(sides) and not is_own:
+    if sum(counts) >= MIN_PROMPTS * len(counts) and not is_own:
         total += f" in {parts.clusters} groups of near duplicates or turns of one conversation"
         cure = "give more different prompts, or set data.near_duplicates=none"
     raise DataError(
@@ -131,7 +153,7 @@ def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfi
 
 
 def _report_clusters(clusters: Clusters, note: Callable[[str], None]) -> None:
-    total = len(clusters.names)
+    total = len(clusters.keys)
     for text, count in sorted(clusters.common.items(), key=lambda item: (-item[1], item[0]))[:3]:
         note(
             f"{count:,} of {total:,} prompts begin with {text[:40]!r}; they are not kept on one "
@@ -145,51 +167,60 @@ def _report_clusters(clusters: Clusters, note: Callable[[str], None]) -> None:
         )
 
 
-def _divide(
-    items: list[Resolved], clusters: Clusters, share: float, seed: int, salt: str = ""
-) -> tuple[list[Resolved], list[Resolved]]:
-    """Return the pairs that stay, and those of a share of the clusters."""
-    names = [clusters.of(item.pair.prompt) for item in items]
-    openings = {name: clusters.openings[name] for name in names}
-    chosen = held_out_clusters(openings, share, seed, salt)
-    return (
-        [item for item, name in zip(items, names, strict=True) if name not in chosen],
-        [item for item, name in zip(items, names, strict=True) if name in chosen],
-    )
+class _Division:
+    """Pairs with the clusters of their prompts; parts of them are arrays of indices."""
 
+    def __init__(self, pairs: Pairs, config: DataConfig, seed: int) -> None:
+        self.pairs, self.config, self.seed = pairs, config, seed
+        _, firsts, numbers = np.unique(pairs.prompt, return_index=True, return_inverse=True)
+        self.clusters = find_clusters(
+            StoredPrompts(pairs.spill, pairs.prompt_at[firsts]),
+            config.near_duplicates,
+            pairs.spill.folder,
+        )
+        self.names = self.clusters.numbers[numbers]
+        """Cluster of each pair."""
+        self.places = self.clusters.places[numbers]
+        """Number of the loose key of each pair's prompt."""
 
-def _without_leaks(
-    items: list[Resolved],
-    others: list[Resolved],
-    clusters: Clusters,
-    config: DataConfig,
-    ledger: Ledger,
-) -> list[Resolved]:
-    """Return the pairs whose prompts are in no way near those of another part.
+    def divide(self, items: Numbers, share: float, salt: str = "") -> tuple[Numbers, Numbers]:
+        """Return the pairs that stay, and those of a share of the clusters."""
+        names = self.names[items]
+        is_chosen = self.clusters.held_out(names, share, self.seed, salt)[names]
+        return items[~is_chosen], items[is_chosen]
 
-    Independent of the clusters: what they overlooked, or a fault of theirs, is found here.
-    """
-    if not items:
-        return items
-    texts = {id(item): clusters.text_of(item.pair.prompt) for item in (*items, *others)}
-    groups = {text: text for text in texts.values()}
-    if config.near_duplicates is not None:
-        groups = near_duplicates(groups, config.near_duplicates, _CHECK_SEED)
-    taken = {groups[texts[id(item)]] for item in others}
-    leaked = [item for item in items if groups[texts[id(item)]] in taken]
-    _lose(leaked, _leak(), ledger)
-    return [item for item in items if groups[texts[id(item)]] not in taken]
+    def without_leaks(self, items: Numbers, others: Numbers) -> Numbers:
+        """Return the pairs whose prompts are in no way near those of another part.
 
+        Independent of the clusters: what they overlooked, or a fault of theirs, is found here.
+        """
+        if not len(items):
+            return items
+        used = np.unique(self.places[np.append(items, others)])
+        digests = self.clusters.text_digests
+        groups = np.zeros(len(digests), dtype=np.int64)
+        if self.config.near_duplicates is None:
+            groups[used] = np.unique(digests[used], return_inverse=True)[1]
+        else:
+            groups[used] = group_texts(
+                self.clusters.texts.select(used), digests[used], self.config.near_duplicates,
+                _CHECK_SEED, self.pairs.spill.folder,
+            )  # fmt: skip
+        are_leaked = np.isin(groups[self.places[items]], groups[self.places[others]])
+        self.pairs.lose(_leak(), items[are_leaked].tolist())
+        return items[~are_leaked]
 
-def _sample(pairs: list[Resolved], config: DataConfig, seed: int, ledger: Ledger) -> list[Resolved]:
-    """Return at most `max_pairs` of the pairs, chosen independently of their order."""
-    if config.max_pairs is None or len(pairs) <= config.max_pairs:
-        return pairs
-    order = sorted(range(len(pairs)), key=lambda i: (position(seed, repr(pairs[i].pair)), i))
-    sample = set(order[: config.max_pairs])
-    reason = LeftOutError("not in the sample of data.max_pairs", is_choice=True)
-    _lose([item for i, item in enumerate(pairs) if i not in sample], reason, ledger)
-    return [item for i, item in enumerate(pairs) if i in sample]
+    def sample(self, items: Numbers) -> Numbers:
+        """Return at most `max_pairs` of the pairs, chosen independently of their order."""
+        size = self.config.max_pairs
+        if size is None or len(items) <= size:
+            return items
+        places = [position(self.seed, repr(self.pairs.pair(i))) for i in items.tolist()]
+        is_chosen = np.zeros(len(items), dtype=bool)
+        is_chosen[np.argsort(np.array(places), kind="stable")[:size]] = True
+        reason = LeftOutError("not in the sample of data.max_pairs", is_choice=True)
+        self.pairs.lose(reason, items[~is_chosen].tolist())
+        return items[is_chosen]
 
 
 def _leak() -> LeftOutError:
@@ -198,8 +229,3 @@ def _leak() -> LeftOutError:
         "it, a near duplicate, or a turn of its conversation is in another part of the data",
         is_choice=True,
     )
-
-
-def _lose(items: Sequence[Resolved], reason: LeftOutError, ledger: Ledger) -> None:
-    for pair, origins in items:
-        ledger.lose(origins, reason, pair.prompt, pair.chosen, pair.rejected)

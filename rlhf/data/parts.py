@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rlhf.config import DataConfig
 from rlhf.data.formats import Layout, detect
 from rlhf.data.margins import add_margins
-from rlhf.data.records import Record
+from rlhf.data.records import Converted, Record
 from rlhf.data.sources import Part
 from rlhf.errors import ConfigError
 
@@ -65,6 +65,19 @@ def with_layouts(
                 layout = _changed(part, layout, [*head[:SAMPLE_ROWS], record], new, config)
                 report(layout)
         yield record, layout
+
+
+def convert(layout: Layout, record: Record) -> Converted:
+    """Return everything that a row says.
+
+    Raises:
+        LeftOutError: It can't be used.
+        ConfigError: Its values have another meaning than those of the first rows.
+    """
+    try:
+        return layout.convert(record.fields or {})
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {record.file}:{record.line})") from None
 
 
 def _more(records: Iterator[Record]) -> list[Record]:

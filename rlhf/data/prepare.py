@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,17 @@ from typing import Any
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.audit import Evidence, left_out_reasons
 from rlhf.data.card import write_card
-from rlhf.data.collect import (
-    Collector,
-    Ledger,
-    Origin,
-    Resolved,
-    Totals,
-    demonstrations,
-    exact_key,
-    merged_ids,
-    source_rows,
-)
+from rlhf.data.collect import Collector, Totals, exact_key
+from rlhf.data.dataset import Parts, Written, dataset_parts, write_parts
 from rlhf.data.demonstrations import read_demonstrations
 from rlhf.data.formats import Layout
-from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share, repeated
+from rlhf.data.ledger import Ledger, Origin
+from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share
+from rlhf.data.model_check import ModelCheck
 from rlhf.data.own_rows import OwnRows
+from rlhf.data.pairs import Pairs
 from rlhf.data.partition import Partition, check_sizes, partition
-from rlhf.data.parts import with_layouts
+from rlhf.data.parts import convert, with_layouts
 from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.prompt_source import read_prompts
@@ -41,35 +35,29 @@ from rlhf.data.rows import (
     PROMPTS_EVAL,
     PROMPTS_TRAIN,
     QUARANTINE,
-    ROWS,
     SUMMARY,
-    Demonstration,
     Pair,
     PromptRow,
-    write_rows,
 )
 from rlhf.data.sketch import write_sketch
 from rlhf.data.sources import Part, open_source, source_names
+from rlhf.data.spill import Spill
 from rlhf.data.tallies import Tallies
 from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.stage import Progress, StageResult, silent
-
-#: Names in `rows.parquet` of the rows of their own sources.
-SPLITS = {DEMONSTRATIONS: "sft", PROMPTS_TRAIN: "prompts"}
-#: Rows of a dataset by the name of their file.
-Parts = dict[str, Sequence[Any]]
 
 
 @dataclass
 class Reading:
     """Pairs of a source, and everything that a user should know of how it was read."""
 
-    pairs: list[Resolved] = field(default_factory=list)
-    held_out: list[Resolved] = field(default_factory=list)
+    ledger: Ledger
+    """Rows, and the texts of the pairs."""
+    pairs: Pairs = field(init=False)
+    held_out: Pairs = field(init=False)
     """Pairs of the source's own test part."""
     rows: int = 0
-    ledger: Ledger = field(default_factory=Ledger)
     notes: list[str] = field(default_factory=list)
     """Sentences, each once, in the order of the files."""
     formats: list[str] = field(default_factory=list)
@@ -94,6 +82,7 @@ def prepare_data(
     seed: int = 0,
     store_options: StoreConfig | None = None,
     forgotten: frozenset[str] = frozenset(),
+    model: ModelCheck | None = None,
     progress: Progress = silent,
 ) -> StageResult:
     """Write a dataset: demonstrations, pairs and prompts, split by prompt; a summary.
@@ -106,6 +95,8 @@ def prepare_data(
         seed: Seeds the split (and the world, for `source: world`).
         store_options: S3 options, for an s3:// source.
         forgotten: Ids of rows to go without.
+        model: Check against the model that will be trained; rows that it can't be given are left
+            out. None where its tokenizer is yet to be trained.
         progress: Called after reading and after writing.
 
     Raises:
@@ -114,30 +105,36 @@ def prepare_data(
         StoreError: The S3 server of the source can't be reached.
     """
     if config.source == "world":
-        parts, evidence = _from_world(config, seed), Evidence()
-        summary = _summary(config, parts, {})
+        prepared = _from_world(config, seed)
     else:
         path = out_dir / QUARANTINE
         try:
-            parts, summary, evidence = _from_source(
-                config, store_options or StoreConfig(), seed, path, forgotten, progress
+            prepared = _from_source(
+                config, store_options or StoreConfig(), seed, path, forgotten, model, progress
             )
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-    for name, part in parts.items():
-        write_rows(out_dir / name, part)
-    pairs = [
-        p if isinstance(p, Pair) else Pair(p.prompt, p.chosen, p.rejected, p.group)
-        for p in itertools.chain(parts[PAIRS_TRAIN], parts[PAIRS_EVAL])
-    ]
-    summary["findings"] = write_card(out_dir, pairs, evidence, summary)
-    prompts = [row.prompt for row in parts[PROMPTS_TRAIN]]
-    write_sketch(out_dir, pairs, prompts, parts[DEMONSTRATIONS])
+    written = write_parts(out_dir, prepared.parts)
+    summary = _summary(config, written, prepared.facts)
+    summary["findings"] = write_card(out_dir, prepared.pairs, prepared.evidence, summary)
+    write_sketch(out_dir, prepared.pairs)
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
     metrics = {k: v for k, v in summary.items() if not isinstance(v, dict | list)}
     return StageResult(metrics)
+
+
+@dataclass
+class _Prepared:
+    """A dataset to write."""
+
+    parts: Parts
+    pairs: Sequence[Pair]
+    """Pairs to audit."""
+    evidence: Evidence = field(default_factory=Evidence)
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Entries of the summary on the source."""
 
 
 def read_pairs(
@@ -146,8 +143,11 @@ def read_pairs(
     quarantine: Quarantine,
     fields: PromptFields,
     limit: int | None = None,
+    folder: Path | None = None,
 ) -> Reading:
     """Read a source's pairs; rows that can't be used go into the quarantine.
+
+    Texts beyond some megabytes are in a temporary file.
 
     Args:
         config: Source, format, columns.
@@ -155,13 +155,14 @@ def read_pairs(
         quarantine: Receives the rows that are left out.
         fields: Receives references and metadata of the prompts.
         limit: Read at most this many rows of each part.
+        folder: For temporary files; None takes the system's.
 
     Raises:
         ConfigError: The source does not exist, or its format is not known.
-        DataError: It can't be parsed, or has no rows.
+        DataError: It can't be parsed, or has no rows, or the disk is full.
         StoreError: The S3 server can't be reached, or a transfer broke.
     """
-    reading = Reading(personal=PersonalData(config))
+    reading = Reading(Ledger(Spill(folder)), personal=PersonalData(config))
     reading.sources = sources = Sources(config, "source", quarantine)
     # Of all sources, so that rows of two sources that compare the same are votes.
     collectors = [Collector(config, reading.ledger, reading.totals) for _ in range(2)]
@@ -174,9 +175,7 @@ def read_pairs(
             raise DataError(
                 f"{source.field} = {source.uri!r}: holds no rows; give a file with pairs"
             )
-    reading.pairs, reading.held_out = (
-        [item.with_ids() for item in collector.resolve()] for collector in collectors
-    )
+    reading.pairs, reading.held_out = (collectors.pop(0).resolve() for _ in range(2))
     return reading
 
 
@@ -207,6 +206,7 @@ def _read_part(
     assert reading.sources is not None
     file = reading.sources.file_name(source, part)
     number = reading.sources.files
+    columns = _extra_columns(config)
     for record, layout in with_layouts(part, config, limit, report):
         reading.rows += 1
         source.rows += 1
@@ -215,7 +215,7 @@ def _read_part(
             source.quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
             continue
         try:
-            _add(record, layout, collector, fields, origin, reading, _extra_columns(config), note)
+            _add(record, layout, collector, fields, origin, reading, columns, note)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             source.quarantine.add(origin, reason, row)
@@ -233,12 +233,13 @@ def _add(
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
-    converted = layout.convert(record.fields)
+    converted = convert(layout, record)
     converted, row = reading.personal.apply(converted, record.fields, columns)
-    prompts = {
-        exact_key(item.prompt): item.prompt for item in (*converted.comparisons, *converted.rated)
-    }
-    additions = [fields.read(row, prompt) for prompt in prompts.values()]
+    additions: list[Callable[[], None]] = []
+    if columns:  # without any, a prompt has nothing beside it to read
+        compared = (*converted.comparisons, *converted.rated)
+        prompts = {exact_key(item.prompt): item.prompt for item in compared}
+        additions = [fields.read(row, prompt) for prompt in prompts.values()]
     collector.add(converted, origin)
     for add in additions:
         add()
@@ -258,53 +259,58 @@ def _from_source(
     seed: int,
     path: Path,
     forgotten: frozenset[str],
+    model: ModelCheck | None,
     progress: Progress,
-) -> tuple[Parts, dict[str, Any], Evidence]:
+) -> _Prepared:
     fields = PromptFields(config)
     policy = config.personal_data
     with Quarantine(path, forgotten=forgotten, personal_data=policy) as quarantine:
-        reading = read_pairs(config, options, quarantine, fields)
+        reading = read_pairs(config, options, quarantine, fields, folder=path.parent)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
-        pairs, times = _weighted(reading, seed)
-        divided = partition(pairs, reading.held_out, config, seed, reading.ledger, reading.note)
+        if model:
+            reading.pairs = model.usable(reading.pairs)
+            reading.held_out = model.usable(reading.held_out)
+        pairs = _weighted(reading, seed)
+        divided = partition(pairs, reading.held_out, config, seed, reading.note)
         sources = reading.sources
         assert sources is not None
         used = reading.ledger.close(sources.leave_out)
         for source in sources.all:
             source.check(config.max_bad_fraction)
         check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
-        train, held_out = divided.train, divided.held_out
-        own = _own_rows(config, options, quarantine, fields, divided, seed, reading)
-    repeats = [times.get(id(pair), 1) for pair in train]
-    by_pair = {id(item.pair): item for item in (*reading.pairs, *reading.held_out)}
-    written = [
-        by_pair[id(pair)].origins[0]
-        for pair in (*repeated(train, repeats), *held_out, *divided.judge)
-    ]
-    counts = sources.counts(written)
-    parts: Parts = {
-        DEMONSTRATIONS: _replaced(
-            config.sft_mode, demonstrations(train), own.get(DEMONSTRATIONS), _demonstration_key
-        ),
-        PAIRS_TRAIN: list(repeated(train, repeats)),
-        PAIRS_EVAL: held_out,
-        PROMPTS_TRAIN: _replaced(
-            config.prompts_mode, _prompts(train, fields), own.get(PROMPTS_TRAIN), _prompt_key
-        ),
-        PROMPTS_EVAL: _prompts(held_out, fields),
-        ROWS: source_rows(
-            train=_origins(train, by_pair),
-            eval=_origins(held_out, by_pair),
-            judge=_origins(divided.judge, by_pair),
-            **{SPLITS[name]: rows.origins for name, rows in own.items()},
-        ),
-    }
-    if config.judge_fraction:
-        parts[PAIRS_JUDGE] = divided.judge
+        own = _own_rows(config, options, quarantine, fields, divided, seed, reading, model)
+    evidence = Evidence(
+        reading.tallies, reading.totals, reading.rows,
+        left_out_reasons(quarantine.ordered(), quarantine.examples),
+    )  # fmt: skip
+    return _Prepared(
+        dataset_parts(divided, own, fields, config),
+        divided.written(),
+        evidence,
+        _facts(reading, divided, own, quarantine, used) | (model.facts() if model else {}),
+    )
+
+
+def _facts(
+    reading: Reading, divided: Partition, own: Mapping[str, OwnRows[Any]],
+    quarantine: Quarantine, used: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the entries of the summary that tell how the rows were read, and what became of them.
+
+    Args:
+        reading: The pairs.
+        divided: Those that are used.
+        own: Rows of sources of their own.
+        quarantine: Rows that are left out.
+        used: Number of the pairs' rows that are used.
+    """
+    assert reading.sources is not None
+    sides = divided.train, divided.held_out, divided.judge
+    written = itertools.chain.from_iterable(side.first_origins() for side in sides)
+    counts = [*reading.sources.counts(written), *(c for o in own.values() for c in o.counts)]
     unused = [reading.unused_columns, *(o.unused_columns for o in own.values())]
     total = reading.rows + sum(o.rows for o in own.values())
-    all_counts = [*counts, *(count for o in own.values() for count in o.counts)]
-    rows: dict[str, Any] = {
+    facts = {
         "format": ", ".join(reading.formats),
         "rows": total,
         "rows_used": used + sum(o.used for o in own.values()),
@@ -316,39 +322,31 @@ def _from_source(
         "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, total),
         "unused_columns": _joined([*dict.fromkeys(itertools.chain(*unused))]) or None,
-        "sources": all_counts if len(all_counts) > 1 else None,
-        "notes": [*reading.notes, *reading.personal.notes, *describe_counts(all_counts)],
+        "sources": counts if len(counts) > 1 else None,
+        "notes": [*reading.notes, *reading.personal.notes, *describe_counts(counts)],
         "left_out": dict(quarantine.ordered()),
     }
-    evidence = Evidence(
-        reading.tallies, reading.totals, reading.rows,
-        left_out_reasons(quarantine.ordered(), quarantine.examples),
-    )  # fmt: skip
-    summary = _summary(config, parts, {k: v for k, v in rows.items() if v is not None})
-    return parts, summary, evidence
-
-
-def _origins(pairs: Sequence[Pair], by_pair: dict[int, Resolved]) -> Iterator[Origin]:
-    return itertools.chain.from_iterable(by_pair[id(pair)].origins for pair in pairs)
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _own_rows(
     config: DataConfig, options: StoreConfig, quarantine: Quarantine, fields: PromptFields,
-    parts: Partition, seed: int, reading: Reading,
+    parts: Partition, seed: int, reading: Reading, model: ModelCheck | None,
 ) -> dict[str, OwnRows[Any]]:  # fmt: skip
     """Read demonstrations and prompts of their own, by the file that they are written to."""
     own: dict[str, OwnRows[Any]] = {}
-    held_out = [pair.prompt for pair in (*parts.held_out, *parts.judge)]
+    held_out = [*parts.held_out.prompts(), *parts.judge.prompts()]
     if config.sft_source is not None:
         own[DEMONSTRATIONS] = read_demonstrations(
             config,
             options,
             quarantine,
-            parts.train,
+            parts.train.written(),
             held_out,
             seed,
             reading.note,
             reading.personal,
+            model.prompt_fault if model else None,
         )
     if config.prompts_source is not None:
         own[PROMPTS_TRAIN] = read_prompts(
@@ -360,28 +358,9 @@ def _own_rows(
             seed,
             reading.note,
             reading.personal,
+            model.prompt_fault if model else None,
         )
     return own
-
-
-def _replaced(
-    mode: str, from_pairs: list[Any], own: OwnRows[Any] | None, key: Callable[[Any], str]
-) -> list[Any]:
-    """Return the rows of the pairs, or the own ones in their place or behind them."""
-    if own is None:
-        return from_pairs
-    if mode == "replace":
-        return own.items
-    keys = {key(row) for row in own.items}
-    return [*(row for row in from_pairs if key(row) not in keys), *own.items]
-
-
-def _demonstration_key(row: Demonstration) -> str:
-    return f"{exact_key(row.prompt)}\0{row.response}"
-
-
-def _prompt_key(row: PromptRow) -> str:
-    return exact_key(row.prompt)
 
 
 def _joined(columns: Sequence[str]) -> str:
@@ -394,69 +373,49 @@ def _left_out_line(quarantine: Quarantine, rows: int) -> str | None:
     return f"{quarantine.total:,} of {rows:,} rows left out ({quarantine.in_words()})"
 
 
-def _weighted(reading: Reading, seed: int) -> tuple[list[Resolved], dict[int, int]]:
-    """Return the pairs that the weights of their sources leave, and how often each is used.
-
-    By the id of the pair, only of those that are not used once.
-    """
-    sources = reading.sources
+def _weighted(reading: Reading, seed: int) -> Pairs:
+    """Return the pairs that the weights of their sources leave, with how often each is used."""
+    sources, pairs = reading.sources, reading.pairs
     if sources is None or not sources.are_weighted:
-        return reading.pairs, {}
-    pairs, times = [], {}
-    for item in reading.pairs:
+        return pairs
+    for index, item in enumerate(pairs):
         number = sources.times(repr(item.pair), item.origins, seed)
+        pairs.times[index] = number
         if number == 0:
-            _lose([item], not_in_share(sources, item.origins), reading.ledger)
-            continue
-        pairs.append(item)
-        if number > 1:
-            times[id(item.pair)] = number
-    return pairs, times
+            pairs.lose(not_in_share(sources, item.origins), [index])
+    return pairs.select(pairs.times > 0)
 
 
-def _lose(items: Sequence[Resolved], reason: LeftOutError, ledger: Ledger) -> None:
-    for pair, origins in items:
-        ledger.lose(origins, reason, pair.prompt, pair.chosen, pair.rejected)
-
-
-def _prompts(pairs: list[Pair], fields: PromptFields) -> list[PromptRow]:
-    unique: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        unique.setdefault(exact_key(pair.prompt), []).append(pair)
-    return [
-        fields.complete(PromptRow(same[0].prompt, row_ids=merged_ids(p.row_ids for p in same)))
-        for same in unique.values()
-    ]
-
-
-def _from_world(config: DataConfig, seed: int) -> Parts:
+def _from_world(config: DataConfig, seed: int) -> _Prepared:
     from rlhf.world import generate
 
     try:
         world = generate(config.world, seed)
     except ValueError as error:
         raise DataError(f"data.world: {error}; ask for fewer") from None
-    return {
+    train = [Pair(p.prompt, p.chosen, p.rejected) for p in world.pairs]
+    parts: Parts = {
         DEMONSTRATIONS: world.demonstrations,
-        PAIRS_TRAIN: [Pair(p.prompt, p.chosen, p.rejected) for p in world.pairs],
+        PAIRS_TRAIN: train,
         PAIRS_EVAL: world.eval_pairs,
         PROMPTS_TRAIN: [PromptRow(p) for p in world.prompts],
         PROMPTS_EVAL: world.eval_prompts,
     }
+    held_out = [Pair(p.prompt, p.chosen, p.rejected, p.group) for p in world.eval_pairs]
+    return _Prepared(parts, [*train, *held_out])
 
 
-def _summary(config: DataConfig, parts: Parts, rows: dict[str, Any]) -> dict[str, Any]:
-    train: Sequence[Pair] = parts[PAIRS_TRAIN]
-    longer = sum(len(p.chosen) > len(p.rejected) for p in train) / len(train)
+def _summary(config: DataConfig, written: Written, facts: dict[str, Any]) -> dict[str, Any]:
+    rows = written.rows
     return {
         "source": source_names(config.source),
-        "demonstrations": len(parts[DEMONSTRATIONS]),
-        "pairs_train": len(train),
-        "pairs_eval": len(parts[PAIRS_EVAL]),
-        **({"pairs_judge": len(parts[PAIRS_JUDGE])} if PAIRS_JUDGE in parts else {}),
-        "prompts_train": len(parts[PROMPTS_TRAIN]),
-        "prompts_eval": len(parts[PROMPTS_EVAL]),
-        "chosen_longer": longer,
+        "demonstrations": rows[DEMONSTRATIONS],
+        "pairs_train": rows[PAIRS_TRAIN],
+        "pairs_eval": rows[PAIRS_EVAL],
+        **({"pairs_judge": rows[PAIRS_JUDGE]} if PAIRS_JUDGE in rows else {}),
+        "prompts_train": rows[PROMPTS_TRAIN],
+        "prompts_eval": rows[PROMPTS_EVAL],
+        "chosen_longer": written.longer / rows[PAIRS_TRAIN],
         "left_out": {},
-        **rows,
+        **facts,
     }

@@ -11,7 +11,7 @@ from rlhf.config import DataConfig
 from rlhf.data.columns import Row, cell_of
 from rlhf.data.personal import find_personal_data, redact_text, redact_value
 from rlhf.data.records import Converted, LeftOutError
-from rlhf.data.rows import Prompt, messages_of
+from rlhf.data.rows import Prompt
 
 
 class PersonalData:
@@ -109,7 +109,7 @@ def _texts(converted: Converted) -> set[str]:
 
 
 def _turns(prompt: Prompt) -> list[str]:
-    return [m["content"] for m in messages_of(prompt)]
+    return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
 
 
 def _without_personal_data(converted: Converted) -> Converted:

@@ -7,26 +7,28 @@ it, columns with answers are not read, and a prompt that ends with the row's ans
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from rlhf.config import DataConfig, StoreConfig
-from rlhf.data.cells import Cells, find_markups
+from rlhf.data.cells import Cells
 from rlhf.data.chat import loose_text
 from rlhf.data.collect import too_long
-from rlhf.data.columns import Row, cell_of, check_settings
+from rlhf.data.column_forms import with_forms
+from rlhf.data.columns import Row, cell_of, check_settings, plain_name
 from rlhf.data.comparisons import PAIRS
 from rlhf.data.demonstrations import CHATS, TEXTS, more_column
 from rlhf.data.demonstrations import REPLIES as SINGLE_REPLIES
-from rlhf.data.formats import PROMPTS, SYSTEMS, detect, plain_name
+from rlhf.data.formats import PROMPTS, SYSTEMS, detect
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
+from rlhf.data.model_check import CheckPrompt
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
+from rlhf.data.rankings import LISTS as REPLY_LISTS
 from rlhf.data.records import LeftOutError
-from rlhf.data.replies import LISTS as REPLY_LISTS
 from rlhf.data.rows import Prompt, PromptRow, messages_of
 from rlhf.errors import ConfigError
 
@@ -52,6 +54,7 @@ def read_prompts(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    check: CheckPrompt | None = None,
 ) -> OwnRows[PromptRow]:
     """Read `data.prompts_source`; references and metadata are those of `fields`.
 
@@ -64,6 +67,7 @@ def read_prompts(
         seed: Seeds the choice by weights.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        check: Finds prompts that the model can't be given.
 
     Raises:
         ConfigError: A source does not exist, or no column holds prompts.
@@ -72,7 +76,7 @@ def read_prompts(
     """
     own = read_own_rows(
         config, "prompts_source", options, quarantine, partial(find_layout, fields=fields),
-        held_out=held_out, seed=seed, note=note, personal=personal,
+        held_out=held_out, seed=seed, note=note, personal=personal, check=check,
     )  # fmt: skip
     own.items = [fields.complete(row) for row in own.items]
     return own
@@ -106,9 +110,10 @@ def find_layout(
         system=config.system_column or next((names[n] for n in SYSTEMS if n in names), None),
         more=more_column(names, prompt),
         history=names.get("history") if names.get("history") != prompt else None,
+        plain=frozenset(config.text_columns),
     )  # fmt: skip
-    markups, notes = find_markups(cells, sample)
-    reader = _Reader(replace(cells, markups=markups), config, fields.of(config), answers)
+    cells, notes = with_forms(cells, sample)
+    reader = _Reader(cells, config, fields.of(config), answers)
     first = [f"prompts are those of {prompt}"]
     if cells.system is not None:
         first.append(f"{cells.system} goes before the prompt as a system turn")

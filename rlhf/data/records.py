@@ -37,10 +37,14 @@ class Record:
         """
         content = self.text if self.fields is None else self.fields
         try:
-            text = json.dumps(content, sort_keys=True, default=repr)
+            text = _encode(content)
         except (TypeError, ValueError, RecursionError):  # keys of several types, or deep nesting
             text = _bounded_repr(content)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+#: Made once: `json.dumps` makes an encoder for each call with arguments.
+_encode = json.JSONEncoder(sort_keys=True, default=repr).encode
 
 
 def _bounded_repr(content: Any) -> str:

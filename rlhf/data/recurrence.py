@@ -5,16 +5,19 @@ Both are left out only if the configuration says so, and never count as faulty r
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlhf.config import DataConfig
-from rlhf.data.collect import Ledger, Resolved
-from rlhf.data.duplicates import Shingles, bare_text, near_duplicates, width
+from rlhf.data.duplicates import Numbers, Shingles, bare_text, width
+from rlhf.data.pairs import Pairs
 from rlhf.data.records import LeftOutError
-from rlhf.data.rows import Pair, Prompt, messages_of
-from rlhf.data.split import Clusters
+from rlhf.data.rows import Prompt, messages_of
+from rlhf.data.spill import Spill, StoredTexts, runs, short_digest
+from rlhf.data.split import group_texts
 
 #: Shorter replies may recur: "Yes", "4", a classifier's labels. In characters (`width`).
 MIN_REPLY = 20
@@ -32,116 +35,117 @@ class Recurrence:
 
     Args:
         config: Thresholds, and what becomes of the pairs found.
-        clusters: Clusters of the pairs' prompts: those of one cluster count as one prompt.
-        ledger: Receives the rows that are left out.
+        pairs: The pairs, whose ledger receives the rows that are left out.
+        clusters: Cluster of each pair's prompt, of shape (pairs,): those of one cluster count as
+            one prompt.
         note: Receives sentences for the user.
     """
 
     config: DataConfig
-    clusters: Clusters
-    ledger: Ledger
+    pairs: Pairs
+    clusters: Numbers
     note: Callable[[str], None]
     contradictions: int = 0
     """Pairs whose preference a near duplicate of theirs contradicts."""
 
-    def filter(self, pairs: list[Resolved]) -> list[Resolved]:
-        """Return the pairs without those to leave out, in their order."""
-        bare = {reply: bare_text(reply) for item in pairs for reply in _replies(item.pair)}
-        threshold = self.config.near_duplicates
-        if threshold is None:
-            groups = {text: text for text in bare.values()}
-        else:
-            groups = near_duplicates(bare.values(), threshold)
-        kept = self._without_canned(pairs, bare, groups)
-        if threshold is None:
-            return kept
-        return self._without_contradictions(kept, bare, groups, threshold)
+    def filter(self) -> Numbers:
+        """Return the indices of the pairs without those to leave out, ascending.
 
-    def _without_canned(
-        self, pairs: list[Resolved], bare: dict[str, str], groups: dict[str, str]
-    ) -> list[Resolved]:
-        share = self.config.max_reply_share
-        if share is None:
-            return pairs
-        names = [self.clusters.of(item.pair.prompt) for item in pairs]
-        total = len(set(names))
-        limit = max(MIN_RECURRENCE, share * total)
-        counts = Counter(groups[bare[reply]] for item in pairs for reply in _replies(item.pair))
-        uses: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-        for item, name in zip(pairs, names, strict=True):
-            for reply in _replies(item.pair):
-                text = bare[reply]
-                # Most groups have one use: sets for all of them would take gigabytes.
-                if counts[groups[text]] > limit and width(text) >= MIN_REPLY:
-                    uses[groups[text]][text].add(name)
-        recurring: dict[str, int] = {}
-        for texts in uses.values():
-            recurring |= _recurring(texts, limit, self.config.near_duplicates)
-        lost = [any(bare[r] in recurring for r in _replies(item.pair)) for item in pairs]
-        kept_files = self._files_to_keep(pairs, lost)
-        kept = []
-        for item, is_lost in zip(pairs, lost, strict=True):
-            if not is_lost or item.origins[0].file in kept_files:
-                kept.append(item)
-                continue
-            reply = max(_replies(item.pair), key=lambda reply: recurring.get(bare[reply], 0))
-            reason = LeftOutError(
-                "reply recurs under many prompts",
-                f"under {recurring[bare[reply]]:,} of {total:,}: {reply[:60]!r}",
-                "raise data.max_reply_share to train on it, or set it to none", is_choice=True,
-            )  # fmt: skip
-            self.ledger.lose(item.origins, reason, *_fields(item.pair))
+        Raises:
+            DataError: The disk is full.
+        """
+        kept = np.arange(len(self.pairs))
+        threshold = self.config.near_duplicates
+        if threshold is None and self.config.max_reply_share is None:
+            return kept
+        digests = np.empty((len(kept), 2), dtype=np.uint64)
+        places = np.empty((len(kept), 2), dtype=np.int64)
+        store = Spill(self.pairs.spill.folder)
+        for index in range(len(kept)):
+            for side, reply in enumerate(self.pairs.replies(index)):
+                text = bare_text(reply)
+                digests[index, side] = short_digest(text)
+                if threshold is not None:
+                    places[index, side] = store.add(text)
+        if threshold is None:
+            groups = np.unique(digests.ravel(), return_inverse=True)[1]
+        else:
+            texts = StoredTexts(store, places.ravel())
+            groups = group_texts(texts, digests.ravel(), threshold, folder=store.folder)
+        groups = groups.reshape(-1, 2)
+        if self.config.max_reply_share is not None:
+            kept = self._without_canned(digests, groups, self.config.max_reply_share)
+        if threshold is not None:
+            kept = self._without_contradictions(kept, groups, threshold)
         return kept
 
-    def _files_to_keep(self, pairs: list[Resolved], lost: list[bool]) -> set[str]:
+    def _without_canned(
+        self, digests: NDArray[np.uint64], groups: Numbers, share: float
+    ) -> Numbers:
+        total = len(np.unique(self.clusters))
+        recurring = self._find_recurring(digests, groups, max(MIN_RECURRENCE, share * total))
+        counts = np.array(list(recurring), dtype=np.uint64)
+        lost = np.isin(digests, counts)
+        are_lost = lost[:, 0] | lost[:, 1]
+        files = self._files_to_keep(are_lost)
+        are_lost &= ~np.isin(self._files(), files)
+        for index in np.flatnonzero(are_lost).tolist():
+            own = [recurring.get(value, 0) for value in digests[index].tolist()]
+            side = int(own[1] > own[0])
+            reason = LeftOutError(
+                "reply recurs under many prompts",
+                f"under {own[side]:,} of {total:,}: {self.pairs.replies(index)[side][:60]!r}",
+                "raise data.max_reply_share to train on it, or set it to none", is_choice=True,
+            )  # fmt: skip
+            self.pairs.lose(reason, [index])
+        return np.flatnonzero(~are_lost)
+
+    def _find_recurring(
+        self, digests: NDArray[np.uint64], groups: Numbers, limit: float
+    ) -> dict[int, int]:
+        """Return the number of prompts of each bare reply that recurs, by its digest."""
+        counts = np.bincount(groups.ravel())
+        texts: dict[int, str] = {}
+        uses: dict[int, dict[str, set[int]]] = {}
+        # Most groups have one use: sets for all of them would take gigabytes.
+        for place in np.flatnonzero(counts[groups.ravel()] > limit).tolist():
+            index, side = divmod(place, 2)
+            value = int(digests[index, side])
+            if value not in texts:
+                texts[value] = bare_text(self.pairs.replies(index)[side])
+            text = texts[value]
+            if width(text) >= MIN_REPLY:
+                group = uses.setdefault(int(groups[index, side]), {})
+                group.setdefault(text, set()).add(int(self.clusters[index]))
+        recurring: dict[str, int] = {}
+        for group in uses.values():
+            recurring |= _recurring(group, limit, self.config.near_duplicates)
+        return {value: recurring[text] for value, text in texts.items() if text in recurring}
+
+    def _files(self) -> Numbers:
+        """Return the number of the file of each pair's first row."""
+        return self.pairs.ledger.files(self.pairs.rows[self.pairs.starts]).astype(np.int64)
+
+    def _files_to_keep(self, are_lost: NDArray[np.bool_]) -> list[int]:
         """Return the files that would lose most of their pairs, and tell of them."""
-        totals = Counter(item.origins[0].file for item in pairs)
-        counts = Counter(pairs[i].origins[0].file for i, is_lost in enumerate(lost) if is_lost)
-        files = {name for name, n in counts.items() if n > MAX_FILE_SHARE * totals[name]}
-        for name in sorted(files):
+        files = self._files()
+        totals = np.bincount(files)
+        counts = np.bincount(files[are_lost], minlength=len(totals))
+        found = np.flatnonzero(counts > MAX_FILE_SHARE * totals).tolist()
+        for name, file in sorted((self.pairs.ledger.file_name(file), file) for file in found):
             self.note(
-                f"{name}: {counts[name]:,} of {totals[name]:,} pairs have a reply that recurs "
+                f"{name}: {counts[file]:,} of {totals[file]:,} pairs have a reply that recurs "
                 "under many prompts, as labels do; they are trained on"
             )
-        return files
+        return found
 
-    def _without_contradictions(
-        self,
-        pairs: list[Resolved],
-        bare: dict[str, str],
-        groups: dict[str, str],
-        threshold: float,
-    ) -> list[Resolved]:
-        directions: dict[tuple[str, str, str], tuple[list[int], list[int]]] = {}
-        for index, (pair, _) in enumerate(pairs):
-            one, other = (groups[bare[reply]] for reply in _replies(pair))
-            if one != other:
-                key = (self.clusters.of(pair.prompt), min(one, other), max(one, other))
-                directions.setdefault(key, ([], []))[one > other].append(index)
-        shingles = Shingles()
-
-        def are_near(one: str, other: str) -> bool:
-            return shingles.is_similar(bare_text(one), bare_text(other), threshold)
-
-        def contradict(one: int, other: int) -> bool:
-            a, b = pairs[one].pair, pairs[other].pair
-            return (
-                are_near(a.chosen, b.rejected)
-                and are_near(a.rejected, b.chosen)
-                and are_near(_whole(a.prompt), _whole(b.prompt))
-            )
-
+    def _without_contradictions(self, kept: Numbers, groups: Numbers, threshold: float) -> Numbers:
         lost: set[int] = set()
-        for sides in directions.values():
-            if not all(sides):
-                continue
-            found = [
-                [i for i in side if any(contradict(i, j) for j in others[:_MAX_COMPARED])]
-                for side, others in (sides, sides[::-1])
-            ]
+        for sides in self._opposed(kept, groups):
+            found = self._contradicting(sides, threshold)
             self.contradictions += sum(map(len, found))
             if self.config.contradictions == "majority":
-                votes = [sum(len(pairs[i].origins) for i in side) for side in found]
+                votes = [int(self.pairs.counts[side].sum()) for side in found]
                 for side, own, against in zip(found, votes, votes[::-1], strict=True):
                     if own <= against:
                         lost.update(side)
@@ -154,12 +158,49 @@ class Recurrence:
             "a near duplicate prefers the other reply",
             cure="set data.contradictions=keep to train on both", is_choice=True,
         )  # fmt: skip
-        for index in sorted(lost):
-            self.ledger.lose(pairs[index].origins, reason, *_fields(pairs[index].pair))
-        return [item for index, item in enumerate(pairs) if index not in lost]
+        self.pairs.lose(reason, sorted(lost))
+        return kept[~np.isin(kept, np.array(sorted(lost), dtype=np.int64))]
+
+    def _opposed(self, kept: Numbers, groups: Numbers) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield pairs of one cluster and of two groups of replies, by the group preferred."""
+        one, other = groups[kept].T
+        kept, one, other = (values[one != other] for values in (kept, one, other))
+        keys = self.clusters[kept], np.minimum(one, other), np.maximum(one, other)
+        order = np.lexsort((kept, *keys))
+        starts, ends = runs(np.rec.fromarrays([key[order] for key in keys]))
+        is_greater = (one > other)[order]
+        totals = np.append(0, np.cumsum(is_greater))
+        greater = totals[ends] - totals[starts]
+        for run in np.flatnonzero((greater > 0) & (greater < ends - starts)).tolist():
+            part = slice(starts[run], ends[run])
+            members = kept[order[part]]
+            yield members[~is_greater[part]].tolist(), members[is_greater[part]].tolist()
+
+    def _contradicting(
+        self, sides: tuple[list[int], list[int]], threshold: float
+    ) -> list[list[int]]:
+        """Return the pairs of each side that are near duplicates of one of the other side."""
+        shingles = Shingles()
+        pairs = {index: self.pairs.pair(index) for side in sides for index in side[:_MAX_COMPARED]}
+
+        def are_near(one: str, other: str) -> bool:
+            return shingles.is_similar(bare_text(one), bare_text(other), threshold)
+
+        def contradict(one: int, other: int) -> bool:
+            a, b = pairs.get(one) or self.pairs.pair(one), pairs[other]
+            return (
+                are_near(a.chosen, b.rejected)
+                and are_near(a.rejected, b.chosen)
+                and are_near(_whole(a.prompt), _whole(b.prompt))
+            )
+
+        return [
+            [i for i in side if any(contradict(i, j) for j in others[:_MAX_COMPARED])]
+            for side, others in (sides, sides[::-1])
+        ]
 
 
-def _recurring(texts: dict[str, set[str]], limit: float, threshold: float | None) -> dict[str, int]:
+def _recurring(texts: dict[str, set[int]], limit: float, threshold: float | None) -> dict[str, int]:
     """Return the number of prompts of each text of a group that recurs too often.
 
     A chain of similar texts may end far from where it began, so only texts that are similar to the
@@ -183,16 +224,8 @@ def _recurring(texts: dict[str, set[str]], limit: float, threshold: float | None
     return recurring
 
 
-def _union(sets: Iterable[set[str]]) -> set[str]:
+def _union(sets: Iterable[set[int]]) -> set[int]:
     return set().union(*sets)
-
-
-def _replies(pair: Pair) -> tuple[str, str]:
-    return pair.chosen, pair.rejected
-
-
-def _fields(pair: Pair) -> tuple[Prompt, str, str]:
-    return pair.prompt, pair.chosen, pair.rejected
 
 
 def _whole(prompt: Prompt) -> str:

@@ -123,8 +123,11 @@ _TYPES: dict[str, type[Any]] = {
 }
 
 
-def write_rows(path: Path, rows: Iterable[Any]) -> None:
+def write_rows(path: Path, rows: Iterable[Any]) -> int:
     """Write rows as Parquet, in row groups; the file appears whole or not at all.
+
+    Returns:
+        Number of rows.
 
     The file's name decides its schema. Equal rows give equal bytes with one version of pyarrow.
 
@@ -138,21 +141,29 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
     scratch = path.with_name(f".{path.name}.part")
     try:
         with parquet.ParquetWriter(scratch, schema, compression="zstd") as writer:
-            remaining = iter(rows)
+            remaining, count = iter(rows), 0
             while batch := list(itertools.islice(remaining, _GROUP)):
                 writer.write_batch(_batch(batch, schema, path.name))
+                count += len(batch)
         scratch.replace(path)
+        return count
     finally:
         scratch.unlink(missing_ok=True)
 
 
 def read_rows(path: Path, row_type: type[_Stored]) -> list[_Stored]:
     """Read rows written by `write_rows`, or by its predecessor as JSON lines."""
+    return list(iterate_rows(path, row_type))
+
+
+def iterate_rows(path: Path, row_type: type[_Stored]) -> Iterator[_Stored]:
+    """Yield the rows of `read_rows`, a row group in memory."""
     older = path.with_suffix(".jsonl")
     if not path.exists() and older.exists():
         with older.open(encoding="utf-8") as file:
-            return [row_type(**json.loads(line)) for line in file]
-    return list(_parquet_rows(path, row_type))
+            yield from (row_type(**json.loads(line)) for line in file)
+        return
+    yield from _parquet_rows(path, row_type)
 
 
 def _parquet_rows(path: Path, row_type: type[_Stored]) -> Iterator[_Stored]:
@@ -191,23 +202,60 @@ def _schema(row_type: type[Any]) -> pyarrow.Schema:
 def _batch(rows: list[Any], schema: pyarrow.Schema, name: str) -> pyarrow.RecordBatch:
     import pyarrow as pa
 
-    columns: dict[str, list[Any]] = {c: [getattr(r, c, None) for r in rows] for c in schema.names}
-    if "prompt" in columns:
-        columns["prompt_is_text"] = [isinstance(prompt, str) for prompt in columns["prompt"]]
-        columns["prompt"] = [messages_of(prompt) for prompt in columns["prompt"]]
-        # Rows of the generated world come from no source.
-        columns["row_ids"] = [ids or () for ids in columns["row_ids"]]
-    for message in itertools.chain.from_iterable(columns.get("prompt", ())):
-        if message.keys() != _MESSAGE_FIELDS:
-            raise DataError(
-                f"{name}: a message has the fields {sorted(message)}; give it role and content"
-            )
+    columns: dict[str, Any] = {c: [getattr(r, c, None) for r in rows] for c in schema.names}
+    prompts: list[Prompt] | None = columns.pop("prompt", None)
     if "metadata" in columns:  # escaped, so that it may hold a lone surrogate
-        columns["metadata"] = [json.dumps(value or {}) for value in columns["metadata"]]
+        columns["metadata"] = [json.dumps(v) if v else "{}" for v in columns["metadata"]]
     try:
+        if prompts is not None:
+            columns["prompt_is_text"] = [isinstance(prompt, str) for prompt in prompts]
+            columns["prompt"] = _messages(prompts, schema.field("prompt").type, name)
+            # Rows of the generated world come from no source.
+            lists = [ids or () for ids in columns["row_ids"]]
+            ids = pa.array(itertools.chain.from_iterable(lists), pa.string())
+            columns["row_ids"] = _lists(lists, ids)
         return pa.RecordBatch.from_pydict(columns, schema=schema)
     except UnicodeEncodeError as error:
         seen = ascii(error.object[max(0, error.start - 20) : error.end])
         raise DataError(
             f"{name}: a text holds a lone surrogate, which UTF-8 can't write ({seen}); mend the row"
         ) from None
+
+
+def _messages(prompts: list[Prompt], kind: pyarrow.ListType[Any], name: str) -> pyarrow.Array[Any]:
+    """Return prompts as a column of lists of messages, without a dictionary for each text.
+
+    Raises:
+        DataError: A message has other fields than role and content.
+    """
+    import pyarrow as pa
+
+    roles: list[str] = []
+    contents: list[str] = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            roles.append("user")
+            contents.append(prompt)
+            continue
+        for message in prompt:
+            if message.keys() != _MESSAGE_FIELDS:
+                raise DataError(
+                    f"{name}: a message has the fields {sorted(message)}; give it role and content"
+                )
+            roles.append(message["role"])
+            contents.append(message["content"])
+    text = pa.large_string()
+    messages = pa.StructArray.from_arrays(
+        [pa.array(roles, text), pa.array(contents, text)], fields=list(kind.value_type)
+    )
+    return _lists(
+        [(prompt,) if isinstance(prompt, str) else prompt for prompt in prompts], messages
+    )
+
+
+def _lists(lists: list[Any], values: pyarrow.Array[Any]) -> pyarrow.Array[Any]:
+    """Return a column of lists of these lengths."""
+    import pyarrow as pa
+
+    offsets = [0, *itertools.accumulate(map(len, lists))]
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)

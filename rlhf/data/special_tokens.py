@@ -13,16 +13,24 @@ END_TOKENS: tuple[str, ...] = (
 _BEGIN_TOKENS = ("<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>")
 
 #: A whole cell that pandas, SQL or a spreadsheet wrote for a missing value. "none" is an answer.
-MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A"})
+MISSING_WORDS = frozenset({"nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "#N/A", r"\N"})
 
 _BLANKS = 50  # most blanks in front of a prompt that a reply repeats
+_SENTENCE_ENDS = ".!?…。！？"
+_TAIL_LENGTH = 100  # characters at the end of a text that are searched for a token
 _MIN_PROMPT = 8  # characters; a reply may begin with a shorter prompt by chance: "Hello"
 
 
-def strip_end_tokens(reply: str) -> tuple[str, bool]:
+def strip_end_tokens(reply: str, is_habit: bool = True, asked: str = "") -> tuple[str, bool]:
     """Return a reply without end tokens behind it and a begin token before it; whether it had any.
 
     `<s>` and `</s>` stay where they are HTML: "Price: <s>10</s>".
+
+    Args:
+        reply: The reply.
+        is_habit: Whether most replies of the column end so. Otherwise a token that a sentence
+            names stays: "The token is </s>".
+        asked: The prompt, which may ask for the token.
     """
     start = after_begin_tokens(reply)
     struck = reply.rfind("<s>", start)
@@ -35,6 +43,12 @@ def strip_end_tokens(reply: str) -> tuple[str, bool]:
         token = next((t for t in END_TOKENS if reply.endswith(t, start, last)), None)
         if token is None or last - len(token) == closing:
             break
+        if not (is_habit or found) and (
+            token in asked
+            or not _is_attached(reply, last - len(token))
+            or _opens_turns(reply[start : last - len(token)])
+        ):
+            break
         end, found = last - len(token), True
     if not reply[:start].strip() or ("<s>" in reply[:start] and "</s>" in reply[start:end]):
         start = 0
@@ -43,19 +57,43 @@ def strip_end_tokens(reply: str) -> tuple[str, bool]:
     return (reply[start:end].rstrip() if found else reply[start:]), True
 
 
-def holds_control_tokens(reply: str) -> str | None:
-    """Return the first control token inside a reply; `<s>…</s>` is HTML and none."""
-    is_struck = False
-    for match in _CONTROL.finditer(reply):
-        token = match.group()
-        if token == "</s>":
-            if not is_struck:
-                return token
-            is_struck = False
-        elif token.startswith(("<s>", "<s ")):
-            is_struck = True
-        else:
-            return token
+def edge_token(text: str) -> str | None:
+    """Return the control token that ends a text and does not belong to its last sentence.
+
+    A role may stand behind it: "Why?<|im_end|>\\n<|im_start|>assistant".
+    """
+    tail = text[-_TAIL_LENGTH:].rstrip()
+    found = None
+    for match in _CONTROL.finditer(tail):
+        found = match
+    if found is None or not _ROLE.fullmatch(tail, found.end()):
+        return None
+    start = len(text) - len(text[-_TAIL_LENGTH:]) + found.start()
+    token = found.group()
+    if token.startswith("<s") or (token == "</s>" and "<s" in text[:start]):
+        return None  # HTML
+    return token if _is_attached(text, start) else None
+
+
+def break_token(text: str, asked: str = "") -> str | None:
+    """Return the end token inside a text at which another text begins.
+
+    It follows a sentence without a blank, or a mark of the next turn follows it. Where a token
+    that opens a turn comes first, the text shows a template, as where code holds them, unless
+    that one follows a sentence without a blank.
+    """
+    is_struck = False  # <s>…</s> is HTML
+    for match in _CONTROL.finditer(text):
+        token, start = match.group(), match.start()
+        if token.startswith("<s") or (token == "</s>" and is_struck):
+            is_struck = token != "</s>"
+            continue
+        if token in asked or _is_in_code(text, start):
+            return None
+        rest = _CONTROL.match(text, _blanks_end(text, match.end()))
+        is_next = rest is not None and rest.group() not in END_TOKENS and token in END_TOKENS
+        ends_sentence = start > 0 and text[start - 1] in _SENTENCE_ENDS
+        return token if is_next or (ends_sentence and not ends_at(text, match.end())) else None
     return None
 
 
@@ -101,6 +139,7 @@ def _any_of(tokens: Sequence[str]) -> str:
 
 _HEAD = re.compile(rf"(?:\s|{_any_of(_BEGIN_TOKENS)})*")
 _TAIL = re.compile(rf"(?:\s|{_any_of((*END_TOKENS, *_BEGIN_TOKENS))})*")
+_ROLE = re.compile(r"\s*\w{0,12}:?\s*")
 _EMPTY_LINES = re.compile(r"(?:[ \t\r]*\n)+")
 _CONTROL = re.compile(
     r"<s(?: [^<>]{0,200})?>|"
@@ -111,10 +150,37 @@ _CONTROL = re.compile(
             *("<|start_header_id|>", "<|end_header_id|>", "<|header_start|>", "<|header_end|>"),
             *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<｜User｜>", "<｜Assistant｜>"),
             *("<|system|>", "<|user|>", "<|assistant|>", "<|start|>", "<|message|>"),
+            *("<extra_id_1>", "<extra_id_0>"),
             *("<|prompter|>", "<|start_of_role|>", "<|end_of_role|>", "[|user|]", "[|assistant|]"),
         )
     )
 )
+
+
+def _opens_turns(text: str) -> bool:
+    """Return whether a text holds tokens that open a turn, as one that shows a template does."""
+    tokens = (match.group() for match in _CONTROL.finditer(text))
+    return any(token not in END_TOKENS and not token.startswith("<s") for token in tokens)
+
+
+def _is_attached(text: str, start: int) -> bool:
+    """Return whether a token at a position stands apart from the sentence before it."""
+    before = text[:start].rstrip(" \t")
+    if not before or before[-1] in "\n" + _SENTENCE_ENDS:
+        return True
+    return len(before) == start and before[-1] not in "`'\"(“‘*"
+
+
+def _is_in_code(text: str, start: int) -> bool:
+    """Return whether a position is inside backticks."""
+    line = text.rfind("\n", 0, start) + 1
+    return text.count("```", 0, start) % 2 == 1 or text.count("`", line, start) % 2 == 1
+
+
+def _blanks_end(text: str, start: int) -> int:
+    while start < len(text) and text[start].isspace():
+        start += 1
+    return start
 
 
 def _end_of_words(words: list[str], text: str) -> int | None:

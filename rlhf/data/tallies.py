@@ -6,13 +6,13 @@ used are not counted.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.collect import exact_key
+from rlhf.data.columns import plain_name
 from rlhf.data.records import Comparison, Converted
 
 #: Columns that name who decided, the surest first: `user_id` may be the author of the prompt.
@@ -74,7 +74,7 @@ class Tallies:
 
     def set_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
         """Find the columns to count in a file, of those that hold no prompt, reply or label."""
-        names = {_plain(column): column for column in reversed(columns)}
+        names = {plain_name(column): column for column in reversed(columns)}
         found = [names[name] for name in ANNOTATOR_COLUMNS if name in names]
         self._annotator = found[0] if found else None
         self.annotator_column = self.annotator_column or self._annotator
@@ -132,7 +132,3 @@ def _name(value: Any) -> str:
         text = str(value).encode("utf-8", "replace").decode()
         return " ".join(text.split())[:MAX_NAME]
     return ""
-
-
-def _plain(column: str) -> str:
-    return re.sub(r"[\s\-.]+", "_", column.strip()).lower()

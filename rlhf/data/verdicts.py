@@ -6,11 +6,12 @@ every pair.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf.config import DataConfig
@@ -55,6 +56,8 @@ _CONTRARY = re.compile(r"\b(?:but|however|although|though|only|not)\b")
 _WORSE = frozenset(
     ("loser", "loses", "worse", "worst", "rejected", "dispreferred", "error", "errors", "bad")
 )
+#: Fields of an object that hold its vote.
+_VOTE_KEYS = ("selected", "value", "label", "preference", "winner", "choice")
 #: Nested lists and objects around a vote.
 _MAX_DEPTH = 8
 #: Settings of `data.labels`, each of one value.
@@ -81,13 +84,34 @@ class Judge:
     """True if `data.labels` gives the words their meaning."""
     text_cells: bool = False
     """True if all cells are text, so that a missing value is a word."""
+    numbers: frozenset[str] = frozenset()
+    """Numbers among the labels of the first rows, by which 0 or 1 was found to be the first."""
+    others: tuple[Judge, ...] = ()
+    """Further label columns, which must not say the contrary."""
 
-    def decide(self, row: Row) -> tuple[Verdict, float | None]:
+    def decide(self, row: Row, notes: set[str]) -> tuple[Verdict, float | None]:
         """Return a row's verdict, and by how much where the source says.
 
         Raises:
-            LeftOutError: The label is missing or unknown.
+            LeftOutError: The label is missing or unknown, or another label says the contrary.
+            ConfigError: A number is outside of the convention of the first rows.
         """
+        verdict, margin = self._decide(row, notes)
+        for other in self.others:
+            try:
+                contrary, _ = other._decide(row, set())
+            except LeftOutError:
+                continue
+            if {verdict, contrary} == {"first", "second"}:
+                raise LeftOutError(
+                    f"{self.columns[0]} and {other.columns[0]} say the contrary",
+                    f"{verdict} against {contrary}",
+                    f"set data.label_column={self.columns[0]} or "
+                    f"data.label_column={other.columns[0]}",
+                )
+        return verdict, margin
+
+    def _decide(self, row: Row, notes: set[str]) -> tuple[Verdict, float | None]:
         values = [value_of(row, column) for column in self.columns]
         if self.by == "one-hot":
             return self._one_hot(values), None
@@ -101,13 +125,33 @@ class Judge:
             votes = [vote for vote in votes if not is_missing_word(str(vote))]
         if not votes:
             raise LeftOutError(f"{self.columns[0]} is missing")
-        verdicts: Counter[Verdict] = Counter(self._vote(vote, row) for vote in votes)
+        verdicts = self._count(votes, row, notes)
         if len(votes) == 1:
             is_list = isinstance(values[0], list | tuple)  # where other rows have several votes
             margin = abs(_number(votes[0], self.columns[0])) if self.by == "sign" else None
             return next(iter(verdicts)), 1.0 if is_list and margin is None else margin
         lead = verdicts["first"] - verdicts["second"]
-        return _sign(-lead), abs(lead) / len(votes)
+        return _sign(-lead), abs(lead) / sum(verdicts.values())
+
+    def _count(self, votes: Sequence[Any], row: Row, notes: set[str]) -> Counter[Verdict]:
+        """Return the verdicts of a row's votes; among others, those of unknown value do not count.
+
+        Raises:
+            LeftOutError: Half of them or more are unknown.
+        """
+        verdicts: Counter[Verdict] = Counter()
+        fault: LeftOutError | None = None
+        for vote in votes:
+            try:
+                verdicts[self._vote(vote, row)] += 1
+            except LeftOutError as error:
+                fault = error
+        known = sum(verdicts.values())
+        if fault is not None and known <= len(votes) / 2:
+            raise fault
+        if known < len(votes):
+            notes.add(f"votes of unknown value in {self.columns[0]} are not counted")
+        return verdicts
 
     def _vote(self, value: Any, row: Row) -> Verdict:
         if self.by == "sign":
@@ -124,6 +168,12 @@ class Judge:
             )  # fmt: skip
         if verdict or text:
             return verdict or text or "tie"
+        if self.numbers and _exact(value) in ("0", "1", "2"):
+            raise ConfigError(
+                f"data.label_column: {self.columns[0]!r} holds {_exact(value)}, but in the first "
+                f"rows {' and '.join(sorted(self.numbers))} alone, so that 1 may mean either "
+                "reply; write all labels in one way, or as the names of the columns"
+            )
         raise LeftOutError(
             f"{self.columns[0]} has an unknown value", repr(value)[:60],
             "set data.labels.first, data.labels.second and data.labels.tie",
@@ -178,13 +228,24 @@ def find_judge(
     sides = {_plain(column) for column in replies}
     labels.sort(key=lambda label: not _name_sides(sample, label, sides))
     fault: ConfigError | None = None
-    for label in labels:  # the first one whose values can be understood
+    judges: list[Judge] = []
+    for label in labels:  # those whose values can be understood
+        if (
+            judges
+            and (label in _SIGNED or not _name_sides(sample, label, sides))
+            and _name_sides(sample, judges[0].columns[0], sides)
+        ):
+            continue  # names of the columns say more than letters, and strengths have no side
         try:
-            return _by_label(label, names, sample, replies, suffixes, config, text_cells)
+            judges.append(_by_label(label, names, sample, replies, suffixes, config, text_cells))
         except ConfigError as error:
             fault = fault or error
+    if judges:
+        return replace(judges[0], others=tuple(j for j in judges[1:] if j.by == judges[0].by))
     if fault is not None:
         raise fault
+    if config.label_column is None and (label := _unnamed_label(names, sample, sides)):
+        return _by_label(label, names, sample, replies, suffixes, config, text_cells)
     for stem in SCORE_COLUMNS:
         scores = [_with_suffix(names, stem, suffix) for suffix in suffixes]
         if scores[0] and scores[1]:
@@ -223,11 +284,42 @@ def _by_label(
     models = [names.get(f"model_{s}") or names.get(f"name_{s}") for s in suffixes]
     both = (models[0], models[1]) if models[0] and models[1] else None
     words = _words(label, sample, (*replies, *(both or ())), suffixes, config)
+    votes = {_plain(vote) for row in sample for vote in _votes(value_of(row, label))}
+    numbers = frozenset(vote for vote in votes if vote in ("0", "1", "2") and vote in words)
     return Judge(
         f"decided by {label}", (label,), *replies, words, models=both, suffixes=suffixes,
+        numbers=frozenset() if config.labels.first or config.labels.second else numbers,
         are_set=config.labels.first is not None or config.labels.second is not None,
         text_cells=text_cells,
     )  # fmt: skip
+
+
+def _unnamed_label(names: Mapping[str, str], sample: Sequence[Row], sides: set[str]) -> str | None:
+    """Return the one column of any name that names the replies' columns, or selects a side.
+
+    Label Studio writes the latter: `{"selected": "left"}` in JSON, `left` in CSV.
+    """
+    is_table = {"annotation_id", "lead_time"} <= names.keys()
+    found = []
+    for column in names.values():
+        if prefers_worse(column):
+            continue
+        cells = [
+            cell for row in sample if (cell := value_of(row, column)) not in (None, "", MISSING)
+        ]
+        selects = is_table or (bool(cells) and all(_selects(cell) for cell in cells))
+        words = {*sides, *_TIES, *(("left", "right") if selects else ())}
+        values = {_plain(vote) for cell in cells for vote in _votes(cell)}
+        if len(values - {*_TIES}) == 2 and values <= words:
+            found.append(column)
+    return found[0] if len(found) == 1 else None
+
+
+def _selects(cell: Any) -> bool:
+    """Return whether a cell is a selection of Label Studio's, also as JSON text."""
+    if isinstance(cell, str):
+        return re.fullmatch(r'\s*\{\s*"selected"\s*:\s*"\w+"\s*\}\s*', cell) is not None
+    return isinstance(cell, Mapping) and {*cell} == {"selected"}
 
 
 def _name_sides(sample: Sequence[Row], column: str, sides: set[str]) -> bool:
@@ -322,6 +414,10 @@ def _words(
             f"set data.labels.first to the value that prefers {replies[0]}, data.labels.second to "
             "the other, and data.labels.tie if there are ties"
         )
+        fields = [f"{label}.{key}" for key in _VOTE_KEYS if votes and isinstance(votes[0], Mapping)
+                  and key in votes[0]]  # fmt: skip
+        if len(fields) > 1:
+            cure = f"set data.label_column to one of {', '.join(fields)}"
         if len(numbers) > len(_SETTABLE):
             cure = (
                 "they are a scale, of which the settings can't give a meaning to each value; add a "
@@ -371,12 +467,13 @@ def _votes(value: Any, depth: int = 0) -> list[Any]:
     if depth > _MAX_DEPTH:
         return ["a deeply nested value"]
     if isinstance(value, Mapping):
-        for key in ("selected", "value", "label", "preference", "winner", "choice"):
-            if key in value:
-                return _votes(value[key], depth + 1)
-        return [value]
+        found = [key for key in _VOTE_KEYS if key in value]
+        # Of {"label": …, "winner": …} nothing says which one is the vote.
+        return _votes(value[found[0]], depth + 1) if len(found) == 1 else [value]
     if isinstance(value, list | tuple):
         return [vote for item in value for vote in _votes(item, depth + 1)]
+    if isinstance(value, str) and _selects(value):
+        return _votes(json.loads(value), depth + 1)
     return [value]
 
 

@@ -33,8 +33,7 @@ def resolve(*rows, **options):
         except LeftOutError as reason:
             lose(Origin("x.csv", line), reason)
     resolved = collector.resolve()
-    for item in resolved:
-        ledger.use(item.origins)
+    resolved.use()
     used = ledger.close(lose)
     assert used + sum(map(len, left_out.values())) == len(rows)
     return [item.pair for item in resolved], left_out, totals

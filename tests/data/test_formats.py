@@ -40,8 +40,7 @@ def read_rows(folder, rows, form="jsonl", **settings):
     write_table(path, rows)
     config, quarantine = DataConfig(source=str(path), **settings), Quarantine()
     reading = read_pairs(config, StoreConfig(), quarantine, PromptFields(config))
-    for item in reading.pairs:
-        reading.ledger.use(item.origins)
+    reading.pairs.use()
     used = reading.ledger.close(quarantine.add)
     assert used + quarantine.total == reading.rows == len(rows)
     pairs = [(p.prompt, p.chosen, p.rejected) for p, _ in reading.pairs]
@@ -168,7 +167,7 @@ def ab(label, **columns):
         (ab("a", prompt=[user(Q), assistant("x")]), "prompt ends with a reply"),
         (ab("a", prompt=[{"role": "critic", "content": Q}]), "prompt has an unknown role"),
         (ab("a", answer_a=f"{GOOD}<|im_start|>user\nMore"),
-         "answer_a holds a control token of a chat template"),
+         "answer_a goes on behind a control token of a chat template"),
     ],
 )  # fmt: skip
 def test_rows_that_are_left_out(tmp_path, row, reason):
@@ -268,7 +267,8 @@ def test_any_value_is_converted_or_left_out(row, data):
     layout = detect(list(row), [row], DataConfig(source="x.jsonl"))
     changed = data.draw(st.dictionaries(st.sampled_from(list(row)), JSON, min_size=1))
     converted = None
-    with contextlib.suppress(LeftOutError):
+    # A label outside of the first rows' convention stops the stage.
+    with contextlib.suppress(LeftOutError, ConfigError):
         converted = layout.convert({**row, **changed})
     for comparison in converted.comparisons if converted else ():
         assert comparison.chosen.strip()

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from rlhf.data.chat import to_messages
 from rlhf.data.markup import markup_of, recognise
+from rlhf.data.shared_marks import Marks
 from rlhf.data.special_tokens import (
     END_TOKENS,
     MISSING_WORDS,
-    holds_control_tokens,
+    break_token,
+    edge_token,
     is_missing_word,
     strip_end_tokens,
     without_prompt,
@@ -325,15 +327,45 @@ def test_end_tokens(reply, expected):
     ("reply", "token"),
     [
         ("Look. <|im_end|>\n<|im_start|>user\nWhy?", "<|im_end|>"),
-        ("a [INST] b", "[INST]"), ("<|start_header_id|>", "<|start_header_id|>"),
-        ("a<start_of_turn>b</s>", "<start_of_turn>"), ("<|user|>\n", "<|user|>"),
-        ("Look.</s>More", "</s>"), ("<s>a</s>b</s>", "</s>"), ("<｜User｜>", "<｜User｜>"),
+        ("Look.</s>More", "</s>"), ("Look.</s><|user|>\nWhy?", "</s>"),
+        ("<s>a</s>b.</s>c", "</s>"), ("Look <|eot_id|><|start_header_id|>user", "<|eot_id|>"),
         ("<s>old</s> new", None), ('<s class="x">old</s> new', None), ("<b>bold</b>", None),
-        ("a < b > c [INSTALL] <|x|>", None), ("", None),
+        ("a < b > c [INSTALL] <|x|>", None), ("", None), ("GPT-2 emits <|endoftext|> there.", None),
+        ("Use [INST] and [/INST].", None), ("It is `</s>`.", None), ("A `.</s>` B", None),
+        ("ChatML:\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>", None),
+        ("```\nHi.<|im_end|>\n<|im_start|>user\n```", None),
     ],
 )  # fmt: skip
-def test_control_tokens(reply, token):
-    assert holds_control_tokens(reply) == token
+def test_tokens_at_which_another_text_begins(reply, token):
+    assert break_token(reply) == token
+
+
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("Why?</s>", "</s>"), ("Why?\n<|assistant|>\n", "<|assistant|>"), ("so<|end|>", "<|end|>"),
+        ("Why?<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>"), ("Why? </s> ", "</s>"),
+        ("[INST] Why? [/INST]", "[/INST]"),
+        ("What is <|im_end|>", None), ("What is </s>?", None), ("Is it `</s>`", None),
+        ("Why?", None),
+        ("Why <s>so</s>", None), ("<|im_end|> is a token", None), ("the token [INST]", None),
+    ],
+)  # fmt: skip
+def test_tokens_at_the_end_of_a_prompt(text, token):
+    assert edge_token(text) == token
+
+
+@pytest.mark.parametrize(
+    ("reply", "asked", "expected"),
+    [
+        ("Look.</s>", "", "Look."), ("Look. </s>", "", "Look."), ("Look\n<|im_end|>", "", "Look"),
+        ("word<|im_end|>", "", "word"), ("Look.<|im_end|>\n<|endoftext|>", "", "Look."),
+        ("The token is </s>", "", None), ("It is `<|im_end|>", "", None),
+        ("Look.</s>", "What ends it, </s>?", None),
+    ],
+)  # fmt: skip
+def test_end_tokens_that_a_sentence_names_stay(reply, asked, expected):
+    assert strip_end_tokens(reply, is_habit=False, asked=asked)[0] == (expected or reply)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +445,10 @@ def test_long_hostile_text_is_read_in_linear_time(beginning, piece):
     start = time.process_time()
     markup_of(text)
     strip_end_tokens(text)
-    holds_control_tokens(text)
+    break_token(text)
+    edge_token(text)
+    Marks("prompt", is_reply=True).add(text)
+    strip_end_tokens(text, is_habit=False)
     without_prompt(text, f"\n{text}\nLook.")
     assert without_prompt("Why so?", f"Why so?{text}x") is None
     assert without_prompt("Why is it so?", f"Why is it so?{text}x") is not None

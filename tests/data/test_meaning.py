@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rlhf.config import DataConfig
 from rlhf.data import rows as files
 from rlhf.data.prepare import prepare_data
-from rlhf.errors import RLHFError
+from rlhf.errors import ConfigError, RLHFError
 
 ASKED = ("How do I clean a kettle", "Why is rust red", "What do otters eat", "Who wrote Emma")
 
@@ -152,6 +152,40 @@ READ = {
         "responses": {"ranking": [{"value": parts(i, *side(i, (1, 2), (2, 1))),
                                    "status": "submitted"}]}},
 }  # fmt: skip
+READ |= {
+    "replies under their ids": lambda i: {
+        "prompt": asked(i), "chosen": f"{i}-x", "rejected": f"{i}-y",
+        "responses": {f"{i}-y": bad(i), f"{i}-x": good(i)}},
+    "replies and scores by model": lambda i: {
+        "prompt": asked(i), "responses": {"m": bad(i), "n": good(i)}, "scores": {"n": 9, "m": 3}},
+    "a list of words beside a reply": lambda i: rated(i, score=side(i, 1, 5), ranking=["p", "q"]),
+    "choices beside a reply": lambda i: rated(
+        i, score=side(i, 1, 5), choices=["p", "q"]),
+    "counts beside a reply": lambda i: rated(i, score=side(i, 1, 5), good=3, bad=i % 3),
+    "gold answer": lambda i: {
+        "prompt": asked(i // 2), "answer": f"{i % 3} kg", "generation": (bad, good)[i % 2](i // 2),
+        "reward": i % 2},
+    "a document in text": lambda i: {
+        "prompt": asked(i // 2), "text": f"Document {i}.", "score": i % 2,
+        "model_output": (bad, good)[i % 2](i // 2)},
+    "stars of five": lambda i: rated(i, rating=side(i, "1/5", "5/5")),
+    "older files of ms-swift": lambda i: {
+        "query": asked(i), "response": good(i), "rejected_response": bad(i)},
+    "selected side under any name": lambda i: {
+        **two(i, "answer1", "answer2"), "pw": {"selected": side(i, "left", "right")}},
+    "names of OpenAI with a text": lambda i: {
+        "input": asked(i), "preferred_output": good(i), "non_preferred_output": bad(i)},
+    "a chat in Argilla": lambda i: {
+        "fields": {"chat": chat(i, "")[:1], **{k: v for k, v in two(i).items() if k != "prompt"}},
+        "responses": {"preference": [{"value": side(i, "response_a", "response_b"),
+                                      "status": "submitted"}]}},
+    "ranks of trees as text": lambda i: {"prompt": {
+        "role": "prompter", "text": asked(i), "replies": [
+        {"role": "assistant", "text": bad(i), "rank": "1", "replies": []},
+        {"role": "assistant", "text": good(i), "rank": "0", "replies": []}]}},
+    "a vote of unknown value": lambda i: {
+        **two(i), "votes": [side(i, "a", "b"), side(i, "a", "b"), "skip"]},
+}  # fmt: skip
 #: Settings that a layout needs.
 SETTINGS = {
     "loss": {"label_column": "loss"},
@@ -245,6 +279,28 @@ REFUSED = {
         lambda i: {"prompt": asked(i), "chosen": [asked(i), "x", good(i)],
                    "rejected": [asked(i), bad(i)]}, "chosen is a list of turns"),
 }  # fmt: skip
+REFUSED |= {
+    "counts alone": (lambda i: {"prompt": asked(i), "response": good(i), "good": 7, "bad": i},
+                     "good seems to hold numbers"),
+    "ids alone": (lambda i: {"query": asked(i), "pos": [f"doc{i}"], "neg": [f"doc{i + 50}"]},
+                  "pos seems to hold ids"),
+    "score against rating": (lambda i: rated(i, score=side(i, 1, 5), rating=side(i, 4, 2)),
+                             "rating and score order the replies differently"),
+    "label and winner in one object": (
+        lambda i: {**two(i), "preference": {"label": "A", "winner": side(i, "a", "b")}},
+        "one of preference.label, preference.winner"),
+    "two labels": (
+        lambda i: {**two(i), "choice": "A", "human_preference": side(i, "A", "B")},
+        "choice and human_preference say the contrary"),
+    "a list that begins with the worst": (
+        lambda i: {"instruction": asked(i), "output": [bad(i), good(i)], "order": "worst_to_best"},
+        "order says"),
+    "an id in text": (
+        lambda i: {"prompt": asked(i), "chosen": {"text": f"t{i}", "body": good(i)},
+                   "rejected": {"text": f"t{i}", "body": bad(i)}}, "chosen.body"),
+}  # fmt: skip
+#: Their columns say two things, between which the setting decides.
+TWO_READINGS = ("order or ranks", "score against rating", "two labels")
 REFUSED_SETTINGS = {
     "columns that a label decides between": {"chosen_column": "ours", "rejected_column": "theirs"},
 }
@@ -265,8 +321,45 @@ def test_layouts_of_no_certain_meaning_are_refused(tmp_path, name):
             pairs, _ = prepare(tmp_path, rows, **{**settings, cure[0]: cure[1]})
         except RLHFError:
             continue
-        # The ranking is one of two readings, between which its setting decides.
-        assert name == "order or ranks" or right(pairs)
+        assert name in TWO_READINGS or right(pairs)
+
+
+LATE = {
+    "thumbs": lambda i: rated(i, label=1 if i < 210 else side(i, 1, 2)),
+    "winner": lambda i: {**two(i, "response_1", "response_2"),
+                         "winner": i % 2 + (1 if i < 210 else 0)},
+    "position": lambda i: {**ranked(i), "best": 3 if i == 0 else best(i, 1 if i < 210 else 0)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_convention_that_changes_late_in_the_file_stops(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"in the first rows|but the first rows.*jsonl:2\d\d"):
+        prepare(tmp_path, [LATE[name](i) for i in range(260)])
+
+
+def test_ties_by_a_status_and_what_is_not_read_are_said(tmp_path):
+    rows = [
+        {"prompt": asked(i), "status": "tie" if i % 4 else "swapped",
+         "chosen": [{"role": "assistant", "content": good(i), "reasoning_content": "Hm."}],
+         "rejected": [{"role": "assistant", "content": bad(i)}]}
+        for i in range(40)
+    ]  # fmt: skip
+    pairs, summary = prepare(tmp_path, rows)
+    assert len(pairs) == 10
+    assert "reasoning_content of messages in chosen is not read" in summary["notes"]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"responses": [f"r {j}" for j in range(100)], "scores": [*range(100)]},
+     {"chosen": [f"g {j}" for j in range(100)], "rejected": [f"b {j}" for j in range(100)]}],
+)  # fmt: skip
+def test_pairs_of_lists_are_limited_and_that_is_said(tmp_path, columns):
+    pairs, summary = prepare(tmp_path, [{"prompt": asked(i), **columns} for i in range(4)],
+                             max_reply_share=None)  # fmt: skip
+    assert len(pairs) == 4 * 64
+    assert any("more than 64 pairs" in note for note in summary["notes"])
 
 
 TWO_NAMES = [("response_a", "response_b"), ("answer_1", "answer_2"), ("output_0", "output_1")]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from rlhf.data.sources import own_test_files
-from rlhf.data.split import MAX_CHANCES, find_clusters, held_out_clusters, loose_key
+from rlhf.data.split import MAX_CHANCES, find_clusters, held_out_clusters, loose_key, position
 from tests.data.helpers import assistant, sentence, user
 
 OPENING = "How do I descale a kettle?"
@@ -27,10 +28,26 @@ def system(content):
 def groups(*prompts, threshold=0.8):
     """Numbers of the prompts, together where their clusters are."""
     found = find_clusters(prompts, threshold)
-    names: dict[str, list[int]] = {}
+    names: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         names.setdefault(found.of(prompt), []).append(number)
     return list(names.values())
+
+
+def openings(found):
+    """Openings by cluster."""
+    by_cluster: dict[int, set[str]] = {}
+    for cluster, opening in zip(found.key_clusters.tolist(), found.openings, strict=True):
+        by_cluster.setdefault(cluster, set()).add(opening)
+    return by_cluster
+
+
+def held_out_of(by_cluster, fraction, seed=0, salt=""):
+    """Clusters that are held out, of openings by cluster."""
+    pairs = [(name, text) for name, texts in by_cluster.items() for text in texts]
+    names = np.array([name for name, _ in pairs], dtype=np.int64)
+    positions = np.array([position(seed, salt + text) for _, text in pairs])
+    return set(held_out_clusters(names, positions, fraction).tolist())
 
 
 @pytest.mark.parametrize("threshold", [0.8, None])
@@ -108,7 +125,7 @@ def test_a_conversation_has_one_opening_and_so_one_chance_to_be_held_out():
     turns = [user(OPENING), assistant("a"), user("And then?"), assistant("b"), user("And now?")]
     prompts = [turns[:1], turns[:3], turns, [system("Be brief."), *turns], OPENING]
     for found in (find_clusters(prompts, 0.8), find_clusters(prompts[1:3])):
-        assert [len(openings) for openings in found.openings.values()] == [1]
+        assert [len(own) for own in openings(found).values()] == [1]
 
 
 def test_common_beginnings_are_named():
@@ -143,34 +160,35 @@ def test_held_out_prompts_stay_held_out_when_data_grow(data, seed, fraction):
     sides = []
     for prompts in (old, [*new, *old]):
         found = find_clusters(prompts, 0.8)
-        held_out = held_out_clusters(found.openings, fraction, seed)
+        held_out = found.held_out(found.numbers, fraction, seed)
+        assert {*np.flatnonzero(held_out).tolist()} == held_out_of(openings(found), fraction, seed)
         sides.append((found, held_out))
     (before, held_before), (after, held_after) = sides
-    if not 2 < len(held_before) < len(before.openings) - 2:
+    if not 2 < held_before.sum() < len(held_before) - 2:
         return  # only there that both sides have two prompts
     for prompt in old:
-        if before.of(prompt) in held_before:
-            assert len(after.openings[after.of(prompt)]) <= MAX_CHANCES
-            assert after.of(prompt) in held_after
+        if held_before[before.of(prompt)]:
+            assert len(openings(after)[after.of(prompt)]) <= MAX_CHANCES
+            assert held_after[after.of(prompt)]
 
 
 def test_chance_of_a_cluster_to_be_held_out():
     for n in (1, 3, 20):
-        openings = {f"{i}": [f"{i} {j}" for j in range(n)] for i in range(3000)}
-        share = len(held_out_clusters(openings, 0.1, 0)) / 3000
+        share = (
+            len(held_out_of({i: [f"{i} {j}" for j in range(n)] for i in range(3000)}, 0.1)) / 3000
+        )
         # P(one of n is below 0.1) = 1 - 0.9^n, for three openings at most; ± 3 deviations.
         assert abs(share - (1 - 0.9 ** min(n, 3))) < 0.025
 
 
 def test_two_prompts_at_least_on_each_side():
     for count, fraction, held_out in ((4, 0.01, 2), (4, 0.99, 2), (3, 0.1, 1), (2, 0.5, 0)):
-        openings = {f"{i}": [f"{i}"] for i in range(count)}
-        assert len(held_out_clusters(openings, fraction, 0)) == held_out
+        assert len(held_out_of({i: [f"{i}"] for i in range(count)}, fraction)) == held_out
 
 
 def test_salt_makes_an_independent_choice():
-    openings = {f"{i}": [f"{i}"] for i in range(2000)}
-    one, two = (held_out_clusters(openings, 0.5, 0, salt) for salt in ("", "judge"))
+    own = {i: [f"{i}"] for i in range(2000)}
+    one, two = (held_out_of(own, 0.5, 0, salt) for salt in ("", "judge"))
     assert 400 < len(one & two) < 600
 
 

@@ -56,6 +56,14 @@ REFUSED = {
     "bytes": repr(Q.encode()),
 }
 
+#: Forms that a reply may have as an answer: they are rendered where they are the row's own turns.
+AS_REPLY = {
+    "JSON": json.dumps(CHAT[1:]),
+    "Python": repr(CHAT[1:]),
+    "parts": json.dumps(CHAT[1:]),
+    "bytes": json.dumps(CHAT[1:]),
+}
+
 
 def prepare(folder, rows):
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -100,6 +108,7 @@ def test_a_single_chat_leaves_its_row_out_wherever_it_stands(tmp_path, form):
     rows[251] = plain(251, prompt=[{"role": "user", "content": text}])
     rows[252] = plain(252, prompt=[{"role": "system", "content": text}, *CHAT[:1]])
     rows[253] = plain(253, system=text)
+    text = AS_REPLY.get(form, text)
     rows[254] = plain(254, chosen=text)
     rows[255] = plain(255, rejected=text)
     pairs, summary = prepare(tmp_path, rows)

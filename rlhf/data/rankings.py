@@ -1,57 +1,36 @@
-"""Replies that are rated one by one (KTO, scores), or listed with ranks or scores."""
+"""Lists of replies to one prompt, with ranks or scores, or the best first."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf.config import DataConfig
-from rlhf.data.cells import Cells
-from rlhf.data.chat import REPLY_KEYS
+from rlhf.data.cells import Cells, Found
+from rlhf.data.chat import REPLY_KEYS, ROLE_KEYS
 from rlhf.data.collect import MAX_RANKED_PAIRS
-from rlhf.data.columns import Row, cell_of, value_of
-from rlhf.data.records import Comparison, Converted, LeftOutError, Rated
+from rlhf.data.columns import Row, cell_of, plain_name, value_of
+from rlhf.data.ratings import REPLIES
+from rlhf.data.records import Comparison, Converted, LeftOutError
+from rlhf.data.scores import beginning, direction, optional_score
+from rlhf.data.verdicts import prefers_worse
 from rlhf.errors import ConfigError
 
-#: What a finder returns: cells, the replies' names in reasons, the converter, sentences.
-Found = tuple[Cells, tuple[str, str], Any, tuple[str, ...]]
-
-REPLIES = ("completion", "response", "answer", "reply", "output", "generation", "text")
-#: Columns of whole conversations, whose last message is the reply that is rated.
-CONVERSATIONS = ("messages", "conversations", "conversation")
-RATINGS = (
-    "label", "thumbs", "feedback", "vote", "rating", "score", "overall_score", "reward", "quality",
-    "overall", "is_good", "desirable",
-)  # fmt: skip
-#: Default of `data.score_weights`: HelpSteer's attributes, as NVIDIA's SteerLM weighs them.
-ATTRIBUTES = {
-    "helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55,
-    "verbosity": -0.4,
-}  # fmt: skip
 #: Most replies of one row: their pairs grow with the square.
 MAX_REPLIES = 200
+CAPPED = (
+    f"of rows with more than {MAX_RANKED_PAIRS} pairs, the {MAX_RANKED_PAIRS} whose replies differ "
+    "most are used"
+)
 LISTS = (
     "completions", "responses", "outputs", "output", "replies", "candidates", "answers",
     "generations", "responses_and_scores", "summaries", "samples", "ranking", "ranked_responses",
     "ranked", "choices",
 )  # fmt: skip
-#: Words in names of scores of which the lowest is best, and those that turn them round.
-_LOWER_IS_BETTER = frozenset(
-    ("rank", "ranks", "ranking", "rankings", "position", "positions", "place", "loss", "losses",
-     "cost", "costs", "error", "errors", "penalty", "penalties", "perplexity", "ppl", "nll",
-     "distance", "toxic", "toxicity", "harm", "harmful", "harmfulness", "unsafe", "violation",
-     "violations", "bad", "badness", "spam", "flagged", "hallucination", "hallucinations",
-     "rejected")
-)  # fmt: skip
-_TURNED = frozenset(("neg", "negative", "negated", "minus", "inverse", "not", "non", "no"))
-#: Columns of thumbs, whose numbers are no scale.
-_THUMBS = ("label", "thumbs", "feedback", "vote")
 #: Columns with the position of the best reply in a list.
 _BEST = ("best", "best_index", "best_idx", "chosen_index", "chosen_idx", "chosen", "choice",
          "preferred", "winner", "preferred_index", "label")  # fmt: skip
@@ -61,100 +40,17 @@ _SCORE_KEYS = (
     "overall_score", "score", "rating", "reward", "fine_grained_score", "fine-grained_score",
     "pm_score", "label",
 )  # fmt: skip
-_SCORE_LISTS = ("scores", "score", "ratings", "rating", "rewards", "overall_scores")
-_RANK_LISTS = ("rank", "ranks", "ranking")
-_UP = frozenset(
-    {"true", "up", "good", "positive", "like", "liked", "thumbs_up", "thumbsup", "thumbs up",
-     "desirable", "chosen", "yes", "👍", "accept", "accepted"}
+#: Scores of one reply of which the earlier wins without a word: UltraFeedback's two.
+_SUMMED_UP = ("overall_score", "fine_grained_score", "fine-grained_score", "label")
+_SCORE_LISTS = (
+    "scores", "score", "ratings", "rating", "rewards", "reward_scores", "overall_scores",
+    "correct", "is_correct",
 )  # fmt: skip
-_DOWN = frozenset(
-    {"false", "down", "bad", "negative", "dislike", "disliked", "thumbs_down", "thumbsdown",
-     "thumbs down", "undesirable", "rejected", "no", "👎", "reject"}
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Rating:
-    """Rows of one reply with a label or scores."""
-
-    columns: tuple[str, ...]
-    weights: tuple[float, ...] = (1.0,)
-
-    def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
-        notes: set[str] = set()
-        if cells.prompt is None:
-            prompt, reply = cells.read_conversation(row, roles[0], notes)
-        else:
-            prompt = cells.read_prompt(row, notes)
-            value = cell_of(row, cells.first)
-            reply = cells.read_reply(value, cells.first, prompt, roles[0], notes)
-        score = sum(
-            weight * _mean_score(value_of(row, column), column)
-            for column, weight in zip(self.columns, self.weights, strict=True)
-        )
-        return Converted(rated=[Rated(prompt, reply, score)], notes=frozenset(notes))
-
-
-def find_rated(
-    names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
-    prompt: Cells,
-) -> Found | None:  # fmt: skip
-    """Return the columns of a prompt, a reply, and its label or scores, if there are such."""
-    reply = config.chosen_column or next((names[n] for n in REPLIES if n in names), None)
-    label = config.label_column or next(
-        (names[n] for n in RATINGS if n in names and _are_scores(sample, names[n])), None
-    )
-    if reply is None and prompt.prompt in [names.get(n) for n in CONVERSATIONS]:
-        reply, prompt = prompt.prompt, replace(prompt, prompt=None)
-    elif prompt.prompt in (None, reply):
-        return None
-    if reply is None:
-        return None
-    cells = replace(prompt, first=reply, second=reply)
-    attributes = config.score_weights or {
-        names[n]: weight for n, weight in ATTRIBUTES.items() if n in names
-    }
-    if config.score_weights or (label is None and len(attributes) > 1):
-        total = " ".join(f"{weight:+g} {name}" for name, weight in attributes.items())
-        note = f"rated: replies to one prompt are compared by {total}"
-        return cells, ("reply", "reply"), _Rating((*attributes,), (*attributes.values(),)), (note,)
-    label = label or next(iter(attributes), None)
-    if label is None or not _are_scores(sample, label):
-        return None
-    _check_thumbs(sample, label)
-    sign, order = _direction(label)
-    source = f"{reply} to {prompt.prompt}" if prompt.prompt else f"the last reply of {reply}"
-    note = f"rated: {source}; replies to one prompt are compared by {label}, the {order} is best"
-    return cells, ("reply", "reply"), _Rating((label,), (sign,)), (note,)
-
-
-def _are_scores(sample: Sequence[Row], column: str) -> bool:
-    """Return whether most of a column's values are numbers or thumbs, not texts."""
-    values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
-    return sum(_is_score(value) for value in values) > len(values) / 2
-
-
-def _check_thumbs(sample: Sequence[Row], column: str) -> None:
-    """Refuse thumbs of 1 and 2: nothing says which of them is up.
-
-    Raises:
-        ConfigError: With the values that say it.
-    """
-    values = [cell_of(row, column) for row in sample]
-    scores = {_mean_score(value, column) for value in values if _is_score(value)}
-    if column.lower() in _THUMBS and scores == {1.0, 2.0}:
-        raise ConfigError(
-            f"data.label_column: {column!r} holds 1 and 2, which don't say whether 1 or 2 is the "
-            "better; write true and false, or rename the column to rating (the highest is best) "
-            "or rank (the lowest)"
-        )
-
-
-def _direction(column: str) -> tuple[float, str]:
-    """Return the sign and the word for the best value of a score, by its name: a loss is low."""
-    words = set(re.findall(r"[a-z]+", column.replace("_", " ").lower()))
-    is_low = bool(words & _LOWER_IS_BETTER) and not words & _TURNED
-    return (-1.0, "lowest") if is_low else (1.0, "highest")
+_RANK_LISTS = ("rank", "ranks", "ranking", "rankings")
+#: Field of a reply that holds its key in an object of replies.
+_KEY = "_key"
+#: Columns that say in which order a list stands.
+_ORDERS = ("order", "sorting", "sort_order", "ranking_order")
 
 
 @dataclass(frozen=True)
@@ -170,6 +66,8 @@ class _Ranking:
     position and `id` if by a field of the reply."""
     start: int = 0
     """Position of the first reply, if `scores` is a position."""
+    may_be_order: bool = False
+    """True if nothing but the name says that `scores` are ranks, not the replies' order."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -178,7 +76,7 @@ class _Ranking:
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
         prompt = cells.read_prompt(row, notes)
-        items = _listed(value_of(row, self.column))
+        items = _items(value_of(row, self.column))
         if not isinstance(items, list | tuple) or len(items) < 2:
             raise LeftOutError(f"{self.column} has fewer than two replies", str(items)[:60])
         if len(items) > MAX_REPLIES:
@@ -203,6 +101,8 @@ class _Ranking:
         if not pairs:
             raise LeftOutError("tie: all replies have the same score", is_choice=True)
         pairs.sort(key=lambda item: -item[0])
+        if len(pairs) > MAX_RANKED_PAIRS:
+            notes.add(CAPPED)
         # Ranks are an order without distances.
         is_graded = self._has_grades(items)
         comparisons = [
@@ -224,6 +124,12 @@ class _Ranking:
             return [float(-index) for index in range(len(items))]
         if self.by == "best":
             best = _position(cell_of(row, self.scores or ""), self.scores or "") - self.start
+            if best == (-1 if self.start else len(items)):
+                raise ConfigError(
+                    f"data.label_column: {self.scores!r} holds {best + self.start} for a list of "
+                    f"{len(items)} replies, but the first rows count from {self.start}; count all "
+                    "positions alike"
+                )
             if not 0 <= best < len(items):
                 raise LeftOutError(
                     f"{self.scores} is no position in {self.column}",
@@ -235,19 +141,23 @@ class _Ranking:
             if sum(named) != 1:
                 raise LeftOutError(
                     f"{self.scores} does not name one reply of {self.column}",
-                    _beginning(cell_of(row, self.scores or "")),
+                    beginning(cell_of(row, self.scores or "")),
                 )
             return [float(is_best) for is_best in named]
         if self.scores is not None:
             listed = _listed(value_of(row, self.scores))
+            if isinstance(listed, Mapping):  # {"model": score} beside {"model": reply}
+                listed = [listed.get(_key_of(item)) for item in items]
             if not isinstance(listed, list | tuple) or len(listed) != len(items):
                 raise LeftOutError(
                     f"{self.scores} does not have one number for each reply", str(listed)[:60]
                 )
-            found = [_optional_score(value, self.scores) for value in listed]
+            if self.may_be_order:
+                _check_order([listed], self.scores)
+            found = [optional_score(value, self.scores) for value in listed]
             scores = [None if score is None else self.sign * score for score in found]
         else:
-            scores = [_item_score(item, self.column) for item in items]
+            scores = _item_scores(items, self.column)
             _check_ranks(items, scores)
         if all(score is None for score in scores):
             raise LeftOutError(f"no reply in {self.column} has a score")
@@ -294,17 +204,34 @@ def _decision(
     if config.format == "ranking" and not config.label_column and column.lower() in _BEST_FIRST:
         listed = best = []
     if listed:
-        if listed[0].lower() == "ranking" and not config.label_column:
-            _check_order(sample, listed[0])
-        sign, order = _direction(listed[0])
-        return _Ranking(column, listed[0], sign), f"by {listed[0]}, the {order} first"
+        is_named = plain_name(listed[0]) in ("ranking", "rankings") and not config.label_column
+        if is_named:
+            _check_order(_lists(sample, listed[0]), listed[0])
+        sign, order = direction(listed[0])
+        ranking = _Ranking(column, listed[0], sign, may_be_order=is_named)
+        return ranking, f"by {listed[0]}, the {order} first"
     for name in best:
+        if prefers_worse(name):
+            raise ConfigError(
+                f"data.label_column = {name!r}: seems to name the worst reply; set a column that "
+                "names the best one, or remove the setting"
+            )
         start = _start(sample, name, column)
         if start is not None:
             ranking = _Ranking(column, name, by="best", start=start)
             return ranking, f"by {name}, the position of the best, counted from {start}"
         if _name_items(sample, name, column):
             return _Ranking(column, name, by="id"), f"by {name}, which names the best"
+    return _in_order(names, sample, config, column)
+
+
+def _in_order(
+    names: Mapping[str, str], sample: Sequence[Row], config: DataConfig, column: str
+) -> tuple[_Ranking, str] | None:
+    """Return that the best reply stands first, if the list's name or the format says so."""
+    if config.format != "ranking" and _may_be_names(names, sample, column):
+        return None
+    _check_sorting(names, sample, column)
     is_plain = any(isinstance(cell_of(row, column), list) for row in sample) and all(
         isinstance(item, str) or {*item} <= {*REPLY_KEYS, "model", "role"}
         for values in _lists(sample, column)
@@ -315,13 +242,47 @@ def _decision(
     return None
 
 
-def _check_order(sample: Sequence[Row], column: str) -> None:
+def _may_be_names(names: Mapping[str, str], sample: Sequence[Row], column: str) -> bool:
+    """Return whether the texts of a list name columns or models, or are single words: no replies.
+
+    Beside a column that holds a reply they are something else too, such as a program's output.
+    """
+    if any(n in names and _hold_texts(sample, names[n]) for n in REPLIES if names.get(n) != column):
+        return True
+    items = [item for values in _lists(sample, column) for item in values]
+    words = [item for item in items if isinstance(item, str) and len(item.split()) < 2]
+    others = [n for n in names if names[n] != column and n not in ("id", "source", "dataset")]
+    are_names = bool(words) and {plain_name(word) for word in words} <= {*others}
+    return are_names or (len(words) > len(items) / 2 and len(others) > 2)
+
+
+def _hold_texts(sample: Sequence[Row], column: str) -> bool:
+    return any(isinstance(cell_of(row, column), str) and cell_of(row, column) for row in sample)
+
+
+def _check_sorting(names: Mapping[str, str], sample: Sequence[Row], column: str) -> None:
+    """Refuse a list that another column says to begin with the worst.
+
+    Raises:
+        ConfigError: With the column.
+    """
+    for name in (names[n] for n in _ORDERS if n in names):
+        values = {plain_name(v) for row in sample if isinstance(v := cell_of(row, name), str)}
+        for value in values:
+            if re.match(r"(worst|asc|low|incr)", value):
+                raise ConfigError(
+                    f"data.source: {name} says {value!r} of the replies in {column}; put the best "
+                    f"reply first, and drop {name}"
+                )
+
+
+def _check_order(lists: Sequence[Sequence[Any]], column: str) -> None:
     """Refuse a ranking that may be each reply's rank or the replies' order.
 
     Raises:
         ConfigError: The two readings differ in a row.
     """
-    for values in _lists(sample, column):
+    for values in lists:
         if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             return
         low = min(values)
@@ -343,7 +304,7 @@ def _start(sample: Sequence[Row], name: str, column: str) -> int | None:
     Raises:
         ConfigError: The column holds positions of which this is not certain.
     """
-    pairs = [(cell_of(row, name), _listed(cell_of(row, column))) for row in sample]
+    pairs = [(cell_of(row, name), _items(cell_of(row, column))) for row in sample]
     known = [
         (int(value), len(items))
         for value, items in pairs
@@ -366,12 +327,17 @@ def _names_item(value: Any, item: Any) -> bool:
     """Return whether a value is a field of a reply, but not its text."""
     if not isinstance(item, Mapping) or not isinstance(value, str | int) or value == "":
         return False
-    return any(key not in REPLY_KEYS and item[key] == value for key in item)
+    nested = [v for v in item.values() if isinstance(v, Mapping)]  # {"meta": {"id": …}, "text": …}
+    return any(
+        key not in REPLY_KEYS and fields[key] == value
+        for fields in (item, *nested)
+        for key in fields
+    )
 
 
 def _name_items(sample: Sequence[Row], name: str, column: str) -> bool:
     """Return whether most values of a column name exactly one reply in a list."""
-    pairs = [(cell_of(row, name), _listed(cell_of(row, column))) for row in sample]
+    pairs = [(cell_of(row, name), _items(cell_of(row, column))) for row in sample]
     lists = [(value, items) for value, items in pairs if isinstance(items, list)]
     named = sum(sum(_names_item(value, item) for item in items) == 1 for value, items in lists)
     return named > len(sample) / 2
@@ -379,7 +345,7 @@ def _name_items(sample: Sequence[Row], name: str, column: str) -> bool:
 
 def _position(value: Any, column: str) -> int:
     if not _is_whole(value):
-        raise LeftOutError(f"{column} is no position", _beginning(value))
+        raise LeftOutError(f"{column} is no position", beginning(value))
     return int(value)
 
 
@@ -391,7 +357,7 @@ def _is_whole(value: Any) -> bool:
 
 def _listed(value: Any) -> Any:
     """Return a list as it is, and one that a cell of CSV holds as JSON parsed."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
@@ -399,14 +365,37 @@ def _listed(value: Any) -> Any:
     return value
 
 
+def _items(value: Any) -> Any:
+    """Return a list of replies; an object with a reply under each id becomes one."""
+    value = _listed(value)
+    if not isinstance(value, Mapping) or len(value) < 2 or {*value} & {*REPLY_KEYS, *ROLE_KEYS}:
+        return value
+    if all(isinstance(reply, str) for reply in value.values()):
+        return [{_KEY: key, "text": reply} for key, reply in value.items()]
+    if all(isinstance(reply, Mapping) and {*reply} & {*REPLY_KEYS} for reply in value.values()):
+        return [{_KEY: key, **reply} for key, reply in value.items()]
+    return value
+
+
+def _key_of(item: Any) -> Any:
+    return item.get(_KEY) if isinstance(item, Mapping) else None
+
+
 def _lists(sample: Sequence[Row], column: str) -> list[list[Any]]:
     """Return the lists in a column that are not empty."""
-    found = [_listed(cell_of(row, column)) for row in sample]
+    found = [_items(cell_of(row, column)) for row in sample]
     return [value for value in found if isinstance(value, list) and value]
 
 
 def _hold_lists(sample: Sequence[Row], column: str) -> bool:
-    return bool(_lists(sample, column))
+    return any(isinstance(_listed(cell_of(row, column)), list | Mapping) for row in sample)
+
+
+def holds_reply(sample: Sequence[Row], column: str, reply: str) -> bool:
+    """Return whether most lists of a column hold the text of another column."""
+    rows = [(cell_of(row, reply), _items(cell_of(row, column))) for row in sample]
+    known = [(text, items) for text, items in rows if isinstance(items, list) and items]
+    return sum(any(_text_of(i) == text for i in items) for text, items in known) > len(known) / 2
 
 
 def find_unranked(names: Mapping[str, str], sample: Sequence[Row]) -> str | None:
@@ -441,20 +430,40 @@ def _text_of(item: Any) -> Any:
     return next((item[key] for key in REPLY_KEYS if key in item), None)
 
 
-def _item_score(item: Any, column: str) -> float | None:
-    """Return a reply's score, or its rank with a minus; None where it has neither."""
-    if isinstance(item, Mapping):
-        for key in _SCORE_KEYS:
-            if (score := _optional_score(item.get(key), f"{column}.{key}")) is not None:
-                return score
-        rank = _optional_score(item.get("rank"), f"{column}.rank")
-        return None if rank is None else -rank
-    raise LeftOutError(f"a reply in {column} has no score", _beginning(item))
+def _item_scores(items: Sequence[Any], column: str) -> list[float | None]:
+    """Return the replies' scores by one field, or their ranks with a minus; None where missing.
+
+    Raises:
+        LeftOutError: A reply has no fields, or two fields order the replies differently.
+    """
+    for item in items:
+        if not isinstance(item, Mapping):
+            raise LeftOutError(f"a reply in {column} has no score", beginning(item))
+    by_key = {
+        key: [optional_score(item.get(key), f"{column}.{key}") for item in items]
+        for key in (*_SCORE_KEYS, "rank")
+        if any(item.get(key) is not None for item in items)
+    }
+    others = [key for key in by_key if key not in _SUMMED_UP and key != "rank"]
+    for one, other in itertools.combinations(others, 2):
+        if _disagree(by_key[one], by_key[other]):
+            raise LeftOutError(
+                f"{one} and {other} order the replies in {column} differently",
+                cure="leave one of them out",
+            )
+    ranks = by_key.pop("rank", [None] * len(items))
+    scores = next(iter(by_key.values()), None)
+    return scores or [None if rank is None else -rank for rank in ranks]
+
+
+def _disagree(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
+    known = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    return any((a - c) * (b - d) < 0 for (a, b), (c, d) in itertools.combinations(known, 2))
 
 
 def _check_ranks(items: Sequence[Any], scores: Sequence[float | None]) -> None:
     """Refuse replies whose ranks and scores order them differently."""
-    ranks = [_optional_score(item.get("rank"), "rank") for item in items]
+    ranks = [optional_score(item.get("rank"), "rank") for item in items]
     known = [(s, r) for s, r in zip(scores, ranks, strict=True) if s is not None and r is not None]
     for (one, rank), (two, other) in itertools.combinations(known, 2):
         if (one - two) * (rank - other) > 0:
@@ -463,61 +472,3 @@ def _check_ranks(items: Sequence[Any], scores: Sequence[float | None]) -> None:
                 f"scores {one:g} and {two:g}, ranks {rank:g} and {other:g}",
                 "leave out the scores or the ranks",
             )  # fmt: skip
-
-
-def _optional_score(value: Any, column: str) -> float | None:
-    is_missing = value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-    return None if is_missing else _score(value, column)
-
-
-def _mean_score(value: Any, column: str) -> float:
-    """Return a score, or the mean of several annotators' scores."""
-    if not isinstance(value, list | tuple):
-        return _score(value, column)
-    scores = [score for v in value if (score := _optional_score(v, column)) is not None]
-    if not scores:
-        raise LeftOutError(f"{column} is missing")
-    return sum(scores) / len(scores)
-
-
-def _beginning(value: Any) -> str:
-    """Return the beginning of a value for a message."""
-    return str(value)[:60]
-
-
-def _is_score(value: Any) -> bool:
-    try:
-        _mean_score(value, "")
-    except LeftOutError:
-        return False
-    return True
-
-
-def thumb_of(value: Any) -> bool | None:
-    """Return True for a thumb up, False for one down, None for what is neither."""
-    if isinstance(value, str | bool):
-        text = str(value).strip().casefold()
-        return True if text in _UP else False if text in _DOWN else None
-    return None
-
-
-def _score(value: Any, column: str) -> float:
-    """Return a label or score as a number; thumbs are 1 and 0.
-
-    Raises:
-        LeftOutError: It is neither.
-    """
-    if isinstance(value, str):
-        text = value.strip().casefold()
-        if text in _UP:
-            return 1.0
-        if text in _DOWN:
-            return 0.0
-        try:
-            value = float(text)
-        except ValueError:
-            value = None
-    with contextlib.suppress(OverflowError):  # an integer of 400 digits
-        if isinstance(value, bool | int | float) and math.isfinite(value):
-            return float(value)
-    raise LeftOutError(f"{column} is neither a number nor a thumb", _beginning(value))
