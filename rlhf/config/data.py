@@ -220,6 +220,8 @@ class DataConfig(Section):
     """Pairs whose prompt is longer are left out and counted."""
     max_reply_chars: int = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""
+    drift: DriftConfig = DriftConfig()
+    """What follows if the data differ from those of the champion."""
     max_prompt: int | None = Field(default=None, ge=1)
     """Longest prompt in tokens of the model, in every stage: of a longer one whole turns after the
     system turn are left out, oldest first; what still does not fit is left out and counted. none is
@@ -230,8 +232,6 @@ class DataConfig(Section):
     system: SystemPolicy = "fold"
     """System turns where the model's chat template has none: `fold` puts them into the first user
     turn, `refuse` leaves the rows out and counts them."""
-    drift: DriftConfig = DriftConfig()
-    """What follows if the data differ from those of the champion."""
 
     @model_validator(mode="after")
     def _world_has_no_columns(self) -> Self:

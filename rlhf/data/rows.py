@@ -155,11 +155,17 @@ def write_rows(path: Path, rows: Iterable[Any]) -> int:
 
 def read_rows(path: Path, row_type: type[_Stored]) -> list[_Stored]:
     """Read rows written by `write_rows`, or by its predecessor as JSON lines."""
+    return list(iterate_rows(path, row_type))
+
+
+def iterate_rows(path: Path, row_type: type[_Stored]) -> Iterator[_Stored]:
+    """Yield the rows of `read_rows`, a row group in memory."""
     older = path.with_suffix(".jsonl")
     if not path.exists() and older.exists():
         with older.open(encoding="utf-8") as file:
-            return [row_type(**json.loads(line)) for line in file]
-    return list(_parquet_rows(path, row_type))
+            yield from (row_type(**json.loads(line)) for line in file)
+        return
+    yield from _parquet_rows(path, row_type)
 
 
 def _parquet_rows(path: Path, row_type: type[_Stored]) -> Iterator[_Stored]:
