@@ -17,7 +17,7 @@ from rlhf.data.markup import Markup
 from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
 from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
 from rlhf.data.records import Converted, LeftOutError
-from rlhf.data.reply_columns import NotRepliesError
+from rlhf.data.reply_columns import STARTS, NotRepliesError, with_start
 from rlhf.data.verdicts import LABEL_COLUMNS
 from rlhf.errors import ConfigError
 
@@ -29,9 +29,9 @@ PROMPTS = (
 #: Rows that a layout is tried on.
 _TRIED = 20
 #: Columns that mark rows without a preference.
-_TIES = ("is_tie", "tie", "tied")
+TIES = ("is_tie", "tie", "tied")
 #: Columns beside a pair that may say in a word that it is a tie.
-_OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
+OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
 _TIE = re.compile(r"\s*(tie|tied|draw)\b.{0,20}", re.I)
 #: Columns that identify a row.
 _KEYS = ("id", "prompt_id", "conversation_id", "index", "source", "dataset")
@@ -197,9 +197,10 @@ def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[
     if cells.prompt is None:
         _check_conversations(cells, cells.markups or {}, names, sample)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
-    tie = next((names[n] for n in _TIES if n in names and names[n] not in columns), None)
+    tie = next((names[n] for n in TIES if n in names and names[n] not in columns), None)
+    start = next((names[n] for n in STARTS if n in names and names[n] not in columns), None)
     outcomes = [] if name != "pairs" else [
-        names[n] for n in _OUTCOMES if n in names and names[n] not in columns
+        names[n] for n in OUTCOMES if n in names and names[n] not in columns
     ]  # fmt: skip
 
     def convert(row: Row) -> Converted:
@@ -209,11 +210,24 @@ def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[
             if isinstance(word := cell_of(row, column), str) and _TIE.fullmatch(word):
                 raise LeftOutError("tie: neither reply is preferred", f"{column} is {word!r}",
                                    is_choice=True)  # fmt: skip
-        return decide.convert(row, cells, roles)
+        converted = decide.convert(row, cells, roles)
+        return converted if start is None else _started(converted, cell_of(row, start))
 
+    if start is not None:
+        columns, more = (*columns, start), [*more, f"{start} goes in front of both replies"]
     if tie is not None:
         columns, more = (*columns, tie), [*more, f"rows in which {tie} is true are ties"]
     return Layout(name, columns, (*notes, *more), convert)
+
+
+def _started(converted: Converted, start: Any) -> Converted:
+    """Return what a row says with the first part of its replies in front of each."""
+    comparisons = [
+        replace(c, chosen=with_start(start, c.chosen), rejected=with_start(start, c.rejected))
+        for c in converted.comparisons
+    ]
+    rated = [replace(item, reply=with_start(start, item.reply)) for item in converted.rated]
+    return replace(converted, comparisons=comparisons, rated=rated)
 
 
 def _can_read(layout: Layout, sample: Sequence[Row]) -> bool:
@@ -309,9 +323,10 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8]) or "none"
     names = {plain_name(name): name for name in columns}
     cure = (
-        "set data.chosen_column and data.rejected_column to the columns of two replies, or "
-        "data.label_column to the one that rates a reply, if there are such; docs/data.md shows "
-        "the formats"
+        "set data.chosen_column and data.rejected_column to the columns of the better and the "
+        "other reply and, if another column says which of them is better, data.label_column to it; "
+        "or data.label_column alone to the column that rates a reply; docs/data.md shows the "
+        "formats"
     )
     if {"parent_id", "message_id"} <= {*names}:
         reason = "rows are single messages of trees"

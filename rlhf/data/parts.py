@@ -1,19 +1,22 @@
 """Records of a part with the layout that reads them: found in the first rows, held to the last.
 
 A layout that can't be found in the first rows is looked for in more of them. A column that first
-appears later is taken into the layout if that leaves the meaning of earlier rows as it was.
+appears later is taken into the layout if that leaves the meaning of earlier rows as it was; one
+that no layout could read is listed as unused.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from rlhf.config import DataConfig
 from rlhf.data.formats import Layout, detect
 from rlhf.data.margins import add_margins
 from rlhf.data.records import Converted, Record
 from rlhf.data.sources import Part
+from rlhf.data.vocabulary import could_matter
 from rlhf.errors import ConfigError
 
 #: Rows of a file that its format is detected from, and those it is looked for in if they don't do.
@@ -22,7 +25,9 @@ MORE_ROWS = 10_000
 #: Most characters of those rows: a row may hold megabytes.
 MAX_SAMPLE_CHARS = 50_000_000
 #: Times that a layout is found anew for a column that appears later.
-MAX_CHANGES = 200
+MAX_CHANGES = 50
+#: Later columns that are listed by name among those that are not read.
+MAX_LISTED = 1000
 
 
 def with_layouts(
@@ -55,16 +60,35 @@ def with_layouts(
     if layout is not None:
         report(layout)
     known = dict.fromkeys(name for r in head if r.fields is not None for name in r.fields)
-    changes = 0
+    sample, unused = head[:SAMPLE_ROWS], list[str]()
     for record in itertools.chain(head, records):
         if record.fields is not None and layout is not None and record.fields.keys() - known.keys():
             new = [name for name in record.fields if name not in known]
-            known |= dict.fromkeys(new)
-            changes += 1
-            if changes <= MAX_CHANGES:
-                layout = _changed(part, layout, [*head[:SAMPLE_ROWS], record], new, config)
+            known.update(dict.fromkeys(new))
+            if any(could_matter(name, record.fields, layout, config) for name in new):
+                sample = [*sample, record]  # so that the next change knows this one
+                if len(sample) > SAMPLE_ROWS + MAX_CHANGES:
+                    raise _too_many_changes(record, new)
+                layout = _changed(part, layout, sample, new, config)
                 report(layout)
+            else:
+                unused += new
         yield record, layout
+    if layout is not None and unused:
+        report(replace(layout, unused=(*layout.unused, *_listed(unused))))
+
+
+def _too_many_changes(record: Record, new: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"data.source: {', '.join(new)[:200]} first appears in {record.file}:{record.line}, after "
+        f"{MAX_CHANGES} other rows with new columns that may hold prompts, replies or labels; give "
+        "all rows of a file the same columns, or each kind of rows a file of its own"
+    )
+
+
+def _listed(columns: Sequence[str]) -> list[str]:
+    more = len(columns) - MAX_LISTED
+    return [*columns[:MAX_LISTED], *([f"and {more:,} more"] if more > 0 else [])]
 
 
 def convert(layout: Layout, record: Record) -> Converted:

@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config import DataConfig
+from rlhf.data import parts as parts_of_files
 from rlhf.data import rows as files
+from rlhf.data.formats import detect
 from rlhf.data.prepare import prepare_data
+from rlhf.data.vocabulary import known_names
 from rlhf.errors import ConfigError, RLHFError
 
 ASKED = ("How do I clean a kettle", "Why is rust red", "What do otters eat", "Who wrote Emma")
@@ -25,6 +28,10 @@ def bad(i):
 
 def asked(i):
     return f"{ASKED[i % 4]}, question {i}?"
+
+
+def pair_of(i):
+    return {"prompt": asked(i), "chosen": good(i), "rejected": bad(i)}
 
 
 def chat(i, reply):
@@ -384,3 +391,79 @@ def test_a_comparison_is_never_the_wrong_way_round(tmp_path_factory, data):
     except RLHFError:
         return
     assert right(pairs), json.dumps(rows[0])
+
+
+def test_late_columns_are_read_where_they_matter_and_listed_where_not(tmp_path):
+    """Layouts are found anew for names that one could read, and are held to the rows before."""
+    detections = []
+    rows = [{**pair_of(i), **({f"note {i}": i} if i >= 200 else {})} for i in range(260)]
+    rows[230]["system"] = "Be kind."
+    rows[240]["preference_margin"] = 2.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            parts_of_files, "detect", lambda *a, **k: detections.append(1) or detect(*a, **k)
+        )
+        pairs, summary = prepare(tmp_path, rows, max_reply_share=None)
+    assert len(detections) == 3
+    assert {f"note {i}" for i in range(200, 260)} <= {*summary["unused_columns"].split(", ")}
+    assert sum(isinstance(p.prompt, list) for p in pairs) == 1
+    assert [p.margin for p in pairs if p.margin is not None] == [2.5]
+
+
+def test_more_late_columns_that_matter_than_are_looked_at_stop(tmp_path):
+    names = sorted(known_names())[: parts_of_files.MAX_CHANGES + 1]
+    rows = [pair_of(i) for i in range(200)] + [{**pair_of(i), n: None} for i, n in enumerate(names)]
+    with pytest.raises(
+        ConfigError, match=r"first appears in .*:2\d\d, after 50 other rows|another"
+    ):
+        prepare(tmp_path, rows)
+
+
+def test_the_first_part_of_replies_in_a_column_stands_in_front_of_both(tmp_path):
+    rows = [{**pair_of(i), "initial_reason_steps": "First.\nStep 2:"} for i in range(20)]
+    pairs, summary = prepare(tmp_path, rows)
+    assert {p.chosen[:20] for p in pairs} == {"First.\nStep 2: GOOD "}
+    assert all(p.rejected.startswith("First.\nStep 2: BAD") for p in pairs)
+    assert "initial_reason_steps goes in front of both replies" in summary["notes"]
+
+
+BREAKS = {
+    "pairs": lambda i: {"prompt": asked(i), "chosen": good(i) + r"\n\nMore.",
+                        "rejected": bad(i) + r"\n1. One"},
+    "prompts": lambda i: {**pair_of(i), "prompt": asked(i) + r"\nAnswer briefly."},
+    "messages": lambda i: {"chosen": chat(i, good(i) + r"\nMore."),
+                           "rejected": chat(i, bad(i) + r"\nMore.")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_line_breaks_that_are_escaped_are_refused(tmp_path, name):
+    rows = [BREAKS[name](i) for i in range(20)]
+    with pytest.raises(ConfigError, match="line breaks written as a backslash and an n") as caught:
+        prepare(tmp_path, rows)
+    names = re.search(r"data\.text_columns=([\w,]+)", str(caught.value))
+    assert names
+    pairs, _ = prepare(tmp_path, rows, text_columns="prompt,chosen,rejected" if "prompt" in rows[0]
+                       else "chosen,rejected")  # fmt: skip
+    assert len(pairs) == 20
+
+
+@pytest.mark.parametrize("text", [r"\neq and \nabla", "print('a\\n')\nprint('b')", r"C:\new"])
+def test_a_backslash_and_an_n_that_break_no_line_are_text(tmp_path, text):
+    rows = [{**pair_of(i), "chosen": f"{good(i)} {text}"} for i in range(20)]
+    pairs, _ = prepare(tmp_path, rows)
+    assert all(p.chosen.endswith(text) for p in pairs)
+
+
+def test_columns_of_two_replies_are_not_taken_for_a_pair_beside_their_label(tmp_path):
+    rows = [{**two(i), "winner": side(i, "model_a", "model_b")} for i in range(20)]
+    settings = {"chosen_column": "response_a", "rejected_column": "response_b"}
+    with pytest.raises(ConfigError, match=r"set data\.label_column=winner too"):
+        prepare(tmp_path, rows, **settings)
+    pairs, _ = prepare(tmp_path, rows, **settings, label_column="winner")
+    assert right(pairs)
+    rows = [{"Input.prompt": asked(i), **{f"Input.{k}": v for k, v in two(i).items()
+                                          if k != "prompt"},
+             "Answer.choice": side(i, "response_a", "response_b")} for i in range(20)]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"which of them is better, data\.label_column to it"):
+        prepare(tmp_path, rows)
