@@ -32,7 +32,7 @@ PAIRS = (
     ("good", "bad"), ("good_response", "bad_response"), ("winner", "loser"),
     ("winning_response", "losing_response"), ("winner_response", "loser_response"),
     ("win", "lose"), ("y_w", "y_l"), ("chosen_messages", "rejected_messages"),
-    ("response_j", "response_k"),
+    ("response_j", "response_k"), ("good_edited_response", "bad_edited_response"),
 )  # fmt: skip
 PAIR_SCORES = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),

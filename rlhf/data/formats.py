@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
+from rlhf.data.annotators import by_annotator
 from rlhf.data.cells import Cells, Found
 from rlhf.data.column_forms import with_forms
 from rlhf.data.columns import Row, cell_of, check_settings, plain_name, value_of
@@ -16,7 +18,7 @@ from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
 from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
 from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
-from rlhf.data.records import Converted, LeftOutError
+from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.reply_columns import STARTS, NotRepliesError, with_start
 from rlhf.data.verdicts import LABEL_COLUMNS
 from rlhf.errors import ConfigError
@@ -24,7 +26,7 @@ from rlhf.errors import ConfigError
 PROMPTS = (
     "prompt", "question", "instruction", "query", "user_input", "user_prompt", "input", "context",
     "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "chat",
-    "x",
+    "trajectory", "input_text", "x",
 )  # fmt: skip
 #: Rows that a layout is tried on.
 _TRIED = 20
@@ -111,12 +113,24 @@ def _exported(
 ) -> Layout:  # fmt: skip
     """Return the layout of an export, from the rows that it is turned into."""
     names, flat = export.flatten(name, sample)
-    settings = {"format": "auto", "label_column": config.label_column or export.label}
+    label = config.label_column or export.label
+    settings = {"format": "auto", "label_column": None if export.is_ranking else label}
     layout = _flat(names, flat, config.model_copy(update=settings), text_cells)
     unused = export.unused(columns, sample, layout.columns)
-    return replace(
-        layout, name=name, unused=unused, converter=lambda row: layout.converter(export.widen(row))
-    )
+
+    def convert(row: Row) -> Converted:
+        converted = layout.converter(export.widen(row))
+        voters = [*by_annotator(row, export.label)]
+        if len(voters) == 1:
+            return replace(converted, ballots=((voters[0][0], converted.comparisons),))
+        ballots: list[tuple[str, list[Comparison]]] = []
+        for annotator, own in voters:
+            with contextlib.suppress(LeftOutError):  # a tie, or an answer that does not count
+                ballots.append((annotator, layout.converter(export.widen(own)).comparisons))
+        return replace(converted, ballots=tuple(ballots))
+
+    columns = (*layout.columns, *([label] if export.is_ranking and label else []))
+    return replace(layout, name=name, columns=columns, unused=unused, converter=convert)
 
 
 def _flat(

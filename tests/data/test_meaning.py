@@ -78,6 +78,11 @@ def judged(i, *controls):
 
 #: Rows of layouts that have one meaning, each by its number.
 READ = {
+    "trajectory of turns": lambda i: {
+        "trajectory": [{"from": "user", "value": asked(i)}], "chosen": good(i), "rejected": bad(i)},
+    "good and bad edits": lambda i: {
+        "context": [{"role": "user", "content": asked(i)}], "original_response": "So so.",
+        "good_edited_response": good(i), "bad_edited_response": bad(i)},
     "labels in columns of a pair": lambda i: {
         **two(i), "chosen": side(i, "response_a", "response_b"),
         "rejected": side(i, "response_b", "response_a")},
@@ -466,4 +471,63 @@ def test_columns_of_two_replies_are_not_taken_for_a_pair_beside_their_label(tmp_
                                           if k != "prompt"},
              "Answer.choice": side(i, "response_a", "response_b")} for i in range(20)]  # fmt: skip
     with pytest.raises(ConfigError, match=r"which of them is better, data\.label_column to it"):
+        prepare(tmp_path, rows)
+
+
+def three(i):
+    """Three replies under the names of an Argilla record's fields, in turns, and their ranks."""
+    texts = [good(i), "So so.", bad(i)]
+    order = [(k + i) % 3 for k in range(3)]
+    fields = {f"response-{k}": texts[rank] for k, rank in enumerate(order, 1)}
+    return fields, {f"response-{k}": rank + 1 for k, rank in enumerate(order, 1)}
+
+
+RANKINGS = {
+    "items with ranks": lambda ranks: [{"value": n, "rank": r} for n, r in ranks.items()],
+    "names in order": lambda ranks: sorted(ranks, key=lambda name: ranks[name]),
+    "names and ranks": lambda ranks: {"value": [*ranks], "rank": [*ranks.values()]},
+}
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+@pytest.mark.parametrize("is_table", [False, True])
+def test_rankings_of_three_fields_are_read_and_their_annotators_counted(tmp_path, name, is_table):
+    rows = []
+    for i in range(20):
+        fields, ranks = three(i)
+        fields = {"prompt": asked(i), **fields}
+        answer = {"value": RANKINGS[name](ranks), "status": "submitted", "user_id": f"u{i % 2}"}
+        other = {"value": RANKINGS[name](ranks), "status": "discarded", "user_id": "u9"}
+        answers = {"order": [answer, other]}
+        rows.append({**fields, **answers} if is_table else {"fields": fields, "responses": answers})
+    pairs, summary = prepare(tmp_path, rows, max_reply_share=None)
+    assert summary["format"] == "argilla"
+    assert len(pairs) == 60
+    assert all("GOOD" in p.chosen or "BAD" in p.rejected for p in pairs)
+    card = json.loads((tmp_path / "out" / files.CARD).read_text())
+    assert {row["name"]: row["votes"] for row in card["annotators"]["rows"]} == {"u0": 10, "u1": 10}
+
+
+def test_annotators_inside_of_label_studio_tasks_are_counted_by_their_votes(tmp_path):
+    rows = []
+    for i in range(20):
+        row = judged(i, ("kind", "pairwise", "selected", side(i, "left", "right")))
+        contrary = judged(i, ("kind", "pairwise", "selected", side(i, "right", "left")))
+        votes = [row["annotations"][0], row["annotations"][0], contrary["annotations"][0]]
+        users = (1, {"id": 2, "email": "a@b.example"}, 3)
+        row["annotations"] = [{**v, "completed_by": u} for v, u in zip(votes, users, strict=True)]
+        row["annotations"].append({"completed_by": 4, "was_cancelled": True, "result": []})
+        rows.append(row)
+    pairs, _ = prepare(tmp_path, rows)
+    assert right(pairs)
+    annotators = json.loads((tmp_path / "out" / files.CARD).read_text())["annotators"]
+    assert {row["name"]: row["votes"] for row in annotators["rows"]} == {"1": 20, "2": 20, "3": 20}
+    agreed = {row["name"]: row["agreement"]["share"] for row in annotators["rows"]}
+    assert agreed["3"] == 0 < agreed["1"]
+
+
+def test_label_studio_tasks_of_another_kind_say_so(tmp_path):
+    result = {"from_name": "r", "type": "ranker", "value": {"ranker": {"rank": ["a", "b"]}}}
+    rows = [{"data": two(i), "annotations": [{"result": [result]}]} for i in range(20)]
+    with pytest.raises(ConfigError, match="neither a pairwise selection nor a choice"):
         prepare(tmp_path, rows)
