@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config import DataConfig
+from rlhf.data.annotators import ranked_row, ranking_question, ranks_of
 from rlhf.data.chat import to_messages, to_text
 from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row
@@ -33,6 +34,8 @@ class Export:
     """Columns whose fields are the columns of the new rows."""
     label: str | None = None
     """Column of the votes in the new rows."""
+    is_ranking: bool = False
+    """True if the new rows hold a list of replies with ranks, and no votes."""
 
     def widen(self, row: Row) -> Row:
         """Add the new columns to a row, whose own ones a setting may name: `fields.question`.
@@ -143,6 +146,13 @@ def _label_studio(
             raise LeftOutError("data is no object", str(data)[:60])
         given = _selections(row.get("annotations"))
         votes = [value for control, value in given if control == label]
+        if not votes and (kinds := _other_kinds(row.get("annotations"))):
+            raise LeftOutError(
+                "the annotation is neither a pairwise selection nor a choice",
+                ", ".join(kinds),
+                "export pairwise or choice tasks, or pairs with the columns prompt, chosen, "
+                "rejected",
+            )
         if not votes:
             raise LeftOutError(
                 "the task has no annotation", cure="export labelled tasks only", is_choice=True
@@ -167,6 +177,17 @@ def _selections(annotations: Any) -> Iterator[tuple[str, Any]]:
                     yield control, side
 
 
+def _other_kinds(annotations: Any) -> list[str]:
+    """Return the kinds of results of annotations that count: `ranker`, `textarea`."""
+    return sorted({
+        str(result.get("type"))
+        for annotation in (annotations if isinstance(annotations, list) else ())
+        if isinstance(annotation, Mapping) and not annotation.get("was_cancelled")
+        for result in (annotation.get("result") or ())
+        if isinstance(result, Mapping)
+    })  # fmt: skip
+
+
 def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> Export | None:
     """Return the export for Argilla's records: `fields`, and `responses` by question."""
     if not {"fields", "responses"} <= set(columns):
@@ -178,7 +199,8 @@ def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     for row in sample:
         for question, values in _answers(row.get("responses")).items():
             answers.setdefault(f"responses.{question}", []).extend(values)
-    label = _question(answers, list(texts[0]), config)
+    ranking = ranking_question(answers, list(texts[0]))
+    label = ranking or _question(answers, list(texts[0]), config)
 
     def adapt(row: Row) -> Row:
         fields = row.get("fields")
@@ -188,10 +210,13 @@ def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
         votes = _answers(row.get("responses")).get(question)
         if not votes:
             raise _NoResponseError()
-        return {**fields, label or "": votes}
+        return ranked_row(fields, votes) if ranking else {**fields, label or "": votes}
 
-    read = frozenset(name for name in (*columns, label) if name)
-    return Export(adapt, read, ("fields", "responses"), label)
+    ranked = (
+        (name for v in answers[ranking] for name in ranks_of(v, [*texts[0]])) if ranking else ()
+    )
+    read = frozenset(name for name in (*columns, label, *ranked) if name)
+    return Export(adapt, read, ("fields", "responses"), label, ranking is not None)
 
 
 def _answers(responses: Any) -> dict[str, list[Any]]:
@@ -225,7 +250,8 @@ def _argilla_table(
         # A column of empty lists, such as tags or images, is no question.
         if any(cells) and (is_table or all(_are_responses(cell) for cell in cells)):
             answers[column] = [v for row in sample for v in _cell_votes(row, column)]
-    label = _question(answers, columns, config)
+    ranking = ranking_question(answers, columns)
+    label = ranking or _question(answers, columns, config)
     if label is None:
         return None
 
@@ -233,10 +259,11 @@ def _argilla_table(
         votes = _cell_votes(row, label)
         if not votes:
             raise _NoResponseError()
-        return {**row, label: votes}
+        return ranked_row(row, votes) if ranking else {**row, label: votes}
 
-    own = (f"{label}.status", f"{label}.users")
-    return Export(adapt, frozenset((label, *own)), label=label)
+    ranked = [name for v in answers.get(ranking or "", ()) for name in ranks_of(v, columns)]
+    read = frozenset((label, f"{label}.status", f"{label}.users", *ranked))
+    return Export(adapt, read, label=label, is_ranking=ranking is not None)
 
 
 def _are_responses(cell: Any) -> bool:

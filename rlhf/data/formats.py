@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
+from rlhf.data.annotators import by_annotator
 from rlhf.data.cells import Cells, Found
 from rlhf.data.column_forms import with_forms
 from rlhf.data.columns import Row, cell_of, check_settings, plain_name, value_of
@@ -16,22 +18,22 @@ from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
 from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
 from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
-from rlhf.data.records import Converted, LeftOutError
-from rlhf.data.reply_columns import NotRepliesError
+from rlhf.data.records import Comparison, Converted, LeftOutError
+from rlhf.data.reply_columns import STARTS, NotRepliesError, with_start
 from rlhf.data.verdicts import LABEL_COLUMNS
 from rlhf.errors import ConfigError, NoPreferences
 
 PROMPTS = (
     "prompt", "question", "instruction", "query", "user_input", "user_prompt", "input", "context",
     "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "chat",
-    "x",
+    "trajectory", "input_text", "x",
 )  # fmt: skip
 #: Rows that a layout is tried on.
 _TRIED = 20
 #: Columns that mark rows without a preference.
-_TIES = ("is_tie", "tie", "tied")
+TIES = ("is_tie", "tie", "tied")
 #: Columns beside a pair that may say in a word that it is a tie.
-_OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
+OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
 _TIE = re.compile(r"\s*(tie|tied|draw)\b.{0,20}", re.I)
 #: Columns that identify a row.
 _KEYS = ("id", "prompt_id", "conversation_id", "index", "source", "dataset")
@@ -113,12 +115,24 @@ def _exported(
 ) -> Layout:  # fmt: skip
     """Return the layout of an export, from the rows that it is turned into."""
     names, flat = export.flatten(name, sample)
-    settings = {"format": "auto", "label_column": config.label_column or export.label}
+    label = config.label_column or export.label
+    settings = {"format": "auto", "label_column": None if export.is_ranking else label}
     layout = _flat(names, flat, config.model_copy(update=settings), text_cells)
     unused = export.unused(columns, sample, layout.columns)
-    return replace(
-        layout, name=name, unused=unused, converter=lambda row: layout.converter(export.widen(row))
-    )
+
+    def convert(row: Row) -> Converted:
+        converted = layout.converter(export.widen(row))
+        voters = [*by_annotator(row, export.label)]
+        if len(voters) == 1:
+            return replace(converted, ballots=((voters[0][0], converted.comparisons),))
+        ballots: list[tuple[str, list[Comparison]]] = []
+        for annotator, own in voters:
+            with contextlib.suppress(LeftOutError):  # a tie, or an answer that does not count
+                ballots.append((annotator, layout.converter(export.widen(own)).comparisons))
+        return replace(converted, ballots=tuple(ballots))
+
+    columns = (*layout.columns, *([label] if export.is_ranking and label else []))
+    return replace(layout, name=name, columns=columns, unused=unused, converter=convert)
 
 
 def _flat(
@@ -199,9 +213,10 @@ def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[
     if cells.prompt is None:
         _check_conversations(cells, cells.markups or {}, names, sample)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
-    tie = next((names[n] for n in _TIES if n in names and names[n] not in columns), None)
+    tie = next((names[n] for n in TIES if n in names and names[n] not in columns), None)
+    start = next((names[n] for n in STARTS if n in names and names[n] not in columns), None)
     outcomes = [] if name != "pairs" else [
-        names[n] for n in _OUTCOMES if n in names and names[n] not in columns
+        names[n] for n in OUTCOMES if n in names and names[n] not in columns
     ]  # fmt: skip
 
     def convert(row: Row) -> Converted:
@@ -211,11 +226,24 @@ def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[
             if isinstance(word := cell_of(row, column), str) and _TIE.fullmatch(word):
                 raise LeftOutError("tie: neither reply is preferred", f"{column} is {word!r}",
                                    is_choice=True)  # fmt: skip
-        return decide.convert(row, cells, roles)
+        converted = decide.convert(row, cells, roles)
+        return converted if start is None else _started(converted, cell_of(row, start))
 
+    if start is not None:
+        columns, more = (*columns, start), [*more, f"{start} goes in front of both replies"]
     if tie is not None:
         columns, more = (*columns, tie), [*more, f"rows in which {tie} is true are ties"]
     return Layout(name, columns, (*notes, *more), convert)
+
+
+def _started(converted: Converted, start: Any) -> Converted:
+    """Return what a row says with the first part of its replies in front of each."""
+    comparisons = [
+        replace(c, chosen=with_start(start, c.chosen), rejected=with_start(start, c.rejected))
+        for c in converted.comparisons
+    ]
+    rated = [replace(item, reply=with_start(start, item.reply)) for item in converted.rated]
+    return replace(converted, comparisons=comparisons, rated=rated)
 
 
 def _can_read(layout: Layout, sample: Sequence[Row]) -> bool:
@@ -312,9 +340,10 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     names = {plain_name(name): name for name in columns}
     error: type[ConfigError] = ConfigError
     cure = (
-        "set data.chosen_column and data.rejected_column to the columns of two replies, or "
-        "data.label_column to the one that rates a reply, if there are such; docs/data.md shows "
-        "the formats"
+        "set data.chosen_column and data.rejected_column to the columns of the better and the "
+        "other reply and, if another column says which of them is better, data.label_column to it; "
+        "or data.label_column alone to the column that rates a reply; docs/data.md shows the "
+        "formats"
     )
     if {"parent_id", "message_id"} <= {*names}:
         reason = "rows are single messages of trees"

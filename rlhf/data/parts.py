@@ -1,8 +1,9 @@
 """Records of a part with the layout that reads them: found in the first rows, held to the last.
 
 A layout that can't be found in the first rows is looked for in more of them. A column that first
-appears later is taken into the layout if that leaves the meaning of earlier rows as it was. Pairs,
-demonstrations and prompts of their own are read by the same rule.
+appears later is taken into the layout if that leaves the meaning of earlier rows as it was; one
+that no layout of pairs could read is listed as unused. Pairs, demonstrations and prompts of their
+own are read by the same rule.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from rlhf.config import DataConfig
@@ -19,6 +20,7 @@ from rlhf.data.formats import Layout, detect
 from rlhf.data.margins import add_margins
 from rlhf.data.records import Converted, Record
 from rlhf.data.sources import Part
+from rlhf.data.vocabulary import could_matter
 from rlhf.errors import ConfigError, NoPreferences
 
 #: Rows of a file that its format is detected from, and those it is looked for in if they don't do.
@@ -27,7 +29,9 @@ MORE_ROWS = 10_000
 #: Most characters of those rows: a row may hold megabytes.
 MAX_SAMPLE_CHARS = 50_000_000
 #: Times that a layout is found anew for a column that appears later.
-MAX_CHANGES = 200
+MAX_CHANGES = 50
+#: Later columns that are listed by name among those that are not read.
+MAX_LISTED = 1000
 
 
 @runtime_checkable
@@ -66,6 +70,10 @@ class Detector(Generic[LayoutT]):
     """Settings that fix a layout: `data.format and the columns to read`."""
     inspect: str
     """Command that shows more of the source."""
+    could_matter: Callable[[str, Row, LayoutT], bool] = lambda *_: True
+    """Whether a later column, of this row, could change the layout."""
+    with_unused: Callable[[LayoutT, Sequence[str]], LayoutT] = lambda layout, _: layout
+    """Adds columns that are not read."""
 
 
 def with_layouts(
@@ -88,6 +96,8 @@ def with_layouts(
     detector = Detector(
         find, "data.source", "data.format and the columns to read",
         f"rlhf data inspect {shlex.quote(str(source))}",
+        lambda name, row, layout: could_matter(name, row, layout, config),
+        lambda layout, names: replace(layout, unused=(*layout.unused, *names)),
     )  # fmt: skip
     return records_with_layouts(part, detector, limit, report)
 
@@ -118,17 +128,39 @@ def records_with_layouts(
         report(layout)
     sample = _fields(head)
     known = dict.fromkeys(name for row in sample for name in row)
-    changes = 0
+    changes, unused = 0, list[str]()
     for record in itertools.chain(head, records):
-        if record.fields is not None and layout is not None and record.fields.keys() - known.keys():
-            new = [name for name in record.fields if name not in known]
+        row = record.fields
+        if row is not None and layout is not None and row.keys() - known.keys():
+            new = [name for name in row if name not in known]
             known |= dict.fromkeys(new)
-            changes += 1
-            if changes <= MAX_CHANGES:
-                sample.append(record.fields)  # stays, or a third column would unfind the second
+            if any(detector.could_matter(name, row, layout) for name in new):
+                changes += 1
+                if changes > MAX_CHANGES:
+                    raise _too_many_changes(record, new, detector)
+                sample.append(row)  # stays, or a third column would unfind the second
                 layout = _changed(part, layout, sample, record, new, detector)
                 report(layout)
+            else:
+                unused += new
         yield record, layout
+    if layout is not None and unused:
+        report(detector.with_unused(layout, _listed(unused)))
+
+
+def _too_many_changes(
+    record: Record, new: Sequence[str], detector: Detector[LayoutT]
+) -> ConfigError:
+    return ConfigError(
+        f"{detector.field}: {', '.join(new)[:200]} first appears in {record.file}:{record.line}, "
+        f"after {MAX_CHANGES} other rows with new columns that may hold texts or labels; "
+        "give all rows of a file the same columns, or each kind of rows a file of its own"
+    )
+
+
+def _listed(columns: Sequence[str]) -> list[str]:
+    more = len(columns) - MAX_LISTED
+    return [*columns[:MAX_LISTED], *([f"and {more:,} more"] if more > 0 else [])]
 
 
 def convert(layout: Layout, record: Record) -> Converted:

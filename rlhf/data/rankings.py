@@ -47,10 +47,12 @@ _SCORE_LISTS = (
     "correct", "is_correct",
 )  # fmt: skip
 _RANK_LISTS = ("rank", "ranks", "ranking", "rankings")
-#: Field of a reply that holds its key in an object of replies.
-_KEY = "_key"
 #: Columns that say in which order a list stands.
 _ORDERS = ("order", "sorting", "sort_order", "ranking_order")
+#: Names of all columns that a ranking reads.
+COLUMNS = (*LISTS, *_BEST, *_SCORE_LISTS, *_RANK_LISTS, *_ORDERS)
+#: Field of a reply that holds its key in an object of replies.
+_KEY = "_key"
 
 
 @dataclass(frozen=True)

@@ -103,3 +103,5 @@ class Converted:
     rated: list[Rated] = field(default_factory=list)
     notes: frozenset[str] = frozenset()
     """Conversions that a user should know of: "the prompt is cut from the front of replies"."""
+    ballots: tuple[tuple[str, list[Comparison]], ...] = ()
+    """Annotators whose answers the row holds, each with what these alone compare."""
