@@ -48,6 +48,7 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
         Read at most this many rows of each file.
     """
     from rlhf.data.audit import Evidence, left_out_reasons
+    from rlhf.data.ledger import in_a_sentence
     from rlhf.data.partition import partition
     from rlhf.data.prepare import read_pairs
     from rlhf.data.prompt_fields import PromptFields
@@ -60,6 +61,8 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     parts = partition(reading.pairs, reading.held_out, config.data, config.seed, reading.note)
     pairs = [*parts.used().once().written()]
     used = reading.ledger.close(quarantine.add)
+    if text := in_a_sentence(reading.ledger.pairs_left_out()):
+        reading.note(text)
     reasons = left_out_reasons(quarantine.ordered(), quarantine.examples)
     evidence = Evidence(reading.tallies, reading.totals, reading.rows, reasons)
     _print_format(source, reading, pairs, used, rows)
