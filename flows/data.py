@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 console = Console()
 app = App(name="data", help="Look at preference data.")
 
+#: Exit code for data that a run would stop at, as `flows.cli` has it for all bad input.
+BAD_INPUT = 2
 #: Pairs that are shown as the model sees them.
 SHOWN = 3
 #: Most characters of a shown pair's prompt and of each reply.
@@ -39,6 +41,8 @@ Overrides = Annotated[
 @app.command
 def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     """Print a source's format, three pairs as the model sees them, and the rows to leave out.
+
+    The exit code is 2 if a run would stop at these rows.
 
     Parameters
     ----------
@@ -66,14 +70,15 @@ def inspect(source: str, *overrides: Overrides, rows: int = 5000) -> int:
     reasons = left_out_reasons(quarantine.ordered(), quarantine.examples)
     evidence = Evidence(reading.tallies, reading.totals, reading.rows, reasons)
     _print_format(source, reading, pairs, used, rows)
+    would_stop = not pairs
     if quarantine.total:
-        _print_left_out(quarantine, reading.rows, config)
+        would_stop |= _print_left_out(quarantine, reading.rows, config)
     if pairs:
         _print_lengths(pairs)
         _print_findings(pairs, evidence)
         for pair in pairs[:SHOWN]:
             _print_pair(pair)
-    return 0
+    return BAD_INPUT if would_stop else 0
 
 
 def _text(shown: str) -> Text:
@@ -108,8 +113,8 @@ def _print_format(
         console.print(_text(line))
 
 
-def _print_left_out(quarantine: Quarantine, rows: int, config: PipelineConfig) -> None:
-    """Print a table of the reasons, and whether the stage would stop."""
+def _print_left_out(quarantine: Quarantine, rows: int, config: PipelineConfig) -> bool:
+    """Print a table of the reasons; return whether the stage would stop, which is said."""
     table = Table(title=f"{quarantine.total:,} of {rows:,} rows are left out", title_justify="left")
     table.add_column("rows", justify="right")
     for name in ("reason", "first example", "cure"):
@@ -117,11 +122,12 @@ def _print_left_out(quarantine: Quarantine, rows: int, config: PipelineConfig) -
     for reason, count in quarantine.ordered():
         origin, example = quarantine.examples[reason]
         position = f"{origin.file}:{origin.line} {example.detail}".strip()
-        cells = [f"{count:,}", reason, position, example.cure]
+        cells = [f"{count:,}", reason, position, example.shown_cure]
         table.add_row(*(_text(cell) for cell in cells))
     console.print(table)
     limit = config.data.max_bad_fraction
-    if quarantine.bad > limit * rows:
+    is_above = quarantine.bad > limit * rows
+    if is_above:
         console.print(
             Text(
                 f"{quarantine.bad:,} of them have something wrong, more than data.max_bad_fraction "
@@ -129,6 +135,7 @@ def _print_left_out(quarantine: Quarantine, rows: int, config: PipelineConfig) -
                 style="red",
             )
         )
+    return is_above
 
 
 def _print_lengths(pairs: Sequence[Pair]) -> None:

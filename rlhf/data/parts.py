@@ -103,7 +103,7 @@ def _layout(part: Part, head: Sequence[Record], config: DataConfig) -> Layout | 
         layout = detect(columns, sample, config, text_cells=part.text_cells)
         return add_margins(layout, columns, sample, config)
     except ConfigError as error:
-        raise ConfigError(f"{error} (in {part.name}; rlhf data inspect shows more)") from None
+        raise ConfigError(f"{error} (in {part.name})") from None
 
 
 def _changed(
