@@ -36,8 +36,8 @@ def csv_records(text: Text, name: str, is_tsv: bool, note: Note) -> Iterator[Rec
         if names is None:
             names = _names(cells, broken, lines.start, note)
             continue
-        if cells and not any(cell.strip() for cell in cells) and (len(names) > 1 or not cells[0]):
-            continue  # a line of blanks, as spreadsheets write below the last row
+        if not broken and len(names) > 1 and lines.are_blank():
+            continue  # as spreadsheets write below the last row
         fault = broken or _row_fault(cells, names, lines)
         if fault:
             yield Record(name, lines.start, None, fault, lines.record_text())
@@ -106,6 +106,10 @@ class _Lines:
     def record_text(self) -> str:
         """Return the beginning of the record, as in the file."""
         return "".join(self._record)[:500].rstrip("\r\n")
+
+    def are_blank(self) -> bool:
+        """Return whether the record is delimiters and blanks alone, without a quote."""
+        return self._size < 500 and not self.record_text().replace(self.delimiter, "").strip()
 
     def fault(self, reason: str) -> str:
         """Return the csv module's reason in plain words, or raise at a fatal one."""

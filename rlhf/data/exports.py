@@ -167,8 +167,9 @@ def _selections(
     """Return control and value of all annotations that count: a selected side, or a rating."""
     for result in _results(annotations):
         value = result.get("value")
-        key = next((k for k in keys if isinstance(value, Mapping) and k in value), None)
-        if key is not None:
+        if not isinstance(value, Mapping):
+            continue
+        for key in [k for k in keys if k in value][:1]:
             selected = value[key]
             control = str(result.get("from_name", "annotations"))
             for side in selected if isinstance(selected, list) else [selected]:

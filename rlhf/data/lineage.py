@@ -64,7 +64,7 @@ def reach(store: Store, ids: Iterable[str]) -> Reach:
         StoreError: The store can't be read.
     """
     wanted = dict.fromkeys(ids)
-    found = Reach(*({i: [] for i in wanted} for _ in range(3)))
+    found = Reach({i: [] for i in wanted}, {i: [] for i in wanted}, {i: [] for i in wanted})
     artifacts = {artifact.ref.digest: artifact for artifact in store.list()}
     users: dict[str, dict[str, set[str]]] = {}
     for digest, artifact in artifacts.items():

@@ -65,7 +65,7 @@ def text_columns(
 ) -> list[str]:
     """Return columns of texts of several words, or without spaces, that may hold a prompt."""
     found = []
-    for column in reversed(names.values()):  # in the order of the source
+    for column in reversed([*names.values()]):  # in the order of the source
         texts = [v for row in sample if isinstance(v := cell_of(row, column), str) and v.strip()]
         if column in without or not texts:
             continue
