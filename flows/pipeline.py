@@ -14,15 +14,18 @@ from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
 from rlhf.config import LoadedConfig, advice
-from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected
+from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected, RLHFError
 from rlhf.report import RunOutcome, StageRow, StageState
+from rlhf.store import ArtifactRef
+from tasks.drift import GATE, check_drift
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, configuration_name, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
 from tasks.promotion import is_waiting, wait_for_approval
 from tasks.report import PipelineRun, write_report
 from tasks.runner import Outcome
-from tasks.stages import STAGES
+from tasks.stage import store_of
+from tasks.stages import PREPARE_DATA, STAGES
 
 #: Outcome of a run that one of these errors stopped; any other error is a failure.
 OUTCOMES = (
@@ -80,6 +83,17 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     return Failed(name=state, message=run.reason, data=data), run
 
 
+def _check_drift(run: PipelineRun, data: ArtifactRef) -> RLHFError | None:
+    """Compare the data with the champion's, and return the error that stops the run."""
+    try:
+        run.drift = check_drift(run.config, data, store_of(run.config))
+    except RLHFError as error:
+        return error
+    for line in run.drift.warnings:
+        get_run_logger().warning("drift: %s", line)
+    return run.drift.rejection
+
+
 def run_stages(run: PipelineRun) -> None:
     """Run the stages in order until one of them stops the run."""
     for stage in STAGES.values():
@@ -89,7 +103,7 @@ def run_stages(run: PipelineRun) -> None:
             run.reason = "The policy met every gate and waits for a person's approval."
             # A run of a deployment ends here, until it is resumed.
             wait_for_approval(run.config, inputs["policy"], run.name, write_report(run))
-        started = time.monotonic()
+        started, stage_name = time.monotonic(), str(stage.name)
         result: Any = run_task(stage, run.config, inputs).result(raise_on_failure=False)
         if isinstance(result, Outcome):
             run.refs[stage.name] = result.ref
@@ -100,12 +114,17 @@ def run_stages(run: PipelineRun) -> None:
                     artifact=result.ref.digest,
                 )
             )  # fmt: skip
-            continue
+            if stage is not PREPARE_DATA:
+                continue
+            started = time.monotonic()
+            stage_name, result = GATE, _check_drift(run, result.ref)
+            if result is None:
+                continue
         run.outcome = next((o for e, o in OUTCOMES if isinstance(result, e)), RunOutcome.FAILED)
         run.reason = str(result) or type(result).__name__
         run.error = result
         state, seconds = StageState(run.outcome.value), time.monotonic() - started
-        run.rows.append(StageRow(name=stage.name, state=state, seconds=seconds, message=run.reason))
+        run.rows.append(StageRow(name=stage_name, state=state, seconds=seconds, message=run.reason))
         break
     else:
         run.outcome = RunOutcome.PROMOTED

@@ -10,6 +10,7 @@ from prefect.states import Completed
 
 from flows.pipeline import run_name, run_pipeline
 from rlhf.report.model import RunOutcome
+from tasks.drift import trigger_reason
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
@@ -40,10 +41,20 @@ def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NO_OVERRIDES) 
     count = new_pairs(state, outcome.ref, store)
     least = config.retraining.min_new_pairs
     if not state.overdue and state.last is not None and count < least:
-        return _nothing(f"{count} new pairs, and retraining.min_new_pairs = {least}")
-    get_run_logger().info("%d new pairs: retraining", count)
+        reason = trigger_reason(config, outcome.ref, store)
+        if reason is None:
+            return _nothing(f"{count} new pairs, and retraining.min_new_pairs = {least}")
+        get_run_logger().info("drift, %s: retraining, with %d new pairs", reason, count)
+    else:
+        get_run_logger().info("%d new pairs: retraining", count)
     ended, run = run_pipeline(warm_started(loaded, state.champion, store))
-    if run.outcome in (RunOutcome.PROMOTED, RunOutcome.GATE_REJECTED, RunOutcome.REFUSED):
+    # Vetoed data have not been used: the next retraining takes them if their drift is accepted.
+    vetoed = run.drift is not None and run.drift.rejection is not None
+    if not vetoed and run.outcome in (
+        RunOutcome.PROMOTED,
+        RunOutcome.GATE_REJECTED,
+        RunOutcome.REFUSED,
+    ):
         record_retraining(state, outcome.ref, run.name, run.outcome, store)
     return ended
 

@@ -23,6 +23,23 @@ class DataError(RLHFError, ValueError):
     """Input data are missing, empty or not in a form to train on."""
 
 
+class PromptUnusable(DataError):
+    """A model can't be given a prompt: its chat template refuses it, or it is too long.
+
+    Args:
+        reason: Kind of fault, equal for all prompts with it.
+        detail: What is special in this prompt.
+        cure: What a user can do about it.
+    """
+
+    def __init__(self, reason: str, detail: str, cure: str) -> None:
+        super().__init__(reason, detail, cure)
+        self.reason, self.detail, self.cure = reason, detail, cure
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}; {self.cure}"
+
+
 class StoreError(RLHFError, OSError):
     """The object store refused or failed a request."""
 

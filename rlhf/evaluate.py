@@ -13,7 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf.config import DataConfig, EvaluationConfig, PPOConfig, RuntimeConfig
-from rlhf.data.rendering import Renderer, load_renderer, renderable
+from rlhf.config.lengths import TokenLimits
+from rlhf.data.fitting import Fitting
+from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
 from rlhf.environments.stop import StopSequences
 from rlhf.errors import DataError
@@ -41,23 +43,25 @@ def evaluate_reward_model(
     reward_model: Path,
     out_dir: Path,
     *,
-    max_length: int,
+    limits: TokenLimits | int,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
     """Measure accuracy on held-out pairs, beside choosing the longer reply.
 
+    Pairs that the model can't be given, or that are equal where it cuts them, are left out.
+
     Writes `evaluation.json`: accuracy, accuracy_low/high, n, baseline_longer (with interval),
     margin_mean, by_group, and for a source whose truth is known ceiling and share_of_ceiling.
 
     Raises:
-        DataError: The data have no held-out pairs.
+        DataError: The data have no held-out pairs, or the model can't be given too many of them.
     """
     pairs = read_rows(data / PAIRS_EVAL, Pair)
     if not pairs:
         raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
-    scorer = Scorer(reward_model, prepare_device(runtime or RuntimeConfig()), max_length)
-    pairs, _ = renderable(pairs, scorer.renderer)
+    scorer = Scorer(reward_model, prepare_device(runtime or RuntimeConfig()), limits)
+    pairs, counts = _fitting_pairs(pairs, scorer.renderer, scorer.limits)
     chosen = _score_in_parts(scorer, pairs, "chosen", progress, 0)
     rejected = _score_in_parts(scorer, pairs, "rejected", progress, len(pairs))
     # A tie counts a half: a model with the same score for everything is no better than a coin.
@@ -74,6 +78,7 @@ def evaluate_reward_model(
     ceiling = ceiling_of(config, data_config, pairs)
     if ceiling is not None:
         metrics |= _ceiling_metrics(metrics["accuracy"], ceiling)
+    metrics |= counts
     metrics["by_group"] = {}
     for group, index in _groups([p.group for p in pairs]).items():
         part = {**share("accuracy", float(correct[index].sum()), len(index)), "n": len(index)}
@@ -94,6 +99,7 @@ def evaluate_policy(
     reward_model: Path,
     out_dir: Path,
     *,
+    limits: TokenLimits | None = None,
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
@@ -104,9 +110,10 @@ def evaluate_policy(
     score (with interval; ties count a half), reward_before/after, kl per reply in nats against the
     SFT policy (at temperature 1), eos_rate, tokens_before/after, repetition_before/after, and the
     independent judge's gold_* if there is one; and `samples.json` with replies side by side.
+    Without `limits`, prompts and replies may fill the policy's context.
 
     Raises:
-        DataError: The data have no held-out prompts.
+        DataError: The data have no held-out prompts, or the models can't be given too many.
     """
     rows = read_rows(data / PROMPTS_EVAL, PromptRow)[: config.prompts]
     if not rows:
@@ -114,9 +121,16 @@ def evaluate_policy(
     device = prepare_device(runtime or RuntimeConfig())
     models = [freeze(load_policy(folder)).to(device) for folder in (sft, policy)]
     renderer = load_renderer(sft)
-    rows, _ = renderable(rows, renderer)
+    context = context_length(models[0])
+    limits = (limits or TokenLimits(max_length=context, max_new_tokens=ppo.max_new_tokens)).within(
+        context
+    )
+    scorer = Scorer(reward_model, device, limits)
+    fitting = Fitting(renderer, limits)
+    rows = fitting.for_scorer(fitting.fitting(rows), scorer.renderer, scorer.limits)
+    if not rows:
+        raise DataError("no held-out prompt is left to evaluate on; raise data.eval_fraction")
     groups = _groups([row.group for row in rows])
-    scorer = Scorer(reward_model, device, context_length(models[0]))
     judge = judge_of(config)
     ending = StopSequences(renderer, ppo.generation.stop_sequences)
     evaluation: dict[str, Any] = {"n": len(rows)}
@@ -127,7 +141,17 @@ def evaluate_policy(
             reference = models[0] if index == 1 else None
             answers.append(
                 answer_prompts(
-                    model, reference, rows, renderer, ending, scorer, judge, sampling, seed, config
+                    model,
+                    reference,
+                    rows,
+                    renderer,
+                    ending,
+                    scorer,
+                    judge,
+                    sampling,
+                    seed,
+                    config,
+                    limits.prompt,
                 )
             )
             progress(2 * part + index + 1, 4, {"reward": float(answers[-1].scores.mean())})
@@ -145,18 +169,17 @@ def evaluate_policy(
         for name, value in evaluation[mode].items()
         if name != "by_group"
     }
-    return StageResult({"n": len(rows), **flat})
+    return StageResult({"n": len(rows), **flat, **fitting.metrics()})
 
 
 @torch.no_grad()
 def answer_prompts(
     model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer,
     ending: StopSequences, scorer: Scorer, judge: Judge | None, sampling: Sampling, seed: int,
-    config: EvaluationConfig,
+    config: EvaluationConfig, max_prompt: int,
 ) -> Answers:  # fmt: skip
     """Generate and score a model's replies; with a reference, estimate their KL too."""
     prompts = [r.prompt for r in rows]
-    max_prompt = context_length(model) - sampling.max_new_tokens
     texts: list[str] = []
     tokens, finished, kl = [], [], []
     for start in range(0, len(rows), config.batch_size):
@@ -217,6 +240,29 @@ def repetition(text: str) -> float:
     return repeated_ngrams(text.lower().split(), 3)
 
 
+def _fitting_pairs(
+    pairs: list[Pair], renderer: Renderer, limits: TokenLimits
+) -> tuple[list[Pair], dict[str, int]]:
+    """Return the pairs that a scorer can tell apart, and the counts of the others."""
+    fitting = Fitting(renderer, limits)
+
+    def encode(pair: Pair) -> Pair | None:
+        one = fitting.encode(pair.prompt, pair.chosen)
+        other = fitting.encode(pair.prompt, pair.rejected)
+        fitting.count_dropped(one.turns_dropped)
+        fitting.counts["pairs_cut"] += one.is_cut or other.is_cut
+        fitting.counts["pairs_equal_when_cut"] += one.response == other.response
+        return pair if one.response != other.response else None
+
+    kept = [pair for pair in fitting.map(pairs, encode) if pair is not None]
+    if not kept:
+        raise DataError(
+            f"reward_model.max_length = {limits.max_length}: all held-out pairs are equal "
+            "within it; raise it"
+        )
+    return kept, fitting.metrics()
+
+
 def _score_in_parts(
     scorer: Scorer, pairs: Sequence[Pair], side: str, progress: Progress, done: int
 ) -> Float[Tensor, " pairs"]:
@@ -224,9 +270,7 @@ def _score_in_parts(
     size = max(1, len(pairs) // 5)
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
-        texts = {name: [getattr(p, name) for p in part] for name in ("chosen", "rejected")}
-        beside = texts["rejected" if side == "chosen" else "chosen"]
-        scores.append(scorer([p.prompt for p in part], texts[side], beside))
+        scores.append(scorer([p.prompt for p in part], [getattr(p, side) for p in part]))
         progress(done + start + len(part), 2 * len(pairs), {})
     return torch.cat(scores)
 

@@ -19,7 +19,9 @@ from trl.trainer.reward_config import RewardConfig as TRLRewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf.config import RewardModelConfig, RuntimeConfig
-from rlhf.data.rendering import Renderer, renderable
+from rlhf.config.lengths import TokenLimits
+from rlhf.data.fitting import Fitting
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
@@ -58,6 +60,7 @@ def train_reward_model(
     sft: Path | str,
     out_dir: Path,
     *,
+    limits: TokenLimits | None = None,
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
@@ -73,13 +76,15 @@ def train_reward_model(
         data: A dataset folder as `prepare_data` writes it.
         sft: Folder of the SFT policy.
         out_dir: Empty folder for the reward model.
+        limits: Most tokens of prompts and replies; None is `config.max_length` of both together.
         seed: Seeds the new head and shuffling.
         runtime: Device and threads.
         progress: Called after every step.
 
     Raises:
         ConfigError: The base has no sequence classifier with one label.
-        DataError: There are no training pairs, or none with the margin that is asked for.
+        DataError: There are no training pairs, none with the margin that is asked for, or the
+            model can't be given too many prompts.
     """
     pairs = read_rows(data / PAIRS_TRAIN, Pair)
     if config.margin_coef and pairs and all(pair.margin is None for pair in pairs):
@@ -101,8 +106,8 @@ def train_reward_model(
             f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
             f"and {start} has none; set it to 0"
         )
-    room = min(config.max_length, context_length(model))
-    rows, counts = _encode(pairs, renderer, room, config.margin_coef)
+    limits = (limits or TokenLimits.of(config.max_length)).within(context_length(model))
+    rows, counts = _encode(pairs, renderer, limits, config.margin_coef)
     trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():
@@ -159,42 +164,45 @@ def publish_ready_reward_model(
 
 
 def _encode(
-    pairs: list[Pair], renderer: Renderer, room: int, margin_coef: float = 0
+    pairs: list[Pair], renderer: Renderer, limits: TokenLimits | int, margin_coef: float = 0
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Render and tokenize pairs, each reply cut to `room` tokens with its prompt.
+    """Render and tokenize pairs within the limits.
 
     With a `margin_coef` each row has the margin that TRL's RewardTrainer subtracts from the
     difference of the rewards: −log σ(r_chosen − r_rejected − margin).
 
     Returns:
-        The rows, and counts of pairs with a reply that was cut, of those left out because their
-        replies differ only behind the cut, or because the chat template refuses the prompt, and of
-        those without a margin.
+        The rows, and counts: of pairs with a reply that was cut, of those left out because their
+        replies differ only behind the cut, of prompts that were shortened or left out, and of pairs
+        without a margin.
     """
-    rows: list[dict[str, Any]] = []
-    pairs, refused = renderable(pairs, renderer)
-    counts = {"pairs_cut": 0, "pairs_equal_when_cut": 0, "prompts_refused": refused}
-    counts["pairs_without_margin"] = 0
-    for pair in pairs:
-        one = renderer.encode(pair.prompt, pair.chosen, room, beside=pair.rejected)
-        other = renderer.encode(pair.prompt, pair.rejected, room, beside=pair.chosen)
+    fitting = Fitting(renderer, limits)
+    counts = fitting.counts
+
+    def encode(pair: Pair) -> dict[str, Any] | None:
+        one = fitting.encode(pair.prompt, pair.chosen)
+        other = fitting.encode(pair.prompt, pair.rejected)
+        fitting.count_dropped(one.turns_dropped)
         counts["pairs_cut"] += one.is_cut or other.is_cut
-        if one.ids == other.ids:
+        if one.response == other.response:
             counts["pairs_equal_when_cut"] += 1
-            continue
+            return None
         length = max(len(one.ids), len(other.ids))
-        rows.append({"chosen_ids": one.ids, "rejected_ids": other.ids, "length": length})
+        row: dict[str, Any] = {"chosen_ids": one.ids, "rejected_ids": other.ids, "length": length}
         if margin_coef:
-            rows[-1]["margin"] = margin_coef * (pair.margin or 0.0)
+            row["margin"] = margin_coef * (pair.margin or 0.0)
             counts["pairs_without_margin"] += pair.margin is None
+        return row
+
+    rows = [row for row in fitting.map(pairs, encode) if row is not None]
     if not rows and pairs:
         raise DataError(
-            f"reward_model.max_length = {room}: all {len(pairs)} pairs are equal within it; raise "
-            "it, or shorten the prompts"
+            f"reward_model.max_length = {fitting.limits.max_length}: all {len(pairs)} pairs are "
+            "equal within it; raise it, or shorten the prompts"
         )
     if not rows:
         raise DataError("no preference pairs to train on; check data.source and data.eval_fraction")
-    return rows, {name: count for name, count in counts.items() if count}
+    return rows, fitting.metrics()
 
 
 def _train(

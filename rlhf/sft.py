@@ -13,7 +13,9 @@ from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
-from rlhf.data.rendering import Renderer, renderable
+from rlhf.config.lengths import TokenLimits
+from rlhf.data.fitting import Fitting
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
 from rlhf.files import write_json
@@ -38,6 +40,7 @@ def train_sft(
     data: Path,
     out_dir: Path,
     *,
+    limits: TokenLimits | None = None,
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
@@ -52,13 +55,14 @@ def train_sft(
         base: The model to start from.
         data: A dataset folder as `prepare_data` writes it.
         out_dir: Empty folder for the policy.
+        limits: Most tokens of prompts and replies; None is `config.max_length` of both together.
         seed: Seeds initial weights and shuffling.
         runtime: Device and threads.
         progress: Called after every step.
 
     Raises:
         ConfigError: The base can't be loaded or used.
-        DataError: There are no demonstrations.
+        DataError: There are no demonstrations, or the model can't be given too many prompts.
     """
     device = prepare_device(runtime or RuntimeConfig())
     leads = rank_and_count()[0] == 0
@@ -68,14 +72,12 @@ def train_sft(
     parameters = sum(p.numel() for p in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     if config.enabled:
-        room = min(config.max_length, context_length(model))
-        demonstrations, refused = renderable(demonstrations, renderer)
-        rows, cut = _encode(demonstrations, renderer, room)
+        limits = (limits or TokenLimits.of(config.max_length)).within(context_length(model))
+        rows, counts = _encode(demonstrations, renderer, limits)
         use_cpu = device.type == "cpu"
         model, curve = _train(model, rows, config, renderer, seed, use_cpu, progress)
         metrics |= {"demonstrations": len(rows), "loss": curve[-1]["loss"] if curve else None}
-        metrics |= {"replies_cut": cut} if cut else {}
-        metrics |= {"prompts_refused": refused} if refused else {}
+        metrics |= counts
         if leads:
             write_json(out_dir / "curve.json", curve)
     if leads:
@@ -97,20 +99,24 @@ def _texts(demonstrations: list[Demonstration], data: Path) -> Iterator[str]:
 
 
 def _encode(
-    demonstrations: list[Demonstration], renderer: Renderer, room: int
-) -> tuple[list[dict[str, list[int]]], int]:
-    """Render and tokenize demonstrations, each cut to `room` tokens; count the replies cut."""
-    rows, cut = [], 0
-    for row in demonstrations:
-        encoded = renderer.encode(row.prompt, row.response, room)
-        cut += encoded.is_cut
+    demonstrations: list[Demonstration], renderer: Renderer, limits: TokenLimits | int
+) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
+    """Render and tokenize demonstrations within the limits; count what is cut and left out."""
+    fitting = Fitting(renderer, limits)
+
+    def encode(row: Demonstration) -> dict[str, list[int]]:
+        encoded = fitting.encode(row.prompt, row.response)
+        fitting.count_dropped(encoded.turns_dropped)
+        fitting.counts["replies_cut"] += encoded.is_cut
         mask = [0] * len(encoded.prompt) + [1] * len(encoded.response)
-        rows.append({"input_ids": encoded.ids, "completion_mask": mask})
+        return {"input_ids": encoded.ids, "completion_mask": mask}
+
+    rows = fitting.map(demonstrations, encode)
     if not rows:
         raise DataError(
             "no demonstrations to fine-tune on; check data.source or set sft.enabled=false"
         )
-    return rows, cut
+    return rows, fitting.metrics()
 
 
 def _train(

@@ -24,7 +24,7 @@ from typing import Any
 import rlhf
 from rlhf.config import RuntimeConfig
 from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
-from rlhf.errors import RLHFError, SmokeTestFailed
+from rlhf.errors import PromptUnusable, RLHFError, SmokeTestFailed
 from rlhf.files import read_json, write_json
 
 #: File with the replies.
@@ -179,15 +179,20 @@ def _replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) ->
     max_length = context_length(model) - NEW_TOKENS
     torch.manual_seed(0)
     with torch.no_grad():
-        return [
-            _reply(model, renderer, renderer.encode_prompt(prompt, max_length))
-            for prompt in prompts
-        ]
+        return [_reply(model, renderer, prompt, max_length) for prompt in prompts]
 
 
-def _reply(model: Any, renderer: Any, ids: list[int]) -> str:
-    """Sample a reply as evaluation does: a small policy's greedy reply may be empty."""
+def _reply(model: Any, renderer: Any, prompt: Prompt, max_prompt: int) -> str:
+    """Sample a reply as evaluation does: a small policy's greedy reply may be empty.
+
+    A prompt that no stage could give the model gets none.
+    """
     import torch
+
+    try:
+        ids = renderer.encode_prompt(prompt, max_prompt)
+    except PromptUnusable:
+        return ""
 
     input_ids = torch.tensor([ids], device=model.device)
     if not model(input_ids=input_ids).logits.isfinite().all():

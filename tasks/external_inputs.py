@@ -9,7 +9,7 @@ from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteCompon
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.custom_code import CustomCode
 from rlhf.files import expand_home
-from rlhf.modeling.source import ExternalModel
+from rlhf.modeling.source import ExternalModel, ExternalTokenizer
 
 
 def external_base_model(config: PipelineConfig) -> ExternalModel | None:
@@ -18,6 +18,26 @@ def external_base_model(config: PipelineConfig) -> ExternalModel | None:
     if base.path is None:
         return None
     return ExternalModel("base.path", base.path, config.store_options, base.revision)
+
+
+def external_tokenizer(config: PipelineConfig, *stages: str) -> ExternalTokenizer | None:
+    """Return the tokenizer that data are checked against; None leaves the check to the stages.
+
+    They check too: where the tokenizer is trained on the data, where the base is an artifact, which
+    must not become a parent of its data, and where it is a folder and the `stages`, that which
+    prepares data and that which trains the base, run on different machines.
+    """
+    model = external_base_model(config)
+    if model is None or model.is_artifact or config.data.source == "world":
+        return None
+    is_elsewhere = bool(config.placement) and not (model.uri.startswith("s3://") or model.is_on_hub)
+    if is_elsewhere and len({_deployment(config, stage) for stage in stages}) > 1:
+        return None
+    return ExternalTokenizer(model.field, model.uri, model.options, model.revision)
+
+
+def _deployment(config: PipelineConfig, stage: str) -> str:
+    return config.deployment_of(stage).partition("/")[2] or "inline"
 
 
 def external_reward_model(config: PipelineConfig) -> ExternalModel | None:

@@ -30,6 +30,7 @@ from rlhf.report import (
 )
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.drift import DriftCheck
 from tasks.runner import code_version, commit, library_versions, producer
 from tasks.stage import Stage, store_of
 from tasks.stages import (
@@ -60,6 +61,7 @@ class PipelineRun:
     error: BaseException | None = None
     report: Path | None = None
     advice: tuple[str, ...] = ()
+    drift: DriftCheck | None = None
 
     @property
     def all_cached(self) -> bool:
@@ -79,10 +81,21 @@ def write_report(run: PipelineRun) -> str:
     return summary
 
 
+def drift_lines(run: PipelineRun) -> list[str]:
+    """Return what is known of the drift of a run's data, a sentence each."""
+    if run.drift is None:
+        return []
+    figures = [f"against the champion's data: {run.drift.headline}"] if run.drift.headline else []
+    return [*figures, *run.drift.drift.notes, *(f"warning: {w}" for w in run.drift.warnings)]
+
+
 def _publish(run: PipelineRun, store: Store) -> str:
     """Publish the report, or find the one of an equal run; return its digest."""
     refs = {name: ref.digest for name, ref in run.refs.items()}
     identity = {"refs": refs, "outcome": run.outcome, "config": run.config.model_dump(mode="json")}
+    if run.drift and run.drift.verdict:
+        # Of the champion that the data were compared with.
+        identity["drift"] = run.drift.verdict.digest
     key = sha256_bytes(canonical_json(identity))
     folder = expand_home(apply_machine_settings(run.config).runtime.report_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +144,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         samples=tuple(_sample(row) for row in samples[: run.config.evaluation.samples]),
         verdicts=tuple(_verdicts(run, store)),
         advice=run.advice,
+        drift=run.drift.as_json() if run.drift else None,
         config_rows=tuple(
             ConfigRow(*row) for row in LoadedConfig(config=run.config, sources=run.origins).rows()
         ),
@@ -193,6 +207,7 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
         f"**{run.outcome}**: {_cell(run.reason)}",
         _table(("stage", "state", "key metric", "artifact"), stages),
         "\n".join(f"- Data: {escape(finding, None)}" for finding in findings),
+        "\n".join(f"- Drift: {escape(line, None)}" for line in drift_lines(run)),
         _table(("gate", "metric", "value", "needs", "passed"), checks),
         f"Report: `{run.report}`, on the machine that ran this, or\n\n    {pull}",
     )

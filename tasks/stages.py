@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
@@ -23,6 +24,7 @@ from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, judge, read_verdict, require
+from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
@@ -30,14 +32,27 @@ from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.external_inputs import (
     external_base_model,
     external_reward_model,
+    external_tokenizer,
     reward_function_digests,
     reward_settings,
 )
 from tasks.stage import Shown, Stage, StageRun, store_of
 
+if TYPE_CHECKING:
+    from rlhf.data.model_check import ModelCheck
+
 log = logging.getLogger("rlhf.tasks")
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"
+#: Settings of the data that are in the stages' token limits.
+_MODEL_SETTINGS = {"max_prompt", "max_reply", "system"}
+#: Parts of a headline: prompts that a stage shortened or left out.
+PROMPT_COUNTS = (
+    ("{:,} prompts shortened by whole turns", "prompts_shortened"),
+    ("{:,} prompts left out as too long", "prompts_too_long"),
+    ("{:,} prompts refused by the chat template", "prompts_refused"),
+    ("{:,} system turns refused", "system_turns_refused"),
+)
 
 
 def _prepare_data(run: StageRun) -> StageResult:
@@ -46,8 +61,21 @@ def _prepare_data(run: StageRun) -> StageResult:
     config = run.config
     return prepare_data(
         config.data, run.out_dir, seed=config.seed, store_options=config.store_options,
-        forgotten=forgotten_ids(run.store), progress=run.progress,
+        forgotten=forgotten_ids(run.store), model=_model_check(run), progress=run.progress,
     )  # fmt: skip
+
+
+def _model_check(run: StageRun) -> ModelCheck | None:
+    """Return the check against the base model's tokenizer, if that is known before training."""
+    if "base" not in run.folders:
+        return None
+    from rlhf.data.model_check import ModelCheck
+    from rlhf.data.rendering import Renderer
+    from rlhf.modeling.base import load_tokenizer
+
+    folder, limits = run.folders["base"], run.config.token_limits()
+    context = read_json(folder / CONFIG).get("max_position_embeddings")
+    return ModelCheck(Renderer(load_tokenizer(folder)), limits.within(context or sys.maxsize))
 
 
 def _data_digest(config: PipelineConfig) -> str:
@@ -80,7 +108,7 @@ def _train_sft(run: StageRun) -> StageResult:
         section = section.model_copy(update={"processes": None})
     if "base" in run.folders:
         base = base.model_copy(update={"path": str(run.folders["base"]), "revision": None})
-    return _train(run, "sft", section, base=base)
+    return _train(run, "sft", section, base=base, limits=run.config.token_limits("sft"))
 
 
 def _train_reward_model(run: StageRun) -> StageResult:
@@ -93,7 +121,7 @@ def _train_reward_model(run: StageRun) -> StageResult:
     section = run.config.reward_model
     if "base" in run.folders:
         section = section.model_copy(update={"base": str(run.folders["base"])})
-    return _train(run, "reward_model", section)
+    return _train(run, "reward_model", section, limits=run.config.token_limits())
 
 
 def _train_policy(run: StageRun) -> StageResult:
@@ -103,6 +131,7 @@ def _train_policy(run: StageRun) -> StageResult:
     section = run.config.ppo.model_copy(update={"reward_model_path": None})
     return _train(
         run, "ppo", section, verdict=approved.verdict, checkpoints=run.checkpoints,
+        limits=run.config.token_limits(),
         checkpoint_store=checkpoint_store_of(run),
         identity={
             "data": run.refs["data"].digest,
@@ -138,7 +167,7 @@ def _evaluate_reward_model(run: StageRun) -> StageResult:
     config = run.config
     return evaluate_reward_model(
         config.evaluation, config.data, run.folders["data"], run.folders["reward-model"],
-        run.out_dir, max_length=config.reward_model.max_length, runtime=config.runtime,
+        run.out_dir, limits=config.token_limits(), runtime=config.runtime,
         progress=run.progress,
     )  # fmt: skip
 
@@ -149,8 +178,9 @@ def _evaluate_policy(run: StageRun) -> StageResult:
     config = run.config
     return evaluate_policy(
         config.evaluation, config.ppo, run.folders["data"], run.folders["sft"],
-        run.folders["policy"], run.folders["reward-model"], run.out_dir, seed=config.seed,
-        runtime=config.runtime, progress=run.progress,
+        run.folders["policy"], run.folders["reward-model"], run.out_dir,
+        limits=config.token_limits(), seed=config.seed, runtime=config.runtime,
+        progress=run.progress,
     )  # fmt: skip
 
 
@@ -210,17 +240,41 @@ def _is_champion(
     return is_champion(config, refs["policy"], store)
 
 
+def _limits(
+    config: PipelineConfig, section: Literal["sft", "reward_model"] = "reward_model"
+) -> Mapping[str, Any]:
+    """Return the token limits without what decides only whether a stage stops."""
+    limits = config.token_limits(section).model_dump(exclude={"max_bad_fraction"})
+    # It is in the limit of prompts; where that is set, other stages need not run again.
+    del limits["max_new_tokens"]
+    return limits
+
+
+def _base_tokenizer(config: PipelineConfig) -> ExternalModel | None:
+    return external_tokenizer(config, PREPARE_DATA.name, TRAIN_SFT.name)
+
+
+def _reward_limits(config: PipelineConfig) -> Mapping[str, Any]:
+    """Return the limits of training a reward model; a ready one has none."""
+    return {} if config.ppo.reward_model_path is not None else {"limits": _limits(config)}
+
+
 PREPARE_DATA = Stage(
     name="prepare-data",
     kind="dataset",
     inputs={},
-    depends_on=lambda c: {"data": c.data.model_dump(exclude={"source", "eval_source"})},
+    depends_on=lambda c: {
+        "data": c.data.model_dump(exclude={"source", "eval_source", "drift", *_MODEL_SETTINGS}),
+        **({"limits": _limits(c)} if _base_tokenizer(c) else {}),
+    },
+    external_model=_base_tokenizer,
     source_digest=_data_digest,
     body=_prepare_data,
     headline=(
         ("{:,} pairs", "pairs_train"),
         ("{:,} prompts", "prompts_train"),
         ("{:,} rows repeat another", "rows_merged"),
+        ("{:,} prompts shortened by whole turns", "prompts_shortened"),
         ("{}", "rows_left_out"),
     ),
     show=_show_data,
@@ -233,6 +287,7 @@ TRAIN_SFT = Stage(
     depends_on=lambda c: {
         "sft": c.sft.model_dump(exclude={*UNFINGERPRINTED_FIELDS}),
         "base": c.base.model_dump(exclude={"path"}),
+        "limits": _limits(c, "sft"),
     },
     external_model=external_base_model,
     body=_train_sft,
@@ -240,7 +295,7 @@ TRAIN_SFT = Stage(
         ("loss {:.3f}", "loss"),
         ("{:,} parameters", "parameters"),
         ("{:,} replies cut at max_length", "replies_cut"),
-        ("{:,} prompts refused by the chat template", "prompts_refused"),
+        *PROMPT_COUNTS,
     ),
     section="sft",
     tracks_steps=True,
@@ -250,14 +305,14 @@ TRAIN_REWARD_MODEL = Stage(
     name="train-reward-model",
     kind="reward-model",
     inputs={"data": PREPARE_DATA.name, "sft": TRAIN_SFT.name},
-    depends_on=reward_settings,
+    depends_on=lambda c: {**reward_settings(c), **_reward_limits(c)},
     external_model=external_reward_model,
     body=_train_reward_model,
     headline=(
         ("loss {:.3f}", "loss"),
         ("ready model, {:,} parameters", "parameters"),
         ("{:,} pairs cut at max_length", "pairs_cut"),
-        ("{:,} prompts refused by the chat template", "prompts_refused"),
+        *PROMPT_COUNTS,
         ("{:,} left out, equal when cut", "pairs_equal_when_cut"),
     ),
     section="reward_model",
@@ -271,13 +326,16 @@ EVALUATE_REWARD_MODEL = Stage(
     depends_on=lambda c: {
         "evaluation": c.evaluation,
         "world": c.data.world,
-        "max_length": c.reward_model.max_length,
+        "limits": _limits(c),
     },
     body=_evaluate_reward_model,
     headline=(
         ("accuracy {:.3f} [{:.3f}, {:.3f}]", "accuracy", "accuracy_low", "accuracy_high"),
         ("longer reply {:.3f}", "baseline_longer"),
         ("ceiling {:.3f}", "ceiling"),
+        ("{:,} pairs cut at max_length", "pairs_cut"),
+        *PROMPT_COUNTS,
+        ("{:,} left out, equal when cut", "pairs_equal_when_cut"),
     ),
     section="evaluation",
 )
@@ -307,9 +365,10 @@ TRAIN_POLICY = Stage(
     depends_on=lambda c: {
         "ppo": c.ppo.model_dump(exclude={"reward_model_path", *UNFINGERPRINTED_FIELDS}),
         "others": reward_function_digests(c.ppo),
+        "limits": _limits(c),
     },
     body=_train_policy,
-    headline=(("reward {:.2f}", "reward"), ("KL {:.2f}", "kl")),
+    headline=(("reward {:.2f}", "reward"), ("KL {:.2f}", "kl"), *PROMPT_COUNTS),
     section="ppo",
     tracks_steps=True,
 )
@@ -326,6 +385,7 @@ EVALUATE_POLICY = Stage(
     depends_on=lambda c: {
         "evaluation": c.evaluation,
         "max_new_tokens": c.ppo.max_new_tokens,
+        "limits": _limits(c),
         "stop_sequences": c.ppo.generation.stop_sequences,
     },
     body=_evaluate_policy,
@@ -333,6 +393,7 @@ EVALUATE_POLICY = Stage(
         ("wins {:.1%}", "sampled.win_rate"),
         ("gold wins {:.1%}", "sampled.gold_win_rate"),
         ("KL {:.2f}", "sampled.kl"),
+        *PROMPT_COUNTS,
     ),
     section="evaluation",
     show=_show_samples,

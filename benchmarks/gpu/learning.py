@@ -52,7 +52,7 @@ def _learn(context: Context, results: Results, precision: str) -> None:
     started = time.perf_counter()
     evaluate_reward_model(
         config.evaluation, config.data, data, reward, judged,
-        max_length=config.reward_model.max_length, runtime=context.runtime,
+        limits=config.reward_model.max_length, runtime=context.runtime,
     )  # fmt: skip
     metrics: dict[str, Any] = read_json(judged / EVALUATION)
     results.put(

@@ -176,7 +176,7 @@ def make_inputs(config: PipelineConfig, work: Path) -> None:
         work / "evaluation",
         lambda out: evaluate_reward_model(
             config.evaluation, config.data, data, reward, out,
-            max_length=config.reward_model.max_length, runtime=runtime,
+            limits=config.reward_model.max_length, runtime=runtime,
         ),
     )  # fmt: skip
 

@@ -67,6 +67,7 @@ class Run:
             policy, self.reference, self.held_out, self.renderer, StopSequences(self.renderer),
             self.scorer, judge_of(evaluation),
             Sampling(ppo.max_new_tokens, evaluation.temperature), EVALUATION_SEED, evaluation,
+            self.max_prompt,
         )  # fmt: skip
         assert answers.gold is not None
         assert answers.kl is not None

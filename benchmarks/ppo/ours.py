@@ -168,7 +168,7 @@ class TokenReward:
         renderer = self.scorer.renderer
         rows = []
         for reply in batch:
-            encoded = renderer.encode(reply.prompt, reply.response, self.scorer.max_length)
+            encoded = renderer.encode(reply.prompt, reply.response, self.scorer.limits)
             rows.append(encoded.ids if reply.finished else encoded.ids[:-1])
         scores = self.scorer.score_ids(rows)
         return Scored(scores, {"reward_model": scores}, {"reward_model": scores})

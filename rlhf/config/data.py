@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from rlhf.config.drift import DriftConfig
+from rlhf.config.lengths import SystemPolicy
 from rlhf.config.section import Section, nested_error, validate_as
 from rlhf.config.text import BROKEN, parse
 
@@ -222,6 +224,18 @@ class DataConfig(Section):
     """Pairs whose prompt is longer are left out and counted."""
     max_reply_chars: int = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""
+    max_prompt: int | None = Field(default=None, ge=1)
+    """Longest prompt in tokens of the model, in every stage: of a longer one whole turns after the
+    system turn are left out, oldest first; what still does not fit is left out and counted. none is
+    what `ppo.max_new_tokens` leave of the shorter `max_length`."""
+    max_reply: int | None = Field(default=None, ge=1)
+    """Longest reply in tokens, with its end token, in every stage; a longer one is cut and has no
+    end token. none is what its prompt leaves of `max_length`."""
+    system: SystemPolicy = "fold"
+    """System turns where the model's chat template has none: `fold` puts them into the first user
+    turn, `refuse` leaves the rows out and counts them."""
+    drift: DriftConfig = DriftConfig()
+    """What follows if the data differ from those of the champion."""
 
     @model_validator(mode="after")
     def _world_has_no_columns(self) -> Self:

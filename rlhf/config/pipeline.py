@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from rlhf.config.data import DataConfig
+from rlhf.config.lengths import TokenLimits
 from rlhf.config.ppo import PPOConfig, allow_aliases, by_field_names
 from rlhf.config.section import OrText, Section
 from rlhf.config.training import (
@@ -216,6 +217,31 @@ class PipelineConfig(Section):
         """Return the deployment that runs a stage, or `inline`."""
         return next((place for name, place in self.placement.items() if name == stage), INLINE)
 
+    def token_limits(self, section: Literal["sft", "reward_model"] = "reward_model") -> TokenLimits:
+        """Return the most tokens of prompts and replies, with the `max_length` of a section.
+
+        Prompts have the same limit in all stages: they leave room for `ppo.max_new_tokens` in the
+        shorter `max_length`.
+        """
+        max_prompt = self._shortest_length()[1] - self.ppo.max_new_tokens
+        return TokenLimits(
+            max_length=getattr(self, section).max_length,
+            max_prompt=min(max_prompt, self.data.max_prompt or max_prompt),
+            max_reply=self.data.max_reply,
+            max_new_tokens=self.ppo.max_new_tokens,
+            system=self.data.system,
+            max_bad_fraction=self.data.max_bad_fraction,
+        )
+
+    def _shortest_length(self) -> tuple[str, int]:
+        """Return the setting that allows the fewest tokens of prompt and reply, and its value."""
+        lengths = {"reward_model.max_length": self.reward_model.max_length}
+        if self.sft.enabled:
+            lengths["sft.max_length"] = self.sft.max_length
+        if self.base.path is None:
+            lengths["base.architecture.context"] = self.base.architecture.context
+        return min(lengths.items(), key=lambda item: item[1])
+
     @model_validator(mode="before")
     @classmethod
     def _by_field_names(cls, data: Any) -> Any:
@@ -248,6 +274,7 @@ class PipelineConfig(Section):
                 f"reward_model.margin_coef = {self.reward_model.margin_coef:g} needs margins, and "
                 "the pairs of data.source = 'world' have none; set it to 0"
             )
+        self._check_lengths()
         if self.ppo.shared_base:
             self._check_reward_model_is_an_adapter()
         placed = [stage for stage, place in self.placement.items() if place != INLINE]
@@ -268,6 +295,27 @@ class PipelineConfig(Section):
                 "sft.enabled = false needs base.path: an untrained model can't be a policy"
             )
         return self
+
+    def _check_lengths(self) -> None:
+        """Refuse replies that the policy samples and the reward model could not read."""
+        data, new_tokens = self.data, self.ppo.max_new_tokens
+        name, length = self._shortest_length()
+        if new_tokens >= length:
+            raise ValueError(
+                f"ppo.max_new_tokens = {new_tokens} leaves no room for a prompt in {name} = "
+                f"{length}; lower it, or raise {name}"
+            )
+        if data.max_prompt and data.max_prompt + new_tokens > length:
+            raise ValueError(
+                f"data.max_prompt = {data.max_prompt} and ppo.max_new_tokens = {new_tokens} exceed "
+                f"{name} = {length} together; lower one of them, or raise {name}"
+            )
+        if data.max_reply and data.max_reply < new_tokens:
+            raise ValueError(
+                f"data.max_reply = {data.max_reply} is less than ppo.max_new_tokens = "
+                f"{new_tokens}: the reward model would not read the end of the policy's replies; "
+                "raise it, or lower ppo.max_new_tokens"
+            )
 
     def _check_reward_model_is_an_adapter(self) -> None:
         reason = None

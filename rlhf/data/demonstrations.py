@@ -20,6 +20,7 @@ from rlhf.data.comparisons import PAIRS
 from rlhf.data.formats import PROMPTS, SYSTEMS
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
+from rlhf.data.model_check import CheckPrompt
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.privacy import PersonalData
 from rlhf.data.quarantine import Quarantine
@@ -57,6 +58,7 @@ def read_demonstrations(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    check: CheckPrompt | None = None,
 ) -> OwnRows[Demonstration]:
     """Read `data.sft_source`.
 
@@ -69,6 +71,7 @@ def read_demonstrations(
         seed: Seeds the choice by weights.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        check: Finds prompts that the model can't be given.
 
     Raises:
         ConfigError: A source does not exist, or its format is not known.
@@ -86,7 +89,7 @@ def read_demonstrations(
 
     return read_own_rows(
         config, "sft_source", options, quarantine, find_layout,
-        held_out=held_out, refuse=refuse, seed=seed, note=note, personal=personal,
+        held_out=held_out, refuse=refuse, seed=seed, note=note, personal=personal, check=check,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from rlhf.data.collect import exact_key
 from rlhf.data.columns import Row
 from rlhf.data.ledger import Ledger, Origin
 from rlhf.data.mixing import MixedSource, Sources, not_in_share, repeated
+from rlhf.data.model_check import CheckPrompt
 from rlhf.data.pairs import merged_ids
 from rlhf.data.parts import SAMPLE_ROWS
 from rlhf.data.privacy import PersonalData, redacted_row
@@ -93,6 +94,7 @@ def read_own_rows(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    check: CheckPrompt | None = None,
 ) -> OwnRows[ItemT]:
     """Read the items of a setting's sources.
 
@@ -107,6 +109,7 @@ def read_own_rows(
         seed: Seeds the choice by weights that are no whole numbers.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        check: Finds prompts that the model can't be given.
 
     Raises:
         ConfigError: A source does not exist, or its format is not known.
@@ -131,7 +134,8 @@ def read_own_rows(
     asked = [found.prompt for found in items.values()]
     is_held_out = _held_out_test(held_out, asked, config.near_duplicates)
     for key, found in items.items():
-        reason, number = refuse(found), sources.times(key, origins[key], seed)
+        reason = refuse(found) or (check(found.prompt) if check else None)
+        number = sources.times(key, origins[key], seed)
         if is_held_out(found.prompt):
             reason = LeftOutError(
                 "prompt is held out", "it, or a turn of its conversation, is held out for the gate",

@@ -17,6 +17,7 @@ from rlhf.data.demonstrations import read_demonstrations
 from rlhf.data.formats import Layout
 from rlhf.data.ledger import Ledger, Origin, in_a_sentence
 from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share
+from rlhf.data.model_check import ModelCheck
 from rlhf.data.own_rows import OwnRows
 from rlhf.data.pairs import Pairs
 from rlhf.data.partition import Partition, check_sizes, partition
@@ -35,9 +36,11 @@ from rlhf.data.rows import (
     PROMPTS_TRAIN,
     QUARANTINE,
     SUMMARY,
+    Demonstration,
     Pair,
     PromptRow,
 )
+from rlhf.data.sketch import write_sketch
 from rlhf.data.sources import Part, open_source, source_names
 from rlhf.data.spill import Spill
 from rlhf.data.tallies import Tallies
@@ -80,6 +83,7 @@ def prepare_data(
     seed: int = 0,
     store_options: StoreConfig | None = None,
     forgotten: frozenset[str] = frozenset(),
+    model: ModelCheck | None = None,
     progress: Progress = silent,
 ) -> StageResult:
     """Write a dataset: demonstrations, pairs and prompts, split by prompt; a summary.
@@ -92,6 +96,8 @@ def prepare_data(
         seed: Seeds the split (and the world, for `source: world`).
         store_options: S3 options, for an s3:// source.
         forgotten: Ids of rows to go without.
+        model: Check against the model that will be trained; rows that it can't be given are left
+            out. None where its tokenizer is yet to be trained.
         progress: Called after reading and after writing.
 
     Raises:
@@ -105,7 +111,7 @@ def prepare_data(
         path = out_dir / QUARANTINE
         try:
             prepared = _from_source(
-                config, store_options or StoreConfig(), seed, path, forgotten, progress
+                config, store_options or StoreConfig(), seed, path, forgotten, model, progress
             )
         except BaseException:
             path.unlink(missing_ok=True)
@@ -113,6 +119,8 @@ def prepare_data(
     written = write_parts(out_dir, prepared.parts)
     summary = _summary(config, written, prepared.facts)
     summary["findings"] = write_card(out_dir, prepared.pairs, prepared.evidence, summary)
+    own_prompts = [row.prompt for row in prepared.own_prompts]
+    write_sketch(out_dir, prepared.pairs, own_prompts, prepared.own_demonstrations)
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
     metrics = {k: v for k, v in summary.items() if not isinstance(v, dict | list)}
@@ -129,6 +137,10 @@ class _Prepared:
     evidence: Evidence = field(default_factory=Evidence)
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     """Entries of the summary on the source."""
+    own_prompts: Sequence[PromptRow] = ()
+    """Prompts of a source of their own."""
+    own_demonstrations: Sequence[Demonstration] = ()
+    """Demonstrations of a source of their own."""
 
 
 def read_pairs(
@@ -253,6 +265,7 @@ def _from_source(
     seed: int,
     path: Path,
     forgotten: frozenset[str],
+    model: ModelCheck | None,
     progress: Progress,
 ) -> _Prepared:
     fields = PromptFields(config)
@@ -260,6 +273,9 @@ def _from_source(
     with Quarantine(path, forgotten=forgotten, personal_data=policy) as quarantine:
         reading = read_pairs(config, options, quarantine, fields, folder=path.parent)
         progress(1, 2, {"pairs": len(reading.pairs) + len(reading.held_out)})
+        if model:
+            reading.pairs = model.usable(reading.pairs)
+            reading.held_out = model.usable(reading.held_out)
         pairs = _weighted(reading, seed)
         divided = partition(pairs, reading.held_out, config, seed, reading.note)
         sources = reading.sources
@@ -268,7 +284,7 @@ def _from_source(
         for source in sources.all:
             source.check(config.max_bad_fraction)
         check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
-        own = _own_rows(config, options, quarantine, fields, divided, seed, reading)
+        own = _own_rows(config, options, quarantine, fields, divided, seed, reading, model)
     evidence = Evidence(
         reading.tallies, reading.totals, reading.rows,
         left_out_reasons(quarantine.ordered(), quarantine.examples),
@@ -277,7 +293,7 @@ def _from_source(
         dataset_parts(divided, own, fields, config),
         divided.written(),
         evidence,
-        _facts(reading, divided, own, quarantine, used),
+        _facts(reading, divided, own, quarantine, used) | (model.facts() if model else {}),
     )
 
 
@@ -327,7 +343,7 @@ def _facts(
 
 def _own_rows(
     config: DataConfig, options: StoreConfig, quarantine: Quarantine, fields: PromptFields,
-    parts: Partition, seed: int, reading: Reading,
+    parts: Partition, seed: int, reading: Reading, model: ModelCheck | None,
 ) -> dict[str, OwnRows[Any]]:  # fmt: skip
     """Read demonstrations and prompts of their own, by the file that they are written to."""
     own: dict[str, OwnRows[Any]] = {}
@@ -342,6 +358,7 @@ def _own_rows(
             seed,
             reading.note,
             reading.personal,
+            model.prompt_fault if model else None,
         )
     if config.prompts_source is not None:
         own[PROMPTS_TRAIN] = read_prompts(
@@ -353,6 +370,7 @@ def _own_rows(
             seed,
             reading.note,
             reading.personal,
+            model.prompt_fault if model else None,
         )
     return own
 
@@ -388,15 +406,21 @@ def _from_world(config: DataConfig, seed: int) -> _Prepared:
     except ValueError as error:
         raise DataError(f"data.world: {error}; ask for fewer") from None
     train = [Pair(p.prompt, p.chosen, p.rejected) for p in world.pairs]
+    prompts = [PromptRow(p) for p in world.prompts]
     parts: Parts = {
         DEMONSTRATIONS: world.demonstrations,
         PAIRS_TRAIN: train,
         PAIRS_EVAL: world.eval_pairs,
-        PROMPTS_TRAIN: [PromptRow(p) for p in world.prompts],
+        PROMPTS_TRAIN: prompts,
         PROMPTS_EVAL: world.eval_prompts,
     }
     held_out = [Pair(p.prompt, p.chosen, p.rejected, p.group) for p in world.eval_pairs]
-    return _Prepared(parts, [*train, *held_out])
+    return _Prepared(
+        parts,
+        [*train, *held_out],
+        own_prompts=prompts,
+        own_demonstrations=[Demonstration(d.prompt, d.response) for d in world.demonstrations],
+    )
 
 
 def _summary(config: DataConfig, written: Written, facts: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rlhf.data.demonstrations import REPLIES as SINGLE_REPLIES
 from rlhf.data.formats import PROMPTS, SYSTEMS, detect
 from rlhf.data.markup import LISTS
 from rlhf.data.mixing import MixedSource
+from rlhf.data.model_check import CheckPrompt
 from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
@@ -53,6 +54,7 @@ def read_prompts(
     seed: int,
     note: Callable[[str], None],
     personal: PersonalData,
+    check: CheckPrompt | None = None,
 ) -> OwnRows[PromptRow]:
     """Read `data.prompts_source`; references and metadata are those of `fields`.
 
@@ -65,6 +67,7 @@ def read_prompts(
         seed: Seeds the choice by weights.
         note: Receives sentences for the user.
         personal: Policy for personal data.
+        check: Finds prompts that the model can't be given.
 
     Raises:
         ConfigError: A source does not exist, or no column holds prompts.
@@ -73,7 +76,7 @@ def read_prompts(
     """
     own = read_own_rows(
         config, "prompts_source", options, quarantine, partial(find_layout, fields=fields),
-        held_out=held_out, seed=seed, note=note, personal=personal,
+        held_out=held_out, seed=seed, note=note, personal=personal, check=check,
     )  # fmt: skip
     own.items = [fields.complete(row) for row in own.items]
     return own

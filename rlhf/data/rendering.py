@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.rows import Message, Prompt, Row, messages_of
-from rlhf.errors import DataError
+from rlhf.config.lengths import TokenLimits
+from rlhf.data.rows import Message, Prompt, messages_of
+from rlhf.errors import PromptUnusable
 
 ASSISTANT = "<|assistant|>"
 END = "<|end|>"
 PAD = "<|pad|>"
 USER = "<|user|>"
 SYSTEM = "<|system|>"
-#: Largest share of a stage's rows that the model's chat template may refuse.
-MAX_REFUSED = 0.1
+#: Reasons for which a model can't answer a prompt.
+REFUSED = "prompt refused by the chat template"
+TOO_LONG = "prompt too long for the model"
 SPECIAL_TOKENS = [PAD, END, USER, ASSISTANT, SYSTEM]
 
 #: Chat template of a model trained from scratch; each marker is a single token.
@@ -40,7 +42,9 @@ class Encoded:
     prompt: list[int]
     response: list[int]
     is_cut: bool = False
-    """True if the reply lost its end."""
+    """True if the reply lost its end, and so its end-of-reply token."""
+    turns_dropped: int = 0
+    """Turns of the prompt that are left out."""
 
     @property
     def ids(self) -> list[int]:
@@ -72,21 +76,28 @@ class Renderer:
         an empty line follows.
 
         Raises:
-            DataError: The template refuses the order of roles.
+            PromptUnusable: The template refuses the order of roles.
         """
-        messages: list[Message] = [
-            {**m, "content": self._escape(m["content"])} for m in messages_of(prompt)
-        ]
+        messages = self._escaped(prompt)
         if messages[0]["role"] != "system":
             return self._render(messages)
+        text = self._with_system_turn(messages)
+        return self._render(_folded(messages)) if text is None else text
+
+    def folds(self, prompt: Prompt) -> bool:
+        """Return whether the prompt's system turn has no place of its own in the template."""
+        messages = self._escaped(prompt)
+        return messages[0]["role"] == "system" and self._with_system_turn(messages) is None
+
+    def _with_system_turn(self, messages: list[Message]) -> str | None:
+        """Render messages as they are; None if the template has no place for a system turn."""
         try:
             text = self._render(messages)
-            if messages[0]["content"].strip() in text:
-                return text
-        except DataError:
+        except PromptUnusable:
             if len(messages) == 1:
                 raise
-        return self._render(_folded(messages))
+            return None
+        return text if messages[0]["content"].strip() in text else None
 
     def _render(self, messages: list[Message]) -> str:
         from jinja2 import TemplateError
@@ -97,79 +108,84 @@ class Renderer:
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
+            raise PromptUnusable(
+                REFUSED,
                 f"the model's chat template refuses a prompt of the roles {roles} "
-                f"({' '.join(str(error).split())[:100]}); leave such rows out, or use a model "
-                "whose template takes them"
+                f"({' '.join(str(error).split())[:100]})",
+                "leave such rows out, or use a model whose template takes them",
             ) from None
 
-    def _escape(self, content: str) -> str:
+    def _escaped(self, prompt: Prompt) -> list[Message]:
         """Break up special tokens, so that a user's text can't end or begin a turn."""
+        return [{**m, "content": self._escape(m["content"])} for m in messages_of(prompt)]
+
+    def _escape(self, content: str) -> str:
         for token in self.tokenizer.all_special_tokens:
             content = content.replace(token, f"{token[0]} {token[1:]}")
         return content
 
-    def encode_prompt(self, prompt: Prompt, max_length: int) -> list[int]:
-        """Return token ids of the prompt, at most `max_length`.
+    def encode_prompt(self, prompt: Prompt, max_prompt: int) -> list[int]:
+        """Return token ids of the prompt, at most `max_prompt`; see `fit_prompt`."""
+        return self.fit_prompt(prompt, max_prompt)[0]
 
-        Of a prompt that is too long, the oldest turns after the system turn are left out as a
-        whole. If the last user's turn and the system turn still don't fit, that turn loses its
-        beginning, so that the system turn and all headers stay.
+    def fit_prompt(self, prompt: Prompt, max_prompt: int) -> tuple[list[int], int]:
+        """Return token ids of the prompt, at most `max_prompt`, and how many turns it lost.
+
+        Of a prompt that is too long, the fewest turns after the system turn are left out, each as a
+        whole, so that the rest begins with a user's turn. The system turn and the last user's turn,
+        with what follows it, always stay.
+
+        Raises:
+            PromptUnusable: They alone are too long, or the template refuses the order of roles.
         """
         ids = self._prompt_ids(prompt)
-        if len(ids) <= max_length:
-            return ids
+        if len(ids) <= max_prompt:
+            return ids, 0
         messages = messages_of(prompt)
         system = messages[:1] if messages[0]["role"] == "system" else []
         starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > len(system)]
-        for start in starts:
-            ids = self._prompt_ids([*system, *messages[start:]])
-            if len(ids) <= max_length:
-                return ids
-        rest = messages[starts[-1] :] if starts else messages[len(system) :]
-        return self._cut_first(system, rest or system, max_length) or ids[-max_length:]
+
+        def length(start: int) -> int:
+            return len(self._prompt_ids([*system, *messages[start:]]))
+
+        # The later the start, the shorter the prompt.
+        first = bisect.bisect_left(starts, -max_prompt, key=lambda start: -length(start))
+        if first < len(starts):
+            start = starts[first]
+            return self._prompt_ids([*system, *messages[start:]]), start - len(system)
+        shortest = length(starts[-1]) if starts else len(ids)
+        raise PromptUnusable(
+            TOO_LONG,
+            f"{shortest:,} tokens with {'the system turn and ' if system else ''}the last user "
+            f"turn alone, and {max_prompt:,} fit",
+            "raise sft.max_length and reward_model.max_length, or lower ppo.max_new_tokens",
+        )
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
 
-    def _cut_first(
-        self, system: list[Message], messages: list[Message], max_length: int
-    ) -> list[int] | None:
-        """Return the ids of the messages with the longest end of the first one that fits."""
-        first, *rest = messages
-        low, high = 0, len(first["content"])
-        best = None
-        while low <= high:
-            kept = (low + high) // 2
-            content = first["content"][len(first["content"]) - kept :]
-            ids = self._prompt_ids([*system, {**first, "content": content}, *rest])
-            if len(ids) <= max_length:
-                best, low = ids, kept + 1
-            else:
-                high = kept - 1
-        return best
+    def encode(self, prompt: Prompt, response: str, limits: TokenLimits | int) -> Encoded:
+        """Return token ids of prompt and reply: the one rule of cutting, for all stages.
 
-    def encode(self, prompt: Prompt, response: str, max_length: int, beside: str = "") -> Encoded:
-        """Return token ids of prompt and reply, at most `max_length` together.
-
-        The prompt gets what the reply leaves, and at least half. A reply that does not fit loses
-        its end, and so the end-of-reply token: the model must not learn to stop there.
+        The prompt's ids depend on the prompt alone; see `fit_prompt`. A reply that is longer than
+        the limits allow loses its end, and so the end-of-reply token: the model must not learn to
+        stop there.
 
         Args:
             prompt: Text or messages.
             response: The reply.
-            max_length: Tokens of both.
-            beside: Another reply to the same prompt, which must be cut alike: that of a pair.
-        """
-        ids = self._reply_ids(response)
-        prompt_ids = self._prompt_ids(prompt)
-        if len(prompt_ids) > max_length // 2:
-            longest = max(len(ids), len(self._reply_ids(beside)) if beside else 0)
-            prompt_ids = self.encode_prompt(prompt, max_length - min(longest, max_length // 2))
-        room = max_length - len(prompt_ids)
-        return Encoded(prompt_ids, ids[:room], is_cut=len(ids) > room)
+            limits: Most tokens of prompt and reply; a number is that of both together.
 
-    def _reply_ids(self, response: str) -> list[int]:
+        Raises:
+            PromptUnusable: See `fit_prompt`.
+        """
+        limits = TokenLimits.of(limits)
+        prompt_ids, dropped = self.fit_prompt(prompt, limits.prompt)
+        ids, room = self.encode_reply(response), limits.reply_after(len(prompt_ids))
+        return Encoded(prompt_ids, ids[:room], len(ids) > room, dropped)
+
+    def encode_reply(self, response: str) -> list[int]:
+        """Return token ids of a whole reply, with the end-of-reply token."""
         ids = self.tokenizer(response, add_special_tokens=False, split_special_tokens=True)
         return [*ids["input_ids"], self.tokenizer.eos_token_id]
 
@@ -186,40 +202,6 @@ def _folded(messages: list[Message]) -> list[Message]:
             text = f"{system['content']}\n\n{message['content']}"
             return [*rest[:index], {**message, "content": text}, *rest[index + 1 :]]
     return [{**system, "role": "user"}, *rest]
-
-
-def renderable(rows: Sequence[Row], renderer: Renderer) -> tuple[list[Row], int]:
-    """Return the rows whose prompts the chat template takes, and the number of those it refuses.
-
-    Templates refuse an order of roles, so that one prompt of each order is rendered.
-
-    Args:
-        rows: Demonstrations, pairs or prompts.
-        renderer: The model's.
-
-    Raises:
-        DataError: More than `MAX_REFUSED` of them are refused.
-    """
-    refused: dict[tuple[str, ...], DataError | None] = {}
-    taken: list[Row] = []
-    fault: DataError | None = None
-    for row in rows:
-        roles = tuple(message["role"] for message in messages_of(row.prompt))
-        if roles not in refused:
-            try:
-                renderer.prompt_text(row.prompt)
-            except DataError as error:
-                refused[roles] = error
-            else:
-                refused[roles] = None
-        if refused[roles] is None:
-            taken.append(row)
-        else:
-            fault = fault or refused[roles]
-    count = len(rows) - len(taken)
-    if count > MAX_REFUSED * len(rows):
-        raise DataError(f"{count:,} of {len(rows):,} rows can't be rendered: {fault}")
-    return taken, count
 
 
 def load_renderer(folder: Path | str) -> Renderer:

@@ -10,7 +10,8 @@ import torch
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Prompt
 from rlhf.environments.contract import Reply, Scored, single_component
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, PromptUnusable
+from rlhf.modeling.base import UNBOUNDED
 from rlhf.modeling.precision import Precision
 from rlhf.modeling.reward import Scorer, reward_meta
 
@@ -55,11 +56,14 @@ class PairModel:
 
     def _ids(self, prompt: Prompt, first: str, second: str) -> list[int]:
         """Return the input; the prompt gets half of the context, the replies the rest."""
-        room = self.scorer.max_length
-        a, b = (self.scorer.renderer.encode(prompt, r, 2 * room) for r in (first, second))
-        start = self.scorer.renderer.encode_prompt(prompt, room // 2)
+        room, renderer = self.scorer.limits.max_length, self.scorer.renderer
+        a, b = (renderer.encode_reply(reply) for reply in (first, second))
+        try:
+            start = renderer.encode_prompt(prompt, room // 2)
+        except PromptUnusable:  # the context may be shorter than the policy's: it keeps its end
+            start = renderer.encode_prompt(prompt, UNBOUNDED)[-(room // 2) :]
         share = (room - len(start)) // 2
-        return [*start, *a.response[:share], *b.response[:share]]
+        return [*start, *a[:share], *b[:share]]
 
 
 def check_rendering(policy: Renderer, reward_model: Path, scorer: Scorer) -> None:

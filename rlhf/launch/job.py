@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from rlhf.config import BaseModelConfig, PPOConfig, RewardModelConfig, RuntimeConfig, SFTConfig
+from rlhf.config.lengths import TokenLimits
 from rlhf.gates import Verdict, require
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig
 from rlhf.stage import Progress, StageResult, silent
@@ -47,6 +48,8 @@ class Job(BaseModel):
     """Model that SFT starts from; the other stages start from an input."""
     inputs: Mapping[str, JobPath]
     """Folders by role: `data`, `sft` and `reward-model`."""
+    limits: TokenLimits | None = None
+    """Most tokens of prompts and replies."""
     verdict: Verdict | None = None
     """Verdict on the reward model; None for an environment that needs none."""
     out_dir: JobPath
@@ -72,7 +75,9 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
         GateRejected: The verdict on PPO's reward model is a rejection.
         RLHFError: An error of the stage.
     """
-    shared: dict[str, Any] = {"seed": job.seed, "runtime": job.runtime, "progress": progress}
+    shared: dict[str, Any] = {
+        "limits": job.limits, "seed": job.seed, "runtime": job.runtime, "progress": progress,
+    }  # fmt: skip
     data = job.inputs["data"]
     match job.section:
         case SFTConfig():

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
@@ -96,14 +97,16 @@ class Scorer:
     Args:
         folder: Reward model with its tokenizer.
         device: Device of the model.
-        max_length: Tokens of prompt and reply together; the model's context may be shorter.
+        limits: Most tokens of prompts and replies, or of both together; the model's context may
+            be shorter.
         batch_tokens: Most tokens of one forward pass.
         model: The model of `folder`, if it is loaded already.
         precision: Precision of forward passes.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, max_length: int, batch_tokens: int = 4096,
+        self, folder: Path, device: torch.device, limits: TokenLimits | int,
+        batch_tokens: int = 4096,
         model: Any = None, precision: Precision = "fp32",
     ) -> None:  # fmt: skip
         self.renderer = load_renderer(folder)
@@ -114,25 +117,23 @@ class Scorer:
             store_in_bfloat16(self.model)
         self.model.to(device)
         # An external reward model may have a shorter context than the policy.
-        self.max_length = min(max_length, context_length(self.model))
+        self.limits = TokenLimits.of(limits).within(context_length(self.model))
         self.batch_tokens, self.device = batch_tokens, device
 
-    def __call__(
-        self, prompts: list[Any], replies: list[str], beside: list[str] | None = None
-    ) -> Float[Tensor, " batch"]:
+    def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
         """Score each reply to its own prompt; the result is on the CPU.
 
         Args:
             prompts: Texts or messages.
             replies: One for each prompt.
-            beside: The other reply of each pair, so that both follow the same part of the prompt.
 
         Raises:
+            PromptUnusable: The model can't be given a prompt.
             TrainingError: A score is not finite.
         """
         rows = [
-            self.renderer.encode(p, r, self.max_length, other).ids
-            for p, r, other in zip(prompts, replies, beside or [""] * len(replies), strict=True)
+            self.renderer.encode(prompt, reply, self.limits).ids
+            for prompt, reply in zip(prompts, replies, strict=True)
         ]
         scores = self.score_ids(rows)
         if not torch.isfinite(scores).all():
@@ -184,12 +185,12 @@ class SharedScorer(Scorer):
     """A scorer whose reward model is an adapter on the policy's base."""
 
     def __init__(
-        self, policy: Any, sft: Path, folder: Path, device: torch.device, max_length: int,
-        precision: Precision = "fp32",
+        self, policy: Any, sft: Path, folder: Path, device: torch.device,
+        limits: TokenLimits | int, precision: Precision = "fp32",
     ) -> None:  # fmt: skip
         renderer = load_renderer(folder)
         model = AdapterReward(policy, sft, folder, renderer)
-        super().__init__(folder, device, max_length, model=model)
+        super().__init__(folder, device, limits, model=model)
         # Scorer must not store the policy's base in bfloat16: the critic may still get an adapter.
         self.precision = precision
 

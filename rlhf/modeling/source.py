@@ -16,6 +16,7 @@ from rlhf.store.manifest import PICKLES
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 CONFIG = "config.json"
+WEIGHTS = ".safetensors"
 MAX_CONFIG_BYTES = 2**20
 
 
@@ -120,3 +121,16 @@ class ExternalModel(External):
                 "artifact:<digest> or a hub id"
             ) from None
         return Path(path).parent.name  # the cache names a folder by the commit
+
+
+class ExternalTokenizer(ExternalModel):
+    """The tokenizer, chat template and configuration of an external model, without its weights."""
+
+    hub_files = tuple(f"*{end}" for end in MODEL_FILES if end != WEIGHTS)
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Return the model's files but the weights, sorted."""
+        if CONFIG not in names:
+            raise self.error(f"no model there (no {CONFIG}); give the folder of a whole model")
+        ends = tuple(end for end in MODEL_FILES if end != WEIGHTS)
+        return sorted(n for n in names if n.endswith(ends) and not n.startswith("."))

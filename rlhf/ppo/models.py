@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import PPOConfig
+from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Environment, build_environment, check_rendering
@@ -66,6 +67,8 @@ class Models:
         accelerator: Accelerator, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        self.scorer: Scorer | None = None
+        """The reward model that scores replies, if there is one."""
         self.ranks = ranks or Ranks()
         for model in (policy, critic):
             model.eval()  # no dropout: the old and the new policy must be the same function
@@ -240,6 +243,7 @@ def load_models(
     seed: int,
     device: torch.device,
     rows: Sequence[PromptRow] = (),
+    limits: TokenLimits | None = None,
 ) -> tuple[Models, Environment, Renderer]:
     """Load the models, environment and renderer of a PPO run.
 
@@ -253,6 +257,7 @@ def load_models(
         seed: Seed of torch's global generator, which initialises adapters.
         device: Device of the models.
         rows: Training prompts, which the environment checks.
+        limits: Most tokens that the reward model reads; None is the policy's context.
 
     Raises:
         ConfigError: A reward model is required and missing, or does not fit the policy or, with
@@ -266,20 +271,29 @@ def load_models(
     renderer = load_renderer(sft)
     policy, reference = _load_policy_and_reference(config, sft)
     context = context_length(policy)
-    scorer = None
+    scorer, scored = None, ppo_limits(config, context, limits)
     if reward_model is not None:
         folder = reward_model.subject
         if config.shared_base:
-            scorer = SharedScorer(policy, sft, folder, device, context, config.precision)
+            scorer = SharedScorer(policy, sft, folder, device, scored, config.precision)
         else:
-            scorer = Scorer(folder, device, context, precision=config.precision)
+            scorer = Scorer(folder, device, scored, precision=config.precision)
         check_rendering(renderer, folder, scorer)
     environment = build_environment(
         config, scorer, renderer, rows, device=device, context=context, ranks=ranks,
     )  # fmt: skip
     critic = _load_critic(config, sft, policy, renderer, scorer, reward_model)
     models = Models(config, policy, reference, critic, accelerator, ranks)
+    models.scorer = scorer
     return models, environment, renderer
+
+
+def ppo_limits(config: PPOConfig, context: int, limits: TokenLimits | None) -> TokenLimits:
+    """Return the limits within the policy's context; None lets prompt and reply fill it."""
+    if limits is None:
+        length = max(context, 2)
+        return TokenLimits(max_length=length, max_new_tokens=config.max_new_tokens)
+    return limits.within(context)
 
 
 def learning_rate_scale(config: PPOConfig, update: int) -> float:

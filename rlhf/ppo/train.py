@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from rlhf.config import PPOConfig, RuntimeConfig
+from rlhf.config.lengths import TokenLimits
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
-from rlhf.data.rendering import Renderer, renderable
+from rlhf.data.fitting import Fitting
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import DataError, Interrupted
 from rlhf.files import expand_home, folder_sha256, write_json
@@ -39,6 +40,7 @@ def train_policy(
     reward_model: Approved[Path] | None,
     out_dir: Path,
     *,
+    limits: TokenLimits | None = None,
     seed: int = 0,
     identity: Mapping[str, str] | None = None,
     checkpoints: Path | None = None,
@@ -58,6 +60,7 @@ def train_policy(
         reward_model: Folder of a reward model that passed its gate (`rlhf.gates.require`); None
             for an environment that needs none.
         out_dir: Empty folder for the policy; `curve.json` has a row per update.
+        limits: Most tokens of prompts and replies; None lets them fill the policy's context.
         seed: Seeds prompt order and sampling.
         identity: Digests of `data`, `base` and `reward model`, as far as they are known; the rest
             is hashed from the folders. A checkpoint with another identity is refused.
@@ -71,7 +74,7 @@ def train_policy(
             with the same checkpoints.
         CheckpointError: A checkpoint can't be written.
         StoreError: A checkpoint can't be uploaded or fetched; local checkpoints are intact.
-        DataError: There are no prompts.
+        DataError: There are no prompts, or the models can't be given too many of them.
         TrainingError: A loss or score is not finite, or no checkpoint is whole.
         Interrupted: SIGTERM arrived; a checkpoint was saved.
     """
@@ -79,18 +82,22 @@ def train_policy(
     if not rows:
         raise DataError("no prompts to train the policy on; check data.source")
     device = prepare_device(runtime or RuntimeConfig())
-    trainer = build_trainer(config, sft, reward_model, seed, device, rows)
-    rows, refused = renderable(rows, trainer.renderer)
+    trainer = build_trainer(config, sft, reward_model, seed, device, rows, limits)
+    fitting, scorer = Fitting(trainer.renderer, trainer.limits), trainer.models.scorer
+    rows = fitting.fitting(rows)
+    if scorer:
+        rows = fitting.for_scorer(rows, scorer.renderer, scorer.limits)
+    if not rows:
+        raise DataError("no prompt is left to train the policy on; check data.source")
     leads = trainer.models.ranks.is_leader
-    run = _run_identity(config, seed, data, sft, reward_model, trainer.renderer, identity or {})
+    run = _run_identity(config, seed, data, sft, reward_model, trainer, identity or {})
     with exclusive(checkpoints) if checkpoints and leads else nullcontext():
         state = _run_updates(trainer, rows, checkpoints, uploads, run, progress)
     if leads:
         _write_result(trainer, state, sft, out_dir)
     last = state.curve[-1]
     metrics = {k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}
-    counts = {"prompts_refused": refused} if refused else {}
-    return StageResult({"updates": state.update, **metrics, **counts})
+    return StageResult({"updates": state.update, **metrics, **fitting.metrics()})
 
 
 def build_trainer(
@@ -100,10 +107,13 @@ def build_trainer(
     seed: int,
     device: torch.device,
     rows: Sequence[PromptRow] = (),
+    limits: TokenLimits | None = None,
 ) -> PPOTrainer:
     """Load models and environment and make the trainer; raises as `load_models`."""
-    models, environment, renderer = load_models(config, sft, reward_model, seed, device, rows)
-    return PPOTrainer(config, models, environment, renderer, seed)
+    models, environment, renderer = load_models(
+        config, sft, reward_model, seed, device, rows, limits
+    )
+    return PPOTrainer(config, models, environment, renderer, seed, limits)
 
 
 def prompts_of_update(
@@ -141,7 +151,7 @@ def checkpoint_score(curve: Sequence[Mapping[str, float]], config: PPOConfig) ->
 
 def _run_identity(
     config: PPOConfig, seed: int, data: Path, sft: Path, reward_model: Approved[Path] | None,
-    renderer: Renderer, known: Mapping[str, str],
+    trainer: PPOTrainer, known: Mapping[str, str],
 ) -> dict[str, str]:  # fmt: skip
     """Identity of a run for its checkpoints: digests of inputs, configuration, seed.
 
@@ -156,7 +166,8 @@ def _run_identity(
     settings = config.model_dump_json(exclude={"checkpoint_every", *UNFINGERPRINTED_FIELDS})
     return {
         **{name: known.get(name) or folder_sha256(folder) for name, folder in folders.items()},
-        "tokenizer": renderer.template_hash,
+        "tokenizer": trainer.renderer.template_hash,
+        "limits": trainer.limits.model_dump_json(exclude={"max_bad_fraction"}),
         "config": hashlib.sha256(settings.encode()).hexdigest(),
         "seed": str(seed),
     }

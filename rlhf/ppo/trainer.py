@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf.config import PPOConfig
+from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PromptRow
 from rlhf.environments import Environment, Reply, Scored
@@ -38,7 +39,7 @@ from rlhf.ppo.losses import (
     value_mask,
     whiten,
 )
-from rlhf.ppo.models import Models
+from rlhf.ppo.models import Models, ppo_limits
 
 #: Replies of an update that are shown as samples.
 SAMPLES = 4
@@ -55,7 +56,7 @@ class PPOTrainer:
 
     def __init__(
         self, config: PPOConfig, models: Models, environment: Environment, renderer: Renderer,
-        seed: int,
+        seed: int, limits: TokenLimits | None = None,
     ) -> None:  # fmt: skip
         self.config, self.models, self.environment = config, models, environment
         self.renderer, self.seed = renderer, seed
@@ -68,7 +69,8 @@ class PPOTrainer:
             config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.sampler
         )
         context = context_length(models.policy)
-        self.max_prompt = context - config.max_new_tokens
+        self.limits = ppo_limits(config, context, limits)
+        self.max_prompt = self.limits.prompt
         if self.max_prompt < 1:
             raise ConfigError(
                 f"ppo.max_new_tokens = {config.max_new_tokens} leaves no room for a prompt in the "

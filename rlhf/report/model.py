@@ -168,6 +168,9 @@ class RunReport(Plain):
     card: dict[str, Any] | None = None
     """Data card (`card.json`): `findings`, `longer`, `formats`, `position`, `annotators`,
     `repeats`, `slices`, `languages`, `lengths`, `left_out`."""
+    drift: dict[str, Any] | None = None
+    """Drift against the champion's data: `champion_data`, `warnings`, `notes`, and `shifts`, each
+    with `measure`, `of`, `value`, `noise`, `before`, `after`."""
     reward_model: dict[str, Any] | None = None
     """Reward-model metrics: `accuracy`, `baseline_longer` (each with `_low`, `_high`), `n`,
     `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""

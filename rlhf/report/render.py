@@ -64,6 +64,7 @@ def render(report: RunReport) -> str:
             left_out=left_out(report.data),
             data_notes=data_notes(report.data),
             card=data_card(report.card),
+            drift=report.drift,
             accuracy=accuracy_chart(report.reward_model),
             curves=charts.curves_of(report.curves),
             curve_columns=columns,

@@ -177,7 +177,7 @@ def test_both_sides_get_at_least_two_prompts(tmp_path, count, fraction, held_out
         (rows(1), 1, "none"),
         (rows(2), 2, "none"),
         (rows(3), 3, "none"),
-        ([pair("p", f"c{i}") for i in range(50)], 1, "none"),
+        ([pair("p", f"yes, {i}") for i in range(50)], 1, "none"),
         ([*rows(2), pair("p0", "bad 0", "good 0")], 1, "2 × votes for a pair are tied"),
     ],
 )

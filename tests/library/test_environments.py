@@ -562,7 +562,7 @@ def test_a_pair_model_compares(renderer, reward_model):
         env_config={"judge": "pair_model", "pair_model": str(reward_model)},
     )
     environment = build_environment(config, None, renderer, context=64)
-    assert environment.pairs.__self__.scorer.max_length == 64
+    assert environment.pairs.__self__.scorer.limits.max_length == 64
     batch = [
         Reply("tea?", "aaa", 1, True, group=0, reference_reply="a"),
         Reply("tea?", "a", 1, True, group=0, reference_reply="a"),

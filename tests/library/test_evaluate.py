@@ -9,6 +9,7 @@ import torch
 
 import rlhf.evaluate as module
 from rlhf.config import DataConfig, EvaluationConfig, WorldConfig
+from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, write_rows
 from rlhf.errors import DataError
@@ -69,15 +70,16 @@ class TableScorer(Scorer):
 
     def __init__(self, *_: object) -> None:
         self.renderer = Renderer(train_tokenizer(["a"], 300))
+        self.limits = TokenLimits.of(9999)
 
-    def __call__(self, prompts, replies, beside=None):
+    def __call__(self, prompts, replies):
         return torch.tensor([SCORES[r] for r in replies])
 
 
 def evaluate_pairs(pairs, tmp_path, config=PLAIN, **options):
     write_rows(tmp_path / PAIRS_EVAL, pairs)
     result = evaluate_reward_model(
-        config, DataConfig(), tmp_path, tmp_path, tmp_path, max_length=9,
+        config, DataConfig(), tmp_path, tmp_path, tmp_path, limits=9,
         runtime=toys.RUNTIME, **options,
     )  # fmt: skip
     return result.metrics, read_json(tmp_path / "evaluation.json")

@@ -289,7 +289,7 @@ def test_evaluation_equals_the_cpus(gpu, data, sft, reward_model, two_updates, t
             config, toys.PPO, data, sft, two_updates, reward_model, folders[0], runtime=runtime
         )
         evaluate_reward_model(
-            config, DataConfig(source="x"), data, reward_model, folders[1], max_length=48,
+            config, DataConfig(source="x"), data, reward_model, folders[1], limits=48,
             runtime=runtime,
         )  # fmt: skip
         results[device] = [read_json(folder / EVALUATION) for folder in folders]

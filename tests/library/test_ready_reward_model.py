@@ -17,7 +17,7 @@ from transformers import (
 
 from rlhf.config import PipelineConfig
 from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, PromptUnusable
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer, reward_meta
 from rlhf.modeling.source import ExternalModel
@@ -103,11 +103,13 @@ def test_a_foreign_model_keeps_its_tokenizer_which_is_completed(adopt, tmp_path)
 
 
 def test_a_reward_model_with_less_room_than_the_policy(adopt, tmp_path):
-    out = adopt(save_foreign(tmp_path / "foreign", max_position_embeddings=12))
+    out = adopt(save_foreign(tmp_path / "foreign", max_position_embeddings=24))
     scorer = Scorer(out, CPU, 48)
-    assert scorer.max_length == 12
-    assert Scorer(out, CPU, 8).max_length == 8
-    assert torch.isfinite(scorer(["word " * 50], ["good " * 50])).all()
+    assert scorer.limits.max_length == 24
+    assert Scorer(out, CPU, 8).limits.max_length == 8
+    assert torch.isfinite(scorer(["a"], ["good " * 50])).all()
+    with pytest.raises(PromptUnusable, match="and 23 fit"):
+        scorer(["word " * 50], ["good"])
 
 
 def test_ppo_learns_from_it_with_another_critic(adopt, tmp_path, data, sft):

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 
-from rlhf.data.rendering import END, PLAIN_TEMPLATE, SPECIAL_TOKENS, Renderer, renderable
+from rlhf.config.lengths import TokenLimits
+from rlhf.data.fitting import Fitting
+from rlhf.data.rendering import END, PLAIN_TEMPLATE, SPECIAL_TOKENS, Renderer
 from rlhf.data.rows import PAIRS_TRAIN, PROMPTS_EVAL, Pair, PromptRow, read_rows, write_rows
-from rlhf.errors import DataError
+from rlhf.errors import DataError, PromptUnusable
 from rlhf.modeling.base import train_tokenizer
 from rlhf.reward import _encode
 
@@ -66,10 +68,14 @@ def test_rows_that_the_template_refuses_are_left_out_and_counted():
     renderer = Renderer(tokenizer)
     fine = [PromptRow(CHAT), PromptRow("tea?")] * 10
     odd = PromptRow([CHAT[1], CHAT[3]])
-    assert renderable(fine, renderer) == (fine, 0)
-    assert renderable([*fine[:5], odd, *fine[5:], odd], renderer) == (fine, 2)
-    with pytest.raises(DataError, match=r"3 of 23 rows can't be rendered: .* roles user, user"):
-        renderable([*fine, odd, odd, odd], renderer)
+    fitting = Fitting(renderer, 200)
+    assert (fitting.fitting(fine), fitting.metrics()) == (fine, {})
+    assert fitting.fitting([*fine[:5], odd, *fine[5:], odd]) == fine
+    assert fitting.metrics() == {"prompts_refused": 2}
+    with pytest.raises(
+        DataError, match=r"3 of 23 rows can't be used .* 3 × prompt refused by .* roles user, user"
+    ):
+        fitting.fitting([*fine, odd, odd, odd])
     pairs = [Pair(row.prompt, "yes", "no") for row in (*fine, odd)]
     rows, counts = _encode(pairs, renderer, 200)
     assert (len(rows), counts) == (20, {"prompts_refused": 1})
@@ -101,40 +107,35 @@ def test_what_does_not_fit(renderer):
     short = renderer.encode("?", "ok", 40)
     assert short.ids == short.prompt + short.response
     assert short.response[-1] == end
-    long = renderer.encode("q" * 99, "r" * 99, 20)
-    assert len(long.prompt) == 10  # a prompt may take half
-    assert long.prompt[-1] == renderer.encode_prompt("?", 9)[-1]  # and keeps its end
+    assert not short.is_cut
+    long = renderer.encode("?", "r" * 99, 20)
     assert len(long.ids) == 20
     assert long.is_cut
-    assert not short.is_cut
-    # A short reply leaves more than half to the prompt, and both replies of a pair the same.
-    beside = renderer.encode("q" * 99, "r", 20)
-    assert (len(beside.prompt), len(beside.response)) == (18, 2)
-    assert renderer.encode("q" * 99, "r", 20, beside="r" * 99).prompt == long.prompt
     assert end not in long.response  # cut, so it does not end here
-    assert renderer.encode_prompt("abc", 3) == renderer.encode_prompt("c", 50)
-    assert renderer.encode_prompt("abc", 1) == renderer.encode_prompt("abc", 50)[-1:]
+    # One token of a reply may be cut: its end.
+    whole = len(renderer.encode_reply("rrr"))
+    limits = TokenLimits(max_length=40, max_reply=whole - 1)
+    assert renderer.encode("?", "rrr", limits).response == renderer.encode_reply("rrr")[:-1]
+    with pytest.raises(PromptUnusable, match=r"too long .* with the last user turn alone, and 39 "):
+        renderer.encode("q" * 99, "r", 40)
 
 
 @pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE])
-def test_a_prompt_that_is_too_long_keeps_system_turn_and_question(renderer, template):
+def test_a_prompt_that_is_too_long_loses_whole_turns(renderer, template):
     if template:
         renderer = Renderer(copy.deepcopy(renderer.tokenizer))
         renderer.tokenizer.chat_template = template
     whole = len(renderer.encode_prompt(CHAT, 999))
-    without_first = [CHAT[0], CHAT[3]]
+    without_first = renderer.encode_prompt([CHAT[0], CHAT[3]], 999)
     for length in range(1, whole + 1):
-        ids = renderer.encode_prompt(CHAT, length)
-        assert len(ids) <= length
-        if length == whole:
-            assert ids == renderer.encode_prompt(CHAT, 999)
-        elif length >= len(renderer.encode_prompt(without_first, 999)):
-            assert ids == renderer.encode_prompt(without_first, 999)
-        elif length >= len(renderer.encode_prompt([CHAT[0], {**CHAT[3], "content": ""}], 999)):
-            text = renderer.tokenizer.decode(ids)
-            assert text.startswith(renderer.prompt_text(CHAT)[:17])  # the system turn
-            endings = [[CHAT[0], {**CHAT[3], "content": "why?"[n:]}] for n in range(5)]
-            assert text in [renderer.prompt_text(chat) for chat in endings]
+        if length >= len(without_first):
+            fitted = renderer.fit_prompt(CHAT, length)
+            assert fitted == (
+                (renderer.encode_prompt(CHAT, 999), 0) if length == whole else (without_first, 2)
+            )
+        else:
+            with pytest.raises(PromptUnusable, match="the system turn and the last user turn"):
+                renderer.fit_prompt(CHAT, length)
 
 
 def test_the_hash_names_template_end_and_vocabulary():

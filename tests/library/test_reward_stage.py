@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from rlhf.config import DataConfig, EvaluationConfig, LoraConfig
+from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, write_rows
 from rlhf.errors import ConfigError, DataError
@@ -40,7 +41,7 @@ def train(data, sft, tmp_path):
 
 def held_out_accuracy(folder, data, tmp_path):
     result = evaluate_reward_model(
-        EvaluationConfig(), DataConfig(), data, folder, tmp_path, max_length=48,
+        EvaluationConfig(), DataConfig(), data, folder, tmp_path, limits=48,
         runtime=toys.RUNTIME,
     )  # fmt: skip
     return result.metrics["accuracy"]
@@ -168,12 +169,9 @@ def test_pairs_that_are_cut_are_counted_and_equal_ones_left_out(renderer):
         Pair("tea?", "good", "bad bad"), Pair("tea?", long + "end", long + "other"),
         Pair("tea?", "bad", long), Pair("tea? " * 40, "good", long),
     ]  # fmt: skip
-    rows, counts = _encode(pairs, renderer, 24)
-    assert counts == {"pairs_cut": 3, "pairs_equal_when_cut": 1}
-    assert len(rows) == 3
-    # Both replies of a pair follow the same part of the prompt.
-    one, other = rows[2]["chosen_ids"], rows[2]["rejected_ids"]
-    assert one[:12] == other[:12]
+    rows, counts = _encode(pairs, renderer, TokenLimits(max_length=24, max_bad_fraction=0.5))
+    assert counts == {"pairs_cut": 2, "pairs_equal_when_cut": 1, "prompts_too_long": 1}
+    assert len(rows) == 2
     with pytest.raises(DataError, match=r"reward_model.max_length = 24: all 1 pairs are equal"):
         _encode(pairs[1:2], renderer, 24)
 

@@ -61,8 +61,8 @@ def test_the_published_weights_are_the_trained_ones(sft):
 
 def test_only_the_reply_is_learnt(renderer):
     row = Demonstration("tea?", "good")
-    (encoded,), cut = _encode([row], renderer, 40)
-    assert cut == 0
+    (encoded,), counts = _encode([row], renderer, 40)
+    assert counts == {}
     both = renderer.encode("tea?", "good", 40)
     assert encoded["input_ids"] == both.prompt + both.response
     assert encoded["completion_mask"] == [0] * len(both.prompt) + [1] * len(both.response)
