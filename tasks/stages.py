@@ -46,6 +46,8 @@ EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"
 #: Settings of the data that are in the stages' token limits.
 _MODEL_SETTINGS = {"max_prompt", "max_reply", "system"}
+#: What follows from the data is no part of them either.
+_POLICIES = {"drift"}
 #: Parts of a headline: prompts that a stage shortened or left out.
 PROMPT_COUNTS = (
     ("{:,} prompts shortened by whole turns", "prompts_shortened"),
@@ -264,7 +266,7 @@ PREPARE_DATA = Stage(
     kind="dataset",
     inputs={},
     depends_on=lambda c: {
-        "data": c.data.model_dump(exclude={"source", "eval_source", "drift", *_MODEL_SETTINGS}),
+        "data": c.data.model_dump(exclude={"source", "eval_source", *_MODEL_SETTINGS, *_POLICIES}),
         **({"limits": _limits(c)} if _base_tokenizer(c) else {}),
     },
     external_model=_base_tokenizer,

@@ -192,9 +192,10 @@ class DataConfig(Section):
     """Delimiter of CSV files; none finds it: comma, semicolon, tab or pipe."""
     max_row_mb: float = Field(default=16.0, gt=0)
     """Longest row that is read, in MB."""
-    votes: Literal["majority", "keep"] = "majority"
+    votes: Literal["majority", "keep", "weight"] = "majority"
     """Rows that repeat or contradict a pair: `majority` merges them to one pair and leaves out
-    ties, `keep` trains on every row."""
+    ties, `weight` does too and trains on it with the weight |a − b| / (a + b) of a : b votes,
+    `keep` trains on every row."""
     personal_data: PersonalDataPolicy = "flag"
     """Rows with an email address, phone number, payment card, IBAN or IP address: `flag` counts
     them, `redact` replaces each by a placeholder such as `[EMAIL]`, `quarantine` leaves the rows
@@ -215,15 +216,18 @@ class DataConfig(Section):
     """Largest share of the prompts under which one reply, or near duplicates of it, may stand;
     pairs with such a reply are left out, unless most pairs of their file have one. Replies under 20
     characters may recur, and every reply under ten prompts. none allows all."""
-    contradictions: Literal["keep", "majority"] = "keep"
+    contradictions: Literal["keep", "majority", "downweight"] = "keep"
     """Pairs of which a near duplicate prefers the other reply: `keep` trains on both, `majority`
-    leaves out those with fewer rows, and ties."""
+    leaves out those with fewer rows, and ties; `downweight` does too and trains on the others with
+    the weight |a − b| / (a + b) of a : b rows."""
     max_pairs: int | None = Field(default=None, ge=10)
     """Use at most this many pairs (a seeded sample); none uses all."""
     max_prompt_chars: int = Field(default=4000, ge=1)
     """Pairs whose prompt is longer are left out and counted."""
     max_reply_chars: int = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""
+    drift: DriftConfig = DriftConfig()
+    """What follows if the data differ from those of the champion."""
     max_prompt: int | None = Field(default=None, ge=1)
     """Longest prompt in tokens of the model, in every stage: of a longer one whole turns after the
     system turn are left out, oldest first; what still does not fit is left out and counted. none is
@@ -234,8 +238,6 @@ class DataConfig(Section):
     system: SystemPolicy = "fold"
     """System turns where the model's chat template has none: `fold` puts them into the first user
     turn, `refuse` leaves the rows out and counts them."""
-    drift: DriftConfig = DriftConfig()
-    """What follows if the data differ from those of the champion."""
 
     @model_validator(mode="after")
     def _world_has_no_columns(self) -> Self:

@@ -20,7 +20,7 @@ from rlhf.data.records import Converted, LeftOutError
 from rlhf.data.reply_columns import NotRepliesError
 from rlhf.data.settings import settings_to_make, text_columns, unread_rating
 from rlhf.data.verdicts import LABEL_COLUMNS
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, NoPreferences
 
 PROMPTS = (
     "prompt", "question", "instruction", "query", "user_input", "user_prompt", "input", "context",
@@ -76,7 +76,9 @@ def detect(
     Raises:
         ConfigError: A column that is set does not exist or is not read, or no format fits.
     """
-    check_settings(columns, sample, config)
+    # A control of Label Studio is no column, but its answers are found under its name.
+    controls = {"label_column": None} if {"data", "annotations"} <= {*columns} else {}
+    check_settings(columns, sample, config.model_copy(update=controls))
     layout = _detect(columns, sample, config, text_cells)
     labels = [("label_column", config.label_column)]
     for name, column in (*labels, *(("score_weights", column) for column in config.score_weights)):
@@ -313,6 +315,7 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8]) or "none"
     names = {plain_name(name): name for name in columns}
     cure = settings_to_make(names, sample, config, {*PROMPTS})
+    error: type[ConfigError] = ConfigError
     if {"parent_id", "message_id"} <= {*names}:
         reason = "rows are single messages of trees"
         cure = "give the file with whole message trees, one on each line"
@@ -329,7 +332,7 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
         if names.keys() <= {*PROMPTS, *SYSTEMS, *_KEYS, plain_name(column)}:
             cure = "set data.format=ranking if the best comes first, or give a score for each"
     elif names.keys() <= {*PROMPTS, *SYSTEMS, *REPLIES, *_KEYS} and sample:
-        reason = "there is nothing to compare in these columns"
+        error, reason = NoPreferences, "there is nothing to compare in these columns"
         if names.keys() & {*CONVERSATIONS, *REPLIES}:
             reason = f"looks like data for supervised fine-tuning: {reason}"
         cure = (
@@ -337,13 +340,16 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
             "docs/data.md shows the formats"
         )
     elif names.keys() & {*CONVERSATIONS, *REPLIES}:
+        error = NoPreferences
         reason = (
             "looks like data for supervised fine-tuning: no column says which of two replies is "
             "better, or rates one"
         )
     else:
-        reason = "no format fits these columns"
-    return ConfigError(f"data.source: {reason}: {shown}; {cure}")
+        error, reason = NoPreferences, "no format fits these columns"
+    if error is NoPreferences and names.keys() & {*CONVERSATIONS, *REPLIES}:
+        cure += "; demonstrations beside pairs are given by data.sft_source"
+    return error(f"data.source: {reason}: {shown}; {cure}")
 
 
 def _nested_prompt(sample: Sequence[Row]) -> str:

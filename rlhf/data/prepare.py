@@ -36,7 +36,6 @@ from rlhf.data.rows import (
     PROMPTS_TRAIN,
     QUARANTINE,
     SUMMARY,
-    Demonstration,
     Pair,
     PromptRow,
 )
@@ -119,8 +118,7 @@ def prepare_data(
     written = write_parts(out_dir, prepared.parts)
     summary = _summary(config, written, prepared.facts)
     summary["findings"] = write_card(out_dir, prepared.pairs, prepared.evidence, summary)
-    own_prompts = [row.prompt for row in prepared.own_prompts]
-    write_sketch(out_dir, prepared.pairs, own_prompts, prepared.own_demonstrations)
+    write_sketch(out_dir, prepared.pairs)
     write_json(out_dir / SUMMARY, summary)
     progress(2, 2, {})
     metrics = {k: v for k, v in summary.items() if not isinstance(v, dict | list)}
@@ -137,10 +135,6 @@ class _Prepared:
     evidence: Evidence = field(default_factory=Evidence)
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     """Entries of the summary on the source."""
-    own_prompts: Sequence[PromptRow] = ()
-    """Prompts of a source of their own."""
-    own_demonstrations: Sequence[Demonstration] = ()
-    """Demonstrations of a source of their own."""
 
 
 def read_pairs(
@@ -283,7 +277,8 @@ def _from_source(
         used = reading.ledger.close(sources.leave_out)
         for source in sources.all:
             source.check(config.max_bad_fraction)
-        check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
+        left_out, cure = quarantine.in_words(), quarantine.main_cure(reading.rows)
+        check_sizes(divided, bool(reading.held_out), left_out, config, cure)
         own = _own_rows(config, options, quarantine, fields, divided, seed, reading, model)
     evidence = Evidence(
         reading.tallies, reading.totals, reading.rows,
@@ -330,6 +325,7 @@ def _facts(
         "personal_data": dict(reading.personal.kinds) or None,
         "agreement": reading.totals.agreement,
         "contradictions": divided.contradictions or None,
+        "pairs_weighted": divided.train.weighted() or None,
         "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, total),
         "pairs_left_out": {name: count for name, (count, _) in lost_pairs.items()} or None,
@@ -406,21 +402,15 @@ def _from_world(config: DataConfig, seed: int) -> _Prepared:
     except ValueError as error:
         raise DataError(f"data.world: {error}; ask for fewer") from None
     train = [Pair(p.prompt, p.chosen, p.rejected) for p in world.pairs]
-    prompts = [PromptRow(p) for p in world.prompts]
     parts: Parts = {
         DEMONSTRATIONS: world.demonstrations,
         PAIRS_TRAIN: train,
         PAIRS_EVAL: world.eval_pairs,
-        PROMPTS_TRAIN: prompts,
+        PROMPTS_TRAIN: [PromptRow(p) for p in world.prompts],
         PROMPTS_EVAL: world.eval_prompts,
     }
     held_out = [Pair(p.prompt, p.chosen, p.rejected, p.group) for p in world.eval_pairs]
-    return _Prepared(
-        parts,
-        [*train, *held_out],
-        own_prompts=prompts,
-        own_demonstrations=[Demonstration(d.prompt, d.response) for d in world.demonstrations],
-    )
+    return _Prepared(parts, [*train, *held_out])
 
 
 def _summary(config: DataConfig, written: Written, facts: dict[str, Any]) -> dict[str, Any]:

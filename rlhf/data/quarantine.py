@@ -17,6 +17,8 @@ from rlhf.errors import DataError
 
 #: Reasons that a message lists.
 SHOWN = 3
+#: Rows from which on their reason is the one to mend, where it is that of most rows.
+MANY = 10
 #: Longest text of a row in the file, in characters: a row may hold megabytes.
 MAX_TEXT = 100_000
 
@@ -126,6 +128,16 @@ class Quarantine:
         rest = self.total - sum(count for _, count in self.ordered()[:SHOWN])
         return ", ".join([*shown, *([f"{rest:,} × other"] if rest else [])])
 
+    def main_cure(self, rows: int) -> str:
+        """Return the cure for the reason that leaves out most rows, "" if there is none such.
+
+        Of a handful of rows the usual cure is to give more.
+        """
+        for reason, count in self.ordered()[:1]:
+            if count > rows / 2 and count >= MANY:
+                return self.examples[reason][1].cure
+        return ""
+
     def explained(self) -> str:
         """Return the commonest faults, each with an example and a cure."""
         parts = []
@@ -138,19 +150,24 @@ class Quarantine:
             parts.append(f"{count:,} × {reason} ({origin.file}:{origin.line}{detail}){cure}")
         return "; ".join(parts[:SHOWN])
 
-    def check(self, rows: int, limit: float, source: str, field: str = "data.source") -> None:
+    def check(self, rows: int, limit: float, source: str, field: str, inspect: str) -> None:
         """Refuse a source of which too many rows are faulty.
+
+        Args:
+            rows: Number of its rows.
+            limit: Largest share of them that may be faulty.
+            source: Its URI.
+            field: The setting that names it.
+            inspect: Command that shows all reasons.
 
         Raises:
             DataError: More than `limit` of the rows have something wrong.
         """
-        # The command reads pairs only.
-        inspect = f"; all reasons: rlhf data inspect {source}" if "_source" not in field else ""
         if self.bad > limit * rows:
             raise DataError(
                 f"{field} = {source!r}: {self.bad:,} of {rows:,} rows can't be used, more than "
                 f"data.max_bad_fraction = {limit:g} allows: {self.explained()}; mend the rows or "
-                f"the settings, or raise data.max_bad_fraction{inspect}"
+                f"the settings, or raise data.max_bad_fraction; all reasons: {inspect}"
             )
 
 

@@ -36,7 +36,7 @@ REPLIES = (*_REPLY_TIERS[0], *_REPLY_TIERS[1], *_REPLY_TIERS[2])
 CONVERSATIONS = ("messages", "conversations", "conversation")
 RATINGS = (
     "label", "thumbs", "feedback", "vote", "kto_tag", "rating", "score", "overall_score", "reward",
-    "quality", "overall", "is_good", "desirable",
+    "quality", "overall", "is_good", "desirable", "is_desirable", "thumb", "thumbs_up", "liked",
 )  # fmt: skip
 #: Default of `data.score_weights`: HelpSteer's attributes, as NVIDIA's SteerLM weighs them.
 ATTRIBUTES = {

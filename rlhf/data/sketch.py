@@ -9,20 +9,18 @@ label is compared are hashes.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import math
 import re
 import zlib
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from rlhf.data.rows import (
     CARD,
@@ -34,8 +32,8 @@ from rlhf.data.rows import (
     Pair,
     Prompt,
     PromptRow,
+    iterate_rows,
     messages_of,
-    read_rows,
 )
 from rlhf.files import read_json
 
@@ -45,6 +43,8 @@ VERSION = 1
 #: Most prompts, and pairs of one prompt, that are counted.
 SAMPLE = 3_000
 PAIRS_OF_A_PROMPT = 4
+#: Most pairs of a prompt that are held meanwhile, all of which may be demonstrations.
+MAX_ROWS = 64
 #: Pairs whose label is kept, so that it can be compared where another dataset has them too.
 MAX_PREFERRED = 2_000
 BUCKETS = 512
@@ -95,11 +95,11 @@ class Sketch:
 
 def make_sketch(
     pairs: Iterable[Pair],
-    prompts: Sequence[Prompt],
-    demonstrations: Sequence[Demonstration],
+    prompts: Iterable[Prompt],
+    demonstrations: Iterable[Demonstration],
     card: Mapping[str, Any],
 ) -> Sketch:
-    """Count a dataset, whose pairs are read one after the other.
+    """Count a dataset in one pass; memory holds the sample alone.
 
     Args:
         pairs: Pairs of all parts.
@@ -107,52 +107,49 @@ def make_sketch(
         demonstrations: What SFT learns.
         card: Figures of its data card (`card.json`); may be empty.
     """
-    sample: dict[str, list[Pair]] = {}
-    seen = [array("Q"), array("Q")]
+    sample, count = _Sample(), 0
     for pair in pairs:
-        key = _text(pair.prompt)
-        seen[0].append(_digest(key))
-        if demonstrations:
-            seen[1].append(_digest(pair.chosen))
-        kept = sample.setdefault(key, [])
-        if len(kept) < PAIRS_OF_A_PROMPT:
-            kept.append(pair)
-        if len(sample) > 2 * SAMPLE:
-            sample = {key: sample[key] for key in _sample(sample)}
-    known, chosen = (np.unique(np.frombuffer(digests, np.uint64)) for digests in seen)
-    sample = {key: sample[key] for key in _sample(sample)}
-    own_prompts = _without({_text(prompt): "" for prompt in prompts}, known)
-    # By reply: SFT may learn several replies to one prompt.
-    own_replies = _without({d.response: _text(d.prompt) for d in demonstrations}, chosen)
-    replies = [(key, p.chosen, p.rejected) for key, some in sample.items() for p in some]
+        sample.add(_text(pair.prompt), (pair.chosen, pair.rejected))
+        count += 1
+    replies = [
+        (key, texts[0], texts[1])
+        for key, all_of in sample.items()
+        for texts in all_of[:PAIRS_OF_A_PROMPT]
+    ]
     texts = {
-        "prompts": _count((key, key) for key in sample),
+        "prompts": _count((key, key) for key, _ in sample.items()),
         "chosen replies": _count((key, text) for key, text, _ in replies),
         "rejected replies": _count((key, text) for key, _, text in replies),
     }
-    if own_prompts:
-        texts["PPO prompts"] = _count((key, key) for key in _sample(own_prompts))
-    if own_replies:
-        texts["demonstrations"] = _count((own_replies[r], r) for r in _sample(own_replies))
+    own_prompts, own_replies = _Sample(), _Sample()
+    for prompt in prompts:
+        own_prompts.add(_text(prompt), ("",))
+    for row in demonstrations:
+        own_replies.add(_text(row.prompt), (row.response,))
+    if any(sample.lacks(key) for key, _ in own_prompts.items()):
+        texts["PPO prompts"] = _count((key, key) for key, _ in own_prompts.items())
+    drawn = [(key, reply) for key, some in own_replies.items() for (reply, *_) in some]
+    if any(sample.lacks(key, reply) for key, reply in drawn):
+        texts["demonstrations"] = _count(drawn)
     longer = [(0, 0.0)] * GROUPS
     for key, better, worse in replies:
         n, wins = longer[_group(key)]
         tied = len(better) == len(worse)
         longer[_group(key)] = (n + 1, wins + (0.5 if tied else len(better) > len(worse)))
     return Sketch(
-        VERSION, len(known), len(seen[0]), texts, longer, dict(_preferred(replies)),
+        VERSION, sample.size(), count, texts, longer, dict(_preferred(replies)),
         dict(_rates(card)), dict(_shares(card)),
     )  # fmt: skip
 
 
-def write_sketch(
-    out_dir: Path,
-    pairs: Iterable[Pair],
-    prompts: Sequence[Prompt],
-    demonstrations: Sequence[Demonstration],
-) -> None:
-    """Write `sketch.json` beside a data card that has been written."""
-    sketch = make_sketch(pairs, prompts, demonstrations, read_json(out_dir / CARD))
+def write_sketch(out_dir: Path, pairs: Iterable[Pair]) -> None:
+    """Write `sketch.json` of a dataset whose other files have been written.
+
+    Args:
+        out_dir: Folder of the dataset.
+        pairs: Its pairs, for training and held out.
+    """
+    sketch = _sketch_of(out_dir, pairs)
     text = json.dumps(asdict(sketch), ensure_ascii=False, separators=(",", ":"))
     (out_dir / SKETCH).write_bytes(text.encode("utf-8", "replace") + b"\n")
 
@@ -171,11 +168,17 @@ def read_sketch(folder: Path) -> Sketch:
             longer = [(n, wins) for n, wins in saved.pop("longer")]
             rates = {name: (share, n) for name, (share, n) in saved.pop("rates").items()}
             return Sketch(**saved, texts=texts, longer=longer, rates=rates)
+    names = (PAIRS_TRAIN, PAIRS_EVAL)
+    pairs = itertools.chain.from_iterable(iterate_rows(folder / name, Pair) for name in names)
+    return _sketch_of(folder, pairs)
+
+
+def _sketch_of(folder: Path, pairs: Iterable[Pair]) -> Sketch:
     card = folder / CARD
     return make_sketch(
-        [p for name in (PAIRS_TRAIN, PAIRS_EVAL) for p in read_rows(folder / name, Pair)],
-        [row.prompt for row in read_rows(folder / PROMPTS_TRAIN, PromptRow)],
-        read_rows(folder / DEMONSTRATIONS, Demonstration),
+        pairs,
+        (row.prompt for row in iterate_rows(folder / PROMPTS_TRAIN, PromptRow)),
+        iterate_rows(folder / DEMONSTRATIONS, Demonstration),
         read_json(card) if card.exists() else {},
     )
 
@@ -217,26 +220,57 @@ def _hash(key: str) -> int:
     return zlib.crc32(key.encode("utf-8", "replace"))
 
 
-def _digest(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _without(texts: dict[str, str], digests: NDArray[np.uint64]) -> dict[str, str]:
-    """Return the entries whose keys' digests are none of these, which are sorted."""
-    keys = np.array([_digest(text) for text in texts], np.uint64)
-    is_known = np.isin(keys, digests)
-    return {text: texts[text] for text, known in zip(texts, is_known, strict=True) if not known}
-
-
 def _group(key: str) -> int:
     # The low bits: those that sampling decides by are the high ones.
     return _hash(key) % GROUPS
 
 
-def _sample(keys: Iterable[str]) -> list[str]:
-    """Return the texts with the lowest hashes: mostly the same ones when the data grow."""
-    return sorted(keys, key=lambda key: (_hash(key), key))[:SAMPLE]
+class _Sample:
+    """The SAMPLE texts with the lowest hashes: mostly the same ones when the data grow."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, str], list[tuple[str, ...]]] = {}
+        self._highest: list[tuple[int, str]] = []
+        self._is_full = False
+
+    def add(self, key: str, row: tuple[str, ...]) -> None:
+        """Add a row of a key, if the key is among the lowest so far."""
+        place = (_hash(key), key)
+        if place in self._rows:
+            if len(self._rows[place]) < MAX_ROWS:
+                self._rows[place].append(row)
+            return
+        if self._is_full and place > self._highest[-1]:
+            return
+        self._rows[place] = [row]
+        bisect.insort(self._highest, place)
+        if len(self._highest) > SAMPLE:
+            self._is_full = True
+            del self._rows[self._highest.pop()]
+
+    def items(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+        """Yield keys and rows in the order of the hashes."""
+        return ((place[1], self._rows[place]) for place in self._highest)
+
+    def size(self) -> int:
+        """Return the number of different keys, estimated within 2 % above SAMPLE.
+
+        (k − 1) / U with the largest U of the k lowest hashes in (0, 1) (Bar-Yossef et al. 2002).
+        """
+        if not self._is_full:
+            return len(self._highest)
+        return round((SAMPLE - 1) * 2**32 / (self._highest[-1][0] + 1))
+
+    def lacks(self, key: str, text: str | None = None) -> bool:
+        """Return whether no row was added for a key, or none that begins with a text.
+
+        False for a key that sampling would have left out, and where rows of a key were left out.
+        """
+        place = (_hash(key), key)
+        if place not in self._rows:
+            return not self._is_full or place < self._highest[-1]
+        rows = self._rows[place]
+        return text is not None and len(rows) < MAX_ROWS and text not in {row[0] for row in rows}
 
 
 def _count(texts: Iterable[tuple[str, str]]) -> TextCounts:

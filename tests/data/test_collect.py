@@ -68,6 +68,33 @@ def test_all_votes_are_kept_if_asked():
     assert totals.merged == 0
 
 
+def test_votes_are_weights_if_asked():
+    rows = [vote(), vote(), vote("bad", "good"), vote(), vote("x", "y"), vote("x", "y"),
+            vote("u", "v"), vote("v", "u")]  # fmt: skip
+    pairs, left_out, _ = resolve(*rows, votes="weight")
+    # 3 : 1 votes lead by a half of them, 2 : 0 by all, and 1 : 1 by none.
+    assert [(p.chosen, p.rejected, p.weight) for p in pairs] == [
+        ("good", "bad", 0.5), ("x", "y", None),
+    ]  # fmt: skip
+    assert left_out == {
+        "outvoted by other rows of the pair": [3], "votes for a pair are tied": [7, 8],
+    }  # fmt: skip
+    without, same, _ = resolve(*rows)
+    assert [(p.chosen, p.rejected, p.weight) for p in without] == [
+        ("good", "bad", None), ("x", "y", None),
+    ]  # fmt: skip
+    assert same == left_out
+    assert repr(pairs) == repr(without)  # by which data.max_pairs samples
+
+
+@given(st.integers(0, 9), st.integers(0, 9))
+def test_a_weight_is_the_lead_of_the_votes(a, b):
+    pairs, _, _ = resolve(*[vote()] * a, *[vote("bad", "good")] * b, votes="weight")
+    expected = [] if a == b else [None if not a or not b else abs(a - b) / (a + b)]
+    assert [p.weight for p in pairs] == expected
+    assert all(p.chosen == ("good" if a > b else "bad") for p in pairs)
+
+
 def test_a_prompt_as_text_and_as_chat_is_one_and_case_makes_another():
     pairs, _, _ = resolve(vote(), vote(prompt=[user("p")]), vote(prompt="P"))
     assert [p.prompt for p in pairs] == ["p", "P"]
@@ -190,10 +217,10 @@ ROW = st.lists(
 )
 
 
-@given(st.lists(ROW, max_size=12), st.sampled_from(["majority", "keep"]))
+@given(st.lists(ROW, max_size=12), st.sampled_from(["majority", "keep", "weight"]))
 def test_every_row_is_used_or_left_out_for_a_reason(rows, votes):
     pairs, _, _ = resolve(*rows, votes=votes)  # checks the sum
-    if votes == "majority":
+    if votes != "keep":
         compared = [
             item for row in rows if not any(isinstance(i, Rated) for i in row) for item in row
         ]

@@ -181,6 +181,42 @@ def test_a_held_out_row_reaches_evaluations_but_no_model(site, tmp_path, capsys)
     assert "2 artifacts that exist stay as they are" in shown
 
 
+def test_the_reach_of_a_row_in_several_datasets_and_in_quarantine(site, tmp_path):
+    """Older datasets are named, wherever they stand; a row that is left out reaches nothing."""
+    store, refs = site
+
+    def publish(folder, kind, **parents):
+        return store.publish(
+            folder, kind, parents=parents, metrics={}, producer=producer("push", {}, 0)
+        )
+
+    (tmp_path / "old").mkdir()
+    old = []
+    for name in "abc":
+        (tmp_path / "old" / "summary.json").write_text(json.dumps(name))
+        old.append(publish(tmp_path / "old", "dataset"))
+    number = row_of(site, "train").line - 1
+    used = rows(10)[number]
+    second = publish(prepare(tmp_path, [used, *rows(30)[10:]], "second.jsonl"), "dataset")
+    lost = [pair(f"p{number}", f"bad {number}", f"good {number}")] * 2
+    third = publish(prepare(tmp_path, [used, *lost, *rows(30)[10:]], "third.jsonl"), "dataset")
+    models = []
+    for name, data in (("of-second", second), ("of-third", third)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json").write_text(json.dumps(name))
+        models.append(publish(tmp_path / name, "policy", data=data))
+    found = reach(store, [id_of(used)])
+    places = {(ref, row.source, row.split == "quarantine") for ref, row in found.rows[id_of(used)]}
+    assert places == {
+        (refs["data"], "pairs.jsonl", False), (second, "second.jsonl", False),
+        (third, "third.jsonl", True),
+    }  # fmt: skip
+    derived = found.derived[id_of(used)]
+    assert {*derived} == {refs["sft"], refs["policy"], models[0]}
+    assert len(derived) == 3
+    assert {*found.unknown} == {*old}
+
+
 def test_forget_looks_first_then_records_and_the_fingerprint_changes(site, tmp_path, capsys):
     store, refs = site
     monkey = row_of(site, "train").id
@@ -199,6 +235,10 @@ def test_forget_looks_first_then_records_and_the_fingerprint_changes(site, tmp_p
     forget.forget(file=tmp_path / "ids.txt", record=True, store=str(tmp_path / "store"))
     assert forgotten_ids(store) == {monkey}
     assert forget_rows(store, [monkey]) == 0
+    assert forget_rows(store, [monkey, "0" * 32]) == 1
+    # The name of the history is that of stores which exist.
+    entries = [entry["ids"] for entry in store.history.entries("forgotten-rows")]
+    assert entries == [[monkey], ["0" * 32]]
     assert fingerprint(STAGES["prepare-data"], config, {}) != before
 
 

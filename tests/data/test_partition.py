@@ -269,6 +269,36 @@ def test_pairs_that_a_near_duplicate_contradicts():
     assert "contradictions" not in prepare(data, near_duplicates=None)[1]
 
 
+def test_contradicted_pairs_count_by_the_lead_of_their_rows():
+    data = contradicting()
+    parts, summary, quarantine = prepare(data, contradictions="downweight")
+    assert [line["line"] for line in quarantine] == [1]
+    pairs = [*parts[files.PAIRS_TRAIN], *parts[files.PAIRS_EVAL]]
+    weighted = {p.prompt: p.weight for p in pairs if p.weight is not None}
+    # Three rows against one: (3 − 1) / (3 + 1).
+    assert weighted == {row["prompt"]: 0.5 for row in data[-3:]}
+    trained = sum(p.weight is not None for p in parts[files.PAIRS_TRAIN])
+    assert summary.get("pairs_weighted", 0) == trained
+    parts, _, quarantine = prepare(data[:-2], contradictions="downweight")
+    assert [line["line"] for line in quarantine] == [1, 61]  # a tie
+    for votes, own in (("weight", 0.5), ("majority", 1)):
+        # The last row has 3 : 1 votes of its own, and the first two.
+        last = data[-1]
+        swapped = {**last, "chosen": last["rejected"], "rejected": last["chosen"]}
+        more = [data[0], *data, last, last, swapped]
+        parts, _, _ = prepare(more, contradictions="downweight", votes=votes)
+        found = [
+            p.weight
+            for p in (*parts[files.PAIRS_TRAIN], *parts[files.PAIRS_EVAL])
+            if p.prompt == last["prompt"]
+        ]
+        # Two rows of the others and three of its own against two: (5 − 2) / (5 + 2), times its own.
+        assert found == [pytest.approx(3 / 7 * own)]
+    plain, summary, _ = prepare(data, contradictions="majority")
+    assert {p.weight for p in (*plain[files.PAIRS_TRAIN], *plain[files.PAIRS_EVAL])} == {None}
+    assert "pairs_weighted" not in summary
+
+
 def test_no_contradictions():
     data = contradicting()[:60]
     prompt, good, bad = data[0].values()
@@ -291,8 +321,8 @@ REPLIES = [CANNED, "yes", "no", *texts(4), *(f"{text} now" for text in texts(4))
         st.builds(pair, st.sampled_from(POOL), st.sampled_from(REPLIES), st.sampled_from(REPLIES)),
         max_size=60,
     ),
-    st.sampled_from(["keep", "majority"]),
-    st.sampled_from(["keep", "majority"]),
+    st.sampled_from(["keep", "majority", "weight"]),
+    st.sampled_from(["keep", "majority", "downweight"]),
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([0.5, 0.8, None]),
     st.sampled_from([None, 30]),
