@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 console = Console()
 app = App(name="data", help="Look at preference data.")
 
+#: Exit code for data that a run would stop at, as `flows.cli` has it for all bad input.
+BAD_INPUT = 2
 #: Rows that are shown as the model sees them.
 SHOWN = 3
 #: Most characters of a shown row's prompt and of each reply.
@@ -60,6 +62,8 @@ def inspect(
 
     Sources that --data.sft_source and --data.prompts_source add are shown too.
 
+    The exit code is 2 if a run would stop at these rows.
+
     Parameters
     ----------
     source
@@ -77,10 +81,10 @@ def inspect(
     else:
         config = load_config(None, [*overrides, f"--data.source={source}"]).config
     if use in OWN:
-        _print_own(use, config, rows, _read_alone(use, config, rows))
-        return 0
+        is_stopped = _print_own(use, config, rows, _read_alone(use, config, rows))
+        return BAD_INPUT if is_stopped else 0
     try:
-        parts, fields = _inspect_pairs(source, config, rows)
+        parts, fields, is_stopped = _inspect_pairs(source, config, rows)
     except NoPreferences as error:
         if use == "pairs":
             raise
@@ -88,15 +92,21 @@ def inspect(
         return 0
     for name, (setting, _) in OWN.items():
         if getattr(config.data, setting) is not None:
-            _print_own(name, config, rows, _read_own(name, config, rows, parts, fields))
-    return 0
+            read = _read_own(name, config, rows, parts, fields)
+            is_stopped |= _print_own(name, config, rows, read)
+    return BAD_INPUT if is_stopped else 0
 
 
 def _inspect_pairs(
     source: str, config: PipelineConfig, rows: int
-) -> tuple[Partition, PromptFields]:
-    """Print what pairs a source holds; return them with the fields of their prompts."""
+) -> tuple[Partition, PromptFields, bool]:
+    """Print what pairs a source holds.
+
+    Returns:
+        The pairs, the fields of their prompts, and whether a run would stop.
+    """
     from rlhf.data.audit import Evidence, left_out_reasons
+    from rlhf.data.ledger import in_a_sentence
     from rlhf.data.partition import partition
     from rlhf.data.prepare import read_pairs
     from rlhf.data.prompt_fields import PromptFields
@@ -109,12 +119,15 @@ def _inspect_pairs(
     pairs = [*parts.used().once().written()]
     assert reading.sources is not None
     used = reading.ledger.close(reading.sources.leave_out)
+    if text := in_a_sentence(reading.ledger.pairs_left_out()):
+        reading.note(text)
     reasons = left_out_reasons(quarantine.ordered(), quarantine.examples)
     evidence = Evidence(reading.tallies, reading.totals, reading.rows, reasons)
     _print_format(source, reading, pairs, used, rows)
-    _print_left_out(quarantine, reading.rows, reading.sources.all, config)
+    is_stopped = _print_left_out(quarantine, reading.rows, reading.sources.all, config)
+    is_stopped |= not pairs
     if reading.rows < rows:  # of the beginning of a file nothing follows
-        _print_too_few(parts, reading, quarantine, config)
+        is_stopped |= _print_too_few(parts, reading, quarantine, config)
     if pairs:
         prompts = [pair.prompt for pair in pairs]
         replies = {name: [getattr(p, name) for p in pairs] for name in ("chosen", "rejected")}
@@ -122,7 +135,7 @@ def _inspect_pairs(
         _print_findings(pairs, evidence)
         for pair in pairs[:SHOWN]:
             _print_row(pair.prompt, {"chosen": pair.chosen, "rejected": pair.rejected})
-    return parts, fields
+    return parts, fields, is_stopped
 
 
 def _read_own(
@@ -190,8 +203,8 @@ def _inspect_without_preferences(config: PipelineConfig, rows: int, reason: NoPr
     raise reason
 
 
-def _print_own(use: str, config: PipelineConfig, limit: int, read: OwnReading) -> None:
-    """Print what a source of demonstrations or prompts holds."""
+def _print_own(use: str, config: PipelineConfig, limit: int, read: OwnReading) -> bool:
+    """Print what a source of demonstrations or prompts holds; return whether a run would stop."""
     from rlhf.data.mixing import describe_counts
 
     own, reading, quarantine = read
@@ -213,16 +226,17 @@ def _print_own(use: str, config: PipelineConfig, limit: int, read: OwnReading) -
     console.rule(style="dim")
     for line in lines:
         console.print(_text(line))
-    _print_left_out(quarantine, own.rows, own.sources, config)
+    is_stopped = _print_left_out(quarantine, own.rows, own.sources, config)
     if not own.items:
         console.print(Text("no row is left to use: a run would stop", style="red"))
-        return
+        return True
     _print_lengths(prompts, {"reply": [i.response for i in own.items]} if use == "sft" else {})
     for item in own.items[:SHOWN]:
         fields = {"reference": item.reference} if use == "prompts" and item.reference else {}
         if use == "prompts" and item.metadata:
             fields["metadata"] = ", ".join(f"{k} = {v!r}" for k, v in item.metadata.items())
         _print_row(item.prompt, {"reply": item.response} if use == "sft" else {}, fields)
+    return is_stopped
 
 
 def _text(shown: str) -> Text:
@@ -259,10 +273,10 @@ def _print_format(
 
 def _print_left_out(
     quarantine: Quarantine, rows: int, sources: Sequence[MixedSource], config: PipelineConfig
-) -> None:
-    """Print a table of the reasons, and the sources for which a run would stop."""
+) -> bool:
+    """Print a table of the reasons, and whether a run would stop, which is returned."""
     if not quarantine.total:
-        return
+        return False
     table = Table(title=f"{quarantine.total:,} of {rows:,} rows are left out", title_justify="left")
     table.add_column("rows", justify="right")
     for name in ("reason", "first example", "cure"):
@@ -270,24 +284,27 @@ def _print_left_out(
     for reason, count in quarantine.ordered():
         origin, example = quarantine.examples[reason]
         position = f"{origin.file}:{origin.line} {example.detail}".strip()
-        cells = [f"{count:,}", reason, position, example.cure]
+        cells = [f"{count:,}", reason, position, example.shown_cure]
         table.add_row(*(_text(cell) for cell in cells))
     console.print(table)
     limit = config.data.max_bad_fraction
+    is_stopped = False
     for source in sources:
         bad = source.quarantine.bad
         if bad > limit * source.rows:
+            is_stopped = True
             which = f"those of {source.name}" if len(sources) > 1 else "them"
             warning = (
                 f"{bad:,} of {which} have something wrong, more than data.max_bad_fraction = "
                 f"{limit:g} allows: a run would stop"
             )
             console.print(_text(warning), style="red")
+    return is_stopped
 
 
 def _print_too_few(
     parts: Partition, reading: Reading, quarantine: Quarantine, config: PipelineConfig
-) -> None:
+) -> bool:
     """Print why a run would stop for want of prompts, if it would."""
     from rlhf.data.partition import check_sizes
 
@@ -296,6 +313,8 @@ def _print_too_few(
         check_sizes(parts, bool(reading.held_out), left_out, config.data, cure)
     except DataError as error:
         console.print(_text(f"a run would stop: {error}"), style="red")
+        return True
+    return False
 
 
 def _print_lengths(prompts: Sequence[Prompt], replies: Mapping[str, Sequence[str]]) -> None:

@@ -62,6 +62,12 @@ class LabelsConfig(Section):
     @field_validator("first", "second", "tie", mode="before")
     @classmethod
     def _numbers_are_text(cls, value: object) -> object:
+        if isinstance(value, bool):
+            words = "yes, on or true" if value else "no, off or false"
+            raise ValueError(
+                f"YAML reads {words} as a boolean; quote it as it stands in the data, such as "
+                f"'{words.split(',', maxsplit=1)[0]}'"
+            )
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return str(value) if is_number else value
 

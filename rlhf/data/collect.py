@@ -45,8 +45,6 @@ class Totals:
     """Those of them that agree with the majority."""
     pairwise: float = 0.0
     """Sum over those pairs of the share of two votes drawn at random that agree."""
-    surplus: int = 0
-    """Pairs of scored replies beyond MAX_RANKED_PAIRS of their prompt."""
 
     @property
     def agreement(self) -> float | None:
@@ -214,7 +212,10 @@ class Collector:
             if mean[one] > mean[other]
         ]
         ranked.sort(key=lambda item: -item[0])
-        self.totals.surplus += max(len(ranked) - MAX_RANKED_PAIRS, 0)
+        self.ledger.skip_pairs(
+            max(len(ranked) - MAX_RANKED_PAIRS, 0),
+            LeftOutError(f"beyond {MAX_RANKED_PAIRS} pairs of the prompt's rated replies"),
+        )
         for margin, one, other in ranked[:MAX_RANKED_PAIRS]:
             yield at[one], at[other], margin, [*rows[one], *rows[other]]
         cure = "give two replies to each prompt, one better than the other"
@@ -224,7 +225,7 @@ class Collector:
             "no other reply to this prompt has a different score", cure=cure, is_choice=True
         )
         for key, own in rows.items():
-            self.ledger.lose_stored(own, reason, (prompt_at, at[key]))
+            self.ledger.lose_by_default(own, reason, (prompt_at, at[key]))
 
 
 class _Votes:

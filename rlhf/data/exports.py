@@ -138,13 +138,19 @@ def _label_studio(
     for row in sample:
         for control, value in _selections(row.get("annotations")):
             answers.setdefault(control, []).append(value)
+    has_choice = bool(answers)
+    if not has_choice:  # replies that are rated one by one
+        for row in sample:
+            for control, value in _selections(row.get("annotations"), _RATED):
+                answers.setdefault(control, []).append(value)
+    keys = _CHOSEN if has_choice else _RATED
     label = _question(answers, list(data[0]), config)
 
     def adapt(row: Row) -> Row:
         data = row.get("data")
         if not isinstance(data, Mapping):
             raise LeftOutError("data is no object", str(data)[:60])
-        given = _selections(row.get("annotations"))
+        given = _selections(row.get("annotations"), keys)
         votes = [value for control, value in given if control == label]
         if not votes and (kinds := _other_kinds(row.get("annotations"))):
             raise LeftOutError(
@@ -154,27 +160,57 @@ def _label_studio(
                 "rejected",
             )
         if not votes:
-            raise LeftOutError(
-                "the task has no annotation", cure="export labelled tasks only", is_choice=True
-            )
+            raise _unanswered(row.get("annotations"), label)
         return {**data, label or "annotations": votes}
 
     return Export(adapt, frozenset((*columns, label or "")), ("data",), label or "annotations")
 
 
-def _selections(annotations: Any) -> Iterator[tuple[str, Any]]:
-    """Return control and selected side of all annotations that count."""
+#: Fields of results that select a reply, and that rate one.
+_CHOSEN = ("selected", "choices")
+_RATED = ("rating", "number")
+
+
+def _selections(
+    annotations: Any, keys: tuple[str, ...] = _CHOSEN
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
+    """Return control and value of all annotations that count: a selected side, or a rating."""
+    for result in _results(annotations):
+        value = result.get("value")
+        if not isinstance(value, Mapping):
+            continue
+        for key in [k for k in keys if k in value][:1]:
+            selected = value[key]
+            control = str(result.get("from_name", "annotations"))
+            for side in selected if isinstance(selected, list) else [selected]:
+                yield control, side
+
+
+def _results(annotations: Any) -> Iterator[Mapping[str, Any]]:
+    """Return the results of all annotations that were not cancelled."""
     for annotation in annotations if isinstance(annotations, list) else ():
         if not isinstance(annotation, Mapping) or annotation.get("was_cancelled"):
             continue
         results = annotation.get("result")
-        for result in results if isinstance(results, list) else ():
-            value = result.get("value") if isinstance(result, Mapping) else None
-            if isinstance(value, Mapping) and ("selected" in value or "choices" in value):
-                selected = value.get("selected", value.get("choices"))
-                control = str(result.get("from_name", "annotations"))
-                for side in selected if isinstance(selected, list) else [selected]:
-                    yield control, side
+        yield from (r for r in (results if isinstance(results, list) else ()) if
+                    isinstance(r, Mapping))  # fmt: skip
+
+
+def _unanswered(annotations: Any, label: str | None) -> LeftOutError:
+    """Return the reason for a task without an answer that is read: none, or of another control."""
+    controls = dict.fromkeys(
+        f"{result.get('type', 'unknown')} ({result.get('from_name', 'no name')})"
+        for result in _results(annotations)
+    )
+    if not controls:
+        return LeftOutError(
+            "the task has no annotation", cure="export labelled tasks only", is_choice=True
+        )
+    wanted = f"control {label}" if label else "control that compares or rates replies"
+    return LeftOutError(
+        f"the task has no answer of a {wanted}: it has {', '.join(controls)}",
+        cure="annotate with Pairwise or Choices for two replies, or with Rating or Number for one",
+    )
 
 
 def _other_kinds(annotations: Any) -> list[str]:

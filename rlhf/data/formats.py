@@ -20,6 +20,7 @@ from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
 from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.reply_columns import STARTS, NotRepliesError, with_start
+from rlhf.data.settings import settings_to_make, text_columns, unread_rating
 from rlhf.data.verdicts import LABEL_COLUMNS
 from rlhf.errors import ConfigError, NoPreferences
 
@@ -273,9 +274,12 @@ def _check_conversations(
     values = [value_of(row, cells.first) for row in sample]
     texts = [value for value in values if isinstance(value, str)]
     if cells.first not in markups and len(texts) > len(values) / 2:
+        others = text_columns(names, sample, {*cells.columns, cells.second})
+        cure = f" to one of {', '.join(others)}" if others else ", or give prompts"
         raise ConfigError(
             f"data.prompt_column: no column holds the prompt, and {cells.first} "
             f"({_shown(texts[0])}) is no conversation that begins with it; set data.prompt_column"
+            f"{cure}"
         )
 
 
@@ -338,18 +342,15 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     first = sample[0] if sample else {}
     shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8]) or "none"
     names = {plain_name(name): name for name in columns}
+    cure = settings_to_make(names, sample, config, {*PROMPTS})
     error: type[ConfigError] = ConfigError
-    cure = (
-        "set data.chosen_column and data.rejected_column to the columns of the better and the "
-        "other reply and, if another column says which of them is better, data.label_column to it; "
-        "or data.label_column alone to the column that rates a reply; docs/data.md shows the "
-        "formats"
-    )
     if {"parent_id", "message_id"} <= {*names}:
         reason = "rows are single messages of trees"
         cure = "give the file with whole message trees, one on each line"
     elif config.format != "auto":
         reason = f"data.format = {config.format!r} does not fit these columns"
+    elif unread := unread_rating(names, sample, config):
+        reason, cure = unread
     elif not ({*PROMPTS} & names.keys() or config.prompt_column) and find_unranked(names, sample):
         reason = "no column holds the prompt"
         cure = f"set data.prompt_column{_nested_prompt(sample)}"

@@ -49,6 +49,8 @@ class Quarantine:
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, tuple[Origin, LeftOutError]] = {}
         """The first row with each reason."""
+        self.found_forgotten: set[str] = set()
+        """Ids of the forgotten rows that the sources hold."""
         self.bad = 0
         """Rows with something wrong: all but ties, lost votes and the like."""
 
@@ -69,6 +71,8 @@ class Quarantine:
         if self._parent:
             self._parent.add(origin, reason, row)
         row, reason = self._without_personal_data(row, reason)
+        if origin.id in self.forgotten:
+            self.found_forgotten.add(origin.id)
         self.reasons[reason.reason] += 1
         self.examples.setdefault(reason.reason, (origin, reason))
         self.bad += not reason.is_choice
@@ -98,6 +102,16 @@ class Quarantine:
         detail = f"the row holds personal data ({', '.join(sorted(kinds))})"
         reason = LeftOutError(reason.reason, detail, reason.cure, is_choice=reason.is_choice)
         return (row if self._policy == "flag" else redacted), reason
+
+    def missing_note(self) -> str | None:
+        """Return a sentence on forgotten rows that no source holds, None if all are there."""
+        missing = len(self.forgotten - self.found_forgotten)
+        if not missing:
+            return None
+        return (
+            f"{missing:,} of {len(self.forgotten):,} forgotten rows are not in the sources: they "
+            "were removed, or changed (a changed row has another id)"
+        )
 
     @property
     def total(self) -> int:

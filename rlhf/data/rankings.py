@@ -194,7 +194,7 @@ def _decision(
 ) -> tuple[_Ranking, str] | None:
     """Return how the replies of a list are ordered, and a sentence about it."""
     if config.label_column is None and _has_scores(sample, column):
-        return _Ranking(column), "are compared by their scores"
+        return _Ranking(column), f"are compared by their {_deciding(sample, column)}"
     ranks = [names[n] for n in _RANK_LISTS if n in names and _hold_lists(sample, names[n])]
     scores = [names[n] for n in _SCORE_LISTS if n in names and _hold_lists(sample, names[n])]
     listed = [c for c in (*scores, *ranks) if c != column]
@@ -414,6 +414,19 @@ def _has_scores(sample: Sequence[Row], column: str) -> bool:
         for values in _lists(sample, column)
         for item in values
     )
+
+
+def _deciding(sample: Sequence[Row], column: str) -> str:
+    """Return the field of the replies that orders them, and which end of it is best."""
+    items = [item for values in _lists(sample, column) for item in values]
+    given = [
+        key
+        for key in (*_SCORE_KEYS, "rank")
+        if any(isinstance(item, Mapping) and item.get(key) is not None for item in items)
+    ]
+    if not given:
+        return "scores"
+    return f"{given[0]}, the {'lowest' if given[0] == 'rank' else 'highest'} is best"
 
 
 def _is_list_of_replies(sample: Sequence[Row], column: str) -> bool:

@@ -72,6 +72,13 @@ class LeftOutError(Exception):
         super().__init__(reason)
         self.reason, self.detail, self.cure, self.is_choice = reason, detail, cure, is_choice
 
+    @property
+    def shown_cure(self) -> str:
+        """The cure, or what to do where none is given."""
+        return self.cure or (
+            "nothing is wrong with such rows" if self.is_choice else "mend or remove the row"
+        )
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -179,6 +179,38 @@ def test_a_reply_that_recurs_under_many_prompts_is_quarantined(side):
     assert prepare(data, near_duplicates=None)[1]["rows_used"] == 86
 
 
+def test_lost_pairs_of_rows_that_are_used_are_counted_and_said():
+    data = [
+        {"prompt": text, "completions": [
+            {"response": f"{word} {text}", "score": score}
+            for word, score in (("c", 9), ("d", 7), ("r", 5))
+        ] + [{"response": CANNED, "score": 1}]}
+        for text in texts(40, 12)
+    ]  # fmt: skip
+    parts, summary, quarantine = prepare(data)
+    kept = [row for name in (files.PAIRS_TRAIN, files.PAIRS_EVAL) for row in parts[name]]
+    assert not any(row.rejected == CANNED for row in kept)
+    assert (summary["left_out"], quarantine, summary["rows_used"]) == ({}, [], 40)
+    assert summary["pairs_left_out"] == {"reply recurs under many prompts": 120}
+    said = (
+        "pairs left out of rows that are used otherwise: 120 (120 × reply recurs under many "
+        "prompts (raise data.max_reply_share to train on it, or set it to none))"
+    )
+    assert said in summary["notes"]
+
+
+def test_a_rated_reply_that_recurs_is_left_out_for_that():
+    data = [
+        {"prompt": text, "response": reply, "score": score}
+        for text in texts(40, 12)
+        for reply, score in ((f"c {text}", 3), (f"r {text}", 2), (CANNED, 1))
+    ]
+    _, summary, quarantine = prepare(data[:45] + [row for row in data[45:] if row["score"] > 1])
+    assert summary["left_out"] == {"reply recurs under many prompts": 15}
+    assert {line["row"]["rejected"] for line in quarantine} == {CANNED}
+    assert summary["pairs_left_out"] == {"reply recurs under many prompts": 30}
+
+
 def test_near_duplicates_of_a_recurring_reply_are_repeats_of_it():
     long = sentence(random.Random(1), 40)
     data = [pair(text, f"c {text}", f"r {text}") for text in texts(120)]

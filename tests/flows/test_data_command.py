@@ -24,10 +24,12 @@ def inspect(tmp_path, monkeypatch, capsys):
         if lines is not None:
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         command = ["inspect", source or str(path), *words]
-        assert not data.app(
+        code = data.app(
             command, exit_on_error=False, print_error=False, result_action="return_value"
         )
-        return capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert code == (2 if "a run would stop" in shown or "\n0 pairs of" in shown else 0)
+        return shown
 
     return run
 
@@ -53,6 +55,7 @@ def test_it_prints_reasons_with_an_example_and_a_cure_and_whether_a_run_would_st
     assert "2 rows repeat the pair of another row" in shown
     assert "2 of them have something wrong, more than data.max_bad_fraction = 0.1 allows" in shown
     assert "would stop" in shown
+    assert "nothing is wrong with such rows" not in shown
     assert "would stop" not in inspect([*rows(5), *bad], "--data.max_bad_fraction=0.5")
 
 
