@@ -152,13 +152,6 @@ def _label_studio(
             raise LeftOutError("data is no object", str(data)[:60])
         given = _selections(row.get("annotations"), keys)
         votes = [value for control, value in given if control == label]
-        if not votes and (kinds := _other_kinds(row.get("annotations"))):
-            raise LeftOutError(
-                "the annotation is neither a pairwise selection nor a choice",
-                ", ".join(kinds),
-                "export pairwise or choice tasks, or pairs with the columns prompt, chosen, "
-                "rejected",
-            )
         if not votes:
             raise _unanswered(row.get("annotations"), label)
         return {**data, label or "annotations": votes}
@@ -211,17 +204,6 @@ def _unanswered(annotations: Any, label: str | None) -> LeftOutError:
         f"the task has no answer of a {wanted}: it has {', '.join(controls)}",
         cure="annotate with Pairwise or Choices for two replies, or with Rating or Number for one",
     )
-
-
-def _other_kinds(annotations: Any) -> list[str]:
-    """Return the kinds of results of annotations that count: `ranker`, `textarea`."""
-    return sorted({
-        str(result.get("type"))
-        for annotation in (annotations if isinstance(annotations, list) else ())
-        if isinstance(annotation, Mapping) and not annotation.get("was_cancelled")
-        for result in (annotation.get("result") or ())
-        if isinstance(result, Mapping)
-    })  # fmt: skip
 
 
 def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> Export | None:

@@ -529,5 +529,5 @@ def test_annotators_inside_of_label_studio_tasks_are_counted_by_their_votes(tmp_
 def test_label_studio_tasks_of_another_kind_say_so(tmp_path):
     result = {"from_name": "r", "type": "ranker", "value": {"ranker": {"rank": ["a", "b"]}}}
     rows = [{"data": two(i), "annotations": [{"result": [result]}]} for i in range(20)]
-    with pytest.raises(ConfigError, match="neither a pairwise selection nor a choice"):
+    with pytest.raises(ConfigError, match=r"it has ranker \(r\)"):
         prepare(tmp_path, rows)

@@ -69,7 +69,7 @@ def test_letters_are_no_numbers_and_the_cure_can_be_followed(settings):
         ),
         (
             {"frage": "wie geht es", "besser": "gut ist es", "schlechter": "geht dich nichts an"},
-            {"prompt": "frage", "chosen": "besser", "rejected": "schlechter"},
+            {"prompt": "frage", "chosen": "besser", "rejected": "schlechter", "label": None},
         ),
         (
             {"prompt": "how are you", "response": "fine I am", "error_count": 3},
@@ -81,7 +81,7 @@ def test_the_cure_names_all_settings_and_with_them_the_rows_are_read(row, values
     text = message(ConfigError, found, [row])
     ways = [re.findall(r"data\.(\w+)_column", way) for way in text.split("; or for ")]
     assert [*values] in ways
-    layout = found([row], **{f"{name}_column": column for name, column in values.items()})
+    layout = found([row], **{f"{name}_column": values[name] for name in values})
     converted = layout.convert(row)
     assert converted.comparisons or converted.rated
 
