@@ -16,10 +16,11 @@ from rlhf.data.annotators import ranked_row, ranking_question, ranks_of
 from rlhf.data.chat import to_messages, to_text
 from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row
+from rlhf.data.label_words import names_a_reply
 from rlhf.data.rankings import CAPPED, MAX_REPLIES
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.rows import Message
-from rlhf.data.verdicts import LABEL_COLUMNS, names_a_reply, prefers_worse
+from rlhf.data.verdicts import LABEL_COLUMNS, prefers_worse
 from rlhf.errors import ConfigError
 
 

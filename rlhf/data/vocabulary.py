@@ -16,6 +16,7 @@ from rlhf.data import formats, rankings, reply_columns, verdicts
 from rlhf.data.columns import Row, plain_name
 from rlhf.data.comparisons import PAIR_SCORES, PAIRS
 from rlhf.data.formats import Layout
+from rlhf.data.label_words import names_a_reply
 from rlhf.data.margins import MARGIN_COLUMNS
 from rlhf.data.ratings import ATTRIBUTES, CONVERSATIONS, RATINGS, REPLIES
 from rlhf.data.tallies import ANNOTATOR_COLUMNS, SLICE_COLUMNS
@@ -61,7 +62,7 @@ def could_matter(column: str, row: Row, layout: Layout, config: DataConfig) -> b
     if layout.name in ("label-studio", "argilla") and isinstance(value, list | Mapping):
         return True  # a question of its own
     vote = value.get("selected") if isinstance(value, Mapping) else value
-    return isinstance(vote, str) and verdicts.names_a_reply(vote, layout.columns)
+    return isinstance(vote, str) and names_a_reply(vote, layout.columns)
 
 
 def _configured(config: DataConfig) -> set[str]:
