@@ -90,7 +90,7 @@ def measure(pairs: Sequence[Pair], prompts: int, draws: int, change: Change | No
 
 
 def sketch(pairs: list[Pair]) -> Sketch:
-    """Return the sketch of pairs, with the formats of their data card; groups become slices."""
+    """Return the sketch of pairs, with the formats of their data card."""
     card = json.loads(json.dumps(asdict(audit_pairs(pairs, with_languages=False))))
     return make_sketch(pairs, [pair.prompt for pair in pairs], [], card)
 
@@ -101,7 +101,10 @@ def _other_letters(text: str) -> str:
 
 
 def _to_another_language(pairs: list[Pair], _: random.Random) -> list[Pair]:
-    return [Pair(*map(_other_letters, (str(p.prompt), p.chosen, p.rejected))) for p in pairs]
+    return [
+        Pair(_other_letters(str(p.prompt)), _other_letters(p.chosen), _other_letters(p.rejected))
+        for p in pairs
+    ]
 
 
 def _to_code(pairs: list[Pair], _: random.Random) -> list[Pair]:
