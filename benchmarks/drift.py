@@ -101,10 +101,8 @@ def _other_letters(text: str) -> str:
 
 
 def _to_another_language(pairs: list[Pair], _: random.Random) -> list[Pair]:
-    return [
-        Pair(_other_letters(str(p.prompt)), _other_letters(p.chosen), _other_letters(p.rejected))
-        for p in pairs
-    ]
+    other = _other_letters
+    return [Pair(other(str(p.prompt)), other(p.chosen), other(p.rejected)) for p in pairs]
 
 
 def _to_code(pairs: list[Pair], _: random.Random) -> list[Pair]:

@@ -18,7 +18,7 @@ from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
-BAD_INPUT, REJECTED, BROKEN = 2, 3, 1
+BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
 
 Overrides = Annotated[
     str,

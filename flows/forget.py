@@ -41,6 +41,7 @@ def forget(
     found = reach(opened, wanted)
     reached = {ref.digest: ref for row_id in wanted for ref, _ in found.rows[row_id]}
     reached |= {ref.digest: ref for row_id in wanted for ref in found.derived[row_id]}
+    reached |= {ref.digest: ref for row_id in wanted for ref in found.tested[row_id]}
     for row_id in wanted:
         if not found.rows[row_id]:
             _print(f"{row_id}  in no dataset of this store")
@@ -48,6 +49,8 @@ def forget(
             _print(f"{row_id}  {row.source}:{row.line}  {row.split}  dataset {ref.digest[:12]}")
         for ref in found.derived[row_id]:
             _print(f"{row_id}  reached {ref.kind} {ref.digest[:12]}")
+        for ref in found.tested[row_id]:
+            _print(f"{row_id}  held out for {ref.kind} {ref.digest[:12]}")
     for ref in found.unknown:
         _print(
             f"dataset {ref.digest[:12]} is of an older version and keeps no ids: it may hold them"

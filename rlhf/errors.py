@@ -19,6 +19,10 @@ class ConfigError(RLHFError, ValueError):
     """A configuration value is unusable; raised before any expensive work."""
 
 
+class NoPreferences(ConfigError):
+    """The rows of a source of pairs hold nothing that says which reply is better."""
+
+
 class DataError(RLHFError, ValueError):
     """Input data are missing, empty or not in a form to train on."""
 

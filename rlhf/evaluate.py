@@ -52,7 +52,8 @@ def evaluate_reward_model(
     Pairs that the model can't be given, or that are equal where it cuts them, are left out.
 
     Writes `evaluation.json`: accuracy, accuracy_low/high, n, baseline_longer (with interval),
-    margin_mean, by_group, and for a source whose truth is known ceiling and share_of_ceiling.
+    margin_mean, by_group, and for a source whose truth is known ceiling and share_of_ceiling. Each
+    pair counts once, whatever its weight in training: the interval is that of independent trials.
 
     Raises:
         DataError: The data have no held-out pairs, or the model can't be given too many of them.

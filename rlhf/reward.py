@@ -1,11 +1,15 @@
 """Reward model stage: training by TRL, or publishing of a ready model.
 
-The loss is that of Bradley and Terry on preference pairs.
+The loss is that of Bradley and Terry on preference pairs. With weights w (a pair's `weight`, 1
+where it has none) it is Σ w ℓ / Σ w over all pairs, ℓ = −log σ(r_chosen − r_rejected − margin):
+weighted maximum likelihood of the Bradley–Terry model. The sum of weights is that of all pairs, not
+of a batch, in which a single pair would count as 1 whatever its weight.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +177,12 @@ def _encode(
 
     Returns:
         The rows, and counts: of pairs with a reply that was cut, of those left out because their
-        replies differ only behind the cut, of prompts that were shortened or left out, and of pairs
-        without a margin.
+        replies differ only behind the cut, of prompts that were shortened or left out, of pairs
+        without a margin, and of those with a weight. Weights have the mean 1.
     """
     fitting = Fitting(renderer, limits)
     counts = fitting.counts
+    weights: list[float] = []
 
     def encode(pair: Pair) -> dict[str, Any] | None:
         one = fitting.encode(pair.prompt, pair.chosen)
@@ -192,6 +197,8 @@ def _encode(
         if margin_coef:
             row["margin"] = margin_coef * (pair.margin or 0.0)
             counts["pairs_without_margin"] += pair.margin is None
+        counts["pairs_weighted"] += pair.weight is not None
+        weights.append(1.0 if pair.weight is None else pair.weight)
         return row
 
     rows = [row for row in fitting.map(pairs, encode) if row is not None]
@@ -202,6 +209,9 @@ def _encode(
         )
     if not rows:
         raise DataError("no preference pairs to train on; check data.source and data.eval_fraction")
+    if counts["pairs_weighted"]:
+        mean = sum(weights) / len(weights)
+        rows = [{**row, "weight": w / mean} for row, w in zip(rows, weights, strict=True)]
     return rows, fitting.metrics()
 
 
@@ -223,22 +233,36 @@ def _train(
                 callbacks=[callback],
             )
         trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
+        if "weight" in rows[0]:
+            trainer.data_collator = _WeightCollator(trainer.data_collator)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
 
 
+class _WeightCollator:
+    """Collator that adds the weights of the pairs to a batch of TRL's."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self._collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        weights = torch.tensor([example["weight"] for example in examples], dtype=torch.float)
+        return {**self._collate(examples), "weight": weights}
+
+
 class _Trainer(MultiProcessMixin, RewardTrainer):
-    """RewardTrainer with an optional language-model loss on the chosen reply."""
+    """RewardTrainer with weights of pairs, and a language-model loss on the chosen reply."""
 
     lm_loss_coef = 0.0
     marker: int | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # RewardTrainer would drop this column, which the sampler groups rows by.
-        if "length" not in self._signature_columns:
-            self._signature_columns.append("length")
+        # RewardTrainer would drop the column that the sampler groups rows by, and the weights.
+        for name in ("length", "weight"):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
 
     def compute_loss(
         self,
@@ -247,7 +271,13 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        weight = inputs.pop("weight", None)  # the model takes no such argument
+        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = result
+        if weight is not None:
+            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+            losses = -F.logsigmoid(chosen - rejected - inputs.get("margin", 0.0))
+            loss = loss + ((weight - 1) * losses).mean()
         if self.lm_loss_coef:
             loss = loss + self.lm_loss_coef * self._lm_loss(model, inputs, outputs)
         return (loss, outputs) if return_outputs else loss

@@ -96,7 +96,7 @@ def _show_data(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
     facts = [
         {"fact": key.replace("_", " "), "value": str(value)}
         for key, value in summary.items()
-        if key not in ("left_out", "notes", "findings", "sources")
+        if key not in ("left_out", "pairs_left_out", "notes", "findings", "sources")
     ]
     facts = [{"fact": "finding", "value": text} for text in summary.get("findings", ())] + facts
     facts += [{"fact": "note", "value": note} for note in summary.get("notes", ())]

@@ -62,6 +62,12 @@ class LabelsConfig(Section):
     @field_validator("first", "second", "tie", mode="before")
     @classmethod
     def _numbers_are_text(cls, value: object) -> object:
+        if isinstance(value, bool):
+            words = "yes, on or true" if value else "no, off or false"
+            raise ValueError(
+                f"YAML reads {words} as a boolean; quote it as it stands in the data, such as "
+                f"'{words.split(',', maxsplit=1)[0]}'"
+            )
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return str(value) if is_number else value
 
@@ -186,9 +192,10 @@ class DataConfig(Section):
     """Delimiter of CSV files; none finds it: comma, semicolon, tab or pipe."""
     max_row_mb: float = Field(default=16.0, gt=0)
     """Longest row that is read, in MB."""
-    votes: Literal["majority", "keep"] = "majority"
+    votes: Literal["majority", "keep", "weight"] = "majority"
     """Rows that repeat or contradict a pair: `majority` merges them to one pair and leaves out
-    ties, `keep` trains on every row."""
+    ties, `weight` does too and trains on it with the weight |a − b| / (a + b) of a : b votes,
+    `keep` trains on every row."""
     personal_data: PersonalDataPolicy = "flag"
     """Rows with an email address, phone number, payment card, IBAN or IP address: `flag` counts
     them, `redact` replaces each by a placeholder such as `[EMAIL]`, `quarantine` leaves the rows
@@ -209,9 +216,10 @@ class DataConfig(Section):
     """Largest share of the prompts under which one reply, or near duplicates of it, may stand;
     pairs with such a reply are left out, unless most pairs of their file have one. Replies under 20
     characters may recur, and every reply under ten prompts. none allows all."""
-    contradictions: Literal["keep", "majority"] = "keep"
+    contradictions: Literal["keep", "majority", "downweight"] = "keep"
     """Pairs of which a near duplicate prefers the other reply: `keep` trains on both, `majority`
-    leaves out those with fewer rows, and ties."""
+    leaves out those with fewer rows, and ties; `downweight` does too and trains on the others with
+    the weight |a − b| / (a + b) of a : b rows."""
     max_pairs: int | None = Field(default=None, ge=10)
     """Use at most this many pairs (a seeded sample); none uses all."""
     max_prompt_chars: int = Field(default=4000, ge=1)

@@ -216,7 +216,7 @@ def left_out_reasons(
     for reason, rows in counts:
         origin, error = examples[reason]
         example = f"{origin.file}:{origin.line} {error.detail}".strip()
-        found.append(LeftOut(reason, rows, example, error.cure, error.is_choice))
+        found.append(LeftOut(reason, rows, example, error.shown_cure, error.is_choice))
     return tuple(found)
 
 

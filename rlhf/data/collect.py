@@ -45,8 +45,6 @@ class Totals:
     """Those of them that agree with the majority."""
     pairwise: float = 0.0
     """Sum over those pairs of the share of two votes drawn at random that agree."""
-    surplus: int = 0
-    """Pairs of scored replies beyond MAX_RANKED_PAIRS of their prompt."""
 
     @property
     def agreement(self) -> float | None:
@@ -71,6 +69,8 @@ class Collector:
         # them each byte of an entry is 3 MB.
         self._prompts, self._prompt_at = bytearray(), array("q")
         self._votes, self._ratings = _Votes(), _Ratings()
+        self._are_thumbs = True
+        """True as long as all scores are those of thumbs up and down."""
 
     def add(self, converted: Converted, origin: Origin) -> None:
         """Add what a row says.
@@ -101,6 +101,7 @@ class Collector:
             margin = math.nan if item.margin is None else item.margin
             self._votes.add(entry, digest(a, b, salt=key), at, item.chosen == a, margin, row)
         for one in rated:
+            self._are_thumbs &= one.score in (-1.0, 0.0, 1.0)
             entry, _ = self._enter(one.prompt, places)
             at = self._place(one.reply, one.reply, places)
             self._ratings.add(entry, digest(one.reply), at, one.score, row)
@@ -139,13 +140,13 @@ class Collector:
         for run in np.lexsort((first, prompts[entries[first]])):
             same = repeated[starts[run] : ends[run]].tolist()
             number = int(prompts[entries[same[0]]])
-            for one, other, margin, rows in self._outcome(same, int(prompt_at[number])):
-                found.add(number, same[0], one, other, margin, rows)
+            for one, other, margin, weight, rows in self._outcome(same, int(prompt_at[number])):
+                found.add(number, same[0], one, other, margin, rows, weight)
 
     def _outcome(
         self, same: list[int], prompt_at: int
-    ) -> Iterator[tuple[int, int, float, list[int]]]:
-        """Yield the pairs of several votes for one: chosen, rejected, margin, rows."""
+    ) -> Iterator[tuple[int, int, float, float, list[int]]]:
+        """Yield the pairs of several votes for one: chosen, rejected, margin, weight, rows."""
         votes = self._votes
         a, b = votes.a_at[same[0]], votes.b_at[same[0]]
         for_a = [votes.row[i] for i in same if votes.for_a[i]]
@@ -159,7 +160,7 @@ class Collector:
         if self.config.votes == "keep":
             for one, other, rows in ((a, b, for_a), (b, a, for_b)):
                 for row in rows:
-                    yield one, other, _mean_margin(margins, [row]), [row]
+                    yield one, other, _mean_margin(margins, [row]), math.nan, [row]
             return
         if len(for_a) == len(for_b):
             reason = LeftOutError(
@@ -178,7 +179,10 @@ class Collector:
             )  # fmt: skip
             self.ledger.lose_stored(losers, reason, (prompt_at, other, one))
         self.totals.merged += len(winners) - 1
-        yield one, other, _mean_margin(margins, winners, losers), winners
+        weight = math.nan
+        if self.config.votes == "weight" and losers:
+            weight = lead(len(winners), len(losers))
+        yield one, other, _mean_margin(margins, winners, losers), weight, winners
 
     def _add_ranked(self, found: _Columns, prompts: Ints, prompt_at: Ints) -> None:
         numbers = prompts[np.array(self._ratings.entry, dtype=np.int64)]
@@ -208,15 +212,20 @@ class Collector:
             if mean[one] > mean[other]
         ]
         ranked.sort(key=lambda item: -item[0])
-        self.totals.surplus += max(len(ranked) - MAX_RANKED_PAIRS, 0)
+        self.ledger.skip_pairs(
+            max(len(ranked) - MAX_RANKED_PAIRS, 0),
+            LeftOutError(f"beyond {MAX_RANKED_PAIRS} pairs of the prompt's rated replies"),
+        )
         for margin, one, other in ranked[:MAX_RANKED_PAIRS]:
             yield at[one], at[other], margin, [*rows[one], *rows[other]]
+        cure = "give two replies to each prompt, one better than the other"
+        if self._are_thumbs:
+            cure += "; or train SFT on those rated up, with data.sft_source, beside pairs"
         reason = LeftOutError(
-            "no other reply to this prompt has a different score",
-            cure="give two replies to each prompt, one better than the other", is_choice=True,
-        )  # fmt: skip
+            "no other reply to this prompt has a different score", cure=cure, is_choice=True
+        )
         for key, own in rows.items():
-            self.ledger.lose_stored(own, reason, (prompt_at, at[key]))
+            self.ledger.lose_by_default(own, reason, (prompt_at, at[key]))
 
 
 class _Votes:
@@ -264,18 +273,21 @@ class _Columns:
 
     def __init__(self) -> None:
         self._prompt, self._order = array("i"), array("q")
-        self._chosen, self._rejected, self._margin = array("q"), array("q"), array("d")
+        self._chosen, self._rejected = array("q"), array("q")
+        self._margin, self._weight = array("d"), array("d")
         self._counts, self._rows = array("i"), array("i")
 
     def add(
-        self, prompt: int, order: int, chosen: int, rejected: int, margin: float, rows: list[int]
-    ) -> None:
+        self, prompt: int, order: int, chosen: int, rejected: int, margin: float, rows: list[int],
+        weight: float = math.nan,
+    ) -> None:  # fmt: skip
         """Add a pair; those of a prompt are sorted by `order`."""
         self._prompt.append(prompt)
         self._order.append(order)
         self._chosen.append(chosen)
         self._rejected.append(rejected)
         self._margin.append(margin)
+        self._weight.append(weight)
         self._counts.append(len(rows))
         self._rows.extend(rows)
 
@@ -296,6 +308,7 @@ class _Columns:
             (self._chosen, np.where(for_a, a, b)),
             (self._rejected, np.where(for_a, b, a)),
             (self._margin, margin),
+            (self._weight, np.full(len(which), math.nan)),
             (self._counts, np.ones(len(which))),
             (self._rows, np.array(votes.row, dtype=np.int32)[which]),
         ):
@@ -312,6 +325,7 @@ class _Columns:
             chosen_at=np.array(self._chosen, dtype=np.int64),
             rejected_at=np.array(self._rejected, dtype=np.int64),
             margin=np.array(self._margin, dtype=np.float64),
+            weight=np.array(self._weight, dtype=np.float64),
             starts=np.cumsum(counts, dtype=np.int64) - counts,
             counts=counts,
             times=np.ones(len(prompt), dtype=np.int32),
@@ -353,6 +367,16 @@ def demonstrations(pairs: list[Pair]) -> list[Demonstration]:
             best = max(unbeaten, key=won[key].__getitem__)
             found.append(Demonstration(prompt, best, merged_ids(ids[key, best])))
     return found
+
+
+def lead(one: int, other: int) -> float:
+    """Return the lead of the majority as a share of the votes, |a − b| / (a + b).
+
+    A loss with this weight has, where both replies have the same reward, the gradient of the
+    cross-entropy with the shares of the votes as soft label: w · (σ(0) − 1) = σ(0) − a / (a + b)
+    (Christiano et al. 2017, section 2.2.3, takes these shares as label).
+    """
+    return abs(one - other) / (one + other)
 
 
 def source_rows(**splits: Iterable[Origin]) -> list[SourceRow]:

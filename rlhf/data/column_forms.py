@@ -5,6 +5,8 @@ What most rows have is the file's format, and is parsed or cut for all of them, 
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -34,6 +36,7 @@ def with_forms(cells: Cells, sample: Sequence[Row]) -> tuple[Cells, list[str]]:
                 f"data.text_columns: {column!r} is not read; name columns of "
                 f"{', '.join(cells.columns)}"
             )
+    _check_line_breaks(cells, sample)
     markups, notes = find_markups(cells, sample)
     _check_replies(replace(cells, markups=markups), sample)
     replies = [c for c in (cells.first, cells.second) if c not in markups and c not in cells.plain]
@@ -50,6 +53,30 @@ def with_forms(cells: Cells, sample: Sequence[Row]) -> tuple[Cells, list[str]]:
         repeats=_repeat_prompts(cells, sample) if replies else False,
     )  # fmt: skip
     return cells, notes
+
+
+#: A line break written as two characters, unlike commands of TeX and names in paths.
+_ESCAPED_BREAK = re.compile(r"(?<!\\)\\n(?![a-z])|(?<=[.!?])\\n")
+
+
+def _check_line_breaks(cells: Cells, sample: Sequence[Row]) -> None:
+    """Refuse a column with escaped line breaks in over half of its texts and no real one.
+
+    Raises:
+        ConfigError: Models would learn to write a backslash and an n.
+    """
+    for column, is_reply in itertools.product(cells.columns, (True, False)):
+        texts = [text for row in sample for text in texts_of(cell_of(row, column), is_reply)]
+        if column in cells.plain or any("\n" in text for text in texts):
+            continue
+        escaped = [text for text in texts if _ESCAPED_BREAK.search(text)]
+        if len(escaped) > len(texts) / 2:
+            raise ConfigError(
+                f"data.source: {column} has line breaks written as a backslash and an n in "
+                f"{len(escaped)} of the first {len(texts)} texts ({ascii(escaped[0])[:60]}), and "
+                "no real one; export the data with real line breaks, or, if the texts are meant "
+                f"so, set data.text_columns={column}"
+            )
 
 
 def find_markups(cells: Cells, sample: Sequence[Row]) -> tuple[dict[str, Markup], list[str]]:

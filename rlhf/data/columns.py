@@ -68,6 +68,11 @@ def check_settings(
             continue
         close = difflib.get_close_matches(column, columns, 1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
+        holders = [
+            c for c in columns if any(isinstance(row.get(c), list | Mapping) for row in sample)
+        ]
+        if holders and not hint:
+            hint = f" (fields of objects and items of lists are named as {holders[0]}.0.text)"
         raise ConfigError(
             f"data.{name} = {column!r}: not a column of the source, which has {_listed(columns)}"
             f"{hint}; correct it, or remove it to find the column by name"

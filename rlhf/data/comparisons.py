@@ -32,9 +32,9 @@ PAIRS = (
     ("good", "bad"), ("good_response", "bad_response"), ("winner", "loser"),
     ("winning_response", "losing_response"), ("winner_response", "loser_response"),
     ("win", "lose"), ("y_w", "y_l"), ("chosen_messages", "rejected_messages"),
-    ("response_j", "response_k"),
+    ("response_j", "response_k"), ("good_edited_response", "bad_edited_response"),
 )  # fmt: skip
-_SCORES = (
+PAIR_SCORES = (
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"),
     ("chosen_reward", "rejected_reward"),
@@ -148,7 +148,7 @@ def find_pairs(
         return None  # the label of a comparison: {"response_a": …, "chosen": "response_a"}
     if config.chosen_column is None and config.rejected_column is None:
         check_replies(names, sample, prompt.prompt, (chosen, rejected))
-    scores = next(((names[a], names[b]) for a, b in _SCORES if a in names and b in names), None)
+    scores = next(((names[a], names[b]) for a, b in PAIR_SCORES if a in names and b in names), None)
     cells = replace(prompt, first=chosen, second=rejected)
     if cells.prompt in (chosen, rejected):
         cells = replace(cells, prompt=None)
@@ -205,6 +205,7 @@ def _check_pair(
             f"data.chosen_column = {chosen!r}: is data.rejected_column too; set two columns"
         )
     label = _label_naming(names, sample, {chosen, rejected})
+    label = label or _label_beside(names, sample, config, prompt, (chosen, rejected))
     if label:
         raise ConfigError(
             f"data.chosen_column = {chosen!r}: {label!r} says for each row which of {chosen} and "
@@ -246,6 +247,26 @@ def _label_naming(
         if len(values) == 2 and values <= known and columns in (None, values):
             return names[name]
     return None
+
+
+def _label_beside(
+    names: Mapping[str, str], sample: Sequence[Row], config: DataConfig, prompt: Cells,
+    pair: tuple[str, str],
+) -> str | None:  # fmt: skip
+    """Return what decides between columns of two replies that are set to be a pair.
+
+    `response_a` and `response_b` are named alike, so that neither is the better one in all rows.
+    """
+    found = reply_columns(names, sample)
+    if config.chosen_column is None or found is None or {*found[0]} != {*pair}:
+        return None
+    try:
+        judge = find_judge(names, sample, *found, config, prompt.text_cells)
+        verdicts = [judge.decide(row, set())[0] for row in sample]
+    except (ConfigError, LeftOutError):
+        return None  # nothing certain
+    is_label = judge.by == "label" and {"first", "second"} <= {*verdicts}
+    return judge.columns[0] if is_label else None
 
 
 def _replies_by_label(

@@ -176,16 +176,40 @@ class Text:
         except UnicodeEncodeError as error:
             number += text.count("\n", 0, error.start)
             byte = ord(text[error.start]) - 0xDC00
-            raise self._undecodable(f"byte {byte:#04x}", number) from None
+            begin, end = text.rfind("\n", 0, error.start) + 1, text.find("\n", error.start)
+            line = text[begin : end if end >= 0 else None][:_HEAD]
+            raw = line.encode(self._encoding, "surrogateescape")
+            raise self._undecodable(f"byte {byte:#04x}", number, raw) from None
 
-    def _undecodable(self, reason: str, number: int) -> MalformedError:
-        cure = (
-            "set data.encoding=cp1252 if it comes from Windows, or save it as UTF-8"
-            if self.options.encoding is None
-            else "set data.encoding to what it is written in"
-        )
+    def _undecodable(self, reason: str, number: int, raw: bytes = b"") -> MalformedError:
+        cure = "set data.encoding to what it is written in"
+        if names := [name for name in fitting_encodings(raw) if name != self.options.encoding]:
+            others = f" (also possible: {', '.join(names[1:])})" if names[1:] else ""
+            cure = f"set data.encoding={names[0]}, which fits this line{others}"
+        cure += ", or save it as UTF-8"
         name = self._encoding.upper()
         return MalformedError(f"line {number}: not {name} ({reason}); {cure}")
+
+
+def fitting_encodings(raw: bytes) -> list[str]:
+    """Return encodings that decode bytes which are no UTF-8, the likeliest first; at most three."""
+    from charset_normalizer import from_bytes
+
+    found = [match.encoding for match in from_bytes(raw)] if raw else []
+    # Languages of Western Europe have few letters beyond ASCII, too few for statistics.
+    is_western = sum(byte >= 0x80 for byte in raw) <= max(_FEW, _WESTERN * len(raw))
+    names = ["cp1252", *found, *_ENCODINGS] if is_western else [*found, *_ENCODINGS]
+    known = [name for name in dict.fromkeys(names) if name in _ENCODINGS and _decodes(raw, name)]
+    return known[:3] if raw else []
+
+
+def _decodes(raw: bytes, encoding: str) -> bool:
+    """Return whether bytes, which may end within a character, are text in an encoding."""
+    try:
+        codecs.getincrementaldecoder(encoding)("strict").decode(raw)
+    except UnicodeError:
+        return False
+    return True
 
 
 class _Unpacked(io.RawIOBase):
@@ -272,6 +296,11 @@ def _encoding(head: bytes, options: ReadOptions, note: Note) -> str:
 
 _BUFFER = 64 * 1024
 _HEAD = 4096
+#: Encodings that are proposed, the commonest first.
+_ENCODINGS = ("cp1252", "cp932", "gb18030", "big5", "cp949", "euc_jp", "cp1251", "koi8_r", "cp1250")
+#: Share of bytes beyond ASCII below which a text is taken for one of Western Europe.
+_WESTERN = 0.2
+_FEW = 3
 _GZIP = b"\x1f\x8b"
 _BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 #: UTF-32 first: its mark begins with that of UTF-16.

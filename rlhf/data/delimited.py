@@ -26,6 +26,7 @@ def csv_records(text: Text, name: str, is_tsv: bool, note: Note) -> Iterator[Rec
     csv.field_size_limit(options.row_limit)
     lines = _Lines(text)
     delimiter = _delimiter(lines, options, is_tsv, note)
+    lines.delimiter = delimiter
     skip = _pads(lines.sample, delimiter)
     if skip:
         note("blanks after the delimiter are skipped")
@@ -35,8 +36,8 @@ def csv_records(text: Text, name: str, is_tsv: bool, note: Note) -> Iterator[Rec
         if names is None:
             names = _names(cells, broken, lines.start, note)
             continue
-        if len(cells) == 1 < len(names) and not cells[0].strip():
-            continue  # a line of blanks
+        if not broken and len(names) > 1 and lines.are_blank():
+            continue  # as spreadsheets write below the last row
         fault = broken or _row_fault(cells, names, lines)
         if fault:
             yield Record(name, lines.start, None, fault, lines.record_text())
@@ -74,6 +75,7 @@ class _Lines:
         self._size = 0
         self.start = 1
         self.has_nul = False
+        self.delimiter = ","
         self._read_ahead()
         self.sample = list(self._ahead)
         self._ahead.reverse()
@@ -104,6 +106,10 @@ class _Lines:
     def record_text(self) -> str:
         """Return the beginning of the record, as in the file."""
         return "".join(self._record)[:500].rstrip("\r\n")
+
+    def are_blank(self) -> bool:
+        """Return whether the record is delimiters and blanks alone, without a quote."""
+        return self._size < 500 and not self.record_text().replace(self.delimiter, "").strip()
 
     def fault(self, reason: str) -> str:
         """Return the csv module's reason in plain words, or raise at a fatal one."""
@@ -207,7 +213,9 @@ def _names(cells: list[str], fault: str, line: int, note: Note) -> list[str]:
 
 def _row_fault(cells: list[str], names: list[str], lines: _Lines) -> str:
     if len(cells) != len(names):
-        return f"{_count(len(cells), 'cell')} for {_count(len(names), 'column')}"
+        counts = f"{_count(len(cells), 'cell')} for {_count(len(names), 'column')}"
+        held = repr(lines.delimiter) if len(cells) > len(names) else "a line break"
+        return f"{counts}: a text that holds {held} must stand in quotes"
     return "holds a NUL character" if lines.has_nul else ""
 
 

@@ -59,6 +59,7 @@ def read_demonstrations(
     note: Callable[[str], None],
     personal: PersonalData,
     check: CheckPrompt | None = None,
+    limit: int | None = None,
 ) -> OwnRows[Demonstration]:
     """Read `data.sft_source`.
 
@@ -72,6 +73,7 @@ def read_demonstrations(
         note: Receives sentences for the user.
         personal: Policy for personal data.
         check: Finds prompts that the model can't be given.
+        limit: Read at most this many rows of each file, to look at them.
 
     Raises:
         ConfigError: A source does not exist, or its format is not known.
@@ -90,6 +92,7 @@ def read_demonstrations(
     return read_own_rows(
         config, "sft_source", options, quarantine, find_layout,
         held_out=held_out, refuse=refuse, seed=seed, note=note, personal=personal, check=check,
+        limit=limit,
     )  # fmt: skip
 
 
@@ -146,7 +149,7 @@ class _Reader:
 
     def convert(self, row: Row, note: Callable[[str], None]) -> list[Found[Demonstration]]:
         """Return the demonstrations of a row."""
-        if self.thumbs is not None and thumb_of(cell_of(row, self.thumbs)) is False:
+        if self.thumbs is not None and _thumb(cell_of(row, self.thumbs)) is False:
             raise LeftOutError("the reply was rated down", self.thumbs, is_choice=True)
         notes: set[str] = set()
         replies = self._turns(row, notes) if self.cells.prompt is None else self._one(row, notes)
@@ -286,9 +289,22 @@ def _thumbs(names: Mapping[str, str], sample: Sequence[Row]) -> str | None:
     """Return the column with thumbs up and down for each reply, if there is one."""
     for column in (names[n] for n in RATINGS if n in names):
         values = [value for row in sample if (value := cell_of(row, column)) not in (None, "")]
-        if values and all(thumb_of(value) is not None for value in values):
+        if values and all(_thumb(value) is not None for value in values):
             return column
     return None
+
+
+def _thumb(value: Any) -> bool | None:
+    """Return True for a thumb up, False for one down; of numbers, 1 is up, and 0 and −1 are down.
+
+    A rating of pairs takes the higher number for the better one too.
+    """
+    if (thumb := thumb_of(value)) is not None:
+        return thumb
+    try:
+        return {1.0: True, 0.0: False, -1.0: False}.get(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _first(

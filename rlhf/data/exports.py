@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config import DataConfig
+from rlhf.data.annotators import ranked_row, ranking_question, ranks_of
 from rlhf.data.chat import to_messages, to_text
 from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row
@@ -33,6 +34,8 @@ class Export:
     """Columns whose fields are the columns of the new rows."""
     label: str | None = None
     """Column of the votes in the new rows."""
+    is_ranking: bool = False
+    """True if the new rows hold a list of replies with ranks, and no votes."""
 
     def widen(self, row: Row) -> Row:
         """Add the new columns to a row, whose own ones a setting may name: `fields.question`.
@@ -135,36 +138,72 @@ def _label_studio(
     for row in sample:
         for control, value in _selections(row.get("annotations")):
             answers.setdefault(control, []).append(value)
+    has_choice = bool(answers)
+    if not has_choice:  # replies that are rated one by one
+        for row in sample:
+            for control, value in _selections(row.get("annotations"), _RATED):
+                answers.setdefault(control, []).append(value)
+    keys = _CHOSEN if has_choice else _RATED
     label = _question(answers, list(data[0]), config)
 
     def adapt(row: Row) -> Row:
         data = row.get("data")
         if not isinstance(data, Mapping):
             raise LeftOutError("data is no object", str(data)[:60])
-        given = _selections(row.get("annotations"))
+        given = _selections(row.get("annotations"), keys)
         votes = [value for control, value in given if control == label]
         if not votes:
-            raise LeftOutError(
-                "the task has no annotation", cure="export labelled tasks only", is_choice=True
-            )
+            raise _unanswered(row.get("annotations"), label)
         return {**data, label or "annotations": votes}
 
     return Export(adapt, frozenset((*columns, label or "")), ("data",), label or "annotations")
 
 
-def _selections(annotations: Any) -> Iterator[tuple[str, Any]]:
-    """Return control and selected side of all annotations that count."""
+#: Fields of results that select a reply, and that rate one.
+_CHOSEN = ("selected", "choices")
+_RATED = ("rating", "number")
+
+
+def _selections(
+    annotations: Any, keys: tuple[str, ...] = _CHOSEN
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
+    """Return control and value of all annotations that count: a selected side, or a rating."""
+    for result in _results(annotations):
+        value = result.get("value")
+        if not isinstance(value, Mapping):
+            continue
+        for key in [k for k in keys if k in value][:1]:
+            selected = value[key]
+            control = str(result.get("from_name", "annotations"))
+            for side in selected if isinstance(selected, list) else [selected]:
+                yield control, side
+
+
+def _results(annotations: Any) -> Iterator[Mapping[str, Any]]:
+    """Return the results of all annotations that were not cancelled."""
     for annotation in annotations if isinstance(annotations, list) else ():
         if not isinstance(annotation, Mapping) or annotation.get("was_cancelled"):
             continue
         results = annotation.get("result")
-        for result in results if isinstance(results, list) else ():
-            value = result.get("value") if isinstance(result, Mapping) else None
-            if isinstance(value, Mapping) and ("selected" in value or "choices" in value):
-                selected = value.get("selected", value.get("choices"))
-                control = str(result.get("from_name", "annotations"))
-                for side in selected if isinstance(selected, list) else [selected]:
-                    yield control, side
+        yield from (r for r in (results if isinstance(results, list) else ()) if
+                    isinstance(r, Mapping))  # fmt: skip
+
+
+def _unanswered(annotations: Any, label: str | None) -> LeftOutError:
+    """Return the reason for a task without an answer that is read: none, or of another control."""
+    controls = dict.fromkeys(
+        f"{result.get('type', 'unknown')} ({result.get('from_name', 'no name')})"
+        for result in _results(annotations)
+    )
+    if not controls:
+        return LeftOutError(
+            "the task has no annotation", cure="export labelled tasks only", is_choice=True
+        )
+    wanted = f"control {label}" if label else "control that compares or rates replies"
+    return LeftOutError(
+        f"the task has no answer of a {wanted}: it has {', '.join(controls)}",
+        cure="annotate with Pairwise or Choices for two replies, or with Rating or Number for one",
+    )
 
 
 def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) -> Export | None:
@@ -178,7 +217,8 @@ def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     for row in sample:
         for question, values in _answers(row.get("responses")).items():
             answers.setdefault(f"responses.{question}", []).extend(values)
-    label = _question(answers, list(texts[0]), config)
+    ranking = ranking_question(answers, list(texts[0]))
+    label = ranking or _question(answers, list(texts[0]), config)
 
     def adapt(row: Row) -> Row:
         fields = row.get("fields")
@@ -188,10 +228,13 @@ def _argilla(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
         votes = _answers(row.get("responses")).get(question)
         if not votes:
             raise _NoResponseError()
-        return {**fields, label or "": votes}
+        return ranked_row(fields, votes) if ranking else {**fields, label or "": votes}
 
-    read = frozenset(name for name in (*columns, label) if name)
-    return Export(adapt, read, ("fields", "responses"), label)
+    ranked = (
+        (name for v in answers[ranking] for name in ranks_of(v, [*texts[0]])) if ranking else ()
+    )
+    read = frozenset(name for name in (*columns, label, *ranked) if name)
+    return Export(adapt, read, ("fields", "responses"), label, ranking is not None)
 
 
 def _answers(responses: Any) -> dict[str, list[Any]]:
@@ -225,7 +268,8 @@ def _argilla_table(
         # A column of empty lists, such as tags or images, is no question.
         if any(cells) and (is_table or all(_are_responses(cell) for cell in cells)):
             answers[column] = [v for row in sample for v in _cell_votes(row, column)]
-    label = _question(answers, columns, config)
+    ranking = ranking_question(answers, columns)
+    label = ranking or _question(answers, columns, config)
     if label is None:
         return None
 
@@ -233,10 +277,11 @@ def _argilla_table(
         votes = _cell_votes(row, label)
         if not votes:
             raise _NoResponseError()
-        return {**row, label: votes}
+        return ranked_row(row, votes) if ranking else {**row, label: votes}
 
-    own = (f"{label}.status", f"{label}.users")
-    return Export(adapt, frozenset((label, *own)), label=label)
+    ranked = [name for v in answers.get(ranking or "", ()) for name in ranks_of(v, columns)]
+    read = frozenset((label, f"{label}.status", f"{label}.users", *ranked))
+    return Export(adapt, read, label=label, is_ranking=ranking is not None)
 
 
 def _are_responses(cell: Any) -> bool:

@@ -24,6 +24,8 @@ LEAST_AGREEMENT = 0.63
 LEAST_REPEATS = 10
 #: One annotator with more than this share of the votes decides every majority.
 MOST_VOTES = 0.5
+#: Unless it is less than so many times an equal share: one of two has about a half anyway.
+UNEQUAL = 1.5
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _repeats(repeats: Repeats) -> Iterator[Finding]:
 def _annotators(annotators: Annotators) -> Iterator[Finding]:
     most = annotators.rows[0]
     share = most.votes / annotators.votes
-    if annotators.count > 1 and share > MOST_VOTES:
+    if annotators.count > 1 and share > MOST_VOTES and share >= UNEQUAL / annotators.count:
         yield Finding(
             "warning",
             f"One of {annotators.count:,} annotators, {most.name}, gave {100 * share:.0f} % of the "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
+from rlhf.data.annotators import by_annotator
 from rlhf.data.cells import Cells, Found
 from rlhf.data.column_forms import with_forms
 from rlhf.data.columns import Row, cell_of, check_settings, plain_name, value_of
@@ -16,22 +18,23 @@ from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
 from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
 from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
-from rlhf.data.records import Converted, LeftOutError
-from rlhf.data.reply_columns import NotRepliesError
+from rlhf.data.records import Comparison, Converted, LeftOutError
+from rlhf.data.reply_columns import STARTS, NotRepliesError, with_start
+from rlhf.data.settings import settings_to_make, text_columns, unread_rating
 from rlhf.data.verdicts import LABEL_COLUMNS
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, NoPreferences
 
 PROMPTS = (
     "prompt", "question", "instruction", "query", "user_input", "user_prompt", "input", "context",
     "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "chat",
-    "x",
+    "trajectory", "input_text", "x",
 )  # fmt: skip
 #: Rows that a layout is tried on.
 _TRIED = 20
 #: Columns that mark rows without a preference.
-_TIES = ("is_tie", "tie", "tied")
+TIES = ("is_tie", "tie", "tied")
 #: Columns beside a pair that may say in a word that it is a tie.
-_OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
+OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
 _TIE = re.compile(r"\s*(tie|tied|draw)\b.{0,20}", re.I)
 #: Columns that identify a row.
 _KEYS = ("id", "prompt_id", "conversation_id", "index", "source", "dataset")
@@ -75,7 +78,9 @@ def detect(
     Raises:
         ConfigError: A column that is set does not exist or is not read, or no format fits.
     """
-    check_settings(columns, sample, config)
+    # A control of Label Studio is no column, but its answers are found under its name.
+    controls = {"label_column": None} if {"data", "annotations"} <= {*columns} else {}
+    check_settings(columns, sample, config.model_copy(update=controls))
     layout = _detect(columns, sample, config, text_cells)
     labels = [("label_column", config.label_column)]
     for name, column in (*labels, *(("score_weights", column) for column in config.score_weights)):
@@ -111,12 +116,24 @@ def _exported(
 ) -> Layout:  # fmt: skip
     """Return the layout of an export, from the rows that it is turned into."""
     names, flat = export.flatten(name, sample)
-    settings = {"format": "auto", "label_column": config.label_column or export.label}
+    label = config.label_column or export.label
+    settings = {"format": "auto", "label_column": None if export.is_ranking else label}
     layout = _flat(names, flat, config.model_copy(update=settings), text_cells)
     unused = export.unused(columns, sample, layout.columns)
-    return replace(
-        layout, name=name, unused=unused, converter=lambda row: layout.converter(export.widen(row))
-    )
+
+    def convert(row: Row) -> Converted:
+        converted = layout.converter(export.widen(row))
+        voters = [*by_annotator(row, export.label)]
+        if len(voters) == 1:
+            return replace(converted, ballots=((voters[0][0], converted.comparisons),))
+        ballots: list[tuple[str, list[Comparison]]] = []
+        for annotator, own in voters:
+            with contextlib.suppress(LeftOutError):  # a tie, or an answer that does not count
+                ballots.append((annotator, layout.converter(export.widen(own)).comparisons))
+        return replace(converted, ballots=tuple(ballots))
+
+    columns = (*layout.columns, *([label] if export.is_ranking and label else []))
+    return replace(layout, name=name, columns=columns, unused=unused, converter=convert)
 
 
 def _flat(
@@ -197,9 +214,10 @@ def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[
     if cells.prompt is None:
         _check_conversations(cells, cells.markups or {}, names, sample)
     columns = tuple(dict.fromkeys((*cells.columns, *decide.columns)))
-    tie = next((names[n] for n in _TIES if n in names and names[n] not in columns), None)
+    tie = next((names[n] for n in TIES if n in names and names[n] not in columns), None)
+    start = next((names[n] for n in STARTS if n in names and names[n] not in columns), None)
     outcomes = [] if name != "pairs" else [
-        names[n] for n in _OUTCOMES if n in names and names[n] not in columns
+        names[n] for n in OUTCOMES if n in names and names[n] not in columns
     ]  # fmt: skip
 
     def convert(row: Row) -> Converted:
@@ -209,11 +227,24 @@ def _layout(name: str, found: Found, names: Mapping[str, str], sample: Sequence[
             if isinstance(word := cell_of(row, column), str) and _TIE.fullmatch(word):
                 raise LeftOutError("tie: neither reply is preferred", f"{column} is {word!r}",
                                    is_choice=True)  # fmt: skip
-        return decide.convert(row, cells, roles)
+        converted = decide.convert(row, cells, roles)
+        return converted if start is None else _started(converted, cell_of(row, start))
 
+    if start is not None:
+        columns, more = (*columns, start), [*more, f"{start} goes in front of both replies"]
     if tie is not None:
         columns, more = (*columns, tie), [*more, f"rows in which {tie} is true are ties"]
     return Layout(name, columns, (*notes, *more), convert)
+
+
+def _started(converted: Converted, start: Any) -> Converted:
+    """Return what a row says with the first part of its replies in front of each."""
+    comparisons = [
+        replace(c, chosen=with_start(start, c.chosen), rejected=with_start(start, c.rejected))
+        for c in converted.comparisons
+    ]
+    rated = [replace(item, reply=with_start(start, item.reply)) for item in converted.rated]
+    return replace(converted, comparisons=comparisons, rated=rated)
 
 
 def _can_read(layout: Layout, sample: Sequence[Row]) -> bool:
@@ -243,9 +274,12 @@ def _check_conversations(
     values = [value_of(row, cells.first) for row in sample]
     texts = [value for value in values if isinstance(value, str)]
     if cells.first not in markups and len(texts) > len(values) / 2:
+        others = text_columns(names, sample, {*cells.columns, cells.second})
+        cure = f" to one of {', '.join(others)}" if others else ", or give prompts"
         raise ConfigError(
             f"data.prompt_column: no column holds the prompt, and {cells.first} "
             f"({_shown(texts[0])}) is no conversation that begins with it; set data.prompt_column"
+            f"{cure}"
         )
 
 
@@ -308,16 +342,15 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     first = sample[0] if sample else {}
     shown = "; ".join(f"{name} ({_shown(first.get(name))})" for name in [*columns][:8]) or "none"
     names = {plain_name(name): name for name in columns}
-    cure = (
-        "set data.chosen_column and data.rejected_column to the columns of two replies, or "
-        "data.label_column to the one that rates a reply, if there are such; docs/data.md shows "
-        "the formats"
-    )
+    cure = settings_to_make(names, sample, config, {*PROMPTS})
+    error: type[ConfigError] = ConfigError
     if {"parent_id", "message_id"} <= {*names}:
         reason = "rows are single messages of trees"
         cure = "give the file with whole message trees, one on each line"
     elif config.format != "auto":
         reason = f"data.format = {config.format!r} does not fit these columns"
+    elif unread := unread_rating(names, sample, config):
+        reason, cure = unread
     elif not ({*PROMPTS} & names.keys() or config.prompt_column) and find_unranked(names, sample):
         reason = "no column holds the prompt"
         cure = f"set data.prompt_column{_nested_prompt(sample)}"
@@ -327,7 +360,7 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
         if names.keys() <= {*PROMPTS, *SYSTEMS, *_KEYS, plain_name(column)}:
             cure = "set data.format=ranking if the best comes first, or give a score for each"
     elif names.keys() <= {*PROMPTS, *SYSTEMS, *REPLIES, *_KEYS} and sample:
-        reason = "there is nothing to compare in these columns"
+        error, reason = NoPreferences, "there is nothing to compare in these columns"
         if names.keys() & {*CONVERSATIONS, *REPLIES}:
             reason = f"looks like data for supervised fine-tuning: {reason}"
         cure = (
@@ -335,13 +368,16 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
             "docs/data.md shows the formats"
         )
     elif names.keys() & {*CONVERSATIONS, *REPLIES}:
+        error = NoPreferences
         reason = (
             "looks like data for supervised fine-tuning: no column says which of two replies is "
             "better, or rates one"
         )
     else:
-        reason = "no format fits these columns"
-    return ConfigError(f"data.source: {reason}: {shown}; {cure}")
+        error, reason = NoPreferences, "no format fits these columns"
+    if error is NoPreferences and names.keys() & {*CONVERSATIONS, *REPLIES}:
+        cure += "; demonstrations beside pairs are given by data.sft_source"
+    return error(f"data.source: {reason}: {shown}; {cure}")
 
 
 def _nested_prompt(sample: Sequence[Row]) -> str:

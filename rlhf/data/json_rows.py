@@ -94,6 +94,18 @@ def _goes_on(line: str) -> bool:
     return False
 
 
+def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
+    """Return whether a document ends where more must follow, so that nothing in it is wrong."""
+    if error.msg.startswith("Unterminated string"):
+        return True
+    if len(text.rstrip()) > error.pos + 20:
+        return False
+    rest = text[error.pos :].rstrip()
+    if error.msg.startswith("Invalid \\"):
+        return re.fullmatch(r'[^"]{0,6}', rest) is not None
+    return _CUT.fullmatch(rest) is not None
+
+
 def _whole(ahead: list[tuple[int, str]], text: Text) -> str:
     """Return the document, with the lines that were read ahead at their places."""
     parts, number = [], 1
@@ -143,9 +155,13 @@ class _Decoder:
                 marking = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
                 return marking.decode(text)
         except json.JSONDecodeError as error:
-            raise MalformedError(
-                f"line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
-            ) from None
+            position = f"line {error.lineno}, column {error.colno}"
+            if _is_cut(text, error):
+                raise MalformedError(
+                    f"{position}: the file ends within the JSON that it holds; it was cut off, so "
+                    "copy or download it again"
+                ) from None
+            raise MalformedError(f"{position}: not JSON ({error.msg})") from None
         except RecursionError:
             raise MalformedError("JSON that is nested too deep; flatten it") from None
 
@@ -308,6 +324,11 @@ def _all(value: Any, kind: type) -> bool:
 
 #: Keys that hold rows, of which an empty list is a data set without rows.
 _WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records")
+#: Beginnings of a value, with nothing behind.
+_CUT = re.compile(
+    r"|-|\.|\.?[eE][-+]?|t(?:ru?)?|f(?:a(?:ls?)?)?|n(?:ul?)?|N(?:a)?"
+    r"|-?I(?:n(?:f(?:i(?:n(?:it?)?)?)?)?)?"
+)
 _CURE = "write an array of objects with named fields"
 _TYPES = {
     list: "a list",

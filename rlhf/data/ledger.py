@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,13 @@ class Ledger:
         self._reasons: list[LeftOutError] = []
         self._reason_numbers: dict[tuple[str, str, str, bool], int] = {}
         self._loss_reason, self._loss_texts = array("i"), array("q")
+        self._defaults: set[int] = set()
+        """Losses that give way to any other."""
+        self._pair_reason, self._pair_counts = array("i"), array("i")
+        """Reason of each pair that is left out, and the number of its rows."""
+        self._pair_rows = array("i")
+        self._skipped: Counter[int] = Counter()
+        """Pairs that were never made, by the number of the reason."""
 
     def __len__(self) -> int:
         return len(self._state)
@@ -109,20 +117,47 @@ class Ledger:
         """Note why texts of these rows are not used; the first reason counts."""
         self.lose_stored(rows, reason, [self.spill.add(text) for text in (prompt, *replies)])
 
-    def lose_stored(self, rows: Iterable[int], reason: LeftOutError, places: Sequence[int]) -> None:
+    def lose_stored(
+        self, rows: Iterable[int], reason: LeftOutError, places: Sequence[int]
+    ) -> None:  # fmt: skip
         """Do the same for a comparison whose texts are in the spill: prompt, then replies."""
-        number = len(self._loss_reason)
+        rows = list(rows)
+        number = self._reason_number(reason)
+        self._pair_reason.append(number)
+        self._pair_counts.append(len(rows))
+        self._pair_rows.extend(rows)
+        open_rows = [r for r in rows if self._losses[r] < 0 or self._losses[r] in self._defaults]
+        self._note_loss(open_rows, number, places)
+
+    def lose_by_default(
+        self, rows: Iterable[int], reason: LeftOutError, places: Sequence[int]
+    ) -> None:  # fmt: skip
+        """Note why these rows are not used, if no pair of theirs is lost for another reason."""
         new = [row for row in rows if self._losses[row] < 0]
-        if not new:
+        if new:
+            self._defaults.add(len(self._loss_reason))
+            self._note_loss(new, self._reason_number(reason), places)
+
+    def skip_pairs(self, number: int, reason: LeftOutError) -> None:
+        """Count pairs of rows that are used which are not made."""
+        if number:
+            self._skipped[self._reason_number(reason)] += number
+
+    def _note_loss(self, rows: Sequence[int], reason: int, places: Sequence[int]) -> None:
+        if not rows:
             return
+        number = len(self._loss_reason)
+        self._loss_reason.append(reason)
+        self._loss_texts.extend([*places, *[-1] * (len(_FIELDS) - len(places))])
+        for row in rows:
+            self._losses[row] = number
+
+    def _reason_number(self, reason: LeftOutError) -> int:
         key = (reason.reason, reason.detail, reason.cure, reason.is_choice)
         if key not in self._reason_numbers:
             self._reason_numbers[key] = len(self._reasons)
             self._reasons.append(reason)
-        self._loss_reason.append(self._reason_numbers[key])
-        self._loss_texts.extend([*places, *[-1] * (len(_FIELDS) - len(places))])
-        for row in new:
-            self._losses[row] = number
+        return self._reason_numbers[key]
 
     def reason(self, row: int) -> LeftOutError | None:
         """Return the reason noted for a row, and report the row no more."""
@@ -145,6 +180,29 @@ class Ledger:
                 on_left_out(self.origin(row), self._reasons[self._loss_reason[loss]], texts)
         return self._state.count(_USED)
 
+    def pairs_left_out(self) -> dict[str, tuple[int, str]]:
+        """Return the pairs left out though a row of theirs is used: number and cure by reason.
+
+        Such a row gives several pairs, or rates one of several replies; nothing else tells that
+        pairs of it are missing. The most frequent reason comes first.
+        """
+        used = np.frombuffer(self._state, dtype=np.uint8) == _USED
+        pairs = np.repeat(np.arange(len(self._pair_counts)), self._pair_counts)
+        rows = np.array(self._pair_rows, dtype=np.int64)
+        of_used = np.unique(pairs[used[rows]])
+        numbers, counts = np.unique(
+            np.array(self._pair_reason, dtype=np.int64)[of_used], return_counts=True
+        )
+        found: Counter[str] = Counter()
+        cures: dict[str, str] = {}
+        counted = zip(numbers.tolist(), counts.tolist(), strict=True)
+        for number, count in (*counted, *self._skipped.items()):
+            reason = self._reasons[number]
+            found[reason.reason] += count
+            cures.setdefault(reason.reason, reason.cure)
+        ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+        return {reason: (count, cures[reason]) for reason, count in ordered}
+
 
 def _packed(row_id: str) -> bytes | None:
     """Return the 16 bytes of an id, None for a text that is not 32 hexadecimal digits."""
@@ -153,3 +211,15 @@ def _packed(row_id: str) -> bytes | None:
     except ValueError:
         return None
     return raw if len(raw) == _ID_BYTES and raw.hex() == row_id else None
+
+
+def in_a_sentence(pairs: Mapping[str, tuple[int, str]]) -> str | None:
+    """Return a sentence on pairs that are left out while their rows are used, None for none."""
+    if not pairs:
+        return None
+    total = sum(count for count, _ in pairs.values())
+    parts = [
+        f"{count:,} × {reason}{f' ({cure})' if cure else ''}"
+        for reason, (count, cure) in pairs.items()
+    ]
+    return f"pairs left out of rows that are used otherwise: {total:,} ({', '.join(parts)})"

@@ -14,6 +14,10 @@ from rlhf.store import ArtifactRef, Store
 
 #: History of the rows to go without; its entries hold ids alone.
 FORGOTTEN = "forgotten-rows"
+#: Splits that no model learns from.
+HELD_OUT = frozenset(("eval", "judge"))
+#: Kinds of artifacts that come from held-out rows.
+_TESTS = frozenset(("evaluation", "verdict"))
 
 
 @dataclass
@@ -23,7 +27,9 @@ class Reach:
     rows: dict[str, list[tuple[ArtifactRef, SourceRow]]] = field(default_factory=dict)
     """By id: the row's place in each dataset that holds it, the quarantine included."""
     derived: dict[str, list[ArtifactRef]] = field(default_factory=dict)
-    """By id: artifacts made from a dataset that uses the row, at any distance."""
+    """By id: artifacts made from a dataset that trains on the row, at any distance."""
+    tested: dict[str, list[ArtifactRef]] = field(default_factory=dict)
+    """By id: evaluations and verdicts on a row that is held out; models do not learn from it."""
     unknown: list[ArtifactRef] = field(default_factory=list)
     """Datasets of an older version, which keep no ids."""
 
@@ -58,9 +64,9 @@ def reach(store: Store, ids: Iterable[str]) -> Reach:
         StoreError: The store can't be read.
     """
     wanted = dict.fromkeys(ids)
-    found = Reach({i: [] for i in wanted}, {i: [] for i in wanted})
+    found = Reach({i: [] for i in wanted}, {i: [] for i in wanted}, {i: [] for i in wanted})
     artifacts = {artifact.ref.digest: artifact for artifact in store.list()}
-    users: dict[str, set[str]] = {}
+    users: dict[str, dict[str, set[str]]] = {}
     for digest, artifact in artifacts.items():
         if artifact.ref.kind != "dataset":
             continue
@@ -73,12 +79,15 @@ def reach(store: Store, ids: Iterable[str]) -> Reach:
             if row.id in wanted:
                 found.rows[row.id].append((artifact.ref, row))
                 if row.split != "quarantine":
-                    users.setdefault(digest, set()).add(row.id)
-    for digest, row_ids in users.items():
-        for ref in _descendants(digest, {d: a.manifest.parents for d, a in artifacts.items()}):
-            for row_id in row_ids:
-                if artifacts[ref].ref not in found.derived[row_id]:
-                    found.derived[row_id].append(artifacts[ref].ref)
+                    users.setdefault(digest, {}).setdefault(row.id, set()).add(row.split)
+    parents = {digest: artifact.manifest.parents for digest, artifact in artifacts.items()}
+    for digest, splits in users.items():
+        for ref in (artifacts[name].ref for name in _descendants(digest, parents)):
+            for row_id, own in splits.items():
+                if not own <= HELD_OUT:
+                    found.derived[row_id] += [] if ref in found.derived[row_id] else [ref]
+                elif ref.kind in _TESTS and ref not in found.tested[row_id]:
+                    found.tested[row_id].append(ref)
     return found
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,12 +51,23 @@ class MixedSource:
     """True if the setting is a list."""
     is_held_out: bool = False
     """True for `data.eval_source` beside a list: no training stage may see any of it."""
+    own_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the source's own in the list, without its weight."""
     rows: int = 0
     formats: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def inspect(self) -> str:
+        """Command that shows how the source is read, for a shell."""
+        value = self.uri
+        if self.own_settings:
+            value = json.dumps({"source": self.uri, **self.own_settings}, ensure_ascii=False)
+        option = {"sft_source": " --as sft", "prompts_source": " --as prompts"}
+        return f"rlhf data inspect {shlex.quote(value)}{option.get(self.setting, '')}"
+
     def check(self, limit: float) -> None:
         """Refuse the source if more than a share `limit` of its rows has something wrong."""
-        self.quarantine.check(self.rows, limit, self.uri, self.field)
+        self.quarantine.check(self.rows, limit, self.uri, self.field, self.inspect)
 
 
 class Sources:
@@ -75,6 +88,9 @@ class Sources:
                 f"data.{setting}" + (f"[{index}]" if is_listed else ""),
                 item.weight,
                 is_listed,
+                own_settings=item.model_dump(
+                    mode="json", exclude_none=True, exclude={"source", "weight"}
+                ),
             )
             self.all.append(source)
         if setting == "source" and not isinstance(value, str) and config.eval_source is not None:
@@ -191,6 +207,24 @@ def describe_counts(counts: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def settings_of_pairs(config: DataConfig, setting: str) -> list[str]:
+    """Return the settings of the section that are set, and that a setting's sources do not take."""
+    shared = _shared_settings(setting)
+    names = [name for name in SourceConfig.model_fields if name not in ("source", "weight")]
+    fields = DataConfig.model_fields
+    return [
+        name
+        for name in names
+        if name not in shared
+        and getattr(config, name) != fields[name].get_default(call_default_factory=True)
+    ]
+
+
+def _shared_settings(setting: str) -> frozenset[str]:
+    """Return the settings that a source of demonstrations or prompts takes from the section."""
+    return _FILE_SETTINGS | (_PROMPT_SETTINGS if setting == "prompts_source" else frozenset())
+
+
 def _own_config(config: DataConfig, setting: str, item: SourceConfig) -> DataConfig:
     """Return the section for one source: its own settings, and the rest of the section's.
 
@@ -199,8 +233,8 @@ def _own_config(config: DataConfig, setting: str, item: SourceConfig) -> DataCon
     """
     base = config
     if setting != "source":
-        shared = _FILE_SETTINGS | (_PROMPT_SETTINGS if setting == "prompts_source" else set())
-        base = DataConfig.model_construct(**{name: getattr(config, name) for name in shared})
+        shared = {name: getattr(config, name) for name in _shared_settings(setting)}
+        base = DataConfig.model_construct(**shared)
     own = {
         name: value
         for name in SourceConfig.model_fields

@@ -1,4 +1,4 @@
-"""Pairs of a source as columns: texts by their position in a spill, 60 bytes a pair in memory."""
+"""Pairs of a source as columns: texts by their position in a spill, 68 bytes a pair in memory."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class Pairs(Sequence[Resolved]):
     rejected_at: Ints
     margin: NDArray[np.float64]
     """NaN for none."""
+    weight: NDArray[np.float64]
+    """How much the pair counts in the reward model's loss, NaN for 1."""
     starts: Ints
     """Where a pair's rows begin in `rows`."""
     counts: NDArray[np.int32]
@@ -71,12 +73,13 @@ class Pairs(Sequence[Resolved]):
 
     def pair(self, index: int) -> Pair:
         """Read a pair."""
-        margin = float(self.margin[index])
+        margin, weight = float(self.margin[index]), float(self.weight[index])
         return Pair(
             self.spill.read(int(self.prompt_at[index])),
             *self.replies(index),
             margin=None if math.isnan(margin) else margin,
             row_ids=merged_ids([self.ledger.id(row)] for row in self.rows_of(index)),
+            weight=None if math.isnan(weight) else weight,
         )
 
     def replies(self, index: int) -> tuple[str, str]:
@@ -137,8 +140,12 @@ class Pairs(Sequence[Resolved]):
         """Return the prompts, each once."""
         return StoredPrompts(self.spill, self.prompt_at[runs(self.prompt)[0]])
 
+    def weighted(self) -> int:
+        """Return the number of pairs with a weight, each as often as it is written."""
+        return int(self.times[~np.isnan(self.weight)].sum())
+
     def written(self) -> WrittenPairs:
-        """Return the pairs as they are written: each as often as its weight says."""
+        """Return the pairs as they are written: each as often as its `times` say."""
         return WrittenPairs(self, np.repeat(np.arange(len(self)), self.times))
 
 

@@ -64,7 +64,7 @@ class Partition:
         return self.pairs.select(np.sort(np.concatenate(parts)))
 
     def written(self) -> WrittenPairs:
-        """Return the pairs to train on, as often as their weight says, and those held out."""
+        """Return the pairs to train on, as often as their `times` say, and those held out."""
         train = np.repeat(self.in_train, self.pairs.times[self.in_train])
         return WrittenPairs(self.pairs, np.append(train, self.in_held_out))
 
@@ -123,7 +123,9 @@ def partition(
     )
 
 
-def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfig) -> None:
+def check_sizes(
+    parts: Partition, is_own: bool, left_out: str, config: DataConfig, main_cure: str = ""
+) -> None:
     """Refuse data with too few prompts in a part.
 
     Args:
@@ -131,6 +133,7 @@ def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfi
         is_own: Whether the held-out part is the source's own.
         left_out: Commonest reasons of rows that were left out, or "".
         config: Source and split.
+        main_cure: Cure for the reason that leaves out most rows, or "".
 
     Raises:
         DataError: A part has fewer than MIN_PROMPTS different prompts.
@@ -142,7 +145,7 @@ def check_sizes(parts: Partition, is_own: bool, left_out: str, config: DataConfi
     if is_own:
         total = f"{counts[0]} different prompts to train on and {counts[1]} held out"
     judge = f", and give a judge {MIN_PROMPTS}" if config.judge_fraction else ""
-    cure = "give more rows"
+    cure = main_cure or "give more rows"
     if sum(counts) >= MIN_PROMPTS * len(counts) and not is_own:
         total += f" in {parts.clusters} groups of near duplicates or turns of one conversation"
         cure = "give more different prompts, or set data.near_duplicates=none"

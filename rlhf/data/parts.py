@@ -1,20 +1,27 @@
 """Records of a part with the layout that reads them: found in the first rows, held to the last.
 
 A layout that can't be found in the first rows is looked for in more of them. A column that first
-appears later is taken into the layout if that leaves the meaning of earlier rows as it was.
+appears later is taken into the layout if that leaves the meaning of earlier rows as it was; one
+that no layout of pairs could read is listed as unused. Pairs, demonstrations and prompts of their
+own are read by the same rule.
 """
 
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from rlhf.config import DataConfig
+from rlhf.data.columns import Row
 from rlhf.data.formats import Layout, detect
 from rlhf.data.margins import add_margins
 from rlhf.data.records import Converted, Record
 from rlhf.data.sources import Part
-from rlhf.errors import ConfigError
+from rlhf.data.vocabulary import could_matter
+from rlhf.errors import ConfigError, NoPreferences
 
 #: Rows of a file that its format is detected from, and those it is looked for in if they don't do.
 SAMPLE_ROWS = 200
@@ -22,17 +29,90 @@ MORE_ROWS = 10_000
 #: Most characters of those rows: a row may hold megabytes.
 MAX_SAMPLE_CHARS = 50_000_000
 #: Times that a layout is found anew for a column that appears later.
-MAX_CHANGES = 200
+MAX_CHANGES = 50
+#: Later columns that are listed by name among those that are not read.
+MAX_LISTED = 1000
+
+
+@runtime_checkable
+class AnyLayout(Protocol):
+    """Layout of pairs, or of rows of their own: all that is needed to compare two of them."""
+
+    @property
+    def name(self) -> str:
+        """Name of the format."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that are read."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user; the first one says which columns are taken for what."""
+        ...
+
+
+LayoutT = TypeVar("LayoutT", bound=AnyLayout)
+
+
+@dataclass(frozen=True)
+class Detector(Generic[LayoutT]):
+    """Detection of a layout, and the words for errors about it."""
+
+    detect: Callable[[Sequence[str], Sequence[Row], bool], LayoutT]
+    """Returns the layout by columns, first rows, and whether all cells are text; raises
+    ConfigError."""
+    field: str
+    """The setting, which begins a message: `data.source`."""
+    settings: str
+    """Settings that fix a layout: `data.format and the columns to read`."""
+    inspect: str
+    """Command that shows more of the source."""
+    could_matter: Callable[[str, Row, LayoutT], bool] = lambda *_: True
+    """Whether a later column, of this row, could change the layout."""
+    with_unused: Callable[[LayoutT, Sequence[str]], LayoutT] = lambda layout, _: layout
+    """Adds columns that are not read."""
 
 
 def with_layouts(
     part: Part, config: DataConfig, limit: int | None, report: Callable[[Layout], None]
 ) -> Iterator[tuple[Record, Layout | None]]:
-    """Return a part's records, each with its layout.
+    """Return a part's records of preferences, each with its layout, by `records_with_layouts`.
 
     Args:
         part: A file of the source.
         config: Format and columns that the user set.
+        limit: Read at most this many rows.
+        report: Called with the layout, and again whenever later columns change it.
+    """
+
+    def find(columns: Sequence[str], sample: Sequence[Row], text_cells: bool) -> Layout:
+        layout = detect(columns, sample, config, text_cells=text_cells)
+        return add_margins(layout, columns, sample, config)
+
+    source = config.eval_source if part.held_out and config.eval_source else config.source
+    detector = Detector(
+        find, "data.source", "data.format and the columns to read",
+        f"rlhf data inspect {shlex.quote(str(source))}",
+        lambda name, row, layout: could_matter(name, row, layout, config),
+        lambda layout, names: replace(layout, unused=(*layout.unused, *names)),
+    )  # fmt: skip
+    return records_with_layouts(part, detector, limit, report)
+
+
+def records_with_layouts(
+    part: Part,
+    detector: Detector[LayoutT],
+    limit: int | None,
+    report: Callable[[LayoutT], None],
+) -> Iterator[tuple[Record, LayoutT | None]]:
+    """Return a part's records, each with its layout.
+
+    Args:
+        part: A file of the source.
+        detector: Finds the layout.
         limit: Read at most this many rows.
         report: Called with the layout, and again whenever later columns change it.
 
@@ -43,28 +123,44 @@ def with_layouts(
         ConfigError: No format fits, or a later column would change the meaning of earlier rows.
     """
     records = itertools.islice(part.records(), limit)
-    head = list(itertools.islice(records, SAMPLE_ROWS))
-    try:
-        layout = _layout(part, head, config)
-    except ConfigError:
-        more = _more(records)
-        if not more:
-            raise
-        head += more
-        layout = _layout(part, head, config)
+    head, layout = _first_layout(part, records, detector)
     if layout is not None:
         report(layout)
-    known = dict.fromkeys(name for r in head if r.fields is not None for name in r.fields)
-    changes = 0
+    sample = _fields(head)
+    known = dict.fromkeys(name for row in sample for name in row)
+    changes, unused = 0, list[str]()
     for record in itertools.chain(head, records):
-        if record.fields is not None and layout is not None and record.fields.keys() - known.keys():
-            new = [name for name in record.fields if name not in known]
+        row = record.fields
+        if row is not None and layout is not None and row.keys() - known.keys():
+            new = [name for name in row if name not in known]
             known |= dict.fromkeys(new)
-            changes += 1
-            if changes <= MAX_CHANGES:
-                layout = _changed(part, layout, [*head[:SAMPLE_ROWS], record], new, config)
+            if any(detector.could_matter(name, row, layout) for name in new):
+                changes += 1
+                if changes > MAX_CHANGES:
+                    raise _too_many_changes(record, new, detector)
+                sample.append(row)  # stays, or a third column would unfind the second
+                layout = _changed(part, layout, sample, record, new, detector)
                 report(layout)
+            else:
+                unused += new
         yield record, layout
+    if layout is not None and unused:
+        report(detector.with_unused(layout, _listed(unused)))
+
+
+def _too_many_changes(
+    record: Record, new: Sequence[str], detector: Detector[LayoutT]
+) -> ConfigError:
+    return ConfigError(
+        f"{detector.field}: {', '.join(new)[:200]} first appears in {record.file}:{record.line}, "
+        f"after {MAX_CHANGES} other rows with new columns that may hold texts or labels; "
+        "give all rows of a file the same columns, or each kind of rows a file of its own"
+    )
+
+
+def _listed(columns: Sequence[str]) -> list[str]:
+    more = len(columns) - MAX_LISTED
+    return [*columns[:MAX_LISTED], *([f"and {more:,} more"] if more > 0 else [])]
 
 
 def convert(layout: Layout, record: Record) -> Converted:
@@ -80,6 +176,27 @@ def convert(layout: Layout, record: Record) -> Converted:
         raise ConfigError(f"{error} (in {record.file}:{record.line})") from None
 
 
+def _first_layout(
+    part: Part, records: Iterator[Record], detector: Detector[LayoutT]
+) -> tuple[list[Record], LayoutT | None]:
+    """Return the rows that were needed to find the layout, and the layout."""
+    head = list(itertools.islice(records, SAMPLE_ROWS))
+    fault: ConfigError | None = None
+    try:
+        layout = _layout(part, _fields(head), detector)
+        if layout is not None:
+            return head, layout
+    except ConfigError as error:
+        fault = error
+    more = _more(records)
+    if more:
+        head += more
+        return head, _layout(part, _fields(head), detector)
+    if fault is not None:
+        raise fault
+    return head, None
+
+
 def _more(records: Iterator[Record]) -> list[Record]:
     """Return further rows for a sample, of limited length."""
     more: list[Record] = []
@@ -93,37 +210,41 @@ def _more(records: Iterator[Record]) -> list[Record]:
     return more
 
 
-def _layout(part: Part, head: Sequence[Record], config: DataConfig) -> Layout | None:
-    """Detect a part's format from its first rows; None if none of them can be parsed."""
-    sample = [record.fields for record in head if record.fields is not None]
+def _fields(records: Sequence[Record]) -> list[Row]:
+    return [record.fields for record in records if record.fields is not None]
+
+
+def _layout(part: Part, sample: Sequence[Row], detector: Detector[LayoutT]) -> LayoutT | None:
+    """Detect a part's layout from some rows; None if none of them can be parsed."""
     if not sample:
         return None
     columns = list(dict.fromkeys(name for row in sample for name in row))
     try:
-        layout = detect(columns, sample, config, text_cells=part.text_cells)
-        return add_margins(layout, columns, sample, config)
+        return detector.detect(columns, sample, part.text_cells)
     except ConfigError as error:
-        raise ConfigError(f"{error} (in {part.name}; rlhf data inspect shows more)") from None
+        # The command looks for demonstrations where there are no preferences.
+        kind = NoPreferences if isinstance(error, NoPreferences) else ConfigError
+        raise kind(f"{error} (in {part.name}; {detector.inspect} shows more)") from None
 
 
 def _changed(
-    part: Part, layout: Layout, sample: Sequence[Record], new: Sequence[str], config: DataConfig
-) -> Layout:
+    part: Part, layout: LayoutT, sample: Sequence[Row], record: Record, new: Sequence[str],
+    detector: Detector[LayoutT],
+) -> LayoutT:  # fmt: skip
     """Return the layout with later columns.
 
     Raises:
         ConfigError: With them, earlier rows would have another meaning.
     """
     try:
-        found = _layout(part, sample, config)
+        found = _layout(part, sample, detector)
     except ConfigError:
         found = None
     same = found is not None and (found.name, found.notes[:1]) == (layout.name, layout.notes[:1])
     if found is None or not same or not {*layout.columns} <= {*found.columns}:
-        row = sample[-1]
         raise ConfigError(
-            f"data.source: {', '.join(new)} first appears in {row.file}:{row.line}, and with it "
-            f"the rows would be read in another way than those before ({layout.notes[0]}); give "
-            "all rows of a file the same columns, or set data.format and the columns to read"
+            f"{detector.field}: {', '.join(new)} first appears in {record.file}:{record.line}, and "
+            f"with it the rows would be read in another way than those before ({layout.notes[0]}); "
+            f"give all rows of a file the same columns, or set {detector.settings}"
         )
     return found

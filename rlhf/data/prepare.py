@@ -15,7 +15,7 @@ from rlhf.data.collect import Collector, Totals, exact_key
 from rlhf.data.dataset import Parts, Written, dataset_parts, write_parts
 from rlhf.data.demonstrations import read_demonstrations
 from rlhf.data.formats import Layout
-from rlhf.data.ledger import Ledger, Origin
+from rlhf.data.ledger import Ledger, Origin, in_a_sentence
 from rlhf.data.mixing import MixedSource, Sources, describe_counts, not_in_share
 from rlhf.data.model_check import ModelCheck
 from rlhf.data.own_rows import OwnRows
@@ -277,7 +277,8 @@ def _from_source(
         used = reading.ledger.close(sources.leave_out)
         for source in sources.all:
             source.check(config.max_bad_fraction)
-        check_sizes(divided, bool(reading.held_out), quarantine.in_words(), config)
+        left_out, cure = quarantine.in_words(), quarantine.main_cure(reading.rows)
+        check_sizes(divided, bool(reading.held_out), left_out, config, cure)
         own = _own_rows(config, options, quarantine, fields, divided, seed, reading, model)
     evidence = Evidence(
         reading.tallies, reading.totals, reading.rows,
@@ -305,6 +306,11 @@ def _facts(
         used: Number of the pairs' rows that are used.
     """
     assert reading.sources is not None
+    lost_pairs = reading.ledger.pairs_left_out()
+    if text := in_a_sentence(lost_pairs):
+        reading.note(text)
+    if text := quarantine.missing_note():
+        reading.note(text)
     sides = divided.train, divided.held_out, divided.judge
     written = itertools.chain.from_iterable(side.first_origins() for side in sides)
     counts = [*reading.sources.counts(written), *(c for o in own.values() for c in o.counts)]
@@ -319,8 +325,10 @@ def _facts(
         "personal_data": dict(reading.personal.kinds) or None,
         "agreement": reading.totals.agreement,
         "contradictions": divided.contradictions or None,
+        "pairs_weighted": divided.train.weighted() or None,
         "leaks_left_out": divided.leaks or None,
         "rows_left_out": _left_out_line(quarantine, total),
+        "pairs_left_out": {name: count for name, (count, _) in lost_pairs.items()} or None,
         "unused_columns": _joined([*dict.fromkeys(itertools.chain(*unused))]) or None,
         "sources": counts if len(counts) > 1 else None,
         "notes": [*reading.notes, *reading.personal.notes, *describe_counts(counts)],

@@ -55,6 +55,7 @@ def read_prompts(
     note: Callable[[str], None],
     personal: PersonalData,
     check: CheckPrompt | None = None,
+    limit: int | None = None,
 ) -> OwnRows[PromptRow]:
     """Read `data.prompts_source`; references and metadata are those of `fields`.
 
@@ -68,6 +69,7 @@ def read_prompts(
         note: Receives sentences for the user.
         personal: Policy for personal data.
         check: Finds prompts that the model can't be given.
+        limit: Read at most this many rows of each file, to look at them.
 
     Raises:
         ConfigError: A source does not exist, or no column holds prompts.
@@ -77,6 +79,7 @@ def read_prompts(
     own = read_own_rows(
         config, "prompts_source", options, quarantine, partial(find_layout, fields=fields),
         held_out=held_out, seed=seed, note=note, personal=personal, check=check,
+        limit=limit,
     )  # fmt: skip
     own.items = [fields.complete(row) for row in own.items]
     return own

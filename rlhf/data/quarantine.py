@@ -17,6 +17,8 @@ from rlhf.errors import DataError
 
 #: Reasons that a message lists.
 SHOWN = 3
+#: Rows from which on their reason is the one to mend, where it is that of most rows.
+MANY = 10
 #: Longest text of a row in the file, in characters: a row may hold megabytes.
 MAX_TEXT = 100_000
 
@@ -47,6 +49,8 @@ class Quarantine:
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, tuple[Origin, LeftOutError]] = {}
         """The first row with each reason."""
+        self.found_forgotten: set[str] = set()
+        """Ids of the forgotten rows that the sources hold."""
         self.bad = 0
         """Rows with something wrong: all but ties, lost votes and the like."""
 
@@ -67,6 +71,8 @@ class Quarantine:
         if self._parent:
             self._parent.add(origin, reason, row)
         row, reason = self._without_personal_data(row, reason)
+        if origin.id in self.forgotten:
+            self.found_forgotten.add(origin.id)
         self.reasons[reason.reason] += 1
         self.examples.setdefault(reason.reason, (origin, reason))
         self.bad += not reason.is_choice
@@ -97,6 +103,16 @@ class Quarantine:
         reason = LeftOutError(reason.reason, detail, reason.cure, is_choice=reason.is_choice)
         return (row if self._policy == "flag" else redacted), reason
 
+    def missing_note(self) -> str | None:
+        """Return a sentence on forgotten rows that no source holds, None if all are there."""
+        missing = len(self.forgotten - self.found_forgotten)
+        if not missing:
+            return None
+        return (
+            f"{missing:,} of {len(self.forgotten):,} forgotten rows are not in the sources: they "
+            "were removed, or changed (a changed row has another id)"
+        )
+
     @property
     def total(self) -> int:
         """Number of rows."""
@@ -112,6 +128,16 @@ class Quarantine:
         rest = self.total - sum(count for _, count in self.ordered()[:SHOWN])
         return ", ".join([*shown, *([f"{rest:,} × other"] if rest else [])])
 
+    def main_cure(self, rows: int) -> str:
+        """Return the cure for the reason that leaves out most rows, "" if there is none such.
+
+        Of a handful of rows the usual cure is to give more.
+        """
+        for reason, count in self.ordered()[:1]:
+            if count > rows / 2 and count >= MANY:
+                return self.examples[reason][1].cure
+        return ""
+
     def explained(self) -> str:
         """Return the commonest faults, each with an example and a cure."""
         parts = []
@@ -124,19 +150,24 @@ class Quarantine:
             parts.append(f"{count:,} × {reason} ({origin.file}:{origin.line}{detail}){cure}")
         return "; ".join(parts[:SHOWN])
 
-    def check(self, rows: int, limit: float, source: str, field: str = "data.source") -> None:
+    def check(self, rows: int, limit: float, source: str, field: str, inspect: str) -> None:
         """Refuse a source of which too many rows are faulty.
+
+        Args:
+            rows: Number of its rows.
+            limit: Largest share of them that may be faulty.
+            source: Its URI.
+            field: The setting that names it.
+            inspect: Command that shows all reasons.
 
         Raises:
             DataError: More than `limit` of the rows have something wrong.
         """
-        # The command reads pairs only.
-        inspect = f"; all reasons: rlhf data inspect {source}" if "_source" not in field else ""
         if self.bad > limit * rows:
             raise DataError(
                 f"{field} = {source!r}: {self.bad:,} of {rows:,} rows can't be used, more than "
                 f"data.max_bad_fraction = {limit:g} allows: {self.explained()}; mend the rows or "
-                f"the settings, or raise data.max_bad_fraction{inspect}"
+                f"the settings, or raise data.max_bad_fraction; all reasons: {inspect}"
             )
 
 

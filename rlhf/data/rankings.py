@@ -47,10 +47,12 @@ _SCORE_LISTS = (
     "correct", "is_correct",
 )  # fmt: skip
 _RANK_LISTS = ("rank", "ranks", "ranking", "rankings")
-#: Field of a reply that holds its key in an object of replies.
-_KEY = "_key"
 #: Columns that say in which order a list stands.
 _ORDERS = ("order", "sorting", "sort_order", "ranking_order")
+#: Names of all columns that a ranking reads.
+COLUMNS = (*LISTS, *_BEST, *_SCORE_LISTS, *_RANK_LISTS, *_ORDERS)
+#: Field of a reply that holds its key in an object of replies.
+_KEY = "_key"
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def _decision(
 ) -> tuple[_Ranking, str] | None:
     """Return how the replies of a list are ordered, and a sentence about it."""
     if config.label_column is None and _has_scores(sample, column):
-        return _Ranking(column), "are compared by their scores"
+        return _Ranking(column), f"are compared by their {_deciding(sample, column)}"
     ranks = [names[n] for n in _RANK_LISTS if n in names and _hold_lists(sample, names[n])]
     scores = [names[n] for n in _SCORE_LISTS if n in names and _hold_lists(sample, names[n])]
     listed = [c for c in (*scores, *ranks) if c != column]
@@ -412,6 +414,19 @@ def _has_scores(sample: Sequence[Row], column: str) -> bool:
         for values in _lists(sample, column)
         for item in values
     )
+
+
+def _deciding(sample: Sequence[Row], column: str) -> str:
+    """Return the field of the replies that orders them, and which end of it is best."""
+    items = [item for values in _lists(sample, column) for item in values]
+    given = [
+        key
+        for key in (*_SCORE_KEYS, "rank")
+        if any(isinstance(item, Mapping) and item.get(key) is not None for item in items)
+    ]
+    if not given:
+        return "scores"
+    return f"{given[0]}, the {'lowest' if given[0] == 'rank' else 'highest'} is best"
 
 
 def _is_list_of_replies(sample: Sequence[Row], column: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from rlhf.data.cells import Cells, Found
 from rlhf.data.columns import Row, cell_of, value_of
 from rlhf.data.records import Converted, LeftOutError, Rated
 from rlhf.data.scores import (
+    COMMA,
     are_scores,
     direction,
     find_unit,
@@ -34,7 +36,7 @@ REPLIES = (*_REPLY_TIERS[0], *_REPLY_TIERS[1], *_REPLY_TIERS[2])
 CONVERSATIONS = ("messages", "conversations", "conversation")
 RATINGS = (
     "label", "thumbs", "feedback", "vote", "kto_tag", "rating", "score", "overall_score", "reward",
-    "quality", "overall", "is_good", "desirable",
+    "quality", "overall", "is_good", "desirable", "is_desirable", "thumb", "thumbs_up", "liked",
 )  # fmt: skip
 #: Default of `data.score_weights`: HelpSteer's attributes, as NVIDIA's SteerLM weighs them.
 ATTRIBUTES = {
@@ -77,7 +79,10 @@ class _Rating:
         return Converted(rated=[Rated(prompt, reply, score)], notes=frozenset(notes))
 
     def _score(self, row: Row, column: str) -> float:
-        score = mean_score(without_unit(value_of(row, column), self.unit, column), column)
+        value = cell_of(row, column)
+        if not _is_rated(value):
+            raise LeftOutError(f"the reply is not rated: {column} is empty", is_choice=True)
+        score = mean_score(without_unit(value, self.unit, column), column)
         if self.are_thumbs and score not in _THUMB_SCORES:
             raise ConfigError(
                 f"data.label_column: {column!r} holds {score:g}, but in the first rows thumbs of 0 "
@@ -85,6 +90,14 @@ class _Rating:
                 "the column to rating (the highest is best) or rank (the lowest)"
             )
         return score
+
+
+def _is_rated(value: Any) -> bool:
+    """Return whether a cell holds a rating, or several; pandas writes NaN for none."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_rated, value))
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is not None and not is_nan and (not isinstance(value, str) or bool(value.strip()))
 
 
 def find_rated(
@@ -124,7 +137,9 @@ def find_rated(
     sign, order = direction(label)
     source = f"{reply} to {prompt.prompt}" if prompt.prompt else f"the last reply of {reply}"
     note = f"rated: {source}; replies to one prompt are compared by {label}, the {order} is best"
-    rating = _Rating((label,), (sign,), find_unit(sample, label), are_thumbs)
+    unit = find_unit(sample, label)
+    note += ", numbers have decimal commas" if unit == COMMA else ""
+    rating = _Rating((label,), (sign,), unit, are_thumbs)
     return cells, ("reply", "reply"), rating, (note,)
 
 

@@ -72,6 +72,13 @@ class LeftOutError(Exception):
         super().__init__(reason)
         self.reason, self.detail, self.cure, self.is_choice = reason, detail, cure, is_choice
 
+    @property
+    def shown_cure(self) -> str:
+        """The cure, or what to do where none is given."""
+        return self.cure or (
+            "nothing is wrong with such rows" if self.is_choice else "mend or remove the row"
+        )
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -103,3 +110,5 @@ class Converted:
     rated: list[Rated] = field(default_factory=list)
     notes: frozenset[str] = frozenset()
     """Conversions that a user should know of: "the prompt is cut from the front of replies"."""
+    ballots: tuple[tuple[str, list[Comparison]], ...] = ()
+    """Annotators whose answers the row holds, each with what these alone compare."""

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.config import DataConfig
+from rlhf.data.collect import lead
 from rlhf.data.duplicates import Numbers, Shingles, bare_text, width
 from rlhf.data.pairs import Pairs
 from rlhf.data.records import LeftOutError
@@ -144,15 +145,20 @@ class Recurrence:
         for sides in self._opposed(kept, groups):
             found = self._contradicting(sides, threshold)
             self.contradictions += sum(map(len, found))
-            if self.config.contradictions == "majority":
+            if self.config.contradictions != "keep":
                 votes = [int(self.pairs.counts[side].sum()) for side in found]
                 for side, own, against in zip(found, votes, votes[::-1], strict=True):
                     if own <= against:
                         lost.update(side)
+                    elif self.config.contradictions == "downweight":
+                        # A pair of contested votes has a weight already; NaN is 1.
+                        weights = np.nan_to_num(self.pairs.weight[side], nan=1.0)
+                        self.pairs.weight[side] = weights * lead(own, against)
         if self.contradictions and not lost:
             self.note(
                 f"{self.contradictions:,} pairs have a near duplicate that prefers the other reply "
-                "(data.contradictions=majority leaves out the fewer ones)"
+                "(data.contradictions=majority leaves out the fewer ones, and downweight lets the "
+                "others count less)"
             )
         reason = LeftOutError(
             "a near duplicate prefers the other reply",

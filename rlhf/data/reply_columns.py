@@ -14,12 +14,15 @@ from rlhf.data.verdicts import names_a_reply, relation
 from rlhf.errors import ConfigError
 
 #: Words for a reply in the names of two columns that differ in a suffix alone.
-_REPLY_WORDS = (
+REPLY_WORDS = (
     "response", "answer", "output", "completion", "reply", "text", "conversation", "generation",
     "candidate", "option", "human_ref", "assistant", "summary", "message", "model_response",
     "continuation", "chat", "responses",
 )  # fmt: skip
-_SUFFIXES = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"))
+SUFFIXES = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"))
+#: Columns with the first part of both replies, such as the steps before the one that differs.
+STARTS = ("initial_reason_steps", "assistant_prefix", "response_prefix", "reply_prefix",
+          "partial_response", "prefill")  # fmt: skip
 #: Different values of so many rows that are labels, whatever they are, beside columns of replies.
 _FEW, _MANY = 4, 12
 #: Share of labels above which a column of labels and texts is refused.
@@ -34,8 +37,8 @@ def reply_columns(
     names: Mapping[str, str], sample: Sequence[Row]
 ) -> tuple[tuple[str, str], tuple[str, str]] | None:
     """Return two columns of replies whose names differ in a suffix, and the suffixes."""
-    for suffixes in _SUFFIXES:
-        for word in _REPLY_WORDS:
+    for suffixes in SUFFIXES:
+        for word in REPLY_WORDS:
             replies = _with_suffixes(names, word, suffixes)
             if replies is not None and hold_text(sample, replies):
                 return replies, suffixes
@@ -53,6 +56,14 @@ def _with_suffixes(
         if one in names and other in names:
             return names[one], names[other]
     return None
+
+
+def with_start(start: Any, reply: str) -> str:
+    """Return a reply with the first part that stands in a column of its own."""
+    if not isinstance(start, str) or not start.strip() or reply.startswith(start):
+        return reply
+    is_apart = start[-1].isspace() or reply[:1].isspace()
+    return f"{start}{reply}" if is_apart else f"{start} {reply}"
 
 
 def hold_text(sample: Sequence[Row], columns: Sequence[str]) -> bool:
@@ -95,7 +106,7 @@ def _is_label(value: Any, row: Row, columns: Sequence[str], listed: str | None) 
     is_short = len(value) <= _LONGEST_NAME and "\n" not in value
     return value not in texts and (
         names_a_reply(value, columns)
-        or any(relation(value, suffixes) for suffixes in _SUFFIXES)
+        or any(relation(value, suffixes) for suffixes in SUFFIXES)
         or value.strip().lstrip("-").isdecimal()
         or (is_short and any(value == cell_of(row, c) for c in columns if _names_model(c)))
         or any(value in item.values() for item in fields)

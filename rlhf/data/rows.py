@@ -3,7 +3,7 @@
 | file | columns |
 |---|---|
 | `demonstrations.parquet` | response |
-| `pairs-train.parquet`, `pairs-eval.parquet` | chosen, rejected, group, margin |
+| `pairs-train.parquet`, `pairs-eval.parquet` | chosen, rejected, group, margin, weight |
 | `pairs-judge.parquet` | the same, with `data.judge_fraction` |
 | `prompts-train.parquet`, `prompts-eval.parquet` | group, reference, metadata |
 | each of the above | prompt, prompt_is_text, row_ids |
@@ -15,7 +15,8 @@
 is one message of the user, and `prompt_is_text` is true. `group` names a slice that evaluation
 reports separately, or is null. `reference` is the right answer, or null. `metadata` is a JSON
 object that maps columns of the source to their values. `margin` is by how much the chosen reply is
-better, in the units of the source's ratings, or null. `row_ids` are the ids of the source's rows
+better, in the units of the source's ratings, or null. `weight` is how much the pair counts in the
+reward model's loss beside others, or null for 1. `row_ids` are the ids of the source's rows
 that a row comes from (`rlhf.data.records.Record.id`).
 
 Older artifacts hold the same rows as JSON lines, `pairs-train.jsonl`; they remain readable.
@@ -82,6 +83,7 @@ class Pair:
     # Not in repr(), by which data.max_pairs samples: it must not depend on the margins.
     margin: float | None = field(default=None, repr=False)
     row_ids: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    weight: float | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def _schema(row_type: type[Any]) -> pyarrow.Schema:
     text = pa.large_string()
     message = pa.struct([("role", text), ("content", text)])
     others = {"prompt": pa.list_(message), "row_ids": pa.list_(pa.string()), "line": pa.int64(),
-              "margin": pa.float64()}  # fmt: skip
+              "margin": pa.float64(), "weight": pa.float64()}  # fmt: skip
     fields = [(name, others.get(name, text)) for name in row_type.__dataclass_fields__]
     if "prompt" in row_type.__dataclass_fields__:
         fields.insert(1, ("prompt_is_text", pa.bool_()))

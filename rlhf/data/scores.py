@@ -28,8 +28,14 @@ _DOWN = frozenset(
     {"false", "down", "bad", "negative", "dislike", "disliked", "thumbs_down", "thumbsdown",
      "thumb_down", "thumb down", "thumbs down", "undesirable", "rejected", "no", "👎", "reject"}
 )  # fmt: skip
-#: A number with its unit: "4/5", "80%", "4 stars".
-_WITH_UNIT = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)\s*(/\s*\d+(?:\.\d+)?|%|stars?|points?)\s*", re.I)
+#: A number with its unit: "4/5", "80%", "4 stars", "4,5 stars".
+_WITH_UNIT = re.compile(
+    r"\s*([+-]?\d+(?:\.\d+|,\d{1,2})?)\s*(/\s*\d+(?:\.\d+)?|%|stars?|points?)\s*", re.I
+)
+#: A whole number, or one with a decimal comma.
+_WITH_COMMA = re.compile(r"\s*([+-]?\d+)(?:,(\d+))?\s*")
+#: Unit that stands for numbers with decimal commas.
+COMMA = "decimal comma"
 
 
 def thumb_of(value: Any) -> bool | None:
@@ -68,14 +74,27 @@ def with_unit(value: Any) -> tuple[str, str] | None:
     if match is None:
         return None
     unit = "".join(match[2].lower().split())
-    return match[1], unit if unit[0] == "/" else unit.removesuffix("s")
+    return match[1].replace(",", "."), unit if unit[0] == "/" else unit.removesuffix("s")
 
 
 def find_unit(sample: Sequence[Row], column: str) -> str | None:
     """Return the unit of a column's numbers, if it is one and all of its first texts have it."""
     values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
     units = {found[1] if (found := with_unit(value)) else None for value in values}
+    if units == {None} and _have_commas(values):
+        return COMMA
     return units.pop() if len(units) == 1 else None
+
+
+def _have_commas(values: Sequence[Any]) -> bool:
+    """Return whether all values are numbers, some of them with a decimal comma.
+
+    Three digits behind every comma may be thousands: 1,000.
+    """
+    texts = [str(value) for value in values if isinstance(value, bool) or type(value) is not int]
+    matches = [_WITH_COMMA.fullmatch(text) for text in texts]
+    digits = [len(match[2]) for match in matches if match and match[2]]
+    return None not in matches and bool(digits) and {*digits} != {3}
 
 
 def without_unit(value: Any, unit: str | None, column: str) -> Any:
@@ -86,6 +105,13 @@ def without_unit(value: Any, unit: str | None, column: str) -> Any:
     """
     if unit is None or value is None or value == "":
         return value
+    if unit == COMMA:
+        if _WITH_COMMA.fullmatch(str(value)):
+            return str(value).replace(",", ".")
+        raise LeftOutError(
+            f"{column} is no number with a decimal comma, as in the first rows", beginning(value),
+            "write all values in one way",
+        )  # fmt: skip
     found = with_unit(value)
     if found is None or found[1] != unit:
         raise LeftOutError(

@@ -112,9 +112,9 @@ def make_sketch(
         sample.add(_text(pair.prompt), (pair.chosen, pair.rejected))
         count += 1
     replies = [
-        (key, better, worse)
-        for key, some in sample.items()
-        for better, worse in some[:PAIRS_OF_A_PROMPT]
+        (key, texts[0], texts[1])
+        for key, all_of in sample.items()
+        for texts in all_of[:PAIRS_OF_A_PROMPT]
     ]
     texts = {
         "prompts": _count((key, key) for key, _ in sample.items()),

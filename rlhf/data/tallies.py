@@ -96,6 +96,14 @@ class Tallies:
                 slice_ = counts.setdefault(name, LengthCounts())
                 for item in converted.comparisons:
                     slice_.add(item.chosen, item.rejected)
+        for annotator, comparisons in converted.ballots:
+            self.annotator_column = self.annotator_column or "answers of the export"
+            name = self._shown(annotator, hide)
+            self.annotators[name] += 1
+            for item in comparisons:
+                self._vote(name, item)
+        if converted.ballots:
+            return
         if self._annotator and (name := self._shown(row.get(self._annotator), hide)):
             self.annotators[name] += 1
             for item in converted.comparisons:

@@ -41,7 +41,7 @@ DATA_ORDER = (
 )
 #: Shown elsewhere: the reasons in a table of their own, notes, findings and sources as sentences.
 DATA_PLACED = {key for key, _ in DATA_ORDER} | {
-    "left_out", "rows_left_out", "notes", "findings", "sources", "personal_data"
+    "left_out", "pairs_left_out", "rows_left_out", "notes", "findings", "sources", "personal_data"
 }  # fmt: skip
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")

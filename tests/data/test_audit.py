@@ -242,6 +242,12 @@ def test_one_annotator_with_most_votes_is_a_warning(tmp_path):
     assert any("One of 4 annotators, 7, gave 60 %" in text for text in texts(found, "warning"))
 
 
+def test_one_of_two_annotators_with_about_a_half_is_no_warning(tmp_path):
+    rows = [vote(i, "a", worker_id=7 if i < 53 else 8) for i in range(100)]
+    found, _ = audit_rows(tmp_path, rows)
+    assert not any("annotators, 7, gave" in text for text in texts(found, "warning"))
+
+
 def test_a_name_for_every_row_is_no_annotator(tmp_path):
     rows = [vote(i, "a", user_id=f"u{i}") for i in range(20)]
     assert audit_rows(tmp_path, rows)[0].annotators is None

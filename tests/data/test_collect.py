@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +68,33 @@ def test_all_votes_are_kept_if_asked():
     assert totals.merged == 0
 
 
+def test_votes_are_weights_if_asked():
+    rows = [vote(), vote(), vote("bad", "good"), vote(), vote("x", "y"), vote("x", "y"),
+            vote("u", "v"), vote("v", "u")]  # fmt: skip
+    pairs, left_out, _ = resolve(*rows, votes="weight")
+    # 3 : 1 votes lead by a half of them, 2 : 0 by all, and 1 : 1 by none.
+    assert [(p.chosen, p.rejected, p.weight) for p in pairs] == [
+        ("good", "bad", 0.5), ("x", "y", None),
+    ]  # fmt: skip
+    assert left_out == {
+        "outvoted by other rows of the pair": [3], "votes for a pair are tied": [7, 8],
+    }  # fmt: skip
+    without, same, _ = resolve(*rows)
+    assert [(p.chosen, p.rejected, p.weight) for p in without] == [
+        ("good", "bad", None), ("x", "y", None),
+    ]  # fmt: skip
+    assert same == left_out
+    assert repr(pairs) == repr(without)  # by which data.max_pairs samples
+
+
+@given(st.integers(0, 9), st.integers(0, 9))
+def test_a_weight_is_the_lead_of_the_votes(a, b):
+    pairs, _, _ = resolve(*[vote()] * a, *[vote("bad", "good")] * b, votes="weight")
+    expected = [] if a == b else [None if not a or not b else abs(a - b) / (a + b)]
+    assert [p.weight for p in pairs] == expected
+    assert all(p.chosen == ("good" if a > b else "bad") for p in pairs)
+
+
 def test_a_prompt_as_text_and_as_chat_is_one_and_case_makes_another():
     pairs, _, _ = resolve(vote(), vote(prompt=[user("p")]), vote(prompt="P"))
     assert [p.prompt for p in pairs] == ["p", "P"]
@@ -87,9 +118,18 @@ def test_a_score_without_another_is_left_out_but_is_no_fault():
 
 
 def test_many_scored_replies_give_a_bounded_number_of_pairs_the_clearest_first():
-    pairs, left_out, totals = resolve(*(Rated("p", f"r{i}", i) for i in range(40)))
+    ledger = Ledger()
+    collector = Collector(DataConfig(source="x.csv"), ledger, Totals())
+    for i in range(40):
+        collector.add(Converted(rated=[Rated("p", f"r{i}", i)]), Origin("x.csv", i))
+    resolved = collector.resolve()
+    resolved.use()
+    left_out = []
+    ledger.close(lambda origin, reason, _row: left_out.append(reason.reason))
+    pairs = [item.pair for item in resolved]
     assert len(pairs) == 64
-    assert totals.surplus == 40 * 39 / 2 - 64
+    beyond = {"beyond 64 pairs of the prompt's rated replies": (40 * 39 // 2 - 64, "")}
+    assert ledger.pairs_left_out() == beyond
     assert (pairs[0].chosen, pairs[0].rejected) == ("r39", "r0")
     assert set(left_out) == {"no other reply to this prompt has a different score"} or not left_out
 
@@ -117,6 +157,47 @@ def test_a_row_of_which_something_is_used_is_used():
     assert left_out == {}
 
 
+@given(
+    replies=st.lists(st.integers(1, 5).flatmap(lambda n: st.permutations("abcde"[:n])), max_size=9),
+    lost=st.sets(st.sampled_from("abcde")),
+)
+def test_each_pair_of_used_rows_is_made_or_counted_by_reason(replies, lost):
+    ledger = Ledger()
+    collector = Collector(DataConfig(source="x.csv", votes="keep"), ledger, Totals())
+    total = 0
+    for line, ranked in enumerate(replies):
+        comparisons = [vote(a, b, f"p{line}") for a, b in itertools.combinations(ranked, 2)]
+        if comparisons:
+            collector.add(Converted(comparisons), Origin("x.csv", line))
+            total += len(comparisons)
+    resolved = collector.resolve()
+    are_lost = [bool({*item.pair.chosen, *item.pair.rejected} & lost) for item in resolved]
+    reason = LeftOutError("recurs", cure="keep it", is_choice=True)
+    resolved.lose(reason, [i for i, is_lost in enumerate(are_lost) if is_lost])
+    kept = resolved.select(~np.array(are_lost, dtype=bool))
+    kept.use()
+    of_rows_left_out = []
+    ledger.close(lambda origin, *_: of_rows_left_out.append(origin.line))
+    ways = [math.comb(len(replies[line]), 2) for line in of_rows_left_out]
+    counted = sum(count for count, _ in ledger.pairs_left_out().values())
+    assert len(kept) + counted + sum(ways) == total
+    assert ledger.pairs_left_out() == ({"recurs": (counted, "keep it")} if counted else {})
+
+
+def test_the_default_reason_of_a_rated_reply_gives_way_to_that_of_its_pair():
+    ledger = Ledger()
+    collector = Collector(DataConfig(source="x.csv"), ledger, Totals())
+    for line, (prompt, reply, score) in enumerate([("p", "a", 1), ("p", "b", 0), ("q", "c", 1)]):
+        collector.add(Converted(rated=[Rated(prompt, reply, score)]), Origin("x.csv", line))
+    collector.resolve().lose(LeftOutError("recurs", is_choice=True))
+    reasons = {}
+    ledger.close(lambda origin, reason, _row: reasons.update({origin.line: reason.reason}))
+    assert reasons == {
+        0: "recurs", 1: "recurs", 2: "no other reply to this prompt has a different score",
+    }  # fmt: skip
+    assert ledger.pairs_left_out() == {}  # the rows tell
+
+
 def test_a_demonstration_is_the_best_reply_of_its_prompt_once():
     ranking = [Pair("p", a, b) for a, b in ("12", "13", "14", "23", "24", "34")]
     assert demonstrations(ranking) == [Demonstration("p", "1")]
@@ -136,10 +217,10 @@ ROW = st.lists(
 )
 
 
-@given(st.lists(ROW, max_size=12), st.sampled_from(["majority", "keep"]))
+@given(st.lists(ROW, max_size=12), st.sampled_from(["majority", "keep", "weight"]))
 def test_every_row_is_used_or_left_out_for_a_reason(rows, votes):
     pairs, _, _ = resolve(*rows, votes=votes)  # checks the sum
-    if votes == "majority":
+    if votes != "keep":
         compared = [
             item for row in rows if not any(isinstance(i, Rated) for i in row) for item in row
         ]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rlhf.config import DataConfig
 from rlhf.data import rows as files
 from rlhf.data.prepare import prepare_data
-from rlhf.data.rows import Demonstration, Pair, messages_of, read_rows
+from rlhf.data.records import Record
+from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
 from rlhf.errors import ConfigError, DataError
 from tests.data.helpers import assistant, message, pair, user
 
@@ -192,13 +193,15 @@ def test_refused_with_a_cure(tmp_path, row, source, text):
     found = message(ConfigError, prepare, tmp_path, [row], source=source)
     assert found.startswith("data.sft_source")
     assert text in found
-    assert "(in sft.jsonl)" in found
+    assert "(in sft.jsonl; rlhf data inspect " in found
 
 
 def test_columns_that_are_set(tmp_path):
     rows = [{"ask": "How?", "meta": {"tell": "So."}, "sys": "Be"}]
     source = {"prompt_column": "ask", "chosen_column": "meta.tell", "system_column": "sys"}
-    assert prepare(tmp_path, rows, source=source)[0] == both([system("Be"), user("How?")])
+    found, summary, _ = prepare(tmp_path, [{**rows[0], "rest": 1}], source=source)
+    assert found == both([system("Be"), user("How?")])
+    assert summary["unused_columns"] == "rest"
     talk = [{"talk": chat("How?", "So."), "other": 1}]
     for name in ("prompt_column", "chosen_column"):
         found, summary, _ = prepare(tmp_path, talk, source={name: "talk"})
@@ -213,12 +216,68 @@ def test_settings_of_the_pairs_are_not_those_of_demonstrations(tmp_path):
     assert prepare(tmp_path, rows, pairs, **options)[0] == both()
 
 
-def test_replies_that_were_rated_down_are_no_demonstrations(tmp_path):
-    rows = [{"prompt": f"q{i}", "completion": "a", "label": i % 2 == 0} for i in range(10)]
+@pytest.mark.parametrize(
+    ("column", "up", "down"),
+    [
+        ("label", True, False),
+        ("label", 1, 0),
+        ("label", "1", "0"),
+        ("label", 1, -1),
+        ("reward", 1.0, 0.0),
+        ("thumbs", "👍", "👎"),
+        ("thumbs_up", True, False),
+        ("feedback", "positive", "negative"),
+    ],
+)
+@pytest.mark.parametrize("form", ["reply", "conversation"])
+def test_replies_that_were_rated_down_are_no_demonstrations(tmp_path, column, up, down, form):
+    rows = [
+        {**({"prompt": f"q{i}", "completion": "a"} if form == "reply"
+            else {"messages": chat(f"q{i}", "a")}),
+         column: down if i % 2 else up}
+        for i in range(10)
+    ]  # fmt: skip
     found, summary, lines = prepare(tmp_path, rows)
-    assert [d.prompt for d in found] == ["q0", "q2", "q4", "q6", "q8"]
+    assert [messages_of(d.prompt)[0]["content"] for d in found] == ["q0", "q2", "q4", "q6", "q8"]
     assert {line["reason"] for line in lines} == {"the reply was rated down"}
-    assert any("label rates down" in note for note in summary["notes"])
+    assert any(f"{column} rates down" in note for note in summary["notes"])
+
+
+def test_grades_are_no_thumbs(tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": "a", "score": i % 3} for i in range(9)]
+    found, summary, lines = prepare(tmp_path, rows)
+    assert (len(found), lines, summary["unused_columns"]) == (9, [], "score")
+
+
+THUMBS = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=20)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(THUMBS)
+def test_thumbs_end_as_pairs_as_demonstrations_or_left_out(tmp_path, thumbs):
+    """One file of thumbs as pairs and as demonstrations, most prompts with one reply alone."""
+    always = [
+        (f"always {i}", f"{kind} {i}", kind == "up") for i in range(8) for kind in ("up", "no")
+    ]
+    drawn = [(f"prompt {n}", f"reply {i}", up) for i, (n, up) in enumerate(thumbs)]
+    rows = [{"prompt": p, "completion": c, "label": up} for p, c, up in (*always, *drawn)]
+    path = write(tmp_path / "kto.jsonl", rows)
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    prepare_data(DataConfig(source=path, sft_source=path, near_duplicates=None), out)
+    lines = [json.loads(line) for line in (out / files.QUARANTINE).read_text().splitlines()]
+    summary = json.loads((out / files.SUMMARY).read_text())
+    assert summary["rows"] == 2 * len(rows) == summary["rows_used"] + len(lines)
+    sides = {p: {up for q, _, up in (*always, *drawn) if p == q} for p, _, _ in drawn}
+    alone = {p for p, ups in sides.items() if len(ups) == 1}
+    unpaired = [n["line"] for n in lines if n["source"] == "kto.jsonl"]
+    assert unpaired == [i + 1 for i, row in enumerate(rows) if row["prompt"] in alone]
+    held_out = {p.prompt for p in read_rows(out / files.PAIRS_EVAL, Pair)}
+    ups = {(r["prompt"], r["completion"]) for r in rows if r["label"]}
+    found = {(d.prompt, d.response) for d in read_rows(out / files.DEMONSTRATIONS, Demonstration)}
+    assert found == {(p, c) for p, c in ups if p not in held_out}
 
 
 def test_in_place_of_the_pairs_or_beside_them(tmp_path):
@@ -249,6 +308,55 @@ def test_weights_and_repeats(tmp_path):
     summary = json.loads((out / files.SUMMARY).read_text())
     counts = [(c["source"], c["rows"], c["written"]) for c in summary["sources"]]
     assert counts == [("pairs.jsonl", 20, 20), ("one.jsonl", 3, 1), ("two.jsonl", 1, 4)]
+
+
+@pytest.mark.parametrize("setting", ["sft_source", "prompts_source"])
+def test_a_share_of_a_source_and_formats_of_its_files(tmp_path, setting):
+    """Rows that the weight leaves out are in quarantine; each format is named once."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name in "xy":
+        rows = [{"prompt": f"{name} asks {i}", "completion": "so"} for i in range(40)]
+        write(folder / f"{name}.jsonl", rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    own = {setting: [{"source": str(folder), "weight": 0.3}]}
+    prepare_data(DataConfig(source=write(tmp_path / "pairs.jsonl", PAIRS), **own), out)
+    lines = [json.loads(line) for line in (out / files.QUARANTINE).read_text().splitlines()]
+    assert {n["reason"] for n in lines} == {"not in the share of its source's weight"}
+    assert {n["source"] for n in lines} == {f"{setting}/own/x.jsonl", f"{setting}/own/y.jsonl"}
+    summary = json.loads((out / files.SUMMARY).read_text())
+    _, counts = summary["sources"]
+    assert counts["format"] == {"sft_source": "prompt-reply", "prompts_source": "prompts"}[setting]
+    assert counts["rows"] == 80 == counts["left_out"] + counts["written"]
+    assert 10 < counts["written"] < 40
+    name, row_type = {
+        "sft_source": (files.DEMONSTRATIONS, Demonstration),
+        "prompts_source": (files.PROMPTS_TRAIN, PromptRow),
+    }[setting]
+    assert len(read_rows(out / name, row_type)) == counts["written"]
+    sentence = f"data.{setting}: own with weight 0.3: 80 rows, {counts['left_out']} left out"
+    assert any(note.startswith(sentence) for note in summary["notes"])
+
+
+def test_a_forgotten_row_is_left_out_alone(tmp_path):
+    rows = [{"prompt": f"asks {i}", "completion": "so"} for i in range(6)]
+    path = write(tmp_path / "own.jsonl", rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    config = DataConfig(
+        source=write(tmp_path / "pairs.jsonl", PAIRS), sft_source=path, prompts_source=path
+    )
+    prepare_data(config, out, forgotten=frozenset([Record("own.jsonl", 3, rows[2]).id]))
+    lines = [json.loads(line) for line in (out / files.QUARANTINE).read_text().splitlines()]
+    assert [(n["source"], n["line"], n["reason"], n["row"]) for n in lines] == [
+        (f"{name}_source/own.jsonl", 3, "forgotten", None) for name in ("sft", "prompts")
+    ]  # fmt: skip
+    expected = ["asks 0", "asks 1", "asks 3", "asks 4", "asks 5"]
+    for name, row_type in (
+        (files.DEMONSTRATIONS, Demonstration), (files.PROMPTS_TRAIN, PromptRow),
+    ):  # fmt: skip
+        assert [row.prompt for row in read_rows(out / name, row_type)] == expected
 
 
 def test_world_makes_its_own():

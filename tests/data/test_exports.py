@@ -47,6 +47,32 @@ def test_label_studio(tmp_path, selected, pairs, left_out):
     assert reasons == left_out
 
 
+def test_cancelled_annotations_do_not_count_and_end_nothing(tmp_path):
+    row = task("left", "left", "right")
+    for annotation in row["annotations"][:2]:
+        annotation["was_cancelled"] = True
+    assert read_rows(tmp_path, [row])[1] == ONE
+
+
+@pytest.mark.parametrize(("label", "pairs"), [("better", ONE), ("kinder", [(Q, BAD, GOOD)])])
+def test_of_several_controls_the_one_that_is_set_is_read(tmp_path, label, pairs):
+    """The other one's votes, of which there are more, are not counted with it."""
+    row = task()
+    sides = {"better": "right", "kinder": "left"}
+    votes = [name for name in sides for _ in range(1 if name == label else 3)]
+    row["annotations"] = [
+        {"result": [{"from_name": name, "type": "pairwise", "value": {"selected": sides[name]}}]}
+        for name in votes
+    ]
+    assert read_rows(tmp_path, [row], label_column=label)[1] == pairs
+
+
+def test_a_control_that_is_not_there_is_named(tmp_path):
+    text = message(ConfigError, read_rows, tmp_path, [task("right")], label_column="bettr")
+    assert text.startswith("data.label_column")
+    assert "'bettr'" in text
+
+
 def test_label_studios_short_form(tmp_path):
     row = {"id": 1, "prompt": Q, "answer1": BAD, "answer2": GOOD, "annotator": 1,
            "comparison": {"type": "pairwise", "selected": "right"}}  # fmt: skip
@@ -65,6 +91,17 @@ ARGILLA = [
 def test_argilla(tmp_path, responses):
     row = {"id": "1", "fields": FIELDS, "responses": responses, "metadata": {}}
     assert read_rows(tmp_path, [row])[:3] == ("argilla", ONE, {})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pairs"),
+    [((2, 1), ONE), ((1, 2), [(Q, BAD, GOOD)]), ((1, 1), [])],
+)
+def test_argillas_ranking_questions(tmp_path, ranks, pairs):
+    value = [{"value": f"response_{i}", "rank": rank} for i, rank in enumerate(ranks, start=1)]
+    row = {"fields": FIELDS, "responses": {"preference": [{"value": value}]}}
+    first = {"fields": {**FIELDS, "prompt": "Else?"}, "responses": ARGILLA[0]}
+    assert read_rows(tmp_path, [first, row])[1][1:] == pairs
 
 
 RECORD = {"prompt": Q, "response-1": BAD, "response-2": GOOD}
@@ -177,11 +214,11 @@ def test_a_rank_of_400_digits_is_one():
 def test_a_tree_without_ranks_is_left_out(tmp_path):
     trees = [
         {"prompt": {"text": Q, "role": "prompter", "replies": [reply(GOOD, r), reply(BAD, s)]}}
-        for r, s in ((0, 1), (None, None), (0, 0), (0, math.nan))
+        for r, s in ((0, 1), (None, None), (0, 0), (0, math.nan), (0, -math.inf), (math.inf, 0))
     ]
     _, read, reasons, _ = read_rows(tmp_path, trees)
     assert read == [([user(Q)], GOOD, BAD)]
-    assert reasons == {"no message of the tree has two ranked replies": 3}
+    assert reasons == {"no message of the tree has two ranked replies": 5}
 
 
 EXPORTED = {

@@ -17,7 +17,7 @@ from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError
 from rlhf.errors import ConfigError, DataError
-from tests.data.helpers import assistant, message, user
+from tests.data.helpers import assistant, message, pair, user
 
 Q, GOOD, BAD = "How do I clean a kettle?", "Boil vinegar in it.", "No idea."
 HH = "\n\nHuman: {}\n\nAssistant: {}"
@@ -282,3 +282,10 @@ def test_any_value_is_converted_or_left_out(row, data):
 def test_any_columns_are_a_layout_or_refused(row):
     with contextlib.suppress(ConfigError, DataError, LeftOutError):
         detect(list(row), [row], DataConfig(source="x.jsonl")).convert(row)
+
+
+@pytest.mark.parametrize("repeats", ["chosen", "rejected"])
+def test_a_prompt_in_front_of_one_reply_alone_is_a_part_of_it(tmp_path, repeats):
+    row = pair(Q, GOOD, BAD)
+    row[repeats] = f"{Q} {row[repeats]}"
+    assert read_rows(tmp_path, [row])[1] == [(Q, row["chosen"], row["rejected"])]

@@ -111,6 +111,16 @@ def test_a_forgotten_row_is_quarantined_without_its_text(tmp_path):
         assert b"secret-" not in file.read_bytes()
 
 
+def test_forgotten_rows_that_the_source_lacks_are_counted(tmp_path):
+    present, changed = id_of(rows(10)[1]), id_of({**rows(10)[2], "chosen": "before"})
+    out = prepare(tmp_path, rows(10), forgotten=frozenset([present, changed]))
+    notes = json.loads((out / files.SUMMARY).read_text())["notes"]
+    said = "1 of 2 forgotten rows are not in the sources: they were removed, or changed"
+    assert [note.partition(" (")[0] for note in notes if "forgotten" in note] == [said]
+    out = prepare(tmp_path, rows(10), forgotten=frozenset([present]))
+    assert "forgotten rows" not in (out / files.SUMMARY).read_text()
+
+
 @pytest.fixture
 def site(tmp_path):
     """A store with a dataset, models made of it, and another line; the dataset's folder."""
@@ -132,19 +142,84 @@ def site(tmp_path):
     return store, refs
 
 
+def row_of(site, split):
+    """A row of a split of the site's dataset."""
+    store, refs = site
+    return next(row for row in rows_of(store.fetch(refs["data"])) if row.split == split)
+
+
 def test_the_reach_of_a_row_goes_through_all_generations(site):
     store, refs = site
-    known, unknown = id_of(rows(10)[2]), "0" * 32
+    row, unknown = row_of(site, "train"), "0" * 32
+    known = row.id
     found = reach(store, [known, unknown])
-    assert [(ref, row.line) for ref, row in found.rows[known]] == [(refs["data"], 3)]
+    assert [(ref, each.line) for ref, each in found.rows[known]] == [(refs["data"], row.line)]
     assert found.derived[known] == [refs["sft"], refs["policy"]]
     assert not found.rows[unknown]
     assert not found.derived[unknown]
 
 
+def test_a_held_out_row_reaches_evaluations_but_no_model(site, tmp_path, capsys):
+    store, refs = site
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "x.json").write_text("1")
+    evaluation = store.publish(
+        folder, "evaluation", parents={"data": refs["data"], "policy": refs["policy"]},
+        metrics={}, producer=producer("push", {}, 0),
+    )  # fmt: skip
+    trained, held_out = row_of(site, "train").id, row_of(site, "eval").id
+    found = reach(store, [trained, held_out])
+    assert {*found.derived[trained]} == {refs["sft"], refs["policy"], evaluation}
+    assert found.derived[held_out] == []
+    assert found.tested == {trained: [], held_out: [evaluation]}
+    forget.console._width = 200
+    forget.forget(ids=[held_out], store=str(tmp_path / "store"))
+    shown = capsys.readouterr().out
+    assert f"held out for evaluation {evaluation.digest[:12]}" in shown
+    assert "reached" not in shown
+    assert "2 artifacts that exist stay as they are" in shown
+
+
+def test_the_reach_of_a_row_in_several_datasets_and_in_quarantine(site, tmp_path):
+    """Older datasets are named, wherever they stand; a row that is left out reaches nothing."""
+    store, refs = site
+
+    def publish(folder, kind, **parents):
+        return store.publish(
+            folder, kind, parents=parents, metrics={}, producer=producer("push", {}, 0)
+        )
+
+    (tmp_path / "old").mkdir()
+    old = []
+    for name in "abc":
+        (tmp_path / "old" / "summary.json").write_text(json.dumps(name))
+        old.append(publish(tmp_path / "old", "dataset"))
+    number = row_of(site, "train").line - 1
+    used = rows(10)[number]
+    second = publish(prepare(tmp_path, [used, *rows(30)[10:]], "second.jsonl"), "dataset")
+    lost = [pair(f"p{number}", f"bad {number}", f"good {number}")] * 2
+    third = publish(prepare(tmp_path, [used, *lost, *rows(30)[10:]], "third.jsonl"), "dataset")
+    models = []
+    for name, data in (("of-second", second), ("of-third", third)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json").write_text(json.dumps(name))
+        models.append(publish(tmp_path / name, "policy", data=data))
+    found = reach(store, [id_of(used)])
+    places = {(ref, row.source, row.split == "quarantine") for ref, row in found.rows[id_of(used)]}
+    assert places == {
+        (refs["data"], "pairs.jsonl", False), (second, "second.jsonl", False),
+        (third, "third.jsonl", True),
+    }  # fmt: skip
+    derived = found.derived[id_of(used)]
+    assert {*derived} == {refs["sft"], refs["policy"], models[0]}
+    assert len(derived) == 3
+    assert {*found.unknown} == {*old}
+
+
 def test_forget_looks_first_then_records_and_the_fingerprint_changes(site, tmp_path, capsys):
     store, refs = site
-    monkey = id_of(rows(10)[2])
+    monkey = row_of(site, "train").id
     options = [f"--data.source={tmp_path / 'pairs.jsonl'}", f"--store={tmp_path / 'store'}",
                "--evaluation.judge=none", f"--runtime.work_dir={tmp_path / 'work'}"]  # fmt: skip
     config = load_config(None, options).config
@@ -160,6 +235,10 @@ def test_forget_looks_first_then_records_and_the_fingerprint_changes(site, tmp_p
     forget.forget(file=tmp_path / "ids.txt", record=True, store=str(tmp_path / "store"))
     assert forgotten_ids(store) == {monkey}
     assert forget_rows(store, [monkey]) == 0
+    assert forget_rows(store, [monkey, "0" * 32]) == 1
+    # The name of the history is that of stores which exist.
+    entries = [entry["ids"] for entry in store.history.entries("forgotten-rows")]
+    assert entries == [[monkey], ["0" * 32]]
     assert fingerprint(STAGES["prepare-data"], config, {}) != before
 
 

@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config import DataConfig
+from rlhf.data import parts as parts_of_files
 from rlhf.data import rows as files
+from rlhf.data.formats import detect
 from rlhf.data.prepare import prepare_data
+from rlhf.data.vocabulary import known_names
 from rlhf.errors import ConfigError, RLHFError
 
 ASKED = ("How do I clean a kettle", "Why is rust red", "What do otters eat", "Who wrote Emma")
@@ -25,6 +28,10 @@ def bad(i):
 
 def asked(i):
     return f"{ASKED[i % 4]}, question {i}?"
+
+
+def pair_of(i):
+    return {"prompt": asked(i), "chosen": good(i), "rejected": bad(i)}
 
 
 def chat(i, reply):
@@ -71,6 +78,11 @@ def judged(i, *controls):
 
 #: Rows of layouts that have one meaning, each by its number.
 READ = {
+    "trajectory of turns": lambda i: {
+        "trajectory": [{"from": "user", "value": asked(i)}], "chosen": good(i), "rejected": bad(i)},
+    "good and bad edits": lambda i: {
+        "context": [{"role": "user", "content": asked(i)}], "original_response": "So so.",
+        "good_edited_response": good(i), "bad_edited_response": bad(i)},
     "labels in columns of a pair": lambda i: {
         **two(i), "chosen": side(i, "response_a", "response_b"),
         "rejected": side(i, "response_b", "response_a")},
@@ -384,3 +396,138 @@ def test_a_comparison_is_never_the_wrong_way_round(tmp_path_factory, data):
     except RLHFError:
         return
     assert right(pairs), json.dumps(rows[0])
+
+
+def test_late_columns_are_read_where_they_matter_and_listed_where_not(tmp_path):
+    """Layouts are found anew for names that one could read, and are held to the rows before."""
+    detections = []
+    rows = [{**pair_of(i), **({f"note {i}": i} if i >= 200 else {})} for i in range(260)]
+    rows[230]["system"] = "Be kind."
+    rows[240]["preference_margin"] = 2.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            parts_of_files, "detect", lambda *a, **k: detections.append(1) or detect(*a, **k)
+        )
+        pairs, summary = prepare(tmp_path, rows, max_reply_share=None)
+    assert len(detections) == 3
+    assert {f"note {i}" for i in range(200, 260)} <= {*summary["unused_columns"].split(", ")}
+    assert sum(isinstance(p.prompt, list) for p in pairs) == 1
+    assert [p.margin for p in pairs if p.margin is not None] == [2.5]
+
+
+def test_more_late_columns_that_matter_than_are_looked_at_stop(tmp_path):
+    names = sorted(known_names())[: parts_of_files.MAX_CHANGES + 1]
+    rows = [pair_of(i) for i in range(200)] + [{**pair_of(i), n: None} for i, n in enumerate(names)]
+    with pytest.raises(
+        ConfigError, match=r"first appears in .*:2\d\d, after 50 other rows|another"
+    ):
+        prepare(tmp_path, rows)
+
+
+def test_the_first_part_of_replies_in_a_column_stands_in_front_of_both(tmp_path):
+    rows = [{**pair_of(i), "initial_reason_steps": "First.\nStep 2:"} for i in range(20)]
+    pairs, summary = prepare(tmp_path, rows)
+    assert {p.chosen[:20] for p in pairs} == {"First.\nStep 2: GOOD "}
+    assert all(p.rejected.startswith("First.\nStep 2: BAD") for p in pairs)
+    assert "initial_reason_steps goes in front of both replies" in summary["notes"]
+
+
+BREAKS = {
+    "pairs": lambda i: {"prompt": asked(i), "chosen": good(i) + r"\n\nMore.",
+                        "rejected": bad(i) + r"\n1. One"},
+    "prompts": lambda i: {**pair_of(i), "prompt": asked(i) + r"\nAnswer briefly."},
+    "messages": lambda i: {"chosen": chat(i, good(i) + r"\nMore."),
+                           "rejected": chat(i, bad(i) + r"\nMore.")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_line_breaks_that_are_escaped_are_refused(tmp_path, name):
+    rows = [BREAKS[name](i) for i in range(20)]
+    with pytest.raises(ConfigError, match="line breaks written as a backslash and an n") as caught:
+        prepare(tmp_path, rows)
+    names = re.search(r"data\.text_columns=([\w,]+)", str(caught.value))
+    assert names
+    pairs, _ = prepare(tmp_path, rows, text_columns="prompt,chosen,rejected" if "prompt" in rows[0]
+                       else "chosen,rejected")  # fmt: skip
+    assert len(pairs) == 20
+
+
+@pytest.mark.parametrize("text", [r"\neq and \nabla", "print('a\\n')\nprint('b')", r"C:\new"])
+def test_a_backslash_and_an_n_that_break_no_line_are_text(tmp_path, text):
+    rows = [{**pair_of(i), "chosen": f"{good(i)} {text}"} for i in range(20)]
+    pairs, _ = prepare(tmp_path, rows)
+    assert all(p.chosen.endswith(text) for p in pairs)
+
+
+def test_columns_of_two_replies_are_not_taken_for_a_pair_beside_their_label(tmp_path):
+    rows = [{**two(i), "winner": side(i, "model_a", "model_b")} for i in range(20)]
+    settings = {"chosen_column": "response_a", "rejected_column": "response_b"}
+    with pytest.raises(ConfigError, match=r"set data\.label_column=winner too"):
+        prepare(tmp_path, rows, **settings)
+    pairs, _ = prepare(tmp_path, rows, **settings, label_column="winner")
+    assert right(pairs)
+    rows = [{"Input.prompt": asked(i), **{f"Input.{k}": v for k, v in two(i).items()
+                                          if k != "prompt"},
+             "Answer.choice": side(i, "response_a", "response_b")} for i in range(20)]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"which of them is better, data\.label_column to it"):
+        prepare(tmp_path, rows)
+
+
+def three(i):
+    """Three replies under the names of an Argilla record's fields, in turns, and their ranks."""
+    texts = [good(i), "So so.", bad(i)]
+    order = [(k + i) % 3 for k in range(3)]
+    fields = {f"response-{k}": texts[rank] for k, rank in enumerate(order, 1)}
+    return fields, {f"response-{k}": rank + 1 for k, rank in enumerate(order, 1)}
+
+
+RANKINGS = {
+    "items with ranks": lambda ranks: [{"value": n, "rank": r} for n, r in ranks.items()],
+    "names in order": lambda ranks: sorted(ranks, key=lambda name: ranks[name]),
+    "names and ranks": lambda ranks: {"value": [*ranks], "rank": [*ranks.values()]},
+}
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+@pytest.mark.parametrize("is_table", [False, True])
+def test_rankings_of_three_fields_are_read_and_their_annotators_counted(tmp_path, name, is_table):
+    rows = []
+    for i in range(20):
+        fields, ranks = three(i)
+        fields = {"prompt": asked(i), **fields}
+        answer = {"value": RANKINGS[name](ranks), "status": "submitted", "user_id": f"u{i % 2}"}
+        other = {"value": RANKINGS[name](ranks), "status": "discarded", "user_id": "u9"}
+        answers = {"order": [answer, other]}
+        rows.append({**fields, **answers} if is_table else {"fields": fields, "responses": answers})
+    pairs, summary = prepare(tmp_path, rows, max_reply_share=None)
+    assert summary["format"] == "argilla"
+    assert len(pairs) == 60
+    assert all("GOOD" in p.chosen or "BAD" in p.rejected for p in pairs)
+    card = json.loads((tmp_path / "out" / files.CARD).read_text())
+    assert {row["name"]: row["votes"] for row in card["annotators"]["rows"]} == {"u0": 10, "u1": 10}
+
+
+def test_annotators_inside_of_label_studio_tasks_are_counted_by_their_votes(tmp_path):
+    rows = []
+    for i in range(20):
+        row = judged(i, ("kind", "pairwise", "selected", side(i, "left", "right")))
+        contrary = judged(i, ("kind", "pairwise", "selected", side(i, "right", "left")))
+        votes = [row["annotations"][0], row["annotations"][0], contrary["annotations"][0]]
+        users = (1, {"id": 2, "email": "a@b.example"}, 3)
+        row["annotations"] = [{**v, "completed_by": u} for v, u in zip(votes, users, strict=True)]
+        row["annotations"].append({"completed_by": 4, "was_cancelled": True, "result": []})
+        rows.append(row)
+    pairs, _ = prepare(tmp_path, rows)
+    assert right(pairs)
+    annotators = json.loads((tmp_path / "out" / files.CARD).read_text())["annotators"]
+    assert {row["name"]: row["votes"] for row in annotators["rows"]} == {"1": 20, "2": 20, "3": 20}
+    agreed = {row["name"]: row["agreement"]["share"] for row in annotators["rows"]}
+    assert agreed["3"] == 0 < agreed["1"]
+
+
+def test_label_studio_tasks_of_another_kind_say_so(tmp_path):
+    result = {"from_name": "r", "type": "ranker", "value": {"ranker": {"rank": ["a", "b"]}}}
+    rows = [{"data": two(i), "annotations": [{"result": [result]}]} for i in range(20)]
+    with pytest.raises(ConfigError, match=r"it has ranker \(r\)"):
+        prepare(tmp_path, rows)

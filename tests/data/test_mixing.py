@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf.config import DataConfig, StoreConfig, load_config
+from rlhf.config import DataConfig, SourceConfig, StoreConfig, load_config
 from rlhf.data import rows as files
-from rlhf.data.mixing import times_used
+from rlhf.data.mixing import Sources, settings_of_pairs, times_used
 from rlhf.data.prepare import prepare_data
+from rlhf.data.quarantine import Quarantine
 from rlhf.data.rows import Pair, PromptRow, read_rows
 from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError, DataError
@@ -161,6 +162,78 @@ def test_references_of_each_source(tmp_path):
     assert {(row.prompt[0], row.reference) for row in prompts} == {("a", "A"), ("b", "B")}
     assert DataConfig(source=source).has_references
     assert not DataConfig(source=[source[0]["source"]]).has_references
+
+
+def test_a_weight_of_every_source_counts(tmp_path):
+    one, two = (write(tmp_path / f"{n}.jsonl", numbered(n)) for n in "ab")
+    source = [{"source": one, "weight": 2}, {"source": two, "weight": 3}]
+    train, held_out, _, _ = prepare(tmp_path, source)
+    assert names(train) == {
+        "a": 2 * (20 - names(held_out)["a"]),
+        "b": 3 * (20 - names(held_out)["b"]),
+    }
+
+
+def test_names_of_files(tmp_path):
+    """Of one source as in its folder; of several with the source's name in front."""
+    bad = [*numbered("a"), pair("")]
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    for name in ("one/x.jsonl", "one/sub/y.jsonl", "two/x.jsonl", "z.jsonl"):
+        write(tmp_path / name, bad)
+
+    def found(source: Any) -> list[str]:
+        return sorted({n["source"] for n in prepare(tmp_path, source, max_bad_fraction=1)[3]})
+
+    assert found(one) == ["sub/y.jsonl", "x.jsonl"]
+    assert found(str(tmp_path / "z.jsonl")) == ["z.jsonl"]
+    assert found([one, two, str(tmp_path / "z.jsonl")]) == [
+        "one/sub/y.jsonl", "one/x.jsonl", "two/x.jsonl", "z.jsonl",
+    ]  # fmt: skip
+    replies = [{"prompt": "ask", "completion": "say"}, {"prompt": "", "completion": "say"}]
+    write(tmp_path / "sft/x.jsonl", replies)
+    own = prepare(tmp_path, one, max_bad_fraction=1, sft_source=[str(tmp_path / "sft")])
+    assert "sft_source/sft/x.jsonl" in {n["source"] for n in own[3]}
+
+
+def test_the_command_that_shows_a_source():
+    config = DataConfig(
+        source=["a.jsonl", {"source": "b c.jsonl", "weight": 2}, {"source": "d", "delimiter": "|"}],
+        sft_source="e.jsonl",
+        prompts_source=[{"source": "f.jsonl", "metadata_columns": ["x"], "weight": 0.5}],
+        eval_source="g.jsonl",
+    )
+    commands = [
+        source.inspect.removeprefix("rlhf data inspect ")
+        for name in ("source", "sft_source", "prompts_source")
+        for source in Sources(config, name, Quarantine()).all
+    ]
+    assert commands == [
+        "a.jsonl", "'b c.jsonl'", """'{"source": "d", "delimiter": "|"}'""", "g.jsonl",
+        "e.jsonl --as sft",
+        """'{"source": "f.jsonl", "metadata_columns": ["x"]}' --as prompts""",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", ["sft_source", "prompts_source"])
+def test_settings_of_pairs_are_no_other_sources(setting):
+    """All that a source of its own does not take from the section, and no more, is one of pairs."""
+    values: dict[str, Any] = {
+        "format": "rated", "prompt_column": "p", "chosen_column": "c", "rejected_column": "r",
+        "system_column": "s", "label_column": "l", "labels": {"first": "1"}, "margin_scale": 2.0,
+        "score_weights": {"a": 1.0}, "margin_column": "m", "reference_column": "x",
+        "metadata_columns": ("y",), "encoding": "cp1252", "delimiter": "|", "hub_split": "own",
+        "text_columns": ("t",),
+    }  # fmt: skip
+    assert {*values} == {*SourceConfig.model_fields} - {"source", "weight"}
+    shared = {"encoding", "delimiter", "hub_split"}
+    if setting == "prompts_source":
+        shared |= {"reference_column", "metadata_columns"}
+    for name, value in values.items():
+        config = DataConfig(source="x.jsonl", **{name: value}, **{setting: "y.jsonl"})
+        (own,) = Sources(config, setting, Quarantine()).all
+        is_taken = getattr(own.config, name) == getattr(config, name)
+        assert is_taken == (name in shared)
+        assert settings_of_pairs(config, setting) == ([] if is_taken else [name])
 
 
 def test_held_out_data_beside_a_list(tmp_path):

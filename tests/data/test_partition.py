@@ -179,6 +179,38 @@ def test_a_reply_that_recurs_under_many_prompts_is_quarantined(side):
     assert prepare(data, near_duplicates=None)[1]["rows_used"] == 86
 
 
+def test_lost_pairs_of_rows_that_are_used_are_counted_and_said():
+    data = [
+        {"prompt": text, "completions": [
+            {"response": f"{word} {text}", "score": score}
+            for word, score in (("c", 9), ("d", 7), ("r", 5))
+        ] + [{"response": CANNED, "score": 1}]}
+        for text in texts(40, 12)
+    ]  # fmt: skip
+    parts, summary, quarantine = prepare(data)
+    kept = [row for name in (files.PAIRS_TRAIN, files.PAIRS_EVAL) for row in parts[name]]
+    assert not any(row.rejected == CANNED for row in kept)
+    assert (summary["left_out"], quarantine, summary["rows_used"]) == ({}, [], 40)
+    assert summary["pairs_left_out"] == {"reply recurs under many prompts": 120}
+    said = (
+        "pairs left out of rows that are used otherwise: 120 (120 × reply recurs under many "
+        "prompts (raise data.max_reply_share to train on it, or set it to none))"
+    )
+    assert said in summary["notes"]
+
+
+def test_a_rated_reply_that_recurs_is_left_out_for_that():
+    data = [
+        {"prompt": text, "response": reply, "score": score}
+        for text in texts(40, 12)
+        for reply, score in ((f"c {text}", 3), (f"r {text}", 2), (CANNED, 1))
+    ]
+    _, summary, quarantine = prepare(data[:45] + [row for row in data[45:] if row["score"] > 1])
+    assert summary["left_out"] == {"reply recurs under many prompts": 15}
+    assert {line["row"]["rejected"] for line in quarantine} == {CANNED}
+    assert summary["pairs_left_out"] == {"reply recurs under many prompts": 30}
+
+
 def test_near_duplicates_of_a_recurring_reply_are_repeats_of_it():
     long = sentence(random.Random(1), 40)
     data = [pair(text, f"c {text}", f"r {text}") for text in texts(120)]
@@ -237,6 +269,36 @@ def test_pairs_that_a_near_duplicate_contradicts():
     assert "contradictions" not in prepare(data, near_duplicates=None)[1]
 
 
+def test_contradicted_pairs_count_by_the_lead_of_their_rows():
+    data = contradicting()
+    parts, summary, quarantine = prepare(data, contradictions="downweight")
+    assert [line["line"] for line in quarantine] == [1]
+    pairs = [*parts[files.PAIRS_TRAIN], *parts[files.PAIRS_EVAL]]
+    weighted = {p.prompt: p.weight for p in pairs if p.weight is not None}
+    # Three rows against one: (3 − 1) / (3 + 1).
+    assert weighted == {row["prompt"]: 0.5 for row in data[-3:]}
+    trained = sum(p.weight is not None for p in parts[files.PAIRS_TRAIN])
+    assert summary.get("pairs_weighted", 0) == trained
+    parts, _, quarantine = prepare(data[:-2], contradictions="downweight")
+    assert [line["line"] for line in quarantine] == [1, 61]  # a tie
+    for votes, own in (("weight", 0.5), ("majority", 1)):
+        # The last row has 3 : 1 votes of its own, and the first two.
+        last = data[-1]
+        swapped = {**last, "chosen": last["rejected"], "rejected": last["chosen"]}
+        more = [data[0], *data, last, last, swapped]
+        parts, _, _ = prepare(more, contradictions="downweight", votes=votes)
+        found = [
+            p.weight
+            for p in (*parts[files.PAIRS_TRAIN], *parts[files.PAIRS_EVAL])
+            if p.prompt == last["prompt"]
+        ]
+        # Two rows of the others and three of its own against two: (5 − 2) / (5 + 2), times its own.
+        assert found == [pytest.approx(3 / 7 * own)]
+    plain, summary, _ = prepare(data, contradictions="majority")
+    assert {p.weight for p in (*plain[files.PAIRS_TRAIN], *plain[files.PAIRS_EVAL])} == {None}
+    assert "pairs_weighted" not in summary
+
+
 def test_no_contradictions():
     data = contradicting()[:60]
     prompt, good, bad = data[0].values()
@@ -259,8 +321,8 @@ REPLIES = [CANNED, "yes", "no", *texts(4), *(f"{text} now" for text in texts(4))
         st.builds(pair, st.sampled_from(POOL), st.sampled_from(REPLIES), st.sampled_from(REPLIES)),
         max_size=60,
     ),
-    st.sampled_from(["keep", "majority"]),
-    st.sampled_from(["keep", "majority"]),
+    st.sampled_from(["keep", "majority", "weight"]),
+    st.sampled_from(["keep", "majority", "downweight"]),
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([0.5, 0.8, None]),
     st.sampled_from([None, 30]),

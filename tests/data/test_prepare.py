@@ -177,7 +177,7 @@ def test_both_sides_get_at_least_two_prompts(tmp_path, count, fraction, held_out
         (rows(1), 1, "none"),
         (rows(2), 2, "none"),
         (rows(3), 3, "none"),
-        ([pair("p", f"c{i}") for i in range(50)], 1, "none"),
+        ([pair("p", f"reply {i}") for i in range(50)], 1, "none"),
         ([*rows(2), pair("p0", "bad 0", "good 0")], 1, "2 × votes for a pair are tied"),
     ],
 )
@@ -326,3 +326,42 @@ def test_references_and_metadata_reach_the_prompts_of_both_sides(tmp_path):
 def test_a_column_that_there_is_not(tmp_path, options, field):
     text = message(ConfigError, prepare, tmp_path, rows(10), **options)
     assert text.startswith(f"{field}: not a column of the source, which has prompt, chosen,")
+
+
+def test_thumbs_for_other_prompts_each_have_a_cure_that_works(tmp_path):
+    """Without two replies to a prompt there are no pairs; as demonstrations the rows are of use."""
+    thumbs = [
+        {"prompt": f"ask {i}", "completion": f"say {i}", "label": i % 3 > 0} for i in range(30)
+    ]
+    path = tmp_path / "kto.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in thumbs))
+    text = message(DataError, prepare_data, DataConfig(source=str(path)), tmp_path)
+    assert (
+        "give two replies to each prompt, one better than the other; or train SFT on those" in text
+    )
+    assert "30 × no other reply to this prompt has a different score" in text
+    assert "give more rows" not in text
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows(20)))
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare_data(DataConfig(source=str(pairs), sft_source=str(path)), out)
+    assert len(read_rows(out / files.DEMONSTRATIONS, Demonstration)) == 20
+    graded = [{**row, "label": 1 + i % 5} for i, row in enumerate(thumbs)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in graded))
+    text = message(DataError, prepare_data, DataConfig(source=str(path)), tmp_path)
+    assert "sft_source" not in text  # which would take the worst ones too
+
+
+def test_too_few_prompts_because_of_one_reason_have_its_cure(tmp_path):
+    tied = [row for p in "pqstu" for row in (pair(p, "x", "y"), pair(p, "y", "x"))]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*tied, pair("r")]))
+    text = message(DataError, prepare_data, DataConfig(source=str(path)), tmp_path)
+    assert (
+        "; set data.votes=keep to train on both (left out: 10 × votes for a pair are tied)" in text
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*tied[:8], pair("r")]))
+    assert "; give more rows (" in message(
+        DataError, prepare_data, DataConfig(source=str(path)), tmp_path
+    )

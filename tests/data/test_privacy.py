@@ -72,6 +72,23 @@ def test_ignore_does_not_look(tmp_path):
     summary = prepare(tmp_path, DIRTY, personal_data="ignore")
     assert "personal_data" not in summary
     assert not any("personal" in note for note in summary["notes"])
+    pairs = written(tmp_path, files.PAIRS_TRAIN, files.PAIRS_EVAL)
+    assert all(value in pairs for value in (MAIL, PHONE, CARD))
+
+
+def test_rated_replies_are_redacted_and_used(tmp_path):
+    data = [
+        {"prompt": f"Whom do I ask, {i}?", "completion": f"{text} {MAIL} {i}", "label": up}
+        for i in range(6)
+        for text, up in (("Ask", True), ("Never ask", False))
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
+    (tmp_path / "out").mkdir()
+    config = DataConfig(source=str(tmp_path / "a.jsonl"), personal_data="redact")
+    prepare_data(config, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / files.SUMMARY).read_text())
+    assert (summary["rows_used"], summary["left_out"]) == (12, {})
+    assert "Never ask [EMAIL] 0" in written(tmp_path, files.PAIRS_TRAIN, files.PAIRS_EVAL)
 
 
 def test_redact_replaces_in_every_turn_and_leaves_no_value_in_any_file(tmp_path):
@@ -106,11 +123,12 @@ def test_replies_that_differ_in_personal_data_alone_are_left_out_for_that_reason
     data = [
         pair("Whom?", "Ask ann@x.org.", "Ask bob@x.org."),
         pair("Who?", f"{MAIL} x", f"{MAIL} x"),
+        pair("Who else?", f"{MAIL} y", f"{MAIL} y"),
     ]
     summary = prepare(tmp_path, data, personal_data="redact")
     assert summary["left_out"] == {
         "replies differ in personal data alone": 1,
-        "both replies are the same": 1,
+        "both replies are the same": 2,
     }
 
 
@@ -159,6 +177,38 @@ def test_references_and_metadata_are_read_too(tmp_path, policy: str, kept: str):
     row = next(r for r in map(json.loads, lines) if r["prompt"] == "Whose?")
     assert row["reference"] == kept
     assert row["metadata"] == {"info": {"by": [PHONE if policy == "flag" else "[PHONE]"]}}
+
+
+@pytest.mark.parametrize(
+    ("policy", "shown"), [("flag", MAIL), ("ignore", MAIL), ("redact", "[EMAIL]")]
+)
+@pytest.mark.parametrize("setting", ["sft_source", "prompts_source"])
+def test_sources_of_their_own_follow_the_policy(tmp_path, setting, policy: Any, shown: str):
+    own = [{"prompt": f"Write to {MAIL}.", "completion": f"To {PHONE}?", "by": CARD}]
+    own += [{"prompt": f"Clean {i}?", "completion": "Yes."} for i in range(3)]
+    source = {"source": str(tmp_path / "own.jsonl")}
+    if setting == "prompts_source":
+        source["metadata_columns"] = ["by"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+    summary = prepare(tmp_path, [], personal_data=policy, **{setting: [source]})
+    name = {"sft_source": files.DEMONSTRATIONS, "prompts_source": files.PROMPTS_TRAIN}[setting]
+    assert f"Write to {shown}." in written(tmp_path, name)
+    other = {"sft_source": (PHONE, "[PHONE]"), "prompts_source": (CARD, "[CARD]")}[setting]
+    assert other[policy == "redact"] in written(tmp_path, name)
+    assert "Clean 0?" in written(tmp_path, name)
+    assert (summary["rows_used"], summary["left_out"]) == (44, {})
+    kinds = {"email": 1, "phone" if setting == "sft_source" else "card": 1}
+    assert summary.get("personal_data", {}) == ({} if policy == "ignore" else kinds)
+
+
+@pytest.mark.parametrize("setting", ["sft_source", "prompts_source"])
+def test_sources_of_their_own_are_quarantined_without_values(tmp_path, setting):
+    own = [{"prompt": f"Write to {MAIL}.", "completion": "So."}, {"prompt": "a", "completion": "b"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+    path = str(tmp_path / "own.jsonl")
+    summary = prepare(tmp_path, [], personal_data="quarantine", **{setting: path})
+    assert (summary["rows_used"], summary["left_out"]) == (41, {"holds personal data": 1})
+    assert find_personal_data(written(tmp_path)) == []
 
 
 TEXTS = st.lists(st.sampled_from([MAIL, PHONE, CARD, "hello", "yes", " "]), min_size=1).map(

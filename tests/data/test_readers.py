@@ -117,6 +117,7 @@ TEXT = st.text(
     ),
     max_size=8,
 )
+QUOTED = ": a text that holds ',' must stand in quotes"
 NAMES = ["prompt", "chosen", "rejected"]
 ROWS = st.lists(st.fixed_dictionaries(dict.fromkeys(NAMES, TEXT)), min_size=1, max_size=6)
 
@@ -140,7 +141,51 @@ def test_any_text_survives_csv(tmp_path_factory, rows, delimiter, end, quoting, 
     data = (codecs.BOM_UTF8 if mark else b"") + file.getvalue().encode()
     folder = tmp_path_factory.mktemp("csv")
     options = {"delimiter": delimiter} if told else {}
-    assert Reading(folder, "a.csv", data, **options).rows == rows
+    filled = [r for r in rows if quoting == csv.QUOTE_ALL or _is_filled(r, delimiter, end)]
+    assert Reading(folder, "a.csv", data, **options).rows == filled
+
+
+def _is_filled(row: dict[str, str], delimiter: str, end: str) -> bool:
+    """Return whether a row is written as more than delimiters and blanks."""
+    file = io.StringIO(newline="")
+    csv.writer(file, delimiter=delimiter, lineterminator=end).writerow(row.values())
+    return bool(file.getvalue().replace(delimiter, "").strip())
+
+
+def test_blank_rows_below_a_sheet_are_skipped_like_blank_lines(tmp_path):
+    data = 'a;b\nx;y\n;\n ; \n\n"";""\n;z\n'
+    rows = [{"a": "x", "b": "y"}, {"a": "", "b": ""}, {"a": "", "b": "z"}]
+    assert Reading(tmp_path, "a.csv", data).rows == rows
+
+
+@given(st.data())
+def test_a_document_that_was_cut_off_says_so_wherever_it_ends(tmp_path_factory, data):
+    values = st.none() | st.booleans() | st.text(max_size=4) | st.floats(allow_nan=False)
+    rows = data.draw(st.lists(st.dictionaries(st.text(max_size=3), values), min_size=1, max_size=3))
+    whole = "[\n" + json.dumps(rows)[1:]
+    cut = whole[: data.draw(st.integers(3, len(whole) - 1))]
+    error = Reading(tmp_path_factory.mktemp("cut"), "a.json", cut).error
+    assert "the file ends within the JSON that it holds" in error
+    wrong = Reading(tmp_path_factory.mktemp("cut"), "a.json", '[\n{"a": 1} x]').error
+    assert "not JSON" in wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("やかんの掃除方法を教えてください。型番は0です。", "cp932"),
+        ("如何清洁水壶？请告诉我具体的步骤。", "gb18030"),
+        ("주전자를 어떻게 청소하나요? 알려 주세요.", "cp949"),
+        ("Wie reinige ich den Kessel für größere Töpfe?", "cp1252"),
+    ],
+)
+def test_the_encodings_proposed_decode_the_bytes(tmp_path, text, encoding):
+    data = f"a,b\n{text},x\n".encode(encoding)
+    error = Reading(tmp_path, "a.csv", data).error
+    proposed = error.split("data.encoding=")[1].split(",")[0]
+    assert Reading(tmp_path, "b.csv", data, encoding=proposed).rows == [{"a": text, "b": "x"}]
+    others = error.split("also possible: ")[1].split(")")[0].split(", ")
+    assert all(data.decode(name) for name in others)
 
 
 @settings(max_examples=50, deadline=None)
@@ -216,7 +261,7 @@ def test_any_text_survives_tables(tmp_path_factory, rows, form, packed):
 def test_csv_dialects(tmp_path, text, rows):
     found = Reading(tmp_path, "a.csv", text)
     if rows is None:
-        assert found.faults == [(2, "2 cells for 1 column", "hello, world")]
+        assert found.faults == [(2, f"2 cells for 1 column{QUOTED}", "hello, world")]
     else:
         assert found.rows == rows
 
@@ -254,8 +299,8 @@ def test_csv_rows_that_are_left_out(tmp_path):
     text = 'a,b\n1,2\n1,2,3\n"x\ny",z\n1\n"p"q,2\nn\0,1\n5,6\n'
     found = Reading(tmp_path, "a.csv", text)
     assert found.faults == [
-        (3, "3 cells for 2 columns", "1,2,3"),
-        (6, "1 cell for 2 columns", "1"),
+        (3, f"3 cells for 2 columns{QUOTED}", "1,2,3"),
+        (6, "1 cell for 2 columns: a text that holds a line break must stand in quotes", "1"),
         (7, "a quote within quotes, which is not doubled", '"p"q,2'),
         (8, "holds a NUL character", "n\0,1"),
     ]
@@ -454,7 +499,7 @@ def test_items_of_a_document_that_are_left_out(tmp_path):
     [
         ('[{"a": 1},\n{"a": }]', "line 2, column 7: not JSON (Expecting value)"),
         ('\n\n[\n\n\n{"a": }]', "line 6, column 7: not JSON (Expecting value)"),
-        ('[{"a": 1},\n{"a": 2}', "line 2, column 9: not JSON (Expecting ',' delimiter)"),
+        ('[{"a": 1},\n{"a": 2}', "line 2, column 9: the file ends within the JSON"),
         ("[[1, 2], [3, 4]]", "rows are lists without column names"),
         ('{"a": [1, 2], "b": [1]}', "columns of unequal length ('a' 2, 'b' 1)"),
         ('{"a": {"0": 1}, "b": {"1": 1}}', "column 'b' has other row numbers than 'a'"),
@@ -507,7 +552,7 @@ def test_encoding_that_is_set(tmp_path):
         {"a": "’é"}
     ]
     wrong = Reading(tmp_path, "a.csv", b"a\nb\n\x81\n", encoding="cp1252")
-    assert wrong.error.startswith("line 3: not CP1252 (byte 0x81); set data.encoding to")
+    assert wrong.error.startswith("line 3: not CP1252 (byte 0x81); set data.encoding=cp1251, which")
     wrong = Reading(tmp_path, "a.csv", "a\nb\n".encode("utf-16-le")[:-1], encoding="utf-16-le")
     assert "not UTF-16-LE (" in wrong.error
     for name in ("latin-99", "base64", "\0"):

@@ -35,7 +35,7 @@ ROWS = {
 }
 TYPES = (Demonstration, Pair, PromptRow, SourceRow)
 PAIRS = [
-    Pair("text", "a", "b", None, 0.5, ("1" * 32,)),
+    Pair("text", "a", "b", None, 0.5, ("1" * 32,), 0.25),
     Pair([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "c", "d", "g"),
 ]
 
@@ -77,6 +77,7 @@ def test_datasets_reads_the_splits(tmp_path):
     assert loaded["test"][0] == {
         "prompt": [{"role": "user", "content": "text"}], "prompt_is_text": True,
         "chosen": "a", "rejected": "b", "group": None, "margin": 0.5, "row_ids": ["1" * 32],
+            "weight": 0.25,
     }  # fmt: skip
     assert loaded["train"][1]["prompt"] == PAIRS[1].prompt
 

@@ -111,7 +111,9 @@ def test_no_file_is_left_behind_and_small_data_make_none(tmp_path, monkeypatch):
     make = tempfile.TemporaryFile
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **k: (made.append(k), make(**k))[1])
     monkeypatch.setattr(spill, "_WRITE", 100)
-    rows = [{"prompt": f"What is {i}?", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(40)]
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(40)
+    ]
     source = tmp_path / "data.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = set()
@@ -134,7 +136,9 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path, monkeypatch, me
 
     monkeypatch.setattr(spill, "MEMORY", memory)
     monkeypatch.setattr(os, "pwrite", full)
-    rows = [{"prompt": f"What is {i}?", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(40)]
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(40)
+    ]
     source, out = tmp_path / "data.jsonl", tmp_path / "out"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out.mkdir()

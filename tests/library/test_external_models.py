@@ -192,6 +192,7 @@ def test_stages_start_from_s3(upload, reward_model, sft, data, tmp_path):
         preflight(ready)
     training = {"epochs": 0.2, "max_length": 48, "base": uri}
     start = {"base": {"path": uri}, "sft": {"enabled": False}, "reward_model": training}
+    start["ppo"] = {"max_new_tokens": 8}
     based = PipelineConfig.model_validate({**tree, **start})
     preflight(based)
     policy = run_stage(STAGES["train-sft"], based, {"data": rows}).ref

@@ -136,17 +136,19 @@ CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass)]
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda c: c.__name__)
 def test_errors_survive_pickling(kind):
     rejected = verdict(GateRule(metric="accuracy", min=0.9))
-    error = kind("what went wrong", rejected) if kind is GateRejected else kind("what went wrong")
+    more = {GateRejected: [rejected], errors.PromptUnusable: ["40 tokens", "raise the limit"]}
+    error = kind("what went wrong", *more.get(kind, []))
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is kind
         assert again.args == error.args
-        assert str(again) == "what went wrong"
+        assert str(again) == str(error)
+        assert "what went wrong" in str(again)
         if kind is GateRejected:
             assert again.verdict == rejected
 
 
 def test_errors_are_the_standard_ones_too():
-    assert len(CLASSES) == 20
+    assert len(CLASSES) == 21
     assert all(issubclass(c, errors.RLHFError) for c in CLASSES)
     for ours, standard in [
         (errors.ConfigError, ValueError),

@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pyarrow import parquet
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from rlhf.config import DataConfig, EvaluationConfig, LoraConfig
 from rlhf.config.lengths import TokenLimits
+from rlhf.data.collect import lead
 from rlhf.data.rendering import load_renderer
-from rlhf.data.rows import PAIRS_TRAIN, Pair, write_rows
+from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows, write_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluate import evaluate_reward_model
 from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import Scorer, reward_meta
-from rlhf.reward import _encode, _Trainer, train_reward_model
+from rlhf.reward import _encode, _Trainer, _WeightCollator, train_reward_model
 from tests.library import toys
 
 CPU = torch.device("cpu")
@@ -210,6 +213,22 @@ def test_the_margin_is_subtracted_from_the_difference_of_rewards(train, tmp_path
     assert toys.distance(without, out) > 0
 
 
+def loss_of(batch, rewards):
+    """The trainer's loss for a batch, were these the rewards of its replies."""
+
+    class Model(torch.nn.Module):
+        def forward(self, *, input_ids, attention_mask, margin=None, use_cache=False):
+            return SequenceClassifierOutput(logits=rewards[:, None])
+
+    trainer = _Trainer.__new__(_Trainer)
+    trainer.model = Model().eval()
+    trainer.args = SimpleNamespace(center_rewards_coefficient=None)
+    trainer.accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer._metrics = {"eval": defaultdict(list)}
+    trainer._total_train_tokens = 0
+    return trainer.compute_loss(trainer.model, batch)
+
+
 def test_gradients_with_a_margin(renderer, sft):
     """d loss / d (r_chosen − r_rejected) = −σ(m − (r_chosen − r_rejected)), by hand."""
     rows, _ = _encode(
@@ -218,25 +237,86 @@ def test_gradients_with_a_margin(renderer, sft):
     )  # fmt: skip
     assert [row["margin"] for row in rows] == [1, 0.25]
     rewards = torch.tensor([0.75, -0.5, 0.25, 0.5], requires_grad=True)
-
-    class Model(torch.nn.Module):
-        def forward(self, **_):
-            return SequenceClassifierOutput(logits=rewards[:, None])
-
-    collated = DataCollatorForPreference(pad_token_id=0)(rows)
-    trainer = _Trainer.__new__(_Trainer)
-    trainer.model = Model().eval()
-    trainer.args = SimpleNamespace(center_rewards_coefficient=None)
-    trainer.accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
-    trainer._metrics = {"eval": defaultdict(list)}
-    trainer._total_train_tokens = 0
-    loss = trainer.compute_loss(trainer.model, collated)
+    loss = loss_of(DataCollatorForPreference(pad_token_id=0)(rows), rewards)
     # Differences 0.75 − 0.25 = 0.5 and −0.5 − 0.5 = −1, less the margins 1 and 0.25.
     behind = [0.5 - 1, -1 - 0.25]
     assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-d)) for d in behind) / 2)
     loss.backward()
     slopes = [-1 / (1 + math.exp(d)) / 2 for d in behind]
     assert rewards.grad.tolist() == pytest.approx([*slopes, *(-s for s in slopes)])
+
+
+@pytest.mark.parametrize("margin_coef", [0, 0.5])
+def test_gradients_with_weights(renderer, margin_coef):
+    """Σ w ℓ / Σ w, by hand: also of pairs one by one, as weights are those of all pairs."""
+    pairs = [Pair("tea?", "good", "bad", margin=2, weight=0.5), Pair("tea?", "bad", "good")]
+    rows, counts = _encode(pairs, renderer, 48, margin_coef)
+    assert counts["pairs_weighted"] == 1
+    # 0.5 and 1 by their mean 0.75.
+    assert [row["weight"] for row in rows] == pytest.approx([2 / 3, 4 / 3])
+    behind = [0.5 - 2 * margin_coef, -1.0]
+    losses = [math.log1p(math.exp(-d)) for d in behind]
+    rewards = torch.tensor([0.75, -0.5, 0.25, 0.5], requires_grad=True)
+    collate = _WeightCollator(DataCollatorForPreference(pad_token_id=0))
+    loss = loss_of(collate(rows), rewards)
+    assert loss.item() == pytest.approx((0.5 * losses[0] + losses[1]) / 1.5)
+    loss.backward()
+    slopes = [-w / (1 + math.exp(d)) / 1.5 for w, d in zip((0.5, 1), behind, strict=True)]
+    assert rewards.grad.tolist() == pytest.approx([*slopes, *(-s for s in slopes)])
+    single = [loss_of(collate(rows[i : i + 1]), rewards[i::2]).item() for i in range(2)]
+    assert sum(single) / 2 == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize(("a", "b"), [(3, 1), (1, 5), (2, 2), (4, 0)])
+def test_the_lead_of_votes_has_the_slope_of_their_shares_as_soft_label(a, b):
+    """At equal rewards, as the docstring of `lead` says."""
+    difference = torch.zeros((), requires_grad=True)
+    p = a / (a + b)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    (-p * log_sigmoid(difference) - (1 - p) * log_sigmoid(-difference)).backward()
+    soft = difference.grad.item()
+    sign = 1 if a > b else -1
+    assert lead(a, b) * sign * (0.5 - 1) == pytest.approx(soft)
+
+
+def weighted(folder, weights):
+    """Write a dataset of contradictory pairs with these weights."""
+    folder.mkdir()
+    pairs = [
+        Pair("tea or cup?", *(("good", "bad") if i % 2 else ("bad", "good")), weight=w)
+        for i, w in enumerate(weights)
+    ]
+    write_rows(folder / PAIRS_TRAIN, pairs)
+    return folder
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_weights_decide_between_contradictory_pairs(train, tmp_path, micro_batch_size):
+    """Five parts of good against one of bad, with batches of one pair too."""
+    folder = weighted(tmp_path / "data", [0.2, None] * 4)
+    out, result = train(folder=folder, epochs=20, batch_size=8, micro_batch_size=micro_batch_size)
+    assert result.metrics["pairs_weighted"] == 4
+    good, bad = Scorer(out, CPU, 48)(["tea or cup?"] * 2, ["good", "bad"])
+    # Weighted maximum likelihood: σ(good − bad) = 5 / 6.
+    assert good - bad == pytest.approx(math.log(5), abs=0.5)
+
+
+def test_without_weights_nothing_changes(train, data, tmp_path):
+    """Pairs without a weight, and those of a file that was written before there were any."""
+    older = tmp_path / "older"
+    older.mkdir()
+    table = parquet.read_table(data / PAIRS_TRAIN)
+    parquet.write_table(table.drop_columns(["weight"]), older / PAIRS_TRAIN)
+    one, result = train("a", epochs=1)
+    two, _ = train("b", folder=older, epochs=1)
+    toys.assert_same_weights(one, two)
+    assert "pairs_weighted" not in result.metrics
+    # A file in which all weights are the same gives the same loss as one without.
+    pairs = [replace(pair, weight=0.25) for pair in read_rows(data / PAIRS_TRAIN, Pair)]
+    same = tmp_path / "same"
+    same.mkdir()
+    write_rows(same / PAIRS_TRAIN, pairs)
+    assert toys.distance(train("c", folder=same, epochs=1)[0], one) < 1e-6
 
 
 def test_without_the_setting_margins_change_nothing(train, tmp_path):
