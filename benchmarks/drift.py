@@ -90,7 +90,7 @@ def measure(pairs: Sequence[Pair], prompts: int, draws: int, change: Change | No
 
 
 def sketch(pairs: list[Pair]) -> Sketch:
-    """Return the sketch of pairs, with the formats of their data card; groups become slices."""
+    """Return the sketch of pairs, with the formats of their data card."""
     card = json.loads(json.dumps(asdict(audit_pairs(pairs, with_languages=False))))
     return make_sketch(pairs, [pair.prompt for pair in pairs], [], card)
 

@@ -24,11 +24,13 @@ from rlhf.data.sketch import FALLBACK, Sketch, TextCounts
 #: Measures, in the order they are shown; fields of `DriftLimits`.
 MEASURES = ("tokens", "lengths", "shares", "labels")
 #: Fewest different prompts in each dataset; below nothing is measured.
-MIN_PROMPTS = 50
+MIN_PROMPTS = 100
+#: Fewest pairs of both datasets whose labels are compared.
+MIN_COMMON = 50
 #: Replicates of the bootstrap, which gives mean and standard deviation within 7 %.
 REPLICATES = 200
-#: Standard deviations above the mean that count as chance: 1 of 3,000 normal draws is beyond.
-SIGMAS = 3.5
+#: Standard deviations that count as chance: with 3.5, 6 of 300 draws of 50 prompts warned.
+SIGMAS = 4.0
 
 #: Divergence of the replies' tokens from which their preferences are not compared.
 MAX_TOKENS = 0.05
@@ -240,7 +242,7 @@ def _label_shifts(old: Sketch, new: Sketch) -> Iterator[Shift]:
         )
         yield _rate_shift("longer reply preferred", rates, variance)
     common = old.preferred.keys() & new.preferred.keys()
-    if len(common) >= MIN_PROMPTS:
+    if len(common) >= MIN_COMMON:
         contrary = sum(old.preferred[key] != new.preferred[key] for key in common) / len(common)
         variance = _binomial(contrary, len(common))
         yield _rate_shift("pairs of both labelled the other way", [0.0, contrary], variance)
