@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -56,7 +56,7 @@ def inspect(
     source: str,
     *overrides: Overrides,
     use: Annotated[Literal["pairs", "sft", "prompts"] | None, Parameter(name="--as")] = None,
-    rows: int = 5000,
+    rows: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 5000,
 ) -> int:
     """Print a source's format, three rows as the model sees them, and the rows to leave out.
 
@@ -88,8 +88,7 @@ def inspect(
     except NoPreferences as error:
         if use == "pairs":
             raise
-        _inspect_without_preferences(config, rows, error)
-        return 0
+        return BAD_INPUT if _inspect_without_preferences(config, rows, error) else 0
     for name, (setting, _) in OWN.items():
         if getattr(config.data, setting) is not None:
             read = _read_own(name, config, rows, parts, fields)
@@ -183,8 +182,11 @@ def _read_alone(use: str, config: PipelineConfig, rows: int) -> OwnReading:
     return _read_own(use, config, rows, None, PromptFields(data))
 
 
-def _inspect_without_preferences(config: PipelineConfig, rows: int, reason: NoPreferences) -> None:
+def _inspect_without_preferences(config: PipelineConfig, rows: int, reason: NoPreferences) -> bool:
     """Print a source that holds no preferences as demonstrations, or else as prompts.
+
+    Returns:
+        Whether a run would stop.
 
     Raises:
         NoPreferences: It holds neither.
@@ -198,8 +200,7 @@ def _inspect_without_preferences(config: PipelineConfig, rows: int, reason: NoPr
         console.print(_text(str(reason).rpartition(" (in ")[0]), style="yellow")
         shown = f"It is shown as {described} (--as {use}); a run reads it by data.{setting}."
         console.print(_text(shown))
-        _print_own(use, config, rows, read)
-        return
+        return _print_own(use, config, rows, read)
     raise reason
 
 

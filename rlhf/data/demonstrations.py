@@ -27,7 +27,7 @@ from rlhf.data.quarantine import Quarantine
 from rlhf.data.ratings import CONVERSATIONS, RATINGS
 from rlhf.data.records import LeftOutError
 from rlhf.data.rows import Demonstration, Message, Pair, Prompt, messages_of
-from rlhf.data.scores import thumb_of
+from rlhf.data.scores import is_score, thumb_of
 from rlhf.data.special_tokens import without_prompt
 from rlhf.errors import ConfigError
 
@@ -147,9 +147,19 @@ class _Reader:
     config: DataConfig
     thumbs: str | None
 
+    def _is_down(self, value: Any) -> bool:
+        thumb = _thumb(value)
+        if thumb is None and is_score(value):
+            raise ConfigError(
+                f"data.sft_source: {self.thumbs!r} holds {value!r}, but in the first rows thumbs "
+                "alone, of which those down are left out; write all of them as true and false, or "
+                "rename the column if it does not rate the reply"
+            )
+        return thumb is False
+
     def convert(self, row: Row, note: Callable[[str], None]) -> list[Found[Demonstration]]:
         """Return the demonstrations of a row."""
-        if self.thumbs is not None and _thumb(cell_of(row, self.thumbs)) is False:
+        if self.thumbs is not None and self._is_down(cell_of(row, self.thumbs)):
             raise LeftOutError("the reply was rated down", self.thumbs, is_choice=True)
         notes: set[str] = set()
         replies = self._turns(row, notes) if self.cells.prompt is None else self._one(row, notes)

@@ -25,6 +25,8 @@ from rlhf.data.sketch import FALLBACK, Sketch, TextCounts
 MEASURES = ("tokens", "lengths", "shares", "labels")
 #: Fewest different prompts in each dataset; below nothing is measured.
 MIN_PROMPTS = 100
+#: Fewest groups of prompts with texts of a kind, for these to be measured: about 30 prompts.
+MIN_GROUPS = 20
 #: Fewest pairs of both datasets whose labels are compared.
 MIN_COMMON = 50
 #: Replicates of the bootstrap, which gives mean and standard deviation within 7 %.
@@ -156,12 +158,17 @@ def _text_shifts(old: Sketch, new: Sketch) -> Iterator[Shift]:
     # A kind that only one side has of its own is compared with what the other uses in its place.
     for kind in dict.fromkeys([*old.texts, *new.texts]):
         before, after = (s.texts.get(kind) or s.texts[FALLBACK[kind]] for s in (old, new))
-        if not sum(before.texts) or not sum(after.texts):
-            continue
+        if min(_spread(before), _spread(after)) < MIN_GROUPS:
+            continue  # of texts to a few prompts chance can't be told
         value, noise = _corrected(before.tokens, after.tokens, jensen_shannon)
         yield Shift("tokens", kind, value, noise)
         value, noise = _corrected(before.lengths, after.lengths, kolmogorov_smirnov)
         yield Shift("lengths", kind, value, noise, median_length(before), median_length(after))
+
+
+def _spread(counts: TextCounts) -> int:
+    """Return the number of groups of prompts that have texts."""
+    return sum(number > 0 for number in counts.texts)
 
 
 def median_length(counts: TextCounts) -> float:

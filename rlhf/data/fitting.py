@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import REFUSED, TOO_LONG, Encoded, Renderer
-from rlhf.data.rows import Prompt, Row, messages_of
+from rlhf.data.rows import Prompt, Row
 from rlhf.data.token_bound import TokenBound
 from rlhf.errors import DataError, PromptUnusable
 
@@ -37,7 +37,6 @@ class Fitting:
         """Rows by metric: `prompts_refused`, `system_turns_refused`, `prompts_too_long`,
         `prompts_shortened`."""
         self._bound = TokenBound(renderer)
-        self._takes: dict[tuple[str, ...], bool] = {}
 
     def encode(self, prompt: Prompt, response: str) -> Encoded:
         """Return the ids of prompt and reply, by `Renderer.encode`.
@@ -114,12 +113,7 @@ class Fitting:
         return {name: count for name, count in self.counts.items() if count}
 
     def _check_system_turn(self, prompt: Prompt) -> None:
-        roles = tuple(message["role"] for message in messages_of(prompt))
-        if self.limits.system == "fold" or roles[0] != "system":
-            return
-        if roles not in self._takes:
-            self._takes[roles] = not self.renderer.folds(prompt)
-        if not self._takes[roles]:
+        if self.limits.system == "refuse" and self.renderer.folds(prompt):
             raise PromptUnusable(
                 NO_SYSTEM,
                 "the model's chat template has no system turn",

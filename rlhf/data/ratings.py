@@ -15,8 +15,10 @@ from rlhf.data.records import Converted, LeftOutError, Rated
 from rlhf.data.scores import (
     COMMA,
     are_scores,
+    beginning,
     direction,
     find_unit,
+    has_thumbs,
     is_score,
     mean_score,
     thumb_of,
@@ -63,6 +65,8 @@ class _Rating:
     """Unit of the scores, such as `/5`."""
     are_thumbs: bool = False
     """True if the first rows hold thumbs alone, which later ones must hold too."""
+    are_numbers: bool = False
+    """True if the first rows hold numbers alone, among which a later thumb has no place."""
 
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
@@ -83,6 +87,11 @@ class _Rating:
         if not _is_rated(value):
             raise LeftOutError(f"the reply is not rated: {column} is empty", is_choice=True)
         score = mean_score(without_unit(value, self.unit, column), column)
+        if self.are_numbers and has_thumbs(value):
+            raise ConfigError(
+                f"data.label_column: {column!r} holds {beginning(value)!r}, but in the first rows "
+                "numbers alone; write all of them as numbers"
+            )
         if self.are_thumbs and score not in _THUMB_SCORES:
             raise ConfigError(
                 f"data.label_column: {column!r} holds {score:g}, but in the first rows thumbs of 0 "
@@ -127,7 +136,9 @@ def find_rated(
     if config.score_weights or (label is None and len(attributes) > 1):
         total = " ".join(f"{weight:+g} {name}" for name, weight in attributes.items())
         note = f"rated: replies to one prompt are compared by {total}"
-        return cells, ("reply", "reply"), _Rating((*attributes,), (*attributes.values(),)), (note,)
+        are_numbers = not any(_hold_thumbs(sample, name) for name in attributes)
+        rating = _Rating((*attributes,), (*attributes.values(),), are_numbers=are_numbers)
+        return cells, ("reply", "reply"), rating, (note,)
     label = label or next(iter(attributes), None)
     if label is None or not are_scores(sample, label):
         return None
@@ -139,7 +150,13 @@ def find_rated(
     note = f"rated: {source}; replies to one prompt are compared by {label}, the {order} is best"
     unit = find_unit(sample, label)
     note += ", numbers have decimal commas" if unit == COMMA else ""
-    rating = _Rating((label,), (sign,), unit, are_thumbs)
+    are_numbers = not _hold_thumbs(sample, label)
+    if not are_numbers and not are_thumbs and not _all_thumbs(sample, label):
+        raise ConfigError(
+            f"data.label_column: {label!r} holds both thumbs and numbers that are none; write all "
+            "of them as numbers"
+        )
+    rating = _Rating((label,), (sign,), unit, are_thumbs, are_numbers)
     return cells, ("reply", "reply"), rating, (note,)
 
 
@@ -212,6 +229,15 @@ def _known_score(row: Row, column: str) -> float | None:
         return mean_score(without_unit(value, find_unit([row], column), column), column)
     except LeftOutError:
         return None
+
+
+def _hold_thumbs(sample: Sequence[Row], column: str) -> bool:
+    return any(has_thumbs(cell_of(row, column)) for row in sample)
+
+
+def _all_thumbs(sample: Sequence[Row], column: str) -> bool:
+    values: list[Any] = [v for row in sample if is_score(v := cell_of(row, column))]
+    return {mean_score(value, column) for value in values} <= _THUMB_SCORES
 
 
 def _are_thumbs(sample: Sequence[Row], column: str) -> bool:

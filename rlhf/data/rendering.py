@@ -22,6 +22,9 @@ REFUSED = "prompt refused by the chat template"
 TOO_LONG = "prompt too long for the model"
 SPECIAL_TOKENS = [PAD, END, USER, ASSISTANT, SYSTEM]
 
+#: Text that no template and no prompt holds.
+_PROBE = "Probe7391x"
+
 #: Chat template of a model trained from scratch; each marker is a single token.
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -61,6 +64,8 @@ class Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._shows_system: dict[tuple[str, ...], bool] = {}
+        """By order of roles."""
 
     @property
     def template_hash(self) -> str:
@@ -86,8 +91,24 @@ class Renderer:
 
     def folds(self, prompt: Prompt) -> bool:
         """Return whether the prompt's system turn has no place of its own in the template."""
-        messages = self._escaped(prompt)
-        return messages[0]["role"] == "system" and self._with_system_turn(messages) is None
+        messages = messages_of(prompt)
+        return messages[0]["role"] == "system" and not self._shows_system_turn(messages)
+
+    def _shows_system_turn(self, messages: list[Message]) -> bool:
+        """Return whether the template writes the system turn of messages of these roles.
+
+        Asked by texts that nothing else repeats, once for each order of roles.
+        """
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._shows_system:
+            probe: list[Message] = [
+                {"role": role, "content": f"{_PROBE}{index}."} for index, role in enumerate(roles)
+            ]
+            try:
+                self._shows_system[roles] = f"{_PROBE}0." in self._render(probe)
+            except PromptUnusable:
+                self._shows_system[roles] = False
+        return self._shows_system[roles]
 
     def _with_system_turn(self, messages: list[Message]) -> str | None:
         """Render messages as they are; None if the template has no place for a system turn."""
@@ -97,7 +118,7 @@ class Renderer:
             if len(messages) == 1:
                 raise
             return None
-        return text if messages[0]["content"].strip() in text else None
+        return text if self._shows_system_turn(messages) else None
 
     def _render(self, messages: list[Message]) -> str:
         from jinja2 import TemplateError
@@ -197,6 +218,8 @@ class Renderer:
 def _folded(messages: list[Message]) -> list[Message]:
     """Return messages whose system turn stands at the beginning of the first user's turn."""
     system, *rest = messages
+    if rest and not system["content"].strip():
+        return rest
     for index, message in enumerate(rest):
         if message["role"] == "user":
             text = f"{system['content']}\n\n{message['content']}"

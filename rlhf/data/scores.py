@@ -46,25 +46,24 @@ def thumb_of(value: Any) -> bool | None:
     return None
 
 
+def has_thumbs(value: Any) -> bool:
+    """Return whether a value is a thumb as a word or a Boolean, or a list that holds one."""
+    if isinstance(value, list | tuple):
+        return any(map(has_thumbs, value))
+    return thumb_of(value) is not None
+
+
 def read_score(value: Any, column: str) -> float:
     """Return a label or score as a number; thumbs are 1 and 0.
 
     Raises:
         LeftOutError: It is neither.
     """
-    if isinstance(value, str):
-        text = value.strip().casefold()
-        if text in _UP:
-            return 1.0
-        if text in _DOWN:
-            return 0.0
-        try:
-            value = float(text)
-        except ValueError:
-            value = None
-    with contextlib.suppress(OverflowError):  # an integer of 400 digits
-        if isinstance(value, bool | int | float) and math.isfinite(value):
-            return float(value)
+    if (thumb := thumb_of(value)) is not None:
+        return float(thumb)
+    with contextlib.suppress(OverflowError, ValueError):  # an integer of 400 digits
+        if isinstance(value, str | int | float) and math.isfinite(number := float(value)):
+            return number
     raise LeftOutError(f"{column} is neither a number nor a thumb", beginning(value))
 
 
@@ -89,12 +88,12 @@ def find_unit(sample: Sequence[Row], column: str) -> str | None:
 def _have_commas(values: Sequence[Any]) -> bool:
     """Return whether all values are numbers, some of them with a decimal comma.
 
-    Three digits behind every comma may be thousands: 1,000.
+    Three digits behind a comma may be thousands: 1,000.
     """
     texts = [str(value) for value in values if isinstance(value, bool) or type(value) is not int]
     matches = [_WITH_COMMA.fullmatch(text) for text in texts]
     digits = [len(match[2]) for match in matches if match and match[2]]
-    return None not in matches and bool(digits) and {*digits} != {3}
+    return None not in matches and bool(digits) and 3 not in digits
 
 
 def without_unit(value: Any, unit: str | None, column: str) -> Any:
@@ -106,7 +105,8 @@ def without_unit(value: Any, unit: str | None, column: str) -> Any:
     if unit is None or value is None or value == "":
         return value
     if unit == COMMA:
-        if _WITH_COMMA.fullmatch(str(value)):
+        match = _WITH_COMMA.fullmatch(str(value))
+        if match and len(match[2] or "") != 3:  # those may be thousands
             return str(value).replace(",", ".")
         raise LeftOutError(
             f"{column} is no number with a decimal comma, as in the first rows", beginning(value),

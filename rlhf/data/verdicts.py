@@ -150,7 +150,8 @@ class Judge:
             )  # fmt: skip
         if verdict or text:
             return verdict or text or "tie"
-        if self.numbers and exact_label(value) in ("0", "1", "2"):
+        late = {"0", "1", "2"} - self.numbers if self.are_set else {"0", "1", "2"}
+        if self.numbers and exact_label(value) in late:
             raise ConfigError(
                 f"data.label_column: {self.columns[0]!r} holds {exact_label(value)}, but in the "
                 f"first rows {' and '.join(sorted(self.numbers))} alone, so that 1 may mean either "
@@ -267,11 +268,12 @@ def _by_label(
     both = (models[0], models[1]) if models[0] and models[1] else None
     words = label_words(label, sample, (*replies, *(both or ())), suffixes, config)
     votes = {plain_label(vote) for row in sample for vote in votes_of(value_of(row, label))}
-    numbers = frozenset(vote for vote in votes if vote in ("0", "1", "2") and vote in words)
+    are_set = config.labels.first is not None or config.labels.second is not None
+    # Of set labels one that is not set may stand in the first rows, and is left out there.
+    numbers = frozenset(v for v in votes if v in ("0", "1", "2") and (are_set or v in words))
     return Judge(
         f"decided by {label}", (label,), *replies, words, models=both, suffixes=suffixes,
-        numbers=frozenset() if config.labels.first or config.labels.second else numbers,
-        are_set=config.labels.first is not None or config.labels.second is not None,
+        numbers=numbers, are_set=are_set,
         text_cells=text_cells,
     )  # fmt: skip
 

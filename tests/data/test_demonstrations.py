@@ -243,6 +243,13 @@ def test_replies_that_were_rated_down_are_no_demonstrations(tmp_path, column, up
     assert any(f"{column} rates down" in note for note in summary["notes"])
 
 
+def test_classes_that_begin_like_thumbs_stop(tmp_path):
+    rows = [{"prompt": f"p {i}", "response": f"r {i}", "label": i % (2 if i < 210 else 5)}
+            for i in range(260)]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"'label' holds [234], but in the first rows thumbs"):
+        prepare(tmp_path, rows)
+
+
 def test_grades_are_no_thumbs(tmp_path):
     rows = [{"prompt": f"q{i}", "completion": "a", "score": i % 3} for i in range(9)]
     found, summary, lines = prepare(tmp_path, rows)

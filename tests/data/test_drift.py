@@ -182,6 +182,18 @@ def test_own_demonstrations_are_compared_with_the_chosen_replies():
     }
 
 
+def test_texts_to_a_few_prompts_are_not_measured():
+    from rlhf.data.rows import Demonstration
+
+    old, rows = sketch(pairs(200, 1)), pairs(200, 2)
+    for own in (
+        [Demonstration("p 0", " ".join(GERMAN))],
+        [Demonstration("p 0", f"{' '.join(GERMAN)} {i}") for i in range(64)],
+    ):
+        drift = compare(old, make_sketch(rows, [row.prompt for row in rows], own, {}))
+        assert "demonstrations" not in {shift.of for shift in drift.shifts}
+
+
 def write(path, rows):
     path.write_text("".join(
         json.dumps({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}) + "\n"

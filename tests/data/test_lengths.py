@@ -202,6 +202,17 @@ def test_system_turns_can_be_refused():
         assert fitting.counts["system_turns_refused"] == len(rows) - len(kept)
 
 
+def test_whether_a_template_has_a_system_turn_does_not_depend_on_the_texts():
+    """Also if the user or the template repeats the system turn, or it is empty."""
+    silent = renderer_of(
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}user"
+    )
+    for text in ("tea?", "user", "", " ", "be kind"):
+        chat = [{"role": "system", "content": text}, {"role": "user", "content": "tea?"}]
+        assert [r.folds(chat) for r in (silent, FOLDING, RENDERER)] == [True, True, False]
+        assert silent.prompt_text(chat) == f"{text}\n\ntea?user" if text.strip() else "tea?user"
+
+
 # --- prepare-data ---------------------------------------------------------------------------------
 
 

@@ -341,6 +341,7 @@ LATE = {
     "winner": lambda i: {**two(i, "response_1", "response_2"),
                          "winner": i % 2 + (1 if i < 210 else 0)},
     "position": lambda i: {**ranked(i), "best": 3 if i == 0 else best(i, 1 if i < 210 else 0)},
+    "scale": lambda i: rated(i, score=side(i, 2, 5) if i < 210 else side(i, 2, True)),
 }  # fmt: skip
 
 
@@ -348,6 +349,18 @@ LATE = {
 def test_a_convention_that_changes_late_in_the_file_stops(tmp_path, name):
     with pytest.raises(ConfigError, match=r"in the first rows|but the first rows.*jsonl:2\d\d"):
         prepare(tmp_path, [LATE[name](i) for i in range(260)])
+
+
+def test_a_convention_that_is_set_and_changes_late_stops(tmp_path):
+    rows = [{**two(i), "label": i % 2 + (0 if i < 210 else 1)} for i in range(260)]
+    with pytest.raises(ConfigError, match=r"label' holds 2, but in the first rows 0 and 1"):
+        prepare(tmp_path, rows, labels={"first": "0", "second": "1"})
+
+
+def test_thousands_are_not_read_as_decimals(tmp_path):
+    rows = [rated(i, score=side(i, "950", "1,100") if i else "12,5") for i in range(40)]
+    with pytest.raises(ConfigError, match="'12,5'"):
+        prepare(tmp_path, rows)
 
 
 def test_ties_by_a_status_and_what_is_not_read_are_said(tmp_path):
