@@ -483,7 +483,7 @@ def test_columns_of_two_replies_are_not_taken_for_a_pair_beside_their_label(tmp_
     rows = [{"Input.prompt": asked(i), **{f"Input.{k}": v for k, v in two(i).items()
                                           if k != "prompt"},
              "Answer.choice": side(i, "response_a", "response_b")} for i in range(20)]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"data\.label_column if another column says which is better"):
+    with pytest.raises(ConfigError, match=r"label_column if another column says which is better"):
         prepare(tmp_path, rows)
 
 
