@@ -29,7 +29,10 @@ def test_it_is_evaluated_gated_and_learnt_from(tiny, finished, tmp_path):
     for stage in ("evaluate-reward-model", "gate-reward-model", "train-policy"):
         assert model.digest in store.manifest(first.refs[stage]).parents.values()
     evaluation = read_json(store.fetch(first.refs["evaluate-reward-model"]) / "evaluation.json")
-    assert evaluation["n"] == 30
+    # Its tokenizer writes these texts byte by byte: some do not fit.
+    left_out = evaluation["prompts_too_long"] + evaluation["pairs_equal_when_cut"]
+    assert left_out <= 4
+    assert evaluation["n"] == 30 - left_out
     # Elsewhere the same content is the same work.
     moved = {**given, "ppo__reward_model_path": str(folder.rename(tmp_path / "moved"))}
     _, second = run(tiny(**moved))
