@@ -212,21 +212,14 @@ def _print_own(use: str, config: PipelineConfig, limit: int, read: OwnReading) -
     setting, described = OWN[use]
     names = ", ".join(source.name for source in own.sources)
     formats = dict.fromkeys(name for source in own.sources for name in source.formats)
-    begun = f" (the first {limit:,} of each file)" if own.rows >= limit else ""
     prompts = [item.prompt for item in own.items]
-    lines = [
-        f"data.{setting} = {names}: {own.rows:,} rows{begun}, format "
-        f"{', '.join(formats) or 'unknown'}",
+    counts = [
         f"{len(own.items):,} {described}, from {own.used:,} rows",
         *(describe_counts(own.counts) if len(own.counts) > 1 else ()),
-        *reading.notes,
-        *reading.personal.notes,
     ]
-    if own.unused_columns:
-        lines.append(f"columns not used: {', '.join(own.unused_columns)}")
     console.rule(style="dim")
-    for line in lines:
-        console.print(_text(line))
+    name = f"data.{setting} = {names}"
+    _print_head(name, own.rows, limit, [*formats], counts, reading, own.unused_columns)
     is_stopped = _print_left_out(quarantine, own.rows, own.sources, config)
     if not own.items:
         console.print(Text("no row is left to use: a run would stop", style="red"))
@@ -249,15 +242,10 @@ def _print_format(
     source: str, reading: Reading, pairs: Sequence[Pair], used: int, limit: int
 ) -> None:
     prompts = len({repr(pair.prompt) for pair in pairs})
-    begun = f" (the first {limit:,} of each file)" if reading.rows >= limit else ""
-    lines = [
-        f"{source}: {reading.rows:,} rows{begun}, format {', '.join(reading.formats) or 'unknown'}",
-        f"{len(pairs):,} pairs of {prompts:,} prompts, from {used:,} rows",
-        *reading.notes,
-        *reading.personal.notes,
-    ]
-    if reading.unused_columns:
-        lines.append(f"columns not used: {', '.join(reading.unused_columns)}")
+    counts = [f"{len(pairs):,} pairs of {prompts:,} prompts, from {used:,} rows"]
+    unused = reading.unused_columns
+    _print_head(source, reading.rows, limit, reading.formats, counts, reading, unused)
+    lines: list[str] = []
     if reading.held_out:
         lines.append(f"{len(reading.held_out):,} of the pairs are the source's own held-out part")
     totals = reading.totals
@@ -268,6 +256,24 @@ def _print_format(
             f"{totals.repeated:,} pairs have several votes, of which {totals.agreement:.0%} agree "
             "with their pair's majority"
         )
+    for line in lines:
+        console.print(_text(line))
+
+
+def _print_head(
+    name: str, rows: int, limit: int, formats: Sequence[str], counts: Sequence[str],
+    reading: Reading, unused: Sequence[str],
+) -> None:  # fmt: skip
+    """Print how a source was read: rows, format, counts, notes, columns that are not used."""
+    begun = f" (the first {limit:,} of each file)" if rows >= limit else ""
+    lines = [
+        f"{name}: {rows:,} rows{begun}, format {', '.join(formats) or 'unknown'}",
+        *counts,
+        *reading.notes,
+        *reading.personal.notes,
+    ]
+    if unused:
+        lines.append(f"columns not used: {', '.join(unused)}")
     for line in lines:
         console.print(_text(line))
 

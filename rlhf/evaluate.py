@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def evaluate_policy(
     )
     scorer = Scorer(reward_model, device, limits)
     fitting = Fitting(renderer, limits)
-    rows = fitting.for_scorer(fitting.fitting(rows), scorer.renderer, scorer.limits)
+    rows = fitting.fitting_both(rows, scorer.renderer, scorer.limits)
     if not rows:
         raise DataError("no held-out prompt is left to evaluate on; raise data.eval_fraction")
     groups = _groups([row.group for row in rows])
@@ -138,23 +138,13 @@ def evaluate_policy(
     for part, (mode, temperature) in enumerate((("sampled", config.temperature), ("greedy", 0.0))):
         sampling = Sampling(ppo.max_new_tokens, temperature)
         answers = []
-        for index, model in enumerate(models):
-            reference = models[0] if index == 1 else None
+        for index, (model, reference) in enumerate(((models[0], None), (models[1], models[0]))):
             answers.append(
                 answer_prompts(
-                    model,
-                    reference,
-                    rows,
-                    renderer,
-                    ending,
-                    scorer,
-                    judge,
-                    sampling,
-                    seed,
-                    config,
-                    limits.prompt,
+                    model, reference, rows, renderer, ending, scorer, judge, sampling, seed,
+                    config, limits.prompt,
                 )
-            )
+            )  # fmt: skip
             progress(2 * part + index + 1, 4, {"reward": float(answers[-1].scores.mean())})
         before, after = answers
         evaluation[mode] = _compare(before, after, range(len(rows)))
@@ -164,13 +154,17 @@ def evaluate_policy(
         if mode == "sampled":
             write_json(out_dir / SAMPLES, _samples(rows, before, after))
     write_json(out_dir / EVALUATION, evaluation)
-    flat = {
+    return StageResult({"n": len(rows), **_flat(evaluation), **fitting.metrics()})
+
+
+def _flat(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of both modes by `mode.name`, without those of groups."""
+    return {
         f"{mode}.{name}": value
         for mode in ("sampled", "greedy")
         for name, value in evaluation[mode].items()
         if name != "by_group"
     }
-    return StageResult({"n": len(rows), **flat, **fitting.metrics()})
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ of a batch, in which a single pair would count as 1 whatever its weight.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,7 @@ def train_reward_model(
             model can't be given too many prompts.
     """
     pairs = read_rows(data / PAIRS_TRAIN, Pair)
-    if config.margin_coef and pairs and all(pair.margin is None for pair in pairs):
-        raise DataError(
-            f"reward_model.margin_coef = {config.margin_coef:g}: no pair has a margin; give scores "
-            "of the replies or set data.margin_column, or set it to 0"
-        )
+    _check_margins(pairs, config)
     device = prepare_device(runtime or RuntimeConfig())
     leads = rank_and_count()[0] == 0
     torch.manual_seed(seed)
@@ -105,11 +101,7 @@ def train_reward_model(
     vocabulary = model.get_input_embeddings().num_embeddings
     fit_embeddings(model, renderer.tokenizer)
     same_base = model.get_input_embeddings().num_embeddings == vocabulary
-    if config.lm_loss_coef and not model.config.tie_word_embeddings:
-        raise ConfigError(
-            f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
-            f"and {start} has none; set it to 0"
-        )
+    _check_tied(model, start, config)
     limits = (limits or TokenLimits.of(config.max_length)).within(context_length(model))
     rows, counts = _encode(pairs, renderer, limits, config.margin_coef)
     trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
@@ -125,6 +117,23 @@ def train_reward_model(
     last = curve[-1] if curve else {}
     metrics = {"pairs": len(rows), "loss": last.get("loss")}
     return StageResult({**metrics, "train_accuracy": last.get("accuracy"), **counts})
+
+
+def _check_margins(pairs: Sequence[Pair], config: RewardModelConfig) -> None:
+    if config.margin_coef and pairs and all(pair.margin is None for pair in pairs):
+        raise DataError(
+            f"reward_model.margin_coef = {config.margin_coef:g}: no pair has a margin; give scores "
+            "of the replies or set data.margin_column, or set it to 0"
+        )
+
+
+def _check_tied(model: Any, start: Path | str, config: RewardModelConfig) -> None:
+    """Refuse a language-model loss on a base whose head does not share the input's embeddings."""
+    if config.lm_loss_coef and not model.config.tie_word_embeddings:
+        raise ConfigError(
+            f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
+            f"and {start} has none; set it to 0"
+        )
 
 
 def publish_ready_reward_model(

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.champions import latest_entry
 from rlhf.config import LoadedConfig, PipelineConfig
+from rlhf.config.data import CONSEQUENCES
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.data.sources import source_digest
 from rlhf.store import ArtifactRef, Store
@@ -49,15 +50,13 @@ def situation(config: PipelineConfig, store: Store) -> Situation:
 
 #: Fields of section data whose content `source_digest` identifies.
 _LOCATIONS = {"source", "eval_source", "sft_source", "prompts_source"}
-#: What follows from the data is no part of them.
-_POLICIES = {"drift"}
 
 
 def data_digest(config: PipelineConfig) -> str:
     """Return a digest of the data's content and settings, without their location."""
     identity = {
         "source": source_digest(config.data, config.store_options),
-        "data": config.data.model_dump(mode="json", exclude=_LOCATIONS | _POLICIES),
+        "data": config.data.model_dump(mode="json", exclude=_LOCATIONS | CONSEQUENCES),
         "seed": config.seed if config.data.source == "world" else None,
     }
     return sha256_bytes(canonical_json(identity))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
+from rlhf.config.data import CONSEQUENCES
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import SUMMARY
@@ -46,8 +47,8 @@ EVALUATION = "evaluation.json"
 SAMPLES = "samples.json"
 #: Settings of the data that are in the stages' token limits.
 _MODEL_SETTINGS = {"max_prompt", "max_reply", "system"}
-#: What follows from the data is no part of them either.
-_POLICIES = {"drift"}
+#: Settings of the data that decide none of its bytes, or are in its digest by their content.
+_NOT_IN_DATA = {"source", "eval_source", *_MODEL_SETTINGS, *CONSEQUENCES}
 #: Parts of a headline: prompts that a stage shortened or left out.
 PROMPT_COUNTS = (
     ("{:,} prompts shortened by whole turns", "prompts_shortened"),
@@ -266,7 +267,9 @@ PREPARE_DATA = Stage(
     kind="dataset",
     inputs={},
     depends_on=lambda c: {
-        "data": c.data.model_dump(exclude={"source", "eval_source", *_MODEL_SETTINGS, *_POLICIES}),
+        "data": c.data.model_dump(
+            exclude={"source", "eval_source", *_MODEL_SETTINGS, *CONSEQUENCES}
+        ),
         **({"limits": _limits(c)} if _base_tokenizer(c) else {}),
     },
     external_model=_base_tokenizer,

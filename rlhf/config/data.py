@@ -124,6 +124,10 @@ class SourceConfig(Section):
 Sources = Annotated[str, Field(min_length=1)] | tuple[SourceConfig, ...]
 
 
+#: Settings that follow from the data and are no part of them.
+CONSEQUENCES = frozenset({"drift"})
+
+
 class DataConfig(Section):
     """Source, format and split of the data."""
 
@@ -227,7 +231,7 @@ class DataConfig(Section):
     max_reply_chars: int = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""
     drift: DriftConfig = DriftConfig()
-    """What follows if the data differ from those of the champion."""
+    """Consequences of a difference between the data and those of the champion."""
     max_prompt: int | None = Field(default=None, ge=1)
     """Longest prompt in tokens of the model, in every stage: of a longer one whole turns after the
     system turn are left out, oldest first; what still does not fit is left out and counted. none is

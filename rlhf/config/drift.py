@@ -34,7 +34,7 @@ class DriftWarnings(DriftLimits):
 
 
 class DriftConfig(Section):
-    """What follows if new data differ from those of the model line's champion.
+    """Consequences of a difference between new data and those of the model line's champion.
 
     A measure reaches a limit if it does so by more than chance explains (docs/data.md).
     """

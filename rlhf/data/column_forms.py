@@ -1,4 +1,4 @@
-"""How most texts of each column are written: as chats of a known form, with marks, with end tokens.
+"""Forms of most texts of each column: chats of a known format, shared marks, end tokens.
 
 What most rows have is the file's format, and is parsed or cut for all of them, or refused.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
@@ -40,6 +41,17 @@ def cell_of(row: Row, path: str) -> Any:
     """Return a column's value, None for a column that the row does not have."""
     value = value_of(row, path)
     return None if value is MISSING else value
+
+
+def filled_cells(sample: Sequence[Row], path: str) -> list[Any]:
+    """Return the values of a column, without null and empty ones."""
+    return [value for row in sample if (value := cell_of(row, path)) not in (None, "")]
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a cell is empty: no column, null, no text, or the NaN that pandas writes."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return is_nan or value is MISSING or value is None or value == ""
 
 
 def plain_name(column: str) -> str:

@@ -15,7 +15,7 @@ from rlhf.config import DataConfig, StoreConfig
 from rlhf.data.cells import Cells
 from rlhf.data.collect import exact_key, too_long
 from rlhf.data.column_forms import find_markups, with_forms
-from rlhf.data.columns import Row, cell_of, check_settings, plain_name
+from rlhf.data.columns import Row, cell_of, check_settings, filled_cells, plain_name
 from rlhf.data.comparisons import PAIRS
 from rlhf.data.formats import PROMPTS, SYSTEMS
 from rlhf.data.markup import LISTS
@@ -298,7 +298,7 @@ def _ends_with_question(sample: Sequence[Row], column: str) -> bool:
 def _thumbs(names: Mapping[str, str], sample: Sequence[Row]) -> str | None:
     """Return the column with thumbs up and down for each reply, if there is one."""
     for column in (names[n] for n in RATINGS if n in names):
-        values = [value for row in sample if (value := cell_of(row, column)) not in (None, "")]
+        values = filled_cells(sample, column)
         if values and all(_thumb(value) is not None for value in values):
             return column
     return None

@@ -146,23 +146,6 @@ class DisjointSets:
             self.join(int(order[place]), int(order[place + 1]))
 
 
-def near_duplicates(texts: Iterable[str], threshold: float, seed: int = 0) -> dict[str, str]:
-    """Return each bare text's group, named by its smallest text.
-
-    Texts are in one group if a chain of texts joins them of which each is at least as similar to
-    the next as `threshold`. Of such pairs LSH overlooks less than 1 in 200. The result does not
-    depend on the texts' order.
-
-    Args:
-        texts: Bare texts; repeats are ignored.
-        threshold: Least Jaccard similarity, in (0, 1].
-        seed: Of the signatures: another seed overlooks other pairs.
-    """
-    ordered = sorted(set(texts))
-    groups = duplicate_groups(ordered, np.arange(len(ordered)), threshold, seed)
-    return {text: ordered[group] for text, group in zip(ordered, groups.tolist(), strict=True)}
-
-
 def duplicate_groups(
     texts: Sequence[str],
     order: Numbers,
@@ -172,6 +155,8 @@ def duplicate_groups(
 ) -> Numbers:
     """Return the group of each text as the number of its first text by `order`.
 
+    Texts are in one group if a chain of texts joins them of which each is at least as similar to
+    the next as `threshold`. Of such pairs LSH overlooks less than 1 in 200.
     Texts are read once in their sequence, and those that may be similar once more, so they may
     stand in a file. In memory are 40 bytes a text.
 
@@ -180,7 +165,7 @@ def duplicate_groups(
         order: The texts' numbers in an order that their content decides, of shape (texts,): with
             it, the result does not depend on their sequence.
         threshold: Least Jaccard similarity, in (0, 1].
-        seed: Of the signatures.
+        seed: Of the signatures: another one overlooks other pairs.
         folder: For a temporary file of the signatures; None takes the system's.
 
     Raises:

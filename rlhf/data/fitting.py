@@ -67,10 +67,13 @@ class Fitting:
 
         return self.map(rows, fit)
 
-    def for_scorer(self, rows: Sequence[Row], renderer: Renderer, limits: TokenLimits) -> list[Row]:
-        """Return those of fitting rows that fit a reward model too, with its own tokenizer."""
+    def fitting_both(
+        self, rows: Sequence[Row], renderer: Renderer, limits: TokenLimits
+    ) -> list[Row]:
+        """Return the rows that fit the model and a reward model, with its own tokenizer."""
+        rows = self.fitting(rows)
         if renderer.template_hash == self.renderer.template_hash and limits == self.limits:
-            return list(rows)
+            return rows
         other = Fitting(renderer, limits)
         fitting = other.fitting(rows)
         for name in _METRICS.values():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rlhf.config import DataConfig
-from rlhf.data.columns import MISSING, Row, value_of
+from rlhf.data.columns import Row, is_missing, value_of
 from rlhf.errors import ConfigError
 
 Verdict = Literal["first", "second", "tie"]
@@ -167,8 +166,7 @@ def names_a_reply(value: Any, columns: Sequence[str]) -> bool:
 
 def votes_of(value: Any, depth: int = 0) -> list[Any]:
     """Return the votes of one cell: of a list each item, of an object its value."""
-    is_nan = isinstance(value, float) and math.isnan(value)  # a missing value in Parquet
-    if value is MISSING or value is None or value == "" or is_nan:
+    if is_missing(value):
         return []
     if depth > _MAX_DEPTH:
         return ["a deeply nested value"]

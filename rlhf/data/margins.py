@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.columns import MISSING, Row, plain_name, value_of
+from rlhf.data.columns import MISSING, Row, is_missing, plain_name, value_of
 from rlhf.data.formats import Layout
 from rlhf.data.records import Converted, LeftOutError
 from rlhf.errors import ConfigError
@@ -68,7 +68,7 @@ def find_margin_column(
     if found is None:
         return None
     values = [value_of(row, found) for row in sample]
-    filled = [value for value in values if not _is_missing(value)]
+    filled = [value for value in values if not is_missing(value)]
     numbers = [_number(value) for value in filled]
     is_margin = bool(numbers) and all(number is not None and number >= 0 for number in numbers)
     return found if is_margin else None
@@ -87,7 +87,7 @@ def with_margin(converted: Converted, row: Row, column: str, scale: float) -> Co
         LeftOutError: The margin is no number, or says that the other reply is better.
     """
     value = value_of(row, column)
-    if _is_missing(value):
+    if is_missing(value):
         return scaled(converted, scale)
     number = _number(value)
     if number is None:
@@ -121,10 +121,6 @@ def scaled(converted: Converted, scale: float) -> Converted:
         ],
         rated=[replace(item, score=item.score * scale) for item in converted.rated],
     )
-
-
-def _is_missing(value: Any) -> bool:
-    return value in (None, MISSING, "") or (isinstance(value, float) and math.isnan(value))
 
 
 def _number(value: Any) -> float | None:

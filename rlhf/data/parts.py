@@ -131,7 +131,7 @@ def records_with_layouts(
     changes, unused = 0, list[str]()
     for record in itertools.chain(head, records):
         row = record.fields
-        if row is not None and layout is not None and row.keys() - known.keys():
+        if row is not None and layout is not None and not row.keys() <= known.keys():
             new = [name for name in row if name not in known]
             known |= dict.fromkeys(new)
             if any(detector.could_matter(name, row, layout) for name in new):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import DataConfig
 from rlhf.data.cells import Cells, Found
-from rlhf.data.columns import Row, cell_of, value_of
+from rlhf.data.columns import Row, cell_of, is_missing, value_of
 from rlhf.data.records import Converted, LeftOutError, Rated
 from rlhf.data.scores import (
     COMMA,
@@ -105,8 +104,7 @@ def _is_rated(value: Any) -> bool:
     """Return whether a cell holds a rating, or several; pandas writes NaN for none."""
     if isinstance(value, list | tuple):
         return any(map(_is_rated, value))
-    is_nan = isinstance(value, float) and math.isnan(value)
-    return value is not None and not is_nan and (not isinstance(value, str) or bool(value.strip()))
+    return not is_missing(value.strip() if isinstance(value, str) else value)
 
 
 def find_rated(
@@ -151,7 +149,7 @@ def find_rated(
     unit = find_unit(sample, label)
     note += ", numbers have decimal commas" if unit == COMMA else ""
     are_numbers = not _hold_thumbs(sample, label)
-    if not are_numbers and not are_thumbs and not _all_thumbs(sample, label):
+    if not are_numbers and not are_thumbs and not _scores(sample, label) <= _THUMB_SCORES:
         raise ConfigError(
             f"data.label_column: {label!r} holds both thumbs and numbers that are none; write all "
             "of them as numbers"
@@ -196,13 +194,12 @@ def _check_ratings(columns: Sequence[str], sample: Sequence[Row], prompt: str) -
     """
     for one, other in itertools.combinations(columns, 2):
         signs = direction(one)[0] * direction(other)[0]
-        same = [(a - b) * (c - d) * signs for a, b, c, d, is_same in
-                _score_pairs(sample, one, other, prompt) if is_same]  # fmt: skip
-        across = [(a - b) * (c - d) * signs for a, b, c, d, _ in
-                  _score_pairs(sample, one, other, prompt)]  # fmt: skip
-        contrary = sum(product < 0 for product in across)
+        products = [((a - b) * (c - d) * signs, is_same) for a, b, c, d, is_same in
+                    _score_pairs(sample, one, other, prompt)]  # fmt: skip
+        same = [product for product, is_same in products if is_same]
+        contrary = sum(product < 0 for product, _ in products)
         if any(product < 0 for product in same) or (
-            not same and contrary > _CONTRARY * sum(product != 0 for product in across)
+            not same and contrary > _CONTRARY * sum(product != 0 for product, _ in products)
         ):
             raise ConfigError(
                 f"data.label_column: {one} and {other} order the replies differently; set "
@@ -235,9 +232,9 @@ def _hold_thumbs(sample: Sequence[Row], column: str) -> bool:
     return any(has_thumbs(cell_of(row, column)) for row in sample)
 
 
-def _all_thumbs(sample: Sequence[Row], column: str) -> bool:
-    values: list[Any] = [v for row in sample if is_score(v := cell_of(row, column))]
-    return {mean_score(value, column) for value in values} <= _THUMB_SCORES
+def _scores(sample: Sequence[Row], column: str) -> set[float]:
+    values = (cell_of(row, column) for row in sample)
+    return {mean_score(value, column) for value in values if is_score(value)}
 
 
 def _are_thumbs(sample: Sequence[Row], column: str) -> bool:
@@ -246,10 +243,10 @@ def _are_thumbs(sample: Sequence[Row], column: str) -> bool:
     Raises:
         ConfigError: Its values are 1 and 2 or 2 alone: nothing says which of them is up.
     """
-    values: list[Any] = [v for row in sample if is_score(v := cell_of(row, column))]
-    scores = {mean_score(value, column) for value in values}
     if column.lower() not in _THUMBS:
+        values = [v for row in sample if is_score(v := cell_of(row, column))]
         return bool(values) and all(thumb_of(value) is not None for value in values)
+    scores = _scores(sample, column)
     if scores and scores <= {1.0, 2.0} and 2.0 in scores:
         raise ConfigError(
             f"data.label_column: {column!r} holds 1 and 2, which don't say whether 1 or 2 is the "

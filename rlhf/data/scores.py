@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.data.columns import Row, cell_of
+from rlhf.data.columns import Row, filled_cells, is_missing
 from rlhf.data.records import LeftOutError
 
 #: Words in names of scores of which the lowest is best, and those that turn them round.
@@ -78,7 +78,7 @@ def with_unit(value: Any) -> tuple[str, str] | None:
 
 def find_unit(sample: Sequence[Row], column: str) -> str | None:
     """Return the unit of a column's numbers, if it is one and all of its first texts have it."""
-    values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
+    values = filled_cells(sample, column)
     units = {found[1] if (found := with_unit(value)) else None for value in values}
     if units == {None} and _have_commas(values):
         return COMMA
@@ -123,8 +123,7 @@ def without_unit(value: Any, unit: str | None, column: str) -> Any:
 
 def optional_score(value: Any, column: str) -> float | None:
     """Return a score, None for a missing one."""
-    is_missing = value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-    return None if is_missing else read_score(value, column)
+    return None if is_missing(value) else read_score(value, column)
 
 
 def mean_score(value: Any, column: str) -> float:
@@ -148,7 +147,7 @@ def is_score(value: Any) -> bool:
 
 def are_scores(sample: Sequence[Row], column: str) -> bool:
     """Return whether most of a column's values are numbers or thumbs, not texts."""
-    values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
+    values = filled_cells(sample, column)
     if find_unit(sample, column) is not None:
         return True
     return sum(is_score(value) for value in values) > len(values) / 2

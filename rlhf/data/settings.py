@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from rlhf.config import DataConfig
-from rlhf.data.columns import Row, cell_of
+from rlhf.data.columns import Row, cell_of, filled_cells
 from rlhf.data.ratings import RATINGS, REPLIES
 from rlhf.data.scores import are_scores, beginning, is_score
 
@@ -92,7 +92,7 @@ def unread_rating(
         names[n] for n in (*RATINGS, *_GRADES) if n in names
     ]  # fmt: skip
     for column in columns:
-        values = [v for row in sample if (v := cell_of(row, column)) not in (None, "")]
+        values = filled_cells(sample, column)
         wrong = list(dict.fromkeys(beginning(value) for value in values if not is_score(value)))
         if not values or are_scores(sample, column) or not all(map(_is_short, values)):
             continue

@@ -120,7 +120,7 @@ def inner_turn(text: str) -> Mark | None:
 
 @dataclass
 class Edge:
-    """What several texts begin with, or end with, and how many they are."""
+    """Beginning or end that several texts share, and the number of those texts."""
 
     shared: str
     count: int = 0

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf.config import DataConfig
-from rlhf.data.columns import MISSING, Row, value_of
+from rlhf.data.columns import Row, filled_cells, value_of
 from rlhf.data.label_words import (
     TIES,
     Verdict,
@@ -150,8 +150,7 @@ class Judge:
             )  # fmt: skip
         if verdict or text:
             return verdict or text or "tie"
-        late = {"0", "1", "2"} - self.numbers if self.are_set else {"0", "1", "2"}
-        if self.numbers and exact_label(value) in late:
+        if self.numbers and exact_label(value) in {"0", "1", "2"} - self.numbers:
             raise ConfigError(
                 f"data.label_column: {self.columns[0]!r} holds {exact_label(value)}, but in the "
                 f"first rows {' and '.join(sorted(self.numbers))} alone, so that 1 may mean either "
@@ -288,9 +287,7 @@ def _unnamed_label(names: Mapping[str, str], sample: Sequence[Row], sides: set[s
     for column in names.values():
         if prefers_worse(column):
             continue
-        cells = [
-            cell for row in sample if (cell := value_of(row, column)) not in (None, "", MISSING)
-        ]
+        cells = filled_cells(sample, column)
         selects = is_table or (bool(cells) and all(selects_side(cell) for cell in cells))
         words = {*sides, *TIES, *(("left", "right") if selects else ())}
         values = {plain_label(vote) for cell in cells for vote in votes_of(cell)}

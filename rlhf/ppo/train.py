@@ -22,6 +22,7 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.device import fast_float32, prepare_device, retained_heap
 from rlhf.modeling.lora import merge_adapter
+from rlhf.modeling.reward import Scorer
 from rlhf.modeling.weights import save_model
 from rlhf.ppo.checkpoint import TrainState, exclusive, load_checkpoint, save_checkpoint
 from rlhf.ppo.checkpoint_upload import CheckpointUploads
@@ -83,12 +84,8 @@ def train_policy(
         raise DataError("no prompts to train the policy on; check data.source")
     device = prepare_device(runtime or RuntimeConfig())
     trainer = build_trainer(config, sft, reward_model, seed, device, rows, limits)
-    fitting, scorer = Fitting(trainer.renderer, trainer.limits), trainer.models.scorer
-    rows = fitting.fitting(rows)
-    if scorer:
-        rows = fitting.for_scorer(rows, scorer.renderer, scorer.limits)
-    if not rows:
-        raise DataError("no prompt is left to train the policy on; check data.source")
+    fitting = Fitting(trainer.renderer, trainer.limits)
+    rows = _fitting_rows(rows, fitting, trainer.models.scorer)
     leads = trainer.models.ranks.is_leader
     run = _run_identity(config, seed, data, sft, reward_model, trainer, identity or {})
     with exclusive(checkpoints) if checkpoints and leads else nullcontext():
@@ -98,6 +95,24 @@ def train_policy(
     last = state.curve[-1]
     metrics = {k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}
     return StageResult({"updates": state.update, **metrics, **fitting.metrics()})
+
+
+def _fitting_rows(
+    rows: Sequence[PromptRow], fitting: Fitting, scorer: Scorer | None
+) -> list[PromptRow]:
+    """Return the prompts that policy and reward model can be given.
+
+    Raises:
+        DataError: They are too few.
+    """
+    fit = (
+        fitting.fitting_both(rows, scorer.renderer, scorer.limits)
+        if scorer
+        else fitting.fitting(rows)
+    )
+    if not fit:
+        raise DataError("no prompt is left to train the policy on; check data.source")
+    return fit
 
 
 def build_trainer(

@@ -6,14 +6,16 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.data import duplicates
 from rlhf.data.chat import loose_text
-from rlhf.data.duplicates import Shingles, bands, bare_text, near_duplicates, width
+from rlhf.data.duplicates import Shingles, bands, bare_text, duplicate_groups, width
 from tests.data.helpers import WORDS, sentence
 
 
@@ -22,6 +24,13 @@ def changed(rng: random.Random, text: str, count: int) -> str:
     for _ in range(count):
         words[rng.randrange(len(words))] = rng.choice(WORDS)
     return " ".join(words)
+
+
+def near_duplicates(texts, threshold, seed=0):
+    """Each text's group, named by its smallest text."""
+    ordered = sorted(set(texts))
+    groups = duplicate_groups(ordered, np.arange(len(ordered)), threshold, seed)
+    return {text: ordered[group] for text, group in zip(ordered, groups.tolist(), strict=True)}
 
 
 def plain_jaccard(one: str, other: str) -> float:
@@ -151,12 +160,13 @@ def test_same_groups_in_another_process_with_other_threads():
     texts += [changed(rng, text, 1) for text in texts]
     script = (
         "import json, sys\n"
-        "from rlhf.data.duplicates import near_duplicates\n"
+        "from tests.data.test_duplicates import near_duplicates\n"
         "print(json.dumps(near_duplicates(json.load(sys.stdin), 0.8)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], input=json.dumps(texts[::-1]), capture_output=True,
         text=True, check=True, env={"PYTHONHASHSEED": "9", "RAYON_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert json.loads(done.stdout) == near_duplicates(texts, 0.8)
 

@@ -117,6 +117,7 @@ def test_rows_left_out_as_a_choice_do_not_stop_the_stage(tmp_path):
     (tmp_path / "out").mkdir()
     config = DataConfig(source=str(tmp_path / "a.jsonl"), personal_data="quarantine")
     prepare_data(config, tmp_path / "out")  # 4 of 13 rows, and max_bad_fraction is 0.1
+    assert len(quarantined(tmp_path)) == 4
 
 
 def test_replies_that_differ_in_personal_data_alone_are_left_out_for_that_reason(tmp_path):
