@@ -36,7 +36,8 @@ class Fitting:
         self.counts: Counter[str] = Counter()
         """Rows by metric: `prompts_refused`, `system_turns_refused`, `prompts_too_long`,
         `prompts_shortened`."""
-        self._bound = TokenBound(renderer)
+        self.bound = TokenBound(renderer)
+        """Tells without tokenising that a text is short."""
 
     def encode(self, prompt: Prompt, response: str) -> Encoded:
         """Return the ids of prompt and reply, by `Renderer.encode`.
@@ -54,7 +55,7 @@ class Fitting:
             PromptUnusable: The model can't be given the prompt.
         """
         self._check_system_turn(prompt)
-        if self._bound.is_within(prompt, self.limits.prompt):
+        if self.bound.is_within(prompt, self.limits.prompt):
             return 0
         return self.renderer.fit_prompt(prompt, self.limits.prompt)[1]
 

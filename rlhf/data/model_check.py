@@ -12,7 +12,6 @@ from rlhf.data.pairs import Pairs
 from rlhf.data.records import LeftOutError
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Pair, Prompt
-from rlhf.data.token_bound import TokenBound
 from rlhf.errors import PromptUnusable
 
 #: Returns the reason for leaving a prompt out, if there is one.
@@ -29,7 +28,7 @@ class ModelCheck:
 
     def __init__(self, renderer: Renderer, limits: TokenLimits) -> None:
         self._fitting, self._limits = Fitting(renderer, limits), limits
-        self._renderer, self._bound = renderer, TokenBound(renderer)
+        self._renderer = renderer
         self.shortened = 0
         """Prompts of pairs that lose whole turns in every stage."""
 
@@ -62,7 +61,7 @@ class ModelCheck:
         except PromptUnusable as error:
             return LeftOutError(error.reason, error.detail, error.cure)
         least = self._limits.reply_after(self._limits.prompt)
-        if not self._bound.may_be_equal(pair.chosen, pair.rejected, least):
+        if not self._fitting.bound.may_be_equal(pair.chosen, pair.rejected, least):
             return None
         one, other = (
             self._renderer.encode(pair.prompt, reply, self._limits)
