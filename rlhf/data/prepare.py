@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,8 @@ class Reading:
     rows: int = 0
     notes: list[str] = field(default_factory=list)
     """Sentences, each once, in the order of the files."""
+    counted: Counter[str] = field(default_factory=Counter[str])
+    """Rows that a sentence holds for."""
     formats: list[str] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
@@ -175,6 +178,8 @@ def read_pairs(
             raise DataError(
                 f"{source.field} = {source.uri!r}: holds no rows; give a file with pairs"
             )
+    for text, count in reading.counted.items():
+        reading.note(f"in {count:,} of {reading.rows:,} rows {text}")
     reading.pairs, reading.held_out = (collectors.pop(0).resolve() for _ in range(2))
     return reading
 
@@ -246,6 +251,7 @@ def _add(
     reading.tallies.add(record.fields, converted, reading.personal.hide)
     for text in converted.notes:
         note(text)
+    reading.counted.update(converted.counted)
 
 
 def _extra_columns(config: DataConfig) -> set[str]:

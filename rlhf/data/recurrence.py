@@ -146,7 +146,7 @@ class Recurrence:
             found = self._contradicting(sides, threshold)
             self.contradictions += sum(map(len, found))
             if self.config.contradictions != "keep":
-                votes = [int(self.pairs.counts[side].sum()) for side in found]
+                votes = [int(self.pairs.votes[side].sum()) for side in found]
                 for side, own, against in zip(found, votes, votes[::-1], strict=True):
                     if own <= against:
                         lost.update(side)
