@@ -220,7 +220,7 @@ def _read_part(
             source.quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
             continue
         try:
-            _add(record, layout, collector, fields, origin, reading, columns, note)
+            _add(record, layout, config, collector, fields, origin, reading, columns, note)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             source.quarantine.add(origin, reason, row)
@@ -229,6 +229,7 @@ def _read_part(
 def _add(
     record: Record,
     layout: Layout | None,
+    config: DataConfig,
     collector: Collector,
     fields: PromptFields,
     origin: Origin,
@@ -238,7 +239,7 @@ def _add(
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
-    converted = convert(layout, record)
+    converted = convert(layout, record, config)
     converted, row = reading.personal.apply(converted, record.fields, columns)
     additions: list[Callable[[], None]] = []
     if columns:  # without any, a prompt has nothing beside it to read
