@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,11 @@ PROCESS = 700e6
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak memory of a training stage, in bytes, and its time in seconds."""
+    """Peak memory of a training stage, in bytes, and its speed."""
 
     stage: str
+    section: str
+    """Section of the configuration."""
     weights: float
     """Weights of all models in memory."""
     optimizer: float
@@ -41,11 +42,12 @@ class Estimate:
     """States kept for a backward pass, with the logits."""
     cache: float
     """Keys and values of replies that are being sampled."""
-    seconds: float
+    tokens_per_second: float
+    """Of rows that are trained on or, in PPO, of prompts and replies."""
 
     @property
-    def total(self) -> float:
-        """Peak: sampling and backward passes do not overlap."""
+    def peak(self) -> float:
+        """Peak memory: sampling and backward passes do not overlap."""
         return PROCESS + self.weights + self.optimizer + max(self.activations, self.cache)
 
 
@@ -63,40 +65,59 @@ class Shape:
     """Bytes of keys, values and other state of a sequence, by its tokens."""
 
 
-def estimate(config: PipelineConfig, base: Path, rows: Sequence[int]) -> list[Estimate]:
-    """Estimate the training stages of a run on one device.
+def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
+    """Estimate the training stages of a run on one device, for rows of the longest length.
 
     Args:
         config: The run's configuration, with `base.path` set.
         base: Folder of the base model; its weights are not read.
-        rows: Number of demonstrations, of pairs and of prompts.
 
     Raises:
         ValueError: The family's code does not run on the meta device.
     """
-    limits = config.token_limits()
+    length = config.token_limits().max_length
     speed = flops_per_second(config.runtime.device)
-    result = []
-    sections: list[tuple[str, TrainingSection, int, int]] = [
-        ("train-sft", config.sft, rows[0], 1),
-        ("train-reward-model", config.reward_model, rows[1], 2),
+    sections: list[tuple[str, str, TrainingSection, int]] = [
+        ("train-sft", "sft", config.sft, 1),
+        ("train-reward-model", "reward_model", config.reward_model, 2),
     ]
-    for stage, section, count, replies in sections:
-        shape = shape_of(base, limits.max_length, section.lora)
-        batch = replies * min(section.micro_batch_size or section.batch_size, section.batch_size)
-        logits = SFT_LOGITS * 4 * batch * limits.max_length * shape.vocabulary
-        trained = shape.adapter or shape.parameters
-        tokens = count * section.epochs * replies * limits.max_length
-        result.append(
-            Estimate(
-                stage, WEIGHT * (shape.parameters + shape.adapter), TRAINED * trained,
-                batch * shape.stored_per_row + (logits if replies == 1 else 0), 0,
-                6 * shape.parameters * tokens / speed,
-            )
-        )  # fmt: skip
-    shape = shape_of(base, limits.max_length, config.ppo.lora)
-    result.append(_ppo(config.ppo, shape, limits.max_length, speed))
-    return result
+    result = [
+        _training(stage, name, section, replies, base, length, speed)
+        for stage, name, section, replies in sections
+    ]
+    return [*result, _ppo(config.ppo, shape_of(base, length, config.ppo.lora), length, speed)]
+
+
+def cures(config: PipelineConfig, stage: Estimate) -> str:
+    """Return what to change so that a stage needs less memory, the largest part first."""
+    section: Any = getattr(config, stage.section)
+    advice: list[str] = []
+    if section.lora is None:
+        advice.append(f"set {stage.section}.lora (configs/lora.yaml)")
+    if stage.section == "ppo" and section.lora is not None and not section.shared_base:
+        advice.append("set ppo.shared_base to true")
+    if stage.activations > 0.3 * stage.peak:
+        advice.append(f"lower {stage.section}.micro_batch_size or reward_model.max_length")
+        if stage.section == "ppo" and not section.gradient_checkpointing:
+            advice.append("set ppo.gradient_checkpointing to true")
+    if stage.cache > 0.3 * stage.peak:
+        advice.append("lower ppo.rollout_batch_size")
+    return "; ".join([*advice, "take a smaller base or a larger device"])
+
+
+def _training(
+    stage: str, name: str, section: TrainingSection, replies: int, base: Path, length: int,
+    speed: float,
+) -> Estimate:  # fmt: skip
+    """Estimate SFT or, with two replies to a row, reward model training."""
+    shape = shape_of(base, length, section.lora)
+    batch = replies * min(section.micro_batch_size or section.batch_size, section.batch_size)
+    logits = SFT_LOGITS * 4 * batch * length * shape.vocabulary if replies == 1 else 0
+    return Estimate(
+        stage, name, WEIGHT * (shape.parameters + shape.adapter),
+        TRAINED * (shape.adapter or shape.parameters), batch * shape.stored_per_row + logits, 0,
+        speed / (6 * shape.parameters),
+    )  # fmt: skip
 
 
 def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate:
@@ -118,14 +139,12 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
     # Log-probabilities are computed in slices; as much as this is kept (rlhf.modeling.logprobs).
     kept = min(4 * batch * config.max_new_tokens * shape.vocabulary, 128 * 2**20)
     decoded = min(config.rollout_batch_size or config.chunk_size, config.chunk_size)
-    episodes = config.updates * config.chunk_size
     # Sampling, three scoring passes and the critic's; then forward and backward of policy and
     # critic in every epoch.
     passes = 2 * 5 + 6 * config.num_ppo_epochs * (1 + has_critic)
     return Estimate(
-        "train-policy", weights, optimizer, stored + kept,
-        decoded * length * shape.cache_per_token,
-        passes * shape.parameters * episodes * length / speed,
+        "train-policy", "ppo", weights, optimizer, stored + kept,
+        decoded * length * shape.cache_per_token, speed / (passes * shape.parameters),
     )  # fmt: skip
 
 
