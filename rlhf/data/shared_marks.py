@@ -276,8 +276,19 @@ def texts_of(value: Any, is_reply: bool) -> Iterable[str]:
     for item in value:
         keys = ("content", "value", *REPLY_KEYS) if isinstance(item, Mapping) else ()
         text = next((item[key] for key in keys if isinstance(item.get(key), str)), item)
+        text = _text_in_parts(text)
         texts += [text] if isinstance(text, str) else []
     return texts
+
+
+def _text_in_parts(message: Any) -> Any:
+    """Return the text of a message whose content is a list of parts; others as they are."""
+    for key in ("content", "parts") if isinstance(message, Mapping) else ():
+        parts = message.get(key)
+        if isinstance(parts, list | tuple) and parts:
+            texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+            return "".join(text for text in texts if isinstance(text, str))
+    return message
 
 
 def _role_of(message: Mapping[str, Any]) -> str:
