@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -125,7 +126,11 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", READ)
 def test_rows_with_candidates_prefer_the_right_reply(tmp_path, name):
-    more = {"max_reply_share": None, "near_duplicates": None, **SETTINGS.get(name, {})}
+    more: dict[str, Any] = {
+        "max_reply_share": None,
+        "near_duplicates": None,
+        **SETTINGS.get(name, {}),
+    }
     pairs, summary = prepare(tmp_path, [READ[name](i) for i in range(24)], **more)
     if name.startswith("mix"):
         pairs = [p for p in pairs if "So so." not in (p.chosen, p.rejected)]
@@ -372,8 +377,7 @@ def test_candidates_are_never_the_wrong_way_round(data):
             "preference": 1.5 - lead if first else 1.5 + lead,
         }
 
-    settings = {"label_column": "candidates.scores.m"} if kind == "mix" else {}
-    named = {"label_column": "candidates.scores.m"} if kind == "mix" else {}
+    named: dict[str, Any] = {"label_column": "candidates.scores.m"} if kind == "mix" else {}
     rows = [row(i) for i in range(12)]
     layout = detect([*rows[0]], rows, DataConfig(source="x", **named))
     for found in rows:
