@@ -264,7 +264,8 @@ def test_turns_of_help_steer_are_parsed_in_the_rows_that_have_them(tmp_path):
 )
 def test_words_that_nearly_all_texts_begin_with_stay_and_are_told(tmp_path, opener):
     word = opener.strip()
-    rows = [plain(i, chosen=opener + answer(i)) for i in range(20)]
+    rows = [plain(i, chosen=opener + answer(i), rejected=f"{WORDS[i % 10]} {i} never")
+            for i in range(20)]  # fmt: skip
     rows[3]["chosen"] = "Another one."
     pairs, summary = prepare(tmp_path, rows)
     assert {pair.chosen for pair in pairs} == {row["chosen"] for row in rows}
@@ -279,7 +280,8 @@ def test_words_that_nearly_all_texts_begin_with_stay_and_are_told(tmp_path, open
 
 @pytest.mark.parametrize("opener", ["Sure! ", "A. ", "🧑 "])
 def test_words_that_many_texts_begin_with_are_not_told(tmp_path, opener):
-    rows = [plain(i, chosen=(opener if i % 3 else "") + answer(i)) for i in range(20)]
+    rows = [plain(i, chosen=(opener if i % 3 else "") + answer(i), rejected=f"{WORDS[i % 10]} {i}")
+            for i in range(20)]  # fmt: skip
     pairs, summary = prepare(tmp_path, rows)
     assert {pair.chosen for pair in pairs} == {row["chosen"] for row in rows}
     assert not any("nearly all" in note or "tells" in note for note in summary["notes"])
