@@ -19,7 +19,7 @@ from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
 from rlhf.config.training import TrainingSection
 
 #: Bytes of a weight, its gradient and AdamW's two moments, in float32.
-WEIGHT, TRAINED = 4, 12
+WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
 #: Tensors of the size of the logits that TRL's SFT loss holds at its peak: the logits, their
 #: float32 copy, the log-softmax and its gradient.
 SFT_LOGITS = 4
@@ -37,7 +37,9 @@ class Estimate:
     weights: float
     """Weights of all models in memory."""
     optimizer: float
-    """Gradients and the optimiser's moments."""
+    """The optimiser's moments, and gradients if they are summed over several passes."""
+    gradients: float
+    """Gradients that are made while the backward pass frees activations."""
     activations: float
     """States kept for a backward pass, with the logits."""
     cache: float
@@ -48,7 +50,8 @@ class Estimate:
     @property
     def peak(self) -> float:
         """Peak memory: sampling and backward passes do not overlap."""
-        return PROCESS + self.weights + self.optimizer + max(self.activations, self.cache)
+        passing = max(self.activations, self.cache, self.gradients)
+        return PROCESS + self.weights + self.optimizer + passing
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,19 @@ def _training(
 ) -> Estimate:  # fmt: skip
     """Estimate SFT or, with two replies to a row, reward model training."""
     shape = shape_of(base, length, section.lora)
-    batch = replies * min(section.micro_batch_size or section.batch_size, section.batch_size)
+    micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
+    batch = replies * micro
+    trained = shape.adapter or shape.parameters
+    accumulates = micro < section.batch_size
     logits = SFT_LOGITS * 4 * batch * length * shape.vocabulary if replies == 1 else 0
     return Estimate(
-        stage, name, WEIGHT * (shape.parameters + shape.adapter),
-        TRAINED * (shape.adapter or shape.parameters), batch * shape.stored_per_row + logits, 0,
-        speed / (6 * shape.parameters),
+        stage=stage, section=name,
+        weights=WEIGHT * (shape.parameters + shape.adapter),
+        optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
+        gradients=GRADIENT * trained,
+        activations=batch * shape.stored_per_row + logits,
+        cache=0,
+        tokens_per_second=speed / (6 * shape.parameters),
     )  # fmt: skip
 
 
@@ -128,14 +138,12 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
     has_critic = config.critic in ("policy", "reward_model") and not config.shared_base
     frozen = WEIGHT / 2 if config.precision == "bf16" else WEIGHT
     weights = WEIGHT * (shape.parameters + shape.adapter) + frozen * separate * shape.parameters
-    optimizer = TRAINED * trained
     if has_critic:
-        weights += WEIGHT * shape.parameters
-        optimizer += TRAINED * shape.parameters
-    elif config.critic == "adapter" or config.shared_base:
-        weights, optimizer = weights + WEIGHT * trained, optimizer + TRAINED * trained
+        weights, trained = weights + WEIGHT * shape.parameters, trained + shape.parameters
+    elif config.critic != "head":
+        weights, trained = weights + WEIGHT * shape.adapter, trained + shape.adapter
     batch = min(config.micro_batch_size, config.mini_batch_size)
-    stored = batch * shape.stored_per_row
+    accumulates = batch < config.mini_batch_size
     # Log-probabilities are computed in slices; as much as this is kept (rlhf.modeling.logprobs).
     kept = min(4 * batch * config.max_new_tokens * shape.vocabulary, 128 * 2**20)
     decoded = min(config.rollout_batch_size or config.chunk_size, config.chunk_size)
@@ -143,8 +151,12 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
     # critic in every epoch.
     passes = 2 * 5 + 6 * config.num_ppo_epochs * (1 + has_critic)
     return Estimate(
-        "train-policy", "ppo", weights, optimizer, stored + kept,
-        decoded * length * shape.cache_per_token, speed / (passes * shape.parameters),
+        stage="train-policy", section="ppo", weights=weights,
+        optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
+        gradients=GRADIENT * trained,
+        activations=batch * shape.stored_per_row + kept,
+        cache=decoded * length * shape.cache_per_token,
+        tokens_per_second=speed / (passes * shape.parameters),
     )  # fmt: skip
 
 
