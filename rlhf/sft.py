@@ -20,6 +20,7 @@ from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, rea
 from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.modeling.base import context_length, load_base
+from rlhf.modeling.decoders import check_exactness
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.lora import lora_config, merge_adapter, target_module_errors
 from rlhf.modeling.weights import save_model
@@ -31,6 +32,7 @@ from rlhf.trl_adapter import (
     gather_weights,
     quiet_trainer,
     training_arguments,
+    unchanged_config,
 )
 
 
@@ -61,13 +63,15 @@ def train_sft(
         progress: Called after every step.
 
     Raises:
-        ConfigError: The base can't be loaded or used.
+        ConfigError: The base can't be loaded or used, or is not computed exactly in batches.
         DataError: There are no demonstrations, or the model can't be given too many prompts.
     """
     device = prepare_device(runtime or RuntimeConfig())
     leads = rank_and_count()[0] == 0
     demonstrations = read_rows(data / DEMONSTRATIONS, Demonstration)
     model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
+    if base.path is not None:
+        check_exactness(model)
     renderer = Renderer(tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
@@ -130,7 +134,7 @@ def _train(
 ) -> tuple[Any, list[dict[str, float]]]:
     """Return the trained model, adapters merged, and its curve."""
     callback = ProgressCallback(progress)
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
         with target_module_errors("sft", config.lora):
             trainer = _Trainer(
                 model=model,

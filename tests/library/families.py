@@ -41,6 +41,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 _LATENT = {"num_key_value_heads": 4}
+_INDEXED = {**_LATENT, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
 _VISION: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 16, "patch_size": 8, "depth": 1, "num_heads": 2, "out_hidden_size": 32,
@@ -243,18 +244,18 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "deepseek_v2": ("deepseek_v2", _LATENT),
     "deepseek_v3": ("deepseek_v3", _LATENT),
-    "deepseek_v32": ("deepseek_v32", _LATENT),
+    "deepseek_v32": ("deepseek_v32", _INDEXED),
     "deepseek_v4": ("deepseek_v4", {}),
     "youtu": ("youtu", _LATENT),
     "minicpm3": ("minicpm3", _LATENT),
-    "longcat_flash": ("longcat_flash", _LATENT),
+    "longcat_flash": ("longcat_flash", {**_LATENT, "zero_expert_num": 2}),
     "axk1": ("axk1", _LATENT),
-    "axk2": ("axk2", _LATENT),
+    "axk2": ("axk2", _INDEXED),
     "sarvam_mla": ("sarvam_mla", _LATENT),
     "sarvam_moe": ("sarvam_moe", {}),
     "glm4_moe": ("glm4_moe", {}),
     "glm4_moe_lite": ("glm4_moe_lite", _LATENT),
-    "glm_moe_dsa": ("glm_moe_dsa", _LATENT),
+    "glm_moe_dsa": ("glm_moe_dsa", _INDEXED),
     "dots1": ("dots1", {}),
     "ernie4_5_moe": ("ernie4_5_moe", {}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {}),
