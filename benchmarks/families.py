@@ -33,12 +33,13 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.config import BaseModelConfig, LoraConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.errors import RLHFError
+from rlhf.modeling.agreement import hidden_of
 from rlhf.modeling.base import from_scratch, load_base
 from rlhf.modeling.critic import critic_from
 from rlhf.modeling.decoders import check_exactness, decoder_of, pad_left
-from rlhf.modeling.exactness import hidden_of
 from rlhf.modeling.generate import Replies
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
+from rlhf.modeling.lora import POLICY, lora_config, parameters_of, target_module_errors
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.structure import backbone_of, call, facts_of
 from rlhf.ppo.train import train_policy
@@ -198,7 +199,8 @@ def _check(family: str, root: Path) -> None:
             case.results[name] = f"**crash**: {type(error).__name__}: {text} ({place})"
         (case.root / "results.json").write_text(json.dumps(case.results))
         if name == "load" and not case.results[name].startswith("exact"):
-            return
+            break
+    os._exit(0)  # the parent's threads and handlers are not this process's
 
 
 def _load(case: Case) -> str:
@@ -225,11 +227,9 @@ def _log_probs(case: Case) -> str:
     for name, parameter in model.named_parameters():
         other = gradients[name].grad
         if (parameter.grad is None) != (other is None):
-            mine, other = (
-                0.0 if g is None else float(g.abs().max()) for g in (parameter.grad, other)
-            )
-            if mine or other:
-                raise Wrong(f"gradient of {name}: {mine:.3g}, plain {other:.3g}")
+            sizes = [0.0 if g is None else float(g.abs().max()) for g in (parameter.grad, other)]
+            if any(sizes):
+                raise Wrong(f"gradient of {name}: {sizes[0]:.3g}, plain {sizes[1]:.3g}")
         elif other is not None:
             assert parameter.grad is not None
             _compare(parameter.grad / scale, other / scale, f"gradient of {name}")
@@ -269,8 +269,12 @@ def _decode(case: Case) -> str:
 
 def _lora(case: Case) -> str:
     """Compare a random adapter on all linear layers with single rows, then publish it merged."""
-    config = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
-    model: Any = peft.get_peft_model(case.model(), config).eval()
+    section = LoraConfig(r=2, alpha=4.0)
+    with target_module_errors("ppo", section):
+        config = lora_config(section, "CAUSAL_LM", dropout=0.0)
+        model: Any = peft.get_peft_model(case.model(), config).eval()
+    for parameter in parameters_of(model, POLICY).values():
+        nn.init.normal_(parameter, std=0.1)
     ours, _ = log_probs_and_entropy(model, batch(), 1.0)
     for i, (p, r) in enumerate(zip(PROMPTS, REPLIES, strict=True)):
         _compare(ours[i, : len(r)], plain_log_probs(model, p, r), "log-prob")

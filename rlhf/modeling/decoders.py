@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from rlhf.errors import ConfigError
+from rlhf.modeling.agreement import Agreement, agreement, rows_of, testing
 from rlhf.modeling.device import plain_float32, upload
-from rlhf.modeling.exactness import Agreement, agreement, rows_of, testing
 from rlhf.modeling.packed import (
     Packed,
     arguments_of,

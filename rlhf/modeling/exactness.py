@@ -1,98 +1,164 @@
-"""Comparison of a model's batched results with its own results on single rows.
+"""Comparison of the fast paths through a model with plain calls of transformers.
 
-A batched way to compute a model (packed, padded, with a cache) is used only where it agrees with
-plain calls on single rows without padding or cache. Each way is tried once per loaded model, on a
-few short rows that are longer than a small attention window.
+A plain call gives the model one sequence alone: no padding, no packing, no cache. Whatever a path
+with several sequences computes must equal it up to rounding; where it does not, a family's code
+depends on a sequence's neighbours, on padding, or on a state that a cache does not carry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.modeling.device import plain_float32
-from rlhf.modeling.structure import backbone_of, call, core_of, evaluating
+from rlhf.errors import ConfigError
+from rlhf.modeling.critic import Critic
+from rlhf.modeling.generate import Replies, generate
+from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
+from rlhf.modeling.reward import Scorer
+from rlhf.modeling.sampling import Sampling
+from rlhf.modeling.structure import core_of, evaluating
 
-#: Largest difference relative to the largest number, in float32 and in reduced precision.
-TOLERANCE, ROUGH_TOLERANCE = 1e-4, 3e-2
-
-#: Rows of tokens, tried in turn: a router's near-tie may send one token to another expert.
-ATTEMPTS = 2
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Whether two results agree, and the two numbers that differ most."""
-
-    holds: bool
-    expected: float = 0.0
-    actual: float = 0.0
+#: Largest difference that counts as rounding, in float32, as a share of the largest magnitude.
+TOLERANCE = 2e-3
+#: Tokens of a reply.
+NEW_TOKENS = 8
 
 
-def agrees_with_rows(
-    model: Any, lengths: Sequence[int], compute: Callable[[list[list[int]]], list[Tensor]]
-) -> Agreement:
-    """Compare `compute` with the last hidden states of single rows.
+class NotExact(ConfigError):
+    """A model computes another result for a sequence among others than for it alone."""
+
+
+@torch.no_grad()
+def check_policy(policy: Any, prompts: Sequence[list[int]], tokenizer: Any) -> None:
+    """Compare a language model's decoder and log-probabilities with plain calls.
 
     Args:
-        model: Its backbone is called on each row alone.
-        lengths: Lengths of the rows.
-        compute: Computes the hidden states of each row, (tokens, width), together. An error of any
-            kind counts as a difference.
+        policy: A causal language model in float32, on its device.
+        prompts: Token ids of prompts of different lengths.
+        tokenizer: Provides the pad and end-of-reply tokens.
+
+    Raises:
+        NotExact: A result depends on more than its own sequence.
     """
-    backbone, result = backbone_of(model), Agreement(False)
-    for attempt in range(ATTEMPTS):
-        rows = rows_of(model, lengths, attempt)
-        with testing(model):
-            expected = [hidden_of(backbone, row) for row in rows]
-            try:
-                actual = compute(rows)
-            except Exception:  # a model's code may fail in any way on an unusual batch
-                return Agreement(False, float("nan"), float("nan"))
-            result = agreement(model, actual, expected)
-        if result.holds:
-            return result
-    return result
+    replies = _replies(policy, prompts, tokenizer)
+    with evaluating(policy):
+        _check_causal(policy, replies)
+        log_probs, _ = log_probs_and_entropy(policy, replies, 1.0)
+        for index, (prompt, reply) in enumerate(_rows(replies)):
+            plain = _logits(policy, prompt + reply, len(reply) + 1)[:-1]
+            drawn = torch.tensor(reply, device=plain.device)[:, None]
+            chosen, best = plain.gather(1, drawn)[:, 0], plain.max(1).values
+            _compare("a decoded token's logit and the highest one", chosen, best, plain)
+            expected = plain.log_softmax(1).gather(1, drawn)[:, 0]
+            _compare("log-probabilities", log_probs[index, : len(reply)], expected, plain)
 
 
-@contextmanager
-def testing(model: Any) -> Iterator[None]:
-    """Context of a test: no gradients, dropout or autocast."""
-    device = next(model.parameters()).device
-    no_autocast = torch.autocast(device.type, enabled=False)
-    with torch.no_grad(), evaluating(model), no_autocast, plain_float32(device):
-        yield
+@torch.no_grad()
+def check_critic(critic: Critic, replies: Replies) -> None:
+    """Compare a critic's values, for which its head gets random weights, with plain calls.
+
+    Raises:
+        NotExact: A value depends on more than its own sequence.
+    """
+    head = critic.value_head
+    before = head.weight.clone()
+    torch.nn.init.normal_(head.weight, generator=torch.Generator(head.weight.device).manual_seed(0))
+    try:
+        with evaluating(critic), critic.active():
+            values = reply_values(critic, replies)
+            for index, (prompt, reply) in enumerate(_rows(replies)):
+                ids = torch.tensor([prompt + reply], device=head.weight.device)
+                plain = critic(
+                    input_ids=ids, attention_mask=torch.ones_like(ids),
+                    position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
+                )[0, len(prompt) - 1 :]  # fmt: skip
+                _compare("values", values[index, : len(plain)], plain, plain)
+    finally:
+        head.weight.copy_(before)
 
 
-def rows_of(model: Any, lengths: Sequence[int], attempt: int = 0) -> list[list[int]]:
-    """Return rows of varied tokens."""
-    highest = min(core_of(model).get_input_embeddings().num_embeddings, 97)
-    numbers = iter(range(attempt * 1000, attempt * 1000 + sum(lengths)))
-    return [[(next(numbers) * 37 + 11) % highest for _ in range(n)] for n in lengths]
+@torch.no_grad()
+def check_scorer(scorer: Scorer, rows: Sequence[list[int]]) -> None:
+    """Compare a reward model's scores of sequences in a batch with those of each one alone.
+
+    Raises:
+        NotExact: A score depends on more than its own sequence.
+    """
+    together = scorer.score_ids([*rows])
+    device = scorer.device
+    alone = []
+    for row in rows:
+        ids = torch.tensor([row], device=device)
+        logits = scorer.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        alone.append(logits.flatten()[0].float().cpu())
+    _compare("rewards", together, torch.stack(alone), torch.stack(alone))
 
 
-def hidden_of(backbone: Any, row: Sequence[int]) -> Tensor:
-    """Compute the last hidden states of one row, by the model's own call."""
-    ids = torch.tensor([row], device=next(backbone.parameters()).device)
-    return call(backbone, input_ids=ids).last_hidden_state[0]
+def replies_of(policy: Any, prompts: Sequence[list[int]], tokenizer: Any) -> Replies:
+    """Return greedy replies that end at different steps; see `check_policy`."""
+    with torch.no_grad():
+        return _replies(policy, prompts, tokenizer)
 
 
-def agreement(model: Any, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> Agreement:
-    """Compare numbers, each (tokens, width), within what rounding in the model's precision does."""
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    tolerance = TOLERANCE if exact else ROUGH_TOLERANCE
-    ours, theirs = (torch.cat([*t]).float() for t in (actual, expected))
-    gaps = (ours - theirs).abs()
-    # In reduced precision routers of experts send single tokens elsewhere, in any batch.
-    gap = gaps.max() if exact else gaps.max(1).values.median()
-    worst = int(torch.nan_to_num(gaps, torch.inf).argmax())
-    return Agreement(
-        bool(gap <= tolerance * theirs.abs().max().clamp(min=1e-6)),
-        float(theirs.flatten()[worst]),
-        float(ours.flatten()[worst]),
-    )
+def _replies(policy: Any, prompts: Sequence[list[int]], tokenizer: Any) -> Replies:
+    # Each row ends one step after the row before it, so that rows are dropped at every step.
+    lengths = {tuple(prompt): 1 + index % NEW_TOKENS for index, prompt in enumerate(prompts)}
+    remaining = sorted(lengths.values())
+
+    def stop(rows: list[list[int]]) -> list[bool]:
+        step = len(rows[0])
+        ending = sum(length <= step for length in remaining) - (len(remaining) - len(rows))
+        return [index < ending for index in range(len(rows))]
+
+    return generate(policy, [*prompts], tokenizer, Sampling(NEW_TOKENS, 0.0), 0, stop)
+
+
+def _rows(replies: Replies) -> list[tuple[list[int], list[int]]]:
+    """Return the valid tokens of each prompt and its reply."""
+    width = replies.ids.shape[1] - replies.mask.shape[1]
+    prompts = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(
+            replies.ids[:, :width].cpu(), replies.attention[:, :width], strict=True
+        )
+    ]
+    return [*zip(prompts, replies.rows(), strict=True)]
+
+
+def _logits(policy: Any, ids: list[int], last: int) -> Tensor:
+    """Return the logits after the last tokens of a sequence, by a plain call."""
+    device = next(policy.parameters()).device
+    arguments = {"input_ids": torch.tensor([ids], device=device), "use_cache": False}
+    if "logits_to_keep" in inspect.signature(type(core_of(policy)).forward).parameters:
+        arguments["logits_to_keep"] = last
+    return policy(**arguments).logits[0, -last:].float()
+
+
+def _check_causal(policy: Any, replies: Replies) -> None:
+    """Check that a token's logits do not depend on later tokens."""
+    prompt, reply = max(_rows(replies), key=lambda row: len(row[1]))
+    ids = prompt + reply
+    changed = [*ids[:-1], prompt[0] if prompt[0] != ids[-1] else prompt[-1]]
+    if changed == ids or len(ids) < 2:
+        return
+    one, other = (_logits(policy, row, len(reply) + 1)[:-1] for row in (ids, changed))
+    _compare("logits before a changed token", one, other, one)
+
+
+def _compare(name: str, ours: Tensor, plain: Tensor, scale: Tensor) -> None:
+    """Compare two results.
+
+    Raises:
+        NotExact: They differ by more than rounding, or are not finite.
+    """
+    gap = (ours.to(plain.device).float() - plain.float()).abs().max()
+    allowed = TOLERANCE * float(scale.float().abs().max().clamp(min=1e-3))
+    if not bool(gap <= allowed):  # NaN is not
+        raise NotExact(
+            f"{name}: {float(gap):.2g} apart, and rounding is at most {allowed:.2g}, between a "
+            "sequence among others and the same one alone"
+        )

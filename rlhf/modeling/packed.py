@@ -22,9 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.errors import ConfigError
+from rlhf.modeling.agreement import agrees_with_rows, hidden_of
 from rlhf.modeling.attention import blockwise, supports_blockwise
 from rlhf.modeling.device import rounding, upload
-from rlhf.modeling.exactness import agrees_with_rows, hidden_of
 from rlhf.modeling.structure import (
     Capture,
     argument_names,
