@@ -36,7 +36,7 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import DEMONSTRATIONS, Demonstration, read_rows
 from rlhf.errors import RLHFError
 from rlhf.modeling.agreement import hidden_of
-from rlhf.modeling.base import from_scratch, load_base, load_tokenizer
+from rlhf.modeling.base import context_length, from_scratch, load_base, load_tokenizer
 from rlhf.modeling.critic import critic_from
 from rlhf.modeling.decoders import check_exactness, decoder_of, pad_left
 from rlhf.modeling.generate import Replies
@@ -314,6 +314,7 @@ def _reward(case: Case) -> str:
     train_reward_model(REWARD, data, case.root / "sft", out, runtime=toys.RUNTIME)
     scorer = Scorer(out, toys.DEVICE, 128)
     rows = [[*p, *r] for p, r in zip(PROMPTS, REPLIES, strict=True)]
+    rows = [row for row in rows if len(row) <= context_length(scorer.model)]
     alone = torch.cat([scorer.score_ids([row]) for row in rows])
     _compare(scorer.score_ids(rows), alone, "score")
     return ""

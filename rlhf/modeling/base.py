@@ -160,7 +160,7 @@ def fit_embeddings(model: Any, tokenizer: Any) -> None:
     """Add embeddings for tokens beyond the model's vocabulary, and set its pad token."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config(decoder=True).pad_token_id = tokenizer.pad_token_id
 
 
 def context_length(model: Any) -> int:
