@@ -55,6 +55,7 @@ from rlhf.trl_adapter import (
     gather_weights,
     quiet_trainer,
     training_arguments,
+    unchanged_config,
 )
 
 
@@ -230,7 +231,7 @@ def _train(
 ) -> tuple[Any, list[dict[str, float]]]:  # fmt: skip
     """Return the trained model, adapters not merged, and its curve."""
     callback = ProgressCallback(progress)
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
         with target_module_errors("reward_model", config.lora):
             trainer = _Trainer(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -21,6 +22,7 @@ from rlhf.config import ArchitectureConfig, BaseModelConfig
 from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
 from rlhf.errors import ConfigError
 from rlhf.files import expand_home
+from rlhf.modeling.structure import context_of
 
 #: Context length of a model that sets no limit, such as one with relative positions.
 UNBOUNDED = 2**31 - 1
@@ -158,9 +160,22 @@ def fit_embeddings(model: Any, tokenizer: Any) -> None:
     """Add embeddings for tokens beyond the model's vocabulary, and set its pad token."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config(decoder=True).pad_token_id = tokenizer.pad_token_id
 
 
 def context_length(model: Any) -> int:
     """Return a model's context length in tokens, `UNBOUNDED` if it sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
+    return int(min(context_of(model.config), UNBOUNDED))
+
+
+def folder_context(folder: Path | str) -> int:
+    """Return the context length of a model's folder, without loading its weights.
+
+    Raises:
+        ConfigError: Its configuration can't be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise loading_error(folder, error) from error
+    return int(min(context_of(config), UNBOUNDED))
