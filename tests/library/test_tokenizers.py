@@ -102,6 +102,8 @@ class TestEnds:
     def test_it_is_published_and_plain_transformers_ends_there(self, data, tmp_path):
         base, out = write_model(tmp_path / "base", gemma(), ends=[2]), tmp_path / "sft"
         out.mkdir()
+        untrained, _ = load_base(BaseModelConfig(path=str(base)), [], 0)
+        assert untrained.generation_config.eos_token_id == [4, 2]
         config = toys.changed(toys.SFT, epochs=1)
         torch.manual_seed(9)
         train_sft(config, BaseModelConfig(path=str(base)), data, out, runtime=toys.RUNTIME)
@@ -312,6 +314,21 @@ class TestTemplates:
         tokenizer.chat_template = {"rag": LINES, "tools": LINES}
         with pytest.raises(ConfigError, match="named rag, tools, and none is `default`"):
             loaded(tmp_path / "b", tokenizer)
+
+    @pytest.mark.parametrize("name", ["chat_template.json", "tokenizer_config.json"])
+    def test_templates_where_older_models_have_them(self, name, tmp_path):
+        write_model(tmp_path, fast(byte_level(["<e>"]), eos_token="<e>"))
+        path = tmp_path / name
+        values = json.loads(path.read_text()) if path.exists() else {}
+        templates = {"chat_template.json": LINES}
+        named = [{"name": "rag", "template": "x"}, {"name": "default", "template": LINES}]
+        # Tokens with roles as objects, too.
+        end = {"content": "<e>", "lstrip": False, "rstrip": False, "normalized": False}
+        values |= {"chat_template": templates.get(name, named), "eos_token": end}
+        path.write_text(json.dumps(values))
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.chat_template == LINES
+        assert tokenizer.eos_token == "<e>"
 
     @pytest.mark.parametrize(
         ("template", "error"),
