@@ -73,6 +73,12 @@ def gpt_2():
     return fast(byte_level(["<e>"]), eos_token="<e>", bos_token="<e>", unk_token="<e>")
 
 
+def small():
+    """No template, and special tokens that nothing uses."""
+    roles = {"eos_token": "<e>", "bos_token": "<e>", "unk_token": "<e>"}
+    return fast(byte_level(["<e>", "<x>"]), **roles)
+
+
 def loaded(folder, tokenizer, **options) -> Renderer:
     """Return the renderer of a model that is written and loaded as a base."""
     return Renderer(*load_tokenizer_and_ends(write_model(folder, tokenizer, **options)))
@@ -178,7 +184,8 @@ class TestPad:
             (gemma, None, "<pad>", 138),
             (llama_3, None, "<|reserved_1|>", 320),
             (qwen, 400, "<|pad|>", 400),  # a row beyond the tokenizer
-            (qwen, None, "<start>", 322),  # below
+            (small, 400, "<|pad|>", 400),
+            (small, None, "<x>", 320),  # a special token without a use
             (llama_2, None, "<unk>", None),
             (gpt_2, None, "<|pad|>", 321),  # nothing can serve
         ],
@@ -187,9 +194,6 @@ class TestPad:
         self, tokenizer, rows, pad, embeddings, tmp_path
     ):
         tokenizer = tokenizer()
-        if pad == "<start>":
-            tokenizer.chat_template = None
-            pad = "<end>"  # the last special token without a use
         embeddings = embeddings or len(tokenizer)
         folder = write_model(tmp_path, tokenizer, rows, [tokenizer.eos_token_id])
         weights = []
