@@ -231,7 +231,7 @@ class _Rehearsal:
     def write_data(self, sample: Sample) -> None:
         """Write a dataset of the user's rows that fit, and of short ones."""
         from rlhf.data.rendering import Renderer
-        from rlhf.modeling.base import load_tokenizer
+        from rlhf.modeling.tokenizer import load_tokenizer
 
         renderer = Renderer(load_tokenizer(self.base))
         context = read_json(self.base / CONFIG).get("max_position_embeddings")
