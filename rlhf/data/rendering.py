@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rows import Message, Prompt, messages_of
-from rlhf.errors import PromptUnusable
+from rlhf.errors import ConfigError, PromptUnusable
 
 ASSISTANT = "<|assistant|>"
 END = "<|end|>"
@@ -48,6 +48,8 @@ class Encoded:
     """True if the reply lost its end, and so its end-of-reply token."""
     turns_dropped: int = 0
     """Turns of the prompt that are left out."""
+    types: tuple[int, ...] | None = None
+    """Token types of the whole sequence (BERT's segments); None if the model gets none."""
 
     @property
     def ids(self) -> list[int]:
@@ -227,8 +229,110 @@ def _folded(messages: list[Message]) -> list[Message]:
     return [{**system, "role": "user"}, *rest]
 
 
+class PairRenderer(Renderer):
+    """Renders prompt and reply as a text pair, for an encoder without a chat template.
+
+    The special tokens are those that the tokenizer puts around a pair of texts, such as
+    `[CLS] prompt [SEP] reply [SEP]`. A prompt of one user turn is its text; the turns of any other
+    are `Role: text`, with an empty line between them.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        pair = tokenizer(_PROBE, _PROBE)
+        text = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        starts = _starts(pair["input_ids"], text)
+        if len(starts) != 2:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} encodes no pairs of texts; give the model a chat "
+                "template (chat_template.jinja)"
+            )
+        self._parts = _cut(pair["input_ids"], starts, len(text))
+        """Special tokens before the prompt, before the reply, and behind it."""
+        self._types = _cut(pair.get("token_type_ids") or [], starts, len(text))
+        """Their token types; empty if the tokenizer writes none."""
+        types = pair.get("token_type_ids")
+        self._text_types = [types[start] for start in starts] if types else None
+
+    @property
+    def template_hash(self) -> str:
+        """Hex sha256 of the special tokens around a pair, and the vocabulary."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        parts = repr(("text pair", self._parts, vocabulary))
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """Return the prompt's text: that of a lone user turn, or all turns with their roles."""
+        messages = self._escaped(prompt)
+        if [message["role"] for message in messages] == ["user"]:
+            return messages[0]["content"]
+        return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+
+    def folds(self, prompt: Prompt) -> bool:
+        """Return False: every role has its place."""
+        return False
+
+    def fit_prompt(self, prompt: Prompt, max_prompt: int) -> tuple[list[int], int]:
+        """Return ids up to the reply; leaves room for the special tokens behind it, too.
+
+        Raises:
+            PromptUnusable: See `Renderer.fit_prompt`.
+        """
+        return super().fit_prompt(prompt, max_prompt - len(self._parts[2]))
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        return [*self._parts[0], *super()._prompt_ids(prompt), *self._parts[1]]
+
+    def encode(self, prompt: Prompt, response: str, limits: TokenLimits | int) -> Encoded:
+        """Return token ids of prompt and reply, with all special tokens even if the reply is cut.
+
+        Raises:
+            PromptUnusable: See `Renderer.fit_prompt`.
+        """
+        limits = TokenLimits.of(limits)
+        start, dropped = self.fit_prompt(prompt, limits.prompt)
+        end = self._parts[2]
+        ids = self._reply_ids(response)
+        room = limits.reply_after(len(start)) - len(end)
+        reply = [*ids[:room], *end]
+        types = self._token_types(len(start), len(reply))
+        return Encoded(start, reply, len(ids) > room, dropped, types)
+
+    def encode_reply(self, response: str) -> list[int]:
+        """Return token ids of a whole reply, with the special tokens behind it."""
+        return [*self._reply_ids(response), *self._parts[2]]
+
+    def _reply_ids(self, response: str) -> list[int]:
+        return self.tokenizer(response, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+
+    def _token_types(self, start: int, reply: int) -> tuple[int, ...] | None:
+        """Return token types of a start with so many tokens and a reply with its end."""
+        if self._text_types is None:
+            return None
+        before, between, behind = self._types
+        prompt, response = self._text_types
+        return (
+            *before, *[prompt] * (start - len(before) - len(between)), *between,
+            *[response] * (reply - len(behind)), *behind,
+        )  # fmt: skip
+
+
+def _starts(ids: list[int], text: list[int]) -> list[int]:
+    """Return the places at which `text` begins in `ids`."""
+    return [i for i in range(len(ids)) if ids[i : i + len(text)] == text]
+
+
+def _cut(ids: list[int], starts: list[int], length: int) -> list[list[int]]:
+    """Return what lies before, between and behind two texts of one length."""
+    first, second = starts
+    return [ids[:first], ids[first + length : second], ids[second + length :]]
+
+
 def load_renderer(folder: Path | str) -> Renderer:
-    """Load the tokenizer in a model's folder."""
+    """Load the tokenizer in a model's folder; one without chat template encodes text pairs."""
     from transformers import AutoTokenizer
 
-    return Renderer(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return Renderer(tokenizer) if tokenizer.chat_template else PairRenderer(tokenizer)

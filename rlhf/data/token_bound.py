@@ -26,7 +26,9 @@ class TokenBound:
 
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
-        self._factor = tokens_per_byte(renderer.tokenizer)
+        # Pairs of texts have special tokens that are not in their text.
+        has_template = bool(renderer.tokenizer.chat_template)
+        self._factor = tokens_per_byte(renderer.tokenizer) if has_template else None
         #: Bytes that the template adds, by order of roles; None where it refuses the order.
         self._added: dict[tuple[str, ...], int | None] = {}
         self._special = [t.encode() for t in renderer.tokenizer.all_special_tokens]
