@@ -28,7 +28,6 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
-from rlhf.modeling.base import fit_embeddings
 from rlhf.modeling.classifier import (
     Whole,
     counted_tokens,
@@ -52,6 +51,7 @@ from rlhf.modeling.reward import (
     save_reward_model,
 )
 from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.modeling.tokenizer import fit_embeddings
 from rlhf.modeling.weights import save_model, weights_digest
 from rlhf.ranks import rank_and_count
 from rlhf.stage import Progress, StageResult, silent

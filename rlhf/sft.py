@@ -15,13 +15,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
-from rlhf.data.rendering import Renderer
+from rlhf.data.rendering import Renderer, known_ends
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.modeling.base import context_length, load_base
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.lora import lora_config, merge_adapter, target_module_errors
+from rlhf.modeling.tokenizer import set_ends
 from rlhf.modeling.weights import save_model
 from rlhf.ranks import rank_and_count
 from rlhf.stage import Progress, StageResult, silent
@@ -68,7 +69,9 @@ def train_sft(
     leads = rank_and_count()[0] == 0
     demonstrations = read_rows(data / DEMONSTRATIONS, Demonstration)
     model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
-    renderer = Renderer(tokenizer)
+    generation = getattr(model, "generation_config", None)
+    ends = known_ends(tokenizer, None if generation is None else generation.eos_token_id)
+    renderer = Renderer(tokenizer, ends)
     parameters = sum(p.numel() for p in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     if config.enabled:
@@ -80,6 +83,7 @@ def train_sft(
         metrics |= counts
         if leads:
             write_json(out_dir / "curve.json", curve)
+    set_ends(model, renderer.end_ids)  # a trainer may have changed them
     if leads:
         save_model(model, out_dir)
         tokenizer.save_pretrained(out_dir)

@@ -75,7 +75,7 @@ def _model_check(run: StageRun) -> ModelCheck | None:
         return None
     from rlhf.data.model_check import ModelCheck
     from rlhf.data.rendering import Renderer
-    from rlhf.modeling.base import load_tokenizer
+    from rlhf.modeling.tokenizer import load_tokenizer
 
     folder, limits = run.folders["base"], run.config.token_limits()
     context = read_json(folder / CONFIG).get("max_position_embeddings")

@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlhf.config.lengths import TokenLimits
-from rlhf.data.rendering import ASSISTANT, PairRenderer, Renderer, load_renderer
+from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
+from rlhf.data.text_pairs import PairRenderer, load_reward_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
-from rlhf.modeling.base import load_tokenizer, loading_error
+from rlhf.modeling.base import loading_error
 from rlhf.modeling.classifier import (
     Whole,
     apply_head,
@@ -40,6 +41,7 @@ from rlhf.modeling.lora import (
 )
 from rlhf.modeling.packed import arguments_of, backbone_of, packs
 from rlhf.modeling.precision import Precision, autocast, store_in_bfloat16
+from rlhf.modeling.tokenizer import load_tokenizer
 from rlhf.modeling.weights import save_model, weights_digest
 
 #: File beside the weights.
@@ -85,7 +87,7 @@ def load_unpublished(folder: Path | str, pooling: str | None = None) -> tuple[An
 def _pair_renderer(folder: Path | str) -> PairRenderer | None:
     """Return a renderer of text pairs; None if the model has a chat template."""
     try:
-        renderer = load_renderer(folder)
+        renderer = load_reward_renderer(folder)
     except (OSError, ValueError) as error:
         raise loading_error(folder, error) from error
     if not isinstance(renderer, PairRenderer):
@@ -131,7 +133,7 @@ class Scorer:
         batch_tokens: int = 4096,
         model: Any = None, precision: Precision = "fp32",
     ) -> None:  # fmt: skip
-        self.renderer = load_renderer(folder)
+        self.renderer = load_reward_renderer(folder)
         model = model or load_reward_model(folder, self.renderer)
         if isinstance(self.renderer, PairRenderer) and is_causal(model):
             self.renderer = Renderer(load_tokenizer(folder))  # a decoder that is not published

@@ -134,16 +134,17 @@ class Models:
         seed: int,
         stop: Stop | None,
         *,
+        ends: Sequence[int] | None = None,
         reference: bool = False,
     ) -> Replies:
         """Draw replies of the policy, or of the reference; each process draws its share.
 
-        All processes return all replies.
+        All processes return all replies. For `ends` see `generate`.
         """
         own = self.ranks.share(len(prompts))
         with self._as_reference() if reference else nullcontext(self._policy()) as model:
             replies = generate(
-                self.sampling_copy(model), prompts, tokenizer, sampling, seed, stop, own,
+                self.sampling_copy(model), prompts, tokenizer, sampling, seed, stop, own, ends=ends,
                 batch_size=self.config.rollout_batch_size,
             )  # fmt: skip
         parts = [part.to(self.device) for part in self.ranks.gather(replies)]
@@ -345,4 +346,11 @@ def _load_critic(
     if config.shared_base:
         copy_adapter(policy, REWARD, CRITIC)
         return AdapterCritic(policy)
-    return critic_from(load_reward_model(reward_model.subject, scorer.renderer))
+    critic = load_reward_model(reward_model.subject, scorer.renderer)
+    rows, needed = (m.get_input_embeddings().num_embeddings for m in (critic, policy))
+    if rows < needed:  # the policy may sample any of its ids, also those of a padded vocabulary
+        raise ConfigError(
+            f"ppo.critic = 'reward_model', but {str(reward_model.subject)!r} has {rows:,} "
+            f"embeddings and the policy {needed:,}; set ppo.critic to policy"
+        )
+    return critic_from(critic)

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from rlhf.config import PipelineConfig
-from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
+from rlhf.data.chat_template import PLAIN_TEMPLATE
+from rlhf.data.rendering import load_renderer
 from rlhf.errors import ConfigError, PromptUnusable
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer, reward_meta
@@ -88,8 +89,7 @@ def test_a_foreign_model_keeps_its_tokenizer_which_is_completed(adopt, tmp_path)
     assert renderer.tokenizer.chat_template == PLAIN_TEMPLATE
     assert renderer.tokenizer.pad_token_id != renderer.tokenizer.eos_token_id
     assert renderer.encode("river?", "stones", 48).ids == [
-        *renderer.tokenizer("User: river?\n\nAssistant: ")["input_ids"],
-        *renderer.tokenizer("stones")["input_ids"],
+        *renderer.tokenizer("User: river?\n\nAssistant: stones")["input_ids"],
         renderer.tokenizer.eos_token_id,
     ]
     assert reward_meta(out) == {"pooling": "last"}
