@@ -7,7 +7,6 @@ tokens: `[CLS] prompt [SEP] reply [SEP]`.
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ class PairRenderer(Renderer):
         self._types = None if types is None else _cut(types, starts, len(text))
         self._text_types = None if types is None else [types[start] for start in starts]
 
-    @cached_property
+    @property
     def end_ids(self) -> list[int]:
         """Nothing: such a model samples no replies."""
         return []

@@ -74,7 +74,8 @@ def load_classifier(folder: Path | str) -> Any:
             "sequence-classification model with exactly one (num_labels=1)"
         )
     config.num_labels = 1
-    model, info = _load(classifier_class(config, folder), folder, config)
+    model_class, config = classifier_class(config, folder)
+    model, info = _load(model_class, folder, config)
     _check_weights(model, folder, info, is_classifier)
     kind = Pooled if _scores_last_token(model, folder) else Whole
     if not is_classifier:
@@ -86,29 +87,53 @@ def load_classifier(folder: Path | str) -> Any:
     return model
 
 
-def classifier_class(config: Any, folder: Path | str = "") -> Any:
+def classifier_class(config: Any, folder: Path | str = "") -> tuple[Any, Any]:
     """Return the class of an architecture's sequence classifiers, transformers' own or generic.
 
     Args:
         config: The model's configuration.
         folder: Names the model in errors.
 
+    Returns:
+        The class, and the configuration for it: of several modalities that of the text.
+
     Raises:
         ConfigError: The architecture is no language model.
     """
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_MAPPING:
+        return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)], config
+    causal: Any = None
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        if causal.config_class is config.sub_configs.get("text_config"):
+            config = config.get_text_config()
+            config.num_labels = 1
+    if causal is None or type(config) not in MODEL_MAPPING:
         raise ConfigError(
             f"reward model {str(folder)!r}: transformers has neither a sequence classifier nor a "
             f"language model for {config.model_type!r}; start from another base"
         )
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     family = next(c for c in causal.__mro__ if PreTrainedModel in c.__bases__)
     name = re.sub(r"For\w+$|LMHeadModel$", "", causal.__name__) + "ForSequenceClassification"
     # The weights have the names of the language model's, so that its adapters fit, too.
-    attributes = {"base_model_prefix": causal.base_model_prefix, "__module__": family.__module__}
-    return type(name, (GenericForSequenceClassification, family), attributes)
+    attributes = {
+        "base_model_prefix": _backbone_name(causal, config),
+        "__module__": family.__module__,
+    }
+    return type(name, (GenericClassifier, family), attributes), config
+
+
+class GenericClassifier(GenericForSequenceClassification):
+    """Base of the classes that are made for families without a classifier of their own."""
+
+
+def _backbone_name(causal: Any, config: Any) -> str:
+    """Return the name of a language model's backbone; Llama 4 has another as its prefix."""
+    backbone: Any = MODEL_MAPPING[type(config)]
+    with torch.device("meta"):
+        children = causal(config).named_children()
+    names = [name for name, child in children if isinstance(child, backbone)]
+    return names[0] if names else causal.base_model_prefix
 
 
 def head_modules(model: Any) -> dict[str, nn.Module]:
@@ -342,6 +367,8 @@ def _and_more(keys: list[str]) -> str:
 def _scores_last_token(model: Any, folder: Path | str) -> bool:
     """Return whether a classifier's score is that of its head on the last hidden state.
 
+    The generic classifier's is; its own forward pass does not run for every family.
+
     Raises:
         ConfigError: Its class can't score a text, or has no linear head with one output.
     """
@@ -355,11 +382,14 @@ def _scores_last_token(model: Any, folder: Path | str) -> bool:
         ids = _probe(model)
         mask = torch.ones_like(ids)
         with _undisturbed(model), _ramp(layer):
+            if isinstance(model, GenericClassifier):
+                apply_head(model, backbone_of(model)(input_ids=ids).last_hidden_state)
+                return True
             own = model(input_ids=ids, attention_mask=mask).logits
             if model.config.is_encoder_decoder:
                 return False
             return _agree(_last_token_score(model, ids, mask), own)
-    except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a family's code can raise anything
         raise ConfigError(
             f"reward model {str(folder)!r}: {type(model).__name__} can't score a text "
             f"({' '.join(str(error).split())[:150]}); give a model that reads text alone"
