@@ -61,6 +61,7 @@ from rlhf.trl_adapter import (
     gather_weights,
     quiet_trainer,
     training_arguments,
+    unchanged_config,
 )
 
 
@@ -259,7 +260,7 @@ def _train(
     callback = ProgressCallback(progress)
     head = trained_head(model)
     adapter = lora_config(config.lora, "SEQ_CLS", head=head) if config.lora else None
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
         with target_module_errors("reward_model", config.lora):
             trainer = _Trainer(

@@ -20,6 +20,7 @@ from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, rea
 from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.modeling.base import context_length, load_base
+from rlhf.modeling.decoders import check_exactness
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.lora import lora_config, merge_adapter, target_module_errors
 from rlhf.modeling.tokenizer import set_ends
@@ -32,6 +33,7 @@ from rlhf.trl_adapter import (
     gather_weights,
     quiet_trainer,
     training_arguments,
+    unchanged_config,
 )
 
 
@@ -62,13 +64,15 @@ def train_sft(
         progress: Called after every step.
 
     Raises:
-        ConfigError: The base can't be loaded or used.
+        ConfigError: The base can't be loaded or used, or is not computed exactly in batches.
         DataError: There are no demonstrations, or the model can't be given too many prompts.
     """
     device = prepare_device(runtime or RuntimeConfig())
     leads = rank_and_count()[0] == 0
     demonstrations = read_rows(data / DEMONSTRATIONS, Demonstration)
     model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
+    if base.path is not None:
+        check_exactness(model)
     generation = getattr(model, "generation_config", None)
     ends = known_ends(tokenizer, None if generation is None else generation.eos_token_id)
     renderer = Renderer(tokenizer, ends)
@@ -134,7 +138,7 @@ def _train(
 ) -> tuple[Any, list[dict[str, float]]]:
     """Return the trained model, adapters merged, and its curve."""
     callback = ProgressCallback(progress)
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
         with target_module_errors("sft", config.lora):
             trainer = _Trainer(
                 model=model,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +21,7 @@ from rlhf.config import ArchitectureConfig, BaseModelConfig
 from rlhf.data.rendering import END, PAD, SPECIAL_TOKENS, TEMPLATE
 from rlhf.errors import ConfigError
 from rlhf.files import expand_home
+from rlhf.modeling.structure import context_of
 from rlhf.modeling.tokenizer import fit_embeddings, load_tokenizer_and_ends, set_ends
 
 #: Context length of a model that sets no limit, such as one with relative positions.
@@ -131,4 +133,17 @@ def loading_error(folder: Path | str, error: Exception) -> ConfigError:
 
 def context_length(model: Any) -> int:
     """Return a model's context length in tokens, `UNBOUNDED` if it sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
+    return int(min(context_of(model.config), UNBOUNDED))
+
+
+def folder_context(folder: Path | str) -> int:
+    """Return the context length of a model's folder, without loading its weights.
+
+    Raises:
+        ConfigError: Its configuration can't be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise loading_error(folder, error) from error
+    return int(min(context_of(config), UNBOUNDED))

@@ -2,8 +2,8 @@
 
 Two kinds, told apart by what the model computes, not by names:
 
-- `Pooled`: the class scores every token by a head on its hidden state and takes the last one, as
-  the decoders do (GPT-2, Llama, Qwen). Here the last token is found by position, never by pad id,
+- `Pooled`: a causal model whose class scores every token by a head on its hidden state and takes
+  the last one, as the decoders do (GPT-2, Llama, Qwen). Here the last token is found by position, never by pad id,
   and scores may be summed over a reply instead.
 - `Whole`: anything else, such as an encoder (BERT, RoBERTa, DeBERTa, ModernBERT) with a pooler or
   a dense head on its first token. The class's own forward pass gives the score.
@@ -36,9 +36,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf.errors import ConfigError
-from rlhf.modeling.base import UNBOUNDED, context_length, load_pretrained, loading_error
-from rlhf.modeling.packed import backbone_of, evaluating, position_ids
+from rlhf.modeling.base import context_length, load_pretrained, loading_error
+from rlhf.modeling.packed import position_ids
 from rlhf.modeling.precision import in_own_precision
+from rlhf.modeling.structure import backbone_of, call, evaluating
 
 #: Weights in a checkpoint that a classifier has no use for: heads of a language model, a pooler that
 #: its head does not read, and buffers that older versions of transformers saved.
@@ -77,7 +78,7 @@ def load_classifier(folder: Path | str) -> Any:
     model_class, config = classifier_class(config, folder)
     model, info = _load(model_class, folder, config)
     _check_weights(model, folder, info, is_classifier)
-    kind = Pooled if _scores_last_token(model, folder) else Whole
+    kind = Pooled if _scores_last_token(model, folder) and is_causal(model) else Whole
     if not is_classifier:
         layer = last_layer(model)
         for parameter in layer.parameters():
@@ -174,7 +175,7 @@ def is_causal(model: Any) -> bool:
     other[0, -1] = ids[0, 0]
     with _undisturbed(model):
         one, two = (
-            core(input_ids=i, attention_mask=torch.ones_like(i)).last_hidden_state[:, :-1].float()
+            call(core, input_ids=i, attention_mask=torch.ones_like(i)).last_hidden_state[:, :-1]
             for i in (ids, other)
         )
     # Tiny random encoders differ by 1e-3 of the largest number, and rounding by 1e-6.
@@ -208,8 +209,6 @@ def input_limit(model: Any) -> int:
     Positions of RoBERTa and its kin begin behind the pad token's id: of 514 there are 512 to use.
     """
     limit = context_length(model)
-    if limit < 1:  # XLNet's -1: none
-        limit = UNBOUNDED
     for name, layer in model.named_modules():
         is_table = isinstance(layer, nn.Embedding) and name.endswith("position_embeddings")
         if is_table and layer.padding_idx is not None:
@@ -227,11 +226,11 @@ class Pooled:
         self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any
     ) -> SequenceClassifierOutputWithPast:
         """Compute scores (batch, 1) as `logits`, and the last hidden states."""
-        hidden = backbone_of(self)(
+        hidden = call(
+            backbone_of(self),
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids(attention_mask),
-            use_cache=False,
         ).last_hidden_state
         counted = counted_tokens(input_ids, attention_mask, self.marker)
         scores = pool(apply_head(self, hidden).squeeze(-1).float(), counted, self.pooling)
@@ -383,7 +382,7 @@ def _scores_last_token(model: Any, folder: Path | str) -> bool:
         mask = torch.ones_like(ids)
         with _undisturbed(model), _ramp(layer):
             if isinstance(model, GenericClassifier):
-                apply_head(model, backbone_of(model)(input_ids=ids).last_hidden_state)
+                apply_head(model, call(backbone_of(model), input_ids=ids).last_hidden_state)
                 return True
             own = model(input_ids=ids, attention_mask=mask).logits
             if model.config.is_encoder_decoder:
@@ -399,7 +398,7 @@ def _scores_last_token(model: Any, folder: Path | str) -> bool:
 def _last_token_score(model: Any, ids: Tensor, mask: Tensor) -> Tensor | None:
     """Apply a classifier's head to the last hidden state; None where it does not fit."""
     try:
-        hidden = backbone_of(model)(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = call(backbone_of(model), input_ids=ids, attention_mask=mask).last_hidden_state
         return apply_head(model, hidden)[:, -1]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None

@@ -39,8 +39,9 @@ from rlhf.modeling.lora import (
     active_adapter,
     load_adapter,
 )
-from rlhf.modeling.packed import arguments_of, backbone_of, packs
+from rlhf.modeling.packed import arguments_of, packs, row_groups
 from rlhf.modeling.precision import Precision, autocast, store_in_bfloat16
+from rlhf.modeling.structure import backbone_of, call
 from rlhf.modeling.tokenizer import load_tokenizer
 from rlhf.modeling.weights import save_model, weights_digest
 
@@ -200,11 +201,18 @@ class Scorer:
 
     def _score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Compute the scores of `Pooled.forward`, without padding where packing is exact."""
+        scores = torch.empty(len(ids), device=self.device)
+        for rows in row_groups(self.model, mask):
+            scores[upload(rows, self.device)] = self._score_group(ids[rows], mask[rows])
+        return scores
+
+    def _score_group(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Compute the scores of rows that one forward pass computes exactly."""
         counted = upload(counted_tokens(ids, mask, self.model.marker), self.device)
         ids = upload(ids, self.device)
         arguments, index = arguments_of(ids, mask, packs(self.model, ids.shape[1]))
         with autocast(self.device, self.precision):
-            hidden = backbone_of(self.model)(**arguments, use_cache=False).last_hidden_state
+            hidden = call(backbone_of(self.model), **arguments).last_hidden_state
             token_scores = apply_head(self.model, hidden).flatten()
         token_scores = token_scores[upload(index, self.device)].float()
         return pool(token_scores, counted, self.model.pooling)

@@ -28,6 +28,7 @@ from rlhf.errors import ConfigError
 from rlhf.gates import Approved
 from rlhf.modeling.base import context_length, load_policy
 from rlhf.modeling.critic import AdapterCritic, Critic, HeadCritic, critic_from, freeze
+from rlhf.modeling.decoders import frozen_copy
 from rlhf.modeling.generate import Replies, Stop, concatenate, generate
 from rlhf.modeling.logprobs import (
     log_probs_and_entropy,
@@ -43,10 +44,10 @@ from rlhf.modeling.lora import (
     lora_config,
     target_module_errors,
 )
-from rlhf.modeling.packed import frozen_copy
 from rlhf.modeling.precision import autocast, store_in_bfloat16
 from rlhf.modeling.reward import Scorer, SharedScorer, load_reward_model
 from rlhf.modeling.sampling import Sampling
+from rlhf.modeling.structure import hidden_width
 from rlhf.ppo.losses import exact_kl
 from rlhf.ranks import Ranks
 
@@ -328,7 +329,7 @@ def _load_critic(
     if config.critic == "policy":
         return critic_from(load_policy(sft))
     if config.critic == "head":
-        return HeadCritic(policy.config.hidden_size)
+        return HeadCritic(hidden_width(policy))
     if config.critic == "adapter":
         assert config.lora is not None
         policy.add_adapter(CRITIC, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))

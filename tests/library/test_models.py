@@ -26,7 +26,6 @@ from rlhf.modeling.base import from_scratch, load_base, load_policy, train_token
 from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.lora import lora_config, merge_adapter
-from rlhf.modeling.packed import position_ids
 from rlhf.modeling.reward import (
     Scorer,
     counted_tokens,
@@ -335,7 +334,7 @@ class TestCritic:
         mask = torch.ones_like(ids)
         for model in (policy, load_reward_model(reward_model, load_renderer(reward_model))):
             critic = critic_from(model).to(DEVICE)
-            values = critic(ids, mask, position_ids(mask))
+            values = critic(ids, attention_mask=mask)
             assert values.shape == (2, 3)
             assert values.abs().sum() == 0
             assert critic.backbone is model.model
@@ -350,7 +349,7 @@ class TestCritic:
         hidden = policy.model(input_ids=ids).last_hidden_state
         # a head of ones sums the features
         expected = hidden.sum(-1) + 0.5
-        values = critic(ids, mask, position_ids(mask))
+        values = critic(ids, attention_mask=mask)
         close = {"atol": within(1e-5, 1e-4), "rtol": within(1.3e-6, 1e-4)}
         torch.testing.assert_close(values, expected, **close)
 
