@@ -3,8 +3,8 @@
 Two kinds, told apart by what the model computes, not by names:
 
 - `Pooled`: a causal model whose class scores every token by a head on its hidden state and takes
-  the last one, as the decoders do (GPT-2, Llama, Qwen). Here the last token is found by position, never by pad id,
-  and scores may be summed over a reply instead.
+  the last one, as the decoders do (GPT-2, Llama, Qwen). Here the last token is found by position,
+  never by pad id, and scores may be summed over a reply instead.
 - `Whole`: anything else, such as an encoder (BERT, RoBERTa, DeBERTa, ModernBERT) with a pooler or
   a dense head on its first token. The class's own forward pass gives the score.
 
@@ -39,10 +39,10 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.base import context_length, load_pretrained, loading_error
 from rlhf.modeling.packed import position_ids
 from rlhf.modeling.precision import in_own_precision
-from rlhf.modeling.structure import backbone_of, call, evaluating
+from rlhf.modeling.structure import backbone_of, call, core_of, evaluating, facts_of
 
-#: Weights in a checkpoint that a classifier has no use for: heads of a language model, a pooler that
-#: its head does not read, and buffers that older versions of transformers saved.
+#: Weights in a checkpoint that a classifier has no use for: heads of a language model, a pooler
+#: that its head does not read, and buffers that older versions of transformers saved.
 _SPARE = re.compile(
     r"(^|\.)(lm_head|embed_out|cls|output_projection|\w*_predictions|vocab_\w+|pooler)\."
     r"|(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$"
@@ -167,9 +167,11 @@ def last_layer(model: Any) -> Any:
 @torch.no_grad()
 def is_causal(model: Any) -> bool:
     """Return whether a hidden state depends on no later token, which a critic needs."""
-    core = backbone_of(model)
+    core, facts = backbone_of(model), facts_of(model)
     if model.config.is_encoder_decoder:
         return False
+    if "causal" in facts:  # once, before frozen layers may be stored in bfloat16
+        return facts["causal"]
     ids = _probe(model)
     other = ids.clone()
     other[0, -1] = ids[0, 0]
@@ -179,7 +181,8 @@ def is_causal(model: Any) -> bool:
             for i in (ids, other)
         )
     # Tiny random encoders differ by 1e-3 of the largest number, and rounding by 1e-6.
-    return bool((one - two).abs().max() <= 1e-5 * one.abs().max())
+    facts["causal"] = bool((one - two).abs().max() <= 1e-5 * one.abs().max())
+    return facts["causal"]
 
 
 @torch.no_grad()
@@ -412,6 +415,7 @@ def _agree(one: Tensor | None, other: Tensor) -> bool:
 
 def _probe(model: Any) -> Int[Tensor, "1 time"]:
     """Return tokens to test a model with; the last ends a sequence where one must."""
+    core = core_of(model)
     configs = [model.config.to_dict(), model.config.get_text_config().to_dict()]
     special = {
         value
@@ -419,10 +423,10 @@ def _probe(model: Any) -> Int[Tensor, "1 time"]:
         for name, value in config.items()
         if name.endswith(("token_id", "token_index"))
     }
-    ids = [i for i in range(3, model.get_input_embeddings().num_embeddings) if i not in special][:9]
+    ids = [i for i in range(3, core.get_input_embeddings().num_embeddings) if i not in special][:9]
     if model.config.is_encoder_decoder:  # BART and T5 score the end token
         ids[-1] = configs[1]["eos_token_id"]
-    return torch.tensor([ids], device=next(model.parameters()).device)
+    return torch.tensor([ids], device=next(core.parameters()).device)
 
 
 @contextmanager
@@ -439,6 +443,7 @@ def _ramp(layer: nn.Linear) -> Iterator[None]:
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
     """Switch dropout and autocast off."""
-    device = next(model.parameters()).device
-    with evaluating(model), torch.autocast(device.type, enabled=False):
+    core = core_of(model)
+    device = next(core.parameters()).device
+    with evaluating(core), torch.autocast(device.type, enabled=False):
         yield
