@@ -423,7 +423,8 @@ def _probe(model: Any) -> Int[Tensor, "1 time"]:
         for name, value in config.items()
         if name.endswith(("token_id", "token_index"))
     }
-    ids = [i for i in range(3, core.get_input_embeddings().num_embeddings) if i not in special][:9]
+    table: Any = core.get_input_embeddings()
+    ids = [i for i in range(3, table.num_embeddings) if i not in special][:9]
     if model.config.is_encoder_decoder:  # BART and T5 score the end token
         ids[-1] = configs[1]["eos_token_id"]
     return torch.tensor([ids], device=next(core.parameters()).device)
