@@ -41,7 +41,7 @@ from rlhf.modeling.lora import (
 )
 from rlhf.modeling.packed import arguments_of, packs, row_groups
 from rlhf.modeling.precision import Precision, autocast, store_in_bfloat16
-from rlhf.modeling.structure import backbone_of, call
+from rlhf.modeling.structure import backbone_of, call, core_of
 from rlhf.modeling.tokenizer import load_tokenizer
 from rlhf.modeling.weights import save_model, weights_digest
 
@@ -231,7 +231,8 @@ class Scorer:
 def _padding(tokenizer: Any, model: Any) -> int:
     """Return a token for padding; it is masked, so that any token of the model's serves."""
     pad = tokenizer.pad_token_id
-    size = model.get_input_embeddings().num_embeddings
+    table: Any = core_of(model).get_input_embeddings()
+    size = table.num_embeddings
     return pad if pad is not None and pad < size else 0
 
 
