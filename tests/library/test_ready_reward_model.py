@@ -149,7 +149,7 @@ def test_refused_as_no_reward_model(adopt, sft, tmp_path, copy_of, reward_model)
 def test_refused_for_its_tokenizer(adopt, copy_of, reward_model):
     folder = copy_of(reward_model)
     template = folder / "chat_template.jinja"
-    template.write_text(template.read_text().replace("}}<|end|>", "}}<|end|>\n"))
+    template.write_text(template.read_text().replace("<|end|>", "<|end|>\n"))
     assert "its tokenizer or chat template changed since it was trained" in refusal(adopt, folder)
     (folder / "tokenizer.json").unlink()
     assert "can't be loaded" in refusal(adopt, folder)
