@@ -48,6 +48,8 @@ class Encoded:
     """True if the reply lost its end, and so its end-of-reply token."""
     turns_dropped: int = 0
     """Turns of the prompt that are left out."""
+    types: tuple[int, ...] | None = None
+    """Token types of the whole sequence (BERT's segments); None if the model gets none."""
 
     @property
     def ids(self) -> list[int]:

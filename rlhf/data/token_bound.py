@@ -26,9 +26,10 @@ class TokenBound:
 
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
-        # A text that only the normalizer makes control tokens of is broken up by more spaces.
-        variants = renderer.control.has_variants
-        self._factor = None if variants else tokens_per_byte(renderer.tokenizer)
+        # A text that only the normalizer makes control tokens of is broken up by more spaces, and
+        # what stands around a pair of texts is not in the prompt's text.
+        unbounded = renderer.control.has_variants or not renderer.tokenizer.chat_template
+        self._factor = None if unbounded else tokens_per_byte(renderer.tokenizer)
         #: Bytes that the template adds, by order of roles; None where it refuses the order.
         self._added: dict[tuple[str, ...], int | None] = {}
         self._control = [text.encode() for text in renderer.control.texts]

@@ -260,7 +260,7 @@ class TestRewardModel:
     def test_an_architecture_without_classifier_is_refused(self, renderer, tmp_path):
         config = {"model_type": "vits", "architectures": ["VitsModel"]}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ConfigError, match=r"no sequence classifier for 'vits'; start from"):
+        with pytest.raises(ConfigError, match=r"a language model for 'vits'; start from"):
             load_reward_model(tmp_path, renderer)
 
     def test_padding_is_found_by_the_mask_not_by_the_id(self, fresh, renderer):
