@@ -32,9 +32,8 @@ PROCESS = 700e6
 class Estimate:
     """Peak memory of a training stage, in bytes, and its speed."""
 
-    stage: str
     section: str
-    """Section of the configuration."""
+    """The stage's section of the configuration."""
     weights: float
     """Weights of all models in memory."""
     optimizer: float
@@ -81,13 +80,13 @@ def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
     """
     length = config.token_limits().max_length
     speed = flops_per_second(config.runtime.device)
-    sections: list[tuple[str, str, TrainingSection, int]] = [
-        ("train-sft", "sft", config.sft, 1),
-        ("train-reward-model", "reward_model", config.reward_model, 2),
+    sections: list[tuple[str, TrainingSection, int]] = [
+        ("sft", config.sft, 1),
+        ("reward_model", config.reward_model, 2),
     ]
     result = [
-        _training(stage, name, section, replies, base, length, speed)
-        for stage, name, section, replies in sections
+        _training(name, section, replies, base, length, speed)
+        for name, section, replies in sections
     ]
     return [*result, _ppo(config.ppo, shape_of(base, length, config.ppo.lora), length, speed)]
 
@@ -110,8 +109,7 @@ def cures(config: PipelineConfig, stage: Estimate) -> str:
 
 
 def _training(
-    stage: str, name: str, section: TrainingSection, replies: int, base: Path, length: int,
-    speed: float,
+    name: str, section: TrainingSection, replies: int, base: Path, length: int, speed: float
 ) -> Estimate:  # fmt: skip
     """Estimate SFT or, with two replies to a row, reward model training."""
     shape = shape_of(base, length, section.lora)
@@ -121,7 +119,7 @@ def _training(
     accumulates = micro < section.batch_size
     logits = SFT_LOGITS * 4 * batch * length * shape.vocabulary if replies == 1 else 0
     return Estimate(
-        stage=stage, section=name,
+        section=name,
         weights=WEIGHT * (shape.parameters + shape.adapter),
         optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
         gradients=GRADIENT * trained,
@@ -152,7 +150,7 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
     # critic in every epoch.
     passes = 2 * 5 + 6 * config.num_ppo_epochs * (1 + has_critic)
     return Estimate(
-        stage="train-policy", section="ppo", weights=weights,
+        section="ppo", weights=weights,
         optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
         gradients=GRADIENT * trained,
         activations=batch * shape.stored_per_row + kept,
@@ -169,17 +167,15 @@ def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf.modeling.packed import backbone_of, head_of
-
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     try:
         with FakeTensorMode():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             parameters = model.num_parameters()
             ids = torch.zeros(1, length, dtype=torch.long)
-            stored = _stored_bytes(backbone_of(model), ids)
-            cached = _cached_bytes(backbone_of(model), ids)
-        head = head_of(model)
+            stored = _stored_bytes(model.base_model, ids)
+            cached = _cached_bytes(model.base_model, ids)
+        head = model.get_output_embeddings()
         vocabulary = head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size
         adapter = _adapter_parameters(config, lora) if lora else 0
     except Exception as error:  # a family's code can raise anything

@@ -159,7 +159,7 @@ def fit_embeddings(model: Any, tokenizer: Any) -> None:
                 for tensor in (layer.weight, getattr(layer, "bias", None)):
                     if tensor is not None and len(tensor) == size:
                         tensor[rows:] = tensor[:rows].mean(0)
-    for config in (model.config, model.config.get_text_config()):
+    for config in _holders(model, "pad_token_id"):
         config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -170,12 +170,19 @@ def set_ends(model: Any, ends: Sequence[int]) -> None:
 
     The first, which is trained, is the only one that the model's configuration must name.
     """
-    for config in (model.config, model.config.get_text_config()):
+    for config in _holders(model, "eos_token_id"):
         if ends[0] not in _ids(getattr(config, "eos_token_id", None)):
             config.eos_token_id = ends[0]
     generation = getattr(model, "generation_config", None)
     if generation is not None and set(_ids(generation.eos_token_id)) != set(ends):
         generation.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
+
+
+def _holders(model: Any, name: str) -> list[Any]:
+    """Return the configurations that name a token: that of the text model, and who else does."""
+    text = model.config.get_text_config(decoder=True)
+    outer = model.config
+    return [text] if outer is text or getattr(outer, name, None) is None else [text, outer]
 
 
 def _ids(value: int | Sequence[int] | None) -> list[int]:
