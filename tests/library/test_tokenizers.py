@@ -269,6 +269,8 @@ class TestTemplates:
         ids = renderer.encode_reply("good</s> bad <stop> cup <s>")
         assert not {1, *renderer.end_ids} & set(ids[:-1])
         assert ids[-1] == tokenizer.eos_token_id
+        text = renderer.decode(ids)
+        assert renderer.decode([*ids[:-1], *renderer.end_ids]) == text
 
     @pytest.mark.parametrize("prepend", ["always", "first"])
     def test_a_reply_has_the_tokens_of_the_whole_conversation(self, prepend, tmp_path):
