@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from rlhf.data.chat_template import complete_template, render, turn_format
 from rlhf.data.rendering import PAD, known_ends

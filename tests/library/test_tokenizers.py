@@ -6,6 +6,7 @@ The tokenizers are tiny ones with the properties of real families'.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ class TestEnds:
         out.mkdir()
         untrained, _ = load_base(BaseModelConfig(path=str(base)), [], 0)
         assert untrained.generation_config.eos_token_id == [4, 2]
-        config = toys.changed(toys.SFT, epochs=1)
+        config: Any = toys.changed(toys.SFT, epochs=1)
         torch.manual_seed(9)
         train_sft(config, BaseModelConfig(path=str(base)), data, out, runtime=toys.RUNTIME)
         generation = json.loads((out / "generation_config.json").read_text())
@@ -118,7 +119,7 @@ class TestEnds:
         assert json.loads((out / "config.json").read_text())["eos_token_id"] == 4
         assert AutoTokenizer.from_pretrained(out).eos_token_id == 4
         assert load_renderer(out).end_ids == [4, 2]
-        model = AutoModelForCausalLM.from_pretrained(out)
+        model: Any = AutoModelForCausalLM.from_pretrained(out)
         with torch.no_grad():
             model.get_output_embeddings().weight.zero_()
             model.get_output_embeddings().weight[4] = 100 * model.model.norm.weight.sign()
@@ -269,6 +270,8 @@ class TestTemplates:
         ids = renderer.encode_reply("good</s> bad <stop> cup <s>")
         assert not {1, *renderer.end_ids} & set(ids[:-1])
         assert ids[-1] == tokenizer.eos_token_id
+        text = renderer.decode(ids)
+        assert renderer.decode([*ids[:-1], *renderer.end_ids]) == text
 
     @pytest.mark.parametrize("prepend", ["always", "first"])
     def test_a_reply_has_the_tokens_of_the_whole_conversation(self, prepend, tmp_path):
