@@ -86,9 +86,9 @@ def cure(field: str) -> str:
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 
 
-def advice(config: PipelineConfig) -> list[str]:
-    """Return one line for each value outside of its advised range."""
-    return list(_unusual_values(config, ""))
+def unusual_values(config: PipelineConfig) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, advice in one line) of each value outside of its advised range."""
+    yield from _unusual_values(config, "")
 
 
 def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
@@ -105,7 +105,7 @@ def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
     return f" (from {' and '.join(origins)})" if origins else ""
 
 
-def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
+def _unusual_values(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in type(section).model_fields.items():
         value: Any = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -116,7 +116,5 @@ def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
             continue
         low, high = cast("list[float]", extra["advised"])
         if not low <= value <= high:
-            yield (
-                f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
-                "keep it only if you mean it"
-            )
+            line = f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
+            yield f"{prefix}{name}", line + "keep it only if you mean it"
