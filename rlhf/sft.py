@@ -21,7 +21,7 @@ from rlhf.errors import DataError
 from rlhf.files import write_json
 from rlhf.modeling.base import context_length, load_base
 from rlhf.modeling.device import prepare_device
-from rlhf.modeling.lora import lora_config, merge_adapter, target_module_errors
+from rlhf.modeling.lora import fit_targets, lora_config, merge_adapter, target_module_errors
 from rlhf.modeling.weights import save_model
 from rlhf.ranks import rank_and_count
 from rlhf.stage import Progress, StageResult, silent
@@ -130,8 +130,9 @@ def _train(
 ) -> tuple[Any, list[dict[str, float]]]:
     """Return the trained model, adapters merged, and its curve."""
     callback = ProgressCallback(progress)
+    lora = config.lora and fit_targets(config.lora, model, "sft")
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
-        with target_module_errors("sft", config.lora):
+        with target_module_errors("sft", lora):
             trainer = _Trainer(
                 model=model,
                 args=TRLSFTConfig(
@@ -141,7 +142,7 @@ def _train(
                 ),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=renderer.tokenizer,
-                peft_config=lora_config(config.lora, "CAUSAL_LM") if config.lora else None,
+                peft_config=lora_config(lora, "CAUSAL_LM") if lora else None,
                 callbacks=[callback],
             )
         trainer.remove_callback(PrinterCallback)

@@ -1,8 +1,9 @@
 """Loading a configuration: defaults, then a YAML preset, then overrides.
 
 Defaults depend on whether the base is pretrained (`rlhf/config/pretrained.py`), and a preset's
-section `from_scratch` holds only without one. The source of each value is kept for messages, reports and `rlhf config show`. A machine's `RLHF_*`
-variables are applied last, by each process that uses the configuration.
+section `from_scratch` holds only without one. The source of each value is kept for messages,
+reports and `rlhf config show`. A machine's `RLHF_*` variables are applied last, by each process
+that uses the configuration.
 """
 
 from __future__ import annotations

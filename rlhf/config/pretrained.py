@@ -62,7 +62,7 @@ def pretrained_defaults(tree: Mapping[str, Any]) -> Defaults:
     sections = {name: given_values(tree.get(name)) for name in ("base", *_SECTIONS)}
     has_base = sections["base"].get("path") is not None
     has_reward_base = has_base or sections["reward_model"].get("base") is not None
-    pretrained = {name: has_base for name in _SECTIONS} | {"reward_model": has_reward_base}
+    pretrained = dict.fromkeys(_SECTIONS, has_base) | {"reward_model": has_reward_base}
     return {name: of(sections[name]) for name, of in _SECTIONS.items() if pretrained[name]}
 
 
@@ -136,9 +136,9 @@ def _of_adapters(given: Tree, rates: tuple[float, float]) -> float:
 
 def _whole(given: Tree, name: str, default: int) -> int:
     """Return a given positive whole number; the default in place of anything else."""
-    value = given.get(name)
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if is_whole and value > 0 else default
+    value: Any = given.get(name)
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return value if is_whole else default
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -83,9 +83,8 @@ def test_a_critic_with_all_its_weights_learns_slower_than_an_adapter(overrides, 
 
 
 def test_values_of_the_users_own_win_whatever_their_form():
-    config = load_config(
-        None, [BASE, "--sft.learning_rate=1e-3", "--rl-kl-coef=0.1", "--ppo.critic_learning_rate=none"]
-    ).config  # fmt: skip
+    given = ["--sft.learning_rate=1e-3", "--rl-kl-coef=0.1", "--ppo.critic_learning_rate=none"]
+    config = load_config(None, [BASE, *given]).config
     assert (config.sft.learning_rate, config.ppo.kl_coef) == (1e-3, 0.1)
     assert config.ppo.critic_learning_rate is None
     # Equal to a default of the other kind, and still the user's.
