@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -70,7 +70,7 @@ class LoraConfig(Section):
     """Dropout on the adapter input (SFT and reward model only; PPO runs without dropout)."""
     use_rslora: bool = False
     """Multiply the update by alpha / √r instead, which suits large ranks (Kalajdzievski 2023)."""
-    target_modules: str | tuple[Annotated[str, Field(pattern=r"\S")], ...] = "all-linear"
+    target_modules: str | tuple[str, ...] = "all-linear"
     """Linear layers that get adapters: `all-linear` (the output head, embeddings and the fused
     experts of mixture models never do), the end of their names (`q_proj`), a list of such, or a
     regular expression that matches whole names."""
@@ -91,8 +91,8 @@ class LoraConfig(Section):
     @field_validator("target_modules")
     @classmethod
     def _usable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not value:
-            raise ValueError("names no layer; write all-linear, or names such as q_proj")
+        if not value or (not isinstance(value, str) and not all(map(str.strip, value))):
+            raise ValueError(f"{value!r} has an empty name; write all-linear, or q_proj and such")
         try:
             re.compile(value if isinstance(value, str) else "")
         except re.error as error:

@@ -141,7 +141,7 @@ def test_another_base(train, fresh, sft):
 
 
 def test_adapters_for_modules_that_it_has_not(train):
-    expected = r"^reward_model\.lora\.target_modules = 'nope' does not fit"
+    expected = r"^reward_model\.lora\.target_modules = 'nope': this model has no linear layer"
     with pytest.raises(ConfigError, match=expected):
         train(lora=LoraConfig(target_modules="nope"))
 
