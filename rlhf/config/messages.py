@@ -43,6 +43,9 @@ WORDING = {
     "invalid_key": "is no name of a field; names are text",
 }
 
+#: Names of settings by which other tools quantise a base.
+_QUANTISATION = re.compile(r"quanti[sz]|qlora|load_in_\d|bnb_|nf4", re.IGNORECASE)
+
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     """Return the first problem of a configuration in one line.
@@ -82,6 +85,11 @@ def cure(field: str) -> str:
     """Return advice on a field that does not exist."""
     if field.startswith("ppo.env_config.") and (known := siblings(field)):
         return f"known are {', '.join(known)}"
+    if _QUANTISATION.search(field):
+        return (
+            "a base is not quantised here (no QLoRA); to save memory train adapters on one base, "
+            "with ppo.precision = bf16 and ppo.gradient_checkpointing (configs/lora.yaml)"
+        )
     near = nearest(field)
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 

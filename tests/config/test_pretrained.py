@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,3 +243,21 @@ def test_from_scratch_is_a_presets_section_and_no_field():
         load_config(None, ["--from_scratch.sft.epochs=1"])
     with pytest.raises(ConfigError, match="from_scratch is not a field"):
         load_preset(None, {"from_scratch": {}})
+
+
+def test_the_table_of_the_documentation_is_right():
+    """Its columns are from scratch, all weights, and adapters in every section."""
+    page = Path("docs/models.md").read_text(encoding="utf-8")
+    section = page.partition("## Defaults for a pretrained base")[2].partition("\n### ")[0]
+    loras = [f"--{section}.lora.r=8" for section in ("sft", "reward_model", "ppo")]
+    columns = [values(), values(BASE), values(BASE, *loras)]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    table = {
+        name.strip("| `"): [cell.strip("` ") for cell in cells[:3]]
+        for names, *cells in rows
+        for name in names.split(", ")
+    }
+    defaults = pretrained_defaults({"base": {"path": "some/model"}})
+    assert {f"{s}.{f}" for s, fields in defaults.items() for f in fields} == set(table)
+    for name, cells in table.items():
+        assert cells == [column[name][0] for column in columns], name
