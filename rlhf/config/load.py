@@ -68,16 +68,18 @@ class LoadedConfig(Section):
         ]
 
     def advice(self) -> list[str]:
-        """Return one line for each value of the user's own outside of its advised range.
+        """Return one line for each unusual value of the user's own.
 
         Values of the project's own presets are chosen with care, and defaults are as advised.
         """
         return [
-            line
-            for key, line in unusual_values(self.config)
-            if self._source(key) not in (DEFAULT, PRETRAINED, self.shipped_preset)
-            and not self._is_pretrained_default(key)
+            line for keys, line in unusual_values(self.config) if any(map(self._is_users_own, keys))
         ]
+
+    def _is_users_own(self, key: str) -> bool:
+        source = self._source(key)
+        is_default = source in (DEFAULT, PRETRAINED) or self._is_pretrained_default(key)
+        return source != self.shipped_preset and not is_default
 
     def _source(self, key: str) -> str:
         """Return the source of a value, or of the text or file that it was a part of."""

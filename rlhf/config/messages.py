@@ -94,9 +94,26 @@ def cure(field: str) -> str:
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 
 
-def unusual_values(config: PipelineConfig) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, advice in one line) of each value outside of its advised range."""
+def unusual_values(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield advice in one line on values outside of their advised range, or without effect.
+
+    Each comes with the dotted names of the values that it is about.
+    """
     yield from _unusual_values(config, "")
+    yield from _unused_limits(config)
+
+
+def _unused_limits(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    drift = config.data.drift
+    for name in ("veto", "trigger"):
+        limits = {k: v for k, v in getattr(drift, name).model_dump().items() if v is not None}
+        if limits and not drift.enabled:
+            field, values = f"data.drift.{name}", [f"{k} = {v:g}" for k, v in limits.items()]
+            yield (
+                ("data.drift.enabled", *(f"{field}.{measure}" for measure in limits)),
+                f"{field} ({', '.join(values)}) has no effect, because "
+                "data.drift.enabled = false compares nothing; set it to true, or remove the limits",
+            )
 
 
 def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
@@ -113,7 +130,7 @@ def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
     return f" (from {' and '.join(origins)})" if origins else ""
 
 
-def _unusual_values(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
+def _unusual_values(section: BaseModel, prefix: str) -> Iterator[tuple[tuple[str, ...], str]]:
     for name, field in type(section).model_fields.items():
         value: Any = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -125,4 +142,4 @@ def _unusual_values(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]
         low, high = cast("list[float]", extra["advised"])
         if not low <= value <= high:
             line = f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
-            yield f"{prefix}{name}", line + "keep it only if you mean it"
+            yield (f"{prefix}{name}",), line + "keep it only if you mean it"

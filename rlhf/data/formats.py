@@ -16,10 +16,11 @@ from rlhf.data.columns import Row, cell_of, check_settings, plain_name, value_of
 from rlhf.data.comparisons import find_comparison, find_pairs
 from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
-from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
+from rlhf.data.rankings import find_ranking
 from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.reply_columns import STARTS, NotRepliesError, with_start
+from rlhf.data.reply_lists import find_unranked, holds_reply
 from rlhf.data.settings import settings_to_make, text_columns, unread_rating
 from rlhf.data.verdicts import LABEL_COLUMNS
 from rlhf.errors import ConfigError, NoPreferences

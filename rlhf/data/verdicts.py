@@ -6,7 +6,6 @@ every pair.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from rlhf.data.label_words import (
     votes_of,
 )
 from rlhf.data.records import LeftOutError
+from rlhf.data.scores import find_unit, mean_score, number_of
 from rlhf.data.special_tokens import is_missing_word
 from rlhf.errors import ConfigError
 
@@ -68,6 +68,8 @@ class Judge:
     """True if all cells are text, so that a missing value is a word."""
     numbers: frozenset[str] = frozenset()
     """Numbers among the labels of the first rows, by which 0 or 1 was found to be the first."""
+    unit: str | None = None
+    """Unit of two scores, such as `/5`."""
     others: tuple[Judge, ...] = ()
     """Further label columns, which must not say the contrary."""
 
@@ -99,7 +101,8 @@ class Judge:
             return self._one_hot(values), None
         if self.by == "scores":
             one, two = (
-                _number(value, name) for value, name in zip(values, self.columns, strict=True)
+                mean_score(value, name, self.unit)
+                for value, name in zip(values, self.columns, strict=True)
             )
             return _sign(two - one), abs(one - two)
         votes = votes_of(values[0])
@@ -233,7 +236,7 @@ def find_judge(
         if scores[0] and scores[1]:
             columns = (scores[0], scores[1])
             return Judge(f"decided by {' and '.join(columns)}, the higher", columns, *replies,
-                         {}, "scores")  # fmt: skip
+                         {}, "scores", unit=find_unit(sample, *columns))  # fmt: skip
     raise ConfigError(
         f"data.source: {replies[0]} and {replies[1]} are two replies, but no column says which "
         "is better; set data.label_column, and data.labels.first and data.labels.second to its "
@@ -323,11 +326,8 @@ def _with_suffix(names: Mapping[str, str], stem: str, suffix: str) -> str | None
 
 
 def _number(value: Any, column: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
-        number = float("nan")
-    if isinstance(value, bool) or not math.isfinite(number):
+    number = number_of(value)
+    if number is None:
         raise LeftOutError(f"{column} is no number", repr(value)[:60])
     return number
 

@@ -64,3 +64,13 @@ def test_a_pretrained_bases_own_discount_is_no_users_choice():
     assert config.ppo.gamma == 1.0
     assert load_preset(None, config.model_dump(mode="json")).advice() == []
     assert PipelineConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("name", ["veto", "trigger"])
+def test_limits_of_drift_without_a_comparison_have_no_effect(name):
+    limits = [f"--data.drift.{name}.tokens=0.1", f"--data.drift.{name}.labels=0.2"]
+    assert advice(*limits) == []
+    assert advice("--data.drift.enabled=false") == []
+    (line,) = advice(*limits, "--data.drift.enabled=false")
+    assert f"data.drift.{name} (tokens = 0.1, labels = 0.2) has no effect" in line
+    assert "\n" not in line
