@@ -31,6 +31,9 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 #: Layers of Mamba whose weights its fused kernels read themselves.
 _READ_BY_KERNELS = ("out_proj", "dt_proj", "x_proj")
 
+#: Share of a model's weights below which a matrix outside of its layers is not reported.
+_SMALL = 0.01
+
 log = logging.getLogger(__name__)
 
 
@@ -187,18 +190,21 @@ def _no_layer(
 def _report_experts(model: Any, section: str) -> None:
     """Log which part of a mixture model has no linear layers, and so no adapters."""
     core = _without_adapters(model)
-    convolutions = {id(m.weight) for m in core.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    total = sum(p.numel() for p in core.parameters())
+    covered = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
     fused = {
-        name: p.numel()
-        for name, p in core.named_parameters()
-        if p.ndim > 2 and id(p) not in convolutions
+        f"{name}.{own}": p.numel()
+        for name, module in core.named_modules()
+        if not isinstance(module, covered)
+        for own, p in module.named_parameters(recurse=False)
+        # DBRX keeps its experts in two dimensions; routers and the like are small.
+        if p.ndim > 2 or (p.ndim == 2 and p.numel() > _SMALL * total)
     }
     if fused:
-        share = sum(fused.values()) / sum(p.numel() for p in core.parameters())
         log.warning(
             "%s.lora.target_modules = 'all-linear' gives no adapter to the fused experts (%s and "
             "%d more, %.0f %% of the weights): they stay as they are",
-            section, next(iter(fused)), len(fused) - 1, 100 * share,
+            section, next(iter(fused)), len(fused) - 1, 100 * sum(fused.values()) / total,
         )  # fmt: skip
 
 
