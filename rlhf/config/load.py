@@ -28,7 +28,7 @@ from rlhf.errors import ConfigError
 
 #: Sources of values; the other sources are files and `compat`.
 DEFAULT = "default"
-PRETRAINED = "default for a pretrained base"
+PRETRAINED = "pretrained default"
 COMMAND_LINE = "command line"
 OVERRIDE = "override"
 

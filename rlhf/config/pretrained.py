@@ -112,7 +112,7 @@ def _ppo(given: Tree) -> Tree:
         "learning_rate": _of_adapters(given, POLICY_RATES),
         # A critic with a backbone of its own trains all of its weights, also beside adapters.
         "critic_learning_rate": _of_adapters(given, CRITIC_RATES) if is_shared else CRITIC_RATES[0],
-        "lr_warmup_updates": min(WARMUP_UPDATES, updates // 10),
+        "lr_warmup_updates": min(WARMUP_UPDATES, round(updates / 10)),
         "mini_batch_size": max(mini - mini % count, min(count, chunk)),
         "micro_batch_size": MICRO_BATCH_SIZE,
         "num_ppo_epochs": PPO_EPOCHS,

@@ -49,8 +49,8 @@ def test_with_a_base_learning_rates_are_those_of_the_literature():
         "ppo.top_k": 0, "ppo.num_ppo_epochs": 2, "ppo.mini_batch_size": 64,
         "sft.max_length": 1024, "sft.batch_size": 32, "sft.micro_batch_size": 8,
         "reward_model.max_length": 1024,
-        # A tenth of ⌈4608 / 128⌉ = 36 updates.
-        "ppo.lr_warmup_updates": 3,
+        # A tenth of ⌈4608 / 128⌉ = 36 updates, rounded.
+        "ppo.lr_warmup_updates": 4,
     }  # fmt: skip
     assert {k: (float(shown[k][0]), shown[k][1]) for k in expected} == {
         key: (value, PRETRAINED) for key, value in expected.items()
