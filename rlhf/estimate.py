@@ -1,26 +1,26 @@
 """Estimate of a run's memory and time, from configurations alone.
 
-Models are built on torch's meta device, which has shapes and no data: their forward passes tell
-exactly what a backward pass would find stored, and what a cache holds, whatever the family.
+Models are built of torch's fake tensors, which have shapes and no data: their forward passes tell
+what a backward pass would find stored, and what a cache holds, whatever the family.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
 from rlhf.config.training import TrainingSection
 
 #: Bytes of a weight, its gradient and AdamW's two moments, in float32.
-WEIGHT, TRAINED = 4, 12
+WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
 #: Tensors of the size of the logits that TRL's SFT loss holds at its peak: the logits, their
 #: float32 copy, the log-softmax and its gradient.
 SFT_LOGITS = 4
@@ -30,23 +30,29 @@ PROCESS = 700e6
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak memory of a training stage, in bytes, and its time in seconds."""
+    """Peak memory of a training stage, in bytes, and its speed."""
 
     stage: str
+    section: str
+    """Section of the configuration."""
     weights: float
     """Weights of all models in memory."""
     optimizer: float
-    """Gradients and the optimiser's moments."""
+    """The optimiser's moments, and gradients if they are summed over several passes."""
+    gradients: float
+    """Gradients that are made while the backward pass frees activations."""
     activations: float
     """States kept for a backward pass, with the logits."""
     cache: float
     """Keys and values of replies that are being sampled."""
-    seconds: float
+    tokens_per_second: float
+    """Of rows that are trained on or, in PPO, of prompts and replies."""
 
     @property
-    def total(self) -> float:
-        """Peak: sampling and backward passes do not overlap."""
-        return PROCESS + self.weights + self.optimizer + max(self.activations, self.cache)
+    def peak(self) -> float:
+        """Peak memory: sampling and backward passes do not overlap."""
+        passing = max(self.activations, self.cache, self.gradients)
+        return PROCESS + self.weights + self.optimizer + passing
 
 
 @dataclass(frozen=True)
@@ -63,40 +69,66 @@ class Shape:
     """Bytes of keys, values and other state of a sequence, by its tokens."""
 
 
-def estimate(config: PipelineConfig, base: Path, rows: Sequence[int]) -> list[Estimate]:
-    """Estimate the training stages of a run on one device.
+def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
+    """Estimate the training stages of a run on one device, for rows of the longest length.
 
     Args:
         config: The run's configuration, with `base.path` set.
         base: Folder of the base model; its weights are not read.
-        rows: Number of demonstrations, of pairs and of prompts.
 
     Raises:
-        ValueError: The family's code does not run on the meta device.
+        ValueError: The family's code does not run with fake tensors.
     """
-    limits = config.token_limits()
+    length = config.token_limits().max_length
     speed = flops_per_second(config.runtime.device)
-    result = []
-    sections: list[tuple[str, TrainingSection, int, int]] = [
-        ("train-sft", config.sft, rows[0], 1),
-        ("train-reward-model", config.reward_model, rows[1], 2),
+    sections: list[tuple[str, str, TrainingSection, int]] = [
+        ("train-sft", "sft", config.sft, 1),
+        ("train-reward-model", "reward_model", config.reward_model, 2),
     ]
-    for stage, section, count, replies in sections:
-        shape = shape_of(base, limits.max_length, section.lora)
-        batch = replies * min(section.micro_batch_size or section.batch_size, section.batch_size)
-        logits = SFT_LOGITS * 4 * batch * limits.max_length * shape.vocabulary
-        trained = shape.adapter or shape.parameters
-        tokens = count * section.epochs * replies * limits.max_length
-        result.append(
-            Estimate(
-                stage, WEIGHT * (shape.parameters + shape.adapter), TRAINED * trained,
-                batch * shape.stored_per_row + (logits if replies == 1 else 0), 0,
-                6 * shape.parameters * tokens / speed,
-            )
-        )  # fmt: skip
-    shape = shape_of(base, limits.max_length, config.ppo.lora)
-    result.append(_ppo(config.ppo, shape, limits.max_length, speed))
-    return result
+    result = [
+        _training(stage, name, section, replies, base, length, speed)
+        for stage, name, section, replies in sections
+    ]
+    return [*result, _ppo(config.ppo, shape_of(base, length, config.ppo.lora), length, speed)]
+
+
+def cures(config: PipelineConfig, stage: Estimate) -> str:
+    """Return what to change so that a stage needs less memory, the largest part first."""
+    section: Any = getattr(config, stage.section)
+    advice: list[str] = []
+    if section.lora is None:
+        advice.append(f"set {stage.section}.lora (configs/lora.yaml)")
+    if stage.section == "ppo" and section.lora is not None and not section.shared_base:
+        advice.append("set ppo.shared_base to true")
+    if stage.activations > 0.3 * stage.peak:
+        advice.append(f"lower {stage.section}.micro_batch_size or reward_model.max_length")
+        if stage.section == "ppo" and not section.gradient_checkpointing:
+            advice.append("set ppo.gradient_checkpointing to true")
+    if stage.cache > 0.3 * stage.peak:
+        advice.append("lower ppo.rollout_batch_size")
+    return "; ".join([*advice, "take a smaller base or a larger device"])
+
+
+def _training(
+    stage: str, name: str, section: TrainingSection, replies: int, base: Path, length: int,
+    speed: float,
+) -> Estimate:  # fmt: skip
+    """Estimate SFT or, with two replies to a row, reward model training."""
+    shape = shape_of(base, length, section.lora)
+    micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
+    batch = replies * micro
+    trained = shape.adapter or shape.parameters
+    accumulates = micro < section.batch_size
+    logits = SFT_LOGITS * 4 * batch * length * shape.vocabulary if replies == 1 else 0
+    return Estimate(
+        stage=stage, section=name,
+        weights=WEIGHT * (shape.parameters + shape.adapter),
+        optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
+        gradients=GRADIENT * trained,
+        activations=batch * shape.stored_per_row + logits,
+        cache=0,
+        tokens_per_second=speed / (6 * shape.parameters),
+    )  # fmt: skip
 
 
 def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate:
@@ -107,56 +139,68 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
     has_critic = config.critic in ("policy", "reward_model") and not config.shared_base
     frozen = WEIGHT / 2 if config.precision == "bf16" else WEIGHT
     weights = WEIGHT * (shape.parameters + shape.adapter) + frozen * separate * shape.parameters
-    optimizer = TRAINED * trained
     if has_critic:
-        weights += WEIGHT * shape.parameters
-        optimizer += TRAINED * shape.parameters
-    elif config.critic == "adapter" or config.shared_base:
-        weights, optimizer = weights + WEIGHT * trained, optimizer + TRAINED * trained
+        weights, trained = weights + WEIGHT * shape.parameters, trained + shape.parameters
+    elif config.critic != "head":
+        weights, trained = weights + WEIGHT * shape.adapter, trained + shape.adapter
     batch = min(config.micro_batch_size, config.mini_batch_size)
-    stored = batch * shape.stored_per_row
+    accumulates = batch < config.mini_batch_size
     # Log-probabilities are computed in slices; as much as this is kept (rlhf.modeling.logprobs).
     kept = min(4 * batch * config.max_new_tokens * shape.vocabulary, 128 * 2**20)
     decoded = min(config.rollout_batch_size or config.chunk_size, config.chunk_size)
-    episodes = config.updates * config.chunk_size
     # Sampling, three scoring passes and the critic's; then forward and backward of policy and
     # critic in every epoch.
     passes = 2 * 5 + 6 * config.num_ppo_epochs * (1 + has_critic)
     return Estimate(
-        "train-policy", weights, optimizer, stored + kept,
-        decoded * length * shape.cache_per_token,
-        passes * shape.parameters * episodes * length / speed,
+        stage="train-policy", section="ppo", weights=weights,
+        optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
+        gradients=GRADIENT * trained,
+        activations=batch * shape.stored_per_row + kept,
+        cache=decoded * length * shape.cache_per_token,
+        tokens_per_second=speed / (passes * shape.parameters),
     )  # fmt: skip
 
 
 def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
-    """Measure a model's shape on the meta device.
+    """Measure a model's shape with fake tensors.
 
     Raises:
-        ValueError: The family's code does not run there.
+        ValueError: The family's code does not run with them.
     """
-    import peft
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf.modeling.lora import lora_config
     from rlhf.modeling.packed import backbone_of, head_of
 
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     try:
-        with torch.device("meta"):
+        with FakeTensorMode():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            parameters, adapter = model.num_parameters(), 0
-            if lora:
-                model = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
-                adapter = model.num_parameters() - parameters
+            parameters = model.num_parameters()
             ids = torch.zeros(1, length, dtype=torch.long)
             stored = _stored_bytes(backbone_of(model), ids)
             cached = _cached_bytes(backbone_of(model), ids)
         head = head_of(model)
         vocabulary = head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size
+        adapter = _adapter_parameters(config, lora) if lora else 0
     except Exception as error:  # a family's code can raise anything
         raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     return Shape(parameters, adapter, vocabulary, stored, cached / length)
+
+
+def _adapter_parameters(config: Any, lora: LoraConfig) -> int:
+    """Return the number of parameters that an adapter adds."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.modeling.lora import fit_targets, lora_config, target_module_errors
+
+    with torch.device("meta"):  # peft can't add an adapter to fake tensors
+        model: Any = AutoModelForCausalLM.from_config(config)
+        before = model.num_parameters()
+        lora = fit_targets(lora, model, "ppo", quiet=True)
+        with target_module_errors("ppo", lora):
+            adapted: Any = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
+        return sum(p.numel() for p in adapted.parameters()) - before
 
 
 def _stored_bytes(backbone: Any, ids: Tensor) -> float:
@@ -171,27 +215,17 @@ def _stored_bytes(backbone: Any, ids: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        backbone.train()(**_arguments(ids), use_cache=False)
+        backbone.train()(input_ids=ids, use_cache=False)
     return float(sum(size for size, _ in storages.values()))
 
 
 @torch.no_grad()
 def _cached_bytes(backbone: Any, ids: Tensor) -> float:
     """Return the bytes of a sequence's cache."""
-    output = backbone.eval()(**_arguments(ids), use_cache=True)
+    output = backbone.eval()(input_ids=ids, use_cache=True)
     cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
     tensors = {id(t): t for layer in getattr(cache, "layers", ()) for t in vars(layer).values()}
     return float(sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor)))
-
-
-def _arguments(ids: Tensor) -> dict[str, Tensor]:
-    # To build a mask transformers reads values, which the meta device lacks; it takes one of four
-    # dimensions as it is.
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(ids.shape[1])[None],
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
-    }
 
 
 def flops_per_second(device_name: str) -> float:

@@ -184,7 +184,7 @@ def _pair_columns(
                 return names[one], names[other]
         # ms-swift and others: a conversation that ends with the preferred reply, and another one
         alone = next((names[n] for _, n in PAIRS if n in names), None)
-        whole = next((c for c in _chats(names) if _end_with_reply(sample, c)), None)
+        whole = next((c for c in _chats(names) if end_with_reply(sample, c)), None)
         if alone and whole:
             return whole, alone
         for word in ("response", "answer", "output", "completion"):  # ms-swift's older files
@@ -299,7 +299,7 @@ def _chats(names: Mapping[str, str]) -> list[str]:
     return [names[n] for n in CONVERSATIONS if n in names]
 
 
-def _end_with_reply(sample: Sequence[Row], column: str) -> bool:
+def end_with_reply(sample: Sequence[Row], column: str) -> bool:
     """Return whether a column's conversations end with a reply."""
     values = [value for row in sample if (value := cell_of(row, column))]
     ends = 0

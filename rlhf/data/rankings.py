@@ -60,9 +60,9 @@ class _Ranking:
     scores: str | None = None
     sign: float = 1.0
     """−1 for ranks, of which the lowest is best."""
-    by: Literal["scores", "order", "best", "id"] = "scores"
+    by: Literal["scores", "order", "best", "id", "field"] = "scores"
     """`order` if the best reply stands first; if `scores` names the best one, `best` if by its
-    position and `id` if by a field of the reply."""
+    position and `id` if by a field of the reply; `field` if `scores` is a path into each reply."""
     start: int = 0
     """Position of the first reply, if `scores` is a position."""
     may_be_order: bool = False
@@ -85,7 +85,7 @@ class _Ranking:
                 f"{self.column} has more than {MAX_REPLIES} replies", f"{len(items):,}",
                 "give the best and the worst of them",
             )  # fmt: skip
-        scores = self._scores(row, items)
+        scores = self._fields(items) if self.by == "field" else self._scores(row, items)
         if any(score is None for score in scores):
             notes.add(f"replies in {self.column} without a score are not compared")
         scored = [
@@ -113,7 +113,7 @@ class _Ranking:
 
     def _has_grades(self, items: Sequence[Any]) -> bool:
         if self.by != "scores" or self.scores is not None:
-            return self.by == "scores" and self.sign > 0
+            return self.by in ("scores", "field") and self.sign > 0
         return any(
             isinstance(item, Mapping) and any(item.get(key) is not None for key in _SCORE_KEYS)
             for item in items
@@ -164,6 +164,15 @@ class _Ranking:
             raise LeftOutError(f"no reply in {self.column} has a score")
         return scores
 
+    def _fields(self, items: Sequence[Any]) -> list[float | None]:
+        """Return the scores in a field of each reply, which may be nested."""
+        path = (self.scores or "").removeprefix(f"{self.column}.")
+        values = [cell_of(item, path) if isinstance(item, Mapping) else None for item in items]
+        found = [optional_score(value, self.scores or "") for value in values]
+        if all(score is None for score in found):
+            raise LeftOutError(f"no reply has {self.scores}")
+        return [None if score is None else self.sign * score for score in found]
+
 
 def find_ranking(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig,
@@ -192,6 +201,10 @@ def _decision(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig, column: str
 ) -> tuple[_Ranking, str] | None:
     """Return how the replies of a list are ordered, and a sentence about it."""
+    if config.label_column and config.label_column.startswith(f"{column}."):
+        sign, order = direction(config.label_column)
+        ranking = _Ranking(column, config.label_column, sign, by="field")
+        return ranking, f"are compared by {config.label_column}, the {order} is best"
     if config.label_column is None and _has_scores(sample, column):
         ranking = _Ranking(column, units=_units(sample, column))
         return ranking, f"are compared by their {_deciding(sample, column)}"

@@ -36,7 +36,7 @@ _REPLY_TIERS = (
 )  # fmt: skip
 REPLIES = (*_REPLY_TIERS[0], *_REPLY_TIERS[1], *_REPLY_TIERS[2])
 #: Columns of whole conversations, whose last message is the reply that is rated.
-CONVERSATIONS = ("messages", "conversations", "conversation")
+CONVERSATIONS = ("messages", "conversations", "conversation", "contents")
 RATINGS = (
     "label", "thumbs", "feedback", "vote", "kto_tag", "rating", "score", "overall_score", "reward",
     "quality", "overall", "is_good", "desirable", "is_desirable", "thumb", "thumbs_up", "liked",

@@ -38,9 +38,12 @@ log = logging.getLogger(__name__)
 
 
 def lora_config(
-    config: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"], dropout: float | None = None
+    config: LoraConfig,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"],
+    dropout: float | None = None,
+    head: Sequence[str] = ("score",),
 ) -> peft.LoraConfig:
-    """Translate the section to peft's; a reward model's head is trained in full."""
+    """Translate the section to peft's; a reward model's `head` is trained in full."""
     targets = config.target_modules
     return peft.LoraConfig(
         r=config.r,
@@ -49,12 +52,12 @@ def lora_config(
         target_modules=targets if isinstance(targets, str) else [*targets],
         use_rslora=config.use_rslora,
         task_type=task,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        modules_to_save=[*head] if task == "SEQ_CLS" else None,
     )
 
 
 def fit_targets(
-    config: LoraConfig, model: Any, section: str, heads: Sequence[str] = ()
+    config: LoraConfig, model: Any, section: str, heads: Sequence[str] = (), *, quiet: bool = False
 ) -> LoraConfig:
     """Return the section with `target_modules` as the full names of the model's linear layers.
 
@@ -66,6 +69,7 @@ def fit_targets(
         model: With or without adapters.
         section: The section's name, for errors.
         heads: Names of modules that are trained in full.
+        quiet: Do not log which part of a mixture model gets no adapter.
 
     Raises:
         ConfigError: A name has no layer.
@@ -73,7 +77,8 @@ def fit_targets(
     layers = _linear_layers(model, heads)
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        _report_experts(model, section)
+        if not quiet:
+            _report_experts(model, section)
         return config.model_copy(update={"target_modules": tuple(layers)})
     if isinstance(targets, str) and not re.fullmatch(r"[\w.\-]+", targets):
         found = [name for name in layers if re.fullmatch(targets, name)]
@@ -136,11 +141,12 @@ def _linear_layers(model: Any, heads: Sequence[str]) -> list[str]:
     """Return the names of the linear layers that may get an adapter."""
     core = _without_adapters(model)
     adapted = [name for name, module in core.named_modules() if isinstance(module, BaseTunerLayer)]
-    inside = tuple(f"{name}." for name in (*adapted, *heads))
+    inside = tuple(f"{name}." for name in adapted)
     output = core.get_output_embeddings()
     layers: list[str] = []
     for name, module in core.named_modules():
-        if module is output or name in heads or name.startswith(inside):
+        in_head = any(f".{head}." in f".{name}." for head in heads)
+        if module is output or in_head or name.startswith(inside):
             continue
         layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(layer, nn.Linear | Conv1D) and not _is_read_by_kernel(core, name):

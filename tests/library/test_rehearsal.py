@@ -153,7 +153,7 @@ def test_a_decoder_that_forgets_and_scores_that_mix_rows_are_found(toy):
         norm.register_forward_hook(lambda _m, _i, out: out - out.mean((0, 1)))
     with pytest.raises(NotExact, match="apart"):
         check_policy(policy, prompts, tokenizer)
-    with pytest.raises(NotExact, match="rewards: .* apart"):
+    with pytest.raises(NotExact, match=r"rewards: .* apart"):
         check_scorer(scorer, prompts)
 
 
