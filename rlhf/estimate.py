@@ -188,12 +188,14 @@ def _adapter_parameters(config: Any, lora: LoraConfig) -> int:
     import peft
     from transformers import AutoModelForCausalLM
 
-    from rlhf.modeling.lora import lora_config
+    from rlhf.modeling.lora import fit_targets, lora_config, target_module_errors
 
     with torch.device("meta"):  # peft can't add an adapter to fake tensors
         model: Any = AutoModelForCausalLM.from_config(config)
         before = model.num_parameters()
-        adapted: Any = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
+        lora = fit_targets(lora, model, "ppo", quiet=True)
+        with target_module_errors("ppo", lora):
+            adapted: Any = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
         return sum(p.numel() for p in adapted.parameters()) - before
 
 

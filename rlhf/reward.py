@@ -38,6 +38,7 @@ from rlhf.modeling.classifier import (
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.lora import (
     ADAPTER_FOLDER,
+    fit_targets,
     lora_config,
     merge_adapter,
     save_adapter,
@@ -259,16 +260,16 @@ def _train(
     """Return the trained model, adapters not merged, and its curve."""
     callback = ProgressCallback(progress)
     head = trained_head(model)
-    adapter = lora_config(config.lora, "SEQ_CLS", head=head) if config.lora else None
+    lora = config.lora and fit_targets(config.lora, model, "reward_model", head)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
-        with target_module_errors("reward_model", config.lora):
+        with target_module_errors("reward_model", lora):
             trainer = _Trainer(
                 model=model,
                 args=TRLRewardConfig(**arguments, length_column_name="length"),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=renderer.tokenizer,
-                peft_config=adapter,
+                peft_config=lora_config(lora, "SEQ_CLS", head=head) if lora else None,
                 callbacks=[callback],
             )
         trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker

@@ -27,7 +27,7 @@ from rlhf.modeling.agreement import agreement, rows_of, testing
 from rlhf.modeling.base import context_length, load_base
 from rlhf.modeling.decoders import check_exactness
 from rlhf.modeling.device import prepare_device
-from rlhf.modeling.lora import lora_config, merge_adapter, target_module_errors
+from rlhf.modeling.lora import fit_targets, lora_config, merge_adapter, target_module_errors
 from rlhf.modeling.structure import argument_names, call, core_of, text_config
 from rlhf.modeling.tokenizer import set_ends
 from rlhf.modeling.weights import save_model
@@ -144,8 +144,9 @@ def _train(
 ) -> tuple[Any, list[dict[str, float]]]:
     """Return the trained model, adapters merged, and its curve."""
     callback = ProgressCallback(progress)
+    lora = config.lora and fit_targets(config.lora, model, "sft")
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
-        with target_module_errors("sft", config.lora):
+        with target_module_errors("sft", lora):
             trainer = _Trainer(
                 model=model,
                 args=TRLSFTConfig(
@@ -156,7 +157,7 @@ def _train(
                 ),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=renderer.tokenizer,
-                peft_config=lora_config(config.lora, "CAUSAL_LM") if config.lora else None,
+                peft_config=lora_config(lora, "CAUSAL_LM") if lora else None,
                 callbacks=[callback],
             )
         trainer.remove_callback(PrinterCallback)

@@ -43,6 +43,9 @@ WORDING = {
     "invalid_key": "is no name of a field; names are text",
 }
 
+#: Names of settings by which other tools quantise a base.
+_QUANTISATION = re.compile(r"quanti[sz]|qlora|load_in_\d|bnb_|nf4", re.IGNORECASE)
+
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     """Return the first problem of a configuration in one line.
@@ -82,24 +85,34 @@ def cure(field: str) -> str:
     """Return advice on a field that does not exist."""
     if field.startswith("ppo.env_config.") and (known := siblings(field)):
         return f"known are {', '.join(known)}"
+    if _QUANTISATION.search(field):
+        return (
+            "a base is not quantised here (no QLoRA); to save memory train adapters on one base, "
+            "with ppo.precision = bf16 and ppo.gradient_checkpointing (configs/lora.yaml)"
+        )
     near = nearest(field)
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 
 
-def advice(config: PipelineConfig) -> list[str]:
-    """Return one line for each value outside of its advised range, or without effect."""
-    return [*_unusual_values(config, ""), *_unused_limits(config)]
+def unusual_values(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield advice in one line on values outside of their advised range, or without effect.
+
+    Each comes with the dotted names of the values that it is about.
+    """
+    yield from _unusual_values(config, "")
+    yield from _unused_limits(config)
 
 
-def _unused_limits(config: PipelineConfig) -> Iterator[str]:
+def _unused_limits(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     drift = config.data.drift
     for name in ("veto", "trigger"):
-        limits = getattr(drift, name).model_dump()
-        values = [f"{measure} = {v:g}" for measure, v in limits.items() if v is not None]
-        if values and not drift.enabled:
+        limits = {k: v for k, v in getattr(drift, name).model_dump().items() if v is not None}
+        if limits and not drift.enabled:
+            field, values = f"data.drift.{name}", [f"{k} = {v:g}" for k, v in limits.items()]
             yield (
-                f"data.drift.{name} ({', '.join(values)}) has no effect, because "
-                "data.drift.enabled = false compares nothing; set it to true, or remove the limits"
+                ("data.drift.enabled", *(f"{field}.{measure}" for measure in limits)),
+                f"{field} ({', '.join(values)}) has no effect, because "
+                "data.drift.enabled = false compares nothing; set it to true, or remove the limits",
             )
 
 
@@ -117,7 +130,7 @@ def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
     return f" (from {' and '.join(origins)})" if origins else ""
 
 
-def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
+def _unusual_values(section: BaseModel, prefix: str) -> Iterator[tuple[tuple[str, ...], str]]:
     for name, field in type(section).model_fields.items():
         value: Any = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -128,7 +141,5 @@ def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
             continue
         low, high = cast("list[float]", extra["advised"])
         if not low <= value <= high:
-            yield (
-                f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
-                "keep it only if you mean it"
-            )
+            line = f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
+            yield (f"{prefix}{name}",), line + "keep it only if you mean it"

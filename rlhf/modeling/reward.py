@@ -343,12 +343,22 @@ def reward_meta(folder: Path | str) -> dict[str, Any]:
 def set_pooling(
     model: Any, folder: Path | str, renderer: Renderer, pooling: str | None = None
 ) -> None:
-    """Set a reward model's pooling and marker; without `pooling`, that of `rlhf.json`."""
+    """Set a reward model's pooling and marker; without `pooling`, that of `rlhf.json`.
+
+    Raises:
+        ConfigError: Replies are summed, and the tokenizer has no token that begins them.
+    """
     if isinstance(model, Whole):
         return
     model.pooling = pooling or reward_meta(folder).get("pooling", "last")
     if model.pooling == "sum":
         model.marker = renderer.tokenizer.get_vocab().get(ASSISTANT)
+        if model.marker is None:
+            raise ConfigError(
+                f"reward_model.pooling = 'sum' adds up a reply's tokens after {ASSISTANT}, and the "
+                f"tokenizer of {str(folder)!r} has no such token, so that the prompt would count "
+                "too; set reward_model.pooling to last"
+            )
 
 
 def pad_right(

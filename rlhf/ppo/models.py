@@ -42,6 +42,7 @@ from rlhf.modeling.lora import (
     REWARD,
     active_adapter,
     copy_adapter,
+    fit_targets,
     lora_config,
     target_module_errors,
 )
@@ -318,8 +319,9 @@ def _load_policy_and_reference(config: PPOConfig, sft: Path) -> tuple[Any, Any]:
     policy = load_policy(sft)
     if not config.lora:
         return policy, freeze(load_policy(sft))
-    with target_module_errors("ppo", config.lora):
-        adapted = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+    lora = fit_targets(config.lora, policy, "ppo")
+    with target_module_errors("ppo", lora):
+        adapted = peft.get_peft_model(policy, lora_config(lora, "CAUSAL_LM", dropout=0.0))
     return adapted, None
 
 
@@ -334,7 +336,9 @@ def _load_critic(
         return HeadCritic(hidden_width(policy))
     if config.critic == "adapter":
         assert config.lora is not None
-        policy.add_adapter(CRITIC, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+        lora = fit_targets(config.lora, policy, "ppo")
+        with target_module_errors("ppo", lora):
+            policy.add_adapter(CRITIC, lora_config(lora, "CAUSAL_LM", dropout=0.0))
         return AdapterCritic(policy)
     if scorer is None or reward_model is None:
         raise ConfigError(

@@ -101,5 +101,5 @@ def test_a_foreign_tokenizer_scores_but_is_no_critic(train, toy):
 
 
 def test_adapters_for_modules_that_the_policy_has_not(train):
-    with pytest.raises(ConfigError, match=r"^ppo\.lora\.target_modules = 'nope' does not fit"):
+    with pytest.raises(ConfigError, match=r"^ppo\.lora\.target_modules = 'nope': this model"):
         train(lora={"target_modules": "nope"})
