@@ -20,7 +20,7 @@ from transformers import (
 from rlhf.config import ArchitectureConfig, BaseModelConfig
 from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
 from rlhf.errors import ConfigError
-from rlhf.files import expand_home
+from rlhf.modeling.pretrained import load_pretrained, loading_error
 
 #: Context length of a model that sets no limit, such as one with relative positions.
 UNBOUNDED = 2**31 - 1
@@ -34,8 +34,8 @@ def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple
     """
     if config.path is None:
         return from_scratch(config.architecture, texts, seed)
-    model = load_policy(config.path, config.revision)
-    tokenizer = load_tokenizer(config.path, config.revision)
+    model = load_policy(config.path, config.revision, field="base.path")
+    tokenizer = load_tokenizer(config.path, config.revision, field="base.path")
     fit_embeddings(model, tokenizer)
     return model, tokenizer
 
@@ -90,12 +90,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return fast
 
 
-def load_policy(folder: Path | str, revision: str | None = None) -> Any:
+def load_policy(
+    folder: Path | str, revision: str | None = None, *, field: str | None = None
+) -> Any:
     """Load a causal language model in float32; see `load_pretrained`."""
-    return load_pretrained(AutoModelForCausalLM.from_pretrained, folder, revision)
+    return load_pretrained(AutoModelForCausalLM.from_pretrained, folder, revision, field=field)
 
 
-def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
+def load_tokenizer(
+    folder: Path | str, revision: str | None = None, *, field: str | None = None
+) -> Any:
     """Load a tokenizer; add a chat template and a pad token if they are missing.
 
     A pad token equal to eos is replaced. The new one may lie beyond the model's embeddings: see
@@ -108,7 +112,7 @@ def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
-        raise loading_error(folder, error) from error
+        raise loading_error(folder, error, field) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model {str(folder)!r}: its tokenizer has no eos_token, so no reply could end; "
@@ -119,39 +123,6 @@ def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
-
-
-def load_pretrained(loader: Any, folder: Path | str, revision: str | None) -> Any:
-    """Load in float32, from safetensors only, without running code from a hub.
-
-    Args:
-        loader: The `from_pretrained` of a transformers class.
-        folder: Local folder or hub id.
-        revision: Of a hub model; None is the newest.
-
-    Raises:
-        ConfigError: The model can't be loaded.
-    """
-    extra = {"revision": revision} if revision else {}
-    try:
-        return loader(
-            str(expand_home(folder)) if str(folder).startswith("~") else str(folder),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **extra,
-        )
-    except (OSError, ValueError) as error:
-        raise loading_error(folder, error) from error
-
-
-def loading_error(folder: Path | str, error: Exception) -> ConfigError:
-    """Return the ConfigError for a model that transformers can't load."""
-    return ConfigError(
-        f"model {str(folder)!r} (base.path or a reward model's) can't be "
-        f"loaded ({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, s3://bucket/"
-        "prefix or a local folder with config.json, a tokenizer and safetensors"
-    )
 
 
 def fit_embeddings(model: Any, tokenizer: Any) -> None:

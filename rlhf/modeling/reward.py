@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
-from rlhf.modeling.base import context_length, load_pretrained, loading_error
+from rlhf.modeling.base import context_length
 from rlhf.modeling.device import upload
 from rlhf.modeling.lora import (
     ADAPTER_FOLDER,
@@ -34,6 +33,7 @@ from rlhf.modeling.lora import (
 )
 from rlhf.modeling.packed import arguments_of, backbone_of, packs, position_ids
 from rlhf.modeling.precision import Precision, autocast, in_own_precision, store_in_bfloat16
+from rlhf.modeling.pretrained import load_pretrained, loading_error
 from rlhf.modeling.weights import save_model, weights_digest
 
 #: File beside the weights.
@@ -73,7 +73,11 @@ def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | Non
         )
     classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     pooled = type(classifier.__name__, (_Pooled, classifier), {})
-    model = _quiet_load(pooled, folder, config)
+    model = load_pretrained(
+        lambda path, **options: pooled.from_pretrained(path, config=config, **options),
+        folder,
+        other_head=not is_classifier,
+    )
     if not is_classifier:
         torch.nn.init.zeros_(model.score.weight)
     model.config.pad_token_id = renderer.tokenizer.pad_token_id
@@ -344,15 +348,3 @@ class _Pooled:
             logits=scores[:, None],  # pyright: ignore[reportArgumentType]
             hidden_states=(hidden,),
         )
-
-
-def _quiet_load(model_class: Any, folder: Path | str, config: Any) -> Any:
-    """Load a model without the warning about a head that is new on purpose."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        return load_pretrained(
-            lambda path, **kw: model_class.from_pretrained(path, config=config, **kw), folder, None
-        )
-    finally:
-        transformers_logging.set_verbosity(level)

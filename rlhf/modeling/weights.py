@@ -1,27 +1,77 @@
-"""Weight files: safetensors in shards of bounded size, digest of weights.
+"""Weight files: safetensors in shards of bounded size, their dtypes, digest of weights.
 
 After a broken transfer only the shards that are missing are sent again.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.files import files_sha256
+from rlhf.modeling.generation_config import make_savable
+from rlhf.modeling.headers import Header
+
+log = logging.getLogger(__name__)
 
 #: Bytes of tensors in one file; a larger tensor has a file of its own. The next file is hashed
 #: while one is sent to a store: one file of 1 GB takes an eighth longer than two of 0.5 GB.
 MAX_SHARD = 500_000_000
 
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredDtypes:
+    """Dtypes in which a model's weights are stored: that of most, and those of single tensors.
+
+    A tensor is found by its name, or by its end from the numbered layer on: transformers may
+    rename a weight while loading.
+    """
+
+    main: torch.dtype
+    tensors: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, headers: Mapping[str, Header]) -> StoredDtypes:
+        """Read them from headers; what is no 16-bit float is float32, as in training."""
+        sizes: dict[torch.dtype, int] = {}
+        tensors: dict[str, torch.dtype] = {}
+        ends: dict[str, set[torch.dtype]] = {}
+        for name, header in headers.items():
+            dtype = _DTYPES.get(header.dtype, torch.float32)
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(header.shape)
+            tensors[name] = dtype
+            ends.setdefault(_end(name), set()).add(dtype)
+        unique = {end: next(iter(dtypes)) for end, dtypes in ends.items() if len(dtypes) == 1}
+        return cls(max(sizes, key=lambda dtype: sizes[dtype]), {**unique, **tensors})
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        return self.tensors.get(name) or self.tensors.get(_end(name), self.main)
+
 
 def save_model(model: Any, folder: Path) -> None:
-    """Save a model by transformers, in shards; its default is one file up to 50 GB."""
+    """Save a model by transformers, in shards; its default is one file up to 50 GB.
+
+    A pretrained model's weights are written in the dtypes of its files (`stored_dtypes`), to which
+    they are rounded in place, each once. float16 is left for float32 where a weight has outgrown
+    it. Only a generation config that transformers would refuse is repaired.
+    """
+    stored: StoredDtypes | None = getattr(model, "stored_dtypes", None)
+    make_savable(model)
+    dtype = _round(model, stored) if stored else model.dtype
     model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    if model.dtype != dtype:  # transformers writes down that of the first weight
+        _set_dtype(model.config, dtype)
+        model.config.save_pretrained(folder)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None:
@@ -54,6 +104,42 @@ def shards_of(folder: Path, name: str) -> list[Path]:
 def weights_digest(folder: Path) -> str:
     """Return the hex sha256 of a model folder's safetensors, ordered by name."""
     return files_sha256((path.name, path) for path in sorted(folder.glob("*.safetensors")))
+
+
+def _round(model: Any, stored: StoredDtypes) -> torch.dtype:
+    """Convert a model's weights to the dtypes of its files, in place; return the main one."""
+    saved = model.state_dict()
+    weights = [
+        (name, weight)
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]
+        if name in saved and weight.is_floating_point()
+    ]
+    limit = torch.finfo(torch.float16).max
+    for name, weight in weights:
+        if stored[name] == torch.float16 and weight.abs().max() > limit:
+            log.warning("published in float32: weight %s has outgrown float16", name)
+            stored = StoredDtypes(torch.float32)
+            break
+    for name, weight in weights:
+        weight.data = weight.data.to(stored[name])
+    _set_dtype(model.config, stored.main)
+    return stored.main
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Set the dtype that a configuration and its parts state."""
+    config.dtype = dtype
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            _set_dtype(part, dtype)
+
+
+def _end(name: str) -> str:
+    """Return the end of a weight's name, from its numbered layer on."""
+    parts = name.split(".")
+    layer = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[max(0, layer - 1) :])
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
