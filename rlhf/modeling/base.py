@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,7 +19,8 @@ from transformers import (
 from rlhf.config import ArchitectureConfig, BaseModelConfig
 from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
 from rlhf.errors import ConfigError
-from rlhf.modeling.pretrained import load_pretrained, loading_error
+from rlhf.modeling.pretrained import load_causal, loading_error
+from rlhf.modeling.weights import set_save_dtype
 
 #: Context length of a model that sets no limit, such as one with relative positions.
 UNBOUNDED = 2**31 - 1
@@ -33,10 +33,12 @@ def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple
         ConfigError: `base.path` can't be loaded, or its tokenizer has no end-of-text token.
     """
     if config.path is None:
-        return from_scratch(config.architecture, texts, seed)
-    model = load_policy(config.path, config.revision, field="base.path")
-    tokenizer = load_tokenizer(config.path, config.revision, field="base.path")
-    fit_embeddings(model, tokenizer)
+        model, tokenizer = from_scratch(config.architecture, texts, seed)
+    else:
+        model = load_policy(config.path, config.revision, field="base.path")
+        tokenizer = load_tokenizer(config.path, config.revision, field="base.path")
+        fit_embeddings(model, tokenizer)
+    set_save_dtype(model, config.save_dtype)
     return model, tokenizer
 
 
@@ -93,8 +95,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_policy(
     folder: Path | str, revision: str | None = None, *, field: str | None = None
 ) -> Any:
-    """Load a causal language model in float32; see `load_pretrained`."""
-    return load_pretrained(AutoModelForCausalLM.from_pretrained, folder, revision, field=field)
+    """Load a causal language model in float32; see `rlhf.modeling.pretrained`."""
+    return load_causal(folder, revision, field=field)
 
 
 def load_tokenizer(

@@ -28,6 +28,14 @@ from rlhf.modeling.weights import StoredDtypes
 
 Fail = Callable[[str], ConfigError]
 
+#: Options of every loading.
+_LOADING: dict[str, Any] = {
+    "dtype": torch.float32,
+    "output_loading_info": True,
+    # Otherwise it raises, with the shapes in a table on the console alone.
+    "ignore_mismatched_sizes": True,
+}
+
 #: Heads other than that of a causal language model, by the end of an architecture's name.
 _OTHER_TASKS = (
     "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering",
@@ -66,7 +74,7 @@ def load_pretrained(
     `model.stored_dtypes` holds the dtypes of the files, in which `save_model` writes them.
 
     Args:
-        loader: The `from_pretrained` of a transformers class.
+        loader: The `from_pretrained` of a transformers class with a `config` of its own.
         folder: Local folder or hub id.
         revision: Of a hub model; None is the newest.
         field: The setting that names the model, for errors.
@@ -79,28 +87,27 @@ def load_pretrained(
     path, fail = find_model(folder, revision, field)
     headers = _headers(path, fail)
     with _loading_errors(folder, field):
-        model, info = loader(
-            str(path),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            # Raises otherwise, with the shapes in a table on the console alone.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    _refuse_unfit(model, info, fail, other_head)
-    _refuse_untied(model, fail)
+        # First without weights: those that don't fit would be drawn at random, which takes long.
+        _check(loader, headers, fail, other_head)
+        model, info = loader(str(path), use_safetensors=True, trust_remote_code=False, **_LOADING)
+    _refuse_unfit(model, info, headers, fail, other_head)
     _refuse_not_finite(model, fail)
     model.stored_dtypes = StoredDtypes.of(headers)
     return model
 
 
+def load_causal(
+    folder: Path | str, revision: str | None = None, *, field: str | None = None
+) -> Any:
+    """Load a causal language model as `load_pretrained` does."""
+    path, fail = find_model(folder, revision, field)
+    with _loading_errors(folder, field):
+        loader = _causal_loader(path, fail)
+    return load_pretrained(loader, folder, revision, field=field)
+
+
 def check_weights(
-    folder: Path | str,
-    *,
-    field: str | None = None,
-    model_class: Any = None,
-    other_head: bool = False,
+    folder: Path | str, loader: Any = None, *, field: str | None = None, other_head: bool = False
 ) -> Any:
     """Check that a local model's weights fit its configuration, without reading them.
 
@@ -110,8 +117,8 @@ def check_weights(
 
     Args:
         folder: The model's files.
+        loader: As for `load_pretrained`; None is that of the causal language model.
         field: The setting that names the model, for errors.
-        model_class: The transformers class to load; None is the causal language model.
         other_head: As for `load_pretrained`.
 
     Returns:
@@ -123,22 +130,7 @@ def check_weights(
     path, fail = find_model(folder, None, field)
     headers = _headers(path, fail)
     with _loading_errors(folder, field):
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    if model_class is None:
-        model_class, config = _causal_class(config, fail)
-    with _loading_errors(folder, field):
-        model, info = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict={name: _meta(header) for name, header in headers.items()},
-            device_map={"": "meta"},
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    _refuse_unfit(model, info, fail, other_head)
-    _refuse_different_ties(model, headers, fail)
-    _refuse_packed(model, headers, fail)
+        model = _check(loader or _causal_loader(path, fail), headers, fail, other_head)
     model.stored_dtypes = StoredDtypes.of(headers)
     return model
 
@@ -189,12 +181,23 @@ def _headers(path: Path, fail: Fail) -> dict[str, Header]:
         raise fail(str(error)) from None
 
 
-def _causal_class(config: Any, fail: Fail) -> tuple[Any, Any]:
-    """Return what AutoModelForCausalLM would load: a class, and the configuration for it.
+def _check(loader: Any, headers: Mapping[str, Header], fail: Fail, other_head: bool) -> Any:
+    """Load a model on the meta device from names and shapes; return it if they fit."""
+    tensors = {name: _meta(header) for name, header in headers.items()}
+    model, info = loader(None, state_dict=tensors, device_map={"": "meta"}, **_LOADING)
+    _refuse_unfit(model, info, headers, fail, other_head)
+    _refuse_different_ties(model, headers, fail)
+    _refuse_packed(model, headers, fail)
+    return model
+
+
+def _causal_loader(path: Path, fail: Fail) -> Any:
+    """Return the loader of the class that AutoModelForCausalLM would choose.
 
     Raises:
         ConfigError: The architecture is of another task, or has no causal language model.
     """
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     refuse_other_task(config, fail)
     try:
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -210,7 +213,7 @@ def _causal_class(config: Any, fail: Fail) -> tuple[Any, Any]:
     text = config.sub_configs.get("text_config")
     if text is not None and model_class.config_class == text:
         config = config.get_text_config()
-    return model_class, config
+    return lambda name, **options: model_class.from_pretrained(name, config=config, **options)
 
 
 def refuse_other_task(config: Any, fail: Fail) -> None:
@@ -245,21 +248,31 @@ def _loading_errors(folder: Path | str, field: str | None) -> Iterator[None]:
 
 
 def _refuse_unfit(
-    model: Any, info: Mapping[str, Collection[Any]], fail: Fail, other_head: bool
+    model: Any,
+    info: Mapping[str, Collection[Any]],
+    headers: Mapping[str, Header],
+    fail: Fail,
+    other_head: bool,
 ) -> None:
     """Refuse weights that the model does not know, lacks, or has in another shape.
 
     Args:
         model: The loaded model.
         info: What transformers reports: missing_keys, unexpected_keys and mismatched_keys.
+        headers: Of the files.
         fail: Makes the error.
         other_head: Leave out heads.
     """
-    unused = {key for key in info["unexpected_keys"] if not _is_ignored(model, key)}
+    masks = {name for name, header in headers.items() if _is_causal_mask(header.shape)}
+    unused = {
+        key
+        for key in info["unexpected_keys"]
+        if not (_is_ignored(model, key) or key.endswith(tuple(masks)))
+    }
     missing, wrong = set(info["missing_keys"]), set(info["mismatched_keys"])
     if other_head:
         backbone = f"{model.base_model_prefix}."
-        unused = {key for key in unused if _NUMBERED.search(key)}
+        unused = {k for k in unused if k.startswith(backbone) or _NUMBERED.search(k)}
         missing = {k for k in missing if k.startswith(backbone) and not _POOLER.search(k)}
     if not (unused or missing or wrong):
         return
@@ -270,6 +283,11 @@ def _refuse_unfit(
         f"its weights don't fit {type(model).__name__} as its {CONFIG} describes it ({problems}); "
         f"{_cure(model, unused, missing, wrong)}"
     )
+
+
+def _is_causal_mask(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape is that of the masks that GPT-2's kind used to store."""
+    return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
 
 
 def _is_ignored(model: Any, key: str) -> bool:
@@ -315,19 +333,13 @@ def _cure(
     return f"restore the {CONFIG} that was saved with these weights, or copy all files again"
 
 
-def _refuse_untied(model: Any, fail: Fail) -> None:
-    """Refuse a model whose configuration ties weights that differ in its files.
-
-    transformers then leaves them apart, and other programs that read the files do not.
-    """
-    for target, source in _ties(model).items():
-        if model.get_parameter(target) is not model.get_parameter(source):
-            raise _different(target, source, fail)
-
-
 def _refuse_different_ties(model: Any, headers: Mapping[str, Header], fail: Fail) -> None:
-    """As `_refuse_untied`, before loading: compares weights that are tied and both stored."""
-    for target, source in _ties(model).items():
+    """Refuse weights that the configuration ties, and the files hold apart and different.
+
+    transformers would leave them apart, and other programs that read the files would not.
+    """
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for target, source in ties.items():
         both = [
             next((key for key in headers if f".{key}".endswith(f".{name}")), None)
             for name in (target, source)
@@ -336,19 +348,11 @@ def _refuse_different_ties(model: Any, headers: Mapping[str, Header], fail: Fail
             continue
         one, other = (_read(key, headers[key]) for key in both if key)
         if one.shape != other.shape or not torch.equal(one, other):
-            raise _different(target, source, fail)
-
-
-def _ties(model: Any) -> dict[str, str]:
-    """Return the names of weights that the configuration ties, each with its source's name."""
-    return model.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-def _different(target: str, source: str, fail: Fail) -> ConfigError:
-    return fail(
-        f"its {CONFIG} ties {target} to {source}, and the files hold two that differ; set "
-        "tie_word_embeddings to false if both are meant, or save the model again without the first"
-    )
+            raise fail(
+                f"its {CONFIG} ties {target} to {source}, and the files hold two that differ; set "
+                "tie_word_embeddings to false if both are meant, or save the model again without "
+                "the first"
+            )
 
 
 def _read(name: str, header: Header) -> Tensor:

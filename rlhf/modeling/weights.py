@@ -58,6 +58,12 @@ class StoredDtypes:
         return self.tensors.get(name) or self.tensors.get(_end(name), self.main)
 
 
+def set_save_dtype(model: Any, dtype: str) -> None:
+    """Set the dtype in which `save_model` writes a model; `auto` leaves that of its files."""
+    if dtype != "auto":
+        model.stored_dtypes = StoredDtypes(getattr(torch, dtype))
+
+
 def save_model(model: Any, folder: Path) -> None:
     """Save a model by transformers, in shards; its default is one file up to 50 GB.
 
