@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -165,13 +166,16 @@ def failing(folder: Path | str, field: str | None = None) -> Fail:
 
 def loading_error(folder: Path | str, error: Exception, field: str | None = None) -> ConfigError:
     """Return the ConfigError for a model or tokenizer that transformers can't load."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # Errors of one field name it on the first line, and the reason on the second.
-    reason = " ".join(lines[:2])[:240] or type(error).__name__
     return failing(folder, field)(
-        f"can't be loaded ({reason}); give a hub id, artifact:<digest>, s3://bucket/"
+        f"can't be loaded ({_reason(error)}); give a hub id, artifact:<digest>, s3://bucket/"
         "prefix or a local folder with config.json, a tokenizer and safetensors"
     )
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Errors of one field name it on the first line, and the reason on the second.
+    return " ".join(lines[:2])[:200] or type(error).__name__
 
 
 def _headers(path: Path, fail: Fail) -> dict[str, Header]:
@@ -242,7 +246,11 @@ def _loading_errors(folder: Path | str, field: str | None) -> Iterator[None]:
     except (ConfigError, MemoryError):
         raise
     except Exception as error:  # a broken configuration raises any class
-        raise loading_error(folder, error, field) from error
+        raise failing(folder, field)(
+            f"can't be loaded by transformers {transformers.__version__} ({_reason(error)}); "
+            f"restore the {CONFIG} that was saved with its weights, or update transformers if the "
+            "model is newer"
+        ) from error
     finally:
         transformers_logging.set_verbosity(level)
 
@@ -281,7 +289,7 @@ def _refuse_unfit(
     problems = "; ".join(f"{title}: {_first(keys)}" for title, keys in lists.items() if keys)
     raise fail(
         f"its weights don't fit {type(model).__name__} as its {CONFIG} describes it ({problems}); "
-        f"{_cure(model, unused, missing, wrong)}"
+        f"{_cure(model, headers, unused, missing, wrong)}"
     )
 
 
@@ -310,7 +318,11 @@ def _first(keys: Collection[str]) -> str:
 
 
 def _cure(
-    model: Any, unused: Collection[str], missing: Collection[str], wrong: Collection[Any]
+    model: Any,
+    headers: Collection[str],
+    unused: Collection[str],
+    missing: Collection[str],
+    wrong: Collection[Any],
 ) -> str:
     """Return what to do about weights that don't fit."""
     for prefix, cure in _WRAPPERS.items():
@@ -319,18 +331,43 @@ def _cure(
     heads = ("score.", "classifier.", "classification_head.", "v_head.", "value_head.", "summary.")
     if any(key.startswith(heads) for key in unused):
         return "give the language model that this classifier was made from"
-    if missing and not unused and not any(_NUMBERED.search(key) for key in missing):
+    again = "copy or download all of the model's files again"
+    if wrong:
+        return f"restore the {CONFIG} that was saved with these weights, or {again}"
+    if unused and missing:
         return (
-            f"copy the file that holds them; if the head shares the weights of the embedding, set "
-            f"tie_word_embeddings to true in {CONFIG}"
+            f"their names are not those of {type(model).__name__}; save it with its save_pretrained"
         )
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if layers and not wrong:
+    return _cure_of_layers(model, headers, {*unused, *missing}) or (
+        f"remove them, or restore the {CONFIG} that was saved with them" if unused else again
+    )
+
+
+def _cure_of_layers(model: Any, headers: Collection[str], keys: Collection[str]) -> str:
+    """Return the cure where whole layers are missing or too many, or the head is missing."""
+    again = "copy or download all of the model's files again"
+    head = model.get_output_embeddings()
+    names = {f"{name}." for name, module in model.named_modules() if module is head}
+    if head is not None and all(key.startswith(tuple(names)) for key in keys):
         return (
-            f"copy all of the model's files again, or correct num_hidden_layers = {layers} in "
-            f"{CONFIG}"
+            f"{again}; if its head shares the weights of the embedding, set tie_word_embeddings to "
+            f"true in {CONFIG}"
         )
-    return f"restore the {CONFIG} that was saved with these weights, or copy all files again"
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0
+    stored = {layer for layer in map(_layer, headers) if layer is not None}
+    concerned = {_layer(key) for key in keys}
+    if stored == set(range(len(stored))) and stored ^ set(range(layers)) == concerned:
+        return (
+            f"{again}, or correct num_hidden_layers = {layers} in {CONFIG} if the model has "
+            f"{len(stored)}"
+        )
+    return ""
+
+
+def _layer(key: str) -> int | None:
+    """Return the number of a weight's layer; None outside of layers."""
+    match = _NUMBERED.search(key)
+    return int(match[0].strip(".")) if match else None
 
 
 def _refuse_different_ties(model: Any, headers: Mapping[str, Header], fail: Fail) -> None:

@@ -159,23 +159,23 @@ def tied_but_different(folder: Path) -> None:
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
-LACKS_A_LAYER = r"missing: model\.layers\.1\.\S+, model\.layers\.1\.\S+ and 7 more\); copy all"
+LACKS_A_LAYER = r"missing: model\.layers\.1\.\S+, model\.layers\.1\.\S+ and 7 more\); .*num_hidden_layers = 2 .*has 1$"
 
 #: Damage by name: what is done to a whole model, and what the error says.
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "compiled": (prefix("_orig_mod."), r"unknown to it: _orig_mod\.\S+.*save its `_orig_mod`"),
     "ddp": (prefix("module."), r"unknown to it: module\.\S+.*save its `module`"),
     "peft": (prefix("base_model.model."), r"unknown to it: base_model\.\S+.*merge_and_unload\(\)"),
-    "prefix": (prefix("llm."), r"LlamaForCausalLM .*unknown to it: llm\.\S+.*missing: "),
+    "prefix": (prefix("llm."), r"LlamaForCausalLM .*unknown to it: llm\.\S+.*missing: .*save it with its save_pretrained"),
     "layer": (without("layers.1."), LACKS_A_LAYER),
-    "weight": (without("1.mlp.up"), rf"missing: {UP}\); copy"),
+    "weight": (without("1.mlp.up"), rf"missing: {UP}\); copy or download all of the model's files again$"),
     "head": (without("lm_head"), r"missing: lm_head\.weight\).*set tie_word_embeddings to true"),
     "extra layers": (
-        config(num_hidden_layers=1), r"unknown to it: model\.layers\.1\..*correct num_hidden_layers = 1"
+        config(num_hidden_layers=1), r"unknown to it: model\.layers\.1\..*correct num_hidden_layers = 1 .*has 2$"
     ),
     "extra weight": (
         lambda f: edit(f, lambda w: w.update({"model.extra.weight": torch.ones(2)})),
-        r"unknown to it: model\.extra\.weight\)",
+        r"unknown to it: model\.extra\.weight\); remove them",
     ),
     "shapes": (
         config(intermediate_size=8),
