@@ -139,9 +139,7 @@ class TestLoadBase:
     @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-folder"])
     def test_missing_folder(self, name, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(
-            ConfigError, match=rf"base\.path = .{name}.: no .*give a"
-        ):
+        with pytest.raises(ConfigError, match=rf"base\.path = .{name}.: no .*give a"):
             self.load(name)
 
     def test_pickled_weights_are_not_read(self, fresh, copy_of):
