@@ -25,7 +25,7 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.generation_config import check_generation_config
 from rlhf.modeling.headers import FLOATS, DamagedWeights, Header, read_headers
 from rlhf.modeling.source import CONFIG, ExternalModel
-from rlhf.modeling.weights import StoredDtypes
+from rlhf.modeling.weights import StoredDtypes, remember_weights
 
 Fail = Callable[[str], ConfigError]
 
@@ -94,6 +94,7 @@ def load_pretrained(
     _refuse_unfit(model, info, headers, fail, other_head)
     _refuse_not_finite(model, fail)
     model.stored_dtypes = StoredDtypes.of(headers)
+    remember_weights(model)
     return model
 
 

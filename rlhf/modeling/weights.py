@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 #: while one is sent to a store: one file of 1 GB takes an eighth longer than two of 0.5 GB.
 MAX_SHARD = 500_000_000
 
+#: Weights that are remembered from loading, to measure what rounding takes from training.
+_SAMPLE = 1_000_000
+
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -62,6 +65,16 @@ def set_save_dtype(model: Any, dtype: str) -> None:
     """Set the dtype in which `save_model` writes a model; `auto` leaves that of its files."""
     if dtype != "auto":
         model.stored_dtypes = StoredDtypes(getattr(torch, dtype))
+
+
+def remember_weights(model: Any) -> None:
+    """Remember a sample of a model's weights as they were loaded, 4 MB at most.
+
+    `save_model` warns by it if rounding takes most of what training changed.
+    """
+    weights = [(n, w) for n, w in model.named_parameters() if w.is_floating_point()]
+    step = 1 + sum(weight.numel() for _, weight in weights) // _SAMPLE
+    model.loaded_sample = step, {n: w.detach().flatten()[::step].clone() for n, w in weights}
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -126,10 +139,34 @@ def _round(model: Any, stored: StoredDtypes) -> torch.dtype:
             log.warning("published in float32: weight %s has outgrown float16", name)
             stored = StoredDtypes(torch.float32)
             break
+    _warn_of_loss(model, stored)
     for name, weight in weights:
         weight.data = weight.data.to(stored[name])
     _set_dtype(model.config, stored.main)
     return stored.main
+
+
+def _warn_of_loss(model: Any, stored: StoredDtypes) -> None:
+    """Warn if rounding takes more than a tenth of what training changed.
+
+    The share that is kept is that of the rounded change along the change, a projection.
+    """
+    step, sample = getattr(model, "loaded_sample", (1, {}))
+    kept = changed = 0.0
+    parameters = dict(model.named_parameters())
+    for name in sample.keys() & parameters.keys():
+        before = sample[name]
+        after = parameters[name].detach().flatten()[::step][: len(before)].cpu().double()
+        start = before[: len(after)].cpu().double()
+        change = after - start
+        kept += float((after.to(stored[name]).double() - start) @ change)
+        changed += float(change @ change)
+    if changed and kept < 0.9 * changed:
+        log.warning(
+            "about %.0f %% of what training changed is less than %s resolves, and not in the "
+            "published weights; raise the learning rate, or set base.save_dtype to float32",
+            100 * (1 - kept / changed), str(stored.main).removeprefix("torch."),
+        )  # fmt: skip
 
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> None:

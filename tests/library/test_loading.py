@@ -377,7 +377,8 @@ def test_an_odd_base_loads_and_is_published_again(name, base, tmp_path):
     ExternalModel("base.path", str(base)).check()
     assert check_weights(base).stored_dtypes.main == torch.bfloat16
     model, tokenizer = load_base(BaseModelConfig(path=str(base)), [], 0)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id  # as every trainer does
+    # Trainers change it; transformers then refuses to save one that contradicts itself.
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
     save_model(model, tmp_path / "out")
     assert torch.equal(logits(tmp_path / "out")[..., :270], before[..., :270])
 
@@ -505,3 +506,14 @@ def test_weights_that_outgrow_float16_are_published_in_float32(base, tmp_path, c
     assert dtypes(tmp_path / "full") == {torch.float32}
     assert "weight lm_head.weight has outgrown float16" in caplog.text
     assert json.loads((tmp_path / "full" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_training_that_rounding_takes_is_said(base, tmp_path, caplog):
+    # 1/512 of a weight is half of the distance to the next number of bfloat16.
+    for factor, lost in ((1 + 2**-12, True), (1.5, False)):
+        caplog.clear()
+        model = load_policy(base)
+        model.get_parameter(UP).data.mul_(factor)
+        save_model(model, tmp_path / str(factor))
+        assert ("about 100 % of what training changed is less than bfloat16" in caplog.text) == lost
+        assert torch.equal(toys.weights(tmp_path / str(factor))[UP], toys.weights(base)[UP]) == lost
