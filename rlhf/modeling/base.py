@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoTokenizer,
+    AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from rlhf.config import ArchitectureConfig, BaseModelConfig
-from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
-from rlhf.errors import ConfigError
+from rlhf.data.rendering import END, PAD, SPECIAL_TOKENS, TEMPLATE
 from rlhf.modeling.pretrained import load_causal, loading_error
+from rlhf.modeling.structure import context_of
+from rlhf.modeling.tokenizer import fit_embeddings, load_tokenizer_and_ends, set_ends
 from rlhf.modeling.weights import set_save_dtype
 
 #: Context length of a model that sets no limit, such as one with relative positions.
@@ -36,8 +37,9 @@ def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple
         model, tokenizer = from_scratch(config.architecture, texts, seed)
     else:
         model = load_policy(config.path, config.revision, field="base.path")
-        tokenizer = load_tokenizer(config.path, config.revision, field="base.path")
+        tokenizer, ends = load_tokenizer_and_ends(config.path, config.revision)
         fit_embeddings(model, tokenizer)
+        set_ends(model, ends)
     set_save_dtype(model, config.save_dtype)
     return model, tokenizer
 
@@ -99,41 +101,19 @@ def load_policy(
     return load_causal(folder, revision, field=field)
 
 
-def load_tokenizer(
-    folder: Path | str, revision: str | None = None, *, field: str | None = None
-) -> Any:
-    """Load a tokenizer; add a chat template and a pad token if they are missing.
-
-    A pad token equal to eos is replaced. The new one may lie beyond the model's embeddings: see
-    `fit_embeddings`.
-
-    Raises:
-        ConfigError: The tokenizer can't be loaded, or it has no end-of-text token.
-    """
-    extra = {"revision": revision} if revision else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **extra)
-    except (OSError, ValueError) as error:
-        raise loading_error(folder, error, field) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model {str(folder)!r}: its tokenizer has no eos_token, so no reply could end; "
-            "set one in the model's tokenizer_config.json"
-        )
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD})
-    return tokenizer
-
-
-def fit_embeddings(model: Any, tokenizer: Any) -> None:
-    """Add embeddings for tokens beyond the model's vocabulary, and set its pad token."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
 def context_length(model: Any) -> int:
     """Return a model's context length in tokens, `UNBOUNDED` if it sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
+    return int(min(context_of(model.config), UNBOUNDED))
+
+
+def folder_context(folder: Path | str) -> int:
+    """Return the context length of a model's folder, without loading its weights.
+
+    Raises:
+        ConfigError: Its configuration can't be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise loading_error(folder, error) from error
+    return int(min(context_of(config), UNBOUNDED))

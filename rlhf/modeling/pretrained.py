@@ -69,6 +69,7 @@ def load_pretrained(
     *,
     field: str | None = None,
     other_head: bool = False,
+    spare: re.Pattern[str] | None = None,
 ) -> Any:
     """Load in float32, from safetensors only, without running code from a hub.
 
@@ -80,6 +81,7 @@ def load_pretrained(
         revision: Of a hub model; None is the newest.
         field: The setting that names the model, for errors.
         other_head: The files may lack the class's head, and hold another one instead.
+        spare: Names of weights in the files that the class may leave unused.
 
     Raises:
         ConfigError: The model can't be loaded, its weights don't fit its configuration, or one is
@@ -89,9 +91,9 @@ def load_pretrained(
     headers = _headers(path, fail)
     with _loading_errors(folder, field):
         # First without weights: those that don't fit would be drawn at random, which takes long.
-        _check(loader, headers, fail, other_head)
+        _check(loader, headers, fail, other_head, spare)
         model, info = loader(str(path), use_safetensors=True, trust_remote_code=False, **_LOADING)
-    _refuse_unfit(model, info, headers, fail, other_head)
+    _refuse_unfit(model, info, headers, fail, other_head, spare)
     _refuse_not_finite(model, fail)
     model.stored_dtypes = StoredDtypes.of(headers)
     remember_weights(model)
@@ -186,11 +188,17 @@ def _headers(path: Path, fail: Fail) -> dict[str, Header]:
         raise fail(str(error)) from None
 
 
-def _check(loader: Any, headers: Mapping[str, Header], fail: Fail, other_head: bool) -> Any:
+def _check(
+    loader: Any,
+    headers: Mapping[str, Header],
+    fail: Fail,
+    other_head: bool,
+    spare: re.Pattern[str] | None = None,
+) -> Any:
     """Load a model on the meta device from names and shapes; return it if they fit."""
     tensors = {name: _meta(header) for name, header in headers.items()}
     model, info = loader(None, state_dict=tensors, device_map={"": "meta"}, **_LOADING)
-    _refuse_unfit(model, info, headers, fail, other_head)
+    _refuse_unfit(model, info, headers, fail, other_head, spare)
     _refuse_different_ties(model, headers, fail)
     _refuse_packed(model, headers, fail)
     return model
@@ -262,6 +270,7 @@ def _refuse_unfit(
     headers: Mapping[str, Header],
     fail: Fail,
     other_head: bool,
+    spare: re.Pattern[str] | None = None,
 ) -> None:
     """Refuse weights that the model does not know, lacks, or has in another shape.
 
@@ -271,6 +280,7 @@ def _refuse_unfit(
         headers: Of the files.
         fail: Makes the error.
         other_head: Leave out heads.
+        spare: Leave out these, too.
     """
     masks = {name for name, header in headers.items() if _is_causal_mask(header.shape)}
     unused = {
@@ -278,6 +288,7 @@ def _refuse_unfit(
         for key in info["unexpected_keys"]
         if not (_is_ignored(model, key) or key.endswith(tuple(masks)))
     }
+    unused = {key for key in unused if not (spare and spare.search(key))}
     missing, wrong = set(info["missing_keys"]), set(info["mismatched_keys"])
     if other_head:
         backbone = f"{model.base_model_prefix}."
