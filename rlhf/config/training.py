@@ -47,6 +47,11 @@ class BaseModelConfig(Section):
     scratch."""
     revision: str | None = None
     """Hub revision to pin; only with a hub id."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype in which the policies are published, and a reward model that starts from one; `auto` is
+    that of the base's files, or float32 from scratch. Training computes in float32 and rounds once,
+    at the end: bfloat16 drops changes of a weight by less than 1/512 of it, as a very low learning
+    rate makes them, and float32 keeps them in files of twice the size."""
     architecture: ArchitectureConfig = ArchitectureConfig()
     """Used when `path` is none."""
 

@@ -11,7 +11,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -19,10 +18,10 @@ from transformers import (
 
 from rlhf.config import ArchitectureConfig, BaseModelConfig
 from rlhf.data.rendering import END, PAD, SPECIAL_TOKENS, TEMPLATE
-from rlhf.errors import ConfigError
-from rlhf.files import expand_home
+from rlhf.modeling.pretrained import load_causal, loading_error
 from rlhf.modeling.structure import context_of
 from rlhf.modeling.tokenizer import fit_embeddings, load_tokenizer_and_ends, set_ends
+from rlhf.modeling.weights import set_save_dtype
 
 #: Context length of a model that sets no limit, such as one with relative positions.
 UNBOUNDED = 2**31 - 1
@@ -35,11 +34,13 @@ def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple
         ConfigError: `base.path` can't be loaded, or its tokenizer has no end-of-text token.
     """
     if config.path is None:
-        return from_scratch(config.architecture, texts, seed)
-    model = load_policy(config.path, config.revision)
-    tokenizer, ends = load_tokenizer_and_ends(config.path, config.revision)
-    fit_embeddings(model, tokenizer)
-    set_ends(model, ends)
+        model, tokenizer = from_scratch(config.architecture, texts, seed)
+    else:
+        model = load_policy(config.path, config.revision, field="base.path")
+        tokenizer, ends = load_tokenizer_and_ends(config.path, config.revision)
+        fit_embeddings(model, tokenizer)
+        set_ends(model, ends)
+    set_save_dtype(model, config.save_dtype)
     return model, tokenizer
 
 
@@ -93,42 +94,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return fast
 
 
-def load_policy(folder: Path | str, revision: str | None = None) -> Any:
-    """Load a causal language model in float32; see `load_pretrained`."""
-    return load_pretrained(AutoModelForCausalLM.from_pretrained, folder, revision)
-
-
-def load_pretrained(loader: Any, folder: Path | str, revision: str | None) -> Any:
-    """Load in float32, from safetensors only, without running code from a hub.
-
-    Args:
-        loader: The `from_pretrained` of a transformers class.
-        folder: Local folder or hub id.
-        revision: Of a hub model; None is the newest.
-
-    Raises:
-        ConfigError: The model can't be loaded.
-    """
-    extra = {"revision": revision} if revision else {}
-    try:
-        return loader(
-            str(expand_home(folder)) if str(folder).startswith("~") else str(folder),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **extra,
-        )
-    except (OSError, ValueError) as error:
-        raise loading_error(folder, error) from error
-
-
-def loading_error(folder: Path | str, error: Exception) -> ConfigError:
-    """Return the ConfigError for a model that transformers can't load."""
-    return ConfigError(
-        f"model {str(folder)!r} (base.path or a reward model's) can't be "
-        f"loaded ({str(error).splitlines()[0]}); give a hub id, artifact:<digest>, s3://bucket/"
-        "prefix or a local folder with config.json, a tokenizer and safetensors"
-    )
+def load_policy(
+    folder: Path | str, revision: str | None = None, *, field: str | None = None
+) -> Any:
+    """Load a causal language model in float32; see `rlhf.modeling.pretrained`."""
+    return load_causal(folder, revision, field=field)
 
 
 def context_length(model: Any) -> int:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -33,12 +32,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
-from transformers.utils import logging as transformers_logging
 
 from rlhf.errors import ConfigError
-from rlhf.modeling.base import context_length, load_pretrained, loading_error
+from rlhf.modeling.base import context_length
 from rlhf.modeling.packed import position_ids
 from rlhf.modeling.precision import in_own_precision
+from rlhf.modeling.pretrained import load_pretrained, loading_error
 from rlhf.modeling.structure import backbone_of, call, core_of, evaluating, facts_of
 
 #: Weights in a checkpoint that a classifier has no use for: heads of a language model, a pooler
@@ -76,8 +75,12 @@ def load_classifier(folder: Path | str) -> Any:
         )
     config.num_labels = 1
     model_class, config = classifier_class(config, folder)
-    model, info = _load(model_class, folder, config)
-    _check_weights(model, folder, info, is_classifier)
+    model = load_pretrained(
+        lambda path, **options: model_class.from_pretrained(path, config=config, **options),
+        folder,
+        other_head=not is_classifier,
+        spare=_SPARE,
+    )
     kind = Pooled if _scores_last_token(model, folder) and is_causal(model) else Whole
     if not is_classifier:
         layer = last_layer(model)
@@ -313,56 +316,6 @@ def counted_tokens(
     is_marker = input_ids == marker
     after = is_marker.cumsum(1) - is_marker.int() > 0
     return valid & (after | ~is_marker.any(1, keepdim=True))
-
-
-def _load(model_class: Any, folder: Path | str, config: Any) -> tuple[Any, dict[str, Any]]:
-    """Load a model and the report of its weights, without warnings about a new head."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-
-    def load(path: str, **options: Any) -> Any:
-        return model_class.from_pretrained(path, config=config, output_loading_info=True, **options)
-
-    try:
-        return load_pretrained(load, folder, None)
-    except (RuntimeError, SafetensorError) as error:  # weights of other shapes, a broken file
-        raise loading_error(folder, error) from error
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-def _check_weights(
-    model: Any, folder: Path | str, info: dict[str, Any], is_classifier: bool
-) -> None:
-    """Refuse a checkpoint that is not the whole of the model, or more than it.
-
-    transformers draws missing weights at random, and skips those that it has no place for.
-
-    Raises:
-        ConfigError: A weight is missing, apart from a new head, or one has no place.
-    """
-    backbone = model.base_model_prefix + "."
-    missing = sorted(info["missing_keys"])
-    spare = sorted(key for key in info["unexpected_keys"] if not _SPARE.search(key))
-    if not is_classifier:
-        missing = [k for k in missing if k.startswith(backbone) and ".pooler." not in k]
-        spare = [key for key in spare if key.startswith(backbone)]
-    if missing:
-        raise ConfigError(
-            f"reward model {str(folder)!r}: its weights hold no {missing[0]}"
-            f"{_and_more(missing)}, which would be drawn at random; give the folder of the whole "
-            f"model, as save_pretrained of {type(model).__name__} writes it"
-        )
-    if spare:
-        raise ConfigError(
-            f"reward model {str(folder)!r}: its weight {spare[0]}{_and_more(spare)} has no place "
-            f"in {type(model).__name__} and would not be used; give a model that its config.json "
-            "describes"
-        )
-
-
-def _and_more(keys: list[str]) -> str:
-    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
 
 
 @torch.no_grad()

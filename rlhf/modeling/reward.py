@@ -21,7 +21,6 @@ from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.data.text_pairs import PairRenderer, load_reward_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
-from rlhf.modeling.base import loading_error
 from rlhf.modeling.classifier import (
     Whole,
     apply_head,
@@ -41,6 +40,7 @@ from rlhf.modeling.lora import (
 )
 from rlhf.modeling.packed import arguments_of, packs, row_groups
 from rlhf.modeling.precision import Precision, autocast, store_in_bfloat16
+from rlhf.modeling.pretrained import loading_error
 from rlhf.modeling.structure import backbone_of, call, core_of
 from rlhf.modeling.tokenizer import load_tokenizer
 from rlhf.modeling.weights import save_model, weights_digest

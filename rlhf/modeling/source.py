@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.external import TIMEOUT, External
 from rlhf.files import expand_home
+from rlhf.modeling.headers import DamagedWeights, read_headers
 from rlhf.store.manifest import PICKLES
 
 #: Endings of a model's files. No other file is fetched or part of its identity.
@@ -18,6 +19,16 @@ MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 CONFIG = "config.json"
 WEIGHTS = ".safetensors"
 MAX_CONFIG_BYTES = 2**20
+
+ADAPTER = "adapter_config.json"
+
+_ORIGINAL = "give the model in bfloat16 that it was made from"
+#: Cures by method, where transformers can undo it.
+_DEQUANTIZE = {
+    "bitsandbytes": f"{_ORIGINAL}, or save what `model.dequantize()` returns",
+    "mxfp4": f"{_ORIGINAL}, or load it with Mxfp4Config(dequantize=True) and save that",
+    "fp8": f"{_ORIGINAL}, or load it with FineGrainedFP8Config(dequantize=True) and save that",
+}
 
 
 @dataclass(frozen=True)
@@ -42,16 +53,24 @@ class ExternalModel(External):
         """Refuse a model that can't be used, before it is fetched.
 
         Raises:
-            ConfigError: There is no model, its weights are no safetensors, or see `check_config`.
+            ConfigError: There is no model, its weights are no safetensors, its files in a folder
+                are damaged, or see `check_config`.
             StoreError: The S3 server can't be reached.
         """
         self.check_config(self.read(CONFIG, MAX_CONFIG_BYTES))
+        if self.uri.startswith("s3://") or not self.is_path():
+            return
+        try:
+            read_headers(self.path)
+        except DamagedWeights as error:
+            raise self.error(str(error)) from None
 
     def check_config(self, data: bytes) -> None:
-        """Refuse a broken `config.json`, and a ready model that is no reward model.
+        """Refuse a broken `config.json`, a quantised model, and a ready one that is none.
 
         Raises:
-            ConfigError: It is no sequence-classification model with one label.
+            ConfigError: It is broken or quantised, or if `ready` no sequence-classification model
+                with one label.
         """
         try:
             config: Any = json.loads(data)
@@ -59,8 +78,39 @@ class ExternalModel(External):
             config = None
         if not isinstance(config, dict):
             raise self.error(f"its {CONFIG} is no JSON object; give the folder of a whole model")
+        self._check_types(config)
+        self._check_quantization(config)
         if self.ready:
             self._check_classifier(config)
+
+    def _check_types(self, config: Mapping[str, Any]) -> None:
+        """Refuse fields that transformers would read without an error, or with an obscure one."""
+        names = config.get("architectures")
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        ):
+            raise self.error(
+                f"architectures = {str(names)[:60]!r} in its {CONFIG} is no list of names; restore "
+                "the file that was saved with the weights"
+            )
+        if not isinstance(config.get("model_type"), str):
+            raise self.error(
+                f"its {CONFIG} has no model_type, by which transformers finds its class; restore "
+                "the file that was saved with the weights"
+            )
+
+    def _check_quantization(self, config: Mapping[str, Any]) -> None:
+        """Refuse weights that are quantised already: they can't be trained, nor merged into."""
+        parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+        for part in parts:
+            quantization = part.get("quantization_config") or part.get("compression_config")
+            if quantization:
+                fields = quantization if isinstance(quantization, Mapping) else {}
+                method = str(fields.get("quant_method") or "unknown method")
+                raise self.error(
+                    f"its weights are quantised already ({method}), and neither full training nor "
+                    f"merged adapters work on them; {_DEQUANTIZE.get(method, _ORIGINAL)}"
+                )
 
     def _check_classifier(self, config: Mapping[str, Any]) -> None:
         names = [str(name) for name in config.get("architectures") or ()]
@@ -79,7 +129,8 @@ class ExternalModel(External):
     def is_path(self) -> bool:
         """Return whether it is a folder or written like a path; a hub id has one slash."""
         written_as_path = self.uri.startswith((".", "/", "~")) or self.uri.count("/") > 1
-        return written_as_path or Path(self.uri).is_dir()
+        # A hub id has at most 96 characters; a longer name can't even be looked up as a file.
+        return written_as_path or len(self.uri) > 200 or Path(self.uri).is_dir()
 
     @property
     def path(self) -> Path:
@@ -87,7 +138,17 @@ class ExternalModel(External):
         return expand_home(self.uri)
 
     def select(self, names: Sequence[str]) -> list[str]:
-        """Return the model's files, sorted; refuse one without config or safetensors."""
+        """Return the model's files, sorted.
+
+        Raises:
+            ConfigError: It has no config or safetensors, or an adapter beside them.
+        """
+        if ADAPTER in names:
+            raise self.error(
+                f"it holds an adapter ({ADAPTER}), which is not applied; merge it into its base "
+                "(peft: merge_and_unload, then save_pretrained) and give that folder, or remove "
+                "the adapter's files if the weights hold it already"
+            )
         if CONFIG not in names:
             raise self.error(
                 f"no model there (no {CONFIG}); give a folder or prefix that holds {CONFIG}, a "

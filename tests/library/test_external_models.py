@@ -200,7 +200,7 @@ def test_stages_start_from_s3(upload, reward_model, sft, data, tmp_path):
     inputs = {"data": rows, "sft": policy}
     assert run_stage(STAGES["train-reward-model"], based, inputs).metrics["pairs"] == 96
     left = [p.name for p in (tmp_path / "work").iterdir() if p.suffix != ".lock"]
-    assert sorted(left) == ["cache"]
+    assert sorted(left) == ["cache", "rehearsals"]
 
 
 @pytest.mark.s3

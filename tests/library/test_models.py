@@ -131,16 +131,14 @@ class TestLoadBase:
     @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-folder"])
     def test_missing_folder(self, name, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(
-            ConfigError, match=rf"model '{name}' \(base\.path .*can't be loaded.*give a"
-        ):
+        with pytest.raises(ConfigError, match=rf"base\.path = .{name}.: no .*give a"):
             self.load(name)
 
     def test_pickled_weights_are_not_read(self, fresh, copy_of):
         folder = copy_of(fresh)
         torch.save(toys.weights(fresh), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-        with pytest.raises(ConfigError, match="can't be loaded"):
+        with pytest.raises(ConfigError, match=r"weights are a pickle \(pytorch"):
             self.load(folder)
 
     def test_half_precision_is_loaded_in_full(self, fresh, copy_of):

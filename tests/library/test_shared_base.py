@@ -256,7 +256,7 @@ def test_another_adapter_is_another_reward_model(train, scored, copy_of, tmp_pat
 
 
 def test_a_reward_model_that_is_no_adapter_on_this_policy_is_refused(
-    build, scored, reward_model, copy_of
+    build, sft, scored, reward_model, copy_of
 ):
     with pytest.raises(ConfigError, match=r"ppo\.shared_base = true.*has no adapter/.*lora"):
         build(reward=reward_model)
@@ -272,7 +272,7 @@ def test_a_reward_model_that_is_no_adapter_on_this_policy_is_refused(
         build(reward=other)
     with pytest.raises(ConfigError, match=r"there is none; set ppo\.critic to adapter"):
         build_trainer(toys.changed(toys.PPO, reward_fn="length_penalty", **SHARED),
-                      scored, None, 0, DEVICE)  # fmt: skip
+                      sft, None, 0, DEVICE)  # fmt: skip
 
 
 @pytest.mark.parametrize(
