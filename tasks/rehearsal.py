@@ -73,6 +73,7 @@ def rehearse_once(
     """
     from rlhf.rehearsal import rehearse
 
+    _check_weights(config)
     work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
         reward_base = _reward_base(config, Path(scratch, "reward-model"))
@@ -107,6 +108,23 @@ def base_without_weights(config: PipelineConfig) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield _small_files(external, config, Path(scratch, "base"))
+
+
+def _check_weights(config: PipelineConfig) -> None:
+    """Check that the weights of models in local folders fit their configurations.
+
+    Others are checked when they are fetched and loaded.
+
+    Raises:
+        ConfigError: The files are damaged, or don't fit.
+    """
+    from rlhf.modeling.classifier import check_classifier
+    from rlhf.modeling.pretrained import check_weights
+
+    base, reward_model = external_base_model(config), external_reward_model(config)
+    for external, check in ((base, check_weights), (reward_model, check_classifier)):
+        if external is not None and external.is_path() and external.path.is_dir():
+            check(external.path, field=external.field)
 
 
 def _reward_base(config: PipelineConfig, scratch: Path) -> tuple[ExternalModel, Path] | None:

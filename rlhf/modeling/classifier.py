@@ -37,7 +37,7 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.base import context_length
 from rlhf.modeling.packed import position_ids
 from rlhf.modeling.precision import in_own_precision
-from rlhf.modeling.pretrained import load_pretrained, loading_error
+from rlhf.modeling.pretrained import check_weights, load_pretrained, loading_error
 from rlhf.modeling.structure import backbone_of, call, core_of, evaluating, facts_of
 
 #: Weights in a checkpoint that a classifier has no use for: heads of a language model, a pooler
@@ -63,6 +63,34 @@ def load_classifier(folder: Path | str) -> Any:
         ConfigError: The model can't be loaded, has not exactly one label, its weights are not those
             of the whole model, or no classifier can be made from its architecture.
     """
+    loader, is_classifier = _loader(folder)
+    model = load_pretrained(loader, folder, other_head=not is_classifier, spare=_SPARE)
+    kind = Pooled if _scores_last_token(model, folder) and is_causal(model) else Whole
+    if not is_classifier:
+        layer = last_layer(model)
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+    name = type(model).__name__
+    model.__class__ = type(name, (kind, type(model)), {"__module__": __name__})
+    return model
+
+
+def check_classifier(folder: Path | str, field: str) -> None:
+    """Check a local model for `load_classifier` without reading its weights.
+
+    Raises:
+        ConfigError: As `load_classifier`, except for weights that are not finite.
+    """
+    loader, is_classifier = _loader(folder)
+    check_weights(folder, loader, field=field, other_head=not is_classifier, spare=_SPARE)
+
+
+def _loader(folder: Path | str) -> tuple[Any, bool]:
+    """Return the loader of a model as a classifier with one label, and whether it is one.
+
+    Raises:
+        ConfigError: It has not exactly one label, or no classifier can be made from it.
+    """
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -75,20 +103,11 @@ def load_classifier(folder: Path | str) -> Any:
         )
     config.num_labels = 1
     model_class, config = classifier_class(config, folder)
-    model = load_pretrained(
-        lambda path, **options: model_class.from_pretrained(path, config=config, **options),
-        folder,
-        other_head=not is_classifier,
-        spare=_SPARE,
-    )
-    kind = Pooled if _scores_last_token(model, folder) and is_causal(model) else Whole
-    if not is_classifier:
-        layer = last_layer(model)
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
-    name = type(model).__name__
-    model.__class__ = type(name, (kind, type(model)), {"__module__": __name__})
-    return model
+
+    def load(path: str, **options: Any) -> Any:
+        return model_class.from_pretrained(path, config=config, **options)
+
+    return load, is_classifier
 
 
 def classifier_class(config: Any, folder: Path | str = "") -> tuple[Any, Any]:

@@ -111,7 +111,12 @@ def load_causal(
 
 
 def check_weights(
-    folder: Path | str, loader: Any = None, *, field: str | None = None, other_head: bool = False
+    folder: Path | str,
+    loader: Any = None,
+    *,
+    field: str | None = None,
+    other_head: bool = False,
+    spare: re.Pattern[str] | None = None,
 ) -> Any:
     """Check that a local model's weights fit its configuration, without reading them.
 
@@ -124,6 +129,7 @@ def check_weights(
         loader: As for `load_pretrained`; None is that of the causal language model.
         field: The setting that names the model, for errors.
         other_head: As for `load_pretrained`.
+        spare: As for `load_pretrained`.
 
     Returns:
         The model on the meta device, with `stored_dtypes`.
@@ -134,7 +140,7 @@ def check_weights(
     path, fail = find_model(folder, None, field)
     headers = _headers(path, fail)
     with _loading_errors(folder, field):
-        model = _check(loader or _causal_loader(path, fail), headers, fail, other_head)
+        model = _check(loader or _causal_loader(path, fail), headers, fail, other_head, spare)
     model.stored_dtypes = StoredDtypes.of(headers)
     return model
 
