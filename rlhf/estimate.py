@@ -1,7 +1,7 @@
 """Estimate of a run's memory and time, from configurations alone.
 
-Models are built on torch's meta device, which has shapes and no data: their forward passes tell
-exactly what a backward pass would find stored, and what a cache holds, whatever the family.
+Models are built of torch's fake tensors, which have shapes and no data: their forward passes tell
+what a backward pass would find stored, and what a cache holds, whatever the family.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
 from rlhf.config.training import TrainingSection
@@ -76,7 +77,7 @@ def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
         base: Folder of the base model; its weights are not read.
 
     Raises:
-        ValueError: The family's code does not run on the meta device.
+        ValueError: The family's code does not run with fake tensors.
     """
     length = config.token_limits().max_length
     speed = flops_per_second(config.runtime.device)
@@ -161,33 +162,43 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
 
 
 def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
-    """Measure a model's shape on the meta device.
+    """Measure a model's shape with fake tensors.
 
     Raises:
-        ValueError: The family's code does not run there.
+        ValueError: The family's code does not run with them.
     """
-    import peft
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf.modeling.lora import lora_config
     from rlhf.modeling.packed import backbone_of, head_of
 
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     try:
-        with torch.device("meta"):
+        with FakeTensorMode():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            parameters, adapter = model.num_parameters(), 0
-            if lora:
-                model = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
-                adapter = model.num_parameters() - parameters
+            parameters = model.num_parameters()
             ids = torch.zeros(1, length, dtype=torch.long)
             stored = _stored_bytes(backbone_of(model), ids)
             cached = _cached_bytes(backbone_of(model), ids)
         head = head_of(model)
         vocabulary = head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size
+        adapter = _adapter_parameters(config, lora) if lora else 0
     except Exception as error:  # a family's code can raise anything
         raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     return Shape(parameters, adapter, vocabulary, stored, cached / length)
+
+
+def _adapter_parameters(config: Any, lora: LoraConfig) -> int:
+    """Return the number of parameters that an adapter adds."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.modeling.lora import lora_config
+
+    with torch.device("meta"):  # peft can't add an adapter to fake tensors
+        model: Any = AutoModelForCausalLM.from_config(config)
+        before = model.num_parameters()
+        adapted: Any = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
+        return sum(p.numel() for p in adapted.parameters()) - before
 
 
 def _stored_bytes(backbone: Any, ids: Tensor) -> float:
@@ -202,27 +213,17 @@ def _stored_bytes(backbone: Any, ids: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        backbone.train()(**_arguments(ids), use_cache=False)
+        backbone.train()(input_ids=ids, use_cache=False)
     return float(sum(size for size, _ in storages.values()))
 
 
 @torch.no_grad()
 def _cached_bytes(backbone: Any, ids: Tensor) -> float:
     """Return the bytes of a sequence's cache."""
-    output = backbone.eval()(**_arguments(ids), use_cache=True)
+    output = backbone.eval()(input_ids=ids, use_cache=True)
     cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
     tensors = {id(t): t for layer in getattr(cache, "layers", ()) for t in vars(layer).values()}
     return float(sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor)))
-
-
-def _arguments(ids: Tensor) -> dict[str, Tensor]:
-    # To build a mask transformers reads values, which the meta device lacks; it takes one of four
-    # dimensions as it is.
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(ids.shape[1])[None],
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
-    }
 
 
 def flops_per_second(device_name: str) -> float:

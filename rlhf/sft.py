@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
-from rlhf.data.rendering import Renderer
+from rlhf.data.rendering import Renderer, known_ends
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
 from rlhf.files import write_json
@@ -29,6 +29,7 @@ from rlhf.modeling.decoders import check_exactness
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.lora import lora_config, merge_adapter, target_module_errors
 from rlhf.modeling.structure import argument_names, call, core_of, text_config
+from rlhf.modeling.tokenizer import set_ends
 from rlhf.modeling.weights import save_model
 from rlhf.ranks import rank_and_count
 from rlhf.stage import Progress, StageResult, silent
@@ -78,7 +79,9 @@ def train_sft(
     model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
     if base.path is not None:
         check_exactness(model)
-    renderer = Renderer(tokenizer)
+    generation = getattr(model, "generation_config", None)
+    ends = known_ends(tokenizer, None if generation is None else generation.eos_token_id)
+    renderer = Renderer(tokenizer, ends)
     parameters = sum(p.numel() for p in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     if config.enabled:
@@ -90,6 +93,7 @@ def train_sft(
         metrics |= counts
         if leads:
             write_json(out_dir / "curve.json", curve)
+    set_ends(model, renderer.end_ids)  # a trainer may have changed them
     if leads:
         save_model(model, out_dir)
         tokenizer.save_pretrained(out_dir)

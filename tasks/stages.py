@@ -74,7 +74,8 @@ def _model_check(run: StageRun) -> ModelCheck | None:
         return None
     from rlhf.data.model_check import ModelCheck
     from rlhf.data.rendering import Renderer
-    from rlhf.modeling.base import folder_context, load_tokenizer
+    from rlhf.modeling.base import folder_context
+    from rlhf.modeling.tokenizer import load_tokenizer
 
     folder, limits = run.folders["base"], run.config.token_limits()
     return ModelCheck(Renderer(load_tokenizer(folder)), limits.within(folder_context(folder)))

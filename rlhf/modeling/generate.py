@@ -38,23 +38,25 @@ def generate(
     stop: Stop | None = None,
     own: slice = slice(None),
     *,
+    ends: Sequence[int] | None = None,
     batch_size: int | None = None,
     read_every: int | None = None,
 ) -> Replies:
     """Sample a reply to each prompt.
 
-    A reply ends with the end-of-reply token, by `stop`, or after `max_new_tokens`. A row that
+    A reply ends with an end-of-reply token, by `stop`, or after `max_new_tokens`. A row that
     `stop` ends keeps its last token and counts as finished. The tokens depend on `seed` and the
     weights alone; torch's global generator is neither read nor changed.
 
     Args:
         policy: A causal language model, on its device.
         prompts: Token ids of each prompt.
-        tokenizer: Provides the pad and end-of-reply tokens.
+        tokenizer: Provides the pad token.
         sampling: Sampling parameters.
         seed: Seed of the batch.
         stop: Called with the tokens of live rows at each step, in order.
         own: Prompts to sample for; each row uses the random numbers of its index in `prompts`.
+        ends: End-of-reply tokens; None is the tokenizer's eos alone.
         batch_size: Rows decoded at a time; None decodes all at once. The random numbers are the
             same; if a model's rounding depends on the batch size, a token can differ.
         read_every: Steps between two copies of the drawn tokens to the host, which detect ended
@@ -64,8 +66,9 @@ def generate(
     ids, attention = (t[own] for t in pad_left(prompts, tokenizer.pad_token_id))
     indices = torch.arange(len(prompts))[own]
     drawn = _DrawnReplies(
-        len(indices), sampling.max_new_tokens, tokenizer.pad_token_id, tokenizer.eos_token_id, stop
-    )
+        len(indices), sampling.max_new_tokens, tokenizer.pad_token_id,
+        [tokenizer.eos_token_id] if ends is None else ends, stop,
+    )  # fmt: skip
     every = read_every or (1 if device.type == "cpu" else READ_EVERY)
     with evaluating(policy):
         for rows in torch.arange(len(indices)).split(batch_size or max(1, len(indices))):
@@ -180,12 +183,12 @@ class _DrawnReplies:
     """
 
     def __init__(
-        self, rows: int, max_new_tokens: int, pad: int, end: int, stop: Stop | None
+        self, rows: int, max_new_tokens: int, pad: int, ends: Sequence[int], stop: Stop | None
     ) -> None:
         self.tokens = torch.full((rows, max_new_tokens), pad)
         self.lengths = torch.full((rows,), max_new_tokens)
         self.finished = torch.zeros(rows, dtype=torch.bool)
-        self.end, self.stop = end, stop
+        self.ends, self.stop = torch.tensor(ends), stop
 
     def begin(self, rows: Tensor) -> None:
         """Start a batch: these rows are live."""
@@ -199,7 +202,7 @@ class _DrawnReplies:
             rows, tokens = self.live[going], step[going]
             self.tokens[rows, self.step] = tokens
             self.step += 1
-            ended = tokens == self.end
+            ended = torch.isin(tokens, self.ends)
             if self.stop is not None:
                 so_far = self.tokens[rows, : self.step].tolist()
                 ended |= torch.tensor(self.stop(so_far), dtype=torch.bool)

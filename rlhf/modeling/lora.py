@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,16 +26,19 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 
 
 def lora_config(
-    config: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"], dropout: float | None = None
+    config: LoraConfig,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"],
+    dropout: float | None = None,
+    head: Sequence[str] = ("score",),
 ) -> peft.LoraConfig:
-    """Translate the section to peft's; a reward model's head is trained in full."""
+    """Translate the section to peft's; a reward model's `head` is trained in full."""
     return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (a float is fine)
         lora_dropout=config.dropout if dropout is None else dropout,
         target_modules=config.target_modules,
         task_type=task,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        modules_to_save=[*head] if task == "SEQ_CLS" else None,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import rlhf.ppo.trainer as optimise_module
-from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
+from rlhf.data.chat_template import PLAIN_TEMPLATE
+from rlhf.data.rendering import load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
 from rlhf.gates import Approved
