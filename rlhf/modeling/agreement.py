@@ -71,7 +71,8 @@ def testing(model: Any) -> Iterator[None]:
 
 def rows_of(model: Any, lengths: Sequence[int], attempt: int = 0) -> list[list[int]]:
     """Return rows of varied tokens."""
-    highest = min(core_of(model).get_input_embeddings().num_embeddings, 97)
+    embeddings: Any = core_of(model).get_input_embeddings()
+    highest = min(embeddings.num_embeddings, 97)
     numbers = iter(range(attempt * 1000, attempt * 1000 + sum(lengths)))
     return [[(next(numbers) * 37 + 11) % highest for _ in range(n)] for n in lengths]
 

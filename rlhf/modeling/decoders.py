@@ -274,7 +274,7 @@ class PaddedDecoder:
         # Without padding no mask is passed: transformers would read it at every step, to see
         # whether it masks anything.
         self.has_padding = not bool(attention.all())
-        self.cache = DynamicCache(config=core_of(policy).config)
+        self.cache: Any = DynamicCache(config=core_of(policy).config)
         self.cache_argument = {cache_parameter(policy): self.cache}
         self.live: Tensor | None = None
 

@@ -321,6 +321,8 @@ def _enable_packing(core: Any, backbone: Any) -> bool:
     before = core.config._attn_implementation
     if before not in ("sdpa", ATTENTION) or not core._can_set_attn_implementation():
         return False
+    if getattr(core.config.get_text_config(decoder=True), "index_topk", None):
+        return False  # it selects tokens only under names of attention that it knows
     width = int(max(2, min(8, attention_window(core))))
 
     def packed(rows: list[list[int]]) -> list[Tensor]:
@@ -330,7 +332,19 @@ def _enable_packing(core: Any, backbone: Any) -> bool:
         finally:
             core.set_attn_implementation(before)
 
+    def renamed(rows: list[list[int]]) -> list[Tensor]:
+        core.set_attn_implementation(ATTENTION)
+        try:
+            return [hidden_of(backbone, row) for row in rows]
+        finally:
+            core.set_attn_implementation(before)
+
     if not agrees_with_rows(core, [width - width // 3, width, width // 2], packed).holds:
+        return False
+    # Other code may ask for the name of the attention too.
+    window = attention_window(core)
+    longer = int(window) + 3 if window <= 64 else 8
+    if not agrees_with_rows(core, [longer], renamed).holds:
         return False
     core.set_attn_implementation(ATTENTION)
     return True

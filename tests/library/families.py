@@ -343,7 +343,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
 def config_of(family: str, vocabulary: int) -> Any:
     """Return the configuration of a family's tiny model."""
     model_type, fields = FAMILIES[family]
-    outer = AutoConfig.for_model(model_type)
+    outer: Any = AutoConfig.for_model(model_type)
     text = outer.get_text_config()
     sizes = {"vocab_size": vocabulary, **{k: v for k, v in SIZES.items() if k in _names(text)}}
     if text is outer:

@@ -116,7 +116,8 @@ def test_what_sft_publishes_has_the_bases_configuration_and_loss(family, toy, tm
     section = SFTConfig(epochs=5, batch_size=16, learning_rate=1e-12, max_length=48)
     result = train_sft(section, BaseModelConfig(path=str(base)), data, out, runtime=toys.RUNTIME)
     before, after = (json.loads((f / "config.json").read_text()) for f in (base, out))
-    assert after == before
+    different = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    assert different <= {"eos_token_id", "pad_token_id"}
     model, total, count = load_policy(base).eval(), 0.0, 0
     renderer = Renderer(tokenizer)
     for row in read_rows(data / DEMONSTRATIONS, Demonstration):
