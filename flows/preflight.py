@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from rlhf.config import PipelineConfig, load_config
@@ -51,11 +52,37 @@ def preflight(config: Path, *overrides: Overrides) -> None:
             return
         sample = _sample(loaded)
         remarks = rehearse_once(loaded, base, sample, producer("preflight", {}, loaded.seed))
-    if not remarks:
-        _print(
-            f"{loaded.base.path}: SFT, reward model, PPO and evaluation rehearsed in small; "
-            "padded, packed and decoded rows agree with plain transformers"
-        )
+        if not remarks:
+            _print(
+                f"{loaded.base.path}: SFT, reward model, PPO and evaluation rehearsed in small; "
+                "padded, packed and decoded rows agree with plain transformers"
+            )
+        _print_estimate(loaded, base)
+
+
+def _print_estimate(config: PipelineConfig, base: Path) -> None:
+    """Print memory and speed of the training stages, and what to change if they don't fit."""
+    from rlhf.estimate import available_bytes, cures, estimate
+
+    try:
+        stages = estimate(config, base)
+    except ValueError as error:
+        _print(f"memory: no estimate for this family ({error})")
+        return
+    available = available_bytes(config.runtime.device)
+    table = Table("stage", title="estimate of the real model", title_justify="left")
+    for name in ("weights", "optimizer", "activations", "cache", "peak", "tokens/s"):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        sizes = (stage.weights, stage.optimizer, stage.activations, stage.cache, stage.peak)
+        style = "red" if stage.peak > available else ""
+        cells = [*(f"{size / 1e9:.2f} GB" for size in sizes), f"{stage.tokens_per_second:,.0f}"]
+        table.add_row(stage.stage, *cells, style=style)
+    console.print(table)
+    _print(f"{available / 1e9:.1f} GB are free on this device")
+    for stage in stages:
+        if stage.peak > available:
+            _print(f"{stage.stage} does not fit: {cures(config, stage)}")
 
 
 def _sample(config: PipelineConfig) -> Sample:

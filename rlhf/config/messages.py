@@ -87,8 +87,20 @@ def cure(field: str) -> str:
 
 
 def advice(config: PipelineConfig) -> list[str]:
-    """Return one line for each value outside of its advised range."""
-    return list(_unusual_values(config, ""))
+    """Return one line for each value outside of its advised range, or without effect."""
+    return [*_unusual_values(config, ""), *_unused_limits(config)]
+
+
+def _unused_limits(config: PipelineConfig) -> Iterator[str]:
+    drift = config.data.drift
+    for name in ("veto", "trigger"):
+        limits = getattr(drift, name).model_dump()
+        values = [f"{measure} = {v:g}" for measure, v in limits.items() if v is not None]
+        if values and not drift.enabled:
+            yield (
+                f"data.drift.{name} ({', '.join(values)}) has no effect, because "
+                "data.drift.enabled = false compares nothing; set it to true, or remove the limits"
+            )
 
 
 def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:

@@ -37,3 +37,13 @@ def test_a_line_for_each_value():
 def test_the_quickstart_is_told_of_its_discount():
     lines = advice(load_config("configs/quickstart.yaml").config)
     assert [line.split(" is ")[0] for line in lines] == ["ppo.gamma = 1"]
+
+
+@pytest.mark.parametrize("name", ["veto", "trigger"])
+def test_limits_of_drift_without_a_comparison_have_no_effect(name):
+    limits = [f"--data.drift.{name}.tokens=0.1", f"--data.drift.{name}.labels=0.2"]
+    assert advice(load_config(None, limits).config) == []
+    assert advice(load_config(None, ["--data.drift.enabled=false"]).config) == []
+    (line,) = advice(load_config(None, [*limits, "--data.drift.enabled=false"]).config)
+    assert f"data.drift.{name} (tokens = 0.1, labels = 0.2) has no effect" in line
+    assert "\n" not in line

@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
     # dropout, which SFT would apply
     "dropout": 0.0, "attention_dropout": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "resid_pdrop": 0.0, "hidden_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0,
     # experts
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
@@ -53,13 +54,13 @@ _THETA = {"rope_theta": 10000.0}
 _LONGROPE = {
     "rope_parameters": {
         **_THETA, "rope_type": "longrope", "short_factor": [1.0] * 4,
-        "long_factor": [1.0, 2.0, 3.0, 4.0], "original_max_position_embeddings": 16, "factor": 8.0,
+        "long_factor": [1.0, 2.0, 3.0, 4.0], "original_max_position_embeddings": 24, "factor": 8.0,
     },
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 24,
 }  # fmt: skip
 _DYNAMIC = {
     "rope_parameters": {**_THETA, "rope_type": "dynamic", "factor": 4.0},
-    "max_position_embeddings": 16,
+    "max_position_embeddings": 24,
 }
 _YARN = {
     "rope_parameters": {
