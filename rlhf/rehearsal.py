@@ -47,7 +47,7 @@ LONGEST = 4200
 #: Fields of a configuration that training may change.
 _MAY_CHANGE = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "vocab_size",
 }  # fmt: skip
 #: Reward settings that call a service or code of the user's; the reward model takes their place.
 _PLAIN_REWARD: dict[str, Any] = {

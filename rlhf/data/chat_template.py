@@ -243,9 +243,15 @@ def _add_generation_prompt(tokenizer: Any, model: str) -> None:
 
 
 def _header(tokenizer: Any, turns: Messages, parts: bool) -> str | None:
-    """Return what the template writes between turns and the content of a reply to them."""
+    """Return what the template writes between turns and the content of a reply to them.
+
+    Raises:
+        ValueError: It does not write all contents; or whatever the template raises.
+    """
     prompt = render(tokenizer, turns, False, parts)
-    before = render(tokenizer, [*turns, _REPLY], False, parts).rpartition(REPLY_PROBE)[0]
+    whole = render(tokenizer, [*turns, _REPLY], False, parts)
+    before = whole[: whole.rindex(REPLY_PROBE)]
+    before.index(USER_PROBE)
     return before[len(prompt) :] if before.startswith(prompt) else None
 
 

@@ -57,9 +57,13 @@ class ControlTokens:
         )
         """True if a text may give a control token that it does not spell, such as in capitals."""
 
+    def occurs_in(self, content: str) -> bool:
+        """Return whether a text spells a control token."""
+        return self._pattern.search(content) is not None
+
     def escape(self, content: str) -> str:
         """Break up the control tokens of a text by a space, so that it can't end or open a turn."""
-        if self._pattern.search(content):
+        if self.occurs_in(content):
             content = _broken(content, self.texts)
         return self._without_variants(content) if self.has_variants else content
 

@@ -32,7 +32,7 @@ class TokenBound:
         self._factor = None if unbounded else tokens_per_byte(renderer.tokenizer)
         #: Bytes that the template adds, by order of roles; None where it refuses the order.
         self._added: dict[tuple[str, ...], int | None] = {}
-        self._special = [text.encode() for text in renderer.control.texts]
+        self._control = [text.encode() for text in renderer.control.texts]
 
     def is_within(self, prompt: Prompt, max_prompt: int) -> bool:
         """Return True only if the template takes the prompt, and it has at most so many tokens."""
@@ -49,8 +49,10 @@ class TokenBound:
         if self._factor * (size + added) > max_prompt:  # bytes are no fewer than characters
             return False
         data = b"".join(m["content"].encode("utf-8", "surrogatepass") for m in messages)
-        # Escaping splits each special token by a space.
-        spaces = sum(data.count(token) for token in self._special)
+        spaces = 0
+        if any(self.renderer.control.occurs_in(m["content"]) for m in messages):
+            # Escaping splits each control token by a space.
+            spaces = sum(data.count(token) for token in self._control)
         return self._factor * (len(data) + added + spaces) <= max_prompt
 
     def may_be_equal(self, one: str, other: str, tokens: int) -> bool:

@@ -170,8 +170,8 @@ def is_causal(model: Any) -> bool:
     core, facts = backbone_of(model), facts_of(model)
     if model.config.is_encoder_decoder:
         return False
-    if "causal" in facts:  # once, before frozen layers may be stored in bfloat16
-        return facts["causal"]
+    if "reads forward" in facts:  # once, before frozen layers may be stored in bfloat16
+        return facts["reads forward"]
     ids = _probe(model)
     other = ids.clone()
     other[0, -1] = ids[0, 0]
@@ -181,8 +181,8 @@ def is_causal(model: Any) -> bool:
             for i in (ids, other)
         )
     # Tiny random encoders differ by 1e-3 of the largest number, and rounding by 1e-6.
-    facts["causal"] = bool((one - two).abs().max() <= 1e-5 * one.abs().max())
-    return facts["causal"]
+    facts["reads forward"] = bool((one - two).abs().max() <= 1e-5 * one.abs().max())
+    return facts["reads forward"]
 
 
 @torch.no_grad()

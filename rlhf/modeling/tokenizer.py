@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 from rlhf.data.chat_template import complete_template, render, turn_format
 from rlhf.data.rendering import PAD, known_ends
 from rlhf.errors import ConfigError
-from rlhf.files import expand_home
+from rlhf.files import expand_home, read_json
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,7 @@ _PAD_NAMES = (
     *("<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<|pad|>", "<pad>", "[PAD]", "<PAD>"),
     *("<|padding|>", "<|pad_token|>", "<|fim_pad|>", "<fim_pad>"),
 )
+_TOKEN_FIELDS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 #: Tokens without any use, such as `<|reserved_special_token_0|>`, `<unused7>`, `[control_8]`.
 _UNUSED = re.compile(
     r"[<\[>]{1,2}[|｜]?[\w▁]*(?:reserved|unused|dummy|place▁?holder|extra|special|control)[\w▁]*"
@@ -61,7 +64,9 @@ def load_tokenizer_and_ends(
     extra = {"revision": revision} if revision else {}
     place = str(expand_home(folder)) if str(folder).startswith("~") else str(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=False, **extra, **_role_tokens(place, extra)
+        )
     except Exception as error:  # broken files and missing packages raise many classes
         raise tokenizer_error(folder, error) from error
     config, generation = _configurations(place, extra)
@@ -71,6 +76,8 @@ def load_tokenizer_and_ends(
         ends.append(tokenizer.eos_token_id)
     elif ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(place, extra)
     complete_template(tokenizer, str(folder))
     _set_end(tokenizer, str(folder))
     if tokenizer.eos_token_id is None:
@@ -189,6 +196,33 @@ def _configurations(place: str, extra: dict[str, Any]) -> tuple[Any, int | list[
     except Exception as error:
         log.debug("no generation configuration of %s: %s", place, error)
     return config, generation
+
+
+def _processor_template(place: str, extra: dict[str, Any]) -> str | None:
+    """Return the template that older multimodal models have beside their tokenizer, if any."""
+    return _read(place, "chat_template.json", extra).get("chat_template")
+
+
+def _role_tokens(place: str, extra: dict[str, Any]) -> dict[str, AddedToken]:
+    """Return tokens of roles that older files describe by plain objects.
+
+    transformers 5 reads those in tokenizer_config.json only if they name their type.
+    """
+    values = _read(place, "tokenizer_config.json", extra)
+    return {
+        name: AddedToken(**{key: value[key] for key in _TOKEN_FIELDS if key in value})
+        for name, value in values.items()
+        if name.endswith("_token") and isinstance(value, dict) and "__type" not in value
+    }
+
+
+def _read(place: str, name: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON file of a folder or hub id; empty if there is none."""
+    path = cached_file(
+        place, name, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, **extra,
+    )  # fmt: skip
+    return read_json(Path(path)) if path else {}
 
 
 def _text(config: Any, name: str) -> Any:
