@@ -101,7 +101,7 @@ def _pair_renderer(folder: Path | str) -> PairRenderer | None:
 
 
 def _set_rendering(model: Any, folder: Path | str, renderer: Renderer, pooling: str | None) -> None:
-    model.config.pad_token_id = renderer.tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = renderer.tokenizer.pad_token_id
     set_pooling(model, folder, renderer, pooling)
 
 
