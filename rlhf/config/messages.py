@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf.config.fields import nearest, siblings
 from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.config.section import expand_nested
 from rlhf.config.text import one_line, shown_value
 
@@ -87,8 +88,8 @@ def cure(field: str) -> str:
 
 
 def advice(config: PipelineConfig) -> list[str]:
-    """Return one line for each value outside of its advised range."""
-    return list(_unusual_values(config, ""))
+    """Return one line for each value to reconsider, such as one outside of its advised range."""
+    return [*_unusual_values(config, ""), *_unscored_truncation(config.ppo)]
 
 
 def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
@@ -120,3 +121,16 @@ def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
                 f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
                 "keep it only if you mean it"
             )
+
+
+def _unscored_truncation(ppo: PPOConfig) -> Iterator[str]:
+    """Yield a note if replies are drawn from another distribution than the one that is scored."""
+    filters = [f"top_k = {ppo.top_k}"] * (ppo.top_k > 0) + [f"top_p = {ppo.top_p:g}"] * (
+        ppo.top_p < 1
+    )
+    if filters and ppo.truncation == "none":
+        yield (
+            f"ppo.truncation = none with {' and '.join(filters)} computes ratio and KL of another "
+            "distribution than replies are drawn from; set ppo.truncation to replay, or ppo.top_k "
+            "to 0 and ppo.top_p to 1"
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from rlhf.modeling.device import plain_float32, upload
+from rlhf.modeling.kept_sets import KeptSets
 from rlhf.modeling.packed import (
     Packed,
     cache_parameter,
@@ -84,11 +85,13 @@ def generate(
             _decode(policy, [prompts[i] for i in batch.tolist()], batch, sampler, drawn, every)
     width = int(drawn.lengths.max())
     mask = torch.arange(width) < drawn.lengths[:, None]
+    kept = drawn.kept_sets(width)
     return Replies(
         upload(torch.cat([ids, drawn.tokens[:, :width]], 1), device),
         torch.cat([attention, mask.long()], 1),
         upload(mask, device),
         upload(drawn.finished, device),
+        None if kept is None else kept.to(device),
     )
 
 
@@ -99,13 +102,15 @@ class Replies:
     `ids` and `attention` are (batch, prompt + reply). `mask` is (batch, reply), true up to and
     including the end-of-reply token; it is made by position, because a sampled pad token is a token
     like any other. `attention` stays on the CPU, since shapes depend on it and reading it from an
-    accelerator would make the host wait.
+    accelerator would make the host wait. `kept` are the sets of tokens from which a truncated
+    sampler drew (`Sampling.record_kept`); None counts all tokens.
     """
 
     ids: Int[Tensor, "batch total"]
     attention: Int[Tensor, "batch total"]
     mask: Bool[Tensor, "batch reply"]
     finished: Bool[Tensor, " batch"]
+    kept: KeptSets | None = None
 
     @property
     def reply_ids(self) -> Int[Tensor, "batch reply"]:
@@ -120,7 +125,8 @@ class Replies:
     def to(self, device: torch.device) -> Replies:
         """Copy to a device, except `attention`."""
         ids, mask, finished = (upload(t, device) for t in (self.ids, self.mask, self.finished))
-        return Replies(ids, self.attention, mask, finished)
+        kept = None if self.kept is None else self.kept.to(device)
+        return Replies(ids, self.attention, mask, finished, kept)
 
     def rows(self) -> list[list[int]]:
         """Valid tokens of each reply."""
@@ -134,7 +140,7 @@ class Replies:
         rows = upload(index, self.ids.device)
         return Replies(
             self.ids[rows, :cut], self.attention[index, :cut], self.mask[rows, :width],
-            self.finished[rows],
+            self.finished[rows], None if self.kept is None else self.kept.take(index, width),
         )  # fmt: skip
 
 
@@ -150,7 +156,9 @@ def concatenate(batches: Sequence[Replies], pad: int) -> Replies:
         )
 
     finished = torch.cat([batch.finished for batch in batches])
-    return Replies(widened("ids", pad), widened("attention", 0), widened("mask", 0), finished)
+    sets = [batch.kept for batch in batches if batch.kept is not None]
+    kept = KeptSets.concatenate(sets) if sets else None
+    return Replies(widened("ids", pad), widened("attention", 0), widened("mask", 0), finished, kept)
 
 
 def _decode(
@@ -167,7 +175,7 @@ def _decode(
         tokens = sampler(logits, live, step)
         unread.append(tokens)
         if len(unread) == every or step + 1 == max_new_tokens:
-            ended = drawn.read(torch.stack(unread).cpu())
+            ended = drawn.read(torch.stack(unread).cpu(), sampler.take_kept_sets())
             unread = []
             if all(ended):
                 break
@@ -194,18 +202,26 @@ class _DrawnReplies:
         self.lengths = torch.full((rows,), max_new_tokens)
         self.finished = torch.zeros(rows, dtype=torch.bool)
         self.end, self.stop = end, stop
+        self._kept: list[KeptSets] = []
+        self._kept_cells: list[Tensor] = []
 
     def begin(self, rows: Tensor) -> None:
         """Start a batch: these rows are live."""
         self.live, self.step = rows, 0
 
-    def read(self, block: Int[Tensor, "steps live"]) -> list[bool]:
-        """Append some steps' tokens to the live rows; return which of them have ended."""
+    def read(self, block: Int[Tensor, "steps live"], kept: Sequence[KeptSets] = ()) -> list[bool]:
+        """Append some steps' tokens to the live rows; return which of them have ended.
+
+        `kept` are the sets that they were drawn from, by step, if these are recorded.
+        """
         over = torch.zeros(len(self.live), dtype=torch.bool)
-        for step in block:
+        for i, step in enumerate(block):
             going = (~over).nonzero().squeeze(1)
             rows, tokens = self.live[going], step[going]
             self.tokens[rows, self.step] = tokens
+            if kept:
+                self._kept.append(kept[i].take(going, 1))
+                self._kept_cells.append(rows * self.tokens.shape[1] + self.step)
             self.step += 1
             ended = tokens == self.end
             if self.stop is not None:
@@ -217,6 +233,13 @@ class _DrawnReplies:
             if over.all():
                 break
         return over.tolist()
+
+    def kept_sets(self, width: int) -> KeptSets | None:
+        """Return the sets of all tokens, in `width` columns; None if they are not recorded."""
+        if not self._kept:
+            return None
+        sets = KeptSets.assemble(self._kept, self._kept_cells, tuple(self.tokens.shape))
+        return sets.take(torch.arange(len(self.tokens)), width)
 
     def keep(self, order: Tensor) -> None:
         """Drop all live rows but these, in this order."""

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.modeling.device import upload
+from rlhf.modeling.kept_sets import KeptSets
 
 UNIT = 2**40
 """Fixed-point unit of cumulative sums on an accelerator."""
@@ -30,6 +31,12 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     sampler: Literal["inverse_cdf", "multinomial"] = "inverse_cdf"
+    record_kept: bool = False
+    """Store with the replies which tokens top-k and top-p left at each step."""
+
+    def truncates(self, vocabulary: int) -> bool:
+        """Return whether top-k or top-p can leave tokens of this vocabulary out."""
+        return self.temperature > 0 and (0 < self.top_k < vocabulary or self.top_p < 1)
 
 
 class Sampler:
@@ -37,6 +44,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, batch: int, seed: int, device: torch.device) -> None:
         self.sampling, self.batch = sampling, batch
+        self._masks: list[Tensor] = []
         if sampling.sampler == "multinomial":
             self.generator = torch.Generator(device).manual_seed(seed)
         else:  # on the CPU, so that all devices draw the same numbers
@@ -51,12 +59,22 @@ class Sampler:
         if self.sampling.temperature == 0:
             return logits.argmax(-1)
         logits = filter_logits(logits.float(), self.sampling)
+        if self.sampling.record_kept and self.sampling.truncates(logits.shape[1]):
+            self._masks.append(logits > -torch.inf)
         if self.sampling.sampler == "inverse_cdf":
             return inverse_cdf(logits, self.uniform[step, rows])
         # As torch.multinomial does it for one sample: p / q is largest at i with probability p_i
         # if all q are exponential. Finished rows use up their part of the random numbers.
         noise = exponential(self.batch, logits.shape[1], rows, self.generator)
         return (logits.softmax(-1) / noise).argmax(-1)
+
+    def take_kept_sets(self) -> list[KeptSets]:
+        """Return the kept sets of the steps since the last call, on the CPU; none if not recorded.
+
+        On an accelerator this makes the host wait.
+        """
+        masks, self._masks = self._masks, []
+        return [KeptSets.of_masks(mask).to(torch.device("cpu")) for mask in masks]
 
 
 def filter_logits(

@@ -29,6 +29,7 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import context_length, load_policy
 from rlhf.modeling.critic import AdapterCritic, Critic, HeadCritic, critic_from, freeze
 from rlhf.modeling.generate import Replies, Stop, concatenate, generate
+from rlhf.modeling.kept_sets import exclude
 from rlhf.modeling.logprobs import (
     log_probs_and_entropy,
     log_probs_entropy_values,
@@ -47,7 +48,7 @@ from rlhf.modeling.packed import frozen_copy
 from rlhf.modeling.precision import autocast, store_in_bfloat16
 from rlhf.modeling.reward import Scorer, SharedScorer, load_reward_model
 from rlhf.modeling.sampling import Sampling
-from rlhf.ppo.losses import exact_kl
+from rlhf.ppo.losses import exact_kl, kept_mass
 from rlhf.ranks import Ranks
 
 LogProbs = Float[Tensor, "batch reply"]
@@ -165,13 +166,26 @@ class Models:
         with self._as_reference() as reference, self._autocast():
             return log_probs_and_entropy(reference, replies, self.config.temperature, False)[0]
 
-    def exact_kl(self, replies: Replies) -> Float[Tensor, " tokens"]:
-        """Compute KL(π‖π_ref) over the whole vocabulary at each valid reply token."""
-        temperature = self.config.temperature
+    def audit(self, replies: Replies) -> dict[str, Float[Tensor, " tokens"]]:
+        """Compute the exact KL(π‖π_ref) at each valid reply token (`kl_exact`).
+
+        With kept sets it is over these, and `kept_mass` and `kept_mass_reference` are the
+        probabilities that policy and reference give them.
+        """
+        temperature, kept = self.config.temperature, replies.kept
         with self._autocast():
             logits = reply_logits(self.policy, replies, temperature)
         with self._as_reference() as reference, self._autocast():
-            return exact_kl(logits, reply_logits(reference, replies, temperature))
+            reference_logits = reply_logits(reference, replies, temperature)
+        if kept is None:
+            return {"kl_exact": exact_kl(logits, reference_logits)}
+        excluded = kept.excluded(0, len(logits))
+        masses = {
+            "kept_mass": kept_mass(logits, excluded),
+            "kept_mass_reference": kept_mass(reference_logits, excluded),
+        }
+        exclude(logits, excluded), exclude(reference_logits, excluded)
+        return {"kl_exact": exact_kl(logits, reference_logits), **masses}
 
     def values(self, replies: Replies) -> Values:
         """Compute the critic's value of every state of the replies."""
