@@ -80,7 +80,7 @@ def generate(
         for rows in torch.arange(len(indices)).split(batch_size or max(1, len(indices))):
             batch = indices[rows]
             # A new sampler per batch: at each step it makes the random numbers of all prompts.
-            sampler = Sampler(sampling, len(prompts), seed, device)
+            sampler = Sampler(sampling, len(prompts), seed, device, drawn.masks.append)
             drawn.begin(rows)
             _decode(policy, [prompts[i] for i in batch.tolist()], batch, sampler, drawn, every)
     width = int(drawn.lengths.max())
@@ -175,7 +175,7 @@ def _decode(
         tokens = sampler(logits, live, step)
         unread.append(tokens)
         if len(unread) == every or step + 1 == max_new_tokens:
-            ended = drawn.read(torch.stack(unread).cpu(), sampler.take_kept_sets())
+            ended = drawn.read(torch.stack(unread).cpu())
             unread = []
             if all(ended):
                 break
@@ -202,6 +202,8 @@ class _DrawnReplies:
         self.lengths = torch.full((rows,), max_new_tokens)
         self.finished = torch.zeros(rows, dtype=torch.bool)
         self.end, self.stop = end, stop
+        #: Tokens that could be drawn at each step since the last read, if the sampler records them.
+        self.masks: list[Bool[Tensor, "live vocabulary"]] = []
         self._kept: list[KeptSets] = []
         self._kept_cells: list[Tensor] = []
 
@@ -209,11 +211,10 @@ class _DrawnReplies:
         """Start a batch: these rows are live."""
         self.live, self.step = rows, 0
 
-    def read(self, block: Int[Tensor, "steps live"], kept: Sequence[KeptSets] = ()) -> list[bool]:
-        """Append some steps' tokens to the live rows; return which of them have ended.
-
-        `kept` are the sets that they were drawn from, by step, if these are recorded.
-        """
+    def read(self, block: Int[Tensor, "steps live"]) -> list[bool]:
+        """Append some steps' tokens to the live rows; return which of them have ended."""
+        kept = [KeptSets.of_masks(mask).to(block.device) for mask in self.masks]
+        self.masks.clear()
         over = torch.zeros(len(self.live), dtype=torch.bool)
         for i, step in enumerate(block):
             going = (~over).nonzero().squeeze(1)

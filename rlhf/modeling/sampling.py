@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.modeling.device import upload
-from rlhf.modeling.kept_sets import KeptSets
 
 UNIT = 2**40
 """Fixed-point unit of cumulative sums on an accelerator."""
@@ -40,11 +40,18 @@ class Sampling:
 
 
 class Sampler:
-    """Sampler of one batch, with a random generator of its own."""
+    """Sampler of one batch, with a random generator of its own.
 
-    def __init__(self, sampling: Sampling, batch: int, seed: int, device: torch.device) -> None:
+    With `Sampling.record_kept` a truncating sampler calls `record` at each step with the mask of
+    the tokens that it drew from, (live, vocabulary).
+    """
+
+    def __init__(
+        self, sampling: Sampling, batch: int, seed: int, device: torch.device,
+        record: Callable[[Tensor], None] | None = None,
+    ) -> None:  # fmt: skip
         self.sampling, self.batch = sampling, batch
-        self._masks: list[Tensor] = []
+        self.record = record if sampling.record_kept else None
         if sampling.sampler == "multinomial":
             self.generator = torch.Generator(device).manual_seed(seed)
         else:  # on the CPU, so that all devices draw the same numbers
@@ -59,22 +66,14 @@ class Sampler:
         if self.sampling.temperature == 0:
             return logits.argmax(-1)
         logits = filter_logits(logits.float(), self.sampling)
-        if self.sampling.record_kept and self.sampling.truncates(logits.shape[1]):
-            self._masks.append(logits > -torch.inf)
+        if self.record is not None and self.sampling.truncates(logits.shape[1]):
+            self.record(logits > -torch.inf)
         if self.sampling.sampler == "inverse_cdf":
             return inverse_cdf(logits, self.uniform[step, rows])
         # As torch.multinomial does it for one sample: p / q is largest at i with probability p_i
         # if all q are exponential. Finished rows use up their part of the random numbers.
         noise = exponential(self.batch, logits.shape[1], rows, self.generator)
         return (logits.softmax(-1) / noise).argmax(-1)
-
-    def take_kept_sets(self) -> list[KeptSets]:
-        """Return the kept sets of the steps since the last call, on the CPU; none if not recorded.
-
-        On an accelerator this makes the host wait.
-        """
-        masks, self._masks = self._masks, []
-        return [KeptSets.of_masks(mask).to(torch.device("cpu")) for mask in masks]
 
 
 def filter_logits(

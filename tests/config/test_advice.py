@@ -37,3 +37,23 @@ def test_a_line_for_each_value():
 def test_the_quickstart_is_told_of_its_discount():
     lines = advice(load_config("configs/quickstart.yaml").config)
     assert [line.split(" is ")[0] for line in lines] == ["ppo.gamma = 1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "filters"),
+    [
+        ([], "top_k = 50"), (["--ppo.top_p=0.9"], "top_k = 50 and top_p = 0.9"),
+        (["--ppo.top_k=0", "--ppo.top_p=0.9"], "top_p = 0.9"), (["--ppo.top_k=0"], None),
+    ],
+)  # fmt: skip
+def test_truncation_without_replay(arguments, filters):
+    lines = advice(load_config(None, ["--ppo.truncation=none", *arguments]).config)
+    assert lines == [] if filters is None else lines == [
+        f"ppo.truncation = none with {filters} computes ratio and KL of another distribution than "
+        "replies are drawn from; set ppo.truncation to replay, or ppo.top_k to 0 and ppo.top_p to 1"
+    ]  # fmt: skip
+
+
+def test_a_peers_way_is_no_exception():
+    assert len(advice(load_config(None, ["--ppo.compat=verl"]).config)) == 1
+    assert advice(load_config(None, ["--ppo.compat=verl", "--ppo.truncation=replay"]).config) == []
