@@ -239,8 +239,9 @@ class _DrawnReplies:
         """Return the sets of all tokens, in `width` columns; None if they are not recorded."""
         if not self._kept:
             return None
-        sets = KeptSets.assemble(self._kept, self._kept_cells, tuple(self.tokens.shape))
-        return sets.take(torch.arange(len(self.tokens)), width)
+        rows, columns = self.tokens.shape
+        sets = KeptSets.assemble(self._kept, self._kept_cells, (rows, columns))
+        return sets.take(torch.arange(rows), width)
 
     def keep(self, order: Tensor) -> None:
         """Drop all live rows but these, in this order."""

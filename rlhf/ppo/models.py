@@ -184,8 +184,8 @@ class Models:
             "kept_mass": kept_mass(logits, excluded),
             "kept_mass_reference": kept_mass(reference_logits, excluded),
         }
-        exclude(logits, excluded), exclude(reference_logits, excluded)
-        return {"kl_exact": exact_kl(logits, reference_logits), **masses}
+        kl = exact_kl(exclude(logits, excluded), exclude(reference_logits, excluded))
+        return {"kl_exact": kl, **masses}
 
     def values(self, replies: Replies) -> Values:
         """Compute the critic's value of every state of the replies."""

@@ -212,7 +212,10 @@ class PPOTrainer:
         ranks.all_reduce(log_probs, reference, entropy, values)
         names = audits[0] if audits else ()
         sums = [ranks.gather(torch.stack([audit[name] for audit in audits])) for name in names]
-        audit = {n: sum(sum(t.tolist()) for t in s) for n, s in zip(names, sums, strict=True)}
+        audit = {
+            name: float(sum(sum(t.tolist()) for t in parts))
+            for name, parts in zip(names, sums, strict=True)
+        }
         log_probs, reference, entropy, values = (
             t.to(self.storage_device) for t in (log_probs, reference, entropy, values)
         )
