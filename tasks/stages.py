@@ -37,6 +37,7 @@ from tasks.external_inputs import (
     reward_function_digests,
     reward_settings,
 )
+from tasks.rehearsal import rehearse_stage
 from tasks.stage import Shown, Stage, StageRun, store_of
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def _train(
     """
     from rlhf.launch import Job, launch, train
 
+    rehearse_stage(run)
     job = Job(
         stage=run.producer.stage, field=field, section=section, inputs=run.folders,
         out_dir=run.out_dir, seed=run.config.seed, runtime=run.config.runtime, **values,

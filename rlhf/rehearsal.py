@@ -1,0 +1,413 @@
+"""Rehearsal of a run: every training stage on a miniature of the base model, in seconds.
+
+The miniature has the class, layer types, vocabulary, tokenizer and chat template of the real base
+(`rlhf.modeling.miniature`). It is trained for one step by each stage as configured, on the user's
+first rows; the results of padded, packed and decoded rows are compared with plain calls of
+transformers; and what the stages write is loaded by transformers alone. So a family that a stage
+can't train, or would train on wrong numbers, is refused before the real model is trained.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import PipelineConfig, PPOConfig, RuntimeConfig
+from rlhf.config.lengths import TokenLimits
+from rlhf.data.rows import (
+    DEMONSTRATIONS,
+    PAIRS_EVAL,
+    PAIRS_TRAIN,
+    PROMPTS_EVAL,
+    PROMPTS_TRAIN,
+    Demonstration,
+    Pair,
+    PromptRow,
+    iterate_rows,
+    write_rows,
+)
+from rlhf.errors import ConfigError, PromptUnusable, RLHFError
+from rlhf.files import read_json
+from rlhf.gates import Approved, judge, require
+from rlhf.modeling.source import CONFIG, MODEL_FILES, WEIGHTS, ExternalModel
+
+log = logging.getLogger(__name__)
+#: Rows of each kind, and how many of the user's are looked at to find as many that fit.
+ROWS, LOOKED_AT = 4, 200
+#: Most tokens of a row that is trained on, and of a reply.
+LENGTH, NEW_TOKENS = 192, 8
+#: Longest prompt that is compared, to be longer than a model's attention window.
+LONGEST = 4200
+#: Fields of a configuration that training may change.
+_MAY_CHANGE = {
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+}  # fmt: skip
+#: Reward settings that call a service or code of the user's; the reward model takes their place.
+_PLAIN_REWARD: dict[str, Any] = {
+    "reward_fn": None, "length_penalty": None, "correctness": None, "custom": None,
+    "env_type": None, "env_config": None, "multi_objective": False, "reward_weights": None,
+}  # fmt: skip
+
+
+class RehearsalFailed(ConfigError):
+    """A stage fails with this model, or computes wrong numbers."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few rows of each kind, as a dataset holds them."""
+
+    demonstrations: Sequence[Demonstration]
+    pairs: Sequence[Pair]
+    prompts: Sequence[PromptRow]
+
+    @classmethod
+    def of(cls, data: Path) -> Sample:
+        """Return the first rows of a dataset's folder."""
+        return cls(
+            [*islice(iterate_rows(data / DEMONSTRATIONS, Demonstration), LOOKED_AT)],
+            [*islice(iterate_rows(data / PAIRS_TRAIN, Pair), LOOKED_AT)],
+            [*islice(iterate_rows(data / PROMPTS_TRAIN, PromptRow), LOOKED_AT)],
+        )
+
+
+def rehearse(
+    config: PipelineConfig,
+    base: Path,
+    sample: Sample,
+    scratch: Path,
+    *,
+    reward_base: tuple[ExternalModel, Path] | None = None,
+) -> list[str]:
+    """Run every stage on a miniature of the base model.
+
+    Args:
+        config: The run's configuration.
+        base: Folder of the base model; its weights are not read.
+        sample: Rows to train on; those that don't fit are replaced.
+        scratch: Empty folder for the miniature and the stages' results.
+        reward_base: A ready reward model or one to train from, and its folder.
+
+    Returns:
+        Remarks: what could not be rehearsed.
+
+    Raises:
+        RehearsalFailed: A stage fails with this model, or computes wrong numbers.
+    """
+    name = config.base.path or "the base model"
+    run = _Rehearsal(config, name, scratch)
+    with run.step("loading"):
+        remark = run.make_miniature(base, "base", "AutoModelForCausalLM")
+    if remark:
+        return [f"{name}: not rehearsed: {remark}"]
+    if reward_base is not None:
+        external, folder = reward_base
+        kind = "AutoModelForSequenceClassification" if external.ready else "AutoModel"
+        with run.step("loading the reward model", external.field, external.uri):
+            remark = run.make_reward_miniature(folder, kind, external)
+        if remark:
+            return [f"{external.uri}: not rehearsed: {remark}"]
+    run.write_data(sample)
+    with run.step("SFT"):
+        run.train_sft()
+    with run.step("the comparison with plain transformers"):
+        run.check_policy()
+    with run.step("the reward model"):
+        run.train_reward_model(reward_base[0] if reward_base else None)
+    with run.step("PPO"):
+        run.train_policy()
+    with run.step("the evaluation"):
+        run.evaluate()
+    return []
+
+
+class _Rehearsal:
+    """One rehearsal: its settings, reduced to a step, and its folders."""
+
+    def __init__(self, config: PipelineConfig, name: str, scratch: Path) -> None:
+        self.config, self.name, self.scratch = config, name, scratch
+        # Operations this small cost more to share out among threads than to do. Where child
+        # processes train, this one must not take a part of an accelerator.
+        launches = any(s.processes for s in (config.sft, config.reward_model, config.ppo))
+        device = "cpu" if launches else config.runtime.device
+        self.runtime: RuntimeConfig = config.runtime.model_copy(
+            update={"threads": 1, "device": device}
+        )
+        self.base, self.reward_base = scratch / "base", scratch / "reward-base"
+        self.sft, self.reward, self.policy = (scratch / n for n in ("sft", "reward", "policy"))
+        self.data, self.evaluation = scratch / "data", scratch / "evaluation"
+        self.has_reward_base = False
+
+    @contextmanager
+    def step(self, what: str, field: str = "base.path", value: str | None = None) -> Iterator[None]:
+        """Turn an error into one that names the model and the stage.
+
+        Raises:
+            RehearsalFailed: The step failed.
+        """
+        value = value or self.name
+        try:
+            yield
+        except Exception as error:  # a family's code can raise anything
+            text = " ".join(str(error).split()) or "no message"
+            for folder, original in ((self.base, value), (self.reward_base, value)):
+                text = text.replace(str(folder), original)
+            known = isinstance(error, RLHFError)
+            reason = text if known else f"{type(error).__name__}: {text}"
+            cure = "" if known and ";" in text else "; choose another model, or report this family"
+            log.debug("rehearsal: %s", what, exc_info=True)
+            raise RehearsalFailed(
+                f"{field} = {value!r}: rehearsed in small, {what} fails: {reason[:600]}{cure}"
+            ) from error
+
+    def make_miniature(self, source: Path, folder: str, auto_class: str) -> str | None:
+        """Write a miniature of the model in `source`; return why there can be none."""
+        import transformers
+        from transformers import AutoConfig
+
+        from rlhf.modeling.miniature import miniature
+        from rlhf.modeling.weights import save_model
+
+        target = self.scratch / folder
+        target.mkdir()
+        for path in source.iterdir():
+            if path.is_file() and path.name.endswith(MODEL_FILES) and WEIGHTS not in path.name:
+                shutil.copy(path, target)
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+        try:
+            model = miniature(config, getattr(transformers, auto_class))
+        except ValueError as error:
+            if "Unrecognized configuration class" in str(error):
+                raise ConfigError(
+                    f"transformers has no language model for {config.model_type!r}; give a text "
+                    "model"
+                ) from None
+            return str(error)
+        save_model(model, target)
+        return None
+
+    def make_reward_miniature(
+        self, source: Path, auto_class: str, external: ExternalModel
+    ) -> str | None:
+        """Write a miniature of a ready reward model, or of one to train from."""
+        names = read_json(source / CONFIG).get("architectures") or [""]
+        if not external.ready:
+            for kind in ("ForCausalLM", "ForSequenceClassification"):
+                if names[0].endswith(kind):
+                    auto_class = f"AutoModel{kind}"
+        self.has_reward_base = True
+        return self.make_miniature(source, self.reward_base.name, auto_class)
+
+    def write_data(self, sample: Sample) -> None:
+        """Write a dataset of the user's rows that fit, and of short ones."""
+        from rlhf.data.rendering import Renderer
+        from rlhf.modeling.base import load_tokenizer
+
+        renderer = Renderer(load_tokenizer(self.base))
+        limits = self.limits()
+
+        def fits(prompt: Any, *texts: str) -> bool:
+            try:
+                room = limits.reply_after(len(renderer.encode_prompt(prompt, limits.prompt)))
+            except PromptUnusable:
+                return False
+            return all(0 < len(renderer.encode_reply(text)) <= room for text in texts)
+
+        self.data.mkdir()
+        demonstrations = [d for d in sample.demonstrations if fits(d.prompt, d.response)][:ROWS]
+        pairs = [p for p in sample.pairs if fits(p.prompt, p.chosen, p.rejected)][:ROWS]
+        prompts = [p for p in sample.prompts if fits(p.prompt)][:ROWS]
+        for index in range(ROWS):
+            question = "Name a colour." + " And another one." * index
+            demonstrations.append(Demonstration(question, "Red, green and blue."[: 4 + 4 * index]))
+            pairs.append(Pair(question, "Red and green."[: 4 + 4 * index], "I don't know."))
+            prompts.append(PromptRow(question))
+        if self.config.reward_model.margin_coef:
+            pairs = [Pair(p.prompt, p.chosen, p.rejected, margin=p.margin or 1.0) for p in pairs]
+        write_rows(self.data / DEMONSTRATIONS, demonstrations[:ROWS])
+        for name in (PAIRS_TRAIN, PAIRS_EVAL):
+            write_rows(self.data / name, pairs[:ROWS])
+        for name in (PROMPTS_TRAIN, PROMPTS_EVAL):
+            write_rows(self.data / name, prompts[:ROWS])
+
+    def limits(self) -> TokenLimits:
+        """Return the run's token limits, lowered to those of a rehearsal."""
+        limits = self.config.token_limits()
+        length = min(limits.max_length, LENGTH)
+        return limits.model_copy(
+            update={
+                "max_length": length,
+                "max_prompt": min(limits.max_prompt or length, length - NEW_TOKENS),
+                "max_reply": None,
+                "max_new_tokens": min(limits.max_new_tokens, NEW_TOKENS),
+                "max_bad_fraction": 1.0,
+            }
+        )
+
+    def train_sft(self) -> None:
+        """Train one step of SFT, and load the result in transformers alone."""
+        from rlhf.sft import train_sft
+
+        self.sft.mkdir()
+        base = self.config.base.model_copy(update={"path": str(self.base), "revision": None})
+        train_sft(
+            self.config.sft.model_copy(update=_one_step()), base, self.data, self.sft,
+            limits=self.limits(), seed=self.config.seed, runtime=self.runtime,
+        )  # fmt: skip
+        self._check_published(self.sft, self.base)
+
+    def check_policy(self) -> None:
+        """Compare the policy's and the critic's results with plain calls."""
+        import torch
+
+        from rlhf.data.rendering import load_renderer
+        from rlhf.modeling.base import load_policy
+        from rlhf.modeling.critic import critic_from
+        from rlhf.modeling.device import prepare_device
+        from rlhf.modeling.exactness import check_critic, check_policy, replies_of
+
+        device = prepare_device(self.runtime)
+        renderer = load_renderer(self.sft)
+        with torch.no_grad():
+            policy = load_policy(self.sft).eval().to(device)
+        prompts = self._prompts(renderer, policy)
+        check_policy(policy, prompts, renderer.tokenizer)
+        if self.config.ppo.critic != "head":
+            replies = replies_of(policy, prompts, renderer.tokenizer)
+            check_critic(critic_from(load_policy(self.sft)).eval().to(device), replies)
+
+    def _prompts(self, renderer: Any, policy: Any) -> list[list[int]]:
+        """Return prompts of several lengths, one longer than each of the model's windows."""
+        from rlhf.modeling.base import context_length
+        from rlhf.modeling.miniature import sections_of
+
+        rows = [row.prompt for row in iterate_rows(self.data / PROMPTS_TRAIN, PromptRow)]
+        prompts = [renderer.encode_prompt(prompt, LENGTH) for prompt in rows]
+        most = min(self.config.token_limits().prompt, context_length(policy) - NEW_TOKENS, LONGEST)
+        names = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
+        windows = {
+            value
+            for section in sections_of(policy.config)
+            for holder in (vars(section), getattr(section, "rope_parameters", None) or {})
+            for name in names
+            if isinstance(value := holder.get(name), int)
+        }
+        longest = max((w + 16 for w in windows if w + 16 <= most), default=0)
+        if longest > len(prompts[-1]):
+            prompts.append((prompts[-1] * (1 + longest // len(prompts[-1])))[:longest])
+        return [ids[:most] for ids in prompts]
+
+    def train_reward_model(self, external: ExternalModel | None) -> None:
+        """Train one step of a reward model, or publish a ready one; compare its scores."""
+        from rlhf.data.rendering import load_renderer
+        from rlhf.modeling.device import prepare_device
+        from rlhf.modeling.exactness import check_scorer
+        from rlhf.modeling.reward import Scorer
+        from rlhf.reward import publish_ready_reward_model, train_reward_model
+
+        self.reward.mkdir()
+        if external is not None and external.ready:
+            small = ExternalModel(external.field, str(self.reward_base), ready=True)
+            publish_ready_reward_model(small, self.reward_base, self.reward, runtime=self.runtime)
+        else:
+            start = str(self.reward_base) if self.has_reward_base else None
+            section = self.config.reward_model.model_copy(update=_one_step() | {"base": start})
+            train_reward_model(
+                section, self.data, self.sft, self.reward,
+                limits=self.limits(), seed=self.config.seed, runtime=self.runtime,
+            )  # fmt: skip
+        scorer = Scorer(self.reward, prepare_device(self.runtime), self.limits())
+        renderer = load_renderer(self.reward)
+        rows = [
+            renderer.encode(pair.prompt, reply, scorer.limits).ids
+            for pair in iterate_rows(self.data / PAIRS_TRAIN, Pair)
+            for reply in (pair.chosen, pair.rejected)
+        ]
+        check_scorer(scorer, rows)
+
+    def train_policy(self) -> None:
+        """Train one update of PPO, and load the result in transformers alone."""
+        from rlhf.ppo.train import train_policy
+
+        self.policy.mkdir()
+        train_policy(
+            _one_update(self.config.ppo), self.data, self.sft, _approved(self.reward), self.policy,
+            limits=self.limits(), seed=self.config.seed, runtime=self.runtime,
+        )  # fmt: skip
+        self._check_published(self.policy, self.base)
+
+    def evaluate(self) -> None:
+        """Run both evaluations."""
+        from rlhf.evaluate import evaluate_policy, evaluate_reward_model
+
+        self.evaluation.mkdir()
+        section = self.config.evaluation.model_copy(update={"judge": "none"})
+        evaluate_reward_model(
+            section, self.config.data, self.data, self.reward, self.evaluation,
+            limits=self.limits(), runtime=self.runtime,
+        )  # fmt: skip
+        evaluate_policy(
+            section, _one_update(self.config.ppo), self.data, self.sft, self.policy, self.reward,
+            self.evaluation, limits=self.limits(), seed=self.config.seed, runtime=self.runtime,
+        )  # fmt: skip
+
+    def _check_published(self, folder: Path, base: Path) -> None:
+        """Load a stage's result by transformers alone; compare its configuration with the base's.
+
+        Raises:
+            ConfigError: Weights are missing or left over, or training changed the configuration.
+        """
+        from transformers import AutoModelForCausalLM
+
+        load: Any = AutoModelForCausalLM.from_pretrained
+        _, info = load(folder, output_loading_info=True, trust_remote_code=False)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                raise ConfigError(f"what it writes has {problem} ({sorted(info[problem])[0]})")
+        before, after = (read_json(path / CONFIG) for path in (base, folder))
+        changed = [
+            name
+            for name in sorted({*before, *after} - _MAY_CHANGE)
+            if before.get(name) != after.get(name)
+        ]
+        if changed:
+            name = changed[0]
+            raise ConfigError(
+                f"training changes {name} in its configuration from {before.get(name)!r} to "
+                f"{after.get(name)!r}"
+            )
+
+
+def _one_step() -> dict[str, Any]:
+    """Return changes of a training section that make one step of it, in this process."""
+    return {
+        "epochs": 1.0, "batch_size": ROWS, "micro_batch_size": ROWS // 2, "max_length": LENGTH,
+        "processes": None, "sharding": "ddp",
+    }  # fmt: skip
+
+
+def _one_update(config: PPOConfig) -> PPOConfig:
+    """Return PPO's section with a single small update, in this process."""
+    rows = ROWS * config.replies_per_prompt
+    changes: dict[str, Any] = {
+        "total_episodes": rows, "chunk_size": rows, "mini_batch_size": rows, "micro_batch_size": 2,
+        "num_ppo_epochs": 2, "critic_warmup_updates": 0, "lr_warmup_updates": 0,
+        "max_new_tokens": min(config.max_new_tokens, NEW_TOKENS), "rollout_batch_size": None,
+        "checkpoint_every": 1, "processes": None, "reward_model_path": None,
+    }  # fmt: skip
+    if config.env_type != "preference_comparison":
+        changes |= _PLAIN_REWARD
+    return config.model_copy(update=changes)
+
+
+def _approved(reward_model: Path) -> Approved[Path]:
+    """Approve a rehearsal's reward model by a gate without rules."""
+    verdict = judge("rehearsal", "rehearsal", {}, [])
+    return require(reward_model, "rehearsal", verdict)

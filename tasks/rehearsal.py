@@ -1,0 +1,162 @@
+"""When a run rehearses: before its first training stage on a machine, once per configuration.
+
+A rehearsal that passed is remembered in the work folder, by everything that could change its
+outcome: the settings of the stages, the files of the models but for their weights, the code and the
+versions of libraries.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import PipelineConfig, apply_machine_settings
+from rlhf.files import expand_home, files_sha256, read_json, write_json
+from rlhf.modeling.source import MODEL_FILES, WEIGHTS, ExternalModel, ExternalTokenizer
+from rlhf.store import Producer
+from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.external_inputs import external_base_model, external_reward_model
+from tasks.stage import StageRun, store_of
+
+if TYPE_CHECKING:
+    from rlhf.rehearsal import Sample
+
+log = logging.getLogger("rlhf.tasks")
+#: Sections of the configuration that a rehearsal depends on.
+_SECTIONS = ("base", "sft", "reward_model", "ppo", "evaluation", "data")
+#: Settings of the data that change no stage's computation.
+_DATA = ("max_prompt", "max_reply", "system")
+
+
+def rehearse_stage(run: StageRun) -> None:
+    """Rehearse a run before its first training stage on this machine.
+
+    A model trained from scratch is the project's own, and is not rehearsed.
+
+    Raises:
+        RehearsalFailed: A stage fails with this model, or computes wrong numbers.
+    """
+    if external_base_model(run.config) is None:
+        return
+    from rlhf.rehearsal import Sample
+
+    # The stages after SFT start from its policy, which has the base's class and tokenizer. They
+    # may run where the base itself can't be read.
+    folder = run.folders.get("sft")
+    if folder is not None and _record(run.config, _key(run.config, run.producer)).is_file():
+        return
+    folder = folder or run.folders["base"]
+    rehearse_once(run.config, folder, Sample.of(run.folders["data"]), run.producer)
+
+
+def rehearse_once(
+    config: PipelineConfig, base: Path, sample: Sample, producer: Producer
+) -> Sequence[str]:
+    """Rehearse a configuration, unless that has been done on this machine.
+
+    Args:
+        config: The run's configuration.
+        base: Folder of the base model, with or without its weights.
+        sample: Rows to train on.
+        producer: Versions of the code and of libraries.
+
+    Returns:
+        Remarks: what could not be rehearsed.
+
+    Raises:
+        RehearsalFailed: A stage fails with this model, or computes wrong numbers.
+    """
+    from rlhf.rehearsal import rehearse
+
+    work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
+        reward_base = _reward_base(config, Path(scratch, "reward-model"))
+        folders = [base] if reward_base is None else [base, reward_base[1]]
+        record = _record(config, _key(config, producer, folders))
+        if record.is_file():
+            remarks = read_json(record)["remarks"]
+        else:
+            log.info("rehearsing every stage on a miniature of %s", config.base.path)
+            stages = Path(scratch, "stages")
+            stages.mkdir()
+            remarks = rehearse(config, base, sample, stages, reward_base=reward_base)
+    for remark in remarks:
+        log.warning("%s", remark)
+    for path in (record, _record(config, _key(config, producer))):
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"remarks": remarks})
+    return remarks
+
+
+@contextmanager
+def base_without_weights(config: PipelineConfig) -> Iterator[Path | None]:
+    """Fetch the base model's configuration and tokenizer; None if it is trained from scratch.
+
+    Raises:
+        ConfigError: The model is missing or incomplete.
+        StoreError: The server can't be reached.
+    """
+    external = external_base_model(config)
+    if external is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield _small_files(external, config, Path(scratch, "base"))
+
+
+def _reward_base(config: PipelineConfig, scratch: Path) -> tuple[ExternalModel, Path] | None:
+    """Fetch what describes the external reward model, if there is one."""
+    external = external_reward_model(config)
+    return None if external is None else (external, _small_files(external, config, scratch))
+
+
+def _small_files(external: ExternalModel, config: PipelineConfig, scratch: Path) -> Path:
+    if external.is_artifact:
+        store = store_of(config)
+        ref = store.resolve(external.uri)
+        names = [
+            entry.path
+            for entry in store.manifest(ref).files
+            if entry.path.endswith(MODEL_FILES) and not entry.path.endswith(WEIGHTS)
+        ]
+        return store.fetch(ref, names)
+    small = ExternalTokenizer(external.field, external.uri, external.options, external.revision)
+    copy = small.fetch(scratch / "download")
+    target = scratch / "small"
+    target.mkdir(parents=True)
+    for name, path in copy.files.items():
+        shutil.copy(path, target / name)
+    return target
+
+
+def _record(config: PipelineConfig, key: str) -> Path:
+    """Return the file that remembers a rehearsal."""
+    work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
+    return work_dir / "rehearsals" / f"{key}.json"
+
+
+def _key(config: PipelineConfig, producer: Producer, folders: Sequence[Path] = ()) -> str:
+    """Return the identity of a rehearsal; without `folders` models count by their URIs alone."""
+    sections: dict[str, Any] = {
+        name: getattr(config, name).model_dump(mode="json") for name in _SECTIONS
+    }
+    sections["data"] = {name: sections["data"][name] for name in _DATA}
+    files = {
+        f"{index}/{path.name}": path
+        for index, folder in enumerate(folders)
+        for path in sorted(folder.iterdir())
+        if path.name.endswith(MODEL_FILES) and not path.name.endswith(WEIGHTS)
+    }
+    identity = {
+        "sections": sections,
+        "files": files_sha256(files.items()) if files else None,
+        "code": producer.code_version,
+        "versions": producer.versions,
+        "device": config.runtime.device,
+    }
+    return sha256_bytes(canonical_json(identity))[:32]
