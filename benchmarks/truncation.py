@@ -133,7 +133,9 @@ def cost(folder: Path, rounds: int) -> None:
     """Print the CPU time of each phase of an update, and the bytes of the kept sets."""
     write_toy(folder, hidden_size=256, layers=4, heads=4, intermediate_size=1024,
               vocab_size=32_000, context=128)  # fmt: skip
-    print("| sampling | phase | none, s | replay, s | ratio | bytes a token |\n|---|---|---|---|---|---|")
+    print(
+        "| sampling | phase | none, s | replay, s | ratio | bytes a token |\n|---|---|---|---|---|---|"
+    )
     for options in ({"top_k": 50}, {"top_k": 0, "top_p": 0.9}):
         shared = {
             **options, "total_episodes": 3200, "chunk_size": 32, "mini_batch_size": 16,

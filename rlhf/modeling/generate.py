@@ -213,15 +213,17 @@ class _DrawnReplies:
 
     def read(self, block: Int[Tensor, "steps live"]) -> list[bool]:
         """Append some steps' tokens to the live rows; return which of them have ended."""
-        kept = [KeptSets.of_masks(mask).to(block.device) for mask in self.masks]
-        self.masks.clear()
+        kept = None
+        if self.masks:  # all steps at once: on an accelerator each call makes the host wait
+            kept = KeptSets.of_masks(torch.cat(self.masks)).to(block.device)
+            self.masks.clear()
         over = torch.zeros(len(self.live), dtype=torch.bool)
         for i, step in enumerate(block):
             going = (~over).nonzero().squeeze(1)
             rows, tokens = self.live[going], step[going]
             self.tokens[rows, self.step] = tokens
-            if kept:
-                self._kept.append(kept[i].take(going, 1))
+            if kept is not None:
+                self._kept.append(kept.take(i * len(self.live) + going, 1))
                 self._kept_cells.append(rows * self.tokens.shape[1] + self.step)
             self.step += 1
             ended = tokens == self.end

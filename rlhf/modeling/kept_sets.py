@@ -35,7 +35,7 @@ class KeptSets:
 
     @classmethod
     def of_masks(cls, masks: Bool[Tensor, "rows vocabulary"]) -> KeptSets:
-        """Compress the masks of one step; `counts` is (rows, 1).
+        """Compress masks; `counts` is (rows, 1).
 
         On an accelerator this makes the host wait.
         """

@@ -107,9 +107,7 @@ def truncated_softmax(x):
     logits = x.logits.requires_grad_()
     log_probs, entropies = log_probs_from_logits(logits, chosen, x.temperature, True, excluded)
     log_probs.sum().backward()
-    reference, _ = log_probs_from_logits(
-        x.reference_logits, chosen, x.temperature, False, excluded
-    )
+    reference, _ = log_probs_from_logits(x.reference_logits, chosen, x.temperature, False, excluded)
     scaled = (t.detach() / x.temperature for t in (logits, x.reference_logits))
     return {
         "kept": ~excluded,

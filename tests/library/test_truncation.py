@@ -445,7 +445,9 @@ def test_the_audit_is_within_the_sets(sft, approved):
     for i in range(n):
         p, q = (t[i][kept[i]].log_softmax(0) for t in logits)
         kl += float((p.exp() * (p - q)).sum())
-        masses = [m + float(t[i].softmax(0)[kept[i]].sum()) for m, t in zip(masses, logits, strict=True)]
+        masses = [
+            m + float(t[i].softmax(0)[kept[i]].sum()) for m, t in zip(masses, logits, strict=True)
+        ]
     assert metrics["kl_exact"] == pytest.approx(kl / 16, rel=1e-3)
     assert metrics["kept_mass"] == pytest.approx(masses[0] / n, rel=1e-4)
     assert metrics["kept_mass_reference"] == pytest.approx(masses[1] / n, rel=1e-4)
