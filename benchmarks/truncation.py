@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FILTERS: tuple[dict[str, Any], ...] = (
     {"top_k": 50}, {"top_k": 10}, {"top_k": 0, "top_p": 0.9}, {"top_k": 0, "top_p": 0.5},
 )  # fmt: skip
 PROMPTS = [PromptRow(f"{a} {b}") for a in string.ascii_lowercase[:8] for b in "stuvwxyz"]
+PHASES = ("rollout", "scoring", "optimisation")
 REWARDED = set("aeiou")
 
 
@@ -133,9 +135,8 @@ def cost(folder: Path, rounds: int) -> None:
     """Print the CPU time of each phase of an update, and the bytes of the kept sets."""
     write_toy(folder, hidden_size=256, layers=4, heads=4, intermediate_size=1024,
               vocab_size=32_000, context=128)  # fmt: skip
-    print(
-        "| sampling | phase | none, s | replay, s | ratio | bytes a token |\n|---|---|---|---|---|---|"
-    )
+    print("| sampling | phase | none, s | replay, s | ratio | bytes a token |")
+    print("|---|---|---|---|---|---|")
     for options in ({"top_k": 50}, {"top_k": 0, "top_p": 0.9}):
         shared = {
             **options, "total_episodes": 3200, "chunk_size": 32, "mini_batch_size": 16,
@@ -159,14 +160,11 @@ def cost(folder: Path, rounds: int) -> None:
                     tokens = int(rollouts.replies.mask.sum())
                     size = 4 * len(rollouts.replies.kept.words) / tokens
                 if number > 0:  # the first round compiles kernels
-                    for phase, (a, b) in zip(
-                        ("rollout", "scoring", "optimisation"),
-                        zip(clock, clock[1:], strict=False), strict=True,
-                    ):  # fmt: skip
+                    for phase, (a, b) in zip(PHASES, pairwise(clock), strict=True):
                         times.setdefault((phase, way), []).append(b - a)
                     times.setdefault(("total", way), []).append(clock[-1] - clock[0])
         name = ", ".join(f"{k} {v}" for k, v in options.items() if v)
-        for phase in ("rollout", "scoring", "optimisation", "total"):
+        for phase in (*PHASES, "total"):
             none, replay = (statistics.median(times[phase, way]) for way in ("none", "replay"))
             print(f"| {name} | {phase} | {none:.2f} | {replay:.2f} | {replay / none:.2f} | "
                   f"{size:.0f} |", flush=True)  # fmt: skip
