@@ -310,10 +310,16 @@ def kept_of(replies, vocabulary, density, seed=0):
 
 @pytest.mark.parametrize("density", [0.02, 0.3])
 @pytest.mark.parametrize("options", [{}, {"slice_size": 1000}, {"slice_size": 1000, "keep": 0}])
-def test_slices_and_recomputation_replay_the_sets(options, density):
+@pytest.mark.parametrize("kind", ["linear", "other"])
+def test_slices_and_recomputation_replay_the_sets(options, density, kind):
     """The fused function against log-softmax over the selected columns, with gradients."""
+
+    class Other(torch.nn.Linear):
+        """A head that is no plain layer: by autograd."""
+
     torch.manual_seed(0)
-    head = torch.nn.Linear(5, 300, dtype=torch.float64).to(DEVICE)
+    make = torch.nn.Linear if kind == "linear" else Other
+    head = make(5, 300, dtype=torch.float64).to(DEVICE)
     hidden = torch.randn(11, 5, dtype=torch.float64).to(DEVICE).requires_grad_()
     replies = replies_of([[1]] * 2, [list(range(6)), list(range(20, 25))])
     kept, masks = kept_of(replies, 300, density)
