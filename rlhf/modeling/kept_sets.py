@@ -18,6 +18,10 @@ from torch import Tensor
 
 from rlhf.modeling.device import upload
 
+EXCLUDED = -1e30
+"""Logit of an excluded token: its probability is exactly 0. With −∞ the entropy would contain
+0 · ∞, and with the lowest finite number its gradient: that times a weight above 1 is −∞."""
+
 
 @dataclass(frozen=True)
 class KeptSets:
@@ -134,11 +138,8 @@ class KeptSets:
 def exclude(
     logits: Float[Tensor, "tokens vocabulary"], excluded: Bool[Tensor, "tokens vocabulary"]
 ) -> Float[Tensor, "tokens vocabulary"]:
-    """Set excluded logits, in place, to the lowest finite number, whose probability is exactly 0.
-
-    With −∞ the entropy and its gradient would contain 0 · ∞.
-    """
-    return logits.masked_fill_(excluded, torch.finfo(logits.dtype).min)
+    """Set excluded logits, in place, to `EXCLUDED`."""
+    return logits.masked_fill_(excluded, EXCLUDED)
 
 
 def words_of(vocabulary: int) -> int:
