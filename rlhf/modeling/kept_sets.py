@@ -105,28 +105,44 @@ class KeptSets:
         Reply tokens are counted row by row, without padding. Tokens past the last have no set, and
         nothing is excluded for them. The host does not wait for an accelerator.
         """
+        rows, cells, dense, masks = self._decode(start, stop)
+        excluded = masks.new_zeros(stop - start, self.vocabulary)
+        excluded[:rows] = True
+        excluded.view(-1).index_fill_(0, cells, False)
+        return excluded.index_copy_(0, dense, ~masks)
+
+    def exclude_(self, logits: Float[Tensor, "tokens vocabulary"], start: int) -> None:
+        """Set logits outside of the sets to `EXCLUDED` in place, for reply tokens from `start`.
+
+        Logits are contiguous and need no gradient. It does as `exclude` with `excluded`, but writes
+        the few logits that stay instead of a mask of all.
+        """
+        rows, cells, dense, masks = self._decode(start, start + len(logits))
+        flat = logits.view(-1)
+        kept = flat[cells]
+        partly = logits[dense].masked_fill_(~masks, EXCLUDED)
+        logits[:rows] = EXCLUDED
+        flat.index_copy_(0, cells, kept)
+        logits.index_copy_(0, dense, partly)
+
+    def _decode(self, start: int, stop: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Return the sets of reply tokens `start` to `stop`.
+
+        Returns:
+            Number of tokens that have a set; cells of the tokens in sets stored as ids, in the
+            flattened (tokens, vocabulary); rows of the sets stored as bits, and their masks.
+        """
         counts, ends = (t[start:stop] for t in self._tokens)
         device, width = self.words.device, words_of(self.vocabulary)
-        excluded = torch.zeros(stop - start, self.vocabulary, dtype=torch.bool, device=device)
-        if len(counts) == 0:
-            return excluded
-        excluded[: len(counts)] = True
-        first = int(ends[0] - counts[0])
-        words = self.words[first : int(ends[-1])]
-        dense = counts == width
-        within = ends - counts - first
-        sparse = (~dense).nonzero().squeeze(1)
-        if len(sparse) > 0:
-            cells = upload(_segments(within[sparse], counts[sparse]), device)
-            rows = upload(sparse.repeat_interleave(counts[sparse]), device)
-            flat = rows * self.vocabulary + words[cells]
-            excluded.view(-1).index_fill_(0, flat, False)
-        rows = dense.nonzero().squeeze(1)
-        if len(rows) > 0:
-            cells = upload(_segments(within[rows], counts[rows]), device)
-            bits = _unpack(words[cells].view(-1, width), self.vocabulary)
-            excluded.index_copy_(0, upload(rows, device), ~bits)
-        return excluded
+        first = int(ends[0] - counts[0]) if len(counts) > 0 else 0
+        words = self.words[first : first + int(counts.sum())]
+        starts = ends - counts - first
+        sparse, dense = ((counts != width).nonzero()[:, 0], (counts == width).nonzero()[:, 0])
+        ids = words[upload(_segments(starts[sparse], counts[sparse]), device)]
+        rows = upload(sparse.repeat_interleave(counts[sparse]), device)
+        bits = words[upload(_segments(starts[dense], counts[dense]), device)].view(-1, width)
+        masks = _unpack(bits, self.vocabulary)
+        return len(counts), rows * self.vocabulary + ids, upload(dense, device), masks
 
     @cached_property
     def _tokens(self) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:

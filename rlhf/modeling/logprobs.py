@@ -261,7 +261,7 @@ class _LinearLogProbs(torch.autograd.Function):
             part = slice(start, min(start + rows, n))
             z = _logits(scaled[part], matrix, offset, dtype)
             if kept is not None:
-                exclude(z, kept.excluded(part.start, part.stop))
+                kept.exclude_(z, part.start)
             chosen = z.gather(1, targets[part, None]).squeeze(1)
             top = z.max(1).values
             z.sub_(top[:, None])
@@ -296,7 +296,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if stored is None:
                 z = _logits(scaled[part], matrix, offset, sums.dtype)
                 if kept is not None:
-                    exclude(z, kept.excluded(part.start, part.stop))
+                    kept.exclude_(z, part.start)
                 e = z.sub_(tops[part, None]).exp_()
             else:
                 e = stored

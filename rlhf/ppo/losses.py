@@ -102,7 +102,7 @@ def exact_kl(logits: Logits, reference_logits: Logits) -> Float[Tensor, " tokens
     """Exact KL(π‖π_ref) = Σ π·(log π − log π_ref) over the whole vocabulary, in nats.
 
     Source: Kullback and Leibler 1951, section 2; Schulman's estimators estimate this. Logits are
-    already divided by the sampling temperature. A token of probability 0 under π adds 0: where logits
+    already divided by the sampling temperature. A token of probability 0 under π adds 0: if logits
     outside of a set are −∞, it is the KL within the set.
     """
     log_probs = logits.log_softmax(-1)

@@ -288,6 +288,10 @@ def test_sets_come_back_as_they_were(batch, start, length, random):
     most = torch.minimum((~flat).sum(1), torch.tensor(-(-masks.shape[2] // 32)))
     assert len(kept.words) == int(most.sum())
     assert kept.words.dtype == torch.int32
+    logits = torch.randn(len(part), masks.shape[2]).to(DEVICE)
+    expected = exclude(logits.clone(), part.to(DEVICE))
+    kept.exclude_(logits, start)
+    assert torch.equal(logits, expected)
     index = torch.tensor(random.sample(range(len(lengths)), random.randint(1, len(lengths))))
     width = int(lengths[index].max())
     taken = kept.take(index, width)
