@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 import rlhf
-from flows import artifacts, champions, data, forget, runs
+from flows import artifacts, champions, data, forget, preflight, runs
 from flows.signals import exit_on_signals
 from rlhf.config import PipelineConfig, advice, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
@@ -39,7 +39,7 @@ app.command(config_app)
 app.command(artifacts.app)
 app.command(data.app)
 for command in (
-    runs.runs, runs.status, forget.forget,
+    preflight.preflight, runs.runs, runs.status, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
 ):  # fmt: skip
     app.command(command)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ from rlhf.files import read_json
 from rlhf.gates import Approved, judge, require
 from rlhf.modeling.source import CONFIG, MODEL_FILES, WEIGHTS, ExternalModel
 
-log = logging.getLogger(__name__)
 #: Rows of each kind, and how many of the user's are looked at to find as many that fit.
 ROWS, LOOKED_AT = 4, 200
 #: Most tokens of a row that is trained on, and of a reply.
@@ -54,6 +54,15 @@ _PLAIN_REWARD: dict[str, Any] = {
     "reward_fn": None, "length_penalty": None, "correctness": None, "custom": None,
     "env_type": None, "env_config": None, "multi_objective": False, "reward_weights": None,
 }  # fmt: skip
+
+
+#: Prompt, good and bad reply of rows in place of those that do not fit; of several lengths.
+_SHORT_ROWS = (
+    ("Hi", "Hello", "No"),
+    ("Two plus two?", "Four", "Tea"),
+    ("Name a colour", "Red or blue", "I can't"),
+    ("Why is the sky blue?", "Light scatters", "It is"),
+)
 
 
 class RehearsalFailed(ConfigError):
@@ -101,6 +110,18 @@ def rehearse(
     Raises:
         RehearsalFailed: A stage fails with this model, or computes wrong numbers.
     """
+    with _quiet():
+        return _rehearse(config, base, sample, scratch, reward_base)
+
+
+def _rehearse(
+    config: PipelineConfig,
+    base: Path,
+    sample: Sample,
+    scratch: Path,
+    reward_base: tuple[ExternalModel, Path] | None,
+) -> list[str]:
+    """Run the steps of a rehearsal; see `rehearse`."""
     name = config.base.path or "the base model"
     run = _Rehearsal(config, name, scratch)
     with run.step("loading"):
@@ -157,12 +178,14 @@ class _Rehearsal:
             yield
         except Exception as error:  # a family's code can raise anything
             text = " ".join(str(error).split()) or "no message"
-            for folder, original in ((self.base, value), (self.reward_base, value)):
-                text = text.replace(str(folder), original)
+            for folder, meaning in (
+                (self.reward_base, value), (self.base, value), (self.sft, "the SFT policy"),
+                (self.reward, "the reward model"), (self.policy, "the policy"),
+            ):  # fmt: skip
+                text = text.replace(repr(str(folder)), meaning).replace(str(folder), meaning)
             known = isinstance(error, RLHFError)
             reason = text if known else f"{type(error).__name__}: {text}"
             cure = "" if known and ";" in text else "; choose another model, or report this family"
-            log.debug("rehearsal: %s", what, exc_info=True)
             raise RehearsalFailed(
                 f"{field} = {value!r}: rehearsed in small, {what} fails: {reason[:600]}{cure}"
             ) from error
@@ -211,7 +234,8 @@ class _Rehearsal:
         from rlhf.modeling.base import load_tokenizer
 
         renderer = Renderer(load_tokenizer(self.base))
-        limits = self.limits()
+        context = read_json(self.base / CONFIG).get("max_position_embeddings")
+        limits = self.limits().within(context or LENGTH)
 
         def fits(prompt: Any, *texts: str) -> bool:
             try:
@@ -224,11 +248,16 @@ class _Rehearsal:
         demonstrations = [d for d in sample.demonstrations if fits(d.prompt, d.response)][:ROWS]
         pairs = [p for p in sample.pairs if fits(p.prompt, p.chosen, p.rejected)][:ROWS]
         prompts = [p for p in sample.prompts if fits(p.prompt)][:ROWS]
-        for index in range(ROWS):
-            question = "Name a colour." + " And another one." * index
-            demonstrations.append(Demonstration(question, "Red, green and blue."[: 4 + 4 * index]))
-            pairs.append(Pair(question, "Red and green."[: 4 + 4 * index], "I don't know."))
-            prompts.append(PromptRow(question))
+        for question, good, bad in _SHORT_ROWS:
+            if fits(question, good, bad):
+                demonstrations.append(Demonstration(question, good))
+                pairs.append(Pair(question, good, bad))
+                prompts.append(PromptRow(question))
+        if not prompts:
+            raise ConfigError(
+                f"reward_model.max_length = {self.config.reward_model.max_length}: no prompt of "
+                "two words fits beside ppo.max_new_tokens; raise it"
+            )
         if self.config.reward_model.margin_coef:
             pairs = [Pair(p.prompt, p.chosen, p.rejected, margin=p.margin or 1.0) for p in pairs]
         write_rows(self.data / DEMONSTRATIONS, demonstrations[:ROWS])
@@ -383,6 +412,33 @@ class _Rehearsal:
                 f"training changes {name} in its configuration from {before.get(name)!r} to "
                 f"{after.get(name)!r}"
             )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress progress bars and messages about the miniatures."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    shows_data_bars = not datasets.are_progress_bars_disabled()
+    level = logging.getLogger("rlhf").level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("rlhf").setLevel(max(level, logging.ERROR))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("rlhf").setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+        if shows_data_bars:
+            datasets.enable_progress_bars()
 
 
 def _one_step() -> dict[str, Any]:

@@ -12,8 +12,8 @@ from rlhf.champions import champion
 from rlhf.config import PipelineConfig
 from rlhf.data.drift import Drift, Shift, compare
 from rlhf.data.rows import SUMMARY
-from rlhf.data.sketch import read_sketch
-from rlhf.errors import GateRejected
+from rlhf.data.sketch import Sketch, read_sketch
+from rlhf.errors import DataError, GateRejected
 from rlhf.files import read_json, write_json
 from rlhf.gates import VERDICT, Check, Verdict
 from rlhf.store import ArtifactRef, Store
@@ -63,13 +63,25 @@ def measure_drift(
         config: Configuration with the model line.
         data: The dataset.
         store: Where champion and datasets are.
+
+    Raises:
+        DataError: A dataset's sketch is damaged.
     """
     try:
         digest = _comparable(config, data, store)
     except LookupError as reason:
         return Drift((), (str(reason.args[0]),)), None
-    old, new = (read_sketch(store.fetch(item)) for item in (digest, data))
+    old = _sketch(store, digest, f"the champion's data {digest[:12]}")
+    new = _sketch(store, data, f"the data {data.digest[:12]}")
     return compare(old, new), digest
+
+
+def _sketch(store: Store, item: str | ArtifactRef, name: str) -> Sketch:
+    """Return a dataset's sketch; errors name the artifact."""
+    try:
+        return read_sketch(store.fetch(item))
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
 def check_drift(config: PipelineConfig, data: ArtifactRef, store: Store) -> DriftCheck:

@@ -93,6 +93,8 @@ class SourceConfig(Section):
     """Column that says which reply is better, or rates one."""
     text_columns: Columns | None = None
     """Columns that are text as they stand."""
+    ignore_columns: Columns | None = None
+    """Columns of images, audio, video or tools that the replies do not depend on."""
     labels: LabelsConfig | None = None
     """Meaning of the values of `label_column`."""
     score_weights: dict[str, float] | None = None
@@ -170,6 +172,9 @@ class DataConfig(Section):
     text_columns: Columns = ()
     """Columns that are text as they stand: marks of chats, names of speakers and end tokens in them
     belong to the text, so that nothing is parsed, cut or left out for them."""
+    ignore_columns: Columns = ()
+    """Columns of images, audio, video or tools that the replies do not depend on; rows with content
+    in others of that kind are left out, because no model here sees it."""
     labels: LabelsConfig = LabelsConfig()
     """Meaning of the values of `label_column`."""
     score_weights: dict[str, float] = Field(default_factory=dict[str, float])

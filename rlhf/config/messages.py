@@ -89,7 +89,23 @@ def cure(field: str) -> str:
 
 def advice(config: PipelineConfig) -> list[str]:
     """Return one line for each value to reconsider, such as one outside of its advised range."""
-    return [*_unusual_values(config, ""), *_unscored_truncation(config.ppo)]
+    return [
+        *_unusual_values(config, ""),
+        *_unused_limits(config),
+        *_unscored_truncation(config.ppo),
+    ]
+
+
+def _unused_limits(config: PipelineConfig) -> Iterator[str]:
+    drift = config.data.drift
+    for name in ("veto", "trigger"):
+        limits = getattr(drift, name).model_dump()
+        values = [f"{measure} = {v:g}" for measure, v in limits.items() if v is not None]
+        if values and not drift.enabled:
+            yield (
+                f"data.drift.{name} ({', '.join(values)}) has no effect, because "
+                "data.drift.enabled = false compares nothing; set it to true, or remove the limits"
+            )
 
 
 def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
@@ -125,12 +141,11 @@ def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
 
 def _unscored_truncation(ppo: PPOConfig) -> Iterator[str]:
     """Yield a note if replies are drawn from another distribution than the one that is scored."""
-    filters = [f"top_k = {ppo.top_k}"] * (ppo.top_k > 0) + [f"top_p = {ppo.top_p:g}"] * (
-        ppo.top_p < 1
-    )
-    if filters and ppo.truncation == "none":
+    by_k = [f"top_k = {ppo.top_k}"] if ppo.top_k > 0 else []
+    by_p = [f"top_p = {ppo.top_p:g}"] if ppo.top_p < 1 else []
+    if ppo.truncation == "none" and (by_k or by_p):
         yield (
-            f"ppo.truncation = none with {' and '.join(filters)} computes ratio and KL of another "
-            "distribution than replies are drawn from; set ppo.truncation to replay, or ppo.top_k "
-            "to 0 and ppo.top_p to 1"
+            f"ppo.truncation = none with {' and '.join(by_k + by_p)} computes ratio and KL of "
+            "another distribution than replies are drawn from; set ppo.truncation to replay, or "
+            "ppo.top_k to 0 and ppo.top_p to 1"
         )

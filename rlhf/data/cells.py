@@ -14,6 +14,7 @@ from rlhf.data.chat import (
     ROLE_KEYS,
     common_prefix,
     split_reply,
+    text_of_parts,
     to_messages,
     to_text,
     unread_reasoning,
@@ -256,7 +257,10 @@ class Cells:
             return None
         if self.text_cells and isinstance(value, str) and is_missing_word(value):
             return None
-        text = to_text(value, column or "")
+        parts = text_of_parts(value, column or "")
+        if parts is not None and not parts.strip():
+            return None
+        text = to_text(value if parts is None else parts, column or "")
         if column not in self.plain:
             check_stray(text, column or "")
         return text

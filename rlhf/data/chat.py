@@ -29,9 +29,10 @@ ROLES: Mapping[str, str] = {
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
 
-#: Keys of a message, the usual one first: OpenAI's, ShareGPT's, then those of single data sets.
+#: Keys of a message, the usual one first: OpenAI's, ShareGPT's, then those of single data sets, and
+#: Gemini's.
 ROLE_KEYS = ("role", "from", "speaker", "sender")
-CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "parts")
 
 #: Fields of a reply that is an object, one of which holds its text.
 REPLY_KEYS = ("response", "text", "content", "completion", "answer", "output", "reply")
@@ -43,12 +44,16 @@ COLUMN_SETTINGS = ("prompt", "chosen", "rejected")
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("tool_calls", "function_call")
+#: Calls and their results as parts of a message: OpenAI's, Bedrock's, Gemini's.
+_CALL_PARTS = ("tool_use", "tool_call", "function_call", "toolUse", "toolResult", "functionCall",
+               "functionResponse", "function_response")  # fmt: skip
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # LLaMA-Factory's roles
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = {
     **dict.fromkeys(("image", "image_url", "input_image"), "an image"),
     **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
     **dict.fromkeys(("video", "video_url", "input_video"), "a video"),
+    **dict.fromkeys(("inlineData", "inline_data", "fileData", "file_data", "document"), "a file"),
 }
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 40
@@ -87,11 +92,28 @@ def to_text(value: object, field: str, column: str = "") -> str:
     )
 
 
+def text_of_parts(value: object, field: str) -> str | None:
+    """Return the text of a list of `{"text"}`, or of Gemini's `{"parts": […]}`; None for others.
+
+    Raises:
+        LeftOutError: A part holds something else, such as an image.
+    """
+    if isinstance(value, dict) and "parts" in value:
+        value = value["parts"]
+    elif not isinstance(value, list | tuple):
+        return None
+    parts = value if isinstance(value, list | tuple) else [value]
+    are_messages = any(isinstance(part, dict) and {*part} & {*ROLE_KEYS} for part in parts)
+    if are_messages or not parts or not all(isinstance(part, dict) for part in parts):
+        return None
+    return _content(parts, field)
+
+
 def to_messages(value: object, field: str, column: str = "") -> list[Message]:
     """Return a cell as chat messages with known roles.
 
-    Messages are `{"role", "content"}`, ShareGPT's `{"from", "value"}`, or `[role, text]`; one
-    message need not be in a list. A message's other keys are ignored.
+    Messages are `{"role", "content"}`, ShareGPT's `{"from", "value"}`, Gemini's `{"role", "parts"}`
+    or `[role, text]`; one message need not be in a list. A message's other keys are ignored.
 
     Raises:
         LeftOutError: The value is no chat, or a message can't be used.
@@ -306,8 +328,10 @@ def _part(part: object, field: str) -> str:
         for medium, name in _MEDIA.items():
             if kind == medium or part.get(medium) is not None:
                 raise LeftOutError(f"{field} holds {name}", _seen(part), "leave such rows out")
-        if kind in ("tool_use", "tool_call", "function_call"):
+        if kind in _CALL_PARTS or any(part.get(key) is not None for key in _CALL_PARTS):
             raise _calls(part, field)
+        if part.get("thought") is True:
+            raise LeftOutError(f"{field} holds a thought", _seen(part), "leave thoughts out")
         if isinstance(text, str) and (kind is None or kind in _TEXT_PARTS):
             return text
     raise LeftOutError(f"{field} has a message with a part that is no text", _seen(part))

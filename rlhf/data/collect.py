@@ -23,7 +23,7 @@ from rlhf.data.spill import DIGEST_BYTES, digest, number_digests, runs
 
 #: Most pairs from the scored replies to one prompt: a hundred replies would give 4,950.
 MAX_RANKED_PAIRS = 64
-
+_BEYOND = LeftOutError(f"beyond {MAX_RANKED_PAIRS} pairs of one row")
 
 #: Splits of the rows of `data.sft_source` and `data.prompts_source`.
 OWN_SPLITS = ("sft", "prompts")
@@ -93,6 +93,7 @@ class Collector:
                 rated.append(one)
         if not comparisons and not rated:
             raise self.ledger.reason(row) or LeftOutError("the row compares nothing")
+        self.ledger.skip_pairs(converted.skipped, _BEYOND, [row])
         places: dict[bytes | str, int] = {}  # a ranking repeats its prompt and its replies
         for item in comparisons:
             entry, key = self._enter(item.prompt, places)
@@ -191,7 +192,8 @@ class Collector:
             same = order[start:end].tolist()
             number = int(numbers[same[0]])
             for one, other, margin, rows in self._ranked(same, int(prompt_at[number])):
-                found.add(number, _LAST, one, other, margin, rows)
+                # However many rows rate the two replies, their means say one thing.
+                found.add(number, _LAST, one, other, margin, rows, votes=1)
 
     def _ranked(
         self, same: list[int], prompt_at: int
@@ -215,6 +217,7 @@ class Collector:
         self.ledger.skip_pairs(
             max(len(ranked) - MAX_RANKED_PAIRS, 0),
             LeftOutError(f"beyond {MAX_RANKED_PAIRS} pairs of the prompt's rated replies"),
+            [ratings.row[i] for i in same],
         )
         for margin, one, other in ranked[:MAX_RANKED_PAIRS]:
             yield at[one], at[other], margin, [*rows[one], *rows[other]]
@@ -275,19 +278,20 @@ class _Columns:
         self._prompt, self._order = array("i"), array("q")
         self._chosen, self._rejected = array("q"), array("q")
         self._margin, self._weight = array("d"), array("d")
-        self._counts, self._rows = array("i"), array("i")
+        self._votes, self._counts, self._rows = array("i"), array("i"), array("i")
 
     def add(
         self, prompt: int, order: int, chosen: int, rejected: int, margin: float, rows: list[int],
-        weight: float = math.nan,
+        weight: float = math.nan, votes: int | None = None,
     ) -> None:  # fmt: skip
-        """Add a pair; those of a prompt are sorted by `order`."""
+        """Add a pair; those of a prompt are sorted by `order`. Without `votes` each row is one."""
         self._prompt.append(prompt)
         self._order.append(order)
         self._chosen.append(chosen)
         self._rejected.append(rejected)
         self._margin.append(margin)
         self._weight.append(weight)
+        self._votes.append(len(rows) if votes is None else votes)
         self._counts.append(len(rows))
         self._rows.extend(rows)
 
@@ -309,6 +313,7 @@ class _Columns:
             (self._rejected, np.where(for_a, b, a)),
             (self._margin, margin),
             (self._weight, np.full(len(which), math.nan)),
+            (self._votes, np.ones(len(which))),
             (self._counts, np.ones(len(which))),
             (self._rows, np.array(votes.row, dtype=np.int32)[which]),
         ):
@@ -326,6 +331,7 @@ class _Columns:
             rejected_at=np.array(self._rejected, dtype=np.int64),
             margin=np.array(self._margin, dtype=np.float64),
             weight=np.array(self._weight, dtype=np.float64),
+            votes=np.array(self._votes, dtype=np.int32),
             starts=np.cumsum(counts, dtype=np.int64) - counts,
             counts=counts,
             times=np.ones(len(prompt), dtype=np.int32),

@@ -18,6 +18,9 @@ from rlhf.data.shared_marks import CUT_SPEAKER, ENOUGH, Marks, MarkWatch, texts_
 from rlhf.data.special_tokens import strip_end_tokens, without_prompt
 from rlhf.errors import ConfigError
 
+#: Share of the other replies below which an opening tells the two apart.
+_FEW = 0.1
+
 
 def with_forms(cells: Cells, sample: Sequence[Row]) -> tuple[Cells, list[str]]:
     """Return the cells with the forms of their columns, and sentences about them.
@@ -47,7 +50,7 @@ def with_forms(cells: Cells, sample: Sequence[Row]) -> tuple[Cells, list[str]]:
     if cells.prompt is None:  # a conversation's question is a prompt
         asked = replace(cells, prompt=cells.first, first="", second="", system=None)
         notes += _notes(_marks(asked, markups, sample))
-    notes += _notes(watch.columns)
+    notes += [*_notes(watch.columns), *_one_sided(watch.columns, cells)]
     cells = replace(
         cells, markups=markups, named=frozenset(named), ended=frozenset(ended), watch=watch,
         repeats=_repeat_prompts(cells, sample) if replies else False,
@@ -160,6 +163,19 @@ def _fits(cells: Cells, row: Row, column: str) -> bool:
 
 def _notes(columns: Mapping[str, Marks]) -> list[str]:
     return [note for marks in columns.values() if (note := marks.check())]
+
+
+def _one_sided(columns: Mapping[str, Marks], cells: Cells) -> list[str]:
+    """Return sentences on an opening that nearly all replies of one column have, and few others."""
+    found = []
+    for one, other in itertools.permutations((cells.first, cells.second)):
+        opener = columns[one].common_opener() if one in columns and other in columns else None
+        if one != other and opener and columns[other].share_of(opener) < _FEW:
+            found.append(
+                f"{opener!r} tells {one} from {other} without a look at the rest: a reward model "
+                "may learn that alone; cut it, or write it in front of both"
+            )
+    return found
 
 
 def _marks(cells: Cells, markups: Mapping[str, Markup], sample: Sequence[Row]) -> dict[str, Marks]:

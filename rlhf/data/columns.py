@@ -60,6 +60,14 @@ def plain_name(column: str) -> str:
     return re.sub(r"[\s\-.]+", "_", spaced).lower()
 
 
+def _is_field_of_items(sample: Sequence[Row], path: str) -> bool:
+    """Return whether a path leads through a list of objects: `candidates.scores.bleu`."""
+    column, _, field = path.partition(".")
+    lists = [value for row in sample if isinstance(value := row.get(column), list | tuple)]
+    items = [item for value in lists for item in value if isinstance(item, Mapping)]
+    return bool(field) and any(value_of(item, field) is not MISSING for item in items)
+
+
 def check_settings(
     columns: Sequence[str], sample: Sequence[Mapping[str, Any]], config: DataConfig
 ) -> None:
@@ -76,7 +84,7 @@ def check_settings(
     for name, column in pinned:
         if column is None or any(value_of(row, column) is not MISSING for row in sample):
             continue
-        if column in columns:
+        if column in columns or (name == "label_column" and _is_field_of_items(sample, column)):
             continue
         close = difflib.get_close_matches(column, columns, 1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""

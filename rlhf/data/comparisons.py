@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,11 +10,12 @@ from rlhf.config import DataConfig
 from rlhf.data.cells import Cells, Found
 from rlhf.data.chat import loose_text, to_messages, to_text
 from rlhf.data.collect import MAX_RANKED_PAIRS
-from rlhf.data.columns import Row, cell_of, value_of
+from rlhf.data.columns import Row, cell_of, is_missing, value_of
 from rlhf.data.markup import LISTS
 from rlhf.data.ratings import CONVERSATIONS
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.reply_columns import are_labels, check_replies, hold_text, reply_columns
+from rlhf.data.scores import find_unit, mean_score
 from rlhf.data.verdicts import LABEL_COLUMNS, Judge, find_judge
 from rlhf.errors import ConfigError
 
@@ -41,14 +41,13 @@ PAIR_SCORES = (
 )  # fmt: skip
 
 
-CAPPED = f"of rows with more than {MAX_RANKED_PAIRS} pairs of lists, {MAX_RANKED_PAIRS} are used"
-
-
 @dataclass(frozen=True)
 class _Pair:
     """Rows of a preferred reply and another one; either may be a list of texts."""
 
     scores: tuple[str, str] | None = None
+    unit: str | None = None
+    """Unit of the scores, which is that of both."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -56,10 +55,11 @@ class _Pair:
 
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
-        margin = self._margin(row)
+        counted: set[str] = set()
+        margin = self._margin(row, counted)
         if not self._may_be_lists(row, cells):
             pair = Comparison(*cells.read(row, roles, notes), margin)
-            return Converted([pair], notes=frozenset(notes))
+            return Converted([pair], notes=frozenset(notes), counted=frozenset(counted))
         ones = _alternatives(row, cells, cells.first)
         others = _alternatives(row, cells, cells.second)
         # Each reply of one list meets those of the other in turn, so that a limit leaves none out.
@@ -69,24 +69,37 @@ class _Pair:
         for i, j in itertools.islice(turns, MAX_RANKED_PAIRS):
             values = cells.read({**row, **ones[i], **others[j]}, roles, notes)
             comparisons.append(Comparison(*values, margin))
-        if len(ones) * len(others) > MAX_RANKED_PAIRS:
-            notes.add(CAPPED)
-        return Converted(comparisons=comparisons, notes=frozenset(notes))
+        skipped = max(len(ones) * len(others) - MAX_RANKED_PAIRS, 0)
+        return Converted(
+            comparisons, notes=frozenset(notes), counted=frozenset(counted), skipped=skipped
+        )
 
     @staticmethod
     def _may_be_lists(row: Row, cells: Cells) -> bool:
         texts = all(isinstance(row.get(column), str) for column in (cells.first, cells.second))
         return not texts or cells.text_cells
 
-    def _margin(self, row: Row) -> float | None:
+    def _margin(self, row: Row, counted: set[str]) -> float | None:
+        """Return the difference of the scores, None if one is missing or can't be read.
+
+        Raises:
+            LeftOutError: They are equal, or contradict the columns of the replies.
+        """
         if self.scores is None:
             return None
         values = [value_of(row, column) for column in self.scores]
-        try:
-            one, other = (float(value) for value in values)
-        except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
+        if any(map(is_missing, values)):
             return None
-        if not (math.isfinite(one) and math.isfinite(other)):
+        try:
+            one, other = (
+                mean_score(value, column, self.unit)
+                for value, column in zip(values, self.scores, strict=True)
+            )
+        except LeftOutError:
+            counted.add(
+                f"{' or '.join(self.scores)} can't be read: write all of both as numbers in one "
+                "form; such pairs have no margin from them, and contradictions stay unseen"
+            )
             return None
         if one == other:
             raise LeftOutError("tie: both replies have the same score", f"{one:g}", is_choice=True)
@@ -156,7 +169,8 @@ def find_pairs(
     if cells.prompt is None and _plain_texts(sample, rejected) and chosen in _chats(names):
         source = f"prompt is what precedes the last reply of {chosen}"
     note = f"pairs: {source}; {chosen} is preferred to {rejected}"
-    return cells, ("chosen", "rejected"), _Pair(scores), (note, *_prompt_notes(cells))
+    pair = _Pair(scores, find_unit(sample, *scores)) if scores else _Pair()
+    return cells, ("chosen", "rejected"), pair, (note, *_prompt_notes(cells))
 
 
 def _pair_columns(
@@ -170,7 +184,7 @@ def _pair_columns(
                 return names[one], names[other]
         # ms-swift and others: a conversation that ends with the preferred reply, and another one
         alone = next((names[n] for _, n in PAIRS if n in names), None)
-        whole = next((c for c in _chats(names) if _end_with_reply(sample, c)), None)
+        whole = next((c for c in _chats(names) if end_with_reply(sample, c)), None)
         if alone and whole:
             return whole, alone
         for word in ("response", "answer", "output", "completion"):  # ms-swift's older files
@@ -285,7 +299,7 @@ def _chats(names: Mapping[str, str]) -> list[str]:
     return [names[n] for n in CONVERSATIONS if n in names]
 
 
-def _end_with_reply(sample: Sequence[Row], column: str) -> bool:
+def end_with_reply(sample: Sequence[Row], column: str) -> bool:
     """Return whether a column's conversations end with a reply."""
     values = [value for row in sample if (value := cell_of(row, column))]
     ends = 0

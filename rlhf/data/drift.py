@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.config.drift import DriftLimits
-from rlhf.data.sketch import FALLBACK, Sketch, TextCounts
+from rlhf.data.sketch import FALLBACK, REPLY_KINDS, Sketch, TextCounts
 
 #: Measures, in the order they are shown; fields of `DriftLimits`.
 MEASURES = ("tokens", "lengths", "shares", "labels")
@@ -38,7 +38,6 @@ SIGMAS = 4.0
 MAX_TOKENS = 0.05
 #: Standard deviations from 0 of a signal that is compared.
 MIN_SIGNAL = 5.0
-REPLIES = ("chosen replies", "rejected replies")
 
 Floats = NDArray[np.float64]
 
@@ -296,7 +295,7 @@ def _signal_shift(old: Sketch, new: Sketch) -> Shift | None:
     group's d is not counted as its length (a U-statistic, Hoeffding 1948). None where the tokens
     themselves have drifted, or preferences can't be told from noise in either dataset.
     """
-    for kind in REPLIES:
+    for kind in REPLY_KINDS:
         sides = (old.texts[kind].tokens, new.texts[kind].tokens)
         if _corrected(*sides, jensen_shannon)[0] > MAX_TOKENS:
             return None
@@ -325,7 +324,7 @@ def _signal_shift(old: Sketch, new: Sketch) -> Shift | None:
 
 def _differences(sketch: Sketch) -> Floats:
     """Return the mean difference of the replies' token counts, groups × buckets."""
-    chosen, rejected = (sketch.texts[kind] for kind in REPLIES)
+    chosen, rejected = (sketch.texts[kind] for kind in REPLY_KINDS)
     texts = np.array(chosen.texts, dtype=float)
     table = np.array(chosen.tokens, dtype=float) - np.array(rejected.tokens, dtype=float)
     return table[texts > 0] / texts[texts > 0, None]

@@ -17,8 +17,8 @@ from rlhf.data.chat import to_messages, to_text
 from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row
 from rlhf.data.label_words import names_a_reply
-from rlhf.data.rankings import CAPPED, MAX_REPLIES
 from rlhf.data.records import Comparison, Converted, LeftOutError
+from rlhf.data.reply_lists import MAX_REPLIES
 from rlhf.data.rows import Message
 from rlhf.data.verdicts import LABEL_COLUMNS, prefers_worse
 from rlhf.errors import ConfigError
@@ -388,17 +388,20 @@ def _tree(row: Row) -> Converted:
     root = row.get("prompt")
     if not isinstance(root, Mapping):
         raise LeftOutError("prompt is no tree of messages", str(root)[:60])
-    notes: set[str] = set()
-    comparisons = [*_ranked_siblings(root, [], notes)]
+    skipped: list[int] = []
+    comparisons = [*_ranked_siblings(root, [], skipped)]
     if not comparisons:
         raise LeftOutError("no message of the tree has two ranked replies", is_choice=True)
-    return Converted(comparisons, notes=frozenset(notes))
+    return Converted(comparisons, skipped=sum(skipped))
 
 
 def _ranked_siblings(
-    node: Mapping[str, Any], before: list[Message], notes: set[str]
+    node: Mapping[str, Any], before: list[Message], skipped: list[int]
 ) -> Iterator[Comparison]:
-    """Compare the assistant's replies to each user's message by rank, 0 being the best."""
+    """Compare the assistant's replies to each user's message by rank, 0 being the best.
+
+    `skipped` receives the number of pairs that are not made.
+    """
     message = to_messages({"role": node.get("role"), "content": node.get("text")}, "prompt")
     conversation = [*before, *message]
     replies = node.get("replies")
@@ -412,16 +415,18 @@ def _ranked_siblings(
     ]
     if message[0]["role"] == "user":
         ranked.sort(key=lambda item: item[0])
+        ties = Counter(rank for rank, _ in ranked).values()
+        total = (len(ranked) ** 2 - sum(count**2 for count in ties)) // 2
         if len(ranked) > MAX_REPLIES:  # their pairs grow with the square
             ranked = [*ranked[: MAX_REPLIES // 2], *ranked[-MAX_REPLIES // 2 :]]
         pairs = [(b - a, x, y) for (a, x), (b, y) in itertools.combinations(ranked, 2) if a < b]
         if len(pairs) > MAX_RANKED_PAIRS:
             pairs.sort(key=lambda pair: -pair[0])
-            notes.add(CAPPED)
+        skipped.append(total - min(len(pairs), MAX_RANKED_PAIRS))
         for _, better, worse in pairs[:MAX_RANKED_PAIRS]:
             yield Comparison(conversation, better, worse)
     for child in children:
-        yield from _ranked_siblings(child, conversation, notes)
+        yield from _ranked_siblings(child, conversation, skipped)
 
 
 def _rank(value: Any) -> float | None:

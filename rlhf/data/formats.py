@@ -10,24 +10,26 @@ from typing import Any
 
 from rlhf.config import DataConfig
 from rlhf.data.annotators import by_annotator
+from rlhf.data.candidates import Candidates, check_steps, find_candidates
 from rlhf.data.cells import Cells, Found
 from rlhf.data.column_forms import with_forms
 from rlhf.data.columns import Row, cell_of, check_settings, plain_name, value_of
-from rlhf.data.comparisons import find_comparison, find_pairs
+from rlhf.data.comparisons import end_with_reply, find_comparison, find_pairs
 from rlhf.data.exports import EXPORTS, Export, find_export, trees
 from rlhf.data.markup import Markup
-from rlhf.data.rankings import find_ranking, find_unranked, holds_reply
+from rlhf.data.rankings import find_ranking
 from rlhf.data.ratings import CONVERSATIONS, REPLIES, find_rated
 from rlhf.data.records import Comparison, Converted, LeftOutError
 from rlhf.data.reply_columns import STARTS, NotRepliesError, with_start
-from rlhf.data.settings import settings_to_make, text_columns, unread_rating
+from rlhf.data.reply_lists import find_unranked, holds_reply
+from rlhf.data.settings import score_paths, settings_to_make, text_columns, unread_rating
 from rlhf.data.verdicts import LABEL_COLUMNS
 from rlhf.errors import ConfigError, NoPreferences
 
 PROMPTS = (
     "prompt", "question", "instruction", "query", "user_input", "user_prompt", "input", "context",
     "conversations", "conversation", "messages", "history", "problem", "post", "dialogue", "chat",
-    "trajectory", "input_text", "x",
+    "trajectory", "input_text", "x", "contents",
 )  # fmt: skip
 #: Rows that a layout is tried on.
 _TRIED = 20
@@ -38,7 +40,7 @@ OUTCOMES = ("status", "outcome", *LABEL_COLUMNS)
 _TIE = re.compile(r"\s*(tie|tied|draw)\b.{0,20}", re.I)
 #: Columns that identify a row.
 _KEYS = ("id", "prompt_id", "conversation_id", "index", "source", "dataset")
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,13 @@ def _detect(
         unused = tuple(name for name in columns if name != "prompt")
         note = "replies to the same message are compared by their rank"
         return Layout("open-assistant", ("prompt",), (note,), convert, unused)
-    layout = _flat(columns, sample, config, text_cells)
+    if found := find_candidates(columns, sample, config, PROMPTS):
+        return _with_candidates(found, columns, sample, config, text_cells)
+    try:
+        layout = _flat(columns, sample, config, text_cells)
+    except ConfigError:
+        check_steps(sample)  # whose lists of texts look like replies
+        raise
     read = {column.partition(".")[0] for column in layout.columns} | set(layout.columns)
     return replace(layout, unused=tuple(name for name in columns if name not in read))
 
@@ -134,6 +142,23 @@ def _exported(
 
     columns = (*layout.columns, *([label] if export.is_ranking and label else []))
     return replace(layout, name=name, columns=columns, unused=unused, converter=convert)
+
+
+def _with_candidates(
+    found: Candidates, columns: Sequence[str], sample: Sequence[Row], config: DataConfig,
+    text_cells: bool,
+) -> Layout:  # fmt: skip
+    """Return the layout of rows with candidate replies inside, from their flat rows."""
+    names, flat = found.sample(sample)
+    config = config.model_copy(update={"label_column": config.label_column or found.label})
+    layout = _flat(names, flat, config, text_cells)
+    read = {*found.read, *layout.columns}
+    return replace(
+        layout, columns=(*dict.fromkeys((*layout.columns, *(c for c in columns if c in read))),),
+        notes=(found.note, *layout.notes),
+        unused=tuple(name for name in columns if name not in read),
+        converter=lambda row: found.convert(row, layout.converter),
+    )  # fmt: skip
 
 
 def _flat(
@@ -204,6 +229,8 @@ def _unless_rated(
         rated = find_rated(names, sample, config, prompt)
     except ConfigError:
         return found
+    if rated and rated[0].prompt is None and not end_with_reply(sample, rated[0].first):
+        return found  # a conversation that awaits the listed replies
     is_side = rated is not None and not holds_reply(sample, found[0].first, rated[0].first)
     return None if is_side else found
 
@@ -357,6 +384,12 @@ def _unknown(columns: Sequence[str], sample: Sequence[Row], config: DataConfig) 
     elif column := find_unranked(names, sample):
         reason = f"the replies in {column} have neither scores nor ranks"
         cure = "set data.label_column to a column with a score for each, if there is one"
+        if paths := score_paths(sample, column):
+            reason = (
+                f"the replies in {column} have several scores, as in llm-blender's mix-instruct, "
+                "and nothing says which of them decides"
+            )
+            cure = f"set data.label_column={' or '.join(paths)}"
         if names.keys() <= {*PROMPTS, *SYSTEMS, *_KEYS, plain_name(column)}:
             cure = "set data.format=ranking if the best comes first, or give a score for each"
     elif names.keys() <= {*PROMPTS, *SYSTEMS, *REPLIES, *_KEYS} and sample:

@@ -62,10 +62,9 @@ class Ledger:
         self._defaults: set[int] = set()
         """Losses that give way to any other."""
         self._pair_reason, self._pair_counts = array("i"), array("i")
-        """Reason of each pair that is left out, and the number of its rows."""
-        self._pair_rows = array("i")
-        self._skipped: Counter[int] = Counter()
-        """Pairs that were never made, by the number of the reason."""
+        """Reason of pairs that are left out together, and the number of their rows."""
+        self._pair_numbers, self._pair_rows = array("i"), array("i")
+        """How many pairs they are, and their rows."""
 
     def __len__(self) -> int:
         return len(self._state)
@@ -123,9 +122,7 @@ class Ledger:
         """Do the same for a comparison whose texts are in the spill: prompt, then replies."""
         rows = list(rows)
         number = self._reason_number(reason)
-        self._pair_reason.append(number)
-        self._pair_counts.append(len(rows))
-        self._pair_rows.extend(rows)
+        self._add_pairs(1, number, rows)
         open_rows = [r for r in rows if self._losses[r] < 0 or self._losses[r] in self._defaults]
         self._note_loss(open_rows, number, places)
 
@@ -138,10 +135,16 @@ class Ledger:
             self._defaults.add(len(self._loss_reason))
             self._note_loss(new, self._reason_number(reason), places)
 
-    def skip_pairs(self, number: int, reason: LeftOutError) -> None:
-        """Count pairs of rows that are used which are not made."""
+    def skip_pairs(self, number: int, reason: LeftOutError, rows: Sequence[int]) -> None:
+        """Count pairs of some rows that are not made."""
         if number:
-            self._skipped[self._reason_number(reason)] += number
+            self._add_pairs(number, self._reason_number(reason), rows)
+
+    def _add_pairs(self, number: int, reason: int, rows: Sequence[int]) -> None:
+        self._pair_numbers.append(number)
+        self._pair_reason.append(reason)
+        self._pair_counts.append(len(rows))
+        self._pair_rows.extend(rows)
 
     def _note_loss(self, rows: Sequence[int], reason: int, places: Sequence[int]) -> None:
         if not rows:
@@ -190,15 +193,13 @@ class Ledger:
         pairs = np.repeat(np.arange(len(self._pair_counts)), self._pair_counts)
         rows = np.array(self._pair_rows, dtype=np.int64)
         of_used = np.unique(pairs[used[rows]])
-        numbers, counts = np.unique(
-            np.array(self._pair_reason, dtype=np.int64)[of_used], return_counts=True
-        )
         found: Counter[str] = Counter()
         cures: dict[str, str] = {}
-        counted = zip(numbers.tolist(), counts.tolist(), strict=True)
-        for number, count in (*counted, *self._skipped.items()):
+        numbers = np.array(self._pair_numbers, dtype=np.int64)[of_used]
+        counts = np.bincount(np.array(self._pair_reason, dtype=np.int64)[of_used], numbers)
+        for number in np.flatnonzero(counts).tolist():
             reason = self._reasons[number]
-            found[reason.reason] += count
+            found[reason.reason] += int(counts[number])
             cures.setdefault(reason.reason, reason.cure)
         ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
         return {reason: (count, cures[reason]) for reason, count in ordered}

@@ -5,15 +5,14 @@ Scores and preference strengths of a format give margins without such a column.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from rlhf.config import DataConfig
 from rlhf.data.columns import MISSING, Row, is_missing, plain_name, value_of
 from rlhf.data.formats import Layout
 from rlhf.data.records import Converted, LeftOutError
+from rlhf.data.scores import find_unit, number_of, unit_of
 from rlhf.errors import ConfigError
 
 #: Names of the column, the usual one first.
@@ -30,6 +29,7 @@ def add_margins(
     """
     scale, setting = config.margin_scale, config.margin_column
     column = find_margin_column(columns, sample, setting)
+    unit = find_unit(sample, column) if column else None
     if setting is not None and all(value_of(row, setting) is MISSING for row in sample):
         raise ConfigError(
             f"data.margin_column = {setting!r}: not a column of the source, which has "
@@ -50,7 +50,7 @@ def add_margins(
         columns=(*layout.columns, column),
         notes=(*layout.notes, f"{column} is by how much the preferred reply is better"),
         unused=tuple(name for name in layout.unused if name != column.partition(".")[0]),
-        converter=lambda row: with_margin(layout.convert(row), row, column, scale),
+        converter=lambda row: with_margin(layout.convert(row), row, column, scale, unit),
     )
 
 
@@ -69,12 +69,15 @@ def find_margin_column(
         return None
     values = [value_of(row, found) for row in sample]
     filled = [value for value in values if not is_missing(value)]
-    numbers = [_number(value) for value in filled]
+    unit = unit_of(filled)
+    numbers = [number_of(value, unit) for value in filled]
     is_margin = bool(numbers) and all(number is not None and number >= 0 for number in numbers)
     return found if is_margin else None
 
 
-def with_margin(converted: Converted, row: Row, column: str, scale: float) -> Converted:
+def with_margin(
+    converted: Converted, row: Row, column: str, scale: float, unit: str | None = None
+) -> Converted:
     """Return a row's comparison with the margin of its column, which wins over that of scores.
 
     Args:
@@ -82,6 +85,7 @@ def with_margin(converted: Converted, row: Row, column: str, scale: float) -> Co
         row: Values by column.
         column: Column of the margin.
         scale: Factor of all margins of the source.
+        unit: Unit of the column's numbers.
 
     Raises:
         LeftOutError: The margin is no number, or says that the other reply is better.
@@ -89,7 +93,7 @@ def with_margin(converted: Converted, row: Row, column: str, scale: float) -> Co
     value = value_of(row, column)
     if is_missing(value):
         return scaled(converted, scale)
-    number = _number(value)
+    number = number_of(value, unit)
     if number is None:
         raise LeftOutError(
             f"{column} is no finite number", f"{type(value).__name__} {value!r}"[:60],
@@ -121,14 +125,3 @@ def scaled(converted: Converted, scale: float) -> Converted:
         ],
         rated=[replace(item, score=item.score * scale) for item in converted.rated],
     )
-
-
-def _number(value: Any) -> float | None:
-    """Return a finite number, also one written as text; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):  # an integer of 400 digits
-        return None
-    return number if math.isfinite(number) else None

@@ -24,6 +24,7 @@ from rlhf.data.records import LeftOutError, Record
 from rlhf.data.rows import Demonstration, Prompt, PromptRow, messages_of
 from rlhf.data.sources import Part, open_source
 from rlhf.data.split import find_clusters
+from rlhf.data.unread_content import check_unread
 from rlhf.errors import ConfigError, DataError
 
 ItemT = TypeVar("ItemT", Demonstration, PromptRow)
@@ -273,6 +274,7 @@ class _Reader(Generic[ItemT]):
         if record.fields is None or layout is None:
             raise LeftOutError("row can't be parsed", record.fault, "mend the row")
         found = layout.convert(record.fields, note)
+        check_unread(record.fields, layout.columns, source.config, source.setting)
         columns = [*source.config.metadata_columns, *filter(None, [source.config.reference_column])]
         texts = {m["content"] for one in found for m in messages_of(one.prompt)}
         texts |= {one.reply for one in found}

@@ -1,4 +1,4 @@
-"""Pairs of a source as columns: texts by their position in a spill, 68 bytes a pair in memory."""
+"""Pairs of a source as columns: texts by their position in a spill, 72 bytes a pair in memory."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ class Pairs(Sequence[Resolved]):
     """NaN for none."""
     weight: NDArray[np.float64]
     """How much the pair counts in the reward model's loss, NaN for 1."""
+    votes: NDArray[np.int32]
+    """How many statements the pair is: its rows, or 1 for one made of rated replies."""
     starts: Ints
     """Where a pair's rows begin in `rows`."""
     counts: NDArray[np.int32]

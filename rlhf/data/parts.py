@@ -20,6 +20,7 @@ from rlhf.data.formats import Layout, detect
 from rlhf.data.margins import add_margins
 from rlhf.data.records import Converted, Record
 from rlhf.data.sources import Part
+from rlhf.data.unread_content import check_unread
 from rlhf.data.vocabulary import could_matter
 from rlhf.errors import ConfigError, NoPreferences
 
@@ -163,15 +164,17 @@ def _listed(columns: Sequence[str]) -> list[str]:
     return [*columns[:MAX_LISTED], *([f"and {more:,} more"] if more > 0 else [])]
 
 
-def convert(layout: Layout, record: Record) -> Converted:
+def convert(layout: Layout, record: Record, config: DataConfig) -> Converted:
     """Return everything that a row says.
 
     Raises:
-        LeftOutError: It can't be used.
+        LeftOutError: It can't be used, or holds what a model of text does not see.
         ConfigError: Its values have another meaning than those of the first rows.
     """
     try:
-        return layout.convert(record.fields or {})
+        converted = layout.convert(record.fields or {})
+        check_unread(record.fields or {}, layout.columns, config)
+        return converted
     except ConfigError as error:
         raise ConfigError(f"{error} (in {record.file}:{record.line})") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,8 @@ class Reading:
     rows: int = 0
     notes: list[str] = field(default_factory=list)
     """Sentences, each once, in the order of the files."""
+    counted: Counter[str] = field(default_factory=Counter[str])
+    """Rows that a sentence holds for."""
     formats: list[str] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
@@ -175,6 +178,8 @@ def read_pairs(
             raise DataError(
                 f"{source.field} = {source.uri!r}: holds no rows; give a file with pairs"
             )
+    for text, count in reading.counted.items():
+        reading.note(f"in {count:,} of {reading.rows:,} rows {text}")
     reading.pairs, reading.held_out = (collectors.pop(0).resolve() for _ in range(2))
     return reading
 
@@ -215,7 +220,7 @@ def _read_part(
             source.quarantine.add(origin, LeftOutError("forgotten", is_choice=True), None)
             continue
         try:
-            _add(record, layout, collector, fields, origin, reading, columns, note)
+            _add(record, layout, config, collector, fields, origin, reading, columns, note)
         except LeftOutError as reason:
             row = record.text if record.fields is None else record.fields
             source.quarantine.add(origin, reason, row)
@@ -224,6 +229,7 @@ def _read_part(
 def _add(
     record: Record,
     layout: Layout | None,
+    config: DataConfig,
     collector: Collector,
     fields: PromptFields,
     origin: Origin,
@@ -233,7 +239,7 @@ def _add(
 ) -> None:
     if record.fields is None or layout is None:
         raise LeftOutError("row can't be parsed", record.fault, "mend the row")
-    converted = convert(layout, record)
+    converted = convert(layout, record, config)
     converted, row = reading.personal.apply(converted, record.fields, columns)
     additions: list[Callable[[], None]] = []
     if columns:  # without any, a prompt has nothing beside it to read
@@ -246,6 +252,7 @@ def _add(
     reading.tallies.add(record.fields, converted, reading.personal.hide)
     for text in converted.notes:
         note(text)
+    reading.counted.update(converted.counted)
 
 
 def _extra_columns(config: DataConfig) -> set[str]:

@@ -27,8 +27,8 @@ from rlhf.data.own_rows import Found, OwnRows, RowLayout, read_own_rows
 from rlhf.data.privacy import PersonalData
 from rlhf.data.prompt_fields import PromptFields
 from rlhf.data.quarantine import Quarantine
-from rlhf.data.rankings import LISTS as REPLY_LISTS
 from rlhf.data.records import LeftOutError
+from rlhf.data.reply_lists import LISTS as REPLY_LISTS
 from rlhf.data.rows import Prompt, PromptRow, messages_of
 from rlhf.errors import ConfigError
 

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rlhf.config import DataConfig
 from rlhf.data.cells import Cells, Found
-from rlhf.data.chat import REPLY_KEYS, ROLE_KEYS
+from rlhf.data.chat import REPLY_KEYS
 from rlhf.data.collect import MAX_RANKED_PAIRS
 from rlhf.data.columns import Row, cell_of, plain_name, value_of
 from rlhf.data.ratings import REPLIES
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.scores import beginning, direction, optional_score
+from rlhf.data.reply_lists import (
+    LISTS,
+    MAX_REPLIES,
+    filled_lists,
+    hold_lists,
+    is_list_of_replies,
+    items_of,
+    key_of,
+    parsed_list,
+    text_of,
+)
+from rlhf.data.scores import beginning, direction, optional_score, unit_of
 from rlhf.data.verdicts import prefers_worse
 from rlhf.errors import ConfigError
 
-#: Most replies of one row: their pairs grow with the square.
-MAX_REPLIES = 200
-CAPPED = (
-    f"of rows with more than {MAX_RANKED_PAIRS} pairs, the {MAX_RANKED_PAIRS} whose replies differ "
-    "most are used"
-)
-LISTS = (
-    "completions", "responses", "outputs", "output", "replies", "candidates", "answers",
-    "generations", "responses_and_scores", "summaries", "samples", "ranking", "ranked_responses",
-    "ranked", "choices",
-)  # fmt: skip
 #: Columns with the position of the best reply in a list.
 _BEST = ("best", "best_index", "best_idx", "chosen_index", "chosen_idx", "chosen", "choice",
          "preferred", "winner", "preferred_index", "label")  # fmt: skip
@@ -51,8 +50,6 @@ _RANK_LISTS = ("rank", "ranks", "ranking", "rankings")
 _ORDERS = ("order", "sorting", "sort_order", "ranking_order")
 #: Names of all columns that a ranking reads.
 COLUMNS = (*LISTS, *_BEST, *_SCORE_LISTS, *_RANK_LISTS, *_ORDERS)
-#: Field of a reply that holds its key in an object of replies.
-_KEY = "_key"
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,15 @@ class _Ranking:
     scores: str | None = None
     sign: float = 1.0
     """−1 for ranks, of which the lowest is best."""
-    by: Literal["scores", "order", "best", "id"] = "scores"
+    by: Literal["scores", "order", "best", "id", "field"] = "scores"
     """`order` if the best reply stands first; if `scores` names the best one, `best` if by its
-    position and `id` if by a field of the reply."""
+    position and `id` if by a field of the reply; `field` if `scores` is a path into each reply."""
     start: int = 0
     """Position of the first reply, if `scores` is a position."""
     may_be_order: bool = False
     """True if nothing but the name says that `scores` are ranks, not the replies' order."""
+    units: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    """Units of the numbers in `scores`, or in the replies' fields."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -78,7 +77,7 @@ class _Ranking:
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
         prompt = cells.read_prompt(row, notes)
-        items = _items(value_of(row, self.column))
+        items = items_of(value_of(row, self.column))
         if not isinstance(items, list | tuple) or len(items) < 2:
             raise LeftOutError(f"{self.column} has fewer than two replies", str(items)[:60])
         if len(items) > MAX_REPLIES:
@@ -86,11 +85,11 @@ class _Ranking:
                 f"{self.column} has more than {MAX_REPLIES} replies", f"{len(items):,}",
                 "give the best and the worst of them",
             )  # fmt: skip
-        scores = self._scores(row, items)
+        scores = self._fields(items) if self.by == "field" else self._scores(row, items)
         if any(score is None for score in scores):
             notes.add(f"replies in {self.column} without a score are not compared")
         scored = [
-            (score, cells.read_reply(_text_of(item), self.column, prompt, roles[0], notes))
+            (score, cells.read_reply(text_of(item), self.column, prompt, roles[0], notes))
             for score, item in zip(scores, items, strict=True)
             if score is not None
         ]
@@ -103,19 +102,18 @@ class _Ranking:
         if not pairs:
             raise LeftOutError("tie: all replies have the same score", is_choice=True)
         pairs.sort(key=lambda item: -item[0])
-        if len(pairs) > MAX_RANKED_PAIRS:
-            notes.add(CAPPED)
         # Ranks are an order without distances.
         is_graded = self._has_grades(items)
         comparisons = [
             Comparison(prompt, one, other, difference if is_graded else None)
             for difference, one, other in pairs[:MAX_RANKED_PAIRS]
         ]
-        return Converted(comparisons, notes=frozenset(notes))
+        skipped = max(len(pairs) - MAX_RANKED_PAIRS, 0)
+        return Converted(comparisons, notes=frozenset(notes), skipped=skipped)
 
     def _has_grades(self, items: Sequence[Any]) -> bool:
         if self.by != "scores" or self.scores is not None:
-            return self.by == "scores" and self.sign > 0
+            return self.by in ("scores", "field") and self.sign > 0
         return any(
             isinstance(item, Mapping) and any(item.get(key) is not None for key in _SCORE_KEYS)
             for item in items
@@ -147,23 +145,33 @@ class _Ranking:
                 )
             return [float(is_best) for is_best in named]
         if self.scores is not None:
-            listed = _listed(value_of(row, self.scores))
+            listed = parsed_list(value_of(row, self.scores))
             if isinstance(listed, Mapping):  # {"model": score} beside {"model": reply}
-                listed = [listed.get(_key_of(item)) for item in items]
+                listed = [listed.get(key_of(item)) for item in items]
             if not isinstance(listed, list | tuple) or len(listed) != len(items):
                 raise LeftOutError(
                     f"{self.scores} does not have one number for each reply", str(listed)[:60]
                 )
             if self.may_be_order:
                 _check_order([listed], self.scores)
-            found = [optional_score(value, self.scores) for value in listed]
+            unit = self.units.get(self.scores)
+            found = [optional_score(value, self.scores, unit) for value in listed]
             scores = [None if score is None else self.sign * score for score in found]
         else:
-            scores = _item_scores(items, self.column)
+            scores = _item_scores(items, self.column, self.units)
             _check_ranks(items, scores)
         if all(score is None for score in scores):
             raise LeftOutError(f"no reply in {self.column} has a score")
         return scores
+
+    def _fields(self, items: Sequence[Any]) -> list[float | None]:
+        """Return the scores in a field of each reply, which may be nested."""
+        path = (self.scores or "").removeprefix(f"{self.column}.")
+        values = [cell_of(item, path) if isinstance(item, Mapping) else None for item in items]
+        found = [optional_score(value, self.scores or "") for value in values]
+        if all(score is None for score in found):
+            raise LeftOutError(f"no reply has {self.scores}")
+        return [None if score is None else self.sign * score for score in found]
 
 
 def find_ranking(
@@ -178,7 +186,7 @@ def find_ranking(
     wanted = [config.chosen_column] if config.chosen_column else [
         names[n] for n in LISTS if n in names
     ]  # fmt: skip
-    column = next((c for c in wanted if _is_list_of_replies(sample, c)), None)
+    column = next((c for c in wanted if is_list_of_replies(sample, c)), None)
     if column is None or prompt.prompt in (None, column):
         return None
     cells = replace(prompt, first=column, second=column)
@@ -193,12 +201,17 @@ def _decision(
     names: Mapping[str, str], sample: Sequence[Row], config: DataConfig, column: str
 ) -> tuple[_Ranking, str] | None:
     """Return how the replies of a list are ordered, and a sentence about it."""
+    if config.label_column and config.label_column.startswith(f"{column}."):
+        sign, order = direction(config.label_column)
+        ranking = _Ranking(column, config.label_column, sign, by="field")
+        return ranking, f"are compared by {config.label_column}, the {order} is best"
     if config.label_column is None and _has_scores(sample, column):
-        return _Ranking(column), f"are compared by their {_deciding(sample, column)}"
-    ranks = [names[n] for n in _RANK_LISTS if n in names and _hold_lists(sample, names[n])]
-    scores = [names[n] for n in _SCORE_LISTS if n in names and _hold_lists(sample, names[n])]
+        ranking = _Ranking(column, units=_units(sample, column))
+        return ranking, f"are compared by their {_deciding(sample, column)}"
+    ranks = [names[n] for n in _RANK_LISTS if n in names and hold_lists(sample, names[n])]
+    scores = [names[n] for n in _SCORE_LISTS if n in names and hold_lists(sample, names[n])]
     listed = [c for c in (*scores, *ranks) if c != column]
-    if config.label_column and _hold_lists(sample, config.label_column):
+    if config.label_column and hold_lists(sample, config.label_column):
         listed = [config.label_column]
     best = [names[n] for n in _BEST if n in names] if not config.label_column else [
         config.label_column
@@ -208,9 +221,10 @@ def _decision(
     if listed:
         is_named = plain_name(listed[0]) in ("ranking", "rankings") and not config.label_column
         if is_named:
-            _check_order(_lists(sample, listed[0]), listed[0])
+            _check_order(filled_lists(sample, listed[0]), listed[0])
         sign, order = direction(listed[0])
-        ranking = _Ranking(column, listed[0], sign, may_be_order=is_named)
+        units = {listed[0]: unit_of(_score_lists(sample, listed[0]))}
+        ranking = _Ranking(column, listed[0], sign, may_be_order=is_named, units=units)
         return ranking, f"by {listed[0]}, the {order} first"
     for name in best:
         if prefers_worse(name):
@@ -236,7 +250,7 @@ def _in_order(
     _check_sorting(names, sample, column)
     is_plain = any(isinstance(cell_of(row, column), list) for row in sample) and all(
         isinstance(item, str) or {*item} <= {*REPLY_KEYS, "model", "role"}
-        for values in _lists(sample, column)
+        for values in filled_lists(sample, column)
         for item in values
     )
     if is_plain and (column.lower() in _BEST_FIRST or config.format == "ranking"):
@@ -251,7 +265,7 @@ def _may_be_names(names: Mapping[str, str], sample: Sequence[Row], column: str) 
     """
     if any(n in names and _hold_texts(sample, names[n]) for n in REPLIES if names.get(n) != column):
         return True
-    items = [item for values in _lists(sample, column) for item in values]
+    items = [item for values in filled_lists(sample, column) for item in values]
     words = [item for item in items if isinstance(item, str) and len(item.split()) < 2]
     others = [n for n in names if names[n] != column and n not in ("id", "source", "dataset")]
     are_names = bool(words) and {plain_name(word) for word in words} <= {*others}
@@ -306,7 +320,7 @@ def _start(sample: Sequence[Row], name: str, column: str) -> int | None:
     Raises:
         ConfigError: The column holds positions of which this is not certain.
     """
-    pairs = [(cell_of(row, name), _items(cell_of(row, column))) for row in sample]
+    pairs = [(cell_of(row, name), items_of(cell_of(row, column))) for row in sample]
     known = [
         (int(value), len(items))
         for value, items in pairs
@@ -339,7 +353,7 @@ def _names_item(value: Any, item: Any) -> bool:
 
 def _name_items(sample: Sequence[Row], name: str, column: str) -> bool:
     """Return whether most values of a column name exactly one reply in a list."""
-    pairs = [(cell_of(row, name), _items(cell_of(row, column))) for row in sample]
+    pairs = [(cell_of(row, name), items_of(cell_of(row, column))) for row in sample]
     lists = [(value, items) for value, items in pairs if isinstance(items, list)]
     named = sum(sum(_names_item(value, item) for item in items) == 1 for value, items in lists)
     return named > len(sample) / 2
@@ -357,68 +371,18 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _listed(value: Any) -> Any:
-    """Return a list as it is, and one that a cell of CSV holds as JSON parsed."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def _items(value: Any) -> Any:
-    """Return a list of replies; an object with a reply under each id becomes one."""
-    value = _listed(value)
-    if not isinstance(value, Mapping) or len(value) < 2 or {*value} & {*REPLY_KEYS, *ROLE_KEYS}:
-        return value
-    if all(isinstance(reply, str) for reply in value.values()):
-        return [{_KEY: key, "text": reply} for key, reply in value.items()]
-    if all(isinstance(reply, Mapping) and {*reply} & {*REPLY_KEYS} for reply in value.values()):
-        return [{_KEY: key, **reply} for key, reply in value.items()]
-    return value
-
-
-def _key_of(item: Any) -> Any:
-    return item.get(_KEY) if isinstance(item, Mapping) else None
-
-
-def _lists(sample: Sequence[Row], column: str) -> list[list[Any]]:
-    """Return the lists in a column that are not empty."""
-    found = [_items(cell_of(row, column)) for row in sample]
-    return [value for value in found if isinstance(value, list) and value]
-
-
-def _hold_lists(sample: Sequence[Row], column: str) -> bool:
-    return any(isinstance(_listed(cell_of(row, column)), list | Mapping) for row in sample)
-
-
-def holds_reply(sample: Sequence[Row], column: str, reply: str) -> bool:
-    """Return whether most lists of a column hold the text of another column."""
-    rows = [(cell_of(row, reply), _items(cell_of(row, column))) for row in sample]
-    known = [(text, items) for text, items in rows if isinstance(items, list) and items]
-    return sum(any(_text_of(i) == text for i in items) for text, items in known) > len(known) / 2
-
-
-def find_unranked(names: Mapping[str, str], sample: Sequence[Row]) -> str | None:
-    """Return a column with lists of replies."""
-    return next(
-        (names[n] for n in LISTS if n in names and _is_list_of_replies(sample, names[n])), None
-    )
-
-
 def _has_scores(sample: Sequence[Row], column: str) -> bool:
     """Return whether the replies of a list are objects with a score or a rank."""
     return any(
         isinstance(item, Mapping) and any(key in item for key in (*_SCORE_KEYS, "rank"))
-        for values in _lists(sample, column)
+        for values in filled_lists(sample, column)
         for item in values
     )
 
 
 def _deciding(sample: Sequence[Row], column: str) -> str:
     """Return the field of the replies that orders them, and which end of it is best."""
-    items = [item for values in _lists(sample, column) for item in values]
+    items = [item for values in filled_lists(sample, column) for item in values]
     given = [
         key
         for key in (*_SCORE_KEYS, "rank")
@@ -429,23 +393,24 @@ def _deciding(sample: Sequence[Row], column: str) -> str:
     return f"{given[0]}, the {'lowest' if given[0] == 'rank' else 'highest'} is best"
 
 
-def _is_list_of_replies(sample: Sequence[Row], column: str) -> bool:
-    lists = _lists(sample, column)
-    filled = sum(cell_of(row, column) not in (None, "") for row in sample)
-    return len(lists) > filled / 2 and all(
-        isinstance(item, str) or (isinstance(item, Mapping) and "role" not in item)
-        for values in lists
-        for item in values
-    )
+def _units(sample: Sequence[Row], column: str) -> dict[str, str | None]:
+    """Return the unit of each field of the replies that holds scores."""
+    items = [item for values in filled_lists(sample, column) for item in values]
+    return {
+        key: unit_of(item.get(key) for item in items if isinstance(item, Mapping))
+        for key in (*_SCORE_KEYS, "rank")
+    }
 
 
-def _text_of(item: Any) -> Any:
-    if not isinstance(item, Mapping):
-        return item
-    return next((item[key] for key in REPLY_KEYS if key in item), None)
+def _score_lists(sample: Sequence[Row], column: str) -> list[Any]:
+    """Return the scores of all rows; of an object of scores by reply its values."""
+    found = [parsed_list(cell_of(row, column)) for row in sample]
+    return [[*value.values()] if isinstance(value, Mapping) else value for value in found]
 
 
-def _item_scores(items: Sequence[Any], column: str) -> list[float | None]:
+def _item_scores(
+    items: Sequence[Any], column: str, units: Mapping[str, str | None]
+) -> list[float | None]:
     """Return the replies' scores by one field, or their ranks with a minus; None where missing.
 
     Raises:
@@ -455,7 +420,7 @@ def _item_scores(items: Sequence[Any], column: str) -> list[float | None]:
         if not isinstance(item, Mapping):
             raise LeftOutError(f"a reply in {column} has no score", beginning(item))
     by_key = {
-        key: [optional_score(item.get(key), f"{column}.{key}") for item in items]
+        key: [optional_score(item.get(key), f"{column}.{key}", units.get(key)) for item in items]
         for key in (*_SCORE_KEYS, "rank")
         if any(item.get(key) is not None for item in items)
     }

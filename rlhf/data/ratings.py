@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,15 +14,16 @@ from rlhf.data.columns import Row, cell_of, is_missing, value_of
 from rlhf.data.records import Converted, LeftOutError, Rated
 from rlhf.data.scores import (
     COMMA,
+    Scale,
     are_scores,
     beginning,
     direction,
+    find_scale,
     find_unit,
     has_thumbs,
     is_score,
     mean_score,
     thumb_of,
-    without_unit,
 )
 from rlhf.errors import ConfigError
 
@@ -34,7 +36,7 @@ _REPLY_TIERS = (
 )  # fmt: skip
 REPLIES = (*_REPLY_TIERS[0], *_REPLY_TIERS[1], *_REPLY_TIERS[2])
 #: Columns of whole conversations, whose last message is the reply that is rated.
-CONVERSATIONS = ("messages", "conversations", "conversation")
+CONVERSATIONS = ("messages", "conversations", "conversation", "contents")
 RATINGS = (
     "label", "thumbs", "feedback", "vote", "kto_tag", "rating", "score", "overall_score", "reward",
     "quality", "overall", "is_good", "desirable", "is_desirable", "thumb", "thumbs_up", "liked",
@@ -48,6 +50,8 @@ ATTRIBUTES = {
 _THUMBS = ("label", "thumbs", "feedback", "vote", "kto_tag")
 #: Values of thumbs as numbers.
 _THUMB_SCORES = frozenset((-1.0, 0.0, 1.0))
+#: Ranks grow with the number of replies, so that the first rows show no scale.
+_RANKS = re.compile(r"rank|position|place")
 #: Share of the pairs of different prompts above which two ratings contradict each other.
 _CONTRARY = 0.25
 #: Rows of which each two are compared for that.
@@ -55,17 +59,40 @@ _COMPARED = 200
 
 
 @dataclass(frozen=True)
+class _Column:
+    """A column that rates the reply."""
+
+    name: str
+    weight: float = 1.0
+    unit: str | None = None
+    """Unit of its numbers, such as `/5`."""
+    scale: Scale | None = None
+    """Scale of the first rows, which later ones must not leave."""
+
+
+def _column(sample: Sequence[Row], name: str, weight: float, is_scale_checked: bool) -> _Column:
+    """Return a column with the unit and the scale of its first rows."""
+    unit = find_unit(sample, name)
+    if not is_scale_checked or _RANKS.search(name.lower()):
+        return _Column(name, weight, unit)
+    values = (cell_of(row, name) for row in sample)
+    scores = [mean_score(v, name, unit) for v in values if _is_rated(v) and is_score(v, unit)]
+    return _Column(name, weight, unit, find_scale(scores))
+
+
+@dataclass(frozen=True)
 class _Rating:
     """Rows of one reply with a label or scores."""
 
-    columns: tuple[str, ...]
-    weights: tuple[float, ...] = (1.0,)
-    unit: str | None = None
-    """Unit of the scores, such as `/5`."""
+    ratings: tuple[_Column, ...]
     are_thumbs: bool = False
     """True if the first rows hold thumbs alone, which later ones must hold too."""
     are_numbers: bool = False
     """True if the first rows hold numbers alone, among which a later thumb has no place."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(column.name for column in self.ratings)
 
     def convert(self, row: Row, cells: Cells, roles: Sequence[str]) -> Converted:
         notes: set[str] = set()
@@ -75,25 +102,30 @@ class _Rating:
             prompt = cells.read_prompt(row, notes)
             value = cell_of(row, cells.first)
             reply = cells.read_reply(value, cells.first, prompt, roles[0], notes)
-        score = sum(
-            weight * self._score(row, column)
-            for column, weight in zip(self.columns, self.weights, strict=True)
-        )
+        score = sum(column.weight * self._score(row, column) for column in self.ratings)
         return Converted(rated=[Rated(prompt, reply, score)], notes=frozenset(notes))
 
-    def _score(self, row: Row, column: str) -> float:
-        value = cell_of(row, column)
+    def _score(self, row: Row, column: _Column) -> float:
+        name = column.name
+        value = cell_of(row, name)
         if not _is_rated(value):
-            raise LeftOutError(f"the reply is not rated: {column} is empty", is_choice=True)
-        score = mean_score(without_unit(value, self.unit, column), column)
+            raise LeftOutError(f"the reply is not rated: {name} is empty", is_choice=True)
         if self.are_numbers and has_thumbs(value):
             raise ConfigError(
-                f"data.label_column: {column!r} holds {beginning(value)!r}, but in the first rows "
+                f"data.label_column: {name!r} holds {beginning(value)!r}, but in the first rows "
                 "numbers alone; write all of them as numbers"
+            )
+        score = mean_score(value, name, column.unit)
+        if column.scale is not None and not column.scale.holds(score):
+            weights = ", ".join(f"{c.name}: {c.weight:g}" for c in self.ratings)
+            raise ConfigError(
+                f"data.source: {name!r} holds {score:g}, but in the first rows {column.scale.name} "
+                "alone; write all of its ratings on one scale, or, if they are, set "
+                f"data.score_weights='{{{weights}}}'"
             )
         if self.are_thumbs and score not in _THUMB_SCORES:
             raise ConfigError(
-                f"data.label_column: {column!r} holds {score:g}, but in the first rows thumbs of 0 "
+                f"data.label_column: {name!r} holds {score:g}, but in the first rows thumbs of 0 "
                 "and 1 alone, of which 1 is up; write all of them as true and false, or rename "
                 "the column to rating (the highest is best) or rank (the lowest)"
             )
@@ -135,7 +167,9 @@ def find_rated(
         total = " ".join(f"{weight:+g} {name}" for name, weight in attributes.items())
         note = f"rated: replies to one prompt are compared by {total}"
         are_numbers = not any(_hold_thumbs(sample, name) for name in attributes)
-        rating = _Rating((*attributes,), (*attributes.values(),), are_numbers=are_numbers)
+        is_default = not config.score_weights
+        columns = [_column(sample, name, w, is_default) for name, w in attributes.items()]
+        rating = _Rating((*columns,), are_numbers=are_numbers)
         return cells, ("reply", "reply"), rating, (note,)
     label = label or next(iter(attributes), None)
     if label is None or not are_scores(sample, label):
@@ -146,15 +180,15 @@ def find_rated(
     sign, order = direction(label)
     source = f"{reply} to {prompt.prompt}" if prompt.prompt else f"the last reply of {reply}"
     note = f"rated: {source}; replies to one prompt are compared by {label}, the {order} is best"
-    unit = find_unit(sample, label)
-    note += ", numbers have decimal commas" if unit == COMMA else ""
+    column = _column(sample, label, sign, not are_thumbs)
+    note += ", numbers have decimal commas" if column.unit == COMMA else ""
     are_numbers = not _hold_thumbs(sample, label)
     if not are_numbers and not are_thumbs and not _scores(sample, label) <= _THUMB_SCORES:
         raise ConfigError(
             f"data.label_column: {label!r} holds both thumbs and numbers that are none; write all "
             "of them as numbers"
         )
-    rating = _Rating((label,), (sign,), unit, are_thumbs, are_numbers)
+    rating = _Rating((column,), are_thumbs, are_numbers)
     return cells, ("reply", "reply"), rating, (note,)
 
 
@@ -223,7 +257,7 @@ def _score_pairs(
 def _known_score(row: Row, column: str) -> float | None:
     value = value_of(row, column)
     try:
-        return mean_score(without_unit(value, find_unit([row], column), column), column)
+        return mean_score(value, column, find_unit([row], column))
     except LeftOutError:
         return None
 
@@ -238,11 +272,13 @@ def _scores(sample: Sequence[Row], column: str) -> set[float]:
 
 
 def _are_thumbs(sample: Sequence[Row], column: str) -> bool:
-    """Return whether a column holds thumbs, not a scale.
+    """Return whether a column holds thumbs, not a scale; a unit makes it one.
 
     Raises:
         ConfigError: Its values are 1 and 2 or 2 alone: nothing says which of them is up.
     """
+    if find_unit(sample, column) is not None:
+        return False
     if column.lower() not in _THUMBS:
         values = [v for row in sample if is_score(v := cell_of(row, column))]
         return bool(values) and all(thumb_of(value) is not None for value in values)

@@ -110,5 +110,9 @@ class Converted:
     rated: list[Rated] = field(default_factory=list)
     notes: frozenset[str] = frozenset()
     """Conversions that a user should know of: "the prompt is cut from the front of replies"."""
+    counted: frozenset[str] = frozenset()
+    """Sentences of which a user should know how many rows they hold for."""
+    skipped: int = 0
+    """Pairs beyond the most that are made of one row."""
     ballots: tuple[tuple[str, list[Comparison]], ...] = ()
     """Annotators whose answers the row holds, each with what these alone compare."""

@@ -57,8 +57,6 @@ class Recurrence:
         """
         kept = np.arange(len(self.pairs))
         threshold = self.config.near_duplicates
-        if threshold is None and self.config.max_reply_share is None:
-            return kept
         digests = np.empty((len(kept), 2), dtype=np.uint64)
         places = np.empty((len(kept), 2), dtype=np.int64)
         store = Spill(self.pairs.spill.folder)
@@ -76,9 +74,7 @@ class Recurrence:
         groups = groups.reshape(-1, 2)
         if self.config.max_reply_share is not None:
             kept = self._without_canned(digests, groups, self.config.max_reply_share)
-        if threshold is not None:
-            kept = self._without_contradictions(kept, groups, threshold)
-        return kept
+        return self._without_contradictions(kept, groups, threshold)
 
     def _without_canned(
         self, digests: NDArray[np.uint64], groups: Numbers, share: float
@@ -140,13 +136,15 @@ class Recurrence:
             )
         return found
 
-    def _without_contradictions(self, kept: Numbers, groups: Numbers, threshold: float) -> Numbers:
+    def _without_contradictions(
+        self, kept: Numbers, groups: Numbers, threshold: float | None
+    ) -> Numbers:
         lost: set[int] = set()
         for sides in self._opposed(kept, groups):
             found = self._contradicting(sides, threshold)
             self.contradictions += sum(map(len, found))
             if self.config.contradictions != "keep":
-                votes = [int(self.pairs.counts[side].sum()) for side in found]
+                votes = [int(self.pairs.votes[side].sum()) for side in found]
                 for side, own, against in zip(found, votes, votes[::-1], strict=True):
                     if own <= against:
                         lost.update(side)
@@ -183,14 +181,20 @@ class Recurrence:
             yield members[~is_greater[part]].tolist(), members[is_greater[part]].tolist()
 
     def _contradicting(
-        self, sides: tuple[list[int], list[int]], threshold: float
+        self, sides: tuple[list[int], list[int]], threshold: float | None
     ) -> list[list[int]]:
-        """Return the pairs of each side that are near duplicates of one of the other side."""
+        """Return the pairs of each side that are near duplicates of one of the other side.
+
+        Without a threshold their letters and numbers must be equal.
+        """
         shingles = Shingles()
         pairs = {index: self.pairs.pair(index) for side in sides for index in side[:_MAX_COMPARED]}
 
         def are_near(one: str, other: str) -> bool:
-            return shingles.is_similar(bare_text(one), bare_text(other), threshold)
+            one, other = bare_text(one), bare_text(other)
+            return one == other or (
+                threshold is not None and shingles.is_similar(one, other, threshold)
+            )
 
         def contradict(one: int, other: int) -> bool:
             a, b = pairs.get(one) or self.pairs.pair(one), pairs[other]

@@ -9,8 +9,8 @@ from typing import Any
 from rlhf.data.chat import REPLY_KEYS
 from rlhf.data.columns import Row, cell_of
 from rlhf.data.label_words import names_a_reply, relation
-from rlhf.data.rankings import find_unranked
 from rlhf.data.ratings import CONVERSATIONS, REPLIES
+from rlhf.data.reply_lists import find_unranked
 from rlhf.errors import ConfigError
 
 #: Words for a reply in the names of two columns that differ in a suffix alone.

@@ -39,6 +39,9 @@ def _words(text: str) -> frozenset[str]:
 USERS, ASSISTANTS = _words(_USER), _words(_ASSISTANT)
 #: Parts of a prompt that are headings of other texts too: "Question", "Answer".
 ASKING, ANSWERING = _words(_ASKING), _words(_ANSWERING)
+#: Who reads the page of a chat, and what captions of its messages say.
+_READERS = frozenset(("you", "i"))
+_SAYING = ("said", "says", "asked", "asks", "wrote", "writes", "responded", "replied")
 _SPEAKERS = USERS | ASSISTANTS | _words(_OTHER)
 _LABELS = ASKING | ANSWERING
 
@@ -49,8 +52,21 @@ def base_word(name: str) -> str:
 
 
 def is_speaker(name: str) -> bool:
-    """Return whether a name is a speaker's: user, Assistent, 用户."""
-    return base_word(name) in _SPEAKERS
+    """Return whether a name is a speaker's: user, Assistent, 用户; "ChatGPT said" on a page."""
+    word = base_word(name)
+    return word in _SPEAKERS or speaker_on_page(word) in _SPEAKERS | _READERS
+
+
+def is_user(name: str) -> bool:
+    """Return whether a name is one of who asks: user, Nutzer; "You said" on a page."""
+    word = base_word(name)
+    return word in USERS or speaker_on_page(word) in USERS | _READERS
+
+
+def speaker_on_page(word: str) -> str | None:
+    """Return the name of a caption such as "ChatGPT said", in lower case."""
+    name, _, verb = word.rpartition(" ")
+    return name if verb in _SAYING else None
 
 
 def is_label(name: str) -> bool:

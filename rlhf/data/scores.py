@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from rlhf.data.columns import Row, filled_cells, is_missing
@@ -53,18 +54,60 @@ def has_thumbs(value: Any) -> bool:
     return thumb_of(value) is not None
 
 
-def read_score(value: Any, column: str) -> float:
+def number_of(value: Any, unit: str | None = None) -> float | None:
+    """Return a finite number, also one written as text in the unit; None for anything else.
+
+    Every place that reads a score, a rank or a margin reads its numbers by this rule.
+
+    Args:
+        value: A cell, or an item of one.
+        unit: Unit of the column by `unit_of`.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        return None
+    if unit == COMMA and isinstance(value, str):
+        match = _WITH_COMMA.fullmatch(value)
+        if match is None or len(match[2] or "") == 3:  # three digits may be thousands
+            return None
+        value = value.replace(",", ".")
+    elif unit not in (None, COMMA):
+        found = with_unit(value)
+        if found is None or found[1] != unit:
+            return None
+        value = found[0]
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # an integer of 400 digits
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_score(value: Any, column: str, unit: str | None = None) -> float:
     """Return a label or score as a number; thumbs are 1 and 0.
 
     Raises:
-        LeftOutError: It is neither.
+        LeftOutError: It is neither, or has another unit than the first rows.
     """
-    if (thumb := thumb_of(value)) is not None:
+    if unit is None and (thumb := thumb_of(value)) is not None:
         return float(thumb)
-    with contextlib.suppress(OverflowError, ValueError):  # an integer of 400 digits
-        if isinstance(value, str | int | float) and math.isfinite(number := float(value)):
-            return number
-    raise LeftOutError(f"{column} is neither a number nor a thumb", beginning(value))
+    number = number_of(value, unit)
+    if number is None:
+        raise _unread(value, column, unit)
+    return number
+
+
+def _unread(value: Any, column: str, unit: str | None) -> LeftOutError:
+    if unit is None:
+        return LeftOutError(f"{column} is neither a number nor a thumb", beginning(value))
+    if unit == COMMA:
+        return LeftOutError(
+            f"{column} is no number with a decimal comma, as in the first rows", beginning(value),
+            "write all values in one way",
+        )  # fmt: skip
+    return LeftOutError(
+        f"{column} has another unit than the first rows", f"{beginning(value)!r}, not {unit!r}",
+        "write all values in one unit",
+    )  # fmt: skip
 
 
 def with_unit(value: Any) -> tuple[str, str] | None:
@@ -76,70 +119,61 @@ def with_unit(value: Any) -> tuple[str, str] | None:
     return match[1].replace(",", "."), unit if unit[0] == "/" else unit.removesuffix("s")
 
 
-def find_unit(sample: Sequence[Row], column: str) -> str | None:
-    """Return the unit of a column's numbers, if it is one and all of its first texts have it."""
-    values = filled_cells(sample, column)
-    units = {found[1] if (found := with_unit(value)) else None for value in values}
-    if units == {None} and _have_commas(values):
+def find_unit(sample: Sequence[Row], *columns: str) -> str | None:
+    """Return the unit of the numbers of columns that are compared with each other."""
+    return unit_of([value for column in columns for value in filled_cells(sample, column)])
+
+
+def unit_of(values: Iterable[Any]) -> str | None:
+    """Return the unit of some numbers, if it is one and all texts have it; of lists, their items'.
+
+    `COMMA` stands for numbers with a decimal comma.
+    """
+    flat = [*_flattened(values)]
+    units = {found[1] if (found := with_unit(value)) else None for value in flat}
+    if units == {None} and _have_commas(flat):
         return COMMA
     return units.pop() if len(units) == 1 else None
 
 
+def _flattened(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flattened(value)
+        elif not is_missing(value):
+            yield value
+
+
 def _have_commas(values: Sequence[Any]) -> bool:
-    """Return whether all values are numbers, some of them with a decimal comma.
+    """Return whether all texts are numbers, some of them with a decimal comma.
 
     Three digits behind a comma may be thousands: 1,000.
     """
-    texts = [str(value) for value in values if isinstance(value, bool) or type(value) is not int]
+    texts = [str(v) for v in values if isinstance(v, bool) or not isinstance(v, int | float)]
     matches = [_WITH_COMMA.fullmatch(text) for text in texts]
     digits = [len(match[2]) for match in matches if match and match[2]]
     return None not in matches and bool(digits) and 3 not in digits
 
 
-def without_unit(value: Any, unit: str | None, column: str) -> Any:
-    """Return the number of a value with a unit, as text.
-
-    Raises:
-        LeftOutError: It has another unit than the first rows, or none.
-    """
-    if unit is None or value is None or value == "":
-        return value
-    if unit == COMMA:
-        match = _WITH_COMMA.fullmatch(str(value))
-        if match and len(match[2] or "") != 3:  # those may be thousands
-            return str(value).replace(",", ".")
-        raise LeftOutError(
-            f"{column} is no number with a decimal comma, as in the first rows", beginning(value),
-            "write all values in one way",
-        )  # fmt: skip
-    found = with_unit(value)
-    if found is None or found[1] != unit:
-        raise LeftOutError(
-            f"{column} has another unit than the first rows", f"{beginning(value)!r}, not {unit!r}",
-            "write all values in one unit",
-        )  # fmt: skip
-    return found[0]
-
-
-def optional_score(value: Any, column: str) -> float | None:
+def optional_score(value: Any, column: str, unit: str | None = None) -> float | None:
     """Return a score, None for a missing one."""
-    return None if is_missing(value) else read_score(value, column)
+    return None if is_missing(value) else read_score(value, column, unit)
 
 
-def mean_score(value: Any, column: str) -> float:
+def mean_score(value: Any, column: str, unit: str | None = None) -> float:
     """Return a score, or the mean of several annotators' scores."""
     if not isinstance(value, list | tuple):
-        return read_score(value, column)
-    scores = [score for v in value if (score := optional_score(v, column)) is not None]
+        return read_score(value, column, unit)
+    scores = [score for v in value if (score := optional_score(v, column, unit)) is not None]
     if not scores:
         raise LeftOutError(f"{column} is missing")
     return sum(scores) / len(scores)
 
 
-def is_score(value: Any) -> bool:
+def is_score(value: Any, unit: str | None = None) -> bool:
     """Return whether a value is a number, a thumb, or a list of them."""
     try:
-        mean_score(value, "")
+        mean_score(value, "", unit)
     except LeftOutError:
         return False
     return True
@@ -151,6 +185,38 @@ def are_scores(sample: Sequence[Row], column: str) -> bool:
     if find_unit(sample, column) is not None:
         return True
     return sum(is_score(value) for value in values) > len(values) / 2
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Range of ratings that the first rows show, which later ones must not leave."""
+
+    name: str
+    low: float
+    """A rating below it is of another scale."""
+    high: float
+    """A rating above it is of another scale."""
+
+    def holds(self, rating: float) -> bool:
+        """Return whether a rating may be of this scale."""
+        return self.low <= rating <= self.high
+
+
+#: Shares, and thumbs as numbers: 4 is none of them.
+_SHARES = Scale("numbers from 0 to 1", 0.0, 1.0)
+#: Below are shares, 80 is a percentage; 6 to 10 may be grades that are rare.
+_GRADES = Scale("whole numbers from 1 to 5", 1.0, 10.0)
+#: Fewest ratings that show a scale.
+MIN_RATINGS = 30
+
+
+def find_scale(ratings: Sequence[float]) -> Scale | None:
+    """Return the scale of some ratings; None for one without bounds, or too few ratings."""
+    if len(ratings) < MIN_RATINGS:
+        return None
+    if all(0 <= rating <= 1 for rating in ratings):
+        return _SHARES
+    return _GRADES if all(rating in (1, 2, 3, 4, 5) for rating in ratings) else None
 
 
 def direction(column: str) -> tuple[float, str]:

@@ -12,8 +12,8 @@ from rlhf.data.scores import are_scores, beginning, is_score
 
 #: Names of ratings that are read only where a setting names them.
 _GRADES = ("grade", "grades", "stars")
-#: Most columns that a message lists.
-_MOST = 6
+#: Most columns, and most scores of replies, that a message lists.
+_MOST, _MOST_PATHS = 6, 9
 #: Columns of texts have more words than this in a cell, in the mean; others hold names or labels.
 _WORDS = 1.5
 
@@ -80,6 +80,21 @@ def text_columns(
 def _words(text: str) -> float:
     """Return a number of words; scripts without spaces have about two characters a word."""
     return len(text.split()) + sum(ord(c) >= 0x0E00 for c in text) / 2
+
+
+def score_paths(sample: Sequence[Row], column: str) -> list[str]:
+    """Return the paths of scores inside of the replies of a list, as settings name them.
+
+    Of `[{"text": …, "scores": {"bleu": 0.3}}]` in `candidates` this is `candidates.scores.bleu`.
+    """
+    lists = [v for row in sample if isinstance(v := cell_of(row, column), list | tuple)]
+    found: dict[str, None] = {}
+    for item in (item for items in lists for item in items if isinstance(item, Mapping)):
+        for key, fields in item.items():
+            inner = fields if isinstance(fields, Mapping) else {}
+            numbers = [k for k, v in inner.items() if type(v) in (int, float)]
+            found |= dict.fromkeys(f"{column}.{key}.{field}" for field in numbers)
+    return [*found][:_MOST_PATHS]
 
 
 def unread_rating(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rlhf.data.chat import REPLY_KEYS, ROLE_KEYS
+from rlhf.data.openers import emoji_speaker, opening_words, page_line
 from rlhf.data.role_words import (
     ANSWERING,
     ASKING,
@@ -22,12 +23,15 @@ from rlhf.data.role_words import (
     base_word,
     is_label,
     is_speaker,
+    is_user,
 )
 from rlhf.data.special_tokens import END_TOKENS
 from rlhf.errors import ConfigError
 
 #: Share of a column's texts with the same mark from which the column is a template's output.
 ENOUGH = 0.6
+#: Share of a column's texts that begin with the same words for which this is told.
+_NEARLY_ALL = 0.9
 #: Share in a stretch of rows; below it a sorted mixture of tasks would be taken for a template.
 _ENOUGH_IN_STRETCH = 0.95
 #: Different texts that the rule needs: of a few, most begin alike by chance.
@@ -68,13 +72,9 @@ def opening_mark(text: str) -> Mark | None:
         return _tag(match, text)
     if match := _ATTRIBUTES_AT_START.match(head):
         return Mark(FORMAT, match.group())
-    match = _NAME_AT_START.match(head)
-    if match is None or not _is_whole(match):
-        return None
-    mark = _named(match["name"], match["mark"])
-    is_heading = any(sign in match["left"] for sign in ("#", "[", "**"))
-    has_colon = match["right"].strip()[:1] not in ("", "|", "-", "–", "—")
-    return mark if has_colon or is_heading or mark.kind == SPEAKER else None
+    if form := page_line(head) or emoji_speaker(text[:_LONGEST_INNER].lstrip()):
+        return Mark(SPEAKER, form)
+    return _name_at_start(head)
 
 
 def closing_mark(text: str) -> Mark | None:
@@ -108,13 +108,18 @@ def inner_turn(text: str) -> Mark | None:
         before = text[: match.start()].rstrip()
         if not before or before.endswith((":", "：", "```")):
             continue
-        if name in USERS:
+        if is_user(name):
             return _named(match["name"], match["mark"].strip())
         if name in ASKING and any(
             base_word(later["name"]) in ANSWERING | ASSISTANTS
             for later in _INNER.finditer(text, match.end())
         ):
             return _named(match["name"], match["mark"].strip())
+    for line in text.split("\n")[1:]:
+        if "—" in line and (form := page_line(line)):
+            return Mark(SPEAKER, form)
+    if sign := emoji_speaker(text, inside=True):
+        return Mark(SPEAKER, sign)
     return None
 
 
@@ -146,6 +151,8 @@ class Marks:
     begins: Counter[Mark] = field(default_factory=Counter)
     ends: Counter[Mark] = field(default_factory=Counter)
     inside: Counter[Mark] = field(default_factory=Counter)
+    openers: Counter[str] = field(default_factory=Counter)
+    """Words or a symbol in front of texts."""
     heads: dict[str, Edge] = field(default_factory=dict)
     tails: dict[str, Edge] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
@@ -167,6 +174,8 @@ class Marks:
         plain = text.strip()
         for edges, edge in ((self.heads, plain[:_EDGE]), (self.tails, plain[: -_EDGE - 1 : -1])):
             edges.setdefault(edge[:_LEAST_SHARED], Edge(edge)).add(edge, weight)
+        if opener := opening_words(text):
+            self.openers[opener] += weight
         begin, end = opening_mark(text), closing_mark(text)
         if begin is not None and not (self.is_reply and CUT_SPEAKER.match(text)):
             self.begins[begin] += weight
@@ -200,7 +209,22 @@ class Marks:
         for verb, mark, is_shared in (("begin", begin, opens), ("end", end, closes)):
             if mark and is_shared:
                 return f"most texts of {self.column} {verb} with {mark.text!r}, which stays in them"
-        return self._check_edges(least)
+        return self._check_edges(least) or self._tell_opener()
+
+    def common_opener(self) -> str | None:
+        """Return the words or symbol that nearly all texts begin with."""
+        opener, count = next(iter(self.openers.most_common(1)), (None, 0))
+        return opener if count >= max(_FEWEST, _NEARLY_ALL * self.texts) else None
+
+    def share_of(self, opener: str) -> float:
+        """Return the share of the texts that begin with some words or a symbol."""
+        return self.openers[opener] / self.texts if self.texts else 0.0
+
+    def _tell_opener(self) -> str | None:
+        opener = self.common_opener()
+        if opener is None or (self.is_reply and CUT_SPEAKER.match(f"{opener} ")):
+            return None
+        return f"nearly all texts of {self.column} begin with {opener!r}, which stays in them"
 
     def _check_edges(self, least: float) -> str | None:
         """Check what most texts share at an edge in any form: a speaker between signs, a token."""
@@ -214,6 +238,7 @@ class Marks:
             if _speaker_in(shared) or _TOKEN_AT_START.search(shared):
                 raise self._refusal(verb, Mark(TOKEN, shared.strip()), edge.count)
             is_structure = shared.startswith(_STRUCTURES) or shared.endswith(("}", "]"))
+            shared = _WORD_CUT_OFF.sub("", shared)
             if _SIGN.search(shared) and not is_structure:
                 return (
                     f"most texts of {self.column} {_PLURAL[verb]} {shared!r}, which stays in them"
@@ -276,8 +301,19 @@ def texts_of(value: Any, is_reply: bool) -> Iterable[str]:
     for item in value:
         keys = ("content", "value", *REPLY_KEYS) if isinstance(item, Mapping) else ()
         text = next((item[key] for key in keys if isinstance(item.get(key), str)), item)
+        text = _text_in_parts(text)
         texts += [text] if isinstance(text, str) else []
     return texts
+
+
+def _text_in_parts(message: Any) -> Any:
+    """Return the text of a message whose content is a list of parts; others as they are."""
+    for key in ("content", "parts") if isinstance(message, Mapping) else ():
+        parts = message.get(key)
+        if isinstance(parts, list | tuple) and parts:
+            texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+            return "".join(text for text in texts if isinstance(text, str))
+    return message
 
 
 def _role_of(message: Mapping[str, Any]) -> str:
@@ -338,6 +374,7 @@ _LEAST_SHARED = 3  # characters that texts of one group share
 _LONGEST_SHARED = 60  # characters; a longer beginning is an instruction
 #: Signs that prose has not.
 _SIGN = re.compile(r"[^\w\s.,!?;:'\"()\-–—…“”‘’/。，、？！：；（）「」*#&%$+=]")
+_WORD_CUT_OFF = re.compile(r"(?<=[^\w\s]\s)\w{1,3}\Z")
 _STRUCTURES = ("{", "[", "<", "|", "`", "$", "\\")
 _PLURAL = {"begins with": "begin with", "ends with": "end with", "has a further turn": "go on with"}
 
@@ -376,6 +413,20 @@ def _speaker_in(shared: str) -> bool:
     return (
         bool(words) and is_speaker(words[-1].group()) and not _WORD.search(shared, words[-1].end())
     )
+
+
+def _name_at_start(head: str) -> Mark | None:
+    """Return the mark of a name in front of a text: `Name:`, `### Name`, `Answer - `."""
+    match = _NAME_AT_START.match(head)
+    if match is None or not _is_whole(match):
+        return None
+    mark = _named(match["name"], match["mark"])
+    is_heading = any(sign in match["left"] for sign in ("#", "[", "**"))
+    right = match["right"].strip()[:1]
+    has_colon = right not in ("", "|", "-", "–", "—")
+    # A single letter in front of a dash may be an option, "Answer" is a heading.
+    is_word = mark.kind == LABEL and right in ("-", "–", "—") and len(match["name"].strip()) > 2
+    return mark if has_colon or is_heading or is_word or mark.kind == SPEAKER else None
 
 
 def _is_whole(match: re.Match[str]) -> bool:

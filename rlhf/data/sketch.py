@@ -20,7 +20,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from rlhf.data.rows import (
     CARD,
@@ -35,6 +37,7 @@ from rlhf.data.rows import (
     iterate_rows,
     messages_of,
 )
+from rlhf.errors import DataError
 from rlhf.files import read_json
 
 SKETCH = "sketch.json"
@@ -59,16 +62,19 @@ _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u
 
 #: Kinds of text, and the kind that takes the place of one that a dataset has not of its own.
 FALLBACK = {"PPO prompts": "prompts", "demonstrations": "chosen replies"}
+REPLY_KINDS = ("chosen replies", "rejected replies")
+#: A number of things that were counted; far beyond it numpy draws no samples.
+Count = Annotated[int, Field(ge=0, le=2**40, strict=True)]
 
 
 @dataclass(frozen=True)
 class TextCounts:
     """Counts of one kind of text, by group."""
 
-    texts: list[int]
-    tokens: list[list[int]]
+    texts: list[Count]
+    tokens: list[list[Count]]
     """By group and bucket."""
-    lengths: list[list[int]]
+    lengths: list[list[Count]]
     """By group and class of length (`length_class`); trailing zeros are left out."""
 
 
@@ -77,20 +83,23 @@ class Sketch:
     """Counts of a dataset, as `sketch.json` holds them."""
 
     version: int
-    prompts: int
+    prompts: Count
     """Different prompts of the pairs, all of them."""
-    pairs: int
+    pairs: Count
     texts: dict[str, TextCounts]
     """By kind of text: prompts, chosen replies, rejected replies, and, where they are not those of
     the pairs, PPO prompts and demonstrations."""
-    longer: list[tuple[int, float]]
+    longer: list[tuple[Count, float]]
     """By group: pairs, and those whose longer reply is preferred (equal lengths count a half)."""
-    preferred: dict[str, int]
+    preferred: dict[str, Count]
     """By hash of a pair, whichever reply is preferred: 1 if it is the one that sorts first."""
-    rates: dict[str, tuple[float, int]]
+    rates: dict[str, tuple[float, Count]]
     """Share and number of observations of each rate of the labels."""
-    shares: dict[str, dict[str, int]]
+    shares: dict[str, dict[str, Count]]
     """Counts by value of languages and of each column of slices."""
+
+
+_SKETCHES = TypeAdapter(Sketch)
 
 
 def make_sketch(
@@ -159,18 +168,55 @@ def read_sketch(folder: Path) -> Sketch:
 
     Raises:
         OSError: The dataset has no pairs.
+        DataError: `sketch.json` was damaged or edited.
     """
     path = folder / SKETCH
     if path.exists():
-        saved: dict[str, Any] = read_json(path)
-        if saved.get("version") == VERSION:
-            texts = {kind: TextCounts(**counts) for kind, counts in saved.pop("texts").items()}
-            longer = [(n, wins) for n, wins in saved.pop("longer")]
-            rates = {name: (share, n) for name, (share, n) in saved.pop("rates").items()}
-            return Sketch(**saved, texts=texts, longer=longer, rates=rates)
+        try:
+            saved = read_json(path)
+            if not isinstance(saved, dict) or saved.get("version") == VERSION:
+                sketch = _SKETCHES.validate_python(saved)
+                _check(sketch)
+                return sketch
+        except (ValueError, RecursionError) as error:  # of JSON, UTF-8, pydantic or `_check`
+            reason = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise DataError(
+                f"{SKETCH} is damaged ({' '.join(reason.split())[:120]}); restore the artifact, or "
+                "set data.drift.enabled=false to go on without the comparison"
+            ) from None
     names = (PAIRS_TRAIN, PAIRS_EVAL)
     pairs = itertools.chain.from_iterable(iterate_rows(folder / name, Pair) for name in names)
     return _sketch_of(folder, pairs)
+
+
+def _check(sketch: Sketch) -> None:
+    """Refuse a sketch that no dataset has.
+
+    Raises:
+        ValueError: With the part.
+    """
+    known = {"prompts", *REPLY_KINDS}
+    if not known <= sketch.texts.keys() <= known | FALLBACK.keys():
+        raise ValueError(f"its kinds of text are {', '.join(sketch.texts)}")
+    for kind, counts in sketch.texts.items():
+        widths = {len(row) for row in counts.lengths}
+        is_whole = (
+            len(counts.texts) == len(counts.tokens) == len(counts.lengths) == GROUPS
+            and all(len(row) == BUCKETS for row in counts.tokens)
+            and len(widths) == 1
+            and 0 not in widths
+        )
+        if not is_whole:
+            raise ValueError(f"the table of {kind} is not of {GROUPS} groups and {BUCKETS} buckets")
+    if len(sketch.longer) != GROUPS or any(not 0 <= wins <= n for n, wins in sketch.longer):
+        raise ValueError("longer is no count of pairs by group")
+    if any(not 0 <= share <= 1 or n < 1 for share, n in sketch.rates.values()):
+        raise ValueError("rates are no shares")
+    if any(not sum(counts.values()) for counts in sketch.shares.values()):
+        raise ValueError("shares hold no counts")
 
 
 def _sketch_of(folder: Path, pairs: Iterable[Pair]) -> Sketch:

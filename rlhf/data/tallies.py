@@ -20,7 +20,7 @@ ANNOTATOR_COLUMNS = (
     "annotator", "annotator_id", "annotator_name", "annotated_by", "labeler", "labeler_id",
     "labeller", "labeller_id", "labeled_by", "rater", "rater_id", "worker", "worker_id", "judge",
     "judge_id", "judge_name", "judge_model", "evaluator", "evaluator_id", "reviewer",
-    "reviewer_id", "completed_by", "user_id",
+    "reviewer_id", "completed_by", "user_id", "_annotator_id",
 )  # fmt: skip
 #: Columns that divide the rows into slices.
 SLICE_COLUMNS = (

@@ -6,7 +6,6 @@ every pair.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf.config import DataConfig
-from rlhf.data.columns import Row, filled_cells, value_of
+from rlhf.data.columns import Row, filled_cells, plain_name, value_of
 from rlhf.data.label_words import (
     TIES,
     Verdict,
@@ -28,6 +27,7 @@ from rlhf.data.label_words import (
     votes_of,
 )
 from rlhf.data.records import LeftOutError
+from rlhf.data.scores import find_unit, mean_score, number_of
 from rlhf.data.special_tokens import is_missing_word
 from rlhf.errors import ConfigError
 
@@ -42,6 +42,8 @@ LABEL_COLUMNS = (
 SCORE_COLUMNS = ("score", "rating", "reward", "quality")
 #: HelpSteer's columns: negative where the first reply is better, 0 for a tie.
 _SIGNED = ("overall_preference", "preference_strength")
+#: Column of AlpacaEval with 1 plus the probability that the second reply is better.
+_SHARE = "preference"
 #: Words in the names of columns that name the worse reply.
 _WORSE = frozenset(
     ("loser", "loses", "worse", "worst", "rejected", "dispreferred", "error", "errors", "bad")
@@ -57,7 +59,7 @@ class Judge:
     first: str
     second: str
     words: Mapping[str, Verdict]
-    by: Literal["label", "sign", "one-hot", "scores"] = "label"
+    by: Literal["label", "sign", "share", "one-hot", "scores"] = "label"
     models: tuple[str, str] | None = None
     """Columns with the names of the two replies' models, one of which a label may give."""
     suffixes: tuple[str, str] = ("a", "b")
@@ -68,6 +70,8 @@ class Judge:
     """True if all cells are text, so that a missing value is a word."""
     numbers: frozenset[str] = frozenset()
     """Numbers among the labels of the first rows, by which 0 or 1 was found to be the first."""
+    unit: str | None = None
+    """Unit of two scores, such as `/5`."""
     others: tuple[Judge, ...] = ()
     """Further label columns, which must not say the contrary."""
 
@@ -99,7 +103,8 @@ class Judge:
             return self._one_hot(values), None
         if self.by == "scores":
             one, two = (
-                _number(value, name) for value, name in zip(values, self.columns, strict=True)
+                mean_score(value, name, self.unit)
+                for value, name in zip(values, self.columns, strict=True)
             )
             return _sign(two - one), abs(one - two)
         votes = votes_of(values[0])
@@ -110,10 +115,16 @@ class Judge:
         verdicts = self._count(votes, row, notes)
         if len(votes) == 1:
             is_list = isinstance(values[0], list | tuple)  # where other rows have several votes
-            margin = abs(_number(votes[0], self.columns[0])) if self.by == "sign" else None
+            margin = self._lead(votes[0])
             return next(iter(verdicts)), 1.0 if is_list and margin is None else margin
         lead = verdicts["first"] - verdicts["second"]
         return _sign(-lead), abs(lead) / sum(verdicts.values())
+
+    def _lead(self, vote: Any) -> float | None:
+        """Return by how much a number prefers its reply; None for labels."""
+        if self.by == "share":
+            return abs(2 * _number(vote, self.columns[0]) - 3)  # of the probabilities p and 1 − p
+        return abs(_number(vote, self.columns[0])) if self.by == "sign" else None
 
     def _count(self, votes: Sequence[Any], row: Row, notes: set[str]) -> Counter[Verdict]:
         """Return the verdicts of a row's votes; among others, those of unknown value do not count.
@@ -138,6 +149,14 @@ class Judge:
     def _vote(self, value: Any, row: Row) -> Verdict:
         if self.by == "sign":
             return _sign(_number(value, self.columns[0]))
+        if self.by == "share":
+            number = _number(value, self.columns[0])
+            if not 1 <= number <= 2:
+                raise ConfigError(
+                    f"data.label_column: {self.columns[0]!r} holds {number:g}, but in the first "
+                    "rows numbers from 1, the first reply, to 2, the second; write all in one way"
+                )
+            return _sign(number - 1.5)
         verdict = self.words.get(exact_label(value))
         if verdict is None and not is_marked(value):
             verdict = self.words.get(plain_label(value))
@@ -233,7 +252,7 @@ def find_judge(
         if scores[0] and scores[1]:
             columns = (scores[0], scores[1])
             return Judge(f"decided by {' and '.join(columns)}, the higher", columns, *replies,
-                         {}, "scores")  # fmt: skip
+                         {}, "scores", unit=find_unit(sample, *columns))  # fmt: skip
     raise ConfigError(
         f"data.source: {replies[0]} and {replies[1]} are two replies, but no column says which "
         "is better; set data.label_column, and data.labels.first and data.labels.second to its "
@@ -263,6 +282,11 @@ def _by_label(
         )
     if label in _SIGNED and suffixes == ("1", "2") and not is_set and _has_negative(sample, label):
         return Judge(f"decided by the sign of {label}", (label,), *replies, {}, "sign")
+    if plain_name(label) == _SHARE and suffixes == ("1", "2") and not is_set and _are_shares(
+        sample, label
+    ):  # fmt: skip
+        way = f"decided by {label}: 1 is {replies[0]}, 2 is {replies[1]}, 1.5 is a tie"
+        return Judge(way, (label,), *replies, {}, "share")
     models = [names.get(f"model_{s}") or names.get(f"name_{s}") for s in suffixes]
     both = (models[0], models[1]) if models[0] and models[1] else None
     words = label_words(label, sample, (*replies, *(both or ())), suffixes, config)
@@ -308,6 +332,15 @@ def _has_negative(sample: Sequence[Row], column: str) -> bool:
     return any(is_number(exact_label(vote)) and float(exact_label(vote)) < 0 for vote in votes)
 
 
+def _are_shares(sample: Sequence[Row], column: str) -> bool:
+    """Return whether a column holds numbers from 1 to 2, not all of them 1, 1.5 and 2."""
+    votes = [exact_label(vote) for row in sample for vote in votes_of(value_of(row, column))]
+    are_numbers = bool(votes) and all(is_number(vote) for vote in votes)
+    return are_numbers and all(1 <= float(vote) <= 2 for vote in votes) and any(
+        float(vote) not in (1, 1.5, 2) for vote in votes
+    )  # fmt: skip
+
+
 def prefers_worse(column: str) -> bool:
     """Return whether a label column's name says that it names the worse reply."""
     return bool(set(re.findall(r"[a-z]+", column.lower().replace("_", " "))) & _WORSE)
@@ -323,11 +356,8 @@ def _with_suffix(names: Mapping[str, str], stem: str, suffix: str) -> str | None
 
 
 def _number(value: Any, column: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):  # an integer of 400 digits
-        number = float("nan")
-    if isinstance(value, bool) or not math.isfinite(number):
+    number = number_of(value)
+    if number is None:
         raise LeftOutError(f"{column} is no number", repr(value)[:60])
     return number
 

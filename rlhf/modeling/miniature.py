@@ -40,8 +40,8 @@ _SIZES = {
     "time_step_rank": 4, "mamba_chunk_size": 16, "chunk_size": 16,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "adapter_rank": 8, "vision_feature_layer": -1,
-    "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16, "laurel_rank": 8,
+    "adapter_rank": 8,
+    "hidden_size_per_layer_input": 4, "laurel_rank": 8,
 }  # fmt: skip
 
 #: Lists and numbers from which the types of layers follow.

@@ -57,3 +57,13 @@ def test_truncation_without_replay(arguments, filters):
 def test_a_peers_way_is_no_exception():
     assert len(advice(load_config(None, ["--ppo.compat=verl"]).config)) == 1
     assert advice(load_config(None, ["--ppo.compat=verl", "--ppo.truncation=replay"]).config) == []
+
+
+@pytest.mark.parametrize("name", ["veto", "trigger"])
+def test_limits_of_drift_without_a_comparison_have_no_effect(name):
+    limits = [f"--data.drift.{name}.tokens=0.1", f"--data.drift.{name}.labels=0.2"]
+    assert advice(load_config(None, limits).config) == []
+    assert advice(load_config(None, ["--data.drift.enabled=false"]).config) == []
+    (line,) = advice(load_config(None, [*limits, "--data.drift.enabled=false"]).config)
+    assert f"data.drift.{name} (tokens = 0.1, labels = 0.2) has no effect" in line
+    assert "\n" not in line

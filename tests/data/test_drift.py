@@ -14,6 +14,7 @@ from rlhf.data.drift import compare, jensen_shannon, kolmogorov_smirnov, total_v
 from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Pair
 from rlhf.data.sketch import SKETCH, make_sketch, read_sketch, tokens_of
+from rlhf.errors import DataError
 
 ENGLISH = [
     "how",
@@ -213,3 +214,60 @@ def test_prepared_data_have_a_sketch_and_older_ones_get_the_same(tmp_path):
     assert len(text) < 400_000
     (out / SKETCH).unlink()
     assert read_sketch(out) == saved
+
+
+JUNK = st.sampled_from([None, -1, 0.5, "x", [], {}, [1], 10**30, float("nan"), True, [[1]]])
+
+
+def nodes(value, path=()):
+    """Paths to a value and to all that is in it; of long lists to the first three items."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(
+        value, list
+    ) else ()  # fmt: skip
+    for key, inner in items:
+        yield from nodes(inner, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    made = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "task": "ab"[i % 2]}
+            for i, p in enumerate(pairs(120, 0))]  # fmt: skip
+    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    prepare_data(DataConfig(source=str(folder / "x.jsonl")), folder)
+    return json.loads((folder / SKETCH).read_text())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_an_edited_sketch_is_compared_or_refused_in_one_line(tmp_path_factory, saved, data):
+    folder = tmp_path_factory.mktemp("edited")
+    edited = json.loads(json.dumps(saved))
+    path = data.draw(st.sampled_from([p for p in nodes(saved) if p and p != ("version",)]))
+    parent = edited
+    for key in path[:-1]:
+        parent = parent[key]
+    if data.draw(st.booleans()):
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = data.draw(JUNK)
+    (folder / SKETCH).write_text(json.dumps(edited))
+    fault = ""
+    try:
+        found = read_sketch(folder)
+    except DataError as error:
+        fault = str(error)
+    if fault:
+        assert "\n" not in fault
+        assert "set data.drift.enabled=false" in fault
+        return
+    new = sketch(pairs(120, 1), slices={"task": {"a": {"n": 5}}}, position={"share": 0.5, "n": 9})
+    assert compare(found, new).shifts
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 1}', "\xff", "[" * 100_000])
+def test_a_damaged_sketch_is_refused(tmp_path, text):
+    (tmp_path / SKETCH).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"sketch\.json is damaged"):
+        read_sketch(tmp_path)

@@ -18,8 +18,8 @@ from rlhf.data import rows as files
 from rlhf.data.parts import SAMPLE_ROWS
 from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
-from rlhf.errors import ConfigError
-from tests.data.helpers import message, pair, user
+from rlhf.errors import ConfigError, DataError
+from tests.data.helpers import assistant, message, pair, user
 
 #: Rows of each kind by number: one column of each is first needed in a late row.
 KINDS = {
@@ -158,3 +158,56 @@ def test_where_a_column_first_appears_does_not_decide_what_its_rows_mean(
         items = sorted(repr((row.prompt, getattr(row, "response", ""))) for row in found)
         results.append((items, sorted(line["reason"] for line in left_out)))
     assert results[0] == results[1]
+
+
+MEDIA = ["image", "images", "Image URL", "video_path", "audios", "tools", "tool_calls", "functions"]
+CONTENT = ["cat.png", ["cat.png"], [{"bytes": "ab", "path": None}], {"name": "search"}, "[1]"]
+EMPTY = [None, "", " ", [], {}, [None], [""], [{"bytes": None, "path": None}], "[]", "null", False]
+
+
+@pytest.mark.parametrize("setting", KINDS)
+@pytest.mark.parametrize("at", [3, SAMPLE_ROWS + 3])
+def test_rows_with_content_that_no_model_sees_are_left_out(tmp_path, setting, at):
+    """At the beginning of a file and late; empty cells and columns that are set are no fault."""
+    rows = [KINDS[setting](i) for i in range(at + 60)]
+    for i, name in enumerate(MEDIA):
+        rows[at + 2 * i] |= {name: CONTENT[i % len(CONTENT)]}
+    for i, value in enumerate(EMPTY):
+        rows[at + 20 + i] |= {MEDIA[i % len(MEDIA)]: value}
+    found, _, left_out = prepare(tmp_path, setting, rows)
+    assert len(found) == len(rows) - len(MEDIA)
+    reasons = [f"{name} holds what a model of text does not see" for name in MEDIA]
+    assert [line["reason"] for line in left_out] == reasons
+    assert left_out[0]["row"] == rows[at]
+    named: dict[str, Any] = {"source": str(tmp_path / "source.jsonl")}
+    path = str(tmp_path / f"{setting}.jsonl")
+    named[setting] = [{"source": path, "ignore_columns": MEDIA}]
+    prepare_data(DataConfig(**named), tmp_path)
+    assert (tmp_path / files.QUARANTINE).read_text() == ""
+
+
+@pytest.mark.parametrize("setting", KINDS)
+def test_replies_to_images_stop_a_run_and_the_cure_is_named(tmp_path, setting):
+    rows = [KINDS[setting](i) | {"images": ["a.png"]} for i in range(8)]
+    for name, lines in {"source": PAIRS, setting: rows}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    named: dict[str, Any] = {n: str(tmp_path / f"{n}.jsonl") for n in ("source", setting)}
+    text = message(DataError, prepare_data, DataConfig(**named), tmp_path)
+    assert "images holds what a model of text does not see" in text
+    cure = "data.ignore_columns=images " if setting == "source" else (
+        f"data.{setting}='{{source: …, ignore_columns: images}}'"
+    )  # fmt: skip
+    assert cure in text
+
+
+def test_tools_of_an_openai_file_are_named_by_their_path(tmp_path):
+    rows = [
+        {"input": {"messages": [user(f"ask {i}")], "tools": [{"type": "function"}] if i else []},
+         "preferred_output": [assistant("good")], "non_preferred_output": [assistant("bad")]}
+        for i in range(9)
+    ]  # fmt: skip
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = message(DataError, prepare_data, DataConfig(source=str(path)), tmp_path)
+    assert "set data.ignore_columns=input.tools" in text
+    prepare_data(DataConfig(source=str(path), ignore_columns=("input.tools",)), tmp_path)

@@ -384,7 +384,9 @@ def test_pairs_of_lists_are_limited_and_that_is_said(tmp_path, columns):
     pairs, summary = prepare(tmp_path, [{"prompt": asked(i), **columns} for i in range(4)],
                              max_reply_share=None)  # fmt: skip
     assert len(pairs) == 4 * 64
-    assert any("more than 64 pairs" in note for note in summary["notes"])
+    count = 100 * 99 // 2 if "scores" in columns else 100 * 100
+    assert summary["pairs_left_out"] == {"beyond 64 pairs of one row": 4 * (count - 64)}
+    assert any(f"{4 * (count - 64):,} × beyond 64 pairs" in note for note in summary["notes"])
 
 
 TWO_NAMES = [("response_a", "response_b"), ("answer_1", "answer_2"), ("output_0", "output_1")]

@@ -222,7 +222,7 @@ def test_settings_of_pairs_are_no_other_sources(setting):
         "system_column": "s", "label_column": "l", "labels": {"first": "1"}, "margin_scale": 2.0,
         "score_weights": {"a": 1.0}, "margin_column": "m", "reference_column": "x",
         "metadata_columns": ("y",), "encoding": "cp1252", "delimiter": "|", "hub_split": "own",
-        "text_columns": ("t",),
+        "text_columns": ("t",), "ignore_columns": ("z",),
     }  # fmt: skip
     assert {*values} == {*SourceConfig.model_fields} - {"source", "weight"}
     shared = {"encoding", "delimiter", "hub_split"}

@@ -269,6 +269,45 @@ def test_pairs_that_a_near_duplicate_contradicts():
     assert "contradictions" not in prepare(data, near_duplicates=None)[1]
 
 
+@pytest.mark.parametrize("share", [0.01, None])
+def test_contradictions_without_the_search_are_those_of_equal_letters_and_numbers(share):
+    prompt, good, bad = contradicting()[0].values()
+    loose = [pair(f"{prompt.upper()} {'!' * i}", f"- {bad}", f"{good}.") for i in range(3)]
+    data = [*contradicting()[:60], *loose]
+    options = {"near_duplicates": None, "max_reply_share": share}
+    assert prepare(data, **options)[1]["contradictions"] == 4
+    _, _, quarantine = prepare(data, contradictions="majority", **options)
+    assert [line["line"] for line in quarantine] == [1]
+    parts, _, _ = prepare(data, contradictions="downweight", **options)
+    pairs = [*parts[files.PAIRS_TRAIN], *parts[files.PAIRS_EVAL]]
+    # Three rows against one: (3 − 1) / (3 + 1).
+    assert [p.weight for p in pairs if p.weight is not None] == [0.5] * 3
+    _, _, quarantine = prepare(
+        [*data[:60], *[pair(prompt, bad, good)] * 2], contradictions="majority", votes="keep",
+        **options,
+    )  # fmt: skip
+    assert [line["line"] for line in quarantine] == [1]
+
+
+def test_a_pair_of_rated_replies_is_one_statement_however_many_rows_rate_them():
+    prompt, good, bad = contradicting()[0].values()
+    rated = [
+        {"prompt": f"{prompt} 1", "response": text, "score": score}
+        for text, score in ((good, 5), (good, 4), (bad, 1), (bad, 2))
+    ]
+    data = {"a.jsonl": [*contradicting()[1:60], pair(f"{prompt} 2", bad, good)], "b.jsonl": rated}
+    _, _, quarantine = prepare(data, contradictions="majority")
+    lost = [(line["source"], line["line"]) for line in quarantine]
+    assert lost == [("a.jsonl", 60), *(("b.jsonl", i) for i in (1, 2, 3, 4))]  # a tie
+    data["a.jsonl"].append(pair(f"{prompt} 3", bad, good))
+    _, _, quarantine = prepare(data, contradictions="majority")
+    assert {line["source"] for line in quarantine} == {"b.jsonl"}
+    parts, _, _ = prepare(data, contradictions="downweight")
+    pairs = [*parts[files.PAIRS_TRAIN], *parts[files.PAIRS_EVAL]]
+    # Two rows against one statement: (2 − 1) / (2 + 1).
+    assert [p.weight for p in pairs if p.weight is not None] == [pytest.approx(1 / 3)] * 2
+
+
 def test_contradicted_pairs_count_by_the_lead_of_their_rows():
     data = contradicting()
     parts, summary, quarantine = prepare(data, contradictions="downweight")

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from rlhf.config import DataConfig
 from rlhf.data import rows as files
 from rlhf.data.prepare import prepare_data
-from rlhf.data.shared_marks import FORMAT, Marks, MarkWatch, closing_mark, inner_turn, opening_mark
+from rlhf.data.shared_marks import (
+    FORMAT,
+    SPEAKER,
+    Marks,
+    MarkWatch,
+    closing_mark,
+    inner_turn,
+    opening_mark,
+)
 from rlhf.errors import ConfigError
 from tests.data.legitimate import PROMPTS, REPLIES
 
@@ -44,6 +52,16 @@ UNKNOWN = {
     "quoted": "> User: {}\n> Assistant:",
     "lines": "USER\n{}\nASSISTANT\n",
     "bars": "user|{}",
+    "emoji": "🧑 {}\n🤖",
+    "emoji with a skin": "👩🏽: {}\n🤖:",
+    "page": "You said:\n{}",
+    "page with both": "You said:\n{}\nChatGPT said:",
+    "captions": "User asks: {}",
+    "Discord": "ann — Today at 10:31\n{}",
+    "Discord, other days": "ann — 01/02/2024 10:31 AM\n{}",
+    "Slack": "Ann  10:31 AM\n{}",
+    "Telegram": "Ann, [01.02.2024 10:31]\n{}",
+    "heading with a dash": "Question – {}",
     "signs": "=== USER ===\n{}\n=== ASSISTANT ===\n",
     "parentheses": "(User) {}\n(Assistant)",
     "blank before colon": "User : {}\nAssistant :",
@@ -90,7 +108,8 @@ HEADS = (
     "AI: ", "Bot - ", "assistant: ", "A: ", "Answer: ", "**Assistant:** ", "助手：",
     "<bot>: ", "Model: ", "Claude: ", "ChatGPT: ", "[Assistant] ", "assistant\n", "[/INST] ",
     "Assistent: ", "Response: ", "<reserved_107>", "<assistant>",
-    "<|channel|>final<|message|>",
+    "<|channel|>final<|message|>", "ChatGPT said:\n", "Claude responded: ", "Answer - ",
+    "bot — Yesterday at 9:05 PM\n",
 )  # fmt: skip
 RUNS = (
     "\n\nQ: more?\nA: yes", "\n\nQuestion: more?\nAnswer: yes", "\n<human>: more?\n<bot>: yes",
@@ -99,6 +118,7 @@ RUNS = (
     "\nuser\nmore?\nassistant\nyes", "\n\nHuman: more?", " USER: more? ASSISTANT: yes",
     "\n用户：more?\n助手：yes",
     "\n\n**User:** more?\n\n**Assistant:** yes", "user\nmore?\nassistant\nyes",
+    "\n🧑 more?\n🤖 yes", "\nYou said:\nmore?\nChatGPT said:\nyes", "\nann — Today at 10:33\nmore?",
     "\n<user>more?</user>\n<assistant>yes", "\nInput: more?\nOutput: yes",
 )  # fmt: skip
 
@@ -237,6 +257,41 @@ def test_turns_of_help_steer_are_parsed_in_the_rows_that_have_them(tmp_path):
             assert roles == ["user", "assistant", "user"]
             assert pair.prompt[2]["content"] == "Why?"
     assert any("<extra_id_1> in prompt are parsed" in note for note in summary["notes"])
+
+
+@pytest.mark.parametrize(
+    "opener", ["Sure! ", "A. ", "B) ", "A - ", "As an AI language model, ", "🤖 ", "Answer\n"]
+)
+def test_words_that_nearly_all_texts_begin_with_stay_and_are_told(tmp_path, opener):
+    word = opener.strip()
+    rows = [plain(i, chosen=opener + answer(i), rejected=f"{WORDS[i % 10]} {i} never")
+            for i in range(20)]  # fmt: skip
+    rows[3]["chosen"] = "Another one."
+    pairs, summary = prepare(tmp_path, rows)
+    assert {pair.chosen for pair in pairs} == {row["chosen"] for row in rows}
+    notes = [n for n in summary["notes"] if repr(word) in n]
+    assert notes[0] == f"nearly all texts of chosen begin with {word!r}, which stays in them"
+    assert notes[1].startswith(f"{word!r} tells chosen from rejected")
+    for row in rows:
+        row["rejected"] = opener + row["rejected"]
+    notes = [n for n in prepare(tmp_path, rows)[1]["notes"] if repr(word) in n]
+    assert [note.split()[4] for note in notes] == ["chosen", "rejected"]
+
+
+@pytest.mark.parametrize("opener", ["Sure! ", "A. ", "🧑 "])
+def test_words_that_many_texts_begin_with_are_not_told(tmp_path, opener):
+    rows = [plain(i, chosen=(opener if i % 3 else "") + answer(i), rejected=f"{WORDS[i % 10]} {i}")
+            for i in range(20)]  # fmt: skip
+    pairs, summary = prepare(tmp_path, rows)
+    assert {pair.chosen for pair in pairs} == {row["chosen"] for row in rows}
+    assert not any("nearly all" in note or "tells" in note for note in summary["notes"])
+
+
+def test_emoji_of_both_speakers_are_a_template_and_single_ones_are_content():
+    assert opening_mark("🧑 Why?\n🤖") == (SPEAKER, "🧑")
+    assert opening_mark("🧑 is a person") is None
+    assert inner_turn("🤖 Hi.\n🧑 Why?\n🤖 So.") == (SPEAKER, "🧑")
+    assert inner_turn("List:\n🤖 a robot\n🧑 a person") is None
 
 
 def test_other_shared_edges_are_told(tmp_path):

@@ -77,7 +77,7 @@ def test_signs_scores_and_flags():
     fault = "overall_preference is no number"
     assert decide(rows, "12") == [("x", 2), ("y", 1), "tie", ("y", 3), fault, fault, fault]
     rows = [{"score_a": a, "score_b": b} for a, b in ((2, 5), (1.5, 1), (0, 0), (0, BIG))]
-    assert decide(rows) == [("y", 3), ("x", 0.5), "tie", "score_b is no number"]
+    assert decide(rows) == [("y", 3), ("x", 0.5), "tie", "score_b is neither a number nor a thumb"]
     flags = ("winner_model_a", "winner_model_b", "winner_tie")
     rows = [dict(zip(flags, bits, strict=True)) for bits in ("100", "010", "001", "110", "000")]
     fault = "not exactly one of the winner columns is set"

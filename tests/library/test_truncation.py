@@ -428,8 +428,11 @@ def test_the_ratio_is_one_to_the_bit(sft, approved):
     assert not torch.allclose(old, trainer.models.log_probs(replace(replies, kept=None))[0])
 
 
-def test_a_filter_that_keeps_all_tokens_changes_no_bit(train, two_updates):
-    assert_same_run(train(total_episodes=32, top_k=toys.ARCHITECTURE.vocab_size), two_updates)
+def test_a_filter_that_keeps_all_tokens_changes_no_bit(train, two_updates, policy):
+    size = toys.ARCHITECTURE.vocab_size
+    assert_same_run(train(total_episodes=32, top_k=size), two_updates)
+    sampling = Sampling(2, top_k=size, record_kept=True)
+    assert generate(policy, [PROMPT], TOKENS, sampling, 0).kept is None
 
 
 def test_without_replay_the_whole_vocabulary_is_scored(sft, approved):

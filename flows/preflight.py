@@ -1,0 +1,115 @@
+"""The `rlhf preflight` command: everything that can be known of a run before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.config import PipelineConfig, load_config
+from rlhf.data.rows import Demonstration, PromptRow
+
+if TYPE_CHECKING:
+    from rlhf.rehearsal import Sample
+
+console = Console()
+#: Rows of each file that are read for a rehearsal.
+ROWS = 200
+
+Overrides = Annotated[
+    str,
+    Parameter(
+        allow_leading_hyphen=True,
+        help="Dotted overrides of the preset, such as --ppo.kl_coef=0.05.",
+    ),
+]
+
+
+def preflight(config: Path, *overrides: Overrides) -> None:
+    """Check a configuration, and rehearse every stage on a miniature of the base model.
+
+    A run does the same by itself. The exit code is 2 if a run would stop.
+
+    Parameters
+    ----------
+    config
+        YAML preset, for example configs/preferences.yaml.
+    """
+    from tasks.preflight import preflight_command
+    from tasks.rehearsal import base_without_weights, rehearse_once
+    from tasks.runner import producer
+
+    loaded = load_config(config, overrides).config
+    preflight_command(loaded)
+    _print("folders, store, data source, models and functions: found")
+    with base_without_weights(loaded) as base:
+        if base is None:
+            _print("base.path is not set: a model from scratch is not rehearsed")
+            return
+        sample = _sample(loaded)
+        remarks = rehearse_once(loaded, base, sample, producer("preflight", {}, loaded.seed))
+        if not remarks:
+            _print(
+                f"{loaded.base.path}: SFT, reward model, PPO and evaluation rehearsed in small; "
+                "padded, packed and decoded rows agree with plain transformers"
+            )
+        _print_estimate(loaded, base)
+
+
+def _print_estimate(config: PipelineConfig, base: Path) -> None:
+    """Print memory and speed of the training stages, and what to change if they don't fit."""
+    from rlhf.estimate import available_bytes, cures, estimate
+
+    try:
+        stages = estimate(config, base)
+    except ValueError as error:
+        _print(f"memory: no estimate for this family ({error})")
+        return
+    available = available_bytes(config.runtime.device)
+    table = Table("stage", title="estimate of the real model", title_justify="left")
+    for name in ("weights", "optimizer", "activations", "cache", "peak", "tokens/s"):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        sizes = (stage.weights, stage.optimizer, stage.activations, stage.cache, stage.peak)
+        style = "red" if stage.peak > available else ""
+        cells = [*(f"{size / 1e9:.2f} GB" for size in sizes), f"{stage.tokens_per_second:,.0f}"]
+        table.add_row(stage.stage, *cells, style=style)
+    console.print(table)
+    _print(f"{available / 1e9:.1f} GB are free on this device")
+    for stage in stages:
+        if stage.peak > available:
+            _print(f"{stage.stage} does not fit: {cures(config, stage)}")
+
+
+def _sample(config: PipelineConfig) -> Sample:
+    """Read the first rows of the data; rows of the project's own if none can be read.
+
+    Raises:
+        ConfigError: The source does not exist, or its format is not known.
+        DataError: It can't be parsed, or has no rows.
+    """
+    from rlhf.rehearsal import Sample
+
+    if config.data.source == "world":
+        return Sample([], [], [])
+    from rlhf.data.prepare import read_pairs
+    from rlhf.data.prompt_fields import PromptFields
+    from rlhf.data.quarantine import Quarantine
+
+    quarantine = Quarantine(personal_data=config.data.personal_data)
+    fields = PromptFields(config.data)
+    reading = read_pairs(config.data, config.store_options, quarantine, fields, limit=ROWS)
+    pairs = [*reading.pairs.written()]
+    return Sample(
+        [Demonstration(pair.prompt, pair.chosen) for pair in pairs],
+        pairs,
+        [PromptRow(pair.prompt) for pair in pairs],
+    )
+
+
+def _print(line: str) -> None:
+    console.print(Text(line), soft_wrap=True)

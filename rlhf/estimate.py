@@ -1,0 +1,245 @@
+"""Estimate of a run's memory and time, from configurations alone.
+
+Models are built on torch's meta device, which has shapes and no data: their forward passes tell
+exactly what a backward pass would find stored, and what a cache holds, whatever the family.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
+from rlhf.config.training import TrainingSection
+
+#: Bytes of a weight, its gradient and AdamW's two moments, in float32.
+WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
+#: Tensors of the size of the logits that TRL's SFT loss holds at its peak: the logits, their
+#: float32 copy, the log-softmax and its gradient.
+SFT_LOGITS = 4
+#: Memory of Python and the libraries (torch, transformers, TRL): measured on Linux.
+PROCESS = 700e6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory of a training stage, in bytes, and its speed."""
+
+    stage: str
+    section: str
+    """Section of the configuration."""
+    weights: float
+    """Weights of all models in memory."""
+    optimizer: float
+    """The optimiser's moments, and gradients if they are summed over several passes."""
+    gradients: float
+    """Gradients that are made while the backward pass frees activations."""
+    activations: float
+    """States kept for a backward pass, with the logits."""
+    cache: float
+    """Keys and values of replies that are being sampled."""
+    tokens_per_second: float
+    """Of rows that are trained on or, in PPO, of prompts and replies."""
+
+    @property
+    def peak(self) -> float:
+        """Peak memory: sampling and backward passes do not overlap."""
+        passing = max(self.activations, self.cache, self.gradients)
+        return PROCESS + self.weights + self.optimizer + passing
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's number of parameters, and what a forward pass stores."""
+
+    parameters: int
+    adapter: int
+    """Trainable parameters with LoRA; 0 without."""
+    vocabulary: int
+    stored_per_row: float
+    """Bytes stored for the backward pass by a row of the longest length, without logits."""
+    cache_per_token: float
+    """Bytes of keys, values and other state of a sequence, by its tokens."""
+
+
+def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
+    """Estimate the training stages of a run on one device, for rows of the longest length.
+
+    Args:
+        config: The run's configuration, with `base.path` set.
+        base: Folder of the base model; its weights are not read.
+
+    Raises:
+        ValueError: The family's code does not run on the meta device.
+    """
+    length = config.token_limits().max_length
+    speed = flops_per_second(config.runtime.device)
+    sections: list[tuple[str, str, TrainingSection, int]] = [
+        ("train-sft", "sft", config.sft, 1),
+        ("train-reward-model", "reward_model", config.reward_model, 2),
+    ]
+    result = [
+        _training(stage, name, section, replies, base, length, speed)
+        for stage, name, section, replies in sections
+    ]
+    return [*result, _ppo(config.ppo, shape_of(base, length, config.ppo.lora), length, speed)]
+
+
+def cures(config: PipelineConfig, stage: Estimate) -> str:
+    """Return what to change so that a stage needs less memory, the largest part first."""
+    section: Any = getattr(config, stage.section)
+    advice: list[str] = []
+    if section.lora is None:
+        advice.append(f"set {stage.section}.lora (configs/lora.yaml)")
+    if stage.section == "ppo" and section.lora is not None and not section.shared_base:
+        advice.append("set ppo.shared_base to true")
+    if stage.activations > 0.3 * stage.peak:
+        advice.append(f"lower {stage.section}.micro_batch_size or reward_model.max_length")
+        if stage.section == "ppo" and not section.gradient_checkpointing:
+            advice.append("set ppo.gradient_checkpointing to true")
+    if stage.cache > 0.3 * stage.peak:
+        advice.append("lower ppo.rollout_batch_size")
+    return "; ".join([*advice, "take a smaller base or a larger device"])
+
+
+def _training(
+    stage: str, name: str, section: TrainingSection, replies: int, base: Path, length: int,
+    speed: float,
+) -> Estimate:  # fmt: skip
+    """Estimate SFT or, with two replies to a row, reward model training."""
+    shape = shape_of(base, length, section.lora)
+    micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
+    batch = replies * micro
+    trained = shape.adapter or shape.parameters
+    accumulates = micro < section.batch_size
+    logits = SFT_LOGITS * 4 * batch * length * shape.vocabulary if replies == 1 else 0
+    return Estimate(
+        stage=stage, section=name,
+        weights=WEIGHT * (shape.parameters + shape.adapter),
+        optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
+        gradients=GRADIENT * trained,
+        activations=batch * shape.stored_per_row + logits,
+        cache=0,
+        tokens_per_second=speed / (6 * shape.parameters),
+    )  # fmt: skip
+
+
+def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate:
+    """Estimate PPO: four models, or adapters on one."""
+    trained = shape.adapter or shape.parameters
+    separate = 0 if shape.adapter else 1  # a reference of its own
+    separate += not config.shared_base  # the reward model
+    has_critic = config.critic in ("policy", "reward_model") and not config.shared_base
+    frozen = WEIGHT / 2 if config.precision == "bf16" else WEIGHT
+    weights = WEIGHT * (shape.parameters + shape.adapter) + frozen * separate * shape.parameters
+    if has_critic:
+        weights, trained = weights + WEIGHT * shape.parameters, trained + shape.parameters
+    elif config.critic != "head":
+        weights, trained = weights + WEIGHT * shape.adapter, trained + shape.adapter
+    batch = min(config.micro_batch_size, config.mini_batch_size)
+    accumulates = batch < config.mini_batch_size
+    # Log-probabilities are computed in slices; as much as this is kept (rlhf.modeling.logprobs).
+    kept = min(4 * batch * config.max_new_tokens * shape.vocabulary, 128 * 2**20)
+    decoded = min(config.rollout_batch_size or config.chunk_size, config.chunk_size)
+    # Sampling, three scoring passes and the critic's; then forward and backward of policy and
+    # critic in every epoch.
+    passes = 2 * 5 + 6 * config.num_ppo_epochs * (1 + has_critic)
+    return Estimate(
+        stage="train-policy", section="ppo", weights=weights,
+        optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
+        gradients=GRADIENT * trained,
+        activations=batch * shape.stored_per_row + kept,
+        cache=decoded * length * shape.cache_per_token,
+        tokens_per_second=speed / (passes * shape.parameters),
+    )  # fmt: skip
+
+
+def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
+    """Measure a model's shape on the meta device.
+
+    Raises:
+        ValueError: The family's code does not run there.
+    """
+    import peft
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf.modeling.lora import lora_config
+    from rlhf.modeling.packed import backbone_of, head_of
+
+    config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            parameters, adapter = model.num_parameters(), 0
+            if lora:
+                model = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
+                adapter = model.num_parameters() - parameters
+            ids = torch.zeros(1, length, dtype=torch.long)
+            stored = _stored_bytes(backbone_of(model), ids)
+            cached = _cached_bytes(backbone_of(model), ids)
+        head = head_of(model)
+        vocabulary = head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size
+    except Exception as error:  # a family's code can raise anything
+        raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    return Shape(parameters, adapter, vocabulary, stored, cached / length)
+
+
+def _stored_bytes(backbone: Any, ids: Tensor) -> float:
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters."""
+    parameters = {p.untyped_storage()._cdata for p in backbone.parameters()}
+    storages: dict[int, tuple[int, Any]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            storages[storage._cdata] = (storage.nbytes(), storage)  # held, so that no id recurs
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        backbone.train()(**_arguments(ids), use_cache=False)
+    return float(sum(size for size, _ in storages.values()))
+
+
+@torch.no_grad()
+def _cached_bytes(backbone: Any, ids: Tensor) -> float:
+    """Return the bytes of a sequence's cache."""
+    output = backbone.eval()(**_arguments(ids), use_cache=True)
+    cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+    tensors = {id(t): t for layer in getattr(cache, "layers", ()) for t in vars(layer).values()}
+    return float(sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor)))
+
+
+def _arguments(ids: Tensor) -> dict[str, Tensor]:
+    # To build a mask transformers reads values, which the meta device lacks; it takes one of four
+    # dimensions as it is.
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(ids.shape[1])[None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    }
+
+
+def flops_per_second(device_name: str) -> float:
+    """Measure the speed of matrix products in float32, in operations per second."""
+    name = device_name if device_name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    size = 4096 if name == "cuda" else 1024
+    matrix = torch.rand(size, size, device=name)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def available_bytes(device_name: str) -> float:
+    """Return the free memory of the device."""
+    if torch.cuda.is_available() and device_name in ("auto", "cuda"):
+        return float(torch.cuda.mem_get_info()[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

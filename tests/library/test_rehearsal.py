@@ -1,0 +1,209 @@
+"""Rehearsals: miniatures, comparison with plain transformers, refusals, and when a run does one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig
+
+from flows import preflight
+from rlhf.config import load_config
+from rlhf.data.rows import Pair
+from rlhf.modeling.base import load_policy
+from rlhf.modeling.exactness import NotExact, check_policy, check_scorer
+from rlhf.modeling.miniature import MAX_PARAMETERS, miniature
+from rlhf.modeling.reward import Scorer
+from rlhf.rehearsal import RehearsalFailed, Sample, rehearse
+from tasks.runner import producer, run_stage
+from tasks.stage import store_of
+from tasks.stages import TRAIN_REWARD_MODEL, TRAIN_SFT
+from tests.library import toys
+
+#: Real sizes of families whose layers differ from one another.
+REAL = {
+    "llama": {"hidden_size": 4096, "num_hidden_layers": 32, "num_key_value_heads": 8},
+    "gemma3_text": {},
+    "gemma4_text": {},
+    "deepseek_v3": {},
+    "qwen3_5_text": {},
+    "jamba": {},
+    "gpt_oss": {},
+    "bloom": {"hidden_size": 4096, "n_layer": 30, "n_head": 32},
+    "phi3": {
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "short_factor": [1.0 + i / 48 for i in range(48)],
+            "long_factor": [1.0 + i for i in range(48)],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("family", REAL)
+def test_a_miniature_is_small_and_has_every_type_of_layer(family):
+    config = AutoConfig.for_model(family, **REAL[family])
+    before = config.to_dict()
+    model = miniature(config, AutoModelForCausalLM)
+    assert config.to_dict() == before
+    assert model.num_parameters() < MAX_PARAMETERS
+    text = model.config.get_text_config()
+    assert text.vocab_size == config.get_text_config().vocab_size
+    assert type(model).__name__ == AutoModelForCausalLM._model_mapping[type(config)].__name__
+    types = getattr(config.get_text_config(), "layer_types", None)
+    if types:
+        assert set(text.layer_types) == set(types)
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and parameter.std() > 0:
+            assert parameter.std() > 0.5 * parameter.shape[-1] ** -0.5  # attention is not uniform
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """Makes a configuration that starts from a folder."""
+
+    def make(base: Path, *overrides: str):
+        return load_config(
+            None,
+            [
+                f"--base.path={base}", "--data.source=none.jsonl", "--sft.max_length=48",
+                "--reward_model.max_length=48", "--ppo.max_new_tokens=6", "--ppo.top_k=0",
+                f"--store={tmp_path / 'store'}", f"--runtime.work_dir={tmp_path / 'work'}",
+                "--runtime.threads=1", *overrides,
+            ],
+        ).config  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path, configured):
+    """Rehearses a configuration with a few rows."""
+
+    def go(base: Path, *overrides: str):
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        pairs = [Pair("tea or cup?", "good", "bad"), Pair("x" * 1000, "good", "bad")]
+        return rehearse(configured(base, *overrides), base, Sample([], pairs, []), scratch)
+
+    return go
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("--sft.lora.r=2", "--reward_model.lora.r=2", "--ppo.lora.r=2", "--ppo.shared_base=true",
+         "--ppo.critic=adapter"),
+        ("--ppo.critic=head", "--ppo.env_type=preference_comparison", "--reward_model.pooling=sum"),
+        ("--ppo.reward_fn=custom", "--ppo.custom.function=nowhere:nothing"),
+    ],
+    ids=["full", "lora", "comparison", "custom"],
+)  # fmt: skip
+def test_it_rehearses_what_is_configured(toy, run, overrides):
+    assert run(toy("fresh"), *overrides) == []
+
+
+def test_it_refuses_a_model_that_sees_the_future(toy, tmp_path, run):
+    base = tmp_path / "bert"
+    tokenizer = AutoTokenizer.from_pretrained(toy("fresh"))
+    tokenizer.save_pretrained(base)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    with pytest.raises(RehearsalFailed, match="apart") as refused:
+        run(base)
+    assert str(refused.value).startswith(f"base.path = {str(base)!r}: rehearsed in small, ")
+    assert "\n" not in str(refused.value)
+
+
+def test_it_refuses_a_later_stage_that_will_fail_before_any_training(toy, run):
+    with pytest.raises(RehearsalFailed, match=r"PPO fails: ppo.lora.target_modules = 'w_q'"):
+        run(toy("fresh"), "--ppo.lora.target_modules=w_q")
+
+
+def test_it_refuses_a_class_that_is_no_language_model(toy, tmp_path, run):
+    base = tmp_path / "vision"
+    AutoTokenizer.from_pretrained(toy("fresh")).save_pretrained(base)
+    (base / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(RehearsalFailed, match="no language model for 'vit'; give a text model"):
+        run(base)
+
+
+def test_a_decoder_that_forgets_and_scores_that_mix_rows_are_found(toy):
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [6, 5]]
+    tokenizer = AutoTokenizer.from_pretrained(toy("sft"))
+    policy = load_policy(toy("sft")).eval()
+    check_policy(policy, prompts, tokenizer)
+    scorer = Scorer(toy("reward"), torch.device("cpu"), 48)
+    check_scorer(scorer, prompts)
+    # A part of the model that looks at the whole batch.
+    for model in (policy, scorer.model):
+        norm = model.model.norm
+        norm.register_forward_hook(lambda _m, _i, out: out - out.mean((0, 1)))
+    with pytest.raises(NotExact, match="apart"):
+        check_policy(policy, prompts, tokenizer)
+    with pytest.raises(NotExact, match=r"rewards: .* apart"):
+        check_scorer(scorer, prompts)
+
+
+@pytest.fixture
+def command(toy, tmp_path, capsys):
+    """Runs `rlhf preflight` on a small preset."""
+
+    def go(*overrides: str) -> str:
+        rows = [{"prompt": f"tea {i}?", "chosen": "good", "rejected": "bad"} for i in range(8)]
+        source = tmp_path / "pairs.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tree = {
+            "store": str(tmp_path / "store"), "base": {"path": str(toy("fresh"))},
+            "data": {"source": str(source)}, "tracking": {"trackers": []},
+            "sft": {"max_length": 48}, "reward_model": {"max_length": 48},
+            "ppo": {"max_new_tokens": 6, "top_k": 0},
+            "runtime": {"work_dir": str(tmp_path / "work"),
+                        "report_dir": str(tmp_path / "reports"), "threads": 1},
+        }  # fmt: skip
+        preset = tmp_path / "preset.yaml"
+        preset.write_text(json.dumps(tree))
+        preflight.preflight(preset, *overrides)
+        return capsys.readouterr().out
+
+    return go
+
+
+def test_the_command_rehearses_once(command, tmp_path):
+    assert "rehearsed in small" in command()
+    records = {p: p.stat().st_mtime_ns for p in (tmp_path / "work" / "rehearsals").iterdir()}
+    assert len(records) == 2
+    assert "rehearsed in small" in command("--runtime.threads=2", "--gates.policy=[]")
+    assert set(records) == {*(tmp_path / "work" / "rehearsals").iterdir()}
+    with pytest.raises(RehearsalFailed):  # another configuration is rehearsed anew
+        command("--sft.lora.target_modules=nothing")
+    assert not [*(tmp_path / "work").glob("rehearsal-*")]
+    assert "not rehearsed" in command("--base.path=none")
+
+
+def test_a_run_rehearses_before_its_first_training_stage(toy, tmp_path, configured):
+    config = configured(toy("fresh"), "--ppo.lora.target_modules=w_q")
+    folder = toys.write_data(tmp_path / "data")
+    made = producer("prepare-data", {}, 0)
+    data = store_of(config).publish(folder, "dataset", parents={}, producer=made, metrics={})
+    with pytest.raises(RehearsalFailed, match=r"ppo\.lora\.target_modules"):
+        run_stage(TRAIN_SFT, config, {"data": data})
+    steps: list[int] = []
+    config = configured(toy("fresh"))
+    sft = run_stage(TRAIN_SFT, config, {"data": data}, lambda step, *_: steps.append(step))
+    assert steps[0] == 1  # no step of the rehearsal is reported
+    records = {*(tmp_path / "work" / "rehearsals").iterdir()}
+    run_stage(TRAIN_REWARD_MODEL, config, {"data": data, "sft": sft.ref})
+    assert records == {*(tmp_path / "work" / "rehearsals").iterdir()}
