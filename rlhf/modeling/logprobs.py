@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.modeling.device import rounding, upload
 from rlhf.modeling.generate import Replies
-from rlhf.modeling.kept_sets import KeptSets, exclude
+from rlhf.modeling.kept_sets import EXCLUDED, KeptSets, exclude
 from rlhf.modeling.packed import (
     arguments_of,
     captured_logits,
@@ -269,6 +269,8 @@ class _LinearLogProbs(torch.autograd.Function):
             total = e.sum(1)
             log_probs[part] = chosen - top - total.log()
             if entropy:
+                if kept is not None:
+                    z.clamp_(min=EXCLUDED)  # 0 · −∞ is NaN
                 entropies[part] = total.log() - torch.linalg.vecdot(e, z) / total
             sums[part], tops[part] = total, top
         ctx.save_for_backward(hidden, weight, bias, targets, sums, tops, entropies)
