@@ -25,9 +25,11 @@ in one place is an error; an override replaces a preset's value under either nam
 A mapping given whole (`--rl-env-config '{...}'`) replaces the preset's; a dotted name changes one
 value in it (`--ppo.env_config.components.length.weight=2`), and adds a component if there is none.
 
-A value beyond its bounds is an error. One outside the advised range is allowed: a warning names it
-before work starts, and it is recorded in the report (`report.html` and `report.json` of the
-report's artifact). Bounds such as (0, 1] leave 0 out and let 1 in.
+With a pretrained base some defaults differ: [models.md](models.md#defaults-for-a-pretrained-base).
+
+A value beyond its bounds is an error. One outside the advised range is allowed: if it is your own,
+a warning names it before work starts, and it is recorded in the report (`report.html` and
+`report.json` of the report's artifact). Bounds such as (0, 1] leave 0 out and let 1 in.
 
 This page is written by `python -m docs.generate_ppo > docs/ppo.md`.
 

@@ -14,7 +14,7 @@ from rich.console import Console
 import rlhf
 from flows import artifacts, champions, data, forget, preflight, runs
 from flows.signals import exit_on_signals
-from rlhf.config import PipelineConfig, advice, load_config
+from rlhf.config import LoadedConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
@@ -72,7 +72,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     from tasks.preflight import preflight_command
 
     loaded = load_config(config, overrides)
-    warn(loaded.config)
+    warn(loaded)
     preflight_command(loaded.config)
     prepare_prefect(verbose)
     from flows.pipeline import pipeline
@@ -121,7 +121,7 @@ def stage(
 
     loaded = load_config(config, overrides)
     chosen = stage_named(name)
-    warn(loaded.config)
+    warn(loaded)
     preflight_command(loaded.config)
     store = store_of(loaded.config)
     given = {role: store.resolve(ref) for role, ref in (_parse_input(text) for text in input)}
@@ -157,7 +157,7 @@ def show(config: Path | None = None, *overrides: Overrides) -> None:
     from flows.terminal import config_table
 
     loaded = load_config(config, overrides)
-    warn(loaded.config)
+    warn(loaded)
     console.print(config_table(loaded))
 
 
@@ -171,9 +171,9 @@ def fail(error: BaseException) -> int:
     return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN
 
 
-def warn(config: PipelineConfig) -> None:
-    """Print a warning for each value outside of its advised range."""
-    for line in advice(config):
+def warn(loaded: LoadedConfig) -> None:
+    """Print a warning for each of the user's values outside of its advised range."""
+    for line in loaded.advice():
         text = f"warning: {line}"
         errors = Console(stderr=True)
         errors.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)

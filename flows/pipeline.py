@@ -13,7 +13,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
-from rlhf.config import LoadedConfig, advice
+from rlhf.config import LoadedConfig
 from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected, RLHFError
 from rlhf.report import RunOutcome, StageRow, StageState
 from rlhf.store import ArtifactRef
@@ -67,7 +67,7 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     started = datetime.now(UTC).isoformat(timespec="seconds")
     name = flow_run.get_name() or config.name
     run = PipelineRun(config, loaded.sources, name, started)
-    run.advice = tuple(advice(config))
+    run.advice = tuple(loaded.advice())
     for line in run.advice:
         get_run_logger().warning(line)
     with exit_on_sigterm():

@@ -70,19 +70,19 @@ def _print_estimate(config: PipelineConfig, base: Path) -> None:
         _print(f"memory: no estimate for this family ({error})")
         return
     available = available_bytes(config.runtime.device)
-    table = Table("stage", title="estimate of the real model", title_justify="left")
+    table = Table("section", title="estimate of the real model", title_justify="left")
     for name in ("weights", "optimizer", "activations", "cache", "peak", "tokens/s"):
         table.add_column(name, justify="right")
     for stage in stages:
         sizes = (stage.weights, stage.optimizer, stage.activations, stage.cache, stage.peak)
         style = "red" if stage.peak > available else ""
         cells = [*(f"{size / 1e9:.2f} GB" for size in sizes), f"{stage.tokens_per_second:,.0f}"]
-        table.add_row(stage.stage, *cells, style=style)
+        table.add_row(stage.section, *cells, style=style)
     console.print(table)
     _print(f"{available / 1e9:.1f} GB are free on this device")
     for stage in stages:
         if stage.peak > available:
-            _print(f"{stage.stage} does not fit: {cures(config, stage)}")
+            _print(f"{stage.section} does not fit: {cures(config, stage)}")
 
 
 def _sample(config: PipelineConfig) -> Sample:

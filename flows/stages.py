@@ -7,12 +7,12 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
-from rlhf.config import advice
 from rlhf.errors import GateRejected
 from rlhf.report.model import RunOutcome
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
+from tasks.remote import is_child_run
 from tasks.runner import Outcome, find_inputs
 from tasks.stage import Stage, store_of
 from tasks.stages import (
@@ -44,10 +44,13 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
             overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
             inputs: Digests of artifacts by role, for example `{"sft": "3f2a91c04d"}`.
         """
-        config = resolve(preset, overrides).config.model_copy(update={"placement": {}})
+        loaded = resolve(preset, overrides)
+        config = loaded.config.model_copy(update={"placement": {}})
         preflight_flow(config)
-        for line in advice(config):
-            get_run_logger().warning(line)
+        # A parent sends all values without their sources, and has given its advice.
+        if not is_child_run():
+            for line in loaded.advice():
+                get_run_logger().warning(line)
         store = store_of(config)
         given = {role: store.resolve(digest) for role, digest in inputs.items()}
         with exit_on_sigterm():

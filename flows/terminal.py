@@ -65,7 +65,7 @@ def config_table(loaded: LoadedConfig) -> Table:
         # A truncated name could be mistaken for its neighbour's.
         table.add_column(name, no_wrap=name == "field", overflow="fold")
     for key, value, source in loaded.rows():
-        style = "dim" if source == "default" else "bold"
+        style = "dim" if source.endswith("default") else "bold"
         table.add_row(Text(key, style), Text(value, style), Text(source, style))
     return table
 

@@ -1,7 +1,7 @@
 """Estimate of a run's memory and time, from configurations alone.
 
-Models are built on torch's meta device, which has shapes and no data: their forward passes tell
-exactly what a backward pass would find stored, and what a cache holds, whatever the family.
+Models are built of torch's fake tensors, which have shapes and no data: their forward passes tell
+what a backward pass would find stored, and what a cache holds, whatever the family.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
 from rlhf.config.training import TrainingSection
@@ -31,9 +32,8 @@ PROCESS = 700e6
 class Estimate:
     """Peak memory of a training stage, in bytes, and its speed."""
 
-    stage: str
     section: str
-    """Section of the configuration."""
+    """The stage's section of the configuration."""
     weights: float
     """Weights of all models in memory."""
     optimizer: float
@@ -76,17 +76,17 @@ def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
         base: Folder of the base model; its weights are not read.
 
     Raises:
-        ValueError: The family's code does not run on the meta device.
+        ValueError: The family's code does not run with fake tensors.
     """
     length = config.token_limits().max_length
     speed = flops_per_second(config.runtime.device)
-    sections: list[tuple[str, str, TrainingSection, int]] = [
-        ("train-sft", "sft", config.sft, 1),
-        ("train-reward-model", "reward_model", config.reward_model, 2),
+    sections: list[tuple[str, TrainingSection, int]] = [
+        ("sft", config.sft, 1),
+        ("reward_model", config.reward_model, 2),
     ]
     result = [
-        _training(stage, name, section, replies, base, length, speed)
-        for stage, name, section, replies in sections
+        _training(name, section, replies, base, length, speed)
+        for name, section, replies in sections
     ]
     return [*result, _ppo(config.ppo, shape_of(base, length, config.ppo.lora), length, speed)]
 
@@ -109,8 +109,7 @@ def cures(config: PipelineConfig, stage: Estimate) -> str:
 
 
 def _training(
-    stage: str, name: str, section: TrainingSection, replies: int, base: Path, length: int,
-    speed: float,
+    name: str, section: TrainingSection, replies: int, base: Path, length: int, speed: float
 ) -> Estimate:  # fmt: skip
     """Estimate SFT or, with two replies to a row, reward model training."""
     shape = shape_of(base, length, section.lora)
@@ -120,7 +119,7 @@ def _training(
     accumulates = micro < section.batch_size
     logits = SFT_LOGITS * 4 * batch * length * shape.vocabulary if replies == 1 else 0
     return Estimate(
-        stage=stage, section=name,
+        section=name,
         weights=WEIGHT * (shape.parameters + shape.adapter),
         optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
         gradients=GRADIENT * trained,
@@ -151,7 +150,7 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
     # critic in every epoch.
     passes = 2 * 5 + 6 * config.num_ppo_epochs * (1 + has_critic)
     return Estimate(
-        stage="train-policy", section="ppo", weights=weights,
+        section="ppo", weights=weights,
         optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
         gradients=GRADIENT * trained,
         activations=batch * shape.stored_per_row + kept,
@@ -161,33 +160,43 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
 
 
 def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
-    """Measure a model's shape on the meta device.
+    """Measure a model's shape with fake tensors.
 
     Raises:
-        ValueError: The family's code does not run there.
+        ValueError: The family's code does not run with them.
     """
-    import peft
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from rlhf.modeling.lora import lora_config
-    from rlhf.modeling.packed import backbone_of, head_of
 
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     try:
-        with torch.device("meta"):
+        with FakeTensorMode():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            parameters, adapter = model.num_parameters(), 0
-            if lora:
-                model = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
-                adapter = model.num_parameters() - parameters
+            parameters = model.num_parameters()
             ids = torch.zeros(1, length, dtype=torch.long)
-            stored = _stored_bytes(backbone_of(model), ids)
-            cached = _cached_bytes(backbone_of(model), ids)
-        head = head_of(model)
+            stored = _stored_bytes(model.base_model, ids)
+            cached = _cached_bytes(model.base_model, ids)
+        head = model.get_output_embeddings()
         vocabulary = head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size
+        adapter = _adapter_parameters(config, lora) if lora else 0
     except Exception as error:  # a family's code can raise anything
         raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     return Shape(parameters, adapter, vocabulary, stored, cached / length)
+
+
+def _adapter_parameters(config: Any, lora: LoraConfig) -> int:
+    """Return the number of parameters that an adapter adds."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.modeling.lora import fit_targets, lora_config, target_module_errors
+
+    with torch.device("meta"):  # peft can't add an adapter to fake tensors
+        model: Any = AutoModelForCausalLM.from_config(config)
+        before = model.num_parameters()
+        lora = fit_targets(lora, model, "ppo", quiet=True)
+        with target_module_errors("ppo", lora):
+            adapted: Any = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
+        return sum(p.numel() for p in adapted.parameters()) - before
 
 
 def _stored_bytes(backbone: Any, ids: Tensor) -> float:
@@ -202,27 +211,17 @@ def _stored_bytes(backbone: Any, ids: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        backbone.train()(**_arguments(ids), use_cache=False)
+        backbone.train()(input_ids=ids, use_cache=False)
     return float(sum(size for size, _ in storages.values()))
 
 
 @torch.no_grad()
 def _cached_bytes(backbone: Any, ids: Tensor) -> float:
     """Return the bytes of a sequence's cache."""
-    output = backbone.eval()(**_arguments(ids), use_cache=True)
+    output = backbone.eval()(input_ids=ids, use_cache=True)
     cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
     tensors = {id(t): t for layer in getattr(cache, "layers", ()) for t in vars(layer).values()}
     return float(sum(t.nbytes for t in tensors.values() if isinstance(t, Tensor)))
-
-
-def _arguments(ids: Tensor) -> dict[str, Tensor]:
-    # To build a mask transformers reads values, which the meta device lacks; it takes one of four
-    # dimensions as it is.
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(ids.shape[1])[None],
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
-    }
 
 
 def flops_per_second(device_name: str) -> float:

@@ -183,7 +183,9 @@ def answer_prompts(
             for p in prompts[start : start + config.batch_size]
         ]
         stop = ending if ending.sequences else None
-        replies = generate(model, batch, renderer.tokenizer, sampling, seed + start, stop)
+        replies = generate(
+            model, batch, renderer.tokenizer, sampling, seed + start, stop, ends=renderer.end_ids
+        )
         texts += [ending.text(ids) for ids in replies.rows()]
         tokens.append(replies.mask.sum(1).float().cpu())
         finished.append(replies.finished.float().cpu())

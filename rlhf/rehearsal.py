@@ -47,7 +47,7 @@ LONGEST = 4200
 #: Fields of a configuration that training may change.
 _MAY_CHANGE = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "vocab_size",
 }  # fmt: skip
 #: Reward settings that call a service or code of the user's; the reward model takes their place.
 _PLAIN_REWARD: dict[str, Any] = {
@@ -231,7 +231,7 @@ class _Rehearsal:
     def write_data(self, sample: Sample) -> None:
         """Write a dataset of the user's rows that fit, and of short ones."""
         from rlhf.data.rendering import Renderer
-        from rlhf.modeling.base import load_tokenizer
+        from rlhf.modeling.tokenizer import load_tokenizer
 
         renderer = Renderer(load_tokenizer(self.base))
         context = read_json(self.base / CONFIG).get("max_position_embeddings")
@@ -335,7 +335,6 @@ class _Rehearsal:
 
     def train_reward_model(self, external: ExternalModel | None) -> None:
         """Train one step of a reward model, or publish a ready one; compare its scores."""
-        from rlhf.data.rendering import load_renderer
         from rlhf.modeling.device import prepare_device
         from rlhf.modeling.exactness import check_scorer
         from rlhf.modeling.reward import Scorer
@@ -353,9 +352,8 @@ class _Rehearsal:
                 limits=self.limits(), seed=self.config.seed, runtime=self.runtime,
             )  # fmt: skip
         scorer = Scorer(self.reward, prepare_device(self.runtime), self.limits())
-        renderer = load_renderer(self.reward)
         rows = [
-            renderer.encode(pair.prompt, reply, scorer.limits).ids
+            scorer.renderer.encode(pair.prompt, reply, scorer.limits).ids
             for pair in iterate_rows(self.data / PAIRS_TRAIN, Pair)
             for reply in (pair.chosen, pair.rejected)
         ]

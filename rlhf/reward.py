@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PrinterCallback
@@ -29,10 +28,17 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
-from rlhf.modeling.base import context_length, fit_embeddings, load_tokenizer
+from rlhf.modeling.classifier import (
+    Whole,
+    counted_tokens,
+    input_limit,
+    pads_exactly,
+    trained_head,
+)
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.lora import (
     ADAPTER_FOLDER,
+    fit_targets,
     lora_config,
     merge_adapter,
     save_adapter,
@@ -40,12 +46,13 @@ from rlhf.modeling.lora import (
 )
 from rlhf.modeling.reward import (
     META,
-    counted_tokens,
-    load_reward_model,
+    load_unpublished,
+    pad_right,
     reward_meta,
     save_reward_model,
 )
 from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.modeling.tokenizer import fit_embeddings
 from rlhf.modeling.weights import save_model, weights_digest
 from rlhf.ranks import rank_and_count
 from rlhf.stage import Progress, StageResult, silent
@@ -55,6 +62,7 @@ from rlhf.trl_adapter import (
     gather_weights,
     quiet_trainer,
     training_arguments,
+    unchanged_config,
 )
 
 
@@ -96,13 +104,12 @@ def train_reward_model(
     leads = rank_and_count()[0] == 0
     torch.manual_seed(seed)
     start = config.base or sft
-    renderer = Renderer(load_tokenizer(start))
-    model = load_reward_model(start, renderer, config.pooling)
+    model, renderer = load_unpublished(start, config.pooling)
+    _check_options(model, start, config)
     vocabulary = model.get_input_embeddings().num_embeddings
     fit_embeddings(model, renderer.tokenizer)
     same_base = model.get_input_embeddings().num_embeddings == vocabulary
-    _check_tied(model, start, config)
-    limits = (limits or TokenLimits.of(config.max_length)).within(context_length(model))
+    limits = (limits or TokenLimits.of(config.max_length)).within(input_limit(model))
     rows, counts = _encode(pairs, renderer, limits, config.margin_coef)
     trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
     base = None
@@ -127,9 +134,30 @@ def _check_margins(pairs: Sequence[Pair], config: RewardModelConfig) -> None:
         )
 
 
-def _check_tied(model: Any, start: Path | str, config: RewardModelConfig) -> None:
-    """Refuse a language-model loss on a base whose head does not share the input's embeddings."""
-    if config.lm_loss_coef and not model.config.tie_word_embeddings:
+def _check_options(model: Any, start: Path | str, config: RewardModelConfig) -> None:
+    """Refuse options that the model has no use for.
+
+    Raises:
+        ConfigError: A language-model loss on a base whose head does not share the input's
+            embeddings, options of decoders for another model, or one that padding changes.
+    """
+    if isinstance(model, Whole):
+        name, base = type(model).__name__, f"reward_model.base = {str(start)!r}"
+        for field, value, default in (
+            ("pooling", config.pooling, "last"),
+            ("lm_loss_coef", config.lm_loss_coef, 0),
+        ):
+            if value != default:
+                raise ConfigError(
+                    f"reward_model.{field} = {value!r} is for decoders, and {base} is scored by "
+                    f"{name}'s own forward pass; set it to {default}"
+                )
+        if not pads_exactly(model):
+            raise ConfigError(
+                f"{base}: padding changes the scores of {name}, so it can't be trained on batches; "
+                "start from another base"
+            )
+    elif config.lm_loss_coef and not model.config.tie_word_embeddings:
         raise ConfigError(
             f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
             f"and {start} has none; set it to 0"
@@ -151,16 +179,15 @@ def publish_ready_reward_model(
         runtime: Device and threads.
 
     Raises:
-        ConfigError: It is not a sequence-classification model with one label, lacks a `score` head
-            or its weights, has no usable tokenizer, or not the one it was trained with.
+        ConfigError: It is not a sequence-classification model with one label, its weights are not
+            those of the whole model, or it has no usable tokenizer, or not the one it was trained
+            with.
     """
     prepare_device(runtime or RuntimeConfig())
     model.select([path.name for path in folder.iterdir()])
     model.check_config((folder / CONFIG).read_bytes())
-    _check_head(model, folder)
     try:
-        renderer = Renderer(load_tokenizer(folder))
-        reward_model = load_reward_model(folder, renderer)
+        reward_model, renderer = load_unpublished(folder)
     except ConfigError as error:
         raise model.error(str(error)) from None
     meta = reward_meta(folder)
@@ -203,6 +230,8 @@ def _encode(
             return None
         length = max(len(one.ids), len(other.ids))
         row: dict[str, Any] = {"chosen_ids": one.ids, "rejected_ids": other.ids, "length": length}
+        if one.types is not None:
+            row |= {"chosen_types": one.types, "rejected_types": other.types}
         if margin_coef:
             row["margin"] = margin_coef * (pair.margin or 0.0)
             counts["pairs_without_margin"] += pair.margin is None
@@ -230,20 +259,24 @@ def _train(
 ) -> tuple[Any, list[dict[str, float]]]:  # fmt: skip
     """Return the trained model, adapters not merged, and its curve."""
     callback = ProgressCallback(progress)
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
+    head = trained_head(model)
+    lora = config.lora and fit_targets(config.lora, model, "reward_model", head)
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
-        with target_module_errors("reward_model", config.lora):
+        with target_module_errors("reward_model", lora):
             trainer = _Trainer(
                 model=model,
                 args=TRLRewardConfig(**arguments, length_column_name="length"),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=renderer.tokenizer,
-                peft_config=lora_config(config.lora, "SEQ_CLS") if config.lora else None,
+                peft_config=lora_config(lora, "SEQ_CLS", head=head) if lora else None,
                 callbacks=[callback],
             )
         trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
         if "weight" in rows[0]:
             trainer.data_collator = _WeightCollator(trainer.data_collator)
+        if "chosen_types" in rows[0]:
+            trainer.data_collator = _TypeCollator(trainer.data_collator)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
@@ -260,6 +293,17 @@ class _WeightCollator:
         return {**self._collate(examples), "weight": weights}
 
 
+class _TypeCollator:
+    """Collator that adds the token types of an encoder's rows to a batch of TRL's."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self._collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [[*row[f"{side}_types"]] for side in ("chosen", "rejected") for row in examples]
+        return {**self._collate(examples), "token_type_ids": pad_right(rows, 0)[0]}
+
+
 class _Trainer(MultiProcessMixin, RewardTrainer):
     """RewardTrainer with weights of pairs, and a language-model loss on the chosen reply."""
 
@@ -269,7 +313,7 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         # RewardTrainer would drop the column that the sampler groups rows by, and the weights.
-        for name in ("length", "weight"):
+        for name in ("length", "weight", "chosen_types", "rejected_types"):
             if name not in self._signature_columns:
                 self._signature_columns.append(name)
 
@@ -300,25 +344,3 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
         embedding = self.accelerator.unwrap_model(model).get_input_embeddings().weight
         logits = outputs.hidden_states[0][:half, :-1][counted] @ embedding.T
         return F.cross_entropy(logits, ids[:, 1:][counted])
-
-
-def _check_head(model: ExternalModel, folder: Path) -> None:
-    """Check that the weights include the head.
-
-    transformers would initialise a missing one randomly.
-
-    Raises:
-        ConfigError: The head is missing, or a file can't be read.
-    """
-    names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt") as weights:
-                names.update(weights.keys())
-        except (OSError, SafetensorError) as error:
-            raise model.error(f"{path.name} is broken ({error}); copy or save it again") from None
-    if "score.weight" not in names:
-        raise model.error(
-            "its weights hold no linear head called `score`, by which decoder models are made "
-            "sequence classifiers; give a decoder-type reward model"
-        )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+import trl.trainer.utils
 from datasets import Dataset
+from torch.nn import functional as F
 from transformers import PrinterCallback
 from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -15,13 +19,17 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
-from rlhf.data.rendering import Renderer
+from rlhf.data.rendering import Renderer, known_ends
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
 from rlhf.files import write_json
+from rlhf.modeling.agreement import agreement, rows_of, testing
 from rlhf.modeling.base import context_length, load_base
+from rlhf.modeling.decoders import check_exactness
 from rlhf.modeling.device import prepare_device
-from rlhf.modeling.lora import lora_config, merge_adapter, target_module_errors
+from rlhf.modeling.lora import fit_targets, lora_config, merge_adapter, target_module_errors
+from rlhf.modeling.structure import argument_names, call, core_of, text_config
+from rlhf.modeling.tokenizer import set_ends
 from rlhf.modeling.weights import save_model
 from rlhf.ranks import rank_and_count
 from rlhf.stage import Progress, StageResult, silent
@@ -31,6 +39,7 @@ from rlhf.trl_adapter import (
     gather_weights,
     quiet_trainer,
     training_arguments,
+    unchanged_config,
 )
 
 
@@ -61,14 +70,18 @@ def train_sft(
         progress: Called after every step.
 
     Raises:
-        ConfigError: The base can't be loaded or used.
+        ConfigError: The base can't be loaded or used, or is not computed exactly in batches.
         DataError: There are no demonstrations, or the model can't be given too many prompts.
     """
     device = prepare_device(runtime or RuntimeConfig())
     leads = rank_and_count()[0] == 0
     demonstrations = read_rows(data / DEMONSTRATIONS, Demonstration)
     model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
-    renderer = Renderer(tokenizer)
+    if base.path is not None:
+        check_exactness(model)
+    generation = getattr(model, "generation_config", None)
+    ends = known_ends(tokenizer, None if generation is None else generation.eos_token_id)
+    renderer = Renderer(tokenizer, ends)
     parameters = sum(p.numel() for p in model.parameters())
     metrics: dict[str, Any] = {"parameters": parameters, "vocabulary": len(tokenizer)}
     if config.enabled:
@@ -80,6 +93,7 @@ def train_sft(
         metrics |= counts
         if leads:
             write_json(out_dir / "curve.json", curve)
+    set_ends(model, renderer.end_ids)  # a trainer may have changed them
     if leads:
         save_model(model, out_dir)
         tokenizer.save_pretrained(out_dir)
@@ -130,26 +144,84 @@ def _train(
 ) -> tuple[Any, list[dict[str, float]]]:
     """Return the trained model, adapters merged, and its curve."""
     callback = ProgressCallback(progress)
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
-        with target_module_errors("sft", config.lora):
+    lora = config.lora and fit_targets(config.lora, model, "sft")
+    with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
+        with target_module_errors("sft", lora):
             trainer = _Trainer(
                 model=model,
                 args=TRLSFTConfig(
                     **training_arguments(config, len(rows), Path(scratch), seed, use_cpu),
                     completion_only_loss=True,
                     packing=False,
+                    **_router_loss(model),
                 ),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=renderer.tokenizer,
-                peft_config=lora_config(config.lora, "CAUSAL_LM") if config.lora else None,
+                peft_config=lora_config(lora, "CAUSAL_LM") if lora else None,
                 callbacks=[callback],
             )
         trainer.remove_callback(PrinterCallback)
+        trainer.has_exact_head = _fused_head_is_exact(trainer.model)
         trainer.train()
     return merge_adapter(
         gather_weights(trainer.accelerator.unwrap_model(trainer.model))
     ), callback.curve
 
 
+def _router_loss(model: Any) -> dict[str, Any]:
+    """Return TRL's options of the routers' auxiliary loss: as the base's configuration asks.
+
+    TRL would add it to every mixture of experts that has a coefficient, and its code fails on a
+    model without experts whose configuration has the field.
+    """
+    asked = getattr(text_config(model), "output_router_logits", False)
+    known = "router_aux_loss_coef" in {field.name for field in fields(TRLSFTConfig)}
+    return {"router_aux_loss_coef": 0.0} if known and not asked else {}
+
+
+def _fused_head_is_exact(model: Any) -> bool:
+    """Return whether TRL's fused loss is that of the model's own logits.
+
+    TRL computes log-probabilities from the hidden states of the part that `base_model_prefix`
+    names, and scales and caps the logits by fields of the configuration whose names it knows.
+    Without a fused loss it is the model's own.
+    """
+    core = core_of(model)
+    if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
+        return True
+    ids = torch.tensor(rows_of(core, [8]), device=next(core.parameters()).device)
+    with testing(core):
+        expected = call(core, input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+        expected = expected.gather(2, ids[:, 1:, None]).squeeze(2)
+        try:
+            actual: Any = core(input_ids=ids, labels=ids, fused_lm_head=True)
+            return agreement(core, [actual.log_probs[0, :, None]], [expected[0, :, None]]).holds
+        except Exception:  # whatever the model's code raises
+            return False
+
+
 class _Trainer(MultiProcessMixin, SFTTrainer):
-    """SFTTrainer for several processes."""
+    """SFTTrainer for several processes, and for heads that TRL's fused loss does not know."""
+
+    has_exact_head = True
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:  # fmt: skip
+        if self.has_exact_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")[:, 1:]
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        names = argument_names(self.accelerator.unwrap_model(model))
+        outputs = model(**{k: v for k, v in inputs.items() if k in names})
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+        tokens = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(tokens).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled and outputs.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+        return (loss, outputs) if return_outputs else loss

@@ -23,6 +23,7 @@ from typing import Any
 
 import rlhf
 from rlhf.config import RuntimeConfig
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import PromptUnusable, RLHFError, SmokeTestFailed
 from rlhf.files import read_json, write_json
@@ -164,17 +165,19 @@ def _replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) ->
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf.data.rendering import Renderer
+    from rlhf.data.rendering import configured_ends, known_ends
     from rlhf.modeling.base import context_length
     from rlhf.modeling.device import prepare_device
 
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    renderer = Renderer(AutoTokenizer.from_pretrained(folder, **local))
+    tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    renderer = Renderer(tokenizer, known_ends(tokenizer, configured_ends(folder)))
     device = prepare_device(runtime)
     load: Any = AutoModelForCausalLM.from_pretrained
     model, info = load(folder, use_safetensors=True, output_loading_info=True, **local)
     if info["missing_keys"]:  # transformers initialises them at random
         raise SmokeTestFailed(f"its files lack the weights of {sorted(info['missing_keys'])[0]}")
+    _check_end(model, renderer)
     model = model.to(device).eval()
     max_length = context_length(model) - NEW_TOKENS
     torch.manual_seed(0)
@@ -182,7 +185,17 @@ def _replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) ->
         return [_reply(model, renderer, prompt, max_length) for prompt in prompts]
 
 
-def _reply(model: Any, renderer: Any, prompt: Prompt, max_prompt: int) -> str:
+def _check_end(model: Any, renderer: Renderer) -> None:
+    """Check that plain `generate` ends a reply where the policy learnt to end it."""
+    ends = model.generation_config.eos_token_id
+    if renderer.end_id not in (ends if isinstance(ends, list) else [ends]):
+        token = renderer.tokenizer.convert_ids_to_tokens(renderer.end_id)
+        raise SmokeTestFailed(
+            f"its replies end with {token}, and its generation_config.json has eos_token_id {ends}"
+        )
+
+
+def _reply(model: Any, renderer: Renderer, prompt: Prompt, max_prompt: int) -> str:
     """Sample a reply as evaluation does: a small policy's greedy reply may be empty.
 
     A prompt that no stage could give the model gets none.
@@ -197,10 +210,11 @@ def _reply(model: Any, renderer: Any, prompt: Prompt, max_prompt: int) -> str:
     input_ids = torch.tensor([ids], device=model.device)
     if not model(input_ids=input_ids).logits.isfinite().all():
         raise SmokeTestFailed("its logits are not finite")
-    end = renderer.tokenizer.eos_token_id
+    # The ends are those of the published generation configuration, as a user has them.
     output = model.generate(
         input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=NEW_TOKENS,
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=end,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        pad_token_id=renderer.tokenizer.pad_token_id,
     )  # fmt: skip
     return renderer.decode(output[0, len(ids) :].tolist())
 

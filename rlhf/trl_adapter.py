@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from rlhf.config.training import TrainingSection
@@ -139,6 +140,42 @@ def gather_weights(model: Any) -> Any:
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model
+
+
+@contextmanager
+def unchanged_config(model: Any) -> Iterator[None]:
+    """Restore a model's configurations on exit.
+
+    Trainers write to them: TRL switches `output_router_logits` on and adds end tokens, transformers
+    writes `use_cache`. None of it belongs to the model that is published.
+    """
+    before = _state_of(model.config)
+    generation = copy.deepcopy(getattr(model, "generation_config", None))
+    try:
+        yield
+    finally:
+        _restore(model.config, before)
+        if generation is not None:
+            model.generation_config = generation
+
+
+def _state_of(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        key: _state_of(value) if isinstance(value, PreTrainedConfig) else copy.deepcopy(value)
+        for key, value in vars(config).items()
+    }
+
+
+def _restore(config: PreTrainedConfig, state: dict[str, Any]) -> None:
+    """Restore in place: the model's parts share the configuration and those within it."""
+    for key in vars(config).keys() - state.keys():
+        del vars(config)[key]
+    for key, value in state.items():
+        own = vars(config).get(key)
+        if isinstance(own, PreTrainedConfig) and isinstance(value, dict):
+            _restore(own, value)
+        else:
+            vars(config)[key] = value
 
 
 @contextmanager

@@ -6,17 +6,25 @@ A flow that a command starts in its own process skips the checks that the comman
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
+from typing import Any
 
 from rlhf.config import PipelineConfig, TrackingConfig, apply_machine_settings
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import expand_home
-from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.modeling.reward_source import check_reward_source
+from rlhf.modeling.source import CONFIG, MAX_CONFIG_BYTES, ExternalModel
 from rlhf.store import Store
-from tasks.external_inputs import check_tokens, reward_function_digests
+from tasks.external_inputs import (
+    check_tokens,
+    external_reward_model,
+    reward_function_digests,
+)
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -43,7 +51,9 @@ def preflight(config: PipelineConfig) -> None:
             stage.source_digest(config)
         external = stage.external_model(config)
         if external is not None:
-            _check_model(external, store)
+            data = _check_model(external, store)
+            if external == external_reward_model(config):
+                check_reward_source(config, external, data)
     reward_function_digests(config.ppo)
     check_tokens(config.ppo)
 
@@ -126,15 +136,17 @@ def _sweep(store: Store) -> None:
         log.info("%s: removed %d unfinished uploads of killed runs", store.uri, swept)
 
 
-def _check_model(external: ExternalModel, store: Store) -> None:
-    """Check an external model's configuration, without its weights."""
+def _check_model(external: ExternalModel, store: Store) -> Mapping[str, Any]:
+    """Check an external model's configuration, without its weights, and return it."""
     if not external.is_artifact:
         external.check()
-        return
+        return json.loads(external.read(CONFIG, MAX_CONFIG_BYTES))
     ref = store.resolve(external.uri)
     if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
         raise external.error(f"this artifact is a {ref.kind}, no model; give that of a model")
-    external.check_config((store.fetch(ref, [CONFIG]) / CONFIG).read_bytes())
+    data = (store.fetch(ref, [CONFIG]) / CONFIG).read_bytes()
+    external.check_config(data)
+    return json.loads(data)
 
 
 def _is_checked(config: PipelineConfig) -> bool:

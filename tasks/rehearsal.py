@@ -126,9 +126,9 @@ def _small_files(external: ExternalModel, config: PipelineConfig, scratch: Path)
         ]
         return store.fetch(ref, names)
     small = ExternalTokenizer(external.field, external.uri, external.options, external.revision)
-    copy = small.fetch(scratch / "download")
     target = scratch / "small"
     target.mkdir(parents=True)
+    copy = small.fetch(scratch / "download")
     for name, path in copy.files.items():
         shutil.copy(path, target / name)
     return target

@@ -40,6 +40,8 @@ RETRY_TIME = 600.0
 #: Seconds between two requests; they double from the first to the longest.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
 SERVER_ERROR = 500
+#: Prefix of the tag that children bear.
+WORK_TAG = "work:"
 T = TypeVar("T")
 
 
@@ -72,6 +74,11 @@ def run_remotely(
             f"{store.uri}; check that both machines run the same code, data and store"
         )
     return Outcome(stage.name, result.ref, False, time.monotonic() - started, result.metrics)
+
+
+def is_child_run() -> bool:
+    """Return whether the flow run of this process is one that `run_remotely` created."""
+    return any(tag.startswith(WORK_TAG) for tag in flow_run.get_tags())
 
 
 def check_placement(config: PipelineConfig) -> None:
@@ -119,7 +126,7 @@ def _child(
                 name=f"{flow_run.name}-{deployment.partition('/')[0]}",
                 idempotency_key=f"{key}-{attempt}",
                 parent_task_run_id=parent,
-                tags=[f"work:{key[-12:]}"],
+                tags=[f"{WORK_TAG}{key[-12:]}"],
             )
         )
         if child.state is None or not child.state.is_final():

@@ -84,7 +84,7 @@ def warm_started(
     base = loaded.config.base.model_copy(update={"path": f"artifact:{digest}", "revision": None})
     config = loaded.config.model_copy(update={"base": base})
     sources = {**loaded.sources, "base.path": f"champion ({start})"}
-    return LoadedConfig(config=config, sources=sources)
+    return loaded.model_copy(update={"config": config, "sources": sources})
 
 
 def record_retraining(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from rlhf.data.sources import source_digest
 from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, judge, read_verdict, require
-from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.modeling.source import ExternalModel
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
@@ -75,11 +74,11 @@ def _model_check(run: StageRun) -> ModelCheck | None:
         return None
     from rlhf.data.model_check import ModelCheck
     from rlhf.data.rendering import Renderer
-    from rlhf.modeling.base import load_tokenizer
+    from rlhf.modeling.base import folder_context
+    from rlhf.modeling.tokenizer import load_tokenizer
 
     folder, limits = run.folders["base"], run.config.token_limits()
-    context = read_json(folder / CONFIG).get("max_position_embeddings")
-    return ModelCheck(Renderer(load_tokenizer(folder)), limits.within(context or sys.maxsize))
+    return ModelCheck(Renderer(load_tokenizer(folder)), limits.within(folder_context(folder)))
 
 
 def _data_digest(config: PipelineConfig) -> str:

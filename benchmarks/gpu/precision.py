@@ -19,7 +19,8 @@ from benchmarks.gpu import measure, quickstart
 from benchmarks.gpu.models import build, rows_of, work_of
 from benchmarks.gpu.section import Context, Results, SectionFailedError
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
-from rlhf.modeling.generate import Replies, decoder_of
+from rlhf.modeling.decoders import decoder_of
+from rlhf.modeling.generate import Replies
 from rlhf.ppo.train import build_trainer
 from rlhf.ppo.trainer import PPOTrainer
 

@@ -15,7 +15,6 @@ from rlhf.config.components import (
 )
 from rlhf.config.data import DataConfig, SourceConfig, WorldConfig
 from rlhf.config.load import LoadedConfig, apply_machine_settings, load_config, load_preset, presets
-from rlhf.config.messages import advice
 from rlhf.config.pipeline import (
     PipelineConfig,
     RuntimeConfig,
@@ -63,7 +62,6 @@ __all__ = [
     "StoreConfig",
     "TrackingConfig",
     "WorldConfig",
-    "advice",
     "apply_machine_settings",
     "load_config",
     "load_preset",

@@ -1,7 +1,9 @@
 """Loading a configuration: defaults, then a YAML preset, then overrides.
 
-The source of each value is kept for messages, reports and `rlhf config show`. A machine's `RLHF_*`
-variables are applied last, by each process that uses the configuration.
+Defaults depend on whether the base is pretrained (`rlhf/config/pretrained.py`), and a preset's
+section `from_scratch` holds only without one. The source of each value is kept for messages,
+reports and `rlhf config show`. A machine's `RLHF_*` variables are applied last, by each process
+that uses the configuration.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from typing import Any, cast
 
 from pydantic import ValidationError, model_serializer
 
-from rlhf.config.fields import flatten, resolve_none
-from rlhf.config.messages import explain
+from rlhf.config.fields import field_types, flatten, resolve_none
+from rlhf.config.messages import cure, explain, unusual_values
 from rlhf.config.overrides import Replacement, parse_overrides
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import COMPAT, by_field_names
+from rlhf.config.pretrained import given_values, pretrained_defaults
 from rlhf.config.rewards import read_mapping
 from rlhf.config.section import Section, Tree
 from rlhf.config.text import BROKEN, as_written, one_line, parse, reason
@@ -25,8 +28,12 @@ from rlhf.errors import ConfigError
 
 #: Sources of values; the other sources are files and `compat`.
 DEFAULT = "default"
+PRETRAINED = "pretrained default"
 COMMAND_LINE = "command line"
 OVERRIDE = "override"
+
+#: Section of a preset, of any fields: values for a model that is trained from scratch.
+FROM_SCRATCH = "from_scratch"
 
 #: Folder of the presets in this checkout.
 PRESETS = Path(__file__).parents[2] / "configs"
@@ -45,6 +52,8 @@ class LoadedConfig(Section):
     """The configuration."""
     sources: Mapping[str, str]
     """Source of each value by its dotted name; a value without one is a default."""
+    shipped_preset: str | None = None
+    """Name of the file among the sources that is one of this checkout's presets, if one is."""
 
     @model_serializer
     def _as_configuration(self) -> Tree:
@@ -58,6 +67,20 @@ class LoadedConfig(Section):
             for key, value in flatten(self.config.model_dump(mode="json"))
         ]
 
+    def advice(self) -> list[str]:
+        """Return one line for each unusual value of the user's own.
+
+        Values of the project's own presets are chosen with care, and defaults are as advised.
+        """
+        return [
+            line for keys, line in unusual_values(self.config) if any(map(self._is_users_own, keys))
+        ]
+
+    def _is_users_own(self, key: str) -> bool:
+        source = self._source(key)
+        is_default = source in (DEFAULT, PRETRAINED) or self._is_pretrained_default(key)
+        return source != self.shipped_preset and not is_default
+
     def _source(self, key: str) -> str:
         """Return the source of a value, or of the text or file that it was a part of."""
         parent = key
@@ -65,7 +88,16 @@ class LoadedConfig(Section):
             parent = parent.rpartition(".")[0]
         peer = self.config.ppo.compat
         from_peer = peer and key.removeprefix("ppo.") in COMPAT[peer]
-        return self.sources.get(parent, f"compat={peer}" if from_peer else DEFAULT)
+        default = PRETRAINED if self._is_pretrained_default(key) else DEFAULT
+        return self.sources.get(parent, f"compat={peer}" if from_peer else default)
+
+    def _is_pretrained_default(self, key: str) -> bool:
+        """Return whether a value is the default that a pretrained base gives its field."""
+        section, _, field = key.partition(".")
+        defaults = pretrained_defaults(given_values(self.config)).get(section, {})
+        return (
+            field in defaults and getattr(getattr(self.config, section), field) == defaults[field]
+        )
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -121,8 +153,8 @@ def environment_variable(field: str) -> str:
 
 def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedConfig:
     """Merge defaults, preset and overrides, and validate the result."""
-    preset = _read_preset(path) if path is not None else {}
     name = path.name if path is not None else ""
+    preset = _for_base(_read_preset(path), overrides, name) if path is not None else {}
     merged = _merge(_with_env_config_read(preset, overrides, name), overrides)
     overridden = {key for key, _ in flatten(resolve_none(overrides))}
     tree = resolve_none(merged)
@@ -131,7 +163,8 @@ def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedCon
         config = PipelineConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(error, sources)) from None
-    return LoadedConfig(config=config, sources=sources)
+    is_shipped = path is not None and path.resolve().parent == PRESETS
+    return LoadedConfig(config=config, sources=sources, shipped_preset=name if is_shipped else None)
 
 
 def _read_preset(path: Path) -> Tree:
@@ -162,6 +195,43 @@ def _read_preset(path: Path) -> Tree:
         return by_field_names(cast("Tree", tree))
     except ConfigError as error:
         raise ConfigError(one_line(f"{error} (from {path.name})")) from None
+
+
+def _for_base(preset: Tree, overrides: Tree, name: str) -> Tree:
+    """Return a preset with its section `from_scratch` merged, or without it for a pretrained base.
+
+    In the preset it wins over the same fields outside of the section.
+
+    Raises:
+        ConfigError: It is no mapping, or has a name that is no field's.
+    """
+    rest = {key: value for key, value in preset.items() if key != FROM_SCRATCH}
+    section = preset.get(FROM_SCRATCH)
+    if section is None:
+        return rest
+    if not isinstance(section, dict):
+        raise ConfigError(f"{FROM_SCRATCH}: is a section; set fields in it (from {name})")
+    try:
+        values = by_field_names(cast("Tree", section))
+    except ConfigError as error:
+        raise ConfigError(one_line(f"{FROM_SCRATCH}.{error} (from {name})")) from None
+    # Checked here, because a pretrained base leaves the values unread.
+    for key, _ in flatten(values):
+        if field_types(str(key)) is None:
+            text = f"{FROM_SCRATCH}.{key} is not a field of the configuration; {cure(str(key))}"
+            raise ConfigError(one_line(f"{text} (from {name})"))
+    if (given_values(values.get("base"))).get("path") is not None:
+        raise ConfigError(
+            f"{FROM_SCRATCH}.base.path: the section is for models without one; move it out of "
+            f"the section (from {name})"
+        )
+    tree = resolve_none(_merge(rest, overrides))
+    if given_values(tree.get("base")).get("path") is not None:
+        return rest
+    if given_values(tree.get("reward_model")).get("base") is not None:
+        # Trained from a pretrained model of its own.
+        values = {key: value for key, value in values.items() if key != "reward_model"}
+    return _merge(rest, values)
 
 
 def _with_env_config_read(preset: Tree, overrides: Tree, name: str) -> Tree:

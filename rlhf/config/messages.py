@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf.config.fields import nearest, siblings
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.config.ppo import PPOConfig
 from rlhf.config.section import expand_nested
 from rlhf.config.text import one_line, shown_value
 
@@ -43,6 +42,9 @@ WORDING = {
     "missing": "is missing; add it",
     "invalid_key": "is no name of a field; names are text",
 }
+
+#: Names of settings by which other tools quantise a base.
+_QUANTISATION = re.compile(r"quanti[sz]|qlora|load_in_\d|bnb_|nf4", re.IGNORECASE)
 
 
 def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
@@ -83,28 +85,35 @@ def cure(field: str) -> str:
     """Return advice on a field that does not exist."""
     if field.startswith("ppo.env_config.") and (known := siblings(field)):
         return f"known are {', '.join(known)}"
+    if _QUANTISATION.search(field):
+        return (
+            "a base is not quantised here (no QLoRA); to save memory train adapters on one base, "
+            "with ppo.precision = bf16 and ppo.gradient_checkpointing (configs/lora.yaml)"
+        )
     near = nearest(field)
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"
 
 
-def advice(config: PipelineConfig) -> list[str]:
-    """Return one line for each value to reconsider, such as one outside of its advised range."""
-    return [
-        *_unusual_values(config, ""),
-        *_unused_limits(config),
-        *_unscored_truncation(config.ppo),
-    ]
+def unusual_values(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield advice in one line on values outside of their advised range, or without effect.
+
+    Each comes with the dotted names of the values that it is about.
+    """
+    yield from _unusual_values(config, "")
+    yield from _unused_limits(config)
+    yield from _unscored_truncation(config)
 
 
-def _unused_limits(config: PipelineConfig) -> Iterator[str]:
+def _unused_limits(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     drift = config.data.drift
     for name in ("veto", "trigger"):
-        limits = getattr(drift, name).model_dump()
-        values = [f"{measure} = {v:g}" for measure, v in limits.items() if v is not None]
-        if values and not drift.enabled:
+        limits = {k: v for k, v in getattr(drift, name).model_dump().items() if v is not None}
+        if limits and not drift.enabled:
+            field, values = f"data.drift.{name}", [f"{k} = {v:g}" for k, v in limits.items()]
             yield (
-                f"data.drift.{name} ({', '.join(values)}) has no effect, because "
-                "data.drift.enabled = false compares nothing; set it to true, or remove the limits"
+                ("data.drift.enabled", *(f"{field}.{measure}" for measure in limits)),
+                f"{field} ({', '.join(values)}) has no effect, because "
+                "data.drift.enabled = false compares nothing; set it to true, or remove the limits",
             )
 
 
@@ -122,7 +131,7 @@ def _source_note(field: str, text: str, sources: Mapping[str, str]) -> str:
     return f" (from {' and '.join(origins)})" if origins else ""
 
 
-def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
+def _unusual_values(section: BaseModel, prefix: str) -> Iterator[tuple[tuple[str, ...], str]]:
     for name, field in type(section).model_fields.items():
         value: Any = getattr(section, name)
         if isinstance(value, BaseModel):
@@ -133,19 +142,19 @@ def _unusual_values(section: BaseModel, prefix: str) -> Iterator[str]:
             continue
         low, high = cast("list[float]", extra["advised"])
         if not low <= value <= high:
-            yield (
-                f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
-                "keep it only if you mean it"
-            )
+            line = f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
+            yield (f"{prefix}{name}",), line + "keep it only if you mean it"
 
 
-def _unscored_truncation(ppo: PPOConfig) -> Iterator[str]:
+def _unscored_truncation(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield a note if replies are drawn from another distribution than the one that is scored."""
+    ppo = config.ppo
     by_k = [f"top_k = {ppo.top_k}"] if ppo.top_k > 0 else []
     by_p = [f"top_p = {ppo.top_p:g}"] if ppo.top_p < 1 else []
     if ppo.truncation == "none" and (by_k or by_p):
         yield (
+            ("ppo.truncation", "ppo.compat", "ppo.top_k", "ppo.top_p"),
             f"ppo.truncation = none with {' and '.join(by_k + by_p)} computes ratio and KL of "
             "another distribution than replies are drawn from; set ppo.truncation to replay, or "
-            "ppo.top_k to 0 and ppo.top_p to 1"
+            "ppo.top_k to 0 and ppo.top_p to 1",
         )

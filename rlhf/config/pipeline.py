@@ -20,6 +20,7 @@ from pydantic import (
 from rlhf.config.data import DataConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.config.ppo import PPOConfig, allow_aliases, by_field_names
+from rlhf.config.pretrained import with_pretrained_defaults
 from rlhf.config.section import OrText, Section
 from rlhf.config.training import (
     BaseModelConfig,
@@ -244,8 +245,11 @@ class PipelineConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _by_field_names(cls, data: Any) -> Any:
-        return by_field_names(cast("dict[str, Any]", data)) if isinstance(data, dict) else data
+    def _complete(cls, data: Any) -> Any:
+        """Resolve `rl_` names, and add the defaults that depend on the base."""
+        if not isinstance(data, dict):
+            return data
+        return with_pretrained_defaults(by_field_names(cast("dict[str, Any]", data)))
 
     @field_validator("store")
     @classmethod

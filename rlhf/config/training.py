@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -67,8 +68,36 @@ class LoraConfig(Section):
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter input (SFT and reward model only; PPO runs without dropout)."""
-    target_modules: str = "all-linear"
-    """Which layers get adapters: `all-linear`, or a regular expression on module names."""
+    use_rslora: bool = False
+    """Multiply the update by alpha / √r instead, which suits large ranks (Kalajdzievski 2023)."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Linear layers that get adapters: `all-linear` (the output head, embeddings and the fused
+    experts of mixture models never do), the end of their names (`q_proj`), a list of such, or a
+    regular expression that matches whole names."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _list_in_text(cls, value: Any) -> Any:
+        """Read a list that was written as text, as on the command line."""
+        if not isinstance(value, str):
+            return value
+        text = value.strip()
+        in_brackets = text.startswith("[") and text.endswith("]")
+        if in_brackets or re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)+", text):
+            # In brackets as JSON or YAML write a list; no name of a module holds these characters.
+            return [part.strip(" \t'\"") for part in text.strip("[]").split(",")]
+        return text
+
+    @field_validator("target_modules")
+    @classmethod
+    def _usable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or (not isinstance(value, str) and not all(map(str.strip, value))):
+            raise ValueError(f"{value!r} has an empty name; write all-linear, or q_proj and such")
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression ({error}); mend it") from None
+        return value
 
 
 class ProcessSection(Section):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.lengths import TokenLimits
+from rlhf.data.chat_template import TurnFormat, render, turn_format
+from rlhf.data.control_tokens import ControlTokens
 from rlhf.data.rows import Message, Prompt, messages_of
 from rlhf.errors import PromptUnusable
+from rlhf.files import read_json
 
 ASSISTANT = "<|assistant|>"
 END = "<|end|>"
@@ -31,11 +36,6 @@ TEMPLATE = (
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-#: Chat template for a base model without one: plain text, so that no token is added.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Encoded:
     """True if the reply lost its end, and so its end-of-reply token."""
     turns_dropped: int = 0
     """Turns of the prompt that are left out."""
+    types: tuple[int, ...] | None = None
+    """Token types of the whole sequence (BERT's segments); None if the model gets none."""
 
     @property
     def ids(self) -> list[int]:
@@ -60,19 +62,63 @@ class Renderer:
 
     Prompt and reply are tokenised separately: the tokens before a reply are the same in training
     and when it is sampled.
+
+    Args:
+        tokenizer: Tokenizer with a chat template; see `complete_template`.
+        end_ids: Tokens that end a sampled reply besides those of tokenizer and template, such as
+            those of a generation configuration.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, end_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._shows_system: dict[tuple[str, ...], bool] = {}
-        """By order of roles."""
+        self._more_ends = tuple(end_ids)
+        self._left_out: dict[tuple[str, ...], list[int]] = {}
+        """Turns that the template does not write, by order of roles."""
+
+    @cached_property
+    def turn(self) -> TurnFormat:
+        """How the template writes an assistant's turn."""
+        return turn_format(self.tokenizer)
+
+    @property
+    def end_id(self) -> int:
+        """The end-of-reply token that is trained: the template's, otherwise the tokenizer's eos."""
+        end = self.turn.end
+        if end is None:
+            return self.tokenizer.eos_token_id
+        return self.tokenizer.convert_tokens_to_ids(end)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """All tokens that end a sampled reply; `end_id` is the first."""
+        eos = self.tokenizer.eos_token_id
+        ends = [self.end_id, *([] if eos is None else [eos]), *self._more_ends]
+        return list(dict.fromkeys(ends))
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokens that no text of a prompt or reply may produce."""
+        return ControlTokens(self.tokenizer, self.end_ids)
 
     @property
     def template_hash(self) -> str:
-        """Hex sha256 of the chat template, the end-of-reply token and the vocabulary."""
+        """Hex sha256 of what decides the tokens of a prompt and its reply.
+
+        Those are the chat template, the end-of-reply token, the vocabulary, and where they matter:
+        another eos, the BOS that the template writes, and the form of replies.
+        """
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        parts = repr((self.tokenizer.chat_template, self.tokenizer.eos_token, vocabulary))
-        return hashlib.sha256(parts.encode()).hexdigest()
+        template, turn = self.tokenizer.chat_template, self.turn
+        end = self.tokenizer.eos_token if turn.end is None else turn.end
+        parts: tuple[Any, ...] = (template, end, vocabulary)
+        if end != self.tokenizer.eos_token:
+            parts += (self.tokenizer.eos_token,)
+        if "bos_token" in str(template):
+            parts += (self.tokenizer.bos_token,)
+        form = (turn.parts, turn.strips, turn.lead, turn.anchor)
+        if form != (False, (False, False), "", ""):
+            parts += form
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def prompt_text(self, prompt: Prompt) -> str:
         """Render a prompt up to the start of its reply.
@@ -84,6 +130,7 @@ class Renderer:
             PromptUnusable: The template refuses the order of roles.
         """
         messages = self._escaped(prompt)
+        self._check_shown(messages)
         if messages[0]["role"] != "system":
             return self._render(messages)
         text = self._with_system_turn(messages)
@@ -92,23 +139,37 @@ class Renderer:
     def folds(self, prompt: Prompt) -> bool:
         """Return whether the prompt's system turn has no place of its own in the template."""
         messages = messages_of(prompt)
-        return messages[0]["role"] == "system" and not self._shows_system_turn(messages)
+        return messages[0]["role"] == "system" and 0 in self._turns_left_out(messages)
 
-    def _shows_system_turn(self, messages: list[Message]) -> bool:
-        """Return whether the template writes the system turn of messages of these roles.
+    def _turns_left_out(self, messages: list[Message]) -> list[int]:
+        """Return which turns of messages of these roles the template does not write.
 
-        Asked by texts that nothing else repeats, once for each order of roles.
+        Asked by texts that nothing else repeats, once for each order of roles. Where it refuses
+        them it may still take them without a system turn, which is the first.
         """
         roles = tuple(message["role"] for message in messages)
-        if roles not in self._shows_system:
+        if roles not in self._left_out:
+            texts = [f"{_PROBE}{index}." for index in range(len(roles))]
             probe: list[Message] = [
-                {"role": role, "content": f"{_PROBE}{index}."} for index, role in enumerate(roles)
+                {"role": role, "content": text} for role, text in zip(roles, texts, strict=True)
             ]
             try:
-                self._shows_system[roles] = f"{_PROBE}0." in self._render(probe)
+                shown = self._render(probe)
+                self._left_out[roles] = [i for i, text in enumerate(texts) if text not in shown]
             except PromptUnusable:
-                self._shows_system[roles] = False
-        return self._shows_system[roles]
+                self._left_out[roles] = [0] if roles[0] == "system" else []
+        return self._left_out[roles]
+
+    def _check_shown(self, messages: list[Message]) -> None:
+        """Refuse messages of which the template would leave out more than a system turn."""
+        lost = [i for i in self._turns_left_out(messages) if messages[i]["role"] != "system"]
+        if lost:
+            raise PromptUnusable(
+                REFUSED,
+                f"the model's chat template leaves out what the {messages[lost[0]]['role']} writes "
+                f"in turn {lost[0] + 1} of {len(messages)}",
+                "leave such rows out, or use a model whose template writes all turns",
+            )
 
     def _with_system_turn(self, messages: list[Message]) -> str | None:
         """Render messages as they are; None if the template has no place for a system turn."""
@@ -118,16 +179,12 @@ class Renderer:
             if len(messages) == 1:
                 raise
             return None
-        return text if self._shows_system_turn(messages) else None
+        return None if 0 in self._turns_left_out(messages) else text
 
     def _render(self, messages: list[Message]) -> str:
-        from jinja2 import TemplateError
-
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
+            return render(self.tokenizer, messages, parts=self.turn.parts)
+        except Exception as error:  # a template can raise anything, such as an arithmetic error
             roles = ", ".join(message["role"] for message in messages)
             raise PromptUnusable(
                 REFUSED,
@@ -137,13 +194,8 @@ class Renderer:
             ) from None
 
     def _escaped(self, prompt: Prompt) -> list[Message]:
-        """Break up special tokens, so that a user's text can't end or begin a turn."""
-        return [{**m, "content": self._escape(m["content"])} for m in messages_of(prompt)]
-
-    def _escape(self, content: str) -> str:
-        for token in self.tokenizer.all_special_tokens:
-            content = content.replace(token, f"{token[0]} {token[1:]}")
-        return content
+        """Break up control tokens, so that a user's text can't end or begin a turn."""
+        return [{**m, "content": self.control.escape(m["content"])} for m in messages_of(prompt)]
 
     def encode_prompt(self, prompt: Prompt, max_prompt: int) -> list[int]:
         """Return token ids of the prompt, at most `max_prompt`; see `fit_prompt`."""
@@ -183,7 +235,9 @@ class Renderer:
         )
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
+        text = self.prompt_text(prompt)
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)
+        return ids["input_ids"]
 
     def encode(self, prompt: Prompt, response: str, limits: TokenLimits | int) -> Encoded:
         """Return token ids of prompt and reply: the one rule of cutting, for all stages.
@@ -207,12 +261,33 @@ class Renderer:
 
     def encode_reply(self, response: str) -> list[int]:
         """Return token ids of a whole reply, with the end-of-reply token."""
-        ids = self.tokenizer(response, add_special_tokens=False, split_special_tokens=True)
-        return [*ids["input_ids"], self.tokenizer.eos_token_id]
+        turn, text = self.turn, self.reply_text(response)
+        return [*self.control.encode(text, turn.lead, turn.anchor), self.end_id]
+
+    def reply_text(self, response: str) -> str:
+        """Return a reply as the template writes it: without blanks around it if it strips them."""
+        before, after = self.turn.strips
+        response = response.lstrip() if before else response
+        return response.rstrip() if after else response
 
     def decode(self, response_ids: list[int]) -> str:
         """Return the reply's text, without special tokens."""
-        return self.tokenizer.decode(response_ids, skip_special_tokens=True).strip()
+        return self.texts([response_ids])[0].strip()
+
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Decode replies without special and end tokens.
+
+        Ids of a padded vocabulary that the tokenizer does not have are no text either.
+        """
+        known, ends = self._known_ids, set(self.end_ids)
+        shown = [[i for i in row if i in known and i not in ends] for row in rows]
+        return self.tokenizer.batch_decode(
+            shown, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    @cached_property
+    def _known_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.get_vocab().values())
 
 
 def _folded(messages: list[Message]) -> list[Message]:
@@ -228,7 +303,32 @@ def _folded(messages: list[Message]) -> list[Message]:
 
 
 def load_renderer(folder: Path | str) -> Renderer:
-    """Load the tokenizer in a model's folder."""
+    """Load the tokenizer in a published model's folder, and the ends of its replies."""
     from transformers import AutoTokenizer
 
-    return Renderer(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return Renderer(tokenizer, known_ends(tokenizer, configured_ends(folder)))
+
+
+def configured_ends(folder: Path | str) -> int | list[int] | None:
+    """Return `eos_token_id` of a model folder's generation configuration or configuration."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        ends = read_json(path).get("eos_token_id") if path.is_file() else None
+        if ends is not None:
+            return ends
+    return None
+
+
+def known_ends(tokenizer: Any, configured: int | list[int] | None) -> list[int]:
+    """Return the configured ends of a reply that a tokenizer knows as control tokens.
+
+    Other ids are defaults of a model's class, which may name any word of this vocabulary. The pad
+    token is no end for being the only one configured: those are defaults too.
+    """
+    ends = [configured] if isinstance(configured, int) else list(configured or ())
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if ends == [pad] and pad != eos:
+        return []
+    control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return [end for end in ends if end in control]

@@ -26,10 +26,13 @@ class TokenBound:
 
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
-        self._factor = tokens_per_byte(renderer.tokenizer)
+        # A text that only the normalizer makes control tokens of is broken up by more spaces, and
+        # what stands around a pair of texts is not in the prompt's text.
+        unbounded = renderer.control.has_variants or not renderer.tokenizer.chat_template
+        self._factor = None if unbounded else tokens_per_byte(renderer.tokenizer)
         #: Bytes that the template adds, by order of roles; None where it refuses the order.
         self._added: dict[tuple[str, ...], int | None] = {}
-        self._special = [t.encode() for t in renderer.tokenizer.all_special_tokens]
+        self._control = [text.encode() for text in renderer.control.texts]
 
     def is_within(self, prompt: Prompt, max_prompt: int) -> bool:
         """Return True only if the template takes the prompt, and it has at most so many tokens."""
@@ -46,17 +49,21 @@ class TokenBound:
         if self._factor * (size + added) > max_prompt:  # bytes are no fewer than characters
             return False
         data = b"".join(m["content"].encode("utf-8", "surrogatepass") for m in messages)
-        # Escaping splits each special token by a space.
-        spaces = sum(data.count(token) for token in self._special)
+        spaces = 0
+        if any(self.renderer.control.occurs_in(m["content"]) for m in messages):
+            # Escaping splits each control token by a space.
+            spaces = sum(data.count(token) for token in self._control)
         return self._factor * (len(data) + added + spaces) <= max_prompt
 
     def may_be_equal(self, one: str, other: str, tokens: int) -> bool:
         """Return False only if two replies differ within their first tokens, so many."""
         if self._factor is None:
             return True
+        one, other = (self.renderer.reply_text(text) for text in (one, other))
         if self._factor > 1:
             one, other = unicodedata.normalize("NFC", one), unicodedata.normalize("NFC", other)
-        same = os.path.commonprefix([one, other])  # noqa: RUF071 - of characters, as meant
+        same = self.renderer.turn.lead
+        same += os.path.commonprefix([one, other])  # noqa: RUF071 - of characters, as meant
         # A token has at least a byte. The first characters that differ may share three.
         return one == other or len(same.encode("utf-8", "surrogatepass")) + 3 >= tokens
 

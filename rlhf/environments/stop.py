@@ -19,9 +19,9 @@ class StopSequences:
     """
 
     def __init__(self, renderer: Renderer, sequences: Sequence[str] = ()) -> None:
-        self.tokenizer = renderer.tokenizer
+        self.renderer = renderer
         self.sequences = tuple(sequences)
-        special = _special_tokens(self.tokenizer) if sequences else []
+        special = _special_tokens(renderer.tokenizer) if sequences else []
         for sequence in sequences:
             token = next((token for token in special if token in sequence), None)
             if token is not None:
@@ -32,20 +32,16 @@ class StopSequences:
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[bool]:
         """Return for each row of a reply's token ids whether it contains a stop sequence."""
-        return [self._cut(text) is not None for text in self._decode(rows)]
+        return [self._cut(text) is not None for text in self.renderer.texts(rows)]
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode the token ids up to the first stop sequence."""
-        (text,) = self._decode([ids])
+        (text,) = self.renderer.texts([ids])
         return text[: self._cut(text)].strip()
 
     def count(self, text: str) -> int:
         """Count the tokens of a reply with this text, including its end-of-reply token."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return len(ids) + 1
-
-    def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
+        return len(self.renderer.encode_reply(text))
 
     def _cut(self, text: str) -> int | None:
         """Return the index of the first stop sequence, None if there is none."""

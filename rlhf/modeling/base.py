@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from rlhf.config import ArchitectureConfig, BaseModelConfig
-from rlhf.data.rendering import END, PAD, PLAIN_TEMPLATE, SPECIAL_TOKENS, TEMPLATE
+from rlhf.data.rendering import END, PAD, SPECIAL_TOKENS, TEMPLATE
 from rlhf.errors import ConfigError
 from rlhf.files import expand_home
+from rlhf.modeling.structure import context_of
+from rlhf.modeling.tokenizer import fit_embeddings, load_tokenizer_and_ends, set_ends
 
 #: Context length of a model that sets no limit, such as one with relative positions.
 UNBOUNDED = 2**31 - 1
@@ -35,8 +37,9 @@ def load_base(config: BaseModelConfig, texts: Iterable[str], seed: int) -> tuple
     if config.path is None:
         return from_scratch(config.architecture, texts, seed)
     model = load_policy(config.path, config.revision)
-    tokenizer = load_tokenizer(config.path, config.revision)
+    tokenizer, ends = load_tokenizer_and_ends(config.path, config.revision)
     fit_embeddings(model, tokenizer)
+    set_ends(model, ends)
     return model, tokenizer
 
 
@@ -95,32 +98,6 @@ def load_policy(folder: Path | str, revision: str | None = None) -> Any:
     return load_pretrained(AutoModelForCausalLM.from_pretrained, folder, revision)
 
 
-def load_tokenizer(folder: Path | str, revision: str | None = None) -> Any:
-    """Load a tokenizer; add a chat template and a pad token if they are missing.
-
-    A pad token equal to eos is replaced. The new one may lie beyond the model's embeddings: see
-    `fit_embeddings`.
-
-    Raises:
-        ConfigError: The tokenizer can't be loaded, or it has no end-of-text token.
-    """
-    extra = {"revision": revision} if revision else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **extra)
-    except (OSError, ValueError) as error:
-        raise loading_error(folder, error) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model {str(folder)!r}: its tokenizer has no eos_token, so no reply could end; "
-            "set one in the model's tokenizer_config.json"
-        )
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD})
-    return tokenizer
-
-
 def load_pretrained(loader: Any, folder: Path | str, revision: str | None) -> Any:
     """Load in float32, from safetensors only, without running code from a hub.
 
@@ -154,13 +131,19 @@ def loading_error(folder: Path | str, error: Exception) -> ConfigError:
     )
 
 
-def fit_embeddings(model: Any, tokenizer: Any) -> None:
-    """Add embeddings for tokens beyond the model's vocabulary, and set its pad token."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
 def context_length(model: Any) -> int:
     """Return a model's context length in tokens, `UNBOUNDED` if it sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
+    return int(min(context_of(model.config), UNBOUNDED))
+
+
+def folder_context(folder: Path | str) -> int:
+    """Return the context length of a model's folder, without loading its weights.
+
+    Raises:
+        ConfigError: Its configuration can't be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise loading_error(folder, error) from error
+    return int(min(context_of(config), UNBOUNDED))

@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlhf.modeling.lora import CRITIC, active_adapter, parameters_of
 from rlhf.modeling.precision import in_own_precision
+from rlhf.modeling.structure import backbone_of, call, hidden_width
 
 
 class Critic(nn.Module):
@@ -23,7 +24,7 @@ class Critic(nn.Module):
     def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
-        self.value_head = zero_value_head(backbone.config.hidden_size)
+        self.value_head = zero_value_head(hidden_width(backbone))
 
     def active(self) -> AbstractContextManager[Any]:
         """Context in which the backbone computes as the critic; here a no-op."""
@@ -36,18 +37,10 @@ class Critic(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "batch time"],
-        attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "1 1 1 1"],
-        position_ids: Int[Tensor, "batch time"],
         **options: Any,
     ) -> Float[Tensor, "batch time"]:
         """Compute the value of each prefix; `options` go to the backbone."""
-        hidden = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **options,
-        ).last_hidden_state
+        hidden = call(self.backbone, input_ids=input_ids, **options).last_hidden_state
         values = in_own_precision(self.value_head, hidden).squeeze(-1)
         return values if values.dtype == torch.float64 else values.float()
 
@@ -72,15 +65,14 @@ class AdapterCritic(Critic):
         nn.Module.__init__(self)
         # A tuple hides the policy from nn.Module, which would register its weights as the critic's.
         self._policy = (policy,)
-        self.value_head = zero_value_head(policy.config.hidden_size)
+        self.value_head = zero_value_head(hidden_width(policy))
         for parameter in self.trainable().values():
             parameter.requires_grad_(True)
 
     @property
     def backbone(self) -> Any:
         """The shared transformer; within `active` it uses the critic's adapter."""
-        model = self._policy[0].get_base_model()
-        return getattr(model, model.base_model_prefix)
+        return backbone_of(self._policy[0])
 
     def active(self) -> AbstractContextManager[Any]:
         """Context in which the shared base computes as the critic; may be nested."""
@@ -93,7 +85,7 @@ class AdapterCritic(Critic):
 
 def critic_from(model: Any) -> Critic:
     """Make a critic from the backbone of a language model or sequence classifier."""
-    return Critic(getattr(model, model.base_model_prefix))
+    return Critic(backbone_of(model))
 
 
 def freeze(model: Any) -> Any:

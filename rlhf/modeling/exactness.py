@@ -18,9 +18,9 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.critic import Critic
 from rlhf.modeling.generate import Replies, generate
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
-from rlhf.modeling.packed import core_of, evaluating
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
+from rlhf.modeling.structure import core_of, evaluating
 
 #: Largest difference that counts as rounding, in float32, as a share of the largest magnitude.
 TOLERANCE = 2e-3

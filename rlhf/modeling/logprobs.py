@@ -7,6 +7,7 @@ computed again, slice by slice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from rlhf.modeling.packed import (
     arguments_of,
     captured_logits,
     final_hidden,
-    has_plain_head,
-    head_of,
     packs,
+    row_groups,
     take_rows,
 )
 from rlhf.modeling.precision import in_own_precision
+from rlhf.modeling.structure import has_plain_head, head_of
 
 SLICE, ACCELERATOR_SLICE = 2**22, 2**26
 """Logits computed at a time: 16 MiB in float32, about a CPU's cache; on an accelerator 256 MiB, as
@@ -74,6 +75,15 @@ def reply_logits(
 
     They are of the whole vocabulary, whatever the replies' kept sets are.
     """
+    groups = row_groups(policy, replies.attention)
+    if len(groups) > 1:
+        parts: list[Tensor] = [replies.ids.new_empty(0)] * len(replies.ids)
+        for rows in groups:
+            part = replies.take(rows)
+            logits = reply_logits(policy, part, temperature).split(part.valid.sum(1).tolist())
+            for row, own in zip(rows.tolist(), logits, strict=True):
+                parts[row] = own
+        return torch.cat(parts)
     arguments, index = _model_arguments(policy, replies)
     _, logits = captured_logits(policy, arguments, _previous_tokens(index, replies))
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -86,6 +96,9 @@ def reply_values(critic: Any, replies: Replies) -> Float[Tensor, "batch states"]
     Column t is the value of the prefix before reply token t. The column after a row's last valid
     token is the value of the whole reply; later columns are zero.
     """
+    groups = row_groups(critic, replies.attention)
+    if len(groups) > 1:
+        return _joined([(rows, reply_values(critic, replies.take(rows))) for rows in groups])
     arguments, index = _model_arguments(critic, replies)
     values = critic(**arguments).flatten()
     states = upload(_state_tokens(index, replies), values.device)
@@ -178,6 +191,15 @@ def _evaluate(
     policy: Any, head: Any, replies: Replies, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute log-probs and entropies, and with a value head the values of states."""
+    groups = row_groups(policy, replies.attention)
+    if len(groups) > 1:
+        parts = [
+            (r, _evaluate(policy, head, replies.take(r), temperature, entropy)) for r in groups
+        ]
+        log_probs, entropies = (_joined([(r, part[i]) for r, part in parts]) for i in (0, 1))
+        if head is None:
+            return log_probs, entropies, None
+        return log_probs, entropies, _joined([(r, part[2]) for r, part in parts])
     arguments, index = _model_arguments(policy, replies)
     previous = _previous_tokens(index, replies)
     valid = upload(replies.valid.flatten().nonzero().squeeze(1), replies.ids.device)
@@ -201,6 +223,17 @@ def _evaluate(
         values = _scatter(flat, _state_mask(replies.valid))
     log_probs, entropies = (_scatter(t, replies.valid) for t in results)
     return log_probs, entropies, values
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Join the results of groups of rows; columns that a group lacks are zero."""
+    results = [F.pad(t, (0, _width(parts) - t.shape[1])) for _, t in parts if t is not None]
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    return torch.cat(results)[upload(order, results[0].device)]
+
+
+def _width(parts: Sequence[tuple[Tensor, Tensor | None]]) -> int:
+    return max(t.shape[1] for _, t in parts if t is not None)
 
 
 def _model_arguments(model: Any, replies: Replies) -> tuple[dict[str, Any], Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +12,11 @@ from typing import Any, Literal
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import LoraConfig
+from rlhf.config.text import shown_value
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
 
@@ -24,30 +28,81 @@ ADAPTER_FOLDER = "adapter"
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+#: Layers of Mamba whose weights its fused kernels read themselves.
+_READ_BY_KERNELS = ("out_proj", "dt_proj", "x_proj")
+
+#: Share of a model's weights below which a matrix outside of its layers is not reported.
+_SMALL = 0.01
+
+log = logging.getLogger(__name__)
+
 
 def lora_config(
-    config: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"], dropout: float | None = None
+    config: LoraConfig,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"],
+    dropout: float | None = None,
+    head: Sequence[str] = ("score",),
 ) -> peft.LoraConfig:
-    """Translate the section to peft's; a reward model's head is trained in full."""
+    """Translate the section to peft's; a reward model's `head` is trained in full."""
+    targets = config.target_modules
     return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  (a float is fine)
         lora_dropout=config.dropout if dropout is None else dropout,
-        target_modules=config.target_modules,
+        target_modules=targets if isinstance(targets, str) else [*targets],
+        use_rslora=config.use_rslora,
         task_type=task,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        modules_to_save=[*head] if task == "SEQ_CLS" else None,
     )
+
+
+def fit_targets(
+    config: LoraConfig, model: Any, section: str, heads: Sequence[str] = (), *, quiet: bool = False
+) -> LoraConfig:
+    """Return the section with `target_modules` as the full names of the model's linear layers.
+
+    peft passes over names without a layer as long as another one matches, and reads a single name
+    as a regular expression for whole names.
+
+    Args:
+        config: Names as `LoraConfig` describes them.
+        model: With or without adapters.
+        section: The section's name, for errors.
+        heads: Names of modules that are trained in full.
+        quiet: Do not log which part of a mixture model gets no adapter.
+
+    Raises:
+        ConfigError: A name has no layer.
+    """
+    layers = _linear_layers(model, heads)
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        if not quiet:
+            _report_experts(model, section)
+        return config.model_copy(update={"target_modules": tuple(layers)})
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.\-]+", targets):
+        found = [name for name in layers if re.fullmatch(targets, name)]
+        if not found:
+            raise _no_layer(model, layers, section, targets, targets)
+        return config.model_copy(update={"target_modules": tuple(found)})
+    ends = (targets,) if isinstance(targets, str) else targets
+    for end in ends:
+        if not any(_ends_with(name, end) for name in layers):
+            raise _no_layer(model, layers, section, config.target_modules, end)
+    found = [name for name in layers if any(_ends_with(name, end) for end in ends)]
+    return config.model_copy(update={"target_modules": tuple(found)})
 
 
 @contextmanager
 def target_module_errors(section: str, config: LoraConfig | None) -> Iterator[None]:
-    """Turn peft's errors about `target_modules` into errors that name the field.
+    """Context in which peft adds adapters to the layers that `fit_targets` found, or an error.
 
     Raises:
-        ConfigError: `target_modules` does not fit the model.
+        ConfigError: peft can't add an adapter to one of the layers.
     """
     try:
-        yield
+        with _exact_targets():
+            yield
     except ValueError as error:
         if not config or "target" not in str(error).lower():
             raise
@@ -55,6 +110,108 @@ def target_module_errors(section: str, config: LoraConfig | None) -> Iterator[No
             f"{section}.lora.target_modules = {config.target_modules!r} does not fit this model "
             f"({' '.join(str(error).split())[:200]}); name modules that it has"
         ) from error
+
+
+@contextmanager
+def _exact_targets() -> Iterator[None]:
+    """Keep peft from changing the targets of mixture models.
+
+    Since transformers 5 the experts of such a model are fused in one parameter. For adapters of
+    older versions peft takes names such as `gate_proj` for these parameters, and thereby dense
+    layers and shared experts of the same name too, which then get no adapter.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # older versions of peft convert nothing
+        yield
+        return
+    name = "convert_peft_config_for_transformers"
+    convert = getattr(conversion, name, None)
+    if convert is None:
+        yield
+        return
+    setattr(conversion, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(conversion, name, convert)
+
+
+def _linear_layers(model: Any, heads: Sequence[str]) -> list[str]:
+    """Return the names of the linear layers that may get an adapter."""
+    core = _without_adapters(model)
+    adapted = [name for name, module in core.named_modules() if isinstance(module, BaseTunerLayer)]
+    inside = tuple(f"{name}." for name in adapted)
+    output = core.get_output_embeddings()
+    layers: list[str] = []
+    for name, module in core.named_modules():
+        in_head = any(f".{head}." in f".{name}." for head in heads)
+        if module is output or in_head or name.startswith(inside):
+            continue
+        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(layer, nn.Linear | Conv1D) and not _is_read_by_kernel(core, name):
+            layers.append(name)
+    return layers
+
+
+def _is_read_by_kernel(core: Any, name: str) -> bool:
+    """Return whether a layer is Mamba's, and its weight read by a kernel, past an adapter."""
+    parent, _, last = name.rpartition(".")
+    if last not in _READ_BY_KERNELS:
+        return False
+    mixer = core.get_submodule(parent)
+    return isinstance(getattr(mixer, "conv1d", None), nn.Conv1d) and hasattr(mixer, "A_log")
+
+
+def _without_adapters(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _no_layer(
+    model: Any, layers: Sequence[str], section: str, targets: str | Sequence[str], missing: str
+) -> ConfigError:
+    """Return the error for a name without a layer, which names those that there are."""
+    core = _without_adapters(model)
+    matches = [m for name, m in core.named_modules() if _ends_with(name, missing)]
+    reason = f"this model has no linear layer of the name {missing!r}"
+    if any(m is core.get_output_embeddings() for m in matches):
+        reason = f"{missing!r} is the output head, which gets no adapter"
+    elif any(isinstance(m, nn.Embedding) for m in matches):
+        reason = f"{missing!r} is an embedding, which gets no adapter"
+    elif any(_ends_with(name, missing) for name, p in core.named_parameters() if p.ndim > 2):
+        reason = f"{missing!r} holds the fused experts of all layers, which get no adapter"
+    elif matches:
+        reason = f"{missing!r} is no linear layer that can get an adapter"
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    return ConfigError(
+        f"{section}.lora.target_modules = {shown_value(targets)}: {reason}; choose from "
+        f"{', '.join(names[:30])}, or write all-linear"
+    )
+
+
+def _report_experts(model: Any, section: str) -> None:
+    """Log which part of a mixture model has no linear layers, and so no adapters."""
+    core = _without_adapters(model)
+    total = sum(p.numel() for p in core.parameters())
+    covered = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+    fused = {
+        f"{name}.{own}": p.numel()
+        for name, module in core.named_modules()
+        if not isinstance(module, covered)
+        for own, p in module.named_parameters(recurse=False)
+        # DBRX keeps its experts in two dimensions; routers and the like are small.
+        if p.ndim > 2 or (p.ndim == 2 and p.numel() > _SMALL * total)
+    }
+    if fused:
+        log.warning(
+            "%s.lora.target_modules = 'all-linear' gives no adapter to the fused experts (%s and "
+            "%d more, %.0f %% of the weights): they stay as they are",
+            section, next(iter(fused)), len(fused) - 1, 100 * sum(fused.values()) / total,
+        )  # fmt: skip
 
 
 def merge_adapter(model: Any, base: Any = None) -> Any:
@@ -68,7 +225,8 @@ def merge_adapter(model: Any, base: Any = None) -> Any:
         return model
     if base is not None:
         adapter = parameters_of(model, POLICY)
-        model = peft.get_peft_model(base, model.peft_config[POLICY])
+        with _exact_targets():
+            model = peft.get_peft_model(base, model.peft_config[POLICY])
         for name, parameter in parameters_of(model, POLICY).items():
             parameter.data.copy_(adapter[name].data)
     merge: Any = model.merge_and_unload
@@ -104,7 +262,8 @@ def load_adapter(model: Any, folder: Path, name: str) -> dict[str, Tensor] | Non
     saved = load_file(folder / ADAPTER_WEIGHTS)
     prefix = "base_model.model.score."
     head = {k.removeprefix(prefix): saved.pop(k) for k in list(saved) if k.startswith(prefix)}
-    model.add_adapter(name, config)
+    with _exact_targets():
+        model.add_adapter(name, config)
     result: Any = peft.set_peft_model_state_dict(model, saved, adapter_name=name)
     missing = [k for k in result.missing_keys if f".{name}." in k]
     for parameter in parameters_of(model, name).values():
@@ -115,7 +274,8 @@ def load_adapter(model: Any, folder: Path, name: str) -> dict[str, Tensor] | Non
 def copy_adapter(model: Any, source: str, target: str) -> None:
     """Add an adapter as a copy of another one."""
     config = model.peft_config[source].to_dict()
-    model.add_adapter(target, peft.LoraConfig(**{**config, "inference_mode": False}))
+    with _exact_targets():
+        model.add_adapter(target, peft.LoraConfig(**{**config, "inference_mode": False}))
     copies = parameters_of(model, target)
     for name, parameter in parameters_of(model, source).items():
         copies[name.replace(f".{source}.", f".{target}.")].data.copy_(parameter.data)

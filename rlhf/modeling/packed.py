@@ -3,30 +3,39 @@
 Linear layers then compute on real tokens only. Attention must not cross the borders of sequences,
 so the row carries a `Packed` plan, and an attention function registered with transformers cuts the
 row into its sequences. A model that can't be packed exactly (sliding windows shorter than the text,
-recurrent layers, attention that is not SDPA) is detected by comparing both ways once, and gets
-padded batches.
+recurrent layers, attention that is not SDPA) is detected by comparing with single rows once, and
+gets batches padded on the right, or batches of rows of the same length.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.errors import ConfigError
+from rlhf.modeling.agreement import agrees_with_rows, hidden_of
 from rlhf.modeling.attention import blockwise, supports_blockwise
 from rlhf.modeling.device import rounding, upload
+from rlhf.modeling.structure import (
+    Capture,
+    argument_names,
+    attention_window,
+    backbone_of,
+    call,
+    core_of,
+    facts_of,
+    model_name,
+    stable_length,
+)
 
 #: Name of the attention function in transformers, and of its argument that carries the plan.
 ATTENTION = "rlhf_rows"
@@ -39,20 +48,18 @@ CALL_COST = 2000
 #: Hopper GPU computes 10 GFLOP, so 4 · width · 10^6 operations at width 2048.
 ACCELERATOR_CALL_COST = 2**20
 
-#: Results of `packs` by backbone and of `has_plain_head` by model: each is tested once.
-_packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-_plain_heads: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
 
 def arguments_of(
     ids: Int[Tensor, "batch time"], attention: Int[Tensor, "batch time"], packed: bool
 ) -> tuple[dict[str, Any], Int[Tensor, "batch time"]]:
     """Return a model call's arguments, and each token's index in its hidden states.
 
-    The index of a padding token is that of some other token: use those of real tokens only.
+    Without packing the rows are moved to the left and padded on the right, so that no token of a
+    causal model attends to padding, and recurrent layers never read it before a token. The index of
+    a padding token is that of some other token: use those of real tokens only.
 
     Args:
-        ids: Tokens, on the model's device.
+        ids: Tokens, on the model's device; the real tokens of a row are adjacent.
         attention: 1 on real tokens, 0 on padding; on the CPU, so that the host does not wait.
         packed: Pack the rows without padding; requires `packs`.
 
@@ -61,20 +68,27 @@ def arguments_of(
     """
     device, attention = ids.device, attention.cpu()
     positions = position_ids(attention)
+    lengths = attention.sum(1)
     if not packed:
-        index = torch.arange(ids.numel()).view(ids.shape)
-        mask, steps = upload(attention, device), upload(positions, device)
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": steps}, index
+        width = int(lengths.max())
+        steps = torch.arange(width)
+        columns = (attention.argmax(1, keepdim=True) + steps).clamp(max=ids.shape[1] - 1)
+        index = torch.arange(len(ids))[:, None] * width + positions
+        arguments = {"input_ids": ids.gather(1, upload(columns, device))}
+        if int(lengths.min()) < width:
+            mask = (steps < lengths[:, None]).long()
+            arguments["attention_mask"] = upload(mask, device)
+        return arguments, index
     index = (attention.flatten().cumsum(0) - 1).clamp(min=0).view(ids.shape)
     valid = attention.flatten().nonzero().squeeze(1)
     flat, steps = ids.flatten()[upload(valid, device)], positions.flatten()[valid]
-    lengths = attention.sum(1).tolist()
-    extra = rounding(len(flat), device) if len(set(lengths)) > 1 else 0
+    sizes = lengths.tolist()
+    extra = rounding(len(flat), device) if len(set(sizes)) > 1 else 0
     if extra:  # one more sequence, whose result is not used
         flat = F.pad(flat, (0, extra))
         steps = torch.cat([steps, torch.arange(extra)])
-        lengths.append(extra)
-    return packed_arguments(flat, upload(steps, device), Packed.of(lengths, device)), index
+        sizes.append(extra)
+    return packed_arguments(flat, upload(steps, device), Packed.of(sizes, device)), index
 
 
 def position_ids(attention: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
@@ -96,32 +110,47 @@ def packed_arguments(
     }
 
 
-def packs(model: Any, longest: int) -> bool:
+def packs(model: Any, longest: float) -> bool:
     """Return whether packing is exact for sequences of up to `longest` tokens.
 
     The first call tests it, and on success leaves the model's attention set to `ATTENTION`.
     """
-    backbone = backbone_of(model)
-    if _window(backbone.config) < longest:
+    if min(attention_window(model), stable_length(model)) < longest:
         return False
-    if backbone not in _packs:
-        _packs[backbone] = _enable_packing(core_of(model), backbone)
-    return _packs[backbone]
+    facts = facts_of(model)
+    if "packs" not in facts:
+        facts["packs"] = _enable_packing(core_of(model), backbone_of(model))
+    return facts["packs"]
 
 
-def frozen_copy(model: Any, dtype: torch.dtype) -> Any:
-    """Copy a model, frozen, with its parameters in `dtype`.
+def row_groups(model: Any, attention: Int[Tensor, "batch time"]) -> list[Int[Tensor, " rows"]]:
+    """Group rows that one forward pass computes exactly; by length where padding is not exact.
 
-    Parameters of that dtype are shared, not copied. Buffers keep their precision: rotary
-    frequencies need all their digits. The result of `packs` holds for the copy as well.
+    Args:
+        model: The model that is to be called on the rows of each group.
+        attention: 1 on real tokens, 0 on padding; on the CPU.
+
+    Raises:
+        ConfigError: The model does not compute the same for a row alone, because a token's result
+            depends on later tokens.
     """
-    packs(model, 1)  # sets the attention in the configuration that is copied
-    parameters = {
-        id(p): torch.nn.Parameter(p.data.to(dtype), requires_grad=False) for p in model.parameters()
-    }
-    twin = copy.deepcopy(model, parameters)
-    _packs[backbone_of(twin)] = _packs[backbone_of(model)]
-    return twin
+    lengths = attention.sum(1)
+    longest = int(lengths.max())
+    if layout_of(model, longest) != "by length" or int(lengths.min()) == longest:
+        return [torch.arange(len(lengths))]
+    return [(lengths == n).nonzero().squeeze(1) for n in lengths.unique().tolist()]
+
+
+def layout_of(model: Any, longest: float) -> Literal["packed", "padded", "by length"]:
+    """Return the fastest exact way to compute rows of up to `longest` tokens in one forward pass.
+
+    Raises:
+        ConfigError: As `row_groups`.
+    """
+    if packs(model, longest):
+        return "packed"
+    _check_causal(model)
+    return "padded" if longest <= stable_length(model) and _pads(model) else "by length"
 
 
 def final_hidden(
@@ -132,8 +161,8 @@ def final_hidden(
     Returns:
         The states, and a cast to the dtype of the head's computation, which autocast may lower.
     """
-    with _Capture(model) as capture:
-        model(**arguments, use_cache=False, logits_to_keep=1)
+    with Capture(model) as capture:
+        call(model, **arguments, logits_to_keep=1)
     hidden, dtype = capture.hidden.flatten(0, 1), capture.cast
     return hidden, lambda t: t if dtype is None else t.to(dtype)
 
@@ -142,12 +171,12 @@ def captured_logits(
     model: Any, arguments: dict[str, Any], index: Int[Tensor, " selected"]
 ) -> tuple[Float[Tensor, "positions width"], Float[Tensor, "selected vocabulary"]]:
     """Compute the last hidden states, flattened, and the logits of some of them."""
-    packed = arguments["input_ids"].shape[0] == 1
+    selects = arguments["input_ids"].shape[0] == 1 and "logits_to_keep" in argument_names(model)
     index = upload(index, arguments["input_ids"].device)
-    with _Capture(model) as capture:
-        logits = model(**arguments, use_cache=False, logits_to_keep=index if packed else 0).logits
+    with Capture(model) as capture:
+        logits = call(model, **arguments, logits_to_keep=index if selects else 0).logits
     flat = logits.flatten(0, 1)
-    return capture.hidden.flatten(0, 1), flat if packed else flat[index]
+    return capture.hidden.flatten(0, 1), flat if selects else flat[index]
 
 
 def take_rows(
@@ -169,71 +198,16 @@ def take_rows(
     return result
 
 
-def head_of(model: Any) -> Any:
-    """Return the layer that maps hidden states to logits."""
-    return core_of(model).get_output_embeddings()
-
-
-@torch.no_grad()
-def has_plain_head(model: Any) -> bool:
-    """Return whether logits are the head's plain output, not scaled or capped."""
-    core = core_of(model)
-    if core not in _plain_heads:
-        head, device = head_of(core), next(core.parameters()).device
-        ids = torch.arange(2, device=device)[None]
-        no_autocast = torch.autocast(device.type, enabled=False)
-        with evaluating(core), no_autocast, _Capture(core) as capture:
-            logits = core(input_ids=ids, use_cache=False).logits
-            _plain_heads[core] = head is not None and torch.equal(head(capture.hidden), logits)
-    return _plain_heads[core]
-
-
-def core_of(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside adapters, a critic or a DDP wrapper."""
-    while not isinstance(model, PreTrainedModel):
-        if hasattr(model, "get_base_model"):  # peft
-            model = model.get_base_model()
-        elif hasattr(model, "module"):
-            model = model.module
-        else:
-            model = model.backbone
-    return model
-
-
-def cache_parameter(model: Any) -> str:
-    """Return the name of a model's cache parameter.
-
-    transformers 5.24 renamed `past_key_values` to `cache`, model by model.
-    """
-    parameters = inspect.signature(type(core_of(model)).forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
-def backbone_of(model: Any) -> Any:
-    """Return the part of a model that computes hidden states."""
-    core = core_of(model)
-    return getattr(core, core.base_model_prefix, core)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off, and restore the mode of each module afterwards."""
-    training = [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @runtime_checkable
 class AttentionPlan(Protocol):
     """Attention of one forward pass, passed to the model as a keyword argument."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attend from (batch, heads, time, dim) to (batch, time, heads, dim)."""
+        ...
+
+    def widest(self, key: Tensor) -> int:
+        """Most keys of one query."""
         ...
 
 
@@ -291,8 +265,7 @@ class Packed:
         flat = [t.transpose(1, 2).flatten(2)[0] for t in (query, key, value)]
         if self.fill is not None:
             flat = [_Gather.apply(t, self.fill, self.read, None) for t in flat]
-        widest = max(width for _, width in self.rectangles)
-        if supports_blockwise(query, widest, options["dropout_p"]):
+        if supports_blockwise(query, self.widest(key), options["dropout_p"]):
             scale = options["scale"] or query.shape[-1] ** -0.5
             query, key, value = flat
             joined: Any = blockwise(query, key, value, self.rectangles, heads[:2], scale)
@@ -301,6 +274,10 @@ class Packed:
         if self.fill is not None:
             joined = _Gather.apply(joined, self.read, self.fill, self.filler)
         return joined.view(1, joined.shape[0], heads[0], -1)
+
+    def widest(self, key: Tensor) -> int:
+        """Length of the longest sequence."""
+        return max(width for _, width in self.rectangles)
 
     def _attend_by_torch(
         self, flat: list[Tensor], heads: tuple[int, int, int], options: Any
@@ -339,68 +316,74 @@ def rectangles_of(lengths: Sequence[int], call_cost: int = CALL_COST) -> list[li
     return groups
 
 
-def _window(config: Any) -> float:
-    """Return the shortest attention window of a layer, in tokens."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and set(types) <= {"full_attention"}:
-        return float("inf")
-    limits = (getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
-    return min((limit for limit in limits if limit), default=float("inf"))
-
-
-@torch.no_grad()
 def _enable_packing(core: Any, backbone: Any) -> bool:
-    """Compare packed and padded results; if they agree, keep `ATTENTION` set."""
+    """Compare packed rows with single ones; if they agree, keep `ATTENTION` set."""
     before = core.config._attn_implementation
     if before not in ("sdpa", ATTENTION) or not core._can_set_attn_implementation():
         return False
-    device = next(backbone.parameters()).device
-    highest = min(backbone.get_input_embeddings().num_embeddings, 97)
-    width = int(min(8, _window(backbone.config)))
-    ids = (torch.arange(2 * width, device=device).view(2, width) * 37 + 11) % highest
-    attention = torch.ones(2, width, dtype=torch.long)
-    attention[0, : width // 3] = 0
-    valid = attention.bool()
+    width = int(max(2, min(8, attention_window(core))))
 
-    def run(packed: bool) -> Tensor:
-        arguments, index = arguments_of(ids, attention, packed)
-        hidden = backbone(**arguments, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[index[valid].to(device)].float()
-
-    with evaluating(backbone), torch.autocast(device.type, enabled=False):
-        expected = run(packed=False)
+    def packed(rows: list[list[int]]) -> list[Tensor]:
         core.set_attn_implementation(ATTENTION)
         try:
-            gap = (run(packed=True) - expected).abs().max()
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):
-            gap = torch.tensor(float("inf"))
-    exact = next(backbone.parameters()).dtype in (torch.float32, torch.float64)
-    agrees = bool(gap <= (1e-4 if exact else 3e-2) * expected.abs().max().clamp(min=1e-6))
-    if not agrees:
-        core.set_attn_implementation(before)
-    return agrees
+            return _hidden_of_batch(backbone, rows, packed=True)
+        finally:
+            core.set_attn_implementation(before)
+
+    if not agrees_with_rows(core, [width - width // 3, width, width // 2], packed).holds:
+        return False
+    core.set_attn_implementation(ATTENTION)
+    return True
 
 
-class _Capture:
-    """Captures a backbone's last hidden states, and the autocast dtype, during a call."""
+def _pads(model: Any) -> bool:
+    """Return whether rows that are padded on the right are computed exactly."""
+    facts, window = facts_of(model), attention_window(model)
+    if "pads" not in facts:
+        longest = int(window) + 3 if window <= 64 else 8
+        longest = int(min(longest, stable_length(model)))
+        lengths = [max(1, longest - 4), longest, max(1, longest // 2)]
+        backbone = backbone_of(model)
+        facts["pads"] = agrees_with_rows(
+            model, lengths, lambda rows: _hidden_of_batch(backbone, rows, packed=False)
+        ).holds
+    return facts["pads"]
 
-    def __init__(self, model: Any) -> None:
-        self.backbone = backbone_of(model)
-        self.hidden: Any = None
-        self.cast: torch.dtype | None = None
 
-    def __enter__(self) -> _Capture:
-        self.hook = self.backbone.register_forward_hook(self._store)
-        return self
+def _check_causal(model: Any) -> None:
+    """Refuse a model whose results for the same tokens depend on the tokens that follow.
 
-    def __exit__(self, *_: object) -> None:
-        self.hook.remove()
+    Raises:
+        ConfigError: It does.
+    """
+    facts, backbone = facts_of(model), backbone_of(model)
+    if "causal" not in facts:
+        facts["causal"] = agrees_with_rows(
+            model, [6], lambda rows: [_with_more(backbone, row) for row in rows]
+        )
+    if not facts["causal"].holds:
+        gap = facts["causal"]
+        raise ConfigError(
+            f"base.path: {model_name(model)} is no causal language model: a hidden state is "
+            f"{gap.expected:.4g} after the tokens before it, and {gap.actual:.4g} when more tokens "
+            "follow; give a model that reads from left to right only"
+        )
 
-    def _store(self, _module: Any, _inputs: Any, output: Any) -> None:
-        self.hidden = output.last_hidden_state
-        device = self.hidden.device.type
-        if torch.is_autocast_enabled(device):
-            self.cast = torch.get_autocast_dtype(device)
+
+def _with_more(backbone: Any, row: list[int]) -> Tensor:
+    """Compute the hidden states of a row that other tokens follow."""
+    return hidden_of(backbone, [*row, *reversed(row[:4])])[: len(row)]
+
+
+def _hidden_of_batch(backbone: Any, rows: list[list[int]], packed: bool) -> list[Tensor]:
+    """Compute the last hidden states of rows together."""
+    lengths, width = [len(row) for row in rows], max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    attention = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    ids = ids.to(next(backbone.parameters()).device)
+    arguments, index = arguments_of(ids, attention, packed)
+    hidden = call(backbone, **arguments).last_hidden_state.flatten(0, 1)
+    return [*hidden[index[attention.bool()].to(ids.device)].split(lengths)]
 
 
 class _Gather(torch.autograd.Function):
@@ -440,8 +423,14 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra
         )
-    if extra.get("softcap") is not None or extra.get("position_bias") is not None:
-        raise NotImplementedError("soft-capped or biased attention")
+    if attention_mask is not None and attention_mask.numel() > 1:  # made from ours and its own
+        raise NotImplementedError("a mask of the model's own")
+    for name in ("softcap", "position_bias", "s_aux"):
+        if extra.get(name) is not None:
+            raise NotImplementedError(f"attention with {name}")
+    window = extra.get("sliding_window")
+    if window is not None and window < rlhf_rows.widest(key):
+        raise NotImplementedError(f"a window of {window} tokens on longer sequences")
     return rlhf_rows.attend(query, key, value, dropout_p=dropout, scale=scaling), None
 
 

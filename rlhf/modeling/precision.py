@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.modeling.packed import has_plain_head, head_of, packs
+from rlhf.modeling.decoders import check_exactness
+from rlhf.modeling.packed import packs
+from rlhf.modeling.structure import has_plain_head, head_of
 
 Precision = Literal["fp32", "bf16"]
 
@@ -48,6 +50,7 @@ def store_in_bfloat16(model: Any) -> None:
     packs(model, 1)
     if head is not None:
         has_plain_head(model)
+        check_exactness(model)
     for layer in _frozen_linear(model):
         layer.weight.data = layer.weight.data.to(torch.bfloat16)
         if layer.bias is not None and layer is not head:

@@ -13,18 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
+from rlhf.data.text_pairs import PairRenderer, load_reward_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
-from rlhf.modeling.base import context_length, load_pretrained, loading_error
+from rlhf.modeling.base import loading_error
+from rlhf.modeling.classifier import (
+    Whole,
+    apply_head,
+    counted_tokens,
+    input_limit,
+    is_causal,
+    load_classifier,
+    pads_exactly,
+    pool,
+)
 from rlhf.modeling.device import upload
 from rlhf.modeling.lora import (
     ADAPTER_FOLDER,
@@ -32,8 +39,10 @@ from rlhf.modeling.lora import (
     active_adapter,
     load_adapter,
 )
-from rlhf.modeling.packed import arguments_of, backbone_of, packs, position_ids
-from rlhf.modeling.precision import Precision, autocast, in_own_precision, store_in_bfloat16
+from rlhf.modeling.packed import arguments_of, packs, row_groups
+from rlhf.modeling.precision import Precision, autocast, store_in_bfloat16
+from rlhf.modeling.structure import backbone_of, call, core_of
+from rlhf.modeling.tokenizer import load_tokenizer
 from rlhf.modeling.weights import save_model, weights_digest
 
 #: File beside the weights.
@@ -44,41 +53,56 @@ BASE_WEIGHTS = "base_weights"
 
 
 def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | None = None) -> Any:
-    """Load a reward model, or make one from a language model with a zero head.
+    """Load a reward model, or make one from another model with a head that scores 0.
 
     Args:
-        folder: Local folder or hub id of a sequence classifier or language model.
+        folder: Local folder or hub id of a sequence classifier or of another model.
         renderer: Renders prompt and reply for this model.
-        pooling: `last` or `sum`; None is that of `rlhf.json`, by default `last`.
+        pooling: `last` or `sum`; None is that of `rlhf.json`, by default `last`. Where the class's
+            own forward pass gives the score, as in an encoder, nothing is pooled.
 
     Raises:
-        ConfigError: The model can't be loaded, has not exactly one label, or transformers has no
-            classifier for its architecture.
+        ConfigError: See `rlhf.modeling.classifier.load_classifier`.
     """
+    model = load_classifier(folder)
+    _set_rendering(model, folder, renderer, pooling)
+    return model
+
+
+def load_unpublished(folder: Path | str, pooling: str | None = None) -> tuple[Any, Renderer]:
+    """Load a reward model as `load_reward_model` does, and make its renderer.
+
+    A tokenizer without chat template or padding is completed like that of a base model. But a model
+    that reads both ways, and has no chat template, reads pairs of texts by its own special tokens.
+
+    Raises:
+        ConfigError: The model or its tokenizer can't be loaded or is not complete enough.
+    """
+    model = load_classifier(folder)
+    renderer = _pair_renderer(folder) if not is_causal(model) else None
+    renderer = renderer or Renderer(load_tokenizer(folder))
+    _set_rendering(model, folder, renderer, pooling)
+    return model, renderer
+
+
+def _pair_renderer(folder: Path | str) -> PairRenderer | None:
+    """Return a renderer of text pairs; None if the model has a chat template."""
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        renderer = load_reward_renderer(folder)
     except (OSError, ValueError) as error:
         raise loading_error(folder, error) from error
-    is_classifier = any("SequenceClassification" in a for a in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
-        raise ConfigError(
-            f"reward model {str(folder)!r} has {config.num_labels} labels; a reward model needs a "
-            "sequence-classification model with exactly one (num_labels=1)"
-        )
-    config.num_labels = 1
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ConfigError(
-            f"reward model {str(folder)!r}: transformers has no sequence classifier for "
-            f"{config.model_type!r}; start from another base"
-        )
-    classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    pooled = type(classifier.__name__, (_Pooled, classifier), {})
-    model = _quiet_load(pooled, folder, config)
-    if not is_classifier:
-        torch.nn.init.zeros_(model.score.weight)
+    if not isinstance(renderer, PairRenderer):
+        return None
+    tokenizer = renderer.tokenizer
+    if tokenizer.pad_token is None:
+        # Padding is masked, so that any token serves.
+        tokenizer.pad_token = [*tokenizer.all_special_tokens, *tokenizer.get_vocab()][0]
+    return renderer
+
+
+def _set_rendering(model: Any, folder: Path | str, renderer: Renderer, pooling: str | None) -> None:
     model.config.pad_token_id = renderer.tokenizer.pad_token_id
     set_pooling(model, folder, renderer, pooling)
-    return model
 
 
 def save_reward_model(
@@ -101,7 +125,8 @@ class Scorer:
             be shorter.
         batch_tokens: Most tokens of one forward pass.
         model: The model of `folder`, if it is loaded already.
-        precision: Precision of forward passes.
+        precision: Precision of forward passes; a model that scores by its class's own forward pass,
+            such as an encoder, always computes in that of its weights.
     """
 
     def __init__(
@@ -109,16 +134,20 @@ class Scorer:
         batch_tokens: int = 4096,
         model: Any = None, precision: Precision = "fp32",
     ) -> None:  # fmt: skip
-        self.renderer = load_renderer(folder)
+        self.renderer = load_reward_renderer(folder)
         model = model or load_reward_model(folder, self.renderer)
-        self.precision: Precision = precision
+        if isinstance(self.renderer, PairRenderer) and is_causal(model):
+            self.renderer = Renderer(load_tokenizer(folder))  # a decoder that is not published
         self.model = model.eval().requires_grad_(False)
-        if precision == "bf16":
+        self.by_token = not isinstance(model, Whole)
+        self.precision: Precision = precision if self.by_token else "fp32"
+        if self.precision == "bf16":
             store_in_bfloat16(self.model)
         self.model.to(device)
         # An external reward model may have a shorter context than the policy.
-        self.limits = TokenLimits.of(limits).within(context_length(self.model))
+        self.limits = TokenLimits.of(limits).within(input_limit(self.model))
         self.batch_tokens, self.device = batch_tokens, device
+        self.pads_exactly = self.by_token or pads_exactly(self.model)
 
     def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
         """Score each reply to its own prompt; the result is on the CPU.
@@ -132,10 +161,11 @@ class Scorer:
             TrainingError: A score is not finite.
         """
         rows = [
-            self.renderer.encode(prompt, reply, self.limits).ids
+            self.renderer.encode(prompt, reply, self.limits)
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
-        scores = self.score_ids(rows)
+        types = [row.types for row in rows if row.types is not None]
+        scores = self.score_ids([row.ids for row in rows], *([types] if types else []))
         if not torch.isfinite(scores).all():
             example = replies[int((~torch.isfinite(scores)).int().argmax())]
             raise TrainingError(
@@ -145,35 +175,77 @@ class Scorer:
         return scores
 
     @torch.no_grad()
-    def score_ids(self, rows: list[list[int]]) -> Float[Tensor, " batch"]:
-        """Score token sequences, in batches of similar length."""
+    def score_ids(
+        self, rows: list[list[int]], types: Sequence[Sequence[int]] | None = None
+    ) -> Float[Tensor, " batch"]:
+        """Score token sequences, in batches of similar length.
+
+        Args:
+            rows: Tokens of each sequence.
+            types: Their token types, for a model that reads them.
+        """
         if not rows:
             return torch.empty(0)
-        batches = token_batches([len(row) for row in rows], self.batch_tokens)
-        pad = self.renderer.tokenizer.pad_token_id
-        parts = [self._score(*pad_right([rows[i] for i in batch], pad)) for batch in batches]
+        batches = token_batches([len(row) for row in rows], self.batch_tokens, self.pads_exactly)
+        pad = _padding(self.renderer.tokenizer, self.model)
+        parts = []
+        for batch in batches:
+            ids, mask = pad_right([rows[i] for i in batch], pad)
+            if self.by_token:
+                parts.append(self._score(ids, mask))
+            else:
+                parts.append(self._score_whole(ids, mask, types and [types[i] for i in batch]))
         scores = torch.empty(len(rows))
         scores[[i for batch in batches for i in batch]] = torch.cat(parts).cpu()
         return scores
 
     def _score(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Compute the scores of `_Pooled.forward`, without padding where packing is exact."""
+        """Compute the scores of `Pooled.forward`, without padding where packing is exact."""
+        scores = torch.empty(len(ids), device=self.device)
+        for rows in row_groups(self.model, mask):
+            scores[upload(rows, self.device)] = self._score_group(ids[rows], mask[rows])
+        return scores
+
+    def _score_group(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Compute the scores of rows that one forward pass computes exactly."""
         counted = upload(counted_tokens(ids, mask, self.model.marker), self.device)
         ids = upload(ids, self.device)
         arguments, index = arguments_of(ids, mask, packs(self.model, ids.shape[1]))
         with autocast(self.device, self.precision):
-            hidden = backbone_of(self.model)(**arguments, use_cache=False).last_hidden_state
-        token_scores = in_own_precision(self.model.score, hidden).flatten()
+            hidden = call(backbone_of(self.model), **arguments).last_hidden_state
+            token_scores = apply_head(self.model, hidden).flatten()
         token_scores = token_scores[upload(index, self.device)].float()
         return pool(token_scores, counted, self.model.pooling)
 
+    def _score_whole(
+        self, ids: Tensor, mask: Tensor, types: Sequence[Sequence[int]] | None
+    ) -> Tensor:
+        """Compute the scores of the class's own forward pass."""
+        arguments = {"input_ids": ids, "attention_mask": mask}
+        if types:
+            arguments["token_type_ids"] = pad_right([[*row] for row in types], 0)[0]
+        arguments = {name: upload(tensor, self.device) for name, tensor in arguments.items()}
+        return self.model(**arguments).logits.float().squeeze(-1)
 
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Batch rows by length, each with at most `budget` tokens (one row at least)."""
+
+def _padding(tokenizer: Any, model: Any) -> int:
+    """Return a token for padding; it is masked, so that any token of the model's serves."""
+    pad = tokenizer.pad_token_id
+    table: Any = core_of(model).get_input_embeddings()
+    size = table.num_embeddings
+    return pad if pad is not None and pad < size else 0
+
+
+def token_batches(lengths: Sequence[int], budget: int, mixed: bool = True) -> list[list[int]]:
+    """Batch rows by length, each with at most `budget` tokens (one row at least).
+
+    Without `mixed` all rows of a batch have one length.
+    """
     batches: list[list[int]] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not batches or tokens + lengths[i] > budget:
+        is_other = batches and not mixed and lengths[batches[-1][0]] != lengths[i]
+        if not batches or is_other or tokens + lengths[i] > budget:
             batches.append([])
             tokens = 0
         batches[-1].append(i)
@@ -271,41 +343,22 @@ def reward_meta(folder: Path | str) -> dict[str, Any]:
 def set_pooling(
     model: Any, folder: Path | str, renderer: Renderer, pooling: str | None = None
 ) -> None:
-    """Set a reward model's pooling and marker; without `pooling`, that of `rlhf.json`."""
+    """Set a reward model's pooling and marker; without `pooling`, that of `rlhf.json`.
+
+    Raises:
+        ConfigError: Replies are summed, and the tokenizer has no token that begins them.
+    """
+    if isinstance(model, Whole):
+        return
     model.pooling = pooling or reward_meta(folder).get("pooling", "last")
     if model.pooling == "sum":
         model.marker = renderer.tokenizer.get_vocab().get(ASSISTANT)
-
-
-def pool(
-    token_scores: Float[Tensor, "batch time"],
-    counted: Bool[Tensor, "batch time"],
-    pooling: str,
-) -> Float[Tensor, " batch"]:
-    """Pool token scores: the last counted one (`last`) or the sum of all (`sum`)."""
-    if pooling == "sum":
-        return (token_scores * counted).sum(1)
-    positions = torch.arange(token_scores.shape[1], device=token_scores.device)
-    last = (positions * counted).argmax(1)
-    return token_scores.gather(1, last[:, None]).squeeze(1)
-
-
-def counted_tokens(
-    input_ids: Int[Tensor, "batch time"],
-    attention_mask: Int[Tensor, "batch time"],
-    marker: int | None,
-) -> Bool[Tensor, "batch time"]:
-    """Mask the tokens after the first `marker` of a row that are not padding.
-
-    Without a marker in the row: all. After the *first*, so that a policy that writes the marker
-    can't hide the text before it.
-    """
-    valid = attention_mask.bool()
-    if marker is None:
-        return valid
-    is_marker = input_ids == marker
-    after = is_marker.cumsum(1) - is_marker.int() > 0
-    return valid & (after | ~is_marker.any(1, keepdim=True))
+        if model.marker is None:
+            raise ConfigError(
+                f"reward_model.pooling = 'sum' adds up a reply's tokens after {ASSISTANT}, and the "
+                f"tokenizer of {str(folder)!r} has no such token, so that the prompt would count "
+                "too; set reward_model.pooling to last"
+            )
 
 
 def pad_right(
@@ -319,40 +372,3 @@ def pad_right(
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
     return ids, mask
-
-
-class _Pooled:
-    """Mixin for a sequence classifier: pools by position, never by pad id."""
-
-    pooling = "last"
-    marker: int | None = None
-
-    def forward(
-        self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any
-    ) -> SequenceClassifierOutputWithPast:
-        backbone = getattr(self, self.base_model_prefix)
-        hidden = backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
-        token_scores = self.score(hidden).squeeze(-1).float()
-        counted = counted_tokens(input_ids, attention_mask, self.marker)
-        scores = pool(token_scores, counted, self.pooling)
-        return SequenceClassifierOutputWithPast(
-            logits=scores[:, None],  # pyright: ignore[reportArgumentType]
-            hidden_states=(hidden,),
-        )
-
-
-def _quiet_load(model_class: Any, folder: Path | str, config: Any) -> Any:
-    """Load a model without the warning about a head that is new on purpose."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        return load_pretrained(
-            lambda path, **kw: model_class.from_pretrained(path, config=config, **kw), folder, None
-        )
-    finally:
-        transformers_logging.set_verbosity(level)

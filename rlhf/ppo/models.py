@@ -27,7 +27,9 @@ from rlhf.environments import Environment, build_environment, check_rendering
 from rlhf.errors import ConfigError
 from rlhf.gates import Approved
 from rlhf.modeling.base import context_length, load_policy
+from rlhf.modeling.classifier import input_limit, is_causal
 from rlhf.modeling.critic import AdapterCritic, Critic, HeadCritic, critic_from, freeze
+from rlhf.modeling.decoders import frozen_copy
 from rlhf.modeling.generate import Replies, Stop, concatenate, generate
 from rlhf.modeling.kept_sets import exclude
 from rlhf.modeling.logprobs import (
@@ -41,13 +43,14 @@ from rlhf.modeling.lora import (
     REWARD,
     active_adapter,
     copy_adapter,
+    fit_targets,
     lora_config,
     target_module_errors,
 )
-from rlhf.modeling.packed import frozen_copy
 from rlhf.modeling.precision import autocast, store_in_bfloat16
 from rlhf.modeling.reward import Scorer, SharedScorer, load_reward_model
 from rlhf.modeling.sampling import Sampling
+from rlhf.modeling.structure import hidden_width
 from rlhf.ppo.losses import exact_kl, kept_mass
 from rlhf.ranks import Ranks
 
@@ -135,16 +138,17 @@ class Models:
         seed: int,
         stop: Stop | None,
         *,
+        ends: Sequence[int] | None = None,
         reference: bool = False,
     ) -> Replies:
         """Draw replies of the policy, or of the reference; each process draws its share.
 
-        All processes return all replies.
+        All processes return all replies. For `ends` see `generate`.
         """
         own = self.ranks.share(len(prompts))
         with self._as_reference() if reference else nullcontext(self._policy()) as model:
             replies = generate(
-                self.sampling_copy(model), prompts, tokenizer, sampling, seed, stop, own,
+                self.sampling_copy(model), prompts, tokenizer, sampling, seed, stop, own, ends=ends,
                 batch_size=self.config.rollout_batch_size,
             )  # fmt: skip
         parts = [part.to(self.device) for part in self.ranks.gather(replies)]
@@ -296,7 +300,8 @@ def load_models(
     environment = build_environment(
         config, scorer, renderer, rows, device=device, context=context, ranks=ranks,
     )  # fmt: skip
-    critic = _load_critic(config, sft, policy, renderer, scorer, reward_model)
+    longest = max(scored.prompt, 0) + config.max_new_tokens
+    critic = _load_critic(config, sft, policy, renderer, scorer, reward_model, longest)
     models = Models(config, policy, reference, critic, accelerator, ranks)
     models.scorer = scorer
     return models, environment, renderer
@@ -328,35 +333,62 @@ def _load_policy_and_reference(config: PPOConfig, sft: Path) -> tuple[Any, Any]:
     policy = load_policy(sft)
     if not config.lora:
         return policy, freeze(load_policy(sft))
-    with target_module_errors("ppo", config.lora):
-        adapted = peft.get_peft_model(policy, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+    lora = fit_targets(config.lora, policy, "ppo")
+    with target_module_errors("ppo", lora):
+        adapted = peft.get_peft_model(policy, lora_config(lora, "CAUSAL_LM", dropout=0.0))
     return adapted, None
 
 
 def _load_critic(
     config: PPOConfig, sft: Path, policy: Any, renderer: Renderer, scorer: Scorer | None,
-    reward_model: Approved[Path] | None,
+    reward_model: Approved[Path] | None, longest: int,
 ) -> Critic:  # fmt: skip
-    """Load the critic that `config.critic` names."""
+    """Load the critic that `config.critic` names, for sequences of up to `longest` tokens."""
     if config.critic == "policy":
         return critic_from(load_policy(sft))
     if config.critic == "head":
-        return HeadCritic(policy.config.hidden_size)
+        return HeadCritic(hidden_width(policy))
     if config.critic == "adapter":
         assert config.lora is not None
-        policy.add_adapter(CRITIC, lora_config(config.lora, "CAUSAL_LM", dropout=0.0))
+        lora = fit_targets(config.lora, policy, "ppo")
+        with target_module_errors("ppo", lora):
+            policy.add_adapter(CRITIC, lora_config(lora, "CAUSAL_LM", dropout=0.0))
         return AdapterCritic(policy)
     if scorer is None or reward_model is None:
         raise ConfigError(
             "ppo.critic = 'reward_model', but there is none; set ppo.critic to "
             + ("adapter" if config.shared_base else "policy")
         )
-    if scorer.renderer.template_hash != renderer.template_hash:
-        raise ConfigError(
-            f"ppo.critic = 'reward_model', but {str(reward_model.subject)!r} has another tokenizer "
-            "than the policy; set ppo.critic to policy"
-        )
+    _check_critic(scorer, reward_model.subject, renderer, longest)
     if config.shared_base:
         copy_adapter(policy, REWARD, CRITIC)
         return AdapterCritic(policy)
-    return critic_from(load_reward_model(reward_model.subject, scorer.renderer))
+    critic = load_reward_model(reward_model.subject, scorer.renderer)
+    rows, needed = (m.get_input_embeddings().num_embeddings for m in (critic, policy))
+    if rows < needed:  # the policy may sample any of its ids, also those of a padded vocabulary
+        raise ConfigError(
+            f"ppo.critic = 'reward_model', but {str(reward_model.subject)!r} has {rows:,} "
+            f"embeddings and the policy {needed:,}; set ppo.critic to policy"
+        )
+    return critic_from(critic)
+
+
+def _check_critic(scorer: Scorer, folder: Path, renderer: Renderer, longest: int) -> None:
+    """Refuse a reward model whose backbone can't give the values of a reply's prefixes.
+
+    Raises:
+        ConfigError: It reads other tokens than the policy, fewer, or later ones.
+    """
+    reason = None
+    if not is_causal(scorer.model):
+        reason = "reads both ways: the value of a prefix would see the rest of the reply"
+    elif scorer.renderer.template_hash != renderer.template_hash:
+        reason = "has another tokenizer than the policy"
+    elif (context := input_limit(scorer.model)) < longest:
+        reason = (
+            f"reads at most {context:,} tokens, and a prompt with its reply has up to {longest:,}"
+        )
+    if reason:
+        raise ConfigError(
+            f"ppo.critic = 'reward_model', but {str(folder)!r} {reason}; set ppo.critic to policy"
+        )

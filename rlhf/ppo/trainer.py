@@ -101,14 +101,15 @@ class PPOTrainer:
     def sample(self, rows: Sequence[PromptRow], seed: int) -> Rollouts:
         """Sample `replies_per_prompt` adjacent replies to each prompt."""
         repeated = [row for row in rows for _ in range(self.environment.replies_per_prompt)]
-        tokenizer, stop = self.renderer.tokenizer, self.environment.stop
+        tokenizer, ends = self.renderer.tokenizer, self.renderer.end_ids
+        stop = self.environment.stop
         prompts = [self.renderer.encode_prompt(row.prompt, self.max_prompt) for row in repeated]
-        replies = self.models.sample(prompts, tokenizer, self.sampling, seed, stop)
+        replies = self.models.sample(prompts, tokenizer, self.sampling, seed, stop, ends=ends)
         rollouts = Rollouts(repeated, replies.to(self.storage_device), self._decode(replies))
         if self.environment.needs_reference_reply:
             sampling = replace(self.sampling, record_kept=False)
             rivals = self.models.sample(
-                prompts, tokenizer, sampling, seed + 1, stop, reference=True
+                prompts, tokenizer, sampling, seed + 1, stop, ends=ends, reference=True
             )
             rollouts.reference_texts = self._decode(rivals)
             rollouts.reference_finished = rivals.finished.tolist()

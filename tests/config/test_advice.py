@@ -1,14 +1,21 @@
-"""Warnings for values outside their advised range."""
+"""Warnings for values of the user's outside their advised range."""
 
 from __future__ import annotations
 
 import pytest
 
-from rlhf.config import PipelineConfig, advice, load_config
+from rlhf.config import PipelineConfig, load_config, load_preset, presets
+
+BASES = ([], ["--base.path=some/model"])
 
 
-def test_defaults_are_as_advised():
-    assert advice(PipelineConfig()) == []
+def advice(*overrides):
+    return load_config(None, overrides).advice()
+
+
+@pytest.mark.parametrize("overrides", BASES)
+def test_defaults_are_as_advised(overrides):
+    assert advice(*overrides) == []
 
 
 @pytest.mark.parametrize(
@@ -20,23 +27,43 @@ def test_defaults_are_as_advised():
 )  # fmt: skip
 def test_outside_and_at_the_ends(name, low, high):
     for value in (low, high):
-        assert advice(load_config(None, [f"--ppo.{name}={value}"]).config) == []
+        assert advice(f"--ppo.{name}={value}") == []
     for value in (low - 0.001, high + 0.001):
-        config = load_config(None, [f"--ppo.{name}={value}"]).config
-        assert advice(config) == [
+        assert advice(f"--ppo.{name}={value}") == [
             f"ppo.{name} = {value:g} is outside the advised {low:g}–{high:g}; "
             "keep it only if you mean it"
         ]
 
 
 def test_a_line_for_each_value():
-    lines = advice(load_config(None, ["--ppo.gamma=1", "--rl-kl-coef=0"]).config)
+    lines = advice("--ppo.gamma=1", "--rl-kl-coef=0")
     assert {line.split(" ")[0] for line in lines} == {"ppo.kl_coef", "ppo.gamma"}
 
 
-def test_the_quickstart_is_told_of_its_discount():
-    lines = advice(load_config("configs/quickstart.yaml").config)
-    assert [line.split(" is ")[0] for line in lines] == ["ppo.gamma = 1"]
+@pytest.mark.parametrize("overrides", BASES)
+@pytest.mark.parametrize("name", presets())
+def test_presets_of_the_project_warn_of_no_value_of_their_own(name, overrides):
+    loaded = load_config(f"configs/{name}.yaml", overrides)
+    assert loaded.advice() == load_preset(name, {}).advice() == []
+    (line,) = load_config(f"configs/{name}.yaml", [*overrides, "--ppo.gamma=0.5"]).advice()
+    assert line.startswith("ppo.gamma = 0.5 is outside")
+    (line,) = load_preset(name, {"rl_gamma": 0.5}).advice()
+    assert line.startswith("ppo.gamma = 0.5 is outside")
+
+
+def test_a_file_of_the_same_name_elsewhere_is_the_users(tmp_path):
+    path = tmp_path / "quickstart.yaml"
+    path.write_text("from_scratch: {ppo: {gamma: 0.8}}\nppo: {kl_coef: 0.9}\n")
+    lines = load_config(path).advice()
+    assert {line.split(" ")[0] for line in lines} == {"ppo.kl_coef", "ppo.gamma"}
+
+
+def test_a_pretrained_bases_own_discount_is_no_users_choice():
+    """A configuration without its values' sources, as it is passed between flows."""
+    config = load_config(None, ["--base.path=some/model"]).config
+    assert config.ppo.gamma == 1.0
+    assert load_preset(None, config.model_dump(mode="json")).advice() == []
+    assert PipelineConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 @pytest.mark.parametrize(
@@ -47,7 +74,7 @@ def test_the_quickstart_is_told_of_its_discount():
     ],
 )  # fmt: skip
 def test_truncation_without_replay(arguments, filters):
-    lines = advice(load_config(None, ["--ppo.truncation=none", *arguments]).config)
+    lines = advice("--ppo.truncation=none", *arguments)
     assert lines == [] if filters is None else lines == [
         f"ppo.truncation = none with {filters} computes ratio and KL of another distribution than "
         "replies are drawn from; set ppo.truncation to replay, or ppo.top_k to 0 and ppo.top_p to 1"
@@ -55,15 +82,15 @@ def test_truncation_without_replay(arguments, filters):
 
 
 def test_a_peers_way_is_no_exception():
-    assert len(advice(load_config(None, ["--ppo.compat=verl"]).config)) == 1
-    assert advice(load_config(None, ["--ppo.compat=verl", "--ppo.truncation=replay"]).config) == []
+    assert len(advice("--ppo.compat=verl")) == 1
+    assert advice("--ppo.compat=verl", "--ppo.truncation=replay") == []
 
 
 @pytest.mark.parametrize("name", ["veto", "trigger"])
 def test_limits_of_drift_without_a_comparison_have_no_effect(name):
     limits = [f"--data.drift.{name}.tokens=0.1", f"--data.drift.{name}.labels=0.2"]
-    assert advice(load_config(None, limits).config) == []
-    assert advice(load_config(None, ["--data.drift.enabled=false"]).config) == []
-    (line,) = advice(load_config(None, [*limits, "--data.drift.enabled=false"]).config)
+    assert advice(*limits) == []
+    assert advice("--data.drift.enabled=false") == []
+    (line,) = advice(*limits, "--data.drift.enabled=false")
     assert f"data.drift.{name} (tokens = 0.1, labels = 0.2) has no effect" in line
     assert "\n" not in line

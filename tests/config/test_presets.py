@@ -140,6 +140,17 @@ def test_bad_value_names_field_value_cure_and_origin(preset, text, expected):
     assert found.endswith("(from my.yaml)")
 
 
+@pytest.mark.parametrize(
+    "name", ["base.quantization", "base.load_in_4bit", "sft.qlora", "ppo.bnb_4bit_quant_type"]
+)
+def test_settings_that_would_quantise_a_base_are_refused_with_what_helps_instead(preset, name):
+    section, field = name.split(".")
+    texts = [message(preset(f"{section}: {{{field}: nf4}}")), message(preset(""), f"--{name}=nf4")]
+    for text in texts:
+        assert f"{name} is not a field of the configuration; a base is not quantised" in text
+        assert "ppo.precision = bf16" in text
+
+
 def test_rule_on_two_fields_names_the_origins_of_both_and_no_other(preset):
     path = preset("ppo: {mini_batch_size: 64, gamma: 0.9}")
     text = message(path, "--ppo.chunk_size=8")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL
 
+from rlhf.config import presets
 from rlhf.store.manifest import sha256_bytes
 from tests.flows.conftest import tiny_tree
 from tests.servers import PATIENCE
@@ -227,6 +228,17 @@ def test_values_outside_their_advised_range_are_named_once_before_work(rlhf, pre
         assert result.stderr.startswith(line)
         assert result.stderr.count("advised") == 1
     assert "advised" not in rlhf("config", "show", preset).stderr
+
+
+@pytest.mark.parametrize("name", presets())
+def test_no_command_warns_of_a_shipped_presets_own_values(rlhf, name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    missing = ["--data.source=/no/such.jsonl", "--evaluation.judge=none"]
+    for command in (["run", path], ["stage", "prepare-data", "--config", path]):
+        result = rlhf(*command, *missing)
+        assert result.stderr.startswith("error: data.source = '/no/such.jsonl'"), result.stderr
+        assert result.stderr.count("\n") == 1
+    assert rlhf("config", "show", path).stderr == ""
 
 
 def test_flags_and_rl_names_reach_the_configuration(rlhf, preset):

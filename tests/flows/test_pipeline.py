@@ -1,8 +1,10 @@
 """The pipeline as a Prefect flow: stages run, stages cached, and final states."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from prefect import tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -12,6 +14,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.utilities.collections import visit_collection
 
+from flows import stages
 from flows.cli import app
 from flows.pipeline import pipeline
 from flows.stages import STAGE_FLOWS
@@ -23,6 +26,7 @@ from rlhf.store import Store
 from tasks import prefect_tasks
 from tasks.parameters import NO_PRESET, configuration_name, resolve
 from tasks.preflight import preflight_command
+from tasks.remote import WORK_TAG
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -105,6 +109,18 @@ def test_unusual_values_are_recorded_with_the_run(tiny, finished):
     recorded = json.loads((folder / "report.json").read_text())
     assert (recorded["advice"], recorded["outcome"]) == ([line], "GateRejected")
     assert (folder / "report.html").read_text() == result.report.read_text()
+
+
+def test_a_child_run_leaves_advice_to_its_parent(tiny, finished, monkeypatch):
+    """It gets all values without their sources: a preset's own would be taken for the user's."""
+    lines = []
+    monkeypatch.setattr(stages, "get_run_logger", lambda: SimpleNamespace(warning=lines.append))
+    config = tiny(rl_kl_coef=0.9)
+    with tags(f"{WORK_TAG}0123"):
+        STAGE_FLOWS["prepare-data"](overrides=config)
+    assert lines == []
+    STAGE_FLOWS["prepare-data"](overrides=config)
+    assert [line.partition(" is ")[0] for line in lines] == ["ppo.kl_coef = 0.9"]
 
 
 def test_a_changed_setting_reruns_its_stage_and_what_follows(tiny, first_run, finished):

@@ -13,14 +13,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from rlhf.modeling.critic import critic_from
-from rlhf.modeling.generate import (
-    PackedDecoder,
-    PaddedDecoder,
-    Replies,
-    decoder_of,
-    generate,
-    pad_left,
-)
+from rlhf.modeling.decoders import PackedDecoder, PaddedDecoder, decoder_of, pad_left
+from rlhf.modeling.generate import Replies, generate
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
 from rlhf.modeling.packed import packs, position_ids
 from rlhf.modeling.sampling import Sampler, Sampling, exponential, filter_logits, inverse_cdf
@@ -225,8 +219,7 @@ def test_values_belong_to_the_states_before_and_after_each_token(policy, rendere
     assert values.shape == (3, 9)
     for i, (prompt, reply) in enumerate(zip(rows, replies.rows(), strict=True)):
         ids = torch.tensor([prompt + reply], device=DEVICE)
-        positions = torch.arange(ids.shape[1], device=DEVICE)[None]
-        alone = critic(ids, torch.ones_like(ids), positions)[0]
+        alone = critic(ids)[0]
         n = len(reply)
         expected = alone[len(prompt) - 1 :]  # after the prompt, ..., after the last token
         assert len(expected) == n + 1

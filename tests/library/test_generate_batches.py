@@ -60,7 +60,7 @@ def test_stop_is_asked_of_the_same_rows_in_the_same_order(sizes):
 
 
 def test_what_is_drawn_after_the_end_is_left_out():
-    drawn = _DrawnReplies(3, 5, PAD, END, None)
+    drawn = _DrawnReplies(3, 5, PAD, [END], None)
     drawn.begin(torch.arange(3))
     # rows end at steps 2, never, 1; a row goes on drawing until it is read
     assert drawn.read(torch.tensor([[7, 8, END], [END, 8, 9], [9, 8, END]])) == [True, False, True]

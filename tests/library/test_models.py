@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from rlhf.config import ArchitectureConfig, BaseModelConfig, LoraConfig, RuntimeConfig
-from rlhf.data.rendering import ASSISTANT, PAD, PLAIN_TEMPLATE, Renderer, load_renderer
+from rlhf.data.chat_template import PLAIN_TEMPLATE
+from rlhf.data.rendering import ASSISTANT, END, PAD, Renderer, load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.base import from_scratch, load_base, load_policy, train_tokenizer
 from rlhf.modeling.critic import Critic, critic_from, freeze
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.lora import lora_config, merge_adapter
-from rlhf.modeling.packed import position_ids
 from rlhf.modeling.reward import (
     Scorer,
     counted_tokens,
@@ -118,21 +118,13 @@ class TestLoadBase:
         assert tokenizer.pad_token == PAD
         assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
-    def test_a_new_pad_token_gets_an_embedding(self, tmp_path):
-        tokenizer = _foreign_tokenizer()
-        model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=32)
-        )
-        model.save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
-        before = len(tokenizer)
-        model, tokenizer = self.load(tmp_path)
-        assert len(tokenizer) == before + 1
-        assert model.get_input_embeddings().num_embeddings == before + 1
-        assert model.config.pad_token_id == tokenizer.pad_token_id == before
-
     def test_no_end_of_text(self, fresh, copy_of):
         folder = self.bare(fresh, copy_of, eos_token=None)
+        _, tokenizer = self.load(folder)
+        assert tokenizer.eos_token == END  # that of the model's configuration
+        for name in ("config.json", "generation_config.json"):
+            values = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({**values, "eos_token_id": None}))
         with pytest.raises(ConfigError, match=r"model .*no eos_token.*set one in"):
             self.load(folder)
 
@@ -268,7 +260,7 @@ class TestRewardModel:
     def test_an_architecture_without_classifier_is_refused(self, renderer, tmp_path):
         config = {"model_type": "vits", "architectures": ["VitsModel"]}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ConfigError, match=r"no sequence classifier for 'vits'; start from"):
+        with pytest.raises(ConfigError, match=r"a language model for 'vits'; start from"):
             load_reward_model(tmp_path, renderer)
 
     def test_padding_is_found_by_the_mask_not_by_the_id(self, fresh, renderer):
@@ -342,7 +334,7 @@ class TestCritic:
         mask = torch.ones_like(ids)
         for model in (policy, load_reward_model(reward_model, load_renderer(reward_model))):
             critic = critic_from(model).to(DEVICE)
-            values = critic(ids, mask, position_ids(mask))
+            values = critic(ids, attention_mask=mask)
             assert values.shape == (2, 3)
             assert values.abs().sum() == 0
             assert critic.backbone is model.model
@@ -357,7 +349,7 @@ class TestCritic:
         hidden = policy.model(input_ids=ids).last_hidden_state
         # a head of ones sums the features
         expected = hidden.sum(-1) + 0.5
-        values = critic(ids, mask, position_ids(mask))
+        values = critic(ids, attention_mask=mask)
         close = {"atol": within(1e-5, 1e-4), "rtol": within(1.3e-6, 1e-4)}
         torch.testing.assert_close(values, expected, **close)
 

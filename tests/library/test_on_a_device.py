@@ -12,7 +12,8 @@ from rlhf.config import DataConfig, EvaluationConfig, LoraConfig, RuntimeConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.evaluate import EVALUATION, evaluate_policy, evaluate_reward_model
 from rlhf.files import read_json
-from rlhf.modeling.generate import READ_EVERY, PackedDecoder, PaddedDecoder, decoder_of, generate
+from rlhf.modeling.decoders import PackedDecoder, PaddedDecoder, decoder_of
+from rlhf.modeling.generate import READ_EVERY, generate
 from rlhf.modeling.sampling import Sampling, inverse_cdf, running_sum
 from rlhf.ppo.train import train_policy
 from rlhf.reward import train_reward_model

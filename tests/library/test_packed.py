@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from rlhf.modeling.critic import Critic, critic_from
-from rlhf.modeling.generate import Replies, pad_left
+from rlhf.modeling.decoders import pad_left
+from rlhf.modeling.generate import Replies
 from rlhf.modeling.logprobs import (
     log_probs_and_entropy,
     log_probs_entropy_values,
@@ -40,12 +41,12 @@ from rlhf.modeling.logprobs import (
 from rlhf.modeling.packed import (
     Packed,
     arguments_of,
-    has_plain_head,
     packs,
     rectangles_of,
     take_rows,
 )
 from rlhf.modeling.reward import token_batches
+from rlhf.modeling.structure import has_plain_head
 from tests.library.toys import DEVICE, within
 
 pytestmark = pytest.mark.device

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import rlhf.ppo.trainer as optimise_module
-from rlhf.data.rendering import PLAIN_TEMPLATE, load_renderer
+from rlhf.data.chat_template import PLAIN_TEMPLATE
+from rlhf.data.rendering import load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
 from rlhf.gates import Approved
@@ -100,5 +101,5 @@ def test_a_foreign_tokenizer_scores_but_is_no_critic(train, toy):
 
 
 def test_adapters_for_modules_that_the_policy_has_not(train):
-    with pytest.raises(ConfigError, match=r"^ppo\.lora\.target_modules = 'nope' does not fit"):
+    with pytest.raises(ConfigError, match=r"^ppo\.lora\.target_modules = 'nope': this model"):
         train(lora={"target_modules": "nope"})

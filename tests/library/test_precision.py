@@ -13,9 +13,10 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from rlhf.errors import ConfigError
 from rlhf.modeling.base import load_policy
+from rlhf.modeling.decoders import frozen_copy
 from rlhf.modeling.generate import generate
 from rlhf.modeling.logprobs import log_probs_and_entropy
-from rlhf.modeling.packed import frozen_copy, packs
+from rlhf.modeling.packed import packs
 from rlhf.modeling.precision import autocast, in_own_precision, store_in_bfloat16
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling

@@ -7,8 +7,9 @@ import copy
 import pytest
 
 from rlhf.config.lengths import TokenLimits
+from rlhf.data.chat_template import PLAIN_TEMPLATE
 from rlhf.data.fitting import Fitting
-from rlhf.data.rendering import END, PLAIN_TEMPLATE, SPECIAL_TOKENS, Renderer
+from rlhf.data.rendering import END, SPECIAL_TOKENS, Renderer
 from rlhf.data.rows import PAIRS_TRAIN, PROMPTS_EVAL, Pair, PromptRow, read_rows, write_rows
 from rlhf.errors import DataError, PromptUnusable
 from rlhf.modeling.base import train_tokenizer
@@ -33,7 +34,7 @@ def test_plain_template():
     tokenizer = train_tokenizer(["a"], 300)
     tokenizer.chat_template = PLAIN_TEMPLATE
     assert Renderer(tokenizer).prompt_text(CHAT) == (
-        "System: be kind\n\nUser: tea?\n\nAssistant: yes\n\nUser: why?\n\nAssistant: "
+        "System: be kind\n\nUser: tea?\n\nAssistant: yes\n\nUser: why?\n\nAssistant:"
     )
 
 

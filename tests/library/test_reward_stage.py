@@ -17,7 +17,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from rlhf.config import DataConfig, EvaluationConfig, LoraConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.collect import lead
-from rlhf.data.rendering import load_renderer
+from rlhf.data.rendering import ASSISTANT, load_renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows, write_rows
 from rlhf.errors import ConfigError, DataError
 from rlhf.evaluate import evaluate_reward_model
@@ -134,6 +134,19 @@ def test_it_needs_tied_embeddings(train, fresh, copy_of):
         train(start=folder, lm_loss_coef=0.5)
 
 
+def test_sums_need_the_token_that_begins_a_reply(train, fresh, copy_of):
+    """Otherwise they would score the prompt too."""
+    folder = copy_of(fresh)
+    for path in folder.glob("*token*"):
+        path.write_text(path.read_text(encoding="utf-8").replace(ASSISTANT, "<|reply|>"))
+    for path in folder.glob("chat_template*"):
+        path.write_text(path.read_text(encoding="utf-8").replace(ASSISTANT, "<|reply|>"))
+    with pytest.raises(ConfigError, match=r"pooling = 'sum' .* set reward_model\.pooling to last"):
+        train(start=folder, pooling="sum")
+    out, _ = train("last", start=folder, pooling="last", epochs=0.2)
+    assert reward_meta(out)["pooling"] == "last"
+
+
 def test_another_base(train, fresh, sft):
     a, _ = train("a", base=str(fresh), epochs=1)
     toys.assert_same_weights(a, train("b", start=fresh, epochs=1)[0])
@@ -141,7 +154,7 @@ def test_another_base(train, fresh, sft):
 
 
 def test_adapters_for_modules_that_it_has_not(train):
-    expected = r"^reward_model\.lora\.target_modules = 'nope' does not fit"
+    expected = r"^reward_model\.lora\.target_modules = 'nope': this model has no linear layer"
     with pytest.raises(ConfigError, match=expected):
         train(lora=LoraConfig(target_modules="nope"))
 

@@ -1,0 +1,485 @@
+"""Decoders: the ways to continue rows of different length, token by token.
+
+Each way is compared once per model with plain calls on single rows without a cache, with rows that
+end at different steps (`decoder_of`). Models differ in what fails: state-space layers read padding,
+some caches can't drop a row, some models have no cache that transformers can make.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from rlhf.errors import ConfigError
+from rlhf.modeling.agreement import Agreement, agreement, rows_of, testing
+from rlhf.modeling.device import plain_float32, upload
+from rlhf.modeling.packed import (
+    Packed,
+    arguments_of,
+    captured_logits,
+    layout_of,
+    packed_arguments,
+    packs,
+    position_ids,
+    row_groups,
+)
+from rlhf.modeling.structure import (
+    attention_window,
+    cache_parameter,
+    call,
+    context_of,
+    core_of,
+    facts_of,
+    model_name,
+    named_arguments,
+    share_facts,
+    stable_length,
+)
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Continues rows token by token; rows that ended are dropped."""
+
+    def start(self) -> Float[Tensor, "rows vocabulary"]:
+        """Read the prompts; return the logits after each."""
+        ...
+
+    def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
+        """Append one token to each live row; return the logits after it."""
+        ...
+
+    def drop(self, ended: list[bool]) -> list[int]:
+        """Drop ended rows; return the old index of each remaining row, in the new order."""
+        ...
+
+
+def decoder_of(policy: Any, prompts: list[list[int]], max_new_tokens: int) -> Decoder:
+    """Make the fastest decoder that is exact for this model.
+
+    Raises:
+        ConfigError: None is.
+    """
+    longest = max(len(p) for p in prompts) + max_new_tokens
+    way, facts = _way_of(policy, longest), facts_of(policy)
+    if way == "without cache" and not facts.get("warned"):
+        facts["warned"] = True
+        log.warning(
+            "%s can't be sampled with a cache: each token computes its whole row again, which is "
+            "slow; keep ppo.max_new_tokens small", model_name(policy),
+        )  # fmt: skip
+    return _WAYS[way](policy, prompts, max_new_tokens)
+
+
+def check_exactness(policy: Any) -> None:
+    """Try the ways to compute log-probabilities and to decode, for short and for long rows.
+
+    Raises:
+        ConfigError: None of either is exact for this model.
+    """
+    for longest in (1, context_of(core_of(policy).config)):
+        layout_of(policy, longest)
+        _way_of(policy, longest)
+
+
+def frozen_copy(model: Any, dtype: torch.dtype) -> Any:
+    """Copy a model for sampling, frozen, with its parameters in `dtype`.
+
+    Parameters of that dtype are shared, not copied. Buffers keep their precision: rotary
+    frequencies need all their digits. What was tested of the model holds for the copy as well.
+    """
+    _way_of(model, 1)  # sets the attention in the configuration that is copied
+    parameters = {
+        id(p): torch.nn.Parameter(p.data.to(dtype), requires_grad=False) for p in model.parameters()
+    }
+    twin = copy.deepcopy(model, parameters)
+    share_facts(model, twin)
+    return twin
+
+
+class PackedDecoder:
+    """Decoder for models that support packing: prefill without padding, fixed buffers.
+
+    A finished row is overwritten by one of the last rows, so that dropping it copies one row.
+    """
+
+    def __init__(self, policy: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
+        self.policy, self.prompts = policy, prompts
+        self.device = next(policy.parameters()).device
+        self.lengths = lengths = [len(p) for p in prompts]
+        self.cache = _KVCache(lengths, max(lengths) + max_new_tokens, self.device)
+        self.cache_argument = {cache_parameter(policy): self.cache}
+        self.positions = upload(torch.tensor(lengths)[:, None], self.device)
+        self.mask = None
+        if min(lengths) < max(lengths):
+            padding = max(lengths) - self.positions
+            columns = torch.arange(self.cache.columns, device=self.device)
+            self.mask = (columns >= padding)[:, None, None]
+        # A four-dimensional mask keeps transformers from making one of its own.
+        self.ready_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+
+    def start(self) -> Float[Tensor, "rows vocabulary"]:
+        """Prefill the cache with the prompts; return the logits after each."""
+        lengths = self.lengths
+        ids = upload(torch.tensor([i for p in self.prompts for i in p]), self.device)
+        positions = upload(torch.cat([torch.arange(n) for n in lengths]), self.device)
+        last = upload(torch.tensor(lengths).cumsum(0) - 1, self.device)
+        logits = self.policy(
+            **packed_arguments(ids, positions, Packed.of(lengths, self.device)),
+            **self.cache_argument,
+            use_cache=True,
+            logits_to_keep=last,
+        ).logits[0]
+        if self.mask is not None:
+            self.mask = torch.zeros_like(self.mask, dtype=self.cache.keys[0].dtype).masked_fill_(
+                ~self.mask, -torch.inf
+            )
+        return logits
+
+    def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
+        """Append one token to each live row; return the logits after it."""
+        cache = self.cache
+        n = cache.rows
+        cache.width += 1
+        mask = None if self.mask is None else self.mask[:n, :, :, : cache.width]
+        logits = self.policy(
+            input_ids=tokens[:, None],
+            position_ids=self.positions[:n],
+            attention_mask=self.ready_mask,
+            **self.cache_argument,
+            use_cache=True,
+            logits_to_keep=1,
+            rlhf_rows=_TokenAttention(mask),
+        ).logits[:, -1]
+        self.positions += 1
+        return logits
+
+    def drop(self, ended: list[bool]) -> list[int]:
+        """Drop ended rows; return the old index of each remaining row, in the new order."""
+        n = len(ended) - sum(ended)
+        holes = [i for i in range(n) if ended[i]]
+        last = [i for i in range(n, len(ended)) if not ended[i]]
+        if holes:
+            targets, sources = (upload(torch.tensor(i), self.device) for i in (holes, last))
+            self.cache.move(sources, targets)
+            self.positions[targets] = self.positions[sources]
+            if self.mask is not None:
+                self.mask[targets] = self.mask[sources]
+        self.cache.rows = n
+        filling = dict(zip(holes, last, strict=True))
+        return [filling.get(i, i) for i in range(n)]
+
+
+class _KVCache(Cache):
+    """Keys and values in preallocated buffers; all prompts end in the same column."""
+
+    def __init__(self, lengths: list[int], columns: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.columns = columns
+        self.width = max(lengths)
+        self.rows = len(lengths)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        ends = torch.tensor(lengths).cumsum(0)[:, None]
+        column = torch.arange(self.width)
+        # The token in the packed row for each cell of the padded prompts; for padding any token.
+        source = (ends - self.width + column).clamp(min=0)
+        padding = column < self.width - torch.tensor(lengths)[:, None]
+        self.source = upload(source.flatten(), device)
+        self.padding = upload(padding, device)[:, None, :, None] if padding.any() else None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store packed prompts or one column; return the keys and values to attend to."""
+        if layer_idx == len(self.keys):
+            return self._prefill(key_states, value_states)
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        n, end = self.rows, self.width
+        keys[:n, :, end - 1 : end] = key_states
+        values[:n, :, end - 1 : end] = value_states
+        return keys[:n, :, :end], values[:n, :, :end]
+
+    def _prefill(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        for store, states in ((self.keys, key_states), (self.values, value_states)):
+            _, heads, _, dim = states.shape
+            buffer = states.new_zeros(self.rows, heads, self.columns, dim)
+            prompts = states[0].index_select(1, self.source).view(heads, self.rows, -1, dim)
+            buffer[:, :, : self.width] = prompts.transpose(0, 1)
+            if self.padding is not None:  # masked, but a NaN there would spoil the product
+                buffer[:, :, : self.width].masked_fill_(self.padding, 0)
+            store.append(buffer)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in use."""
+        return self.width if self.keys else 0
+
+    def move(self, sources: Int[Tensor, " moved"], targets: Int[Tensor, " moved"]) -> None:
+        """Overwrite target rows by source rows; no row may be both."""
+        for buffer in (*self.keys, *self.values):
+            used = buffer[:, :, : self.width]
+            used.index_copy_(0, targets, used.index_select(0, sources))
+
+
+class _TokenAttention:
+    """Attention of one new token per row to the row's cache."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self.mask = mask
+
+    def widest(self, key: Tensor) -> int:
+        return key.shape[2]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        rows, heads, _, dim = query.shape
+        # Query heads that share a key head become queries of that head, so nothing is copied.
+        grouped = query.reshape(rows, key.shape[1], -1, dim)
+        with plain_float32(query.device):
+            out = F.scaled_dot_product_attention(
+                grouped, key, value, attn_mask=self.mask, **options
+            )
+        return out.reshape(rows, 1, heads, -1)
+
+
+class PaddedDecoder:
+    """Decoder with transformers' own cache and masks, prompts padded on the left.
+
+    With `keeps_rows` ended rows stay in the cache, and their logits are left out.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        *,
+        keeps_rows: bool = False,
+    ) -> None:
+        self.policy, self.keeps_rows = policy, keeps_rows
+        device = next(policy.parameters()).device
+        ids, attention = pad_left(prompts, 0)
+        self.ids, self.attention = upload(ids, device), upload(attention, device)
+        # Without padding no mask is passed: transformers would read it at every step, to see
+        # whether it masks anything.
+        self.has_padding = not bool(attention.all())
+        self.cache = DynamicCache(config=core_of(policy).config)
+        self.cache_argument = {cache_parameter(policy): self.cache}
+        self.live: Tensor | None = None
+
+    def start(self) -> Float[Tensor, "rows vocabulary"]:
+        """Prefill the cache with the prompts; return the logits after each."""
+        return self._forward(self.ids, position_ids(self.attention))
+
+    def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
+        """Append one token to each live row; return the logits after it."""
+        if self.live is not None:
+            tokens = tokens.new_zeros(len(self.attention)).index_copy(0, self.live, tokens)
+        self.attention = F.pad(self.attention, (0, 1), value=1)
+        logits = self._forward(tokens[:, None], self.attention.sum(1, keepdim=True) - 1)
+        return logits if self.live is None else logits[self.live]
+
+    def drop(self, ended: list[bool]) -> list[int]:
+        """Drop ended rows; return the old index of each remaining row, in the new order."""
+        order = [i for i, end in enumerate(ended) if not end]
+        index = upload(torch.tensor(order, dtype=torch.long), self.attention.device)
+        if self.keeps_rows:
+            self.live = index if self.live is None else self.live[index]
+        else:
+            # Unlike `batch_select_indices` this selects the states of recurrent layers too.
+            self.cache.reorder_cache(index)
+            self.attention = self.attention[index]
+        return order
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        arguments = named_arguments(
+            self.policy,
+            input_ids=ids,
+            attention_mask=self.attention if self.has_padding else None,
+            position_ids=positions,
+            **self.cache_argument,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return self.policy(**arguments).logits[:, -1]
+
+
+class GroupedDecoder:
+    """A `PaddedDecoder` for each length of a prompt, so that nothing is padded."""
+
+    def __init__(
+        self,
+        policy: Any,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        *,
+        keeps_rows: bool = False,
+    ) -> None:
+        self.device = next(policy.parameters()).device
+        lengths = torch.tensor([len(p) for p in prompts])
+        self.rows = [(lengths == n).nonzero().squeeze(1) for n in lengths.unique().tolist()]
+        self.decoders = [
+            PaddedDecoder(
+                policy, [prompts[i] for i in rows.tolist()], max_new_tokens, keeps_rows=keeps_rows
+            )
+            for rows in self.rows
+        ]
+
+    def start(self) -> Float[Tensor, "rows vocabulary"]:
+        """Prefill the caches with the prompts; return the logits after each."""
+        return self._joined([decoder.start() for decoder in self.decoders])
+
+    def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
+        """Append one token to each live row; return the logits after it."""
+        parts = [tokens[upload(rows, self.device)] for rows in self.rows]
+        return self._joined([d.step(t) for d, t in zip(self.decoders, parts, strict=True)])
+
+    def drop(self, ended: list[bool]) -> list[int]:
+        """Drop ended rows; return the old index of each remaining row, in the new order."""
+        order: list[int] = []
+        remaining: list[tuple[PaddedDecoder, Tensor]] = []
+        for decoder, rows in zip(self.decoders, self.rows, strict=True):
+            over = [ended[i] for i in rows.tolist()]
+            if all(over):
+                continue
+            old = rows[decoder.drop(over)].tolist() if any(over) else rows.tolist()
+            remaining.append((decoder, torch.arange(len(order), len(order) + len(old))))
+            order.extend(old)
+        self.decoders, self.rows = [d for d, _ in remaining], [r for _, r in remaining]
+        return order
+
+    def _joined(self, logits: list[Tensor]) -> Tensor:
+        order = torch.cat(self.rows).argsort()
+        return torch.cat(logits)[upload(order, self.device)]
+
+
+class UncachedDecoder:
+    """Decoder without a cache: computes the whole rows again for every token."""
+
+    def __init__(self, policy: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
+        self.policy = policy
+        self.device = next(policy.parameters()).device
+        lengths = torch.tensor([len(p) for p in prompts])
+        width = int(lengths.max())
+        ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts])
+        self.ids, self.lengths = upload(ids, self.device), lengths
+
+    def start(self) -> Float[Tensor, "rows vocabulary"]:
+        """Return the logits after each prompt."""
+        attention = (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
+        groups = row_groups(self.policy, attention)
+        parts = []
+        for rows in groups:
+            longest = int(self.lengths[rows].max())
+            own = attention[rows, :longest]
+            ids = self.ids[upload(rows, self.device), :longest]
+            arguments, index = arguments_of(ids, own, packs(self.policy, longest))
+            last = index.gather(1, self.lengths[rows, None] - 1).squeeze(1)
+            parts.append(captured_logits(self.policy, arguments, last)[1])
+        order = torch.cat(groups).argsort()
+        return torch.cat(parts)[upload(order, self.device)]
+
+    def step(self, tokens: Int[Tensor, " live"]) -> Float[Tensor, "live vocabulary"]:
+        """Append one token to each live row; return the logits after it."""
+        columns = upload(self.lengths[:, None], self.device)
+        self.ids = F.pad(self.ids, (0, 1)).scatter(1, columns, tokens[:, None])
+        self.lengths = self.lengths + 1
+        self.ids = self.ids[:, : int(self.lengths.max())]
+        return self.start()
+
+    def drop(self, ended: list[bool]) -> list[int]:
+        """Drop ended rows; return the old index of each remaining row, in the new order."""
+        order = [i for i, end in enumerate(ended) if not end]
+        index = torch.tensor(order, dtype=torch.long)
+        self.ids, self.lengths = self.ids[upload(index, self.device)], self.lengths[index]
+        return order
+
+
+def pad_left(
+    rows: list[list[int]], pad: int
+) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+    """Stack prompts, padded on the left; return ids and attention mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+#: Ways to decode, the fastest first.
+_WAYS: dict[str, Callable[[Any, list[list[int]], int], Decoder]] = {
+    "packed": PackedDecoder,
+    "padded": PaddedDecoder,
+    "padded, rows kept": partial(PaddedDecoder, keeps_rows=True),
+    "by length": GroupedDecoder,
+    "by length, rows kept": partial(GroupedDecoder, keeps_rows=True),
+    "without cache": UncachedDecoder,
+}
+
+
+def _way_of(policy: Any, longest: float) -> str:
+    """Return the fastest way to decode that is exact for sequences of up to `longest` tokens.
+
+    Raises:
+        ConfigError: None is.
+    """
+    facts = facts_of(policy)
+    result = Agreement(False)
+    for name, way in _WAYS.items():
+        if name == "packed" and not packs(policy, longest):
+            continue
+        if name != "without cache" and longest > stable_length(policy):
+            continue  # the cache holds keys of other frequencies
+        key = f"decodes {name}"
+        if key not in facts:
+            facts[key] = _try(policy, way)
+        result = facts[key]
+        if result.holds:
+            return name
+    raise ConfigError(
+        f"base.path: {model_name(policy)} can't be sampled exactly: a logit is "
+        f"{result.expected:.4g} for a row alone and {result.actual:.4g} in a batch; give another "
+        "base"
+    )
+
+
+def _try(policy: Any, way: Callable[[Any, list[list[int]], int], Decoder]) -> Agreement:
+    """Compare a way to decode with calls on single rows, while some rows end."""
+    steps, ends = 4, {0: [1], 2: [0]}
+    window = attention_window(policy)
+    longest = int(min(window + 3 if window <= 64 else 9, max(1, stable_length(policy) - steps)))
+    lengths = [min(n, longest) for n in (5, 2, longest, 3)]
+    rows = rows_of(policy, [n + steps for n in lengths])
+    actual, expected = [], []
+    with testing(policy):
+        alone = [_logits_of(policy, row) for row in rows]
+        try:
+            decoder = way(policy, [r[:n] for r, n in zip(rows, lengths, strict=True)], steps)
+            logits, live = decoder.start(), list(range(len(rows)))
+            for step in range(steps):
+                actual.append(logits)
+                expected.append(torch.stack([alone[i][lengths[i] - 1 + step] for i in live]))
+                if step in ends:
+                    order = decoder.drop([i in ends[step] for i in live])
+                    live = [live[i] for i in order]
+                tokens = [rows[i][lengths[i] + step] for i in live]
+                logits = decoder.step(torch.tensor(tokens, device=logits.device))
+        except Exception:  # a model's code may fail in any way with a cache or padding
+            return Agreement(False, float("nan"), float("nan"))
+        return agreement(policy, actual, expected)
+
+
+def _logits_of(policy: Any, row: list[int]) -> Tensor:
+    """Compute a row's logits, (tokens, vocabulary), by the model's own call."""
+    ids = torch.tensor([row], device=next(policy.parameters()).device)
+    return call(policy, input_ids=ids).logits[0]

@@ -1,0 +1,75 @@
+"""Estimates by fake tensors, compared with the same model that computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf.config import LoraConfig, load_config
+from rlhf.estimate import PROCESS, cures, estimate, shape_of
+from rlhf.modeling.base import load_policy
+
+LENGTH = 24
+
+
+@pytest.mark.parametrize("name", ["fresh", "gpt2-base", "bloom-base"])
+def test_a_shape_is_that_of_the_model_that_computes(toy, name):
+    shape = shape_of(toy(name), LENGTH, None)
+    model = load_policy(toy(name))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.adapter == 0
+    assert shape.vocabulary == model.config.vocab_size
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert shape.cache_per_token == held / LENGTH
+
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    stored = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            stored[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train().base_model(input_ids=ids, use_cache=False)
+    measured = sum(size for size, _ in stored.values())
+    assert shape.stored_per_row == pytest.approx(measured, rel=0.15)
+
+
+def test_adapters_are_counted(toy):
+    shape = shape_of(toy("fresh"), LENGTH, LoraConfig(r=2))
+    model = AutoModelForCausalLM.from_pretrained(toy("fresh"))
+    linear = [
+        m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    ]
+    assert shape.adapter == sum(2 * (m.in_features + m.out_features) for m in linear)
+
+
+def test_sharing_and_smaller_batches_need_less(toy):
+    base = toy("fresh")
+
+    def stages(*overrides: str):
+        words = [f"--base.path={base}", "--data.source=x.jsonl", "--ppo.max_new_tokens=8"]
+        config = load_config(
+            None,
+            [*words, "--sft.max_length=48", "--reward_model.max_length=48", *overrides],
+        ).config
+        return config, {stage.section: stage for stage in estimate(config, base)}
+
+    lora = "--sft.lora.r=2", "--reward_model.lora.r=2", "--ppo.lora.r=2", "--ppo.shared_base=true"
+    full_config, full = stages()
+    _, small = stages(*lora, "--ppo.critic=adapter")
+    _, micro = stages("--sft.micro_batch_size=2", "--ppo.micro_batch_size=2")
+    ppo = full["ppo"]
+    # Policy, reference, reward model and critic; then one of them with three adapters.
+    assert ppo.weights == 4 * full["sft"].weights
+    assert full["sft"].weights < small["ppo"].weights < ppo.weights / 2
+    assert micro["sft"].activations < full["sft"].activations / 10
+    assert micro["ppo"].activations < ppo.activations
+    assert all(stage.peak > PROCESS + stage.weights for stage in full.values())
+    assert all(stage.tokens_per_second > 0 for stage in full.values())
+    assert cures(full_config, ppo).startswith("set ppo.lora")
