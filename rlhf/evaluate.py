@@ -109,7 +109,7 @@ def evaluate_policy(
 
     Writes `evaluation.json` with `sampled` and `greedy`, each: win_rate of the reward model's
     score (with interval; ties count a half), reward_before/after, kl per reply in nats against the
-    SFT policy (at temperature 1), eos_rate, tokens_before/after, repetition_before/after, and the
+    SFT policy (see `_kl`), eos_rate, tokens_before/after, repetition_before/after, and the
     independent judge's gold_* if there is one; and `samples.json` with replies side by side.
     Without `limits`, prompts and replies may fill the policy's context.
 
@@ -190,7 +190,7 @@ def answer_prompts(
         tokens.append(replies.mask.sum(1).float().cpu())
         finished.append(replies.finished.float().cpu())
         if reference is not None:
-            kl.append(_kl(model, reference, replies).cpu())
+            kl.append(_kl(model, reference, replies, sampling.temperature).cpu())
     return Answers(
         texts,
         scorer(prompts, texts),
@@ -348,8 +348,16 @@ def _samples(rows: Sequence[PromptRow], before: Answers, after: Answers) -> list
     ]
 
 
-def _kl(model: Any, reference: Any, replies: Replies) -> Float[Tensor, " batch"]:
-    """Estimate the KL of each reply in nats at temperature 1: k1, Σ log π − log π_ref."""
-    log_p, _ = log_probs_and_entropy(model, replies, 1.0, entropy=False)
-    log_p_ref, _ = log_probs_and_entropy(reference, replies, 1.0, entropy=False)
+def _kl(
+    model: Any, reference: Any, replies: Replies, temperature: float
+) -> Float[Tensor, " batch"]:
+    """Estimate the KL of each reply in nats: k1, Σ log π − log π_ref over its tokens.
+
+    Both are at the sampling temperature and over the whole vocabulary, from which evaluation
+    samples whatever PPO's `top_k` and `top_p` are: on average it is the KL of the distribution that
+    is sampled. A greedy reply is no sample: its value is the log-ratio at temperature 1.
+    """
+    temperature = temperature or 1.0
+    log_p, _ = log_probs_and_entropy(model, replies, temperature, entropy=False)
+    log_p_ref, _ = log_probs_and_entropy(reference, replies, temperature, entropy=False)
     return ((log_p - log_p_ref) * replies.mask).sum(1)

@@ -81,7 +81,7 @@ class TRLSide(TrainerCallback):
 
         return peft.LoraConfig(
             r=LORA.r, lora_alpha=int(LORA.alpha), lora_dropout=0.0,
-            target_modules=LORA.target_modules, task_type="CAUSAL_LM",
+            target_modules=str(LORA.target_modules), task_type="CAUSAL_LM",
         )  # fmt: skip
 
     def _arguments(self) -> Any:

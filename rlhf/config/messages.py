@@ -101,6 +101,7 @@ def unusual_values(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], st
     """
     yield from _unusual_values(config, "")
     yield from _unused_limits(config)
+    yield from _unscored_truncation(config)
 
 
 def _unused_limits(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -143,3 +144,17 @@ def _unusual_values(section: BaseModel, prefix: str) -> Iterator[tuple[tuple[str
         if not low <= value <= high:
             line = f"{prefix}{name} = {value:g} is outside the advised {low:g}–{high:g}; "
             yield (f"{prefix}{name}",), line + "keep it only if you mean it"
+
+
+def _unscored_truncation(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield a note if replies are drawn from another distribution than the one that is scored."""
+    ppo = config.ppo
+    by_k = [f"top_k = {ppo.top_k}"] if ppo.top_k > 0 else []
+    by_p = [f"top_p = {ppo.top_p:g}"] if ppo.top_p < 1 else []
+    if ppo.truncation == "none" and (by_k or by_p):
+        yield (
+            ("ppo.truncation", "ppo.compat", "ppo.top_k", "ppo.top_p"),
+            f"ppo.truncation = none with {' and '.join(by_k + by_p)} computes ratio and KL of "
+            "another distribution than replies are drawn from; set ppo.truncation to replay, or "
+            "ppo.top_k to 0 and ppo.top_p to 1",
+        )

@@ -46,23 +46,27 @@ COMPAT: Mapping[str, Mapping[str, Any]] = {
     # OpenRLHF 0.11.2: compute_approx_kl in openrlhf/models/utils.py clamps k1, k2 and k3 alike to
     # ±10, compute_reward the score (--reward.clip_range), which goes to the last token;
     # experience_maker.py divides the squares by n. A truncated reply is left alone unless
-    # --reward.stop_properly_penalty_coef is given (negative: it replaces the score).
+    # --reward.stop_properly_penalty_coef is given (negative: it replaces the score). Log-probs are
+    # over the whole vocabulary, whatever top_p the rollouts have.
     "openrlhf": {
         "score_position": "last",
         "whiten_variance": "biased",
         "missing_eos": "none",
         "kl_clamp": 10.0,
         "reward_clip": 10.0,
+        "truncation": "none",
     },
     # verl 0.9.1: masked_var in verl/utils/torch_functional.py is unbiased; kl_penalty_forward in
     # verl/trainer/ppo/core_algos.py clamps k3 alone, to ±10 (`_by_field_names_with_compat`); the
     # reward managers put the score on the last token. Its dual clip (clip_ratio_c: 3) is always on.
+    # Log-probs are over the whole vocabulary, whatever top_k and top_p the rollouts have.
     "verl": {
         "score_position": "last",
         "whiten_variance": "unbiased",
         "missing_eos": "none",
         "kl_clamp": None,
         "reward_clip": None,
+        "truncation": "none",
     },
     # openai/lm-human-preferences: the score on the last token (train_policy.py), of replies that
     # all have one length; tf.nn.moments is biased (utils/core.py); −1 replaces the score of a reply
@@ -87,9 +91,14 @@ class SamplingSection(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; divides the logits of policy and reference alike."""
     top_k: int = Field(default=50, ge=0)
-    """Sample from the k likeliest tokens; 0 from all. Never touches the ratio's log-probs."""
+    """Sample from the k likeliest tokens; 0 from all. `truncation` says what is scored."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens with this much probability."""
+    truncation: Literal["replay", "none"] = "replay"
+    """With `top_k` or `top_p`: `replay` stores the tokens that were left at each step, and computes
+    log-probabilities, ratio, KL and entropy of policy and reference over these, so of the
+    distribution that is sampled. `none` computes them over the whole vocabulary, as most peers do:
+    ratio and KL are then of another distribution than the replies (docs/models.md)."""
     sampler: Literal["inverse_cdf", "multinomial"] = "inverse_cdf"
     """Two ways to draw from the same distribution: one uniform number per token, which is faster,
     or torch.multinomial's stream of random numbers, as TRL draws."""
@@ -132,7 +141,9 @@ class KLSection(Section):
     kl_horizon: int = Field(default=10_000, ge=1)
     """Replies over which the adaptive controller corrects."""
     kl_audit: bool = False
-    """Also log the exact KL over the whole vocabulary (`kl_exact`), beside the estimate."""
+    """Also log the exact KL over the whole vocabulary (`kl_exact`), beside the estimate. With
+    `truncation: replay` it is over the kept tokens, and `kept_mass` and `kept_mass_reference` are
+    the mean probabilities of these: what the penalty can't see is in their difference."""
 
 
 class CriticSection(Section):

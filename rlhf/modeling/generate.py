@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf.modeling.decoders import decoder_of, pad_left
 from rlhf.modeling.device import upload
+from rlhf.modeling.kept_sets import KeptSets
 from rlhf.modeling.sampling import Sampler, Sampling
 from rlhf.modeling.structure import evaluating
 
@@ -74,16 +75,18 @@ def generate(
         for rows in torch.arange(len(indices)).split(batch_size or max(1, len(indices))):
             batch = indices[rows]
             # A new sampler per batch: at each step it makes the random numbers of all prompts.
-            sampler = Sampler(sampling, len(prompts), seed, device)
+            sampler = Sampler(sampling, len(prompts), seed, device, drawn.masks.append)
             drawn.begin(rows)
             _decode(policy, [prompts[i] for i in batch.tolist()], batch, sampler, drawn, every)
     width = int(drawn.lengths.max())
     mask = torch.arange(width) < drawn.lengths[:, None]
+    kept = drawn.kept_sets(width)
     return Replies(
         upload(torch.cat([ids, drawn.tokens[:, :width]], 1), device),
         torch.cat([attention, mask.long()], 1),
         upload(mask, device),
         upload(drawn.finished, device),
+        None if kept is None else kept.to(device),
     )
 
 
@@ -94,13 +97,15 @@ class Replies:
     `ids` and `attention` are (batch, prompt + reply). `mask` is (batch, reply), true up to and
     including the end-of-reply token; it is made by position, because a sampled pad token is a token
     like any other. `attention` stays on the CPU, since shapes depend on it and reading it from an
-    accelerator would make the host wait.
+    accelerator would make the host wait. `kept` are the sets of tokens from which a truncated
+    sampler drew (`Sampling.record_kept`); None counts all tokens.
     """
 
     ids: Int[Tensor, "batch total"]
     attention: Int[Tensor, "batch total"]
     mask: Bool[Tensor, "batch reply"]
     finished: Bool[Tensor, " batch"]
+    kept: KeptSets | None = None
 
     @property
     def reply_ids(self) -> Int[Tensor, "batch reply"]:
@@ -115,7 +120,8 @@ class Replies:
     def to(self, device: torch.device) -> Replies:
         """Copy to a device, except `attention`."""
         ids, mask, finished = (upload(t, device) for t in (self.ids, self.mask, self.finished))
-        return Replies(ids, self.attention, mask, finished)
+        kept = None if self.kept is None else self.kept.to(device)
+        return Replies(ids, self.attention, mask, finished, kept)
 
     def rows(self) -> list[list[int]]:
         """Valid tokens of each reply."""
@@ -129,7 +135,7 @@ class Replies:
         rows = upload(index, self.ids.device)
         return Replies(
             self.ids[rows, :cut], self.attention[index, :cut], self.mask[rows, :width],
-            self.finished[rows],
+            self.finished[rows], None if self.kept is None else self.kept.take(index, width),
         )  # fmt: skip
 
 
@@ -145,7 +151,9 @@ def concatenate(batches: Sequence[Replies], pad: int) -> Replies:
         )
 
     finished = torch.cat([batch.finished for batch in batches])
-    return Replies(widened("ids", pad), widened("attention", 0), widened("mask", 0), finished)
+    sets = [batch.kept for batch in batches if batch.kept is not None]
+    kept = KeptSets.concatenate(sets) if sets else None
+    return Replies(widened("ids", pad), widened("attention", 0), widened("mask", 0), finished, kept)
 
 
 def _decode(
@@ -189,6 +197,10 @@ class _DrawnReplies:
         self.lengths = torch.full((rows,), max_new_tokens)
         self.finished = torch.zeros(rows, dtype=torch.bool)
         self.ends, self.stop = torch.tensor(ends), stop
+        #: Tokens that could be drawn at each step since the last read, if the sampler records them.
+        self.masks: list[Bool[Tensor, "live vocabulary"]] = []
+        self._kept: list[KeptSets] = []
+        self._kept_cells: list[Tensor] = []
 
     def begin(self, rows: Tensor) -> None:
         """Start a batch: these rows are live."""
@@ -196,11 +208,18 @@ class _DrawnReplies:
 
     def read(self, block: Int[Tensor, "steps live"]) -> list[bool]:
         """Append some steps' tokens to the live rows; return which of them have ended."""
+        kept = None
+        if self.masks:  # all steps at once: on an accelerator each call makes the host wait
+            kept = KeptSets.of_masks(torch.cat(self.masks)).to(block.device)
+            self.masks.clear()
         over = torch.zeros(len(self.live), dtype=torch.bool)
-        for step in block:
+        for i, step in enumerate(block):
             going = (~over).nonzero().squeeze(1)
             rows, tokens = self.live[going], step[going]
             self.tokens[rows, self.step] = tokens
+            if kept is not None:
+                self._kept.append(kept.take(i * len(self.live) + going, 1))
+                self._kept_cells.append(rows * self.tokens.shape[1] + self.step)
             self.step += 1
             ended = torch.isin(tokens, self.ends)
             if self.stop is not None:
@@ -212,6 +231,14 @@ class _DrawnReplies:
             if over.all():
                 break
         return over.tolist()
+
+    def kept_sets(self, width: int) -> KeptSets | None:
+        """Return the sets of all tokens, in `width` columns; None if they are not recorded."""
+        if not self._kept:
+            return None
+        rows, columns = self.tokens.shape
+        sets = KeptSets.assemble(self._kept, self._kept_cells, (rows, columns))
+        return sets.take(torch.arange(rows), width)
 
     def keep(self, order: Tensor) -> None:
         """Drop all live rows but these, in this order."""

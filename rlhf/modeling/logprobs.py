@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.modeling.device import rounding, upload
 from rlhf.modeling.generate import Replies
+from rlhf.modeling.kept_sets import EXCLUDED, KeptSets, exclude
 from rlhf.modeling.packed import (
     arguments_of,
     captured_logits,
@@ -44,8 +45,9 @@ def log_probs_and_entropy(
     """Compute log-probabilities of reply tokens and entropies of their distributions.
 
     Entropies are in nats, and all zero without `entropy`. Both results are zero where the mask is
-    false. The logits are divided by `temperature`; top-k and top-p are not applied, so that the
-    ratio of a policy with itself is exactly 1.
+    false. The logits are divided by `temperature`. Where the replies carry kept sets, the softmax
+    is over these; top-k and top-p are never applied again, since the sets of other weights would be
+    other sets. So the ratio of a policy with itself is exactly 1.
     """
     log_probs, entropies, _ = _evaluate(policy, None, replies, temperature, entropy)
     return log_probs, entropies
@@ -69,7 +71,10 @@ def log_probs_entropy_values(
 def reply_logits(
     policy: Any, replies: Replies, temperature: float
 ) -> Float[Tensor, "tokens vocabulary"]:
-    """Compute the logits over `temperature` from which each valid token was drawn."""
+    """Compute the logits over `temperature` from which each valid token was drawn.
+
+    They are of the whole vocabulary, whatever the replies' kept sets are.
+    """
     groups = row_groups(policy, replies.attention)
     if len(groups) > 1:
         parts: list[Tensor] = [replies.ids.new_empty(0)] * len(replies.ids)
@@ -106,6 +111,7 @@ def token_log_probs(
     targets: Int[Tensor, " tokens"],
     temperature: float = 1.0,
     entropy: bool = True,
+    kept: KeptSets | None = None,
     *,
     slice_size: int | None = None,
     keep: int | None = None,
@@ -121,6 +127,7 @@ def token_log_probs(
         targets: Token ids.
         temperature: Divides the logits; 0 or less counts as 1.
         entropy: Whether to compute entropies.
+        kept: Sets of tokens that the softmax is over, of the same tokens; None is all tokens.
         slice_size: Logits computed at a time; None is `SLICE` or `ACCELERATOR_SLICE`.
         keep: Logits stored for the backward pass at most; None is `KEEP` or `ACCELERATOR_KEEP`.
     """
@@ -143,16 +150,17 @@ def token_log_probs(
         # Autocast would round the entropy's products; `hidden` already has autocast's precision.
         with torch.autocast(hidden.device.type, enabled=False):
             result: Any = _LinearLogProbs.apply(
-                hidden, head.weight, head.bias, targets, temperature, entropy, rows, store
+                hidden, head.weight, head.bias, targets, temperature, entropy, kept, rows, store
             )
         return result[0][:n], result[1][:n]
 
-    def of_slice(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return log_probs_from_logits(head(hidden), targets, temperature, entropy)
+    def of_slice(hidden: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        excluded = None if kept is None else kept.excluded(start, start + len(targets))
+        return log_probs_from_logits(head(hidden), targets, temperature, entropy, excluded)
 
     parts = [
-        checkpoint(of_slice, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        checkpoint(of_slice, h, t, i * rows, use_reentrant=False)
+        for i, (h, t) in enumerate(zip(hidden.split(rows), targets.split(rows), strict=True))
     ]
     log_probs, entropies = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
     return torch.cat(log_probs), torch.cat(entropies)
@@ -163,12 +171,15 @@ def log_probs_from_logits(
     targets: Int[Tensor, " tokens"],
     temperature: float,
     entropy: bool,
+    excluded: Bool[Tensor, "tokens vocabulary"] | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """Compute the results of `token_log_probs` from given logits, by autograd."""
     if temperature > 0:
         logits = logits / temperature
     if logits.dtype != torch.float64:
         logits = logits.float()
+    if excluded is not None:
+        logits = exclude(logits.clone(), excluded)
     log_p = torch.log_softmax(logits, -1)
     log_probs = log_p.gather(-1, targets[:, None]).squeeze(-1)
     if not entropy:
@@ -197,10 +208,14 @@ def _evaluate(
     if has_plain_head(policy):
         hidden, cast = final_hidden(policy, arguments)
         rows = cast(take_rows(hidden, previous))
-        results = token_log_probs(head_of(policy), rows, targets, temperature, entropy)
+        results = token_log_probs(
+            head_of(policy), rows, targets, temperature, entropy, replies.kept
+        )
     else:
         hidden, logits = captured_logits(policy, arguments, previous)
-        results = log_probs_from_logits(logits, targets, temperature, entropy)
+        kept = replies.kept
+        excluded = None if kept is None else kept.excluded(0, len(logits))
+        results = log_probs_from_logits(logits, targets, temperature, entropy, excluded)
     if head is not None:
         states = take_rows(hidden, _state_tokens(index, replies))
         flat = in_own_precision(head, states).squeeze(-1)
@@ -260,13 +275,13 @@ class _LinearLogProbs(torch.autograd.Function):
     """Autograd function of `token_log_probs` for a plain linear head.
 
     With z the logits, p their softmax, H its entropy: ∂ log p_t / ∂z = onehot(t) − p and
-    ∂H / ∂z = −p (log p + H).
+    ∂H / ∂z = −p (log p + H). Outside of the kept sets p is 0, and so are both.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        temperature: float, entropy: bool, rows: int, store: bool,
+        temperature: float, entropy: bool, kept: KeptSets | None, rows: int, store: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         n, vocabulary = len(hidden), len(weight)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -278,6 +293,8 @@ class _LinearLogProbs(torch.autograd.Function):
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
             z = _logits(scaled[part], matrix, offset, dtype)
+            if kept is not None:
+                kept.exclude_(z, part.start)
             chosen = z.gather(1, targets[part, None]).squeeze(1)
             top = z.max(1).values
             z.sub_(top[:, None])
@@ -285,11 +302,13 @@ class _LinearLogProbs(torch.autograd.Function):
             total = e.sum(1)
             log_probs[part] = chosen - top - total.log()
             if entropy:
+                if kept is not None:
+                    z.clamp_(min=EXCLUDED)  # 0 · −∞ is NaN
                 entropies[part] = total.log() - torch.linalg.vecdot(e, z) / total
             sums[part], tops[part] = total, top
         ctx.save_for_backward(hidden, weight, bias, targets, sums, tops, entropies)
         ctx.stored = stored if store else None
-        ctx.options = (temperature, entropy, rows)
+        ctx.options = (temperature, entropy, kept, rows)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         return log_probs, entropies
@@ -297,7 +316,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden, weight, bias, targets, sums, tops, entropies = ctx.saved_tensors
-        temperature, entropy, rows = ctx.options
+        temperature, entropy, kept, rows = ctx.options
         grad, grad_entropy = grads[0], grads[1] if entropy else None
         stored, ctx.stored = ctx.stored, None
         scaled, matrix, offset = _scale_operands(hidden, weight, bias, temperature)
@@ -308,9 +327,11 @@ class _LinearLogProbs(torch.autograd.Function):
         if stored is not None:
             rows = len(hidden)  # nothing to compute again: one product for all rows
         for start in range(0, len(hidden), max(rows, 1)):
-            part = slice(start, start + rows)
+            part = slice(start, min(start + rows, len(hidden)))
             if stored is None:
                 z = _logits(scaled[part], matrix, offset, sums.dtype)
+                if kept is not None:
+                    kept.exclude_(z, part.start)
                 e = z.sub_(tops[part, None]).exp_()
             else:
                 e = stored
@@ -328,7 +349,7 @@ class _LinearLogProbs(torch.autograd.Function):
             out = (out / temperature if temperature != 1 else out).to(hidden.dtype)
         if out_weight is not None:
             out_weight = out_weight.to(weight.dtype)
-        return out, out_weight, out_bias, None, None, None, None, None
+        return out, out_weight, out_bias, None, None, None, None, None, None
 
 
 def _scale_operands(

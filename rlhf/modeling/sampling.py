@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,13 +31,27 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     sampler: Literal["inverse_cdf", "multinomial"] = "inverse_cdf"
+    record_kept: bool = False
+    """Store with the replies which tokens top-k and top-p left at each step."""
+
+    def truncates(self, vocabulary: int) -> bool:
+        """Return whether top-k or top-p can leave tokens of this vocabulary out."""
+        return self.temperature > 0 and (0 < self.top_k < vocabulary or self.top_p < 1)
 
 
 class Sampler:
-    """Sampler of one batch, with a random generator of its own."""
+    """Sampler of one batch, with a random generator of its own.
 
-    def __init__(self, sampling: Sampling, batch: int, seed: int, device: torch.device) -> None:
+    With `Sampling.record_kept` a truncating sampler calls `record` at each step with the mask of
+    the tokens that it drew from, (live, vocabulary).
+    """
+
+    def __init__(
+        self, sampling: Sampling, batch: int, seed: int, device: torch.device,
+        record: Callable[[Tensor], None] | None = None,
+    ) -> None:  # fmt: skip
         self.sampling, self.batch = sampling, batch
+        self.record = record if sampling.record_kept else None
         if sampling.sampler == "multinomial":
             self.generator = torch.Generator(device).manual_seed(seed)
         else:  # on the CPU, so that all devices draw the same numbers
@@ -51,6 +66,8 @@ class Sampler:
         if self.sampling.temperature == 0:
             return logits.argmax(-1)
         logits = filter_logits(logits.float(), self.sampling)
+        if self.record is not None and self.sampling.truncates(logits.shape[1]):
+            self.record(logits > -torch.inf)
         if self.sampling.sampler == "inverse_cdf":
             return inverse_cdf(logits, self.uniform[step, rows])
         # As torch.multinomial does it for one sample: p / q is largest at i with probability p_i

@@ -102,13 +102,21 @@ def exact_kl(logits: Logits, reference_logits: Logits) -> Float[Tensor, " tokens
     """Exact KL(π‖π_ref) = Σ π·(log π − log π_ref) over the whole vocabulary, in nats.
 
     Source: Kullback and Leibler 1951, section 2; Schulman's estimators estimate this. Logits are
-    already divided by the sampling temperature. A token of probability 0 under π adds 0.
+    already divided by the sampling temperature. A token of probability 0 under π adds 0: if logits
+    outside of a set are −∞, it is the KL within the set.
     """
     log_probs = logits.log_softmax(-1)
     reference = reference_logits.log_softmax(-1)
     probs = log_probs.exp()
     # 0·(−∞) is NaN in floating point and 0 in this sum.
     return (probs * (log_probs - reference)).masked_fill(probs == 0, 0).sum(-1)
+
+
+def kept_mass(
+    logits: Logits, excluded: Bool[Tensor, "tokens vocabulary"]
+) -> Float[Tensor, " tokens"]:
+    """Probability that softmax(logits) gives to the tokens that are not excluded."""
+    return logits.softmax(-1).masked_fill(excluded, 0).sum(-1)
 
 
 class KLController:

@@ -31,6 +31,7 @@ from rlhf.modeling.classifier import input_limit, is_causal
 from rlhf.modeling.critic import AdapterCritic, Critic, HeadCritic, critic_from, freeze
 from rlhf.modeling.decoders import frozen_copy
 from rlhf.modeling.generate import Replies, Stop, concatenate, generate
+from rlhf.modeling.kept_sets import exclude
 from rlhf.modeling.logprobs import (
     log_probs_and_entropy,
     log_probs_entropy_values,
@@ -50,7 +51,7 @@ from rlhf.modeling.precision import autocast, store_in_bfloat16
 from rlhf.modeling.reward import Scorer, SharedScorer, load_reward_model
 from rlhf.modeling.sampling import Sampling
 from rlhf.modeling.structure import hidden_width
-from rlhf.ppo.losses import exact_kl
+from rlhf.ppo.losses import exact_kl, kept_mass
 from rlhf.ranks import Ranks
 
 LogProbs = Float[Tensor, "batch reply"]
@@ -169,13 +170,26 @@ class Models:
         with self._as_reference() as reference, self._autocast():
             return log_probs_and_entropy(reference, replies, self.config.temperature, False)[0]
 
-    def exact_kl(self, replies: Replies) -> Float[Tensor, " tokens"]:
-        """Compute KL(π‖π_ref) over the whole vocabulary at each valid reply token."""
-        temperature = self.config.temperature
+    def audit(self, replies: Replies) -> dict[str, Float[Tensor, " tokens"]]:
+        """Compute the exact KL(π‖π_ref) at each valid reply token (`kl_exact`).
+
+        With kept sets it is over these, and `kept_mass` and `kept_mass_reference` are the
+        probabilities that policy and reference give them.
+        """
+        temperature, kept = self.config.temperature, replies.kept
         with self._autocast():
             logits = reply_logits(self.policy, replies, temperature)
         with self._as_reference() as reference, self._autocast():
-            return exact_kl(logits, reply_logits(reference, replies, temperature))
+            reference_logits = reply_logits(reference, replies, temperature)
+        if kept is None:
+            return {"kl_exact": exact_kl(logits, reference_logits)}
+        excluded = kept.excluded(0, len(logits))
+        masses = {
+            "kept_mass": kept_mass(logits, excluded),
+            "kept_mass_reference": kept_mass(reference_logits, excluded),
+        }
+        kl = exact_kl(exclude(logits, excluded), exclude(reference_logits, excluded))
+        return {"kl_exact": kl, **masses}
 
     def values(self, replies: Replies) -> Values:
         """Compute the critic's value of every state of the replies."""

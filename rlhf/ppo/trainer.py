@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,8 +66,9 @@ class PPOTrainer:
         #: Device of the rollouts between the phases of an update.
         self.storage_device = torch.device("cpu") if config.optimize_device_cache else self.device
         self.sampling = Sampling(
-            config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.sampler
-        )
+            config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.sampler,
+            record_kept=config.truncation == "replay",
+        )  # fmt: skip
         context = context_length(models.policy)
         self.limits = ppo_limits(config, context, limits)
         self.max_prompt = self.limits.prompt
@@ -106,8 +107,9 @@ class PPOTrainer:
         replies = self.models.sample(prompts, tokenizer, self.sampling, seed, stop, ends=ends)
         rollouts = Rollouts(repeated, replies.to(self.storage_device), self._decode(replies))
         if self.environment.needs_reference_reply:
+            sampling = replace(self.sampling, record_kept=False)
             rivals = self.models.sample(
-                prompts, tokenizer, self.sampling, seed + 1, stop, ends=ends, reference=True
+                prompts, tokenizer, sampling, seed + 1, stop, ends=ends, reference=True
             )
             rollouts.reference_texts = self._decode(rivals)
             rollouts.reference_finished = rivals.finished.tolist()
@@ -153,7 +155,7 @@ class PPOTrainer:
         """
         config, replies, scored = self.config, rollouts.replies, rollouts.scored
         assert scored is not None
-        log_probs, reference, entropy, values, exact_kl = self._forward(replies)
+        log_probs, reference, entropy, values, audit = self._forward(replies)
         mask = replies.mask
         states = value_mask(mask, mask.shape[1], config.score_position)
         values = values * states
@@ -180,22 +182,22 @@ class PPOTrainer:
             "eos_rate": float(replies.finished.float().mean()),
             "explained_variance": explained_variance(values, returns, states),
         }
-        if config.kl_audit:
-            metrics["kl_exact"] = exact_kl / len(mask)
+        for name, total in audit.items():
+            metrics[name] = total / (len(mask) if name == "kl_exact" else float(mask.sum()))
         buffer = Buffer(replies, states, log_probs, advantages, values, returns)
         return buffer, metrics, _samples(rollouts, scored, reply_kl)
 
-    def _forward(self, replies: Replies) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    def _forward(self, replies: Replies) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, float]]:
         """Run all models on the replies, in micro-batches shared among the processes.
 
         Returns:
-            Log-probs of policy and reference, entropies, values, and the exact KL summed over all
-            tokens (0 without `kl_audit`).
+            Log-probs of policy and reference, entropies, values, and the results of
+            `Models.audit` summed over all tokens (none without `kl_audit`).
         """
         rows, width = shape = replies.mask.shape
         log_probs, reference, entropy = (torch.zeros(shape, device=self.device) for _ in range(3))
         values = torch.zeros(rows, width + 1, device=self.device)
-        kl_sums: list[Tensor] = []
+        audits: list[dict[str, Tensor]] = []
         ranks = self.models.ranks
         own = torch.arange(rows)[ranks.share(rows)]
         for index in own.split(self.config.micro_batch_size):
@@ -206,14 +208,19 @@ class PPOTrainer:
             reference[tokens] = self.models.reference_log_probs(part)
             values[states] = self.models.values(part)
             if self.config.kl_audit:
-                kl_sums.append(self.models.exact_kl(part).sum())
+                audits.append({k: t.sum() for k, t in self.models.audit(part).items()})
         # A sum gathers the rows: those of other processes are zero here.
         ranks.all_reduce(log_probs, reference, entropy, values)
-        exact = sum(sum(t.tolist()) for t in ranks.gather(torch.stack(kl_sums))) if kl_sums else 0.0
+        names = audits[0] if audits else ()
+        sums = [ranks.gather(torch.stack([audit[name] for audit in audits])) for name in names]
+        audit = {
+            name: float(sum(sum(t.tolist()) for t in parts))
+            for name, parts in zip(names, sums, strict=True)
+        }
         log_probs, reference, entropy, values = (
             t.to(self.storage_device) for t in (log_probs, reference, entropy, values)
         )
-        return log_probs, reference, entropy, values, exact
+        return log_probs, reference, entropy, values, audit
 
     def state_dict(self) -> dict[str, Any]:
         """State other than weights and optimizers, as JSON values."""

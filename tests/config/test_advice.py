@@ -66,6 +66,26 @@ def test_a_pretrained_bases_own_discount_is_no_users_choice():
     assert PipelineConfig.model_validate(config.model_dump(mode="json")) == config
 
 
+@pytest.mark.parametrize(
+    ("arguments", "filters"),
+    [
+        ([], "top_k = 50"), (["--ppo.top_p=0.9"], "top_k = 50 and top_p = 0.9"),
+        (["--ppo.top_k=0", "--ppo.top_p=0.9"], "top_p = 0.9"), (["--ppo.top_k=0"], None),
+    ],
+)  # fmt: skip
+def test_truncation_without_replay(arguments, filters):
+    lines = advice("--ppo.truncation=none", *arguments)
+    assert lines == [] if filters is None else lines == [
+        f"ppo.truncation = none with {filters} computes ratio and KL of another distribution than "
+        "replies are drawn from; set ppo.truncation to replay, or ppo.top_k to 0 and ppo.top_p to 1"
+    ]  # fmt: skip
+
+
+def test_a_peers_way_is_no_exception():
+    assert len(advice("--ppo.compat=verl")) == 1
+    assert advice("--ppo.compat=verl", "--ppo.truncation=replay") == []
+
+
 @pytest.mark.parametrize("name", ["veto", "trigger"])
 def test_limits_of_drift_without_a_comparison_have_no_effect(name):
     limits = [f"--data.drift.{name}.tokens=0.1", f"--data.drift.{name}.labels=0.2"]

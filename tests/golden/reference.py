@@ -97,6 +97,32 @@ def exact_kl(logits, reference_logits):
     return {"kl": [sum(p * ln(p / q) for p, q in zip(*pair, strict=True)) for pair in pairs]}
 
 
+def truncated_softmax(logits, reference_logits, temperature, top_k, top_p, chosen):
+    """Filter by counting likelier tokens; no logarithm of a sum."""
+    result = {name: [] for name in ("kept", "log_probs", "reference_log_probs", "entropy", "kl")}
+    result["gradient"] = []
+    for row, other, token in zip(logits, reference_logits, chosen, strict=True):
+        weights = [exp(Fraction(x) / Fraction(temperature)) for x in row]
+        rivals = [exp(Fraction(x) / Fraction(temperature)) for x in other]
+        tokens = range(len(row))
+        above = {i: [j for j in tokens if row[j] > row[i]] for i in tokens}
+        kept = [i for i in tokens if not 0 < top_k <= len(above[i])]
+        total = sum(weights[i] for i in kept)
+        if top_p < 1:
+            kept = [i for i in kept if sum(weights[j] for j in above[i]) < top_p * total]
+        p = {i: weights[i] / sum(weights[j] for j in kept) for i in kept}
+        q = {i: rivals[i] / sum(rivals[j] for j in kept) for i in kept}
+        result["kept"].append([int(i in kept) for i in tokens])
+        result["log_probs"].append(ln(p[token]))
+        result["reference_log_probs"].append(ln(q[token]))
+        result["entropy"].append(-sum(x * ln(x) for x in p.values()))
+        result["kl"].append(sum(p[i] * ln(p[i] / q[i]) for i in kept))
+        result["gradient"].append(
+            [((i == token) - p.get(i, 0)) / Fraction(temperature) for i in tokens]
+        )
+    return result
+
+
 def states_of(mask, score_position, max_new_tokens):
     states = []
     for row in mask:

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from rlhf.config.ppo import KLSection
+from rlhf.modeling.kept_sets import KeptSets, exclude
+from rlhf.modeling.logprobs import log_probs_from_logits
+from rlhf.modeling.sampling import Sampling, filter_logits
 from rlhf.ppo import losses
 from tests.golden import reference
 from tests.library.toys import DEVICE
@@ -93,6 +96,27 @@ def kl_estimators(x):
 
 def exact_kl(x):
     return {"kl": losses.exact_kl(x.logits, x.reference_logits)}
+
+
+def truncated_softmax(x):
+    """The filter, the stored sets, and the log-probabilities that replay them."""
+    sampling = Sampling(1, x.temperature, x.top_k, x.top_p)
+    masks = filter_logits(x.logits, sampling) > -torch.inf
+    excluded = KeptSets.of_masks(masks).excluded(0, len(masks))
+    chosen = torch.tensor(x.inputs["chosen"], device=DEVICE)
+    logits = x.logits.requires_grad_()
+    log_probs, entropies = log_probs_from_logits(logits, chosen, x.temperature, True, excluded)
+    log_probs.sum().backward()
+    reference, _ = log_probs_from_logits(x.reference_logits, chosen, x.temperature, False, excluded)
+    scaled = (t.detach() / x.temperature for t in (logits, x.reference_logits))
+    return {
+        "kept": ~excluded,
+        "log_probs": log_probs.detach(),
+        "reference_log_probs": reference,
+        "entropy": entropies.detach(),
+        "kl": losses.exact_kl(*(exclude(t, excluded) for t in scaled)),
+        "gradient": logits.grad,
+    }
 
 
 def adaptive_kl(x):
@@ -206,7 +230,7 @@ def test_the_values_that_the_convention_names():
 
 
 def test_every_file_says_what_it_is():
-    assert len(FILES) == 14
+    assert len(FILES) == 15
     assert len(CASES) == sum(len(d["cases"]) for d in DOCUMENTS.values()) >= 70
     for name, document in DOCUMENTS.items():
         assert document.keys() == {"formula", "source", "tolerance", "cases"}, name

@@ -14,6 +14,7 @@ EVERYTHING = {
     "reward_normalization": "running", "critic": "adapter", "lr_scheduler": "cosine",
     "lr_warmup_updates": 1, "critic_warmup_updates": 1, "target_kl": 0.05, "entropy_coef": 0.01,
     "kl_audit": True, "whiten_rewards": True, "compat": "trl", "multi_objective": True,
+    "top_k": 60, "top_p": 0.9,
     "env_config": {
         "components": {
             "reward_model": {"normalize": "zscore"},

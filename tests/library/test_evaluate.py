@@ -183,16 +183,20 @@ def test_compare_by_hand():
     assert (part["n"], part["win_rate"], part["kl"], part["eos_rate"]) == (2, 1, 3.5, 0.5)
 
 
-def test_kl_is_summed_over_the_reply(sft, fresh, renderer, policy):
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_kl_is_summed_over_the_reply(sft, fresh, renderer, policy, temperature):
+    """Of the distributions at the sampling temperature; of a greedy reply at temperature 1."""
     rows = [renderer.encode_prompt(p, 40) for p in ("tea?", "jar or cup?")]
     replies = generate(policy, rows, renderer.tokenizer, Sampling(8), 3)
     other = load_policy(fresh).eval()
     torch.nn.init.constant_(other.model.norm.weight, 2.0)
-    got = _kl(policy, other, replies)
+    got = _kl(policy, other, replies, temperature)
     for i, (prompt, reply) in enumerate(zip(rows, replies.rows(), strict=True)):
         ids = torch.tensor([prompt + reply])
         each = [
-            m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)[range(len(reply)), reply]
+            (m(ids).logits[0, len(prompt) - 1 : -1] / (temperature or 1)).log_softmax(-1)[
+                range(len(reply)), reply
+            ]
             for m in (policy, other)
         ]
         assert got[i].item() == pytest.approx((each[0] - each[1]).sum().item(), abs=1e-4)

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.device
         {"max_new_tokens": 4},
         {"top_k": 2},
         {"top_p": 0.5},
+        {"top_k": 30, "truncation": "none"},
         {"temperature": 0.5},
         {"missing_eos_penalty": 9.0},
         {"missing_eos_penalty": None},
@@ -274,7 +275,7 @@ def test_bf16_is_close_and_weights_stay_float32(train, two_updates, sft, approve
     assert torch.equal(sampler.model.rotary_emb.inv_freq, rotary)
     replies = rollouts_of(exact).replies.to(DEVICE)
     with torch.no_grad():
-        assert trainer.models.exact_kl(replies).dtype == torch.float32
+        assert trainer.models.audit(replies)["kl_exact"].dtype == torch.float32
     with torch.no_grad():
         difference = trainer.models.log_probs(replies)[0] - exact.models.log_probs(replies)[0]
     assert 1e-6 < difference.abs().max() < 0.1
