@@ -104,7 +104,7 @@ def _loader(folder: Path | str) -> tuple[Any, bool]:
     config.num_labels = 1
     model_class, config = classifier_class(config, folder)
 
-    def load(path: str, **options: Any) -> Any:
+    def load(path: Any, **options: Any) -> Any:
         return model_class.from_pretrained(path, config=config, **options)
 
     return load, is_classifier
