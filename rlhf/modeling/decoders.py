@@ -103,7 +103,9 @@ def frozen_copy(model: Any, dtype: torch.dtype) -> Any:
     parameters = {
         id(p): torch.nn.Parameter(p.data.to(dtype), requires_grad=False) for p in model.parameters()
     }
-    twin = copy.deepcopy(model, parameters)
+    # The sample of its weights at loading, which only publishing reads, is left behind.
+    memo: dict[int, Any] = {**parameters, id(getattr(core_of(model), "loaded_sample", None)): None}
+    twin = copy.deepcopy(model, memo)
     share_facts(model, twin)
     return twin
 

@@ -151,7 +151,7 @@ def _warn_of_loss(model: Any, stored: StoredDtypes) -> None:
 
     The share that is kept is that of the rounded change along the change, a projection.
     """
-    step, sample = getattr(model, "loaded_sample", (1, {}))
+    step, sample = getattr(model, "loaded_sample", None) or (1, {})
     kept = changed = 0.0
     parameters = dict(model.named_parameters())
     for name in sample.keys() & parameters.keys():

@@ -300,7 +300,7 @@ def load_models(
     environment = build_environment(
         config, scorer, renderer, rows, device=device, context=context, ranks=ranks,
     )  # fmt: skip
-    longest = max(scored.prompt, 0) + config.max_new_tokens
+    longest = min(max(scored.prompt, 0) + config.max_new_tokens, context)
     critic = _load_critic(config, sft, policy, renderer, scorer, reward_model, longest)
     models = Models(config, policy, reference, critic, accelerator, ranks)
     models.scorer = scorer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rlhf.config import PipelineConfig
 from rlhf.custom_code import ALLOWED
@@ -48,14 +50,18 @@ def test_nothing_of_others():
 
 
 def test_a_changed_pair_model_is_other_work(tmp_path):
-    config = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    config = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "model_type": "llama",
+        "num_labels": 1,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = {"judge": "pair_model", "pair_model": str(tmp_path)}
     ppo = {"env_type": "preference_comparison", "env_config": options}
     config = PipelineConfig.model_validate({"ppo": ppo}).ppo
-    (tmp_path / "model.safetensors").write_bytes(b"one")
+    save_file({"one": torch.zeros(1)}, tmp_path / "model.safetensors")
     before = reward_function_digests(config)
-    (tmp_path / "model.safetensors").write_bytes(b"two")
+    save_file({"two": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert reward_function_digests(config) != before
 
 

@@ -63,12 +63,12 @@ def test_sharing_and_smaller_batches_need_less(toy):
     lora = "--sft.lora.r=2", "--reward_model.lora.r=2", "--ppo.lora.r=2", "--ppo.shared_base=true"
     full_config, full = stages()
     _, small = stages(*lora, "--ppo.critic=adapter")
-    _, micro = stages("--sft.micro_batch_size=2", "--ppo.micro_batch_size=2")
+    _, micro = stages("--sft.micro_batch_size=1", "--ppo.micro_batch_size=1")
     ppo = full["ppo"]
     # Policy, reference, reward model and critic; then one of them with three adapters.
     assert ppo.weights == 4 * full["sft"].weights
     assert full["sft"].weights < small["ppo"].weights < ppo.weights / 2
-    assert micro["sft"].activations < full["sft"].activations / 10
+    assert micro["sft"].activations < full["sft"].activations / 4
     assert micro["ppo"].activations < ppo.activations
     assert all(stage.peak > PROCESS + stage.weights for stage in full.values())
     assert all(stage.tokens_per_second > 0 for stage in full.values())

@@ -176,7 +176,13 @@ def test_stages_start_from_s3(upload, reward_model, sft, data, tmp_path):
     """All three places of the configuration, through the stages themselves."""
     runtime = {"work_dir": str(tmp_path / "work"), "threads": 1}
     tree = {"store": str(tmp_path / "store"), "runtime": runtime, "tracking": {"trackers": []}}
-    ready = PipelineConfig.model_validate({**tree, "rl_reward_model_path": upload(reward_model)})
+    ready = PipelineConfig.model_validate(
+        {
+            **tree,
+            "rl_reward_model_path": upload(reward_model),
+            "ppo": {"max_new_tokens": 8, "critic": "policy"},
+        }
+    )
     preflight(ready)
     nowhere = {**tree, "runtime": {**runtime, "report_dir": "~no.such.user/x"}}
     with pytest.raises(ConfigError, match=r"report_dir = '~no\.such.*: there is no such user"):

@@ -74,6 +74,7 @@ def test_what_is_drawn_after_the_end_is_left_out():
 def test_decoding_ends_when_all_rows_have(monkeypatch):
     """At the first reading after the last row's end, not at the longest reply that may be."""
     model = make("llama")
+    generate(model, PROMPTS, TOKENS, Sampling(1), 0)  # tests the model
     steps = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **k: steps.append(1) or forward(**k))
