@@ -300,7 +300,12 @@ class _Rehearsal:
         from rlhf.modeling.base import load_policy
         from rlhf.modeling.critic import critic_from
         from rlhf.modeling.device import prepare_device
-        from rlhf.modeling.exactness import check_critic, check_policy, replies_of
+        from rlhf.modeling.exactness import (
+            check_adapter,
+            check_critic,
+            check_policy,
+            replies_of,
+        )
 
         device = prepare_device(self.runtime)
         renderer = load_renderer(self.sft)
@@ -308,6 +313,9 @@ class _Rehearsal:
             policy = load_policy(self.sft).eval().to(device)
         prompts = self._prompts(renderer, policy)
         check_policy(policy, prompts, renderer.tokenizer)
+        for name in ("sft", "reward_model", "ppo"):
+            if lora := getattr(self.config, name).lora:
+                check_adapter(load_policy(self.sft).eval().to(device), lora, name, prompts[:2])
         if self.config.ppo.critic != "head":
             replies = replies_of(policy, prompts, renderer.tokenizer)
             check_critic(critic_from(load_policy(self.sft)).eval().to(device), replies)

@@ -11,13 +11,23 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor
 
+from rlhf.config import LoraConfig
 from rlhf.errors import ConfigError
 from rlhf.modeling.critic import Critic
 from rlhf.modeling.generate import Replies, generate
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
+from rlhf.modeling.lora import (
+    POLICY,
+    fit_targets,
+    lora_config,
+    merge_adapter,
+    parameters_of,
+    target_module_errors,
+)
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
 from rlhf.modeling.structure import core_of, evaluating
@@ -26,6 +36,9 @@ from rlhf.modeling.structure import core_of, evaluating
 TOLERANCE = 2e-3
 #: Tokens of a reply.
 NEW_TOKENS = 8
+#: Between which results there is a difference, in messages.
+_ALONE = "a sequence among others and the same one alone"
+_MERGED = "a model with an adapter and the same one with the adapter merged; choose target_modules"
 
 
 class NotExact(ConfigError):
@@ -98,6 +111,38 @@ def check_scorer(scorer: Scorer, rows: Sequence[list[int]]) -> None:
     _compare("rewards", together, torch.stack(alone), torch.stack(alone))
 
 
+@torch.no_grad()
+def check_adapter(policy: Any, lora: LoraConfig, section: str, rows: Sequence[list[int]]) -> None:
+    """Compare a model with a random adapter with the same adapter merged into its weights.
+
+    They differ where a family reads a layer's weights past the layer, or shares a layer.
+
+    Args:
+        policy: A causal language model, which is changed.
+        lora: The adapter's section.
+        section: Its name, for errors.
+        rows: Token ids of sequences.
+
+    Raises:
+        ConfigError: The adapter does not fit the model.
+        NotExact: What is published would be another function than what is trained.
+    """
+    targets = fit_targets(lora, policy, section, quiet=True)
+    with target_module_errors(section, targets):
+        adapted = peft.get_peft_model(policy, lora_config(targets, "CAUSAL_LM", dropout=0.0))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in parameters_of(adapted, POLICY).items():
+        if "lora_B" in name:  # which starts at zero
+            drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+            parameter.copy_(drawn / targets.alpha)
+    with evaluating(adapted):
+        before = [_logits(adapted, row, len(row)) for row in rows]
+        merged = merge_adapter(adapted)
+        for row, expected in zip(rows, before, strict=True):
+            result = _logits(merged, row, len(row))
+            _compare(f"{section}.lora: logits", result, expected, between=_MERGED)
+
+
 def replies_of(policy: Any, prompts: Sequence[list[int]], tokenizer: Any) -> Replies:
     """Return greedy replies that end at different steps; see `check_policy`."""
     with torch.no_grad():
@@ -149,16 +194,19 @@ def _check_causal(policy: Any, replies: Replies) -> None:
     _compare("logits before a changed token", one, other, one)
 
 
-def _compare(name: str, ours: Tensor, plain: Tensor, scale: Tensor) -> None:
-    """Compare two results.
+def _compare(
+    name: str, ours: Tensor, plain: Tensor, scale: Tensor | None = None, between: str = _ALONE
+) -> None:
+    """Compare two results; rounding is a share of the largest number in `scale`, or in `plain`.
 
     Raises:
         NotExact: They differ by more than rounding, or are not finite.
     """
     gap = (ours.to(plain.device).float() - plain.float()).abs().max()
-    allowed = TOLERANCE * float(scale.float().abs().max().clamp(min=1e-3))
+    largest = (plain if scale is None else scale).float().abs().max()
+    allowed = TOLERANCE * float(largest.clamp(min=1e-3))
     if not bool(gap <= allowed):  # NaN is not
         raise NotExact(
-            f"{name}: {float(gap):.2g} apart, and rounding is at most {allowed:.2g}, between a "
-            "sequence among others and the same one alone"
+            f"{name}: {float(gap):.2g} apart, and rounding is at most {allowed:.2g}, between "
+            f"{between}"
         )

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 from flows import preflight
-from rlhf.config import load_config
+from rlhf.config import LoraConfig, load_config
 from rlhf.data.rows import Pair
 from rlhf.modeling.base import load_policy
-from rlhf.modeling.exactness import NotExact, check_policy, check_scorer
+from rlhf.modeling.exactness import NotExact, check_adapter, check_policy, check_scorer
 from rlhf.modeling.miniature import MAX_PARAMETERS, miniature
 from rlhf.modeling.reward import Scorer
 from rlhf.rehearsal import RehearsalFailed, Sample, rehearse
@@ -155,6 +155,20 @@ def test_a_decoder_that_forgets_and_scores_that_mix_rows_are_found(toy):
         check_policy(policy, prompts, tokenizer)
     with pytest.raises(NotExact, match=r"rewards: .* apart"):
         check_scorer(scorer, prompts)
+
+
+def test_an_adapter_that_a_layer_does_not_see_is_found(toy):
+    rows = [[5, 6, 7], [8, 9, 10, 11]]
+    lora = LoraConfig(r=2)
+    check_adapter(load_policy(toy("sft")).eval(), lora, "ppo", rows)
+    policy = load_policy(toy("sft")).eval()
+    # As kernels do: the weights are read past the layer, and so past its adapter.
+    projection = policy.model.layers[0].mlp.down_proj
+    policy.model.layers[0].mlp.forward = lambda x: torch.nn.functional.linear(
+        x[..., :1].expand(*x.shape[:-1], projection.in_features), projection.weight
+    )
+    with pytest.raises(NotExact, match=r"ppo\.lora: logits: .* merged; choose target_modules"):
+        check_adapter(policy, lora, "ppo", rows)
 
 
 @pytest.fixture
