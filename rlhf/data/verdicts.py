@@ -227,7 +227,10 @@ def find_judge(
         names[n] for n in LABEL_COLUMNS if n in names and names[n] not in replies
     ]  # fmt: skip
     sides = {plain_label(column) for column in replies}
-    labels.sort(key=lambda label: not _name_sides(sample, label, sides))
+    # A column with one value for all rows is a class of the rows rather than a decision.
+    labels.sort(
+        key=lambda label: (_is_constant(sample, label), not _name_sides(sample, label, sides))
+    )
     fault: ConfigError | None = None
     judges: list[Judge] = []
     for label in labels:  # those whose values can be understood
@@ -258,6 +261,12 @@ def find_judge(
         "is better; set data.label_column, and data.labels.first and data.labels.second to its "
         "values"
     )
+
+
+def _is_constant(sample: Sequence[Row], label: str) -> bool:
+    """Return whether several rows have a value in this column, and all of them the same."""
+    values = [repr(value) for row in sample if (value := row.get(label)) not in (None, "")]
+    return len(values) > 1 and len(set(values)) == 1
 
 
 def _by_label(

@@ -303,7 +303,7 @@ REFUSED |= {
         "one of preference.label, preference.winner"),
     "two labels": (
         lambda i: {**two(i), "choice": "A", "human_preference": side(i, "A", "B")},
-        "choice and human_preference say the contrary"),
+        "human_preference and choice say the contrary"),
     "a list that begins with the worst": (
         lambda i: {"instruction": asked(i), "output": [bad(i), good(i)], "order": "worst_to_best"},
         "order says"),

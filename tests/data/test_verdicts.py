@@ -122,3 +122,18 @@ def test_a_setting_wins_over_the_sign_and_a_tie_alone_is_heard():
 def test_a_label_of_marks_alone_is_no_reply_of_marks_alone():
     rows = [{"response_b": "!!!", "winner": label} for label in ("a", "b", "b", "?")]
     assert decide(rows)[3] == "winner has an unknown value"
+
+
+@pytest.mark.parametrize("value", [1, 2, "a"])
+def test_a_column_with_one_value_decides_nothing_beside_one_that_varies(value):
+    rows = []
+    for i in range(12):
+        texts = ("GOOD", "BAD") if i % 2 else ("BAD", "GOOD")
+        one, other = (f"{text} {i}" for text in texts)
+        share = 1.25 if i % 2 else 1.75
+        rows.append({"label": value, "instruction": f"q {i}", "output_1": one, "output_2": other,
+                     "preference": share})  # fmt: skip
+    layout = detect([*rows[0]], rows, DataConfig(source="x"))
+    for row in rows:
+        (comparison,) = layout.convert(row).comparisons
+        assert comparison.chosen.startswith("GOOD")

@@ -207,6 +207,7 @@ def test_retraining_looks_first(struck, workers, s3, tmp_path):
     tree, *_ = struck
     short = {**tree, "ppo": {**tree["ppo"], "total_episodes": 32}}
     again = workers.submit("retraining/retraining", preset="none", overrides=short)
+    workers.wait(again, "Running")  # or else the other run may be the first
     nothing = workers.submit("retraining/retraining", preset="none", overrides=short)
     workers.wait(nothing, "AwaitingConcurrencySlot")
     first = workers.wait(again)
