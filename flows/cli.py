@@ -6,27 +6,20 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 from rich.console import Console
 
 import rlhf
 from flows import artifacts, champions, data, forget, preflight, runs
+from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
 BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
-
-Overrides = Annotated[
-    str,
-    Parameter(
-        allow_leading_hyphen=True,
-        help="Dotted overrides of the preset, such as --ppo.kl_coef=0.05.",
-    ),
-]
 
 app = App(
     name="rlhf",

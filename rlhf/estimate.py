@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +86,12 @@ def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
         ("sft", config.sft, 1),
         ("reward_model", config.reward_model, 2),
     ]
+    plain = shape_of(base, length, None)
     result = [
-        _training(name, section, replies, base, length, speed)
+        _training(name, section, replies, _adapted(plain, base, section.lora), length, speed)
         for name, section, replies in sections
     ]
-    return [*result, _ppo(config.ppo, shape_of(base, length, config.ppo.lora), length, speed)]
+    return [*result, _ppo(config.ppo, _adapted(plain, base, config.ppo.lora), length, speed)]
 
 
 def cures(config: PipelineConfig, stage: Estimate) -> str:
@@ -109,10 +112,9 @@ def cures(config: PipelineConfig, stage: Estimate) -> str:
 
 
 def _training(
-    name: str, section: TrainingSection, replies: int, base: Path, length: int, speed: float
+    name: str, section: TrainingSection, replies: int, shape: Shape, length: int, speed: float
 ) -> Estimate:  # fmt: skip
     """Estimate SFT or, with two replies to a row, reward model training."""
-    shape = shape_of(base, length, section.lora)
     micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
     batch = replies * micro
     trained = shape.adapter or shape.parameters
@@ -168,7 +170,7 @@ def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
-    try:
+    with _family_errors():
         with FakeTensorMode():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             parameters = model.num_parameters()
@@ -177,26 +179,36 @@ def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
             cached = _cached_bytes(model.base_model, ids)
         head = model.get_output_embeddings()
         vocabulary = head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size
-        adapter = _adapter_parameters(config, lora) if lora else 0
-    except Exception as error:  # a family's code can raise anything
+    return _adapted(Shape(parameters, 0, vocabulary, stored, cached / length), base, lora)
+
+
+def _adapted(shape: Shape, base: Path, lora: LoraConfig | None) -> Shape:
+    """Return a shape with the parameters that an adapter adds; without LoRA as it is.
+
+    Raises:
+        ValueError: The family's code does not run on the meta device.
+    """
+    if lora is None:
+        return shape
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf.modeling.lora import with_adapter
+
+    config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
+    with _family_errors(), torch.device("meta"):  # peft can't add an adapter to fake tensors
+        model = AutoModelForCausalLM.from_config(config)
+        adapted = with_adapter(model, lora, "ppo", quiet=True)
+        added = sum(p.numel() for p in adapted.parameters()) - shape.parameters
+    return replace(shape, adapter=added)
+
+
+@contextmanager
+def _family_errors() -> Iterator[None]:
+    """Turn whatever a family's code raises into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    return Shape(parameters, adapter, vocabulary, stored, cached / length)
-
-
-def _adapter_parameters(config: Any, lora: LoraConfig) -> int:
-    """Return the number of parameters that an adapter adds."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
-    from rlhf.modeling.lora import fit_targets, lora_config, target_module_errors
-
-    with torch.device("meta"):  # peft can't add an adapter to fake tensors
-        model: Any = AutoModelForCausalLM.from_config(config)
-        before = model.num_parameters()
-        lora = fit_targets(lora, model, "ppo", quiet=True)
-        with target_module_errors("ppo", lora):
-            adapted: Any = peft.get_peft_model(model, lora_config(lora, "CAUSAL_LM"))
-        return sum(p.numel() for p in adapted.parameters()) - before
 
 
 def _stored_bytes(backbone: Any, ids: Tensor) -> float:

@@ -231,11 +231,11 @@ class _Rehearsal:
     def write_data(self, sample: Sample) -> None:
         """Write a dataset of the user's rows that fit, and of short ones."""
         from rlhf.data.rendering import Renderer
+        from rlhf.modeling.base import folder_context
         from rlhf.modeling.tokenizer import load_tokenizer
 
         renderer = Renderer(load_tokenizer(self.base))
-        context = read_json(self.base / CONFIG).get("max_position_embeddings")
-        limits = self.limits().within(context or LENGTH)
+        limits = self.limits().within(folder_context(self.base))
 
         def fits(prompt: Any, *texts: str) -> bool:
             try:
@@ -323,19 +323,15 @@ class _Rehearsal:
     def _prompts(self, renderer: Any, policy: Any) -> list[list[int]]:
         """Return prompts of several lengths, one longer than each of the model's windows."""
         from rlhf.modeling.base import context_length
-        from rlhf.modeling.miniature import sections_of
+        from rlhf.modeling.structure import attention_windows, text_config
 
         rows = [row.prompt for row in iterate_rows(self.data / PROMPTS_TRAIN, PromptRow)]
         prompts = [renderer.encode_prompt(prompt, LENGTH) for prompt in rows]
         most = min(self.config.token_limits().prompt, context_length(policy) - NEW_TOKENS, LONGEST)
-        names = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
-        windows = {
-            value
-            for section in sections_of(policy.config)
-            for holder in (vars(section), getattr(section, "rope_parameters", None) or {})
-            for name in names
-            if isinstance(value := holder.get(name), int)
-        }
+        # YaRN scales the positions of all sequences, those beyond its original length too.
+        rope = getattr(text_config(policy), "rope_parameters", None) or {}
+        original = rope.get("original_max_position_embeddings")
+        windows = attention_windows(policy) | ({original} if isinstance(original, int) else set())
         longest = max((w + 16 for w in windows if w + 16 <= most), default=0)
         if longest > len(prompts[-1]):
             prompts.append((prompts[-1] * (1 + longest // len(prompts[-1])))[:longest])
@@ -426,21 +422,20 @@ def _quiet() -> Iterator[None]:
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    verbosity = transformers_logging.get_verbosity()
+    from rlhf.trl_adapter import quiet_trainer
+
     shows_bars = transformers_logging.is_progress_bar_enabled()
     shows_data_bars = not datasets.are_progress_bars_disabled()
     level = logging.getLogger("rlhf").level
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("rlhf").setLevel(max(level, logging.ERROR))
     try:
-        with warnings.catch_warnings():
+        with quiet_trainer():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.getLogger("rlhf").setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
         if shows_bars:
             transformers_logging.enable_progress_bar()
         if shows_data_bars:

@@ -8,7 +8,6 @@ versions of libraries.
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.files import expand_home, files_sha256, read_json, write_json
-from rlhf.modeling.source import MODEL_FILES, WEIGHTS, ExternalModel, ExternalTokenizer
+from rlhf.modeling.source import DESCRIPTION_FILES, ExternalModel, ExternalTokenizer
 from rlhf.store import Producer
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.external_inputs import external_base_model, external_reward_model
@@ -134,22 +133,18 @@ def _reward_base(config: PipelineConfig, scratch: Path) -> tuple[ExternalModel, 
 
 
 def _small_files(external: ExternalModel, config: PipelineConfig, scratch: Path) -> Path:
+    """Return a folder with a model's files; of a remote one all but the weights."""
     if external.is_artifact:
         store = store_of(config)
         ref = store.resolve(external.uri)
         names = [
             entry.path
             for entry in store.manifest(ref).files
-            if entry.path.endswith(MODEL_FILES) and not entry.path.endswith(WEIGHTS)
+            if entry.path.endswith(DESCRIPTION_FILES)
         ]
         return store.fetch(ref, names)
     small = ExternalTokenizer(external.field, external.uri, external.options, external.revision)
-    target = scratch / "small"
-    target.mkdir(parents=True)
-    copy = small.fetch(scratch / "download")
-    for name, path in copy.files.items():
-        shutil.copy(path, target / name)
-    return target
+    return small.fetch(scratch).folder
 
 
 def _record(config: PipelineConfig, key: str) -> Path:
@@ -168,7 +163,7 @@ def _key(config: PipelineConfig, producer: Producer, folders: Sequence[Path] = (
         f"{index}/{path.name}": path
         for index, folder in enumerate(folders)
         for path in sorted(folder.iterdir())
-        if path.name.endswith(MODEL_FILES) and not path.name.endswith(WEIGHTS)
+        if path.name.endswith(DESCRIPTION_FILES) and path.is_file()
     }
     identity = {
         "sections": sections,

@@ -79,7 +79,9 @@ class StoreConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where a stage runs: changes speed, never what is learnt, so no part of a fingerprint.
+    """Folders, device and threads of a stage; no part of its fingerprint.
+
+    They change its speed and never its result.
 
     A machine's own RLHF_WORK_DIR, RLHF_REPORT_DIR, RLHF_CACHE_GB, RLHF_DEVICE and RLHF_THREADS win.
     """
@@ -100,8 +102,9 @@ class RuntimeConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where metrics are sent: changes what is seen, never what is learnt, so no part of a
-    fingerprint. Addresses and credentials stand in each tracker's own environment variables."""
+    """Experiment trackers that get the metrics; no part of a fingerprint.
+
+    Addresses and credentials stand in each tracker's own environment variables."""
 
     trackers: tuple[Tracker, ...] = ("tensorboard",)
     """Any of `tensorboard`, `wandb`, `mlflow` and `trackio`; an empty list sends nothing."""
@@ -141,7 +144,7 @@ class RetryConfig(Section):
 
 
 class PromotionConfig(Section):
-    """What happens to a policy that passed every gate."""
+    """Promotion of a policy that passed every gate."""
 
     name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     """Model line whose champion this pipeline updates."""
@@ -174,7 +177,7 @@ Placement = Annotated[
 
 
 class PipelineConfig(Section):
-    """Everything that a run depends on."""
+    """Configuration of a whole run."""
 
     model_config = ConfigDict(json_schema_extra=allow_aliases)
 

@@ -80,7 +80,7 @@ def complete_template(tokenizer: Any, model: str) -> None:
 
 @dataclass(frozen=True)
 class TurnFormat:
-    """How a chat template writes an assistant's turn, found by rendering probes."""
+    """Form of an assistant's turn in a chat template, found by rendering probes."""
 
     end: str | None = None
     """Token behind the content of the last turn; None if the template writes none."""

@@ -77,7 +77,7 @@ class Renderer:
 
     @cached_property
     def turn(self) -> TurnFormat:
-        """How the template writes an assistant's turn."""
+        """Form of an assistant's turn in the template."""
         return turn_format(self.tokenizer)
 
     @property

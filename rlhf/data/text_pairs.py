@@ -49,7 +49,7 @@ class PairRenderer(Renderer):
 
     @property
     def end_ids(self) -> list[int]:
-        """Nothing: such a model samples no replies."""
+        """An empty list: such a model samples no replies."""
         return []
 
     @property

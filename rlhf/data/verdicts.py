@@ -223,17 +223,11 @@ def find_judge(
     if config.label_column is None and one_hot[0] and one_hot[1]:
         columns = tuple(name for name in one_hot if name)
         return Judge(f"decided by {', '.join(columns)}", columns, *replies, {}, "one-hot")
-    labels = [config.label_column] if config.label_column else [
-        names[n] for n in LABEL_COLUMNS if n in names and names[n] not in replies
-    ]  # fmt: skip
     sides = {plain_label(column) for column in replies}
-    # A column with one value for all rows is a class of the rows rather than a decision.
-    labels.sort(
-        key=lambda label: (_is_constant(sample, label), not _name_sides(sample, label, sides))
-    )
     fault: ConfigError | None = None
     judges: list[Judge] = []
-    for label in labels:  # those whose values can be understood
+    for label in _label_columns(names, sample, replies, config):
+        # Judges are those whose values can be understood.
         if (
             judges
             and (label in _SIGNED or not _name_sides(sample, label, sides))
@@ -265,8 +259,23 @@ def find_judge(
 
 def _is_constant(sample: Sequence[Row], label: str) -> bool:
     """Return whether several rows have a value in this column, and all of them the same."""
-    values = [repr(value) for row in sample if (value := row.get(label)) not in (None, "")]
-    return len(values) > 1 and len(set(values)) == 1
+    values = [repr(value) for value in filled_cells(sample, label)]
+    return len(values) > 1 and len({*values}) == 1
+
+
+def _label_columns(
+    names: Mapping[str, str], sample: Sequence[Row], replies: tuple[str, str], config: DataConfig
+) -> list[str]:
+    """Return the columns that may hold labels, those that say most of a reply first."""
+    if config.label_column:
+        return [config.label_column]
+    labels = [names[n] for n in LABEL_COLUMNS if n in names and names[n] not in replies]
+    sides = {plain_label(column) for column in replies}
+    # A column with one value for all rows is a class of the rows rather than a decision.
+    return sorted(
+        labels,
+        key=lambda label: (_is_constant(sample, label), not _name_sides(sample, label, sides)),
+    )
 
 
 def _by_label(

@@ -34,11 +34,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlhf.errors import ConfigError
+from rlhf.modeling.agreement import testing
 from rlhf.modeling.base import context_length
 from rlhf.modeling.packed import position_ids
 from rlhf.modeling.precision import in_own_precision
 from rlhf.modeling.pretrained import check_weights, load_pretrained, loading_error
-from rlhf.modeling.structure import backbone_of, call, core_of, evaluating, facts_of
+from rlhf.modeling.structure import backbone_of, call, core_of, facts_of
 
 #: Weights in a checkpoint that a classifier has no use for: heads of a language model, a pooler
 #: that its head does not read, and buffers that older versions of transformers saved.
@@ -197,7 +198,7 @@ def is_causal(model: Any) -> bool:
     ids = _probe(model)
     other = ids.clone()
     other[0, -1] = ids[0, 0]
-    with _undisturbed(model):
+    with testing(model):
         one, two = (
             call(core, input_ids=i, attention_mask=torch.ones_like(i)).last_hidden_state[:, :-1]
             for i in (ids, other)
@@ -220,7 +221,7 @@ def pads_exactly(model: Any) -> bool:
     pad = model.config.get_text_config().pad_token_id or 0
     filler = torch.full((1, 3), pad, device=ids.device)
     both = torch.cat([torch.cat([short, filler], dim=1), ids])
-    with _undisturbed(model), _ramp(last_layer(model)):
+    with testing(model), _ramp(last_layer(model)):
         try:
             padded = model(both, mask).logits[0]
         except ValueError:  # of a class that asks for something in all rows
@@ -355,7 +356,7 @@ def _scores_last_token(model: Any, folder: Path | str) -> bool:
     try:
         ids = _probe(model)
         mask = torch.ones_like(ids)
-        with _undisturbed(model), _ramp(layer):
+        with testing(model), _ramp(layer):
             if isinstance(model, GenericClassifier):
                 apply_head(model, call(backbone_of(model), input_ids=ids).last_hidden_state)
                 return True
@@ -411,12 +412,3 @@ def _ramp(layer: nn.Linear) -> Iterator[None]:
         yield
     finally:
         layer.weight.data = weight
-
-
-@contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
-    """Switch dropout and autocast off."""
-    core = core_of(model)
-    device = next(core.parameters()).device
-    with evaluating(core), torch.autocast(device.type, enabled=False):
-        yield

@@ -7,11 +7,9 @@ depends on a sequence's neighbours, on padding, or on a state that a cache does 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor
 
@@ -20,17 +18,11 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.critic import Critic
 from rlhf.modeling.generate import Replies, generate
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
-from rlhf.modeling.lora import (
-    POLICY,
-    fit_targets,
-    lora_config,
-    merge_adapter,
-    parameters_of,
-    target_module_errors,
-)
+from rlhf.modeling.lora import POLICY, merge_adapter, parameters_of, with_adapter
+from rlhf.modeling.packed import check_causal
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
-from rlhf.modeling.structure import core_of, evaluating
+from rlhf.modeling.structure import call, evaluating
 
 #: Largest difference that counts as rounding, in float32, as a share of the largest magnitude.
 TOLERANCE = 2e-3
@@ -56,10 +48,11 @@ def check_policy(policy: Any, prompts: Sequence[list[int]], tokenizer: Any) -> N
 
     Raises:
         NotExact: A result depends on more than its own sequence.
+        ConfigError: A result depends on later tokens.
     """
     replies = _replies(policy, prompts, tokenizer)
     with evaluating(policy):
-        _check_causal(policy, replies)
+        check_causal(policy)
         log_probs, _ = log_probs_and_entropy(policy, replies, 1.0)
         for index, (prompt, reply) in enumerate(_rows(replies)):
             plain = _logits(policy, prompt + reply, len(reply) + 1)[:-1]
@@ -127,14 +120,12 @@ def check_adapter(policy: Any, lora: LoraConfig, section: str, rows: Sequence[li
         ConfigError: The adapter does not fit the model.
         NotExact: What is published would be another function than what is trained.
     """
-    targets = fit_targets(lora, policy, section, quiet=True)
-    with target_module_errors(section, targets):
-        adapted = peft.get_peft_model(policy, lora_config(targets, "CAUSAL_LM", dropout=0.0))
+    adapted = with_adapter(policy, lora, section, quiet=True)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in parameters_of(adapted, POLICY).items():
         if "lora_B" in name:  # which starts at zero
             drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
-            parameter.copy_(drawn / targets.alpha)
+            parameter.copy_(drawn / lora.alpha)
     with evaluating(adapted):
         before = [_logits(adapted, row, len(row)) for row in rows]
         merged = merge_adapter(adapted)
@@ -176,22 +167,8 @@ def _rows(replies: Replies) -> list[tuple[list[int], list[int]]]:
 
 def _logits(policy: Any, ids: list[int], last: int) -> Tensor:
     """Return the logits after the last tokens of a sequence, by a plain call."""
-    device = next(policy.parameters()).device
-    arguments = {"input_ids": torch.tensor([ids], device=device), "use_cache": False}
-    if "logits_to_keep" in inspect.signature(type(core_of(policy)).forward).parameters:
-        arguments["logits_to_keep"] = last
-    return policy(**arguments).logits[0, -last:].float()
-
-
-def _check_causal(policy: Any, replies: Replies) -> None:
-    """Check that a token's logits do not depend on later tokens."""
-    prompt, reply = max(_rows(replies), key=lambda row: len(row[1]))
-    ids = prompt + reply
-    changed = [*ids[:-1], prompt[0] if prompt[0] != ids[-1] else prompt[-1]]
-    if changed == ids or len(ids) < 2:
-        return
-    one, other = (_logits(policy, row, len(reply) + 1)[:-1] for row in (ids, changed))
-    _compare("logits before a changed token", one, other, one)
+    input_ids = torch.tensor([ids], device=next(policy.parameters()).device)
+    return call(policy, input_ids=input_ids, logits_to_keep=last).logits[0, -last:].float()
 
 
 def _compare(

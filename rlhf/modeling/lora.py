@@ -93,6 +93,23 @@ def fit_targets(
     return config.model_copy(update={"target_modules": tuple(found)})
 
 
+def with_adapter(model: Any, config: LoraConfig, section: str, *, quiet: bool = False) -> Any:
+    """Add a new adapter to a causal language model, without dropout.
+
+    Args:
+        model: The language model, whose layers are replaced.
+        config: Rank, scale and layers of the adapter.
+        section: The section's name, for errors.
+        quiet: As for `fit_targets`.
+
+    Raises:
+        ConfigError: `target_modules` does not fit the model.
+    """
+    config = fit_targets(config, model, section, quiet=quiet)
+    with target_module_errors(section, config):
+        return peft.get_peft_model(model, lora_config(config, "CAUSAL_LM", dropout=0.0))
+
+
 @contextmanager
 def target_module_errors(section: str, config: LoraConfig | None) -> Iterator[None]:
     """Context in which peft adds adapters to the layers that `fit_targets` found, or an error.

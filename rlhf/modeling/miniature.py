@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from rlhf.modeling.structure import sections_of
+
 #: Most parameters of a miniature; a vocabulary of 260,000 tokens has 17 million at a width of 64.
 MAX_PARAMETERS = 60_000_000
 #: Most layers, if more are needed for one of each type.
@@ -83,15 +85,6 @@ def miniature(config: Any, model_class: Any, seed: int = 0) -> Any:
             continue
         return model
     raise ValueError(f"no miniature of {config.model_type!r} ({'; '.join(errors)})")
-
-
-def sections_of(config: Any) -> Iterator[Any]:
-    """Yield a configuration and those nested in it, such as `text_config`."""
-    yield config
-    for name in getattr(type(config), "sub_configs", {}):
-        nested = getattr(config, name, None)
-        if nested is not None:
-            yield from sections_of(nested)
 
 
 def _shallow(config: Any) -> Any:

@@ -149,7 +149,7 @@ def layout_of(model: Any, longest: float) -> Literal["packed", "padded", "by len
     """
     if packs(model, longest):
         return "packed"
-    _check_causal(model)
+    check_causal(model)
     return "padded" if longest <= stable_length(model) and _pads(model) else "by length"
 
 
@@ -364,7 +364,7 @@ def _pads(model: Any) -> bool:
     return facts["pads"]
 
 
-def _check_causal(model: Any) -> None:
+def check_causal(model: Any) -> None:
     """Refuse a model whose results for the same tokens depend on the tokens that follow.
 
     Raises:

@@ -10,10 +10,7 @@ from typing import Any
 
 from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError
-from rlhf.modeling.source import ExternalModel
-
-#: Fields of a configuration that limit a model's positions.
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
+from rlhf.modeling.source import CONTEXT_FIELDS, ExternalModel
 
 
 def check_reward_source(
@@ -85,5 +82,5 @@ def context_in(data: Mapping[str, Any]) -> int | None:
     """Return the limit of a `config.json` on positions, of its text model; None without one."""
     text = data.get("text_config")
     parts = [text, data] if isinstance(text, dict) else [data]
-    limits = [part.get(field) for part in parts for field in _CONTEXT]
+    limits = [part.get(field) for part in parts for field in CONTEXT_FIELDS]
     return next((n for n in limits if isinstance(n, int) and n > 0), None)

@@ -18,6 +18,10 @@ MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 CONFIG = "config.json"
 WEIGHTS = ".safetensors"
+#: Endings of a model's files but its weights.
+DESCRIPTION_FILES = tuple(end for end in MODEL_FILES if end != WEIGHTS)
+#: Fields of a configuration that limit a model's positions.
+CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "n_positions")
 MAX_CONFIG_BYTES = 2**20
 
 ADAPTER = "adapter_config.json"
@@ -187,11 +191,10 @@ class ExternalModel(External):
 class ExternalTokenizer(ExternalModel):
     """The tokenizer, chat template and configuration of an external model, without its weights."""
 
-    hub_files = tuple(f"*{end}" for end in MODEL_FILES if end != WEIGHTS)
+    hub_files = tuple(f"*{end}" for end in DESCRIPTION_FILES)
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Return the model's files but the weights, sorted."""
         if CONFIG not in names:
             raise self.error(f"no model there (no {CONFIG}); give the folder of a whole model")
-        ends = tuple(end for end in MODEL_FILES if end != WEIGHTS)
-        return sorted(n for n in names if n.endswith(ends) and not n.startswith("."))
+        return sorted(n for n in names if n.endswith(DESCRIPTION_FILES) and not n.startswith("."))

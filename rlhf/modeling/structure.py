@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rlhf.modeling.source import CONTEXT_FIELDS
+
 #: Field names of a configuration that limit how many tokens an attention layer sees.
 _WINDOW_FIELDS = re.compile(
     r"(^|_)(window(_size)?|local_attention|attention_chunk_size|index_topk|indexer_budget)$"
 )
-#: Field names that limit a model's positions.
-_CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "n_positions")
 
 #: Name of its backbone, by model, and results of tests, by backbone: each is tested once.
 _backbones: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -56,6 +56,15 @@ def text_config(model: Any) -> Any:
     return core_of(model).config.get_text_config(decoder=True)
 
 
+def sections_of(config: Any) -> Iterator[Any]:
+    """Yield a configuration and those nested in it, such as `text_config`."""
+    yield config
+    for name in getattr(type(config), "sub_configs", {}):
+        nested = getattr(config, name, None)
+        if nested is not None:
+            yield from sections_of(nested)
+
+
 def context_of(config: Any) -> float:
     """Return the longest sequence that a model of this configuration computes exactly, in tokens.
 
@@ -64,7 +73,7 @@ def context_of(config: Any) -> float:
     limit.
     """
     text = config.get_text_config(decoder=True)
-    limits = [getattr(text, name, None) for name in _CONTEXT_FIELDS]
+    limits = [getattr(text, name, None) for name in CONTEXT_FIELDS]
     first = next((n for n in limits if isinstance(n, int) and n > 0), float("inf"))
     return min(first, _stable_length(text))
 
@@ -146,11 +155,16 @@ def cache_parameter(model: Any) -> str:
 
 def attention_window(model: Any) -> float:
     """Return the shortest attention window of a layer, in tokens; infinite without one."""
+    return min(attention_windows(model), default=float("inf"))
+
+
+def attention_windows(model: Any) -> set[int]:
+    """Return the attention windows of all layers, in tokens."""
     config = text_config(model)
     types = getattr(config, "layer_types", None)
     if types is not None and set(types) <= {"full_attention"}:
-        return float("inf")
-    return min(_windows(config.to_dict()), default=float("inf"))
+        return set()
+    return {*_windows(config.to_dict())}
 
 
 def stable_length(model: Any) -> float:

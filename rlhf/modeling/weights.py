@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf.files import files_sha256
 from rlhf.modeling.generation_config import make_savable
 from rlhf.modeling.headers import Header
+from rlhf.modeling.structure import sections_of
 
 log = logging.getLogger(__name__)
 
@@ -171,11 +172,8 @@ def _warn_of_loss(model: Any, stored: StoredDtypes) -> None:
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> None:
     """Set the dtype that a configuration and its parts state."""
-    config.dtype = dtype
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if part is not None:
-            _set_dtype(part, dtype)
+    for part in sections_of(config):
+        part.dtype = dtype
 
 
 def _end(name: str) -> str:

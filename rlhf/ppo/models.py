@@ -46,6 +46,7 @@ from rlhf.modeling.lora import (
     fit_targets,
     lora_config,
     target_module_errors,
+    with_adapter,
 )
 from rlhf.modeling.precision import autocast, store_in_bfloat16
 from rlhf.modeling.reward import Scorer, SharedScorer, load_reward_model
@@ -333,10 +334,7 @@ def _load_policy_and_reference(config: PPOConfig, sft: Path) -> tuple[Any, Any]:
     policy = load_policy(sft)
     if not config.lora:
         return policy, freeze(load_policy(sft))
-    lora = fit_targets(config.lora, policy, "ppo")
-    with target_module_errors("ppo", lora):
-        adapted = peft.get_peft_model(policy, lora_config(lora, "CAUSAL_LM", dropout=0.0))
-    return adapted, None
+    return with_adapter(policy, config.lora, "ppo"), None
 
 
 def _load_critic(
