@@ -138,11 +138,14 @@ def _rehearse(
     run.write_data(sample)
     with run.step("SFT"):
         run.train_sft()
+        run.check_adapter("sft")
     with run.step("the comparison with plain transformers"):
         run.check_policy()
     with run.step("the reward model"):
+        run.check_adapter("reward_model")
         run.train_reward_model(reward_base[0] if reward_base else None)
     with run.step("PPO"):
+        run.check_adapter("ppo")
         run.train_policy()
     with run.step("the evaluation"):
         run.evaluate()
@@ -300,12 +303,7 @@ class _Rehearsal:
         from rlhf.modeling.base import load_policy
         from rlhf.modeling.critic import critic_from
         from rlhf.modeling.device import prepare_device
-        from rlhf.modeling.exactness import (
-            check_adapter,
-            check_critic,
-            check_policy,
-            replies_of,
-        )
+        from rlhf.modeling.exactness import check_critic, check_policy, replies_of
 
         device = prepare_device(self.runtime)
         renderer = load_renderer(self.sft)
@@ -313,12 +311,24 @@ class _Rehearsal:
             policy = load_policy(self.sft).eval().to(device)
         prompts = self._prompts(renderer, policy)
         check_policy(policy, prompts, renderer.tokenizer)
-        for name in ("sft", "reward_model", "ppo"):
-            if lora := getattr(self.config, name).lora:
-                check_adapter(load_policy(self.sft).eval().to(device), lora, name, prompts[:2])
         if self.config.ppo.critic != "head":
             replies = replies_of(policy, prompts, renderer.tokenizer)
             check_critic(critic_from(load_policy(self.sft)).eval().to(device), replies)
+
+    def check_adapter(self, section: str) -> None:
+        """Compare a section's adapter with the same one merged, if it has one."""
+        from rlhf.data.rendering import load_renderer
+        from rlhf.modeling.base import load_policy
+        from rlhf.modeling.device import prepare_device
+        from rlhf.modeling.exactness import check_adapter
+
+        lora = getattr(self.config, section).lora
+        # An external reward model has layers of its own, and its stage checks their names.
+        if lora is None or (section == "reward_model" and self.has_reward_base):
+            return
+        policy = load_policy(self.sft).eval().to(prepare_device(self.runtime))
+        prompts = self._prompts(load_renderer(self.sft), policy)
+        check_adapter(policy, lora, section, prompts[:2])
 
     def _prompts(self, renderer: Any, policy: Any) -> list[list[int]]:
         """Return prompts of several lengths, one longer than each of the model's windows."""
