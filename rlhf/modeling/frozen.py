@@ -8,8 +8,6 @@ weights while evaluating, and code that reads a layer's weight would find packed
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,12 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.config import RuntimeConfig
 from rlhf.config.training import FrozenDtype
 from rlhf.errors import ConfigError
+from rlhf.modeling import nf4
+from rlhf.modeling.nf4 import BLOCK, SCALE_BLOCK
 from rlhf.modeling.structure import core_of, is_read_by_kernel
-
-#: Weights that share a scale, and scales that share one of theirs, as in the paper.
-BLOCK, SCALE_BLOCK = 64, 256
-#: Bytes of a weight in NF4, with its share of the scales.
-NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * SCALE_BLOCK)
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +53,9 @@ def check_frozen_dtype(
             f"{field} needs a GPU, and torch finds none here: a CPU restores every weight in every "
             "call, which is slow; set it to auto, or runtime.device to cpu to train so all the same"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"{field} needs bitsandbytes, which is not installed; run `pip install bitsandbytes`, "
-            "or set it to auto"
-        )
+    nf4.check_package(section)
     try:
-        _bitsandbytes()
+        nf4.functions()
     except Exception as error:  # a build for another torch or GPU can raise anything
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -83,7 +74,7 @@ def store_frozen(
 
     Args:
         model: On the CPU in float32, without adapters; on the CPU afterwards, too.
-        dtype: `auto` stores what loses nothing in 16 bits, on an accelerator.
+        dtype: `auto` stores what loses nothing in 16 bits, on a GPU.
         device: Where it will compute; rounding to NF4 is done there.
         section: The section's name, for errors.
         keep: Names of modules that are trained, or changed, and so stay as they are.
@@ -91,10 +82,10 @@ def store_frozen(
     Raises:
         ConfigError: It is NF4, and the model has no linear layer to store.
     """
-    if dtype == "float32" or (dtype == "auto" and device.type == "cpu"):
+    if dtype == "float32" or (dtype == "auto" and device.type != "cuda"):
         return
     stored = 0
-    for layer in [*_storable(model, keep)]:
+    for layer in [*storable_layers(model, keep)]:
         weight = layer.weight.detach()
         weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
         if dtype == "nf4":
@@ -176,7 +167,7 @@ class FrozenLinear(nn.Linear):
         """Return the weight in another precision."""
         if self.stored.is_floating_point():
             return self.stored.to(dtype)
-        functional = _bitsandbytes()
+        functional = nf4.functions()
         scales = functional.QuantState(
             absmax=self.scale_scales, blocksize=SCALE_BLOCK, code=self.scale_code,
             dtype=torch.float32,
@@ -219,7 +210,7 @@ class _Product(torch.autograd.Function):
         return grads[0] @ ctx.layer.dense(grads[0].dtype), None
 
 
-def _storable(model: Any, keep: Sequence[str]) -> Iterator[Any]:
+def storable_layers(model: Any, keep: Sequence[str] = ()) -> Iterator[Any]:
     """Yield the linear layers that may be stored in fewer bits."""
     core = core_of(model)
     head = core.get_output_embeddings()
@@ -249,7 +240,7 @@ def _lowered(weight: Tensor, dtype: FrozenDtype) -> Tensor | None:
 def _to_nf4(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Round a weight to NF4; return the packed bytes, and the scales as `_SCALES` names them."""
     # As one row: of rows shorter than a block the CPU's kernel (0.50.2) restores other numbers.
-    packed, state = _bitsandbytes().quantize_4bit(
+    packed, state = nf4.functions().quantize_4bit(
         weight.reshape(1, -1), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
     inner = state.state2
@@ -274,8 +265,3 @@ def _report(model: Any, stored: int, section: str) -> None:
         "%s.frozen_dtype = 'nf4' stores %.0f %% of %s weights in 4 bits; embeddings, output head, "
         "norms and fused experts stay in float32", section, 100 * stored / total, f"{total:,}",
     )  # fmt: skip
-
-
-def _bitsandbytes() -> Any:
-    """Return bitsandbytes' functions; it is an optional dependency."""
-    return importlib.import_module("bitsandbytes.functional")

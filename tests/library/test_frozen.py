@@ -19,7 +19,6 @@ from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.frozen import (
-    NF4_BYTES,
     FrozenLinear,
     check_frozen_dtype,
     holds_stored,
@@ -28,6 +27,7 @@ from rlhf.modeling.frozen import (
     store_frozen,
 )
 from rlhf.modeling.lora import merge_adapter, with_adapter
+from rlhf.modeling.nf4 import NF4_BYTES
 from rlhf.modeling.reward import Scorer
 from rlhf.ppo.train import build_trainer
 from tests.emulated_cuda import emulated_cuda
