@@ -4,4 +4,9 @@ Nothing here knows about Prefect; `tasks` and `flows` do. Submodules are importe
 used, so that loading a configuration never loads torch.
 """
 
+import logging
+
+# peft imports bitsandbytes wherever it is installed, and on a CPU that warns of a kernel it lacks.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 __version__ = "0.1.0"

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
-from rlhf.config.training import TrainingSection
+from rlhf.config.training import FrozenDtype, TrainingSection
+from rlhf.modeling.nf4 import NF4_BYTES
 
 #: Bytes of a weight, its gradient and AdamW's two moments, in float32.
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
@@ -61,6 +62,8 @@ class Shape:
     """A model's number of parameters, and what a forward pass stores."""
 
     parameters: int
+    linear: int
+    """Parameters in linear layers that may be held in fewer bits if they are frozen."""
     adapter: int
     """Trainable parameters with LoRA; 0 without."""
     vocabulary: int
@@ -87,11 +90,13 @@ def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
         ("reward_model", config.reward_model, 2),
     ]
     plain = shape_of(base, length, None)
+    exact = _exact_bytes(config, base)
     result = [
-        _training(name, section, replies, _adapted(plain, base, section.lora), length, speed)
+        _training(name, section, replies, _adapted(plain, base, section.lora), length, speed, exact)
         for name, section, replies in sections
     ]
-    return [*result, _ppo(config.ppo, _adapted(plain, base, config.ppo.lora), length, speed)]
+    shape = _adapted(plain, base, config.ppo.lora)
+    return [*result, _ppo(config.ppo, shape, length, speed, exact)]
 
 
 def cures(config: PipelineConfig, stage: Estimate) -> str:
@@ -102,6 +107,9 @@ def cures(config: PipelineConfig, stage: Estimate) -> str:
         advice.append(f"set {stage.section}.lora (configs/lora.yaml)")
     if stage.section == "ppo" and section.lora is not None and not section.shared_base:
         advice.append("set ppo.shared_base to true")
+    is_4_bits = section.lora is None or section.frozen_dtype == "nf4"
+    if stage.weights > 0.3 * stage.peak and not is_4_bits and _is_on_gpu(config.runtime.device):
+        advice.append(f"set {stage.section}.frozen_dtype to nf4")
     if stage.activations > 0.3 * stage.peak:
         advice.append(f"lower {stage.section}.micro_batch_size or reward_model.max_length")
         if stage.section == "ppo" and not section.gradient_checkpointing:
@@ -112,7 +120,8 @@ def cures(config: PipelineConfig, stage: Estimate) -> str:
 
 
 def _training(
-    name: str, section: TrainingSection, replies: int, shape: Shape, length: int, speed: float
+    name: str, section: TrainingSection, replies: int, shape: Shape, length: int, speed: float,
+    exact: float,
 ) -> Estimate:  # fmt: skip
     """Estimate SFT or, with two replies to a row, reward model training."""
     micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
@@ -122,7 +131,7 @@ def _training(
     logits = SFT_LOGITS * 4 * batch * length * shape.vocabulary if replies == 1 else 0
     return Estimate(
         section=name,
-        weights=WEIGHT * (shape.parameters + shape.adapter),
+        weights=_base(shape, _linear_bytes(section.frozen_dtype, exact)),
         optimizer=(MOMENTS + GRADIENT * accumulates) * trained,
         gradients=GRADIENT * trained,
         activations=batch * shape.stored_per_row + logits,
@@ -131,14 +140,15 @@ def _training(
     )  # fmt: skip
 
 
-def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate:
+def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float, exact: float) -> Estimate:
     """Estimate PPO: four models, or adapters on one."""
     trained = shape.adapter or shape.parameters
     separate = 0 if shape.adapter else 1  # a reference of its own
     separate += not config.shared_base  # the reward model
     has_critic = config.critic in ("policy", "reward_model") and not config.shared_base
-    frozen = WEIGHT / 2 if config.precision == "bf16" else WEIGHT
-    weights = WEIGHT * (shape.parameters + shape.adapter) + frozen * separate * shape.parameters
+    exact = WEIGHT / 2 if config.precision == "bf16" else exact
+    base, scorer = (_linear_bytes(d, exact) for d in (config.frozen_dtype, config.scorer_dtype))
+    weights = _base(shape, base) + separate * _frozen(shape, scorer)
     if has_critic:
         weights, trained = weights + WEIGHT * shape.parameters, trained + shape.parameters
     elif config.critic != "head":
@@ -161,6 +171,36 @@ def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float) -> Estimate
     )  # fmt: skip
 
 
+def _base(shape: Shape, linear: float) -> float:
+    """Return the bytes of a model that is trained: all weights, or adapters on a frozen base."""
+    adapted = _frozen(shape, linear) + WEIGHT * shape.adapter
+    return adapted if shape.adapter else WEIGHT * shape.parameters
+
+
+def _frozen(shape: Shape, linear: float) -> float:
+    """Return the bytes of a frozen model, with so many for a weight of its linear layers."""
+    return WEIGHT * (shape.parameters - shape.linear) + linear * shape.linear
+
+
+def _linear_bytes(dtype: FrozenDtype, exact: float) -> float:
+    """Return the bytes in which a weight of a frozen linear layer is held."""
+    return {"auto": exact, "float32": WEIGHT, "bfloat16": WEIGHT / 2, "nf4": NF4_BYTES}[dtype]
+
+
+def _exact_bytes(config: PipelineConfig, base: Path) -> float:
+    """Return the bytes of a weight with `frozen_dtype: auto`: those of the files, on a GPU."""
+    from rlhf.modeling.headers import read_headers
+    from rlhf.modeling.weights import StoredDtypes
+
+    if not _is_on_gpu(config.runtime.device):
+        return WEIGHT
+    return StoredDtypes.of(read_headers(base)).main.itemsize
+
+
+def _is_on_gpu(device_name: str) -> bool:
+    return torch.cuda.is_available() and device_name in ("auto", "cuda")
+
+
 def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
     """Measure a model's shape with fake tensors.
 
@@ -169,17 +209,21 @@ def shape_of(base: Path, length: int, lora: LoraConfig | None) -> Shape:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rlhf.modeling.frozen import storable_layers
+
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     with _family_errors():
         with FakeTensorMode():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             parameters = model.num_parameters()
+            linear = sum(layer.weight.numel() for layer in storable_layers(model))
             ids = torch.zeros(1, length, dtype=torch.long)
             stored = _stored_bytes(model.base_model, ids)
             cached = _cached_bytes(model.base_model, ids)
         head = model.get_output_embeddings()
         vocabulary = head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size
-    return _adapted(Shape(parameters, 0, vocabulary, stored, cached / length), base, lora)
+    shape = Shape(parameters, linear, 0, vocabulary, stored, cached / length)
+    return _adapted(shape, base, lora)
 
 
 def _adapted(shape: Shape, base: Path, lora: LoraConfig | None) -> Shape:
@@ -251,6 +295,6 @@ def flops_per_second(device_name: str) -> float:
 
 def available_bytes(device_name: str) -> float:
     """Return the free memory of the device."""
-    if torch.cuda.is_available() and device_name in ("auto", "cuda"):
+    if _is_on_gpu(device_name):
         return float(torch.cuda.mem_get_info()[0])
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -321,12 +321,18 @@ class _Rehearsal:
         from rlhf.modeling.base import load_policy
         from rlhf.modeling.device import prepare_device
         from rlhf.modeling.exactness import check_adapter
+        from rlhf.modeling.frozen import check_frozen_dtype, store_frozen
 
-        lora = getattr(self.config, section).lora
+        settings: Any = getattr(self.config, section)
+        lora = settings.lora
         # An external reward model has layers of its own, and its stage checks their names.
         if lora is None or (section == "reward_model" and self.has_reward_base):
             return
-        policy = load_policy(self.sft).eval().to(prepare_device(self.runtime))
+        device = prepare_device(self.runtime)
+        check_frozen_dtype(settings.frozen_dtype, section, device, self.runtime)
+        policy = load_policy(self.sft).eval()
+        store_frozen(policy, settings.frozen_dtype, device, section)
+        policy.to(device)
         prompts = self._prompts(load_renderer(self.sft), policy)
         check_adapter(policy, lora, section, prompts[:2])
 

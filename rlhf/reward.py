@@ -36,6 +36,7 @@ from rlhf.modeling.classifier import (
     trained_head,
 )
 from rlhf.modeling.device import prepare_device
+from rlhf.modeling.frozen import check_frozen_dtype, holds_stored, store_frozen
 from rlhf.modeling.lora import (
     ADAPTER_FOLDER,
     fit_targets,
@@ -100,7 +101,9 @@ def train_reward_model(
     """
     pairs = read_rows(data / PAIRS_TRAIN, Pair)
     _check_margins(pairs, config)
-    device = prepare_device(runtime or RuntimeConfig())
+    runtime = runtime or RuntimeConfig()
+    device = prepare_device(runtime)
+    check_frozen_dtype(config.frozen_dtype, "reward_model", device, runtime)
     leads = rank_and_count()[0] == 0
     torch.manual_seed(seed)
     start = config.base or sft
@@ -111,7 +114,7 @@ def train_reward_model(
     same_base = model.get_input_embeddings().num_embeddings == vocabulary
     limits = (limits or TokenLimits.of(config.max_length)).within(input_limit(model))
     rows, counts = _encode(pairs, renderer, limits, config.margin_coef)
-    trained, curve = _train(model, rows, config, renderer, seed, device.type == "cpu", progress)
+    trained, curve = _train(model, rows, config, renderer, seed, device, progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():
         # With ppo.shared_base PPO loads the adapter alone, onto the policy's base.
@@ -119,7 +122,11 @@ def train_reward_model(
         if leads:
             save_adapter(trained, out_dir / ADAPTER_FOLDER)
     if leads:
-        save_reward_model(merge_adapter(trained), renderer, out_dir, base)
+        whole = None
+        if holds_stored(trained):
+            whole = load_unpublished(start, config.pooling)[0]
+            fit_embeddings(whole, renderer.tokenizer)
+        save_reward_model(merge_adapter(trained, whole), renderer, out_dir, base)
         write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
     metrics = {"pairs": len(rows), "loss": last.get("loss")}
@@ -255,13 +262,16 @@ def _encode(
 
 def _train(
     model: Any, rows: list[dict[str, Any]], config: RewardModelConfig, renderer: Renderer,
-    seed: int, use_cpu: bool, progress: Progress,
+    seed: int, device: torch.device, progress: Progress,
 ) -> tuple[Any, list[dict[str, float]]]:  # fmt: skip
     """Return the trained model, adapters not merged, and its curve."""
     callback = ProgressCallback(progress)
     head = trained_head(model)
     lora = config.lora and fit_targets(config.lora, model, "reward_model", head)
+    if lora and config.sharding == "ddp":
+        store_frozen(model, config.frozen_dtype, device, "reward_model", head)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
+        use_cpu = device.type == "cpu"
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
         with target_module_errors("reward_model", lora):
             trainer = _Trainer(

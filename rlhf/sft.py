@@ -27,6 +27,7 @@ from rlhf.modeling.agreement import agreement, rows_of, testing
 from rlhf.modeling.base import context_length, load_base
 from rlhf.modeling.decoders import check_exactness
 from rlhf.modeling.device import prepare_device
+from rlhf.modeling.frozen import check_frozen_dtype, holds_stored, store_frozen
 from rlhf.modeling.lora import fit_targets, lora_config, merge_adapter, target_module_errors
 from rlhf.modeling.structure import argument_names, call, core_of, text_config
 from rlhf.modeling.tokenizer import set_ends
@@ -73,7 +74,10 @@ def train_sft(
         ConfigError: The base can't be loaded or used, or is not computed exactly in batches.
         DataError: There are no demonstrations, or the model can't be given too many prompts.
     """
-    device = prepare_device(runtime or RuntimeConfig())
+    runtime = runtime or RuntimeConfig()
+    device = prepare_device(runtime)
+    if config.enabled:
+        check_frozen_dtype(config.frozen_dtype, "sft", device, runtime)
     leads = rank_and_count()[0] == 0
     demonstrations = read_rows(data / DEMONSTRATIONS, Demonstration)
     model, tokenizer = load_base(base, _texts(demonstrations, data), seed)
@@ -87,8 +91,8 @@ def train_sft(
     if config.enabled:
         limits = (limits or TokenLimits.of(config.max_length)).within(context_length(model))
         rows, counts = _encode(demonstrations, renderer, limits)
-        use_cpu = device.type == "cpu"
-        model, curve = _train(model, rows, config, renderer, seed, use_cpu, progress)
+        model, curve = _train(model, rows, config, renderer, seed, device, progress)
+        model = merge_adapter(model, load_base(base, (), seed)[0] if holds_stored(model) else None)
         metrics |= {"demonstrations": len(rows), "loss": curve[-1]["loss"] if curve else None}
         metrics |= counts
         if leads:
@@ -139,18 +143,22 @@ def _train(
     config: SFTConfig,
     renderer: Renderer,
     seed: int,
-    use_cpu: bool,
+    device: torch.device,
     progress: Progress,
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Return the trained model, adapters merged, and its curve."""
+    """Return the trained model, adapters not merged, and its curve."""
     callback = ProgressCallback(progress)
     lora = config.lora and fit_targets(config.lora, model, "sft")
+    if lora and config.sharding == "ddp":
+        store_frozen(model, config.frozen_dtype, device, "sft")
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
         with target_module_errors("sft", lora):
             trainer = _Trainer(
                 model=model,
                 args=TRLSFTConfig(
-                    **training_arguments(config, len(rows), Path(scratch), seed, use_cpu),
+                    **training_arguments(
+                        config, len(rows), Path(scratch), seed, device.type == "cpu"
+                    ),
                     completion_only_loss=True,
                     packing=False,
                     **_router_loss(model),
@@ -163,9 +171,7 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         trainer.has_exact_head = _fused_head_is_exact(trainer.model)
         trainer.train()
-    return merge_adapter(
-        gather_weights(trainer.accelerator.unwrap_model(trainer.model))
-    ), callback.curve
+    return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
 
 
 def _router_loss(model: Any) -> dict[str, Any]:

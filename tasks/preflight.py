@@ -15,8 +15,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from rlhf.config import PipelineConfig, TrackingConfig, apply_machine_settings
+from rlhf.config.pipeline import INLINE
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import expand_home
+from rlhf.modeling.nf4 import check_package
 from rlhf.modeling.reward_source import check_reward_source
 from rlhf.modeling.source import CONFIG, MAX_CONFIG_BYTES, ExternalModel
 from rlhf.store import Store
@@ -43,6 +45,7 @@ def preflight(config: PipelineConfig) -> None:
     for field in ("work_dir", "report_dir"):
         _check_writable(f"runtime.{field}", getattr(config.runtime, field))
     _check_trackers(config.tracking)
+    _check_nf4(config)
     store = store_of(config)
     store.check()
     _sweep(store)
@@ -123,6 +126,15 @@ def _check_trackers(tracking: TrackingConfig) -> None:
             )
     if {"tensorboard", "wandb"} & set(tracking.trackers):
         _check_writable("tracking.log_dir", tracking.log_dir)
+
+
+def _check_nf4(config: PipelineConfig) -> None:
+    """Check that a stage in this process that holds a base in 4 bits has the package for it."""
+    for stage in STAGES.values():
+        section = getattr(config, stage.section or "", None)
+        is_here = config.deployment_of(stage.name) == INLINE and getattr(section, "enabled", True)
+        if is_here and getattr(section, "frozen_dtype", None) == "nf4":
+            check_package(str(stage.section))
 
 
 def _sweep(store: Store) -> None:

@@ -87,8 +87,8 @@ def cure(field: str) -> str:
         return f"known are {', '.join(known)}"
     if _QUANTISATION.search(field):
         return (
-            "a base is not quantised here (no QLoRA); to save memory train adapters on one base, "
-            "with ppo.precision = bf16 and ppo.gradient_checkpointing (configs/lora.yaml)"
+            "to hold a frozen base in 4 bits (QLoRA) set frozen_dtype = nf4 beside lora, in "
+            "sft, reward_model and ppo"
         )
     near = nearest(field)
     return f"did you mean {near}?" if near else "see `rlhf config show` for the fields"

@@ -282,6 +282,7 @@ class PipelineConfig(Section):
                 "the pairs of data.source = 'world' have none; set it to 0"
             )
         self._check_lengths()
+        self._check_frozen_dtypes()
         if self.ppo.shared_base:
             self._check_reward_model_is_an_adapter()
         placed = [stage for stage, place in self.placement.items() if place != INLINE]
@@ -322,6 +323,24 @@ class PipelineConfig(Section):
                 f"data.max_reply = {data.max_reply} is less than ppo.max_new_tokens = "
                 f"{new_tokens}: the reward model would not read the end of the policy's replies; "
                 "raise it, or lower ppo.max_new_tokens"
+            )
+
+    def _check_frozen_dtypes(self) -> None:
+        """Refuse 4 bits for a model from scratch, and a shared base that only one stage rounds."""
+        bases = {"sft": self.base.path, "ppo": self.base.path}
+        bases["reward_model"] = self.reward_model.base or self.base.path
+        for name, base in bases.items():
+            if getattr(self, name).frozen_dtype == "nf4" and base is None:
+                raise ValueError(
+                    f"{name}.frozen_dtype = 'nf4' is for a pretrained base, and base.path = none "
+                    "trains a small model from scratch; set it to auto, or give base.path"
+                )
+        reward, policy = (s.frozen_dtype for s in (self.reward_model, self.ppo))
+        if self.ppo.shared_base and (reward == "nf4") != (policy == "nf4"):
+            raise ValueError(
+                f"ppo.shared_base = true puts the reward model's adapter on PPO's base, and "
+                f"reward_model.frozen_dtype = {reward!r} trained it on another one than "
+                f"ppo.frozen_dtype = {policy!r}; set both to nf4, or neither"
             )
 
     def _check_reward_model_is_an_adapter(self) -> None:

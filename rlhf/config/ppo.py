@@ -14,7 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rlhf.config.rewards import RewardSection
 from rlhf.config.section import Section, advised_range, check_model_uri
 from rlhf.config.text import one_line, shown_value
-from rlhf.config.training import LoraConfig, ProcessSection, check_divides
+from rlhf.config.training import (
+    FrozenDtype,
+    LoraConfig,
+    ProcessSection,
+    check_adapters_only,
+    check_divides,
+)
 from rlhf.errors import ConfigError
 
 #: Fields of section `ppo` that have an `rl_` name: the seed's parameters.
@@ -186,6 +192,11 @@ class OptimizerSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward passes of all models in bfloat16; weights that are trained, and the
     optimiser, stay in float32, frozen linear layers are stored in bfloat16."""
+    frozen_dtype: FrozenDtype = "auto"
+    """Dtype in which weights that are not trained are held (reference, reward model, base below
+    adapters), whose linear layers compute in `precision` all the same: `auto` is that of the files
+    on a GPU, which changes no number, and float32 on a CPU; with `precision: bf16` it is bfloat16.
+    `nf4` holds the base below adapters in 4 bits by bitsandbytes (QLoRA), on a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time, same numbers."""
     optimize_device_cache: bool = True
@@ -196,6 +207,14 @@ class OptimizerSection(Section):
     shared_base: bool = False
     """Policy, reference, critic and reward model are adapters on one base, so that one model's
     weights are in memory; needs `lora`, and a reward model trained with `reward_model.lora`."""
+
+    @property
+    def scorer_dtype(self) -> FrozenDtype:
+        """`frozen_dtype` of models that score replies.
+
+        They are not rounded to 4 bits: their scores are those that the gate judged.
+        """
+        return "auto" if self.frozen_dtype == "nf4" else self.frozen_dtype
 
 
 def allow_aliases(schema: dict[str, Any]) -> None:
@@ -297,6 +316,7 @@ class PPOConfig(
                 "critic = 'adapter' needs lora: it puts a second adapter on the policy's base; "
                 "set lora, or critic to reward_model, policy or head"
             )
+        check_adapters_only(self.frozen_dtype, self.lora)
         if self.shared_base and self.lora is None:
             raise ValueError(
                 "shared_base = true needs lora: the policy is an adapter on the base; set lora, or "

@@ -12,6 +12,9 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.section import Section, check_model_uri
 
+#: Dtypes of weights that are not trained.
+FrozenDtype = Literal["auto", "float32", "bfloat16", "nf4"]
+
 
 class ArchitectureConfig(Section):
     """A small Llama-type model to train from scratch, with a BPE tokenizer of its own."""
@@ -148,6 +151,10 @@ class TrainingSection(ProcessSection):
     """Longest prompt + reply in tokens; longer rows lose the end of the reply."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
+    frozen_dtype: FrozenDtype = "auto"
+    """Dtype in which the base below adapters is held, whose linear layers compute in float32 all
+    the same: `auto` is that of the base's files on a GPU, which changes no number, and float32 on a
+    CPU; `nf4` are 4 bits by bitsandbytes (QLoRA), on a GPU."""
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:
@@ -155,6 +162,17 @@ class TrainingSection(ProcessSection):
             raise ValueError(
                 f"micro_batch_size = {self.micro_batch_size} must divide "
                 f"batch_size = {self.batch_size}"
+            )
+        check_adapters_only(self.frozen_dtype, self.lora)
+        if self.frozen_dtype == "bfloat16" and self.lora is None:
+            raise ValueError(
+                "frozen_dtype = 'bfloat16' needs lora: without adapters all weights are trained, "
+                "in float32; set lora, or frozen_dtype to auto"
+            )
+        if self.sharding == "fsdp" and self.frozen_dtype in ("bfloat16", "nf4"):
+            raise ValueError(
+                f"frozen_dtype = {self.frozen_dtype!r} has weights that sharding = 'fsdp' can't "
+                "deal out; set frozen_dtype to auto, or sharding to ddp"
             )
         if self.sharding == "fsdp" and self.processes is None:
             raise ValueError("sharding = 'fsdp' deals weights out to processes; set processes too")
@@ -248,6 +266,19 @@ class GatesConfig(Section):
         GateRule(metric="sampled.eos_rate", min=0.8),
     )
     """Checked before promotion."""
+
+
+def check_adapters_only(dtype: FrozenDtype, lora: LoraConfig | None) -> None:
+    """Check that a base is held in 4 bits only below adapters.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if dtype == "nf4" and lora is None:
+        raise ValueError(
+            "frozen_dtype = 'nf4' needs lora: weights in 4 bits can't be trained, only adapters on "
+            "them; set lora, or frozen_dtype to auto"
+        )
 
 
 def check_divides(section: ProcessSection, *names: str, by: int = 1) -> None:

@@ -159,7 +159,11 @@ class _Builder:
 
     def _pair_model(self, folder: str) -> PairModel:
         try:
-            return PairModel(expand_home(folder), self.device, self.context, self.config.precision)
+            config = self.config
+            return PairModel(
+                expand_home(folder), self.device, self.context, config.precision,
+                config.scorer_dtype,
+            )  # fmt: skip
         except (OSError, ValueError) as error:  # transformers raises these for what is no model
             raise ConfigError(
                 f"ppo.env_config.pair_model = {folder!r}: can't be loaded "

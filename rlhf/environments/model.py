@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf.config.training import FrozenDtype
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Prompt
 from rlhf.environments.contract import Reply, Scored, single_component
@@ -39,9 +40,12 @@ class PairModel:
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, context: int, precision: Precision = "fp32"
-    ) -> None:
-        self.scorer = Scorer(folder, device, context, precision=precision)
+        self, folder: Path, device: torch.device, context: int, precision: Precision = "fp32",
+        frozen_dtype: FrozenDtype = "float32",
+    ) -> None:  # fmt: skip
+        self.scorer = Scorer(
+            folder, device, context, precision=precision, frozen_dtype=frozen_dtype
+        )
 
     def advantages(self, triples: Sequence[tuple[Prompt, str, str]]) -> list[float]:
         """Return how much better the first reply is, for (prompt, first, second).

@@ -96,12 +96,15 @@ def check_exactness(policy: Any) -> None:
 def frozen_copy(model: Any, dtype: torch.dtype) -> Any:
     """Copy a model for sampling, frozen, with its parameters in `dtype`.
 
-    Parameters of that dtype are shared, not copied. Buffers keep their precision: rotary
-    frequencies need all their digits. What was tested of the model holds for the copy as well.
+    Parameters of that dtype, and packed ones, are shared, not copied. Buffers keep their precision:
+    rotary frequencies need all their digits. What was tested of the model holds for the copy too.
     """
     _way_of(model, 1)  # sets the attention in the configuration that is copied
     parameters = {
-        id(p): torch.nn.Parameter(p.data.to(dtype), requires_grad=False) for p in model.parameters()
+        id(p): torch.nn.Parameter(
+            p.data.to(dtype) if p.is_floating_point() else p.data, requires_grad=False
+        )
+        for p in model.parameters()
     }
     # The sample of its weights at loading, which only publishing reads, is left behind.
     memo: dict[int, Any] = {**parameters, id(getattr(core_of(model), "loaded_sample", None)): None}

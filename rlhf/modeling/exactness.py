@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf.config import LoraConfig
 from rlhf.errors import ConfigError
 from rlhf.modeling.critic import Critic
+from rlhf.modeling.frozen import restore
 from rlhf.modeling.generate import Replies, generate
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
 from rlhf.modeling.lora import POLICY, merge_adapter, parameters_of, with_adapter
@@ -108,7 +109,8 @@ def check_scorer(scorer: Scorer, rows: Sequence[list[int]]) -> None:
 def check_adapter(policy: Any, lora: LoraConfig, section: str, rows: Sequence[list[int]]) -> None:
     """Compare a model with a random adapter with the same adapter merged into its weights.
 
-    They differ where a family reads a layer's weights past the layer, or shares a layer.
+    They differ where a family reads a layer's weights past the layer, or shares a layer. Weights in
+    fewer bits are compared with plain layers of the numbers that these stand for.
 
     Args:
         policy: A causal language model, which is changed.
@@ -128,7 +130,7 @@ def check_adapter(policy: Any, lora: LoraConfig, section: str, rows: Sequence[li
             parameter.copy_(drawn / lora.alpha)
     with evaluating(adapted):
         before = [_logits(adapted, row, len(row)) for row in rows]
-        merged = merge_adapter(adapted)
+        merged = merge_adapter(restore(adapted))
         for row, expected in zip(rows, before, strict=True):
             result = _logits(merged, row, len(row))
             _compare(f"{section}.lora: logits", result, expected, between=_MERGED)

@@ -19,6 +19,8 @@ from rlhf.config import LoraConfig
 from rlhf.config.text import shown_value
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
+from rlhf.modeling.frozen import holds_stored, parameter_count
+from rlhf.modeling.structure import is_read_by_kernel
 
 #: Names of the adapters; "default" is the name that peft gives a single one.
 POLICY, REWARD, CRITIC = "default", "reward", "critic"
@@ -27,9 +29,6 @@ POLICY, REWARD, CRITIC = "default", "reward", "critic"
 ADAPTER_FOLDER = "adapter"
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-#: Layers of Mamba whose weights its fused kernels read themselves.
-_READ_BY_KERNELS = ("out_proj", "dt_proj", "x_proj")
 
 #: Share of a model's weights below which a matrix outside of its layers is not reported.
 _SMALL = 0.01
@@ -166,18 +165,9 @@ def _linear_layers(model: Any, heads: Sequence[str]) -> list[str]:
         if module is output or in_head or name.startswith(inside):
             continue
         layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | Conv1D) and not _is_read_by_kernel(core, name):
+        if isinstance(layer, nn.Linear | Conv1D) and not is_read_by_kernel(core, name):
             layers.append(name)
     return layers
-
-
-def _is_read_by_kernel(core: Any, name: str) -> bool:
-    """Return whether a layer is Mamba's, and its weight read by a kernel, past an adapter."""
-    parent, _, last = name.rpartition(".")
-    if last not in _READ_BY_KERNELS:
-        return False
-    mixer = core.get_submodule(parent)
-    return isinstance(getattr(mixer, "conv1d", None), nn.Conv1d) and hasattr(mixer, "A_log")
 
 
 def _without_adapters(model: Any) -> Any:
@@ -213,7 +203,7 @@ def _no_layer(
 def _report_experts(model: Any, section: str) -> None:
     """Log which part of a mixture model has no linear layers, and so no adapters."""
     core = _without_adapters(model)
-    total = sum(p.numel() for p in core.parameters())
+    total = parameter_count(core)
     covered = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
     fused = {
         f"{name}.{own}": p.numel()
@@ -236,10 +226,15 @@ def merge_adapter(model: Any, base: Any = None) -> Any:
 
     Args:
         model: With adapters; a model without any is returned unchanged.
-        base: The base in full precision, if the model's own is stored in bfloat16.
+        base: The base in full precision, if the model's own is stored in fewer bits.
+
+    Raises:
+        ValueError: It is, and no other is given.
     """
     if not isinstance(model, peft.PeftModel):
         return model
+    if base is None and holds_stored(model):
+        raise ValueError("an adapter is merged into the base's own weights; give it as `base`")
     if base is not None:
         adapter = parameters_of(model, POLICY)
         with _exact_targets():

@@ -57,6 +57,13 @@ _WRAPPERS = {
     "`pretrained_model`",
 }
 
+#: Ends of the names of quantised weights and of their scales: GPTQ and AWQ, compressed-tensors and
+#: FP8, bitsandbytes, MXFP4.
+_PACKED = (
+    ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax",
+    ".quant_map", "_proj_blocks", "_proj_scales",
+)  # fmt: skip
+
 #: Weights of heads, which have no numbered layers; BERT's pooler belongs to its heads, too.
 _NUMBERED = re.compile(r"\.\d+\.")
 _POOLER = re.compile(r"(^|\.)pooler\.")
@@ -337,7 +344,7 @@ def _first(keys: Collection[str]) -> str:
 
 def _cure(
     model: Any,
-    headers: Collection[str],
+    headers: Mapping[str, Header],
     unused: Collection[str],
     missing: Collection[str],
     wrong: Collection[Any],
@@ -346,6 +353,11 @@ def _cure(
     for prefix, cure in _WRAPPERS.items():
         if any(key.startswith(prefix) or f".{prefix.strip('.')}." in key for key in unused):
             return cure
+    if _are_packed(unused, headers):
+        return (
+            f"they are quantised, though its {CONFIG} has no quantization_config; give the model "
+            "in bfloat16"
+        )
     heads = ("score.", "classifier.", "classification_head.", "v_head.", "value_head.", "summary.")
     if any(key.startswith(heads) for key in unused):
         return "give the language model that this classifier was made from"
@@ -358,6 +370,14 @@ def _cure(
         )
     return _cure_of_layers(model, headers, {*unused, *missing}) or (
         f"remove them, or restore the {CONFIG} that was saved with them" if unused else again
+    )
+
+
+def _are_packed(unused: Collection[str], headers: Mapping[str, Header]) -> bool:
+    """Return whether weights that a model does not know are those of a quantised one, or scales."""
+    return any(
+        key.endswith(_PACKED) or (key in headers and headers[key].dtype not in FLOATS)
+        for key in unused
     )
 
 

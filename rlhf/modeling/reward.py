@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlhf.config.lengths import TokenLimits
+from rlhf.config.training import FrozenDtype
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.data.text_pairs import PairRenderer, load_reward_renderer
 from rlhf.errors import ConfigError, TrainingError
@@ -32,6 +33,7 @@ from rlhf.modeling.classifier import (
     pool,
 )
 from rlhf.modeling.device import upload
+from rlhf.modeling.frozen import store_frozen
 from rlhf.modeling.lora import (
     ADAPTER_FOLDER,
     REWARD,
@@ -127,12 +129,13 @@ class Scorer:
         model: The model of `folder`, if it is loaded already.
         precision: Precision of forward passes; a model that scores by its class's own forward pass,
             such as an encoder, always computes in that of its weights.
+        frozen_dtype: Dtype in which the linear layers of a model in float32 are held.
     """
 
     def __init__(
         self, folder: Path, device: torch.device, limits: TokenLimits | int,
         batch_tokens: int = 4096,
-        model: Any = None, precision: Precision = "fp32",
+        model: Any = None, precision: Precision = "fp32", frozen_dtype: FrozenDtype = "float32",
     ) -> None:  # fmt: skip
         self.renderer = load_reward_renderer(folder)
         model = model or load_reward_model(folder, self.renderer)
@@ -143,6 +146,8 @@ class Scorer:
         self.precision: Precision = precision if self.by_token else "fp32"
         if self.precision == "bf16":
             store_in_bfloat16(self.model)
+        else:
+            store_frozen(self.model, frozen_dtype, device, "ppo")
         self.model.to(device)
         # An external reward model may have a shorter context than the policy.
         self.limits = TokenLimits.of(limits).within(input_limit(self.model))

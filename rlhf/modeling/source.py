@@ -110,7 +110,7 @@ class ExternalModel(External):
             quantization = part.get("quantization_config") or part.get("compression_config")
             if quantization:
                 fields = quantization if isinstance(quantization, Mapping) else {}
-                method = str(fields.get("quant_method") or "unknown method")
+                method = str(fields.get("quant_method") or _unnamed_method(fields))
                 raise self.error(
                     f"its weights are quantised already ({method}), and neither full training nor "
                     f"merged adapters work on them; {_DEQUANTIZE.get(method, _ORIGINAL)}"
@@ -186,6 +186,12 @@ class ExternalModel(External):
                 "artifact:<digest> or a hub id"
             ) from None
         return Path(path).parent.name  # the cache names a folder by the commit
+
+
+def _unnamed_method(fields: Mapping[str, Any]) -> str:
+    """Return the method of a quantisation that does not state it, as bitsandbytes' once did not."""
+    is_bitsandbytes = fields.get("load_in_8bit") or fields.get("load_in_4bit")
+    return "bitsandbytes" if is_bitsandbytes else str(fields.get("quant_algo") or "unknown method")
 
 
 class ExternalTokenizer(ExternalModel):

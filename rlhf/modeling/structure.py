@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.modeling.source import CONTEXT_FIELDS
@@ -22,6 +23,9 @@ from rlhf.modeling.source import CONTEXT_FIELDS
 _WINDOW_FIELDS = re.compile(
     r"(^|_)(window(_size)?|local_attention|attention_chunk_size|index_topk|indexer_budget)$"
 )
+
+#: Layers of Mamba whose weights its fused kernels read themselves.
+_READ_BY_KERNELS = ("out_proj", "dt_proj", "x_proj")
 
 #: Name of its backbone, by model, and results of tests, by backbone: each is tested once.
 _backbones: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -99,6 +103,15 @@ def backbone_of(model: Any) -> Any:
     if core not in _backbones:
         _backbones[core] = _find_backbone(core)
     return core.get_submodule(_backbones[core])
+
+
+def is_read_by_kernel(core: Any, name: str) -> bool:
+    """Return whether a layer is Mamba's, and its weight read by a kernel, past the layer."""
+    parent, _, last = name.rpartition(".")
+    if last not in _READ_BY_KERNELS:
+        return False
+    mixer = core.get_submodule(parent)
+    return isinstance(getattr(mixer, "conv1d", None), nn.Conv1d) and hasattr(mixer, "A_log")
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from rlhf.modeling.base import context_length, load_policy
 from rlhf.modeling.classifier import input_limit, is_causal
 from rlhf.modeling.critic import AdapterCritic, Critic, HeadCritic, critic_from, freeze
 from rlhf.modeling.decoders import frozen_copy
+from rlhf.modeling.frozen import store_frozen
 from rlhf.modeling.generate import Replies, Stop, concatenate, generate
 from rlhf.modeling.kept_sets import exclude
 from rlhf.modeling.logprobs import (
@@ -288,7 +289,7 @@ def load_models(
     accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[timeout])
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     renderer = load_renderer(sft)
-    policy, reference = _load_policy_and_reference(config, sft)
+    policy, reference = _load_policy_and_reference(config, sft, device)
     context = context_length(policy)
     scorer, scored = None, ppo_limits(config, context, limits)
     if reward_model is not None:
@@ -296,7 +297,8 @@ def load_models(
         if config.shared_base:
             scorer = SharedScorer(policy, sft, folder, device, scored, config.precision)
         else:
-            scorer = Scorer(folder, device, scored, precision=config.precision)
+            dtype = config.scorer_dtype
+            scorer = Scorer(folder, device, scored, precision=config.precision, frozen_dtype=dtype)
         check_rendering(renderer, folder, scorer)
     environment = build_environment(
         config, scorer, renderer, rows, device=device, context=context, ranks=ranks,
@@ -329,11 +331,17 @@ def learning_rate_scale(config: PPOConfig, update: int) -> float:
     return 1 - (1 - final) * done
 
 
-def _load_policy_and_reference(config: PPOConfig, sft: Path) -> tuple[Any, Any]:
+def _load_policy_and_reference(
+    config: PPOConfig, sft: Path, device: torch.device
+) -> tuple[Any, Any]:
     """Load the policy, and a reference unless the policy with its adapters off is one."""
     policy = load_policy(sft)
+    frozen = policy if config.lora else freeze(load_policy(sft))
+    # With bf16 `Models` stores what is not in 4 bits, once all adapters are there.
+    if config.precision == "fp32" or config.frozen_dtype == "nf4":
+        store_frozen(frozen, config.frozen_dtype, device, "ppo")
     if not config.lora:
-        return policy, freeze(load_policy(sft))
+        return policy, frozen
     return with_adapter(policy, config.lora, "ppo"), None
 
 

@@ -21,6 +21,7 @@ from rlhf.files import expand_home, folder_sha256, write_json
 from rlhf.gates import Approved
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.device import fast_float32, prepare_device, retained_heap
+from rlhf.modeling.frozen import check_frozen_dtype, holds_stored
 from rlhf.modeling.lora import merge_adapter
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.weights import save_model
@@ -82,7 +83,9 @@ def train_policy(
     rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
     if not rows:
         raise DataError("no prompts to train the policy on; check data.source")
-    device = prepare_device(runtime or RuntimeConfig())
+    runtime = runtime or RuntimeConfig()
+    device = prepare_device(runtime)
+    check_frozen_dtype(config.frozen_dtype, "ppo", device, runtime)
     trainer = build_trainer(config, sft, reward_model, seed, device, rows, limits)
     fitting = Fitting(trainer.renderer, trainer.limits)
     rows = _fitting_rows(rows, fitting, trainer.models.scorer)
@@ -219,7 +222,7 @@ def _run_updates(
                 progress(state.update, config.updates, result.metrics)
             due = state.update % config.checkpoint_every == 0
             # Writing the result reads the SFT folder again; a failure there must not lose the run.
-            due |= state.update == config.updates and _base_is_rounded(config)
+            due |= state.update == config.updates and _base_is_lowered(trainer)
             failed = uploads is not None and uploads.failed
             # The decision is shared: a process that decided alone would block the others.
             if checkpoints and ranks.any(due or failed or terminated()):
@@ -240,16 +243,18 @@ def _run_updates(
 
 def _write_result(trainer: PPOTrainer, state: TrainState, sft: Path, out_dir: Path) -> None:
     policy = trainer.models.accelerator.unwrap_model(trainer.models.policy)
-    base = load_policy(sft) if _base_is_rounded(trainer.config) else None
+    base = load_policy(sft) if _base_is_lowered(trainer) else None
     save_model(merge_adapter(policy, base), out_dir)
     trainer.renderer.tokenizer.save_pretrained(out_dir)
     write_json(out_dir / "curve.json", state.curve)
     write_json(out_dir / "samples.json", state.samples)
 
 
-def _base_is_rounded(config: PPOConfig) -> bool:
-    """Return whether the policy's base is stored in bfloat16 during training.
+def _base_is_lowered(trainer: PPOTrainer) -> bool:
+    """Return whether the policy's base is stored in fewer bits during training.
 
     The result then needs the base's own weights, which are loaded again.
     """
-    return config.lora is not None and config.precision == "bf16"
+    config = trainer.config
+    is_stored = holds_stored(trainer.models.policy)
+    return config.lora is not None and (config.precision == "bf16" or is_stored)

@@ -143,12 +143,12 @@ def test_bad_value_names_field_value_cure_and_origin(preset, text, expected):
 @pytest.mark.parametrize(
     "name", ["base.quantization", "base.load_in_4bit", "sft.qlora", "ppo.bnb_4bit_quant_type"]
 )
-def test_settings_that_would_quantise_a_base_are_refused_with_what_helps_instead(preset, name):
+def test_settings_by_which_other_tools_quantise_a_base_are_refused_with_ours(preset, name):
     section, field = name.split(".")
     texts = [message(preset(f"{section}: {{{field}: nf4}}")), message(preset(""), f"--{name}=nf4")]
     for text in texts:
-        assert f"{name} is not a field of the configuration; a base is not quantised" in text
-        assert "ppo.precision = bf16" in text
+        assert f"{name} is not a field of the configuration; to hold a frozen base in 4" in text
+        assert "set frozen_dtype = nf4 beside lora" in text
 
 
 def test_rule_on_two_fields_names_the_origins_of_both_and_no_other(preset):

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from rlhf.config import LoraConfig, load_config
 from rlhf.estimate import PROCESS, cures, estimate, shape_of
 from rlhf.modeling.base import load_policy
+from rlhf.modeling.frozen import FrozenLinear, store_frozen
+from rlhf.modeling.nf4 import NF4_BYTES
 
 LENGTH = 24
 
@@ -73,3 +75,30 @@ def test_sharing_and_smaller_batches_need_less(toy):
     assert all(stage.peak > PROCESS + stage.weights for stage in full.values())
     assert all(stage.tokens_per_second > 0 for stage in full.values())
     assert cures(full_config, ppo).startswith("set ppo.lora")
+
+
+def test_a_base_in_fewer_bits_needs_less_by_its_linear_layers(toy):
+    base = toy("fresh")
+    model = load_policy(base)
+    store_frozen(model, "bfloat16", torch.device("cpu"), "ppo")
+    linear = sum(m.stored.numel() for m in model.modules() if isinstance(m, FrozenLinear))
+    assert shape_of(base, LENGTH, None).linear == linear > 0
+    weights = {}
+    for dtype in ("auto", "float32", "bfloat16", "nf4"):
+        config = load_config(
+            None,
+            [
+                f"--base.path={base}", "--data.source=x.jsonl", "--ppo.max_new_tokens=8",
+                "--sft.max_length=48", "--reward_model.max_length=48", "--sft.lora.r=2",
+                "--ppo.lora.r=2", "--ppo.critic=head", "--runtime.device=cpu",
+                f"--sft.frozen_dtype={dtype}", f"--ppo.frozen_dtype={dtype}",
+            ],
+        ).config  # fmt: skip
+        stages = {stage.section: stage for stage in estimate(config, base)}
+        weights[dtype] = stages["sft"].weights, stages["ppo"].weights
+    full = weights["float32"]
+    assert weights["auto"] == full  # on a CPU
+    # The base below adapters; in PPO a reward model, too, which is not rounded to 4 bits.
+    saved = {d: (full[0] - w[0], full[1] - w[1]) for d, w in weights.items()}
+    assert saved["bfloat16"] == pytest.approx((2 * linear, 4 * linear))
+    assert saved["nf4"] == pytest.approx((4 - NF4_BYTES) * torch.tensor([linear, linear]))

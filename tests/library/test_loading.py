@@ -255,6 +255,49 @@ def test_a_damaged_base_is_refused_in_one_line(name, base):
         assert re.search(message, text.split(": ", 1)[1]), text
 
 
+#: How methods write themselves into a configuration, as their models on the hub have it.
+QUANTISED: dict[str, tuple[dict[str, Any], str]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq"),
+    "bnb": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+    "bnb of old": ({"load_in_8bit": True, "llm_int8_threshold": 6.0}, "bitsandbytes"),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    "compressed": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"
+    ),
+    "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4"),
+    "modelopt": ({"quant_algo": "NVFP4", "producer": {"name": "modelopt"}}, "NVFP4"),
+    "torchao": ({"quant_method": "torchao", "quant_type": {}}, "torchao"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_base_is_refused_by_its_method(name, base):
+    """In one line, whether the method's package is installed or not."""
+    fields, method = QUANTISED[name]
+    edit_json(base, quantization_config=fields)
+    for text in refusals(base):
+        assert f"its weights are quantised already ({method}), and neither" in text
+        assert "; give the model in bfloat16 that it was made from" in text
+        assert "\n" not in text
+    for load in (lambda: load_reward_model(base, load_renderer(base)), lambda: load_policy(base)):
+        with pytest.raises(ConfigError, match="quantised already"):
+            load()
+
+
+@pytest.mark.parametrize("ending", ["qweight", "weight_scale", "weight.absmax"])
+def test_quantised_weights_are_known_without_the_configuration(ending, base):
+    def pack(weights: dict[str, Any]) -> None:
+        name = UP.removesuffix("weight") + ending
+        weights[name] = torch.ones(2, dtype=torch.int32 if ending == "qweight" else torch.float32)
+        if ending == "qweight":
+            del weights[UP]
+
+    edit(base, pack)
+    for text in refusals(base):
+        assert "they are quantised, though its config.json has no quantization_config" in text
+
+
 def test_a_folder_of_an_adapter_alone_is_named(base):
     for path in [*base.glob("*.safetensors"), base / "config.json"]:
         path.unlink()

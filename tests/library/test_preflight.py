@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from typing import Any
 
 import pytest
 
 from rlhf.config import PipelineConfig
+from rlhf.errors import ConfigError
 from rlhf.store.gc import GRACE
 from tasks.preflight import preflight
 from tests.servers import client_of
@@ -30,6 +32,19 @@ def test_unfinished_uploads_go_when_they_are_old(tmp_path, caplog):
         preflight(config(str(tmp_path / "store"), str(tmp_path / "work")))
     assert [path.name for path in left.iterdir()] == ["young"]
     assert "removed 1 unfinished uploads of killed runs" in caplog.text
+
+
+def test_a_base_in_4_bits_needs_its_package_where_the_stage_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    here = config(str(tmp_path / "store"), str(tmp_path / "work")).model_dump(exclude_unset=True)
+    sft = {"lora": {}, "frozen_dtype": "nf4"}
+    values = {**here, "base": {"path": str(tmp_path)}, "sft": sft}
+    message = r"sft\.frozen_dtype = 'nf4' needs bitsandbytes, .* not installed; run `pip install"
+    with pytest.raises(ConfigError, match=message):
+        preflight(PipelineConfig.model_validate(values))
+    for other in ({"placement": {"train-sft": "gpu"}}, {"sft": {**sft, "enabled": False}}):
+        with pytest.raises(ConfigError, match="no model there"):  # by the check that follows
+            preflight(PipelineConfig.model_validate({**values, **other}))
 
 
 @pytest.mark.s3

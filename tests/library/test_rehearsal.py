@@ -14,6 +14,7 @@ from rlhf.config import LoraConfig, load_config
 from rlhf.data.rows import Pair
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.exactness import NotExact, check_adapter, check_policy, check_scorer
+from rlhf.modeling.frozen import store_frozen
 from rlhf.modeling.miniature import MAX_PARAMETERS, miniature
 from rlhf.modeling.reward import Scorer
 from rlhf.rehearsal import RehearsalFailed, Sample, rehearse
@@ -102,12 +103,17 @@ def run(tmp_path, configured):
         (),
         ("--sft.lora.r=2", "--reward_model.lora.r=2", "--ppo.lora.r=2", "--ppo.shared_base=true",
          "--ppo.critic=adapter"),
+        ("--sft.lora.r=2", "--reward_model.lora.r=2", "--ppo.lora.r=2", "--ppo.shared_base=true",
+         "--sft.frozen_dtype=nf4", "--reward_model.frozen_dtype=nf4", "--ppo.frozen_dtype=nf4",
+         "--runtime.device=cpu"),
         ("--ppo.critic=head", "--ppo.env_type=preference_comparison", "--reward_model.pooling=sum"),
         ("--ppo.reward_fn=custom", "--ppo.custom.function=nowhere:nothing"),
     ],
-    ids=["full", "lora", "comparison", "custom"],
+    ids=["full", "lora", "qlora", "comparison", "custom"],
 )  # fmt: skip
 def test_it_rehearses_what_is_configured(toy, run, overrides):
+    if "--ppo.frozen_dtype=nf4" in overrides:
+        pytest.importorskip("bitsandbytes")
     assert run(toy("fresh"), *overrides) == []
 
 
@@ -130,6 +136,11 @@ def test_it_refuses_a_model_that_sees_the_future(toy, tmp_path, run):
 def test_it_refuses_a_later_stage_that_will_fail_before_any_training(toy, run):
     with pytest.raises(RehearsalFailed, match=r"PPO fails: ppo.lora.target_modules = 'w_q'"):
         run(toy("fresh"), "--ppo.lora.target_modules=w_q")
+
+
+def test_it_refuses_4_bits_where_there_is_no_gpu(toy, run):
+    with pytest.raises(RehearsalFailed, match=r"SFT fails: sft\.frozen_dtype = 'nf4' needs a GPU"):
+        run(toy("fresh"), "--sft.lora.r=2", "--sft.frozen_dtype=nf4")
 
 
 def test_it_refuses_a_class_that_is_no_language_model(toy, tmp_path, run):
@@ -157,11 +168,21 @@ def test_a_decoder_that_forgets_and_scores_that_mix_rows_are_found(toy):
         check_scorer(scorer, prompts)
 
 
-def test_an_adapter_that_a_layer_does_not_see_is_found(toy):
+@pytest.mark.parametrize("dtype", ["float32", "nf4"])
+def test_an_adapter_that_a_layer_does_not_see_is_found(toy, dtype):
+    """In 4 bits it is compared with what these stand for, not with what was rounded to them."""
+    if dtype == "nf4":
+        pytest.importorskip("bitsandbytes")
     rows = [[5, 6, 7], [8, 9, 10, 11]]
     lora = LoraConfig(r=2)
-    check_adapter(load_policy(toy("sft")).eval(), lora, "ppo", rows)
-    policy = load_policy(toy("sft")).eval()
+
+    def loaded():
+        policy = load_policy(toy("sft")).eval()
+        store_frozen(policy, dtype, torch.device("cpu"), "ppo")
+        return policy
+
+    check_adapter(loaded(), lora, "ppo", rows)
+    policy = loaded()
     # As kernels do: the weights are read past the layer, and so past its adapter.
     projection = policy.model.layers[0].mlp.down_proj
     policy.model.layers[0].mlp.forward = lambda x: torch.nn.functional.linear(
