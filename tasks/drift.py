@@ -50,6 +50,7 @@ class DriftCheck:
             "warnings": list(self.warnings),
             "notes": list(self.drift.notes),
             "shifts": [asdict(shift) for shift in self.drift.shifts],
+            "lengths": self.drift.lengths,
         }
 
 
