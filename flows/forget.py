@@ -51,10 +51,8 @@ def forget(
             _print(f"{row_id}  reached {ref.kind} {ref.digest[:12]}")
         for ref in found.tested[row_id]:
             _print(f"{row_id}  held out for {ref.kind} {ref.digest[:12]}")
-    for ref in found.unknown:
-        _print(
-            f"dataset {ref.digest[:12]} is of an older version and keeps no ids: it may hold them"
-        )
+    for ref, reason in found.unknown:
+        _print(f"dataset {ref.digest[:12]} may hold them: {reason}")
     if record:
         new = forget_rows(opened, wanted)
         _print(f"recorded: {new} more rows that data are prepared without")

@@ -14,7 +14,8 @@ from rich.tree import Tree
 
 from rlhf.champions import Promotion, printable_line
 from rlhf.config import LoadedConfig, apply_machine_settings
-from rlhf.data.rows import QUARANTINE, SUMMARY
+from rlhf.data.rows import QUARANTINE
+from rlhf.data.stored import read_summary
 from rlhf.files import expand_home, read_json
 from rlhf.report import OUTCOMES, STATES
 from rlhf.store import Ancestor, Artifact
@@ -47,7 +48,7 @@ def show_run(console: Console, run: PipelineRun) -> None:
 
 def show_data(console: Console, folder: Path) -> None:
     """Print how a dataset's source was read, which rows were left out, and the card's warnings."""
-    summary = read_json(folder / SUMMARY)
+    summary = read_summary(folder)
     lines = [*summary.get("notes", ())]
     if summary.get("unused_columns"):
         lines.append(f"columns not used: {summary['unused_columns']}")

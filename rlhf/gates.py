@@ -8,9 +8,11 @@ from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from pydantic import TypeAdapter
+
 from rlhf.config.training import GateRule
 from rlhf.errors import GateRejected
-from rlhf.files import read_json
+from rlhf.saved import checked
 
 VERDICT = "verdict.json"
 T = TypeVar("T")
@@ -47,6 +49,9 @@ class Verdict:
             if not c.passed
         )
         return "; ".join(failed)
+
+
+_VERDICTS = TypeAdapter(Verdict)
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,13 @@ def require(subject: T, digest: str, verdict: Verdict) -> Approved[T]:
 
 
 def read_verdict(folder: Path) -> Verdict:
-    """Read the verdict that a gate has published."""
-    saved: dict[str, Any] = read_json(folder / VERDICT)
-    checks = tuple(Check(**check) for check in saved["checks"])
-    return Verdict(saved["gate"], saved["subject"], saved["approved"], checks)
+    """Read the verdict that a gate has published.
+
+    Raises:
+        DataError: It is missing or damaged.
+    """
+    path = folder / VERDICT
+    return checked(path, lambda: _VERDICTS.validate_json(path.read_bytes(), strict=True))
 
 
 def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -13,8 +13,9 @@ from rlhf.config import PipelineConfig
 from rlhf.data.drift import Drift, Shift, compare
 from rlhf.data.rows import SUMMARY
 from rlhf.data.sketch import Sketch, read_sketch
+from rlhf.data.stored import read_summary
 from rlhf.errors import DataError, GateRejected
-from rlhf.files import read_json, write_json
+from rlhf.files import write_json
 from rlhf.gates import VERDICT, Check, Verdict
 from rlhf.store import ArtifactRef, Store
 from tasks.runner import producer
@@ -49,6 +50,7 @@ class DriftCheck:
             "warnings": list(self.warnings),
             "notes": list(self.drift.notes),
             "shifts": [asdict(shift) for shift in self.drift.shifts],
+            "lengths": self.drift.lengths,
         }
 
 
@@ -171,8 +173,7 @@ def _comparable(config: PipelineConfig, data: ArtifactRef, store: Store) -> str:
 
 
 def _is_world(folder: Path) -> bool:
-    path = folder / SUMMARY
-    return path.exists() and read_json(path).get("source") == "world"
+    return (folder / SUMMARY).exists() and read_summary(folder).get("source") == "world"
 
 
 def _checks(drift: Drift, config: PipelineConfig) -> tuple[Check, ...]:

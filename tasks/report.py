@@ -14,7 +14,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.data.card import escape
-from rlhf.data.rows import CARD, SUMMARY
+from rlhf.data.stored import read_card, read_summary
 from rlhf.files import expand_home, read_json
 from rlhf.gates import Verdict, read_verdict
 from rlhf.report import (
@@ -127,6 +127,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         path = store.fetch(ref) / file if ref else None
         return read_json(path) if path and path.is_file() else None
 
+    data = store.fetch(run.refs[PREPARE_DATA.name]) if PREPARE_DATA.name in run.refs else None
     samples = part(EVALUATE_POLICY, "samples.json") or []
     return RunReport(
         title=run.config.name,
@@ -136,8 +137,8 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         reason=run.reason,
         seed=run.config.seed,
         stages=tuple(run.rows),
-        data=part(PREPARE_DATA, SUMMARY) or {},
-        card=part(PREPARE_DATA, CARD),
+        data=read_summary(data) if data else {},
+        card=read_card(data) if data else None,
         reward_model=part(EVALUATE_REWARD_MODEL, "evaluation.json"),
         policy=part(EVALUATE_POLICY, "evaluation.json"),
         curves=tuple(part(TRAIN_POLICY, "curve.json") or ()),
@@ -201,7 +202,7 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
         for check in verdict.checks
     ]  # fmt: skip
     data = run.refs.get(PREPARE_DATA.name)
-    findings = read_json(store.fetch(data) / SUMMARY).get("findings", ()) if data else ()
+    findings = read_summary(store.fetch(data)).get("findings", ()) if data else ()
     pull = f"rlhf artifacts pull {report[:12]} report --store {run.config.store}"
     parts = (
         f"**{run.outcome}**: {_cell(run.reason)}",

@@ -19,13 +19,14 @@ from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.data import CONSEQUENCES
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.data.lineage import forgotten_ids
-from rlhf.data.rows import SUMMARY
 from rlhf.data.sources import source_digest
+from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, judge, read_verdict, require
 from rlhf.modeling.source import ExternalModel
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
+from rlhf.saved import read_saved
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
@@ -92,8 +93,8 @@ def _data_digest(config: PipelineConfig) -> str:
 
 def _show_data(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
     """Show how the source was read, and the reasons for leaving rows out."""
-    summary = read_json(folder / SUMMARY)
-    reasons = [{"reason": k, "rows": v} for k, v in summary["left_out"].items()]
+    summary = read_summary(folder)
+    reasons = [{"reason": k, "rows": v} for k, v in summary.get("left_out", {}).items()]
     facts = [
         {"fact": key.replace("_", " "), "value": str(value)}
         for key, value in summary.items()
@@ -208,7 +209,7 @@ def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
     """
 
     def body(run: StageRun) -> StageResult:
-        metrics = read_json(run.folders["evaluation"] / EVALUATION)
+        metrics = read_saved(run.folders["evaluation"] / EVALUATION)
         verdict = judge(
             run.producer.stage, run.refs[subject].digest, metrics, getattr(run.config.gates, rules)
         )

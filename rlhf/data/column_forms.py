@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from rlhf.data.cell_texts import texts_of
 from rlhf.data.cells import Cells
 from rlhf.data.columns import Row, cell_of
 from rlhf.data.markup import LISTS, WEAK, Markup, markup_of, recognise
 from rlhf.data.records import LeftOutError
-from rlhf.data.shared_marks import CUT_SPEAKER, ENOUGH, Marks, MarkWatch, texts_of
+from rlhf.data.shared_marks import CUT_SPEAKER, ENOUGH, Marks, MarkWatch
 from rlhf.data.special_tokens import strip_end_tokens, without_prompt
 from rlhf.errors import ConfigError
 
@@ -162,19 +163,32 @@ def _fits(cells: Cells, row: Row, column: str) -> bool:
 
 
 def _notes(columns: Mapping[str, Marks]) -> list[str]:
-    return [note for marks in columns.values() if (note := marks.check())]
+    """Return sentences on what the texts of each column share at an edge, and keep."""
+    notes: dict[str, None] = {}
+    for marks in columns.values():
+        if note := marks.check():
+            notes[note] = None
+        if ending := marks.common_ending():
+            notes[f"most texts of {marks.column} end with {ending!r}, which stays in them"] = None
+    return [*notes]
 
 
 def _one_sided(columns: Mapping[str, Marks], cells: Cells) -> list[str]:
-    """Return sentences on an opening that nearly all replies of one column have, and few others."""
+    """Return sentences on openings and endings that the replies of one column have, and few others.
+
+    These are told where a column's texts share them at all.
+    """
     found = []
     for one, other in itertools.permutations((cells.first, cells.second)):
-        opener = columns[one].common_opener() if one in columns and other in columns else None
-        if one != other and opener and columns[other].share_of(opener) < _FEW:
-            found.append(
-                f"{opener!r} tells {one} from {other} without a look at the rest: a reward model "
-                "may learn that alone; cut it, or write it in front of both"
-            )
+        if one == other or one not in columns or other not in columns:
+            continue
+        opener, ending = columns[one].common_opener(), columns[one].common_ending()
+        for words, where in ((opener, "in front of both"), (ending, "at the end of both")):
+            if words and columns[other].share_of(words) < _FEW:
+                found.append(
+                    f"{words!r} tells {one} from {other} without a look at the rest: a reward "
+                    f"model may learn that alone; cut it, or write it {where}"
+                )
     return found
 
 

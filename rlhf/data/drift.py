@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,9 @@ class Drift:
 
     shifts: tuple[Shift, ...]
     notes: tuple[str, ...] = ()
+    lengths: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By kind of text whose lengths were compared: shares by class of length (`length_class`),
+    of the champion's data as `before`, of the new ones as `after`."""
 
     def reached(self, limits: DriftLimits) -> list[Shift]:
         """Return the shifts that reach a limit, the farthest beyond it first."""
@@ -107,7 +110,11 @@ def compare(old: Sketch, new: Sketch) -> Drift:
     if signal := _signal_shift(old, new):
         shifts.append(signal)
     order = {measure: place for place, measure in enumerate(MEASURES)}
-    return Drift(tuple(sorted(shifts, key=lambda s: order[s.measure])), tuple(notes))
+    lengths = {
+        kind: {"before": _length_shares(before), "after": _length_shares(after)}
+        for kind, before, after in _compared_texts(old, new)
+    }
+    return Drift(tuple(sorted(shifts, key=lambda s: order[s.measure])), tuple(notes), lengths)
 
 
 def jensen_shannon(p: Floats, q: Floats) -> Floats:
@@ -154,15 +161,26 @@ def _entropy(p: Floats) -> Floats:
 
 
 def _text_shifts(old: Sketch, new: Sketch) -> Iterator[Shift]:
-    # A kind that only one side has of its own is compared with what the other uses in its place.
-    for kind in dict.fromkeys([*old.texts, *new.texts]):
-        before, after = (s.texts.get(kind) or s.texts[FALLBACK[kind]] for s in (old, new))
-        if min(_spread(before), _spread(after)) < MIN_GROUPS:
-            continue  # of texts to a few prompts chance can't be told
+    for kind, before, after in _compared_texts(old, new):
         value, noise = _corrected(before.tokens, after.tokens, jensen_shannon)
         yield Shift("tokens", kind, value, noise)
         value, noise = _corrected(before.lengths, after.lengths, kolmogorov_smirnov)
         yield Shift("lengths", kind, value, noise, median_length(before), median_length(after))
+
+
+def _compared_texts(old: Sketch, new: Sketch) -> Iterator[tuple[str, TextCounts, TextCounts]]:
+    """Yield each kind of text with both datasets' counts, where there are enough."""
+    # A kind that only one side has of its own is compared with what the other uses in its place.
+    for kind in dict.fromkeys([*old.texts, *new.texts]):
+        before, after = (s.texts.get(kind) or s.texts[FALLBACK[kind]] for s in (old, new))
+        # Of texts to a few prompts chance can't be told.
+        if min(_spread(before), _spread(after)) >= MIN_GROUPS:
+            yield kind, before, after
+
+
+def _length_shares(counts: TextCounts) -> list[float]:
+    total = np.array(counts.lengths, dtype=float).sum(axis=0)
+    return [round(float(share), 6) for share in total / total.sum()]
 
 
 def _spread(counts: TextCounts) -> int:

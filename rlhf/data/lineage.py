@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from rlhf.data.rows import PAIRS_TRAIN, QUARANTINE, ROWS, SourceRow, read_rows
+from rlhf.data.rows import PAIRS_TRAIN, QUARANTINE, ROWS, SourceRow, json_lines, read_rows
 from rlhf.errors import DataError
 from rlhf.store import ArtifactRef, Store
 
@@ -30,8 +30,8 @@ class Reach:
     """By id: artifacts made from a dataset that trains on the row, at any distance."""
     tested: dict[str, list[ArtifactRef]] = field(default_factory=dict)
     """By id: evaluations and verdicts on a row that is held out; models do not learn from it."""
-    unknown: list[ArtifactRef] = field(default_factory=list)
-    """Datasets of an older version, which keep no ids."""
+    unknown: list[tuple[ArtifactRef, str]] = field(default_factory=list)
+    """Datasets whose ids can't be read, each with the reason: an older version, damage."""
 
 
 def rows_of(folder: Path) -> list[SourceRow]:
@@ -40,7 +40,7 @@ def rows_of(folder: Path) -> list[SourceRow]:
     Empty for the generated world.
 
     Raises:
-        DataError: An older version made the dataset, without ids.
+        DataError: An older version made the dataset, without ids, or a file is damaged.
     """
     quarantine = folder / QUARANTINE
     if not (folder / ROWS).exists():
@@ -51,10 +51,15 @@ def rows_of(folder: Path) -> list[SourceRow]:
         )
     rows = read_rows(folder / ROWS, SourceRow)
     if quarantine.exists():
-        with quarantine.open(encoding="utf-8") as file:
-            lines = map(json.loads, file)
-            rows += [SourceRow(x["id"], x["source"], x["line"], "quarantine") for x in lines]
+        rows += json_lines(quarantine, _left_out)
     return rows
+
+
+def _left_out(line: Any) -> SourceRow:
+    row = SourceRow(line["id"], line["source"], line["line"], "quarantine")
+    if not isinstance(row.id, str) or not isinstance(row.source, str):
+        raise ValueError("id and source are no texts")
+    return row
 
 
 def reach(store: Store, ids: Iterable[str]) -> Reach:
@@ -72,8 +77,8 @@ def reach(store: Store, ids: Iterable[str]) -> Reach:
             continue
         try:
             rows = rows_of(store.fetch(artifact.ref))
-        except DataError:
-            found.unknown.append(artifact.ref)
+        except DataError as error:
+            found.unknown.append((artifact.ref, str(error)))
             continue
         for row in rows:
             if row.id in wanted:

@@ -1,4 +1,4 @@
-"""Openings that texts share: copied pages of chats, emoji for speakers, and words such as "Sure!".
+"""Openings and endings that texts share: pages of chats, emoji for speakers, words such as "Sure!".
 
 A line of a chat page or an emoji for each speaker is a template's mark. Words are content, which a
 reward model may learn all the same: they are told, and stay.
@@ -31,6 +31,10 @@ _EMOJI_TURN = re.compile(
     rf"(?:\A|\n)\s?([{_USER_SIGNS}{_ASSISTANT_SIGNS}]){_JOINED}[ \t]*[:：]?(?=\s|\Z)"
 )
 _LONGEST = 40  # characters of an opening
+_LONGEST_ENDING = 120  # characters
+#: Between two sentences; the signs of Chinese and Japanese need no space.
+_BREAK = re.compile(r"(?<=[.!?…])[\"'”’)\]*_]*\s+|(?<=[。！？])|\n+")
+_WORD = re.compile(r"[^\W\d_]{2}")
 #: Words and the sign behind them: "Sure! ", "A. ", "Answer - ", "As an AI model, "; or a line.
 _WORDS = re.compile(
     r"([^\W\d_](?:[^\n.!?,:;()–—-]|-(?=\w)){0,38}?(?:\s?[.!?,:;)–—]+|\s[-]+))(?=\s)|"
@@ -67,3 +71,15 @@ def opening_words(text: str) -> str | None:
         return first
     match = _WORDS.match(head)
     return match.group().strip() if match else None
+
+
+def last_sentence(text: str) -> str | None:
+    """Return the last sentence or line of a text; None if it is long, or the whole text.
+
+    What has no word, such as an emoji or a bracket, belongs to the sentence before it.
+    """
+    tail = text.strip()[-_LONGEST_ENDING - 1 :]
+    for start in reversed([match.end() for match in _BREAK.finditer(tail)]):
+        if _WORD.search(tail, start):
+            return tail[start:] if start > 0 else None
+    return None

@@ -26,12 +26,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import TypeAdapter
+
 from rlhf.errors import DataError
+from rlhf.saved import FAULTS, damaged
 
 if TYPE_CHECKING:
     import pyarrow
@@ -111,6 +114,9 @@ class SourceRow:
 
 Row = TypeVar("Row", Demonstration, Pair, PromptRow)
 _Stored = TypeVar("_Stored", Demonstration, Pair, PromptRow, SourceRow)
+T = TypeVar("T")
+#: Stands for a column that is no field of its rows' type, and is never empty.
+_GIVEN: Any = field()
 
 
 #: Type of the rows in each file.
@@ -154,7 +160,11 @@ def write_rows(path: Path, rows: Iterable[Any]) -> int:
 
 
 def read_rows(path: Path, row_type: type[_Stored]) -> list[_Stored]:
-    """Read rows written by `write_rows`, or by its predecessor as JSON lines."""
+    """Read rows written by `write_rows`, or by its predecessor as JSON lines.
+
+    Raises:
+        DataError: The file is missing, or does not hold such rows.
+    """
     return list(iterate_rows(path, row_type))
 
 
@@ -162,29 +172,120 @@ def iterate_rows(path: Path, row_type: type[_Stored]) -> Iterator[_Stored]:
     """Yield the rows of `read_rows`, a row group in memory."""
     older = path.with_suffix(".jsonl")
     if not path.exists() and older.exists():
-        with older.open(encoding="utf-8") as file:
-            yield from (row_type(**json.loads(line)) for line in file)
-        return
-    yield from _parquet_rows(path, row_type)
+        yield from json_lines(older, TypeAdapter(row_type).validate_python)
+    else:
+        yield from _parquet_rows(path, row_type)
+
+
+def json_lines(path: Path, read: Callable[[Any], T]) -> Iterator[T]:
+    """Yield what a function makes of each line of a file of an artifact.
+
+    Raises:
+        DataError: A line is no JSON, or the function finds a fault.
+    """
+    done = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                yield read(json.loads(line))
+                done += 1
+    except FAULTS as error:
+        raise damaged(path, error, f"line {done + 1}: ") from None
 
 
 def _parquet_rows(path: Path, row_type: type[_Stored]) -> Iterator[_Stored]:
+    import pyarrow as pa
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_GROUP, use_threads=False):
-            columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
-            if "prompt" in columns:
-                are_text = columns.pop("prompt_is_text")
-                columns["prompt"] = [
-                    messages[0]["content"] if is_text else messages
-                    for messages, is_text in zip(columns["prompt"], are_text, strict=True)
-                ]
-                columns["row_ids"] = [tuple(ids) for ids in columns["row_ids"]]
-            if "metadata" in columns:
-                columns["metadata"] = [json.loads(text) for text in columns["metadata"]]
-            for values in zip(*columns.values(), strict=True):
-                yield row_type(**dict(zip(columns, values, strict=True)))
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow, row_type)
+            for batch in file.iter_batches(batch_size=_GROUP, use_threads=False):
+                yield from _rows_of(batch, row_type)
+    except (*FAULTS, pa.ArrowException) as error:
+        raise damaged(path, error) from None
+
+
+def _rows_of(batch: pyarrow.RecordBatch, row_type: type[_Stored]) -> list[_Stored]:
+    for name in batch.schema.names:
+        if row_type.__dataclass_fields__.get(name, _GIVEN).default is not None:
+            _refuse_nulls(name, batch.column(name))
+    columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+    if "prompt" in columns:
+        are_text = columns.pop("prompt_is_text")
+        if not all(columns["prompt"]):
+            raise ValueError("a prompt has no message")
+        columns["prompt"] = [
+            messages[0]["content"] if is_text else messages
+            for messages, is_text in zip(columns["prompt"], are_text, strict=True)
+        ]
+    if "row_ids" in columns:
+        columns["row_ids"] = [tuple(ids) for ids in columns["row_ids"]]
+    if "metadata" in columns:
+        columns["metadata"] = [json.loads(text) for text in columns["metadata"]]
+        if not all(isinstance(value, dict) for value in columns["metadata"]):
+            raise ValueError("metadata is no JSON object")
+    return [
+        row_type(**dict(zip(columns, values, strict=True)))
+        for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def _check_columns(found: pyarrow.Schema, row_type: type[Any]) -> None:
+    """Refuse a file with other columns than a type's; those with a default may lack.
+
+    Raises:
+        ValueError: A column is missing, unknown, or of another type.
+    """
+    import pyarrow as pa
+
+    wanted = _schema(row_type)
+    for name in found.names:
+        if name not in wanted.names:
+            raise ValueError(f"column {name} is unknown")
+    for column in wanted:
+        spec = row_type.__dataclass_fields__.get(column.name, _GIVEN)
+        is_optional = spec.default is not MISSING or spec.default_factory is not MISSING
+        if column.name not in found.names:
+            if not is_optional:
+                raise ValueError(f"column {column.name} is missing")
+            continue
+        own = found.field(column.name).type
+        if not _fits(own, column.type) and not (is_optional and pa.types.is_null(own)):
+            raise ValueError(f"column {column.name} is of type {own}, not {column.type}")
+
+
+def _fits(found: pyarrow.DataType, wanted: pyarrow.DataType) -> bool:
+    """Return whether a type has the values of another: files of other tools differ in widths."""
+    from pyarrow import types
+
+    if types.is_list(wanted):
+        return (types.is_list(found) or types.is_large_list(found)) and _fits(
+            found.value_type, wanted.value_type
+        )
+    if types.is_struct(wanted):
+        return (
+            types.is_struct(found)
+            and {field.name for field in found} == _MESSAGE_FIELDS
+            and all(_fits(found.field(f.name).type, f.type) for f in wanted)
+        )
+    if types.is_large_string(wanted) or types.is_string(wanted):
+        return types.is_string(found) or types.is_large_string(found)
+    if types.is_int64(wanted):
+        return types.is_integer(found)
+    return bool(found == wanted)
+
+
+def _refuse_nulls(name: str, column: pyarrow.Array[Any]) -> None:
+    from pyarrow import types
+
+    if column.null_count:
+        raise ValueError(f"column {name} has empty cells")
+    if types.is_list(column.type) or types.is_large_list(column.type):
+        _refuse_nulls(name, column.flatten())
+    elif types.is_struct(column.type):
+        for place in range(column.type.num_fields):
+            _refuse_nulls(name, column.field(place))
 
 
 def _schema(row_type: type[Any]) -> pyarrow.Schema:

@@ -9,23 +9,22 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rlhf.data.chat import REPLY_KEYS, ROLE_KEYS
-from rlhf.data.openers import emoji_speaker, opening_words, page_line
+from rlhf.data.cell_texts import texts_of
+from rlhf.data.openers import emoji_speaker, last_sentence, opening_words, page_line
 from rlhf.data.role_words import (
     ANSWERING,
     ASKING,
     ASSISTANTS,
-    USERS,
     base_word,
     is_label,
     is_speaker,
     is_user,
 )
-from rlhf.data.special_tokens import END_TOKENS
+from rlhf.data.special_tokens import END_TOKENS, strip_end_tokens
 from rlhf.errors import ConfigError
 
 #: Share of a column's texts with the same mark from which the column is a template's output.
@@ -153,6 +152,8 @@ class Marks:
     inside: Counter[Mark] = field(default_factory=Counter)
     openers: Counter[str] = field(default_factory=Counter)
     """Words or a symbol in front of texts."""
+    endings: Counter[str] = field(default_factory=Counter)
+    """Last sentences of replies."""
     heads: dict[str, Edge] = field(default_factory=dict)
     tails: dict[str, Edge] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
@@ -176,6 +177,8 @@ class Marks:
             edges.setdefault(edge[:_LEAST_SHARED], Edge(edge)).add(edge, weight)
         if opener := opening_words(text):
             self.openers[opener] += weight
+        if self.is_reply and (ending := last_sentence(strip_end_tokens(text)[0])):
+            self.endings[ending] += weight
         begin, end = opening_mark(text), closing_mark(text)
         if begin is not None and not (self.is_reply and CUT_SPEAKER.match(text)):
             self.begins[begin] += weight
@@ -216,9 +219,15 @@ class Marks:
         opener, count = next(iter(self.openers.most_common(1)), (None, 0))
         return opener if count >= max(_FEWEST, _NEARLY_ALL * self.texts) else None
 
+    def common_ending(self) -> str | None:
+        """Return the sentence that most replies end with."""
+        ending, count = next(iter(self.endings.most_common(1)), (None, 0))
+        return ending if count >= max(_FEWEST, ENOUGH * self.texts) else None
+
     def share_of(self, opener: str) -> float:
-        """Return the share of the texts that begin with some words or a symbol."""
-        return self.openers[opener] / self.texts if self.texts else 0.0
+        """Return the share of the texts that begin with some words, or end with a sentence."""
+        count = max(self.openers[opener], self.endings[opener])
+        return count / self.texts if self.texts else 0.0
 
     def _tell_opener(self) -> str | None:
         opener = self.common_opener()
@@ -284,40 +293,6 @@ class MarkWatch:
         if len(stretch.seen) >= _STRETCH:
             stretch.check(_ENOUGH_IN_STRETCH)
             del self.stretches[column]
-
-
-def texts_of(value: Any, is_reply: bool) -> Iterable[str]:
-    """Return the texts of a cell: its own, its last turn's, or those of several replies."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list | tuple) or not value:
-        return []
-    if all(isinstance(item, Mapping) and any(k in item for k in ROLE_KEYS) for item in value):
-        asked = [item for item in value if _role_of(item) in USERS]
-        value = value[-1:] if is_reply else asked[-1:]
-    texts = []
-    for item in value:
-        keys = ("content", "value", *REPLY_KEYS) if isinstance(item, Mapping) else ()
-        text = next((item[key] for key in keys if isinstance(item.get(key), str)), item)
-        text = _text_in_parts(text)
-        texts += [text] if isinstance(text, str) else []
-    return texts
-
-
-def _text_in_parts(message: Any) -> Any:
-    """Return the text of a message whose content is a list of parts; others as they are."""
-    for key in ("content", "parts") if isinstance(message, Mapping) else ():
-        parts = message.get(key)
-        if isinstance(parts, list | tuple) and parts:
-            texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-            return "".join(text for text in texts if isinstance(text, str))
-    return message
-
-
-def _role_of(message: Mapping[str, Any]) -> str:
-    return str(next((message[key] for key in ROLE_KEYS if key in message), "")).lower()
 
 
 # --- one text ---------------------------------------------------------------------------------

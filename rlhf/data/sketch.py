@@ -25,7 +25,6 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rlhf.data.rows import (
-    CARD,
     DEMONSTRATIONS,
     PAIRS_EVAL,
     PAIRS_TRAIN,
@@ -37,6 +36,7 @@ from rlhf.data.rows import (
     iterate_rows,
     messages_of,
 )
+from rlhf.data.stored import read_card
 from rlhf.errors import DataError
 from rlhf.files import read_json
 
@@ -100,6 +100,8 @@ class Sketch:
 
 
 _SKETCHES = TypeAdapter(Sketch)
+#: Cure of all faults of the champion's data, which may be gone for good.
+_WITHOUT = "set data.drift.enabled=false to go on without the comparison"
 
 
 def make_sketch(
@@ -167,8 +169,7 @@ def read_sketch(folder: Path) -> Sketch:
     """Read a dataset's sketch; of an older dataset without one, count its files.
 
     Raises:
-        OSError: The dataset has no pairs.
-        DataError: `sketch.json` was damaged or edited.
+        DataError: `sketch.json`, or a file to count, is missing, damaged or edited.
     """
     path = folder / SKETCH
     if path.exists():
@@ -185,11 +186,14 @@ def read_sketch(folder: Path) -> Sketch:
                 reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise DataError(
                 f"{SKETCH} is damaged ({' '.join(reason.split())[:120]}); restore the artifact, or "
-                "set data.drift.enabled=false to go on without the comparison"
+                f"{_WITHOUT}"
             ) from None
     names = (PAIRS_TRAIN, PAIRS_EVAL)
     pairs = itertools.chain.from_iterable(iterate_rows(folder / name, Pair) for name in names)
-    return _sketch_of(folder, pairs)
+    try:
+        return _sketch_of(folder, pairs)
+    except DataError as error:
+        raise DataError(f"{error}, or {_WITHOUT}") from None
 
 
 def _check(sketch: Sketch) -> None:
@@ -220,12 +224,11 @@ def _check(sketch: Sketch) -> None:
 
 
 def _sketch_of(folder: Path, pairs: Iterable[Pair]) -> Sketch:
-    card = folder / CARD
     return make_sketch(
         pairs,
         (row.prompt for row in iterate_rows(folder / PROMPTS_TRAIN, PromptRow)),
         iterate_rows(folder / DEMONSTRATIONS, Demonstration),
-        read_json(card) if card.exists() else {},
+        read_card(folder) or {},
     )
 
 

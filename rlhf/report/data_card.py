@@ -25,6 +25,7 @@ MAX_BARS = 12
 MAX_SLICES = 15
 MAX_COLUMNS = 3
 TEXTS = ("prompt", "chosen", "rejected")
+SIDES = ("before", "after")
 _EDGES = {str(2**power) for power in range(64)}
 QUANTILES = (("p5", "5 %"), ("median", "median"), ("p95", "95 %"), ("longest", "longest"))
 
@@ -47,6 +48,17 @@ class Histogram:
     y_ticks: tuple[Tick, ...]
     heads: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Any, ...]], ...]
+
+
+@dataclass(frozen=True)
+class DriftChart:
+    """Lengths of one kind of text in two datasets, as lines over classes a factor √2 apart."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    """Pairs of `before` or `after`, and the points."""
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,27 @@ def data_card(card: Mapping[str, Any] | None) -> CardView:
         lengths=_histogram(_mapping(card.get("lengths"))),
         languages=_bars(languages, percent),
     )
+
+
+def drift_charts(drift: Mapping[str, Any] | None) -> tuple[DriftChart, ...]:
+    """Lay out the lengths of each kind of text before and after; what is no shares is left out."""
+    charts = []
+    for kind, sides in _mapping((drift or {}).get("lengths")).items():
+        shares = {
+            side: {k: share for k, x in enumerate(_list(values)) if (share := _number(x)) > 0}
+            for side, values in _mapping(sides).items()
+            if side in SIDES
+        }
+        if set(shares) != set(SIDES) or not all(shares.values()):
+            continue
+        low = min(min(bins) for bins in shares.values())
+        high = max(low + 1, *(max(bins) for bins in shares.values()))
+        step = -(-(high - low) // 6)
+        # A class is named by its middle.
+        labels = {k: number(round(2 ** (k / 2) - 1)) for k in range(low, high + 1, step)}
+        ordered = {side: shares[side] for side in SIDES}
+        charts.append(DriftChart(str(kind), *_lines(ordered, low, high, labels)))
+    return tuple(charts)
 
 
 def _shortcuts(card: Mapping[str, Any]) -> IntervalChart | None:
@@ -140,26 +173,37 @@ def _histogram(lengths: Mapping[str, Any]) -> Histogram | None:
         return None
     low = min(min(bins) for bins in shares.values())
     high = max(low + 1, *(max(bins) for bins in shares.values()))
+    step = -(-(high - low) // 6)
+    labels = {k: f"<{number(2**k)}" for k in range(low, high + 1, step)}
+    lines, x_ticks, y_ticks = _lines(shares, low, high, labels)
+    rows = [(name, _mapping(_mapping(lengths[name]).get("quantiles"))) for name in shares]
+    return Histogram(
+        lines=lines,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        heads=tuple(head for _, head in QUANTILES),
+        rows=tuple((name, tuple(q.get(key) for key, _ in QUANTILES)) for name, q in rows),
+    )
+
+
+def _lines(
+    shares: Mapping[str, Mapping[int, float]], low: int, high: int, labels: Mapping[int, str]
+) -> tuple[tuple[tuple[str, str], ...], tuple[Tick, ...], tuple[Tick, ...]]:
+    """Lay out distributions over classes; return the lines by name, and the ticks of both axes."""
     marks = nice_ticks(0, max(max(bins.values()) for bins in shares.values()), 4)
 
-    def x(power: float) -> float:
-        return round(LEFT + (power - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
+    def x(place: float) -> float:
+        return round(LEFT + (place - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
 
     def y(share: float) -> float:
         return round(HEIGHT - BOTTOM - share / marks[-1] * (HEIGHT - TOP - BOTTOM), 1)
 
-    step = -(-(high - low) // 6)
-    rows = [(name, _mapping(_mapping(lengths[name]).get("quantiles"))) for name in shares]
-    return Histogram(
-        lines=tuple(
-            (name, " ".join(f"{x(k):g},{y(bins.get(k, 0)):g}" for k in range(low, high + 1)))
-            for name, bins in shares.items()
-        ),
-        x_ticks=tuple(Tick(x(k), f"<{number(2**k)}") for k in range(low, high + 1, step)),
-        y_ticks=tuple(Tick(y(mark), f"{100 * mark:g} %") for mark in marks),
-        heads=tuple(head for _, head in QUANTILES),
-        rows=tuple((name, tuple(q.get(key) for key, _ in QUANTILES)) for name, q in rows),
+    lines = tuple(
+        (name, " ".join(f"{x(k):g},{y(bins.get(k, 0)):g}" for k in range(low, high + 1)))
+        for name, bins in shares.items()
     )
+    x_ticks = tuple(Tick(x(place), label) for place, label in labels.items())
+    return lines, x_ticks, tuple(Tick(y(mark), f"{100 * mark:g} %") for mark in marks)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

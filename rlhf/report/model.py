@@ -170,7 +170,8 @@ class RunReport(Plain):
     `repeats`, `slices`, `languages`, `lengths`, `left_out`."""
     drift: dict[str, Any] | None = None
     """Drift against the champion's data: `champion_data`, `warnings`, `notes`, and `shifts`, each
-    with `measure`, `of`, `value`, `noise`, `before`, `after`."""
+    with `measure`, `of`, `value`, `noise`, `before`, `after`; `lengths` by kind of text, shares
+    `before` and `after` by class of length."""
     reward_model: dict[str, Any] | None = None
     """Reward-model metrics: `accuracy`, `baseline_longer` (each with `_low`, `_high`), `n`,
     `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf.report import charts, text
 from rlhf.report.charts import IntervalChart, interval_chart
-from rlhf.report.data_card import data_card
+from rlhf.report.data_card import data_card, drift_charts
 from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
 from rlhf.report.text import duration, number, number_of, percent, percent_range, words
 
@@ -65,6 +65,7 @@ def render(report: RunReport) -> str:
             data_notes=data_notes(report.data),
             card=data_card(report.card),
             drift=report.drift,
+            drift_charts=drift_charts(report.drift),
             accuracy=accuracy_chart(report.reward_model),
             curves=charts.curves_of(report.curves),
             curve_columns=columns,

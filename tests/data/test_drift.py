@@ -203,6 +203,18 @@ def write(path, rows):
     return str(path)
 
 
+def test_the_shares_of_lengths_are_those_of_both_datasets():
+    drift = compare(sketch(pairs(200, 1)), sketch(pairs(200, 2, longest=60)))
+    assert set(drift.lengths) == {"prompts", "chosen replies", "rejected replies"}
+    for sides in drift.lengths.values():
+        assert sum(sides["before"]) == pytest.approx(1, abs=1e-4)
+        assert sum(sides["after"]) == pytest.approx(1, abs=1e-4)
+    means = [np.average(range(len(shares)), weights=shares)
+             for shares in drift.lengths["chosen replies"].values()]  # fmt: skip
+    assert means[1] > means[0] + 0.5
+    assert compare(sketch(pairs(200, 1)), sketch(pairs(30, 2))).lengths == {}
+
+
 def test_prepared_data_have_a_sketch_and_older_ones_get_the_same(tmp_path):
     source = write(tmp_path / "a.jsonl", pairs(80, 1))
     out = tmp_path / "out"

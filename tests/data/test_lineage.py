@@ -214,7 +214,7 @@ def test_the_reach_of_a_row_in_several_datasets_and_in_quarantine(site, tmp_path
     derived = found.derived[id_of(used)]
     assert {*derived} == {refs["sft"], refs["policy"], models[0]}
     assert len(derived) == 3
-    assert {*found.unknown} == {*old}
+    assert {ref for ref, _ in found.unknown} == {*old}
 
 
 def test_forget_looks_first_then_records_and_the_fingerprint_changes(site, tmp_path, capsys):

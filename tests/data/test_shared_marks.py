@@ -287,6 +287,38 @@ def test_words_that_many_texts_begin_with_are_not_told(tmp_path, opener):
     assert not any("nearly all" in note or "tells" in note for note in summary["notes"])
 
 
+@pytest.mark.parametrize(
+    "ending",
+    [" Let me know if you have any other questions!", " I hope this helps! 😊",
+     "\n\nHope this helps", "希望对您有帮助！", " *I hope this helps.*</s>"],
+)  # fmt: skip
+def test_a_sentence_that_most_replies_end_with_stays_and_is_told(tmp_path, ending):
+    shown = repr(ending.removesuffix("</s>").strip())
+    stop = "." if ending.isascii() or ending[0] == " " else "。"
+    rows = [plain(i, chosen=f"{answer(i)} Really{stop}{ending if i % 4 else ''}",
+                  rejected=f"Never. {WORDS[i % 10]} {i}") for i in range(40)]  # fmt: skip
+    pairs, summary = prepare(tmp_path, rows)
+    assert {pair.chosen for pair in pairs} == {row["chosen"].removesuffix("</s>") for row in rows}
+    assert [n for n in summary["notes"] if shown in n] == [
+        f"most texts of chosen end with {shown}, which stays in them",
+        f"{shown} tells chosen from rejected without a look at the rest: a reward model may learn "
+        "that alone; cut it, or write it at the end of both",
+    ]
+    assert "most texts of chosen end with" in (tmp_path / "out" / "card.md").read_text()
+    for row in rows:
+        row["rejected"] += f"{stop}{ending}"
+    notes = [n for n in prepare(tmp_path, rows)[1]["notes"] if shown in n]
+    assert [note.split()[3] for note in notes] == ["chosen", "rejected"]
+
+
+def test_endings_of_half_of_the_replies_and_whole_replies_are_not_told(tmp_path):
+    rows = [plain(i, chosen=f"{answer(i)} So." + (" I hope this helps!" if i % 2 else ""))
+            for i in range(40)]  # fmt: skip
+    assert not any("end with" in note for note in prepare(tmp_path, rows)[1]["notes"])
+    same = [plain(i, rejected="I hope this helps!") for i in range(40)]
+    assert not any("end with" in note for note in prepare(tmp_path, same)[1]["notes"])
+
+
 def test_emoji_of_both_speakers_are_a_template_and_single_ones_are_content():
     assert opening_mark("🧑 Why?\n🤖") == (SPEAKER, "🧑")
     assert opening_mark("🧑 is a person") is None

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlhf.report import charts, text
-from rlhf.report.data_card import data_card
+from rlhf.report.data_card import data_card, drift_charts
 from rlhf.report.model import StageRow, StageState
 from rlhf.report.render import curve_table, lanes
 
@@ -61,6 +61,29 @@ def test_lengths_are_lines_over_powers_of_two():
     )  # fmt: skip
     assert [tick.label for tick in found.x_ticks] == ["<128", "<256", "<512"]
     assert found.rows == (("prompt", (90, None, None, None)),)
+
+
+def test_lengths_of_two_datasets_are_lines_over_common_classes():
+    # Classes 8 and 12: 15 and 63 characters; the new texts are all of the longer class.
+    lengths = {"prompts": {"before": [0.0] * 8 + [1.0], "after": [0.0] * 12 + [1.0]}}
+    [chart] = drift_charts({"lengths": lengths})
+    assert chart.title == "prompts"
+    assert [tick.label for tick in chart.x_ticks] == ["15", "22", "31", "44", "63"]
+    points = {side: [tuple(map(float, p.split(","))) for p in line.split()]
+              for side, line in chart.lines}  # fmt: skip
+    bottom = charts.HEIGHT - charts.BOTTOM
+    assert points["before"][0] == (charts.LEFT, charts.TOP)
+    assert points["after"][-1] == (charts.WIDTH - charts.RIGHT, charts.TOP)
+    assert {y for _, y in points["after"][:-1]} == {bottom}
+    assert len(points["before"]) == len(points["after"]) == 5
+
+
+@pytest.mark.parametrize(
+    "drift", [None, {}, {"lengths": 3}, {"lengths": {"prompts": {"before": [1.0]}}},
+              {"lengths": {"prompts": {"before": [], "after": ["x", None]}}}],
+)  # fmt: skip
+def test_drift_without_lengths_has_no_chart(drift):
+    assert drift_charts(drift) == ()
 
 
 def test_bars_beyond_a_dozen_are_one():
