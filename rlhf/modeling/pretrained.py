@@ -266,7 +266,7 @@ def _loading_errors(folder: Path | str, field: str | None) -> Iterator[None]:
             "model is newer"
         )
         if "flash" in str(error).lower():
-            cure = f"remove attn_implementation from its {CONFIG}"
+            cure = f"remove attn_implementation or _attn_implementation from its {CONFIG}"
         raise failing(folder, field)(
             f"can't be loaded by transformers {transformers.__version__} ({_reason(error)}); {cure}"
         ) from error

@@ -245,8 +245,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         config(text_config={"torch_dtype": "torch.int8"}), r"torch_dtype = 'torch\.int8' in its"
     ),
     "attention": (
-        config(attn_implementation="flash_attention_2"),
-        r"can't be loaded .*; remove attn_implementation from its config\.json$",
+        config(_attn_implementation="flash_attention_2"),
+        r"can't be loaded .*; remove attn_implementation or _attn_implementation from its",
     ),
     "index": (lacks_the_index, rf"holds shards, but no {INDEX}"),
     "broken index": (lambda f: (shard(f), (f / INDEX).write_text("[]")), r"lists no files"),
