@@ -261,10 +261,7 @@ def _loading_errors(folder: Path | str, field: str | None) -> Iterator[None]:
     except (ConfigError, MemoryError):
         raise
     except Exception as error:  # a broken configuration raises any class
-        cure = (
-            f"restore the {CONFIG} that was saved with its weights, or update transformers if the "
-            "model is newer"
-        )
+        cure = f"restore the {CONFIG} that was saved with its weights, or update transformers"
         if "flash" in str(error).lower():
             cure = f"remove attn_implementation or _attn_implementation from its {CONFIG}"
         raise failing(folder, field)(
