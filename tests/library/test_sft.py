@@ -195,7 +195,7 @@ def test_foreign_template_is_kept(train, fresh, tmp_path):
 
 def test_a_base_that_guesses_is_named(train, sft, tmp_path, caplog):
     train("same", base=based_on(sft), epochs=0.1)
-    assert "worse than by guessing" not in caplog.text
+    assert "better than by guessing" not in caplog.text
     folder = tmp_path / "base"
     model = load_policy(sft)
     with torch.no_grad():
