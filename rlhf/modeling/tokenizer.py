@@ -129,7 +129,7 @@ def tokenizer_error(folder: Path | str, error: Exception) -> ConfigError:
 
 
 def _fix_segmentation(tokenizer: Any, model: str) -> None:
-    """Switch off a tokenizer's dropout, by which it reads the same text differently each time."""
+    """Switch off a tokenizer's dropout, which reads a text differently each time."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     pieces: Any = getattr(backend, "model", None)
     if getattr(pieces, "dropout", None):
