@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +173,20 @@ class _Folder:
                     paths = {name: p for name, p in paths.items() if _is_visible(name)}
             else:
                 paths = {path.name: path} if is_dataset else {}
+            if not is_dataset:
+                self._refuse_dangling(paths.values())
             files = {name: p for name, p in paths.items() if p.is_file()}
         return {name: files[name] for name in self.external.select(list(files))}
+
+    def _refuse_dangling(self, paths: Iterable[Path]) -> None:
+        """Refuse links to files that are not there, as in a part of the hub's cache."""
+        for path in sorted(paths):
+            is_wanted = any(path.match(pattern) for pattern in self.external.hub_files)
+            if is_wanted and path.is_symlink() and not path.exists():
+                raise self.external.error(
+                    f"{path.name} is a link to {path.readlink()}, which is not there; copy the "
+                    "model with the files that its links lead to (cp -rL)"
+                )
 
 
 @dataclass(frozen=True)

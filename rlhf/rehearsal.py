@@ -237,8 +237,10 @@ class _Rehearsal:
         from rlhf.modeling.base import folder_context
         from rlhf.modeling.tokenizer import load_tokenizer
 
-        renderer = Renderer(load_tokenizer(self.base))
-        limits = self.limits().within(folder_context(self.base))
+        with self.step("loading the tokenizer"):
+            renderer = Renderer(load_tokenizer(self.base))
+        context = folder_context(self.base)
+        limits = self.limits().within(context)
 
         def fits(prompt: Any, *texts: str) -> bool:
             try:
@@ -257,9 +259,16 @@ class _Rehearsal:
                 pairs.append(Pair(question, good, bad))
                 prompts.append(PromptRow(question))
         if not prompts:
+            length, new = self.config.reward_model.max_length, self.config.ppo.max_new_tokens
+            if context < length:
+                raise ConfigError(
+                    f"base.path = {self.name!r}: it reads at most {context:,} tokens, and beside "
+                    f"ppo.max_new_tokens = {new:,} no prompt of two words fits; lower that, or "
+                    "give another base"
+                )
             raise ConfigError(
-                f"reward_model.max_length = {self.config.reward_model.max_length}: no prompt of "
-                "two words fits beside ppo.max_new_tokens; raise it"
+                f"reward_model.max_length = {length}: no prompt of two words fits beside "
+                "ppo.max_new_tokens; raise it"
             )
         if self.config.reward_model.margin_coef:
             pairs = [Pair(p.prompt, p.chosen, p.rejected, margin=p.margin or 1.0) for p in pairs]

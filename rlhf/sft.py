@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
@@ -42,6 +44,8 @@ from rlhf.trl_adapter import (
     training_arguments,
     unchanged_config,
 )
+
+log = logging.getLogger(__name__)
 
 
 def train_sft(
@@ -91,6 +95,8 @@ def train_sft(
     if config.enabled:
         limits = (limits or TokenLimits.of(config.max_length)).within(context_length(model))
         rows, counts = _encode(demonstrations, renderer, limits)
+        if leads and base.path is not None:
+            _warn_of_guesses(model, rows, base.path)
         model, curve = _train(model, rows, config, renderer, seed, device, progress)
         model = merge_adapter(model, load_base(base, (), seed)[0] if holds_stored(model) else None)
         metrics |= {"demonstrations": len(rows), "loss": curve[-1]["loss"] if curve else None}
@@ -135,6 +141,34 @@ def _encode(
             "no demonstrations to fine-tune on; check data.source or set sft.enabled=false"
         )
     return rows, fitting.metrics()
+
+
+def _warn_of_guesses(model: Any, rows: list[dict[str, list[int]]], path: str) -> None:
+    """Warn of a base that predicts the first replies no better than by guessing.
+
+    Weights with the tokenizer or configuration of another model of the same shapes load without an
+    error.
+    """
+    guess = math.log(model.get_input_embeddings().num_embeddings)
+    device = next(model.parameters()).device
+    losses = []
+    with testing(model):
+        for row in rows[:4]:
+            # A few tokens before and of the reply, for the model may be large.
+            start = row["completion_mask"].index(1)
+            before = min(start, 64)
+            ids = torch.tensor([row["input_ids"][start - before : start + 32]], device=device)
+            logits = call(model, input_ids=ids).logits[0, :-1].float()
+            loss_of_each = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+            losses.append(loss_of_each[max(before - 1, 0) :])
+    loss = float(torch.cat(losses).mean())
+    if loss > 0.95 * guess:  # zeros guess, random weights nearly do
+        log.warning(
+            "base.path = %r: before training it predicts the data's replies no better than by "
+            "guessing (%.1f nats a token; guessing has %.1f): its weights are random, or its "
+            "tokenizer or config.json is another model's",
+            path, loss, guess,
+        )  # fmt: skip
 
 
 def _train(

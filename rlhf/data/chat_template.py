@@ -71,6 +71,10 @@ def complete_template(tokenizer: Any, model: str) -> None:
                 "save the one to train with as chat_template.jinja, alone"
             )
         template = template["default"]
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(
+            f"model {model!r}: its chat template is no text; write it to chat_template.jinja"
+        )
     if template is None:
         template = _prefix(tokenizer) + PLAIN_TEMPLATE
     tokenizer.chat_template = _pin_date(template, model)

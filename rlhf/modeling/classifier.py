@@ -390,17 +390,22 @@ def _probe(model: Any) -> Int[Tensor, "1 time"]:
     """Return tokens to test a model with; the last ends a sequence where one must."""
     core = core_of(model)
     configs = [model.config.to_dict(), model.config.get_text_config().to_dict()]
-    special = {
+    special = [
         value
         for config in configs
-        for name, value in config.items()
+        for name, values in config.items()
         if name.endswith(("token_id", "token_index"))
-    }
+        for value in _as_list(values)  # Llama 3.1 has several ends
+    ]
     table: Any = core.get_input_embeddings()
     ids = [i for i in range(3, table.num_embeddings) if i not in special][:9]
     if model.config.is_encoder_decoder:  # BART and T5 score the end token
-        ids[-1] = configs[1]["eos_token_id"]
+        ids[-1] = _as_list(configs[1]["eos_token_id"])[0]
     return torch.tensor([ids], device=next(core.parameters()).device)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,19 @@ def check_generation_config(folder: Path, error: Callable[[str], Exception]) -> 
     path = folder / FILE
     if not path.is_file():
         return
-    try:
-        is_object = isinstance(json.loads(path.read_bytes()), dict)
-    except ValueError:
-        is_object = False
-    if not is_object:
+    content: Any = None
+    with suppress(ValueError):
+        content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
         # transformers would go on without it, and without the end tokens that it names.
         raise error(f"its {FILE} is no JSON object; restore it, or remove it if there was none")
+    for name in _TOKENS:
+        ids = content.get(name)
+        # GenerationConfig takes anything, and a reply would end elsewhere or never.
+        if any(type(i) is not int for i in (ids if isinstance(ids, list) else [ids or 0])):
+            raise error(
+                f"{name} = {ids!r} in its {FILE} is no token id; give a number, or a list of them"
+            )
     reason = ""
     try:
         config = GenerationConfig.from_pretrained(str(folder))

@@ -85,13 +85,20 @@ def _indexed(index: Path) -> list[Path]:
     try:
         content: Any = json.loads(index.read_bytes())
         names = sorted(set(content["weight_map"].values()))
-        shards = [index.parent / Path(name).name for name in names]
+        shards = [index.parent / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError):
-        shards = []
+        names, shards = [], []
     if not shards:
         raise DamagedWeights(
             f"its {INDEX} lists no files (no weight_map); copy or download it again"
         )
+    for name in names:
+        # transformers would follow the path, and the model's identity not cover what it reads.
+        if Path(name).name != name:
+            raise DamagedWeights(
+                f"its {INDEX} names {name!r}, and only files beside it are read; put all shards "
+                "into the model's own folder, and list them by name alone"
+            )
     return shards
 
 

@@ -268,10 +268,11 @@ def _loading_errors(folder: Path | str, field: str | None) -> Iterator[None]:
     except (ConfigError, MemoryError):
         raise
     except Exception as error:  # a broken configuration raises any class
+        cure = f"restore the {CONFIG} that was saved with its weights, or update transformers"
+        if "flash" in str(error).lower():
+            cure = f"remove attn_implementation or _attn_implementation from its {CONFIG}"
         raise failing(folder, field)(
-            f"can't be loaded by transformers {transformers.__version__} ({_reason(error)}); "
-            f"restore the {CONFIG} that was saved with its weights, or update transformers if the "
-            "model is newer"
+            f"can't be loaded by transformers {transformers.__version__} ({_reason(error)}); {cure}"
         ) from error
     finally:
         transformers_logging.set_verbosity(level)

@@ -24,6 +24,12 @@ DESCRIPTION_FILES = tuple(end for end in MODEL_FILES if end != WEIGHTS)
 CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "n_positions")
 MAX_CONFIG_BYTES = 2**20
 
+#: Formats of weights for other programs.
+_OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack")
+
+#: Dtypes of weights that can be trained.
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 ADAPTER = "adapter_config.json"
 
 _ORIGINAL = "give the model in bfloat16 that it was made from"
@@ -46,6 +52,7 @@ class ExternalModel(External):
     ready: bool = False
 
     type = "model"
+    has_weights = True
     hub_files = tuple(f"*{end}" for end in MODEL_FILES)
 
     @property
@@ -62,7 +69,7 @@ class ExternalModel(External):
             StoreError: The S3 server can't be reached.
         """
         self.check_config(self.read(CONFIG, MAX_CONFIG_BYTES))
-        if self.uri.startswith("s3://") or not self.is_path():
+        if not self.has_weights or self.uri.startswith("s3://") or not self.is_path():
             return
         try:
             read_headers(self.path)
@@ -80,12 +87,23 @@ class ExternalModel(External):
             config: Any = json.loads(data)
         except ValueError:
             config = None
+        self._check_revision()
         if not isinstance(config, dict):
             raise self.error(f"its {CONFIG} is no JSON object; give the folder of a whole model")
         self._check_types(config)
         self._check_quantization(config)
+        self._check_dtypes(config)
         if self.ready:
             self._check_classifier(config)
+
+    def _check_revision(self) -> None:
+        """Refuse a revision of what has none, or a second one."""
+        if self.revision and (self.is_artifact or not self.is_on_hub):
+            raise self.error(f"revision = {self.revision!r} is for a hub id; leave it out")
+        if self.revision and "@" in self.uri:
+            raise self.error(
+                f"names a revision, and so does revision = {self.revision!r}; give one of them"
+            )
 
     def _check_types(self, config: Mapping[str, Any]) -> None:
         """Refuse fields that transformers would read without an error, or with an obscure one."""
@@ -105,8 +123,7 @@ class ExternalModel(External):
 
     def _check_quantization(self, config: Mapping[str, Any]) -> None:
         """Refuse weights that are quantised already: they can't be trained, nor merged into."""
-        parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-        for part in parts:
+        for part in _parts(config):
             quantization = part.get("quantization_config") or part.get("compression_config")
             if quantization:
                 fields = quantization if isinstance(quantization, Mapping) else {}
@@ -115,6 +132,17 @@ class ExternalModel(External):
                     f"its weights are quantised already ({method}), and neither full training nor "
                     f"merged adapters work on them; {_DEQUANTIZE.get(method, _ORIGINAL)}"
                 )
+
+    def _check_dtypes(self, config: Mapping[str, Any]) -> None:
+        """Refuse a dtype in which transformers can make no model that is trained."""
+        for part in _parts(config):
+            for name in ("dtype", "torch_dtype"):
+                value = part.get(name)
+                if isinstance(value, str) and value.removeprefix("torch.") not in _DTYPES:
+                    raise self.error(
+                        f"{name} = {value[:60]!r} in its {CONFIG} is no dtype of weights; set it "
+                        f"to theirs, one of {', '.join(_DTYPES)}"
+                    )
 
     def _check_classifier(self, config: Mapping[str, Any]) -> None:
         names = [str(name) for name in config.get("architectures") or ()]
@@ -160,10 +188,13 @@ class ExternalModel(External):
             )
         if not any(name.endswith(".safetensors") for name in names):
             pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
+            others = sorted(name for name in names if Path(name).suffix in _OTHER_WEIGHTS)
             problem = f"its weights are a pickle ({pickles[0]})" if pickles else "it has no weights"
-            raise self.error(
-                f"{problem}, and only safetensors are read; save it again with save_pretrained"
-            )
+            cure = "save it again with save_pretrained"
+            if others and not pickles:
+                problem = f"its weights are in another format ({others[0]})"
+                cure = "give the model in safetensors that it was made from"
+            raise self.error(f"{problem}, and only safetensors are read; {cure}")
         return sorted(n for n in names if n.endswith(MODEL_FILES) and not n.startswith("."))
 
     @property
@@ -194,10 +225,16 @@ def _unnamed_method(fields: Mapping[str, Any]) -> str:
     return "bitsandbytes" if is_bitsandbytes else str(fields.get("quant_algo") or "unknown method")
 
 
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a configuration, and those of its parts (text, vision …)."""
+    return [config, *(part for part in config.values() if isinstance(part, Mapping))]
+
+
 class ExternalTokenizer(ExternalModel):
     """The tokenizer, chat template and configuration of an external model, without its weights."""
 
     hub_files = tuple(f"*{end}" for end in DESCRIPTION_FILES)
+    has_weights = False
 
     def select(self, names: Sequence[str]) -> list[str]:
         """Return the model's files but the weights, sorted."""

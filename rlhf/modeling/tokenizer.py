@@ -32,6 +32,10 @@ _UNUSED = re.compile(
     r"[|｜]?[>\]<]{1,2}",
     re.IGNORECASE,
 )
+#: Share of a tokenizer's own tokens that may lack a row.
+_MISSING_SHARE = 0.02
+#: Rows that even a tiny vocabulary may have for padding.
+_PADDED_ROWS = 1000
 #: Tokens that stand for other inputs than text; a model may treat them differently.
 _OTHER_INPUT = re.compile(r"image|img|video|vision|audio|speech|box|quad|point", re.IGNORECASE)
 
@@ -58,8 +62,8 @@ def load_tokenizer_and_ends(
         The tokenizer, and the ids that end a reply; that of its eos is the first.
 
     Raises:
-        ConfigError: The tokenizer can't be loaded, it has no token that could end a reply, or its
-            chat template can't be used.
+        ConfigError: The tokenizer can't be loaded, it is another model's, it has no token that
+            could end a reply, or its chat template can't be used.
     """
     extra = {"revision": revision} if revision else {}
     place = str(expand_home(folder)) if str(folder).startswith("~") else str(folder)
@@ -69,7 +73,10 @@ def load_tokenizer_and_ends(
         )
     except Exception as error:  # broken files and missing packages raise many classes
         raise tokenizer_error(folder, error) from error
+    _fix_segmentation(tokenizer, str(folder))
     config, generation = _configurations(place, extra)
+    rows = _text(config, "vocab_size")
+    _refuse_other_vocabulary(tokenizer, rows, str(folder))
     configured = generation if generation is not None else _text(config, "eos_token_id")
     ends = known_ends(tokenizer, configured)
     if tokenizer.eos_token_id is not None:
@@ -77,7 +84,10 @@ def load_tokenizer_and_ends(
     elif ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = _processor_template(place, extra)
+        try:
+            tokenizer.chat_template = _processor_template(place, extra)
+        except (ValueError, AttributeError) as error:
+            raise tokenizer_error(folder, error) from error
     complete_template(tokenizer, str(folder))
     _set_end(tokenizer, str(folder))
     if tokenizer.eos_token_id is None:
@@ -86,7 +96,7 @@ def load_tokenizer_and_ends(
             "set one in the model's tokenizer_config.json"
         )
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
-    choose_pad(tokenizer, ends, _text(config, "vocab_size"))
+    choose_pad(tokenizer, ends, rows)
     _warn(tokenizer, str(folder))
     return tokenizer, ends
 
@@ -94,11 +104,73 @@ def load_tokenizer_and_ends(
 def tokenizer_error(folder: Path | str, error: Exception) -> ConfigError:
     """Return the ConfigError for a tokenizer that transformers can't load."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "custom code" in reason:
+        return ConfigError(
+            f"model {str(folder)!r}: its tokenizer needs code of its own (auto_map), which is "
+            "never run; give the model with a tokenizer.json and without auto_map in its "
+            "tokenizer_config.json"
+        )
+    if _is_local(folder):
+        # A folder that holds a model: only its tokenizer is wrong.
+        cure = "restore the tokenizer's files that were saved with the model"
+        if not (expand_home(folder) / "tokenizer.json").is_file():
+            cure = (
+                "it has no tokenizer.json: load its tokenizer once where sentencepiece and "
+                "tiktoken are installed, and save it here with save_pretrained"
+            )
+        return ConfigError(
+            f"model {str(folder)!r}: its tokenizer can't be loaded ({reason[:160]}); {cure}"
+        )
     return ConfigError(
         f"model {str(folder)!r} (base.path or a reward model's) can't be "
         f"loaded ({reason}); give a hub id, artifact:<digest>, s3://bucket/"
         "prefix or a local folder with config.json, a tokenizer and safetensors"
     )
+
+
+def _fix_segmentation(tokenizer: Any, model: str) -> None:
+    """Switch off a tokenizer's dropout, which reads a text differently each time."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    pieces: Any = getattr(backend, "model", None)
+    if getattr(pieces, "dropout", None):
+        pieces.dropout = None
+        log.warning(
+            "model %r: its tokenizer draws pieces at random (dropout in tokenizer.json), which is "
+            "switched off, in the published one too", model,
+        )  # fmt: skip
+
+
+def _refuse_other_vocabulary(tokenizer: Any, rows: int | None, model: str) -> None:
+    """Refuse a tokenizer whose tokens can't be those of the model's embeddings.
+
+    Added tokens and a few others may lack rows, and get new ones. Rows may lack tokens, for
+    vocabularies are padded, but not most of a large one.
+
+    Raises:
+        ConfigError: It is another model's.
+    """
+    if not isinstance(rows, int):
+        return
+    vocabulary, added = tokenizer.get_vocab(), set(tokenizer.added_tokens_decoder)
+    beyond = sorted((i, token) for token, i in vocabulary.items() if i >= rows)
+    size = len(vocabulary)
+    own = sum(i not in added for i, _ in beyond)
+    if own > _MISSING_SHARE * size or rows > 2 * size + _PADDED_ROWS:
+        raise ConfigError(
+            f"model {model!r}: its tokenizer has {size:,} tokens, and its embeddings have {rows:,} "
+            "rows (vocab_size), so it is another model's tokenizer; give the one that was saved "
+            "with the weights"
+        )
+    if beyond:
+        log.warning(
+            "model %r: its embeddings have no row for %d of its tokenizer's tokens (first: %s); "
+            "%d rows are added, each the mean of the others, which LoRA does not train",
+            model, len(beyond), beyond[0][1], beyond[-1][0] + 1 - rows,
+        )  # fmt: skip
+
+
+def _is_local(folder: Path | str) -> bool:
+    return (expand_home(folder) / "config.json").is_file()
 
 
 def choose_pad(tokenizer: Any, ends: Collection[int], rows: int | None) -> None:
@@ -263,12 +335,12 @@ def _warn(tokenizer: Any, model: str) -> None:
             "sampled right behind the start of a reply, as plain transformers generate them",
             model, difference,
         )  # fmt: skip
-    text = "a  b\nc"
+    text = "A  b\nc"
     shown = tokenizer.decode(
         tokenizer(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False
     )
     if shown.strip() != text:
         log.warning(
-            "model %r: its tokenizer reads %r as %r, so replies lose such blanks and line breaks",
+            "model %r: its tokenizer reads %r as %r, so replies lose what differs",
             model, text, shown,
         )  # fmt: skip

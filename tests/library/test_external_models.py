@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from rlhf.config import PipelineConfig, StoreConfig
 from rlhf.errors import ConfigError, StoreConfigError, StoreError
-from rlhf.modeling.source import ExternalModel
+from rlhf.modeling.source import ExternalModel, ExternalTokenizer
 from rlhf.store import Producer
 from rlhf.store.s3 import S3Backend
 from tasks.preflight import preflight
@@ -63,6 +63,32 @@ def test_places_are_told_apart(tmp_path, monkeypatch, reward_model):
         model(place).check()
     for place in ("./none", "~nobody-of-that-name/x", "/no/such", "a/b/c"):
         assert "no model there (no config.json)" in refusal(place)
+
+
+def test_a_revision_is_for_a_hub_id_alone(tmp_path, monkeypatch, reward_model):
+    assert "revision = 'v2' is for a hub id; leave it out" in refusal(reward_model, revision="v2")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(reward_model, "owner/name")
+    assert "is for a hub id; leave it out" in refusal("owner/name", revision="v2")
+    config = (reward_model / "config.json").read_bytes()
+    for uri, message in (("artifact:12ab", "is for a hub id"), ("a/b@v1", "give one of them")):
+        with pytest.raises(ConfigError, match=message):
+            model(uri, revision="v2").check_config(config)
+    model("a/b", revision="v2").check_config(config)
+
+
+def test_a_base_without_safetensors_is_named_by_its_weights(copy_of, sft, tmp_path):
+    """A run checks the source of its tokenizer first, which needs no weights."""
+    folder = copy_of(sft)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    ExternalTokenizer("base.path", str(folder)).check()
+    settings = {
+        "base": {"path": str(folder)}, "data": {"source": str(tmp_path / "pairs.jsonl")},
+        "store": str(tmp_path / "store"), "runtime": {"work_dir": str(tmp_path / "work")},
+    }  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(ConfigError, match=r"its weights are a pickle \(pytorch_model\.bin\)"):
+        preflight(PipelineConfig.model_validate(settings))
 
 
 def test_only_a_classifier_with_one_label_is_ready(sft, reward_model, copy_of):

@@ -159,6 +159,18 @@ def tied_but_different(folder: Path) -> None:
     edit_json(folder, tie_word_embeddings=True)
 
 
+def elsewhere(folder: Path, place: str) -> None:
+    """Let an index name shards in another folder, while those beside it exist too."""
+    shard(folder)
+    weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    edit_json(folder, INDEX, weight_map={k: f"{place}{name}" for k, name in weight_map.items()})
+
+
+def dangling(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to("blobs/1")
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 
 #: Damage by name: what is done to a whole model, and what the error says.
@@ -218,12 +230,38 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         r"run `git lfs pull`",
     ),
     "shard": (lacks_a_shard, r"of the 2 files .* 1 are not there \(first: model-00002-of-00002"),
+    "shard elsewhere": (
+        lambda f: elsewhere(f, "../other/"),
+        r"names '\.\./other/model-00001-of-00002\.safetensors', and only files beside it",
+    ),
+    "shard below": (lambda f: elsewhere(f, "sub/"), r"put all shards into the model's own folder"),
+    "dangling": (dangling, r"model\.safetensors is a link to blobs/1, which is not there; .*cp"),
+    "gguf": (
+        lambda f: (f / SINGLE).rename(f / "model.gguf"),
+        r"another format \(model\.gguf\), and only safetensors are read; give the model in",
+    ),
+    "no dtype": (config(dtype="auto"), r"dtype = 'auto' in its config\.json is no dtype of"),
+    "dtype of a part": (
+        config(text_config={"torch_dtype": "torch.int8"}), r"torch_dtype = 'torch\.int8' in its"
+    ),
+    "attention": (
+        config(_attn_implementation="flash_attention_2"),
+        r"can't be loaded .*; remove attn_implementation or _attn_implementation from its",
+    ),
     "index": (lacks_the_index, rf"holds shards, but no {INDEX}"),
     "broken index": (lambda f: (shard(f), (f / INDEX).write_text("[]")), r"lists no files"),
     "twice": (twice, r"\S+ is in both model-00001-of-00002\.safetensors and model-00002"),
     "two models": (two_models, r"holds model\.safetensors as well as model-00001-of-00002"),
     "other name": (renamed, r"its weights are called pytorch_model\.safetensors, and only"),
     "generation": (file("generation_config.json", b"{"), r"generation_config\.json is no JSON"),
+    "end as text": (
+        file("generation_config.json", b'{"eos_token_id": "2"}'),
+        r"eos_token_id = '2' in its generation_config\.json is no token id; give a number",
+    ),
+    "end of no type": (
+        file("generation_config.json", b'{"eos_token_id": [2, true]}'),
+        r"eos_token_id = \[2, True\] in its generation_config\.json is no token id",
+    ),
     "generation value": (
         file("generation_config.json", b'{"max_new_tokens": -1}'),
         r"generation_config\.json is invalid \(.*max_new_tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertCo
 from flows import preflight
 from rlhf.config import LoraConfig, load_config
 from rlhf.data.rows import Pair
+from rlhf.errors import ConfigError
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.exactness import NotExact, check_adapter, check_policy, check_scorer
 from rlhf.modeling.frozen import store_frozen
@@ -115,6 +117,15 @@ def test_it_rehearses_what_is_configured(toy, run, overrides):
     if "--ppo.frozen_dtype=nf4" in overrides:
         pytest.importorskip("bitsandbytes")
     assert run(toy("fresh"), *overrides) == []
+
+
+def test_a_base_of_few_positions_is_named(toy, tmp_path, run):
+    base = Path(shutil.copytree(toy("fresh"), tmp_path / "base"))
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 8}))
+    message = r"base\.path = .*: it reads at most 8 tokens, and beside ppo\.max_new_tokens = 6 no"
+    with pytest.raises(ConfigError, match=message):
+        run(base)
 
 
 def test_it_refuses_a_model_that_sees_the_future(toy, tmp_path, run):

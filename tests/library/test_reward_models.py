@@ -265,6 +265,12 @@ def llama(folder: Path, tokenizer: Any, **changes: Any) -> Path:
     return folder
 
 
+def test_a_decoder_whose_configuration_names_several_ends(tmp_path, fresh):
+    tokenizer = AutoTokenizer.from_pretrained(fresh)
+    folder = llama(tmp_path / "llama", tokenizer, eos_token_id=[1, 2])  # as Llama 3.1
+    assert isinstance(load_classifier(folder), Pooled)
+
+
 def test_pad_tokens_that_end_replies_are_scored_by_position(tmp_path, fresh):
     tokenizer = AutoTokenizer.from_pretrained(fresh)
     tokenizer.pad_token = tokenizer.eos_token

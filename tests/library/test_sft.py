@@ -191,3 +191,17 @@ def test_foreign_template_is_kept(train, fresh, tmp_path):
     model, tokenizer = load_base(based_on(folder), [], 0)
     assert Renderer(tokenizer).template_hash == load_renderer(out).template_hash
     assert model.config.vocab_size == load_policy(out).config.vocab_size
+
+
+def test_a_base_that_guesses_is_named(train, sft, tmp_path, caplog):
+    train("same", base=based_on(sft), epochs=0.1)
+    assert "better than by guessing" not in caplog.text
+    folder = tmp_path / "base"
+    model = load_policy(sft)
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight.copy_(weight.roll(7, 0))  # as with another tokenizer of the same size
+    model.save_pretrained(folder)
+    load_renderer(sft).tokenizer.save_pretrained(folder)
+    train("other", base=based_on(folder), epochs=0.1)
+    assert "its tokenizer or config.json is another model's" in caplog.text

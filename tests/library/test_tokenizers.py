@@ -89,6 +89,63 @@ def tokens(renderer, ids):
     return renderer.tokenizer.convert_ids_to_tokens(ids)
 
 
+class TestVocabulary:
+    @pytest.mark.parametrize("rows", [200, 3 * 322 + 1000])
+    def test_another_models_tokenizer_is_refused(self, rows, tmp_path):
+        folder = write_model(tmp_path / "base", small(), rows=rows)
+        with pytest.raises(ConfigError, match=r"another model's tokenizer; give the one that was"):
+            load_base(BaseModelConfig(path=str(folder)), [], 0)
+
+    def test_added_tokens_get_rows_and_are_named(self, tmp_path, caplog):
+        tokenizer = small()
+        rows = len(tokenizer)
+        add(tokenizer, "<new>")
+        folder = write_model(tmp_path / "base", tokenizer, rows=rows)
+        model, _ = load_base(BaseModelConfig(path=str(folder)), [], 0)
+        weight = model.get_input_embeddings().weight
+        assert torch.allclose(weight[rows], weight[:rows].mean(0))
+        assert "no row for 1 of its tokenizer's tokens (first: <new>); 1 rows" in caplog.text
+
+    def test_a_padded_vocabulary_is_no_other_models(self, tmp_path):
+        tokenizer = small()
+        loaded(tmp_path, tokenizer, rows=2 * len(tokenizer))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("chat_template.json", "{", "restore the tokenizer's files that were saved with"),
+            ("chat_template.json", '{"chat_template": 7}', "its chat template is no text; write"),
+            ("tokenizer_config.json", "{", "restore the tokenizer's files that were saved with"),
+            ("tokenizer.json", None, "it has no tokenizer.json: load its tokenizer once where"),
+            (
+                "tokenizer_config.json",
+                '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}',
+                r"needs code of its own \(auto_map\), which is never run; give the model with a",
+            ),
+        ],
+    )
+    def test_broken_files_are_named_in_one_line(self, name, content, message, tmp_path):
+        folder = write_model(tmp_path / "base", small())
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content)
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_tokenizer(folder)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"model {str(folder)!r}: ")
+
+    def test_a_text_has_the_same_tokens_each_time(self, tmp_path, caplog):
+        tokenizer = byte_level(["<e>"])
+        tokenizer.model.dropout = 0.5
+        folder = write_model(tmp_path / "base", fast(tokenizer, eos_token="<e>"))
+        renderer = Renderer(*load_tokenizer_and_ends(folder))
+        assert len({tuple(renderer.encode_reply("a good cup of tea")) for _ in range(20)}) == 1
+        assert "dropout in tokenizer.json" in caplog.text
+        renderer.tokenizer.save_pretrained(tmp_path / "out")
+        assert not json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]["dropout"]
+
+
 class TestEnds:
     def test_the_templates_end_is_learnt_and_all_ends_end(self, tmp_path):
         renderer = loaded(tmp_path, gemma(), ends=[2, 4])
