@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def fit_targets(
         model: With or without adapters.
         section: The section's name, for errors.
         heads: Names of modules that are trained in full.
-        quiet: Do not log which part of a mixture model gets no adapter.
+        quiet: Do not log which part of the model gets no adapter.
 
     Raises:
         ConfigError: A name has no layer.
@@ -78,7 +79,7 @@ def fit_targets(
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == "all-linear":
         if not quiet:
-            _report_experts(model, section)
+            _report_left_out(model, section)
         return config.model_copy(update={"target_modules": tuple(layers)})
     if isinstance(targets, str) and not re.fullmatch(r"[\w.\-]+", targets):
         found = [name for name in layers if re.fullmatch(targets, name)]
@@ -159,16 +160,50 @@ def _linear_layers(model: Any, heads: Sequence[str]) -> list[str]:
     core = _without_adapters(model)
     adapted = [name for name, module in core.named_modules() if isinstance(module, BaseTunerLayer)]
     inside = tuple(f"{name}." for name in adapted)
-    output = core.get_output_embeddings()
+    output, shared = core.get_output_embeddings(), _shared_weights(core)
     layers: list[str] = []
     for name, module in core.named_modules():
         in_head = any(f".{head}." in f".{name}." for head in heads)
         if module is output or in_head or name.startswith(inside):
             continue
         layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | Conv1D) and not _is_read_by_kernel(core, name):
+        if not isinstance(layer, nn.Linear | Conv1D) or id(layer.weight) in shared:
+            continue
+        if _multiplies(layer) and not _is_read_by_kernel(core, name):
             layers.append(name)
     return layers
+
+
+def _shared_weights(core: Any) -> set[int]:
+    """Return the ids of parameters that several modules hold, such as Zamba's shared blocks.
+
+    Each use of such a weight would have an adapter of its own, and merging would add up all of
+    them. A block that is one module at several places has one adapter at all of them.
+    """
+    holders: dict[int, set[tuple[int, int]]] = {}
+    for name, module in core.named_modules(remove_duplicate=False):
+        parent = core.get_submodule(name.rpartition(".")[0]) if name else core
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add((id(parent), id(module)))
+    return {key for key, found in holders.items() if len(found) > 1}
+
+
+def _multiplies(layer: Any) -> bool:
+    """Return whether a linear layer returns its input times its weight, as an adapter assumes.
+
+    Routers (Llama 4, Phi-3.5-MoE) return several tensors, and DeepSeek V4's grouped projections
+    multiply each group by its own part of the weight. Only shapes are computed.
+    """
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    meta = torch.device("meta")
+    weights = {k: torch.empty_like(p, device=meta) for k, p in layer.named_parameters()}
+    shape = (1, 1, layer.in_features)
+    try:
+        result = torch.func.functional_call(layer, weights, torch.empty(shape, device=meta))
+    except Exception:  # the code of a family's layer can raise anything
+        return False
+    return isinstance(result, Tensor) and result.shape == (1, 1, layer.out_features)
 
 
 def _is_read_by_kernel(core: Any, name: str) -> bool:
@@ -201,6 +236,8 @@ def _no_layer(
         reason = f"{missing!r} is an embedding, which gets no adapter"
     elif any(_ends_with(name, missing) for name, p in core.named_parameters() if p.ndim > 2):
         reason = f"{missing!r} holds the fused experts of all layers, which get no adapter"
+    elif any(id(getattr(m, "weight", None)) in _shared_weights(core) for m in matches):
+        reason = f"{missing!r} has weights that several layers share, which get no adapter"
     elif matches:
         reason = f"{missing!r} is no linear layer that can get an adapter"
     names = sorted({name.rpartition(".")[2] for name in layers})
@@ -210,10 +247,25 @@ def _no_layer(
     )
 
 
-def _report_experts(model: Any, section: str) -> None:
-    """Log which part of a mixture model has no linear layers, and so no adapters."""
+def _report_left_out(model: Any, section: str) -> None:
+    """Log which part of a model gets no adapters: fused experts, shared blocks."""
     core = _without_adapters(model)
     total = sum(p.numel() for p in core.parameters())
+    keys, output = _shared_weights(core), core.get_output_embeddings()
+    shared = {
+        f"{name}.weight": module.weight.numel()
+        for name, module in core.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+        if id(module.weight) in keys
+    }
+    # A weight is counted once, at the first of its layers.
+    weights = {id(core.get_parameter(name)): count for name, count in shared.items()}
+    if shared:
+        log.warning(
+            "%s.lora.target_modules = 'all-linear' gives no adapter to weights that several layers "
+            "share (%s and %d more, %.0f %% of the weights): they stay as they are",
+            section, next(iter(shared)), len(weights) - 1, 100 * sum(weights.values()) / total,
+        )  # fmt: skip
     covered = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
     fused = {
         f"{name}.{own}": p.numel()
@@ -321,6 +373,26 @@ def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
         yield
     finally:
         _activate(layers, before)
+
+
+@contextmanager
+def idle_layers(model: Any) -> Iterator[set[str]]:
+    """Collect the layers with adapters that no forward pass within the context calls.
+
+    Where their weights matter, the family's code reads them past the layer.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    idle = set(layers)
+
+    def called(name: str) -> Any:
+        return lambda *_: idle.discard(name)
+
+    hooks = [layer.register_forward_hook(called(name)) for name, layer in layers.items()]
+    try:
+        yield idle
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _activate(layers: list[Any], states: list[tuple[list[str], bool]]) -> None:
