@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,7 +53,7 @@ CPU_SECONDS, SECONDS, BYTES = 240, 20 * 60, 12 * 2**30
 Row = Mapping[str, str]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing of the matrix, print the table, and write it on request."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("families", nargs="*", default=[*FAMILIES])
@@ -62,16 +62,15 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run families that have results too")
     parser.add_argument("--at-most", type=int, help="run no more families; 0 only makes the table")
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     unknown = [name for name in args.families if name not in FAMILIES]
     if unknown:
         parser.error(f"unknown family {unknown[0]!r}; choose from {', '.join(FAMILIES)}")
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         file = args.results or root / "results.jsonl"
-        known = read_results(file)
-        missing = [name for name in args.families if args.again or name not in known]
-        _run(missing[: args.at_most], root, file, args.jobs)
+        known = () if args.again else read_results(file)
+        _run(missing(args.families, known, args.at_most), root, file, args.jobs)
         text = table(read_results(file))
     if args.write:
         page = PAGE.read_text(encoding="utf-8")
@@ -87,6 +86,11 @@ def read_results(file: Path) -> dict[str, Row]:
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     found = {line["family"]: line["results"] for line in map(json.loads, lines)}
     return {family: found[family] for family in FAMILIES if family in found}
+
+
+def missing(families: Sequence[str], known: Container[str], at_most: int | None) -> list[str]:
+    """Return the families that have no results yet, no more than `at_most`."""
+    return [name for name in families if name not in known][:at_most]
 
 
 def _run(families: list[str], root: Path, file: Path, jobs: int) -> None:
