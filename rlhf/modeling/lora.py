@@ -228,6 +228,7 @@ def _no_layer(
 ) -> ConfigError:
     """Return the error for a name without a layer, which names those that there are."""
     core = _without_adapters(model)
+    shared = _shared_weights(core)
     matches = [m for name, m in core.named_modules() if _ends_with(name, missing)]
     reason = f"this model has no linear layer of the name {missing!r}"
     if any(m is core.get_output_embeddings() for m in matches):
@@ -236,7 +237,7 @@ def _no_layer(
         reason = f"{missing!r} is an embedding, which gets no adapter"
     elif any(_ends_with(name, missing) for name, p in core.named_parameters() if p.ndim > 2):
         reason = f"{missing!r} holds the fused experts of all layers, which get no adapter"
-    elif any(id(getattr(m, "weight", None)) in _shared_weights(core) for m in matches):
+    elif any(id(getattr(m, "weight", None)) in shared for m in matches):
         reason = f"{missing!r} has weights that several layers share, which get no adapter"
     elif matches:
         reason = f"{missing!r} is no linear layer that can get an adapter"
@@ -252,19 +253,18 @@ def _report_left_out(model: Any, section: str) -> None:
     core = _without_adapters(model)
     total = sum(p.numel() for p in core.parameters())
     keys, output = _shared_weights(core), core.get_output_embeddings()
-    shared = {
-        f"{name}.weight": module.weight.numel()
-        for name, module in core.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output
-        if id(module.weight) in keys
-    }
-    # A weight is counted once, at the first of its layers.
-    weights = {id(core.get_parameter(name)): count for name, count in shared.items()}
+    shared: dict[int, tuple[str, int]] = {}
+    for name, module in core.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is output:
+            continue
+        if id(module.weight) in keys:  # counted once, at the first of its layers
+            shared.setdefault(id(module.weight), (f"{name}.weight", module.weight.numel()))
     if shared:
         log.warning(
             "%s.lora.target_modules = 'all-linear' gives no adapter to weights that several layers "
             "share (%s and %d more, %.0f %% of the weights): they stay as they are",
-            section, next(iter(shared)), len(weights) - 1, 100 * sum(weights.values()) / total,
+            section, next(iter(shared.values()))[0], len(shared) - 1,
+            100 * sum(count for _, count in shared.values()) / total,
         )  # fmt: skip
     covered = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
     fused = {
