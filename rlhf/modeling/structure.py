@@ -20,7 +20,8 @@ from rlhf.modeling.source import CONTEXT_FIELDS
 
 #: Field names of a configuration that limit how many tokens an attention layer sees.
 _WINDOW_FIELDS = re.compile(
-    r"(^|_)(window(_size)?|local_attention|attention_chunk_size|index_topk|indexer_budget)$"
+    r"(^|_)(window(_size)?|local_attention|attention_chunk_size|index_topk|index_block_size|"
+    r"indexer_budget)$"
 )
 
 #: Name of its backbone, by model, and results of tests, by backbone: each is tested once.
