@@ -63,6 +63,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--size", choices=list(SIZES), default="2m")
+    add("--model", metavar="DIR", help="a real model of Llama's architecture in place of --size")
     add("--lengths", choices=["full", "varying"], default="full", help="of replies")
     add("--mode", choices=["exact", "fast"], default="exact", help="fast: own sampler and bf16")
     add("--lora", action="store_true", help="adapters on both sides, ours on one base for all four "
@@ -98,7 +99,7 @@ def workload(args: argparse.Namespace) -> Workload:
         args.size, args.lengths, args.mode, args.lora, args.updates + args.warmup, args.seed,
         args.micro_batch, ours={name: json.loads(value) for name, value in pairs},
         device=args.device, batch=args.batch, new_tokens=args.new_tokens,
-        prompt_tokens=tuple(args.prompt_tokens),
+        prompt_tokens=tuple(args.prompt_tokens), model=args.model,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.ppo.process import Clock, Update
-from benchmarks.ppo.workload import LORA, Workload, load_biased_policy, text_of
+from benchmarks.ppo.workload import LORA, Workload, load_biased_policy
 from rlhf.config import PPOConfig
 from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PromptRow
@@ -180,7 +180,7 @@ def run_update(
 ) -> Update:  # fmt: skip
     """Run one update on these prompts, with TRL's sampling seed."""
     seed, clock = work.sampling_seed(number), clock or Clock(trainer.device)
-    rows = [PromptRow(text_of(ids)) for ids in prompts]
+    rows = [PromptRow(work.text_of(ids)) for ids in prompts]
     trainer.models.set_learning_rates(number)
     clock.start()
     rollouts = trainer.sample(rows, seed=seed)

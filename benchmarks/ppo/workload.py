@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -21,6 +26,7 @@ from transformers import (
 
 from rlhf.config import LoraConfig
 from rlhf.data.rendering import END, PAD, load_renderer
+from rlhf.errors import ConfigError
 from rlhf.files import read_json, write_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.lora import ADAPTER_FOLDER, lora_config, save_adapter
@@ -30,6 +36,8 @@ from rlhf.modeling.weights import weights_digest
 PROMPT_TOKENS = (16, 32)
 CONTEXT = 256
 NEVER = -100.0
+#: Chat template that adds nothing to the prompt.
+BARE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LORA = LoraConfig(r=16, alpha=32, dropout=0.0)
 
 
@@ -45,11 +53,14 @@ class Size:
     batch: int
     new_tokens: int
     epochs: int
+    key_value_heads: int | None = None
 
     @property
     def body(self) -> int:
         """Return the weights of all layers, which multiply every token."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+        shared = (self.key_value_heads or self.heads) / self.heads
+        attention = 2 * self.hidden**2 + 2 * int(shared * self.hidden**2)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def head(self) -> int:
@@ -72,7 +83,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Settings of a benchmark run; `batch` and `new_tokens` override the size's."""
+    """Settings of a benchmark run; `batch` and `new_tokens` override the size's.
+
+    `model` is the folder of a real model, which takes the place of a random one of the size.
+    """
 
     size_name: str = "2m"
     lengths: Literal["full", "varying"] = "full"
@@ -94,10 +108,11 @@ class Workload:
     batch: int | None = None
     new_tokens: int | None = None
     prompt_tokens: tuple[int, int] = PROMPT_TOKENS
+    model: str | None = None
 
     @property
     def size(self) -> Size:
-        size = SIZES[self.size_name]
+        size = size_of(self.model) if self.model else SIZES[self.size_name]
         return replace(
             size, batch=self.batch or size.batch, new_tokens=self.new_tokens or size.new_tokens
         )
@@ -126,22 +141,40 @@ class Workload:
         TRL's loader must never start over.
         """
         rng = random.Random(self.seed)
-        words = range(2, self.size.vocab)
+        words = [*words_of(self.model)] if self.model else range(2, self.size.vocab)
         return [
             rng.choices(words, k=rng.randint(*self.prompt_tokens))
             for _ in range((self.updates + 2) * self.size.batch)
         ]
 
+    def text_of(self, ids: list[int]) -> str:
+        """Return text that the tokenizer encodes as these ids."""
+        return "".join(words_of(self.model)[i] for i in ids) if self.model else text_of(ids)
+
 
 def write_models(work: Workload, folder: Path) -> None:
-    """Write random policy and reward model, their tokenizer, and the head's bias."""
-    config, tokenizer = architecture(work), word_tokenizer(work.size.vocab)
+    """Write policy and reward model, their tokenizer, and the head's bias.
+
+    A real model's reward model has a random head.
+    """
     torch.manual_seed(work.seed)
-    policy = LlamaForCausalLM(config)
+    tokenizer: Any
+    if work.model:
+        policy, tokenizer = load_policy(work.model), real_tokenizer(work.model)
+    else:
+        policy, tokenizer = LlamaForCausalLM(architecture(work)), word_tokenizer(work.size.vocab)
     policy.save_pretrained(folder / "policy")
-    write_json(folder / "bias.json", {str(i): b for i, b in biases(policy, work).items()})
+    end = int(tokenizer.eos_token_id)
+    write_json(folder / "bias.json", {str(i): b for i, b in biases(policy, work, end).items()})
     del policy
-    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+    if work.model:
+        classifier: Any = AutoModelForSequenceClassification.from_pretrained(
+            work.model, num_labels=1, dtype=torch.float32
+        )
+        classifier.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        classifier = LlamaForSequenceClassification(architecture(work))
+    classifier.save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
     if work.lora:
@@ -173,20 +206,55 @@ def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left",
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
-    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.chat_template = BARE
     return fast
 
 
-def biases(policy: Any, work: Workload) -> dict[int, float]:
+@cache
+def size_of(model: str) -> Size:
+    """Return the size of a model of Llama's architecture, with a small update."""
+    config: Any = AutoConfig.from_pretrained(model)
+    return Size(
+        config.hidden_size, config.num_hidden_layers, config.num_attention_heads,
+        config.intermediate_size, config.vocab_size, batch=8, new_tokens=32, epochs=2,
+        key_value_heads=config.num_key_value_heads,
+    )  # fmt: skip
+
+
+def real_tokenizer(model: str) -> Any:
+    """Return a model's tokenizer as both sides use it: padding is token 0, prompts stand bare.
+
+    Raises:
+        ConfigError: Token 0 may occur in texts, or is the end token.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    if 0 not in tokenizer.all_special_ids or tokenizer.eos_token_id == 0:
+        raise ConfigError(f"--model {model}: token 0 is no control token that can be padding")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = BARE
+    return tokenizer
+
+
+@cache
+def words_of(model: str) -> dict[int, str]:
+    """Return tokens that are a word with its space, which any sequence of them encodes as."""
+    tokenizer = real_tokenizer(model)
+    texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
+    words = {i: text for i, text in texts.items() if re.fullmatch(" [a-z]{3,}", text)}
+    return {i: text for i, text in words.items() if tokenizer(text).input_ids == [i]}
+
+
+def biases(policy: Any, work: Workload, end: int = 1) -> dict[int, float]:
     """Return the biases of the logits by token.
 
     They rule out padding, and the end token's sets the reply lengths.
     """
-    return {0: NEVER, 1: end_bias(policy, work)}
+    return {0: NEVER, end: end_bias(policy, work, end)}
 
 
 @torch.no_grad()
-def end_bias(policy: Any, work: Workload) -> float:
+def end_bias(policy: Any, work: Workload, end: int = 1) -> float:
     """Return the bias of the end token's logit.
 
     Full lengths: it is never drawn. Varying: replies have a third of the cap on average, measured
@@ -198,7 +266,7 @@ def end_bias(policy: Any, work: Workload) -> float:
     logits = policy(input_ids=rows, use_cache=False).logits.double()
     share = end_share(work.size.new_tokens)
     return float(
-        math.log(share / (1 - share)) + logits.logsumexp(-1).mean() - logits[..., 1].mean()
+        math.log(share / (1 - share)) + logits.logsumexp(-1).mean() - logits[..., end].mean()
     )
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,22 @@ PRESET = "configs/lora.yaml"
 SYSTEM = "Answer in one to three short sentences."
 #: A model of this size writes nonsense at 1.0.
 TEMPERATURE = 0.7
-NEW_TOKENS, REPLIES, BATCH = 64, 4, 128
+NEW_TOKENS, REPLIES, BATCH = 64, 2, 128
 #: Gold points that make a preference e : 1.
 LABEL_TEMPERATURE = 1.0
 #: Exit code of a run that a gate stopped.
 REJECTED = 3
 
+#: Every third of the replies that were preferred is a demonstration.
+DEMONSTRATED = 3
 RUN = [
-    "--sft.max_length=256", "--reward_model.max_length=256", f"--ppo.max_new_tokens={NEW_TOKENS}",
-    f"--ppo.temperature={TEMPERATURE}", f"--evaluation.temperature={TEMPERATURE}",
-    "--data.eval_fraction=0.15", "--evaluation.prompts=120", "--evaluation.batch_size=60",
+    f"--ppo.max_new_tokens={NEW_TOKENS}", f"--ppo.temperature={TEMPERATURE}",
+    "--ppo.total_episodes=384", "--ppo.chunk_size=32", "--ppo.mini_batch_size=8",
+    "--ppo.num_ppo_epochs=1", "--ppo.learning_rate=2e-4",
+    # Rounded to bfloat16, most of so short a training would be lost.
+    "--base.save_dtype=float32",
+    "--data.eval_fraction=0.15", f"--evaluation.temperature={TEMPERATURE}",
+    "--evaluation.prompts=120", "--evaluation.batch_size=60",
 ]  # fmt: skip
 REAL = [
     "--sft.enabled=false", "--reward_model.max_length=256", "--data.max_pairs=800",
@@ -69,10 +76,14 @@ def main() -> None:
     once(work / "replies.json", lambda: sample_replies(model, prompts_of(Path(args.pairs))))
     pairs = work / "pairs.jsonl"
     write_pairs(read_json(work / "replies.json")["replies"], pairs)
+    write_demonstrations(pairs, work / "demonstrations.jsonl")
     common = [f"--base.path={model}", "--tracking.trackers=[]", *overrides]
     for seed in args.seeds:
         name = f"seed{seed}"
-        given = [f"--seed={seed}", f"--data.source={pairs}", *RUN, *common]
+        sources = [
+            f"--data.source={pairs}", f"--data.sft_source={work / 'demonstrations.jsonl'}",
+        ]  # fmt: skip
+        given = [f"--seed={seed}", *sources, *RUN, *common]
         once(work / f"{name}.json", lambda name=name, given=given: run(work / name, given))
     if not args.no_real:
         given = [f"--data.source={args.pairs}", *REAL, *common]
@@ -88,7 +99,7 @@ def arguments(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     add = parser.add_argument
     add("--model", required=True, help="folder of a pretrained chat model")
     add("--pairs", required=True, help="real pairs, JSON lines of prompt, chosen, rejected")
-    add("--seeds", type=int, nargs="+", default=[0, 1])
+    add("--seeds", type=int, nargs="*", default=[0, 1])
     add("--work", default=".rlhf/pretrained", help="folder of results; kept")
     add("--no-real", action="store_true", help="skip the reward model on the real pairs")
     return parser.parse_known_args(given)
@@ -116,7 +127,7 @@ def sample_replies(model: Path, prompts: Sequence[str]) -> dict[str, Any]:
     """Sample `REPLIES` replies to each prompt, prompts of one length together."""
     device, renderer = torch.device("cpu"), load_renderer(model)
     policy = freeze(load_policy(model))
-    encoded = [renderer.encode_prompt(messages(p), 256) for p in prompts]
+    encoded = [renderer.encode_prompt(messages(p), 1024) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     rows = [i for i in order for _ in range(REPLIES)]
     replies: dict[int, list[str]] = {i: [] for i in order}
@@ -160,6 +171,14 @@ def _pairs(rng: random.Random, prompt: str, texts: list[str]) -> Iterator[dict[s
         }
 
 
+def write_demonstrations(pairs: Path, path: Path) -> None:
+    """Write the chats of some of the replies that were preferred."""
+    with pairs.open(encoding="utf-8") as lines, path.open("w", encoding="utf-8") as file:
+        for row in map(json.loads, islice(lines, 0, None, DEMONSTRATED)):
+            chat = {"messages": [*row["prompt"], *row["chosen"]]}
+            file.write(json.dumps(chat, ensure_ascii=False) + "\n")
+
+
 def messages(prompt: str) -> list[dict[str, str]]:
     """Return the chat that a reply answers."""
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
@@ -171,7 +190,9 @@ def run(place: Path, overrides: list[str], stages: Sequence[str] = ()) -> dict[s
     A gate may stop a run: its evaluation is there all the same, and the exit code is reported.
     """
     folders = {"store": "store", "runtime.work_dir": "work", "runtime.report_dir": "reports"}
-    options = [PRESET, *overrides, *(f"--{k}={place / v}" for k, v in folders.items())]
+    given = [*overrides, *(f"--{k}={place / v}" for k, v in folders.items())]
+    # The last value of a field wins, so that the caller's do.
+    options = [PRESET, *{text.partition("=")[0]: text for text in given}.values()]
     commands = [["stage", name] for name in stages] or [["run"]]
     place.mkdir(parents=True, exist_ok=True)
     code = 0
