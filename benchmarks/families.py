@@ -1,16 +1,20 @@
-"""Matrix of families and stages: `python -m benchmarks.families [FAMILY ...] [--write]`.
+"""Matrix of families and stages: `python -m benchmarks.families [FAMILY ...] --results FILE`.
 
-Each tiny model of `tests/library/families.py` goes through loading, log-probabilities and their
-gradients, values, decoding, LoRA, SFT, reward model and PPO, in a process of its own with limits of
-time and memory. Batched results are compared with plain transformers calls on single rows; what the
-stages publish is loaded by transformers alone. `--write` puts the table into docs/models.md.
+Each tiny model of `tests/library/families.py` goes through loading, the rehearsal that precedes a
+run's training, log-probabilities and their gradients, values, decoding, LoRA, SFT, reward model and
+PPO, in a process of its own with limits of CPU time and memory. Batched results are compared with
+plain transformers calls on single rows; what the stages publish is loaded by transformers alone.
+What the rehearsal refuses is measured all the same, to see whether it is right.
+
+`--results` keeps each family's results as soon as they are there, a line of JSON each; families
+that it holds are not run again, so the matrix can be run in parts. `--write` puts the table of all
+of them into docs/models.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import resource
@@ -19,150 +23,99 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import peft
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from rlhf.config import BaseModelConfig, LoraConfig, PPOConfig, RewardModelConfig, SFTConfig
-from rlhf.data.rendering import Renderer
-from rlhf.data.rows import DEMONSTRATIONS, Demonstration, read_rows
+from benchmarks.family_checks import (
+    CHECKS,
+    REHEARSAL,
+    REHEARSAL_LORA,
+    Case,
+    NotRehearsed,
+    Wrong,
+)
 from rlhf.errors import RLHFError
-from rlhf.modeling.agreement import hidden_of
-from rlhf.modeling.base import context_length, from_scratch, load_base
-from rlhf.modeling.critic import critic_from
-from rlhf.modeling.decoders import check_exactness, decoder_of, pad_left
-from rlhf.modeling.generate import Replies
-from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
-from rlhf.modeling.lora import POLICY, lora_config, parameters_of, target_module_errors
-from rlhf.modeling.reward import Scorer
-from rlhf.modeling.structure import backbone_of, call, facts_of
-from rlhf.modeling.tokenizer import load_tokenizer
-from rlhf.ppo.train import train_policy
-from rlhf.reward import train_reward_model
-from rlhf.sft import train_sft
+from rlhf.modeling.base import from_scratch
 from tests.library import toys
-from tests.library.families import FAMILIES, make_model
+from tests.library.families import FAMILIES
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
-#: Limits of one family's process.
-SECONDS, BYTES = 240, 12 * 2**30
-#: Nats, and units of logits, scores and values, that float32 may differ by.
-TOLERANCE = 1e-3
+#: Limits of one family's process: of CPU time, which other processes do not change; of time, for
+#: one that sleeps; of memory.
+CPU_SECONDS, SECONDS, BYTES = 240, 20 * 60, 12 * 2**30
 
-# The first is longer than the small windows and rotary limits of the families.
-PROMPTS = [[(7 * i + 5) % 97 for i in range(26)], [8, 40, 11], [70, 6], [31, 18, 90, 22, 41], [15]]
-REPLIES = [[20, 44, 9], [13, 52, 77, 30, 8, 26, 61], [10, 3, 88, 34], [29], [55, 42, 19, 84, 66]]
-
-# Five steps on all rows at a learning rate that changes nothing: the loss logged is the base's.
-SFT = SFTConfig(epochs=5, batch_size=16, learning_rate=1e-12, max_length=48)
-REWARD = RewardModelConfig(epochs=1, batch_size=8, learning_rate=1e-3, max_length=48)
-PPO = PPOConfig(
-    total_episodes=8, chunk_size=8, mini_batch_size=4, num_ppo_epochs=1, learning_rate=1e-4,
-    kl_coef=0.05, max_new_tokens=6, top_k=0,
-)  # fmt: skip
+Row = Mapping[str, str]
 
 
-class Wrong(Exception):
-    """A result differs from the plain one."""
-
-
-@dataclass
-class Case:
-    """One family's model and the folders of its stages."""
-
-    family: str
-    root: Path
-    results: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def base(self) -> Path:
-        return self.root / "base"
-
-    def model(self) -> Any:
-        """Load the base as a stage does."""
-        config = BaseModelConfig(path=str(self.base))
-        return load_base(config, [], 0)[0].eval()
-
-    def plain(self, folder: Path | None = None) -> Any:
-        """Load a folder by transformers alone."""
-        load: Any = AutoModelForCausalLM.from_pretrained
-        model, info = load(folder or self.base, dtype=torch.float32, output_loading_info=True)
-        lost = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-        if lost:
-            raise Wrong(f"published weights: {lost[:2]}")
-        return model.eval()
-
-    def folder(self, name: str) -> Path:
-        folder = self.root / name
-        folder.mkdir()
-        return folder
-
-
-def main() -> None:
-    """Run the matrix, print it, and write it on request."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing of the matrix, print the table, and write it on request."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("families", nargs="*", default=[*FAMILIES])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--results", type=Path, help="file of results; those in it are not run")
+    parser.add_argument("--again", action="store_true", help="run families that have results too")
+    parser.add_argument("--at-most", type=int, help="run no more families; 0 only makes the table")
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
-    args = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    torch.set_num_threads(1)
+    args = parser.parse_args(arguments)
+    unknown = [name for name in args.families if name not in FAMILIES]
+    if unknown:
+        parser.error(f"unknown family {unknown[0]!r}; choose from {', '.join(FAMILIES)}")
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        _, tokenizer = from_scratch(toys.ARCHITECTURE, ["good bad tea cup"] * 4, seed=3)
-        tokenizer.save_pretrained(root / "tokenizer")
-        toys.write_data(root / "data", pairs=16)
-        llama = Case("llama", root / "llama-reward")
-        for stage in (_load, _sft, _reward):
-            stage(llama)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            rows = dict(zip(args.families, pool.map(_in_process(root), args.families), strict=True))
+        file = args.results or root / "results.jsonl"
+        known = () if args.again else read_results(file)
+        _run(missing(args.families, known, args.at_most), root, file, args.jobs)
+        text = table(read_results(file))
     if args.write:
-        text = PAGE.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
+        page = PAGE.read_text(encoding="utf-8")
+        before, _, rest = page.partition(BEGIN)
         after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     else:
-        sys.stdout.write(table(rows) + "\n")
+        sys.stdout.write(text + "\n")
 
 
-def table(rows: dict[str, dict[str, str]]) -> str:
-    """Format the families that are exact everywhere as a list, and the others as a table."""
-    exact = {f: r for f, r in rows.items() if set(r) >= set(CHECKS) and _is_exact(r)}
-    ways: dict[str, list[str]] = {}
-    for family, row in exact.items():
-        ways.setdefault(row["decode"].partition(" (")[2].rstrip(")"), []).append(family)
-    lines = [f"{len(exact)} of {len(rows)} configurations are exact in every stage."]
-    for way, families in ways.items():
-        lines += ["", f"Decoded {way}: " + ", ".join(f"`{f}`" for f in families) + "."]
-    others = {f: r for f, r in rows.items() if f not in exact}
-    if others:
-        lines += ["", "| configuration | result |", "| --- | --- |"]
-    for family, row in others.items():
-        cells = "; ".join(f"{k}: {v}" for k, v in row.items() if not v.startswith("exact"))
-        lines.append(f"| `{family}` | {cells.replace('|', '/')} |")
-    return "\n".join(lines)
+def read_results(file: Path) -> dict[str, Row]:
+    """Return the latest results of each family, in the order of `FAMILIES`."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found = {line["family"]: line["results"] for line in map(json.loads, lines)}
+    return {family: found[family] for family in FAMILIES if family in found}
 
 
-def _is_exact(row: dict[str, str]) -> bool:
-    return all(value.startswith("exact") for value in row.values())
+def missing(families: Sequence[str], known: Container[str], at_most: int | None) -> list[str]:
+    """Return the families that have no results yet, no more than `at_most`."""
+    return [name for name in families if name not in known][:at_most]
 
 
-def _in_process(root: Path) -> Callable[[str], dict[str, str]]:
+def _run(families: list[str], root: Path, file: Path, jobs: int) -> None:
+    """Run families and append their results to the file."""
+    if not families:
+        return
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    _, tokenizer = from_scratch(toys.ARCHITECTURE, ["good bad tea cup"] * 4, seed=3)
+    tokenizer.save_pretrained(root / "tokenizer")
+    toys.write_data(root / "data", pairs=16)
+    llama = Case("llama", root / "llama-reward")
+    for stage in ("load", "SFT", "reward"):
+        CHECKS[stage](llama)
+    with ThreadPoolExecutor(jobs) as pool, file.open("a", encoding="utf-8") as out:
+        for line in pool.map(_in_process(root), families):
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+
+
+def _in_process(root: Path) -> Callable[[str], dict[str, object]]:
     """Return a function that checks one family in a child process."""
     context = multiprocessing.get_context("fork")
 
-    def check(family: str) -> dict[str, str]:
+    def check(family: str) -> dict[str, object]:
         began = time.monotonic()
         folder = root / family
         folder.mkdir()
@@ -175,11 +128,13 @@ def _in_process(root: Path) -> Callable[[str], dict[str, str]]:
         path = folder / "results.json"
         results = json.loads(path.read_text()) if path.is_file() else {}
         if child.exitcode:
-            results["process"] = f"ended with {child.exitcode} after {sorted(results)[-1:]}"
+            at = CHECKS.keys() - results.keys()
+            stage = next((name for name in CHECKS if name in at), "the end")
+            results["process"] = f"**crash**: ended with {child.exitcode} in {stage}"
         shutil.rmtree(folder)
-        seconds = time.monotonic() - began
-        sys.stderr.write(f"{family}: {json.dumps(results)} {seconds:.0f} s\n")
-        return results
+        seconds = round(time.monotonic() - began)
+        sys.stderr.write(f"{family}: {json.dumps(results)} {seconds} s\n")
+        return {"family": family, "seconds": seconds, "results": results}
 
     return check
 
@@ -187,6 +142,7 @@ def _in_process(root: Path) -> Callable[[str], dict[str, str]]:
 def _check(family: str, root: Path) -> None:
     """Run all checks of a family; each result is written at once."""
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     case = Case(family, root / family)
     log = (case.root / "output").open("w")
@@ -197,9 +153,11 @@ def _check(family: str, root: Path) -> None:
             note = check(case)
             case.results[name] = f"exact ({note})" if note else "exact"
         except RLHFError as error:
-            case.results[name] = f"refused: {error}"
+            case.results[name] = f"refused: {str(error).replace(str(case.root), family)}"
         except Wrong as error:
             case.results[name] = f"**wrong**: {error}"
+        except NotRehearsed as error:
+            case.results[name] = f"none: {error}"
         except Exception as error:  # whatever a model's code raises
             at = traceback.extract_tb(error.__traceback__)[-1]
             text = str(error).partition("\n")[0][:160]
@@ -211,174 +169,68 @@ def _check(family: str, root: Path) -> None:
     os._exit(0)  # the parent's threads and handlers are not this process's
 
 
-def _load(case: Case) -> str:
-    """Load the base as SFT does, with the test of exactness; save and load it again."""
-    make_model(case.family, 300).save_pretrained(case.base)
-    shutil.copytree(case.root.parent / "tokenizer", case.base, dirs_exist_ok=True)
-    model = case.model()
-    check_exactness(model)
-    _compare(logits_of(model, PROMPTS[0]), logits_of(case.plain(), PROMPTS[0]), "logits")
-    return ""
+def table(rows: Mapping[str, Row]) -> str:
+    """Format the families by what a user meets: exact, refused before training, or a fault."""
+    exact = [f for f, row in rows.items() if not _failed(row)]
+    refused = {f: r for f, r in rows.items() if _failed(r) and not faults(r)}
+    wrong = {f: faults(r) for f, r in rows.items() if faults(r)}
+    counts = f"{len(exact)} are exact in every stage, {len(refused)} refused before training"
+    lines = [
+        f"Of {len(FAMILIES)} configurations {len(rows)} were run: {counts} in whole or in part, "
+        f"{len(wrong)} at fault."
+    ]
+    ways: dict[str, list[str]] = {}
+    for family in exact:
+        way = rows[family]["decode"].partition(" (")[2].rstrip(")")
+        ways.setdefault(way, []).append(family)
+    for way, families in ways.items():
+        lines += ["", f"Decoded {way}: " + ", ".join(f"`{f}`" for f in families) + "."]
+    if refused:
+        lines += ["", "Refused, and what the stages would do:", ""]
+        lines += ["| configuration | refused | without the refusal |", "| --- | --- | --- |"]
+    for family, row in refused.items():
+        doors = "; ".join(v for v in map(row.get, DOORS) if v and v.startswith("refused"))
+        rest = {k: v for k, v in _failed(row).items() if k not in DOORS}
+        past = "; ".join(f"{k}: {v}" for k, v in rest.items())
+        lines.append(f"| `{family}` | {_cell(doors)} | {_cell(past) or 'not measured'} |")
+    if wrong:
+        lines += ["", "| configuration | fault |", "| --- | --- |"]
+    for family, found in wrong.items():
+        lines.append(f"| `{family}` | {_cell('; '.join(found))} |")
+    return "\n".join(lines)
 
 
-def _log_probs(case: Case) -> str:
-    """Compare log-probabilities and their gradients."""
-    model, plain = case.model(), case.plain()
-    ours, _ = log_probs_and_entropy(model, batch(), 1.0)
-    theirs = [plain_log_probs(plain, p, r) for p, r in zip(PROMPTS, REPLIES, strict=True)]
-    for i, row in enumerate(theirs):
-        _compare(ours[i, : len(row)], row, "log-prob")
-    (ours * batch().mask).sum().backward()
-    torch.stack([t.sum() for t in theirs]).sum().backward()
-    gradients = dict(plain.named_parameters())
-    scale = max(float(p.grad.abs().max()) for p in gradients.values() if p.grad is not None)
-    for name, parameter in model.named_parameters():
-        other = gradients[name].grad
-        if (parameter.grad is None) != (other is None):
-            sizes = [0.0 if g is None else float(g.abs().max()) for g in (parameter.grad, other)]
-            if any(sizes):
-                raise Wrong(f"gradient of {name}: {sizes[0]:.3g}, plain {sizes[1]:.3g}")
-        elif other is not None:
-            assert parameter.grad is not None
-            _compare(parameter.grad / scale, other / scale, f"gradient of {name}")
-    return ""
+#: Where a family can be refused before training.
+DOORS = ("load", REHEARSAL, REHEARSAL_LORA)
 
 
-def _values(case: Case) -> str:
-    """Compare a critic's values with its head on the plain model's hidden states."""
-    critic, plain = critic_from(case.model()), case.plain()
-    nn.init.normal_(critic.value_head.weight)
-    with torch.no_grad():
-        ours = reply_values(critic, batch())
-        for i, (p, r) in enumerate(zip(PROMPTS, REPLIES, strict=True)):
-            theirs = critic.value_head(hidden_of(backbone_of(plain), [*p, *r])).squeeze(-1)
-            _compare(ours[i, : len(r) + 1], theirs[len(p) - 1 :], "value")
-    return ""
+def faults(row: Row) -> list[str]:
+    """Return what a user would meet after training began, and refusals without a cause."""
+    found = [f"process: {row['process']}"] if "process" in row else []
+    if not row.get("load", "").startswith("exact"):
+        is_refused = row.get("load", "").startswith("refused: base.path")
+        return found if is_refused else [*found, f"load: {row.get('load')}"]
+    adapters = {"LoRA", "PPO with LoRA"}
+    stages = CHECKS.keys() - {*DOORS, *adapters}
+    for door, names in ((REHEARSAL, stages), (REHEARSAL_LORA, adapters)):
+        failed = {k: row[k] for k in CHECKS if k in names & _failed(row).keys()}
+        opens = not row.get(door, "").startswith("refused")
+        if opens:
+            found += [f"{name}: {value}" for name, value in failed.items()]
+            if not row.get(door, "").startswith("exact"):
+                found.append(f"{door}: {row.get(door)}")
+        elif not failed and not (door == REHEARSAL_LORA and REHEARSAL in _failed(row)):
+            found.append(f"{door}: exact, but {row[door]}")
+    return found
 
 
-@torch.no_grad()
-def _decode(case: Case) -> str:
-    """Compare decoding, while rows end at different steps, with whole rows without a cache."""
-    model, plain, steps = case.model(), case.plain(), 7
-    tokens = [[(17 * i + 5 * step + 3) % 97 for step in range(steps)] for i in range(len(PROMPTS))]
-    ends = {0: [3], 2: [0, 4], 4: [2]}
-    decoder = decoder_of(model, PROMPTS, steps)
-    logits, live = decoder.start(), list(range(len(PROMPTS)))
-    for step in range(steps):
-        for row, i in zip(logits, live, strict=True):
-            _compare(row, logits_of(plain, [*PROMPTS[i], *tokens[i][:step]])[-1], "logit")
-        if step in ends:
-            live = [live[i] for i in decoder.drop([i in ends[step] for i in live])]
-        logits = decoder.step(torch.tensor([tokens[i][step] for i in live]))
-    kept = [k for k, v in facts_of(model).items() if k.startswith("decodes") and v.holds]
-    return kept[-1].removeprefix("decodes ")
+def _failed(row: Row) -> dict[str, str]:
+    return {name: value for name, value in row.items() if not value.startswith("exact")}
 
 
-def _lora(case: Case) -> str:
-    """Compare a random adapter on all linear layers with single rows, then publish it merged."""
-    section = LoraConfig(r=2, alpha=4.0)
-    with target_module_errors("ppo", section):
-        config = lora_config(section, "CAUSAL_LM", dropout=0.0)
-        model: Any = peft.get_peft_model(case.model(), config).eval()
-    for parameter in parameters_of(model, POLICY).values():
-        nn.init.normal_(parameter, std=0.1)
-    ours, _ = log_probs_and_entropy(model, batch(), 1.0)
-    for i, (p, r) in enumerate(zip(PROMPTS, REPLIES, strict=True)):
-        _compare(ours[i, : len(r)], plain_log_probs(model, p, r), "log-prob")
-    before = logits_of(model, PROMPTS[0])
-    model.merge_and_unload().save_pretrained(case.folder("lora"))
-    _compare(logits_of(case.plain(case.root / "lora"), PROMPTS[0]), before, "merged logit")
-    return ""
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())
 
-
-def _sft(case: Case) -> str:
-    """Train by SFT; the published configuration is the base's."""
-    out, data = case.folder("sft"), case.root.parent / "data"
-    base = BaseModelConfig(path=str(case.base))
-    metrics = train_sft(SFT, base, data, out, runtime=toys.RUNTIME).metrics
-    _published(case, out)
-    plain = case.plain()
-    renderer = Renderer(load_tokenizer(case.base))
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        for row in read_rows(data / DEMONSTRATIONS, Demonstration):
-            encoded = renderer.encode(row.prompt, row.response, SFT.max_length)
-            log_p = plain_log_probs(plain, encoded.prompt, encoded.response)
-            total, tokens = total - float(log_p.sum()), tokens + len(log_p)
-    _compare(torch.tensor(metrics["loss"]), torch.tensor(total / tokens), "SFT loss")
-    return ""
-
-
-def _reward(case: Case) -> str:
-    """Train a reward model; scores of rows together are those of single rows."""
-    out, data = case.folder("reward"), case.root.parent / "data"
-    train_reward_model(REWARD, data, case.root / "sft", out, runtime=toys.RUNTIME)
-    scorer = Scorer(out, toys.DEVICE, 128)
-    rows = [[*p, *r] for p, r in zip(PROMPTS, REPLIES, strict=True)]
-    rows = [row for row in rows if len(row) <= context_length(scorer.model)]
-    alone = torch.cat([scorer.score_ids([row]) for row in rows])
-    _compare(scorer.score_ids(rows), alone, "score")
-    return ""
-
-
-def _ppo(case: Case) -> str:
-    """Train by PPO and publish; with a LoRA adapter once more."""
-    data, sft = case.root.parent / "data", case.root / "sft"
-    reward, critic = case.root / "reward", "reward_model"
-    if not (reward / "config.json").is_file():  # a family without a classifier
-        reward, critic = case.root.parent / "llama-reward" / "reward", "policy"
-    for name, lora in (("ppo", None), ("ppo-lora", LoraConfig(r=2, alpha=4.0))):
-        out = case.folder(name)
-        config = toys.changed(PPO, critic="policy" if lora else critic, lora=lora)
-        train_policy(config, data, sft, toys.approve(reward), out, runtime=toys.RUNTIME)  # pyright: ignore[reportArgumentType]
-        _published(case, out)
-    return ""
-
-
-def _published(case: Case, folder: Path) -> None:
-    """Check that a folder loads by transformers alone, with the configuration of the base."""
-    plain = case.plain(folder)
-    if not logits_of(plain, PROMPTS[0]).isfinite().all():
-        raise Wrong("published logits are not finite")
-    base, other = (json.loads((f / "config.json").read_text()) for f in (case.base, folder))
-    different = {k for k in base.keys() | other.keys() if base.get(k) != other.get(k)}
-    if different - {"eos_token_id", "pad_token_id"}:
-        raise Wrong(f"published config: {sorted(different)}")
-
-
-def batch() -> Replies:
-    """Return the prompts and replies as `generate` does."""
-    ids, attention = pad_left(PROMPTS, 0)
-    width = max(len(r) for r in REPLIES)
-    tail = torch.tensor([r + [0] * (width - len(r)) for r in REPLIES])
-    mask = torch.arange(width) < torch.tensor([len(r) for r in REPLIES])[:, None]
-    return Replies(
-        torch.cat([ids, tail], 1), torch.cat([attention, mask.long()], 1), mask,
-        torch.ones(len(REPLIES), dtype=torch.bool),
-    )  # fmt: skip
-
-
-def logits_of(model: Any, row: Sequence[int]) -> Tensor:
-    """Compute a row's logits by the model's own call."""
-    return call(model, input_ids=torch.tensor([[*row]])).logits[0]
-
-
-def plain_log_probs(model: Any, prompt: list[int], reply: list[int]) -> Tensor:
-    """Compute log-probabilities of one reply by the model's own call."""
-    log_p = logits_of(model, [*prompt, *reply]).log_softmax(-1)[len(prompt) - 1 : -1]
-    return log_p.gather(1, torch.tensor(reply)[:, None]).squeeze(1)
-
-
-def _compare(ours: Tensor, theirs: Tensor, name: str) -> None:
-    gap = float((ours.detach() - theirs.detach()).abs().max())
-    if not gap <= TOLERANCE * max(1.0, float(theirs.detach().abs().max())) or math.isnan(gap):
-        raise Wrong(f"{name} differs by {gap:.3g}")
-
-
-CHECKS: dict[str, Callable[[Case], str]] = {
-    "load": _load, "log-probs": _log_probs, "values": _values, "decode": _decode, "LoRA": _lora,
-    "SFT": _sft, "reward": _reward, "PPO": _ppo,
-}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -21,6 +21,10 @@ from rlhf.modeling.structure import backbone_of, call, core_of, evaluating
 #: Largest difference relative to the largest number, in float32 and in reduced precision.
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 3e-2
 
+#: Widest window of attention that the rows of a test are longer than; MiniMax M3 selects blocks of
+#: 128 tokens.
+TRIED_WINDOW = 160
+
 #: Rows of tokens, tried in turn: a router's near-tie may send one token to another expert.
 ATTEMPTS = 2
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from rlhf.errors import ConfigError
-from rlhf.modeling.agreement import Agreement, agreement, rows_of, testing
+from rlhf.modeling.agreement import TRIED_WINDOW, Agreement, agreement, rows_of, testing
 from rlhf.modeling.device import plain_float32, upload
 from rlhf.modeling.packed import (
     Packed,
@@ -462,7 +462,8 @@ def _try(policy: Any, way: Callable[[Any, list[list[int]], int], Decoder]) -> Ag
     """Compare a way to decode with calls on single rows, while some rows end."""
     steps, ends = 4, {0: [1], 2: [0]}
     window = attention_window(policy)
-    longest = int(min(window + 3 if window <= 64 else 9, max(1, stable_length(policy) - steps)))
+    longest = window + 3 if window <= TRIED_WINDOW else 9
+    longest = int(min(longest, max(1, stable_length(policy) - steps)))
     lengths = [min(n, longest) for n in (5, 2, longest, 3)]
     rows = rows_of(policy, [n + steps for n in lengths])
     actual, expected = [], []

@@ -19,7 +19,7 @@ from rlhf.modeling.critic import Critic
 from rlhf.modeling.frozen import restore
 from rlhf.modeling.generate import Replies, generate
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_values
-from rlhf.modeling.lora import POLICY, merge_adapter, parameters_of, with_adapter
+from rlhf.modeling.lora import POLICY, idle_layers, merge_adapter, parameters_of, with_adapter
 from rlhf.modeling.packed import check_causal
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
@@ -129,11 +129,14 @@ def check_adapter(policy: Any, lora: LoraConfig, section: str, rows: Sequence[li
             drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
             parameter.copy_(drawn / lora.alpha)
     with evaluating(adapted):
-        before = [_logits(adapted, row, len(row)) for row in rows]
+        with idle_layers(adapted) as idle:
+            before = [_logits(adapted, row, len(row)) for row in rows]
         merged = merge_adapter(restore(adapted))
+        names = sorted({name.rpartition(".")[2] for name in idle})
+        between = f"{_MERGED} without {', '.join(names[:9])}" if names else _MERGED
         for row, expected in zip(rows, before, strict=True):
             result = _logits(merged, row, len(row))
-            _compare(f"{section}.lora: logits", result, expected, between=_MERGED)
+            _compare(f"{section}.lora: logits", result, expected, between=between)
 
 
 def replies_of(policy: Any, prompts: Sequence[list[int]], tokenizer: Any) -> Replies:

@@ -22,7 +22,7 @@ from rlhf.config.training import FrozenDtype
 from rlhf.errors import ConfigError
 from rlhf.modeling import nf4
 from rlhf.modeling.nf4 import BLOCK, SCALE_BLOCK
-from rlhf.modeling.structure import core_of, is_read_by_kernel
+from rlhf.modeling.structure import core_of, is_read_by_kernel, shared_weights
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def store_frozen(
 ) -> None:
     """Store the linear layers of a model that is not trained in fewer bits, in place.
 
-    Left in float32 are the output head, layers that share weights with an embedding, and whatever
-    is no linear layer: embeddings, norms, the fused experts of mixture models.
+    Left in float32 are the output head, layers that share weights with others, and whatever is no
+    linear layer: embeddings, norms, the fused experts of mixture models.
 
     Args:
         model: On the CPU in float32, without adapters; on the CPU afterwards, too.
@@ -214,7 +214,7 @@ def storable_layers(model: Any, keep: Sequence[str] = ()) -> Iterator[Any]:
     """Yield the linear layers that may be stored in fewer bits."""
     core = core_of(model)
     head = core.get_output_embeddings()
-    shared = {id(m.weight) for m in core.modules() if isinstance(m, nn.Embedding)}
+    shared = shared_weights(core)
     for name, layer in core.named_modules():
         is_kept = any(f".{kept}." in f".{name}." for kept in keep)
         if type(layer) not in (nn.Linear, Conv1D) or layer is head or is_kept:

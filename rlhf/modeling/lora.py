@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from rlhf.config import LoraConfig
 from rlhf.config.text import shown_value
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
-from rlhf.modeling.frozen import holds_stored, parameter_count
-from rlhf.modeling.structure import is_read_by_kernel
+from rlhf.modeling.frozen import FrozenLinear, holds_stored, parameter_count
+from rlhf.modeling.structure import is_read_by_kernel, shared_weights
 
 #: Names of the adapters; "default" is the name that peft gives a single one.
 POLICY, REWARD, CRITIC = "default", "reward", "critic"
@@ -68,7 +69,7 @@ def fit_targets(
         model: With or without adapters.
         section: The section's name, for errors.
         heads: Names of modules that are trained in full.
-        quiet: Do not log which part of a mixture model gets no adapter.
+        quiet: Do not log which part of the model gets no adapter.
 
     Raises:
         ConfigError: A name has no layer.
@@ -77,7 +78,7 @@ def fit_targets(
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == "all-linear":
         if not quiet:
-            _report_experts(model, section)
+            _report_left_out(model, section)
         return config.model_copy(update={"target_modules": tuple(layers)})
     if isinstance(targets, str) and not re.fullmatch(r"[\w.\-]+", targets):
         found = [name for name in layers if re.fullmatch(targets, name)]
@@ -158,16 +159,37 @@ def _linear_layers(model: Any, heads: Sequence[str]) -> list[str]:
     core = _without_adapters(model)
     adapted = [name for name, module in core.named_modules() if isinstance(module, BaseTunerLayer)]
     inside = tuple(f"{name}." for name in adapted)
-    output = core.get_output_embeddings()
+    output, shared = core.get_output_embeddings(), shared_weights(core)
     layers: list[str] = []
     for name, module in core.named_modules():
         in_head = any(f".{head}." in f".{name}." for head in heads)
         if module is output or in_head or name.startswith(inside):
             continue
         layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | Conv1D) and not is_read_by_kernel(core, name):
+        weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear | Conv1D) else None
+        if not isinstance(layer, nn.Linear | Conv1D) or id(weight) in shared:
+            continue
+        if _multiplies(layer) and not is_read_by_kernel(core, name):
             layers.append(name)
     return layers
+
+
+def _multiplies(layer: Any) -> bool:
+    """Return whether a linear layer returns its input times its weight, as an adapter assumes.
+
+    Routers (Llama 4, Phi-3.5-MoE) return several tensors, and DeepSeek V4's grouped projections
+    multiply each group by its own part of the weight. Only shapes are computed.
+    """
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward, FrozenLinear.forward):
+        return True
+    meta = torch.device("meta")
+    weights = {k: torch.empty_like(p, device=meta) for k, p in layer.named_parameters()}
+    shape = (1, 1, layer.in_features)
+    try:
+        result = torch.func.functional_call(layer, weights, torch.empty(shape, device=meta))
+    except Exception:  # the code of a family's layer can raise anything
+        return False
+    return isinstance(result, Tensor) and result.shape == (1, 1, layer.out_features)
 
 
 def _without_adapters(model: Any) -> Any:
@@ -183,6 +205,7 @@ def _no_layer(
 ) -> ConfigError:
     """Return the error for a name without a layer, which names those that there are."""
     core = _without_adapters(model)
+    shared = shared_weights(core)
     matches = [m for name, m in core.named_modules() if _ends_with(name, missing)]
     reason = f"this model has no linear layer of the name {missing!r}"
     if any(m is core.get_output_embeddings() for m in matches):
@@ -191,6 +214,8 @@ def _no_layer(
         reason = f"{missing!r} is an embedding, which gets no adapter"
     elif any(_ends_with(name, missing) for name, p in core.named_parameters() if p.ndim > 2):
         reason = f"{missing!r} holds the fused experts of all layers, which get no adapter"
+    elif any(id(getattr(m, "weight", None)) in shared for m in matches):
+        reason = f"{missing!r} has weights that several layers share, which get no adapter"
     elif matches:
         reason = f"{missing!r} is no linear layer that can get an adapter"
     names = sorted({name.rpartition(".")[2] for name in layers})
@@ -200,10 +225,25 @@ def _no_layer(
     )
 
 
-def _report_experts(model: Any, section: str) -> None:
-    """Log which part of a mixture model has no linear layers, and so no adapters."""
+def _report_left_out(model: Any, section: str) -> None:
+    """Log which part of a model gets no adapters: fused experts, shared blocks."""
     core = _without_adapters(model)
     total = parameter_count(core)
+    keys, output = shared_weights(core), core.get_output_embeddings()
+    shared: dict[int, tuple[str, int]] = {}
+    for name, module in core.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is output:
+            continue
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in keys:  # counted at the first of its layers
+            shared.setdefault(id(weight), (f"{name}.weight", weight.numel()))
+    if shared:
+        log.warning(
+            "%s.lora.target_modules = 'all-linear' gives no adapter to weights that several layers "
+            "share (%s and %d more, %.0f %% of the weights): they stay as they are",
+            section, next(iter(shared.values()))[0], len(shared) - 1,
+            100 * sum(count for _, count in shared.values()) / total,
+        )  # fmt: skip
     covered = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
     fused = {
         f"{name}.{own}": p.numel()
@@ -316,6 +356,26 @@ def active_adapter(model: Any, adapter: str | None) -> Iterator[None]:
         yield
     finally:
         _activate(layers, before)
+
+
+@contextmanager
+def idle_layers(model: Any) -> Iterator[set[str]]:
+    """Collect the layers with adapters that no forward pass within the context calls.
+
+    Where their weights matter, the family's code reads them past the layer.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    idle = set(layers)
+
+    def called(name: str) -> Any:
+        return lambda *_: idle.discard(name)
+
+    hooks = [layer.register_forward_hook(called(name)) for name, layer in layers.items()]
+    try:
+        yield idle
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _activate(layers: list[Any], states: list[tuple[list[str], bool]]) -> None:

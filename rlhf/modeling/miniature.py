@@ -38,6 +38,7 @@ _SIZES = {
     "num_dense_experts": 1, "decoder_sparse_step": 1,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
     "v_head_dim": 16, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 16,
+    "index_block_size": 16, "index_topk_blocks": 2,
     "mamba_d_state": 16, "state_size": 16, "ssm_state_size": 16, "mamba_dt_rank": 4,
     "time_step_rank": 4, "mamba_chunk_size": 16, "chunk_size": 16,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
@@ -125,6 +126,8 @@ def _layers_needed(section: Any, layers: int) -> int:
         if isinstance(types, list | tuple) and len(types) >= layers:
             kinds = [str(t) for t in types[:layers]]
             needed = max(needed, 1 + max(kinds.index(kind) for kind in set(kinds)))
+            if kinds.count("hybrid") > 1:  # Zamba's share their weights, of which it takes two
+                needed = max(needed, 1 + kinds.index("hybrid", kinds.index("hybrid") + 1))
     for name in _PERIODS:
         period = getattr(section, name, None)
         if isinstance(period, int) and not isinstance(period, bool):

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.errors import ConfigError
-from rlhf.modeling.agreement import agrees_with_rows, hidden_of
+from rlhf.modeling.agreement import TRIED_WINDOW, agrees_with_rows, hidden_of
 from rlhf.modeling.attention import blockwise, supports_blockwise
 from rlhf.modeling.device import rounding, upload
 from rlhf.modeling.structure import (
@@ -343,7 +343,7 @@ def _enable_packing(core: Any, backbone: Any) -> bool:
         return False
     # Other code may ask for the name of the attention too.
     window = attention_window(core)
-    longer = int(window) + 3 if window <= 64 else 8
+    longer = int(window) + 3 if window <= TRIED_WINDOW else 8
     if not agrees_with_rows(core, [longer], renamed).holds:
         return False
     core.set_attn_implementation(ATTENTION)
@@ -354,7 +354,7 @@ def _pads(model: Any) -> bool:
     """Return whether rows that are padded on the right are computed exactly."""
     facts, window = facts_of(model), attention_window(model)
     if "pads" not in facts:
-        longest = int(window) + 3 if window <= 64 else 8
+        longest = int(window) + 3 if window <= TRIED_WINDOW else 8
         longest = int(min(longest, stable_length(model)))
         lengths = [max(1, longest - 4), longest, max(1, longest // 2)]
         backbone = backbone_of(model)
@@ -433,13 +433,16 @@ def _attention(
     It stays the model's attention between calls, because gradient checkpointing calls it again in
     the backward pass.
     """
+    for name in ("indices", "block_indices"):  # tokens that a layer selected; SDPA would see all
+        if extra.get(name) is not None:
+            raise NotImplementedError(f"attention with {name}")
     if rlhf_rows is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra
         )
     if attention_mask is not None and attention_mask.numel() > 1:  # made from ours and its own
         raise NotImplementedError("a mask of the model's own")
-    for name in ("softcap", "position_bias", "s_aux"):
+    for name in ("softcap", "position_bias", "s_aux", "sinks"):
         if extra.get(name) is not None:
             raise NotImplementedError(f"attention with {name}")
     window = extra.get("sliding_window")

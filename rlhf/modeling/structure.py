@@ -21,7 +21,8 @@ from rlhf.modeling.source import CONTEXT_FIELDS
 
 #: Field names of a configuration that limit how many tokens an attention layer sees.
 _WINDOW_FIELDS = re.compile(
-    r"(^|_)(window(_size)?|local_attention|attention_chunk_size|index_topk|indexer_budget)$"
+    r"(^|_)(window(_size)?|local_attention|attention_chunk_size|index_topk|index_block_size|"
+    r"indexer_budget)$"
 )
 
 #: Layers of Mamba whose weights its fused kernels read themselves.
@@ -112,6 +113,20 @@ def is_read_by_kernel(core: Any, name: str) -> bool:
         return False
     mixer = core.get_submodule(parent)
     return isinstance(getattr(mixer, "conv1d", None), nn.Conv1d) and hasattr(mixer, "A_log")
+
+
+def shared_weights(core: Any) -> set[int]:
+    """Return the ids of parameters that several modules hold, such as Zamba's shared blocks.
+
+    Each use of such a weight would have an adapter of its own, and merging would add up all of
+    them. A block that is one module at several places has one adapter at all of them.
+    """
+    holders: dict[int, set[tuple[int, int]]] = {}
+    for name, module in core.named_modules(remove_duplicate=False):
+        parent = core.get_submodule(name.rpartition(".")[0]) if name else core
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add((id(parent), id(module)))
+    return {key for key, found in holders.items() if len(found) > 1}
 
 
 @torch.no_grad()

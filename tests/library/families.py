@@ -246,7 +246,7 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", _LATENT),
     "deepseek_v3": ("deepseek_v3", _LATENT),
     "deepseek_v32": ("deepseek_v32", _INDEXED),
-    "deepseek_v4": ("deepseek_v4", {}),
+    "deepseek_v4": ("deepseek_v4", {"o_groups": 2, "o_lora_rank": 8}),
     "youtu": ("youtu", _LATENT),
     "minicpm3": ("minicpm3", _LATENT),
     "longcat_flash": ("longcat_flash", {**_LATENT, "zero_expert_num": 2}),
@@ -262,6 +262,11 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {}),
     "minimax_m2": ("minimax_m2", {}),
     "minimax_m3_vl_text": ("minimax_m3_vl_text", {}),
+    "minimax_m3_vl_text-sparse": (
+        "minimax_m3_vl_text",
+        {"layer_types": ["minimax_m3_sparse", "full_attention"], "index_head_dim": 8,
+         "index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 2},
+    ),
     "solar_open": ("solar_open", {}),
     "exaone_moe": ("exaone_moe", {"sliding_window": 4}),
     "afmoe": ("afmoe", {"sliding_window": 4}),
@@ -316,6 +321,11 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
         "zamba2",
         {"layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 4,
          "head_dim": 16},
+    ),
+    "zamba2-shared": (
+        "zamba2",
+        {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+         "num_key_value_heads": 4, "head_dim": 16},
     ),
     "falcon_h1": ("falcon_h1", {}),
     "nemotron_h": (

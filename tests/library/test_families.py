@@ -52,6 +52,7 @@ KINDS = {
     "llama4_text": "padded",  # chunked attention; `base_model_prefix` names no part
     "opt-350m": "packed",  # the head reads the decoder; a projection follows it
     "mixtral": "packed",  # experts
+    "minimax_m3_vl_text-sparse": "by length",  # selects blocks by position, outside attention
     "qwen3_5": "padded",  # linear attention, whose state must be dropped with its row
     "mamba": "by length",  # reads padding on the left
     "rwkv": "without cache",  # a state that is no cache

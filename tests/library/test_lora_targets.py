@@ -28,10 +28,12 @@ from rlhf.modeling.lora import (
     merge_adapter,
     parameters_of,
     target_module_errors,
+    with_adapter,
 )
 from rlhf.modeling.reward import Scorer
 from rlhf.ppo.train import build_trainer
 from tests.library import toys
+from tests.library.families import make_model
 from tests.library.ppo_runs import LORA
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -163,6 +165,42 @@ def test_layers_of_mamba_whose_weights_a_kernel_reads_get_no_adapter():
     assert "in_proj" in ends(targets(model, "all-linear"))
     assert not ends(targets(model, "all-linear")) & {"out_proj", "x_proj", "dt_proj", "conv1d"}
     assert "'out_proj' is no linear layer that can get an adapter" in refusal(model, "out_proj")
+
+
+NO_PRODUCT = "is no linear layer that can get an adapter"
+
+
+@pytest.mark.parametrize(
+    ("family", "without", "reason", "has"),
+    [
+        ("llama4_text", "router", NO_PRODUCT, "q_proj"),  # returns two tensors
+        ("phimoe", "router", NO_PRODUCT, "q_proj"),
+        ("deepseek_v4", "o_a_proj", NO_PRODUCT, "o_b_proj"),  # a product for each group
+        ("falcon", None, "", "query_key_value"),  # a forward pass of its own, but the usual one
+        ("zamba", "q_proj", "has weights that several layers share", "in_proj"),
+        ("zamba2-shared", "o_proj", "has weights that several layers share", "in_proj"),
+    ],
+)
+def test_layers_that_an_adapter_would_break_get_none(family, without, reason, has, caplog):
+    model = make_model(family, 64)
+    with caplog.at_level(logging.WARNING, "rlhf"):
+        found = ends(targets(model, "all-linear"))
+    assert has in found
+    assert without not in found
+    if without:
+        assert reason in refusal(model, without)
+    assert any("that several layers share" in r.getMessage() for r in caplog.records) == (
+        "share" in reason
+    )
+    with torch.no_grad():
+        changed = with_adapter(model, LoraConfig(r=2), "sft", quiet=True).eval()
+        for name, parameter in parameters_of(changed, POLICY).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+        ids = torch.arange(6)[None]
+        expected = changed(ids).logits
+        merged = merge_adapter(changed)(ids).logits
+    torch.testing.assert_close(merged, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_fused_experts_are_left_out_and_named(mixture, caplog):

@@ -33,6 +33,7 @@ REAL = {
     "deepseek_v3": {},
     "qwen3_5_text": {},
     "jamba": {},
+    "zamba": {},
     "gpt_oss": {},
     "bloom": {"hidden_size": 4096, "n_layer": 30, "n_head": 32},
     "phi3": {
@@ -63,6 +64,8 @@ def test_a_miniature_is_small_and_has_every_type_of_layer(family):
     types = getattr(config.get_text_config(), "layer_types", None)
     if types:
         assert set(text.layer_types) == set(types)
+        # Blocks that share weights: with one alone nothing would be shared.
+        assert text.layer_types.count("hybrid") >= min(2, types.count("hybrid"))
     for parameter in model.parameters():
         if parameter.ndim == 2 and parameter.std() > 0:
             assert parameter.std() > 0.5 * parameter.shape[-1] ** -0.5  # attention is not uniform
@@ -199,8 +202,9 @@ def test_an_adapter_that_a_layer_does_not_see_is_found(toy, dtype):
     policy.model.layers[0].mlp.forward = lambda x: torch.nn.functional.linear(
         x[..., :1].expand(*x.shape[:-1], projection.in_features), projection.weight
     )
-    with pytest.raises(NotExact, match=r"ppo\.lora: logits: .* merged; choose target_modules"):
+    with pytest.raises(NotExact, match=r"ppo\.lora: logits: .* merged; choose") as found:
         check_adapter(policy, lora, "ppo", rows)
+    assert str(found.value).endswith("target_modules without down_proj, gate_proj, up_proj")
 
 
 @pytest.fixture
