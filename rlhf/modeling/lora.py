@@ -364,7 +364,9 @@ def idle_layers(model: Any) -> Iterator[set[str]]:
 
     Where their weights matter, the family's code reads them past the layer.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    }
     idle = set(layers)
 
     def called(name: str) -> Any:
