@@ -277,8 +277,8 @@ def _configurations(place: str, extra: dict[str, Any]) -> tuple[Any, int | list[
     return config, generation
 
 
-def _processor_template(place: str, extra: dict[str, Any]) -> str | None:
-    """Return the template that older multimodal models have beside their tokenizer, if any."""
+def _processor_template(place: str, extra: dict[str, Any]) -> Any:
+    """Return what older multimodal models have for a template beside their tokenizer, if any."""
     return _read(place, "chat_template.json", extra).get("chat_template")
 
 
