@@ -44,7 +44,7 @@ SYSTEM = "Answer in one to three short sentences."
 TEMPERATURE = 0.7
 NEW_TOKENS, REPLIES, BATCH = 64, 2, 128
 #: Gold points that make a preference e : 1.
-LABEL_TEMPERATURE = 1.0
+LABEL_TEMPERATURE = 0.5
 #: Exit code of a run that a gate stopped.
 REJECTED = 3
 
@@ -52,6 +52,7 @@ REJECTED = 3
 DEMONSTRATED = 3
 RUN = [
     f"--ppo.max_new_tokens={NEW_TOKENS}", f"--ppo.temperature={TEMPERATURE}",
+    "--reward_model.learning_rate=3e-4", "--reward_model.batch_size=8",
     "--ppo.total_episodes=384", "--ppo.chunk_size=32", "--ppo.mini_batch_size=8",
     "--ppo.num_ppo_epochs=1", "--ppo.learning_rate=2e-4",
     # Rounded to bfloat16, most of so short a training would be lost.
