@@ -213,7 +213,7 @@ def _rows_of(batch: pyarrow.RecordBatch, row_type: type[_Stored]) -> list[_Store
     columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
     if "prompt" in columns:
         are_text = columns.pop("prompt_is_text")
-        if not all(columns["prompt"]):
+        if any(is_text and not p for p, is_text in zip(columns["prompt"], are_text, strict=True)):
             raise ValueError("a prompt has no message")
         columns["prompt"] = [
             messages[0]["content"] if is_text else messages
