@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.modeling.device import plain_float32
-from rlhf.modeling.structure import backbone_of, call, core_of, evaluating
+from rlhf.modeling.structure import attention_window, backbone_of, call, core_of, evaluating
 
 #: Largest difference relative to the largest number, in float32 and in reduced precision.
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 3e-2
@@ -71,6 +71,12 @@ def testing(model: Any) -> Iterator[None]:
     no_autocast = torch.autocast(device.type, enabled=False)
     with torch.no_grad(), evaluating(model), no_autocast, plain_float32(device):
         yield
+
+
+def length_past_window(model: Any, otherwise: int) -> int:
+    """Return a row length that a narrow window of attention ends within, else `otherwise`."""
+    window = attention_window(model)
+    return int(window) + 3 if window <= TRIED_WINDOW else otherwise
 
 
 def rows_of(model: Any, lengths: Sequence[int], attempt: int = 0) -> list[list[int]]:

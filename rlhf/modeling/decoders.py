@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from rlhf.errors import ConfigError
-from rlhf.modeling.agreement import TRIED_WINDOW, Agreement, agreement, rows_of, testing
+from rlhf.modeling.agreement import Agreement, agreement, length_past_window, rows_of, testing
 from rlhf.modeling.device import plain_float32, upload
 from rlhf.modeling.packed import (
     Packed,
@@ -33,7 +33,6 @@ from rlhf.modeling.packed import (
     row_groups,
 )
 from rlhf.modeling.structure import (
-    attention_window,
     cache_parameter,
     call,
     context_of,
@@ -461,9 +460,7 @@ def _way_of(policy: Any, longest: float) -> str:
 def _try(policy: Any, way: Callable[[Any, list[list[int]], int], Decoder]) -> Agreement:
     """Compare a way to decode with calls on single rows, while some rows end."""
     steps, ends = 4, {0: [1], 2: [0]}
-    window = attention_window(policy)
-    longest = window + 3 if window <= TRIED_WINDOW else 9
-    longest = int(min(longest, max(1, stable_length(policy) - steps)))
+    longest = int(min(length_past_window(policy, 9), max(1, stable_length(policy) - steps)))
     lengths = [min(n, longest) for n in (5, 2, longest, 3)]
     rows = rows_of(policy, [n + steps for n in lengths])
     actual, expected = [], []

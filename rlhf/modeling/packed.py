@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.errors import ConfigError
-from rlhf.modeling.agreement import TRIED_WINDOW, agrees_with_rows, hidden_of
+from rlhf.modeling.agreement import agrees_with_rows, hidden_of, length_past_window
 from rlhf.modeling.attention import blockwise, supports_blockwise
 from rlhf.modeling.device import rounding, upload
 from rlhf.modeling.structure import (
@@ -342,9 +342,7 @@ def _enable_packing(core: Any, backbone: Any) -> bool:
     if not agrees_with_rows(core, [width - width // 3, width, width // 2], packed).holds:
         return False
     # Other code may ask for the name of the attention too.
-    window = attention_window(core)
-    longer = int(window) + 3 if window <= TRIED_WINDOW else 8
-    if not agrees_with_rows(core, [longer], renamed).holds:
+    if not agrees_with_rows(core, [length_past_window(core, 8)], renamed).holds:
         return False
     core.set_attn_implementation(ATTENTION)
     return True
@@ -352,10 +350,9 @@ def _enable_packing(core: Any, backbone: Any) -> bool:
 
 def _pads(model: Any) -> bool:
     """Return whether rows that are padded on the right are computed exactly."""
-    facts, window = facts_of(model), attention_window(model)
+    facts = facts_of(model)
     if "pads" not in facts:
-        longest = int(window) + 3 if window <= TRIED_WINDOW else 8
-        longest = int(min(longest, stable_length(model)))
+        longest = int(min(length_past_window(model, 8), stable_length(model)))
         lengths = [max(1, longest - 4), longest, max(1, longest // 2)]
         backbone = backbone_of(model)
         facts["pads"] = agrees_with_rows(

@@ -108,7 +108,8 @@ class TestVocabulary:
 
     def test_a_padded_vocabulary_is_no_other_models(self, tmp_path):
         tokenizer = small()
-        loaded(tmp_path, tokenizer, rows=2 * len(tokenizer))
+        renderer = loaded(tmp_path, tokenizer, rows=2 * len(tokenizer))
+        assert renderer.tokenizer.vocab_size == tokenizer.vocab_size
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
