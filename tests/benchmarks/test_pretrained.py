@@ -7,7 +7,12 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks.pretrained.__main__ import SYSTEM, write_demonstrations, write_pairs
+from benchmarks.pretrained.__main__ import (
+    LABEL_TEMPERATURE,
+    SYSTEM,
+    write_demonstrations,
+    write_pairs,
+)
 from benchmarks.pretrained.report import figures
 from benchmarks.pretrained.rubric import BEST, WEIGHTS, gold, length_share, preference, virtues
 
@@ -64,7 +69,8 @@ def test_labels_follow_bradley_and_terry(tmp_path):
     assert len(rows) == 2000
     assert rows[0]["prompt"][0] == {"role": "system", "content": SYSTEM}
     wins = fmean(row["chosen"][0]["content"] == GOOD for row in rows)
-    expected = preference(BEST, gold(rows[0]["prompt"][1]["content"], "Do squats."), 1.0)
+    second = gold(rows[0]["prompt"][1]["content"], "Do squats.")
+    expected = preference(BEST, second, LABEL_TEMPERATURE)
     # Three standard errors of 2,000 labels.
     assert wins == pytest.approx(expected, abs=3 * (expected * (1 - expected) / 2000) ** 0.5)
 
