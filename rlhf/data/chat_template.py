@@ -31,6 +31,9 @@ PINNED_DATE = datetime(2024, 7, 26)
 #: Texts that no template and no prompt holds.
 USER_PROBE, REPLY_PROBE = "Probe7391x.", "Answer4826y."
 
+#: A long text with what templates cut, put into other letters, or escape.
+_TEXT_PROBE = f'{USER_PROBE} <b>A & b\'s "c"</b> {{x}} É 1.5 ' + "word " * 600 + "End."
+
 _USER = {"role": "user", "content": USER_PROBE}
 _REPLY = {"role": "assistant", "content": REPLY_PROBE}
 
@@ -59,8 +62,9 @@ def complete_template(tokenizer: Any, model: str) -> None:
     ignores `add_generation_prompt` gets what it writes before an assistant's content.
 
     Raises:
-        ConfigError: The template can't be used: it has no default, shows no content, computes the
-            format of a date, needs other arguments, or opens replies differently each time.
+        ConfigError: The template can't be used: it has no default, leaves out or alters contents,
+            draws at random, computes the format of a date, needs other arguments, or opens replies
+            differently each time.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -77,8 +81,10 @@ def complete_template(tokenizer: Any, model: str) -> None:
         )
     if template is None:
         template = _prefix(tokenizer) + PLAIN_TEMPLATE
+    _refuse_random(template, model)
     tokenizer.chat_template = _pin_date(template, model)
     _check_content(tokenizer, model)
+    _check_same_text(tokenizer, model)
     _add_generation_prompt(tokenizer, model)
 
 
@@ -168,18 +174,11 @@ def _prefix(tokenizer: Any) -> str:
 
 def _pin_date(template: str, model: str) -> str:
     """Replace today's date in a template by `PINNED_DATE`."""
-    from jinja2 import Environment, TemplateError, nodes
+    from jinja2 import nodes
 
     if "strftime_now" not in template:
         return template
-    try:
-        # Templates hold tags of transformers, `generation`, and loop controls.
-        source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
-    except TemplateError as error:
-        raise ConfigError(
-            f"model {model!r}: its chat template is no Jinja ({error}); mend chat_template.jinja"
-        ) from None
+    tree = _parsed(template, model)
     if any(macro.name == "strftime_now" for macro in tree.find_all(nodes.Macro)):
         return template  # pinned already
     uses = [n for n in tree.find_all(nodes.Name) if n.name == "strftime_now" and n.ctx == "load"]
@@ -204,6 +203,36 @@ def _pin_date(template: str, model: str) -> str:
     return f"{macro}\n{template}"
 
 
+def _parsed(template: str, model: str) -> Any:
+    """Return a template's syntax tree."""
+    from jinja2 import Environment, TemplateError
+
+    try:
+        # Templates hold tags of transformers, `generation`, and loop controls.
+        source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
+        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except TemplateError as error:
+        raise ConfigError(
+            f"model {model!r}: its chat template is no Jinja ({error}); mend chat_template.jinja"
+        ) from None
+
+
+def _refuse_random(template: str, model: str) -> None:
+    """Refuse a template that writes another text each time."""
+    from jinja2 import nodes
+
+    if "random" not in template and "lipsum" not in template:
+        return
+    tree = _parsed(template, model)
+    drawn = [f"| {f.name}" for f in tree.find_all(nodes.Filter) if f.name == "random"]
+    drawn += [f"{n.name}()" for n in tree.find_all(nodes.Name) if n.name == "lipsum"]
+    if drawn:
+        raise ConfigError(
+            f"model {model!r}: its chat template draws text at random ({drawn[0]}), so that a "
+            "prompt would have other tokens each time; write one fixed text there"
+        )
+
+
 def _check_content(tokenizer: Any, model: str) -> None:
     """Refuse a template that can't render a user's turn, or that leaves out its content."""
     try:
@@ -214,11 +243,38 @@ def _check_content(tokenizer: Any, model: str) -> None:
             f"model {model!r}: its chat template can't render a user's turn ({problem}); give a "
             "template that needs nothing but messages and add_generation_prompt"
         ) from None
-    if USER_PROBE not in text:
+    if USER_PROBE.lower() not in text.lower():
         raise ConfigError(
             f"model {model!r}: its chat template leaves out the content of a user's turn; give a "
             "template that writes message['content']"
         )
+
+
+def _check_same_text(tokenizer: Any, model: str) -> None:
+    """Refuse a template that cuts or alters the text of contents."""
+    parts = _takes_parts(tokenizer)
+    other = {"role": "user", "content": "Next."}
+    probe = {"content": _TEXT_PROBE}
+    chats = {
+        "a user": [{**_USER, **probe}],
+        "the system": [{"role": "system", **probe}, other],
+        "the assistant": [other, {**_REPLY, **probe}, other],
+    }
+    for role, messages in chats.items():
+        try:
+            text = render(tokenizer, messages, True, parts)
+        except Exception:  # it refuses such a chat
+            continue
+        # A turn that is left out as a whole is told with the prompts that have one.
+        at = text.lower().find(USER_PROBE.lower())
+        if _TEXT_PROBE not in text and at >= 0:
+            begin = text[at:]
+            same = len(os.path.commonprefix([begin, _TEXT_PROBE]))  # noqa: RUF071
+            raise ConfigError(
+                f"model {model!r}: its chat template alters the content of {role}'s turn: of "
+                f"{len(_TEXT_PROBE):,} characters, {_TEXT_PROBE[same:][:20]!r} at {same} became "
+                f"{begin[same:][:20]!r}; write message['content'] there, without cuts or filters"
+            )
 
 
 def _add_generation_prompt(tokenizer: Any, model: str) -> None:

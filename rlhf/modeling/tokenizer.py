@@ -36,6 +36,8 @@ _UNUSED = re.compile(
 _MISSING_SHARE = 0.02
 #: Rows that even a tiny vocabulary may have for padding.
 _PADDED_ROWS = 1000
+#: Words that are names of an end-of-reply token.
+_END_NAMES = frozenset({"eos", "eot", "eom", "end", "stop", "sep", "endoftext", "endofturn"})
 #: Tokens that stand for other inputs than text; a model may treat them differently.
 _OTHER_INPUT = re.compile(r"image|img|video|vision|audio|speech|box|quad|point", re.IGNORECASE)
 
@@ -63,7 +65,7 @@ def load_tokenizer_and_ends(
 
     Raises:
         ConfigError: The tokenizer can't be loaded, it is another model's, it has no token that
-            could end a reply, or its chat template can't be used.
+            could end a reply, or a word for one, or its chat template can't be used.
     """
     extra = {"revision": revision} if revision else {}
     place = str(expand_home(folder)) if str(folder).startswith("~") else str(folder)
@@ -95,6 +97,7 @@ def load_tokenizer_and_ends(
             f"model {str(folder)!r}: its tokenizer has no eos_token, so no reply could end; "
             "set one in the model's tokenizer_config.json"
         )
+    _refuse_word(tokenizer, str(folder))
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
     choose_pad(tokenizer, ends, rows)
     _warn(tokenizer, str(folder))
@@ -167,6 +170,21 @@ def _refuse_other_vocabulary(tokenizer: Any, rows: int | None, model: str) -> No
             "%d rows are added, each the mean of the others, which LoRA does not train",
             model, len(beyond), beyond[0][1], beyond[-1][0] + 1 - rows,
         )  # fmt: skip
+
+
+def _refuse_word(tokenizer: Any, model: str) -> None:
+    """Refuse an end-of-reply token that is a word of texts.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    end = str(tokenizer.eos_token)
+    if end.isalpha() and end.lower() not in _END_NAMES:
+        raise ConfigError(
+            f"model {model!r}: its end-of-reply token (eos_token) is the word {end!r}, so that a "
+            "reply would end wherever it is written; give the one that the model was trained "
+            "with in tokenizer_config.json, such as </s>"
+        )
 
 
 def _is_local(folder: Path | str) -> bool:

@@ -85,6 +85,11 @@ def loaded(folder, tokenizer, **options) -> Renderer:
     return Renderer(*load_tokenizer_and_ends(write_model(folder, tokenizer, **options)))
 
 
+def content_as(expression: str) -> str:
+    """Return a template that writes contents by a Jinja expression."""
+    return LINES.replace("m['content']", f"({expression})")
+
+
 def tokens(renderer, ids):
     return renderer.tokenizer.convert_ids_to_tokens(ids)
 
@@ -402,6 +407,16 @@ class TestTemplates:
             ("{{ 1 // 0 }}", "can't render a user's turn"),
             ("{% if x %}", "can't render a user's turn"),
             ("{{ messages[0].role }}", "leaves out the content of a user's turn"),
+            (content_as("m.content | random"), r"at random \(\| random\)"),
+            ("{{ lipsum(n=1) }}" + LINES, r"at random \(lipsum\(\)\)"),
+            # Contents that are cut or altered, of every turn, the assistant's, and the system's.
+            (content_as("m.content[:12]"), "alters the content of a user's turn.* became '"),
+            (content_as("m.content | truncate(2500)"), "alters the content of a user's turn"),
+            (content_as("m.content | e"), "'<b>A & b.* at 12 became '&lt;b"),
+            (content_as("m.content | lower"), "alters .* at 0 became 'probe"),
+            (content_as("m.content | tojson"), "alters the content"),
+            (content_as("m.content if m.role == 'user' else m.content[:40]"), "of the system's"),
+            (content_as("m.content | title if m.role == 'assistant' else m.content"), "assistant'"),
         ],
     )
     def test_templates_that_can_not_be_used(self, template, error, tmp_path):
@@ -410,6 +425,23 @@ class TestTemplates:
         with pytest.raises(ConfigError, match=error) as caught:
             loaded(tmp_path, tokenizer)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "content", ["m.content.strip()", "m['content'].split('</think>')[-1]", "m.content + ''"]
+    )
+    def test_contents_that_stay_as_they_are(self, content, tmp_path):
+        tokenizer = gpt_2()
+        tokenizer.chat_template = content_as(content)
+        assert "tea <b>?" in loaded(tmp_path, tokenizer).prompt_text("tea <b>?")
+
+    @pytest.mark.parametrize(("end", "ordinary"), [("cup", True), ("EOS", False), ("<e>", False)])
+    def test_a_word_as_the_end_of_replies(self, end, ordinary, tmp_path):
+        folder = write_model(tmp_path, fast(byte_level([end]), eos_token=end))
+        if not ordinary:
+            assert load_tokenizer(folder).eos_token == end
+            return
+        with pytest.raises(ConfigError, match=r"\(eos_token\) is the word 'cup'"):
+            load_tokenizer(folder)
 
     def test_a_turn_that_the_template_leaves_out_is_refused(self, tmp_path):
         tokenizer = gpt_2()
