@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ _OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack")
 
 #: Dtypes of weights that can be trained.
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+#: Fields that are numbers above 0, in a configuration and in what it says of rotary positions.
+_POSITIVE = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "hidden_size", "n_embd")
+_ROTARY = ("rope_theta", "factor", "rope_local_base_freq")
+#: Fields that make a model answer by a tuple, from which no stage reads.
+_TUPLES = {"return_dict": False, "use_return_dict": False, "torchscript": True}
 
 ADAPTER = "adapter_config.json"
 
@@ -93,6 +99,7 @@ class ExternalModel(External):
         self._check_types(config)
         self._check_quantization(config)
         self._check_dtypes(config)
+        self._check_values(config)
         if self.ready:
             self._check_classifier(config)
 
@@ -144,10 +151,32 @@ class ExternalModel(External):
                         f"to theirs, one of {', '.join(_DTYPES)}"
                     )
 
+    def _check_values(self, config: Mapping[str, Any]) -> None:
+        """Refuse sizes and rotary positions that are no numbers above 0, and answers as tuples."""
+        for part in _parts(config):
+            for field, value in _numbers(part):
+                if not _may_be_positive(value):
+                    raise self.error(
+                        f"{field} = {str(value)[:60]!r} in its {CONFIG} is no number above 0; "
+                        "restore the file that was saved with the weights"
+                    )
+            for field, value in _TUPLES.items():
+                if part.get(field) is value:
+                    raise self.error(
+                        f"{field} = {value} in its {CONFIG} is not supported, for the model would "
+                        "answer by a tuple; remove the field"
+                    )
+
     def _check_classifier(self, config: Mapping[str, Any]) -> None:
         names = [str(name) for name in config.get("architectures") or ()]
+        named = config.get("id2label") or {}
+        if not isinstance(named, Mapping):
+            raise self.error(
+                f"id2label = {str(named)[:60]!r} in its {CONFIG} is no object of names by number; "
+                'write {"0": "LABEL_0"} for one label'
+            )
         # transformers does not write its default of two labels.
-        labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)
+        labels = len(named) or config.get("num_labels", 2)
         is_classifier = any("ForSequenceClassification" in name for name in names)
         if is_classifier and labels == 1:
             return
@@ -228,6 +257,25 @@ def _unnamed_method(fields: Mapping[str, Any]) -> str:
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return a configuration, and those of its parts (text, vision …)."""
     return [config, *(part for part in config.values() if isinstance(part, Mapping))]
+
+
+def _numbers(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of a configuration's sizes and rotary positions."""
+    yield from ((name, part[name]) for name in (*_POSITIVE, *_ROTARY) if name in part)
+    for name in ("rope_scaling", "rope_parameters"):
+        rotary = part.get(name)
+        # Some families have them by kind of layer.
+        kinds = [rotary, *(rotary.values() if isinstance(rotary, Mapping) else ())]
+        for kind in kinds:
+            if isinstance(kind, Mapping):
+                yield from ((f"{name}.{field}", kind[field]) for field in _ROTARY if field in kind)
+
+
+def _may_be_positive(value: Any) -> bool:
+    """Return whether a value is a number above 0, or of a kind that a family may have instead."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value > 0
+    return value is None or isinstance(value, list | dict)
 
 
 class ExternalTokenizer(ExternalModel):

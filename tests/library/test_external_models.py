@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -101,6 +102,36 @@ def test_only_a_classifier_with_one_label_is_ready(sft, reward_model, copy_of):
     assert "with 2 labels" in refusal(two)  # transformers' default, which it does not write down
     assert f"{must}of no named architecture" in refusal(set_config(two, architectures=None))
     model(sft, ready=False).check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers = '0' in its config.json is no number above"),
+        ({"hidden_size": "16"}, "hidden_size = '16'"),
+        ({"rope_theta": 0}, "rope_theta = '0'"),
+        ({"rope_theta": True}, "rope_theta = 'True'"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, r"rope_scaling.factor = '-1'"),
+        (
+            {"rope_parameters": {"sliding": {"rope_theta": 0.0}}},
+            "rope_parameters.rope_theta = '0.0'",
+        ),
+        ({"text_config": {"rope_theta": -1.0}}, "rope_theta = '-1.0'"),
+        ({"return_dict": False}, "return_dict = False .* answer by a tuple; remove the field"),
+        ({"torchscript": True}, "torchscript = True"),
+        ({"id2label": ["x"]}, r"id2label = .* is no object of names by number"),
+        ({"id2label": 5}, "id2label = '5'"),
+        # As families have them.
+        ({"return_dict": True, "torchscript": False, "rope_scaling": None}, None),
+        ({"rope_theta": [1e4, 1e6], "rope_parameters": {"mrope_section": [1, 1]}}, None),
+    ],
+)
+def test_values_that_no_model_has(reward_model, copy_of, fields, message):
+    folder = set_config(copy_of(reward_model), **fields)
+    if message is None:
+        model(folder).check()
+    else:
+        assert re.search(message, refusal(folder))
 
 
 def test_pickles_and_broken_folders_are_refused(reward_model, copy_of):
