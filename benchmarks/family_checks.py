@@ -39,7 +39,8 @@ from rlhf.modeling.reward import Scorer
 from rlhf.modeling.structure import backbone_of, call, facts_of
 from rlhf.modeling.tokenizer import load_tokenizer
 from rlhf.ppo.train import train_policy
-from rlhf.rehearsal import Sample, rehearse
+from rlhf.rehearsal import rehearse
+from rlhf.rehearsal_rows import Sample
 from rlhf.reward import train_reward_model
 from rlhf.sft import train_sft
 from tests.library import toys

@@ -27,7 +27,8 @@ from rlhf.data.rows import PromptRow
 from rlhf.environments import Reply, Scored
 from rlhf.modeling.base import from_scratch
 from rlhf.ppo.models import load_models
-from rlhf.ppo.trainer import PPOTrainer, optimise
+from rlhf.ppo.optimisation import optimise
+from rlhf.ppo.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
 FILTERS: tuple[dict[str, Any], ...] = (

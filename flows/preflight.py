@@ -14,7 +14,7 @@ from rlhf.config import PipelineConfig, load_config
 from rlhf.data.rows import Demonstration, PromptRow
 
 if TYPE_CHECKING:
-    from rlhf.rehearsal import Sample
+    from rlhf.rehearsal_rows import Sample
 
 console = Console()
 #: Rows of each file that are read for a rehearsal.
@@ -92,7 +92,7 @@ def _sample(config: PipelineConfig) -> Sample:
         ConfigError: The source does not exist, or its format is not known.
         DataError: It can't be parsed, or has no rows.
     """
-    from rlhf.rehearsal import Sample
+    from rlhf.rehearsal_rows import Sample
 
     if config.data.source == "world":
         return Sample([], [], [])

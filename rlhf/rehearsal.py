@@ -12,34 +12,20 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import PipelineConfig, PPOConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
-from rlhf.data.rows import (
-    DEMONSTRATIONS,
-    PAIRS_EVAL,
-    PAIRS_TRAIN,
-    PROMPTS_EVAL,
-    PROMPTS_TRAIN,
-    Demonstration,
-    Pair,
-    PromptRow,
-    iterate_rows,
-    write_rows,
-)
-from rlhf.errors import ConfigError, PromptUnusable, RLHFError
+from rlhf.data.rows import PAIRS_TRAIN, PROMPTS_TRAIN, Pair, PromptRow, iterate_rows
+from rlhf.errors import ConfigError, RLHFError
 from rlhf.files import read_json
 from rlhf.gates import Approved, judge, require
 from rlhf.modeling.source import CONFIG, MODEL_FILES, WEIGHTS, ExternalModel
+from rlhf.rehearsal_rows import ROWS, Sample
 
-#: Rows of each kind, and how many of the user's are looked at to find as many that fit.
-ROWS, LOOKED_AT = 4, 200
 #: Most tokens of a row that is trained on, and of a reply.
 LENGTH, NEW_TOKENS = 192, 8
 #: Longest prompt that is compared, to be longer than a model's attention window.
@@ -56,35 +42,8 @@ _PLAIN_REWARD: dict[str, Any] = {
 }  # fmt: skip
 
 
-#: Prompt, good and bad reply of rows in place of those that do not fit; of several lengths.
-_SHORT_ROWS = (
-    ("Hi", "Hello", "No"),
-    ("Two plus two?", "Four", "Tea"),
-    ("Name a colour", "Red or blue", "I can't"),
-    ("Why is the sky blue?", "Light scatters", "It is"),
-)
-
-
 class RehearsalFailed(ConfigError):
     """A stage fails with this model, or computes wrong numbers."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A few rows of each kind, as a dataset holds them."""
-
-    demonstrations: Sequence[Demonstration]
-    pairs: Sequence[Pair]
-    prompts: Sequence[PromptRow]
-
-    @classmethod
-    def of(cls, data: Path) -> Sample:
-        """Return the first rows of a dataset's folder."""
-        return cls(
-            [*islice(iterate_rows(data / DEMONSTRATIONS, Demonstration), LOOKED_AT)],
-            [*islice(iterate_rows(data / PAIRS_TRAIN, Pair), LOOKED_AT)],
-            [*islice(iterate_rows(data / PROMPTS_TRAIN, PromptRow), LOOKED_AT)],
-        )
 
 
 def rehearse(
@@ -241,24 +200,7 @@ class _Rehearsal:
             renderer = Renderer(load_tokenizer(self.base))
         context = folder_context(self.base)
         limits = self.limits().within(context)
-
-        def fits(prompt: Any, *texts: str) -> bool:
-            try:
-                room = limits.reply_after(len(renderer.encode_prompt(prompt, limits.prompt)))
-            except PromptUnusable:
-                return False
-            return all(0 < len(renderer.encode_reply(text)) <= room for text in texts)
-
-        self.data.mkdir()
-        demonstrations = [d for d in sample.demonstrations if fits(d.prompt, d.response)][:ROWS]
-        pairs = [p for p in sample.pairs if fits(p.prompt, p.chosen, p.rejected)][:ROWS]
-        prompts = [p for p in sample.prompts if fits(p.prompt)][:ROWS]
-        for question, good, bad in _SHORT_ROWS:
-            if fits(question, good, bad):
-                demonstrations.append(Demonstration(question, good))
-                pairs.append(Pair(question, good, bad))
-                prompts.append(PromptRow(question))
-        if not prompts:
+        if not sample.write(self.data, renderer, limits, self.config.reward_model.margin_coef > 0):
             length, new = self.config.reward_model.max_length, self.config.ppo.max_new_tokens
             if context < length:
                 raise ConfigError(
@@ -270,13 +212,6 @@ class _Rehearsal:
                 f"reward_model.max_length = {length}: no prompt of two words fits beside "
                 "ppo.max_new_tokens; raise it"
             )
-        if self.config.reward_model.margin_coef:
-            pairs = [Pair(p.prompt, p.chosen, p.rejected, margin=p.margin or 1.0) for p in pairs]
-        write_rows(self.data / DEMONSTRATIONS, demonstrations[:ROWS])
-        for name in (PAIRS_TRAIN, PAIRS_EVAL):
-            write_rows(self.data / name, pairs[:ROWS])
-        for name in (PROMPTS_TRAIN, PROMPTS_EVAL):
-            write_rows(self.data / name, prompts[:ROWS])
 
     def limits(self) -> TokenLimits:
         """Return the run's token limits, lowered to those of a rehearsal."""

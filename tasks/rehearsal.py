@@ -23,7 +23,7 @@ from tasks.external_inputs import external_base_model, external_reward_model
 from tasks.stage import StageRun, store_of
 
 if TYPE_CHECKING:
-    from rlhf.rehearsal import Sample
+    from rlhf.rehearsal_rows import Sample
 
 log = logging.getLogger("rlhf.tasks")
 #: Sections of the configuration that a rehearsal depends on.
@@ -42,7 +42,7 @@ def rehearse_stage(run: StageRun) -> None:
     """
     if external_base_model(run.config) is None:
         return
-    from rlhf.rehearsal import Sample
+    from rlhf.rehearsal_rows import Sample
 
     # The stages after SFT start from its policy, which has the base's class and tokenizer. They
     # may run where the base itself can't be read.

@@ -18,7 +18,7 @@ from benchmarks.gpu import measure
 from benchmarks.gpu.models import build, rows_of, sample, scale_of, work_of
 from benchmarks.gpu.section import Context, Results
 from benchmarks.ppo.process import synchronise
-from rlhf.ppo.trainer import optimise
+from rlhf.ppo.optimisation import optimise
 
 TOP = 10
 #: Prefixes of CUDA calls' names in the profile, by category.

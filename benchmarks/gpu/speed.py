@@ -16,7 +16,8 @@ from benchmarks.machine import needed_gflops
 from benchmarks.ppo.ours import run_update
 from benchmarks.ppo.process import PHASES, Update
 from benchmarks.ppo.workload import Size, Workload
-from rlhf.ppo.trainer import Buffer, PPOTrainer, Rollouts, optimise
+from rlhf.ppo.optimisation import Buffer, optimise
+from rlhf.ppo.trainer import PPOTrainer, Rollouts
 
 #: Steps of a rollout's warm-up: its prompts need the same memory as the measured ones'.
 WARMUP_TOKENS = 4

@@ -24,7 +24,8 @@ from rlhf.modeling.critic import AdapterCritic, Critic, critic_from, freeze
 from rlhf.modeling.lora import CRITIC, REWARD, copy_adapter, lora_config
 from rlhf.modeling.reward import Scorer, SharedScorer, load_reward_model
 from rlhf.ppo.models import Models
-from rlhf.ppo.trainer import PPOTrainer, optimise
+from rlhf.ppo.optimisation import optimise
+from rlhf.ppo.trainer import PPOTrainer
 
 
 class OurSide:

@@ -204,7 +204,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         tied_but_different, r"ties lm_head\.weight to model\.embed_tokens\.weight, .*two that"
     ),
     "architectures": (config(architectures=3), r"architectures = '3' in its config\.json is no"),
-    "strings": (config(hidden_size="16"), r"can't be loaded by .*hidden_size.*str"),
+    "strings": (config(intermediate_size="16"), r"can't be loaded by .*intermediate_size.*str"),
+    "a size": (config(hidden_size="16"), r"hidden_size = .16. in its config\.json is no number"),
     "heads": (config(num_attention_heads=0), r"can't be loaded by transformers"),
     "no type": (config(model_type=None), r"config\.json has no model_type"),
     "own code": (config(model_type="acme"), r"can't be loaded by .*acme"),

@@ -12,8 +12,8 @@ from rlhf.files import read_json
 from rlhf.modeling.device import empty_cache
 from rlhf.modeling.packed import position_ids
 from rlhf.ppo.models import learning_rate_scale
+from rlhf.ppo.optimisation import optimise
 from rlhf.ppo.train import build_trainer
-from rlhf.ppo.trainer import optimise
 from tests.library import toys
 from tests.library.ppo_runs import LORA
 from tests.library.toys import DEVICE, within

@@ -19,7 +19,8 @@ from rlhf.modeling.exactness import NotExact, check_adapter, check_policy, check
 from rlhf.modeling.frozen import store_frozen
 from rlhf.modeling.miniature import MAX_PARAMETERS, miniature
 from rlhf.modeling.reward import Scorer
-from rlhf.rehearsal import RehearsalFailed, Sample, rehearse
+from rlhf.rehearsal import RehearsalFailed, rehearse
+from rlhf.rehearsal_rows import Sample
 from tasks.runner import producer, run_stage
 from tasks.stage import store_of
 from tasks.stages import TRAIN_REWARD_MODEL, TRAIN_SFT

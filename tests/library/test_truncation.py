@@ -26,7 +26,7 @@ from rlhf.modeling.logprobs import (
 )
 from rlhf.modeling.sampling import Sampling
 from rlhf.ppo.losses import exact_kl, kl_estimate, policy_loss
-from rlhf.ppo.trainer import optimise
+from rlhf.ppo.optimisation import optimise
 from tests.library import toys
 from tests.library.ppo_runs import LORA, assert_same_run
 from tests.library.test_packed import SMALL, replies_of
