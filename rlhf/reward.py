@@ -30,7 +30,6 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
 from rlhf.modeling.classifier import (
     Whole,
-    counted_tokens,
     input_limit,
     pads_exactly,
     trained_head,
@@ -237,6 +236,7 @@ def _encode(
             return None
         length = max(len(one.ids), len(other.ids))
         row: dict[str, Any] = {"chosen_ids": one.ids, "rejected_ids": other.ids, "length": length}
+        row["reply_at"] = len(one.prompt)
         if one.types is not None:
             row |= {"chosen_types": one.types, "rejected_types": other.types}
         if margin_coef:
@@ -282,9 +282,10 @@ def _train(
                 peft_config=lora_config(lora, "SEQ_CLS", head=head) if lora else None,
                 callbacks=[callback],
             )
-        trainer.lm_loss_coef, trainer.marker = config.lm_loss_coef, model.marker
-        if "weight" in rows[0]:
-            trainer.data_collator = _WeightCollator(trainer.data_collator)
+        trainer.lm_loss_coef = config.lm_loss_coef
+        for name in ("weight", "reply_at"):
+            if name in rows[0]:
+                trainer.data_collator = _ColumnCollator(trainer.data_collator, name)
         if "chosen_types" in rows[0]:
             trainer.data_collator = _TypeCollator(trainer.data_collator)
         trainer.remove_callback(PrinterCallback)
@@ -292,15 +293,17 @@ def _train(
     return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
 
 
-class _WeightCollator:
-    """Collator that adds the weights of the pairs to a batch of TRL's."""
+class _ColumnCollator:
+    """Collator that adds a number of each pair to a batch of TRL's."""
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self._collate = collate
+    def __init__(
+        self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], name: str
+    ) -> None:
+        self._collate, self._name = collate, name
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        weights = torch.tensor([example["weight"] for example in examples], dtype=torch.float)
-        return {**self._collate(examples), "weight": weights}
+        numbers = torch.tensor([example[self._name] for example in examples])
+        return {**self._collate(examples), self._name: numbers}
 
 
 class _TypeCollator:
@@ -318,12 +321,11 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
     """RewardTrainer with weights of pairs, and a language-model loss on the chosen reply."""
 
     lm_loss_coef = 0.0
-    marker: int | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         # RewardTrainer would drop the column that the sampler groups rows by, and the weights.
-        for name in ("length", "weight", "chosen_types", "rejected_types"):
+        for name in ("length", "weight", "reply_at", "chosen_types", "rejected_types"):
             if name not in self._signature_columns:
                 self._signature_columns.append(name)
 
@@ -334,7 +336,8 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        weight = inputs.pop("weight", None)  # the model takes no such argument
+        # The model takes no such arguments.
+        weight, reply_at = inputs.pop("weight", None), inputs.pop("reply_at", None)
         result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = result
         if weight is not None:
@@ -342,15 +345,18 @@ class _Trainer(MultiProcessMixin, RewardTrainer):
             losses = -F.logsigmoid(chosen - rejected - inputs.get("margin", 0.0))
             loss = loss + ((weight - 1) * losses).mean()
         if self.lm_loss_coef:
-            loss = loss + self.lm_loss_coef * self._lm_loss(model, inputs, outputs)
+            loss = loss + self.lm_loss_coef * self._lm_loss(model, inputs, outputs, reply_at)
         return (loss, outputs) if return_outputs else loss
 
-    def _lm_loss(self, model: Any, inputs: dict[str, Any], outputs: Any) -> Tensor:
+    def _lm_loss(
+        self, model: Any, inputs: dict[str, Any], outputs: Any, reply_at: Tensor
+    ) -> Tensor:
         """Return the mean next-token loss over the chosen replies: the batch's first half."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         half = len(ids) // 2
         ids = ids[:half]
-        counted = counted_tokens(ids, mask[:half], self.marker)[:, 1:]
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        counted = (mask[:half].bool() & (columns >= reply_at[:, None]))[:, 1:]
         embedding = self.accelerator.unwrap_model(model).get_input_embeddings().weight
         logits = outputs.hidden_states[0][:half, :-1][counted] @ embedding.T
         return F.cross_entropy(logits, ids[:, 1:][counted])

@@ -24,7 +24,7 @@ from rlhf.evaluate import evaluate_reward_model
 from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import Scorer, reward_meta
-from rlhf.reward import _encode, _Trainer, _WeightCollator, train_reward_model
+from rlhf.reward import _ColumnCollator, _encode, _Trainer, train_reward_model
 from tests.library import toys
 
 CPU = torch.device("cpu")
@@ -123,6 +123,31 @@ def test_the_language_model_loss_keeps_the_language_model(train, sft, data):
         return torch.nn.functional.cross_entropy(logits[-n:], ids[0, 1:][-n:]).item()
 
     assert loss(kept) < loss(plain) - 0.3
+
+
+@pytest.mark.parametrize("pooling", ["last", "sum"])
+def test_the_language_model_loss_is_of_the_reply_alone(train, sft, monkeypatch, pooling):
+    computed, seen = _Trainer._lm_loss, []
+
+    def spy(self, model, inputs, outputs, reply_at):
+        loss = computed(self, model, inputs, outputs, reply_at)
+        seen.append((inputs, outputs.hidden_states[0].detach(), reply_at, loss.item()))
+        return loss
+
+    monkeypatch.setattr(_Trainer, "_lm_loss", spy)
+    train(pooling=pooling, lm_loss_coef=0.5, epochs=1, learning_rate=1e-9)
+    inputs, hidden, reply_at, loss = seen[0]
+    renderer, losses = load_renderer(sft), []
+    embedding = load_policy(sft).get_input_embeddings().weight.detach()
+    for row, start in enumerate(reply_at):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        # The prompt ends with what begins a reply.
+        assert renderer.tokenizer.decode(ids[:start]).endswith(ASSISTANT)
+        assert ASSISTANT not in renderer.tokenizer.decode(ids[start:])
+        for i in range(start, len(ids)):
+            logits = embedding @ hidden[row, i - 1]
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[i]).item())
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_it_needs_tied_embeddings(train, fresh, copy_of):
@@ -270,7 +295,7 @@ def test_gradients_with_weights(renderer, margin_coef):
     behind = [0.5 - 2 * margin_coef, -1.0]
     losses = [math.log1p(math.exp(-d)) for d in behind]
     rewards = torch.tensor([0.75, -0.5, 0.25, 0.5], requires_grad=True)
-    collate = _WeightCollator(DataCollatorForPreference(pad_token_id=0))
+    collate = _ColumnCollator(DataCollatorForPreference(pad_token_id=0), "weight")
     loss = loss_of(collate(rows), rewards)
     assert loss.item() == pytest.approx((0.5 * losses[0] + losses[1]) / 1.5)
     loss.backward()
