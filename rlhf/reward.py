@@ -282,6 +282,8 @@ def _train(
                 peft_config=lora_config(lora, "SEQ_CLS", head=head) if lora else None,
                 callbacks=[callback],
             )
+        if lora and lora.dropout:
+            _drop_out_adapters(trainer.model, lora.dropout)
         trainer.lm_loss_coef = config.lm_loss_coef
         for name in ("weight", "reply_at"):
             if name in rows[0]:
@@ -291,6 +293,13 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
+
+
+def _drop_out_adapters(model: Any, rate: float) -> None:
+    """Switch on the dropout of adapters' inputs, which TRL switches off with that of the model."""
+    for module in model.modules():
+        for dropout in getattr(module, "lora_dropout", {}).values():
+            dropout.p = rate
 
 
 class _ColumnCollator:

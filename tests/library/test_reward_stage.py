@@ -125,6 +125,15 @@ def test_the_language_model_loss_keeps_the_language_model(train, sft, data):
     assert loss(kept) < loss(plain) - 0.3
 
 
+def test_dropout_of_adapters(train):
+    """TRL's trainer switches off all dropout."""
+    lora = {"r": 2, "alpha": 4}
+    plain, dropped = (
+        train(str(rate), epochs=1, lora=LoraConfig(**lora, dropout=rate))[0] for rate in (0.0, 0.5)
+    )
+    assert toys.distance(plain, dropped) > 1e-5
+
+
 @pytest.mark.parametrize("pooling", ["last", "sum"])
 def test_the_language_model_loss_is_of_the_reply_alone(train, sft, monkeypatch, pooling):
     computed, seen = _Trainer._lm_loss, []
