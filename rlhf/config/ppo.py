@@ -311,6 +311,11 @@ class PPOConfig(
                 f"critic_warmup_updates = {self.critic_warmup_updates} leaves the policy none of "
                 f"{self.updates} updates; lower it, or raise total_episodes"
             )
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout:g} is not for PPO, in which the policy that "
+                "samples must be the one that is trained; set it to 0 here"
+            )
         if self.critic == "adapter" and self.lora is None:
             raise ValueError(
                 "critic = 'adapter' needs lora: it puts a second adapter on the policy's base; "

@@ -75,7 +75,7 @@ class LoraConfig(Section):
     alpha: float = Field(default=32.0, gt=0)
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter input (SFT and reward model only; PPO runs without dropout)."""
+    """Dropout on the adapter input; for SFT and the reward model only."""
     use_rslora: bool = False
     """Multiply the update by alpha / √r instead, which suits large ranks (Kalajdzievski 2023)."""
     target_modules: str | tuple[str, ...] = "all-linear"

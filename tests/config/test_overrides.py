@@ -169,6 +169,7 @@ def test_mistake_in_the_form_names_the_field_and_the_cure(overrides, expected):
         ("sft.micro_batch_size=7", "sft: micro_batch_size = 7 must divide batch_size = 64"),
         ("ppo.chunk_size=4", "ppo: mini_batch_size = 8 exceeds chunk_size = 4; lower it"),
         ("ppo.critic_warmup_updates=36", "ppo: critic_warmup_updates = 36 leaves the policy none"),
+        ("ppo.lora={dropout: 0.1}", "ppo: lora.dropout = 0.1 is not for PPO, in which the policy"),
         ("sft.enabled=false", "sft.enabled = false needs base.path"),
         ("store=gs://x", "store: scheme 'gs' is not supported; use file:// or s3://"),
         ("store=s3:///x", "store: names no bucket; write s3://bucket/prefix"),
