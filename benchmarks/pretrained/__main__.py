@@ -50,13 +50,10 @@ REJECTED = 3
 
 #: Every third of the replies that were preferred is a demonstration.
 DEMONSTRATED = 3
+#: Settings in which a run differs from `PRESET`, which has the others that were measured.
 RUN = [
     f"--ppo.max_new_tokens={NEW_TOKENS}", f"--ppo.temperature={TEMPERATURE}",
-    "--reward_model.learning_rate=3e-4", "--reward_model.batch_size=8",
-    "--ppo.total_episodes=384", "--ppo.chunk_size=32", "--ppo.mini_batch_size=8",
-    "--ppo.num_ppo_epochs=1", "--ppo.learning_rate=2e-4",
-    # Rounded to bfloat16, most of so short a training would be lost.
-    "--base.save_dtype=float32",
+    "--reward_model.learning_rate=3e-4",
     "--data.eval_fraction=0.15", f"--evaluation.temperature={TEMPERATURE}",
     "--evaluation.prompts=120", "--evaluation.batch_size=60",
 ]  # fmt: skip
