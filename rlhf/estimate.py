@@ -189,12 +189,18 @@ def _linear_bytes(dtype: FrozenDtype, exact: float) -> float:
 
 def _exact_bytes(config: PipelineConfig, base: Path) -> float:
     """Return the bytes of a weight with `frozen_dtype: auto`: those of the files, on a GPU."""
-    from rlhf.modeling.headers import read_headers
+    from transformers import AutoConfig
+
+    from rlhf.modeling.headers import DamagedWeights, read_headers
     from rlhf.modeling.weights import StoredDtypes
 
     if not _is_on_gpu(config.runtime.device):
         return WEIGHT
-    return StoredDtypes.of(read_headers(base)).main.itemsize
+    try:
+        return StoredDtypes.of(read_headers(base)).main.itemsize
+    except DamagedWeights:  # of a remote base, whose weights are not fetched
+        dtype = AutoConfig.from_pretrained(str(base), trust_remote_code=False).dtype
+        return dtype.itemsize if isinstance(dtype, torch.dtype) else WEIGHT
 
 
 def _is_on_gpu(device_name: str) -> bool:

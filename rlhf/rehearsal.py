@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from rlhf.data.rows import PAIRS_TRAIN, PROMPTS_TRAIN, Pair, PromptRow, iterate_
 from rlhf.errors import ConfigError, RLHFError
 from rlhf.files import read_json
 from rlhf.gates import Approved, judge, require
+from rlhf.modeling.generation_config import FILE as GENERATION
 from rlhf.modeling.source import CONFIG, MODEL_FILES, WEIGHTS, ExternalModel
 from rlhf.rehearsal_rows import ROWS, Sample
+from rlhf.smoke import sample_replies
 
 #: Most tokens of a row that is trained on, and of a reply.
 LENGTH, NEW_TOKENS = 192, 8
@@ -176,6 +178,9 @@ class _Rehearsal:
                 ) from None
             return str(error)
         save_model(model, target)
+        # As the base has it, with its ends, in place of one made from the configuration.
+        if (source / GENERATION).is_file():
+            shutil.copy(source / GENERATION, target)
         return None
 
     def make_reward_miniature(
@@ -333,6 +338,8 @@ class _Rehearsal:
             limits=self.limits(), seed=self.config.seed, runtime=self.runtime,
         )  # fmt: skip
         self._check_published(self.policy, self.base)
+        prompts = [row.prompt for row in iterate_rows(self.data / PROMPTS_TRAIN, PromptRow)]
+        sample_replies(self.policy, prompts[:1], self.runtime)
 
     def evaluate(self) -> None:
         """Run both evaluations."""
@@ -363,17 +370,22 @@ class _Rehearsal:
             if info[problem]:
                 raise ConfigError(f"what it writes has {problem} ({sorted(info[problem])[0]})")
         before, after = (read_json(path / CONFIG) for path in (base, folder))
-        changed = [
-            name
-            for name in sorted({*before, *after} - _MAY_CHANGE)
-            if before.get(name) != after.get(name)
-        ]
-        if changed:
-            name = changed[0]
+        for name, was, now in _changes(before, after):
             raise ConfigError(
-                f"training changes {name} in its configuration from {before.get(name)!r} to "
-                f"{after.get(name)!r}"
+                f"training changes {name} in its configuration from {was!r} to {now!r}"
             )
+
+
+def _changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield fields that differ between configurations and their parts, but for `_MAY_CHANGE`."""
+    for name in sorted({*before, *after} - _MAY_CHANGE):
+        was, now = before.get(name), after.get(name)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _changes(was, now, f"{prefix}{name}.")
+        elif was != now:
+            yield f"{prefix}{name}", was, now
 
 
 @contextmanager

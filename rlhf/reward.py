@@ -17,15 +17,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 from trl.trainer.reward_config import RewardConfig as TRLRewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
+from rlhf.data.chat_template import text_after_end
 from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
+from rlhf.data.text_pairs import PairRenderer
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import write_json
 from rlhf.modeling.classifier import (
@@ -44,6 +46,7 @@ from rlhf.modeling.lora import (
     save_adapter,
     target_module_errors,
 )
+from rlhf.modeling.miniature import miniature
 from rlhf.modeling.reward import (
     META,
     load_unpublished,
@@ -52,6 +55,7 @@ from rlhf.modeling.reward import (
     save_reward_model,
 )
 from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.modeling.structure import has_plain_head, head_of
 from rlhf.modeling.tokenizer import fit_embeddings
 from rlhf.modeling.weights import save_model, weights_digest
 from rlhf.ranks import rank_and_count
@@ -168,6 +172,17 @@ def _check_options(model: Any, start: Path | str, config: RewardModelConfig) -> 
             f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base with tied embeddings, "
             f"and {start} has none; set it to 0"
         )
+    elif config.lm_loss_coef and not _has_plain_head(model.config):
+        raise ConfigError(
+            f"reward_model.lm_loss_coef = {config.lm_loss_coef} needs a base whose logits are "
+            f"products with its embeddings, and {start} scales, shifts or caps them; set it to 0"
+        )
+
+
+def _has_plain_head(config: Any) -> bool:
+    """Return whether the language model of a configuration has plain products for logits."""
+    small: Any = miniature(config, AutoModelForCausalLM)
+    return has_plain_head(small) and getattr(head_of(small), "bias", None) is None
 
 
 def publish_ready_reward_model(
@@ -175,8 +190,9 @@ def publish_ready_reward_model(
 ) -> StageResult:
     """Check an external reward model; write it to `out_dir` as safetensors.
 
-    Its `rlhf.json` (pooling, rendering) is copied. A tokenizer without chat template or padding
-    token is completed like that of a base model.
+    Its `rlhf.json` (pooling, rendering) is copied; one that others trained gets the tokens that its
+    template writes behind a chat (`tail`), for it has read them in training. A tokenizer without
+    chat template or padding token is completed like that of a base model.
 
     Args:
         model: The model's entry in the configuration; named in errors.
@@ -205,6 +221,10 @@ def publish_ready_reward_model(
     fit_embeddings(reward_model, renderer.tokenizer)
     save_model(reward_model, out_dir)
     renderer.tokenizer.save_pretrained(out_dir)
+    if "template_hash" not in meta and not isinstance(renderer, PairRenderer):
+        text = text_after_end(renderer.tokenizer)
+        if text:
+            meta["tail"] = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
     write_json(out_dir / META, {**meta, "pooling": reward_model.pooling})
     return StageResult({"parameters": reward_model.num_parameters()})
 

@@ -83,7 +83,7 @@ def answer(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the replies of a folder's model as `replies`, or the failure as `error`."""
     try:
         runtime = RuntimeConfig.model_validate(request["runtime"])
-        replies = _replies(folder, request["prompts"], runtime)
+        replies = sample_replies(folder, request["prompts"], runtime)
     except Exception as error:  # a broken bundle can raise anything
         name = "" if isinstance(error, RLHFError) else f"{type(error).__name__}: "
         return {"error": name + str(error).strip().partition("\n")[0]}
@@ -160,8 +160,13 @@ def _failed(reason: str) -> SmokeTestFailed:
     )
 
 
-def _replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) -> list[str]:
-    """Load the model and its tokenizer, and sample a reply to each prompt."""
+def sample_replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConfig) -> list[str]:
+    """Load a published model and its tokenizer by transformers alone; sample replies.
+
+    Raises:
+        SmokeTestFailed: Weights are missing or not finite, or replies end elsewhere than in
+            training; or whatever transformers raises.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -214,7 +219,8 @@ def _reply(model: Any, renderer: Renderer, prompt: Prompt, max_prompt: int) -> s
     output = model.generate(
         input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=NEW_TOKENS,
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        pad_token_id=renderer.tokenizer.pad_token_id,
+        pad_token_id=renderer.tokenizer.pad_token_id, return_dict_in_generate=False,
+        tokenizer=renderer.tokenizer,  # for `stop_strings`
     )  # fmt: skip
     return renderer.decode(output[0, len(ids) :].tolist())
 

@@ -30,6 +30,10 @@ _SHARDED: dict[str, Any] = {
 }
 
 
+#: transformers' own name for a constant rate leaves the warm-up out.
+_SCHEDULERS = {"constant": "constant_with_warmup"}
+
+
 def training_arguments(
     section: TrainingSection, rows: int, scratch: Path, seed: int, use_cpu: bool
 ) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def training_arguments(
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
         "learning_rate": section.learning_rate,
-        "lr_scheduler_type": section.lr_scheduler,
+        "lr_scheduler_type": _SCHEDULERS.get(section.lr_scheduler, section.lr_scheduler),
         "warmup_steps": int(section.warmup_ratio * steps),
         "adam_beta1": 0.9,
         "adam_beta2": section.adam_beta2,
@@ -110,6 +114,8 @@ class ProgressCallback(TrainerCallback):
         """Report a finished optimiser step."""
         if state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, {})
+        # Otherwise the last steps would neither be in the curve nor be seen to diverge.
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Add a row to the curve, and report its metrics with the same step again.

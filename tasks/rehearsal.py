@@ -41,13 +41,15 @@ def rehearse_stage(run: StageRun) -> None:
         RehearsalFailed: A stage fails with this model, or computes wrong numbers.
     """
     if external_base_model(run.config) is None:
+        _check_weights(run.config)
         return
     from rlhf.rehearsal_rows import Sample
 
     # The stages after SFT start from its policy, which has the base's class and tokenizer. They
     # may run where the base itself can't be read.
     folder = run.folders.get("sft")
-    if folder is not None and _record(run.config, _key(run.config, run.producer)).is_file():
+    key = _key(run.config, run.producer, _local_reward_base(run.config))
+    if folder is not None and _record(run.config, key).is_file():
         return
     folder = folder or run.folders["base"]
     rehearse_once(run.config, folder, Sample.of(run.folders["data"]), run.producer)
@@ -87,7 +89,8 @@ def rehearse_once(
             remarks = rehearse(config, base, sample, stages, reward_base=reward_base)
     for remark in remarks:
         log.warning("%s", remark)
-    for path in (record, _record(config, _key(config, producer))):
+    short = _key(config, producer, _local_reward_base(config))
+    for path in (record, _record(config, short)):
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"remarks": remarks})
     return remarks
@@ -130,6 +133,13 @@ def _reward_base(config: PipelineConfig, scratch: Path) -> tuple[ExternalModel, 
     """Fetch what describes the external reward model, if there is one."""
     external = external_reward_model(config)
     return None if external is None else (external, _small_files(external, config, scratch))
+
+
+def _local_reward_base(config: PipelineConfig) -> list[Path]:
+    """Return the folder of the external reward model, if it is a local one."""
+    external = external_reward_model(config)
+    is_local = external is not None and external.is_path() and external.path.is_dir()
+    return [external.path] if external is not None and is_local else []
 
 
 def _small_files(external: ExternalModel, config: PipelineConfig, scratch: Path) -> Path:

@@ -326,14 +326,16 @@ class PipelineConfig(Section):
             )
 
     def _check_frozen_dtypes(self) -> None:
-        """Refuse 4 bits for a model from scratch, and a shared base that only one stage rounds."""
+        """Refuse rounding of a model from scratch, and a shared base that only one stage rounds."""
         bases = {"sft": self.base.path, "ppo": self.base.path}
         bases["reward_model"] = self.reward_model.base or self.base.path
         for name, base in bases.items():
-            if getattr(self, name).frozen_dtype == "nf4" and base is None:
+            dtype = getattr(self, name).frozen_dtype
+            # SFT would merge into the base's files, which a model from scratch does not have.
+            if base is None and (dtype == "nf4" or (dtype == "bfloat16" and name == "sft")):
                 raise ValueError(
-                    f"{name}.frozen_dtype = 'nf4' is for a pretrained base, and base.path = none "
-                    "trains a small model from scratch; set it to auto, or give base.path"
+                    f"{name}.frozen_dtype = {dtype!r} is for a pretrained base, and base.path = "
+                    "none trains a small model from scratch; set it to auto, or give base.path"
                 )
         reward, policy = (s.frozen_dtype for s in (self.reward_model, self.ppo))
         if self.ppo.shared_base and (reward == "nf4") != (policy == "nf4"):

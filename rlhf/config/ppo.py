@@ -159,13 +159,14 @@ class CriticSection(Section):
     """A model of its own, from the reward model's or the policy's backbone; or a LoRA adapter on
     the policy's base; or just a value head on the policy."""
     value_loss_coef: float = Field(default=1.0, ge=0, json_schema_extra=advised_range(0.5, 2.0))
-    """Multiplies ½·max(clipped, unclipped)² in the loss."""
+    """Multiplies ½·max(clipped, unclipped)² in the loss. Beside `critic: head` it changes little: a
+    critic of its own has its own AdamW, to which only the clipping of gradients depends on it."""
     value_clip_range: float | None = Field(default=0.2, gt=0)
     """New values are clamped to the old ones ± this; none switches the clamp off."""
     critic_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the critic; none uses the policy's."""
     critic_warmup_updates: int = Field(default=0, ge=0)
-    """First updates in which only the critic learns."""
+    """First updates in which only the critic learns; the policy's warm-up begins after them."""
     gamma: float = Field(default=0.99, gt=0, le=1, json_schema_extra=advised_range(0.9, 0.99))
     """Discount per token in generalised advantage estimation."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1, json_schema_extra=advised_range(0.9, 0.99))
@@ -311,6 +312,30 @@ class PPOConfig(
                 f"critic_warmup_updates = {self.critic_warmup_updates} leaves the policy none of "
                 f"{self.updates} updates; lower it, or raise total_episodes"
             )
+        if self.lr_warmup_updates >= self.updates:
+            raise ValueError(
+                f"lr_warmup_updates = {self.lr_warmup_updates} ends after all {self.updates} "
+                "updates, so that no rate reaches its peak; lower it, or raise total_episodes"
+            )
+        if self.top_k == 1:
+            raise ValueError(
+                "top_k = 1 leaves one token at each step, so that there is nothing to learn from; "
+                "set it to 0, or to 2 or more"
+            )
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError(
+                "kl_controller = 'adaptive' multiplies kl_coef, and kl_coef = 0 stays 0; "
+                "raise kl_coef above 0, or use kl_controller = 'fixed'"
+            )
+        if self.kl_controller == "adaptive" and self.chunk_size >= 5 * self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon = {self.kl_horizon} lets one chunk of {self.chunk_size} replies "
+                "drive kl_coef to 0 or below; raise it above chunk_size / 5"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
         if self.lora is not None and self.lora.dropout:
             raise ValueError(
                 f"lora.dropout = {self.lora.dropout:g} is not for PPO, in which the policy that "
@@ -331,16 +356,6 @@ class PPOConfig(
             raise ValueError(
                 "shared_base = true has no room for critic = 'policy', which is a model of its "
                 "own; set critic to reward_model, adapter or head"
-            )
-        if self.kl_controller == "adaptive" and self.kl_coef == 0:
-            raise ValueError(
-                "kl_controller = 'adaptive' multiplies kl_coef, and kl_coef = 0 stays 0; "
-                "raise kl_coef above 0, or use kl_controller = 'fixed'"
-            )
-        if self.kl_controller == "adaptive" and self.chunk_size >= 5 * self.kl_horizon:
-            raise ValueError(
-                f"kl_horizon = {self.kl_horizon} lets one chunk of {self.chunk_size} replies "
-                "drive kl_coef to 0 or below; raise it above chunk_size / 5"
             )
         return self
 

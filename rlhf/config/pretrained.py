@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rlhf.config.section import Tree
 
@@ -50,6 +50,9 @@ TOP_K = 0
 #: Adam's first steps are its largest: the rates rise over 10 updates (InstructGPT, appendix C.4),
 #: or a tenth of a shorter run.
 WARMUP_UPDATES = 10
+
+
+_WHOLE, _FLAG = TypeAdapter(int), TypeAdapter(bool)
 
 
 def pretrained_defaults(tree: Mapping[str, Any]) -> Defaults:
@@ -107,7 +110,7 @@ def _ppo(given: Tree) -> Tree:
     chunk, count = (_whole(given, *of) for of in (("chunk_size", 128), ("processes", 1)))
     mini = min(MINI_BATCH_SIZE, chunk)
     updates = -(-_whole(given, "total_episodes", 4608) // chunk)
-    is_shared = given.get("shared_base") is True or given.get("critic") in ("adapter", "head")
+    is_shared = _flag(given, "shared_base") or given.get("critic") in ("adapter", "head")
     return {
         "learning_rate": _of_adapters(given, POLICY_RATES),
         # A critic with a backbone of its own trains all of its weights, also beside adapters.
@@ -135,10 +138,20 @@ def _of_adapters(given: Tree, rates: tuple[float, float]) -> float:
 
 
 def _whole(given: Tree, name: str, default: int) -> int:
-    """Return a given positive whole number; the default in place of anything else."""
-    value: Any = given.get(name)
-    is_whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return value if is_whole else default
+    """Return a positive whole number as its field will read it; the default in place of others."""
+    try:
+        value = _WHOLE.validate_python(given.get(name))
+    except ValidationError:
+        return default
+    return value if value > 0 and not isinstance(given.get(name), bool) else default
+
+
+def _flag(given: Tree, name: str) -> bool:
+    """Return a flag as its field will read it, such as True for `yes`; False in place of others."""
+    try:
+        return _FLAG.validate_python(given.get(name))
+    except ValidationError:
+        return False
 
 
 def _largest_divisor(number: int, limit: int) -> int:

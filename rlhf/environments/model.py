@@ -83,9 +83,10 @@ def check_rendering(policy: Renderer, reward_model: Path, scorer: Scorer) -> Non
     if trained_with not in (None, current):
         reason = "its tokenizer or chat template changed since it was trained"
     elif same_vocabulary and policy.template_hash != current:
-        reason = "it has the policy's vocabulary but another chat template"
+        reason = "it has the policy's vocabulary but another chat template or end of replies"
     else:
         return
-    raise ConfigError(
-        f"reward model {str(reward_model)!r}: {reason}; train it again from this SFT policy"
-    )
+    cure = "train it again from this SFT policy"
+    if trained_with is None:  # a ready one
+        cure = "start from the base that it was made from, or train one from this SFT policy"
+    raise ConfigError(f"reward model {str(reward_model)!r}: {reason}; {cure}")

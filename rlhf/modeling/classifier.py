@@ -325,17 +325,16 @@ def counted_tokens(
     attention_mask: Int[Tensor, "batch time"],
     marker: int | None,
 ) -> Bool[Tensor, "batch time"]:
-    """Mask the tokens after the first `marker` of a row that are not padding.
+    """Mask the tokens after the last `marker` of a row that are not padding.
 
-    Without a marker in the row: all. After the *first*, so that a policy that writes the marker
-    can't hide the text before it.
+    Without a marker in the row: all. Earlier markers begin past turns of the prompt; no reply holds
+    one, for texts are encoded without control tokens.
     """
     valid = attention_mask.bool()
     if marker is None:
         return valid
     is_marker = input_ids == marker
-    after = is_marker.cumsum(1) - is_marker.int() > 0
-    return valid & (after | ~is_marker.any(1, keepdim=True))
+    return valid & (is_marker.flip(1).cumsum(1).flip(1) == 0)
 
 
 @torch.no_grad()

@@ -26,6 +26,10 @@ _SAMPLING = (
 _BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty")
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 _CACHES = ("cache_implementation", "cache_config")
+#: Ways to decode whose code transformers 5 has no longer, and takes from the hub.
+_FOREIGN = (
+    "num_beam_groups", "dola_layers", "force_words_ids", "constraints", "custom_generate",
+)  # fmt: skip
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -51,6 +55,12 @@ def check_generation_config(folder: Path, error: Callable[[str], Exception]) -> 
         if any(type(i) is not int for i in (ids if isinstance(ids, list) else [ids or 0])):
             raise error(
                 f"{name} = {ids!r} in its {FILE} is no token id; give a number, or a list of them"
+            )
+    for name in _FOREIGN:
+        if content.get(name) and content[name] != 1:
+            raise error(
+                f"{name} = {str(content[name])[:60]!r} in its {FILE} is a way to decode for which "
+                "transformers fetches code; remove the field"
             )
     reason = ""
     try:

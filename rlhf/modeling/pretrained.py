@@ -7,6 +7,7 @@ a head that is replaced. `check_weights` finds that out from the headers of the 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,8 +31,11 @@ from rlhf.modeling.unfit import (
     refuse_not_finite,
     refuse_packed,
     refuse_unfit,
+    towers,
 )
 from rlhf.modeling.weights import StoredDtypes, remember_weights
+
+log = logging.getLogger(__name__)
 
 #: Options of every loading.
 _LOADING: dict[str, Any] = {
@@ -81,6 +85,11 @@ def load_pretrained(
         model, info = loader(str(path), use_safetensors=True, trust_remote_code=False, **_LOADING)
     refuse_unfit(model, info, headers, fail, other_head, spare)
     refuse_not_finite(model, fail)
+    if left_out := towers(model, headers):
+        log.warning(
+            "model %r: %d weights of other modalities are left out (first: %s); what is published "
+            "is %s, of text alone", str(folder), len(left_out), min(left_out), type(model).__name__
+        )  # fmt: skip
     model.stored_dtypes = StoredDtypes.of(headers)
     remember_weights(model)
     return model

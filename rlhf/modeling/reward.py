@@ -152,6 +152,7 @@ class Scorer:
         # An external reward model may have a shorter context than the policy.
         self.limits = TokenLimits.of(limits).within(input_limit(self.model))
         self.batch_tokens, self.device = batch_tokens, device
+        self.tail: list[int] = reward_meta(folder).get("tail", [])
         self.pads_exactly = self.by_token or pads_exactly(self.model)
 
     def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
@@ -170,7 +171,8 @@ class Scorer:
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
         types = [row.types for row in rows if row.types is not None]
-        scores = self.score_ids([row.ids for row in rows], *([types] if types else []))
+        ids = [row.ids if row.is_cut or row.types else self._with_tail(row.ids) for row in rows]
+        scores = self.score_ids(ids, *([types] if types else []))
         if not torch.isfinite(scores).all():
             example = replies[int((~torch.isfinite(scores)).int().argmax())]
             raise TrainingError(
@@ -178,6 +180,11 @@ class Scorer:
                 "its weights are broken: train it again with a lower reward_model.learning_rate"
             )
         return scores
+
+    def _with_tail(self, ids: list[int]) -> list[int]:
+        """Append what the template writes behind a chat, if the model was trained with it."""
+        whole = [*ids, *self.tail]
+        return whole if len(whole) <= input_limit(self.model) else ids
 
     @torch.no_grad()
     def score_ids(

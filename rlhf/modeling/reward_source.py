@@ -51,6 +51,8 @@ def check_reward_source(
             f"is an encoder ({data.get('model_type')}), in which the value of a prefix would see "
             "the rest of the reply"
         )
+    elif config.base.path is None and not _is_own(model):
+        reason = "has another tokenizer than a policy that is trained from scratch"
     elif context is not None and context < longest:
         reason = (
             f"reads at most {context:,} tokens, and a prompt with its reply has up to {longest:,}"
@@ -59,6 +61,13 @@ def check_reward_source(
         raise ConfigError(
             f"ppo.critic = 'reward_model', but {name} {reason}; set ppo.critic to policy"
         )
+
+
+def _is_own(model: ExternalModel) -> bool:
+    """Return whether a reward model may be of this pipeline's making, with a policy's tokenizer."""
+    if model.is_artifact or model.uri.startswith("s3://"):
+        return True
+    return model.is_path() and (model.path / "rlhf.json").is_file()
 
 
 def is_encoder(data: Mapping[str, Any]) -> bool:

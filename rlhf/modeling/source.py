@@ -28,7 +28,7 @@ MAX_CONFIG_BYTES = 2**20
 _OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack")
 
 #: Dtypes of weights that can be trained.
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "half", "float", "double")
 
 #: Fields that are numbers above 0, in a configuration and in what it says of rotary positions.
 _POSITIVE = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "hidden_size", "n_embd")

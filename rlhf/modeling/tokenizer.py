@@ -98,7 +98,9 @@ def load_tokenizer_and_ends(
             "set one in the model's tokenizer_config.json"
         )
     _refuse_word(tokenizer, str(folder))
-    ends = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+    end = turn_format(tokenizer).end
+    written = [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *written, *ends]))
     choose_pad(tokenizer, ends, rows)
     _warn(tokenizer, str(folder))
     return tokenizer, ends
@@ -178,7 +180,7 @@ def _refuse_word(tokenizer: Any, model: str) -> None:
     Raises:
         ConfigError: It is one.
     """
-    end = str(tokenizer.eos_token)
+    end = tokenizer.decode([tokenizer.eos_token_id]).strip()
     if end.isalpha() and end.lower() not in _END_NAMES:
         raise ConfigError(
             f"model {model!r}: its end-of-reply token (eos_token) is the word {end!r}, so that a "

@@ -11,8 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlhf.errors import ConfigError
+from rlhf.files import read_json
 from rlhf.modeling.headers import FLOATS, Header
 from rlhf.modeling.source import CONFIG
+from rlhf.modeling.weights import not_finite
 
 Fail = Callable[[str], ConfigError]
 
@@ -36,6 +38,12 @@ _PACKED = (
     ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax",
     ".quant_map", "_proj_blocks", "_proj_scales",
 )  # fmt: skip
+
+#: Parts of a model of several modalities that its text model lacks.
+_TOWERS = re.compile(
+    r"^(model\.)?(vision_model|vision_tower|visual|vqmodel|audio_tower|embed_vision|embed_audio|"
+    r"multi_modal_projector|mm_projector)\."
+)
 
 #: Weights of heads, which have no numbered layers; BERT's pooler belongs to its heads, too.
 _NUMBERED = re.compile(r"\.\d+\.")
@@ -66,7 +74,7 @@ def refuse_unfit(
         for key in info["unexpected_keys"]
         if not (_is_ignored(model, key) or key.endswith(tuple(masks)))
     }
-    unused = {key for key in unused if not (spare and spare.search(key))}
+    unused = {key for key in unused if not (spare and spare.search(key))} - towers(model, headers)
     missing, wrong = set(info["missing_keys"]), set(info["mismatched_keys"])
     if other_head:
         backbone = f"{model.base_model_prefix}."
@@ -81,6 +89,17 @@ def refuse_unfit(
         f"its weights don't fit {type(model).__name__} as its {CONFIG} describes it ({problems}); "
         f"{_cure(model, headers, unused, missing, wrong)}"
     )
+
+
+def towers(model: Any, headers: Mapping[str, Header]) -> set[str]:
+    """Return the stored weights of other modalities, where a model is the text part of several.
+
+    Some families, such as Llama 4, have a class for text alone, which does not know the others.
+    """
+    if model.config.sub_configs or not headers:
+        return set()
+    whole = read_json(next(iter(headers.values())).path.parent / CONFIG)
+    return {name for name in headers if _TOWERS.search(name)} if "text_config" in whole else set()
 
 
 def _is_causal_mask(shape: tuple[int, ...]) -> bool:
@@ -213,13 +232,9 @@ def refuse_packed(model: Any, headers: Mapping[str, Header], fail: Fail) -> None
 
 def refuse_not_finite(model: Any, fail: Fail) -> None:
     """Refuse a model with NaN or infinity in a weight; reads each weight once."""
-    for name, weight in model.state_dict().items():
-        # min and max are NaN if one element is; they need no memory of the weight's size.
-        if not weight.is_floating_point() or weight.numel() == 0:
-            continue
-        if not torch.stack(torch.aminmax(weight)).isfinite().all():
-            count = int((~weight.isfinite()).sum())
-            raise fail(
-                f"{count} of the {weight.numel():,} values of its weight {name} are NaN or "
-                "infinite; copy or download the model again, or give another one"
-            )
+    for name, count in not_finite(model):
+        size = model.state_dict()[name].numel()
+        raise fail(
+            f"{count} of the {size:,} values of its weight {name} are NaN or infinite; copy or "
+            "download the model again, or give another one"
+        )

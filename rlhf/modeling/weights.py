@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlhf.errors import TrainingError
 from rlhf.files import files_sha256
 from rlhf.modeling.generation_config import make_savable
 from rlhf.modeling.headers import Header
@@ -84,7 +85,17 @@ def save_model(model: Any, folder: Path) -> None:
     A pretrained model's weights are written in the dtypes of its files (`stored_dtypes`), to which
     they are rounded in place, each once. float16 is left for float32 where a weight has outgrown
     it. Only a generation config that transformers would refuse is repaired.
+
+    Raises:
+        TrainingError: A weight is NaN or infinite.
     """
+    for name, count in not_finite(model):
+        raise TrainingError(
+            f"training diverged: {count:,} of the values of {name} are NaN or infinite; lower this "
+            "stage's learning_rate or max_grad_norm"
+        )
+    for part in sections_of(model.config):
+        vars(part).pop("auto_map", None)  # of code that is not run, and not among the files
     stored: StoredDtypes | None = getattr(model, "stored_dtypes", None)
     make_savable(model)
     dtype = _round(model, stored) if stored else model.dtype
@@ -92,6 +103,16 @@ def save_model(model: Any, folder: Path) -> None:
     if model.dtype != dtype:  # transformers writes down that of the first weight
         _set_dtype(model.config, dtype)
         model.config.save_pretrained(folder)
+
+
+def not_finite(model: Any) -> Iterator[tuple[str, int]]:
+    """Yield names of weights with NaN or infinity, and how many of their values are."""
+    for name, weight in model.state_dict().items():
+        # min and max are NaN if one element is; they need no memory of the weight's size.
+        if not weight.is_floating_point() or weight.numel() == 0:
+            continue
+        if not torch.stack(torch.aminmax(weight)).isfinite().all():
+            yield name, int((~weight.isfinite()).sum())
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None:

@@ -117,10 +117,12 @@ class Models:
 
     def set_learning_rates(self, update: int) -> dict[str, float]:
         """Set the learning rates for an update and return them as metrics."""
-        config, scale = self.config, learning_rate_scale(self.config, update)
+        config = self.config
+        own = learning_rate_scale(config, update, config.critic_warmup_updates)
+        critic = learning_rate_scale(config, update)
         rates = {
-            "learning_rate": config.learning_rate * scale,
-            "critic_learning_rate": (config.critic_learning_rate or config.learning_rate) * scale,
+            "learning_rate": config.learning_rate * own,
+            "critic_learning_rate": (config.critic_learning_rate or config.learning_rate) * critic,
         }
         groups = [group for o in self.optimizers.values() for group in o.param_groups]
         for group, rate in zip(groups, rates.values(), strict=True):
@@ -222,6 +224,11 @@ class Models:
             for block in network.modules()
             if isinstance(block, GradientCheckpointingLayer)
         ]
+        if self.config.gradient_checkpointing and not blocks:
+            raise ConfigError(
+                f"ppo.gradient_checkpointing = true: {type(networks[0]).__name__} has no layers "
+                "that transformers can recompute; set it to false"
+            )
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         try:
@@ -318,12 +325,19 @@ def ppo_limits(config: PPOConfig, context: int, limits: TokenLimits | None) -> T
     return limits.within(context)
 
 
-def learning_rate_scale(config: PPOConfig, update: int) -> float:
-    """Fraction of the peak learning rate: linear warm-up, then `lr_scheduler`'s decay."""
-    if update < config.lr_warmup_updates:
-        return (update + 1) / (config.lr_warmup_updates + 1)
+def learning_rate_scale(config: PPOConfig, update: int, start: int = 0) -> float:
+    """Fraction of the peak learning rate: linear warm-up, then `lr_scheduler`'s decay.
+
+    Args:
+        config: Length of the warm-up, and the decay.
+        update: Number of the update, from 0.
+        start: First update of the warm-up.
+    """
+    begin = start + config.lr_warmup_updates
+    if update < begin:
+        return (max(0, update - start) + 1) / (config.lr_warmup_updates + 1)
     final = config.lr_final_fraction
-    done = (update - config.lr_warmup_updates) / max(1, config.updates - config.lr_warmup_updates)
+    done = (update - begin) / max(1, config.updates - begin)
     if config.lr_scheduler == "constant":
         return 1.0
     if config.lr_scheduler == "cosine":

@@ -84,7 +84,8 @@ class PPOTrainer:
         learn_policy = number >= self.config.critic_warmup_updates
         metrics |= optimise(buffer, self.models, seed + 1, learn_policy)
         self.free()
-        self.kl_controller.update(metrics["kl"], len(rollouts.texts))
+        if learn_policy:  # otherwise a KL of 0 would lower the coefficient
+            self.kl_controller.update(metrics["kl"], len(rollouts.texts))
         return UpdateResult({**metrics, **rates}, [{"update": number + 1, **s} for s in samples])
 
     def free(self) -> None:

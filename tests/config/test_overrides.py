@@ -170,6 +170,12 @@ def test_mistake_in_the_form_names_the_field_and_the_cure(overrides, expected):
         ("ppo.chunk_size=4", "ppo: mini_batch_size = 8 exceeds chunk_size = 4; lower it"),
         ("ppo.critic_warmup_updates=36", "ppo: critic_warmup_updates = 36 leaves the policy none"),
         ("ppo.lora={dropout: 0.1}", "ppo: lora.dropout = 0.1 is not for PPO, in which the policy"),
+        ("ppo.top_k=1", "ppo: top_k = 1 leaves one token at each step"),
+        ("ppo.lr_warmup_updates=36", "ppo: lr_warmup_updates = 36 ends after all 36 updates"),
+        (
+            "sft={lora: {r: 2}, frozen_dtype: bfloat16}",
+            "sft.frozen_dtype = 'bfloat16' is for a pretrained base",
+        ),
         ("sft.enabled=false", "sft.enabled = false needs base.path"),
         ("store=gs://x", "store: scheme 'gs' is not supported; use file:// or s3://"),
         ("store=s3:///x", "store: names no bucket; write s3://bucket/prefix"),

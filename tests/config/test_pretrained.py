@@ -76,11 +76,20 @@ def test_adapters_learn_ten_times_as_fast(section):
         (("--ppo.critic=adapter",), 1e-4),
         (("--ppo.critic=head",), 1e-4),
         (("--ppo.shared_base=true", "--reward_model.lora.r=8"), 1e-4),
+        (("--ppo.shared_base=True", "--reward_model.lora.r=8"), 1e-4),
+        (("--ppo.shared_base=yes", "--reward_model.lora.r=8"), 1e-4),
+        (("--ppo.shared_base=False",), 1e-5),
     ],
 )
 def test_a_critic_with_all_its_weights_learns_slower_than_an_adapter(overrides, rate):
     config = load_config(None, [BASE, "--ppo.lora.r=8", *overrides]).config
     assert config.ppo.critic_learning_rate == rate
+
+
+@pytest.mark.parametrize("chunk", ["32", "32.0"])
+def test_values_in_any_form_decide_over_defaults(chunk):
+    config = load_config(None, [BASE, f"--ppo.chunk_size={chunk}"]).config
+    assert (config.ppo.chunk_size, config.ppo.mini_batch_size) == (32, 32)
 
 
 def test_values_of_the_users_own_win_whatever_their_form():

@@ -263,6 +263,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         file("generation_config.json", b'{"eos_token_id": [2, true]}'),
         r"eos_token_id = \[2, True\] in its generation_config\.json is no token id",
     ),
+    "generation mode": (
+        file("generation_config.json", b'{"num_beams": 4, "num_beam_groups": 2}'),
+        r"num_beam_groups = '2' in its generation_config\.json is a way to decode .*remove the",
+    ),
     "generation value": (
         file("generation_config.json", b'{"max_new_tokens": -1}'),
         r"generation_config\.json is invalid \(.*max_new_tokens",

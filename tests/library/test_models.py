@@ -190,12 +190,12 @@ class TestPooling:
         # 1+2+4+8 and 3+5+7
         assert pool(self.scores, self.mask.bool(), "sum").tolist() == [15, 15]
 
-    def test_only_what_follows_the_first_marker(self):
-        ids = ids_of([5, 77, 5, 77], [5, 5, 77, 5])
+    def test_only_what_follows_the_last_marker(self):
+        ids = ids_of([77, 5, 77, 5], [5, 5, 77, 5])
         counted = counted_tokens(ids, self.mask, 77)
-        # first row: a second marker hides nothing; second row: what follows is padding
-        assert counted.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
-        assert pool(self.scores, counted, "sum").tolist() == [12, 0]
+        # first row: a past turn of the assistant; second row: what follows is padding
+        assert counted.int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+        assert pool(self.scores, counted, "sum").tolist() == [8, 0]
 
     def test_all_without_a_marker(self):
         ids = ids_of([5, 5, 5, 5], [5, 5, 5, 77])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from rlhf.config import LoraConfig, PPOConfig
 from rlhf.config.ppo import COMPAT
 from rlhf.data.rows import PromptRow
+from rlhf.errors import ConfigError
 from rlhf.files import read_json
 from rlhf.modeling.device import empty_cache
 from rlhf.modeling.packed import position_ids
-from rlhf.ppo.models import learning_rate_scale
+from rlhf.ppo.models import Models, learning_rate_scale
 from rlhf.ppo.optimisation import optimise
 from rlhf.ppo.train import build_trainer
 from tests.library import toys
@@ -238,6 +241,36 @@ def test_schedules():
     # 0.2 + 0.8·(1 + cos(π·u/4))/2
     assert rates(lr_scheduler="cosine") == pytest.approx([1, 0.8828427, 0.6, 0.3171573])
     assert rates(lr_warmup_updates=2) == pytest.approx([1 / 3, 2 / 3, 1, 0.6])
+
+
+def test_the_policys_warm_up_begins_after_the_critics_own_updates(sft, approved):
+    trainer = trainer_with(
+        sft, approved, critic_warmup_updates=2, lr_warmup_updates=1, total_episodes=96,
+        learning_rate=1.0, critic_learning_rate=10.0, lr_final_fraction=0.0,
+    )  # fmt: skip
+    rates = [trainer.models.set_learning_rates(number) for number in range(6)]
+    own = [rate["learning_rate"] for rate in rates]
+    assert own[2:] == pytest.approx([1 / 2, 1, 2 / 3, 1 / 3])
+    critic = [rate["critic_learning_rate"] for rate in rates]
+    assert critic == pytest.approx([5, 10, 8, 6, 4, 2])
+
+
+def test_the_kl_coefficient_stays_while_only_the_critic_learns(train):
+    adaptive = {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 100, "kl_coef": 0.05}
+    rows = read_json(train(**adaptive, critic_warmup_updates=2, total_episodes=48) / "curve.json")
+    assert [row["kl_coef"] for row in rows] == [0.05, 0.05, 0.05]
+
+
+def test_there_must_be_layers_to_recompute():
+    models = SimpleNamespace(
+        config=SimpleNamespace(gradient_checkpointing=True),
+        _trained_networks=lambda: [torch.nn.Linear(1, 1)],
+    )
+    with (
+        pytest.raises(ConfigError, match=r"Linear has no layers that .* can recompute; set it to"),
+        Models.recomputing(models),  # pyright: ignore[reportArgumentType]
+    ):
+        pass
 
 
 def test_checkpointing_activations_computes_them_again_to_the_same_numbers(

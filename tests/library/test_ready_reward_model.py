@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
@@ -26,6 +27,7 @@ from tasks.preflight import preflight
 from tasks.runner import find_inputs, run_stage, store_of
 from tasks.stages import STAGES
 from tests.library import toys
+from tests.library.tiny_tokenizers import LINES
 
 CPU = torch.device("cpu")
 TRAIN = STAGES["train-reward-model"]
@@ -99,6 +101,31 @@ def test_a_foreign_model_keeps_its_tokenizer_which_is_completed(adopt, tmp_path)
     )
     assert torch.equal(after["score.weight"], before["score.weight"])
     assert len(set(scores(out))) == 4
+
+
+def test_a_foreign_model_reads_the_whole_text_of_its_template(adopt, tmp_path):
+    """Qwen's kind writes a line break behind the end of a turn, on which a score may stand."""
+    folder = save_foreign(tmp_path / "foreign")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]})
+    tokenizer.chat_template = LINES
+    tokenizer.save_pretrained(folder)
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    out = adopt(folder)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "good"}]
+    ids = torch.tensor([tokenizer.apply_chat_template(chat, return_dict=False)])
+    assert tokenizer.decode(ids[0]).endswith("<end>\n")
+    adopted: Any = LlamaForSequenceClassification.from_pretrained(out)
+    with torch.no_grad():
+        hidden = adopted.model(ids).last_hidden_state
+        whole, end = (adopted.score(hidden[0, i]).item() for i in (-1, -2))
+    scorer = Scorer(out, CPU, 48)
+    assert scorer(["a"], ["good"]).item() == pytest.approx(whole, abs=1e-6)
+    assert abs(whole - end) > 1e-4
+    # Where a reply is cut, its end is missing anyway.
+    assert scorer(["a"], ["good " * 90]).isfinite()
 
 
 def test_a_reward_model_with_less_room_than_the_policy(adopt, tmp_path):

@@ -19,8 +19,10 @@ from rlhf.modeling.exactness import NotExact, check_adapter, check_policy, check
 from rlhf.modeling.frozen import store_frozen
 from rlhf.modeling.miniature import MAX_PARAMETERS, miniature
 from rlhf.modeling.reward import Scorer
-from rlhf.rehearsal import RehearsalFailed, rehearse
+from rlhf.rehearsal import RehearsalFailed, _changes, rehearse
 from rlhf.rehearsal_rows import Sample
+from rlhf.store.manifest import Producer
+from tasks.rehearsal import _key, _local_reward_base
 from tasks.runner import producer, run_stage
 from tasks.stage import store_of
 from tasks.stages import TRAIN_REWARD_MODEL, TRAIN_SFT
@@ -121,6 +123,34 @@ def test_it_rehearses_what_is_configured(toy, run, overrides):
     if "--ppo.frozen_dtype=nf4" in overrides:
         pytest.importorskip("bitsandbytes")
     assert run(toy("fresh"), *overrides) == []
+
+
+def test_what_the_base_says_of_generation_is_rehearsed(toy, tmp_path, run):
+    base = Path(shutil.copytree(toy("fresh"), tmp_path / "base"))
+    path = base / "generation_config.json"
+    values = json.loads(path.read_text()) | {"cache_implementation": "quantized"}
+    path.write_text(json.dumps(values))
+    with pytest.raises(RehearsalFailed, match=r"PPO fails: ImportError: .*quanto"):
+        run(base)
+
+
+def test_only_fields_that_training_may_change_may_differ_at_any_depth():
+    before = {"a": 1, "text_config": {"eos_token_id": 1, "pad_token_id": 0, "layers": 2}}
+    after = {"a": 1, "text_config": {"eos_token_id": 106, "pad_token_id": 3, "layers": 2}}
+    assert [*_changes(before, after)] == []
+    after["text_config"]["layers"] = 3
+    assert [*_changes(before, after)] == [("text_config.layers", 2, 3)]
+
+
+def test_another_reward_base_under_the_same_path_is_another_rehearsal(toy, tmp_path):
+    base = Path(shutil.copytree(toy("fresh"), tmp_path / "reward-base"))
+    config = configured(toy("fresh"), f"--reward_model.base={base}")
+    producer = Producer(stage="train-sft", code_version="1", config={}, seed=0, versions={})
+    keys = [_key(config, producer, _local_reward_base(config))]
+    path = base / "config.json"
+    path.write_text(path.read_text() + "\n")
+    keys.append(_key(config, producer, _local_reward_base(config)))
+    assert keys[0] != keys[1]
 
 
 def test_a_base_of_few_positions_is_named(toy, tmp_path, run):

@@ -164,6 +164,28 @@ def test_training_that_diverges_is_an_error(train):
         train(learning_rate=1e30)
 
 
+@pytest.mark.parametrize("batch_size", [96, 24])
+def test_the_last_steps_are_watched_too(train, batch_size):
+    """A single step, whose loss is still finite, and four."""
+    with pytest.raises(TrainingError, match=r"diverged.*lower this stage's learning_rate"):
+        train(epochs=1, learning_rate=1e38, batch_size=batch_size)
+
+
+def test_a_short_training_has_a_loss_and_a_curve(train):
+    out, result = train(epochs=1, batch_size=48)
+    curve = read_json(out / "curve.json")
+    assert [row["step"] for row in curve] == [2]
+    assert result.metrics["loss"] == curve[-1]["loss"]
+
+
+def test_a_constant_rate_warms_up(train):
+    options = {"epochs": 1, "batch_size": 16, "lr_scheduler": "constant"}
+    cold, warm = (train(str(r), **options, warmup_ratio=r)[0] for r in (0.0, 0.5))
+    rates = [read_json(out / "curve.json")[-1]["learning_rate"] for out in (cold, warm)]
+    assert rates[0] == rates[1]
+    assert toys.distance(cold, warm) > 1e-5
+
+
 def test_no_demonstrations(train, data, tmp_path):
     folder = tmp_path / "empty"
     shutil.copytree(data, folder)

@@ -101,6 +101,16 @@ def test_a_missing_layer(sft, copy_of):
     assert answer(bundle, REQUEST) == {"error": lacking}
 
 
+@pytest.mark.parametrize(
+    "value", [{"stop_strings": ["zebra"]}, {"return_dict_in_generate": True}], ids=str
+)
+def test_generation_configs_of_real_families(sft, copy_of, value):
+    bundle = copy_of(sft)
+    path = bundle / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **value}))
+    assert "replies" in answer(bundle, REQUEST)
+
+
 def test_a_policy_that_says_nothing(sft, copy_of):
     """All hidden states are ones, and the head answers them with the end of the reply."""
     bundle = copy_of(sft)

@@ -410,6 +410,8 @@ class TestTemplates:
             (content_as("m.content | random"), r"at random \(\| random\)"),
             ("{{ lipsum(n=1) }}" + LINES, r"at random \(lipsum\(\)\)"),
             # Contents that are cut or altered, of every turn, the assistant's, and the system's.
+            (content_as("m.content.split('\n')[0]"), "alters the content of a user's turn"),
+            (content_as("m.content | replace('**', '')"), "alters the content of a user's turn"),
             (content_as("m.content[:12]"), "alters the content of a user's turn.* became '"),
             (content_as("m.content | truncate(2500)"), "alters the content of a user's turn"),
             (content_as("m.content | e"), "'<b>A & b.* at 12 became '&lt;b"),
@@ -434,7 +436,23 @@ class TestTemplates:
         tokenizer.chat_template = content_as(content)
         assert "tea <b>?" in loaded(tmp_path, tokenizer).prompt_text("tea <b>?")
 
-    @pytest.mark.parametrize(("end", "ordinary"), [("cup", True), ("EOS", False), ("<e>", False)])
+    @pytest.mark.parametrize(
+        ("content", "warned"),
+        [
+            ("m.content.replace('\\n\\n', '\\n')", True),
+            ("m.content | replace('\\n', ' ')", True),
+            ("m.content | trim", False),
+        ],
+    )
+    def test_line_breaks_that_a_template_alters(self, content, warned, tmp_path, caplog):
+        tokenizer = gpt_2()
+        tokenizer.chat_template = content_as(content)
+        loaded(tmp_path, tokenizer)
+        assert ("alters line breaks or blanks within a user's turn" in caplog.text) == warned
+
+    @pytest.mark.parametrize(
+        ("end", "ordinary"), [("cup", True), ("Ċ", False), ("EOS", False), ("<e>", False)]
+    )
     def test_a_word_as_the_end_of_replies(self, end, ordinary, tmp_path):
         folder = write_model(tmp_path, fast(byte_level([end]), eos_token=end))
         if not ordinary:
