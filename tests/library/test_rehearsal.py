@@ -142,7 +142,7 @@ def test_only_fields_that_training_may_change_may_differ_at_any_depth():
     assert [*_changes(before, after)] == [("text_config.layers", 2, 3)]
 
 
-def test_another_reward_base_under_the_same_path_is_another_rehearsal(toy, tmp_path):
+def test_another_reward_base_under_the_same_path_is_another_rehearsal(toy, tmp_path, configured):
     base = Path(shutil.copytree(toy("fresh"), tmp_path / "reward-base"))
     config = configured(toy("fresh"), f"--reward_model.base={base}")
     producer = Producer(stage="train-sft", code_version="1", config={}, seed=0, versions={})

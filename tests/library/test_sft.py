@@ -151,10 +151,10 @@ def test_adapters_for_modules_that_it_has_not(train):
 def test_progress(train):
     seen = []
     out, _ = train(progress=lambda *a: seen.append(a), epochs=1)
-    # Step 5 is logged after it has ended, so it is told again with its metrics.
-    assert [(s, t) for s, t, _ in seen] == [(i, 6) for i in (1, 2, 3, 4, 5, 5, 6)]
-    (row,) = read_json(out / "curve.json")
-    assert [m for *_, m in seen] == [{}] * 5 + [{k: v for k, v in row.items() if k != "step"}, {}]
+    # Step 5 and the last are logged after they have ended, so they are told again with metrics.
+    assert [(s, t) for s, t, _ in seen] == [(i, 6) for i in (1, 2, 3, 4, 5, 5, 6, 6)]
+    logged = [{k: v for k, v in r.items() if k != "step"} for r in read_json(out / "curve.json")]
+    assert [m for *_, m in seen] == [*[{}] * 5, logged[0], {}, logged[1]]
 
 
 def test_training_that_diverges_is_an_error(train):
