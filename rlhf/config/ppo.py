@@ -159,9 +159,9 @@ class CriticSection(Section):
     """A model of its own, from the reward model's or the policy's backbone; or a LoRA adapter on
     the policy's base; or just a value head on the policy."""
     value_loss_coef: float = Field(default=1.0, ge=0, json_schema_extra=advised_range(0.5, 2.0))
-    """Multiplies ½·max(clipped, unclipped)² in the loss. It changes little unless `critic` is `head`:
-    other critics have an AdamW of their own, which is blind to the scale of a loss but for the
-    clipping of gradients."""
+    """Multiplies ½·max(clipped, unclipped)² in the loss. It changes little unless `critic` is
+    `head`: other critics have an AdamW of their own, which is blind to the scale of a loss but for
+    the clipping of gradients."""
     value_clip_range: float | None = Field(default=0.2, gt=0)
     """New values are clamped to the old ones ± this; none switches the clamp off."""
     critic_learning_rate: float | None = Field(default=None, gt=0)
