@@ -89,8 +89,11 @@ def _rehearse(
         remark = run.make_miniature(base, "base", "AutoModelForCausalLM")
     if remark:
         return [f"{name}: not rehearsed: {remark}"]
+    reward_source: tuple[str, ...] = ()
     if reward_base is not None:
         external, folder = reward_base
+        reward_source = (external.field, external.uri)
+        run.reward_uri = external.uri
         kind = "AutoModelForSequenceClassification" if external.ready else "AutoModel"
         with run.step("loading the reward model", external.field, external.uri):
             remark = run.make_reward_miniature(folder, kind, external)
@@ -102,7 +105,7 @@ def _rehearse(
         run.check_adapter("sft")
     with run.step("the comparison with plain transformers"):
         run.check_policy()
-    with run.step("the reward model"):
+    with run.step("the reward model", *reward_source):
         run.check_adapter("reward_model")
         run.train_reward_model(reward_base[0] if reward_base else None)
     with run.step("PPO"):
@@ -128,7 +131,7 @@ class _Rehearsal:
         self.base, self.reward_base = scratch / "base", scratch / "reward-base"
         self.sft, self.reward, self.policy = (scratch / n for n in ("sft", "reward", "policy"))
         self.data, self.evaluation = scratch / "data", scratch / "evaluation"
-        self.has_reward_base = False
+        self.has_reward_base, self.reward_uri = False, ""
 
     @contextmanager
     def step(self, what: str, field: str = "base.path", value: str | None = None) -> Iterator[None]:
@@ -143,7 +146,8 @@ class _Rehearsal:
         except Exception as error:  # a family's code can raise anything
             text = " ".join(str(error).split()) or "no message"
             for folder, meaning in (
-                (self.reward_base, value), (self.base, value), (self.sft, "the SFT policy"),
+                (self.reward_base, self.reward_uri), (self.base, self.name),
+                (self.sft, "the SFT policy"),
                 (self.reward, "the reward model"), (self.policy, "the policy"),
             ):  # fmt: skip
                 text = text.replace(repr(str(folder)), meaning).replace(str(folder), meaning)

@@ -177,6 +177,11 @@ class ExternalModel(External):
             )
         # transformers does not write its default of two labels.
         labels = len(named) or config.get("num_labels", 2)
+        if type(labels) is not int:
+            raise self.error(
+                f"num_labels = {str(labels)[:60]!r} in its {CONFIG} is no number; write 1 for a "
+                "reward model"
+            )
         is_classifier = any("ForSequenceClassification" in name for name in names)
         if is_classifier and labels == 1:
             return

@@ -121,6 +121,7 @@ def test_only_a_classifier_with_one_label_is_ready(sft, reward_model, copy_of):
         ({"torchscript": True}, "torchscript = True"),
         ({"id2label": ["x"]}, r"id2label = .* is no object of names by number"),
         ({"id2label": 5}, "id2label = '5'"),
+        ({"id2label": None, "num_labels": "1"}, "num_labels = '1' in its .* write 1 for a reward"),
         # As families have them.
         ({"return_dict": True, "torchscript": False, "rope_scaling": None}, None),
         ({"rope_theta": [1e4, 1e6], "rope_parameters": {"mrope_section": [1, 1]}}, None),
