@@ -51,12 +51,12 @@ def check_reward_source(
             f"is an encoder ({data.get('model_type')}), in which the value of a prefix would see "
             "the rest of the reply"
         )
-    elif config.base.path is None and not _is_own(model):
-        reason = "has another tokenizer than a policy that is trained from scratch"
     elif context is not None and context < longest:
         reason = (
             f"reads at most {context:,} tokens, and a prompt with its reply has up to {longest:,}"
         )
+    elif config.base.path is None and not _is_own(model):
+        reason = "has another tokenizer than a policy that is trained from scratch"
     if reason:
         raise ConfigError(
             f"ppo.critic = 'reward_model', but {name} {reason}; set ppo.critic to policy"

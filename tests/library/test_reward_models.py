@@ -348,7 +348,9 @@ def test_settings_that_do_not_fit_a_reward_model():
     llama_data = {"model_type": "llama", "text_config": {"max_position_embeddings": 200}}
     other = {"critic": "policy"}
     checked(deberta, ppo=other)
-    checked({"model_type": "llama"})
+    checked({"model_type": "llama"}, base={"path": "some/base"})
+    with pytest.raises(ConfigError, match=r"another tokenizer than a policy .* from scratch; set"):
+        checked({"model_type": "llama"})
     with pytest.raises(ConfigError, match=r"'reward_model', but .*encoder .*set ppo.critic to po"):
         checked(deberta)
     with pytest.raises(ConfigError, match="reads at most 200 tokens, and a prompt with its reply"):
