@@ -101,6 +101,7 @@ def unusual_values(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], st
     """
     yield from _unusual_values(config, "")
     yield from _unused_limits(config)
+    yield from _idle_values(config)
     yield from _unscored_truncation(config)
 
 
@@ -114,6 +115,29 @@ def _unused_limits(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], st
                 ("data.drift.enabled", *(f"{field}.{measure}" for measure in limits)),
                 f"{field} ({', '.join(values)}) has no effect, because "
                 "data.drift.enabled = false compares nothing; set it to true, or remove the limits",
+            )
+
+
+#: Values of PPO that nothing reads with this value of another field, and one with which they are.
+_IDLE = (
+    ("kl_target", "kl_controller", "fixed", "adaptive"),
+    ("kl_horizon", "kl_controller", "fixed", "adaptive"),
+    ("missing_eos_penalty", "missing_eos", "none", "subtract"),
+    ("lr_final_fraction", "lr_scheduler", "constant", "linear"),
+)
+
+
+def _idle_values(config: PipelineConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    ppo = config.ppo
+    for name, switch, idle, cure in _IDLE:
+        value = getattr(ppo, name)
+        # A configuration that is passed between flows gives all values.
+        is_own = value not in (None, type(ppo).model_fields[name].default)
+        if is_own and getattr(ppo, switch) == idle:
+            yield (
+                (f"ppo.{name}", f"ppo.{switch}", "ppo.compat"),
+                f"ppo.{name} = {value:g} has no effect, because ppo.{switch} = {idle}; set that to "
+                f"{cure}, or remove the value",
             )
 
 

@@ -86,6 +86,26 @@ def test_a_peers_way_is_no_exception():
     assert advice("--ppo.compat=verl", "--ppo.truncation=replay") == []
 
 
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("kl_target=3.0", "kl_target = 3 has no effect, because ppo.kl_controller = fixed; set"),
+        ("kl_horizon=300", "kl_horizon = 300 has no effect, because ppo.kl_controller = fixed"),
+        ("compat=openrlhf", None),
+        ("lr_final_fraction=0.5", None),
+    ],
+)
+def test_values_that_nothing_reads(value, line):
+    replay = "--ppo.truncation=replay"
+    lines = advice(f"--ppo.{value}", replay)
+    assert len(lines) == (line is not None)
+    assert line is None or lines[0].startswith(f"ppo.{line}")
+    (penalty,) = advice("--ppo.missing_eos=none", "--ppo.missing_eos_penalty=2.0", replay)
+    assert penalty.startswith("ppo.missing_eos_penalty = 2 has no effect")
+    (final,) = advice("--ppo.lr_scheduler=constant", "--ppo.lr_final_fraction=0.5", replay)
+    assert final.endswith("set that to linear, or remove the value")
+
+
 @pytest.mark.parametrize("name", ["veto", "trigger"])
 def test_limits_of_drift_without_a_comparison_have_no_effect(name):
     limits = [f"--data.drift.{name}.tokens=0.1", f"--data.drift.{name}.labels=0.2"]
