@@ -73,6 +73,7 @@ COMPAT: Mapping[str, Mapping[str, Any]] = {
         "kl_clamp": None,
         "reward_clip": None,
         "truncation": "none",
+        "dual_clip": 3.0,
     },
     # openai/lm-human-preferences: the score on the last token (train_policy.py), of replies that
     # all have one length; tf.nn.moments is biased (utils/core.py); −1 replaces the score of a reply
@@ -85,6 +86,7 @@ COMPAT: Mapping[str, Mapping[str, Any]] = {
         "missing_eos_penalty": 1.0,
         "kl_clamp": None,
         "reward_clip": None,
+        "whiten_rewards": True,
     },
 }
 
