@@ -23,6 +23,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -467,6 +469,44 @@ def test_an_odd_base_loads_and_is_published_again(name, base, tmp_path):
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
     save_model(model, tmp_path / "out")
     assert torch.equal(logits(tmp_path / "out")[..., :270], before[..., :270])
+
+
+def test_code_that_is_not_run_is_not_named_by_what_is_published(base, tmp_path):
+    edit_json(base, auto_map={"AutoConfig": "configuration_x.XConfig"})
+    save_model(load_base(BaseModelConfig(path=str(base)), [], 0)[0], tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+def test_a_text_model_within_one_of_several_modalities(fresh, tmp_path, caplog):
+    """Llama 4's class for text alone does not know the others' weights."""
+    text = {
+        "vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "intermediate_size_mlp": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "num_local_experts": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28,
+        "num_attention_heads": 2, "patch_size": 14, "vision_output_dim": 16,
+        "projector_input_dim": 16, "projector_output_dim": 16,
+    }  # fmt: skip
+    folder = tmp_path / "base"
+    whole = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
+    whole.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(fresh).save_pretrained(folder)
+    check_weights(folder)
+    model, _ = load_base(BaseModelConfig(path=str(folder)), [], 0)
+    assert type(model).__name__ == "Llama4ForCausalLM"
+    assert re.search(
+        r"weights of other modalities are left out .*vision_model|multi_m", caplog.text
+    )
+    expected = whole.language_model.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight[:300], expected[name][:300]), name
+    # In a model of text alone they are a mistake.
+    single = Path(shutil.copytree(fresh, tmp_path / "single"))
+    edit(single, lambda w: {**w, "vision_model.x.weight": torch.ones(1)})
+    with pytest.raises(ConfigError, match=r"unknown to it: vision_model\.x\.weight"):
+        check_weights(single)
 
 
 def test_masks_of_old_gpt2_are_no_weights(fresh, tmp_path):
