@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.utils import logging as transformers_logging
 
 from rlhf.config import LoraConfig, PipelineConfig, PPOConfig
 from rlhf.config.training import FrozenDtype, TrainingSection
@@ -254,11 +256,17 @@ def _adapted(shape: Shape, base: Path, lora: LoraConfig | None) -> Shape:
 
 @contextmanager
 def _family_errors() -> Iterator[None]:
-    """Turn whatever a family's code raises into a ValueError of one line."""
+    """Turn whatever a family's code raises into a ValueError of one line; hide its warnings."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def _stored_bytes(backbone: Any, ids: Tensor) -> float:

@@ -198,7 +198,13 @@ def _check(
 ) -> Any:
     """Load a model on the meta device from names and shapes; return it if they fit."""
     tensors = {name: _meta(header) for name, header in headers.items()}
-    model, info = loader(None, state_dict=tensors, device_map={"": "meta"}, **_LOADING)
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # nothing is read that would take time
+    try:
+        model, info = loader(None, state_dict=tensors, device_map={"": "meta"}, **_LOADING)
+    finally:
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
     refuse_unfit(model, info, headers, fail, other_head, spare)
     refuse_different_ties(model, headers, fail)
     refuse_packed(model, headers, fail)
