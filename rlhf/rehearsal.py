@@ -366,14 +366,18 @@ class _Rehearsal:
         Raises:
             ConfigError: Weights are missing or left over, or training changed the configuration.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         load: Any = AutoModelForCausalLM.from_pretrained
         _, info = load(folder, output_loading_info=True, trust_remote_code=False)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 raise ConfigError(f"what it writes has {problem} ({sorted(info[problem])[0]})")
-        before, after = (read_json(path / CONFIG) for path in (base, folder))
+        # As transformers reads them: some families derive a field from others when it is loaded.
+        before, after = (
+            AutoConfig.from_pretrained(str(path), trust_remote_code=False).to_dict()
+            for path in (base, folder)
+        )
         for name, was, now in _changes(before, after):
             raise ConfigError(
                 f"training changes {name} in its configuration from {was!r} to {now!r}"
