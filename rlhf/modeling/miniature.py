@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlhf.modeling.structure import sections_of
+from rlhf.modeling.structure import call, sections_of
 
 #: Most parameters of a miniature; a vocabulary of 260,000 tokens has 17 million at a width of 64.
 MAX_PARAMETERS = 60_000_000
@@ -293,12 +293,13 @@ def _enlarge(model: Any) -> None:
 
 @torch.no_grad()
 def _check(model: Any) -> None:
-    """Compute a few tokens.
+    """Compute a few tokens, without a cache: whether it has one that works is found later.
 
     Raises:
         ValueError: The result is not finite.
     """
     ids = torch.arange(12)[None] % model.get_input_embeddings().num_embeddings
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    if not torch.isfinite(logits).all():
+    # Logits, scores or hidden states.
+    result = call(model, input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True)[0]
+    if not torch.isfinite(result).all():
         raise ValueError("its results are not finite")
