@@ -21,7 +21,7 @@ from rlhf.config import PipelineConfig, PPOConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rows import PAIRS_TRAIN, PROMPTS_TRAIN, Pair, PromptRow, iterate_rows
 from rlhf.errors import ConfigError, RLHFError
-from rlhf.files import read_json
+from rlhf.files import read_json, write_json
 from rlhf.gates import Approved, judge, require
 from rlhf.modeling.generation_config import FILE as GENERATION
 from rlhf.modeling.source import CONFIG, MODEL_FILES, WEIGHTS, ExternalModel
@@ -111,6 +111,8 @@ def _rehearse(
     with run.step("PPO"):
         run.check_adapter("ppo")
         run.train_policy()
+    with run.step("generate", cure=f"remove what it names from its {GENERATION}"):
+        run.generate()
     with run.step("the evaluation"):
         run.evaluate()
     return []
@@ -134,7 +136,10 @@ class _Rehearsal:
         self.has_reward_base, self.reward_uri = False, ""
 
     @contextmanager
-    def step(self, what: str, field: str = "base.path", value: str | None = None) -> Iterator[None]:
+    def step(
+        self, what: str, field: str = "base.path", value: str | None = None,
+        cure: str = "choose another model, or report this family",
+    ) -> Iterator[None]:  # fmt: skip
         """Turn an error into one that names the model and the stage.
 
         Raises:
@@ -153,9 +158,9 @@ class _Rehearsal:
                 text = text.replace(repr(str(folder)), meaning).replace(str(folder), meaning)
             known = isinstance(error, RLHFError)
             reason = text if known else f"{type(error).__name__}: {text}"
-            cure = "" if known and ";" in text else "; choose another model, or report this family"
+            end = "" if known and ";" in text else f"; {cure}"
             raise RehearsalFailed(
-                f"{field} = {value!r}: rehearsed in small, {what} fails: {reason[:600]}{cure}"
+                f"{field} = {value!r}: rehearsed in small, {what} fails: {reason[:600]}{end}"
             ) from error
 
     def make_miniature(self, source: Path, folder: str, auto_class: str) -> str | None:
@@ -184,7 +189,11 @@ class _Rehearsal:
         save_model(model, target)
         # As the base has it, with its ends, in place of one made from the configuration.
         if (source / GENERATION).is_file():
-            shutil.copy(source / GENERATION, target)
+            values = read_json(source / GENERATION)
+            # Offloading needs a GPU, which a rehearsal may leave to others.
+            if str(values.get("cache_implementation")).startswith("offloaded"):
+                del values["cache_implementation"]
+            write_json(target / GENERATION, values)
         return None
 
     def make_reward_miniature(
@@ -342,6 +351,9 @@ class _Rehearsal:
             limits=self.limits(), seed=self.config.seed, runtime=self.runtime,
         )  # fmt: skip
         self._check_published(self.policy, self.base)
+
+    def generate(self) -> None:
+        """Sample a reply of the policy by plain transformers, as the smoke test does."""
         prompts = [row.prompt for row in iterate_rows(self.data / PROMPTS_TRAIN, PromptRow)]
         sample_replies(self.policy, prompts[:1], self.runtime)
 

@@ -23,7 +23,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
-from rlhf.data.chat_template import text_after_end
+from rlhf.data.chat_template import tokens_after_end
 from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
@@ -181,7 +181,10 @@ def _check_options(model: Any, start: Path | str, config: RewardModelConfig) -> 
 
 def _has_plain_head(config: Any) -> bool:
     """Return whether the language model of a configuration has plain products for logits."""
-    small: Any = miniature(config, AutoModelForCausalLM)
+    try:
+        small: Any = miniature(config, AutoModelForCausalLM)
+    except ValueError:  # there is none of this family, so that nobody knows
+        return False
     return has_plain_head(small) and getattr(head_of(small), "bias", None) is None
 
 
@@ -191,8 +194,8 @@ def publish_ready_reward_model(
     """Check an external reward model; write it to `out_dir` as safetensors.
 
     Its `rlhf.json` (pooling, rendering) is copied; one that others trained gets the tokens that its
-    template writes behind a chat (`tail`), for it has read them in training. A tokenizer without
-    chat template or padding token is completed like that of a base model.
+    template writes behind a chat (`tail`, unless given there), for it has read them in training. A
+    tokenizer without chat template or padding token is completed like that of a base model.
 
     Args:
         model: The model's entry in the configuration; named in errors.
@@ -221,10 +224,9 @@ def publish_ready_reward_model(
     fit_embeddings(reward_model, renderer.tokenizer)
     save_model(reward_model, out_dir)
     renderer.tokenizer.save_pretrained(out_dir)
-    if "template_hash" not in meta and not isinstance(renderer, PairRenderer):
-        text = text_after_end(renderer.tokenizer)
-        if text:
-            meta["tail"] = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+    is_own = "template_hash" in meta or isinstance(renderer, PairRenderer)
+    if not is_own and "tail" not in meta and (tail := tokens_after_end(renderer.tokenizer)):
+        meta["tail"] = tail
     write_json(out_dir / META, {**meta, "pooling": reward_model.pooling})
     return StageResult({"parameters": reward_model.num_parameters()})
 

@@ -89,8 +89,9 @@ def rehearse_once(
             remarks = rehearse(config, base, sample, stages, reward_base=reward_base)
     for remark in remarks:
         log.warning("%s", remark)
-    short = _key(config, producer, _local_reward_base(config))
-    for path in (record, _record(config, short)):
+    # For stages after SFT, also where the folder of a reward model is not there any more.
+    later = [_key(config, producer, folders) for folders in (_local_reward_base(config), [])]
+    for path in (record, *(_record(config, key) for key in later)):
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"remarks": remarks})
     return remarks

@@ -315,10 +315,13 @@ class PPOConfig(
                 f"critic_warmup_updates = {self.critic_warmup_updates} leaves the policy none of "
                 f"{self.updates} updates; lower it, or raise total_episodes"
             )
-        if self.lr_warmup_updates >= self.updates:
+        warmups = self.critic_warmup_updates + self.lr_warmup_updates
+        if self.lr_warmup_updates and warmups >= self.updates:
             raise ValueError(
                 f"lr_warmup_updates = {self.lr_warmup_updates} ends after all {self.updates} "
-                "updates, so that no rate reaches its peak; lower it, or raise total_episodes"
+                f"updates, for it begins after critic_warmup_updates = "
+                f"{self.critic_warmup_updates}, so that the policy's rate never reaches its peak; "
+                "lower one of them, or raise total_episodes"
             )
         if self.top_k == 1:
             raise ValueError(

@@ -110,12 +110,13 @@ def _ppo(given: Tree) -> Tree:
     chunk, count = (_whole(given, *of) for of in (("chunk_size", 128), ("processes", 1)))
     mini = min(MINI_BATCH_SIZE, chunk)
     updates = -(-_whole(given, "total_episodes", 4608) // chunk)
+    critic_updates = _whole(given, "critic_warmup_updates", 0)
     is_shared = _flag(given, "shared_base") or given.get("critic") in ("adapter", "head")
     return {
         "learning_rate": _of_adapters(given, POLICY_RATES),
         # A critic with a backbone of its own trains all of its weights, also beside adapters.
         "critic_learning_rate": _of_adapters(given, CRITIC_RATES) if is_shared else CRITIC_RATES[0],
-        "lr_warmup_updates": min(WARMUP_UPDATES, round(updates / 10)),
+        "lr_warmup_updates": min(WARMUP_UPDATES, round(max(0, updates - critic_updates) / 10)),
         "mini_batch_size": max(mini - mini % count, min(count, chunk)),
         "micro_batch_size": MICRO_BATCH_SIZE,
         "num_ppo_epochs": PPO_EPOCHS,

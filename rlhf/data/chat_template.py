@@ -32,8 +32,9 @@ PINNED_DATE = datetime(2024, 7, 26)
 USER_PROBE, REPLY_PROBE = "Probe7391x.", "Answer4826y."
 
 #: A long text with what templates cut, put into other letters, or escape.
+_TEXT_END = "Probe7392z."
 _TEXT_PROBE = (
-    f'{USER_PROBE} <b>A & b\'s "c"</b> {{x}} **É**\n\n- `1.5`\n\tword ' + "word " * 600 + "End."
+    f'{USER_PROBE} <b>A & b\'s "c"</b> {{x}} **É**\n\n- `1.5`\n\tword {"word " * 600}{_TEXT_END}'
 )
 
 _USER = {"role": "user", "content": USER_PROBE}
@@ -138,18 +139,19 @@ def turn_format(tokenizer: Any) -> TurnFormat:
     return TurnFormat(end, parts, strips, *form, difference)
 
 
-def text_after_end(tokenizer: Any) -> str:
-    """Return what a template writes behind the end of a chat's last turn, such as a line break.
+def tokens_after_end(tokenizer: Any) -> list[int]:
+    """Return the tokens that a template writes behind the end of a chat, such as a line break.
 
-    No stage trains or samples it; a reward model that others trained has read it.
+    No stage trains or samples them; a reward model that others trained has read them.
     """
     turn = turn_format(tokenizer)
-    try:
-        whole = render(tokenizer, [_USER, _REPLY], False, turn.parts)
-    except Exception:  # it takes no assistant's turn
-        return ""
-    after = whole.rpartition(REPLY_PROBE)[2]
-    return after.partition(turn.end)[2] if turn.end else ""
+    if turn.end is None:
+        return []
+    whole = render(tokenizer, [_USER, _REPLY], False, turn.parts)
+    # In their place: behind other text, or a token that takes blanks along, they may be others.
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids(turn.end)
+    return ids[len(ids) - ids[::-1].index(end) :] if end in ids else []
 
 
 def encode_reply_text(tokenizer: Any, text: str, lead: str, anchor: str) -> list[int]:
@@ -271,28 +273,33 @@ def _check_same_text(tokenizer: Any, model: str) -> None:
     parts = _takes_parts(tokenizer)
     other = {"role": "user", "content": "Next."}
     probe = {"content": _TEXT_PROBE}
-    chats = {
-        "a user": [{**_USER, **probe}],
-        "the system": [{"role": "system", **probe}, other],
-        "the assistant": [other, {**_REPLY, **probe}, other],
-    }
-    for role, messages in chats.items():
+    chats = (
+        ("a user", [{**_USER, **probe}]),
+        ("a user", [{**_USER, **probe}, _REPLY, other]),
+        ("the system", [{"role": "system", **probe}, other]),
+        ("the assistant", [other, {**_REPLY, **probe}, other]),
+    )
+    warned = False
+    for role, messages in chats:
         try:
             text = render(tokenizer, messages, True, parts)
         except Exception:  # it refuses such a chat
             continue
+        begins = [m.start() for m in re.finditer(re.escape(USER_PROBE), text, re.IGNORECASE)]
+        ends = _TEXT_END.lower() in text.lower()
         # A turn that is left out as a whole is told with the prompts that have one.
-        at = text.lower().find(USER_PROBE.lower())
-        if _TEXT_PROBE not in text and at >= 0:
-            begin = text[at:]
+        if _TEXT_PROBE not in text and (begins or ends):
+            begin = text[begins[0] :] if begins else ""
             same = len(os.path.commonprefix([begin, _TEXT_PROBE]))  # noqa: RUF071
             if " ".join(begin.split()).startswith(" ".join(_TEXT_PROBE.split())):
-                log.warning(
-                    "model %r: its chat template alters line breaks or blanks within %s's turn "
-                    "(%r becomes %r), so that the model does not see them as they are", model,
-                    role, _TEXT_PROBE[same:][:6], begin[same:][:6],
-                )  # fmt: skip
-                return
+                if not warned:
+                    log.warning(
+                        "model %r: its chat template alters line breaks or blanks within %s's turn "
+                        "(%r becomes %r), so that the model does not see them as they are", model,
+                        role, _TEXT_PROBE[same:][:6], begin[same:][:6],
+                    )  # fmt: skip
+                warned = True
+                continue
             raise ConfigError(
                 f"model {model!r}: its chat template alters the content of {role}'s turn: of "
                 f"{len(_TEXT_PROBE):,} characters, {_TEXT_PROBE[same:][:20]!r} at {same} became "

@@ -23,6 +23,11 @@ _HTML = re.compile(
 )
 
 
+#: Marker of this project's template behind which a reply begins; no reply may hold it, for a reward
+#: model with `pooling: sum` counts from the last one.
+ASSISTANT = "<|assistant|>"
+
+
 class ControlTokens:
     """The control tokens of a tokenizer and its chat template.
 
@@ -48,7 +53,8 @@ class ControlTokens:
         # An unknown character gives unk, which says nothing about the text's turns.
         unknown = {tokenizer.unk_token_id} - set(end_ids)
         self._ids = frozenset(ids.values()) - unknown
-        in_replies = {t: ids[t] for t in self.texts if t not in markers or t in (*special, *ends)}
+        never = {*special, *ends, ASSISTANT}
+        in_replies = {t: ids[t] for t in self.texts if t not in markers or t in never}
         self._reply_texts = list(in_replies)
         self._reply_ids = frozenset(in_replies.values()) - unknown
         self._pattern = re.compile("|".join(re.escape(text) for text in self.texts) or r"(?!)")

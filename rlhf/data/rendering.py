@@ -12,12 +12,11 @@ from typing import Any
 
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.chat_template import TurnFormat, render, turn_format
-from rlhf.data.control_tokens import ControlTokens
+from rlhf.data.control_tokens import ASSISTANT, ControlTokens
 from rlhf.data.rows import Message, Prompt, messages_of
 from rlhf.errors import PromptUnusable
 from rlhf.files import read_json
 
-ASSISTANT = "<|assistant|>"
 END = "<|end|>"
 PAD = "<|pad|>"
 USER = "<|user|>"

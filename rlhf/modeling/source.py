@@ -34,7 +34,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64", "half", "float", "double
 _POSITIVE = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "hidden_size", "n_embd")
 _ROTARY = ("rope_theta", "factor", "rope_local_base_freq")
 #: Fields that make a model answer by a tuple, from which no stage reads.
-_TUPLES = {"return_dict": False, "use_return_dict": False, "torchscript": True}
+_TUPLES = {"return_dict": False, "use_return_dict": False}
 
 ADAPTER = "adapter_config.json"
 
@@ -153,7 +153,8 @@ class ExternalModel(External):
 
     def _check_values(self, config: Mapping[str, Any]) -> None:
         """Refuse sizes and rotary positions that are no numbers above 0, and answers as tuples."""
-        for part in _parts(config):
+        text = config.get("text_config")
+        for part in [config, text] if isinstance(text, Mapping) else [config]:
             for field, value in _numbers(part):
                 if not _may_be_positive(value):
                     raise self.error(
@@ -266,7 +267,9 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _numbers(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the names and values of a configuration's sizes and rotary positions."""
-    yield from ((name, part[name]) for name in (*_POSITIVE, *_ROTARY) if name in part)
+    # An encoder–decoder's count of layers is its encoder's, which may be left out.
+    sizes = () if "encoder_layers" in part else _POSITIVE
+    yield from ((name, part[name]) for name in (*sizes, *_ROTARY) if name in part)
     for name in ("rope_scaling", "rope_parameters"):
         rotary = part.get(name)
         # Some families have them by kind of layer.

@@ -173,6 +173,10 @@ def test_mistake_in_the_form_names_the_field_and_the_cure(overrides, expected):
         ("ppo.top_k=1", "ppo: top_k = 1 leaves one token at each step"),
         ("ppo.lr_warmup_updates=36", "ppo: lr_warmup_updates = 36 ends after all 36 updates"),
         (
+            "ppo={critic_warmup_updates: 20, lr_warmup_updates: 30}",
+            "ppo: lr_warmup_updates = 30 ends after all 36 updates, for it begins after critic",
+        ),
+        (
             "sft={lora: {r: 2}, frozen_dtype: bfloat16}",
             "sft.frozen_dtype = 'bfloat16' is for a pretrained base",
         ),

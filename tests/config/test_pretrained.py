@@ -92,6 +92,11 @@ def test_values_in_any_form_decide_over_defaults(chunk):
     assert (config.ppo.chunk_size, config.ppo.mini_batch_size) == (32, 32)
 
 
+def test_the_warm_up_fits_behind_the_critics_own_updates():
+    config = load_config(None, [BASE, "--ppo.critic_warmup_updates=33"]).config
+    assert (config.ppo.updates, config.ppo.lr_warmup_updates) == (36, 0)
+
+
 def test_values_of_the_users_own_win_whatever_their_form():
     given = ["--sft.learning_rate=1e-3", "--rl-kl-coef=0.1", "--ppo.critic_learning_rate=none"]
     config = load_config(None, [BASE, *given]).config

@@ -118,11 +118,12 @@ def test_only_a_classifier_with_one_label_is_ready(sft, reward_model, copy_of):
         ),
         ({"text_config": {"rope_theta": -1.0}}, "rope_theta = '-1.0'"),
         ({"return_dict": False}, "return_dict = False .* answer by a tuple; remove the field"),
-        ({"torchscript": True}, "torchscript = True"),
         ({"id2label": ["x"]}, r"id2label = .* is no object of names by number"),
         ({"id2label": 5}, "id2label = '5'"),
         ({"id2label": None, "num_labels": "1"}, "num_labels = '1' in its .* write 1 for a reward"),
         # As families have them.
+        ({"vision_config": {"num_hidden_layers": 0}, "torchscript": True}, None),
+        ({"encoder_layers": 0, "num_hidden_layers": 0}, None),
         ({"return_dict": True, "torchscript": False, "rope_scaling": None}, None),
         ({"rope_theta": [1e4, 1e6], "rope_parameters": {"mrope_section": [1, 1]}}, None),
     ],

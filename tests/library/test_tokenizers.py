@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config import BaseModelConfig
 from rlhf.data.chat_template import PLAIN_TEMPLATE
-from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.errors import ConfigError, PromptUnusable
 from rlhf.modeling.base import load_base
 from rlhf.modeling.generate import generate
@@ -412,6 +413,19 @@ class TestTemplates:
             # Contents that are cut or altered, of every turn, the assistant's, and the system's.
             (content_as("m.content.split('\n')[0]"), "alters the content of a user's turn"),
             (content_as("m.content | replace('**', '')"), "alters the content of a user's turn"),
+            # Cut on the left, in past turns alone, and behind one whose line breaks alone differ.
+            (content_as("m.content[-100:]"), "alters the content of a user's turn"),
+            (content_as("m.content.split('\n')[-1]"), "alters the content of a user's turn"),
+            (
+                content_as("m.content if loop.last or m.role != 'user' else m.content[:30]"),
+                "alters the content of a user's turn",
+            ),
+            (
+                content_as(
+                    "m.content | replace('\n', ' ') if m.role == 'user' else m.content[:40]"
+                ),
+                "alters the content of the",
+            ),
             (content_as("m.content[:12]"), "alters the content of a user's turn.* became '"),
             (content_as("m.content | truncate(2500)"), "alters the content of a user's turn"),
             (content_as("m.content | e"), "'<b>A & b.* at 12 became '&lt;b"),
@@ -449,6 +463,16 @@ class TestTemplates:
         tokenizer.chat_template = content_as(content)
         loaded(tmp_path, tokenizer)
         assert ("alters line breaks or blanks within a user's turn" in caplog.text) == warned
+
+    def test_no_reply_holds_the_marker_behind_which_replies_are_summed(self, tmp_path):
+        """One that is not special; a reward model would not see what is before it."""
+        tokenizer = gpt_2()
+        tokenizer.add_tokens([AddedToken(ASSISTANT, special=False), AddedToken("<think>")])
+        tokenizer.chat_template = LINES
+        ids = loaded(tmp_path, tokenizer).encode("?", f"bad<think>{ASSISTANT}good", 200).response
+        held = tokenizer.convert_ids_to_tokens(ids)
+        assert "<think>" in held
+        assert ASSISTANT not in held
 
     @pytest.mark.parametrize(
         ("end", "ordinary"), [("cup", True), ("Ċ", False), ("EOS", False), ("<e>", False)]
