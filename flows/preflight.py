@@ -39,6 +39,7 @@ def preflight(config: Path, *overrides: Overrides) -> None:
     config
         YAML preset, for example configs/preferences.yaml.
     """
+    from rlhf.modeling.tokenizer import load_tokenizer
     from tasks.preflight import preflight_command
     from tasks.rehearsal import base_without_weights, rehearse_once
     from tasks.runner import producer
@@ -52,6 +53,7 @@ def preflight(config: Path, *overrides: Overrides) -> None:
             return
         sample = _sample(loaded)
         remarks = rehearse_once(loaded, base, sample, producer("preflight", {}, loaded.seed))
+        load_tokenizer(base)  # for its warnings; the rehearsal is silent
         if not remarks:
             _print(
                 f"{loaded.base.path}: SFT, reward model, PPO and evaluation rehearsed in small; "

@@ -361,7 +361,7 @@ class PPOConfig(
         if self.shared_base and self.critic == "policy":
             raise ValueError(
                 "shared_base = true has no room for critic = 'policy', which is a model of its "
-                "own; set critic to reward_model, adapter or head"
+                "own; set critic to reward_model, adapter or head, or shared_base to false"
             )
         return self
 

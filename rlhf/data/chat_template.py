@@ -83,6 +83,11 @@ def complete_template(tokenizer: Any, model: str) -> None:
             f"model {model!r}: its chat template is no text; write it to chat_template.jinja"
         )
     if template is None:
+        log.warning(
+            "model %r: it has no chat template, so that prompts are written as `User: …`, and "
+            "replies behind `Assistant:`; if it was trained on chats, copy its chat_template.jinja",
+            model,
+        )  # fmt: skip
         template = _prefix(tokenizer) + PLAIN_TEMPLATE
     _refuse_random(template, model)
     tokenizer.chat_template = _pin_date(template, model)

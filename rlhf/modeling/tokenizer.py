@@ -120,11 +120,13 @@ def tokenizer_error(folder: Path | str, error: Exception) -> ConfigError:
         cure = "restore the tokenizer's files that were saved with the model"
         if not (expand_home(folder) / "tokenizer.json").is_file():
             cure = (
-                "it has no tokenizer.json: load its tokenizer once where sentencepiece and "
-                "tiktoken are installed, and save it here with save_pretrained"
+                "it has no tokenizer.json: copy it from where the model came from, or load its "
+                "tokenizer once where sentencepiece and tiktoken are installed, and save it here "
+                "with save_pretrained"
             )
         return ConfigError(
-            f"model {str(folder)!r}: its tokenizer can't be loaded ({reason[:160]}); {cure}"
+            f"model {str(folder)!r}: its tokenizer can't be loaded ({reason[:160].rstrip(' :')}); "
+            f"{cure}"
         )
     return ConfigError(
         f"model {str(folder)!r} (base.path or a reward model's) can't be "

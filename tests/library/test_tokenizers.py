@@ -123,7 +123,7 @@ class TestVocabulary:
             ("chat_template.json", "{", "restore the tokenizer's files that were saved with"),
             ("chat_template.json", '{"chat_template": 7}', "its chat template is no text; write"),
             ("tokenizer_config.json", "{", "restore the tokenizer's files that were saved with"),
-            ("tokenizer.json", None, "it has no tokenizer.json: load its tokenizer once where"),
+            ("tokenizer.json", None, "it has no tokenizer.json: copy it from where the model"),
             (
                 "tokenizer_config.json",
                 '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}',
