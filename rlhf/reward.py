@@ -36,7 +36,7 @@ from rlhf.modeling.classifier import (
     pads_exactly,
     trained_head,
 )
-from rlhf.modeling.device import prepare_device
+from rlhf.modeling.device import compact_heap, prepare_device
 from rlhf.modeling.frozen import check_frozen_dtype, holds_stored, store_frozen
 from rlhf.modeling.lora import (
     ADAPTER_FOLDER,
@@ -292,7 +292,10 @@ def _train(
     lora = config.lora and fit_targets(config.lora, model, "reward_model", head)
     if lora and config.sharding == "ddp":
         store_frozen(model, config.frozen_dtype, device, "reward_model", head)
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
+    with (
+        tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model),
+        compact_heap(device),
+    ):  # fmt: skip
         use_cpu = device.type == "cpu"
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
         with target_module_errors("reward_model", lora):

@@ -28,7 +28,7 @@ from rlhf.files import write_json
 from rlhf.modeling.agreement import agreement, rows_of, testing
 from rlhf.modeling.base import context_length, load_base
 from rlhf.modeling.decoders import check_exactness
-from rlhf.modeling.device import prepare_device
+from rlhf.modeling.device import compact_heap, prepare_device
 from rlhf.modeling.frozen import check_frozen_dtype, holds_stored, store_frozen
 from rlhf.modeling.lora import fit_targets, lora_config, merge_adapter, target_module_errors
 from rlhf.modeling.structure import argument_names, call, core_of, text_config
@@ -185,7 +185,10 @@ def _train(
     lora = config.lora and fit_targets(config.lora, model, "sft")
     if lora and config.sharding == "ddp":
         store_frozen(model, config.frozen_dtype, device, "sft")
-    with tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model):
+    with (
+        tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model),
+        compact_heap(device),
+    ):  # fmt: skip
         with target_module_errors("sft", lora):
             trainer = _Trainer(
                 model=model,

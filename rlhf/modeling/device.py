@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -30,8 +30,11 @@ ROW_MULTIPLE = 32
 # and greatest number of blocks that come from mmap and are returned to the kernel.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
-#: Never shrink, no mmap; then the values that glibc adapts itself to if left alone.
+#: Never shrink, no mmap.
 _RETAIN = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+#: mmap for whatever has 1 MiB.
+_COMPACT = {_MMAP_THRESHOLD: 2**20}
+#: The values that glibc adapts itself to if left alone.
 _DEFAULT = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
 
 
@@ -105,11 +108,30 @@ def retained_heap(device: torch.device) -> Iterator[None]:
     fault for every 4 KiB: a fifth of the time of optimising 124 M parameters, while the peak is the
     same (measured).
     """
+    with _heap(device, _RETAIN):
+        yield
+
+
+@contextmanager
+def compact_heap(device: torch.device) -> Iterator[None]:
+    """Take large tensors from the kernel, each by itself, until the context ends; as above.
+
+    Tensors of some MB that are kept for a backward pass stand between others that are freed, and
+    aligned allocations don't fill the holes: with LoRA 8.2 GB instead of 5.0 (reward model of 135 M
+    weights, 8 rows of 384 tokens), at the same speed (measured).
+    """
+    with _heap(device, _COMPACT):
+        yield
+
+
+@contextmanager
+def _heap(device: torch.device, options: Mapping[int, int]) -> Iterator[None]:
+    """Set options of the C library's heap until the context ends."""
     libc: Any = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):  # another C library
         yield
         return
-    for option in _RETAIN.items():
+    for option in options.items():
         libc.mallopt(*option)
     try:
         yield
