@@ -60,7 +60,7 @@ def test_tensorboard_has_every_metric_of_every_step(first_run):
     for stage, clock in ((name, "update" if "policy" in name else "step") for name in trained):
         shown = scalars(logs / stage)
         curve = read_json(store.fetch(result.refs[stage]) / "curve.json")
-        assert [row[clock] for row in curve] == ([1, 2, 3, 4] if clock == "update" else [5])
+        assert [row[clock] for row in curve] == ([1, 2, 3, 4] if clock == "update" else [5, 8])
         for metric in set(curve[0]) - {clock}:
             assert shown[metric] == [(r[clock], pytest.approx(r[metric])) for r in curve], metric
         assert len(shown) > len(curve[0])
