@@ -316,7 +316,7 @@ class PPOConfig(
                 f"{self.updates} updates; lower it, or raise total_episodes"
             )
         warmups = self.critic_warmup_updates + self.lr_warmup_updates
-        if self.lr_warmup_updates and warmups >= self.updates:
+        if self.lr_warmup_updates and warmups > self.updates:
             raise ValueError(
                 f"lr_warmup_updates = {self.lr_warmup_updates} ends after all {self.updates} "
                 f"updates, for it begins after critic_warmup_updates = "

@@ -171,7 +171,7 @@ def test_mistake_in_the_form_names_the_field_and_the_cure(overrides, expected):
         ("ppo.critic_warmup_updates=36", "ppo: critic_warmup_updates = 36 leaves the policy none"),
         ("ppo.lora={dropout: 0.1}", "ppo: lora.dropout = 0.1 is not for PPO, in which the policy"),
         ("ppo.top_k=1", "ppo: top_k = 1 leaves one token at each step"),
-        ("ppo.lr_warmup_updates=36", "ppo: lr_warmup_updates = 36 ends after all 36 updates"),
+        ("ppo.lr_warmup_updates=37", "ppo: lr_warmup_updates = 37 ends after all 36 updates"),
         (
             "ppo={critic_warmup_updates: 20, lr_warmup_updates: 30}",
             "ppo: lr_warmup_updates = 30 ends after all 36 updates, for it begins after critic",
