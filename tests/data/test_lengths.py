@@ -91,6 +91,7 @@ def test_every_stage_reads_the_same_tokens(prompt, chosen, rejected, limits, ren
     scorer = SimpleNamespace(
         renderer=renderer, limits=limits,
         score_ids=lambda rows: seen.append(rows) or torch.zeros(len(rows)),
+        _with_tail=lambda ids: ids,
     )  # fmt: skip
     Scorer.__call__(scorer, [prompt], [chosen])
     assert seen == [[a.ids]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import rlhf.ppo.trainer as optimise_module
+import rlhf.ppo.optimisation as optimise_module
 from rlhf.data.chat_template import PLAIN_TEMPLATE
 from rlhf.data.rendering import load_renderer
 from rlhf.errors import ConfigError, TrainingError
@@ -86,7 +86,9 @@ def test_one_with_the_policys_words_but_another_template_is_refused(train, rewar
     (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
     meta = read_json(folder / META)
     write_json(folder / META, {**meta, "template_hash": load_renderer(folder).template_hash})
-    with pytest.raises(ConfigError, match="but another chat template; train it again"):
+    with pytest.raises(
+        ConfigError, match="another chat template or end of replies; train it again"
+    ):
         train(reward=toys.approve(folder))
 
 
