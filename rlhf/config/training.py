@@ -121,7 +121,8 @@ class ProcessSection(Section):
 
 
 #: Fields left out of fingerprints and of checkpoints' identities: they decide where and in what
-#: portions work is done, and the result is the same up to rounding.
+#: portions work is done, and the result is the same up to rounding. One difference: where the rows
+#: are no multiple of `batch_size`, several processes fill up an epoch's last batch by its first.
 UNFINGERPRINTED_FIELDS = frozenset({*ProcessSection.model_fields, "rollout_batch_size"})
 
 
