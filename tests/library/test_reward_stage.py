@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pyarrow import parquet
+from transformers import CohereConfig, Gemma2Config, LlamaConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -24,7 +25,7 @@ from rlhf.evaluate import evaluate_reward_model
 from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import Scorer, reward_meta
-from rlhf.reward import _ColumnCollator, _encode, _Trainer, train_reward_model
+from rlhf.reward import _ColumnCollator, _encode, _has_plain_head, _Trainer, train_reward_model
 from tests.library import toys
 
 CPU = torch.device("cpu")
@@ -157,6 +158,13 @@ def test_the_language_model_loss_is_of_the_reply_alone(train, sft, monkeypatch, 
             logits = embedding @ hidden[row, i - 1]
             losses.append(torch.nn.functional.cross_entropy(logits, ids[i]).item())
     assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"), [(LlamaConfig, True), (CohereConfig, False), (Gemma2Config, False)]
+)
+def test_logits_that_are_scaled_or_capped_are_not_those_of_the_embedding(config, plain):
+    assert _has_plain_head(config()) == plain
 
 
 def test_it_needs_tied_embeddings(train, fresh, copy_of):
