@@ -23,7 +23,7 @@ from typing import Any
 
 import rlhf
 from rlhf.config import RuntimeConfig
-from rlhf.data.rendering import Renderer
+from rlhf.data.rendering import Renderer, configured_ends, known_ends, listed_ids
 from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import PromptUnusable, RLHFError, SmokeTestFailed
 from rlhf.files import read_json, write_json
@@ -170,7 +170,6 @@ def sample_replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf.data.rendering import configured_ends, known_ends
     from rlhf.modeling.base import context_length
     from rlhf.modeling.device import prepare_device
 
@@ -193,7 +192,7 @@ def sample_replies(folder: Path, prompts: Sequence[Prompt], runtime: RuntimeConf
 def _check_end(model: Any, renderer: Renderer) -> None:
     """Check that plain `generate` ends a reply where the policy learnt to end it."""
     ends = model.generation_config.eos_token_id
-    if renderer.end_id not in (ends if isinstance(ends, list) else [ends]):
+    if renderer.end_id not in listed_ids(ends):
         token = renderer.tokenizer.convert_ids_to_tokens(renderer.end_id)
         raise SmokeTestFailed(
             f"its replies end with {token}, and its generation_config.json has eos_token_id {ends}"

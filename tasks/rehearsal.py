@@ -126,7 +126,7 @@ def _check_weights(config: PipelineConfig) -> None:
 
     base, reward_model = external_base_model(config), external_reward_model(config)
     for external, check in ((base, check_weights), (reward_model, check_classifier)):
-        if external is not None and external.is_path() and external.path.is_dir():
+        if external is not None and _local_folder(external):
             check(external.path, field=external.field)
 
 
@@ -138,9 +138,13 @@ def _reward_base(config: PipelineConfig, scratch: Path) -> tuple[ExternalModel, 
 
 def _local_reward_base(config: PipelineConfig) -> list[Path]:
     """Return the folder of the external reward model, if it is a local one."""
-    external = external_reward_model(config)
-    is_local = external is not None and external.is_path() and external.path.is_dir()
-    return [external.path] if external is not None and is_local else []
+    return _local_folder(external_reward_model(config))
+
+
+def _local_folder(external: ExternalModel | None) -> list[Path]:
+    if external is not None and external.is_path() and external.path.is_dir():
+        return [external.path]
+    return []
 
 
 def _small_files(external: ExternalModel, config: PipelineConfig, scratch: Path) -> Path:

@@ -319,13 +319,18 @@ def configured_ends(folder: Path | str) -> int | list[int] | None:
     return None
 
 
+def listed_ids(value: int | Sequence[int] | None) -> list[int]:
+    """Return the token ids of a configuration's field, which may hold one, several or none."""
+    return [value] if isinstance(value, int) else list(value or ())
+
+
 def known_ends(tokenizer: Any, configured: int | list[int] | None) -> list[int]:
     """Return the configured ends of a reply that a tokenizer knows as control tokens.
 
     Other ids are defaults of a model's class, which may name any word of this vocabulary. The pad
     token is no end for being the only one configured: those are defaults too.
     """
-    ends = [configured] if isinstance(configured, int) else list(configured or ())
+    ends = listed_ids(configured)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if ends == [pad] and pad != eos:
         return []

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from rlhf.data.chat_template import complete_template, render, turn_format
-from rlhf.data.rendering import PAD, known_ends
+from rlhf.data.rendering import PAD, known_ends, listed_ids
 from rlhf.errors import ConfigError
 from rlhf.files import expand_home, read_json
 
@@ -91,14 +91,13 @@ def load_tokenizer_and_ends(
         except (ValueError, AttributeError) as error:
             raise tokenizer_error(folder, error) from error
     complete_template(tokenizer, str(folder))
-    _set_end(tokenizer, str(folder))
+    end = _set_end(tokenizer, str(folder))
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model {str(folder)!r}: its tokenizer has no eos_token, so no reply could end; "
             "set one in the model's tokenizer_config.json"
         )
     _refuse_word(tokenizer, str(folder))
-    end = turn_format(tokenizer).end
     written = [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *written, *ends]))
     choose_pad(tokenizer, ends, rows)
@@ -265,10 +264,10 @@ def set_ends(model: Any, ends: Sequence[int]) -> None:
     The first, which is trained, is the only one that the model's configuration must name.
     """
     for config in _holders(model, "eos_token_id"):
-        if ends[0] not in _ids(getattr(config, "eos_token_id", None)):
+        if ends[0] not in listed_ids(getattr(config, "eos_token_id", None)):
             config.eos_token_id = ends[0]
     generation = getattr(model, "generation_config", None)
-    if generation is not None and set(_ids(generation.eos_token_id)) != set(ends):
+    if generation is not None and set(listed_ids(generation.eos_token_id)) != set(ends):
         generation.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
 
 
@@ -277,10 +276,6 @@ def _holders(model: Any, name: str) -> list[Any]:
     text = model.config.get_text_config(decoder=True)
     outer = model.config
     return [text] if outer is text or getattr(outer, name, None) is None else [text, outer]
-
-
-def _ids(value: int | Sequence[int] | None) -> list[int]:
-    return [value] if isinstance(value, int) else list(value or ())
 
 
 def _configurations(place: str, extra: dict[str, Any]) -> tuple[Any, int | list[int] | None]:
@@ -334,11 +329,15 @@ def _text(config: Any, name: str) -> Any:
     return getattr(config.get_text_config(), name, None) if value is None else value
 
 
-def _set_end(tokenizer: Any, model: str) -> None:
-    """Make the template's end of a reply the tokenizer's eos, if the template does not change."""
+def _set_end(tokenizer: Any, model: str) -> str | None:
+    """Make the template's end of a reply the tokenizer's eos, if the template does not change.
+
+    Returns:
+        The template's end of a reply, if it writes one.
+    """
     end = turn_format(tokenizer).end
     if end is None or end == tokenizer.eos_token:
-        return
+        return end
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     before, eos = render(tokenizer, messages, False), tokenizer.eos_token
     tokenizer.eos_token = end
@@ -346,6 +345,7 @@ def _set_end(tokenizer: Any, model: str) -> None:
         tokenizer.eos_token = eos  # the template writes it elsewhere
     else:
         log.info("model %r: its template ends replies by %s, which becomes its eos", model, end)
+    return end
 
 
 def _warn(tokenizer: Any, model: str) -> None:

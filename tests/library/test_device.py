@@ -96,15 +96,23 @@ with retained_heap(torch.device("cpu")):
 """
 
 
-@pytest.mark.cpu_only("of malloc")
-@pytest.mark.skipif(
+GLIBC = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc"
 )
-def test_freed_memory_is_kept_inside():
+
+
+def printed_by(script: str) -> list[str]:
+    """Run a script in a process with a heap of its own; return the words that it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True
     )
-    fresh, kept = map(int, done.stdout.split())
+    return done.stdout.split()
+
+
+@pytest.mark.cpu_only("of malloc")
+@GLIBC
+def test_freed_memory_is_kept_inside():
+    fresh, kept = map(int, printed_by(SCRIPT))
     assert fresh > 80_000  # 4 KiB each
     assert kept < fresh / 10
 
@@ -134,14 +142,9 @@ with compact_heap(torch.device("cpu")):
 
 
 @pytest.mark.cpu_only("of malloc")
-@pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc"
-)
+@GLIBC
 def test_large_tensors_leave_no_holes():
-    done = subprocess.run(
-        [sys.executable, "-c", HOLES], check=True, stdout=subprocess.PIPE, text=True
-    )
-    with_holes, compact = map(float, done.stdout.split())
+    with_holes, compact = map(float, printed_by(HOLES))
     assert with_holes > 1.3
     assert compact < 1.1
 
