@@ -359,7 +359,7 @@ class _Rehearsal:
 
     def evaluate(self) -> None:
         """Run both evaluations."""
-        from rlhf.evaluate import evaluate_policy, evaluate_reward_model
+        from rlhf.evaluation import evaluate_policy, evaluate_reward_model
 
         self.evaluation.mkdir()
         section = self.config.evaluation.model_copy(update={"judge": "none"})

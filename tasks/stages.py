@@ -167,7 +167,7 @@ def _train(
 
 
 def _evaluate_reward_model(run: StageRun) -> StageResult:
-    from rlhf.evaluate import evaluate_reward_model
+    from rlhf.evaluation import evaluate_reward_model
 
     config = run.config
     return evaluate_reward_model(
@@ -178,7 +178,7 @@ def _evaluate_reward_model(run: StageRun) -> StageResult:
 
 
 def _evaluate_policy(run: StageRun) -> StageResult:
-    from rlhf.evaluate import evaluate_policy
+    from rlhf.evaluation import evaluate_policy
 
     config = run.config
     return evaluate_policy(

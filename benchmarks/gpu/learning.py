@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gpu import quickstart
 from benchmarks.gpu.section import Context, Results, SectionFailedError
-from rlhf.evaluate import EVALUATION, evaluate_policy, evaluate_reward_model
+from rlhf.evaluation import EVALUATION, evaluate_policy, evaluate_reward_model
 from rlhf.files import read_json
 from rlhf.ppo.train import train_policy
 

@@ -156,7 +156,7 @@ def run_part(args: argparse.Namespace, config: PipelineConfig, work: Path) -> No
 def make_inputs(config: PipelineConfig, work: Path) -> None:
     """Make data, SFT policy and reward model; a folder appears when complete."""
     from rlhf.data.prepare import prepare_data
-    from rlhf.evaluate import evaluate_reward_model
+    from rlhf.evaluation import evaluate_reward_model
     from rlhf.reward import train_reward_model
     from rlhf.sft import train_sft
 

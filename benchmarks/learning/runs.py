@@ -11,7 +11,8 @@ from rlhf.config import PipelineConfig
 from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PROMPTS_EVAL, PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.environments.stop import StopSequences
-from rlhf.evaluate import EVALUATION, answer_prompts, judge_of
+from rlhf.evaluation import EVALUATION
+from rlhf.evaluation.policy import answer_prompts, judge_of
 from rlhf.files import read_json
 from rlhf.gates import Approved, judge, require
 from rlhf.modeling.base import load_policy

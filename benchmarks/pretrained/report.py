@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.pretrained.rubric import BEST, WEIGHTS, gold, preference, virtues
 from rlhf.config import PipelineConfig
 from rlhf.data.rows import PAIRS_EVAL, Pair, messages_of, read_rows
-from rlhf.evaluate import EVALUATION, SAMPLES
+from rlhf.evaluation import EVALUATION, SAMPLES
 from rlhf.files import read_json
 from rlhf.statistics import share
 from rlhf.store import Store

@@ -18,7 +18,7 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Demonstration, Pair, PromptRow, messages_of, read_rows
 from rlhf.data.token_bound import TokenBound
 from rlhf.errors import DataError, PromptUnusable
-from rlhf.evaluate import _fitting_pairs
+from rlhf.evaluation.reward_model import _fitting_pairs
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.source import ExternalTokenizer

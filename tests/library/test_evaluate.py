@@ -7,23 +7,16 @@ import shutil
 import pytest
 import torch
 
-import rlhf.evaluate as module
+import rlhf.evaluation.reward_model as module
 from rlhf.config import DataConfig, EvaluationConfig, WorldConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, write_rows
 from rlhf.errors import DataError
-from rlhf.evaluate import (
-    Answers,
-    _compare,
-    _groups,
-    _kl,
-    ceiling_of,
-    evaluate_policy,
-    evaluate_reward_model,
-    judge_of,
-    repetition,
-)
+from rlhf.evaluation import evaluate_policy, evaluate_reward_model
+from rlhf.evaluation.common import groups_of
+from rlhf.evaluation.policy import Answers, _compare, _kl, judge_of, repetition
+from rlhf.evaluation.reward_model import ceiling_of
 from rlhf.files import read_json
 from rlhf.modeling.base import load_policy, train_tokenizer
 from rlhf.modeling.generate import generate
@@ -56,8 +49,8 @@ def test_repetition():
     assert repetition("no no no no no") == pytest.approx(2 / 3)
 
 
-def test_groups():
-    assert _groups(["a", None, "b", "a"]) == {"a": [0, 3], "b": [2]}
+def testgroups_of():
+    assert groups_of(["a", None, "b", "a"]) == {"a": [0, 3], "b": [2]}
 
 
 # --- reward model -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rlhf.config import BaseModelConfig, EvaluationConfig, SFTConfig
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import DEMONSTRATIONS, Demonstration, read_rows
 from rlhf.errors import ConfigError
-from rlhf.evaluate import evaluate_policy
+from rlhf.evaluation import evaluate_policy
 from rlhf.modeling.base import UNBOUNDED, context_length, load_policy
 from rlhf.modeling.decoders import check_exactness, decoder_of
 from rlhf.modeling.logprobs import log_probs_and_entropy

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "benchmarks" / "gpu_packages.txt"
 PACKAGES = ("ppo", "modeling", "config", "environments")
-MODULES = ("rlhf.evaluate", "rlhf.gates")
+MODULES = ("rlhf.evaluation", "rlhf.gates")
 
 #: Hides packages as if they were not installed: optional imports find nothing and go on.
 SCRIPT = """

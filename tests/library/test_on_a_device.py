@@ -10,7 +10,7 @@ import torch
 
 from rlhf.config import DataConfig, EvaluationConfig, LoraConfig, RuntimeConfig
 from rlhf.custom_code import ALLOWED
-from rlhf.evaluate import EVALUATION, evaluate_policy, evaluate_reward_model
+from rlhf.evaluation import EVALUATION, evaluate_policy, evaluate_reward_model
 from rlhf.files import read_json
 from rlhf.modeling.decoders import PackedDecoder, PaddedDecoder, decoder_of
 from rlhf.modeling.generate import READ_EVERY, generate

@@ -12,7 +12,7 @@ import torch
 
 from rlhf.config import DataConfig, EvaluationConfig
 from rlhf.data.prepare import prepare_data
-from rlhf.evaluate import evaluate_reward_model
+from rlhf.evaluation import evaluate_reward_model
 from rlhf.files import read_json
 from rlhf.modeling.reward import Scorer
 from rlhf.reward import train_reward_model

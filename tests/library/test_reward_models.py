@@ -28,7 +28,7 @@ from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import load_renderer
 from rlhf.data.text_pairs import PairRenderer
 from rlhf.errors import ConfigError, PromptUnusable
-from rlhf.evaluate import evaluate_reward_model
+from rlhf.evaluation import evaluate_reward_model
 from rlhf.modeling.classifier import Pooled, Whole, is_causal, load_classifier, pads_exactly
 from rlhf.modeling.lora import ADAPTER_FOLDER
 from rlhf.modeling.reward import Scorer, load_unpublished, reward_meta, save_reward_model

@@ -21,7 +21,7 @@ from rlhf.data.collect import lead
 from rlhf.data.rendering import ASSISTANT, load_renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows, write_rows
 from rlhf.errors import ConfigError, DataError
-from rlhf.evaluate import evaluate_reward_model
+from rlhf.evaluation import evaluate_reward_model
 from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import Scorer, reward_meta

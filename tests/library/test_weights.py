@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from rlhf.config import EvaluationConfig, LoraConfig
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import ConfigError
-from rlhf.evaluate import evaluate_policy
+from rlhf.evaluation import evaluate_policy
 from rlhf.modeling import weights
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.reward import Scorer

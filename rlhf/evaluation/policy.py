@@ -1,9 +1,9 @@
-"""Evaluation stages: the reward model and the policy on held-out data."""
+"""Evaluation of a policy beside the SFT policy on held-out prompts."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.config import DataConfig, EvaluationConfig, PPOConfig, RuntimeConfig
+from rlhf.config import EvaluationConfig, PPOConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer, load_renderer
-from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, read_rows
+from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
 from rlhf.environments.stop import StopSequences
 from rlhf.errors import DataError
+from rlhf.evaluation.common import EVALUATION, SAMPLES, GoldScore, groups_of, points
 from rlhf.files import write_json
 from rlhf.modeling.base import context_length, load_policy
 from rlhf.modeling.critic import freeze
@@ -29,66 +30,6 @@ from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
 from rlhf.stage import Progress, StageResult, silent
 from rlhf.statistics import repeated_ngrams, share
-
-EVALUATION = "evaluation.json"
-SAMPLES = "samples.json"
-
-Judge = Callable[[Any, str], float]
-
-
-def evaluate_reward_model(
-    config: EvaluationConfig,
-    data_config: DataConfig,
-    data: Path,
-    reward_model: Path,
-    out_dir: Path,
-    *,
-    limits: TokenLimits | int,
-    runtime: RuntimeConfig | None = None,
-    progress: Progress = silent,
-) -> StageResult:
-    """Measure accuracy on held-out pairs, beside choosing the longer reply.
-
-    Pairs that the model can't be given, or that are equal where it cuts them, are left out.
-
-    Writes `evaluation.json`: accuracy, accuracy_low/high, n, baseline_longer (with interval),
-    margin_mean, by_group, and for a source whose truth is known ceiling and share_of_ceiling. Each
-    pair counts once, whatever its weight in training: the interval is that of independent trials.
-
-    Raises:
-        DataError: The data have no held-out pairs, or the model can't be given too many of them.
-    """
-    pairs = read_rows(data / PAIRS_EVAL, Pair)
-    if not pairs:
-        raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
-    scorer = Scorer(reward_model, prepare_device(runtime or RuntimeConfig()), limits)
-    pairs, counts = _fitting_pairs(pairs, scorer.renderer, scorer.limits)
-    chosen = _score_in_parts(scorer, pairs, "chosen", progress, 0)
-    rejected = _score_in_parts(scorer, pairs, "rejected", progress, len(pairs))
-    # A tie counts a half: a model with the same score for everything is no better than a coin.
-    correct = (torch.sign(chosen - rejected) + 1) / 2
-    longer = [_points(len(p.chosen) - len(p.rejected)) for p in pairs]
-    metrics: dict[str, Any] = {
-        **share("accuracy", float(correct.sum()), len(pairs)),
-        **share("baseline_longer", sum(longer), len(pairs)),
-        "n": len(pairs),
-        "margin_mean": float((chosen - rejected).mean()),
-        "score_mean": float(torch.cat([chosen, rejected]).mean()),
-        "score_std": float(torch.cat([chosen, rejected]).std()),
-    }
-    ceiling = ceiling_of(config, data_config, pairs)
-    if ceiling is not None:
-        metrics |= _ceiling_metrics(metrics["accuracy"], ceiling)
-    metrics |= counts
-    metrics["by_group"] = {}
-    for group, index in _groups([p.group for p in pairs]).items():
-        part = {**share("accuracy", float(correct[index].sum()), len(index)), "n": len(index)}
-        if ceiling is not None:
-            group_ceiling = ceiling_of(config, data_config, [pairs[i] for i in index]) or ceiling
-            part |= _ceiling_metrics(part["accuracy"], group_ceiling)
-        metrics["by_group"][group] = part
-    write_json(out_dir / EVALUATION, metrics)
-    return StageResult({k: v for k, v in metrics.items() if k != "by_group"})
 
 
 def evaluate_policy(
@@ -131,7 +72,7 @@ def evaluate_policy(
     rows = fitting.fitting_both(rows, scorer.renderer, scorer.limits)
     if not rows:
         raise DataError("no held-out prompt is left to evaluate on; raise data.eval_fraction")
-    groups = _groups([row.group for row in rows])
+    groups = groups_of([row.group for row in rows])
     judge = judge_of(config)
     ending = StopSequences(renderer, ppo.generation.stop_sequences)
     evaluation: dict[str, Any] = {"n": len(rows)}
@@ -170,7 +111,7 @@ def _flat(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def answer_prompts(
     model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer,
-    ending: StopSequences, scorer: Scorer, judge: Judge | None, sampling: Sampling, seed: int,
+    ending: StopSequences, scorer: Scorer, judge: GoldScore | None, sampling: Sampling, seed: int,
     config: EvaluationConfig, max_prompt: int,
 ) -> Answers:  # fmt: skip
     """Generate and score a model's replies; with a reference, estimate their KL too."""
@@ -213,7 +154,7 @@ class Answers:
     gold: list[float] | None
 
 
-def judge_of(config: EvaluationConfig) -> Judge | None:
+def judge_of(config: EvaluationConfig) -> GoldScore | None:
     """Return the configured judge: `judge(prompt, reply) -> score`."""
     if config.judge == "none":
         return None
@@ -222,74 +163,9 @@ def judge_of(config: EvaluationConfig) -> Judge | None:
     return gold
 
 
-def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
-    """Return the best accuracy to expect on these noisy labels, if it is known."""
-    if config.judge == "none":
-        return None
-    from rlhf.world import WorldPair, ceiling
-
-    rows = [WorldPair(str(p.prompt), p.chosen, p.rejected) for p in pairs]
-    return ceiling(rows, data.world.temperature)
-
-
 def repetition(text: str) -> float:
     """Return the share of a reply's 3-grams of words that repeat earlier ones."""
     return repeated_ngrams(text.lower().split(), 3)
-
-
-def _fitting_pairs(
-    pairs: list[Pair], renderer: Renderer, limits: TokenLimits
-) -> tuple[list[Pair], dict[str, int]]:
-    """Return the pairs that a scorer can tell apart, and the counts of the others."""
-    fitting = Fitting(renderer, limits)
-
-    def encode(pair: Pair) -> Pair | None:
-        one = fitting.encode(pair.prompt, pair.chosen)
-        other = fitting.encode(pair.prompt, pair.rejected)
-        fitting.count_dropped(one.turns_dropped)
-        fitting.counts["pairs_cut"] += one.is_cut or other.is_cut
-        fitting.counts["pairs_equal_when_cut"] += one.response == other.response
-        return pair if one.response != other.response else None
-
-    kept = [pair for pair in fitting.map(pairs, encode) if pair is not None]
-    if not kept:
-        raise DataError(
-            f"reward_model.max_length = {limits.max_length}: all held-out pairs are equal "
-            "within it; raise it"
-        )
-    return kept, fitting.metrics()
-
-
-def _score_in_parts(
-    scorer: Scorer, pairs: Sequence[Pair], side: str, progress: Progress, done: int
-) -> Float[Tensor, " pairs"]:
-    scores = []
-    size = max(1, len(pairs) // 5)
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        scores.append(scorer([p.prompt for p in part], [getattr(p, side) for p in part]))
-        progress(done + start + len(part), 2 * len(pairs), {})
-    return torch.cat(scores)
-
-
-def _points(difference: float) -> float:
-    """Return 1 for a win, 0.5 for a tie and 0 for a loss."""
-    return ((difference > 0) - (difference < 0)) / 2 + 0.5
-
-
-def _ceiling_metrics(accuracy: float, ceiling: float) -> dict[str, float]:
-    """Return the ceiling, and the accuracy's share of its gain over chance."""
-    share_of = {"share_of_ceiling": (accuracy - 0.5) / (ceiling - 0.5)} if ceiling > 0.5 else {}
-    return {"ceiling": ceiling, **share_of}
-
-
-def _groups(names: Sequence[str | None]) -> dict[str, list[int]]:
-    """Return the rows of each group; a row without a name is in none."""
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        if name is not None:
-            groups.setdefault(name, []).append(i)
-    return groups
 
 
 def _compare(before: Answers, after: Answers, index: Sequence[int]) -> dict[str, float]:
@@ -311,7 +187,7 @@ def _compare(before: Answers, after: Answers, index: Sequence[int]) -> dict[str,
     }
     if before.gold is not None and after.gold is not None:
         old, new = before.gold, after.gold
-        gold_wins = sum(_points(new[i] - old[i]) for i in rows)
+        gold_wins = sum(points(new[i] - old[i]) for i in rows)
         not_worse = sum(new[i] >= old[i] for i in rows)
         result |= {
             **share("gold_win_rate", gold_wins, n),
