@@ -72,6 +72,10 @@ class TrainingError(RLHFError, ArithmeticError):
     """Training can't continue, as after a non-finite loss or a wrong checkpoint."""
 
 
+class NotFinite(TrainingError):
+    """A loss or gradient is NaN or infinite; the weights are not."""
+
+
 class Interrupted(RLHFError):
     """SIGTERM was received; the work is saved, and a retry resumes from there."""
 

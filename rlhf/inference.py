@@ -153,6 +153,23 @@ def mean_p_value(values: Sequence[float], prompts: Sequence[object] | None = Non
     return float(2 * stats.t.sf(abs(value / error), clusters - 1))
 
 
+def positive_mean_p_value(
+    values: Sequence[float], prompts: Sequence[object] | None = None
+) -> float:
+    """Return the one-sided p-value of a mean of zero or less, by Student's t over prompts.
+
+    1 with fewer than two prompts, where nothing can be shown.
+    """
+    from scipy import stats
+
+    value, error, clusters = _mean(np.asarray(values, dtype=float), prompts)
+    if clusters < 2:
+        return 1.0
+    if error == 0:
+        return 0.0 if value > 0 else 1.0
+    return float(stats.t.sf(value / error, clusters - 1))
+
+
 def power_of_share(
     true: float, than: float, prompts: int, spread: float, confidence: float
 ) -> float:

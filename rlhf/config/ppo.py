@@ -21,6 +21,7 @@ from rlhf.config.training import (
     check_adapters_only,
     check_divides,
 )
+from rlhf.config.watchdog import WatchdogConfig
 from rlhf.errors import ConfigError
 
 #: Fields of section `ppo` that have an `rl_` name: the seed's parameters.
@@ -274,6 +275,9 @@ class PPOConfig(
     largest, unless `lr_warmup_updates` makes them small."""
     checkpoint_every: int = Field(default=5, ge=1)
     """Updates between two checkpoints; training resumes exactly from the last one."""
+    watchdog: WatchdogConfig | None = WatchdogConfig()
+    """Looks at the policy on held-out prompts during the training, stops it for a reason, and
+    chooses the update whose policy goes on; none: no looks, and the last one goes on."""
 
     @model_validator(mode="before")
     @classmethod
@@ -332,6 +336,12 @@ class PPOConfig(
             raise ValueError(
                 "kl_controller = 'adaptive' multiplies kl_coef, and kl_coef = 0 stays 0; "
                 "raise kl_coef above 0, or use kl_controller = 'fixed'"
+            )
+        limit = self.watchdog and self.watchdog.max_kl
+        if self.kl_controller == "adaptive" and limit and self.kl_target >= limit:
+            raise ValueError(
+                f"kl_target = {self.kl_target:g} is what the adaptive controller aims at, and "
+                f"watchdog.max_kl = {limit:g} stops the run; raise the latter above it"
             )
         if self.kl_controller == "adaptive" and self.chunk_size >= 5 * self.kl_horizon:
             raise ValueError(

@@ -47,7 +47,7 @@ class Job(BaseModel):
     base: BaseModelConfig = BaseModelConfig()
     """Model that SFT starts from; the other stages start from an input."""
     inputs: Mapping[str, JobPath]
-    """Folders by role: `data`, `sft` and `reward-model`."""
+    """Folders by role: `data`, `sft`, `reward-model` and `judge`."""
     limits: TokenLimits | None = None
     """Most tokens of prompts and replies."""
     verdict: Verdict | None = None
@@ -99,7 +99,7 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
                 uploads = CheckpointUploads(job.checkpoint_store.open())
             return train_policy(
                 job.section, data, job.inputs["sft"], approved, job.out_dir,
-                identity=job.identity, checkpoints=job.checkpoints, uploads=uploads, **shared,
+                judge=job.inputs.get("judge"), identity=job.identity, checkpoints=job.checkpoints, uploads=uploads, **shared,
             )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,14 @@ from torch import Tensor
 from rlhf.errors import CheckpointError, ConfigError, TrainingError
 from rlhf.files import fsync, read_json, write_json
 from rlhf.modeling.weights import save_tensors, shards_of
+from rlhf.ppo.frontier import Frontier
 from rlhf.ppo.models import Models
 
 #: Checkpoints to retain.
 KEEP = 2
 STATE = "state.json"
+#: Name of the files with the frontier's retained weights.
+RETAINED = "retained"
 
 #: Seconds to wait for another process's lock: one that was just killed may still be ending.
 LOCK_TIMEOUT = 2.0
@@ -46,6 +49,15 @@ class TrainState:
     curve: list[dict[str, float]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
+    frontier: Frontier = field(default_factory=Frontier)
+    """Looks of the watchdog; none without one."""
+    retained: dict[str, Tensor] = field(default_factory=dict)
+    """The frontier's retained weights of the policy; in the leading process only."""
+
+    def values(self) -> dict[str, Any]:
+        """Return all but the weights, as JSON values."""
+        values = {name: value for name, value in vars(self).items() if name != RETAINED}
+        return {**values, "frontier": self.frontier.state_dict()}
 
 
 @contextmanager
@@ -107,8 +119,9 @@ def load_checkpoint(folder: Path, models: Models, identity: Mapping[str, str]) -
         try:
             saved = _read_state(checkpoint)
             _check_identity(checkpoint, saved.pop("identity"), identity)
-            state = TrainState(**saved)
-            _check_files(checkpoint, models)
+            frontier = Frontier.of(saved.pop("frontier"))
+            state = TrainState(**saved, frontier=frontier)
+            _check_files(checkpoint, models, state)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -117,6 +130,9 @@ def load_checkpoint(folder: Path, models: Models, identity: Mapping[str, str]) -
             )
             continue
         _load_tensors(checkpoint, models)
+        if state.frontier.looks and models.ranks.is_leader:
+            for path in shards_of(checkpoint, RETAINED):
+                state.retained |= load_file(path)
         return state
     if existing:
         raise TrainingError(
@@ -160,7 +176,9 @@ def _write(
         save_tensors(parameters, partial, name)
     for name, optimizer in models.optimizers.items():
         save_tensors(_flat_state(optimizer), partial, f"optimizer-{name}")
-    write_json(partial / STATE, {**asdict(state), "identity": dict(identity)})
+    if state.retained:
+        save_tensors(state.retained, partial, RETAINED)
+    write_json(partial / STATE, {**state.values(), "identity": dict(identity)})
     _commit(partial, final)
     existing = checkpoints_in(folder)
     newest = existing.index(final)  # later ones are damaged: loading fell back past them
@@ -224,9 +242,12 @@ def _check_identity(checkpoint: Path, saved: Mapping[str, str], run: Mapping[str
             )
 
 
-def _check_files(checkpoint: Path, models: Models) -> None:
+def _check_files(checkpoint: Path, models: Models, state: TrainState) -> None:
     """Check names, shapes and file lengths, before any tensor is loaded."""
-    for name, parameters in models.parameters.items():
+    wanted = dict(models.parameters)
+    if state.frontier.looks:
+        wanted[RETAINED] = models.parameters["policy"]
+    for name, parameters in wanted.items():
         shapes = _saved_shapes(checkpoint, name)
         if shapes != {key: list(p.shape) for key, p in parameters.items()}:
             raise ValueError(f"{name}.safetensors holds other tensors than the model")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf.errors import TrainingError
+from rlhf.errors import NotFinite
 from rlhf.modeling.device import upload
 from rlhf.modeling.generate import Replies
 from rlhf.ppo.losses import (
@@ -63,7 +63,7 @@ def optimise(buffer: Buffer, models: Models, seed: int, learn_policy: bool = Tru
         Metrics, averaged over the optimizer steps, and the number of these.
 
     Raises:
-        TrainingError: A loss or gradient is not finite.
+        NotFinite: A loss or gradient is not finite.
     """
     config = models.config
     generator = torch.Generator().manual_seed(seed)
@@ -210,7 +210,7 @@ class _OptimizerStep:
                 parameters = self.models.parameters[name].values()
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         if not all(math.isfinite(v) for v in self.metrics.values()):
-            raise TrainingError(
+            raise NotFinite(
                 f"PPO's loss or gradient is not finite ({dict(self.metrics)}); lower "
                 "ppo.learning_rate or ppo.max_grad_norm; the last checkpoint is intact"
             )

@@ -16,7 +16,7 @@ from rlhf.config.lengths import TokenLimits
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.data.fitting import Fitting
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
-from rlhf.errors import DataError, Interrupted
+from rlhf.errors import DataError, Interrupted, NotFinite
 from rlhf.files import expand_home, folder_sha256, write_json
 from rlhf.gates import Approved
 from rlhf.modeling.base import load_policy
@@ -29,6 +29,7 @@ from rlhf.ppo.checkpoint import TrainState, exclusive, load_checkpoint, save_che
 from rlhf.ppo.checkpoint_upload import CheckpointUploads
 from rlhf.ppo.models import load_models
 from rlhf.ppo.trainer import PPOTrainer, derive_seed
+from rlhf.ppo.watchdog import WATCHDOG, Watchdog, make_watchdog
 from rlhf.signals import deferred_sigterm
 from rlhf.stage import Progress, StageResult, silent
 
@@ -42,6 +43,7 @@ def train_policy(
     reward_model: Approved[Path] | None,
     out_dir: Path,
     *,
+    judge: Path | None = None,
     limits: TokenLimits | None = None,
     seed: int = 0,
     identity: Mapping[str, str] | None = None,
@@ -61,11 +63,13 @@ def train_policy(
         sft: Folder of the starting policy, which is the KL reference too.
         reward_model: Folder of a reward model that passed its gate (`rlhf.gates.require`); None
             for an environment that needs none.
-        out_dir: Empty folder for the policy; `curve.json` has a row per update.
+        out_dir: Empty folder for the policy; `curve.json` has a row per update, `watchdog.json`
+            one per look of the watchdog.
+        judge: Folder of the judge, by which the watchdog chooses the update whose policy goes on.
         limits: Most tokens of prompts and replies; None lets them fill the policy's context.
         seed: Seeds prompt order and sampling.
-        identity: Digests of `data`, `base` and `reward model`, as far as they are known; the rest
-            is hashed from the folders. A checkpoint with another identity is refused.
+        identity: Digests of `data`, `base`, `reward model` and `judge`, as far as they are known;
+            the rest is hashed from the folders. A checkpoint with another identity is refused.
         checkpoints: Folder to save to and resume from; None trains without checkpoints.
         uploads: Uploads each saved checkpoint to a store, and restores a newer one from it.
         runtime: Device and threads.
@@ -77,7 +81,8 @@ def train_policy(
         CheckpointError: A checkpoint can't be written.
         StoreError: A checkpoint can't be uploaded or fetched; local checkpoints are intact.
         DataError: There are no prompts, or the models can't be given too many of them.
-        TrainingError: A loss or score is not finite, or no checkpoint is whole.
+        TrainingError: A loss or score is not finite, or no checkpoint is whole. After a loss that
+            is not finite a policy that the judge preferred to the start goes on instead.
         Interrupted: SIGTERM arrived; a checkpoint was saved.
     """
     rows = read_rows(data / PROMPTS_TRAIN, PromptRow)
@@ -90,14 +95,25 @@ def train_policy(
     fitting = Fitting(trainer.renderer, trainer.limits)
     rows = _fitting_rows(rows, fitting, trainer.models.scorer)
     leads = trainer.models.ranks.is_leader
-    run = _run_identity(config, seed, data, sft, reward_model, trainer, identity or {})
+    watchdog = make_watchdog(trainer, data, judge, rows)
+    if watchdog is None:
+        judge = None
+    run = _run_identity(config, seed, data, sft, reward_model, judge, trainer, identity or {})
     with exclusive(checkpoints) if checkpoints and leads else nullcontext():
-        state = _run_updates(trainer, rows, checkpoints, uploads, run, progress)
+        state = _run_updates(trainer, rows, watchdog, checkpoints, uploads, run, progress)
+    metrics: dict[str, float] = {"updates": state.update}
+    chosen = state.update
+    if watchdog:
+        chosen = watchdog.conclude(state)
+        metrics |= {"chosen_update": chosen, "stopped": int(state.frontier.stopped is not None)}
     if leads:
         _write_result(trainer, state, sft, out_dir)
-    last = state.curve[-1]
-    metrics = {k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")}
-    return StageResult({"updates": state.update, **metrics, **fitting.metrics()})
+        if watchdog:
+            write_json(out_dir / WATCHDOG, watchdog.report(state))
+    # A row is measured before its update: that of the next one is of the policy that goes on.
+    row = state.curve[min(chosen, len(state.curve) - 1)]
+    metrics |= {k: row[k] for k in ("reward", "kl", "tokens", "eos_rate")}
+    return StageResult({**metrics, **fitting.metrics()})
 
 
 def _fitting_rows(
@@ -169,7 +185,7 @@ def checkpoint_score(curve: Sequence[Mapping[str, float]], config: PPOConfig) ->
 
 def _run_identity(
     config: PPOConfig, seed: int, data: Path, sft: Path, reward_model: Approved[Path] | None,
-    trainer: PPOTrainer, known: Mapping[str, str],
+    judge: Path | None, trainer: PPOTrainer, known: Mapping[str, str],
 ) -> dict[str, str]:  # fmt: skip
     """Identity of a run for its checkpoints: digests of inputs, configuration, seed.
 
@@ -178,6 +194,8 @@ def _run_identity(
     folders = {"data": data, "base": sft}
     if reward_model is not None:
         folders["reward model"] = reward_model.subject
+    if judge is not None:
+        folders["judge"] = judge
     if config.comparison and config.comparison.pair_model:
         folders["pair model"] = expand_home(config.comparison.pair_model)
     # Excluded: checkpoint intervals and the number of processes do not change the result.
@@ -192,8 +210,9 @@ def _run_identity(
 
 
 def _run_updates(
-    trainer: PPOTrainer, rows: Sequence[PromptRow], checkpoints: Path | None,
-    uploads: CheckpointUploads | None, identity: Mapping[str, str], progress: Progress,
+    trainer: PPOTrainer, rows: Sequence[PromptRow], watchdog: Watchdog | None,
+    checkpoints: Path | None, uploads: CheckpointUploads | None, identity: Mapping[str, str],
+    progress: Progress,
 ) -> TrainState:  # fmt: skip
     """Run the remaining updates, saving checkpoints; return the final state."""
     config, ranks = trainer.config, trainer.models.ranks
@@ -210,19 +229,20 @@ def _run_updates(
     # The order matters: uploads end before SIGTERM is passed on, which may end the process.
     memory, uploading = retained_heap(trainer.device), uploads or nullcontext()
     with fast_float32(trainer.device), memory, sigterm as terminated, uploading:
-        while state.update < config.updates:
-            chunk = prompts_of_update(rows, state.update, config, trainer.seed)
-            result = trainer.update(state.update, chunk)
-            state.update += 1
-            state.curve.append({"update": state.update, **result.metrics})
-            state.samples += result.samples
+        if watchdog and not state.frontier.looks:
+            watchdog.look(state)
+        while state.update < config.updates and not state.frontier.stopped:
+            metrics = _update(trainer, rows, watchdog, state)
+            if metrics is None:
+                break
             # After SIGTERM skip progress: the Prefect client may block, and the save must not
             # wait for it.
             if ranks.is_leader and not terminated():
-                progress(state.update, config.updates, result.metrics)
+                progress(state.update, config.updates, metrics)
             due = state.update % config.checkpoint_every == 0
             # Writing the result reads the SFT folder again; a failure there must not lose the run.
-            due |= state.update == config.updates and _base_is_lowered(trainer)
+            ends = state.update == config.updates or state.frontier.stopped is not None
+            due |= ends and _base_is_lowered(trainer)
             failed = uploads is not None and uploads.failed
             # The decision is shared: a process that decided alone would block the others.
             if checkpoints and ranks.any(due or failed or terminated()):
@@ -239,6 +259,32 @@ def _run_updates(
                         "same again to go on from there"
                     )
     return state
+
+
+def _update(
+    trainer: PPOTrainer, rows: Sequence[PromptRow], watchdog: Watchdog | None, state: TrainState
+) -> Mapping[str, float] | None:
+    """Perform an update, and a look at its policy if one is due.
+
+    Returns:
+        Metrics of the update; None if its loss is not finite and an earlier policy goes on.
+
+    Raises:
+        NotFinite: Its loss is not finite, and no earlier policy can go on.
+    """
+    chunk = prompts_of_update(rows, state.update, trainer.config, trainer.seed)
+    try:
+        result = trainer.update(state.update, chunk)
+    except NotFinite as error:
+        if watchdog and watchdog.survive(state, error):
+            return None
+        raise
+    state.update += 1
+    state.curve.append({"update": state.update, **result.metrics})
+    state.samples += result.samples
+    if watchdog and watchdog.is_due(state.update):
+        watchdog.look(state)
+    return result.metrics
 
 
 def _write_result(trainer: PPOTrainer, state: TrainState, sft: Path, out_dir: Path) -> None:

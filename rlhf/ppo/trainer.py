@@ -253,9 +253,9 @@ class Rollouts:
     scores: Float[Tensor, " batch"] = field(default_factory=lambda: torch.zeros(0))
 
 
-def derive_seed(seed: int, number: int) -> int:
-    """Derive an even seed from (seed, number); `seed + 1` is then unused by others."""
-    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+def derive_seed(seed: int, use: int | str) -> int:
+    """Derive an even seed from (seed, number or name); `seed + 1` is then unused by others."""
+    digest = hashlib.sha256(f"{seed}/{use}".encode()).digest()
     return int.from_bytes(digest[:7], "big") * 2
 
 

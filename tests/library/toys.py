@@ -54,6 +54,7 @@ PPO = PPOConfig(
     max_new_tokens=6,
     top_k=0,
     checkpoint_every=1,
+    watchdog=None,  # its own tests switch it on
 )
 ASKED = ["tea", "cup", "jar", "pot", "mug"]
 
