@@ -26,6 +26,7 @@ from rlhf.config.training import (
     BaseModelConfig,
     EvaluationConfig,
     GatesConfig,
+    JudgeConfig,
     RewardModelConfig,
     SFTConfig,
 )
@@ -36,6 +37,7 @@ StageName = Literal[
     "train-reward-model",
     "evaluate-reward-model",
     "gate-reward-model",
+    "train-judge",
     "train-policy",
     "evaluate-policy",
     "gate-policy",
@@ -197,6 +199,8 @@ class PipelineConfig(Section):
     """Supervised fine-tuning."""
     reward_model: RewardModelConfig = RewardModelConfig()
     """Reward model."""
+    judge: JudgeConfig = JudgeConfig()
+    """Judge of the policy beside the reward model."""
     ppo: PPOConfig = PPOConfig()
     """Policy optimisation."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -337,6 +341,12 @@ class PipelineConfig(Section):
                     f"{name}.frozen_dtype = {dtype!r} is for a pretrained base, and base.path = "
                     "none trains a small model from scratch; set it to auto, or give base.path"
                 )
+        starts_from_scratch = (self.judge.base or self.base.path) is None
+        if self.judge.enabled and starts_from_scratch and self.reward_model.frozen_dtype == "nf4":
+            raise ValueError(
+                "reward_model.frozen_dtype = 'nf4' is for a pretrained base, and the judge starts "
+                "from a policy trained from scratch; give judge.base, or set judge.enabled to false"
+            )
         reward, policy = (s.frozen_dtype for s in (self.reward_model, self.ppo))
         if self.ppo.shared_base and (reward == "nf4") != (policy == "nf4"):
             raise ValueError(
