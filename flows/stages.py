@@ -7,8 +7,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
-from rlhf.errors import GateRejected
+from rlhf.errors import GateRejected, NotBetter
 from rlhf.report.model import RunOutcome
+from tasks.gate_check import check_gates
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
@@ -55,8 +56,13 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
         store = store_of(config)
         given = {role: store.resolve(digest) for role, digest in inputs.items()}
         with exit_on_sigterm():
-            state = run_task(stage, config, find_inputs(stage, config, given))
+            refs = find_inputs(stage, config, given, optional=not is_child_run())
+            if stage.tracks_steps and "data" in refs and not is_child_run():
+                check_gates(config, refs["data"], store)
+            state = run_task(stage, config, refs)
         result = state.result(raise_on_failure=False)
+        if isinstance(result, NotBetter):
+            return Completed(name=state.name, message=state.message, data=result)
         if isinstance(result, GateRejected):
             return Failed(name=RunOutcome.GATE_REJECTED.value, message=str(result), data=result)
         if isinstance(result, BaseException):

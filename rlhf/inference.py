@@ -211,6 +211,20 @@ def prompts_needed(
     return high
 
 
+def detectable_share(
+    than: float, prompts: int, spread: float, confidence: float, power: float = 0.8
+) -> float | None:
+    """Return the least true share that exceeds a value with a power; None if even 1 does not."""
+    low, high = than, 1.0
+    if power_of_share(high, than, prompts, spread, confidence) < power:
+        return None
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        reached = power_of_share(middle, than, prompts, spread, confidence) >= power
+        low, high = (low, middle) if reached else (middle, high)
+    return high
+
+
 def _mean(
     array: NDArray[np.float64],
     prompts: Sequence[object] | None,

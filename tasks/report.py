@@ -31,6 +31,7 @@ from rlhf.report import (
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.drift import DriftCheck
+from tasks.gate_check import GateCheck
 from tasks.runner import code_version, commit, library_versions, producer
 from tasks.stage import Stage, store_of
 from tasks.stages import (
@@ -62,6 +63,7 @@ class PipelineRun:
     report: Path | None = None
     advice: tuple[str, ...] = ()
     drift: DriftCheck | None = None
+    gates: GateCheck | None = None
 
     @property
     def all_cached(self) -> bool:
@@ -87,6 +89,11 @@ def drift_lines(run: PipelineRun) -> list[str]:
         return []
     figures = [f"against the champion's data: {run.drift.headline}"] if run.drift.headline else []
     return [*figures, *run.drift.drift.notes, *(f"warning: {w}" for w in run.drift.warnings)]
+
+
+def gate_lines(run: PipelineRun) -> list[str]:
+    """Return what was known of a run's gates before training, a sentence each."""
+    return list(run.gates.lines) if run.gates else []
 
 
 def _publish(run: PipelineRun, store: Store) -> str:
@@ -146,6 +153,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         verdicts=tuple(_verdicts(run, store)),
         advice=run.advice,
         drift=run.drift.as_json() if run.drift else None,
+        power=tuple(gate_lines(run)),
         config_rows=tuple(
             ConfigRow(*row) for row in LoadedConfig(config=run.config, sources=run.origins).rows()
         ),
@@ -209,6 +217,7 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
         _table(("stage", "state", "key metric", "artifact"), stages),
         "\n".join(f"- Data: {escape(finding, None)}" for finding in findings),
         "\n".join(f"- Drift: {escape(line, None)}" for line in drift_lines(run)),
+        "\n".join(f"- Gates: {escape(line, None)}" for line in gate_lines(run)),
         _table(("gate", "metric", "value", "needs", "passed"), checks),
         f"Report: `{run.report}`, on the machine that ran this, or\n\n    {pull}",
     )

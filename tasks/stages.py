@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf.challenge import compared_with, with_comparison
 from rlhf.config import DataConfig, PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.data import CONSEQUENCES
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
@@ -24,13 +25,14 @@ from rlhf.data.sources import source_digest
 from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, StoreError
 from rlhf.files import expand_home, read_json, write_json
-from rlhf.gates import VERDICT, judge, read_verdict, require
+from rlhf.gates import VERDICT, Verdict, judge, read_verdict, require
 from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
 from rlhf.saved import read_saved
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.challenge import OPTIONAL, optional_inputs, take_look
 from tasks.external_inputs import (
     external_base_model,
     external_judge,
@@ -269,24 +271,42 @@ def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
 
     def body(run: StageRun) -> StageResult:
         metrics = read_saved(run.folders["evaluation"] / EVALUATION)
-        verdict = judge(
-            run.producer.stage, run.refs[subject].digest, metrics, getattr(run.config.gates, rules)
-        )
+        chosen = getattr(run.config.gates, rules)
+        verdict = judge(run.producer.stage, run.refs[subject].digest, metrics, chosen)
+        if subject == "policy":
+            verdict = _compare(run, verdict, metrics)
         write_json(run.out_dir / VERDICT, asdict(verdict))
-        passed = sum(c.passed for c in verdict.checks)
-        return StageResult(
-            {"approved": verdict.approved, "passed": passed, "rules": len(verdict.checks)}
-        )
+        result: dict[str, Any] = {"approved": verdict.approved}
+        if verdict.checks:
+            passed = sum(c.passed for c in verdict.checks)
+            result |= {"passed": passed, "rules": len(verdict.checks)}
+        return StageResult(result | ({"note": verdict.approval} if chosen is None else {}))
 
     return body
+
+
+def _compare(run: StageRun, verdict: Verdict, metrics: Mapping[str, Any]) -> Verdict:
+    """Add the comparison with the champion to a policy's verdict, and count the look."""
+    settings = run.config.gates.champion
+    compared = compared_with(metrics)
+    if settings is None or compared is None:
+        return verdict
+    line = run.config.promotion.name
+    look = take_look(run.store, line, compared.prompts, verdict.subject)
+    return with_comparison(verdict, metrics, settings, look)
 
 
 def _show_verdict(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
     verdict = read_verdict(folder)
     rows = [
-        {"metric": c.metric, "value": c.value, "needs": c.bound, "passed": c.passed}
+        {
+            "metric": c.metric, "value": c.value, "low": c.low, "high": c.high, "n": c.n,
+            "needs": c.bound, "passed": c.passed, "note": c.note,
+        }
         for c in verdict.checks
-    ]
+    ]  # fmt: skip
+    if not rows:
+        return {f"{verdict.gate}-verdict": f"{verdict.gate}: {verdict.approval}"}
     return {f"{verdict.gate}-verdict": rows}
 
 
@@ -314,6 +334,11 @@ def _limits(
     return limits
 
 
+def _idle_rotation(config: PipelineConfig) -> set[str]:
+    """Return the name of the rotation where it changes no data: the world's prompts are its own."""
+    return {"rotation"} if config.data.source == "world" else set()
+
+
 def _base_tokenizer(config: PipelineConfig) -> ExternalModel | None:
     return external_tokenizer(config, PREPARE_DATA.name, TRAIN_SFT.name)
 
@@ -328,9 +353,7 @@ PREPARE_DATA = Stage(
     kind="dataset",
     inputs={},
     depends_on=lambda c: {
-        "data": _data_section(c).model_dump(
-            exclude={"source", "eval_source", *_MODEL_SETTINGS, *CONSEQUENCES}
-        ),
+        "data": _data_section(c).model_dump(exclude={*_NOT_IN_DATA, *_idle_rotation(c)}),
         **({"limits": _limits(c)} if _base_tokenizer(c) else {}),
     },
     external_model=_base_tokenizer,
@@ -415,7 +438,7 @@ GATE_REWARD_MODEL = Stage(
     },
     depends_on=lambda c: {"rules": c.gates.reward_model},
     body=_gate("reward-model", "reward_model"),
-    headline=(("{} of {} rules met", "passed", "rules"),),
+    headline=(("{} of {} rules met", "passed", "rules"), ("{}", "note")),
     show=_show_verdict,
 )
 
@@ -469,7 +492,10 @@ EVALUATE_POLICY = Stage(
         "max_new_tokens": c.ppo.max_new_tokens,
         "limits": _limits(c),
         "stop_sequences": c.ppo.generation.stop_sequences,
+        "rotation": c.data.rotation,
     },
+    optional=OPTIONAL,
+    find_optional=optional_inputs,
     body=_evaluate_policy,
     headline=(
         ("wins {:.1%}", "sampled.win_rate"),
@@ -485,9 +511,14 @@ GATE_POLICY = Stage(
     name="gate-policy",
     kind="verdict",
     inputs={"policy": TRAIN_POLICY.name, "evaluation": EVALUATE_POLICY.name},
-    depends_on=lambda c: {"rules": c.gates.policy},
+    depends_on=lambda c: {
+        "rules": c.gates.policy,
+        "champion": c.gates.champion,
+        # Whose looks are counted.
+        **({"line": c.promotion.name} if c.gates.champion else {}),
+    },
     body=_gate("policy", "policy"),
-    headline=(("{} of {} rules met", "passed", "rules"),),
+    headline=(("{} of {} rules met", "passed", "rules"), ("{}", "note")),
     show=_show_verdict,
 )
 

@@ -219,6 +219,10 @@ class DataConfig(Section):
     """Split to read when `source` is a hub dataset."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the *prompts* held out; prompts near each other stay on one side (docs/data.md)."""
+    rotation: int = Field(default=0, ge=0)
+    """Number of the choice of held-out prompts: another number holds out others, and lets the gates
+    leave the champion's gate prompts for those of this run (docs/gates.md). Of sources with a
+    held-out part of their own, and of the world, it changes the latter alone."""
     judge_fraction: float | None = Field(default=None, ge=0, lt=1)
     """Share of the prompts whose pairs go to `pairs-judge.parquet`, on which the judge alone is
     trained (section `judge`); no other stage and no gate sees them. 0 writes no such file; none is

@@ -18,14 +18,15 @@ from pydantic import (
 )
 
 from rlhf.config.data import DataConfig
+from rlhf.config.gates import GatesConfig
 from rlhf.config.lengths import TokenLimits
+from rlhf.config.metric_names import check_rules
 from rlhf.config.ppo import PPOConfig, allow_aliases, by_field_names
 from rlhf.config.pretrained import with_pretrained_defaults
 from rlhf.config.section import OrText, Section
 from rlhf.config.training import (
     BaseModelConfig,
     EvaluationConfig,
-    GatesConfig,
     JudgeConfig,
     RewardModelConfig,
     SFTConfig,
@@ -286,6 +287,7 @@ class PipelineConfig(Section):
                 "the pairs of data.source = 'world' have none; set it to 0"
             )
         self._check_lengths()
+        self._check_gates()
         self._check_frozen_dtypes()
         if self.ppo.shared_base:
             self._check_reward_model_is_an_adapter()
@@ -328,6 +330,14 @@ class PipelineConfig(Section):
                 f"{new_tokens}: the reward model would not read the end of the policy's replies; "
                 "raise it, or lower ppo.max_new_tokens"
             )
+
+    def _check_gates(self) -> None:
+        """Refuse rules on metrics that no evaluation writes with this configuration."""
+        absent = {"champion": "the model line may have no champion"}
+        if self.evaluation.judge == "none":
+            absent["gold"] = "evaluation.judge = none measures no gold score"
+        check_rules("reward_model", self.gates.reward_model or (), absent)
+        check_rules("policy", self.gates.policy or (), absent)
 
     def _check_frozen_dtypes(self) -> None:
         """Refuse rounding of a model from scratch, and a shared base that only one stage rounds."""

@@ -199,6 +199,8 @@ class _Division:
 
     def divide(self, items: Numbers, share: float, salt: str = "") -> tuple[Numbers, Numbers]:
         """Return the pairs that stay, and those of a share of the clusters."""
+        rotation = self.config.rotation
+        salt = f"rotation {rotation}\0{salt}" if rotation else salt
         names = self.names[items]
         is_chosen = self.clusters.held_out(names, share, self.seed, salt)[names]
         return items[~is_chosen], items[is_chosen]

@@ -1,6 +1,7 @@
 """Run reports: one self-contained HTML page from plain data."""
 
 from rlhf.report.model import (
+    GREEN,
     OUTCOMES,
     STATES,
     ConfigRow,
@@ -15,6 +16,7 @@ from rlhf.report.model import (
 from rlhf.report.render import render
 
 __all__ = [
+    "GREEN",
     "OUTCOMES",
     "STATES",
     "ConfigRow",

@@ -23,6 +23,11 @@ class RunOutcome(StrEnum):
     FAILED = "Failed"
     AWAITING_APPROVAL = "AwaitingApproval"
     REFUSED = "Refused"
+    NOT_BETTER = "NotBetter"
+
+
+#: Outcomes of a run that ended as it should.
+GREEN = (RunOutcome.PROMOTED, RunOutcome.NOT_BETTER, RunOutcome.AWAITING_APPROVAL)
 
 
 class StageState(StrEnum):
@@ -34,6 +39,7 @@ class StageState(StrEnum):
     GATE_REJECTED = "GateRejected"
     AWAITING_APPROVAL = "AwaitingApproval"
     REFUSED = "Refused"
+    NOT_BETTER = "NotBetter"
     NOT_RUN = "NotRun"
 
 
@@ -54,6 +60,7 @@ OUTCOMES = {
     RunOutcome.FAILED: Look("failed", "Failed", "red"),
     RunOutcome.AWAITING_APPROVAL: Look("cached", "Waits for a person's approval", "yellow"),
     RunOutcome.REFUSED: Look("rejected", "Refused by a person", "yellow"),
+    RunOutcome.NOT_BETTER: Look("kept", "Keeps the champion", "green"),
 }
 STATES = {
     StageState.COMPLETED: Look("completed", "Completed", "green"),
@@ -62,6 +69,7 @@ STATES = {
     StageState.GATE_REJECTED: Look("rejected", "Rejected", "yellow"),
     StageState.AWAITING_APPROVAL: Look("notrun", "Waits", "yellow"),
     StageState.REFUSED: Look("rejected", "Refused", "yellow"),
+    StageState.NOT_BETTER: Look("kept", "Not better", "green"),
     StageState.NOT_RUN: Look("notrun", "Not run", "dim"),
 }
 
@@ -172,6 +180,9 @@ class RunReport(Plain):
     """Drift against the champion's data: `champion_data`, `warnings`, `notes`, and `shifts`, each
     with `measure`, `of`, `value`, `noise`, `before`, `after`; `lengths` by kind of text, shares
     `before` and `after` by class of length."""
+    power: tuple[str, ...] = ()
+    """What the comparison with the champion can find with the gate prompts, and their state, a
+    sentence each; known before training."""
     reward_model: dict[str, Any] | None = None
     """Reward-model metrics: `accuracy`, `baseline_longer` (each with `_low`, `_high`), `n`,
     `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""
