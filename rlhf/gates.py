@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from pydantic import TypeAdapter
 
@@ -29,6 +29,16 @@ class Check:
     value: float | None
     bound: str
     passed: bool
+    low: float | None = None
+    """Lower end of the value's 95 % interval."""
+    high: float | None = None
+    """Upper end of the value's 95 % interval."""
+    n: float | None = None
+    """Number of observations behind the value."""
+    note: str = ""
+    """Remark, for example why the metric was not measured."""
+    kind: Literal["rule", "champion"] = "rule"
+    """Whether a rule of the gate asks for it, or the comparison with the champion."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,14 @@ class Verdict:
     subject: str
     approved: bool
     checks: tuple[Check, ...]
+    champion: str | None = None
+    """Digest of the champion that the subject was compared with."""
+    prompts: str | None = None
+    """Digest of the gate prompts of that comparison."""
+    look: int | None = None
+    """How many comparisons those prompts have been used for, with this one."""
+    looks: int | None = None
+    """How many comparisons they may be used for."""
 
     @property
     def reason(self) -> str:

@@ -13,10 +13,12 @@ from rlhf.report.model import (
     StageState,
 )
 from rlhf.report.render import render
+from rlhf.report.trust import Answer, trust_answers
 
 __all__ = [
     "OUTCOMES",
     "STATES",
+    "Answer",
     "ConfigRow",
     "Lineage",
     "LineageNode",
@@ -26,4 +28,5 @@ __all__ = [
     "StageRow",
     "StageState",
     "render",
+    "trust_answers",
 ]
