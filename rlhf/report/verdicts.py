@@ -10,6 +10,9 @@ from rlhf.report.metric_words import metric_name
 from rlhf.report.text import exact, interval, number, number_of, short
 from rlhf.report.trust import look
 
+#: Beginning of the note of a check that judged nothing.
+NOT_MEASURED = "not measured"
+
 
 class CheckRow(NamedTuple):
     """One rule with what was measured."""
@@ -63,7 +66,7 @@ def _view(verdict: Verdict) -> VerdictView:
 
 def _row(check: Check) -> CheckRow:
     css, result = ("passed", "met") if check.passed else ("missed", "not met")
-    if check.passed and number_of(check.value) is None:
+    if check.passed and (number_of(check.value) is None or check.note.startswith(NOT_MEASURED)):
         css, result = "notrun", "not measured"
     n = number_of(check.n)
     return CheckRow(
@@ -75,5 +78,6 @@ def _row(check: Check) -> CheckRow:
         bound=check.bound,
         css=css,
         result=result,
-        note=check.note,
+        # The result says it already.
+        note=check.note.removeprefix(NOT_MEASURED).removeprefix(": "),
     )
