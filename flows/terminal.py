@@ -19,7 +19,7 @@ from rlhf.data.stored import read_summary
 from rlhf.files import expand_home, read_json
 from rlhf.report import OUTCOMES, STATES
 from rlhf.store import Ancestor, Artifact
-from tasks.report import drift_lines, first_answers
+from tasks.report import drift_lines, first_answers, gate_lines
 from tasks.stage import store_of
 from tasks.stages import EVALUATE_POLICY, PREPARE_DATA
 
@@ -37,6 +37,8 @@ def show_run(console: Console, run: PipelineRun) -> None:
         show_data(console, store_of(run.config).fetch(run.refs[PREPARE_DATA.name]))
     for line in drift_lines(run):
         console.print(Text(f"drift: {printable_line(line)}"), soft_wrap=True)
+    for line in gate_lines(run):
+        console.print(Text(f"gates: {printable_line(line)}"), soft_wrap=True)
     if EVALUATE_POLICY.name in run.refs:
         folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
         samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]

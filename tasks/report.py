@@ -17,7 +17,7 @@ from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.data.card import escape
 from rlhf.data.stored import read_card, read_summary
 from rlhf.files import expand_home, read_json
-from rlhf.gates import Check, Verdict, read_verdict
+from rlhf.gates import NOT_MEASURED, Check, Verdict, read_verdict
 from rlhf.report import (
     Answer,
     ConfigRow,
@@ -35,6 +35,7 @@ from rlhf.report.text import interval
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.drift import DriftCheck
+from tasks.gate_check import GateCheck
 from tasks.runner import code_version, commit, library_versions, producer
 from tasks.stage import Stage, store_of
 from tasks.stages import (
@@ -66,6 +67,7 @@ class PipelineRun:
     report: Path | None = None
     advice: tuple[str, ...] = ()
     drift: DriftCheck | None = None
+    gates: GateCheck | None = None
 
     @property
     def all_cached(self) -> bool:
@@ -102,6 +104,11 @@ def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
     evaluation = read_json(store.fetch(ref) / "evaluation.json")
     verdicts = {verdict.gate: verdict for verdict in _verdicts(run, store)}
     return trust_answers(evaluation, verdicts.get(GATE_POLICY.name))
+
+
+def gate_lines(run: PipelineRun) -> list[str]:
+    """Return what was known of a run's gates before training, a sentence each."""
+    return list(run.gates.lines) if run.gates else []
 
 
 def _publish(run: PipelineRun, store: Store) -> str:
@@ -163,6 +170,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         verdicts=tuple(_verdicts(run, store)),
         advice=run.advice,
         drift=run.drift.as_json() if run.drift else None,
+        power=tuple(gate_lines(run)),
         config_rows=tuple(
             ConfigRow(*row) for row in LoadedConfig(config=run.config, sources=run.origins).rows()
         ),
@@ -241,6 +249,7 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
         _table(("stage", "state", "key metric", "artifact"), stages),
         "\n".join(f"- Data: {escape(finding, None)}" for finding in findings),
         "\n".join(f"- Drift: {escape(line, None)}" for line in drift_lines(run)),
+        "\n".join(f"- Gates: {escape(line, None)}" for line in gate_lines(run)),
         _table(("gate", "metric", "value", "interval", "needs", "passed"), checks),
         f"Report: `{run.report}`, on the machine that ran this, or\n\n    {pull}",
     )
@@ -251,7 +260,7 @@ def _result(check: Check) -> str:
     """Return a check's result as text; one that judged nothing has its note."""
     if not check.passed:
         return "**no**"
-    return check.note or ("yes" if check.value is not None else "not measured")
+    return check.note if check.note.startswith(NOT_MEASURED) else "yes"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

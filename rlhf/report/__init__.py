@@ -1,6 +1,7 @@
 """Run reports: one self-contained HTML page from plain data."""
 
 from rlhf.report.model import (
+    GREEN,
     OUTCOMES,
     STATES,
     ConfigRow,
@@ -16,6 +17,7 @@ from rlhf.report.render import render
 from rlhf.report.trust import Answer, trust_answers
 
 __all__ = [
+    "GREEN",
     "OUTCOMES",
     "STATES",
     "Answer",

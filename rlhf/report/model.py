@@ -27,6 +27,10 @@ class RunOutcome(StrEnum):
     NOT_BETTER = "NotBetter"
 
 
+#: Outcomes of a run that ended as it should.
+GREEN = (RunOutcome.PROMOTED, RunOutcome.NOT_BETTER, RunOutcome.AWAITING_APPROVAL)
+
+
 class StageState(StrEnum):
     """Final state of a stage; `Cached` took its result from the store."""
 
@@ -191,6 +195,9 @@ class RunReport(Plain):
     """Drift against the champion's data: `champion_data`, `warnings`, `notes`, and `shifts`, each
     with `measure`, `of`, `value`, `noise`, `before`, `after`; `lengths` by kind of text, shares
     `before` and `after` by class of length."""
+    power: tuple[str, ...] = ()
+    """What the comparison with the champion can find with the gate prompts, and their state, a
+    sentence each; known before training."""
     reward_model: dict[str, Any] | None = None
     """Reward-model metrics: `accuracy`, `baseline_longer`, `baseline_format` and
     `length_controlled_accuracy` (each with `_low`, `_high`), `n`, `prompts`, `log_loss`, `brier`,

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf.gates import Check, Verdict
+from rlhf.gates import NOT_MEASURED, Check, Verdict
 from rlhf.report.metric_words import metric_name
 from rlhf.report.text import exact, interval, number, number_of, short
 from rlhf.report.trust import look
-
-#: Beginning of the note of a check that judged nothing.
-NOT_MEASURED = "not measured"
 
 
 class CheckRow(NamedTuple):
@@ -57,9 +54,8 @@ def _view(verdict: Verdict) -> VerdictView:
     if text := look(verdict):
         against += f", {text}"
     groups = (CheckGroup("", rules), CheckGroup(against, champion))
-    failed = {c.kind for c in verdict.checks if not c.passed}
     css, label = ("passed", "Approved") if verdict.approved else ("rejected", "Rejected")
-    if not verdict.approved and failed == {"champion"}:
+    if not verdict.approved and verdict.keeps_champion:
         css, label = "kept", "Not better than the champion"
     return VerdictView(verdict.gate, css, label, tuple(g for g in groups if g.rows))
 
