@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf.gates import Check, Verdict
+from rlhf.gates import NOT_MEASURED, Check, Verdict
 from rlhf.report.metric_words import metric_name
 from rlhf.report.text import exact, interval, number, number_of, short
 from rlhf.report.trust import look
@@ -54,16 +54,15 @@ def _view(verdict: Verdict) -> VerdictView:
     if text := look(verdict):
         against += f", {text}"
     groups = (CheckGroup("", rules), CheckGroup(against, champion))
-    failed = {c.kind for c in verdict.checks if not c.passed}
     css, label = ("passed", "Approved") if verdict.approved else ("rejected", "Rejected")
-    if not verdict.approved and failed == {"champion"}:
+    if not verdict.approved and verdict.keeps_champion:
         css, label = "kept", "Not better than the champion"
     return VerdictView(verdict.gate, css, label, tuple(g for g in groups if g.rows))
 
 
 def _row(check: Check) -> CheckRow:
     css, result = ("passed", "met") if check.passed else ("missed", "not met")
-    if check.passed and number_of(check.value) is None:
+    if check.passed and (number_of(check.value) is None or check.note.startswith(NOT_MEASURED)):
         css, result = "notrun", "not measured"
     n = number_of(check.n)
     return CheckRow(
@@ -75,5 +74,6 @@ def _row(check: Check) -> CheckRow:
         bound=check.bound,
         css=css,
         result=result,
-        note=check.note,
+        # The result says it already.
+        note=check.note.removeprefix(NOT_MEASURED).removeprefix(": "),
     )
