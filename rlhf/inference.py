@@ -133,6 +133,31 @@ def mean_of(values: Sequence[float], prompts: Sequence[object] | None = None) ->
     return Estimate(value, value - half, value + half, float(clusters), clusters, error)
 
 
+def combined(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
+    """Estimate a weighted mean of independent estimates, such as those of a suite's subsets.
+
+    Each keeps its own interval's shape: with values θ, bounds l and u and weights w of sum 1, the
+    lower bound is Σ wθ − √(Σ w²(θ − l)²), the upper Σ wθ + √(Σ w²(u − θ)²). Unlike a sum of
+    variances this stays valid where all observations of a subset are equal. Source: Zou and Donner
+    2008, Statist. Med. 27, 1693–1702 (MOVER).
+
+    Args:
+        estimates: At least one.
+        weights: Of each, above 0 in sum; None gives all the same.
+    """
+    given = [1.0] * len(estimates) if weights is None else [*weights]
+    shares = [weight / math.fsum(given) for weight in given]
+    pairs = [*zip(shares, estimates, strict=True)]
+    value = math.fsum(w * e.value for w, e in pairs)
+    below = math.sqrt(math.fsum((w * (e.value - e.low)) ** 2 for w, e in pairs))
+    above = math.sqrt(math.fsum((w * (e.high - e.value)) ** 2 for w, e in pairs))
+    error = math.sqrt(math.fsum((w * e.error) ** 2 for w, e in pairs))
+    size = math.fsum(e.size for e in estimates)
+    return Estimate(
+        value, value - below, value + above, size, sum(e.clusters for e in estimates), error
+    )
+
+
 def wilson(p: float, size: float, z: float) -> tuple[float, float]:
     """Return Wilson's interval of a share p of `size` observations at the quantile z.
 
@@ -249,6 +274,20 @@ def prompts_needed(
     while high - low > 1:
         middle = (low + high) // 2
         reached = power_of_share(true, than, middle, spread, confidence) >= power
+        low, high = (low, middle) if reached else (middle, high)
+    return high
+
+
+def detectable_share(
+    than: float, prompts: int, spread: float, confidence: float, power: float = 0.8
+) -> float | None:
+    """Return the least true share that exceeds a value with a power; None if even 1 does not."""
+    low, high = than, 1.0
+    if power_of_share(high, than, prompts, spread, confidence) < power:
+        return None
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        reached = power_of_share(middle, than, prompts, spread, confidence) >= power
         low, high = (low, middle) if reached else (middle, high)
     return high
 
