@@ -93,8 +93,8 @@ def _frozen_prompts(
         f"data: {prompts.known:,} of the {total:,} gate prompts of the champion "
         f"{challenge.champion.short} of {config.promotion.name} are among this run's training "
         f"data ({files}), and at most {MAX_KNOWN:.0%} may be: a comparison on them is worth "
-        f"little; take the champion's seed (this run's is {config.seed}), another data.rotation than "
-        f"{config.data.rotation} to compare on held-out prompts of this run, or another "
+        f"little; take the champion's seed (this run's is {config.seed}), another data.rotation "
+        f"than {config.data.rotation} to compare on held-out prompts of this run, or another "
         "promotion.name"
     )
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from flows import champions as commands
 from flows.cli import app
 from rlhf import champions
-from rlhf.champions import record_approval
 from rlhf.challenge import with_comparison
+from rlhf.champions import record_approval
 from rlhf.config import ChampionGateConfig, GateRule, PipelineConfig
 from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
 from rlhf.errors import (
