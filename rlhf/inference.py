@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 #: Two-sided confidence of intervals in evaluations.
 CONFIDENCE = 0.95
+#: Differences of equal numbers, relative to these.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -29,31 +31,36 @@ class Estimate:
     clusters: int
     """Number of prompts."""
     error: float
-    """Standard error."""
+    """Standard error; infinite with one prompt."""
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Return it as metrics: `name`, `name_low`, `name_high`, `name_size`, `name_error`."""
-        return {
-            name: self.value,
-            f"{name}_low": self.low,
-            f"{name}_high": self.high,
-            f"{name}_size": self.size,
-            f"{name}_error": self.error,
-        }
+        """Return it as metrics: `name`, `name_low`, `name_high`, `name_size`, `name_error`.
+
+        What is infinite, as with one prompt, is left out: JSON has no such numbers.
+        """
+        values = (self.value, self.low, self.high, self.size, self.error)
+        names = (name, *(f"{name}_{part}" for part in ("low", "high", "size", "error")))
+        return {n: v for n, v in zip(names, values, strict=True) if math.isfinite(v)}
 
 
-def share_of(values: Sequence[float], prompts: Sequence[object] | None = None) -> Estimate:
+def share_of(
+    values: Sequence[float],
+    prompts: Sequence[object] | None = None,
+    strata: Sequence[object] | None = None,
+) -> Estimate:
     """Estimate a share from observations in [0, 1], where a tie counts a half.
 
     The interval is Wilson's at the effective sample size, with a quantile of Student's t. The size
-    is p(1 − p)/v with v the variance of the mean over prompts. Unlike a bootstrap this stays valid
-    where all observations are equal: the size then is the number of prompts.
+    is p(1 − p)/v with v the variance of the mean over prompts, and not below that of independent
+    observations: a correlation that is negative in a few prompts is chance. Unlike a bootstrap this
+    stays valid where all observations are equal: the size then is the number of prompts.
     Sources: Wilson 1927; Korn and Graubard 1998 (effective size, t); Dean and Pagano 2015,
     J. Surv. Stat. Methodol. 3, 484–503 (its coverage beside others for clustered data).
 
     Args:
         values: Observations.
         prompts: Prompt of each; without it every observation is a prompt of its own.
+        strata: Stratum of each; the share then is the mean of the strata's own shares.
 
     Raises:
         ValueError: There are no observations, or one is outside of [0, 1].
@@ -61,11 +68,9 @@ def share_of(values: Sequence[float], prompts: Sequence[object] | None = None) -
     array = np.asarray(values, dtype=float)
     if not len(array) or not ((array >= 0) & (array <= 1)).all():
         raise ValueError("a share needs observations between 0 and 1")
-    p, error, clusters = _mean(array, prompts)
-    variance = p * (1 - p)
-    size = float(clusters)
-    if error > 0 and clusters > 1:
-        size = min(variance / error**2, float(len(array)) * clusters)
+    p, error, independent, clusters = _mean(array, prompts, strata)
+    variance = max(error, independent) ** 2
+    size = p * (1 - p) / variance if clusters > 1 and variance > _ROUNDING**2 else float(clusters)
     low, high = wilson(p, size, t_quantile(CONFIDENCE, clusters))
     return Estimate(p, low, high, size, clusters, error)
 
@@ -81,7 +86,7 @@ def mean_of(values: Sequence[float], prompts: Sequence[object] | None = None) ->
     array = np.asarray(values, dtype=float)
     if not len(array):
         raise ValueError("a mean needs observations")
-    value, error, clusters = _mean(array, prompts)
+    value, error, _, clusters = _mean(array, prompts)
     half = t_quantile(CONFIDENCE, clusters) * error if clusters > 1 else math.inf
     return Estimate(value, value - half, value + half, float(clusters), clusters, error)
 
@@ -138,18 +143,21 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def mean_p_value(values: Sequence[float], prompts: Sequence[object] | None = None) -> float:
     """Return the two-sided p-value of a mean of zero, by Student's t over prompts.
 
-    NaN with fewer than two prompts; 1 where all observations are zero.
+    1 where the mean is zero, otherwise NaN with fewer than two prompts. Where all prompts have the
+    same mean, Student's t would be infinite for two of them already; there it is the p-value of the
+    sign test, 2 · ½^prompts.
     """
     from scipy import stats
 
     array = np.asarray(values, dtype=float)
-    if not array.any():
+    value, error, _, clusters = _mean(array, prompts)
+    rounding = _ROUNDING * float(np.abs(array).max())
+    if abs(value) <= rounding:
         return 1.0
-    value, error, clusters = _mean(array, prompts)
     if clusters < 2:
         return math.nan
-    if error == 0:
-        return 0.0
+    if error <= rounding:
+        return 2 * 0.5**clusters
     return float(2 * stats.t.sf(abs(value / error), clusters - 1))
 
 
@@ -158,22 +166,29 @@ def power_of_share(
 ) -> float:
     """Return the probability that the lower bound of a share will exceed a value.
 
-    Normal approximation: Φ((true − than − z σ₀)/σ₁) with σ₀ = √(than(1 − than)/m), σ₁ =
-    √(true(1 − true)/m), m the effective size prompts · than(1 − than)/spread².
+    Wilson's bound exceeds it where the share exceeds than + t σ₀. With the normal approximation of
+    the share this has the probability Φ((true − than − t σ₀)/σ₁), σ₀ = √(than(1 − than)/m), σ₁ =
+    √(true(1 − true)/m), m the effective size prompts · than(1 − than)/spread², and t the quantile
+    of Student's t that `share_bound` takes.
 
     Args:
         true: The true share.
-        than: Value to exceed.
+        than: Value to exceed, between 0 and 1.
         prompts: Number of prompts.
         spread: Standard deviation of a prompt's mean; 0.5 for one reply without ties.
         confidence: One-sided confidence of the bound.
+
+    Raises:
+        ValueError: The value to exceed is not between 0 and 1, or the spread is not positive.
     """
     from scipy import stats
 
+    if not (0 < than < 1 and spread > 0):
+        raise ValueError(f"no power for a share above {than} with a spread of {spread}")
     size = prompts * than * (1 - than) / spread**2
-    z = float(stats.norm.ppf(confidence))
+    t = t_quantile(2 * confidence - 1, prompts)
     under, other = (math.sqrt(p * (1 - p) / size) for p in (than, true))
-    return float(stats.norm.cdf((true - than - z * under) / max(other, 1e-12)))
+    return float(stats.norm.cdf((true - than - t * under) / max(other, 1e-12)))
 
 
 def prompts_needed(
@@ -210,19 +225,36 @@ def detectable_share(
     return high
 
 
-def _mean(array: NDArray[np.float64], prompts: Sequence[object] | None) -> tuple[float, float, int]:
-    """Return the mean, its standard error over prompts, and their number.
+def _mean(
+    array: NDArray[np.float64],
+    prompts: Sequence[object] | None,
+    strata: Sequence[object] | None = None,
+) -> tuple[float, float, float, int]:
+    """Return a mean, its standard errors over prompts and over observations, and the prompts.
 
-    The mean of all observations is a ratio of sums over prompts; its variance is that of Taylor's
-    linearisation, G/(G − 1) Σ_g (Σ_i (x_gi − x̄))² / N². Source: Cochran 1977, chapter 6.
+    A mean of n observations is a ratio of sums over prompts; its variance is that of Taylor's
+    linearisation, G/(G − 1) Σ_g (Σ_i u_gi)² with u_gi = (x_gi − x̄)/n, and n/(n − 1) Σ u² if all
+    observations were independent. With S strata it is the mean of their means, and u_gi =
+    (x_gi − x̄_s)/(S n_s). Source: Cochran 1977, sections 5A.9 and 6.3.
     """
-    value = float(array.mean())
+    names = strata if strata is not None else [None] * len(array)
+    rows: dict[object, list[int]] = {}
+    for i, name in enumerate(names):
+        rows.setdefault(name, []).append(i)
+    parts = np.empty(len(array))
+    value = 0.0
+    for index in rows.values():
+        mean = float(array[index].mean())
+        value += mean / len(rows)
+        parts[index] = (array[index] - mean) / (len(rows) * len(index))
     sums: dict[object, float] = {}
-    for i, difference in enumerate(array - value):
+    for i, part in enumerate(parts.tolist()):
         key = prompts[i] if prompts is not None else i
-        sums[key] = sums.get(key, 0.0) + float(difference)
-    count = len(sums)
-    if count < 2:
-        return value, 0.0, count
-    squares = math.fsum(s * s for s in sums.values())
-    return value, math.sqrt(count / (count - 1) * squares) / len(array), count
+        sums[key] = sums.get(key, 0.0) + part
+    if len(sums) < 2:
+        return value, math.inf, math.inf, len(sums)
+    errors = []
+    for terms in (list(sums.values()), parts.tolist()):
+        squares = math.fsum(term * term for term in terms)
+        errors.append(math.sqrt(len(terms) / (len(terms) - 1) * squares))
+    return value, errors[0], errors[1], len(sums)
