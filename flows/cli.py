@@ -99,7 +99,7 @@ def stage(
     ----------
     name
         prepare-data, train-sft, train-reward-model, evaluate-reward-model, gate-reward-model,
-        train-policy, evaluate-policy, gate-policy or promote.
+        train-judge, train-policy, evaluate-policy, gate-policy or promote.
     config
         YAML preset.
     input

@@ -23,6 +23,7 @@ from tasks.stages import (
     GATE_REWARD_MODEL,
     PREPARE_DATA,
     PROMOTE,
+    TRAIN_JUDGE,
     TRAIN_POLICY,
     TRAIN_REWARD_MODEL,
     TRAIN_SFT,
@@ -77,6 +78,7 @@ train_sft = _flow(TRAIN_SFT)
 train_reward_model = _flow(TRAIN_REWARD_MODEL)
 evaluate_reward_model = _flow(EVALUATE_REWARD_MODEL)
 gate_reward_model = _flow(GATE_REWARD_MODEL)
+train_judge = _flow(TRAIN_JUDGE)
 train_policy = _flow(TRAIN_POLICY)
 evaluate_policy = _flow(EVALUATE_POLICY)
 gate_policy = _flow(GATE_POLICY)
@@ -86,6 +88,6 @@ STAGE_FLOWS: dict[str, Flow[..., State[Outcome]]] = {
     stage.name: stage
     for stage in (
         prepare_data, train_sft, train_reward_model, evaluate_reward_model, gate_reward_model,
-        train_policy, evaluate_policy, gate_policy, promote,
+        train_judge, train_policy, evaluate_policy, gate_policy, promote,
     )
 }  # fmt: skip

@@ -20,11 +20,12 @@ from rlhf.errors import ConfigError, StoreError
 from rlhf.files import expand_home
 from rlhf.gate_sizes import Sizes, check_gate_sizes
 from rlhf.modeling.nf4 import check_package
-from rlhf.modeling.reward_source import check_reward_source
+from rlhf.modeling.reward_source import check_context, check_reward_source
 from rlhf.modeling.source import CONFIG, MAX_CONFIG_BYTES, ExternalModel
 from rlhf.store import Store
 from tasks.external_inputs import (
     check_tokens,
+    external_judge,
     external_reward_model,
     reward_function_digests,
 )
@@ -60,6 +61,8 @@ def preflight(config: PipelineConfig) -> None:
             data = _check_model(external, store)
             if external == external_reward_model(config):
                 check_reward_source(config, external, data)
+            if external == external_judge(config):
+                check_context(config, external, data)
     reward_function_digests(config.ppo)
     check_tokens(config.ppo)
 

@@ -27,6 +27,7 @@ from rlhf.config.section import OrText, Section
 from rlhf.config.training import (
     BaseModelConfig,
     EvaluationConfig,
+    JudgeConfig,
     RewardModelConfig,
     SFTConfig,
 )
@@ -37,6 +38,7 @@ StageName = Literal[
     "train-reward-model",
     "evaluate-reward-model",
     "gate-reward-model",
+    "train-judge",
     "train-policy",
     "evaluate-policy",
     "gate-policy",
@@ -198,6 +200,8 @@ class PipelineConfig(Section):
     """Supervised fine-tuning."""
     reward_model: RewardModelConfig = RewardModelConfig()
     """Reward model."""
+    judge: JudgeConfig = JudgeConfig()
+    """Judge of the policy beside the reward model."""
     ppo: PPOConfig = PPOConfig()
     """Policy optimisation."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -330,6 +334,8 @@ class PipelineConfig(Section):
     def _check_gates(self) -> None:
         """Refuse rules on metrics that no evaluation writes with this configuration."""
         absent = {"champion": "the model line may have no champion"}
+        if not self.judge.enabled:
+            absent["judge"] = "judge.enabled = false trains no judge"
         if self.evaluation.judge == "none":
             absent["gold"] = "evaluation.judge = none measures no gold score"
         check_rules("reward_model", self.gates.reward_model or (), absent)
@@ -347,6 +353,12 @@ class PipelineConfig(Section):
                     f"{name}.frozen_dtype = {dtype!r} is for a pretrained base, and base.path = "
                     "none trains a small model from scratch; set it to auto, or give base.path"
                 )
+        starts_from_scratch = (self.judge.base or self.base.path) is None
+        if self.judge.enabled and starts_from_scratch and self.reward_model.frozen_dtype == "nf4":
+            raise ValueError(
+                "reward_model.frozen_dtype = 'nf4' is for a pretrained base, and the judge starts "
+                "from a policy trained from scratch; give judge.base, or set judge.enabled to false"
+            )
         reward, policy = (s.frozen_dtype for s in (self.reward_model, self.ppo))
         if self.ppo.shared_base and (reward == "nf4") != (policy == "nf4"):
             raise ValueError(

@@ -224,6 +224,27 @@ class RewardModelConfig(TrainingSection):
         return self
 
 
+class JudgeConfig(Section):
+    """A second reward model that no training stage sees, which judges the policy beside the first.
+
+    It is trained on the judge split (`data.judge_fraction`) with another seed and the
+    hyper-parameters of `reward_model`."""
+
+    enabled: bool = True
+    """False trains no judge, and leaves its share of the data to training."""
+    base: str | None = Field(default=None, min_length=1)
+    """Local folder, `artifact:<digest>`, `s3://bucket/prefix` or hub id to start from; none starts
+    from the SFT policy. Another base than the reward model's makes errors that both share rarer."""
+
+    _check_base = field_validator("base")(check_model_uri)
+
+    @model_validator(mode="after")
+    def _base_needs_a_judge(self) -> Self:
+        if self.base and not self.enabled:
+            raise ValueError("base is given, but enabled = false trains no judge; keep one")
+        return self
+
+
 class EvaluationConfig(Section):
     """Held-out comparison of the trained policy with the SFT policy."""
 

@@ -4,7 +4,7 @@
 |---|---|
 | `demonstrations.parquet` | response |
 | `pairs-train.parquet`, `pairs-eval.parquet` | chosen, rejected, group, margin, weight |
-| `pairs-judge.parquet` | the same, with `data.judge_fraction` |
+| `pairs-judge.parquet` | the same, for the judge of the policy, if the data have a part for it |
 | `prompts-train.parquet`, `prompts-eval.parquet` | group, reference, metadata |
 | each of the above | prompt, prompt_is_text, row_ids |
 | `rows.parquet` | id, source, line, split: the rows of the source that are used |

@@ -418,7 +418,10 @@ def test_a_large_group_and_a_common_beginning_are_reported():
             ["source=x.jsonl", "judge_fraction=0.95"],
             "leave nothing to train on; together they must be below 1",
         ),
-        (["judge_fraction=0.1", "source=world"], "has a judge of its own, the gold score"),
+        (
+            ["judge_fraction=0.1", "source=world"],
+            "makes the pairs of its judge; set world.judge_pairs instead",
+        ),
         (["source=x.jsonl", "near_duplicates=0.3"], "data.near_duplicates"),
         (["source=x.jsonl", "contradictions=weight"], "data.contradictions"),
     ],

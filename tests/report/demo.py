@@ -25,6 +25,7 @@ NAMES = (
     "train-reward-model",
     "evaluate-reward-model",
     "gate-reward-model",
+    "train-judge",
     "train-policy",
     "evaluate-policy",
     "gate-policy",
@@ -32,17 +33,18 @@ NAMES = (
 )
 METRICS = (
     "6 000 pairs", "loss 1.02", "loss 0.463", "1 000 pairs", "1 of 1 rules met",
-    "reward −0.31 → 1.84", "wins 83.7 %", "3 of 3 rules met", "champion of default",
+    "accuracy 0.701 [0.672, 0.729]", "reward −0.31 → 1.84", "wins 83.7 %", "3 of 3 rules met",
+    "champion of default",
 )  # fmt: skip
-SECONDS = (4.2, 71.0, 58.3, 6.1, 0.04, 948.0, 41.7, 0.03, 0.9)
+SECONDS = (4.2, 71.0, 58.3, 6.1, 0.04, 19.5, 948.0, 41.7, 0.03, 0.9)
 
 
 def digest(name: str) -> str:
     return f"sha256:{sha256(name.encode()).hexdigest()}"
 
 
-def stages(stop: int = 9, state: str = "Completed", message: str = "") -> tuple[StageRow, ...]:
-    """Return the nine stages; that at `stop` ends in `state`, later ones did not run."""
+def stages(stop: int = 10, state: str = "Completed", message: str = "") -> tuple[StageRow, ...]:
+    """Return the ten stages; that at `stop` ends in `state`, later ones did not run."""
     rows = []
     for i, (name, metric, seconds) in enumerate(zip(NAMES, METRICS, SECONDS, strict=True)):
         if i > stop:
