@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +29,7 @@ def number_of(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -70,6 +71,29 @@ def percent_range(low: Any, high: Any) -> str:
     """Format an interval of shares; empty if either end is missing."""
     a, b = number_of(low), number_of(high)
     return "" if a is None or b is None else f"{100 * a:.1f}–{100 * b:.1f}\u00a0%"
+
+
+def points(value: Any) -> str:
+    """Format a difference of two shares in percentage points, with its sign."""
+    x = number_of(value)
+    return MISSING if x is None else f"{100 * x:+.1f}".replace("-", "−")
+
+
+def interval(low: Any, high: Any, form: Callable[[Any], str] = exact) -> str:
+    """Format the ends of an interval; empty if either is missing."""
+    if number_of(low) is None or number_of(high) is None:
+        return ""
+    a, b = form(low), form(high)
+    # A dash before a sign could be read as a part of the number.
+    return f"{a} to {b}" if "−" in a + b or "+" in a + b else f"{a}–{b}"
+
+
+def p_value(value: Any) -> str:
+    """Format a p-value; small ones are bounded."""
+    x = number_of(value)
+    if x is None:
+        return MISSING
+    return "<\u20090.001" if x < 0.001 else f"{x:.3f}"
 
 
 def duration(seconds: Any) -> str:
