@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from rlhf.config.gates import ChampionGateConfig
 from rlhf.errors import DataError
-from rlhf.gates import NOT_MEASURED, Check, Verdict
+from rlhf.gates import NOT_JUDGED, Check, Verdict
 from rlhf.inference import share_bound
 
 #: Part of a policy's evaluation with the comparison.
@@ -100,7 +100,7 @@ def _non_inferiority(
         check = _bounded(values, full, name, settings.confidence, least, bound)
         prompts = values.get("n")
         if isinstance(prompts, int | float) and prompts < settings.slice_n:
-            note = f"{NOT_MEASURED}: {prompts:g} prompts, and slice_n = {settings.slice_n}"
+            note = f"{NOT_JUDGED}: {prompts:g} prompts, and slice_n = {settings.slice_n}"
             check = replace(check, passed=True, note=note)
         checks.append(check)
     return checks
@@ -120,7 +120,7 @@ def _bounded(
         bound: That in words.
     """
     numbers = [values.get(key) for key in (name, f"{name}_size", "n")]
-    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
         return Check(full, None, bound, False, kind="champion")
     rate, size, prompts = cast("list[float]", numbers)
     low, high = share_bound(rate, size, int(prompts), confidence)
