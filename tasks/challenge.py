@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlhf import champions
 from rlhf.champions import Promotion
 from rlhf.config import PipelineConfig
-from rlhf.data.gate_prompts import PROMPTS_GATE
+from rlhf.data.rows import PROMPTS_GATE
 from rlhf.errors import ArtifactMissing
 from rlhf.store import ArtifactRef, Store
 

@@ -149,8 +149,9 @@ def _train_judge(run: StageRun) -> StageResult:
     if not config.judge.enabled:
         return write_no_judge(run.out_dir, "judge.enabled = false")
     if not has_judge_pairs(data):
-        setting = "world.judge_pairs" if config.data.source == "world" else "judge_fraction"
-        return write_no_judge(run.out_dir, f"the data have no pairs for one; set data.{setting}")
+        # The source is no part of the fingerprint, so the reason must fit both kinds.
+        setting = "data.judge_fraction, or data.world.judge_pairs for the world"
+        return write_no_judge(run.out_dir, f"the data have no pairs for one; set {setting}")
     section, limits = _judge_section(run), config.token_limits()
     try:
         # Another seed than the reward model's, so that it has another head and order of rows.

@@ -54,9 +54,8 @@ def _view(verdict: Verdict) -> VerdictView:
     if text := look(verdict):
         against += f", {text}"
     groups = (CheckGroup("", rules), CheckGroup(against, champion))
-    failed = {c.kind for c in verdict.checks if not c.passed}
     css, label = ("passed", "Approved") if verdict.approved else ("rejected", "Rejected")
-    if not verdict.approved and failed == {"champion"}:
+    if not verdict.approved and verdict.keeps_champion:
         css, label = "kept", "Not better than the champion"
     return VerdictView(verdict.gate, css, label, tuple(g for g in groups if g.rows))
 
@@ -77,5 +76,6 @@ def _row(check: Check) -> CheckRow:
         bound=check.bound,
         css=css,
         result=result,
-        note=check.note,
+        # The result says it already.
+        note=check.note.removeprefix(NOT_MEASURED).removeprefix(": "),
     )

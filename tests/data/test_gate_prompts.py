@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.gate_prompts import PROMPTS_GATE, read_gate_prompts, without_known
+from rlhf.data.gate_prompts import read_gate_prompts, without_known
 from rlhf.data.rows import (
     DEMONSTRATIONS,
     PAIRS_EVAL,
     PAIRS_JUDGE,
     PAIRS_TRAIN,
     PROMPTS_EVAL,
+    PROMPTS_GATE,
     PROMPTS_TRAIN,
     Demonstration,
     Pair,

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.config import DataConfig, load_config
+from rlhf.data import partition, split
 from rlhf.data import rows as files
-from rlhf.data import split
 from rlhf.data.duplicates import Shingles, bare_text
 from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
@@ -149,6 +149,29 @@ def test_a_judge_gets_pairs_that_no_stage_and_no_gate_sees():
     assert "pairs_judge" not in summary
     # The judge's pairs come from the training side: what is held out stays held out.
     assert without[files.PAIRS_EVAL] == parts[files.PAIRS_EVAL]
+
+
+def test_a_tenth_of_many_prompts_goes_to_the_judge(monkeypatch):
+    # 80 prompts, two of each near duplicates.
+    data = [pair(f"{text} {end}", text) for text in texts(40) for end in ("a", "b")]
+    without, summary, _ = prepare(data)
+    said = "no pairs for a judge of the policy: 40 different prompts are fewer than 1,000; set "
+    assert [note for note in summary["notes"] if note.startswith(said)]
+    assert files.PAIRS_JUDGE not in without
+    monkeypatch.setattr(partition, "JUDGE_MIN_PROMPTS", 40)
+    parts, summary, _ = prepare(data)
+    explicit, said, _ = prepare(data, judge_fraction=0.1)
+    assert parts == explicit
+    assert parts[files.PAIRS_JUDGE]
+    assert "10% of the 40 different prompts are for the judge" in " ".join(summary["notes"])
+    assert "judge" not in " ".join(said["notes"])
+    # Prompts of the source's own test part are not divided.
+    own = {"train.jsonl": data[:-2], "test.jsonl": [pair("quite another"), pair("a question")]}
+    assert files.PAIRS_JUDGE not in prepare(own)[0]
+    assert files.PAIRS_JUDGE in prepare({**own, "train.jsonl": data})[0]
+    assert files.PAIRS_JUDGE not in prepare(data, judge_fraction=0)[0]
+    notes = prepare(data, eval_fraction=0.9)[1]["notes"]
+    assert "data.eval_fraction = 0.9 leaves too few prompts; lower it" in " ".join(notes)
 
 
 def test_a_judge_beside_the_sources_own_test_part():

@@ -10,7 +10,7 @@ import pytest
 from rlhf import champions
 from rlhf.challenge import with_comparison
 from rlhf.config import ChampionGateConfig, GateRule, PipelineConfig
-from rlhf.data.gate_prompts import PROMPTS_GATE
+from rlhf.data.rows import PROMPTS_GATE
 from rlhf.errors import ArtifactMissing, DataError, GateRejected, NotBetter
 from rlhf.gates import Verdict, judge, require
 from rlhf.store import ArtifactRef, Producer, Store
