@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf.gates import NOT_JUDGED, Check, Verdict
+from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict
 from rlhf.report.metric_words import metric_name
 from rlhf.report.text import exact, interval, number, number_of, short
 from rlhf.report.trust import look
@@ -77,5 +77,5 @@ def _row(check: Check) -> CheckRow:
         css=css,
         result=result,
         # The result says it already.
-        note=check.note.removeprefix(NOT_MEASURED).removeprefix(": "),
+        note=check.note.removeprefix(NOT_MEASURED).removeprefix(NOT_JUDGED).removeprefix(": "),
     )

@@ -32,8 +32,9 @@ def check(used: PipelineConfig, sizes: Sizes, has_champion: bool = False) -> Non
 
 def test_six_pairs_can_not_show_more_than_a_coin_knows():
     """Wilson with t of 5, 2.571: 5 of 6 give
-    (0.8333 + 0.5508 − 2.571 √(0.02315 + 0.04591)) / 2.1015 = 0.337, and 6 of 6 give 1/(1 + 2.571²/6) = 0.476: not even perfection would do.
-    8 of 9 with t of 8, 2.306, give (0.8889 + 0.2954 − 2.306 √(0.01097 + 0.01641)) / 1.5909 = 0.505.
+    (0.8333 + 0.5508 − 2.571 √(0.02315 + 0.04591)) / 2.1015 = 0.337, and all of 6 give
+    1/(1 + 2.571²/6) = 0.476. 8 of 9 with t of 8, 2.306, give
+    (0.8889 + 0.2954 − 2.306 √(0.01097 + 0.01641)) / 1.5909 = 0.505.
     """
     assert refusal(own(), Sizes(6, 6, 300)) == (
         "gates.reward_model: the 97.5 % lower end of accuracy ≥ 0.5 can't be met with 6 held-out "
