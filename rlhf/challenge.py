@@ -72,6 +72,28 @@ def with_comparison(
     )  # fmt: skip
 
 
+def describe_verdict(verdict: Verdict, champion: str | None) -> str:
+    """Return in one line what a policy's verdict says: of the gate, and of the champion.
+
+    Args:
+        verdict: The verdict.
+        champion: Digest of the champion whose place the policy takes; None if there is none.
+    """
+    if not verdict.approved:
+        worse = f"it is not better than the champion {str(verdict.champion)[:12]}"
+        return worse if verdict.keeps_champion else f"{verdict.gate} said no"
+    if champion is None:
+        return f"{verdict.approval}; first champion"
+    rates = [c for c in verdict.checks if c.kind == "champion" and c.low is not None]
+    if verdict.champion != champion or not rates:
+        return f"{verdict.approval}; not compared with the champion {champion[:12]}"
+    name = rates[0].metric.rpartition(".")[2].replace("_", " ")
+    return (
+        f"{verdict.approval}; better than the champion {champion[:12]} ({name} "
+        f"{rates[0].value:.1%}, lower end {rates[0].low:.1%})"
+    )
+
+
 def win_rate_of(evaluation: Mapping[str, Any]) -> str:
     """Return the name of the win rate that decides: the judge's where it is usable.
 

@@ -63,7 +63,7 @@ REWARD_MODEL: Mapping[str, Part] = {
     "by_group.*": _ACCURACY,
     "by_slice.*": _ACCURACY,
     "worst": _ACCURACY,
-    "probes.*": Part(shares=("rises",), numbers=("mean_change", "n")),
+    "probes.*": Part(shares=("rises",), means=("mean_change",), numbers=("n", "prompts")),
 }  # fmt: skip
 _REPLIES = ("reward", "judge", "gold", "tokens", "repetition")
 _COMPARED = Part(
