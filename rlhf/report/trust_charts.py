@@ -189,7 +189,8 @@ def margins_of(margins: Any) -> Margins | None:
             MarginBar(
                 round(left + 0.5, 1), round(max(across(high) - left - 1, 0.5), 1),
                 middle, round(up(0) - middle, 1), top, round(middle - top, 1),
-                f"{number(low)} to {number(high)}: {_count(good)} right, {_count(bad)} wrong",
+                f"{tick_label(low)} to {tick_label(high)}: "
+                f"{_count(good)} right, {_count(bad)} wrong",
             )
         )  # fmt: skip
     inside = [m for m in nice_ticks(ends[0], ends[-1], 5) if ends[0] <= m <= ends[-1]]
