@@ -18,10 +18,12 @@ from flows.judge import (
     Temperature,
     console,
     excerpt,
+    interval,
     load_policies,
     load_scorer,
     named_judge,
     open_for_models,
+    progress_of,
     say,
 )
 from rlhf.config import RuntimeConfig
@@ -110,7 +112,6 @@ def _compare_policies(
     a: NamedModel, b: NamedModel, rows: Sequence[PromptRow], limit: int | None, by: str | None,
     max_length: int | None, options: Mapping[str, Any], runtime: RuntimeConfig, store: Store,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    from flows.terminal import progress_of
     from rlhf.evaluation.compare import Scorers, compare_policies
     from rlhf.modeling.device import prepare_device
 
@@ -119,7 +120,7 @@ def _compare_policies(
     device = prepare_device(runtime)
     scorers = Scorers(**{n: load_scorer(m, device, max_length, store) for n, m in scoring.items()})
     policies, plan = load_policies([a, b], device, options, store)
-    with progress_of(console, "sample, score") as progress:
+    with progress_of("sample, score") as progress:
         found, replies = compare_policies(policies[0], policies[1], rows[:limit], scorers, progress)
     notes += unseen + _counts("prompts left out", found["prompts_left_out"])
     decided = scoring[found["decided_by"]]
@@ -130,9 +131,10 @@ def _compare_policies(
         "scorers": {n: {**(m.judge or {}), **m.facts} for n, m in scoring.items()},
     }  # fmt: skip
     _show_policies(a, b, evaluation)
-    columns = ("prompt", "before", "after")
-    _show_rows("b lost most on", columns, replies, f"{found['decided_by']}_before",
-               f"{found['decided_by']}_after")  # fmt: skip
+    lost = [row for row in replies if _change(row, found["decided_by"]) < 0]
+    columns = {"prompt": "prompt", "before": "a replies", "after": "b replies"}
+    sides = (f"{found['decided_by']}_{side}" for side in ("before", "after"))
+    _show_rows("b lost most on", columns, lost, *sides)
     return evaluation, replies
 
 
@@ -174,20 +176,19 @@ def _compare_reward_models(
     a: NamedModel, b: NamedModel, pairs: Sequence[Pair], limit: int | None,
     max_length: int | None, runtime: RuntimeConfig, store: Store,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    from flows.terminal import progress_of
     from rlhf.evaluation.compare import compare_reward_models
     from rlhf.modeling.device import prepare_device
 
     pairs, notes = _never_trained_on(pairs, (a, b), store)
     device = prepare_device(runtime)
     scorers = [load_scorer(model, device, max_length, store) for model in (a, b)]
-    with progress_of(console, "score") as progress:
+    with progress_of("score") as progress:
         found, rows = compare_reward_models(scorers[0], scorers[1], pairs[:limit], progress)
     notes += _counts("pairs left out", found["pairs_left_out"])
     evaluation = {**found, "a": a.facts, "b": b.facts, "notes": notes}
     _show_reward_models(a, b, evaluation)
-    _show_rows("they disagree most on", ("prompt", "chosen", "rejected"), rows, "margin_before",
-               "margin_after")  # fmt: skip
+    columns = {name: name for name in ("prompt", "chosen", "rejected")}
+    _show_rows("they disagree most on", columns, rows, "margin_before", "margin_after")
     return evaluation, rows
 
 
@@ -250,8 +251,9 @@ def _never_trained_on(
             else "there are no held-out rows to compare on; give others by --prompts or --data"
         )
     notes = [f"{count:,} rows are left out: a model was trained on their prompts"] if count else []
-    if unknown := [model.text for model in models if model.ref is None]:
-        notes.append(f"what {' and '.join(unknown)} was trained on is not known")
+    for model in models:
+        if model.ref is None:
+            notes.append(f"what {model.text} was trained on is not known")
     return unseen, notes
 
 
@@ -266,8 +268,6 @@ def _check_folder(out: Path | None) -> None:
 
 
 def _show_policies(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) -> None:
-    from flows.terminal import interval
-
     part = evaluation["sampled"]
     table = Table(title=f"a = {a.label}, b = {b.label}", title_justify="left")
     for name in ("", "a", "b", "b against a", "95 % interval"):
@@ -294,8 +294,6 @@ def _show_policies(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) 
 
 
 def _show_reward_models(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) -> None:
-    from flows.terminal import interval
-
     table = Table("", "value", "95 % interval", title=f"a = {a.label}, b = {b.label}",
                   title_justify="left")  # fmt: skip
     for label, name in (
@@ -313,8 +311,6 @@ def _show_reward_models(a: NamedModel, b: NamedModel, evaluation: Mapping[str, A
 
 
 def _show_groups(groups: Mapping[str, Mapping[str, Any]], metric: str) -> None:
-    from flows.terminal import interval
-
     if not groups:
         return
     table = Table("group", metric.replace("_", " "), "95 % interval", "n")
@@ -324,13 +320,21 @@ def _show_groups(groups: Mapping[str, Mapping[str, Any]], metric: str) -> None:
 
 
 def _show_rows(
-    title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *numbers: str
+    title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], *numbers: str
 ) -> None:
-    table = Table(*columns, *("a", "b"), title=title, title_justify="left")
+    """Print the first rows: columns of text with their titles, and a number of each model."""
+    if not rows:
+        return
+    what = numbers[0].partition("_")[0]
+    table = Table(*columns.values(), f"{what} a", f"{what} b", title=title, title_justify="left")
     for row in rows[:SHOWN]:
         texts = [Text(excerpt(row[name])) for name in columns]
         table.add_row(*texts, *(f"{row[name]:.2f}" for name in numbers))
     console.print(table)
+
+
+def _change(row: Mapping[str, Any], scorer: str) -> float:
+    return row[f"{scorer}_after"] - row[f"{scorer}_before"]
 
 
 def _counts(what: str, reasons: Mapping[str, int]) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +19,7 @@ from flows.artifacts import ConfigOption, StoreOption
 from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
+from rlhf.stage import Progress
 
 if TYPE_CHECKING:
     from rlhf.modeling.reward import Scorer
@@ -111,7 +115,6 @@ def _judge_suite(
     model: NamedModel, folder: Path, max_length: int, runtime: RuntimeConfig
 ) -> dict[str, Any]:
     """Score a reward model on a suite, and print the scores."""
-    from flows.terminal import progress_of
     from rlhf.evaluation.suites import read_suite
 
     suite = read_suite(folder)  # before the model is loaded
@@ -120,7 +123,7 @@ def _judge_suite(
     from rlhf.modeling.reward import Scorer
 
     scorer = Scorer(model.folder, prepare_device(runtime), max_length)
-    with progress_of(console, f"{suite.layout}: replies") as progress:
+    with progress_of(f"{suite.layout}: replies") as progress:
         result = {"model": model.facts, **evaluate_suite(suite, scorer, progress)}
     console.print(_suite_table(model, result))
     rows = result["rows"]
@@ -151,8 +154,6 @@ def _suite_table(model: NamedModel, result: Mapping[str, Any]) -> Table:
 
 
 def _suite_cells(name: str, values: Mapping[str, Any], levels: Sequence[str]) -> list[Text]:
-    from flows.terminal import interval
-
     cells = [name, *interval(values, "score"), *(f"{values[level]:.3f}" for level in levels)]
     return [Text(cell) for cell in cells]
 
@@ -197,7 +198,6 @@ def _judge_replies(
     max_length: int | None, options: Mapping[str, Any], runtime: RuntimeConfig, store: Store,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a policy's replies to the prompts of a file, and print the means."""
-    from flows.terminal import interval, progress_of
     from rlhf.data.prompt_file import read_prompt_file
 
     read = read_prompt_file(file)
@@ -208,7 +208,7 @@ def _judge_replies(
     device = prepare_device(runtime)
     scorer = load_scorer(scorer_model, device, max_length, store)
     answering, plan = load_policies([policy], device, options, store)
-    with progress_of(console, "sample, score") as progress:
+    with progress_of("sample, score") as progress:
         scores = judge_policy(answering[0], read.prompts[:limit], scorer, progress)
     table = Table("", "mean", "95 % interval", title=f"replies of {policy.label}",
                   title_justify="left")  # fmt: skip
@@ -292,6 +292,27 @@ def check_out(out: Path | None) -> None:
         raise ConfigError(f"--out {str(out)!r}: is a folder; name a file")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {str(out)!r}: its folder does not exist; make it first")
+
+
+@contextmanager
+def progress_of(label: str) -> Iterator[Progress]:
+    """Show a transient bar for a computation, if the console is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(label, total=None)
+
+        def update(step: int, total: int, metrics: Mapping[str, float]) -> None:
+            bars.update(task, completed=step, total=total)
+
+        yield update
+
+
+def interval(values: Mapping[str, Any], name: str, digits: int = 3) -> tuple[str, str]:
+    """Return a metric and its 95 % interval as text; a dash where it is missing."""
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    shown = f"{values[name]:.{digits}f}" if values.get(name) is not None else "–"
+    known = low is not None and high is not None
+    return shown, f"{low:.{digits}f} to {high:.{digits}f}" if known else "–"
 
 
 def excerpt(value: Any) -> str:

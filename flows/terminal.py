@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -21,7 +18,6 @@ from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
 from rlhf.files import expand_home, read_json
 from rlhf.report import OUTCOMES, STATES
-from rlhf.stage import Progress
 from rlhf.store import Ancestor, Artifact
 from tasks.report import drift_lines
 from tasks.stage import store_of
@@ -148,24 +144,3 @@ def _age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
-
-
-@contextmanager
-def progress_of(console: Console, label: str) -> Iterator[Progress]:
-    """Show a transient bar for a computation, if the console is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(label, total=None)
-
-        def update(step: int, total: int, metrics: Mapping[str, float]) -> None:
-            bars.update(task, completed=step, total=total)
-
-        yield update
-
-
-def interval(values: Mapping[str, Any], name: str, digits: int = 3) -> tuple[str, str]:
-    """Return a metric and its 95 % interval as text; a dash where it is missing."""
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    shown = f"{values[name]:.{digits}f}" if values.get(name) is not None else "–"
-    known = low is not None and high is not None
-    return shown, f"{low:.{digits}f} to {high:.{digits}f}" if known else "–"

@@ -66,7 +66,8 @@ def _lines(path: Path, option: str) -> PromptFile:
 
 
 def _table(path: Path, option: str) -> PromptFile:
-    config = DataConfig(prompts_source=str(path.absolute()))
+    # `source` is not read, but the default one excludes prompts of their own.
+    config = DataConfig(source=str(path.absolute()), prompts_source=str(path.absolute()))
     quarantine, notes = Quarantine(), list[str]()
     try:
         own = read_prompts(
