@@ -76,6 +76,7 @@ def train_reward_model(
     sft: Path | str,
     out_dir: Path,
     *,
+    pairs: str = PAIRS_TRAIN,
     limits: TokenLimits | None = None,
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
@@ -92,6 +93,7 @@ def train_reward_model(
         data: A dataset folder as `prepare_data` writes it.
         sft: Folder of the SFT policy.
         out_dir: Empty folder for the reward model.
+        pairs: Name of the dataset's file with the pairs.
         limits: Most tokens of prompts and replies; None is `config.max_length` of both together.
         seed: Seeds the new head and shuffling.
         runtime: Device and threads.
@@ -102,8 +104,8 @@ def train_reward_model(
         DataError: There are no training pairs, none with the margin that is asked for, or the
             model can't be given too many prompts.
     """
-    pairs = read_rows(data / PAIRS_TRAIN, Pair)
-    _check_margins(pairs, config)
+    preferences = read_rows(data / pairs, Pair)
+    _check_margins(preferences, config)
     runtime = runtime or RuntimeConfig()
     device = prepare_device(runtime)
     check_frozen_dtype(config.frozen_dtype, "reward_model", device, runtime)
@@ -116,7 +118,7 @@ def train_reward_model(
     fit_embeddings(model, renderer.tokenizer)
     same_base = model.get_input_embeddings().num_embeddings == vocabulary
     limits = (limits or TokenLimits.of(config.max_length)).within(input_limit(model))
-    rows, counts = _encode(pairs, renderer, limits, config.margin_coef)
+    rows, counts = _encode(preferences, renderer, limits, config.margin_coef)
     trained, curve = _train(model, rows, config, renderer, seed, device, progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():

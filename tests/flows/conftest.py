@@ -58,6 +58,8 @@ def tiny_tree(folder) -> dict:
         "gates": {
             "reward_model": [{"metric": "accuracy", "min": 0.0}],
             "policy": [{"metric": "sampled.kl", "max": 1000.0}],
+            # Twelve gate prompts can show no champion to be worse.
+            "champion": None,
         },
         "evaluation": {"judge": "world", "samples": 2},
         "retries": {"attempts": 2, "delay_seconds": 0.0},
