@@ -142,7 +142,7 @@ def _bounded(
         bound: That in words.
     """
     numbers = [values.get(key) for key in (name, f"{name}_size", "n")]
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
         return Check(full, None, bound, False, kind="champion")
     rate, size, prompts = cast("list[float]", numbers)
     low, high = share_bound(rate, size, int(prompts), confidence)
