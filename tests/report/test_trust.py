@@ -167,7 +167,7 @@ def test_only_the_champions_checks_keep_the_champion(failed, css):
         ("champion.by_group.v1.2 b.win_rate_low",
          "Win rate by the reward model, lower bound, against the champion, v1.2 b"),
         ("by_slice.long.accuracy", "Accuracy, long"),
-        ("probes.filler.rises_high", "Rises, upper bound, probe, filler"),
+        ("probes.filler.rises_high", "How often the score rises, upper bound, probe, filler"),
         ("own.metric_of_mine", "Metric of mine, the champion's own"),
         ("", ""),
     ],
