@@ -74,6 +74,9 @@ def test_the_gates_checks_decide_on_the_champion():
     assert (found.answer, found.tone) == ("no", "kept")
     assert "champion.judge_win_rate = 0.55, needs ≥ 0.5" in found.evidence
     assert "look 3 of 10" in found.evidence
+    spent = Check("look", 11.0, "≤ 10", False, note="raise data.rotation", kind="champion")
+    spent_line = against_champion(spent, policy=policy, champion=CHAMPION).line
+    assert "look = 11, needs ≤ 10 (raise data.rotation)" in spent_line
     # A failed rule of another kind says nothing on the champion.
     rule = Check("sampled.kl", 30.0, "≤ 20", False)
     good = Check("champion.win_rate", 0.6, "≥ 0.5", True, kind="champion")
@@ -94,6 +97,9 @@ def test_many_failed_checks_are_counted():
 
 def test_without_a_comparison_nothing_is_claimed():
     assert against_champion().answer == "no champion yet"
+    # There may be a champion where the configuration asks for no comparison.
+    unasked = trust_answers({"prompts_from": "run"}, verdict(), compares=False)[1]
+    assert unasked.line == "better than the champion: not compared (gates.champion is none)"
     # Checks that measured nothing are no proof.
     skipped = Check("champion.win_rate", None, "≥ 0.5", True, note="not measured", kind="champion")
     assert against_champion(skipped, champion=CHAMPION).answer == "unknown"
@@ -167,7 +173,7 @@ def test_only_the_champions_checks_keep_the_champion(failed, css):
         ("champion.by_group.v1.2 b.win_rate_low",
          "Win rate by the reward model, lower bound, against the champion, v1.2 b"),
         ("by_slice.long.accuracy", "Accuracy, long"),
-        ("probes.filler.rises_high", "Rises, upper bound, probe, filler"),
+        ("probes.filler.rises_high", "How often the score rises, upper bound, probe, filler"),
         ("own.metric_of_mine", "Metric of mine, the champion's own"),
         ("", ""),
     ],

@@ -12,7 +12,7 @@ from rlhf.report.policy import policy_view
 from rlhf.report.render import sample_groups, watchdog_finding
 from rlhf.report.reward_model import reward_model_view
 from rlhf.report.text import interval, p_value, points, sentence
-from tests.report import demo, demo_trust
+from tests.report import demo
 
 RIGHT_END = charts.WIDTH - charts.RIGHT
 KEYS = (
@@ -142,11 +142,13 @@ def test_the_watchdogs_end_in_a_sentence(watchdog, css, says):
 def test_slices_stand_lowest_first_and_the_worst_is_marked():
     view = reward_model_view(demo.trust_report().reward_model)
     names = [row.label for row in view.slices.rows]
-    assert names[0] == "length-matched"
-    assert names == sorted(names, key=lambda n: demo_trust.SLICES[n][0])
+    assert names == [
+        "Similar length", "Long prompt", "Group new templates", "Group delivery", "Group returns",
+        "Group billing", "Chosen longer",
+    ]  # fmt: skip
     assert [row.role for row in view.slices.rows] == ["worst"] + ["group"] * 6
     # 0.66 ± 1.96 √(0.66 · 0.34/120) = 0.66 ± 0.0848
-    assert view.worst == "length-matched: 66.0\u00a0% (95 % interval 57.5–74.5\u00a0%, n = 120)"
+    assert view.worst == "Similar length: 66.0\u00a0% (95 % interval 57.5–74.5\u00a0%, n = 120)"
 
 
 @pytest.mark.parametrize(
