@@ -128,7 +128,7 @@ def _compare_policies(
     found["sentence"] += f", by {word} {decided.label}"
     evaluation = {
         **found, "a": a.facts, "b": b.facts, "sampling": plan, "notes": notes,
-        "scorers": {n: {**(m.judge or {}), **m.facts} for n, m in scoring.items()},
+        "scorers": {name: model.facts for name, model in scoring.items()},
     }  # fmt: skip
     _show_policies(a, b, evaluation)
     lost = [row for row in replies if _change(row, found["decided_by"]) < 0]

@@ -131,8 +131,8 @@ def _judge_suite(
     say(f"{rows['used']:,} of {rows['read']:,} rows used" + _joined("; left out: ", left_out))
     for note in result["notes"]:
         say(f"note: {note}")
-    if model.judge is not None and not model.judge.get("usable"):
-        say(f"warning: judge {model.label} is not usable ({model.judge.get('reason')})", "yellow")
+    if model.judge is not None and not model.judge.usable:
+        say(f"warning: judge {model.label} is not usable ({model.judge.reason})", "yellow")
     return result
 
 
@@ -186,9 +186,9 @@ def named_judge(text: str, store: Store) -> NamedModel:
     from tasks.models import REWARD_MODEL, find_model, require_kind
 
     found = require_kind(find_model(text, store), REWARD_MODEL, "--judge")
-    if found.judge is not None and not found.judge.get("usable"):
+    if found.judge is not None and not found.judge.usable:
         raise ConfigError(
-            f"--judge {text}: this judge is not usable ({found.judge.get('reason')}); name another"
+            f"--judge {text}: this judge is not usable ({found.judge.reason}); name another"
         )
     return found
 
@@ -225,7 +225,7 @@ def _judge_replies(
     for note in read.notes:
         say(f"note: {note}")
     say(f"scored by {scorer_model.label}, {why}")
-    judge_facts = {**(scorer_model.judge or {}), **scorer_model.facts, "why": why}
+    judge_facts = {**scorer_model.facts, "why": why}
     return {
         **scores, "policy": policy.facts, "judge": judge_facts, "prompts_left_out": left_out,
         "notes": [*read.notes], "sampling": plan,

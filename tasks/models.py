@@ -22,6 +22,8 @@ from rlhf.data.rows import (
 )
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import expand_home
+from rlhf.judge import JUDGE as JUDGE_FILE
+from rlhf.judge import Judge, read_judge
 from rlhf.modeling.source import CONFIG
 from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
@@ -31,8 +33,6 @@ ModelKind = Literal["policy", "reward-model"]
 POLICY: ModelKind = "policy"
 REWARD_MODEL: ModelKind = "reward-model"
 JUDGE, DATASET = "judge", "dataset"
-#: File beside a judge's weights.
-JUDGE_FILE = "judge.json"
 #: Prefix of a model line's name, for its champion.
 CHAMPION = "champion:"
 
@@ -46,8 +46,8 @@ class NamedModel:
     kind: ModelKind
     folder: Path
     ref: ArtifactRef | None = None
-    judge: Mapping[str, Any] | None = None
-    """`judge.json`, of a judge."""
+    judge: Judge | None = None
+    """What is known of it, if it is a judge."""
 
     @property
     def label(self) -> str:
@@ -56,9 +56,10 @@ class NamedModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What identifies the model in a result."""
+        """What a result says of the model: what identifies it, and of a judge how good it is."""
         digest = {"digest": self.ref.digest} if self.ref else {}
-        return {"name": self.text, "kind": self.kind if self.judge is None else JUDGE, **digest}
+        known = self.judge.facts() if self.judge else {}
+        return {**known, "name": self.text, "kind": JUDGE if self.judge else self.kind, **digest}
 
 
 def find_model(text: str, store: Store) -> NamedModel:
@@ -104,19 +105,18 @@ def _champion(text: str, store: Store) -> ArtifactRef:
     return store.resolve(entry.policy)
 
 
-def _judge(text: str, folder: Path) -> dict[str, Any] | None:
-    """Return a judge's facts; None of another model.
+def _judge(text: str, folder: Path) -> Judge | None:
+    """Return what is known of a judge; None of another model.
 
     Raises:
         ConfigError: None was trained.
     """
     if not (folder / JUDGE_FILE).is_file():
         return None
-    facts = read_saved(folder / JUDGE_FILE)
-    if not facts.get("trained"):
-        reason = facts.get("reason") or "for an unknown reason"
-        raise ConfigError(f"{text}: no judge was trained ({reason}); give a reward model")
-    return facts
+    judge = read_judge(folder)
+    if not judge.trained:
+        raise ConfigError(f"{text}: no judge was trained ({judge.reason}); give a reward model")
+    return judge
 
 
 def _kind(text: str, folder: Path) -> ModelKind:
@@ -183,13 +183,13 @@ def judge_of(policy: NamedModel, store: Store) -> tuple[NamedModel | None, str]:
             and manifest.parents.get("data") == data
             and manifest.parents.get("sft") == sft
         ]
-    reason = "it has no judge"
+    reasons: list[str] = []
     for ref in refs:
-        facts = read_saved(store.fetch(ref, [JUDGE_FILE]) / JUDGE_FILE)
-        if facts.get("trained") and facts.get("usable"):
+        judge = read_judge(store.fetch(ref, [JUDGE_FILE]))
+        if judge.trained and judge.usable:
             return fetch_model(ref.short, ref, store), ""
-        reason = f"judge {ref.short} is not usable ({facts.get('reason')})"
-    return None, reason
+        reasons.append(f"judge {ref.short} is not usable: {judge.reason}")
+    return None, (reasons or ["it has no judge"])[0]
 
 
 def reward_model_of(policy: NamedModel, store: Store) -> NamedModel | None:

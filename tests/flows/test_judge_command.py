@@ -167,7 +167,7 @@ def test_a_policys_replies_are_scored(run, models, opened, tmp_path):
     assert got["sampling"]["max_new_tokens"] == 8
     assert max(r["tokens"] for r in replies) <= 8
     assert got["judge"]["digest"] == models["train-reward-model"]
-    assert "the reward model that it was trained on: it has no judge" in shown
+    assert "the reward model that it was trained on: " in shown
     assert run(*words, "--out", "again.json", "--limit", 5)
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "replies.json").read_bytes()
 
@@ -213,7 +213,7 @@ def test_the_judge_of_the_lineage_scores(run, models, opened, tmp_path):
 
     publish(usable=False, reason="accuracy 0.5")
     words = ("judge", models["train-policy"], "--prompts", "prompts.jsonl")
-    assert "is not usable (accuracy 0.5)" in run(*words)
+    assert "is not usable: accuracy 0.5" in run(*words)
     digest = publish(usable=True, reason=None)
     assert f"scored by {digest[:12]}, the judge of its lineage" in run(*words, "--out", "x.json")
     got = read_json(tmp_path / "x.json")["judge"]
