@@ -39,7 +39,8 @@ from tests.servers import client_of
 
 PLACEMENT = {
     "prepare-data": "cpu", "train-sft": "gpu", "train-reward-model": "reward",
-    "evaluate-reward-model": "reward", "gate-reward-model": "cpu", "train-policy": "gpu",
+    "evaluate-reward-model": "reward", "gate-reward-model": "cpu", "train-judge": "reward",
+    "train-policy": "gpu",
     "evaluate-policy": "gpu", "gate-policy": "cpu", "promote": "cpu",
 }  # fmt: skip
 #: Range of the seconds between two blows.

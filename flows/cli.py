@@ -12,11 +12,11 @@ from cyclopts import App
 from rich.console import Console
 
 import rlhf
-from flows import artifacts, champions, data, forget, preflight, runs
+from flows import artifacts, champions, compare, data, forget, judge, preflight, runs
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
-from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, RLHFError
+from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, NotBetter, RLHFError
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
 BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
@@ -34,6 +34,7 @@ app.command(data.app)
 for command in (
     preflight.preflight, runs.runs, runs.status, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
+    compare.compare, judge.judge,
 ):  # fmt: skip
     app.command(command)
 console = Console()
@@ -70,7 +71,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     prepare_prefect(verbose)
     from flows.pipeline import pipeline
     from flows.terminal import show_run
-    from rlhf.report import RunOutcome
+    from rlhf.report import GREEN
     from tasks.progress import show_on
 
     console.print(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
@@ -80,7 +81,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     if isinstance(result, BaseException):
         return fail(result)
     show_run(console, result)
-    if result.outcome in (RunOutcome.PROMOTED, RunOutcome.AWAITING_APPROVAL):
+    if result.outcome in GREEN:
         return 0
     return fail(result.error or RuntimeError(result.reason))
 
@@ -99,7 +100,7 @@ def stage(
     ----------
     name
         prepare-data, train-sft, train-reward-model, evaluate-reward-model, gate-reward-model,
-        train-policy, evaluate-policy, gate-policy or promote.
+        train-judge, train-policy, evaluate-policy, gate-policy or promote.
     config
         YAML preset.
     input
@@ -128,6 +129,9 @@ def stage(
     digests = {role: ref.digest for role, ref in inputs.items()}
     state = STAGE_FLOWS[name](overrides=loaded, inputs=digests, return_state=True)
     result: Any = state.result(raise_on_failure=False)
+    if isinstance(result, NotBetter):
+        console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+        return 0
     if isinstance(result, BaseException):
         return fail(result)
     label = "cached" if result.cached else "completed"

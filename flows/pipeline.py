@@ -13,22 +13,24 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
-from rlhf.config import LoadedConfig
-from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected, RLHFError
-from rlhf.report import RunOutcome, StageRow, StageState
+from rlhf.config import LoadedConfig, PipelineConfig
+from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected, NotBetter, RLHFError
+from rlhf.report import GREEN, RunOutcome, StageRow, StageState
 from rlhf.store import ArtifactRef
 from tasks.drift import GATE, check_drift
+from tasks.gate_check import CHECK, check_gates
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, configuration_name, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
 from tasks.promotion import is_waiting, wait_for_approval
 from tasks.report import PipelineRun, write_report
 from tasks.runner import Outcome
-from tasks.stage import store_of
+from tasks.stage import Stage, store_of
 from tasks.stages import PREPARE_DATA, STAGES
 
 #: Outcome of a run that one of these errors stopped; any other error is a failure.
 OUTCOMES = (
+    (NotBetter, RunOutcome.NOT_BETTER),
     (GateRejected, RunOutcome.GATE_REJECTED),
     (ApprovalMissing, RunOutcome.AWAITING_APPROVAL),
     (ApprovalRefused, RunOutcome.REFUSED),
@@ -75,7 +77,7 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
         write_report(run)
     if run.outcome == RunOutcome.PROMOTED:
         return Completed(message=run.reason, data=run), run
-    if run.outcome == RunOutcome.AWAITING_APPROVAL:
+    if run.outcome in GREEN:
         return Completed(name=run.outcome.value, message=run.reason, data=run), run
     state = None if run.outcome == RunOutcome.FAILED else run.outcome.value
     # A worker's process ends with the error; the caller of the flow gets the whole run.
@@ -94,17 +96,28 @@ def _check_drift(run: PipelineRun, data: ArtifactRef) -> RLHFError | None:
     return run.drift.rejection
 
 
+def _check_gates(run: PipelineRun, data: ArtifactRef) -> RLHFError | None:
+    """Check what the gates will need, and return the error that stops the run."""
+    try:
+        run.gates = check_gates(run.config, data, store_of(run.config))
+    except RLHFError as error:
+        return error
+    for line in run.gates.lines:
+        get_run_logger().info("gates: %s", line)
+    return None
+
+
 def run_stages(run: PipelineRun) -> None:
     """Run the stages in order until one of them stops the run."""
     for stage in STAGES.values():
         inputs = {role: run.refs[maker] for role, maker in stage.inputs.items()}
+        started, stage_name = time.monotonic(), str(stage.name)
         if stage.needs_approval and is_waiting(run.config, inputs["policy"]):
             run.outcome = RunOutcome.AWAITING_APPROVAL
-            run.reason = "The policy met every gate and waits for a person's approval."
+            run.reason = f"The policy {_met(run.config)} waits for a person's approval."
             # A run of a deployment ends here, until it is resumed.
             wait_for_approval(run.config, inputs["policy"], run.name, write_report(run))
-        started, stage_name = time.monotonic(), str(stage.name)
-        result: Any = run_task(stage, run.config, inputs).result(raise_on_failure=False)
+        result = _run(stage, run.config, inputs)
         if isinstance(result, Outcome):
             run.refs[stage.name] = result.ref
             state = StageState.CACHED if result.cached else StageState.COMPLETED
@@ -117,9 +130,12 @@ def run_stages(run: PipelineRun) -> None:
             if stage is not PREPARE_DATA:
                 continue
             started = time.monotonic()
-            stage_name, result = GATE, _check_drift(run, result.ref)
-            if result is None:
+            stage_name, error = GATE, _check_drift(run, result.ref)
+            if error is None:
+                stage_name, error = CHECK, _check_gates(run, result.ref)
+            if error is None:
                 continue
+            result = error
         run.outcome = next((o for e, o in OUTCOMES if isinstance(result, e)), RunOutcome.FAILED)
         run.reason = str(result) or type(result).__name__
         run.error = result
@@ -129,9 +145,27 @@ def run_stages(run: PipelineRun) -> None:
     else:
         run.outcome = RunOutcome.PROMOTED
         run.reason = (
-            f"The policy met every gate and is the champion of {run.config.promotion.name}."
+            f"The policy {_met(run.config)} is the champion of {run.config.promotion.name}."
         )
     done = {row.name for row in run.rows}
     run.rows += [
         StageRow(name=name, state=StageState.NOT_RUN) for name in STAGES if name not in done
     ]
+
+
+def _run(stage: Stage, config: PipelineConfig, inputs: dict[str, ArtifactRef]) -> Any:
+    """Run a stage with its optional inputs, and return its outcome or error."""
+    try:
+        optional = stage.find_optional(config, inputs, store_of(config))
+    except RLHFError as error:
+        return error
+    return run_task(stage, config, {**inputs, **optional}).result(raise_on_failure=False)
+
+
+def _met(config: PipelineConfig) -> str:
+    """Return what a promotion rests on, for a sentence on the policy."""
+    rules = {"reward_model": config.gates.reward_model, "policy": config.gates.policy}
+    absent = [f"gates.{name}" for name, value in rules.items() if value is None]
+    if absent:
+        return f"had no gate: configured ({' and '.join(absent)} = none), and"
+    return "met every gate and"

@@ -53,6 +53,7 @@ def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NO_OVERRIDES) 
     if not vetoed and run.outcome in (
         RunOutcome.PROMOTED,
         RunOutcome.GATE_REJECTED,
+        RunOutcome.NOT_BETTER,
         RunOutcome.REFUSED,
     ):
         record_retraining(state, outcome.ref, run.name, run.outcome, store)

@@ -7,8 +7,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
-from rlhf.errors import GateRejected
+from rlhf.errors import GateRejected, NotBetter
 from rlhf.report.model import RunOutcome
+from tasks.gate_check import check_gates
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
@@ -22,6 +23,7 @@ from tasks.stages import (
     GATE_REWARD_MODEL,
     PREPARE_DATA,
     PROMOTE,
+    TRAIN_JUDGE,
     TRAIN_POLICY,
     TRAIN_REWARD_MODEL,
     TRAIN_SFT,
@@ -54,8 +56,13 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
         store = store_of(config)
         given = {role: store.resolve(digest) for role, digest in inputs.items()}
         with exit_on_sigterm():
-            state = run_task(stage, config, find_inputs(stage, config, given))
+            refs = find_inputs(stage, config, given, optional=not is_child_run())
+            if stage.tracks_steps and "data" in refs and not is_child_run():
+                check_gates(config, refs["data"], store)
+            state = run_task(stage, config, refs)
         result = state.result(raise_on_failure=False)
+        if isinstance(result, NotBetter):
+            return Completed(name=state.name, message=state.message, data=result)
         if isinstance(result, GateRejected):
             return Failed(name=RunOutcome.GATE_REJECTED.value, message=str(result), data=result)
         if isinstance(result, BaseException):
@@ -71,6 +78,7 @@ train_sft = _flow(TRAIN_SFT)
 train_reward_model = _flow(TRAIN_REWARD_MODEL)
 evaluate_reward_model = _flow(EVALUATE_REWARD_MODEL)
 gate_reward_model = _flow(GATE_REWARD_MODEL)
+train_judge = _flow(TRAIN_JUDGE)
 train_policy = _flow(TRAIN_POLICY)
 evaluate_policy = _flow(EVALUATE_POLICY)
 gate_policy = _flow(GATE_POLICY)
@@ -80,6 +88,6 @@ STAGE_FLOWS: dict[str, Flow[..., State[Outcome]]] = {
     stage.name: stage
     for stage in (
         prepare_data, train_sft, train_reward_model, evaluate_reward_model, gate_reward_model,
-        train_policy, evaluate_policy, gate_policy, promote,
+        train_judge, train_policy, evaluate_policy, gate_policy, promote,
     )
 }  # fmt: skip

@@ -125,6 +125,13 @@ class GateRejected(RLHFError):
         return str(self.args[0])
 
 
+class NotBetter(GateRejected):
+    """A policy met the rules of its gate and is not better than the champion, which stays.
+
+    A normal end of a run.
+    """
+
+
 class PromotionLost(RLHFError):
     """The champion was changed by another promotion meanwhile; never retried."""
 

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 #: Two-sided confidence of intervals in evaluations.
 CONFIDENCE = 0.95
+#: Differences of equal numbers, relative to these.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -29,25 +31,25 @@ class Estimate:
     clusters: int
     """Number of prompts."""
     error: float
-    """Standard error."""
+    """Standard error; infinite with one prompt."""
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Return it as metrics: `name`, `name_low`, `name_high`, `name_size`, `name_error`."""
-        return {
-            name: self.value,
-            f"{name}_low": self.low,
-            f"{name}_high": self.high,
-            f"{name}_size": self.size,
-            f"{name}_error": self.error,
-        }
+        """Return it as metrics: `name`, `name_low`, `name_high`, `name_size`, `name_error`.
+
+        What is infinite, as with one prompt, is left out: JSON has no such numbers.
+        """
+        values = (self.value, self.low, self.high, self.size, self.error)
+        names = (name, *(f"{name}_{part}" for part in ("low", "high", "size", "error")))
+        return {n: v for n, v in zip(names, values, strict=True) if math.isfinite(v)}
 
 
 def share_of(values: Sequence[float], prompts: Sequence[object] | None = None) -> Estimate:
     """Estimate a share from observations in [0, 1], where a tie counts a half.
 
     The interval is Wilson's at the effective sample size, with a quantile of Student's t. The size
-    is p(1 − p)/v with v the variance of the mean over prompts. Unlike a bootstrap this stays valid
-    where all observations are equal: the size then is the number of prompts.
+    is p(1 − p)/v with v the variance of the mean over prompts, and not below that of independent
+    observations: a correlation that is negative in a few prompts is chance. Unlike a bootstrap this
+    stays valid where all observations are equal: the size then is the number of prompts.
     Sources: Wilson 1927; Korn and Graubard 1998 (effective size, t); Dean and Pagano 2015,
     J. Surv. Stat. Methodol. 3, 484–503 (its coverage beside others for clustered data).
 
@@ -61,13 +63,58 @@ def share_of(values: Sequence[float], prompts: Sequence[object] | None = None) -
     array = np.asarray(values, dtype=float)
     if not len(array) or not ((array >= 0) & (array <= 1)).all():
         raise ValueError("a share needs observations between 0 and 1")
-    p, error, clusters = _mean(array, prompts)
-    variance = p * (1 - p)
-    size = float(clusters)
-    if error > 0 and clusters > 1:
-        size = min(variance / error**2, float(len(array)) * clusters)
+    p, error, independent, clusters = _mean(array, prompts)
+    variance = max(error, independent) ** 2
+    size = p * (1 - p) / variance if clusters > 1 and variance > _ROUNDING**2 else float(clusters)
     low, high = wilson(p, size, t_quantile(CONFIDENCE, clusters))
     return Estimate(p, low, high, size, clusters, error)
+
+
+def balanced_share(
+    values: Sequence[float], prompts: Sequence[object], strata: Sequence[object]
+) -> Estimate:
+    """Estimate the mean of the shares of S strata, each of which counts alike.
+
+    The interval recovers variances from the strata's own (MOVER): with d_s the distance of a bound
+    from stratum s's share and R the correlation of their sums by prompt it is p ± √(d′ R d)/S.
+    Linearisation would take a stratum of three, all right, for certain. The effective size is that
+    at which Wilson's interval is as wide, on its wider side.
+    Sources: Zou 2007, Psychol. Methods 12, 399–413 (with correlation); Newcombe 1998.
+
+    Raises:
+        ValueError: There are no observations, or one is outside of [0, 1].
+    """
+    keys = list(dict.fromkeys(prompts))
+    place = {key: i for i, key in enumerate(keys)}
+    names = list(dict.fromkeys(strata))
+    sums = np.zeros((len(keys), len(names)))
+    parts: list[Estimate] = []
+    for column, name in enumerate(names):
+        rows = [i for i, stratum in enumerate(strata) if stratum == name]
+        parts.append(share_of([values[i] for i in rows], [prompts[i] for i in rows]))
+        for i in rows:
+            sums[place[prompts[i]], column] += (values[i] - parts[-1].value) / len(rows)
+    share = sum(part.value for part in parts) / len(parts)
+    scale = np.sqrt((sums**2).sum(0))
+    scale[scale < _ROUNDING] = math.inf  # without variance there is no correlation
+    correlation = sums.T @ sums / np.outer(scale, scale)
+    np.fill_diagonal(correlation, 1.0)
+    half = [
+        float(np.sqrt(max(distances @ correlation @ distances, 0.0))) / len(parts)
+        for distances in (
+            np.array([part.value - part.low for part in parts]),
+            np.array([part.high - part.value for part in parts]),
+        )
+    ]
+    t = t_quantile(CONFIDENCE, len(keys))
+    bounds = (share - half[0], share + half[1])
+    # Wilson's bound b has (p − b)² = t² b(1 − b)/size.
+    sizes = [t * t * b * (1 - b) / (share - b) ** 2 for b in bounds if 0 < b < 1 and b != share]
+    size = min(sizes, default=1.0) if len(keys) > 1 else 1.0
+    count = len(keys)
+    variance = float((sums.sum(1) ** 2).sum()) / len(parts) ** 2
+    error = math.sqrt(variance * count / (count - 1)) if count > 1 else math.inf
+    return Estimate(share, *wilson(share, size, t), size, count, error)
 
 
 def mean_of(values: Sequence[float], prompts: Sequence[object] | None = None) -> Estimate:
@@ -81,9 +128,34 @@ def mean_of(values: Sequence[float], prompts: Sequence[object] | None = None) ->
     array = np.asarray(values, dtype=float)
     if not len(array):
         raise ValueError("a mean needs observations")
-    value, error, clusters = _mean(array, prompts)
+    value, error, _, clusters = _mean(array, prompts)
     half = t_quantile(CONFIDENCE, clusters) * error if clusters > 1 else math.inf
     return Estimate(value, value - half, value + half, float(clusters), clusters, error)
+
+
+def combined(estimates: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
+    """Estimate a weighted mean of independent estimates, such as those of a suite's subsets.
+
+    Each keeps its own interval's shape: with values θ, bounds l and u and weights w of sum 1, the
+    lower bound is Σ wθ − √(Σ w²(θ − l)²), the upper Σ wθ + √(Σ w²(u − θ)²). Unlike a sum of
+    variances this stays valid where all observations of a subset are equal. Source: Zou and Donner
+    2008, Statist. Med. 27, 1693–1702 (MOVER).
+
+    Args:
+        estimates: At least one.
+        weights: Of each, above 0 in sum; None gives all the same.
+    """
+    given = [1.0] * len(estimates) if weights is None else [*weights]
+    shares = [weight / math.fsum(given) for weight in given]
+    pairs = [*zip(shares, estimates, strict=True)]
+    value = math.fsum(w * e.value for w, e in pairs)
+    below = math.sqrt(math.fsum((w * (e.value - e.low)) ** 2 for w, e in pairs))
+    above = math.sqrt(math.fsum((w * (e.high - e.value)) ** 2 for w, e in pairs))
+    error = math.sqrt(math.fsum((w * e.error) ** 2 for w, e in pairs))
+    size = math.fsum(e.size for e in estimates)
+    return Estimate(
+        value, value - below, value + above, size, sum(e.clusters for e in estimates), error
+    )
 
 
 def wilson(p: float, size: float, z: float) -> tuple[float, float]:
@@ -138,18 +210,21 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def mean_p_value(values: Sequence[float], prompts: Sequence[object] | None = None) -> float:
     """Return the two-sided p-value of a mean of zero, by Student's t over prompts.
 
-    NaN with fewer than two prompts; 1 where all observations are zero.
+    1 where the mean is zero, otherwise NaN with fewer than two prompts. Where all prompts have the
+    same mean, Student's t would be infinite for two of them already; there it is the p-value of the
+    sign test, 2 · ½^prompts.
     """
     from scipy import stats
 
     array = np.asarray(values, dtype=float)
-    if not array.any():
+    value, error, _, clusters = _mean(array, prompts)
+    rounding = _ROUNDING * float(np.abs(array).max())
+    if abs(value) <= rounding:
         return 1.0
-    value, error, clusters = _mean(array, prompts)
     if clusters < 2:
         return math.nan
-    if error == 0:
-        return 0.0
+    if error <= rounding:
+        return 2 * 0.5**clusters
     return float(2 * stats.t.sf(abs(value / error), clusters - 1))
 
 
@@ -175,22 +250,29 @@ def power_of_share(
 ) -> float:
     """Return the probability that the lower bound of a share will exceed a value.
 
-    Normal approximation: Φ((true − than − z σ₀)/σ₁) with σ₀ = √(than(1 − than)/m), σ₁ =
-    √(true(1 − true)/m), m the effective size prompts · than(1 − than)/spread².
+    Wilson's bound exceeds it where the share exceeds than + t σ₀. With the normal approximation of
+    the share this has the probability Φ((true − than − t σ₀)/σ₁), σ₀ = √(than(1 − than)/m), σ₁ =
+    √(true(1 − true)/m), m the effective size prompts · than(1 − than)/spread², and t the quantile
+    of Student's t that `share_bound` takes.
 
     Args:
         true: The true share.
-        than: Value to exceed.
+        than: Value to exceed, between 0 and 1.
         prompts: Number of prompts.
         spread: Standard deviation of a prompt's mean; 0.5 for one reply without ties.
         confidence: One-sided confidence of the bound.
+
+    Raises:
+        ValueError: The value to exceed is not between 0 and 1, or the spread is not positive.
     """
     from scipy import stats
 
+    if not (0 < than < 1 and spread > 0):
+        raise ValueError(f"no power for a share above {than} with a spread of {spread}")
     size = prompts * than * (1 - than) / spread**2
-    z = float(stats.norm.ppf(confidence))
+    t = t_quantile(2 * confidence - 1, prompts)
     under, other = (math.sqrt(p * (1 - p) / size) for p in (than, true))
-    return float(stats.norm.cdf((true - than - z * under) / max(other, 1e-12)))
+    return float(stats.norm.cdf((true - than - t * under) / max(other, 1e-12)))
 
 
 def prompts_needed(
@@ -213,19 +295,39 @@ def prompts_needed(
     return high
 
 
-def _mean(array: NDArray[np.float64], prompts: Sequence[object] | None) -> tuple[float, float, int]:
-    """Return the mean, its standard error over prompts, and their number.
+def detectable_share(
+    than: float, prompts: int, spread: float, confidence: float, power: float = 0.8
+) -> float | None:
+    """Return the least true share that exceeds a value with a power; None if even 1 does not."""
+    low, high = than, 1.0
+    if power_of_share(high, than, prompts, spread, confidence) < power:
+        return None
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        reached = power_of_share(middle, than, prompts, spread, confidence) >= power
+        low, high = (low, middle) if reached else (middle, high)
+    return high
 
-    The mean of all observations is a ratio of sums over prompts; its variance is that of Taylor's
-    linearisation, G/(G − 1) Σ_g (Σ_i (x_gi − x̄))² / N². Source: Cochran 1977, chapter 6.
+
+def _mean(
+    array: NDArray[np.float64], prompts: Sequence[object] | None
+) -> tuple[float, float, float, int]:
+    """Return the mean, its standard errors over prompts and over observations, and the prompts.
+
+    The mean of n observations is a ratio of sums over prompts; its variance is that of Taylor's
+    linearisation, G/(G − 1) Σ_g (Σ_i u_gi)² with u_gi = (x_gi − x̄)/n, and n/(n − 1) Σ u² if all
+    observations were independent. Source: Cochran 1977, section 6.3.
     """
     value = float(array.mean())
+    parts = ((array - value) / len(array)).tolist()
     sums: dict[object, float] = {}
-    for i, difference in enumerate(array - value):
+    for i, part in enumerate(parts):
         key = prompts[i] if prompts is not None else i
-        sums[key] = sums.get(key, 0.0) + float(difference)
-    count = len(sums)
-    if count < 2:
-        return value, 0.0, count
-    squares = math.fsum(s * s for s in sums.values())
-    return value, math.sqrt(count / (count - 1) * squares) / len(array), count
+        sums[key] = sums.get(key, 0.0) + part
+    if len(sums) < 2:
+        return value, math.inf, math.inf, len(sums)
+    errors = []
+    for terms in (list(sums.values()), parts):
+        squares = math.fsum(term * term for term in terms)
+        errors.append(math.sqrt(len(terms) / (len(terms) - 1) * squares))
+    return value, errors[0], errors[1], len(sums)

@@ -8,8 +8,10 @@ of a batch, in which a single pair would count as 1 whatever its weight.
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.data.text_pairs import PairRenderer
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, PromptUnusable
 from rlhf.files import write_json
 from rlhf.modeling.classifier import (
     Whole,
@@ -49,6 +51,9 @@ from rlhf.modeling.lora import (
 from rlhf.modeling.miniature import miniature
 from rlhf.modeling.reward import (
     META,
+    SCORE_MEAN,
+    SCORE_STD,
+    Scorer,
     load_unpublished,
     pad_right,
     reward_meta,
@@ -69,6 +74,9 @@ from rlhf.trl_adapter import (
     unchanged_config,
 )
 
+#: Most chosen replies whose scores are the scale of rewards.
+REFERENCE_REPLIES = 512
+
 
 def train_reward_model(
     config: RewardModelConfig,
@@ -76,6 +84,7 @@ def train_reward_model(
     sft: Path | str,
     out_dir: Path,
     *,
+    pairs: str = PAIRS_TRAIN,
     limits: TokenLimits | None = None,
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
@@ -85,13 +94,14 @@ def train_reward_model(
 
     The tokenizer is written beside it. A model trained by LoRA from the SFT policy is written
     merged and, in `adapter/`, as adapter and head alone; `rlhf.json` then has the digest of the
-    policy's weights.
+    policy's weights. It always has the mean and deviation of scores of chosen replies.
 
     Args:
         config: Hyper-parameters; `config.base` overrides the SFT policy as starting point.
         data: A dataset folder as `prepare_data` writes it.
         sft: Folder of the SFT policy.
         out_dir: Empty folder for the reward model.
+        pairs: Name of the dataset's file with the pairs.
         limits: Most tokens of prompts and replies; None is `config.max_length` of both together.
         seed: Seeds the new head and shuffling.
         runtime: Device and threads.
@@ -101,9 +111,10 @@ def train_reward_model(
         ConfigError: The base has no sequence classifier with one label.
         DataError: There are no training pairs, none with the margin that is asked for, or the
             model can't be given too many prompts.
+        TrainingError: A score of the trained model is not finite.
     """
-    pairs = read_rows(data / PAIRS_TRAIN, Pair)
-    _check_margins(pairs, config)
+    preferences = read_rows(data / pairs, Pair)
+    _check_margins(preferences, config)
     runtime = runtime or RuntimeConfig()
     device = prepare_device(runtime)
     check_frozen_dtype(config.frozen_dtype, "reward_model", device, runtime)
@@ -116,7 +127,7 @@ def train_reward_model(
     fit_embeddings(model, renderer.tokenizer)
     same_base = model.get_input_embeddings().num_embeddings == vocabulary
     limits = (limits or TokenLimits.of(config.max_length)).within(input_limit(model))
-    rows, counts = _encode(pairs, renderer, limits, config.margin_coef)
+    rows, counts = _encode(preferences, renderer, limits, config.margin_coef)
     trained, curve = _train(model, rows, config, renderer, seed, device, progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():
@@ -129,11 +140,34 @@ def train_reward_model(
         if holds_stored(trained):
             whole = load_unpublished(start, config.pooling)[0]
             fit_embeddings(whole, renderer.tokenizer)
-        save_reward_model(merge_adapter(trained, whole), renderer, out_dir, base)
+        merged = merge_adapter(trained, whole)
+        save_reward_model(merged, renderer, out_dir, base)
+        scorer = Scorer(out_dir, device, limits, model=merged)
+        scale = _reference_scores(scorer, preferences, seed)
+        write_json(out_dir / META, {**reward_meta(out_dir), **scale})
         write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
     metrics = {"pairs": len(rows), "loss": last.get("loss")}
     return StageResult({**metrics, "train_accuracy": last.get("accuracy"), **counts})
+
+
+def _reference_scores(scorer: Scorer, pairs: Sequence[Pair], seed: int) -> dict[str, float]:
+    """Return mean and standard deviation (n − 1) of the scores of chosen replies.
+
+    They are the scale of `ppo.reward_normalization: reference`: those of replies that people
+    preferred, which do not change while a policy does.
+    """
+    fitting = Fitting(scorer.renderer, scorer.limits)
+    chosen: list[Pair] = []
+    for pair in random.Random(seed).sample(pairs, len(pairs)):
+        with suppress(PromptUnusable):
+            fitting.check(pair.prompt)
+            chosen.append(pair)
+        if len(chosen) == REFERENCE_REPLIES:
+            break
+    scores = scorer([pair.prompt for pair in chosen], [pair.chosen for pair in chosen]).double()
+    deviation = float(scores.std()) if len(scores) > 1 else 0.0
+    return {SCORE_MEAN: float(scores.mean()), SCORE_STD: deviation}
 
 
 def _check_margins(pairs: Sequence[Pair], config: RewardModelConfig) -> None:

@@ -50,6 +50,22 @@ def external_reward_model(config: PipelineConfig) -> ExternalModel | None:
     return None
 
 
+def external_judge(config: PipelineConfig) -> ExternalModel | None:
+    """Return the external model that the judge is trained from; None: use SFT's."""
+    if config.judge.base is None:
+        return None
+    return ExternalModel("judge.base", config.judge.base, config.store_options)
+
+
+def judge_settings(config: PipelineConfig) -> Mapping[str, Any]:
+    """Return the judge's settings, without the external model itself."""
+    if not config.judge.enabled:
+        return {"judge": "none"}
+    return {
+        "judge": config.reward_model.model_dump(exclude={"base", *UNFINGERPRINTED_FIELDS}),
+    }
+
+
 def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
     """Return the reward model's settings, without the external model itself."""
     if config.ppo.reward_model_path is not None:

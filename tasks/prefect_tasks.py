@@ -13,7 +13,7 @@ from prefect.tasks import exponential_backoff
 
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import INLINE
-from rlhf.errors import is_retriable
+from rlhf.errors import NotBetter, is_retriable
 from rlhf.gates import read_verdict, require
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
@@ -49,7 +49,7 @@ def _task(stage: Stage) -> Task[[PipelineConfig, Refs], Any]:
         name=stage.name, task_run_name=stage.name, retry_condition_fn=retry_condition,
         persist_result=False,
     )  # fmt: skip
-    def stage_task(config: PipelineConfig, inputs: Refs) -> State[Outcome]:
+    def stage_task(config: PipelineConfig, inputs: Refs) -> State[Any]:
         deployment = config.deployment_of(stage.name)
         if deployment == INLINE:
             metrics = StageMetrics(stage, config, inputs)
@@ -62,7 +62,12 @@ def _task(stage: Stage) -> Task[[PipelineConfig, Refs], Any]:
         else:
             outcome = run_remotely(stage, config, inputs, deployment)
         if stage.kind == "verdict":
-            _enforce(outcome, inputs, config)
+            try:
+                _enforce(outcome, inputs, config)
+            except NotBetter as error:
+                # A normal end: the task is green, and its result tells the flow.
+                name = StageState.NOT_BETTER.value
+                return Completed(name=name, message=str(error), data=error)
         state = StageState.CACHED if outcome.cached else StageState.COMPLETED
         return Completed(name=state.value, message=outcome.headline, data=outcome)
 
@@ -86,7 +91,7 @@ def _show_result(stage: Stage, outcome: Outcome, config: PipelineConfig) -> None
 
 
 def _enforce(outcome: Outcome, inputs: Mapping[str, ArtifactRef], config: PipelineConfig) -> None:
-    """Raise GateRejected for a rejection, after its verdict was published and shown."""
+    """Raise GateRejected, or NotBetter, after the verdict was published and shown."""
     verdict = read_verdict(store_of(config).fetch(outcome.ref))
     subject = next(ref for ref in inputs.values() if ref.digest == verdict.subject)
     require(subject, subject.digest, verdict)

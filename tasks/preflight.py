@@ -18,15 +18,18 @@ from rlhf.config import PipelineConfig, TrackingConfig, apply_machine_settings
 from rlhf.config.pipeline import INLINE
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import expand_home
+from rlhf.gate_sizes import Sizes, check_gate_sizes
 from rlhf.modeling.nf4 import check_package
-from rlhf.modeling.reward_source import check_reward_source
+from rlhf.modeling.reward_source import check_context, check_reward_source
 from rlhf.modeling.source import CONFIG, MAX_CONFIG_BYTES, ExternalModel
 from rlhf.store import Store
 from tasks.external_inputs import (
     check_tokens,
+    external_judge,
     external_reward_model,
     reward_function_digests,
 )
+from tasks.gate_check import samples_of
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -46,6 +49,7 @@ def preflight(config: PipelineConfig) -> None:
         _check_writable(f"runtime.{field}", getattr(config.runtime, field))
     _check_trackers(config.tracking)
     _check_nf4(config)
+    _check_world_gates(config)
     store = store_of(config)
     store.check()
     _sweep(store)
@@ -57,6 +61,8 @@ def preflight(config: PipelineConfig) -> None:
             data = _check_model(external, store)
             if external == external_reward_model(config):
                 check_reward_source(config, external, data)
+            if external == external_judge(config):
+                check_context(config, external, data)
     reward_function_digests(config.ppo)
     check_tokens(config.ppo)
 
@@ -135,6 +141,16 @@ def _check_nf4(config: PipelineConfig) -> None:
         is_here = config.deployment_of(stage.name) == INLINE and getattr(section, "enabled", True)
         if is_here and getattr(section, "frozen_dtype", None) == "nf4":
             check_package(str(stage.section))
+
+
+def _check_world_gates(config: PipelineConfig) -> None:
+    """Check that the gates can be passed with the held-out rows that the world will have."""
+    if config.data.source != "world":
+        return
+    world = config.data.world
+    prompts = min(world.eval_prompts, config.evaluation.prompts)
+    sizes = Sizes(world.eval_pairs, world.eval_pairs, prompts, samples_of(config))
+    check_gate_sizes(config, sizes, has_champion=False)
 
 
 def _sweep(store: Store) -> None:

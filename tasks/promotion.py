@@ -15,6 +15,7 @@ from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
 from rlhf import champions
+from rlhf.challenge import describe_verdict
 from rlhf.champions import (
     Approval,
     approval_of,
@@ -25,14 +26,13 @@ from rlhf.champions import (
 from rlhf.config import PipelineConfig
 from rlhf.errors import PromotionLost
 from rlhf.files import write_json
-from rlhf.gates import read_verdict, require
+from rlhf.gates import Verdict, read_verdict, require
 from rlhf.smoke import SMOKE, smoke_test
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from tasks.stage import StageRun, store_of
 
 PROMOTION = "promotion.json"
-BY_GATES = "it met every gate"
 
 
 def promote(run: StageRun) -> StageResult:
@@ -46,16 +46,17 @@ def promote(run: StageRun) -> StageResult:
         ApprovalMissing: promotion.approval = manual, and no person has approved it.
         ApprovalRefused: A person refused it.
         SmokeTestFailed: It does not answer.
-        PromotionLost: The champion changed meanwhile.
+        PromotionLost: The champion changed meanwhile, or is not the one it was compared with.
     """
     config, name, ref = run.config.promotion, run.config.promotion.name, run.refs["policy"]
     history = champions.history(run.store, name)
     before = history[-1] if history else None
     is_new = before is None or before.policy != ref.digest
-    require(ref, ref.digest, read_verdict(run.folders["verdict"]))
+    verdict = require(ref, ref.digest, read_verdict(run.folders["verdict"])).verdict
     approval: Approval | None = None
     if is_new:
         champions.require_standing(history, name, ref.digest)
+        _require_compared(run, verdict, before)
     if config.approval == "manual":
         read_approval = require_approval if is_new else approval_of
         approval = read_approval(run.store, name, ref.digest)
@@ -64,12 +65,13 @@ def promote(run: StageRun) -> StageResult:
         runtime=run.config.runtime,
     )  # fmt: skip
     if is_new:
-        _make_champion(run, before, approval)
+        _make_champion(run, before, approval, describe_verdict(verdict, before and before.policy))
     # No time, so that equal work has an equal artifact; the history has it.
     promotion = {
         "model": name,
         "policy": ref.digest,
         "verdict": run.refs["verdict"].digest,
+        "champion": verdict.champion,
         "approval": approval.model_dump() if approval else None,
     }
     write_json(run.out_dir / PROMOTION, promotion)
@@ -118,14 +120,31 @@ class Decision(RunInput):
     why: str = Field(default="", description="The reason, for the promotion's record.")
 
 
+def _require_compared(run: StageRun, verdict: Verdict, before: champions.Promotion | None) -> None:
+    """Raise if the policy was not compared with the champion that it would replace.
+
+    Raises:
+        PromotionLost: The champion is another one, or there was none then.
+    """
+    present = before.policy if before else None
+    if run.config.gates.champion is None or verdict.champion == present:
+        return
+    was, now = (digest[:12] if digest else "no champion" for digest in (verdict.champion, present))
+    raise PromotionLost(
+        f"policy {verdict.subject[:12]} was compared with {was}, and the champion of "
+        f"{run.config.promotion.name} is {now} now; run the same again: the policy is compared "
+        "with that one, and no training is repeated"
+    )
+
+
 def _make_champion(
-    run: StageRun, before: champions.Promotion | None, approval: Approval | None
+    run: StageRun, before: champions.Promotion | None, approval: Approval | None, reason: str
 ) -> None:
     policy, verdict = run.refs["policy"].digest, run.refs["verdict"].digest
     try:
         champions.promote(
             run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
-            by=approval.by if approval else None, why=approval.why if approval else BY_GATES,
+            by=approval.by if approval else None, why=approval.why if approval else reason,
             run=flow_run.get_name(), approval=approval,
         )  # fmt: skip
     except PromotionLost:

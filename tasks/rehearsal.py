@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rlhf.tasks")
 #: Sections of the configuration that a rehearsal depends on.
-_SECTIONS = ("base", "sft", "reward_model", "ppo", "evaluation", "data")
+_SECTIONS = ("base", "sft", "reward_model", "judge", "ppo", "evaluation", "data")
 #: Settings of the data that change no stage's computation.
 _DATA = ("max_prompt", "max_reply", "system")
 

@@ -140,7 +140,7 @@ def work_of(
     for role in needed:
         if role not in inputs:
             raise ArtifactMissing(f"{stage.name}: input {role} is missing; give its artifact")
-    refs = {role: inputs[role] for role in needed}
+    refs = {role: inputs[role] for role in (*needed, *stage.optional) if role in inputs}
     external = stage.external_model(config)
     if external is not None and external.is_artifact:
         # As an input it becomes a parent of the result, and is fetched like the others.
@@ -191,26 +191,35 @@ def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
 
 
 def find_inputs(
-    stage: Stage, config: PipelineConfig, given: Mapping[str, ArtifactRef]
-) -> dict[str, ArtifactRef]:
+    stage: Stage, config: PipelineConfig, given: Mapping[str, ArtifactRef],
+    *, optional: bool = True,
+) -> dict[str, ArtifactRef]:  # fmt: skip
     """Return the inputs of a stage that runs alone: as given, else as recorded.
+
+    Args:
+        stage: The stage.
+        config: Configuration of the run.
+        given: Inputs by role.
+        optional: Whether to find optional inputs too; a pipeline that has found them for a stage on
+            another machine gives them all.
 
     Raises:
         ArtifactMissing: An earlier stage has no record.
         ConfigError: A given role is none of the stage's, or its artifact of another kind.
     """
     needed = stage.needed_inputs(config)
+    kinds = {role: STAGES[maker].kind for role, maker in needed.items()} | {**stage.optional}
     for role, ref in given.items():
-        if role not in needed:
+        if role not in kinds:
             raise ConfigError(
                 f"--input {role}: no input of {stage.name}, which takes "
-                f"{', '.join(needed) or 'none'}"
+                f"{', '.join(kinds) or 'none'}"
             )
-        kind = STAGES[needed[role]].kind
-        if ref.kind != kind:
+        if ref.kind != kinds[role]:
+            maker = f", as {needed[role]} makes it" if role in needed else ""
             raise ConfigError(
-                f"--input {role}: {ref.short} is of kind {ref.kind}; give one of kind {kind}, "
-                f"as {needed[role]} makes it"
+                f"--input {role}: {ref.short} is of kind {ref.kind}; give one of kind "
+                f"{kinds[role]}{maker}"
             )
     store = store_of(config)
     inputs = dict(given)
@@ -218,6 +227,8 @@ def find_inputs(
         if role not in inputs:
             label = f"{stage.name}: {role}"
             inputs[role] = _recorded_result(STAGES[maker], config, store, given, label)
+    if optional and not stage.optional.keys() & given.keys():
+        inputs |= stage.find_optional(config, inputs, store)
     return inputs
 
 
@@ -322,6 +333,7 @@ def _recorded_result(
         role: given.get(role) or _recorded_result(STAGES[maker], config, store, given, label)
         for role, maker in stage.needed_inputs(config).items()
     }
+    inputs |= stage.find_optional(config, inputs, store)
     ref = recorded_ref(store, stage, work_of(stage, config, inputs, store).key)
     if ref is None:
         raise ArtifactMissing(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -60,6 +60,13 @@ class Stage:
     """Whether its effect outside of the artifact is still in place; if not, it runs again."""
     show: Callable[[Path, PipelineConfig], Mapping[str, Shown]] | None = None
     """Makes pages for Prefect's UI, by key, from its artifact's folder."""
+
+    optional: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Roles of inputs that it may have beside `inputs`, each with the kind of artifact."""
+    find_optional: Callable[
+        [PipelineConfig, Mapping[str, ArtifactRef], Store], Mapping[str, ArtifactRef]
+    ] = lambda *_: {}
+    """Finds the optional inputs in the store, from the others."""
 
     def needed_inputs(self, config: PipelineConfig) -> Mapping[str, StageName]:
         """Return `inputs`, or none where a ready external model takes the stage's place."""

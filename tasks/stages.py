@@ -15,25 +15,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
+from rlhf.challenge import compared_with, with_comparison
+from rlhf.config import DataConfig, PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.data import CONSEQUENCES
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.data.lineage import forgotten_ids
+from rlhf.data.rows import PAIRS_JUDGE, PROMPTS_GATE
 from rlhf.data.sources import source_digest
 from rlhf.data.stored import read_summary
-from rlhf.errors import ArtifactMissing, StoreError
+from rlhf.errors import ArtifactMissing, ConfigError, StoreError
 from rlhf.files import expand_home, read_json, write_json
-from rlhf.gates import VERDICT, judge, read_verdict, require
-from rlhf.modeling.source import ExternalModel
+from rlhf.gates import VERDICT, Verdict, judge, read_verdict, require
+from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
 from rlhf.saved import read_saved
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.challenge import OPTIONAL, optional_inputs, take_look
 from tasks.external_inputs import (
     external_base_model,
+    external_judge,
     external_reward_model,
     external_tokenizer,
+    judge_settings,
     reward_function_digests,
     reward_settings,
 )
@@ -64,9 +69,18 @@ def _prepare_data(run: StageRun) -> StageResult:
 
     config = run.config
     return prepare_data(
-        config.data, run.out_dir, seed=config.seed, store_options=config.store_options,
+        _data_section(config), run.out_dir, seed=config.seed, store_options=config.store_options,
         forgotten=forgotten_ids(run.store), model=_model_check(run), progress=run.progress,
     )  # fmt: skip
+
+
+def _data_section(config: PipelineConfig) -> DataConfig:
+    """Return the section of the data; without a judge none of them are for one."""
+    data = config.data
+    if config.judge.enabled:
+        return data
+    world = data.world.model_copy(update={"judge_pairs": 0})
+    return data.model_copy(update={"judge_fraction": data.judge_fraction or 0.0, "world": world})
 
 
 def _model_check(run: StageRun) -> ModelCheck | None:
@@ -128,6 +142,54 @@ def _train_reward_model(run: StageRun) -> StageResult:
     return _train(run, "reward_model", section, limits=run.config.token_limits())
 
 
+def _train_judge(run: StageRun) -> StageResult:
+    from rlhf.judge import has_judge_pairs, measure_judge, write_no_judge
+
+    config, data = run.config, run.folders["data"]
+    if not config.judge.enabled:
+        return write_no_judge(run.out_dir, "judge.enabled = false")
+    if not has_judge_pairs(data):
+        # The source is no part of the fingerprint, so the reason must fit both kinds.
+        setting = "data.judge_fraction, or data.world.judge_pairs for the world"
+        return write_no_judge(run.out_dir, f"the data have no pairs for one; set {setting}")
+    section, limits = _judge_section(run), config.token_limits()
+    try:
+        # Another seed than the reward model's, so that it has another head and order of rows.
+        result = _train(
+            run, "reward_model", section, limits=limits, pairs=PAIRS_JUDGE, seed=config.seed + 1
+        )
+    except ConfigError as error:
+        if external := external_judge(config):
+            raise external.error(str(error)) from None
+        raise
+    return measure_judge(
+        data, run.out_dir, result.metrics, _judge_base(run), limits=limits, runtime=config.runtime
+    )
+
+
+def _judge_section(run: StageRun) -> RewardModelConfig:
+    """Return the reward model's section for the judge, without what its base has no use for."""
+    section, folder = run.config.reward_model, run.folders.get("base")
+    if folder is None:
+        return section.model_copy(update={"base": None})
+    from rlhf.modeling.reward_source import is_encoder
+
+    unused = (
+        {"pooling": "last", "lm_loss_coef": 0.0} if is_encoder(read_json(folder / CONFIG)) else {}
+    )
+    return section.model_copy(update={"base": str(folder), **unused})
+
+
+def _judge_base(run: StageRun) -> str:
+    """Return what the judge starts from, without a path: artifacts don't depend on places."""
+    external = external_judge(run.config)
+    if external is None:
+        return "the SFT policy"
+    if external.is_artifact or external.is_on_hub:
+        return external.uri
+    return ", ".join(read_json(run.folders["base"] / CONFIG).get("architectures") or ["a model"])
+
+
 def _train_policy(run: StageRun) -> StageResult:
     ref = run.refs["reward-model"]
     approved = require(ref, ref.digest, read_verdict(run.folders["verdict"]))
@@ -141,6 +203,7 @@ def _train_policy(run: StageRun) -> StageResult:
             "data": run.refs["data"].digest,
             "base": run.refs["sft"].digest,
             "reward model": ref.digest,
+            "judge": run.refs["judge"].digest,
         },
     )  # fmt: skip
 
@@ -161,7 +224,7 @@ def _train(
     rehearse_stage(run)
     job = Job(
         stage=run.producer.stage, field=field, section=section, inputs=run.folders,
-        out_dir=run.out_dir, seed=run.config.seed, runtime=run.config.runtime, **values,
+        out_dir=run.out_dir, runtime=run.config.runtime, **{"seed": run.config.seed, **values},
     )  # fmt: skip
     return (launch if section.processes else train)(job, run.progress)
 
@@ -180,12 +243,14 @@ def _evaluate_reward_model(run: StageRun) -> StageResult:
 def _evaluate_policy(run: StageRun) -> StageResult:
     from rlhf.evaluation import evaluate_policy
 
-    config = run.config
+    config, folders, champion = run.config, run.folders, run.refs.get("champion")
+    frozen = folders.get("champion-evaluation")
     return evaluate_policy(
-        config.evaluation, config.ppo, run.folders["data"], run.folders["sft"],
-        run.folders["policy"], run.folders["reward-model"], run.out_dir,
-        limits=config.token_limits(), seed=config.seed, runtime=config.runtime,
-        progress=run.progress,
+        config.evaluation, config.ppo, folders["data"], folders["sft"], folders["policy"],
+        folders["reward-model"], run.out_dir, judge=folders["judge"],
+        champion=folders.get("champion"), champion_digest=champion and champion.digest,
+        prompts=frozen and frozen / PROMPTS_GATE, limits=config.token_limits(), seed=config.seed,
+        runtime=config.runtime, progress=run.progress,
     )  # fmt: skip
 
 
@@ -210,24 +275,42 @@ def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
 
     def body(run: StageRun) -> StageResult:
         metrics = read_saved(run.folders["evaluation"] / EVALUATION)
-        verdict = judge(
-            run.producer.stage, run.refs[subject].digest, metrics, getattr(run.config.gates, rules)
-        )
+        chosen = getattr(run.config.gates, rules)
+        verdict = judge(run.producer.stage, run.refs[subject].digest, metrics, chosen)
+        if subject == "policy":
+            verdict = _compare(run, verdict, metrics)
         write_json(run.out_dir / VERDICT, asdict(verdict))
-        passed = sum(c.passed for c in verdict.checks)
-        return StageResult(
-            {"approved": verdict.approved, "passed": passed, "rules": len(verdict.checks)}
-        )
+        result: dict[str, Any] = {"approved": verdict.approved}
+        if verdict.checks:
+            passed = sum(c.passed for c in verdict.checks)
+            result |= {"passed": passed, "rules": len(verdict.checks)}
+        return StageResult(result | ({"note": verdict.approval} if chosen is None else {}))
 
     return body
+
+
+def _compare(run: StageRun, verdict: Verdict, metrics: Mapping[str, Any]) -> Verdict:
+    """Add the comparison with the champion to a policy's verdict, and count the look."""
+    settings = run.config.gates.champion
+    compared = compared_with(metrics)
+    if settings is None or compared is None:
+        return verdict
+    line = run.config.promotion.name
+    look = take_look(run.store, line, compared.prompts, verdict.subject)
+    return with_comparison(verdict, metrics, settings, look)
 
 
 def _show_verdict(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
     verdict = read_verdict(folder)
     rows = [
-        {"metric": c.metric, "value": c.value, "needs": c.bound, "passed": c.passed}
+        {
+            "metric": c.metric, "value": c.value, "low": c.low, "high": c.high, "n": c.n,
+            "needs": c.bound, "passed": c.passed, "note": c.note,
+        }
         for c in verdict.checks
-    ]
+    ]  # fmt: skip
+    if not rows:
+        return {f"{verdict.gate}-verdict": f"{verdict.gate}: {verdict.approval}"}
     return {f"{verdict.gate}-verdict": rows}
 
 
@@ -255,6 +338,11 @@ def _limits(
     return limits
 
 
+def _idle_rotation(config: PipelineConfig) -> set[str]:
+    """Return the name of the rotation where it changes no data: the world's prompts are its own."""
+    return {"rotation"} if config.data.source == "world" else set()
+
+
 def _base_tokenizer(config: PipelineConfig) -> ExternalModel | None:
     return external_tokenizer(config, PREPARE_DATA.name, TRAIN_SFT.name)
 
@@ -269,9 +357,7 @@ PREPARE_DATA = Stage(
     kind="dataset",
     inputs={},
     depends_on=lambda c: {
-        "data": c.data.model_dump(
-            exclude={"source", "eval_source", *_MODEL_SETTINGS, *CONSEQUENCES}
-        ),
+        "data": _data_section(c).model_dump(exclude={*_NOT_IN_DATA, *_idle_rotation(c)}),
         **({"limits": _limits(c)} if _base_tokenizer(c) else {}),
     },
     external_model=_base_tokenizer,
@@ -356,8 +442,24 @@ GATE_REWARD_MODEL = Stage(
     },
     depends_on=lambda c: {"rules": c.gates.reward_model},
     body=_gate("reward-model", "reward_model"),
-    headline=(("{} of {} rules met", "passed", "rules"),),
+    headline=(("{} of {} rules met", "passed", "rules"), ("{}", "note")),
     show=_show_verdict,
+)
+
+TRAIN_JUDGE = Stage(
+    name="train-judge",
+    kind="judge",
+    inputs={"data": PREPARE_DATA.name, "sft": TRAIN_SFT.name},
+    depends_on=lambda c: {**judge_settings(c), "limits": _limits(c)},
+    external_model=external_judge,
+    body=_train_judge,
+    headline=(
+        ("accuracy {:.3f} [{:.3f}, {:.3f}]", "accuracy", "accuracy_low", "accuracy_high"),
+        ("no judge: {}", "reason"),
+        *PROMPT_COUNTS,
+    ),
+    section="reward_model",
+    tracks_steps=True,
 )
 
 TRAIN_POLICY = Stage(
@@ -368,6 +470,7 @@ TRAIN_POLICY = Stage(
         "sft": TRAIN_SFT.name,
         "reward-model": TRAIN_REWARD_MODEL.name,
         "verdict": GATE_REWARD_MODEL.name,
+        "judge": TRAIN_JUDGE.name,
     },
     depends_on=lambda c: {
         "ppo": c.ppo.model_dump(exclude={"reward_model_path", *UNFINGERPRINTED_FIELDS}),
@@ -375,7 +478,12 @@ TRAIN_POLICY = Stage(
         "limits": _limits(c),
     },
     body=_train_policy,
-    headline=(("reward {:.2f}", "reward"), ("KL {:.2f}", "kl"), *PROMPT_COUNTS),
+    headline=(
+        ("reward {:.2f}", "reward"),
+        ("KL {:.2f}", "kl"),
+        ("update {:,}", "chosen_update"),
+        *PROMPT_COUNTS,
+    ),
     section="ppo",
     tracks_steps=True,
 )
@@ -388,16 +496,22 @@ EVALUATE_POLICY = Stage(
         "sft": TRAIN_SFT.name,
         "policy": TRAIN_POLICY.name,
         "reward-model": TRAIN_REWARD_MODEL.name,
+        "judge": TRAIN_JUDGE.name,
     },
     depends_on=lambda c: {
         "evaluation": c.evaluation,
         "max_new_tokens": c.ppo.max_new_tokens,
         "limits": _limits(c),
         "stop_sequences": c.ppo.generation.stop_sequences,
+        "rotation": c.data.rotation,
     },
+    optional=OPTIONAL,
+    find_optional=optional_inputs,
     body=_evaluate_policy,
     headline=(
         ("wins {:.1%}", "sampled.win_rate"),
+        ("judge {:.1%}", "sampled.judge_win_rate"),
+        ("against the champion {:.1%}", "champion.win_rate"),
         ("gold wins {:.1%}", "sampled.gold_win_rate"),
         ("KL {:.2f}", "sampled.kl"),
         *PROMPT_COUNTS,
@@ -410,9 +524,14 @@ GATE_POLICY = Stage(
     name="gate-policy",
     kind="verdict",
     inputs={"policy": TRAIN_POLICY.name, "evaluation": EVALUATE_POLICY.name},
-    depends_on=lambda c: {"rules": c.gates.policy},
+    depends_on=lambda c: {
+        "rules": c.gates.policy,
+        "champion": c.gates.champion,
+        # Whose looks are counted.
+        **({"line": c.promotion.name} if c.gates.champion else {}),
+    },
     body=_gate("policy", "policy"),
-    headline=(("{} of {} rules met", "passed", "rules"),),
+    headline=(("{} of {} rules met", "passed", "rules"), ("{}", "note")),
     show=_show_verdict,
 )
 
@@ -437,7 +556,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         PREPARE_DATA, TRAIN_SFT, TRAIN_REWARD_MODEL, EVALUATE_REWARD_MODEL, GATE_REWARD_MODEL,
-        TRAIN_POLICY, EVALUATE_POLICY, GATE_POLICY, PROMOTE,
+        TRAIN_JUDGE, TRAIN_POLICY, EVALUATE_POLICY, GATE_POLICY, PROMOTE,
     )
 }  # fmt: skip
 

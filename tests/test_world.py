@@ -38,7 +38,7 @@ def world():
 
 def training_prompts(world):
     rows = [row.prompt for row in world.demonstrations] + [row.prompt for row in world.pairs]
-    return rows + world.prompts
+    return rows + world.prompts + [row.prompt for row in world.judge_pairs]
 
 
 def held_out(world):
@@ -149,7 +149,7 @@ def test_generated_text_is_understood(world):
 
 
 def test_sizes_and_groups(world):
-    assert [len(rows) for rows in astuple(world)] == [400, 400, 200, 300, 101]
+    assert [len(rows) for rows in astuple(world)] == [400, 400, 200, 300, 101, 100]
     assert {pair.group for pair in world.pairs} == {SEEN}
     assert [row.group for row in world.eval_prompts].count(SEEN) == 51
     assert [row.group for row in world.eval_pairs].count(NEW) == 100
@@ -157,7 +157,7 @@ def test_sizes_and_groups(world):
 
 def test_no_prompt_occurs_twice(world):
     prompts = training_prompts(world) + [row.prompt for row in held_out(world)]
-    assert len(set(prompts)) == len(prompts) == 400 + 400 + 300 + 200 + 101
+    assert len(set(prompts)) == len(prompts) == 400 + 400 + 300 + 200 + 101 + 100
 
 
 def test_two_replies_differ(world):
@@ -188,6 +188,14 @@ def test_held_out_rows_do_not_change_with_the_size_of_training_data(world):
     other = generate(SMALL.model_copy(update={"pairs": 50, "demonstrations": 20_000}), seed=3)
     assert other.eval_pairs == world.eval_pairs
     assert other.eval_prompts == world.eval_prompts
+
+
+def test_no_other_dataset_changes_with_the_judges(world):
+    # 20,000 prompts for the judge would take those of others, were they drawn earlier.
+    for count in (0, 20_000):
+        other = generate(SMALL.model_copy(update={"judge_pairs": count}), seed=3)
+        assert len(other.judge_pairs) == count
+        assert astuple(other)[:-1] == astuple(world)[:-1]
 
 
 def test_another_seed_is_another_world(world):

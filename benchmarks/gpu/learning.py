@@ -60,7 +60,7 @@ def _learn(context: Context, results: Results, precision: str) -> None:
         reward_model_accuracy=metrics["accuracy"],
         seconds_reward_model_evaluation=time.perf_counter() - started,
     )
-    rules = () if context.tiny else config.gates.reward_model
+    rules = () if context.tiny else config.gates.reward_model or ()
     approval = quickstart.approved(reward, metrics, rules)
     started = time.perf_counter()
     train_policy(ppo, data, sft, approval, policy, seed=0, runtime=context.runtime)

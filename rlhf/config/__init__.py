@@ -14,6 +14,7 @@ from rlhf.config.components import (
     RepetitionComponent,
 )
 from rlhf.config.data import DataConfig, SourceConfig, WorldConfig
+from rlhf.config.gates import ChampionGateConfig, GateRule, GatesConfig
 from rlhf.config.load import LoadedConfig, apply_machine_settings, load_config, load_preset, presets
 from rlhf.config.pipeline import (
     PipelineConfig,
@@ -27,7 +28,7 @@ from rlhf.config.training import (
     ArchitectureConfig,
     BaseModelConfig,
     EvaluationConfig,
-    GateRule,
+    JudgeConfig,
     LoraConfig,
     RewardModelConfig,
     SFTConfig,
@@ -36,6 +37,7 @@ from rlhf.config.training import (
 __all__ = [
     "ArchitectureConfig",
     "BaseModelConfig",
+    "ChampionGateConfig",
     "ComponentSection",
     "CorrectnessConfig",
     "CustomComponent",
@@ -43,7 +45,9 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "GateRule",
+    "GatesConfig",
     "JsonValidComponent",
+    "JudgeConfig",
     "KeywordComponent",
     "LengthComponent",
     "LengthPenaltyConfig",

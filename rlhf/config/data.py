@@ -21,6 +21,9 @@ class WorldConfig(Section):
     """Preference pairs to train on."""
     demonstrations: int = Field(default=6000, ge=10)
     """Replies of mixed quality for supervised fine-tuning."""
+    judge_pairs: int | None = Field(default=None, ge=0)
+    """Preference pairs for the judge of the policy, on prompts of their own; none is a quarter of
+    `pairs`, 0 makes none."""
     prompts: int = Field(default=4608, ge=10)
     """Fresh prompts for PPO."""
     eval_pairs: int = Field(default=1000, ge=10)
@@ -216,9 +219,14 @@ class DataConfig(Section):
     """Split to read when `source` is a hub dataset."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the *prompts* held out; prompts near each other stay on one side (docs/data.md)."""
-    judge_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the prompts whose pairs go to `pairs-judge.jsonl`, for an independent judge model:
-    no stage trains on them and no gate sees them. 0 writes no such file."""
+    rotation: int = Field(default=0, ge=0)
+    """Number of the choice of held-out prompts: another number holds out others, and lets the gates
+    leave the champion's gate prompts for those of this run (docs/gates.md). Of sources with a
+    held-out part of their own, and of the world, it changes the latter alone."""
+    judge_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the prompts whose pairs go to `pairs-judge.parquet`, on which the judge alone is
+    trained (section `judge`); no other stage and no gate sees them. 0 writes no such file; none is
+    0.1 from 1,000 prompts on, near duplicates counted once, and 0 below."""
     near_duplicates: float | None = Field(default=0.8, ge=0.5, le=1)
     """Least Jaccard similarity of two texts that count as near duplicates; none searches none."""
     max_reply_share: float | None = Field(default=0.01, gt=0, le=1)
@@ -278,10 +286,10 @@ class DataConfig(Section):
     def _some_prompts_are_trained_on(self) -> Self:
         if self.judge_fraction and self.source == "world":
             raise ValueError(
-                f"judge_fraction = {self.judge_fraction:g}: source = 'world' has a judge of its "
-                "own, the gold score; set judge_fraction to 0"
+                f"judge_fraction = {self.judge_fraction:g}: source = 'world' makes the pairs of "
+                "its judge; set world.judge_pairs instead"
             )
-        if self.judge_fraction + self.eval_fraction >= 1:
+        if self.judge_fraction and self.judge_fraction + self.eval_fraction >= 1:
             raise ValueError(
                 f"judge_fraction = {self.judge_fraction:g} and eval_fraction = "
                 f"{self.eval_fraction:g} leave nothing to train on; together they must be below 1"

@@ -18,14 +18,16 @@ from pydantic import (
 )
 
 from rlhf.config.data import DataConfig
+from rlhf.config.gates import GatesConfig
 from rlhf.config.lengths import TokenLimits
+from rlhf.config.metric_names import check_rules
 from rlhf.config.ppo import PPOConfig, allow_aliases, by_field_names
 from rlhf.config.pretrained import with_pretrained_defaults
 from rlhf.config.section import OrText, Section
 from rlhf.config.training import (
     BaseModelConfig,
     EvaluationConfig,
-    GatesConfig,
+    JudgeConfig,
     RewardModelConfig,
     SFTConfig,
 )
@@ -36,6 +38,7 @@ StageName = Literal[
     "train-reward-model",
     "evaluate-reward-model",
     "gate-reward-model",
+    "train-judge",
     "train-policy",
     "evaluate-policy",
     "gate-policy",
@@ -197,6 +200,8 @@ class PipelineConfig(Section):
     """Supervised fine-tuning."""
     reward_model: RewardModelConfig = RewardModelConfig()
     """Reward model."""
+    judge: JudgeConfig = JudgeConfig()
+    """Judge of the policy beside the reward model."""
     ppo: PPOConfig = PPOConfig()
     """Policy optimisation."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -276,12 +281,19 @@ class PipelineConfig(Section):
                 "ppo.reward_model_path and reward_model.base are both given, but a ready reward "
                 "model is not trained; keep one"
             )
+        if self.ppo.reward_model_path and self.ppo.reward_normalization == "reference":
+            raise ValueError(
+                "ppo.reward_normalization = 'reference' needs scores that a reward model's "
+                f"training measures, and ppo.reward_model_path = {self.ppo.reward_model_path!r} is "
+                "not trained here; set ppo.reward_normalization to running or none"
+            )
         if self.reward_model.margin_coef and self.data.source == "world":
             raise ValueError(
                 f"reward_model.margin_coef = {self.reward_model.margin_coef:g} needs margins, and "
                 "the pairs of data.source = 'world' have none; set it to 0"
             )
         self._check_lengths()
+        self._check_gates()
         self._check_frozen_dtypes()
         if self.ppo.shared_base:
             self._check_reward_model_is_an_adapter()
@@ -325,6 +337,16 @@ class PipelineConfig(Section):
                 "raise it, or lower ppo.max_new_tokens"
             )
 
+    def _check_gates(self) -> None:
+        """Refuse rules on metrics that no evaluation writes with this configuration."""
+        absent = {"champion": "the model line may have no champion"}
+        if not self.judge.enabled:
+            absent["judge"] = "judge.enabled = false trains no judge"
+        if self.evaluation.judge == "none":
+            absent["gold"] = "evaluation.judge = none measures no gold score"
+        check_rules("reward_model", self.gates.reward_model or (), absent)
+        check_rules("policy", self.gates.policy or (), absent)
+
     def _check_frozen_dtypes(self) -> None:
         """Refuse rounding of a model from scratch, and a shared base that only one stage rounds."""
         bases = {"sft": self.base.path, "ppo": self.base.path}
@@ -337,6 +359,12 @@ class PipelineConfig(Section):
                     f"{name}.frozen_dtype = {dtype!r} is for a pretrained base, and base.path = "
                     "none trains a small model from scratch; set it to auto, or give base.path"
                 )
+        starts_from_scratch = (self.judge.base or self.base.path) is None
+        if self.judge.enabled and starts_from_scratch and self.reward_model.frozen_dtype == "nf4":
+            raise ValueError(
+                "reward_model.frozen_dtype = 'nf4' is for a pretrained base, and the judge starts "
+                "from a policy trained from scratch; give judge.base, or set judge.enabled to false"
+            )
         reward, policy = (s.frozen_dtype for s in (self.reward_model, self.ppo))
         if self.ppo.shared_base and (reward == "nf4") != (policy == "nf4"):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Sections of the base model, SFT, the reward model, evaluation and gates.
+"""Sections of the base model, SFT, the reward model and evaluation.
 
 `ProcessSection`, about a stage's child processes, is a base of the section of PPO, too.
 """
@@ -224,11 +224,35 @@ class RewardModelConfig(TrainingSection):
         return self
 
 
+class JudgeConfig(Section):
+    """A second reward model that no training stage sees, which judges the policy beside the first.
+
+    It is trained on the judge split (`data.judge_fraction`) with another seed and the
+    hyper-parameters of `reward_model`."""
+
+    enabled: bool = True
+    """False trains no judge, and leaves its share of the data to training."""
+    base: str | None = Field(default=None, min_length=1)
+    """Local folder, `artifact:<digest>`, `s3://bucket/prefix` or hub id to start from; none starts
+    from the SFT policy. Another base than the reward model's makes errors that both share rarer."""
+
+    _check_base = field_validator("base")(check_model_uri)
+
+    @model_validator(mode="after")
+    def _base_needs_a_judge(self) -> Self:
+        if self.base and not self.enabled:
+            raise ValueError("base is given, but enabled = false trains no judge; keep one")
+        return self
+
+
 class EvaluationConfig(Section):
-    """Held-out comparison of the trained policy with the SFT policy."""
+    """Held-out comparison of the trained policy with the SFT policy and the champion."""
 
     prompts: int = Field(default=300, ge=2)
-    """Held-out prompts to answer with both policies (at most as many as there are)."""
+    """Held-out prompts to answer with all policies (at most as many as there are)."""
+    samples_per_prompt: int = Field(default=4, ge=1)
+    """Sampled replies of each policy to every prompt; each is compared with all of the other's.
+    Beyond four they narrow intervals little: prompts count more."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the sampled replies; greedy ones are always compared too."""
     samples: int = Field(default=6, ge=0)
@@ -236,37 +260,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=128, ge=1)
     """Rows per forward pass while evaluating."""
     judge: Literal["none", "world"] = "none"
-    """An independent judge that no training stage and no gate sees: the world's gold score."""
-
-
-class GateRule(Section):
-    """One condition on one metric of an evaluation; a missing or non-finite metric fails."""
-
-    metric: str = Field(min_length=1)
-    """Dotted name in the evaluation's metrics, for example `sampled.win_rate`."""
-    min: float | str | None = None
-    """Lower bound (inclusive): a number, or the name of another metric."""
-    max: float | str | None = None
-    """Upper bound (inclusive): a number, or the name of another metric."""
-
-    @model_validator(mode="after")
-    def _has_a_bound(self) -> Self:
-        if self.min is None and self.max is None:
-            raise ValueError("a rule needs min, max or both; as it is, it can't reject anything")
-        return self
-
-
-class GatesConfig(Section):
-    """The rules that a model has to meet before the pipeline goes on."""
-
-    reward_model: tuple[GateRule, ...] = (GateRule(metric="accuracy_low", min=0.5),)
-    """Checked before PPO; the default asks for better than a coin with 95 % confidence."""
-    policy: tuple[GateRule, ...] = (
-        GateRule(metric="sampled.win_rate_low", min=0.5),
-        GateRule(metric="sampled.kl", max=20.0),
-        GateRule(metric="sampled.eos_rate", min=0.8),
-    )
-    """Checked before promotion."""
+    """The true score that no training stage and no gate sees, if there is one: that of the world. A
+    judge that is trained is set in section `judge`."""
 
 
 def check_adapters_only(dtype: FrozenDtype, lora: LoraConfig | None) -> None:

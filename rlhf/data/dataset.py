@@ -56,7 +56,7 @@ def dataset_parts(
         divided: Pairs by part.
         own: Demonstrations and prompts of sources of their own, by the name of their file.
         fields: References and metadata of prompts.
-        config: Whether those replace the rows from pairs, and whether there is a judge.
+        config: Whether those replace the rows from pairs.
     """
     train, held_out = divided.train, divided.held_out
     parts: Parts = {
@@ -74,7 +74,7 @@ def dataset_parts(
             source_rows(**{OWN_SPLITS[name]: rows.origins for name, rows in own.items()}),
         ),
     }
-    if config.judge_fraction:
+    if divided.has_judge:
         parts[PAIRS_JUDGE] = divided.judge.written()
     return parts
 

@@ -19,6 +19,9 @@ from rlhf.errors import DataError
 LARGE_CLUSTER = 0.1
 #: Fewer prompts in a cluster are not reported.
 _SMALL_CLUSTER = 10
+#: Share of the prompts for a judge, unless the configuration gives one, and the fewest clusters of
+#: prompts for it: 100 pairs teach a judge little, and a tenth fewer cost small data most.
+JUDGE_SHARE, JUDGE_MIN_PROMPTS = 0.1, 1000
 #: The leak check's signatures differ from those of the clusters.
 _CHECK_SEED = 1
 
@@ -36,6 +39,10 @@ class Partition:
     """Indices of the pairs to train an independent judge on."""
     prompts: tuple[int, int, int]
     """Number of different prompts of each part, where spacing and case make no difference."""
+    has_judge: bool = False
+    """Whether a share of the prompts was to go to the judge."""
+    judge_note: str | None = None
+    """What was decided about that where the configuration decides nothing."""
     clusters: int = 0
     """Clusters of prompts that were divided."""
     contradictions: int = 0
@@ -99,13 +106,15 @@ def partition(
         is_held_out = np.isin(division.names[kept], division.names[held_out])
         division.pairs.lose(_leak(), kept[is_held_out].tolist())
         train = division.sample(kept[~is_held_out])
+        (judge_share, judge_note), rest = division.judge_share(train), 1.0
     else:
-        train, held_out = division.divide(division.sample(kept), config.eval_fraction)
+        kept = division.sample(kept)
+        (judge_share, judge_note), rest = division.judge_share(kept), 1 - config.eval_fraction
+        train, held_out = division.divide(kept, config.eval_fraction)
     judge = train[:0]
-    if config.judge_fraction:
+    if judge_share:
         # Of what is not held out, so that both are shares of all prompts.
-        share = config.judge_fraction / (1 if len(own_held_out) else 1 - config.eval_fraction)
-        train, judge = division.divide(train, share, salt="judge\0")
+        train, judge = division.divide(train, judge_share / rest, salt="judge\0")
     before = len(train) + len(judge)
     judge = division.without_leaks(judge, held_out)
     train = division.without_leaks(train, np.append(held_out, judge))
@@ -117,6 +126,8 @@ def partition(
         division.pairs,
         *sides,
         prompts=(counts[0], counts[1], counts[2]),
+        has_judge=judge_share > 0,
+        judge_note=judge_note,
         clusters=len(np.unique(clusters.key_clusters)),
         contradictions=recurrence.contradictions,
         leaks=before - len(train) - len(judge),
@@ -138,13 +149,13 @@ def check_sizes(
     Raises:
         DataError: A part has fewer than MIN_PROMPTS different prompts.
     """
-    counts = parts.prompts if config.judge_fraction else parts.prompts[:2]
+    counts = parts.prompts if parts.has_judge else parts.prompts[:2]
     if min(counts) >= MIN_PROMPTS:
         return
     total = f"{sum(counts)} different prompts with usable pairs"
     if is_own:
         total = f"{counts[0]} different prompts to train on and {counts[1]} held out"
-    judge = f", and give a judge {MIN_PROMPTS}" if config.judge_fraction else ""
+    judge = f", and give a judge {MIN_PROMPTS}" if parts.has_judge else ""
     cure = main_cure or "give more rows"
     if sum(counts) >= MIN_PROMPTS * len(counts) and not is_own:
         total += f" in {parts.clusters} groups of near duplicates or turns of one conversation"
@@ -188,9 +199,33 @@ class _Division:
 
     def divide(self, items: Numbers, share: float, salt: str = "") -> tuple[Numbers, Numbers]:
         """Return the pairs that stay, and those of a share of the clusters."""
+        rotation = self.config.rotation
+        salt = f"rotation {rotation}\0{salt}" if rotation else salt
         names = self.names[items]
         is_chosen = self.clusters.held_out(names, share, self.seed, salt)[names]
         return items[~is_chosen], items[is_chosen]
+
+    def judge_share(self, items: Numbers) -> tuple[float, str | None]:
+        """Return the share of the prompts for a judge, and a sentence if it is automatic."""
+        share, prompts = self.config.judge_fraction, len(np.unique(self.names[items]))
+        if share is not None:
+            return share, None
+        if prompts < JUDGE_MIN_PROMPTS:
+            return 0.0, (
+                f"no pairs for a judge of the policy: {prompts:,} different prompts are fewer than "
+                f"{JUDGE_MIN_PROMPTS:,}; set data.judge_fraction to take a share of them all the "
+                "same, or to 0"
+            )
+        if JUDGE_SHARE + self.config.eval_fraction >= 1:
+            return 0.0, (
+                "no pairs for a judge of the policy: data.eval_fraction = "
+                f"{self.config.eval_fraction:g} leaves too few prompts; lower it"
+            )
+        return JUDGE_SHARE, (
+            f"{JUDGE_SHARE:.0%} of the {prompts:,} different prompts are for the judge of the "
+            "policy, and no other model is trained on them; set data.judge_fraction to take more "
+            "or fewer"
+        )
 
     def without_leaks(self, items: Numbers, others: Numbers) -> Numbers:
         """Return the pairs whose prompts are in no way near those of another part.

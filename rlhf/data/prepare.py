@@ -279,6 +279,8 @@ def _from_source(
             reading.held_out = model.usable(reading.held_out)
         pairs = _weighted(reading, seed)
         divided = partition(pairs, reading.held_out, config, seed, reading.note)
+        if divided.judge_note:
+            reading.note(divided.judge_note)
         sources = reading.sources
         assert sources is not None
         used = reading.ledger.close(sources.leave_out)
@@ -416,6 +418,8 @@ def _from_world(config: DataConfig, seed: int) -> _Prepared:
         PROMPTS_TRAIN: [PromptRow(p) for p in world.prompts],
         PROMPTS_EVAL: world.eval_prompts,
     }
+    if world.judge_pairs:
+        parts[PAIRS_JUDGE] = world.judge_pairs
     held_out = [Pair(p.prompt, p.chosen, p.rejected, p.group) for p in world.eval_pairs]
     return _Prepared(parts, [*train, *held_out])
 

@@ -4,7 +4,7 @@
 |---|---|
 | `demonstrations.parquet` | response |
 | `pairs-train.parquet`, `pairs-eval.parquet` | chosen, rejected, group, margin, weight |
-| `pairs-judge.parquet` | the same, with `data.judge_fraction` |
+| `pairs-judge.parquet` | the same, for the judge of the policy, if the data have a part for it |
 | `prompts-train.parquet`, `prompts-eval.parquet` | group, reference, metadata |
 | each of the above | prompt, prompt_is_text, row_ids |
 | `rows.parquet` | id, source, line, split: the rows of the source that are used |
@@ -54,6 +54,8 @@ PAIRS_EVAL = "pairs-eval.parquet"
 PAIRS_JUDGE = "pairs-judge.parquet"
 PROMPTS_TRAIN = "prompts-train.parquet"
 PROMPTS_EVAL = "prompts-eval.parquet"
+#: In the artifact of a policy's evaluation: the prompts that it answered.
+PROMPTS_GATE = "prompts-gate.parquet"
 SUMMARY = "summary.json"
 ROWS = "rows.parquet"
 QUARANTINE = "quarantine.jsonl"
@@ -127,6 +129,7 @@ _TYPES: dict[str, type[Any]] = {
     PAIRS_JUDGE: Pair,
     PROMPTS_TRAIN: PromptRow,
     PROMPTS_EVAL: PromptRow,
+    PROMPTS_GATE: PromptRow,
     ROWS: SourceRow,
 }
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from rlhf.config import BaseModelConfig, PPOConfig, RewardModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
+from rlhf.data.rows import PAIRS_TRAIN
 from rlhf.gates import Verdict, require
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig
 from rlhf.stage import Progress, StageResult, silent
@@ -48,6 +49,8 @@ class Job(BaseModel):
     """Model that SFT starts from; the other stages start from an input."""
     inputs: Mapping[str, JobPath]
     """Folders by role: `data`, `sft`, `reward-model` and `judge`."""
+    pairs: str = PAIRS_TRAIN
+    """Name of the dataset's file with the pairs that a reward model or a judge is trained on."""
     limits: TokenLimits | None = None
     """Most tokens of prompts and replies."""
     verdict: Verdict | None = None
@@ -87,7 +90,9 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
         case RewardModelConfig():
             from rlhf.reward import train_reward_model
 
-            return train_reward_model(job.section, data, job.inputs["sft"], job.out_dir, **shared)
+            return train_reward_model(
+                job.section, data, job.inputs["sft"], job.out_dir, pairs=job.pairs, **shared
+            )
         case PPOConfig():
             from rlhf.ppo.checkpoint_upload import CheckpointUploads
             from rlhf.ppo.train import train_policy
@@ -99,7 +104,8 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
                 uploads = CheckpointUploads(job.checkpoint_store.open())
             return train_policy(
                 job.section, data, job.inputs["sft"], approved, job.out_dir,
-                judge=job.inputs.get("judge"), identity=job.identity, checkpoints=job.checkpoints, uploads=uploads, **shared,
+                judge=job.inputs.get("judge"), identity=job.identity, checkpoints=job.checkpoints,
+                uploads=uploads, **shared,
             )  # fmt: skip
 
 

@@ -28,11 +28,7 @@ def check_reward_source(
     """
     name, context = f"{model.field} = {model.uri!r}", context_in(data)
     limits, new_tokens = config.token_limits(), config.ppo.max_new_tokens
-    if context is not None and context <= new_tokens:
-        raise model.error(
-            f"reads at most {context:,} tokens, and ppo.max_new_tokens = {new_tokens:,} leave no "
-            "room for a prompt; lower that, or give another reward model"
-        )
+    check_context(config, model, data)
     encoder = is_encoder(data)
     options = (("pooling", "sum", "last"), ("lm_loss_coef", None, 0))
     for field, only, default in options if encoder and not model.ready else ():
@@ -60,6 +56,20 @@ def check_reward_source(
     if reason:
         raise ConfigError(
             f"ppo.critic = 'reward_model', but {name} {reason}; set ppo.critic to policy"
+        )
+
+
+def check_context(config: PipelineConfig, model: ExternalModel, data: Mapping[str, Any]) -> None:
+    """Refuse a model that can't read the policy's longest replies.
+
+    Raises:
+        ConfigError: They leave no room for a prompt.
+    """
+    context, new_tokens = context_in(data), config.ppo.max_new_tokens
+    if context is not None and context <= new_tokens:
+        raise model.error(
+            f"reads at most {context:,} tokens, and ppo.max_new_tokens = {new_tokens:,} leave no "
+            "room for a prompt; lower that, or give another reward model"
         )
 
 

@@ -20,13 +20,13 @@ from rlhf.config.watchdog import WatchdogConfig
 from rlhf.data.fitting import Fitting
 from rlhf.data.rows import PAIRS_JUDGE, Pair, PromptRow, iterate_rows
 from rlhf.errors import NotFinite
+from rlhf.judge import read_judge
 from rlhf.modeling.device import upload
 from rlhf.modeling.generate import Replies
 from rlhf.modeling.reward import Scorer
 from rlhf.ppo.checkpoint import TrainState
 from rlhf.ppo.frontier import NON_FINITE, Finding, Frontier, Look
 from rlhf.ppo.trainer import PPOTrainer, Rollouts, derive_seed
-from rlhf.saved import read_saved
 
 #: File of the result with the frontier, the choice, and why the run was stopped.
 WATCHDOG = "watchdog.json"
@@ -243,9 +243,9 @@ def _load_judge(trainer: PPOTrainer, folder: Path | None, notes: list[str]) -> S
     if folder is None:
         notes.append("no judge was given: the policy is not judged during the training")
         return None
-    known = read_saved(folder / "judge.json")
-    if not known["usable"]:
-        notes.append(f"the judge is not usable: {known['reason']}")
+    known = read_judge(folder)
+    if not known.usable:
+        notes.append(f"the judge is not usable: {known.reason}")
         return None
     config = trainer.config
     return Scorer(

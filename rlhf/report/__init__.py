@@ -1,6 +1,7 @@
 """Run reports: one self-contained HTML page from plain data."""
 
 from rlhf.report.model import (
+    GREEN,
     OUTCOMES,
     STATES,
     ConfigRow,
@@ -13,10 +14,13 @@ from rlhf.report.model import (
     StageState,
 )
 from rlhf.report.render import render
+from rlhf.report.trust import Answer, trust_answers
 
 __all__ = [
+    "GREEN",
     "OUTCOMES",
     "STATES",
+    "Answer",
     "ConfigRow",
     "Lineage",
     "LineageNode",
@@ -26,4 +30,5 @@ __all__ = [
     "StageRow",
     "StageState",
     "render",
+    "trust_answers",
 ]

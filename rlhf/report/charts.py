@@ -12,6 +12,8 @@ from rlhf.report.text import number, number_of, percent, percent_range
 WIDTH, HEIGHT = 340, 176
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
 MAX_POINTS, MAX_TIPS = 400, 120
+#: Roles of estimates on other observations than the `n` of their metrics.
+UNSIZED = ("baseline", "part")
 
 #: Key of the curve, heading, unit, and the values that its axis has to cover.
 PANELS: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
@@ -78,6 +80,8 @@ class IntervalChart:
     rows: tuple[Interval, ...]
     references: tuple[Reference, ...]
     ticks: tuple[Tick, ...]
+    groups: str = "By group"
+    """Heading of the rows of groups."""
 
 
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -89,11 +93,13 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
 def interval_chart(
     estimates: Sequence[tuple[str, str, Mapping[str, Any], str]],
     references: Sequence[tuple[str, str, Any]],
+    groups: str = "By group",
 ) -> IntervalChart | None:
     """Lay out estimates with their intervals beside reference lines.
 
     Estimates are (label, role, metrics, key): `key` names the estimate in the metrics, and its
-    interval is `key_low` to `key_high`. References are (label, role, value).
+    interval is `key_low` to `key_high`. References are (label, role, value). `groups` is the
+    heading of the rows whose role is `group`.
     """
     known = [e for e in estimates if number_of(e[2].get(e[3])) is not None]
     lines = [(label, role, x) for label, role, v in references if (x := number_of(v)) is not None]
@@ -115,7 +121,7 @@ def interval_chart(
             Interval(
                 label=label,
                 role=role,
-                note="" if count is None or role == "baseline" else f"n = {number(int(count))}",
+                note="" if count is None or role in UNSIZED else f"n = {number(int(count))}",
                 value=percent(metrics.get(key)),
                 spread=percent_range(a, b),
                 at=position(number_of(metrics.get(key)) or 0.0),
@@ -126,7 +132,7 @@ def interval_chart(
     return IntervalChart(
         rows=tuple(rows),
         references=tuple(
-            Reference(position(x), f"{label} {percent(x)}", role, _align(position(x)))
+            Reference(position(x), label and f"{label} {percent(x)}", role, _align(position(x)))
             for label, role, x in lines
         ),
         ticks=tuple(
@@ -134,12 +140,16 @@ def interval_chart(
             for m in nice_ticks(low, high, 5)
             if low - 1e-9 <= m <= high + 1e-9
         ),
+        groups=groups,
     )
 
 
 def nice_ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
     """Return round numbers that cover [low, high] in about `count` steps."""
-    span = high - low or max(abs(high), 1.0) * 0.1
+    span = high - low
+    # Differences below the precision of floats have no ticks between them.
+    if span <= max(1e-12 * max(abs(low), abs(high)), 1e-200):
+        span = max(abs(high), 1.0) * 0.1
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999), 10 * power)
@@ -183,7 +193,7 @@ def _curve(
         tips=tuple(tips) if len(tips) <= MAX_TIPS else (),
         end=position(*finite[-1]),
         x_ticks=tuple(Tick(position(m, 0)[0], f"{m:g}") for m in x_marks),
-        y_ticks=tuple(Tick(position(0, m)[1], _label(m)) for m in y_marks),
+        y_ticks=tuple(Tick(position(0, m)[1], tick_label(m)) for m in y_marks),
     )
 
 
@@ -215,7 +225,7 @@ def _runs(series: list[tuple[float, float | None]]) -> list[list[tuple[float, fl
     return [run for run in runs if run]
 
 
-def _label(mark: float) -> str:
+def tick_label(mark: float) -> str:
     """Return a tick's label, exact enough to differ from its neighbour's."""
     return (f"{mark:.0e}" if 0 < abs(mark) < 1e-3 else f"{mark:g}").replace("-", "−")
 

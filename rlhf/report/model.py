@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, field_serializer
 
 from rlhf.gates import Verdict
+from rlhf.report.trust import Answer
 
 
 class RunOutcome(StrEnum):
@@ -23,6 +24,11 @@ class RunOutcome(StrEnum):
     FAILED = "Failed"
     AWAITING_APPROVAL = "AwaitingApproval"
     REFUSED = "Refused"
+    NOT_BETTER = "NotBetter"
+
+
+#: Outcomes of a run that ended as it should.
+GREEN = (RunOutcome.PROMOTED, RunOutcome.NOT_BETTER, RunOutcome.AWAITING_APPROVAL)
 
 
 class StageState(StrEnum):
@@ -34,6 +40,7 @@ class StageState(StrEnum):
     GATE_REJECTED = "GateRejected"
     AWAITING_APPROVAL = "AwaitingApproval"
     REFUSED = "Refused"
+    NOT_BETTER = "NotBetter"
     NOT_RUN = "NotRun"
 
 
@@ -54,6 +61,7 @@ OUTCOMES = {
     RunOutcome.FAILED: Look("failed", "Failed", "red"),
     RunOutcome.AWAITING_APPROVAL: Look("cached", "Waits for a person's approval", "yellow"),
     RunOutcome.REFUSED: Look("rejected", "Refused by a person", "yellow"),
+    RunOutcome.NOT_BETTER: Look("kept", "Keeps the champion", "green"),
 }
 STATES = {
     StageState.COMPLETED: Look("completed", "Completed", "green"),
@@ -62,6 +70,7 @@ STATES = {
     StageState.GATE_REJECTED: Look("rejected", "Rejected", "yellow"),
     StageState.AWAITING_APPROVAL: Look("notrun", "Waits", "yellow"),
     StageState.REFUSED: Look("rejected", "Refused", "yellow"),
+    StageState.NOT_BETTER: Look("kept", "Not better", "green"),
     StageState.NOT_RUN: Look("notrun", "Not run", "dim"),
 }
 
@@ -108,9 +117,23 @@ class Sample(Plain):
     reward_after: float | None = None
     """Reward model's score of `after`."""
     gold_before: float | None = None
-    """Independent judge's score of `before`."""
+    """Gold score of `before`."""
     gold_after: float | None = None
-    """Independent judge's score of `after`."""
+    """Gold score of `after`."""
+    judge_before: float | None = None
+    """Judge's score of `before`."""
+    judge_after: float | None = None
+    """Judge's score of `after`."""
+    champion: str | None = None
+    """Reply of the champion."""
+    reward_champion: float | None = None
+    """Reward model's score of `champion`."""
+    judge_champion: float | None = None
+    """Judge's score of `champion`."""
+    gold_champion: float | None = None
+    """Gold score of `champion`."""
+    kinds: tuple[str, ...] = ()
+    """Why it was chosen: `disagree`, `lost`, `changed`."""
 
 
 class ConfigRow(NamedTuple):
@@ -172,16 +195,27 @@ class RunReport(Plain):
     """Drift against the champion's data: `champion_data`, `warnings`, `notes`, and `shifts`, each
     with `measure`, `of`, `value`, `noise`, `before`, `after`; `lengths` by kind of text, shares
     `before` and `after` by class of length."""
+    power: tuple[str, ...] = ()
+    """What the comparison with the champion can find with the gate prompts, and their state, a
+    sentence each; known before training."""
     reward_model: dict[str, Any] | None = None
-    """Reward-model metrics: `accuracy`, `baseline_longer` (each with `_low`, `_high`), `n`,
+    """Reward-model metrics: `accuracy`, `baseline_longer`, `baseline_format` and
+    `length_controlled_accuracy` (each with `_low`, `_high`), `n`, `prompts`, `log_loss`, `brier`,
+    `ece`, `temperature`, `reliability`, `margins`, `by_slice`, `worst_slice`, `probes`,
     `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""
     policy: dict[str, Any] | None = None
     """Policy metrics: `sampled` and `greedy`, each with `win_rate` (`_low`, `_high`), `reward_*`,
-    `tokens_*`, `repetition_*` (before, after), `kl`, `eos_rate`, `gold_*`, `by_group`."""
+    `judge_*`, `gold_*`, `tokens_*`, `repetition_*` (before, after), `kl`, `eos_rate`, `gap`,
+    `by_group`; `champion`, `judge`, `shifts`, `forgetting`, `over_optimisation`, `notes`."""
+    watchdog: dict[str, Any] | None = None
+    """Checkpoints that PPO's watchdog scored: `frontier` (rows of `update`, `kl`, `proxy`, `judge`,
+    `gold`), `chosen` (an update), and `stopped` (`detector`, `update`, `evidence`)."""
     curves: tuple[dict[str, Any], ...] = ()
     """One row per PPO update: `update`, `reward`, `kl`, `entropy`, `tokens`, `value_loss`, …"""
     samples: tuple[Sample, ...] = ()
     """Replies before and after PPO."""
+    trust: tuple[Answer, ...] = ()
+    """Answers of the first screen (`rlhf.report.trust`)."""
     verdicts: tuple[Verdict, ...] = ()
     """The gates' decisions, with their rules."""
     config_rows: tuple[ConfigRow, ...] = ()
@@ -197,6 +231,14 @@ class RunReport(Plain):
     def _serialize_verdicts(self, verdicts: tuple[Verdict, ...]) -> list[dict[str, Any]]:
         # In report.json a gate's checks are called `rules`.
         return [
-            {"gate": v.gate, "approved": v.approved, "rules": [asdict(c) for c in v.checks]}
+            {
+                "gate": v.gate,
+                "approved": v.approved,
+                "rules": [asdict(c) for c in v.checks],
+                "champion": v.champion,
+                "prompts": v.prompts,
+                "look": v.look,
+                "looks": v.looks,
+            }
             for v in verdicts
         ]

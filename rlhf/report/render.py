@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rlhf.report import charts, text
-from rlhf.report.charts import IntervalChart, interval_chart
+from rlhf.report import charts, text, trust_charts
 from rlhf.report.data_card import data_card, drift_charts
-from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
-from rlhf.report.text import duration, number, number_of, percent, percent_range, words
+from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, Sample, StageRow, StageState
+from rlhf.report.policy import PARTS, PolicyView, policy_view
+from rlhf.report.reward_model import reward_model_view
+from rlhf.report.text import duration, number, number_of, percent, percent_range, sentence, words
+from rlhf.report.verdicts import verdict_views
 
 MAX_TABLE_ROWS = 60
 
@@ -45,11 +47,17 @@ DATA_PLACED = {key for key, _ in DATA_ORDER} | {
 }  # fmt: skip
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")
+#: Reasons for which samples are chosen.
+SAMPLE_KINDS = (
+    ("disagree", "Where the reward model and the judge disagree most"),
+    ("lost", "Where the policy lost most"),
+    ("changed", "Where it changed most"),
+)
 
 
 def render(report: RunReport) -> str:
     """Render a report as HTML with all of its text escaped."""
-    modes, compared = comparison(report.policy)
+    policy = policy_view(report.policy, report.verdicts)
     columns, updates, step = curve_table(report.curves)
     changed, defaults = config_parts(report.config_rows)
     return (
@@ -66,14 +74,19 @@ def render(report: RunReport) -> str:
             card=data_card(report.card),
             drift=report.drift,
             drift_charts=drift_charts(report.drift),
-            accuracy=accuracy_chart(report.reward_model),
+            model=reward_model_view(report.reward_model),
+            verdicts=verdict_views(report.verdicts),
             curves=charts.curves_of(report.curves),
             curve_columns=columns,
             curve_rows=updates,
             curve_step=step,
-            modes=modes,
-            compared=compared,
-            wins=win_chart(report.policy),
+            frontier=trust_charts.frontier_of(report.watchdog),
+            frontier_rows=trust_charts.frontier_rows(report.watchdog),
+            watchdog=watchdog_finding(report.watchdog),
+            policy=policy,
+            policy_shown=policy != PolicyView(),
+            parts=PARTS,
+            samples=sample_groups(report.samples),
             changed=changed,
             defaults=defaults,
             parents=parents(report),
@@ -97,15 +110,18 @@ def tiles(report: RunReport) -> list[Tile]:
     sampled = _mapping((report.policy or {}).get("sampled"))
     if number_of(model.get("accuracy")) is not None:
         figures.append(_rate_tile("Reward model", "accuracy", model, "accuracy"))
-    if number_of(sampled.get("win_rate")) is not None:
-        figures.append(_rate_tile("Wins over SFT", "by reward", sampled, "win_rate"))
+    # With the three answers above them, win rates need no tiles.
+    rates = () if report.trust else (("reward", ""), ("the judge", "judge_"), ("gold", "gold_"))
+    for scorer, prefix in rates:
+        if number_of(sampled.get(f"{prefix}win_rate")) is not None:
+            figures.append(
+                _rate_tile(f"Wins by {scorer}", "over SFT", sampled, f"{prefix}win_rate")
+            )
     if number_of(sampled.get("reward_after")) is not None:
         before = number(sampled.get("reward_before"))
         figures.append(Tile("Reward", number(sampled["reward_after"]), f"was {before} after SFT"))
     if number_of(sampled.get("kl")) is not None:
         figures.append(Tile("KL", number(sampled["kl"]), "nats from the SFT policy"))
-    if number_of(sampled.get("gold_win_rate")) is not None:
-        figures.append(_rate_tile("Independent judge", "wins", sampled, "gold_win_rate"))
     times = [s.seconds for s in report.stages if number_of(s.seconds) is not None]
     if times:
         cached = sum(stage.state is StageState.CACHED for stage in report.stages)
@@ -144,61 +160,50 @@ def data_notes(data: Mapping[str, Any]) -> list[str]:
     return [_plain_text(note) for note in notes] if isinstance(notes, list) else []
 
 
-def accuracy_chart(model: Mapping[str, Any] | None) -> IntervalChart | None:
-    """Chart the reward model's accuracy, overall and by group, beside its baselines."""
-    if not model:
+class Finding(NamedTuple):
+    """A sentence with an icon."""
+
+    css: str
+    headline: str
+    evidence: str = ""
+
+
+def watchdog_finding(watchdog: Mapping[str, Any] | None) -> Finding | None:
+    """Return which checkpoint goes on, and what stopped PPO if anything did."""
+    if not watchdog:
         return None
-    estimates = [
-        ("Reward model", "main", model, "accuracy"),
-        ("Choose the longer reply", "baseline", model, "baseline_longer"),
-        *_groups(model, "accuracy"),
+    chosen, stopped = number_of(watchdog.get("chosen")), _mapping(watchdog.get("stopped"))
+    goes_on = "" if chosen is None else f"The policy of update {number(int(chosen))} goes on."
+    notes = watchdog.get("notes")
+    if isinstance(notes, list) and notes:
+        goes_on = " ".join(map(sentence, notes))
+    if not stopped:
+        return Finding("passed", "Nothing stopped PPO before its end.", goes_on)
+    update = number_of(stopped.get("update"))
+    when = "" if update is None else f" after update {number(int(update))}"
+    evidence = f"{sentence(stopped.get('evidence'))} {goes_on}".strip()
+    detector = words(str(stopped.get("detector") or "unknown"))
+    detector = detector[:1].lower() + detector[1:]
+    return Finding("missed", f"The watchdog stopped PPO{when}: {detector}.", evidence)
+
+
+class SampleGroup(NamedTuple):
+    """Samples that were chosen for one reason."""
+
+    heading: str
+    samples: tuple[Sample, ...]
+
+
+def sample_groups(samples: Sequence[Sample]) -> list[SampleGroup]:
+    """Group the samples by the reasons they were chosen for; a sample may have several."""
+    chosen = [
+        SampleGroup(heading, tuple(s for s in samples if kind in s.kinds))
+        for kind, heading in SAMPLE_KINDS
     ]
-    lines = [("coin", "coin", 0.5), ("ceiling", "ceiling", model.get("ceiling"))]
-    return interval_chart(estimates, lines)
-
-
-def win_chart(policy: Mapping[str, Any] | None) -> IntervalChart | None:
-    """Chart the win rates by decoding, after the reward model and the judge."""
-    if not policy:
-        return None
-    estimates: list[tuple[str, str, Mapping[str, Any], str]] = []
-    for mode, metrics in _modes(policy):
-        estimates.append((words(mode), "main", metrics, "win_rate"))
-        estimates.append((f"{words(mode)}, independent judge", "judge", metrics, "gold_win_rate"))
-    estimates.extend(_groups(_mapping(policy.get("sampled")), "win_rate"))
-    return interval_chart(estimates, [("tie", "coin", 0.5)])
-
-
-class Compared(NamedTuple):
-    """One row of the policy table, with a (value, note) for each way of decoding."""
-
-    label: str
-    cells: tuple[tuple[str, str], ...]
-    judge: bool = False
-
-
-def comparison(policy: Mapping[str, Any] | None) -> tuple[list[str], list[Compared]]:
-    """Return headings and rows of the policy table; unmeasured rows are left out."""
-    modes = _modes(policy or {})
-
-    def row(label: str, cell: Any, judge: bool = False) -> Compared:
-        return Compared(label, tuple(cell(metrics) for _, metrics in modes), judge)
-
-    def change(name: str) -> Any:
-        return lambda m: _change(m.get(f"{name}_before"), m.get(f"{name}_after"))
-
-    rows = [
-        row("Wins over the SFT policy", lambda m: (percent(m.get("win_rate")), _ci(m, "win_rate"))),
-        row("Reward", change("reward")),
-        row("KL from the SFT policy", lambda m: (number(m.get("kl")), "nats per reply")),
-        row("Replies that end by EOS", lambda m: (percent(m.get("eos_rate")), "")),
-        row("Reply length", change("tokens")),
-        row("Repetition", change("repetition")),
-        row("Wins", lambda m: (percent(m.get("gold_win_rate")), _ci(m, "gold_win_rate")), True),
-        row("Score", change("gold"), True),
-    ]
-    measured = [r for r in rows if any(value != number(None) for value, _ in r.cells)]
-    return [words(mode) for mode, _ in modes], measured
+    rest = tuple(s for s in samples if not {kind for kind, _ in SAMPLE_KINDS} & set(s.kinds))
+    known = [group for group in chosen if group.samples]
+    heading = "The first held-out prompts" if known else ""
+    return [*known, *([SampleGroup(heading, rest)] if rest else [])]
 
 
 def curve_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], int]:
@@ -247,7 +252,7 @@ def _environment() -> Environment:
         words=text.words,
         short=text.short,
     )
-    environment.globals.update(states=STATES, chart=charts)
+    environment.globals.update(states=STATES, chart=charts, tall=trust_charts.TALL)
     return environment
 
 
@@ -266,24 +271,6 @@ def _plain_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_plain_text(item)}" for key, item in value.items())
     return str(value) if isinstance(value, str | bool) else number(value)
-
-
-def _groups(metrics: Mapping[str, Any], key: str) -> list[tuple[str, str, Mapping[str, Any], str]]:
-    groups = _mapping(metrics.get("by_group"))
-    return [(str(name), "group", _mapping(groups[name]), key) for name in sorted(groups)]
-
-
-def _modes(policy: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(mode, _mapping(policy[mode])) for mode in ("sampled", "greedy") if policy.get(mode)]
-
-
-def _change(before: Any, after: Any) -> tuple[str, str]:
-    return number(after), "" if number_of(before) is None else f"was {number(before)}"
-
-
-def _ci(metrics: Mapping[str, Any], key: str) -> str:
-    spread = percent_range(metrics.get(f"{key}_low"), metrics.get(f"{key}_high"))
-    return f"95\u00a0% interval {spread}" if spread else ""
 
 
 def _cell(key: str, value: Any) -> str:

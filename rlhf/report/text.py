@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +29,7 @@ def number_of(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -72,6 +73,29 @@ def percent_range(low: Any, high: Any) -> str:
     return "" if a is None or b is None else f"{100 * a:.1f}–{100 * b:.1f}\u00a0%"
 
 
+def points(value: Any) -> str:
+    """Format a difference of two shares in percentage points, with its sign."""
+    x = number_of(value)
+    return MISSING if x is None else f"{100 * x:+.1f}".replace("-", "−")
+
+
+def interval(low: Any, high: Any, form: Callable[[Any], str] = exact) -> str:
+    """Format the ends of an interval; empty if either is missing."""
+    if number_of(low) is None or number_of(high) is None:
+        return ""
+    a, b = form(low), form(high)
+    # A dash before a sign could be read as a part of the number.
+    return f"{a} to {b}" if "−" in a + b or "+" in a + b else f"{a}–{b}"
+
+
+def p_value(value: Any) -> str:
+    """Format a p-value; small ones are bounded."""
+    x = number_of(value)
+    if x is None:
+        return MISSING
+    return "<\u20090.001" if x < 0.001 else f"{x:.3f}"
+
+
 def duration(seconds: Any) -> str:
     """Format seconds: `40 ms`, `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
     x = number_of(seconds)
@@ -113,6 +137,16 @@ def words(name: str) -> str:
     text = name.replace("-", " ").replace("_", " ").strip()
     text = re.sub(r"\b(sft|ppo|kl|eos)\b", lambda match: match[0].upper(), text)
     return text[:1].upper() + text[1:]
+
+
+def sentence(value: Any) -> str:
+    """Return a remark as a sentence, with a capital and a full stop; empty if there is none."""
+    plain = str(value or "").strip()
+    return (
+        plain[:1].upper()
+        + plain[1:]
+        + ("" if plain.endswith((".", "!", "?")) else ".") * bool(plain)
+    )
 
 
 def short(digest: str | None) -> str:

@@ -53,12 +53,14 @@ class World:
     eval_pairs: list[WorldPair]
     prompts: list[str]
     eval_prompts: list[EvalPrompt]
+    judge_pairs: list[WorldPair]
 
 
 def generate(config: WorldConfig, seed: int) -> World:
     """Generate all datasets.
 
-    Held-out prompts are drawn first, so they do not depend on the size of the training sets.
+    Held-out prompts are drawn first, so they do not depend on the size of the training sets. Those
+    of the judge are drawn last, so no other dataset depends on them.
     """
     prompts = _Prompts(seed)
     eval_pairs = prompts.draw("eval pairs", config.eval_pairs, (SEEN, NEW))
@@ -66,6 +68,8 @@ def generate(config: WorldConfig, seed: int) -> World:
     demonstrations = prompts.draw("demonstrations", config.demonstrations, (SEEN,))
     pairs = prompts.draw("pairs", config.pairs, (SEEN,))
     rollouts = prompts.draw("prompts", config.prompts, (SEEN,))
+    count = config.pairs // 4 if config.judge_pairs is None else config.judge_pairs
+    judge_pairs = prompts.draw("judge pairs", count, (SEEN,))
 
     def label(name: str, drawn: list[tuple[str, Question, str]]) -> list[WorldPair]:
         rng = Random(f"{seed}/{name}/replies")
@@ -78,6 +82,7 @@ def generate(config: WorldConfig, seed: int) -> World:
         eval_pairs=label("eval pairs", eval_pairs),
         prompts=[prompt for prompt, _, _ in rollouts],
         eval_prompts=[EvalPrompt(prompt, group) for prompt, _, group in eval_prompts],
+        judge_pairs=label("judge pairs", judge_pairs),
     )
 
 

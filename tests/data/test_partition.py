@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.config import DataConfig, load_config
+from rlhf.data import partition, split
 from rlhf.data import rows as files
-from rlhf.data import split
 from rlhf.data.duplicates import Shingles, bare_text
 from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
@@ -149,6 +149,29 @@ def test_a_judge_gets_pairs_that_no_stage_and_no_gate_sees():
     assert "pairs_judge" not in summary
     # The judge's pairs come from the training side: what is held out stays held out.
     assert without[files.PAIRS_EVAL] == parts[files.PAIRS_EVAL]
+
+
+def test_a_tenth_of_many_prompts_goes_to_the_judge(monkeypatch):
+    # 80 prompts, two of each near duplicates.
+    data = [pair(f"{text} {end}", text) for text in texts(40) for end in ("a", "b")]
+    without, summary, _ = prepare(data)
+    said = "no pairs for a judge of the policy: 40 different prompts are fewer than 1,000; set "
+    assert [note for note in summary["notes"] if note.startswith(said)]
+    assert files.PAIRS_JUDGE not in without
+    monkeypatch.setattr(partition, "JUDGE_MIN_PROMPTS", 40)
+    parts, summary, _ = prepare(data)
+    explicit, said, _ = prepare(data, judge_fraction=0.1)
+    assert parts == explicit
+    assert parts[files.PAIRS_JUDGE]
+    assert "10% of the 40 different prompts are for the judge" in " ".join(summary["notes"])
+    assert "judge" not in " ".join(said["notes"])
+    # Prompts of the source's own test part are not divided.
+    own = {"train.jsonl": data[:-2], "test.jsonl": [pair("quite another"), pair("a question")]}
+    assert files.PAIRS_JUDGE not in prepare(own)[0]
+    assert files.PAIRS_JUDGE in prepare({**own, "train.jsonl": data})[0]
+    assert files.PAIRS_JUDGE not in prepare(data, judge_fraction=0)[0]
+    notes = prepare(data, eval_fraction=0.9)[1]["notes"]
+    assert "data.eval_fraction = 0.9 leaves too few prompts; lower it" in " ".join(notes)
 
 
 def test_a_judge_beside_the_sources_own_test_part():
@@ -418,7 +441,10 @@ def test_a_large_group_and_a_common_beginning_are_reported():
             ["source=x.jsonl", "judge_fraction=0.95"],
             "leave nothing to train on; together they must be below 1",
         ),
-        (["judge_fraction=0.1", "source=world"], "has a judge of its own, the gold score"),
+        (
+            ["judge_fraction=0.1", "source=world"],
+            "makes the pairs of its judge; set world.judge_pairs instead",
+        ),
         (["source=x.jsonl", "near_duplicates=0.3"], "data.near_duplicates"),
         (["source=x.jsonl", "contradictions=weight"], "data.contradictions"),
     ],
@@ -426,3 +452,18 @@ def test_a_large_group_and_a_common_beginning_are_reported():
 def test_settings_that_can_not_be(overrides, part):
     arguments = [f"--data.{text}" for text in overrides]
     assert part in message(ConfigError, load_config, None, arguments)
+
+
+def test_a_rotation_holds_out_others_and_none_changes_nothing():
+    data = [pair(text) for text in texts(120)]
+
+    def held_out(**options):
+        parts, _, _ = prepare(data, eval_fraction=0.2, **options)
+        return {row.prompt for row in parts[files.PAIRS_EVAL]}
+
+    first = held_out()
+    assert held_out(rotation=0) == first
+    others = [held_out(rotation=number) for number in (1, 2)]
+    # A fifth of 120 each, independent: about 5 in common.
+    assert all(10 < len(other) < 40 and len(other & first) < 15 for other in others)
+    assert others[0] != others[1]

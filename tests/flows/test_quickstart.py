@@ -84,6 +84,6 @@ def test_report_of_a_real_run_in_a_browser(browser, result, tmp_path):
         page = browser.open(result.report, width=width)
         assert page.problems == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate("document.querySelectorAll('.node').length") == 9
+    assert page.evaluate("document.querySelectorAll('.node').length") == 10
     assert page.evaluate("document.querySelectorAll('.curve svg').length") >= 5
     assert page.screenshot(tmp_path / "report.png").stat().st_size > 20_000

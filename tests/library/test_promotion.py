@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from flows import champions as commands
 from flows.cli import app
 from rlhf import champions
+from rlhf.challenge import describe_verdict, with_comparison
 from rlhf.champions import record_approval
-from rlhf.config import GateRule, PipelineConfig
+from rlhf.config import ChampionGateConfig, GateRule, PipelineConfig
 from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
 from rlhf.errors import (
     ApprovalMissing,
@@ -29,7 +30,7 @@ from rlhf.errors import (
     is_retriable,
 )
 from rlhf.files import read_json, write_json
-from rlhf.gates import judge
+from rlhf.gates import Check, judge
 from rlhf.smoke import PROMPTS
 from rlhf.store import ArtifactRef, Producer, Store
 from tasks import promotion
@@ -62,14 +63,25 @@ class Line:
         change(bundle)
         return self._published(bundle, "policy", data=self.data)
 
-    def verdict(self, policy: ArtifactRef, least: float = 0.0) -> ArtifactRef:
+    def verdict(
+        self, policy: ArtifactRef, least: float = 0.0, champion: str | None = None,
+        loses: bool = False,
+    ) -> ArtifactRef:  # fmt: skip
         said = judge("gate-policy", policy.digest, {"m": 0.5}, [GateRule(metric="m", min=least)])
+        said = replace(said, champion=champion)
+        if loses:
+            looked = Check("look", 2.0, "≤ 1", False, kind="champion")
+            said = replace(said, approved=False, checks=(*said.checks, looked))
         (self.folder / "verdict").mkdir(exist_ok=True)
         write_json(self.folder / "verdict" / "verdict.json", asdict(said))
         return self._published(self.folder / "verdict", "verdict", policy=policy)
 
-    def run(self, policy: ArtifactRef, least: float = 0.0, **promotion_: object) -> Outcome:
-        inputs = {"data": self.data, "policy": policy, "verdict": self.verdict(policy, least)}
+    def run(
+        self, policy: ArtifactRef, least: float = 0.0, champion: str | None = None,
+        **promotion_: object,
+    ) -> Outcome:  # fmt: skip
+        verdict = self.verdict(policy, least, champion)
+        inputs = {"data": self.data, "policy": policy, "verdict": verdict}
         return run_stage(PROMOTE, self.config(**promotion_), inputs)
 
     def champion(self) -> champions.Promotion | None:
@@ -125,10 +137,12 @@ def test_a_policy_that_answers_is_promoted_with_its_replies(line, data, tmp_path
     assert any(row["reply"] for row in replies)
     assert read_json(folder / "promotion.json") == {
         "model": "ours", "policy": policy.digest, "verdict": line.verdict(policy).digest,
-        "approval": None,
+        "champion": None, "approval": None,
     }  # fmt: skip
     entry = line.champion()
-    assert (entry.policy, entry.why, entry.run) == (policy.digest, "it met every gate", None)
+    assert (entry.policy, entry.why, entry.run) == (
+        policy.digest, "it met every gate; first champion", None,
+    )  # fmt: skip
     # Promoted as the run says: not again, whoever would have to approve now.
     again = line.run(policy, approval="manual", smoke_seconds=3.0)
     assert (again.cached, again.ref) == (True, done.ref)
@@ -195,12 +209,45 @@ def test_what_is_champion_already_needs_nobody(line):
 def test_a_run_does_not_promote_again_what_was_rolled_back(line):
     first, second = line.policy(noted("1")), line.policy(noted("2"))
     line.run(first)
-    line.run(second)
+    line.run(second, champion=first.digest)
     champions.rollback(line.store, "ours", why="it leaks", by="ann")
     with pytest.raises(PolicyWithdrawn, match="rolled back by ann"):
         line.run(second)
     assert line.run(first).cached
     assert line.champion().policy == first.digest
+
+
+@pytest.mark.usefixtures("answering")
+def test_who_is_champion_now_has_to_be_the_one_it_was_compared_with(line):
+    """A champion that came since, as from a run at the same time, is not displaced unseen."""
+    first, second, third = (line.policy(noted(each)) for each in "123")
+    line.run(first)
+    with pytest.raises(PromotionLost, match=rf"with no champion, .* is {first.short} now; run the"):
+        line.run(second)
+    assert line.run(second, champion=first.digest).metrics == {"model": "ours"}
+    with pytest.raises(PromotionLost, match=rf"with {first.short}, .* is {second.short} now"):
+        line.run(third, champion=first.digest)
+    assert line.champion().policy == second.digest
+    assert not is_retriable(PromotionLost("x"))
+
+
+def test_the_history_says_what_a_promotion_rests_on(line):
+    verdict = judge("gate-policy", "p" * 64, {"m": 0.5}, [GateRule(metric="m", min=0)])
+    before = "c" * 64
+    assert describe_verdict(verdict, None) == "it met every gate; first champion"
+    unseen = "it met every gate; not compared with the champion cccccccccccc"
+    assert describe_verdict(verdict, before) == unseen
+    # 0.75 of 100 prompts: with z = 2.626 (t of 99 at 0.995) Wilson's lower end is
+    # (0.75 + 0.03448 − 2.626 √(0.001875 + 0.000172)) / 1.06896 = 0.623.
+    evaluation = {
+        "prompts_sha256": "f" * 64,
+        "champion": {"policy": "c" * 64, "win_rate": 0.75, "win_rate_size": 100.0, "n": 100},
+    }
+    compared = with_comparison(verdict, evaluation, ChampionGateConfig(), 1)
+    assert compared.approved
+    assert describe_verdict(compared, before) == (
+        "it met every gate; better than the champion cccccccccccc (win rate 75.0%, lower end 62.3%)"
+    )
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -247,7 +294,10 @@ def test_promote_rollback_champion(line, rlhf):
     for policy in (first, second):
         line.verdict(policy)
     said = rlhf("promote", first.digest[:10], "--name", "ours", "--by", "ann", "--why", "by hand")
-    expected = f"{first.short} is the champion of ours; it answered {PROMPTS} held-out prompts\n"
+    expected = (
+        f"{first.short} is the champion of ours; it answered {PROMPTS} held-out prompts; it met "
+        "every gate; first champion\n"
+    )
     assert said == expected
     assert line.champion().verdict == line.verdict(first).digest
     assert (line.champion().by, line.champion().why) == ("ann", "by hand")
@@ -278,6 +328,11 @@ def test_promote_without_a_gates_yes(line, rlhf):
     no = line.verdict(judged, least=0.9)
     with pytest.raises(ConfigError, match=r"gate-policy said no \(m = 0\.5, needs ≥ 0.9\); to"):
         rlhf("promote", judged.digest)
+    worse = line.policy(noted("3"))
+    not_better = line.verdict(worse, champion="c" * 64, loses=True)
+    with pytest.raises(ConfigError, match=r"it is not better than the champion c{12} \(look = 2"):
+        rlhf("promote", worse.digest)
+    assert line.store.exists(not_better)
     with pytest.raises(ConfigError, match=r"no gate has judged it; .*--unapproved --why"):
         rlhf("promote", unjudged.digest)
     with pytest.raises(ConfigError, match="--unapproved needs --why"):

@@ -1,0 +1,1 @@
+"""How often the gates are wrong: `python -m benchmarks.gates` (all parts), or one part by name."""

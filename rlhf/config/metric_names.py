@@ -1,0 +1,199 @@
+"""Names of the metrics that the evaluations write, and the check of the rules on them.
+
+A `*` in a part's path stands for a name that the data or a probe gives, such as a group's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.config.gates import GateRule
+
+#: Reason that a metric may be absent: no judge, no gold score, no champion.
+Need = Literal["judge", "gold", "champion"]
+#: What an estimate writes beside its own name.
+LOW, HIGH, SIZE, ERROR = ENDS = ("_low", "_high", "_size", "_error")
+#: Parts of an evaluation that hold those of slices, by name.
+SLICES = ("by_slice", "by_group")
+#: Most names that an error suggests.
+_NEIGHBOURS = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """Metrics of one part of an evaluation."""
+
+    shares: tuple[str, ...] = ()
+    """Shares with an interval."""
+    means: tuple[str, ...] = ()
+    """Means with an interval."""
+    numbers: tuple[str, ...] = ()
+    """Numbers without one."""
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all its metrics."""
+        for name in (*self.shares, *self.means):
+            yield name
+            yield from (name + end for end in ENDS)
+        yield from self.numbers
+
+
+def _beside(*names: str) -> tuple[str, ...]:
+    """Return the names of metrics of both policies."""
+    return tuple(f"{name}_{side}" for name in names for side in ("before", "after"))
+
+
+_COUNTS = (
+    "pairs_cut", "pairs_equal_when_cut", "prompts_shortened", "prompts_too_long", "prompts_refused",
+    "system_turns_refused",
+)  # fmt: skip
+_ACCURACY = Part(shares=("accuracy",), numbers=("n", "prompts", "ceiling", "share_of_ceiling"))
+REWARD_MODEL: Mapping[str, Part] = {
+    "": Part(
+        shares=("accuracy", "baseline_longer", "baseline_format", "length_controlled_accuracy"),
+        numbers=(
+            "n", "prompts", "margin_mean", "score_mean", "score_std", "log_loss", "brier", "ece",
+            "temperature", "log_loss_calibrated", "ceiling", "share_of_ceiling", *_COUNTS,
+        ),
+    ),
+    "by_group.*": _ACCURACY,
+    "by_slice.*": _ACCURACY,
+    "worst": _ACCURACY,
+    "probes.*": Part(shares=("rises",), means=("mean_change",), numbers=("n", "prompts")),
+}  # fmt: skip
+_REPLIES = ("reward", "judge", "gold", "tokens", "repetition")
+_COMPARED = Part(
+    shares=("win_rate", "judge_win_rate", "gold_win_rate"),
+    means=("reward_difference", "judge_difference", "gap", "kl"),
+    numbers=(
+        "n", "eos_rate", "eos_rate_before", "gold_not_worse", "gold_strict_win_rate",
+        *_beside(*_REPLIES, "distinct_1", "distinct_2", "refusal"),
+    ),
+)  # fmt: skip
+_SAMPLED = Part(
+    _COMPARED.shares, _COMPARED.means, (*_COMPARED.numbers, "kl_exact", *_beside("entropy"))
+)
+_CHAMPION = Part(
+    shares=_COMPARED.shares,
+    means=("reward_difference", "judge_difference"),
+    numbers=("n", "gold_not_worse", "gold_strict_win_rate", *_beside(*_REPLIES)),
+)
+POLICY: Mapping[str, Part] = {
+    "": Part(numbers=("n", "samples_per_prompt")),
+    "judge": Part(shares=("accuracy",), numbers=("n", "prompts")),
+    "sampled": _SAMPLED,
+    "sampled.by_group.*": _SAMPLED,
+    "greedy": _COMPARED,
+    "greedy.by_group.*": _COMPARED,
+    "champion": _CHAMPION,
+    "champion.by_group.*": _CHAMPION,
+    "champion.own": Part(numbers=("eos_rate", "tokens", "reward", "judge", "gold", "repetition")),
+    "forgetting": Part(
+        means=("nll_difference",), numbers=("n", *_beside("nll", "perplexity")),
+    ),
+}  # fmt: skip
+#: Metrics of the evaluation that each gate reads.
+METRICS = {"reward_model": REWARD_MODEL, "policy": POLICY}
+_SHARES = {name for parts in METRICS.values() for part in parts.values() for name in part.shares}
+
+
+def is_share(name: str) -> bool:
+    """Return whether an estimate with this name is a share; else it is a mean."""
+    return name.rpartition(".")[2] in _SHARES
+
+
+def part_of(name: str, gate: str) -> tuple[str, Part] | None:
+    """Return path and part of a metric; None if no evaluation of this gate writes it."""
+    for path, part in METRICS[gate].items():
+        for leaf in part.names():
+            pattern = re.escape(f"{path}.{leaf}" if path else leaf).replace(r"\*", ".+")
+            if re.fullmatch(pattern, name):
+                return path, part
+    return None
+
+
+def need_of(name: str) -> Need | None:
+    """Return what a metric needs, without which an evaluation does not have it."""
+    first, leaf = name.partition(".")[0], name.rpartition(".")[2]
+    if first == "champion" and leaf != name:
+        return "champion"
+    if leaf.startswith(("gold_", "ceiling", "share_of_ceiling")) or name == "champion.own.gold":
+        return "gold"
+    is_judged = leaf.startswith(("judge_", "gap")) or (first == "judge" and leaf != name)
+    return "judge" if is_judged else None
+
+
+def check_rules(gate: str, rules: Sequence[GateRule], absent: Mapping[str, str]) -> None:
+    """Refuse rules on metrics that the evaluation does not write.
+
+    Args:
+        gate: Name of the rules in the section `gates`.
+        rules: The rules.
+        absent: Reasons why what metrics need is absent with this configuration, by need.
+
+    Raises:
+        ValueError: A rule is on an unknown metric, or on one that is always absent; it says which.
+    """
+    for index, rule in enumerate(rules):
+        field = f"gates.{gate}.{index}"
+        for key in ("metric", "min", "max"):
+            name = getattr(rule, key)
+            if isinstance(name, str):
+                _check_name(name, f"{field}.{key} = {name!r}", gate, rule, absent)
+        if rule.on != "estimate" and part_of(f"{rule.metric}_{rule.on}", gate) is None:
+            raise ValueError(
+                f"{field}.on = {rule.on!r}: {rule.metric} has no interval; set on to estimate"
+            )
+        if rule.slices:
+            _check_slices(rule, field, gate)
+
+
+def _check_name(
+    name: str, field: str, gate: str, rule: GateRule, absent: Mapping[str, str]
+) -> None:
+    if part_of(name, gate) is None:
+        raise ValueError(
+            f"{field} is no metric of this evaluation; {_suggestion(name, gate)} (docs/gates.md)"
+        )
+    need = need_of(name)
+    if need is not None and need in absent and rule.if_missing == "fail":
+        raise ValueError(
+            f"{field} can't be relied on, because {absent[need]}; set if_missing: skip, which "
+            "shows it as not measured then, or remove the rule"
+        )
+
+
+def _check_slices(rule: GateRule, field: str, gate: str) -> None:
+    parent, dot, leaf = rule.metric.rpartition(".")
+    for name in (rule.metric, rule.min, rule.max):
+        if not isinstance(name, str):
+            continue
+        own_parent, _, own = name.rpartition(".")
+        paths = [f"{parent}{dot}{slices}.x.{own}" for slices in SLICES]
+        if own_parent != parent or not any(part_of(path, gate) for path in paths):
+            raise ValueError(
+                f"{field}.slices = true: the evaluation has no {own} of slices beside {leaf}; set "
+                "slices to false, or take a metric that slices have, such as "
+                + ("accuracy" if gate == "reward_model" else "sampled.win_rate")
+            )
+
+
+def _suggestion(name: str, gate: str) -> str:
+    """Return the known names that are most like one."""
+    slice_name = re.search(r"(?:by_group|by_slice|probes)\.(.+)\.[^.]*$", name)
+    known = [
+        (f"{path}.{leaf}" if path else leaf).replace("*", slice_name[1] if slice_name else "*")
+        for path, part in METRICS[gate].items()
+        if slice_name or "*" not in path
+        for leaf in part.names()
+    ]
+    same_end = [each for each in known if each.endswith(f".{name}")]
+    close = difflib.get_close_matches(name, known, n=_NEIGHBOURS, cutoff=0.6)
+    names = [*dict.fromkeys((*same_end, *close))][:_NEIGHBOURS]
+    if not names:
+        return f"choose one such as {', '.join(known[:: len(ENDS) + 1][:_NEIGHBOURS])}"
+    return f"did you mean {' or '.join(names)}?"
