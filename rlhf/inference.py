@@ -237,7 +237,7 @@ def positive_mean_p_value(
     """
     from scipy import stats
 
-    value, error, clusters = _mean(np.asarray(values, dtype=float), prompts)
+    value, error, _, clusters = _mean(np.asarray(values, dtype=float), prompts)
     if clusters < 2:
         return 1.0
     if error == 0:

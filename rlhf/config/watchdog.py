@@ -42,6 +42,6 @@ class WatchdogConfig(Section):
     """Least share of replies that end by themselves, as a share of the start's; 0: no limit. It has
     no effect where fewer than a fifth end at the start."""
     min_explained_variance: float | None = Field(default=-1.0, lt=0)
-    """Least explained variance of the critic, as the mean since the last look, once it was above
-    0.2; none: no limit. At −1 its errors are twice the variance of the returns: advantages are
-    noise of its making."""
+    """Least explained variance of the critic, as the mean since the last look, where its loss is
+    above ten times that of the first updates; none: no limit. At −1 its errors are twice the
+    variance of the returns: advantages are noise of its making."""

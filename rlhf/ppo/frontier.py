@@ -20,6 +20,9 @@ NON_FINITE = "non_finite"
 RISE_LEVEL = 0.05
 #: Share of replies that must end at the start for their loss to mean something.
 LEAST_EOS = 0.2
+#: Growth of the value loss since the first updates that a critic which only lags does not reach:
+#: the squared change of the reward's scale, and a toy run's reward triples in a few updates.
+LOSS_GROWTH = 10.0
 
 
 @dataclass(frozen=True)
@@ -232,10 +235,10 @@ def eos_loss(looks: Sequence[Look], config: WatchdogConfig, _: int) -> str | Non
 
 
 def value_collapse(looks: Sequence[Look], config: WatchdogConfig, _: int) -> str | None:
-    """Detect a critic that is worse than none, and worse than in the first updates.
+    """Detect a critic that is worse than none, and far worse than in the first updates.
 
     The explained variance alone also falls when all replies come to have the same reward; the
-    critic's error then falls too.
+    critic's error then falls too. It lags behind a reward that rises fast, and recovers.
     """
     now, limit = looks[-1], config.min_explained_variance
     first = next((look.value_loss for look in looks if look.value_loss is not None), None)
@@ -243,7 +246,7 @@ def value_collapse(looks: Sequence[Look], config: WatchdogConfig, _: int) -> str
         return None
     assert now.explained_variance is not None
     assert now.value_loss is not None
-    if now.explained_variance >= limit or now.value_loss <= first:
+    if now.explained_variance >= limit or now.value_loss <= LOSS_GROWTH * first:
         return None
     return (
         f"the critic's explained variance is {now.explained_variance:.2f}, below "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
 from rlhf.judge import JUDGE
 from rlhf.launch import Job, launch
-from rlhf.ppo.checkpoint import checkpoints_in
+from rlhf.ppo.checkpoint import TrainState, checkpoints_in
 from rlhf.ppo.frontier import NON_FINITE
 from rlhf.ppo.train import build_trainer, train_policy
 from rlhf.ppo.watchdog import WATCHDOG, make_watchdog
@@ -39,7 +41,9 @@ GROWS = {"multi_objective": True, "kl_coef": 0.0, "missing_eos": "none",
 def folder(data, tmp_path):
     """A dataset with a judge split of prompts that no other part has."""
     toys.write_data(tmp_path / "data")
-    rows = [Pair(f"{a} and {b}?", "good", "bad") for a in toys.ASKED for b in toys.ASKED if a != b]
+    rows = [
+        Pair(f"{a} or {b} or {a}?", "good", "bad") for a in toys.ASKED for b in toys.ASKED if a != b
+    ]
     write_rows(tmp_path / "data" / PAIRS_JUDGE, rows)
     return tmp_path / "data"
 
@@ -61,8 +65,8 @@ def judge(reward_model, copy_of):
 
 
 @pytest.fixture
-def contrary(reward_model, copy_of):
-    return judge_of(copy_of(reward_model), flipped=True)
+def contrary(reward_model, tmp_path):
+    return judge_of(Path(shutil.copytree(reward_model, tmp_path / "contrary")), flipped=True)
 
 
 def report_of(out):
@@ -94,12 +98,15 @@ def test_over_optimisation(train, folder, contrary, sft, caplog):
     [
         ("kl_above_budget", {"kl_coef": 0.0, "learning_rate": 0.02}, {"max_kl": 5.0}),
         ("eos_loss", {"kl_coef": 0.0, "missing_eos": "none"}, {}),
-        ("length_explosion", {**GROWS, "max_new_tokens": 24}, {"max_length": 2.0, "min_eos": 0.0}),
+        (
+            "length_explosion", {**GROWS, "max_new_tokens": 40, "learning_rate": 0.01},
+            {"max_length": 1.5, "min_eos": 0.0, "max_kl": None},
+        ),
         (
             "entropy_collapse", {"kl_coef": 0.0, "learning_rate": 0.02},
             {"max_kl": None, "min_eos": 0.0, "max_length": None},
         ),
-        ("value_collapse", {"critic_learning_rate": 3.0}, {}),
+        ("value_collapse", {"critic_learning_rate": 3.0}, {"min_eos": 0.0, "max_kl": None}),
     ],
 )  # fmt: skip
 def test_the_others(train, folder, detector, options, limits):
@@ -132,19 +139,14 @@ def test_the_result_is_measured_and_counted(folder, sft, approved, contrary, tmp
     config = toys.changed(toys.PPO, total_episodes=320, watchdog={**EAGER, **JUDGE_ALONE})
     out = tmp_path / "out"
     out.mkdir()
-    result = train_policy(
-        config, folder, sft, approved, out, judge=contrary, runtime=toys.RUNTIME
-    )
+    result = train_policy(config, folder, sft, approved, out, judge=contrary, runtime=toys.RUNTIME)
     chosen, curve = result.metrics["chosen_update"], read_json(out / "curve.json")
     assert result.metrics["stopped"] == 1
     assert result.metrics["updates"] == len(curve) > chosen
     assert result.metrics["kl"] == curve[chosen]["kl"]  # measured before that update
     # At the same prompts and numbers, the published policy is the chosen row.
-    trainer = build_trainer(toys.changed(config, seed=0) if False else config, out, approved, 0,
-                            toys.DEVICE)  # fmt: skip
+    trainer = build_trainer(config, out, approved, 0, toys.DEVICE)
     watchdog = make_watchdog(trainer, folder, contrary, [])
-    from rlhf.ppo.checkpoint import TrainState
-
     state = TrainState()
     watchdog.look(state)
     (row,) = (r for r in report_of(out)["frontier"] if r["update"] == chosen)
@@ -195,7 +197,8 @@ def test_a_resumed_run_is_the_same_run(train, folder, contrary, tmp_path, stop_a
         "watchdog": {**EAGER, **JUDGE_ALONE, "every": 2, "patience": 9},
     }  # fmt: skip
     straight = train("straight", **shared)
-    assert report_of(straight)["chosen"] < 4
+    if not options:  # adapters have hardly moved
+        assert report_of(straight)["chosen"] < 4
     with pytest.raises(Stopped):
         train("stopped", checkpoints=tmp_path / "c", stop_at=stop_at, **shared)
     torch.manual_seed(12345)
@@ -253,7 +256,7 @@ def test_the_looks_are_at_prompts_of_the_judge_split(sft, approved, folder, judg
     trainer = build_trainer(toys.changed(toys.PPO, watchdog={}), sft, approved, 0, toys.DEVICE)
     watchdog = make_watchdog(trainer, folder, judge, [PromptRow("tea or cup?")])
     assert len(watchdog.rows) == 20
-    assert all(" and " in str(row.prompt) for row in watchdog.rows)
+    assert all(str(row.prompt).count(" or ") == 2 for row in watchdog.rows)
     assert watchdog.judge is not None
     assert watchdog.notes == ["there are 20 prompts to look at, of 64 asked for"]
 
@@ -265,7 +268,7 @@ def test_without_a_usable_judge_it_says_so(train, folder, data, reward_model, co
         ({"folder": folder}, "no judge was given"),
         ({"folder": data}, "no judge split"),
     ]:
-        report = report_of(train(watchdog=EAGER, **options))
+        report = report_of(train(watchdog={**EAGER, **JUDGE_ALONE}, **options))
         assert report["chosen"] == 4
         assert note in " ".join(report["notes"])
         assert {row["judge"] for row in report["frontier"]} == {None}
