@@ -43,5 +43,5 @@ class WatchdogConfig(Section):
     no effect where fewer than a fifth end at the start."""
     min_explained_variance: float | None = Field(default=-1.0, lt=0)
     """Least explained variance of the critic, as the mean since the last look, where its loss is
-    above ten times that of the first updates; none: no limit. At −1 its errors are twice the
-    variance of the returns: advantages are noise of its making."""
+    above ten times that of predicting the start's mean reward; none: no limit. At −1 its errors
+    are twice the variance of the returns: advantages are noise of its making."""

@@ -6,6 +6,7 @@ updates. All functions here are pure functions of the looks. No torch is loaded:
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,8 +21,8 @@ NON_FINITE = "non_finite"
 RISE_LEVEL = 0.05
 #: Share of replies that must end at the start for their loss to mean something.
 LEAST_EOS = 0.2
-#: Growth of the value loss since the first updates that a critic which only lags does not reach:
-#: the squared change of the reward's scale, and a toy run's reward triples in a few updates.
+#: How far above that the value loss of a critic is that does not only lag behind a rising reward.
+#: A toy run whose reward rises by three deviations in ten updates stays below seven.
 LOSS_GROWTH = 10.0
 
 
@@ -235,24 +236,33 @@ def eos_loss(looks: Sequence[Look], config: WatchdogConfig, _: int) -> str | Non
 
 
 def value_collapse(looks: Sequence[Look], config: WatchdogConfig, _: int) -> str | None:
-    """Detect a critic that is worse than none, and far worse than in the first updates.
+    """Detect a critic that is worse than none, and whose error is far above the reward's spread.
 
     The explained variance alone also falls when all replies come to have the same reward; the
     critic's error then falls too. It lags behind a reward that rises fast, and recovers.
     """
-    now, limit = looks[-1], config.min_explained_variance
-    first = next((look.value_loss for look in looks if look.value_loss is not None), None)
-    if limit is None or first is None or None in (now.explained_variance, now.value_loss):
+    now, limit, scale = looks[-1], config.min_explained_variance, _plain_loss(looks)
+    explained, loss = now.explained_variance, now.value_loss
+    if limit is None or explained is None or loss is None or not scale:
         return None
-    assert now.explained_variance is not None
-    assert now.value_loss is not None
-    if now.explained_variance >= limit or now.value_loss <= LOSS_GROWTH * first:
+    if explained >= limit or loss <= LOSS_GROWTH * scale:
         return None
     return (
-        f"the critic's explained variance is {now.explained_variance:.2f}, below "
-        f"ppo.watchdog.min_explained_variance = {limit:g}, and its loss rose from {first:.3g} to "
-        f"{now.value_loss:.3g}"
+        f"the critic's explained variance is {explained:.2f}, below "
+        f"ppo.watchdog.min_explained_variance = {limit:g}, and its loss of {loss:.3g} is "
+        f"{loss / scale:.0f} times what predicting the mean reward of the start costs"
     )
+
+
+def _plain_loss(looks: Sequence[Look]) -> float | None:
+    """Return the value loss of predicting the start's mean reward: half the reward's variance.
+
+    Where the rewards of single replies are not known it is the loss of the first updates.
+    """
+    proxies = looks[0].proxies
+    if proxies:
+        return statistics.pvariance(proxies) / 2
+    return next((look.value_loss for look in looks if look.value_loss is not None), None)
 
 
 Detector = Callable[[Sequence[Look], WatchdogConfig, int], str | None]

@@ -33,8 +33,6 @@ JUDGE_ALONE = {
     "max_kl": None, "min_entropy": 0.0, "max_length": None, "min_eos": 0.0,
     "min_explained_variance": None,
 }  # fmt: skip
-GROWS = {"multi_objective": True, "kl_coef": 0.0, "missing_eos": "none",
-         "env_config": {"components": {"length": {"points": [[0, 0], [24, 24]]}}}}  # fmt: skip
 
 
 @pytest.fixture
@@ -99,14 +97,18 @@ def test_over_optimisation(train, folder, contrary, sft, caplog):
         ("kl_above_budget", {"kl_coef": 0.0, "learning_rate": 0.02}, {"max_kl": 5.0}),
         ("eos_loss", {"kl_coef": 0.0, "missing_eos": "none"}, {}),
         (
-            "length_explosion", {**GROWS, "max_new_tokens": 40, "learning_rate": 0.01},
-            {"max_length": 1.5, "min_eos": 0.0, "max_kl": None},
+            "length_explosion", {"kl_coef": 0.0, "missing_eos": "none", "max_new_tokens": 12},
+            {**JUDGE_ALONE, "max_length": 1.4},
         ),
         (
             "entropy_collapse", {"kl_coef": 0.0, "learning_rate": 0.02},
             {"max_kl": None, "min_eos": 0.0, "max_length": None},
         ),
-        ("value_collapse", {"critic_learning_rate": 3.0}, {"min_eos": 0.0, "max_kl": None}),
+        (
+            "value_collapse",
+            {"critic_learning_rate": 10.0, "critic": "policy", "value_clip_range": None},
+            {**JUDGE_ALONE, "min_explained_variance": -1.0},
+        ),
     ],
 )  # fmt: skip
 def test_the_others(train, folder, detector, options, limits):
