@@ -19,16 +19,19 @@ from rlhf.data.stored import read_summary
 from rlhf.files import expand_home, read_json
 from rlhf.report import OUTCOMES, STATES
 from rlhf.store import Ancestor, Artifact
-from tasks.report import drift_lines, gate_lines
+from tasks.report import drift_lines, first_answers, gate_lines
 from tasks.stage import store_of
 from tasks.stages import EVALUATE_POLICY, PREPARE_DATA
 
 if TYPE_CHECKING:
     from tasks.report import PipelineRun
 
+#: Colours of the answers on trust, by tone.
+ANSWER_STYLES = {"promoted": "green", "kept": "green", "rejected": "yellow"}
+
 
 def show_run(console: Console, run: PipelineRun) -> None:
-    """Print a run's stages, sample replies side by side, and the report's path."""
+    """Print a run's stages, replies side by side, the answers on trust, and the report's path."""
     console.print(_stages(run))
     if PREPARE_DATA.name in run.refs:
         show_data(console, store_of(run.config).fetch(run.refs[PREPARE_DATA.name]))
@@ -40,6 +43,9 @@ def show_run(console: Console, run: PipelineRun) -> None:
         folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
         samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
         console.print(_samples(samples))
+    for answer in first_answers(run):
+        style = ANSWER_STYLES.get(answer.tone, "")
+        console.print(Text(printable_line(answer.line), style), soft_wrap=True)
     console.print(Text(f"{run.outcome}: {run.reason}", OUTCOMES[run.outcome].style))
     tracking = apply_machine_settings(run.config).tracking
     logs = expand_home(tracking.log_dir)
@@ -135,7 +141,7 @@ def _samples(samples: Sequence[dict[str, object]]) -> Group:
 def _scores(sample: dict[str, object], side: str) -> Text:
     parts = [
         f"{name} {sample[f'{name}_{side}']:.2f}"
-        for name in ("reward", "gold")
+        for name in ("reward", "judge", "gold")
         if sample.get(f"{name}_{side}") is not None
     ]
     return Text("  ".join(parts), "dim")

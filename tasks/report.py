@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.data.card import escape
 from rlhf.data.stored import read_card, read_summary
 from rlhf.files import expand_home, read_json
-from rlhf.gates import Verdict, read_verdict
+from rlhf.gates import NOT_MEASURED, Check, Verdict, read_verdict
 from rlhf.report import (
+    Answer,
     ConfigRow,
     Lineage,
     LineageNode,
@@ -27,7 +29,9 @@ from rlhf.report import (
     StageRow,
     StageState,
     render,
+    trust_answers,
 )
+from rlhf.report.text import interval
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.drift import DriftCheck
@@ -91,6 +95,17 @@ def drift_lines(run: PipelineRun) -> list[str]:
     return [*figures, *run.drift.drift.notes, *(f"warning: {w}" for w in run.drift.warnings)]
 
 
+def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
+    """Return what a run's first screen answers; nothing if the policy was not evaluated."""
+    ref = run.refs.get(EVALUATE_POLICY.name)
+    if ref is None:
+        return ()
+    store = store_of(run.config)
+    evaluation = read_json(store.fetch(ref) / "evaluation.json")
+    verdicts = {verdict.gate: verdict for verdict in _verdicts(run, store)}
+    return trust_answers(evaluation, verdicts.get(GATE_POLICY.name))
+
+
 def gate_lines(run: PipelineRun) -> list[str]:
     """Return what was known of a run's gates before training, a sentence each."""
     return list(run.gates.lines) if run.gates else []
@@ -148,8 +163,10 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         card=read_card(data) if data else None,
         reward_model=part(EVALUATE_REWARD_MODEL, "evaluation.json"),
         policy=part(EVALUATE_POLICY, "evaluation.json"),
+        watchdog=part(TRAIN_POLICY, "watchdog.json"),
         curves=tuple(part(TRAIN_POLICY, "curve.json") or ()),
-        samples=tuple(_sample(row) for row in samples[: run.config.evaluation.samples]),
+        samples=tuple(_sample(row) for row in _chosen(samples, run.config.evaluation.samples)),
+        trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),
         advice=run.advice,
         drift=run.drift.as_json() if run.drift else None,
@@ -167,11 +184,25 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
     )
 
 
+def _chosen(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return the samples to show: the first ones, and as many of each kind."""
+    shown: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    for row in samples:
+        # A row without a kind is one of the first prompts, which are a kind of their own.
+        kinds = row.get("kinds") or [""]
+        if any(counts[kind] < count for kind in kinds):
+            counts.update(kinds)
+            shown.append(row)
+    return shown
+
+
 def _sample(row: dict[str, Any]) -> Sample:
     prompt = row["prompt"]
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    return Sample(**{**row, "prompt": prompt})
+    known = {name: value for name, value in row.items() if name in Sample.model_fields}
+    return Sample(**{**known, "prompt": prompt})
 
 
 def _verdicts(run: PipelineRun, store: Store) -> list[Verdict]:
@@ -205,7 +236,7 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
     checks = [
         (verdict.gate, check.metric,
          f"{check.value:.5g}" if check.value is not None else "missing",
-         check.bound, "yes" if check.passed else "**no**")
+         interval(check.low, check.high), check.bound, _result(check))
         for verdict in _published_verdicts(run, store)
         for check in verdict.checks
     ]  # fmt: skip
@@ -214,14 +245,22 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
     pull = f"rlhf artifacts pull {report[:12]} report --store {run.config.store}"
     parts = (
         f"**{run.outcome}**: {_cell(run.reason)}",
+        "\n".join(f"- {escape(answer.line, None)}" for answer in first_answers(run)),
         _table(("stage", "state", "key metric", "artifact"), stages),
         "\n".join(f"- Data: {escape(finding, None)}" for finding in findings),
         "\n".join(f"- Drift: {escape(line, None)}" for line in drift_lines(run)),
         "\n".join(f"- Gates: {escape(line, None)}" for line in gate_lines(run)),
-        _table(("gate", "metric", "value", "needs", "passed"), checks),
+        _table(("gate", "metric", "value", "interval", "needs", "passed"), checks),
         f"Report: `{run.report}`, on the machine that ran this, or\n\n    {pull}",
     )
     return "\n\n".join(part for part in parts if part)
+
+
+def _result(check: Check) -> str:
+    """Return a check's result as text; one that judged nothing has its note."""
+    if not check.passed:
+        return "**no**"
+    return check.note if check.note.startswith(NOT_MEASURED) else "yes"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -12,6 +12,8 @@ from rlhf.report.text import number, number_of, percent, percent_range
 WIDTH, HEIGHT = 340, 176
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
 MAX_POINTS, MAX_TIPS = 400, 120
+#: Roles of estimates on other observations than the `n` of their metrics.
+UNSIZED = ("baseline", "part")
 
 #: Key of the curve, heading, unit, and the values that its axis has to cover.
 PANELS: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
@@ -119,7 +121,7 @@ def interval_chart(
             Interval(
                 label=label,
                 role=role,
-                note="" if count is None or role == "baseline" else f"n = {number(int(count))}",
+                note="" if count is None or role in UNSIZED else f"n = {number(int(count))}",
                 value=percent(metrics.get(key)),
                 spread=percent_range(a, b),
                 at=position(number_of(metrics.get(key)) or 0.0),
@@ -130,7 +132,7 @@ def interval_chart(
     return IntervalChart(
         rows=tuple(rows),
         references=tuple(
-            Reference(position(x), f"{label} {percent(x)}", role, _align(position(x)))
+            Reference(position(x), label and f"{label} {percent(x)}", role, _align(position(x)))
             for label, role, x in lines
         ),
         ticks=tuple(

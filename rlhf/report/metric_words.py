@@ -34,6 +34,7 @@ NAMES = {
     "refusal": "Replies like refusals",
     "nll": "Loss on held-out demonstrations",
     "perplexity": "Perplexity on held-out demonstrations",
+    "look": "Comparisons on these gate prompts",
     "n": "Size of the evaluation",
     "prompts": "Prompts",
 }

@@ -19,6 +19,7 @@ from rlhf.report.text import (
     percent,
     percent_range,
     points,
+    sentence,
     short,
     words,
 )
@@ -75,6 +76,8 @@ class PolicyView:
     """Short digest of the champion."""
     champion_wins: IntervalChart | None = None
     champion_slices: IntervalChart | None = None
+    margin: str = ""
+    """Non-inferiority margin of the slices, if they have one in common."""
     over_optimisation: OverOptimisation | None = None
     judge: str = ""
     """Sentence on the judge."""
@@ -90,13 +93,15 @@ def policy_view(policy: Mapping[str, Any] | None, verdicts: Sequence[Verdict] = 
     modes, compared = comparison(policy)
     champion, notes = _mapping(policy.get("champion")), policy.get("notes")
     checks = [c for verdict in verdicts for c in verdict.checks if c.kind == "champion"]
+    slices, margin = _slices(champion, checks)
     return PolicyView(
         modes=tuple(modes),
         compared=tuple(compared),
         wins=win_chart(policy),
         champion=short(str(champion.get("policy", ""))) if champion else "",
         champion_wins=interval_chart(_scored("", champion), [("tie", "coin", 0.5)]),
-        champion_slices=_slices(champion, checks),
+        champion_slices=slices,
+        margin=percent(margin) if margin is not None else "",
         over_optimisation=_over_optimisation(_mapping(policy.get("over_optimisation"))),
         judge=_judge(_mapping(policy.get("judge"))),
         shifts=tuple(_shifts(policy.get("shifts"))),
@@ -139,22 +144,28 @@ def comparison(policy: Mapping[str, Any]) -> tuple[list[str], list[Compared]]:
         ),
         row("Reply length", change("tokens")),
         row("Repetition", change("repetition")),
-        row("Distinct words", change("distinct_1")),
-        row("Distinct pairs of words", change("distinct_2")),
-        row("Entropy per token", change("entropy")),
-        row("Replies like refusals", change("refusal", percent)),
         row("Wins", rate("judge_win_rate"), "judge"),
         row("Score", change("judge"), "judge"),
-        row("Wins less those by the reward model", _gap, "judge"),
+        row("Gap: wins by the judge less by reward", _gap, "judge"),
         row("Wins", rate("gold_win_rate"), "gold"),
         row("Score", change("gold"), "gold"),
     ]
+    if not policy.get("shifts"):
+        # Else they stand in the table of shifts, with their tests.
+        rows[7:7] = [
+            row("Distinct words", change("distinct_1")),
+            row("Distinct pairs of words", change("distinct_2")),
+            row("Entropy per token", change("entropy")),
+            row("Replies like refusals", change("refusal", percent)),
+        ]
     measured = [r for r in rows if any(value != number(None) for value, _ in r.cells)]
     return [words(mode) for mode, _ in modes], measured
 
 
-def _slices(champion: Mapping[str, Any], checks: Sequence[Check]) -> IntervalChart | None:
-    """Chart win rates over the champion by slice, with the margin that the gate allows.
+def _slices(
+    champion: Mapping[str, Any], checks: Sequence[Check]
+) -> tuple[IntervalChart | None, float | None]:
+    """Chart win rates over the champion by slice, with the margin; return that too.
 
     The gate's checks say which scorer's win rate and which margin count; without them it is the
     judge's win rate if there is one, and no margin is drawn.
@@ -169,10 +180,10 @@ def _slices(champion: Mapping[str, Any], checks: Sequence[Check]) -> IntervalCha
         (str(g), "worst" if g in missed else "group", _mapping(groups[g]), key)
         for g in shown[:MAX_SLICES]
     ]
-    lines: list[tuple[str, str, Any]] = [("tie", "coin", 0.5)]
-    # One common margin is one line; a bound of each slice's own stands in the gate's table.
-    lines += [("margin", "margin", bound) for bound in bounds if len(bounds) == 1]
-    return interval_chart(estimates, lines, groups="")
+    # One common margin is a line; bounds of the slices' own stand in the gate's table alone.
+    margin = bounds.pop() if len(bounds) == 1 else None
+    lines = [("tie", "coin", 0.5), ("", "margin", margin)]
+    return interval_chart(estimates, lines, groups=""), margin
 
 
 def _shifts(shifts: Any) -> Iterable[Shift]:
@@ -201,7 +212,7 @@ def _over_optimisation(found: Mapping[str, Any]) -> OverOptimisation | None:
         "no": ("passed", "No sign of over-optimisation."),
         "suspected": ("missed", "Over-optimisation is suspected."),
     }.get(state, ("notrun", "Whether it is over-optimised is unknown."))
-    return OverOptimisation(css, headline, str(found.get("evidence") or ""))
+    return OverOptimisation(css, headline, sentence(found.get("evidence")))
 
 
 def _judge(judge: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from rlhf.report.data_card import data_card, drift_charts
 from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, Sample, StageRow, StageState
 from rlhf.report.policy import PARTS, PolicyView, policy_view
 from rlhf.report.reward_model import reward_model_view
-from rlhf.report.text import duration, number, number_of, percent, percent_range, words
+from rlhf.report.text import duration, number, number_of, percent, percent_range, sentence, words
 from rlhf.report.verdicts import verdict_views
 
 MAX_TABLE_ROWS = 60
@@ -110,16 +110,18 @@ def tiles(report: RunReport) -> list[Tile]:
     sampled = _mapping((report.policy or {}).get("sampled"))
     if number_of(model.get("accuracy")) is not None:
         figures.append(_rate_tile("Reward model", "accuracy", model, "accuracy"))
-    if number_of(sampled.get("win_rate")) is not None:
-        figures.append(_rate_tile("Wins by reward", "over SFT", sampled, "win_rate"))
+    # With the three answers above them, win rates need no tiles.
+    rates = () if report.trust else (("reward", ""), ("the judge", "judge_"), ("gold", "gold_"))
+    for scorer, prefix in rates:
+        if number_of(sampled.get(f"{prefix}win_rate")) is not None:
+            figures.append(
+                _rate_tile(f"Wins by {scorer}", "over SFT", sampled, f"{prefix}win_rate")
+            )
     if number_of(sampled.get("reward_after")) is not None:
         before = number(sampled.get("reward_before"))
         figures.append(Tile("Reward", number(sampled["reward_after"]), f"was {before} after SFT"))
     if number_of(sampled.get("kl")) is not None:
         figures.append(Tile("KL", number(sampled["kl"]), "nats from the SFT policy"))
-    for label, key in (("Wins by the judge", "judge"), ("Wins by gold", "gold")):
-        if number_of(sampled.get(f"{key}_win_rate")) is not None:
-            figures.append(_rate_tile(label, "over SFT", sampled, f"{key}_win_rate"))
     times = [s.seconds for s in report.stages if number_of(s.seconds) is not None]
     if times:
         cached = sum(stage.state is StageState.CACHED for stage in report.stages)
@@ -172,12 +174,15 @@ def watchdog_finding(watchdog: Mapping[str, Any] | None) -> Finding | None:
         return None
     chosen, stopped = number_of(watchdog.get("chosen")), _mapping(watchdog.get("stopped"))
     goes_on = "" if chosen is None else f"The policy of update {number(int(chosen))} goes on."
+    notes = watchdog.get("notes")
+    if isinstance(notes, list) and notes:
+        goes_on = " ".join(map(sentence, notes))
     if not stopped:
         return Finding("passed", "Nothing stopped PPO before its end.", goes_on)
     update = number_of(stopped.get("update"))
     when = "" if update is None else f" after update {number(int(update))}"
-    evidence = f"{stopped.get('evidence') or ''} {goes_on}".strip()
-    detector = words(str(stopped.get("detector") or "unknown")).lower()
+    evidence = f"{sentence(stopped.get('evidence'))} {goes_on}".strip()
+    detector = str(stopped.get("detector") or "unknown").replace("_", " ")
     return Finding("missed", f"The watchdog stopped PPO{when}: {detector}.", evidence)
 
 

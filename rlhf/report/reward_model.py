@@ -94,7 +94,7 @@ def accuracy_chart(
     groups = _mapping(model.get("by_group"))
     estimates = [
         ("Reward model", "main", model, "accuracy"),
-        ("– with the effect of length removed", "main", model, "length_controlled_accuracy"),
+        ("– on pairs where length decides nothing", "part", model, "length_controlled_accuracy"),
         ("Choose the longer reply", "baseline", model, "baseline_longer"),
         ("Choose by format", "baseline", model, "baseline_format"),
         *((str(name), "group", _mapping(groups[name]), "accuracy")

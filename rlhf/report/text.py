@@ -139,6 +139,16 @@ def words(name: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def sentence(value: Any) -> str:
+    """Return a remark as a sentence, with a capital and a full stop; empty if there is none."""
+    plain = str(value or "").strip()
+    return (
+        plain[:1].upper()
+        + plain[1:]
+        + ("" if plain.endswith((".", "!", "?")) else ".") * bool(plain)
+    )
+
+
 def short(digest: str | None) -> str:
     """Return the first twelve characters of a digest, without its algorithm."""
     return (digest or "").rpartition(":")[2][:12] or MISSING

@@ -120,9 +120,9 @@ def reliability_of(bins: Any) -> Reliability | None:
         if _is_share(row, k)
     ]
     left = 0.5 if min(xs) >= 0.5 else 0.0
-    low = max(0.0, math.floor(min(*ys, left) * 10 + 1e-9) / 10)
+    y_marks = nice_ticks(min(*ys, left), 1.0, 5)
     base = TALL - BOTTOM - STRIP
-    across, up = _scale(left, 1.0, LEFT, WIDTH - RIGHT), _scale(low, 1.0, base, TOP)
+    across, up = _scale(left, 1.0, LEFT, WIDTH - RIGHT), _scale(y_marks[0], 1.0, base, TOP)
     largest = max(_value(row, "n") or 0.0 for row in known) or 1.0
     laid = [_reliability_bin(row, across, up, largest) for row in known]
     return Reliability(
@@ -131,9 +131,7 @@ def reliability_of(bins: Any) -> Reliability | None:
         diagonal=f"M{across(left)} {up(left)}L{across(1)} {up(1)}",
         base=base,
         x_ticks=tuple(Tick(across(m), percent_mark(m)) for m in nice_ticks(left, 1.0, 5)),
-        y_ticks=tuple(
-            Tick(up(m), percent_mark(m)) for m in nice_ticks(low, 1.0, 5) if low <= m <= 1
-        ),
+        y_ticks=tuple(Tick(up(m), percent_mark(m)) for m in y_marks),
         rows=tuple(
             (percent(row["confidence"]), percent(row["accuracy"]),
              percent_range(row.get("accuracy_low"), row.get("accuracy_high")), _count(row.get("n")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf.gates import Check, Verdict
+from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict
 from rlhf.report.metric_words import metric_name
 from rlhf.report.text import exact, interval, number, number_of, short
 from rlhf.report.trust import look
@@ -54,9 +54,8 @@ def _view(verdict: Verdict) -> VerdictView:
     if text := look(verdict):
         against += f", {text}"
     groups = (CheckGroup("", rules), CheckGroup(against, champion))
-    failed = {c.kind for c in verdict.checks if not c.passed}
     css, label = ("passed", "Approved") if verdict.approved else ("rejected", "Rejected")
-    if not verdict.approved and failed == {"champion"}:
+    if not verdict.approved and verdict.keeps_champion:
         css, label = "kept", "Not better than the champion"
     return VerdictView(verdict.gate, css, label, tuple(g for g in groups if g.rows))
 
@@ -65,6 +64,8 @@ def _row(check: Check) -> CheckRow:
     css, result = ("passed", "met") if check.passed else ("missed", "not met")
     if check.passed and number_of(check.value) is None:
         css, result = "notrun", "not measured"
+    if check.note.startswith(NOT_JUDGED):
+        css, result = "notrun", NOT_JUDGED
     n = number_of(check.n)
     return CheckRow(
         rule=metric_name(check.metric),
@@ -75,5 +76,6 @@ def _row(check: Check) -> CheckRow:
         bound=check.bound,
         css=css,
         result=result,
-        note=check.note,
+        # The result says it already.
+        note=check.note.removeprefix(NOT_MEASURED).removeprefix(NOT_JUDGED).removeprefix(": "),
     )

@@ -16,7 +16,17 @@ from rlhf.data.records import Comparison, Converted
 from rlhf.data.rows import Pair
 from rlhf.data.tallies import MAX_NAME, Tallies
 from rlhf.gates import Check, Verdict
-from rlhf.report import Lineage, LineageNode, RunReport, Sample, StageRow, StageState
+from rlhf.report import (
+    Lineage,
+    LineageNode,
+    RunOutcome,
+    RunReport,
+    Sample,
+    StageRow,
+    StageState,
+    trust_answers,
+)
+from tests.report import demo_trust
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
 NAMES = (
@@ -315,6 +325,42 @@ def full_report() -> RunReport:
         samples=samples(),
         verdicts=GATES,
         lineage=lineage(),
+    )
+
+
+def trust_report(better: bool = True, state: str = "no") -> RunReport:
+    """Return the report of a run with a judge, a champion and a watchdog."""
+    verdict = demo_trust.policy_verdict(digest("train-policy"), better)
+    figures, judged = policy(), demo_trust.sampled_trust()
+    for mode in figures.values():
+        mode.update(judged)
+    figures |= demo_trust.policy_trust(state, better)
+    kinds = (("disagree", "lost"), ("changed",), ("lost",), ())
+    replies = [
+        sample.model_copy(update={"kinds": kind, "judge_before": 0.4, "judge_after": 1.1})
+        for sample, kind in zip(samples(), kinds, strict=True)
+    ]
+    replies[0] = replies[0].model_copy(
+        update={"champion": "We are sorry. " + HOSTILE, "reward_champion": 1.2}
+    )
+    return full_report().model_copy(
+        update={
+            "outcome": RunOutcome.PROMOTED if better else RunOutcome.NOT_BETTER,
+            "reason": "The policy met every gate and is the champion of default."
+            if better
+            else "keep the champion: champion.judge_win_rate = 0.492, needs 99.5 % lower end ≥ 0.5",
+            "reward_model": {**reward_model(), **demo_trust.reward_model_trust()},
+            "policy": figures,
+            "watchdog": demo_trust.watchdog(),
+            "power": (
+                "300 gate prompts × 2 samples: a true win rate of 58.2 % over the champion is "
+                "found with 80 % power, at 99.5 % confidence (one of 10 looks); 55 % needs 1,180 prompts",
+            ),
+            "verdicts": (GATES[0], verdict),
+            "trust": trust_answers(figures, verdict),
+            "samples": tuple(replies),
+            "stages": stages() if better else stages(8, "NotBetter", "keep the champion"),
+        }
     )
 
 
