@@ -1,6 +1,7 @@
 """Measured honesty of the gates: `python -m benchmarks.gates --work .rlhf/gates`.
 
-Parts: `coverage` of intervals, `retrainings` (false promotions, power, false rejections). The pool
+Parts: `coverage` of intervals, `retrainings` (false promotions, power, false rejections),
+`reward-models` that have learnt the wrong thing. The pool
 of policies that retrainings are drawn from takes some 15 minutes; it is kept in the work folder.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gates import coverage, retrainings
+from benchmarks.gates import coverage, retrainings, reward_models
 from benchmarks.gates.pool import make_pool
 from benchmarks.gates.retrainings import Challenger
 from rlhf.config import PipelineConfig, load_config
@@ -25,7 +26,7 @@ TARGETS = (0.55, 0.60, 0.65)
 def main() -> None:
     """Measure the parts that are asked for, and write `<part>.json` for each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help="coverage, retrainings; none measures all")
+    parser.add_argument("parts", nargs="*", help="any of the parts; none measures all")
     parser.add_argument("--work", type=Path, default=Path(".rlhf/gates"))
     parser.add_argument("--runs", type=int, default=400, help="simulated retrainings of each kind")
     args = parser.parse_args()
@@ -34,6 +35,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "coverage": coverage.table,
         "retrainings": lambda: measure_retrainings(config, args.work, args.runs),
+        "reward-models": lambda: measure_reward_models(config, args.work),
     }
     for name in args.parts or parts:
         result = parts[name]()
@@ -61,6 +63,12 @@ def measure_retrainings(config: PipelineConfig, work: Path, runs: int) -> dict[s
             for pairs in (100, 300, 1000)
         },
     }
+
+
+def measure_reward_models(config: PipelineConfig, work: Path) -> list[dict[str, Any]]:
+    """Judge reward models that have learnt the wrong thing, and one that has not."""
+    make_pool(config, work)
+    return reward_models.table(config, work)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from rlhf.evaluation import evaluate_reward_model
 from rlhf.evaluation.common import groups_of
 from rlhf.evaluation.reward_model import ceiling_of
 from rlhf.files import read_json
+from rlhf.inference import share_of
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer
 from rlhf.statistics import share
@@ -45,14 +46,14 @@ SCORES = {"aa": 3.0, "b": 2.0, "ccc": 2.0, "dd": 5.0}
 
 
 class TableScorer(Scorer):
-    """Scores by a table."""
+    """Scores by a table; what is not in it, as probes are, gets 0."""
 
     def __init__(self, *_: object) -> None:
         self.renderer = Renderer(train_tokenizer(["a"], 300))
         self.limits = TokenLimits.of(9999)
 
     def __call__(self, prompts, replies):
-        return torch.tensor([SCORES[r] for r in replies])
+        return torch.tensor([SCORES.get(r, 0.0) for r in replies])
 
 
 def evaluate_pairs(pairs, tmp_path, config=PLAIN, **options):
@@ -68,30 +69,32 @@ def test_reward_model_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "Scorer", TableScorer)
     pairs = [
         Pair("p", "aa", "b", "x"),  # 3 > 2: right; the longer is chosen
-        Pair("p", "b", "ccc", "x"),  # 2 = 2: a half; the shorter is chosen
-        Pair("p", "b", "aa"),  # 2 < 3: wrong; the shorter is chosen
-        Pair("p", "dd", "aa", "y"),  # 5 > 3: right; of one length: a half
+        Pair("q", "b", "ccc", "x"),  # 2 = 2: a half; the shorter is chosen
+        Pair("q", "b", "aa"),  # 2 < 3: wrong; the shorter is chosen
+        Pair("r", "dd", "aa", "y"),  # 5 > 3: right; of one length: a half
     ]
     seen = []
     metrics, written = evaluate_pairs(pairs, tmp_path, progress=lambda *a: seen.append(a[:2]))
+    expected = share_of([1, 0.5, 0, 1], ["p", "q", "q", "r"])
     assert metrics["accuracy"] == 2.5 / 4
-    assert metrics["accuracy_low"] == share("a", 2, 4)["a_low"]
-    assert metrics["accuracy_high"] == share("a", 2, 4)["a_high"]
+    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == (expected.low, expected.high)
     assert metrics["baseline_longer"] == 1.5 / 4
-    assert metrics["n"] == 4
+    assert (metrics["n"], metrics["prompts"]) == (4, 3)
     assert metrics["margin_mean"] == pytest.approx((1 + 0 - 1 + 2) / 4)
     # 3 2 2 5 and 2 2 3 3: 22 / 8; squares sum to 68, (68 − 8·2.75²) / 7 = 1.0714
     assert metrics["score_mean"] == pytest.approx(2.75)
     assert metrics["score_std"] == pytest.approx(1.0714**0.5, abs=1e-4)
     assert "by_group" not in metrics
     assert "ceiling" not in metrics
-    groups = written.pop("by_group")
-    assert written == metrics
-    assert groups == {
-        "x": {**share("accuracy", 1.5, 2), "n": 2},
-        "y": {**share("accuracy", 1.0, 1), "n": 1},
+    groups = written["by_group"]
+    assert {k: v for k, v in metrics.items() if "." not in k} == {
+        k: v for k, v in written.items() if not isinstance(v, dict | list)
     }
-    assert seen[-1] == (8, 8)
+    assert groups == {
+        "x": {**share_of([1, 0.5]).metrics("accuracy"), "n": 2, "prompts": 2},
+        "y": {**share_of([1]).metrics("accuracy"), "n": 1, "prompts": 1},
+    }
+    assert seen[-1][0] == seen[-1][1] > 8
 
 
 def test_a_model_that_gives_everything_the_same_is_a_coin(tmp_path, monkeypatch):
