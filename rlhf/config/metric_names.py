@@ -47,17 +47,22 @@ def _beside(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}_{side}" for name in names for side in ("before", "after"))
 
 
-_COUNTS = (
+#: Numbers of rows that models could not be given whole.
+COUNTS = (
     "pairs_cut", "pairs_equal_when_cut", "prompts_shortened", "prompts_too_long", "prompts_refused",
     "system_turns_refused",
 )  # fmt: skip
 _ACCURACY = Part(shares=("accuracy",), numbers=("n", "prompts", "ceiling", "share_of_ceiling"))
 REWARD_MODEL: Mapping[str, Part] = {
     "": Part(
-        shares=("accuracy", "baseline_longer", "baseline_format", "length_controlled_accuracy"),
+        shares=(
+            "accuracy", "baseline_longer", "baseline_format", "length_controlled_accuracy",
+            "prefers_longer",
+        ),
         numbers=(
             "n", "prompts", "margin_mean", "score_mean", "score_std", "log_loss", "brier", "ece",
-            "temperature", "log_loss_calibrated", "ceiling", "share_of_ceiling", *_COUNTS,
+            "ece_chance", "temperature", "log_loss_calibrated", "ceiling", "share_of_ceiling",
+            *COUNTS,
         ),
     ),
     "by_group.*": _ACCURACY,

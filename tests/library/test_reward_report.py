@@ -13,6 +13,7 @@ import torch
 
 from rlhf.config import DataConfig, EvaluationConfig, WorldConfig
 from rlhf.config.lengths import TokenLimits
+from rlhf.config.metric_names import COUNTS, certain_names, part_of
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_EVAL, Pair, write_rows
 from rlhf.evaluation import evaluate_reward_model
@@ -22,6 +23,7 @@ from rlhf.evaluation.reward_model import CALIBRATION, pairs_report
 from rlhf.evaluation.slices import accuracy_by_slice, slices_of, worst_of
 from rlhf.evaluation.style import format_marks, style
 from rlhf.files import read_json
+from rlhf.gates import flat_metrics
 from rlhf.inference import balanced_share, mean_of, share_of
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer
@@ -335,6 +337,15 @@ def test_the_true_score(report):
     ties = sum(b["n"] for b in metrics["reliability"]) - sum(counts["right"] + counts["wrong"])
     right = sum(counts["right"]) + ties / 2
     assert right == pytest.approx(metrics["accuracy"] * metrics["n"])
+
+
+def test_rules_may_use_the_metrics_that_are_written_and_no_others(report):
+    names = {n for n in dict(flat_metrics(report(gold))) if ".example." not in n}
+    unknown = {name for name in names if part_of(name, "reward_model") is None}
+    assert sorted(unknown) == []
+    # Counts of pairs that were cut or left out are beside the report of the pairs.
+    known = certain_names("reward_model", {"gold"}) - set(COUNTS)
+    assert sorted(known - names) == []
 
 
 def test_a_model_of_length(report):
