@@ -54,16 +54,20 @@ _COUNTS = (
 _ACCURACY = Part(shares=("accuracy",), numbers=("n", "prompts", "ceiling", "share_of_ceiling"))
 REWARD_MODEL: Mapping[str, Part] = {
     "": Part(
-        shares=("accuracy", "baseline_longer", "baseline_format", "length_controlled_accuracy"),
+        shares=(
+            "accuracy", "baseline_longer", "baseline_format", "length_controlled_accuracy",
+            "prefers_longer",
+        ),
         numbers=(
             "n", "prompts", "margin_mean", "score_mean", "score_std", "log_loss", "brier", "ece",
-            "temperature", "log_loss_calibrated", "ceiling", "share_of_ceiling", *_COUNTS,
+            "ece_chance", "temperature", "log_loss_calibrated", "ceiling", "share_of_ceiling",
+            *_COUNTS,
         ),
     ),
     "by_group.*": _ACCURACY,
     "by_slice.*": _ACCURACY,
     "worst": _ACCURACY,
-    "probes.*": Part(shares=("rises",), numbers=("mean_change", "n")),
+    "probes.*": Part(shares=("rises",), means=("mean_change",), numbers=("n", "prompts")),
 }  # fmt: skip
 _REPLIES = ("reward", "judge", "gold", "tokens", "repetition")
 _COMPARED = Part(
