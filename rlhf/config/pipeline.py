@@ -340,6 +340,8 @@ class PipelineConfig(Section):
     def _check_gates(self) -> None:
         """Refuse rules on metrics that no evaluation writes with this configuration."""
         absent = {"champion": "the model line may have no champion"}
+        if not self.judge.enabled:
+            absent["judge"] = "judge.enabled = false trains no judge"
         if self.evaluation.judge == "none":
             absent["gold"] = "evaluation.judge = none measures no gold score"
         check_rules("reward_model", self.gates.reward_model or (), absent)
