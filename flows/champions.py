@@ -52,6 +52,7 @@ def promote(
         Dataset whose held-out prompts it has to answer; default: the one it was trained on.
     """
     from rlhf import champions
+    from rlhf.challenge import describe_verdict
     from rlhf.smoke import smoke_test
 
     loaded, opened = _open_model_line(name, store, config)
@@ -67,9 +68,8 @@ def promote(
     verdict_ref, verdict = champions.verdict_of(opened, ref.digest) or (None, None)
     approved = verdict is not None and verdict.approved
     if not approved and not unapproved:
-        reason = (
-            f"{verdict.gate} said no ({verdict.reason})" if verdict else "no gate has judged it"
-        )
+        said = describe_verdict(verdict, None) if verdict else "no gate has judged it"
+        reason = f"{said} ({verdict.reason})" if verdict else said
         raise ConfigError(
             f"{ref.short}: {reason}; to promote it all the same: --unapproved --why '<the reason>'"
         )
@@ -82,7 +82,8 @@ def promote(
         opened, line, ref.digest, verdict=verdict_ref.digest if verdict_ref else None,
         expected=before, why=why, by=by, unapproved=not approved,
     )  # fmt: skip
-    _print_champion(entry, f"; it answered {len(replies)} held-out prompts")
+    said = describe_verdict(verdict, entry.previous) if verdict else "no gate has judged it"
+    _print_champion(entry, f"; it answered {len(replies)} held-out prompts; {said}")
 
 
 def rollback(

@@ -12,7 +12,7 @@ from cyclopts import App
 from rich.console import Console
 
 import rlhf
-from flows import artifacts, champions, data, forget, preflight, runs
+from flows import artifacts, champions, compare, data, forget, judge, preflight, runs
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
@@ -34,6 +34,7 @@ app.command(data.app)
 for command in (
     preflight.preflight, runs.runs, runs.status, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
+    compare.compare, judge.judge,
 ):  # fmt: skip
     app.command(command)
 console = Console()

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from rlhf.config.gates import ChampionGateConfig
 from rlhf.errors import DataError
-from rlhf.gates import NOT_MEASURED, Check, Verdict
+from rlhf.gates import NOT_JUDGED, Check, Verdict
 from rlhf.inference import share_bound
 
 #: Part of a policy's evaluation with the comparison.
@@ -72,6 +72,28 @@ def with_comparison(
     )  # fmt: skip
 
 
+def describe_verdict(verdict: Verdict, champion: str | None) -> str:
+    """Return in one line what a policy's verdict says: of the gate, and of the champion.
+
+    Args:
+        verdict: The verdict.
+        champion: Digest of the champion whose place the policy takes; None if there is none.
+    """
+    if not verdict.approved:
+        worse = f"it is not better than the champion {str(verdict.champion)[:12]}"
+        return worse if verdict.keeps_champion else f"{verdict.gate} said no"
+    if champion is None:
+        return f"{verdict.approval}; first champion"
+    rates = [c for c in verdict.checks if c.kind == "champion" and c.low is not None]
+    if verdict.champion != champion or not rates:
+        return f"{verdict.approval}; not compared with the champion {champion[:12]}"
+    name = rates[0].metric.rpartition(".")[2].replace("_", " ")
+    return (
+        f"{verdict.approval}; better than the champion {champion[:12]} ({name} "
+        f"{rates[0].value:.1%}, lower end {rates[0].low:.1%})"
+    )
+
+
 def win_rate_of(evaluation: Mapping[str, Any]) -> str:
     """Return the name of the win rate that decides: the judge's where it is usable.
 
@@ -100,7 +122,7 @@ def _non_inferiority(
         check = _bounded(values, full, name, settings.confidence, least, bound)
         prompts = values.get("n")
         if isinstance(prompts, int | float) and prompts < settings.slice_n:
-            note = f"{NOT_MEASURED}: {prompts:g} prompts, and slice_n = {settings.slice_n}"
+            note = f"{NOT_JUDGED}: {prompts:g} prompts, and slice_n = {settings.slice_n}"
             check = replace(check, passed=True, note=note)
         checks.append(check)
     return checks
@@ -119,10 +141,11 @@ def _bounded(
         least: Least lower end.
         bound: That in words.
     """
-    numbers = [values.get(key) for key in (name, f"{name}_size", "n")]
-    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+    found = [values.get(key) for key in (name, f"{name}_size", "n")]
+    numbers = [float(x) for x in found if isinstance(x, int | float) and not isinstance(x, bool)]
+    if len(numbers) < len(found) or not all(map(math.isfinite, numbers)):
         return Check(full, None, bound, False, kind="champion")
-    rate, size, prompts = cast("list[float]", numbers)
+    rate, size, prompts = numbers
     low, high = share_bound(rate, size, int(prompts), confidence)
     return Check(full, rate, bound, low >= least, low, high, prompts, kind="champion")
 

@@ -112,6 +112,25 @@ def champion(store: Store, name: str) -> Promotion | None:
     return next(reversed(history(store, name)), None)
 
 
+def opponent(entries: Sequence[Promotion], policy: str | None) -> Promotion | None:
+    """Return the entry of the champion that a policy is compared with; None if there is none.
+
+    For the champion itself it is the one that it took the place of, so that a repeated run makes
+    the comparison that it made before.
+
+    Args:
+        entries: History of the model line, oldest first.
+        policy: Digest of the policy; None while it is not trained yet.
+    """
+    if not entries or entries[-1].policy != policy:
+        return entries[-1] if entries else None
+    own = [e for e in entries if e.policy == policy and e.action == "promote"]
+    if not own or own[-1].previous is None:
+        return None
+    earlier = [e for e in entries if e.number < own[-1].number and e.policy == own[-1].previous]
+    return earlier[-1] if earlier else None
+
+
 def promote(
     store: Store,
     name: str,

@@ -145,9 +145,9 @@ def _check(config: PipelineConfig, sizes: Sizes, gate: str, metric: str, need: _
         more = "no number of them is enough; choose another bound"
     else:
         more = f"{needed} are needed; {_cure(config, sizes, gate, bool(part))}"
-    name = metric.removesuffix(f"_{need.end}")
+    name, side = metric.removesuffix(f"_{need.end}"), {"low": "lower", "high": "upper"}[need.end]
     raise ConfigError(
-        f"gates.{gate}: the {need.confidence * 100:g} % {need.end}er end of {name} {sign} "
+        f"gates.{gate}: the {need.confidence * 100:g} % {side} end of {name} {sign} "
         f"{need.bound:g} can't be met with {count} {what}, unless nearly all are right; {more}"
     )
 

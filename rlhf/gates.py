@@ -17,8 +17,8 @@ from rlhf.inference import mean_bound, share_bound
 from rlhf.saved import checked
 
 VERDICT = "verdict.json"
-#: Beginning of the note of a check that judged nothing.
-NOT_MEASURED = "not measured"
+#: Beginnings of the notes of checks that judged nothing: no metric, or too small a slice.
+NOT_MEASURED, NOT_JUDGED = "not measured", "not judged"
 T = TypeVar("T")
 U = TypeVar("U")
 #: Private to this module, so that only `require` can construct an Approved.
@@ -185,7 +185,7 @@ def _checks(rule: GateRule, metrics: Mapping[str, Any]) -> Iterator[Check]:
             prompts = _prompts_of(rule.metric, numbers)
             if prompts is None or prompts < rule.slice_n:
                 size = "unknown" if prompts is None else f"{prompts:g}"
-                note = f"{NOT_MEASURED}: {size} prompts, and slice_n = {rule.slice_n}"
+                note = f"{NOT_JUDGED}: {size} prompts, and slice_n = {rule.slice_n}"
                 yield replace(check, passed=True, note=note)
                 continue
             judged += 1

@@ -43,11 +43,7 @@ class Estimate:
         return {n: v for n, v in zip(names, values, strict=True) if math.isfinite(v)}
 
 
-def share_of(
-    values: Sequence[float],
-    prompts: Sequence[object] | None = None,
-    strata: Sequence[object] | None = None,
-) -> Estimate:
+def share_of(values: Sequence[float], prompts: Sequence[object] | None = None) -> Estimate:
     """Estimate a share from observations in [0, 1], where a tie counts a half.
 
     The interval is Wilson's at the effective sample size, with a quantile of Student's t. The size
@@ -60,7 +56,6 @@ def share_of(
     Args:
         values: Observations.
         prompts: Prompt of each; without it every observation is a prompt of its own.
-        strata: Stratum of each; the share then is the mean of the strata's own shares.
 
     Raises:
         ValueError: There are no observations, or one is outside of [0, 1].
@@ -68,11 +63,58 @@ def share_of(
     array = np.asarray(values, dtype=float)
     if not len(array) or not ((array >= 0) & (array <= 1)).all():
         raise ValueError("a share needs observations between 0 and 1")
-    p, error, independent, clusters = _mean(array, prompts, strata)
+    p, error, independent, clusters = _mean(array, prompts)
     variance = max(error, independent) ** 2
     size = p * (1 - p) / variance if clusters > 1 and variance > _ROUNDING**2 else float(clusters)
     low, high = wilson(p, size, t_quantile(CONFIDENCE, clusters))
     return Estimate(p, low, high, size, clusters, error)
+
+
+def balanced_share(
+    values: Sequence[float], prompts: Sequence[object], strata: Sequence[object]
+) -> Estimate:
+    """Estimate the mean of the shares of S strata, each of which counts alike.
+
+    The interval recovers variances from the strata's own (MOVER): with d_s the distance of a bound
+    from stratum s's share and R the correlation of their sums by prompt it is p ± √(d′ R d)/S.
+    Linearisation would take a stratum of three, all right, for certain. The effective size is that
+    at which Wilson's interval is as wide, on its wider side.
+    Sources: Zou 2007, Psychol. Methods 12, 399–413 (with correlation); Newcombe 1998.
+
+    Raises:
+        ValueError: There are no observations, or one is outside of [0, 1].
+    """
+    keys = list(dict.fromkeys(prompts))
+    place = {key: i for i, key in enumerate(keys)}
+    names = list(dict.fromkeys(strata))
+    sums = np.zeros((len(keys), len(names)))
+    parts: list[Estimate] = []
+    for column, name in enumerate(names):
+        rows = [i for i, stratum in enumerate(strata) if stratum == name]
+        parts.append(share_of([values[i] for i in rows], [prompts[i] for i in rows]))
+        for i in rows:
+            sums[place[prompts[i]], column] += (values[i] - parts[-1].value) / len(rows)
+    share = sum(part.value for part in parts) / len(parts)
+    scale = np.sqrt((sums**2).sum(0))
+    scale[scale < _ROUNDING] = math.inf  # without variance there is no correlation
+    correlation = sums.T @ sums / np.outer(scale, scale)
+    np.fill_diagonal(correlation, 1.0)
+    half = [
+        float(np.sqrt(max(distances @ correlation @ distances, 0.0))) / len(parts)
+        for distances in (
+            np.array([part.value - part.low for part in parts]),
+            np.array([part.high - part.value for part in parts]),
+        )
+    ]
+    t = t_quantile(CONFIDENCE, len(keys))
+    bounds = (share - half[0], share + half[1])
+    # Wilson's bound b has (p − b)² = t² b(1 − b)/size.
+    sizes = [t * t * b * (1 - b) / (share - b) ** 2 for b in bounds if 0 < b < 1 and b != share]
+    size = min(sizes, default=1.0) if len(keys) > 1 else 1.0
+    count = len(keys)
+    variance = float((sums.sum(1) ** 2).sum()) / len(parts) ** 2
+    error = math.sqrt(variance * count / (count - 1)) if count > 1 else math.inf
+    return Estimate(share, *wilson(share, size, t), size, count, error)
 
 
 def mean_of(values: Sequence[float], prompts: Sequence[object] | None = None) -> Estimate:
@@ -251,35 +293,24 @@ def detectable_share(
 
 
 def _mean(
-    array: NDArray[np.float64],
-    prompts: Sequence[object] | None,
-    strata: Sequence[object] | None = None,
+    array: NDArray[np.float64], prompts: Sequence[object] | None
 ) -> tuple[float, float, float, int]:
-    """Return a mean, its standard errors over prompts and over observations, and the prompts.
+    """Return the mean, its standard errors over prompts and over observations, and the prompts.
 
-    A mean of n observations is a ratio of sums over prompts; its variance is that of Taylor's
+    The mean of n observations is a ratio of sums over prompts; its variance is that of Taylor's
     linearisation, G/(G − 1) Σ_g (Σ_i u_gi)² with u_gi = (x_gi − x̄)/n, and n/(n − 1) Σ u² if all
-    observations were independent. With S strata it is the mean of their means, and u_gi =
-    (x_gi − x̄_s)/(S n_s). Source: Cochran 1977, sections 5A.9 and 6.3.
+    observations were independent. Source: Cochran 1977, section 6.3.
     """
-    names = strata if strata is not None else [None] * len(array)
-    rows: dict[object, list[int]] = {}
-    for i, name in enumerate(names):
-        rows.setdefault(name, []).append(i)
-    parts = np.empty(len(array))
-    value = 0.0
-    for index in rows.values():
-        mean = float(array[index].mean())
-        value += mean / len(rows)
-        parts[index] = (array[index] - mean) / (len(rows) * len(index))
+    value = float(array.mean())
+    parts = ((array - value) / len(array)).tolist()
     sums: dict[object, float] = {}
-    for i, part in enumerate(parts.tolist()):
+    for i, part in enumerate(parts):
         key = prompts[i] if prompts is not None else i
         sums[key] = sums.get(key, 0.0) + part
     if len(sums) < 2:
         return value, math.inf, math.inf, len(sums)
     errors = []
-    for terms in (list(sums.values()), parts.tolist()):
+    for terms in (list(sums.values()), parts):
         squares = math.fsum(term * term for term in terms)
         errors.append(math.sqrt(len(terms) / (len(terms) - 1) * squares))
     return value, errors[0], errors[1], len(sums)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf import champions
 from rlhf.champions import Promotion
 from rlhf.config import PipelineConfig
-from rlhf.data.gate_prompts import PROMPTS_GATE
+from rlhf.data.rows import PROMPTS_GATE
 from rlhf.errors import ArtifactMissing
 from rlhf.store import ArtifactRef, Store
 
@@ -49,7 +49,7 @@ def find_challenge(
     if config.gates.champion is None:
         return None
     entries = champions.history(store, line)
-    entry = _opponent(entries, policy)
+    entry = champions.opponent(entries, policy)
     if entry is None:
         return None
     if not store.exists(entry.policy):
@@ -97,17 +97,6 @@ def take_look(store: Store, line: str, prompts: str, policy: str) -> int:
 def looks_taken(store: Store, line: str, prompts: str) -> int:
     """Return the number of policies that were compared on some gate prompts."""
     return len(_policies(store, _history(line, prompts)))
-
-
-def _opponent(entries: Sequence[Promotion], policy: str | None) -> Promotion | None:
-    """Return the entry of the champion to compare with."""
-    if not entries or entries[-1].policy != policy:
-        return entries[-1] if entries else None
-    own = [e for e in entries if e.policy == policy and e.action == "promote"]
-    if not own or own[-1].previous is None:
-        return None
-    earlier = [e for e in entries if e.number < own[-1].number and e.policy == own[-1].previous]
-    return earlier[-1] if earlier else None
 
 
 def _frozen(config: PipelineConfig, store: Store, entry: Promotion) -> ArtifactRef | None:

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import PipelineConfig
-from rlhf.data.gate_prompts import MAX_KNOWN, PROMPTS_GATE, GatePrompts, read_gate_prompts
-from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, iterate_rows
+from rlhf.data.gate_prompts import MAX_KNOWN, GatePrompts, read_gate_prompts
+from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, PROMPTS_GATE, Pair, PromptRow, iterate_rows
 from rlhf.data.split import loose_key
 from rlhf.errors import ConfigError
-from rlhf.files import file_sha256
 from rlhf.gate_sizes import Sizes, check_gate_sizes, describe_power
+from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
 from tasks.challenge import Challenge, find_challenge, looks_taken
+from tasks.stages import EVALUATION
 
 #: Name of the check among a run's stages.
 CHECK = "check-gates"
@@ -107,8 +108,8 @@ def _notes(
     if settings is None or challenge is None or challenge.evaluation is None or prompts is None:
         return []
     notes = [note] if (note := prompts.note()) else []
-    evaluation = store.fetch(challenge.evaluation, [PROMPTS_GATE])
-    taken = looks_taken(store, config.promotion.name, file_sha256(evaluation / PROMPTS_GATE))
+    evaluation = read_saved(store.fetch(challenge.evaluation, [EVALUATION]) / EVALUATION)
+    taken = looks_taken(store, config.promotion.name, evaluation["prompts_sha256"])
     if taken:
         notes.append(
             f"{taken} of {settings.looks} looks at the champion's gate prompts are taken"

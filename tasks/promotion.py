@@ -15,6 +15,7 @@ from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
 from rlhf import champions
+from rlhf.challenge import describe_verdict
 from rlhf.champions import (
     Approval,
     approval_of,
@@ -64,7 +65,7 @@ def promote(run: StageRun) -> StageResult:
         runtime=run.config.runtime,
     )  # fmt: skip
     if is_new:
-        _make_champion(run, before, approval, describe_approval(verdict, before))
+        _make_champion(run, before, approval, describe_verdict(verdict, before and before.policy))
     # No time, so that equal work has an equal artifact; the history has it.
     promotion = {
         "model": name,
@@ -76,21 +77,6 @@ def promote(run: StageRun) -> StageResult:
     write_json(run.out_dir / PROMOTION, promotion)
     write_json(run.out_dir / SMOKE, replies)
     return StageResult({"model": name})
-
-
-def describe_approval(verdict: Verdict, before: champions.Promotion | None) -> str:
-    """Return in one line what an approval rests on: the gate, and the champion before."""
-    if before is None:
-        return f"{verdict.approval}; first champion"
-    rates = [c for c in verdict.checks if c.kind == "champion" and c.low is not None]
-    if verdict.champion is None or not rates:
-        return f"{verdict.approval}; not compared with the champion {before.policy[:12]}"
-    first = rates[0]
-    return (
-        f"{verdict.approval}; better than the champion {verdict.champion[:12]} "
-        f"({first.metric.rpartition('.')[2].replace('_', ' ')} {first.value:.1%}, lower end "
-        f"{first.low:.1%})"
-    )
 
 
 def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bool:

@@ -93,6 +93,8 @@ class GatesConfig(Section):
         GateRule(metric="accuracy", on="low", min=0.5),
         # Where length decides nothing, it must still know: one that counts tokens is at 0.5.
         GateRule(metric="length_controlled_accuracy", on="low", min=0.5),
+        # A good reply to another prompt must score lower, or the prompt is not read.
+        GateRule(metric="probes.other_prompt.rises", on="high", max=0.5, if_missing="skip"),
     )
     """Checked before PPO; none asks for nothing."""
     policy: tuple[GateRule, ...] | None = (

@@ -18,7 +18,7 @@ Need = Literal["judge", "gold", "champion"]
 #: What an estimate writes beside its own name.
 LOW, HIGH, SIZE, ERROR = ENDS = ("_low", "_high", "_size", "_error")
 #: Parts of an evaluation that hold those of slices, by name.
-SLICES = ("by_group", "by_slice")
+SLICES = ("by_slice", "by_group")
 #: Most names that an error suggests.
 _NEIGHBOURS = 3
 
@@ -63,7 +63,7 @@ REWARD_MODEL: Mapping[str, Part] = {
     "by_group.*": _ACCURACY,
     "by_slice.*": _ACCURACY,
     "worst": _ACCURACY,
-    "probes.*": Part(shares=("rises",), numbers=("mean_change", "n")),
+    "probes.*": Part(shares=("rises",), means=("mean_change",), numbers=("n", "prompts")),
 }  # fmt: skip
 _REPLIES = ("reward", "judge", "gold", "tokens", "repetition")
 _COMPARED = Part(

@@ -281,6 +281,12 @@ class PipelineConfig(Section):
                 "ppo.reward_model_path and reward_model.base are both given, but a ready reward "
                 "model is not trained; keep one"
             )
+        if self.ppo.reward_model_path and self.ppo.reward_normalization == "reference":
+            raise ValueError(
+                "ppo.reward_normalization = 'reference' needs scores that a reward model's "
+                f"training measures, and ppo.reward_model_path = {self.ppo.reward_model_path!r} is "
+                "not trained here; set ppo.reward_normalization to running or none"
+            )
         if self.reward_model.margin_coef and self.data.source == "world":
             raise ValueError(
                 f"reward_model.margin_coef = {self.reward_model.margin_coef:g} needs margins, and "
@@ -334,6 +340,8 @@ class PipelineConfig(Section):
     def _check_gates(self) -> None:
         """Refuse rules on metrics that no evaluation writes with this configuration."""
         absent = {"champion": "the model line may have no champion"}
+        if not self.judge.enabled:
+            absent["judge"] = "judge.enabled = false trains no judge"
         if self.evaluation.judge == "none":
             absent["gold"] = "evaluation.judge = none measures no gold score"
         check_rules("reward_model", self.gates.reward_model or (), absent)

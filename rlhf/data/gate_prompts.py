@@ -13,6 +13,7 @@ from rlhf.data.rows import (
     DEMONSTRATIONS,
     PAIRS_JUDGE,
     PAIRS_TRAIN,
+    PROMPTS_GATE,
     PROMPTS_TRAIN,
     Demonstration,
     Pair,
@@ -22,8 +23,6 @@ from rlhf.data.rows import (
 )
 from rlhf.data.split import loose_key
 
-#: File of an evaluation with the gate prompts that it used.
-PROMPTS_GATE = "prompts-gate.parquet"
 #: Largest share of the gate prompts that a challenger may have been trained on; they are left out.
 MAX_KNOWN = 0.1
 #: Files of a dataset that some stage trains on, and the type of their rows.

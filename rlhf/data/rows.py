@@ -54,6 +54,8 @@ PAIRS_EVAL = "pairs-eval.parquet"
 PAIRS_JUDGE = "pairs-judge.parquet"
 PROMPTS_TRAIN = "prompts-train.parquet"
 PROMPTS_EVAL = "prompts-eval.parquet"
+#: In the artifact of a policy's evaluation: the prompts that it answered.
+PROMPTS_GATE = "prompts-gate.parquet"
 SUMMARY = "summary.json"
 ROWS = "rows.parquet"
 QUARANTINE = "quarantine.jsonl"
@@ -127,6 +129,7 @@ _TYPES: dict[str, type[Any]] = {
     PAIRS_JUDGE: Pair,
     PROMPTS_TRAIN: PromptRow,
     PROMPTS_EVAL: PromptRow,
+    PROMPTS_GATE: PromptRow,
     ROWS: SourceRow,
 }
 

@@ -1,27 +1,39 @@
-"""Evaluation of a reward model on held-out pairs."""
+"""Evaluation of a reward model on held-out pairs: the report that its gate judges."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
 
 from rlhf.config import DataConfig, EvaluationConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer
-from rlhf.data.rows import PAIRS_EVAL, Pair, read_rows
+from rlhf.data.rows import PAIRS_EVAL, Pair, Prompt, read_rows
 from rlhf.errors import DataError
+from rlhf.evaluation.calibration import calibration
 from rlhf.evaluation.common import EVALUATION, groups_of, points
+from rlhf.evaluation.probes import make_probes, probe_metrics, prompt_key
+from rlhf.evaluation.slices import (
+    PROMPTS_OF_THE_WORST,
+    accuracy_by_slice,
+    slices_of,
+    worst_of,
+)
+from rlhf.evaluation.style import style
 from rlhf.files import write_json
+from rlhf.inference import share_of
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.reward import Scorer
-from rlhf.stage import Progress, StageResult, silent
-from rlhf.statistics import share
+from rlhf.stage import Progress, Scalar, StageResult, silent
+
+#: Scale of the scores, for those who need probabilities: temperature, mean, deviation.
+CALIBRATION = "calibration.json"
+#: Bins of the histogram of margins.
+_MARGIN_BINS = 12
 
 
 def evaluate_reward_model(
@@ -35,48 +47,87 @@ def evaluate_reward_model(
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Measure accuracy on held-out pairs, beside choosing the longer reply.
+    """Measure a reward model on held-out pairs; docs/gates.md explains the figures.
 
-    Pairs that the model can't be given, or that are equal where it cuts them, are left out.
+    Pairs that the model can't be given, or that are equal where it cuts them, are left out. Each
+    counts once, whatever its weight in training. Intervals take prompts as independent.
 
-    Writes `evaluation.json`: accuracy, accuracy_low/high, n, baseline_longer (with interval),
-    margin_mean, by_group, and for a source whose truth is known ceiling and share_of_ceiling. Each
-    pair counts once, whatever its weight in training: the interval is that of independent trials.
+    Writes `evaluation.json`: the report of `pairs_report`, `by_group`, and for a source whose truth
+    is known `ceiling` and `share_of_ceiling`; and `calibration.json`.
 
     Raises:
         DataError: The data have no held-out pairs, or the model can't be given too many of them.
+        TrainingError: A score is not finite.
     """
     pairs = read_rows(data / PAIRS_EVAL, Pair)
     if not pairs:
         raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
     scorer = Scorer(reward_model, prepare_device(runtime or RuntimeConfig()), limits)
     pairs, counts = _fitting_pairs(pairs, scorer.renderer, scorer.limits)
-    chosen = _score_in_parts(scorer, pairs, "chosen", progress, 0)
-    rejected = _score_in_parts(scorer, pairs, "rejected", progress, len(pairs))
-    # A tie counts a half: a model with the same score for everything is no better than a coin.
-    correct = (torch.sign(chosen - rejected) + 1) / 2
-    longer = [points(len(p.chosen) - len(p.rejected)) for p in pairs]
-    metrics: dict[str, Any] = {
-        **share("accuracy", float(correct.sum()), len(pairs)),
-        **share("baseline_longer", sum(longer), len(pairs)),
-        "n": len(pairs),
-        "margin_mean": float((chosen - rejected).mean()),
-        "score_mean": float(torch.cat([chosen, rejected]).mean()),
-        "score_std": float(torch.cat([chosen, rejected]).std()),
-    }
+    metrics, correct = pairs_report(scorer, pairs, progress)
     ceiling = ceiling_of(config, data_config, pairs)
     if ceiling is not None:
         metrics |= _ceiling_metrics(metrics["accuracy"], ceiling)
     metrics |= counts
-    metrics["by_group"] = {}
-    for group, index in groups_of([p.group for p in pairs]).items():
-        part = {**share("accuracy", float(correct[index].sum()), len(index)), "n": len(index)}
-        if ceiling is not None:
-            group_ceiling = ceiling_of(config, data_config, [pairs[i] for i in index]) or ceiling
-            part |= _ceiling_metrics(part["accuracy"], group_ceiling)
-        metrics["by_group"][group] = part
+    groups = groups_of([pair.group for pair in pairs])
+    prompts = [prompt_key(pair.prompt) for pair in pairs]
+    by_group = accuracy_by_slice(groups, correct, prompts)
+    if ceiling is not None:
+        for group, rows in groups.items():
+            own = ceiling_of(config, data_config, [pairs[i] for i in rows]) or ceiling
+            by_group[group] |= _ceiling_metrics(by_group[group]["accuracy"], own)
+    metrics["by_group"] = by_group
     write_json(out_dir / EVALUATION, metrics)
-    return StageResult({k: v for k, v in metrics.items() if k != "by_group"})
+    scale = ("temperature", "n", "score_mean", "score_std")
+    write_json(out_dir / CALIBRATION, {name: metrics.get(name) for name in scale})
+    return StageResult(_flat(metrics))
+
+
+def pairs_report(
+    scorer: Scorer, pairs: Sequence[Pair], progress: Progress = silent
+) -> tuple[dict[str, Any], list[float]]:
+    """Score pairs and probes of them; return the report, and whether each pair is right.
+
+    The report holds accuracy, style (`rlhf.evaluation.style`), calibration, `margins`, `by_slice`
+    with the worst slice, and `probes`; `notes` say why a figure is missing. A tie counts a half: a
+    model with the same score for everything is no better than a coin.
+    """
+    probes = make_probes(pairs, scorer.renderer, scorer.limits)
+    rows = [(pair.prompt, pair.chosen) for pair in pairs]
+    rows += [(pair.prompt, pair.rejected) for pair in pairs]
+    rows += [(probe.prompt, probe.text) for probe in probes]
+    scores = [score for part in _score_in_parts(scorer, rows, progress) for score in part]
+    n = len(pairs)
+    chosen, rejected, probed = scores[:n], scores[n : 2 * n], scores[2 * n :]
+    margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
+    correct = [points(margin) for margin in margins]
+    prompts = [prompt_key(pair.prompt) for pair in pairs]
+    accuracy = share_of(correct, prompts)
+    deviation = float(np.std(scores[: 2 * n], ddof=1))
+    style_metrics, notes = style(pairs, correct, prompts)
+    calibrated, more = calibration(margins, prompts)
+    notes += more
+    metrics: dict[str, Any] = {
+        **accuracy.metrics("accuracy"),
+        **style_metrics,
+        "n": n,
+        "prompts": accuracy.clusters,
+        "margin_mean": float(np.mean(margins)),
+        "score_mean": float(np.mean(scores[: 2 * n])),
+        "score_std": deviation,
+        **calibrated,
+        **_margin_histogram(margins, notes),
+    }
+    by_slice = accuracy_by_slice(slices_of(pairs), correct, prompts)
+    metrics["by_slice"] = by_slice
+    worst = worst_of(by_slice)
+    if worst is None:
+        notes.append(f"worst_slice: no slice has {PROMPTS_OF_THE_WORST} prompts")
+    else:
+        metrics |= {"worst_slice": worst, "worst": by_slice[worst]}
+    before = [chosen[probe.pair] for probe in probes]
+    metrics["probes"], more = probe_metrics(probes, before, probed, deviation)
+    return {**metrics, "notes": notes + more}, correct
 
 
 def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
@@ -113,15 +164,41 @@ def _fitting_pairs(
 
 
 def _score_in_parts(
-    scorer: Scorer, pairs: Sequence[Pair], side: str, progress: Progress, done: int
-) -> Float[Tensor, " pairs"]:
-    scores = []
-    size = max(1, len(pairs) // 5)
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        scores.append(scorer([p.prompt for p in part], [getattr(p, side) for p in part]))
-        progress(done + start + len(part), 2 * len(pairs), {})
-    return torch.cat(scores)
+    scorer: Scorer, rows: Sequence[tuple[Prompt, str]], progress: Progress
+) -> Iterator[list[float]]:
+    """Yield the scores of parts of the rows, as many as there are steps of progress to tell."""
+    size = max(1, len(rows) // 10)
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        yield scorer([prompt for prompt, _ in part], [reply for _, reply in part]).tolist()
+        progress(start + len(part), len(rows), {})
+
+
+def _margin_histogram(margins: Sequence[float], notes: list[str]) -> dict[str, Any]:
+    """Return how many pairs that are right, and that are wrong, have margins of each size."""
+    sizes = np.abs(margins)
+    if not sizes.any():
+        notes.append("margins: all of them are 0, the model prefers none of the replies")
+        return {}
+    edges = np.linspace(0, sizes.max(), _MARGIN_BINS + 1)
+    signs = np.sign(margins)
+    counts = {
+        name: np.histogram(sizes[signs == sign], edges)[0].tolist()
+        for name, sign in (("right", 1), ("wrong", -1))
+    }
+    return {"margins": {"edges": edges.tolist(), **counts}}
+
+
+def _flat(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Return the numbers and names of a report, of its nested parts the most telling."""
+    flat: dict[str, Scalar] = {
+        name: value for name, value in metrics.items() if isinstance(value, int | float | str)
+    }
+    worst = metrics.get("worst", {})
+    flat |= {f"worst.{name}": value for name, value in worst.items()}
+    for name, part in metrics["probes"].items():
+        flat[f"probes.{name}.rises"] = part["rises"]
+    return flat
 
 
 def _ceiling_metrics(accuracy: float, ceiling: float) -> dict[str, float]:

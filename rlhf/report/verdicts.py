@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf.gates import NOT_MEASURED, Check, Verdict
+from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict
 from rlhf.report.metric_words import metric_name
 from rlhf.report.text import exact, interval, number, number_of, short
 from rlhf.report.trust import look
@@ -62,8 +62,10 @@ def _view(verdict: Verdict) -> VerdictView:
 
 def _row(check: Check) -> CheckRow:
     css, result = ("passed", "met") if check.passed else ("missed", "not met")
-    if check.passed and (number_of(check.value) is None or check.note.startswith(NOT_MEASURED)):
+    if check.passed and number_of(check.value) is None:
         css, result = "notrun", "not measured"
+    if check.note.startswith(NOT_JUDGED):
+        css, result = "notrun", NOT_JUDGED
     n = number_of(check.n)
     return CheckRow(
         rule=metric_name(check.metric),
@@ -75,5 +77,5 @@ def _row(check: Check) -> CheckRow:
         css=css,
         result=result,
         # The result says it already.
-        note=check.note.removeprefix(NOT_MEASURED).removeprefix(": "),
+        note=check.note.removeprefix(NOT_MEASURED).removeprefix(NOT_JUDGED).removeprefix(": "),
     )

@@ -452,3 +452,18 @@ def test_a_large_group_and_a_common_beginning_are_reported():
 def test_settings_that_can_not_be(overrides, part):
     arguments = [f"--data.{text}" for text in overrides]
     assert part in message(ConfigError, load_config, None, arguments)
+
+
+def test_a_rotation_holds_out_others_and_none_changes_nothing():
+    data = [pair(text) for text in texts(120)]
+
+    def held_out(**options):
+        parts, _, _ = prepare(data, eval_fraction=0.2, **options)
+        return {row.prompt for row in parts[files.PAIRS_EVAL]}
+
+    first = held_out()
+    assert held_out(rotation=0) == first
+    others = [held_out(rotation=number) for number in (1, 2)]
+    # A fifth of 120 each, independent: about 5 in common.
+    assert all(10 < len(other) < 40 and len(other & first) < 15 for other in others)
+    assert others[0] != others[1]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf.inference import (
     Estimate,
+    balanced_share,
     holm,
     mean_bound,
     mean_of,
@@ -97,13 +98,43 @@ def test_one_prompt_has_no_interval():
 
 
 def test_strata_count_alike():
-    got = share_of([1, 1, 0, 0], strata=["long", "long", "long", "short"])
-    # (2/3 + 0)/2; u = (1, 1, −2, 0)/18, v = 4/3 · 6/324 = 2/81
-    assert got.value == pytest.approx(1 / 3)
-    assert got.error == pytest.approx((2 / 81) ** 0.5)
-    assert got.size == pytest.approx((2 / 9) / (2 / 81))
-    # A stratum each, all right and all wrong: the variance within is 0, and the size the prompts.
-    assert share_of([1, 1, 0], strata="aab").size == 3
+    values, strata = [1] * 6 + [0] * 2 + [1, 0], ["long"] * 8 + ["short"] * 2
+    got = balanced_share(values, range(10), strata)
+    # 3/4 and 1/2; squares about them 1.5 and 0.5: v = 10/9 · (1.5/8² + 0.5/2²)/2²
+    assert got.value == pytest.approx(0.625)
+    assert got.error == pytest.approx((10 / 9 * (1.5 / 64 + 0.5 / 4) / 4) ** 0.5)
+    long, short = share_of(values[:8]), share_of(values[8:])
+    low = math.hypot(long.value - long.low, short.value - short.low) / 2
+    high = math.hypot(long.high - long.value, short.high - short.value) / 2
+    # the wider side of the two decides, so that the interval holds the other
+    assert got.low <= 0.625 - low + 1e-9
+    assert got.high >= 0.625 + high - 1e-9
+    assert got.low == pytest.approx(0.625 - low) or got.high == pytest.approx(0.625 + high)
+    assert (got.low, got.high) == wilson(0.625, got.size, t_quantile(0.95, 10))
+
+
+def test_a_small_stratum_is_not_certain():
+    """Three of three leave room: the mean of 0.75 and 1 may as well be 0.6."""
+    values, strata = [1] * 60 + [0] * 20 + [1] * 3, ["long"] * 80 + ["short"] * 3
+    assert balanced_share(values, range(83), strata).low < 0.62
+    assert balanced_share([1, 1, 0], range(3), "aab").value == 0.5
+    whole = balanced_share([1, 0, 1], range(3), "aaa")
+    assert (whole.value, whole.low) == (
+        pytest.approx(2 / 3),
+        pytest.approx(share_of([1, 0, 1]).low),
+    )
+    alone = balanced_share([1, 0], "pp", "ab")
+    assert (alone.low, alone.high, alone.clusters) == (0, 1, 1)
+
+
+def test_strata_of_the_same_prompts_depend_on_each_other():
+    """Each prompt is right or wrong in both strata: as uncertain as either of them alone."""
+    right = [1, 1, 1, 0, 1, 1, 0, 1, 1, 0] * 3
+    both = balanced_share(right * 2, [*range(30)] * 2, ["a"] * 30 + ["b"] * 30)
+    one = share_of(right)
+    assert (both.low, both.high) == pytest.approx((one.low, one.high), abs=1e-6)
+    apart = balanced_share(right * 2, range(60), ["a"] * 30 + ["b"] * 30)
+    assert apart.high - apart.low < 0.75 * (one.high - one.low)
 
 
 @pytest.mark.parametrize("values", [[], [1.2], [-0.1, 1], [math.nan]])
@@ -237,8 +268,6 @@ def test_order_and_names_do_not_matter(rows, rng: random.Random):
 def test_prompts_of_one_observation_are_independent(rows):
     values = [v for v, _ in rows]
     assert share_of(values) == share_of(values, range(len(values)))
-    one_stratum = share_of(values, strata=["s"] * len(values))
-    assert one_stratum == share_of(values)
 
 
 @given(observations, st.floats(-5, 5))
@@ -268,6 +297,17 @@ def test_a_bound_is_where_the_score_test_rejects(p, size, z):
 
 
 # --- coverage ---------------------------------------------------------------------------------
+
+
+def test_intervals_of_strata_cover():
+    """A stratum of 12 beside one of 60, of which most are right."""
+    rng, hits = np.random.default_rng(2), 0
+    strata = ["long"] * 60 + ["short"] * 12
+    for _ in range(1000):
+        values = (rng.random(72) < np.repeat([0.9, 0.8], [60, 12])).astype(float)
+        got = balanced_share(values.tolist(), range(72), strata)
+        hits += got.low <= 0.85 <= got.high
+    assert 0.93 - 0.014 <= hits / 1000 <= 0.985
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from flows import champions as commands
 from flows.cli import app
 from rlhf import champions
-from rlhf.challenge import with_comparison
+from rlhf.challenge import describe_verdict, with_comparison
 from rlhf.champions import record_approval
 from rlhf.config import ChampionGateConfig, GateRule, PipelineConfig
 from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
@@ -30,7 +30,7 @@ from rlhf.errors import (
     is_retriable,
 )
 from rlhf.files import read_json, write_json
-from rlhf.gates import judge
+from rlhf.gates import Check, judge
 from rlhf.smoke import PROMPTS
 from rlhf.store import ArtifactRef, Producer, Store
 from tasks import promotion
@@ -64,10 +64,14 @@ class Line:
         return self._published(bundle, "policy", data=self.data)
 
     def verdict(
-        self, policy: ArtifactRef, least: float = 0.0, champion: str | None = None
-    ) -> ArtifactRef:
+        self, policy: ArtifactRef, least: float = 0.0, champion: str | None = None,
+        loses: bool = False,
+    ) -> ArtifactRef:  # fmt: skip
         said = judge("gate-policy", policy.digest, {"m": 0.5}, [GateRule(metric="m", min=least)])
         said = replace(said, champion=champion)
+        if loses:
+            looked = Check("look", 2.0, "≤ 1", False, kind="champion")
+            said = replace(said, approved=False, checks=(*said.checks, looked))
         (self.folder / "verdict").mkdir(exist_ok=True)
         write_json(self.folder / "verdict" / "verdict.json", asdict(said))
         return self._published(self.folder / "verdict", "verdict", policy=policy)
@@ -229,10 +233,10 @@ def test_who_is_champion_now_has_to_be_the_one_it_was_compared_with(line):
 
 def test_the_history_says_what_a_promotion_rests_on(line):
     verdict = judge("gate-policy", "p" * 64, {"m": 0.5}, [GateRule(metric="m", min=0)])
-    before = champions.Promotion(policy="c" * 64)
-    assert promotion.describe_approval(verdict, None) == "it met every gate; first champion"
+    before = "c" * 64
+    assert describe_verdict(verdict, None) == "it met every gate; first champion"
     unseen = "it met every gate; not compared with the champion cccccccccccc"
-    assert promotion.describe_approval(verdict, before) == unseen
+    assert describe_verdict(verdict, before) == unseen
     # 0.75 of 100 prompts: with z = 2.626 (t of 99 at 0.995) Wilson's lower end is
     # (0.75 + 0.03448 − 2.626 √(0.001875 + 0.000172)) / 1.06896 = 0.623.
     evaluation = {
@@ -241,7 +245,7 @@ def test_the_history_says_what_a_promotion_rests_on(line):
     }
     compared = with_comparison(verdict, evaluation, ChampionGateConfig(), 1)
     assert compared.approved
-    assert promotion.describe_approval(compared, before) == (
+    assert describe_verdict(compared, before) == (
         "it met every gate; better than the champion cccccccccccc (win rate 75.0%, lower end 62.3%)"
     )
 
@@ -290,7 +294,10 @@ def test_promote_rollback_champion(line, rlhf):
     for policy in (first, second):
         line.verdict(policy)
     said = rlhf("promote", first.digest[:10], "--name", "ours", "--by", "ann", "--why", "by hand")
-    expected = f"{first.short} is the champion of ours; it answered {PROMPTS} held-out prompts\n"
+    expected = (
+        f"{first.short} is the champion of ours; it answered {PROMPTS} held-out prompts; it met "
+        "every gate; first champion\n"
+    )
     assert said == expected
     assert line.champion().verdict == line.verdict(first).digest
     assert (line.champion().by, line.champion().why) == ("ann", "by hand")
@@ -321,6 +328,11 @@ def test_promote_without_a_gates_yes(line, rlhf):
     no = line.verdict(judged, least=0.9)
     with pytest.raises(ConfigError, match=r"gate-policy said no \(m = 0\.5, needs ≥ 0.9\); to"):
         rlhf("promote", judged.digest)
+    worse = line.policy(noted("3"))
+    not_better = line.verdict(worse, champion="c" * 64, loses=True)
+    with pytest.raises(ConfigError, match=r"it is not better than the champion c{12} \(look = 2"):
+        rlhf("promote", worse.digest)
+    assert line.store.exists(not_better)
     with pytest.raises(ConfigError, match=r"no gate has judged it; .*--unapproved --why"):
         rlhf("promote", unjudged.digest)
     with pytest.raises(ConfigError, match="--unapproved needs --why"):

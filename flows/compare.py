@@ -1,0 +1,342 @@
+"""The command `rlhf compare`: two policies, or two reward models, on the same held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from rich.table import Table
+from rich.text import Text
+
+from flows.artifacts import ConfigOption, StoreOption
+from flows.judge import (
+    NewTokens,
+    Positive,
+    Samples,
+    Temperature,
+    console,
+    excerpt,
+    interval,
+    load_policies,
+    load_scorer,
+    named_judge,
+    open_for_models,
+    progress_of,
+    say,
+)
+from rlhf.config import RuntimeConfig
+from rlhf.errors import ConfigError, DataError
+from rlhf.files import write_json
+
+if TYPE_CHECKING:
+    from rlhf.data.rows import Pair, PromptRow
+    from rlhf.store import Store
+    from tasks.models import NamedModel
+
+#: Rows that are shown.
+SHOWN = 3
+COLOURS = {"better": "green", "worse": "red", "undecided": "yellow"}
+
+
+def compare(
+    a: str, b: str, *, prompts: Path | None = None, data: str | None = None,
+    by: Annotated[str | None, Parameter(name="--judge")] = None, out: Path | None = None,
+    samples: Samples = 1, temperature: Temperature = 1.0, max_new_tokens: NewTokens = None,
+    max_length: Positive = None, limit: Positive = None, seed: int = 0,
+    store: StoreOption = None, config: ConfigOption = None,
+) -> None:  # fmt: skip
+    """Compare two policies, or two reward models: is b better than a?
+
+    Parameters
+    ----------
+    a
+        Digest, its first 6 or more digits, a pin's name, URI, champion:<line>, or a local folder.
+    b
+        Likewise.
+    prompts
+        File of prompts that both policies answer; default: the held-out ones of b's dataset.
+    data
+        Dataset (artifact or folder) whose held-out prompts or pairs are used; default: b's.
+    by
+        Judge or reward model that decides between policies; default: the judge of b's lineage, or
+        else the reward model that b was trained on.
+    out
+        New folder for evaluation.json and samples.json.
+    max_length
+        Most tokens that scoring models are given; default: those of their training.
+    limit
+        Use at most this many prompts or pairs.
+    seed
+        Seed of the replies.
+    """
+    from tasks.models import POLICY, find_model, require_kind
+
+    if prompts is not None and data is not None:
+        raise ConfigError("--prompts and --data both name prompts; give one of them")
+    _check_folder(out)
+    runtime, opened = open_for_models(store, config)
+    before, after = find_model(a, opened), find_model(b, opened)
+    if before.folder.resolve() == after.folder.resolve():
+        raise ConfigError(f"{a} and {b} are the same model; give two")
+    if before.kind != after.kind:
+        require_kind(after, before.kind, f"a comparison with {before.label}")
+    if after.kind == POLICY:
+        options = {
+            "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens,
+            "seed": seed,
+        }  # fmt: skip
+        rows = _prompts(after, prompts, data, opened)
+        evaluation, replies = _compare_policies(
+            before, after, rows, limit, by, max_length, options, runtime, opened
+        )
+    else:
+        if by is not None or prompts is not None:
+            raise ConfigError("--judge and --prompts are for policies; reward models need --data")
+        pairs = _pairs(after, data, opened)
+        evaluation, replies = _compare_reward_models(
+            before, after, pairs, limit, max_length, runtime, opened
+        )
+    for note in evaluation["notes"]:
+        say(f"note: {note}")
+    say(evaluation["sentence"], COLOURS[evaluation["verdict"]])
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "evaluation.json", evaluation)
+        write_json(out / "samples.json", replies)
+        say(f"written: {out}")
+
+
+def _compare_policies(
+    a: NamedModel, b: NamedModel, rows: Sequence[PromptRow], limit: int | None, by: str | None,
+    max_length: int | None, options: Mapping[str, Any], runtime: RuntimeConfig, store: Store,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    from rlhf.evaluation.compare import Scorers, compare_policies
+    from rlhf.modeling.device import prepare_device
+
+    scoring, notes = _scoring_models(b, by, store)
+    rows, unseen = _never_trained_on(rows, (a, b), store)
+    device = prepare_device(runtime)
+    scorers = Scorers(**{n: load_scorer(m, device, max_length, store) for n, m in scoring.items()})
+    policies, plan = load_policies([a, b], device, options, store)
+    with progress_of("sample, score") as progress:
+        found, replies = compare_policies(policies[0], policies[1], rows[:limit], scorers, progress)
+    notes += unseen + _counts("prompts left out", found["prompts_left_out"])
+    decided = scoring[found["decided_by"]]
+    word = "judge" if decided.judge is not None else "reward model"
+    found["sentence"] += f", by {word} {decided.label}"
+    evaluation = {
+        **found, "a": a.facts, "b": b.facts, "sampling": plan, "notes": notes,
+        "scorers": {name: model.facts for name, model in scoring.items()},
+    }  # fmt: skip
+    _show_policies(a, b, evaluation)
+    lost = [row for row in replies if _change(row, found["decided_by"]) < 0]
+    columns = {"prompt": "prompt", "before": "a replies", "after": "b replies"}
+    sides = (f"{found['decided_by']}_{side}" for side in ("before", "after"))
+    _show_rows("b lost most on", columns, lost, *sides)
+    return evaluation, replies
+
+
+def _scoring_models(
+    b: NamedModel, by: str | None, store: Store
+) -> tuple[dict[str, NamedModel], list[str]]:
+    """Return the models that score replies, `reward` and `judge`, and remarks on them.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    from tasks.models import judge_of, reward_model_of
+
+    notes: list[str] = []
+    reason = ""
+    if by is not None:
+        judge = named_judge(by, store)
+    else:
+        judge, reason = judge_of(b, store)
+    reward = reward_model_of(b, store)
+    if reward is not None and judge is not None and reward.folder == judge.folder:
+        notes.append(f"b was trained on {judge.label}, which judges it here, and may exploit it")
+        reward = None
+    if judge is None:
+        if reward is None:
+            raise ConfigError(
+                f"{b.text}: its lineage has neither a judge nor a reward model; name one: "
+                "--judge <artifact or folder>"
+            )
+        notes.append(
+            f"b was trained on reward model {reward.label}, which decides, and may exploit it "
+            f"({reason}); name another by --judge"
+        )
+    scoring = {"reward": reward, "judge": judge}
+    return {name: model for name, model in scoring.items() if model is not None}, notes
+
+
+def _compare_reward_models(
+    a: NamedModel, b: NamedModel, pairs: Sequence[Pair], limit: int | None,
+    max_length: int | None, runtime: RuntimeConfig, store: Store,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    from rlhf.evaluation.compare import compare_reward_models
+    from rlhf.modeling.device import prepare_device
+
+    pairs, notes = _never_trained_on(pairs, (a, b), store)
+    device = prepare_device(runtime)
+    scorers = [load_scorer(model, device, max_length, store) for model in (a, b)]
+    with progress_of("score") as progress:
+        found, rows = compare_reward_models(scorers[0], scorers[1], pairs[:limit], progress)
+    notes += _counts("pairs left out", found["pairs_left_out"])
+    evaluation = {**found, "a": a.facts, "b": b.facts, "notes": notes}
+    _show_reward_models(a, b, evaluation)
+    columns = {name: name for name in ("prompt", "chosen", "rejected")}
+    _show_rows("they disagree most on", columns, rows, "margin_before", "margin_after")
+    return evaluation, rows
+
+
+def _prompts(
+    b: NamedModel, prompts: Path | None, data: str | None, store: Store
+) -> list[PromptRow]:
+    from rlhf.data.prompt_file import read_prompt_file
+    from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
+
+    if prompts is not None:
+        read = read_prompt_file(prompts)
+        for note in (*read.notes, *_counts("rows left out", read.left_out)):
+            say(f"note: {note}")
+        return read.prompts
+    return read_rows(_dataset(b, data, store, "--prompts <file>") / PROMPTS_EVAL, PromptRow)
+
+
+def _pairs(b: NamedModel, data: str | None, store: Store) -> list[Pair]:
+    from rlhf.data.rows import PAIRS_EVAL, Pair, read_rows
+
+    return read_rows(_dataset(b, data, store, "--data <dataset>") / PAIRS_EVAL, Pair)
+
+
+def _dataset(b: NamedModel, data: str | None, store: Store, cure: str) -> Path:
+    """Return the folder of the dataset that is named, or else of b's.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    from tasks.models import DATASET, dataset_of
+
+    if data is not None and Path(data).is_dir():
+        return Path(data)
+    ref = dataset_of(b, store) if data is None else store.resolve(data)
+    if ref is None:
+        raise ConfigError(f"{b.text}: its lineage has no dataset; name what to compare on: {cure}")
+    if ref.kind != DATASET:
+        raise ConfigError(f"--data {data}: {ref.short} is of kind {ref.kind}; give a dataset")
+    return store.fetch(ref)
+
+
+def _never_trained_on(
+    rows: Sequence[Any], models: Sequence[NamedModel], store: Store
+) -> tuple[list[Any], list[str]]:
+    """Return the rows whose prompt no model was trained on, and remarks.
+
+    Raises:
+        DataError: None is left.
+    """
+    from rlhf.data.collect import exact_key
+    from tasks.models import trained_prompts
+
+    seen = trained_prompts(models, store)
+    unseen = [row for row in rows if exact_key(row.prompt) not in seen]
+    count = len(rows) - len(unseen)
+    if not unseen:
+        raise DataError(
+            f"one of the models was trained on the prompts of all {count:,} rows; give others"
+            if count
+            else "there are no held-out rows to compare on; give others by --prompts or --data"
+        )
+    notes = [f"{count:,} rows are left out: a model was trained on their prompts"] if count else []
+    for model in models:
+        if model.ref is None:
+            notes.append(f"what {model.text} was trained on is not known")
+    return unseen, notes
+
+
+def _check_folder(out: Path | None) -> None:
+    """Refuse a folder for results that holds something else.
+
+    Raises:
+        ConfigError: It is a file, or not empty.
+    """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {str(out)!r}: is there already; name a new folder")
+
+
+def _show_policies(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) -> None:
+    part = evaluation["sampled"]
+    table = Table(title=f"a = {a.label}, b = {b.label}", title_justify="left")
+    for name in ("", "a", "b", "b against a", "95 % interval"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, rate in (("judge", "judge_win_rate"), ("reward", "win_rate")):
+        if rate in part:
+            table.add_row(f"win rate by {name}", "", "", *interval(part, rate))
+    for name in ("judge", "reward"):
+        if f"{name}_difference" in part:
+            sides = (f"{part[f'{name}_{side}']:.3f}" for side in ("before", "after"))
+            table.add_row(name, *sides, *interval(part, f"{name}_difference"))
+    for name in ("gap", "kl"):
+        if name in part:
+            table.add_row(name, "", "", *interval(part, name))
+    for shift in evaluation["shifts"]:
+        known = shift["low"] is not None
+        bounds = f"{shift['low']:.3f} to {shift['high']:.3f}" if known else "–"
+        table.add_row(
+            shift["metric"], f"{shift['before']:.3f}", f"{shift['after']:.3f}",
+            f"{shift['difference']:+.3f}", bounds, style="bold" if shift["significant"] else "",
+        )  # fmt: skip
+    console.print(table)
+    _show_groups(part["by_group"], evaluation["verdict_metric"])
+
+
+def _show_reward_models(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) -> None:
+    table = Table("", "value", "95 % interval", title=f"a = {a.label}, b = {b.label}",
+                  title_justify="left")  # fmt: skip
+    for label, name in (
+        ("accuracy of a", "accuracy_before"), ("accuracy of b", "accuracy_after"),
+        ("difference", "accuracy_difference"), ("same choice", "agreement"),
+    ):  # fmt: skip
+        table.add_row(label, *interval(evaluation, name))
+    for label, name in (
+        ("both right", "both_right"), ("only a right", "only_before_right"),
+        ("only b right", "only_after_right"), ("neither", "neither_right"),
+    ):  # fmt: skip
+        table.add_row(label, f"{evaluation[name]:,}", "")
+    console.print(table)
+    _show_groups(evaluation["by_group"], evaluation["verdict_metric"])
+
+
+def _show_groups(groups: Mapping[str, Mapping[str, Any]], metric: str) -> None:
+    if not groups:
+        return
+    table = Table("group", metric.replace("_", " "), "95 % interval", "n")
+    for group, part in sorted(groups.items()):
+        table.add_row(Text(group), *interval(part, metric), f"{part['n']:,}")
+    console.print(table)
+
+
+def _show_rows(
+    title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], *numbers: str
+) -> None:
+    """Print the first rows: columns of text with their titles, and a number of each model."""
+    if not rows:
+        return
+    what = numbers[0].partition("_")[0]
+    table = Table(*columns.values(), f"{what} a", f"{what} b", title=title, title_justify="left")
+    for row in rows[:SHOWN]:
+        texts = [Text(excerpt(row[name])) for name in columns]
+        table.add_row(*texts, *(f"{row[name]:.2f}" for name in numbers))
+    console.print(table)
+
+
+def _change(row: Mapping[str, Any], scorer: str) -> float:
+    return row[f"{scorer}_after"] - row[f"{scorer}_before"]
+
+
+def _counts(what: str, reasons: Mapping[str, int]) -> list[str]:
+    parts = ", ".join(f"{count:,} × {reason}" for reason, count in reasons.items())
+    return [f"{what}: {parts}"] if parts else []

@@ -1,0 +1,145 @@
+"""Replies of a policy to prompts, sampled and scored outside of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rlhf.config.lengths import TokenLimits
+from rlhf.data.fitting import Fitting
+from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rows import Pair, PromptRow
+from rlhf.environments.stop import StopSequences
+from rlhf.errors import DataError, PromptUnusable
+from rlhf.modeling.base import context_length, load_policy
+from rlhf.modeling.critic import freeze
+from rlhf.modeling.generate import Replies, generate
+from rlhf.modeling.logprobs import log_probs_and_entropy
+from rlhf.modeling.sampling import Sampling
+
+RowT = TypeVar("RowT", PromptRow, Pair)
+#: Largest share of prompts that a model may be unable to read.
+MAX_BAD_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How replies are sampled; the same for all policies of a comparison."""
+
+    samples: int = 1
+    """Replies to each prompt."""
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    stop_sequences: tuple[str, ...] = ()
+    seed: int = 0
+    batch_size: int = 128
+
+
+class Policy:
+    """A frozen policy with its renderer.
+
+    Args:
+        folder: A causal language model with its tokenizer.
+        device: Device of the model.
+        plan: How it replies.
+        limits: Those of its training; None fills its context.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, plan: SamplingPlan,
+        limits: TokenLimits | None = None,
+    ) -> None:  # fmt: skip
+        self.model = freeze(load_policy(folder)).to(device)
+        self.renderer: Renderer = load_renderer(folder)
+        self.plan = plan
+        context = context_length(self.model)
+        limits = (limits or TokenLimits(max_length=context)).within(context)
+        self.limits = limits.model_copy(update={"max_new_tokens": plan.max_new_tokens})
+        self.ending = StopSequences(self.renderer, plan.stop_sequences)
+
+    @property
+    def fitting(self) -> Fitting:
+        """The check of prompts that the policy can be given."""
+        return Fitting(self.renderer, self.limits)
+
+    @torch.no_grad()
+    def reply(self, rows: Sequence[PromptRow], reference: Policy | None = None) -> Sampled:
+        """Sample the plan's replies to each prompt: those to the first come first.
+
+        Args:
+            rows: Prompts that fit.
+            reference: Estimates the KL against a policy of the same tokens.
+        """
+        plan = self.plan
+        prompts = [self.renderer.encode_prompt(row.prompt, self.limits.prompt) for row in rows]
+        repeated = [ids for ids in prompts for _ in range(plan.samples)]
+        sampling = Sampling(plan.max_new_tokens, plan.temperature)
+        found = Sampled([], [], [], [] if reference else None)
+        for start in range(0, len(repeated), plan.batch_size):
+            replies = generate(
+                self.model, repeated[start : start + plan.batch_size], self.renderer.tokenizer,
+                sampling, plan.seed + start, self.ending if plan.stop_sequences else None,
+                ends=self.renderer.end_ids,
+            )  # fmt: skip
+            found.texts += [self.ending.text(ids) for ids in replies.rows()]
+            found.tokens += replies.mask.sum(1).tolist()
+            found.finished += replies.finished.tolist()
+            if reference and found.kl is not None:
+                found.kl += self._log_ratio(reference.model, replies)
+        return found
+
+    def _log_ratio(self, reference: Any, replies: Replies) -> list[float]:
+        """Return Σ log π − log π_ref of each reply, at the sampling temperature.
+
+        Its mean over sampled replies is the KL. Of a greedy reply it is taken at temperature 1.
+        """
+        temperature = self.plan.temperature or 1.0
+        own, other = (
+            log_probs_and_entropy(model, replies, temperature, entropy=False)[0]
+            for model in (self.model, reference)
+        )
+        return ((own - other) * replies.mask).sum(1).tolist()
+
+
+@dataclass
+class Sampled:
+    """Replies, prompt by prompt."""
+
+    texts: list[str]
+    tokens: list[int]
+    finished: list[bool]
+    kl: list[float] | None = None
+
+
+def fitting_rows(
+    rows: Sequence[RowT], fittings: Sequence[Fitting]
+) -> tuple[list[RowT], dict[str, int]]:
+    """Return the rows whose prompts every model can be given, and counts of the others by reason.
+
+    Raises:
+        DataError: None is left, or more than a tenth can't be used.
+    """
+    kept: list[RowT] = []
+    reasons: Counter[str] = Counter()
+    example: PromptUnusable | None = None
+    for row in rows:
+        try:
+            for fitting in fittings:
+                fitting.check(row.prompt)
+        except PromptUnusable as error:
+            reasons[error.reason] += 1
+            example = example or error
+        else:
+            kept.append(row)
+    if not kept or reasons.total() > MAX_BAD_FRACTION * len(rows):
+        shown = f"{example.reason}: {example.detail}" if example else "there are none"
+        raise DataError(
+            f"{reasons.total():,} of {len(rows):,} prompts can't be given to the models ({shown}); "
+            "leave such prompts out, or lower --max-new-tokens"
+        )
+    return kept, dict(reasons)

@@ -1,0 +1,204 @@
+"""Comparisons outside of a run: verdicts and metrics that are computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlhf.config.lengths import TokenLimits
+from rlhf.data.fitting import Fitting
+from rlhf.data.rendering import Renderer
+from rlhf.data.rows import Pair, PromptRow
+from rlhf.errors import DataError
+from rlhf.evaluation.compare import (
+    _Sides,
+    compare_reward_models,
+    prompts_for_mean,
+    verdict_on_policies,
+    verdict_on_reward_models,
+)
+from rlhf.evaluation.replies import Sampled, fitting_rows
+from rlhf.inference import Estimate, mean_of, prompts_needed, share_of
+from rlhf.modeling.base import train_tokenizer
+from rlhf.modeling.reward import Scorer
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(train_tokenizer(["a"], 300))
+
+
+def table_scorer(renderer: Renderer, scores: dict[str, float], max_length: int = 999) -> Scorer:
+    """A scorer that looks a reply up."""
+
+    class Table(Scorer):
+        def __init__(self) -> None:
+            self.renderer, self.limits = renderer, TokenLimits.of(max_length)
+
+        def __call__(self, prompts, replies):
+            return torch.tensor([scores[reply] for reply in replies])
+
+    return Table()
+
+
+# --- verdicts ---------------------------------------------------------------------------------
+
+
+def test_verdicts_on_policies():
+    better = verdict_on_policies(Estimate(0.61, 0.57, 0.65, 300, 300, 0.02), "judge_win_rate")
+    assert better["verdict"] == "better"
+    assert better["sentence"] == "b is better: win rate 0.61 (0.57–0.65) on 300 prompts"
+    worse = verdict_on_policies(Estimate(0.39, 0.35, 0.43, 300, 300, 0.02), "win_rate")
+    assert worse["verdict"] == "worse"
+    assert worse["sentence"].startswith("b is worse: win rate 0.39")
+    # The interval holds ½. The spread over prompts is 0.05 · √100 = 0.5.
+    open_ = verdict_on_policies(Estimate(0.55, 0.45, 0.64, 100, 100, 0.05), "win_rate")
+    assert open_["verdict"] == "undecided"
+    assert open_["prompts_needed"] == prompts_needed(0.55, 0.5, 0.5, 0.975, 0.8)
+    # (1.96 · 0.5 + 0.8416 · √(0.55 · 0.45))² / 0.05² = 783
+    assert open_["prompts_needed"] == 783
+    assert "783 prompts would find 55% in 80% of cases" in open_["sentence"]
+
+
+def test_an_interval_that_touches_a_half_decides_nothing():
+    assert verdict_on_policies(Estimate(0.6, 0.5, 0.7, 99, 99, 0.05), "x")["verdict"] == "undecided"
+    assert verdict_on_policies(Estimate(0.4, 0.3, 0.5, 99, 99, 0.05), "x")["verdict"] == "undecided"
+    assert verdict_on_reward_models(Estimate(0.1, 0, 0.2, 9, 9, 0.1))["verdict"] == "undecided"
+
+
+def test_ties_alone_need_no_number():
+    got = verdict_on_policies(share_of([0.5] * 4), "win_rate")
+    assert got["verdict"] == "undecided"
+    assert got["prompts_needed"] is None
+
+
+def test_verdicts_on_reward_models():
+    assert verdict_on_reward_models(Estimate(0.04, 0.01, 0.07, 90, 90, 0.01))["sentence"] == (
+        "b is better: accuracy +0.040 (+0.010 to +0.070) on 90 prompts"
+    )
+    assert verdict_on_reward_models(Estimate(-0.04, -0.07, -0.01, 9, 9, 0.1))["verdict"] == "worse"
+    # The spread is 0.05 · √100 = 0.5, as below.
+    got = verdict_on_reward_models(Estimate(0.01, -0.09, 0.11, 100, 100, 0.05))
+    assert got["prompts_needed"] == 785
+    assert "785 prompts would find 0.05 in 80% of cases" in got["sentence"]
+
+
+def test_prompts_for_a_mean():
+    # z = 1.95996 + 0.84162 = 2.80158; (2.80158 · 0.5/0.05)² = 784.9
+    assert prompts_for_mean(0.05, 0.5) == 785
+    # (2.80158 · 1/1)² = 7.85
+    assert prompts_for_mean(1, 1) == 8
+    assert prompts_for_mean(1, 0.01) == 2
+
+
+# --- policies ---------------------------------------------------------------------------------
+
+
+def sides(**scores) -> _Sides:
+    before = Sampled(["x"] * 4, [4, 4, 4, 4], [True] * 4)
+    after = Sampled(["y y y y", *["y"] * 3], [6, 2, 8, 8], [True, False, True, True], [1, 2, 3, 4])
+    return _Sides(before, after, scores, ["p", "p", "q", "q"])
+
+
+def test_sides_by_hand():
+    both = sides(
+        reward=([0, 0, 0, 0], [1, 2, 0, -1]),  # 1, 1, ½, 0
+        judge=([0, 0, 0, 0], [-1, 1, 1, 1]),  # 0, 1, 1, 1
+    )  # fmt: skip
+    got = both.compared(range(4))
+    assert (got["n"], got["prompts"]) == (4, 2)
+    assert got["win_rate"] == 0.625
+    assert got["win_rate_low"] == share_of([1, 1, 0.5, 0], ["p", "p", "q", "q"]).low
+    assert got["judge_win_rate"] == 0.75
+    # −1, 0, ½, 1
+    assert got["gap"] == 0.125
+    assert got["gap_low"] == mean_of([-1, 0, 0.5, 1], ["p", "p", "q", "q"]).low
+    assert (got["reward_before"], got["reward_after"]) == (0, 0.5)
+    assert got["reward_difference"] == 0.5
+    assert got["kl"] == 2.5
+    assert (got["tokens_before"], got["tokens_after"]) == (4, 6)
+    assert (got["eos_rate_before"], got["eos_rate_after"]) == (1, 0.75)
+    # "y y y y" has two 3-grams, of which the second repeats the first.
+    assert got["repetition_after"] == 0.125
+    # Only the second prompt: one cluster has no interval.
+    part = both.compared([2, 3])
+    assert part["win_rate"] == 0.25
+    assert part["reward_difference_low"] is None
+
+
+def test_shifts_are_corrected_for_their_number():
+    shifts = {shift["metric"]: shift for shift in sides(reward=([0] * 4, [1] * 4)).shifts()}
+    assert {*shifts} == {"tokens", "eos_rate", "repetition"}
+    assert shifts["tokens"]["difference"] == 2
+    # Means of prompts are 0 and 4: error 2, t = 1 with one degree of freedom, p = ½.
+    assert shifts["tokens"]["p"] == pytest.approx(0.5)
+    assert shifts["tokens"]["p_adjusted"] == 1
+    assert not shifts["tokens"]["significant"]
+
+
+def test_samples_begin_with_the_greatest_loss():
+    rows = [PromptRow("p"), PromptRow("p"), PromptRow("q", "g"), PromptRow("q", "g")]
+    got = sides(reward=([0] * 4, [1, 2, 0, -1])).samples(rows, "reward")
+    assert [row["reward_after"] for row in got] == [-1, 0, 1, 2]
+    assert got[0] == {
+        "prompt": "q", "group": "g", "before": "x", "after": "y", "reward_before": 0,
+        "reward_after": -1, "judge_before": None, "judge_after": None,
+    }  # fmt: skip
+
+
+# --- reward models ----------------------------------------------------------------------------
+
+
+def test_reward_models_by_hand(renderer):
+    pairs = [
+        Pair("p", "a", "b", "g"),  # both right
+        Pair("p", "b", "c", "g"),  # a right, b wrong
+        Pair("q", "c", "a"),  # a wrong, b tie
+        Pair("q", "d", "b"),  # both wrong
+    ]  # fmt: skip
+    a = table_scorer(renderer, {"a": 3.0, "b": 2.0, "c": 1.0, "d": 0.0})
+    b = table_scorer(renderer, {"a": 2.0, "b": 1.0, "c": 2.0, "d": 0.0})
+    got, rows = compare_reward_models(a, b, pairs)
+    keys = ["p", "p", "q", "q"]
+    assert got["accuracy_before"] == 0.5
+    assert got["accuracy_after"] == 0.375
+    # 0, −1, ½, 0
+    expected = mean_of([0, -1, 0.5, 0], keys)
+    assert got["accuracy_difference"] == expected.value == -0.125
+    assert got["accuracy_difference_low"] == expected.low
+    assert got["agreement"] == 0.5
+    assert got["both_right"] == got["only_before_right"] == 1
+    assert got["only_after_right"] == 0
+    assert got["neither_right"] == 2
+    assert got["by_group"]["g"]["accuracy_after"] == 0.5
+    assert got["pairs_left_out"] == {}
+    # Margins of a: 1 1 −2 −2, root mean square √2.5; of b: 1 −1 0 −1, √0.75.
+    first, second = rows[0], rows[1]
+    assert first["chosen"] == "b"
+    assert first["disagreement"] == pytest.approx(-1 / math.sqrt(0.75) - 1 / math.sqrt(2.5))
+    assert second["disagreement"] == pytest.approx(2 / math.sqrt(2.5))
+
+
+def test_pairs_that_a_model_cannot_tell_apart_are_counted(renderer):
+    scorer = table_scorer(renderer, {"aaaaaaaaaaaa": 1.0, "aaaaaaaaaaab": 0.0, "a": 1.0, "b": 0.0})
+    cut = table_scorer(renderer, {"a": 1.0, "b": 0.0}, max_length=8)
+    pairs = [Pair("p", "a", "b"), Pair("q", "aaaaaaaaaaaa", "aaaaaaaaaaab")]
+    got, _ = compare_reward_models(scorer, cut, pairs)
+    assert got["n"] == 1
+    assert got["pairs_left_out"] == {"replies are equal where a model cuts them": 1}
+    with pytest.raises(DataError, match="no pair has replies that both models can tell apart"):
+        compare_reward_models(scorer, cut, pairs[1:])
+
+
+def test_prompts_that_do_not_fit(renderer):
+    fitting = Fitting(renderer, 40)
+    rows = [PromptRow(f"p{i}") for i in range(19)]
+    kept, left_out = fitting_rows([*rows, PromptRow("long " * 30)], [fitting])
+    assert kept == rows
+    assert left_out == {"prompt too long for the model": 1}
+    with pytest.raises(DataError, match="1 of 2 prompts can't be given to the models"):
+        fitting_rows([rows[0], PromptRow("long " * 30)], [fitting])
+    with pytest.raises(DataError, match="there are none"):
+        fitting_rows([], [fitting])
