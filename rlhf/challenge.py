@@ -141,10 +141,11 @@ def _bounded(
         least: Least lower end.
         bound: That in words.
     """
-    numbers = [values.get(key) for key in (name, f"{name}_size", "n")]
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+    found = [values.get(key) for key in (name, f"{name}_size", "n")]
+    numbers = [float(x) for x in found if isinstance(x, int | float) and not isinstance(x, bool)]
+    if len(numbers) < len(found) or not all(map(math.isfinite, numbers)):
         return Check(full, None, bound, False, kind="champion")
-    rate, size, prompts = cast("list[float]", numbers)
+    rate, size, prompts = numbers
     low, high = share_bound(rate, size, int(prompts), confidence)
     return Check(full, rate, bound, low >= least, low, high, prompts, kind="champion")
 

@@ -8,8 +8,10 @@ of a batch, in which a single pair would count as 1 whatever its weight.
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.data.text_pairs import PairRenderer
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, PromptUnusable
 from rlhf.files import write_json
 from rlhf.modeling.classifier import (
     Whole,
@@ -49,6 +51,9 @@ from rlhf.modeling.lora import (
 from rlhf.modeling.miniature import miniature
 from rlhf.modeling.reward import (
     META,
+    SCORE_MEAN,
+    SCORE_STD,
+    Scorer,
     load_unpublished,
     pad_right,
     reward_meta,
@@ -69,6 +74,9 @@ from rlhf.trl_adapter import (
     unchanged_config,
 )
 
+#: Most chosen replies whose scores are the scale of rewards.
+REFERENCE_REPLIES = 512
+
 
 def train_reward_model(
     config: RewardModelConfig,
@@ -86,7 +94,7 @@ def train_reward_model(
 
     The tokenizer is written beside it. A model trained by LoRA from the SFT policy is written
     merged and, in `adapter/`, as adapter and head alone; `rlhf.json` then has the digest of the
-    policy's weights.
+    policy's weights. It always has the mean and deviation of scores of chosen replies.
 
     Args:
         config: Hyper-parameters; `config.base` overrides the SFT policy as starting point.
@@ -103,6 +111,7 @@ def train_reward_model(
         ConfigError: The base has no sequence classifier with one label.
         DataError: There are no training pairs, none with the margin that is asked for, or the
             model can't be given too many prompts.
+        TrainingError: A score of the trained model is not finite.
     """
     preferences = read_rows(data / pairs, Pair)
     _check_margins(preferences, config)
@@ -131,11 +140,34 @@ def train_reward_model(
         if holds_stored(trained):
             whole = load_unpublished(start, config.pooling)[0]
             fit_embeddings(whole, renderer.tokenizer)
-        save_reward_model(merge_adapter(trained, whole), renderer, out_dir, base)
+        merged = merge_adapter(trained, whole)
+        save_reward_model(merged, renderer, out_dir, base)
+        scorer = Scorer(out_dir, device, limits, model=merged)
+        scale = _reference_scores(scorer, preferences, seed)
+        write_json(out_dir / META, {**reward_meta(out_dir), **scale})
         write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
     metrics = {"pairs": len(rows), "loss": last.get("loss")}
     return StageResult({**metrics, "train_accuracy": last.get("accuracy"), **counts})
+
+
+def _reference_scores(scorer: Scorer, pairs: Sequence[Pair], seed: int) -> dict[str, float]:
+    """Return mean and standard deviation (n − 1) of the scores of chosen replies.
+
+    They are the scale of `ppo.reward_normalization: reference`: those of replies that people
+    preferred, which do not change while a policy does.
+    """
+    fitting = Fitting(scorer.renderer, scorer.limits)
+    chosen: list[Pair] = []
+    for pair in random.Random(seed).sample(pairs, len(pairs)):
+        with suppress(PromptUnusable):
+            fitting.check(pair.prompt)
+            chosen.append(pair)
+        if len(chosen) == REFERENCE_REPLIES:
+            break
+    scores = scorer([pair.prompt for pair in chosen], [pair.chosen for pair in chosen]).double()
+    deviation = float(scores.std()) if len(scores) > 1 else 0.0
+    return {SCORE_MEAN: float(scores.mean()), SCORE_STD: deviation}
 
 
 def _check_margins(pairs: Sequence[Pair], config: RewardModelConfig) -> None:

@@ -103,12 +103,26 @@ def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
     store = store_of(run.config)
     evaluation = read_json(store.fetch(ref) / "evaluation.json")
     verdicts = {verdict.gate: verdict for verdict in _verdicts(run, store)}
-    return trust_answers(evaluation, verdicts.get(GATE_POLICY.name))
+    compares = run.config.gates.champion is not None
+    return trust_answers(evaluation, verdicts.get(GATE_POLICY.name), compares)
 
 
 def gate_lines(run: PipelineRun) -> list[str]:
     """Return what was known of a run's gates before training, a sentence each."""
     return list(run.gates.lines) if run.gates else []
+
+
+def shown_samples(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return the samples to show: the first ones, and as many of each kind."""
+    shown: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    for row in samples:
+        # A row without a kind is one of the first prompts, which are a kind of their own.
+        kinds = row.get("kinds") or [""]
+        if any(counts[kind] < count for kind in kinds):
+            counts.update(kinds)
+            shown.append(row)
+    return shown
 
 
 def _publish(run: PipelineRun, store: Store) -> str:
@@ -165,7 +179,9 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         policy=part(EVALUATE_POLICY, "evaluation.json"),
         watchdog=part(TRAIN_POLICY, "watchdog.json"),
         curves=tuple(part(TRAIN_POLICY, "curve.json") or ()),
-        samples=tuple(_sample(row) for row in _chosen(samples, run.config.evaluation.samples)),
+        samples=tuple(
+            _sample(row) for row in shown_samples(samples, run.config.evaluation.samples)
+        ),
         trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),
         advice=run.advice,
@@ -182,19 +198,6 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
             **library_versions(),
         },
     )
-
-
-def _chosen(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return the samples to show: the first ones, and as many of each kind."""
-    shown: list[dict[str, Any]] = []
-    counts: Counter[str] = Counter()
-    for row in samples:
-        # A row without a kind is one of the first prompts, which are a kind of their own.
-        kinds = row.get("kinds") or [""]
-        if any(counts[kind] < count for kind in kinds):
-            counts.update(kinds)
-            shown.append(row)
-    return shown
 
 
 def _sample(row: dict[str, Any]) -> Sample:

@@ -20,7 +20,7 @@ from rlhf.config import DataConfig, PipelineConfig, PPOConfig, RewardModelConfig
 from rlhf.config.data import CONSEQUENCES
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.data.lineage import forgotten_ids
-from rlhf.data.rows import PAIRS_JUDGE
+from rlhf.data.rows import PAIRS_JUDGE, PROMPTS_GATE
 from rlhf.data.sources import source_digest
 from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, StoreError
@@ -242,12 +242,14 @@ def _evaluate_reward_model(run: StageRun) -> StageResult:
 def _evaluate_policy(run: StageRun) -> StageResult:
     from rlhf.evaluation import evaluate_policy
 
-    config = run.config
+    config, folders, champion = run.config, run.folders, run.refs.get("champion")
+    frozen = folders.get("champion-evaluation")
     return evaluate_policy(
-        config.evaluation, config.ppo, run.folders["data"], run.folders["sft"],
-        run.folders["policy"], run.folders["reward-model"], run.out_dir,
-        limits=config.token_limits(), seed=config.seed, runtime=config.runtime,
-        progress=run.progress,
+        config.evaluation, config.ppo, folders["data"], folders["sft"], folders["policy"],
+        folders["reward-model"], run.out_dir, judge=folders["judge"],
+        champion=folders.get("champion"), champion_digest=champion and champion.digest,
+        prompts=frozen and frozen / PROMPTS_GATE, limits=config.token_limits(), seed=config.seed,
+        runtime=config.runtime, progress=run.progress,
     )  # fmt: skip
 
 
@@ -487,6 +489,7 @@ EVALUATE_POLICY = Stage(
         "sft": TRAIN_SFT.name,
         "policy": TRAIN_POLICY.name,
         "reward-model": TRAIN_REWARD_MODEL.name,
+        "judge": TRAIN_JUDGE.name,
     },
     depends_on=lambda c: {
         "evaluation": c.evaluation,
@@ -500,6 +503,8 @@ EVALUATE_POLICY = Stage(
     body=_evaluate_policy,
     headline=(
         ("wins {:.1%}", "sampled.win_rate"),
+        ("judge {:.1%}", "sampled.judge_win_rate"),
+        ("against the champion {:.1%}", "champion.win_rate"),
         ("gold wins {:.1%}", "sampled.gold_win_rate"),
         ("KL {:.2f}", "sampled.kl"),
         *PROMPT_COUNTS,

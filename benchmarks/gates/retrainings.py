@@ -23,7 +23,7 @@ from benchmarks.gates.pool import REPLIES, Scores
 from rlhf.challenge import with_comparison
 from rlhf.config import PipelineConfig
 from rlhf.gates import Verdict, judge
-from rlhf.inference import share_of, wilson
+from rlhf.inference import balanced_share, share_of, wilson
 
 SCORERS = ("proxy", "judge", "gold")
 
@@ -156,7 +156,7 @@ def reward_gate(scores: Mapping[str, Any], true: float, pairs: int, runs: int) -
     for _ in range(runs):
         right = (rng.random(pairs) < true).astype(float)
         longer = rng.random(pairs) < 0.5
-        controlled = share_of(right.tolist(), strata=longer.tolist())
+        controlled = balanced_share(right.tolist(), range(pairs), longer.tolist())
         metrics = {
             **scores,
             **share_of(right.tolist()).metrics("accuracy"),

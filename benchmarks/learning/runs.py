@@ -12,7 +12,7 @@ from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PROMPTS_EVAL, PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.environments.stop import StopSequences
 from rlhf.evaluation import EVALUATION
-from rlhf.evaluation.policy import answer_prompts, judge_of
+from rlhf.evaluation.answers import answer_prompts, gold_of, gold_scores, score_answers
 from rlhf.files import read_json
 from rlhf.gates import Approved, judge, require
 from rlhf.modeling.base import load_policy
@@ -66,20 +66,19 @@ class Run:
         policy = freeze(copy.deepcopy(policy))
         answers = answer_prompts(
             policy, self.reference, self.held_out, self.renderer, StopSequences(self.renderer),
-            self.scorer, judge_of(evaluation),
-            Sampling(ppo.max_new_tokens, evaluation.temperature), EVALUATION_SEED, evaluation,
-            self.max_prompt,
+            Sampling(ppo.max_new_tokens, evaluation.temperature), EVALUATION_SEED,
+            max_prompt=self.max_prompt, batch_size=evaluation.batch_size,
         )  # fmt: skip
-        assert answers.gold is not None
-        assert answers.kl is not None
+        gold = gold_of(evaluation)
+        assert gold is not None
         point = {
             "update": float(number),
             "rollouts": float(number * ppo.chunk_size),
-            "gold": sum(answers.gold) / len(answers.gold),
-            "kl": float(answers.kl.mean()),
-            "reward": float(answers.scores.mean()),
-            "eos_rate": float(answers.finished.mean()),
-            "tokens": float(answers.tokens.mean()),
+            "gold": float(gold_scores(answers, self.held_out, gold).mean()),
+            "kl": float(answers.measures["kl"].mean()),
+            "reward": float(score_answers(answers, self.held_out, self.scorer).mean()),
+            "eos_rate": float(answers.measures["eos_rate"].mean()),
+            "tokens": float(answers.measures["tokens"].mean()),
             "seconds": self.seconds,
         }
         self.curve.append(point)

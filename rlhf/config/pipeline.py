@@ -281,6 +281,12 @@ class PipelineConfig(Section):
                 "ppo.reward_model_path and reward_model.base are both given, but a ready reward "
                 "model is not trained; keep one"
             )
+        if self.ppo.reward_model_path and self.ppo.reward_normalization == "reference":
+            raise ValueError(
+                "ppo.reward_normalization = 'reference' needs scores that a reward model's "
+                f"training measures, and ppo.reward_model_path = {self.ppo.reward_model_path!r} is "
+                "not trained here; set ppo.reward_normalization to running or none"
+            )
         if self.reward_model.margin_coef and self.data.source == "world":
             raise ValueError(
                 f"reward_model.margin_coef = {self.reward_model.margin_coef:g} needs margins, and "

@@ -123,8 +123,10 @@ class ShapingSection(Section):
     score_position: Literal["last", "past_end"] = "last"
     """The token that gets the score: a reply's last one, or (as TRL does) the place after it, which
     all but the longest replies of a chunk have."""
-    reward_normalization: Literal["none", "running"] = "none"
-    """`running` divides scores by their standard deviation over all chunks so far."""
+    reward_normalization: Literal["none", "running", "reference"] = "none"
+    """`running` divides scores by their standard deviation over all chunks so far; `reference`
+    subtracts the mean score of replies that people preferred, and divides by its deviation, both
+    measured once by the reward model's training."""
     whiten_rewards: bool = False
     """Scale the shaped rewards of all tokens in a chunk to variance 1, keeping their mean."""
     reward_clip: float | None = Field(default=None, gt=0)
@@ -291,6 +293,11 @@ class PPOConfig(
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.reward_normalization == "reference" and not self.rewards_by_model_alone:
+            raise ValueError(
+                "reward_normalization = 'reference' is the scale of the reward model's scores, and "
+                "here the reward is not such a score alone; set it to running or none"
+            )
         if self.mini_batch_size > self.chunk_size:
             raise ValueError(
                 f"mini_batch_size = {self.mini_batch_size} exceeds chunk_size = "

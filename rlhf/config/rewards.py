@@ -271,6 +271,11 @@ class RewardSection(Section):
         return self.reward_fn in (None, "default")
 
     @property
+    def rewards_by_model_alone(self) -> bool:
+        """True if a reply's reward is the reward model's score of it, and nothing else."""
+        return self.needs_reward_model and not self.comparison and not self.components
+
+    @property
     def needs_reference_answers(self) -> str | None:
         """The setting that needs a reference answer for every prompt, or None."""
         if self.reward_fn == "correctness":

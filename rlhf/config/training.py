@@ -246,10 +246,13 @@ class JudgeConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out comparison of the trained policy with the SFT policy."""
+    """Held-out comparison of the trained policy with the SFT policy and the champion."""
 
     prompts: int = Field(default=300, ge=2)
-    """Held-out prompts to answer with both policies (at most as many as there are)."""
+    """Held-out prompts to answer with all policies (at most as many as there are)."""
+    samples_per_prompt: int = Field(default=4, ge=1)
+    """Sampled replies of each policy to every prompt; each is compared with all of the other's.
+    Beyond four they narrow intervals little: prompts count more."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the sampled replies; greedy ones are always compared too."""
     samples: int = Field(default=6, ge=0)
@@ -257,7 +260,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=128, ge=1)
     """Rows per forward pass while evaluating."""
     judge: Literal["none", "world"] = "none"
-    """An independent judge that no training stage and no gate sees: the world's gold score."""
+    """The true score that no training stage and no gate sees, if there is one: that of the world. A
+    judge that is trained is set in section `judge`."""
 
 
 def check_adapters_only(dtype: FrozenDtype, lora: LoraConfig | None) -> None:

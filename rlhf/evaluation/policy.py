@@ -1,35 +1,52 @@
-"""Evaluation of a policy beside the SFT policy on held-out prompts."""
+"""Evaluation of a policy beside the SFT policy, and the champion, on held-out prompts."""
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from rlhf.config import EvaluationConfig, PPOConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer, load_renderer
-from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
+from rlhf.data.rows import PROMPTS_EVAL, PROMPTS_GATE, PromptRow, read_rows, write_rows
 from rlhf.environments.stop import StopSequences
 from rlhf.errors import DataError
-from rlhf.evaluation.common import EVALUATION, SAMPLES, GoldScore, groups_of, points
+from rlhf.evaluation.answers import (
+    Answers,
+    Values,
+    answer_prompts,
+    gold_of,
+    gold_scores,
+    score_answers,
+)
+from rlhf.evaluation.common import EVALUATION, SAMPLES, groups_of
+from rlhf.evaluation.comparison import compare, over_optimisation, own_metrics, shifts
+from rlhf.evaluation.forgetting import held_out_replies, measure_forgetting, reply_losses
+from rlhf.evaluation.texts import REFUSALS
 from rlhf.files import write_json
-from rlhf.modeling.base import context_length, load_policy
+from rlhf.judge import Judge, read_judge
+from rlhf.modeling.base import folder_context, load_policy
 from rlhf.modeling.critic import freeze
 from rlhf.modeling.device import prepare_device
-from rlhf.modeling.generate import Replies, generate
-from rlhf.modeling.logprobs import log_probs_and_entropy
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
-from rlhf.stage import Progress, StageResult, silent
-from rlhf.statistics import repeated_ngrams, share
+from rlhf.stage import Progress, Scalar, StageResult, silent
+
+#: Distance of the seeds of two policies: their replies are drawn independently, so that every
+#: reply of one may be compared with every reply of the other.
+SEEDS = 2**24
+_NOTES = (
+    "refusals are found by {refusals} English beginnings: the rate serves to compare policies",
+    "words are separated by spaces: repetition and distinct n-grams say little where none are",
+)
 
 
 def evaluate_policy(
@@ -41,199 +58,322 @@ def evaluate_policy(
     reward_model: Path,
     out_dir: Path,
     *,
+    judge: Path | None = None,
+    champion: Path | None = None,
+    champion_digest: str | None = None,
+    prompts: Path | None = None,
     limits: TokenLimits | None = None,
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Compare the policy with the SFT policy on held-out prompts, sampled and greedy.
+    """Compare the policy with the SFT policy, and with the champion, on held-out prompts.
 
-    Writes `evaluation.json` with `sampled` and `greedy`, each: win_rate of the reward model's
-    score (with interval; ties count a half), reward_before/after, kl per reply in nats against the
-    SFT policy (see `_kl`), eos_rate, tokens_before/after, repetition_before/after, and the
-    independent judge's gold_* if there is one; and `samples.json` with replies side by side.
-    Without `limits`, prompts and replies may fill the policy's context.
+    Each answers every prompt by `config.samples_per_prompt` samples and, but for the champion, one
+    greedy reply. All replies are scored by the reward model, the judge if it is usable, and the
+    gold score if there is one. Writes `evaluation.json` (docs/trust-policy.md), `samples.json` with
+    one reply of each policy to every prompt, and `prompts-gate.parquet` with the prompts.
+
+    Args:
+        config: Numbers of prompts and samples, temperature, gold score.
+        ppo: Longest replies, stop sequences.
+        data: Dataset with held-out prompts and pairs.
+        sft: The policy's start.
+        policy: The policy.
+        reward_model: That which it was trained by.
+        out_dir: Empty folder.
+        judge: Artifact of the judge, with `judge.json`.
+        champion: Policy in production.
+        champion_digest: Its artifact's digest, for the report.
+        prompts: Rows to answer in place of the dataset's held-out ones, in a file as
+            `prompts-gate.parquet`.
+        limits: Most tokens of prompts and replies; without, they may fill the policy's context.
+        seed: Of the samples.
+        runtime: Device and threads.
+        progress: Called after each policy's replies and each model's scores.
 
     Raises:
-        DataError: The data have no held-out prompts, or the models can't be given too many.
+        DataError: There are no held-out prompts, or the models can't be given too many.
     """
-    rows = read_rows(data / PROMPTS_EVAL, PromptRow)[: config.prompts]
-    if not rows:
-        raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
-    device = prepare_device(runtime or RuntimeConfig())
-    models = [freeze(load_policy(folder)).to(device) for folder in (sft, policy)]
-    renderer = load_renderer(sft)
-    context = context_length(models[0])
+    context = folder_context(sft)
     limits = (limits or TokenLimits(max_length=context, max_new_tokens=ppo.max_new_tokens)).within(
         context
     )
-    scorer = Scorer(reward_model, device, limits)
-    fitting = Fitting(renderer, limits)
-    rows = fitting.fitting_both(rows, scorer.renderer, scorer.limits)
-    if not rows:
-        raise DataError("no held-out prompt is left to evaluate on; raise data.eval_fraction")
-    groups = groups_of([row.group for row in rows])
-    judge = judge_of(config)
-    ending = StopSequences(renderer, ppo.generation.stop_sequences)
-    evaluation: dict[str, Any] = {"n": len(rows)}
-    for part, (mode, temperature) in enumerate((("sampled", config.temperature), ("greedy", 0.0))):
-        sampling = Sampling(ppo.max_new_tokens, temperature)
-        answers = []
-        for index, (model, reference) in enumerate(((models[0], None), (models[1], models[0]))):
-            answers.append(
-                answer_prompts(
-                    model, reference, rows, renderer, ending, scorer, judge, sampling, seed,
-                    config, limits.prompt,
-                )
-            )  # fmt: skip
-            progress(2 * part + index + 1, 4, {"reward": float(answers[-1].scores.mean())})
-        before, after = answers
-        evaluation[mode] = _compare(before, after, range(len(rows)))
-        evaluation[mode]["by_group"] = {
-            group: _compare(before, after, index) for group, index in groups.items()
-        }
-        if mode == "sampled":
-            write_json(out_dir / SAMPLES, _samples(rows, before, after))
+    run = _Evaluation(config, ppo, limits, seed, prepare_device(runtime or RuntimeConfig()))
+    known = read_judge(judge)
+    scorers = {"reward": run.scorer(reward_model)}
+    if judge is not None and known.usable:
+        scorers["judge"] = run.scorer(judge)
+    sides = [_Side(sft), _Side(policy), *([_Side(champion)] if champion else [])]
+    rows, fitting = run.read_prompts(prompts or data / PROMPTS_EVAL, sides, scorers)
+    run.total, run.progress = len(sides) + len(scorers), progress
+    demonstrations = held_out_replies(data, sides[0].renderer, limits)
+    losses = run.answer_all(sides, rows, demonstrations)
+    run.score_all(sides, rows, scorers)
+    evaluation = {
+        **_provenance(config, rows, prompts is not None),
+        "judge": known.facts(),
+        **_comparisons(sides, rows, known),
+        "forgetting": measure_forgetting(*losses, demonstrations),
+    }
+    if champion is not None:
+        evaluation["champion"] = _against_champion(sides, rows, champion_digest)
     write_json(out_dir / EVALUATION, evaluation)
-    return StageResult({"n": len(rows), **_flat(evaluation), **fitting.metrics()})
+    write_json(out_dir / SAMPLES, _samples(rows, sides, config.samples))
+    write_rows(out_dir / PROMPTS_GATE, rows)
+    return StageResult({**dict(_flat(evaluation)), **fitting.metrics()})
 
 
-def _flat(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of both modes by `mode.name`, without those of groups."""
+@dataclass
+class _Side:
+    """A policy, and its replies by decoding."""
+
+    folder: Path
+    sampled: Answers | None = None
+    greedy: Answers | None = None
+    renderer: Renderer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.renderer = load_renderer(self.folder)
+
+    def answers(self, mode: str) -> Answers:
+        answers = getattr(self, mode)
+        assert answers is not None
+        return answers
+
+
+class _Evaluation:
+    """Settings of an evaluation, and the use of its models: each is loaded once, and freed."""
+
+    def __init__(
+        self, config: EvaluationConfig, ppo: PPOConfig, limits: TokenLimits, seed: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.config, self.ppo, self.limits = config, ppo, limits
+        self.seed, self.device = seed, device
+        self.progress: Progress = silent
+        self.done = self.total = 0
+
+    def scorer(self, folder: Path) -> Scorer:
+        """Load a scorer, which waits in the CPU's memory until all replies are drawn."""
+        return Scorer(folder, torch.device("cpu"), self.limits)
+
+    def read_prompts(
+        self, path: Path, sides: Sequence[_Side], scorers: Mapping[str, Scorer]
+    ) -> tuple[list[PromptRow], Fitting]:
+        """Return the prompts that all models can be given, and counts of the others."""
+        rows = read_rows(path, PromptRow)[: self.config.prompts]
+        if not rows:
+            raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
+        fitting = Fitting(sides[0].renderer, self.limits)
+        others = [(scorer.renderer, scorer.limits) for scorer in scorers.values()]
+        others += [(s.renderer, self.limits.within(folder_context(s.folder))) for s in sides[2:]]
+        rows = fitting.fitting(rows)
+        for renderer, limits in others:
+            is_same = renderer.template_hash == fitting.renderer.template_hash
+            if is_same and limits == self.limits:
+                continue
+            other = Fitting(renderer, limits)
+            rows = other.fitting(rows)
+            for name in ("prompts_refused", "system_turns_refused", "prompts_too_long"):
+                fitting.counts[name] += other.counts[name]
+        if not rows:
+            raise DataError("no held-out prompt is left to evaluate on; raise data.eval_fraction")
+        return rows, fitting
+
+    def answer_all(
+        self, sides: Sequence[_Side], rows: Sequence[PromptRow], demonstrations: Any
+    ) -> tuple[Values, Values]:
+        """Draw all replies; return the losses of held-out replies under both first policies."""
+        losses: list[Values] = []
+        reference = None
+        for number, side in enumerate(sides):
+            if number == 2:
+                reference = None  # nothing is measured from the SFT policy any more
+            model = freeze(load_policy(side.folder)).to(self.device)
+            self._answer(side, number, model, reference, rows)
+            if number < 2:
+                losses.append(reply_losses(model, demonstrations, side.renderer))
+            if number == 0:
+                reference = model
+            del model
+            self._free()
+            self._report({"tokens": float(side.answers("sampled").measures["tokens"].mean())})
+        return losses[0], losses[1]
+
+    def _answer(
+        self, side: _Side, number: int, model: Any, reference: Any, rows: Sequence[PromptRow]
+    ) -> None:
+        limits = self.limits.within(folder_context(side.folder))
+        ending = StopSequences(side.renderer, self.ppo.generation.stop_sequences)
+        modes = [("sampled", self.config.temperature, self.config.samples_per_prompt)]
+        modes += [("greedy", 0.0, 1)] if number < 2 else []
+        for mode, temperature, replies in modes:
+            answers = answer_prompts(
+                model, reference, rows, side.renderer, ending,
+                Sampling(self.ppo.max_new_tokens, temperature), self.seed + number * SEEDS,
+                max_prompt=limits.prompt, batch_size=self.config.batch_size, replies=replies,
+            )  # fmt: skip
+            setattr(side, mode, answers)
+
+    def score_all(
+        self, sides: Sequence[_Side], rows: Sequence[PromptRow], scorers: Mapping[str, Scorer]
+    ) -> None:
+        """Score all replies, one model on the device at a time."""
+        for name, scorer in scorers.items():
+            scorer.model.to(self.device)
+            scorer.device = self.device
+            for side, mode, answers in _all_answers(sides):
+                scores = score_answers(answers, rows, scorer)
+                setattr(side, mode, answers.scored(name, scores))
+            scorer.model.to("cpu")
+            self._free()
+            self._report({name: float(sides[1].answers("sampled").scores[name].mean())})
+        gold = gold_of(self.config)
+        if gold is None:
+            return
+        for side, mode, answers in _all_answers(sides):
+            setattr(side, mode, answers.scored("gold", gold_scores(answers, rows, gold)))
+
+    def _free(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _report(self, metrics: Mapping[str, float]) -> None:
+        self.done += 1
+        self.progress(self.done, self.total, metrics)
+
+
+def _all_answers(sides: Sequence[_Side]) -> list[tuple[_Side, str, Answers]]:
+    return [
+        (side, mode, answers)
+        for side in sides
+        for mode, answers in (("sampled", side.sampled), ("greedy", side.greedy))
+        if answers is not None
+    ]
+
+
+def _provenance(
+    config: EvaluationConfig, rows: Sequence[PromptRow], is_given: bool
+) -> dict[str, Any]:
+    """Return which prompts were answered, and remarks on what is measured."""
+    text = "\0".join(repr(row.prompt) for row in rows)
     return {
-        f"{mode}.{name}": value
+        "n": len(rows),
+        "samples_per_prompt": config.samples_per_prompt,
+        "prompts_from": "champion" if is_given else "run",
+        "prompts_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        "notes": [note.format(refusals=len(REFUSALS)) for note in _NOTES],
+    }
+
+
+def _keys(rows: Sequence[PromptRow]) -> list[str]:
+    """Return the identities of prompts: equal ones are not independent."""
+    return [repr(row.prompt) for row in rows]
+
+
+def _with_groups(before: Answers, after: Answers, rows: Sequence[PromptRow]) -> dict[str, Any]:
+    keys, groups = _keys(rows), groups_of([row.group for row in rows])
+    return {
+        **compare(before, after, keys),
+        "by_group": {name: compare(before, after, keys, index) for name, index in groups.items()},
+    }
+
+
+def _comparisons(sides: Sequence[_Side], rows: Sequence[PromptRow], judge: Judge) -> dict[str, Any]:
+    """Compare the policy with the SFT policy."""
+    (before, after), keys = sides[:2], _keys(rows)
+    result: dict[str, Any] = {
+        mode: _with_groups(before.answers(mode), after.answers(mode), rows)
         for mode in ("sampled", "greedy")
-        for name, value in evaluation[mode].items()
-        if name != "by_group"
     }
-
-
-@torch.no_grad()
-def answer_prompts(
-    model: Any, reference: Any, rows: Sequence[PromptRow], renderer: Renderer,
-    ending: StopSequences, scorer: Scorer, judge: GoldScore | None, sampling: Sampling, seed: int,
-    config: EvaluationConfig, max_prompt: int,
-) -> Answers:  # fmt: skip
-    """Generate and score a model's replies; with a reference, estimate their KL too."""
-    prompts = [r.prompt for r in rows]
-    texts: list[str] = []
-    tokens, finished, kl = [], [], []
-    for start in range(0, len(rows), config.batch_size):
-        batch = [
-            renderer.encode_prompt(p, max_prompt)
-            for p in prompts[start : start + config.batch_size]
-        ]
-        stop = ending if ending.sequences else None
-        replies = generate(
-            model, batch, renderer.tokenizer, sampling, seed + start, stop, ends=renderer.end_ids
-        )
-        texts += [ending.text(ids) for ids in replies.rows()]
-        tokens.append(replies.mask.sum(1).float().cpu())
-        finished.append(replies.finished.float().cpu())
-        if reference is not None:
-            kl.append(_kl(model, reference, replies, sampling.temperature).cpu())
-    return Answers(
-        texts,
-        scorer(prompts, texts),
-        torch.cat(tokens),
-        torch.cat(finished),
-        torch.cat(kl) if kl else None,
-        [judge(p, t) for p, t in zip(prompts, texts, strict=True)] if judge else None,
-    )
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A policy's replies to the held-out prompts, with their scores."""
-
-    texts: list[str]
-    scores: Float[Tensor, " batch"]
-    tokens: Float[Tensor, " batch"]
-    finished: Float[Tensor, " batch"]
-    kl: Float[Tensor, " batch"] | None
-    gold: list[float] | None
-
-
-def judge_of(config: EvaluationConfig) -> GoldScore | None:
-    """Return the configured judge: `judge(prompt, reply) -> score`."""
-    if config.judge == "none":
-        return None
-    from rlhf.world import gold
-
-    return gold
-
-
-def repetition(text: str) -> float:
-    """Return the share of a reply's 3-grams of words that repeat earlier ones."""
-    return repeated_ngrams(text.lower().split(), 3)
-
-
-def _compare(before: Answers, after: Answers, index: Sequence[int]) -> dict[str, float]:
-    rows = list(index)
-    n = len(rows)
-    wins = float((torch.sign(after.scores - before.scores)[rows] + 1).sum() / 2)
-    assert after.kl is not None
-    result: dict[str, float] = {
-        **share("win_rate", wins, n),
-        "n": n,
-        "reward_before": float(before.scores[rows].mean()),
-        "reward_after": float(after.scores[rows].mean()),
-        "kl": float(after.kl[rows].mean()),
-        "eos_rate": float(after.finished[rows].mean()),
-        "tokens_before": float(before.tokens[rows].mean()),
-        "tokens_after": float(after.tokens[rows].mean()),
-        "repetition_before": _mean([repetition(before.texts[i]) for i in rows]),
-        "repetition_after": _mean([repetition(after.texts[i]) for i in rows]),
-    }
-    if before.gold is not None and after.gold is not None:
-        old, new = before.gold, after.gold
-        gold_wins = sum(points(new[i] - old[i]) for i in rows)
-        not_worse = sum(new[i] >= old[i] for i in rows)
-        result |= {
-            **share("gold_win_rate", gold_wins, n),
-            "gold_not_worse": not_worse / n,
-            "gold_strict_win_rate": sum(new[i] > old[i] for i in rows) / n,
-            "gold_before": _mean([old[i] for i in rows]),
-            "gold_after": _mean([new[i] for i in rows]),
-        }
+    result["shifts"] = shifts(before.answers("sampled"), after.answers("sampled"), keys)
+    result["over_optimisation"] = over_optimisation(result["sampled"], judge.reason)
     return result
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _against_champion(
+    sides: Sequence[_Side], rows: Sequence[PromptRow], digest: str | None
+) -> dict[str, Any]:
+    """Compare the policy with the champion, which stands for `before`."""
+    policy, champion = (side.answers("sampled") for side in sides[1:])
+    # The KL is that from the SFT policy, and would read here as one from the champion.
+    measures = {k: v for k, v in policy.measures.items() if k not in ("kl", "kl_exact")}
+    return {
+        "policy": digest,
+        **_with_groups(champion, replace(policy, measures=measures), rows),
+        "own": own_metrics(champion),
+    }
 
 
-def _samples(rows: Sequence[PromptRow], before: Answers, after: Answers) -> list[dict[str, Any]]:
-    """Return all replies side by side, ordered by a hash of their prompt.
+def _flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    """Yield the values of nested metrics by dotted names, without lists and those of groups."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            if name != "by_group":
+                yield from _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            yield f"{prefix}{name}", value
 
-    The order keeps the replies out of the choice of the first few, which reports show.
+
+def _samples(rows: Sequence[PromptRow], sides: Sequence[_Side], count: int) -> list[dict[str, Any]]:
+    """Return the first sample of each policy to every prompt, ordered by a hash of the prompt.
+
+    The order keeps the replies out of the choice of the first few, which reports show. `kinds`
+    names the `count` prompts of each kind that are worth reading, see `_kinds`.
     """
+    answers = [side.answers("sampled") for side in sides]
+    kinds = _kinds(answers[0], answers[1], count)
     order = sorted(range(len(rows)), key=lambda i: zlib.crc32(repr(rows[i].prompt).encode()))
+
+    def of(side: int, index: int, scorer: str) -> float | None:
+        scores = answers[side].scores.get(scorer) if side < len(answers) else None
+        return None if scores is None else float(scores[index, 0])
+
+    names = ("before", "after", "champion")
+    scored = [
+        (f"{scorer}_{name}", number, scorer)
+        for scorer in ("reward", "judge", "gold")
+        for number, name in enumerate(names)
+        if (scorer, name) != ("gold", "champion")
+    ]
     return [
         {
             "prompt": rows[i].prompt,
             "group": rows[i].group,
-            "before": before.texts[i],
-            "after": after.texts[i],
-            "reward_before": float(before.scores[i]),
-            "reward_after": float(after.scores[i]),
-            "gold_before": before.gold[i] if before.gold else None,
-            "gold_after": after.gold[i] if after.gold else None,
+            **{
+                name: answers[number].texts[i][0] if number < len(answers) else None
+                for number, name in enumerate(names)
+            },
+            **{name: of(number, i, scorer) for name, number, scorer in scored},
+            "kinds": [name for name, index in kinds.items() if i in index],
         }
         for i in order
     ]
 
 
-def _kl(
-    model: Any, reference: Any, replies: Replies, temperature: float
-) -> Float[Tensor, " batch"]:
-    """Estimate the KL of each reply in nats: k1, Σ log π − log π_ref over its tokens.
+def _kinds(before: Answers, after: Answers, count: int) -> dict[str, list[int]]:
+    """Return the prompts that are worth reading, by kind, `count` of each at most.
 
-    Both are at the sampling temperature and over the whole vocabulary, from which evaluation
-    samples whatever PPO's `top_k` and `top_p` are: on average it is the KL of the distribution that
-    is sampled. A greedy reply is no sample: its value is the log-ratio at temperature 1.
+    `disagree`: reward model and judge say the opposite of the shown replies, and their differences,
+    each in its standard deviations, are farthest apart. `lost`: the judge, or without one the
+    reward model, prefers the SFT policy's shown reply most. `changed`: the policy is farthest from
+    the SFT policy, by the exact KL of its replies.
     """
-    temperature = temperature or 1.0
-    log_p, _ = log_probs_and_entropy(model, replies, temperature, entropy=False)
-    log_p_ref, _ = log_probs_and_entropy(reference, replies, temperature, entropy=False)
-    return ((log_p - log_p_ref) * replies.mask).sum(1)
+    gains = {
+        name: after.scores[name][:, 0] - before.scores[name][:, 0]
+        for name in ("reward", "judge")
+        if name in after.scores
+    }
+    kinds = {"changed": _largest(after.measures["kl_exact"], count)}
+    kinds["lost"] = _largest(-gains.get("judge", gains["reward"]), count, above=0)
+    if "judge" in gains:
+        reward, judge = (gain / (gain.std() or 1.0) for gain in gains.values())
+        contrary = np.where(reward * judge < 0, np.abs(reward - judge), 0)
+        kinds["disagree"] = _largest(contrary, count, above=0)
+    return kinds
+
+
+def _largest(values: Values, count: int, above: float = -np.inf) -> list[int]:
+    order = np.argsort(-values, kind="stable")[:count]
+    return [int(i) for i in order if values[i] > above]

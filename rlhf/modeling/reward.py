@@ -53,6 +53,9 @@ META = "rlhf.json"
 #: Field of it: digest of the base weights on which the adapter in `adapter/` was trained.
 BASE_WEIGHTS = "base_weights"
 
+#: Fields of it: mean and standard deviation of scores of chosen replies of the training pairs.
+SCORE_MEAN, SCORE_STD = "score_mean", "score_std"
+
 
 def load_reward_model(folder: Path | str, renderer: Renderer, pooling: str | None = None) -> Any:
     """Load a reward model, or make one from another model with a head that scores 0.
@@ -350,6 +353,23 @@ def reward_meta(folder: Path | str) -> dict[str, Any]:
     """Read `rlhf.json`; empty for an external model, which has none."""
     path = Path(folder) / META
     return read_json(path) if path.is_file() else {}
+
+
+def reference_scale(folder: Path) -> tuple[float, float]:
+    """Return mean and standard deviation of a reward model's scores of reference replies.
+
+    Raises:
+        ConfigError: Its training has not measured them, or they are all the same.
+    """
+    meta = reward_meta(folder)
+    mean, deviation = meta.get(SCORE_MEAN), meta.get(SCORE_STD)
+    if mean is None or deviation is None or deviation <= 0:
+        reason = "no scores of reference replies" if mean is None else "one score for all replies"
+        raise ConfigError(
+            f"ppo.reward_normalization = 'reference', but reward model {str(folder)!r} has "
+            f"{reason}; train it again, or set ppo.reward_normalization to running or none"
+        )
+    return mean, deviation
 
 
 def set_pooling(

@@ -50,7 +50,7 @@ from rlhf.modeling.lora import (
     with_adapter,
 )
 from rlhf.modeling.precision import autocast, store_in_bfloat16
-from rlhf.modeling.reward import Scorer, SharedScorer, load_reward_model
+from rlhf.modeling.reward import Scorer, SharedScorer, load_reward_model, reference_scale
 from rlhf.modeling.sampling import Sampling
 from rlhf.modeling.structure import hidden_width
 from rlhf.ppo.losses import exact_kl, kept_mass
@@ -75,6 +75,8 @@ class Models:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.scorer: Scorer | None = None
         """The reward model that scores replies, if there is one."""
+        self.reward_scale: tuple[float, float] | None = None
+        """Mean and deviation of its scores of reference replies, if rewards are so normalised."""
         self.ranks = ranks or Ranks()
         for model in (policy, critic):
             model.eval()  # no dropout: the old and the new policy must be the same function
@@ -290,6 +292,9 @@ def load_models(
         ConfigError: A reward model is required and missing, or does not fit the policy or, with
             `shared_base`, its weights; or the environment does not work.
     """
+    scale = None
+    if config.reward_normalization == "reference" and reward_model is not None:
+        scale = reference_scale(reward_model.subject)
     torch.manual_seed(seed)
     # Effectively no timeout: a dead process is detected by its closed connections.
     timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))
@@ -313,7 +318,7 @@ def load_models(
     longest = min(max(scored.prompt, 0) + config.max_new_tokens, context)
     critic = _load_critic(config, sft, policy, renderer, scorer, reward_model, longest)
     models = Models(config, policy, reference, critic, accelerator, ranks)
-    models.scorer = scorer
+    models.scorer, models.reward_scale = scorer, scale
     return models, environment, renderer
 
 

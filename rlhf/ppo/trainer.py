@@ -159,6 +159,9 @@ class PPOTrainer:
         if config.reward_normalization == "running":
             self.scale.update(scores)
             scores = self.scale.apply(scores)
+        elif self.models.reward_scale:
+            mean, deviation = self.models.reward_scale
+            scores = (scores - mean) / deviation
         scores = clip_scores(scores, config.reward_clip).to(self.storage_device)
         rewards = shaped_rewards(scores, kl, mask, states, self.kl_controller.value)
         if config.whiten_rewards:

@@ -182,7 +182,8 @@ def watchdog_finding(watchdog: Mapping[str, Any] | None) -> Finding | None:
     update = number_of(stopped.get("update"))
     when = "" if update is None else f" after update {number(int(update))}"
     evidence = f"{sentence(stopped.get('evidence'))} {goes_on}".strip()
-    detector = str(stopped.get("detector") or "unknown").replace("_", " ")
+    detector = words(str(stopped.get("detector") or "unknown"))
+    detector = detector[:1].lower() + detector[1:]
     return Finding("missed", f"The watchdog stopped PPO{when}: {detector}.", evidence)
 
 

@@ -16,16 +16,14 @@ from rlhf.report.text import (
 )
 from rlhf.report.trust_charts import Margins, Reliability, margins_of, reliability_of
 
-MAX_SLICES, MAX_PROBES = 15, 20
+MAX_SLICES, MAX_PROBES, MAX_NOTES = 15, 20, 12
 #: What a probe does to a good reply.
 PROBES = {
-    "filler": "Filler words are added",
-    "repeated": "A sentence is repeated",
-    "repetition": "A sentence is repeated",
+    "filler": "A sentence of filler is added",
+    "repeated_sentence": "A sentence is repeated",
     "truncated": "The end is cut off",
-    "truncation": "The end is cut off",
     "flattery": "Flattery is added",
-    "bullets": "Lines become bullet points",
+    "bullets": "Sentences become bullet points",
     "other_prompt": "A good reply to another prompt",
 }
 
@@ -67,6 +65,8 @@ class RewardModelView:
     margins: Margins | None = None
     figures: tuple[Figure, ...] = ()
     probes: tuple[Probe, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Why a figure is missing."""
 
 
 def reward_model_view(model: Mapping[str, Any] | None) -> RewardModelView:
@@ -74,6 +74,7 @@ def reward_model_view(model: Mapping[str, Any] | None) -> RewardModelView:
     if not model:
         return RewardModelView()
     slices = {str(k): _mapping(v) for k, v in _mapping(model.get("by_slice")).items()}
+    notes = model.get("notes")
     probes = [*_mapping(model.get("probes")).items()][:MAX_PROBES]
     return RewardModelView(
         accuracy=accuracy_chart(model, slices),
@@ -84,6 +85,7 @@ def reward_model_view(model: Mapping[str, Any] | None) -> RewardModelView:
         margins=margins_of(model.get("margins")),
         figures=_figures(model),
         probes=tuple(_probe(str(name), _mapping(probe)) for name, probe in probes),
+        notes=tuple(map(str, notes[:MAX_NOTES])) if isinstance(notes, list) else (),
     )
 
 
@@ -94,7 +96,7 @@ def accuracy_chart(
     groups = _mapping(model.get("by_group"))
     estimates = [
         ("Reward model", "main", model, "accuracy"),
-        ("– on pairs where length decides nothing", "part", model, "length_controlled_accuracy"),
+        ("– where length is no help", "part", model, "length_controlled_accuracy"),
         ("Choose the longer reply", "baseline", model, "baseline_longer"),
         ("Choose by format", "baseline", model, "baseline_format"),
         *((str(name), "group", _mapping(groups[name]), "accuracy")
@@ -112,7 +114,8 @@ def _slice_chart(
     worst = str(model.get("worst_slice"))
     shown = sorted(known, key=lambda name: (known[name], name))[:MAX_SLICES]
     estimates = [
-        (name, "worst" if name == worst else "group", slices[name], "accuracy") for name in shown
+        (slice_name(name), "worst" if name == worst else "group", slices[name], "accuracy")
+        for name in shown
     ]
     lines = [("coin", "coin", 0.5), ("overall", "ceiling", model.get("accuracy"))]
     return interval_chart(estimates, lines, groups="")
@@ -127,20 +130,30 @@ def _worst(model: Mapping[str, Any], slices: Mapping[str, Mapping[str, Any]]) ->
     details = [f"95 % interval {spread}"] if spread else []
     if number_of(found.get("n")) is not None:
         details.append(f"n = {_count(found.get('n'))}")
-    text = f"{name}: {percent(found['accuracy'])}"
+    text = f"{slice_name(str(name))}: {percent(found['accuracy'])}"
     return text + (f" ({', '.join(details)})" if details else "")
+
+
+def slice_name(name: str) -> str:
+    """Return a slice's name in words; that of a group of the data stays as it is."""
+    kind, colon, group = name.partition(":")
+    return f"Group {group}" if kind == "group" and colon else words(name)
 
 
 def _figures(model: Mapping[str, Any]) -> tuple[Figure, ...]:
     calibrated = number_of(model.get("log_loss_calibrated"))
     after = "" if calibrated is None else f"{number(calibrated)} at the fitted temperature; "
+    chance = number_of(model.get("ece_chance"))
+    by_chance = "0 is perfect" if chance is None else f"by chance alone {percent(chance)}"
+    longer = percent_range(model.get("prefers_longer_low"), model.get("prefers_longer_high"))
     figures = [
         Figure("Held-out pairs", _count(model.get("n"))),
         Figure("Prompts", _count(model.get("prompts"))),
         Figure("Log-loss", number(model.get("log_loss")), f"{after}a coin has 0.69"),
         Figure("Brier score", number(model.get("brier")), "a coin has 0.25"),
-        Figure("Calibration error", percent(model.get("ece")), "expected (ECE); 0 is perfect"),
+        Figure("Calibration error", percent(model.get("ece")), f"expected (ECE); {by_chance}"),
         Figure("Temperature", number(model.get("temperature")), _temperature(model)),
+        Figure("Prefers the longer reply", percent(model.get("prefers_longer")), longer),
         Figure("Mean margin", number(model.get("margin_mean"))),
         Figure("Share of the ceiling reached", percent(model.get("share_of_ceiling"))),
     ]

@@ -41,17 +41,19 @@ class Answer(NamedTuple):
 
 
 def trust_answers(
-    policy: Mapping[str, Any] | None, verdict: Verdict | None = None
+    policy: Mapping[str, Any] | None, verdict: Verdict | None = None, compares: bool = True
 ) -> tuple[Answer, ...]:
     """Return the three answers; empty without a policy's evaluation.
 
     Args:
         policy: The policy's `evaluation.json`; an old one lacks parts.
         verdict: Verdict of the policy's gate, which decides on the champion.
+        compares: Whether the configuration asks for a comparison with the champion.
     """
     if not policy:
         return ()
-    return (_against_sft(policy), _against_champion(policy, verdict), _over_optimised(policy))
+    champion = _against_champion(policy, verdict, compares)
+    return (_against_sft(policy), champion, _over_optimised(policy))
 
 
 def win_rates(metrics: Mapping[str, Any]) -> str:
@@ -92,11 +94,13 @@ def _against_sft(policy: Mapping[str, Any]) -> Answer:
     return _answer("better than SFT", answer, evidence or "no win rate was measured")
 
 
-def _against_champion(policy: Mapping[str, Any], verdict: Verdict | None) -> Answer:
+def _against_champion(policy: Mapping[str, Any], verdict: Verdict | None, compares: bool) -> Answer:
     question, champion = "better than the champion", _mapping(policy.get("champion"))
     digest = (verdict.champion if verdict else None) or champion.get("policy")
     checks = [c for c in verdict.checks if c.kind == "champion"] if verdict else []
     if not digest and not champion:
+        if not compares:
+            return _answer(question, "not compared", "gates.champion is none")
         if not any(key in policy for key in _RECENT):
             return _answer(question, "unknown", "this evaluation compares with SFT alone")
         return _answer(question, "no champion yet", "")
@@ -129,7 +133,8 @@ def _over_optimised(policy: Mapping[str, Any]) -> Answer:
 
 def failure(check: Check) -> str:
     """Return a check that isn't met, with its number, as text."""
-    return f"{check.metric} = {exact(check.value)}, needs {check.bound}"
+    note = f" ({check.note})" if check.note else ""
+    return f"{check.metric} = {exact(check.value)}, needs {check.bound}{note}"
 
 
 def look(verdict: Verdict) -> str:

@@ -68,6 +68,7 @@ class MarginBar(NamedTuple):
 class Margins:
     """Histogram of the differences in score between the preferred reply and the other."""
 
+    unit: str
     bars: tuple[MarginBar, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
@@ -189,11 +190,14 @@ def margins_of(margins: Any) -> Margins | None:
             MarginBar(
                 round(left + 0.5, 1), round(max(across(high) - left - 1, 0.5), 1),
                 middle, round(up(0) - middle, 1), top, round(middle - top, 1),
-                f"{number(low)} to {number(high)}: {_count(good)} right, {_count(bad)} wrong",
+                f"{tick_label(low)} to {tick_label(high)}: "
+                f"{_count(good)} right, {_count(bad)} wrong",
             )
         )  # fmt: skip
     inside = [m for m in nice_ticks(ends[0], ends[-1], 5) if ends[0] <= m <= ends[-1]]
+    signed = "score of the preferred reply less that of the other"
     return Margins(
+        unit=signed if ends[0] < 0 else "difference of the two replies' scores, without its sign",
         bars=tuple(bars),
         x_ticks=tuple(Tick(across(m), tick_label(m)) for m in inside),
         y_ticks=tuple(Tick(up(m), number(int(m))) for m in y_marks),

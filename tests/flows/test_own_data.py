@@ -12,6 +12,7 @@ from rich.console import Console
 from flows.pipeline import pipeline
 from flows.terminal import show_run
 from rlhf.config import load_config
+from rlhf.errors import ConfigError
 from rlhf.files import read_json
 from tasks.runner import store_of
 
@@ -116,7 +117,7 @@ def test_completes_and_tells_the_truth(config):
 
 def test_a_reward_model_no_better_than_length_is_rejected_when_asked(config):
     rule = (
-        '[{"metric": "accuracy", "min": "baseline_longer"}, {"metric": "accuracy_low", "min": 0.9}]'
+        '[{"metric": "accuracy", "min": "baseline_longer"}, {"metric": "accuracy_low", "min": 0.6}]'
     )
     state = pipeline(overrides=config("--gates.reward_model", rule), return_state=True)
     assert state.name == "GateRejected"
@@ -124,3 +125,14 @@ def test_a_reward_model_no_better_than_length_is_rejected_when_asked(config):
     run = state.result(raise_on_failure=False)
     assert "train-policy" not in run.refs
     assert run.report.is_file()
+
+
+def test_a_gate_that_so_few_pairs_can_not_pass_is_refused_before_training(config):
+    rule = '[{"metric": "accuracy", "on": "low", "min": 0.9}]'
+    state = pipeline(overrides=config("--gates.reward_model", rule), return_state=True)
+    run = state.result(raise_on_failure=False)
+    assert (state.name, isinstance(run.error, ConfigError)) == ("Failed", True)
+    assert "lower end of accuracy ≥ 0.9 can't be met with 31 held-out pairs" in state.message
+    assert "raise data.eval_fraction = 0.3" in state.message
+    assert "train-sft" not in run.refs
+    assert [row.name for row in run.rows if row.state == "Failed"] == ["check-gates"]

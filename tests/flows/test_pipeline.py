@@ -1,6 +1,8 @@
 """The pipeline as a Prefect flow: stages run, stages cached, and final states."""
 
 import json
+from html import unescape
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +15,13 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
 )
 from prefect.utilities.collections import visit_collection
+from rich.console import Console
 
 from flows import stages
 from flows.cli import app
 from flows.pipeline import pipeline
 from flows.stages import STAGE_FLOWS
+from flows.terminal import show_run
 from rlhf.champions import Promotion, promote
 from rlhf.config import load_config
 from rlhf.config.pipeline import STAGE_NAMES
@@ -27,6 +31,7 @@ from tasks import prefect_tasks
 from tasks.parameters import NO_PRESET, configuration_name, resolve
 from tasks.preflight import preflight_command
 from tasks.remote import WORK_TAG
+from tasks.report import first_answers, shown_samples
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -219,6 +224,35 @@ def test_a_loaded_configuration_is_taken_as_it_is_and_shown_as_its_values():
         assert resolved.sources["ppo.gamma"] == ("command line" if given is loaded else "override")
 
 
+def test_the_first_screen_and_the_page_give_the_same_answers(first_run):
+    result = first_run.result
+    answers = first_answers(result)
+    assert [answer.question for answer in answers] == [
+        "better than SFT", "better than the champion", "over-optimised",
+    ]  # fmt: skip
+    assert answers[1].line == "better than the champion: not compared (gates.champion is none)"
+    console = Console(record=True, width=200, file=StringIO())
+    show_run(console, result)
+    lines = console.export_text().splitlines()
+    page = unescape(result.report.read_text())
+    for answer in answers:
+        assert answer.line in lines
+        assert f"<b>{answer.answer}</b>" in page
+        assert answer.evidence in page
+    # The last lines of a terminal are those that are seen.
+    assert lines.index(answers[0].line) > len(lines) - 10
+
+
+def test_samples_of_every_kind_are_shown_and_no_more():
+    kinds = [[], ["lost"], [], ["lost", "changed"], [], ["lost"], ["changed"], ["changed"]]
+    rows = [{"prompt": str(i), "kinds": kind} for i, kind in enumerate(kinds)]
+    # Two without a kind, two that lost, and of those that changed one more than prompt 3.
+    assert [row["prompt"] for row in shown_samples(rows, 2)] == ["0", "1", "2", "3", "6"]
+    assert shown_samples(rows, 0) == []
+    # Evaluations from before there were kinds.
+    assert len(shown_samples([{"prompt": "a"}] * 5, 2)) == 2
+
+
 def test_prefect_shows_stages_states_and_results(tiny, finished):
     state, _ = run(tiny())
     flow_run_id = state.state_details.flow_run_id
@@ -232,6 +266,9 @@ def test_prefect_shows_stages_states_and_results(tiny, finished):
         flow_run = client.read_flow_run(flow_run_id)
     assert mine == dict.fromkeys(NAMES, "Cached")
     keys = {a.key for a in artifacts}
+    (summary,) = (a.data for a in artifacts if a.key == "report")
+    assert "\n- better than SFT: " in summary
+    assert "\n- over-optimised: " in summary
     assert {f"{name}-result" for name in NAMES} <= keys
     assert {"samples", "gate-policy-verdict"} <= keys
     assert flow_run.name.startswith("tiny-")

@@ -1,8 +1,6 @@
-"""Evaluation: metrics of constructed cases, intervals, samples and judges."""
+"""Evaluation of reward models: metrics of constructed cases, and the ceiling."""
 
 from __future__ import annotations
-
-import shutil
 
 import pytest
 import torch
@@ -11,19 +9,15 @@ import rlhf.evaluation.reward_model as module
 from rlhf.config import DataConfig, EvaluationConfig, WorldConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rendering import Renderer
-from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, Pair, PromptRow, write_rows
+from rlhf.data.rows import PAIRS_EVAL, Pair, write_rows
 from rlhf.errors import DataError
-from rlhf.evaluation import evaluate_policy, evaluate_reward_model
+from rlhf.evaluation import evaluate_reward_model
 from rlhf.evaluation.common import groups_of
-from rlhf.evaluation.policy import Answers, _compare, _kl, judge_of, repetition
 from rlhf.evaluation.reward_model import ceiling_of
 from rlhf.files import read_json
 from rlhf.inference import share_of
-from rlhf.modeling.base import load_policy, train_tokenizer
-from rlhf.modeling.generate import generate
+from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer
-from rlhf.modeling.sampling import Sampling
-from rlhf.ppo.train import train_policy
 from rlhf.statistics import share
 from rlhf.world import ceiling, gold
 from rlhf.world import generate as generate_world
@@ -40,14 +34,6 @@ def test_wilson_interval():
     assert got["x_high"] == pytest.approx(0.9433, abs=1e-4)
     assert share("x", 0, 5)["x_low"] == 0
     assert share("x", 2.4, 10) == {**share("x", 2, 10), "x": 0.24}
-
-
-def test_repetition():
-    assert repetition("a b c d") == 0
-    assert repetition("too short") == 0
-    # abc bca cab abc: the last of four was there before
-    assert repetition("a b c a B c") == 0.25
-    assert repetition("no no no no no") == pytest.approx(2 / 3)
 
 
 def testgroups_of():
@@ -143,202 +129,7 @@ def test_no_held_out_pairs(tmp_path):
         evaluate_pairs([], tmp_path)
 
 
-# --- policy -----------------------------------------------------------------------------------
-
-
-def answers(scores, gold=None, kl=None, texts=None):
-    n = len(scores)
-    return Answers(
-        texts or ["a"] * n,
-        torch.tensor(scores),
-        torch.arange(1.0, n + 1),
-        torch.tensor([1.0] * (n - 1) + [0.0]),
-        torch.tensor(kl) if kl else None,
-        gold,
-    )
-
-
-def test_compare_by_hand():
-    before = answers([0.0, 0.0, 0.0, 0.0], gold=[1.0, 2.0, 3.0, 4.0], texts=["no no no no"] * 4)
-    after = answers([1.0, 0.0, -1.0, 2.0], gold=[2.0, 2.0, 2.0, 4.0], kl=[1.0, 2.0, 3.0, 6.0])
-    got = _compare(before, after, range(4))
-    # a win, a tie, a loss, a win
-    assert got["win_rate"] == 2.5 / 4
-    assert got["win_rate_low"] == share("w", 2, 4)["w_low"]
-    assert (got["reward_before"], got["reward_after"]) == (0, 0.5)
-    assert got["kl"] == 3
-    assert got["eos_rate"] == 0.75
-    assert (got["tokens_before"], got["tokens_after"]) == (2.5, 2.5)
-    assert (got["repetition_before"], got["repetition_after"]) == (0.5, 0)
-    # of gold: a win, a tie, a loss, a tie
-    assert got["gold_win_rate"] == 0.5
-    assert got["gold_not_worse"] == 0.75
-    assert got["gold_strict_win_rate"] == 0.25
-    assert (got["gold_before"], got["gold_after"]) == (2.5, 2.5)
-    part = _compare(before, after, [0, 3])
-    assert (part["n"], part["win_rate"], part["kl"], part["eos_rate"]) == (2, 1, 3.5, 0.5)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
-def test_kl_is_summed_over_the_reply(sft, fresh, renderer, policy, temperature):
-    """Of the distributions at the sampling temperature; of a greedy reply at temperature 1."""
-    rows = [renderer.encode_prompt(p, 40) for p in ("tea?", "jar or cup?")]
-    replies = generate(policy, rows, renderer.tokenizer, Sampling(8), 3)
-    other = load_policy(fresh).eval()
-    torch.nn.init.constant_(other.model.norm.weight, 2.0)
-    got = _kl(policy, other, replies, temperature)
-    for i, (prompt, reply) in enumerate(zip(rows, replies.rows(), strict=True)):
-        ids = torch.tensor([prompt + reply])
-        each = [
-            (m(ids).logits[0, len(prompt) - 1 : -1] / (temperature or 1)).log_softmax(-1)[
-                range(len(reply)), reply
-            ]
-            for m in (policy, other)
-        ]
-        assert got[i].item() == pytest.approx((each[0] - each[1]).sum().item(), abs=1e-4)
-
-
-@pytest.fixture(scope="module")
-def better(data, sft, approved, tmp_path_factory):
-    """A policy that PPO has improved."""
-    out = tmp_path_factory.mktemp("better")
-    config = toys.changed(toys.PPO, total_episodes=320)
-    train_policy(config, data, sft, approved, out, runtime=toys.RUNTIME)
-    return out
-
-
-@pytest.fixture
-def evaluate(data, sft, reward_model, tmp_path):
-    def run(policy, config=PLAIN, folder=data, ppo=toys.PPO, **options):
-        result = evaluate_policy(
-            config, ppo, folder, sft, policy, reward_model, tmp_path,
-            runtime=toys.RUNTIME, **options,
-        )  # fmt: skip
-        return result.metrics, read_json(tmp_path / "evaluation.json")
-
-    return run
-
-
-def test_a_policy_against_itself(evaluate, sft):
-    metrics, _ = evaluate(sft)
-    for mode in ("sampled", "greedy"):
-        assert metrics[f"{mode}.win_rate"] == 0.5
-        assert metrics[f"{mode}.win_rate_low"] == share("w", 10, 20)["w_low"]
-        assert metrics[f"{mode}.kl"] == pytest.approx(0, abs=1e-6)
-        assert metrics[f"{mode}.reward_before"] == metrics[f"{mode}.reward_after"]
-        assert metrics[f"{mode}.tokens_before"] == metrics[f"{mode}.tokens_after"]
-
-
-def test_replies_end_where_those_of_training_ended(evaluate, sft, tmp_path):
-    def replies(**options):
-        evaluate(sft, PLAIN, ppo=toys.changed(toys.PPO, **options))
-        return [s["before"] for s in read_json(tmp_path / "samples.json")]
-
-    whole = replies()
-    cut = replies(env_type="text_generation", env_config={"stop_sequences": ["a"]})
-    assert any("a" in text for text in whole)
-    assert cut == [text.partition("a")[0].strip() for text in whole]
-
-
-def test_a_better_policy_wins(evaluate, better, sft, tmp_path):
-    seen = []
-    metrics, written = evaluate(better, progress=lambda *a: seen.append(a))
-    assert metrics["sampled.win_rate_low"] > 0.5
-    assert metrics["sampled.reward_after"] > metrics["sampled.reward_before"]
-    assert metrics["sampled.kl"] > 0.5
-    assert metrics["n"] == 20
-    assert [s[:2] for s in seen] == [(i, 4) for i in range(1, 5)]
-    assert seen[1][2]["reward"] == pytest.approx(metrics["sampled.reward_after"])
-    # the toy's held-out prompts with "tea" are a group of 8, the rest have none
-    groups = written["sampled"].pop("by_group")
-    assert {name: part["n"] for name, part in groups.items()} == {"tea": 8}
-    written["greedy"].pop("by_group")
-    assert metrics == {
-        "n": 20,
-        **{f"{mode}.{k}": v for mode in ("sampled", "greedy") for k, v in written[mode].items()},
-    }
-    samples = read_json(tmp_path / "samples.json")
-    assert len(samples) == 20
-    assert set(samples[0]) == {
-        "prompt", "group", "before", "after", "reward_before", "reward_after",
-        "gold_before", "gold_after",
-    }  # fmt: skip
-    mean = sum(s["reward_after"] for s in samples) / 20
-    assert mean == pytest.approx(metrics["sampled.reward_after"], abs=1e-5)
-    assert all(s["gold_after"] is None for s in samples)
-
-
-def test_samples_come_in_an_order_of_the_prompts(evaluate, better, sft, tmp_path):
-    def order(policy):
-        evaluate(policy)
-        return [s["prompt"] for s in read_json(tmp_path / "samples.json")]
-
-    first = order(sft)
-    assert first == order(better)
-    assert first != sorted(first)
-
-
-def test_seed_temperature_and_number_of_prompts(evaluate, better):
-    base, _ = evaluate(better)
-    assert evaluate(better)[0] == base
-    assert evaluate(better, seed=1)[0]["sampled.kl"] != base["sampled.kl"]
-    assert evaluate(better, seed=1)[0]["greedy.kl"] == base["greedy.kl"]
-    cold, _ = evaluate(better, toys.changed(PLAIN, temperature=0.01))
-    assert cold["sampled.reward_after"] == pytest.approx(cold["greedy.reward_after"], abs=1e-4)
-    few, _ = evaluate(better, toys.changed(PLAIN, prompts=5))
-    assert few["n"] == few["sampled.n"] == 5
-
-
-def test_batches_do_not_touch_greedy_replies(evaluate, better):
-    base, _ = evaluate(better)
-    small, _ = evaluate(better, toys.changed(PLAIN, batch_size=3))
-    for name in ("win_rate", "reward_after", "kl", "tokens_after"):
-        assert small[f"greedy.{name}"] == pytest.approx(base[f"greedy.{name}"], abs=1e-4)
-
-
-def test_the_judge_reads_prompt_and_reply(evaluate, better, tmp_path, monkeypatch):
-    judged = []
-
-    def judge(prompt, reply):
-        judged.append((prompt, reply))
-        return float("good" in reply)
-
-    monkeypatch.setattr(module, "judge_of", lambda config: judge)
-    metrics, _ = evaluate(better)
-    samples = read_json(tmp_path / "samples.json")
-    assert len(judged) == 80
-    assert {(s["prompt"], s["after"]) for s in samples} <= set(judged)
-    assert all(s["gold_after"] == float("good" in s["after"]) for s in samples)
-    mean = sum(s["gold_after"] for s in samples) / len(samples)
-    assert metrics["sampled.gold_after"] == pytest.approx(mean)
-
-
-def test_no_held_out_prompts(evaluate, data, sft, tmp_path):
-    folder = tmp_path / "empty"
-    shutil.copytree(data, folder)
-    write_rows(folder / PROMPTS_EVAL, [])
-    with pytest.raises(DataError, match=r"no held-out prompts.*data\.eval_fraction"):
-        evaluate(sft, folder=folder)
-
-
-def test_chat_prompts(evaluate, data, sft, tmp_path):
-    folder = tmp_path / "chat"
-    shutil.copytree(data, folder)
-    chat = [{"role": "system", "content": "be good"}, {"role": "user", "content": "tea?"}]
-    write_rows(folder / PROMPTS_EVAL, [PromptRow(chat), PromptRow("tea?")])
-    evaluate(sft, folder=folder)
-    samples = read_json(tmp_path / "samples.json")
-    assert len(samples) == 2
-    assert all(s["prompt"] in (chat, "tea?") for s in samples)
-    assert samples[0]["prompt"] != samples[1]["prompt"]
-
-
-# --- judges -----------------------------------------------------------------------------------
-
-
-def test_judges():
-    assert judge_of(PLAIN) is None
-    assert judge_of(WORLD) is gold
+def test_ceiling_where_nothing_is_known():
     assert ceiling_of(PLAIN, DataConfig(), []) is None
     # equal replies are told apart by nobody
     assert ceiling_of(WORLD, DataConfig(), [Pair("p", "a", "a")]) == pytest.approx(0.5)

@@ -67,6 +67,7 @@ pytestmark = pytest.mark.device
         {"missing_eos": "none"},
         {"score_position": "past_end"},
         {"reward_normalization": "running"},
+        {"reward_normalization": "reference"},
         {"reward_clip": 0.1},
         {"lr_scheduler": "constant"},
         {"lr_warmup_updates": 1},

@@ -354,7 +354,8 @@ def trust_report(better: bool = True, state: str = "no") -> RunReport:
             "watchdog": demo_trust.watchdog(),
             "power": (
                 "300 gate prompts × 2 samples: a true win rate of 58.2 % over the champion is "
-                "found with 80 % power, at 99.5 % confidence (one of 10 looks); 55 % needs 1,180 prompts",
+                "found with 80 % power, at 99.5 % confidence (one of 10 looks); 55 % needs "
+                "1,180 prompts",
             ),
             "verdicts": (GATES[0], verdict),
             "trust": trust_answers(figures, verdict),

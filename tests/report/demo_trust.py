@@ -12,15 +12,15 @@ CHAMPION = "sha256:" + "c4a3f0" * 10 + "beef"
 PROBES = {
     "filler": (0.22, -0.61),
     "repeated_sentence": (0.31, -0.42),
-    "truncation": (0.08, -1.9),
+    "truncated": (0.08, -1.9),
     "flattery": (0.63, 0.27),
     "bullets": (0.52, 0.04),
     "other_prompt": (0.11, -2.3),
 }
 SLICES = {
-    "billing": (0.812, 260), "delivery": (0.772, 310), "returns": (0.792, 240),
-    "new templates": (0.732, 190), "short replies": (0.83, 420), "long replies": (0.71, 380),
-    "length-matched": (0.66, 120),
+    "group:billing": (0.812, 260), "group:delivery": (0.772, 310), "group:returns": (0.792, 240),
+    "group:new templates": (0.732, 190), "chosen_longer": (0.83, 420), "long_prompt": (0.71, 380),
+    "similar_length": (0.66, 120),
 }  # fmt: skip
 
 
@@ -50,14 +50,15 @@ def reward_model_trust() -> dict[str, Any]:
     slices = {k: {**share("accuracy", v, n), "n": n, "prompts": n} for k, (v, n) in SLICES.items()}
     return {
         "prompts": 912, "log_loss": 0.468, "log_loss_calibrated": 0.451, "brier": 0.152,
-        "ece": 0.041, "temperature": 1.31, "reliability": bins,
+        "ece": 0.041, "ece_chance": 0.022, **share("prefers_longer", 0.61, 980),
+        "notes": ["log_loss_calibrated: too few prompts"], "temperature": 1.31, "reliability": bins,
         **share("baseline_format", 0.534, 1000), **share("length_controlled_accuracy", 0.741, 700),
         "margins": {
             "edges": edges,
             "right": [n if e >= 0 else 0 for e, n in zip(edges, counts, strict=False)],
             "wrong": [0 if e >= 0 else n for e, n in zip(edges, counts, strict=False)],
         },
-        "by_slice": slices, "worst_slice": "length-matched", "worst": slices["length-matched"],
+        "by_slice": slices, "worst_slice": "similar_length", "worst": slices["similar_length"],
         "probes": {
             name: {
                 **share("rises", rises, 300), "mean_change": change, "n": 300,

@@ -6,12 +6,27 @@ from rlhf.report import render
 from tests.report import demo
 
 pytestmark = pytest.mark.browser
+NAMES = ("full", "rejected", "failed", "trust")
 
 HIDDEN_SECTIONS = """
 [...document.querySelectorAll('section, header.page-head, .node, .curve svg, .estimate.main')]
   .filter(e => { const b = e.getBoundingClientRect();
                  return !e.checkVisibility({opacityProperty: true}) || b.width < 20 || b.height < 8;
   }).map(e => e.id || e.className)
+"""
+#: Visible texts that are squeezed into a column of letters.
+SQUEEZED = """
+[...document.querySelectorAll('caption, h3, h4, th, td, dd, p, li, summary')].filter(e => {
+  if (e.closest('.hidden, .stack thead, .config thead') || !e.checkVisibility()) return false;
+  const box = e.getBoundingClientRect();
+  return box.width < 40 && box.height > 100;
+}).map(e => e.tagName + '.' + e.className + ': ' + e.textContent.slice(0, 40))
+"""
+#: Pictures and tables that a screen reader can't name.
+UNNAMED = """
+[...document.querySelectorAll('svg:not([aria-hidden]), table')]
+  .filter(e => !(e.getAttribute('aria-label') || e.querySelector('caption')))
+  .map(e => e.outerHTML.slice(0, 80))
 """
 CUT_OFF = """
 [...document.querySelectorAll('body *')].filter(e => {
@@ -26,13 +41,13 @@ CUT_OFF = """
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     files = {}
-    for name in ("full", "rejected", "failed"):
+    for name in NAMES:
         files[name] = folder / f"{name}.html"
         files[name].write_text(render(getattr(demo, f"{name}_report")()), encoding="utf-8")
     return files
 
 
-@pytest.mark.parametrize("name", ["full", "rejected", "failed"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
 def test_page_in_browser(browser, pages, tmp_path, name, width):
     page = browser.open(pages[name], width=width)
@@ -42,7 +57,9 @@ def test_page_in_browser(browser, pages, tmp_path, name, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("innerWidth") == width
     assert page.evaluate(CUT_OFF) == []
-    assert page.evaluate("document.querySelectorAll('.node').length") == 9
+    assert page.evaluate(SQUEEZED) == []
+    assert page.evaluate(UNNAMED) == []
+    assert page.evaluate("document.querySelectorAll('.node').length") == 10
     assert page.evaluate(HIDDEN_SECTIONS) == []
     shot = page.screenshot(tmp_path / f"{name}-{width}.png")
     assert shot.stat().st_size > 20_000

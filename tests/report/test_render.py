@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.gates import Check, Verdict
 from rlhf.report import STATES, RunOutcome, RunReport, StageRow, StageState, render
-from tests.report import demo
+from tests.report import demo, demo_trust
 
 REPORTS = {
     "full": demo.full_report(),
     "rejected": demo.rejected_report(),
     "failed": demo.failed_report(),
+    "trust": demo.trust_report(),
+    "kept": demo.trust_report(better=False, state="suspected"),
 }
 PAGES = {name: render(report) for name, report in REPORTS.items()}
 VOID = {"meta", "link", "img"}
@@ -134,13 +137,88 @@ def test_partial_metrics_render():
     assert "Independent judge" not in page
 
 
+def test_trust_stands_where_people_look():
+    page = PAGES["trust"]
+    assert sections(page) == sections(PAGES["full"])
+    order = [
+        "Better than SFT?", "Better than the champion?", "Over-optimised?",
+        '<section id="pipeline"',
+        "Choose by format", "Log-loss", "Reliability", "Margins", "The worst slice is",
+        "Flattery is added", '<section id="gates"', "300 gate prompts × 2 samples",
+        "Against the champion c4a3f0c4a3f0, look 2 of 10",
+        "The watchdog stopped PPO after update 36",
+        "Judge</b>", "No sign of over-optimisation.", "Win rate over the champion",
+        "non-inferiority margin, 40.0", "Gap: wins by the judge", "Shifts from the SFT policy",
+        "Forgetting", "disagree most", "lost most", "changed most",
+    ]  # fmt: skip
+    assert [page.index(text) for text in order] == sorted(page.index(text) for text in order)
+    # Win rates stand in the answers: their tiles would say it twice.
+    assert "Wins by reward" not in page[: page.index("<nav")]
+    assert "Wins by reward" in PAGES["full"][: PAGES["full"].index("<nav")]
+
+
+def test_keeping_the_champion_is_no_rejection():
+    page = PAGES["kept"]
+    assert '<span class="badge is-kept">' in page
+    assert "Keeps the champion" in page
+    assert "Not better than the champion" in page
+    assert "Over-optimisation is suspected." in page
+    assert "is-rejected" not in re.search(r'<p class="reason[^>]*>', page)[0]
+
+
+PARTS = [
+    ("reward_model", key) for key in demo_trust.reward_model_trust()
+] + [("policy", key) for key in demo_trust.policy_trust()]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "key"), PARTS)
+@pytest.mark.parametrize("value", ["missing", None, {}, [], "text", float("nan")], ids=repr)
+def test_each_part_may_be_missing_or_broken(part, key, value):
+    report = REPORTS["trust"]
+    metrics = {k: v for k, v in getattr(report, part).items() if k != key}
+    if value != "missing":
+        metrics[key] = value
+    page = render(report.model_copy(update={part: metrics}))
+    assert sections(page) == sections(PAGES["full"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policy": None, "trust": ()}, {"reward_model": None}, {"watchdog": None}, {"watchdog": {}},
+        {"verdicts": ()}, {"samples": ()}, {"curves": ()}, {"power": ()},
+        {"watchdog": {"frontier": [{"update": 3}], "chosen": None, "stopped": "x"}},
+        {"watchdog": {"frontier": [{"kl": float("nan"), "judge": float("nan")}], "stopped": None}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parts_of_the_report_may_be_missing(changes):
+    page = render(REPORTS["trust"].model_copy(update=changes))
+    assert Tree(page).open == []
+    if "watchdog" in changes:
+        assert "Checkpoints that the watchdog looked at" not in page
+
+
 def test_tags_nest():
     for page in PAGES.values():
         assert Tree(page).open == []
 
 
 @pytest.mark.parametrize(
-    "place", ["reply", "prompt", "reason", "config", "group", "metric", "card"]
+    "place",
+    [
+        "reply",
+        "prompt",
+        "reason",
+        "config",
+        "group",
+        "metric",
+        "card",
+        "reward model",
+        "policy",
+        "watchdog",
+        "verdict",
+    ],
 )
 def test_untrusted_text_is_escaped_everywhere(place):
     full, bad = REPORTS["full"], demo.HOSTILE + "</style></title>' onload='x"
@@ -160,6 +238,62 @@ def test_untrusted_text_is_escaped_everywhere(place):
                 "lengths": {"prompt": {"histogram": {"8": 3}, "quantiles": {"p5": bad}}},
                 "left_out": [{"reason": bad, "rows": 3}],
             }
+        },
+        "reward model": {
+            "reward_model": {
+                "by_slice": {bad: {"accuracy": 0.6}},
+                "worst_slice": bad,
+                "worst": {"accuracy": 0.6},
+                "probes": {
+                    bad: {
+                        "rises": 0.3,
+                        "mean_change": bad,
+                        "example": {
+                            "prompt": [{"role": bad, "content": bad}],
+                            "reply": bad,
+                            "probed": bad,
+                            "before": bad,
+                        },
+                    }
+                },
+                "reliability": [{"confidence": 0.5, "accuracy": 0.5, "n": bad}],
+            }
+        },
+        "policy": {
+            "policy": {
+                "champion": {"policy": bad, "by_group": {bad: {"win_rate": 0.5}}, "win_rate": 0.5},
+                "shifts": [{"metric": bad, "before": bad}],
+                "notes": [bad],
+                "judge": {"usable": False, "reason": bad},
+                "over_optimisation": {"state": bad, "evidence": bad},
+            },
+            "trust": ((bad, bad, bad, bad),),
+            "power": (bad,),
+            "samples": (
+                full.samples[0].model_copy(update={"champion": bad, "kinds": ("lost", bad)}),
+            ),
+        },
+        "watchdog": {
+            "watchdog": {
+                "frontier": [{"update": 1, "kl": 1.0, "judge": 1.0, "proxy": bad}],
+                "stopped": {"detector": bad, "evidence": bad},
+                "notes": [bad],
+            }
+        },
+        "verdict": {
+            "verdicts": (
+                Verdict(
+                    bad,
+                    bad,
+                    False,
+                    (
+                        Check(bad, 1.0, bad, False, note=bad),
+                        Check(f"by_group.{bad}.accuracy", 1.0, bad, False, kind="champion"),
+                    ),
+                    champion=bad,
+                    look=1,
+                ),
+            )
         },
         "metric": {
             "stages": (
@@ -219,7 +353,7 @@ def test_links_lead_somewhere_and_ids_are_unique():
 def test_picture_and_table_name_every_state():
     labels = {look.label for look in STATES.values()}
     found = [t for t in Tree(PAGES["rejected"]).texts if t in labels]
-    # Each in the picture and in the table: 2 from cache, 2 completed, 1 rejected, 4 not run;
+    # Each in the picture and in the table: 2 from cache, 2 completed, 1 rejected, 5 not run;
     # "Rejected" once more as the gate's verdict.
-    assert Counter(found) == {"From cache": 4, "Completed": 4, "Rejected": 3, "Not run": 8}
+    assert Counter(found) == {"From cache": 4, "Completed": 4, "Rejected": 3, "Not run": 10}
     assert PAGES["rejected"].count('class="node is-notrun gate"') == 1
