@@ -12,7 +12,7 @@ import torch
 
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
-from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Pair, PromptRow
 from rlhf.environments.stop import StopSequences
 from rlhf.errors import DataError, PromptUnusable
@@ -21,6 +21,7 @@ from rlhf.modeling.critic import freeze
 from rlhf.modeling.generate import Replies, generate
 from rlhf.modeling.logprobs import log_probs_and_entropy
 from rlhf.modeling.sampling import Sampling
+from rlhf.modeling.tokenizer import load_tokenizer_and_ends
 
 RowT = TypeVar("RowT", PromptRow, Pair)
 #: Largest share of prompts that a model may be unable to read.
@@ -48,6 +49,9 @@ class Policy:
         device: Device of the model.
         plan: How it replies.
         limits: Those of its training; None fills its context.
+
+    Raises:
+        ConfigError: The model or its tokenizer can't be loaded.
     """
 
     def __init__(
@@ -55,7 +59,8 @@ class Policy:
         limits: TokenLimits | None = None,
     ) -> None:  # fmt: skip
         self.model = freeze(load_policy(folder)).to(device)
-        self.renderer: Renderer = load_renderer(folder)
+        # A folder may be a model that no stage has completed.
+        self.renderer = Renderer(*load_tokenizer_and_ends(folder))
         self.plan = plan
         context = context_length(self.model)
         limits = (limits or TokenLimits(max_length=context)).within(context)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, PROMPTS_TRAIN, Pair, PromptRow, read_rows
 from rlhf.evaluation.common import points
+from rlhf.evaluation.replies import Policy, SamplingPlan
 from rlhf.files import read_json
 from rlhf.inference import mean_of, share_of
 from rlhf.modeling.reward import Scorer
@@ -227,7 +229,38 @@ def test_the_judge_of_the_lineage_scores(run, models, opened, tmp_path):
     assert {*got["scorers"]} == {"reward", "judge"}
 
 
+def test_folders_that_are_no_whole_model(run, models, opened, tmp_path):
+    write_lines(tmp_path / "suite/test.jsonl", suite_rows())
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "hello"}])
+    reward = Path(shutil.copytree(opened.fetch(models["train-reward-model"]), tmp_path / "rm"))
+    policy = Path(shutil.copytree(opened.fetch(models["train-policy"]), tmp_path / "pi"))
+    words = ("judge", "./pi", "--prompts", "prompts.jsonl", "--judge", models["train-reward-model"])
+    for folder in (reward, policy):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+    assert "'./rm': can't be loaded" in run("judge", "./rm", "--suite", "suite", code=2)
+    assert "tokenizer" in run(*words, code=2)
+    (policy / "model.safetensors").write_bytes(b"broken")
+    assert "model.safetensors" in run(*words, code=2)
+    (policy / "config.json").write_text("{broken")
+    assert "config.json is damaged" in run(*words, code=2)
+    (policy / "config.json").write_text('{"architectures": ["BertModel"]}')
+    assert "is BertModel; give a causal language model" in run(*words, code=2)
+    (policy / "config.json").unlink()
+    assert "no such folder" in run(*words[:1], "./none", *words[2:], code=2)
+    assert "holds no config.json" in run(*words, code=2)
+    assert "names no artifact" in run(*words[:1], "x" * 400, *words[2:], code=2)
+
+
 # --- compare ----------------------------------------------------------------------------------
+
+
+def test_a_policys_tokens_are_those_of_training(models, opened):
+    folder = opened.fetch(models["train-policy"])
+    policy = Policy(folder, torch.device("cpu"), SamplingPlan())
+    trained = load_renderer(folder)
+    assert policy.renderer.template_hash == trained.template_hash
+    assert policy.renderer.end_ids == trained.end_ids
 
 
 def test_two_policies(run, models, opened, tmp_path):
