@@ -129,6 +129,8 @@ def test_an_interval_of_the_judge_is_drawn():
         ({"chosen": 12, "stopped": None}, "passed", "Nothing stopped PPO before its end."),
         ({"stopped": {"detector": "max_kl", "update": 8, "evidence": "31 nats"}}, "missed",
          "The watchdog stopped PPO after update 8: max KL."),
+        ({"stopped": {"detector": "over_optimisation"}}, "missed",
+         "The watchdog stopped PPO: over-optimisation."),
     ],
 )  # fmt: skip
 def test_the_watchdogs_end_in_a_sentence(watchdog, css, says):
