@@ -22,7 +22,7 @@ from rlhf.evaluation.reward_model import CALIBRATION, pairs_report
 from rlhf.evaluation.slices import accuracy_by_slice, slices_of, worst_of
 from rlhf.evaluation.style import format_marks, style
 from rlhf.files import read_json
-from rlhf.inference import balanced_share, mean_of, share_of
+from rlhf.inference import mean_of, share_of, stratified_share
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer
 from rlhf.world import generate, gold
@@ -148,14 +148,16 @@ def test_style_by_hand():
     assert metrics["baseline_format"] == (1 + 0.5 + 0 + 0.5 + 0.5) / 5
     # of four with a difference: 1, 0, the third's shorter one is preferred, a tie
     assert metrics["prefers_longer"] == 1.5 / 4
-    # longer 1.5/3, shorter 1/1
-    assert metrics["length_controlled_accuracy"] == 0.75
-    expected = balanced_share([1, 0, 1, 0.5], ["p", "p", "q", "r"], "LLSL")
+    # longer 1.5/3, shorter 1/1, a fifth of equal length 1/1
+    assert metrics["length_controlled_accuracy"] == pytest.approx(0.2 * 1 + 0.8 * 0.75)
+    expected = stratified_share(correct, prompts, "LLSEL", {"L": 0.4, "S": 0.4, "E": 0.2})
     assert metrics["length_controlled_accuracy_low"] == expected.low
     _, notes = style(pairs[:2], [1, 0], ["p", "p"])
     assert notes == ["length_controlled_accuracy: in no pair the chosen reply is the shorter one"]
+    # Where no length differs there is nothing to control for.
     metrics, notes = style(pairs[3:4], [1], ["p"])
     assert "prefers_longer" not in metrics
+    assert (metrics["length_controlled_accuracy"], notes) == (1, [])
 
 
 # --- slices -------------------------------------------------------------------------------------
@@ -335,6 +337,9 @@ def test_the_true_score(report):
     ties = sum(b["n"] for b in metrics["reliability"]) - sum(counts["right"] + counts["wrong"])
     right = sum(counts["right"]) + ties / 2
     assert right == pytest.approx(metrics["accuracy"] * metrics["n"])
+    sides = [*zip(pairwise(counts["edges"]), counts["right"], counts["wrong"], strict=True)]
+    assert all(low >= -1e-9 for (low, _), right, _ in sides if right)
+    assert all(high <= 1e-9 for (_, high), _, wrong in sides if wrong)
 
 
 def test_a_model_of_length(report):
@@ -404,7 +409,7 @@ def test_a_trained_model(data, reward_model, tmp_path):
     other = written["probes"]["other_prompt"]
     assert result.metrics["probes.other_prompt.rises"] == other["rises"]
     assert set(written["by_group"]) == {"even", "odd"}
-    # good and bad replies are of one length
+    # "good" is longer than "bad" throughout
     assert any(note.startswith("length_controlled_accuracy") for note in written["notes"])
 
 

@@ -227,6 +227,7 @@ VALUES = st.recursive(
 @given(VALUES)
 @example(10**400)
 @example([{"update": 1, "kl": 1e300, "proxy": 1e300}, {"kl": 5e-324, "judge": 5e-324}])
+@example([{"kl": 1.0, "proxy": -1.7e308}, {"kl": 2.0, "proxy": 1.7e308}])
 @example([{"confidence": 0.5, "accuracy": 0.5, "low": -1e300, "n": -3}] * 2)
 @example({"edges": [-1e300, 1e300], "right": [1], "wrong": [1e300]})
 @example({"edges": [0, 5e-324], "right": [1], "wrong": [1]})
