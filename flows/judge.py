@@ -211,8 +211,9 @@ def _judge_replies(
         scores = judge_policy(answering[0], read.prompts[:limit], scorer, progress)
     table = Table("", "mean", "95 % interval", title=f"replies of {policy.label}",
                   title_justify="left")  # fmt: skip
-    for name, digits in (("score", 3), ("tokens", 1), ("finished", 3), ("repetition", 3)):
-        table.add_row(name, *interval(scores, name, digits))
+    for name in ("score", "tokens", "eos_rate", "repetition", "refusal", "entropy"):
+        if name in scores:
+            table.add_row(name, *interval(scores, name, 1 if name == "tokens" else 3))
     console.print(table)
     _show_extremes(scores["replies"])
     left_out = {**read.left_out, **scores["prompts_left_out"]}

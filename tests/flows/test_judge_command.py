@@ -163,11 +163,10 @@ def test_a_policys_replies_are_scored(run, models, opened, tmp_path):
     expected = mean_of(again, [r["prompt"] for r in replies])
     assert got["score"] == pytest.approx(expected.value, abs=1e-5)
     assert got["score_low"] == pytest.approx(expected.low, abs=1e-4)
-    assert got["finished"] == sum(r["finished"] for r in replies) / 10
-    assert got["tokens"] == sum(r["tokens"] for r in replies) / 10
+    assert 0 <= got["eos_rate_low"] <= got["eos_rate"] <= 1
     # The length is that of the policy's training.
     assert got["sampling"]["max_new_tokens"] == 8
-    assert max(r["tokens"] for r in replies) <= 8
+    assert 1 <= got["tokens"] <= 8
     assert got["judge"]["digest"] == models["train-reward-model"]
     assert "the reward model that it was trained on: " in shown
     assert run(*words, "--out", "again.json", "--limit", 5)
@@ -272,8 +271,15 @@ def test_two_policies(run, models, opened, tmp_path):
     assert {str(row["prompt"]) for row in rows} == {str(row.prompt) for row in held_out}
     assert got["n"] == len(held_out)
     assert len(rows) == 2 * len(held_out)
-    wins = [points(r["reward_after"] - r["reward_before"]) for r in rows]
-    expected = share_of(wins, [str(r["prompt"]) for r in rows])
+    own: dict[str, list[dict]] = {}
+    for row in rows:
+        own.setdefault(str(row["prompt"]), []).append(row)
+    # Every reply of one policy with every reply of the other.
+    wins = [
+        sum(points(x["reward_after"] - y["reward_before"]) for x in group for y in group) / 4
+        for group in own.values()
+    ]
+    expected = share_of(wins)
     part = got["sampled"]
     assert part["win_rate"] == pytest.approx(expected.value)
     assert part["win_rate_low"] == pytest.approx(expected.low)
@@ -281,7 +287,7 @@ def test_two_policies(run, models, opened, tmp_path):
     assert part["reward_difference"] == pytest.approx(sum(changes) / len(changes), abs=1e-5)
     assert changes == sorted(changes)
     assert part["kl"] is not None
-    assert {shift["metric"] for shift in got["shifts"]} == {"tokens", "eos_rate", "repetition"}
+    assert {"tokens", "eos_rate", "refusal"} <= {shift["metric"] for shift in got["shifts"]}
     assert got["decided_by"] == "reward"
     assert got["a"]["digest"] == sft
     assert got["b"]["digest"] == policy
