@@ -65,13 +65,12 @@ def _sizes(config: PipelineConfig, folder: Path, prompts: GatePrompts | None) ->
         held_out = sum(1 for _ in iterate_rows(folder / PROMPTS_EVAL, PromptRow))
         count = min(held_out, config.evaluation.prompts)
     return Sizes(
-        len(pairs), len(set(pairs)), count, samples_of(config), are_frozen=prompts is not None
+        len(pairs),
+        len(set(pairs)),
+        count,
+        config.evaluation.samples_per_prompt,
+        are_frozen=prompts is not None,
     )
-
-
-def samples_of(config: PipelineConfig) -> int:
-    """Return the number of replies sampled to a gate prompt."""
-    return getattr(config.evaluation, "samples_per_prompt", 1)
 
 
 def _frozen_prompts(
