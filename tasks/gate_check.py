@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import PipelineConfig
+from rlhf.data.chat import loose_key
 from rlhf.data.gate_prompts import MAX_KNOWN, GatePrompts, read_gate_prompts
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, PROMPTS_GATE, Pair, PromptRow, iterate_rows
-from rlhf.data.split import loose_key
 from rlhf.errors import ConfigError
 from rlhf.gate_sizes import Sizes, check_gate_sizes, describe_power
 from rlhf.saved import read_saved
