@@ -72,7 +72,7 @@ def evaluate_policy(
 
     Each answers every prompt by `config.samples_per_prompt` samples and, but for the champion, one
     greedy reply. All replies are scored by the reward model, the judge if it is usable, and the
-    gold score if there is one. Writes `evaluation.json` (docs/trust-policy.md), `samples.json` with
+    gold score if there is one. Writes `evaluation.json` (docs/trust.md), `samples.json` with
     one reply of each policy to every prompt, and `prompts-gate.parquet` with the gate prompts.
 
     Args:

@@ -48,7 +48,7 @@ def evaluate_reward_model(
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Measure a reward model on held-out pairs; docs/gates.md explains the figures.
+    """Measure a reward model on held-out pairs; docs/trust.md explains the figures.
 
     Pairs that the model can't be given, or that are equal where it cuts them, are left out. Each
     counts once, whatever its weight in training. Intervals take prompts as independent.
