@@ -279,7 +279,7 @@ def _show_policies(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) 
         if f"{name}_difference" in part:
             sides = (f"{part[f'{name}_{side}']:.3f}" for side in ("before", "after"))
             table.add_row(name, *sides, *interval(part, f"{name}_difference"))
-    for name in ("gap", "kl"):
+    for name in ("gap", "kl", "kl_exact"):
         if name in part:
             table.add_row(name, "", "", *interval(part, name))
     for shift in evaluation["shifts"]:
@@ -290,6 +290,8 @@ def _show_policies(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) 
             f"{shift['difference']:+.3f}", bounds, style="bold" if shift["significant"] else "",
         )  # fmt: skip
     console.print(table)
+    if found := evaluation.get("over_optimisation"):
+        say(f"over-optimised: {found['state']} ({found['evidence']})")
     _show_groups(part["by_group"], evaluation["verdict_metric"])
 
 

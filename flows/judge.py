@@ -17,7 +17,7 @@ from rich.text import Text
 
 from flows.artifacts import ConfigOption, StoreOption
 from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, RLHFError
 from rlhf.files import write_json
 from rlhf.stage import Progress
 
@@ -94,7 +94,7 @@ def judge(
         if by is not None:
             raise ConfigError("--judge is for a policy's replies; leave it out with --suite")
         require_kind(found, REWARD_MODEL, "--suite")
-        result = _judge_suite(found, suite, max_length or SUITE_LENGTH, runtime)
+        result = _judge_suite(found, suite, max_length or SUITE_LENGTH, runtime, opened)
     else:
         assert prompts is not None
         require_kind(found, POLICY, "--prompts")
@@ -112,7 +112,7 @@ def judge(
 
 
 def _judge_suite(
-    model: NamedModel, folder: Path, max_length: int, runtime: RuntimeConfig
+    model: NamedModel, folder: Path, max_length: int, runtime: RuntimeConfig, store: Store
 ) -> dict[str, Any]:
     """Score a reward model on a suite, and print the scores."""
     from rlhf.evaluation.suites import read_suite
@@ -120,9 +120,8 @@ def _judge_suite(
     suite = read_suite(folder)  # before the model is loaded
     from rlhf.evaluation.suite_scores import evaluate_suite
     from rlhf.modeling.device import prepare_device
-    from rlhf.modeling.reward import Scorer
 
-    scorer = Scorer(model.folder, prepare_device(runtime), max_length)
+    scorer = load_scorer(model, prepare_device(runtime), max_length, store)
     with progress_of(f"{suite.layout}: replies") as progress:
         result = {"model": model.facts, **evaluate_suite(suite, scorer, progress)}
     console.print(_suite_table(model, result))
@@ -212,8 +211,9 @@ def _judge_replies(
         scores = judge_policy(answering[0], read.prompts[:limit], scorer, progress)
     table = Table("", "mean", "95 % interval", title=f"replies of {policy.label}",
                   title_justify="left")  # fmt: skip
-    for name, digits in (("score", 3), ("tokens", 1), ("finished", 3), ("repetition", 3)):
-        table.add_row(name, *interval(scores, name, digits))
+    for name in ("score", "tokens", "eos_rate", "repetition", "refusal", "entropy"):
+        if name in scores:
+            table.add_row(name, *interval(scores, name, 1 if name == "tokens" else 3))
     console.print(table)
     _show_extremes(scores["replies"])
     left_out = {**read.left_out, **scores["prompts_left_out"]}
@@ -243,12 +243,22 @@ def _show_extremes(replies: Sequence[Mapping[str, Any]]) -> None:
 
 
 def load_scorer(model: NamedModel, device: Any, max_length: int | None, store: Store) -> Scorer:
-    """Load a reward model or judge with the token limits of its training, or with those given."""
+    """Load a reward model or judge with the token limits of its training, or with those given.
+
+    Raises:
+        ConfigError: It or its tokenizer can't be loaded.
+    """
+    from rlhf.modeling.pretrained import loading_error
     from rlhf.modeling.reward import Scorer
     from tasks.models import limits_of
 
     limits = None if max_length else limits_of(model, store)
-    return Scorer(model.folder, device, limits or max_length or SUITE_LENGTH)
+    try:
+        return Scorer(model.folder, device, limits or max_length or SUITE_LENGTH)
+    except RLHFError:
+        raise
+    except (OSError, ValueError) as error:  # transformers' own
+        raise loading_error(model.text, error) from error
 
 
 def load_policies(

@@ -70,16 +70,23 @@ def share_of(values: Sequence[float], prompts: Sequence[object] | None = None) -
     return Estimate(p, low, high, size, clusters, error)
 
 
-def balanced_share(
-    values: Sequence[float], prompts: Sequence[object], strata: Sequence[object]
-) -> Estimate:
-    """Estimate the mean of the shares of S strata, each of which counts alike.
+def stratified_share(
+    values: Sequence[float], prompts: Sequence[object], strata: Sequence[str],
+    weights: Mapping[str, float],
+) -> Estimate:  # fmt: skip
+    """Estimate a weighted mean of the shares of strata, which may have prompts in common.
 
     The interval recovers variances from the strata's own (MOVER): with d_s the distance of a bound
-    from stratum s's share and R the correlation of their sums by prompt it is p ± √(d′ R d)/S.
-    Linearisation would take a stratum of three, all right, for certain. The effective size is that
-    at which Wilson's interval is as wide, on its wider side.
+    from stratum s's share times its weight, and R the correlation of the strata's sums by prompt,
+    it is p ± √(d′ R d). Linearisation would take a stratum of three, all right, for certain. The
+    effective size is that at which Wilson's interval is as wide, on its wider side.
     Sources: Zou 2007, Psychol. Methods 12, 399–413 (with correlation); Newcombe 1998.
+
+    Args:
+        values: Observations.
+        prompts: Prompt of each.
+        strata: Stratum of each.
+        weights: Weight of each stratum; their sum is 1.
 
     Raises:
         ValueError: There are no observations, or one is outside of [0, 1].
@@ -93,17 +100,19 @@ def balanced_share(
         rows = [i for i, stratum in enumerate(strata) if stratum == name]
         parts.append(share_of([values[i] for i in rows], [prompts[i] for i in rows]))
         for i in rows:
-            sums[place[prompts[i]], column] += (values[i] - parts[-1].value) / len(rows)
-    share = sum(part.value for part in parts) / len(parts)
+            part = (values[i] - parts[-1].value) / len(rows)
+            sums[place[prompts[i]], column] += weights[name] * part
+    weight = np.array([weights[name] for name in names])
+    share = float(weight @ np.array([part.value for part in parts]))
     scale = np.sqrt((sums**2).sum(0))
     scale[scale < _ROUNDING] = math.inf  # without variance there is no correlation
     correlation = sums.T @ sums / np.outer(scale, scale)
     np.fill_diagonal(correlation, 1.0)
     half = [
-        float(np.sqrt(max(distances @ correlation @ distances, 0.0))) / len(parts)
+        float(np.sqrt(max(distances @ correlation @ distances, 0.0)))
         for distances in (
-            np.array([part.value - part.low for part in parts]),
-            np.array([part.high - part.value for part in parts]),
+            weight * np.array([part.value - part.low for part in parts]),
+            weight * np.array([part.high - part.value for part in parts]),
         )
     ]
     t = t_quantile(CONFIDENCE, len(keys))
@@ -112,7 +121,7 @@ def balanced_share(
     sizes = [t * t * b * (1 - b) / (share - b) ** 2 for b in bounds if 0 < b < 1 and b != share]
     size = min(sizes, default=1.0) if len(keys) > 1 else 1.0
     count = len(keys)
-    variance = float((sums.sum(1) ** 2).sum()) / len(parts) ** 2
+    variance = float((sums.sum(1) ** 2).sum())
     error = math.sqrt(variance * count / (count - 1)) if count > 1 else math.inf
     return Estimate(share, *wilson(share, size, t), size, count, error)
 

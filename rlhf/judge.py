@@ -13,11 +13,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from rlhf.config import RuntimeConfig
+from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rows import PAIRS_EVAL, PAIRS_JUDGE, Pair, iterate_rows, read_rows
-from rlhf.files import write_json
+from rlhf.files import read_json, write_json
 from rlhf.inference import share_of
+from rlhf.modeling.reward_source import is_encoder
+from rlhf.modeling.source import CONFIG
 from rlhf.saved import checked, read_saved
 from rlhf.stage import StageResult
 
@@ -73,6 +75,22 @@ def has_judge_pairs(data: Path) -> bool:
     """Return whether a dataset has pairs for a judge."""
     path = data / PAIRS_JUDGE
     return path.is_file() and next(iter(iterate_rows(path, Pair)), None) is not None
+
+
+def judge_section(section: RewardModelConfig, base: Path | None) -> RewardModelConfig:
+    """Return the reward model's section for the judge.
+
+    A base that reads both ways has no use for options of decoders, which the reward model may need.
+
+    Args:
+        section: Hyper-parameters of the reward model.
+        base: Folder of the judge's own base; None starts from the SFT policy.
+    """
+    if base is None:
+        return section.model_copy(update={"base": None})
+    unused = {"pooling": "last", "lm_loss_coef": 0.0}
+    changes = unused if is_encoder(read_json(base / CONFIG)) else {}
+    return section.model_copy(update={"base": str(base), **changes})
 
 
 def write_no_judge(out_dir: Path, reason: str) -> StageResult:

@@ -55,6 +55,7 @@ def rehearse(
     scratch: Path,
     *,
     reward_base: tuple[ExternalModel, Path] | None = None,
+    judge_base: tuple[ExternalModel, Path] | None = None,
 ) -> list[str]:
     """Run every stage on a miniature of the base model.
 
@@ -64,6 +65,7 @@ def rehearse(
         sample: Rows to train on; those that don't fit are replaced.
         scratch: Empty folder for the miniature and the stages' results.
         reward_base: A ready reward model or one to train from, and its folder.
+        judge_base: A model to train the judge from, and its folder.
 
     Returns:
         Remarks: what could not be rehearsed.
@@ -72,7 +74,7 @@ def rehearse(
         RehearsalFailed: A stage fails with this model, or computes wrong numbers.
     """
     with _quiet():
-        return _rehearse(config, base, sample, scratch, reward_base)
+        return _rehearse(config, base, sample, scratch, reward_base, judge_base)
 
 
 def _rehearse(
@@ -81,6 +83,7 @@ def _rehearse(
     sample: Sample,
     scratch: Path,
     reward_base: tuple[ExternalModel, Path] | None,
+    judge_base: tuple[ExternalModel, Path] | None,
 ) -> list[str]:
     """Run the steps of a rehearsal; see `rehearse`."""
     name = config.base.path or "the base model"
@@ -89,14 +92,14 @@ def _rehearse(
         remark = run.make_miniature(base, "base", "AutoModelForCausalLM")
     if remark:
         return [f"{name}: not rehearsed: {remark}"]
-    reward_source: tuple[str, ...] = ()
-    if reward_base is not None:
-        external, folder = reward_base
-        reward_source = (external.field, external.uri)
-        run.reward_uri = external.uri
-        kind = "AutoModelForSequenceClassification" if external.ready else "AutoModel"
-        with run.step("loading the reward model", external.field, external.uri):
-            remark = run.make_reward_miniature(folder, kind, external)
+    sources: dict[str, tuple[str, ...]] = {"reward model": (), "judge": ()}
+    for role, given in (("reward model", reward_base), ("judge", judge_base)):
+        if given is None:
+            continue
+        external, folder = given
+        sources[role] = (external.field, external.uri)
+        with run.step(f"loading the {role}", external.field, external.uri):
+            remark = run.make_reward_miniature(folder, role, external)
         if remark:
             return [f"{external.uri}: not rehearsed: {remark}"]
     run.write_data(sample)
@@ -105,9 +108,12 @@ def _rehearse(
         run.check_adapter("sft")
     with run.step("the comparison with plain transformers"):
         run.check_policy()
-    with run.step("the reward model", *reward_source):
+    with run.step("the reward model", *sources["reward model"]):
         run.check_adapter("reward_model")
         run.train_reward_model(reward_base[0] if reward_base else None)
+    if config.judge.enabled:
+        with run.step("the judge", *sources["judge"]):
+            run.train_judge()
     with run.step("PPO"):
         run.check_adapter("ppo")
         run.train_policy()
@@ -130,10 +136,11 @@ class _Rehearsal:
         self.runtime: RuntimeConfig = config.runtime.model_copy(
             update={"threads": 1, "device": device}
         )
-        self.base, self.reward_base = scratch / "base", scratch / "reward-base"
+        self.base, self.bases = scratch / "base", dict[str, tuple[Path, str]]()
         self.sft, self.reward, self.policy = (scratch / n for n in ("sft", "reward", "policy"))
-        self.data, self.evaluation = scratch / "data", scratch / "evaluation"
-        self.has_reward_base, self.reward_uri = False, ""
+        self.data, self.evaluation, self.judge = (
+            scratch / n for n in ("data", "evaluation", "judge")
+        )
 
     @contextmanager
     def step(
@@ -151,9 +158,9 @@ class _Rehearsal:
         except Exception as error:  # a family's code can raise anything
             text = " ".join(str(error).split()) or "no message"
             for folder, meaning in (
-                (self.reward_base, self.reward_uri), (self.base, self.name),
-                (self.sft, "the SFT policy"),
-                (self.reward, "the reward model"), (self.policy, "the policy"),
+                *self.bases.values(), (self.base, self.name), (self.sft, "the SFT policy"),
+                (self.reward, "the reward model"), (self.judge, "the judge"),
+                (self.policy, "the policy"),
             ):  # fmt: skip
                 text = text.replace(repr(str(folder)), meaning).replace(str(folder), meaning)
             known = isinstance(error, RLHFError)
@@ -196,17 +203,17 @@ class _Rehearsal:
             write_json(target / GENERATION, values)
         return None
 
-    def make_reward_miniature(
-        self, source: Path, auto_class: str, external: ExternalModel
-    ) -> str | None:
-        """Write a miniature of a ready reward model, or of one to train from."""
+    def make_reward_miniature(self, source: Path, role: str, external: ExternalModel) -> str | None:
+        """Write a miniature of a ready reward model, or of one to train it or the judge from."""
+        auto_class = "AutoModelForSequenceClassification" if external.ready else "AutoModel"
         names = read_json(source / CONFIG).get("architectures") or [""]
         if not external.ready:
             for kind in ("ForCausalLM", "ForSequenceClassification"):
                 if names[0].endswith(kind):
                     auto_class = f"AutoModel{kind}"
-        self.has_reward_base = True
-        return self.make_miniature(source, self.reward_base.name, auto_class)
+        folder = self.scratch / f"{role.replace(' ', '-')}-base"
+        self.bases[role] = (folder, external.uri)
+        return self.make_miniature(source, folder.name, auto_class)
 
     def write_data(self, sample: Sample) -> None:
         """Write a dataset of the user's rows that fit, and of short ones."""
@@ -288,7 +295,7 @@ class _Rehearsal:
         settings: Any = getattr(self.config, section)
         lora = settings.lora
         # An external reward model has layers of its own, and its stage checks their names.
-        if lora is None or (section == "reward_model" and self.has_reward_base):
+        if lora is None or (section == "reward_model" and self.bases.get("reward model")):
             return
         device = prepare_device(self.runtime)
         check_frozen_dtype(settings.frozen_dtype, section, device, self.runtime)
@@ -323,11 +330,13 @@ class _Rehearsal:
         from rlhf.reward import publish_ready_reward_model, train_reward_model
 
         self.reward.mkdir()
+        base = self.bases.get("reward model", (None, ""))[0]
         if external is not None and external.ready:
-            small = ExternalModel(external.field, str(self.reward_base), ready=True)
-            publish_ready_reward_model(small, self.reward_base, self.reward, runtime=self.runtime)
+            assert base is not None
+            small = ExternalModel(external.field, str(base), ready=True)
+            publish_ready_reward_model(small, base, self.reward, runtime=self.runtime)
         else:
-            start = str(self.reward_base) if self.has_reward_base else None
+            start = base and str(base)
             section = self.config.reward_model.model_copy(update=_one_step() | {"base": start})
             train_reward_model(
                 section, self.data, self.sft, self.reward,
@@ -340,6 +349,24 @@ class _Rehearsal:
             for reply in (pair.chosen, pair.rejected)
         ]
         check_scorer(scorer, rows)
+
+    def train_judge(self) -> None:
+        """Train one step of a judge, and measure it; it is usable whatever it has learnt."""
+        from rlhf.judge import JUDGE, judge_section, measure_judge
+        from rlhf.reward import train_reward_model
+
+        self.judge.mkdir()
+        base = self.bases.get("judge", (None, ""))[0]
+        section = judge_section(self.config.reward_model, base).model_copy(update=_one_step())
+        train_reward_model(
+            section, self.data, self.sft, self.judge, limits=self.limits(),
+            seed=self.config.seed + 1, runtime=self.runtime,
+        )  # fmt: skip
+        measure_judge(
+            self.data, self.judge, {}, "rehearsal", limits=self.limits(), runtime=self.runtime
+        )
+        known = read_json(self.judge / JUDGE)
+        write_json(self.judge / JUDGE, {**known, "usable": True, "reason": None})
 
     def train_policy(self) -> None:
         """Train one update of PPO, and load the result in transformers alone."""
@@ -358,18 +385,23 @@ class _Rehearsal:
         sample_replies(self.policy, prompts[:1], self.runtime)
 
     def evaluate(self) -> None:
-        """Run both evaluations."""
+        """Run both evaluations, the policy beside itself as champion."""
         from rlhf.evaluation import evaluate_policy, evaluate_reward_model
 
         self.evaluation.mkdir()
-        section = self.config.evaluation.model_copy(update={"judge": "none"})
+        replies = min(self.config.evaluation.samples_per_prompt, 2)
+        section = self.config.evaluation.model_copy(
+            update={"judge": "none", "samples_per_prompt": replies}
+        )
         evaluate_reward_model(
             section, self.config.data, self.data, self.reward, self.evaluation,
             limits=self.limits(), runtime=self.runtime,
         )  # fmt: skip
         evaluate_policy(
             section, _one_update(self.config.ppo), self.data, self.sft, self.policy, self.reward,
-            self.evaluation, limits=self.limits(), seed=self.config.seed, runtime=self.runtime,
+            self.evaluation, judge=self.judge if self.config.judge.enabled else None,
+            champion=self.policy, limits=self.limits(), seed=self.config.seed,
+            runtime=self.runtime,
         )  # fmt: skip
 
     def _check_published(self, folder: Path, base: Path) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import PipelineConfig
+from rlhf.data.chat import loose_key
 from rlhf.data.gate_prompts import MAX_KNOWN, GatePrompts, read_gate_prompts
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, PROMPTS_GATE, Pair, PromptRow, iterate_rows
-from rlhf.data.split import loose_key
 from rlhf.errors import ConfigError
 from rlhf.gate_sizes import Sizes, check_gate_sizes, describe_power
 from rlhf.saved import read_saved
@@ -65,13 +65,12 @@ def _sizes(config: PipelineConfig, folder: Path, prompts: GatePrompts | None) ->
         held_out = sum(1 for _ in iterate_rows(folder / PROMPTS_EVAL, PromptRow))
         count = min(held_out, config.evaluation.prompts)
     return Sizes(
-        len(pairs), len(set(pairs)), count, samples_of(config), are_frozen=prompts is not None
+        len(pairs),
+        len(set(pairs)),
+        count,
+        config.evaluation.samples_per_prompt,
+        are_frozen=prompts is not None,
     )
-
-
-def samples_of(config: PipelineConfig) -> int:
-    """Return the number of replies sampled to a gate prompt."""
-    return getattr(config.evaluation, "samples_per_prompt", 1)
 
 
 def _frozen_prompts(

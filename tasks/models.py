@@ -70,13 +70,21 @@ def find_model(text: str, store: Store) -> NamedModel:
         ConfigError: It is no model, or one that was not trained.
     """
     folder = expand_home(text)
-    is_path = text.startswith((".", "/", "~")) or (folder.is_dir() and "/" in text)
-    if is_path or (folder / CONFIG).is_file() or (folder / JUDGE_FILE).is_file():
+    if _is_folder(text, folder):
         if not folder.is_dir():
             raise ConfigError(f"{text}: no such folder; give a model's folder or an artifact")
         return NamedModel(text, _kind(text, folder), folder, None, _judge(text, folder))
     ref = _champion(text, store) if text.startswith(CHAMPION) else store.resolve(text)
     return fetch_model(text, ref, store)
+
+
+def _is_folder(text: str, folder: Path) -> bool:
+    """Return whether a name is written like a path, or is that of a model's folder."""
+    try:
+        is_model = (folder / CONFIG).is_file() or (folder / JUDGE_FILE).is_file()
+        return text.startswith((".", "/", "~")) or is_model or ("/" in text and folder.is_dir())
+    except (OSError, ValueError):  # too long for a name, or with a null
+        return False
 
 
 def fetch_model(text: str, ref: ArtifactRef, store: Store) -> NamedModel:

@@ -29,7 +29,6 @@ from tasks.external_inputs import (
     external_reward_model,
     reward_function_digests,
 )
-from tasks.gate_check import samples_of
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -149,7 +148,7 @@ def _check_world_gates(config: PipelineConfig) -> None:
         return
     world = config.data.world
     prompts = min(world.eval_prompts, config.evaluation.prompts)
-    sizes = Sizes(world.eval_pairs, world.eval_pairs, prompts, samples_of(config))
+    sizes = Sizes(world.eval_pairs, world.eval_pairs, prompts, config.evaluation.samples_per_prompt)
     check_gate_sizes(config, sizes, has_champion=False)
 
 

@@ -19,7 +19,7 @@ from rlhf.files import expand_home, files_sha256, read_json, write_json
 from rlhf.modeling.source import DESCRIPTION_FILES, ExternalModel, ExternalTokenizer
 from rlhf.store import Producer
 from rlhf.store.manifest import canonical_json, sha256_bytes
-from tasks.external_inputs import external_base_model, external_reward_model
+from tasks.external_inputs import external_base_model, external_judge, external_reward_model
 from tasks.stage import StageRun, store_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def rehearse_stage(run: StageRun) -> None:
     # The stages after SFT start from its policy, which has the base's class and tokenizer. They
     # may run where the base itself can't be read.
     folder = run.folders.get("sft")
-    key = _key(run.config, run.producer, _local_reward_base(run.config))
+    key = _key(run.config, run.producer, _local_bases(run.config))
     if folder is not None and _record(run.config, key).is_file():
         return
     folder = folder or run.folders["base"]
@@ -77,8 +77,11 @@ def rehearse_once(
     _check_weights(config)
     work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
-        reward_base = _reward_base(config, Path(scratch, "reward-model"))
-        folders = [base] if reward_base is None else [base, reward_base[1]]
+        bases = {
+            name: (external, _small_files(external, config, Path(scratch, name)))
+            for name, external in _externals(config).items()
+        }
+        folders = [base, *(folder for _, folder in bases.values())]
         record = _record(config, _key(config, producer, folders))
         if record.is_file():
             remarks = read_json(record)["remarks"]
@@ -86,11 +89,11 @@ def rehearse_once(
             log.info("rehearsing every stage on a miniature of %s", config.base.path)
             stages = Path(scratch, "stages")
             stages.mkdir()
-            remarks = rehearse(config, base, sample, stages, reward_base=reward_base)
+            remarks = rehearse(config, base, sample, stages, **bases)
     for remark in remarks:
         log.warning("%s", remark)
     # For stages after SFT, also where the folder of a reward model is not there any more.
-    later = [_key(config, producer, folders) for folders in (_local_reward_base(config), [])]
+    later = [_key(config, producer, folders) for folders in (_local_bases(config), [])]
     for path in (record, *(_record(config, key) for key in later)):
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"remarks": remarks})
@@ -125,20 +128,23 @@ def _check_weights(config: PipelineConfig) -> None:
     from rlhf.modeling.pretrained import check_weights
 
     base, reward_model = external_base_model(config), external_reward_model(config)
-    for external, check in ((base, check_weights), (reward_model, check_classifier)):
+    judge = external_judge(config)
+    for external, check in (
+        (base, check_weights), (reward_model, check_classifier), (judge, check_classifier),
+    ):  # fmt: skip
         if external is not None and _local_folder(external):
             check(external.path, field=external.field)
 
 
-def _reward_base(config: PipelineConfig, scratch: Path) -> tuple[ExternalModel, Path] | None:
-    """Fetch what describes the external reward model, if there is one."""
-    external = external_reward_model(config)
-    return None if external is None else (external, _small_files(external, config, scratch))
+def _externals(config: PipelineConfig) -> dict[str, ExternalModel]:
+    """Return the external models beside the base, by the arguments of `rehearse`."""
+    externals = {"reward_base": external_reward_model(config), "judge_base": external_judge(config)}
+    return {name: external for name, external in externals.items() if external is not None}
 
 
-def _local_reward_base(config: PipelineConfig) -> list[Path]:
-    """Return the folder of the external reward model, if it is a local one."""
-    return _local_folder(external_reward_model(config))
+def _local_bases(config: PipelineConfig) -> list[Path]:
+    """Return the folders of the external reward model and the judge's base, if they are local."""
+    return [path for external in _externals(config).values() for path in _local_folder(external)]
 
 
 def _local_folder(external: ExternalModel | None) -> list[Path]:

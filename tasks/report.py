@@ -17,7 +17,7 @@ from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.data.card import escape
 from rlhf.data.stored import read_card, read_summary
 from rlhf.files import expand_home, read_json
-from rlhf.gates import NOT_MEASURED, Check, Verdict, read_verdict
+from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict, read_verdict
 from rlhf.report import (
     Answer,
     ConfigRow,
@@ -263,7 +263,7 @@ def _result(check: Check) -> str:
     """Return a check's result as text; one that judged nothing has its note."""
     if not check.passed:
         return "**no**"
-    return check.note if check.note.startswith(NOT_MEASURED) else "yes"
+    return check.note if check.note.startswith((NOT_MEASURED, NOT_JUDGED)) else "yes"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

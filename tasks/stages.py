@@ -143,7 +143,7 @@ def _train_reward_model(run: StageRun) -> StageResult:
 
 
 def _train_judge(run: StageRun) -> StageResult:
-    from rlhf.judge import has_judge_pairs, measure_judge, write_no_judge
+    from rlhf.judge import has_judge_pairs, judge_section, measure_judge, write_no_judge
 
     config, data = run.config, run.folders["data"]
     if not config.judge.enabled:
@@ -152,7 +152,8 @@ def _train_judge(run: StageRun) -> StageResult:
         # The source is no part of the fingerprint, so the reason must fit both kinds.
         setting = "data.judge_fraction, or data.world.judge_pairs for the world"
         return write_no_judge(run.out_dir, f"the data have no pairs for one; set {setting}")
-    section, limits = _judge_section(run), config.token_limits()
+    section = judge_section(config.reward_model, run.folders.get("base"))
+    limits = config.token_limits()
     try:
         # Another seed than the reward model's, so that it has another head and order of rows.
         result = _train(
@@ -165,19 +166,6 @@ def _train_judge(run: StageRun) -> StageResult:
     return measure_judge(
         data, run.out_dir, result.metrics, _judge_base(run), limits=limits, runtime=config.runtime
     )
-
-
-def _judge_section(run: StageRun) -> RewardModelConfig:
-    """Return the reward model's section for the judge, without what its base has no use for."""
-    section, folder = run.config.reward_model, run.folders.get("base")
-    if folder is None:
-        return section.model_copy(update={"base": None})
-    from rlhf.modeling.reward_source import is_encoder
-
-    unused = (
-        {"pooling": "last", "lm_loss_coef": 0.0} if is_encoder(read_json(folder / CONFIG)) else {}
-    )
-    return section.model_copy(update={"base": str(folder), **unused})
 
 
 def _judge_base(run: StageRun) -> str:

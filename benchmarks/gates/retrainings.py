@@ -23,7 +23,7 @@ from benchmarks.gates.pool import REPLIES, Scores
 from rlhf.challenge import with_comparison
 from rlhf.config import PipelineConfig
 from rlhf.gates import Verdict, judge
-from rlhf.inference import balanced_share, share_of, wilson
+from rlhf.inference import share_of, stratified_share, wilson
 
 SCORERS = ("proxy", "judge", "gold")
 
@@ -155,8 +155,9 @@ def reward_gate(scores: Mapping[str, Any], true: float, pairs: int, runs: int) -
     rejected = 0
     for _ in range(runs):
         right = (rng.random(pairs) < true).astype(float)
-        longer = rng.random(pairs) < 0.5
-        controlled = balanced_share(right.tolist(), range(pairs), longer.tolist())
+        sides = np.where(rng.random(pairs) < 0.5, "longer", "shorter").tolist()
+        weights = {"longer": 0.5, "shorter": 0.5}
+        controlled = stratified_share(right.tolist(), range(pairs), sides, weights)
         metrics = {
             **scores,
             **share_of(right.tolist()).metrics("accuracy"),

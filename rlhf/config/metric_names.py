@@ -47,17 +47,22 @@ def _beside(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}_{side}" for name in names for side in ("before", "after"))
 
 
-_COUNTS = (
+#: Numbers of rows that models could not be given whole.
+COUNTS = (
     "pairs_cut", "pairs_equal_when_cut", "prompts_shortened", "prompts_too_long", "prompts_refused",
     "system_turns_refused",
 )  # fmt: skip
 _ACCURACY = Part(shares=("accuracy",), numbers=("n", "prompts", "ceiling", "share_of_ceiling"))
 REWARD_MODEL: Mapping[str, Part] = {
     "": Part(
-        shares=("accuracy", "baseline_longer", "baseline_format", "length_controlled_accuracy"),
+        shares=(
+            "accuracy", "baseline_longer", "baseline_format", "length_controlled_accuracy",
+            "prefers_longer",
+        ),
         numbers=(
             "n", "prompts", "margin_mean", "score_mean", "score_std", "log_loss", "brier", "ece",
-            "temperature", "log_loss_calibrated", "ceiling", "share_of_ceiling", *_COUNTS,
+            "ece_chance", "temperature", "log_loss_calibrated", "ceiling", "share_of_ceiling",
+            *COUNTS,
         ),
     ),
     "by_group.*": _ACCURACY,
@@ -65,33 +70,31 @@ REWARD_MODEL: Mapping[str, Part] = {
     "worst": _ACCURACY,
     "probes.*": Part(shares=("rises",), means=("mean_change",), numbers=("n", "prompts")),
 }  # fmt: skip
-_REPLIES = ("reward", "judge", "gold", "tokens", "repetition")
-_COMPARED = Part(
+_SCORES = ("reward", "judge", "gold")
+_TEXTS = ("tokens", "repetition", "distinct_1", "distinct_2", "refusal")
+_AGAINST = Part(
     shares=("win_rate", "judge_win_rate", "gold_win_rate"),
-    means=("reward_difference", "judge_difference", "gap", "kl"),
+    means=("reward_difference", "judge_difference", "gold_difference", "gap"),
     numbers=(
         "n", "eos_rate", "eos_rate_before", "gold_not_worse", "gold_strict_win_rate",
-        *_beside(*_REPLIES, "distinct_1", "distinct_2", "refusal"),
+        *_beside(*_SCORES, *_TEXTS),
     ),
 )  # fmt: skip
+_GREEDY = Part(_AGAINST.shares, (*_AGAINST.means, "kl"), _AGAINST.numbers)
 _SAMPLED = Part(
-    _COMPARED.shares, _COMPARED.means, (*_COMPARED.numbers, "kl_exact", *_beside("entropy"))
+    _AGAINST.shares, (*_GREEDY.means, "kl_exact"), (*_AGAINST.numbers, *_beside("entropy"))
 )
-_CHAMPION = Part(
-    shares=_COMPARED.shares,
-    means=("reward_difference", "judge_difference"),
-    numbers=("n", "gold_not_worse", "gold_strict_win_rate", *_beside(*_REPLIES)),
-)
+_CHAMPION = Part(_AGAINST.shares, _AGAINST.means, (*_AGAINST.numbers, *_beside("entropy")))
 POLICY: Mapping[str, Part] = {
     "": Part(numbers=("n", "samples_per_prompt")),
     "judge": Part(shares=("accuracy",), numbers=("n", "prompts")),
     "sampled": _SAMPLED,
     "sampled.by_group.*": _SAMPLED,
-    "greedy": _COMPARED,
-    "greedy.by_group.*": _COMPARED,
+    "greedy": _GREEDY,
+    "greedy.by_group.*": _GREEDY,
     "champion": _CHAMPION,
     "champion.by_group.*": _CHAMPION,
-    "champion.own": Part(numbers=("eos_rate", "tokens", "reward", "judge", "gold", "repetition")),
+    "champion.own": Part(numbers=("eos_rate", "entropy", *_SCORES, *_TEXTS)),
     "forgetting": Part(
         means=("nll_difference",), numbers=("n", *_beside("nll", "perplexity")),
     ),
@@ -99,6 +102,17 @@ POLICY: Mapping[str, Part] = {
 #: Metrics of the evaluation that each gate reads.
 METRICS = {"reward_model": REWARD_MODEL, "policy": POLICY}
 _SHARES = {name for parts in METRICS.values() for part in parts.values() for name in part.shares}
+
+
+def certain_names(gate: str, absent: set[Need]) -> set[str]:
+    """Return the names of all metrics but those of slices and probes, and of what is absent."""
+    return {
+        name
+        for path, part in METRICS[gate].items()
+        if "*" not in path
+        for leaf in part.names()
+        if not needs_of(name := f"{path}.{leaf}" if path else leaf) & absent
+    }
 
 
 def is_share(name: str) -> bool:
@@ -116,15 +130,16 @@ def part_of(name: str, gate: str) -> tuple[str, Part] | None:
     return None
 
 
-def need_of(name: str) -> Need | None:
+def needs_of(name: str) -> set[Need]:
     """Return what a metric needs, without which an evaluation does not have it."""
-    first, leaf = name.partition(".")[0], name.rpartition(".")[2]
-    if first == "champion" and leaf != name:
-        return "champion"
-    if leaf.startswith(("gold_", "ceiling", "share_of_ceiling")) or name == "champion.own.gold":
-        return "gold"
-    is_judged = leaf.startswith(("judge_", "gap")) or (first == "judge" and leaf != name)
-    return "judge" if is_judged else None
+    first, _, leaf = name.rpartition(".")
+    part = first.partition(".")[0]
+    needs: set[Need] = {"champion"} if part == "champion" else set()
+    if leaf.startswith(("gold", "ceiling", "share_of_ceiling")):
+        needs.add("gold")
+    if leaf.startswith(("judge", "gap")) or part == "judge":
+        needs.add("judge")
+    return needs
 
 
 def check_rules(gate: str, rules: Sequence[GateRule], absent: Mapping[str, str]) -> None:
@@ -159,10 +174,10 @@ def _check_name(
         raise ValueError(
             f"{field} is no metric of this evaluation; {_suggestion(name, gate)} (docs/gates.md)"
         )
-    need = need_of(name)
-    if need is not None and need in absent and rule.if_missing == "fail":
+    reasons = [reason for need, reason in absent.items() if need in needs_of(name)]
+    if reasons and rule.if_missing == "fail":
         raise ValueError(
-            f"{field} can't be relied on, because {absent[need]}; set if_missing: skip, which "
+            f"{field} can't be relied on, because {reasons[0]}; set if_missing: skip, which "
             "shows it as not measured then, or remove the rule"
         )
 

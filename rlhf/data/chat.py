@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from rlhf.data.records import LeftOutError
-from rlhf.data.rows import Message, Prompt, messages_of
+from rlhf.data.rows import Message, Prompt, joined, messages_of
 
 #: Names of roles in public data sets, in lower case.
 ROLES: Mapping[str, str] = {
@@ -197,6 +197,15 @@ def loose_text(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(text.lower().split())
+
+
+def loose_key(prompt: Prompt) -> str:
+    """Return a key that ignores Unicode form, spacing and case.
+
+    Only for keeping prompts on one side of the split, where a copy would raise the score: two
+    prompts of one key may still differ, like 2² and 22.
+    """
+    return joined((m["role"], loose_text(m["content"])) for m in messages_of(prompt))
 
 
 # --- text -------------------------------------------------------------------------------------

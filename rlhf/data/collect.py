@@ -18,7 +18,7 @@ from rlhf.config import DataConfig
 from rlhf.data.ledger import Ledger, Origin
 from rlhf.data.pairs import Ints, Pairs, merged_ids
 from rlhf.data.records import Comparison, Converted, LeftOutError
-from rlhf.data.rows import Demonstration, Pair, Prompt, SourceRow, messages_of
+from rlhf.data.rows import Demonstration, Pair, Prompt, SourceRow, joined, messages_of
 from rlhf.data.spill import DIGEST_BYTES, digest, number_digests, runs
 
 #: Most pairs from the scored replies to one prompt: a hundred replies would give 4,950.
@@ -404,11 +404,6 @@ def exact_key(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return f"user {len(prompt)} {prompt}"
     return joined((m["role"], m["content"]) for m in messages_of(prompt))
-
-
-def joined(turns: Iterable[tuple[str, str]]) -> str:
-    """Return one text for roles and contents that no other turns give."""
-    return "".join(f"{role} {len(content)} {content}" for role, content in turns)
 
 
 def too_long(prompt: Prompt, replies: list[str], config: DataConfig) -> LeftOutError | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlhf.data.chat import loose_key
 from rlhf.data.rows import (
     DEMONSTRATIONS,
     PAIRS_JUDGE,
@@ -21,7 +22,6 @@ from rlhf.data.rows import (
     iterate_rows,
     read_rows,
 )
-from rlhf.data.split import loose_key
 
 #: Largest share of the gate prompts that a challenger may have been trained on; they are left out.
 MAX_KNOWN = 0.1

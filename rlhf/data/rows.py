@@ -48,6 +48,11 @@ def messages_of(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def joined(turns: Iterable[tuple[str, str]]) -> str:
+    """Return one text for roles and contents that no other turns give."""
+    return "".join(f"{role} {len(content)} {content}" for role, content in turns)
+
+
 DEMONSTRATIONS = "demonstrations.parquet"
 PAIRS_TRAIN = "pairs-train.parquet"
 PAIRS_EVAL = "pairs-eval.parquet"

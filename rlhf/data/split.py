@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.data.chat import loose_text
-from rlhf.data.collect import joined
+from rlhf.data.chat import loose_key
 from rlhf.data.duplicates import (
     MIN_COMMON,
     TEMPLATE_SHARE,
@@ -31,15 +30,6 @@ from rlhf.data.spill import Spill, StoredTexts, runs, short_digest
 MIN_PROMPTS = 2
 #: From this number of openings on, a cluster's chance to be held out no longer grows.
 MAX_CHANCES = 3
-
-
-def loose_key(prompt: Prompt) -> str:
-    """Return a key that ignores Unicode form, spacing and case.
-
-    Only for keeping prompts on one side of the split, where a copy would raise the score: two
-    prompts of one key may still differ, like 2² and 22.
-    """
-    return joined((m["role"], loose_text(m["content"])) for m in messages_of(prompt))
 
 
 @dataclass

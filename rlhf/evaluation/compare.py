@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -15,21 +15,17 @@ from rlhf.data.collect import exact_key
 from rlhf.data.fitting import Fitting
 from rlhf.data.rows import Pair, PromptRow
 from rlhf.errors import DataError
+from rlhf.evaluation.answers import Answers, score_answers
 from rlhf.evaluation.common import groups_of, points
-from rlhf.evaluation.replies import Policy, Sampled, fitting_rows
-from rlhf.inference import (
-    CONFIDENCE,
-    Estimate,
-    holm,
-    mean_of,
-    mean_p_value,
-    prompts_needed,
-    share_of,
-)
+from rlhf.evaluation.comparison import WIN_RATES, compare, over_optimisation, shifts, wins
+from rlhf.evaluation.policy import SEEDS
+from rlhf.evaluation.replies import Policy, fitting_rows
+from rlhf.inference import CONFIDENCE, Estimate, mean_of, prompts_needed, share_of
 from rlhf.modeling.reward import Scorer
 from rlhf.stage import Progress, silent
-from rlhf.statistics import repeated_ngrams
 
+#: Measures that are shares.
+SHARES = ("eos_rate", "repetition", "refusal")
 #: True win rate, and true gain in accuracy, for which a needed number of prompts is told.
 WIN_RATE, GAIN = 0.55, 0.05
 #: Probability of finding them.
@@ -61,34 +57,27 @@ def judge_policy(
     """Sample a policy's replies and score them.
 
     Returns:
-        score, tokens, repetition (means) and finished (share), each with interval; n replies,
-        prompts; prompts left out by reason; replies.
+        score and the measures of `rlhf.evaluation.answers`, each with interval; n replies, prompts;
+        prompts left out by reason; replies.
     """
     rows, left_out = fitting_rows(rows, [policy.fitting, Fitting(scorer.renderer, scorer.limits)])
-    sampled = policy.reply(rows)
+    answers = policy.answer(rows, policy.plan.seed)
     progress(1, 2, {})
-    prompts = _repeated(rows, policy)
-    scores = scorer([row.prompt for row in prompts], sampled.texts).tolist()
+    scores = score_answers(answers, rows, scorer)
     progress(2, 2, {})
-    keys = [exact_key(row.prompt) for row in prompts]
-    repetition = [_repetition(text) for text in sampled.texts]
+    keys = [exact_key(row.prompt) for row in rows]
+    found = mean_of(scores.mean(1).tolist(), keys).metrics("score")
+    for name, values in answers.measures.items():
+        estimate = share_of if name in SHARES else mean_of
+        found |= estimate(values.tolist(), keys).metrics(name)
+    replies = [
+        {"prompt": row.prompt, "group": row.group, "reply": text, "score": float(score)}
+        for row, texts, own in zip(rows, answers.texts, scores, strict=True)
+        for text, score in zip(texts, own, strict=True)
+    ]
     return {
-        **_bounded(mean_of(scores, keys), "score"),
-        **_bounded(mean_of(sampled.tokens, keys), "tokens"),
-        **_bounded(mean_of(repetition, keys), "repetition"),
-        **share_of(list(map(float, sampled.finished)), keys).metrics("finished"),
-        "n": len(keys),
-        "prompts": len(rows),
-        "prompts_left_out": left_out,
-        "replies": [
-            {
-                "prompt": row.prompt, "group": row.group, "reply": text, "score": score,
-                "tokens": tokens, "finished": finished,
-            }
-            for row, text, score, tokens, finished in zip(
-                prompts, sampled.texts, scores, sampled.tokens, sampled.finished, strict=True
-            )
-        ],
+        **_finite(found), "n": len(replies), "prompts": len(rows), "prompts_left_out": left_out,
+        "replies": replies,
     }  # fmt: skip
 
 
@@ -99,7 +88,7 @@ def compare_policies(
     scorers: Scorers,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Compare the replies of two policies to the same prompts, with the same random numbers.
+    """Compare the sampled replies of two policies to the same prompts, drawn independently.
 
     The names are those of evaluate-policy's `evaluation.json` and `samples.json`; the KL is there
     if both have the same tokens.
@@ -112,35 +101,34 @@ def compare_policies(
     """
     others = [Fitting(each.renderer, each.limits) for each in scorers.named.values()]
     rows, left_out = fitting_rows(rows, [a.fitting, b.fitting, *others])
-    same_tokens = a.renderer.template_hash == b.renderer.template_hash
-    before = a.reply(rows)
-    progress(1, 4, {})
-    after = b.reply(rows, a if same_tokens else None)
-    progress(2, 4, {})
-    prompts = _repeated(rows, b)
-    asked = [row.prompt for row in prompts]
-    scores = {
-        name: (scorer(asked, before.texts).tolist(), scorer(asked, after.texts).tolist())
-        for name, scorer in scorers.named.items()
-    }
-    progress(4, 4, {})
-    keys = [exact_key(row.prompt) for row in prompts]
-    sides = _Sides(before, after, scores, keys)
-    part = sides.compared(range(len(keys)))
-    groups = groups_of([row.group for row in prompts])
-    part["by_group"] = {group: sides.compared(index) for group, index in groups.items()}
-    deciding = scorers.deciding
-    name = "judge_win_rate" if deciding == "judge" else "win_rate"
-    evaluation = {
+    has_same_tokens = a.renderer.template_hash == b.renderer.template_hash
+    before = a.answer(rows, a.plan.seed)
+    progress(1, 3, {})
+    after = b.answer(rows, b.plan.seed + SEEDS, a if has_same_tokens else None)
+    progress(2, 3, {})
+    for name, scorer in scorers.named.items():
+        before = before.scored(name, score_answers(before, rows, scorer))
+        after = after.scored(name, score_answers(after, rows, scorer))
+    progress(3, 3, {})
+    keys = [exact_key(row.prompt) for row in rows]
+    sampled = compare(before, after, keys)
+    metric = WIN_RATES[scorers.deciding]
+    deciding = (side.scores[scorers.deciding] for side in (before, after))
+    win_rate = share_of(wins(*deciding).tolist(), keys)
+    groups = groups_of([row.group for row in rows])
+    evaluation: dict[str, Any] = {
         "n": len(rows),
         "samples_per_prompt": b.plan.samples,
-        "decided_by": deciding,
-        "sampled": part,
-        "shifts": sides.shifts(),
+        "decided_by": scorers.deciding,
+        "sampled": sampled,
+        "shifts": shifts(before, after, keys),
         "prompts_left_out": left_out,
-        **verdict_on_policies(sides.win_rate(deciding), name),
+        **verdict_on_policies(win_rate, metric),
     }
-    return evaluation, sides.samples(prompts, deciding)
+    sampled["by_group"] = {name: compare(before, after, keys, i) for name, i in groups.items()}
+    if len(scorers.named) == 2:
+        evaluation["over_optimisation"] = over_optimisation(sampled)
+    return _finite(evaluation), _samples(rows, before, after, scorers.deciding)
 
 
 def verdict_on_policies(win_rate: Estimate, metric: str) -> dict[str, Any]:
@@ -153,101 +141,11 @@ def verdict_on_policies(win_rate: Estimate, metric: str) -> dict[str, Any]:
         return _verdict("worse", metric, f"b is worse: {shown} {on}")
     text = f"no difference found: {shown} {on}"
     spread = win_rate.error * math.sqrt(win_rate.clusters)
-    if spread == 0:
+    if not 0 < spread < math.inf:  # nothing but ties, or a single prompt
         return _verdict("undecided", metric, text)
     needed = prompts_needed(WIN_RATE, 0.5, spread, (1 + CONFIDENCE) / 2, POWER)
     text += f"; {needed:,} prompts would find {WIN_RATE:.0%} in {POWER:.0%} of cases"
     return _verdict("undecided", metric, text, needed)
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Replies of both policies with their scores, row by row."""
-
-    before: Sampled
-    after: Sampled
-    scores: Mapping[str, tuple[list[float], list[float]]]
-    """Scores before and after by scorer."""
-    keys: list[str]
-    """Prompt of each row."""
-
-    def points(self, name: str) -> list[float]:
-        """Return 1 where the reply after has the higher score, ½ for a tie, else 0."""
-        return [points(new - old) for old, new in zip(*self.scores[name], strict=True)]
-
-    def win_rate(self, name: str) -> Estimate:
-        return share_of(self.points(name), self.keys)
-
-    def compared(self, index: Sequence[int]) -> dict[str, Any]:
-        """Return the metrics of some rows."""
-        keys = [self.keys[i] for i in index]
-
-        def chosen(values: Sequence[float]) -> list[float]:
-            return [float(values[i]) for i in index]
-
-        found: dict[str, Any] = {"n": len(keys), "prompts": len(set(keys))}
-        for name, (old, new) in self.scores.items():
-            rate = "win_rate" if name == "reward" else f"{name}_win_rate"
-            found |= share_of(chosen(self.points(name)), keys).metrics(rate)
-            found |= {f"{name}_before": _mean(chosen(old)), f"{name}_after": _mean(chosen(new))}
-            change = _differences(chosen(old), chosen(new))
-            found |= _bounded(mean_of(change, keys), f"{name}_difference")
-        if len(self.scores) == 2:
-            gaps = _differences(chosen(self.points("reward")), chosen(self.points("judge")))
-            found |= _bounded(mean_of(gaps, keys), "gap")
-        if self.after.kl is not None:
-            found |= _bounded(mean_of(chosen(self.after.kl), keys), "kl")
-        for name, (old, new) in self._facts().items():
-            found |= {f"{name}_before": _mean(chosen(old)), f"{name}_after": _mean(chosen(new))}
-        return found
-
-    def shifts(self) -> list[dict[str, Any]]:
-        """Return how the replies' form changed, with p-values corrected for their number."""
-        changes = {name: _differences(*sides) for name, sides in self._facts().items()}
-        raw = {name: mean_p_value(values, self.keys) for name, values in changes.items()}
-        adjusted = holm(raw)
-        found = []
-        for name, (old, new) in self._facts().items():
-            change = mean_of(changes[name], self.keys)
-            known = not math.isnan(raw[name])
-            found.append({
-                "metric": name, "before": _mean(old), "after": _mean(new),
-                "difference": change.value, "low": _finite(change.low),
-                "high": _finite(change.high), "p": raw[name] if known else None,
-                "p_adjusted": adjusted[name] if known else None,
-                "significant": known and adjusted[name] < 1 - CONFIDENCE,
-            })  # fmt: skip
-        return found
-
-    def _facts(self) -> dict[str, tuple[list[float], list[float]]]:
-        sides = (self.before, self.after)
-        tokens, finished, repetition = (
-            [[float(n) for n in side.tokens] for side in sides],
-            [[float(done) for done in side.finished] for side in sides],
-            [[_repetition(text) for text in side.texts] for side in sides],
-        )
-        return {
-            "tokens": (tokens[0], tokens[1]),
-            "eos_rate": (finished[0], finished[1]),
-            "repetition": (repetition[0], repetition[1]),
-        }
-
-    def samples(self, rows: Sequence[PromptRow], deciding: str) -> list[dict[str, Any]]:
-        """Return all replies side by side, those first on which `after` lost most."""
-        old, new = self.scores[deciding]
-        order = sorted(range(len(rows)), key=lambda i: (new[i] - old[i], self.keys[i]))
-        found = []
-        for i in order:
-            row: dict[str, Any] = {
-                "prompt": rows[i].prompt, "group": rows[i].group, "before": self.before.texts[i],
-                "after": self.after.texts[i],
-            }  # fmt: skip
-            for name in ("reward", "judge"):
-                sides = self.scores.get(name)
-                row[f"{name}_before"] = sides[0][i] if sides else None
-                row[f"{name}_after"] = sides[1][i] if sides else None
-            found.append(row)
-        return found
 
 
 def compare_reward_models(
@@ -304,7 +202,7 @@ def verdict_on_reward_models(difference: Estimate) -> dict[str, Any]:
         return _verdict("worse", metric, f"b is worse: {shown} {on}")
     text = f"no difference found: {shown} {on}"
     spread = difference.error * math.sqrt(difference.clusters)
-    if spread == 0:
+    if not 0 < spread < math.inf:  # nothing but ties, or a single prompt
         return _verdict("undecided", metric, text)
     needed = prompts_for_mean(GAIN, spread)
     text += f"; {needed:,} prompts would find {GAIN:.2f} in {POWER:.0%} of cases"
@@ -320,6 +218,23 @@ def prompts_for_mean(true: float, spread: float) -> int:
     normal = NormalDist()
     z = normal.inv_cdf((1 + CONFIDENCE) / 2) + normal.inv_cdf(POWER)
     return max(2, math.ceil((z * spread / true) ** 2))
+
+
+def _samples(
+    rows: Sequence[PromptRow], before: Answers, after: Answers, deciding: str
+) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for i, row in enumerate(rows):
+        for j, (old, new) in enumerate(zip(before.texts[i], after.texts[i], strict=True)):
+            sample: dict[str, Any] = {
+                "prompt": row.prompt, "group": row.group, "before": old, "after": new,
+            }  # fmt: skip
+            for name in ("reward", "judge"):
+                for side, answers in (("before", before), ("after", after)):
+                    scores = answers.scores.get(name)
+                    sample[f"{name}_{side}"] = None if scores is None else float(scores[i, j])
+            found.append(sample)
+    return sorted(found, key=lambda each: each[f"{deciding}_after"] - each[f"{deciding}_before"])
 
 
 def _verdict(verdict: str, metric: str, sentence: str, needed: int | None = None) -> dict[str, Any]:
@@ -341,7 +256,7 @@ def _accuracies(
         "prompts": len(set(own)),
         **share_of(a, own).metrics("accuracy_before"),
         **share_of(b, own).metrics("accuracy_after"),
-        **_bounded(mean_of(_differences(a, b), own), "accuracy_difference"),
+        **_finite(mean_of(_differences(a, b), own).metrics("accuracy_difference")),
         **share_of(same, own).metrics("agreement"),
         "both_right": sum(x == y == 1 for x, y in zip(a, b, strict=True)),
         "only_before_right": sum(x == 1 > y for x, y in zip(a, b, strict=True)),
@@ -371,14 +286,6 @@ def _differ(pair: Pair, fitting: Fitting) -> bool:
     return one.response != other.response
 
 
-def _repeated(rows: Sequence[PromptRow], policy: Policy) -> list[PromptRow]:
-    return [row for row in rows for _ in range(policy.plan.samples)]
-
-
-def _repetition(text: str) -> float:
-    return repeated_ngrams(text.lower().split(), 3)
-
-
 def _differences(before: Sequence[float], after: Sequence[float]) -> list[float]:
     return [new - old for old, new in zip(before, after, strict=True)]
 
@@ -391,10 +298,12 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _bounded(estimate: Estimate, name: str) -> dict[str, float | None]:
-    """Return a mean's metrics; of a single prompt it has no bounds, and JSON no infinity."""
-    return {key: _finite(value) for key, value in estimate.metrics(name).items()}
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return metrics for JSON: a mean of a single prompt has no bounds, and JSON no infinity."""
 
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: known(each) for name, each in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {name: known(value) for name, value in values.items()}

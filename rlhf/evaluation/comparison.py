@@ -47,7 +47,7 @@ def compare(
         result |= share_of(wins(old, new).tolist(), keys).metrics(win_rate)
         result |= {f"{name}_before": float(old.mean()), f"{name}_after": float(new.mean())}
         result |= mean_of((new.mean(1) - old.mean(1)).tolist(), keys).metrics(f"{name}_difference")
-    if "judge_win_rate" in result:
+    if "judge_win_rate" in result and "win_rate" in result:
         result |= gap(before, after, rows, keys).metrics("gap")
     if "gold_win_rate" in result:
         old, new = (side.scores["gold"][rows] for side in (before, after))

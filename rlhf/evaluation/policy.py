@@ -15,6 +15,7 @@ import torch
 from rlhf.config import EvaluationConfig, PPOConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
+from rlhf.data.gate_prompts import without_known
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PROMPTS_EVAL, PROMPTS_GATE, PromptRow, read_rows, write_rows
 from rlhf.environments.stop import StopSequences
@@ -71,8 +72,8 @@ def evaluate_policy(
 
     Each answers every prompt by `config.samples_per_prompt` samples and, but for the champion, one
     greedy reply. All replies are scored by the reward model, the judge if it is usable, and the
-    gold score if there is one. Writes `evaluation.json` (docs/trust-policy.md), `samples.json` with
-    one reply of each policy to every prompt, and `prompts-gate.parquet` with the prompts.
+    gold score if there is one. Writes `evaluation.json` (docs/trust.md), `samples.json` with
+    one reply of each policy to every prompt, and `prompts-gate.parquet` with the gate prompts.
 
     Args:
         config: Numbers of prompts and samples, temperature, gold score.
@@ -85,8 +86,8 @@ def evaluate_policy(
         judge: Artifact of the judge, with `judge.json`.
         champion: Policy in production.
         champion_digest: Its artifact's digest, for the report.
-        prompts: Rows to answer in place of the dataset's held-out ones, in a file as
-            `prompts-gate.parquet`.
+        prompts: Gate prompts in place of the dataset's held-out ones, in a file as
+            `prompts-gate.parquet`; those that the dataset trains on are left out.
         limits: Most tokens of prompts and replies; without, they may fill the policy's context.
         seed: Of the samples.
         runtime: Device and threads.
@@ -105,13 +106,14 @@ def evaluate_policy(
     if judge is not None and known.usable:
         scorers["judge"] = run.scorer(judge)
     sides = [_Side(sft), _Side(policy), *([_Side(champion)] if champion else [])]
-    rows, fitting = run.read_prompts(prompts or data / PROMPTS_EVAL, sides, scorers)
+    gate, fresh, notes = _gate_prompts(config, data, prompts)
+    rows, fitting = run.fitting_prompts(fresh, sides, scorers)
     run.total, run.progress = len(sides) + len(scorers), progress
     demonstrations = held_out_replies(data, sides[0].renderer, limits)
     losses = run.answer_all(sides, rows, demonstrations)
     run.score_all(sides, rows, scorers)
     evaluation = {
-        **_provenance(config, rows, prompts is not None),
+        **_provenance(config, rows, gate, prompts is not None, notes),
         "judge": known.facts(),
         **_comparisons(sides, rows, known),
         "forgetting": measure_forgetting(*losses, demonstrations),
@@ -120,7 +122,8 @@ def evaluate_policy(
         evaluation["champion"] = _against_champion(sides, rows, champion_digest)
     write_json(out_dir / EVALUATION, evaluation)
     write_json(out_dir / SAMPLES, _samples(rows, sides, config.samples))
-    write_rows(out_dir / PROMPTS_GATE, rows)
+    # All of them, so that the next challenger gets the same whatever this one left out.
+    write_rows(out_dir / PROMPTS_GATE, gate)
     return StageResult({**dict(_flat(evaluation)), **fitting.metrics()})
 
 
@@ -158,13 +161,10 @@ class _Evaluation:
         """Load a scorer, which waits in the CPU's memory until all replies are drawn."""
         return Scorer(folder, torch.device("cpu"), self.limits)
 
-    def read_prompts(
-        self, path: Path, sides: Sequence[_Side], scorers: Mapping[str, Scorer]
+    def fitting_prompts(
+        self, rows: list[PromptRow], sides: Sequence[_Side], scorers: Mapping[str, Scorer]
     ) -> tuple[list[PromptRow], Fitting]:
         """Return the prompts that all models can be given, and counts of the others."""
-        rows = read_rows(path, PromptRow)[: self.config.prompts]
-        if not rows:
-            raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
         fitting = Fitting(sides[0].renderer, self.limits)
         others = [(scorer.renderer, scorer.limits) for scorer in scorers.values()]
         others += [(s.renderer, self.limits.within(folder_context(s.folder))) for s in sides[2:]]
@@ -253,17 +253,39 @@ def _all_answers(sides: Sequence[_Side]) -> list[tuple[_Side, str, Answers]]:
     ]
 
 
+def _gate_prompts(
+    config: EvaluationConfig, data: Path, given: Path | None
+) -> tuple[list[PromptRow], list[PromptRow], list[str]]:
+    """Return the gate prompts, those that no stage has trained on, and a note on the others.
+
+    Raises:
+        DataError: There are none, or too many are training data.
+    """
+    if given is None:
+        rows = read_rows(data / PROMPTS_EVAL, PromptRow)[: config.prompts]
+        if not rows:
+            raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
+        return rows, rows, []
+    rows = read_rows(given, PromptRow)
+    found = without_known(rows, data)
+    note = found.note()
+    if note and found.too_many_known:
+        raise DataError(f"{note}, which are too many; set another data.rotation")
+    return rows, found.fresh, [note] if note else []
+
+
 def _provenance(
-    config: EvaluationConfig, rows: Sequence[PromptRow], is_given: bool
-) -> dict[str, Any]:
+    config: EvaluationConfig, rows: Sequence[PromptRow], gate: Sequence[PromptRow], is_given: bool,
+    notes: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """Return which prompts were answered, and remarks on what is measured."""
-    text = "\0".join(repr(row.prompt) for row in rows)
+    text = "\0".join(repr(row.prompt) for row in gate)
     return {
         "n": len(rows),
         "samples_per_prompt": config.samples_per_prompt,
         "prompts_from": "champion" if is_given else "run",
         "prompts_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        "notes": [note.format(refusals=len(REFUSALS)) for note in _NOTES],
+        "notes": [*notes, *(note.format(refusals=len(REFUSALS)) for note in _NOTES)],
     }
 
 

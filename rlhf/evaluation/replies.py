@@ -1,4 +1,4 @@
-"""Replies of a policy to prompts, sampled and scored outside of a run."""
+"""Policies that answer prompts outside of a run, and the prompts that they can be given."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
-from rlhf.data.rendering import Renderer, load_renderer
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Pair, PromptRow
 from rlhf.environments.stop import StopSequences
 from rlhf.errors import DataError, PromptUnusable
+from rlhf.evaluation.answers import Answers, answer_prompts
 from rlhf.modeling.base import context_length, load_policy
 from rlhf.modeling.critic import freeze
-from rlhf.modeling.generate import Replies, generate
-from rlhf.modeling.logprobs import log_probs_and_entropy
 from rlhf.modeling.sampling import Sampling
+from rlhf.modeling.tokenizer import load_tokenizer_and_ends
 
 RowT = TypeVar("RowT", PromptRow, Pair)
 #: Largest share of prompts that a model may be unable to read.
@@ -48,6 +48,9 @@ class Policy:
         device: Device of the model.
         plan: How it replies.
         limits: Those of its training; None fills its context.
+
+    Raises:
+        ConfigError: The model or its tokenizer can't be loaded.
     """
 
     def __init__(
@@ -55,7 +58,8 @@ class Policy:
         limits: TokenLimits | None = None,
     ) -> None:  # fmt: skip
         self.model = freeze(load_policy(folder)).to(device)
-        self.renderer: Renderer = load_renderer(folder)
+        # A folder may be a model that no stage has completed.
+        self.renderer = Renderer(*load_tokenizer_and_ends(folder))
         self.plan = plan
         context = context_length(self.model)
         limits = (limits or TokenLimits(max_length=context)).within(context)
@@ -67,53 +71,22 @@ class Policy:
         """The check of prompts that the policy can be given."""
         return Fitting(self.renderer, self.limits)
 
-    @torch.no_grad()
-    def reply(self, rows: Sequence[PromptRow], reference: Policy | None = None) -> Sampled:
-        """Sample the plan's replies to each prompt: those to the first come first.
+    def answer(
+        self, rows: Sequence[PromptRow], seed: int, reference: Policy | None = None
+    ) -> Answers:
+        """Sample the plan's replies to each prompt.
 
         Args:
             rows: Prompts that fit.
-            reference: Estimates the KL against a policy of the same tokens.
+            seed: Of the sampling.
+            reference: Measures the KL from a policy with the same tokens.
         """
         plan = self.plan
-        prompts = [self.renderer.encode_prompt(row.prompt, self.limits.prompt) for row in rows]
-        repeated = [ids for ids in prompts for _ in range(plan.samples)]
-        sampling = Sampling(plan.max_new_tokens, plan.temperature)
-        found = Sampled([], [], [], [] if reference else None)
-        for start in range(0, len(repeated), plan.batch_size):
-            replies = generate(
-                self.model, repeated[start : start + plan.batch_size], self.renderer.tokenizer,
-                sampling, plan.seed + start, self.ending if plan.stop_sequences else None,
-                ends=self.renderer.end_ids,
-            )  # fmt: skip
-            found.texts += [self.ending.text(ids) for ids in replies.rows()]
-            found.tokens += replies.mask.sum(1).tolist()
-            found.finished += replies.finished.tolist()
-            if reference and found.kl is not None:
-                found.kl += self._log_ratio(reference.model, replies)
-        return found
-
-    def _log_ratio(self, reference: Any, replies: Replies) -> list[float]:
-        """Return Σ log π − log π_ref of each reply, at the sampling temperature.
-
-        Its mean over sampled replies is the KL. Of a greedy reply it is taken at temperature 1.
-        """
-        temperature = self.plan.temperature or 1.0
-        own, other = (
-            log_probs_and_entropy(model, replies, temperature, entropy=False)[0]
-            for model in (self.model, reference)
-        )
-        return ((own - other) * replies.mask).sum(1).tolist()
-
-
-@dataclass
-class Sampled:
-    """Replies, prompt by prompt."""
-
-    texts: list[str]
-    tokens: list[int]
-    finished: list[bool]
-    kl: list[float] | None = None
+        return answer_prompts(
+            self.model, reference and reference.model, rows, self.renderer, self.ending,
+            Sampling(plan.max_new_tokens, plan.temperature), seed, max_prompt=self.limits.prompt,
+            batch_size=plan.batch_size, replies=plan.samples,
+        )  # fmt: skip
 
 
 def fitting_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rlhf.stage import Progress, Scalar, StageResult, silent
 #: Scale of the scores, for those who need probabilities: temperature, mean, deviation.
 CALIBRATION = "calibration.json"
 #: Bins of the histogram of margins.
-_MARGIN_BINS = 12
+_MARGIN_BINS = 16
 
 
 def evaluate_reward_model(
@@ -47,7 +48,7 @@ def evaluate_reward_model(
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Measure a reward model on held-out pairs; docs/gates.md explains the figures.
+    """Measure a reward model on held-out pairs; docs/trust.md explains the figures.
 
     Pairs that the model can't be given, or that are equal where it cuts them, are left out. Each
     counts once, whatever its weight in training. Intervals take prompts as independent.
@@ -175,15 +176,21 @@ def _score_in_parts(
 
 
 def _margin_histogram(margins: Sequence[float], notes: list[str]) -> dict[str, Any]:
-    """Return how many pairs that are right, and that are wrong, have margins of each size."""
-    sizes = np.abs(margins)
-    if not sizes.any():
+    """Return how many pairs that are right, and that are wrong, have each margin.
+
+    0 is an edge, so that no bin holds both.
+    """
+    lowest, highest = min(*margins, 0.0), max(*margins, 0.0)
+    if lowest == highest:
         notes.append("margins: all of them are 0, the model prefers none of the replies")
         return {}
-    edges = np.linspace(0, sizes.max(), _MARGIN_BINS + 1)
-    signs = np.sign(margins)
+    width = (highest - lowest) / _MARGIN_BINS
+    edges = width * np.arange(math.floor(lowest / width), math.ceil(highest / width) + 1)
+    # Rounding must not put the largest ones outside.
+    edges[0], edges[-1] = min(edges[0], lowest), max(edges[-1], highest)
+    array = np.asarray(margins)
     counts = {
-        name: np.histogram(sizes[signs == sign], edges)[0].tolist()
+        name: np.histogram(array[np.sign(array) == sign], edges)[0].tolist()
         for name, sign in (("right", 1), ("wrong", -1))
     }
     return {"margins": {"edges": edges.tolist(), **counts}}

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.data.rows import Pair
 from rlhf.evaluation.common import points
-from rlhf.inference import balanced_share, share_of
+from rlhf.inference import share_of, stratified_share
 
 #: Marks of Markdown, as the style control of Chatbot Arena counts them (Li et al. 2024), and code.
 _MARKS = re.compile(
@@ -33,11 +33,12 @@ def style(
 ) -> tuple[dict[str, Any], list[str]]:
     """Measure what choosing by length or format gives, and accuracy where length is no help.
 
-    `length_controlled_accuracy` is the mean of two accuracies: on the pairs whose chosen reply is
-    longer, and on those where it is shorter. Choosing the longer reply has exactly 0.5 by it,
-    whatever their numbers are; nothing is fitted (a regression on the difference of lengths, as in
-    Dubois et al. 2024, would extrapolate where long replies are always chosen). It is balanced
-    accuracy (Brodersen et al. 2010) with the longer reply as the class.
+    `length_controlled_accuracy` is the accuracy with pairs weighted so that the chosen reply is as
+    often the longer one as the shorter one: with w the share of pairs of equal length it is
+    w · accuracy(equal) + (1 − w) · (accuracy(chosen longer) + accuracy(chosen shorter))/2. Choosing
+    the longer reply has exactly 0.5 by it, whatever the pairs are. It is balanced accuracy
+    (Brodersen et al. 2010) with the longer reply as the class. Nothing is fitted: a regression on
+    the difference of lengths, as in Dubois et al. 2024, would extrapolate where one side is rare.
 
     Args:
         pairs: Held-out pairs; lengths are in characters.
@@ -56,17 +57,19 @@ def style(
         **share_of([points(d) for d in marks], prompts).metrics("baseline_format"),
     }
     unequal = [i for i, d in enumerate(differences) if d]
-    own = [prompts[i] for i in unequal]
-    is_longer = [differences[i] > 0 for i in unequal]
+    sides = ["longer" if d > 0 else "shorter" if d < 0 else "equal" for d in differences]
     notes: list[str] = []
     if unequal:
         prefers = [correct[i] if differences[i] > 0 else 1 - correct[i] for i in unequal]
+        own = [prompts[i] for i in unequal]
         metrics |= share_of(prefers, own).metrics("prefers_longer")
-    if len(set(is_longer)) == 2:
-        balanced = balanced_share([correct[i] for i in unequal], own, is_longer)
-        metrics |= balanced.metrics("length_controlled_accuracy")
+    if len({*sides} - {"equal"}) != 1:
+        half = len(unequal) / len(pairs) / 2
+        weights = {"equal": 1 - 2 * half, "longer": half, "shorter": half}
+        controlled = stratified_share(correct, prompts, sides, weights)
+        metrics |= controlled.metrics("length_controlled_accuracy")
     else:
-        missing = "shorter" if any(is_longer) else "longer"
+        missing = "shorter" if "longer" in sides else "longer"
         notes.append(
             f"length_controlled_accuracy: in no pair the chosen reply is the {missing} one"
         )

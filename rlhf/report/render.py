@@ -183,6 +183,7 @@ def watchdog_finding(watchdog: Mapping[str, Any] | None) -> Finding | None:
     when = "" if update is None else f" after update {number(int(update))}"
     evidence = f"{sentence(stopped.get('evidence'))} {goes_on}".strip()
     detector = words(str(stopped.get("detector") or "unknown"))
+    detector = detector.replace("Over optim", "Over-optim")
     detector = detector[:1].lower() + detector[1:]
     return Finding("missed", f"The watchdog stopped PPO{when}: {detector}.", evidence)
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from rlhf.data.chat import loose_key
 from rlhf.data.sources import own_test_files
-from rlhf.data.split import MAX_CHANCES, find_clusters, held_out_clusters, loose_key, position
+from rlhf.data.split import MAX_CHANCES, find_clusters, held_out_clusters, position
 from tests.data.helpers import assistant, sentence, user
 
 OPENING = "How do I descale a kettle?"

@@ -53,6 +53,7 @@ def test_tensorboard_has_every_metric_of_every_step(first_run):
     trained = {"train-sft", "train-reward-model", "train-policy"}
     assert {p.name for p in logs.iterdir()} == {
         *trained,
+        "train-judge",  # of two steps, of which the trainers log none
         "evaluate-reward-model",
         "evaluate-policy",
     }

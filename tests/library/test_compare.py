@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,14 +13,16 @@ from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Pair, PromptRow
 from rlhf.errors import DataError
+from rlhf.evaluation.answers import Answers
 from rlhf.evaluation.compare import (
-    _Sides,
+    _finite,
+    _samples,
     compare_reward_models,
     prompts_for_mean,
     verdict_on_policies,
     verdict_on_reward_models,
 )
-from rlhf.evaluation.replies import Sampled, fitting_rows
+from rlhf.evaluation.replies import fitting_rows
 from rlhf.inference import Estimate, mean_of, prompts_needed, share_of
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer
@@ -57,9 +60,9 @@ def test_verdicts_on_policies():
     open_ = verdict_on_policies(Estimate(0.55, 0.45, 0.64, 100, 100, 0.05), "win_rate")
     assert open_["verdict"] == "undecided"
     assert open_["prompts_needed"] == prompts_needed(0.55, 0.5, 0.5, 0.975, 0.8)
-    # (1.96 · 0.5 + 0.8416 · √(0.55 · 0.45))² / 0.05² = 783
-    assert open_["prompts_needed"] == 783
-    assert "783 prompts would find 55% in 80% of cases" in open_["sentence"]
+    # (1.963 · 0.5 + 0.8416 · √(0.55 · 0.45))² / 0.05² = 784.2, with t of 784 degrees of freedom.
+    assert open_["prompts_needed"] == 785
+    assert "785 prompts would find 55% in 80% of cases" in open_["sentence"]
 
 
 def test_an_interval_that_touches_a_half_decides_nothing():
@@ -96,56 +99,21 @@ def test_prompts_for_a_mean():
 # --- policies ---------------------------------------------------------------------------------
 
 
-def sides(**scores) -> _Sides:
-    before = Sampled(["x"] * 4, [4, 4, 4, 4], [True] * 4)
-    after = Sampled(["y y y y", *["y"] * 3], [6, 2, 8, 8], [True, False, True, True], [1, 2, 3, 4])
-    return _Sides(before, after, scores, ["p", "p", "q", "q"])
-
-
-def test_sides_by_hand():
-    both = sides(
-        reward=([0, 0, 0, 0], [1, 2, 0, -1]),  # 1, 1, ½, 0
-        judge=([0, 0, 0, 0], [-1, 1, 1, 1]),  # 0, 1, 1, 1
-    )  # fmt: skip
-    got = both.compared(range(4))
-    assert (got["n"], got["prompts"]) == (4, 2)
-    assert got["win_rate"] == 0.625
-    assert got["win_rate_low"] == share_of([1, 1, 0.5, 0], ["p", "p", "q", "q"]).low
-    assert got["judge_win_rate"] == 0.75
-    # −1, 0, ½, 1
-    assert got["gap"] == 0.125
-    assert got["gap_low"] == mean_of([-1, 0, 0.5, 1], ["p", "p", "q", "q"]).low
-    assert (got["reward_before"], got["reward_after"]) == (0, 0.5)
-    assert got["reward_difference"] == 0.5
-    assert got["kl"] == 2.5
-    assert (got["tokens_before"], got["tokens_after"]) == (4, 6)
-    assert (got["eos_rate_before"], got["eos_rate_after"]) == (1, 0.75)
-    # "y y y y" has two 3-grams, of which the second repeats the first.
-    assert got["repetition_after"] == 0.125
-    # Only the second prompt: one cluster has no interval.
-    part = both.compared([2, 3])
-    assert part["win_rate"] == 0.25
-    assert part["reward_difference_low"] is None
-
-
-def test_shifts_are_corrected_for_their_number():
-    shifts = {shift["metric"]: shift for shift in sides(reward=([0] * 4, [1] * 4)).shifts()}
-    assert {*shifts} == {"tokens", "eos_rate", "repetition"}
-    assert shifts["tokens"]["difference"] == 2
-    # Means of prompts are 0 and 4: error 2, t = 1 with one degree of freedom, p = ½.
-    assert shifts["tokens"]["p"] == pytest.approx(0.5)
-    assert shifts["tokens"]["p_adjusted"] == 1
-    assert not shifts["tokens"]["significant"]
-
-
 def test_samples_begin_with_the_greatest_loss():
-    rows = [PromptRow("p"), PromptRow("p"), PromptRow("q", "g"), PromptRow("q", "g")]
-    got = sides(reward=([0] * 4, [1, 2, 0, -1])).samples(rows, "reward")
-    assert [row["reward_after"] for row in got] == [-1, 0, 1, 2]
+    rows = [PromptRow("p"), PromptRow("q", "g")]
+    before = Answers([["x", "x"], ["x", "x"]], {}, {"reward": np.zeros((2, 2))})
+    after = Answers([["a", "b"], ["c", "d"]], {}, {"reward": np.array([[1.0, 2.0], [0.0, -1.0]])})
+    got = _samples(rows, before, after, "reward")
+    assert [row["after"] for row in got] == ["d", "c", "a", "b"]
     assert got[0] == {
-        "prompt": "q", "group": "g", "before": "x", "after": "y", "reward_before": 0,
+        "prompt": "q", "group": "g", "before": "x", "after": "d", "reward_before": 0,
         "reward_after": -1, "judge_before": None, "judge_after": None,
     }  # fmt: skip
+
+
+def test_json_gets_no_infinity():
+    found = _finite({"a": math.inf, "b": {"c": math.nan, "d": 1.5}, "e": "text", "f": 0})
+    assert found == {"a": None, "b": {"c": None, "d": 1.5}, "e": "text", "f": 0}
 
 
 # --- reward models ----------------------------------------------------------------------------

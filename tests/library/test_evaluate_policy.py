@@ -12,10 +12,13 @@ import torch
 
 from rlhf.config import EvaluationConfig
 from rlhf.config.lengths import TokenLimits
+from rlhf.config.metric_names import certain_names, part_of
 from rlhf.data.rows import (
+    DEMONSTRATIONS,
     PAIRS_EVAL,
     PROMPTS_EVAL,
     PROMPTS_GATE,
+    Demonstration,
     Pair,
     PromptRow,
     read_rows,
@@ -31,6 +34,7 @@ from rlhf.evaluation.comparison import wins
 from rlhf.evaluation.forgetting import MOST, held_out_replies, measure_forgetting, reply_losses
 from rlhf.evaluation.policy import _kinds
 from rlhf.files import read_json, write_json
+from rlhf.gates import flat_metrics
 from rlhf.judge import JUDGE
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.generate import generate
@@ -186,11 +190,41 @@ def test_the_prompts_are_kept_and_used_again(whole, evaluate, better, tmp_path):
     assert again["prompts_from"] == "champion"
     assert again["prompts_sha256"] == written["prompts_sha256"]
     assert again["sampled"]["win_rate"] == written["sampled"]["win_rate"]
-    _, fewer = evaluate(better, toys.changed(PLAIN, prompts=3), prompts=out / PROMPTS_GATE)
-    assert read_rows(tmp_path / PROMPTS_GATE, PromptRow) == rows[:3]
-    assert fewer["prompts_sha256"] != written["prompts_sha256"]
     assert "champion" not in again
     assert metrics["judge.usable"] is False
+    # They stay whole whatever an evaluation leaves out, so that all challengers have the same.
+    evaluate(better, toys.changed(PLAIN, prompts=3), prompts=out / PROMPTS_GATE)
+    assert read_rows(tmp_path / PROMPTS_GATE, PromptRow) == rows
+    _, fewer = evaluate(better, toys.changed(PLAIN, prompts=3))
+    assert fewer["prompts_sha256"] != written["prompts_sha256"]
+
+
+def test_gate_prompts_that_a_stage_has_seen_are_left_out(
+    whole, evaluate, better, data, tmp_path_factory
+):
+    _, written, out, _ = whole
+    rows = read_rows(out / PROMPTS_GATE, PromptRow)
+    folder = tmp_path_factory.mktemp("seen") / "data"
+    shutil.copytree(data, folder)
+    seen = [Demonstration(row.prompt, "good") for row in rows[:2]]
+    write_rows(folder / DEMONSTRATIONS, seen)
+    _, found = evaluate(better, folder=folder, prompts=out / PROMPTS_GATE)
+    assert (found["n"], found["sampled"]["n"]) == (18, 18)
+    assert found["notes"][0].startswith("2 of the champion's 20 gate prompts are among the")
+    # Of all of them, so that looks at them are counted together.
+    assert found["prompts_sha256"] == written["prompts_sha256"]
+    write_rows(folder / DEMONSTRATIONS, [Demonstration(row.prompt, "good") for row in rows[:3]])
+    with pytest.raises(DataError, match=r"3 of .* which are too many; set another data\.rotation"):
+        evaluate(better, folder=folder, prompts=out / PROMPTS_GATE)
+
+
+def test_rules_may_use_the_metrics_that_are_written_and_no_others(whole):
+    names = set(dict(flat_metrics(whole[1])))
+    unknown = {name for name in names if part_of(name, "policy") is None}
+    assert unknown == set()
+    # `own` and `judge` of a stand-in have not all the parts of real ones.
+    known = {n for n in certain_names("policy", {"gold"}) if not n.startswith("judge.")}
+    assert known - names == set()
 
 
 def test_a_policy_against_itself(evaluate, sft):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from rlhf.inference import (
     Estimate,
-    balanced_share,
     holm,
     mean_bound,
     mean_of,
@@ -21,9 +20,12 @@ from rlhf.inference import (
     prompts_needed,
     share_bound,
     share_of,
+    stratified_share,
     t_quantile,
     wilson,
 )
+
+HALVES = {"a": 0.5, "b": 0.5}
 
 # --- values by hand -------------------------------------------------------------------------
 
@@ -98,8 +100,8 @@ def test_one_prompt_has_no_interval():
 
 
 def test_strata_count_alike():
-    values, strata = [1] * 6 + [0] * 2 + [1, 0], ["long"] * 8 + ["short"] * 2
-    got = balanced_share(values, range(10), strata)
+    values, strata = [1] * 6 + [0] * 2 + [1, 0], "aaaaaaaabb"
+    got = stratified_share(values, range(10), strata, HALVES)
     # 3/4 and 1/2; squares about them 1.5 and 0.5: v = 10/9 · (1.5/8² + 0.5/2²)/2²
     assert got.value == pytest.approx(0.625)
     assert got.error == pytest.approx((10 / 9 * (1.5 / 64 + 0.5 / 4) / 4) ** 0.5)
@@ -115,25 +117,28 @@ def test_strata_count_alike():
 
 def test_a_small_stratum_is_not_certain():
     """Three of three leave room: the mean of 0.75 and 1 may as well be 0.6."""
-    values, strata = [1] * 60 + [0] * 20 + [1] * 3, ["long"] * 80 + ["short"] * 3
-    assert balanced_share(values, range(83), strata).low < 0.62
-    assert balanced_share([1, 1, 0], range(3), "aab").value == 0.5
-    whole = balanced_share([1, 0, 1], range(3), "aaa")
+    values, strata = [1] * 60 + [0] * 20 + [1] * 3, "a" * 80 + "b" * 3
+    assert stratified_share(values, range(83), strata, HALVES).low < 0.62
+    assert stratified_share([1, 1, 0], range(3), "aab", HALVES).value == 0.5
+    whole = stratified_share([1, 0, 1], range(3), "aaa", {"a": 1})
     assert (whole.value, whole.low) == (
         pytest.approx(2 / 3),
         pytest.approx(share_of([1, 0, 1]).low),
     )
-    alone = balanced_share([1, 0], "pp", "ab")
+    # weights other than halves: 0.9 · 2/3 + 0.1 · 0
+    uneven = stratified_share([1, 0, 1, 0], range(4), "aaab", {"a": 0.9, "b": 0.1})
+    assert uneven.value == pytest.approx(0.6)
+    alone = stratified_share([1, 0], "pp", "ab", HALVES)
     assert (alone.low, alone.high, alone.clusters) == (0, 1, 1)
 
 
 def test_strata_of_the_same_prompts_depend_on_each_other():
     """Each prompt is right or wrong in both strata: as uncertain as either of them alone."""
     right = [1, 1, 1, 0, 1, 1, 0, 1, 1, 0] * 3
-    both = balanced_share(right * 2, [*range(30)] * 2, ["a"] * 30 + ["b"] * 30)
+    both = stratified_share(right * 2, [*range(30)] * 2, "a" * 30 + "b" * 30, HALVES)
     one = share_of(right)
     assert (both.low, both.high) == pytest.approx((one.low, one.high), abs=1e-6)
-    apart = balanced_share(right * 2, range(60), ["a"] * 30 + ["b"] * 30)
+    apart = stratified_share(right * 2, range(60), "a" * 30 + "b" * 30, HALVES)
     assert apart.high - apart.low < 0.75 * (one.high - one.low)
 
 
@@ -302,10 +307,10 @@ def test_a_bound_is_where_the_score_test_rejects(p, size, z):
 def test_intervals_of_strata_cover():
     """A stratum of 12 beside one of 60, of which most are right."""
     rng, hits = np.random.default_rng(2), 0
-    strata = ["long"] * 60 + ["short"] * 12
+    strata = "a" * 60 + "b" * 12
     for _ in range(1000):
         values = (rng.random(72) < np.repeat([0.9, 0.8], [60, 12])).astype(float)
-        got = balanced_share(values.tolist(), range(72), strata)
+        got = stratified_share(values.tolist(), range(72), strata, HALVES)
         hits += got.low <= 0.85 <= got.high
     assert 0.93 - 0.014 <= hits / 1000 <= 0.985
 

@@ -14,15 +14,17 @@ from flows import preflight
 from rlhf.config import LoraConfig, load_config
 from rlhf.data.rows import Pair
 from rlhf.errors import ConfigError
+from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.exactness import NotExact, check_adapter, check_policy, check_scorer
 from rlhf.modeling.frozen import store_frozen
 from rlhf.modeling.miniature import MAX_PARAMETERS, miniature
 from rlhf.modeling.reward import Scorer
+from rlhf.modeling.source import ExternalModel
 from rlhf.rehearsal import RehearsalFailed, _changes, rehearse
 from rlhf.rehearsal_rows import Sample
 from rlhf.store.manifest import Producer
-from tasks.rehearsal import _key, _local_reward_base
+from tasks.rehearsal import _key, _local_bases
 from tasks.runner import producer, run_stage
 from tasks.stage import store_of
 from tasks.stages import TRAIN_REWARD_MODEL, TRAIN_SFT
@@ -148,10 +150,10 @@ def test_another_reward_base_under_the_same_path_is_another_rehearsal(toy, tmp_p
     base = Path(shutil.copytree(toy("fresh"), tmp_path / "reward-base"))
     config = configured(toy("fresh"), f"--reward_model.base={base}")
     producer = Producer(stage="train-sft", code_version="1", config={}, seed=0, versions={})
-    keys = [_key(config, producer, _local_reward_base(config))]
+    keys = [_key(config, producer, _local_bases(config))]
     path = base / "config.json"
     path.write_text(path.read_text() + "\n")
-    keys.append(_key(config, producer, _local_reward_base(config)))
+    keys.append(_key(config, producer, _local_bases(config)))
     assert keys[0] != keys[1]
 
 
@@ -268,7 +270,7 @@ def test_the_command_rehearses_once(command, tmp_path):
     assert "rehearsed in small" in command()
     records = {p: p.stat().st_mtime_ns for p in (tmp_path / "work" / "rehearsals").iterdir()}
     assert len(records) == 2
-    assert "rehearsed in small" in command("--runtime.threads=2", "--gates.policy=[]")
+    assert "rehearsed in small" in command("--runtime.threads=2", "--gates.policy=none")
     assert set(records) == {*(tmp_path / "work" / "rehearsals").iterdir()}
     with pytest.raises(RehearsalFailed):  # another configuration is rehearsed anew
         command("--sft.lora.target_modules=nothing")
@@ -290,3 +292,37 @@ def test_a_run_rehearses_before_its_first_training_stage(toy, tmp_path, configur
     records = {*(tmp_path / "work" / "rehearsals").iterdir()}
     run_stage(TRAIN_REWARD_MODEL, config, {"data": data, "sft": sft.ref})
     assert records == {*(tmp_path / "work" / "rehearsals").iterdir()}
+
+
+def test_the_judges_base_is_rehearsed_too(toy, tmp_path, configured):
+    base, other = toy("fresh"), Path(shutil.copytree(toy("sft"), tmp_path / "other"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    external = ExternalModel("judge.base", str(other))
+    sample = Sample([], [Pair("tea or cup?", "good", "bad")], [])
+    config = configured(base, f"--judge.base={other}")
+    assert rehearse(config, base, sample, scratch, judge_base=(external, other)) == []
+    assert read_json(scratch / "judge" / "judge.json")["usable"]
+    assert "judge_win_rate" in read_json(scratch / "evaluation" / "evaluation.json")["sampled"]
+
+
+def test_a_judge_that_fails_is_named(toy, tmp_path, configured):
+    base, other = toy("fresh"), Path(shutil.copytree(toy("sft"), tmp_path / "other"))
+    tokenizer = other / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"chat_template": "{{ x("}))
+    (other / "chat_template.jinja").unlink(missing_ok=True)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    external = ExternalModel("judge.base", str(other))
+    sample = Sample([], [Pair("tea or cup?", "good", "bad")], [])
+    config = configured(base, f"--judge.base={other}")
+    with pytest.raises(RehearsalFailed, match=r"^judge\.base = .*the judge fails: "):
+        rehearse(config, base, sample, scratch, judge_base=(external, other))
+
+
+def test_without_a_judge_none_is_rehearsed(toy, tmp_path, configured):
+    base, scratch = toy("fresh"), tmp_path / "scratch"
+    scratch.mkdir()
+    sample = Sample([], [Pair("tea or cup?", "good", "bad")], [])
+    assert rehearse(configured(base, "--judge.enabled=false"), base, sample, scratch) == []
+    assert not (scratch / "judge").exists()

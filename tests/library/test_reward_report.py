@@ -13,6 +13,7 @@ import torch
 
 from rlhf.config import DataConfig, EvaluationConfig, WorldConfig
 from rlhf.config.lengths import TokenLimits
+from rlhf.config.metric_names import COUNTS, certain_names, part_of
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_EVAL, Pair, write_rows
 from rlhf.evaluation import evaluate_reward_model
@@ -22,7 +23,8 @@ from rlhf.evaluation.reward_model import CALIBRATION, pairs_report
 from rlhf.evaluation.slices import accuracy_by_slice, slices_of, worst_of
 from rlhf.evaluation.style import format_marks, style
 from rlhf.files import read_json
-from rlhf.inference import balanced_share, mean_of, share_of
+from rlhf.gates import flat_metrics
+from rlhf.inference import mean_of, share_of, stratified_share
 from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer
 from rlhf.world import generate, gold
@@ -148,14 +150,16 @@ def test_style_by_hand():
     assert metrics["baseline_format"] == (1 + 0.5 + 0 + 0.5 + 0.5) / 5
     # of four with a difference: 1, 0, the third's shorter one is preferred, a tie
     assert metrics["prefers_longer"] == 1.5 / 4
-    # longer 1.5/3, shorter 1/1
-    assert metrics["length_controlled_accuracy"] == 0.75
-    expected = balanced_share([1, 0, 1, 0.5], ["p", "p", "q", "r"], "LLSL")
+    # longer 1.5/3, shorter 1/1, a fifth of equal length 1/1
+    assert metrics["length_controlled_accuracy"] == pytest.approx(0.2 * 1 + 0.8 * 0.75)
+    expected = stratified_share(correct, prompts, "LLSEL", {"L": 0.4, "S": 0.4, "E": 0.2})
     assert metrics["length_controlled_accuracy_low"] == expected.low
     _, notes = style(pairs[:2], [1, 0], ["p", "p"])
     assert notes == ["length_controlled_accuracy: in no pair the chosen reply is the shorter one"]
+    # Where no length differs there is nothing to control for.
     metrics, notes = style(pairs[3:4], [1], ["p"])
     assert "prefers_longer" not in metrics
+    assert (metrics["length_controlled_accuracy"], notes) == (1, [])
 
 
 # --- slices -------------------------------------------------------------------------------------
@@ -335,6 +339,18 @@ def test_the_true_score(report):
     ties = sum(b["n"] for b in metrics["reliability"]) - sum(counts["right"] + counts["wrong"])
     right = sum(counts["right"]) + ties / 2
     assert right == pytest.approx(metrics["accuracy"] * metrics["n"])
+    sides = [*zip(pairwise(counts["edges"]), counts["right"], counts["wrong"], strict=True)]
+    assert all(low >= -1e-9 for (low, _), right, _ in sides if right)
+    assert all(high <= 1e-9 for (_, high), _, wrong in sides if wrong)
+
+
+def test_rules_may_use_the_metrics_that_are_written_and_no_others(report):
+    names = {n for n in dict(flat_metrics(report(gold))) if ".example." not in n}
+    unknown = {name for name in names if part_of(name, "reward_model") is None}
+    assert sorted(unknown) == []
+    # Counts of pairs that were cut or left out are beside the report of the pairs.
+    known = certain_names("reward_model", {"gold"}) - set(COUNTS)
+    assert sorted(known - names) == []
 
 
 def test_a_model_of_length(report):
@@ -404,7 +420,7 @@ def test_a_trained_model(data, reward_model, tmp_path):
     other = written["probes"]["other_prompt"]
     assert result.metrics["probes.other_prompt.rises"] == other["rises"]
     assert set(written["by_group"]) == {"even", "odd"}
-    # good and bad replies are of one length
+    # "good" is longer than "bad" throughout
     assert any(note.startswith("length_controlled_accuracy") for note in written["notes"])
 
 

@@ -163,7 +163,7 @@ def champion_checks(better: bool = True) -> tuple[Check, ...]:
         Check("champion.by_group.seen templates.judge_win_rate", 0.565, "95 % lower end ≥ 0.4",
               True, 0.49, 0.63, 150, kind="champion"),
         Check("champion.by_group.billing.judge_win_rate", 0.61, "95 % lower end ≥ 0.4", True, 0.47,
-              0.74, 24, "not measured: 24 prompts, and slice_n = 30", "champion"),
+              0.74, 24, "not judged: 24 prompts, and slice_n = 30", "champion"),
         Check("look", 2.0, "≤ 10", True, kind="champion"),
     )  # fmt: skip
 

@@ -152,6 +152,7 @@ def test_trust_stands_where_people_look():
         "Forgetting", "disagree most", "lost most", "changed most",
     ]  # fmt: skip
     assert [page.index(text) for text in order] == sorted(page.index(text) for text in order)
+    assert '<th scope="row" class="num">24 · chosen</th>' in page
     # Win rates stand in the answers: their tiles would say it twice.
     assert "Wins by reward" not in page[: page.index("<nav")]
     assert "Wins by reward" in PAGES["full"][: PAGES["full"].index("<nav")]

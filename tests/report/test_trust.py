@@ -146,7 +146,7 @@ def test_verdicts_group_the_champions_checks():
     assert [(row.rule, row.spread, row.n, row.result) for row in champion.rows] == [
         ("Win rate by the judge, against the champion", "0.501–0.621", "300", "met"),
         ("Win rate by the judge, against the champion, seen templates", "0.49–0.63", "150", "met"),
-        ("Win rate by the judge, against the champion, billing", "0.47–0.74", "24", "not measured"),
+        ("Win rate by the judge, against the champion, billing", "0.47–0.74", "24", "not judged"),
         ("Comparisons on these gate prompts", "", "", "met"),
     ]
     assert champion.rows[2].note == "24 prompts, and slice_n = 30"

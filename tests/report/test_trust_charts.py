@@ -129,6 +129,8 @@ def test_an_interval_of_the_judge_is_drawn():
         ({"chosen": 12, "stopped": None}, "passed", "Nothing stopped PPO before its end."),
         ({"stopped": {"detector": "max_kl", "update": 8, "evidence": "31 nats"}}, "missed",
          "The watchdog stopped PPO after update 8: max KL."),
+        ({"stopped": {"detector": "over_optimisation"}}, "missed",
+         "The watchdog stopped PPO: over-optimisation."),
     ],
 )  # fmt: skip
 def test_the_watchdogs_end_in_a_sentence(watchdog, css, says):
@@ -227,6 +229,7 @@ VALUES = st.recursive(
 @given(VALUES)
 @example(10**400)
 @example([{"update": 1, "kl": 1e300, "proxy": 1e300}, {"kl": 5e-324, "judge": 5e-324}])
+@example([{"kl": 1.0, "proxy": -1.7e308}, {"kl": 2.0, "proxy": 1.7e308}])
 @example([{"confidence": 0.5, "accuracy": 0.5, "low": -1e300, "n": -3}] * 2)
 @example({"edges": [-1e300, 1e300], "right": [1], "wrong": [1e300]})
 @example({"edges": [0, 5e-324], "right": [1], "wrong": [1]})
