@@ -58,11 +58,13 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
         with exit_on_sigterm():
             refs = find_inputs(stage, config, given, optional=not is_child_run())
             if stage.tracks_steps and "data" in refs and not is_child_run():
-                check_gates(config, refs["data"], store)
+                for line in check_gates(config, refs["data"], store).lines:
+                    get_run_logger().info("gates: %s", line)
             state = run_task(stage, config, refs)
         result = state.result(raise_on_failure=False)
         if isinstance(result, NotBetter):
-            return Completed(name=state.name, message=state.message, data=result)
+            name = RunOutcome.NOT_BETTER.value
+            return Completed(name=name, message=str(result), data=result)
         if isinstance(result, GateRejected):
             return Failed(name=RunOutcome.GATE_REJECTED.value, message=str(result), data=result)
         if isinstance(result, BaseException):

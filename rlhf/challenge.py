@@ -14,6 +14,11 @@ from rlhf.inference import share_bound
 
 #: Part of a policy's evaluation with the comparison.
 PART = "champion"
+#: How to get other gate prompts.
+NEW_PROMPTS = (
+    "raise data.rotation (the generated world needs another seed too, and a source with a held-out "
+    "part of its own other rows in it)"
+)
 #: Win rate of two equal policies.
 EVEN = 0.5
 
@@ -152,7 +157,7 @@ def _bounded(
 
 def _look(look: int, settings: ChampionGateConfig) -> Check:
     note = "" if look <= settings.looks else (
-        "these gate prompts have been used for as many comparisons as planned; raise data.rotation"
+        f"these gate prompts have been used for as many comparisons as planned; {NEW_PROMPTS}"
     )  # fmt: skip
     return Check(
         "look", float(look), f"≤ {settings.looks}", look <= settings.looks, note=note,

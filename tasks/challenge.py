@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rlhf import champions
 from rlhf.champions import Promotion
-from rlhf.config import PipelineConfig
+from rlhf.config import PipelineConfig, PPOConfig
 from rlhf.data.rows import PROMPTS_GATE
 from rlhf.errors import ArtifactMissing
 from rlhf.store import ArtifactRef, Store
@@ -27,6 +27,8 @@ class Challenge:
     """The champion's policy."""
     evaluation: ArtifactRef | None = None
     """The champion's evaluation, if its gate prompts are to be used again."""
+    note: str = ""
+    """Why they are not, if it is not for another `data.rotation`."""
 
 
 def find_challenge(
@@ -61,7 +63,7 @@ def find_challenge(
             "so no policy can be compared with it; make another one champion (`rlhf rollback` or "
             "`rlhf promote`), take another promotion.name, or set gates.champion to none"
         )
-    return Challenge(store.resolve(entry.policy), _frozen(config, store, entry))
+    return Challenge(store.resolve(entry.policy), *_frozen(config, store, entry))
 
 
 def optional_inputs(
@@ -77,44 +79,70 @@ def optional_inputs(
     return inputs
 
 
-def take_look(store: Store, line: str, prompts: str, policy: str) -> int:
+def reply_settings(policy: ArtifactRef, store: Store) -> tuple[int, tuple[str, ...]] | None:
+    """Return the most tokens of a policy's replies and its stop sequences; None if not known.
+
+    They are those of its training by PPO.
+    """
+    section = store.manifest(policy).producer.config.get("ppo")
+    if not isinstance(section, dict):
+        return None
+    try:
+        ppo = PPOConfig.model_validate(section)
+    except ValueError:  # of another version
+        return None
+    return ppo.max_new_tokens, ppo.generation.stop_sequences
+
+
+def take_look(store: Store, line: str, prompts: str, policy: str, result: str = "") -> int:
     """Record that a policy was compared on some gate prompts; return the number of its look.
 
-    The same policy looks once, however often it is evaluated.
+    An equal comparison of the same policy looks once, however often it is repeated. Other replies
+    of it, as by other settings of the evaluation, are another chance to be found better.
 
     Args:
         store: Has the history.
         line: Model line.
         prompts: Digest of the gate prompts.
         policy: Digest of the policy.
+        result: Digest of the comparison's figures.
     """
     name = _history(line, prompts)
-    if policy not in _policies(store, name):
-        store.history.append(name, {"policy": policy, "when": champions.timestamp()})
-    return _policies(store, name).index(policy) + 1
+    if (policy, result) not in _looks(store, name):
+        entry = {"policy": policy, "result": result, "when": champions.timestamp()}
+        store.history.append(name, entry)
+    return _looks(store, name).index((policy, result)) + 1
 
 
 def looks_taken(store: Store, line: str, prompts: str) -> int:
-    """Return the number of policies that were compared on some gate prompts."""
-    return len(_policies(store, _history(line, prompts)))
+    """Return the number of comparisons on some gate prompts."""
+    return len(_looks(store, _history(line, prompts)))
 
 
-def _frozen(config: PipelineConfig, store: Store, entry: Promotion) -> ArtifactRef | None:
-    """Return the evaluation of a champion whose gate prompts stay in use; None if they do not."""
-    if entry.verdict is None or not store.exists(entry.verdict):
-        return None
+def _frozen(
+    config: PipelineConfig, store: Store, entry: Promotion
+) -> tuple[ArtifactRef | None, str]:
+    """Return the evaluation of a champion whose gate prompts stay in use, or None and why."""
+    own = "this run's own held-out prompts are used, and looks at them are counted anew"
+    if entry.verdict is None:
+        return None, f"the champion was promoted without an evaluation: {own}"
+    if not store.exists(entry.verdict):
+        return None, f"the champion's verdict {entry.verdict[:12]} is not in the store: {own}"
     digest = store.manifest(entry.verdict).parents.get("evaluation")
     if digest is None or not store.exists(digest):
-        return None
+        return None, f"the champion's evaluation is not in the store: {own}"
     manifest = store.manifest(digest)
-    has_prompts = any(file.path == PROMPTS_GATE for file in manifest.files)
-    same = manifest.producer.config.get("rotation", 0) == config.data.rotation
-    return store.resolve(digest) if has_prompts and same else None
+    if not any(file.path == PROMPTS_GATE for file in manifest.files):
+        return None, f"the champion's evaluation, of an earlier version, has no prompts: {own}"
+    if manifest.producer.config.get("rotation", 0) != config.data.rotation:
+        return None, ""
+    return store.resolve(digest), ""
 
 
-def _policies(store: Store, name: str) -> list[str]:
-    """Return the policies of a history of looks, each once."""
-    return [*dict.fromkeys(entry["policy"] for entry in store.history.entries(name))]
+def _looks(store: Store, name: str) -> list[tuple[str, str]]:
+    """Return the policies and results of a history of looks, each once."""
+    entries = store.history.entries(name)
+    return [*dict.fromkeys((entry["policy"], entry.get("result", "")) for entry in entries)]
 
 
 def _history(line: str, prompts: str) -> str:

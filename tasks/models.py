@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.champions import champion, model_lines
-from rlhf.config import PPOConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.collect import exact_key
 from rlhf.data.rows import (
@@ -27,6 +26,7 @@ from rlhf.judge import Judge, read_judge
 from rlhf.modeling.source import CONFIG
 from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
+from tasks import challenge
 
 #: Kinds of models, as artifacts have them; a judge is a reward model.
 ModelKind = Literal["policy", "reward-model"]
@@ -254,13 +254,9 @@ def reply_settings(policy: NamedModel, store: Store) -> tuple[int | None, tuple[
     """Return the most tokens of a reply and the stop sequences with which a policy was trained."""
     if policy.ref is None:
         return None, ()
-    section = store.manifest(policy.ref).producer.config.get("ppo")
-    if isinstance(section, dict):
-        try:
-            ppo = PPOConfig.model_validate(section)
-            return ppo.max_new_tokens, ppo.generation.stop_sequences
-        except ValueError:  # of another version
-            pass
+    trained = challenge.reply_settings(policy.ref, store)
+    if trained is not None:
+        return trained
     limits = limits_of(policy, store)
     if limits is None or limits.max_prompt is None:
         return None, ()

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.challenge import compared_with, with_comparison
+from rlhf.challenge import PART, compared_with, with_comparison
 from rlhf.config import DataConfig, PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.data import CONSEQUENCES
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
@@ -32,7 +32,7 @@ from rlhf.saved import read_saved
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
-from tasks.challenge import OPTIONAL, optional_inputs, take_look
+from tasks.challenge import OPTIONAL, optional_inputs, reply_settings, take_look
 from tasks.external_inputs import (
     external_base_model,
     external_judge,
@@ -237,8 +237,10 @@ def _evaluate_policy(run: StageRun) -> StageResult:
         config.evaluation, config.ppo, folders["data"], folders["sft"], folders["policy"],
         folders["reward-model"], run.out_dir, judge=folders["judge"],
         champion=folders.get("champion"), champion_digest=champion and champion.digest,
-        prompts=frozen and frozen / PROMPTS_GATE, limits=config.token_limits(), seed=config.seed,
-        runtime=config.runtime, progress=run.progress,
+        champion_replies=reply_settings(champion, run.store) if champion else None,
+        prompts=frozen and frozen / PROMPTS_GATE, forgotten=forgotten_ids(run.store),
+        limits=config.token_limits(), seed=config.seed, runtime=config.runtime,
+        progress=run.progress,
     )  # fmt: skip
 
 
@@ -284,7 +286,8 @@ def _compare(run: StageRun, verdict: Verdict, metrics: Mapping[str, Any]) -> Ver
     if settings is None or compared is None:
         return verdict
     line = run.config.promotion.name
-    look = take_look(run.store, line, compared.prompts, verdict.subject)
+    result = sha256_bytes(canonical_json(metrics[PART]))
+    look = take_look(run.store, line, compared.prompts, verdict.subject, result)
     return with_comparison(verdict, metrics, settings, look)
 
 

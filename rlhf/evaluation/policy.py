@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,9 @@ def evaluate_policy(
     judge: Path | None = None,
     champion: Path | None = None,
     champion_digest: str | None = None,
+    champion_replies: tuple[int, tuple[str, ...]] | None = None,
     prompts: Path | None = None,
+    forgotten: Set[str] = frozenset(),
     limits: TokenLimits | None = None,
     seed: int = 0,
     runtime: RuntimeConfig | None = None,
@@ -86,8 +88,11 @@ def evaluate_policy(
         judge: Artifact of the judge, with `judge.json`.
         champion: Policy in production.
         champion_digest: Its artifact's digest, for the report.
+        champion_replies: Most tokens of its replies, and its stop sequences; None takes those of
+            the policy.
         prompts: Gate prompts in place of the dataset's held-out ones, in a file as
             `prompts-gate.parquet`; those that the dataset trains on are left out.
+        forgotten: Ids of the source's rows whose prompts must not be used any more.
         limits: Most tokens of prompts and replies; without, they may fill the policy's context.
         seed: Of the samples.
         runtime: Device and threads.
@@ -105,9 +110,10 @@ def evaluate_policy(
     scorers = {"reward": run.scorer(reward_model)}
     if judge is not None and known.usable:
         scorers["judge"] = run.scorer(judge)
-    sides = [_Side(sft), _Side(policy), *([_Side(champion)] if champion else [])]
-    gate, fresh, notes = _gate_prompts(config, data, prompts)
-    rows, fitting = run.fitting_prompts(fresh, sides, scorers)
+    sides = [_Side(sft), _Side(policy), *([_Side(champion, champion_replies)] if champion else [])]
+    gate, fresh, notes = _gate_prompts(config, data, prompts, forgotten)
+    rows, fitting = run.fitting_prompts(fresh, sides, scorers, are_given=prompts is not None)
+    notes += run.reply_notes(sides)
     run.total, run.progress = len(sides) + len(scorers), progress
     demonstrations = held_out_replies(data, sides[0].renderer, limits)
     losses = run.answer_all(sides, rows, demonstrations)
@@ -132,6 +138,8 @@ class _Side:
     """A policy, and its replies by decoding."""
 
     folder: Path
+    replies: tuple[int, tuple[str, ...]] | None = None
+    """Most tokens of a reply, and stop sequences; None takes the run's."""
     sampled: Answers | None = None
     greedy: Answers | None = None
     renderer: Renderer = field(init=False)
@@ -162,24 +170,56 @@ class _Evaluation:
         return Scorer(folder, torch.device("cpu"), self.limits)
 
     def fitting_prompts(
-        self, rows: list[PromptRow], sides: Sequence[_Side], scorers: Mapping[str, Scorer]
-    ) -> tuple[list[PromptRow], Fitting]:
-        """Return the prompts that all models can be given, and counts of the others."""
-        fitting = Fitting(sides[0].renderer, self.limits)
-        others = [(scorer.renderer, scorer.limits) for scorer in scorers.values()]
-        others += [(s.renderer, self.limits.within(folder_context(s.folder))) for s in sides[2:]]
+        self, rows: list[PromptRow], sides: Sequence[_Side], scorers: Mapping[str, Scorer],
+        *, are_given: bool,
+    ) -> tuple[list[PromptRow], Fitting]:  # fmt: skip
+        """Return the prompts that all models can be given, and counts of the others.
+
+        Prompts of the champion's evaluation, and what the champion can't be given, are left out
+        however many they are: this run's data were checked before training, and these were not.
+        """
+        lenient = {"max_bad_fraction": 1.0}
+        own = self.limits.model_copy(update=lenient) if are_given else self.limits
+        fitting = Fitting(sides[0].renderer, own)
+        others = [
+            (scorer.renderer, scorer.limits.model_copy(update=lenient) if are_given
+             else scorer.limits)
+            for scorer in scorers.values()
+        ]  # fmt: skip
+        for side in sides[2:]:
+            limits = self.limits.within(folder_context(side.folder))
+            others.append((side.renderer, limits.model_copy(update=lenient)))
         rows = fitting.fitting(rows)
         for renderer, limits in others:
             is_same = renderer.template_hash == fitting.renderer.template_hash
-            if is_same and limits == self.limits:
+            if is_same and limits.max_length == self.limits.max_length:
                 continue
             other = Fitting(renderer, limits)
             rows = other.fitting(rows)
             for name in ("prompts_refused", "system_turns_refused", "prompts_too_long"):
                 fitting.counts[name] += other.counts[name]
         if not rows:
-            raise DataError("no held-out prompt is left to evaluate on; raise data.eval_fraction")
+            cure = "set another data.rotation" if are_given else "raise data.eval_fraction"
+            raise DataError(f"no held-out prompt is left to evaluate on; {cure}")
         return rows, fitting
+
+    def reply_settings(self, side: _Side) -> tuple[int, tuple[str, ...]]:
+        """Return the most tokens of a policy's replies, and what else ends them."""
+        own = self.ppo.max_new_tokens, self.ppo.generation.stop_sequences
+        tokens, stops = side.replies or own
+        limits = self.limits.within(folder_context(side.folder))
+        return max(1, min(tokens, folder_context(side.folder) - limits.prompt)), tuple(stops)
+
+    def reply_notes(self, sides: Sequence[_Side]) -> list[str]:
+        """Return a note where the champion answers by settings of its own."""
+        settings = [self.reply_settings(side) for side in sides[1:]]
+        if len({*settings}) < 2:
+            return []
+        ours, champions = settings
+        return [
+            f"the champion answers by its own settings, at most {champions[0]} tokens and stop "
+            f"sequences {list(champions[1])}; the policy by {ours[0]} and {list(ours[1])}"
+        ]
 
     def answer_all(
         self, sides: Sequence[_Side], rows: Sequence[PromptRow], demonstrations: Any
@@ -205,13 +245,14 @@ class _Evaluation:
         self, side: _Side, number: int, model: Any, reference: Any, rows: Sequence[PromptRow]
     ) -> None:
         limits = self.limits.within(folder_context(side.folder))
-        ending = StopSequences(side.renderer, self.ppo.generation.stop_sequences)
+        max_new_tokens, stops = self.reply_settings(side)
+        ending = StopSequences(side.renderer, stops)
         modes = [("sampled", self.config.temperature, self.config.samples_per_prompt)]
         modes += [("greedy", 0.0, 1)] if number < 2 else []
         for mode, temperature, replies in modes:
             answers = answer_prompts(
                 model, reference, rows, side.renderer, ending,
-                Sampling(self.ppo.max_new_tokens, temperature), self.seed + number * SEEDS,
+                Sampling(max_new_tokens, temperature), self.seed + number * SEEDS,
                 max_prompt=limits.prompt, batch_size=self.config.batch_size, replies=replies,
             )  # fmt: skip
             setattr(side, mode, answers)
@@ -255,7 +296,7 @@ def _all_answers(sides: Sequence[_Side]) -> list[tuple[_Side, str, Answers]]:
 
 
 def _gate_prompts(
-    config: EvaluationConfig, data: Path, given: Path | None
+    config: EvaluationConfig, data: Path, given: Path | None, forgotten: Set[str]
 ) -> tuple[list[PromptRow], list[PromptRow], list[str]]:
     """Return the gate prompts, those that no stage has trained on, and a note on the others.
 
@@ -267,7 +308,7 @@ def _gate_prompts(
         if not rows:
             raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
         return rows, rows, []
-    rows = read_rows(given, PromptRow)
+    rows = [row for row in read_rows(given, PromptRow) if forgotten.isdisjoint(row.row_ids)]
     found = without_known(rows, data)
     note = found.note()
     if note and found.too_many_known:

@@ -218,7 +218,6 @@ def test_the_judge_of_the_lineage_scores(run, models, opened, tmp_path):
     # The SFT policy is older than any judge: one that was made from it and its data is found.
     words = ("judge", models["train-sft"], "--prompts", "prompts.jsonl")
     publish(usable=False, reason="accuracy 0.5")
-    assert "is not usable: " in run(*words)
     digest = publish(usable=True, reason=None)
     assert f"scored by {digest[:12]}, the judge of its lineage" in run(*words, "--out", "x.json")
     got = read_json(tmp_path / "x.json")["judge"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf import champions
-from rlhf.challenge import with_comparison
+from rlhf.challenge import NEW_PROMPTS, with_comparison
 from rlhf.config import ChampionGateConfig, GateRule, PipelineConfig
 from rlhf.data.rows import PROMPTS_GATE
 from rlhf.errors import ArtifactMissing, DataError, GateRejected, NotBetter
@@ -122,7 +122,7 @@ def test_looks_end():
     assert verdict.keeps_champion
     assert verdict.reason == (
         "look = 11, needs ≤ 10 (these gate prompts have been used for as many comparisons as "
-        "planned; raise data.rotation)"
+        f"planned; {NEW_PROMPTS})"
     )
 
 
@@ -253,3 +253,5 @@ def test_a_policy_looks_once(line):
     # Other prompts, another line.
     assert take_look(store, "ours", "e" * 64, "c") == 1
     assert take_look(store, "theirs", "f" * 64, "c") == 1
+    # Other replies of the same policy are another chance; an equal repetition is none.
+    assert [take_look(store, "ours", "d" * 64, "a", r) for r in ("x", "y", "x")] == [1, 2, 1]
