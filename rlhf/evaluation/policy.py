@@ -217,16 +217,17 @@ class _Evaluation:
             setattr(side, mode, answers)
 
     def score_all(
-        self, sides: Sequence[_Side], rows: Sequence[PromptRow], scorers: Mapping[str, Scorer]
+        self, sides: Sequence[_Side], rows: Sequence[PromptRow], scorers: dict[str, Scorer]
     ) -> None:
-        """Score all replies, one model on the device at a time."""
-        for name, scorer in scorers.items():
+        """Score all replies, one model on the device at a time; the scorers are used up."""
+        for name in [*scorers]:
+            scorer = scorers.pop(name)
             scorer.model.to(self.device)
             scorer.device = self.device
             for side, mode, answers in _all_answers(sides):
                 scores = score_answers(answers, rows, scorer)
                 setattr(side, mode, answers.scored(name, scores))
-            scorer.model.to("cpu")
+            del scorer
             self._free()
             self._report({name: float(sides[1].answers("sampled").scores[name].mean())})
         gold = gold_of(self.config)
