@@ -46,7 +46,8 @@ class Look:
     proxy_in_training: float | None = None
     """Mean reward of the updates since the last look, where `proxies` is empty."""
     explained_variance: float | None = None
-    """Mean explained variance of the critic since the last look."""
+    """Mean explained variance of the critic since the last look; at the start that of the first
+    update, before the critic learns."""
     value_loss: float | None = None
     """Mean value loss since the last look."""
 
@@ -239,13 +240,17 @@ def value_collapse(looks: Sequence[Look], config: WatchdogConfig, _: int) -> str
     """Detect a critic that is worse than none, and whose error is far above the reward's spread.
 
     The explained variance alone also falls when all replies come to have the same reward; the
-    critic's error then falls too. It lags behind a reward that rises fast, and recovers.
+    critic's error then falls too. It lags behind a reward that rises fast, and recovers. A critic
+    that was no better before has not learned yet.
     """
     now, limit, scale = looks[-1], config.min_explained_variance, _plain_loss(looks)
     explained, loss = now.explained_variance, now.value_loss
     if limit is None or explained is None or loss is None or not scale:
         return None
     if explained >= limit or loss <= LOSS_GROWTH * scale:
+        return None
+    before = (look.explained_variance for look in looks[:-1])
+    if not any(value is not None and value >= limit for value in before):
         return None
     return (
         f"the critic's explained variance is {explained:.2f}, below "

@@ -65,10 +65,13 @@ class Watchdog:
     def look(self, state: TrainState) -> None:
         """Look at the current policy, and record what follows from it in the state."""
         frontier, look = state.frontier, self._measure(state)
-        if not look.proxies and len(frontier.looks) == 1:
-            # At the start there was no update whose reward could be known.
-            start = replace(frontier.looks[0], proxy_in_training=state.curve[0]["reward"])
-            frontier.looks[0] = start
+        if len(frontier.looks) == 1:  # measured by the first update, before it learns
+            first, start = state.curve[0], frontier.looks[0]
+            frontier.looks[0] = replace(
+                start,
+                proxy_in_training=None if start.proxies else first["reward"],
+                explained_variance=first["explained_variance"],
+            )
         planned = -(-self.updates // self.config.every)
         models = self.trainer.models
         if frontier.add(look, self.config, planned) and models.ranks.is_leader:

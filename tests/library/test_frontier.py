@@ -88,6 +88,15 @@ def test_limits_that_are_off_find_nothing():
     assert [name for name, detect in DETECTORS.items() if detect([START, first, bad], off, 9)] == []
 
 
+def test_a_critic_that_never_learned_has_not_collapsed():
+    start = replace(START, explained_variance=-46.0, proxies=scores(0.0, 0.1))
+    bad = [replace(start, update=u, explained_variance=-36.0, value_loss=0.4) for u in (4, 8)]
+    assert find([start, *bad], CONFIG, 9) is None  # 0.4 is 80 times 0.1² / 2
+    found = find([replace(start, explained_variance=-0.9), *bad], CONFIG, 9)
+    assert found is not None
+    assert "80 times" in found.evidence
+
+
 def test_few_replies_that_end_at_the_start_have_nothing_to_lose():
     rarely = replace(START, eos_rate=0.19)
     lost = [replace(rarely, update=u, eos_rate=0.0) for u in (4, 8)]
