@@ -113,7 +113,7 @@ def evaluate_policy(
     sides = [_Side(sft), _Side(policy), *([_Side(champion, champion_replies)] if champion else [])]
     gate, fresh, notes = _gate_prompts(config, data, prompts, forgotten)
     rows, fitting = run.fitting_prompts(fresh, sides, scorers, are_given=prompts is not None)
-    notes += run.reply_notes(sides)
+    notes += run.reply_notes(sides, rows)
     run.total, run.progress = len(sides) + len(scorers), progress
     demonstrations = held_out_replies(data, sides[0].renderer, limits)
     losses = run.answer_all(sides, rows, demonstrations)
@@ -203,16 +203,19 @@ class _Evaluation:
             raise DataError(f"no held-out prompt is left to evaluate on; {cure}")
         return rows, fitting
 
-    def reply_settings(self, side: _Side) -> tuple[int, tuple[str, ...]]:
-        """Return the most tokens of a policy's replies, and what else ends them."""
-        own = self.ppo.max_new_tokens, self.ppo.generation.stop_sequences
-        tokens, stops = side.replies or own
-        limits = self.limits.within(folder_context(side.folder))
-        return max(1, min(tokens, folder_context(side.folder) - limits.prompt)), tuple(stops)
+    def reply_settings(self, side: _Side, rows: Sequence[PromptRow]) -> tuple[int, tuple[str, ...]]:
+        """Return the most tokens of a policy's replies, and the stop sequences that end them."""
+        if side.replies is None:
+            return self.ppo.max_new_tokens, self.ppo.generation.stop_sequences
+        tokens, stops = side.replies
+        context = folder_context(side.folder)
+        most = self.limits.within(context).prompt
+        longest = max(len(side.renderer.encode_prompt(row.prompt, most)) for row in rows)
+        return max(1, min(tokens, context - longest)), tuple(stops)
 
-    def reply_notes(self, sides: Sequence[_Side]) -> list[str]:
+    def reply_notes(self, sides: Sequence[_Side], rows: Sequence[PromptRow]) -> list[str]:
         """Return a note where the champion answers by settings of its own."""
-        settings = [self.reply_settings(side) for side in sides[1:]]
+        settings = [self.reply_settings(side, rows) for side in sides[1:]]
         if len({*settings}) < 2:
             return []
         ours, champions = settings
@@ -245,7 +248,7 @@ class _Evaluation:
         self, side: _Side, number: int, model: Any, reference: Any, rows: Sequence[PromptRow]
     ) -> None:
         limits = self.limits.within(folder_context(side.folder))
-        max_new_tokens, stops = self.reply_settings(side)
+        max_new_tokens, stops = self.reply_settings(side, rows)
         ending = StopSequences(side.renderer, stops)
         modes = [("sampled", self.config.temperature, self.config.samples_per_prompt)]
         modes += [("greedy", 0.0, 1)] if number < 2 else []

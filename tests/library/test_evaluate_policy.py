@@ -488,3 +488,40 @@ def test_kinds_of_samples_by_hand():
     assert without == {"changed": [1, 2], "lost": [1]}
     assert _kinds(start, end, 0) == {"changed": [], "lost": [], "disagree": []}
     assert wins(start.scores["reward"], end.scores["reward"]).shape == (4,)
+
+
+# --- the champion's own settings, forgotten rows ------------------------------------------------
+
+
+def test_the_champion_answers_by_its_own_settings(evaluate, better):
+    """A shorter limit or another stop of the challenger must not cut the champion's replies."""
+    short = toys.changed(toys.PPO, max_new_tokens=1)
+    options = {"champion": better, "champion_digest": "c" * 64}
+    cut, written = evaluate(better, ppo=short, **options)
+    assert written["champion"]["own"]["tokens"] == 1  # nothing is known of its training
+    _, written = evaluate(better, ppo=short, champion_replies=(6, ()), **options)
+    whole = written["champion"]
+    assert whole["own"]["tokens"] > 1 == whole["tokens_after"]
+    assert any("the champion answers by its own settings, at most 6" in n for n in written["notes"])
+    assert cut["champion.win_rate"] == pytest.approx(0.5, abs=0.1)  # the same policy, both cut
+
+
+def test_forgotten_rows_are_no_gate_prompts(evaluate, better, tmp_path):
+    rows = [PromptRow(f"what of {name}?", row_ids=(name,)) for name in ("jam", "oil", "rye")]
+    path = tmp_path / "given" / PROMPTS_GATE
+    path.parent.mkdir()
+    write_rows(path, rows)
+    _, written = evaluate(better, prompts=path, forgotten=frozenset({"oil"}))
+    assert written["n"] == 2
+    kept = read_rows(tmp_path / PROMPTS_GATE, PromptRow)
+    assert [row.row_ids for row in kept] == [("jam",), ("rye",)]
+
+
+def test_prompts_of_the_champion_that_are_too_long_are_left_out(evaluate, better, tmp_path):
+    """This run's data were checked before training; the champion's gate prompts were not."""
+    rows = [PromptRow("jam or oil?"), PromptRow("oil or rye?"), PromptRow("rye " * 60)]
+    (tmp_path / "given").mkdir()
+    write_rows(tmp_path / "given" / PROMPTS_GATE, rows)
+    metrics, written = evaluate(better, prompts=tmp_path / "given" / PROMPTS_GATE)
+    assert written["n"] == 2
+    assert metrics["prompts_too_long"] == 1

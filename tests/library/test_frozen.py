@@ -393,5 +393,7 @@ def test_4_bits_that_can_not_be_are_refused_at_once(sections, message):
 def test_4_bits_that_can_be_are_accepted():
     shared = {"reward_model": QLORA, "ppo": {**QLORA, "shared_base": True}}
     assert PipelineConfig(base=BASE, sft=QLORA, **shared).ppo.frozen_dtype == "nf4"
-    assert PipelineConfig(reward_model={**QLORA, "base": "x/y"}).reward_model.lora
+    external = {"reward_model": {**QLORA, "base": "x/y"}}
+    assert PipelineConfig(**external, judge={"base": "x/z"}).reward_model.lora
+    assert PipelineConfig(**external, judge={"enabled": False}).reward_model.lora
     assert PipelineConfig(base=BASE, ppo={"frozen_dtype": "bfloat16"}).ppo.lora is None
