@@ -98,7 +98,8 @@ def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
         for name, section, replies in sections
     ]
     shape = _adapted(plain, base, config.ppo.lora)
-    return [*result, _ppo(config.ppo, shape, length, speed, exact)]
+    judged = config.judge.enabled and config.ppo.watchdog is not None
+    return [*result, _ppo(config.ppo, shape, length, speed, exact, judged=judged)]
 
 
 def cures(config: PipelineConfig, stage: Estimate) -> str:
@@ -118,6 +119,8 @@ def cures(config: PipelineConfig, stage: Estimate) -> str:
             advice.append("set ppo.gradient_checkpointing to true")
     if stage.cache > 0.3 * stage.peak:
         advice.append("lower ppo.rollout_batch_size")
+    if stage.section == "ppo" and config.judge.enabled and section.watchdog is not None:
+        advice.append("set ppo.watchdog to none, which needs no judge in memory")
     return "; ".join([*advice, "take a smaller base or a larger device"])
 
 
@@ -142,11 +145,14 @@ def _training(
     )  # fmt: skip
 
 
-def _ppo(config: PPOConfig, shape: Shape, length: int, speed: float, exact: float) -> Estimate:
-    """Estimate PPO: four models, or adapters on one."""
+def _ppo(
+    config: PPOConfig, shape: Shape, length: int, speed: float, exact: float, *, judged: bool
+) -> Estimate:
+    """Estimate PPO: four models, or adapters on one; and the watchdog's judge, of equal size."""
     trained = shape.adapter or shape.parameters
     separate = 0 if shape.adapter else 1  # a reference of its own
     separate += not config.shared_base  # the reward model
+    separate += judged
     has_critic = config.critic in ("policy", "reward_model") and not config.shared_base
     exact = WEIGHT / 2 if config.precision == "bf16" else exact
     base, scorer = (_linear_bytes(d, exact) for d in (config.frozen_dtype, config.scorer_dtype))

@@ -38,7 +38,7 @@ from rlhf.modeling.classifier import (
     pads_exactly,
     trained_head,
 )
-from rlhf.modeling.device import compact_heap, prepare_device
+from rlhf.modeling.device import compact_heap, empty_cache, prepare_device
 from rlhf.modeling.frozen import check_frozen_dtype, holds_stored, store_frozen
 from rlhf.modeling.lora import (
     ADAPTER_FOLDER,
@@ -142,6 +142,10 @@ def train_reward_model(
             fit_embeddings(whole, renderer.tokenizer)
         merged = merge_adapter(trained, whole)
         save_reward_model(merged, renderer, out_dir, base)
+        if whole is not None:
+            # Scoring takes the device for the whole model: there is no room for both.
+            del trained, model
+            empty_cache(device)
         scorer = Scorer(out_dir, device, limits, model=merged)
         scale = _reference_scores(scorer, preferences, seed)
         write_json(out_dir / META, {**reward_meta(out_dir), **scale})

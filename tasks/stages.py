@@ -23,7 +23,7 @@ from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import PAIRS_JUDGE, PROMPTS_GATE
 from rlhf.data.sources import source_digest
 from rlhf.data.stored import read_summary
-from rlhf.errors import ArtifactMissing, ConfigError, StoreError
+from rlhf.errors import ArtifactMissing, ConfigError, DataError, StoreError
 from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, Verdict, judge, read_verdict, require
 from rlhf.modeling.source import CONFIG, ExternalModel
@@ -163,6 +163,10 @@ def _train_judge(run: StageRun) -> StageResult:
         if external := external_judge(config):
             raise external.error(str(error)) from None
         raise
+    except DataError as error:  # its split is small; the other models' data are checked apart
+        shutil.rmtree(run.out_dir)
+        run.out_dir.mkdir()
+        return write_no_judge(run.out_dir, str(error))
     return measure_judge(
         data, run.out_dir, result.metrics, _judge_base(run), limits=limits, runtime=config.runtime
     )

@@ -101,7 +101,9 @@ def compare_policies(
     """
     others = [Fitting(each.renderer, each.limits) for each in scorers.named.values()]
     rows, left_out = fitting_rows(rows, [a.fitting, b.fitting, *others])
-    has_same_tokens = a.renderer.template_hash == b.renderer.template_hash
+    # Of one tokenizer too, models may have output heads of different sizes.
+    sizes = {each.model.config.get_text_config().vocab_size for each in (a, b)}
+    has_same_tokens = a.renderer.template_hash == b.renderer.template_hash and len(sizes) == 1
     before = a.answer(rows, a.plan.seed)
     progress(1, 3, {})
     after = b.answer(rows, b.plan.seed + SEEDS, a if has_same_tokens else None)

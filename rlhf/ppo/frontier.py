@@ -6,6 +6,7 @@ updates. All functions here are pure functions of the looks. No torch is loaded:
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,8 @@ class Look:
     """The judge's score of each prompt's reply; empty without a usable judge."""
     proxies: tuple[float, ...] = ()
     """The training reward of each prompt's reply; empty if it is known in training alone."""
+    has_plain_rewards: bool = True
+    """Whether `proxies` are the rewards that the critic learns, neither scaled nor clipped."""
     proxy_in_training: float | None = None
     """Mean reward of the updates since the last look, where `proxies` is empty."""
     explained_variance: float | None = None
@@ -69,8 +72,9 @@ class Look:
             "kl": self.kl,
             "proxy": self.proxy,
             "judge": judge and judge.value,
-            "judge_low": judge and judge.low,
-            "judge_high": judge and judge.high,
+            # With one prompt there is no interval, and JSON has no infinity.
+            "judge_low": judge.low if judge and math.isfinite(judge.low) else None,
+            "judge_high": judge.high if judge and math.isfinite(judge.high) else None,
             "tokens": self.tokens,
             "eos_rate": self.eos_rate,
             "entropy": self.entropy,
@@ -134,6 +138,12 @@ class Frontier:
                 f"{loss.value:.3f} ± {loss.error:.3f} higher than those of the last update"
             )
         return last.update, "the last update goes on: the judge knows none that is better"
+
+    @property
+    def has_gained(self) -> bool:
+        """Whether the judge prefers the retained policy to the start by a standard error."""
+        gain = _difference(self._retained(), self.looks[0])
+        return gain is not None and gain.value > gain.error
 
     def _retained(self) -> Look:
         return next(look for look in self.looks if look.update == self.retained)
@@ -262,10 +272,11 @@ def value_collapse(looks: Sequence[Look], config: WatchdogConfig, _: int) -> str
 def _plain_loss(looks: Sequence[Look]) -> float | None:
     """Return the value loss of predicting the start's mean reward: half the reward's variance.
 
-    Where the rewards of single replies are not known it is the loss of the first updates.
+    Where the rewards of single replies are not known, or not in the units of the returns, it is the
+    loss of the first updates.
     """
     proxies = looks[0].proxies
-    if proxies:
+    if proxies and looks[0].has_plain_rewards:
         return statistics.pvariance(proxies) / 2
     return next((look.value_loss for look in looks if look.value_loss is not None), None)
 

@@ -91,7 +91,7 @@ class Watchdog:
         came after it. Otherwise the error stands, as nothing is known to be better than the start.
         """
         frontier = state.frontier
-        if self.judge is None or not frontier.retained:
+        if self.judge is None or not frontier.has_gained:
             return False
         frontier.stopped = Finding(NON_FINITE, state.update + 1, str(error))
         self._say_stopped(frontier)
@@ -147,7 +147,8 @@ class Watchdog:
             rollouts = Rollouts(self.rows, replies, texts)
             trainer.score(rollouts)
             proxies = rollouts.scores.tolist()
-        recent = state.curve[-self.config.every :] if state.curve else []
+        since = state.frontier.looks[-1].update if state.frontier.looks else 0
+        recent = state.curve[since:]
         judges = self._judge(texts)
         trainer.free()
         return Look(
@@ -158,10 +159,16 @@ class Watchdog:
             eos_rate=float(replies.finished.double().mean()),
             judges=tuple(judges),
             proxies=tuple(proxies),
+            has_plain_rewards=self._has_plain_rewards(),
             proxy_in_training=None if self._has_proxy else _mean(recent, "reward"),
             explained_variance=_mean(recent, "explained_variance"),
             value_loss=_mean(recent, "value_loss"),
         )
+
+    def _has_plain_rewards(self) -> bool:
+        config = self.trainer.config
+        is_changed = config.whiten_rewards or config.reward_clip is not None
+        return config.reward_normalization == "none" and not is_changed
 
     def _forward(self, replies: Replies) -> tuple[Tensor, Tensor]:
         """Return the KL and the summed entropies of every reply, on the CPU."""
@@ -222,9 +229,11 @@ def make_watchdog(
         notes.append("no judge split: the looks are at prompts of the training, without a judge")
     else:
         scorer = _load_judge(trainer, judge, notes)
-        fitting = Fitting(trainer.renderer, trainer.limits)
-        for other in filter(None, (trainer.models.scorer, scorer)):
-            rows = fitting.fitting_both(rows, other.renderer, other.limits)
+        rows = _fitting_rows(rows, trainer, scorer)
+    if len(rows) < max(2, trainer.models.ranks.count):
+        # A mean needs two, and each process at least one.
+        rows, scorer = list(trained_on), None
+        notes.append("the judge split has too few prompts to look at: those of the training are")
     generator = torch.Generator().manual_seed(derive_seed(trainer.seed, "watchdog") + 1)
     order = torch.randperm(len(rows), generator=generator).tolist()[: config.prompts]
     if len(order) < config.prompts:
@@ -239,6 +248,21 @@ def _judge_prompts(data: Path) -> list[PromptRow]:
         return []
     pairs = iterate_rows(path, Pair)
     return [*{repr(p.prompt): PromptRow(p.prompt, p.group) for p in pairs}.values()]
+
+
+def _fitting_rows(
+    rows: list[PromptRow], trainer: PPOTrainer, judge: Scorer | None
+) -> list[PromptRow]:
+    """Return the prompts that all models can be given.
+
+    However many others there are: no stage has checked this small split, and PPO needs none of it.
+    """
+    lenient = {"max_bad_fraction": 1.0}
+    fitting = Fitting(trainer.renderer, trainer.limits.model_copy(update=lenient))
+    rows = fitting.fitting(rows)
+    for other in filter(None, (trainer.models.scorer, judge)):
+        rows = fitting.fitting_both(rows, other.renderer, other.limits.model_copy(update=lenient))
+    return rows
 
 
 def _load_judge(trainer: PPOTrainer, folder: Path | None, notes: list[str]) -> Scorer | None:

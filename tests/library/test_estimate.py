@@ -67,8 +67,11 @@ def test_sharing_and_smaller_batches_need_less(toy):
     _, small = stages(*lora, "--ppo.critic=adapter")
     _, micro = stages("--sft.micro_batch_size=1", "--ppo.micro_batch_size=1")
     ppo = full["ppo"]
-    # Policy, reference, reward model and critic; then one of them with three adapters.
-    assert ppo.weights == 4 * full["sft"].weights
+    # Policy, reference, reward model, critic and the watchdog's judge; then one base with three
+    # adapters, and the judge.
+    assert ppo.weights == 5 * full["sft"].weights
+    _, alone = stages("--ppo.watchdog=none")
+    assert alone["ppo"].weights == 4 * full["sft"].weights
     assert full["sft"].weights < small["ppo"].weights < ppo.weights / 2
     assert micro["sft"].activations < full["sft"].activations / 4
     assert micro["ppo"].activations < ppo.activations
@@ -92,6 +95,7 @@ def test_a_base_in_fewer_bits_needs_less_by_its_linear_layers(toy):
                 "--sft.max_length=48", "--reward_model.max_length=48", "--sft.lora.r=2",
                 "--ppo.lora.r=2", "--ppo.critic=head", "--runtime.device=cpu",
                 f"--sft.frozen_dtype={dtype}", f"--ppo.frozen_dtype={dtype}",
+                "--ppo.watchdog=none",
             ],
         ).config  # fmt: skip
         stages = {stage.section: stage for stage in estimate(config, base)}
