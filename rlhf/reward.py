@@ -332,7 +332,7 @@ def _train(
         store_frozen(model, config.frozen_dtype, device, "reward_model", head)
     with (
         tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model),
-        compact_heap(device),
+        compact_heap(device, model),
     ):  # fmt: skip
         use_cpu = device.type == "cpu"
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)

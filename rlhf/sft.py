@@ -187,7 +187,7 @@ def _train(
         store_frozen(model, config.frozen_dtype, device, "sft")
     with (
         tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model),
-        compact_heap(device),
+        compact_heap(device, model),
     ):  # fmt: skip
         with target_module_errors("sft", lora):
             trainer = _Trainer(
