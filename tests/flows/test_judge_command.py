@@ -222,10 +222,14 @@ def test_the_judge_of_the_lineage_scores(run, models, opened, tmp_path):
     assert f"scored by {digest[:12]}, the judge of its lineage" in run(*words, "--out", "x.json")
     got = read_json(tmp_path / "x.json")["judge"]
     assert (got["digest"], got["kind"], got["accuracy"]) == (digest, "judge", 0.8)
-    run("compare", models["train-sft"], models["train-policy"], "--out", "compared")
-    got = read_json(tmp_path / "compared/evaluation.json")
-    assert got["decided_by"] == "judge"
-    assert {*got["scorers"]} == {"reward", "judge"}
+    # The judge of the second policy's lineage decides; without a usable one its reward model.
+    for first, second, by in (
+        ("train-policy", "train-sft", "judge"), ("train-sft", "train-policy", "reward"),
+    ):  # fmt: skip
+        run("compare", models[first], models[second], "--out", f"compared-{by}")
+        got = read_json(tmp_path / f"compared-{by}/evaluation.json")
+        assert got["decided_by"] == by
+        assert by in got["scorers"]
 
 
 def test_folders_that_are_no_whole_model(run, models, opened, tmp_path):
