@@ -11,10 +11,11 @@ from rlhf import champions
 from rlhf.challenge import NEW_PROMPTS, with_comparison
 from rlhf.config import ChampionGateConfig, GateRule, PipelineConfig
 from rlhf.data.rows import PROMPTS_GATE
-from rlhf.errors import ArtifactMissing, DataError, GateRejected, NotBetter
+from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, NotBetter
 from rlhf.gates import Verdict, judge, require
 from rlhf.store import ArtifactRef, Producer, Store
 from tasks.challenge import find_challenge, looks_taken, optional_inputs, take_look
+from tasks.gate_check import _check_rotation
 from tasks.stage import store_of
 
 C, P = "c" * 64, "p" * 64
@@ -255,3 +256,19 @@ def test_a_policy_looks_once(line):
     assert take_look(store, "theirs", "f" * 64, "c") == 1
     # Other replies of the same policy are another chance; an equal repetition is none.
     assert [take_look(store, "ours", "d" * 64, "a", r) for r in ("x", "y", "x")] == [1, 2, 1]
+
+
+def test_what_another_rotation_trained_on_is_no_start(line):
+    """Raising data.rotation holds out what a warm start has learnt."""
+    data = line.put("dataset", "rows", settings={"data": {"rotation": 0}})
+    older = line.put("dataset", "old rows", settings={"data": {}})  # before there were rotations
+    for dataset in (data, older):
+        policy = line.put("policy", "p", sft=line.put("policy", "s", data=dataset))
+        start = {"base": {"path": f"artifact:{policy.digest}"}}
+        _check_rotation(line.config(data={"source": "x.jsonl"}, **start), line.store)
+        rotated = line.config(data={"source": "x.jsonl", "rotation": 1}, **start)
+        with pytest.raises(ConfigError, match=r"base\.path = .* was trained on data of rotation 0"):
+            _check_rotation(rotated, line.store)
+    # What was removed since can't be asked; the world's held-out prompts depend on its seed.
+    line.store.delete(older)
+    _check_rotation(rotated, line.store)
