@@ -25,7 +25,7 @@ EVEN = 0.5
 
 @dataclass(frozen=True)
 class Compared:
-    """What a policy was compared with."""
+    """Champion and gate prompts that a policy was compared with."""
 
     champion: str
     """Digest of the champion."""

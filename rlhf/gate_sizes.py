@@ -1,4 +1,4 @@
-"""What gates need of the held-out data: rules that can't be met, and the comparison's power.
+"""Sizes of held-out data: rules that they can't meet, and the comparison's power.
 
 Both are known once the data are, before any training.
 """

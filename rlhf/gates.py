@@ -77,7 +77,7 @@ class Verdict:
 
     @property
     def approval(self) -> str:
-        """What an approval rests on, in a few words."""
+        """Grounds of an approval, in a few words."""
         if not any(c.kind == "rule" for c in self.checks):
             return "no gate: configured"
         skipped = sum(c.note.startswith(NOT_MEASURED) for c in self.checks)

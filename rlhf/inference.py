@@ -170,7 +170,9 @@ def combined(estimates: Sequence[Estimate], weights: Sequence[float] | None = No
 def wilson(p: float, size: float, z: float) -> tuple[float, float]:
     """Return Wilson's interval of a share p of `size` observations at the quantile z.
 
-    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927.
+    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), without continuity correction.
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4. Own code because importing
+    scipy.stats takes 1 s.
     """
     if math.isinf(z):
         return 0.0, 1.0
@@ -178,6 +180,7 @@ def wilson(p: float, size: float, z: float) -> tuple[float, float]:
     centre = p + ratio / 2
     half = z * math.sqrt(p * (1 - p) / size + ratio / (4 * size))
     low, high = ((centre + sign * half) / (1 + ratio) for sign in (-1, 1))
+    # Exact at the ends, where rounding would leave 1e-17.
     return (0.0 if p == 0 else max(low, 0.0)), (1.0 if p == 1 else min(high, 1.0))
 
 

@@ -29,7 +29,7 @@ JUDGE = "judge.json"
 
 @dataclass(frozen=True)
 class Judge:
-    """What is known of a judge: `judge.json`."""
+    """Facts about a judge: `judge.json`."""
 
     trained: bool
     usable: bool

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+
+from rlhf.inference import wilson
 
 #: Quantile of the standard normal distribution for 95 % intervals.
 _Z = 1.959963984540054
@@ -23,18 +24,8 @@ def share(name: str, successes: float, n: int) -> dict[str, float]:
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share, without continuity correction.
-
-    With p = successes / n and z = 1.96: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
-    Source: Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4. Own code because importing
-    scipy.stats takes 1 s.
-    """
-    p, ratio = successes / n, _Z**2 / n
-    centre = p + ratio / 2
-    half = _Z * math.sqrt(p * (1 - p) / n + ratio / (4 * n))
-    low, high = ((centre + sign * half) / (1 + ratio) for sign in (-1, 1))
-    # Exact at the ends, where rounding would leave 1e-17.
-    return (0.0 if p == 0 else low), (1.0 if p == 1 else high)
+    """Return the 95 % Wilson score interval of a share of independent trials."""
+    return wilson(successes / n, n, _Z)
 
 
 def repeated_ngrams(words: Sequence[str], n: int) -> float:

@@ -21,7 +21,7 @@ _LOOKS = "looks"
 
 @dataclass(frozen=True)
 class Challenge:
-    """What a policy has to be better than."""
+    """Champion that a policy has to be better than, and its gate prompts."""
 
     champion: ArtifactRef
     """The champion's policy."""

@@ -20,13 +20,15 @@ from tasks.challenge import Challenge, find_challenge, looks_taken
 from tasks.runner import find_inputs
 from tasks.stages import EVALUATION, GATE_POLICY, PREPARE_DATA
 
+#: Beginning of a model's name that is an artifact.
+ARTIFACT = "artifact:"
 #: Name of the check among a run's stages.
 CHECK = "check-gates"
 
 
 @dataclass(frozen=True)
 class GateCheck:
-    """What is known of the gates before training."""
+    """Facts about the gates that are known before training."""
 
     power: str
     """What the comparison with the champion can find, in a sentence."""
@@ -148,10 +150,6 @@ def _is_trained(config: PipelineConfig) -> bool:
     except ArtifactMissing:
         return False
     return True
-
-
-#: Beginning of a model's name that is an artifact.
-ARTIFACT = "artifact:"
 
 
 def _check_rotation(config: PipelineConfig, store: Store) -> None:

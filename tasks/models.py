@@ -56,7 +56,7 @@ class NamedModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a result says of the model: what identifies it, and of a judge how good it is."""
+        """Identity of a model for results, and the accuracy of a judge."""
         digest = {"digest": self.ref.digest} if self.ref else {}
         known = self.judge.facts() if self.judge else {}
         return {**known, "name": self.text, "kind": JUDGE if self.judge else self.kind, **digest}

@@ -1,1 +1,1 @@
-"""How often the gates are wrong: `python -m benchmarks.gates` (all parts), or one part by name."""
+"""Error rates of the gates: `python -m benchmarks.gates` (all parts), or one part by name."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -136,18 +136,12 @@ def compare_policies(
 def verdict_on_policies(win_rate: Estimate, metric: str) -> dict[str, Any]:
     """Return `verdict` ("better", "worse" or "undecided"), a sentence, and `prompts_needed`."""
     shown = f"win rate {win_rate.value:.2f} ({win_rate.low:.2f}–{win_rate.high:.2f})"
-    on = f"on {win_rate.clusters:,} prompts"
-    if win_rate.low > 0.5:
-        return _verdict("better", metric, f"b is better: {shown} {on}")
-    if win_rate.high < 0.5:
-        return _verdict("worse", metric, f"b is worse: {shown} {on}")
-    text = f"no difference found: {shown} {on}"
-    spread = win_rate.error * math.sqrt(win_rate.clusters)
-    if not 0 < spread < math.inf:  # nothing but ties, or a single prompt
-        return _verdict("undecided", metric, text)
-    needed = prompts_needed(WIN_RATE, 0.5, spread, (1 + CONFIDENCE) / 2, POWER)
-    text += f"; {needed:,} prompts would find {WIN_RATE:.0%} in {POWER:.0%} of cases"
-    return _verdict("undecided", metric, text, needed)
+
+    def needed(spread: float) -> tuple[int, str]:
+        prompts = prompts_needed(WIN_RATE, 0.5, spread, (1 + CONFIDENCE) / 2, POWER)
+        return prompts, f"{WIN_RATE:.0%}"
+
+    return _decide(win_rate, 0.5, metric, shown, needed)
 
 
 def compare_reward_models(
@@ -197,18 +191,38 @@ def compare_reward_models(
 def verdict_on_reward_models(difference: Estimate) -> dict[str, Any]:
     """Return `verdict` ("better", "worse" or "undecided"), a sentence, and `prompts_needed`."""
     shown = f"accuracy {difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-    on, metric = f"on {difference.clusters:,} prompts", "accuracy_difference"
-    if difference.low > 0:
+
+    def needed(spread: float) -> tuple[int, str]:
+        return prompts_for_mean(GAIN, spread), f"{GAIN:.2f}"
+
+    return _decide(difference, 0.0, "accuracy_difference", shown, needed)
+
+
+def _decide(
+    estimate: Estimate, even: float, metric: str, shown: str,
+    needed: Callable[[float], tuple[int, str]],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the verdict on an estimate.
+
+    Args:
+        estimate: How b compares with a.
+        even: Its value if they are equal.
+        metric: Its name.
+        shown: The estimate in words.
+        needed: Returns, for a spread of prompts, how many find a difference, and that difference.
+    """
+    on = f"on {estimate.clusters:,} prompts"
+    if estimate.low > even:
         return _verdict("better", metric, f"b is better: {shown} {on}")
-    if difference.high < 0:
+    if estimate.high < even:
         return _verdict("worse", metric, f"b is worse: {shown} {on}")
     text = f"no difference found: {shown} {on}"
-    spread = difference.error * math.sqrt(difference.clusters)
+    spread = estimate.error * math.sqrt(estimate.clusters)
     if not 0 < spread < math.inf:  # nothing but ties, or a single prompt
         return _verdict("undecided", metric, text)
-    needed = prompts_for_mean(GAIN, spread)
-    text += f"; {needed:,} prompts would find {GAIN:.2f} in {POWER:.0%} of cases"
-    return _verdict("undecided", metric, text, needed)
+    prompts, found = needed(spread)
+    text += f"; {prompts:,} prompts would find {found} in {POWER:.0%} of cases"
+    return _verdict("undecided", metric, text, prompts)
 
 
 def prompts_for_mean(true: float, spread: float) -> int:

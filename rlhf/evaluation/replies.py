@@ -29,7 +29,7 @@ MAX_BAD_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How replies are sampled; the same for all policies of a comparison."""
+    """Settings of sampling, the same for all policies of a comparison."""
 
     samples: int = 1
     """Replies to each prompt."""

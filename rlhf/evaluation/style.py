@@ -1,4 +1,4 @@
-"""What a reply's length and format alone tell: baselines, and accuracy without their help."""
+"""Baselines by the length and format of replies, and accuracy without their help."""
 
 from __future__ import annotations
 

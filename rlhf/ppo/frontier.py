@@ -84,7 +84,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Finding:
-    """Why a run was stopped."""
+    """Reason for which a run was stopped."""
 
     detector: str
     update: int

@@ -37,7 +37,7 @@ class Figure(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """How the score changes when a reply is made worse in one way."""
+    """Change of the score when a reply is made worse in one way."""
 
     name: str
     share: str
