@@ -81,16 +81,17 @@ def judge_section(section: RewardModelConfig, base: Path | None) -> RewardModelC
     """Return the reward model's section for the judge.
 
     A base that reads both ways has no use for options of decoders, which the reward model may need.
+    A judge has no members.
 
     Args:
         section: Hyper-parameters of the reward model.
         base: Folder of the judge's own base; None starts from the SFT policy.
     """
     if base is None:
-        return section.model_copy(update={"base": None})
+        return section.model_copy(update={"base": None, "members": 1})
     unused = {"pooling": "last", "lm_loss_coef": 0.0}
     changes = unused if is_encoder(read_json(base / CONFIG)) else {}
-    return section.model_copy(update={"base": str(base), **changes})
+    return section.model_copy(update={"base": str(base), "members": 1, **changes})
 
 
 def write_no_judge(out_dir: Path, reason: str) -> StageResult:

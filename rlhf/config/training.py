@@ -211,6 +211,10 @@ class RewardModelConfig(TrainingSection):
     """Factor of the pairs' margins m in the loss −log σ(r_chosen − r_rejected − margin_coef · m)
     (Touvron et al. 2023, "Llama 2", eq. 2); pairs without a margin have m = 0. With 0 margins are
     not used."""
+    members: int = Field(default=1, ge=1, le=16)
+    """Linear heads on the trained model's base: the trained one, and others fitted to resamples of
+    the training prompts. How far their scores differ shows where the pairs leave the reward unsure
+    (docs/trust.md); with 1 there is the trained head alone."""
 
     _check_base = field_validator("base")(check_model_uri)
 

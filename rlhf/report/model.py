@@ -132,6 +132,8 @@ class Sample(Plain):
     """Judge's score of `champion`."""
     gold_champion: float | None = None
     """Gold score of `champion`."""
+    disagreement: float | None = None
+    """How far the reward model's members differ on `after`, in deviations of the scores."""
     kinds: tuple[str, ...] = ()
     """Why it was chosen: `disagree`, `lost`, `changed`."""
 
