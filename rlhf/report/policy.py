@@ -136,6 +136,7 @@ def comparison(policy: Mapping[str, Any]) -> tuple[list[str], list[Compared]]:
     rows = [
         row("Wins over the SFT policy", rate("win_rate")),
         row("Reward", change("reward")),
+        row("Disagreement of the reward model's members", change("disagreement")),
         row("KL from the SFT policy", lambda m: (number(m.get("kl")), "nats per reply")),
         row("KL, exact at each token", lambda m: (number(m.get("kl_exact")), "nats per reply")),
         row(
@@ -152,7 +153,7 @@ def comparison(policy: Mapping[str, Any]) -> tuple[list[str], list[Compared]]:
     ]
     if not policy.get("shifts"):
         # Else they stand in the table of shifts, with their tests.
-        rows[7:7] = [
+        rows[8:8] = [
             row("Distinct words", change("distinct_1")),
             row("Distinct pairs of words", change("distinct_2")),
             row("Entropy per token", change("entropy")),
