@@ -26,8 +26,8 @@ TARGETS = (0.55, 0.60, 0.65)
 #: Seeds of runs that over-optimise, and of healthy ones.
 WEAK_SEEDS, HEALTHY_SEEDS = range(5), range(100, 110)
 #: Pairs of the weak reward model, and settings in which its runs differ from the shipped ones.
-WEAK_WORLD: tuple[int, dict[str, Any]] = (500, {"kl_coef": 0.01, "total_episodes": 9216})
-WEAK_RUBRIC: tuple[int, dict[str, Any]] = (80, {"kl_coef": 0.01, "total_episodes": 768})
+WEAK_WORLD: tuple[int, dict[str, Any]] = (500, {"kl_coef": 0.01})
+WEAK_RUBRIC: tuple[int, dict[str, Any]] = (80, {"kl_coef": 0.01})
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from rlhf.gates import require
 
 #: Replies are scored by gold at the sampling of every look: the same random numbers each time.
 GOLD_SEED = 70_001
-#: Share of the gold gain that a choice may lose.
+#: Share of the gold optimum that the choice may lose.
 TOLERANCE = 0.1
 
 
@@ -142,14 +142,13 @@ def outcome(
     start, end, best = points[0]["gold"], points[-1]["gold"], max(gold.values())
     at = next(update for update, value in gold.items() if value == best)
     gain = best - start
-    share = (gold[chosen] - start) / gain if gain > 0 else 1.0
     return {
         "gold_start": start, "gold_best": best, "gold_chosen": gold[chosen], "gold_end": end,
         "best_update": at,
-        "share_of_optimum": gold[chosen] / best,
-        "share_of_gain": share,
-        "share_of_gain_at_end": (end - start) / gain if gain > 0 else 1.0,
-        "within": share >= 1 - TOLERANCE,
+        # Both need an optimum above 0, or above the start, to be a share of anything.
+        "share_of_optimum": gold[chosen] / best if best > 0 else None,
+        "share_of_gain": (gold[chosen] - start) / gain if gain > 0 else None,
+        "within": best - gold[chosen] <= TOLERANCE * abs(best),
         "delay": stopped["update"] - at if stopped else None,
     }  # fmt: skip
 
