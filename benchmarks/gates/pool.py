@@ -147,13 +147,13 @@ def _score(config: PipelineConfig, work: Path) -> Scores:
 
 def make_judge(config: PipelineConfig, data: Path, sft: Path, folder: Path) -> None:
     """Train a judge with its own seed, and measure it, unless that was done."""
-    from rlhf.judge import measure_judge
+    from rlhf.judge import judge_section, measure_judge
     from rlhf.reward import train_reward_model
 
     limit, runtime = config.reward_model.max_length, config.runtime
 
     def make(out: Path) -> None:
-        section = config.reward_model
+        section = judge_section(config.reward_model, None, config.judge.negatives)
         result = train_reward_model(
             section, data, sft, out, pairs=PAIRS_JUDGE, seed=config.seed + 1, runtime=runtime
         )
