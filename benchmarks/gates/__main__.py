@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from rlhf.files import write_json
 TARGETS = (0.55, 0.60, 0.65)
 #: Seeds of runs that over-optimise, and of healthy ones.
 WEAK_SEEDS, HEALTHY_SEEDS = range(5), range(100, 110)
-#: Pairs of the weak reward model, and settings in which its runs differ from the shipped ones.
-WEAK_WORLD: tuple[int, dict[str, Any]] = (500, {"kl_coef": 0.01})
-WEAK_RUBRIC: tuple[int, dict[str, Any]] = (80, {"kl_coef": 0.01})
+#: Pairs of the weak reward models: one that has learnt next to nothing, one that has a little.
+WEAK_WORLD, WEAK_RUBRIC = (500, 2000), (80,)
+#: Settings in which their runs differ from the shipped ones.
+CHANGES = {"kl_coef": 0.01}
 
 
 def main() -> None:
@@ -87,12 +88,7 @@ def measure_over_optimisation(config: PipelineConfig, work: Path) -> dict[str, A
     from rlhf.reward import train_reward_model
 
     setting = settings.world(config, work)
-    pairs, changes = WEAK_WORLD
-    weak = []
-    for seed in WEAK_SEEDS:
-        model = over_optimisation.weak_reward_model(setting, work, seed, pairs)
-        path = work / f"weak-run-{seed}.json"
-        weak.append(over_optimisation.run_once(setting, model, changes, seed, path))
+    weak = {n: _weak_runs(setting, work, n, WEAK_SEEDS) for n in WEAK_WORLD}
     reward = work / "reward-model"
     section, runtime = config.reward_model, config.runtime
     make_once(reward, lambda out: train_reward_model(
@@ -102,8 +98,23 @@ def measure_over_optimisation(config: PipelineConfig, work: Path) -> dict[str, A
         over_optimisation.run_once(setting, reward, {}, seed, work / f"healthy-run-{seed}.json")
         for seed in HEALTHY_SEEDS
     ]
-    plot_runs(weak, work / "over-optimisation.png")
-    return over_optimisation.summary(weak, healthy)
+    return {
+        "healthy": over_optimisation.healthy_summary(healthy),
+        **{f"{n} pairs": over_optimisation.summary(runs) for n, runs in weak.items()},
+    }
+
+
+def _weak_runs(
+    setting: over_optimisation.Setting, work: Path, pairs: int, seeds: Iterable[int]
+) -> list[dict[str, Any]]:
+    """Run PPO against reward models of few pairs, and plot the runs."""
+    runs = []
+    for seed in seeds:
+        model = over_optimisation.weak_reward_model(setting, work, seed, pairs)
+        path = work / f"weak-run-{pairs}-{seed}.json"
+        runs.append(over_optimisation.run_once(setting, model, CHANGES, seed, path))
+    plot_runs(runs, work / f"over-optimisation-{pairs}.png")
+    return runs
 
 
 def measure_rubric(
@@ -111,14 +122,8 @@ def measure_rubric(
 ) -> dict[str, Any]:
     """Measure runs on a pretrained model that over-optimise."""
     setting = settings.rubric(work, model, replies)
-    pairs, changes = WEAK_RUBRIC
-    weak = []
-    for seed in seeds:
-        reward = over_optimisation.weak_reward_model(setting, work, seed, pairs)
-        path = work / f"weak-run-{seed}.json"
-        weak.append(over_optimisation.run_once(setting, reward, changes, seed, path))
-    plot_runs(weak, work / "over-optimisation.png")
-    return over_optimisation.summary(weak, [])
+    (pairs,) = WEAK_RUBRIC
+    return over_optimisation.summary(_weak_runs(setting, work, pairs, seeds))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def train(setting: Setting, ppo: PPOConfig, reward_model: Path, seed: int) -> Ru
         last = frontier.looks[-1]
         run.points.append({
             **last.row(), "gold": statistics.fmean(golds), "retained": frontier.retained,
+            "look": asdict(last),
             "deviations": {
                 "gold": statistics.pstdev(golds), "proxy": statistics.pstdev(last.proxies),
                 "judge": statistics.pstdev(last.judges),
@@ -166,7 +167,7 @@ def weak_reward_model(setting: Setting, work: Path, seed: int, pairs: int) -> Pa
         first = seed * pairs % (len(rows) - pairs + 1)
         write_rows(out / PAIRS_TRAIN, rows[first : first + pairs])
 
-    data, model = work / f"weak-data-{seed}", work / f"weak-model-{seed}"
+    data, model = work / f"weak-data-{pairs}-{seed}", work / f"weak-model-{pairs}-{seed}"
     make_once(data, write)
     config = setting.config
     make_once(model, lambda out: train_reward_model(
@@ -175,20 +176,24 @@ def weak_reward_model(setting: Setting, work: Path, seed: int, pairs: int) -> Pa
     return model
 
 
-def summary(weak: Sequence[Mapping[str, Any]], healthy: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the figures of all runs: how many were saved, delays, false alarms."""
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how many over-optimised runs ended near their gold optimum, and each one's figures."""
     left_out = ("points", "stopped", "reason")
-    alarms = [run["stopped"]["detector"] for run in healthy if run["stopped"]]
+    rows = [
+        {**{k: v for k, v in run.items() if k not in left_out},
+         "detector": (run["stopped"] or {}).get("detector"),
+         "stopped_at": (run["stopped"] or {}).get("update")}
+        for run in runs
+    ]  # fmt: skip
+    return {"within": f"{sum(run['within'] for run in runs)} of {len(runs)}", "runs": rows}
+
+
+def healthy_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the false alarms of healthy runs, and what their choice of an update cost."""
+    alarms = [run["stopped"]["detector"] for run in runs if run["stopped"]]
     return {
-        "over_optimised": [
-            {**{k: v for k, v in run.items() if k not in left_out},
-             "detector": (run["stopped"] or {}).get("detector"),
-             "stopped_at": (run["stopped"] or {}).get("update")}
-            for run in weak
-        ],
-        "within": f"{sum(run['within'] for run in weak)} of {len(weak)}",
-        "false_alarms": f"{len(alarms)} of {len(healthy)}",
-        "alarms": alarms,
-        "healthy_share_of_gain": [run["share_of_gain"] for run in healthy],
-        "healthy_chosen": [run["chosen"] for run in healthy],
+        "false_alarms": f"{len(alarms)} of {len(runs)}", "alarms": alarms,
+        "within": f"{sum(run['within'] for run in runs)} of {len(runs)}",
+        "share_of_optimum": [run["share_of_optimum"] for run in runs],
+        "chosen": [run["chosen"] for run in runs],
     }  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gates import reward_models
-from benchmarks.gates.over_optimisation import outcome, summary
+from benchmarks.gates.over_optimisation import healthy_summary, outcome, summary
 from benchmarks.gates.plots import gains, plot_runs
 from benchmarks.gates.retrainings import (
     Challenger,
@@ -120,10 +120,10 @@ def test_the_summary_and_the_plot(tmp_path):
     run = {"points": points, "chosen": 4, "stopped": stopped, "reason": "r",
            **outcome(points, 4, stopped)}  # fmt: skip
     healthy = {**run, "stopped": None}
-    result = summary([run], [healthy, run])
+    result = summary([run])
     assert result["within"] == "1 of 1"
-    assert result["false_alarms"] == "1 of 2"
-    assert result["over_optimised"][0]["detector"] == "over_optimisation"
+    assert result["runs"][0]["detector"] == "over_optimisation"
+    assert healthy_summary([healthy, run])["false_alarms"] == "1 of 2"
     # In deviations of the start: (3 − 1) / 2; a deviation of 0 has no unit.
     assert gains(points, "gold") == [0, 1, -1]
     assert gains(points, "proxy") == [0, 2, -2]
