@@ -77,7 +77,9 @@ def has_judge_pairs(data: Path) -> bool:
     return path.is_file() and next(iter(iterate_rows(path, Pair)), None) is not None
 
 
-def judge_section(section: RewardModelConfig, base: Path | None) -> RewardModelConfig:
+def judge_section(
+    section: RewardModelConfig, base: Path | None, negatives: float = 0.0
+) -> RewardModelConfig:
     """Return the reward model's section for the judge.
 
     A base that reads both ways has no use for options of decoders, which the reward model may need.
@@ -86,12 +88,14 @@ def judge_section(section: RewardModelConfig, base: Path | None) -> RewardModelC
     Args:
         section: Hyper-parameters of the reward model.
         base: Folder of the judge's own base; None starts from the SFT policy.
+        negatives: Setting `judge.negatives`.
     """
+    section = section.model_copy(update={"negatives": negatives, "members": 1})
     if base is None:
-        return section.model_copy(update={"base": None, "members": 1})
+        return section.model_copy(update={"base": None})
     unused = {"pooling": "last", "lm_loss_coef": 0.0}
     changes = unused if is_encoder(read_json(base / CONFIG)) else {}
-    return section.model_copy(update={"base": str(base), "members": 1, **changes})
+    return section.model_copy(update={"base": str(base), **changes})
 
 
 def write_no_judge(out_dir: Path, reason: str) -> StageResult:

@@ -61,8 +61,12 @@ def judge_settings(config: PipelineConfig) -> Mapping[str, Any]:
     """Return the judge's settings, without the external model itself."""
     if not config.judge.enabled:
         return {"judge": "none"}
-    unused = {"base", "members", *UNFINGERPRINTED_FIELDS}
-    return {"judge": config.reward_model.model_dump(exclude=unused)}
+    own = {"base", "members", "negatives", *UNFINGERPRINTED_FIELDS}
+    return {
+        "judge": {
+            **config.reward_model.model_dump(exclude=own), "negatives": config.judge.negatives,
+        }
+    }  # fmt: skip
 
 
 def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
