@@ -398,6 +398,9 @@ def test_quarters_by_disagreement():
     assert [part["accuracy"] for part in parts] == [1, 1, 1, 0]
     assert (parts[0]["low"], parts[-1]["high"]) == (0, 39)
     assert parts[3]["accuracy_high"] == share_of([0.0] * 10).high
+    # Of 41 the quantiles are 10, 20 and 30, and an edge belongs to the upper part.
+    odd = by_disagreement(np.arange(41.0), np.ones(41), [str(i) for i in range(41)])
+    assert [part["n"] for part in odd] == [10, 10, 10, 11]
     # Equal ones share a part: 30 of 40 are 0, and no quantile between them divides them.
     few = by_disagreement(np.maximum(spread - 29, 0), right, [str(i) for i in range(40)])
     assert [part["n"] for part in few] == [30, 10]
