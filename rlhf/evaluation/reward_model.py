@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,16 @@ CALIBRATION = "calibration.json"
 _MARGIN_BINS = 16
 
 
+class PairsReport(NamedTuple):
+    """What is measured on held-out pairs."""
+
+    metrics: dict[str, Any]
+    correct: list[float]
+    """Whether each pair is ranked right; a half for a tie."""
+    margins: list[float]
+    """Score of each pair's chosen reply less that of the rejected one."""
+
+
 def evaluate_reward_model(
     config: EvaluationConfig,
     data_config: DataConfig,
@@ -65,7 +75,7 @@ def evaluate_reward_model(
         raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
     scorer = Scorer(reward_model, prepare_device(runtime or RuntimeConfig()), limits)
     pairs, counts = _fitting_pairs(pairs, scorer.renderer, scorer.limits)
-    metrics, correct = pairs_report(scorer, pairs, progress)
+    metrics, correct, _ = pairs_report(scorer, pairs, progress)
     ceiling = ceiling_of(config, data_config, pairs)
     if ceiling is not None:
         metrics |= _ceiling_metrics(metrics["accuracy"], ceiling)
@@ -84,12 +94,10 @@ def evaluate_reward_model(
     return StageResult(_flat(metrics))
 
 
-def pairs_report(
-    scorer: Scorer, pairs: Sequence[Pair], progress: Progress = silent
-) -> tuple[dict[str, Any], list[float]]:
-    """Score pairs and probes of them; return the report, and whether each pair is right.
+def pairs_report(scorer: Scorer, pairs: Sequence[Pair], progress: Progress = silent) -> PairsReport:
+    """Score pairs and probes of them, and report on both.
 
-    The report holds accuracy, style (`rlhf.evaluation.style`), calibration, `margins`, `by_slice`
+    The metrics hold accuracy, style (`rlhf.evaluation.style`), calibration, `margins`, `by_slice`
     with the worst slice, and `probes`; `notes` say why a figure is missing. A tie counts a half: a
     model with the same score for everything is no better than a coin.
     """
@@ -128,7 +136,7 @@ def pairs_report(
         metrics |= {"worst_slice": worst, "worst": by_slice[worst]}
     before = [chosen[probe.pair] for probe in probes]
     metrics["probes"], more = probe_metrics(probes, before, probed, deviation)
-    return {**metrics, "notes": notes + more}, correct
+    return PairsReport({**metrics, "notes": notes + more}, correct, margins)
 
 
 def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:

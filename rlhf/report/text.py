@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -147,6 +147,16 @@ def sentence(value: Any) -> str:
         + plain[1:]
         + ("" if plain.endswith((".", "!", "?")) else ".") * bool(plain)
     )
+
+
+def text_of(text: Any) -> str:
+    """Return a prompt or reply as text, also one that is a list of messages."""
+    if isinstance(text, list | tuple):
+        return "\n".join(
+            f"{m.get('role')}: {m.get('content')}" if isinstance(m, Mapping) else str(m)
+            for m in text
+        )
+    return str(text)
 
 
 def short(digest: str | None) -> str:

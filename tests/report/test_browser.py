@@ -3,10 +3,12 @@
 import pytest
 
 from rlhf.report import render
-from tests.report import demo
+from rlhf.report.comparison import render_comparison
+from tests.report import demo, demo_compare
 
 pytestmark = pytest.mark.browser
 NAMES = ("full", "rejected", "failed", "trust")
+COMPARISONS = ("policies", "models")
 
 HIDDEN_SECTIONS = """
 [...document.querySelectorAll('section, header.page-head, .node, .curve svg, .estimate.main')]
@@ -44,10 +46,16 @@ def pages(tmp_path_factory):
     for name in NAMES:
         files[name] = folder / f"{name}.html"
         files[name].write_text(render(getattr(demo, f"{name}_report")()), encoding="utf-8")
+    for name, page in (
+        ("policies", render_comparison(demo_compare.policies(), demo_compare.replies())),
+        ("models", render_comparison(demo_compare.reward_models(), demo_compare.pairs())),
+    ):
+        files[name] = folder / f"{name}.html"
+        files[name].write_text(page, encoding="utf-8")
     return files
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *COMPARISONS])
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
 def test_page_in_browser(browser, pages, tmp_path, name, width):
     page = browser.open(pages[name], width=width)
@@ -59,7 +67,8 @@ def test_page_in_browser(browser, pages, tmp_path, name, width):
     assert page.evaluate(CUT_OFF) == []
     assert page.evaluate(SQUEEZED) == []
     assert page.evaluate(UNNAMED) == []
-    assert page.evaluate("document.querySelectorAll('.node').length") == 10
+    nodes = 10 if name in NAMES else 0
+    assert page.evaluate("document.querySelectorAll('.node').length") == nodes
     assert page.evaluate(HIDDEN_SECTIONS) == []
     shot = page.screenshot(tmp_path / f"{name}-{width}.png")
     assert shot.stat().st_size > 20_000

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from rlhf.gates import Check
 from rlhf.report import charts, trust_charts
 from rlhf.report.policy import policy_view
-from rlhf.report.render import sample_groups, watchdog_finding
+from rlhf.report.render import watchdog_finding
 from rlhf.report.reward_model import reward_model_view
+from rlhf.report.samples import sample_groups
 from rlhf.report.text import interval, p_value, points, sentence
 from tests.report import demo
 
@@ -195,7 +196,7 @@ def test_differences_of_shares_are_in_points():
 def test_samples_are_grouped_by_their_kinds():
     report = demo.trust_report()
     groups = sample_groups(report.samples)
-    assert [(g.heading.split()[-1], len(g.samples)) for g in groups] == [
+    assert [(g.heading.split()[-1], len(g.cards)) for g in groups] == [
         ("most", 1), ("most", 2), ("most", 1), ("prompts", 1),
     ]  # fmt: skip
     # Samples of old evaluations have no kind, and no headings.
