@@ -144,8 +144,11 @@ def over_optimisation(
             "evidence": f"no judge to tell by: {reason or 'none is usable'}",
         }
     judge, reward = (
-        f"{sampled[n]:.1%} [{sampled[f'{n}_low']:.1%}, {sampled[f'{n}_high']:.1%}]"
-        for n in ("judge_win_rate", "win_rate")
+        f"{rate:.1f} % ({low:.1f}–{high:.1f} %)"
+        for rate, low, high in (
+            [100 * sampled[f"{n}{end}"] for end in ("", "_low", "_high")]
+            for n in ("judge_win_rate", "win_rate")
+        )
     )
     said = f"the judge prefers {' to '.join(names)} in {judge}, the reward model in {reward}"
     proxy_is_better = sampled["win_rate_low"] > 0.5

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rlhf.report.charts import IntervalChart, interval_chart
-from rlhf.report.policy import PARTS, PolicyView, Sides, policy_view
+from rlhf.report.policy import PolicyView, Sides, policy_view
 from rlhf.report.render import environment
 from rlhf.report.reward_model import Figure, RewardModelView, reward_model_view, slice_name
 from rlhf.report.samples import (
@@ -27,14 +27,19 @@ from rlhf.report.text import (
     percent,
     percent_range,
     points,
-    sentence,
     short,
 )
 from rlhf.report.trust import Answer, over_optimised, win_rates
 
 #: Cards of each kind, and slices.
 MAX_CARDS, MAX_SLICES = 6, 10
-SIDES = Sides("a", "a", "b", "b", "Policy b")
+SIDES = Sides("a", "a", "b", "b", "Policy b", was="a:")
+#: Heading of each part of the table, and a note, as `rlhf.report.policy.PARTS`.
+PARTS = {
+    "": ("", ""),
+    "judge": ("Judge", "the model that decides"),
+    "gold": ("Gold", "the true score"),
+}
 WORDS = SampleWords(
     before="a", after="b", lost="Where b lost most", changed="Where b differs most from a"
 )
@@ -98,7 +103,7 @@ def render_comparison(
         groups = [SampleGroup("", pair_cards(samples[:MAX_CARDS]))] if samples else []
     sections = [
         ("accuracy", "Accuracy", view.accuracies or view.figures),
-        *((model.id, model.heading, True) for model in view.models),
+        *((model.id, model.heading.partition(" · ")[0], True) for model in view.models),
         ("policy", "Policies", is_policies),
         ("samples", "Samples", groups),
     ]
@@ -135,12 +140,12 @@ def _policies(evaluation: Mapping[str, Any]) -> ComparisonView:
          f"seed {_count(plan.get('seed'))}"),
     ]  # fmt: skip
     answers = (
-        Answer("b better than a", answer, win_rates(sampled), css),
+        Answer("is b better than a", answer, win_rates(sampled), css),
         over_optimised(evaluation),
     )
     return ComparisonView(
         eyebrow="Comparison of two policies", title=_title(evaluation), css=css, label=label,
-        sentence=sentence(evaluation.get("sentence")), facts=tuple(facts), answers=answers,
+        sentence=_sentence(evaluation), facts=tuple(facts), answers=answers,
     )  # fmt: skip
 
 
@@ -167,9 +172,9 @@ def _reward_models(evaluation: Mapping[str, Any]) -> ComparisonView:
     ]
     return ComparisonView(
         eyebrow="Comparison of two reward models", title=_title(evaluation), css=css, label=label,
-        sentence=sentence(evaluation.get("sentence")), facts=tuple(facts),
+        sentence=_sentence(evaluation), facts=tuple(facts),
         answers=(
-            Answer("b more accurate than a", answer,
+            Answer("is b more accurate than a", answer,
                    f"{evidence}; difference {difference}{f', {spread}' if spread else ''}", css),
         ),
         models=models, accuracies=_accuracies(evaluation, reports),
@@ -232,6 +237,10 @@ def _slices(slices: Mapping[str, Any]) -> tuple[IntervalChart | None, int]:
 def _difference(evaluation: Mapping[str, Any]) -> str:
     low, high = (evaluation.get(f"accuracy_difference_{end}") for end in ("low", "high"))
     return interval(low, high, points)
+
+
+def _sentence(evaluation: Mapping[str, Any]) -> str:
+    return f"{evaluation.get('sentence') or 'nothing was decided'}."
 
 
 def _models(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:

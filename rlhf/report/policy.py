@@ -46,6 +46,8 @@ class Sides(NamedTuple):
     after: str = "After PPO"
     short: str = "After"
     policy: str = "The trained policy"
+    was: str = "was"
+    """Stands before the first policy's values."""
 
 
 class Compared(NamedTuple):
@@ -140,26 +142,30 @@ def comparison(
     policy: Mapping[str, Any], sides: Sides | None = None
 ) -> tuple[list[str], list[Compared]]:
     """Return headings and rows of the policy table; unmeasured rows are left out."""
-    start = (sides or Sides()).start
+    names = sides or Sides()
+    start = names.start
     modes = _modes(policy)
 
     def row(label: str, cell: Any, part: str = "") -> Compared:
         return Compared(label, tuple(cell(metrics) for _, metrics in modes), part)
 
     def change(name: str, form: Any = number) -> Any:
-        return lambda m: _change(m.get(f"{name}_before"), m.get(f"{name}_after"), form)
+        return lambda m: _change(m.get(f"{name}_before"), m.get(f"{name}_after"), form, names.was)
 
     def rate(name: str) -> Any:
         return lambda m: (percent(m.get(name)), _ci(m, name))
 
+    def nats(name: str) -> Any:
+        return lambda m: (number(m.get(name)), "nats per reply" if name in m else "")
+
     rows = [
         row(f"Wins over {start}", rate("win_rate")),
         row("Reward", change("reward")),
-        row(f"KL from {start}", lambda m: (number(m.get("kl")), "nats per reply")),
-        row("KL, exact at each token", lambda m: (number(m.get("kl_exact")), "nats per reply")),
+        row(f"KL from {start}", nats("kl")),
+        row("KL, exact at each token", nats("kl_exact")),
         row(
             "Replies that end by EOS",
-            lambda m: _change(m.get("eos_rate_before"), m.get("eos_rate"), percent),
+            lambda m: _change(m.get("eos_rate_before"), m.get("eos_rate"), percent, names.was),
         ),
         row("Reply length", change("tokens")),
         row("Repetition", change("repetition")),
@@ -300,8 +306,10 @@ def _modes(policy: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(mode, _mapping(policy[mode])) for mode in ("sampled", "greedy") if policy.get(mode)]
 
 
-def _change(before: Any, after: Any, form: Any = number) -> tuple[str, str]:
-    return form(after), "" if number_of(before) is None else f"was {form(before)}"
+def _change(
+    before: Any, after: Any, form: Any = number, was: str = "was"
+) -> tuple[str, str]:  # fmt: skip
+    return form(after), "" if number_of(before) is None else f"{was} {form(before)}"
 
 
 def _ci(metrics: Mapping[str, Any], key: str) -> str:

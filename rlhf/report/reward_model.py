@@ -18,6 +18,8 @@ from rlhf.report.text import (
 from rlhf.report.trust_charts import Margins, Reliability, margins_of, reliability_of
 
 MAX_SLICES, MAX_PROBES, MAX_NOTES = 15, 20, 12
+#: Distance from 1 up to which a fitted temperature calls for no remark.
+SURE = 0.1
 #: What a probe does to a good reply.
 PROBES = {
     "filler": "A sentence of filler is added",
@@ -202,8 +204,10 @@ def _figures(model: Mapping[str, Any]) -> tuple[Figure, ...]:
 
 def _temperature(model: Mapping[str, Any]) -> str:
     temperature = number_of(model.get("temperature"))
-    if temperature is None or temperature == 1:
+    if temperature is None:
         return ""
+    if abs(temperature - 1) < SURE:
+        return "about 1: as sure as it is right"
     return "above 1: too sure of itself" if temperature > 1 else "below 1: too unsure"
 
 

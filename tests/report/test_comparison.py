@@ -35,8 +35,9 @@ def test_two_policies_have_the_sections_of_a_run():
     assert f"champion:default ({a})" in shown
     assert "300, the gate prompts of a's evaluation 1a2b3c4d5e6f" in shown
     assert "4 to a prompt, temperature 1.00, at most 128 tokens, seed 0" in shown
-    # By trust_answers' own words, so that page and run say the same.
-    assert "B better than a? yes win rate 83.7 %, 79.1–87.5 %; judge 80.6 %, 76.1–85.1 %" in shown
+    # By the words of a run's first screen.
+    rates = "win rate 83.7 %, 79.1–87.5 %; judge 80.6 %, 76.1–85.1 %"
+    assert f"Is b better than a? yes {rates}" in shown
     assert "Over-optimised? no the judge's win rate is 3.1 points below" in shown
     policy = part(POLICIES, "policy")
     for text in (
@@ -84,7 +85,7 @@ def test_two_reward_models_have_both_reports():
 def test_without_a_judge_the_page_says_so():
     page = texts(render_comparison(demo_compare.policies("undecided", judge=False), []))
     assert "No difference found" in page
-    assert "B better than a? not shown" in page
+    assert "Is b better than a? not shown" in page
     assert "Over-optimised? unknown not measured" in page
     assert "Decided by reward model" in page
 
