@@ -32,7 +32,7 @@ from tasks import prefect_tasks
 from tasks.parameters import NO_PRESET, configuration_name, resolve
 from tasks.preflight import preflight_command
 from tasks.remote import WORK_TAG
-from tasks.report import first_answers
+from tasks.report import first_answers, reward_model_facts
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -240,6 +240,10 @@ def test_the_first_screen_and_the_page_give_the_same_answers(first_run):
         assert answer.line in lines
         assert f"<b>{answer.answer}</b>" in page
         assert answer.evidence in page
+    told = [line for line in lines if line.startswith("reward model: ")]
+    assert told == [f"reward model: {line}" for line in reward_model_facts(result)]
+    assert told[0].startswith("reward model: accuracy ")
+    assert "worst probe" in told[1]
     # The last lines of a terminal are those that are seen.
     assert lines.index(answers[0].line) > len(lines) - 10
 
