@@ -23,8 +23,7 @@ class ModelOptions:
     """How policies reply, and which model scores them."""
 
     judge: str | None = None
-    """Judge or reward model that scores policies' replies; default: the usable judge of the
-    policy's lineage (in a comparison of b's), or else the reward model that it was trained on."""
+    """Scores policies' replies; default: the usable judge of (b's) lineage, or its reward model."""
     samples: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 1
     """Replies to each prompt."""
     temperature: Annotated[float, Parameter(validator=validators.Number(gte=0))] = 1.0
@@ -32,8 +31,7 @@ class ModelOptions:
     max_new_tokens: Positive = None
     """Most tokens of a reply; default: those of the policy's training, or 128."""
     max_length: Positive = None
-    """Most tokens that scoring models are given; default: those of their training, and 2048 for a
-    suite, if they read as many."""
+    """Most tokens that scoring models are given; default: of their training, and of suites 2048."""
     limit: Positive = None
     """Use at most this many prompts or pairs."""
     seed: int = 0

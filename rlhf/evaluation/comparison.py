@@ -144,7 +144,7 @@ def over_optimisation(
             "evidence": f"no judge to tell by: {reason or 'none is usable'}",
         }
     judge, reward = (
-        f"{rate:.1f} % ({low:.1f}–{high:.1f} %)"
+        f"{rate:.1f}\u00a0% ({low:.1f}–{high:.1f}\u00a0%)"
         for rate, low, high in (
             [100 * sampled[f"{n}{end}"] for end in ("", "_low", "_high")]
             for n in ("judge_win_rate", "win_rate")

@@ -255,7 +255,8 @@ def _models(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _title(evaluation: Mapping[str, Any]) -> str:
-    return f"{_name(evaluation.get('b'))} against {_name(evaluation.get('a'))}"
+    b, a = (_given(evaluation.get(side)) for side in ("b", "a"))
+    return f"{b} against {a}"
 
 
 def _name(facts: Any) -> str:
@@ -263,6 +264,13 @@ def _name(facts: Any) -> str:
     known = _mapping(facts)
     digest = known.get("digest")
     return short(str(digest)) if digest else str(known.get("name") or "?")
+
+
+def _given(facts: Any) -> str:
+    """Return what a user called a model, or its short digest if that was a part of it."""
+    known = _mapping(facts)
+    name, digest = str(known.get("name") or ""), str(known.get("digest") or "").rpartition(":")[2]
+    return _name(facts) if not name or digest.startswith(name) else name
 
 
 def _with_judge(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:

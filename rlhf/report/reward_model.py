@@ -166,7 +166,7 @@ def _worst(model: Mapping[str, Any], slices: Mapping[str, Mapping[str, Any]]) ->
     spread = percent_range(found.get("accuracy_low"), found.get("accuracy_high"))
     details = [f"95 % interval {spread}"] if spread else []
     if number_of(found.get("n")) is not None:
-        details.append(f"n = {_count(found.get('n'))}")
+        details.append(f"n\u00a0=\u00a0{_count(found.get('n'))}")
     text = f"{slice_name(str(name))}: {percent(found['accuracy'])}"
     return text + (f" ({', '.join(details)})" if details else "")
 

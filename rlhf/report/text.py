@@ -76,7 +76,10 @@ def percent_range(low: Any, high: Any) -> str:
 def points(value: Any) -> str:
     """Format a difference of two shares in percentage points, with its sign."""
     x = number_of(value)
-    return MISSING if x is None else f"{100 * x:+.1f}".replace("-", "−")
+    if x is None:
+        return MISSING
+    text = f"{100 * x:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def interval(low: Any, high: Any, form: Callable[[Any], str] = exact) -> str:

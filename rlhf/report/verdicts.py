@@ -91,8 +91,8 @@ def _row(check: Check) -> CheckRow:
 
 
 def _rounded(value: Any, limits: Sequence[float]) -> str:
-    """Format a value with three places, but in full where rounding might hide a failure."""
+    """Format a value with few places, but in full where rounding might hide a failure."""
     x = number_of(value)
-    if x is None or abs(x) >= 1 or any(abs(x - limit) < 0.002 for limit in limits):
+    if x is None or abs(x) >= 1000 or any(abs(x - at) < 0.002 * max(at, 1) for at in limits):
         return exact(value)
-    return f"{x:.3f}".replace("-", "−")
+    return (f"{x:.3f}" if abs(x) < 1 else f"{x:.4g}").replace("-", "−")

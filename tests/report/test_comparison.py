@@ -31,7 +31,7 @@ def test_two_policies_have_the_sections_of_a_run():
     assert sections(POLICIES) == ["policy", "samples"]
     shown = head(POLICIES)
     a, b = demo_compare.A[7:19], demo_compare.B[7:19]
-    assert f"{b} against {a} b is better" in shown
+    assert f"{b} against champion:default b is better" in shown
     assert f"champion:default ({a})" in shown
     assert "300, the gate prompts of a's evaluation 1a2b3c4d5e6f" in shown
     assert "4 to a prompt, temperature 1.00, at most 128 tokens, seed 0" in shown

@@ -208,6 +208,7 @@ def test_samples_are_grouped_by_their_kinds():
 def test_small_texts():
     assert points(-0.031) == "−3.1"
     assert points(None) == "–"
+    assert points(0.0) == points(-0.0001) == "0.0"
     assert interval(-1.0, 2.0) == "−1 to 2"
     assert interval(0.1, 0.2) == "0.1–0.2"
     assert interval(None, 0.2) == interval(0.1, math.nan) == ""
