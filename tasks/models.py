@@ -14,6 +14,7 @@ from rlhf.data.gate_prompts import MAX_KNOWN
 from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import (
     DEMONSTRATIONS,
+    PAIRS_JUDGE,
     PAIRS_TRAIN,
     PROMPTS_GATE,
     PROMPTS_TRAIN,
@@ -224,15 +225,17 @@ def _ancestors(ref: ArtifactRef, kind: str, store: Store) -> Iterator[ArtifactRe
 
 
 def trained_prompts(models: Iterable[NamedModel], store: Store) -> frozenset[str]:
-    """Return the keys of all prompts that models, or what they were made from, were trained on."""
+    """Return the keys of the prompts that models, their ancestors and judges were trained on."""
     refs = {
         ref.digest: ref
         for model in models
         if model.ref
         for ref in _ancestors(model.ref, DATASET, store)
     }
+    # Those of the judge, too, which scores the models' replies.
     types: Mapping[str, Any] = {
-        DEMONSTRATIONS: Demonstration, PAIRS_TRAIN: Pair, PROMPTS_TRAIN: PromptRow,
+        DEMONSTRATIONS: Demonstration, PAIRS_TRAIN: Pair, PAIRS_JUDGE: Pair,
+        PROMPTS_TRAIN: PromptRow,
     }  # fmt: skip
     keys: set[str] = set()
     for ref in refs.values():

@@ -16,6 +16,7 @@ from rlhf.data.lineage import forget_rows
 from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import (
     PAIRS_EVAL,
+    PAIRS_JUDGE,
     PROMPTS_EVAL,
     PROMPTS_GATE,
     PROMPTS_TRAIN,
@@ -395,7 +396,9 @@ def test_two_reward_models(run, models, opened, tmp_path):
 
 def test_prompts_of_training_are_left_out(run, models, opened, tmp_path):
     data = opened.fetch(models["prepare-data"])
-    trained = [row.prompt for row in read_rows(data / PROMPTS_TRAIN, PromptRow)][:4]
+    trained = [row.prompt for row in read_rows(data / PROMPTS_TRAIN, PromptRow)][:3]
+    # A judge would score what it was trained on.
+    trained.append(read_rows(data / PAIRS_JUDGE, Pair)[0].prompt)
     write_lines(tmp_path / "own.jsonl", [{"prompt": prompt} for prompt in trained])
     words = ("compare", models["train-sft"], models["train-policy"], "--prompts", "own.jsonl")
     assert "was trained on the prompts of all 4 rows; give others" in run(*words, code=2)

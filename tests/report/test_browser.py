@@ -30,6 +30,13 @@ UNNAMED = """
   .filter(e => !(e.getAttribute('aria-label') || e.querySelector('caption')))
   .map(e => e.outerHTML.slice(0, 80))
 """
+#: Labels of a chart that stand out of its figure, over the border of the section.
+BEYOND_FIGURE = """
+[...document.querySelectorAll('.tick, .ref-label')].filter(e => {
+  const box = e.getBoundingClientRect(), figure = e.closest('figure').getBoundingClientRect();
+  return box.left < figure.left - 1 || box.right > figure.right + 1;
+}).map(e => e.className + ': ' + e.textContent)
+"""
 CUT_OFF = """
 [...document.querySelectorAll('body *')].filter(e => {
   if (e.closest('.scroll, .hidden, svg, .stack thead, .mark')) return false;
@@ -66,6 +73,7 @@ def test_page_in_browser(browser, pages, tmp_path, name, width):
     assert page.evaluate("innerWidth") == width
     assert page.evaluate(CUT_OFF) == []
     assert page.evaluate(SQUEEZED) == []
+    assert page.evaluate(BEYOND_FIGURE) == []
     assert page.evaluate(UNNAMED) == []
     nodes = 10 if name in NAMES else 0
     assert page.evaluate("document.querySelectorAll('.node').length") == nodes

@@ -43,6 +43,17 @@ def test_a_calibrated_bin_lies_on_the_diagonal():
     assert found.rows == (("75.0\u00a0%", "75.0\u00a0%", "50.0–100.0\u00a0%", "20"),)
 
 
+def test_the_sizes_of_narrow_bins_are_left_to_the_table():
+    # The axis has 286 for 0.5: a bin of 0.04 is 22.9 wide, less than "1000" at 6.5 a digit.
+    bins = [
+        {"low": low, "high": high, "confidence": low, "accuracy": 0.9, "n": 1000}
+        for low, high in ((0.5, 0.96), (0.96, 1.0))
+    ]
+    found = trust_charts.reliability_of(bins)
+    assert [each.size for each in found.bins] == ["1000", ""]
+    assert [row[-1] for row in found.rows] == ["1\u2009000", "1\u2009000"]
+
+
 def test_bins_below_a_half_start_the_axis_at_zero():
     bins = [{"low": 0.2, "high": 0.3, "confidence": 0.25, "accuracy": 0.3, "n": 12_345}]
     found = trust_charts.reliability_of(bins)
@@ -151,7 +162,9 @@ def test_slices_stand_lowest_first_and_the_worst_is_marked():
     ]  # fmt: skip
     assert [row.role for row in view.slices.rows] == ["worst"] + ["group"] * 6
     # 0.66 ± 1.96 √(0.66 · 0.34/120) = 0.66 ± 0.0848
-    assert view.worst == "Similar length: 66.0\u00a0% (95 % interval 57.5–74.5\u00a0%, n = 120)"
+    assert view.worst == (
+        "Similar length: 66.0\u00a0% (95 % interval 57.5–74.5\u00a0%, n\u00a0=\u00a0120)"
+    )
 
 
 @pytest.mark.parametrize(
