@@ -111,7 +111,7 @@ def stage(
     from tasks.preflight import preflight_command
     from tasks.runner import find_inputs
     from tasks.stage import store_of
-    from tasks.stages import PREPARE_DATA, stage_named
+    from tasks.stages import EVALUATE_REWARD_MODEL, PREPARE_DATA, stage_named
 
     loaded = load_config(config, overrides)
     chosen = stage_named(name)
@@ -122,7 +122,7 @@ def stage(
     inputs = find_inputs(chosen, loaded.config, given)
     prepare_prefect(verbose)
     from flows.stages import STAGE_FLOWS
-    from flows.terminal import show_data
+    from flows.terminal import show_data, show_reward_model
     from tasks.progress import show_on
 
     show_on(console)
@@ -139,6 +139,8 @@ def stage(
     console.print(f"artifact {result.ref.digest}", soft_wrap=True, highlight=False)
     if result.ref.kind == PREPARE_DATA.kind:
         show_data(console, store.fetch(result.ref))
+    if chosen is EVALUATE_REWARD_MODEL:
+        show_reward_model(console, store.fetch(result.ref))
     return 0
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
 from flows.artifacts import ConfigOption, StoreOption
-from flows.judge import (
-    NewTokens,
-    Positive,
-    Samples,
-    Temperature,
+from flows.models import (
+    check_file,
     console,
     excerpt,
     interval,
@@ -28,10 +24,12 @@ from flows.judge import (
 )
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError, DataError
-from rlhf.files import write_json
+from rlhf.files import expand_home, write_json
+from rlhf.report.reward_model import reward_model_lines
+from tasks.model_options import DEFAULT_OPTIONS, ModelOptions
 
 if TYPE_CHECKING:
-    from rlhf.data.rows import Pair, PromptRow
+    from rlhf.data.rows import PromptRow
     from rlhf.store import Store
     from tasks.models import NamedModel
 
@@ -42,10 +40,8 @@ COLOURS = {"better": "green", "worse": "red", "undecided": "yellow"}
 
 def compare(
     a: str, b: str, *, prompts: Path | None = None, data: str | None = None,
-    by: Annotated[str | None, Parameter(name="--judge")] = None, out: Path | None = None,
-    samples: Samples = 1, temperature: Temperature = 1.0, max_new_tokens: NewTokens = None,
-    max_length: Positive = None, limit: Positive = None, seed: int = 0,
-    store: StoreOption = None, config: ConfigOption = None,
+    out: Path | None = None, report: Path | None = None,
+    options: ModelOptions = DEFAULT_OPTIONS, store: StoreOption = None, config: ConfigOption = None,
 ) -> None:  # fmt: skip
     """Compare two policies, or two reward models: is b better than a?
 
@@ -56,26 +52,21 @@ def compare(
     b
         Likewise.
     prompts
-        File of prompts that both policies answer; default: the held-out ones of b's dataset.
+        File of prompts that both policies answer; default: the gate prompts of a's evaluation, or
+        of b's, or else the held-out ones of b's dataset.
     data
-        Dataset (artifact or folder) whose held-out prompts or pairs are used; default: b's.
-    by
-        Judge or reward model that decides between policies; default: the judge of b's lineage, or
-        else the reward model that b was trained on.
+        Dataset (artifact or folder) whose held-out prompts or pairs are used.
     out
         New folder for evaluation.json and samples.json.
-    max_length
-        Most tokens that scoring models are given; default: those of their training.
-    limit
-        Use at most this many prompts or pairs.
-    seed
-        Seed of the replies.
+    report
+        HTML file of the report; default: a new one in the folder of the runs' reports.
     """
     from tasks.models import POLICY, find_model, require_kind
 
     if prompts is not None and data is not None:
         raise ConfigError("--prompts and --data both name prompts; give one of them")
     _check_folder(out)
+    check_file("--report", report)
     runtime, opened = open_for_models(store, config)
     before, after = find_model(a, opened), find_model(b, opened)
     if before.folder.resolve() == after.folder.resolve():
@@ -83,21 +74,14 @@ def compare(
     if before.kind != after.kind:
         require_kind(after, before.kind, f"a comparison with {before.label}")
     if after.kind == POLICY:
-        options = {
-            "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens,
-            "seed": seed,
-        }  # fmt: skip
-        rows = _prompts(after, prompts, data, opened)
         evaluation, replies = _compare_policies(
-            before, after, rows, limit, by, max_length, options, runtime, opened
+            before, after, prompts, data, options, runtime, opened
         )
     else:
-        if by is not None or prompts is not None:
-            raise ConfigError("--judge and --prompts are for policies; reward models need --data")
-        pairs = _pairs(after, data, opened)
-        evaluation, replies = _compare_reward_models(
-            before, after, pairs, limit, max_length, runtime, opened
-        )
+        if prompts is not None:
+            raise ConfigError("--prompts is for policies; reward models need --data")
+        options.refuse("in a comparison of reward models", "max_length", "limit")
+        evaluation, replies = _compare_reward_models(before, after, data, options, runtime, opened)
     for note in evaluation["notes"]:
         say(f"note: {note}")
     say(evaluation["sentence"], COLOURS[evaluation["verdict"]])
@@ -106,31 +90,41 @@ def compare(
         write_json(out / "evaluation.json", evaluation)
         write_json(out / "samples.json", replies)
         say(f"written: {out}")
+    say(f"report: {_write_report(evaluation, replies, report, runtime)}")
 
 
 def _compare_policies(
-    a: NamedModel, b: NamedModel, rows: Sequence[PromptRow], limit: int | None, by: str | None,
-    max_length: int | None, options: Mapping[str, Any], runtime: RuntimeConfig, store: Store,
+    a: NamedModel, b: NamedModel, prompts: Path | None, data: str | None, options: ModelOptions,
+    runtime: RuntimeConfig, store: Store,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     from rlhf.evaluation.compare import Scorers, compare_policies
     from rlhf.modeling.device import prepare_device
+    from tasks.models import trained_prompts
 
-    scoring, notes = _scoring_models(b, by, store)
-    rows, unseen = _never_trained_on(rows, (a, b), store)
+    scoring, notes = _scoring_models(b, options.judge, store)
+    seen = trained_prompts((a, b), store)
+    rows, source, more = _prompts(a, b, prompts, data, seen, store)
+    rows, unseen = _never_trained_on(rows, (a, b), seen)
     device = prepare_device(runtime)
-    scorers = Scorers(**{n: load_scorer(m, device, max_length, store) for n, m in scoring.items()})
+    scorers = Scorers(
+        **{n: load_scorer(m, device, options.max_length, store) for n, m in scoring.items()}
+    )
     policies, plan = load_policies([a, b], device, options, store)
     with progress_of("sample, score") as progress:
-        found, replies = compare_policies(policies[0], policies[1], rows[:limit], scorers, progress)
-    notes += unseen + _counts("prompts left out", found["prompts_left_out"])
+        found, replies = compare_policies(
+            policies[0], policies[1], rows[: options.limit], scorers, progress
+        )
+    notes += more + unseen + _counts("prompts left out", found["prompts_left_out"])
     decided = scoring[found["decided_by"]]
     word = "judge" if decided.judge is not None else "reward model"
     found["sentence"] += f", by {word} {decided.label}"
     evaluation = {
         **found, "a": a.facts, "b": b.facts, "sampling": plan, "notes": notes,
+        "prompts_from": source,
         "scorers": {name: model.facts for name, model in scoring.items()},
     }  # fmt: skip
     _show_policies(a, b, evaluation)
+    say(f"prompts: {found['n']:,}, {source}")
     lost = [row for row in replies if _change(row, found["decided_by"]) < 0]
     columns = {"prompt": "prompt", "before": "a replies", "after": "b replies"}
     sides = (f"{found['decided_by']}_{side}" for side in ("before", "after"))
@@ -173,47 +167,75 @@ def _scoring_models(
 
 
 def _compare_reward_models(
-    a: NamedModel, b: NamedModel, pairs: Sequence[Pair], limit: int | None,
-    max_length: int | None, runtime: RuntimeConfig, store: Store,
+    a: NamedModel, b: NamedModel, data: str | None, options: ModelOptions, runtime: RuntimeConfig,
+    store: Store,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    from rlhf.data.rows import PAIRS_EVAL, Pair, read_rows
     from rlhf.evaluation.compare import compare_reward_models
     from rlhf.modeling.device import prepare_device
+    from tasks.models import trained_prompts
 
-    pairs, notes = _never_trained_on(pairs, (a, b), store)
+    folder, name = _dataset(b, data, store, "--data <dataset>")
+    pairs = read_rows(folder / PAIRS_EVAL, Pair)
+    pairs, notes = _never_trained_on(pairs, (a, b), trained_prompts((a, b), store))
     device = prepare_device(runtime)
-    scorers = [load_scorer(model, device, max_length, store) for model in (a, b)]
+    scorers = [load_scorer(model, device, options.max_length, store) for model in (a, b)]
     with progress_of("score") as progress:
-        found, rows = compare_reward_models(scorers[0], scorers[1], pairs[:limit], progress)
+        found, rows = compare_reward_models(
+            scorers[0], scorers[1], pairs[: options.limit], progress
+        )
     notes += _counts("pairs left out", found["pairs_left_out"])
-    evaluation = {**found, "a": a.facts, "b": b.facts, "notes": notes}
+    evaluation = {
+        **found, "a": a.facts, "b": b.facts, "notes": notes, "pairs_from": f"held-out pairs {name}"
+    }  # fmt: skip
     _show_reward_models(a, b, evaluation)
     columns = {name: name for name in ("prompt", "chosen", "rejected")}
     _show_rows("they disagree most on", columns, rows, "margin_before", "margin_after")
     return evaluation, rows
 
 
+def _write_report(
+    evaluation: Mapping[str, Any], replies: list[dict[str, Any]], file: Path | None,
+    runtime: RuntimeConfig,
+) -> Path:  # fmt: skip
+    """Write the page, by default beside the runs' pages under a name of its content."""
+    from rlhf.report.comparison import render_comparison
+    from rlhf.store.manifest import canonical_json, sha256_bytes
+
+    if file is None:
+        folder = expand_home(runtime.report_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"compare-{sha256_bytes(canonical_json(evaluation))[:10]}.html"
+    file.write_text(render_comparison(evaluation, replies), encoding="utf-8")
+    return file.resolve()
+
+
 def _prompts(
-    b: NamedModel, prompts: Path | None, data: str | None, store: Store
-) -> list[PromptRow]:
+    a: NamedModel, b: NamedModel, prompts: Path | None, data: str | None, seen: Set[str],
+    store: Store,
+) -> tuple[list[PromptRow], str, list[str]]:  # fmt: skip
+    """Return the prompts that are named, or else of a gate or of b's dataset; whose; remarks."""
     from rlhf.data.prompt_file import read_prompt_file
     from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
+    from tasks.models import gate_prompts_of
 
     if prompts is not None:
         read = read_prompt_file(prompts)
-        for note in (*read.notes, *_counts("rows left out", read.left_out)):
-            say(f"note: {note}")
-        return read.prompts
-    return read_rows(_dataset(b, data, store, "--prompts <file>") / PROMPTS_EVAL, PromptRow)
+        left_out = _counts("rows left out", read.left_out)
+        return read.prompts, f"of the file {prompts.name}", [*read.notes, *left_out]
+    notes: list[str] = []
+    if data is None:
+        found, notes = gate_prompts_of((a, b), seen, store)
+        if found is not None:
+            side = "a" if found.policy is a else "b"
+            source = f"the gate prompts of {side}'s evaluation {found.evaluation.short}"
+            return found.rows, source, notes
+    folder, name = _dataset(b, data, store, "--prompts <file>")
+    return read_rows(folder / PROMPTS_EVAL, PromptRow), f"held-out prompts {name}", notes
 
 
-def _pairs(b: NamedModel, data: str | None, store: Store) -> list[Pair]:
-    from rlhf.data.rows import PAIRS_EVAL, Pair, read_rows
-
-    return read_rows(_dataset(b, data, store, "--data <dataset>") / PAIRS_EVAL, Pair)
-
-
-def _dataset(b: NamedModel, data: str | None, store: Store, cure: str) -> Path:
-    """Return the folder of the dataset that is named, or else of b's.
+def _dataset(b: NamedModel, data: str | None, store: Store, cure: str) -> tuple[Path, str]:
+    """Return the folder of the dataset that is named, or else of b's; and which it is.
 
     Raises:
         ConfigError: There is none.
@@ -221,17 +243,18 @@ def _dataset(b: NamedModel, data: str | None, store: Store, cure: str) -> Path:
     from tasks.models import DATASET, dataset_of
 
     if data is not None and Path(data).is_dir():
-        return Path(data)
+        return Path(data), f"of the folder {data}"
     ref = dataset_of(b, store) if data is None else store.resolve(data)
     if ref is None:
         raise ConfigError(f"{b.text}: its lineage has no dataset; name what to compare on: {cure}")
     if ref.kind != DATASET:
         raise ConfigError(f"--data {data}: {ref.short} is of kind {ref.kind}; give a dataset")
-    return store.fetch(ref)
+    owner = "b's" if data is None else "the"
+    return store.fetch(ref), f"of {owner} dataset {ref.short}"
 
 
 def _never_trained_on(
-    rows: Sequence[Any], models: Sequence[NamedModel], store: Store
+    rows: Sequence[Any], models: Sequence[NamedModel], seen: Set[str]
 ) -> tuple[list[Any], list[str]]:
     """Return the rows whose prompt no model was trained on, and remarks.
 
@@ -239,9 +262,7 @@ def _never_trained_on(
         DataError: None is left.
     """
     from rlhf.data.collect import exact_key
-    from tasks.models import trained_prompts
 
-    seen = trained_prompts(models, store)
     unseen = [row for row in rows if exact_key(row.prompt) not in seen]
     count = len(rows) - len(unseen)
     if not unseen:
@@ -309,6 +330,9 @@ def _show_reward_models(a: NamedModel, b: NamedModel, evaluation: Mapping[str, A
     ):  # fmt: skip
         table.add_row(label, f"{evaluation[name]:,}", "")
     console.print(table)
+    for side, label in (("before", "a"), ("after", "b")):
+        for line in reward_model_lines(evaluation["reports"][side]):
+            say(f"{label}: {line}")
     _show_groups(evaluation["by_group"], evaluation["verdict_metric"])
 
 

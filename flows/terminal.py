@@ -18,10 +18,11 @@ from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
 from rlhf.files import expand_home, read_json
 from rlhf.report import OUTCOMES, STATES
+from rlhf.report.reward_model import reward_model_lines
 from rlhf.store import Ancestor, Artifact
-from tasks.report import drift_lines, first_answers, gate_lines
+from tasks.report import drift_lines, first_answers, gate_lines, reward_model_facts
 from tasks.stage import store_of
-from tasks.stages import EVALUATE_POLICY, PREPARE_DATA
+from tasks.stages import EVALUATE_POLICY, EVALUATION, PREPARE_DATA
 
 if TYPE_CHECKING:
     from tasks.report import PipelineRun
@@ -39,6 +40,8 @@ def show_run(console: Console, run: PipelineRun) -> None:
         console.print(Text(f"drift: {printable_line(line)}"), soft_wrap=True)
     for line in gate_lines(run):
         console.print(Text(f"gates: {printable_line(line)}"), soft_wrap=True)
+    for line in reward_model_facts(run):
+        console.print(Text(f"reward model: {printable_line(line)}"), soft_wrap=True)
     if EVALUATE_POLICY.name in run.refs:
         folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
         samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
@@ -65,6 +68,12 @@ def show_data(console: Console, folder: Path) -> None:
     lines += summary.get("findings", ())
     for line in lines:
         console.print(Text(f"data: {printable_line(line)}"), soft_wrap=True)
+
+
+def show_reward_model(console: Console, folder: Path) -> None:
+    """Print the figures that tell most of a reward model's evaluation."""
+    for line in reward_model_lines(read_json(folder / EVALUATION)):
+        console.print(Text(f"reward model: {printable_line(line)}"), soft_wrap=True)
 
 
 def config_table(loaded: LoadedConfig) -> Table:

@@ -249,7 +249,7 @@ def _bounds(
     for sign, bound in (("≥", rule.min), ("≤", rule.max)):
         if bound is None:
             continue
-        limit, text = bound, f"{bound}"
+        limit, text = bound, bound if isinstance(bound, str) else f"{bound:.10g}"
         if isinstance(bound, str):
             found = numbers.get(bound)
             limit = None if found is None else found + rule.margin

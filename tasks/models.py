@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,14 +10,19 @@ from typing import Any, Literal
 from rlhf.champions import champion, model_lines
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.collect import exact_key
+from rlhf.data.gate_prompts import MAX_KNOWN
+from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import (
     DEMONSTRATIONS,
+    PAIRS_JUDGE,
     PAIRS_TRAIN,
+    PROMPTS_GATE,
     PROMPTS_TRAIN,
     Demonstration,
     Pair,
     PromptRow,
     iterate_rows,
+    read_rows,
 )
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import expand_home
@@ -32,7 +37,7 @@ from tasks import challenge
 ModelKind = Literal["policy", "reward-model"]
 POLICY: ModelKind = "policy"
 REWARD_MODEL: ModelKind = "reward-model"
-JUDGE, DATASET = "judge", "dataset"
+JUDGE, DATASET, EVALUATION = "judge", "dataset", "evaluation"
 #: Prefix of a model line's name, for its champion.
 CHAMPION = "champion:"
 
@@ -220,15 +225,17 @@ def _ancestors(ref: ArtifactRef, kind: str, store: Store) -> Iterator[ArtifactRe
 
 
 def trained_prompts(models: Iterable[NamedModel], store: Store) -> frozenset[str]:
-    """Return the keys of all prompts that models, or what they were made from, were trained on."""
+    """Return the keys of the prompts that models, their ancestors and judges were trained on."""
     refs = {
         ref.digest: ref
         for model in models
         if model.ref
         for ref in _ancestors(model.ref, DATASET, store)
     }
+    # Those of the judge, too, which scores the models' replies.
     types: Mapping[str, Any] = {
-        DEMONSTRATIONS: Demonstration, PAIRS_TRAIN: Pair, PROMPTS_TRAIN: PromptRow,
+        DEMONSTRATIONS: Demonstration, PAIRS_TRAIN: Pair, PAIRS_JUDGE: Pair,
+        PROMPTS_TRAIN: PromptRow,
     }  # fmt: skip
     keys: set[str] = set()
     for ref in refs.values():
@@ -237,6 +244,51 @@ def trained_prompts(models: Iterable[NamedModel], store: Store) -> frozenset[str
             if (folder / name).exists() or (folder / name).with_suffix(".jsonl").exists():
                 keys.update(exact_key(row.prompt) for row in iterate_rows(folder / name, row_type))
     return frozenset(keys)
+
+
+@dataclass(frozen=True)
+class GatePrompts:
+    """Prompts on which a gate compared a policy, and where they are from."""
+
+    rows: list[PromptRow]
+    evaluation: ArtifactRef
+    policy: NamedModel
+
+
+def gate_prompts_of(
+    policies: Sequence[NamedModel], seen: Set[str], store: Store
+) -> tuple[GatePrompts | None, list[str]]:
+    """Return the gate prompts of a policy's own evaluation, or None; and remarks on others.
+
+    Those of the first policy that has some, of its newest evaluation; without forgotten rows. Like
+    at a gate, not if the policies were trained on more than a tenth of them.
+
+    Args:
+        policies: All of them have to be artifacts.
+        seen: Keys of the prompts that they were trained on.
+        store: Where their evaluations are.
+    """
+    notes: list[str] = []
+    if not all(policy.ref for policy in policies):
+        return None, notes
+    artifacts = sorted(store.list(), key=lambda each: each.age)
+    forgotten = forgotten_ids(store)
+    for policy in policies:
+        for ref, manifest, _ in artifacts:
+            is_own = policy.ref and manifest.parents.get(POLICY) == policy.ref.digest
+            files = {file.path for file in manifest.files}
+            if ref.kind != EVALUATION or not is_own or PROMPTS_GATE not in files:
+                continue
+            found = read_rows(store.fetch(ref, [PROMPTS_GATE]) / PROMPTS_GATE, PromptRow)
+            rows = [row for row in found if forgotten.isdisjoint(row.row_ids)]
+            known = sum(exact_key(row.prompt) in seen for row in rows)
+            if rows and known <= MAX_KNOWN * len(rows):
+                return GatePrompts(rows, ref, policy), notes
+            notes.append(
+                f"the gate prompts of evaluation {ref.short} are not used: the policies were "
+                f"trained on {known:,} of {len(rows):,}"
+            )
+    return None, notes
 
 
 def limits_of(model: NamedModel, store: Store) -> TokenLimits | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +24,13 @@ from rlhf.report import (
     LineageNode,
     RunOutcome,
     RunReport,
-    Sample,
     StageRow,
     StageState,
     render,
     trust_answers,
 )
+from rlhf.report.reward_model import reward_model_lines
+from rlhf.report.samples import shown_samples
 from rlhf.report.text import interval
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
@@ -41,6 +41,7 @@ from tasks.stage import Stage, store_of
 from tasks.stages import (
     EVALUATE_POLICY,
     EVALUATE_REWARD_MODEL,
+    EVALUATION,
     GATE_POLICY,
     GATE_REWARD_MODEL,
     PREPARE_DATA,
@@ -107,22 +108,17 @@ def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
     return trust_answers(evaluation, verdicts.get(GATE_POLICY.name), compares)
 
 
+def reward_model_facts(run: PipelineRun) -> list[str]:
+    """Return the figures that tell most of a run's reward model, if it was evaluated."""
+    ref = run.refs.get(EVALUATE_REWARD_MODEL.name)
+    if ref is None:
+        return []
+    return reward_model_lines(read_json(store_of(run.config).fetch(ref) / EVALUATION))
+
+
 def gate_lines(run: PipelineRun) -> list[str]:
     """Return what was known of a run's gates before training, a sentence each."""
     return list(run.gates.lines) if run.gates else []
-
-
-def shown_samples(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return the samples to show: the first ones, and as many of each kind."""
-    shown: list[dict[str, Any]] = []
-    counts: Counter[str] = Counter()
-    for row in samples:
-        # A row without a kind is one of the first prompts, which are a kind of their own.
-        kinds = row.get("kinds") or [""]
-        if any(counts[kind] < count for kind in kinds):
-            counts.update(kinds)
-            shown.append(row)
-    return shown
 
 
 def _publish(run: PipelineRun, store: Store) -> str:
@@ -179,9 +175,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         policy=part(EVALUATE_POLICY, "evaluation.json"),
         watchdog=part(TRAIN_POLICY, "watchdog.json"),
         curves=tuple(part(TRAIN_POLICY, "curve.json") or ()),
-        samples=tuple(
-            _sample(row) for row in shown_samples(samples, run.config.evaluation.samples)
-        ),
+        samples=tuple(shown_samples(samples, run.config.evaluation.samples)),
         trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),
         advice=run.advice,
@@ -198,14 +192,6 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
             **library_versions(),
         },
     )
-
-
-def _sample(row: dict[str, Any]) -> Sample:
-    prompt = row["prompt"]
-    if not isinstance(prompt, str):
-        prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    known = {name: value for name, value in row.items() if name in Sample.model_fields}
-    return Sample(**{**known, "prompt": prompt})
 
 
 def _verdicts(run: PipelineRun, store: Store) -> list[Verdict]:
@@ -250,6 +236,7 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
         f"**{run.outcome}**: {_cell(run.reason)}",
         "\n".join(f"- {escape(answer.line, None)}" for answer in first_answers(run)),
         _table(("stage", "state", "key metric", "artifact"), stages),
+        "\n".join(f"- Reward model: {escape(line, None)}" for line in reward_model_facts(run)),
         "\n".join(f"- Data: {escape(finding, None)}" for finding in findings),
         "\n".join(f"- Drift: {escape(line, None)}" for line in drift_lines(run)),
         "\n".join(f"- Gates: {escape(line, None)}" for line in gate_lines(run)),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -16,10 +16,19 @@ from rlhf.data.fitting import Fitting
 from rlhf.data.rows import Pair, PromptRow
 from rlhf.errors import DataError
 from rlhf.evaluation.answers import Answers, score_answers
-from rlhf.evaluation.common import groups_of, points
-from rlhf.evaluation.comparison import WIN_RATES, compare, over_optimisation, shifts, wins
+from rlhf.evaluation.common import groups_of
+from rlhf.evaluation.comparison import (
+    WIN_RATES,
+    compare,
+    kinds_of,
+    over_optimisation,
+    shifts,
+    wins,
+)
 from rlhf.evaluation.policy import SEEDS
 from rlhf.evaluation.replies import Policy, fitting_rows
+from rlhf.evaluation.reward_model import pairs_report
+from rlhf.evaluation.slices import slices_of
 from rlhf.inference import CONFIDENCE, Estimate, mean_of, prompts_needed, share_of
 from rlhf.modeling.reward import Scorer
 from rlhf.stage import Progress, silent
@@ -30,6 +39,8 @@ SHARES = ("eos_rate", "repetition", "refusal")
 WIN_RATE, GAIN = 0.55, 0.05
 #: Probability of finding them.
 POWER = 0.8
+#: Prompts of each kind that the samples mark as worth reading.
+SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,8 @@ def compare_policies(
     if both have the same tokens.
 
     Returns:
-        The evaluation and all replies side by side, those first on which `b` lost most.
+        The evaluation and all replies side by side, those first on which `b` lost most; `kinds` of
+        a row names why it is worth reading (`rlhf.evaluation.comparison.kinds_of`).
 
     Raises:
         DataError: Too many prompts can't be given to the models.
@@ -129,7 +141,7 @@ def compare_policies(
     }
     sampled["by_group"] = {name: compare(before, after, keys, i) for name, i in groups.items()}
     if len(scorers.named) == 2:
-        evaluation["over_optimisation"] = over_optimisation(sampled)
+        evaluation["over_optimisation"] = over_optimisation(sampled, names=("b", "a"))
     return _finite(evaluation), _samples(rows, before, after, scorers.deciding)
 
 
@@ -151,9 +163,10 @@ def compare_reward_models(
 
     Returns:
         The evaluation: accuracy_before, accuracy_after, accuracy_difference and agreement (both
-        choose the same reply), each with interval; who is right where; by_group. And all pairs,
-        those first on which the models disagree most: by the difference of their margins, each
-        over its root mean square.
+        choose the same reply), each with interval; who is right where; by_group and by_slice;
+        `reports`, the whole report on each as `before` and `after`. And all pairs, those first on
+        which the models disagree most: by the difference of their margins, each over its root
+        mean square.
 
     Raises:
         DataError: Too many pairs can't be given to the models, or none is left that both can tell
@@ -166,21 +179,26 @@ def compare_reward_models(
         left_out["replies are equal where a model cuts them"] = equal
     if not kept:
         raise DataError("no pair has replies that both models can tell apart; give others")
-    margins: list[list[float]] = []
-    for number, scorer in enumerate((a, b)):
-        prompts = [pair.prompt for pair in kept]
-        chosen = scorer(prompts, [pair.chosen for pair in kept])
-        margins.append((chosen - scorer(prompts, [pair.rejected for pair in kept])).tolist())
-        progress(number + 1, 2, {})
+    reports = [
+        pairs_report(scorer, kept, _half_of(progress, number))
+        for number, scorer in enumerate((a, b))
+    ]
+    margins, right = [r.margins for r in reports], [r.correct for r in reports]
     keys = [exact_key(pair.prompt) for pair in kept]
-    right = [[points(margin) for margin in side] for side in margins]
     found = _accuracies(right, margins, keys, range(len(kept)))
     difference = mean_of(_differences(*right), keys)
     evaluation = {
         **found,
-        "by_group": {
-            group: _accuracies(right, margins, keys, index)
-            for group, index in groups_of([pair.group for pair in kept]).items()
+        **{
+            name: {group: _accuracies(right, margins, keys, rows) for group, rows in parts.items()}
+            for name, parts in (
+                ("by_group", groups_of([pair.group for pair in kept])),
+                ("by_slice", slices_of(kept)),
+            )
+        },
+        "reports": {
+            side: _finite(report.metrics)
+            for side, report in zip(("before", "after"), reports, strict=True)
         },
         "pairs_left_out": left_out,
         **verdict_on_reward_models(difference),
@@ -240,6 +258,7 @@ def _samples(
     rows: Sequence[PromptRow], before: Answers, after: Answers, deciding: str
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
+    kinds = kinds_of(before, after, SHOWN)
     for i, row in enumerate(rows):
         for j, (old, new) in enumerate(zip(before.texts[i], after.texts[i], strict=True)):
             sample: dict[str, Any] = {
@@ -249,6 +268,8 @@ def _samples(
                 for side, answers in (("before", before), ("after", after)):
                     scores = answers.scores.get(name)
                     sample[f"{name}_{side}"] = None if scores is None else float(scores[i, j])
+            # They were chosen by the first reply of each.
+            sample["kinds"] = [name for name, index in kinds.items() if i in index and j == 0]
             found.append(sample)
     return sorted(found, key=lambda each: each[f"{deciding}_after"] - each[f"{deciding}_before"])
 
@@ -258,6 +279,15 @@ def _verdict(verdict: str, metric: str, sentence: str, needed: int | None = None
         "verdict": verdict, "verdict_metric": metric, "sentence": sentence,
         "prompts_needed": needed,
     }  # fmt: skip
+
+
+def _half_of(progress: Progress, number: int) -> Progress:
+    """Return the progress of one of two equal parts of the work."""
+
+    def report(step: int, total: int, metrics: Mapping[str, float]) -> None:
+        progress(number * total + step, 2 * total, metrics)
+
+    return report
 
 
 def _accuracies(

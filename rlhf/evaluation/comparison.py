@@ -127,7 +127,10 @@ def shifts(before: Answers, after: Answers, prompts: Sequence[object]) -> list[d
     return rows
 
 
-def over_optimisation(sampled: Mapping[str, Any], reason: str | None = None) -> dict[str, str]:
+def over_optimisation(
+    sampled: Mapping[str, Any], reason: str | None = None,
+    names: tuple[str, str] = ("the policy", "its start"),
+) -> dict[str, str]:  # fmt: skip
     """Say whether the policy was optimised beyond what the reward model knows.
 
     Suspected if the judge's win rate is significantly below the reward model's (the interval of
@@ -138,6 +141,7 @@ def over_optimisation(sampled: Mapping[str, Any], reason: str | None = None) -> 
     Args:
         sampled: Metrics of `compare`.
         reason: Why there is no usable judge, if there is none.
+        names: Of the policy, and of the one that it is compared with.
     """
     if "judge_win_rate" not in sampled:
         return {
@@ -145,10 +149,13 @@ def over_optimisation(sampled: Mapping[str, Any], reason: str | None = None) -> 
             "evidence": f"no judge to tell by: {reason or 'none is usable'}",
         }
     judge, reward = (
-        f"{sampled[n]:.1%} [{sampled[f'{n}_low']:.1%}, {sampled[f'{n}_high']:.1%}]"
-        for n in ("judge_win_rate", "win_rate")
+        f"{rate:.1f}\u00a0% ({low:.1f}–{high:.1f}\u00a0%)"
+        for rate, low, high in (
+            [100 * sampled[f"{n}{end}"] for end in ("", "_low", "_high")]
+            for n in ("judge_win_rate", "win_rate")
+        )
     )
-    said = f"the judge prefers the policy to its start in {judge}, the reward model in {reward}"
+    said = f"the judge prefers {' to '.join(names)} in {judge}, the reward model in {reward}"
     proxy_is_better = sampled["win_rate_low"] > 0.5
     judge_is_better = sampled["judge_win_rate_low"] > 0.5
     judge_is_worse = sampled["judge_win_rate_high"] < 0.5
@@ -163,6 +170,30 @@ def over_optimisation(sampled: Mapping[str, Any], reason: str | None = None) -> 
     return {"state": "no", "evidence": f"{said}: no significant contradiction"}
 
 
+def kinds_of(before: Answers, after: Answers, count: int) -> dict[str, list[int]]:
+    """Return the prompts that are worth reading, by kind, `count` of each at most.
+
+    `disagree`: reward model and judge say the opposite of the shown replies, and their differences,
+    each in its standard deviations, are farthest apart. `lost`: the judge, or without one the
+    reward model, prefers the first policy's shown reply most. `changed`: the second policy is
+    farthest from the first, by the exact KL of its replies, if that is known.
+    """
+    gains = {
+        name: after.scores[name][:, 0] - before.scores[name][:, 0]
+        for name in ("reward", "judge")
+        if name in after.scores
+    }
+    kinds: dict[str, list[int]] = {}
+    if "kl_exact" in after.measures:
+        kinds["changed"] = _largest(after.measures["kl_exact"], count)
+    kinds["lost"] = _largest(-gains["judge" if "judge" in gains else "reward"], count, above=0)
+    if len(gains) == 2:
+        reward, judge = (gain / (gain.std() or 1.0) for gain in gains.values())
+        contrary = np.where(reward * judge < 0, np.abs(reward - judge), 0)
+        kinds["disagree"] = _largest(contrary, count, above=0)
+    return kinds
+
+
 def _sides(name: str, before: Values, after: Values) -> dict[str, float]:
     """Return a measure of both policies; the second one's `eos_rate` has no suffix."""
     names = ("eos_rate_before", name) if name == "eos_rate" else (f"{name}_before", f"{name}_after")
@@ -171,3 +202,8 @@ def _sides(name: str, before: Values, after: Values) -> dict[str, float]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _largest(values: Values, count: int, above: float = -np.inf) -> list[int]:
+    order = np.argsort(-values, kind="stable")[:count]
+    return [int(i) for i in order if values[i] > above]

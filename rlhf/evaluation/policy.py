@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rlhf.config import EvaluationConfig, PPOConfig, RuntimeConfig
@@ -29,7 +28,13 @@ from rlhf.evaluation.answers import (
     scored_by,
 )
 from rlhf.evaluation.common import EVALUATION, SAMPLES, groups_of
-from rlhf.evaluation.comparison import compare, over_optimisation, own_metrics, shifts
+from rlhf.evaluation.comparison import (
+    compare,
+    kinds_of,
+    over_optimisation,
+    own_metrics,
+    shifts,
+)
 from rlhf.evaluation.forgetting import held_out_replies, measure_forgetting, reply_losses
 from rlhf.evaluation.texts import REFUSALS
 from rlhf.files import write_json
@@ -387,10 +392,10 @@ def _samples(rows: Sequence[PromptRow], sides: Sequence[_Side], count: int) -> l
     """Return the first sample of each policy to every prompt, ordered by a hash of the prompt.
 
     The order keeps the replies out of the choice of the first few, which reports show. `kinds`
-    names the `count` prompts of each kind that are worth reading, see `_kinds`.
+    names the `count` prompts of each kind that are worth reading, see `kinds_of`.
     """
     answers = [side.answers("sampled") for side in sides]
-    kinds = _kinds(answers[0], answers[1], count)
+    kinds = kinds_of(answers[0], answers[1], count)
     order = sorted(range(len(rows)), key=lambda i: zlib.crc32(repr(rows[i].prompt).encode()))
 
     def of(side: int, index: int, scorer: str) -> float | None:
@@ -418,30 +423,3 @@ def _samples(rows: Sequence[PromptRow], sides: Sequence[_Side], count: int) -> l
         }
         for i in order
     ]
-
-
-def _kinds(before: Answers, after: Answers, count: int) -> dict[str, list[int]]:
-    """Return the prompts that are worth reading, by kind, `count` of each at most.
-
-    `disagree`: reward model and judge say the opposite of the shown replies, and their differences,
-    each in its standard deviations, are farthest apart. `lost`: the judge, or without one the
-    reward model, prefers the SFT policy's shown reply most. `changed`: the policy is farthest from
-    the SFT policy, by the exact KL of its replies.
-    """
-    gains = {
-        name: after.scores[name][:, 0] - before.scores[name][:, 0]
-        for name in ("reward", "judge")
-        if name in after.scores
-    }
-    kinds = {"changed": _largest(after.measures["kl_exact"], count)}
-    kinds["lost"] = _largest(-gains.get("judge", gains["reward"]), count, above=0)
-    if "judge" in gains:
-        reward, judge = (gain / (gain.std() or 1.0) for gain in gains.values())
-        contrary = np.where(reward * judge < 0, np.abs(reward - judge), 0)
-        kinds["disagree"] = _largest(contrary, count, above=0)
-    return kinds
-
-
-def _largest(values: Values, count: int, above: float = -np.inf) -> list[int]:
-    order = np.argsort(-values, kind="stable")[:count]
-    return [int(i) for i in order if values[i] > above]

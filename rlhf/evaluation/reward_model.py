@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,18 @@ CALIBRATION = "calibration.json"
 _MARGIN_BINS = 16
 
 
+class PairsReport(NamedTuple):
+    """What is measured on held-out pairs."""
+
+    metrics: dict[str, Any]
+    correct: list[float]
+    """Whether each pair is ranked right; a half for a tie."""
+    margins: list[float]
+    """Score of each pair's chosen reply less that of the rejected one."""
+    disagreements: list[dict[str, Any]]
+    """The members' disagreement on each pair, see `members_report`; empty without members."""
+
+
 def evaluate_reward_model(
     config: EvaluationConfig,
     data_config: DataConfig,
@@ -70,7 +82,8 @@ def evaluate_reward_model(
         raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
     scorer = open_scorer(reward_model, prepare_device(runtime or RuntimeConfig()), limits)
     pairs, counts = _fitting_pairs(pairs, scorer.renderer, scorer.limits)
-    metrics, correct, disagreements = pairs_report(scorer, pairs, progress)
+    report = pairs_report(scorer, pairs, progress)
+    metrics, correct = report.metrics, report.correct
     ceiling = ceiling_of(config, data_config, pairs)
     if ceiling is not None:
         metrics |= _ceiling_metrics(metrics["accuracy"], ceiling)
@@ -86,24 +99,18 @@ def evaluate_reward_model(
     write_json(out_dir / EVALUATION, metrics)
     scale = ("temperature", "n", "score_mean", "score_std")
     write_json(out_dir / CALIBRATION, {name: metrics.get(name) for name in scale})
-    if disagreements:
-        write_json(out_dir / DISAGREEMENT, disagreements)
+    if report.disagreements:
+        write_json(out_dir / DISAGREEMENT, report.disagreements)
     return StageResult(_flat(metrics))
 
 
-def pairs_report(
-    scorer: Scorer, pairs: Sequence[Pair], progress: Progress = silent
-) -> tuple[dict[str, Any], list[float], list[dict[str, Any]]]:
-    """Score pairs and probes of them; return a report, and what is known of each pair.
+def pairs_report(scorer: Scorer, pairs: Sequence[Pair], progress: Progress = silent) -> PairsReport:
+    """Score pairs and probes of them, and report on both.
 
-    The report holds accuracy, style (`rlhf.evaluation.style`), calibration, `margins`, `by_slice`
+    The metrics hold accuracy, style (`rlhf.evaluation.style`), calibration, `margins`, `by_slice`
     with the worst slice, `probes`, and of a model with members `members`; `notes` say why a figure
     is missing. A tie counts a half: a model with the same score for everything is no better than a
     coin.
-
-    Returns:
-        The report; whether each pair is right; the members' disagreement on each pair, see
-        `members_report`, empty without members.
     """
     probes = make_probes(pairs, scorer.renderer, scorer.limits)
     rows = [(pair.prompt, pair.chosen) for pair in pairs]
@@ -146,7 +153,7 @@ def pairs_report(
         metrics["members"], disagreements = members_report(
             members, table[:n], table[n : 2 * n], pairs, prompts
         )
-    return {**metrics, "notes": notes + more}, correct, disagreements
+    return PairsReport({**metrics, "notes": notes + more}, correct, margins, disagreements)
 
 
 def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:

@@ -37,6 +37,19 @@ PARTS = {
 }
 
 
+class Sides(NamedTuple):
+    """Names of the two policies that are compared; the defaults are those of a run."""
+
+    before: str = "SFT"
+    start: str = "the SFT policy"
+    """The same in a sentence."""
+    after: str = "After PPO"
+    short: str = "After"
+    policy: str = "The trained policy"
+    was: str = "was"
+    """Stands before the first policy's values."""
+
+
 class Compared(NamedTuple):
     """One row of the policy table, with a (value, note) for each way of decoding."""
 
@@ -69,6 +82,7 @@ class OverOptimisation(NamedTuple):
 class PolicyView:
     """Parts of a policy's evaluation that were measured."""
 
+    sides: Sides = Sides()  # noqa: RUF009 (immutable)
     modes: tuple[str, ...] = ()
     compared: tuple[Compared, ...] = ()
     wins: IntervalChart | None = None
@@ -86,15 +100,19 @@ class PolicyView:
     notes: tuple[str, ...] = ()
 
 
-def policy_view(policy: Mapping[str, Any] | None, verdicts: Sequence[Verdict] = ()) -> PolicyView:
+def policy_view(
+    policy: Mapping[str, Any] | None, verdicts: Sequence[Verdict] = (), sides: Sides | None = None
+) -> PolicyView:
     """Lay out a policy's evaluation; what is missing or of a wrong type is left out."""
+    names = sides or Sides()
     if not policy:
         return PolicyView()
-    modes, compared = comparison(policy)
+    modes, compared = comparison(policy, names)
     champion, notes = _mapping(policy.get("champion")), policy.get("notes")
     checks = [c for verdict in verdicts for c in verdict.checks if c.kind == "champion"]
     slices, margin = _slices(champion, checks)
     return PolicyView(
+        sides=names,
         modes=tuple(modes),
         compared=tuple(compared),
         wins=win_chart(policy),
@@ -120,28 +138,35 @@ def win_chart(policy: Mapping[str, Any]) -> IntervalChart | None:
     return interval_chart(estimates, [("tie", "coin", 0.5)], f"By group, by the {name}")
 
 
-def comparison(policy: Mapping[str, Any]) -> tuple[list[str], list[Compared]]:
+def comparison(
+    policy: Mapping[str, Any], sides: Sides | None = None
+) -> tuple[list[str], list[Compared]]:
     """Return headings and rows of the policy table; unmeasured rows are left out."""
+    names = sides or Sides()
+    start = names.start
     modes = _modes(policy)
 
     def row(label: str, cell: Any, part: str = "") -> Compared:
         return Compared(label, tuple(cell(metrics) for _, metrics in modes), part)
 
     def change(name: str, form: Any = number) -> Any:
-        return lambda m: _change(m.get(f"{name}_before"), m.get(f"{name}_after"), form)
+        return lambda m: _change(m.get(f"{name}_before"), m.get(f"{name}_after"), form, names.was)
 
     def rate(name: str) -> Any:
         return lambda m: (percent(m.get(name)), _ci(m, name))
 
+    def nats(name: str) -> Any:
+        return lambda m: (number(m.get(name)), "nats per reply" if name in m else "")
+
     rows = [
-        row("Wins over the SFT policy", rate("win_rate")),
+        row(f"Wins over {start}", rate("win_rate")),
         row("Reward", change("reward")),
         row("Disagreement of the reward model's members", change("disagreement")),
-        row("KL from the SFT policy", lambda m: (number(m.get("kl")), "nats per reply")),
-        row("KL, exact at each token", lambda m: (number(m.get("kl_exact")), "nats per reply")),
+        row(f"KL from {start}", nats("kl")),
+        row("KL, exact at each token", nats("kl_exact")),
         row(
             "Replies that end by EOS",
-            lambda m: _change(m.get("eos_rate_before"), m.get("eos_rate"), percent),
+            lambda m: _change(m.get("eos_rate_before"), m.get("eos_rate"), percent, names.was),
         ),
         row("Reply length", change("tokens")),
         row("Repetition", change("repetition")),
@@ -282,8 +307,10 @@ def _modes(policy: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(mode, _mapping(policy[mode])) for mode in ("sampled", "greedy") if policy.get(mode)]
 
 
-def _change(before: Any, after: Any, form: Any = number) -> tuple[str, str]:
-    return form(after), "" if number_of(before) is None else f"was {form(before)}"
+def _change(
+    before: Any, after: Any, form: Any = number, was: str = "was"
+) -> tuple[str, str]:  # fmt: skip
+    return form(after), "" if number_of(before) is None else f"{was} {form(before)}"
 
 
 def _ci(metrics: Mapping[str, Any], key: str) -> str:

@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rlhf.report import charts, text, trust_charts
 from rlhf.report.data_card import data_card, drift_charts
 from rlhf.report.members import members_view
-from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, Sample, StageRow, StageState
+from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
 from rlhf.report.policy import PARTS, PolicyView, policy_view
 from rlhf.report.reward_model import reward_model_view
+from rlhf.report.samples import sample_groups
 from rlhf.report.text import duration, number, number_of, percent, percent_range, sentence, words
 from rlhf.report.verdicts import verdict_views
 
@@ -48,12 +49,6 @@ DATA_PLACED = {key for key, _ in DATA_ORDER} | {
 }  # fmt: skip
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")
-#: Reasons for which samples are chosen.
-SAMPLE_KINDS = (
-    ("disagree", "Where the reward model and the judge disagree most"),
-    ("lost", "Where the policy lost most"),
-    ("changed", "Where it changed most"),
-)
 
 
 def render(report: RunReport) -> str:
@@ -62,7 +57,7 @@ def render(report: RunReport) -> str:
     columns, updates, step = curve_table(report.curves)
     changed, defaults = config_parts(report.config_rows)
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             report=report,
@@ -86,9 +81,12 @@ def render(report: RunReport) -> str:
             frontier_rows=trust_charts.frontier_rows(report.watchdog),
             watchdog=watchdog_finding(report.watchdog),
             policy=policy,
+            policy_heading="Policy",
             policy_shown=policy != PolicyView(),
             parts=PARTS,
             samples=sample_groups(report.samples),
+            samples_heading="Sample replies",
+            samples_lead="",
             changed=changed,
             defaults=defaults,
             parents=parents(report),
@@ -190,25 +188,6 @@ def watchdog_finding(watchdog: Mapping[str, Any] | None) -> Finding | None:
     return Finding("missed", f"The watchdog stopped PPO{when}: {detector}.", evidence)
 
 
-class SampleGroup(NamedTuple):
-    """Samples that were chosen for one reason."""
-
-    heading: str
-    samples: tuple[Sample, ...]
-
-
-def sample_groups(samples: Sequence[Sample]) -> list[SampleGroup]:
-    """Group the samples by the reasons they were chosen for; a sample may have several."""
-    chosen = [
-        SampleGroup(heading, tuple(s for s in samples if kind in s.kinds))
-        for kind, heading in SAMPLE_KINDS
-    ]
-    rest = tuple(s for s in samples if not {kind for kind, _ in SAMPLE_KINDS} & set(s.kinds))
-    known = [group for group in chosen if group.samples]
-    heading = "The first held-out prompts" if known else ""
-    return [*known, *([SampleGroup(heading, rest)] if rest else [])]
-
-
 def curve_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], int]:
     """Return the curves' columns, the rows of every n-th update, and n."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -234,9 +213,9 @@ def parents(report: RunReport) -> dict[str, list[tuple[str, str]]]:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
     """Load the templates; unknown names in them are errors."""
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
@@ -245,7 +224,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
+    made.filters.update(
         number=text.number,
         exact=text.exact,
         percent=text.percent,
@@ -255,8 +234,8 @@ def _environment() -> Environment:
         words=text.words,
         short=text.short,
     )
-    environment.globals.update(states=STATES, chart=charts, tall=trust_charts.TALL)
-    return environment
+    made.globals.update(states=STATES, chart=charts, tall=trust_charts.TALL)
+    return made
 
 
 def _rate_tile(label: str, note: str, metrics: Mapping[str, Any], key: str) -> Tile:

@@ -12,11 +12,14 @@ from rlhf.report.text import (
     number_of,
     percent,
     percent_range,
+    text_of,
     words,
 )
 from rlhf.report.trust_charts import Margins, Reliability, margins_of, reliability_of
 
 MAX_SLICES, MAX_PROBES, MAX_NOTES = 15, 20, 12
+#: Distance from 1 up to which a fitted temperature calls for no remark.
+SURE = 0.1
 #: What a probe does to a good reply.
 PROBES = {
     "filler": "A sentence of filler is added",
@@ -61,6 +64,7 @@ class RewardModelView:
     more_slices: int = 0
     worst: str = ""
     """Sentence on the worst slice."""
+    has_ceiling: bool = False
     reliability: Reliability | None = None
     margins: Margins | None = None
     figures: tuple[Figure, ...] = ()
@@ -81,12 +85,45 @@ def reward_model_view(model: Mapping[str, Any] | None) -> RewardModelView:
         slices=_slice_chart(model, slices),
         more_slices=max(0, len(slices) - MAX_SLICES),
         worst=_worst(model, slices),
+        has_ceiling=model.get("ceiling") is not None,
         reliability=reliability_of(model.get("reliability")),
         margins=margins_of(model.get("margins")),
         figures=_figures(model),
         probes=tuple(_probe(str(name), _mapping(probe)) for name, probe in probes),
         notes=tuple(map(str, notes[:MAX_NOTES])) if isinstance(notes, list) else (),
     )
+
+
+def reward_model_lines(model: Mapping[str, Any] | None) -> list[str]:
+    """Return the figures that tell most of a reward model's evaluation, in at most two lines."""
+    if not model or number_of(model.get("accuracy")) is None:
+        return []
+    pairs = number_of(model.get("n"))
+    first = [
+        f"accuracy {_with_interval(model, 'accuracy')}"
+        + (f" on {number(int(pairs))} pairs" if pairs is not None else "")
+    ]
+    for label, key in (
+        ("choose the longer reply", "baseline_longer"),
+        ("where length is no help", "length_controlled_accuracy"),
+    ):
+        if number_of(model.get(key)) is not None:
+            first.append(f"{label} {_with_interval(model, key)}")
+    second: list[str] = []
+    worst, name = _mapping(model.get("worst")), str(model.get("worst_slice"))
+    if number_of(worst.get("accuracy")) is not None:
+        second.append(f"worst slice {slice_name(name)} {_with_interval(worst, 'accuracy')}")
+    if number_of(model.get("ece")) is not None:
+        second.append(f"calibration error (ECE) {percent(model['ece'])}")
+    probes = {str(k): _mapping(v) for k, v in _mapping(model.get("probes")).items()}
+    rises = {k: x for k, v in probes.items() if (x := number_of(v.get("rises"))) is not None}
+    if rises:
+        worst_probe = max(rises, key=lambda probe: rises[probe])
+        does = PROBES.get(worst_probe, words(worst_probe))
+        spread = _with_interval(probes[worst_probe], "rises")
+        second.append(f'worst probe "{does[:1].lower()}{does[1:]}": the score rises in {spread}')
+    parts = ("; ".join(part).replace("\u00a0", " ") for part in (first, second) if part)
+    return [*parts]
 
 
 def accuracy_chart(
@@ -129,7 +166,7 @@ def _worst(model: Mapping[str, Any], slices: Mapping[str, Mapping[str, Any]]) ->
     spread = percent_range(found.get("accuracy_low"), found.get("accuracy_high"))
     details = [f"95 % interval {spread}"] if spread else []
     if number_of(found.get("n")) is not None:
-        details.append(f"n = {_count(found.get('n'))}")
+        details.append(f"n\u00a0=\u00a0{_count(found.get('n'))}")
     text = f"{slice_name(str(name))}: {percent(found['accuracy'])}"
     return text + (f" ({', '.join(details)})" if details else "")
 
@@ -138,6 +175,11 @@ def slice_name(name: str) -> str:
     """Return a slice's name in words; that of a group of the data stays as it is."""
     kind, colon, group = name.partition(":")
     return f"Group {group}" if kind == "group" and colon else words(name)
+
+
+def _with_interval(metrics: Mapping[str, Any], key: str) -> str:
+    spread = percent_range(metrics.get(f"{key}_low"), metrics.get(f"{key}_high"))
+    return percent(metrics.get(key)) + (f" ({spread})" if spread else "")
 
 
 def _figures(model: Mapping[str, Any]) -> tuple[Figure, ...]:
@@ -162,8 +204,10 @@ def _figures(model: Mapping[str, Any]) -> tuple[Figure, ...]:
 
 def _temperature(model: Mapping[str, Any]) -> str:
     temperature = number_of(model.get("temperature"))
-    if temperature is None or temperature == 1:
+    if temperature is None:
         return ""
+    if abs(temperature - 1) < SURE:
+        return "about 1: as sure as it is right"
     return "above 1: too sure of itself" if temperature > 1 else "below 1: too unsure"
 
 
@@ -202,16 +246,6 @@ def signed(value: Any) -> str:
     """Format a difference with its sign."""
     x = number_of(value)
     return ("+" if x is not None and x > 0 else "") + number(value)
-
-
-def text_of(text: Any) -> str:
-    """Return a prompt or reply as text, also one that is a list of messages."""
-    if isinstance(text, list | tuple):
-        return "\n".join(
-            f"{m.get('role')}: {m.get('content')}" if isinstance(m, Mapping) else str(m)
-            for m in text
-        )
-    return str(text)
 
 
 def _count(value: Any) -> str:

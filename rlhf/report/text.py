@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -76,7 +76,10 @@ def percent_range(low: Any, high: Any) -> str:
 def points(value: Any) -> str:
     """Format a difference of two shares in percentage points, with its sign."""
     x = number_of(value)
-    return MISSING if x is None else f"{100 * x:+.1f}".replace("-", "−")
+    if x is None:
+        return MISSING
+    text = f"{100 * x:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def interval(low: Any, high: Any, form: Callable[[Any], str] = exact) -> str:
@@ -147,6 +150,16 @@ def sentence(value: Any) -> str:
         + plain[1:]
         + ("" if plain.endswith((".", "!", "?")) else ".") * bool(plain)
     )
+
+
+def text_of(text: Any) -> str:
+    """Return a prompt or reply as text, also one that is a list of messages."""
+    if isinstance(text, list | tuple):
+        return "\n".join(
+            f"{m.get('role')}: {m.get('content')}" if isinstance(m, Mapping) else str(m)
+            for m in text
+        )
+    return str(text)
 
 
 def short(digest: str | None) -> str:

@@ -53,7 +53,7 @@ def trust_answers(
     if not policy:
         return ()
     champion = _against_champion(policy, verdict, compares)
-    return (_against_sft(policy), champion, _over_optimised(policy))
+    return (_against_sft(policy), champion, over_optimised(policy))
 
 
 def win_rates(metrics: Mapping[str, Any]) -> str:
@@ -84,6 +84,17 @@ def better(metrics: Mapping[str, Any]) -> str:
     if any(high is not None and high < 0.5 for high in highs):
         return "no"
     return "yes" if all(low is not None and low > 0.5 for low in lows) else "not shown"
+
+
+def over_optimised(policy: Mapping[str, Any]) -> Answer:
+    """Return whether a policy's evaluation finds that it exploits its reward model."""
+    found = _mapping(policy.get("over_optimisation"))
+    state, evidence = str(found.get("state") or "unknown"), str(found.get("evidence") or "")
+    if not evidence:
+        evidence = "" if found else "not measured"
+    return Answer(
+        "over-optimised", state, evidence.strip().rstrip("."), _STATES.get(state, "notrun")
+    )
 
 
 def _against_sft(policy: Mapping[str, Any]) -> Answer:
@@ -119,16 +130,6 @@ def _against_champion(policy: Mapping[str, Any], verdict: Verdict | None, compar
     # A challenger that is not better is a normal outcome: the champion stays.
     tone = "kept" if failed else _TONES.get(answer, "notrun")
     return Answer(question, answer, "; ".join(parts), tone)
-
-
-def _over_optimised(policy: Mapping[str, Any]) -> Answer:
-    found = _mapping(policy.get("over_optimisation"))
-    state, evidence = str(found.get("state") or "unknown"), str(found.get("evidence") or "")
-    if not evidence:
-        evidence = "" if found else "not measured"
-    return Answer(
-        "over-optimised", state, evidence.strip().rstrip("."), _STATES.get(state, "notrun")
-    )
 
 
 def failure(check: Check) -> str:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from rlhf.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Tick, nice_ticks, tick_label
 from rlhf.report.text import number, number_of, percent, percent_range
 
+#: Width of a digit of a bin's size.
+DIGIT = 6.5
 #: Height of a reliability diagram, and of the strip below its axis with each bin's size.
 TALL, STRIP = 300, 44
 #: Numbers from this size on are not drawn.
@@ -150,6 +152,7 @@ def _reliability_bin(
         for key in ("low", "high", "accuracy_low", "accuracy_high")
     )
     n = _value(row, "n")
+    size = _short_count(n)
     start, end = across(x if low is None else low), across(x if high is None else high)
     spread = percent_range(below, above)
     return ReliabilityBin(
@@ -160,7 +163,8 @@ def _reliability_bin(
         left=round(start + 1, 1),
         width=round(max(end - start - 2, 1.0), 1),
         bar=round((STRIP - 18) * max(n or 0.0, 0.0) / largest, 1),
-        size=_short_count(n),
+        # Else it would run into its neighbour's; the table has all of them.
+        size=size if end - start >= DIGIT * len(size) else "",
         label=f"predicted {percent(x)}, right {percent(row['accuracy'])}"
         + (f" ({spread})" if spread else "")
         + f", n = {_count(n)}",

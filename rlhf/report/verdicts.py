@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict
 from rlhf.report.metric_words import metric_name
 from rlhf.report.text import exact, interval, number, number_of, short
 from rlhf.report.trust import look
+
+#: Numbers of a bound in words.
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 class CheckRow(NamedTuple):
@@ -61,6 +65,11 @@ def _view(verdict: Verdict) -> VerdictView:
 
 
 def _row(check: Check) -> CheckRow:
+    limits = [float(found) for found in _NUMBER.findall(check.bound)]
+
+    def form(value: Any) -> str:
+        return _rounded(value, limits)
+
     css, result = ("passed", "met") if check.passed else ("missed", "not met")
     if check.passed and number_of(check.value) is None:
         css, result = "notrun", "not measured"
@@ -70,8 +79,8 @@ def _row(check: Check) -> CheckRow:
     return CheckRow(
         rule=metric_name(check.metric),
         metric=check.metric,
-        measured=exact(check.value),
-        spread=interval(check.low, check.high),
+        measured=form(check.value),
+        spread=interval(check.low, check.high, form),
         n="" if n is None else number(int(n)),
         bound=check.bound,
         css=css,
@@ -79,3 +88,11 @@ def _row(check: Check) -> CheckRow:
         # The result says it already.
         note=check.note.removeprefix(NOT_MEASURED).removeprefix(NOT_JUDGED).removeprefix(": "),
     )
+
+
+def _rounded(value: Any, limits: Sequence[float]) -> str:
+    """Format a value with few places, but in full where rounding might hide a failure."""
+    x = number_of(value)
+    if x is None or abs(x) >= 1000 or any(abs(x - at) < 0.002 * max(at, 1) for at in limits):
+        return exact(value)
+    return (f"{x:.3f}" if abs(x) < 1 else f"{x:.4g}").replace("-", "−")

@@ -19,7 +19,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import artifacts, champions, cli, judge, runs, signals
+from flows import artifacts, champions, cli, models, runs, signals
 from flows.pipeline import PipelineRun, pipeline
 from rlhf.config import PipelineConfig
 from tasks import progress
@@ -123,7 +123,7 @@ def rlhf(monkeypatch, capsys):
 
     Each process of its own would load them again, 3 to 10 s of CPU time.
     """
-    for module in (artifacts, champions, cli, judge, runs):
+    for module in (artifacts, champions, cli, models, runs):
         monkeypatch.setattr(module.console, "_width", 160)
 
     def call(*arguments) -> subprocess.CompletedProcess[str]:

@@ -162,6 +162,7 @@ def test_reject_stage_artifacts(rlhf, preset, finished, tmp_path):
     given = ("--input", f"reward-model={model[:12]}")
     with_input = rlhf("stage", "evaluate-reward-model", "--config", preset, *given)
     assert "cached" in with_input.stdout
+    assert "\nreward model: accuracy " in with_input.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf.data.lineage import forget_rows
 from rlhf.data.rendering import load_renderer
-from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, PROMPTS_TRAIN, Pair, PromptRow, read_rows
+from rlhf.data.rows import (
+    PAIRS_EVAL,
+    PAIRS_JUDGE,
+    PROMPTS_EVAL,
+    PROMPTS_GATE,
+    PROMPTS_TRAIN,
+    Pair,
+    PromptRow,
+    read_rows,
+    write_rows,
+)
 from rlhf.evaluation.common import points
 from rlhf.evaluation.replies import Policy, SamplingPlan
 from rlhf.files import read_json
 from rlhf.inference import mean_of, share_of
 from rlhf.modeling.reward import Scorer
+from rlhf.report.comparison import render_comparison
 from rlhf.store import open_store
+from tests.report import demo_compare
+from tests.report.test_render import sections
 
 
 @pytest.fixture
@@ -115,6 +129,7 @@ def test_what_judge_refuses(run, models, tmp_path):
         ((reward, "--suite", "suite", "--prompts", "prompts.jsonl"), "give either --suite"),
         ((reward, "--suite", "none"), "no such folder"),
         ((reward, "--suite", "suite", "--judge", reward), "--judge is for a policy's replies"),
+        ((reward, "--suite", "suite", "--limit", 3), "--limit is for a policy's replies"),
         ((policy, "--prompts", "none.jsonl"), "no such file"),
         ((policy, "--prompts", "prompts.jsonl", "--judge", policy), "is a policy, and --judge"),
         ((policy, "--prompts", "prompts.jsonl", "--out", "."), "is a folder; name a file"),
@@ -297,6 +312,18 @@ def test_two_policies(run, models, opened, tmp_path):
     assert got["b"]["digest"] == policy
     assert f"by reward model {models['train-reward-model'][:12]}" in got["sentence"]
     assert got["sentence"] in shown
+    # The prompts are those by which the gate decided on b.
+    source = f"the gate prompts of b's evaluation {models['evaluate-policy'][:12]}"
+    assert got["prompts_from"] == source
+    assert f"prompts: {len(held_out):,}, {source}" in shown
+    (page,) = (tmp_path / ".rlhf/reports").glob("compare-*.html")
+    assert f"report: {page}" in shown
+    assert render_comparison(got, rows) == page.read_text()
+    assert sections(page.read_text()) == ["policy", "samples"]
+    # So that the demonstration, which the browser's tests look at, has the form of a real one.
+    demo = demo_compare.policies(judge=False)
+    assert demo.keys() == got.keys()
+    assert {*demo_compare.replies()[0]} == {*rows[0]}
     assert any("which decides, and may exploit it" in note for note in got["notes"])
 
 
@@ -345,6 +372,22 @@ def test_two_reward_models(run, models, opened, tmp_path):
     assert got["accuracy_after"] == pytest.approx((got["only_after_right"] + ties / 2) / len(pairs))
     assert got["both_right"] == 0
     assert all(row["margin_before"] == pytest.approx(-row["margin_after"]) for row in rows)
+    dataset = f"held-out pairs of b's dataset {models['prepare-data'][:12]}"
+    assert got["pairs_from"] == dataset
+    # The same report as of evaluate-reward-model, for each of both.
+    own = read_json(opened.fetch(models["evaluate-reward-model"]) / "evaluation.json")
+    after = got["reports"]["after"]
+    for name in ("accuracy", "accuracy_low", "log_loss", "margin_mean", "prefers_longer"):
+        assert after[name] == pytest.approx(own[name], rel=1e-4), name
+    assert after["margins"]["right"] == own["margins"]["right"]
+    rises = [{name: probe["rises"] for name, probe in r["probes"].items()} for r in (after, own)]
+    assert rises[0] == rises[1]
+    assert f"b: accuracy {100 * got['accuracy_after']:.1f} %" in shown
+    (page,) = (tmp_path / ".rlhf/reports").glob("compare-*.html")
+    assert sections(page.read_text()) == ["accuracy", "model-a", "model-b", "samples"]
+    demo = demo_compare.reward_models()
+    assert demo.keys() <= got.keys()
+    assert {*demo_compare.pairs()[0]} == {*rows[0]}
     gaps = [abs(row["disagreement"]) for row in rows]
     assert gaps == sorted(gaps, reverse=True)
     assert "note: what ./negated was trained on is not known" in shown
@@ -353,7 +396,9 @@ def test_two_reward_models(run, models, opened, tmp_path):
 
 def test_prompts_of_training_are_left_out(run, models, opened, tmp_path):
     data = opened.fetch(models["prepare-data"])
-    trained = [row.prompt for row in read_rows(data / PROMPTS_TRAIN, PromptRow)][:4]
+    trained = [row.prompt for row in read_rows(data / PROMPTS_TRAIN, PromptRow)][:3]
+    # A judge would score what it was trained on.
+    trained.append(read_rows(data / PAIRS_JUDGE, Pair)[0].prompt)
     write_lines(tmp_path / "own.jsonl", [{"prompt": prompt} for prompt in trained])
     words = ("compare", models["train-sft"], models["train-policy"], "--prompts", "own.jsonl")
     assert "was trained on the prompts of all 4 rows; give others" in run(*words, code=2)
@@ -361,11 +406,58 @@ def test_prompts_of_training_are_left_out(run, models, opened, tmp_path):
     assert "note: 4 rows are left out: a model was trained on their prompts" in run(*words)
 
 
-def test_what_compare_refuses(run, models, tmp_path):
+def test_the_gate_prompts_that_are_used(run, models, opened, tmp_path):
+    sft, policy = models["train-sft"], models["train-policy"]
+    data = opened.fetch(models["prepare-data"])
+    producer = opened.manifest(models["evaluate-policy"]).producer
+
+    def evaluated(name: str, prompts: list[PromptRow]) -> str:
+        """Publish an evaluation of the SFT policy on other prompts."""
+        folder = tmp_path / name
+        folder.mkdir()
+        write_rows(folder / PROMPTS_GATE, prompts)
+        parents = {"policy": opened.resolve(sft)}
+        return opened.publish(
+            folder, "evaluation", parents=parents, producer=producer, metrics={}
+        ).short
+
+    def compared(*words) -> tuple[str, dict]:
+        shutil.rmtree(tmp_path / "compared", ignore_errors=True)
+        shown = run("compare", sft, policy, "--out", "compared", "--report", "x.html", *words)
+        assert "<h1" in (tmp_path / "x.html").read_text()
+        return shown, read_json(tmp_path / "compared/evaluation.json")
+
+    trained = read_rows(data / PROMPTS_TRAIN, PromptRow)[:8]
+    fresh = [PromptRow(f"fresh {i}?", row_ids=(f"row-{i}",)) for i in range(9)]
+    # Two of nine were trained on, which are more than a tenth; then those of b are used.
+    bad = evaluated("bad", [*trained[:2], *fresh[:7]])
+    shown, got = compared()
+    assert got["prompts_from"].startswith("the gate prompts of b's evaluation")
+    assert f"evaluation {bad} are not used: the policies were trained on 2 of 9" in shown
+    # The newest comes first; forgotten rows are left out, and one of ten that was trained on too.
+    good = evaluated("good", [*fresh, trained[0], PromptRow("forgotten?", row_ids=("gone",))])
+    forget_rows(opened, ["gone"])
+    shown, got = compared()
+    assert got["prompts_from"] == f"the gate prompts of a's evaluation {good}"
+    assert (got["n"], "1 rows are left out" in shown) == (9, True)
+    # What is named is used instead.
+    _, got = compared("--data", models["prepare-data"])
+    assert got["prompts_from"] == f"held-out prompts of the dataset {models['prepare-data'][:12]}"
+    write_lines(tmp_path / "own.jsonl", [{"prompt": "one?"}, {"prompt": "two?"}])
+    _, got = compared("--prompts", "own.jsonl")
+    assert got["prompts_from"] == "of the file own.jsonl"
+    # What a folder was trained on is not known, so that no gate's prompts are taken for it.
+    shutil.copytree(opened.fetch(sft), tmp_path / "pi")
+    shown = run("compare", "./pi", policy)
+    assert "held-out prompts of b's dataset" in shown
+
+
+def test_what_compare_refuses(run, models, opened, tmp_path):
     sft, policy, reward, data = (
         models[stage]
         for stage in ("train-sft", "train-policy", "train-reward-model", "prepare-data")
     )
+    shutil.copytree(opened.fetch(reward), tmp_path / "rm")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()
     for words, said in (
@@ -376,6 +468,12 @@ def test_what_compare_refuses(run, models, tmp_path):
         ((sft, policy, "--data", reward), "is of kind reward-model; give a dataset"),
         ((sft, policy, "--data", data, "--prompts", "x.jsonl"), "give one of them"),
         ((sft, policy, "--out", "full"), "is there already; name a new folder"),
+        ((sft, policy, "--report", "."), "--report '.': is a folder; name a file"),
+        ((sft, policy, "--report", "no/x.html"), "its folder does not exist"),
+        (("./rm", reward, "--judge", reward), "--judge is for a policy's replies; leave it out in"),
+        (("./rm", reward, "--samples", 2), "--samples is for a policy's replies"),
+        (("./rm", reward, "--max-new-tokens", 2), "--max-new-tokens is for a policy's replies"),
+        (("./rm", reward, "--prompts", "x.jsonl"), "--prompts is for policies"),
         ((sft, policy, "--judge", sft), "is a policy, and --judge needs a reward model"),
     ):
         assert said in run("compare", *words, code=2), words

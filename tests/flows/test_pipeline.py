@@ -26,12 +26,13 @@ from rlhf.champions import Promotion, promote
 from rlhf.config import load_config
 from rlhf.config.pipeline import STAGE_NAMES
 from rlhf.errors import GateRejected, StoreError
+from rlhf.report.samples import shown_samples
 from rlhf.store import Store
 from tasks import prefect_tasks
 from tasks.parameters import NO_PRESET, configuration_name, resolve
 from tasks.preflight import preflight_command
 from tasks.remote import WORK_TAG
-from tasks.report import first_answers, shown_samples
+from tasks.report import first_answers, reward_model_facts
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -239,18 +240,23 @@ def test_the_first_screen_and_the_page_give_the_same_answers(first_run):
         assert answer.line in lines
         assert f"<b>{answer.answer}</b>" in page
         assert answer.evidence in page
+    told = [line for line in lines if line.startswith("reward model: ")]
+    assert told == [f"reward model: {line}" for line in reward_model_facts(result)]
+    assert told[0].startswith("reward model: accuracy ")
+    assert "worst probe" in told[1]
     # The last lines of a terminal are those that are seen.
     assert lines.index(answers[0].line) > len(lines) - 10
 
 
 def test_samples_of_every_kind_are_shown_and_no_more():
     kinds = [[], ["lost"], [], ["lost", "changed"], [], ["lost"], ["changed"], ["changed"]]
-    rows = [{"prompt": str(i), "kinds": kind} for i, kind in enumerate(kinds)]
+    texts = {"before": "b", "after": "a"}
+    rows = [{"prompt": str(i), "kinds": kind, **texts} for i, kind in enumerate(kinds)]
     # Two without a kind, two that lost, and of those that changed one more than prompt 3.
-    assert [row["prompt"] for row in shown_samples(rows, 2)] == ["0", "1", "2", "3", "6"]
+    assert [sample.prompt for sample in shown_samples(rows, 2)] == ["0", "1", "2", "3", "6"]
     assert shown_samples(rows, 0) == []
     # Evaluations from before there were kinds.
-    assert len(shown_samples([{"prompt": "a"}] * 5, 2)) == 2
+    assert len(shown_samples([{"prompt": "a", **texts}] * 5, 2)) == 2
 
 
 def test_prefect_shows_stages_states_and_results(tiny, finished):

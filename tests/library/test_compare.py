@@ -41,7 +41,8 @@ def table_scorer(renderer: Renderer, scores: dict[str, float], max_length: int =
             self.renderer, self.limits = renderer, TokenLimits.of(max_length)
 
         def __call__(self, prompts, replies):
-            return torch.tensor([scores[reply] for reply in replies])
+            # Probes have other replies.
+            return torch.tensor([scores.get(reply, 0.0) for reply in replies])
 
     return Table()
 
@@ -105,9 +106,16 @@ def test_samples_begin_with_the_greatest_loss():
     after = Answers([["a", "b"], ["c", "d"]], {}, {"reward": np.array([[1.0, 2.0], [0.0, -1.0]])})
     got = _samples(rows, before, after, "reward")
     assert [row["after"] for row in got] == ["d", "c", "a", "b"]
+    # By the first replies nothing was lost, and without a KL nothing says what changed.
+    assert [row["kinds"] for row in got] == [[]] * 4
+    other_way = {"reward": -after.scores["reward"]}
+    worse = Answers(after.texts, {"kl_exact": np.array([0.5, 2.0])}, other_way)
+    kinds = {row["after"]: row["kinds"] for row in _samples(rows, before, worse, "reward")}
+    # Both prompts changed; of the first replies a lost, by −1 against 0, and c did not.
+    assert kinds == {"a": ["changed", "lost"], "b": [], "c": ["changed"], "d": []}
     assert got[0] == {
         "prompt": "q", "group": "g", "before": "x", "after": "d", "reward_before": 0,
-        "reward_after": -1, "judge_before": None, "judge_after": None,
+        "reward_after": -1, "judge_before": None, "judge_after": None, "kinds": [],
     }  # fmt: skip
 
 
@@ -141,6 +149,12 @@ def test_reward_models_by_hand(renderer):
     assert got["only_after_right"] == 0
     assert got["neither_right"] == 2
     assert got["by_group"]["g"]["accuracy_after"] == 0.5
+    # The report on each is that of evaluate-reward-model, on the same pairs.
+    one, other = got["reports"]["before"], got["reports"]["after"]
+    assert (one["accuracy"], other["accuracy"], one["n"]) == (0.5, 0.375, 4)
+    assert {"probes", "margins", "by_slice", "ece"} <= one.keys()
+    assert got["by_slice"]["group:g"]["accuracy_before"] == 1.0
+    assert got["by_slice"]["group:g"]["accuracy_after"] == 0.5
     assert got["pairs_left_out"] == {}
     # Margins of a: 1 1 −2 −2, root mean square √2.5; of b: 1 −1 0 −1, √0.75.
     first, second = rows[0], rows[1]

@@ -142,8 +142,8 @@ def test_evidence_of_over_optimisation():
          "win_rate": 0.8, "win_rate_low": 0.75, "win_rate_high": 0.85, "gap_high": -0.3}
     )  # fmt: skip
     assert said["evidence"] == (
-        "the judge prefers the policy to its start in 35.0% [30.0%, 40.0%], the reward model in "
-        "80.0% [75.0%, 85.0%], significantly more"
+        "the judge prefers the policy to its start in 35.0\u00a0% (30.0–40.0\u00a0%), the reward "
+        "model in 80.0\u00a0% (75.0–85.0\u00a0%), significantly more"
     )
     assert over_optimisation({}, "why")["state"] == "unknown"
     assert "why" in over_optimisation({}, "why")["evidence"]

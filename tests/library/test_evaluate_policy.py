@@ -30,9 +30,8 @@ from rlhf.evaluation import answers as answers_module
 from rlhf.evaluation import evaluate_policy
 from rlhf.evaluation import policy as module
 from rlhf.evaluation.answers import Answers, _likelihoods, answer_prompts, gold_of
-from rlhf.evaluation.comparison import wins
+from rlhf.evaluation.comparison import kinds_of, wins
 from rlhf.evaluation.forgetting import MOST, held_out_replies, measure_forgetting, reply_losses
-from rlhf.evaluation.policy import _kinds
 from rlhf.files import read_json, write_json
 from rlhf.gates import flat_metrics
 from rlhf.judge import JUDGE
@@ -482,11 +481,11 @@ def test_kinds_of_samples_by_hand():
     # Differences of the reward 4 −1 2 1, of the judge −1 2 −3 1; deviations 1.80 and 1.92:
     # contrary are the first three, by 4/1.80 + 1/1.92 = 2.74, 1.60 and 2/1.80 + 3/1.92 = 2.67.
     end = shown([4.0, -1.0, 2.0, 1.0], [-1.0, 2.0, -3.0, 1.0], kl=[1.0, 9.0, 5.0, 2.0])
-    kinds = _kinds(start, end, 2)
+    kinds = kinds_of(start, end, 2)
     assert kinds == {"changed": [1, 2], "lost": [2, 0], "disagree": [0, 2]}
-    without = _kinds(shown([0.0] * 4), shown([4.0, -1.0, 2.0, 1.0], kl=[1.0, 9.0, 5.0, 2.0]), 2)
+    without = kinds_of(shown([0.0] * 4), shown([4.0, -1.0, 2.0, 1.0], kl=[1.0, 9.0, 5.0, 2.0]), 2)
     assert without == {"changed": [1, 2], "lost": [1]}
-    assert _kinds(start, end, 0) == {"changed": [], "lost": [], "disagree": []}
+    assert kinds_of(start, end, 0) == {"changed": [], "lost": [], "disagree": []}
     assert wins(start.scores["reward"], end.scores["reward"]).shape == (4,)
 
 

@@ -92,8 +92,8 @@ def test_the_reason_names_metric_value_and_bound():
         GateRule(metric="baseline", min="gone"),
     )
     assert got.reason == (
-        "accuracy = 0.7, needs ≥ 0.9 and ≤ baseline (0.6); gone = missing, needs ≤ 1.0; "
-        "nan = missing, needs ≥ 0.0; baseline = 0.6, needs ≥ gone (nan)"
+        "accuracy = 0.7, needs ≥ 0.9 and ≤ baseline (0.6); gone = missing, needs ≤ 1; "
+        "nan = missing, needs ≥ 0; baseline = 0.6, needs ≥ gone (nan)"
     )
     assert [c.passed for c in got.checks] == [False, False, True, False, False]
     assert verdict().reason == ""

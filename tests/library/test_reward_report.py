@@ -308,7 +308,7 @@ def report():
     renderer = Renderer(train_tokenizer([p.chosen for p in pairs], 400))
 
     def run(score):
-        metrics, *_ = pairs_report(FunctionScorer(score, renderer), pairs)
+        metrics = pairs_report(FunctionScorer(score, renderer), pairs).metrics
         json.dumps(metrics, allow_nan=False)
         return metrics
 

@@ -3,10 +3,12 @@
 import pytest
 
 from rlhf.report import render
-from tests.report import demo
+from rlhf.report.comparison import render_comparison
+from tests.report import demo, demo_compare
 
 pytestmark = pytest.mark.browser
 NAMES = ("full", "rejected", "failed", "trust")
+COMPARISONS = ("policies", "models")
 
 HIDDEN_SECTIONS = """
 [...document.querySelectorAll('section, header.page-head, .node, .curve svg, .estimate.main')]
@@ -28,6 +30,13 @@ UNNAMED = """
   .filter(e => !(e.getAttribute('aria-label') || e.querySelector('caption')))
   .map(e => e.outerHTML.slice(0, 80))
 """
+#: Labels of a chart that stand out of its figure, over the border of the section.
+BEYOND_FIGURE = """
+[...document.querySelectorAll('.tick, .ref-label')].filter(e => {
+  const box = e.getBoundingClientRect(), figure = e.closest('figure').getBoundingClientRect();
+  return box.left < figure.left - 1 || box.right > figure.right + 1;
+}).map(e => e.className + ': ' + e.textContent)
+"""
 CUT_OFF = """
 [...document.querySelectorAll('body *')].filter(e => {
   if (e.closest('.scroll, .hidden, svg, .stack thead, .mark')) return false;
@@ -44,10 +53,16 @@ def pages(tmp_path_factory):
     for name in NAMES:
         files[name] = folder / f"{name}.html"
         files[name].write_text(render(getattr(demo, f"{name}_report")()), encoding="utf-8")
+    for name, page in (
+        ("policies", render_comparison(demo_compare.policies(), demo_compare.replies())),
+        ("models", render_comparison(demo_compare.reward_models(), demo_compare.pairs())),
+    ):
+        files[name] = folder / f"{name}.html"
+        files[name].write_text(page, encoding="utf-8")
     return files
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *COMPARISONS])
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
 def test_page_in_browser(browser, pages, tmp_path, name, width):
     page = browser.open(pages[name], width=width)
@@ -58,8 +73,10 @@ def test_page_in_browser(browser, pages, tmp_path, name, width):
     assert page.evaluate("innerWidth") == width
     assert page.evaluate(CUT_OFF) == []
     assert page.evaluate(SQUEEZED) == []
+    assert page.evaluate(BEYOND_FIGURE) == []
     assert page.evaluate(UNNAMED) == []
-    assert page.evaluate("document.querySelectorAll('.node').length") == 10
+    nodes = 10 if name in NAMES else 0
+    assert page.evaluate("document.querySelectorAll('.node').length") == nodes
     assert page.evaluate(HIDDEN_SECTIONS) == []
     shot = page.screenshot(tmp_path / f"{name}-{width}.png")
     assert shot.stat().st_size > 20_000

@@ -145,13 +145,24 @@ def test_verdicts_group_the_champions_checks():
     assert champion.heading == "Against the champion c4a3f0c4a3f0, look 2 of 10 at these prompts"
     assert [(row.rule, row.spread, row.n, row.result) for row in champion.rows] == [
         ("Win rate by the judge, against the champion", "0.501–0.621", "300", "met"),
-        ("Win rate by the judge, against the champion, seen templates", "0.49–0.63", "150", "met"),
-        ("Win rate by the judge, against the champion, billing", "0.47–0.74", "24", "not judged"),
+        (
+            "Win rate by the judge, against the champion, seen templates",
+            "0.490–0.630",
+            "150",
+            "met",
+        ),
+        ("Win rate by the judge, against the champion, billing", "0.470–0.740", "24", "not judged"),
         ("Comparisons on these gate prompts", "", "", "met"),
     ]
     assert champion.rows[2].note == "24 prompts, and slice_n = 30"
     assert [row.result for row in rules.rows] == ["met"] * 4 + ["not measured"]
     assert rules.rows[4].measured == "missing"
+    # Three places do for most; in full where they would hide that a bound is missed.
+    near = Verdict(
+        "gate", "0" * 64, False, (Check("x", 0.49961, "lower end ≥ 0.5", False, 0.4, 0.6),)
+    )
+    (row,) = verdict_views([near])[0].groups[0].rows
+    assert (row.measured, row.spread) == ("0.49961", "0.400–0.600")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from rlhf.gates import Check
 from rlhf.report import charts, trust_charts
 from rlhf.report.members import members_view
 from rlhf.report.policy import policy_view
-from rlhf.report.render import sample_groups, watchdog_finding
+from rlhf.report.render import watchdog_finding
 from rlhf.report.reward_model import reward_model_view
+from rlhf.report.samples import sample_groups
 from rlhf.report.text import interval, p_value, points, sentence
 from tests.report import demo
 
@@ -41,6 +42,17 @@ def test_a_calibrated_bin_lies_on_the_diagonal():
     assert (point.bar, point.size) == (trust_charts.STRIP - 18, "20")
     assert point.label == "predicted 75.0\u00a0%, right 75.0\u00a0% (50.0–100.0\u00a0%), n = 20"
     assert found.rows == (("75.0\u00a0%", "75.0\u00a0%", "50.0–100.0\u00a0%", "20"),)
+
+
+def test_the_sizes_of_narrow_bins_are_left_to_the_table():
+    # The axis has 286 for 0.5: a bin of 0.04 is 22.9 wide, less than "1000" at 6.5 a digit.
+    bins = [
+        {"low": low, "high": high, "confidence": low, "accuracy": 0.9, "n": 1000}
+        for low, high in ((0.5, 0.96), (0.96, 1.0))
+    ]
+    found = trust_charts.reliability_of(bins)
+    assert [each.size for each in found.bins] == ["1000", ""]
+    assert [row[-1] for row in found.rows] == ["1\u2009000", "1\u2009000"]
 
 
 def test_bins_below_a_half_start_the_axis_at_zero():
@@ -151,7 +163,9 @@ def test_slices_stand_lowest_first_and_the_worst_is_marked():
     ]  # fmt: skip
     assert [row.role for row in view.slices.rows] == ["worst"] + ["group"] * 6
     # 0.66 ± 1.96 √(0.66 · 0.34/120) = 0.66 ± 0.0848
-    assert view.worst == "Similar length: 66.0\u00a0% (95 % interval 57.5–74.5\u00a0%, n = 120)"
+    assert view.worst == (
+        "Similar length: 66.0\u00a0% (95 % interval 57.5–74.5\u00a0%, n\u00a0=\u00a0120)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +210,7 @@ def test_differences_of_shares_are_in_points():
 def test_samples_are_grouped_by_their_kinds():
     report = demo.trust_report()
     groups = sample_groups(report.samples)
-    assert [(g.heading.split()[-1], len(g.samples)) for g in groups] == [
+    assert [(g.heading.split()[-1], len(g.cards)) for g in groups] == [
         ("most", 1), ("most", 2), ("most", 1), ("prompts", 1),
     ]  # fmt: skip
     # Samples of old evaluations have no kind, and no headings.
@@ -208,6 +222,7 @@ def test_samples_are_grouped_by_their_kinds():
 def test_small_texts():
     assert points(-0.031) == "−3.1"
     assert points(None) == "–"
+    assert points(0.0) == points(-0.0001) == "0.0"
     assert interval(-1.0, 2.0) == "−1 to 2"
     assert interval(0.1, 0.2) == "0.1–0.2"
     assert interval(None, 0.2) == interval(0.1, math.nan) == ""

@@ -1,0 +1,138 @@
+"""What the commands on models share: opening the store, loading models, printing figures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
+from rlhf.errors import ConfigError, RLHFError
+from rlhf.stage import Progress
+from tasks.model_options import NEW_TOKENS, SUITE_LENGTH, ModelOptions
+
+if TYPE_CHECKING:
+    from rlhf.modeling.reward import Scorer
+    from rlhf.store import Store
+    from tasks.models import NamedModel
+
+console = Console()
+SHOWN_CHARS = 300
+
+
+def open_for_models(store: str | None, config: Path | None) -> tuple[RuntimeConfig, Store]:
+    """Open a store, and return it with the settings of this machine."""
+    from tasks.stage import store_of
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    loaded = load_config(config, [f"--store={store}"] if store else []).config
+    return apply_machine_settings(loaded).runtime, store_of(loaded)
+
+
+def named_judge(text: str, store: Store) -> NamedModel:
+    """Return the judge or reward model that the option --judge names.
+
+    Raises:
+        ConfigError: It is a policy, or a judge that may be no better than a coin.
+    """
+    from tasks.models import REWARD_MODEL, find_model, require_kind
+
+    found = require_kind(find_model(text, store), REWARD_MODEL, "--judge")
+    if found.judge is not None and not found.judge.usable:
+        raise ConfigError(
+            f"--judge {text}: this judge is not usable ({found.judge.reason}); name another"
+        )
+    return found
+
+
+def load_scorer(model: NamedModel, device: Any, max_length: int | None, store: Store) -> Scorer:
+    """Load a reward model or judge with the token limits of its training, or with those given.
+
+    Raises:
+        ConfigError: It or its tokenizer can't be loaded.
+    """
+    from rlhf.modeling.pretrained import loading_error
+    from rlhf.modeling.reward import Scorer
+    from tasks.models import limits_of
+
+    limits = None if max_length else limits_of(model, store)
+    try:
+        return Scorer(model.folder, device, limits or max_length or SUITE_LENGTH)
+    except RLHFError:
+        raise
+    except (OSError, ValueError) as error:  # transformers' own
+        raise loading_error(model.text, error) from error
+
+
+def load_policies(
+    models: Sequence[NamedModel], device: Any, options: ModelOptions, store: Store
+) -> tuple[list[Any], dict[str, Any]]:
+    """Load policies that reply as the last one was trained to; return them, and how they reply."""
+    from dataclasses import asdict
+
+    from rlhf.evaluation.replies import Policy, SamplingPlan
+    from tasks.models import limits_of, reply_settings
+
+    new_tokens, stops = reply_settings(models[-1], store)
+    settings = {"max_new_tokens": new_tokens or NEW_TOKENS, "stop_sequences": stops}
+    settings |= options.replies
+    plan = SamplingPlan(**settings)
+    policies = [Policy(m.folder, device, plan, limits_of(m, store)) for m in models]
+    facts = asdict(plan)
+    del facts["batch_size"]
+    return policies, {**facts, "stop_sequences": list(stops)}
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """Refuse a file for results that can't be written, before anything is computed.
+
+    Raises:
+        ConfigError: It is a folder, or its folder does not exist.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise ConfigError(f"{option} {str(file)!r}: is a folder; name a file")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {str(file)!r}: its folder does not exist; make it first")
+
+
+@contextmanager
+def progress_of(label: str) -> Iterator[Progress]:
+    """Show a transient bar for a computation, if the console is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(label, total=None)
+
+        def update(step: int, total: int, metrics: Mapping[str, float]) -> None:
+            bars.update(task, completed=step, total=total)
+
+        yield update
+
+
+def interval(values: Mapping[str, Any], name: str, digits: int = 3) -> tuple[str, str]:
+    """Return a metric and its 95 % interval as text; a dash where it is missing."""
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    shown = f"{values[name]:.{digits}f}" if values.get(name) is not None else "–"
+    known = low is not None and high is not None
+    return shown, f"{low:.{digits}f} to {high:.{digits}f}" if known else "–"
+
+
+def excerpt(value: Any) -> str:
+    """Return the beginning of a text, or of a chat's last turn, on few printable characters."""
+    text = value if isinstance(value, str) else value[-1]["content"]
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}…"
+
+
+def say(text: str, style: str = "") -> None:
+    """Print a line as it is."""
+    console.print(Text(text, style), soft_wrap=True)

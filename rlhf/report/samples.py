@@ -1,0 +1,116 @@
+"""Sample replies as cards, grouped by the reasons that they were chosen for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rlhf.report.model import Sample
+from rlhf.report.text import number_of, text_of
+
+#: Reasons for which samples are chosen, in their order on the page.
+KINDS = ("disagree", "lost", "changed")
+#: Scorers of replies, as they are labelled.
+_SCORERS = ("reward", "judge", "gold")
+
+
+class SampleWords(NamedTuple):
+    """Headings of replies and of reasons; the defaults are those of a run."""
+
+    before: str = "Before · SFT"
+    after: str = "After · PPO"
+    champion: str = "Champion"
+    disagree: str = "Where the reward model and the judge disagree most"
+    lost: str = "Where the policy lost most"
+    changed: str = "Where it changed most"
+    rest: str = "The first held-out prompts"
+
+
+class Reply(NamedTuple):
+    """One reply with its scores."""
+
+    label: str
+    text: str
+    scores: tuple[tuple[str, float], ...]
+    is_marked: bool = False
+    """Whether it is the one that the card is about."""
+
+
+class Card(NamedTuple):
+    """A prompt with replies side by side."""
+
+    prompt: str
+    group: str | None
+    replies: tuple[Reply, ...]
+
+
+class SampleGroup(NamedTuple):
+    """Cards that were chosen for one reason."""
+
+    heading: str
+    cards: tuple[Card, ...]
+
+
+def sample_groups(samples: Sequence[Sample], words: SampleWords | None = None) -> list[SampleGroup]:
+    """Group the samples by the reasons they were chosen for; a sample may have several."""
+    used = words or SampleWords()
+    chosen = [(getattr(used, kind), [s for s in samples if kind in s.kinds]) for kind in KINDS]
+    groups = [(heading, own) for heading, own in chosen if own]
+    if rest := [s for s in samples if not {*KINDS} & {*s.kinds}]:
+        groups.append((used.rest if groups else "", rest))
+    return [SampleGroup(heading, tuple(_card(s, used) for s in own)) for heading, own in groups]
+
+
+def pair_cards(rows: Sequence[Mapping[str, Any]]) -> tuple[Card, ...]:
+    """Return pairs with the margins of two reward models, as `rlhf compare` lists them."""
+    return tuple(
+        Card(
+            text_of(row.get("prompt")),
+            row.get("group"),
+            (
+                Reply("Preferred", str(row.get("chosen")), _margins(row), is_marked=True),
+                Reply("Rejected", str(row.get("rejected")), ()),
+            ),
+        )
+        for row in rows
+    )
+
+
+def shown_samples(samples: Sequence[dict[str, Any]], count: int) -> list[Sample]:
+    """Return the samples to show: the first ones, and as many of each kind."""
+    shown: list[Sample] = []
+    counts: Counter[str] = Counter()
+    for row in samples:
+        # A row without a kind is one of the first prompts, which are a kind of their own.
+        kinds = row.get("kinds") or [""]
+        if any(counts[kind] < count for kind in kinds):
+            counts.update(kinds)
+            known = {name: value for name, value in row.items() if name in Sample.model_fields}
+            shown.append(Sample(**{**known, "prompt": text_of(row["prompt"])}))
+    return shown
+
+
+def _card(sample: Sample, words: SampleWords) -> Card:
+    texts = {"before": sample.before, "champion": sample.champion, "after": sample.after}
+    return Card(
+        sample.prompt,
+        sample.group,
+        tuple(
+            Reply(getattr(words, side), text, _scores(sample, side), is_marked=side == "after")
+            for side, text in texts.items()
+            if text is not None
+        ),
+    )
+
+
+def _scores(sample: Sample, side: str) -> tuple[tuple[str, float], ...]:
+    scores = [(name, getattr(sample, f"{name}_{side}")) for name in _SCORERS]
+    if side == "after":
+        scores.append(("members differ", sample.disagreement))
+    return tuple((name, score) for name, score in scores if score is not None)
+
+
+def _margins(row: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    margins = (("margin of a", row.get("margin_before")), ("of b", row.get("margin_after")))
+    return tuple((name, x) for name, value in margins if (x := number_of(value)) is not None)
