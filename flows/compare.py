@@ -233,24 +233,26 @@ def _dataset(b: NamedModel, data: str | None, store: Store, cure: str) -> Path:
 def _never_trained_on(
     rows: Sequence[Any], models: Sequence[NamedModel], store: Store
 ) -> tuple[list[Any], list[str]]:
-    """Return the rows whose prompt no model was trained on, and remarks.
+    """Return the rows whose prompt no model knows from its training, and remarks.
 
     Raises:
         DataError: None is left.
     """
-    from rlhf.data.collect import exact_key
-    from tasks.models import trained_prompts
+    from rlhf.data.chat import loose_key
+    from tasks.models import known_prompts
 
-    seen = trained_prompts(models, store)
-    unseen = [row for row in rows if exact_key(row.prompt) not in seen]
+    known = known_prompts(models, store)
+    unseen = [row for row in rows if loose_key(row.prompt) not in known]
     count = len(rows) - len(unseen)
     if not unseen:
         raise DataError(
-            f"one of the models was trained on the prompts of all {count:,} rows; give others"
+            f"one of the models was trained on the prompts of all {count:,} rows, or chosen by "
+            "them; give others"
             if count
             else "there are no held-out rows to compare on; give others by --prompts or --data"
         )
-    notes = [f"{count:,} rows are left out: a model was trained on their prompts"] if count else []
+    said = f"{count:,} rows are left out: a model was trained on their prompts, or chosen by them"
+    notes = [said] if count else []
     for model in models:
         if model.ref is None:
             notes.append(f"what {model.text} was trained on is not known")
