@@ -148,20 +148,21 @@ def _check_looks(
         ConfigError: No look is left for a policy that is not evaluated yet.
     """
     settings = config.gates.champion
-    taken = looks_taken(store, config.promotion.name, prompts)
-    if settings is None or not taken:
+    if settings is None:
         return []
-    if taken < settings.looks:
-        return [f"{taken} of {settings.looks} looks at {whose} gate prompts are taken"]
+    taken = looks_taken(store, config.promotion.name, prompts, level=settings.look_level)
+    said = f"{taken.count} of {settings.looks} looks at {whose} gate prompts are taken"
+    risk = f"{taken.spent:.2%} of the chance of error of {1 - settings.confidence:.2%}"
+    if abs(taken.spent - taken.count * settings.look_level) > 1e-9:  # of other settings
+        said = f"{taken.count} looks at {whose} gate prompts have spent {risk}"
+    if settings.allows_look(taken.spent):
+        return [said] if taken.count else []
     if not _is_evaluated(config):
         raise ConfigError(
-            f"gates.champion.looks = {settings.looks}: as many comparisons were made on {whose} "
-            f"gate prompts, so that a new policy could not be promoted; {NEW_PROMPTS}"
+            f"gates.champion.looks = {settings.looks}: {taken.count} comparisons on {whose} gate "
+            f"prompts have spent {risk}, so that a new policy could not be promoted; {NEW_PROMPTS}"
         )
-    return [
-        f"{taken} of {settings.looks} looks at {whose} gate prompts are taken; no other policy can "
-        f"be promoted on them: {NEW_PROMPTS}"
-    ]
+    return [f"{said}; no other policy can be promoted on them: {NEW_PROMPTS}"]
 
 
 def _is_evaluated(config: PipelineConfig) -> bool:

@@ -297,8 +297,8 @@ def _compare(run: StageRun, verdict: Verdict, metrics: Mapping[str, Any]) -> Ver
     path = run.folders["evaluation"] / PROMPTS_GATE
     if path.exists():  # not in an evaluation of an earlier version
         prompts = replace(PromptSet.of(read_rows(path, PromptRow)), digest=compared.prompts)
-    look = take_look(run.store, line, prompts, verdict.subject, result)
-    return with_comparison(verdict, metrics, settings, look)
+    before = take_look(run.store, line, prompts, verdict.subject, result, level=settings.look_level)
+    return with_comparison(verdict, metrics, settings, before.count + 1, before.spent)
 
 
 def _show_verdict(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:

@@ -74,7 +74,8 @@ class Site:
         """Compare so many policies on some prompts."""
         prompts = PromptSet.of(rows)
         for number in range(count):
-            take_look(self.store, "default", prompts, f"policy {prompts.digest} {number}")
+            policy = f"policy {prompts.digest} {number}"
+            take_look(self.store, "default", prompts, policy, level=0.005)
 
     def check(self, **gates: Any) -> tuple[str, ...]:
         return check_gates(self.config(**gates), self.data(), self.store).notes
@@ -102,9 +103,21 @@ def test_looks_at_the_runs_own_prompts_count_too(site):
         "the champion was promoted without an evaluation: this run's own held-out prompts are used",
         "3 of 10 looks at this run's gate prompts are taken",
     )
-    assert site.check(looks=4)
-    with pytest.raises(ConfigError, match=r"looks = 3: as many .* on this run's gate prompts"):
-        site.check(looks=3)
+    # Each has spent 0.5 %. A look of two has 2.5 %, a look of one the whole 5 %.
+    risk = "have spent 1.50% of the chance of error of 5.00%"
+    assert f"3 looks at this run's gate prompts {risk}" in site.check(looks=2)
+    said = rf"gates\.champion\.looks = 1: 3 comparisons on this run's gate prompts {risk}"
+    with pytest.raises(ConfigError, match=said):
+        site.check(looks=1)
+
+
+def test_more_looks_are_no_more_chances(site):
+    """Who raises the number after the last look has still spent what was planned."""
+    site.promote()
+    site.look(site.held_out(), 10)
+    for looks in (10, 20, 1000):
+        with pytest.raises(ConfigError, match=rf"looks = {looks}: 10 comparisons .* 5\.00% of"):
+            site.check(looks=looks)
 
 
 def test_looks_at_the_champions_prompts(site):
@@ -120,8 +133,8 @@ def test_looks_at_the_champions_prompts(site):
         "the champion's 26 gate prompts are used until data.rotation changes",
         "2 of 10 looks at the champion's gate prompts are taken",
     )
-    with pytest.raises(ConfigError, match=r"looks = 2: as many .* on the champion's gate prompts"):
-        site.check(looks=2)
+    with pytest.raises(ConfigError, match=r"2 comparisons .* the champion's gate .* spent 1\.00%"):
+        site.check(looks=1)
     # Nor does the loss of the champion's evaluation, where its prompts were held out here too.
     other = [*site.held_out()[:25], *rows[:5]]
     site.promote(other)
