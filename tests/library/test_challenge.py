@@ -322,6 +322,9 @@ def test_a_look_spends_the_level_at_which_it_was_judged(line):
     assert take_look(store, "ours", on, "b", level=0.005) == again
     found = looks_taken(store, "ours", on, level=1.0)
     assert (found.count, found.spent) == (2, pytest.approx(0.06))
+    # Of five prompts these two are less than half, so that there the same figures are a look too.
+    assert take_look(store, "ours", prompts(1, 2, 3, 4, 5), "b", level=0.005).count == 0
+    assert looks_taken(store, "ours", on, level=1.0) == found
     # An entry of an earlier version tells no level: it is taken for one of these settings.
     store.history.append(f"looks/ours/{on.digest}", {"policy": "old", "result": ""})
     assert looks_taken(store, "ours", on, level=1.0).spent == pytest.approx(1.06)
