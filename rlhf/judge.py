@@ -77,7 +77,9 @@ def has_judge_pairs(data: Path) -> bool:
     return path.is_file() and next(iter(iterate_rows(path, Pair)), None) is not None
 
 
-def judge_section(section: RewardModelConfig, base: Path | None) -> RewardModelConfig:
+def judge_section(
+    section: RewardModelConfig, base: Path | None, negatives: float = 0.0
+) -> RewardModelConfig:
     """Return the reward model's section for the judge.
 
     A base that reads both ways has no use for options of decoders, which the reward model may need.
@@ -85,7 +87,9 @@ def judge_section(section: RewardModelConfig, base: Path | None) -> RewardModelC
     Args:
         section: Hyper-parameters of the reward model.
         base: Folder of the judge's own base; None starts from the SFT policy.
+        negatives: Setting `judge.negatives`.
     """
+    section = section.model_copy(update={"negatives": negatives})
     if base is None:
         return section.model_copy(update={"base": None})
     unused = {"pooling": "last", "lm_loss_coef": 0.0}

@@ -27,6 +27,7 @@ from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.chat_template import tokens_after_end
 from rlhf.data.fitting import Fitting
+from rlhf.data.negatives import make_negatives
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.data.text_pairs import PairRenderer
@@ -127,7 +128,8 @@ def train_reward_model(
     fit_embeddings(model, renderer.tokenizer)
     same_base = model.get_input_embeddings().num_embeddings == vocabulary
     limits = (limits or TokenLimits.of(config.max_length)).within(input_limit(model))
-    rows, counts = _encode(preferences, renderer, limits, config.margin_coef)
+    negatives = make_negatives(preferences, config.negatives, seed)
+    rows, counts = _encode(preferences, renderer, limits, config.margin_coef, negatives)
     trained, curve = _train(model, rows, config, renderer, seed, device, progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():
@@ -151,7 +153,7 @@ def train_reward_model(
         write_json(out_dir / META, {**reward_meta(out_dir), **scale})
         write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
-    metrics = {"pairs": len(rows), "loss": last.get("loss")}
+    metrics = {"pairs": len(rows) - counts.get("negatives", 0), "loss": last.get("loss")}
     return StageResult({**metrics, "train_accuracy": last.get("accuracy"), **counts})
 
 
@@ -270,7 +272,11 @@ def publish_ready_reward_model(
 
 
 def _encode(
-    pairs: list[Pair], renderer: Renderer, limits: TokenLimits | int, margin_coef: float = 0
+    pairs: list[Pair],
+    renderer: Renderer,
+    limits: TokenLimits | int,
+    margin_coef: float = 0,
+    negatives: Sequence[Pair] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Render and tokenize pairs within the limits.
 
@@ -278,21 +284,21 @@ def _encode(
     difference of the rewards: −log σ(r_chosen − r_rejected − margin).
 
     Returns:
-        The rows, and counts: of pairs with a reply that was cut, of those left out because their
-        replies differ only behind the cut, of prompts that were shortened or left out, of pairs
-        without a margin, and of those with a weight. Weights have the mean 1.
+        The rows, behind them those of the negatives, and counts: of negatives; of pairs with a
+        reply that was cut, of those left out because their replies differ only behind the cut, of
+        prompts that were shortened or left out, of pairs without a margin, and of those with a
+        weight. Weights have the mean 1.
     """
     fitting = Fitting(renderer, limits)
-    counts = fitting.counts
     weights: list[float] = []
 
     def encode(pair: Pair) -> dict[str, Any] | None:
         one = fitting.encode(pair.prompt, pair.chosen)
         other = fitting.encode(pair.prompt, pair.rejected)
         fitting.count_dropped(one.turns_dropped)
-        counts["pairs_cut"] += one.is_cut or other.is_cut
+        fitting.counts["pairs_cut"] += one.is_cut or other.is_cut
         if one.response == other.response:
-            counts["pairs_equal_when_cut"] += 1
+            fitting.counts["pairs_equal_when_cut"] += 1
             return None
         length = max(len(one.ids), len(other.ids))
         row: dict[str, Any] = {"chosen_ids": one.ids, "rejected_ids": other.ids, "length": length}
@@ -301,12 +307,19 @@ def _encode(
             row |= {"chosen_types": one.types, "rejected_types": other.types}
         if margin_coef:
             row["margin"] = margin_coef * (pair.margin or 0.0)
-            counts["pairs_without_margin"] += pair.margin is None
-        counts["pairs_weighted"] += pair.weight is not None
+            fitting.counts["pairs_without_margin"] += pair.margin is None
+        fitting.counts["pairs_weighted"] += pair.weight is not None
         weights.append(1.0 if pair.weight is None else pair.weight)
         return row
 
     rows = [row for row in fitting.map(pairs, encode) if row is not None]
+    counted = fitting.metrics()
+    if rows:
+        # Counts tell of the preferences alone, and so does the limit of prompts that can't be used.
+        fitting = Fitting(renderer, fitting.limits.model_copy(update={"max_bad_fraction": 1.0}))
+        made = [row for row in fitting.map(negatives, encode) if row is not None]
+        rows += made
+        counted |= {"negatives": len(made)} if made else {}
     if not rows and pairs:
         raise DataError(
             f"reward_model.max_length = {fitting.limits.max_length}: all {len(pairs)} pairs are "
@@ -314,10 +327,10 @@ def _encode(
         )
     if not rows:
         raise DataError("no preference pairs to train on; check data.source and data.eval_fraction")
-    if counts["pairs_weighted"]:
+    if counted.get("pairs_weighted"):
         mean = sum(weights) / len(weights)
         rows = [{**row, "weight": w / mean} for row, w in zip(rows, weights, strict=True)]
-    return rows, fitting.metrics()
+    return rows, counted
 
 
 def _train(

@@ -61,9 +61,12 @@ def judge_settings(config: PipelineConfig) -> Mapping[str, Any]:
     """Return the judge's settings, without the external model itself."""
     if not config.judge.enabled:
         return {"judge": "none"}
+    own = {"base", "negatives", *UNFINGERPRINTED_FIELDS}
     return {
-        "judge": config.reward_model.model_dump(exclude={"base", *UNFINGERPRINTED_FIELDS}),
-    }
+        "judge": {
+            **config.reward_model.model_dump(exclude=own), "negatives": config.judge.negatives,
+        }
+    }  # fmt: skip
 
 
 def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:

@@ -154,7 +154,7 @@ def _train_judge(run: StageRun) -> StageResult:
         # The source is no part of the fingerprint, so the reason must fit both kinds.
         setting = "data.judge_fraction, or data.world.judge_pairs for the world"
         return write_no_judge(run.out_dir, f"the data have no pairs for one; set {setting}")
-    section = judge_section(config.reward_model, run.folders.get("base"))
+    section = judge_section(config.reward_model, run.folders.get("base"), config.judge.negatives)
     limits = config.token_limits()
     try:
         # Another seed than the reward model's, so that it has another head and order of rows.

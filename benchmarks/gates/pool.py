@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.config import PipelineConfig
-from rlhf.data.rows import PAIRS_JUDGE, PAIRS_TRAIN
+from rlhf.data.rows import PAIRS_JUDGE
 from rlhf.files import write_json
 from rlhf.gates import judge, require
 
@@ -45,32 +45,40 @@ def make_pool(config: PipelineConfig, work: Path) -> Scores:
         return {name: stored[name] for name in stored.files}
 
 
+def make_start(config: PipelineConfig, work: Path) -> tuple[Path, Path]:
+    """Prepare data and train the SFT policy, unless they are there; return their folders."""
+    from rlhf.data.prepare import prepare_data
+    from rlhf.sft import train_sft
+
+    seed, data, sft = config.seed, work / "data", work / "sft"
+    make_once(data, lambda out: prepare_data(config.data, out, seed=seed))
+    make_once(
+        sft,
+        lambda out: train_sft(
+            config.sft, config.base, data, out, seed=seed, runtime=config.runtime
+        ),
+    )
+    return data, sft
+
+
 def _train(config: PipelineConfig, work: Path) -> None:
     from rlhf.data.prepare import prepare_data
     from rlhf.ppo.train import train_policy
     from rlhf.reward import train_reward_model
-    from rlhf.sft import train_sft
 
     seed, runtime = config.seed, config.runtime
-    data, sft, reward, weak = (work / n for n in ("data", "sft", "reward-model", "weak-model"))
-    make_once(data, lambda out: prepare_data(config.data, out, seed=seed))
-    make_once(
-        sft, lambda out: train_sft(config.sft, config.base, data, out, seed=seed, runtime=runtime)
-    )
+    data, sft = make_start(config, work)
+    reward, weak = work / "reward-model", work / "weak-model"
     section = config.reward_model
 
-    def reward_model(
-        folder: Path, dataset: Path = data, add: int = 0, pairs: str = PAIRS_TRAIN
-    ) -> None:
+    def reward_model(folder: Path, dataset: Path = data) -> None:
         make_once(
             folder,
-            lambda out: train_reward_model(
-                section, dataset, sft, out, pairs=pairs, seed=seed + add, runtime=runtime
-            ),
+            lambda out: train_reward_model(section, dataset, sft, out, seed=seed, runtime=runtime),
         )
 
     reward_model(reward)
-    reward_model(work / "judge", add=1, pairs=PAIRS_JUDGE)
+    make_judge(config, data, sft, work / "judge")
     weak_data = work / "weak-data"
     world = config.data.world.model_copy(update={"pairs": 500})
     small = config.data.model_copy(update={"world": world})
@@ -135,6 +143,23 @@ def _score(config: PipelineConfig, work: Path) -> Scores:
                      ("proxy", "weak-proxy", "judge", "gold")}, flush=True)  # fmt: skip
     write_json(work / "pool.json", {k: float(v.mean()) for k, v in scores.items() if "/" in k})
     return scores
+
+
+def make_judge(config: PipelineConfig, data: Path, sft: Path, folder: Path) -> None:
+    """Train a judge with its own seed, and measure it, unless that was done."""
+    from rlhf.judge import judge_section, measure_judge
+    from rlhf.reward import train_reward_model
+
+    limit, runtime = config.reward_model.max_length, config.runtime
+
+    def make(out: Path) -> None:
+        section = judge_section(config.reward_model, None, config.judge.negatives)
+        result = train_reward_model(
+            section, data, sft, out, pairs=PAIRS_JUDGE, seed=config.seed + 1, runtime=runtime
+        )
+        measure_judge(data, out, result.metrics, "sft", limits=limit, runtime=runtime)
+
+    make_once(folder, make)
 
 
 def make_once(folder: Path, make: Callable[[Path], Any]) -> None:

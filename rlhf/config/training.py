@@ -211,6 +211,9 @@ class RewardModelConfig(TrainingSection):
     """Factor of the pairs' margins m in the loss −log σ(r_chosen − r_rejected − margin_coef · m)
     (Touvron et al. 2023, "Llama 2", eq. 2); pairs without a margin have m = 0. With 0 margins are
     not used."""
+    negatives: float = Field(default=0.0, ge=0, le=4)
+    """Negatives as a multiple of the pairs: preferred replies made worse (a sentence said again, or
+    of a reply to another prompt, the end cut off), which the model learns to reject. 0: none."""
 
     _check_base = field_validator("base")(check_model_uri)
 
@@ -235,6 +238,10 @@ class JudgeConfig(Section):
     base: str | None = Field(default=None, min_length=1)
     """Local folder, `artifact:<digest>`, `s3://bucket/prefix` or hub id to start from; none starts
     from the SFT policy. Another base than the reward model's makes errors that both share rarer."""
+    negatives: float = Field(default=1.0, ge=0, le=4)
+    """As `reward_model.negatives`, for the judge. Without them a judge follows a policy that says
+    sentences again, or says what belongs elsewhere: on the quickstart's world its score rose while
+    the true one fell (docs/trust.md)."""
 
     _check_base = field_validator("base")(check_model_uri)
 

@@ -83,6 +83,7 @@ def test_a_judge_is_a_reward_model_of_its_own_pairs_and_seed(pipeline, judged, s
     assert judge["prompts"] == len({p.prompt for p in read_rows(judged / PAIRS_EVAL, Pair)}) < 24
     assert judge["base"] == "the SFT policy"
     assert outcome.metrics["pairs"] == 64
+    assert outcome.metrics["negatives"] > 32
     assert outcome.ref.kind == "judge"
     assert outcome.headline.startswith("accuracy 1.000 [0.")
     # What the library trains on the same pairs with the next seed, and nothing else.
@@ -90,13 +91,28 @@ def test_a_judge_is_a_reward_model_of_its_own_pairs_and_seed(pipeline, judged, s
     for path, seed in ((same, 4), (other, 3)):
         path.mkdir()
         train_reward_model(
-            toys.REWARD, judged, sft, path, pairs=PAIRS_JUDGE, seed=seed, runtime=toys.RUNTIME,
+            toys.changed(toys.REWARD, negatives=1.0), judged, sft, path, pairs=PAIRS_JUDGE,
+            seed=seed, runtime=toys.RUNTIME,
             limits=pipeline.config().token_limits(),
         )  # fmt: skip
     toys.assert_same_weights(folder, same)
     assert toys.distance(folder, other) > 0
     reward_model = pipeline.run(TRAIN_REWARD_MODEL, seed=3)[0]
     assert reward_model.metrics["pairs"] == 96
+    assert "negatives" not in reward_model.metrics
+
+
+def test_the_negatives_of_the_judge_and_of_the_reward_model_are_two_settings(pipeline):
+    whole = pipeline.run()[0]
+    none = pipeline.run(judge={"negatives": 0})[0]
+    assert "negatives" not in none.metrics
+    assert none.ref != whole.ref
+    # The reward model's own changes nothing of the judge, and is none of its inputs.
+    section = {**pipeline.tree["reward_model"], "negatives": 0.5}
+    assert pipeline.run(reward_model=section)[0].cached
+    reward_model = pipeline.run(TRAIN_REWARD_MODEL, reward_model=section)[0]
+    assert reward_model.metrics["negatives"] > 24
+    assert pipeline.run(TRAIN_REWARD_MODEL, judge={"negatives": 0})[0].metrics["pairs"] == 96
 
 
 def test_without_pairs_or_a_wish_there_is_no_judge(tmp_path, data, sft):

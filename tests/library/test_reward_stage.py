@@ -18,6 +18,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from rlhf.config import DataConfig, EvaluationConfig, LoraConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.collect import lead
+from rlhf.data.negatives import make_negatives
 from rlhf.data.rendering import ASSISTANT, load_renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows, write_rows
 from rlhf.errors import ConfigError, DataError
@@ -386,3 +387,24 @@ def test_margins_that_are_asked_for_and_missing(train, tmp_path):
     folder = graded(tmp_path / "data", [None] * 4)
     with pytest.raises(DataError, match=r"reward_model.margin_coef = 1: no pair has a margin"):
         train(folder=folder, margin_coef=1)
+
+
+def test_negatives_train_beside_the_pairs_and_are_counted_apart(data, sft, tmp_path):
+    pairs = read_rows(data / PAIRS_TRAIN, Pair)
+    config = toys.changed(toys.REWARD, negatives=0.5)
+    result = train_reward_model(config, data, sft, tmp_path / "model", seed=2)
+    made = make_negatives(pairs, 0.5, 2)
+    plain = train_reward_model(toys.REWARD, data, sft, tmp_path / "plain", seed=2)
+    assert result.metrics["pairs"] == plain.metrics["pairs"]
+    assert result.metrics["negatives"] == len(made) > 0
+    assert "negatives" not in plain.metrics
+    assert toys.distance(tmp_path / "model", tmp_path / "plain") > 0
+
+
+def test_negatives_have_the_weight_of_their_pair_and_count_for_nothing_else(renderer):
+    pairs = [Pair("tea?", "good", "bad bad", weight=3.0), Pair("cup?", "good good", "bad")]
+    negative = Pair("tea?", "good", "good good good", weight=3.0)
+    rows, counts = _encode(pairs, renderer, 48, negatives=[negative])
+    # (3 + 1 + 3) / 3 is the mean.
+    assert [row["weight"] for row in rows] == pytest.approx([9 / 7, 3 / 7, 9 / 7])
+    assert counts == {"pairs_weighted": 1, "negatives": 1}
