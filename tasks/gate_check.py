@@ -59,7 +59,7 @@ def check_gates(config: PipelineConfig, data: ArtifactRef, store: Store) -> Gate
     """
     _check_rotation(config, store)
     # The champion's own configuration meets the champion before it, as it did when it was trained.
-    challenge = find_challenge(config, store, _trained_policy(config))
+    challenge = find_challenge(config, store, _trained_policy(config, data))
     folder = store.fetch(data)
     frozen = _frozen_prompts(config, store, challenge, folder)
     held_out = [*islice(iterate_rows(folder / PROMPTS_EVAL, PromptRow), config.evaluation.prompts)]
@@ -72,13 +72,14 @@ def check_gates(config: PipelineConfig, data: ArtifactRef, store: Store) -> Gate
     return GateCheck(describe_power(config, sizes), tuple(notes))
 
 
-def _trained_policy(config: PipelineConfig) -> str | None:
+def _trained_policy(config: PipelineConfig, data: ArtifactRef) -> str | None:
     """Return the digest of the policy that this configuration trained before; None if it did not.
 
     Whoever gives a stage other inputs trains another one; its gate compares that as it has to.
     """
     try:
-        return find_inputs(EVALUATE_POLICY, config, {}, optional=False)["policy"].digest
+        found = find_inputs(EVALUATE_POLICY, config, {"data": data}, optional=False)
+        return found["policy"].digest
     except ArtifactMissing:
         return None
 
