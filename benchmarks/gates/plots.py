@@ -42,8 +42,8 @@ def plot_runs(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         if run["stopped"]:
             stop = at[run["stopped"]["update"]]
             axis.axvline(stop, color="#333", lw=1, ls=":", label="the watchdog stops")
-        golds = f"{run['gold_start']:.2f} → {run['gold_chosen']:.2f}, best {run['gold_best']:.2f}"
-        axis.set_title(f"seed {seed}: gold {golds}", fontsize=9)
+        goes_on, end = (f"{run[name]:.2f}" for name in ("gold_chosen", "gold_end"))
+        axis.set_title(f"seed {seed}: gold {goes_on} goes on, at the end {end}", fontsize=8.5)
         axis.set_xlabel("√KL to the SFT policy (√nats)")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("gain, in deviations at the start")
