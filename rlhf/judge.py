@@ -83,13 +83,14 @@ def judge_section(
     """Return the reward model's section for the judge.
 
     A base that reads both ways has no use for options of decoders, which the reward model may need.
+    A judge has no members.
 
     Args:
         section: Hyper-parameters of the reward model.
         base: Folder of the judge's own base; None starts from the SFT policy.
         negatives: Setting `judge.negatives`.
     """
-    section = section.model_copy(update={"negatives": negatives})
+    section = section.model_copy(update={"negatives": negatives, "members": 1})
     if base is None:
         return section.model_copy(update={"base": None})
     unused = {"pooling": "last", "lm_loss_coef": 0.0}

@@ -327,7 +327,8 @@ class _Rehearsal:
         from rlhf.modeling.device import prepare_device
         from rlhf.modeling.exactness import check_scorer
         from rlhf.modeling.reward import Scorer
-        from rlhf.reward import publish_ready_reward_model, train_reward_model
+        from rlhf.ready_reward_model import publish_ready_reward_model
+        from rlhf.reward import train_reward_model
 
         self.reward.mkdir()
         base = self.bases.get("reward model", (None, ""))[0]

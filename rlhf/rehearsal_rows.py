@@ -82,6 +82,10 @@ class Sample:
                 prompts.append(PromptRow(question))
         if not prompts:
             return False
+        # Members of a reward model are fitted to resamples of the prompts.
+        other = next((pair for pair in pairs if pair.prompt != pairs[0].prompt), pairs[0])
+        if other not in pairs[:ROWS]:
+            pairs[ROWS - 1] = other
         if margins:
             pairs = [Pair(p.prompt, p.chosen, p.rejected, margin=p.margin or 1.0) for p in pairs]
         folder.mkdir()

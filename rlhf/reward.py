@@ -1,4 +1,4 @@
-"""Reward model stage: training by TRL, or publishing of a ready model.
+"""Training of reward models by TRL.
 
 The loss is that of Bradley and Terry on preference pairs. With weights w (a pair's `weight`, 1
 where it has none) it is Σ w ℓ / Σ w over all pairs, ℓ = −log σ(r_chosen − r_rejected − margin):
@@ -25,12 +25,10 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
-from rlhf.data.chat_template import tokens_after_end
 from rlhf.data.fitting import Fitting
 from rlhf.data.negatives import make_negatives
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
-from rlhf.data.text_pairs import PairRenderer
 from rlhf.errors import ConfigError, DataError, PromptUnusable
 from rlhf.files import write_json
 from rlhf.modeling.classifier import (
@@ -49,6 +47,12 @@ from rlhf.modeling.lora import (
     save_adapter,
     target_module_errors,
 )
+from rlhf.modeling.members import (
+    MEMBERS,
+    check_members,
+    check_prompts,
+    publish_members,
+)
 from rlhf.modeling.miniature import miniature
 from rlhf.modeling.reward import (
     META,
@@ -60,10 +64,9 @@ from rlhf.modeling.reward import (
     reward_meta,
     save_reward_model,
 )
-from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.modeling.structure import has_plain_head, head_of
 from rlhf.modeling.tokenizer import fit_embeddings
-from rlhf.modeling.weights import save_model, weights_digest
+from rlhf.modeling.weights import weights_digest
 from rlhf.ranks import rank_and_count
 from rlhf.stage import Progress, StageResult, silent
 from rlhf.trl_adapter import (
@@ -95,7 +98,8 @@ def train_reward_model(
 
     The tokenizer is written beside it. A model trained by LoRA from the SFT policy is written
     merged and, in `adapter/`, as adapter and head alone; `rlhf.json` then has the digest of the
-    policy's weights. It always has the mean and deviation of scores of chosen replies.
+    policy's weights. It always has the mean and deviation of scores of chosen replies. With
+    `config.members` above 1 further heads are fitted, and written to `members.safetensors`.
 
     Args:
         config: Hyper-parameters; `config.base` overrides the SFT policy as starting point.
@@ -109,7 +113,7 @@ def train_reward_model(
         progress: Called after every step.
 
     Raises:
-        ConfigError: The base has no sequence classifier with one label.
+        ConfigError: The base has no sequence classifier with one label, or can't have members.
         DataError: There are no training pairs, none with the margin that is asked for, or the
             model can't be given too many prompts.
         TrainingError: A score of the trained model is not finite.
@@ -124,12 +128,14 @@ def train_reward_model(
     start = config.base or sft
     model, renderer = load_unpublished(start, config.pooling)
     _check_options(model, start, config)
+    check_members(model, start, config.members)
     vocabulary = model.get_input_embeddings().num_embeddings
     fit_embeddings(model, renderer.tokenizer)
     same_base = model.get_input_embeddings().num_embeddings == vocabulary
     limits = (limits or TokenLimits.of(config.max_length)).within(input_limit(model))
     negatives = make_negatives(preferences, config.negatives, seed)
     rows, counts = _encode(preferences, renderer, limits, config.margin_coef, negatives)
+    check_prompts(rows, config.members)
     trained, curve = _train(model, rows, config, renderer, seed, device, progress)
     base = None
     if config.lora and not config.base and same_base and Path(sft).is_dir():
@@ -149,19 +155,27 @@ def train_reward_model(
             del trained, model
             empty_cache(device)
         scorer = Scorer(out_dir, device, limits, model=merged)
-        scale = _reference_scores(scorer, preferences, seed)
-        write_json(out_dir / META, {**reward_meta(out_dir), **scale})
+        chosen = _reference_replies(scorer, preferences, seed)
+        meta = {**reward_meta(out_dir), **_scale_of(scorer(*chosen))}
+        if config.members > 1:
+            publish_members(scorer, out_dir, rows, config.members, seed, chosen)
+            meta[MEMBERS] = config.members
+        write_json(out_dir / META, meta)
         write_json(out_dir / "curve.json", curve)
     last = curve[-1] if curve else {}
     metrics = {"pairs": len(rows) - counts.get("negatives", 0), "loss": last.get("loss")}
+    if config.members > 1:
+        metrics[MEMBERS] = config.members
     return StageResult({**metrics, "train_accuracy": last.get("accuracy"), **counts})
 
 
-def _reference_scores(scorer: Scorer, pairs: Sequence[Pair], seed: int) -> dict[str, float]:
-    """Return mean and standard deviation (n − 1) of the scores of chosen replies.
+def _reference_replies(
+    scorer: Scorer, pairs: Sequence[Pair], seed: int
+) -> tuple[list[Any], list[str]]:
+    """Return prompts and chosen replies of some training pairs.
 
-    They are the scale of `ppo.reward_normalization: reference`: those of replies that people
-    preferred, which do not change while a policy does.
+    Their scores are the scale of `ppo.reward_normalization: reference`: those of replies that
+    people preferred, which do not change while a policy does.
     """
     fitting = Fitting(scorer.renderer, scorer.limits)
     chosen: list[Pair] = []
@@ -171,7 +185,12 @@ def _reference_scores(scorer: Scorer, pairs: Sequence[Pair], seed: int) -> dict[
             chosen.append(pair)
         if len(chosen) == REFERENCE_REPLIES:
             break
-    scores = scorer([pair.prompt for pair in chosen], [pair.chosen for pair in chosen]).double()
+    return [pair.prompt for pair in chosen], [pair.chosen for pair in chosen]
+
+
+def _scale_of(scores: Tensor) -> dict[str, float]:
+    """Return mean and standard deviation (n − 1) of scores, by their names in `rlhf.json`."""
+    scores = scores.double()
     deviation = float(scores.std()) if len(scores) > 1 else 0.0
     return {SCORE_MEAN: float(scores.mean()), SCORE_STD: deviation}
 
@@ -226,49 +245,6 @@ def _has_plain_head(config: Any) -> bool:
     except ValueError:  # there is none of this family, so that nobody knows
         return False
     return has_plain_head(small) and getattr(head_of(small), "bias", None) is None
-
-
-def publish_ready_reward_model(
-    model: ExternalModel, folder: Path, out_dir: Path, *, runtime: RuntimeConfig | None = None
-) -> StageResult:
-    """Check an external reward model; write it to `out_dir` as safetensors.
-
-    Its `rlhf.json` (pooling, rendering) is copied; one that others trained gets the tokens that its
-    template writes behind a chat (`tail`, unless given there), for it has read them in training. A
-    tokenizer without chat template or padding token is completed like that of a base model.
-
-    Args:
-        model: The model's entry in the configuration; named in errors.
-        folder: Its files on this machine.
-        out_dir: Empty folder for the reward model.
-        runtime: Device and threads.
-
-    Raises:
-        ConfigError: It is not a sequence-classification model with one label, its weights are not
-            those of the whole model, or it has no usable tokenizer, or not the one it was trained
-            with.
-    """
-    prepare_device(runtime or RuntimeConfig())
-    model.select([path.name for path in folder.iterdir()])
-    model.check_config((folder / CONFIG).read_bytes())
-    try:
-        reward_model, renderer = load_unpublished(folder)
-    except ConfigError as error:
-        raise model.error(str(error)) from None
-    meta = reward_meta(folder)
-    if meta.get("template_hash") not in (None, renderer.template_hash):
-        raise model.error(
-            "its tokenizer or chat template changed since it was trained; restore them, or train "
-            "it again"
-        )
-    fit_embeddings(reward_model, renderer.tokenizer)
-    save_model(reward_model, out_dir)
-    renderer.tokenizer.save_pretrained(out_dir)
-    is_own = "template_hash" in meta or isinstance(renderer, PairRenderer)
-    if not is_own and "tail" not in meta and (tail := tokens_after_end(renderer.tokenizer)):
-        meta["tail"] = tail
-    write_json(out_dir / META, {**meta, "pooling": reward_model.pooling})
-    return StageResult({"parameters": reward_model.num_parameters()})
 
 
 def _encode(

@@ -61,7 +61,7 @@ def judge_settings(config: PipelineConfig) -> Mapping[str, Any]:
     """Return the judge's settings, without the external model itself."""
     if not config.judge.enabled:
         return {"judge": "none"}
-    own = {"base", "negatives", *UNFINGERPRINTED_FIELDS}
+    own = {"base", "members", "negatives", *UNFINGERPRINTED_FIELDS}
     return {
         "judge": {
             **config.reward_model.model_dump(exclude=own), "negatives": config.judge.negatives,
@@ -73,9 +73,10 @@ def reward_settings(config: PipelineConfig) -> Mapping[str, Any]:
     """Return the reward model's settings, without the external model itself."""
     if config.ppo.reward_model_path is not None:
         return {"reward_model": "ready"}  # nothing is trained
-    return {
-        "reward_model": config.reward_model.model_dump(exclude={"base", *UNFINGERPRINTED_FIELDS})
-    }
+    unused = {"base", *UNFINGERPRINTED_FIELDS}
+    if config.reward_model.members == 1:
+        unused.add("members")  # the same model as before there were any
+    return {"reward_model": config.reward_model.model_dump(exclude=unused)}
 
 
 def reward_function_digests(config: PPOConfig) -> dict[str, str]:

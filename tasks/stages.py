@@ -132,7 +132,7 @@ def _train_sft(run: StageRun) -> StageResult:
 def _train_reward_model(run: StageRun) -> StageResult:
     external = external_reward_model(run.config)
     if external and external.ready:
-        from rlhf.reward import publish_ready_reward_model
+        from rlhf.ready_reward_model import publish_ready_reward_model
 
         folder = run.folders["base"]
         return publish_ready_reward_model(external, folder, run.out_dir, runtime=run.config.runtime)

@@ -13,8 +13,8 @@ from typing import Literal
 
 from rlhf.config.gates import GateRule
 
-#: Reason that a metric may be absent: no judge, no gold score, no champion.
-Need = Literal["judge", "gold", "champion"]
+#: Reason that a metric may be absent: no judge, no gold score, no champion, a single head.
+Need = Literal["judge", "gold", "champion", "members"]
 #: What an estimate writes beside its own name.
 LOW, HIGH, SIZE, ERROR = ENDS = ("_low", "_high", "_size", "_error")
 #: Parts of an evaluation that hold those of slices, by name.
@@ -68,16 +68,20 @@ REWARD_MODEL: Mapping[str, Part] = {
     "by_group.*": _ACCURACY,
     "by_slice.*": _ACCURACY,
     "worst": _ACCURACY,
+    "members": Part(shares=("accuracy",), numbers=("n", "prompts", "heads", "disagreement_mean")),
     "probes.*": Part(shares=("rises",), means=("mean_change",), numbers=("n", "prompts")),
 }  # fmt: skip
 _SCORES = ("reward", "judge", "gold")
 _TEXTS = ("tokens", "repetition", "distinct_1", "distinct_2", "refusal")
 _AGAINST = Part(
     shares=("win_rate", "judge_win_rate", "gold_win_rate"),
-    means=("reward_difference", "judge_difference", "gold_difference", "gap"),
+    means=(
+        "reward_difference", "judge_difference", "gold_difference", "disagreement_difference",
+        "gap",
+    ),
     numbers=(
         "n", "eos_rate", "eos_rate_before", "gold_not_worse", "gold_strict_win_rate",
-        *_beside(*_SCORES, *_TEXTS),
+        *_beside(*_SCORES, "disagreement", *_TEXTS),
     ),
 )  # fmt: skip
 _GREEDY = Part(_AGAINST.shares, (*_AGAINST.means, "kl"), _AGAINST.numbers)
@@ -94,7 +98,7 @@ POLICY: Mapping[str, Part] = {
     "greedy.by_group.*": _GREEDY,
     "champion": _CHAMPION,
     "champion.by_group.*": _CHAMPION,
-    "champion.own": Part(numbers=("eos_rate", "entropy", *_SCORES, *_TEXTS)),
+    "champion.own": Part(numbers=("eos_rate", "entropy", "disagreement", *_SCORES, *_TEXTS)),
     "forgetting": Part(
         means=("nll_difference",), numbers=("n", *_beside("nll", "perplexity")),
     ),
@@ -139,10 +143,12 @@ def needs_of(name: str) -> set[Need]:
         needs.add("gold")
     if leaf.startswith(("judge", "gap")) or part == "judge":
         needs.add("judge")
+    if leaf.startswith("disagreement") or part == "members":
+        needs.add("members")
     return needs
 
 
-def check_rules(gate: str, rules: Sequence[GateRule], absent: Mapping[str, str]) -> None:
+def check_rules(gate: str, rules: Sequence[GateRule], absent: Mapping[Need, str]) -> None:
     """Refuse rules on metrics that the evaluation does not write.
 
     Args:
@@ -168,7 +174,7 @@ def check_rules(gate: str, rules: Sequence[GateRule], absent: Mapping[str, str])
 
 
 def _check_name(
-    name: str, field: str, gate: str, rule: GateRule, absent: Mapping[str, str]
+    name: str, field: str, gate: str, rule: GateRule, absent: Mapping[Need, str]
 ) -> None:
     if part_of(name, gate) is None:
         raise ValueError(

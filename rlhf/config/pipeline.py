@@ -20,7 +20,7 @@ from pydantic import (
 from rlhf.config.data import DataConfig
 from rlhf.config.gates import GatesConfig
 from rlhf.config.lengths import TokenLimits
-from rlhf.config.metric_names import check_rules
+from rlhf.config.metric_names import Need, check_rules
 from rlhf.config.ppo import PPOConfig, allow_aliases, by_field_names
 from rlhf.config.pretrained import with_pretrained_defaults
 from rlhf.config.section import OrText, Section
@@ -287,6 +287,12 @@ class PipelineConfig(Section):
                 f"training measures, and ppo.reward_model_path = {self.ppo.reward_model_path!r} is "
                 "not trained here; set ppo.reward_normalization to running or none"
             )
+        if self.ppo.reward_model_path and self.reward_model.members > 1:
+            raise ValueError(
+                f"reward_model.members = {self.reward_model.members} are heads that a training "
+                f"fits, and ppo.reward_model_path = {self.ppo.reward_model_path!r} is not trained "
+                "here; set reward_model.members to 1"
+            )
         if self.reward_model.margin_coef and self.data.source == "world":
             raise ValueError(
                 f"reward_model.margin_coef = {self.reward_model.margin_coef:g} needs margins, and "
@@ -339,11 +345,13 @@ class PipelineConfig(Section):
 
     def _check_gates(self) -> None:
         """Refuse rules on metrics that no evaluation writes with this configuration."""
-        absent = {"champion": "the model line may have no champion"}
+        absent: dict[Need, str] = {"champion": "the model line may have no champion"}
         if not self.judge.enabled:
             absent["judge"] = "judge.enabled = false trains no judge"
         if self.evaluation.judge == "none":
             absent["gold"] = "evaluation.judge = none measures no gold score"
+        if self.reward_model.members == 1:
+            absent["members"] = "reward_model.members = 1 trains a single head"
         check_rules("reward_model", self.gates.reward_model or (), absent)
         check_rules("policy", self.gates.policy or (), absent)
 

@@ -214,6 +214,10 @@ class RewardModelConfig(TrainingSection):
     negatives: float = Field(default=0.0, ge=0, le=4)
     """Negatives as a multiple of the pairs: preferred replies made worse (a sentence said again, or
     of a reply to another prompt, the end cut off), which the model learns to reject. 0: none."""
+    members: int = Field(default=1, ge=1, le=16)
+    """Linear heads on the trained model's base: the trained one, and others fitted to resamples of
+    the training prompts. How far their scores differ shows where the pairs leave the reward unsure
+    (docs/trust.md); with 1 there is the trained head alone."""
 
     _check_base = field_validator("base")(check_model_uri)
 

@@ -20,6 +20,7 @@ from rlhf.evaluation.texts import distinct, is_refusal, repetition
 from rlhf.modeling.device import upload
 from rlhf.modeling.generate import Replies, generate
 from rlhf.modeling.logprobs import log_probs_and_entropy, reply_logits
+from rlhf.modeling.members import member_scores, members_of
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
 
@@ -39,7 +40,8 @@ class Answers:
     measures: dict[str, Values]
     """By name; the mean of the replies to each prompt, of shape (prompts,)."""
     scores: dict[str, Values] = field(default_factory=dict[str, Values])
-    """By scorer: `reward`, `judge` or `gold`; of each reply, of shape (prompts, replies)."""
+    """By scorer: `reward`, `judge` or `gold`; of each reply, of shape (prompts, replies).
+    `disagreement` is that of the reward model's members, if it has any."""
 
     def scored(self, name: str, scores: Values) -> Answers:
         """Return them with the scores of another scorer."""
@@ -103,9 +105,19 @@ def answer_prompts(
 
 def score_answers(answers: Answers, rows: Sequence[PromptRow], scorer: Scorer) -> Values:
     """Return the scores of all replies, of shape (prompts, replies)."""
+    return scored_by("scorer", scorer, answers, rows).scores["scorer"]
+
+
+def scored_by(name: str, scorer: Scorer, answers: Answers, rows: Sequence[PromptRow]) -> Answers:
+    """Return answers with a model's scores, and how far its members differ if it has any."""
     prompts = [row.prompt for row, texts in zip(rows, answers.texts, strict=True) for _ in texts]
-    scores = scorer(prompts, [text for texts in answers.texts for text in texts])
-    return scores.double().numpy().reshape(len(rows), -1)
+    table = member_scores(scorer, prompts, [text for texts in answers.texts for text in texts])
+    found = {name: table[:, 0]}
+    if (members := members_of(scorer)) is not None:
+        found["disagreement"] = members.disagreement(table)
+    for each, values in found.items():
+        answers = answers.scored(each, values.double().numpy().reshape(len(rows), -1))
+    return answers
 
 
 def gold_scores(answers: Answers, rows: Sequence[PromptRow], gold: GoldScore) -> Values:

@@ -47,6 +47,11 @@ def compare(
         result |= share_of(wins(old, new).tolist(), keys).metrics(win_rate)
         result |= {f"{name}_before": float(old.mean()), f"{name}_after": float(new.mean())}
         result |= mean_of((new.mean(1) - old.mean(1)).tolist(), keys).metrics(f"{name}_difference")
+    if "disagreement" in before.scores and "disagreement" in after.scores:
+        old, new = (side.scores["disagreement"][rows] for side in (before, after))
+        result |= _sides("disagreement", old, new)
+        difference = mean_of((new.mean(1) - old.mean(1)).tolist(), keys)
+        result |= difference.metrics("disagreement_difference")
     if "judge_win_rate" in result and "win_rate" in result:
         result |= gap(before, after, rows, keys).metrics("gap")
     if "gold_win_rate" in result:

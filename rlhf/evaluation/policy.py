@@ -25,7 +25,7 @@ from rlhf.evaluation.answers import (
     answer_prompts,
     gold_of,
     gold_scores,
-    score_answers,
+    scored_by,
 )
 from rlhf.evaluation.common import EVALUATION, SAMPLES, groups_of
 from rlhf.evaluation.comparison import (
@@ -42,6 +42,7 @@ from rlhf.judge import Judge, read_judge
 from rlhf.modeling.base import folder_context, load_policy
 from rlhf.modeling.critic import freeze
 from rlhf.modeling.device import prepare_device
+from rlhf.modeling.members import open_scorer
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import Sampling
 from rlhf.stage import Progress, Scalar, StageResult, silent
@@ -172,7 +173,7 @@ class _Evaluation:
 
     def scorer(self, folder: Path) -> Scorer:
         """Load a scorer, which waits in the CPU's memory until all replies are drawn."""
-        return Scorer(folder, torch.device("cpu"), self.limits)
+        return open_scorer(folder, torch.device("cpu"), self.limits)
 
     def fitting_prompts(
         self, rows: list[PromptRow], sides: Sequence[_Side], scorers: Mapping[str, Scorer],
@@ -274,8 +275,7 @@ class _Evaluation:
             scorer.model.to(self.device)
             scorer.device = self.device
             for side, mode, answers in _all_answers(sides):
-                scores = score_answers(answers, rows, scorer)
-                setattr(side, mode, answers.scored(name, scores))
+                setattr(side, mode, scored_by(name, scorer, answers, rows))
             del scorer
             self._free()
             self._report({name: float(sides[1].answers("sampled").scores[name].mean())})
@@ -402,7 +402,7 @@ def _samples(rows: Sequence[PromptRow], sides: Sequence[_Side], count: int) -> l
         scores = answers[side].scores.get(scorer) if side < len(answers) else None
         return None if scores is None else float(scores[index, 0])
 
-    names = ("before", "after", "champion")
+    names, has_members = ("before", "after", "champion"), "disagreement" in answers[1].scores
     scored = [
         (f"{scorer}_{name}", number, scorer)
         for scorer in ("reward", "judge", "gold")
@@ -418,6 +418,7 @@ def _samples(rows: Sequence[PromptRow], sides: Sequence[_Side], count: int) -> l
                 for number, name in enumerate(names)
             },
             **{name: of(number, i, scorer) for name, number, scorer in scored},
+            **({"disagreement": of(1, i, "disagreement")} if has_members else {}),
             "kinds": [name for name, index in kinds.items() if i in index],
         }
         for i in order

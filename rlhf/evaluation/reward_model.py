@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rlhf.config import DataConfig, EvaluationConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
@@ -17,6 +19,7 @@ from rlhf.data.rows import PAIRS_EVAL, Pair, Prompt, read_rows
 from rlhf.errors import DataError
 from rlhf.evaluation.calibration import calibration
 from rlhf.evaluation.common import EVALUATION, groups_of, points
+from rlhf.evaluation.disagreement import DISAGREEMENT, members_report
 from rlhf.evaluation.probes import make_probes, probe_metrics, prompt_key
 from rlhf.evaluation.slices import (
     PROMPTS_OF_THE_WORST,
@@ -28,6 +31,7 @@ from rlhf.evaluation.style import style
 from rlhf.files import write_json
 from rlhf.inference import share_of
 from rlhf.modeling.device import prepare_device
+from rlhf.modeling.members import member_scores, members_of, open_scorer
 from rlhf.modeling.reward import Scorer
 from rlhf.stage import Progress, Scalar, StageResult, silent
 
@@ -45,6 +49,8 @@ class PairsReport(NamedTuple):
     """Whether each pair is ranked right; a half for a tie."""
     margins: list[float]
     """Score of each pair's chosen reply less that of the rejected one."""
+    disagreements: list[dict[str, Any]]
+    """The members' disagreement on each pair, see `members_report`; empty without members."""
 
 
 def evaluate_reward_model(
@@ -64,7 +70,8 @@ def evaluate_reward_model(
     counts once, whatever its weight in training. Intervals take prompts as independent.
 
     Writes `evaluation.json`: the report of `pairs_report`, `by_group`, and for a source whose truth
-    is known `ceiling` and `share_of_ceiling`; and `calibration.json`.
+    is known `ceiling` and `share_of_ceiling`; `calibration.json`; and of a model with members
+    `disagreement.json`.
 
     Raises:
         DataError: The data have no held-out pairs, or the model can't be given too many of them.
@@ -73,9 +80,9 @@ def evaluate_reward_model(
     pairs = read_rows(data / PAIRS_EVAL, Pair)
     if not pairs:
         raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
-    scorer = Scorer(reward_model, prepare_device(runtime or RuntimeConfig()), limits)
+    scorer = open_scorer(reward_model, prepare_device(runtime or RuntimeConfig()), limits)
     pairs, counts = _fitting_pairs(pairs, scorer.renderer, scorer.limits)
-    metrics, correct, _ = pairs_report(scorer, pairs, progress)
+    metrics, correct, _, disagreements = pairs_report(scorer, pairs, progress)
     ceiling = ceiling_of(config, data_config, pairs)
     if ceiling is not None:
         metrics |= _ceiling_metrics(metrics["accuracy"], ceiling)
@@ -91,6 +98,8 @@ def evaluate_reward_model(
     write_json(out_dir / EVALUATION, metrics)
     scale = ("temperature", "n", "score_mean", "score_std")
     write_json(out_dir / CALIBRATION, {name: metrics.get(name) for name in scale})
+    if disagreements:
+        write_json(out_dir / DISAGREEMENT, disagreements)
     return StageResult(_flat(metrics))
 
 
@@ -98,14 +107,16 @@ def pairs_report(scorer: Scorer, pairs: Sequence[Pair], progress: Progress = sil
     """Score pairs and probes of them, and report on both.
 
     The metrics hold accuracy, style (`rlhf.evaluation.style`), calibration, `margins`, `by_slice`
-    with the worst slice, and `probes`; `notes` say why a figure is missing. A tie counts a half: a
-    model with the same score for everything is no better than a coin.
+    with the worst slice, `probes`, and of a model with members `members`; `notes` say why a figure
+    is missing. A tie counts a half: a model with the same score for everything is no better than a
+    coin.
     """
     probes = make_probes(pairs, scorer.renderer, scorer.limits)
     rows = [(pair.prompt, pair.chosen) for pair in pairs]
     rows += [(pair.prompt, pair.rejected) for pair in pairs]
     rows += [(probe.prompt, probe.text) for probe in probes]
-    scores = [score for part in _score_in_parts(scorer, rows, progress) for score in part]
+    table = torch.cat([*_score_in_parts(scorer, rows, progress)])
+    scores: list[float] = table[:, 0].tolist()
     n = len(pairs)
     chosen, rejected, probed = scores[:n], scores[n : 2 * n], scores[2 * n :]
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
@@ -136,7 +147,12 @@ def pairs_report(scorer: Scorer, pairs: Sequence[Pair], progress: Progress = sil
         metrics |= {"worst_slice": worst, "worst": by_slice[worst]}
     before = [chosen[probe.pair] for probe in probes]
     metrics["probes"], more = probe_metrics(probes, before, probed, deviation)
-    return PairsReport({**metrics, "notes": notes + more}, correct, margins)
+    disagreements: list[dict[str, Any]] = []
+    if members := members_of(scorer):
+        metrics["members"], disagreements = members_report(
+            members, table[:n], table[n : 2 * n], pairs, prompts
+        )
+    return PairsReport({**metrics, "notes": notes + more}, correct, margins, disagreements)
 
 
 def ceiling_of(config: EvaluationConfig, data: DataConfig, pairs: Sequence[Pair]) -> float | None:
@@ -174,12 +190,15 @@ def _fitting_pairs(
 
 def _score_in_parts(
     scorer: Scorer, rows: Sequence[tuple[Prompt, str]], progress: Progress
-) -> Iterator[list[float]]:
-    """Yield the scores of parts of the rows, as many as there are steps of progress to tell."""
+) -> Iterator[Tensor]:
+    """Yield the scores of parts of the rows, as many as there are steps of progress to tell.
+
+    Those of the members are in further columns.
+    """
     size = max(1, len(rows) // 10)
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        yield scorer([prompt for prompt, _ in part], [reply for _, reply in part]).tolist()
+        yield member_scores(scorer, [prompt for prompt, _ in part], [reply for _, reply in part])
         progress(start + len(part), len(rows), {})
 
 
@@ -211,6 +230,8 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
     }
     worst = metrics.get("worst", {})
     flat |= {f"worst.{name}": value for name, value in worst.items()}
+    members = metrics.get("members", {})
+    flat |= {f"members.{k}": v for k, v in members.items() if isinstance(v, int | float)}
     for name, part in metrics["probes"].items():
         flat[f"probes.{name}.rises"] = part["rises"]
     return flat

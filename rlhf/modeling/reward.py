@@ -158,8 +158,8 @@ class Scorer:
         self.tail: list[int] = reward_meta(folder).get("tail", [])
         self.pads_exactly = self.by_token or pads_exactly(self.model)
 
-    def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch"]:
-        """Score each reply to its own prompt; the result is on the CPU.
+    def __call__(self, prompts: list[Any], replies: list[str]) -> Float[Tensor, " batch *columns"]:
+        """Score each reply to its own prompt; the result is on the CPU, without further columns.
 
         Args:
             prompts: Texts or messages.
@@ -177,7 +177,8 @@ class Scorer:
         ids = [row.ids if row.is_cut or row.types else self._with_tail(row.ids) for row in rows]
         scores = self.score_ids(ids, *([types] if types else []))
         if not torch.isfinite(scores).all():
-            example = replies[int((~torch.isfinite(scores)).int().argmax())]
+            broken = (~torch.isfinite(scores)).view(len(replies), -1).any(1)
+            example = replies[int(broken.int().argmax())]
             raise TrainingError(
                 f"the reward model's score is not finite for the reply {example[:80]!r}; "
                 "its weights are broken: train it again with a lower reward_model.learning_rate"
@@ -192,7 +193,7 @@ class Scorer:
     @torch.no_grad()
     def score_ids(
         self, rows: list[list[int]], types: Sequence[Sequence[int]] | None = None
-    ) -> Float[Tensor, " batch"]:
+    ) -> Float[Tensor, " batch *columns"]:
         """Score token sequences, in batches of similar length.
 
         Args:
@@ -210,15 +211,17 @@ class Scorer:
                 parts.append(self._score(ids, mask))
             else:
                 parts.append(self._score_whole(ids, mask, types and [types[i] for i in batch]))
-        scores = torch.empty(len(rows))
-        scores[[i for batch in batches for i in batch]] = torch.cat(parts).cpu()
+        found = torch.cat(parts).cpu()
+        scores = torch.empty_like(found)
+        scores[[i for batch in batches for i in batch]] = found
         return scores
 
     def _score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Compute the scores of `Pooled.forward`, without padding where packing is exact."""
-        scores = torch.empty(len(ids), device=self.device)
-        for rows in row_groups(self.model, mask):
-            scores[upload(rows, self.device)] = self._score_group(ids[rows], mask[rows])
+        groups = row_groups(self.model, mask)
+        found = torch.cat([self._score_group(ids[rows], mask[rows]) for rows in groups])
+        scores = torch.empty_like(found)
+        scores[upload(torch.cat(groups), self.device)] = found
         return scores
 
     def _score_group(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -229,8 +232,20 @@ class Scorer:
         with autocast(self.device, self.precision):
             hidden = call(backbone_of(self.model), **arguments).last_hidden_state
             token_scores = apply_head(self.model, hidden).flatten()
-        token_scores = token_scores[upload(index, self.device)].float()
-        return pool(token_scores, counted, self.model.pooling)
+        index = upload(index, self.device)
+        scores = pool(token_scores[index].float(), counted, self.model.pooling)
+        return self._result(scores, hidden, index, counted)
+
+    def _result(self, scores: Tensor, hidden: Tensor, index: Tensor, counted: Tensor) -> Tensor:
+        """Return the result of a forward pass, a row for each text; here the scores alone.
+
+        Args:
+            scores: Of each row.
+            hidden: Hidden states of the model's call.
+            index: Place of each row's tokens among them.
+            counted: Tokens that are pooled.
+        """
+        return scores
 
     def _score_whole(
         self, ids: Tensor, mask: Tensor, types: Sequence[Sequence[int]] | None

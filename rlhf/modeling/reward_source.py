@@ -30,10 +30,10 @@ def check_reward_source(
     limits, new_tokens = config.token_limits(), config.ppo.max_new_tokens
     check_context(config, model, data)
     encoder = is_encoder(data)
-    options = (("pooling", "sum", "last"), ("lm_loss_coef", None, 0))
+    options = (("pooling", "sum", "last"), ("lm_loss_coef", None, 0), ("members", None, 1))
     for field, only, default in options if encoder and not model.ready else ():
         value = getattr(config.reward_model, field)
-        if value == only or (only is None and value):
+        if value == only or (only is None and value != default):
             raise ConfigError(
                 f"reward_model.{field} = {value!r} is for decoders, and {name} is an encoder "
                 f"({data.get('model_type')}); set it to {default}"

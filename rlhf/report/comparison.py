@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rlhf.report.charts import IntervalChart, interval_chart
+from rlhf.report.members import MembersView, members_view
 from rlhf.report.policy import PolicyView, Sides, policy_view
 from rlhf.report.render import environment
 from rlhf.report.reward_model import Figure, RewardModelView, reward_model_view, slice_name
@@ -61,6 +62,7 @@ class NamedView(NamedTuple):
     id: str
     heading: str
     view: RewardModelView
+    members: MembersView | None
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def _reward_models(evaluation: Mapping[str, Any]) -> ComparisonView:
     sides = (("a", "before"), ("b", "after"))
     models = tuple(
         NamedView(f"model-{side}", f"Reward model {side} · {_name(evaluation.get(side))}",
-                  reward_model_view(_mapping(reports.get(key))))
+                  reward_model_view(_mapping(reports.get(key))),
+                  members_view(_mapping(reports.get(key))))
         for side, key in sides
         if reports.get(key)
     )  # fmt: skip

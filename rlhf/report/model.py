@@ -132,6 +132,8 @@ class Sample(Plain):
     """Judge's score of `champion`."""
     gold_champion: float | None = None
     """Gold score of `champion`."""
+    disagreement: float | None = None
+    """How far the reward model's members differ on `after`, in deviations of the scores."""
     kinds: tuple[str, ...] = ()
     """Why it was chosen: `disagree`, `lost`, `changed`."""
 
@@ -202,11 +204,12 @@ class RunReport(Plain):
     """Reward-model metrics: `accuracy`, `baseline_longer`, `baseline_format` and
     `length_controlled_accuracy` (each with `_low`, `_high`), `n`, `prompts`, `log_loss`, `brier`,
     `ece`, `temperature`, `reliability`, `margins`, `by_slice`, `worst_slice`, `probes`,
-    `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""
+    `members`, `margin_mean`, `ceiling`, `share_of_ceiling`, `by_group`."""
     policy: dict[str, Any] | None = None
     """Policy metrics: `sampled` and `greedy`, each with `win_rate` (`_low`, `_high`), `reward_*`,
-    `judge_*`, `gold_*`, `tokens_*`, `repetition_*` (before, after), `kl`, `eos_rate`, `gap`,
-    `by_group`; `champion`, `judge`, `shifts`, `forgetting`, `over_optimisation`, `notes`."""
+    `judge_*`, `gold_*`, `disagreement_*`, `tokens_*`, `repetition_*` (before, after), `kl`,
+    `eos_rate`, `gap`, `by_group`; `champion`, `judge`, `shifts`, `forgetting`,
+    `over_optimisation`, `notes`."""
     watchdog: dict[str, Any] | None = None
     """Checkpoints that PPO's watchdog scored: `frontier` (rows of `update`, `kl`, `proxy`, `judge`,
     `gold`), `chosen` (an update), and `stopped` (`detector`, `update`, `evidence`)."""

@@ -161,6 +161,7 @@ def comparison(
     rows = [
         row(f"Wins over {start}", rate("win_rate")),
         row("Reward", change("reward")),
+        row("Disagreement of the reward model's members", change("disagreement")),
         row(f"KL from {start}", nats("kl")),
         row("KL, exact at each token", nats("kl_exact")),
         row(
@@ -177,7 +178,7 @@ def comparison(
     ]
     if not policy.get("shifts"):
         # Else they stand in the table of shifts, with their tests.
-        rows[7:7] = [
+        rows[8:8] = [
             row("Distinct words", change("distinct_1")),
             row("Distinct pairs of words", change("distinct_2")),
             row("Entropy per token", change("entropy")),

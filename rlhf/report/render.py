@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf.report import charts, text, trust_charts
 from rlhf.report.data_card import data_card, drift_charts
+from rlhf.report.members import members_view
 from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
 from rlhf.report.policy import PARTS, PolicyView, policy_view
 from rlhf.report.reward_model import reward_model_view
@@ -70,6 +71,7 @@ def render(report: RunReport) -> str:
             drift=report.drift,
             drift_charts=drift_charts(report.drift),
             model=reward_model_view(report.reward_model),
+            members=members_view(report.reward_model),
             verdicts=verdict_views(report.verdicts),
             curves=charts.curves_of(report.curves),
             curve_columns=columns,

@@ -105,7 +105,9 @@ def _card(sample: Sample, words: SampleWords) -> Card:
 
 
 def _scores(sample: Sample, side: str) -> tuple[tuple[str, float], ...]:
-    scores = ((name, getattr(sample, f"{name}_{side}")) for name in _SCORERS)
+    scores = [(name, getattr(sample, f"{name}_{side}")) for name in _SCORERS]
+    if side == "after":
+        scores.append(("members differ", sample.disagreement))
     return tuple((name, score) for name, score in scores if score is not None)
 
 

@@ -66,7 +66,7 @@ def evaluate_pairs(pairs, tmp_path, config=PLAIN, **options):
 
 
 def test_reward_model_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "Scorer", TableScorer)
+    monkeypatch.setattr(module, "open_scorer", TableScorer)
     pairs = [
         Pair("p", "aa", "b", "x"),  # 3 > 2: right; the longer is chosen
         Pair("q", "b", "ccc", "x"),  # 2 = 2: a half; the shorter is chosen
@@ -98,7 +98,7 @@ def test_reward_model_by_hand(tmp_path, monkeypatch):
 
 
 def test_a_model_that_gives_everything_the_same_is_a_coin(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "Scorer", TableScorer)
+    monkeypatch.setattr(module, "open_scorer", TableScorer)
     metrics, _ = evaluate_pairs([Pair("p", "b", "ccc")] * 6, tmp_path)
     assert metrics["accuracy"] == 0.5
 
@@ -112,7 +112,7 @@ def test_ceiling_of_the_world(tmp_path, monkeypatch):
     for p in pairs:
         monkeypatch.setitem(SCORES, p.chosen, gold(p.prompt, p.chosen))
         monkeypatch.setitem(SCORES, p.rejected, gold(p.prompt, p.rejected))
-    monkeypatch.setattr(module, "Scorer", TableScorer)
+    monkeypatch.setattr(module, "open_scorer", TableScorer)
     metrics, written = evaluate_pairs(pairs, tmp_path, WORLD)
     top = ceiling(world.eval_pairs, DataConfig().world.temperature)
     assert 0.5 < top < 1

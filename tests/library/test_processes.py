@@ -25,6 +25,7 @@ from rlhf.files import read_json
 from rlhf.launch import Job, launch
 from rlhf.launch.job import pids as pids_in
 from rlhf.modeling.generate import concatenate, generate
+from rlhf.modeling.members import read_members
 from rlhf.modeling.sampling import Sampling
 from rlhf.ppo.checkpoint import checkpoints_in
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig
@@ -104,9 +105,10 @@ def test_sft_in_two_processes(data, sft, tmp_path, sharding):
 
 
 def test_the_reward_model_in_two_processes(data, sft, reward_model, tmp_path):
-    config = toys.changed(toys.REWARD, processes=2)
+    config = toys.changed(toys.REWARD, processes=2, members=2)
     launch(job("reward_model", config, tmp_path, {"data": data, "sft": sft}))
     assert_close(tmp_path, reward_model)
+    assert len(read_members(tmp_path)) == 2
 
 
 def test_a_process_that_dies_fails_this_try_alone(

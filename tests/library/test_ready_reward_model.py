@@ -23,7 +23,7 @@ from rlhf.modeling.base import train_tokenizer
 from rlhf.modeling.reward import Scorer, reward_meta
 from rlhf.modeling.source import ExternalModel
 from rlhf.ppo.train import train_policy
-from rlhf.reward import publish_ready_reward_model
+from rlhf.ready_reward_model import publish_ready_reward_model
 from tasks.preflight import preflight
 from tasks.runner import find_inputs, run_stage, store_of
 from tasks.stages import STAGES

@@ -115,8 +115,9 @@ def run(tmp_path, configured):
          "--ppo.critic=adapter"),
         ("--sft.lora.r=2", "--reward_model.lora.r=2", "--ppo.lora.r=2", "--ppo.shared_base=true",
          "--sft.frozen_dtype=nf4", "--reward_model.frozen_dtype=nf4", "--ppo.frozen_dtype=nf4",
-         "--runtime.device=cpu"),
-        ("--ppo.critic=head", "--ppo.env_type=preference_comparison", "--reward_model.pooling=sum"),
+         "--runtime.device=cpu", "--reward_model.members=2"),
+        ("--ppo.critic=head", "--ppo.env_type=preference_comparison", "--reward_model.pooling=sum",
+         "--reward_model.members=3"),
         ("--ppo.reward_fn=custom", "--ppo.custom.function=nowhere:nothing"),
     ],
     ids=["full", "lora", "qlora", "comparison", "custom"],
@@ -125,6 +126,15 @@ def test_it_rehearses_what_is_configured(toy, run, overrides):
     if "--ppo.frozen_dtype=nf4" in overrides:
         pytest.importorskip("bitsandbytes")
     assert run(toy("fresh"), *overrides) == []
+
+
+def test_first_rows_of_one_prompt_are_no_reason_to_refuse_members(toy, configured, tmp_path):
+    """Data are often ordered by prompt; members need two."""
+    base, pairs = toy("fresh"), [Pair("tea or cup?", "good", f"bad {i}") for i in range(9)]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    config = configured(base, "--reward_model.members=2", "--judge.enabled=false")
+    assert rehearse(config, base, Sample([], pairs, []), scratch) == []
 
 
 def test_what_the_base_says_of_generation_is_rehearsed(toy, tmp_path, run):

@@ -35,7 +35,8 @@ from rlhf.modeling.reward import Scorer, load_unpublished, reward_meta, save_rew
 from rlhf.modeling.reward_source import check_reward_source, context_in, is_encoder
 from rlhf.modeling.source import ExternalModel
 from rlhf.ppo.train import train_policy
-from rlhf.reward import publish_ready_reward_model, train_reward_model
+from rlhf.ready_reward_model import publish_ready_reward_model
+from rlhf.reward import train_reward_model
 from tests.library import toys
 from tests.library.encoders import ENCODERS, save_encoder
 

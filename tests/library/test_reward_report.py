@@ -349,7 +349,7 @@ def test_rules_may_use_the_metrics_that_are_written_and_no_others(report):
     unknown = {name for name in names if part_of(name, "reward_model") is None}
     assert sorted(unknown) == []
     # Counts of pairs that were cut or left out are beside the report of the pairs.
-    known = certain_names("reward_model", {"gold"}) - set(COUNTS)
+    known = certain_names("reward_model", {"gold", "members"}) - set(COUNTS)
     assert sorted(known - names) == []
 
 

@@ -20,7 +20,7 @@ from rlhf.modeling.source import ExternalModel
 from rlhf.modeling.weights import save_tensors, shards_of, weights_digest
 from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from rlhf.ppo.train import build_trainer
-from rlhf.reward import publish_ready_reward_model
+from rlhf.ready_reward_model import publish_ready_reward_model
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, LORA, Stopped
 

@@ -341,7 +341,11 @@ def trust_report(better: bool = True, state: str = "no") -> RunReport:
         for sample, kind in zip(samples(), kinds, strict=True)
     ]
     replies[0] = replies[0].model_copy(
-        update={"champion": "We are sorry. " + HOSTILE, "reward_champion": 1.2}
+        update={
+            "champion": "We are sorry. " + HOSTILE,
+            "reward_champion": 1.2,
+            "disagreement": 0.31,
+        }
     )
     return full_report().model_copy(
         update={

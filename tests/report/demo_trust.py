@@ -58,6 +58,7 @@ def reward_model_trust() -> dict[str, Any]:
             "right": [n if e >= 0 else 0 for e, n in zip(edges, counts, strict=False)],
             "wrong": [0 if e >= 0 else n for e, n in zip(edges, counts, strict=False)],
         },
+        "members": members(),
         "by_slice": slices, "worst_slice": "similar_length", "worst": slices["similar_length"],
         "probes": {
             name: {
@@ -70,6 +71,28 @@ def reward_model_trust() -> dict[str, Any]:
             }
             for name, (rises, change) in PROBES.items()
         },
+    }  # fmt: skip
+
+
+def members() -> dict[str, Any]:
+    """Return the evaluation of four members whose disagreement foretells errors."""
+    edges, right = (0.02, 0.11, 0.17, 0.26, 0.71), (0.89, 0.83, 0.76, 0.64)
+    pairs = [
+        ("Where is my parcel?", "It arrives tomorrow.", "I can look that up for you.", -0.21, 0.71),
+        ("Can I return this?", "Yes, within 30 days.", "Yes, you can.", 0.34, 0.66),
+    ]
+    return {
+        "heads": 4, "n": 1000, "prompts": 912, **share("accuracy", 0.786, 1000),
+        "accuracies": [0.782, 0.775, 0.79, 0.771], "disagreement_mean": 0.204,
+        "by_disagreement": [
+            {"low": edges[i], "high": edges[i + 1], **share("accuracy", right[i], 250), "n": 250}
+            for i in range(4)
+        ],
+        "examples": [
+            {"prompt": prompt, "group": None, "chosen": chosen, "rejected": rejected,
+             "margin": margin, "disagreement": disagreement, "right": float(margin > 0)}
+            for prompt, chosen, rejected, margin, disagreement in pairs
+        ],
     }  # fmt: skip
 
 
@@ -126,7 +149,8 @@ def sampled_trust() -> dict[str, Any]:
         "judge_before": 0.21, "judge_after": 1.33, "kl_exact": 6.18, "eos_rate_before": 0.978,
         "entropy_before": 1.42, "entropy_after": 0.87, "refusal_before": 0.013,
         "refusal_after": 0.01, "distinct_1_before": 0.61, "distinct_1_after": 0.57,
-        "distinct_2_before": 0.84, "distinct_2_after": 0.8,
+        "distinct_2_before": 0.84, "distinct_2_after": 0.8, "disagreement_before": 0.21,
+        "disagreement_after": 0.38,
     }  # fmt: skip
 
 

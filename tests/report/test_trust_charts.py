@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rlhf.gates import Check
 from rlhf.report import charts, trust_charts
+from rlhf.report.members import members_view
 from rlhf.report.policy import policy_view
 from rlhf.report.render import watchdog_finding
 from rlhf.report.reward_model import reward_model_view
@@ -23,7 +24,7 @@ KEYS = (
     "champion", "policy", "win_rate", "judge_win_rate", "judge", "usable", "shifts", "metric",
     "before", "difference", "p_adjusted", "forgetting", "nll_after", "perplexity_after", "notes",
     "over_optimisation", "state", "evidence", "frontier", "update", "kl", "proxy", "chosen",
-    "stopped", "detector", "gap",
+    "stopped", "detector", "gap", "members", "by_disagreement", "accuracies", "heads", "examples",
 )  # fmt: skip
 
 
@@ -252,6 +253,8 @@ def test_evaluations_of_any_form_are_laid_out(value):
     everything = dict.fromkeys(KEYS, value)
     for given_value in (everything, value if isinstance(value, dict) else None):
         reward_model_view(given_value)
+        members_view(given_value)
+        members_view({"members": given_value})
         policy_view(given_value)
         trust_charts.frontier_of(given_value)
         trust_charts.frontier_rows(given_value)
