@@ -197,27 +197,42 @@ def unpin(name: str, *, store: StoreOption = None, config: ConfigOption = None) 
 
 
 @app.command
-def rm(*refs: str, store: StoreOption = None, config: ConfigOption = None) -> None:
+def rm(
+    *refs: str, unfreeze: bool = False, store: StoreOption = None, config: ConfigOption = None
+) -> None:
     """Remove artifacts; `gc --delete` then removes the files that no other artifact has.
 
     Parameters
     ----------
     refs
-        Digests, their first 6 or more digits, or URIs. A champion, a pinned artifact, and what they
-        were made from stay.
+        Digests, their first 6 or more digits, or URIs. A champion, its verdict and evaluation, a
+        pinned artifact, and what they were made from stay.
+    unfreeze
+        Remove a champion's verdict or evaluation all the same, and with it the gate prompts that
+        all challengers answer. Each is then compared on its own held-out prompts.
     """
     from rlhf.champions import latest_entry, model_lines
 
     opened = open_named(store, config)
-    champions = [latest_entry(opened, line) for line in model_lines(opened)]
-    needed = {e["policy"] for e in champions if e} | set(opened.pins.by_name().values())
-    kept = {a.ref.digest: top for top in needed if opened.exists(top) for a in opened.lineage(top)}
+    champions = [entry for line in model_lines(opened) if (entry := latest_entry(opened, line))]
+    verdicts = {entry["verdict"] for entry in champions if entry.get("verdict")}
+    needed = {entry["policy"] for entry in champions} | set(opened.pins.by_name().values())
+    kept, frozen = (
+        {a.ref.digest: top for top in tops if opened.exists(top) for a in opened.lineage(top)}
+        for tops in (needed, verdicts)
+    )
     digests = [opened.resolve(ref).digest for ref in refs]
     for digest in digests:
         if digest in kept:
             raise ConfigError(
                 f"{digest[:12]} is, or was used to make, {kept[digest][:12]}, which is pinned or a "
                 "champion; unpin it, or promote another first"
+            )
+        if digest in frozen and not unfreeze:
+            raise ConfigError(
+                f"{digest[:12]} is, or was used to make, a champion's verdict {frozen[digest][:12]}"
+                ": without it challengers can't be compared on the prompts that were frozen for "
+                "them; promote another first, or add --unfreeze (looks at the prompts still count)"
             )
     for digest in digests:
         opened.delete(digest)

@@ -99,10 +99,10 @@ def _compare_policies(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     from rlhf.evaluation.compare import Scorers, compare_policies
     from rlhf.modeling.device import prepare_device
-    from tasks.models import trained_prompts
+    from tasks.models import known_prompts
 
     scoring, notes = _scoring_models(b, options.judge, store)
-    seen = trained_prompts((a, b), store)
+    seen = known_prompts((a, b), store)
     rows, source, more = _prompts(a, b, prompts, data, seen, store)
     rows, unseen = _never_trained_on(rows, (a, b), seen)
     device = prepare_device(runtime)
@@ -173,11 +173,11 @@ def _compare_reward_models(
     from rlhf.data.rows import PAIRS_EVAL, Pair, read_rows
     from rlhf.evaluation.compare import compare_reward_models
     from rlhf.modeling.device import prepare_device
-    from tasks.models import trained_prompts
+    from tasks.models import known_prompts
 
     folder, name = _dataset(b, data, store, "--data <dataset>")
     pairs = read_rows(folder / PAIRS_EVAL, Pair)
-    pairs, notes = _never_trained_on(pairs, (a, b), trained_prompts((a, b), store))
+    pairs, notes = _never_trained_on(pairs, (a, b), known_prompts((a, b), store))
     device = prepare_device(runtime)
     scorers = [load_scorer(model, device, options.max_length, store) for model in (a, b)]
     with progress_of("score") as progress:
@@ -256,22 +256,24 @@ def _dataset(b: NamedModel, data: str | None, store: Store, cure: str) -> tuple[
 def _never_trained_on(
     rows: Sequence[Any], models: Sequence[NamedModel], seen: Set[str]
 ) -> tuple[list[Any], list[str]]:
-    """Return the rows whose prompt no model was trained on, and remarks.
+    """Return the rows whose prompt no model knows from its training, and remarks.
 
     Raises:
         DataError: None is left.
     """
-    from rlhf.data.collect import exact_key
+    from rlhf.data.chat import loose_key
 
-    unseen = [row for row in rows if exact_key(row.prompt) not in seen]
+    unseen = [row for row in rows if loose_key(row.prompt) not in seen]
     count = len(rows) - len(unseen)
     if not unseen:
         raise DataError(
-            f"one of the models was trained on the prompts of all {count:,} rows; give others"
+            f"one of the models was trained on the prompts of all {count:,} rows, or chosen by "
+            "them; give others"
             if count
             else "there are no held-out rows to compare on; give others by --prompts or --data"
         )
-    notes = [f"{count:,} rows are left out: a model was trained on their prompts"] if count else []
+    said = f"{count:,} rows are left out: a model was trained on their prompts, or chosen by them"
+    notes = [said] if count else []
     for model in models:
         if model.ref is None:
             notes.append(f"what {model.text} was trained on is not known")

@@ -14,7 +14,13 @@ from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
 from rlhf.config import LoadedConfig, PipelineConfig
-from rlhf.errors import ApprovalMissing, ApprovalRefused, GateRejected, NotBetter, RLHFError
+from rlhf.errors import (
+    AlreadyChampion,
+    ApprovalMissing,
+    ApprovalRefused,
+    GateRejected,
+    NotBetter,
+)
 from rlhf.report import GREEN, RunOutcome, StageRow, StageState
 from rlhf.store import ArtifactRef
 from tasks.drift import GATE, check_drift
@@ -24,12 +30,14 @@ from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
 from tasks.promotion import is_waiting, wait_for_approval
 from tasks.report import PipelineRun, write_report
+from tasks.retries import retried
 from tasks.runner import Outcome
 from tasks.stage import Stage, store_of
 from tasks.stages import PREPARE_DATA, STAGES
 
 #: Outcome of a run that one of these errors stopped; any other error is a failure.
 OUTCOMES = (
+    (AlreadyChampion, RunOutcome.PROMOTED),
     (NotBetter, RunOutcome.NOT_BETTER),
     (GateRejected, RunOutcome.GATE_REJECTED),
     (ApprovalMissing, RunOutcome.AWAITING_APPROVAL),
@@ -85,62 +93,33 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     return Failed(name=state, message=run.reason, data=data), run
 
 
-def _check_drift(run: PipelineRun, data: ArtifactRef) -> RLHFError | None:
-    """Compare the data with the champion's, and return the error that stops the run."""
-    try:
-        run.drift = check_drift(run.config, data, store_of(run.config))
-    except RLHFError as error:
-        return error
-    for line in run.drift.warnings:
-        get_run_logger().warning("drift: %s", line)
-    return run.drift.rejection
-
-
-def _check_gates(run: PipelineRun, data: ArtifactRef) -> RLHFError | None:
-    """Check what the gates will need, and return the error that stops the run."""
-    try:
-        run.gates = check_gates(run.config, data, store_of(run.config))
-    except RLHFError as error:
-        return error
-    for line in run.gates.lines:
-        get_run_logger().info("gates: %s", line)
-    return None
-
-
 def run_stages(run: PipelineRun) -> None:
     """Run the stages in order until one of them stops the run."""
     for stage in STAGES.values():
-        inputs = {role: run.refs[maker] for role, maker in stage.inputs.items()}
-        started, stage_name = time.monotonic(), str(stage.name)
-        if stage.needs_approval and is_waiting(run.config, inputs["policy"]):
-            run.outcome = RunOutcome.AWAITING_APPROVAL
-            run.reason = f"The policy {_met(run.config)} waits for a person's approval."
-            # A run of a deployment ends here, until it is resumed.
-            wait_for_approval(run.config, inputs["policy"], run.name, write_report(run))
-        result = _run(stage, run.config, inputs)
+        started, name = time.monotonic(), str(stage.name)
+        result = _run(run, stage)
         if isinstance(result, Outcome):
             run.refs[stage.name] = result.ref
             state = StageState.CACHED if result.cached else StageState.COMPLETED
             run.rows.append(
                 StageRow(
-                    name=stage.name, state=state, seconds=result.seconds, metric=result.headline,
+                    name=name, state=state, seconds=result.seconds, metric=result.headline,
                     artifact=result.ref.digest,
                 )
             )  # fmt: skip
             if stage is not PREPARE_DATA:
                 continue
             started = time.monotonic()
-            stage_name, error = GATE, _check_drift(run, result.ref)
-            if error is None:
-                stage_name, error = CHECK, _check_gates(run, result.ref)
-            if error is None:
+            name, result = _check_data(run, result.ref)
+            if result is None:
                 continue
-            result = error
         run.outcome = next((o for e, o in OUTCOMES if isinstance(result, e)), RunOutcome.FAILED)
         run.reason = str(result) or type(result).__name__
         run.error = result
-        state, seconds = StageState(run.outcome.value), time.monotonic() - started
-        run.rows.append(StageRow(name=stage_name, state=state, seconds=seconds, message=run.reason))
+        is_kept = isinstance(result, NotBetter)
+        state = StageState.NOT_BETTER if is_kept else StageState(run.outcome.value)
+        seconds = time.monotonic() - started
+        run.rows.append(StageRow(name=name, state=state, seconds=seconds, message=run.reason))
         break
     else:
         run.outcome = RunOutcome.PROMOTED
@@ -153,13 +132,50 @@ def run_stages(run: PipelineRun) -> None:
     ]
 
 
-def _run(stage: Stage, config: PipelineConfig, inputs: dict[str, ArtifactRef]) -> Any:
+def _run(run: PipelineRun, stage: Stage) -> Any:
     """Run a stage with its optional inputs, and return its outcome or error."""
+    config = run.config
+    inputs = {role: run.refs[maker] for role, maker in stage.inputs.items()}
+    waits = False
     try:
-        optional = stage.find_optional(config, inputs, store_of(config))
-    except RLHFError as error:
+        if stage.needs_approval:
+            policy = inputs["policy"]
+            waits = retried(config, "reading approvals", lambda: is_waiting(config, policy))
+        optional = retried(
+            config, f"finding what {stage.name} needs",
+            lambda: stage.find_optional(config, inputs, store_of(config)),
+        )  # fmt: skip
+    except Exception as error:
         return error
+    if waits:
+        run.outcome = RunOutcome.AWAITING_APPROVAL
+        run.reason = f"The policy {_met(config)} waits for a person's approval."
+        # A run of a deployment ends here, until it is resumed.
+        wait_for_approval(config, inputs["policy"], run.name, write_report(run))
     return run_task(stage, config, {**inputs, **optional}).result(raise_on_failure=False)
+
+
+def _check_data(run: PipelineRun, data: ArtifactRef) -> tuple[str, BaseException | None]:
+    """Compare the data with the champion's, and check what the gates will need.
+
+    Returns:
+        Name of the last check, and the error that stops the run, if there is one.
+    """
+    config, log = run.config, get_run_logger()
+    name = GATE
+    try:
+        run.drift = retried(config, GATE, lambda: check_drift(config, data, store_of(config)))
+        for line in run.drift.warnings:
+            log.warning("drift: %s", line)
+        if run.drift.rejection is not None:
+            return GATE, run.drift.rejection
+        name = CHECK
+        run.gates = retried(config, CHECK, lambda: check_gates(config, data, store_of(config)))
+        for line in run.gates.lines:
+            log.info("gates: %s", line)
+    except Exception as error:
+        return name, error
+    return CHECK, None
 
 
 def _met(config: PipelineConfig) -> str:

@@ -49,8 +49,9 @@ def compared_with(evaluation: Mapping[str, Any]) -> Compared | None:
 
 
 def with_comparison(
-    verdict: Verdict, evaluation: Mapping[str, Any], settings: ChampionGateConfig, look: int
-) -> Verdict:
+    verdict: Verdict, evaluation: Mapping[str, Any], settings: ChampionGateConfig, look: int,
+    spent: float | None = None,
+) -> Verdict:  # fmt: skip
     """Return a verdict with the checks of the comparison that the evaluation holds.
 
     Args:
@@ -58,6 +59,7 @@ def with_comparison(
         evaluation: Metrics of the policy, with the part `champion`.
         settings: Confidences, margin, planned looks.
         look: How many policies have been compared on these prompts, with this one.
+        spent: Sum of the levels of the looks before; None if all had these settings.
     """
     compared = compared_with(evaluation)
     if compared is None:
@@ -67,7 +69,7 @@ def with_comparison(
     checks = (
         _superiority(part, name, settings),
         *_non_inferiority(part, name, settings),
-        _look(look, settings),
+        _look(look, (look - 1) * settings.look_level if spent is None else spent, settings),
     )
     return replace(
         verdict,
@@ -155,11 +157,16 @@ def _bounded(
     return Check(full, rate, bound, low >= least, low, high, prompts, kind="champion")
 
 
-def _look(look: int, settings: ChampionGateConfig) -> Check:
-    note = "" if look <= settings.looks else (
-        f"these gate prompts have been used for as many comparisons as planned; {NEW_PROMPTS}"
-    )  # fmt: skip
+def _look(look: int, spent: float, settings: ChampionGateConfig) -> Check:
+    passed, note = settings.allows_look(spent), ""
+    if passed != (look <= settings.looks):
+        note = (
+            "the comparisons before it, at other settings of gates.champion, have spent "
+            f"{spent:.2%} of the chance of error of {1 - settings.confidence:.2%}"
+        )
+    elif not passed:
+        note = "these gate prompts have been used for as many comparisons as planned"
+    note += "" if passed else f"; {NEW_PROMPTS}"
     return Check(
-        "look", float(look), f"≤ {settings.looks}", look <= settings.looks, note=note,
-        kind="champion",
+        "look", float(look), f"≤ {settings.looks}", passed, note=note, kind="champion"
     )  # fmt: skip

@@ -132,6 +132,13 @@ class NotBetter(GateRejected):
     """
 
 
+class AlreadyChampion(NotBetter):
+    """A policy was not found better than the champion of then, and a person promoted it since.
+
+    A normal end of a run: its policy is the champion.
+    """
+
+
 class PromotionLost(RLHFError):
     """The champion was changed by another promotion meanwhile; never retried."""
 

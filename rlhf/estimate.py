@@ -98,8 +98,12 @@ def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
         for name, section, replies in sections
     ]
     shape = _adapted(plain, base, config.ppo.lora)
-    judged = config.judge.enabled and config.ppo.watchdog is not None
-    return [*result, _ppo(config.ppo, shape, length, speed, exact, judged=judged)]
+    ppo = _ppo(config.ppo, shape, length, speed, exact, judged=_is_judged(config))
+    if config.ppo.watchdog is not None and not _is_on_gpu(config.runtime.device):
+        # The weights of its best look, in the host's memory: rlhf/ppo/watchdog.py.
+        retained = WEIGHT * (shape.adapter or shape.parameters)
+        ppo = replace(ppo, weights=ppo.weights + retained)
+    return [*result, ppo]
 
 
 def cures(config: PipelineConfig, stage: Estimate) -> str:
@@ -119,9 +123,15 @@ def cures(config: PipelineConfig, stage: Estimate) -> str:
             advice.append("set ppo.gradient_checkpointing to true")
     if stage.cache > 0.3 * stage.peak:
         advice.append("lower ppo.rollout_batch_size")
-    if stage.section == "ppo" and config.judge.enabled and section.watchdog is not None:
-        advice.append("set ppo.watchdog to none, which needs no judge in memory")
+    if stage.section == "ppo" and section.watchdog is not None:
+        needless = "judge in memory" if _is_judged(config) else "second copy of the policy"
+        advice.append(f"set ppo.watchdog to none, which needs no {needless}")
     return "; ".join([*advice, "take a smaller base or a larger device"])
+
+
+def _is_judged(config: PipelineConfig) -> bool:
+    """Return whether PPO holds a judge, for its watchdog."""
+    return config.judge.enabled and config.ppo.watchdog is not None
 
 
 def _training(

@@ -1,4 +1,4 @@
-"""The champion that a run's policy is compared with, its gate prompts, and the looks at them."""
+"""The champion that a run's policy is compared with, and its gate prompts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from rlhf.store import ArtifactRef, Store
 #: Roles of the optional inputs of the policy's evaluation, each with the kind of artifact.
 CHAMPION, CHAMPION_EVALUATION = "champion", "champion-evaluation"
 OPTIONAL = {CHAMPION: "policy", CHAMPION_EVALUATION: "evaluation"}
-#: Prefix of the histories of policies that were compared on the same gate prompts.
-_LOOKS = "looks"
 
 
 @dataclass(frozen=True)
@@ -94,36 +92,11 @@ def reply_settings(policy: ArtifactRef, store: Store) -> tuple[int, tuple[str, .
     return ppo.max_new_tokens, ppo.generation.stop_sequences
 
 
-def take_look(store: Store, line: str, prompts: str, policy: str, result: str = "") -> int:
-    """Record that a policy was compared on some gate prompts; return the number of its look.
-
-    An equal comparison of the same policy looks once, however often it is repeated. Other replies
-    of it, as by other settings of the evaluation, are another chance to be found better.
-
-    Args:
-        store: Has the history.
-        line: Model line.
-        prompts: Digest of the gate prompts.
-        policy: Digest of the policy.
-        result: Digest of the comparison's figures.
-    """
-    name = _history(line, prompts)
-    if (policy, result) not in _looks(store, name):
-        entry = {"policy": policy, "result": result, "when": champions.timestamp()}
-        store.history.append(name, entry)
-    return _looks(store, name).index((policy, result)) + 1
-
-
-def looks_taken(store: Store, line: str, prompts: str) -> int:
-    """Return the number of comparisons on some gate prompts."""
-    return len(_looks(store, _history(line, prompts)))
-
-
 def _frozen(
     config: PipelineConfig, store: Store, entry: Promotion
 ) -> tuple[ArtifactRef | None, str]:
     """Return the evaluation of a champion whose gate prompts stay in use, or None and why."""
-    own = "this run's own held-out prompts are used, and looks at them are counted anew"
+    own = "this run's own held-out prompts are used"
     if entry.verdict is None:
         return None, f"the champion was promoted without an evaluation: {own}"
     if not store.exists(entry.verdict):
@@ -137,13 +110,3 @@ def _frozen(
     if manifest.producer.config.get("rotation", 0) != config.data.rotation:
         return None, ""
     return store.resolve(digest), ""
-
-
-def _looks(store: Store, name: str) -> list[tuple[str, str]]:
-    """Return the policies and results of a history of looks, each once."""
-    entries = store.history.entries(name)
-    return [*dict.fromkeys((entry["policy"], entry.get("result", "")) for entry in entries)]
-
-
-def _history(line: str, prompts: str) -> str:
-    return f"{_LOOKS}/{line}/{prompts}"

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rlhf.challenge import NEW_PROMPTS
 from rlhf.config import PipelineConfig
 from rlhf.data.chat import loose_key
-from rlhf.data.gate_prompts import MAX_KNOWN, GatePrompts, read_gate_prompts
+from rlhf.data.gate_prompts import MAX_KNOWN, GatePrompts, PromptSet, read_gate_prompts
+from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import PAIRS_EVAL, PROMPTS_EVAL, PROMPTS_GATE, Pair, PromptRow, iterate_rows
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.gate_sizes import Sizes, check_gate_sizes, describe_power
-from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import Manifest
-from tasks.challenge import Challenge, find_challenge, looks_taken
+from tasks.challenge import Challenge, find_challenge
+from tasks.looks import looks_taken
 from tasks.runner import find_inputs
-from tasks.stages import EVALUATION, GATE_POLICY, PREPARE_DATA
+from tasks.stages import EVALUATE_POLICY, GATE_POLICY, PREPARE_DATA
 
 #: Beginning of a model's name that is an artifact.
 ARTIFACT = "artifact:"
@@ -56,49 +58,62 @@ def check_gates(config: PipelineConfig, data: ArtifactRef, store: Store) -> Gate
         ArtifactMissing: The champion is not in the store.
     """
     _check_rotation(config, store)
-    challenge = find_challenge(config, store)
-    prompts = _frozen_prompts(config, store, challenge, data)
-    sizes = _sizes(config, store.fetch(data), prompts)
+    # The champion's own configuration meets the champion before it, as it did when it was trained.
+    challenge = find_challenge(config, store, _trained_policy(config, data))
+    folder = store.fetch(data)
+    frozen = _frozen_prompts(config, store, challenge, folder)
+    held_out = [*islice(iterate_rows(folder / PROMPTS_EVAL, PromptRow), config.evaluation.prompts)]
+    sizes = _sizes(config, folder, len(held_out), frozen)
     check_gate_sizes(config, sizes, has_champion=challenge is not None)
-    return GateCheck(
-        describe_power(config, sizes), tuple(_notes(config, store, challenge, prompts))
-    )
+    notes = _remarks(config, challenge, frozen)
+    if challenge is not None:
+        rows, whose = (frozen.rows, "the champion's") if frozen else (held_out, "this run's")
+        notes += _check_looks(config, store, PromptSet.of(rows), whose)
+    return GateCheck(describe_power(config, sizes), tuple(notes))
 
 
-def _sizes(config: PipelineConfig, folder: Path, prompts: GatePrompts | None) -> Sizes:
+def _trained_policy(config: PipelineConfig, data: ArtifactRef) -> str | None:
+    """Return the digest of the policy that this configuration trained before; None if it did not.
+
+    Whoever gives a stage other inputs trains another one; its gate compares that as it has to.
+    """
+    try:
+        found = find_inputs(EVALUATE_POLICY, config, {"data": data}, optional=False)
+        return found["policy"].digest
+    except ArtifactMissing:
+        return None
+
+
+def _sizes(
+    config: PipelineConfig, folder: Path, held_out: int, frozen: GatePrompts | None
+) -> Sizes:
     pairs = [loose_key(pair.prompt) for pair in iterate_rows(folder / PAIRS_EVAL, Pair)]
-    if prompts is not None:
-        count = len(prompts.fresh)
-    else:
-        held_out = sum(1 for _ in iterate_rows(folder / PROMPTS_EVAL, PromptRow))
-        count = min(held_out, config.evaluation.prompts)
     return Sizes(
         len(pairs),
         len(set(pairs)),
-        count,
+        held_out if frozen is None else len(frozen.fresh),
         config.evaluation.samples_per_prompt,
-        are_frozen=prompts is not None,
+        are_frozen=frozen is not None,
     )
 
 
 def _frozen_prompts(
-    config: PipelineConfig, store: Store, challenge: Challenge | None, data: ArtifactRef
+    config: PipelineConfig, store: Store, challenge: Challenge | None, folder: Path
 ) -> GatePrompts | None:
     """Return the champion's gate prompts; None if they are not used.
 
     Raises:
-        ConfigError: The dataset trains on too many of them.
+        ConfigError: The dataset in the folder trains on too many of them.
     """
     if challenge is None or challenge.evaluation is None:
         return None
-    evaluation = store.fetch(challenge.evaluation, [PROMPTS_GATE])
-    prompts = read_gate_prompts(evaluation, store.fetch(data))
+    path = store.fetch(challenge.evaluation, [PROMPTS_GATE]) / PROMPTS_GATE
+    prompts = read_gate_prompts(path, folder, forgotten_ids(store))
     if not prompts.too_many_known:
         return prompts
-    total = prompts.known + len(prompts.fresh)
     files = ", ".join(f"{count:,} in {name}" for name, count in prompts.files.items())
     raise ConfigError(
-        f"data: {prompts.known:,} of the {total:,} gate prompts of the champion "
+        f"data: {prompts.known:,} of the {len(prompts.rows):,} gate prompts of the champion "
         f"{challenge.champion.short} of {config.promotion.name} are among this run's training "
         f"data ({files}), and at most {MAX_KNOWN:.0%} may be: a comparison on them is worth "
         f"little; take the champion's seed (not {config.seed}), another data.rotation than "
@@ -107,44 +122,52 @@ def _frozen_prompts(
     )
 
 
-def _notes(
-    config: PipelineConfig, store: Store, challenge: Challenge | None, prompts: GatePrompts | None
+def _remarks(
+    config: PipelineConfig, challenge: Challenge | None, frozen: GatePrompts | None
 ) -> list[str]:
-    """Return sentences on the gate prompts, and on the looks at them.
-
-    Raises:
-        ConfigError: No look is left for a policy that is not trained yet.
-    """
-    settings = config.gates.champion
-    if settings is None or challenge is None:
-        return []
-    if challenge.evaluation is None or prompts is None:
-        return [challenge.note] if challenge.note else []
-    notes = [note] if (note := prompts.note()) else []
-    if config.evaluation.prompts > (count := len(prompts.fresh) + prompts.known):
+    """Return sentences on the gate prompts."""
+    if challenge is None or frozen is None:
+        return [challenge.note] if challenge and challenge.note else []
+    notes = [note] if (note := frozen.note()) else []
+    if config.evaluation.prompts > (count := len(frozen.rows)):
         notes.append(f"the champion's {count:,} gate prompts are used until data.rotation changes")
-    evaluation = read_saved(store.fetch(challenge.evaluation, [EVALUATION]) / EVALUATION)
-    taken = looks_taken(store, config.promotion.name, evaluation["prompts_sha256"])
-    if taken >= settings.looks and not _is_trained(config):
-        raise ConfigError(
-            f"gates.champion.looks = {settings.looks}: as many comparisons were made on the gate "
-            f"prompts of the champion {challenge.champion.short}, so that a new policy could not "
-            f"be promoted; {NEW_PROMPTS}"
-        )
-    if taken:
-        notes.append(
-            f"{taken} of {settings.looks} looks at the champion's gate prompts are taken"
-            + (
-                f"; no other policy can be promoted on them: {NEW_PROMPTS}"
-                if taken >= settings.looks
-                else ""
-            )
-        )
     return notes
 
 
-def _is_trained(config: PipelineConfig) -> bool:
-    """Return whether this configuration's policy is trained already, so that nothing is lost."""
+def _check_looks(
+    config: PipelineConfig, store: Store, prompts: PromptSet, whose: str
+) -> list[str]:  # fmt: skip
+    """Return a sentence on the looks at the gate prompts that are taken; none if none is.
+
+    Args:
+        config: Configuration with model line and planned looks.
+        store: Has the looks.
+        prompts: The gate prompts.
+        whose: Whose they are, in words.
+
+    Raises:
+        ConfigError: No look is left for a policy that is not evaluated yet.
+    """
+    settings = config.gates.champion
+    if settings is None:
+        return []
+    taken = looks_taken(store, config.promotion.name, prompts, level=settings.look_level)
+    said = f"{taken.count} of {settings.looks} looks at {whose} gate prompts are taken"
+    risk = f"{taken.spent:.2%} of the chance of error of {1 - settings.confidence:.2%}"
+    if abs(taken.spent - taken.count * settings.look_level) > 1e-9:  # of other settings
+        said = f"{taken.count} looks at {whose} gate prompts have spent {risk}"
+    if settings.allows_look(taken.spent):
+        return [said] if taken.count else []
+    if not _is_evaluated(config):
+        raise ConfigError(
+            f"gates.champion.looks = {settings.looks}: {taken.count} comparisons on {whose} gate "
+            f"prompts have spent {risk}, so that a new policy could not be promoted; {NEW_PROMPTS}"
+        )
+    return [f"{said}; no other policy can be promoted on them: {NEW_PROMPTS}"]
+
+
+def _is_evaluated(config: PipelineConfig) -> bool:
+    """Return whether this configuration's policy met the champion already: nothing is lost then."""
     try:
         find_inputs(GATE_POLICY, config, {})
     except ArtifactMissing:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.champions import champion, model_lines
 from rlhf.config.lengths import TokenLimits
-from rlhf.data.collect import exact_key
-from rlhf.data.gate_prompts import MAX_KNOWN
+from rlhf.data.chat import loose_key
+from rlhf.data.gate_prompts import MAX_KNOWN, trained_on
 from rlhf.data.lineage import forgotten_ids
-from rlhf.data.rows import (
-    DEMONSTRATIONS,
-    PAIRS_JUDGE,
-    PAIRS_TRAIN,
-    PROMPTS_GATE,
-    PROMPTS_TRAIN,
-    Demonstration,
-    Pair,
-    PromptRow,
-    iterate_rows,
-    read_rows,
-)
+from rlhf.data.rows import PROMPTS_GATE, PromptRow, read_rows
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import expand_home
 from rlhf.judge import JUDGE as JUDGE_FILE
@@ -224,25 +213,20 @@ def _ancestors(ref: ArtifactRef, kind: str, store: Store) -> Iterator[ArtifactRe
     yield from {e.ref.digest: e.ref for e in found if e.ref.kind == kind and e.depth}.values()
 
 
-def trained_prompts(models: Iterable[NamedModel], store: Store) -> frozenset[str]:
-    """Return the keys of the prompts that models, their ancestors and judges were trained on."""
-    refs = {
-        ref.digest: ref
-        for model in models
-        if model.ref
-        for ref in _ancestors(model.ref, DATASET, store)
-    }
-    # Those of the judge, too, which scores the models' replies.
-    types: Mapping[str, Any] = {
-        DEMONSTRATIONS: Demonstration, PAIRS_TRAIN: Pair, PAIRS_JUDGE: Pair,
-        PROMPTS_TRAIN: PromptRow,
-    }  # fmt: skip
+def known_prompts(models: Iterable[NamedModel], store: Store) -> frozenset[str]:
+    """Return the loose keys of all prompts that decided what models became.
+
+    That is what they, or what they were made from, were trained on, and where a judge chose among
+    a policy's updates its prompts.
+    """
     keys: set[str] = set()
-    for ref in refs.values():
-        folder = store.fetch(ref)
-        for name, row_type in types.items():
-            if (folder / name).exists() or (folder / name).with_suffix(".jsonl").exists():
-                keys.update(exact_key(row.prompt) for row in iterate_rows(folder / name, row_type))
+    for model in models:
+        if model.ref is None:
+            continue
+        judged = model.judge is not None or any(_ancestors(model.ref, JUDGE, store))
+        for ref in _ancestors(model.ref, DATASET, store):
+            for _, prompts in trained_on(store.fetch(ref), judged=judged):
+                keys.update(map(loose_key, prompts))
     return frozenset(keys)
 
 
@@ -265,7 +249,7 @@ def gate_prompts_of(
 
     Args:
         policies: All of them have to be artifacts.
-        seen: Keys of the prompts that they were trained on.
+        seen: Loose keys of the prompts that they know from their training.
         store: Where their evaluations are.
     """
     notes: list[str] = []
@@ -281,7 +265,7 @@ def gate_prompts_of(
                 continue
             found = read_rows(store.fetch(ref, [PROMPTS_GATE]) / PROMPTS_GATE, PromptRow)
             rows = [row for row in found if forgotten.isdisjoint(row.row_ids)]
-            known = sum(exact_key(row.prompt) in seen for row in rows)
+            known = sum(loose_key(row.prompt) in seen for row in rows)
             if rows and known <= MAX_KNOWN * len(rows):
                 return GatePrompts(rows, ref, policy), notes
             notes.append(

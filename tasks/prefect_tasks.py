@@ -11,9 +11,10 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
+from rlhf.champions import champion
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import INLINE
-from rlhf.errors import NotBetter, is_retriable
+from rlhf.errors import AlreadyChampion, GateRejected, NotBetter, is_retriable
 from rlhf.gates import read_verdict, require
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
@@ -91,10 +92,27 @@ def _show_result(stage: Stage, outcome: Outcome, config: PipelineConfig) -> None
 
 
 def _enforce(outcome: Outcome, inputs: Mapping[str, ArtifactRef], config: PipelineConfig) -> None:
-    """Raise GateRejected, or NotBetter, after the verdict was published and shown."""
-    verdict = read_verdict(store_of(config).fetch(outcome.ref))
+    """Raise GateRejected, or NotBetter, after the verdict was published and shown.
+
+    Of a policy that is the champion all the same the error says so.
+    """
+    store = store_of(config)
+    verdict = read_verdict(store.fetch(outcome.ref))
     subject = next(ref for ref in inputs.values() if ref.digest == verdict.subject)
-    require(subject, subject.digest, verdict)
+    try:
+        require(subject, subject.digest, verdict)
+    except GateRejected as error:
+        line = config.promotion.name
+        entry = champion(store, line)
+        if entry is None or entry.policy != subject.digest:
+            raise
+        fact = f"the champion of {line}{entry}"
+        if isinstance(error, NotBetter):
+            worse = f"the gate did not find it better than {str(verdict.champion)[:12]}"
+            raise AlreadyChampion(
+                f"The policy is {fact}; {worse}: {verdict.reason}", verdict
+            ) from None
+        raise GateRejected(f"{error}; it is {fact} all the same", verdict) from None
 
 
 TASKS: dict[str, Task[[PipelineConfig, Refs], Any]] = {

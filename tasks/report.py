@@ -36,6 +36,7 @@ from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.drift import DriftCheck
 from tasks.gate_check import GateCheck
+from tasks.retries import retried
 from tasks.runner import code_version, commit, library_versions, producer
 from tasks.stage import Stage, store_of
 from tasks.stages import (
@@ -80,10 +81,15 @@ def write_report(run: PipelineRun) -> str:
     """Write the report to the report folder and the store, and return its summary.
 
     Sets `run.report`. A run whose stages were all cached gets the page of the run that it repeats.
-    The summary is shown in Prefect's UI too.
+    The summary is shown in Prefect's UI too. If the store fails, so that a failed run can't be
+    reported from it, the page in the report folder has what is known without.
     """
-    store = store_of(run.config)
-    summary = _summary(run, _publish(run, store), store)
+    try:
+        summary = retried(run.config, "writing the report", lambda: _stored_report(run))
+    except OSError as error:
+        if run.error is None:
+            raise
+        summary = _report_without_store(run, error)
     create_markdown_artifact(key="report", markdown=summary, description=f"Report of {run.name}")
     return summary
 
@@ -121,6 +127,27 @@ def gate_lines(run: PipelineRun) -> list[str]:
     return list(run.gates.lines) if run.gates else []
 
 
+def _stored_report(run: PipelineRun) -> str:
+    """Write the whole report, and return its summary."""
+    store = store_of(run.config)
+    return _summary(run, _publish(run, store), store)
+
+
+def _report_without_store(run: PipelineRun, error: OSError) -> str:
+    """Write a page with the stages and the reason alone, and return that as a summary."""
+    reason = f"{run.reason} (all that the store holds is missing from this report: {error})"
+    run.report = _page(run, sha256_bytes(run.name.encode()))
+    run.report.write_text(render(RunReport(**{**_facts(run), "reason": reason})), encoding="utf-8")
+    return f"**{run.outcome}**: {_cell(reason)}\n\nReport: `{run.report}`"
+
+
+def _page(run: PipelineRun, key: str) -> Path:
+    """Return the path of a report in the report folder, which is made."""
+    folder = expand_home(apply_machine_settings(run.config).runtime.report_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / f"{run.config.name}-{key[:10]}.html").resolve()
+
+
 def _publish(run: PipelineRun, store: Store) -> str:
     """Publish the report, or find the one of an equal run; return its digest."""
     refs = {name: ref.digest for name, ref in run.refs.items()}
@@ -129,9 +156,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
         # Of the champion that the data were compared with.
         identity["drift"] = run.drift.verdict.digest
     key = sha256_bytes(canonical_json(identity))
-    folder = expand_home(apply_machine_settings(run.config).runtime.report_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    run.report = (folder / f"{run.config.name}-{key[:10]}.html").resolve()
+    run.report = _page(run, key)
     record = store.history.latest(f"records/report/{key}") if run.all_cached else None
     if record and store.exists(record["digest"]):
         shutil.copyfile(store.fetch(record["digest"]) / REPORT, run.report)
@@ -162,13 +187,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
     data = store.fetch(run.refs[PREPARE_DATA.name]) if PREPARE_DATA.name in run.refs else None
     samples = part(EVALUATE_POLICY, "samples.json") or []
     return RunReport(
-        title=run.config.name,
-        run_name=run.name,
-        started=run.started,
-        outcome=run.outcome,
-        reason=run.reason,
-        seed=run.config.seed,
-        stages=tuple(run.rows),
+        **_facts(run),
         data=read_summary(data) if data else {},
         card=read_card(data) if data else None,
         reward_model=part(EVALUATE_REWARD_MODEL, "evaluation.json"),
@@ -178,20 +197,32 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         samples=tuple(shown_samples(samples, run.config.evaluation.samples)),
         trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),
-        advice=run.advice,
-        drift=run.drift.as_json() if run.drift else None,
-        power=tuple(gate_lines(run)),
-        config_rows=tuple(
-            ConfigRow(*row) for row in LoadedConfig(config=run.config, sources=run.origins).rows()
-        ),
         lineage=_lineage(run, store),
-        versions={
+    )
+
+
+def _facts(run: PipelineRun) -> dict[str, Any]:
+    """Return the report's parts that are known without the store."""
+    loaded = LoadedConfig(config=run.config, sources=run.origins)
+    return {
+        "title": run.config.name,
+        "run_name": run.name,
+        "started": run.started,
+        "outcome": run.outcome,
+        "reason": run.reason,
+        "seed": run.config.seed,
+        "stages": tuple(run.rows),
+        "advice": run.advice,
+        "drift": run.drift.as_json() if run.drift else None,
+        "power": tuple(gate_lines(run)),
+        "config_rows": tuple(ConfigRow(*row) for row in loaded.rows()),
+        "versions": {
             "python": platform.python_version(),
             "rlhf-pipeline": code_version(),
             "commit": commit() or "unknown",
             **library_versions(),
         },
-    )
+    }
 
 
 def _verdicts(run: PipelineRun, store: Store) -> list[Verdict]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +19,9 @@ from rlhf.challenge import PART, compared_with, with_comparison
 from rlhf.config import DataConfig, PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.data import CONSEQUENCES
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
+from rlhf.data.gate_prompts import PromptSet
 from rlhf.data.lineage import forgotten_ids
-from rlhf.data.rows import PAIRS_JUDGE, PROMPTS_GATE
+from rlhf.data.rows import PAIRS_JUDGE, PROMPTS_GATE, PromptRow, read_rows
 from rlhf.data.sources import source_digest
 from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, StoreError
@@ -32,7 +33,7 @@ from rlhf.saved import read_saved
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
-from tasks.challenge import OPTIONAL, optional_inputs, reply_settings, take_look
+from tasks.challenge import OPTIONAL, optional_inputs, reply_settings
 from tasks.external_inputs import (
     external_base_model,
     external_judge,
@@ -42,6 +43,7 @@ from tasks.external_inputs import (
     reward_function_digests,
     reward_settings,
 )
+from tasks.looks import take_look
 from tasks.rehearsal import rehearse_stage
 from tasks.stage import Shown, Stage, StageRun, store_of
 
@@ -291,8 +293,12 @@ def _compare(run: StageRun, verdict: Verdict, metrics: Mapping[str, Any]) -> Ver
         return verdict
     line = run.config.promotion.name
     result = sha256_bytes(canonical_json(metrics[PART]))
-    look = take_look(run.store, line, compared.prompts, verdict.subject, result)
-    return with_comparison(verdict, metrics, settings, look)
+    prompts = PromptSet(compared.prompts)
+    path = run.folders["evaluation"] / PROMPTS_GATE
+    if path.exists():  # not in an evaluation of an earlier version
+        prompts = replace(PromptSet.of(read_rows(path, PromptRow)), digest=compared.prompts)
+    before = take_look(run.store, line, prompts, verdict.subject, result, level=settings.look_level)
+    return with_comparison(verdict, metrics, settings, before.count + 1, before.spent)
 
 
 def _show_verdict(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +43,6 @@ class Setting:
     """Prompts that gold is measured on; neither training nor watchdog has them."""
 
 
-@dataclass
-class Run:
-    """A run that is measured at every look of its watchdog."""
-
-    points: list[dict[str, Any]] = field(default_factory=list)
-    chosen: int | None = None
-    stopped: dict[str, Any] | None = None
-    reason: str = ""
-
-    def row(self) -> dict[str, Any]:
-        """Return points and outcome as JSON values."""
-        return {**vars(self), **outcome(self.points, self.chosen or 0, self.stopped)}
-
-
 def run_once(
     setting: Setting, reward_model: Path, changes: Mapping[str, Any], seed: int, path: Path
 ) -> dict[str, Any]:
@@ -64,15 +50,40 @@ def run_once(
     if not path.is_file():
         ppo = setting.config.ppo.model_copy(update=dict(changes))
         print(f"{path.stem} …", flush=True)
-        write_json(path, train(setting, ppo, reward_model, seed).row())
-    result = read_json(path)
+        write_json(path, {"points": train(setting, ppo, reward_model, seed)})
+    points = read_json(path)["points"]
+    result = {"points": points, **replay(points, setting.config.ppo)}
     kept = {k: v for k, v in result.items() if k != "points"}
     print(path.stem, kept, flush=True)
     return result
 
 
-def train(setting: Setting, ppo: PPOConfig, reward_model: Path, seed: int) -> Run:
-    """Train to the end, measuring at every look; the outcome is that of the first stop."""
+def replay(points: Sequence[Mapping[str, Any]], ppo: PPOConfig) -> dict[str, Any]:
+    """Return what the watchdog makes of the looks of a whole run: its first stop, its choice."""
+    from rlhf.ppo.frontier import Frontier, Look
+
+    config = ppo.watchdog
+    if config is None:
+        raise SystemExit("ppo.watchdog is off: there is nothing to measure")
+    looks = [
+        Look(
+            **{**p["look"], "judges": (*p["look"]["judges"],), "proxies": (*p["look"]["proxies"],)}
+        )
+        for p in points
+    ]
+    frontier = Frontier()
+    for look in looks:
+        frontier.add(look, config, len(looks) - 1)
+        if frontier.stopped:
+            break
+    chosen, reason = frontier.choose(config)
+    stopped = frontier.stopped and vars(frontier.stopped)
+    result = {"chosen": chosen, "reason": reason, "stopped": stopped}
+    return {**result, **outcome(points, chosen, stopped)}
+
+
+def train(setting: Setting, ppo: PPOConfig, reward_model: Path, seed: int) -> list[dict[str, Any]]:
+    """Train to the end, whatever the watchdog says; return a row for each of its looks."""
     from rlhf.modeling.device import fast_float32, prepare_device, retained_heap
     from rlhf.ppo.checkpoint import TrainState
     from rlhf.ppo.train import build_trainer, prompts_of_update
@@ -85,25 +96,19 @@ def train(setting: Setting, ppo: PPOConfig, reward_model: Path, seed: int) -> Ru
     watchdog = make_watchdog(trainer, setting.data, setting.judge, rows)
     if watchdog is None or watchdog.judge is None:
         raise SystemExit("the judge is not usable: train it on more pairs")
-    state, run = TrainState(), Run()
+    state, points = TrainState(), list[dict[str, Any]]()
 
     def look() -> None:
         watchdog.look(state)
         golds = _golds(trainer, setting)
-        frontier = state.frontier
-        last = frontier.looks[-1]
-        run.points.append({
-            **last.row(), "gold": statistics.fmean(golds), "retained": frontier.retained,
-            "look": asdict(last),
+        last = state.frontier.looks[-1]
+        points.append({
+            **last.row(), "gold": statistics.fmean(golds), "look": asdict(last),
             "deviations": {
                 "gold": statistics.pstdev(golds), "proxy": statistics.pstdev(last.proxies),
                 "judge": statistics.pstdev(last.judges),
             },
         })  # fmt: skip
-        ended = state.update == ppo.updates
-        if run.chosen is None and (frontier.stopped or ended):
-            run.chosen, run.reason = frontier.choose(ppo.watchdog or watchdog.config)
-            run.stopped = frontier.stopped and vars(frontier.stopped)
 
     with fast_float32(device), retained_heap(device):
         look()
@@ -114,7 +119,7 @@ def train(setting: Setting, ppo: PPOConfig, reward_model: Path, seed: int) -> Ru
             state.curve.append({"update": state.update, **result.metrics})
             if watchdog.is_due(state.update):
                 look()
-    return run
+    return points
 
 
 def _golds(trainer: Any, setting: Setting) -> list[float]:

@@ -77,9 +77,22 @@ class ChampionGateConfig(Section):
     """Fewest prompts of a slice that is judged; smaller ones are shown."""
 
     @property
+    def look_level(self) -> float:
+        """Chance of error of each look: Bonferroni over the planned number of looks."""
+        return (1 - self.confidence) / self.looks
+
+    @property
     def look_confidence(self) -> float:
-        """One-sided confidence of each look: Bonferroni over the planned number of looks."""
-        return 1 - (1 - self.confidence) / self.looks
+        """One-sided confidence of each look."""
+        return 1 - self.look_level
+
+    def allows_look(self, spent: float) -> bool:
+        """Return whether another look keeps the chance of error of all looks within the plan.
+
+        Args:
+            spent: Sum of the levels of the looks before it, whatever settings they had.
+        """
+        return spent + self.look_level <= (1 - self.confidence) * (1 + 1e-9)
 
 
 class GatesConfig(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ import torch
 from rlhf.config import EvaluationConfig, PPOConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
-from rlhf.data.gate_prompts import without_known
+from rlhf.data.gate_prompts import PromptSet, read_gate_prompts
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import PROMPTS_EVAL, PROMPTS_GATE, PromptRow, read_rows, write_rows
 from rlhf.environments.stop import StopSequences
@@ -316,12 +315,11 @@ def _gate_prompts(
         if not rows:
             raise DataError("no held-out prompts to evaluate on; raise data.eval_fraction")
         return rows, rows, []
-    rows = [row for row in read_rows(given, PromptRow) if forgotten.isdisjoint(row.row_ids)]
-    found = without_known(rows, data)
+    found = read_gate_prompts(given, data, forgotten)
     note = found.note()
     if note and found.too_many_known:
         raise DataError(f"{note}, which are too many; set another data.rotation")
-    return rows, found.fresh, [note] if note else []
+    return found.rows, found.fresh, [note] if note else []
 
 
 def _provenance(
@@ -329,12 +327,11 @@ def _provenance(
     notes: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Return which prompts were answered, and remarks on what is measured."""
-    text = "\0".join(repr(row.prompt) for row in gate)
     return {
         "n": len(rows),
         "samples_per_prompt": config.samples_per_prompt,
         "prompts_from": "champion" if is_given else "run",
-        "prompts_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        "prompts_sha256": PromptSet.of(gate).digest,
         "notes": [*notes, *(note.format(refusals=len(REFUSALS)) for note in _NOTES)],
     }
 

@@ -82,7 +82,8 @@ def evaluate_reward_model(
         raise DataError("no held-out pairs to evaluate on; raise data.eval_fraction")
     scorer = open_scorer(reward_model, prepare_device(runtime or RuntimeConfig()), limits)
     pairs, counts = _fitting_pairs(pairs, scorer.renderer, scorer.limits)
-    metrics, correct, _, disagreements = pairs_report(scorer, pairs, progress)
+    report = pairs_report(scorer, pairs, progress)
+    metrics, correct = report.metrics, report.correct
     ceiling = ceiling_of(config, data_config, pairs)
     if ceiling is not None:
         metrics |= _ceiling_metrics(metrics["accuracy"], ceiling)
@@ -98,8 +99,8 @@ def evaluate_reward_model(
     write_json(out_dir / EVALUATION, metrics)
     scale = ("temperature", "n", "score_mean", "score_std")
     write_json(out_dir / CALIBRATION, {name: metrics.get(name) for name in scale})
-    if disagreements:
-        write_json(out_dir / DISAGREEMENT, disagreements)
+    if report.disagreements:
+        write_json(out_dir / DISAGREEMENT, report.disagreements)
     return StageResult(_flat(metrics))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.gate_prompts import read_gate_prompts, without_known
+from rlhf.data.gate_prompts import PromptSet, read_gate_prompts, without_known
 from rlhf.data.rows import (
     DEMONSTRATIONS,
     PAIRS_EVAL,
@@ -69,8 +69,29 @@ def test_more_than_a_tenth_are_too_many(tmp_path):
 def test_they_are_read_from_the_evaluation(tmp_path):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "data").mkdir()
+    path = tmp_path / "evaluation" / PROMPTS_GATE
     with pytest.raises(DataError, match=PROMPTS_GATE):
-        read_gate_prompts(tmp_path / "evaluation", tmp_path / "data")
-    write_rows(tmp_path / "evaluation" / PROMPTS_GATE, ROWS)
-    found = read_gate_prompts(tmp_path / "evaluation", dataset(tmp_path / "data", pairs=[0]))
-    assert found.fresh == ROWS[1:]
+        read_gate_prompts(path, tmp_path / "data")
+    write_rows(path, [*ROWS, PromptRow("secret?", row_ids=("f" * 32,))])
+    data = dataset(tmp_path / "data", pairs=[0])
+    found = read_gate_prompts(path, data)
+    assert found.fresh == [*ROWS[1:], PromptRow("secret?")]
+    found = read_gate_prompts(path, data, {"f" * 32})
+    assert (found.rows, found.fresh) == (ROWS, ROWS[1:])
+
+
+def test_sets_of_prompts_are_the_same_where_half_of_one_is_in_the_other():
+    whole = PromptSet.of(ROWS)
+    assert len(whole.keys) == 20
+    shouted = PromptSet.of([PromptRow(f"QUESTION  {i}?") for i in range(20)])
+    assert shouted.digest != whole.digest
+    assert shouted.keys == whole.keys
+    # 10 of 20 are half, and 9 of 19 are less; those 9 are all of a smaller set.
+    others = [PromptRow(f"other {i}?") for i in range(10)]
+    assert PromptSet.of([*ROWS[:10], *others]).is_seen_in(whole)
+    assert not PromptSet.of([*ROWS[:9], *others]).is_seen_in(whole)
+    assert PromptSet.of(ROWS[:9]).is_seen_in(PromptSet.of([*ROWS[:9], *others]))
+    # Of an earlier version's sets the digests alone are known.
+    assert whole.is_seen_in(PromptSet(whole.digest))
+    assert not whole.is_seen_in(PromptSet(shouted.digest))
+    assert not PromptSet("a").is_seen_in(PromptSet("b"))

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from flows import artifacts
+from rlhf.champions import promote
 from rlhf.errors import ConfigError
-from rlhf.store import open_store
+from rlhf.store import ArtifactRef, Producer, open_store
 
 
 @pytest.fixture
@@ -124,6 +125,29 @@ def test_gc_looks_first(rlhf, model):
     assert "0 of 0" in rlhf("verify")
     with pytest.raises(ConfigError, match="at least"):
         rlhf("gc", "--grace-hours", "0.1")
+
+
+def test_a_champions_gate_prompts_stay(rlhf, model, tmp_path):
+    """All its challengers answer them."""
+    store = open_store(".rlhf/store", cache_dir=tmp_path / "cache")
+    producer = Producer(stage="x", code_version="1", config={}, seed=0, versions={})
+
+    def made(kind: str, **parents: ArtifactRef) -> ArtifactRef:
+        (model / "config.json").write_text(f'"{kind}"')
+        return store.publish(model, kind, parents=parents, producer=producer, metrics={})
+
+    policy = made("policy")
+    evaluation = made("evaluation", policy=policy)
+    verdict = made("verdict", policy=policy, evaluation=evaluation)
+    promote(store, "x", policy.digest, verdict=verdict.digest, expected=None, why="", by="ann")
+    with pytest.raises(ConfigError, match="is pinned or a champion; unpin it"):
+        rlhf("rm", policy.digest, "--unfreeze")
+    for ref in (verdict, evaluation):
+        said = f"{ref.short} is, or .* a champion's verdict {verdict.short}: .*--unfreeze"
+        with pytest.raises(ConfigError, match=said):
+            rlhf("rm", ref.digest)
+        assert store.exists(ref)
+    assert f"removed {evaluation.digest}" in rlhf("rm", evaluation.digest, "--unfreeze")
 
 
 def test_the_whole_command(model, tmp_path):

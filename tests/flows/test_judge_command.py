@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf.data.chat import loose_key
 from rlhf.data.lineage import forget_rows
 from rlhf.data.rendering import load_renderer
 from rlhf.data.rows import (
@@ -32,6 +33,7 @@ from rlhf.inference import mean_of, share_of
 from rlhf.modeling.reward import Scorer
 from rlhf.report.comparison import render_comparison
 from rlhf.store import open_store
+from tasks.models import find_model, known_prompts
 from tests.report import demo_compare
 from tests.report.test_render import sections
 
@@ -401,9 +403,27 @@ def test_prompts_of_training_are_left_out(run, models, opened, tmp_path):
     trained.append(read_rows(data / PAIRS_JUDGE, Pair)[0].prompt)
     write_lines(tmp_path / "own.jsonl", [{"prompt": prompt} for prompt in trained])
     words = ("compare", models["train-sft"], models["train-policy"], "--prompts", "own.jsonl")
-    assert "was trained on the prompts of all 4 rows; give others" in run(*words, code=2)
-    write_lines(tmp_path / "own.jsonl", [{"prompt": p} for p in (*trained, "new?", "newer?")])
-    assert "note: 4 rows are left out: a model was trained on their prompts" in run(*words)
+    refusal = "was trained on the prompts of all 4 rows, or chosen by them; give others"
+    assert refusal in run(*words, code=2)
+    # The watchdog chose the policy's update by the judge's prompts. Spacing and case don't count.
+    judges = [f" {p.prompt.upper()} " for p in read_rows(data / PAIRS_JUDGE, Pair)[:2]]
+    asked = (*trained, *judges, "new?", "newer?")
+    write_lines(tmp_path / "own.jsonl", [{"prompt": p} for p in asked])
+    said = "note: 6 rows are left out: a model was trained on their prompts, or chosen by them"
+    assert said in run(*words)
+
+
+def test_a_judges_prompts_are_known_to_what_it_chose(models, opened):
+    """An SFT policy and a reward model have no judge, so its split is held out for them."""
+    data = opened.fetch(models["prepare-data"])
+    judges = {loose_key(pair.prompt) for pair in read_rows(data / PAIRS_JUDGE, Pair)}
+    for stage, knows in (
+        ("train-sft", False), ("train-reward-model", False), ("train-policy", True),
+    ):  # fmt: skip
+        model = find_model(models[stage], opened)
+        known = known_prompts([model], opened)
+        assert (judges <= known) is knows, stage
+        assert not knows or known > judges
 
 
 def test_the_gate_prompts_that_are_used(run, models, opened, tmp_path):

@@ -10,12 +10,15 @@ import pytest
 from rlhf import champions
 from rlhf.challenge import NEW_PROMPTS, with_comparison
 from rlhf.config import ChampionGateConfig, GateRule, PipelineConfig
-from rlhf.data.rows import PROMPTS_GATE
+from rlhf.data.gate_prompts import PromptSet
+from rlhf.data.rows import PROMPTS_GATE, PromptRow
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, NotBetter
 from rlhf.gates import Verdict, judge, require
 from rlhf.store import ArtifactRef, Producer, Store
-from tasks.challenge import find_challenge, looks_taken, optional_inputs, take_look
+from rlhf.store.history import Histories
+from tasks.challenge import find_challenge, optional_inputs
 from tasks.gate_check import _check_rotation
+from tasks.looks import looks_taken, take_look
 from tasks.stage import store_of
 
 C, P = "c" * 64, "p" * 64
@@ -240,22 +243,106 @@ def test_gate_prompts_stay_until_they_are_rotated(line):
     assert find_challenge(line.config(), line.store).evaluation is None
 
 
+def prompts(*numbers: int) -> PromptSet:
+    return PromptSet.of([PromptRow(f"question {i}?") for i in numbers])
+
+
+def look(store, line, on, policy, result="", level=0.005):
+    """The number of a look."""
+    return take_look(store, line, on, policy, result, level=level).count + 1
+
+
+def taken(store, line, on):
+    return looks_taken(store, line, on, level=0.005).count
+
+
 def test_a_policy_looks_once(line):
-    store = line.store
-    assert looks_taken(store, "ours", "f" * 64) == 0
-    assert [take_look(store, "ours", "f" * 64, p) for p in ("a", "b", "a", "c", "b")] == [
-        1,
-        2,
-        1,
-        3,
-        2,
-    ]
-    assert looks_taken(store, "ours", "f" * 64) == 3
+    store, first = line.store, prompts(*range(20))
+    assert taken(store, "ours", first) == 0
+    looks = [look(store, "ours", first, p) for p in ("a", "b", "a", "c", "b")]
+    assert looks == [1, 2, 1, 3, 2]
+    assert taken(store, "ours", first) == 3
     # Other prompts, another line.
-    assert take_look(store, "ours", "e" * 64, "c") == 1
-    assert take_look(store, "theirs", "f" * 64, "c") == 1
+    assert look(store, "ours", prompts(*range(20, 40)), "c") == 1
+    assert look(store, "theirs", first, "c") == 1
     # Other replies of the same policy are another chance; an equal repetition is none.
-    assert [take_look(store, "ours", "d" * 64, "a", r) for r in ("x", "y", "x")] == [1, 2, 1]
+    other = prompts(*range(40, 60))
+    assert [look(store, "ours", other, "a", r) for r in ("x", "y", "x")] == [1, 2, 1]
+
+
+def test_looks_at_nearly_the_same_prompts_count(line):
+    """A row that is forgotten, or data that grow, change the digest of the prompts."""
+    store = line.store
+    assert [look(store, "ours", prompts(*range(20)), p) for p in "ab"] == [1, 2]
+    assert look(store, "ours", prompts(*range(1, 20)), "c") == 3
+    # Of these 38 the first two saw 20, and the third 19, which is half of them.
+    assert look(store, "ours", prompts(*range(38)), "d") == 4
+    # Of these 20 the last one saw 10, or 9; of those 30 it saw 27, and the others 9.
+    assert taken(store, "ours", prompts(*range(28, 48))) == 1
+    assert taken(store, "ours", prompts(*range(29, 49))) == 0
+    assert taken(store, "ours", prompts(*range(11, 41))) == 1
+    # Of earlier versions' histories only the digest is known.
+    store.history.append(f"looks/ours/{prompts(7).digest}", {"policy": "old", "result": "x"})
+    assert look(store, "ours", prompts(7), "old", "x") == 1
+    assert look(store, "ours", prompts(7), "new") == 6
+
+
+def test_a_look_whose_entry_is_gone_still_counts(line):
+    """What to do with a damaged entry is to delete it."""
+    store = line.store
+    for policy in "abc":
+        look(store, "ours", prompts(1, 2), policy)
+    (line.folder / "store/refs/looks/ours/000002.json").unlink()
+    assert taken(store, "ours", prompts(1, 2)) == 3
+    assert taken(store, "ours", prompts(3)) == 1
+    assert look(store, "ours", prompts(1, 2), "c") == 3
+
+
+def test_of_two_looks_at_once_each_has_a_number(line, monkeypatch):
+    store, rival = line.store, line.store
+    advance = Histories.advance
+
+    def meanwhile(history, name, *args):
+        monkeypatch.setattr(Histories, "advance", advance)
+        assert look(rival, "ours", prompts(1), "b") == 1
+        return history.advance(name, *args)
+
+    monkeypatch.setattr(Histories, "advance", meanwhile)
+    assert look(store, "ours", prompts(1), "a") == 2
+    assert taken(store, "ours", prompts(1)) == 2
+
+
+def test_a_look_spends_the_level_at_which_it_was_judged(line):
+    store, on = line.store, prompts(1, 2)
+    assert take_look(store, "ours", on, "a", level=0.05).spent == 0
+    assert take_look(store, "ours", on, "b", level=0.005).spent == 0.05
+    # The same figures at another level: the larger counts, and the number stays.
+    again = take_look(store, "ours", on, "b", level=0.01)
+    assert (again.count, again.spent) == (1, 0.05)
+    assert take_look(store, "ours", on, "b", level=0.005) == again
+    found = looks_taken(store, "ours", on, level=1.0)
+    assert (found.count, found.spent) == (2, pytest.approx(0.06))
+    # Of five prompts these two are less than half, so that there the same figures are a look too.
+    assert take_look(store, "ours", prompts(1, 2, 3, 4, 5), "b", level=0.005).count == 0
+    assert looks_taken(store, "ours", on, level=1.0) == found
+    # An entry of an earlier version tells no level: it is taken for one of these settings.
+    store.history.append(f"looks/ours/{on.digest}", {"policy": "old", "result": ""})
+    assert looks_taken(store, "ours", on, level=1.0).spent == pytest.approx(1.06)
+    # 6 % are more than 5 %, so that there is no look at any level.
+    verdict = compared_at(0.06, looks=100)
+    assert verdict.reason == (
+        "look = 3, needs ≤ 100 (the comparisons before it, at other settings of gates.champion, "
+        f"have spent 6.00% of the chance of error of 5.00%; {NEW_PROMPTS})"
+    )
+    # Of 5 %, 4.9 % leave room for one of a hundred, and 4.96 % do not.
+    assert compared_at(0.0495, looks=100).approved
+    assert not compared_at(0.0496, looks=100).approved
+
+
+def compared_at(spent: float, **settings: Any) -> Verdict:
+    found = evaluation(0.8)
+    verdict = judge("gate-policy", P, found, [GateRule(metric="sampled.kl", max=20.0)])
+    return with_comparison(verdict, found, ChampionGateConfig(**settings), 3, spent)
 
 
 def test_what_another_rotation_trained_on_is_no_start(line):

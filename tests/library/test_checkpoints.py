@@ -23,6 +23,7 @@ from rlhf.ppo.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from rlhf.ppo.frontier import Frontier, Look
 from rlhf.ppo.train import build_trainer, prompts_of_update
 from tests.library import toys
 from tests.library.kills import in_child, kill_points
@@ -58,7 +59,13 @@ def folder(saved, tmp_path):
 
 
 def save(trainer, folder, number):
-    state = TrainState(number, [{"kl": 1.0}] * number, [], trainer.state_dict())
+    """With a look of the watchdog, whose weights are others than the present ones."""
+    policy = trainer.models.parameters["policy"]
+    state = TrainState(
+        number, [{"kl": 1.0}] * number, [], trainer.state_dict(),
+        frontier=Frontier([Look(0, kl=0.0, entropy=1.0, tokens=3.0, eos_rate=1.0)]),
+        retained={name: torch.full_like(p, number + 0.5) for name, p in policy.items()},
+    )  # fmt: skip
     return save_checkpoint(folder, state, trainer.models, WHO)
 
 
@@ -89,7 +96,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_newest_checkpoint_whole(
     with kill_points() as points:
         save(trainer, counted, 3)
     assert len(points) > 40
-    assert {"half of state.json", "half of optimizer-critic.safetensors"} < {*points}
+    halves = ("state.json", "optimizer-critic.safetensors", "retained.safetensors")
+    assert {f"half of {name}" for name in halves} < {*points}
     ends = []
     for at in range(len(points)):
         killed = shutil.copytree(folder, tmp_path / str(at))
@@ -151,6 +159,7 @@ def test_a_full_disk_is_said_and_spares_the_earlier_checkpoints(trainer, saved, 
         ("critic.safetensors", lambda b: b"", "critic.safetensors: "),
         ("optimizer-critic.safetensors", lambda b: b[: len(b) // 2], "optimizer-critic.saf"),
         ("optimizer-policy.safetensors", None, "optimizer-policy.safetensors"),
+        ("retained.safetensors", lambda b: b[:-1], "retained.safetensors: "),
         ("state.json", lambda b: b[: len(b) // 2], ""),
         ("state.json", lambda b: b"\xff\x00", ""),
         ("state.json", lambda b: b"[]", ""),

@@ -63,15 +63,25 @@ def test_sharing_and_smaller_batches_need_less(toy):
         return config, {stage.section: stage for stage in estimate(config, base)}
 
     lora = "--sft.lora.r=2", "--reward_model.lora.r=2", "--ppo.lora.r=2", "--ppo.shared_base=true"
-    full_config, full = stages()
+    full_config, full = stages("--runtime.device=cpu")
     _, small = stages(*lora, "--ppo.critic=adapter")
     _, micro = stages("--sft.micro_batch_size=1", "--ppo.micro_batch_size=1")
     ppo = full["ppo"]
-    # Policy, reference, reward model, critic and the watchdog's judge; then one base with three
-    # adapters, and the judge.
-    assert ppo.weights == 5 * full["sft"].weights
-    _, alone = stages("--ppo.watchdog=none")
+    # Policy, reference, reward model, critic, the watchdog's judge, and the policy that it retains;
+    # then one base with three adapters, the judge, and a retained adapter.
+    cpu = "--runtime.device=cpu"
+    assert ppo.weights == 6 * full["sft"].weights
+    alone_config, alone = stages("--ppo.watchdog=none", cpu)
     assert alone["ppo"].weights == 4 * full["sft"].weights
+    unjudged_config, unjudged = stages("--judge.enabled=false", cpu)
+    assert unjudged["ppo"].weights == 5 * full["sft"].weights
+    _, bare = stages(*lora, "--ppo.critic=adapter", "--ppo.watchdog=none", cpu)
+    _, unjudged_small = stages(*lora, "--ppo.critic=adapter", "--judge.enabled=false", cpu)
+    adapter = shape_of(base, LENGTH, LoraConfig(r=2)).adapter
+    assert unjudged_small["ppo"].weights - bare["ppo"].weights == 4 * adapter
+    assert "watchdog to none, which needs no judge in" in cures(full_config, ppo)
+    assert "needs no second copy of the policy" in cures(unjudged_config, unjudged["ppo"])
+    assert "watchdog" not in cures(alone_config, alone["ppo"])
     assert full["sft"].weights < small["ppo"].weights < ppo.weights / 2
     assert micro["sft"].activations < full["sft"].activations / 4
     assert micro["ppo"].activations < ppo.activations

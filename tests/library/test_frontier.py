@@ -166,13 +166,26 @@ def test_a_rising_judge_takes_the_last():
 
 
 def test_within_noise_the_last_goes_on_and_after_a_stop_the_earlier():
-    """Gains below a standard error retain the earlier look."""
+    """Gains within noise retain the earlier look."""
     looks = [judged(0, 0.0, 0.0), judged(4, 2.0, 2.0, kl=4), judged(8, 2.01, 3.0, kl=8)]
     frontier = run(*looks)
     assert frontier.retained == 4
     assert frontier.choose(CONFIG)[0] == 8
     stopped = [replace(judged(u, 2.01, 3.0, kl=31.0)) for u in (12, 16)]
     assert run(*looks, *stopped).choose(CONFIG)[0] == 4
+
+
+@pytest.mark.parametrize(("gain", "retained"), [(0.25, 0), (0.32, 0), (0.36, 4), (1.0, 4)])
+def test_a_gain_displaces_beyond_noise(gain, retained):
+    """With noise of 1 around paired gains over 64 prompts the error is 1.008 / 8 = 0.126.
+
+    The one-sided 0.5 % point of Student's t with 63 degrees of freedom is 2.656: a gain of 0.335.
+    """
+    start = replace(START, judges=(0.0,) * 64, proxies=scores(0.0))
+    after = replace(start, update=4, kl=4.0, judges=scores(gain))
+    assert run(start, after).retained == retained
+    # No loss is finite after it: it goes on only if it is better than the start.
+    assert run(start, after).has_gained == (retained == 4)
 
 
 def test_less_kl_for_no_lower_score_displaces():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import rlhf.ppo.optimisation as optimise_module
 from rlhf.data.rows import PAIRS_JUDGE, Pair, PromptRow, write_rows
@@ -21,6 +23,7 @@ from rlhf.ppo.frontier import NON_FINITE
 from rlhf.ppo.train import build_trainer, train_policy
 from rlhf.ppo.watchdog import WATCHDOG, make_watchdog
 from tests.library import toys
+from tests.library.kills import in_child, kill_points
 from tests.library.ppo_runs import EVERYTHING, LORA, Stopped, assert_same_run
 from tests.library.test_ppo_errors import broken_after
 from tests.library.upload_runs import Machine
@@ -209,6 +212,43 @@ def test_a_resumed_run_is_the_same_run(train, folder, contrary, tmp_path, stop_a
     assert "retained.safetensors" in names
     # Complete: only written again.
     assert_same_result(train("again", checkpoints=tmp_path / "c", **shared), straight)
+
+
+@pytest.mark.cpu_only("a forked process has no accelerator")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_kills_between_looks_lose_nothing_of_the_policy_that_goes_on(
+    train, folder, judge, tmp_path
+):  # fmt: skip
+    """Update 2 is within the limits and goes on, while the training leaves it behind."""
+    shared = {
+        "folder": folder, "judge": judge, "total_episodes": 128,
+        "watchdog": {**EAGER, **JUDGE_ALONE, "every": 2, "patience": 9, "max_kl": 0.6},
+    }  # fmt: skip
+    with kill_points() as points:
+        straight = train("straight", checkpoints=tmp_path / "s", **shared)
+    report = report_of(straight)
+    assert report["chosen"] == 2
+    assert [row["kl"] > 0.6 for row in report["frontier"]] == [False, False, True, True, True]
+    # From the first checkpoint on whose weights are not the retained ones, to the last one.
+    third = points.index(f"replace {tmp_path / 's/.partial-update-000003'}")
+    last = points.index(f"replace {tmp_path / 's/.partial-update-000008'}")
+    for at in random.Random(3).sample(range(third + 1, last), 3):
+        killed = tmp_path / f"killed-{at}"
+
+        def work(at=at, killed=killed):
+            with kill_points(at):
+                train("killed", checkpoints=killed, **shared)
+
+        assert in_child(work) == -signal.SIGKILL
+        newest = checkpoints_in(killed)[-1]
+        kept, present = (load_file(newest / f"{n}.safetensors") for n in ("retained", "policy"))
+        assert any(not torch.equal(kept[name], present[name]) for name in kept), newest
+        steps = []
+        resumed = train("resumed", checkpoints=killed, told=steps.append, **shared)
+        assert steps[0] >= 4, points[at]
+        assert_same_result(resumed, straight)
+        contents = [{p.name: p.read_bytes() for p in f.iterdir()} for f in (straight, resumed)]
+        assert contents[0] == contents[1]
 
 
 def test_everything_is_resumed_on_another_machine(train, folder, judge, tmp_path):
