@@ -59,13 +59,13 @@ def load_scorer(model: NamedModel, device: Any, max_length: int | None, store: S
     Raises:
         ConfigError: It or its tokenizer can't be loaded.
     """
+    from rlhf.modeling.members import open_scorer
     from rlhf.modeling.pretrained import loading_error
-    from rlhf.modeling.reward import Scorer
     from tasks.models import limits_of
 
     limits = None if max_length else limits_of(model, store)
     try:
-        return Scorer(model.folder, device, limits or max_length or SUITE_LENGTH)
+        return open_scorer(model.folder, device, limits or max_length or SUITE_LENGTH)
     except RLHFError:
         raise
     except (OSError, ValueError) as error:  # transformers' own

@@ -15,7 +15,7 @@ from rlhf.data.collect import exact_key
 from rlhf.data.fitting import Fitting
 from rlhf.data.rows import Pair, PromptRow
 from rlhf.errors import DataError
-from rlhf.evaluation.answers import Answers, score_answers
+from rlhf.evaluation.answers import Answers, score_answers, scored_by
 from rlhf.evaluation.common import groups_of
 from rlhf.evaluation.comparison import (
     WIN_RATES,
@@ -121,8 +121,7 @@ def compare_policies(
     after = b.answer(rows, b.plan.seed + SEEDS, a if has_same_tokens else None)
     progress(2, 3, {})
     for name, scorer in scorers.named.items():
-        before = before.scored(name, score_answers(before, rows, scorer))
-        after = after.scored(name, score_answers(after, rows, scorer))
+        before, after = (_scored(name, scorer, side, rows) for side in (before, after))
     progress(3, 3, {})
     keys = [exact_key(row.prompt) for row in rows]
     sampled = compare(before, after, keys)
@@ -252,6 +251,13 @@ def prompts_for_mean(true: float, spread: float) -> int:
     normal = NormalDist()
     z = normal.inv_cdf((1 + CONFIDENCE) / 2) + normal.inv_cdf(POWER)
     return max(2, math.ceil((z * spread / true) ** 2))
+
+
+def _scored(name: str, scorer: Scorer, answers: Answers, rows: Sequence[PromptRow]) -> Answers:
+    if name == "reward":
+        return scored_by(name, scorer, answers, rows)
+    # The disagreement is that of the reward model's members, not of a judge's.
+    return answers.scored(name, score_answers(answers, rows, scorer))
 
 
 def _samples(

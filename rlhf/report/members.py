@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rlhf.report.charts import IntervalChart, interval_chart
-from rlhf.report.reward_model import Figure, signed, text_of
-from rlhf.report.text import number, number_of, percent, percent_range
+from rlhf.report.reward_model import Figure, signed
+from rlhf.report.text import number, number_of, percent, percent_range, text_of
 
 MAX_PARTS, MAX_EXAMPLES = 8, 8
 _RANKED: Mapping[Any, str] = {1: "right", 0.5: "as equal", 0: "wrong"}

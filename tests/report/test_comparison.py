@@ -74,6 +74,7 @@ def test_two_reward_models_have_both_reports():
         assert "Reliability" in own
         assert "The worst slice is" in own
         assert "Can it be fooled?" in own
+        assert "Members" in own
     shown = head(MODELS)
     assert "b is worse" in shown
     assert "1 000, held-out pairs of b's dataset" in shown
