@@ -123,7 +123,8 @@ def cures(config: PipelineConfig, stage: Estimate) -> str:
             advice.append("set ppo.gradient_checkpointing to true")
     if stage.cache > 0.3 * stage.peak:
         advice.append("lower ppo.rollout_batch_size")
-    if stage.section == "ppo" and section.watchdog is not None:
+    needs_memory = _is_judged(config) or not _is_on_gpu(config.runtime.device)
+    if stage.section == "ppo" and section.watchdog is not None and needs_memory:
         needless = "judge in memory" if _is_judged(config) else "second copy of the policy"
         advice.append(f"set ppo.watchdog to none, which needs no {needless}")
     return "; ".join([*advice, "take a smaller base or a larger device"])

@@ -288,12 +288,16 @@ def _encode(
         weights.append(1.0 if pair.weight is None else pair.weight)
         return row
 
+    def encode_whole(pair: Pair) -> dict[str, Any] | None:
+        # A chosen reply that lost its end would be preferred to negatives that have theirs.
+        return None if fitting.encode(pair.prompt, pair.chosen).is_cut else encode(pair)
+
     rows = [row for row in fitting.map(pairs, encode) if row is not None]
     counted = fitting.metrics()
     if rows:
         # Counts tell of the preferences alone, and so does the limit of prompts that can't be used.
         fitting = Fitting(renderer, fitting.limits.model_copy(update={"max_bad_fraction": 1.0}))
-        made = [row for row in fitting.map(negatives, encode) if row is not None]
+        made = [row for row in fitting.map(negatives, encode_whole) if row is not None]
         rows += made
         counted |= {"negatives": len(made)} if made else {}
     if not rows and pairs:

@@ -6,7 +6,8 @@ preferences share the error, so that a judge would follow the reward model into 
 preferred reply and a worse version of it say what is missing in the data (Liu et al. 2024, "RRM:
 Robust reward model training mitigates reward hacking", with the replies to other prompts).
 
-Some versions are longer than the reply, some shorter and some neither: length says nothing.
+Some versions are longer than the reply, some shorter and some neither, so that no length is always
+that of the worse one. More are longer (about 55 of 100): repetition is what PPO finds first.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
+from rlhf.data.chat import loose_key
 from rlhf.data.rows import Pair
 
 #: Between two sentences; scripts without blanks have none between theirs.
 SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n+")
 #: Most sentences that are added to a reply.
 MOST_ADDED = 4
+_Keyed = tuple[str, Pair]
 #: Draws of a version before a pair is given up.
 _TRIES = 8
 
@@ -40,62 +43,65 @@ def make_negatives(pairs: Sequence[Pair], share: float, seed: int) -> list[Pair]
         a margin is 0, as nobody knows by how much a version is worse.
     """
     rng = Random(f"negatives/{seed}")
-    usable = [pair for pair in pairs if pair.chosen.strip()]
+    # Prompts that differ in spacing and case alone are one: their replies fit each other.
+    keyed = [(loose_key(pair.prompt), pair) for pair in pairs]
     good: dict[str, set[str]] = {}
-    for pair in pairs:
-        good.setdefault(repr(pair.prompt), set()).add(pair.chosen.strip())
+    for key, pair in keyed:
+        good.setdefault(key, set()).add(_bare(pair.chosen))
+    usable = [(key, pair) for key, pair in keyed if pair.chosen.strip()]
     made: set[tuple[str, str]] = set()
     negatives: list[Pair] = []
-    for pair in _cycle(usable, round(share * len(pairs)), rng):
+    for key, pair in _cycle(usable, round(share * len(pairs)), rng):
         for _ in range(_TRIES):
-            text = rng.choice(_CHANGES)(pair.chosen, rng.choice(usable), pair, rng)
-            key = (repr(pair.prompt), text.strip())
-            if text.strip() and text.strip() not in good[key[0]] and key not in made:
-                made.add(key)
+            other_key, other = rng.choice(usable)
+            change = rng.choice(_CHANGES)
+            text = change(pair.chosen, other.chosen if other_key != key else "", rng)
+            bare = _bare(text)
+            if bare and bare not in good[key] and (key, bare) not in made:
+                made.add((key, bare))
                 margin = None if pair.margin is None else 0.0
                 negatives.append(replace(pair, rejected=text, margin=margin))
                 break
     return negatives
 
 
-def _cycle(pairs: Sequence[Pair], count: int, rng: Random) -> list[Pair]:
+def _cycle(pairs: Sequence[_Keyed], count: int, rng: Random) -> list[_Keyed]:
     """Return so many of the pairs, each as often as any other or once more."""
-    chosen: list[Pair] = []
+    chosen: list[_Keyed] = []
     while pairs and len(chosen) < count:
         chosen += rng.sample(pairs, min(len(pairs), count - len(chosen)))
     return chosen
 
 
-def _repeated(reply: str, _: Pair, __: Pair, rng: Random) -> str:
+def _repeated(reply: str, _: str, rng: Random) -> str:
     """Say some of a reply's sentences again."""
     sentences = _split(reply)[0]
     return _with(reply, [rng.choice(sentences) for _ in range(rng.randint(1, MOST_ADDED))], rng)
 
 
-def _inserted(reply: str, other: Pair, pair: Pair, rng: Random) -> str:
+def _inserted(reply: str, other: str, rng: Random) -> str:
     """Insert sentences of a reply to another prompt."""
-    if other.prompt == pair.prompt:
+    if not other:
         return ""
-    theirs = _split(other.chosen)[0]
-    count = min(rng.randint(1, MOST_ADDED), len(theirs))
-    return _with(reply, rng.sample(theirs, count), rng)
+    theirs = _split(other)[0]
+    return _with(reply, rng.sample(theirs, min(rng.randint(1, MOST_ADDED), len(theirs))), rng)
 
 
-def _replaced(reply: str, other: Pair, pair: Pair, rng: Random) -> str:
+def _replaced(reply: str, other: str, rng: Random) -> str:
     """Replace a sentence by one of a reply to another prompt."""
     sentences, gaps = _split(reply)
-    if other.prompt == pair.prompt or len(sentences) < 2:
+    if not other or len(sentences) < 2:
         return ""
-    sentences[rng.randrange(len(sentences))] = rng.choice(_split(other.chosen)[0])
+    sentences[rng.randrange(len(sentences))] = rng.choice(_split(other)[0])
     return _joined(sentences, gaps)
 
 
-def _other_prompt(_: str, other: Pair, pair: Pair, __: Random) -> str:
+def _other_prompt(_: str, other: str, __: Random) -> str:
     """Return a preferred reply to another prompt."""
-    return other.chosen if other.prompt != pair.prompt else ""
+    return other
 
 
-def _truncated(reply: str, _: Pair, __: Pair, rng: Random) -> str:
+def _truncated(reply: str, _: str, rng: Random) -> str:
     """Cut a reply behind a word that ends no sentence; one without blanks anywhere."""
     text = reply.strip()
     places = [
@@ -106,9 +112,14 @@ def _truncated(reply: str, _: Pair, __: Pair, rng: Random) -> str:
     return text[: rng.choice(places)] if places else ""
 
 
-Change = Callable[[str, Pair, Pair, Random], str]
-#: Ways to make a reply worse: from the reply, some other pair and its own. An empty text is none.
+Change = Callable[[str, str, Random], str]
+#: Ways to make a reply worse: from it and a reply to another prompt, or none. Empty texts are none.
 _CHANGES: tuple[Change, ...] = (_repeated, _inserted, _replaced, _other_prompt, _truncated)
+
+
+def _bare(text: str) -> str:
+    """Return a text without what separates its words, which makes no reply worse."""
+    return " ".join(text.split())
 
 
 def _with(reply: str, sentences: Sequence[str], rng: Random) -> str:

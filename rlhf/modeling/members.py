@@ -217,7 +217,9 @@ def open_scorer(folder: Path, device: torch.device, limits: TokenLimits | int) -
         return Scorer(folder, device, limits)
     scorer = MemberScorer(folder, device, limits)
     head = linear_head(scorer.model)
-    if head is None or head.in_features != members.weight.shape[1]:
+    # Member 0 is the published head itself, in the dtype that it is published in.
+    own = None if head is None else head.weight.detach().float().cpu().flatten()
+    if own is None or not torch.equal(members.weight[0].float(), own):
         raise ConfigError(
             f"reward model {str(folder)!r}: the heads in {WEIGHTS} are not for its base; copy the "
             "file that belongs to it, or train it again"
@@ -353,10 +355,11 @@ class _Fit:
     """
 
     def __init__(self, differences: Tensor, margins: Floats, trained: Tensor) -> None:
-        self.scale = float(differences.square().sum(1).mean().sqrt()) or 1.0
-        # In units of the scale the prior is |x|²/2, and its slope as large as the losses'.
-        self.differences = differences / self.scale
         self.start = differences @ trained - torch.from_numpy(margins)
+        self.scale = float(torch.linalg.vector_norm(differences)) / len(differences) ** 0.5 or 1.0
+        # In units of the scale the prior is |x|²/2, and its slope as large as the losses'. In
+        # place, as they are the largest part of the memory.
+        self.differences = differences.div_(self.scale)
 
     def shift(self, weights: Floats, anchor: Floats | None = None) -> Tensor:
         """Return the distance of the best head for these weights from the trained one.
@@ -387,7 +390,7 @@ class _Fit:
         )
         # Rounding may end the line search a little before the slope is reached.
         slope = float(np.abs(loss(found.x)[1]).max())
-        if not slope <= 100 * _SLOPE:
+        if not slope <= 100 * _SLOPE * max(1.0, float(found.fun)):
             raise TrainingError(
                 f"reward_model.members: a head's fit ended at a slope of {slope:.1e} "
                 f"({found.message}); set it to 1"

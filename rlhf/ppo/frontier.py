@@ -128,7 +128,7 @@ class Frontier:
         """
         last, retained = self.looks[-1], self._retained()
         if self.stopped:
-            by = "the judge's best, within noise," if retained.judges else "the last within limits"
+            by = "the last that the judge found better" if retained.judges else "the last in limits"
             return retained.update, f"update {retained.update} goes on: {by} before the stop"
         if retained.update == last.update:
             return last.update, "the last update goes on"

@@ -56,13 +56,12 @@ def test_lengths_go_both_ways():
 
 
 REPLY = "One is so. Two too!\n\nThree at last."
-OTHER = Pair("other?", "Four goes. Five goes.", "no")
-OWN = Pair("own?", REPLY, "no")
+OTHER = "Four goes. Five goes."
 
 
 def changed(change: negatives.Change, reply: str = REPLY) -> set[str]:
     rng = Random(0)
-    return {change(reply, OTHER, OWN, rng) for _ in range(200)} - {""}
+    return {change(reply, OTHER, rng) for _ in range(200)} - {""}
 
 
 def test_a_repeated_sentence_stands_between_whole_ones_with_a_gap_of_its_place():
@@ -84,7 +83,7 @@ def test_inserted_and_replaced_sentences_are_of_another_reply():
         "One is so. Four goes.\n\nThree at last.", "One is so. Five goes.\n\nThree at last.",
         "One is so. Two too!\n\nFour goes.", "One is so. Two too!\n\nFive goes.",
     }  # fmt: skip
-    assert changed(negatives._other_prompt) == {OTHER.chosen}
+    assert changed(negatives._other_prompt) == {OTHER}
 
 
 def test_a_cut_ends_no_sentence():
@@ -95,10 +94,20 @@ def test_a_cut_ends_no_sentence():
     assert changed(negatives._truncated, "是的。") == {"是", "是的"}
 
 
-def test_nothing_comes_from_a_reply_to_the_same_prompt():
-    same = Pair(OWN.prompt, "Six.", "no")
-    for change in (negatives._inserted, negatives._replaced, negatives._other_prompt):
-        assert change(REPLY, same, OWN, Random(0)) == ""
+def test_a_reply_to_the_same_prompt_fits_it():
+    """Prompts that differ in spacing and case alone have good replies in common."""
+    pairs = [Pair("How so?", "It is so.", "x"), Pair(" how  SO?", "That way.", "x")]
+    for seed in range(50):
+        for pair in make_negatives(pairs, 4.0, seed):
+            assert not {"That", "way."} & {*pair.rejected.split()} or pair.chosen == "That way."
+            assert pair.rejected not in ("It is so.", "That way.")
+
+
+def test_another_blank_line_makes_no_reply_worse():
+    pairs = [Pair("a?", "one\n \ntwo", "x"), Pair("b?", "three\n \nfour", "x")]
+    for seed in range(50):
+        for pair in make_negatives(pairs, 4.0, seed):
+            assert pair.rejected.split() != pair.chosen.split()
 
 
 def test_a_script_without_blanks_has_sentences():

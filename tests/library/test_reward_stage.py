@@ -408,3 +408,13 @@ def test_negatives_have_the_weight_of_their_pair_and_count_for_nothing_else(rend
     # (3 + 1 + 3) / 3 is the mean.
     assert [row["weight"] for row in rows] == pytest.approx([9 / 7, 3 / 7, 9 / 7])
     assert counts == {"pairs_weighted": 1, "negatives": 1}
+
+
+def test_a_chosen_reply_that_lost_its_end_has_no_negatives(renderer):
+    """Its negatives have an end, so that the model would learn to like replies without one."""
+    whole, long = Pair("tea?", "good", "bad"), Pair("tea?", "good " * 40, "bad")
+    rows, counts = _encode([whole, long], renderer, 24, negatives=[
+        Pair("tea?", "good", "good good"), Pair("tea?", "good " * 40, "bad bad"),
+    ])  # fmt: skip
+    assert len(rows) == 3
+    assert counts["negatives"] == 1

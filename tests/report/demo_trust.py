@@ -174,7 +174,7 @@ def watchdog(stopped: bool = True) -> dict[str, Any]:
         "frontier": rows,
         "chosen": 24,
         "stopped": why if stopped else None,
-        "notes": ["update 24 goes on: the judge's best, within noise, before the stop"],
+        "notes": ["update 24 goes on: the last that the judge found better before the stop"],
     }
 
 
