@@ -348,6 +348,10 @@ def test_a_damaged_file(ensemble, copy_of):
     save_file({**tensors, "weight": tensors["weight"][:, :9].contiguous()}, folder / WEIGHTS)
     with pytest.raises(ConfigError, match="are not for its base"):
         open_scorer(folder, CPU, 48)
+    # Of another model with as many weights: its first head is not the one that is published.
+    save_file({**tensors, "weight": tensors["weight"] + 0.1}, folder / WEIGHTS)
+    with pytest.raises(ConfigError, match="are not for its base"):
+        open_scorer(folder, CPU, 48)
     (folder / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match=r"does not hold them \(FileNotFoundError\)"):
         open_scorer(folder, CPU, 48)
