@@ -7,7 +7,7 @@ were forgotten, data were added, or the champion's own prompts are not in the st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rlhf import champions
@@ -60,10 +60,14 @@ def take_look(
     }  # fmt: skip
     while True:
         looks, last = _looks(store, line)
-        levels = _levels(looks, prompts, level)
-        if levels.get(own, 0.0) >= level:
-            before = [*levels][: [*levels].index(own)]
-            return Looks(len(before), sum(levels[each] for each in before))
+        before: dict[tuple[str, str], float] = {}
+        for key, spent in _spent(looks, prompts, level):
+            if key != own:
+                before[key] = max(spent, before.get(key, 0.0))
+            elif spent >= level:
+                # What others spent until these figures were judged at this level: judged again at a
+                # larger one they come after all looks in between.
+                return Looks(len(before), sum(before.values()))
         # Of two comparisons at once each has a number of its own: the second counts the first.
         store.history.advance(_history(line), entry, last)
 
@@ -89,12 +93,18 @@ def _levels(
     Figures that were judged at several levels, as by other settings of the gate, have the largest.
     """
     levels: dict[tuple[str, str], float] = {}
+    for key, level in _spent(looks, prompts, default):
+        levels[key] = max(level, levels.get(key, 0.0))
+    return levels
+
+
+def _spent(
+    looks: Sequence[_Look], prompts: PromptSet, default: float
+) -> Iterator[tuple[tuple[str, str], float]]:
+    """Yield policy and result, and the level, of each look at some prompts, oldest first."""
     for each in looks:
         if each.prompts is None or prompts.is_seen_in(each.prompts):
-            key = each.policy, each.result
-            level = default if each.level is None else each.level
-            levels[key] = max(level, levels.get(key, 0.0))
-    return levels
+            yield (each.policy, each.result), default if each.level is None else each.level
 
 
 def _looks(store: Store, line: str) -> tuple[list[_Look], int]:

@@ -359,3 +359,16 @@ def test_what_another_rotation_trained_on_is_no_start(line):
     # What was removed since can't be asked; the world's held-out prompts depend on its seed.
     line.store.delete(older)
     _check_rotation(rotated, line.store)
+
+
+def test_a_look_judged_again_at_a_larger_level_comes_after_those_in_between(line):
+    """Fewer planned looks would otherwise judge an early policy anew for nothing."""
+    store, on = line.store, prompts(1, 2, 3)
+    for policy in "pqrs":
+        take_look(store, "ours", on, policy, level=0.0125)
+    again = take_look(store, "ours", on, "p", level=0.05)
+    assert again.count == 3
+    assert again.spent == pytest.approx(3 * 0.0125)
+    # At the level of before it is what it was.
+    assert take_look(store, "ours", on, "p", level=0.0125).count == 0
+    assert looks_taken(store, "ours", on, level=0.0125).spent == pytest.approx(0.05 + 3 * 0.0125)
