@@ -1,4 +1,4 @@
-"""What the commands on models share: opening the store, loading models, printing figures."""
+"""Helpers of the commands on models: opening the store, loading models, printing figures."""
 
 from __future__ import annotations
 

@@ -75,27 +75,18 @@ def take_look(
 def looks_taken(store: Store, line: str, prompts: PromptSet, *, level: float) -> Looks:
     """Return the comparisons on prompts of which these are at least half.
 
+    Figures that were judged at several levels, as by other settings of the gate, have the largest.
+
     Args:
         store: Has the history.
         line: Model line.
         prompts: The gate prompts.
         level: That of looks whose entry does not tell.
     """
-    levels = _levels(_looks(store, line)[0], prompts, level)
-    return Looks(len(levels), sum(levels.values()))
-
-
-def _levels(
-    looks: Sequence[_Look], prompts: PromptSet, default: float
-) -> dict[tuple[str, str], float]:
-    """Return the levels of the comparisons on some prompts by policy and result, oldest first.
-
-    Figures that were judged at several levels, as by other settings of the gate, have the largest.
-    """
     levels: dict[tuple[str, str], float] = {}
-    for key, level in _spent(looks, prompts, default):
-        levels[key] = max(level, levels.get(key, 0.0))
-    return levels
+    for key, spent in _spent(_looks(store, line)[0], prompts, level):
+        levels[key] = max(spent, levels.get(key, 0.0))
+    return Looks(len(levels), sum(levels.values()))
 
 
 def _spent(

@@ -20,7 +20,7 @@ Positive = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How policies reply, and which model scores them."""
+    """Options for sampling replies of policies and for scoring them."""
 
     judge: str | None = None
     """Scores policies' replies; default: the usable judge of (b's) lineage, or its reward model."""

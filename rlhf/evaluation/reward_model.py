@@ -42,7 +42,7 @@ _MARGIN_BINS = 16
 
 
 class PairsReport(NamedTuple):
-    """What is measured on held-out pairs."""
+    """Metrics of a reward model on held-out pairs, and values for each pair."""
 
     metrics: dict[str, Any]
     correct: list[float]
