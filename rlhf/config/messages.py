@@ -58,7 +58,7 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     # A misspelt field that is required gives two errors; the unknown name leads to the cure.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # For a field that may be a number or text, pydantic adds the type it tried to the location.
-    types = ("float", "str", "constrained-str", "[key]")
+    types = ("float", "str", "constrained-float", "constrained-str", "[key]")
     parts = [str(part) for part in first["loc"] if part not in types]
     field, error_type = ".".join(parts), first["type"]
     if error_type == "extra_forbidden":

@@ -25,6 +25,7 @@ from rlhf.config.components import (
     RewardModelComponent,
     validate_component,
 )
+from rlhf.config.numbers import Few, Signed, Temperature
 from rlhf.config.section import NESTED, OrText, Section, nested_error, validate_as
 from rlhf.files import expand_home
 
@@ -77,9 +78,9 @@ class MultiObjectiveConfig(Section):
 class PreferenceConfig(Section):
     """Several replies to each prompt; each is rewarded for what it wins against its rivals."""
 
-    replies_per_prompt: int = Field(default=2, ge=1)
+    replies_per_prompt: Few = Field(default=2, ge=1)
     """Replies to one prompt; `ppo.chunk_size` counts replies, so it must be a multiple."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = Field(default=1.0, gt=0)
     """τ in σ((sᵢ − sⱼ)/τ) − ½: the smaller, the more a small difference counts."""
     judge: Literal["reward_model", "pair_model", "custom"] = "reward_model"
     """Who compares: the reward model's scores; a sequence classifier that reads the prompt and
@@ -137,7 +138,7 @@ class RewardSection(Section):
     """Options of `env_type`: a mapping, JSON text, or the path of a JSON or YAML file."""
     multi_objective: bool = False
     """The same as `env_type: multi_objective`."""
-    reward_weights: Annotated[dict[str, float] | None, OrText()] = None
+    reward_weights: Annotated[dict[str, Signed] | None, OrText()] = None
     """Weight of each component of `multi_objective`: a mapping or JSON text."""
 
     @field_validator("reward_weights", mode="before")

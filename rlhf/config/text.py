@@ -45,7 +45,10 @@ def reason(error: Exception) -> str:
 
 def shown_value(value: Any) -> str:
     """Return the value's repr, cut off after 80 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
