@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, cast
 from urllib.parse import urlsplit
 
-import regex
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.numbers import (
@@ -23,9 +22,15 @@ from rlhf.config.numbers import (
     Tries,
 )
 from rlhf.config.section import Section, nested_error, validate_as
+from rlhf.config.text import shown_value
+from rlhf.limits import MAX_PATTERN, pattern_error
 
 #: Hosts to which a token may be sent unencrypted, because it does not leave the machine.
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+#: A word or phrase that is looked for in replies.
+Word = Annotated[str, Field(pattern=r"\S", max_length=MAX_PATTERN)]
 
 
 class LengthPenaltyConfig(Section):
@@ -123,7 +128,7 @@ class KeywordComponent(ComponentSection):
 
     type: Literal["keyword"] = "keyword"
     """Kind of component."""
-    words: tuple[Annotated[str, Field(pattern=r"\S")], ...] = Field(min_length=1)
+    words: tuple[Word, ...] = Field(min_length=1)
     """Words or phrases."""
     match: Literal["any", "all", "fraction"] = "any"
     """1 if any (or all) of them are there, else 0; or the share of them that are."""
@@ -148,12 +153,9 @@ class RegexComponent(ComponentSection):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str) -> str:
-        try:
-            regex.compile(value)
-        except regex.error as error:
-            raise ValueError(f"{value!r} is no pattern ({error}); mend it") from None
-        except RecursionError:
-            raise ValueError("is no pattern (nested too deeply); mend it") from None
+        error = pattern_error(value)
+        if error:
+            raise ValueError(f"{shown_value(value)} is no pattern ({error}); mend it")
         return value
 
 

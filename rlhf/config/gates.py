@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.numbers import Count, Measure
 from rlhf.config.section import Section
+from rlhf.limits import MAX_PATTERN
 
 #: Value of the metric that a rule compares: the metric itself, or an end of its interval.
 End = Literal["estimate", "low", "high"]
@@ -16,7 +17,7 @@ End = Literal["estimate", "low", "high"]
 class GateRule(Section):
     """One condition on one metric of an evaluation; a non-finite metric fails (docs/gates.md)."""
 
-    metric: str = Field(min_length=1)
+    metric: str = Field(min_length=1, max_length=MAX_PATTERN)
     """Dotted name in the evaluation's metrics, for example `sampled.win_rate`."""
     min: Measure | str | None = None
     """Lower bound (inclusive): a number, or the name of another metric."""

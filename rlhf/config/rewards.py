@@ -6,7 +6,6 @@ Without either, the reward model scores each reply. Components of `multi_objecti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -28,6 +27,7 @@ from rlhf.config.components import (
 from rlhf.config.numbers import Few, Signed, Temperature
 from rlhf.config.section import NESTED, OrText, Section, nested_error, validate_as
 from rlhf.files import expand_home
+from rlhf.limits import load_json, read_text
 
 RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
 EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
@@ -298,15 +298,15 @@ def read_mapping(value: Any, what: str) -> Any:
         return value
     if value.lstrip().startswith("{"):
         try:
-            return json.loads(value, parse_constant=_refuse_constant, object_pairs_hook=text.unique)
-        except (ValueError, RecursionError) as error:
+            return load_json(value, parse_constant=_refuse_constant, object_pairs_hook=text.unique)
+        except ValueError as error:
             raise ValueError(f"is no JSON ({error}); mend the text") from None
     path = expand_home(value)
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
                          f"give {what} as one of these")  # fmt: skip
     try:
-        tree = text.parse(path.read_text(encoding="utf-8"))
+        tree = text.parse(read_text(path))
     except OSError as error:
         raise ValueError(f"{value!r} can't be read ({error.strerror}); correct the path") from None
     except text.BROKEN as error:

@@ -23,6 +23,8 @@ from rlhf.config.numbers import (
     Workers,
 )
 from rlhf.config.section import Section, check_model_uri
+from rlhf.config.text import shown_value
+from rlhf.limits import MAX_PATTERN, pattern_error
 
 #: Most weights of a model from scratch: 20 GB in float32, and four times that in training.
 MOST_WEIGHTS = 5 * 10**9
@@ -126,11 +128,14 @@ class LoraConfig(Section):
     @classmethod
     def _usable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value or (not isinstance(value, str) and not all(map(str.strip, value))):
-            raise ValueError(f"{value!r} has an empty name; write all-linear, or q_proj and such")
-        try:
-            re.compile(value if isinstance(value, str) else "")
-        except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression ({error}); mend it") from None
+            raise ValueError(
+                f"{shown_value(value)} has an empty name; write all-linear, or q_proj and such"
+            )
+        if not isinstance(value, str) and len(value) > MAX_PATTERN:
+            raise ValueError(f"has {len(value):,} names, and at most {MAX_PATTERN:,} are read")
+        error = pattern_error(value) if isinstance(value, str) else None
+        if error:
+            raise ValueError(f"{shown_value(value)} is no regular expression ({error}); mend it")
         return value
 
 
