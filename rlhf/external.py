@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import files_sha256, known_sha256
+from rlhf.limits import read_some
 from rlhf.store.objects import Sink, in_parallel
 
 if TYPE_CHECKING:
@@ -159,9 +160,9 @@ class _Folder:
     def fetch(self, _: Path) -> LocalCopy:
         return LocalCopy(self.external.path, self._files())
 
-    def read(self, name: str, _: int) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         with self.external.readable():
-            return self._files()[name].read_bytes()
+            return read_some(self._files()[name], limit)
 
     def _files(self) -> dict[str, Path]:
         path, is_dataset = self.external.path, self.external.type == "dataset"
@@ -302,17 +303,16 @@ class _Hub:
         names = list(files) if is_dataset else self.external.select(list(files))
         return LocalCopy(folder, {name: files[name] for name in names})
 
-    def read(self, name: str, _: int) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         from huggingface_hub import hf_hub_download
 
-        return Path(
-            hf_hub_download(
-                self.external.repository,
-                name,
-                repo_type=self.external.type,
-                revision=self.external.hub_commit(),
-            )
-        ).read_bytes()
+        path = hf_hub_download(
+            self.external.repository,
+            name,
+            repo_type=self.external.type,
+            revision=self.external.hub_commit(),
+        )
+        return read_some(Path(path), limit)
 
 
 def _is_visible(name: str) -> bool:

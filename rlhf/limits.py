@@ -18,6 +18,8 @@ import regex
 
 #: Bytes of a text that is configuration: preset, environment, override.
 MAX_CONFIG_BYTES = 2**18
+#: Bytes of a JSON file of a model that is not its weights or tokenizer.
+MAX_MODEL_BYTES = 2**20
 #: Levels of nesting of JSON and YAML, and values in a configuration, aliases written out.
 MAX_DEPTH, MAX_VALUES = 64, 50_000
 #: Characters of a pattern, or of a name in a configuration.
@@ -160,6 +162,12 @@ def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
     if len(data) > most:
         raise ValueError(f"has more than {most:,} bytes; is this the right file?")
     return data.decode("utf-8")
+
+
+def read_some(path: Path, most: int) -> bytes:
+    """Return a file's bytes, of a larger file the first ones: JSON that is cut is no JSON."""
+    with path.open("rb") as file:
+        return file.read(most + 1)
 
 
 def _plain_error(pattern: str) -> str | None:

@@ -19,9 +19,10 @@ from rlhf.config.pipeline import INLINE
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import expand_home
 from rlhf.gate_sizes import Sizes, check_gate_sizes
+from rlhf.limits import MAX_MODEL_BYTES
 from rlhf.modeling.nf4 import check_package
 from rlhf.modeling.reward_source import check_context, check_reward_source
-from rlhf.modeling.source import CONFIG, MAX_CONFIG_BYTES, ExternalModel
+from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.store import Store
 from tasks.external_inputs import (
     check_tokens,
@@ -167,7 +168,7 @@ def _check_model(external: ExternalModel, store: Store) -> Mapping[str, Any]:
     """Check an external model's configuration, without its weights, and return it."""
     if not external.is_artifact:
         external.check()
-        return json.loads(external.read(CONFIG, MAX_CONFIG_BYTES))
+        return json.loads(external.read(CONFIG, MAX_MODEL_BYTES))
     ref = store.resolve(external.uri)
     if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
         raise external.error(f"this artifact is a {ref.kind}, no model; give that of a model")

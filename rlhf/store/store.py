@@ -228,16 +228,17 @@ class Store:
         ancestors: Ancestors = []
         expanded: set[str] = set()
 
-        def visit(depth: int, role: str, digest: str) -> None:
+        # A stack of its own: a chain of retrainings may be longer than Python's.
+        rest = [(0, "self", digest_of(ref))]
+        while rest:
+            depth, role, digest = rest.pop()
             artifact = self._artifact(digest)
             ancestors.append(Ancestor(depth, role, artifact.ref))
             if digest in expanded:
-                return
+                continue
             expanded.add(digest)
-            for name, parent in sorted(artifact.manifest.parents.items()):
-                visit(depth + 1, name, parent)
-
-        visit(0, "self", digest_of(ref))
+            parents = sorted(artifact.manifest.parents.items(), reverse=True)
+            rest += [(depth + 1, name, parent) for name, parent in parents]
         return ancestors
 
     def list(self) -> list[Artifact]:
