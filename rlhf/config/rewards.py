@@ -27,6 +27,7 @@ from rlhf.config.components import (
 )
 from rlhf.config.section import NESTED, OrText, Section, nested_error, validate_as
 from rlhf.files import expand_home
+from rlhf.permissions import check_paths
 
 RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
 EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
@@ -304,6 +305,7 @@ def read_mapping(value: Any, what: str) -> Any:
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
                          f"give {what} as one of these")  # fmt: skip
+    check_paths(f"{what} = {value!r}", [path])
     try:
         tree = text.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
