@@ -75,7 +75,7 @@ async def _in_a_locked_pool(own):
 
 def test_the_servers_password_is_one_for_all():
     with temporary_settings({PREFECT_SERVER_API_AUTH_STRING: "all:secret"}):
-        app = create_api_app(ignore_cache=True) if False else create_api_app()
+        app = create_api_app()  # cached by these settings
     token = base64.b64encode(b"all:secret").decode()
 
     async def status(path, **headers):
