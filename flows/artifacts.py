@@ -36,6 +36,8 @@ ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the stor
 #: Least grace of `gc`, in hours. A publisher reuses objects that are up to an hour old, and they
 #: have to stay until it is done.
 LEAST_GRACE = 2.0
+#: Hours of a century: more is a mistake, and infinity no time.
+LONGEST_GRACE = 876_600.0
 
 
 @app.command
@@ -256,6 +258,11 @@ def gc(
     if not grace_hours >= LEAST_GRACE:
         raise ConfigError(
             f"--grace-hours {grace_hours:g}: publishers rely on at least {LEAST_GRACE:g}; give more"
+        )
+    if grace_hours > LONGEST_GRACE:
+        raise ConfigError(
+            f"--grace-hours {grace_hours:g}: with more than {LONGEST_GRACE:g} nothing is ever old "
+            "enough; give less"
         )
     opened = open_named(store, config)
     garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete)

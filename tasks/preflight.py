@@ -105,7 +105,7 @@ def preflight_flow(config: PipelineConfig) -> None:
                 if not (deployment.id and left):
                     raise
                 get_run_logger().warning("%s; asking again", error)
-                time.sleep(retries.delay_seconds * 2 ** min(retries.attempts - left, 5))
+                time.sleep(retries.delay(min(retries.attempts - left, 5)))
     check_placement(config)
 
 

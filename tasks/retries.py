@@ -47,7 +47,7 @@ def retried(config: PipelineConfig, what: str, function: Callable[[], T]) -> T:
                 raise StoreError(
                     f"{config.store}: {what} failed ({error}); mend that, and run the same again"
                 ) from error
-            delay = retries.delay_seconds * 2**attempt * (1 + retries.jitter * random.random())
+            delay = retries.delay(attempt) * (1 + retries.jitter * random.random())
             log.warning("%s failed (%s); it is tried again in %.0f s", what, error, delay)
             time.sleep(delay)
     raise AssertionError

@@ -16,6 +16,7 @@ import httpx
 
 from rlhf.config import RemoteComponent
 from rlhf.config.components import LOOPBACK_HOSTS
+from rlhf.config.numbers import doubled
 from rlhf.environments.contract import Reply, check_values
 from rlhf.errors import ConfigError, RewardServiceError, TrainingError
 from rlhf.permissions import allowed_tokens, check_addresses, check_host, resolve
@@ -133,7 +134,7 @@ class RemoteReward:
         tries = 1 if self.failures >= self.config.breaker_failures else self.config.retries + 1
         for number in range(tries):
             if number:
-                time.sleep(self.config.backoff_seconds * 2 ** (number - 1))
+                time.sleep(doubled(self.config.backoff_seconds, number - 1))
             try:
                 response = self._post(client, body)
             except _RequestError as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+
+from rlhf.limits import load_json
 
 #: The files that transformers loads: one, or the shards that an index lists.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -83,7 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     """Return the shards that an index lists, sorted."""
     try:
-        content: Any = json.loads(index.read_bytes())
+        content: Any = load_json(index.read_bytes())
         names = sorted(set(content["weight_map"].values()))
         shards = [index.parent / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from rlhf.external import TIMEOUT, External
 from rlhf.files import expand_home
+from rlhf.limits import load_json
 from rlhf.modeling.headers import DamagedWeights, read_headers
 from rlhf.store.manifest import PICKLES
 
@@ -90,7 +90,7 @@ class ExternalModel(External):
                 with one label.
         """
         try:
-            config: Any = json.loads(data)
+            config: Any = load_json(data)
         except ValueError:
             config = None
         self._check_revision()
