@@ -12,9 +12,10 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from flows.artifacts import ConfigOption, StoreOption
-from rlhf.champions import acting_person, record_approval
+from rlhf.champions import acting_person, checked_line, record_approval
 from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.external import shorten
 from rlhf.store import ArtifactRef, Store
 from tasks.prefect_server import prefect_server
 
@@ -154,7 +155,9 @@ def approve(
     if store is None and config is None:
         suspended = _suspended(run)
         answer = "refuse" if refuse else "approve"
-        _resume(suspended, {"decision": answer, "by": acting_person(by), "why": why})
+        # Checked as the record will be: once the run goes on, there is no way back.
+        line = checked_line("--why", why)
+        _resume(suspended, {"decision": answer, "by": acting_person(by), "why": line})
         console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
         return
     loaded, opened = _open_model_line(name, store, config)
@@ -233,4 +236,7 @@ def _resume(run: FlowRun, answer: dict[str, object]) -> None:
         response = client.resume_flow_run(run.id, run_input=answer)
     if response.status.value != "ACCEPT":
         reason = getattr(response.details, "reason", None) or response.status.value
-        raise ConfigError(f"{run.name}: can't be resumed: {reason}")
+        raise ConfigError(
+            f"{run.name}: can't be resumed ({shorten(reason)}); if that stays, let it ask anew: "
+            f"`prefect flow-run cancel {run.id}`, then `prefect flow-run retry {run.id}`"
+        )

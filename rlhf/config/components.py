@@ -68,7 +68,7 @@ class CustomConfig(Section):
 
     function: str
     """`package.module:function` or `folder/file.py:function`, in a folder that the operator lists
-    in the environment variable RLHF_ALLOWED_CODE."""
+    in the environment variable RLHF_ALLOWED_CODE, or in the permissions file of the machine."""
     timeout_seconds: Seconds = Field(default=60.0, gt=0)
     """Time limit of one call, the import at first included; it is interrupted after that."""
 

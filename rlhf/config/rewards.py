@@ -28,6 +28,7 @@ from rlhf.config.numbers import Few, Signed, Temperature
 from rlhf.config.section import NESTED, OrText, Section, nested_error, validate_as
 from rlhf.files import expand_home
 from rlhf.limits import load_json, read_text
+from rlhf.permissions import check_paths
 
 RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
 EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
@@ -305,6 +306,7 @@ def read_mapping(value: Any, what: str) -> Any:
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
                          f"give {what} as one of these")  # fmt: skip
+    check_paths(f"{what} = {value!r}", [path])
     try:
         tree = text.parse(read_text(path))
     except OSError as error:

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
 from rlhf.files import expand_home
+from rlhf.permissions import check_store
 from rlhf.store.cache import ATTEMPTS, DEFAULT_LIMIT, Cache, Origin, download
 from rlhf.store.coordination import PROBES, is_atomic
 from rlhf.store.gc import GRACE, Garbage, collect, retain
@@ -313,11 +314,15 @@ def backend_of(uri: str, options: StoreConfig) -> Backend:
     if parts.scheme == "s3" and parts.netloc:
         from rlhf.store.s3 import S3Backend
 
+        check_store(uri, None)
         return S3Backend(uri, options)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return LocalBackend(Path(unquote(parts.path)).resolve())
+        folder = Path(unquote(parts.path)).resolve()
+        check_store(uri, folder)
+        return LocalBackend(folder)
     folder = expand_home(uri)
     if uri and "://" not in uri and not str(folder).startswith("~"):
+        check_store(uri, folder)
         return LocalBackend(folder.resolve())
     raise StoreConfigError(
         f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
