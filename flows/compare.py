@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from flows.artifacts import ConfigOption, StoreOption
 from flows.models import (
     check_file,
-    console,
     excerpt,
     interval,
     load_policies,
@@ -20,12 +18,13 @@ from flows.models import (
     named_judge,
     open_for_models,
     progress_of,
-    say,
 )
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError, DataError
 from rlhf.files import expand_home, write_json
+from rlhf.plain_text import one_line
 from rlhf.report.reward_model import reward_model_lines
+from tasks.console import console, say
 from tasks.model_options import DEFAULT_OPTIONS, ModelOptions
 
 if TYPE_CHECKING:
@@ -343,7 +342,7 @@ def _show_groups(groups: Mapping[str, Mapping[str, Any]], metric: str) -> None:
         return
     table = Table("group", metric.replace("_", " "), "95 % interval", "n")
     for group, part in sorted(groups.items()):
-        table.add_row(Text(group), *interval(part, metric), f"{part['n']:,}")
+        table.add_row(one_line(group), *interval(part, metric), f"{part['n']:,}")
     console.print(table)
 
 
@@ -356,7 +355,7 @@ def _show_rows(
     what = numbers[0].partition("_")[0]
     table = Table(*columns.values(), f"{what} a", f"{what} b", title=title, title_justify="left")
     for row in rows[:SHOWN]:
-        texts = [Text(excerpt(row[name])) for name in columns]
+        texts = [excerpt(row[name]) for name in columns]
         table.add_row(*texts, *(f"{row[name]:.2f}" for name in numbers))
     console.print(table)
 

@@ -27,6 +27,7 @@ from rlhf.config import PipelineConfig
 from rlhf.errors import PromotionLost
 from rlhf.files import write_json
 from rlhf.gates import Verdict, read_verdict, require
+from rlhf.markdown import Markdown
 from rlhf.smoke import SMOKE, smoke_test
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
@@ -95,7 +96,9 @@ def is_waiting(config: PipelineConfig, policy: ArtifactRef) -> bool:
     return not decided and not is_champion(config, policy, store)
 
 
-def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, about: str) -> None:
+def wait_for_approval(
+    config: PipelineConfig, policy: ArtifactRef, run: str, about: Markdown
+) -> None:
     """Suspend this flow run until a person has decided; record the decision.
 
     Suspension ends the process. The resumed run starts again, gets its completed stages from the

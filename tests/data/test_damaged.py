@@ -6,7 +6,6 @@ import shutil
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from rich.console import Console
 
 from flows.terminal import show_data
 from rlhf.config import DataConfig
@@ -19,6 +18,7 @@ from rlhf.data.stored import read_card, read_summary
 from rlhf.errors import DataError
 from rlhf.gates import VERDICT, read_verdict
 from rlhf.store import open_store
+from tasks.console import PlainConsole
 from tasks.runner import producer
 from tests.data.helpers import message
 
@@ -138,7 +138,7 @@ def test_damaged_json_lines_of_an_older_dataset(tmp_path, line):
 
 
 def show_summary(folder):
-    return show_data(Console(), folder)
+    return show_data(PlainConsole(), folder)
 
 
 @pytest.mark.parametrize("text", [*NO_JSON, '{"findings": 3}', '{"left_out": {"x": -1}}'])

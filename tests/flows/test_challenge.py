@@ -4,7 +4,6 @@ import io
 from html import unescape
 
 import pytest
-from rich.console import Console
 
 import flows.pipeline
 import tasks.challenge
@@ -19,6 +18,7 @@ from rlhf.champions import promote
 from rlhf.errors import StoreError
 from rlhf.files import read_json
 from rlhf.gates import read_verdict
+from tasks.console import PlainConsole
 from tasks.stage import store_of
 
 pytestmark = pytest.mark.prefect
@@ -64,7 +64,7 @@ def test_a_challenger_that_is_not_better_leaves_the_champion(tiny):
     parents = store.manifest(second.refs["evaluate-policy"]).parents
     assert parents["champion"] == champion
     assert parents["champion-evaluation"] == first.refs["evaluate-policy"].digest
-    console = Console(file=io.StringIO(), width=200)
+    console = PlainConsole(file=io.StringIO(), width=200)
     show_run(console, second)
     shown = console.file.getvalue()
     assert "NotBetter: keep the champion: " in shown
