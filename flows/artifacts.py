@@ -21,6 +21,7 @@ from rich.progress import (
 
 from rlhf.config import load_config
 from rlhf.errors import ConfigError
+from rlhf.files import exists, is_dir
 from tasks.console import console, say, text_column
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOpt
         Must not exist yet, or be empty.
     """
     folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if exists(folder) and (not is_dir(folder) or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} is there already; name a new folder")
     opened = open_named(store, config)
     resolved = opened.resolve(ref)

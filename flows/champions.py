@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from flows.artifacts import ConfigOption, StoreOption
+from flows.runs import open_server
 from rlhf.champions import acting_person, record_approval
 from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError
@@ -202,20 +203,14 @@ def _suspended(run: str) -> FlowRun:
         ConfigError: No server is configured, or several runs match.
         ArtifactMissing: No suspended run matches.
     """
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
         FlowRunFilterStateName,
     )
-    from prefect.settings import PREFECT_API_URL
 
-    if not PREFECT_API_URL.value():
-        raise ConfigError(
-            f"{run}: needs the Prefect server that the run is on; set PREFECT_API_URL, or give "
-            "the policy's digest with --store"
-        )
-    with get_client(sync_client=True) as client:
+    cure = "set PREFECT_API_URL, or give the policy's digest with --store"
+    with open_server(run, cure) as client:
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
         suspended = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
     matches = [each for each in suspended if each.name == run or str(each.id).startswith(run)]
@@ -229,9 +224,7 @@ def _suspended(run: str) -> FlowRun:
 
 
 def _resume(run: FlowRun, answer: dict[str, object]) -> None:
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
+    with open_server(run.name) as client:
         response = client.resume_flow_run(run.id, run_input=answer)
     if response.status.value != "ACCEPT":
         reason = getattr(response.details, "reason", None) or response.status.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -16,6 +17,7 @@ from flows import artifacts, champions, compare, data, forget, judge, preflight,
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
+from rlhf.config.section import unspeakable
 from rlhf.errors import (
     ArtifactMissing,
     ConfigError,
@@ -54,7 +56,9 @@ def main() -> None:
         # A terminal without UTF-8 shows what it can.
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        sys.exit(app(print_error=False, exit_on_error=False) or 0)
+        arguments = sys.argv[1:]
+        _check_arguments(arguments)
+        sys.exit(app(arguments, print_error=False, exit_on_error=False) or 0)
     except CycloptsError as error:
         error.verbose = False  # else it names the Python function
         sys.exit(fail(ConfigError(f"{error}".removesuffix(".") + "; see rlhf --help")))
@@ -191,7 +195,11 @@ def warn(loaded: LoadedConfig) -> None:
 
 
 def prepare_prefect(verbose: bool) -> None:
-    """Configure signals, Prefect and logging; variables that the user has set stay."""
+    """Configure signals, Prefect and logging; variables that the user has set stay.
+
+    Raises:
+        ConfigError: A server is configured and does not answer.
+    """
     exit_on_signals()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     # Training takes all cores, so the ephemeral server may answer late.
@@ -213,6 +221,11 @@ def prepare_prefect(verbose: bool) -> None:
         handler.addFilter(_add_text)
         logging.getLogger("rlhf").addHandler(handler)
         logging.getLogger("rlhf").setLevel(logging.INFO)
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():  # else this process starts a server of its own
+        with runs.open_server("PREFECT_API_URL") as client:
+            client.hello()
 
 
 def _add_text(record: logging.LogRecord) -> bool:
@@ -220,6 +233,18 @@ def _add_text(record: logging.LogRecord) -> bool:
     record.__dict__["shown"] = one_line(record.getMessage())
     record.__dict__["prefix"] = "warning: " if record.levelno >= logging.WARNING else ""
     return True
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse arguments that neither a file's name nor a record can hold.
+
+    Raises:
+        ConfigError: One holds bytes that are not UTF-8, or a null character.
+    """
+    for argument in arguments:
+        held = unspeakable(argument)
+        if held is not None:
+            raise ConfigError(f"{argument!r} holds {held}; name it otherwise")
 
 
 def _parse_input(text: str) -> tuple[str, str]:

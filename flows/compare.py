@@ -21,7 +21,7 @@ from flows.models import (
 )
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError, DataError
-from rlhf.files import expand_home, write_json
+from rlhf.files import exists, expand_home, is_dir, write_json
 from rlhf.plain_text import one_line
 from rlhf.report.reward_model import reward_model_lines
 from tasks.console import console, say
@@ -241,7 +241,7 @@ def _dataset(b: NamedModel, data: str | None, store: Store, cure: str) -> tuple[
     """
     from tasks.models import DATASET, dataset_of
 
-    if data is not None and Path(data).is_dir():
+    if data is not None and is_dir(Path(data)):
         return Path(data), f"of the folder {data}"
     ref = dataset_of(b, store) if data is None else store.resolve(data)
     if ref is None:
@@ -285,7 +285,7 @@ def _check_folder(out: Path | None) -> None:
     Raises:
         ConfigError: It is a file, or not empty.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and exists(out) and (not is_dir(out) or any(out.iterdir())):
         raise ConfigError(f"--out {str(out)!r}: is there already; name a new folder")
 
 

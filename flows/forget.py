@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from flows.artifacts import ConfigOption, StoreOption, open_named
 from rlhf.errors import ConfigError
+from rlhf.files import read_text
 from tasks.console import say
 
 
@@ -73,7 +74,7 @@ def _wanted(ids: list[str], file: Path | None) -> list[str]:
     words = list(ids)
     if file is not None:
         try:
-            words += file.read_text(encoding="utf-8").split()
+            words += read_text(file).split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"--file {str(file)!r}: can't be read ({error}); name a text file"

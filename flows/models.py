@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 
 from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
 from rlhf.errors import ConfigError, RLHFError
+from rlhf.files import is_dir
 from rlhf.plain_text import printable
 from rlhf.stage import Progress
 from tasks.console import console, text_column
@@ -98,9 +99,9 @@ def check_file(option: str, file: Path | None) -> None:
     """
     if file is None:
         return
-    if file.is_dir():
+    if is_dir(file):
         raise ConfigError(f"{option} {str(file)!r}: is a folder; name a file")
-    if not file.absolute().parent.is_dir():
+    if not is_dir(file.absolute().parent):
         raise ConfigError(f"{option} {str(file)!r}: its folder does not exist; make it first")
 
 

@@ -49,7 +49,7 @@ def runs(*, limit: int = 20) -> None:
 
     if not 1 <= limit <= PAGE:
         raise ConfigError(f"--limit {limit}: give a number from 1 to {PAGE}")
-    with _server("rlhf runs") as client:
+    with open_server("rlhf runs") as client:
         started = _runs(client, sort=FlowRunSort.START_TIME_DESC, limit=limit)
         scheduled = _runs(client, future=True, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=1)
         deployments = _deployments(client, started)
@@ -80,7 +80,7 @@ def status(run: str, *, watch: bool = False) -> None:
     watch
         Show it anew every 2 s until the run has ended.
     """
-    with _server(run) as client:
+    with open_server(run) as client:
         shown = _find_run(client, run)
         if not watch:
             console.print(_status(client, shown), soft_wrap=not console.is_terminal)
@@ -93,8 +93,12 @@ def status(run: str, *, watch: bool = False) -> None:
 
 
 @contextmanager
-def _server(subject: str) -> Iterator[SyncPrefectClient]:
-    """Open a client of the configured server; `subject` begins the error messages.
+def open_server(subject: str, cure: str = "set PREFECT_API_URL") -> Iterator[SyncPrefectClient]:
+    """Open a client of the configured server.
+
+    Args:
+        subject: Beginning of the error messages.
+        cure: What to do if no server is configured.
 
     Raises:
         ConfigError: No server is configured, or it does not answer.
@@ -104,13 +108,11 @@ def _server(subject: str) -> Iterator[SyncPrefectClient]:
 
     # Without the setting, the client would start a server of its own, without any runs.
     if not PREFECT_API_URL.value():
-        raise ConfigError(
-            f"{subject}: needs the Prefect server that the runs are on; set PREFECT_API_URL"
-        )
+        raise ConfigError(f"{subject}: needs the Prefect server that the runs are on; {cure}")
     with get_client(sync_client=True) as client:
         try:
             yield client
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             # The address may contain a password.
             address = client.api_url.copy_with(userinfo=b"")
             reason = getattr(getattr(error, "response", None), "reason_phrase", None) or error

@@ -15,15 +15,21 @@ from rlhf.champions import Promotion
 from rlhf.config import LoadedConfig, apply_machine_settings
 from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
-from rlhf.files import expand_home, read_json
+from rlhf.files import expand_home
 from rlhf.plain_text import one_line
 from rlhf.report import OUTCOMES, STATES
-from rlhf.report.reward_model import reward_model_lines
+from rlhf.report.samples import read_samples
 from rlhf.store import Ancestor, Artifact
 from tasks.console import PlainConsole, say, styled
-from tasks.report import drift_lines, first_answers, gate_lines, reward_model_facts
+from tasks.report import (
+    drift_lines,
+    first_answers,
+    gate_lines,
+    reward_model_evaluation,
+    reward_model_facts,
+)
 from tasks.stage import store_of
-from tasks.stages import EVALUATE_POLICY, EVALUATION, PREPARE_DATA
+from tasks.stages import EVALUATE_POLICY, PREPARE_DATA, SAMPLES
 
 if TYPE_CHECKING:
     from tasks.report import PipelineRun
@@ -45,7 +51,7 @@ def show_run(console: PlainConsole, run: PipelineRun) -> None:
         say(f"reward model: {line}", on=console)
     if EVALUATE_POLICY.name in run.refs:
         folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
-        samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
+        samples = read_samples(folder / SAMPLES)[: run.config.evaluation.samples]
         console.print(_samples(samples))
     for answer in first_answers(run):
         style = ANSWER_STYLES.get(answer.tone, "")
@@ -73,7 +79,7 @@ def show_data(console: PlainConsole, folder: Path) -> None:
 
 def show_reward_model(console: PlainConsole, folder: Path) -> None:
     """Print the figures that tell most of a reward model's evaluation."""
-    for line in reward_model_lines(read_json(folder / EVALUATION)):
+    for line in reward_model_evaluation(folder):
         say(f"reward model: {line}", on=console)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.data.stored import read_card, read_summary
@@ -28,8 +31,9 @@ from rlhf.report import (
     trust_answers,
 )
 from rlhf.report.reward_model import reward_model_lines
-from rlhf.report.samples import shown_samples
+from rlhf.report.samples import read_samples, shown_samples
 from rlhf.report.text import interval
+from rlhf.saved import checked, read_saved
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.drift import DriftCheck
@@ -45,10 +49,12 @@ from tasks.stages import (
     GATE_POLICY,
     GATE_REWARD_MODEL,
     PREPARE_DATA,
+    SAMPLES,
     TRAIN_POLICY,
 )
 
 REPORT = "report.html"
+_read_rows = partial(read_saved, shape=TypeAdapter(list[dict[str, Any]]))
 DATA = "report.json"
 
 
@@ -107,10 +113,11 @@ def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
     if ref is None:
         return ()
     store = store_of(run.config)
-    evaluation = read_json(store.fetch(ref) / "evaluation.json")
+    path = store.fetch(ref) / EVALUATION
     verdicts = {verdict.gate: verdict for verdict in _verdicts(run, store)}
     compares = run.config.gates.champion is not None
-    return trust_answers(evaluation, verdicts.get(GATE_POLICY.name), compares)
+    verdict = verdicts.get(GATE_POLICY.name)
+    return checked(path, lambda: trust_answers(read_json(path), verdict, compares))
 
 
 def reward_model_facts(run: PipelineRun) -> list[str]:
@@ -118,7 +125,17 @@ def reward_model_facts(run: PipelineRun) -> list[str]:
     ref = run.refs.get(EVALUATE_REWARD_MODEL.name)
     if ref is None:
         return []
-    return reward_model_lines(read_json(store_of(run.config).fetch(ref) / EVALUATION))
+    return reward_model_evaluation(store_of(run.config).fetch(ref))
+
+
+def reward_model_evaluation(folder: Path) -> list[str]:
+    """Return the figures that tell most of a reward model's evaluation.
+
+    Raises:
+        DataError: The evaluation is damaged.
+    """
+    path = folder / EVALUATION
+    return checked(path, lambda: reward_model_lines(read_json(path)))
 
 
 def gate_lines(run: PipelineRun) -> list[str]:
@@ -179,13 +196,13 @@ def _publish(run: PipelineRun, store: Store) -> str:
 def _gather(run: PipelineRun, store: Store) -> RunReport:
     """Read the report's parts from the artifacts; stages that did not run have none."""
 
-    def part(stage: Stage, file: str) -> Any:
+    def part(stage: Stage, file: str, read: Callable[[Path], Any] = read_saved) -> Any:
         ref = run.refs.get(stage.name)
         path = store.fetch(ref) / file if ref else None
-        return read_json(path) if path and path.is_file() else None
+        return read(path) if path and path.is_file() else None
 
     data = store.fetch(run.refs[PREPARE_DATA.name]) if PREPARE_DATA.name in run.refs else None
-    samples = part(EVALUATE_POLICY, "samples.json") or []
+    samples = part(EVALUATE_POLICY, SAMPLES, read_samples) or []
     return RunReport(
         **_facts(run),
         data=read_summary(data) if data else {},
@@ -193,7 +210,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         reward_model=part(EVALUATE_REWARD_MODEL, "evaluation.json"),
         policy=part(EVALUATE_POLICY, "evaluation.json"),
         watchdog=part(TRAIN_POLICY, "watchdog.json"),
-        curves=tuple(part(TRAIN_POLICY, "curve.json") or ()),
+        curves=tuple(part(TRAIN_POLICY, "curve.json", _read_rows) or ()),
         samples=tuple(shown_samples(samples, run.config.evaluation.samples)),
         trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),

@@ -30,6 +30,7 @@ from rlhf.gates import VERDICT, Verdict, judge, read_verdict, require
 from rlhf.markdown import Markdown, bold, escape, paragraphs, quotation, rule
 from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
+from rlhf.report.samples import read_samples
 from rlhf.saved import read_saved
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
@@ -254,7 +255,7 @@ def _evaluate_policy(run: StageRun) -> StageResult:
 def _show_samples(folder: Path, config: PipelineConfig) -> Mapping[str, Shown]:
     """Show sample replies as quotations, so that nothing in them acts as Markdown."""
     blocks: list[Markdown] = []
-    for sample in read_json(folder / SAMPLES)[: config.evaluation.samples]:
+    for sample in read_samples(folder / SAMPLES)[: config.evaluation.samples]:
         blocks += [rule()] if blocks else []
         for key in ("prompt", "before", "after"):
             blocks += [bold(key.capitalize()), quotation(sample[key])]

@@ -26,7 +26,7 @@ from rlhf.config.components import (
     validate_component,
 )
 from rlhf.config.section import NESTED, OrText, Section, nested_error, validate_as
-from rlhf.files import expand_home
+from rlhf.files import expand_home, read_text
 
 RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
 EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
@@ -305,7 +305,7 @@ def read_mapping(value: Any, what: str) -> Any:
         raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
                          f"give {what} as one of these")  # fmt: skip
     try:
-        tree = text.parse(path.read_text(encoding="utf-8"))
+        tree = text.parse(read_text(path))
     except OSError as error:
         raise ValueError(f"{value!r} can't be read ({error.strerror}); correct the path") from None
     except text.BROKEN as error:
