@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.data.stored import read_card, read_summary
-from rlhf.files import expand_home, read_json
+from rlhf.files import expand_home
 from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict, read_verdict
 from rlhf.markdown import Markdown, bold, bullets, code, command, escape, paragraphs, table, words
 from rlhf.report import (
@@ -117,7 +117,7 @@ def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
     verdicts = {verdict.gate: verdict for verdict in _verdicts(run, store)}
     compares = run.config.gates.champion is not None
     verdict = verdicts.get(GATE_POLICY.name)
-    return checked(path, lambda: trust_answers(read_json(path), verdict, compares))
+    return checked(path, lambda: trust_answers(read_saved(path), verdict, compares))
 
 
 def reward_model_facts(run: PipelineRun) -> list[str]:
@@ -135,7 +135,7 @@ def reward_model_evaluation(folder: Path) -> list[str]:
         DataError: The evaluation is damaged.
     """
     path = folder / EVALUATION
-    return checked(path, lambda: reward_model_lines(read_json(path)))
+    return checked(path, lambda: reward_model_lines(read_saved(path)))
 
 
 def gate_lines(run: PipelineRun) -> list[str]:
