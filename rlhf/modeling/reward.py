@@ -383,7 +383,6 @@ class _Meta(BaseModel):
     template_hash: str | None = None
     base_weights: str | None = None
     tail: list[Annotated[int, Field(strict=True, ge=0)]] = []
-    members: Annotated[int, Field(strict=True, ge=1)] = 1
     score_mean: Annotated[float, Field(allow_inf_nan=False)] | None = None
     score_std: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
