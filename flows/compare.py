@@ -100,7 +100,7 @@ def _compare_policies(
     from rlhf.modeling.device import prepare_device
     from tasks.models import known_prompts
 
-    scoring, notes = _scoring_models(b, options.judge, store)
+    scoring, notes = _scoring_models(a, b, options.judge, store)
     seen = known_prompts((a, b), store)
     rows, source, more = _prompts(a, b, prompts, data, seen, store)
     rows, unseen = _never_trained_on(rows, (a, b), seen)
@@ -132,14 +132,14 @@ def _compare_policies(
 
 
 def _scoring_models(
-    b: NamedModel, by: str | None, store: Store
+    a: NamedModel, b: NamedModel, by: str | None, store: Store
 ) -> tuple[dict[str, NamedModel], list[str]]:
     """Return the models that score replies, `reward` and `judge`, and remarks on them.
 
     Raises:
         ConfigError: There is none.
     """
-    from tasks.models import judge_of, reward_model_of
+    from tasks.models import judge_of, reward_model_of, reward_model_ref
 
     notes: list[str] = []
     reason = ""
@@ -148,8 +148,13 @@ def _scoring_models(
     else:
         judge, reason = judge_of(b, store)
     reward = reward_model_of(b, store)
+    for name, model in {"a": a, "b": b}.items():
+        ref = reward_model_ref(model, store)
+        if judge and judge.ref and ref and ref.digest == judge.ref.digest:
+            notes.append(
+                f"{name} was trained on {judge.label}, which judges it here, and may exploit it"
+            )
     if reward is not None and judge is not None and reward.folder == judge.folder:
-        notes.append(f"b was trained on {judge.label}, which judges it here, and may exploit it")
         reward = None
     if judge is None:
         if reward is None:

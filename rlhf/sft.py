@@ -45,6 +45,11 @@ from rlhf.trl_adapter import (
     unchanged_config,
 )
 
+#: Most logits of a micro batch whose loss is computed from all of them (64 MiB in float32). TRL's
+#: fused loss saves their memory, and costs a small vocabulary a third of the time (measured on
+#: the quickstart: benchmarks/RESULTS.md).
+PLAIN_LOGITS = 2**24
+
 log = logging.getLogger(__name__)
 
 
@@ -206,7 +211,10 @@ def _train(
                 callbacks=[callback],
             )
         trainer.remove_callback(PrinterCallback)
-        trainer.has_exact_head = _fused_head_is_exact(trainer.model)
+        longest = max(len(row["input_ids"]) for row in rows)
+        rows_at_once = trainer.args.per_device_train_batch_size
+        logits = rows_at_once * longest * model.get_input_embeddings().num_embeddings
+        trainer.fuses_head = logits > PLAIN_LOGITS and _fused_head_is_exact(trainer.model)
         trainer.train()
     return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
 
@@ -244,15 +252,16 @@ def _fused_head_is_exact(model: Any) -> bool:
 
 
 class _Trainer(MultiProcessMixin, SFTTrainer):
-    """SFTTrainer for several processes, and for heads that TRL's fused loss does not know."""
+    """SFTTrainer for several processes, and for heads that TRL's fused loss does not suit."""
 
-    has_exact_head = True
+    fuses_head = True
+    """Whether the loss is TRL's, which computes the logits of a chunk of tokens at a time."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:  # fmt: skip
-        if self.has_exact_head:
+        if self.fuses_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")[:, 1:]
         if self.aux_loss_enabled:

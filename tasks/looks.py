@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rlhf import champions
+from rlhf.config.gates import ChampionGateConfig
 from rlhf.data.gate_prompts import PromptSet
 from rlhf.store import Store
 
@@ -81,7 +82,7 @@ def looks_taken(store: Store, line: str, prompts: PromptSet, *, level: float) ->
         store: Has the history.
         line: Model line.
         prompts: The gate prompts.
-        level: That of looks whose entry does not tell.
+        level: That of looks whose entry does not tell, if the shipped one is not larger.
     """
     levels: dict[tuple[str, str], float] = {}
     for key, spent in _spent(_looks(store, line)[0], prompts, level):
@@ -95,7 +96,10 @@ def _spent(
     """Yield policy and result, and the level, of each look at some prompts, oldest first."""
     for each in looks:
         if each.prompts is None or prompts.is_seen_in(each.prompts):
-            yield (each.policy, each.result), default if each.level is None else each.level
+            # An entry of an earlier version does not tell its level: the shipped one, unless the
+            # present one is larger.
+            unknown = max(default, ChampionGateConfig().look_level)
+            yield (each.policy, each.result), unknown if each.level is None else each.level
 
 
 def _looks(store: Store, line: str) -> tuple[list[_Look], int]:

@@ -196,10 +196,13 @@ def judge_of(policy: NamedModel, store: Store) -> tuple[NamedModel | None, str]:
 
 def reward_model_of(policy: NamedModel, store: Store) -> NamedModel | None:
     """Return the reward model that a policy was trained on."""
-    if policy.ref is None:
-        return None
-    ref = next(_ancestors(policy.ref, REWARD_MODEL, store), None)
+    ref = reward_model_ref(policy, store)
     return fetch_model(ref.short, ref, store) if ref else None
+
+
+def reward_model_ref(policy: NamedModel, store: Store) -> ArtifactRef | None:
+    """Return the artifact of the reward model that a policy was trained on."""
+    return next(_ancestors(policy.ref, REWARD_MODEL, store), None) if policy.ref else None
 
 
 def dataset_of(model: NamedModel, store: Store) -> ArtifactRef | None:

@@ -39,6 +39,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="pretrained chat model, for `rubric`")
     parser.add_argument("--replies", type=Path, help="replies.json of benchmarks.pretrained")
     parser.add_argument("--runs", type=int, default=400, help="simulated retrainings of each kind")
+    parser.add_argument(
+        "--pairs", type=int, nargs="+", default=WEAK_WORLD, help="of the weak reward models"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=WEAK_SEEDS, help="of runs that over-optimise"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     config = load_config(Path("configs/quickstart.yaml"), ()).config
@@ -46,7 +52,9 @@ def main() -> None:
         "coverage": coverage.table,
         "retrainings": lambda: measure_retrainings(config, args.work, args.runs),
         "reward-models": lambda: measure_reward_models(config, args.work),
-        "over-optimisation": lambda: measure_over_optimisation(config, args.work),
+        "over-optimisation": lambda: measure_over_optimisation(
+            config, args.work, args.pairs, args.seeds
+        ),
         "rubric": lambda: measure_rubric(args.work / "rubric", args.model, args.replies),
     }
     for name in args.parts or [name for name in parts if name != "rubric" or args.model]:
@@ -83,12 +91,14 @@ def measure_reward_models(config: PipelineConfig, work: Path) -> list[dict[str, 
     return reward_models.table(config, work)
 
 
-def measure_over_optimisation(config: PipelineConfig, work: Path) -> dict[str, Any]:
+def measure_over_optimisation(
+    config: PipelineConfig, work: Path, pairs: Sequence[int], seeds: Sequence[int]
+) -> dict[str, Any]:
     """Measure runs on the world that over-optimise, and healthy ones; plot the former."""
     from rlhf.reward import train_reward_model
 
     setting = settings.world(config, work)
-    weak = {n: _weak_runs(setting, work, n, WEAK_SEEDS) for n in WEAK_WORLD}
+    weak = {n: _weak_runs(setting, work, n, seeds) for n in pairs}
     reward = work / "reward-model"
     section, runtime = config.reward_model, config.runtime
     make_once(reward, lambda out: train_reward_model(

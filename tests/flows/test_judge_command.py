@@ -329,6 +329,17 @@ def test_two_policies(run, models, opened, tmp_path):
     assert any("which decides, and may exploit it" in note for note in got["notes"])
 
 
+def test_a_model_is_judged_by_what_it_was_trained_on(run, models, tmp_path):
+    """Either model may exploit its own reward model, so both are named."""
+    sft, policy, judge = (models[f"train-{name}"] for name in ("sft", "policy", "reward-model"))
+    write_lines(tmp_path / "own.jsonl", [{"prompt": f"number {i}?"} for i in range(3)])
+    note = f"was trained on {judge[:12]}, which judges it here, and may exploit it"
+    for pair, exploits, other in (((policy, sft), "a", "b"), ((sft, policy), "b", "a")):
+        shown = run("compare", *pair, "--prompts", "own.jsonl", "--judge", judge[:12])
+        assert f"{exploits} {note}" in shown
+        assert f"{other} {note}" not in shown
+
+
 def test_a_judge_decides(run, models, opened, tmp_path):
     # A judge with the reward model's head negated prefers what that dislikes.
     folder = opened.fetch(models["train-reward-model"])

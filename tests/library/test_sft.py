@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 import torch
+from trl.trainer.sft_trainer import SFTTrainer
 
+import rlhf.sft
 from rlhf.config import LoraConfig
 from rlhf.data.rendering import Renderer, load_renderer
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, write_rows
@@ -86,6 +88,22 @@ def test_micro_batches_change_nothing(train):
     parts, _ = train("parts", learning_rate=1e-3, epochs=1, micro_batch_size=4)
     # Adam divides by tiny second moments, so rounding shows; a wrong scale would show in each step
     assert toys.distance(whole, parts) < 1e-4
+
+
+def test_the_loss_from_all_logits_is_trls_fused_one(train, monkeypatch):
+    """The former is faster with a small vocabulary, the latter smaller with a large one."""
+    fused: list[bool] = []
+    compute = SFTTrainer.compute_loss
+    monkeypatch.setattr(
+        SFTTrainer, "compute_loss", lambda *args: fused.append(True) or compute(*args)
+    )
+    plain, _ = train("plain", learning_rate=1e-3, epochs=1)
+    assert not fused
+    # A micro batch of 16 rows of at most 48 tokens, and 285 tokens in the vocabulary.
+    monkeypatch.setattr(rlhf.sft, "PLAIN_LOGITS", 1000)
+    out, _ = train("fused", learning_rate=1e-3, epochs=1)
+    assert len(fused) == 6  # 96 rows / 16
+    assert toys.distance(plain, out) < 1e-4
 
 
 @pytest.fixture(scope="module")
