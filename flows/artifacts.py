@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
 from rlhf.config import load_config
 from rlhf.errors import ConfigError
+from rlhf.files import exists, is_dir
+from tasks.console import console, say, text_column
 
 if TYPE_CHECKING:
     from rlhf.store import Store
     from rlhf.store.store import Listener
 
-console = Console()
 app = App(name="artifacts", help="Look at stored artifacts, move them, keep the store sound.")
 
 StoreOption = Annotated[str | None, Parameter(help="Store URI; default: the preset's store.")]
@@ -64,7 +63,7 @@ def show_artifact(ref: str, *, store: StoreOption = None, config: ConfigOption =
     """
     opened = open_named(store, config)
     manifest = opened.manifest(opened.resolve(ref))
-    console.print_json(manifest.model_dump_json())
+    console.print_json(manifest.model_dump_json(), ensure_ascii=True)
 
 
 @app.command
@@ -92,7 +91,7 @@ def lineage(
     for dataset in sorted({a.ref.digest for a in ancestors if a.ref.kind == "dataset"}):
         for row in rows_of(opened.fetch(dataset)):
             line = json.dumps({**vars(row), "dataset": dataset[:12]})
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            say(line)
 
 
 @app.command
@@ -115,9 +114,9 @@ def verify(
         problems = opened.problems(digest, deep)
         broken += bool(problems)
         for problem in problems:
-            console.print(f"{digest[:12]}  {problem}", soft_wrap=True, highlight=False, style="red")
+            say(f"{digest[:12]}  {problem}", "red")
     how = "every byte read" if deep else "sizes compared; --deep reads every byte"
-    console.print(f"{len(digests) - broken} of {len(digests)} artifacts are whole ({how})")
+    say(f"{len(digests) - broken} of {len(digests)} artifacts are whole ({how})")
     return 1 if broken else 0
 
 
@@ -133,7 +132,7 @@ def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOpt
         Must not exist yet, or be empty.
     """
     folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if exists(folder) and (not is_dir(folder) or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} is there already; name a new folder")
     opened = open_named(store, config)
     resolved = opened.resolve(ref)
@@ -146,7 +145,7 @@ def pull(ref: str, folder: Path, *, store: StoreOption = None, config: ConfigOpt
             copy.replace(folder)
     except (OSError, shutil.Error) as error:
         raise ConfigError(f"can't write to {str(folder)!r} ({error}); choose another") from error
-    console.print(str(folder), soft_wrap=True, highlight=False)
+    say(folder)
 
 
 @app.command
@@ -174,7 +173,7 @@ def push(
             )  # fmt: skip
     except PublishError as error:
         raise ConfigError(str(error)) from None
-    console.print(f"artifact {ref.digest}", soft_wrap=True, highlight=False)
+    say(f"artifact {ref.digest}")
 
 
 @app.command
@@ -238,7 +237,7 @@ def rm(
             )
     for digest in digests:
         opened.delete(digest)
-        console.print(f"removed {digest}", soft_wrap=True, highlight=False)
+        say(f"removed {digest}")
 
 
 @app.command
@@ -267,17 +266,16 @@ def gc(
     opened = open_named(store, config)
     garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete)
     for digest in garbage.artifacts:
-        console.print(f"artifact {digest}", highlight=False, soft_wrap=True)
+        say(f"artifact {digest}")
     done = "removed" if garbage.removed else "to remove"
-    console.print(
+    say(
         f"{done}: {len(garbage.artifacts)} artifacts, {len(garbage.keys)} objects, "
-        f"{garbage.size / 1e6:.1f} MB; {garbage.kept} artifacts stay",
-        highlight=False,
+        f"{garbage.size / 1e6:.1f} MB; {garbage.kept} artifacts stay"
     )
     if garbage.removed:
-        console.print(f"unfinished uploads removed: {garbage.uploads}", highlight=False)
+        say(f"unfinished uploads removed: {garbage.uploads}")
     elif garbage.keys:
-        console.print("nothing was removed; --delete does it")
+        say("nothing was removed; --delete does it")
 
 
 def open_named(store: str | None, config: Path | None) -> Store:
@@ -291,8 +289,8 @@ def open_named(store: str | None, config: Path | None) -> Store:
 def _progress(label: str) -> Iterator[Listener]:
     """Show a transient bar with speed and ETA, if the console is a terminal."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn(),
-        TextColumn("ETA"), TimeRemainingColumn(),
+        text_column("{task.description}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn(),
+        text_column("ETA"), TimeRemainingColumn(),
     )  # fmt: skip
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from flows.artifacts import ConfigOption, StoreOption
 from rlhf.champions import acting_person, checked_line, record_approval
@@ -17,14 +16,13 @@ from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.external import shorten
 from rlhf.store import ArtifactRef, Store
+from tasks.console import console, say
 from tasks.prefect_server import prefect_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
     from rlhf.champions import Promotion
-
-console = Console()
 
 NameOption = Annotated[
     str | None, Parameter(help="Model line; default: the preset's promotion.name, or default.")
@@ -65,7 +63,7 @@ def promote(
         raise ConfigError("--unapproved needs --why: the reason stands in the history")
     before = champions.champion(opened, line)
     if before and before.policy == ref.digest:
-        console.print(f"{ref.short} is the champion of {line} already", highlight=False)
+        say(f"{ref.short} is the champion of {line} already")
         return
     verdict_ref, verdict = champions.verdict_of(opened, ref.digest) or (None, None)
     approved = verdict is not None and verdict.approved
@@ -158,7 +156,7 @@ def approve(
         # Checked as the record will be: once the run goes on, there is no way back.
         line = checked_line("--why", why)
         _resume(suspended, {"decision": answer, "by": acting_person(by), "why": line})
-        console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
+        say(f"{suspended.name}: {decided}; it goes on")
         return
     loaded, opened = _open_model_line(name, store, config)
     line = loaded.promotion
@@ -168,10 +166,7 @@ def approve(
     approval = record_approval(
         opened, line.name, policy.digest, approved=not refuse, by=by, why=why
     )
-    console.print(
-        f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again",
-        highlight=False,
-    )
+    say(f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again")
 
 
 def _open_model_line(
@@ -201,8 +196,7 @@ def _dataset(store: Store, policy: ArtifactRef, data: str | None) -> ArtifactRef
 
 def _print_champion(entry: Promotion, more: str = "") -> None:
     instead = f" in place of {entry.previous[:12]}" if entry.previous else ""
-    text = f"{entry.policy[:12]} is the champion of {entry.model}{instead}{more}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(f"{entry.policy[:12]} is the champion of {entry.model}{instead}{more}")
 
 
 def _suspended(run: str) -> FlowRun:

@@ -5,20 +5,31 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import httpx
-from cyclopts import App
-from rich.console import Console
+from cyclopts import App, CycloptsError
 
 import rlhf
 from flows import artifacts, champions, compare, data, forget, judge, preflight, runs
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
-from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, NotBetter, RLHFError
-from tasks.prefect_server import server_error
+from rlhf.config.section import unspeakable
+from rlhf.errors import (
+    ArtifactMissing,
+    ConfigError,
+    DataError,
+    GateRejected,
+    NotBetter,
+    explain,
+)
+from rlhf.plain_text import one_line, shortened
+from tasks.console import PlainConsole, console, say
+from tasks.prefect_server import prefect_server, server_error
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
 BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
@@ -39,19 +50,26 @@ for command in (
     compare.compare, judge.judge,
 ):  # fmt: skip
     app.command(command)
-console = Console()
 
 
 def main() -> None:
     """Run the command, with one line and an exit code for every known error."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without UTF-8 shows what it can.
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        sys.exit(app() or 0)
-    except RLHFError as error:
-        sys.exit(fail(error))
+        arguments = sys.argv[1:]
+        _check_arguments(arguments)
+        sys.exit(app(arguments, print_error=False, exit_on_error=False) or 0)
+    except CycloptsError as error:
+        error.verbose = False  # else it names the Python function
+        sys.exit(fail(ConfigError(f"{error}".removesuffix(".") + "; see rlhf --help")))
     except httpx.HTTPError as error:
-        sys.exit(fail(RuntimeError(server_error(error))))
+        sys.exit(fail(ConfigError(server_error(error))))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        sys.exit(fail(error))
 
 
 @app.command
@@ -78,7 +96,7 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     from rlhf.report import GREEN
     from tasks.progress import show_on
 
-    console.print(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
+    say(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
     show_on(console)
     state = pipeline(overrides=loaded, return_state=True)
     result: Any = state.result(raise_on_failure=False)
@@ -134,13 +152,13 @@ def stage(
     state = STAGE_FLOWS[name](overrides=loaded, inputs=digests, return_state=True)
     result: Any = state.result(raise_on_failure=False)
     if isinstance(result, NotBetter):
-        console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+        say(result)
         return 0
     if isinstance(result, BaseException):
         return fail(result)
     label = "cached" if result.cached else "completed"
-    console.print(f"{name}: {label} in {result.seconds:.1f} s  {result.headline}", highlight=False)
-    console.print(f"artifact {result.ref.digest}", soft_wrap=True, highlight=False)
+    say(f"{name}: {label} in {result.seconds:.1f} s  {result.headline}")
+    say(f"artifact {result.ref.digest}")
     if result.ref.kind == PREPARE_DATA.kind:
         show_data(console, store.fetch(result.ref))
     if chosen is EVALUATE_REWARD_MODEL:
@@ -165,10 +183,10 @@ def show(config: Path | None = None, *overrides: Overrides) -> None:
 
 
 def fail(error: BaseException) -> int:
-    """Print an error in one line and return its exit code."""
-    line = " ".join(str(error).split())
-    errors = Console(stderr=True)
-    errors.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    """Print an error in one line and return its exit code; RLHF_TRACEBACK shows all of it."""
+    if os.environ.get("RLHF_TRACEBACK"):
+        PlainConsole(stderr=True).print("".join(format_exception(error)), soft_wrap=True)
+    say(f"error: {shortened(explain(error))}", "red", on=PlainConsole(stderr=True))
     if isinstance(error, GateRejected):
         return REJECTED
     return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN
@@ -177,13 +195,15 @@ def fail(error: BaseException) -> int:
 def warn(loaded: LoadedConfig) -> None:
     """Print a warning for each of the user's values outside of its advised range."""
     for line in loaded.advice():
-        text = f"warning: {line}"
-        errors = Console(stderr=True)
-        errors.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(f"warning: {line}", "yellow", on=PlainConsole(stderr=True))
 
 
 def prepare_prefect(verbose: bool) -> None:
-    """Configure signals, Prefect and logging; variables that the user has set stay."""
+    """Configure signals, Prefect and logging; variables that the user has set stay.
+
+    Raises:
+        ConfigError: A server is configured and does not answer.
+    """
     exit_on_signals()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     # Training takes all cores, so the ephemeral server may answer late.
@@ -201,16 +221,34 @@ def prepare_prefect(verbose: bool) -> None:
         warnings.simplefilter("ignore")
         # The library's own warnings are for the user.
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(prefix)s%(message)s"))
-        handler.addFilter(_add_prefix)
+        handler.setFormatter(logging.Formatter("%(prefix)s%(shown)s"))
+        handler.addFilter(_add_text)
         logging.getLogger("rlhf").addHandler(handler)
         logging.getLogger("rlhf").setLevel(logging.INFO)
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():  # else this process starts a server of its own
+        with prefect_server("PREFECT_API_URL") as client:
+            client.hello()
 
 
-def _add_prefix(record: logging.LogRecord) -> bool:
-    """Set the field `prefix` of a log record: `warning: `, or empty for information."""
+def _add_text(record: logging.LogRecord) -> bool:
+    """Set the fields `prefix` (`warning: `, or empty) and `shown` (the message) of a log record."""
+    record.__dict__["shown"] = one_line(record.getMessage())
     record.__dict__["prefix"] = "warning: " if record.levelno >= logging.WARNING else ""
     return True
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse arguments that neither a file's name nor a record can hold.
+
+    Raises:
+        ConfigError: One holds bytes that are not UTF-8, or a null character.
+    """
+    for argument in arguments:
+        held = unspeakable(argument)
+        if held is not None:
+            raise ConfigError(f"{argument!r} holds {held}; name it otherwise")
 
 
 def _parse_input(text: str) -> tuple[str, str]:

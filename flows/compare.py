@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from flows.artifacts import ConfigOption, StoreOption
 from flows.models import (
     check_file,
-    console,
     excerpt,
     interval,
     load_policies,
@@ -20,12 +18,13 @@ from flows.models import (
     named_judge,
     open_for_models,
     progress_of,
-    say,
 )
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError, DataError
-from rlhf.files import expand_home, write_json
+from rlhf.files import exists, expand_home, is_dir, write_json
+from rlhf.plain_text import one_line
 from rlhf.report.reward_model import reward_model_lines
+from tasks.console import console, say
 from tasks.model_options import DEFAULT_OPTIONS, ModelOptions
 
 if TYPE_CHECKING:
@@ -247,7 +246,7 @@ def _dataset(b: NamedModel, data: str | None, store: Store, cure: str) -> tuple[
     """
     from tasks.models import DATASET, dataset_of
 
-    if data is not None and Path(data).is_dir():
+    if data is not None and is_dir(Path(data)):
         return Path(data), f"of the folder {data}"
     ref = dataset_of(b, store) if data is None else store.resolve(data)
     if ref is None:
@@ -291,7 +290,7 @@ def _check_folder(out: Path | None) -> None:
     Raises:
         ConfigError: It is a file, or not empty.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and exists(out) and (not is_dir(out) or any(out.iterdir())):
         raise ConfigError(f"--out {str(out)!r}: is there already; name a new folder")
 
 
@@ -348,7 +347,7 @@ def _show_groups(groups: Mapping[str, Mapping[str, Any]], metric: str) -> None:
         return
     table = Table("group", metric.replace("_", " "), "95 % interval", "n")
     for group, part in sorted(groups.items()):
-        table.add_row(Text(group), *interval(part, metric), f"{part['n']:,}")
+        table.add_row(one_line(group), *interval(part, metric), f"{part['n']:,}")
     console.print(table)
 
 
@@ -361,7 +360,7 @@ def _show_rows(
     what = numbers[0].partition("_")[0]
     table = Table(*columns.values(), f"{what} a", f"{what} b", title=title, title_justify="left")
     for row in rows[:SHOWN]:
-        texts = [Text(excerpt(row[name])) for name in columns]
+        texts = [excerpt(row[name]) for name in columns]
         table.add_row(*texts, *(f"{row[name]:.2f}" for name in numbers))
     console.print(table)
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from cyclopts import App, Parameter, validators
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import ConfigError, DataError, NoPreferences
+from rlhf.plain_text import one_line
+from tasks.console import console, say, styled
 
 if TYPE_CHECKING:
     from rlhf.data.audit import Evidence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     #: What was read of a source of demonstrations or prompts, its notes, and what is left out.
     OwnReading: TypeAlias = tuple[OwnRows[Any], Reading, Quarantine]
 
-console = Console()
 app = App(name="data", help="Look at preference data.")
 
 #: Exit code for data that a run would stop at, as `flows.cli` has it for all bad input.
@@ -197,9 +196,9 @@ def _inspect_without_preferences(config: PipelineConfig, rows: int, reason: NoPr
         except ConfigError:
             continue
         # Without the file and this command, which end the message of a run.
-        console.print(_text(str(reason).rpartition(" (in ")[0]), style="yellow")
+        say(str(reason).rpartition(" (in ")[0], "yellow")
         shown = f"It is shown as {described} (--as {use}); a run reads it by data.{setting}."
-        console.print(_text(shown))
+        say(shown)
         return _print_own(use, config, rows, read)
     raise reason
 
@@ -222,7 +221,7 @@ def _print_own(use: str, config: PipelineConfig, limit: int, read: OwnReading) -
     _print_head(name, own.rows, limit, [*formats], counts, reading, own.unused_columns)
     is_stopped = _print_left_out(quarantine, own.rows, own.sources, config)
     if not own.items:
-        console.print(Text("no row is left to use: a run would stop", style="red"))
+        say("no row is left to use: a run would stop", "red")
         return True
     _print_lengths(prompts, {"reply": [i.response for i in own.items]} if use == "sft" else {})
     for item in own.items[:SHOWN]:
@@ -231,11 +230,6 @@ def _print_own(use: str, config: PipelineConfig, limit: int, read: OwnReading) -
             fields["metadata"] = ", ".join(f"{k} = {v!r}" for k, v in item.metadata.items())
         _print_row(item.prompt, {"reply": item.response} if use == "sft" else {}, fields)
     return is_stopped
-
-
-def _text(shown: str) -> Text:
-    """Return text of a stranger for the terminal: control characters are written out."""
-    return Text("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in shown))
 
 
 def _print_format(
@@ -257,7 +251,7 @@ def _print_format(
             "with their pair's majority"
         )
     for line in lines:
-        console.print(_text(line))
+        say(line)
 
 
 def _print_head(
@@ -275,7 +269,7 @@ def _print_head(
     if unused:
         lines.append(f"columns not used: {', '.join(unused)}")
     for line in lines:
-        console.print(_text(line))
+        say(line)
 
 
 def _print_left_out(
@@ -292,7 +286,7 @@ def _print_left_out(
         origin, example = quarantine.examples[reason]
         position = f"{origin.file}:{origin.line} {example.detail}".strip()
         cells = [f"{count:,}", reason, position, example.shown_cure]
-        table.add_row(*(_text(cell) for cell in cells))
+        table.add_row(*map(one_line, cells))
     console.print(table)
     limit = config.data.max_bad_fraction
     is_stopped = False
@@ -305,7 +299,7 @@ def _print_left_out(
                 f"{bad:,} of {which} have something wrong, more than data.max_bad_fraction = "
                 f"{limit:g} allows: a run would stop"
             )
-            console.print(_text(warning), style="red")
+            say(warning, "red")
     return is_stopped
 
 
@@ -319,7 +313,7 @@ def _print_too_few(
     try:
         check_sizes(parts, bool(reading.held_out), left_out, config.data, cure)
     except DataError as error:
-        console.print(_text(f"a run would stop: {error}"), style="red")
+        say(f"a run would stop: {error}", "red")
         return True
     return False
 
@@ -346,7 +340,7 @@ def _print_findings(pairs: Sequence[Pair], evidence: Evidence) -> None:
 
     for finding in find(audit_pairs(pairs, evidence, with_languages=False)):
         style = "yellow" if finding.level == "warning" else ""
-        console.print(_text(finding.text), style=style)
+        say(finding.text, style)
     console.print()
 
 
@@ -366,5 +360,5 @@ def _print_row(
     for name, text in {**texts, **(fields or {})}.items():
         style = styles.get(name, "green" if name in replies else "dim")
         shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text):,})"
-        console.print(Text(f"{name:>8}  ", style=style), _text(shown), sep="")
+        console.print(styled((f"{name:>8}  ", style), shown))
     console.print()

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from flows.artifacts import ConfigOption, StoreOption, open_named
 from rlhf.errors import ConfigError
-
-console = Console()
+from rlhf.files import read_text
+from tasks.console import say
 
 
 def forget(
@@ -44,22 +43,22 @@ def forget(
     reached |= {ref.digest: ref for row_id in wanted for ref in found.tested[row_id]}
     for row_id in wanted:
         if not found.rows[row_id]:
-            _print(f"{row_id}  in no dataset of this store")
+            say(f"{row_id}  in no dataset of this store")
         for ref, row in found.rows[row_id]:
-            _print(f"{row_id}  {row.source}:{row.line}  {row.split}  dataset {ref.digest[:12]}")
+            say(f"{row_id}  {row.source}:{row.line}  {row.split}  dataset {ref.digest[:12]}")
         for ref in found.derived[row_id]:
-            _print(f"{row_id}  reached {ref.kind} {ref.digest[:12]}")
+            say(f"{row_id}  reached {ref.kind} {ref.digest[:12]}")
         for ref in found.tested[row_id]:
-            _print(f"{row_id}  held out for {ref.kind} {ref.digest[:12]}")
+            say(f"{row_id}  held out for {ref.kind} {ref.digest[:12]}")
     for ref, reason in found.unknown:
-        _print(f"dataset {ref.digest[:12]} may hold them: {reason}")
+        say(f"dataset {ref.digest[:12]} may hold them: {reason}")
     if record:
         new = forget_rows(opened, wanted)
-        _print(f"recorded: {new} more rows that data are prepared without")
+        say(f"recorded: {new} more rows that data are prepared without")
     else:
-        _print("nothing was recorded; --record does it")
+        say("nothing was recorded; --record does it")
     if reached:
-        _print(
+        say(
             f"{len(reached)} artifacts that exist stay as they are, and may hold the rows' text or "
             "what was learned from it; `rlhf artifacts rm <digest>` removes one, then "
             "`rlhf artifacts gc --delete` its files; runtime.work_dir of each machine holds copies"
@@ -75,7 +74,7 @@ def _wanted(ids: list[str], file: Path | None) -> list[str]:
     words = list(ids)
     if file is not None:
         try:
-            words += file.read_text(encoding="utf-8").split()
+            words += read_text(file).split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"--file {str(file)!r}: can't be read ({error}); name a text file"
@@ -89,7 +88,3 @@ def _wanted(ids: list[str], file: Path | None) -> list[str]:
     if not words:
         raise ConfigError("no rows are named; give --ids or --file")
     return list(dict.fromkeys(words))
-
-
-def _print(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)

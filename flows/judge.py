@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from flows.artifacts import ConfigOption, StoreOption
 from flows.models import (
     check_file,
-    console,
     excerpt,
     interval,
     load_policies,
@@ -20,11 +18,12 @@ from flows.models import (
     named_judge,
     open_for_models,
     progress_of,
-    say,
 )
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
+from rlhf.plain_text import one_line
+from tasks.console import console, say
 from tasks.model_options import DEFAULT_OPTIONS, SUITE_LENGTH, ModelOptions
 
 if TYPE_CHECKING:
@@ -116,9 +115,9 @@ def _suite_table(model: NamedModel, result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _suite_cells(name: str, values: Mapping[str, Any], levels: Sequence[str]) -> list[Text]:
-    cells = [name, *interval(values, "score"), *(f"{values[level]:.3f}" for level in levels)]
-    return [Text(cell) for cell in cells]
+def _suite_cells(name: str, values: Mapping[str, Any], levels: Sequence[str]) -> list[str]:
+    scores = (f"{values[level]:.3f}" for level in levels)
+    return [one_line(name), *interval(values, "score"), *scores]
 
 
 def _scorer_for(policy: NamedModel, by: str | None, store: Store) -> tuple[NamedModel, str]:
@@ -186,7 +185,7 @@ def _show_extremes(replies: Sequence[Mapping[str, Any]]) -> None:
     table = Table("score", "prompt", "reply", title="lowest and highest", title_justify="left")
     for reply in shown:
         cells = (f"{reply['score']:.2f}", excerpt(reply["prompt"]), excerpt(reply["reply"]))
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     console.print(table)
 
 

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bars
-from rich.text import Text
 
 from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
 from rlhf.errors import ConfigError, RLHFError
+from rlhf.files import is_dir
+from rlhf.plain_text import printable
 from rlhf.stage import Progress
+from tasks.console import console, text_column
 from tasks.model_options import NEW_TOKENS, SUITE_LENGTH, ModelOptions
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from rlhf.store import Store
     from tasks.models import NamedModel
 
-console = Console()
 SHOWN_CHARS = 300
 
 
@@ -99,16 +99,16 @@ def check_file(option: str, file: Path | None) -> None:
     """
     if file is None:
         return
-    if file.is_dir():
+    if is_dir(file):
         raise ConfigError(f"{option} {str(file)!r}: is a folder; name a file")
-    if not file.absolute().parent.is_dir():
+    if not is_dir(file.absolute().parent):
         raise ConfigError(f"{option} {str(file)!r}: its folder does not exist; make it first")
 
 
 @contextmanager
 def progress_of(label: str) -> Iterator[Progress]:
     """Show a transient bar for a computation, if the console is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
+    columns = (text_column("{task.description}"), BarColumn(24), MofNCompleteColumn())
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(label, total=None)
 
@@ -129,10 +129,5 @@ def interval(values: Mapping[str, Any], name: str, digits: int = 3) -> tuple[str
 def excerpt(value: Any) -> str:
     """Return the beginning of a text, or of a chat's last turn, on few printable characters."""
     text = value if isinstance(value, str) else value[-1]["content"]
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    shown = printable(text)
     return shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}…"
-
-
-def say(text: str, style: str = "") -> None:
-    """Print a line as it is."""
-    console.print(Text(text, style), soft_wrap=True)

@@ -20,6 +20,7 @@ from rlhf.errors import (
     ApprovalRefused,
     GateRejected,
     NotBetter,
+    explain,
 )
 from rlhf.report import GREEN, RunOutcome, StageRow, StageState
 from rlhf.store import ArtifactRef
@@ -115,7 +116,7 @@ def run_stages(run: PipelineRun) -> None:
             if result is None:
                 continue
         run.outcome = next((o for e, o in OUTCOMES if isinstance(result, e)), RunOutcome.FAILED)
-        run.reason = str(result) or type(result).__name__
+        run.reason = explain(result)
         run.error = result
         is_kept = isinstance(result, NotBetter)
         state = StageState.NOT_BETTER if is_kept else StageState(run.outcome.value)

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from rlhf.config import PipelineConfig, load_config
 from rlhf.data.rows import Demonstration, PromptRow
+from tasks.console import console, say
 
 if TYPE_CHECKING:
     from rlhf.rehearsal_rows import Sample
 
-console = Console()
 #: Rows of each file that are read for a rehearsal.
 ROWS = 200
 
@@ -46,16 +44,16 @@ def preflight(config: Path, *overrides: Overrides) -> None:
 
     loaded = load_config(config, overrides).config
     preflight_command(loaded)
-    _print("folders, store, data source, models and functions: found")
+    say("folders, store, data source, models and functions: found")
     with base_without_weights(loaded) as base:
         if base is None:
-            _print("base.path is not set: a model from scratch is not rehearsed")
+            say("base.path is not set: a model from scratch is not rehearsed")
             return
         sample = _sample(loaded)
         remarks = rehearse_once(loaded, base, sample, producer("preflight", {}, loaded.seed))
         load_tokenizer(base)  # for its warnings; the rehearsal is silent
         if not remarks:
-            _print(
+            say(
                 f"{loaded.base.path}: SFT, reward model, PPO and evaluation rehearsed in small; "
                 "padded, packed and decoded rows agree with plain transformers"
             )
@@ -69,7 +67,7 @@ def _print_estimate(config: PipelineConfig, base: Path) -> None:
     try:
         stages = estimate(config, base)
     except ValueError as error:
-        _print(f"memory: no estimate for this family ({error})")
+        say(f"memory: no estimate for this family ({error})")
         return
     available = available_bytes(config.runtime.device)
     table = Table("section", title="estimate of the real model", title_justify="left")
@@ -81,10 +79,10 @@ def _print_estimate(config: PipelineConfig, base: Path) -> None:
         cells = [*(f"{size / 1e9:.2f} GB" for size in sizes), f"{stage.tokens_per_second:,.0f}"]
         table.add_row(stage.section, *cells, style=style)
     console.print(table)
-    _print(f"{available / 1e9:.1f} GB are free on this device")
+    say(f"{available / 1e9:.1f} GB are free on this device")
     for stage in stages:
         if stage.peak > available:
-            _print(f"{stage.section} does not fit: {cures(config, stage)}")
+            say(f"{stage.section} does not fit: {cures(config, stage)}")
 
 
 def _sample(config: PipelineConfig) -> Sample:
@@ -111,7 +109,3 @@ def _sample(config: PipelineConfig) -> Sample:
         pairs,
         [PromptRow(pair.prompt) for pair in pairs],
     )
-
-
-def _print(line: str) -> None:
-    console.print(Text(line), soft_wrap=True)

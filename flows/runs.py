@@ -8,20 +8,21 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from rlhf.config.pipeline import STAGE_NAMES
 from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.plain_text import one_line
+from tasks.console import console, say, styled
 from tasks.prefect_server import prefect_server
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import Artifact, FlowRun, State, TaskRun
+    from rich.text import Text
 
-console = Console()
 FLOWS = ["rlhf-pipeline", "retraining"]
 #: Prefect's API returns at most this many rows per request.
 PAGE = 200
@@ -56,14 +57,16 @@ def runs(*, limit: int = 20) -> None:
     table.add_column("message", no_wrap=True, overflow="ellipsis", ratio=1)
     for run in started:
         table.add_row(
-            Text(run.name), str(run.id)[:8], _state_text(run.state), _local_time(run.start_time),
-            duration(_seconds_of(run)), Text(deployments.get(run.deployment_id, "local")),
-            Text(_message_of(run.state)),
+            one_line(run.name), str(run.id)[:8], _state_text(run.state),
+            _local_time(run.start_time), duration(_seconds_of(run)),
+            one_line(deployments.get(run.deployment_id, "local")), _message_of(run.state),
         )  # fmt: skip
-    console.print(table if started else f"no runs on {client.api_url}", highlight=False)
+    if started:
+        console.print(table)
+    else:
+        say(f"no runs on {client.api_url}")
     for run in scheduled:
-        line = f"next: {run.name} {str(run.id)[:8]} at {_local_time(run.expected_start_time)}"
-        console.print(line, highlight=False)
+        say(f"next: {run.name} {str(run.id)[:8]} at {_local_time(run.expected_start_time)}")
 
 
 def status(run: str, *, watch: bool = False) -> None:
@@ -175,19 +178,19 @@ def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
     )
     deployments = _deployments(client, [run, *children])
     parts: list[Any] = [
-        Text.assemble(
-            (run.name, "bold"),
+        styled(
+            (one_line(run.name), "bold"),
             f" {run.id}  ",
             _state_text(run.state),
             f"  {_message_of(run.state)}",
         ),
-        Text(
+        one_line(
             f"started {_local_time(run.start_time)}, {duration(_seconds_of(run))}, "
             f"{deployments.get(run.deployment_id, 'local')}"
         ),
         _stages(tasks, children, artifacts, deployments),
-        *(Text(line) for line in _report(artifacts)),
-        *(Text(line, "bold") for line in _next_step(run)),
+        *map(one_line, _report(artifacts)),
+        *(styled((one_line(line), "bold")) for line in _next_step(run)),
     ]
     return Group(*parts)
 
@@ -205,7 +208,7 @@ def _stages(
             key=lambda task: task.expected_start_time or datetime.min.replace(tzinfo=UTC),
         )
         if not tries:
-            table.add_row(stage, Text("not run", "dim"), "", "", "", "")
+            table.add_row(stage, styled(("not run", "dim")), "", "", "", "")
             continue
         last, of_stage = tries[-1], {task.id for task in tries}
         # A retried parent may wait for a child that an earlier try has created.
@@ -216,7 +219,7 @@ def _stages(
         message = _message_of(last.state) or (_message_of(child.state) if child else "")
         table.add_row(
             stage, _state_text(last.state), duration(_seconds_of(last)),
-            _progress_of(progress, worker), Text(message), _location(child, deployments),
+            _progress_of(progress, worker), message, _location(child, deployments),
         )  # fmt: skip
     return table
 
@@ -230,11 +233,10 @@ def _is_progress(artifact: Artifact, stage: str, run: FlowRun | TaskRun) -> bool
 def _location(child: FlowRun | None, deployments: dict[UUID | None, str]) -> Text:
     """Return the deployment, name and state of a stage's child run, or `inline`."""
     if child is None:
-        return Text("inline")
+        return styled("inline")
     deployment = deployments.get(child.deployment_id, "local")
-    return Text.assemble(
-        f"{deployment}: {child.name} {str(child.id)[:8]} ", _state_text(child.state)
-    )
+    name = one_line(f"{deployment}: {child.name} {str(child.id)[:8]}")
+    return styled(f"{name} ", _state_text(child.state))
 
 
 def _report(artifacts: Sequence[Artifact]) -> list[str]:
@@ -279,15 +281,15 @@ def _state_text(state: State[Any] | None) -> Text:
     from rlhf.report import STATES
 
     if state is None:
-        return Text("Unknown", "dim")
+        return styled(("Unknown", "dim"))
     name = state.name or state.type.value
     styles = _TYPE_STYLES | {word.value: look.style for word, look in STATES.items()}
-    return Text(name, styles.get(name) or styles.get(state.type.value, "dim"))
+    return styled((one_line(name), styles.get(name) or styles.get(state.type.value, "dim")))
 
 
 def _message_of(state: State[Any] | None) -> str:
     """Return a state's message as one line."""
-    return " ".join((state.message or "").split()) if state else ""
+    return one_line(state.message or "") if state else ""
 
 
 def _seconds_of(run: FlowRun | TaskRun) -> float | None:

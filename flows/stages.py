@@ -7,7 +7,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
-from rlhf.errors import GateRejected, NotBetter
+from rlhf.errors import GateRejected, NotBetter, explained
 from rlhf.report.model import RunOutcome
 from tasks.gate_check import check_gates
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
@@ -68,7 +68,7 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
         if isinstance(result, GateRejected):
             return Failed(name=RunOutcome.GATE_REJECTED.value, message=str(result), data=result)
         if isinstance(result, BaseException):
-            raise result
+            raise explained(result)
         return Completed(name=state.name, message=state.message, data=result)
 
     return stage_flow

@@ -6,23 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 from rich.tree import Tree
 
-from rlhf.champions import Promotion, printable_line
+from rlhf.champions import Promotion
 from rlhf.config import LoadedConfig, apply_machine_settings
 from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
-from rlhf.files import expand_home, read_json
+from rlhf.files import expand_home
+from rlhf.plain_text import one_line
 from rlhf.report import OUTCOMES, STATES
-from rlhf.report.reward_model import reward_model_lines
+from rlhf.report.samples import read_samples
 from rlhf.store import Ancestor, Artifact
-from tasks.report import drift_lines, first_answers, gate_lines, reward_model_facts
+from tasks.console import PlainConsole, say, styled
+from tasks.report import (
+    drift_lines,
+    first_answers,
+    gate_lines,
+    reward_model_evaluation,
+    reward_model_facts,
+)
 from tasks.stage import store_of
-from tasks.stages import EVALUATE_POLICY, EVALUATION, PREPARE_DATA
+from tasks.stages import EVALUATE_POLICY, PREPARE_DATA, SAMPLES
 
 if TYPE_CHECKING:
     from tasks.report import PipelineRun
@@ -31,33 +38,33 @@ if TYPE_CHECKING:
 ANSWER_STYLES = {"promoted": "green", "kept": "green", "rejected": "yellow"}
 
 
-def show_run(console: Console, run: PipelineRun) -> None:
+def show_run(console: PlainConsole, run: PipelineRun) -> None:
     """Print a run's stages, replies side by side, the answers on trust, and the report's path."""
     console.print(_stages(run))
     if PREPARE_DATA.name in run.refs:
         show_data(console, store_of(run.config).fetch(run.refs[PREPARE_DATA.name]))
     for line in drift_lines(run):
-        console.print(Text(f"drift: {printable_line(line)}"), soft_wrap=True)
+        say(f"drift: {line}", on=console)
     for line in gate_lines(run):
-        console.print(Text(f"gates: {printable_line(line)}"), soft_wrap=True)
+        say(f"gates: {line}", on=console)
     for line in reward_model_facts(run):
-        console.print(Text(f"reward model: {printable_line(line)}"), soft_wrap=True)
+        say(f"reward model: {line}", on=console)
     if EVALUATE_POLICY.name in run.refs:
         folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
-        samples = read_json(folder / "samples.json")[: run.config.evaluation.samples]
+        samples = read_samples(folder / SAMPLES)[: run.config.evaluation.samples]
         console.print(_samples(samples))
     for answer in first_answers(run):
         style = ANSWER_STYLES.get(answer.tone, "")
-        console.print(Text(printable_line(answer.line), style), soft_wrap=True)
-    console.print(Text(f"{run.outcome}: {run.reason}", OUTCOMES[run.outcome].style))
+        say(answer.line, style, on=console)
+    say(f"{run.outcome}: {run.reason}", OUTCOMES[run.outcome].style, on=console)
     tracking = apply_machine_settings(run.config).tracking
     logs = expand_home(tracking.log_dir)
     if "tensorboard" in tracking.trackers and logs.is_dir():
-        console.print(Text(f"metrics: tensorboard --logdir {logs}"), soft_wrap=True)
-    console.print(Text(f"report: {run.report}"), soft_wrap=True)
+        say(f"metrics: tensorboard --logdir {logs}", on=console)
+    say(f"report: {run.report}", on=console)
 
 
-def show_data(console: Console, folder: Path) -> None:
+def show_data(console: PlainConsole, folder: Path) -> None:
     """Print how a dataset's source was read, which rows were left out, and the card's warnings."""
     summary = read_summary(folder)
     lines = [*summary.get("notes", ())]
@@ -67,13 +74,13 @@ def show_data(console: Console, folder: Path) -> None:
         lines.append(f"{summary['rows_left_out']}; each with its reason in {QUARANTINE}")
     lines += summary.get("findings", ())
     for line in lines:
-        console.print(Text(f"data: {printable_line(line)}"), soft_wrap=True)
+        say(f"data: {line}", on=console)
 
 
-def show_reward_model(console: Console, folder: Path) -> None:
+def show_reward_model(console: PlainConsole, folder: Path) -> None:
     """Print the figures that tell most of a reward model's evaluation."""
-    for line in reward_model_lines(read_json(folder / EVALUATION)):
-        console.print(Text(f"reward model: {printable_line(line)}"), soft_wrap=True)
+    for line in reward_model_evaluation(folder):
+        say(f"reward model: {line}", on=console)
 
 
 def config_table(loaded: LoadedConfig) -> Table:
@@ -84,7 +91,7 @@ def config_table(loaded: LoadedConfig) -> Table:
         table.add_column(name, no_wrap=name == "field", overflow="fold")
     for key, value, source in loaded.rows():
         style = "dim" if source.endswith("default") else "bold"
-        table.add_row(Text(key, style), Text(value, style), Text(source, style))
+        table.add_row(*map(one_line, (key, value, source)), style=style)
     return table
 
 
@@ -94,8 +101,9 @@ def artifacts_table(artifacts: Sequence[Artifact], marks: Sequence[tuple[str, st
     for ref, manifest, age in sorted(artifacts, key=lambda each: -each.age):
         remark = ", ".join(mark for digest, mark in marks if digest == ref.digest)
         table.add_row(
-            ref.short, ref.kind, manifest.producer.stage, str(manifest.producer.seed),
-            str(len(manifest.files)), f"{ref.size / 1e6:.2f} MB", _age(age), Text(remark, "bold"),
+            ref.short, one_line(ref.kind), one_line(manifest.producer.stage),
+            one_line(manifest.producer.seed), str(len(manifest.files)),
+            f"{ref.size / 1e6:.2f} MB", _age(age), styled((one_line(remark), "bold")),
         )  # fmt: skip
     return table
 
@@ -109,29 +117,29 @@ def champions_table(entries: Sequence[Promotion]) -> Table:
             entry.model, str(entry.number), entry.action, entry.policy[:12], verdict,
             entry.by or "", entry.when or "", entry.run or "", entry.why,
         )  # fmt: skip
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(one_line, cells))
     return table
 
 
 def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:
     """Return an artifact's ancestors as a tree."""
-    root = Tree(f"{ancestors[0].ref.short} {ancestors[0].ref.kind}")
+    root = Tree(one_line(f"{ancestors[0].ref.short} {ancestors[0].ref.kind}"))
     path = [root]
     for depth, role, ref in ancestors[1:]:
         path = path[:depth]
-        path.append(path[-1].add(f"{role}: {ref.short} {ref.kind}"))
+        path.append(path[-1].add(one_line(f"{role}: {ref.short} {ref.kind}")))
     return root
 
 
 def _stages(run: PipelineRun) -> Table:
-    table = Table(title=run.name)
+    table = Table(title=one_line(run.name))
     for name in ("stage", "state", "time", "key metric", "artifact"):
         table.add_column(name, no_wrap=name != "key metric")
     for row in run.rows:
         time = "" if row.seconds is None else f"{row.seconds:.1f} s"
-        state = Text(row.state, STATES[row.state].style)
+        state = styled((row.state, STATES[row.state].style))
         metric = row.metric or row.message
-        table.add_row(row.name, state, time, Text(metric), (row.artifact or "")[:10])
+        table.add_row(row.name, state, time, one_line(metric), (row.artifact or "")[:10])
     return table
 
 
@@ -140,20 +148,20 @@ def _samples(samples: Sequence[dict[str, object]]) -> Group:
     for sample in samples:
         table = Table("before (SFT)", "after (PPO)", expand=True, box=None)
         table.columns[0].ratio = table.columns[1].ratio = 1
-        table.add_row(Text(str(sample["before"])), Text(str(sample["after"])))
-        table.add_row(_scores(sample, "before"), _scores(sample, "after"))
-        prompt = Text(str(sample["prompt"]), "bold")
+        table.add_row(str(sample["before"]), str(sample["after"]))
+        table.add_row(_scores(sample, "before"), _scores(sample, "after"), style="dim")
+        prompt = styled((str(sample["prompt"]), "bold"))
         panels.append(Panel(Group(prompt, table)))
     return Group(*panels)
 
 
-def _scores(sample: dict[str, object], side: str) -> Text:
+def _scores(sample: dict[str, object], side: str) -> str:
     parts = [
         f"{name} {sample[f'{name}_{side}']:.2f}"
         for name in ("reward", "judge", "gold")
         if sample.get(f"{name}_{side}") is not None
     ]
-    return Text("  ".join(parts), "dim")
+    return "  ".join(parts)
 
 
 def _age(seconds: float) -> str:

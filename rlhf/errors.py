@@ -7,6 +7,15 @@ that a caller would expect to catch.
 
 from __future__ import annotations
 
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any
+
+from rlhf.plain_text import one_line, shortened
+
+#: Packages of this project, for the place of a fault.
+_PACKAGES = ("rlhf", "tasks", "flows")
+
 
 class RLHFError(Exception):
     """Base of all errors that this project raises."""
@@ -159,6 +168,10 @@ class SmokeTestFailed(RLHFError):
     """The published policy, loaded as a user would, produces no answers."""
 
 
+class UnexpectedError(RLHFError):
+    """An exception of another library, or a fault of this program, explained in one line."""
+
+
 def is_retriable(error: BaseException) -> bool:
     """Return whether a retry of the same work may succeed.
 
@@ -168,3 +181,71 @@ def is_retriable(error: BaseException) -> bool:
     if isinstance(error, RLHFError):
         return error.retriable
     return isinstance(error, OSError | MemoryError | TimeoutError)
+
+
+def explained(error: BaseException) -> RLHFError:
+    """Return an error of this project: the same, or one that explains an exception of another.
+
+    Its cause is the exception, and it is retriable if that is.
+    """
+    if isinstance(error, RLHFError):
+        return error
+    known = UnexpectedError(explain(error))
+    known.retriable = is_retriable(error)
+    known.__cause__ = error
+    return known
+
+
+def explain(error: BaseException) -> str:
+    """Return any exception as one line: what went wrong, where in this project, and the cure.
+
+    The project's own errors say that themselves.
+    """
+    message = one_line(_message(error))
+    if message in ("", "None"):
+        message = "no message"
+    if isinstance(error, RLHFError):
+        return message if message != "no message" else type(error).__name__
+    cure = next((cure for kind, cure in _CURES if isinstance(error, kind)), _FAULT)
+    return f"{type(error).__name__}: {shortened(message)}{_place(error)}; {cure}"
+
+
+_FAULT = "this is a fault of the program: report it with what RLHF_TRACEBACK=1 shows"
+#: What a user can do about exceptions that have no message of ours, by their kind.
+_CURES: tuple[tuple[type[BaseException], str], ...] = (
+    (MemoryError, "free memory, raise its limit, or lower batch sizes and lengths"),
+    (RecursionError, "look for the value or file that is nested so deeply, and flatten it"),
+    (ImportError, "install the project's packages as README.md says"),
+    (UnicodeError, "name and write everything in UTF-8"),
+    (TimeoutError, "see that the service answers, and run the same again"),
+    (OSError, "mend that, and run the same again"),
+)
+
+
+def _message(error: BaseException) -> str:
+    """Return an exception's message without what its class adds in further lines."""
+    text = str(error)
+    problems: Any = getattr(error, "errors", None)
+    if type(error).__name__ == "ValidationError" and callable(problems):  # pydantic's
+        listed: Any = problems()
+        where = ".".join(str(part) for part in listed[0]["loc"])
+        text = f"{where}: {listed[0]['msg']}".removeprefix(": ")
+    elif isinstance(error, KeyError) and error.args:
+        text = f"{error.args[0]!r} is missing"
+    elif isinstance(error, MemoryError):
+        text = text or "memory is used up"
+    elif isinstance(error, RecursionError):
+        text = "a value is nested too deeply"
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    return text
+
+
+def _place(error: BaseException) -> str:
+    """Return file and line of this project that an exception passed last."""
+    root = Path(__file__).parents[1]
+    for frame, line in reversed([*walk_tb(error.__traceback__)]):
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(root) and (parts := path.relative_to(root).parts)[0] in _PACKAGES:
+            return f" ({'/'.join(parts)}:{line})"
+    return ""

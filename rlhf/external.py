@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreError
-from rlhf.files import files_sha256, known_sha256
+from rlhf.files import exists, files_sha256, is_dir, is_file, known_sha256
 from rlhf.limits import read_some
 from rlhf.permissions import check_paths, check_uri
 from rlhf.store.objects import Sink, in_parallel
@@ -24,6 +25,8 @@ from rlhf.store.objects import Sink, in_parallel
 if TYPE_CHECKING:
     from rlhf.store.s3 import S3Backend
 
+#: Most files of a folder: a path such as / would be read for hours.
+MOST_FILES = 100_000
 #: Seconds for one answer of a server that is checked before a run.
 TIMEOUT = 10
 
@@ -176,8 +179,12 @@ class _Folder:
         setting = f"{self.external.field} = {self.external.uri!r}"
         check_paths(setting, [path])
         with self.external.readable():
-            if path.is_dir():
-                inside = path.glob("**/*" if is_dataset else "*")
+            if is_dir(path):
+                inside = [*islice(path.glob("**/*" if is_dataset else "*"), MOST_FILES + 1)]
+                if len(inside) > MOST_FILES:
+                    raise self.external.error(
+                        f"holds more than {MOST_FILES:,} files; name a folder of the data alone"
+                    )
                 paths = {p.relative_to(path).as_posix(): p for p in inside}
                 if is_dataset:
                     paths = {name: p for name, p in paths.items() if _is_visible(name)}
@@ -185,7 +192,7 @@ class _Folder:
                 paths = {path.name: path} if is_dataset else {}
             if not is_dataset:
                 self._refuse_dangling(paths.values())
-            files = {name: p for name, p in paths.items() if p.is_file()}
+            files = {name: p for name, p in paths.items() if is_file(p)}
             # Of a model all, for its libraries look for more files than are selected.
             check_paths(setting, files.values())
         return {name: files[name] for name in self.external.select(list(files))}
@@ -194,7 +201,7 @@ class _Folder:
         """Refuse links to files that are not there, as in a part of the hub's cache."""
         for path in sorted(paths):
             is_wanted = any(path.match(pattern) for pattern in self.external.hub_files)
-            if is_wanted and path.is_symlink() and not path.exists():
+            if is_wanted and path.is_symlink() and not exists(path):
                 raise self.external.error(
                     f"{path.name} is a link to {path.readlink()}, which is not there; copy the "
                     "model with the files that its links lead to (cp -rL)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from rlhf.saved import damaged
 
 #: Nanoseconds after which a changed file is sure to have another time of change: FAT's resolution.
 _SETTLED = 2 * 10**9
@@ -23,8 +26,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON written by `write_json`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read JSON written by `write_json`.
+
+    Raises:
+        OSError: There is no such file.
+        DataError: It holds something else.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from None
+
+
+def exists(path: Path) -> bool:
+    """Return whether a path that a user names exists; False for names that can't."""
+    return os.path.exists(path)  # noqa: PTH110  (a Path raises for names over 255 bytes)
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path that a user names is a file; False for names that can't exist."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_dir(path: Path) -> bool:
+    """Return whether a path that a user names is a folder; False for names that can't exist."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Read a text file that a user names; a pipe or device, which may never end, is an OSError."""
+    if exists(path) and not is_file(path):
+        raise OSError(errno.EINVAL, "Is no regular file", str(path))
+    return path.read_text(encoding=encoding)
 
 
 def expand_home(path: str | Path) -> Path:

@@ -16,6 +16,8 @@ from typing import Any, cast
 
 import regex
 
+from rlhf.files import exists, is_file
+
 #: Bytes of a text that is configuration: preset, environment, override.
 MAX_CONFIG_BYTES = 2**18
 #: Bytes of a JSON file of a model that is not its weights or tokenizer.
@@ -155,7 +157,7 @@ def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
         OSError: It can't be read.
         ValueError: It is larger, no regular file, or no UTF-8.
     """
-    if path.exists() and not path.is_file():
+    if exists(path) and not is_file(path):
         raise ValueError("is no regular file; give the path of one")
     with path.open("rb") as file:
         data = file.read(most + 1)

@@ -30,7 +30,7 @@ from rlhf.data.negatives import make_negatives
 from rlhf.data.rendering import Renderer
 from rlhf.data.rows import PAIRS_TRAIN, Pair, read_rows
 from rlhf.errors import ConfigError, DataError, PromptUnusable
-from rlhf.files import write_json
+from rlhf.files import is_dir, write_json
 from rlhf.modeling.classifier import (
     Whole,
     input_limit,
@@ -138,7 +138,7 @@ def train_reward_model(
     check_prompts(rows, config.members)
     trained, curve = _train(model, rows, config, renderer, seed, device, progress)
     base = None
-    if config.lora and not config.base and same_base and Path(sft).is_dir():
+    if config.lora and not config.base and same_base and is_dir(Path(sft)):
         # With ppo.shared_base PPO loads the adapter alone, onto the policy's base.
         base = weights_digest(Path(sft))
         if leads:

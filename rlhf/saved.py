@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, RLHFError
+from rlhf.plain_text import one_line
 
 T = TypeVar("T")
 #: Longest reason in a message, in characters.
@@ -22,7 +23,9 @@ _LONGEST = 120
 #: Name of a fetched artifact's folder: its digest, and what selects some of its files.
 _DIGEST = re.compile(r"([0-9a-f]{12})[0-9a-f]{52}(?:-[0-9a-f]{16})?")
 #: What can be wrong with JSON from a file; nesting without end is a RecursionError.
-FAULTS = (ValueError, TypeError, KeyError, OSError, RecursionError)
+FAULTS = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError,
+)  # fmt: skip
 
 
 def read_saved(path: Path, shape: TypeAdapter[Any] | None = None) -> Any:
@@ -55,6 +58,8 @@ def checked(path: Path, read: Callable[[], T]) -> T:
     """
     try:
         return read()
+    except RLHFError:
+        raise
     except FAULTS as error:
         raise damaged(path, error) from None
 
@@ -90,5 +95,5 @@ def _reason(error: Exception) -> str:
         text = "it is nested too deeply"
     else:
         text = str(error) or type(error).__name__
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = one_line(text)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -20,6 +20,7 @@ from prefect.runtime import deployment, flow_run
 from pydantic import AfterValidator, Field, ValidationError
 
 from rlhf.champions import LONGEST, printable_line
+from rlhf.markdown import Markdown, bold, paragraphs
 from rlhf.store.manifest import first_problem
 from tasks.retries import asked_server
 
@@ -84,7 +85,7 @@ def answer(policy: str) -> Answer | None:
         return Answer(request, problem=first_problem(error))
 
 
-def ask(policy: str, about: str) -> None:
+def ask(policy: str, about: Markdown) -> None:
     """Suspend this flow run until a person has decided, which ends the process.
 
     The resumed run starts again, gets its completed stages from the store and the decision by
@@ -102,7 +103,7 @@ def ask(policy: str, about: str) -> None:
         return
     before = answer(policy)
     if before is not None and before.problem:
-        about = f"**Asked again: {before.problem}.**\n\n{about}"
+        about = paragraphs(bold(f"Asked again: {before.problem}."), about)
     form = Decision.with_initial_data(description=about)
     key = f"{_key(policy)}-{len(_questions(_states(), policy)) + 1}"
     suspend_flow_run(wait_for_input=form, key=key)

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.custom_code import CustomCode
-from rlhf.files import expand_home
+from rlhf.files import expand_home, is_dir
 from rlhf.modeling.source import ExternalModel, ExternalTokenizer
 from rlhf.permissions import check_paths
 
@@ -115,7 +115,7 @@ def pair_model(folder: str) -> ExternalModel:
     """
     model = ExternalModel("ppo.env_config.pair_model", folder, ready=True)
     check_paths(f"{model.field} = {folder!r}", [Path(folder)])
-    if not expand_home(folder).is_dir():
+    if not is_dir(expand_home(folder)):
         raise model.error("is no folder; give that of a one-label sequence classifier")
     # Absolute, so that owner/name is not looked up on a hub.
     return ExternalModel(model.field, str(expand_home(folder).absolute()), ready=True)

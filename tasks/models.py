@@ -14,7 +14,7 @@ from rlhf.data.gate_prompts import MAX_KNOWN, trained_on
 from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import PROMPTS_GATE, PromptRow, read_rows
 from rlhf.errors import ArtifactMissing, ConfigError
-from rlhf.files import expand_home
+from rlhf.files import expand_home, is_dir, is_file
 from rlhf.judge import JUDGE as JUDGE_FILE
 from rlhf.judge import Judge, read_judge
 from rlhf.modeling.source import CONFIG
@@ -65,7 +65,7 @@ def find_model(text: str, store: Store) -> NamedModel:
     """
     folder = expand_home(text)
     if _is_folder(text, folder):
-        if not folder.is_dir():
+        if not is_dir(folder):
             raise ConfigError(f"{text}: no such folder; give a model's folder or an artifact")
         return NamedModel(text, _kind(text, folder), folder, None, _judge(text, folder))
     ref = _champion(text, store) if text.startswith(CHAMPION) else store.resolve(text)
@@ -75,8 +75,8 @@ def find_model(text: str, store: Store) -> NamedModel:
 def _is_folder(text: str, folder: Path) -> bool:
     """Return whether a name is written like a path, or is that of a model's folder."""
     try:
-        is_model = (folder / CONFIG).is_file() or (folder / JUDGE_FILE).is_file()
-        return text.startswith((".", "/", "~")) or is_model or ("/" in text and folder.is_dir())
+        is_model = is_file(folder / CONFIG) or is_file(folder / JUDGE_FILE)
+        return text.startswith((".", "/", "~")) or is_model or ("/" in text and is_dir(folder))
     except (OSError, ValueError):  # too long for a name, or with a null
         return False
 
@@ -113,7 +113,7 @@ def _judge(text: str, folder: Path) -> Judge | None:
     Raises:
         ConfigError: None was trained.
     """
-    if not (folder / JUDGE_FILE).is_file():
+    if not is_file(folder / JUDGE_FILE):
         return None
     judge = read_judge(folder)
     if not judge.trained:
@@ -127,8 +127,8 @@ def _kind(text: str, folder: Path) -> ModelKind:
     Raises:
         ConfigError: It is neither a policy nor a reward model.
     """
-    if not (folder / CONFIG).is_file():
-        if (folder / JUDGE_FILE).is_file():
+    if not is_file(folder / CONFIG):
+        if is_file(folder / JUDGE_FILE):
             _judge(text, folder)  # says why there is none
         raise ConfigError(f"{text}: holds no {CONFIG}; give the folder of a whole model")
     names = [str(name) for name in read_saved(folder / CONFIG).get("architectures") or ()]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefect import Task, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 
@@ -15,8 +14,10 @@ from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import INLINE
 from rlhf.errors import AlreadyChampion, GateRejected, NotBetter, is_retriable
 from rlhf.gates import read_verdict, require
+from rlhf.markdown import Markdown, code, escape, words
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
+from tasks.prefect_pages import show_page, show_table
 from tasks.progress import StageProgress, harmless
 from tasks.remote import run_remotely
 from tasks.runner import Outcome, run_stage
@@ -76,18 +77,16 @@ def _task(stage: Stage) -> Task[[PipelineConfig, Refs], Any]:
 
 def _show_result(stage: Stage, outcome: Outcome, config: PipelineConfig) -> None:
     """Create the tables and pages of a result in Prefect's UI."""
-    create_table_artifact(
-        table=[{"metric": k, "value": v} for k, v in outcome.metrics.items()],
-        key=f"{stage.name}-result",
-        description=f"{outcome.headline} · artifact `{outcome.ref.short}`",
-    )
+    metrics = [{"metric": k, "value": v} for k, v in outcome.metrics.items()]
+    about = words(outcome.headline, "· artifact", code(outcome.ref.short))
+    show_table(f"{stage.name}-result", metrics, about)
     if stage.show is None:
         return
     for key, shown in stage.show(store_of(config).fetch(outcome.ref), config).items():
-        if isinstance(shown, str):
-            create_markdown_artifact(key=key, markdown=shown)
+        if isinstance(shown, Markdown):
+            show_page(key, shown)
         else:
-            create_table_artifact(table=shown, key=key, description=stage.name)
+            show_table(key, shown, escape(stage.name))
 
 
 def _enforce(outcome: Outcome, inputs: Mapping[str, ArtifactRef], config: PipelineConfig) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
+
+from tasks.console import PlainConsole, text_column
 
 if TYPE_CHECKING:
     from tasks.trackers import StageMetrics
@@ -93,7 +94,7 @@ class Transfer:
         log.info("%s, %.0f of %.0f MB, ETA %s", self._what, done / 1e6, total / 1e6, minutes(left))
 
 
-def show_on(console: Console | None) -> None:
+def show_on(console: PlainConsole | None) -> None:
     """Set the console of this process's progress; None, as in a worker, shows none."""
     global _display  # noqa: PLW0603  (one process has one terminal)
     if console is None:
@@ -126,11 +127,11 @@ class Display(Protocol):
 class BarDisplay:
     """A live bar with an ETA, for an interactive terminal."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
         self._progress = Progress(
-            TextColumn("{task.description:<22}"), BarColumn(24),
-            TextColumn("{task.completed:>5.0f}/{task.total:<5.0f} ETA"), TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"), console=console, transient=True,
+            text_column("{task.description:<22}"), BarColumn(24),
+            text_column("{task.completed:>5.0f}/{task.total:<5.0f} ETA"), TimeRemainingColumn(),
+            text_column("{task.fields[text]}"), console=console, transient=True,
         )  # fmt: skip
         self._task: TaskID | None = None
 
@@ -152,7 +153,7 @@ class BarDisplay:
 class LineDisplay:
     """A line with an ETA every few seconds, for logs and pipes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
         self._console = console
         self._started = self._printed = 0.0
         self._first = 0
@@ -168,7 +169,7 @@ class LineDisplay:
         # The clock starts at the first step, which may resume earlier work.
         left = (now - self._started) / max(step - self._first, 1) * (total - step)
         eta = minutes(left) if step > self._first else "-:--"
-        self._console.print(f"{stage:<22} {step:>5}/{total:<5} ETA {eta}  {text}", highlight=False)
+        self._console.print(f"{stage:<22} {step:>5}/{total:<5} ETA {eta}  {text}")
 
     def close(self) -> None:
         """Restart the clock for the next stage."""

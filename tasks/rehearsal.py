@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import PipelineConfig, apply_machine_settings
-from rlhf.files import expand_home, files_sha256, read_json, write_json
+from rlhf.files import expand_home, files_sha256, is_dir, read_json, write_json
 from rlhf.modeling.source import DESCRIPTION_FILES, ExternalModel, ExternalTokenizer
 from rlhf.store import Producer
 from rlhf.store.manifest import canonical_json, sha256_bytes
@@ -148,7 +148,7 @@ def _local_bases(config: PipelineConfig) -> list[Path]:
 
 
 def _local_folder(external: ExternalModel | None) -> list[Path]:
-    if external is not None and external.is_path() and external.path.is_dir():
+    if external is not None and external.is_path() and is_dir(external.path):
         return [external.path]
     return []
 

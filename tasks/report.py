@@ -5,18 +5,19 @@ from __future__ import annotations
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
+from pydantic import TypeAdapter
 
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
-from rlhf.data.card import escape
 from rlhf.data.stored import read_card, read_summary
-from rlhf.files import expand_home, read_json
+from rlhf.files import expand_home
 from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict, read_verdict
+from rlhf.markdown import Markdown, bold, bullets, code, command, escape, paragraphs, table, words
 from rlhf.report import (
     Answer,
     ConfigRow,
@@ -30,12 +31,14 @@ from rlhf.report import (
     trust_answers,
 )
 from rlhf.report.reward_model import reward_model_lines
-from rlhf.report.samples import shown_samples
+from rlhf.report.samples import read_samples, shown_samples
 from rlhf.report.text import interval
+from rlhf.saved import checked, read_saved
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.drift import DriftCheck
 from tasks.gate_check import GateCheck
+from tasks.prefect_pages import show_page
 from tasks.retries import retried
 from tasks.runner import code_version, commit, library_versions, producer
 from tasks.stage import Stage, store_of
@@ -46,10 +49,12 @@ from tasks.stages import (
     GATE_POLICY,
     GATE_REWARD_MODEL,
     PREPARE_DATA,
+    SAMPLES,
     TRAIN_POLICY,
 )
 
 REPORT = "report.html"
+_read_rows = partial(read_saved, shape=TypeAdapter(list[dict[str, Any]]))
 DATA = "report.json"
 
 
@@ -77,7 +82,7 @@ class PipelineRun:
         return all(row.state == StageState.CACHED for row in self.rows)
 
 
-def write_report(run: PipelineRun) -> str:
+def write_report(run: PipelineRun) -> Markdown:
     """Write the report to the report folder and the store, and return its summary.
 
     Sets `run.report`. A run whose stages were all cached gets the page of the run that it repeats.
@@ -90,7 +95,7 @@ def write_report(run: PipelineRun) -> str:
         if run.error is None:
             raise
         summary = _report_without_store(run, error)
-    create_markdown_artifact(key="report", markdown=summary, description=f"Report of {run.name}")
+    show_page("report", summary, escape(f"Report of {run.name}"))
     return summary
 
 
@@ -108,10 +113,11 @@ def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
     if ref is None:
         return ()
     store = store_of(run.config)
-    evaluation = read_json(store.fetch(ref) / "evaluation.json")
+    path = store.fetch(ref) / EVALUATION
     verdicts = {verdict.gate: verdict for verdict in _verdicts(run, store)}
     compares = run.config.gates.champion is not None
-    return trust_answers(evaluation, verdicts.get(GATE_POLICY.name), compares)
+    verdict = verdicts.get(GATE_POLICY.name)
+    return checked(path, lambda: trust_answers(read_saved(path), verdict, compares))
 
 
 def reward_model_facts(run: PipelineRun) -> list[str]:
@@ -119,7 +125,17 @@ def reward_model_facts(run: PipelineRun) -> list[str]:
     ref = run.refs.get(EVALUATE_REWARD_MODEL.name)
     if ref is None:
         return []
-    return reward_model_lines(read_json(store_of(run.config).fetch(ref) / EVALUATION))
+    return reward_model_evaluation(store_of(run.config).fetch(ref))
+
+
+def reward_model_evaluation(folder: Path) -> list[str]:
+    """Return the figures that tell most of a reward model's evaluation.
+
+    Raises:
+        DataError: The evaluation is damaged.
+    """
+    path = folder / EVALUATION
+    return checked(path, lambda: reward_model_lines(read_saved(path)))
 
 
 def gate_lines(run: PipelineRun) -> list[str]:
@@ -127,18 +143,19 @@ def gate_lines(run: PipelineRun) -> list[str]:
     return list(run.gates.lines) if run.gates else []
 
 
-def _stored_report(run: PipelineRun) -> str:
+def _stored_report(run: PipelineRun) -> Markdown:
     """Write the whole report, and return its summary."""
     store = store_of(run.config)
     return _summary(run, _publish(run, store), store)
 
 
-def _report_without_store(run: PipelineRun, error: OSError) -> str:
+def _report_without_store(run: PipelineRun, error: OSError) -> Markdown:
     """Write a page with the stages and the reason alone, and return that as a summary."""
     reason = f"{run.reason} (all that the store holds is missing from this report: {error})"
     run.report = _page(run, sha256_bytes(run.name.encode()))
     run.report.write_text(render(RunReport(**{**_facts(run), "reason": reason})), encoding="utf-8")
-    return f"**{run.outcome}**: {_cell(reason)}\n\nReport: `{run.report}`"
+    outcome = words(bold(f"{run.outcome}:"), reason)
+    return paragraphs(outcome, words("Report:", code(run.report)))
 
 
 def _page(run: PipelineRun, key: str) -> Path:
@@ -179,13 +196,13 @@ def _publish(run: PipelineRun, store: Store) -> str:
 def _gather(run: PipelineRun, store: Store) -> RunReport:
     """Read the report's parts from the artifacts; stages that did not run have none."""
 
-    def part(stage: Stage, file: str) -> Any:
+    def part(stage: Stage, file: str, read: Callable[[Path], Any] = read_saved) -> Any:
         ref = run.refs.get(stage.name)
         path = store.fetch(ref) / file if ref else None
-        return read_json(path) if path and path.is_file() else None
+        return read(path) if path and path.is_file() else None
 
     data = store.fetch(run.refs[PREPARE_DATA.name]) if PREPARE_DATA.name in run.refs else None
-    samples = part(EVALUATE_POLICY, "samples.json") or []
+    samples = part(EVALUATE_POLICY, SAMPLES, read_samples) or []
     return RunReport(
         **_facts(run),
         data=read_summary(data) if data else {},
@@ -193,7 +210,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         reward_model=part(EVALUATE_REWARD_MODEL, "evaluation.json"),
         policy=part(EVALUATE_POLICY, "evaluation.json"),
         watchdog=part(TRAIN_POLICY, "watchdog.json"),
-        curves=tuple(part(TRAIN_POLICY, "curve.json") or ()),
+        curves=tuple(part(TRAIN_POLICY, "curve.json", _read_rows) or ()),
         samples=tuple(shown_samples(samples, run.config.evaluation.samples)),
         trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),
@@ -247,7 +264,7 @@ def _lineage(run: PipelineRun, store: Store) -> Lineage:
     return Lineage(nodes=tuple(nodes), edges=tuple(edges))
 
 
-def _summary(run: PipelineRun, report: str, store: Store) -> str:
+def _summary(run: PipelineRun, report: str, store: Store) -> Markdown:
     """Return outcome, stages and gates as Markdown, and how to get the report."""
     stages = [
         (row.name, row.state, row.metric or row.message, (row.artifact or "")[:12])
@@ -263,34 +280,22 @@ def _summary(run: PipelineRun, report: str, store: Store) -> str:
     data = run.refs.get(PREPARE_DATA.name)
     findings = read_summary(store.fetch(data)).get("findings", ()) if data else ()
     pull = f"rlhf artifacts pull {report[:12]} report --store {run.config.store}"
-    parts = (
-        f"**{run.outcome}**: {_cell(run.reason)}",
-        "\n".join(f"- {escape(answer.line, None)}" for answer in first_answers(run)),
-        _table(("stage", "state", "key metric", "artifact"), stages),
-        "\n".join(f"- Reward model: {escape(line, None)}" for line in reward_model_facts(run)),
-        "\n".join(f"- Data: {escape(finding, None)}" for finding in findings),
-        "\n".join(f"- Drift: {escape(line, None)}" for line in drift_lines(run)),
-        "\n".join(f"- Gates: {escape(line, None)}" for line in gate_lines(run)),
-        _table(("gate", "metric", "value", "interval", "needs", "passed"), checks),
-        f"Report: `{run.report}`, on the machine that ran this, or\n\n    {pull}",
+    return paragraphs(
+        words(bold(f"{run.outcome}:"), run.reason),
+        bullets(answer.line for answer in first_answers(run)),
+        table(("stage", "state", "key metric", "artifact"), stages),
+        bullets(f"Reward model: {line}" for line in reward_model_facts(run)),
+        bullets(f"Data: {finding}" for finding in findings),
+        bullets(f"Drift: {line}" for line in drift_lines(run)),
+        bullets(f"Gates: {line}" for line in gate_lines(run)),
+        table(("gate", "metric", "value", "interval", "needs", "passed"), checks),
+        words("Report:", code(run.report), "on the machine that ran this, or"),
+        command(pull),
     )
-    return "\n\n".join(part for part in parts if part)
 
 
 def _result(check: Check) -> str:
     """Return a check's result as text; one that judged nothing has its note."""
     if not check.passed:
-        return "**no**"
+        return bold("no")
     return check.note if check.note.startswith((NOT_MEASURED, NOT_JUDGED)) else "yes"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    if not rows:
-        return ""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Escape text for a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")

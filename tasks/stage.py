@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.config.pipeline import StageName
 from rlhf.files import expand_home
+from rlhf.markdown import Markdown
 from rlhf.modeling.source import ExternalModel
 from rlhf.stage import Progress, StageResult
 from rlhf.store import ArtifactRef, Producer, Store, open_store
 
 #: A page of Markdown, or the rows of a table.
-Shown: TypeAlias = str | list[dict[str, Any]]
+Shown: TypeAlias = Markdown | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, StoreError
 from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, Verdict, judge, read_verdict, require
+from rlhf.markdown import Markdown, bold, escape, paragraphs, quotation, rule
 from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
+from rlhf.report.samples import read_samples
 from rlhf.saved import read_saved
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
@@ -252,13 +254,12 @@ def _evaluate_policy(run: StageRun) -> StageResult:
 
 def _show_samples(folder: Path, config: PipelineConfig) -> Mapping[str, Shown]:
     """Show sample replies as quotations, so that nothing in them acts as Markdown."""
-    blocks = []
-    for sample in read_json(folder / SAMPLES)[: config.evaluation.samples]:
-        prompt, before, after = (
-            str(sample[k]).replace("\n", "\n> ") for k in ("prompt", "before", "after")
-        )
-        blocks.append(f"**Prompt**\n> {prompt}\n\n*Before*\n> {before}\n\n*After*\n> {after}\n")
-    return {"samples": "\n---\n".join(blocks)}
+    blocks: list[Markdown] = []
+    for sample in read_samples(folder / SAMPLES)[: config.evaluation.samples]:
+        blocks += [rule()] if blocks else []
+        for key in ("prompt", "before", "after"):
+            blocks += [bold(key.capitalize()), quotation(sample[key])]
+    return {"samples": paragraphs(*blocks)}
 
 
 def _gate(subject: str, rules: str) -> Callable[[StageRun], StageResult]:
@@ -311,7 +312,7 @@ def _show_verdict(folder: Path, _: PipelineConfig) -> Mapping[str, Shown]:
         for c in verdict.checks
     ]  # fmt: skip
     if not rows:
-        return {f"{verdict.gate}-verdict": f"{verdict.gate}: {verdict.approval}"}
+        return {f"{verdict.gate}-verdict": escape(f"{verdict.gate}: {verdict.approval}")}
     return {f"{verdict.gate}-verdict": rows}
 
 

@@ -25,6 +25,7 @@ from rlhf.config.rewards import read_mapping
 from rlhf.config.section import Section, Tree
 from rlhf.config.text import BROKEN, as_written, one_line, parse, reason
 from rlhf.errors import ConfigError
+from rlhf.files import is_file
 from rlhf.limits import check_tree, read_text
 
 #: Sources of values; the other sources are files and `compat`.
@@ -175,7 +176,7 @@ def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedCon
 def _read_preset(path: Path) -> Tree:
     """Read a YAML preset as a tree by field names."""
     setting = f"config = {str(path)!r}"
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(
             one_line(
                 f"{setting}: no such file; give the path of a YAML preset, for example "

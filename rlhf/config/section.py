@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -58,6 +59,15 @@ class Section(BaseModel):
         if number is not None:
             raise ValueError(f"{number:g} is 0 in float32; write 0, or at least {LEAST:g} in size")
         return value
+
+    @model_validator(mode="after")
+    def _no_unspeakable_text(self) -> Self:
+        """Refuse text that neither files' names, nor JSON, nor Prefect's database can hold."""
+        for name in type(self).model_fields:
+            held = unspeakable(getattr(self, name))
+            if held is not None:  # the value may be a secret
+                raise ValueError(f"{name} holds {held}, which no record can hold; remove it")
+        return self
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -144,6 +154,18 @@ def expand_nested(errors: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             continue
         for inner in error["ctx"]["errors"]:
             yield {**inner, "loc": (*error["loc"], *inner["loc"])}
+
+
+def unspeakable(value: Any) -> str | None:
+    """Return what in a value, at any depth, has no place in a file's name or in UTF-8, or None."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "a null character"
+        return next(("bytes that are not UTF-8" for c in value if "\ud800" <= c <= "\udfff"), None)
+    if isinstance(value, dict):
+        value = [*cast("Tree", value), *cast("Tree", value).values()]
+    items = cast("list[Any]", value) if isinstance(value, list | tuple) else ()
+    return next((held for item in items if (held := unspeakable(item)) is not None), None)
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:

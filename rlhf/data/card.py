@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,18 +18,12 @@ from rlhf.data.audit import (
 )
 from rlhf.data.findings import Finding, find
 from rlhf.data.rows import CARD, CARD_TEXT, Pair
+from rlhf.markdown import bold, bullets, heading, table, words
 
 #: Most rows of a table in `card.md`; `card.json` has all.
 MAX_ROWS = 30
 #: Longest text of a cell, in characters.
 MAX_CELL = 160
-
-#: Markup anywhere in a line; an underscore inside of a word is none.
-_MARKUP = re.compile(r"[`*\[\]~]|(?<![^\W_])_|_(?![^\W_])")
-#: Markup at the beginning of a line: lists, headings, quotations, underlines.
-_BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$)))?([-+#=.)])")
-#: Not all renderers let a backslash escape these.
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\\": "&#92;", "|": "&#124;"}
 
 
 def write_card(
@@ -56,20 +49,21 @@ def write_card(
 
 def render_card(audit: Audit, findings: Sequence[Finding], facts: Mapping[str, Any]) -> str:
     """Return a card as Markdown; names and texts of the source are escaped."""
-    parts = [f"# Data card: {escape(facts.get('source', ''))}"]
-    for finding in findings:
-        mark = "**Warning.** " if finding.level == "warning" else ""
-        parts.append(f"- {mark}{escape(finding.text, limit=None)}")
-    parts += ["", "## Rows", "", *_table(("", ""), _facts(facts))]
+    marks = {"warning": (bold("Warning."),)}
+    parts: list[str] = [
+        heading(f"Data card: {facts.get('source', '')}", limit=MAX_CELL),
+        bullets(words(*marks.get(finding.level, ()), finding.text) for finding in findings),
+        heading("Rows", 2),
+        table(("", ""), _facts(facts), MAX_CELL),
+    ]
     if notes := facts.get("notes"):
-        parts += ["", "How the rows were read:", "", *(f"- {escape(n, None)}" for n in notes)]
+        parts += ["How the rows were read:", bullets(notes)]
     for title, head, rows in _sections(audit):
         if rows:
-            parts += ["", f"## {title}", "", *_table(head, rows[:MAX_ROWS])]
+            parts += [heading(title, 2, MAX_CELL), table(head, rows[:MAX_ROWS], MAX_CELL)]
             if len(rows) > MAX_ROWS:
-                parts += ["", f"{len(rows) - MAX_ROWS:,} more in `{CARD}`."]
-    parts += ["", _METHOD, ""]
-    return "\n".join([parts[0], "", *parts[1:]])
+                parts.append(f"{len(rows) - MAX_ROWS:,} more in `{CARD}`.")
+    return "\n\n".join([part for part in parts if part] + [_METHOD]) + "\n"
 
 
 _METHOD = f"""## How it is measured
@@ -80,24 +74,6 @@ Formats are searched for in at most {FORMAT_SAMPLE:,} pairs and languages guesse
 counted over rows, before votes are merged. Label noise e solves p = (1 − e)² + e² for the
 probability p that two votes agree (one error rate for all, Dawid and Skene 1979); it holds for
 votes that are independent, not for copies of rows. `{CARD}` has all figures."""
-
-
-def escape(text: object, limit: int | None = MAX_CELL) -> str:
-    """Return text of a stranger for Markdown: no markup, no HTML, no links, no line breaks.
-
-    Args:
-        text: Anything; it is shown as text.
-        limit: Longest text, in characters.
-    """
-    line = " ".join(str(text).split())
-    if limit is not None and len(line) > limit:
-        line = line[:limit] + "…"
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    line = "".join(_ENTITIES.get(c, c) for c in line)
-    line = _MARKUP.sub(lambda match: f"\\{match[0]}", line)
-    # GitHub and Prefect make links of bare addresses.
-    line = line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
-    return _BLOCK.sub(lambda match: f"{match[1] or ''}&#{ord(match[2])};", line)
 
 
 def _facts(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -141,7 +117,7 @@ def _sections(audit: Audit) -> Iterator[Section]:
     for column, values in audit.slices.items():
         rows = [(name, *_cells(rate)) for name, rate in values.items()]
         head = (column, "longer reply preferred", "interval", "comparisons")
-        yield f"Slices by {escape(column)}", head, rows
+        yield f"Slices by {column}", head, rows
     languages = [(code, *_cells(rate)[:2]) for code, rate in audit.languages.items()]
     yield "Languages of prompts", ("ISO 639", "share", "interval"), languages
     lengths = [
@@ -164,10 +140,3 @@ def _cells(rate: Rate | None) -> tuple[str, str, str]:
     if rate is None:
         return "", "", ""
     return f"{rate.share:.1%}", f"{rate.share_low:.1%}–{rate.share_high:.1%}", f"{rate.n:,}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(map(escape, head)) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield "| " + " | ".join(map(escape, row)) + " |"

@@ -13,6 +13,7 @@ from rlhf.data.prompt_source import read_prompts
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.rows import PROMPTS_EVAL, PromptRow, read_rows
 from rlhf.errors import ConfigError, DataError
+from rlhf.files import exists, is_dir, is_file, read_text
 
 #: Ending of files with a prompt per line; others are read as `data.prompts_source` is.
 TEXT = ".txt"
@@ -37,9 +38,9 @@ def read_prompt_file(path: Path) -> PromptFile:
         DataError: It can't be parsed, holds none, or too many rows are unusable.
     """
     option = f"--prompts {str(path)!r}"
-    if not path.exists():
+    if not exists(path):
         raise ConfigError(f"{option}: no such file; give one of prompts")
-    if path.is_dir() and (path / PROMPTS_EVAL).is_file():
+    if is_dir(path) and is_file(path / PROMPTS_EVAL):
         rows = read_rows(path / PROMPTS_EVAL, PromptRow)
         found = PromptFile(rows, len(rows), notes=(f"prompts are those of {PROMPTS_EVAL}",))
     elif path.suffix.lower() == TEXT:
@@ -53,7 +54,7 @@ def read_prompt_file(path: Path) -> PromptFile:
 
 def _lines(path: Path, option: str) -> PromptFile:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise DataError(f"{option}: can't be read ({reason}); write it as UTF-8") from None

@@ -25,7 +25,7 @@ from rlhf.data.readers import (
 from rlhf.data.records import Record
 from rlhf.errors import ConfigError, DataError
 from rlhf.external import TIMEOUT, External, shorten
-from rlhf.files import expand_home
+from rlhf.files import exists, expand_home
 from rlhf.permissions import check_paths
 
 
@@ -141,7 +141,7 @@ class _ExternalData(External):
         """Return whether it exists, or is written like a path; a hub id is `owner/name`."""
         written_as_path = self.uri.startswith((".", "/", "~", "file:"))
         written_as_path |= ending(self.uri) in ENDINGS
-        return written_as_path or hub_name(self.uri) is None or _exists(Path(self.uri))
+        return written_as_path or hub_name(self.uri) is None or exists(Path(self.uri))
 
     @property
     def repository(self) -> str:
@@ -154,7 +154,7 @@ class _ExternalData(External):
         """The existing file or folder."""
         path = _local_path(self.uri)
         check_paths(f"{self.field} = {self.uri!r}", [path])  # before it says what is there
-        if not _exists(path):
+        if not exists(path):
             raise self.error(
                 "no such file or folder; give an existing path, an s3:// URI or a hub dataset id"
             )
@@ -192,13 +192,6 @@ class _ExternalData(External):
 
 def _local_path(source: str) -> Path:
     return expand_home(unquote(source[7:]) if source.startswith("file://") else source)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a null
-        return False
 
 
 def _parts(

@@ -24,7 +24,7 @@ from rlhf.data.readers import ENDINGS, ending, is_metadata, read_records
 from rlhf.data.records import LeftOutError, Record
 from rlhf.data.rows import Prompt
 from rlhf.errors import ConfigError, DataError
-from rlhf.files import file_sha256
+from rlhf.files import file_sha256, is_dir, is_file
 
 LayoutName = Literal["RewardBench 2", "RewardBench", "RM-Bench"]
 REWARD_BENCH_2: LayoutName = "RewardBench 2"
@@ -144,9 +144,9 @@ def _files(path: Path) -> dict[str, Path]:
     Raises:
         ConfigError: There is none.
     """
-    if path.is_file():
+    if is_file(path):
         return {path.name: path}
-    if not path.is_dir():
+    if not is_dir(path):
         raise ConfigError(
             f"--suite {str(path)!r}: no such folder; download the suite's files there, for example "
             "those of allenai/reward-bench-2 or THU-KEG/RM-Bench"

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import BaseModel, Field, TypeAdapter
 from torch import Tensor, nn
 
 from rlhf.config.lengths import TokenLimits
@@ -21,7 +22,7 @@ from rlhf.config.training import FrozenDtype
 from rlhf.data.rendering import ASSISTANT, Renderer, load_renderer
 from rlhf.data.text_pairs import PairRenderer, load_reward_renderer
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.files import read_json, write_json
+from rlhf.files import write_json
 from rlhf.modeling.classifier import (
     Whole,
     apply_head,
@@ -46,6 +47,7 @@ from rlhf.modeling.pretrained import loading_error
 from rlhf.modeling.structure import backbone_of, call, core_of
 from rlhf.modeling.tokenizer import load_tokenizer
 from rlhf.modeling.weights import save_model, weights_digest
+from rlhf.saved import read_saved
 
 #: File beside the weights.
 META = "rlhf.json"
@@ -365,9 +367,27 @@ def check_adapter(sft: Path, folder: Path) -> Path:
 
 
 def reward_meta(folder: Path | str) -> dict[str, Any]:
-    """Read `rlhf.json`; empty for an external model, which has none."""
+    """Read `rlhf.json`; empty for an external model, which has none.
+
+    Raises:
+        DataError: It is damaged.
+    """
     path = Path(folder) / META
-    return read_json(path) if path.is_file() else {}
+    return read_saved(path, _METAS) if path.is_file() else {}
+
+
+class _Meta(BaseModel):
+    """What `rlhf.json` may hold; earlier versions wrote less, later ones may write more."""
+
+    pooling: Literal["last", "sum", "own"] | None = None
+    template_hash: str | None = None
+    base_weights: str | None = None
+    tail: list[Annotated[int, Field(strict=True, ge=0)]] = []
+    score_mean: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    score_std: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+_METAS = TypeAdapter(_Meta)
 
 
 def reference_scale(folder: Path) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError
+from rlhf.files import is_file
 from rlhf.modeling.source import CONTEXT_FIELDS, ExternalModel
 
 
@@ -77,7 +78,7 @@ def _is_own(model: ExternalModel) -> bool:
     """Return whether a reward model may be of this pipeline's making, with a policy's tokenizer."""
     if model.is_artifact or model.uri.startswith("s3://"):
         return True
-    return model.is_path() and (model.path / "rlhf.json").is_file()
+    return model.is_path() and is_file(model.path / "rlhf.json")
 
 
 def is_encoder(data: Mapping[str, Any]) -> bool:

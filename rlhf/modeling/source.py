@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.external import TIMEOUT, External
-from rlhf.files import expand_home
+from rlhf.files import exists, expand_home
 from rlhf.limits import MAX_MODEL_BYTES, load_json
 from rlhf.modeling.headers import DamagedWeights, read_headers
 from rlhf.store.manifest import PICKLES
@@ -196,7 +196,7 @@ class ExternalModel(External):
         """Return whether it is a folder or written like a path; a hub id has one slash."""
         written_as_path = self.uri.startswith((".", "/", "~")) or self.uri.count("/") > 1
         # A hub id has at most 96 characters; a longer name can't even be looked up as a file.
-        return written_as_path or len(self.uri) > 200 or Path(self.uri).is_dir()
+        return written_as_path or len(self.uri) > 200 or exists(Path(self.uri))
 
     @property
     def path(self) -> Path:

@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from rlhf.data.chat_template import complete_template, render, turn_format
 from rlhf.data.rendering import PAD, known_ends, listed_ids
 from rlhf.errors import ConfigError
-from rlhf.files import expand_home, read_json
+from rlhf.files import expand_home, is_file, read_json
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def tokenizer_error(folder: Path | str, error: Exception) -> ConfigError:
     if _is_local(folder):
         # A folder that holds a model: only its tokenizer is wrong.
         cure = "restore the tokenizer's files that were saved with the model"
-        if not (expand_home(folder) / "tokenizer.json").is_file():
+        if not is_file(expand_home(folder) / "tokenizer.json"):
             cure = (
                 "it has no tokenizer.json: copy it from where the model came from, or load its "
                 "tokenizer once where sentencepiece and tiktoken are installed, and save it here "
@@ -191,7 +191,7 @@ def _refuse_word(tokenizer: Any, model: str) -> None:
 
 
 def _is_local(folder: Path | str) -> bool:
-    return (expand_home(folder) / "config.json").is_file()
+    return is_file(expand_home(folder) / "config.json")
 
 
 def choose_pad(tokenizer: Any, ends: Collection[int], rows: int | None) -> None:

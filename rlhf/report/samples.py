@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import ConfigDict, TypeAdapter
 
 from rlhf.report.model import Sample
 from rlhf.report.text import number_of, text_of
+from rlhf.saved import read_saved
 
 #: Reasons for which samples are chosen, in their order on the page.
 KINDS = ("disagree", "lost", "changed")
 #: Scorers of replies, as they are labelled.
 _SCORERS = ("reward", "judge", "gold")
+
+
+class SavedSample(Sample):
+    """A sample as an evaluation writes it: the prompt may be a chat."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: Any
+
+
+_SAVED = TypeAdapter(list[SavedSample])
 
 
 class SampleWords(NamedTuple):
@@ -75,6 +90,15 @@ def pair_cards(rows: Sequence[Mapping[str, Any]]) -> tuple[Card, ...]:
         )
         for row in rows
     )
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Read the sample replies of a policy's evaluation.
+
+    Raises:
+        DataError: They are damaged.
+    """
+    return read_saved(path, _SAVED)
 
 
 def shown_samples(samples: Sequence[dict[str, Any]], count: int) -> list[Sample]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing
+from rlhf.files import is_dir
 from rlhf.store.coordination import FRESH, collected_since
 from rlhf.store.manifest import (
     MAX_FILES,
@@ -64,7 +65,7 @@ def publish(
 
 def scan(folder: Path) -> dict[str, int]:
     """Return path and size of all files; PublishError if one is not allowed."""
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise PublishError(f"can't publish {folder}: it is not a folder")
     sizes: dict[str, int] = {}
     for parent, folders, names in os.walk(folder):

@@ -22,6 +22,7 @@ from botocore.exceptions import ClientError
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
+from rlhf.files import is_file
 from rlhf.permissions import check_s3_options
 from rlhf.store.objects import ObjectInfo, Sink, Source, in_order, in_parallel
 from rlhf.store.s3_client import CUT, ERRORS, failed, make_client, refused, status_of
@@ -73,7 +74,7 @@ class S3Backend:
         settings = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_kms_key_id}
         self._extra = {name: value for name, value in settings.items() if value}
         check_s3_options(options.endpoint_url, options.profile, options.ca_bundle)
-        if options.ca_bundle and not Path(options.ca_bundle).is_file():
+        if options.ca_bundle and not is_file(Path(options.ca_bundle)):
             raise StoreConfigError(
                 f"{self.uri}: ca_bundle {options.ca_bundle} is not a file; name the certificate's"
             )

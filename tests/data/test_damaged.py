@@ -6,7 +6,6 @@ import shutil
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from rich.console import Console
 
 from flows.terminal import show_data
 from rlhf.config import DataConfig
@@ -18,8 +17,13 @@ from rlhf.data.sketch import SKETCH, read_sketch
 from rlhf.data.stored import read_card, read_summary
 from rlhf.errors import DataError
 from rlhf.gates import VERDICT, read_verdict
+from rlhf.modeling.reward import META, reward_meta
+from rlhf.report.samples import read_samples
 from rlhf.store import open_store
+from tasks.console import PlainConsole
+from tasks.report import reward_model_evaluation
 from tasks.runner import producer
+from tasks.stages import EVALUATION, SAMPLES
 from tests.data.helpers import message
 
 TYPES = {
@@ -138,7 +142,7 @@ def test_damaged_json_lines_of_an_older_dataset(tmp_path, line):
 
 
 def show_summary(folder):
-    return show_data(Console(), folder)
+    return show_data(PlainConsole(), folder)
 
 
 @pytest.mark.parametrize("text", [*NO_JSON, '{"findings": 3}', '{"left_out": {"x": -1}}'])
@@ -202,3 +206,25 @@ def test_a_dataset_that_was_pushed_damaged_hides_no_other(dataset, whole, tmp_pa
     assert ref == broken
     assert f"rows.parquet of artifact {broken.digest[:12]} is damaged" in reason
     assert f"rlhf artifacts rm {broken.digest[:12]}" in reason
+
+
+LISTS = ['{"a": 1}', "[1]", '[{"before": "x"}]', '[{"prompt": "x", "before": 1, "after": "y"}]']
+METAS = ["[]", '{"pooling": "max"}', '{"tail": "x"}', '{"score_std": "x"}']
+
+
+@pytest.mark.parametrize("text", [*(text for text in NO_JSON if text != "[]"), *LISTS])
+def test_damaged_samples(tmp_path, text):
+    (tmp_path / SAMPLES).write_bytes(text.encode("latin-1"))
+    assert "samples.json is damaged (" in one_line(read_samples, tmp_path / SAMPLES)
+
+
+@pytest.mark.parametrize("text", [*NO_JSON, *METAS])
+def test_a_damaged_reward_models_file(tmp_path, text):
+    (tmp_path / META).write_bytes(text.encode("latin-1"))
+    assert "rlhf.json is damaged (" in one_line(reward_meta, tmp_path)
+
+
+@pytest.mark.parametrize("text", NO_JSON)
+def test_a_damaged_evaluation(tmp_path, text):
+    (tmp_path / EVALUATION).write_bytes(text.encode("latin-1"))
+    assert "evaluation.json is damaged (" in one_line(reward_model_evaluation, tmp_path)

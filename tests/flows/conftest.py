@@ -19,10 +19,11 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import artifacts, champions, cli, models, runs, signals
+from flows import cli, signals
 from flows.pipeline import PipelineRun, pipeline
 from rlhf.config import PipelineConfig
 from tasks import progress
+from tasks.console import console
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -123,8 +124,7 @@ def rlhf(monkeypatch, capsys):
 
     Each process of its own would load them again, 3 to 10 s of CPU time.
     """
-    for module in (artifacts, champions, cli, models, runs):
-        monkeypatch.setattr(module.console, "_width", 160)
+    monkeypatch.setattr(console, "_width", 160)
 
     def call(*arguments) -> subprocess.CompletedProcess[str]:
         command = ["rlhf", *map(str, arguments)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -169,3 +170,19 @@ def test_the_whole_command(model, tmp_path):
     done = run("show", "nothing")
     assert done.returncode == 2
     assert "'nothing' names no artifact" in done.stderr
+
+
+def test_hostile_names_are_shown_as_they_are(rlhf, model):
+    evil = "[/x]\x1b[31m\r\u202e"
+    (model / "[y].json").write_text("{}")
+    made = Producer(stage=evil, code_version="1", config={"[/z]": evil}, seed=0, versions={})
+    store = open_store(".rlhf/store", cache_dir=Path(".rlhf"))
+    ref = store.publish(model, "policy", parents={}, metrics={"[/m]": 1.0}, producer=made)
+    shown = "[/x]\\x1b[31m \\u202e"
+    listed = rlhf("ls")
+    assert shown.strip() in listed
+    assert "policy" in rlhf("lineage", ref.digest)
+    manifest = json.loads(rlhf("show", ref.digest))
+    assert manifest["producer"]["stage"] == evil
+    assert rlhf("pull", ref.digest, "[/out]").strip().endswith("/[/out]")
+    assert not {"\x1b", "\r", "\u202e"} & {*listed}

@@ -4,7 +4,6 @@ import io
 from html import unescape
 
 import pytest
-from rich.console import Console
 
 import flows.pipeline
 import tasks.challenge
@@ -19,6 +18,7 @@ from rlhf.champions import promote
 from rlhf.errors import StoreError
 from rlhf.files import read_json
 from rlhf.gates import read_verdict
+from tasks.console import PlainConsole
 from tasks.stage import store_of
 
 pytestmark = pytest.mark.prefect
@@ -64,7 +64,7 @@ def test_a_challenger_that_is_not_better_leaves_the_champion(tiny):
     parents = store.manifest(second.refs["evaluate-policy"]).parents
     assert parents["champion"] == champion
     assert parents["champion-evaluation"] == first.refs["evaluate-policy"].digest
-    console = Console(file=io.StringIO(), width=200)
+    console = PlainConsole(file=io.StringIO(), width=200)
     show_run(console, second)
     shown = console.file.getvalue()
     assert "NotBetter: keep the champion: " in shown
@@ -203,13 +203,14 @@ def test_a_store_that_stays_away_ends_with_a_report(tiny, finished, monkeypatch)
     # A fault of the program is no reason to try again, and none to end without a report.
     calls = failing(monkeypatch, tasks.challenge, "find_challenge", 99, ValueError("a bug"))
     state, result = run(config)
-    assert (len(calls), state.message) == (1, "a bug")
+    assert len(calls) == 1
+    bug = state.message
+    assert bug.startswith("ValueError: a bug (tasks/challenge.py:")
     assert "a bug" in result.report.read_text()
     # Not even the report's parts are there.
     failing(monkeypatch, tasks.report, "read_summary", 99, StoreError("s3://x: it is gone"))
     state, result = run(config)
-    assert state.message == "a bug"
+    assert state.message == bug
     page = unescape(result.report.read_text())
-    assert (
-        "a bug (all that the store holds is missing from this report: s3://x: it is gone)" in page
-    )
+    gone = "(all that the store holds is missing from this report: s3://x: it is gone)"
+    assert f"{bug} {gone}" in page

@@ -5,12 +5,12 @@ import json
 import random
 
 import pytest
-from rich.console import Console
 
 from flows.pipeline import pipeline
 from flows.terminal import show_run
 from rlhf.config import PipelineConfig
 from rlhf.gates import read_verdict
+from tasks.console import PlainConsole
 from tasks.drift import GATE, check_drift, trigger_reason
 from tasks.stage import store_of
 from tests.flows.conftest import tiny_tree
@@ -66,7 +66,7 @@ def champion(config, folder):
 
 
 def shown(run):
-    console = Console(file=io.StringIO(), width=300)
+    console = PlainConsole(file=io.StringIO(), width=300)
     show_run(console, run)
     return console.file.getvalue()
 

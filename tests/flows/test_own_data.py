@@ -7,13 +7,13 @@ import random
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from rich.console import Console
 
 from flows.pipeline import pipeline
 from flows.terminal import show_run
 from rlhf.config import load_config
 from rlhf.errors import ConfigError
 from rlhf.files import read_json
+from tasks.console import PlainConsole
 from tasks.runner import store_of
 
 pytestmark = pytest.mark.prefect
@@ -103,7 +103,7 @@ def test_completes_and_tells_the_truth(config):
     # The data card: in the page, in the terminal, and in Prefect's summary and table.
     assert finding in page
     assert "Rows left out, by reason" in page
-    console = Console(file=io.StringIO(), width=60)
+    console = PlainConsole(file=io.StringIO(), width=60)
     show_run(console, run)
     assert f"data: {finding}" in console.file.getvalue().splitlines()
     run_id = state.state_details.flow_run_id

@@ -15,7 +15,6 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
 )
 from prefect.utilities.collections import visit_collection
-from rich.console import Console
 
 from flows import stages
 from flows.cli import app
@@ -29,6 +28,7 @@ from rlhf.errors import GateRejected, StoreError
 from rlhf.report.samples import shown_samples
 from rlhf.store import Store
 from tasks import prefect_tasks
+from tasks.console import PlainConsole
 from tasks.parameters import NO_PRESET, configuration_name, resolve
 from tasks.preflight import preflight_command
 from tasks.remote import WORK_TAG
@@ -232,7 +232,7 @@ def test_the_first_screen_and_the_page_give_the_same_answers(first_run):
         "better than SFT", "better than the champion", "over-optimised",
     ]  # fmt: skip
     assert answers[1].line == "better than the champion: not compared (gates.champion is none)"
-    console = Console(record=True, width=200, file=StringIO())
+    console = PlainConsole(record=True, width=200, file=StringIO())
     show_run(console, result)
     lines = console.export_text().splitlines()
     page = unescape(result.report.read_text())

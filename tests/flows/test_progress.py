@@ -4,14 +4,14 @@ import io
 
 import pytest
 from prefect import flow
-from rich.console import Console
 
 from tasks import progress
+from tasks.console import PlainConsole
 from tasks.progress import BarDisplay, LineDisplay, StageProgress
 
 
 def console(terminal):
-    return Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    return PlainConsole(file=io.StringIO(), force_terminal=terminal, width=120)
 
 
 def test_lines_tell_stage_step_eta_and_metrics(monkeypatch):

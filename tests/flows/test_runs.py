@@ -180,6 +180,15 @@ def test_runs_newest_first_and_the_next_one(capsys, client, name):
     assert f"{name}-1" not in listed(capsys, limit=1)
 
 
+def test_a_hostile_name_breaks_no_list(capsys, client, name):
+    evil = f"{name}[/x]\x1b[31m\r\u202e\nfake"
+    put(client, evil, Crashed(name="[/y]", message="[/z] \x1b]0;t\x07\nmore"))
+    said = listed(capsys, limit=5)
+    assert row(said, f"{name}[/x]\\x1b[31m \\u202e fake")[2] == "[/y]"
+    assert "[/z] \\x1b]0;t\\x07 more" in shown(capsys, name)
+    assert not {"\x1b", "\r", "\u202e"} & {*said}
+
+
 def test_a_run_that_is_not_clear(client, name):
     for number in (1, 2):
         put(client, f"{name}-{number}", Completed())

@@ -1,0 +1,59 @@
+"""The terminal: all that the commands print goes through here, and every string is text.
+
+rich reads `[/x]` in a string as markup and `:x:` as an emoji, and passes escape sequences on.
+Names, paths and replies hold anything: here they are shown as they are, and what would act on a
+terminal is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import TextColumn
+from rich.segment import Segment
+from rich.text import Text
+
+from rlhf.plain_text import printable
+
+
+class PlainConsole(Console):
+    """A console without markup: strings are text, and control characters are written out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a string as text, whatever it holds."""
+        return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render anything; text that did not come from `render_str` is written out too."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+#: Of all commands.
+console = PlainConsole()
+
+
+def say(line: object, style: str = "", on: PlainConsole = console) -> None:
+    """Print one line, whatever it holds; it is not wrapped, and spaces in it stay."""
+    parts = (part.strip() for part in printable(line).split("\n"))
+    on.print(" ".join(filter(None, parts)), style=style or None, soft_wrap=True)
+
+
+def styled(*parts: str | Text | tuple[str, str]) -> Text:
+    """Return parts as one text: strings, texts, or strings with a style."""
+    pairs = [part if isinstance(part, tuple) else (part, "") for part in parts]
+    return Text.assemble(
+        *(text if isinstance(text, Text) else (printable(text), style) for text, style in pairs)
+    )
+
+
+def text_column(form: str) -> TextColumn:
+    """Return a column of a progress bar; `form` formats a task, as rich describes."""
+    return TextColumn(form, markup=False)
