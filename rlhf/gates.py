@@ -252,7 +252,8 @@ def _bounds(
         limit, text = bound, bound if isinstance(bound, str) else f"{bound:.10g}"
         if isinstance(bound, str):
             found = numbers.get(bound)
-            limit = None if found is None else found + rule.margin
+            limit = None if found is None else found * rule.factor + rule.margin
+            text = f"{rule.factor:g} × {bound}" if rule.factor != 1 else bound
             margin = f" {'+' if rule.margin > 0 else '−'} {abs(rule.margin):g}" * bool(rule.margin)
             text += f"{margin} ({math.nan if limit is None else limit:.5g})"
         words.append(f"{sign} {text}")

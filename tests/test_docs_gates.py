@@ -39,7 +39,7 @@ def test_the_page_shows_every_picture_and_names_what_to_do():
             assert f"{metric} = " in cures, metric
             assert f"`{metric}`" in reasons, metric
     # Superiority, a slice, the last look.
-    for name in ("champion.win_rate = ", "champion.by_group.", "look = "):
+    for name in ("champion.judge_win_rate = ", "champion.by_group.", "look = "):
         assert f"keep the champion: {name}" in cures, name
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.config.numbers import Count, Measure
+from rlhf.config.numbers import Count, Factor, Measure
 from rlhf.config.section import Section
 from rlhf.limits import MAX_PATTERN
 
@@ -28,6 +28,8 @@ class GateRule(Section):
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     """One-sided confidence of the end that `on` names; none takes that of the evaluation's
     two-sided 95 % intervals, which is 0.975."""
+    factor: Factor = Field(default=1.0, gt=0)
+    """Multiplied with a bound that is a metric: `{max: sampled.tokens_before, factor: 1.5}`."""
     margin: Measure = 0.0
     """Added to a bound that is a metric: `{min: baseline_longer, margin: 0.05}`."""
     slices: bool = False
@@ -56,10 +58,17 @@ class GateRule(Section):
                 f"confidence = {self.confidence:g} is that of an end of the interval; set on to "
                 "low or high, or leave confidence out"
             )
-        if self.margin and not any(isinstance(bound, str) for bound in (self.min, self.max)):
+        for name, does, neutral in (("margin", "added to", 0), ("factor", "multiplied with", 1)):
+            value = getattr(self, name)
+            if value != neutral and not any(isinstance(b, str) for b in (self.min, self.max)):
+                raise ValueError(
+                    f"{name} = {value:g} is {does} a bound that is a metric, and this rule's is a "
+                    "number; change the number instead"
+                )
+        if isinstance(self.min, float) and isinstance(self.max, float) and self.min > self.max:
             raise ValueError(
-                f"margin = {self.margin:g} is added to a bound that is a metric, and this rule's "
-                "is a number; change the number instead"
+                f"min = {self.min:g} is above max = {self.max:g}, so that no model can meet the "
+                "rule; exchange them, or correct one"
             )
         return self
 

@@ -6,6 +6,7 @@ A `*` in a part's path stands for a name that the data or a probe gives, such as
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,16 @@ POLICY: Mapping[str, Part] = {
 }  # fmt: skip
 #: Metrics of the evaluation that each gate reads.
 METRICS = {"reward_model": REWARD_MODEL, "policy": POLICY}
+#: Metrics from 0 to 1 without an interval, and those that are 0 or more.
+_FRACTIONS = {
+    "eos_rate", "repetition", "distinct_1", "distinct_2", "refusal", "gold_not_worse",
+    "gold_strict_win_rate", "brier", "ece", "ece_chance", "ceiling",
+}  # fmt: skip
+_NOT_NEGATIVE = {
+    "n", "prompts", "samples_per_prompt", "tokens", "entropy", "log_loss", "log_loss_calibrated",
+    "temperature", "score_std", "heads", "disagreement", "disagreement_mean", "perplexity", "nll",
+    "kl_exact", *COUNTS,
+}  # fmt: skip
 _SHARES = {name for parts in METRICS.values() for part in parts.values() for name in part.shares}
 
 
@@ -165,6 +176,7 @@ def check_rules(gate: str, rules: Sequence[GateRule], absent: Mapping[Need, str]
             name = getattr(rule, key)
             if isinstance(name, str):
                 _check_name(name, f"{field}.{key} = {name!r}", gate, rule, absent)
+        _check_range(rule, field)
         if rule.on != "estimate" and part_of(f"{rule.metric}_{rule.on}", gate) is None:
             raise ValueError(
                 f"{field}.on = {rule.on!r}: {rule.metric} has no interval; set on to estimate"
@@ -173,10 +185,47 @@ def check_rules(gate: str, rules: Sequence[GateRule], absent: Mapping[Need, str]
             _check_slices(rule, field, gate)
 
 
+def range_of(name: str) -> tuple[float, float]:
+    """Return the least and the largest value that a metric can have."""
+    leaf = name.rpartition(".")[2]
+    for end in (SIZE, ERROR):
+        if leaf.endswith(end):
+            return 0.0, math.inf
+    plain = leaf.removesuffix(LOW).removesuffix(HIGH)
+    for side in ("_before", "_after"):
+        plain = plain.removesuffix(side)
+    if plain in _SHARES or plain in _FRACTIONS:
+        return 0.0, 1.0
+    return (0.0, math.inf) if plain in _NOT_NEGATIVE else (-math.inf, math.inf)
+
+
+def _check_range(rule: GateRule, field: str) -> None:
+    """Refuse a bound that no value of the metric can meet."""
+    least, most = range_of(rule.metric)
+    for key, bound in (("min", rule.min), ("max", rule.max)):
+        if isinstance(bound, str) or bound is None:
+            continue
+        if (key == "min" and bound > most) or (key == "max" and bound < least):
+            values = f"from {least:g} to {most:g}" if most < math.inf else f"{least:g} or more"
+            cure = (
+                f"; write {bound / 100:g} for {bound:g} %"
+                if key == "min" and most < bound <= 100
+                else "; correct it"
+            )
+            raise ValueError(
+                f"{field}.{key} = {bound:g} can't be met: {rule.metric} is {values}{cure}"
+            )
+
+
 def _check_name(
     name: str, field: str, gate: str, rule: GateRule, absent: Mapping[Need, str]
 ) -> None:
     if part_of(name, gate) is None:
+        if name[:1].isdigit() or set(name) & set("*/+() "):
+            raise ValueError(
+                f"{field} is neither a number nor the name of a metric; write a number without "
+                "quotes, or a metric's name with factor and margin beside it (docs/gates.md)"
+            )
         raise ValueError(
             f"{field} is no metric of this evaluation; {_suggestion(name, gate)} (docs/gates.md)"
         )

@@ -127,6 +127,8 @@ def _against_champion(policy: Mapping[str, Any], verdict: Verdict | None, compar
         parts.append(text)
     measured = any(c.value is not None for c in checks)
     answer = "no" if failed else "yes" if measured else "unknown"
+    if failed and better(champion) == "no":
+        return Answer(question, "no, it is worse", "; ".join(parts), "rejected")
     # A challenger that is not better is a normal outcome: the champion stays.
     tone = "kept" if failed else _TONES.get(answer, "notrun")
     return Answer(question, answer, "; ".join(parts), tone)

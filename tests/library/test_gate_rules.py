@@ -80,6 +80,15 @@ def test_a_bound_that_is_a_metric_may_have_a_margin():
     assert check.bound == "≤ sampled.tokens_before − 1.5 (8.5)"
 
 
+def test_a_bound_that_is_a_metric_may_have_a_factor():
+    # 10 tokens before: 1.2 times as many are the 12 after.
+    rule = {"metric": "sampled.tokens_after", "max": "sampled.tokens_before"}
+    assert verdict(**rule, factor=1.2).approved
+    assert not verdict(**rule, factor=1.19).approved
+    (check,) = verdict(**rule, factor=1.1, margin=0.5).checks
+    assert check.bound == "≤ 1.1 × sampled.tokens_before + 0.5 (11.5)"
+
+
 def test_a_check_shows_rule_number_interval_and_size():
     (check,) = verdict(metric="sampled.win_rate", on="low", min=0.55).checks
     assert (check.value, check.n, check.passed) == (0.6, 100, False)

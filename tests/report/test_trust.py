@@ -74,6 +74,10 @@ def test_the_gates_checks_decide_on_the_champion():
     assert (found.answer, found.tone) == ("no", "kept")
     assert "champion.judge_win_rate = 0.55, needs ≥ 0.5" in found.evidence
     assert "look 3 of 10" in found.evidence
+    # The whole 95 % interval below a half is more than "not shown to be better".
+    lost = {"champion": {"policy": CHAMPION, **rate(0.4, 0.3, 0.49)}}
+    found = against_champion(worse, policy=lost, champion=CHAMPION)
+    assert (found.answer, found.tone) == ("no, it is worse", "rejected")
     spent = Check("look", 11.0, "≤ 10", False, note="raise data.rotation", kind="champion")
     spent_line = against_champion(spent, policy=policy, champion=CHAMPION).line
     assert "look = 11, needs ≤ 10 (raise data.rotation)" in spent_line
