@@ -152,7 +152,8 @@ def _run(run: PipelineRun, stage: Stage) -> Any:
         run.reason = f"The policy {_met(config)} waits for a person's approval."
         # A run of a deployment ends here, until it is resumed.
         wait_for_approval(config, inputs["policy"], run.name, write_report(run))
-    return run_task(stage, config, {**inputs, **optional}).result(raise_on_failure=False)
+    state = run_task(stage, config, {**inputs, **optional}, dict(run.refs))
+    return state.result(raise_on_failure=False)
 
 
 def _check_data(run: PipelineRun, data: ArtifactRef) -> tuple[str, BaseException | None]:

@@ -11,7 +11,8 @@ import pytest
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, ConfigError
 from rlhf.store import publish as publish_module
-from rlhf.store.gc import ABANDONED, GRACE
+from rlhf.store.gc import GRACE
+from rlhf.store.retention import ABANDONED
 from tests.store.test_artifacts import blobs, put
 
 DAY = 24 * 3600.0
