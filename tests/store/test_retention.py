@@ -88,11 +88,8 @@ class Site:
         assert not told.removed
         assert {p for p in before if p.is_file()} <= set(self.root.rglob("*"))
         done = self.store.collect(retention=rule, dry_run=False, **options)
-        assert (done.artifacts, done.records, done.size) == (
-            told.artifacts,
-            told.records,
-            told.size,
-        )
+        assert (done.artifacts, done.records) == (told.artifacts, told.records)
+        assert done.size == told.size
         # A record stays just as long as its artifact, and nothing that stays lacks a part.
         assert self.recorded() <= set(self.store.digests())
         for digest in self.store.digests():
@@ -100,6 +97,12 @@ class Site:
             self.store.lineage(digest)
         assert self.store.collect(grace=options.get("grace", DAY)).artifacts == []
         return done
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch):
+    """No power fails here, and syncing takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -137,19 +140,19 @@ PROTECTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", PROTECTIONS)
 @pytest.mark.parametrize("rule", [OLD, Retention(keep_runs=1)])
-def test_what_people_rely_on_stays_with_its_whole_lineage(site, name, rule):
-    run = site.run()
-    PROTECTIONS[name](site, run)
-    # Earlier champions stay too: a rollback may name them.
+def test_what_people_rely_on_stays_with_its_whole_lineage(site, rule):
+    runs = {name: site.run() for name in PROTECTIONS}
+    # Of two champions the earlier stays too: a rollback may name it.
+    for name, run in runs.items():
+        PROTECTIONS[name](site, run)
     other = site.run()
-    site.store.history.append("champion/x", {"policy": other["policy"].digest})
     site.age(100)
     site.run()
-    site.let_go(rule)
-    assert site.whole(run) == {*run}
-    assert {ref.digest for ref in run.values()} <= site.recorded()
+    assert {*site.let_go(rule).artifacts} == {ref.digest for ref in other.values()}
+    for name, run in runs.items():
+        assert site.whole(run) == {*run}, name
+        assert {ref.digest for ref in run.values()} <= site.recorded(), name
 
 
 def test_a_policy_that_waits_for_a_persons_decision_stays(site):
@@ -299,14 +302,13 @@ def test_damaged_manifests(site):
         site.store.collect(retention=OLD, dry_run=False)
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(st.data())
 def test_whatever_is_protected_is_whole(tmp_path_factory, data):
     """Any runs that share artifacts, any protections, any rule."""
     site = Site(tmp_path_factory.mktemp("site"))
-    runs = [
-        site.run(approved=data.draw(st.booleans())) for _ in range(data.draw(st.integers(1, 3)))
-    ]
+    approvals = data.draw(st.lists(st.booleans(), min_size=1, max_size=2))
+    runs = [site.run(approved) for approved in approvals]
     shared = site.make("policy", sft=runs[0]["sft"], reward_model=runs[-1]["rm"])
     runs.append({**runs[0], "policy": shared, "verdict": site.make("verdict", policy=shared)})
     names = [(i, n) for i, run in enumerate(runs) for n in run]
