@@ -88,17 +88,35 @@ def _bounds(field: FieldInfo) -> str:
         return "`true`, `false`"
     ends = {
         name: getattr(part, name)
-        for part in field.metadata
+        for part in (*field.metadata, *_constraints(field.annotation))
         for name in ("ge", "gt", "le", "lt")
         if getattr(part, name, None) is not None
     }
     low, high = ends.get("ge", ends.get("gt")), ends.get("le", ends.get("lt"))
-    if low is not None and high is not None:
-        return f"{'[' if 'ge' in ends else '('}{low:g}, {high:g}{']' if 'le' in ends else ')'}"
-    if low is not None:
-        none = " or none" if type(None) in types else ""
-        return f"{'≥' if 'ge' in ends else '>'} {low:g}{none}"
-    return ""
+    if low is None or high is None:
+        return ""
+    none = " or none" if type(None) in types else ""
+    left, right = "[" if "ge" in ends else "(", "]" if "le" in ends else ")"
+    return f"{left}{_number(low)}, {_number(high)}{right}{none}"
+
+
+def _constraints(annotation: Any) -> Iterator[Any]:
+    """Yield the constraints of a union's members, such as `Le(1000)` in `Count | None`."""
+    for member in get_args(annotation):
+        yield from getattr(member, "__metadata__", ())
+        yield from _constraints(member)
+
+
+def _number(value: float) -> str:
+    """Return a bound as text; large powers of ten as such."""
+    if value < 0:
+        return f"−{_number(-value)}"
+    zeros = len(f"{value:.0f}") - 1
+    is_power = value >= 1000 and value == 10**zeros
+    return "10" + str(zeros).translate(_SUPERSCRIPTS) if is_power else f"{value:.12g}"
+
+
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _advised(field: FieldInfo) -> str:

@@ -42,6 +42,8 @@ LEAST_GRACE = 2.0
 UNITS = {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 #: Limits of `--keep-runs`, and of `--older-than`: a hundred years.
 MOST_RUNS, MOST_SECONDS = 1_000_000, 36_500 * UNITS["d"]
+#: Hours of a century: more is a mistake, and infinity no time.
+LONGEST_GRACE = 876_600.0
 
 
 @app.command
@@ -268,6 +270,11 @@ def gc(
     if not grace_hours >= LEAST_GRACE:
         raise ConfigError(
             f"--grace-hours {grace_hours:g}: publishers rely on at least {LEAST_GRACE:g}; give more"
+        )
+    if grace_hours > LONGEST_GRACE:
+        raise ConfigError(
+            f"--grace-hours {grace_hours:g}: with more than {LONGEST_GRACE:g} nothing is ever old "
+            "enough; give less"
         )
     retention = _retention(keep_runs, older_than, grace_hours)
     opened = open_named(store, config)

@@ -12,10 +12,12 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from flows.artifacts import ConfigOption, StoreOption
-from rlhf.champions import acting_person, record_approval
+from rlhf.champions import acting_person, checked_line, record_approval
 from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.external import shorten
 from rlhf.store import ArtifactRef, Store
+from tasks.prefect_server import prefect_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -153,7 +155,9 @@ def approve(
     if store is None and config is None:
         suspended = _suspended(run)
         answer = "refuse" if refuse else "approve"
-        _resume(suspended, {"decision": answer, "by": acting_person(by), "why": why})
+        # Checked as the record will be: once the run goes on, there is no way back.
+        line = checked_line("--why", why)
+        _resume(suspended, {"decision": answer, "by": acting_person(by), "why": line})
         console.print(f"{suspended.name}: {decided}; it goes on", highlight=False)
         return
     loaded, opened = _open_model_line(name, store, config)
@@ -208,20 +212,13 @@ def _suspended(run: str) -> FlowRun:
         ConfigError: No server is configured, or several runs match.
         ArtifactMissing: No suspended run matches.
     """
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
         FlowRunFilterStateName,
     )
-    from prefect.settings import PREFECT_API_URL
 
-    if not PREFECT_API_URL.value():
-        raise ConfigError(
-            f"{run}: needs the Prefect server that the run is on; set PREFECT_API_URL, or give "
-            "the policy's digest with --store"
-        )
-    with get_client(sync_client=True) as client:
+    with prefect_server(run, instead=", or give the policy's digest with --store") as client:
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
         suspended = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
     matches = [each for each in suspended if each.name == run or str(each.id).startswith(run)]
@@ -235,10 +232,11 @@ def _suspended(run: str) -> FlowRun:
 
 
 def _resume(run: FlowRun, answer: dict[str, object]) -> None:
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
+    with prefect_server(run.name) as client:
         response = client.resume_flow_run(run.id, run_input=answer)
     if response.status.value != "ACCEPT":
         reason = getattr(response.details, "reason", None) or response.status.value
-        raise ConfigError(f"{run.name}: can't be resumed: {reason}")
+        raise ConfigError(
+            f"{run.name}: can't be resumed ({shorten(reason)}); if that stays, let it ask anew: "
+            f"`prefect flow-run cancel {run.id}`, then `prefect flow-run retry {run.id}`"
+        )

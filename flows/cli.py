@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cyclopts import App
 from rich.console import Console
 
@@ -17,6 +18,7 @@ from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError, DataError, GateRejected, NotBetter, RLHFError
+from tasks.prefect_server import server_error
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
 BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
@@ -46,6 +48,8 @@ def main() -> None:
         sys.exit(app() or 0)
     except RLHFError as error:
         sys.exit(fail(error))
+    except httpx.HTTPError as error:
+        sys.exit(fail(RuntimeError(server_error(error))))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -56,7 +56,7 @@ def inspect(
     source: str,
     *overrides: Overrides,
     use: Annotated[Literal["pairs", "sft", "prompts"] | None, Parameter(name="--as")] = None,
-    rows: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 5000,
+    rows: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=10**9))] = 5000,
 ) -> int:
     """Print a source's format, three rows as the model sees them, and the rows to leave out.
 

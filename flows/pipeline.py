@@ -23,12 +23,13 @@ from rlhf.errors import (
 )
 from rlhf.report import GREEN, RunOutcome, StageRow, StageState
 from rlhf.store import ArtifactRef
+from tasks.approvals import ask
 from tasks.drift import GATE, check_drift
 from tasks.gate_check import CHECK, check_gates
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, configuration_name, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
-from tasks.promotion import is_waiting, wait_for_approval
+from tasks.promotion import is_waiting
 from tasks.report import PipelineRun, write_report
 from tasks.retries import retried
 from tasks.runner import Outcome
@@ -140,7 +141,7 @@ def _run(run: PipelineRun, stage: Stage) -> Any:
     try:
         if stage.needs_approval:
             policy = inputs["policy"]
-            waits = retried(config, "reading approvals", lambda: is_waiting(config, policy))
+            waits = retried(config, "the approval", lambda: is_waiting(config, policy, run.name))
         optional = retried(
             config, f"finding what {stage.name} needs",
             lambda: stage.find_optional(config, inputs, store_of(config)),
@@ -150,8 +151,13 @@ def _run(run: PipelineRun, stage: Stage) -> Any:
     if waits:
         run.outcome = RunOutcome.AWAITING_APPROVAL
         run.reason = f"The policy {_met(config)} waits for a person's approval."
-        # A run of a deployment ends here, until it is resumed.
-        wait_for_approval(config, inputs["policy"], run.name, write_report(run))
+        about = write_report(run)
+        try:
+            # A run of a deployment ends here, until it is resumed: by a signal that is no
+            # Exception, and that no retry may repeat.
+            ask(inputs["policy"].digest, about)
+        except Exception as error:
+            return error
     state = run_task(stage, config, {**inputs, **optional}, dict(run.refs))
     return state.result(raise_on_failure=False)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
-import httpx
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -17,6 +15,7 @@ from rich.text import Text
 
 from rlhf.config.pipeline import STAGE_NAMES
 from rlhf.errors import ArtifactMissing, ConfigError
+from tasks.prefect_server import prefect_server
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -48,7 +47,7 @@ def runs(*, limit: int = 20) -> None:
 
     if not 1 <= limit <= PAGE:
         raise ConfigError(f"--limit {limit}: give a number from 1 to {PAGE}")
-    with _server("rlhf runs") as client:
+    with prefect_server("rlhf runs") as client:
         started = _runs(client, sort=FlowRunSort.START_TIME_DESC, limit=limit)
         scheduled = _runs(client, future=True, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=1)
         deployments = _deployments(client, started)
@@ -77,7 +76,7 @@ def status(run: str, *, watch: bool = False) -> None:
     watch
         Show it anew every 2 s until the run has ended.
     """
-    with _server(run) as client:
+    with prefect_server(run) as client:
         shown = _find_run(client, run)
         if not watch:
             console.print(_status(client, shown), soft_wrap=not console.is_terminal)
@@ -87,34 +86,6 @@ def status(run: str, *, watch: bool = False) -> None:
                 time.sleep(WATCH_EVERY)
                 shown = client.read_flow_run(shown.id)
                 live.update(_status(client, shown), refresh=True)
-
-
-@contextmanager
-def _server(subject: str) -> Iterator[SyncPrefectClient]:
-    """Open a client of the configured server; `subject` begins the error messages.
-
-    Raises:
-        ConfigError: No server is configured, or it does not answer.
-    """
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
-
-    # Without the setting, the client would start a server of its own, without any runs.
-    if not PREFECT_API_URL.value():
-        raise ConfigError(
-            f"{subject}: needs the Prefect server that the runs are on; set PREFECT_API_URL"
-        )
-    with get_client(sync_client=True) as client:
-        try:
-            yield client
-        except httpx.HTTPError as error:
-            # The address may contain a password.
-            address = client.api_url.copy_with(userinfo=b"")
-            reason = getattr(getattr(error, "response", None), "reason_phrase", None) or error
-            raise ConfigError(
-                f"{subject}: Prefect's server does not answer at {address} ({reason}); start it, "
-                "or set PREFECT_API_URL"
-            ) from error
 
 
 def _runs(

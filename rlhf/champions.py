@@ -69,9 +69,15 @@ EntryT = TypeVar("EntryT", bound=Entry)
 
 
 class Approval(Entry):
-    """A person's decision on a policy: approved or refused."""
+    """A person's decision on a policy: approved or refused.
+
+    `identity` is how far `by` is known: Prefect's server knows no users (docs/security.md).
+    `request` names the question of a waiting run that it answers, if it does.
+    """
 
     approved: bool
+    identity: Literal["claimed"] = "claimed"
+    request: Line | None = None
 
 
 class Promotion(Entry):
@@ -243,8 +249,9 @@ def record_approval(
     by: str | None = None,
     why: str = "",
     run: str | None = None,
+    request: str | None = None,
 ) -> Approval:
-    """Record a person's decision on a policy for a model line.
+    """Record a person's decision on a policy for a model line; that on a request only once.
 
     Args:
         store: The store with the history.
@@ -254,12 +261,20 @@ def record_approval(
         by: The person; see `acting_person`.
         why: The reason.
         run: Name of the run that waited for the decision.
+        request: Its question. A repeated call with it, after an error of the store that left open
+            whether the entry was written, returns the entry that is there.
     """
     approval = Approval(
         approved=approved, by=acting_person(by), when=timestamp(), why=checked_line("--why", why),
-        run=run,
+        run=run, request=request,
     )  # fmt: skip
-    store.history.append(_approval_history(name, policy), approval.model_dump())
+    history = _approval_history(name, policy)
+    if request is not None:
+        entries = [read_entry(Approval, history, e) for e in store.history.entries(history)]
+        recorded = next((entry for entry in entries if entry.request == request), None)
+        if recorded is not None:
+            return recorded
+    store.history.append(history, approval.model_dump())
     return approval
 
 
@@ -293,12 +308,19 @@ def require_approval(store: Store, name: str, policy: str) -> Approval:
 
 
 def acting_person(by: str | None = None) -> str:
-    """Return `by`, the value of RLHF_USER, or the name of the system's user."""
+    """Return `by`, the value of RLHF_USER, or the name of the system's user.
+
+    Raises:
+        ConfigError: The name is too long, or nothing of it can be printed.
+    """
     try:
         name = by or os.environ.get(USER) or getpass.getuser()
     except (KeyError, OSError):  # a container's user often has no name
         name = f"uid {os.getuid()}"
-    return checked_line("--by", name)
+    line = checked_line("--by", name)
+    if not line:
+        raise ConfigError(f"--by is blank; give a name by it, or by {USER}")
+    return line
 
 
 def timestamp() -> str:

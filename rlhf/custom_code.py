@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from rlhf.errors import ConfigError
+from rlhf.permissions import allowed_code
 
 #: Environment variable with the folders (separated as in PATH) that code may run from. It is no
 #: field, because people who may set a run's parameters may not be allowed to run code here.
@@ -58,11 +59,12 @@ class CustomCode:
 
     def _find(self, path: str) -> tuple[Path, Path]:
         """Return the function's file, and the folder that its imports start from."""
-        allowed = [Path(p).resolve() for p in os.environ.get(ALLOWED, "").split(os.pathsep) if p]
+        listed, where = allowed_code(ALLOWED)
+        allowed = [Path(folder).resolve() for folder in listed]
         if not allowed:
             raise ConfigError(
                 f"{self.where}: code of one's own is not allowed here; the operator has to list "
-                f"its folder in the environment variable {ALLOWED}"
+                f"its folder in {where}"
             )
         package = path.replace(".", "/")
         names = [f"{package}.py", f"{package}/__init__.py"] if self.module else [path]
@@ -70,14 +72,14 @@ class CustomCode:
         matches = [(s, s / name) for s in starts for name in names if (s / name).is_file()]
         if not matches:
             raise ConfigError(
-                f"{self.where}: no such {'module' if self.module else 'file'} in "
-                f"{ALLOWED} = {os.environ[ALLOWED]!r}; correct the name"
+                f"{self.where}: no such {'module' if self.module else 'file'} in {where} = "
+                f"{os.pathsep.join(listed)!r}; correct the name"
             )
         start, file = matches[0][0], matches[0][1].resolve()
         # After links are resolved, so that a link can't lead out of the allowed folders.
         if not any(file.is_relative_to(folder) for folder in allowed):
             raise ConfigError(
-                f"{self.where}: lies in {str(file.parent)!r}, outside of the folders in "
-                f"{ALLOWED}; move it there"
+                f"{self.where}: lies in {str(file.parent)!r}, outside of the folders in {where}; "
+                "move it there"
             )
         return file, start if self.module else file.parent

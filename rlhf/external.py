@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import files_sha256, known_sha256
+from rlhf.limits import read_some
+from rlhf.permissions import check_paths, check_uri
 from rlhf.store.objects import Sink, in_parallel
 
 if TYPE_CHECKING:
@@ -105,9 +107,14 @@ class External(ABC):
 
     @property
     def _location(self) -> _Folder | _Bucket | _Hub:
+        setting = f"{self.field} = {self.uri!r}"
         if self.uri.startswith("s3://"):
+            check_uri(setting, self.uri)
             return _Bucket(self)
-        return _Folder(self) if self.is_path() else _Hub(self)
+        if self.is_path():
+            return _Folder(self)
+        check_uri(setting, f"hf://{self.repository}")
+        return _Hub(self)
 
     @abstractmethod
     def is_path(self) -> bool:
@@ -157,14 +164,17 @@ class _Folder:
             return files_sha256(self._files().items(), b"\0", known_sha256)
 
     def fetch(self, _: Path) -> LocalCopy:
-        return LocalCopy(self.external.path, self._files())
+        files = self._files()
+        return LocalCopy(self.external.path, files)
 
-    def read(self, name: str, _: int) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         with self.external.readable():
-            return self._files()[name].read_bytes()
+            return read_some(self._files()[name], limit)
 
     def _files(self) -> dict[str, Path]:
         path, is_dataset = self.external.path, self.external.type == "dataset"
+        setting = f"{self.external.field} = {self.external.uri!r}"
+        check_paths(setting, [path])
         with self.external.readable():
             if path.is_dir():
                 inside = path.glob("**/*" if is_dataset else "*")
@@ -176,6 +186,8 @@ class _Folder:
             if not is_dataset:
                 self._refuse_dangling(paths.values())
             files = {name: p for name, p in paths.items() if p.is_file()}
+            # Of a model all, for its libraries look for more files than are selected.
+            check_paths(setting, files.values())
         return {name: files[name] for name in self.external.select(list(files))}
 
     def _refuse_dangling(self, paths: Iterable[Path]) -> None:
@@ -302,17 +314,16 @@ class _Hub:
         names = list(files) if is_dataset else self.external.select(list(files))
         return LocalCopy(folder, {name: files[name] for name in names})
 
-    def read(self, name: str, _: int) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         from huggingface_hub import hf_hub_download
 
-        return Path(
-            hf_hub_download(
-                self.external.repository,
-                name,
-                repo_type=self.external.type,
-                revision=self.external.hub_commit(),
-            )
-        ).read_bytes()
+        path = hf_hub_download(
+            self.external.repository,
+            name,
+            repo_type=self.external.type,
+            revision=self.external.hub_commit(),
+        )
+        return read_some(Path(path), limit)
 
 
 def _is_visible(name: str) -> bool:

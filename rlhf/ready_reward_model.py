@@ -9,6 +9,7 @@ from rlhf.data.chat_template import tokens_after_end
 from rlhf.data.text_pairs import PairRenderer
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
+from rlhf.limits import MAX_MODEL_BYTES, read_some
 from rlhf.modeling.device import prepare_device
 from rlhf.modeling.members import read_members
 from rlhf.modeling.reward import META, load_unpublished, reward_meta
@@ -40,7 +41,7 @@ def publish_ready_reward_model(
     """
     prepare_device(runtime or RuntimeConfig())
     model.select([path.name for path in folder.iterdir()])
-    model.check_config((folder / CONFIG).read_bytes())
+    model.check_config(read_some(folder / CONFIG, MAX_MODEL_BYTES))
     try:
         reward_model, renderer = load_unpublished(folder)
         members = read_members(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
@@ -10,6 +11,7 @@ from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.custom_code import CustomCode
 from rlhf.files import expand_home
 from rlhf.modeling.source import ExternalModel, ExternalTokenizer
+from rlhf.permissions import check_paths
 
 
 def external_base_model(config: PipelineConfig) -> ExternalModel | None:
@@ -112,20 +114,21 @@ def pair_model(folder: str) -> ExternalModel:
         ConfigError: It is no folder on this machine.
     """
     model = ExternalModel("ppo.env_config.pair_model", folder, ready=True)
+    check_paths(f"{model.field} = {folder!r}", [Path(folder)])
     if not expand_home(folder).is_dir():
         raise model.error("is no folder; give that of a one-label sequence classifier")
     # Absolute, so that owner/name is not looked up on a hub.
     return ExternalModel(model.field, str(expand_home(folder).absolute()), ready=True)
 
 
-def check_tokens(config: PPOConfig) -> None:
-    """Refuse a reward service's token that is missing or may not be sent.
+def check_services(config: PPOConfig) -> None:
+    """Refuse a reward service that may not be used here, or a token that may not be sent to it.
 
     Raises:
-        ConfigError: See `rlhf.environments.remote.read_token`.
+        ConfigError: See `rlhf.environments.remote.check_service`.
     """
     for name, section in config.components.items():
-        if isinstance(section, RemoteComponent) and section.token_env:
-            from rlhf.environments.remote import read_token  # imports torch, which takes seconds
+        if isinstance(section, RemoteComponent):
+            from rlhf.environments.remote import check_service  # imports torch: seconds
 
-            read_token(section, f"ppo.env_config.components.{name}")
+            check_service(section, f"ppo.env_config.components.{name}")

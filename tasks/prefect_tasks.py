@@ -9,7 +9,6 @@ from prefect import Task, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
-from prefect.tasks import exponential_backoff
 
 from rlhf.champions import champion
 from rlhf.config import PipelineConfig
@@ -42,7 +41,7 @@ def run_task(
     retries = config.retries
     configured = TASKS[stage.name].with_options(
         retries=retries.attempts,
-        retry_delay_seconds=exponential_backoff(retries.delay_seconds)(retries.attempts) or 0,
+        retry_delay_seconds=[retries.delay(n) for n in range(retries.attempts)] or 0,
         retry_jitter_factor=retries.jitter,
     )
     return configured(config, inputs, held or {}, return_state=True)

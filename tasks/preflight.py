@@ -12,19 +12,23 @@ import os
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from rlhf.config import PipelineConfig, TrackingConfig, apply_machine_settings
+from rlhf.config.load import MACHINE_FIELDS, environment_variable
 from rlhf.config.pipeline import INLINE
 from rlhf.errors import ConfigError, StoreError
 from rlhf.files import expand_home
 from rlhf.gate_sizes import Sizes, check_gate_sizes
+from rlhf.limits import MAX_MODEL_BYTES
 from rlhf.modeling.nf4 import check_package
 from rlhf.modeling.reward_source import check_context, check_reward_source
-from rlhf.modeling.source import CONFIG, MAX_CONFIG_BYTES, ExternalModel
+from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.permissions import check_paths
 from rlhf.store import Store
 from tasks.external_inputs import (
-    check_tokens,
+    check_services,
     external_judge,
     external_reward_model,
     reward_function_digests,
@@ -43,6 +47,7 @@ def preflight(config: PipelineConfig) -> None:
     Raises:
         ConfigError: One line naming field, value and cure (StoreConfigError for the store).
     """
+    _check_folders(config)
     config = apply_machine_settings(config)
     for field in ("work_dir", "report_dir"):
         _check_writable(f"runtime.{field}", getattr(config.runtime, field))
@@ -63,7 +68,7 @@ def preflight(config: PipelineConfig) -> None:
             if external == external_judge(config):
                 check_context(config, external, data)
     reward_function_digests(config.ppo)
-    check_tokens(config.ppo)
+    check_services(config.ppo)
 
 
 def preflight_command(config: PipelineConfig) -> None:
@@ -101,8 +106,19 @@ def preflight_flow(config: PipelineConfig) -> None:
                 if not (deployment.id and left):
                     raise
                 get_run_logger().warning("%s; asking again", error)
-                time.sleep(retries.delay_seconds * 2 ** min(retries.attempts - left, 5))
+                time.sleep(retries.delay(min(retries.attempts - left, 5)))
     check_placement(config)
+
+
+def _check_folders(config: PipelineConfig) -> None:
+    """Check that a run chooses no folder of this machine that its operator does not permit."""
+    for name, fields in MACHINE_FIELDS.items():
+        section = getattr(config, name)
+        for field in fields:
+            value, default = getattr(section, field), type(section).model_fields[field].default
+            is_machines_own = environment_variable(field) in os.environ
+            if field.endswith("_dir") and value != default and not is_machines_own:
+                check_paths(f"{name}.{field} = {value!r}", [Path(value)], "folders")
 
 
 def _check_writable(field: str, path: str) -> None:
@@ -167,7 +183,7 @@ def _check_model(external: ExternalModel, store: Store) -> Mapping[str, Any]:
     """Check an external model's configuration, without its weights, and return it."""
     if not external.is_artifact:
         external.check()
-        return json.loads(external.read(CONFIG, MAX_CONFIG_BYTES))
+        return json.loads(external.read(CONFIG, MAX_MODEL_BYTES))
     ref = store.resolve(external.uri)
     if CONFIG not in [entry.path for entry in store.manifest(ref).files]:
         raise external.error(f"this artifact is a {ref.kind}, no model; give that of a model")

@@ -1,18 +1,13 @@
 """Promotion of a policy after its gate, a person's approval and a smoke test.
 
 The champion is read first, and replaced only if it is still the same at the end: a promotion by
-another run meanwhile is an error, not overwritten. With manual approval, a run of a deployment is
-suspended until a person has decided.
+another run meanwhile is an error, not overwritten. With manual approval a person has decided before
+(`tasks.approvals`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
-from prefect.flow_runs import suspend_flow_run
-from prefect.input import RunInput
-from prefect.runtime import deployment, flow_run
-from pydantic import Field
+from prefect.runtime import flow_run
 
 from rlhf import champions
 from rlhf.challenge import describe_verdict
@@ -30,6 +25,7 @@ from rlhf.gates import Verdict, read_verdict, require
 from rlhf.smoke import SMOKE, smoke_test
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
+from tasks import approvals
 from tasks.stage import StageRun, store_of
 
 PROMOTION = "promotion.json"
@@ -85,39 +81,24 @@ def is_champion(config: PipelineConfig, policy: ArtifactRef, store: Store) -> bo
     return latest is not None and latest["policy"] == policy.digest
 
 
-def is_waiting(config: PipelineConfig, policy: ArtifactRef) -> bool:
-    """Return whether a policy that met every gate still needs a person's decision."""
+def is_waiting(config: PipelineConfig, policy: ArtifactRef, run: str) -> bool:
+    """Return whether a policy that met every gate still needs a person's decision.
+
+    A decision that this flow run was resumed with is recorded first. Can be repeated.
+    """
     promotion = config.promotion
     if promotion.approval != "manual":
         return False
     store = store_of(config)
+    asked = approvals.answer(policy.digest)
+    if asked is not None and asked.decision is not None:
+        decision = asked.decision
+        record_approval(
+            store, promotion.name, policy.digest, approved=decision.decision == "approve",
+            by=decision.by, why=decision.why, run=run, request=asked.request,
+        )  # fmt: skip
     decided = approval_of(store, promotion.name, policy.digest) is not None
     return not decided and not is_champion(config, policy, store)
-
-
-def wait_for_approval(config: PipelineConfig, policy: ArtifactRef, run: str, about: str) -> None:
-    """Suspend this flow run until a person has decided; record the decision.
-
-    Suspension ends the process. The resumed run starts again, gets its completed stages from the
-    store and the answer here. A run without a deployment can't be resumed: it goes on to the
-    promotion, whose error names the missing approval.
-    """
-    if not deployment.id:
-        return
-    form = Decision.with_initial_data(description=about)
-    answer = suspend_flow_run(wait_for_input=form, key=f"approve-{policy.digest[:12]}")
-    record_approval(
-        store_of(config), config.promotion.name, policy.digest,
-        approved=answer.decision == "approve", by=answer.by, why=answer.why, run=run,
-    )  # fmt: skip
-
-
-class Decision(RunInput):
-    """The decision's form, filled in by Prefect's UI or by `rlhf approve`."""
-
-    decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
-    by: str = Field(min_length=1, description="Who decides.")
-    why: str = Field(default="", description="The reason, for the promotion's record.")
 
 
 def _require_compared(run: StageRun, verdict: Verdict, before: champions.Promotion | None) -> None:

@@ -8,11 +8,10 @@ it restarts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
@@ -24,6 +23,7 @@ from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, StageFailed, StageLost
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
+from tasks.retries import asked_server as _retried
 from tasks.runner import Outcome, recorded_outcome, used, work_of
 from tasks.stage import Stage, store_of
 
@@ -35,14 +35,8 @@ WAIT_NOTICE = 60.0
 ATTEMPTS = 1000
 #: Seconds in which the event of a task's start reaches Prefect's database.
 TASK_EVENT = 10.0
-#: Seconds that a server may be down: time for a restart, or for another machine to take over.
-RETRY_TIME = 600.0
-#: Seconds between two requests; they double from the first to the longest.
-FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
-SERVER_ERROR = 500
 #: Prefix of the tag that children bear.
 WORK_TAG = "work:"
-T = TypeVar("T")
 
 
 def run_remotely(
@@ -196,25 +190,3 @@ def _require_completed(client: SyncPrefectClient, child: FlowRun, deployment: st
 def _link(identifier: UUID) -> str:
     base = PREFECT_UI_URL.value()
     return f"{base}/runs/flow-run/{identifier}" if base else f"(run {identifier})"
-
-
-def _retried(request: Callable[[], T]) -> T:
-    """Return the result of a request, retried while the server is down (or 5xx).
-
-    Raises:
-        httpx.HTTPError: The server was down for `RETRY_TIME`, or the request is wrong.
-    """
-    end = time.monotonic() + RETRY_TIME
-    wait = FIRST_WAIT
-    while True:
-        try:
-            return request()
-        except httpx.HTTPError as error:
-            wrong = isinstance(error, httpx.HTTPStatusError) and (
-                error.response.status_code < SERVER_ERROR
-            )
-            if wrong or time.monotonic() > end:
-                raise
-            get_run_logger().warning("Prefect's server is away (%s); asking again", error)
-        time.sleep(wait)
-        wait = min(2 * wait, LONGEST_WAIT)

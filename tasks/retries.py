@@ -1,4 +1,4 @@
-"""Retries of what a flow does in the store between its stages."""
+"""Retries of what a flow does between its stages: in the store, and on Prefect's server."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import httpx
+
 from rlhf.config import PipelineConfig
 from rlhf.errors import RLHFError, StoreError, is_retriable
 
 log = logging.getLogger("rlhf.tasks")
+#: Seconds that a server may be down: time for a restart, or for another machine to take over.
+RETRY_TIME = 600.0
+#: Seconds between two requests; they double from the first to the longest.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
+SERVER_ERROR = 500
 T = TypeVar("T")
 
 
 def retried(config: PipelineConfig, what: str, function: Callable[[], T]) -> T:
-    """Call a function that reads the store; repeat it as often, and as late, as a stage.
+    """Call a function that uses the store; repeat it as often, and as late, as a stage.
 
     Args:
         config: Configuration with store and retries.
@@ -40,7 +47,29 @@ def retried(config: PipelineConfig, what: str, function: Callable[[], T]) -> T:
                 raise StoreError(
                     f"{config.store}: {what} failed ({error}); mend that, and run the same again"
                 ) from error
-            delay = retries.delay_seconds * 2**attempt * (1 + retries.jitter * random.random())
+            delay = retries.delay(attempt) * (1 + retries.jitter * random.random())
             log.warning("%s failed (%s); it is tried again in %.0f s", what, error, delay)
             time.sleep(delay)
     raise AssertionError
+
+
+def asked_server(request: Callable[[], T]) -> T:
+    """Return the result of a request to Prefect's server, retried while that is down (or 5xx).
+
+    Raises:
+        httpx.HTTPError: The server was down for `RETRY_TIME`, or the request is wrong.
+    """
+    end = time.monotonic() + RETRY_TIME
+    wait = FIRST_WAIT
+    while True:
+        try:
+            return request()
+        except httpx.HTTPError as error:
+            wrong = isinstance(error, httpx.HTTPStatusError) and (
+                error.response.status_code < SERVER_ERROR
+            )
+            if wrong or time.monotonic() > end:
+                raise
+            log.warning("Prefect's server is away (%s); asking again", error)
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)

@@ -8,21 +8,37 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, cast
 from urllib.parse import urlsplit
 
-import regex
 from pydantic import Field, field_validator, model_validator
 
+from rlhf.config.numbers import (
+    BatchSize,
+    Count,
+    Factor,
+    Few,
+    Measure,
+    Seconds,
+    Signed,
+    Tokens,
+    Tries,
+)
 from rlhf.config.section import Section, nested_error, validate_as
+from rlhf.config.text import shown_value
+from rlhf.limits import MAX_PATTERN, pattern_error
 
 #: Hosts to which a token may be sent unencrypted, because it does not leave the machine.
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
+#: A word or phrase that is looked for in replies.
+Word = Annotated[str, Field(pattern=r"\S", max_length=MAX_PATTERN)]
+
+
 class LengthPenaltyConfig(Section):
     """A reply pays for tokens beyond (or off) a target."""
 
-    target: int = Field(default=64, ge=0)
+    target: Tokens = Field(default=64, ge=0)
     """Tokens that a reply may have (`side: over`) or should have (`side: both`)."""
-    slope: float = Field(default=0.01, gt=0)
+    slope: Factor = Field(default=0.01, gt=0)
     """Reward lost with each token."""
     side: Literal["over", "both"] = "over"
     """`over`: only tokens beyond the target cost; `both`: tokens that are missing, too."""
@@ -35,15 +51,15 @@ class CorrectnessConfig(Section):
     """`exact`: the same text but for space around it; `normalised`: also but for case, spacing,
     punctuation and articles; `numeric`: the last number in the reply; `regex`: the reference is a
     pattern to be found; `contains`: the normalised reply has the normalised reference in it."""
-    tolerance: float = Field(default=0.0, ge=0)
+    tolerance: Measure = Field(default=0.0, ge=0)
     """`numeric`: largest difference that still counts as right."""
-    relative_tolerance: float = Field(default=0.0, ge=0)
+    relative_tolerance: Factor = Field(default=0.0, ge=0)
     """`numeric`: the same as a share of the reference; the wider of the two holds."""
-    right: float = 1.0
+    right: Signed = 1.0
     """Reward of a right reply."""
-    wrong: float = 0.0
+    wrong: Signed = 0.0
     """Reward of any other."""
-    timeout_seconds: float = Field(default=1.0, gt=0)
+    timeout_seconds: Seconds = Field(default=1.0, gt=0)
     """`regex`: a pattern that takes longer on one reply stops training."""
 
 
@@ -52,8 +68,8 @@ class CustomConfig(Section):
 
     function: str
     """`package.module:function` or `folder/file.py:function`, in a folder that the operator lists
-    in the environment variable RLHF_ALLOWED_CODE."""
-    timeout_seconds: float = Field(default=60.0, gt=0)
+    in the environment variable RLHF_ALLOWED_CODE, or in the permissions file of the machine."""
+    timeout_seconds: Seconds = Field(default=60.0, gt=0)
     """Time limit of one call, the import at first included; it is interrupted after that."""
 
     @field_validator("function")
@@ -69,12 +85,12 @@ class CustomConfig(Section):
 class ComponentSection(Section):
     """Options of every component."""
 
-    weight: float = 1.0
+    weight: Signed = 1.0
     """Factor in the sum; `reward_weights` wins over it."""
     normalize: Literal["none", "zscore", "minmax"] = "none"
     """`zscore`: less the mean of all values so far, over their standard deviation; `minmax`: from
     0 at the least value so far to 1 at the largest."""
-    clip: float | None = Field(default=None, gt=0)
+    clip: Factor | None = Field(default=None, gt=0)
     """Values are clamped to ± this, after normalising; none leaves them alone."""
 
 
@@ -90,7 +106,9 @@ class LengthComponent(ComponentSection):
 
     type: Literal["length"] = "length"
     """Kind of component."""
-    points: tuple[tuple[float, float], ...] = Field(default=((0.0, 0.0), (64.0, 1.0)), min_length=1)
+    points: tuple[tuple[Measure, Signed], ...] = Field(
+        default=((0.0, 0.0), (64.0, 1.0)), min_length=1
+    )
     """(tokens, value) pairs, tokens rising; constant before the first and after the last."""
 
     @field_validator("points")
@@ -110,7 +128,7 @@ class KeywordComponent(ComponentSection):
 
     type: Literal["keyword"] = "keyword"
     """Kind of component."""
-    words: tuple[Annotated[str, Field(pattern=r"\S")], ...] = Field(min_length=1)
+    words: tuple[Word, ...] = Field(min_length=1)
     """Words or phrases."""
     match: Literal["any", "all", "fraction"] = "any"
     """1 if any (or all) of them are there, else 0; or the share of them that are."""
@@ -129,18 +147,15 @@ class RegexComponent(ComponentSection):
     """A pattern as Python's `re` reads it."""
     full: bool = False
     """The pattern must match the whole reply."""
-    timeout_seconds: float = Field(default=1.0, gt=0)
+    timeout_seconds: Seconds = Field(default=1.0, gt=0)
     """A pattern that takes longer on one reply stops training."""
 
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str) -> str:
-        try:
-            regex.compile(value)
-        except regex.error as error:
-            raise ValueError(f"{value!r} is no pattern ({error}); mend it") from None
-        except RecursionError:
-            raise ValueError("is no pattern (nested too deeply); mend it") from None
+        error = pattern_error(value)
+        if error:
+            raise ValueError(f"{shown_value(value)} is no pattern ({error}); mend it")
         return value
 
 
@@ -174,7 +189,7 @@ class RepetitionComponent(ComponentSection):
 
     type: Literal["repetition"] = "repetition"
     """Kind of component."""
-    ngram: int = Field(default=3, ge=1)
+    ngram: Few = Field(default=3, ge=1)
     """Words that make one n-gram."""
 
 
@@ -194,19 +209,19 @@ class RemoteComponent(ComponentSection):
     """Where to post to, by http:// or https://."""
     token_env: str | None = None
     """NAME of the environment variable that holds a bearer token; the token stands nowhere."""
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: BatchSize = Field(default=128, ge=1)
     """Most replies in one request."""
-    timeout_seconds: float = Field(default=10.0, gt=0)
+    timeout_seconds: Seconds = Field(default=10.0, gt=0)
     """Time limit of one request."""
-    retries: int = Field(default=3, ge=0)
+    retries: Tries = Field(default=3, ge=0)
     """Further tries of a request that found no service, a busy or a failing one."""
-    backoff_seconds: float = Field(default=0.5, ge=0)
-    """Wait before the first further try; doubles with each."""
-    fallback: float | None = None
+    backoff_seconds: Seconds = Field(default=0.5, ge=0)
+    """Wait before the first further try; doubles with each, up to a day."""
+    fallback: Signed | None = None
     """Value of replies that could not be scored; none stops training instead."""
-    breaker_failures: int = Field(default=3, ge=1)
+    breaker_failures: Count = Field(default=3, ge=1)
     """After so many failed requests in a row none is sent for a while; the fallback holds."""
-    breaker_seconds: float = Field(default=60.0, ge=0)
+    breaker_seconds: Seconds = Field(default=60.0, ge=0)
     """Length of that while; then one request is tried."""
 
     @field_validator("url")

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from rlhf.config.drift import DriftConfig
 from rlhf.config.lengths import SystemPolicy
+from rlhf.config.numbers import Count, Factor, RowMegabytes, Signed, Temperature, Tokens
 from rlhf.config.section import Section, nested_error, validate_as
 from rlhf.config.text import BROKEN, parse
 
@@ -17,20 +18,20 @@ from rlhf.config.text import BROKEN, parse
 class WorldConfig(Section):
     """The generated world of customer questions with a known gold score (`source: world`)."""
 
-    pairs: int = Field(default=6000, ge=10)
+    pairs: Count = Field(default=6000, ge=10)
     """Preference pairs to train on."""
-    demonstrations: int = Field(default=6000, ge=10)
+    demonstrations: Count = Field(default=6000, ge=10)
     """Replies of mixed quality for supervised fine-tuning."""
-    judge_pairs: int | None = Field(default=None, ge=0)
+    judge_pairs: Count | None = Field(default=None, ge=0)
     """Preference pairs for the judge of the policy, on prompts of their own; none is a quarter of
     `pairs`, 0 makes none."""
-    prompts: int = Field(default=4608, ge=10)
+    prompts: Count = Field(default=4608, ge=10)
     """Fresh prompts for PPO."""
-    eval_pairs: int = Field(default=1000, ge=10)
+    eval_pairs: Count = Field(default=1000, ge=10)
     """Held-out preference pairs, on prompts that no training stage sees."""
-    eval_prompts: int = Field(default=300, ge=10)
+    eval_prompts: Count = Field(default=300, ge=10)
     """Held-out prompts for comparing policies; half of them use templates that are new too."""
-    temperature: float = Field(default=0.5, gt=0)
+    temperature: Temperature = Field(default=0.5, gt=0)
     """Bradley–Terry temperature of the labels: P(a ≻ b) = σ((gold(a) − gold(b)) / temperature)."""
 
 
@@ -100,11 +101,11 @@ class SourceConfig(Section):
     """Columns of images, audio, video or tools that the replies do not depend on."""
     labels: LabelsConfig | None = None
     """Meaning of the values of `label_column`."""
-    score_weights: dict[str, float] | None = None
+    score_weights: dict[str, Signed] | None = None
     """Weights of several columns that rate one reply."""
     margin_column: str | None = Field(default=None, min_length=1)
     """Column with the margin of each pair."""
-    margin_scale: float | None = Field(default=None, gt=0)
+    margin_scale: Factor | None = Field(default=None, gt=0)
     """Factor of its margins, which brings sources with other scales to one unit."""
     reference_column: str | None = None
     """Column that holds the right answer to the prompt."""
@@ -180,13 +181,13 @@ class DataConfig(Section):
     in others of that kind are left out, because no model here sees it."""
     labels: LabelsConfig = LabelsConfig()
     """Meaning of the values of `label_column`."""
-    score_weights: dict[str, float] = Field(default_factory=dict[str, float])
+    score_weights: dict[str, Signed] = Field(default_factory=dict[str, float])
     """Weights of several columns that rate one reply, by column; none takes HelpSteer's attributes
     with the weights of NVIDIA's SteerLM reward models."""
     margin_column: str | None = Field(default=None, min_length=1)
     """Column with the margin of each pair: by how much the preferred reply is better, for
     `reward_model.margin_coef`; none finds it by name, or takes the difference of scores."""
-    margin_scale: float = Field(default=1.0, gt=0)
+    margin_scale: Factor = Field(default=1.0, gt=0)
     """Factor of all margins."""
     reference_column: str | None = None
     """Column that holds the right answer to the prompt, for rewards that compare with it."""
@@ -202,7 +203,7 @@ class DataConfig(Section):
     """Encoding of text files (`cp1252`, `utf-16`); none reads UTF-8."""
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
     """Delimiter of CSV files; none finds it: comma, semicolon, tab or pipe."""
-    max_row_mb: float = Field(default=16.0, gt=0)
+    max_row_mb: RowMegabytes = Field(default=16.0, gt=0)
     """Longest row that is read, in MB."""
     votes: Literal["majority", "keep", "weight"] = "majority"
     """Rows that repeat or contradict a pair: `majority` merges them to one pair and leaves out
@@ -219,7 +220,7 @@ class DataConfig(Section):
     """Split to read when `source` is a hub dataset."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the *prompts* held out; prompts near each other stay on one side (docs/data.md)."""
-    rotation: int = Field(default=0, ge=0)
+    rotation: Count = Field(default=0, ge=0)
     """Number of the choice of held-out prompts: another number holds out others, and lets the gates
     leave the champion's gate prompts for those of this run (docs/gates.md). Of sources with a
     held-out part of their own, and of the world, it changes the latter alone."""
@@ -237,19 +238,19 @@ class DataConfig(Section):
     """Pairs of which a near duplicate prefers the other reply: `keep` trains on both, `majority`
     leaves out those with fewer rows, and ties; `downweight` does too and trains on the others with
     the weight |a − b| / (a + b) of a : b rows."""
-    max_pairs: int | None = Field(default=None, ge=10)
+    max_pairs: Count | None = Field(default=None, ge=10)
     """Use at most this many pairs (a seeded sample); none uses all."""
-    max_prompt_chars: int = Field(default=4000, ge=1)
+    max_prompt_chars: Count = Field(default=4000, ge=1)
     """Pairs whose prompt is longer are left out and counted."""
-    max_reply_chars: int = Field(default=8000, ge=1)
+    max_reply_chars: Count = Field(default=8000, ge=1)
     """Pairs with a longer reply on either side are left out and counted."""
     drift: DriftConfig = DriftConfig()
     """Consequences of a difference between the data and those of the champion."""
-    max_prompt: int | None = Field(default=None, ge=1)
+    max_prompt: Tokens | None = Field(default=None, ge=1)
     """Longest prompt in tokens of the model, in every stage: of a longer one whole turns after the
     system turn are left out, oldest first; what still does not fit is left out and counted. none is
     what `ppo.max_new_tokens` leave of the shorter `max_length`."""
-    max_reply: int | None = Field(default=None, ge=1)
+    max_reply: Tokens | None = Field(default=None, ge=1)
     """Longest reply in tokens, with its end token, in every stage; a longer one is cut and has no
     end token. none is what its prompt leaves of `max_length`."""
     system: SystemPolicy = "fold"

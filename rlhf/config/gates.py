@@ -6,7 +6,9 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf.config.numbers import Count, Measure
 from rlhf.config.section import Section
+from rlhf.limits import MAX_PATTERN
 
 #: Value of the metric that a rule compares: the metric itself, or an end of its interval.
 End = Literal["estimate", "low", "high"]
@@ -15,22 +17,22 @@ End = Literal["estimate", "low", "high"]
 class GateRule(Section):
     """One condition on one metric of an evaluation; a non-finite metric fails (docs/gates.md)."""
 
-    metric: str = Field(min_length=1)
+    metric: str = Field(min_length=1, max_length=MAX_PATTERN)
     """Dotted name in the evaluation's metrics, for example `sampled.win_rate`."""
-    min: float | str | None = None
+    min: Measure | str | None = None
     """Lower bound (inclusive): a number, or the name of another metric."""
-    max: float | str | None = None
+    max: Measure | str | None = None
     """Upper bound (inclusive): a number, or the name of another metric."""
     on: End = "estimate"
     """Value that is compared: the metric, or the low or high end of its interval."""
     confidence: float | None = Field(default=None, gt=0.5, lt=1)
     """One-sided confidence of the end that `on` names; none takes that of the evaluation's
     two-sided 95 % intervals, which is 0.975."""
-    margin: float = 0.0
+    margin: Measure = 0.0
     """Added to a bound that is a metric: `{min: baseline_longer, margin: 0.05}`."""
     slices: bool = False
     """Whether the rule holds for every slice of the data, instead of for all of them together."""
-    slice_n: int = Field(default=30, ge=2)
+    slice_n: Count = Field(default=30, ge=2)
     """Fewest prompts of a slice that is judged; smaller ones are shown."""
     if_missing: Literal["fail", "skip"] = "fail"
     """What a metric that the evaluation does not have means: the model fails, or the rule is shown
@@ -68,12 +70,12 @@ class ChampionGateConfig(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """One-sided confidence that the policy is better than the champion, over all `looks` together,
     and that it is not worse in a slice."""
-    looks: int = Field(default=10, ge=1)
+    looks: Count = Field(default=10, ge=1)
     """Policies that may be compared on the same gate prompts. Each is held to the confidence
     1 − (1 − confidence)/looks; after the last one set another `data.rotation`."""
     margin: float = Field(default=0.1, ge=0, lt=0.5)
     """Non-inferiority in a slice: the win rate over the champion is above 0.5 − margin."""
-    slice_n: int = Field(default=30, ge=2)
+    slice_n: Count = Field(default=30, ge=2)
     """Fewest prompts of a slice that is judged; smaller ones are shown."""
 
     @property

@@ -25,6 +25,7 @@ from rlhf.config.rewards import read_mapping
 from rlhf.config.section import Section, Tree
 from rlhf.config.text import BROKEN, as_written, one_line, parse, reason
 from rlhf.errors import ConfigError
+from rlhf.limits import check_tree, read_text
 
 #: Sources of values; the other sources are files and `compat`.
 DEFAULT = "default"
@@ -120,6 +121,10 @@ def load_preset(name: str | None, overrides: Tree) -> LoadedConfig:
         raise ConfigError(
             one_line(f"preset = {name!r} is not known; choose one of {', '.join(presets())}")
         )
+    try:
+        check_tree(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides: {error}") from None
     path = PRESETS / f"{name}.yaml" if name is not None else None
     return _load(path, by_field_names(overrides), OVERRIDE)
 
@@ -178,7 +183,7 @@ def _read_preset(path: Path) -> Tree:
             )
         )
     try:
-        tree: Any = parse(path.read_text(encoding="utf-8"))
+        tree: Any = parse(read_text(path))
     except OSError as error:
         raise ConfigError(
             one_line(f"{setting}: can't be read ({error.strerror}); check the file and its rights")

@@ -32,11 +32,13 @@ WORDING = {
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
     "string_type": "must be text; put it in quotes",
+    "string_too_long": "must have at most {max_length} characters",
     "string_too_short": "must not be empty",
     "string_pattern_mismatch": "must match {pattern}",
     "literal_error": "must be {expected}",
     "tuple_type": "must be a list",
     "too_short": "must hold at least {min_length}",
+    "too_long": "must hold at most {max_length}",
     "dict_type": "must be a mapping from names to values",
     "model_type": "is a section; set the fields in it",
     "missing": "is missing; add it",
@@ -58,7 +60,7 @@ def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     # A misspelt field that is required gives two errors; the unknown name leads to the cure.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # For a field that may be a number or text, pydantic adds the type it tried to the location.
-    types = ("float", "str", "constrained-str", "[key]")
+    types = ("float", "str", "constrained-float", "constrained-str", "[key]")
     parts = [str(part) for part in first["loc"] if part not in types]
     field, error_type = ".".join(parts), first["type"]
     if error_type == "extra_forbidden":

@@ -12,6 +12,7 @@ from rlhf.config.ppo import SEED_NAMES, by_field_names
 from rlhf.config.section import Tree
 from rlhf.config.text import BROKEN, DuplicateKey, one_line, parse, shown_value, unique
 from rlhf.errors import ConfigError
+from rlhf.limits import load_json
 
 #: Cure for what is not an override.
 FORM = "write overrides as --section.field=value"
@@ -126,7 +127,7 @@ def _parse_value(key: str, text: str, types: tuple[Any, ...]) -> Any:
 def _parse_json(text: str) -> Any:
     """Parse JSON; in brackets YAML too, with fewer quotes to escape from the shell."""
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return load_json(text, object_pairs_hook=unique)
     except json.JSONDecodeError:
         # JSON goes first: YAML takes the two halves of an escaped emoji for two characters.
         return parse(text) if text[:1] in ("[", "{") else text

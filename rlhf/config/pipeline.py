@@ -21,6 +21,7 @@ from rlhf.config.data import DataConfig
 from rlhf.config.gates import GatesConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.config.metric_names import Need, check_rules
+from rlhf.config.numbers import Count, Days, Factor, Gigabytes, Seconds, Tries, Workers, doubled
 from rlhf.config.ppo import PPOConfig, allow_aliases, by_field_names
 from rlhf.config.pretrained import with_pretrained_defaults
 from rlhf.config.section import OrText, Section
@@ -91,14 +92,14 @@ class RuntimeConfig(Section):
 
     work_dir: str = Field(default=".rlhf/work", min_length=1)
     """Local folder for checkpoints and the artifact cache; safe to delete."""
-    cache_gb: float = Field(default=50.0, gt=0)
+    cache_gb: Gigabytes = Field(default=50.0, gt=0)
     """Most that fetched artifacts may take there, in 10^9 bytes; those used last stay, and those in
     use always do."""
     report_dir: str = Field(default=".rlhf/reports", min_length=1)
     """Local folder for the HTML reports."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train on; auto takes an accelerator if there is one."""
-    threads: int = Field(default=2, ge=1)
+    threads: Workers = Field(default=2, ge=1)
     """CPU threads for torch."""
     upload_checkpoints: bool = True
     """Send PPO's checkpoints to the store as well, so that another machine can go on."""
@@ -129,21 +130,25 @@ class RetrainingConfig(Section):
     warm_start: Literal["none", "sft", "policy"] = "policy"
     """What of the champion takes the place of the base model: its SFT policy, itself, or nothing.
     With `sft.enabled: false` PPO starts from it directly."""
-    min_new_pairs: int = Field(default=1, ge=1)
+    min_new_pairs: Count = Field(default=1, ge=1)
     """Fewest training pairs that the last retraining did not have."""
-    max_age_days: float | None = Field(default=None, gt=0)
+    max_age_days: Days | None = Field(default=None, gt=0)
     """Age of the champion from which it is trained again whatever is new; none waits for data."""
 
 
 class RetryConfig(Section):
     """Retries of a stage, for errors that trying again can cure."""
 
-    attempts: int = Field(default=3, ge=0)
+    attempts: Tries = Field(default=3, ge=0)
     """Retries after the first try."""
-    delay_seconds: float = Field(default=5.0, ge=0)
-    """First delay; doubles with every further retry."""
-    jitter: float = Field(default=0.5, ge=0)
+    delay_seconds: Seconds = Field(default=5.0, ge=0)
+    """First delay; doubles with every further retry, up to a day."""
+    jitter: Factor = Field(default=0.5, ge=0, le=10)
     """Random share added to each delay."""
+
+    def delay(self, attempt: int) -> float:
+        """Return the seconds after try `attempt`, counted from 0, without jitter."""
+        return doubled(self.delay_seconds, attempt)
 
 
 class PromotionConfig(Section):
@@ -153,7 +158,7 @@ class PromotionConfig(Section):
     """Model line whose champion this pipeline updates."""
     approval: Literal["automatic", "manual"] = "automatic"
     """Whether the gates decide alone, or a person approves as well; `promotion: manual` sets it."""
-    smoke_seconds: float = Field(default=600.0, gt=0)
+    smoke_seconds: Seconds = Field(default=600.0, gt=0)
     """Most that the smoke test may take: loading the policy and answering a few prompts."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from rlhf.config.numbers import BatchSize, Count, Factor, Passes, Rate, Temperature, Tokens
 from rlhf.config.rewards import RewardSection
 from rlhf.config.section import Section, advised_range, check_model_uri
 from rlhf.config.text import one_line, shown_value
@@ -95,11 +96,11 @@ COMPAT: Mapping[str, Mapping[str, Any]] = {
 class SamplingSection(Section):
     """Sampling of replies."""
 
-    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_tokens: Tokens = Field(default=128, ge=1)
     """No reply is longer."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = Field(default=1.0, gt=0)
     """Sampling temperature; divides the logits of policy and reference alike."""
-    top_k: int = Field(default=50, ge=0)
+    top_k: Tokens = Field(default=50, ge=0)
     """Sample from the k likeliest tokens; 0 from all. `truncation` says what is scored."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens with this much probability."""
@@ -119,7 +120,7 @@ class ShapingSection(Section):
     missing_eos: Literal["subtract", "replace", "none"] = "subtract"
     """What happens to the score of a reply that does not end: `missing_eos_penalty` is subtracted
     from it, or its negative replaces it, or nothing."""
-    missing_eos_penalty: float | None = Field(default=1.0, ge=0)
+    missing_eos_penalty: Factor | None = Field(default=1.0, ge=0)
     """Size of that penalty; none is the same as `missing_eos: none`."""
     score_position: Literal["last", "past_end"] = "last"
     """The token that gets the score: a reply's last one, or (as TRL does) the place after it, which
@@ -130,7 +131,7 @@ class ShapingSection(Section):
     measured once by the reward model's training."""
     whiten_rewards: bool = False
     """Scale the shaped rewards of all tokens in a chunk to variance 1, keeping their mean."""
-    reward_clip: float | None = Field(default=None, gt=0)
+    reward_clip: Factor | None = Field(default=None, gt=0)
     """Scores are clamped to ± this, after normalising; none leaves them alone."""
     whiten_variance: Literal["biased", "unbiased"] = "biased"
     """Variance by which advantages are whitened: divided by n, or (Bessel) by n − 1."""
@@ -139,17 +140,17 @@ class ShapingSection(Section):
 class KLSection(Section):
     """KL penalty against the frozen reference."""
 
-    kl_coef: float = Field(default=0.1, ge=0, json_schema_extra=advised_range(0.01, 0.5))
+    kl_coef: Factor = Field(default=0.1, ge=0, json_schema_extra=advised_range(0.01, 0.5))
     """Weight of the per-token KL penalty, in the reward, against the frozen reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of a token's KL (Schulman 2020, "Approximating KL divergence")."""
-    kl_clamp: float | None = Field(default=None, gt=0)
+    kl_clamp: Factor | None = Field(default=None, gt=0)
     """A token's estimate (of whichever estimator) is clamped to ± this; none leaves it alone."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` moves `kl_coef` towards `kl_target` (Ziegler et al. 2019, section 2.2)."""
-    kl_target: float = Field(default=6.0, gt=0)
+    kl_target: Factor = Field(default=6.0, gt=0)
     """KL per reply, in nats, that the adaptive controller aims at."""
-    kl_horizon: int = Field(default=10_000, ge=1)
+    kl_horizon: Count = Field(default=10_000, ge=1)
     """Replies over which the adaptive controller corrects."""
     kl_audit: bool = False
     """Also log the exact KL over the whole vocabulary (`kl_exact`), beside the estimate. With
@@ -163,15 +164,15 @@ class CriticSection(Section):
     critic: Literal["reward_model", "policy", "adapter", "head"] = "reward_model"
     """A model of its own, from the reward model's or the policy's backbone; or a LoRA adapter on
     the policy's base; or just a value head on the policy."""
-    value_loss_coef: float = Field(default=1.0, ge=0, json_schema_extra=advised_range(0.5, 2.0))
+    value_loss_coef: Factor = Field(default=1.0, ge=0, json_schema_extra=advised_range(0.5, 2.0))
     """Multiplies ½·max(clipped, unclipped)² in the loss. It changes little unless `critic` is
     `head`: other critics have an AdamW of their own, which is blind to the scale of a loss but for
     the clipping of gradients."""
-    value_clip_range: float | None = Field(default=0.2, gt=0)
+    value_clip_range: Factor | None = Field(default=0.2, gt=0)
     """New values are clamped to the old ones ± this; none switches the clamp off."""
-    critic_learning_rate: float | None = Field(default=None, gt=0)
+    critic_learning_rate: Rate | None = Field(default=None, gt=0)
     """Peak learning rate of the critic; none uses the policy's."""
-    critic_warmup_updates: int = Field(default=0, ge=0)
+    critic_warmup_updates: Count = Field(default=0, ge=0)
     """First updates in which only the critic learns; the policy's warm-up begins after them."""
     gamma: float = Field(default=0.99, gt=0, le=1, json_schema_extra=advised_range(0.9, 0.99))
     """Discount per token in generalised advantage estimation."""
@@ -182,19 +183,19 @@ class CriticSection(Section):
 class OptimizerSection(Section):
     """Optimiser, precision and memory."""
 
-    learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rate: Rate = Field(default=1e-5, gt=0)
     """Peak learning rate of the policy."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rates after warm-up, by update."""
     lr_final_fraction: float = Field(default=0.1, ge=0, le=1)
     """Share of the peak at which the decay ends."""
-    lr_warmup_updates: int = Field(default=0, ge=0)
+    lr_warmup_updates: Count = Field(default=0, ge=0)
     """Updates in which the learning rates rise linearly to their peak."""
     adam_beta2: float = Field(default=0.95, gt=0, lt=1)
     """Second-moment decay of AdamW (first: 0.9)."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Factor = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    max_grad_norm: Factor | None = Field(default=1.0, gt=0)
     """Gradients of policy and critic are clipped to this norm, each by itself; none: never."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward passes of all models in bfloat16; weights that are trained, and the
@@ -250,32 +251,32 @@ class PPOConfig(
     """A ready reward model in place of a trained one: a local folder, `artifact:<digest>`,
     `s3://bucket/prefix`, or a hub id (also `owner/name@revision`) of a sequence-classification
     model with one label. It keeps its own tokenizer, and has to pass the gate like any other."""
-    total_episodes: int = Field(default=4608, ge=1)
+    total_episodes: Count = Field(default=4608, ge=1)
     """Replies to sample in all; the number of updates is this over `chunk_size`, rounded up."""
-    chunk_size: int = Field(default=128, ge=1)
+    chunk_size: BatchSize = Field(default=128, ge=1)
     """Rollouts collected under a frozen policy before optimising."""
-    mini_batch_size: int = Field(default=8, ge=1)
+    mini_batch_size: BatchSize = Field(default=8, ge=1)
     """Sequences per optimiser step; the last one of an epoch may be smaller."""
-    micro_batch_size: int = Field(default=64, ge=1)
+    micro_batch_size: BatchSize = Field(default=64, ge=1)
     """Sequences per forward pass (of each process); changes memory, not results."""
-    rollout_batch_size: int | None = Field(default=None, ge=1)
+    rollout_batch_size: BatchSize | None = Field(default=None, ge=1)
     """Replies decoded at a time (by each process); their KV cache is in memory together. None
     decodes the whole chunk at once. Fewer need less memory and more time, with `sampler:
     multinomial` much more. The random numbers are the same; in bf16, and on a GPU, rounding depends
     on the size of a batch and changes tokens."""
-    num_ppo_epochs: int = Field(default=4, ge=1)
+    num_ppo_epochs: Passes = Field(default=4, ge=1)
     """Passes over one chunk of rollouts."""
     clip_range: float = Field(default=0.2, gt=0, lt=1, json_schema_extra=advised_range(0.1, 0.3))
     """The probability ratio is clamped to 1 ± this."""
-    dual_clip: float | None = Field(default=None, gt=1)
+    dual_clip: Factor | None = Field(default=None, gt=1)
     """Bounds the loss of a token with negative advantage to this times it (Ye et al. 2020)."""
-    entropy_coef: float = Field(default=0.0, ge=0)
+    entropy_coef: Factor = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
-    target_kl: float | None = Field(default=None, gt=0)
+    target_kl: Factor | None = Field(default=None, gt=0)
     """Optimising a chunk stops once a step's approximate KL to the sampling policy, per token, is
     above this; none: never. One rare token can carry it: the first update's steps are Adam's
     largest, unless `lr_warmup_updates` makes them small."""
-    checkpoint_every: int = Field(default=5, ge=1)
+    checkpoint_every: Count = Field(default=5, ge=1)
     """Updates between two checkpoints; training resumes exactly from the last one."""
     watchdog: WatchdogConfig | None = WatchdogConfig()
     """Looks at the policy on held-out prompts during the training, stops it for a reason, and

@@ -144,7 +144,9 @@ def _whole(given: Tree, name: str, default: int) -> int:
         value = _WHOLE.validate_python(given.get(name))
     except ValidationError:
         return default
-    return value if value > 0 and not isinstance(given.get(name), bool) else default
+    # One that is too large is refused later, and must not overflow until then.
+    usable = 0 < value <= 10**9 and not isinstance(given.get(name), bool)
+    return value if usable else default
 
 
 def _flag(given: Tree, name: str) -> bool:

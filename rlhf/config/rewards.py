@@ -6,7 +6,6 @@ Without either, the reward model scores each reply. Components of `multi_objecti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -25,8 +24,11 @@ from rlhf.config.components import (
     RewardModelComponent,
     validate_component,
 )
+from rlhf.config.numbers import Few, Signed, Temperature
 from rlhf.config.section import NESTED, OrText, Section, nested_error, validate_as
 from rlhf.files import expand_home
+from rlhf.limits import load_json, read_text
+from rlhf.permissions import check_paths
 
 RewardFunction = Literal["default", "length_penalty", "correctness", "custom"]
 EnvironmentType = Literal["text_generation", "multi_objective", "preference_comparison"]
@@ -77,9 +79,9 @@ class MultiObjectiveConfig(Section):
 class PreferenceConfig(Section):
     """Several replies to each prompt; each is rewarded for what it wins against its rivals."""
 
-    replies_per_prompt: int = Field(default=2, ge=1)
+    replies_per_prompt: Few = Field(default=2, ge=1)
     """Replies to one prompt; `ppo.chunk_size` counts replies, so it must be a multiple."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = Field(default=1.0, gt=0)
     """τ in σ((sᵢ − sⱼ)/τ) − ½: the smaller, the more a small difference counts."""
     judge: Literal["reward_model", "pair_model", "custom"] = "reward_model"
     """Who compares: the reward model's scores; a sequence classifier that reads the prompt and
@@ -137,7 +139,7 @@ class RewardSection(Section):
     """Options of `env_type`: a mapping, JSON text, or the path of a JSON or YAML file."""
     multi_objective: bool = False
     """The same as `env_type: multi_objective`."""
-    reward_weights: Annotated[dict[str, float] | None, OrText()] = None
+    reward_weights: Annotated[dict[str, Signed] | None, OrText()] = None
     """Weight of each component of `multi_objective`: a mapping or JSON text."""
 
     @field_validator("reward_weights", mode="before")
@@ -297,15 +299,16 @@ def read_mapping(value: Any, what: str) -> Any:
         return value
     if value.lstrip().startswith("{"):
         try:
-            return json.loads(value, parse_constant=_refuse_constant, object_pairs_hook=text.unique)
-        except (ValueError, RecursionError) as error:
+            return load_json(value, parse_constant=_refuse_constant, object_pairs_hook=text.unique)
+        except ValueError as error:
             raise ValueError(f"is no JSON ({error}); mend the text") from None
     path = expand_home(value)
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ValueError(f"{value!r} is no mapping, JSON text or .json, .yaml or .yml file; "
                          f"give {what} as one of these")  # fmt: skip
+    check_paths(f"{what} = {value!r}", [path])
     try:
-        tree = text.parse(path.read_text(encoding="utf-8"))
+        tree = text.parse(read_text(path))
     except OSError as error:
         raise ValueError(f"{value!r} can't be read ({error.strerror}); correct the path") from None
     except text.BROKEN as error:

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from rlhf.config.numbers import LEAST, find_vanishing
 from rlhf.config.text import one_line
 
 Tree = dict[str, Any]
@@ -47,6 +48,15 @@ class Section(BaseModel):
         field = cls.model_fields[str(info.field_name)]
         if isinstance(value, bool) and bool not in union_members(field.annotation):
             raise ValueError(f"must not be {str(value).lower()}; write a number or text")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_vanishing_number(cls, value: Any) -> Any:
+        """Refuse a number that is not 0 here, and 0 in float32, where it divides or scales."""
+        number = find_vanishing(value)
+        if number is not None:
+            raise ValueError(f"{number:g} is 0 in float32; write 0, or at least {LEAST:g} in size")
         return value
 
 

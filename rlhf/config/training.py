@@ -10,8 +10,24 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf.config.numbers import (
+    BatchSize,
+    Count,
+    Epochs,
+    Factor,
+    Few,
+    Rate,
+    Temperature,
+    Tokens,
+    Width,
+    Workers,
+)
 from rlhf.config.section import Section, check_model_uri
+from rlhf.config.text import shown_value
+from rlhf.limits import MAX_PATTERN, pattern_error
 
+#: Most weights of a model from scratch: 20 GB in float32, and four times that in training.
+MOST_WEIGHTS = 5 * 10**9
 #: Dtypes of weights that are not trained.
 FrozenDtype = Literal["auto", "float32", "bfloat16", "nf4"]
 
@@ -19,17 +35,17 @@ FrozenDtype = Literal["auto", "float32", "bfloat16", "nf4"]
 class ArchitectureConfig(Section):
     """A small Llama-type model to train from scratch, with a BPE tokenizer of its own."""
 
-    hidden_size: int = Field(default=96, ge=8)
+    hidden_size: Width = Field(default=96, ge=8)
     """Width of the residual stream."""
-    layers: int = Field(default=3, ge=1)
+    layers: Few = Field(default=3, ge=1)
     """Number of transformer blocks."""
-    heads: int = Field(default=4, ge=1)
+    heads: Few = Field(default=4, ge=1)
     """Attention heads; must divide `hidden_size`."""
-    intermediate_size: int = Field(default=256, ge=8)
+    intermediate_size: Width = Field(default=256, ge=8)
     """Width of the feed-forward layer."""
-    vocab_size: int = Field(default=1024, ge=300)
+    vocab_size: Width = Field(default=1024, ge=300)
     """Size of the tokenizer trained on the pipeline's own text (256 bytes plus merges)."""
-    context: int = Field(default=256, ge=16)
+    context: Tokens = Field(default=256, ge=16)
     """Longest sequence in tokens."""
 
     @model_validator(mode="after")
@@ -38,6 +54,18 @@ class ArchitectureConfig(Section):
             raise ValueError(
                 f"heads = {self.heads} must divide hidden_size = {self.hidden_size} into an even "
                 "head width; choose for example heads = hidden_size / 32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_small(self) -> Self:
+        block = self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size)
+        weights = self.vocab_size * self.hidden_size + self.layers * block
+        if weights > MOST_WEIGHTS:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size}, intermediate_size = {self.intermediate_size} "
+                f"and layers = {self.layers} make {weights:.2g} weights, and a model from scratch "
+                f"has at most {MOST_WEIGHTS:.2g}; lower one of them, or name a model in base.path"
             )
         return self
 
@@ -70,9 +98,9 @@ class BaseModelConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021); merged into the weights before publishing."""
 
-    r: int = Field(default=16, ge=1)
+    r: Width = Field(default=16, ge=1)
     """Rank of the adapters."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: Factor = Field(default=32.0, gt=0)
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter input; for SFT and the reward model only."""
@@ -100,18 +128,21 @@ class LoraConfig(Section):
     @classmethod
     def _usable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value or (not isinstance(value, str) and not all(map(str.strip, value))):
-            raise ValueError(f"{value!r} has an empty name; write all-linear, or q_proj and such")
-        try:
-            re.compile(value if isinstance(value, str) else "")
-        except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression ({error}); mend it") from None
+            raise ValueError(
+                f"{shown_value(value)} has an empty name; write all-linear, or q_proj and such"
+            )
+        if not isinstance(value, str) and len(value) > MAX_PATTERN:
+            raise ValueError(f"has {len(value):,} names, and at most {MAX_PATTERN:,} are read")
+        error = pattern_error(value) if isinstance(value, str) else None
+        if error:
+            raise ValueError(f"{shown_value(value)} is no regular expression ({error}); mend it")
         return value
 
 
 class ProcessSection(Section):
     """Child processes of a training stage; they share the work of every step."""
 
-    processes: int | None = Field(default=None, ge=1)
+    processes: Workers | None = Field(default=None, ge=1)
     """Child processes that train together, launched as torchrun does, each on its own GPU or its
     share of `runtime.threads`; none trains in the stage's own process. Batch sizes stay those of
     all together, and must be multiples of it."""
@@ -129,14 +160,14 @@ UNFINGERPRINTED_FIELDS = frozenset({*ProcessSection.model_fields, "rollout_batch
 class TrainingSection(ProcessSection):
     """Options of SFT and reward model training; passed to TRL's trainers unchanged."""
 
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: Epochs = Field(default=1.0, gt=0)
     """Passes over the training rows."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: BatchSize = Field(default=64, ge=1)
     """Rows per optimiser step."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
+    micro_batch_size: BatchSize | None = Field(default=None, ge=1)
     """Rows per forward pass; must divide `batch_size`. None means the whole batch at once, or a
     process's share of it."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: Rate = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after warm-up."""
@@ -144,11 +175,11 @@ class TrainingSection(ProcessSection):
     """Share of the steps spent on linear warm-up."""
     adam_beta2: float = Field(default=0.95, gt=0, lt=1)
     """Second-moment decay of AdamW (first: 0.9)."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Factor = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: Factor = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
-    max_length: int = Field(default=256, ge=8)
+    max_length: Tokens = Field(default=256, ge=8)
     """Longest prompt + reply in tokens; longer rows lose the end of the reply."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
@@ -203,11 +234,11 @@ class RewardModelConfig(TrainingSection):
     pooling: Literal["last", "sum"] = "last"
     """Score of the last token (the field's standard), or a linear head summed over the reply's
     tokens, which small models trained from scratch learn far more from."""
-    lm_loss_coef: float = Field(default=0.0, ge=0)
+    lm_loss_coef: Factor = Field(default=0.0, ge=0)
     """Weight of a language-model loss on the chosen reply that keeps the features general
     (Yang et al. 2024, "Regularizing hidden states", eq. 5)."""
 
-    margin_coef: float = Field(default=0.0, ge=0)
+    margin_coef: Factor = Field(default=0.0, ge=0)
     """Factor of the pairs' margins m in the loss −log σ(r_chosen − r_rejected − margin_coef · m)
     (Touvron et al. 2023, "Llama 2", eq. 2); pairs without a margin have m = 0. With 0 margins are
     not used."""
@@ -259,16 +290,16 @@ class JudgeConfig(Section):
 class EvaluationConfig(Section):
     """Held-out comparison of the trained policy with the SFT policy and the champion."""
 
-    prompts: int = Field(default=300, ge=2)
+    prompts: Count = Field(default=300, ge=2)
     """Held-out prompts to answer with all policies (at most as many as there are)."""
-    samples_per_prompt: int = Field(default=4, ge=1)
+    samples_per_prompt: Few = Field(default=4, ge=1)
     """Sampled replies of each policy to every prompt; each is compared with all of the other's.
     Beyond four they narrow intervals little: prompts count more."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = Field(default=1.0, gt=0)
     """Temperature of the sampled replies; greedy ones are always compared too."""
-    samples: int = Field(default=6, ge=0)
+    samples: Few = Field(default=6, ge=0)
     """Sample replies, before and after, to show in the terminal and the report."""
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: BatchSize = Field(default=128, ge=1)
     """Rows per forward pass while evaluating."""
     judge: Literal["none", "world"] = "none"
     """The true score that no training stage and no gate sees, if there is one: that of the world. A

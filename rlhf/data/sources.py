@@ -26,6 +26,7 @@ from rlhf.data.records import Record
 from rlhf.errors import ConfigError, DataError
 from rlhf.external import TIMEOUT, External, shorten
 from rlhf.files import expand_home
+from rlhf.permissions import check_paths
 
 
 def source_digest(config: DataConfig, options: StoreConfig) -> str:
@@ -152,6 +153,7 @@ class _ExternalData(External):
     def path(self) -> Path:
         """The existing file or folder."""
         path = _local_path(self.uri)
+        check_paths(f"{self.field} = {self.uri!r}", [path])  # before it says what is there
         if not _exists(path):
             raise self.error(
                 "no such file or folder; give an existing path, an s3:// URI or a hub dataset id"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Context, Decimal
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from rlhf.config import (
 from rlhf.data.rows import PromptRow
 from rlhf.environments.contract import Reply, RewardFunction
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.limits import pattern_errors
 from rlhf.statistics import repeated_ngrams
 
 #: A number, with a sign that is not a hyphen, and commas between thousands.
@@ -138,8 +139,10 @@ class Correctness:
         Raises:
             ConfigError: Names the first row without one.
         """
+        patterns = [row.reference or "" for row in rows] if self.config.mode == "regex" else []
+        broken = pattern_errors(tuple(dict.fromkeys(patterns)))
         for number, row in enumerate(rows, start=1):
-            reason = self._reference_error(row.reference)
+            reason = self._reference_error(row.reference, broken)
             if reason:
                 prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
                 raise ConfigError(
@@ -148,7 +151,7 @@ class Correctness:
                     "values, or leave the row out"
                 )
 
-    def _reference_error(self, reference: str | None) -> str | None:
+    def _reference_error(self, reference: str | None, broken: Mapping[str, str]) -> str | None:
         """Return why the mode can't use a reference, None if it can."""
         mode = self.config.mode
         if reference is None:
@@ -159,9 +162,8 @@ class Correctness:
         if mode in ("normalised", "contains") and not normalise_answer(reference):
             return f"has {shown}, of which nothing is left without articles and punctuation"
         if mode == "regex":
-            try:
-                regex.compile(reference)
-            except regex.error as error:
+            error = broken.get(reference)
+            if error:
                 return f"has {shown}, which is no pattern ({error})"
         return None
 
@@ -222,6 +224,11 @@ def matches(pattern: regex.Pattern[str], text: str, seconds: float, full: bool =
         raise TrainingError(
             f"the pattern {pattern.pattern[:80]!r} took more than timeout_seconds = {seconds:g} on "
             f"the reply {text[:80]!r}; write it without nested repeats, or raise the limit"
+        ) from None
+    except MemoryError:
+        raise TrainingError(
+            f"the pattern {pattern.pattern[:80]!r} took too much memory on the reply "
+            f"{text[:80]!r}; write it without recursion"
         ) from None
     return match is not None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,8 +16,10 @@ import httpx
 
 from rlhf.config import RemoteComponent
 from rlhf.config.components import LOOPBACK_HOSTS
+from rlhf.config.numbers import doubled
 from rlhf.environments.contract import Reply, check_values
 from rlhf.errors import ConfigError, RewardServiceError, TrainingError
+from rlhf.permissions import allowed_tokens, check_addresses, check_host, resolve
 
 #: Status codes of transient failures.
 RETRIABLE = (408, 425, 429, 500, 502, 503, 504)
@@ -44,10 +48,12 @@ def read_token(config: RemoteComponent, where: str) -> str | None:
     if not name:
         return None
     permission = f"{name}@{urlsplit(config.url).hostname}"
-    if permission not in [entry.strip() for entry in os.environ.get(ALLOWED, "").split(",")]:
+    listed, listed_in = allowed_tokens(ALLOWED)
+    if permission not in listed:
+        cure = f"{ALLOWED}={permission} in the environment where training runs"
         raise ConfigError(
             f"{where}: token_env = {name!r} may not be sent there; its operator allows it by "
-            f"{ALLOWED}={permission} in the environment where training runs"
+            + (cure if listed_in == ALLOWED else f"{permission} among {listed_in}")
         )
     token = os.environ.get(name, "").strip()
     if not token.isascii() or not token:
@@ -56,6 +62,24 @@ def read_token(config: RemoteComponent, where: str) -> str | None:
             "where training runs"
         )
     return token
+
+
+def check_service(config: RemoteComponent, where: str) -> None:
+    """Refuse a service that a run of this machine may not use, or not with its token.
+
+    Its address is checked if it can be found now, and at every request.
+
+    Args:
+        config: Names the service and the token's variable.
+        where: The component in errors.
+
+    Raises:
+        ConfigError: See `rlhf.permissions` and `read_token`.
+    """
+    check_host(where, config.url)
+    with contextlib.suppress(OSError):
+        check_addresses(where, config.url, resolve(config.url))
+    read_token(config, where)
 
 
 class RemoteReward:
@@ -73,7 +97,7 @@ class RemoteReward:
         self.where = f"component {name!r} (url = {config.url!r})"
         self.failures = 0
         self.open_until = 0.0
-        self.host = urlsplit(config.url).hostname or ""
+        check_host(self.where, config.url)
         token = read_token(config, self.where)
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -86,11 +110,13 @@ class RemoteReward:
         """
         size = self.config.batch_size
         values: list[float] = []
-        # Redirects are not followed: they would send replies and token to another host. Requests to
-        # this machine must not go through a proxy.
-        proxies = self.host not in LOOPBACK_HOSTS
+        # Redirects are not followed: they would send replies and token to another host.
         with httpx.Client(
-            timeout=self.config.timeout_seconds, headers=self.headers, trust_env=proxies
+            timeout=self.config.timeout_seconds,
+            headers=self.headers,
+            follow_redirects=False,
+            trust_env=self._has_proxy(),
+            verify=httpx.create_ssl_context(),
         ) as client:
             for start in range(0, len(batch), size):
                 values += self._part(client, batch[start : start + size])
@@ -108,7 +134,7 @@ class RemoteReward:
         tries = 1 if self.failures >= self.config.breaker_failures else self.config.retries + 1
         for number in range(tries):
             if number:
-                time.sleep(self.config.backoff_seconds * 2 ** (number - 1))
+                time.sleep(doubled(self.config.backoff_seconds, number - 1))
             try:
                 response = self._post(client, body)
             except _RequestError as error:
@@ -136,20 +162,64 @@ class RemoteReward:
     def _post(self, client: httpx.Client, body: bytes) -> bytes:
         """Return the body of the response; the timeout applies to all of it."""
         deadline = time.monotonic() + self.config.timeout_seconds
-        headers = {"Content-Type": "application/json"}
         try:
-            with client.stream("POST", self.config.url, content=body, headers=headers) as response:
-                if response.status_code in RETRIABLE:
-                    raise _RequestError(f"it answered {response.status_code}")
-                if response.status_code != 200:
-                    raise TrainingError(
-                        f"{self.where}: it answered {response.status_code}; correct the url, the "
-                        "token or the service"
-                    )
-                return self._read(response, deadline)
-        except httpx.HTTPError as error:
+            *others, last = self._places()
+            for place in others:
+                # A host may have addresses that can't be reached from here.
+                with contextlib.suppress(httpx.ConnectError):
+                    return self._post_to(place, client, body, deadline)
+            return self._post_to(last, client, body, deadline)
+        except (httpx.HTTPError, OSError) as error:
             # The text of httpx's errors may contain headers, so the class alone is shown.
             raise _RequestError(f"it can't be reached ({type(error).__name__})") from None
+
+    def _post_to(
+        self, place: httpx.URL, client: httpx.Client, body: bytes, deadline: float
+    ) -> bytes:
+        """Return the body of the response of the service at an address."""
+        url = httpx.URL(self.config.url)
+        headers = {"Content-Type": "application/json", "Host": url.netloc.decode()}
+        # The certificate is checked for the name, whatever the address.
+        names = {"sni_hostname": url.raw_host.decode()}
+        with client.stream(
+            "POST", place, content=body, headers=headers, extensions=names
+        ) as response:
+            if response.status_code in RETRIABLE:
+                raise _RequestError(f"it answered {response.status_code}")
+            if response.status_code != 200:
+                raise TrainingError(
+                    f"{self.where}: it answered {response.status_code}; correct the url, the "
+                    "token or the service"
+                )
+            return self._read(response, deadline)
+
+    def _places(self) -> list[httpx.URL]:
+        """Return the service's URL with each of its addresses, which were checked, as the host.
+
+        The addresses that the name has at the next look may be others. Only where a proxy passes
+        requests on, the name stays: the proxy looks it up again, and may know more names.
+
+        Raises:
+            ConfigError: An address is not permitted.
+            OSError: The host has none.
+        """
+        url, has_proxy = httpx.URL(self.config.url), self._has_proxy()
+        try:
+            addresses = resolve(self.config.url)
+        except OSError:
+            if has_proxy:
+                return [url]
+            raise
+        check_addresses(self.where, self.config.url, addresses)
+        return [url] if has_proxy else [url.copy_with(host=address) for address in addresses]
+
+    def _has_proxy(self) -> bool:
+        """Return whether a proxy passes the requests on; those to this machine never go there."""
+        parts = urlsplit(self.config.url)
+        host = parts.hostname or ""
+        proxies = urllib.request.getproxies()
+        is_direct = host in LOOPBACK_HOSTS or urllib.request.proxy_bypass(host)
+        return not is_direct and bool(proxies.get(parts.scheme) or proxies.get("all"))
 
     def _read(self, response: httpx.Response, deadline: float) -> bytes:
         body = bytearray()

@@ -6,7 +6,6 @@ changed anything in it: after the training, whose weights would be lost.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
+
+from rlhf.limits import MAX_MODEL_BYTES, load_json, read_some
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def check_generation_config(folder: Path, error: Callable[[str], Exception]) -> 
         return
     content: Any = None
     with suppress(ValueError):
-        content = json.loads(path.read_bytes())
+        content = load_json(read_some(path, MAX_MODEL_BYTES))
     if not isinstance(content, dict):
         # transformers would go on without it, and without the end tokens that it names.
         raise error(f"its {FILE} is no JSON object; restore it, or remove it if there was none")

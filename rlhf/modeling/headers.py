@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,13 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from rlhf.limits import load_json, read_some
+
 #: The files that transformers loads: one, or the shards that an index lists.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+#: Bytes of an index: some hundred for each of a hundred thousand weights.
+MAX_INDEX_BYTES = 2**26
 #: Dtypes of weights that can be trained, as headers call them.
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -83,7 +86,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     """Return the shards that an index lists, sorted."""
     try:
-        content: Any = json.loads(index.read_bytes())
+        content: Any = load_json(read_some(index, MAX_INDEX_BYTES))
         names = sorted(set(content["weight_map"].values()))
         shards = [index.parent / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -20,6 +20,7 @@ from rlhf.config import LoraConfig
 from rlhf.config.text import shown_value
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
+from rlhf.limits import matches_whole
 from rlhf.modeling.frozen import FrozenLinear, holds_stored, parameter_count
 from rlhf.modeling.structure import is_read_by_kernel, shared_weights
 
@@ -81,7 +82,12 @@ def fit_targets(
             _report_left_out(model, section)
         return config.model_copy(update={"target_modules": tuple(layers)})
     if isinstance(targets, str) and not re.fullmatch(r"[\w.\-]+", targets):
-        found = [name for name in layers if re.fullmatch(targets, name)]
+        try:
+            found = matches_whole(targets, layers)
+        except ValueError as error:
+            raise ConfigError(
+                f"{section}.lora.target_modules = {shown_value(targets)}: {error}"
+            ) from None
         if not found:
             raise _no_layer(model, layers, section, targets, targets)
         return config.model_copy(update={"target_modules": tuple(found)})

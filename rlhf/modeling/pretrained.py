@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from rlhf.errors import ConfigError
+from rlhf.limits import MAX_MODEL_BYTES, read_some
 from rlhf.modeling.generation_config import check_generation_config
 from rlhf.modeling.headers import FLOATS, DamagedWeights, Header, read_headers
 from rlhf.modeling.source import CONFIG, ExternalModel
@@ -154,7 +155,7 @@ def find_model(
         raise fail("a bucket is read by the pipeline's stages only; give a local copy")
     try:
         path = external.fetch(Path()).folder  # a folder's own, or the hub's cache
-        external.check_config((path / CONFIG).read_bytes())
+        external.check_config(read_some(path / CONFIG, MAX_MODEL_BYTES))
     except ConfigError as error:
         reason = str(error).removeprefix(f"{external.field} = {external.uri!r}: ")
         raise fail(reason) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from rlhf.external import TIMEOUT, External
 from rlhf.files import expand_home
+from rlhf.limits import MAX_MODEL_BYTES, load_json
 from rlhf.modeling.headers import DamagedWeights, read_headers
 from rlhf.store.manifest import PICKLES
 
@@ -22,7 +22,6 @@ WEIGHTS = ".safetensors"
 DESCRIPTION_FILES = tuple(end for end in MODEL_FILES if end != WEIGHTS)
 #: Fields of a configuration that limit a model's positions.
 CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "n_positions")
-MAX_CONFIG_BYTES = 2**20
 
 #: Formats of weights for other programs.
 _OTHER_WEIGHTS = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack")
@@ -74,7 +73,7 @@ class ExternalModel(External):
                 are damaged, or see `check_config`.
             StoreError: The S3 server can't be reached.
         """
-        self.check_config(self.read(CONFIG, MAX_CONFIG_BYTES))
+        self.check_config(self.read(CONFIG, MAX_MODEL_BYTES))
         if not self.has_weights or self.uri.startswith("s3://") or not self.is_path():
             return
         try:
@@ -90,7 +89,7 @@ class ExternalModel(External):
                 with one label.
         """
         try:
-            config: Any = json.loads(data)
+            config: Any = load_json(data)
         except ValueError:
             config = None
         self._check_revision()

@@ -8,12 +8,12 @@ from garbage collection.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, ConfigError, StoreError
+from rlhf.limits import load_json
 from rlhf.store.coordination import create, wait_for_collection
 from rlhf.store.manifest import (
     MAX_MANIFEST_BYTES,
@@ -213,7 +213,7 @@ def _is_pin_name(name: str) -> bool:
 def _payload(data: bytes) -> dict[str, Any] | None:
     """Return the payload of sealed bytes, None if they are damaged."""
     try:
-        value = json.loads(data)
+        value = load_json(data)
         payload, digest = value["payload"], value["sha256"]
         is_intact = isinstance(payload, dict) and digest == sha256_bytes(canonical_json(payload))
     except (ValueError, KeyError, TypeError):

@@ -22,7 +22,11 @@ PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
-Metric = float | int | str | bool | None
+#: Bytes of a file: a hundred thousand of these make no number that 64 bits can't hold.
+FileSize = Annotated[int, Field(ge=0, le=10**13)]
+#: Numbers of manifests reach servers, which store 64 bits.
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Metric = float | Integer | str | bool | None
 
 
 class PublishError(StoreError, ValueError):
@@ -38,7 +42,7 @@ class ArtifactRef(Section):
     """What the artifact is, for example `policy` or `reward_model`."""
     digest: Digest
     """sha256 of the canonical manifest: same bytes and provenance, same digest."""
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, lt=2**63)
     """Bytes of all files together."""
     uri: str
     """Where the manifest lies; the digest alone finds it in any copy of the store."""
@@ -56,7 +60,7 @@ class FileEntry(Section):
     """Relative path with forward slashes."""
     sha256: Digest
     """Names the blob and verifies every download."""
-    size: int = Field(ge=0)
+    size: FileSize
     """Bytes."""
 
     @field_validator("path")
@@ -75,7 +79,7 @@ class Producer(Section):
     """Version or commit of the code."""
     config: dict[str, JsonValue]
     """The stage's configuration section, as JSON."""
-    seed: int
+    seed: Integer
     """The run's seed."""
     versions: dict[str, str]
     """Versions of the libraries that shaped the bytes."""

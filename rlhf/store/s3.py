@@ -22,6 +22,7 @@ from botocore.exceptions import ClientError
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
+from rlhf.permissions import check_s3_options
 from rlhf.store.objects import ObjectInfo, Sink, Source, in_order, in_parallel
 from rlhf.store.s3_client import CUT, ERRORS, failed, make_client, refused, status_of
 
@@ -71,6 +72,7 @@ class S3Backend:
         self._conditional = True
         settings = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_kms_key_id}
         self._extra = {name: value for name, value in settings.items() if value}
+        check_s3_options(options.endpoint_url, options.profile, options.ca_bundle)
         if options.ca_bundle and not Path(options.ca_bundle).is_file():
             raise StoreConfigError(
                 f"{self.uri}: ca_bundle {options.ca_bundle} is not a file; name the certificate's"

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
 from rlhf.files import expand_home
+from rlhf.permissions import check_store
 from rlhf.store.cache import ATTEMPTS, DEFAULT_LIMIT, Cache, Origin, download
 from rlhf.store.coordination import FRESH, PROBES, is_atomic, wait_for_collection
 from rlhf.store.gc import GRACE, Garbage, collect, retain
@@ -222,16 +223,17 @@ class Store:
         ancestors: Ancestors = []
         expanded: set[str] = set()
 
-        def visit(depth: int, role: str, digest: str) -> None:
+        # A stack of its own: a chain of retrainings may be longer than Python's.
+        rest = [(0, "self", digest_of(ref))]
+        while rest:
+            depth, role, digest = rest.pop()
             artifact = self._artifact(digest)
             ancestors.append(Ancestor(depth, role, artifact.ref))
             if digest in expanded:
-                return
+                continue
             expanded.add(digest)
-            for name, parent in sorted(artifact.manifest.parents.items()):
-                visit(depth + 1, name, parent)
-
-        visit(0, "self", digest_of(ref))
+            parents = sorted(artifact.manifest.parents.items(), reverse=True)
+            rest += [(depth + 1, name, parent) for name, parent in parents]
         return ancestors
 
     def list(self) -> list[Artifact]:
@@ -346,11 +348,15 @@ def backend_of(uri: str, options: StoreConfig) -> Backend:
     if parts.scheme == "s3" and parts.netloc:
         from rlhf.store.s3 import S3Backend
 
+        check_store(uri, None)
         return S3Backend(uri, options)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return LocalBackend(Path(unquote(parts.path)).resolve())
+        folder = Path(unquote(parts.path)).resolve()
+        check_store(uri, folder)
+        return LocalBackend(folder)
     folder = expand_home(uri)
     if uri and "://" not in uri and not str(folder).startswith("~"):
+        check_store(uri, folder)
         return LocalBackend(folder.resolve())
     raise StoreConfigError(
         f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"

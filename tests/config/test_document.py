@@ -47,9 +47,9 @@ def test_bounds_are_written_as_mathematicians_do():
         "(0, 1)",
     )
     assert (shown["kl_coef"], shown["value_clip_range"], shown["chunk_size"]) == (
-        "≥ 0",
-        "> 0 or none",
-        "≥ 1",
+        "[0, 10⁶]",
+        "(0, 10⁶] or none",
+        "[1, 10⁶]",
     )
     assert shown["optimize_device_cache"] == "`true`, `false`"
 

@@ -294,7 +294,7 @@ def test_mistakes(tmp_path, ppo, expected):
         ({"type": "regex", "pattern": "("}, ".pattern: '(' is no pattern (missing ) at position 1"),
         (
             {"type": "regex", "pattern": "(" * 9999},
-            ".pattern: is no pattern (nested too deeply); mend it",
+            f".pattern: '{'(' * 78}… is no pattern (it has 9,999 characters",
         ),
         (
             {"type": "length", "points": [[2, 1], [2, 0]]},

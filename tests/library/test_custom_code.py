@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from rlhf.config import PipelineConfig
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import ConfigError
-from tasks.external_inputs import check_tokens, reward_function_digests
+from tasks.external_inputs import check_services, reward_function_digests
 from tasks.runner import fingerprint
 from tasks.stages import STAGES
 
@@ -87,4 +87,4 @@ def test_tokens_are_looked_for_before_any_work(monkeypatch):
     remote = {"type": "remote", "url": "https://host/", "token_env": "AWS_SECRET_ACCESS_KEY"}
     ppo = {"env_type": "multi_objective", "env_config": {"components": {"x": remote}}}
     with pytest.raises(ConfigError, match=r"ppo\.env_config\.components\.x: token_env = 'AWS_"):
-        check_tokens(PipelineConfig.model_validate({"ppo": ppo}).ppo)
+        check_services(PipelineConfig.model_validate({"ppo": ppo}).ppo)

@@ -135,7 +135,7 @@ def test_correctness(mode, response, reference, expected):
         ("0.9", {"tolerance": 0.1}, True),
         ("1.05", {"relative_tolerance": 0.05}, True),
         ("1.06", {"relative_tolerance": 0.05}, False),
-        ("1e999999999", {"tolerance": 1e300}, False),
+        ("1e999999999", {"tolerance": 1e12}, False),
         ("9" * 5000, {"tolerance": 0.1}, False),
     ],
 )

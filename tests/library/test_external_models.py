@@ -145,7 +145,8 @@ def test_pickles_and_broken_folders_are_refused(reward_model, copy_of):
     (folder / "training_args.bin").unlink()
     assert "it has no weights, and only safetensors are read" in refusal(folder)
     shutil.copy(reward_model / "model.safetensors", folder)
-    for text in ("[1]", "{", "\xff"):
+    large, deep = "{" + " " * 2**21 + "}", "[" * 10**5
+    for text in ("[1]", "{", "\xff", large, deep, '{"a":' * 100 + "1" + "}" * 100):
         (folder / "config.json").write_text(text, encoding="latin-1")
         assert "its config.json is no JSON object" in refusal(folder)
 

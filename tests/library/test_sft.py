@@ -26,7 +26,11 @@ def train(data, tmp_path):
     def run(name="out", base=toys.BASE, seed=0, progress=None, folder=data, **changes):
         out = tmp_path / name
         out.mkdir()
-        config = toys.changed(toys.SFT, **changes)
+        # A rate beyond the field's bounds makes what a wrong weight or row would.
+        rate = changes.get("learning_rate", 0)
+        checked = {k: v for k, v in changes.items() if k != "learning_rate" or v <= 100}
+        config = toys.changed(toys.SFT, **checked)
+        config = config.model_copy(update={"learning_rate": rate}) if rate > 100 else config
         options = {"progress": progress} if progress else {}
         result = train_sft(config, base, folder, out, seed=seed, runtime=toys.RUNTIME, **options)
         return out, result

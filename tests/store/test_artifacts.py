@@ -8,9 +8,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing
 from rlhf.store import ArtifactRef, Producer, PublishError, Store, open_store
+from rlhf.store.manifest import FileEntry, manifest_key, sha256_bytes
 from tests.store.conftest import Place
 
 
@@ -233,6 +235,26 @@ def test_list_and_lineage(place, store, folder, producer):
         (2, "base", sft),
         (2, "data", base),
     ]
+
+
+def test_a_chain_of_retrainings_may_be_longer_than_pythons_stack(place, store, folder, producer):
+    (folder / "model" / "copy.safetensors").unlink()
+    ref = put(store, folder, producer)
+    manifest = store.manifest(ref)
+    for _ in range(1100):
+        data = manifest.model_copy(update={"parents": {"base": ref.digest}}).encode()
+        digest = sha256_bytes(data)
+        place.write(manifest_key(digest), data)
+        ref = ArtifactRef(kind=ref.kind, digest=digest, size=ref.size, uri=ref.uri)
+    assert [depth for depth, *_ in store.lineage(ref)] == list(range(1101))
+
+
+@pytest.mark.parametrize("change", [{"seed": 10**30}, {"seed": -(2**63) - 1}])
+def test_numbers_of_a_manifest_fit_64_bits(producer, change):
+    with pytest.raises(ValidationError, match="seed"):
+        Producer(**{**producer.model_dump(), **change})
+    with pytest.raises(ValidationError, match="size"):
+        FileEntry(path="a", sha256="0" * 64, size=10**30)
 
 
 def test_list_while_another_deletes(place, store, folder, producer):

@@ -28,7 +28,7 @@ class Site:
         self._files.mkdir(parents=True)
         self._count = 0
 
-    def make(self, kind: str, metrics=None, recorded: bool = True, **parents) -> ArtifactRef:
+    def make(self, kind: str, metrics=None, **parents: ArtifactRef) -> ArtifactRef:
         """Publish an artifact of its own bytes, and record it as a stage does."""
         self._count += 1
         (self._files / "a.json").write_text(f"{self._count}")
@@ -36,12 +36,8 @@ class Site:
             self._files, kind, producer=PRODUCER, metrics=metrics or {},
             parents={role.replace("_", "-"): parent for role, parent in parents.items()},
         )  # fmt: skip
-        if recorded:
-            self.record(kind, ref)
+        self.store.history.append(f"records/{kind}/{ref.digest}", ref.model_dump(mode="json"))
         return ref
-
-    def record(self, stage: str, ref: ArtifactRef) -> None:
-        self.store.history.append(f"records/{stage}/{ref.digest}", ref.model_dump(mode="json"))
 
     def run(self, approved: bool = False) -> dict[str, ArtifactRef]:
         """Make all artifacts of a run, and its report."""

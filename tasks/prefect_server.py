@@ -1,0 +1,94 @@
+"""Clients of Prefect's server for commands, and its errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from rlhf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+#: Most characters of a server's answer that a message repeats.
+LONGEST_ANSWER = 300
+
+
+@contextmanager
+def prefect_server(subject: str, instead: str = "") -> Iterator[SyncPrefectClient]:
+    """Open a client of the configured server; `subject` begins the error messages.
+
+    Args:
+        subject: What asks the server, for errors.
+        instead: What else than a server the command could use.
+
+    Raises:
+        ConfigError: No server is configured, or it does not answer, or it answers with an error.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    # Without the setting, the client would start a server of its own, without any runs.
+    if not PREFECT_API_URL.value():
+        raise ConfigError(
+            f"{subject}: needs the Prefect server that the runs are on; set PREFECT_API_URL"
+            f"{instead}"
+        )
+    with get_client(sync_client=True) as client:
+        try:
+            yield client
+        except httpx.HTTPError as error:
+            raise ConfigError(f"{subject}: {server_error(error, client.api_url)}") from error
+
+
+def server_error(error: httpx.HTTPError, url: httpx.URL | None = None) -> str:
+    """Return in one line what the server answered, or that it did not, and a cure."""
+    address = url or _url(error)
+    # The address may contain a password.
+    place = str(address.copy_with(userinfo=b"", query=None)).rstrip("/") if address else ""
+    where = f" at {place}" if place else ""
+    if not isinstance(error, httpx.HTTPStatusError):
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return (
+            f"Prefect's server does not answer{where} ({reason}); start it, or set PREFECT_API_URL"
+        )
+    response, request = error.response, error.request
+    status = f"{response.status_code} {response.reason_phrase}".strip()
+    answer = _answer(response)
+    return (
+        f"Prefect's server{where} answered {status} to {request.method} {request.url.path}"
+        f"{f': {answer}' if answer else ''}; {_cure(response.status_code)}"
+    )
+
+
+def _url(error: httpx.HTTPError) -> httpx.URL | None:
+    try:
+        return error.request.url
+    except RuntimeError:  # no request belongs to it
+        return None
+
+
+def _answer(response: httpx.Response) -> str:
+    """Return the reason in a response's body in one line, or the body."""
+    try:
+        body: Any = response.json()
+    except (ValueError, RecursionError, httpx.HTTPError):
+        body = response.text if response.is_closed else ""
+    for name in ("detail", "exception_detail", "exception_message", "message"):
+        if isinstance(body, dict) and body.get(name):
+            body = body[name]
+    text = " ".join(str(body).split())
+    return text if len(text) <= LONGEST_ANSWER else f"{text[: LONGEST_ANSWER - 1]}…"
+
+
+def _cure(status: int) -> str:
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        return "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+    if status in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
+        return "is PREFECT_API_URL the server's API? It ends in /api"
+    if status >= httpx.codes.INTERNAL_SERVER_ERROR:
+        return "its log names the cause; mend it there"
+    return "correct what the answer names; or server and client are of different versions"
