@@ -35,8 +35,10 @@ _RETRAININGS = "retrainings/"
 #: The policy that was decided on is in the name of these.
 _APPROVALS = "approvals/"
 #: Kinds of artifacts that stay with what they are about, and the roles of that in their parents.
-_ABOUT = ("evaluation", "verdict", "promotion", "report")
-_SUBJECTS = ("train-policy", "policy", "reward-model")
+_ABOUT = ("evaluation", "verdict", "promotion")
+_SUBJECTS = ("policy", "reward-model")
+#: Kind of a run's report: it is about the policy that its evaluation is about.
+_REPORT = "report"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ENTRY = re.compile(r"refs/(?P<name>.+)/(?P<number>[0-9]{6,})\.json")
@@ -204,9 +206,8 @@ class _Known:
         #: Digests of the artifacts about one, by its digest.
         self.about: dict[str, list[str]] = {}
         for digest, manifest in self._manifests():
-            role = next((r for r in _SUBJECTS if r in manifest.parents), None)
-            if role is not None and manifest.kind in _ABOUT:
-                self.about.setdefault(manifest.parents[role], []).append(digest)
+            for subject in self._subjects(manifest):
+                self.about.setdefault(subject, []).append(digest)
 
     def read(self, digest: str) -> Manifest:
         """Return a manifest; raises if it is not there, or can't be read."""
@@ -238,6 +239,15 @@ class _Known:
             and "policy" in manifest.parents
             and manifest.metrics.get("approved") is True
         }
+
+    def _subjects(self, manifest: Manifest) -> set[str]:
+        """Return the digests of what an artifact is about."""
+        if manifest.kind == _REPORT:
+            parts = (self.find(digest) for digest in manifest.parents.values())
+            judged = (part for part in parts if part and part.kind in _ABOUT)
+            return {p.parents[_SUBJECTS[0]] for p in judged if _SUBJECTS[0] in p.parents}
+        roles = [role for role in _SUBJECTS if role in manifest.parents]
+        return {manifest.parents[roles[0]]} if roles and manifest.kind in _ABOUT else set()
 
     def _manifests(self) -> Iterator[tuple[str, Manifest]]:
         for digest, found in self._found.items():
