@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from rich.progress import (
 from rlhf.config import load_config
 from rlhf.errors import ConfigError
 from rlhf.files import exists, is_dir
+from rlhf.store.retention import Retention
 from tasks.console import console, say, text_column
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ ConfigOption = Annotated[Path | None, Parameter(help="Preset that names the stor
 #: Least grace of `gc`, in hours. A publisher reuses objects that are up to an hour old, and they
 #: have to stay until it is done.
 LEAST_GRACE = 2.0
+#: Seconds of the units of `--older-than`.
+UNITS = {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
+#: Limits of `--keep-runs`, and of `--older-than`: a hundred years.
+MOST_RUNS, MOST_SECONDS = 1_000_000, 36_500 * UNITS["d"]
 #: Hours of a century: more is a mistake, and infinity no time.
 LONGEST_GRACE = 876_600.0
 
@@ -242,8 +248,8 @@ def rm(
 
 @app.command
 def gc(
-    *, delete: bool = False, grace_hours: float = 24.0, store: StoreOption = None,
-    config: ConfigOption = None,
+    *, delete: bool = False, grace_hours: float = 24.0, keep_runs: str | None = None,
+    older_than: str | None = None, store: StoreOption = None, config: ConfigOption = None,
 ) -> None:  # fmt: skip
     """Find what no record, champion or pin leads to; only look, unless told to delete.
 
@@ -253,6 +259,12 @@ def gc(
         Remove it. Publishers may be at work meanwhile.
     grace_hours
         What is younger stays, by the store's clock.
+    keep_runs
+        Let go of the records that were last used before the oldest of this many runs with a report.
+        Champions of any time, approvals, policies that their gate approved, pins, work that can go
+        on, and all that belongs to these stay.
+    older_than
+        Likewise, of the records that were last used before this time: 12h, 90d or 8w.
     """
     if not grace_hours >= LEAST_GRACE:
         raise ConfigError(
@@ -263,19 +275,66 @@ def gc(
             f"--grace-hours {grace_hours:g}: with more than {LONGEST_GRACE:g} nothing is ever old "
             "enough; give less"
         )
+    retention = _retention(keep_runs, older_than, grace_hours)
     opened = open_named(store, config)
-    garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete)
+    garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete, retention=retention)
+    for name in garbage.records:
+        say(name.replace("records/", "record ", 1))
     for digest in garbage.artifacts:
-        say(f"artifact {digest}")
+        kind, size = garbage.contents.get(digest, ("", 0))
+        say(f"artifact {digest}" + (f"  {kind}  {size / 1e6:.1f} MB" if kind else ""))
     done = "removed" if garbage.removed else "to remove"
+    records = f"{len(garbage.records)} records, " if retention else ""
     say(
-        f"{done}: {len(garbage.artifacts)} artifacts, {len(garbage.keys)} objects, "
+        f"{done}: {records}{len(garbage.artifacts)} artifacts, {len(garbage.keys)} objects, "
         f"{garbage.size / 1e6:.1f} MB; {garbage.kept} artifacts stay"
     )
+    if retention and retention.keep_runs and (garbage.runs or 0) <= retention.keep_runs:
+        say(f"all records stay: {garbage.runs} runs have a report; --older-than goes by age")
+    if garbage.versions and garbage.keys:
+        say(f"warning: {garbage.versions}", "yellow")
     if garbage.removed:
         say(f"unfinished uploads removed: {garbage.uploads}")
     elif garbage.keys:
         say("nothing was removed; --delete does it")
+
+
+def _retention(
+    keep_runs: str | None, older_than: str | None, grace_hours: float
+) -> Retention | None:
+    """Return which records to let go of; None keeps all.
+
+    Raises:
+        ConfigError: An option is out of its range, or both are given.
+    """
+    if keep_runs is not None and older_than is not None:
+        raise ConfigError("--keep-runs and --older-than are both given; give one of them")
+    if keep_runs is not None:
+        if not re.fullmatch(r"[0-9]{1,7}", keep_runs) or not 1 <= int(keep_runs) <= MOST_RUNS:
+            raise ConfigError(
+                f"--keep-runs {_shown(keep_runs)}: write a whole number of 1 to {MOST_RUNS:,}"
+            )
+        return Retention(keep_runs=int(keep_runs))
+    if older_than is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,6})([hdw])", older_than)
+    if not match:
+        raise ConfigError(
+            f"--older-than {_shown(older_than)}: write one whole number and one unit, such as 12h, "
+            "90d or 8w"
+        )
+    seconds = int(match[1]) * UNITS[match[2]]
+    if not grace_hours * 3600 <= seconds <= MOST_SECONDS:
+        raise ConfigError(
+            f"--older-than {older_than}: give at least --grace-hours, {grace_hours:g}h, and at "
+            f"most {MOST_SECONDS / UNITS['d']:g}d"
+        )
+    return Retention(older_than=seconds)
+
+
+def _shown(value: str) -> str:
+    """Return an option's value for a message, shortened."""
+    return repr(value) if len(value) <= 40 else f"{value[:40]!r}…"
 
 
 def open_named(store: str | None, config: Path | None) -> Store:

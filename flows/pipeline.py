@@ -159,7 +159,8 @@ def _run(run: PipelineRun, stage: Stage) -> Any:
             ask(inputs["policy"].digest, about)
         except Exception as error:
             return error
-    return run_task(stage, config, {**inputs, **optional}).result(raise_on_failure=False)
+    state = run_task(stage, config, {**inputs, **optional}, dict(run.refs))
+    return state.result(raise_on_failure=False)
 
 
 def _check_data(run: PipelineRun, data: ArtifactRef) -> tuple[str, BaseException | None]:

@@ -361,6 +361,9 @@ def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> P
     Raises:
         PromotionLost: Another entry stands there; nothing was written.
     """
+    for digest in (fields["policy"], fields.get("verdict")):
+        if digest:
+            store.renew(digest)  # so that no collection takes it that does not see the entry
     entry = Promotion(
         model=name, when=timestamp(), previous=last.policy if last else None,
         number=last.number + 1 if last else 1, **fields,

@@ -28,15 +28,24 @@ from tasks.trackers import StageMetrics
 Refs = dict[str, ArtifactRef]
 
 
-def run_task(stage: Stage, config: PipelineConfig, inputs: Refs) -> State[Outcome]:
-    """Run a stage as a task of the current flow, with the configuration's retries."""
+def run_task(
+    stage: Stage, config: PipelineConfig, inputs: Refs, held: Refs | None = None
+) -> State[Outcome]:
+    """Run a stage as a task of the current flow, with the configuration's retries.
+
+    Args:
+        stage: The stage.
+        config: Configuration of the run.
+        inputs: Inputs by role.
+        held: Results of earlier stages, which collections leave alone meanwhile.
+    """
     retries = config.retries
     configured = TASKS[stage.name].with_options(
         retries=retries.attempts,
         retry_delay_seconds=[retries.delay(n) for n in range(retries.attempts)] or 0,
         retry_jitter_factor=retries.jitter,
     )
-    return configured(config, inputs, return_state=True)
+    return configured(config, inputs, held or {}, return_state=True)
 
 
 def retry_condition(_: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -45,23 +54,23 @@ def retry_condition(_: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, BaseException) and is_retriable(error)
 
 
-def _task(stage: Stage) -> Task[[PipelineConfig, Refs], Any]:
+def _task(stage: Stage) -> Task[[PipelineConfig, Refs, Refs], Any]:
     @task(
         name=stage.name, task_run_name=stage.name, retry_condition_fn=retry_condition,
         persist_result=False,
     )  # fmt: skip
-    def stage_task(config: PipelineConfig, inputs: Refs) -> State[Any]:
+    def stage_task(config: PipelineConfig, inputs: Refs, held: Refs) -> State[Any]:
         deployment = config.deployment_of(stage.name)
         if deployment == INLINE:
             metrics = StageMetrics(stage, config, inputs)
             with StageProgress(stage.name, metrics) as progress:
-                outcome = run_stage(stage, config, inputs, progress)
+                outcome = run_stage(stage, config, inputs, progress, held.values())
                 if not outcome.cached:
                     metrics.summarise(outcome.metrics)
             with harmless("results"):
                 _show_result(stage, outcome, config)
         else:
-            outcome = run_remotely(stage, config, inputs, deployment)
+            outcome = run_remotely(stage, config, inputs, deployment, held.values())
         if stage.kind == "verdict":
             try:
                 _enforce(outcome, inputs, config)
@@ -113,6 +122,6 @@ def _enforce(outcome: Outcome, inputs: Mapping[str, ArtifactRef], config: Pipeli
         raise GateRejected(f"{error}; it is {fact} all the same", verdict) from None
 
 
-TASKS: dict[str, Task[[PipelineConfig, Refs], Any]] = {
+TASKS: dict[str, Task[[PipelineConfig, Refs, Refs], Any]] = {
     name: _task(stage) for name, stage in STAGES.items()
 }

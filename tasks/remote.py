@@ -8,7 +8,7 @@ it restarts.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -24,7 +24,7 @@ from rlhf.errors import ConfigError, StageFailed, StageLost
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
 from tasks.retries import asked_server as _retried
-from tasks.runner import Outcome, recorded_outcome, work_of
+from tasks.runner import Outcome, recorded_outcome, used, work_of
 from tasks.stage import Stage, store_of
 
 #: Seconds between two polls of the child, before and after `WAIT_NOTICE`.
@@ -40,8 +40,9 @@ WORK_TAG = "work:"
 
 
 def run_remotely(
-    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], deployment: str
-) -> Outcome:
+    stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], deployment: str,
+    held: Iterable[ArtifactRef] = (),
+) -> Outcome:  # fmt: skip
     """Run a stage in a deployment, unless it has a record; return the result.
 
     A child of any parent that already does this work is waited for: the idempotency key is the
@@ -57,7 +58,8 @@ def run_remotely(
     recorded = recorded_outcome(work, store)
     if recorded is not None:
         return recorded
-    with get_client(sync_client=True) as client:
+    # The child may wait for its machine longer than any grace period.
+    with used(work, store, held), get_client(sync_client=True) as client:
         child = _child(client, f"{stage.name}-{work.key}", deployment, config, inputs)
         ended = _wait(client, child, deployment)
         _require_completed(client, ended, deployment)

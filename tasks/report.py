@@ -175,7 +175,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
     key = sha256_bytes(canonical_json(identity))
     run.report = _page(run, key)
     record = store.history.latest(f"records/report/{key}") if run.all_cached else None
-    if record and store.exists(record["digest"]):
+    if record and store.exists(record["digest"]) and store.renew(record["digest"]):
         shutil.copyfile(store.fetch(record["digest"]) / REPORT, run.report)
         return record["digest"]
     with tempfile.TemporaryDirectory() as scratch:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +32,7 @@ from rlhf.files import expand_home, file_sha256
 from rlhf.stage import Progress, silent
 from rlhf.store import ArtifactRef, Producer, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
+from rlhf.store.retention import in_use
 from tasks.progress import Transfer
 from tasks.stage import Stage, StageRun, store_of
 from tasks.stages import STAGES, discard_checkpoints
@@ -83,8 +84,11 @@ def run_stage(
     config: PipelineConfig,
     inputs: Mapping[str, ArtifactRef],
     progress: Progress = silent,
+    held: Iterable[ArtifactRef] = (),
 ) -> Outcome:
     """Run a stage, or return its recorded outcome.
+
+    Collections leave its inputs alone meanwhile, and the artifacts `held` for later stages.
 
     Raises:
         ArtifactMissing: An input of the stage is not given.
@@ -105,7 +109,10 @@ def run_stage(
         for scratch in work_dir.glob(f"{work.name}-*"):
             shutil.rmtree(scratch)  # left by a killed try; this process holds the lock
         provenance = producer(stage.name, work.settings, config.seed)
-        with tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{work.name}-") as scratch:
+        with (
+            used(work, store, held),
+            tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{work.name}-") as scratch,
+        ):
             out = Path(scratch, "out")
             out.mkdir()
             folders = {
@@ -123,9 +130,22 @@ def run_stage(
                 out, stage.kind, parents=work.refs, producer=provenance, metrics=result.metrics,
                 listener=Transfer(f"{stage.name}: publishing"),
             )  # fmt: skip
-        store.history.append(_record_name(stage, work.key), ref.model_dump(mode="json"))
+            store.history.append(_record_name(stage, work.key), ref.model_dump(mode="json"))
         discard_checkpoints(store, checkpoints)
     return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
+
+
+@contextmanager
+def used(work: Work, store: Store, held: Iterable[ArtifactRef] = ()) -> Iterator[None]:
+    """Keep a work's inputs, and what is held for later stages, from collections until it is done.
+
+    If it fails they stay for as long as its checkpoints, so that it can go on.
+    """
+    refs = {ref.digest: ref for ref in (*work.refs.values(), *held)}.values()
+    for ref in refs:
+        store.renew(ref)  # one that is gone is reported when it is read
+    with in_use(store.history, f"{work.stage.name}/{work.key}", refs):
+        yield
 
 
 def work_of(
@@ -187,7 +207,7 @@ def recorded_ref(store: Store, stage: Stage, key: str) -> ArtifactRef | None:
     if record is None:
         return None
     ref = ArtifactRef.model_validate(record)
-    return ref if store.exists(ref) else None
+    return ref if store.exists(ref) and store.renew(ref) else None
 
 
 def find_inputs(

@@ -2,6 +2,7 @@
 
 A collection keeps artifacts that a history, a pin or an artifact younger than the grace period
 refers to, through all parents, and every object younger than that. Ages are by the store's clock.
+Records of old runs are let go of on demand (`retention`).
 `coordination` describes how a collection and a publisher see each other.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +19,24 @@ from rlhf.store.coordination import COLLECTION_SECONDS, FRESH, TRACES, announced
 from rlhf.store.history import Pins, open_sealed
 from rlhf.store.manifest import Manifest, blob_key, manifest_key
 from rlhf.store.objects import Backend, ObjectInfo, in_parallel
+from rlhf.store.retention import (
+    ABANDONED,
+    RECORDS,
+    Entry,
+    Retained,
+    Retention,
+    by_history,
+    ended_work,
+    retain_all,
+    retain_used,
+)
 
 #: Grace period in seconds: younger objects are kept.
 GRACE = 24 * 3600.0
-#: Seconds after which the checkpoints of a run that was not resumed are garbage.
-ABANDONED = 30 * 24 * 3600.0
 #: Seconds between the last removal and the moment when publishers stop waiting.
 _MARGIN = 330.0
 _BATCH = 1000
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _MANIFEST = re.compile(r"manifests/[0-9a-f]{64}\.json")
 _CHECKPOINTS = re.compile(r"checkpoints/((?P<stage>.+)-(?P<key>[0-9a-f]{16}))/.*")
 
@@ -39,11 +48,19 @@ class Garbage:
     artifacts: list[str] = field(default_factory=list)
     """Digests of manifests that nothing refers to."""
     keys: list[str] = field(default_factory=list)
-    """All objects to remove, manifests first: no artifact must ever lack its blobs."""
+    """All objects to remove, records and then manifests first: no artifact must lack its blobs."""
     size: int = 0
     """Bytes of these objects."""
     kept: int = 0
     """Artifacts that stay."""
+    records: list[str] = field(default_factory=list)
+    """Names of the records that are let go of."""
+    runs: int | None = None
+    """Runs with a report, if records are let go of."""
+    contents: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Kind and size of the artifacts, by digest, if records are let go of."""
+    versions: str = ""
+    """What the store keeps of removed objects, in words; empty if nothing."""
     uploads: int = 0
     """Unfinished uploads that were removed."""
     removed: bool = False
@@ -51,8 +68,9 @@ class Garbage:
 
 
 def collect(
-    backend: Backend, read_manifest: Callable[[str], Manifest], *, grace: float, dry_run: bool
-) -> Garbage:
+    backend: Backend, read_manifest: Callable[[str], Manifest], *, grace: float, dry_run: bool,
+    retention: Retention | None = None,
+) -> Garbage:  # fmt: skip
     """Find unreferenced objects, and remove them unless this is a dry run.
 
     Args:
@@ -61,6 +79,7 @@ def collect(
         grace: Seconds; younger objects are kept. Less than two hours is for a store without
             publishers, which rely on objects of up to an hour to stay.
         dry_run: Remove nothing.
+        retention: Which records to let go of, with what they alone keep; None keeps all.
 
     Raises:
         ArtifactCorrupt: A referenced manifest can't be read, so its blobs are not known; nothing
@@ -69,7 +88,8 @@ def collect(
             was garbage, and it can be run again.
     """
     with announced_collection(backend, dry_run) as (began, skew):
-        garbage = _find(backend, read_manifest, grace + skew, skew)
+        garbage = _find(backend, read_manifest, retention, grace + skew, skew)
+        garbage.versions = backend.versions()
         if not dry_run:
             for at in range(0, len(garbage.keys), _BATCH):
                 if time.monotonic() - began > COLLECTION_SECONDS - _MARGIN:
@@ -90,30 +110,47 @@ def retain(backend: Backend, manifests: Mapping[str, Manifest]) -> None:
 
 
 def _find(
-    backend: Backend, read_manifest: Callable[[str], Manifest], grace: float, skew: float
-) -> Garbage:
+    backend: Backend, read_manifest: Callable[[str], Manifest], retention: Retention | None,
+    grace: float, skew: float,
+) -> Garbage:  # fmt: skip
     """Find the objects that nothing refers to, except young ones.
 
     Args:
         backend: The store's backend.
         read_manifest: Reads and verifies the manifest of a digest.
+        retention: Which records to let go of; None keeps all.
         grace: Seconds; younger objects are no garbage. It includes `skew`.
         skew: Age that the store reports for a new object.
     """
     blobs = _Listing(backend, "blobs/")
     # Manifests are listed after the blobs, so that no blob of a new artifact looks like garbage.
     manifests = _Listing(backend, "manifests/")
-    entries = _Listing(backend, "refs/").all
-    young = [_digest(key) for key, info in manifests.all.items() if info.age < grace]
-    retained = _reachable(read_manifest, {*young, *_roots(backend, entries)})
-    wanted = _objects_of(retained)
-    garbage = Garbage(kept=len(retained))
-    sizes = {
-        k: f.size for k, f in manifests.sure.items() if k not in wanted and _MANIFEST.fullmatch(k)
-    }
-    garbage.artifacts = [_digest(key) for key in sizes]
+    refs = _Listing(backend, "refs/")
+    entries = by_history(refs.all, _payloads(backend, refs.all))
+    kept = {_digest(key) for key, info in manifests.all.items() if info.age < grace}
+    kept |= {*Pins(backend).by_name().values()}
+    ended = ended_work(entries, skew)
+    if retention is None:
+        retained = retain_all(read_manifest, entries, kept, ended)
+    else:
+        retained = retain_used(
+            read_manifest, retention, entries, manifests.all, kept, ended, grace
+        )  # fmt: skip
+    wanted = _objects_of(retained.manifests)
+    garbage = Garbage(kept=len(retained.manifests), runs=retained.runs)
+    let_go = _let_go(retained, entries, grace)
+    # Before their artifacts: a record without one would only be read in vain.
+    sizes = {key: refs.sure[key].size for key in let_go if key in refs.sure}
+    garbage.records = sorted({e.name for e in let_go.values() if e.name.startswith(RECORDS)})
+    for key, info in manifests.sure.items():
+        if key not in wanted and _MANIFEST.fullmatch(key):
+            digest = _digest(key)
+            garbage.artifacts.append(digest)
+            if digest in retained.others:
+                garbage.contents[digest] = retained.others[digest]
+            sizes[key] = info.size
     sizes |= {k: f.size for k, f in blobs.sure.items() if k not in wanted and f.age >= grace}
-    sizes |= _checkpoints(_Listing(backend, "checkpoints/").sure, entries, grace, skew)
+    sizes |= _checkpoints(_Listing(backend, "checkpoints/").sure, refs.all, grace, skew)
     for prefix in TRACES:
         old = max(grace, FRESH + skew)
         sizes |= {k: f.size for k, f in backend.list(prefix).items() if f.age >= old}
@@ -141,8 +178,8 @@ def _digest(key: str) -> str:
     return key.removeprefix("manifests/").removesuffix(".json")
 
 
-def _roots(backend: Backend, entries: Iterable[str]) -> set[str]:
-    """Return the strings in histories and pins that look like digests."""
+def _payloads(backend: Backend, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Read entries of histories, by key."""
 
     def read(key: str) -> dict[str, Any]:
         try:
@@ -150,48 +187,16 @@ def _roots(backend: Backend, entries: Iterable[str]) -> set[str]:
         except ArtifactMissing:  # its name was damaged in a listing, or it was removed since
             return {}
 
-    payloads = in_parallel(read, entries)
-    return {digest for payload in payloads for digest in _digests(payload)} | {
-        *Pins(backend).by_name().values()
-    }
+    order = [*keys]
+    return dict(zip(order, in_parallel(read, order), strict=True))
 
 
-def _digests(value: Any) -> Iterator[str]:
-    """Yield the strings in a JSON value that look like digests."""
-    if isinstance(value, str):
-        if _DIGEST.fullmatch(value):
-            yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _digests(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _digests(each)
-
-
-def _reachable(
-    read_manifest: Callable[[str], Manifest], roots: Iterable[str]
-) -> dict[str, Manifest]:
-    """Return the existing manifests of these digests and of all their ancestors."""
-
-    def read(digest: str) -> Manifest | None:
-        try:
-            return read_manifest(digest)
-        except ArtifactMissing:
-            return None
-
-    reachable: dict[str, Manifest] = {}
-    visited: set[str] = set()
-    frontier = {*roots}
-    while frontier:
-        visited |= frontier
-        order = sorted(frontier)
-        manifests = zip(order, in_parallel(read, order), strict=True)
-        existing = {digest: manifest for digest, manifest in manifests if manifest}
-        reachable |= existing
-        parents = {digest for each in existing.values() for digest in each.parents.values()}
-        frontier = parents - visited
-    return reachable
+def _let_go(retained: Retained, entries: Iterable[Entry], grace: float) -> dict[str, Entry]:
+    """Return the entries, by key, of the histories that are not needed; young ones stay whole."""
+    names = {*retained.let_go}
+    chosen = [entry for entry in entries if entry.name in names]
+    young = {entry.name for entry in chosen if entry.age < grace}
+    return {entry.key: entry for entry in chosen if entry.name not in young}
 
 
 def _objects_of(manifests: Mapping[str, Manifest]) -> set[str]:

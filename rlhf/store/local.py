@@ -126,6 +126,10 @@ class LocalBackend:
         self.delete(old)
         return len(old)
 
+    def versions(self) -> str:
+        """Return nothing: a removed file is gone."""
+        return ""
+
     def _put(self, key: str, data: Iterator[bytes]) -> None:
         with self._translated("write", key), self._temporary() as (file, temporary):
             for chunk in data:

@@ -89,6 +89,10 @@ class Backend(Protocol):
         """Remove unfinished uploads older than `age` seconds, and return their number."""
         ...
 
+    def versions(self) -> str:
+        """Return what it keeps of removed objects, in words; empty if nothing."""
+        ...
+
     def hurried(self, seconds: float) -> Backend:
         """Return the same store with a short timeout and few retries, for checks."""
         ...

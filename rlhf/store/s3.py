@@ -230,6 +230,27 @@ class S3Backend:
                             swept += 1
         return swept
 
+    def versions(self) -> str:
+        """Say whether a versioned bucket keeps the bytes of removed objects."""
+        try:
+            with self._translated("read the versioning of", "the bucket", ("501",)):
+                status = self._client.get_bucket_versioning(Bucket=self.bucket).get("Status")
+        except ClientError:
+            return ""  # a server that has no versions
+        except StoreError:
+            return (
+                f"whether bucket {self.bucket} keeps versions of removed objects could not be read "
+                "(it takes the right s3:GetBucketVersioning); if it does, their bytes stay"
+            )
+        if status not in ("Enabled", "Suspended"):
+            return ""
+        which = "removed objects" if status == "Enabled" else "objects from before that"
+        return (
+            f"bucket {self.bucket} has versioning {status.lower()}: the bytes of {which} stay, as "
+            "noncurrent versions, until a lifecycle rule removes them (NoncurrentVersionExpiration "
+            "with NoncurrentDays, and ExpiredObjectDeleteMarker)"
+        )
+
     def _put(self, key: str, data: bytes | BinaryIO, **extra: Any) -> None:
         answer = self._client.put_object(**self._address(key), Body=data, **self._extra, **extra)
         self._check_encryption(key, answer)

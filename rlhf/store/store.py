@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import uuid
@@ -26,7 +27,7 @@ from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, Stor
 from rlhf.files import expand_home
 from rlhf.permissions import check_store
 from rlhf.store.cache import ATTEMPTS, DEFAULT_LIMIT, Cache, Origin, download
-from rlhf.store.coordination import PROBES, is_atomic
+from rlhf.store.coordination import FRESH, PROBES, is_atomic, wait_for_collection
 from rlhf.store.gc import GRACE, Garbage, collect, retain
 from rlhf.store.history import Histories, Pins
 from rlhf.store.local import LocalBackend
@@ -48,7 +49,9 @@ from rlhf.store.manifest import (
 )
 from rlhf.store.objects import Backend, Meter, Sink, in_parallel
 from rlhf.store.publish import publish
+from rlhf.store.retention import Retention
 
+log = logging.getLogger("rlhf.store")
 # `Store.list` hides the builtin inside the class.
 Names: TypeAlias = list[str]
 Ancestors: TypeAlias = list[Ancestor]
@@ -166,21 +169,12 @@ class Store:
     def manifest(self, ref: ArtifactRef | str) -> Manifest:
         """Read and verify the manifest of a reference or digest."""
         digest = digest_of(ref)
-        key = manifest_key(digest)
-        for _ in range(3):
-            data = self._backend.get_bytes(key, MAX_MANIFEST_BYTES)
-            if sha256_bytes(data) == digest:
-                break
-        else:
-            raise ArtifactCorrupt(
-                f"{self.uri}: {key} does not have the sha256 in its name; "
-                "delete that object and publish the artifact again"
-            )
         try:
-            return Manifest.model_validate_json(data)
+            return Manifest.model_validate_json(self._manifest_bytes(digest))
         except ValidationError as error:
             raise ArtifactCorrupt(
-                f"{self.uri}: {key} is not a manifest this version trusts: {first_problem(error)}"
+                f"{self.uri}: {manifest_key(digest)} is not a manifest this version trusts: "
+                f"{first_problem(error)}"
             ) from None
 
     def exists(self, ref: ArtifactRef | str) -> bool:
@@ -260,13 +254,53 @@ class Store:
         """Remove all artifacts but these, at once; for a store without other users."""
         retain(self._backend, {digest: self.manifest(digest) for digest in digests})
 
-    def collect(self, *, grace: float = GRACE, dry_run: bool = True) -> Garbage:
+    def renew(self, ref: ArtifactRef | str) -> bool:
+        """Keep an artifact from collections for their grace period; False if it is gone.
+
+        The age of a manifest is the time since its last use, to the hour. A store that refuses this
+        is used without.
+        """
+        digest = digest_of(ref)
+        key, backend = manifest_key(digest), self._backend
+        info = backend.find(key)
+        if info is None:
+            return False
+        if info.age <= FRESH:
+            return True
+        try:
+            backend.put(key, self._manifest_bytes(digest))
+        except (ArtifactMissing, ArtifactCorrupt):
+            return False
+        except StoreError as error:
+            log.warning("a collection may remove %s, which is in use (%s)", digest[:12], error)
+            return True
+        # A collection that saw the old manifest has ended then; it removes manifests before blobs.
+        wait_for_collection(backend)
+        return self.exists(digest)
+
+    def collect(
+        self, *, grace: float = GRACE, dry_run: bool = True, retention: Retention | None = None
+    ) -> Garbage:
         """Find unreferenced objects, and remove them unless this is a dry run."""
-        return collect(self._backend, self.manifest, grace=grace, dry_run=dry_run)
+        return collect(
+            self._backend, self.manifest, grace=grace, dry_run=dry_run, retention=retention
+        )
 
     def sweep(self, age: float = GRACE) -> int:
         """Remove unfinished uploads older than this, left behind by killed publishers."""
         return self._backend.sweep(age)
+
+    def _manifest_bytes(self, digest: str) -> bytes:
+        """Read a manifest, again if a bit flipped on the way."""
+        key = manifest_key(digest)
+        for _ in range(3):
+            data = self._backend.get_bytes(key, MAX_MANIFEST_BYTES)
+            if sha256_bytes(data) == digest:
+                return data
+        raise ArtifactCorrupt(
+            f"{self.uri}: {key} does not have the sha256 in its name; "
+            "delete that object and publish the artifact again"
+        )
 
     def _artifact(self, digest: str) -> Artifact:
         manifest = self.manifest(digest)

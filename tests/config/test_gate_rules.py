@@ -63,7 +63,10 @@ def test_a_gate_of_none_has_to_be_said(tmp_path):
         ("{metric: forgetting.nll_before, slices: true, max: 1}", "no nll_before of slices"),
         ("{metric: sampled.kl, slices: true, max: greedy.kl}", "no kl of slices beside kl"),
         ("{metric: sampled.kl, max: 1, slice_n: 1}", "slice_n = 1: must be at least 2"),
-        ("{metric: sampled.win_rate, min: 1.2}", "min = 1.2 can't be met: sampled.win_rate is from"),
+        (
+            "{metric: sampled.win_rate, min: 1.2}",
+            "min = 1.2 can't be met: sampled.win_rate is from",
+        ),
         ("{metric: sampled.win_rate, on: low, min: 60}", "from 0 to 1; write 0.6 for 60 %"),
         ("{metric: sampled.by_group.a.win_rate, max: -0.1}", "max = -0.1 can't be met"),
         ("{metric: sampled.eos_rate_before, min: 1.01}", "is from 0 to 1"),

@@ -128,6 +128,56 @@ def test_gc_looks_first(rlhf, model):
         rlhf("gc", "--grace-hours", "0.1")
 
 
+def test_gc_lets_go_of_old_records(rlhf, model, tmp_path):
+    store = open_store(".rlhf/store", cache_dir=tmp_path / "cache")
+    digest = pushed(rlhf, model)
+    ref = store.resolve(digest)
+    store.history.append(f"records/train-sft/{'0' * 64}", ref.model_dump(mode="json"))
+    for path in Path(".rlhf/store").rglob("*"):
+        os.utime(path, (path.stat().st_mtime - 91 * 24 * 3600,) * 2)
+    assert "to remove: 0 artifacts" in rlhf("gc")
+    assert "to remove: 0 records, 0 artifacts" in rlhf("gc", "--older-than", "14w")
+    said = rlhf("gc", "--keep-runs", "1")
+    assert "all records stay: 0 runs have a report" in said
+    said = rlhf("gc", "--older-than", "90d")
+    assert f"record train-sft/{'0' * 64}" in said
+    assert f"artifact {digest}  policy  0.0 MB" in said
+    assert "to remove: 1 records, 1 artifacts, 4 objects" in said
+    assert "nothing was removed; --delete does it" in said
+    rlhf("verify", digest)
+    assert "removed: 1 records, 1 artifacts" in rlhf("gc", "--older-than=90d", "--delete")
+    assert "0 of 0" in rlhf("verify")
+
+
+HOSTILE = [
+    *(
+        (f"--keep-runs={text}", "whole number of 1 to")
+        for text in ("", "0", "-3", "1.5", "1e9", "9" * 5000, "²", "[/x]", "3\n", "90d")
+    ),
+    ("--older-than=0d", "give at least --grace-hours, 24h"),
+    ("--older-than=23h", "give at least --grace-hours, 24h"),
+    ("--older-than=36501d", "at most 36500d"),
+    *(
+        (f"--older-than={text}", "one whole number and one unit")
+        for text in ("", "90", "d", "-5d", "1d12h", "1.5d", "90D", "90m", "90 d", "nan", "infd",
+                     "1e3d", "٣d", "90d\n", "[/x]", "9" * 5000 + "d")
+    ),
+]  # fmt: skip
+
+
+def test_retention_out_of_range(rlhf):
+    for option, reason in HOSTILE:
+        with pytest.raises(ConfigError) as caught:
+            rlhf("gc", option, "--delete")
+        message = str(caught.value)
+        assert reason in message
+        assert message.startswith(option.partition("=")[0])
+        assert "\n" not in message
+        assert len(message) < 200
+    with pytest.raises(ConfigError, match="are both given; give one of them"):
+        rlhf("gc", "--keep-runs=3", "--older-than=90d")
+
+
 def test_a_champions_gate_prompts_stay(rlhf, model, tmp_path):
     """All its challengers answer them."""
     store = open_store(".rlhf/store", cache_dir=tmp_path / "cache")

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, ConfigError
+from rlhf.store import open_store
 from rlhf.store import publish as publish_module
-from rlhf.store.gc import ABANDONED, GRACE
+from rlhf.store.gc import GRACE
+from rlhf.store.retention import ABANDONED
 from tests.store.test_artifacts import blobs, put
 
 DAY = 24 * 3600.0
@@ -300,3 +303,40 @@ def test_parent_that_was_collected_is_named(folder_place, folder, producer, age,
     monkeypatch.setattr(publish_module, "_put_manifest", late)
     with pytest.raises(ArtifactMissing, match=f"base {parent.short} was collected as garbage"):
         put(store, folder, producer, base=parent)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("status", [None, "Enabled", "Suspended"])
+def test_a_bucket_that_keeps_versions_is_named(s3_place, s3_client, tmp_path, producer, status):
+    """`removed` would not be the truth."""
+    bucket = f"versions-{status}".lower()
+    s3_client.create_bucket(Bucket=bucket)
+    if status:
+        s3_client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": status})
+    store = open_store(f"s3://{bucket}/x", cache_dir=tmp_path / "cache")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/a.json").write_text("{}")
+    ref = put(store, tmp_path / "new", producer)
+    time.sleep(2.1)  # S3 tells seconds
+    garbage = store.collect(grace=0.0, dry_run=False)
+    assert garbage.artifacts == [ref.digest]
+    versions = s3_client.list_object_versions(Bucket=bucket, Prefix="x/blobs/").get("Versions", [])
+    assert len(versions) == (status == "Enabled")
+    if status is None:
+        assert garbage.versions == ""
+    else:
+        assert f"bucket {bucket} has versioning {status.lower()}" in garbage.versions
+        assert "NoncurrentVersionExpiration" in garbage.versions
+
+
+@pytest.mark.s3
+def test_versions_that_may_not_be_read(s3_place, faults, tmp_path):
+    options = StoreConfig(endpoint_url=faults.endpoint)
+    store = open_store(s3_place.uri, options=options, cache_dir=tmp_path)
+    answers = {"AccessDenied": 403, "NotImplemented": 501}
+    said = []
+    for code, status in answers.items():
+        faults.refuse = lambda _, path, __, a=(status, code): a if "versioning" in path else None
+        said.append(store.collect().versions)
+    assert "s3:GetBucketVersioning" in said[0]
+    assert said[1] == ""
