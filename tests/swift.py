@@ -127,7 +127,8 @@ def install() -> Path:
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     folder = Path(tempfile.gettempdir()) / f"rlhf-swift-{VERSION}-{python}-{os.getuid()}"
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
+        if not (folder / "bin" / "python").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a cleaner of old files took parts of it
             _build(folder)
     if folder.lstat().st_uid != os.getuid():
         raise UnavailableError(f"{folder} belongs to somebody else")

@@ -120,8 +120,7 @@ def test_sources_that_are_not_there(tmp_path, call):
             f"data.source = {str(source)!r}: no such file or folder; give an existing path, an "
             "s3:// URI or a hub dataset id"
         )
-    for source in ("./" + "x" * 5000, "./nul\0l"):
-        assert "no such file or folder" in message(ConfigError, call, source)
+    assert "no such file or folder" in message(ConfigError, call, "./" + "x" * 5000)
 
 
 @pytest.mark.parametrize("call", [read, digest])

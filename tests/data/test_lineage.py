@@ -173,7 +173,6 @@ def test_a_held_out_row_reaches_evaluations_but_no_model(site, tmp_path, capsys)
     assert {*found.derived[trained]} == {refs["sft"], refs["policy"], evaluation}
     assert found.derived[held_out] == []
     assert found.tested == {trained: [], held_out: [evaluation]}
-    forget.console._width = 200
     forget.forget(ids=[held_out], store=str(tmp_path / "store"))
     shown = capsys.readouterr().out
     assert f"held out for evaluation {evaluation.digest[:12]}" in shown
@@ -224,7 +223,6 @@ def test_forget_looks_first_then_records_and_the_fingerprint_changes(site, tmp_p
                "--evaluation.judge=none", f"--runtime.work_dir={tmp_path / 'work'}"]  # fmt: skip
     config = load_config(None, options).config
     before = fingerprint(STAGES["prepare-data"], config, {})
-    forget.console._width = 200
     forget.forget(ids=[monkey], store=str(tmp_path / "store"))
     shown = capsys.readouterr().out
     assert f"reached policy {refs['policy'].digest[:12]}" in shown

@@ -146,10 +146,10 @@ def test_the_champions_own_configuration_runs_again(tiny, first_run, finished):
 
 
 def test_a_rejected_policy_that_is_the_champion_is_still_rejected(tiny, finished):
-    rule = [{"metric": "sampled.win_rate", "min": 1.01}]
+    rule = [{"metric": "sampled.win_rate", "min": "n"}]
     state, result = run(tiny(gates__policy=rule))
     assert (state.is_failed(), result.outcome) == (True, "GateRejected")
-    assert "needs ≥ 1.01; it is the champion of default by " in state.message
+    assert "; it is the champion of default by " in state.message
     assert state.message.endswith(" all the same")
 
 

@@ -117,7 +117,7 @@ def test_a_warning_lets_the_run_go_on(champion, config, folder):
 def _never():
     from rlhf.config import GateRule
 
-    return (GateRule(metric="accuracy", min=2.0),)
+    return (GateRule(metric="accuracy", min="n"),)
 
 
 def test_drift_triggers_a_retraining_and_gives_the_reason(champion, config, folder):

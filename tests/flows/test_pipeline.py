@@ -103,7 +103,7 @@ def test_runs_to_promotion_and_never_twice(first_run):
 
 
 def test_unusual_values_are_recorded_with_the_run(tiny, finished):
-    config = tiny(rl_kl_coef=0.9, gates__reward_model=[{"metric": "accuracy", "min": 1.01}])
+    config = tiny(rl_kl_coef=0.9, gates__reward_model=[{"metric": "accuracy", "min": "n"}])
     before = artifacts(config)
     _, result = run(config)
     line = "ppo.kl_coef = 0.9 is outside the advised 0.01–0.5; keep it only if you mean it"
@@ -162,28 +162,28 @@ def test_a_lost_blob_is_noticed(tiny, first_run, finished):
 @pytest.mark.parametrize("gate", ["reward_model", "policy"])
 def test_a_rejection_ends_as_rejected_with_its_reason(tiny, finished, gate):
     metric = {"reward_model": "accuracy", "policy": "sampled.win_rate"}[gate]
-    rule = {f"gates__{gate}": [{"metric": metric, "min": 1.01}]}
+    rule = {f"gates__{gate}": [{"metric": metric, "min": "n"}]}
     config = tiny(promotion={"name": "line"}, **rule)
     before = artifacts(config)
     state, result = run(config)
     assert state.is_failed()
     assert state.name == "GateRejected"
     assert metric in state.message
-    assert "1.01" in state.message
+    assert "needs ≥ n (" in state.message
     name = f"gate-{gate.replace('_', '-')}"
     after = NAMES[NAMES.index(name) + 1 :]
     assert states(result)[name] == "GateRejected"
     assert all(states(result)[later] == "NotRun" for later in after)
     assert store_of(config).history.latest("champion/line") is None
     page = result.report.read_text()
-    assert "1.01" in page
+    assert "≥ n (" in page
     assert "Rejected" in page or "rejected" in page
     # The verdict was published before anything was raised.
     assert [ref.kind for ref in artifacts(config) - before].count("verdict") == 1
 
 
 def test_a_rejection_is_not_retried_and_says_the_same_again(tiny, finished):
-    config = tiny(gates__reward_model=[{"metric": "accuracy", "min": 1.01}])
+    config = tiny(gates__reward_model=[{"metric": "accuracy", "min": "n"}])
     for _ in range(2):
         _, result = run(config)
         assert isinstance(result.error, GateRejected)

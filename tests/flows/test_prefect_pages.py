@@ -13,8 +13,8 @@ from prefect.runtime import flow_run
 
 from rlhf.markdown import Markdown, escape
 from rlhf.report import StageRow, StageState
+from tasks.approvals import Decision
 from tasks.prefect_pages import show_table
-from tasks.promotion import Decision
 from tasks.report import PipelineRun, write_report
 from tasks.stages import EVALUATE_POLICY, SAMPLES
 from tests.test_plain_text import acts, structure, text_of

@@ -41,7 +41,7 @@ def test_it_is_evaluated_gated_and_learnt_from(tiny, finished, tmp_path):
 
 def test_an_ungated_one_is_never_trained_on(tiny, finished, tmp_path):
     folder = save_foreign(tmp_path / "foreign")
-    rule = [{"metric": "accuracy", "min": 1.01}]
+    rule = [{"metric": "accuracy", "min": "n"}]
     changes = {"rl_reward_model_path": str(folder), "gates__reward_model": rule}
     state, result = run(tiny(**changes, ppo__critic="policy"))
     assert state.name == "GateRejected"
