@@ -25,6 +25,7 @@ from rlhf.errors import (
     DataError,
     GateRejected,
     NotBetter,
+    UnexpectedError,
     explain,
 )
 from rlhf.plain_text import one_line, shortened
@@ -65,7 +66,7 @@ def main() -> None:
         error.verbose = False  # else it names the Python function
         sys.exit(fail(ConfigError(f"{error}".removesuffix(".") + "; see rlhf --help")))
     except httpx.HTTPError as error:
-        sys.exit(fail(ConfigError(server_error(error))))
+        sys.exit(fail(UnexpectedError(server_error(error))))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -164,25 +164,35 @@ class RemoteReward:
         deadline = time.monotonic() + self.config.timeout_seconds
         try:
             *others, last = self._places()
-            for place in others:
-                # A host may have addresses that can't be reached from here.
-                with contextlib.suppress(httpx.ConnectError):
-                    return self._post_to(place, client, body, deadline)
-            return self._post_to(last, client, body, deadline)
+            for left, place in zip(range(len(others) + 1, 1, -1), others, strict=True):
+                # A host may have addresses that can't be reached from here, or do not answer.
+                with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
+                    share = (deadline - time.monotonic()) / left
+                    return self._post_to(place, client, body, deadline, share)
+            return self._post_to(last, client, body, deadline, deadline - time.monotonic())
         except (httpx.HTTPError, OSError) as error:
             # The text of httpx's errors may contain headers, so the class alone is shown.
             raise _RequestError(f"it can't be reached ({type(error).__name__})") from None
 
     def _post_to(
-        self, place: httpx.URL, client: httpx.Client, body: bytes, deadline: float
+        self, place: httpx.URL, client: httpx.Client, body: bytes, deadline: float, connect: float
     ) -> bytes:
-        """Return the body of the response of the service at an address."""
+        """Return the body of the response of the service at an address.
+
+        Args:
+            place: The service's URL with the address.
+            client: Sends the request.
+            body: The request's.
+            deadline: End of `timeout_seconds`, by the monotonic clock.
+            connect: Seconds for the connection.
+        """
         url = httpx.URL(self.config.url)
         headers = {"Content-Type": "application/json", "Host": url.netloc.decode()}
         # The certificate is checked for the name, whatever the address.
         names = {"sni_hostname": url.raw_host.decode()}
+        timeout = httpx.Timeout(self.config.timeout_seconds, connect=max(connect, 0.01))
         with client.stream(
-            "POST", place, content=body, headers=headers, extensions=names
+            "POST", place, content=body, headers=headers, extensions=names, timeout=timeout
         ) as response:
             if response.status_code in RETRIABLE:
                 raise _RequestError(f"it answered {response.status_code}")

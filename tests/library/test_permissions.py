@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import re
+import socket
 import ssl
 import subprocess
 import threading
@@ -434,6 +436,21 @@ def test_a_host_with_several_addresses(service, names, permit):
     permit(reward_hosts=["scores.example"], reward_networks=["127.0.0.0/8"])
     names.append(["127.0.0.9", "127.0.0.1"])  # nothing listens at the first
     assert scores(service)([REPLY]) == [1.0]
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(service, names, permit):
+    permit(reward_hosts=["scores.example"], reward_networks=["127.0.0.0/8"])
+    names.append(["127.0.0.9", "127.0.0.1"])
+    silent = ("127.0.0.9", service.server_port)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(silent)
+        listener.listen(0)
+        for _ in range(4):  # its queue is full, so that it drops further connections
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(silent)
+        assert scores(service, timeout_seconds=2)([REPLY]) == [1.0]
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
