@@ -1,4 +1,4 @@
-"""What the operator of this machine permits runs: sources, stores, folders, services, code.
+"""Permissions that the operator of this machine gives to runs: sources, services, code …
 
 The file is read from a fixed place, because the parameters of a run, and in a pool that is not
 locked its environment too, come from those who start it. What it does not list is refused. Without

@@ -49,7 +49,7 @@ class Decision(RunInput):
 
 
 class Answer(NamedTuple):
-    """What came back to the last question on a policy.
+    """Answer to the last question on a policy.
 
     `decision` is None if nothing did, or nothing that can be recorded, for which `problem` says
     why.

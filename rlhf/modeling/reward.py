@@ -377,7 +377,7 @@ def reward_meta(folder: Path | str) -> dict[str, Any]:
 
 
 class _Meta(BaseModel):
-    """What `rlhf.json` may hold; earlier versions wrote less, later ones may write more."""
+    """Content of `rlhf.json`; earlier versions wrote less, later ones may write more."""
 
     pooling: Literal["last", "sum", "own"] | None = None
     template_hash: str | None = None

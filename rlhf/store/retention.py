@@ -46,7 +46,7 @@ _ENTRY = re.compile(r"refs/(?P<name>.+)/(?P<number>[0-9]{6,})\.json")
 
 @dataclass(frozen=True)
 class Retention:
-    """Which records to let go of; one of the two is given."""
+    """Rule for the records that a collection lets go of; one of its fields is given."""
 
     keep_runs: int | None = None
     """The newest runs with a report; records that were used since the oldest of them stay."""
