@@ -104,8 +104,9 @@ def test_over_optimisation(train, folder, contrary, sft, caplog):
             {**JUDGE_ALONE, "max_length": 1.4},
         ),
         (
-            "entropy_collapse", {"kl_coef": 0.0, "learning_rate": 0.02},
-            {"max_kl": None, "min_eos": 0.0, "max_length": None},
+            # Rates and limits far from the edge: a rounding moves a run like this one.
+            "entropy_collapse", {"kl_coef": 0.0, "learning_rate": 0.05},
+            {**JUDGE_ALONE, "min_entropy": 0.1},
         ),
         (
             "value_collapse",
@@ -119,7 +120,7 @@ def test_the_others(train, folder, detector, options, limits):
     options = {"total_episodes": 640, "lr_scheduler": "constant", **options}
     out = train(folder=folder, watchdog={**EAGER, "patience": 2, **limits}, **options)
     report, curve = report_of(out), read_json(out / "curve.json")
-    assert report["stopped"]["detector"] == detector, report
+    assert report["stopped"] and report["stopped"]["detector"] == detector, report
     assert report["stopped"]["update"] == len(curve) < 40
     assert report["chosen"] == len(curve) - 2  # two looks in a row had the reason
     assert len(report["frontier"]) == len(curve) + 1
