@@ -120,7 +120,8 @@ def test_the_others(train, folder, detector, options, limits):
     options = {"total_episodes": 640, "lr_scheduler": "constant", **options}
     out = train(folder=folder, watchdog={**EAGER, "patience": 2, **limits}, **options)
     report, curve = report_of(out), read_json(out / "curve.json")
-    assert report["stopped"] and report["stopped"]["detector"] == detector, report
+    assert report["stopped"], report
+    assert report["stopped"]["detector"] == detector, report
     assert report["stopped"]["update"] == len(curve) < 40
     assert report["chosen"] == len(curve) - 2  # two looks in a row had the reason
     assert len(report["frontier"]) == len(curve) + 1
