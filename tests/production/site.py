@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from tasks.prefect_server import IN_FILES, LEASE_SETTING
 from tests.ceph import free_ports
 from tests.production.postgres import postgres
 from tests.servers import PATIENCE, UnavailableError
@@ -243,6 +244,7 @@ def site(folder: Path, store: Mapping[str, str]) -> Iterator[Site]:
             **environment,
             "PREFECT_HOME": str(folder / "server"),
             "PREFECT_API_DATABASE_CONNECTION_URL": database,
+            LEASE_SETTING: IN_FILES,
         }
         server = Process("server", command, own, folder)
         made = Site(folder, environment, server, store_endpoint=store["AWS_ENDPOINT_URL"])

@@ -40,6 +40,7 @@ def test_everything_is_registered_and_again(place):
     assert sorted(automations) == [
         "retraining/retraining__retrain when data have landed", "rlhf-zombies",
     ] or "rlhf-zombies" in automations  # fmt: skip
+    assert "leases outlive its restart" in place.said
     place.run("make", "deploy")
     assert set(deployments(place)) == set(found)
     assert [a["name"] for a in place.api("automations/filter", limit=50)] == automations
