@@ -13,6 +13,8 @@ from rlhf.errors import ConfigError
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
+#: The flows that run the whole pipeline.
+PIPELINES = ("rlhf-pipeline", "retraining")
 #: The server's setting for where it keeps concurrency leases, which running pipelines renew.
 LEASE_SETTING = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
 _STORAGE = "prefect.server.concurrency.lease_storage"

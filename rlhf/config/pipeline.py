@@ -145,6 +145,13 @@ class RetryConfig(Section):
     """First delay; doubles with every further retry, up to a day."""
     jitter: Factor = Field(default=0.5, ge=0, le=10)
     """Random share added to each delay."""
+    scheduled_seconds: Seconds | None = Field(default=None, gt=0)
+    """Longest wait of a placed stage for a worker; none waits without end."""
+    pending_seconds: Seconds = Field(default=900.0, gt=0)
+    """Longest time from a worker's acceptance of a placed stage to its process: then another run
+    takes its place, with twice the time."""
+    cancelling_seconds: Seconds = Field(default=1800.0, gt=0)
+    """Longest time that a cancelled run of a placed stage may take to save and end."""
 
     def delay(self, attempt: int) -> float:
         """Return the seconds after try `attempt`, counted from 0, without jitter."""
