@@ -86,7 +86,7 @@ def main() -> None:
             trial = Trial(production, network, run, random.Random(options.seed))
             state = trial.go(options.kills)
             struck_seconds = time.monotonic() - begun
-            children = production.children(run)
+            children = [child for each in trial.runs for child in production.children(each)]
             plain_outcome, outcome = (
                 outcome_of(production, f"s3://crashes/{name}", folder / "cache")
                 for name in ("plain", "struck")
@@ -95,7 +95,7 @@ def main() -> None:
     row = {
         "seed": options.seed, "size": options.size, "state": state["name"], "blows": trial.blows,
         "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
-        "flow_run_retries": trial.retries, "children": len(children),
+        "restarts": trial.retries, "children": len(children),
         "same_policy": outcome["policy"] == plain_outcome["policy"], **outcome,
     }  # fmt: skip
     print(json.dumps(row, indent=1))
@@ -128,6 +128,8 @@ class Trial:
     chance: random.Random
     blows: list[str] = field(default_factory=list)
     retries: int = 0
+    runs: list[str] = field(default_factory=list)
+    """The run as submitted, and those that took its place."""
 
     def strike(self, name: str) -> None:
         """Inject this fault; it counts only if it hit a running target."""
@@ -162,6 +164,7 @@ class Trial:
     def go(self, kills: int) -> dict[str, Any]:
         """Inject `kills` faults, wait for the run's end, and return its final state."""
         give_up = time.monotonic() + LIMIT
+        self.runs.append(self.run)
         # Each type of blow at least once, in random order; the rest at random.
         plan = list(self._kinds())
         plan += self.chance.choices(plan, k=max(0, kills - len(plan)))
@@ -169,9 +172,12 @@ class Trial:
         due = time.monotonic() + self.chance.uniform(*PAUSE)
         while True:
             state = self.site.api(f"flow_runs/{self.run}")["state"]
-            if state["type"] == "CRASHED":
+            # Lost with its process, it is started again by itself.
+            following = self.site.successor(self.run) if state["type"] == "CRASHED" else None
+            if following is not None:
                 self.retries += 1
-                self.site.run("prefect", "flow-run", "retry", self.run)
+                self.run = following
+                self.runs.append(following)
             elif state["type"] in ("COMPLETED", "FAILED", "CANCELLED"):
                 return state
             if plan and len(self.blows) < kills and time.monotonic() > due:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated
+from uuid import UUID
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
@@ -12,7 +13,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from rlhf.config.numbers import Seconds
-from tasks.restarts import restart_lost_runs
+from tasks.restarts import cancel_overdue, restart_lost_runs
 from tasks.retries import asked_server
 
 
@@ -29,10 +30,12 @@ def restarts(
     """
     log = get_run_logger()
     with get_client(sync_client=True) as client:
-        # What was lost before this deployment existed has been seen to by a person.
         since = None
         if deployment.id:
-            since = asked_server(lambda: client.read_deployment(deployment.id)).created
+            own = UUID(str(deployment.id))
+            asked_server(lambda: cancel_overdue(client, own))
+            # What was lost before this deployment existed has been seen to by a person.
+            since = asked_server(lambda: client.read_deployment(own)).created
         lines = asked_server(
             lambda: restart_lost_runs(
                 client, limit=limit, pending_seconds=pending_seconds, since=since

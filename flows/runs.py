@@ -193,7 +193,7 @@ def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
         ),
         _stages(tasks, children, artifacts, deployments),
         *map(one_line, _report(artifacts)),
-        *(styled((one_line(line), "bold")) for line in _next_step(run)),
+        *(styled((one_line(line), "bold")) for line in _next_step(client, run)),
     ]
     return Group(*parts)
 
@@ -251,12 +251,17 @@ def _report(artifacts: Sequence[Artifact]) -> list[str]:
     return [f"report: {' '.join(last.split())}"]
 
 
-def _next_step(run: FlowRun) -> list[str]:
-    """Return the command that continues a suspended or crashed run, if it is one."""
+def _next_step(client: SyncPrefectClient, run: FlowRun) -> list[str]:
+    """Return what goes on from a suspended or lost run, if it is one: a command, or a new run."""
+    from tasks.lost_runs import NEVER_STARTED, RESTARTED, successor
+
     name = run.state.name if run.state else ""
     if name == "Suspended":
         return [f"waits for you: rlhf approve {run.name}, or rlhf approve {run.name} --refuse"]
-    if name == "Crashed":
+    if name in ("Crashed", NEVER_STARTED):
+        following = successor(client, run) if RESTARTED in run.tags else None
+        if following is not None:
+            return [f"was lost, and started again: rlhf status {str(following.id)[:8]}"]
         return [f"goes on from what is done: prefect flow-run retry {run.id}"]
     return []
 

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.objects import State as PrefectState
 from prefect.runtime import deployment, flow_run
@@ -28,6 +29,8 @@ log = logging.getLogger("rlhf.tasks")
 NEVER_STARTED = "NeverStarted"
 #: Prefix of the tag of a run that took the place of a lost one, before that one's id.
 RESTART_OF = "restart-of:"
+#: Tag of a lost run whose place another has taken.
+RESTARTED = "restarted"
 
 State = PrefectState[Any]
 
@@ -112,3 +115,9 @@ def predecessor(tags: Sequence[str]) -> str | None:
     """Return the id of the lost run whose place a run with these tags took, or None."""
     found = (tag.removeprefix(RESTART_OF) for tag in tags if tag.startswith(RESTART_OF))
     return next(found, None)
+
+
+def successor(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
+    """Return the run that took a lost run's place, or None."""
+    tags = FlowRunFilterTags(all_=[f"{RESTART_OF}{run.id}"])
+    return next(iter(client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=tags))), None)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
+from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
@@ -19,19 +20,22 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterDeploymentId,
     FlowRunFilterEndTime,
+    FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Scheduled
+from prefect.states import Cancelled, Scheduled
 
 from rlhf.config.numbers import doubled
 from tasks.lost_runs import (
     NEVER_STARTED,
     RESTART_OF,
+    RESTARTED,
     Limits,
     give_up,
     is_cancelled,
@@ -45,8 +49,8 @@ OLDEST = timedelta(days=1)
 FIRST_DELAY, LONGEST_DELAY = 5.0, 600.0
 #: Prefix of the tag with the number of restarts before a run.
 RESTART = "restart:"
-#: Tags of a lost run: another has taken its place, or it is not started again.
-RESTARTED, NOT_RESTARTED = "restarted", "not-restarted"
+#: Tag of a lost run that is not started again.
+NOT_RESTARTED = "not-restarted"
 #: Tag of a run that a schedule made, which does not pass to another run.
 _AUTO_SCHEDULED = "auto-scheduled"
 #: Runs that the server returns in one answer.
@@ -88,6 +92,19 @@ def restart_lost_runs(
     return lines
 
 
+def cancel_overdue(client: SyncPrefectClient, deployment: UUID) -> None:
+    """Cancel the runs of a deployment that are due: this one does what they would.
+
+    A schedule goes on while no worker is there.
+    """
+    due = FlowRunFilterExpectedStartTime(before_=_server_time(client))  # pyright: ignore[reportArgumentType]
+    for run in _runs(
+        client, [StateType.SCHEDULED], expected_start_time=due,
+        deployment_id=FlowRunFilterDeploymentId(any_=[deployment]), flows=None,
+    ):  # fmt: skip
+        client.set_flow_run_state(run.id, Cancelled(message="A later run did the same."))
+
+
 def restarts_before(run: FlowRun) -> int:
     """Return how many lost runs this run has taken the place of, one after the other."""
     numbers = (tag.removeprefix(RESTART) for tag in run.tags if tag.startswith(RESTART))
@@ -104,14 +121,18 @@ def _server_time(client: SyncPrefectClient) -> datetime:
 
 
 def _runs(
-    client: SyncPrefectClient, types: Sequence[StateType], **conditions: Any
+    client: SyncPrefectClient,
+    types: Sequence[StateType],
+    flows: Sequence[str] | None = PIPELINES,
+    **conditions: Any,
 ) -> Iterator[FlowRun]:
-    """Yield the pipeline's runs in states of these types."""
+    """Yield the runs of these flows, or of all, in states of these types."""
+    names = FlowFilter(name=FlowFilterName(any_=[*flows])) if flows else None
     state = FlowRunFilterState(type=FlowRunFilterStateType(any_=[*types]))
     found: list[FlowRun] = []
     while True:
         page = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=[*PIPELINES])),
+            flow_filter=names,
             flow_run_filter=FlowRunFilter(state=state, **conditions),
             sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=len(found),
         )  # fmt: skip

@@ -33,8 +33,13 @@ from flows.pipeline import pipeline
 from flows.restarts import restarts
 from flows.stages import STAGE_FLOWS
 from rlhf.config.pipeline import RetryConfig
-from tasks.lost_runs import NEVER_STARTED, RESTART_OF, Limits, give_up
-from tasks.restarts import NOT_RESTARTED, RESTARTED, restart_lost_runs, restarts_before
+from tasks.lost_runs import NEVER_STARTED, RESTART_OF, RESTARTED, Limits, give_up
+from tasks.restarts import (
+    NOT_RESTARTED,
+    cancel_overdue,
+    restart_lost_runs,
+    restarts_before,
+)
 from tests.flows.test_asking import Run
 
 pytestmark = pytest.mark.prefect
@@ -141,6 +146,15 @@ def test_any_number_of_supervisors_at_once_start_it_once(client, made):
     assert len(successors(client, run)) == 1
 
 
+def test_the_status_of_a_lost_run_names_its_successor(client, made, rlhf):
+    run = submitted(client, made, Running(), Crashed())
+    restart(client)
+    (following,) = successors(client, run)
+    said = rlhf("status", run.id).stdout
+    assert f"started again: rlhf status {str(following.id)[:8]}" in " ".join(said.split())
+    assert "retry" not in said
+
+
 def test_a_retry_by_hand_of_a_run_that_was_started_again_is_not_restarted(client, made):
     run = submitted(client, made, Running(), Crashed())
     restart(client)
@@ -242,6 +256,21 @@ def test_the_flow_tells_what_it_did(client, made):
     assert "lost runs" in restarts(return_state=True).message
     assert len(successors(client, run)) == 1
     assert restarts(return_state=True).message == "No run was lost."
+
+
+def test_what_was_due_while_no_worker_was_there_runs_once(client):
+    own = asyncio.run(_deploy("restart-lost-runs"))
+    now = datetime.now(UTC)
+    times = [now + timedelta(minutes=10 * n) for n in range(-3, 3) if n]
+    runs = [
+        client.create_flow_run_from_deployment(own, state=Scheduled(scheduled_time=time))
+        for time in times
+    ]
+    other = submitted(client, asyncio.run(_deploy("rlhf-pipeline")))
+    cancel_overdue(client, own)
+    states = [client.read_flow_run(run.id).state.name for run in runs]
+    assert states == ["Cancelled"] * 3 + ["Scheduled"] * 2
+    assert client.read_flow_run(other.id).state.is_scheduled()
 
 
 def test_limits_of_states():
