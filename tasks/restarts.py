@@ -111,6 +111,11 @@ def restarts_before(run: FlowRun) -> int:
     return next((int(number) for number in numbers if number.isdecimal()), 0)
 
 
+def restart_delay(before: int) -> timedelta:
+    """Return the wait before a restart, after so many others."""
+    return timedelta(seconds=min(doubled(FIRST_DELAY, before), LONGEST_DELAY))
+
+
 def _server_time(client: SyncPrefectClient) -> datetime:
     """Return the time by the server's clock, by which it dates states; this machine's may differ.
 
@@ -162,7 +167,6 @@ def _restart(client: SyncPrefectClient, run: FlowRun, limit: int) -> str:
         )  # fmt: skip
     own = (RESTART_OF, RESTART)
     tags = [tag for tag in run.tags if not tag.startswith(own) and tag != _AUTO_SCHEDULED]
-    delay = timedelta(seconds=min(doubled(FIRST_DELAY, before), LONGEST_DELAY))
     try:
         assert run.deployment_id
         made = client.create_flow_run_from_deployment(
@@ -170,7 +174,7 @@ def _restart(client: SyncPrefectClient, run: FlowRun, limit: int) -> str:
             parameters=run.parameters,
             tags=[*tags, f"{RESTART_OF}{run.id}", f"{RESTART}{before + 1}"],
             idempotency_key=f"{RESTART_OF}{run.id}",
-            state=Scheduled(scheduled_time=_server_time(client) + delay),
+            state=Scheduled(scheduled_time=_server_time(client) + restart_delay(before)),
             work_queue_name=run.work_queue_name,
             job_variables=run.job_variables or None,
         )
