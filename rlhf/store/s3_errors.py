@@ -292,10 +292,11 @@ def _cause(status: str, code: str, text: str) -> _Cause | None:
         return _CAUSES[code]
     if code.lower().startswith("kms"):
         return _KEY
-    if _BUSY.fullmatch(code) or status in _PASSING or not status.startswith("4"):
-        return _STATUSES.get(status)
-    if status == "404" and code not in ("404", "NotFound"):  # such as NoSuchUpload
+    is_gone = status == "404" and code not in ("404", "NotFound")  # such as NoSuchUpload
+    if _BUSY.fullmatch(code) or status in _PASSING or is_gone:
         return None
+    if not status.startswith("4"):
+        return _STATUSES.get(status)
     return _STATUSES.get(status, _REQUEST)
 
 
