@@ -136,7 +136,7 @@ def _refusal(error: ClientError) -> tuple[str, str, bool]:
 def _failed_provider(provider: str) -> tuple[str, str]:
     if provider == "custom-process":
         return (
-            "the program of credential_process failed, or printed no credentials",
+            "the program of the AWS credential_process failed, or printed no credentials",
             "run it by hand: it must print JSON with Version 1 and the keys",
         )
     if provider == "container-role":

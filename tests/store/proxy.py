@@ -29,6 +29,8 @@ class Faults:
     """Forward the request, then close the connection without an answer."""
     mangle: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
     """Change the body of an answer; a shorter one is a cut connection."""
+    without: str = ""
+    """Leave this header of requests out."""
     continues: bool = True
     """Answer "100 Continue" to clients that wait for it."""
     seen: list[tuple[str, str]] = field(default_factory=list)
@@ -59,7 +61,11 @@ def fault_proxy(upstream: str) -> Iterator[Faults]:
                     error = b""
                 return self.answer(status, [("Content-Length", str(len(error)))], error)
             connection = http.client.HTTPConnection(host, timeout=30)
-            headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
+            headers = {
+                k: v
+                for k, v in self.headers.items()
+                if k.lower() not in ("expect", faults.without.lower())
+            }
             connection.request(self.command, self.path, body, headers)
             response = connection.getresponse()
             data = response.read()
