@@ -53,7 +53,8 @@ def parse_store_uri(uri: str) -> StorePlace:
         raise ValueError("names no bucket; write s3://bucket/prefix")
     if not _BUCKET.fullmatch(host):
         raise ValueError("names a bucket that can't be one; use letters, digits, '.', '-' and '_'")
-    if {"", ".", ".."} & {*path.strip("/").split("/")} and path.strip("/"):
+    parts = path.rstrip("/").split("/") if path.strip("/") else []
+    if {"", ".", ".."} & {*parts}:
         raise ValueError("has a part of its prefix that is empty, . or ..; write it without")
     return StorePlace(host, path.strip("/"))
 

@@ -116,6 +116,7 @@ class LocalBackend:
         objects: dict[str, ObjectInfo] = {}
         with self._translated("list", prefix):
             for parent, folders, names in os.walk(start, onerror=_raise, followlinks=True):
+                _refuse_loops(Path(parent), folders)
                 inner = Path(parent).relative_to(self.root)
                 keys = [(inner / name).as_posix() for name in names]
                 keys += [key for n in folders if _OBJECT.fullmatch(key := (inner / n).as_posix())]
@@ -144,7 +145,13 @@ class LocalBackend:
     def _object(self, key: str) -> Path:
         """Return an object's path; ArtifactCorrupt if it is a folder, pipe or device."""
         path = self.root / key
-        if not stat.S_ISREG(path.stat().st_mode):
+        try:
+            is_file = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            is_file = False
+        if not is_file:
             raise ArtifactCorrupt(
                 f"{self.uri}: {key} is no file; remove it, and publish the artifact again"
             )
@@ -204,8 +211,8 @@ class LocalBackend:
 def _info(path: Path) -> ObjectInfo:
     try:
         state = path.stat()
-    except FileNotFoundError:
-        state = path.lstat()  # a link to nothing: there is something, which can't be read
+    except OSError:
+        state = path.lstat()  # a link to nothing or to itself: something that can't be read
     return ObjectInfo(state.st_size, time.time() - state.st_mtime)
 
 
@@ -213,6 +220,13 @@ def _raise(error: OSError) -> None:
     """Raise an error that `os.walk` would pass over, unless the folder is not there."""
     if not isinstance(error, FileNotFoundError):
         raise error
+
+
+def _refuse_loops(parent: Path, folders: Iterable[str]) -> None:
+    """Raise OSError for a link to a folder that the walk is in: it would not end."""
+    for link in (parent / name for name in folders):
+        if link.is_symlink() and link.resolve() in [p.resolve() for p in (parent, *parent.parents)]:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(link))
 
 
 def _sync(file: BinaryIO) -> None:
