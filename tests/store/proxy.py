@@ -53,8 +53,8 @@ def fault_proxy(upstream: str) -> Iterator[Faults]:
             faults.seen.append((self.command, self.path))
             refusal = faults.refuse(self.command, self.path, dict(self.headers))
             if refusal is not None:
-                answer = refusal if isinstance(refusal, tuple) else (refusal,)
-                status, code, text = (*answer, "", "")[:3]
+                status, *said = refusal if isinstance(refusal, tuple) else (refusal,)
+                code, text = (*map(str, said), "", "")[:2]
                 error = f"<Error><Code>{code}</Code><Message>{text}</Message></Error>".encode()
                 error = error if code else b""
                 if self.command == "HEAD":
