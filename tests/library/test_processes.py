@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig, StoreConfig
+from rlhf.checkpoints.folder import checkpoints_in
+from rlhf.checkpoints.store import CheckpointStoreConfig
+from rlhf.config import (
+    LoraConfig,
+    PipelineConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+    StoreConfig,
+)
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import (
     ConfigError,
@@ -22,13 +32,11 @@ from rlhf.errors import (
     WorkerDied,
 )
 from rlhf.files import read_json
-from rlhf.launch import Job, launch
+from rlhf.launch import Job, launch, train
 from rlhf.launch.job import pids as pids_in
 from rlhf.modeling.generate import concatenate, generate
 from rlhf.modeling.members import read_members
 from rlhf.modeling.sampling import Sampling
-from rlhf.ppo.checkpoint import checkpoints_in
-from rlhf.ppo.checkpoint_store import CheckpointStoreConfig
 from rlhf.ranks import Ranks
 from rlhf.store import open_store
 from tasks.stages import STAGES
@@ -111,6 +119,45 @@ def test_the_reward_model_in_two_processes(data, sft, reward_model, tmp_path):
     assert len(read_members(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("sft", {"sharding": "ddp", "lora": LoraConfig(r=4, alpha=16.0, dropout=0.2)}),
+        ("reward_model", {"sharding": "fsdp"}),
+    ],
+)
+def test_a_trainer_of_two_processes_goes_on(data, sft, tmp_path, field, options):
+    """Bit by bit, and in one process, too, from where the two were ended."""
+    sections = {"sft": toys.SFT, "reward_model": toys.REWARD}
+    config = toys.changed(sections[field], processes=2, checkpoint_minutes=0, **options)
+    checkpoints, steps = tmp_path / "c", []
+
+    def call(name, section, **values):
+        (tmp_path / name).mkdir()
+        inputs = {"data": data, "sft": sft}
+        return job(field, section, tmp_path / name, inputs, base=toys.BASE, **values)
+
+    def die(step, total, metrics):
+        if len(checkpoints_in(checkpoints)) == 2:
+            os.kill(running(tmp_path / "t")[1], signal.SIGKILL)
+
+    with pytest.raises(WorkerDied, match=r"process 2 of 2 was ended by SIGKILL"):
+        launch(call("killed", config, checkpoints=checkpoints), die)
+    alone = Path(shutil.copytree(checkpoints, tmp_path / "alone"))
+    begun = int(checkpoints_in(checkpoints)[-1].name.removeprefix("update-"))
+    launch(call("on", config, checkpoints=checkpoints), lambda step, *_: steps.append(step))
+    assert steps[0] == begun + 1
+    launch(call("straight", config))
+    for name in ("model.safetensors", "curve.json"):
+        assert (tmp_path / "on" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    # In one process dropout is another; without it the result is the same up to rounding.
+    one = toys.changed(config, processes=None, sharding="ddp")
+    train(call("one", one, checkpoints=alone), lambda step, *_: steps.append(step))
+    assert steps[-1] == steps[0] + len({*steps}) - 1
+    if "lora" not in options:
+        assert_close(tmp_path / "one", tmp_path / "straight")
+
+
 def test_a_process_that_dies_fails_this_try_alone(
     data, sft, approved, train, tmp_path, monkeypatch
 ):
@@ -188,7 +235,7 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(
 PARENT = """
 import sys
 from pathlib import Path
-from rlhf.launch import Job, launch
+from rlhf.launch import Job, launch, train
 job = Job.model_validate_json(Path(sys.argv[1]).read_text())
 launch(job, lambda *_: (job.out_dir / "trains").touch())
 """
