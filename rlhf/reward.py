@@ -151,8 +151,9 @@ def train_reward_model(
     negatives = make_negatives(preferences, config.negatives, seed)
     rows, counts = _encode(preferences, renderer, limits, config.margin_coef, negatives)
     check_prompts(rows, config.members)
-    plan = None if checkpoints is None else CheckpointPlan(
-        checkpoints, config.checkpoint_minutes, uploads,
+    minutes = config.checkpoint_minutes
+    plan = None if checkpoints is None or minutes is None else CheckpointPlan(
+        checkpoints, minutes, uploads,
         _run_identity(config, start, data / pairs, renderer, limits, seed, identity or {}),
     )  # fmt: skip
     trained, curve = _train(model, rows, config, renderer, seed, device, progress, plan)

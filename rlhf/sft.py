@@ -116,8 +116,9 @@ def train_sft(
         rows, counts = _encode(demonstrations, renderer, limits)
         if leads and base.path is not None:
             _warn_of_guesses(model, rows, base.path)
-        plan = None if checkpoints is None else CheckpointPlan(
-            checkpoints, config.checkpoint_minutes, uploads,
+        minutes = config.checkpoint_minutes
+        plan = None if checkpoints is None or minutes is None else CheckpointPlan(
+            checkpoints, minutes, uploads,
             _run_identity(config, base, data, renderer, limits, seed, identity or {}),
         )  # fmt: skip
         model, curve = _train(model, rows, config, renderer, seed, device, progress, plan)

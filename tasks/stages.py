@@ -221,10 +221,12 @@ def _train(
         known["base"] = run.checkpoints.name
     elif "sft" in run.refs:
         known["base"] = run.refs["sft"].digest
+    saves = isinstance(section, PPOConfig) or section.checkpoint_minutes is not None
     job = Job(
         stage=run.producer.stage, field=field, section=section, inputs=run.folders,
-        out_dir=run.out_dir, runtime=run.config.runtime, checkpoints=run.checkpoints,
-        checkpoint_store=checkpoint_store_of(run),
+        out_dir=run.out_dir, runtime=run.config.runtime,
+        checkpoints=run.checkpoints if saves else None,
+        checkpoint_store=checkpoint_store_of(run) if saves else None,
         **{"seed": run.config.seed, "identity": known, **values},
     )  # fmt: skip
     return (launch if section.processes else train)(job, run.progress)

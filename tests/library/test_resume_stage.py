@@ -137,6 +137,17 @@ def test_so_does_every_other_training(ready, tmp_path, name):
     assert files(tmp_path / "second" / "checkpoints") == []
 
 
+def test_a_training_that_may_not_save_does_not(ready, tmp_path):
+    changes = {"learning_rate": 3e-3, "checkpoint_minutes": None}
+    config = configured(tmp_path, ready[0], "none", changes)
+    there, inputs = [], {"data": ready[2]["prepare-data"]}
+    run_stage(
+        STAGES["train-sft"], config, inputs,
+        lambda *_: there.append((tmp_path / "none" / "checkpoints").exists()),
+    )  # fmt: skip
+    assert {*there} == {False}
+
+
 def test_without_uploads_nothing_is_sent(ready, machine):
     config = machine("m", upload_checkpoints=False)
     seen = []
