@@ -117,15 +117,15 @@ def main() -> None:
 
 def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
     """Return the run's parameters; `tiny` serves to try the program."""
-    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 60, "delay_seconds": 1}}
+    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 50, "delay_seconds": 1}}
     every_step = {"checkpoint_minutes": 0}
     if size == "tiny":
         from tests.flows.conftest import tiny_tree
 
         tree = {**tiny_tree(Path("/nowhere")), **tree, "promotion": {"name": "quickstart"}}
         tree.pop("runtime")
-        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 1500, "checkpoint_every": 20}
-        every_step["epochs"] = 40
+        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 600, "checkpoint_every": 10}
+        every_step["epochs"] = 10
     for section in ("sft", "reward_model"):
         tree[section] = {**tree.get(section, {}), **every_step}
     return {**tree, **more}
