@@ -51,9 +51,7 @@ def exit_on_sigterm() -> Iterator[None]:
 def _exit(number: int, _: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not leave the server running
     message = MESSAGES[signal.Signals(number)]
-    line = (
-        f"\n{message}; the same command goes on after the last finished stage or checkpoint\n"
-    )
+    line = f"\n{message}; the same command goes on after the last finished stage or checkpoint\n"
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
     os.write(2, (show_cursor + line).encode())
     _stop_server()
