@@ -102,7 +102,7 @@ class RuntimeConfig(Section):
     threads: Workers = Field(default=2, ge=1)
     """CPU threads for torch."""
     upload_checkpoints: bool = True
-    """Send PPO's checkpoints to the store as well, so that another machine can go on."""
+    """Send checkpoints to the store as well, so that another machine can go on."""
 
 
 class TrackingConfig(Section):
