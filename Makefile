@@ -15,6 +15,7 @@ deploy: pools  ## register flows, schedules and automations with the server of P
 	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
 	$(BIN)/prefect automation inspect rlhf-zombies >/dev/null 2>&1 || \
 	  $(BIN)/prefect automation create --from-file deployments/automations/zombies.yaml
+	$(BIN)/rlhf preflight
 
 pools: $(STAMP)
 	@$(BIN)/prefect config view | grep -q PREFECT_API_URL || \

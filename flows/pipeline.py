@@ -27,6 +27,7 @@ from rlhf.store import ArtifactRef
 from tasks.approvals import ask
 from tasks.drift import GATE, check_drift
 from tasks.gate_check import CHECK, check_gates
+from tasks.lost_runs import given_up
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, configuration_name, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
@@ -67,6 +68,9 @@ def pipeline(preset: Preset = NO_PRESET, overrides: Overrides = NO_OVERRIDES) ->
         preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
         overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
     """
+    late = given_up()
+    if late is not None:
+        return late
     loaded = resolve(preset, overrides)
     preflight_flow(loaded.config)
     state, _ = run_pipeline(loaded)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rlhf.config import PipelineConfig, load_config
 from rlhf.data.rows import Demonstration, PromptRow
 from tasks.console import console, say
+from tasks.prefect_server import lease_advice, prefect_server
 
 if TYPE_CHECKING:
     from rlhf.rehearsal_rows import Sample
@@ -27,16 +28,24 @@ Overrides = Annotated[
 ]
 
 
-def preflight(config: Path, *overrides: Overrides) -> None:
+def preflight(
+    config: Annotated[Path | None, Parameter(name="config")] = None, *overrides: Overrides
+) -> None:
     """Check a configuration, and rehearse every stage on a miniature of the base model.
 
-    A run does the same by itself. The exit code is 2 if a run would stop.
+    A run does the same by itself. The exit code is 2 if a run would stop. Without a configuration,
+    the settings of Prefect's server alone are checked.
 
     Parameters
     ----------
     config
         YAML preset, for example configs/preferences.yaml.
     """
+    if config is None:
+        _check_server()
+        return
+    from prefect.settings import PREFECT_API_URL
+
     from rlhf.modeling.tokenizer import load_tokenizer
     from tasks.preflight import preflight_command
     from tasks.rehearsal import base_without_weights, rehearse_once
@@ -44,6 +53,8 @@ def preflight(config: Path, *overrides: Overrides) -> None:
 
     loaded = load_config(config, overrides).config
     preflight_command(loaded)
+    if PREFECT_API_URL.value():
+        _check_server()
     say("folders, store, data source, models and functions: found")
     with base_without_weights(loaded) as base:
         if base is None:
@@ -58,6 +69,17 @@ def preflight(config: Path, *overrides: Overrides) -> None:
                 "padded, packed and decoded rows agree with plain transformers"
             )
         _print_estimate(loaded, base)
+
+
+def _check_server() -> None:
+    """Print what of the server's settings endangers runs, and the cure.
+
+    Raises:
+        ConfigError: No server is configured, or it does not answer.
+    """
+    with prefect_server("rlhf preflight") as client:
+        advice = lease_advice(client)
+        say(f"warning: {advice}" if advice else f"{client.api_url}: leases outlive its restart")
 
 
 def _print_estimate(config: PipelineConfig, base: Path) -> None:

@@ -11,6 +11,7 @@ from prefect.states import Completed
 from flows.pipeline import run_name, run_pipeline
 from rlhf.report.model import RunOutcome
 from tasks.drift import trigger_reason
+from tasks.lost_runs import given_up
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
@@ -30,6 +31,9 @@ def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NO_OVERRIDES) 
         preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
         overrides: What differs from it, for example `{"retraining": {"min_new_pairs": 500}}`.
     """
+    late = given_up()
+    if late is not None:
+        return late
     loaded = resolve(preset, overrides)
     config = loaded.config
     preflight_flow(config)

@@ -16,14 +16,13 @@ from rlhf.config.pipeline import STAGE_NAMES
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.plain_text import one_line
 from tasks.console import console, say, styled
-from tasks.prefect_server import prefect_server
+from tasks.prefect_server import PIPELINES, prefect_server
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import Artifact, FlowRun, State, TaskRun
     from rich.text import Text
 
-FLOWS = ["rlhf-pipeline", "retraining"]
 #: Prefect's API returns at most this many rows per request.
 PAGE = 200
 #: Seconds between two updates of `rlhf status --watch`.
@@ -92,7 +91,11 @@ def status(run: str, *, watch: bool = False) -> None:
 
 
 def _runs(
-    client: SyncPrefectClient, *, future: bool = False, flows: Sequence[str] = FLOWS, **query: Any
+    client: SyncPrefectClient,
+    *,
+    future: bool = False,
+    flows: Sequence[str] = PIPELINES,
+    **query: Any,
 ) -> list[FlowRun]:
     """Return the due runs of these flows, or those scheduled for the future."""
     from prefect.client.schemas.filters import (
@@ -139,7 +142,7 @@ def _find_run(client: SyncPrefectClient, text: str) -> FlowRun:
         pass
     listed: list[FlowRun] = []
     while page := _runs(
-        client, flows=[*FLOWS, *STAGE_NAMES], sort=FlowRunSort.START_TIME_DESC, limit=PAGE,
+        client, flows=[*PIPELINES, *STAGE_NAMES], sort=FlowRunSort.START_TIME_DESC, limit=PAGE,
         offset=len(listed),
     ):  # fmt: skip
         listed += page
@@ -190,7 +193,7 @@ def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
         ),
         _stages(tasks, children, artifacts, deployments),
         *map(one_line, _report(artifacts)),
-        *(styled((one_line(line), "bold")) for line in _next_step(run)),
+        *(styled((one_line(line), "bold")) for line in _next_step(client, run)),
     ]
     return Group(*parts)
 
@@ -248,12 +251,17 @@ def _report(artifacts: Sequence[Artifact]) -> list[str]:
     return [f"report: {' '.join(last.split())}"]
 
 
-def _next_step(run: FlowRun) -> list[str]:
-    """Return the command that continues a suspended or crashed run, if it is one."""
+def _next_step(client: SyncPrefectClient, run: FlowRun) -> list[str]:
+    """Return what goes on from a suspended or lost run, if it is one: a command, or a new run."""
+    from tasks.lost_runs import NEVER_STARTED, RESTARTED, successor
+
     name = run.state.name if run.state else ""
     if name == "Suspended":
         return [f"waits for you: rlhf approve {run.name}, or rlhf approve {run.name} --refuse"]
-    if name == "Crashed":
+    if name in ("Crashed", NEVER_STARTED):
+        following = successor(client, run) if RESTARTED in run.tags else None
+        if following is not None:
+            return [f"was lost, and started again: rlhf status {str(following.id)[:8]}"]
         return [f"goes on from what is done: prefect flow-run retry {run.id}"]
     return []
 

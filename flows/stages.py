@@ -10,6 +10,7 @@ from flows.signals import exit_on_sigterm
 from rlhf.errors import GateRejected, NotBetter, explained
 from rlhf.report.model import RunOutcome
 from tasks.gate_check import check_gates
+from tasks.lost_runs import given_up
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
@@ -46,6 +47,9 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
             overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
             inputs: Digests of artifacts by role, for example `{"sft": "3f2a91c04d"}`.
         """
+        late = given_up()
+        if late is not None:
+            return late
         loaded = resolve(preset, overrides)
         config = loaded.config.model_copy(update={"placement": {}})
         preflight_flow(config)

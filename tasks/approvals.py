@@ -8,11 +8,13 @@ machine before the decision was recorded, do not void it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput, read_flow_run_input
 from prefect.input.run_input import keyset_from_paused_state
@@ -22,6 +24,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from rlhf.champions import LONGEST, printable_line
 from rlhf.markdown import Markdown, bold, paragraphs
 from rlhf.store.manifest import first_problem
+from tasks.lost_runs import predecessor, states_of
 from tasks.retries import asked_server
 
 
@@ -63,20 +66,25 @@ class Answer(NamedTuple):
 def answer(policy: str) -> Answer | None:
     """Return the answer that this flow run was resumed with; None if it was not asked.
 
+    A run that took a lost one's place has that one's answer, unless it was asked itself.
+
     Args:
         policy: Digest of the policy.
     """
-    states = _states()
-    questions = _questions(states, policy)
-    if not questions:
+    for run in _lineage():
+        states = states_of(run)
+        questions = _questions(states, policy)
+        if questions:
+            break
+    else:
         return None
     last = questions[-1]
-    request = f"{flow_run.id}/{last.state_details.pause_key}"
+    request = f"{run}/{last.state_details.pause_key}"
     later = states[states.index(last) + 1 :]
     if any(state.type in (StateType.CANCELLED, StateType.CANCELLING) for state in later):
         return Answer(request, problem="the run was cancelled after the question")
     key = keyset_from_paused_state(last)["response"]
-    value = asked_server(lambda: read_flow_run_input(key))
+    value = asked_server(lambda: read_flow_run_input(key, flow_run_id=UUID(run)))
     if value is None:
         return Answer(request)
     try:
@@ -105,7 +113,7 @@ def ask(policy: str, about: Markdown) -> None:
     if before is not None and before.problem:
         about = paragraphs(bold(f"Asked again: {before.problem}."), about)
     form = Decision.with_initial_data(description=about)
-    key = f"{_key(policy)}-{len(_questions(_states(), policy)) + 1}"
+    key = f"{_key(policy)}-{len(_questions(states_of(str(flow_run.id)), policy)) + 1}"
     suspend_flow_run(wait_for_input=form, key=key)
 
 
@@ -119,13 +127,21 @@ def _questions(states: list[State], policy: str) -> list[State]:
     ]
 
 
-def _states() -> list[State]:
-    """Return the states that this flow run of a deployment was in, in order; else none."""
+def _lineage() -> Iterator[str]:
+    """Yield the ids of this flow run of a deployment and of the lost ones before it."""
     if not deployment.id:
-        return []
+        return
+    run, before = str(flow_run.id), predecessor(flow_run.get_tags())
+    yield run
     with get_client(sync_client=True) as client:
-        states = asked_server(lambda: client.read_flow_run_states(UUID(str(flow_run.id))))
-    return sorted(states, key=lambda state: state.timestamp)
+        while before is not None:
+            run = before
+            try:
+                tags = asked_server(lambda run=run: client.read_flow_run(UUID(run))).tags
+            except ObjectNotFound:
+                return
+            yield run
+            before = predecessor(tags)
 
 
 def _key(policy: str) -> str:

@@ -13,6 +13,12 @@ from rlhf.errors import ConfigError
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
+#: The flows that run the whole pipeline.
+PIPELINES = ("rlhf-pipeline", "retraining")
+#: The server's setting for where it keeps concurrency leases, which running pipelines renew.
+LEASE_SETTING = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+_STORAGE = "prefect.server.concurrency.lease_storage"
+IN_MEMORY, IN_FILES = f"{_STORAGE}.memory", f"{_STORAGE}.filesystem"
 #: Most characters of a server's answer that a message repeats.
 LONGEST_ANSWER = 300
 
@@ -42,6 +48,33 @@ def prefect_server(subject: str, instead: str = "") -> Iterator[SyncPrefectClien
             yield client
         except httpx.HTTPError as error:
             raise ConfigError(f"{subject}: {server_error(error, client.api_url)}") from error
+
+
+def lease_advice(client: SyncPrefectClient) -> str | None:
+    """Return a warning if a restart of the server would end running pipelines, else None.
+
+    A server that does not show its settings (Prefect Cloud) keeps its leases itself.
+
+    Raises:
+        httpx.HTTPError: The server does not answer, or refuses.
+    """
+    try:
+        response = client._client.get("/admin/settings")  # Prefect's client has no method for it
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        raise
+    try:
+        storage = response.json()["server"]["concurrency"]["lease_storage"]
+    except (ValueError, KeyError, TypeError):
+        return None  # a version without leases
+    if storage != IN_MEMORY:
+        return None
+    return (
+        f"Prefect's server keeps concurrency leases in memory ({LEASE_SETTING} = {storage}): when "
+        f"it is restarted, running pipelines crash at their next renewal; start it with "
+        f"{LEASE_SETTING}={IN_FILES}, and its PREFECT_HOME on a disk that outlives it"
+    )
 
 
 def server_error(error: httpx.HTTPError, url: httpx.URL | None = None) -> str:

@@ -11,9 +11,12 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from rlhf.config import PipelineConfig, TrackingConfig, apply_machine_settings
 from rlhf.config.load import MACHINE_FIELDS, environment_variable
@@ -33,6 +36,7 @@ from tasks.external_inputs import (
     external_reward_model,
     reward_function_digests,
 )
+from tasks.prefect_server import lease_advice
 from tasks.stage import store_of
 from tasks.stages import STAGES
 
@@ -108,6 +112,19 @@ def preflight_flow(config: PipelineConfig) -> None:
                 get_run_logger().warning("%s; asking again", error)
                 time.sleep(retries.delay(min(retries.attempts - left, 5)))
     check_placement(config)
+    if deployment.id:
+        _warn_of_server()
+
+
+def _warn_of_server() -> None:
+    """Log what of the server's settings endangers this run; that it can't be seen is no error."""
+    from prefect.client.orchestration import get_client
+    from prefect.logging import get_run_logger
+
+    with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        advice = lease_advice(client)
+        if advice is not None:
+            get_run_logger().warning(advice)
 
 
 def _check_folders(config: PipelineConfig) -> None:

@@ -23,6 +23,7 @@ from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, StageFailed, StageLost
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
+from tasks.lost_runs import NEVER_STARTED, Limits, give_up
 from tasks.retries import asked_server as _retried
 from tasks.runner import Outcome, recorded_outcome, used, work_of
 from tasks.stage import Stage, store_of
@@ -49,7 +50,8 @@ def run_remotely(
     work's fingerprint, with a number that rises when a child has ended without a result.
 
     Raises:
-        StageLost: The child crashed: its machine, worker or process is gone. Retriable.
+        StageLost: The child crashed, or never started: its machine, worker or process is gone.
+            Retriable.
         StageFailed: The child failed or was cancelled, or left no result.
     """
     started = time.monotonic()
@@ -60,8 +62,10 @@ def run_remotely(
         return recorded
     # The child may wait for its machine longer than any grace period.
     with used(work, store, held), get_client(sync_client=True) as client:
-        child = _child(client, f"{stage.name}-{work.key}", deployment, config, inputs)
-        ended = _wait(client, child, deployment)
+        key = f"{stage.name}-{work.key}"
+        child, unstarted = _child(client, key, deployment, config, inputs)
+        limits = Limits.of(config.retries, unstarted)
+        ended = _wait(client, child, deployment, limits)
         _require_completed(client, ended, deployment)
     result = recorded_outcome(work, store)
     if result is None:
@@ -106,14 +110,19 @@ def check_placement(config: PipelineConfig) -> None:
 def _child(
     client: SyncPrefectClient, key: str, deployment: str, config: PipelineConfig,
     inputs: Mapping[str, ArtifactRef],
-) -> FlowRun:  # fmt: skip
-    """Return the run that does this work, found by its idempotency key or created."""
+) -> tuple[FlowRun, int]:  # fmt: skip
+    """Return the run that does this work, found by its idempotency key or created.
+
+    Returns:
+        The run, and how many before it never started.
+    """
     target = _retried(lambda: client.read_deployment_by_name(deployment))
     parent = _linkable(client, task_run.id)
     parameters = {
         "overrides": config.model_dump(mode="json", exclude={"placement"}),
         "inputs": {role: ref.digest for role, ref in inputs.items()},
     }
+    unstarted = 0
     for attempt in range(ATTEMPTS):
         child = _retried(
             lambda attempt=attempt: client.create_flow_run_from_deployment(
@@ -131,7 +140,8 @@ def _child(
                 "%s %s on %s %s",
                 "created" if created else "found", child.name, deployment, _link(child.id),
             )  # fmt: skip
-            return child
+            return child, unstarted
+        unstarted += child.state.name == NEVER_STARTED
     raise StageFailed(f"{deployment}: {ATTEMPTS} runs of this work have ended without a result")
 
 
@@ -146,12 +156,22 @@ def _linkable(client: SyncPrefectClient, identifier: str | None) -> UUID | None:
     return None
 
 
-def _wait(client: SyncPrefectClient, child: FlowRun, deployment: str) -> FlowRun:
-    """Wait until the child has ended, and return it; its states are logged."""
-    started = last_notice = time.monotonic()
-    logged = ""
+def _wait(client: SyncPrefectClient, child: FlowRun, deployment: str, limits: Limits) -> FlowRun:
+    """Wait until the child has ended, and return it; its states are logged.
+
+    A child that stays in a state without a process for longer than its limit is ended. The time
+    is that of this machine alone, whose clock may differ from the server's.
+    """
+    started = last_notice = since = time.monotonic()
+    logged, kind = "", None
     while True:
         run = _retried(lambda: client.read_flow_run(child.id))
+        assert run.state is not None
+        if run.state.type != kind:  # one that waits for a slot is Scheduled again and again
+            since, kind = time.monotonic(), run.state.type
+        exceeded = limits.exceeded(run.state, time.monotonic() - since)
+        if exceeded is not None:
+            run = give_up(client, run, exceeded)
         state = run.state
         assert state is not None
         if state.is_final():
@@ -181,6 +201,8 @@ def _require_completed(client: SyncPrefectClient, child: FlowRun, deployment: st
         return
     reason = state.message or "no reason"
     message = f"{child.name} on {deployment} {state.name.lower()}: {reason} {_link(child.id)}"
+    if state.name == NEVER_STARTED:
+        raise StageLost(message)
     # A cancelled trainer saves first; Prefect reports a crash until it has ended.
     states = _retried(lambda: client.read_flow_run_states(child.id))
     cancelled = any(before.type == StateType.CANCELLING for before in states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
-from prefect.states import Cancelled, Scheduled
+from prefect.states import Cancelled, Crashed, Scheduled
 
 from flows import champions as command
 from flows.pipeline import pipeline
@@ -23,6 +24,7 @@ from rlhf.errors import StoreError
 from rlhf.store import ArtifactRef, open_store
 from tasks import promotion
 from tasks.approvals import Decision, ask
+from tasks.lost_runs import RESTART_OF
 
 pytestmark = pytest.mark.prefect
 POLICY = ArtifactRef(kind="policy", digest="a" * 64, size=1, uri="file:///nowhere")
@@ -50,6 +52,16 @@ class Run:
             flow_id = client.create_flow_from_name(which.name)
             deployment = asyncio.run(_deployment(flow_id, which.name))
             self.id = client.create_flow_run_from_deployment(deployment).id
+
+    def replaced(self):
+        """The run that takes the place of this one, which is lost."""
+        self.set(Crashed())
+        made = copy.copy(self)
+        with get_client(sync_client=True) as client:
+            lost = client.read_flow_run(self.id)
+            tags = [f"{RESTART_OF}{self.id}"]
+            made.id = client.create_flow_run_from_deployment(lost.deployment_id, tags=tags).id
+        return made
 
     def take_up(self):
         """Run it until it ends or is suspended, and return its state."""
@@ -137,6 +149,23 @@ def test_an_answer_that_no_one_recorded_outlives_a_crash(run, monkeypatch):
     run.set(Scheduled())
     assert run.take_up().name == "Completed"
     assert len(recorded(run)) == 1
+
+
+def test_an_answer_goes_to_the_run_that_takes_a_lost_ones_place(run, monkeypatch):
+    """Through two losses; and not if the lost run was cancelled after the question."""
+    run.take_up()
+    run.answer(**GOOD)
+    second = run.replaced()
+    third = second.replaced()
+    assert third.take_up().name == "Completed"
+    (entry,) = recorded(run)
+    assert entry["by"] == "ann"
+    assert entry["request"].startswith(str(run.id))
+    other = Run(asking, {"tree": {**run.parameters["tree"], "store": f"{run.store.uri}-2"}})
+    other.take_up()
+    other.answer(**GOOD)
+    other.set(Cancelled())
+    assert other.replaced().take_up().name == "Suspended"
 
 
 def _broken(*_, **__):

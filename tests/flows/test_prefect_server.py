@@ -8,12 +8,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.champions import approve
+from flows.preflight import preflight
 from flows.runs import runs, status
 from rlhf.errors import ConfigError
-from tasks.prefect_server import server_error
+from tasks.prefect_server import IN_FILES, LEASE_SETTING, lease_advice, server_error
 
 
 @pytest.fixture
@@ -81,3 +83,26 @@ def test_every_command_says_what_the_server_answered(failing, command):
     with pytest.raises(ConfigError, match=r"answered 500 .*: Integer exceeds 64-bit") as caught:
         commands[command]()
     assert "does not answer" not in str(caught.value)
+
+
+def test_a_server_with_leases_in_memory_is_told_with_the_cure(rlhf):
+    done = rlhf("preflight")  # the tests' own server has Prefect's defaults
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0, done.stderr
+    assert f"warning: Prefect's server keeps concurrency leases in memory ({LEASE_SETTING}" in said
+    assert f"start it with {LEASE_SETTING}={IN_FILES}" in said
+    with get_client(sync_client=True) as client:
+        assert lease_advice(client)
+
+
+def test_a_server_that_hides_its_settings_is_not_blamed(failing):
+    with get_client(sync_client=True) as client:
+        assert lease_advice(client) is None  # answered 404, as Prefect Cloud does
+
+
+def test_a_preflight_of_the_server_needs_one():
+    with (
+        temporary_settings(restore_defaults={PREFECT_API_URL}),
+        pytest.raises(ConfigError, match="set PREFECT_API_URL"),
+    ):
+        preflight()

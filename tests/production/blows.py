@@ -1,8 +1,7 @@
 """Faults of a running site: each kills real processes.
 
 In production a supervisor (systemd, Kubernetes) restarts servers and workers; here the fault does.
-Prefect and the pipeline recover the runs, except a crashed run of the pipeline itself, which a
-person or the next scheduled run repeats.
+Prefect and the pipeline recover the runs, that of the pipeline itself included.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from typing import Any
 
 import httpx
 
+from tasks.lost_runs import RESTART_OF
+from tasks.prefect_server import IN_FILES, LEASE_SETTING
 from tests.ceph import free_ports
 from tests.production.postgres import postgres
 from tests.servers import PATIENCE, UnavailableError
@@ -160,6 +162,12 @@ class Site:
         asked = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}, "sort": "START_TIME_ASC"}
         return self.api("flow_runs/filter", **asked)
 
+    def successor(self, run: str) -> str | None:
+        """Return the run that took a lost run's place, or None."""
+        tags = {"all_": [f"{RESTART_OF}{run}"]}
+        found = self.api("flow_runs/filter", flow_runs={"tags": tags})
+        return found[0]["id"] if found else None
+
     def run(self, *command: str, check: bool = True, **extra: str) -> str:
         """Run a command in the checkout's root as a user, and return its output."""
         done = subprocess.run(
@@ -243,6 +251,7 @@ def site(folder: Path, store: Mapping[str, str]) -> Iterator[Site]:
             **environment,
             "PREFECT_HOME": str(folder / "server"),
             "PREFECT_API_DATABASE_CONNECTION_URL": database,
+            LEASE_SETTING: IN_FILES,
         }
         server = Process("server", command, own, folder)
         made = Site(folder, environment, server, store_endpoint=store["AWS_ENDPOINT_URL"])

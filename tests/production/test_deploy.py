@@ -24,7 +24,8 @@ def deployments(place):
 def test_everything_is_registered_and_again(place):
     found = deployments(place)
     assert {"rlhf-pipeline/rlhf-pipeline", "retraining/retraining"} < set(found)
-    assert {name.partition("/")[0] for name in found} - {"rlhf-pipeline", "retraining"} == {*STAGES}
+    others = {"rlhf-pipeline", "retraining", "restart-lost-runs"}
+    assert {name.partition("/")[0] for name in found} - others == {*STAGES}
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
     assert {d["version"] for d in found.values()} == {commit.stdout.strip()}
@@ -35,11 +36,16 @@ def test_everything_is_registered_and_again(place):
     assert weekly["schedules"][0]["schedule"]["cron"] == "0 3 * * 1"
     limits = {name: d["global_concurrency_limit"]["limit"] for name, d in found.items()
               if d["global_concurrency_limit"]}  # fmt: skip
-    assert limits == {"rlhf-pipeline/rlhf-pipeline": 4, "retraining/retraining": 1}
+    assert limits == {
+        "rlhf-pipeline/rlhf-pipeline": 4, "retraining/retraining": 1,
+        "restart-lost-runs/restart-lost-runs": 1,
+    }  # fmt: skip
     automations = [a["name"] for a in place.api("automations/filter", limit=50)]
     assert sorted(automations) == [
+        "restart-lost-runs/restart-lost-runs__start lost runs again",
         "retraining/retraining__retrain when data have landed", "rlhf-zombies",
     ] or "rlhf-zombies" in automations  # fmt: skip
+    assert "leases outlive its restart" in place.said
     place.run("make", "deploy")
     assert set(deployments(place)) == set(found)
     assert [a["name"] for a in place.api("automations/filter", limit=50)] == automations

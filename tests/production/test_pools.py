@@ -12,6 +12,7 @@ from prefect.utilities.schema_tools import is_valid_schema, validate
 from prefect.utilities.templating import apply_values, find_placeholders
 
 from rlhf.config.load import MACHINE_FIELDS, environment_variable
+from tasks.prefect_server import IN_FILES, LEASE_SETTING
 from tests.production.site import ROOT
 
 pytestmark = pytest.mark.prefect
@@ -195,3 +196,9 @@ def test_image_templates_and_compose_agree():
     pools = {Path(s["command"][-1]).name for n, s in services.items() if n.startswith("worker-")}
     assert pools == {"cpu", "reward", "gpu"}
     assert services["postgres"]["environment"]["POSTGRES_PASSWORD"].startswith("${")
+    # Leases outlive a restart of the server, and its container.
+    server = services["prefect"]
+    assert server["environment"][LEASE_SETTING] == IN_FILES
+    home = server["environment"]["PREFECT_HOME"]
+    assert [volume.partition(":")[2] for volume in server["volumes"]] == [home]
+    assert home in next(line for line in dockerfile.split("\n") if "install --directory" in line)

@@ -9,12 +9,12 @@ import time
 import pytest
 
 from rlhf.store import open_store
+from tasks.lost_runs import RESTART_OF
 from tasks.stages import STAGES
 from tests.flows.conftest import tiny_tree
 from tests.production.blows import (
     kill_server,
     kill_store,
-    kill_worker,
     processes_of,
     signal_run,
 )
@@ -65,7 +65,7 @@ def policy_child(place, run, number):
 @pytest.fixture(scope="module")
 def struck(workers, tmp_path_factory):
     """A run whose trainer is killed, whose servers are killed, whose trainer is told to go, and
-    which itself is killed and tried again."""
+    which itself is killed. Nobody does anything about it."""
     tree = tiny_tree(tmp_path_factory.mktemp("struck"))
     del tree["runtime"]
     tree["ppo"] |= {"total_episodes": 8 * UPDATES, "checkpoint_every": 5}
@@ -80,20 +80,28 @@ def struck(workers, tmp_path_factory):
     until(lambda: len(workers.children(run)) >= 4, 0.2)
     kill_store(workers)  # just when the second looks for it, before it does anything
     second = policy_child(workers, run, 2)
+    lease = workers.api(f"flow_runs/{run}")["state"]["state_details"]
     kill_server(workers)
+    # What the run's process asks for every 225 s; refused, it ends.
+    assert renewed(workers, lease["deployment_concurrency_lease_id"]) == 204
     assert signal_run(second["id"], signal.SIGTERM)
     third = policy_child(workers, run, 3)
     assert signal_run(run, signal.SIGKILL)
     workers.wait(run, "Crashed")
     assert processes_of(third["id"])
-    # Prefect's worker reports a crash twice. The second report would undo the retry, whenever it
-    # comes; without that worker it does not.
-    kill_worker(workers, "cpu")
-    workers.run("prefect", "flow-run", "retry", run)
-    ended = workers.wait(run)
+    again = until(lambda: workers.successor(run))
+    ended = workers.wait(again)
+    assert workers.wait(run)["state"]["name"] == "Crashed"
+    children = workers.children(run) + workers.children(again)
     output, _ = undisturbed.communicate()
     assert undisturbed.returncode == 0, output
-    return tree, ended, workers.children(run), json.loads(output.splitlines()[-1])
+    return tree, ended, children, json.loads(output.splitlines()[-1])
+
+
+def renewed(place, lease):
+    """The server's answer to the renewal of a concurrency lease."""
+    path = f"v2/concurrency_limits/leases/{lease}/renew"
+    return place.client.post(path, json={"lease_duration": 300}).status_code
 
 
 def start_undisturbed(tree, folder):
@@ -120,12 +128,13 @@ def test_ends_as_if_nothing_had_happened(struck, s3, tmp_path):
     assert len(store.history.entries("champion/struck")) == 1
 
 
-def test_a_retried_parent_waits_for_the_child_that_lives(struck):
+def test_a_parent_that_is_started_again_waits_for_the_child_that_lives(struck, workers):
     _, run, children, _ = struck
     states = [c["state"]["name"] for c in children if c["name"].endswith("train-policy")]
     assert states == ["Crashed", "Crashed", "Completed"]
-    assert run["run_count"] == 2
+    assert "restart:1" in run["tags"]
     assert len(children) == 5
+    assert workers.successor(run["id"]) is None
 
 
 def test_children_are_linked_and_placed(struck, workers):
@@ -135,7 +144,7 @@ def test_children_are_linked_and_placed(struck, workers):
     for child in children:
         parent = workers.api(f"task_runs/{child['parent_task_run_id']}")
         assert child["name"].endswith(parent["name"])
-        assert parent["flow_run_id"] == run["id"]
+        assert f"{RESTART_OF}{parent['flow_run_id']}" in run["tags"]
 
 
 def test_nothing_passes_by_the_disk(struck, workers):
@@ -225,3 +234,46 @@ def test_retraining_looks_first(struck, workers, s3, tmp_path):
     few = workers.wait(workers.submit("retraining/retraining", preset="none", overrides=more))
     assert few["state"]["name"] == "NoNewData"
     assert "min_new_pairs = 1000" in few["state"]["message"]
+
+
+def lost_while_pending(place, pool, find):
+    """The run that this pool's machine was lost with, before the run's process began."""
+    place.workers[pool].lose()
+
+    def pending():
+        run = find()
+        if run is None:
+            return None
+        if place.workers[pool].process.poll() is not None:
+            place.workers[pool].start()  # only now, so that Pending is not missed
+        return run if run["state"]["type"] == "PENDING" else None
+
+    run = until(pending, 0.05)
+    place.workers[pool].lose()
+    return run["id"]
+
+
+def test_runs_left_pending_by_a_dead_worker_are_replaced(struck, workers):
+    """A stage by its pipeline, and then a pipeline by what starts lost ones again."""
+    tree, *_ = struck
+    reward_model = {**tree["reward_model"], "learning_rate": 3e-3}
+    retries = {"attempts": 9, "delay_seconds": 0.2, "pending_seconds": 10}
+    asked = {**tree, "reward_model": reward_model, "retries": retries,
+             "placement": {"train-reward-model": "reward"}}  # fmt: skip
+    run = workers.submit("rlhf-pipeline", overrides=asked)
+    stuck = lost_while_pending(workers, "reward", lambda: next(iter(workers.children(run)), None))
+    workers.workers["reward"].start()
+    ended = workers.wait(stuck)["state"]
+    assert (ended["name"], ended["type"]) == ("NeverStarted", "CANCELLED")
+    assert "for more than 10 s: its worker is gone" in ended["message"]
+    until(lambda: [c for c in workers.children(run) if c["state"]["name"] == "Completed"])
+    workers.cancel(run)
+    workers.wait(run, "Cancelled")
+    waiting = workers.submit("rlhf-pipeline", overrides=tree)
+    lost_while_pending(workers, "cpu", lambda: workers.api(f"flow_runs/{waiting}"))
+    workers.workers["cpu"].start()
+    workers.wait(workers.submit("restart-lost-runs", pending_seconds=1))
+    assert workers.wait(waiting)["state"]["name"] == "NeverStarted"
+    ended = workers.wait(workers.successor(waiting))
+    assert ended["state"]["name"] == "Completed", ended["state"]
+    assert workers.successor(run) is None, "it was cancelled on purpose"
