@@ -4,7 +4,8 @@ A real site (Prefect's server on Postgres, an S3 server, and three workers on th
 nothing else) runs the quickstart twice: undisturbed, and while a process is killed every few
 seconds. The second run must be promoted with the same bytes, every stage must be recorded once, and
 every artifact must be whole. Takes half an hour on 2 cores; prints a line per blow and a JSON row
-at the end.
+at the end. `--each 5 --kills 0` strikes the training stages instead, five times each, whenever one
+has saved again.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoints.folder import checkpoints_in
 from rlhf.store import open_store
 from tasks.stages import STAGES
 from tests.ceph import ceph_server
@@ -43,6 +46,7 @@ PLACEMENT = {
     "train-policy": "gpu",
     "evaluate-policy": "gpu", "gate-policy": "cpu", "promote": "cpu",
 }  # fmt: skip
+TRAININGS = ("train-sft", "train-reward-model", "train-judge", "train-policy")
 #: Range of the seconds between two blows.
 PAUSE = (8.0, 25.0)
 CUT = 30.0
@@ -54,11 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--each", type=int, default=0, help="blows to each training stage")
     parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     preset = "quickstart" if options.size == "quickstart" else "none"
-    print(f"seed {options.seed}, {options.kills} blows, {options.size}", flush=True)
+    each = f"{options.each} to each training, {options.size}"
+    print(f"seed {options.seed}, {options.kills} blows, {each}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
     with ceph_server() as s3, client_of(s3, "crashes"):
         throttle = [sys.executable, "-m", "benchmarks.storage.throttle", s3.endpoint, "1000"]
@@ -83,7 +89,8 @@ def main() -> None:
             begun = time.monotonic()
             tree = overrides("s3://crashes/struck", options.size, placement=PLACEMENT)
             run = production.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
-            trial = Trial(production, network, run, random.Random(options.seed))
+            chance = random.Random(options.seed)
+            trial = Trial(production, network, run, chance, each=options.each)
             state = trial.go(options.kills)
             struck_seconds = time.monotonic() - begun
             children = [child for each in trial.runs for child in production.children(each)]
@@ -94,6 +101,7 @@ def main() -> None:
         network.terminate()
     row = {
         "seed": options.seed, "size": options.size, "state": state["name"], "blows": trial.blows,
+        "to_trainings": {stage: dict(blows) for stage, blows in trial.struck.items()},
         "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
         "restarts": trial.retries, "children": len(children),
         "same_policy": outcome["policy"] == plain_outcome["policy"], **outcome,
@@ -102,19 +110,24 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(row))
     once = set(outcome["recorded"].values()) == {1} and outcome["promotions"] == 1
-    good = row["same_policy"] and once and state["type"] == "COMPLETED"
+    enough = all(trial.struck[stage].total() >= options.each for stage in TRAININGS)
+    good = row["same_policy"] and once and enough and state["type"] == "COMPLETED"
     sys.exit(0 if good else 1)
 
 
 def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
     """Return the run's parameters; `tiny` serves to try the program."""
-    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 60, "delay_seconds": 1}}
+    tree: dict[str, Any] = {"store": store, "retries": {"attempts": 50, "delay_seconds": 1}}
+    every_step = {"checkpoint_minutes": 0}
     if size == "tiny":
         from tests.flows.conftest import tiny_tree
 
         tree = {**tiny_tree(Path("/nowhere")), **tree, "promotion": {"name": "quickstart"}}
         tree.pop("runtime")
-        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 1500, "checkpoint_every": 20}
+        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 600, "checkpoint_every": 10}
+        every_step["epochs"] = 10
+    for section in ("sft", "reward_model"):
+        tree[section] = {**tree.get(section, {}), **every_step}
     return {**tree, **more}
 
 
@@ -130,6 +143,36 @@ class Trial:
     retries: int = 0
     runs: list[str] = field(default_factory=list)
     """The run as submitted, and those that took its place."""
+    each: int = 0
+    struck: dict[str, Counter[str]] = field(
+        default_factory=lambda: {s: Counter() for s in TRAININGS}
+    )
+    """Kinds of blows to each training."""
+    _seen: dict[str, int] = field(default_factory=dict)
+    """Newest checkpoint of each training at its last blow."""
+
+    def strike_training(self) -> None:
+        """Strike a training that has saved since its last blow, and not been struck enough."""
+        for child in self.site.children(self.run):
+            stage = next((s for s in TRAININGS if child["name"].endswith(s)), None)
+            if stage is None or child["state"]["type"] != "RUNNING":
+                continue
+            pool = PLACEMENT[stage]
+            work = self.site.machine(pool) / "home" / "work" / "checkpoints"
+            saved = [c.name for f in work.glob(f"{stage}-*") for c in checkpoints_in(f)]
+            newest = max((int(name.removeprefix("update-")) for name in saved), default=0)
+            if self.struck[stage].total() >= self.each or newest <= self._seen.get(stage, 0):
+                continue
+            kind = self.chance.choice(["kill -9", "kill -9", "SIGTERM", "machine lost"])
+            if kind == "machine lost":
+                lose_machine(self.site, pool)
+            else:
+                number = signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL
+                if not signal_run(child["id"], number):
+                    continue
+            self._seen[stage] = newest
+            self.struck[stage][kind] += 1
+            print(f"    {kind} {stage} after update {newest}", flush=True)
 
     def strike(self, name: str) -> None:
         """Inject this fault; it counts only if it hit a running target."""
@@ -180,6 +223,7 @@ class Trial:
                 self.runs.append(following)
             elif state["type"] in ("COMPLETED", "FAILED", "CANCELLED"):
                 return state
+            self.strike_training()
             if plan and len(self.blows) < kills and time.monotonic() > due:
                 self.strike(plan.pop())
                 plan = plan or list(self._kinds())

@@ -2,8 +2,8 @@
 
 Prefect would report the run's end first. But the ephemeral server gets the same signal when it is
 sent to the process group, and Prefect's client then waits minutes for an answer. Exiting at once is
-safe: checkpoints and artifacts appear only when whole. While the policy is trained, the library
-delays SIGTERM until the running update is saved (`rlhf.signals`).
+safe: checkpoints and artifacts appear only when whole. While a model is trained, the library
+delays SIGTERM until the running step is saved (`rlhf.signals`).
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def exit_on_sigterm() -> Iterator[None]:
 def _exit(number: int, _: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not leave the server running
     message = MESSAGES[signal.Signals(number)]
-    line = (
-        f"\n{message}; the same command goes on after the last finished stage or PPO checkpoint\n"
-    )
+    line = f"\n{message}; the same command goes on after the last finished stage or checkpoint\n"
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
     os.write(2, (show_cursor + line).encode())
     _stop_server()

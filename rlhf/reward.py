@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from trl.trainer.reward_config import RewardConfig as TRLRewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
+from rlhf.checkpoints.folder import identity_of
+from rlhf.checkpoints.trainer import CheckpointMixin, CheckpointPlan, resumable
+from rlhf.checkpoints.uploads import CheckpointUploads
 from rlhf.config import RewardModelConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
@@ -91,6 +94,9 @@ def train_reward_model(
     pairs: str = PAIRS_TRAIN,
     limits: TokenLimits | None = None,
     seed: int = 0,
+    identity: Mapping[str, str] | None = None,
+    checkpoints: Path | None = None,
+    uploads: CheckpointUploads | None = None,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
@@ -99,7 +105,9 @@ def train_reward_model(
     The tokenizer is written beside it. A model trained by LoRA from the SFT policy is written
     merged and, in `adapter/`, as adapter and head alone; `rlhf.json` then has the digest of the
     policy's weights. It always has the mean and deviation of scores of chosen replies. With
-    `config.members` above 1 further heads are fitted, and written to `members.safetensors`.
+    `config.members` above 1 further heads are fitted, and written to `members.safetensors`. With
+    `checkpoints`, training continues from the newest one; a resumed run produces the same bytes as
+    an uninterrupted one.
 
     Args:
         config: Hyper-parameters; `config.base` overrides the SFT policy as starting point.
@@ -109,14 +117,21 @@ def train_reward_model(
         pairs: Name of the dataset's file with the pairs.
         limits: Most tokens of prompts and replies; None is `config.max_length` of both together.
         seed: Seeds the new head and shuffling.
+        identity: Digests of `data` and `base`, as far as they are known; the rest is hashed from
+            the folders. A checkpoint with another identity is refused.
+        checkpoints: Folder to save to and resume from; None trains without checkpoints.
+        uploads: Uploads each saved checkpoint to a store, and restores a newer one from it.
         runtime: Device and threads.
         progress: Called after every step.
 
     Raises:
-        ConfigError: The base has no sequence classifier with one label, or can't have members.
+        ConfigError: The base has no sequence classifier with one label, or can't have members; a
+            checkpoint of other inputs.
         DataError: There are no training pairs, none with the margin that is asked for, or the
             model can't be given too many prompts.
         TrainingError: A score of the trained model is not finite.
+        CheckpointError: A checkpoint can't be written.
+        Interrupted: SIGTERM arrived; a checkpoint was saved.
     """
     preferences = read_rows(data / pairs, Pair)
     _check_margins(preferences, config)
@@ -136,7 +151,12 @@ def train_reward_model(
     negatives = make_negatives(preferences, config.negatives, seed)
     rows, counts = _encode(preferences, renderer, limits, config.margin_coef, negatives)
     check_prompts(rows, config.members)
-    trained, curve = _train(model, rows, config, renderer, seed, device, progress)
+    minutes = config.checkpoint_minutes
+    plan = None if checkpoints is None or minutes is None else CheckpointPlan(
+        checkpoints, minutes, uploads,
+        _run_identity(config, start, data / pairs, renderer, limits, seed, identity or {}),
+    )  # fmt: skip
+    trained, curve = _train(model, rows, config, renderer, seed, device, progress, plan)
     base = None
     if config.lora and not config.base and same_base and is_dir(Path(sft)):
         # With ppo.shared_base PPO loads the adapter alone, onto the policy's base.
@@ -154,7 +174,9 @@ def train_reward_model(
             # Scoring takes the device for the whole model: there is no room for both.
             del trained, model
             empty_cache(device)
-        scorer = Scorer(out_dir, device, limits, model=merged)
+        # FSDP's hooks stay on a model, and fail on weights that are whole.
+        is_sharded = config.sharding == "fsdp" and rank_and_count()[1] > 1
+        scorer = Scorer(out_dir, device, limits, model=None if is_sharded else merged)
         chosen = _reference_replies(scorer, preferences, seed)
         meta = {**reward_meta(out_dir), **_scale_of(scorer(*chosen))}
         if config.members > 1:
@@ -167,6 +189,22 @@ def train_reward_model(
     if config.members > 1:
         metrics[MEMBERS] = config.members
     return StageResult({**metrics, "train_accuracy": last.get("accuracy"), **counts})
+
+
+def _run_identity(
+    config: RewardModelConfig, start: Path | str, pairs: Path, renderer: Renderer,
+    limits: TokenLimits, seed: int, known: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
+    folders = {"data": pairs.parent}
+    values = {"pairs": pairs.name, "seed": str(seed), "tokenizer": renderer.template_hash}
+    if "base" in known or is_dir(Path(start)):
+        folders["base"] = Path(start)
+    else:
+        values["base"] = str(start)
+    return identity_of(
+        config, folders, known, ("base",), **values,
+        limits=limits.model_dump_json(exclude={"max_bad_fraction"}),
+    )  # fmt: skip
 
 
 def _reference_replies(
@@ -315,7 +353,7 @@ def _encode(
 
 def _train(
     model: Any, rows: list[dict[str, Any]], config: RewardModelConfig, renderer: Renderer,
-    seed: int, device: torch.device, progress: Progress,
+    seed: int, device: torch.device, progress: Progress, plan: CheckpointPlan | None,
 ) -> tuple[Any, list[dict[str, float]]]:  # fmt: skip
     """Return the trained model, adapters not merged, and its curve."""
     callback = ProgressCallback(progress)
@@ -324,8 +362,8 @@ def _train(
     if lora and config.sharding == "ddp":
         store_frozen(model, config.frozen_dtype, device, "reward_model", head)
     with (
-        tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model),
-        compact_heap(device, model),
+        resumable(plan) as saves, tempfile.TemporaryDirectory() as scratch, quiet_trainer(),
+        unchanged_config(model), compact_heap(device, model),
     ):  # fmt: skip
         use_cpu = device.type == "cpu"
         arguments = training_arguments(config, len(rows), Path(scratch), seed, use_cpu)
@@ -347,7 +385,7 @@ def _train(
         if "chosen_types" in rows[0]:
             trainer.data_collator = _TypeCollator(trainer.data_collator)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        saves.train(trainer, callback)
     return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
 
 
@@ -382,7 +420,7 @@ class _TypeCollator:
         return {**self._collate(examples), "token_type_ids": pad_right(rows, 0)[0]}
 
 
-class _Trainer(MultiProcessMixin, RewardTrainer):
+class _Trainer(CheckpointMixin, MultiProcessMixin, RewardTrainer):
     """RewardTrainer with weights of pairs, and a language-model loss on the chosen reply."""
 
     lm_loss_coef = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from transformers import PrinterCallback
 from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from rlhf.checkpoints.folder import identity_of
+from rlhf.checkpoints.trainer import CheckpointMixin, CheckpointPlan, resumable
+from rlhf.checkpoints.uploads import CheckpointUploads
 from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer, known_ends
 from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
 from rlhf.errors import DataError
-from rlhf.files import write_json
+from rlhf.files import is_dir, write_json
 from rlhf.modeling.agreement import agreement, rows_of, testing
 from rlhf.modeling.base import context_length, load_base
 from rlhf.modeling.decoders import check_exactness
@@ -61,13 +64,17 @@ def train_sft(
     *,
     limits: TokenLimits | None = None,
     seed: int = 0,
+    identity: Mapping[str, str] | None = None,
+    checkpoints: Path | None = None,
+    uploads: CheckpointUploads | None = None,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
 ) -> StageResult:
     """Fine-tune the base model on demonstrations; write it to `out_dir`.
 
     The tokenizer is written beside it. With `config.enabled` false the base model is written as it
-    is.
+    is. With `checkpoints`, training continues from the newest one; a resumed run produces the same
+    bytes as an uninterrupted one.
 
     Args:
         config: Hyper-parameters.
@@ -76,12 +83,19 @@ def train_sft(
         out_dir: Empty folder for the policy.
         limits: Most tokens of prompts and replies; None is `config.max_length` of both together.
         seed: Seeds initial weights and shuffling.
+        identity: Digests of `data` and `base`, as far as they are known; the rest is hashed from
+            the folders. A checkpoint with another identity is refused.
+        checkpoints: Folder to save to and resume from; None trains without checkpoints.
+        uploads: Uploads each saved checkpoint to a store, and restores a newer one from it.
         runtime: Device and threads.
         progress: Called after every step.
 
     Raises:
-        ConfigError: The base can't be loaded or used, or is not computed exactly in batches.
+        ConfigError: The base can't be loaded or used, or is not computed exactly in batches; a
+            checkpoint of other inputs.
         DataError: There are no demonstrations, or the model can't be given too many prompts.
+        CheckpointError: A checkpoint can't be written.
+        Interrupted: SIGTERM arrived; a checkpoint was saved.
     """
     runtime = runtime or RuntimeConfig()
     device = prepare_device(runtime)
@@ -102,7 +116,12 @@ def train_sft(
         rows, counts = _encode(demonstrations, renderer, limits)
         if leads and base.path is not None:
             _warn_of_guesses(model, rows, base.path)
-        model, curve = _train(model, rows, config, renderer, seed, device, progress)
+        minutes = config.checkpoint_minutes
+        plan = None if checkpoints is None or minutes is None else CheckpointPlan(
+            checkpoints, minutes, uploads,
+            _run_identity(config, base, data, renderer, limits, seed, identity or {}),
+        )  # fmt: skip
+        model, curve = _train(model, rows, config, renderer, seed, device, progress, plan)
         model = merge_adapter(model, load_base(base, (), seed)[0] if holds_stored(model) else None)
         metrics |= {"demonstrations": len(rows), "loss": curve[-1]["loss"] if curve else None}
         metrics |= counts
@@ -113,6 +132,22 @@ def train_sft(
         save_model(model, out_dir)
         tokenizer.save_pretrained(out_dir)
     return StageResult(metrics)
+
+
+def _run_identity(
+    config: SFTConfig, base: BaseModelConfig, data: Path, renderer: Renderer, limits: TokenLimits,
+    seed: int, known: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
+    folders = {"data": data}
+    start = base.model_dump_json(exclude={"path", "revision"})
+    if base.path is not None and ("base" in known or is_dir(Path(base.path))):
+        folders["base"] = Path(base.path)
+    elif base.path is not None:
+        start += f" {base.path} {base.revision}"
+    return identity_of(
+        config, folders, known, tokenizer=renderer.template_hash, start=start, seed=str(seed),
+        limits=limits.model_dump_json(exclude={"max_bad_fraction"}),
+    )  # fmt: skip
 
 
 def _texts(demonstrations: list[Demonstration], data: Path) -> Iterator[str]:
@@ -184,6 +219,7 @@ def _train(
     seed: int,
     device: torch.device,
     progress: Progress,
+    plan: CheckpointPlan | None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Return the trained model, adapters not merged, and its curve."""
     callback = ProgressCallback(progress)
@@ -191,8 +227,8 @@ def _train(
     if lora and config.sharding == "ddp":
         store_frozen(model, config.frozen_dtype, device, "sft")
     with (
-        tempfile.TemporaryDirectory() as scratch, quiet_trainer(), unchanged_config(model),
-        compact_heap(device, model),
+        resumable(plan) as saves, tempfile.TemporaryDirectory() as scratch, quiet_trainer(),
+        unchanged_config(model), compact_heap(device, model),
     ):  # fmt: skip
         with target_module_errors("sft", lora):
             trainer = _Trainer(
@@ -215,7 +251,7 @@ def _train(
         rows_at_once = trainer.args.per_device_train_batch_size
         logits = rows_at_once * longest * model.get_input_embeddings().num_embeddings
         trainer.fuses_head = logits > PLAIN_LOGITS and _fused_head_is_exact(trainer.model)
-        trainer.train()
+        saves.train(trainer, callback)
     return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
 
 
@@ -251,7 +287,7 @@ def _fused_head_is_exact(model: Any) -> bool:
             return False
 
 
-class _Trainer(MultiProcessMixin, SFTTrainer):
+class _Trainer(CheckpointMixin, MultiProcessMixin, SFTTrainer):
     """SFTTrainer for several processes, and for heads that TRL's fused loss does not suit."""
 
     fuses_head = True

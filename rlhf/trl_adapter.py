@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,13 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.curve: list[dict[str, float]] = []
+        self.terminated: Callable[[], bool] = lambda: False
+        """Whether SIGTERM arrived. Then progress is not told: the listener may block, and the save
+        must not wait for it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report a finished optimiser step."""
-        if state.is_world_process_zero:
-            self.progress(state.global_step, state.max_steps, {})
+        self._tell(state, {})
         # Otherwise the last steps would neither be in the curve nor be seen to diverge.
         control.should_log |= state.global_step >= state.max_steps
 
@@ -126,14 +128,26 @@ class ProgressCallback(TrainerCallback):
         # The summary at the end has no loss; it holds durations, which differ between equal runs.
         if logs and "loss" in logs:
             numbers = {k: v for k, v in logs.items() if isinstance(v, float)}
-            if not all(math.isfinite(v) for v in numbers.values()):
-                raise TrainingError(
-                    f"training diverged by step {state.global_step} ({numbers}); lower this "
-                    "stage's learning_rate or max_grad_norm"
-                )
+            check_finite(numbers, state.global_step)
             self.curve.append({**numbers, "step": float(state.global_step)})
-            if state.is_world_process_zero:
-                self.progress(state.global_step, state.max_steps, numbers)
+            self._tell(state, numbers)
+
+    def _tell(self, state: Any, metrics: dict[str, float]) -> None:
+        if state.is_world_process_zero and not self.terminated():
+            self.progress(state.global_step, state.max_steps, metrics)
+
+
+def check_finite(numbers: Mapping[str, float], step: int) -> None:
+    """Check metrics of a training.
+
+    Raises:
+        TrainingError: One is not finite.
+    """
+    if not all(math.isfinite(v) for v in numbers.values()):
+        raise TrainingError(
+            f"training diverged by step {step} ({dict(numbers)}); lower this stage's "
+            "learning_rate or max_grad_norm"
+        )
 
 
 def gather_weights(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The pipeline's stages: bodies, the table that declares them, PPO's checkpoints.
+"""The pipeline's stages: bodies, the table that declares them, their checkpoints.
 
 The only module that joins the library's functions with the artifacts' roles. The bodies stand
 before `STAGES`, whose rows name them. Heavy imports
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.challenge import PART, compared_with, with_comparison
+from rlhf.checkpoints.store import CheckpointStoreConfig, keep_best
 from rlhf.config import DataConfig, PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.config.data import CONSEQUENCES
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
@@ -29,7 +30,6 @@ from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, Verdict, judge, read_verdict, require
 from rlhf.markdown import Markdown, bold, escape, paragraphs, quotation, rule
 from rlhf.modeling.source import CONFIG, ExternalModel
-from rlhf.ppo.checkpoint_store import CheckpointStoreConfig, keep_best
 from rlhf.report.samples import read_samples
 from rlhf.saved import read_saved
 from rlhf.stage import StageResult
@@ -192,9 +192,7 @@ def _train_policy(run: StageRun) -> StageResult:
     # A checkpoint's identity holds the digest of a ready reward model, not its location.
     section = run.config.ppo.model_copy(update={"reward_model_path": None})
     return _train(
-        run, "ppo", section, verdict=approved.verdict, checkpoints=run.checkpoints,
-        limits=run.config.token_limits(),
-        checkpoint_store=checkpoint_store_of(run),
+        run, "ppo", section, verdict=approved.verdict, limits=run.config.token_limits(),
         identity={
             "data": run.refs["data"].digest,
             "base": run.refs["sft"].digest,
@@ -218,9 +216,18 @@ def _train(
     from rlhf.launch import Job, launch, train
 
     rehearse_stage(run)
+    known = {"data": run.refs["data"].digest}
+    if "base" in run.folders:  # its folder has another name in every try; the fingerprint knows it
+        known["base"] = run.checkpoints.name
+    elif "sft" in run.refs:
+        known["base"] = run.refs["sft"].digest
+    saves = isinstance(section, PPOConfig) or section.checkpoint_minutes is not None
     job = Job(
         stage=run.producer.stage, field=field, section=section, inputs=run.folders,
-        out_dir=run.out_dir, runtime=run.config.runtime, **{"seed": run.config.seed, **values},
+        out_dir=run.out_dir, runtime=run.config.runtime,
+        checkpoints=run.checkpoints if saves else None,
+        checkpoint_store=checkpoint_store_of(run) if saves else None,
+        **{"seed": run.config.seed, "identity": known, **values},
     )  # fmt: skip
     return (launch if section.processes else train)(job, run.progress)
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from benchmarks.gpu import processes, quickstart
 from benchmarks.gpu.section import Context, Results, SectionFailedError
+from rlhf.checkpoints.folder import checkpoints_in
 from rlhf.config import PPOConfig
-from rlhf.ppo.checkpoint import checkpoints_in
 from rlhf.ppo.train import train_policy
 from tests.library.ppo_runs import EVERYTHING
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoints.folder import checkpoints_in
 from rlhf.ppo import train as train_module
-from rlhf.ppo.checkpoint import checkpoints_in, save_checkpoint
+from rlhf.ppo.checkpoint import save_checkpoint
 from rlhf.reward import train_reward_model
 from rlhf.sft import train_sft
 from tests.library import toys

@@ -66,6 +66,8 @@ Signed = Annotated[float, Ge(-(10**6)), Le(10**6)]
 Measure = Annotated[float, Ge(-(10**12)), Le(10**12)]
 #: Time limit or wait in seconds: at most a week.
 Seconds = Annotated[float, Le(7 * 86_400)]
+#: Time between two recurring tasks in minutes: at most a week.
+Minutes = Annotated[float, Le(7 * 1440)]
 #: Age in days: at most a century.
 Days = Annotated[float, Le(36_525)]
 #: Bytes of a disk in 10^9: at most a petabyte.

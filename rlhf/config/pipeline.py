@@ -6,7 +6,6 @@ The sections are store, runtime, tracking, retraining, retries, promotion and pl
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, cast, get_args
-from urllib.parse import SplitResult, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +24,7 @@ from rlhf.config.numbers import Count, Days, Factor, Gigabytes, Seconds, Tries, 
 from rlhf.config.ppo import PPOConfig, allow_aliases, by_field_names
 from rlhf.config.pretrained import with_pretrained_defaults
 from rlhf.config.section import OrText, Section
+from rlhf.config.store_uri import check_endpoint, parse_store_uri
 from rlhf.config.training import (
     BaseModelConfig,
     EvaluationConfig,
@@ -76,9 +76,9 @@ class StoreConfig(Section):
 
     @field_validator("endpoint_url")
     @classmethod
-    def _no_userinfo(cls, value: str | None) -> str | None:
+    def _is_address(cls, value: str | None) -> str | None:
         if value:
-            _uri(value)
+            check_endpoint(value)
         return value
 
 
@@ -102,7 +102,7 @@ class RuntimeConfig(Section):
     threads: Workers = Field(default=2, ge=1)
     """CPU threads for torch."""
     upload_checkpoints: bool = True
-    """Send PPO's checkpoints to the store as well, so that another machine can go on."""
+    """Send checkpoints to the store as well, so that another machine can go on."""
 
 
 class TrackingConfig(Section):
@@ -274,11 +274,7 @@ class PipelineConfig(Section):
     @field_validator("store")
     @classmethod
     def _known_store(cls, value: str) -> str:
-        parts = _uri(value)
-        if parts.scheme not in ("", "file", "s3"):
-            raise ValueError(f"scheme {parts.scheme!r} is not supported; use file:// or s3://")
-        if parts.scheme == "s3" and not parts.netloc:
-            raise ValueError("names no bucket; write s3://bucket/prefix")
+        parse_store_uri(value)
         return value
 
     @model_validator(mode="after")
@@ -422,18 +418,3 @@ def _deployment(stage: StageName, value: str) -> str:
             f"{value!r} is no deployment of {stage}; write {stage}/<deployment>, or inline"
         )
     return f"{stage}/{name}"
-
-
-def _uri(value: str) -> SplitResult:
-    """Split a URI; errors do not repeat it, because it may hold a password.
-
-    Raises:
-        ValueError: It can't be split, or holds user info.
-    """
-    try:
-        parts = urlsplit(value)
-    except ValueError:
-        raise ValueError("is no valid URI; mend its brackets") from None
-    if "@" in parts.netloc:
-        raise ValueError("holds user info; give credentials by the AWS chain instead")
-    return parts

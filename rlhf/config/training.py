@@ -16,6 +16,7 @@ from rlhf.config.numbers import (
     Epochs,
     Factor,
     Few,
+    Minutes,
     Rate,
     Temperature,
     Tokens,
@@ -154,7 +155,9 @@ class ProcessSection(Section):
 #: Fields left out of fingerprints and of checkpoints' identities: they decide where and in what
 #: portions work is done, and the result is the same up to rounding. One difference: where the rows
 #: are no multiple of `batch_size`, several processes fill up an epoch's last batch by its first.
-UNFINGERPRINTED_FIELDS = frozenset({*ProcessSection.model_fields, "rollout_batch_size"})
+UNFINGERPRINTED_FIELDS = frozenset(
+    {*ProcessSection.model_fields, "rollout_batch_size", "checkpoint_minutes"}
+)
 
 
 class TrainingSection(ProcessSection):
@@ -187,6 +190,10 @@ class TrainingSection(ProcessSection):
     """Dtype in which the base below adapters is held, whose linear layers compute in float32 all
     the same: `auto` is that of the base's files on a GPU, which changes no number, and float32 on a
     CPU; `nf4` are 4 bits by bitsandbytes (QLoRA), on a GPU."""
+    checkpoint_minutes: Minutes | None = Field(default=5.0, ge=0)
+    """Minutes between two checkpoints, from which training resumes exactly; more where saving takes
+    above a twentieth of them. 0 saves after every step, none never. Three times the trained weights
+    are saved, and two checkpoints kept."""
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
+from rlhf.checkpoints.store import CheckpointStoreConfig
 from rlhf.config import BaseModelConfig, PPOConfig, RewardModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.rows import PAIRS_TRAIN
 from rlhf.gates import Verdict, require
-from rlhf.ppo.checkpoint_store import CheckpointStoreConfig
 from rlhf.stage import Progress, StageResult, silent
 
 #: A path that is absolute in JSON, for a process that may have another working directory.
@@ -62,11 +62,11 @@ class Job(BaseModel):
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, and the threads of all processes together."""
     checkpoints: JobPath | None = None
-    """Folder that PPO saves to and resumes from; None trains without."""
+    """Folder that training saves to and resumes from; None trains without."""
     checkpoint_store: CheckpointStoreConfig | None = None
-    """Store that PPO's checkpoints are uploaded to; None uploads none."""
+    """Store that checkpoints are uploaded to; None uploads none."""
     identity: Mapping[str, str] = {}
-    """Digests of PPO's inputs, as far as they are known."""
+    """Digests of the inputs, as far as they are known, for the checkpoints."""
     log_level: int = logging.WARNING
     """Level of the logger `rlhf` in child processes; set by `launch`."""
 
@@ -78,8 +78,14 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
         GateRejected: The verdict on PPO's reward model is a rejection.
         RLHFError: An error of the stage.
     """
+    uploads = None
+    if job.checkpoint_store is not None:
+        from rlhf.checkpoints.uploads import CheckpointUploads
+
+        uploads = CheckpointUploads(job.checkpoint_store.open())
     shared: dict[str, Any] = {
         "limits": job.limits, "seed": job.seed, "runtime": job.runtime, "progress": progress,
+        "identity": job.identity, "checkpoints": job.checkpoints, "uploads": uploads,
     }  # fmt: skip
     data = job.inputs["data"]
     match job.section:
@@ -94,18 +100,14 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
                 job.section, data, job.inputs["sft"], job.out_dir, pairs=job.pairs, **shared
             )
         case PPOConfig():
-            from rlhf.ppo.checkpoint_upload import CheckpointUploads
             from rlhf.ppo.train import train_policy
 
-            approved = uploads = None
+            approved = None
             if job.verdict is not None:
                 approved = require(job.inputs["reward-model"], job.verdict.subject, job.verdict)
-            if job.checkpoint_store is not None:
-                uploads = CheckpointUploads(job.checkpoint_store.open())
             return train_policy(
                 job.section, data, job.inputs["sft"], approved, job.out_dir,
-                judge=job.inputs.get("judge"), identity=job.identity, checkpoints=job.checkpoints,
-                uploads=uploads, **shared,
+                judge=job.inputs.get("judge"), **shared,
             )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +38,12 @@ class Sampling:
     def truncates(self, vocabulary: int) -> bool:
         """Return whether top-k or top-p can leave tokens of this vocabulary out."""
         return self.temperature > 0 and (0 < self.top_k < vocabulary or self.top_p < 1)
+
+
+def derive_seed(seed: int, use: int | str) -> int:
+    """Derive an even seed from (seed, number or name); `seed + 1` is then unused by others."""
+    digest = hashlib.sha256(f"{seed}/{use}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") * 2
 
 
 class Sampler:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -11,24 +10,25 @@ from pathlib import Path
 
 import torch
 
+from rlhf.checkpoints.folder import exclusive, identity_of
+from rlhf.checkpoints.uploads import CheckpointUploads
 from rlhf.config import PPOConfig, RuntimeConfig
 from rlhf.config.lengths import TokenLimits
-from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.data.fitting import Fitting
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import DataError, Interrupted, NotFinite
-from rlhf.files import expand_home, folder_sha256, write_json
+from rlhf.files import expand_home, write_json
 from rlhf.gates import Approved
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.device import fast_float32, prepare_device, retained_heap
 from rlhf.modeling.frozen import check_frozen_dtype, holds_stored
 from rlhf.modeling.lora import merge_adapter
 from rlhf.modeling.reward import Scorer
+from rlhf.modeling.sampling import derive_seed
 from rlhf.modeling.weights import save_model
-from rlhf.ppo.checkpoint import TrainState, exclusive, load_checkpoint, save_checkpoint
-from rlhf.ppo.checkpoint_upload import CheckpointUploads
+from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from rlhf.ppo.models import load_models
-from rlhf.ppo.trainer import PPOTrainer, derive_seed
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.watchdog import WATCHDOG, Watchdog, make_watchdog
 from rlhf.signals import deferred_sigterm
 from rlhf.stage import Progress, StageResult, silent
@@ -198,15 +198,10 @@ def _run_identity(
         folders["judge"] = judge
     if config.comparison and config.comparison.pair_model:
         folders["pair model"] = expand_home(config.comparison.pair_model)
-    # Excluded: checkpoint intervals and the number of processes do not change the result.
-    settings = config.model_dump_json(exclude={"checkpoint_every", *UNFINGERPRINTED_FIELDS})
-    return {
-        **{name: known.get(name) or folder_sha256(folder) for name, folder in folders.items()},
-        "tokenizer": trainer.renderer.template_hash,
-        "limits": trainer.limits.model_dump_json(exclude={"max_bad_fraction"}),
-        "config": hashlib.sha256(settings.encode()).hexdigest(),
-        "seed": str(seed),
-    }
+    return identity_of(
+        config, folders, known, tokenizer=trainer.renderer.template_hash, seed=str(seed),
+        limits=trainer.limits.model_dump_json(exclude={"max_bad_fraction"}),
+    )  # fmt: skip
 
 
 def _run_updates(

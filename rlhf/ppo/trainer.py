@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +19,7 @@ from rlhf.errors import ConfigError
 from rlhf.modeling.base import context_length
 from rlhf.modeling.device import empty_cache, upload
 from rlhf.modeling.generate import Replies
-from rlhf.modeling.sampling import Sampling
+from rlhf.modeling.sampling import Sampling, derive_seed
 from rlhf.ppo.losses import (
     RunningScale,
     clip_scores,
@@ -254,12 +253,6 @@ class Rollouts:
     reference_finished: list[bool] | None = None
     scored: Scored | None = None
     scores: Float[Tensor, " batch"] = field(default_factory=lambda: torch.zeros(0))
-
-
-def derive_seed(seed: int, use: int | str) -> int:
-    """Derive an even seed from (seed, number or name); `seed + 1` is then unused by others."""
-    digest = hashlib.sha256(f"{seed}/{use}".encode()).digest()
-    return int.from_bytes(digest[:7], "big") * 2
 
 
 def _samples(

@@ -24,9 +24,10 @@ from rlhf.judge import read_judge
 from rlhf.modeling.device import upload
 from rlhf.modeling.generate import Replies
 from rlhf.modeling.reward import Scorer
+from rlhf.modeling.sampling import derive_seed
 from rlhf.ppo.checkpoint import TrainState
 from rlhf.ppo.frontier import NON_FINITE, Finding, Frontier, Look
-from rlhf.ppo.trainer import PPOTrainer, Rollouts, derive_seed
+from rlhf.ppo.trainer import PPOTrainer, Rollouts
 
 #: File of the result with the frontier, the choice, and why the run was stopped.
 WATCHDOG = "watchdog.json"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +28,10 @@ _CONFIGURATION = {
     errno.ENAMETOOLONG,
     errno.ENOTSUP,
 }
+#: Keys that only an object may have.
+_OBJECT = re.compile(
+    r"manifests/[0-9a-f]{64}\.json|blobs/sha256/../[0-9a-f]{64}|refs/.+/[0-9]{6}\.json|pins/[^/]+\.json"
+)
 
 
 class LocalBackend:
@@ -80,7 +86,7 @@ class LocalBackend:
 
     def get_bytes(self, key: str, limit: int) -> bytes:
         """Read a file of at most `limit` bytes."""
-        with self._translated("read", key), (self.root / key).open("rb") as file:
+        with self._translated("read", key), self._object(key).open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
             raise ArtifactCorrupt(f"{self.uri}: {key} is larger than {limit} bytes; delete it")
@@ -88,7 +94,7 @@ class LocalBackend:
 
     def get_file(self, key: str, sink: Sink) -> None:
         """Copy a file; with a link, a change in the cache would reach the store."""
-        with self._translated("read", key), (self.root / key).open("rb") as source:
+        with self._translated("read", key), self._object(key).open("rb") as source:
             while chunk := source.read(1 << 20):
                 sink.write(chunk)
 
@@ -96,22 +102,28 @@ class LocalBackend:
         """Return size and age of a file."""
         with self._translated("read", key):
             try:
-                return _info(self.root / key)
+                return _info(self._object(key))
             except FileNotFoundError:
                 return None
 
     def list(self, prefix: str) -> dict[str, ObjectInfo]:
-        """Walk the folder part of the prefix, and filter by the rest."""
-        folder = self.root / prefix.rpartition("/")[0]
+        """Walk the folder part of the prefix, and filter by the rest.
+
+        A folder that can't be read is an error, as what it holds would look like garbage. What
+        stands in an object's place without being a file is listed, so that reading it says so.
+        """
+        start = self.root / prefix.rpartition("/")[0]
         objects: dict[str, ObjectInfo] = {}
         with self._translated("list", prefix):
-            for parent, _, names in os.walk(folder):
-                for name in names:
-                    path = Path(parent) / name
-                    key = path.relative_to(self.root).as_posix()
+            for parent, folders, names in os.walk(start, onerror=_raise, followlinks=True):
+                _refuse_loops(Path(parent), folders)
+                inner = Path(parent).relative_to(self.root)
+                keys = [(inner / name).as_posix() for name in names]
+                keys += [key for n in folders if _OBJECT.fullmatch(key := (inner / n).as_posix())]
+                for key in keys:
                     if key.startswith(prefix):
                         with contextlib.suppress(FileNotFoundError):
-                            objects[key] = _info(path)
+                            objects[key] = _info(self.root / key)
         return dict(sorted(objects.items()))
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -129,6 +141,21 @@ class LocalBackend:
     def versions(self) -> str:
         """Return nothing: a removed file is gone."""
         return ""
+
+    def _object(self, key: str) -> Path:
+        """Return an object's path; ArtifactCorrupt if it is a folder, pipe or device."""
+        path = self.root / key
+        try:
+            is_file = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            is_file = False
+        if not is_file:
+            raise ArtifactCorrupt(
+                f"{self.uri}: {key} is no file; remove it, and publish the artifact again"
+            )
+        return path
 
     def _put(self, key: str, data: Iterator[bytes]) -> None:
         with self._translated("write", key), self._temporary() as (file, temporary):
@@ -167,6 +194,10 @@ class LocalBackend:
             raise
         except FileNotFoundError:
             raise ArtifactMissing(f"{self.uri}: there is no {key}") from None
+        except IsADirectoryError:
+            raise ArtifactCorrupt(
+                f"{self.uri}: {key} is a folder, where an object belongs; remove it, then try again"
+            ) from None
         except OSError as error:
             message = f"{self.uri}: can't {verb} {key}: {error.strerror or error}"
             if error.errno in _CONFIGURATION:
@@ -178,8 +209,24 @@ class LocalBackend:
 
 
 def _info(path: Path) -> ObjectInfo:
-    state = path.stat()
+    try:
+        state = path.stat()
+    except OSError:
+        state = path.lstat()  # a link to nothing or to itself: something that can't be read
     return ObjectInfo(state.st_size, time.time() - state.st_mtime)
+
+
+def _raise(error: OSError) -> None:
+    """Raise an error that `os.walk` would pass over, unless the folder is not there."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _refuse_loops(parent: Path, folders: Iterable[str]) -> None:
+    """Raise OSError for a link to a folder that the walk is in: it would not end."""
+    for link in (parent / name for name in folders):
+        if link.is_symlink() and link.resolve() in [p.resolve() for p in (parent, *parent.parents)]:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(link))
 
 
 def _sync(file: BinaryIO) -> None:

@@ -27,10 +27,14 @@ SMALL = 16 * 1024 * 1024
 
 
 class ObjectInfo(NamedTuple):
-    """An existing object's size in bytes and age in seconds, by the store's clock."""
+    """An existing object's size in bytes and age in seconds, by the store's clock.
+
+    An archived one can't be read until it is restored; listings don't say that.
+    """
 
     size: int
     age: float
+    archived: bool = False
 
 
 class Backend(Protocol):

@@ -124,7 +124,8 @@ class _Sender:
         key = blob_key(sha256)
         with self._locks.setdefault(sha256, threading.Lock()):
             info = self._backend.find(key)
-            if info is not None and info.size == entry.size:
+            # One that is archived is sent again, as it can't be read.
+            if info is not None and info.size == entry.size and not info.archived:
                 self._meter(entry.size)
                 return entry
             if data is None:

@@ -10,24 +10,32 @@ import io
 import threading
 import time
 import uuid
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from functools import partial
+from dataclasses import dataclass
+from hashlib import md5
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from botocore.exceptions import ClientError
 
 from rlhf.config.pipeline import StoreConfig
-from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
+from rlhf.config.store_uri import bucket_and_prefix
+from rlhf.errors import ArtifactMissing, StoreConfigError, StoreError
 from rlhf.files import is_file
 from rlhf.permissions import check_s3_options
-from rlhf.store.objects import ObjectInfo, Sink, Source, in_order, in_parallel
-from rlhf.store.s3_client import CUT, ERRORS, failed, make_client, refused, status_of
-
-T = TypeVar("T")
+from rlhf.store.objects import ObjectInfo, Sink, Source, in_parallel
+from rlhf.store.s3_client import make_client
+from rlhf.store.s3_errors import (
+    ERRORS,
+    code_of,
+    failed,
+    is_unsupported,
+    refused,
+    status_of,
+    wants_digest,
+)
+from rlhf.store.s3_reading import age_of, date_of, is_archived, read_object, receive_object
 
 _MIB = 1024 * 1024
 
@@ -35,6 +43,9 @@ _MIB = 1024 * 1024
 PAUSE = 0.1
 #: How long botocore waits for "100 Continue" before it sends a body.
 _CONTINUE_SECONDS = 1.0
+#: Statuses of refused conditional writes: the object exists (412, at some servers 304), is being
+#: written (409), or the server may not know the condition.
+_CONDITIONAL = ("412", "304", "409", "501", "400", "405")
 #: Bytes of an upload's part: just more than the freed buffers that malloc keeps.
 _PART = 32 * _MIB
 #: S3's limit on the parts of an upload.
@@ -42,14 +53,17 @@ _MOST_PARTS = 10_000
 #: Parts that are in memory and being sent.
 _SENDING = threading.BoundedSemaphore(4)
 
-#: Bytes of a range.
-_PIECE = 8 * _MIB
-#: Ranges of a file in memory, and how many of them are requested at once.
-_AHEAD, _AT_ONCE = 6, 4
-#: Large files read at once.
-_FILES = threading.BoundedSemaphore(2)
-#: Bytes per read, small enough for the processor's cache.
-_CHUNK = 256 * 1024
+
+@dataclass
+class _Abilities:
+    """What a server turned out to be able to do, and to want; shared by all backends of a store."""
+
+    conditional: bool = True
+    """It knows `If-None-Match: *`."""
+    deletes_many: bool = True
+    """It removes many objects by one request."""
+    wants_digest: bool = False
+    """It takes writes only with Content-MD5, as a bucket with object lock does."""
 
 
 class S3Backend:
@@ -63,14 +77,14 @@ class S3Backend:
         read_timeout: float = 60,
         attempts: int = 5,
         client: Any = None,
+        abilities: _Abilities | None = None,
     ) -> None:
-        parts = urlsplit(uri)
-        self.bucket = parts.netloc
-        self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
+        self.bucket, prefix = bucket_and_prefix(uri)
+        self._prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{self.bucket}/{self._prefix}".rstrip("/")
         self.atomic: bool | None = None
         self._options = options
-        self._conditional = True
+        self._can = abilities or _Abilities()
         settings = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_kms_key_id}
         self._extra = {name: value for name, value in settings.items() if value}
         check_s3_options(options.endpoint_url, options.profile, options.ca_bundle)
@@ -88,7 +102,7 @@ class S3Backend:
 
     def hurried(self, seconds: float) -> S3Backend:
         """Return a backend with a client of its own, a short timeout and few retries."""
-        return S3Backend(self.uri, self._options, seconds, seconds, attempts=2)
+        return S3Backend(self.uri, self._options, seconds, seconds, attempts=2, abilities=self._can)
 
     def close(self) -> None:
         """Close the client's idle connections."""
@@ -96,8 +110,9 @@ class S3Backend:
 
     def child(self, name: str) -> S3Backend:
         """Return a backend for a longer prefix, with the same client and known properties."""
-        other = S3Backend(f"{self.uri}/{name}", self._options, client=self._client)
-        other.atomic, other._conditional = self.atomic, self._conditional
+        uri = f"{self.uri}/{name}"
+        other = S3Backend(uri, self._options, client=self._client, abilities=self._can)
+        other.atomic = self.atomic
         return other
 
     def put_new(self, key: str, data: bytes) -> bool:
@@ -105,33 +120,33 @@ class S3Backend:
         # boto3 repeats a request whose answer was lost: the 412 may then be for this very object.
         writer = uuid.uuid4().hex
         for attempt in range(6):
-            if not self._conditional and self.find(key) is not None:
+            if not self._can.conditional and self.find(key) is not None:
                 return False
-            condition = {"IfNoneMatch": "*"} if self._conditional else {}
+            condition = {"IfNoneMatch": "*"} if self._can.conditional else {}
             try:
-                with self._translated("write", key, ("412", "409", "501")):
+                with self._translated("write", key, _CONDITIONAL if condition else ("409",)):
                     self._put(key, data, Metadata={"writer": writer}, **condition)
                     return True
             except ClientError as error:
-                code = status_of(error)
-                if code == "412":
+                if status_of(error) in ("412", "304"):
                     return self._writer(key) == writer
-                if code == "501":
-                    self._conditional = self.atomic = False
-                else:
-                    time.sleep(PAUSE / 2 * 2**attempt)
+                if self._lacks_conditions(error):
+                    continue
+                if status_of(error) != "409":
+                    with self._translated("write", key):
+                        raise
+                time.sleep(PAUSE / 2 * 2**attempt)
         raise StoreError(f"{self.uri}: {key} is being written by others; try again")
 
     def put_new_held(self, key: str, data: bytes, hold: Callable[[], None]) -> bool | None:
         """Send head and first byte, call `hold`, then send the rest of the body."""
         body, writer = _HeldBody(data, hold), uuid.uuid4().hex
         try:
-            with self._translated("write", key, ("412", "409", "501")):
+            with self._translated("write", key, _CONDITIONAL):
                 self._put(key, body, Metadata={"writer": writer}, IfNoneMatch="*")
                 won = True
         except ClientError as error:
-            if status_of(error) == "501":
-                self._conditional = self.atomic = False
+            self._lacks_conditions(error)
             won = self._writer(key) == writer
         return won if body.was_held and body.sends == 1 else None
 
@@ -188,13 +203,14 @@ class S3Backend:
             head = self._head(key)
             if head is None:
                 return None
-            return ObjectInfo(head["ContentLength"], _age(head["LastModified"], _date(head)))
+            age = age_of(head["LastModified"], date_of(head))
+            return ObjectInfo(head["ContentLength"], age, is_archived(head))
 
     def list(self, prefix: str) -> dict[str, ObjectInfo]:
         """List all pages."""
         with self._translated("list", prefix):
             objects = {
-                item["Key"]: ObjectInfo(item["Size"], _age(item["LastModified"], _date(page)))
+                item["Key"]: ObjectInfo(item["Size"], age_of(item["LastModified"], date_of(page)))
                 for page, item in self._items(prefix)
             }
         return {key.removeprefix(self._prefix): objects[key] for key in sorted(objects)}
@@ -206,16 +222,11 @@ class S3Backend:
         return {i["Key"].removeprefix(self._prefix): (i["ETag"], i["Size"]) for i in items}
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete up to a thousand objects per request."""
+        """Delete up to a thousand objects per request, or one by one where a server can't."""
         pending = list(keys)
         for batch in (pending[at : at + 1000] for at in range(0, len(pending), 1000)):
-            with self._translated("delete", batch[0]):
-                objects = [{"Key": self._prefix + key} for key in batch]
-                answer = self._client.delete_objects(
-                    Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True}
-                )
-                for error in answer.get("Errors", ()):
-                    raise ClientError({"Error": error}, "DeleteObjects")
+            if not (self._can.deletes_many and self._delete_many(batch)):
+                in_parallel(self._delete_one, batch)
 
     def sweep(self, age: float) -> int:
         """Abort the multipart uploads of killed publishers, which no listing shows."""
@@ -223,7 +234,7 @@ class S3Backend:
         with self._translated("list", "unfinished uploads"):
             for page in self._pages("list_multipart_uploads", ""):
                 for upload in page.get("Uploads", ()):
-                    if _age(upload["Initiated"], _date(page)) >= age:
+                    if age_of(upload["Initiated"], date_of(page)) >= age:
                         address = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
                         with contextlib.suppress(self._client.exceptions.NoSuchUpload):
                             self._client.abort_multipart_upload(Bucket=self.bucket, **address)
@@ -245,20 +256,79 @@ class S3Backend:
         if status not in ("Enabled", "Suspended"):
             return ""
         which = "removed objects" if status == "Enabled" else "objects from before that"
+        lock = ", and its object lock has ended" if self._is_locked() else ""
         return (
             f"bucket {self.bucket} has versioning {status.lower()}: the bytes of {which} stay, as "
             "noncurrent versions, until a lifecycle rule removes them (NoncurrentVersionExpiration "
-            "with NoncurrentDays, and ExpiredObjectDeleteMarker)"
+            f"with NoncurrentDays, and ExpiredObjectDeleteMarker){lock}"
         )
 
-    def _put(self, key: str, data: bytes | BinaryIO, **extra: Any) -> None:
-        answer = self._client.put_object(**self._address(key), Body=data, **self._extra, **extra)
+    def _is_locked(self) -> bool:
+        """Return whether the bucket has object lock; False too if that can't be read."""
+        with contextlib.suppress(*ERRORS):
+            answer = self._client.get_object_lock_configuration(Bucket=self.bucket)
+            return answer["ObjectLockConfiguration"].get("ObjectLockEnabled") == "Enabled"
+        return False
+
+    def _put(self, key: str, data: bytes | io.BytesIO, **extra: Any) -> None:
+        address = {**self._address(key), **self._extra, **extra}
+        answer = self._send(self._client.put_object, data, address)
+        if "ETag" not in answer:  # S3 never omits it: something else answers here
+            raise KeyError("ETag")
         self._check_encryption(key, answer)
+
+    def _send(
+        self, request: Callable[..., Any], body: bytes | io.BytesIO, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Send a body, with its MD5 where the server asks for a checksum in the head."""
+
+        def digest() -> dict[str, str]:
+            if not self._can.wants_digest:
+                return {}
+            data = body if isinstance(body, bytes) else body.getvalue()
+            return {"ContentMD5": b64encode(md5(data, usedforsecurity=False).digest()).decode()}
+
+        sent = digest()
+        try:
+            return request(**options, **sent, Body=body)
+        except ClientError as error:
+            if sent or not wants_digest(error):
+                raise
+        self._can.wants_digest = True
+        if not isinstance(body, bytes):
+            body.seek(0)
+        return request(**options, **digest(), Body=body)
+
+    def _delete_many(self, keys: list[str]) -> bool:
+        """Delete by one request; False if the server has none for that."""
+        objects = [{"Key": self._prefix + key} for key in keys]
+        with self._translated("delete", keys[0]):
+            try:
+                answer = self._client.delete_objects(
+                    Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True}
+                )
+            except ClientError as error:
+                if not is_unsupported(error):
+                    raise
+                self._can.deletes_many = False
+                return False
+            for error in answer.get("Errors", ()):
+                raise ClientError({"Error": error}, "DeleteObjects")
+        return True
+
+    def _delete_one(self, key: str) -> None:
+        with self._translated("delete", key):
+            try:
+                self._client.delete_object(**self._address(key))
+            except ClientError as error:
+                if code_of(error) not in ("404", "NoSuchKey", "NotFound"):
+                    raise
 
     def _put_part(self, address: dict[str, str], source: Source, number: int, size: int) -> str:
         with _SENDING:
             data = source.read_at((number - 1) * size, size)
-            answer = self._client.upload_part(**address, PartNumber=number, Body=data)
+            options = {**address, "PartNumber": number}
+            answer = self._send(self._client.upload_part, data, options)
             source.sent(len(data))
             return answer["ETag"]
 
@@ -268,6 +338,16 @@ class S3Backend:
                 f"{self.uri}: the server took {key}, but does not say that it encrypts it; remove "
                 "sse from the options, or use another server"
             )
+
+    def _lacks_conditions(self, error: ClientError) -> bool:
+        """Note if a refusal shows that the server has no conditional writes.
+
+        One that was proven to have them is not taken to lack them by a later refusal.
+        """
+        lacks = self.atomic is not True and is_unsupported(error)
+        if lacks:
+            self._can.conditional = self.atomic = False
+        return lacks
 
     def _writer(self, key: str) -> str | None:
         head = self._head(key)
@@ -283,6 +363,8 @@ class S3Backend:
     def _items(self, prefix: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield each object with its page of the listing."""
         for page in self._pages("list_objects_v2", prefix):
+            if "Name" not in page and "IsTruncated" not in page:
+                raise KeyError("Name")  # an answer, but not that of S3: no listing is empty so
             for item in page.get("Contents", ()):
                 yield page, item
 
@@ -306,74 +388,11 @@ class S3Backend:
             if isinstance(error, ClientError):
                 if status_of(error) in passed:
                     raise
-                raise refused(what, self.uri, key, self.bucket, error) from None
+                reading = verb == "read"
+                raise refused(what, self.uri, key, self.bucket, error, reading=reading) from None
             client: Any = getattr(self, "_client", None)
             endpoint = client.meta.endpoint_url if client else self._options.endpoint_url or "AWS"
             raise failed(what, endpoint, error, opening=verb == "open") from None
-
-
-def read_object(
-    client: Any, address: dict[str, str], limit: int, take: Callable[[Any], T], **part: str
-) -> tuple[T, dict[str, Any]]:
-    """Read an object by `take`; returns its result and the answer.
-
-    A body that was cut is requested again, which boto3 does not do.
-
-    Raises:
-        ArtifactCorrupt: The body has more bytes than the limit.
-    """
-    for attempt in range(5):
-        try:
-            answer = client.get_object(**address, **part)
-            with contextlib.closing(answer["Body"]) as body:
-                if answer["ContentLength"] > limit:
-                    break
-                return take(body), answer
-        except CUT:
-            if attempt == 4:
-                raise
-            time.sleep(PAUSE * 2**attempt)
-    name = f"s3://{address['Bucket']}/{address['Key']}"
-    raise ArtifactCorrupt(f"{name} is larger than {limit} bytes; delete it")
-
-
-def receive_object(client: Any, address: dict[str, str], sink: Sink) -> None:
-    """Read an object in parallel ranges, hashed in order.
-
-    The buffers are reused, as fresh memory costs more than hashing, and lie in one block, as malloc
-    does not return smaller ones than 32 MiB to the system. s3transfer hangs with a limit on the
-    parts that it keeps in memory.
-    """
-    with _FILES:
-        block = memoryview(bytearray(_AHEAD * _PIECE))
-        free = [block[at : at + _PIECE] for at in range(0, len(block), _PIECE)]
-
-        def piece(start: int, **same: str) -> tuple[memoryview, int, dict[str, Any]]:
-            part, buffer = f"bytes={start}-{start + _PIECE - 1}", free.pop()
-            take = partial(_fill, buffer, sink, start)
-            return buffer, *read_object(client, address, _PIECE, take, Range=part, **same)
-
-        def add(buffer: memoryview, size: int) -> None:
-            sink.add(buffer[:size])
-            free.append(buffer)
-
-        buffer, size, answer = piece(0)
-        add(buffer, size)
-        starts = range(_PIECE, int(answer["ContentRange"].rpartition("/")[2]), _PIECE)
-        rest = in_order(partial(piece, IfMatch=answer["ETag"]), starts, _AT_ONCE, _AHEAD)
-        with contextlib.closing(rest):
-            for buffer, size, _ in rest:
-                add(buffer, size)
-
-
-def _fill(buffer: memoryview, sink: Sink, start: int, body: Any) -> int:
-    """Fill the buffer and return the size; reads to the end, for boto3's checks."""
-    size = 0
-    while data := body.read(_CHUNK):
-        sink.put(data, start + size)
-        buffer[size : size + len(data)] = data
-        size += len(data)
-    return size
 
 
 class _HeldBody(io.BytesIO):
@@ -409,20 +428,3 @@ class _HeldBody(io.BytesIO):
             self.was_held = True
             self._hold()
         return super().read(size)
-
-
-def _age(modified: datetime, now: datetime | None) -> float:
-    """Return an age in seconds; 0 without a date, as young objects are kept."""
-    return (now - modified).total_seconds() if now else 0.0
-
-
-def _date(answer: dict[str, Any]) -> datetime | None:
-    """Return the server's time from an answer, None if it is missing or damaged."""
-    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    if not date:
-        return None
-    try:
-        parsed = parsedate_to_datetime(date)
-    except ValueError:
-        return None
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)

@@ -8,26 +8,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import unquote, urlsplit
 
 from pydantic import ValidationError
 
 from rlhf.config.pipeline import StoreConfig
+from rlhf.config.store_uri import parse_store_uri
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreConfigError, StoreError
 from rlhf.files import expand_home
 from rlhf.permissions import check_store
 from rlhf.store.cache import ATTEMPTS, DEFAULT_LIMIT, Cache, Origin, download
-from rlhf.store.coordination import FRESH, PROBES, is_atomic, wait_for_collection
+from rlhf.store.coordination import FRESH, wait_for_collection
 from rlhf.store.gc import GRACE, Garbage, collect, retain
 from rlhf.store.history import Histories, Pins
 from rlhf.store.local import LocalBackend
@@ -48,6 +46,7 @@ from rlhf.store.manifest import (
     sha256_bytes,
 )
 from rlhf.store.objects import Backend, Meter, Sink, in_parallel
+from rlhf.store.probe import probe
 from rlhf.store.publish import publish
 from rlhf.store.retention import Retention
 
@@ -59,6 +58,11 @@ Ancestors: TypeAlias = list[Ancestor]
 Listener: TypeAlias = Callable[[int, int], None]
 
 _MANIFEST_KEY = re.compile(r"manifests/([0-9a-f]{64})\.json")
+#: What is said of an archived object (S3 Glacier).
+_RESTORE = (
+    "is archived and can't be read; restore it (aws s3api restore-object), and keep the bucket's "
+    "lifecycle rules from archiving what the store holds"
+)
 #: Timeout of one request of `Store.check`.
 _PROBE_SECONDS = 5
 
@@ -98,29 +102,14 @@ class Store:
         return Store(self._backend.child(name), self._cache)
 
     def check(self) -> None:
-        """Check that the store can be used: write, read, list, delete and atomic create.
-
-        A server whose conditional writes are weak is logged as a warning, and used with claims.
+        """Check that the store can do what is needed of it, before any work: see `probe`.
 
         Raises:
             StoreConfigError: The store can't be used, with the reason.
         """
         backend = self._backend.hurried(_PROBE_SECONDS)
-        key = f"{PROBES}{uuid.uuid4().hex}"
         try:
-            backend.put(key, b"probe")
-            if backend.get_bytes(key, 100) != b"probe" or key not in backend.list(key):
-                raise StoreConfigError(
-                    f"{self.uri}: {key} does not read as it was written; use another store"
-                )
-            is_atomic(backend)
-            # A bucket may forbid deletion; it can still hold artifacts.
-            with contextlib.suppress(StoreConfigError):
-                backend.delete([key])
-        except StoreConfigError:
-            raise
-        except StoreError as error:
-            raise StoreConfigError(str(error)) from None
+            probe(backend)
         finally:
             backend.close()
 
@@ -178,12 +167,20 @@ class Store:
             ) from None
 
     def exists(self, ref: ArtifactRef | str) -> bool:
-        """Return whether manifest and blobs exist, by size; `fetch` verifies bytes."""
+        """Return whether manifest and blobs exist, by size; `fetch` verifies bytes.
+
+        Raises:
+            StoreConfigError: They exist, but some are archived.
+        """
         try:
             files = self.manifest(ref).files
         except (ArtifactMissing, ArtifactCorrupt):
             return False
-        return not _blob_problems(self._backend, files, deep=False)
+        problems = _blob_problems(self._backend, files, deep=False)
+        for problem in problems:
+            if problem.endswith(_RESTORE):  # to make it again would cost far more
+                raise StoreConfigError(problem)
+        return not problems
 
     def problems(self, ref: ArtifactRef | str, deep: bool = False) -> Names:
         """Return an artifact's defects, one line each; `deep` reads every byte."""
@@ -340,27 +337,24 @@ def backend_of(uri: str, options: StoreConfig) -> Backend:
     """Return the backend of a folder (`file:///…`, a path) or bucket (`s3://…`).
 
     Raises:
-        StoreConfigError: The URI is neither.
+        StoreConfigError: The URI is neither, or holds what would be dropped.
     """
-    parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        raise StoreConfigError("the store's URI holds user info; use the AWS chain instead")
-    if parts.scheme == "s3" and parts.netloc:
+    try:
+        place = parse_store_uri(uri)
+    except ValueError as error:  # the URI may hold a password
+        raise StoreConfigError(f"the store's URI {error}") from None
+    if place.folder is None:
         from rlhf.store.s3 import S3Backend
 
         check_store(uri, None)
         return S3Backend(uri, options)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        folder = Path(unquote(parts.path)).resolve()
-        check_store(uri, folder)
-        return LocalBackend(folder)
-    folder = expand_home(uri)
-    if uri and "://" not in uri and not str(folder).startswith("~"):
-        check_store(uri, folder)
-        return LocalBackend(folder.resolve())
-    raise StoreConfigError(
-        f"{uri!r} is no store; write file:///folder, a plain path or s3://bucket/prefix"
-    )
+    folder = place.folder if place.is_literal else expand_home(place.folder)
+    if not place.is_literal and str(folder).startswith("~"):
+        raise StoreConfigError(
+            f"store = {uri!r}: there is no such user; write s3://bucket/prefix or another folder"
+        )
+    check_store(uri, folder)
+    return LocalBackend(folder.resolve())
 
 
 def _blob_problems(backend: Backend, files: Iterable[FileEntry], deep: bool) -> list[str]:
@@ -369,9 +363,14 @@ def _blob_problems(backend: Backend, files: Iterable[FileEntry], deep: bool) -> 
     def problem(entry: FileEntry) -> str | None:
         key = blob_key(entry.sha256)
         what = f"{backend.uri}: {key} ({entry.path})"
-        info = backend.find(key)
+        try:
+            info = backend.find(key)
+        except ArtifactCorrupt as error:
+            return str(error)
         if info is None:
             return f"{what} is missing"
+        if info.archived:
+            return f"{what} {_RESTORE}"
         if info.size != entry.size:
             return f"{what} has {info.size} bytes instead of {entry.size}"
         if deep and not _has_right_bytes(backend, entry):

@@ -183,7 +183,7 @@ def test_mistake_in_the_form_names_the_field_and_the_cure(overrides, expected):
         ("sft.enabled=false", "sft.enabled = false needs base.path"),
         ("store=gs://x", "store: scheme 'gs' is not supported; use file:// or s3://"),
         ("store=s3:///x", "store: names no bucket; write s3://bucket/prefix"),
-        ("store=s3://[x", "store: is no valid URI; mend its brackets"),
+        ("store=s3://[x", "store: names a bucket that can't be one; use letters, digits"),
         ("data.source=https://host/x", "data.source: scheme 'https' is not supported; download"),
         ("data.source=s3:///x", "data.source: is no full URI; write s3://bucket/key"),
         ("data.source=file://x", "data.source: is no full URI; write s3://bucket/key or file:///"),

@@ -14,7 +14,7 @@ import yaml
 from prefect.server.api.server import SubprocessASGIServer
 
 from flows import signals
-from rlhf.ppo.checkpoint import checkpoints_in
+from rlhf.checkpoints.folder import checkpoints_in
 from tests.flows.conftest import tiny_tree
 from tests.flows.test_command_line import ROOT, bare_environment
 from tests.library.kills import in_child
@@ -70,7 +70,7 @@ def test_sigterm_to_the_group_while_the_policy_is_trained(preset, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    line = "terminated; the same command goes on after the last finished stage or PPO checkpoint"
+    line = "terminated; the same command goes on after the last finished stage or checkpoint"
     assert shown.read_text().splitlines()[-1] == line
     assert "Traceback" not in shown.read_text()
     assert not [*servers(tmp_path)]

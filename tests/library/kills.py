@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoints import trainer
 from rlhf.modeling import weights
 from rlhf.ppo import checkpoint
 
 CALLS = ("open", "close", "fsync", "mkdir", "replace", "unlink", "rmdir")
 #: Functions that write a file of a checkpoint, with the position of the path's argument.
-WRITES: dict[tuple[Any, str], int] = {(weights, "save_file"): 1, (checkpoint, "write_json"): 0}
+WRITES: dict[tuple[Any, str], int] = {
+    (weights, "save_file"): 1, (checkpoint, "write_json"): 0, (trainer, "write_json"): 0,
+}  # fmt: skip
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import uuid
 
 import pytest
 
+from rlhf.checkpoints.folder import checkpoints_in, import_checkpoint
+from rlhf.checkpoints.store import HISTORY, CheckpointStore, keep_best
 from rlhf.errors import CheckpointError, Interrupted, StoreError, is_retriable
-from rlhf.ppo.checkpoint import checkpoints_in, import_checkpoint
-from rlhf.ppo.checkpoint_store import HISTORY, CheckpointStore, keep_best
 from rlhf.ppo.train import checkpoint_score
 from rlhf.store import Store, open_store
 from rlhf.store.cache import Cache

@@ -12,17 +12,12 @@ import threading
 import pytest
 import torch
 
+from rlhf.checkpoints import folder as folders
+from rlhf.checkpoints.folder import checkpoints_in, exclusive
 from rlhf.data.rows import PROMPTS_TRAIN, PromptRow, read_rows
 from rlhf.errors import CheckpointError, ConfigError, TrainingError, is_retriable
 from rlhf.files import read_json
-from rlhf.ppo import checkpoint
-from rlhf.ppo.checkpoint import (
-    TrainState,
-    checkpoints_in,
-    exclusive,
-    load_checkpoint,
-    save_checkpoint,
-)
+from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from rlhf.ppo.frontier import Frontier, Look
 from rlhf.ppo.train import build_trainer, prompts_of_update
 from tests.library import toys
@@ -214,7 +209,7 @@ def test_only_checkpoints_are_taken_for_checkpoints_and_by_number(tmp_path):
 
 
 def test_two_processes_on_one_folder_are_one_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(folders, "LOCK_TIMEOUT", 0.1)
     folder, inside, done = tmp_path / "c", threading.Event(), threading.Event()
 
     def other():
@@ -239,7 +234,7 @@ def test_two_processes_on_one_folder_are_one_too_many(tmp_path, monkeypatch):
 
 
 def test_training_takes_the_folder_for_itself(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(folders, "LOCK_TIMEOUT", 0.1)
     with exclusive(tmp_path / "c"), pytest.raises(ConfigError, match="another process"):
         train("a", checkpoints=tmp_path / "c")
 

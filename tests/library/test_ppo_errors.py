@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 import rlhf.ppo.optimisation as optimise_module
+from rlhf.checkpoints.folder import checkpoints_in
 from rlhf.data.chat_template import PLAIN_TEMPLATE
 from rlhf.data.rendering import load_renderer
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
 from rlhf.gates import Approved
 from rlhf.modeling.reward import META
-from rlhf.ppo.checkpoint import checkpoints_in
 from rlhf.ppo.losses import policy_loss
 from rlhf.ppo.train import train_policy
 from tests.library import toys

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlhf.checkpoints.folder import checkpoints_in
 from rlhf.data.rendering import load_renderer
 from rlhf.errors import ConfigError, Interrupted, is_retriable
 from rlhf.files import read_json, write_json
 from rlhf.modeling.reward import META
-from rlhf.ppo.checkpoint import checkpoints_in
 from tests.library import toys
 from tests.library.ppo_runs import EVERYTHING, Stopped, assert_same_run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig, StoreConfig
+from rlhf.checkpoints.folder import checkpoints_in
+from rlhf.checkpoints.store import CheckpointStoreConfig
+from rlhf.config import (
+    PipelineConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+    StoreConfig,
+)
 from rlhf.custom_code import ALLOWED
 from rlhf.errors import (
     ConfigError,
@@ -22,13 +31,11 @@ from rlhf.errors import (
     WorkerDied,
 )
 from rlhf.files import read_json
-from rlhf.launch import Job, launch
+from rlhf.launch import Job, launch, train
 from rlhf.launch.job import pids as pids_in
 from rlhf.modeling.generate import concatenate, generate
 from rlhf.modeling.members import read_members
 from rlhf.modeling.sampling import Sampling
-from rlhf.ppo.checkpoint import checkpoints_in
-from rlhf.ppo.checkpoint_store import CheckpointStoreConfig
 from rlhf.ranks import Ranks
 from rlhf.store import open_store
 from tasks.stages import STAGES
@@ -111,6 +118,36 @@ def test_the_reward_model_in_two_processes(data, sft, reward_model, tmp_path):
     assert len(read_members(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(("field", "sharding"), [("sft", "ddp"), ("reward_model", "fsdp")])
+def test_a_trainer_of_two_processes_goes_on(data, sft, reward_model, tmp_path, field, sharding):
+    """And ends where one process ends, which may go on in their place."""
+    section, alone = {"sft": (toys.SFT, sft), "reward_model": (toys.REWARD, reward_model)}[field]
+    config = toys.changed(section, processes=2, sharding=sharding, checkpoint_minutes=0)
+    checkpoints, pids, steps = tmp_path / "c", [], []
+
+    def call(name, section, checkpoints=checkpoints):
+        (tmp_path / name).mkdir()
+        inputs = {"data": data, "sft": sft}
+        return job(field, section, tmp_path / name, inputs, base=toys.BASE, checkpoints=checkpoints)
+
+    def die(step, total, metrics):
+        if len(checkpoints_in(checkpoints)) == 2 and not pids:
+            pids.extend(running(tmp_path / "t").values())
+            os.kill(pids[1], signal.SIGKILL)
+
+    with pytest.raises(WorkerDied, match=r"process 2 of 2 was ended by SIGKILL"):
+        launch(call("killed", config), die)
+    copy = Path(shutil.copytree(checkpoints, tmp_path / "copy"))
+    begun = int(checkpoints_in(checkpoints)[-1].name.removeprefix("update-"))
+    launch(call("on", config), lambda step, *_: steps.append(step))
+    assert steps[0] == begun + 1
+    assert_close(tmp_path / "on", alone)
+    one = toys.changed(config, processes=None, sharding="ddp")
+    train(call("one", one, copy), lambda step, *_: steps.append(-step))
+    assert -begun - 1 in steps
+    assert_close(tmp_path / "one", alone)
+
+
 def test_a_process_that_dies_fails_this_try_alone(
     data, sft, approved, train, tmp_path, monkeypatch
 ):
@@ -188,7 +225,7 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(
 PARENT = """
 import sys
 from pathlib import Path
-from rlhf.launch import Job, launch
+from rlhf.launch import Job, launch, train
 job = Job.model_validate_json(Path(sys.argv[1]).read_text())
 launch(job, lambda *_: (job.out_dir / "trains").touch())
 """

@@ -1,4 +1,4 @@
-"""PPO's stage on two machines with a common store."""
+"""Training stages on two machines with a common store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -22,22 +23,24 @@ from tests.library.upload_runs import until
 NAME = "train-policy"
 
 
-def configured(folder, store, work, **runtime):
+def configured(folder, store, work, changes=MappingProxyType({}), **runtime):
     # One thread: a forked process can't use the threads of its parent.
     runtime = {"work_dir": str(folder / work), "device": "cpu", "threads": 1, **runtime}
     tree = {**tiny_tree(folder), "store": str(store), "runtime": runtime}
+    for section in ("sft", "reward_model"):
+        tree[section] |= changes
     return PipelineConfig.model_validate(tree)
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
-    """A store with all that PPO needs, and the inputs."""
+    """A store with all that PPO needs, the inputs, and the artifacts of the stages before."""
     folder = tmp_path_factory.mktemp("ready")
     config, refs = configured(folder, folder / "store", "work"), {}
     for name, stage in STAGES.items():
         inputs = {role: refs[producer] for role, producer in stage.needed_inputs(config).items()}
         if name == NAME:
-            return folder / "store", inputs
+            return folder / "store", inputs, refs
         refs[name] = run_stage(stage, config, inputs).ref
     raise AssertionError
 
@@ -75,7 +78,7 @@ def test_a_run_whose_machine_is_gone_ends_elsewhere_with_the_same_artifact(
     def work():
         def progress(step, total, metrics):
             if step == total:
-                until(lambda: [*Path(first.store).glob("checkpoints/*/refs/ppo/*.json")])
+                until(lambda: [*Path(first.store).glob("checkpoints/*/refs/checkpoints/*.json")])
                 os.kill(os.getpid(), signal.SIGKILL)
 
         train(first, ready[1], progress)
@@ -100,6 +103,49 @@ def test_a_run_whose_machine_is_gone_ends_elsewhere_with_the_same_artifact(
     assert local.exists()
     assert train(first, ready[1]).cached
     assert not local.exists()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("name", ["train-sft", "train-reward-model", "train-judge"])
+def test_so_does_every_other_training(ready, tmp_path, name):
+    """From where it was killed; another rate than that of the recorded work trains anew."""
+    stage, places = STAGES[name], ("first", "second", "alone")
+    changes = {"learning_rate": 2e-3, "checkpoint_minutes": 0}
+    stores = [Path(shutil.copytree(ready[0], tmp_path / to)) for to in ("shared", "other")]
+    first, second, alone = (
+        configured(tmp_path, stores[place == "alone"], place, changes) for place in places
+    )
+    inputs = {role: ready[2][of] for role, of in stage.needed_inputs(first).items()}
+
+    def work():
+        def progress(step, total, metrics):
+            if step == 2:
+                until(lambda: [*stores[0].glob("checkpoints/*/refs/checkpoints/*.json")])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run_stage(stage, first, inputs, progress)
+
+    assert in_child(work) == -signal.SIGKILL
+    (stored,) = below(first)
+    assert stored.name.startswith(f"{name}-")
+    steps = []
+    outcome = run_stage(stage, second, inputs, lambda step, *_: steps.append(step))
+    assert steps[0] > 1
+    assert outcome.ref.digest == run_stage(stage, alone, inputs).ref.digest
+    # A finished training leaves no checkpoint.
+    assert [*stored.glob("manifests/*")] == []
+    assert files(tmp_path / "second" / "checkpoints") == []
+
+
+def test_a_training_that_may_not_save_does_not(ready, tmp_path):
+    changes = {"learning_rate": 3e-3, "checkpoint_minutes": None}
+    config = configured(tmp_path, ready[0], "none", changes)
+    there, inputs = [], {"data": ready[2]["prepare-data"]}
+    run_stage(
+        STAGES["train-sft"], config, inputs,
+        lambda *_: there.append((tmp_path / "none" / "checkpoints").exists()),
+    )  # fmt: skip
+    assert {*there} == {False}
 
 
 def test_without_uploads_nothing_is_sent(ready, machine):

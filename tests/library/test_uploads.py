@@ -112,7 +112,7 @@ def test_a_checkpoint_may_go_while_it_is_sent(watched, tmp_path, monkeypatch):
         gate.clear()
         folder = checkpoint(watched.checkpoints.with_name(f"c{number}"), number, str(links))
         if not links:
-            monkeypatch.setattr("rlhf.ppo.checkpoint_upload.os.link", no_links)
+            monkeypatch.setattr("rlhf.checkpoints.uploads.os.link", no_links)
         with watched.uploads() as uploads:
             uploads.submit(folder, number, None)
             (aside,) = folder.parent.glob(".upload-*")
@@ -128,8 +128,8 @@ def test_a_full_disk_keeps_the_checkpoint(watched, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = checkpoint(watched.checkpoints.with_name("c"), 1)
-    monkeypatch.setattr("rlhf.ppo.checkpoint_upload.os.link", full)
-    monkeypatch.setattr("rlhf.ppo.checkpoint_upload.shutil.copyfile", full)
+    monkeypatch.setattr("rlhf.checkpoints.uploads.os.link", full)
+    monkeypatch.setattr("rlhf.checkpoints.uploads.shutil.copyfile", full)
     with watched.uploads() as uploads, pytest.raises(CheckpointError, match="is whole, but") as e:
         uploads.submit(folder, 1, None)
     assert is_retriable(e.value)

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rlhf.ppo.optimisation as optimise_module
+from rlhf.checkpoints.folder import checkpoints_in
 from rlhf.data.rows import PAIRS_JUDGE, Pair, PromptRow, write_rows
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.files import read_json, write_json
 from rlhf.judge import JUDGE
 from rlhf.launch import Job, launch
-from rlhf.ppo.checkpoint import TrainState, checkpoints_in
+from rlhf.ppo.checkpoint import TrainState
 from rlhf.ppo.frontier import NON_FINITE
 from rlhf.ppo.train import build_trainer, train_policy
 from rlhf.ppo.watchdog import WATCHDOG, make_watchdog

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-from rlhf.ppo.checkpoint import checkpoints_in
-from rlhf.ppo.checkpoint_store import CheckpointStore
-from rlhf.ppo.checkpoint_upload import CheckpointUploads
+from rlhf.checkpoints.folder import checkpoints_in
+from rlhf.checkpoints.store import CheckpointStore
+from rlhf.checkpoints.uploads import CheckpointUploads
 from rlhf.store import Producer, open_store
 from rlhf.store.local import LocalBackend
 from tests.servers import PATIENCE

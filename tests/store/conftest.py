@@ -175,7 +175,7 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     Files of 20 MiB are uploaded in two parts; larger ones would only cost time and memory.
     """
     monkeypatch.setattr("rlhf.store.s3.PAUSE", 0.01)
-    monkeypatch.setattr("rlhf.store.s3.PAUSE", 0.01)
+    monkeypatch.setattr("rlhf.store.s3_reading.PAUSE", 0.01)
     monkeypatch.setattr("rlhf.store.s3._PART", 16 << 20)
 
 

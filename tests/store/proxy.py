@@ -19,12 +19,18 @@ class Faults:
     """The faults of a proxy; none by default."""
 
     endpoint: str
-    refuse: Callable[[str, str, dict[str, str]], int | tuple[int, str] | None] = lambda *_: None
-    """Answer with this status and S3's code for it, without forwarding."""
+    refuse: Callable[
+        [str, str, dict[str, str]], int | tuple[int, str] | tuple[int, str, str] | None
+    ] = lambda *_: None
+    """Answer with this status, S3's code and its message, without forwarding."""
+    headers: Callable[[str, str], dict[str, str]] = lambda *_: {}
+    """Headers to add to an answer."""
     lose_answer: Callable[[str, str], bool] = lambda *_: False
     """Forward the request, then close the connection without an answer."""
     mangle: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
     """Change the body of an answer; a shorter one is a cut connection."""
+    without: str = ""
+    """Leave this header of requests out."""
     continues: bool = True
     """Answer "100 Continue" to clients that wait for it."""
     seen: list[tuple[str, str]] = field(default_factory=list)
@@ -47,13 +53,19 @@ def fault_proxy(upstream: str) -> Iterator[Faults]:
             faults.seen.append((self.command, self.path))
             refusal = faults.refuse(self.command, self.path, dict(self.headers))
             if refusal is not None:
-                status, code = refusal if isinstance(refusal, tuple) else (refusal, "")
-                error = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
+                status, *said = refusal if isinstance(refusal, tuple) else (refusal,)
+                code, text = (*map(str, said), "", "")[:2]
+                error = f"<Error><Code>{code}</Code><Message>{text}</Message></Error>".encode()
+                error = error if code else b""
                 if self.command == "HEAD":
                     error = b""
                 return self.answer(status, [("Content-Length", str(len(error)))], error)
             connection = http.client.HTTPConnection(host, timeout=30)
-            headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
+            headers = {
+                k: v
+                for k, v in self.headers.items()
+                if k.lower() not in ("expect", faults.without.lower())
+            }
             connection.request(self.command, self.path, body, headers)
             response = connection.getresponse()
             data = response.read()
@@ -62,6 +74,7 @@ def fault_proxy(upstream: str) -> Iterator[Faults]:
                 self.close_connection = True
                 return None
             kept = [h for h in response.getheaders() if h[0].lower() not in SKIPPED]
+            kept += faults.headers(self.command, self.path).items()
             length = response.getheader("Content-Length") or str(len(data))
             succeeded = response.status < 300
             sent = faults.mangle(self.command, self.path, data) if succeeded else data

@@ -63,7 +63,7 @@ def test_relative_path_and_home(tmp_path, monkeypatch):
     "uri", ["", "gs://bucket", "s3://", "s3:///x", "file://host/x", "file://", "~no.such.user/x"]
 )
 def test_unknown_uri(tmp_path, uri):
-    with pytest.raises(StoreConfigError, match="is no store; write"):
+    with pytest.raises(StoreConfigError, match=r"^(the store's URI|store = ).*; (write|use) "):
         open_store(uri, cache_dir=tmp_path)
 
 
@@ -165,9 +165,8 @@ def test_no_credentials(s3_place, tmp_path, monkeypatch):
     ("uri", "options", "reason"),
     [
         ("s3://bucket", {"profile": "nobody"}, "nobody"),
-        ("s3://bucket", {"endpoint_url": "nonsense"}, "Invalid endpoint"),
         ("s3://bucket", {"ca_bundle": "/nowhere.pem"}, "ca_bundle /nowhere.pem is not a file"),
-        ("s3://not a bucket", {}, "Invalid bucket name"),
+        ("s3://not a bucket", {}, "names a bucket that can't be one"),
     ],
 )
 def test_unusable_options(s3_place, tmp_path, uri, options, reason):

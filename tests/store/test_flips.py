@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.storage import flips
 from rlhf.errors import ArtifactCorrupt
-from rlhf.store.s3 import _date
-from rlhf.store.s3_client import failed
+from rlhf.store.s3_errors import failed
+from rlhf.store.s3_reading import date_of
 from tests.store.faulty import (
     LARGE,
     SMALL,
@@ -120,7 +120,7 @@ def test_flip_in_an_answer(s3_place, line, tmp_path, folder, producer, method, p
 def test_flip_in_a_date_or_a_length():
     """An age of zero, so that nothing looks old; no complaint about options."""
     for date in ("Mon, 23 Nov 2026 19x05:32 GMT", "Mon, 23 \x0eov 2026 19:05:32 GMT", "\x00"):
-        assert _date({"ResponseMetadata": {"HTTPHeaders": {"date": date}}}) is None
+        assert date_of({"ResponseMetadata": {"HTTPHeaders": {"date": date}}}) is None
     error = failed("what", "endpoint", ValueError("invalid literal for int()"), opening=False)
     assert error.retriable
     assert "try again" in str(error)

@@ -1,4 +1,4 @@
-"""Background upload of PPO checkpoints to the store, and restoring from it."""
+"""Background upload of checkpoints to the store, and restoring from it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from rlhf.checkpoints.folder import checkpoints_in, import_checkpoint
+from rlhf.checkpoints.store import CheckpointStore
 from rlhf.errors import CheckpointError, Interrupted
-from rlhf.ppo.checkpoint import checkpoints_in, import_checkpoint
-from rlhf.ppo.checkpoint_store import CheckpointStore
 
 #: Prefix of the folders of snapshots, beside the checkpoints.
 SNAPSHOT = ".upload-"

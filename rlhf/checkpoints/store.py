@@ -1,4 +1,4 @@
-"""PPO checkpoints in the artifact store, for resuming a run on another machine.
+"""Checkpoints in the artifact store, for resuming a run on another machine.
 
 Each run has a store of its own inside the pipeline's, so that deleting a checkpoint affects no
 other run. The manifests are the list of checkpoints; the history, with the mark `best`, is only
@@ -17,8 +17,8 @@ from rlhf.config.section import Section
 from rlhf.errors import ArtifactCorrupt, ArtifactMissing, StoreError
 from rlhf.store import Producer, Store, open_store
 
-KIND = "ppo_checkpoint"
-HISTORY = "ppo"
+KIND = "checkpoint"
+HISTORY = "checkpoints"
 #: Newest checkpoints to retain; the best one is retained in any case.
 KEEP = 2
 
