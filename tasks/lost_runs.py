@@ -81,10 +81,11 @@ def give_up(client: SyncPrefectClient, run: FlowRun, reason: str) -> FlowRun:
 def given_up() -> State | None:
     """Return the final state of this flow run if it was given up before it started, else None.
 
-    Its process came late: another run does its work.
+    Its process came late: another run does its work. A worker may have reported a crash of a
+    machine that starts all the same.
     """
-    states = states_of(str(flow_run.id)) if deployment.id else []
-    if not any(state.name == NEVER_STARTED for state in since_scheduled(states)):
+    states = since_scheduled(states_of(str(flow_run.id))) if deployment.id else []
+    if not any(s.name == NEVER_STARTED or s.type == StateType.CRASHED for s in states):
         return None
     log.warning("this run was given up before its process started; another run does its work")
     return Cancelled(name=NEVER_STARTED, message="Another run has taken its place.")

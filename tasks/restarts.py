@@ -55,8 +55,11 @@ NOT_RESTARTED = "not-restarted"
 _AUTO_SCHEDULED = "auto-scheduled"
 #: Runs that the server returns in one answer.
 _PAGE = 200
-#: Answers to a request that will not be better another time.
-_REFUSED = range(httpx.codes.BAD_REQUEST, httpx.codes.INTERNAL_SERVER_ERROR)
+#: Answers to a request that will not be better another time; rights and rates may be.
+_REFUSED = {
+    httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND, httpx.codes.CONFLICT,
+    httpx.codes.UNPROCESSABLE_ENTITY,
+}  # fmt: skip
 
 
 def restart_lost_runs(
@@ -83,7 +86,9 @@ def restart_lost_runs(
             pending=doubled(pending_seconds, restarts_before(run)), cancelling=2 * pending_seconds
         )
         exceeded = limits.exceeded(run.state, (now - run.state.timestamp).total_seconds())
-        if run.deployment_id and exceeded is not None:
+        # Without a restart left nothing would take its place: a process that comes late is right.
+        is_last = run.state.type == StateType.PENDING and restarts_before(run) >= limit
+        if run.deployment_id and exceeded is not None and not is_last:
             give_up(client, run, exceeded)
     ended = FlowRunFilterEndTime(after_=earliest)  # pyright: ignore[reportArgumentType]
     for run in _runs(client, [StateType.CRASHED, StateType.CANCELLED], end_time=ended):
@@ -163,7 +168,7 @@ def _restart(client: SyncPrefectClient, run: FlowRun, limit: int) -> str:
         return _note(
             client, run, NOT_RESTARTED,
             f"lost after {before} restarts, which is the limit: not started again; find the cause, "
-            "then start it by hand",
+            "then submit it anew",
         )  # fmt: skip
     own = (RESTART_OF, RESTART)
     tags = [tag for tag in run.tags if not tag.startswith(own) and tag != _AUTO_SCHEDULED]

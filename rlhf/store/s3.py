@@ -43,6 +43,8 @@ _MIB = 1024 * 1024
 PAUSE = 0.1
 #: How long botocore waits for "100 Continue" before it sends a body.
 _CONTINUE_SECONDS = 1.0
+#: Codes of objects that are not there, of which removals think nothing.
+_ABSENT = ("404", "NoSuchKey", "NotFound")
 #: Statuses of refused conditional writes: the object exists (412, at some servers 304), is being
 #: written (409), or the server may not know the condition.
 _CONDITIONAL = ("412", "304", "409", "501", "400", "405")
@@ -313,7 +315,8 @@ class S3Backend:
                 self._can.deletes_many = False
                 return False
             for error in answer.get("Errors", ()):
-                raise ClientError({"Error": error}, "DeleteObjects")
+                if error.get("Code") not in _ABSENT:  # which some servers list
+                    raise ClientError({"Error": error}, "DeleteObjects")
         return True
 
     def _delete_one(self, key: str) -> None:
@@ -321,7 +324,7 @@ class S3Backend:
             try:
                 self._client.delete_object(**self._address(key))
             except ClientError as error:
-                if code_of(error) not in ("404", "NoSuchKey", "NotFound"):
+                if code_of(error) not in _ABSENT:
                     raise
 
     def _put_part(self, address: dict[str, str], source: Source, number: int, size: int) -> str:

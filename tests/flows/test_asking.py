@@ -15,7 +15,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
-from prefect.states import Cancelled, Crashed, Scheduled
+from prefect.states import Cancelled, Crashed, Pending, Scheduled
 
 from flows import champions as command
 from flows.pipeline import pipeline
@@ -24,7 +24,7 @@ from rlhf.errors import StoreError
 from rlhf.store import ArtifactRef, open_store
 from tasks import promotion
 from tasks.approvals import Decision, ask
-from tasks.lost_runs import RESTART_OF
+from tasks.lost_runs import NEVER_STARTED, RESTART_OF
 
 pytestmark = pytest.mark.prefect
 POLICY = ArtifactRef(kind="policy", digest="a" * 64, size=1, uri="file:///nowhere")
@@ -53,9 +53,10 @@ class Run:
             deployment = asyncio.run(_deployment(flow_id, which.name))
             self.id = client.create_flow_run_from_deployment(deployment).id
 
-    def replaced(self):
+    def replaced(self, *states):
         """The run that takes the place of this one, which is lost."""
-        self.set(Crashed())
+        for state in states or (Crashed(),):
+            self.set(state)
         made = copy.copy(self)
         with get_client(sync_client=True) as client:
             lost = client.read_flow_run(self.id)
@@ -155,7 +156,8 @@ def test_an_answer_goes_to_the_run_that_takes_a_lost_ones_place(run, monkeypatch
     """Through two losses; and not if the lost run was cancelled after the question."""
     run.take_up()
     run.answer(**GOOD)
-    second = run.replaced()
+    # Resumed, it is accepted by a worker that dies before the process starts.
+    second = run.replaced(Pending(), Cancelled(name=NEVER_STARTED))
     third = second.replaced()
     assert third.take_up().name == "Completed"
     (entry,) = recorded(run)

@@ -174,7 +174,7 @@ def test_a_run_that_always_crashes_is_given_up_and_says_so(client, made):
         client.set_flow_run_state(run.id, Crashed(), force=True)
     (line,) = [line for line in restart(client) if str(run.id) in line]
     assert "after 3 restarts, which is the limit" in line
-    assert "by hand" in logs(client, run)
+    assert "submit it anew" in logs(client, run)
     assert NOT_RESTARTED in client.read_flow_run(run.id).tags
     assert not [line for line in restart(client, limit=9) if run.name in line]
     assert successors(client, run) == []
@@ -217,17 +217,22 @@ def test_a_pipeline_that_is_pending_for_too_long_is_replaced(client, made):
     stuck = submitted(client, made, Pending())
     cancelled = submitted(client, made, Running(), Cancelling())
     patient = submitted(client, made, Pending(), tags=["restart:40"])
+    last = submitted(client, made, Pending(), tags=["restart:50"])
     restart(client, pending_seconds=3600)
     assert client.read_flow_run(stuck.id).state.is_pending()
     assert client.read_flow_run(cancelled.id).state.is_cancelling()
     time.sleep(1.1)  # the server tells its time in whole seconds
-    restart(client, pending_seconds=1e-3)
+    restart(client, limit=0, pending_seconds=1e-3)  # it starts none again
+    assert client.read_flow_run(stuck.id).state.is_pending()
+    restart(client, limit=50, pending_seconds=1e-3)
     ended = client.read_flow_run(stuck.id).state
     assert (ended.name, ended.type.value) == (NEVER_STARTED, "CANCELLED")
     assert "Pending for more than 0.001 s: its worker is gone" in ended.message
     assert len(successors(client, stuck)) == 1
     # Each restart has twice the time.
     assert client.read_flow_run(patient.id).state.is_pending()
+    # Nothing would take the place of one that has no restart left.
+    assert client.read_flow_run(last.id).state.is_pending()
     assert client.read_flow_run(cancelled.id).state.name == "Cancelled"
     assert successors(client, cancelled) == []
 

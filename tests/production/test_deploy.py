@@ -36,10 +36,7 @@ def test_everything_is_registered_and_again(place):
     assert weekly["schedules"][0]["schedule"]["cron"] == "0 3 * * 1"
     limits = {name: d["global_concurrency_limit"]["limit"] for name, d in found.items()
               if d["global_concurrency_limit"]}  # fmt: skip
-    assert limits == {
-        "rlhf-pipeline/rlhf-pipeline": 4, "retraining/retraining": 1,
-        "restart-lost-runs/restart-lost-runs": 1,
-    }  # fmt: skip
+    assert limits == {"rlhf-pipeline/rlhf-pipeline": 4, "retraining/retraining": 1}
     automations = [a["name"] for a in place.api("automations/filter", limit=50)]
     assert sorted(automations) == [
         "restart-lost-runs/restart-lost-runs__start lost runs again",
@@ -127,7 +124,7 @@ def test_the_command_shows_what_was_refused(place, parameter, said):
 def test_file_repeats_nothing():
     text = (ROOT / "deployments" / "prefect.yaml").read_text()
     tree = yaml.safe_load(text)
-    assert len(tree["deployments"]) == len(STAGES) + 2
+    assert len(tree["deployments"]) == len(STAGES) + 3
     assert text.count("job_variables") == 1
 
 
