@@ -47,8 +47,15 @@ def plot_runs(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_xlabel("√KL to the SFT policy (√nats)")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("gain, in deviations at the start")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncol=len(labels), fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    # Not every run is stopped: a line of the legend may be in a later panel alone.
+    lines = {
+        label: handle
+        for axis in axes[0]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    columns = min(len(lines), 2 * len(runs))
+    rows = math.ceil(len(lines) / columns)
+    figure.legend(lines.values(), lines, loc="upper center", ncol=columns, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * rows))
     figure.savefig(path, dpi=110)
     plt.close(figure)

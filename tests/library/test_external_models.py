@@ -266,7 +266,8 @@ def test_stages_start_from_s3(upload, reward_model, sft, data, tmp_path):
     inputs = {"data": rows, "sft": policy}
     assert run_stage(STAGES["train-reward-model"], based, inputs).metrics["pairs"] == 96
     left = [p.name for p in (tmp_path / "work").iterdir() if p.suffix != ".lock"]
-    assert sorted(left) == ["cache", "rehearsals"]
+    assert sorted(left) == ["cache", "checkpoints", "rehearsals"]
+    assert [*(tmp_path / "work" / "checkpoints").iterdir()] == []
 
 
 @pytest.mark.s3
