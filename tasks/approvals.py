@@ -24,7 +24,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from rlhf.champions import LONGEST, printable_line
 from rlhf.markdown import Markdown, bold, paragraphs
 from rlhf.store.manifest import first_problem
-from tasks.lost_runs import NEVER_STARTED, predecessor, states_of
+from tasks.lost_runs import has_cancellation, predecessor, states_of
 from tasks.retries import asked_server
 
 
@@ -82,8 +82,7 @@ def answer(policy: str) -> Answer | None:
     request = f"{run}/{last.state_details.pause_key}"
     later = states[states.index(last) + 1 :]
     # Resumed, a run is Pending once more; lost there, it is given up, and its answer still counts.
-    cancelled = (StateType.CANCELLED, StateType.CANCELLING)
-    if any(state.type in cancelled and state.name != NEVER_STARTED for state in later):
+    if has_cancellation(later):
         return Answer(request, problem="the run was cancelled after the question")
     key = keyset_from_paused_state(last)["response"]
     value = asked_server(lambda: read_flow_run_input(key, flow_run_id=UUID(run)))

@@ -93,9 +93,14 @@ def given_up() -> State | None:
 
 def is_cancelled(states: Sequence[State]) -> bool:
     """Return whether a person or a flow has cancelled a run, which may be Crashed all the same."""
+    return has_cancellation(since_scheduled(states))
+
+
+def has_cancellation(states: Sequence[State]) -> bool:
+    """Return whether one of these states is a cancellation; one that was given up has none."""
     return any(
         state.type in (StateType.CANCELLING, StateType.CANCELLED) and state.name != NEVER_STARTED
-        for state in since_scheduled(states)
+        for state in states
     )
 
 

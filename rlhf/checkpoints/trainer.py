@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """Where a trainer saves to and resumes from, and how often."""
+    """Folder, interval, uploads and identity of a trainer's checkpoints."""
 
     folder: Path
     minutes: float

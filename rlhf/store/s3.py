@@ -58,7 +58,7 @@ _SENDING = threading.BoundedSemaphore(4)
 
 @dataclass
 class _Abilities:
-    """What a server turned out to be able to do, and to want; shared by all backends of a store."""
+    """Capabilities and demands of a server, as found out; shared by all backends of a store."""
 
     conditional: bool = True
     """It knows `If-None-Match: *`."""

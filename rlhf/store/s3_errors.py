@@ -76,7 +76,7 @@ _FULL_TEXT = re.compile(r"\bcap exceeded\b|\bquota\b.{0,20}exceeded", re.IGNOREC
 
 
 class _Cause(NamedTuple):
-    """What a code means, what to do about it, and whether it may pass by itself."""
+    """Meaning of an error code, its cure, and whether it may pass by itself."""
 
     meaning: str
     cure: str
