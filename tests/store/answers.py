@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.store.proxy import serving
+
+#: Secret key that no message may repeat.
+SECRET = "a-secret-that-is-wrong"
 
 
 @dataclass
@@ -47,20 +51,22 @@ def answering() -> Iterator[Answer]:
         def log_message(self, format: str, *args: object) -> None:
             del format, args
 
-    server = _Server(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    answer = Answer(f"http://127.0.0.1:{server.server_address[1]}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(_Server(("127.0.0.1", 0), Handler)) as endpoint:
+        answer = Answer(endpoint)
         yield answer
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def error(code: str, message: str = "", **more: str) -> str:
     """Return S3's XML for an error."""
     rest = "".join(f"<{name}>{value}</{name}>" for name, value in more.items())
     return f"<Error><Code>{code}</Code><Message>{message}</Message>{rest}</Error>"
+
+
+def is_one_line_with_a_cure(message: str, *parts: str) -> None:
+    """Assert that a message is one line with these parts and a cure, without the secret."""
+    assert message.isprintable()
+    assert len(message) < 500
+    assert SECRET not in message
+    for part in parts:
+        assert part in message
+    assert len(message.rpartition("; ")[2]) > 5

@@ -95,17 +95,23 @@ def fault_proxy(upstream: str) -> Iterator[Faults]:
         def log_message(self, format: str, *args: object) -> None:
             del format, args
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as endpoint:
+        faults = Faults(endpoint)
+        yield faults
+
+
+SKIPPED = {"content-length", "transfer-encoding", "connection", "keep-alive"}
+
+
+@contextlib.contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Serve in a thread until the block ends; yields the address."""
     server.daemon_threads = True
-    faults = Faults(f"http://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield faults
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-SKIPPED = {"content-length", "transfer-encoding", "connection", "keep-alive"}

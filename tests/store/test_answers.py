@@ -15,9 +15,8 @@ from rlhf.errors import StoreConfigError, StoreError
 from rlhf.store.objects import Backend, Sink
 from rlhf.store.s3 import S3Backend
 from rlhf.store.s3_errors import refused
-from tests.store.answers import Answer, answering, error
+from tests.store.answers import SECRET, Answer, answering, error, is_one_line_with_a_cure
 
-SECRET = "a-secret-that-is-wrong"
 HTML = "<html><body>Sign in</body></html>"
 
 
@@ -66,15 +65,6 @@ def complaint(work: Callable[[], object], *parts: str) -> StoreError:
         work()
     is_one_line_with_a_cure(str(caught.value), *parts)
     return caught.value
-
-
-def is_one_line_with_a_cure(message: str, *parts: str) -> None:
-    assert message.isprintable()
-    assert len(message) < 500
-    assert SECRET not in message
-    for part in parts:
-        assert part in message
-    assert len(message.rpartition("; ")[2]) > 5
 
 
 @pytest.mark.parametrize(
