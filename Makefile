@@ -6,10 +6,16 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests: one more than cores, for one of them often waits for a server.
 WORKERS ?= 3
 
-.PHONY: quickstart deploy pools test lint unit quickstart-bars gpu clean
+.PHONY: quickstart server server-stop deploy pools test lint unit quickstart-bars gpu clean
 
 quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
 	$(BIN)/rlhf run configs/quickstart.yaml
+
+server: $(STAMP)  ## start Prefect's server on a Postgres of its own, in the background; both are installed if need be
+	@$(BIN)/rlhf server start --install
+
+server-stop: $(STAMP)
+	@$(BIN)/rlhf server stop
 
 deploy: pools  ## register flows, schedules and automations with the server of PREFECT_API_URL
 	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml

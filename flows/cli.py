@@ -14,7 +14,7 @@ import httpx
 from cyclopts import App, CycloptsError
 
 import rlhf
-from flows import artifacts, champions, compare, data, forget, judge, preflight, runs
+from flows import artifacts, champions, compare, data, forget, judge, preflight, runs, server
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
@@ -45,6 +45,7 @@ config_app = App(name="config", help="Look at configurations.")
 app.command(config_app)
 app.command(artifacts.app)
 app.command(data.app)
+app.command(server.app)
 for command in (
     preflight.preflight, runs.runs, runs.status, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
