@@ -114,8 +114,7 @@ class Postgres:
             # After kill -9 its children take a moment to end.
             if "still in use" not in said or time.monotonic() > give_up:
                 raise UnexpectedError(
-                    f"Postgres does not start: {_reason(said) or _reason(done.stderr)}; "
-                    f"{self.log} has all of it"
+                    f"Postgres does not start: {_reason(said or done.stderr)}; see {self.log}"
                 )
             time.sleep(0.5)
 

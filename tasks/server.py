@@ -123,13 +123,16 @@ class Server:
             return self.postgres.stop(PATIENCE) or was_running
 
     def _prepare_folder(self) -> None:
+        # Postgres, which root runs as another user, passes through.
+        umask = os.umask(0o022 if os.geteuid() == 0 else 0o077)
         try:
-            # Postgres, which root runs as another user, passes through.
-            self.folder.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True)
+            self.folder.mkdir(parents=True)
         except FileExistsError:
             pass
         except OSError as error:
             raise self._unusable(f"can't be made ({error.strerror})") from error
+        finally:
+            os.umask(umask)
         if not self.folder.is_dir():
             raise self._unusable("is a file")
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
