@@ -44,8 +44,8 @@ SQLITE: dict[str, dict[str, str]] = {
         "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
     },
 }
-#: Seconds to wait for the runs that are left when the load has ended.
-DRAIN = 300
+#: Seconds to wait for the server's first answer.
+PATIENCE = 300
 
 
 @task
@@ -77,7 +77,7 @@ def server(database: str, folder: Path) -> Iterator[Path]:
                    LEASE_SETTING: IN_FILES}  # fmt: skip
     log = folder / "server.log"
     with running([str(BIN / "prefect"), "server", "start", "--port", str(PORT)], environment, log):
-        give_up = time.monotonic() + DRAIN
+        give_up = time.monotonic() + PATIENCE
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{API}/ready", timeout=60).status_code == 200:
@@ -143,11 +143,13 @@ def submit(client: httpx.Client, deployment: str, count: int, seconds: float) ->
 
 
 def states(client: httpx.Client) -> Counter[str]:
-    """Count runs by state."""
-    found: Counter[str] = Counter()
-    answer = client.post("flow_runs/filter", json={"limit": 200}).raise_for_status()
-    found.update(run["state_name"] for run in answer.json())
-    return found
+    """Count runs by state, as soon as the server answers."""
+    for _ in range(10):
+        with contextlib.suppress(httpx.HTTPError):
+            answer = client.post("flow_runs/filter", json={"limit": 200}).raise_for_status()
+            return Counter(run["state_name"] for run in answer.json())
+        time.sleep(2)
+    return Counter({"unknown": 1})
 
 
 def measure(database: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def measure(database: str, arguments: argparse.Namespace) -> dict[str, Any]:
                             client, deployment, arguments.submissions, arguments.seconds
                         )
                         busy = os.getloadavg()[0]
-                    left = time.monotonic() + DRAIN
+                    left = time.monotonic() + arguments.drain
                     final = {"Completed", "Failed", "Crashed"}
                     while {*(ended := states(client))} - final and time.monotonic() < left:
                         time.sleep(2)
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--submissions", type=int, default=49)
     parser.add_argument("--burners", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--drain", type=float, default=300, help="seconds for the runs left over")
     arguments = parser.parse_args()
     os.nice(5)
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:

@@ -40,15 +40,16 @@ def start(
     install
         As root on Debian or Ubuntu, install Postgres if it is missing.
     """
-    from prefect.settings import PREFECT_SERVER_API_HOST, PREFECT_SERVER_API_PORT
+    from prefect.settings import get_current_settings
 
     if install:
         from tasks.postgres import install as install_postgres
 
         install_postgres()
     server = _server(folder)
-    host = PREFECT_SERVER_API_HOST.value() if host is None else host
-    port = PREFECT_SERVER_API_PORT.value() if port is None else port
+    settings = get_current_settings().server.api
+    host = settings.host if host is None else host
+    port = settings.port if port is None else port
     remarks = PlainConsole(stderr=True)  # stdout is for `eval`
     api = server.start(host, port)
     say(f"Prefect's server on Postgres in {server.folder}, log {server.log}", on=remarks)

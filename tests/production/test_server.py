@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -189,10 +190,44 @@ def test_a_folder_that_postgres_cant_use_is_refused(folder, programs):
             Postgres(folder / "postgres").start(1)
 
 
+ORDINARY = """
+import asyncio, os, sys
+import asyncpg
+from pathlib import Path
+from tasks.postgres import Postgres
+folder, uid = Path(sys.argv[1]), int(sys.argv[2])
+os.setgroups([])
+os.setgid(uid)
+os.setuid(uid)
+made = Postgres(folder)
+made.start(300)
+print(made.owner.pw_name, flush=True)
+sys.stdin.read()
+made.start(300)
+print(made.stop(60), made.stop(60))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as an ordinary user anyway")
+def test_an_ordinary_user_has_a_database_that_no_other_enters(folder, programs):
+    shutil.chown(folder, "nobody")
+    command = [sys.executable, "-c", ORDINARY, str(folder / "postgres"), str(folder.stat().st_uid)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as user:
+        assert user.stdout
+        assert user.stdout.readline() == "nobody\n"
+        refused = asyncpg.InvalidAuthorizationSpecificationError
+        with pytest.raises(refused, match=r"[Pp]eer authentication failed"):
+            asyncio.run(ask(Server(folder), "SELECT 1"))  # root is another user
+        told = user.communicate()[0]
+    assert (user.returncode, told) == (0, "True False\n")
+
+
 def test_another_database_of_the_user_is_not_passed_over(folder):
-    chosen = {PREFECT_API_DATABASE_CONNECTION_URL: "postgresql+asyncpg://me@db/prefect"}
+    url = "postgresql+asyncpg://me@db/prefect"
     with (
-        temporary_settings(chosen),
+        temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: url}),
         pytest.raises(ConfigError, match=r"PREFECT_API_DATABASE_CONNECTION_URL\) is set"),
     ):
         Server(folder).start("127.0.0.1", 4200)
