@@ -124,7 +124,7 @@ def test_the_command_shows_what_was_refused(place, parameter, said):
 def test_file_repeats_nothing():
     text = (ROOT / "deployments" / "prefect.yaml").read_text()
     tree = yaml.safe_load(text)
-    assert len(tree["deployments"]) == len(STAGES) + 3
+    assert len(tree["deployments"]) == len(STAGES) + 5
     assert text.count("job_variables") == 1
 
 
