@@ -1,4 +1,4 @@
-"""The other machines of a stage with `nodes`: runs of a deployment, or what torchrun's variables say.
+"""The other machines of a stage with `nodes`: runs of a deployment, or torchrun's variables.
 
 A stage that runs in a deployment named `gpu` starts a run of `node/gpu` for each further machine,
 and workers of its pool take them up; each connects to the stage. Prefect is loaded only then.
@@ -20,7 +20,6 @@ from rlhf.config.pipeline import INLINE
 from rlhf.config.training import ProcessSection
 from rlhf.errors import ConfigError
 from rlhf.launch.nodes import Nodes, nodes_of_environment
-from rlhf.launch.torchrun import torchrun_environment
 from tasks.external_inputs import pair_model
 from tasks.stage import Stage, StageRun
 

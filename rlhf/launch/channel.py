@@ -41,8 +41,9 @@ class Channel:
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), threading.Event()
         connection.settimeout(silence)
-        for work in (self._read, self._beat):
-            threading.Thread(target=work, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def send(self, **message: Any) -> None:
         """Send a message; if that fails, the other machine is lost."""
@@ -59,11 +60,17 @@ class Channel:
             return self._inbox.get(timeout=seconds)
         return None
 
-    def close(self) -> None:
-        """Close the connection; the other end then reads what was sent, and its end."""
+    def close(self, linger: float = 5.0) -> None:
+        """Close the connection, when the other end has read all or that many seconds have passed.
+
+        At once, a sign of life that crosses the closing would take the last messages with it.
+        """
         self._closed.set()
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_WR)
+            self._reader.join(linger)
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the reader
         self._socket.close()
 
     def _lose(self, reason: str) -> None:
@@ -78,7 +85,7 @@ class Channel:
     def _read(self) -> None:
         rest = b""
         heard = time.monotonic()
-        while not self._closed.is_set():
+        while self.lost is None:
             try:
                 new = self._socket.recv(2**16)
             except TimeoutError:

@@ -174,12 +174,16 @@ class Meeting(Alone):
                 hello = stranger.receive(0)
                 if hello is not None:
                     self._admit(stranger, hello)
+                elif stranger.lost:
+                    stranger.close(linger=0)
                 if hello is not None or stranger.lost:
                     strangers.remove(stranger)
-            # One that went away may come again.
-            self._channels = {n: c for n, c in self._channels.items() if not c.lost}
+            for node, channel in [*self._channels.items()]:
+                if channel.lost:  # it may come again
+                    channel.close(linger=0)
+                    del self._channels[node]
         for stranger in strangers:
-            stranger.close()
+            stranger.close(linger=0)
 
     def prepare(self, terminated: Callable[[], bool]) -> None:
         """Give the job to all, wait until they are ready for it, and have them start.

@@ -48,7 +48,7 @@ def torchrun_environment() -> Torchrun | None:
     )
     if not host:
         raise ConfigError(
-            "PET_NNODES is set, but not PET_MASTER_ADDR: name the first machine in it"
+            f"PET_NNODES = {count!r}, but PET_MASTER_ADDR is not set; name the first machine in it"
         )
     if node >= nodes:
         raise ConfigError(f"PET_NODE_RANK = {node}, but PET_NNODES = {nodes}; count from 0")

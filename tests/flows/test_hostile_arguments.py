@@ -45,6 +45,7 @@ COMMANDS = [
     "artifacts pin abcdef @ --store st", "artifacts unpin @ --store st", "data @",
     "artifacts rm @ --store st", "artifacts gc --grace-hours @ --store st", "data inspect @",
     "data inspect @ --as sft", "data inspect bytes.txt --rows @", "data inspect bytes.txt @",
+    "node @", "node --wait @",
 ]  # fmt: skip
 HOSTILE = [
     "", "--", "-", "[/x]", "a\0b", "x" * 300, "d/" * 3000, "\udcff\udcfe", "9" * 5000, "-1", "nan",

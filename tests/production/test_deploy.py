@@ -25,7 +25,7 @@ def test_everything_is_registered_and_again(place):
     found = deployments(place)
     assert {"rlhf-pipeline/rlhf-pipeline", "retraining/retraining"} < set(found)
     others = {"rlhf-pipeline", "retraining", "restart-lost-runs"}
-    assert {name.partition("/")[0] for name in found} - others == {*STAGES}
+    assert {name.partition("/")[0] for name in found} - others == {*STAGES, "node"}
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
     assert {d["version"] for d in found.values()} == {commit.stdout.strip()}
