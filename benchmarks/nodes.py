@@ -102,7 +102,7 @@ def measure(
         while not (out / "trains").exists():
             time.sleep(0.2)
         subprocess.run(["ip", "-n", SPACES[0], "link", "set", "rlhf-b0", "down"], check=True)
-        since = time.monotonic()
+    since = time.monotonic()
     for node, process in enumerate(running):
         said = process.communicate()[1].decode().strip().splitlines()
         if cut:
@@ -160,12 +160,13 @@ def make_inputs(root: Path) -> None:
     from rlhf.sft import train_sft
     from tests.library import toys
 
+    changed: Any = toys.changed
     runtime: Any = {"device": "cpu", "threads": 1, "work_dir": str(root / "work")}
     config = PipelineConfig(
         store=str(root / "store"), runtime=runtime, base=BASE,
-        sft=toys.changed(toys.SFT, epochs=40, batch_size=32, checkpoint_minutes=None),
-        reward_model=toys.changed(toys.REWARD, epochs=40, batch_size=32, checkpoint_minutes=None),
-        ppo=toys.changed(
+        sft=changed(toys.SFT, epochs=40, batch_size=32, checkpoint_minutes=None),
+        reward_model=changed(toys.REWARD, epochs=40, batch_size=32, checkpoint_minutes=None),
+        ppo=changed(
             toys.PPO, total_episodes=64 * 12, chunk_size=64, mini_batch_size=16, checkpoint_every=99
         ),
     )  # fmt: skip
@@ -176,10 +177,10 @@ def make_inputs(root: Path) -> None:
     toys.write_data(folders["data"], pairs=192)
     short = {"epochs": 1, "batch_size": 32}
     train_sft(
-        toys.changed(toys.SFT, **short), BASE, folders["data"], folders["sft"], runtime=toys.RUNTIME
+        changed(toys.SFT, **short), BASE, folders["data"], folders["sft"], runtime=toys.RUNTIME
     )
     train_reward_model(
-        toys.changed(toys.REWARD, **short), folders["data"], folders["sft"],
+        changed(toys.REWARD, **short), folders["data"], folders["sft"],
         folders["reward-model"], runtime=toys.RUNTIME,
     )  # fmt: skip
     store = open_store(config.store, cache_dir=root / "cache")
