@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from rlhf.config import PipelineConfig, PPOConfig
+from rlhf.config import PipelineConfig, PPOConfig, SFTConfig
 from rlhf.config.pipeline import INLINE
 from rlhf.config.training import ProcessSection
 from rlhf.errors import ConfigError
@@ -61,7 +61,11 @@ def nodes_of(run: StageRun, stage: Stage, field: str, section: ProcessSection) -
     deployment = _own_deployment()
     if deployment is None:
         raise ConfigError(_NOWHERE.format(field, section.nodes, stage.name))
-    return Nodes(call=lambda port: _called(deployment, port, section.nodes), **shared)
+    return Nodes(
+        call=lambda port: _called(deployment, port, section.nodes),
+        cure=f"see that as many workers of the pool of {deployment} are free as it has nodes",
+        **shared,
+    )
 
 
 def digests_of(
@@ -88,6 +92,8 @@ def check_nodes(config: PipelineConfig, stages: Mapping[str, Stage]) -> None:
     for stage in stages.values():
         section = getattr(config, stage.section) if stage.section and stage.tracks_steps else None
         if not isinstance(section, ProcessSection) or section.nodes == 1:
+            continue
+        if isinstance(section, SFTConfig) and not section.enabled:
             continue
         place = config.deployment_of(stage.name)
         if place == INLINE:

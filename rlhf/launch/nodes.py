@@ -51,6 +51,8 @@ class Nodes:
     """Versions of code and libraries, which must be the same on all machines."""
     call: Callable[[int], AbstractContextManager[object]] = lambda _: nullcontext()
     """Starts the others' part when this machine listens at the port that it is given."""
+    cure: str = "start `rlhf node` on it, with its PET_NODE_RANK"
+    """What to do about a machine that does not come."""
 
 
 @dataclass(frozen=True)
@@ -281,11 +283,10 @@ class Meeting(Alone):
         return f"node {node + 1} of {self._count}{at}"
 
     def _absent(self, node: int) -> str:
-        port = self._server.getsockname()[1]
+        port, host = self._server.getsockname()[1], socket.gethostname()
         return (
             f"{self._job.stage}: {self._name(node)} did not come within {self._nodes.wait:g} s; "
-            f"see whether it runs `rlhf node`, with PET_NODE_RANK = {node}, and reaches port "
-            f"{port} of {socket.gethostname()}"
+            f"{self._nodes.cure}, and see that it reaches port {port} of {host}"
         )
 
     def _loss(self, node: int, reason: str | None = None) -> str:

@@ -25,7 +25,8 @@ from rlhf.launch.nodes import join, meet
 from rlhf.launch.torchrun import torchrun_environment
 from rlhf.store import Producer, open_store
 from tasks.join import prepare_job
-from tasks.stages import TRAIN_SFT
+from tasks.nodes import check_nodes
+from tasks.stages import PREPARE_DATA, STAGES, TRAIN_SFT
 from tests.library import toys
 from tests.servers import PATIENCE
 
@@ -79,6 +80,8 @@ def test_two_machines_make_the_bytes_of_one_also_when_one_was_lost(
     place = tmp_path / "t"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setenv("PET_NNODES", "2")  # of this process, not of the children's launcher
+    monkeypatch.setenv("PET_MASTER_ADDR", "nowhere.invalid")
     told, steps, members = [], [], []
     one = job(tmp_path, data, "one", processes=2).model_copy(update={"checkpoints": None})
     launch(one, lambda *a: told.append(a))
@@ -154,7 +157,9 @@ def gather(nodes, **options):
 
 def test_a_machine_that_never_comes_is_named():
     started = time.monotonic()
-    with pytest.raises(WorkerDied, match=r"^train-sft: node 2 of 2 did not come within 0.3 s; .*1"):
+    with pytest.raises(
+        WorkerDied, match=r"^train-sft: node 2 of 2 did not come within 0.3 s; start `rlhf n"
+    ):
         gather(Nodes(wait=0.3))
     assert time.monotonic() - started < PATIENCE
 
@@ -355,6 +360,22 @@ def test_a_launch_of_several_machines_must_find_them(told, variables, message):
 def test_sizes_are_shared_by_all_machines(section, message):
     with pytest.raises(ValueError, match=message):
         PipelineConfig(sft=section)
+
+
+def test_a_run_must_know_its_machines_before_any_work(told):
+    config = PipelineConfig(sft={"nodes": 2, "processes": 1})
+    with pytest.raises(
+        ConfigError, match=r"^sft.nodes = 2: train-sft does not know its other mach"
+    ):
+        check_nodes(config, STAGES)
+    check_nodes(config, {PREPARE_DATA.name: PREPARE_DATA})
+    check_nodes(PipelineConfig(sft={"nodes": 2, "processes": 1, "enabled": False}), STAGES)
+    told(NNODES="2", MASTER_ADDR="10.0.0.1")
+    check_nodes(config, STAGES)
+    with pytest.raises(ConfigError, match=r"^reward_model.nodes = 3, but PET_NNODES = 2"):
+        check_nodes(
+            PipelineConfig(reward_model={"nodes": 3, "processes": 1, "batch_size": 24}), STAGES
+        )
 
 
 def test_another_machine_fetches_inputs_and_has_folders_of_its_own(data, tmp_path, monkeypatch):
