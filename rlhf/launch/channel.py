@@ -15,6 +15,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from rlhf.limits import load_json
+
 #: Seconds between two signs of life.
 BEAT = 1.0
 #: Seconds without a sign of life after which the other machine is lost.
@@ -97,7 +99,7 @@ class Channel:
             heard = time.monotonic()
             *lines, rest = (rest + new).split(b"\n")
             try:
-                messages = [json.loads(line) for line in lines]
+                messages = [load_json(line) for line in lines]
             except ValueError:
                 messages = [None]
             if len(rest) > _MOST or not all(isinstance(message, dict) for message in messages):

@@ -263,8 +263,9 @@ class Meeting(Alone):
     def _admit(self, channel: Channel, hello: Mapping[str, Any]) -> None:
         """Take a machine that has connected in, if it is one of the launch."""
         node, taken = hello.get("node"), self._channels
-        if not isinstance(node, int) or not 0 < node < self._count or node in taken:
-            what = "is here already" if node in taken else f"is none of 1 to {self._count - 1}"
+        is_one = isinstance(node, int) and 0 < node < self._count
+        if not is_one or node in taken:
+            what = "is here already" if is_one else f"is none of 1 to {self._count - 1}"
             channel.send(refused=f"PET_NODE_RANK = {node!r} {what}; number the machines from 0")
             channel.close()
             return

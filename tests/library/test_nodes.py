@@ -211,6 +211,8 @@ def test_strangers_and_doubles_do_not_take_part():
             b"[1]\n",
             b'{"node": "1"}\n',
             b'{"node": 7}\n',
+            b'{"node": [1]}\n',
+            b"[" * 50_000 + b"\n",
         ):
             with socket.create_connection(("127.0.0.1", port)) as stranger:
                 stranger.sendall(text)

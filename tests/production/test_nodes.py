@@ -10,7 +10,7 @@ from tests.servers import PATIENCE
 pytestmark = [pytest.mark.prefect, pytest.mark.s3, pytest.mark.slow]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def machines(place):
     """The site with two workers of one pool that take one run each, and one for the data."""
     place.worker("cpu")
