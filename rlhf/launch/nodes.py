@@ -262,7 +262,8 @@ class Meeting(Alone):
 
     def _admit(self, channel: Channel, hello: Mapping[str, Any]) -> None:
         """Take a machine that has connected in, if it is one of the launch."""
-        node, taken = hello.get("node"), self._channels
+        node: Any = hello.get("node")
+        taken = self._channels
         is_one = isinstance(node, int) and 0 < node < self._count
         if not is_one or node in taken:
             what = "is here already" if is_one else f"is none of 1 to {self._count - 1}"

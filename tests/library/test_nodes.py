@@ -371,7 +371,8 @@ def test_a_run_must_know_its_machines_before_any_work(told):
     ):
         check_nodes(config, STAGES)
     check_nodes(config, {PREPARE_DATA.name: PREPARE_DATA})
-    check_nodes(PipelineConfig(sft={"nodes": 2, "processes": 1, "enabled": False}), STAGES)
+    without = {"nodes": 2, "processes": 1, "enabled": False}
+    check_nodes(PipelineConfig(base={"path": "owner/name"}, sft=without), STAGES)
     told(NNODES="2", MASTER_ADDR="10.0.0.1")
     check_nodes(config, STAGES)
     with pytest.raises(ConfigError, match=r"^reward_model.nodes = 3, but PET_NNODES = 2"):
