@@ -51,7 +51,7 @@ TRAININGS = ("train-sft", "train-reward-model", "train-judge", "train-policy")
 #: Steps of each training, by size.
 STEPS = {
     "quickstart": dict(zip(TRAININGS, (564, 563, 220, 36), strict=True)),
-    "tiny": dict(zip(TRAININGS, (80, 80, 30, 600), strict=True)),
+    "tiny": dict(zip(TRAININGS, (80, 80, 30, 200), strict=True)),
 }
 #: Range of the seconds between two blows.
 PAUSE = (8.0, 25.0)
@@ -166,7 +166,7 @@ def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
 
         tree = {**tiny_tree(Path("/nowhere")), **tree, "promotion": {"name": "quickstart"}}
         tree.pop("runtime")
-        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 600, "checkpoint_every": 10}
+        tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 200, "checkpoint_every": 5}
         every_step["epochs"] = 10
     else:
         tree["ppo"] = {"checkpoint_every": 1}
