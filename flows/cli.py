@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from traceback import format_exception
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter, validators
 
 import rlhf
 from flows import artifacts, champions, compare, data, forget, judge, preflight, runs, server
@@ -166,6 +166,27 @@ def stage(
     if chosen is EVALUATE_REWARD_MODEL:
         show_reward_model(console, store.fetch(result.ref))
     return 0
+
+
+@app.command
+def node(
+    *, wait: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=604_800))] = 900.0
+) -> None:  # fmt: skip
+    """Take another machine's part in a stage with `nodes`; docs/deploying.md says how.
+
+    Reads torchrun's variables PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT.
+
+    Parameters
+    ----------
+    wait
+        Seconds in which the stage's first machine must answer; it may start later.
+    """
+    from tasks.join import join_stage, own_place
+
+    leader, number = own_place()
+    say(f"node {number + 1}: meets the stage's first machine at {leader[0]}:{leader[1]}")
+    join_stage(leader, number, wait)
+    say(f"node {number + 1}: the stage's training has ended")
 
 
 @config_app.command

@@ -52,7 +52,7 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
             return late
         loaded = resolve(preset, overrides)
         config = loaded.config.model_copy(update={"placement": {}})
-        preflight_flow(config)
+        preflight_flow(config, {stage.name: stage})
         # A parent sends all values without their sources, and has given its advice.
         if not is_child_run():
             for line in loaded.advice():

@@ -23,6 +23,17 @@ def rank_and_count() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_on_one_node() -> bool:
+    """Return whether all processes are on this machine, and so see the same files."""
+    return os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+
+
+def is_first_of_other_node() -> bool:
+    """Return whether this is the first process on a machine that is not the leader's."""
+    environment = os.environ
+    return environment.get("LOCAL_RANK") == "0" and environment.get("GROUP_RANK", "0") != "0"
+
+
 class Ranks:
     """Splits work among processes and combines their results.
 
@@ -58,7 +69,24 @@ class Ranks:
         """Return whether the flag is true in any process."""
         return any(self.gather(flag)) if self.count > 1 else flag
 
-    def check_equal(self, what: str, value: float) -> None:
+    def from_leader(self, value: T) -> T:
+        """Return the leader's value."""
+        if self.count == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def bytes_from_leader(self, data: bytes, size: int) -> bytes:
+        """Return the leader's `data`, of that size; that of the others does not count."""
+        buffer = bytearray(data) if self.is_leader else bytearray(size)
+        if self.count > 1 and size:
+            tensor = torch.frombuffer(buffer, dtype=torch.uint8).to(self.device)
+            dist.broadcast(tensor, 0)
+            return tensor.cpu().numpy().tobytes()
+        return bytes(buffer)
+
+    def check_equal(self, what: str, value: float | str) -> None:
         """Check that all processes have the same value; `what` names it in the error.
 
         Raises:
@@ -113,10 +141,10 @@ class Ranks:
                     result = [list(function(batch))]
                 except RLHFError as error:
                     result = [error]
-            dist.broadcast_object_list(result, 0)
-            if isinstance(result[0], RLHFError):
-                raise result[0]
-            return result[0]
+            answer = self.from_leader(result[0])
+            if isinstance(answer, RLHFError):
+                raise answer
+            return answer
 
         return call
 

@@ -36,8 +36,9 @@ from tasks.external_inputs import (
     external_reward_model,
     reward_function_digests,
 )
+from tasks.nodes import check_nodes
 from tasks.prefect_server import lease_advice
-from tasks.stage import store_of
+from tasks.stage import Stage, store_of
 from tasks.stages import STAGES
 
 log = logging.getLogger(__name__)
@@ -85,11 +86,15 @@ def preflight_command(config: PipelineConfig) -> None:
     _checked.set(_without_placement(config))
 
 
-def preflight_flow(config: PipelineConfig) -> None:
-    """Run the checks of a flow: placement, and preflight unless a command did it.
+def preflight_flow(config: PipelineConfig, stages: Mapping[str, Stage] = STAGES) -> None:
+    """Run the checks of a flow: placement, nodes, and preflight unless a command did it.
 
     A deployment's run may be resumed while the store is down, so it retries as often as a stage
     does. A command fails at once.
+
+    Args:
+        config: Configuration of the run.
+        stages: The stages that it runs.
 
     Raises:
         ConfigError: One line naming field, value and cure.
@@ -112,6 +117,7 @@ def preflight_flow(config: PipelineConfig) -> None:
                 get_run_logger().warning("%s; asking again", error)
                 time.sleep(retries.delay(min(retries.attempts - left, 5)))
     check_placement(config)
+    check_nodes(config, stages)
     if deployment.id:
         _warn_of_server()
 

@@ -46,6 +46,7 @@ from tasks.external_inputs import (
     reward_settings,
 )
 from tasks.looks import take_look
+from tasks.nodes import nodes_of
 from tasks.rehearsal import rehearse_stage
 from tasks.stage import Shown, Stage, StageRun, store_of
 
@@ -127,7 +128,7 @@ def _train_sft(run: StageRun) -> StageResult:
     section, base = run.config.sft, run.config.base
     if not section.enabled:
         # Nothing is trained, so no child processes are needed.
-        section = section.model_copy(update={"processes": None})
+        section = section.model_copy(update={"processes": None, "nodes": 1})
     if "base" in run.folders:
         base = base.model_copy(update={"path": str(run.folders["base"]), "revision": None})
     return _train(run, "sft", section, base=base, limits=run.config.token_limits("sft"))
@@ -205,7 +206,7 @@ def _train_policy(run: StageRun) -> StageResult:
 def _train(
     run: StageRun, field: str, section: SFTConfig | RewardModelConfig | PPOConfig, **values: Any
 ) -> StageResult:
-    """Train in this process, or in the section's number of child processes.
+    """Train in this process, or in the section's number of child processes and machines.
 
     Args:
         run: Arguments of the stage's body.
@@ -215,6 +216,7 @@ def _train(
     """
     from rlhf.launch import Job, launch, train
 
+    nodes = nodes_of(run, STAGES[run.producer.stage], field, section)
     rehearse_stage(run)
     known = {"data": run.refs["data"].digest}
     if "base" in run.folders:  # its folder has another name in every try; the fingerprint knows it
@@ -229,7 +231,9 @@ def _train(
         checkpoint_store=checkpoint_store_of(run) if saves else None,
         **{"seed": run.config.seed, "identity": known, **values},
     )  # fmt: skip
-    return (launch if section.processes else train)(job, run.progress)
+    if section.processes is None:
+        return train(job, run.progress)
+    return launch(job, run.progress, nodes)
 
 
 def _evaluate_reward_model(run: StageRun) -> StageResult:

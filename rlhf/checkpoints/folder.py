@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.errors import CheckpointError, ConfigError, TrainingError
 from rlhf.files import folder_sha256, fsync, read_json
 from rlhf.modeling.weights import shards_of
+from rlhf.ranks import BUCKET, Ranks, is_first_of_other_node, is_on_one_node
 
 T = TypeVar("T")
 
@@ -145,6 +146,35 @@ def newest_checkpoint(folder: Path, read: Callable[[Path], T]) -> tuple[Path, T]
     return None
 
 
+def newest_of_leader(
+    folder: Path, read: Callable[[Path], T], ranks: Ranks
+) -> tuple[Path, T] | None:
+    """Return the newest intact checkpoint, which is the leader's on every machine.
+
+    Other machines get a copy of it in their folder: they share no disk, and what is in theirs may
+    be of an earlier try.
+
+    Args:
+        folder: The run's folder.
+        read: Reads and checks a checkpoint, see `newest_checkpoint`.
+        ranks: All processes of the training; all call this.
+
+    Raises:
+        ConfigError: The checkpoint is another run's.
+        CheckpointError: A copy can't be written.
+        TrainingError: All checkpoints are damaged, or a copy is not what was sent.
+    """
+    if is_on_one_node():
+        ranks.barrier()  # the leader may be restoring
+        return newest_checkpoint(folder, read)
+    found = newest_checkpoint(folder, read) if ranks.is_leader else None
+    name = ranks.from_leader(found[0].name if found else None)
+    if name is None:
+        return None
+    _copy_to_nodes(folder / name, ranks)
+    return found or (folder / name, read(folder / name))
+
+
 def read_state(checkpoint: Path, identity: Mapping[str, str]) -> dict[str, Any]:
     """Return a checkpoint's `state.json` without the identity, which must be this run's.
 
@@ -235,6 +265,33 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Iterator[tuple[str
         index, entry = key.split("/", 1)
         state.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _copy_to_nodes(checkpoint: Path, ranks: Ranks) -> None:
+    """Write the leader's checkpoint into the same folder of every other machine."""
+    paths = sorted(checkpoint.iterdir()) if ranks.is_leader else []
+    sizes = ranks.from_leader({path.name: path.stat().st_size for path in paths})
+    writes, digest = is_first_of_other_node(), hashlib.sha256()
+    try:
+        partial = _new_partial(checkpoint.parent, checkpoint) if writes else checkpoint
+        for name, size in sizes.items():
+            source = (checkpoint / name).open("rb") if ranks.is_leader else nullcontext()
+            target = (partial / name).open("wb") if writes else nullcontext()
+            with source as reading, target as writing:
+                for start in range(0, size, BUCKET):
+                    count = min(BUCKET, size - start)
+                    part = ranks.bytes_from_leader(reading.read(count) if reading else b"", count)
+                    digest.update(part)
+                    if writing:
+                        writing.write(part)
+        if writes:
+            _commit(partial, checkpoint)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: can't be copied from the first machine ({error}); mend "
+            "that, then run the same again"
+        ) from error
+    ranks.check_equal(f"the copy of {checkpoint.name}", digest.hexdigest())
 
 
 def _new_partial(folder: Path, final: Path) -> Path:

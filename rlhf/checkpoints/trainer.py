@@ -32,7 +32,7 @@ from rlhf.checkpoints.folder import (
     exclusive,
     load_optimizer,
     load_tensors,
-    newest_checkpoint,
+    newest_of_leader,
     optimizer_tensors,
     read_state,
     saved_shapes,
@@ -261,8 +261,7 @@ class Saves(TrainerCallback):
 
         if plan.uploads:
             plan.uploads.restore(plan.folder)
-        self._ranks.barrier()  # the leader may be restoring
-        return newest_checkpoint(plan.folder, read)
+        return newest_of_leader(plan.folder, read, self._ranks)
 
     def _order_of_next_row(self) -> Tensor:
         """Return the generator's state before the epoch of the next step."""

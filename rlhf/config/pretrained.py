@@ -96,7 +96,7 @@ def _reward_model(given: Tree) -> Tree:
 
 
 def _training(given: Tree, rates: tuple[float, float]) -> Tree:
-    batch, count = (_whole(given, *of) for of in (("batch_size", BATCH_SIZE), ("processes", 1)))
+    batch, count = _whole(given, "batch_size", BATCH_SIZE), _ranks(given)
     share = max(1, batch // count)
     return {
         "learning_rate": _of_adapters(given, rates),
@@ -106,8 +106,13 @@ def _training(given: Tree, rates: tuple[float, float]) -> Tree:
     }
 
 
+def _ranks(given: Tree) -> int:
+    """Return the number of processes that share a batch, on all machines."""
+    return _whole(given, "processes", 1) * _whole(given, "nodes", 1)
+
+
 def _ppo(given: Tree) -> Tree:
-    chunk, count = (_whole(given, *of) for of in (("chunk_size", 128), ("processes", 1)))
+    chunk, count = _whole(given, "chunk_size", 128), _ranks(given)
     mini = min(MINI_BATCH_SIZE, chunk)
     updates = -(-_whole(given, "total_episodes", 4608) // chunk)
     critic_updates = _whole(given, "critic_warmup_updates", 0)

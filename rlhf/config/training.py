@@ -147,9 +147,27 @@ class ProcessSection(Section):
     """Child processes that train together, launched as torchrun does, each on its own GPU or its
     share of `runtime.threads`; none trains in the stage's own process. Batch sizes stay those of
     all together, and must be multiples of it."""
+    nodes: Workers = Field(default=1, ge=1)
+    """Machines that train together, each with `processes` of them; sizes stay those of all. With
+    more than 1 the stage needs a deployment, whose workers take up the others' part, or torchrun's
+    environment variables (docs/deploying.md)."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: `ddp` holds all weights in each, `fsdp` a share of weights, gradients
     and optimiser in each, which needs less memory and more communication."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together, on all machines; 1 if there are no child processes."""
+        return (self.processes or 1) * self.nodes
+
+    @model_validator(mode="after")
+    def _nodes_need_processes(self) -> Self:
+        if self.nodes > 1 and self.processes is None:
+            raise ValueError(
+                f"nodes = {self.nodes} is the number of machines with child processes each; set "
+                "processes too"
+            )
+        return self
 
 
 #: Fields left out of fingerprints and of checkpoints' identities: they decide where and in what
@@ -216,11 +234,11 @@ class TrainingSection(ProcessSection):
         if self.sharding == "fsdp" and self.processes is None:
             raise ValueError("sharding = 'fsdp' deals weights out to processes; set processes too")
         check_divides(self, "batch_size")
-        share = self.batch_size // (self.processes or 1)
+        share = self.batch_size // self.ranks
         if self.micro_batch_size and share % min(self.micro_batch_size, share):
             raise ValueError(
                 f"micro_batch_size = {self.micro_batch_size} must divide {share}, the share of "
-                f"batch_size = {self.batch_size} that each of processes = {self.processes} has"
+                f"batch_size = {self.batch_size} that each of {_ranks_in_words(self)} has"
             )
         return self
 
@@ -337,12 +355,17 @@ def check_divides(section: ProcessSection, *names: str, by: int = 1) -> None:
     Raises:
         ValueError: One is not, times the size of a group.
     """
-    count = section.processes or 1
+    count = section.ranks
     for name in names:
         value: Any = getattr(section, name)
         if value % (count * by):
             together = f", in groups of {by} replies," if by > 1 else ""
             raise ValueError(
-                f"{name} = {value} can't be shared evenly{together} by processes = {count}; make "
-                f"it a multiple of {count * by}, or change processes"
+                f"{name} = {value} can't be shared evenly{together} by {_ranks_in_words(section)}; "
+                f"make it a multiple of {count * by}, or change processes"
             )
+
+
+def _ranks_in_words(section: ProcessSection) -> str:
+    nodes = f" on each of nodes = {section.nodes}" if section.nodes > 1 else ""
+    return f"processes = {section.processes or 1}{nodes}"

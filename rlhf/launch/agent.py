@@ -1,6 +1,6 @@
 """Launcher of the children: torchrun, which ends when its parent does.
 
-Runs as a script: `python -m rlhf.launch.agent <folder> <count>`.
+Runs as a script: `python -m rlhf.launch.agent <folder> <count> [<place as JSON>]`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from pathlib import Path
 
 from rlhf.launch.job import AGENT_PID, FAILURES, send
 
+#: Seconds in which all launchers must have met; each has loaded torch before.
+MEET_SECONDS = 300
+
 
 def main() -> None:
     """Run the children until all have ended, or one has failed."""
@@ -28,7 +31,7 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = [
-        "--standalone", "--local-addr=127.0.0.1", "--max-restarts=0", f"--nproc-per-node={count}",
+        *_rendezvous(sys.argv[3:]), "--max-restarts=0", f"--nproc-per-node={count}",
         "--signals-to-handle=SIGINT", "-m", "rlhf.launch.worker", str(folder),
     ]  # fmt: skip
     try:
@@ -37,6 +40,19 @@ def main() -> None:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         (folder / FAILURES).write_text(json.dumps(codes))
         sys.exit(1)
+
+
+def _rendezvous(place: list[str]) -> list[str]:
+    """Return torchrun's arguments on where the launchers of all machines meet."""
+    if not place:
+        return ["--standalone", "--local-addr=127.0.0.1"]
+    at = json.loads(place[0])
+    return [
+        # By number: node 0 has the first ranks, which lead. All come within seconds of each other.
+        "--rdzv-backend=static", f"--rdzv-conf=timeout={MEET_SECONDS}",
+        f"--nnodes={at['nodes']}", f"--node-rank={at['node']}", f"--local-addr={at['own']}",
+        f"--master-addr={at['host']}", f"--master-port={at['port']}",
+    ]  # fmt: skip
 
 
 def _end_with_parent(folder: Path) -> None:

@@ -5,6 +5,7 @@ Loads no torch: the parent of a launch reads it.
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
+from rlhf import errors
 from rlhf.checkpoints.store import CheckpointStoreConfig
 from rlhf.config import BaseModelConfig, PPOConfig, RewardModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
@@ -32,6 +34,8 @@ FAILURES = "failures.json"
 AGENT_LOG = "agent.log"
 #: Environment variable with the launcher's process id.
 AGENT_PID = "RLHF_AGENT_PID"
+#: Lines and characters of a dead process's output that its error shows.
+_LINES, _CHARACTERS = 8, 1500
 
 
 class Job(BaseModel):
@@ -124,6 +128,30 @@ def ended_file(folder: Path, rank: int) -> Path:
 def output_file(folder: Path, rank: int) -> Path:
     """Return the file with a child's stdout and stderr."""
     return folder / f"{rank}.output"
+
+
+def agent_log(folder: Path, node: int) -> Path:
+    """Return the file with the output of a machine's launcher."""
+    return folder / (f"{node}.{AGENT_LOG}" if node else AGENT_LOG)
+
+
+def tail_of(file: Path) -> str:
+    """Return the last lines of an output; empty without one."""
+    text = file.read_text(errors="replace") if file.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()][-_LINES:]
+    return "\n".join(lines)[-_CHARACTERS:]
+
+
+def rebuilt_error(name: str, message: str) -> Exception:
+    """Rebuild another process's error by class name; RuntimeError if that is not possible."""
+    for module in (errors, builtins):
+        cls = getattr(module, name, None)
+        if isinstance(cls, type) and issubclass(cls, Exception):
+            try:
+                return cls(message)
+            except TypeError:  # such as UnicodeDecodeError, which takes more arguments
+                break
+    return RuntimeError(f"{name}: {message}")
 
 
 def pids(folder: Path) -> dict[int, int]:

@@ -72,7 +72,7 @@ def _set_device(job: Job) -> None:
 
     from rlhf.modeling.device import prepare_device
 
-    device, count = prepare_device(job.runtime), int(os.environ["WORLD_SIZE"])
+    device, count = prepare_device(job.runtime), int(os.environ["LOCAL_WORLD_SIZE"])
     if device.type == "cpu":
         return
     available = torch.accelerator.device_count()

@@ -19,7 +19,7 @@ from rlhf.checkpoints.folder import (
     check_shapes,
     load_optimizer,
     load_tensors,
-    newest_checkpoint,
+    newest_of_leader,
     optimizer_tensors,
     read_state,
     saved_shapes,
@@ -90,7 +90,7 @@ def load_checkpoint(folder: Path, models: Models, identity: Mapping[str, str]) -
         _check_files(checkpoint, models, state)
         return state
 
-    newest = newest_checkpoint(folder, read)
+    newest = newest_of_leader(folder, read, models.ranks)
     if newest is None:
         return TrainState()
     checkpoint, state = newest

@@ -215,7 +215,6 @@ def _run_updates(
         uploads = None
     if checkpoints and uploads:
         uploads.restore(checkpoints)
-    ranks.barrier()  # the leader may be restoring
     state = load_checkpoint(checkpoints, trainer.models, identity) if checkpoints else TrainState()
     if state.update:
         log.info("PPO goes on after update %d of %d", state.update, config.updates)

@@ -47,6 +47,7 @@ COMMANDS = [
     "data inspect @ --as sft", "data inspect bytes.txt --rows @", "data inspect bytes.txt @",
     "server @", "server start --port @ --folder /proc/x", "server start --host @ --folder /proc/x",
     "server stop --folder @",
+    "node @", "node --wait @",
 ]  # fmt: skip
 HOSTILE = [
     "", "--", "-", "[/x]", "a\0b", "x" * 300, "d/" * 3000, "\udcff\udcfe", "9" * 5000, "-1", "nan",

@@ -117,10 +117,16 @@ class Site:
     said: str = ""
     """Output of `make deploy`."""
 
-    def worker(self, pool: str, **extra: str) -> Process:
-        """Start a worker of this pool, on a machine of its own."""
-        machine = self.machine(pool)
-        self.extras[pool] = extra
+    def worker(
+        self, pool: str, called: str | None = None, limit: int | None = None, **extra: str
+    ) -> Process:
+        """Start a worker of this pool, on a machine of its own; it is called as its pool is.
+
+        With a limit it takes no more runs than that at once.
+        """
+        called = called or pool
+        machine = self.machine(called)
+        self.extras[called] = extra
         for name in ("home", "tmp"):
             (machine / name).mkdir(parents=True, exist_ok=True)
         environment = {
@@ -133,10 +139,11 @@ class Site:
             "RLHF_LOG_DIR": str(machine / "home" / "logs"),
             **extra,
         }
-        command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--name", pool]
-        self.workers[pool] = Process(f"worker-{pool}", command, environment, self.folder)
-        self.workers[pool].start()
-        return self.workers[pool]
+        command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--name", called]
+        command += [] if limit is None else ["--limit", str(limit)]
+        self.workers[called] = Process(f"worker-{called}", command, environment, self.folder)
+        self.workers[called].start()
+        return self.workers[called]
 
     def machine(self, pool: str) -> Path:
         """Return the folder with a worker's home and temporary files."""

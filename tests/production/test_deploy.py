@@ -25,7 +25,7 @@ def test_everything_is_registered_and_again(place):
     found = deployments(place)
     assert {"rlhf-pipeline/rlhf-pipeline", "retraining/retraining"} < set(found)
     others = {"rlhf-pipeline", "retraining", "restart-lost-runs"}
-    assert {name.partition("/")[0] for name in found} - others == {*STAGES}
+    assert {name.partition("/")[0] for name in found} - others == {*STAGES, "node"}
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
     assert {d["version"] for d in found.values()} == {commit.stdout.strip()}
@@ -124,7 +124,7 @@ def test_the_command_shows_what_was_refused(place, parameter, said):
 def test_file_repeats_nothing():
     text = (ROOT / "deployments" / "prefect.yaml").read_text()
     tree = yaml.safe_load(text)
-    assert len(tree["deployments"]) == len(STAGES) + 3
+    assert len(tree["deployments"]) == len(STAGES) + 5
     assert text.count("job_variables") == 1
 
 

@@ -1,6 +1,7 @@
 """The work-pool templates: valid for Prefect, its server, and the target platforms."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import httpx
@@ -11,8 +12,9 @@ from botocore.validate import ParamValidator
 from prefect.utilities.schema_tools import is_valid_schema, validate
 from prefect.utilities.templating import apply_values, find_placeholders
 
-from rlhf.config.load import MACHINE_FIELDS, environment_variable
+from rlhf.config.load import MACHINE_FIELDS, environment_variable, load_config
 from tasks.prefect_server import IN_FILES, LEASE_SETTING
+from tasks.stages import STAGES
 from tests.production.site import ROOT
 
 pytestmark = pytest.mark.prefect
@@ -169,6 +171,25 @@ def test_an_image_brings_its_own_code(place):
         assert where(RLHF_IMAGE=image) == ("/opt/rlhf", image)
     finally:
         assert where() == (str(ROOT), "")
+
+
+def test_the_trainjob_is_of_as_many_machines_as_its_stage(tmp_path):
+    (job,) = yaml.safe_load_all((POOLS / "kubeflow-trainjob.yaml").read_text())
+    trainer = job["spec"]["trainer"]
+    stage, preset, *overrides = trainer["args"]
+    section = getattr(load_config(ROOT / preset, overrides).config, STAGES[stage].section)
+    assert section.nodes == trainer["numNodes"] == 2
+    for kind in ("limits", "requests"):
+        assert trainer["resourcesPerNode"][kind]["nvidia.com/gpu"] == str(section.processes)
+    # The first pod leads, the others take part; in between `sh` takes the arguments as they are.
+    (tmp_path / "rlhf").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "rlhf").chmod(0o755)
+    for rank, said in (("0", ["stage", *trainer["args"]]), ("1", ["node"])):
+        done = subprocess.run(
+            [*trainer["command"], *trainer["args"]], capture_output=True, text=True, check=True,
+            env={"PET_NODE_RANK": rank, "PATH": f"{tmp_path}:/bin:/usr/bin"},
+        )  # fmt: skip
+        assert done.stdout.split() == said
 
 
 def test_image_templates_and_compose_agree():
