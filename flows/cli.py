@@ -6,19 +6,21 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
 import httpx
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError
 
 import rlhf
 from flows import artifacts, champions, compare, data, forget, judge, preflight, runs
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
+from rlhf.config.fields import canonical, field_types
 from rlhf.config.section import unspeakable
 from rlhf.errors import (
     ArtifactMissing,
@@ -57,13 +59,14 @@ for command in (
 def main() -> None:
     """Run the command, with one line and an exit code for every known error."""
     _open_streams()
+    arguments = sys.argv[1:]
     try:
-        arguments = sys.argv[1:]
         _check_arguments(arguments)
         sys.exit(app(arguments, print_error=False, exit_on_error=False) or 0)
     except CycloptsError as error:
         error.verbose = False  # else it names the Python function
-        sys.exit(fail(ConfigError(f"{error}".removesuffix(".") + "; see rlhf --help")))
+        cure = _preset_first(arguments, error) or "see rlhf --help"
+        sys.exit(fail(ConfigError(f"{error}".removesuffix(".") + f"; {cure}")))
     except httpx.HTTPError as error:
         sys.exit(fail(UnexpectedError(server_error(error))))
     except KeyboardInterrupt:
@@ -230,6 +233,21 @@ def prepare_prefect(verbose: bool) -> None:
     if PREFECT_API_URL.value():  # else this process starts a server of its own
         with prefect_server("PREFECT_API_URL") as client:
             client.hello()
+
+
+def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:
+    """Return the cure for overrides without the file that they change, or None."""
+    if not isinstance(error, UnknownOptionError):
+        return None
+    words, apps, _ = app.parse_commands(arguments)
+    takes = signature(apps[-1].default_command or main).parameters
+    name = error.token.keyword or error.token.value
+    is_field = field_types(canonical(name.lstrip("-").partition("=")[0].replace("-", "_")))
+    if "overrides" not in takes or is_field is None:
+        return None
+    needed = "configs/quickstart.yaml" if "config" in takes else "pairs.jsonl"
+    before = [*words, *(["train-sft"] if "name" in takes else []), needed]
+    return f"overrides stand behind the file: rlhf {' '.join(before)} {name}"
 
 
 def _open_streams() -> None:
