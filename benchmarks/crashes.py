@@ -1,16 +1,17 @@
-"""Crash campaign on the quickstart: `python -m benchmarks.crashes --seed 1`.
+"""Crash campaign on the quickstart: `python -m benchmarks.crashes --seeds 1`.
 
 A real site (Prefect's server on Postgres, an S3 server, and three workers on three pools that share
-nothing else) runs the quickstart twice: undisturbed, and while a process is killed every few
-seconds. The second run must be promoted with the same bytes, every stage must be recorded once, and
-every artifact must be whole. Takes half an hour on 2 cores; prints a line per blow and a JSON row
-at the end. `--each 5 --kills 0` strikes the training stages instead, five times each, whenever one
-has saved again.
+nothing else) runs the quickstart undisturbed, and once per seed while a process is killed every few
+seconds. The struck runs must be promoted with the same bytes, every stage must be recorded once,
+and every artifact must be whole. Takes half an hour on 2 cores; prints a line per blow and a JSON
+row per seed. `--each 5 --kills 0` strikes the training stages instead, five times each, at moments
+of their work that the seed chooses and that a checkpoint precedes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ PLACEMENT = {
     "evaluate-policy": "gpu", "gate-policy": "cpu", "promote": "cpu",
 }  # fmt: skip
 TRAININGS = ("train-sft", "train-reward-model", "train-judge", "train-policy")
+#: Steps of each training, by size.
+STEPS = {
+    "quickstart": dict(zip(TRAININGS, (564, 563, 220, 36), strict=True)),
+    "tiny": dict(zip(TRAININGS, (80, 80, 30, 600), strict=True)),
+}
 #: Range of the seconds between two blows.
 PAUSE = (8.0, 25.0)
 CUT = 30.0
@@ -56,63 +62,99 @@ LIMIT = 3600.0
 def main() -> None:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--each", type=int, default=0, help="blows to each training stage")
-    parser.add_argument("--size", choices=["quickstart", "tiny"], default="quickstart")
+    parser.add_argument("--size", choices=sorted(STEPS), default="quickstart")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    preset = "quickstart" if options.size == "quickstart" else "none"
-    each = f"{options.each} to each training, {options.size}"
-    print(f"seed {options.seed}, {options.kills} blows, {each}", flush=True)
+    print(
+        f"{options.size}, seeds {options.seeds}, {options.kills} blows, {options.each} to each "
+        "training", flush=True,
+    )  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="crashes-"))
-    with ceph_server() as s3, client_of(s3, "crashes"):
-        throttle = [sys.executable, "-m", "benchmarks.storage.throttle", s3.endpoint, "1000"]
-        network = subprocess.Popen(
-            throttle, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        assert network.stdout is not None
-        line = network.stdout.readline().strip()
-        with site(folder, {**s3.environment, "AWS_ENDPOINT_URL": line}) as production:
+    rows: list[dict[str, Any]] = []
+    with ceph_server() as s3, client_of(s3, "crashes"), network_to(s3.endpoint) as network:
+        environment = {**s3.environment, "AWS_ENDPOINT_URL": network.address}
+        with site(folder, environment) as production:
             production.store_endpoint = s3.endpoint
             production.run("make", "deploy")
             for pool in ("cpu", "reward", "gpu"):
                 production.worker(pool, RLHF_THREADS="2", OMP_NUM_THREADS="2")
-            begun = time.monotonic()
-            plain = production.submit(
-                "rlhf-pipeline/rlhf-pipeline", preset=preset,
-                overrides=overrides("s3://crashes/plain", options.size),
-            )  # fmt: skip
-            undisturbed = production.wait(plain, seconds=LIMIT)["state"]
-            seconds = time.monotonic() - begun
-            print(f"undisturbed: {undisturbed['name']} in {seconds:.0f} s", flush=True)
-            begun = time.monotonic()
-            tree = overrides("s3://crashes/struck", options.size, placement=PLACEMENT)
-            run = production.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
-            chance = random.Random(options.seed)
-            trial = Trial(production, network, run, chance, each=options.each)
-            state = trial.go(options.kills)
-            struck_seconds = time.monotonic() - begun
-            children = [child for each in trial.runs for child in production.children(each)]
-            plain_outcome, outcome = (
-                outcome_of(production, f"s3://crashes/{name}", folder / "cache")
-                for name in ("plain", "struck")
-            )
-        network.terminate()
-    row = {
-        "seed": options.seed, "size": options.size, "state": state["name"], "blows": trial.blows,
+            plain = undisturbed(production, options.size, folder / "cache")
+            for seed in options.seeds:
+                trial = Trial(
+                    production, network, random.Random(seed), options.each, STEPS[options.size]
+                )
+                row = struck(trial, f"s3://crashes/struck-{seed}", options, folder / "cache")
+                rows.append({"seed": seed, "size": options.size, **row, "undisturbed_s": plain[1]})
+                rows[-1]["same_policy"] = row["policy"] == plain[0]["policy"]
+                print(json.dumps(rows[-1], indent=1), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(rows))
+    sys.exit(0 if all(is_good(row, options.each) for row in rows) else 1)
+
+
+@dataclass
+class Network:
+    """A proxy to the store, in a process that can be stopped."""
+
+    address: str
+    process: subprocess.Popen[str]
+
+
+@contextlib.contextmanager
+def network_to(endpoint: str) -> Iterator[Network]:
+    """Serve the store at another address until the block ends."""
+    command = [sys.executable, "-m", "benchmarks.storage.throttle", endpoint, "1000"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield Network(process.stdout.readline().strip(), process)
+        finally:
+            process.terminate()
+
+
+def undisturbed(production: Site, size: str, cache: Path) -> tuple[dict[str, Any], int]:
+    """Run the pipeline without faults; return its outcome and seconds."""
+    begun = time.monotonic()
+    store = "s3://crashes/plain"
+    run = submit(production, size, overrides(store, size))
+    state = production.wait(run, seconds=LIMIT)["state"]
+    seconds = round(time.monotonic() - begun)
+    print(f"undisturbed: {state['name']} in {seconds} s", flush=True)
+    return outcome_of(production, store, cache), seconds
+
+
+def struck(trial: Trial, store: str, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """Run the pipeline under faults, every stage remote; return what became of it."""
+    begun = time.monotonic()
+    tree = overrides(store, options.size, placement=PLACEMENT)
+    trial.run = submit(trial.site, options.size, tree)
+    state = trial.go(options.kills)
+    seconds = round(time.monotonic() - begun)
+    children = [child for each in trial.runs for child in trial.site.children(each)]
+    return {
+        "state": state["name"], "blows": trial.blows,
         "to_trainings": {stage: dict(blows) for stage, blows in trial.struck.items()},
-        "undisturbed_s": round(seconds), "struck_s": round(struck_seconds),
-        "restarts": trial.retries, "children": len(children),
-        "same_policy": outcome["policy"] == plain_outcome["policy"], **outcome,
+        "struck_s": seconds, "restarts": trial.retries, "children": len(children),
+        **outcome_of(trial.site, store, cache),
     }  # fmt: skip
-    print(json.dumps(row, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(row))
-    once = set(outcome["recorded"].values()) == {1} and outcome["promotions"] == 1
-    enough = all(trial.struck[stage].total() >= options.each for stage in TRAININGS)
-    good = row["same_policy"] and once and enough and state["type"] == "COMPLETED"
-    sys.exit(0 if good else 1)
+
+
+def submit(production: Site, size: str, tree: dict[str, Any]) -> str:
+    """Start the pipeline, and return the run's id."""
+    preset = "quickstart" if size == "quickstart" else "none"
+    return production.submit("rlhf-pipeline/rlhf-pipeline", preset=preset, overrides=tree)
+
+
+def is_good(row: dict[str, Any], each: int) -> bool:
+    """Return whether a struck run ended as the undisturbed one, with all blows."""
+    once = set(row["recorded"].values()) == {1} and row["promotions"] == 1
+    enough = all(sum(blows.values()) >= each for blows in row["to_trainings"].values())
+    return row["same_policy"] and once and enough and row["state"] in ("Completed", "Promoted")
 
 
 def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
@@ -126,6 +168,8 @@ def overrides(store: str, size: str, **more: Any) -> dict[str, Any]:
         tree.pop("runtime")
         tree["ppo"] = {**tree["ppo"], "total_episodes": 8 * 600, "checkpoint_every": 10}
         every_step["epochs"] = 10
+    else:
+        tree["ppo"] = {"checkpoint_every": 1}
     for section in ("sft", "reward_model"):
         tree[section] = {**tree.get(section, {}), **every_step}
     return {**tree, **more}
@@ -136,20 +180,23 @@ class Trial:
     """One pipeline run under random faults: kills, lost machines, cut network."""
 
     site: Site
-    network: subprocess.Popen[str]
-    run: str
+    network: Network
     chance: random.Random
+    each: int
+    """Blows to each training."""
+    steps: dict[str, int]
+    """Steps of each training, of which checkpoints are numbered."""
+    run: str = ""
     blows: list[str] = field(default_factory=list)
     retries: int = 0
     runs: list[str] = field(default_factory=list)
     """The run as submitted, and those that took its place."""
-    each: int = 0
     struck: dict[str, Counter[str]] = field(
         default_factory=lambda: {s: Counter() for s in TRAININGS}
     )
     """Kinds of blows to each training."""
-    _seen: dict[str, int] = field(default_factory=dict)
-    """Newest checkpoint of each training at its last blow."""
+    _due: dict[str, int] = field(default_factory=dict)
+    """Checkpoint of each training after which its next blow falls."""
 
     def strike_training(self) -> None:
         """Strike a training that has saved since its last blow, and not been struck enough."""
@@ -161,7 +208,9 @@ class Trial:
             work = self.site.machine(pool) / "home" / "work" / "checkpoints"
             saved = [c.name for f in work.glob(f"{stage}-*") for c in checkpoints_in(f)]
             newest = max((int(name.removeprefix("update-")) for name in saved), default=0)
-            if self.struck[stage].total() >= self.each or newest <= self._seen.get(stage, 0):
+            if self.struck[stage].total() >= self.each or newest < self._due.setdefault(
+                stage, self._pause(stage)
+            ):
                 continue
             kind = self.chance.choice(["kill -9", "kill -9", "SIGTERM", "machine lost"])
             if kind == "machine lost":
@@ -170,9 +219,13 @@ class Trial:
                 number = signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL
                 if not signal_run(child["id"], number):
                     continue
-            self._seen[stage] = newest
+            self._due[stage] = newest + self._pause(stage)
             self.struck[stage][kind] += 1
             print(f"    {kind} {stage} after update {newest}", flush=True)
+
+    def _pause(self, stage: str) -> int:
+        """Return a number of steps such that all blows fall before the training's end."""
+        return self.chance.randint(1, max(1, self.steps[stage] // (self.each + 2)))
 
     def strike(self, name: str) -> None:
         """Inject this fault; it counts only if it hit a running target."""
@@ -200,9 +253,9 @@ class Trial:
 
     def _cut(self) -> None:
         """Stop the proxy to the store: packets are lost, connections are not refused."""
-        self.network.send_signal(signal.SIGSTOP)
+        self.network.process.send_signal(signal.SIGSTOP)
         time.sleep(CUT)
-        self.network.send_signal(signal.SIGCONT)
+        self.network.process.send_signal(signal.SIGCONT)
 
     def go(self, kills: int) -> dict[str, Any]:
         """Inject `kills` faults, wait for the run's end, and return its final state."""

@@ -252,11 +252,14 @@ def test_what_has_started_meanwhile_is_not_given_up(client, made):
 
 
 @pytest.mark.parametrize("which", [pipeline, STAGE_FLOWS["train-sft"]], ids=lambda f: f.name)
-def test_a_process_that_comes_late_does_nothing(client, which, tmp_path):
-    parameters = {"preset": "none", "overrides": {"store": str(tmp_path / "store")}}
+@pytest.mark.parametrize("lost", [UNSTARTED, Crashed()], ids=lambda state: state.name)
+def test_a_process_that_comes_late_does_nothing(client, which, lost, tmp_path):
+    """Given up by the supervisor, or reported as crashed by a worker that was wrong."""
+    tree = {"store": str(tmp_path / "store"), "data": {"source": str(tmp_path / "absent.jsonl")}}
+    parameters = {"preset": "none", "overrides": tree}
     late = Run(which, parameters)
     late.set(Pending())
-    late.set(UNSTARTED)
+    late.set(lost)
     assert late.take_up().name == NEVER_STARTED
     assert [*tmp_path.iterdir()] == []
 
