@@ -246,7 +246,7 @@ def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:
     if "overrides" not in takes or is_field is None:
         return None
     needed = "configs/quickstart.yaml" if "config" in takes else "pairs.jsonl"
-    before = [*words, *(["train-sft"] if "name" in takes else []), needed]
+    before = [*words, *(["<stage>"] if "name" in takes else []), needed]
     return f"overrides stand behind the file: rlhf {' '.join(before)} {name}"
 
 

@@ -110,11 +110,12 @@ def test_of_a_store_that_is_none_nothing_is_said(here):
 
 @pytest.mark.parametrize("words", ["config show", "run", "preflight", "stage train-sft"])
 def test_overrides_without_a_preset_are_told_where_they_stand(here, words):
+    command = words.replace("train-sft", "<stage>")
     for option in ("--ppo.kl_coef=0.2", "--rl-kl-coef=0.2"):
         said = worker.call(here, [*words.split(), option])
         assert said.code == 2
         assert (
-            f"stand behind the file: rlhf {words} configs/quickstart.yaml {option}" in said.errors
+            f"stand behind the file: rlhf {command} configs/quickstart.yaml {option}" in said.errors
         )
     said = worker.call(here, [*words.split(), "--nonsense=1"])
     assert "Unknown option: --nonsense=1; see rlhf --help" in said.errors
