@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from rlhf.config import load_config
-from rlhf.errors import ConfigError
+from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import exists, is_dir
 from rlhf.store.retention import Retention
 from tasks.console import console, say, text_column
@@ -51,7 +51,7 @@ def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
     from flows.terminal import artifacts_table
     from rlhf.champions import latest_entry, model_lines
 
-    opened = open_named(store, config)
+    opened = open_existing(store, config)
     champions = {line: latest_entry(opened, line) for line in model_lines(opened)}
     marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
     marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
@@ -113,7 +113,7 @@ def verify(
     deep
         Read every byte in the store and compare its sha256, instead of sizes alone.
     """
-    opened = open_named(store, config)
+    opened = open_existing(store, config)
     digests = [opened.resolve(ref).digest for ref in refs] or opened.digests()
     broken = 0
     for digest in digests:
@@ -220,7 +220,9 @@ def rm(
     """
     from rlhf.champions import latest_entry, model_lines
 
-    opened = open_named(store, config)
+    if not refs:
+        raise ConfigError("no artifact is named; give the digests of those to remove")
+    opened = open_existing(store, config)
     champions = [entry for line in model_lines(opened) if (entry := latest_entry(opened, line))]
     verdicts = {entry["verdict"] for entry in champions if entry.get("verdict")}
     needed = {entry["policy"] for entry in champions} | set(opened.pins.by_name().values())
@@ -276,7 +278,7 @@ def gc(
             "enough; give less"
         )
     retention = _retention(keep_runs, older_than, grace_hours)
-    opened = open_named(store, config)
+    opened = open_existing(store, config)
     garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete, retention=retention)
     for name in garbage.records:
         say(name.replace("records/", "record ", 1))
@@ -342,6 +344,23 @@ def open_named(store: str | None, config: Path | None) -> Store:
     from tasks.stage import store_of
 
     return store_of(load_config(config, [f"--store={store}"] if store else []).config)
+
+
+def open_existing(store: str | None, config: Path | None) -> Store:
+    """Open a store as `open_named` does, of which something is to be said.
+
+    Of a wrong address it would be said that nothing is damaged, or that nothing was reached.
+
+    Raises:
+        ArtifactMissing: Nothing was ever stored there.
+    """
+    opened = open_named(store, config)
+    if opened.is_empty():
+        raise ArtifactMissing(
+            f"{opened.uri}: there is no store, or nothing was ever stored there; give another "
+            "--store, or --config"
+        )
+    return opened
 
 
 @contextmanager

@@ -28,6 +28,9 @@ NameOption = Annotated[
     str | None, Parameter(help="Model line; default: the preset's promotion.name, or default.")
 ]
 
+#: Characters of a run's id by which it may be approved, as of a digest.
+LEAST_ID = 6
+
 ByOption = Annotated[
     str | None, Parameter(help="Who does it; default: RLHF_USER, or the system's user name.")
 ]
@@ -215,13 +218,18 @@ def _suspended(run: str) -> FlowRun:
     with prefect_server(run, instead=", or give the policy's digest with --store") as client:
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
         suspended = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
-    matches = [each for each in suspended if each.name == run or str(each.id).startswith(run)]
+    # A few characters could be the beginning of another run than the one that is meant.
+    by_id = [e for e in suspended if len(run) >= LEAST_ID and str(e.id).startswith(run.lower())]
+    matches = [each for each in suspended if each.name == run] or by_id
     if not matches:
-        others = ", ".join(each.name for each in suspended) or "none"
-        raise ArtifactMissing(f"{run}: no such run waits for an approval; those that do: {others}")
+        others = ", ".join(f"{e.name} ({str(e.id)[:8]})" for e in suspended[:5]) or "none"
+        raise ArtifactMissing(
+            f"{run!r}: no run of this name or id (at least {LEAST_ID} characters of it) waits for "
+            f"an approval; those that do: {others}"
+        )
     if len(matches) > 1:
         ids = ", ".join(str(each.id) for each in matches)
-        raise ConfigError(f"{run}: {len(matches)} runs are meant; give the id of one: {ids}")
+        raise ConfigError(f"{run!r}: {len(matches)} runs are meant; give the id of one: {ids}")
     return matches[0]
 
 

@@ -6,18 +6,21 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from traceback import format_exception
 from typing import Annotated, Any
 
 import httpx
-from cyclopts import App, CycloptsError, Parameter, validators
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, validators
 
 import rlhf
 from flows import artifacts, champions, compare, data, forget, judge, preflight, runs, server
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
+from rlhf.config.fields import canonical, field_types
 from rlhf.config.section import unspeakable
 from rlhf.errors import (
     ArtifactMissing,
@@ -56,16 +59,15 @@ for command in (
 
 def main() -> None:
     """Run the command, with one line and an exit code for every known error."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal without UTF-8 shows what it can.
-        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    _open_streams()
+    arguments = sys.argv[1:]
     try:
-        arguments = sys.argv[1:]
         _check_arguments(arguments)
         sys.exit(app(arguments, print_error=False, exit_on_error=False) or 0)
     except CycloptsError as error:
         error.verbose = False  # else it names the Python function
-        sys.exit(fail(ConfigError(f"{error}".removesuffix(".") + "; see rlhf --help")))
+        cure = _preset_first(arguments, error) or "see rlhf --help"
+        sys.exit(fail(ConfigError(f"{error}".removesuffix(".") + f"; {cure}")))
     except httpx.HTTPError as error:
         sys.exit(fail(UnexpectedError(server_error(error))))
     except KeyboardInterrupt:
@@ -255,6 +257,37 @@ def prepare_prefect(verbose: bool) -> None:
             client.hello()
 
 
+def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:
+    """Return the cure for overrides without the file that they change, or None."""
+    if not isinstance(error, UnknownOptionError):
+        return None
+    words, apps, _ = app.parse_commands(arguments)
+    takes = signature(apps[-1].default_command or main).parameters
+    name = error.token.keyword or error.token.value
+    is_field = field_types(canonical(name.lstrip("-").partition("=")[0].replace("-", "_")))
+    if "overrides" not in takes or is_field is None:
+        return None
+    needed = "configs/quickstart.yaml" if "config" in takes else "pairs.jsonl"
+    before = [*words, *(["<stage>"] if "name" in takes else []), needed]
+    return f"overrides stand behind the file: rlhf {' '.join(before)} {name}"
+
+
+def _open_streams() -> None:
+    """Open streams that are closed, and let a terminal without UTF-8 show what it can.
+
+    Else the next file that is opened would become standard output, and get what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _add_text(record: logging.LogRecord) -> bool:
     """Set the fields `prefix` (`warning: `, or empty) and `shown` (the message) of a log record."""
     record.__dict__["shown"] = one_line(record.getMessage())
@@ -263,15 +296,28 @@ def _add_text(record: logging.LogRecord) -> bool:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse arguments that neither a file's name nor a record can hold.
+    """Refuse arguments that neither a file's name nor a record can hold, and empty ones.
+
+    An empty one is a variable of the shell that is not set. It would mean the default: another
+    store or model line than the one that was meant. Values of the configuration may be empty.
 
     Raises:
-        ConfigError: One holds bytes that are not UTF-8, or a null character.
+        ConfigError: One holds bytes that are not UTF-8, or a null character, or is empty.
     """
-    for argument in arguments:
+    for before, argument in pairwise(("", *arguments)):
         held = unspeakable(argument)
         if held is not None:
             raise ConfigError(f"{argument!r} holds {held}; name it otherwise")
+        option, equals, value = argument.partition("=")
+        if not argument.strip():
+            option, is_empty = before if before.startswith("--") else "an argument", True
+        else:
+            is_empty = option.startswith("--") and bool(equals) and not value.strip()
+        may_be_empty = "." in option or option.startswith("--rl") or option == "--why"
+        if is_empty and not may_be_empty:
+            raise ConfigError(
+                f"{option} is empty; give a value (is a variable of the shell not set?)"
+            )
 
 
 def _parse_input(text: str) -> tuple[str, str]:

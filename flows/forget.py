@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from flows.artifacts import ConfigOption, StoreOption, open_named
+from flows.artifacts import ConfigOption, StoreOption, open_existing
 from rlhf.errors import ConfigError
 from rlhf.files import read_text
 from tasks.console import say
@@ -36,7 +36,7 @@ def forget(
     from rlhf.data.lineage import forget_rows, reach
 
     wanted = _wanted(ids or [], file)
-    opened = open_named(store, config)
+    opened = open_existing(store, config)
     found = reach(opened, wanted)
     reached = {ref.digest: ref for row_id in wanted for ref, _ in found.rows[row_id]}
     reached |= {ref.digest: ref for row_id in wanted for ref in found.derived[row_id]}

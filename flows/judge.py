@@ -22,7 +22,7 @@ from flows.models import (
 from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
-from rlhf.plain_text import one_line
+from rlhf.plain_text import counted, one_line
 from tasks.console import console, say
 from tasks.model_options import DEFAULT_OPTIONS, SUITE_LENGTH, ModelOptions
 
@@ -166,7 +166,7 @@ def _judge_replies(
     left_out = {**read.left_out, **scores["prompts_left_out"]}
     counts = [f"{count:,} × {reason}" for reason, count in left_out.items()]
     say(
-        f"{scores['n']:,} replies to {scores['prompts']:,} prompts"
+        f"{counted(scores['n'], 'reply', 'replies')} to {counted(scores['prompts'], 'prompt')}"
         + _joined("; left out: ", counts)
     )
     for note in read.notes:

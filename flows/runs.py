@@ -257,7 +257,9 @@ def _next_step(client: SyncPrefectClient, run: FlowRun) -> list[str]:
 
     name = run.state.name if run.state else ""
     if name == "Suspended":
-        return [f"waits for you: rlhf approve {run.name}, or rlhf approve {run.name} --refuse"]
+        # Other runs may have its name, and a shell reads names with blanks otherwise.
+        command = f"rlhf approve {str(run.id)[:8]}"
+        return [f"waits for you: {command}, or {command} --refuse"]
     if name in ("Crashed", NEVER_STARTED):
         following = successor(client, run) if RESTARTED in run.tags else None
         if following is not None:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -193,8 +193,10 @@ class _Folder:
             if not is_dataset:
                 self._refuse_dangling(paths.values())
             files = {name: p for name, p in paths.items() if is_file(p)}
-            # Of a model all, for its libraries look for more files than are selected.
-            check_paths(setting, files.values())
+            # Of a model all, for its libraries look for more files than are selected, in folders
+            # too, such as those of named chat templates. Links to folders are paths themselves.
+            further = () if is_dataset else path.rglob("*")
+            check_paths(setting, chain(files.values(), islice(further, MOST_FILES)))
         return {name: files[name] for name in self.external.select(list(files))}
 
     def _refuse_dangling(self, paths: Iterable[Path]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from rlhf.files import exists, is_file
 MAX_CONFIG_BYTES = 2**18
 #: Bytes of a JSON file of a model that is not its weights or tokenizer.
 MAX_MODEL_BYTES = 2**20
+#: Bytes of a model's tokenizer; those with the largest vocabularies have 35 million.
+MAX_TOKENIZER_BYTES = 2**28
 #: Levels of nesting of JSON and YAML, and values in a configuration, aliases written out.
 MAX_DEPTH, MAX_VALUES = 64, 50_000
 #: Characters of a pattern, or of a name in a configuration.
@@ -30,6 +33,10 @@ MAX_PATTERN = 1_000
 PATTERN_BYTES, PATTERN_SECONDS = 2**28, 2.0
 #: Seconds that matching one name may take.
 NAME_SECONDS = 1.0
+
+#: A call of the whole pattern or of a group, (?R), (?1) or (?&name), which may be recursive: half a
+#: gigabyte in the second that matching may take. A backslash and what it quotes are passed over.
+_CALL = re.compile(r"\\.|(\(\?(?:R|[+-]?\d+|&\w*|P>\w*)\))", re.DOTALL)
 
 #: Compiles the patterns of its input one by one; ends early, by a signal, at the first that takes
 #: too long. Reports each as a line of JSON: null, or what is wrong.
@@ -72,6 +79,19 @@ def pattern_errors(patterns: tuple[str, ...]) -> dict[str, str]:
         found |= zip(rest, results, strict=False)
         rest = rest[len(results) :]
     return {pattern: error for pattern, error in found.items() if error}
+
+
+def run_limited(program: str, inputs: Sequence[str], memory: int, seconds: float) -> list[Any]:
+    """Run a Python program on texts in a process of limited memory and CPU time.
+
+    It gets memory and seconds as arguments, the texts as a JSON list, and writes a line of JSON for
+    each. Fewer results than texts mean that the next one took too much.
+    """
+    command = [sys.executable, "-I", "-c", program, str(memory), str(seconds)]
+    done = subprocess.run(
+        command, input=json.dumps(inputs), capture_output=True, text=True, check=False
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def matches_whole(pattern: str, names: Sequence[str]) -> list[str]:
@@ -176,6 +196,9 @@ def _plain_error(pattern: str) -> str | None:
     """Return what can be seen without compiling."""
     if len(pattern) > MAX_PATTERN:
         return f"it has {len(pattern):,} characters, and at most {MAX_PATTERN:,} are read"
+    call = next((match[1] for match in _CALL.finditer(pattern) if match[1]), None)
+    if call:
+        return f"{call} calls a pattern within itself, which takes memory without end; write it out"
     if not _is_cheap(pattern):
         return None
     try:
@@ -192,11 +215,7 @@ def _is_cheap(pattern: str) -> bool:
 
 def _compiled_elsewhere(patterns: list[str]) -> list[str | None]:
     """Return the errors of the first patterns, up to one that ended the compiling process."""
-    command = [sys.executable, "-I", "-c", _COMPILER, str(PATTERN_BYTES), str(PATTERN_SECONDS)]
-    done = subprocess.run(
-        command, input=json.dumps(patterns), capture_output=True, text=True, check=False
-    )
-    results: list[str | None] = [json.loads(line) for line in done.stdout.splitlines()]
+    results: list[str | None] = run_limited(_COMPILER, patterns, PATTERN_BYTES, PATTERN_SECONDS)
     if len(results) < len(patterns):
         results.append("it takes too much time or memory; write it without nested repeats")
     return results

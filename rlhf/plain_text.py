@@ -40,6 +40,11 @@ def shortened(value: object, longest: int = LONGEST) -> str:
     return _middle_left_out(line, 20 * longest)
 
 
+def counted(number: int, noun: str, several: str = "") -> str:
+    """Return `1 reply` or `2 replies`: a number with its noun."""
+    return f"{number:,} {noun if number == 1 else several or noun + 's'}"
+
+
 def _middle_left_out(text: str, longest: int) -> str:
     if len(text) <= longest:
         return text

@@ -27,6 +27,13 @@ from rlhf.store.manifest import first_problem
 from tasks.lost_runs import has_cancellation, predecessor, states_of
 from tasks.retries import asked_server
 
+#: A character that is seen: neither blank, nor of no width, nor one that directs others. Python,
+#: Rust and JavaScript read this pattern alike; their classes of letters differ.
+_VISIBLE = (
+    r"[^\s\u0000-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0]"
+)
+
 
 def _printable(name: str) -> str:
     if not printable_line(name):
@@ -43,7 +50,7 @@ class Decision(RunInput):
 
     decision: Literal["approve", "refuse"] = Field(description="Whether it becomes champion.")
     by: Annotated[str, AfterValidator(_printable)] = Field(
-        min_length=1, max_length=LONGEST, pattern=r"\S",
+        min_length=1, max_length=LONGEST, pattern=_VISIBLE,
         description="Who decides; recorded as claimed, for Prefect's server knows no users.",
     )  # fmt: skip
     why: str = Field(

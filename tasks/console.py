@@ -23,6 +23,8 @@ class PlainConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        if not self._width:  # COLUMNS=0, at which rich prints nothing
+            self._width = None
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a string as text, whatever it holds."""

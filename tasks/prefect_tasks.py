@@ -12,7 +12,14 @@ from prefect.states import Completed
 from rlhf.champions import champion
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import INLINE
-from rlhf.errors import AlreadyChampion, GateRejected, NotBetter, is_retriable
+from rlhf.errors import (
+    AlreadyChampion,
+    GateRejected,
+    NotBetter,
+    RLHFError,
+    explained,
+    is_retriable,
+)
 from rlhf.gates import read_verdict, require
 from rlhf.markdown import Markdown, code, escape, words
 from rlhf.report.model import StageState
@@ -60,6 +67,15 @@ def _task(stage: Stage) -> Task[[PipelineConfig, Refs, Refs], Any]:
         persist_result=False,
     )  # fmt: skip
     def stage_task(config: PipelineConfig, inputs: Refs, held: Refs) -> State[Any]:
+        try:
+            return run(config, inputs, held)
+        except RLHFError:
+            raise
+        except Exception as error:
+            # What Prefect shows of a task is its exception's text: one line, as of the flow.
+            raise explained(error) from error
+
+    def run(config: PipelineConfig, inputs: Refs, held: Refs) -> State[Any]:
         deployment = config.deployment_of(stage.name)
         if deployment == INLINE:
             metrics = StageMetrics(stage, config, inputs)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from rlhf.data.template_cost import cost_error
 from rlhf.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def complete_template(tokenizer: Any, model: str) -> None:
             model,
         )  # fmt: skip
         template = _prefix(tokenizer) + PLAIN_TEMPLATE
+    _refuse_costly(template, model)
     _refuse_random(template, model)
     tokenizer.chat_template = _pin_date(template, model)
     _check_content(tokenizer, model)
@@ -231,13 +233,30 @@ def _parsed(template: str, model: str) -> Any:
     from jinja2 import Environment, TemplateError
 
     try:
-        # Templates hold tags of transformers, `generation`, and loop controls.
-        source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
-        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_tags(template))
+    except RecursionError:
+        raise ConfigError(
+            f"model {model!r}: its chat template is nested too deeply; mend chat_template.jinja"
+        ) from None
     except TemplateError as error:
         raise ConfigError(
             f"model {model!r}: its chat template is no Jinja ({error}); mend chat_template.jinja"
         ) from None
+
+
+def _without_tags(template: str) -> str:
+    """Return a template without transformers' own tag, `generation`, which changes no text."""
+    return re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
+
+
+def _refuse_costly(template: str, model: str) -> None:
+    """Refuse a template that takes too much memory or time, before it is rendered here."""
+    reason = cost_error(_without_tags(template))
+    if reason:
+        raise ConfigError(
+            f"model {model!r}: its chat template {reason}; restore the one that was saved with the "
+            "model"
+        )
 
 
 def _refuse_random(template: str, model: str) -> None:

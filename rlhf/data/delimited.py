@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.data.content import MalformedError, Note, ReadOptions, Text
 from rlhf.data.records import Record
+from rlhf.plain_text import counted
 
 #: More names in a header than any table has: the content is something else.
 MAX_COLUMNS = 10_000
@@ -213,14 +214,10 @@ def _names(cells: list[str], fault: str, line: int, note: Note) -> list[str]:
 
 def _row_fault(cells: list[str], names: list[str], lines: _Lines) -> str:
     if len(cells) != len(names):
-        counts = f"{_count(len(cells), 'cell')} for {_count(len(names), 'column')}"
+        counts = f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')}"
         held = repr(lines.delimiter) if len(cells) > len(names) else "a line break"
         return f"{counts}: a text that holds {held} must stand in quotes"
     return "holds a NUL character" if lines.has_nul else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 _DELIMITERS = (",", ";", "\t", "|")

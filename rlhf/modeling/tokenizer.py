@@ -16,7 +16,9 @@ from transformers.utils.hub import cached_file
 from rlhf.data.chat_template import complete_template, render, turn_format
 from rlhf.data.rendering import PAD, known_ends, listed_ids
 from rlhf.errors import ConfigError
-from rlhf.files import expand_home, is_file, read_json
+from rlhf.files import expand_home, is_dir, is_file, read_json
+from rlhf.limits import MAX_TOKENIZER_BYTES
+from rlhf.modeling.source import DESCRIPTION_FILES
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ def load_tokenizer_and_ends(
     """
     extra = {"revision": revision} if revision else {}
     place = str(expand_home(folder)) if str(folder).startswith("~") else str(folder)
+    _refuse_large(Path(place))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             place, trust_remote_code=False, **extra, **_role_tokens(place, extra)
@@ -132,6 +135,23 @@ def tokenizer_error(folder: Path | str, error: Exception) -> ConfigError:
         f"loaded ({reason}); give a hub id, artifact:<digest>, s3://bucket/"
         "prefix or a local folder with config.json, a tokenizer and safetensors"
     )
+
+
+def _refuse_large(folder: Path) -> None:
+    """Refuse a folder with a file beside the weights that is too large to be a tokenizer's.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for path in sorted(folder.glob("*")) if is_dir(folder) else ():
+        is_described = path.name.endswith(DESCRIPTION_FILES) and is_file(path)
+        size = path.stat().st_size if is_described else 0
+        if size > MAX_TOKENIZER_BYTES:
+            raise ConfigError(
+                f"model {str(folder)!r}: {path.name} has {size:,} bytes, and at most "
+                f"{MAX_TOKENIZER_BYTES:,} are read; restore the tokenizer's files that were saved "
+                "with the model"
+            )
 
 
 def _fix_segmentation(tokenizer: Any, model: str) -> None:

@@ -243,6 +243,10 @@ class Store:
         """Return the digests of the artifacts with this prefix, in order."""
         return [*self._ages(prefix)]
 
+    def is_empty(self) -> bool:
+        """Return whether nothing was ever stored at this address, as at a wrong one."""
+        return not self.digests() and not self._backend.list("")
+
     def delete(self, ref: ArtifactRef | str) -> None:
         """Remove the manifest; blobs stay, as other artifacts may share them."""
         self._backend.delete([manifest_key(digest_of(ref))])
@@ -291,7 +295,12 @@ class Store:
         """Read a manifest, again if a bit flipped on the way."""
         key = manifest_key(digest)
         for _ in range(3):
-            data = self._backend.get_bytes(key, MAX_MANIFEST_BYTES)
+            try:
+                data = self._backend.get_bytes(key, MAX_MANIFEST_BYTES)
+            except ArtifactMissing as error:
+                raise ArtifactMissing(
+                    f"{error}; `rlhf artifacts ls` shows what there is, or it is in another store"
+                ) from None
             if sha256_bytes(data) == digest:
                 return data
         raise ArtifactCorrupt(
@@ -354,7 +363,12 @@ def backend_of(uri: str, options: StoreConfig) -> Backend:
             f"store = {uri!r}: there is no such user; write s3://bucket/prefix or another folder"
         )
     check_store(uri, folder)
-    return LocalBackend(folder.resolve())
+    try:
+        return LocalBackend(folder.resolve())
+    except (OSError, RuntimeError) as error:
+        raise StoreConfigError(
+            f"store = {uri!r}: can't be resolved ({error}); give another folder"
+        ) from None
 
 
 def _blob_problems(backend: Backend, files: Iterable[FileEntry], deep: bool) -> list[str]:

@@ -22,6 +22,8 @@ CAP = 400 * 2**20
 REPEATS = "(?:" * 40 + "a" + "{2,3})" * 40
 BRANCHES = "(?:" * 30 + "ab" + "|c)+" * 30
 LAZY = "(?:" * 60 + "a" + ")+?" * 60
+#: Calls of themselves, for which matching took half a gigabyte.
+CALLS = ["a(?R)?b|(?R)", "(a(?1)?)+", "(?<x>a|(?&x)b)", "(?<x>a(?P>x)?)", "(a)(?-1)"]
 PATTERNS = [REPEATS, BRANCHES, LAZY, "(" * 900, "x" * 10_000]
 
 
@@ -130,8 +132,16 @@ def test_overrides_of_the_api_are_measured():
 
 def test_ordinary_patterns_are_taken():
     good = (r"\bplease\b", r"(?i)(yes|no)\W*$", r".*\.(q|v)_proj", r"\d{1,3}(,\d{3})*")
+    good = (*good, r"\(?R", r"what\(?1\)", r"(?i:a)(?P<x>b)(?P=x)")
     assert pattern_errors(good) == {}
     assert pattern_errors((*good, "(", REPEATS)).keys() == {"(", REPEATS}
+
+
+def test_patterns_that_call_themselves_are_refused():
+    assert pattern_errors(tuple(CALLS)).keys() == {*CALLS}
+    assert "(?R) calls a pattern within itself" in pattern_errors((CALLS[0],))[CALLS[0]]
+    with pytest.raises(ValueError, match=r"\(\?R\) calls"):
+        matches_whole(CALLS[0], ["a" * 100])
 
 
 def test_matching_a_name_has_a_time_limit():

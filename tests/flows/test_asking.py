@@ -236,6 +236,19 @@ def test_what_the_form_takes_can_be_recorded(by, why):
     )
 
 
+@pytest.mark.parametrize(
+    "by", ["\u200b", " \ufeff\u200d", "\u202e\u2066", "\x00", "\u3164", "\xad"]
+)
+def test_a_name_that_is_not_seen_is_refused_before_the_run_goes_on(by):
+    schema = Draft202012Validator(Decision.model_json_schema())
+    assert not schema.is_valid({"decision": "approve", "by": by})
+    with pytest.raises(ValueError, match="by"):
+        Decision(decision="approve", by=by)
+    for name in ("ann", "\u674e", "Jos\xe9", "\u03a9 (team 7)", f"{by}x"):
+        assert schema.is_valid({"decision": "approve", "by": name})
+        assert Decision(decision="approve", by=name).by == name
+
+
 class _Nowhere:
     """A store that takes what JSON and UTF-8 take."""
 

@@ -146,8 +146,8 @@ def test_status_of_a_stage_that_ran_elsewhere(capsys, client, name):
 
 
 def test_what_to_do_next(capsys, client, name):
-    put(client, f"{name}-waits", Suspended(message="for ann"))
-    assert f"rlhf approve {name}-waits" in shown(capsys, f"{name}-waits")
+    waits = put(client, f"{name}-waits", Suspended(message="for ann"))
+    assert f"rlhf approve {str(waits.id)[:8]}, or" in shown(capsys, f"{name}-waits")
     crashed = put(client, f"{name}-gone", Crashed(message="killed"))
     assert f"prefect flow-run retry {crashed.id}" in shown(capsys, str(crashed.id)[:13])
     done = put(client, f"{name}-done", Completed())

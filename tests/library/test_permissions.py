@@ -206,9 +206,17 @@ def test_links_inside_and_a_root_that_is_a_link_are_permitted(site, tmp_path, pe
     preflight(load_preset(None, site).config)
 
 
-def test_a_models_links_may_not_lead_out(site, tmp_path):
-    (tmp_path / "in" / "tokenizer.model").symlink_to("/etc/hostname")
+@pytest.mark.parametrize("name", ["tokenizer.model", "templates/a.jinja", "templates/deep/a"])
+def test_a_models_links_may_not_lead_out(site, tmp_path, name):
+    link = tmp_path / "in" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to("/etc/hostname")
     assert "/etc/hostname" in refusal(site, base__path=str(tmp_path / "in"))
+
+
+def test_a_models_folders_may_not_be_links_that_lead_out(site, tmp_path):
+    (tmp_path / "in" / "additional_chat_templates").symlink_to("/etc")
+    assert "'/etc' lies outside" in refusal(site, base__path=str(tmp_path / "in"))
 
 
 @pytest.mark.parametrize(
