@@ -160,6 +160,28 @@ def test_a_condition_that_failed(backend, server, status):
     assert complaint(lambda: backend.put_new("k", b"x"), f"{status}")
 
 
+def deleted(*codes: str) -> str:
+    """Return S3's answer to the removal of several objects, with an error for each of these."""
+    failed = "".join(f"<Error><Key>p/k</Key><Code>{code}</Code></Error>" for code in codes)
+    return f"<DeleteResult>{failed}</DeleteResult>"
+
+
+@pytest.mark.parametrize("code", ["NoSuchKey", "404", "NotFound"])
+def test_absent_objects_are_removed_whoever_lists_them_as_errors(backend, server, code):
+    """Two collectors remove the same objects; S3 answers that it did, some servers list them."""
+    give(server, 200, deleted(code, code))
+    backend.delete(["k", "l"])
+    assert server.requests == ["POST"]
+    give(server, 404, error(code))
+    backend._delete_one("k")
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "InternalError", "ObjectLocked"])
+def test_an_object_that_stays_is_an_error_among_absent_ones(backend, server, code):
+    give(server, 200, deleted("NoSuchKey", code))
+    complaint(lambda: backend.delete(["k", "l"]), code)
+
+
 CODES = st.one_of(
     st.sampled_from(["AccessDenied", "InvalidRequest", "NoSuchUpload", "NotImplemented"]),
     st.sampled_from(["MissingContentMD5", "QuotaExceeded", "SlowDown", "KMS.Disabled", SECRET]),
