@@ -1,369 +1,380 @@
 """Deployments and automations on Prefect's server, made equal to the files in `deployments/`.
 
-A script: `python -m tasks.deployments [--dry] [--wait SECONDS]`, which `make deploy` runs.
-What it makes bears the tag `MARK`; it removes nothing else.
+A script: `python -m tasks.deployments [--dry] [--wait SECONDS]`, which `make deploy` runs. It
+changes what differs, and removes only what bears its mark (`tasks/deployment_files.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import subprocess
+import math
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 from uuid import UUID
 
-import httpx
-import yaml
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas import filters
+from prefect.client.schemas.actions import (
+    DeploymentScheduleCreate,
+    DeploymentUpdate,
+    WorkPoolCreate,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, DeploymentSchedule, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import AutomationSort, FlowRunSort
+from prefect.events.schemas.automations import Automation, AutomationCore
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from rich.table import Table
 
 from rlhf.errors import ConfigError, explained
 from rlhf.plain_text import one_line
 from tasks.console import PlainConsole, console, say
-from tasks.prefect_server import prefect_server, server_error
+from tasks.deployment_files import MARK, SLUG, Entry, Wanted, read_files
+from tasks.prefect_server import prefect_server, wait_for_server
 
-if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.responses import DeploymentResponse
-    from prefect.events.schemas.automations import Automation
-
-ROOT = Path(__file__).parents[1]
-FILE = ROOT / "deployments" / "prefect.yaml"
-AUTOMATIONS = ROOT / "deployments" / "automations"
-#: The tag of deployments and automations that this script made and may remove.
-MARK = "made-by:rlhf-deploy"
 #: Seconds that a server gets to start.
 WAIT = 60.0
-#: Prefect's API returns at most this many rows per request.
-PAGE = 200
+#: The tag of the deployments of older versions, which had no mark.
+OLD_TAG = "rlhf"
 WHAT = "make deploy"
+PAUSED = "paused on the server, and stays so"
 
 
 @dataclass
 class Row:
-    """What happens to one object on the server, and why."""
+    """What happens to one object on the server, why, and the call that does it."""
 
     action: str
     kind: str
     name: str
     why: str = ""
-    id: UUID | None = None
-    make: Any = None
-
-
-@dataclass
-class Wanted:
-    """What the files describe: entries by full name, automations by name, pools."""
-
-    entries: dict[str, dict[str, Any]]
-    automations: dict[str, Any]
-    pools: list[str]
+    do: Callable[[], object] | None = None
 
 
 def deploy(*, dry: bool = False, wait: float = WAIT) -> None:
     """Make the server equal to the files, and print what that changes.
 
     Raises:
-        ConfigError: The files, the server or Prefect's command refuse; or a difference stays.
+        ConfigError: The files or the server refuse; or a difference stays.
     """
-    wait_for_server(wait)
+    wait_for_server(WHAT, wait)
     wanted = read_files()
     with prefect_server(WHAT) as client:
-        rows = plan(client, wanted)
+        # Complete before anything is changed: it refuses what it must not touch.
+        rows = list(_rows(client, wanted))
         if not dry:
-            before = _automations(client)
-            _apply(client, rows)
-            shown = {row.name for row in rows if row.kind == "automation"}
-            for name in sorted(before.keys() - _automations(client).keys() - shown):
-                rows.append(Row("removed", "automation", name, "a trigger that left the file"))
-            left = [r for r in plan(client, wanted) if r.action in ("added", "changed", "removed")]
+            try:
+                rows = list(_act(client, wanted))
+            except ObjectNotFound as error:
+                raise ConfigError(
+                    f"{WHAT}: somebody else removed something meanwhile; run it again"
+                ) from error
+            kept = {(row.kind, row.name) for row in rows if row.action == "kept"}
+            left = [
+                f"{row.kind} {row.name} ({row.why or row.action})" for row in _rows(client, wanted)
+                if row.action not in ("unchanged", "kept") and (row.kind, row.name) not in kept
+            ]  # fmt: skip
             if left:
-                what = ", ".join(f"{r.kind} {r.name} ({r.why or r.action})" for r in left)
-                raise ConfigError(f"{WHAT}: the server still differs from the files: {what}")
+                _show(rows, dry=False)
+                raise ConfigError(
+                    f"{WHAT}: the server still differs from the files: {', '.join(left)}; run it "
+                    "again, or correct the files"
+                )
     _show(rows, dry)
 
 
-def wait_for_server(seconds: float) -> None:
-    """Wait until Prefect's server is healthy.
+def _rows(client: SyncPrefectClient, wanted: Wanted) -> Iterator[Row]:
+    """Yield what would happen to each object."""
+    yield from _pool_rows(client, wanted)
+    yield from _deployment_rows(client, wanted)
+    yield from _schedule_rows(client, wanted)
+    yield from _automation_rows(client, wanted, {})
+    yield from _left_rows(client, wanted)
 
-    Raises:
-        ConfigError: It is not within this time, or something else answers.
-    """
-    from prefect.client.orchestration import get_client
 
-    give_up = time.monotonic() + seconds
-    with prefect_server(WHAT) as client:
-        url = client.api_url
-    said = False
-    while True:
+def _act(client: SyncPrefectClient, wanted: Wanted) -> Iterator[Row]:
+    """Do it, kind by kind, because each needs what the one before made; yield what was done."""
+    before = {found.id: found for found in _automations(client)}
+    yield from _done(_pool_rows(client, wanted))
+    yield from _done(_deployment_rows(client, wanted))
+    for name, found in _deployments(client, wanted).items():
+        if name in wanted.deployments or MARK in found.tags:
+            # Triggers that `prefect deploy` made: a second automation for each of ours.
+            client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
+    yield from _done(_schedule_rows(client, wanted))
+    yield from _done(_automation_rows(client, wanted, before))
+    # When nothing starts new runs of them any longer.
+    yield from _done(_left_rows(client, wanted))
+
+
+def _done(rows: Iterator[Row]) -> Iterator[Row]:
+    for row in list(rows):
+        if row.do:
+            row.do()
+        yield row
+
+
+def _pool_rows(client: SyncPrefectClient, wanted: Wanted) -> Iterator[Row]:
+    """Pools belong to the operator: one that exists may be of another type, and stays as it is."""
+
+    def make(name: str) -> None:
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+
+    for name in wanted.pools:
         try:
-            with get_client(sync_client=True) as client:
-                # Without the client's own retries, which take minutes.
-                answer = httpx.get(
-                    f"{str(url).rstrip('/')}/health", timeout=10, headers=client._client.headers
-                )
-            answer.raise_for_status()
-            if answer.headers.get("content-type", "").startswith("application/json"):
-                return
-            raise ConfigError(
-                f"{WHAT}: what answers at {_shown(url)} is not Prefect's server; "
-                "set PREFECT_API_URL to its address, which ends in /api"
-            )
-        except httpx.HTTPError as error:
-            broken = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
-            if broken or time.monotonic() > give_up:
-                raise ConfigError(
-                    f"{WHAT}: {server_error(error, url)}"
-                    + ("" if broken else f" (waited {seconds:.0f} s)")
-                ) from error
-        except (RuntimeError, ValueError) as error:  # an address that is none; a client's refusal
-            raise ConfigError(f"{WHAT}: PREFECT_API_URL: {one_line(error)}") from error
-        if not said:
-            say(f"{WHAT}: waiting up to {seconds:.0f} s for {_shown(url)}")
-            said = True
-        time.sleep(0.5)
+            client.read_work_pool(name)
+            yield Row("unchanged", "pool", name)
+        except ObjectNotFound:
+            yield Row("added", "pool", name, "of type process", partial(make, name))
 
 
-def _shown(url: httpx.URL) -> str:
-    return str(url.copy_with(userinfo=b"", query=None)).rstrip("/")
-
-
-def read_files() -> Wanted:
-    """Return what the files describe, with Prefect's templates filled in.
-
-    Raises:
-        ConfigError: An entry has no mark, or a name twice.
-    """
-    from prefect.deployments.steps.core import run_steps
-    from prefect.events.schemas.automations import AutomationCore
-    from prefect.flows import load_flow_from_entrypoint
-    from prefect.utilities.templating import apply_values
-
-    tree = yaml.safe_load(FILE.read_text())
-    outputs = asyncio.run(run_steps(tree["build"], {}))
-    entries: dict[str, dict[str, Any]] = {}
-    for raw in tree.get("deployments") or []:
-        entry = apply_values(raw, outputs, warn_on_notset=False)
-        if any(not trigger.get("name") for trigger in entry.get("triggers") or []):
-            raise ConfigError(f"{FILE.name}: triggers of {entry['name']}: one has no name; add it")
-        name = f"{load_flow_from_entrypoint(entry['entrypoint']).name}/{entry['name']}"
-        if MARK not in (entry.get("tags") or []):
-            raise ConfigError(
-                f"{FILE.name}: tags of {name}: {entry.get('tags')} lack {MARK!r}, without which it "
-                "would not be removed later; add it, for example by `<<: *common`"
-            )
-        nameless = [s for s in entry.get("schedules") or [] if not s.get("slug")]
-        if nameless:
-            raise ConfigError(
-                f"{FILE.name}: schedules of {name}: {nameless[0]} has no slug, by which it is told "
-                "from schedules made by hand; add one, such as `slug: weekly`"
-            )
-        if name in entries:
-            raise ConfigError(f"{FILE.name}: {name}: stands there twice; give one another name")
-        entries[name] = entry
-    automations = {}
-    for path in sorted(AUTOMATIONS.glob("*.yaml")):
-        for raw in yaml.safe_load(path.read_text())["automations"]:
-            made = AutomationCore.model_validate({**raw, "tags": [*raw.get("tags", []), MARK]})
-            automations[made.name] = made
-    pools = sorted({entry["work_pool"]["name"] for entry in entries.values()})
-    return Wanted(entries, automations, pools)
-
-
-def plan(client: SyncPrefectClient, wanted: Wanted) -> list[Row]:
-    """Return what must happen for the server to equal the files."""
-    existing = {pool.name for pool in client.read_work_pools(limit=PAGE)}
-    # A pool that exists may be of another type, and have its own template: it stays as it is.
-    rows = [
-        Row("unchanged" if name in existing else "added", "pool", name) for name in wanted.pools
-    ]
-    automations = _automations(client)
-    rows += _deployment_rows(client, wanted, automations)
-    rows += _automation_rows(wanted, automations)
-    return rows
-
-
-def _deployment_rows(
-    client: SyncPrefectClient, wanted: Wanted, automations: dict[str, Automation]
-) -> Iterator[Row]:
-    live = _deployments(client)
-    for name, entry in wanted.entries.items():
-        if name not in live:
-            yield Row("added", "deployment", name)
-            continue
-        why = ", ".join(_differences(entry, live[name], automations))
-        yield Row("changed" if why else "unchanged", "deployment", name, why, live[name].id)
-    for name, found in live.items():
-        if name in wanted.entries or MARK not in found.tags:
-            continue
-        if active := _active_runs(client, found.id):
-            why = f"not in the files, but has {active}; deploy again when they have ended"
-            yield Row("kept", "deployment", name, why, found.id)
-        else:
-            yield Row("removed", "deployment", name, "not in the files", found.id)
-
-
-def _differences(
-    entry: dict[str, Any], live: DeploymentResponse, automations: dict[str, Automation]
-) -> Iterator[str]:
-    """Yield the names of the fields in which a deployment differs from its entry."""
-    pool = entry["work_pool"]
-    limit, found = entry.get("concurrency_limit"), live.global_concurrency_limit
-    pairs = {
-        "version": (entry.get("version"), live.version),
-        "description": (entry.get("description", live.description), live.description),
-        "tags": (sorted(entry["tags"]), sorted(live.tags)),
-        "entrypoint": (entry["entrypoint"], live.entrypoint),
-        "parameters": (entry.get("parameters") or {}, live.parameters or {}),
-        "work_pool": (pool["name"], live.work_pool_name),
-        "job_variables": (pool.get("job_variables") or {}, live.job_variables or {}),
-        "concurrency_limit": (
-            limit["limit"] if isinstance(limit, dict) else limit, found.limit if found else None
-        ),
-        "enforce_parameter_schema": (
-            entry.get("enforce_parameter_schema", live.enforce_parameter_schema),
-            live.enforce_parameter_schema,
-        ),
-        "schedules": (
-            {s["slug"]: _timing(s) for s in entry.get("schedules") or []},
-            {s.slug: _timing(s.schedule.model_dump()) for s in live.schedules if s.slug},
-        ),
-        "triggers": (True, _has_triggers(entry, live, automations)),
-    }  # fmt: skip
-    yield from (name for name, (want, have) in pairs.items() if want != have)
-
-
-def _timing(schedule: dict[str, Any]) -> tuple[Any, ...]:
-    every = schedule.get("interval")
-    seconds = every.total_seconds() if isinstance(every, timedelta) else every
-    return schedule.get("cron"), seconds, schedule.get("rrule"), schedule.get("timezone")
-
-
-def _has_triggers(
-    entry: dict[str, Any], live: DeploymentResponse, automations: dict[str, Automation]
-) -> bool:
-    """Return whether each trigger of an entry is an automation that starts this deployment.
-
-    Prefect's command removes those that left the file; the server does not show which they are.
-    """
-    for trigger in entry.get("triggers") or []:
-        found = automations.get(trigger["name"])
-        if found is None:
-            return False
-        have = found.trigger.model_dump(mode="json")
-        same = all(_plain(have.get(k)) == _plain(v) for k, v in trigger.items() if k in have)
-        targets = {getattr(action, "deployment_id", None) for action in found.actions}
-        if not same or live.id not in targets:
-            return False
-    return True
-
-
-def _plain(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, list | set) else value
-
-
-def _active_runs(client: SyncPrefectClient, deployment: UUID) -> str:
-    """Return how many runs of a deployment go on or were ordered, and the first's name; or ""."""
-    from prefect.client.schemas.filters import (
-        DeploymentFilter,
-        DeploymentFilterId,
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-    )
-    from prefect.client.schemas.objects import TERMINAL_STATES
-
-    final = FlowRunFilterStateType(not_any_=list(TERMINAL_STATES))
-    runs = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=final)),
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
-        limit=PAGE,
-    )
-    # Those that the scheduler has planned vanish with the deployment.
-    ours = [run for run in runs if not (run.auto_scheduled and run.state_type == "SCHEDULED")]
-    return f"{len(ours)} unfinished runs ({one_line(ours[0].name)}, …)" if ours else ""
-
-
-def _automation_rows(wanted: Wanted, live: dict[str, Automation]) -> Iterator[Row]:
-    ids = {"id": True, "owner_resource": True, "trigger": {"id"}}
-    for name, make in wanted.automations.items():
+def _deployment_rows(client: SyncPrefectClient, wanted: Wanted) -> Iterator[Row]:
+    live = _deployments(client, wanted)
+    for name, entry in wanted.deployments.items():
         found = live.get(name)
         if found is None:
-            yield Row("added", "automation", name, make=make)
+            yield Row("added", "deployment", name, do=partial(_create, client, entry))
             continue
-        want, have = make.model_dump(exclude=ids), found.model_dump(exclude=ids)
-        why = ", ".join(key for key in want if want[key] != have[key])
-        yield Row("changed" if why else "unchanged", "automation", name, why, found.id, make)
+        if not {MARK, OLD_TAG} & {*found.tags}:
+            raise ConfigError(
+                f"{WHAT}: the server has a deployment {name} that this project did not make (its "
+                f"tags are {found.tags}); delete or rename it, or give the one in the file "
+                "another name"
+            )
+        have = _fields(found)
+        new = {key: value for key, value in entry.fields.items() if value != have[key]}
+        if new:
+            together = ("work_pool_name", "work_queue_name", "job_variables")
+            if any(key in new for key in together):  # the server checks them together
+                new |= {key: entry.fields[key] for key in together if key in entry.fields}
+            why = ", ".join(key for key in new if entry.fields[key] != have[key])
+            change = partial(client.update_deployment, found.id, DeploymentUpdate(**new))
+            yield Row("changed", "deployment", name, why, change)
+        else:
+            yield _same("deployment", name, found.paused and "paused" not in entry.fields)
+
+
+def _same(kind: str, name: str, paused: bool) -> Row:
+    return Row("kept", kind, name, PAUSED) if paused else Row("unchanged", kind, name)
+
+
+def _create(client: SyncPrefectClient, entry: Entry) -> None:
+    flow = client.create_flow_from_name(entry.flow)
+    client.create_deployment(flow, entry.name, **entry.fields)
+
+
+def _fields(found: DeploymentResponse) -> dict[str, Any]:
+    """Return a deployment's fields as an `Entry` has them."""
+    limit, options = found.global_concurrency_limit, found.concurrency_options
+    return {
+        **dict(found),
+        "tags": sorted(found.tags),
+        "parameters": found.parameters or {},
+        "job_variables": found.job_variables or {},
+        "pull_steps": found.pull_steps or [],
+        "concurrency_limit": limit.limit if limit else None,
+        "concurrency_options": options.model_dump(mode="json") if options else None,
+    }
+
+
+def _schedule_rows(client: SyncPrefectClient, wanted: Wanted) -> Iterator[Row]:
+    live = _deployments(client, wanted)
+    for name, entry in wanted.deployments.items():
+        if name not in live:
+            for slug in entry.schedules:
+                yield Row("added", "schedule", f"{name} {slug}")
     for name, found in live.items():
-        if name not in wanted.automations and MARK in found.tags:
-            yield Row("removed", "automation", name, "not in the files", found.id)
+        if entry := wanted.deployments.get(name):
+            yield from _schedules_of(client, name, found, entry)
+        elif MARK in found.tags:
+            for schedule in found.schedules:
+                if (schedule.slug or "").startswith(SLUG):
+                    yield _remove_schedule(client, name, found.id, schedule)
 
 
-def _apply(client: SyncPrefectClient, rows: list[Row]) -> None:
-    from prefect.client.schemas.actions import WorkPoolCreate
-
-    for row in rows:
-        if row.kind == "pool" and row.action == "added":
-            client.create_work_pool(WorkPoolCreate(name=row.name, type="process"))
-    _let_go(client, rows)
-    # Unchanged ones too: it is the one command that knows all fields.
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(
-        [*command, "--prefect-file", str(FILE)], cwd=ROOT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise ConfigError(f"{WHAT}: `prefect deploy` failed: {one_line(lines[-1:])}")
-    for row in rows:
-        if row.kind == "automation" and row.action == "added":
-            client.create_automation(row.make)
-        elif row.kind == "automation" and row.action == "changed":
-            assert row.id
-            client.update_automation(row.id, row.make)
-        elif row.kind == "automation" and row.action == "removed":
-            assert row.id
-            client.delete_automation(row.id)
-
-
-def _let_go(client: SyncPrefectClient, rows: list[Row]) -> None:
-    """Take from deployments what Prefect's command leaves when it is no longer in the file."""
-    for row in rows:
-        if row.kind != "deployment" or row.id is None:
+def _schedules_of(
+    client: SyncPrefectClient, name: str, found: DeploymentResponse, entry: Entry
+) -> Iterator[Row]:
+    live = {schedule.slug: schedule for schedule in found.schedules if schedule.slug}
+    others = [s for s in found.schedules if not (s.slug or "").startswith(SLUG)]
+    for slug, make in entry.schedules.items():
+        # An older version's had another slug, or none.
+        have = live.get(slug) or next((s for s in others if not _changes(make, s)), None)
+        if have is None:
+            do = partial(client.create_deployment_schedules, found.id, [make])
+            yield Row("added", "schedule", f"{name} {slug}", do=do)
             continue
-        if row.action in ("removed", "kept"):
-            client.delete_resource_owned_automations(f"prefect.deployment.{row.id}")
-        if row.action == "removed":
-            client.delete_deployment(row.id)
-        elif row.action == "kept" or "schedules" in row.why:
-            # A schedule without a slug was made by hand.
-            for schedule in client.read_deployment_schedules(row.id):
-                if schedule.slug:
-                    client.delete_deployment_schedule(row.id, schedule.id)
-        if row.action == "changed":
-            cleared = {"parameters": {}, "concurrency_limit": None}
-            body = {key: value for key, value in cleared.items() if key in row.why.split(", ")}
-            if body:
-                client.request("PATCH", "/deployments/{id}", path_params={"id": row.id}, json=body)
+        if have in others:
+            others.remove(have)
+        new = {**_changes(make, have), **({} if have.slug == slug else {"slug": slug})}
+        if new:
+            do = partial(client.update_deployment_schedule, found.id, have.id, **new)
+            yield Row("changed", "schedule", f"{name} {slug}", ", ".join(new), do)
+        else:
+            paused = not have.active and "active" not in make.model_fields_set
+            yield _same("schedule", f"{name} {slug}", paused)
+    for slug, schedule in live.items():
+        if slug not in entry.schedules and slug.startswith(SLUG):
+            yield _remove_schedule(client, name, found.id, schedule)
+    for schedule in others:
+        timing = schedule.schedule.model_dump(mode="json", exclude_unset=True)
+        what = next(
+            (str(timing[key]) for key in ("cron", "rrule", "interval") if key in timing), ""
+        )
+        why = f"its slug does not begin with {SLUG!r}: made by hand, or by an older version"
+        yield Row("kept", "schedule", f"{name} {schedule.slug or what}", why)
 
 
-def _deployments(client: SyncPrefectClient) -> dict[str, DeploymentResponse]:
-    flows = {f.id: f.name for f in _pages(client.read_flows)}
-    return {f"{flows.get(d.flow_id)}/{d.name}": d for d in _pages(client.read_deployments)}
+def _changes(make: DeploymentScheduleCreate, have: DeploymentSchedule) -> dict[str, Any]:
+    """Return what a schedule must get to be the one of the file."""
+    given = make.schedule.model_dump(exclude_unset=True)
+    live = have.schedule.model_dump()
+    pairs: dict[str, tuple[Any, Any]] = {"parameters": (make.parameters, have.parameters or {})}
+    if "active" in make.model_fields_set:
+        pairs["active"] = (make.active, have.active)
+    new = {key: want for key, (want, found) in pairs.items() if want != found}
+    if any(value != live.get(key) for key, value in given.items()):
+        new["schedule"] = make.schedule
+    return new
 
 
-def _automations(client: SyncPrefectClient) -> dict[str, Automation]:
-    return {automation.name: automation for automation in _pages(client.read_automations)}
+def _remove_schedule(
+    client: SyncPrefectClient, name: str, deployment: UUID, schedule: DeploymentSchedule
+) -> Row:
+    do = partial(client.delete_deployment_schedule, deployment, schedule.id)
+    return Row("removed", "schedule", f"{name} {schedule.slug}", "not in the files", do)
+
+
+def _automation_rows(
+    client: SyncPrefectClient, wanted: Wanted, before: dict[UUID, Automation]
+) -> Iterator[Row]:
+    """Yield what happens to automations; `before` are those of before the deployments' turn."""
+    live = _automations(client)
+    ids = {name: found.id for name, found in _deployments(client, wanted).items()}
+    gone = {found.name for found in before.values()} - {found.name for found in live}
+    ours, others = [], []
+    for found in live:
+        (ours if MARK in found.tags else others).append(found)
+    for name in wanted.automation_names:
+        make = wanted.automation(name, ids)
+        mine = [found for found in ours if found.name == name]
+        twins = [
+            found for found in others if found.name == name and _differs(make, found) == ["tags"]
+        ]
+        if not mine and twins:  # an older version's
+            mine.append(twins[0])
+            others.remove(twins[0])
+        if not mine:
+            action, why = ("changed", "tags") if name in gone else ("added", "")
+            yield Row(action, "automation", name, why, partial(client.create_automation, make))
+            continue
+        found = mine[0]
+        if why := ", ".join(_differs(make, found)):
+            if "enabled" not in make.model_fields_set:
+                make.enabled = found.enabled
+            yield Row("changed", "automation", name, why, partial(_update, client, found, make))
+        else:
+            yield _same("automation", name, make.enabled and not found.enabled)
+        ours = [found for found in ours if found.id != mine[0].id]
+    for found in ours:
+        why = "there twice" if found.name in wanted.automation_names else "not in the files"
+        yield Row(
+            "removed", "automation", found.name, why, partial(client.delete_automation, found.id)
+        )
+    for name in sorted(gone - {*wanted.automation_names}):
+        yield Row("removed", "automation", name, "a trigger that left the file")
+    for found in others:
+        if found.name in wanted.automation_names or found.name.startswith("rlhf-"):
+            why = f"lacks the tag {MARK}: made by hand, or by an older version"
+            yield Row("kept", "automation", found.name, why)
+
+
+def _update(client: SyncPrefectClient, found: Automation, make: AutomationCore) -> None:
+    # All fields: the client leaves out those that were never set, such as tags that were added.
+    client.update_automation(found.id, AutomationCore(**dict(make)))
+
+
+def _differs(make: AutomationCore, found: Automation) -> list[str]:
+    """Return the names of fields in which an automation differs from the file's."""
+    want, have = _bare(make.model_dump()), _bare(found.model_dump())
+    if "enabled" not in make.model_fields_set:  # an operator may have paused it
+        want.pop("enabled")
+    want.pop("owner_resource")  # the server does not show it
+    return [key for key, value in want.items() if value != have[key]]
+
+
+def _bare(value: Any) -> Any:
+    """Return a dumped automation without the ids that the server gives it and its triggers."""
+    if isinstance(value, dict):
+        return {key: _bare(part) for key, part in value.items() if key != "id"}
+    return [_bare(part) for part in value] if isinstance(value, list) else value
+
+
+def _left_rows(client: SyncPrefectClient, wanted: Wanted) -> Iterator[Row]:
+    """Deployments that are not in the files."""
+    for name, found in _deployments(client, wanted).items():
+        if name in wanted.deployments:
+            continue
+        if MARK not in found.tags:
+            why = (
+                f"not in the files, and lacks the tag {MARK}: made by hand, or by an older version"
+            )
+            yield Row("kept", "deployment", name, why)
+        elif runs := _unfinished(client, found.id):
+            why = f"not in the files; deploy again when its unfinished runs have ended: {runs}"
+            yield Row("kept", "deployment", name, why)
+        else:
+            do = partial(client.delete_deployment, found.id)
+            yield Row("removed", "deployment", name, "not in the files", do)
+
+
+def _unfinished(client: SyncPrefectClient, deployment: UUID) -> str:
+    """Return how many runs of a deployment were ordered or have begun, and one's name; or ""."""
+    going = [kind for kind in StateType if kind not in TERMINAL_STATES]
+    state = filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=going))
+    read = partial(
+        client.read_flow_runs,
+        flow_run_filter=filters.FlowRunFilter(state=state),
+        deployment_filter=filters.DeploymentFilter(
+            id=filters.DeploymentFilterId(any_=[deployment])
+        ),
+        sort=FlowRunSort.ID_DESC,
+    )
+    # What a schedule has planned and no worker has begun vanishes with the deployment.
+    found = [
+        run for run in _pages(read)
+        if not (run.auto_scheduled and run.state_type == StateType.SCHEDULED and not run.run_count)
+    ]  # fmt: skip
+    return f"{len(found)}, such as {one_line(found[0].name)}" if found else ""
+
+
+def _deployments(client: SyncPrefectClient, wanted: Wanted) -> dict[str, DeploymentResponse]:
+    """Return by full name those that the files name, and those with a tag of this project."""
+    tags = filters.DeploymentFilterTags(any_=[MARK, OLD_TAG])
+    read = partial(client.read_deployments, deployment_filter=filters.DeploymentFilter(tags=tags))
+    tagged = list(_pages(read))
+    flows = {flow: client.read_flow(flow).name for flow in {found.flow_id for found in tagged}}
+    found = {f"{flows[each.flow_id]}/{each.name}": each for each in tagged}
+    for name in wanted.deployments.keys() - found.keys():
+        with suppress(ObjectNotFound):
+            found[name] = client.read_deployment_by_name(name)
+    return dict(sorted(found.items()))
+
+
+def _automations(client: SyncPrefectClient) -> list[Automation]:
+    return list(_pages(partial(client.read_automations, sort=AutomationSort.CREATED_DESC)))[::-1]
 
 
 def _pages(read: Callable[..., list[Any]]) -> Iterator[Any]:
+    """Yield all rows; the server limits how many it returns at once."""
     offset = 0
-    while page := read(limit=PAGE, offset=offset):
+    while page := read(offset=offset):
         yield from page
         offset += len(page)
 
@@ -375,14 +386,22 @@ def _show(rows: list[Row], dry: bool) -> None:
             table.add_row(row.action, row.kind, one_line(row.name), one_line(row.why))
     if table.row_count:
         console.print(table)
-    same = sum(row.action == "unchanged" for row in rows)
-    say(f"{same} unchanged{'; nothing was done: a dry run' if dry else ''}")
+    counts = Counter(row.action for row in rows)
+    words = ", ".join(f"{counts[word]} {word}" for word in sorted(counts))
+    say(f"{words}{'; a dry run: nothing was done' if dry else ''}")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
 
 
 def _main() -> int:
     parser = argparse.ArgumentParser(description="Make Prefect's server equal to deployments/.")
     parser.add_argument("--dry", action="store_true", help="only say what would change")
-    parser.add_argument("--wait", type=float, default=WAIT, help="seconds for the server to start")
+    parser.add_argument("--wait", type=_seconds, default=WAIT, help="for the server to start")
     given = parser.parse_args()
     try:
         deploy(dry=given.dry, wait=given.wait)
