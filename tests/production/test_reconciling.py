@@ -203,10 +203,12 @@ def test_everything_that_was_changed_by_hand_is_as_in_the_files(server, deploy):
     zombies["trigger"]["within"] = 240
     trigger = server.automation("retrain when data have landed")
     trigger["trigger"]["expect"] = ["other"]
-    twin = {key: value for key, value in trigger.items() if key not in ("id", "created", "updated")}
     for each in (zombies, trigger):
-        server.client.put(f"automations/{each['id']}", json=each).raise_for_status()
-    server.api("automations/", **twin)  # as by two deployments at once
+        path = f"automations/{each['id']}"
+        for key in ("id", "created", "updated"):
+            del each[key]
+        server.client.put(path, json=each).raise_for_status()
+    server.api("automations/", **trigger)  # as by two deployments at once
     said = deploy()
     action, why = said.pop(("deployment", PIPELINE))
     assert action == "changed"
