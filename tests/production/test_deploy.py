@@ -43,7 +43,7 @@ def test_everything_is_registered_and_again(place):
     assert "leases outlive its restart" in place.said
     again = place.run("make", "deploy")
     pools, schedules = 3, 2
-    assert f"\n{len(found) + pools + schedules + len(automations)} unchanged\n" in again, again
+    assert f"{len(found) + pools + schedules + len(automations)} unchanged\n" in again, again
     assert set(deployments(place)) == set(found)
     assert [a["name"] for a in place.api("automations/filter", limit=50)] == automations
 
