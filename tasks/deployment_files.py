@@ -161,7 +161,7 @@ async def _entries(tree: dict[str, Any]) -> dict[str, Entry]:
         _check_keys(f"{FILE.name}: deployments", raw, _KEYS)
         with _about(f"{FILE.name}: {raw.get('name')}"):
             known: Any = await resolve_variables(await resolve_block_document_references(raw))
-            known = apply_values(known, os.environ, remove_notset=False)
+            known = apply_values(known, dict(os.environ), remove_notset=False)
             entry = _entry(known, raw.get("pull", tree.get("pull")), outputs)
         name = f"{entry.flow}/{entry.name}"
         if name in entries:
