@@ -81,6 +81,8 @@ class Wanted:
         made = trigger.as_automation()
         # Without an owner, and so not among those that `prefect deploy` removes.
         made.owner_resource, made.tags = None, [MARK]
+        if "enabled" not in trigger.model_fields_set:  # an operator may have paused it
+            made.model_fields_set.discard("enabled")
         return made
 
     @property
@@ -138,11 +140,13 @@ def _check_keys(where: str, tree: Any, keys: set[str]) -> None:
 
 @contextmanager
 def _about(place: str) -> Iterator[None]:
-    """Make an error of Prefect, YAML or pydantic one line that begins with a place."""
+    """Make an error of Prefect, YAML or pydantic one line; every error begins with a place."""
     try:
         yield
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        if f"{error}".startswith(place.partition(":")[0]):
+            raise
+        raise ConfigError(f"{place}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -193,8 +197,11 @@ def _entry(raw: dict[str, Any], pull: Any, outputs: dict[str, Any]) -> Entry:
         "concurrency_limit": limit,
         "concurrency_options": options,
         "enforce_parameter_schema": given.get("enforce_parameter_schema", True),
-        "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
-    }
+        # Else the server takes a parameter that the flow has not, and its process ends at once.
+        "parameter_openapi_schema": {
+            **parameter_schema(flow).model_dump(exclude_unset=True), "additionalProperties": False,
+        },
+    }  # fmt: skip
     if "work_queue_name" in pool:
         fields["work_queue_name"] = pool["work_queue_name"]
     # An operator may pause what the file does not speak of.
@@ -208,6 +215,8 @@ def _entry(raw: dict[str, Any], pull: Any, outputs: dict[str, Any]) -> Entry:
     if len(schedules) < len(given.get("schedules") or []):
         raise ConfigError("schedules: two have the same slug; change one")
     triggers = {t["name"]: t for t in (_trigger(t, outputs) for t in raw.get("triggers") or [])}
+    if len(triggers) < len(raw.get("triggers") or []):
+        raise ConfigError("triggers: two have the same name; change one")
     made = {name: _TRIGGER.validate_python(trigger) for name, trigger in triggers.items()}
     return Entry(flow.name, given["name"], fields, schedules, made)
 

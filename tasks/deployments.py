@@ -257,7 +257,8 @@ def _automation_rows(
     """Yield what happens to automations; `before` are those of before the deployments' turn."""
     live = _automations(client)
     ids = {name: found.id for name, found in _deployments(client, wanted).items()}
-    gone = {found.name for found in before.values()} - {found.name for found in live}
+    names = {found.name for found in live}
+    gone = {found.name: found for found in before.values() if found.name not in names}
     ours, others = [], []
     for found in live:
         (ours if MARK in found.tags else others).append(found)
@@ -272,12 +273,12 @@ def _automation_rows(
             others.remove(twins[0])
         if not mine:
             action, why = ("changed", "tags") if name in gone else ("added", "")
+            _stay_paused(make, gone.get(name, make))
             yield Row(action, "automation", name, why, partial(client.create_automation, make))
             continue
         found = mine[0]
         if why := ", ".join(_differs(make, found)):
-            if "enabled" not in make.model_fields_set:
-                make.enabled = found.enabled
+            _stay_paused(make, found)
             yield Row("changed", "automation", name, why, partial(_update, client, found, make))
         else:
             yield _same("automation", name, make.enabled and not found.enabled)
@@ -287,7 +288,7 @@ def _automation_rows(
         yield Row(
             "removed", "automation", found.name, why, partial(client.delete_automation, found.id)
         )
-    for name in sorted(gone - {*wanted.automation_names}):
+    for name in sorted(gone.keys() - {*wanted.automation_names}):
         yield Row("removed", "automation", name, "a trigger that left the file")
     for found in others:
         if found.name in wanted.automation_names or found.name.startswith("rlhf-"):
@@ -295,9 +296,17 @@ def _automation_rows(
             yield Row("kept", "automation", found.name, why)
 
 
+def _stay_paused(make: AutomationCore, found: AutomationCore) -> None:
+    """Leave it to the operator whether an automation is paused, unless the file says so."""
+    if "enabled" not in make.model_fields_set:
+        make.enabled = found.enabled
+
+
 def _update(client: SyncPrefectClient, found: Automation, make: AutomationCore) -> None:
-    # All fields: the client leaves out those that were never set, such as tags that were added.
-    client.update_automation(found.id, AutomationCore(**dict(make)))
+    # All fields: the client leaves out those that were never set, such as tags that were added. The
+    # server refuses the owner, whom it knows.
+    fields = {key: value for key, value in dict(make).items() if key != "owner_resource"}
+    client.update_automation(found.id, AutomationCore(**fields))
 
 
 def _differs(make: AutomationCore, found: Automation) -> list[str]:

@@ -269,6 +269,15 @@ def test_what_an_operator_paused_stays_paused(server, deploy):
     assert server.state() == before
 
 
+def test_no_run_has_a_parameter_that_its_flow_has_not(server, deploy):
+    """Its process would end at once, and be started again as if it were lost."""
+    for found in server.deployments.values():
+        path = f"deployments/{found['id']}/create_flow_run"
+        answer = server.client.post(path, json={"parameters": {"nonsense": 1}})
+        assert answer.status_code == 409
+        assert "nonsense" in answer.text
+
+
 def test_a_deployment_of_another_project_is_not_written_over(server, deploy):
     path = f"deployments/{server.id('promote/cpu')}"
     pipeline = f"deployments/{server.id(PIPELINE)}"
