@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests: one more than cores, for one of them often waits for a server.
 WORKERS ?= 3
 
-.PHONY: quickstart server server-stop deploy pools test lint unit quickstart-bars gpu clean
+.PHONY: quickstart server server-stop deploy test lint unit quickstart-bars gpu clean
 
 quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
 	$(BIN)/rlhf run configs/quickstart.yaml
@@ -17,18 +17,9 @@ server: $(STAMP)  ## start Prefect's server on a Postgres of its own, in the bac
 server-stop: $(STAMP)
 	@$(BIN)/rlhf server stop
 
-deploy: pools  ## register flows, schedules and automations with the server of PREFECT_API_URL
-	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
-	$(BIN)/prefect automation inspect rlhf-zombies >/dev/null 2>&1 || \
-	  $(BIN)/prefect automation create --from-file deployments/automations/zombies.yaml
+deploy: $(STAMP)  ## make the server of PREFECT_API_URL equal to deployments/; DRY=1 shows the differences, WAIT=60
+	@$(BIN)/python -m tasks.deployments $(if $(DRY),--dry) $(if $(WAIT),--wait $(WAIT))
 	$(BIN)/rlhf preflight
-
-pools: $(STAMP)
-	@$(BIN)/prefect config view | grep -q PREFECT_API_URL || \
-	  { echo "no Prefect server: start one, and export PREFECT_API_URL" >&2; exit 2; }
-	existing=$$($(BIN)/prefect work-pool ls --output json) || exit; for pool in cpu reward gpu; do \
-	  case "$$existing" in *"\"name\": \"$$pool\""*) ;; \
-	  *) $(BIN)/prefect work-pool create $$pool --type process ;; esac; done
 
 test: $(STAMP)  ## lint, and all tests but the quickstart's quality bars
 	+$(MAKE) --no-print-directory --jobs=2 lint unit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from rlhf.errors import ConfigError
+from tasks.console import say
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -48,6 +50,49 @@ def prefect_server(subject: str, instead: str = "") -> Iterator[SyncPrefectClien
             yield client
         except httpx.HTTPError as error:
             raise ConfigError(f"{subject}: {server_error(error, client.api_url)}") from error
+
+
+def wait_for_server(subject: str, seconds: float) -> None:
+    """Wait until the configured server is healthy; `subject` begins the messages.
+
+    Raises:
+        ConfigError: It is not within this time, or something else answers.
+    """
+    give_up = time.monotonic() + seconds
+    said = False
+    with prefect_server(subject) as client:
+        url, asks = client.api_url, client._client
+        place = str(url.copy_with(userinfo=b"", query=None)).rstrip("/")
+        while True:
+            try:
+                # The client's own `send` retries for minutes.
+                answer = httpx.Client.send(asks, asks.build_request("GET", "/health", timeout=10))
+                answer.raise_for_status()
+                if _is_true(answer):
+                    return
+                raise ConfigError(
+                    f"{subject}: what answers at {place} is not Prefect's server; set "
+                    "PREFECT_API_URL to its address, which ends in /api"
+                )
+            except httpx.HTTPError as error:
+                broken = isinstance(error, httpx.HTTPStatusError)
+                if broken and error.response.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
+                    raise
+                if time.monotonic() >= give_up:
+                    raise ConfigError(
+                        f"{subject}: {server_error(error, url)} (waited {seconds:g} s)"
+                    ) from error
+            if not said:
+                say(f"{subject}: waiting up to {seconds:g} s for Prefect's server at {place}")
+                said = True
+            time.sleep(min(0.5, max(0.0, give_up - time.monotonic())))
+
+
+def _is_true(answer: httpx.Response) -> bool:
+    try:
+        return answer.json() is True
+    except (ValueError, RecursionError):
+        return False
 
 
 def lease_advice(client: SyncPrefectClient) -> str | None:
