@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from rlhf.checkpoints.folder import checkpoints_in
 from rlhf.store import open_store
 from tasks.stages import STAGES
@@ -267,23 +269,29 @@ class Trial:
         self.chance.shuffle(plan)
         due = time.monotonic() + self.chance.uniform(*PAUSE)
         while True:
-            state = self.site.api(f"flow_runs/{self.run}")["state"]
-            # Lost with its process, it is started again by itself.
-            following = self.site.successor(self.run) if state["type"] == "CRASHED" else None
-            if following is not None:
-                self.retries += 1
-                self.run = following
-                self.runs.append(following)
-            elif state["type"] in ("COMPLETED", "FAILED", "CANCELLED"):
-                return state
-            self.strike_training()
+            with contextlib.suppress(httpx.HTTPError):  # the server is busy, too
+                state = self.follow()
+                if state["type"] in ("COMPLETED", "FAILED", "CANCELLED"):
+                    return state
+                self.strike_training()
             if plan and len(self.blows) < kills and time.monotonic() > due:
                 self.strike(plan.pop())
                 plan = plan or list(self._kinds())
                 due = time.monotonic() + self.chance.uniform(*PAUSE)
             if time.monotonic() > give_up:
-                raise TimeoutError(f"not over after {LIMIT} s: {state}")
+                raise TimeoutError(f"not over after {LIMIT} s: {self.run}")
             time.sleep(1)
+
+    def follow(self) -> dict[str, Any]:
+        """Return the run's state; go on with the run that took its place, if there is one."""
+        state = self.site.api(f"flow_runs/{self.run}")["state"]
+        # Lost with its process, it is started again by itself.
+        following = self.site.successor(self.run) if state["type"] == "CRASHED" else None
+        if following is not None:
+            self.retries += 1
+            self.run = following
+            self.runs.append(following)
+        return state
 
 
 def outcome_of(production: Site, store: str, cache: Path) -> dict[str, Any]:

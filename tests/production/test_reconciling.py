@@ -11,6 +11,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from rlhf.errors import ConfigError
 from tasks import deployment_files as files
+from tasks.console import console
 from tasks.deployments import deploy as make_deploy
 from tasks.prefect_server import wait_for_server
 from tests.ceph import free_ports
@@ -91,7 +92,7 @@ def write(tmp_path, monkeypatch):
 @pytest.fixture
 def deploy(place, write, monkeypatch, capsys):
     """Function that deploys a copy of the files with an edit, and returns what was said."""
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(console, "_width", 300)  # COLUMNS may have been another at its making
 
     def deploy(edit=None, **options):
         write(edit)
