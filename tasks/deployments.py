@@ -102,11 +102,11 @@ def _act(client: SyncPrefectClient, wanted: Wanted) -> Iterator[Row]:
     before = {found.id: found for found in _automations(client)}
     yield from _done(_pool_rows(client, wanted))
     yield from _done(_deployment_rows(client, wanted))
+    yield from _done(_schedule_rows(client, wanted))
     for name, found in _deployments(client, wanted).items():
         if name in wanted.deployments or MARK in found.tags:
             # Triggers that `prefect deploy` made: a second automation for each of ours.
             client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
-    yield from _done(_schedule_rows(client, wanted))
     yield from _done(_automation_rows(client, wanted, before))
     # When nothing starts new runs of them any longer.
     yield from _done(_left_rows(client, wanted))
@@ -233,7 +233,8 @@ def _schedules_of(
 
 def _changes(make: DeploymentScheduleCreate, have: DeploymentSchedule) -> dict[str, Any]:
     """Return what a schedule must get to be the one of the file."""
-    given = make.schedule.model_dump(exclude_unset=True)
+    # What the file does not say has its default again; that of an anchor is the time of making.
+    given = make.schedule.model_dump(exclude={"anchor_date"} - make.schedule.model_fields_set)
     live = have.schedule.model_dump()
     pairs: dict[str, tuple[Any, Any]] = {"parameters": (make.parameters, have.parameters or {})}
     if "active" in make.model_fields_set:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,8 @@ class Server:
             if was_running:
                 pid = self._recorded_pid()
                 for number in (signal.SIGTERM, signal.SIGKILL):
-                    os.kill(pid, number)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
                     give_up = time.monotonic() + GRACE
                     while self._runs() and time.monotonic() < give_up:
                         time.sleep(0.1)
@@ -188,6 +189,8 @@ class Server:
         address = ["--host", host, "--port", str(port)]
         command = ["/bin/sh", "-c", _WRITE_PID, str(self.folder / "server.pid")]
         self.log.touch(mode=0o600)
+        # An old number may be another process's by now.
+        (self.folder / "server.pid").unlink(missing_ok=True)
         with self._lock.open("a") as lock, self.log.open("ab") as log:
             fcntl.flock(lock, fcntl.LOCK_EX)
             process = subprocess.Popen(

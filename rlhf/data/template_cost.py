@@ -8,6 +8,7 @@ limit.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from rlhf.limits import MAX_CONFIG_BYTES, run_limited
@@ -17,9 +18,7 @@ MEMORY, SECONDS = 2**29, 2.0
 #: Loops, and values that are set, that can't multiply to much over a short chat.
 _LOOPS, _VALUES = 3, 8
 #: Filters whose result is about as long as what they are given.
-_PLAIN_FILTERS = frozenset(
-    ("trim", "tojson", "upper", "lower", "string", "length", "first", "last")
-)
+_PLAIN_FILTERS = frozenset(("trim", "upper", "lower", "string", "length", "first", "last"))
 
 #: Renders the templates of its input; see `rlhf.limits.run_limited`. What else may be wrong with
 #: one is found where it is used.
@@ -82,6 +81,7 @@ def _is_cheap(tree: Any) -> bool:
     costly = (
         nodes.Mul, nodes.Pow, nodes.Mod, nodes.Call, nodes.Macro, nodes.CallBlock,
         nodes.AssignBlock, nodes.FilterBlock, nodes.Include, nodes.Import, nodes.Extends,
+        nodes.With,
     )  # fmt: skip
     if any(True for _ in tree.find_all(costly)):
         return False
@@ -90,6 +90,24 @@ def _is_cheap(tree: Any) -> bool:
     return (
         all(each.name in _PLAIN_FILTERS and not each.args + each.kwargs for each in filters)
         and not any(loop.recursive for loop in loops)
+        # Once through the chat each: not through a long literal, its characters, or in each other.
+        and all(
+            isinstance(loop.iter, nodes.Name) and loop.iter.name == "messages" for loop in loops
+        )
+        and not any(True for loop in loops for _ in loop.find_all(nodes.For))
+        and not any(_sets_messages(each.target) for each in (*loops, *values))
+        and not any(isinstance(each, (nodes.Add, nodes.Concat)) for v in values for each in _all(v))
         and len(loops) <= _LOOPS
         and len(values) <= _VALUES
     )
+
+
+def _sets_messages(target: Any) -> bool:
+    return any(getattr(each, "name", None) == "messages" for each in _all(target))
+
+
+def _all(node: Any) -> Iterator[Any]:
+    """Yield a node of a template, and all within it."""
+    yield node
+    for child in node.iter_child_nodes():
+        yield from _all(child)

@@ -23,6 +23,12 @@ COSTLY = {
     "padded": "{{ 'x' | center(10**11) }}",
     "formatted": "{{ '%99999999999d' | format(1) }}",
     "characters": "{% for a in messages[0].content %}" * 9 + "x" + "{% endfor %}" * 9,
+    "escaped again": "{{ messages[0].content" + " | tojson" * 60 + " }}",
+    "joined": "{% set a = 'ab' %}" + ("{% set a = " + "~".join("a" * 500) + " %}") * 6,
+    "loops over a literal": f"{{% for a in {[1] * 9000} %}}" * 3 + "{% endfor %}" * 3,
+    "loops over another chat": f"{{% set messages = {[1] * 9000} %}}"
+    + "{% for a in messages %}" * 3
+    + "{% endfor %}" * 3,
     "long": "x" * 300_000,
     "long answer": LOOP + "x" * 20 + "{% endfor %}",
 }
