@@ -210,9 +210,9 @@ class Trial:
             work = self.site.machine(pool) / "home" / "work" / "checkpoints"
             saved = [c.name for f in work.glob(f"{stage}-*") for c in checkpoints_in(f)]
             newest = max((int(name.removeprefix("update-")) for name in saved), default=0)
-            if self.struck[stage].total() >= self.each or newest < self._due.setdefault(
-                stage, self._pause(stage)
-            ):
+            if stage not in self._due:
+                self._due[stage] = self._pause(stage)
+            if self.struck[stage].total() >= self.each or newest < self._due[stage]:
                 continue
             kind = self.chance.choice(["kill -9", "kill -9", "SIGTERM", "machine lost"])
             if kind == "machine lost":

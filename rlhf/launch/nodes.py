@@ -166,26 +166,39 @@ class Meeting(Alone):
         end = time.monotonic() + self._nodes.wait
         strangers: list[Channel] = []
         self._server.settimeout(2 * _POLL)
-        while missing := [n for n in range(1, self._count) if n not in self._channels]:
-            _stop_if(terminated, self._job.stage)
-            if time.monotonic() > end:
-                raise WorkerDied(self._absent(missing[0]))
-            with suppress(TimeoutError):
-                strangers.append(Channel(self._server.accept()[0]))
-            for stranger in [*strangers]:
-                hello = stranger.receive(0)
-                if hello is not None:
-                    self._admit(stranger, hello)
-                elif stranger.lost:
-                    stranger.close(linger=0)
-                if hello is not None or stranger.lost:
-                    strangers.remove(stranger)
-            for node, channel in [*self._channels.items()]:
-                if channel.lost:  # it may come again
-                    channel.close(linger=0)
-                    del self._channels[node]
-        for stranger in strangers:
-            stranger.close(linger=0)
+        try:
+            while missing := [n for n in range(1, self._count) if n not in self._channels]:
+                _stop_if(terminated, self._job.stage)
+                if time.monotonic() > end:
+                    raise WorkerDied(self._absent(missing[0]))
+                strangers += self._connected()
+                for stranger in [*strangers]:
+                    is_lost = stranger.lost is not None
+                    hello = stranger.receive(0)
+                    if hello is not None or is_lost:
+                        strangers.remove(stranger)
+                    if hello is not None:
+                        self._admit(stranger, hello)
+                    elif is_lost:
+                        stranger.close(linger=0)
+                for node, channel in [*self._channels.items()]:
+                    if channel.lost:  # it may come again
+                        channel.close(linger=0)
+                        del self._channels[node]
+        finally:
+            # Else a machine that has just come would wait for the job of a launch that ended.
+            for stranger in strangers:
+                stranger.close(linger=0)
+
+    def _connected(self) -> list[Channel]:
+        """Return the connection of a machine that has come, if one has within a moment."""
+        with suppress(OSError):  # nobody has, or one that has gone again, such as a port's probe
+            connection = self._server.accept()[0]
+            try:
+                return [Channel(connection)]
+            except OSError:
+                connection.close()
+        return []
 
     def prepare(self, terminated: Callable[[], bool]) -> None:
         """Give the job to all, wait until they are ready for it, and have them start.
@@ -264,17 +277,22 @@ class Meeting(Alone):
         """Take a machine that has connected in, if it is one of the launch."""
         node: Any = hello.get("node")
         taken = self._channels
+        theirs: Any = hello.get("versions")
         is_one = isinstance(node, int) and 0 < node < self._count
+        refused = ""
         if not is_one or node in taken:
             what = "is here already" if is_one else f"is none of 1 to {self._count - 1}"
-            channel.send(refused=f"PET_NODE_RANK = {node!r} {what}; number the machines from 0")
-            channel.close()
+            refused = f"PET_NODE_RANK = {node!r:.40} {what}; number the machines from 0"
+        elif not isinstance(theirs, dict) or theirs.keys() != self._nodes.versions.keys():
+            # A stranger's guess must not end the launch.
+            refused = "other versions are told than the first machine asks for; install the same"
+        if refused:
+            channel.send(refused=refused)
+            channel.close(linger=1)
             return
         taken[node] = channel
-        theirs: Any = hello.get("versions")
         for name, version in self._nodes.versions.items():
-            other = theirs.get(name) if isinstance(theirs, dict) else None
-            if other != version:
+            if (other := theirs[name]) != version:
                 raise ConfigError(
                     f"{self._job.stage}: {self._name(node)} has {name} {other}, and this machine "
                     f"{version}; install the same on all"
