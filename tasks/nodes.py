@@ -145,23 +145,29 @@ def _called(deployment: str, port: int, count: int) -> Iterator[None]:
     from tasks.lost_runs import give_up
     from tasks.retries import asked_server
 
-    leader = f"{_own_address()}:{port}"
+    address = _own_address()
+    if address.startswith("127."):
+        log.warning(
+            "the other machines are told to meet at %s, which is right on this machine alone; if "
+            "Prefect is reached through a tunnel, set %s", address, ADDRESS,
+        )  # fmt: skip
+    leader = f"{address}:{port}"
     runs: list[UUID] = []
     with get_client(sync_client=True) as client:
         target = asked_server(lambda: client.read_deployment_by_name(deployment))
-        for node in range(1, count):
-            made = asked_server(
-                lambda node=node: client.create_flow_run_from_deployment(
-                    target.id,
-                    parameters={"leader": leader, "node": node},
-                    name=f"{flow_run.name}-node-{node + 1}",
-                )
-            )
-            runs.append(made.id)
-            log.info(
-                "created %s on %s, which meets this stage at %s", made.name, deployment, leader
-            )
         try:
+            for node in range(1, count):
+                made = asked_server(
+                    lambda node=node: client.create_flow_run_from_deployment(
+                        target.id,
+                        parameters={"leader": leader, "node": node},
+                        name=f"{flow_run.name}-node-{node + 1}",
+                    )
+                )
+                runs.append(made.id)
+                log.info(
+                    "created %s on %s, which meets this stage at %s", made.name, deployment, leader
+                )
             yield
         finally:
             # Those that run end by themselves, when this machine closes their connection.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import ConfigError, Interrupted, WorkerDied
+from rlhf.errors import ConfigError, DataError, Interrupted, WorkerDied
 from rlhf.launch.channel import SILENCE, Channel
 from rlhf.launch.job import (
     AGENT_LOG,
@@ -217,7 +217,9 @@ class Meeting(Alone):
                 message = self._channels[node].receive(_POLL)
                 if message and "failed" in message:
                     kind, text = message["failed"]
-                    raise rebuilt_error(kind, f"{self._name(node)}: {text}")
+                    error = rebuilt_error(kind, f"{self._name(node)}: {text}")
+                    # For want of data a stage may do without its model: the data are this one's.
+                    raise WorkerDied(str(error)) if isinstance(error, DataError) else error
                 if message and "ready" in message:
                     waiting.discard(node)
                 elif self._channels[node].lost:

@@ -18,7 +18,7 @@ import pytest
 
 from rlhf.checkpoints.folder import checkpoints_in
 from rlhf.config import PipelineConfig
-from rlhf.errors import ConfigError, DataError, Interrupted, WorkerDied
+from rlhf.errors import ConfigError, DataError, Interrupted, StoreError, WorkerDied
 from rlhf.files import folder_sha256
 from rlhf.launch import Job, Nodes, launch
 from rlhf.launch.channel import Channel
@@ -187,17 +187,23 @@ def test_another_version_is_refused_on_both_machines():
     assert "has rlhf 2, and this machine 1" in str(raised[0])
 
 
-def test_what_a_machine_lacks_is_its_error():
+@pytest.mark.parametrize(
+    ("error", "caught"),
+    # For want of data a judge is done without, which another machine must not decide.
+    [(StoreError, StoreError), (DataError, WorkerDied)],
+)
+def test_what_a_machine_lacks_is_its_error(error, caught):
     def act(port):
         with closing(join("127.0.0.1", port, 1, {}, 60, never)) as one:
             one.learn("job", never)
-            one.fail(DataError("no such bucket"))
+            one.fail(error("no such bucket"))
 
     with (
         other(act) as (call, raised),
-        pytest.raises(DataError, match=r"^node 2 of 2 .*: no such b"),
+        pytest.raises(caught, match=r"^node 2 of 2 .*: no such b") as found,
     ):
         gather(Nodes(call=call))
+    assert type(found.value) is caught
     assert raised == []
 
 
