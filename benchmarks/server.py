@@ -1,4 +1,4 @@
-"""What Prefect's server withstands on a busy machine, by database: one worker, cheap runs.
+"""Load test of Prefect's server on a busy machine, by database: one worker, cheap runs.
 
     .venv/bin/python -m benchmarks.server                      # all three databases
     .venv/bin/python -m benchmarks.server --databases postgres --burners 0

@@ -1,4 +1,4 @@
-"""What `deployments/` describes: deployments, their schedules and triggers, automations.
+"""Reader of `deployments/`: deployments, their schedules and triggers, automations.
 
 Apart from `tasks/deployments.py`, which makes a server equal to it: nothing here asks a server for
 more than the blocks and variables that the files name.
@@ -64,7 +64,7 @@ class Entry:
 
 @dataclass
 class Wanted:
-    """What the files describe: deployments by full name, automations by name."""
+    """Contents of the files: deployments by full name, automations by name."""
 
     deployments: dict[str, Entry]
     automations: dict[str, AutomationCore]

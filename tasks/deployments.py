@@ -47,7 +47,7 @@ PAUSED = "paused on the server, and stays so"
 
 @dataclass
 class Row:
-    """What happens to one object on the server, why, and the call that does it."""
+    """Change of one object on the server: its kind and reason, and the call that makes it."""
 
     action: str
     kind: str

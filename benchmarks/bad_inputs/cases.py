@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind.
+    """Result of a command: how it ended, and its traces in memory and files.
 
     Args:
         code: Its exit code; None if it did not end in time.

@@ -39,7 +39,7 @@ _POLL = 0.05
 
 @dataclass(frozen=True)
 class Nodes:
-    """How a launch finds its other machines, and what they need to take part."""
+    """Settings of a launch on several machines: where they meet, and what the others are sent."""
 
     port: int = 0
     """Port to listen at; 0 is any that is free."""
@@ -57,7 +57,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Place:
-    """What torchrun must know of one machine: its number, and where the first one is."""
+    """Position of one machine in a launch, for torchrun: its number, where the first one is."""
 
     node: int
     nodes: int

@@ -16,7 +16,7 @@ _PORT = 29500
 
 @dataclass(frozen=True)
 class Torchrun:
-    """What torchrun's environment variables say, as Kubeflow's TrainJob sets them."""
+    """Values of torchrun's environment variables, as Kubeflow's TrainJob sets them."""
 
     nodes: int
     node: int
