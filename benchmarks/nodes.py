@@ -4,8 +4,9 @@ Two network namespaces, joined by a pair of virtual interfaces, are the machines
 home, temporary files and loopback; the store is a folder. Each stage trains in one process, in two
 processes of one machine, and in one process on each of two, all at the same batch sizes. Prints the
 seconds of a step (the start-up is not in them) and compares the results: two processes must make
-the same bytes wherever they are. `--cut` also takes the link away in the midst of a training, and
-prints what ends, when and why.
+the same bytes wherever they are. `--sharding fsdp` deals out the weights of SFT and reward model
+(PPO refuses it: `--stages sft reward_model`). `--cut` also takes the link away in the midst of a
+training, and prints what ends, when and why.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def main() -> None:
     """Run the benchmark, or one machine's part of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stages", nargs="+", default=[*STAGES], choices=STAGES)
+    parser.add_argument("--sharding", default="ddp", choices=("ddp", "fsdp"))
     parser.add_argument("--cut", action="store_true", help="take the link away in an SFT")
     parser.add_argument("--lead", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--join", action="store_true", help=argparse.SUPPRESS)
@@ -58,15 +60,15 @@ def main() -> None:
     elif options.lead:
         lead(Path(options.lead[0]), options.lead[1], int(options.lead[2]), int(options.lead[3]))
     else:
-        campaign(options.stages, options.cut)
+        campaign(options.stages, options.sharding, options.cut)
 
 
-def campaign(stages: list[str], cut: bool) -> None:
+def campaign(stages: list[str], sharding: str, cut: bool) -> None:
     """Measure all stages in all arrangements, in a temporary folder."""
     equal = True
     with tempfile.TemporaryDirectory(prefix="rlhf-nodes-") as name, namespaces():
         root = Path(name)
-        make_inputs(root)
+        make_inputs(root, sharding)
         for stage in stages:
             rows = [measure(root, stage, *arrangement) for arrangement in ARRANGEMENTS]
             same = rows[1]["digest"] == rows[2]["digest"]
@@ -154,7 +156,7 @@ def lead(root: Path, field: str, processes: int, nodes: int) -> None:
     (out / "figures.json").write_text(json.dumps(figures))
 
 
-def make_inputs(root: Path) -> None:
+def make_inputs(root: Path, sharding: str) -> None:
     """Publish data and small models to a store, for all arrangements."""
     from rlhf.reward import train_reward_model
     from rlhf.sft import train_sft
@@ -162,10 +164,14 @@ def make_inputs(root: Path) -> None:
 
     changed: Any = toys.changed
     runtime: Any = {"device": "cpu", "threads": 1, "work_dir": str(root / "work")}
+    shared = {
+        "epochs": 40, "batch_size": 32, "checkpoint_minutes": None, "sharding": sharding,
+        "processes": 1,
+    }  # fmt: skip
     config = PipelineConfig(
         store=str(root / "store"), runtime=runtime, base=BASE,
-        sft=changed(toys.SFT, epochs=40, batch_size=32, checkpoint_minutes=None),
-        reward_model=changed(toys.REWARD, epochs=40, batch_size=32, checkpoint_minutes=None),
+        sft=changed(toys.SFT, **shared),
+        reward_model=changed(toys.REWARD, **shared),
         ppo=changed(
             toys.PPO, total_episodes=64 * 12, chunk_size=64, mini_batch_size=16, checkpoint_every=99
         ),

@@ -174,8 +174,8 @@ def train_reward_model(
             # Scoring takes the device for the whole model: there is no room for both.
             del trained, model
             empty_cache(device)
-        # FSDP's hooks stay on a model, and fail on weights that are whole.
-        is_sharded = config.sharding == "fsdp" and rank_and_count()[1] > 1
+        # FSDP's hooks stay on a model, in one process too, and fail on weights that are whole.
+        is_sharded = config.sharding == "fsdp"
         scorer = Scorer(out_dir, device, limits, model=None if is_sharded else merged)
         chosen = _reference_replies(scorer, preferences, seed)
         meta = {**reward_meta(out_dir), **_scale_of(scorer(*chosen))}

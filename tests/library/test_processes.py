@@ -104,6 +104,13 @@ def test_sft_in_two_sharded_processes(data, sft, tmp_path):
     assert result.metrics["demonstrations"] == 96
 
 
+def test_a_reward_model_sharded_in_one_process(data, sft, reward_model, tmp_path):
+    """FSDP's hooks are on the model there too, and must not meet the whole weights."""
+    config = toys.changed(toys.REWARD, processes=1, sharding="fsdp")
+    launch(job("reward_model", config, tmp_path, {"data": data, "sft": sft}))
+    assert_close(tmp_path, reward_model)
+
+
 def test_the_reward_model_in_two_processes(data, sft, reward_model, tmp_path):
     config = toys.changed(toys.REWARD, processes=2, members=2)
     launch(job("reward_model", config, tmp_path, {"data": data, "sft": sft}))
