@@ -46,6 +46,7 @@ import regex
 memory, seconds = int(sys.argv[1]), float(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+print("true", flush=True)
 for pattern in json.load(sys.stdin):
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
@@ -84,14 +85,22 @@ def pattern_errors(patterns: tuple[str, ...]) -> dict[str, str]:
 def run_limited(program: str, inputs: Sequence[str], memory: int, seconds: float) -> list[Any]:
     """Run a Python program on texts in a process of limited memory and CPU time.
 
-    It gets memory and seconds as arguments, the texts as a JSON list, and writes a line of JSON for
-    each. Fewer results than texts mean that the next one took too much.
+    It gets memory and seconds as arguments, the texts as a JSON list, and writes a line of JSON
+    when it is ready, and one for each text. Fewer results than texts mean that the next one took
+    too much.
+
+    Raises:
+        RuntimeError: It did not get ready, which is no fault of the texts.
     """
     command = [sys.executable, "-I", "-c", program, str(memory), str(seconds)]
     done = subprocess.run(
         command, input=json.dumps(inputs), capture_output=True, text=True, check=False
     )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    lines = done.stdout.splitlines()
+    if not lines:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise RuntimeError(f"{sys.executable} can't run a check under a memory limit: {last}")
+    return [json.loads(line) for line in lines[1:]]
 
 
 def matches_whole(pattern: str, names: Sequence[str]) -> list[str]:

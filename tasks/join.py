@@ -95,13 +95,29 @@ def prepare_job(sent: str, context: Mapping[str, Any], folder: Path) -> Job:
         "checkpoints": checkpoints if job.checkpoints else None,
         "checkpoint_store": None,
     }
-    if "base" in inputs:
-        was, base = str(job.inputs["base"]), str(inputs["base"])
-        if job.base.path == was:
-            moved["base"] = job.base.model_copy(update={"path": base})
-        if getattr(job.section, "base", None) == was:
-            moved["section"] = job.section.model_copy(update={"base": base})
+    moved |= _own_base(job, inputs.get("base"))
     return job.model_copy(update=moved)
+
+
+def _own_base(job: Job, folder: Path | None) -> dict[str, Any]:
+    """Return the parts of a job that name its base, with this machine's folder of it.
+
+    Raises:
+        ConfigError: It names another folder, which this machine has not checked.
+    """
+    was = str(job.inputs["base"]) if folder and "base" in job.inputs else None
+    moved: dict[str, Any] = {}
+    for part, field in (("base", "path"), ("section", "base")):
+        named = getattr(getattr(job, part), field, None)
+        if named is None:
+            continue
+        if named != was:
+            raise ConfigError(
+                f"{part}.{field} = {named!r}: the first machine names a model that is no input of "
+                "this stage; give all machines the same version of this project"
+            )
+        moved[part] = getattr(job, part).model_copy(update={field: str(folder)})
+    return moved
 
 
 def _on_this_machine(config: PipelineConfig) -> PipelineConfig:

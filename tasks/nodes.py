@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from rlhf.config import PipelineConfig, PPOConfig, SFTConfig
+from rlhf.config import PipelineConfig, PPOConfig
 from rlhf.config.pipeline import INLINE
 from rlhf.config.training import ProcessSection
 from rlhf.errors import ConfigError
@@ -90,10 +90,10 @@ def check_nodes(config: PipelineConfig, stages: Mapping[str, Stage]) -> None:
         ConfigError: Nothing says where they are, or the deployment for them does not exist.
     """
     for stage in stages.values():
-        section = getattr(config, stage.section) if stage.section and stage.tracks_steps else None
+        section = getattr(config, stage.section or "", None)
         if not isinstance(section, ProcessSection) or section.nodes == 1:
             continue
-        if isinstance(section, SFTConfig) and not section.enabled:
+        if not stage.trains(config):
             continue
         place = config.deployment_of(stage.name)
         if place == INLINE:

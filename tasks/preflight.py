@@ -176,7 +176,7 @@ def _check_nf4(config: PipelineConfig) -> None:
     """Check that a stage in this process that holds a base in 4 bits has the package for it."""
     for stage in STAGES.values():
         section = getattr(config, stage.section or "", None)
-        is_here = config.deployment_of(stage.name) == INLINE and getattr(section, "enabled", True)
+        is_here = config.deployment_of(stage.name) == INLINE and stage.trains(config)
         if is_here and getattr(section, "frozen_dtype", None) == "nf4":
             check_package(str(stage.section))
 

@@ -51,6 +51,8 @@ class Stage:
     """Section of the configuration that experiment trackers get; None sends them nothing."""
     tracks_steps: bool = False
     """Whether trackers get the metrics of every step, and not those of the result alone."""
+    is_off: Callable[[PipelineConfig], bool] = lambda _: False
+    """Whether the configuration switches its training off."""
     needs_approval: bool = False
     """Whether a person may have to approve `inputs["policy"]` before it runs."""
     source_digest: Callable[[PipelineConfig], str] | None = None
@@ -68,6 +70,12 @@ class Stage:
         [PipelineConfig, Mapping[str, ArtifactRef], Store], Mapping[str, ArtifactRef]
     ] = lambda *_: {}
     """Finds the optional inputs in the store, from the others."""
+
+    def trains(self, config: PipelineConfig) -> bool:
+        """Return whether it trains a model: it is not switched off, and none is given ready."""
+        external = self.external_model(config)
+        is_ready = external is not None and external.ready
+        return self.tracks_steps and not self.is_off(config) and not is_ready
 
     def needed_inputs(self, config: PipelineConfig) -> Mapping[str, StageName]:
         """Return `inputs`, or none where a ready external model takes the stage's place."""

@@ -405,6 +405,7 @@ TRAIN_SFT = Stage(
     ),
     section="sft",
     tracks_steps=True,
+    is_off=lambda c: not c.sft.enabled,
 )
 
 TRAIN_REWARD_MODEL = Stage(
@@ -473,6 +474,7 @@ TRAIN_JUDGE = Stage(
     ),
     section="reward_model",
     tracks_steps=True,
+    is_off=lambda c: not c.judge.enabled,
 )
 
 TRAIN_POLICY = Stage(

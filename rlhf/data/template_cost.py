@@ -36,6 +36,7 @@ made.globals |= {"raise_exception": refuse, "strftime_now": str}
 made.filters["tojson"] = lambda value, *_, **__: json.dumps(value)
 turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "A reply."}]
 values = {"messages": turns, "bos_token": "", "eos_token": "", "tools": None, "documents": None}
+print("true", flush=True)
 for template in json.load(sys.stdin):
     signal.setitimer(signal.ITIMER_PROF, seconds)
     sizes = [0, 0]

@@ -13,7 +13,14 @@ import pytest
 
 from rlhf.config import load_config, load_preset
 from rlhf.errors import ConfigError
-from rlhf.limits import MAX_DEPTH, check_tree, load_json, matches_whole, pattern_errors
+from rlhf.limits import (
+    MAX_DEPTH,
+    check_tree,
+    load_json,
+    matches_whole,
+    pattern_errors,
+    run_limited,
+)
 
 #: Bytes that the child process may use beyond what it needs to import the configuration.
 CAP = 400 * 2**20
@@ -162,3 +169,10 @@ def test_json_is_no_deeper_than_the_limit():
 
 if __name__ == "__main__":
     load_all(Path(sys.argv[1]))
+
+
+def test_a_check_that_can_not_run_is_not_the_text_s_fault():
+    with pytest.raises(RuntimeError, match=r"can't run a check .* No module named 'nothing_there'"):
+        run_limited("import nothing_there", ["a"], 2**28, 2.0)
+    with pytest.raises(RuntimeError, match=r"can't run a check under a memory limit"):
+        run_limited("import sys; sys.exit(3)", ["a"], 2**28, 2.0)

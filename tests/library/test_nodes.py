@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.checkpoints.folder import checkpoints_in
-from rlhf.config import PipelineConfig
+from rlhf.config import BaseModelConfig, PipelineConfig
 from rlhf.errors import ConfigError, DataError, Interrupted, StoreError, WorkerDied
 from rlhf.files import folder_sha256
 from rlhf.launch import Job, Nodes, launch
@@ -376,7 +376,7 @@ def test_sizes_are_shared_by_all_machines(section, message):
         PipelineConfig(sft=section)
 
 
-def test_a_run_must_know_its_machines_before_any_work(told):
+def test_a_run_must_know_its_machines_before_any_work(told, tmp_path):
     config = PipelineConfig(sft={"nodes": 2, "processes": 1})
     with pytest.raises(
         ConfigError, match=r"^sft.nodes = 2: train-sft does not know its other mach"
@@ -385,6 +385,11 @@ def test_a_run_must_know_its_machines_before_any_work(told):
     check_nodes(config, {PREPARE_DATA.name: PREPARE_DATA})
     without = {"nodes": 2, "processes": 1, "enabled": False}
     check_nodes(PipelineConfig(base={"path": "owner/name"}, sft=without), STAGES)
+    reward_model = {"nodes": 2, "processes": 1}
+    idle = {"ppo": {"reward_model_path": str(tmp_path)}, "judge": {"enabled": False}}
+    check_nodes(PipelineConfig(reward_model=reward_model, **idle), STAGES)
+    with pytest.raises(ConfigError, match=r"^reward_model.nodes = 2: train-judge does not know"):
+        check_nodes(PipelineConfig(reward_model=reward_model, ppo=idle["ppo"]), STAGES)
     told(NNODES="2", MASTER_ADDR="10.0.0.1")
     check_nodes(config, STAGES)
     with pytest.raises(ConfigError, match=r"^reward_model.nodes = 3, but PET_NNODES = 2"):
@@ -425,3 +430,10 @@ def test_another_machine_fetches_inputs_and_has_folders_of_its_own(data, tmp_pat
     other_model = {**context, "digests": {"base.path": "0" * 64}}
     with pytest.raises(ConfigError, match=r"^base.path: is another model on this machine"):
         prepare_job(sent.model_dump_json(), other_model, folder)
+    # What is no input was not compared, and not checked against this machine's permissions.
+    for path in ("/etc", "/of/the/first/x"):
+        changed = sent.model_copy(update={"base": BaseModelConfig(path=path)})
+        other = tmp_path / path[1:3]
+        other.mkdir()
+        with pytest.raises(ConfigError, match=rf"^base.path = '{path}': the first machine names"):
+            prepare_job(changed.model_dump_json(), context, other)
