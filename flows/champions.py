@@ -17,7 +17,7 @@ from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.external import shorten
 from rlhf.store import ArtifactRef, Store
 from tasks.console import console, say
-from tasks.prefect_server import prefect_server
+from tasks.prefect_server import check_settings, prefect_server
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -121,6 +121,7 @@ def champion(
     history
         Show all champions that there were, the present one last.
     """
+    check_settings()  # what follows imports Prefect
     from flows.terminal import champions_table
     from rlhf import champions
 
@@ -209,6 +210,7 @@ def _suspended(run: str) -> FlowRun:
         ConfigError: No server is configured, or several runs match.
         ArtifactMissing: No suspended run matches.
     """
+    check_settings()
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,

@@ -33,7 +33,7 @@ from rlhf.errors import (
 )
 from rlhf.plain_text import one_line, shortened
 from tasks.console import PlainConsole, console, say
-from tasks.prefect_server import prefect_server, server_error
+from tasks.prefect_server import check_settings, greet_server, server_error
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
 BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
@@ -250,11 +250,11 @@ def prepare_prefect(verbose: bool) -> None:
         handler.addFilter(_add_text)
         logging.getLogger("rlhf").addHandler(handler)
         logging.getLogger("rlhf").setLevel(logging.INFO)
+    check_settings()
     from prefect.settings import PREFECT_API_URL
 
     if PREFECT_API_URL.value():  # else this process starts a server of its own
-        with prefect_server("PREFECT_API_URL") as client:
-            client.hello()
+        greet_server("PREFECT_API_URL")
 
 
 def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:

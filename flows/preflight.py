@@ -11,7 +11,7 @@ from rich.table import Table
 from rlhf.config import PipelineConfig, load_config
 from rlhf.data.rows import Demonstration, PromptRow
 from tasks.console import console, say
-from tasks.prefect_server import lease_advice, prefect_server
+from tasks.prefect_server import check_settings, greet_server, lease_advice, prefect_server
 
 if TYPE_CHECKING:
     from rlhf.rehearsal_rows import Sample
@@ -44,6 +44,7 @@ def preflight(
     if config is None:
         _check_server()
         return
+    check_settings()
     from prefect.settings import PREFECT_API_URL
 
     from rlhf.modeling.tokenizer import load_tokenizer
@@ -75,8 +76,9 @@ def _check_server() -> None:
     """Print what of the server's settings endangers runs, and the cure.
 
     Raises:
-        ConfigError: No server is configured, or it does not answer.
+        ConfigError: No server is configured, or it does not answer, or what answers is none.
     """
+    greet_server("rlhf preflight")
     with prefect_server("rlhf preflight") as client:
         advice = lease_advice(client)
         say(f"warning: {advice}" if advice else f"{client.api_url}: leases outlive its restart")

@@ -43,11 +43,11 @@ def runs(*, limit: int = 20) -> None:
     limit
         Most runs to list.
     """
-    from prefect.client.schemas.sorting import FlowRunSort
-
     if not 1 <= limit <= PAGE:
         raise ConfigError(f"--limit {limit}: give a number from 1 to {PAGE}")
     with prefect_server("rlhf runs") as client:
+        from prefect.client.schemas.sorting import FlowRunSort
+
         started = _runs(client, sort=FlowRunSort.START_TIME_DESC, limit=limit)
         scheduled = _runs(client, future=True, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=1)
         deployments = _deployments(client, started)

@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 
 from rlhf.files import expand_home
 from tasks.console import PlainConsole, console, say
+from tasks.prefect_server import check_settings
 from tasks.server import Server, default_folder, exposure
 
 app = App(name="server", help="Start and stop Prefect's server on a Postgres of its own.")
@@ -40,6 +41,7 @@ def start(
     install
         As root on Debian or Ubuntu, install Postgres if it is missing.
     """
+    check_settings()
     from prefect.settings import get_current_settings
 
     if install:

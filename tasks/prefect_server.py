@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from pydantic import ValidationError
 
 from rlhf.errors import ConfigError
 from tasks.console import say
@@ -34,8 +38,10 @@ def prefect_server(subject: str, instead: str = "") -> Iterator[SyncPrefectClien
         instead: What else than a server the command could use.
 
     Raises:
-        ConfigError: No server is configured, or it does not answer, or it answers with an error.
+        ConfigError: No server is configured, or it does not answer, or it answers with an error, or
+            what answers is none.
     """
+    check_settings()
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
@@ -45,11 +51,68 @@ def prefect_server(subject: str, instead: str = "") -> Iterator[SyncPrefectClien
             f"{subject}: needs the Prefect server that the runs are on; set PREFECT_API_URL"
             f"{instead}"
         )
-    with get_client(sync_client=True) as client:
+    place = ""
+    try:
+        with get_client(sync_client=True) as client:
+            place = _place(client.api_url)
+            try:
+                yield client
+            except httpx.HTTPError as error:
+                raise ConfigError(f"{subject}: {server_error(error, client.api_url)}") from error
+    except httpx.InvalidURL as error:
+        raise ConfigError(
+            f"PREFECT_API_URL = {PREFECT_API_URL.value()!r}: is no address ({error}); set it to "
+            "the server's, which ends in /api"
+        ) from None
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        if not _is_of_answer(error):
+            raise
+        raise _no_server(subject, place) from error
+
+
+def greet_server(subject: str) -> None:
+    """Check that the configured server answers, and is one; `subject` begins the error messages.
+
+    Raises:
+        ConfigError: It does not, or something else answers.
+    """
+    with prefect_server(subject) as client:
+        from prefect.client.base import ServerType
+
+        client.hello()
+        if client.server_type != ServerType.CLOUD and not _is_true(client._client.get("/health")):
+            raise _no_server(subject, _place(client.api_url))
+
+
+def check_settings() -> None:
+    """Check Prefect's settings, whose import would print at length what is wrong with them.
+
+    Raises:
+        ConfigError: One has a value that Prefect refuses.
+    """
+    with redirect_stderr(io.StringIO()):
+        from prefect.settings import Settings, get_current_settings
+
         try:
-            yield client
-        except httpx.HTTPError as error:
-            raise ConfigError(f"{subject}: {server_error(error, client.api_url)}") from error
+            get_current_settings()
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        else:
+            return
+        for name in sorted(name for name in os.environ if name.startswith("PREFECT_")):
+            value = os.environ.pop(name)
+            try:
+                Settings()
+            except ValidationError:
+                continue
+            finally:
+                os.environ[name] = value
+            raise ConfigError(f"{name} = {value!r}: {first['msg']}; correct it")
+    where = ".".join(map(str, first["loc"]))
+    raise ConfigError(
+        f"Prefect's settings: {where}: {first['msg']}; correct its variable PREFECT_… or its "
+        "profile (`prefect config view`)"
+    )
 
 
 def wait_for_server(subject: str, seconds: float) -> None:
@@ -62,7 +125,7 @@ def wait_for_server(subject: str, seconds: float) -> None:
     said = False
     with prefect_server(subject) as client:
         url, asks = client.api_url, client._client
-        place = str(url.copy_with(userinfo=b"", query=None)).rstrip("/")
+        place = _place(url)
         while True:
             try:
                 # The client's own `send` retries for minutes.
@@ -70,10 +133,7 @@ def wait_for_server(subject: str, seconds: float) -> None:
                 answer.raise_for_status()
                 if _is_true(answer):
                     return
-                raise ConfigError(
-                    f"{subject}: what answers at {place} is not Prefect's server; set "
-                    "PREFECT_API_URL to its address, which ends in /api"
-                )
+                raise _no_server(subject, place)
             except httpx.HTTPError as error:
                 broken = isinstance(error, httpx.HTTPStatusError)
                 if broken and error.response.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
@@ -86,6 +146,24 @@ def wait_for_server(subject: str, seconds: float) -> None:
                 say(f"{subject}: waiting up to {seconds:g} s for Prefect's server at {place}")
                 said = True
             time.sleep(min(0.5, max(0.0, give_up - time.monotonic())))
+
+
+def _no_server(subject: str, place: str) -> ConfigError:
+    return ConfigError(
+        f"{subject}: what answers at {place} is not Prefect's server; set PREFECT_API_URL to its "
+        "address, which ends in /api"
+    )
+
+
+def _is_of_answer(error: BaseException) -> bool:
+    """Return whether an error comes from Prefect's client, which read an answer that is none."""
+    frames = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+    return any(f"{os.sep}prefect{os.sep}client{os.sep}" in name for name in frames)
+
+
+def _place(url: httpx.URL) -> str:
+    """Return an address without the password that it may contain."""
+    return str(url.copy_with(userinfo=b"", query=None)).rstrip("/")
 
 
 def _is_true(answer: httpx.Response) -> bool:
@@ -125,8 +203,7 @@ def lease_advice(client: SyncPrefectClient) -> str | None:
 def server_error(error: httpx.HTTPError, url: httpx.URL | None = None) -> str:
     """Return in one line what the server answered, or that it did not, and a cure."""
     address = url or _url(error)
-    # The address may contain a password.
-    place = str(address.copy_with(userinfo=b"", query=None)).rstrip("/") if address else ""
+    place = _place(address) if address else ""
     where = f" at {place}" if place else ""
     if not isinstance(error, httpx.HTTPStatusError):
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -159,6 +236,8 @@ def _answer(response: httpx.Response) -> str:
         if isinstance(body, dict) and body.get(name):
             body = body[name]
     text = " ".join(str(body).split())
+    if "Traceback (most recent call last)" in text:  # for its log
+        return ""
     return text if len(text) <= LONGEST_ANSWER else f"{text[: LONGEST_ANSWER - 1]}…"
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,7 +18,13 @@ from flows.champions import approve
 from flows.preflight import preflight
 from flows.runs import runs, status
 from rlhf.errors import ConfigError
-from tasks.prefect_server import IN_FILES, LEASE_SETTING, lease_advice, server_error
+from tasks.prefect_server import (
+    IN_FILES,
+    LEASE_SETTING,
+    greet_server,
+    lease_advice,
+    server_error,
+)
 
 
 @pytest.fixture
@@ -26,7 +35,8 @@ def failing():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             version, no_token = (200, '"3.0.0"'), (404, "{}")
-            self._send(*(version if "version" in self.path else no_token))
+            usual = version if "version" in self.path else no_token
+            self._send(*(answer[0] if answer[0][0] == 200 else usual))
 
         def do_POST(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -83,6 +93,44 @@ def test_every_command_says_what_the_server_answered(failing, command):
     with pytest.raises(ConfigError, match=r"answered 500 .*: Integer exceeds 64-bit") as caught:
         commands[command]()
     assert "does not answer" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body", ["", "<html>", "{}", "null", "[1, 2, 3]", '{"token": 1}', "[" * 50_000], ids=range(7)
+)
+def test_what_is_no_server_is_told_by_every_command(failing, body):
+    """Its answers are read by Prefect's client, each in another way."""
+    failing[0] = 200, body
+    commands = (
+        runs, preflight, lambda: status("x"), lambda: approve("x"), lambda: greet_server("x")
+    )  # fmt: skip
+    for command in commands:
+        with pytest.raises(ConfigError, match=r"^[^\n]* is not Prefect's server; set PREFECT_API"):
+            command()
+
+
+def test_a_traceback_of_the_server_is_left_to_its_log(failing):
+    failing[0] = 500, 'Traceback (most recent call last):\n File "x"\nBoom'
+    with pytest.raises(ConfigError, match=r"answered 500 .* to POST \S+filter; its log names the"):
+        runs()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "command"),
+    [("PREFECT_LOGGING_LEVEL", "loud", "runs"), ("PREFECT_API_URL", "http://[::1", "champion"),
+     ("PREFECT_API_URL", "http://\u202e/api", "runs")],
+    ids=range(3),
+)  # fmt: skip
+def test_a_setting_that_prefect_refuses_is_named_in_one_line(name, value, command):
+    """Prefect prints nine lines when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", command], env={**os.environ, name: value},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {name} = {value!a}: ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
 
 
 def test_a_server_with_leases_in_memory_is_told_with_the_cure(rlhf):
