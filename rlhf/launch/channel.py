@@ -23,6 +23,8 @@ BEAT = 1.0
 SILENCE = 60.0
 #: Most bytes of one message: reports of errors, and a configuration with its prompts and rules.
 _MOST = 2**26
+#: Most bytes of all messages of a machine that has not said yet that it is one of the launch.
+_MOST_OF_STRANGER = 2**16
 
 
 class Channel:
@@ -31,10 +33,13 @@ class Channel:
     Args:
         connection: The connected socket.
         silence: Seconds without a sign of life after which the other end is lost.
+        is_stranger: Whether the other end has yet to say who it is; it may send little till then.
     """
 
-    def __init__(self, connection: socket.socket, silence: float = SILENCE) -> None:
-        self._socket, self.silence = connection, silence
+    def __init__(
+        self, connection: socket.socket, silence: float = SILENCE, is_stranger: bool = False
+    ) -> None:
+        self._socket, self.silence, self.is_stranger = connection, silence, is_stranger
         self.own: str = connection.getsockname()[0]
         """Address of this machine, as the other one reaches it."""
         self.peer: str = connection.getpeername()[0]
@@ -85,7 +90,7 @@ class Channel:
             self.send()
 
     def _read(self) -> None:
-        rest = b""
+        rest, received = b"", 0
         heard = time.monotonic()
         while self.lost is None:
             try:
@@ -97,6 +102,9 @@ class Channel:
             if not new:
                 return self._lose("it closed the connection")
             heard = time.monotonic()
+            received += len(new)
+            if self.is_stranger and received > _MOST_OF_STRANGER:
+                return self._lose("it sends much before it says which machine it is")
             *lines, rest = (rest + new).split(b"\n")
             try:
                 messages = [load_json(line) for line in lines]

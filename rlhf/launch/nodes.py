@@ -35,6 +35,8 @@ from rlhf.launch.torchrun import torchrun_environment
 WAIT = 900.0
 #: Seconds between two looks at the other machines.
 _POLL = 0.05
+#: Most connections of which none has said yet which machine it is.
+_MOST_STRANGERS = 64
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,9 @@ class Meeting(Alone):
                 if time.monotonic() > end:
                     raise WorkerDied(self._absent(missing[0]))
                 strangers += self._connected()
+                for oldest in strangers[:-_MOST_STRANGERS]:  # what never says who it is
+                    strangers.remove(oldest)
+                    oldest.close(linger=0)
                 for stranger in [*strangers]:
                     is_lost = stranger.lost is not None
                     hello = stranger.receive(0)
@@ -195,7 +200,7 @@ class Meeting(Alone):
         with suppress(OSError):  # nobody has, or one that has gone again, such as a port's probe
             connection = self._server.accept()[0]
             try:
-                return [Channel(connection)]
+                return [Channel(connection, is_stranger=True)]
             except OSError:
                 connection.close()
         return []
@@ -293,6 +298,7 @@ class Meeting(Alone):
             channel.close(linger=1)
             return
         taken[node] = channel
+        channel.is_stranger = False
         for name, version in self._nodes.versions.items():
             if (other := theirs[name]) != version:
                 raise ConfigError(

@@ -207,6 +207,17 @@ def test_what_a_machine_lacks_is_its_error(error, caught):
     assert raised == []
 
 
+def is_closed(connection):
+    """Return whether the other end closes a connection in time, whatever it says before."""
+    end = time.monotonic() + PATIENCE
+    with suppress(ConnectionError):
+        while time.monotonic() < end:
+            if not connection.recv(100):
+                return True
+        return False
+    return True
+
+
 def test_strangers_and_doubles_do_not_take_part():
     """A port scan, another protocol, a number twice, and one out of range."""
     said = []
@@ -229,6 +240,12 @@ def test_strangers_and_doubles_do_not_take_part():
                 with suppress(OSError):  # closed at once
                     while stranger.recv(100):
                         pass
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            with suppress(OSError):
+                stranger.sendall(b"x" * 2**20)  # much, and no line
+            assert is_closed(stranger)
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(80)]
+        assert is_closed(idle[0])
         for _ in range(20):  # a probe that resets the connection, mostly before it is accepted
             with socket.create_connection(("127.0.0.1", port)) as stranger:
                 stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -239,6 +256,8 @@ def test_strangers_and_doubles_do_not_take_part():
         assert first.place
         assert (first.place.node, first.place.nodes) == (1, 2)
         first.close()
+        for one in idle:
+            one.close()
 
     with (
         other(act) as (call, raised),
