@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=4, help="values per argument")
     parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
     parser.add_argument("--runs", type=int, default=1000, help="most requests that are no 4xx")
+    parser.add_argument("--kinds", nargs="*", default=(), help="of requests to the API; else all")
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for all outcomes, a line of JSON each")
     options = parser.parse_args()
@@ -78,7 +79,7 @@ def _outcomes(
     if "api" in options.only:
         from benchmarks.bad_inputs.api import outcomes
 
-        yield from outcomes(folder / "site", chance, options.runs)
+        yield from outcomes(folder / "site", chance, options.runs, options.kinds)
 
 
 if __name__ == "__main__":

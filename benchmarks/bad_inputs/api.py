@@ -8,7 +8,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -311,7 +311,7 @@ class Trials:
         yield self._answered("after the end", answer)
         gone = "01234567-89ab-cdef-0123-456789abcdef"
         for name in (gone, "x"):
-            answer = self.place.client.post(f"flow_runs/{name}/resume", json=right)
+            answer = self._post(f"flow_runs/{name}/resume", json.dumps(right).encode())
             yield self._answered(f"of no run: {name}", answer)
 
     def _answered(self, shown: str, answer: httpx.Response) -> tuple[Case, Outcome]:
@@ -346,11 +346,12 @@ def command(place: Site, *words: str) -> tuple[int, str]:
 
 
 def outcomes(
-    folder: Path, chance: random.Random, most: int = 1000
+    folder: Path, chance: random.Random, most: int = 1000, kinds: Sequence[str] = ()
 ) -> Iterator[tuple[Case, Outcome]]:
     """Start a site, and yield what came of bad requests to it: all that it has to refuse, and at
-    most so many of the others, which a worker may have to run."""
-    asked = [*requests()]
+    most so many of the others, which a worker may have to run. `kinds` are those to try, if not
+    all; `approvals` is one too."""
+    asked = [each for each in requests() if not kinds or each.kind in kinds]
     others = [n for n, each in enumerate(asked) if not each.refused]
     left_out = {*others} - {*chance.sample(others, min(most, len(others)))}
     folder.mkdir()
@@ -359,7 +360,8 @@ def outcomes(
         for pool in ("cpu", "gpu"):
             place.worker(pool)
         trials = Trials(place, folder)
-        yield from trials.approvals()
+        if not kinds or "approvals" in kinds:
+            yield from trials.approvals()
         for n, request in enumerate(asked):
             if n not in left_out:
                 yield trials.one(request)
