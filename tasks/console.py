@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import TextColumn
 from rich.segment import Segment
 from rich.text import Text
 
@@ -53,3 +54,8 @@ def styled(*parts: str | Text | tuple[str, str]) -> Text:
     return Text.assemble(
         *(text if isinstance(text, Text) else (printable(text), style) for text, style in pairs)
     )
+
+
+def text_column(form: str) -> TextColumn:
+    """Return a column of a progress bar; `form` formats a task, as rich describes."""
+    return TextColumn(form, markup=False)
