@@ -16,7 +16,7 @@ import httpx
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, validators
 
 import rlhf
-from flows import artifacts, champions, compare, data, forget, judge, preflight, runs, server
+from flows import artifacts, champions, compare, data, forget, judge, preflight, runs, server, watch
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
@@ -50,7 +50,7 @@ app.command(artifacts.app)
 app.command(data.app)
 app.command(server.app)
 for command in (
-    preflight.preflight, runs.runs, runs.status, forget.forget,
+    preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
     compare.compare, judge.judge,
 ):  # fmt: skip
@@ -77,7 +77,9 @@ def main() -> None:
 
 
 @app.command
-def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
+def run(
+    config: Path, *overrides: Overrides, verbose: bool = False, plain: bool = False
+) -> int:  # fmt: skip
     """Run the whole pipeline, or whatever of it has not been done yet.
 
     Every value can be overridden: --ppo.kl_coef=0.05, or --rl-kl-coef 0.05 for PPO's (docs/ppo.md).
@@ -88,6 +90,8 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
         YAML preset, for example configs/quickstart.yaml.
     verbose
         Show Prefect's own log, with tracebacks.
+    plain
+        Print a line per event, as in pipes and logs, instead of the live display.
     """
     from tasks.preflight import preflight_command
 
@@ -98,10 +102,10 @@ def run(config: Path, *overrides: Overrides, verbose: bool = False) -> int:
     from flows.pipeline import pipeline
     from flows.terminal import show_run
     from rlhf.report import GREEN
-    from tasks.progress import show_on
+    from tasks.board import board
 
     say(f"{loaded.config.name}: store {loaded.config.store}, seed {loaded.config.seed}")
-    show_on(console)
+    board.show_on(console, plain=plain or verbose)
     state = pipeline(overrides=loaded, return_state=True)
     result: Any = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
@@ -119,6 +123,7 @@ def stage(
     *overrides: Overrides,
     input: tuple[str, ...] = (),
     verbose: bool = False,
+    plain: bool = False,
 ) -> int:
     """Run one stage alone.
 
@@ -133,6 +138,8 @@ def stage(
         role=artifact, repeatable; a role that is not given is what this configuration recorded.
     verbose
         Show Prefect's own log, with tracebacks.
+    plain
+        Print a line per event, as in pipes and logs, instead of the live display.
     """
     from tasks.preflight import preflight_command
     from tasks.runner import find_inputs
@@ -149,9 +156,9 @@ def stage(
     prepare_prefect(verbose)
     from flows.stages import STAGE_FLOWS
     from flows.terminal import show_data, show_reward_model
-    from tasks.progress import show_on
+    from tasks.board import board
 
-    show_on(console)
+    board.show_on(console, plain=plain or verbose)
     digests = {role: ref.digest for role, ref in inputs.items()}
     state = STAGE_FLOWS[name](overrides=loaded, inputs=digests, return_state=True)
     result: Any = state.result(raise_on_failure=False)
@@ -245,7 +252,9 @@ def prepare_prefect(verbose: bool) -> None:
 
         warnings.simplefilter("ignore")
         # The library's own warnings are for the user.
-        handler = logging.StreamHandler()
+        from tasks.board import NoticeHandler
+
+        handler = NoticeHandler()
         handler.setFormatter(logging.Formatter("%(prefix)s%(shown)s"))
         handler.addFilter(_add_text)
         logging.getLogger("rlhf").addHandler(handler)
@@ -253,8 +262,10 @@ def prepare_prefect(verbose: bool) -> None:
     check_settings()
     from prefect.settings import PREFECT_API_URL
 
-    if PREFECT_API_URL.value():  # else this process starts a server of its own
+    if PREFECT_API_URL.value():
         greet_server("PREFECT_API_URL")
+    else:
+        say("starting a Prefect server for this run, up to a minute the first time")
 
 
 def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:

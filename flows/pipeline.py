@@ -13,7 +13,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
-from rlhf.config import LoadedConfig, PipelineConfig
+from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.errors import (
     AlreadyChampion,
     ApprovalMissing,
@@ -22,9 +22,11 @@ from rlhf.errors import (
     NotBetter,
     explain,
 )
+from rlhf.files import expand_home
 from rlhf.report import GREEN, RunOutcome, StageRow, StageState
 from rlhf.store import ArtifactRef
 from tasks.approvals import ask
+from tasks.board import board
 from tasks.drift import GATE, check_drift
 from tasks.gate_check import CHECK, check_gates
 from tasks.lost_runs import given_up
@@ -86,9 +88,11 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     run.advice = tuple(loaded.advice())
     for line in run.advice:
         get_run_logger().warning(line)
-    with exit_on_sigterm():
+    work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
+    with exit_on_sigterm(), board.running(name, [*STAGES], work_dir):
         run_stages(run)
         write_report(run)
+        board.end(run.outcome.value, run.reason)
     if run.outcome == RunOutcome.PROMOTED:
         return Completed(message=run.reason, data=run), run
     if run.outcome in GREEN:
@@ -113,6 +117,7 @@ def run_stages(run: PipelineRun) -> None:
                     artifact=result.ref.digest,
                 )
             )  # fmt: skip
+            board.end_stage(name, state.value, result.seconds, result.headline)
             if stage is not PREPARE_DATA:
                 continue
             started = time.monotonic()
@@ -126,6 +131,7 @@ def run_stages(run: PipelineRun) -> None:
         state = StageState.NOT_BETTER if is_kept else StageState(run.outcome.value)
         seconds = time.monotonic() - started
         run.rows.append(StageRow(name=name, state=state, seconds=seconds, message=run.reason))
+        board.end_stage(name, state.value, seconds, run.reason)
         break
     else:
         run.outcome = RunOutcome.PROMOTED

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from json import dumps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
@@ -12,11 +15,15 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
+from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.config.pipeline import STAGE_NAMES
 from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.files import expand_home
 from rlhf.plain_text import one_line
 from tasks.console import console, say, styled
 from tasks.prefect_server import PIPELINES, prefect_server
+from tasks.run_record import RUNNING, RunRecord, read_records
+from tasks.screen import style_of
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -35,22 +42,96 @@ _TYPE_STYLES = {
 }  # fmt: skip
 
 
-def runs(*, limit: int = 20) -> None:
-    """List the runs that Prefect's server knows, the newest first.
+def runs(*, limit: int = 20, work_dir: Path | None = None, json: bool = False) -> None:
+    """List the runs that Prefect's server knows, if one is set, and this machine's, newest first.
 
     Parameters
     ----------
     limit
         Most runs to list.
+    work_dir
+        Work folder with the records of this machine's runs; as configured by default.
+    json
+        Print JSON.
     """
     if not 1 <= limit <= PAGE:
         raise ConfigError(f"--limit {limit}: give a number from 1 to {PAGE}")
+    from prefect.settings import PREFECT_API_URL
+
+    local = read_records(records_folder(work_dir))
+    if PREFECT_API_URL.value():
+        _list_server_runs(limit, local, json)
+    else:
+        _list_local_runs(local[:limit], records_folder(work_dir), json)
+
+
+def records_folder(work_dir: Path | None) -> Path:
+    """Return the folder with the records of this machine's runs."""
+    configured = apply_machine_settings(PipelineConfig()).runtime.work_dir
+    return expand_home(work_dir or configured) / "runs"
+
+
+def _list_local_runs(records: Sequence[RunRecord], folder: Path, json: bool) -> None:
+    if json:
+        _print_json([_local_row(record) for record in records])
+        return
+    if not records:
+        say(f"no runs in {folder}; for those of a Prefect server set PREFECT_API_URL")
+        return
+    console.print(_local_table(records))
+
+
+def _local_table(records: Sequence[RunRecord]) -> Table:
+    table = Table("run", "state", "started", "time", expand=True)
+    table.add_column("message", no_wrap=True, overflow="ellipsis", ratio=1)
+    for record in records:
+        row = _local_row(record)
+        table.add_row(
+            one_line(record.name), styled((one_line(record.state), style_of(record.state))),
+            _local_time(datetime.fromtimestamp(record.started, UTC)), duration(row["seconds"]),
+            one_line(row["message"]),
+        )  # fmt: skip
+    return table
+
+
+def _local_row(record: RunRecord) -> dict[str, Any]:
+    at = next((stage.name for stage in record.stages if stage.state == RUNNING), "")
+    end = record.updated if record.is_over else time.time()
+    return {
+        "name": record.name, "id": None, "state": record.state,
+        "started": datetime.fromtimestamp(record.started, UTC).isoformat(),
+        "seconds": max(end - record.started, 0.0), "where": record.host,
+        "message": record.waits or record.reason or at,
+    }  # fmt: skip
+
+
+def _print_json(rows: Sequence[dict[str, Any]]) -> None:
+    console.print(dumps(rows, indent=1, ensure_ascii=True), soft_wrap=True)
+
+
+def _list_server_runs(limit: int, local: Sequence[RunRecord], json: bool) -> None:
+    from prefect.client.schemas.sorting import FlowRunSort
+
     with prefect_server("rlhf runs") as client:
         from prefect.client.schemas.sorting import FlowRunSort
 
         started = _runs(client, sort=FlowRunSort.START_TIME_DESC, limit=limit)
         scheduled = _runs(client, future=True, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=1)
         deployments = _deployments(client, started)
+    known = {run.name for run in started}
+    local = [record for record in local if record.name not in known][:limit]
+    if json:
+        rows = [
+            {
+                "name": run.name, "id": str(run.id), "state": run.state and run.state.name,
+                "started": run.start_time and run.start_time.isoformat(),
+                "seconds": _seconds_of(run), "message": _message_of(run.state),
+                "where": deployments.get(run.deployment_id, "local"),
+            }
+            for run in started
+        ]  # fmt: skip
+        _print_json([*rows, *map(_local_row, local)])
+        return
     table = Table("run", "id", "state", "started", "time", "where", expand=True)
     # The message gets the width that the other columns leave.
     table.add_column("message", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -64,6 +145,9 @@ def runs(*, limit: int = 20) -> None:
         console.print(table)
     else:
         say(f"no runs on {client.api_url}")
+    if local:
+        say("runs of this machine that this server does not know:")
+        console.print(_local_table(local))
     for run in scheduled:
         say(f"next: {run.name} {str(run.id)[:8]} at {_local_time(run.expected_start_time)}")
 
@@ -79,7 +163,7 @@ def status(run: str, *, watch: bool = False) -> None:
         Show it anew every 2 s until the run has ended.
     """
     with prefect_server(run) as client:
-        shown = _find_run(client, run)
+        shown = find_run(client, run)
         if not watch:
             console.print(_status(client, shown), soft_wrap=not console.is_terminal)
             return
@@ -126,7 +210,7 @@ def _deployments(client: SyncPrefectClient, runs: Sequence[FlowRun]) -> dict[UUI
     return {d.id: f"{d.name} on {d.work_pool_name or 'no pool'}" for d in deployments}
 
 
-def _find_run(client: SyncPrefectClient, text: str) -> FlowRun:
+def find_run(client: SyncPrefectClient, text: str) -> FlowRun:
     """Return the one run with this name, id, or prefix of one of them.
 
     Raises:
@@ -158,8 +242,10 @@ def _find_run(client: SyncPrefectClient, text: str) -> FlowRun:
     return matches[0]
 
 
-def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
-    """Return the whole display of `rlhf status`, read anew from the server."""
+def read_run(
+    client: SyncPrefectClient, run: FlowRun
+) -> tuple[list[TaskRun], list[FlowRun], list[Artifact]]:
+    """Return a run's tasks, its stages' runs elsewhere, and the artifacts of all, newest first."""
     from prefect.client.schemas.filters import (
         ArtifactFilter,
         ArtifactFilterFlowRunId,
@@ -179,6 +265,12 @@ def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
     artifacts = client.read_artifacts(
         artifact_filter=ArtifactFilter(flow_run_id=ids), sort=ArtifactSort.UPDATED_DESC, limit=PAGE
     )
+    return tasks, children, artifacts
+
+
+def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
+    """Return the whole display of `rlhf status`, read anew from the server."""
+    tasks, children, artifacts = read_run(client, run)
     deployments = _deployments(client, [run, *children])
     parts: list[Any] = [
         styled(
@@ -193,7 +285,7 @@ def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
         ),
         _stages(tasks, children, artifacts, deployments),
         *map(one_line, _report(artifacts)),
-        *(styled((one_line(line), "bold")) for line in _next_step(client, run)),
+        *(styled((one_line(line), "bold")) for line in next_step(client, run)),
     ]
     return Group(*parts)
 
@@ -206,25 +298,36 @@ def _stages(
 
     table = Table("stage", "state", "time", "progress", "key metric", "where")
     for stage in STAGES:
-        tries = sorted(
-            (task for task in tasks if task.name == stage),
-            key=lambda task: task.expected_start_time or datetime.min.replace(tzinfo=UTC),
-        )
-        if not tries:
+        last, child, progress = stage_run(stage, tasks, children, artifacts)
+        if last is None:
             table.add_row(stage, styled(("not run", "dim")), "", "", "", "")
             continue
-        last, of_stage = tries[-1], {task.id for task in tries}
-        # A retried parent may wait for a child that an earlier try has created.
-        created = [child for child in children if child.parent_task_run_id in of_stage]
-        child = created[-1] if created else None
         worker = child or last
-        progress = next((a for a in artifacts if _is_progress(a, stage, worker)), None)
         message = _message_of(last.state) or (_message_of(child.state) if child else "")
         table.add_row(
             stage, _state_text(last.state), duration(_seconds_of(last)),
             _progress_of(progress, worker), message, _location(child, deployments),
         )  # fmt: skip
     return table
+
+
+def stage_run(
+    stage: str, tasks: Sequence[TaskRun], children: Sequence[FlowRun],
+    artifacts: Sequence[Artifact],
+) -> tuple[TaskRun | None, FlowRun | None, Artifact | None]:  # fmt: skip
+    """Return the last try of a stage, its run elsewhere, and its progress, each if there is one."""
+    tries = sorted(
+        (task for task in tasks if task.name == stage),
+        key=lambda task: task.expected_start_time or datetime.min.replace(tzinfo=UTC),
+    )
+    if not tries:
+        return None, None, None
+    last, of_stage = tries[-1], {task.id for task in tries}
+    # A retried parent may wait for a child that an earlier try has created.
+    created = [child for child in children if child.parent_task_run_id in of_stage]
+    child = created[-1] if created else None
+    progress = next((a for a in artifacts if _is_progress(a, stage, child or last)), None)
+    return last, child, progress
 
 
 def _is_progress(artifact: Artifact, stage: str, run: FlowRun | TaskRun) -> bool:
@@ -251,7 +354,7 @@ def _report(artifacts: Sequence[Artifact]) -> list[str]:
     return [f"report: {' '.join(last.split())}"]
 
 
-def _next_step(client: SyncPrefectClient, run: FlowRun) -> list[str]:
+def next_step(client: SyncPrefectClient, run: FlowRun) -> list[str]:
     """Return what goes on from a suspended or lost run, if it is one: a command, or a new run."""
     from tasks.lost_runs import NEVER_STARTED, RESTARTED, successor
 
@@ -271,7 +374,7 @@ def _next_step(client: SyncPrefectClient, run: FlowRun) -> list[str]:
 def _progress_of(progress: Artifact | None, run: FlowRun | TaskRun) -> str:
     """Return the percentage of a progress artifact, with the ETA of a running `run`.
 
-    The ETA extrapolates the mean speed since the run's start.
+    A stage that does not tell its ETA is taken to go on at its mean speed so far.
     """
     if progress is None:
         return ""
@@ -282,8 +385,15 @@ def _progress_of(progress: Artifact | None, run: FlowRun | TaskRun) -> str:
         return text
     elapsed = (progress.updated - run.start_time).total_seconds()
     since_update = (datetime.now(UTC) - progress.updated).total_seconds()
-    left = max(elapsed * (100 - percent) / percent - since_update, 0)
-    return f"{text}, ETA {duration(left)}"
+    told = seconds_left(progress)  # by the stage itself, which knows at which step it began
+    left = elapsed * (100 - percent) / percent if told is None else told
+    return f"{text}, ETA {duration(max(left - since_update, 0))}"
+
+
+def seconds_left(progress: Artifact) -> float | None:
+    """Return the seconds left that a stage told with its progress, or None."""
+    found = re.search(r", (\d{1,9}) s left", progress.description or "")
+    return float(found[1]) if found else None
 
 
 def _state_text(state: State[Any] | None) -> Text:

@@ -16,6 +16,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tasks.board import board
+from tasks.run_record import INTERRUPTED
+
 #: Seconds that the server has to stop after SIGTERM, before it is killed.
 PATIENCE = 3.0
 MESSAGES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -51,6 +54,7 @@ def exit_on_sigterm() -> Iterator[None]:
 def _exit(number: int, _: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not leave the server running
     message = MESSAGES[signal.Signals(number)]
+    board.end_by_signal(INTERRUPTED, 128 + number)  # first: its display must not draw over the line
     line = f"\n{message}; the same command goes on after the last finished stage or checkpoint\n"
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
     os.write(2, (show_cursor + line).encode())

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from prefect import Flow, flow, get_run_logger
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
-from rlhf.errors import GateRejected, NotBetter, explained
-from rlhf.report.model import RunOutcome
+from rlhf.config import apply_machine_settings
+from rlhf.errors import GateRejected, NotBetter, explain, explained
+from rlhf.files import expand_home
+from rlhf.report.model import RunOutcome, StageState
+from tasks.board import board
 from tasks.gate_check import check_gates
 from tasks.lost_runs import given_up
 from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
@@ -59,13 +63,16 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
                 get_run_logger().warning(line)
         store = store_of(config)
         given = {role: store.resolve(digest) for role, digest in inputs.items()}
-        with exit_on_sigterm():
+        work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
+        name = flow_run.get_name() or stage.name
+        with exit_on_sigterm(), board.running(name, [stage.name], work_dir):
             refs = find_inputs(stage, config, given, optional=not is_child_run())
             if stage.tracks_steps and "data" in refs and not is_child_run():
                 for line in check_gates(config, refs["data"], store).lines:
                     get_run_logger().info("gates: %s", line)
             state = run_task(stage, config, refs)
-        result = state.result(raise_on_failure=False)
+            result = state.result(raise_on_failure=False)
+            _tell_end(stage.name, state, result)
         if isinstance(result, NotBetter):
             name = RunOutcome.NOT_BETTER.value
             return Completed(name=name, message=str(result), data=result)
@@ -76,6 +83,19 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
         return Completed(name=state.name, message=state.message, data=result)
 
     return stage_flow
+
+
+def _tell_end(name: str, state: State[Outcome], result: object) -> None:
+    """Tell the board how the stage ended."""
+    if isinstance(result, Outcome):
+        board.end_stage(name, state.name or "", result.seconds, result.headline)
+        board.end(state.name or StageState.COMPLETED.value)
+        return
+    kinds = {NotBetter: StageState.NOT_BETTER, GateRejected: StageState.GATE_REJECTED}
+    outcome = next((kinds[e] for e in kinds if isinstance(result, e)), StageState.FAILED).value
+    reason = explain(result) if isinstance(result, BaseException) else ""
+    board.end_stage(name, outcome, None, reason)
+    board.end(outcome, reason)
 
 
 # Named after the stages, for the entrypoints of deployments.

@@ -15,9 +15,10 @@ from rlhf.champions import Promotion
 from rlhf.config import LoadedConfig, apply_machine_settings
 from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
+from rlhf.errors import ArtifactMissing, ConfigError, DataError
 from rlhf.files import expand_home
 from rlhf.plain_text import one_line
-from rlhf.report import OUTCOMES, STATES
+from rlhf.report import OUTCOMES, STATES, RunOutcome, StageState
 from rlhf.report.samples import read_samples
 from rlhf.store import Ancestor, Artifact
 from tasks.console import PlainConsole, say, styled
@@ -40,6 +41,10 @@ ANSWER_STYLES = {"promoted": "green", "kept": "green", "rejected": "yellow"}
 
 def show_run(console: PlainConsole, run: PipelineRun) -> None:
     """Print a run's stages, replies side by side, the answers on trust, and the report's path."""
+    if isinstance(run.error, ConfigError | DataError | ArtifactMissing) or not run.refs:
+        # `fail` prints the error and its cure, which a table of what did not run would hide.
+        say(f"report: {run.report}", on=console)
+        return
     console.print(_stages(run))
     if PREPARE_DATA.name in run.refs:
         show_data(console, store_of(run.config).fetch(run.refs[PREPARE_DATA.name]))
@@ -136,6 +141,8 @@ def _stages(run: PipelineRun) -> Table:
     for name in ("stage", "state", "time", "key metric", "artifact"):
         table.add_column(name, no_wrap=name != "key metric")
     for row in run.rows:
+        if run.outcome == RunOutcome.FAILED and row.state == StageState.NOT_RUN:
+            continue
         time = "" if row.seconds is None else f"{row.seconds:.1f} s"
         state = styled((row.state, STATES[row.state].style))
         metric = row.metric or row.message

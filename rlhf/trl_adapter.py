@@ -29,7 +29,8 @@ _SHARDED: dict[str, Any] = {
     "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
 }
 
-
+#: Trainings of fewer optimiser steps log each of them: else their curve has a point or two.
+FEW_STEPS = 50
 #: transformers' own name for a constant rate leaves the warm-up out.
 _SCHEDULERS = {"constant": "constant_with_warmup"}
 
@@ -69,7 +70,7 @@ def training_arguments(
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
         "train_sampling_strategy": "group_by_length",
-        "logging_steps": 5,
+        "logging_steps": 1 if steps < FEW_STEPS else 5,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

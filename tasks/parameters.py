@@ -18,6 +18,9 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from rlhf.config import LoadedConfig, PipelineConfig, load_preset, presets
+from rlhf.config.fields import flatten
+from rlhf.config.load import COMMAND_LINE, OVERRIDE
+from rlhf.config.text import as_written
 
 Tree = dict[str, Any]
 NO_PRESET = "none"
@@ -72,6 +75,16 @@ def configuration_name(parameters: Mapping[str, Any]) -> str:
         return overrides.config.name
     preset = parameters.get("preset", NO_PRESET)
     return overrides.get("name") or (preset if preset != NO_PRESET else "rlhf")
+
+
+def overridden(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (dotted name, value) of what a run's parameters change in its preset."""
+    overrides: Tree | LoadedConfig = parameters.get("overrides") or {}
+    if isinstance(overrides, LoadedConfig):
+        return [(k, v) for k, v, source in overrides.rows() if source in (COMMAND_LINE, OVERRIDE)]
+    if isinstance(overrides, PipelineConfig):
+        return []
+    return [(key, as_written(value)) for key, value in flatten(overrides) if key != "name"]
 
 
 def _unless_loaded(value: Any, to_mapping: core_schema.ValidatorFunctionWrapHandler) -> Any:

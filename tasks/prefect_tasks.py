@@ -17,6 +17,7 @@ from rlhf.errors import (
     GateRejected,
     NotBetter,
     RLHFError,
+    explain,
     explained,
     is_retriable,
 )
@@ -24,6 +25,7 @@ from rlhf.gates import read_verdict, require
 from rlhf.markdown import Markdown, code, escape, words
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
+from tasks.board import board
 from tasks.prefect_pages import show_page, show_table
 from tasks.progress import StageProgress, harmless
 from tasks.remote import run_remotely
@@ -55,10 +57,15 @@ def run_task(
     return configured(config, inputs, held or {}, return_state=True)
 
 
-def retry_condition(_: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+def retry_condition(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Return whether a retry may succeed; not after a config error or a rejection."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, BaseException) and is_retriable(error)
+    if not (isinstance(error, BaseException) and is_retriable(error)):
+        return False
+    if run.run_count <= task.retries:
+        times = f"try {run.run_count + 1} of {task.retries + 1}"
+        board.wait(f"{task.name} failed and gets {times}: {explain(error)}")
+    return True
 
 
 def _task(stage: Stage) -> Task[[PipelineConfig, Refs, Refs], Any]:
@@ -86,6 +93,7 @@ def _task(stage: Stage) -> Task[[PipelineConfig, Refs, Refs], Any]:
             with harmless("results"):
                 _show_result(stage, outcome, config)
         else:
+            board.start_stage(stage.name)
             outcome = run_remotely(stage, config, inputs, deployment, held.values())
         if stage.kind == "verdict":
             try:

@@ -23,6 +23,7 @@ from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, StageFailed, StageLost
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
+from tasks.board import board
 from tasks.lost_runs import NEVER_STARTED, Limits, give_up
 from tasks.retries import asked_server as _retried
 from tasks.runner import Outcome, recorded_outcome, used, work_of
@@ -176,6 +177,7 @@ def _wait(client: SyncPrefectClient, child: FlowRun, deployment: str, limits: Li
         assert state is not None
         if state.is_final():
             get_run_logger().info("%s: %s", run.name, state.name)
+            board.wait("")
             return run
         if state.name != logged:
             logged = state.name or ""
@@ -189,6 +191,13 @@ def _wait(client: SyncPrefectClient, child: FlowRun, deployment: str, limits: Li
                 run.work_pool_name,
             )  # fmt: skip
         time.sleep(POLL if time.monotonic() - started < WAIT_NOTICE else SLOW_POLL)
+
+
+def _cure(run: FlowRun) -> str:
+    """Return what starts a run that has no worker yet; empty for one that runs."""
+    if run.state is None or run.state.type not in (StateType.SCHEDULED, StateType.PENDING):
+        return ""
+    return f", for a worker of pool {run.work_pool_name}"
 
 
 def _require_completed(client: SyncPrefectClient, child: FlowRun, deployment: str) -> None:

@@ -33,6 +33,7 @@ from rlhf.stage import Progress, silent
 from rlhf.store import ArtifactRef, Producer, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from rlhf.store.retention import in_use
+from tasks.board import board
 from tasks.progress import Transfer
 from tasks.stage import Stage, StageRun, store_of
 from tasks.stages import STAGES, discard_checkpoints
@@ -316,8 +317,10 @@ def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("%s: another process is at this very work; waiting for it", stage.name)
-        lock.acquire()
+        what = f"{stage.name}: another process is at this very work; waiting for it"
+        log.info("%s", what)
+        with board.waiting(what):
+            lock.acquire()
     try:
         yield
     finally:

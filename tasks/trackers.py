@@ -22,12 +22,17 @@ from rlhf.files import expand_home
 from rlhf.store import ArtifactRef
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from rlhf.store.redact import redact
+from tasks.parameters import overridden
 from tasks.stage import Stage
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 log = logging.getLogger("rlhf.tasks")
+#: Most characters of a tracked run's name that tell what was changed.
+LONGEST_CHANGES = 60
+#: Parts of the configuration that change no figures.
+_PLACES = ("store", "store_options", "runtime", "tracking", "retries", "placement", "promotion")
 
 
 class StageMetrics:
@@ -83,7 +88,7 @@ class StageMetrics:
 
         # accelerate's trackers log, which needs its state: that of the training, or a new one.
         PartialState(cpu=prepare_device(self._config.runtime).type == "cpu")
-        title = f"{_run_name()}/{self._stage.name}"
+        title = f"{_run_name()}{_changes()}/{self._stage.name}"
         try:
             earlier = self._run_file.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -168,6 +173,17 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def _changes() -> str:
+    """Return what this run changes in its preset, for a folder's name that tells runs apart."""
+    changed = [
+        f"{key.rpartition('.')[2]}={value}"
+        for key, value in overridden(flow_run.parameters or {})
+        if key.partition(".")[0] not in _PLACES
+    ]
+    text = re.sub(r"[^\w.,=+-]+", "-", ",".join(changed))
+    return f",{text[:LONGEST_CHANGES]}" if text else ""
 
 
 def _run_name() -> str:

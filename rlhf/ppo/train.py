@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from rlhf.ppo.watchdog import WATCHDOG, Watchdog, make_watchdog
 from rlhf.signals import deferred_sigterm
 from rlhf.stage import Progress, StageResult, silent
 
+sample_log = logging.getLogger("rlhf.samples")
 log = logging.getLogger(__name__)
 
 
@@ -276,6 +278,10 @@ def _update(
     state.update += 1
     state.curve.append({"update": state.update, **result.metrics})
     state.samples += result.samples
+    if result.samples:
+        # For a display of this process: progress has numbers alone.
+        first = result.samples[0]
+        sample_log.debug("%s", json.dumps([first["prompt"], first["response"]]))
     if watchdog and watchdog.is_due(state.update):
         watchdog.look(state)
     return result.metrics

@@ -22,7 +22,7 @@ from prefect.testing.utilities import prefect_test_harness
 from flows import cli, signals
 from flows.pipeline import PipelineRun, pipeline
 from rlhf.config import PipelineConfig
-from tasks import progress
+from tasks.board import board
 from tasks.console import console
 
 
@@ -49,7 +49,7 @@ def tiny_tree(folder) -> dict:
                 "vocab_size": 320, "context": 160,
             }
         },
-        # 64 rows in batches of 8 are 8 steps, of which the trainers log the fifth.
+        # 64 rows in batches of 8 are 8 steps, each of which is logged: there are fewer than 50.
         "sft": {"batch_size": 8, "max_length": 128},
         "reward_model": {"batch_size": 8, "max_length": 128, "pooling": "sum"},
         "ppo": {
@@ -150,9 +150,9 @@ def _restored_process() -> Iterator[None]:
             # The command reads sys.argv, which is meant here.
             warnings.filterwarnings("ignore", "Cyclopts application invoked without tokens")
             patch.setattr(signals, "_own_server", signals._own_server)
-            patch.setattr(progress, "_display", progress._display)
             yield
     finally:
+        board.show_on(None)
         logger.setLevel(level)
         logger.handlers[:] = log_handlers
         for number, handler in handlers.items():
