@@ -54,6 +54,8 @@ def export(
     converter
         llama.cpp's convert_hf_to_gguf.py, for --format gguf; default: $RLHF_GGUF_CONVERTER.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from rlhf.model_card import checked_licence
     from tasks.export import check_destination, export_policy, find_policy, push_to_hub
     from tasks.stage import store_of
@@ -64,8 +66,6 @@ def export(
         raise ConfigError("--converter is for --format gguf; leave it out, or add that")
     licence = None if license is None else checked_licence(license)
     check_destination(folder, push)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     extra = _gguf(converter) if format == "gguf" else None
     loaded = apply_machine_settings(
         load_config(config, [f"--store={store}"] if store else []).config

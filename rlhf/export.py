@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from rlhf import export_check
 from rlhf.config import RuntimeConfig
 from rlhf.data.chat_template import tokens_within
-from rlhf.data.rendering import Renderer, configured_ends, listed_ids
+from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Message, Prompt, messages_of
 from rlhf.errors import ConfigError, ExportFailed, PromptUnusable
 from rlhf.files import read_json, write_json
@@ -58,6 +58,9 @@ OWN_PROMPTS = (
     "Give me advice for a job interview.",
 )  # fmt: skip
 _UNBOUNDED = 2**31
+
+Check = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Answers a request as `export_check.check` does."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def verify_export(
     max_new_tokens: int,
     adapter_base: Path | None = None,
     held_out: bool = True,
+    check: Check | None = None,
 ) -> tuple[Checked, list[list[int]], list[list[int]]]:
     """Compare an export, loaded in a process of its own, with the policy in the store.
 
@@ -158,6 +162,7 @@ def verify_export(
         max_new_tokens: Most tokens of a reply.
         adapter_base: Model onto which the export's adapter belongs; None does not check it.
         held_out: Whether the prompts are held-out ones, for the record.
+        check: Answers the request; None is `in_own_process`.
 
     Returns:
         The result, and the token ids of the prompts and of the policy's replies.
@@ -181,7 +186,9 @@ def verify_export(
         "adapter": adapter_base
         and {"folder": str(export.resolve() / ADAPTER_FOLDER), "base": str(adapter_base.resolve())},
     }
-    result = _run(Path(export_check.__file__), request)
+    result = (check or in_own_process)(request)
+    if "error" in result:
+        raise _failed(f"it can't be loaded or answer ({result['error']})")
     for (messages, ids), found in zip(conversations, result["templates"], strict=True):
         if found != ids:
             raise _failed(f"its chat template gives other tokens for {_shown(messages)}")
@@ -195,6 +202,33 @@ def verify_export(
         result["dtype"], own, adapter, result["versions"],
     )  # fmt: skip
     return checked, asked, replies
+
+
+def in_own_process(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run `export_check.py` in a process without this project and network; return its result.
+
+    Raises:
+        ExportFailed: The process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="export-check-") as scratch:
+        asked, answer = Path(scratch, "request.json"), Path(scratch, "result.json")
+        write_json(asked, request)
+        environment = {
+            **os.environ, "HF_HOME": scratch, "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+        # -I: neither PYTHONPATH nor the current folder, where this project may lie.
+        process = subprocess.run(
+            [sys.executable, "-I", export_check.__file__, str(asked), str(answer)], cwd=scratch,
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", check=False,
+        )  # fmt: skip
+        if process.returncode != 0 or not answer.is_file():
+            last = [line for line in process.stderr.splitlines() if line.strip()][-1:]
+            raise _failed(
+                f"its process ended with {process.returncode} ({one_line(*last or [''])})"
+            )
+        return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def _expected(
@@ -256,31 +290,6 @@ def _conversations(
     return found
 
 
-def _run(script: Path, request: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
-    """Run a check in a process without this project, without network; return its result."""
-    with tempfile.TemporaryDirectory(prefix="export-check-") as scratch:
-        asked, answer = Path(scratch, "request.json"), Path(scratch, "result.json")
-        write_json(asked, request)
-        environment = {
-            **os.environ, "HF_HOME": scratch, "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
-        # -I: neither PYTHONPATH nor the current folder, where this project may lie.
-        process = subprocess.run(
-            [python, "-I", str(script), str(asked), str(answer)], cwd=scratch, env=environment,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-        )  # fmt: skip
-        if process.returncode != 0 or not answer.is_file():
-            last = [line for line in process.stderr.splitlines() if line.strip()][-1:]
-            raise _failed(
-                f"its process ended with {process.returncode} ({one_line(*last or [''])})"
-            )
-        result = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in result:
-        raise _failed(f"it can't be loaded or answer ({result['error']})")
-    return result
-
-
 def _count(
     answers: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], otherwise: str
 ) -> tuple[int, int]:
@@ -305,8 +314,3 @@ def _failed(reason: str) -> ExportFailed:
 def _shown(prompt: Any) -> str:
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
     return repr(one_line(text)[:200])
-
-
-def end_tokens(folder: Path, tokenizer: Any) -> list[str]:
-    """Return the tokens that end a reply, by a folder's generation configuration."""
-    return tokenizer.convert_ids_to_tokens(listed_ids(configured_ends(folder)))

@@ -13,7 +13,7 @@ import importlib.abc
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     Path(arguments[1]).write_text(json.dumps(result), encoding="utf-8")
 
 
-def check(request: dict[str, Any]) -> dict[str, Any]:
+def check(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the folder's model and tokenizer say, and the versions that said it.
 
     `templates` has the token ids of each conversation; `replies` those of each prompt, computed in
@@ -83,7 +83,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _pairs(request: dict[str, Any]) -> list[tuple[Ids, Ids, int]]:
+def _pairs(request: Mapping[str, Any]) -> list[tuple[Ids, Ids, int]]:
     length = request["max_new_tokens"]
     return [(p, r, length) for p, r in zip(request["prompts"], request["replies"], strict=True)]
 
@@ -98,7 +98,7 @@ def _load(folder: str, dtype: Any, device: Any) -> Any:
     return model.to(device).eval()
 
 
-def _merged(request: dict[str, Any], device: Any) -> Any:
+def _merged(request: Mapping[str, Any], device: Any) -> Any:
     """Return the adapter's base with the adapter merged, rounded as the merged files are."""
     import peft
     import torch

@@ -61,8 +61,8 @@ def find_tools(converter: Path | None) -> Tools:
     path = named if named.suffix == ".py" else named / "convert_hf_to_gguf.py"
     if not is_file(path):
         raise ConfigError(
-            f"--converter {str(named)!r}: there is no convert_hf_to_gguf.py of llama.cpp; get it by "
-            f"`{_SOURCES}`, and give --converter llama_cpp_python-*/vendor/llama.cpp"
+            f"--converter {str(named)!r}: there is no convert_hf_to_gguf.py of llama.cpp; get it "
+            f"by `{_SOURCES}`, and give --converter llama_cpp_python-*/vendor/llama.cpp"
         )
     return Tools(path.absolute())
 
@@ -123,7 +123,8 @@ _NOTHING = "; nothing was written"
 
 def _convert(export: Path, file: Path, kind: str, tools: Tools) -> None:
     command = [
-        sys.executable, str(tools.converter), str(export), "--outfile", str(file), "--outtype", kind,
+        sys.executable, str(tools.converter), str(export), "--outfile", str(file),
+        "--outtype", kind,
     ]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
