@@ -122,8 +122,9 @@ def _report(folder: str, url: str, facts: Any, checked: Checked) -> None:
         say(f"verified: its adapter, merged: {checked.adapter} of {checked.prompts}")
     if facts.verdict is None or not facts.verdict.approved:
         say(f"warning: {facts.standing}", "bold red", on=PlainConsole(stderr=True))
-    if facts.licence is None and facts.base:
-        say(f"licence: that of {facts.base}, not known here; --license <id> writes it on the card")
+    if facts.licence is None and not facts.from_scratch:
+        of = facts.base or "its base"
+        say(f"licence: that of {of}, not known here; --license <id> writes it on the card")
     if url:
         say(f"pushed: {url}")
     say(f"written: {folder}")

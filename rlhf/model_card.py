@@ -58,7 +58,8 @@ class CardFacts:
     stage: str
     champion_of: tuple[str, ...] = ()
     base: str = ""
-    """The base as the configuration names it; empty for a model trained from scratch."""
+    """The base as the configuration names it; empty if there was none, or it is not known."""
+    from_scratch: bool = False
     base_is_on_hub: bool = False
     licence: str | None = None
     sampled: Sampled | None = None
@@ -172,7 +173,8 @@ def _front_matter(facts: CardFacts) -> str:
 def _origin(facts: CardFacts) -> Iterator[object]:
     yield "A language model,"
     yield "trained by PPO from human preferences," if facts.sampled else f"made by {facts.stage},"
-    yield words("on the base", code(facts.base)) if facts.base else "on a base trained from scratch"
+    unknown = "from scratch" if facts.from_scratch else "on a base that the store does not know"
+    yield words("on the base", code(facts.base)) if facts.base else unknown
     if facts.champion_of:
         yield f"(champion of {', '.join(facts.champion_of)})"
 
@@ -230,7 +232,7 @@ def _verification(checked: Checked, gguf: str) -> Iterator[object]:
     if checked.own is not None:
         yield (
             f"Computed in {checked.dtype}, as it loads by default, {checked.own} of "
-            f"{checked.prompts} are the same; the others differ by rounding alone."
+            f"{checked.prompts} are the same; what differs there is rounding."
         )
     yield (
         f"Its chat template gives the tokens of the training for {checked.conversations} "
@@ -340,6 +342,6 @@ def _limits(facts: CardFacts) -> Iterator[object]:
 def _licence(facts: CardFacts) -> str:
     if facts.licence:
         return f"{facts.licence}; that of the base holds for what was made from it."
-    if facts.base:
+    if not facts.from_scratch:
         return "Not known here: that of the base holds. Look it up before you pass the model on."
     return "None is stated: the model was trained from scratch, and its owner decides."

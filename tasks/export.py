@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -137,9 +137,9 @@ def facts_of(ref: ArtifactRef, store: Store, licence: str | None) -> Any:
         step = Step(each.role or POLICY, each.ref.kind, each.ref.digest, made_by)
         lineage.setdefault(each.ref.digest, step)
     manifest = store.manifest(ref)
-    base, on_hub, stated = _base([ref.digest, *lineage], store)
+    base, on_hub, stated, scratch = _base([*lineage], store)
     facts = CardFacts(
-        digest=ref.digest, stage=manifest.producer.stage, base=base, base_is_on_hub=on_hub,
+        digest=ref.digest, stage=manifest.producer.stage, base=base, base_is_on_hub=on_hub, from_scratch=scratch,
         licence=licence or (licence_of(stated) if stated else None),
         champion_of=tuple(
             line for line in model_lines(store)
@@ -266,23 +266,22 @@ def _sampled(config: Mapping[str, Any]) -> Sampled | None:
     return Sampled(ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p, stops)
 
 
-def _base(digests: list[str], store: Store) -> tuple[str, bool, Path | None]:
-    """Return the base's name for others, whether it is a hub id, and its local folder if any."""
-    for digest in digests:
-        section = (
-            store.manifest(digest).producer.config.get("base") if store.exists(digest) else None
-        )
-        path = section.get("path") if isinstance(section, dict) else None
+def _base(digests: Sequence[str], store: Store) -> tuple[str, bool, Path | None, bool]:
+    """Return the base's name for others, if it is a hub id, its local folder, if from scratch."""
+    configs = [store.manifest(d).producer.config for d in digests if store.exists(d)]
+    sections = [c["base"] for c in configs if isinstance(c.get("base"), dict)]
+    for section in sections:
+        path = section.get("path")
         if not isinstance(path, str):
             continue
         model = ExternalModel("base.path", path)
         if model.is_artifact or path.startswith(S3):
-            return path, False, None
+            return path, False, None, False
         if model.is_on_hub:
-            return path, True, None
+            return path, True, None, False
         # Where it lies on this machine is nobody else's business.
-        return model.path.name, False, model.path
-    return "", False, None
+        return model.path.name, False, model.path, False
+    return "", False, None, bool(sections)
 
 
 def _metrics(digest: str | None, store: Store) -> Mapping[str, Any]:
