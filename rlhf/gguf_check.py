@@ -25,7 +25,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     `tokens_equal` by prompt, true where there is no text; `log_probs` and `is_best` of each token
     of each reply.
     """
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]  (an extra)
     import numpy as np
 
     pairs = [*zip(request["prompts"], request["replies"], strict=True)]

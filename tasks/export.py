@@ -139,7 +139,8 @@ def facts_of(ref: ArtifactRef, store: Store, licence: str | None) -> Any:
     manifest = store.manifest(ref)
     base, on_hub, stated, scratch = _base([*lineage], store)
     facts = CardFacts(
-        digest=ref.digest, stage=manifest.producer.stage, base=base, base_is_on_hub=on_hub, from_scratch=scratch,
+        digest=ref.digest, stage=manifest.producer.stage, base=base, base_is_on_hub=on_hub,
+        from_scratch=scratch,
         licence=licence or (licence_of(stated) if stated else None),
         champion_of=tuple(
             line for line in model_lines(store)
@@ -204,7 +205,6 @@ def push_to_hub(folder: Path, hub: str, *, private: bool, endpoint: str | None =
         ConfigError: The repository exists and holds files, or the hub refuses the token.
         UnexpectedError: The hub can't be reached, or fails.
     """
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -222,10 +222,12 @@ def push_to_hub(folder: Path, hub: str, *, private: bool, endpoint: str | None =
         cure = "check that HF_TOKEN may write there" if status in (401, 403, 404) else "try again"
         said = one_line(error.server_message or f"status {status}")[:200]
         raise ConfigError(f"--push {hub}: the hub refuses ({status}: {said}); {cure}") from None
-    except (httpx.HTTPError, OSError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # of whichever HTTP library this version uses
         raise UnexpectedError(
-            f"--push {hub}: the hub can't be reached ({one_line(error)[:160]}); the export is in "
-            f"{folder}, for `hf upload {hub} {folder}`"
+            f"--push {hub}: the hub can't be reached ({one_line(error)[:160]}); try again, or "
+            f"export without --push and use `hf upload {hub} <folder>`"
         ) from None
     return url
 
@@ -269,7 +271,7 @@ def _sampled(config: Mapping[str, Any]) -> Sampled | None:
 def _base(digests: Sequence[str], store: Store) -> tuple[str, bool, Path | None, bool]:
     """Return the base's name for others, if it is a hub id, its local folder, if from scratch."""
     configs = [store.manifest(d).producer.config for d in digests if store.exists(d)]
-    sections = [c["base"] for c in configs if isinstance(c.get("base"), dict)]
+    sections = [base for c in configs if isinstance(base := c.get("base"), dict)]
     for section in sections:
         path = section.get("path")
         if not isinstance(path, str):
