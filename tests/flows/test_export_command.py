@@ -220,13 +220,15 @@ def hub(present: tuple[str, ...] = (), status: int = 200) -> Iterator[Any]:
                 self.answer({"path": path}, 404)
 
         def do_GET(self) -> None:
+            if status != 200:
+                return self.answer({"error": "Repository not found"}, 404)
             tree = [{"type": "file", "path": p, "size": 1, "oid": "0"} for p in present]
             info = {
                 "id": "acme/x",
                 "sha": "c0ffee",
                 "siblings": [{"rfilename": p} for p in present],
             }
-            self.answer(tree if "/tree/" in self.path else info)
+            return self.answer(tree if "/tree/" in self.path else info)
 
         def answer(self, content: Any, code: int = 200) -> None:
             data = json.dumps(content).encode()
