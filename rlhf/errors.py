@@ -97,6 +97,10 @@ class CheckpointError(RLHFError, OSError):
     retriable = True
 
 
+class ExportFailed(RLHFError):
+    """An export does not behave like the policy in the store; nothing is left of it."""
+
+
 class StageLost(RLHFError):
     """The machine or process of a stage is gone; a retry resumes from its checkpoint."""
 

@@ -6,8 +6,10 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,21 @@ def folder_sha256(folder: Path) -> str:
     """Return the hex sha256 over the names and contents of all files under a folder."""
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return files_sha256(sorted(files.items()))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Provide a folder to fill, which becomes `folder` at the end; after an error nothing is left.
+
+    Raises:
+        OSError: It can't be written, or `folder` has become one with files meanwhile.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:100]}-") as scratch:
+        made = Path(scratch, "new")
+        made.mkdir()
+        yield made
+        made.replace(folder)  # over an empty folder only
 
 
 def fsync(path: Path) -> None:

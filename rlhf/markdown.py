@@ -79,6 +79,13 @@ def command(text: object) -> Markdown:
     return Markdown(f"    {one_line(text)}")
 
 
+def code_block(text: object, language: str = "") -> Markdown:
+    """Return lines of code, to copy; no line of backticks in them can end the block."""
+    lines = printable(text).strip("\n")
+    fence = "`" * (1 + max(map(len, re.findall("`{2,}", lines)), default=2))
+    return Markdown(f"{fence}{language}\n{lines}\n{fence}")
+
+
 def rule() -> Markdown:
     """Return a line between two parts."""
     return Markdown("---")

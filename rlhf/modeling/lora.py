@@ -27,7 +27,7 @@ from rlhf.modeling.structure import is_read_by_kernel, shared_weights
 #: Names of the adapters; "default" is the name that peft gives a single one.
 POLICY, REWARD, CRITIC = "default", "reward", "critic"
 
-#: Folder of a reward model's adapter, beside the merged weights.
+#: Folder of a reward model's or policy's adapter, beside the merged weights.
 ADAPTER_FOLDER = "adapter"
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -23,7 +23,7 @@ from rlhf.gates import Approved
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.device import fast_float32, prepare_device, retained_heap
 from rlhf.modeling.frozen import check_frozen_dtype, holds_stored
-from rlhf.modeling.lora import merge_adapter
+from rlhf.modeling.lora import ADAPTER_FOLDER, merge_adapter, save_adapter
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.sampling import derive_seed
 from rlhf.modeling.weights import save_model
@@ -290,6 +290,9 @@ def _update(
 def _write_result(trainer: PPOTrainer, state: TrainState, sft: Path, out_dir: Path) -> None:
     policy = trainer.models.accelerator.unwrap_model(trainer.models.policy)
     base = load_policy(sft) if _base_is_lowered(trainer) else None
+    if trainer.config.lora is not None:
+        # Alone it is a few megabytes, and many of them can be served on one SFT policy.
+        save_adapter(policy, out_dir / ADAPTER_FOLDER)
     save_model(merge_adapter(policy, base), out_dir)
     trainer.renderer.tokenizer.save_pretrained(out_dir)
     write_json(out_dir / "curve.json", state.curve)

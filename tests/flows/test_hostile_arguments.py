@@ -47,7 +47,9 @@ COMMANDS = [
     "data inspect @ --as sft", "data inspect bytes.txt --rows @", "data inspect bytes.txt @",
     "server @", "server start --port @ --folder /proc/x", "server start --host @ --folder /proc/x",
     "server stop --folder @",
-    "node @", "node --wait @",
+    "node @", "node --wait @", "export @ out --store st", "export champion @ --store st",
+    "export a out --store @", "export a out --push @", "export a out --license @",
+    "export a out --prompts @", "export a out --format @", "export a out --converter @",
 ]  # fmt: skip
 HOSTILE = [
     "", "--", "-", "[/x]", "a\0b", "x" * 300, "d/" * 3000, "\udcff\udcfe", "9" * 5000, "-1", "nan",
