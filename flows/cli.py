@@ -16,7 +16,7 @@ import httpx
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, validators
 
 import rlhf
-from flows import artifacts, champions, compare, data, forget, judge, preflight, runs, server
+from flows import artifacts, champions, compare, data, forget, init, judge, preflight, runs, server
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
@@ -50,7 +50,7 @@ app.command(artifacts.app)
 app.command(data.app)
 app.command(server.app)
 for command in (
-    preflight.preflight, runs.runs, runs.status, forget.forget,
+    init.init, preflight.preflight, runs.runs, runs.status, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
     compare.compare, judge.judge,
 ):  # fmt: skip
@@ -268,6 +268,7 @@ def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:
     if "overrides" not in takes or is_field is None:
         return None
     needed = "configs/quickstart.yaml" if "config" in takes else "pairs.jsonl"
+    needed = init.FOLDER if "folder" in takes else needed
     before = [*words, *(["<stage>"] if "name" in takes else []), needed]
     return f"overrides stand behind the file: rlhf {' '.join(before)} {name}"
 
