@@ -17,12 +17,12 @@ from rlhf.data.rendering import Renderer
 from rlhf.data.rows import Demonstration, PromptRow
 from rlhf.data.sources import absolute_source, source_names
 from rlhf.errors import ConfigError, DataError
-from rlhf.estimate import Estimate, Measurement, estimate, stored_bytes
+from rlhf.estimate import Measurement, estimate, stored_bytes
 from rlhf.files import expand_home, fsync, read_json
 from rlhf.gate_sizes import Sizes, describe_power
 from rlhf.modeling.source import ExternalModel
 from rlhf.plain_text import counted
-from rlhf.proposal.choice import Choice, as_yaml, tree_of
+from rlhf.proposal.choice import Choice, as_yaml, replaced, tree_of
 from rlhf.proposal.facts import (
     MOST_CHARS,
     Base,
@@ -35,12 +35,12 @@ from rlhf.proposal.facts import (
 )
 from rlhf.proposal.gates import judge_sizes
 from rlhf.proposal.lengths import ENOUGH_HELD_OUT, choose_lengths, held_out_share
-from rlhf.proposal.memory import adapters, choose_method, fit
+from rlhf.proposal.memory import adapters, choose_method, fit, with_memory
 from rlhf.proposal.rules import (
+    MOST_SECONDS,
     Situation,
     all_choices,
     judge_note,
-    replaced,
     seconds_of,
     vocabulary,
 )
@@ -56,6 +56,8 @@ GIVEN = ("data", "store", "store_options", "name", "seed", "promotion", "runtime
          "retraining", "base.revision")  # fmt: skip
 #: Pairs below which nobody should expect a reward model to generalise.
 FEW_TO_LEARN = 500
+#: Seconds of one training that are worth a word.
+LONG_SECONDS = 6 * 3600
 #: Settings that name sources.
 _SOURCES = ("source", "eval_source", "sft_source", "prompts_source")
 
@@ -162,6 +164,8 @@ def propose(
     """
     given = _given(overrides)
     start = _start(data, base, given)
+    if base is not None:
+        find_base(base)
     report(f"reading {source_names(start.data.source)}")
     facts = read_data(_unlimited(start, given), _share_for(given))
     source = _source_choices(name, start, facts)
@@ -169,8 +173,8 @@ def propose(
         report(f"counting the tokens of {counted(len(facts.sample), 'pair')}")
         renderer = _renderer(folder, facts)
         case, measured = _situation(start, facts, renderer, folder)
-        choices, stages, misfits = _fitted(case, measured, folder, source, start.base.path)
-        choices = _with_given(choices, given)
+        draft = _draft(case, measured, folder, source, start.base.path)
+        choices, case = _with_given(draft.choices, given), draft.case
         text = as_yaml(choices, _head(facts, case))
         config = _loaded(text)
         _check_prompts(facts, renderer, config)
@@ -179,11 +183,9 @@ def propose(
         if folder is not None:
             report("rehearsing every stage on a miniature of the base")
             rehearse_once(config, folder, _sample(facts), producer("preflight", {}, config.seed))
-    values = dict(flatten(tree_of(choices)))
-    seconds = seconds_of(stages, values, case) if stages else {}
-    return Proposal(
-        text, choices, config, facts.notes, [*misfits, *_warnings(config, facts, case)], seconds
-    )
+    seconds = seconds_of(case, dict(flatten(tree_of(choices)))) if case.speeds else {}
+    warnings = [*draft.misfits, *_slow(case, seconds), *_warnings(config, facts, case)]
+    return Proposal(text, choices, config, facts.notes, warnings, seconds)
 
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:
@@ -320,28 +322,38 @@ def _has_template(folder: Path) -> bool:
     return path.is_file() and bool(read_json(path).get("chat_template"))
 
 
-def _fitted(
+@dataclass(frozen=True)
+class _Draft:
+    """Choices that fit into memory."""
+
+    case: Situation
+    choices: Sequence[Choice]
+    misfits: Sequence[str] = ()
+    """Stages that fit by no setting, and what else to change."""
+
+
+def _draft(
     case: Situation, measured: Measurement | None, folder: Path | None,
     source: Sequence[Choice], uri: str | None,
-) -> tuple[list[Choice], Sequence[Estimate], Sequence[str]]:  # fmt: skip
-    """Return choices that fit into memory, the estimates, and what does not fit."""
-    defaults = PipelineConfig()
+) -> _Draft:  # fmt: skip
+    """Choose method and sizes by the estimate, as far as there is one."""
+
+    def choices(case: Situation) -> list[Choice]:
+        return all_choices(case, PipelineConfig(), source, uri)
+
     if folder is None:
-        return all_choices(case, defaults, source, uri), (), ()
+        return _Draft(case, choices(case))
     if measured is None:
         why = "adapters on one base in memory; this family has no estimate"
         case = replace(case, method=adapters(four_bits=False), method_reason=why)
-        return all_choices(case, defaults, source, uri), (), ()
-    config = _config(all_choices(case, defaults, source, uri))
+        return _Draft(case, choices(case))
+    config = _config(choices(case))
     method, why = choose_method(config, folder, measured, case.machine, case.data.pairs)
     case = replace(case, method=method, method_reason=why)
-    config = _config(all_choices(case, defaults, source, uri))
-    speed = estimate(config, folder, measured)[-1].tokens_per_second
-    choices = all_choices(case, defaults, source, uri, speed)
-    sized = fit(_config(choices), folder, measured, case.machine)
-    free = case.machine.memory / 1e9
-    reason = f"so that the largest stage takes {sized.peak / 1e9:.1f} of {free:.1f} GB"
-    return replaced(choices, sized.changes, reason), sized.stages, sized.misfits
+    stages = estimate(_config(choices(case)), folder, measured)
+    case = replace(case, speeds={stage.section: stage.tokens_per_second for stage in stages})
+    sized = fit(_config(choices(case)), folder, measured, case.machine)
+    return _Draft(case, with_memory(choices(case), sized, case.machine), sized.misfits)
 
 
 def _config(choices: Sequence[Choice]) -> PipelineConfig:
@@ -403,6 +415,20 @@ def _sample(facts: DataFacts) -> Sample:
     )
 
 
+def _slow(case: Situation, seconds: Mapping[str, float]) -> list[str]:
+    """Return a sentence on a training of pairs that takes longer than a first run should."""
+    longest = max(seconds.get(name, 0.0) for name in ("sft", "reward_model"))
+    if longest <= LONG_SECONDS:
+        return []
+    total = case.data.pairs + case.data.held_out_pairs
+    fewer = max(500, round(total * MOST_SECONDS / longest, -2))
+    return [
+        f"with all pairs the longest training takes some {longest / 3600:.0f} hours on "
+        f"{case.machine.name}; --data.max_pairs={fewer} (to rlhf init, too) makes it "
+        f"{MOST_SECONDS // 3600} hours, or take a GPU or a smaller base"
+    ]
+
+
 def _warnings(config: PipelineConfig, facts: DataFacts, case: Situation) -> list[str]:
     """Return what these data and this machine can't show or do, in sentences."""
     evaluation, held_out = config.evaluation, facts.held_out_prompts
@@ -427,7 +453,7 @@ def _warnings(config: PipelineConfig, facts: DataFacts, case: Situation) -> list
         lines.append(
             f"only {case.lengths.ends:.0%} of the preferred replies end within ppo.max_new_tokens "
             f"= {case.lengths.new}: most sampled replies will be cut, and are judged by their "
-            "beginning"
+            "beginning; longer ones (sft and reward_model.max_length, too) take as much more time"
         )
     if case.base and not case.base.has_template:
         lines.append(

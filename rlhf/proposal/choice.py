@@ -48,6 +48,24 @@ def tree_of(choices: Sequence[Choice]) -> dict[str, Any]:
     return tree
 
 
+def replaced(
+    choices: Sequence[Choice], changes: Mapping[str, Mapping[str, Any]], reason: str
+) -> list[Choice]:
+    """Return choices with other values for fields, in place or behind those of their section."""
+    result = list(choices)
+    for section, values in changes.items():
+        for name, value in values.items():
+            field = f"{section}.{name}"
+            where = [i for i, c in enumerate(result) if c.field == field]
+            if where:
+                old = result[where[0]]
+                result[where[0]] = Choice(field, value, reason, old.title)
+                continue
+            same = [i for i, c in enumerate(result) if c.field.startswith(f"{section}.")]
+            result.insert(same[-1] + 1 if same else len(result), Choice(field, value, reason))
+    return result
+
+
 def as_yaml(choices: Sequence[Choice], head: Sequence[str]) -> str:
     """Return choices as YAML: each value below a comment with its reason.
 

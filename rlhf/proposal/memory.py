@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import PipelineConfig
 from rlhf.estimate import Estimate, Measurement, cures, estimate
+from rlhf.proposal.choice import Choice, replaced
 from rlhf.proposal.facts import Machine
 
 #: Share of the free memory that is planned for: estimates were within 18 % of what was measured.
@@ -63,7 +64,7 @@ def choose_method(
     full = fit(config, base, measured, machine)
     need = f"all weights would take {full.peak / 1e9:.1f} GB of {machine.memory / 1e9:.1f}"
     if not machine.is_gpu:
-        return adapters(False), f"adapters on one base in memory; on a CPU {need}"
+        return adapters(False), f"on a CPU adapters on one base: less memory and time; {need}"
     if not full.misfits and pairs >= FULL_PAIRS:
         return {}, f"{pairs:,} pairs are enough to train all weights: {full.peak / 1e9:.1f} GB"
     if not full.misfits:
@@ -93,6 +94,20 @@ def fit(config: PipelineConfig, base: Path, measured: Measurement, machine: Mach
             changes[name].update(values)
     misfits = tuple(f"{s.section} does not fit: {cures(current, s)}" for s in large)
     return Fit({k: v for k, v in changes.items() if v}, tuple(stages), misfits)
+
+
+def with_memory(choices: Sequence[Choice], sized: Fit, machine: Machine) -> list[Choice]:
+    """Return choices with the batch sizes that fit, and the estimate as their reason."""
+    result, free = list(choices), f"{machine.memory / 1e9:.1f} GB free"
+    for stage in sized.stages:
+        name = stage.section
+        old = next(c for c in choices if c.field == f"{name}.micro_batch_size")
+        values = {"micro_batch_size": old.value, **sized.changes.get(name, {})}
+        reason = f"rows of a forward pass; {stage.peak / 1e9:.1f} GB by the estimate, {free}"
+        result = replaced(result, {name: {"micro_batch_size": values["micro_batch_size"]}}, reason)
+        rest = {key: value for key, value in values.items() if key != "micro_batch_size"}
+        result = replaced(result, {name: rest}, "so that the stage fits into memory")
+    return result
 
 
 def _smaller(config: PipelineConfig, stage: Estimate) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.config import PipelineConfig
@@ -16,7 +16,6 @@ from rlhf.config.pretrained import (
     SFT_RATES,
 )
 from rlhf.data.partition import JUDGE_MIN_PROMPTS
-from rlhf.estimate import Estimate
 from rlhf.gate_sizes import Sizes
 from rlhf.proposal.choice import Choice
 from rlhf.proposal.facts import Base, DataFacts, Machine, TokenCounts
@@ -34,7 +33,8 @@ FEW_PAIRS = 1_000
 FEW_STEPS = 300
 #: Fewest updates of PPO, and most replies.
 LEAST_UPDATES, MOST_EPISODES = 12, 20_000
-#: Seconds that PPO may take by the estimate: a first run should be over within half a day.
+#: Seconds that PPO may take by the estimate, and above which SFT and reward model make one pass:
+#: a first run should be over within half a day.
 MOST_SECONDS = 2 * 3600
 #: Gate prompts: beyond these intervals get little narrower, and every one is answered ten times.
 GATE_PROMPTS, CPU_GATE_PROMPTS = 300, 150
@@ -57,6 +57,8 @@ class Situation:
     method: Mapping[str, Mapping[str, Any]]
     """Values by section that make it LoRA; empty for all weights, and from scratch."""
     method_reason: str = ""
+    speeds: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Tokens a second by the estimate, by section; empty without one."""
 
     @property
     def is_lora(self) -> bool:
@@ -65,9 +67,8 @@ class Situation:
 
 
 def all_choices(
-    case: Situation, defaults: PipelineConfig, source: Sequence[Choice], uri: str | None,
-    speed: float = 0,
-) -> list[Choice]:  # fmt: skip
+    case: Situation, defaults: PipelineConfig, source: Sequence[Choice], uri: str | None
+) -> list[Choice]:
     """Return the values of all sections, in the order of a file.
 
     Args:
@@ -75,7 +76,6 @@ def all_choices(
         defaults: The configuration that values are compared with.
         source: Name, store, and the source of the data.
         uri: Value of `base.path`.
-        speed: Tokens a second of PPO by the estimate; 0 if there is none.
     """
     prompts = gate_prompts(case.data, case.machine)
     samples = defaults.evaluation.samples_per_prompt
@@ -88,7 +88,7 @@ def all_choices(
         *base_choices(case, uri),
         *sft_choices(case),
         *reward_choices(case),
-        *ppo_choices(case, speed),
+        *ppo_choices(case),
         *evaluation_choices(case, prompts),
         *gate_choices(data, defaults, sizes, judge_sizes(data, prompts, samples)),
         *runtime_choices(case.machine),
@@ -147,13 +147,10 @@ def base_choices(case: Situation, uri: str | None) -> Iterator[Choice]:
 def sft_choices(case: Situation) -> Iterator[Choice]:
     """Yield the values of section `sft`, which learns the preferred replies."""
     rows = case.data.prompts
-    epochs = (
-        _epochs(rows, ((200, 3), (2_000, 2)))
-        if case.base
-        else _epochs(rows, ((2_000, 10), (10_000, 5), (40_000, 3)))
-    )
+    steps = ((200, 3), (2_000, 2)) if case.base else ((2_000, 10), (10_000, 5), (40_000, 3))
+    epochs, why = _passes(case, "sft", rows, steps)
     yield from _lora(case, "sft")
-    yield Choice("sft.epochs", float(epochs), f"passes over some {rows:,} preferred replies")
+    yield Choice("sft.epochs", float(epochs), f"{rows:,} preferred replies or some more: {why}")
     yield from _batches(case, "sft", rows * epochs)
     if case.base is None:
         rate, reason = 3e-3, "for a small model from scratch; it would ruin a pretrained one"
@@ -171,12 +168,10 @@ def sft_choices(case: Situation) -> Iterator[Choice]:
 def reward_choices(case: Situation) -> Iterator[Choice]:
     """Yield the values of section `reward_model`."""
     pairs = case.data.pairs
-    epochs = (
-        _epochs(pairs, ((200, 3), (FEW_PAIRS, 2))) if case.base else _epochs(pairs, ((5_000, 3),))
-    )
+    steps = ((200, 3), (FEW_PAIRS, 2)) if case.base else ((5_000, 3),)
+    epochs, why = _passes(case, "reward_model", pairs, steps)
     yield from _lora(case, "reward_model")
-    over = "more passes overfit" if epochs == 1 else "so few pairs need more than one pass"
-    yield Choice("reward_model.epochs", float(epochs), f"{pairs:,} pairs: {over}")
+    yield Choice("reward_model.epochs", float(epochs), f"{pairs:,} pairs: {why}")
     yield from _batches(case, "reward_model", pairs * epochs)
     if case.base is None:
         rate, reason = 5e-4, "for a small model from scratch"
@@ -195,15 +190,10 @@ def reward_choices(case: Situation) -> Iterator[Choice]:
         )
 
 
-def ppo_choices(case: Situation, speed: float) -> Iterator[Choice]:
-    """Yield the values of section `ppo`.
-
-    Args:
-        case: What is known.
-        speed: Tokens a second by the estimate; 0 if there is none.
-    """
+def ppo_choices(case: Situation) -> Iterator[Choice]:
+    """Yield the values of section `ppo`."""
     chunk, mini, epochs = _chunks(case)
-    episodes, why = _episodes(case, chunk, speed)
+    episodes, why = _episodes(case, chunk)
     steps = episodes // chunk * (chunk // mini) * epochs
     yield from _lora(case, "ppo")
     yield Choice(
@@ -249,7 +239,7 @@ def runtime_choices(machine: Machine) -> Iterator[Choice]:
     """Yield the values of section `runtime`."""
     yield Choice(
         "runtime.threads", machine.cores,
-        f"the cores found here; a machine's own RLHF_THREADS wins (device: {machine.name})",
+        "the cores found here; a machine's own RLHF_THREADS wins",
         "machine", machine.name,
     )  # fmt: skip
 
@@ -269,45 +259,56 @@ def judge_note(data: DataFacts) -> str:
     )
 
 
-def replaced(
-    choices: Sequence[Choice], changes: Mapping[str, Mapping[str, Any]], reason: str
-) -> list[Choice]:
-    """Return choices with other values for fields, in place or behind those of their section."""
-    result = list(choices)
-    for section, values in changes.items():
-        for name, value in values.items():
-            field = f"{section}.{name}"
-            where = [i for i, c in enumerate(result) if c.field == field]
-            if where:
-                old = result[where[0]]
-                result[where[0]] = Choice(field, value, reason, old.title)
-                continue
-            same = [i for i, c in enumerate(result) if c.field.startswith(f"{section}.")]
-            result.insert(same[-1] + 1 if same else len(result), Choice(field, value, reason))
-    return result
+def seconds_of(case: Situation, values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of the training stages by the estimate, by section.
 
-
-def seconds_of(
-    stages: Sequence[Estimate], choices: Mapping[str, Any], case: Situation
-) -> dict[str, float]:
-    """Return the seconds of the training stages by the estimate, by section."""
-    row = float((case.tokens.prompt + case.tokens.longer).clip(max=case.lengths.row).mean())
-    tokens = {
-        "sft": case.data.prompts * choices["sft.epochs"] * row,
-        "reward_model": 2 * case.data.pairs * choices["reward_model.epochs"] * row,
-        "ppo": choices["ppo.total_episodes"] * _sampled(case),
+    Args:
+        case: What is known.
+        values: The configuration's, by dotted name.
+    """
+    passes = {
+        "sft": case.data.prompts * values["sft.epochs"],
+        "reward_model": case.data.pairs * values["reward_model.epochs"],
     }
-    return {s.section: tokens[s.section] / s.tokens_per_second for s in stages}
+    seconds = {name: _seconds(case, name, rows) for name, rows in passes.items()}
+    seconds["ppo"] = values["ppo.total_episodes"] * _sampled(case) / case.speeds["ppo"]
+    return seconds
 
 
-def _episodes(case: Situation, chunk: int, speed: float) -> tuple[int, str]:
+def _passes(
+    case: Situation, section: str, rows: int, steps: Sequence[tuple[int, int]]
+) -> tuple[int, str]:
+    """Return the passes over so many rows, and why.
+
+    Args:
+        case: What is known.
+        section: SFT or reward model.
+        rows: Number of rows.
+        steps: Numbers of rows, ascending, with the passes that fewer rows get.
+    """
+    epochs = _epochs(rows, steps)
+    if epochs == 1:
+        return 1, "more passes overfit"
+    if case.speeds and (_seconds(case, section, rows * epochs) > MOST_SECONDS):
+        return 1, f"one pass, for {epochs} take above {MOST_SECONDS // 3600} hours by the estimate"
+    return epochs, "so few need more than one pass"
+
+
+def _seconds(case: Situation, section: str, rows: float) -> float:
+    """Return the seconds that SFT or the reward model takes for so many rows."""
+    replies = 2 if section == "reward_model" else 1
+    mean = float((case.tokens.prompt + case.tokens.longer).clip(max=case.lengths.row).mean())
+    return rows * replies * mean / case.speeds[section]
+
+
+def _episodes(case: Situation, chunk: int) -> tuple[int, str]:
     """Return the number of PPO's replies, and why."""
     prompts = case.data.prompts
     passes = _epochs(prompts, ((100, 8), (500, 4), (5_000, 2)))
     wanted = min(max(prompts * passes, LEAST_UPDATES * chunk), MOST_EPISODES)
     episodes = -(-wanted // chunk) * chunk
     reason = f"about {episodes / prompts:.1f} replies to each of {prompts:,} prompts"
-    if speed:
+    if speed := case.speeds.get("ppo"):
         affordable = int(MOST_SECONDS * speed / _sampled(case)) // chunk * chunk
         least = LEAST_UPDATES * chunk
         if max(affordable, least) < episodes:
@@ -389,9 +390,9 @@ def _batches(case: Situation, section: str, rows: int) -> Iterator[Choice]:
 
 def _micro(case: Situation, batch: int) -> int:
     """Return the rows of a forward pass before memory is looked at."""
-    if case.base is None or case.machine.is_gpu:
+    if case.base is None:
         return min(16, batch)
-    return min(4, batch)
+    return batch if case.machine.is_gpu else min(4, batch)  # a CPU gains nothing, and pads more
 
 
 def _epochs(rows: int, steps: Sequence[tuple[int, int]]) -> int:
