@@ -106,10 +106,6 @@ def _reward_rules(data: DataFacts, judgement: Judgement) -> Iterator[Choice]:
             "which a coin passes every second time",
             "gates", "a trial, on estimates",
         )  # fmt: skip
-        yield Choice(
-            field, {"metric": "probes.other_prompt.rises", "max": 0.5, "if_missing": "skip"},
-            "a good reply to another prompt must score lower, or the prompt is not read",
-        )  # fmt: skip
         return
     yield Choice(
         field, {"metric": "accuracy", "on": "low", "min": 0.5},
