@@ -23,6 +23,7 @@ from flows import (
     data,
     export,
     forget,
+    init,
     judge,
     preflight,
     runs,
@@ -63,6 +64,7 @@ app.command(data.app)
 app.command(server.app)
 for command in (
     preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
+    init.init, preflight.preflight, runs.runs, runs.status, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
     compare.compare, judge.judge, export.export,
 ):  # fmt: skip
@@ -291,6 +293,7 @@ def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:
     if "overrides" not in takes or is_field is None:
         return None
     needed = "configs/quickstart.yaml" if "config" in takes else "pairs.jsonl"
+    needed = init.FOLDER if "folder" in takes else needed
     before = [*words, *(["<stage>"] if "name" in takes else []), needed]
     return f"overrides stand behind the file: rlhf {' '.join(before)} {name}"
 

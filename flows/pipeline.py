@@ -67,7 +67,7 @@ def pipeline(preset: Preset = NO_PRESET, overrides: Overrides = NO_OVERRIDES) ->
     """Data prep → SFT → reward model → gate → PPO → gate → promotion, then a report.
 
     Args:
-        preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
+        preset: Name of a file in `configs/` or RLHF_PRESETS; none means all defaults.
         overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
     """
     late = given_up()

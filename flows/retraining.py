@@ -28,7 +28,7 @@ def retraining(preset: Preset = NO_PRESET, overrides: Overrides = NO_OVERRIDES) 
     """Look at the data, and if they are new enough, run the pipeline warm-started.
 
     Args:
-        preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
+        preset: Name of a file in `configs/` or RLHF_PRESETS; none means all defaults.
         overrides: What differs from it, for example `{"retraining": {"min_new_pairs": 500}}`.
     """
     late = given_up()

@@ -47,7 +47,7 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
         """Run one stage; inputs that are not given are those recorded under this configuration.
 
         Args:
-            preset: Name of a file in `configs/`, such as quickstart; none means all defaults.
+            preset: Name of a file in `configs/` or RLHF_PRESETS; none means all defaults.
             overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
             inputs: Digests of artifacts by role, for example `{"sft": "3f2a91c04d"}`.
         """

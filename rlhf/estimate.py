@@ -6,7 +6,6 @@ what a backward pass would find stored, and what a cache holds, whatever the fam
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,6 +31,8 @@ WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
 SFT_LOGITS = 4
 #: Memory of Python and the libraries (torch, transformers, TRL): measured on Linux.
 PROCESS = 700e6
+#: Where a container sees its limit of memory (control groups, version 2).
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -75,29 +77,65 @@ class Shape:
     """Bytes of keys, values and other state of a sequence, by its tokens."""
 
 
-def estimate(config: PipelineConfig, base: Path) -> list[Estimate]:
+class Measurement:
+    """A base model's shape at one length, and the device's speed, which take seconds to find.
+
+    Args:
+        base: Folder of the base model; its weights are not read.
+        length: Tokens of the longest rows.
+        device: Value of `runtime.device`.
+
+    Raises:
+        ValueError: The family's code does not run with fake tensors.
+    """
+
+    def __init__(self, base: Path, length: int, device: str) -> None:
+        self.base, self.length = base, length
+        self.speed = flops_per_second(device)
+        self.plain = shape_of(base, length, None)
+        self.exact = stored_bytes(base) if _is_on_gpu(device) else WEIGHT
+        """Bytes of a weight with `frozen_dtype: auto`: those of the files, on a GPU."""
+        self._adapted = dict[str, Shape]()
+
+    def shape(self, lora: LoraConfig | None) -> Shape:
+        """Return the shape with an adapter, which is counted once.
+
+        Raises:
+            ValueError: The family's code does not run on the meta device.
+        """
+        if lora is None:
+            return self.plain
+        key = lora.model_dump_json()
+        if key not in self._adapted:
+            self._adapted[key] = _adapted(self.plain, self.base, lora)
+        return self._adapted[key]
+
+
+def estimate(
+    config: PipelineConfig, base: Path, measured: Measurement | None = None
+) -> list[Estimate]:
     """Estimate the training stages of a run on one device, for rows of the longest length.
 
     Args:
         config: The run's configuration, with `base.path` set.
         base: Folder of the base model; its weights are not read.
+        measured: That base at the configuration's length; None measures it.
 
     Raises:
         ValueError: The family's code does not run with fake tensors.
     """
     length = config.token_limits().max_length
-    speed = flops_per_second(config.runtime.device)
+    measured = measured or Measurement(base, length, config.runtime.device)
+    speed, exact = measured.speed, measured.exact
     sections: list[tuple[str, TrainingSection, int]] = [
         ("sft", config.sft, 1),
         ("reward_model", config.reward_model, 2),
     ]
-    plain = shape_of(base, length, None)
-    exact = _exact_bytes(config, base)
     result = [
-        _training(name, section, replies, _adapted(plain, base, section.lora), length, speed, exact)
+        _training(name, section, replies, measured.shape(section.lora), length, speed, exact)
         for name, section, replies in sections
     ]
-    shape = _adapted(plain, base, config.ppo.lora)
+    shape = measured.shape(config.ppo.lora)
     ppo = _ppo(config.ppo, shape, length, speed, exact, judged=_is_judged(config))
     if config.ppo.watchdog is not None and not _is_on_gpu(config.runtime.device):
         # The weights of its best look, in the host's memory: rlhf/ppo/watchdog.py.
@@ -206,15 +244,13 @@ def _linear_bytes(dtype: FrozenDtype, exact: float) -> float:
     return {"auto": exact, "float32": WEIGHT, "bfloat16": WEIGHT / 2, "nf4": NF4_BYTES}[dtype]
 
 
-def _exact_bytes(config: PipelineConfig, base: Path) -> float:
-    """Return the bytes of a weight with `frozen_dtype: auto`: those of the files, on a GPU."""
+def stored_bytes(base: Path) -> float:
+    """Return the bytes of a weight in a model's files."""
     from transformers import AutoConfig
 
     from rlhf.modeling.headers import DamagedWeights, read_headers
     from rlhf.modeling.weights import StoredDtypes
 
-    if not _is_on_gpu(config.runtime.device):
-        return WEIGHT
     try:
         return StoredDtypes.of(read_headers(base)).main.itemsize
     except DamagedWeights:  # of a remote base, whose weights are not fetched
@@ -223,6 +259,7 @@ def _exact_bytes(config: PipelineConfig, base: Path) -> float:
 
 
 def _is_on_gpu(device_name: str) -> bool:
+    """Return whether stages with this `runtime.device` train on a GPU."""
     return torch.cuda.is_available() and device_name in ("auto", "cuda")
 
 
@@ -325,7 +362,16 @@ def flops_per_second(device_name: str) -> float:
 
 
 def available_bytes(device_name: str) -> float:
-    """Return the free memory of the device."""
+    """Return the memory of the device that a new process can take."""
     if _is_on_gpu(device_name):
         return float(torch.cuda.mem_get_info()[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(float(psutil.virtual_memory().available), _left_of_container())
+
+
+def _left_of_container() -> float:
+    """Return what this process's container or job may still take; infinite without a limit."""
+    try:
+        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        return float(int(limit) - int(used))
+    except (OSError, ValueError):  # no control group, or "max"
+        return float("inf")

@@ -29,7 +29,7 @@ NO_OVERRIDES: Tree = {}
 
 
 class _PresetSchema:
-    """JSON schema of a preset's name: one of the shipped presets, or none."""
+    """JSON schema of a preset's name: a shipped one, one in RLHF_PRESETS, or none."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler

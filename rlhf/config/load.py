@@ -25,7 +25,7 @@ from rlhf.config.rewards import read_mapping
 from rlhf.config.section import Section, Tree
 from rlhf.config.text import BROKEN, as_written, one_line, parse, reason
 from rlhf.errors import ConfigError
-from rlhf.files import is_file
+from rlhf.files import expand_home, is_file
 from rlhf.limits import check_tree, read_text
 
 #: Sources of values; the other sources are files and `compat`.
@@ -39,6 +39,8 @@ FROM_SCRATCH = "from_scratch"
 
 #: Folder of the presets in this checkout.
 PRESETS = Path(__file__).parents[2] / "configs"
+#: Variable that names a folder with presets of the user's own, for deployments.
+OWN_PRESETS = "RLHF_PRESETS"
 
 #: Fields that an environment variable overrides, by section.
 MACHINE_FIELDS = {
@@ -118,21 +120,30 @@ def load_preset(name: str | None, overrides: Tree) -> LoadedConfig:
     Raises:
         ConfigError: One line naming the field, the value and the cure.
     """
-    if name is not None and name not in presets():
+    files = _preset_files()
+    if name is not None and name not in files:
+        known = ", ".join(sorted(files))
         raise ConfigError(
-            one_line(f"preset = {name!r} is not known; choose one of {', '.join(presets())}")
+            one_line(
+                f"preset = {name!r} is not known here; choose one of {known}, or put its file into "
+                f"the folder of {OWN_PRESETS}"
+            )
         )
     try:
         check_tree(overrides)
     except ValueError as error:
         raise ConfigError(f"overrides: {error}") from None
-    path = PRESETS / f"{name}.yaml" if name is not None else None
+    path = files[name] if name is not None else None
     return _load(path, by_field_names(overrides), OVERRIDE)
 
 
 def presets() -> list[str]:
-    """Return the names of the presets in this checkout's folder `configs`."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    """Return the names of the presets in this checkout's folder `configs`, and of the user's own.
+
+    The variable RLHF_PRESETS names a folder of these: `<name>.yaml`, or `<name>/config.yaml` as
+    `rlhf init` writes it.
+    """
+    return sorted(_preset_files())
 
 
 def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
@@ -155,6 +166,16 @@ def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
 def environment_variable(field: str) -> str:
     """Return the environment variable of a field of `runtime` or `tracking`."""
     return f"RLHF_{field.upper()}"
+
+
+def _preset_files() -> dict[str, Path]:
+    """Return the presets' files by name; a name of this checkout's own can't be taken."""
+    folder = os.environ.get(OWN_PRESETS)
+    own = expand_home(folder) if folder else PRESETS
+    return {
+        **{path.parent.name: path for path in own.glob("*/config.yaml")},
+        **{path.stem: path for path in (*own.glob("*.yaml"), *PRESETS.glob("*.yaml"))},
+    }
 
 
 def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,18 @@ def source_names(source: Sources) -> str:
     """Return the names of one source or several for a summary."""
     items = [source] if isinstance(source, str) else [item.source for item in source]
     return ", ".join(map(source_name, items))
+
+
+def absolute_source(source: str, field: str = "data.source") -> str:
+    """Return a source by a name that is the same in every folder: of a local path the whole.
+
+    Raises:
+        ConfigError: There is no such file or folder, or it may not be read.
+    """
+    external = _ExternalData(field, source)
+    if source.startswith("s3://") or external.is_on_hub:
+        return source
+    return os.path.abspath(external.path)  # noqa: PTH100  (without `..`, and links as they are)
 
 
 @dataclass(frozen=True)
