@@ -16,7 +16,19 @@ import httpx
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, validators
 
 import rlhf
-from flows import artifacts, champions, compare, data, forget, judge, preflight, runs, server
+from flows import (
+    artifacts,
+    champions,
+    chat,
+    compare,
+    data,
+    forget,
+    judge,
+    preflight,
+    runs,
+    serve,
+    server,
+)
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
 from rlhf.config import LoadedConfig, load_config
@@ -52,7 +64,7 @@ app.command(server.app)
 for command in (
     preflight.preflight, runs.runs, runs.status, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
-    compare.compare, judge.judge,
+    compare.compare, judge.judge, chat.chat, serve.serve,
 ):  # fmt: skip
     app.command(command)
 
