@@ -57,6 +57,7 @@ def chat(
     preferences = PreferenceFile(options.preferences)
     is_plain = plain or not console.is_terminal
     aside = PlainConsole(stderr=True) if is_plain else console
+    say("loading …", "dim", on=aside)
     models = open_chat(policy, options, store, config)
     from rlhf.chat import Conversation
 

@@ -231,14 +231,13 @@ def _folder_settings(folder: Path) -> ReplySettings:
     if values.get("do_sample") is not True:
         return settings
 
-    def number(name: str, kind: type, default: Any) -> Any:
+    def number(name: str, default: float) -> float:
         value = values.get(name)
-        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        return kind(value) if is_number and 0 <= value < math.inf else default
+        return value if type(value) in (int, float) and 0 < value < math.inf else default
 
     return replace(
-        settings, temperature=number("temperature", float, 1.0), top_k=number("top_k", int, 0),
-        top_p=min(1.0, number("top_p", float, 1.0) or 1.0),
+        settings, temperature=number("temperature", 1.0), top_k=int(number("top_k", 0)),
+        top_p=min(1.0, number("top_p", 1.0)),
     )  # fmt: skip
 
 
