@@ -199,8 +199,9 @@ def _reply(
     models: ChatModels, conversation: Conversation, is_plain: bool, aside: PlainConsole
 ) -> None:
     """Let all policies reply; one that can't is said, and the others reply."""
+    from rlhf.chat import reply_seed
+
     seed = conversation.begin_attempt()
-    # All are read from the same conversation: it must not change before the last one is done.
     side_by_side = not is_plain and len(models.policies) > 1 and console.width >= SIDE_BY_SIDE
     made: list[Candidate] = []
     errors: list[RLHFError] = []
@@ -219,7 +220,7 @@ def _reply(
                 head = f"{number}: " if is_plain else f"{number} {policy.label}\n"
                 console.print(Text(printable(head), "" if is_plain else "bold"), end="")
             try:
-                candidate = models.answer(policy, conversation, seed, on_text)
+                candidate = models.answer(policy, conversation, reply_seed(seed, index), on_text)
             except RLHFError as error:
                 errors.append(error)
                 shown[index] += f"error: {shortened(explain(error))}"

@@ -352,6 +352,15 @@ class Conversation:
         self.preferred = number - 1
 
 
+def reply_seed(seed: int, index: int) -> int:
+    """Return the seed of one of several replies to the same turn.
+
+    With one seed for all, policies that differ little would often draw the same reply, and of two
+    that are equal none can be preferred.
+    """
+    return derive_seed(seed, f"reply {index}") if index else seed
+
+
 def preference_rows(
     messages: Sequence[Message], chosen: Candidate, others: Sequence[Candidate]
 ) -> list[dict[str, Any]]:

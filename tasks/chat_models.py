@@ -84,9 +84,11 @@ class ChatPolicy:
 
     @property
     def label(self) -> str:
-        """What the user called it, and which it is."""
+        """What the user called it, and which it is; of a folder its name."""
         name, short = self.model.text, self.model.label
-        return name if short == name or self.model.ref is None else f"{name} ({short})"
+        if self.model.ref is None:
+            return self.identity
+        return name if short == name else f"{name} ({short})"
 
     @property
     def identity(self) -> str:

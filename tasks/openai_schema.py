@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -137,6 +138,8 @@ def parse(body: bytes, shape: type[Any]) -> Any:
     """
     try:
         value = load_json(body)
+        # Half a surrogate pair is no character: no tokenizer takes it.
+        json.dumps(value, ensure_ascii=False).encode()
     except ValueError as error:
         raise ConfigError(f"the body is no JSON that can be read ({str(error)[:200]})") from None
     try:

@@ -149,12 +149,12 @@ def test_a_sampled_reply_is_that_of_its_settings(speaker):
 
 
 def test_a_reply_of_several_tokens_a_character(tmp_path):
-    parrot = Speaker(write_parrot(tmp_path / "parrot", HOSTILE), torch.device("cpu"))
+    parrot = Speaker(write_parrot(tmp_path / "parrot"), torch.device("cpu"))
     parts = []
     reply = parrot.reply([user("tea?")], ReplySettings(200, 0.0), 0, parts.append)
     assert (reply.text, reply.ending, reply.notes) == (HOSTILE, "stop", ())
     assert "".join(parts) == HOSTILE
-    assert len(parts) > 20
+    assert len(parts) > 8
     assert not any("\ufffd" in part for part in parts)
     # A stop sequence ends it; the text before it is whole.
     cut = parrot.reply([user("tea?")], ReplySettings(200, 0.0, stop_sequences=("onerror",)), 0)
