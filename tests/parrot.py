@@ -32,18 +32,22 @@ def write_parrot(folder: Path, parts: Sequence[str] = HOSTILE_PARTS, context: in
     model, tokenizer = from_scratch(architecture, ["tea or cup? good bad"] * 2, seed=0)
     tokenizer.add_tokens([part for part in parts if part.isascii()])
     model.resize_token_embeddings(len(tokenizer))
+    embedding = model.get_input_embeddings()
+    embedding.weight.data.normal_(generator=torch.Generator().manual_seed(0))
     renderer = Renderer(tokenizer)
     ids = [renderer.encode_prompt("?", 100)[-1], *renderer.encode_reply("".join(parts))]
     assert len({*ids}) == len(ids), "a token that occurs twice would have two followers"
     layer = model.model.layers[0]
     for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
         weight.data.zero_()
-    # What is left of the model, without the passes through its layers.
-    embedding, norm = model.get_input_embeddings().weight, model.model.norm
-    optimizer = torch.optim.Adam([embedding], 2e-2)
+    # With tied weights no token could have a follower other than one that it follows itself.
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     now, following = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
-    for _ in range(400):
-        loss = F.cross_entropy(norm(embedding[now]) @ embedding.T, following)
+    states = model.model.norm(embedding(now)).detach()
+    optimizer = torch.optim.Adam([model.lm_head.weight], 0.1)
+    for _ in range(100):
+        loss = F.cross_entropy(model.lm_head(states), following)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
