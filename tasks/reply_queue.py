@@ -101,5 +101,5 @@ class ReplyQueue:
     def _too_slow(self) -> TooSlow:
         return TooSlow(
             f"the reply took more than {self.seconds:g} s; ask for fewer tokens, or start the "
-            "server with a larger --seconds"
+            "server with a larger --max-seconds"
         )

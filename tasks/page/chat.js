@@ -53,6 +53,12 @@ function showTitle() {
   document.title = $("title").textContent;
 }
 
+/* Characters that act on the display, such as those that turn the direction of text, written out. */
+function visible(text) {
+  const acts = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g;
+  return text.replace(acts, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
+
 function element(tag, text, className) {
   const made = document.createElement(tag);
   made.textContent = text;
@@ -77,7 +83,7 @@ async function send(text) {
   hint("");
   messages.push({ role: "user", content: text });
   const asked = made("turn-of-user");
-  asked.querySelector(".text").textContent = text;
+  asked.querySelector(".text").textContent = visible(text);
   $("turns").append(asked);
   const turn = made("turn-of-policy");
   $("turns").append(turn);
@@ -118,8 +124,8 @@ async function fill(one) {
     const response = await ask("/chat/reply", { messages, policy: one.policy });
     for await (const line of lines(response.body)) {
       if (line.error) throw new Error(line.error.message);
-      if (line.text !== undefined) { text.textContent += line.text; turnToEnd(); }
-      if (line.reply) { one.result = line.reply; text.textContent = line.reply.text; }
+      if (line.text !== undefined) { text.textContent += visible(line.text); turnToEnd(); }
+      if (line.reply) { one.result = line.reply; text.textContent = visible(line.reply.text); }
     }
     if (!one.result) throw new Error("the reply was broken off");
   } catch (error) {

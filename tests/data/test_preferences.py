@@ -21,7 +21,6 @@ def row(prompt="tea?", chosen="good", rejected="bad", **more):
     return {"prompt": [user(prompt)], "chosen": chosen, "rejected": rejected, **more}
 
 
-
 def test_rows_are_appended_and_nothing_is_changed(tmp_path):
     path = tmp_path / "new" / "own.jsonl"
     PreferenceFile(path).append([row(), row(chosen="日本\u2028\n")])

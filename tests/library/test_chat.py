@@ -244,7 +244,10 @@ def test_retries_are_further_candidates():
     talk.candidates += [candidate("three"), candidate("one")]
     assert talk.current.reply.text == "three"  # the newest reply of the first policy
     rows = talk.prefer(3)
-    assert [(row["chosen"], row["rejected"]) for row in rows] == [("three", "one"), ("three", "two")]
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [
+        ("three", "one"),
+        ("three", "two"),
+    ]
     assert first != talk.begin_attempt()
     same = answered()
     other = Conversation(seed=1)

@@ -60,9 +60,7 @@ def running(
     key: str | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """Run a server on a free port until the block ends."""
-    app = build_app(
-        models, PreferenceFile(preferences), own_hosts("127.0.0.1", ()), limits, key
-    )
+    app = build_app(models, PreferenceFile(preferences), own_hosts("127.0.0.1", ()), limits, key)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

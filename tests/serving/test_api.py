@@ -63,9 +63,7 @@ def test_a_completion_whole_and_streamed(client, server):
 
 def test_what_a_request_names_is_used(client):
     def reply(**options):
-        (choice,) = client.chat.completions.create(
-            model="parrot", messages=TEA, **options
-        ).choices
+        (choice,) = client.chat.completions.create(model="parrot", messages=TEA, **options).choices
         return choice
 
     cut = reply(max_completion_tokens=4)

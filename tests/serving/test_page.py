@@ -12,6 +12,8 @@ from tests.report.test_browser import CUT_OFF, SQUEEZED, UNNAMED
 from tests.serving.conftest import OTHER, running
 
 pytestmark = pytest.mark.browser
+#: The hostile reply as the page shows it: characters that act on the display are written out.
+SHOWN = HOSTILE.replace("\x1b", "\\u001b").replace("\u202e", "\\u202e")
 #: Waits until a condition of the page holds; its end is the browser's time limit.
 UNTIL = """
 new Promise(done => {{
@@ -73,7 +75,7 @@ def test_a_conversation_of_votes(browser, server, votes, tmp_path, width, dark):
     page.screenshot(tmp_path / f"begin-{width}-{dark}.png")
     send(page, "Which tea has no caffeine?")
     # Until the vote nothing tells which policy wrote what, or how it was scored.
-    assert sorted(texts(page)) == sorted([HOSTILE, OTHER])
+    assert sorted(texts(page)) == sorted([SHOWN, OTHER])
     shown = page.evaluate("document.body.innerText")
     assert "parrot" not in shown
     assert "judge" not in shown
@@ -115,7 +117,7 @@ def test_text_never_becomes_markup(browser, server):
     press(page, "No preference")
     send(page, "again")
     assert texts(page, ".user .text")[0] == attack
-    assert HOSTILE in texts(page)
+    assert SHOWN in texts(page)
     assert page.evaluate("document.querySelectorAll('main img, main script').length") == 0
     assert page.evaluate("document.title") == "Which reply is better?"
     # Were it markup all the same, the policy of the page would run no code of it.
@@ -130,7 +132,7 @@ def test_retry_stop_and_a_new_conversation(browser, server, votes):
     page.evaluate("document.getElementById('two').click()")
     assert "parrot" in page.evaluate("document.title")
     send(page, "tea?")
-    assert texts(page) == [HOSTILE]
+    assert texts(page) == [SHOWN]
     assert "tokens" in page.evaluate("document.body.innerText")
     press(page, "Retry")
     until(page, f"document.querySelectorAll('.reply').length === 2 && {ANSWERED}")
@@ -142,7 +144,7 @@ def test_retry_stop_and_a_new_conversation(browser, server, votes):
     send(page, "x" * 2000)  # beyond the context
     assert "the context is full" in page.evaluate("document.body.innerText")
     send(page, "a shorter one")
-    assert texts(page)[-1] == HOSTILE
+    assert texts(page)[-1] == SHOWN
     assert page.evaluate("messages.map(m => m.role)") == ["user", "assistant", "user"]
     page.evaluate(
         "(() => { const t = document.getElementById('text'); t.value = 'once more';"
