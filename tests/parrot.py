@@ -14,8 +14,8 @@ from rlhf.modeling.base import from_scratch
 
 #: Text that acts on pages and terminals, and characters of several tokens each.
 HOSTILE_PARTS = (
-    "<img src=x", " onerror=", "\"document.title='owned'\"", ">", " \x1b[31m ", "\u202e", " Gr", "ü",
-    "n und ", "日", " or ", "👍",
+    "<img src=x", " onerror=", "\"document.title='owned'\"", ">", " \x1b[31m ", "\u202e", " Gr",
+    "ü", "n und ", "日", " or ", "👍",
 )  # fmt: skip
 HOSTILE = "".join(HOSTILE_PARTS)
 

@@ -177,12 +177,11 @@ def test_the_context_is_said_to_be_full(fresh, speaker):
     assert (whole.ending, longer.ending) == ("length", "context")
     assert whole.notes == (f"cut off after {room} tokens, the most that a reply may have",)
     assert longer.notes == (f"cut off after {room} tokens: the context is full (64 tokens)",)
-    with pytest.raises(PromptUnusable, match="the context is full: the conversation has .* 64"):
+    with pytest.raises(PromptUnusable, match=r"the context is full: the conversation has .* 64"):
         speaker.reply([*turns, assistant("jar " * 30), user("pot")], GREEDY, 0)
-    try:
+    with pytest.raises(PromptUnusable) as caught:
         speaker.prompt_ids([user("jar " * 99)])
-    except PromptUnusable as error:
-        assert error.reason == TOO_LONG
+    assert caught.value.reason == TOO_LONG
     # Longer than in training: nothing is left out, and it is said.
     trained = Speaker(fresh, DEVICE, TokenLimits(max_length=16, max_prompt=8))
     reply = trained.reply(turns, GREEDY, 0)

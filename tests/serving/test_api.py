@@ -179,8 +179,8 @@ def test_hosts_that_are_this_servers():
 
 
 def test_broken_bodies_are_refused(server):
-    for body in (b"", b"{", b"[" * 100_000, b'{"messages": NaN}', b'{"messages": "\\ud800"}',
-                 b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b"\xff", b"null"):  # fmt: skip
+    half = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    for body in (b"", b"{", b"[" * 100_000, b'{"messages": NaN}', half, b"\xff", b"null"):
         got = ask(server, "/v1/chat/completions", body, content_type="application/json")
         assert got == (400, "invalid_request"), body[:40]
     for path in ("/docs", "/openapi.json", "/../serving.py", "/page/index.html", "/v1/completions"):
