@@ -69,6 +69,7 @@ def serve(
     preferences = PreferenceFile(options.preferences)
     listening = _listen(host, port)  # before the models are loaded
     with listening:
+        say("loading …", "dim")
         models = open_chat(policy, options, store, config)
         from tasks.serving import ServingLimits, build_app, model_id
         from tasks.serving_guard import own_hosts

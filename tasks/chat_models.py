@@ -235,7 +235,8 @@ def _folder_settings(folder: Path) -> ReplySettings:
 
     def number(name: str, default: float) -> float:
         value = values.get(name)
-        return value if type(value) in (int, float) and 0 < value < math.inf else default
+        is_number = isinstance(value, int | float) and 0 < value < math.inf
+        return value if is_number and value is not True else default
 
     return replace(
         settings, temperature=number("temperature", 1.0), top_k=int(number("top_k", 0)),
