@@ -255,7 +255,7 @@ def _facts(candidate: Candidate) -> str:
 
 @contextmanager
 def _columns(models: ChatModels, shown: list[str], first: int) -> Iterator[Live | None]:
-    """Show replies side by side while they grow; of what is higher than the screen its end."""
+    """Show replies side by side while they grow; of long ones the end."""
 
     def tail() -> Table:
         lines = max(3, console.height - 6)

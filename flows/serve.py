@@ -38,7 +38,7 @@ def serve(
     max_requests: Count = 8, max_seconds: Seconds = 300.0,
     options: ChatOptions = DEFAULT_CHAT, store: StoreOption = None, config: ConfigOption = None,
 ) -> None:  # fmt: skip
-    """Serve a policy on this machine: OpenAI's chat completions, and a page to chat and vote.
+    """Serve a policy: OpenAI's chat completions, and a page to chat and vote.
 
     Parameters
     ----------

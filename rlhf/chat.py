@@ -173,7 +173,7 @@ class Speaker:
 
 
 class TextStream:
-    """The text of a reply while it is drawn, in parts whose sum is the text of the whole reply.
+    """The text of a reply while it is drawn, in parts that add up to it.
 
     Held back are bytes that are no whole character yet, blanks that may end the reply, and what may
     become a stop sequence.
@@ -282,7 +282,7 @@ class Conversation:
         return self.candidates[self._newest if self.preferred is None else self.preferred]
 
     def say(self, text: str) -> None:
-        """Append a user's turn, behind the current reply; without a reply, replace the last one.
+        """Append a user's turn; replace the last one if there was no reply to it.
 
         Raises:
             ConfigError: It is empty, or no text.
@@ -364,7 +364,7 @@ def reply_seed(seed: int, index: int) -> int:
 def preference_rows(
     messages: Sequence[Message], chosen: Candidate, others: Sequence[Candidate]
 ) -> list[dict[str, Any]]:
-    """Return rows of `data.source`: a pair for each different reply that one was preferred to.
+    """Return a pair for each different reply that another was preferred to.
 
     Raises:
         ConfigError: The reply is empty or was cancelled, or no other differs from it.

@@ -42,7 +42,7 @@ _SHORTEST_SECRET = 12
 
 
 class PreferenceFile:
-    """A JSON-lines file to which preferences are appended; nothing in it is ever changed.
+    """A JSON-lines file to which preferences are appended.
 
     Processes that append at the same time take turns. A line is there whole or not at all, also
     when the disk is full.

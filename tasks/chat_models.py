@@ -235,8 +235,9 @@ def _folder_settings(folder: Path) -> ReplySettings:
 
     def number(name: str, default: float) -> float:
         value = values.get(name)
-        is_number = isinstance(value, int | float) and 0 < value < math.inf
-        return value if is_number and value is not True else default
+        if not isinstance(value, int | float) or value is True:
+            return default
+        return value if 0 < value < math.inf else default
 
     return replace(
         settings, temperature=number("temperature", 1.0), top_k=int(number("top_k", 0)),
@@ -252,7 +253,7 @@ def _with_options(settings: ReplySettings, options: ChatOptions) -> ReplySetting
 def _scorers(
     policy: NamedModel, options: ChatOptions, store: Store
 ) -> tuple[list[tuple[str, NamedModel]], list[str]]:
-    """Return the scoring models, each with the name of its score; and notes on those missing."""
+    """Return the scoring models by the name of their score, and notes on missing ones."""
     found: list[tuple[str, NamedModel]] = []
     notes: list[str] = []
     if options.scores:

@@ -256,7 +256,7 @@ class _ReplyRequest(BaseModel):
 
 
 async def _reply(service: _Service, request: Request) -> Response:
-    """Answer the page by lines of JSON: parts of the text, then the reply with its scores."""
+    """Answer the page by lines of JSON: parts of the text, then reply and scores."""
     asked: _ReplyRequest = parse(await request.body(), _ReplyRequest)
     if asked.policy >= len(service.models.policies):
         return _no_model(service)

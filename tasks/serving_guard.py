@@ -40,7 +40,7 @@ class Refused(Exception):
 
 @dataclass
 class Guard:
-    """ASGI middleware that refuses requests by their headers and the size of their bodies.
+    """ASGI middleware that refuses requests by headers and size.
 
     Pages of other sites reach a server on this machine through its user's browser: by a name that
     their DNS gives the address 127.0.0.1 (hence `hosts`), or by a request whose answer they can't
@@ -150,7 +150,7 @@ def _hostname(url: str) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a function that gives the body that was read, then what the server receives."""
+    """Return a `receive` that gives the body, then what the server receives."""
     sent = False
 
     async def replayed() -> Message:
