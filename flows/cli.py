@@ -19,6 +19,7 @@ import rlhf
 from flows import (
     artifacts,
     champions,
+    chat,
     compare,
     data,
     export,
@@ -27,6 +28,7 @@ from flows import (
     judge,
     preflight,
     runs,
+    serve,
     server,
     watch,
 )
@@ -67,6 +69,7 @@ for command in (
     init.init, preflight.preflight, runs.runs, runs.status, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
     compare.compare, judge.judge, export.export,
+    compare.compare, judge.judge, chat.chat, serve.serve,
 ):  # fmt: skip
     app.command(command)
 

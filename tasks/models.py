@@ -64,7 +64,7 @@ def find_model(text: str, store: Store) -> NamedModel:
         ConfigError: It is no model, or one that was not trained.
     """
     folder = expand_home(text)
-    if _is_folder(text, folder):
+    if is_folder(text, folder):
         if not is_dir(folder):
             raise ConfigError(f"{text}: no such folder; give a model's folder or an artifact")
         return NamedModel(text, _kind(text, folder), folder, None, _judge(text, folder))
@@ -72,7 +72,7 @@ def find_model(text: str, store: Store) -> NamedModel:
     return fetch_model(text, ref, store)
 
 
-def _is_folder(text: str, folder: Path) -> bool:
+def is_folder(text: str, folder: Path) -> bool:
     """Return whether a name is written like a path, or is that of a model's folder."""
     try:
         is_model = is_file(folder / CONFIG) or is_file(folder / JUDGE_FILE)

@@ -68,7 +68,7 @@ def pytest_collection_finish():
 #: Whole programs, the emulated device, and training again and again: slow under coverage, and they
 #: run code that other tests measure.
 UNMEASURED = (
-    "tests/flows/", "tests/production/", "tests/benchmarks/", "tests/test_reaper",
+    "tests/flows/", "tests/production/", "tests/benchmarks/", "tests/serving/", "tests/test_reaper",
     "tests/test_emulated_cuda",
     *(
         f"tests/library/test_{name}"

@@ -130,6 +130,12 @@ class Browser:
         self, file: Path, width: int = 1280, height: int = 900, dark: bool = False, media: str = ""
     ) -> Page:
         """Load a local file at this size and colour scheme."""
+        return self.visit(file.resolve().as_uri(), width, height, dark, media)
+
+    def visit(
+        self, url: str, width: int = 1280, height: int = 900, dark: bool = False, media: str = ""
+    ) -> Page:
+        """Load a page at this size and colour scheme; it may ask its own server for more."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
@@ -138,9 +144,9 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call("Page.navigate", url="about:blank")
         self.events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=url)
         self.wait_for("Page.loadEventFired")
-        page = Page(self)
+        page = Page(self, url)
         page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
         return page
 
@@ -162,12 +168,16 @@ class Browser:
 class Page:
     """The loaded page."""
 
-    def __init__(self, browser: Browser) -> None:
+    def __init__(self, browser: Browser, url: str) -> None:
         self._browser = browser
+        self._own = ("file:",) if url.startswith("file:") else (url.rstrip("/") + "/",)
 
     @property
     def problems(self) -> list[str]:
-        """Console errors and warnings, uncaught exceptions, and requests beyond local files."""
+        """Console errors and warnings, uncaught exceptions, and requests elsewhere.
+
+        A file may ask for local files, another page for what its own server has.
+        """
         found = []
         for event in self._browser.events:
             method, given = event.get("method"), event.get("params", {})
@@ -183,7 +193,7 @@ class Page:
                 found.append(f"log: {given['entry']['text']}")
             elif method == "Network.requestWillBeSent":
                 url = given["request"]["url"]
-                if not url.startswith(("file:", "about:", "data:")):
+                if not url.startswith((*self._own, "about:", "data:")):
                     found.append(f"request: {url}")
         return found
 

@@ -1,0 +1,290 @@
+"""Policies and scoring models of a chat, by the names that a user gives, and how they reply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter, validators
+
+from rlhf.champions import champion, model_lines
+from rlhf.config import PPOConfig
+from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.files import is_file
+from rlhf.saved import read_saved
+from rlhf.store import ArtifactRef, Store
+from tasks.model_options import Positive
+from tasks.models import (
+    CHAMPION,
+    POLICY,
+    REWARD_MODEL,
+    NamedModel,
+    fetch_model,
+    find_model,
+    is_folder,
+    judge_of,
+    limits_of,
+    reply_settings,
+    require_kind,
+    reward_model_of,
+)
+
+if TYPE_CHECKING:
+    from rlhf.chat import Candidate, Conversation, ReplySettings, Score, Speaker
+    from rlhf.data.rows import Message
+    from rlhf.modeling.reward import Scorer
+
+#: Words for policies: the champion of a model line, and the SFT policy that another started from.
+CHAMPION_WORD, SFT_WORD = "champion", "sft"
+#: Value of --judge that means the usable judge of the policy's lineage.
+LINEAGE = "lineage"
+#: Policies that are proposed where there is no champion.
+PROPOSED = 3
+#: Most tokens of a reply of a policy in a folder, whose training is not known.
+FOLDER_TOKENS = 512
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """Options of the commands that let a policy reply to a person."""
+
+    versus: str | None = None
+    """A second policy that replies too: sft (that the first one started from), or any name."""
+    judge: str | None = None
+    """Scores replies too: a judge or reward model, or `lineage` for the judge of the policy's."""
+    scores: bool = True
+    """Show the score of the reward model that the policy was trained with."""
+    temperature: Annotated[float | None, Parameter(validator=validators.Number(gte=0))] = None
+    """Of sampling, 0 is greedy; default: that of the policy's training."""
+    max_new_tokens: Positive = None
+    """Most tokens of a reply; default: those of the policy's training, or 512."""
+    seed: int = 0
+    """Seed of the replies."""
+    system: str | None = None
+    """System turn of every conversation."""
+    preferences: Path | None = None
+    """JSON lines to which preferences are appended; default: .rlhf/preferences.jsonl."""
+
+
+#: None of them given.
+DEFAULT_CHAT = ChatOptions()
+
+
+@dataclass(frozen=True)
+class ChatPolicy:
+    """A policy of a chat, with its settings."""
+
+    model: NamedModel
+    speaker: Speaker
+    settings: ReplySettings
+
+    @property
+    def label(self) -> str:
+        """What the user called it, and which it is; of a folder its name."""
+        name, short = self.model.text, self.model.label
+        if self.model.ref is None:
+            return self.identity
+        return name if short == name else f"{name} ({short})"
+
+    @property
+    def identity(self) -> str:
+        """Digest of its artifact, or the name of its folder: no path of this machine."""
+        return self.model.ref.digest if self.model.ref else self.model.folder.resolve().name
+
+
+@dataclass(frozen=True)
+class ChatModels:
+    """What a chat needs: one policy or two, and the models that score replies."""
+
+    policies: tuple[ChatPolicy, ...]
+    scorers: tuple[tuple[str, NamedModel, Scorer], ...]
+    notes: tuple[str, ...]
+    """What a user should know of them, such as that there is no reward model."""
+
+    def scores(self, messages: Sequence[Message], text: str) -> tuple[Score, ...]:
+        """Return the scores of a reply."""
+        from rlhf.chat import score_reply
+
+        return tuple(score_reply(name, scorer, messages, text) for name, _, scorer in self.scorers)
+
+    def answer(
+        self, policy: ChatPolicy, conversation: Conversation, seed: int,
+        on_text: Callable[[str], object] | None = None,
+    ) -> Candidate:  # fmt: skip
+        """Let a policy reply to a conversation; return its reply with its scores.
+
+        Raises:
+            PromptUnusable: It can't be given the conversation.
+        """
+        from rlhf.chat import Candidate
+
+        messages = conversation.messages
+        reply = policy.speaker.reply(messages, policy.settings, seed, on_text)
+        scores = self.scores(messages, reply.text)
+        return Candidate(policy.label, policy.identity, reply, scores)
+
+
+def load_chat(
+    name: str | None, options: ChatOptions, line: str, device: Callable[[], Any], store: Store,
+    load_scorer: Callable[[NamedModel, Any], Scorer],
+) -> ChatModels:  # fmt: skip
+    """Find and load the models of a chat.
+
+    Args:
+        name: Of the policy; None is the champion.
+        options: As the user gave them.
+        line: Model line whose champion is meant.
+        device: Prepares the device; called once all names are found.
+        store: Where they are.
+        load_scorer: Loads a reward model or judge.
+
+    Raises:
+        ArtifactMissing: A name names nothing.
+        ConfigError: It is no such model, or can't be loaded.
+    """
+    first = find_policy(name or CHAMPION_WORD, line, store)
+    found = [first]
+    if options.versus is not None:
+        found.append(find_policy(options.versus, line, store, of=first))
+        if found[0].folder.resolve() == found[1].folder.resolve():
+            raise ConfigError(f"--versus {options.versus}: is the policy itself; name another")
+    scorers, notes = _scorers(first, options, store)
+    from rlhf.chat import Speaker
+
+    place = device()
+    # Both reply as the first was trained to: else they would differ in more than their weights.
+    settings = _with_options(settings_of(first, store), options)
+    policies = tuple(
+        ChatPolicy(each, Speaker(each.folder, place, limits_of(each, store)), settings)
+        for each in found
+    )
+    loaded = tuple((word, model, load_scorer(model, place)) for word, model in scorers)
+    return ChatModels(policies, loaded, tuple(notes))
+
+
+def find_policy(
+    text: str, line: str, store: Store, of: NamedModel | None = None
+) -> NamedModel:  # fmt: skip
+    """Find a policy by any name of a model, `champion`, or `sft`, and fetch it.
+
+    A pin or a model's folder of such a name comes first.
+
+    Args:
+        text: The name.
+        line: Model line whose champion is meant.
+        store: Where it is.
+        of: Policy from which `sft` is looked up; None takes the champion.
+
+    Raises:
+        ArtifactMissing: It names nothing.
+        ConfigError: It is no policy.
+    """
+    is_word = text in (CHAMPION_WORD, SFT_WORD) and not is_folder(text, Path(text))
+    if not is_word or store.pins.find(text) is not None:
+        return require_kind(find_model(text, store), POLICY, "a chat")
+    if text == CHAMPION_WORD:
+        if champion(store, line) is None:
+            raise ArtifactMissing(_no_champion(line, store))
+        found = find_model(f"{CHAMPION}{line}", store)
+        return replace(found, text=text)
+    start = of or find_policy(CHAMPION_WORD, line, store)
+    digest = store.manifest(start.ref).parents.get(SFT_WORD) if start.ref else None
+    if digest is None:
+        why = "has no SFT policy in its lineage" if start.ref else "is a folder, without lineage"
+        raise ConfigError(f"sft: {start.text} {why}; name a policy, or a folder")
+    return fetch_model(SFT_WORD, store.resolve(digest), store)
+
+
+def settings_of(policy: NamedModel, store: Store) -> ReplySettings:
+    """Return how a policy replied in its training, as far as that is known.
+
+    Of a policy by PPO those are PPO's settings, of another artifact the lengths alone, and of a
+    folder its generation configuration.
+    """
+    from rlhf.chat import ReplySettings
+
+    if policy.ref is None:
+        return _folder_settings(policy.folder)
+    section = store.manifest(policy.ref).producer.config.get("ppo")
+    if isinstance(section, dict):
+        try:
+            ppo = PPOConfig.model_validate(section)
+        except ValueError:  # of another version
+            pass
+        else:
+            return ReplySettings(
+                ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p,
+                ppo.generation.stop_sequences,
+            )  # fmt: skip
+    new_tokens, stops = reply_settings(policy, store)
+    return ReplySettings(new_tokens or FOLDER_TOKENS, stop_sequences=stops)
+
+
+def _folder_settings(folder: Path) -> ReplySettings:
+    from rlhf.chat import ReplySettings
+    from rlhf.modeling.generation_config import FILE
+
+    values = read_saved(folder / FILE) if is_file(folder / FILE) else {}
+    settings = ReplySettings(FOLDER_TOKENS)
+    if values.get("do_sample") is not True:
+        return settings
+
+    def number(name: str, default: float) -> float:
+        value = values.get(name)
+        if not isinstance(value, int | float) or value is True:
+            return default
+        return value if 0 < value < math.inf else default
+
+    return replace(
+        settings, temperature=number("temperature", 1.0), top_k=int(number("top_k", 0)),
+        top_p=min(1.0, number("top_p", 1.0)),
+    )  # fmt: skip
+
+
+def _with_options(settings: ReplySettings, options: ChatOptions) -> ReplySettings:
+    given = {name: getattr(options, name) for name in ("temperature", "max_new_tokens")}
+    return replace(settings, **{name: v for name, v in given.items() if v is not None})
+
+
+def _scorers(
+    policy: NamedModel, options: ChatOptions, store: Store
+) -> tuple[list[tuple[str, NamedModel]], list[str]]:
+    """Return the scoring models by the name of their score, and notes on missing ones."""
+    found: list[tuple[str, NamedModel]] = []
+    notes: list[str] = []
+    if options.scores:
+        reward = reward_model_of(policy, store)
+        if reward is not None:
+            found.append(("reward", reward))
+        elif options.judge is None:
+            why = "a folder has no lineage" if policy.ref is None else "none is in its lineage"
+            notes.append(f"no reward model is known of {policy.text} ({why}); --judge names one")
+    if options.judge == LINEAGE:
+        judge, why = judge_of(policy, store)
+        if judge is None:
+            raise ConfigError(f"--judge {LINEAGE}: {policy.text}: {why}; name a judge")
+        found.append(("judge", judge))
+    elif options.judge is not None:
+        judge = require_kind(find_model(options.judge, store), REWARD_MODEL, "--judge")
+        if judge.judge is not None and not judge.judge.usable:
+            notes.append(f"judge {judge.label} is not usable ({judge.judge.reason})")
+        found.append(("judge", judge))
+    return found, notes
+
+
+def _no_champion(line: str, store: Store) -> str:
+    lines = ", ".join(model_lines(store)) or "none"
+    newest: list[ArtifactRef] = [
+        ref for ref, _, _ in sorted(store.list(), key=lambda each: each.age) if ref.kind == POLICY
+    ]
+    cure = (
+        "name a policy: " + ", ".join(ref.short for ref in newest[:PROPOSED])
+        if newest
+        else "it holds no policy either: train one by rlhf run, name the store by --store, or a "
+        "model's folder"
+    )
+    return f"{store.uri} has no champion of the line {line} (lines that have: {lines}); {cure}"
