@@ -65,11 +65,9 @@ app.command(artifacts.app)
 app.command(data.app)
 app.command(server.app)
 for command in (
-    preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
-    init.init, preflight.preflight, runs.runs, runs.status, forget.forget,
+    init.init, preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
-    compare.compare, judge.judge, export.export,
-    compare.compare, judge.judge, chat.chat, serve.serve,
+    compare.compare, judge.judge, chat.chat, serve.serve, export.export,
 ):  # fmt: skip
     app.command(command)
 
