@@ -34,7 +34,8 @@ from tasks.console import console
 logging.getLogger("rlhf").addHandler(NoticeHandler())
 logging.getLogger("rlhf").setLevel(logging.INFO)
 board.show_on(console, plain="plain" in sys.argv)
-with board.running("tiny-1", ["prepare-data", "train-sft", "train-policy", "promote"], Path(sys.argv[1])):
+stages = ["prepare-data", "train-sft", "train-policy", "promote"]
+with board.running("tiny-1", stages, Path(sys.argv[1])):
     board.start_stage("prepare-data")
     board.end_stage("prepare-data", "Completed", 1.5, "64 pairs")
     board.start_stage("train-sft")
