@@ -7,10 +7,10 @@ show the same. It fits 80 columns and 24 lines, and says more where there is mor
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from rlhf.plain_text import one_line
 from rlhf.report.model import OUTCOMES, STATES
@@ -24,6 +24,9 @@ from tasks.run_record import (
     RunRecord,
     StageProgressRecord,
 )
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 #: Metrics with a sparkline, in this order, and their labels.
 SPARKS = {
