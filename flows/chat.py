@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from flows.artifacts import ConfigOption, StoreOption
 from flows.models import load_scorer, open_for_models
@@ -213,12 +212,12 @@ def _reply(
             def on_text(part: str, index: int = index) -> None:
                 shown[index] += part
                 if live is None:
-                    console.print(Text(printable(part)), end="", soft_wrap=True)
+                    console.print(styled(part), end="", soft_wrap=True)
 
             number = first + index
             if live is None and (len(models.policies) > 1 or number > 1):
                 head = f"{number}: " if is_plain else f"{number} {policy.label}\n"
-                console.print(Text(printable(head), "" if is_plain else "bold"), end="")
+                console.print(styled((head, "" if is_plain else "bold")), end="")
             try:
                 candidate = models.answer(policy, conversation, reply_seed(seed, index), on_text)
             except RLHFError as error:
@@ -285,7 +284,7 @@ def _table(
     table = Table(expand=True, show_lines=bool(made))
     for number, policy in enumerate(models.policies, first):
         table.add_column(styled((f"{number} {policy.label}", "bold")), ratio=1, overflow="fold")
-    table.add_row(*(Text(printable(text)) for text in shown))
+    table.add_row(*map(styled, shown))
     if made:
-        table.add_row(*(Text(printable(_facts(each)), "dim") for each in made))
+        table.add_row(*(styled((_facts(each), "dim")) for each in made))
     return table

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.prompt import Prompt
 from rich.table import Table
 
 from rlhf.errors import ConfigError, RLHFError
-from rlhf.plain_text import one_line, printable
-from tasks.console import console, say
+from rlhf.plain_text import one_line
+from tasks.console import ask, console, say
 
 if TYPE_CHECKING:
     from tasks.proposal import Proposal
@@ -91,7 +90,7 @@ def _answer(question: str, default: str | None, check: Callable[[str], object]) 
         EOFError: There is no answer.
     """
     while True:
-        answer = Prompt.ask(printable(question), console=console, default=default) or ""
+        answer = ask(question, default)
         try:
             if answer.strip():
                 check(answer.strip())

@@ -21,7 +21,7 @@ from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import expand_home
 from rlhf.plain_text import one_line
 from tasks.console import console, say, styled
-from tasks.prefect_server import PIPELINES, prefect_server
+from tasks.prefect_server import PIPELINES, check_settings, prefect_server
 from tasks.run_record import RUNNING, RunRecord, read_records
 from tasks.screen import style_of
 
@@ -56,6 +56,7 @@ def runs(*, limit: int = 20, work_dir: Path | None = None, json: bool = False) -
     """
     if not 1 <= limit <= PAGE:
         raise ConfigError(f"--limit {limit}: give a number from 1 to {PAGE}")
+    check_settings()
     from prefect.settings import PREFECT_API_URL
 
     local = read_records(records_folder(work_dir))

@@ -104,7 +104,7 @@ def model_card(facts: CardFacts, checked: Checked, *, has_adapter: bool, gguf: s
         heading("Use", 2),
         code_block(_usage(facts, checked), "python"),
         _generation(facts.sampled),
-        _adapter(facts) if has_adapter else Markdown(""),
+        _adapter(facts) if has_adapter else words(),
         heading("Verification", 2),
         bullets(_verification(checked, gguf)),
         *_figures(facts),

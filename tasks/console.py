@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import TextColumn
+from rich.prompt import Prompt
 from rich.segment import Segment
 from rich.text import Text
 
@@ -54,6 +55,15 @@ def styled(*parts: str | Text | tuple[str, str]) -> Text:
     return Text.assemble(
         *(text if isinstance(text, Text) else (printable(text), style) for text, style in pairs)
     )
+
+
+def ask(question: str, default: str | None = None) -> str:
+    """Return the answer that is typed to a question; an empty line means the default.
+
+    Raises:
+        EOFError: The input has ended.
+    """
+    return Prompt.ask(styled(question), console=console, default=default) or ""
 
 
 def text_column(form: str) -> TextColumn:

@@ -166,7 +166,9 @@ MARKUP = {
 }  # fmt: skip
 #: Who may: the console, Prefect's pages, Markdown's own module; processes that print for a parent.
 EXEMPT = {
-    "tasks/console.py": MARKUP["rich.console"] | MARKUP["rich.text"] | MARKUP["rich.progress"],
+    "tasks/console.py": (
+        MARKUP["rich.console"] | MARKUP["rich.text"] | MARKUP["rich.progress"] | {"Prompt"}
+    ),
     "tasks/prefect_pages.py": MARKUP["prefect.artifacts"],
     "rlhf/markdown.py": {"Markdown"}, "rlhf/smoke.py": {"print"},
     "rlhf/launch/worker.py": {"traceback.print_exc"},

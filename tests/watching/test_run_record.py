@@ -10,6 +10,7 @@ from datetime import datetime
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.runs import runs
 from flows.watch import exit_code, watch
@@ -83,6 +84,14 @@ def test_names_may_be_shortened_if_one_run_is_meant(folder):
         find_record(records, "tiny")
 
 
+@pytest.fixture
+def no_server():
+    """Without one, whatever other tests of this process have set."""
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
+
+
+@pytest.mark.usefixtures("no_server")
 def test_the_commands_tell_of_a_killed_run(folder, tmp_path, capsys):
     record = new_record("lost", ["train-sft"]).model_copy(update={"process_start": 1.0})
     write_record(record, folder)
