@@ -82,7 +82,8 @@ def overridden(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
     overrides: Tree | LoadedConfig = parameters.get("overrides") or {}
     if isinstance(overrides, LoadedConfig):
         return [(k, v) for k, v, source in overrides.rows() if source in (COMMAND_LINE, OVERRIDE)]
-    if isinstance(overrides, PipelineConfig):
+    # A whole configuration, also as Prefect keeps it, changes no preset.
+    if isinstance(overrides, PipelineConfig) or PipelineConfig.model_fields.keys() <= {*overrides}:
         return []
     return [(key, as_written(value)) for key, value in flatten(overrides) if key != "name"]
 

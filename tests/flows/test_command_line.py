@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,8 +119,9 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, resumed, f
     state = {row[1].strip(): row[2].strip() for row in rows}
     assert state["train-sft"] == state["train-reward-model"] == "Cached"
     assert state["train-policy"] == "Completed"
-    first_step = next(x for x in stdout.splitlines() if x.startswith("train-policy "))
-    assert int(first_step.split()[1].split("/")[0]) > int(saved[-1][-6:])
+    first_step = re.search(r"^train-policy: (\d+)/", stdout, re.MULTILINE)
+    assert first_step
+    assert int(first_step[1]) > int(saved[-1][-6:])
 
     # The undisturbed training, in this process: its libraries are loaded already.
     alone = rlhf("stage", "train-policy", "--config", preset, *SLOW)
