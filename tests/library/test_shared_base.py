@@ -206,7 +206,13 @@ def test_it_learns_its_reward_and_publishes_a_plain_policy(train, scored, sft, t
     assert curve[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert sum(r["reward"] for r in curve[-3:]) > sum(r["reward"] for r in curve[:3]) + 1
     assert min(r["critic_grad_norm"] for r in curve) > 0
-    assert not list(out.glob("adapter*"))
+    # The policy's alone, beside the weights: at the top transformers would take it for an adapter.
+    assert [path.name for path in out.glob("adapter*")] == ["adapter"]
+    names = {path.name for path in (out / "adapter").rglob("*")}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert adapter
+    assert all(k.endswith((".lora_A.weight", ".lora_B.weight")) for k in adapter)
     before, after = toys.weights(sft), toys.weights(out)
     assert before.keys() == after.keys()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
