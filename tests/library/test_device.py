@@ -147,7 +147,7 @@ with compact_heap(torch.device("cpu"), large):
 @GLIBC
 def test_large_tensors_leave_no_holes():
     with_holes, compact = map(float, printed_by(HOLES))
-    assert with_holes > 1.3
+    assert with_holes > 1.2  # else there is nothing to test; 1.29 to 1.5 on a busy machine
     assert compact < 1.1
 
 
