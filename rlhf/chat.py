@@ -36,7 +36,7 @@ _ALL = 2**62
 
 @dataclass(frozen=True)
 class ReplySettings:
-    """How a policy replies; temperature 0 is greedy."""
+    """Sampling settings of a policy's replies; temperature 0 is greedy."""
 
     max_new_tokens: int = 512
     temperature: float = 1.0

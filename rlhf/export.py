@@ -65,7 +65,7 @@ Check = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Sampled:
-    """How PPO sampled the replies that a policy was trained on."""
+    """Sampling settings of the PPO training that made a policy."""
 
     max_new_tokens: int
     temperature: float

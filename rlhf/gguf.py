@@ -39,7 +39,7 @@ _TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 @dataclass(frozen=True)
 class Tools:
-    """What makes and checks a GGUF file."""
+    """Converter that makes a GGUF file; llama-cpp-python checks it."""
 
     converter: Path
 

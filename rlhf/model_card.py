@@ -52,7 +52,7 @@ class Step:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card says of a policy, as far as the store knows it."""
+    """Facts about a policy for its model card, as far as the store has them."""
 
     digest: str
     stage: str
@@ -78,7 +78,7 @@ class CardFacts:
 
     @property
     def standing(self) -> str:
-        """What the gate said, in one line."""
+        """Return the gate's verdict in one line."""
         if self.verdict is None:
             return "NOT JUDGED: no gate has judged this policy."
         if self.verdict.approved:

@@ -84,7 +84,7 @@ class ChatPolicy:
 
     @property
     def label(self) -> str:
-        """What the user called it, and which it is; of a folder its name."""
+        """The user's name for it and its digest; of a folder its name."""
         name, short = self.model.text, self.model.label
         if self.model.ref is None:
             return self.identity
@@ -98,7 +98,7 @@ class ChatPolicy:
 
 @dataclass(frozen=True)
 class ChatModels:
-    """What a chat needs: one policy or two, and the models that score replies."""
+    """Loaded models of a chat: one or two policies, and those that score replies."""
 
     policies: tuple[ChatPolicy, ...]
     scorers: tuple[tuple[str, NamedModel, Scorer], ...]

@@ -53,7 +53,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class ServingLimits:
-    """What one request may take, and how many there may be at a time."""
+    """Limits of one request, and on how many are served at a time."""
 
     tokens: int = 1024
     """Most tokens of a reply."""

@@ -20,7 +20,7 @@ _LOOKS = (10, 5, 2, 1)
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the held-out rows can show of a reward model and of a policy."""
+    """Smallest effects that gates on the held-out rows can detect."""
 
     accuracy: float | None
     """Least true accuracy that is told from a coin in four of five runs; None: not even 1."""
@@ -34,14 +34,14 @@ class Judgement:
 
     @property
     def accuracy_in_words(self) -> str:
-        """Which reward models are told from a coin."""
+        """Return the smallest accuracy that is told from chance."""
         if self.accuracy is None:
             return "not even a perfect model"
         return f"a model that is right in {self.accuracy:.0%} or more"
 
     @property
     def win_rate_in_words(self) -> str:
-        """Which policies are found better."""
+        """Return the smallest win rate that is found better."""
         if self.win_rate is None:
             return "not even a policy that always wins"
         return f"a win rate of {self.win_rate:.0%} or more"

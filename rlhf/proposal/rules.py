@@ -47,7 +47,7 @@ _LARGER = {"hidden_size": 256, "layers": 4, "heads": 8, "intermediate_size": 688
 
 @dataclass(frozen=True)
 class Situation:
-    """All that the rules go by."""
+    """Data, base and machine that the rules choose values for."""
 
     data: DataFacts
     tokens: TokenCounts
