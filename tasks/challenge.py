@@ -77,19 +77,24 @@ def optional_inputs(
     return inputs
 
 
+def ppo_settings(policy: ArtifactRef, store: Store) -> PPOConfig | None:
+    """Return the settings of the PPO training that made a policy; None if they are not known."""
+    section = store.manifest(policy).producer.config.get("ppo")
+    if not isinstance(section, dict):
+        return None
+    try:
+        return PPOConfig.model_validate(section)
+    except ValueError:  # of another version
+        return None
+
+
 def reply_settings(policy: ArtifactRef, store: Store) -> tuple[int, tuple[str, ...]] | None:
     """Return the most tokens of a policy's replies and its stop sequences; None if not known.
 
     They are those of its training by PPO.
     """
-    section = store.manifest(policy).producer.config.get("ppo")
-    if not isinstance(section, dict):
-        return None
-    try:
-        ppo = PPOConfig.model_validate(section)
-    except ValueError:  # of another version
-        return None
-    return ppo.max_new_tokens, ppo.generation.stop_sequences
+    ppo = ppo_settings(policy, store)
+    return None if ppo is None else (ppo.max_new_tokens, ppo.generation.stop_sequences)
 
 
 def _frozen(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter, validators
 
 from rlhf.champions import champion, model_lines
-from rlhf.config import PPOConfig
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import is_file
 from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
+from tasks.challenge import ppo_settings
 from tasks.model_options import Positive
 from tasks.models import (
     CHAMPION,
@@ -209,17 +209,12 @@ def settings_of(policy: NamedModel, store: Store) -> ReplySettings:
 
     if policy.ref is None:
         return _folder_settings(policy.folder)
-    section = store.manifest(policy.ref).producer.config.get("ppo")
-    if isinstance(section, dict):
-        try:
-            ppo = PPOConfig.model_validate(section)
-        except ValueError:  # of another version
-            pass
-        else:
-            return ReplySettings(
-                ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p,
-                ppo.generation.stop_sequences,
-            )  # fmt: skip
+    ppo = ppo_settings(policy.ref, store)
+    if ppo is not None:
+        return ReplySettings(
+            ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p,
+            ppo.generation.stop_sequences,
+        )  # fmt: skip
     new_tokens, stops = reply_settings(policy, store)
     return ReplySettings(new_tokens or FOLDER_TOKENS, stop_sequences=stops)
 

@@ -11,7 +11,6 @@ from typing import Any
 from rlhf.champions import champion, latest_entry, model_lines, verdict_of
 from rlhf.config import RuntimeConfig
 from rlhf.config.pipeline import StoreConfig
-from rlhf.config.ppo import PPOConfig
 from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import ArtifactMissing, ConfigError, ExportFailed, StoreError, UnexpectedError
@@ -20,6 +19,7 @@ from rlhf.files import exists, is_dir
 from rlhf.modeling.source import ExternalModel
 from rlhf.plain_text import one_line
 from rlhf.store import ArtifactRef, Store
+from tasks.challenge import ppo_settings
 from tasks.models import (
     CHAMPION,
     DATASET,
@@ -146,7 +146,7 @@ def facts_of(ref: ArtifactRef, store: Store, licence: str | None) -> Any:
             line for line in model_lines(store)
             if (entry := latest_entry(store, line)) and entry.get("policy") == ref.digest
         ),
-        sampled=_sampled(manifest.producer.config), lineage=tuple(lineage.values()),
+        sampled=_sampled(ref, store), lineage=tuple(lineage.values()),
         versions=manifest.producer.versions, code_version=manifest.producer.code_version,
         data=_metrics(next((d for d, s in lineage.items() if s.kind == DATASET), None), store),
     )  # fmt: skip
@@ -256,13 +256,9 @@ def _sft(policy: ArtifactRef, store: Store) -> Path:
         raise ExportFailed(f"its adapter can't be checked: {error}") from error
 
 
-def _sampled(config: Mapping[str, Any]) -> Sampled | None:
-    section = config.get("ppo")
-    if not isinstance(section, dict):
-        return None
-    try:
-        ppo = PPOConfig.model_validate(section)
-    except ValueError:  # of another version
+def _sampled(policy: ArtifactRef, store: Store) -> Sampled | None:
+    ppo = ppo_settings(policy, store)
+    if ppo is None:
         return None
     stops = tuple(ppo.generation.stop_sequences)
     return Sampled(ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p, stops)
