@@ -15,7 +15,7 @@ os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
 import hypothesis
 import pytest
 
-from tests import reaper
+from tests import cpu_times, reaper
 from tests.ceph import s3_server
 from tests.startup import sitecustomize
 from tests.swift import s3_weak_server
@@ -37,7 +37,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any-speed")
 
 
+def pytest_addoption(parser):
+    cpu_times.add_option(parser)
+
+
 def pytest_configure(config):
+    if config.getoption("cpu_times"):
+        config.pluginmanager.register(cpu_times.CpuTimes())
     # So that all Python processes of the session import sitecustomize, as this one has.
     paths = [str(Path(sitecustomize.__file__).parent), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
