@@ -44,8 +44,9 @@ programs: $(STAMP)  ## whole programs and flows, and training again and again: h
 site: $(STAMP)  ## tests of a whole site: Prefect's server on Postgres, S3, workers
 	$(TESTS) -m "site and not slow and not campaign"
 
-campaigns: $(STAMP)  ## all cases of the matrices of which `make test` takes a sample
-	$(TESTS) -m "campaign and not slow"
+campaigns: export RLHF_CAMPAIGN = 1
+campaigns: $(STAMP)  ## all cases and examples of which the tests take a sample
+	$(TESTS) -m "(campaign or hypothesis) and not slow"
 
 # Alone and with all threads: torch's suffer badly from company on 2 cores.
 quickstart-bars: export RLHF_CHECK_SHAPES = 0

@@ -17,6 +17,7 @@ import pytest
 
 from tests import cpu_times, reaper
 from tests.ceph import s3_server
+from tests.examples import examples
 from tests.startup import sitecustomize
 from tests.swift import s3_weak_server
 
@@ -32,7 +33,10 @@ __all__ = ["s3_server", "s3_weak_server"]
 
 # An example may take as long as a busy machine needs.
 hypothesis.settings.register_profile(
-    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "any-speed",
+    deadline=None,
+    max_examples=examples(100),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("any-speed")
 
