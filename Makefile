@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests: one more than cores, for one of them often waits for a server.
 WORKERS ?= 3
 
-.PHONY: quickstart server server-stop deploy test lint unit quickstart-bars gpu clean
+.PHONY: quickstart server server-stop deploy test lint unit programs site campaigns quickstart-bars gpu clean
 
 quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
 	$(BIN)/rlhf run configs/quickstart.yaml
@@ -21,7 +21,7 @@ deploy: $(STAMP)  ## make the server of PREFECT_API_URL equal to deployments/; D
 	@$(BIN)/python -m tasks.deployments $(if $(DRY),--dry) $(if $(WAIT),--wait $(WAIT))
 	$(BIN)/rlhf preflight
 
-test: $(STAMP)  ## lint, and all tests but the quickstart's quality bars
+test: $(STAMP)  ## before each commit: lint, and the tests of single functions with a sample of the others
 	+$(MAKE) --no-print-directory --jobs=2 lint unit
 
 lint: $(STAMP)
@@ -31,11 +31,22 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 # Exported, not written before the command: without a shell in between, make's SIGTERM reaches pytest.
-unit: export OMP_NUM_THREADS = 1
+unit programs site campaigns: export OMP_NUM_THREADS = 1
 # Two threads of a training wait for each other beside another test.
-unit: export RLHF_THREADS = 1
+unit programs site campaigns: export RLHF_THREADS = 1
+TESTS := $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 unit: $(STAMP)
-	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --cov
+	$(TESTS) -m "not slow and not program and not site and not campaign" --cov
+
+programs: $(STAMP)  ## whole programs and flows, and training again and again: half an hour
+	$(TESTS) -m "program and not slow and not campaign"
+
+site: $(STAMP)  ## tests of a whole site: Prefect's server on Postgres, S3, workers
+	$(TESTS) -m "site and not slow and not campaign"
+
+campaigns: export RLHF_CAMPAIGN = 1
+campaigns: $(STAMP)  ## all cases and examples of which the tests take a sample
+	$(TESTS) -m "(campaign or hypothesis) and not slow"
 
 # Alone and with all threads: torch's suffer badly from company on 2 cores.
 quickstart-bars: export RLHF_CHECK_SHAPES = 0

@@ -15,8 +15,9 @@ os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
 import hypothesis
 import pytest
 
-from tests import reaper
+from tests import cpu_times, reaper
 from tests.ceph import s3_server
+from tests.examples import examples
 from tests.startup import sitecustomize
 from tests.swift import s3_weak_server
 
@@ -32,12 +33,21 @@ __all__ = ["s3_server", "s3_weak_server"]
 
 # An example may take as long as a busy machine needs.
 hypothesis.settings.register_profile(
-    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "any-speed",
+    deadline=None,
+    max_examples=examples(100),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("any-speed")
 
 
+def pytest_addoption(parser):
+    cpu_times.add_option(parser)
+
+
 def pytest_configure(config):
+    if config.getoption("cpu_times"):
+        config.pluginmanager.register(cpu_times.CpuTimes())
     # So that all Python processes of the session import sitecustomize, as this one has.
     paths = [str(Path(sitecustomize.__file__).parent), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -80,6 +90,54 @@ UNMEASURED = (
     ),
     *(f"tests/store/test_{name}" for name in ("flips", "kills", "races", "wire_faults")),
 )  # fmt: skip
+#: Of these, the tests that `make test` runs all the same: of each kind one, by the start of its id.
+EACH_COMMIT = (
+    "tests/benchmarks/test_families", "tests/benchmarks/test_gates", "tests/test_emulated_cuda",
+    # One server of Prefect, one tiny run, and what is read from it; commands in this process.
+    *(
+        f"tests/flows/test_{name}"
+        for name in (
+            "command_line.py::test_bad_input_is_one_line", "command_line.py::test_config_show",
+            "command_line.py::test_flags", "data_command", "metrics.py::test_tensorboard",
+            "own_data.py::test_a_gate", "pipeline.py::test_a_deleted", "pipeline.py::test_a_lost",
+            "pipeline.py::test_a_loaded", "pipeline.py::test_a_rejection_is_not",
+            "pipeline.py::test_runs_to", "pipeline.py::test_samples", "pipeline.py::test_stages",
+            "pipeline.py::test_the_first_screen", "progress", "security.py::test_a_run_can",
+            "security.py::test_an_environment",
+        )
+    ),
+    *(
+        f"tests/library/test_{name}"
+        for name in (
+            "checkpoint_upload.py::test_a_damaged", "checkpoint_upload.py::test_only_what",
+            "environments_training.py::test_every_reply", "environments_training.py::test_multi",
+            "external_models.py::test_a_base", "external_models.py::test_a_good",
+            "external_models.py::test_places", "families.py::test_a_model_that",
+            "generate_batches.py::test_stop", "generate_batches.py::test_what",
+            "on_a_device.py::test_sums", "on_a_device.py::test_the_decode_loop",
+            "ppo_options.py::test_advantages", "ppo_options.py::test_compat",
+            "ppo_options.py::test_gradients", "ppo_options.py::test_schedules",
+            "ppo_options.py::test_target_kl", "ppo_options.py::test_the_policys",
+            "ppo_options.py::test_the_score", "ppo_options.py::test_while",
+            "ppo_resume.py::test_a_resumed_run_is_the_same_run[2]",
+            "ppo_resume.py::test_everything", "processes.py::test_a_job",
+            "processes.py::test_shares", "processes.py::test_what_can", "processes.py::test_where",
+            "promotion.py::test_settings", "promotion.py::test_who",
+            "resume_stage.py::test_a_training", "shared_base.py::test_each",
+            "shared_base.py::test_one_base", "shared_base.py::test_scores",
+            "shared_base.py::test_what", "smoke.py::test_without", "uploads.py::test_after",
+            "uploads.py::test_sigterm", "uploads.py::test_who",
+        )
+    ),
+    *(
+        f"tests/store/test_{name}"
+        for name in (
+            "flips.py::test_flip_in_a_date", "flips.py::test_flip_in_every_download",
+            "kills.py::test_killed_readers", "races.py::test_one_writer", "races.py::test_publish",
+            "wire_faults.py::test_broken_once", "wire_faults.py::test_refused_for_a_second",
+        )
+    ),
+)  # fmt: skip
 #: Of these, the tests that check shapes all the same: batches of replies, PPO with each option.
 CHECKED = tuple(
     f"tests/library/test_{name}" for name in ("generate_batches", "ppo_options", "shared_base")
@@ -115,12 +173,22 @@ LONG = ("tests/library/test_on_a_device", "tests/test_reaper", "tests/library/te
 def pytest_collection_modifyitems(items):
     """Skip CPU-only tests on other devices; group tests by their servers, and sort."""
     for item in items:
+        if mark := _kind(item):
+            item.add_marker(mark)
         cpu_only = item.get_closest_marker("cpu_only")
         if cpu_only and (os.environ.get("RLHF_DEVICE") or "cpu") != "cpu":
             item.add_marker(pytest.mark.skip(reason=f"CPU only: {cpu_only.args[0]}"))
         if group := _group(item):
             item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=_turn)
+
+
+def _kind(item) -> str | None:
+    """Return the mark of a test that `make test` leaves to a command of its own."""
+    if item.nodeid.startswith("tests/production/"):
+        return "site"
+    whole = item.nodeid.startswith(UNMEASURED) and not item.nodeid.startswith(EACH_COMMIT)
+    return "program" if whole else None
 
 
 def _group(item) -> str | None:

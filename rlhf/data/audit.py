@@ -356,7 +356,7 @@ def _slices(groups: Mapping[str, LengthCounts], tallies: Tallies) -> dict[str, d
     }
 
 
-def _distribution(lengths: array[int]) -> Lengths:
+def _distribution(lengths: Sequence[int]) -> Lengths:
     ordered = np.sort(np.array(lengths, dtype=np.int64))
     last = len(ordered) - 1
     # Of whole numbers below 2^53 the exponent is their number of bits.

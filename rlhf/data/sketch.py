@@ -18,7 +18,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,7 +161,8 @@ def write_sketch(out_dir: Path, pairs: Iterable[Pair]) -> None:
         pairs: Its pairs, for training and held out.
     """
     sketch = _sketch_of(out_dir, pairs)
-    text = json.dumps(asdict(sketch), ensure_ascii=False, separators=(",", ":"))
+    # By `vars`: asdict copies each of the 50,000 counts, a fifth of the stage's time on few rows.
+    text = json.dumps(vars(sketch), default=vars, ensure_ascii=False, separators=(",", ":"))
     (out_dir / SKETCH).write_bytes(text.encode("utf-8", "replace") + b"\n")
 
 

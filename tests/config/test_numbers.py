@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 from rlhf.config import PipelineConfig, load_config, load_preset
 from rlhf.errors import ConfigError
 from tasks.parameters import _partial_schema
+from tests.examples import examples
 
 SCHEMA = _partial_schema()
 #: Keywords that hold no schema, or names with schemas.
@@ -105,7 +106,7 @@ def test_the_api_refuses_what_its_lists_could_not_write():
             load_preset(None, overrides)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     path=st.sampled_from([p for p, _ in NUMBERS if override(p, 0)]),
     value=st.one_of(st.integers(), st.floats(), st.integers().map(lambda n: n * 10**40)),

@@ -16,6 +16,7 @@ from rlhf.config.pipeline import StoreConfig
 from rlhf.config.store_uri import parse_store_uri
 from rlhf.errors import StoreConfigError
 from rlhf.store.store import backend_of
+from tests.examples import examples
 
 MARKS = "?#%&=;:@/\\ .~\t\n\r\0[]é"
 
@@ -55,7 +56,7 @@ def test_what_would_be_dropped_is_refused(uri, reason):
 @example("b/~x", "file")
 @example("b//x", "s3")
 @example("~x", "")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_whatever_is_accepted_is_taken_whole(text, scheme):
     uri = {"s3": "s3://", "file": "file:///", "": ""}[scheme] + text
     try:

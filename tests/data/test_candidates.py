@@ -16,6 +16,7 @@ from rlhf.data.formats import detect
 from rlhf.errors import ConfigError, NoPreferences
 from tests.data.helpers import assistant, user
 from tests.data.test_meaning import asked, bad, good, prepare, right, side, two
+from tests.examples import examples
 
 
 def parts(role, *texts):
@@ -312,7 +313,7 @@ def test_marks_of_templates_in_parts_are_found(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=examples(60), deadline=None, phases=[Phase.explicit, Phase.generate])
 def test_candidates_are_never_the_wrong_way_round(data):
     """Orders, scores, ids and further columns are drawn."""
     kind = data.draw(st.sampled_from(["nova", "prodigy", "prism", "gemini", "mix", "share"]))

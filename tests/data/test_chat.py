@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rlhf.data.chat import ROLES, common_prefix, split_reply, to_messages, to_text
 from rlhf.data.records import LeftOutError
 from tests.data.helpers import assistant, user
+from tests.examples import examples
 
 
 def system(content):
@@ -289,7 +290,7 @@ MESSAGES = st.fixed_dictionaries(
 
 
 @given(JSON | MESSAGES | st.lists(MESSAGES, min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_any_value_is_used_or_has_a_reason(value):
     for call in (to_text, to_messages):
         found = result(call, value, "prompt")
@@ -312,7 +313,7 @@ def test_any_value_is_used_or_has_a_reason(value):
     st.lists(st.sampled_from([P, C, S, tool("12")]), max_size=4),
     st.none() | st.just("How?") | st.lists(st.sampled_from([P, C, S]), min_size=1, max_size=3),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_split_returns_the_last_message_and_keeps_a_given_prompt(messages, prompt):
     split = result(split_reply, messages, prompt, "chosen")
     if isinstance(split, LeftOutError):

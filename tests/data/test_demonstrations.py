@@ -16,6 +16,7 @@ from rlhf.data.records import Record
 from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
 from rlhf.errors import ConfigError, DataError
 from tests.data.helpers import assistant, message, pair, user
+from tests.examples import examples
 
 
 def write(path, data) -> str:
@@ -260,7 +261,9 @@ THUMBS = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_s
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(25),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(THUMBS)
 def test_thumbs_end_as_pairs_as_demonstrations_or_left_out(tmp_path, thumbs):
@@ -382,7 +385,9 @@ SPOKEN = st.sampled_from(["best", "worst", "else", "worst "])
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(25),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.lists(st.tuples(ASKED, SPOKEN, ASKED, SPOKEN, st.sampled_from("mpu")), max_size=12))
 def test_never_a_held_out_prompt_or_a_reply_that_lost(tmp_path, drawn):

@@ -15,6 +15,7 @@ from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Pair
 from rlhf.data.sketch import SKETCH, make_sketch, read_sketch, tokens_of
 from rlhf.errors import DataError
+from tests.examples import examples
 
 ENGLISH = [
     "how",
@@ -104,7 +105,7 @@ sides = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(sides, sides)
 def test_symmetric_bounded_and_zero_for_equal(old, new):
     there, back = compare(old, new), compare(new, old)
@@ -251,7 +252,7 @@ def saved(tmp_path_factory):
     return json.loads((folder / SKETCH).read_text())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data())
 def test_an_edited_sketch_is_compared_or_refused_in_one_line(tmp_path_factory, saved, data):
     folder = tmp_path_factory.mktemp("edited")

@@ -17,6 +17,7 @@ from rlhf.data.records import LeftOutError
 from rlhf.errors import ConfigError
 from tests.data.helpers import assistant, message, user
 from tests.data.test_formats import BAD, GOOD, JSON, ONE, Q, read_rows
+from tests.examples import examples
 
 
 def task(*selected, **more):
@@ -253,7 +254,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 @pytest.mark.parametrize("row", EXPORTED.values(), ids=EXPORTED)
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_any_value_anywhere_in_an_export_is_converted_or_left_out(row, data):
     layout = detect(list(row), [row], DataConfig(source="x.jsonl"))
     path = data.draw(st.sampled_from([*paths(row)]))

@@ -18,6 +18,7 @@ from rlhf.data.quarantine import Quarantine
 from rlhf.data.records import LeftOutError
 from rlhf.errors import ConfigError, DataError
 from tests.data.helpers import assistant, message, pair, user
+from tests.examples import examples
 
 Q, GOOD, BAD = "How do I clean a kettle?", "Boil vinegar in it.", "No idea."
 HH = "\n\nHuman: {}\n\nAssistant: {}"
@@ -262,7 +263,7 @@ JSON = st.recursive(
 
 @pytest.mark.parametrize("row", [row for _, row, _ in LAYOUTS.values()], ids=LAYOUTS)
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_any_value_is_converted_or_left_out(row, data):
     layout = detect(list(row), [row], DataConfig(source="x.jsonl"))
     changed = data.draw(st.dictionaries(st.sampled_from(list(row)), JSON, min_size=1))

@@ -20,6 +20,7 @@ from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
 from rlhf.errors import ConfigError, DataError
 from tests.data.helpers import assistant, message, pair, user
+from tests.examples import examples
 
 #: Rows of each kind by number: one column of each is first needed in a late row.
 KINDS = {
@@ -133,7 +134,9 @@ def test_a_layout_that_the_first_rows_do_not_show(tmp_path, setting, early):
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(15),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     st.sampled_from([*KINDS]),

@@ -23,6 +23,7 @@ from rlhf.data.special_tokens import (
     without_prompt,
 )
 from tests.data.helpers import assistant, user
+from tests.examples import examples
 
 
 def system(content):
@@ -283,7 +284,7 @@ RENDERERS = [
 
 @pytest.mark.parametrize(("render", "name"), RENDERERS)
 @given(conversation=conversations())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_a_rendered_conversation_is_parsed_exactly(render, name, conversation):
     messages, is_open = conversation
     text = render(messages, is_open)
@@ -292,7 +293,7 @@ def test_a_rendered_conversation_is_parsed_exactly(render, name, conversation):
 
 
 @given(conversation=conversations())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_what_is_parsed_is_a_chat(conversation):
     messages, is_open = conversation
     _, found = parsed(chat_ml(messages, is_open))

@@ -20,6 +20,7 @@ from rlhf.data.sources import source_digest
 from rlhf.errors import ConfigError, DataError
 from tasks.retraining import data_digest
 from tests.data.helpers import message, pair, rows
+from tests.examples import examples
 
 
 def write(path, data) -> str:
@@ -305,7 +306,9 @@ ROWS = st.lists(st.tuples(NAMES, st.sampled_from("abc"), st.sampled_from("abc"))
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(30),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.lists(st.tuples(ROWS, st.sampled_from([0.3, 1, 1.5, 2])), min_size=1, max_size=3))
 def test_every_row_of_every_source_ends_in_one_place(tmp_path, sources):

@@ -20,6 +20,7 @@ from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import Demonstration, Pair, PromptRow, messages_of, read_rows
 from rlhf.errors import ConfigError, DataError
 from tests.data.helpers import assistant, message, pair, rows, sentence, user
+from tests.examples import examples
 
 TYPES = {
     files.DEMONSTRATIONS: Demonstration,
@@ -377,7 +378,7 @@ POOL = [*texts(6), *(f"{text} x" for text in texts(6)), "p", "q", ""]
 REPLIES = [CANNED, "yes", "no", *texts(4), *(f"{text} now" for text in texts(4)), " "]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     st.lists(
         st.builds(pair, st.sampled_from(POOL), st.sampled_from(REPLIES), st.sampled_from(REPLIES)),

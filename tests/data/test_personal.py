@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf.data import personal
 from rlhf.data.personal import KINDS, Span, find_personal_data, luhn_sum, redact_text, redact_value
+from tests.examples import examples
 
 # Sentences with each value between « and », and the value's kind before a colon.
 LABELLED = """
@@ -148,7 +149,7 @@ VALUES = [text[s.start : s.end] for text, spans in _labelled() for s in spans]
 
 
 @given(st.lists(st.one_of(st.sampled_from(VALUES), st.text("@.+-: 019aDE(", max_size=9))))
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 def test_redacted_text_has_no_personal_data_left(parts: list[str]):
     for joint in ("", " "):
         text = joint.join(parts)
@@ -185,7 +186,7 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=examples(1000), deadline=None)
 @example("4111\u20091111\u20091111\u20091111")
 @example("(0044)/30/123.456.7")
 @example("0.0.0.20 1.1.1.10")

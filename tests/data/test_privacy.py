@@ -16,6 +16,7 @@ from rlhf.data.personal import find_personal_data
 from rlhf.data.prepare import prepare_data
 from rlhf.errors import DataError
 from tests.data.helpers import assistant, message, pair, rows, user
+from tests.examples import examples
 
 MAIL, PHONE, CARD = "jane.doe@example.com", "+49 30 901820", "4111 1111 1111 1111"
 DIRTY = [
@@ -220,7 +221,7 @@ TEXTS = st.lists(st.sampled_from([MAIL, PHONE, CARD, "hello", "yes", " "]), min_
 @given(
     st.lists(st.tuples(TEXTS, TEXTS, TEXTS), max_size=6), st.sampled_from(["redact", "quarantine"])
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_no_file_of_a_dataset_holds_any_value(tmp_path_factory, triples, policy: str):
     tmp_path = tmp_path_factory.mktemp("data")
     summary = prepare(tmp_path, [pair(*texts) for texts in triples], personal_data=policy)

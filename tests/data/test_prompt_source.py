@@ -15,6 +15,7 @@ from rlhf.data.prepare import prepare_data
 from rlhf.data.rows import PromptRow, read_rows
 from rlhf.errors import ConfigError
 from tests.data.helpers import assistant, message, pair, user
+from tests.examples import examples
 
 PAIRS = [pair(f"pairs ask the question {i}") for i in range(20)]
 
@@ -143,7 +144,9 @@ SHAPES = [
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     st.sampled_from(SHAPES),

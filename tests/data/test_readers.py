@@ -36,6 +36,7 @@ from rlhf.data.readers import (
     read_records,
 )
 from rlhf.data.records import Record
+from tests.examples import examples
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 OTHER = {"prompt": "größe 漢字", "chosen": "a\u2028b\x85c", "rejected": "NA"}
@@ -122,7 +123,7 @@ NAMES = ["prompt", "chosen", "rejected"]
 ROWS = st.lists(st.fixed_dictionaries(dict.fromkeys(NAMES, TEXT)), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     rows=ROWS,
     delimiter=st.sampled_from(",;\t|"),
@@ -188,7 +189,7 @@ def test_the_encodings_proposed_decode_the_bytes(tmp_path, text, encoding):
     assert all(data.decode(name) for name in others)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(
     rows=ROWS,
     ascii=st.booleans(),
@@ -219,7 +220,7 @@ def test_any_text_survives_json(tmp_path_factory, rows, ascii, encoding, layout,
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(rows=ROWS, form=st.sampled_from(["parquet", "stream", "file"]), packed=st.booleans())
 def test_any_text_survives_tables(tmp_path_factory, rows, form, packed):
     data = table(rows, form, batch=2)

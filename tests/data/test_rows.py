@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rlhf.data import rows as files
 from rlhf.data.rows import Demonstration, Pair, PromptRow, SourceRow, read_rows, write_rows
 from rlhf.errors import DataError
+from tests.examples import examples
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 PROMPT = TEXT | st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3)
@@ -41,7 +42,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "kind"), [*zip(ROWS, TYPES, strict=True)])
-@settings(max_examples=40, phases=[Phase.explicit, Phase.generate], deadline=None)
+@settings(max_examples=examples(40), phases=[Phase.explicit, Phase.generate], deadline=None)
 @given(data=st.data())
 def test_rows_of_any_content_are_read_as_they_were_written(name, kind, data, tmp_path_factory):
     rows = data.draw(st.lists(ROWS[name], max_size=4))

@@ -25,6 +25,7 @@ from rlhf.data.shared_marks import (
 )
 from rlhf.errors import ConfigError
 from tests.data.legitimate import PROMPTS, REPLIES
+from tests.examples import examples
 
 WORDS = ("kettle", "lamp", "tea", "sonnet", "river", "novel", "brick", "rust", "otter", "owl")
 #: Prompts of templates that no parser knows.
@@ -383,7 +384,7 @@ def marks(draw):
 
 
 @given(texts=TEXTS, mark=marks(), is_reply=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_a_column_with_shared_marks_is_never_taken_in_silence(texts, mark, is_reply):
     counts = Marks("prompt", is_reply)
     for text in texts:
@@ -395,7 +396,7 @@ def test_a_column_with_shared_marks_is_never_taken_in_silence(texts, mark, is_re
 
 
 @given(texts=TEXTS, cut=st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_texts_without_shared_marks_are_left_alone(texts, cut):
     counts = Marks("prompt", is_reply=cut == 1)
     for index, text in enumerate(texts):

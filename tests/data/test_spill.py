@@ -19,6 +19,7 @@ from rlhf.data.prepare import prepare_data
 from rlhf.data.spill import Scratch, Spill, number_digests, runs
 from rlhf.errors import DataError
 from tests.data.helpers import assistant, message, user
+from tests.examples import examples
 
 VALUES = st.one_of(
     st.text(st.characters(), max_size=40),
@@ -96,7 +97,7 @@ def outcome(rows, options, memory):
         }
 
 
-@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=examples(8), phases=[Phase.explicit, Phase.generate])
 @given(
     st.one_of(st.lists(PAIRS, min_size=20, max_size=60), st.lists(RATED, min_size=20, max_size=60)),
     OPTIONS,

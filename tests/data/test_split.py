@@ -13,6 +13,7 @@ from rlhf.data.chat import loose_key
 from rlhf.data.sources import own_test_files
 from rlhf.data.split import MAX_CHANCES, find_clusters, held_out_clusters, position
 from tests.data.helpers import assistant, sentence, user
+from tests.examples import examples
 
 OPENING = "How do I descale a kettle?"
 #: Twelve questions that have nothing in common.
@@ -154,7 +155,7 @@ def growing_data(draw):
 
 
 # Shrinking takes minutes, and an example of forty prompts is read as easily.
-@settings(max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=examples(40), phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(growing_data(), st.integers(0, 3), st.floats(0.1, 0.5))
 def test_held_out_prompts_stay_held_out_when_data_grow(data, seed, fraction):
     old, new = data

@@ -25,6 +25,7 @@ from rlhf.store import ArtifactRef, open_store
 from tasks import promotion
 from tasks.approvals import Decision, ask
 from tasks.lost_runs import NEVER_STARTED, RESTART_OF
+from tests.examples import examples
 
 pytestmark = pytest.mark.prefect
 POLICY = ArtifactRef(kind="policy", digest="a" * 64, size=1, uri="file:///nowhere")
@@ -216,7 +217,9 @@ def _read(run):
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(200),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.text(max_size=40), st.text(max_size=40))
 @example("ann", "x" * LONGEST)

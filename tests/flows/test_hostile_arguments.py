@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import rlhf.external
 from flows import cli
 from tasks.console import console
+from tests.examples import examples
 
 pytestmark = pytest.mark.prefect
 #: Seconds that one command may take here; most need some milliseconds.
@@ -132,7 +133,7 @@ def test_every_command_ends_with_a_code_and_one_line(folder, part):
 
 
 # Shrinking would take minutes, and the examples are short anyway.
-@settings(max_examples=60, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=examples(60), phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(command=st.sampled_from(COMMANDS), argument=st.text(max_size=30))
 def test_any_text_ends_with_a_code_and_one_line(folder, command, argument):
     # `/` alone would be read as a folder of data.

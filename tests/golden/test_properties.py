@@ -26,11 +26,12 @@ from rlhf.ppo.losses import (
     value_mask,
     whiten,
 )
+from tests.examples import examples
 from tests.library.toys import DEVICE
 
 pytestmark = pytest.mark.device
 DTYPES = st.sampled_from([torch.float32, torch.float64])
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=examples(40), deadline=None)
 number = st.floats(-4, 4, width=32)
 junk = st.sampled_from([0.0, 9.0, -1e30, math.inf, math.nan])
 shares = st.sampled_from([0.0, 0.25, 0.9, 0.95, 1.0])

@@ -35,6 +35,7 @@ from rlhf.environments.model import PairModel
 from rlhf.environments.stop import StopSequences
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.modeling.reward import Scorer
+from tests.examples import examples
 
 CPU = torch.device("cpu")
 
@@ -337,7 +338,7 @@ def test_clip_comes_after_normalising_and_before_the_weight(renderer):
     assert scored.components["length"].tolist() == [9]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(
     st.lists(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5), min_size=2, max_size=4),
     st.sampled_from(["zscore", "minmax"]),
@@ -475,7 +476,7 @@ def test_three_replies(renderer):
     assert scored.totals.tolist() == pytest.approx([first, -first - last, last])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=6), st.floats(0.01, 100))
 def test_rewards_of_a_prompts_replies_add_up_to_nothing(renderer, scores, tau):
     batch = [reply(str(score)) for score in scores]

@@ -24,6 +24,7 @@ from rlhf.ppo.losses import (
     value_mask,
     whiten,
 )
+from tests.examples import examples
 from tests.library.toys import DEVICE
 
 pytestmark = pytest.mark.device
@@ -135,7 +136,7 @@ def episodes(draw):
 
 
 @given(episodes(), share, share)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_gae_is_the_sum_of_discounted_errors(episode, gamma, lam):
     rewards, values, mask = episode
     advantages, returns = gae(rewards, values, mask, gamma, lam)
@@ -151,7 +152,7 @@ def test_gae_is_the_sum_of_discounted_errors(episode, gamma, lam):
 
 
 @given(episodes(), st.integers(1, 4), numbers)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_padding_changes_nothing(episode, extra, junk):
     rewards, values, mask = episode
     more = torch.full((len(mask), extra), junk, dtype=torch.float64, device=DEVICE)

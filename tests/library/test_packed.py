@@ -47,6 +47,7 @@ from rlhf.modeling.packed import (
 )
 from rlhf.modeling.reward import token_batches
 from rlhf.modeling.structure import has_plain_head
+from tests.examples import examples
 from tests.library.toys import DEVICE, within
 
 pytestmark = pytest.mark.device
@@ -263,7 +264,7 @@ def test_one_forward_gives_log_probs_entropy_and_values():
 
 
 class TestInvariance:
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=examples(15), deadline=None)
     @given(
         lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6),
         data=st.data(),

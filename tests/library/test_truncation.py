@@ -27,6 +27,7 @@ from rlhf.modeling.logprobs import (
 from rlhf.modeling.sampling import Sampling
 from rlhf.ppo.losses import exact_kl, kl_estimate, policy_loss
 from rlhf.ppo.optimisation import optimise
+from tests.examples import examples
 from tests.library import toys
 from tests.library.ppo_runs import LORA, assert_same_run
 from tests.library.test_packed import SMALL, replies_of
@@ -273,7 +274,7 @@ def assembled(masks, lengths):
 
 
 @given(batches(), st.integers(0, 30), st.integers(0, 30), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_sets_come_back_as_they_were(batch, start, length, random):
     masks, lengths = batch
     kept = assembled(masks, lengths)

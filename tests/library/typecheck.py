@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import typing
+from pathlib import Path
 
 from beartype import BeartypeConf, beartype
+from beartype.claw import beartype_packages
 from jaxtyping import config, install_import_hook
 
 #: Without `config` and `store`, as beartype refuses typing.Self in pydantic's validators, and
@@ -15,12 +18,16 @@ MODULES = [
     *("signals", "smoke", "stage", "statistics", "trl_adapter"),
 ]
 
-#: Accepts an int for a float, as type checkers do (PEP 484).
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+#: Accepts an int for a float, as type checkers do (PEP 484). Variables are left to pyright.
+CONF = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False)
+check = beartype(conf=CONF)
 
 
 def install() -> None:
     """Check all functions of `MODULES`, which must not be imported yet; idempotent.
+
+    jaxtyping binds the arguments of each call anew, 100 µs of it: only modules with shapes have
+    that. In the others beartype's own checks are as strict, and nearly free.
 
     Raises:
         RuntimeError: Some of them are imported already and would not be checked.
@@ -30,10 +37,35 @@ def install() -> None:
     names = [f"rlhf.{module}" for module in MODULES]
     if early := [name for name in names if name in sys.modules]:
         raise RuntimeError(f"imported before the type checker was installed: {early}")
-    install_import_hook(names, f"{__name__}.check")
+    _leave_named_tuples()
+    beartype_packages(names, conf=CONF)
+    # Before it on the path, so that a module with shapes has jaxtyping's checks instead.
+    install_import_hook(with_shapes(), f"{__name__}.check")
     sys.meta_path[0]._rlhf = True
 
 
+def _leave_named_tuples() -> None:
+    """Leave their constructors, whose module is no real one: beartype finds no names there."""
+    make = typing._make_nmtuple
+
+    def unchecked(*args: object, **options: object) -> type:
+        made = make(*args, **options)
+        made.__new__.__no_type_check__ = True
+        return made
+
+    typing._make_nmtuple = unchecked
+
+
+def with_shapes() -> list[str]:
+    """Return the names of the modules that annotate shapes."""
+    root = Path(__file__).parents[2]
+    return [
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in sorted((root / "rlhf").rglob("*.py"))
+        if "from jaxtyping import" in path.read_text("utf-8")
+    ]
+
+
 def enable(wanted: bool) -> None:
-    """Switch the checks on or off for calls from now on."""
+    """Switch the checks of shapes on or off for calls from now on."""
     config.update("jaxtyping_disable", not wanted)

@@ -29,6 +29,7 @@ from tasks.postgres import Postgres
 from tasks.prefect_server import IN_FILES
 from tasks.server import Server, default_folder, exposure
 from tests.ceph import free_ports
+from tests.examples import examples
 from tests.production.postgres import binaries
 from tests.production.site import BIN, ROOT
 from tests.servers import PATIENCE, UnavailableError
@@ -242,7 +243,7 @@ def test_a_missing_postgres_is_told_with_the_cure(folder, monkeypatch):
         tasks.postgres.install()  # there is no apt-get either
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(12))
 @given(version=st.one_of(st.integers(-5, 40).map(lambda n: f"{n}\n".encode()), st.binary()))
 def test_data_of_another_version_are_refused(folder, programs, version):
     installed = [version for version, _ in tasks.postgres._found()]
@@ -261,7 +262,7 @@ def test_data_of_another_version_are_refused(folder, programs, version):
     (data / "global" / "pg_control").unlink()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(30))
 @given(content=st.one_of(st.binary(), st.just(f"{os.getpid()}\n".encode())))
 def test_a_stale_process_id_stops_nobody(folder, content):
     for name in ("server.pid", "server.json"):

@@ -15,6 +15,7 @@ from rlhf.errors import StoreConfigError, StoreError
 from rlhf.store.objects import Backend, Sink
 from rlhf.store.s3 import S3Backend
 from rlhf.store.s3_errors import refused
+from tests.examples import examples
 from tests.store.answers import SECRET, Answer, answering, error, is_one_line_with_a_cure
 
 HTML = "<html><body>Sign in</body></html>"
@@ -201,7 +202,7 @@ CODES = st.one_of(
     ),
     reading=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_any_refusal_is_one_line(status, code, text, headers, reading):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

@@ -13,6 +13,7 @@ from rlhf.errors import ArtifactCorrupt, StoreConfigError, StoreError
 from rlhf.store import ArtifactRef, Producer, Store, open_store
 from rlhf.store import store as store_module
 from rlhf.store.retention import ABANDONED, Retention, end_use, in_use
+from tests.examples import examples
 
 DAY = 24 * 3600.0
 OLD = Retention(older_than=90 * DAY)
@@ -298,7 +299,7 @@ def test_damaged_manifests(site):
         site.store.collect(retention=OLD, dry_run=False)
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(st.data())
 def test_whatever_is_protected_is_whole(tmp_path_factory, data):
     """Any runs that share artifacts, any protections, any rule."""
