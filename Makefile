@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests: one more than cores, for one of them often waits for a server.
 WORKERS ?= 3
 
-.PHONY: quickstart server server-stop deploy test lint unit programs site campaigns quickstart-bars gpu clean
+.PHONY: quickstart server server-stop deploy test lint unit programs site whole campaigns quickstart-bars gpu clean
 
 quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
 	$(BIN)/rlhf run configs/quickstart.yaml
@@ -31,9 +31,9 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 # Exported, not written before the command: without a shell in between, make's SIGTERM reaches pytest.
-unit programs site campaigns: export OMP_NUM_THREADS = 1
+unit programs site whole campaigns: export OMP_NUM_THREADS = 1
 # Two threads of a training wait for each other beside another test.
-unit programs site campaigns: export RLHF_THREADS = 1
+unit programs site whole campaigns: export RLHF_THREADS = 1
 TESTS := $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 unit: $(STAMP)
 	$(TESTS) -m "not slow and not program and not site and not campaign" --cov
@@ -43,6 +43,10 @@ programs: $(STAMP)  ## whole programs and flows, and training again and again: h
 
 site: $(STAMP)  ## tests of a whole site: Prefect's server on Postgres, S3, workers
 	$(TESTS) -m "site and not slow and not campaign"
+
+# Together, for a site keeps one worker waiting while the programs fill the others.
+whole: $(STAMP)  ## programs and site together
+	$(TESTS) -m "(program or site) and not slow and not campaign"
 
 campaigns: export RLHF_CAMPAIGN = 1
 campaigns: $(STAMP)  ## all cases and examples of which the tests take a sample
