@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import json as json_module
 import re
 import shutil
 import tempfile
@@ -23,8 +23,10 @@ from rich.progress import (
 from rlhf.config import load_config
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import exists, is_dir
+from rlhf.plain_text import one_line
 from rlhf.store.retention import Retention
-from tasks.console import console, say, text_column
+from tasks.console import console, say, styled, text_column
+from tasks.listing import Column, JsonOption, WideOption, show_json, show_listing
 
 if TYPE_CHECKING:
     from rlhf.store import Store
@@ -46,16 +48,36 @@ LONGEST_GRACE = 876_600.0
 
 
 @app.command
-def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
+def ls(
+    *, wide: WideOption = False, json: JsonOption = False, store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:  # fmt: skip
     """List all artifacts of a store, the newest last."""
-    from flows.terminal import artifacts_table
     from rlhf.champions import latest_entry, model_lines
 
     opened = open_existing(store, config)
     champions = {line: latest_entry(opened, line) for line in model_lines(opened)}
     marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
     marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
-    console.print(artifacts_table(opened.list(), marks))
+    rows = [
+        {
+            "digest": ref.digest, "kind": ref.kind, "stage": manifest.producer.stage,
+            "seed": manifest.producer.seed, "files": len(manifest.files), "bytes": ref.size,
+            "age_seconds": age, "marks": [mark for digest, mark in marks if digest == ref.digest],
+        }
+        for ref, manifest, age in sorted(opened.list(), key=lambda each: -each.age)
+    ]  # fmt: skip
+    columns = (
+        Column("artifact", "digest", show=lambda digest: digest[:12]),
+        Column("kind", "kind"),
+        Column("stage", "stage"),
+        Column("seed", "seed", wide=True, right=True),
+        Column("files", "files", wide=True, right=True),
+        Column("size", "bytes", show=lambda size: f"{size / 1e6:.2f} MB", right=True),
+        Column("age", "age_seconds", show=_age, right=True),
+        Column("", "marks", show=lambda marks: styled((one_line(", ".join(marks)), "bold"))),
+    )
+    show_listing(rows, columns, wide=wide, json=json)
 
 
 @app.command(name="show")
@@ -74,8 +96,9 @@ def show_artifact(ref: str, *, store: StoreOption = None, config: ConfigOption =
 
 @app.command
 def lineage(
-    ref: str, *, rows: bool = False, store: StoreOption = None, config: ConfigOption = None
-) -> None:
+    ref: str, *, rows: bool = False, json: JsonOption = False, store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:  # fmt: skip
     """Print everything that an artifact was made from.
 
     Parameters
@@ -90,20 +113,29 @@ def lineage(
     opened = open_named(store, config)
     ancestors = opened.lineage(opened.resolve(ref))
     if not rows:
-        console.print(lineage_tree(ancestors))
+        if json:
+            show_json(
+                [
+                    {"depth": depth, "role": role, "digest": ref.digest, "kind": ref.kind}
+                    for depth, role, ref in ancestors
+                ]
+            )
+        else:
+            console.print(lineage_tree(ancestors))
         return
     from rlhf.data.lineage import rows_of
 
     for dataset in sorted({a.ref.digest for a in ancestors if a.ref.kind == "dataset"}):
         for row in rows_of(opened.fetch(dataset)):
-            line = json.dumps({**vars(row), "dataset": dataset[:12]})
+            line = json_module.dumps({**vars(row), "dataset": dataset[:12]})
             say(line)
 
 
 @app.command
 def verify(
-    *refs: str, deep: bool = False, store: StoreOption = None, config: ConfigOption = None
-) -> int:
+    *refs: str, deep: bool = False, json: JsonOption = False, store: StoreOption = None,
+    config: ConfigOption = None,
+) -> int:  # fmt: skip
     """Check that artifacts are whole; the exit code is 1 if one is not.
 
     Parameters
@@ -115,12 +147,15 @@ def verify(
     """
     opened = open_existing(store, config)
     digests = [opened.resolve(ref).digest for ref in refs] or opened.digests()
-    broken = 0
+    rows = []
     for digest in digests:
-        problems = opened.problems(digest, deep)
-        broken += bool(problems)
-        for problem in problems:
+        rows.append({"digest": digest, "problems": [*opened.problems(digest, deep)]})
+        for problem in () if json else rows[-1]["problems"]:
             say(f"{digest[:12]}  {problem}", "red")
+    broken = sum(bool(row["problems"]) for row in rows)
+    if json:
+        show_json(rows)
+        return 1 if broken else 0
     how = "every byte read" if deep else "sizes compared; --deep reads every byte"
     say(f"{len(digests) - broken} of {len(digests)} artifacts are whole ({how})")
     return 1 if broken else 0
@@ -251,7 +286,8 @@ def rm(
 @app.command
 def gc(
     *, delete: bool = False, grace_hours: float = 24.0, keep_runs: str | None = None,
-    older_than: str | None = None, store: StoreOption = None, config: ConfigOption = None,
+    older_than: str | None = None, json: JsonOption = False, store: StoreOption = None,
+    config: ConfigOption = None,
 ) -> None:  # fmt: skip
     """Find what no record, champion or pin leads to; only look, unless told to delete.
 
@@ -280,6 +316,9 @@ def gc(
     retention = _retention(keep_runs, older_than, grace_hours)
     opened = open_existing(store, config)
     garbage = opened.collect(grace=grace_hours * 3600, dry_run=not delete, retention=retention)
+    if json:
+        show_json(vars(garbage))
+        return
     for name in garbage.records:
         say(name.replace("records/", "record ", 1))
     for digest in garbage.artifacts:
@@ -332,6 +371,14 @@ def _retention(
             f"most {MOST_SECONDS / UNITS['d']:g}d"
         )
     return Retention(older_than=seconds)
+
+
+def _age(seconds: float) -> str:
+    """Return an age in the largest unit that it has one of."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def _shown(value: str) -> str:

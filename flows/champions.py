@@ -16,7 +16,8 @@ from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.external import shorten
 from rlhf.store import ArtifactRef, Store
-from tasks.console import console, say
+from tasks.console import say
+from tasks.listing import Column, JsonOption, WideOption, show_listing
 from tasks.prefect_server import check_settings, prefect_server
 
 if TYPE_CHECKING:
@@ -28,6 +29,18 @@ NameOption = Annotated[
     str | None, Parameter(help="Model line; default: the preset's promotion.name, or default.")
 ]
 
+#: Columns of `rlhf champion`.
+CHAMPIONS = (
+    Column("line", "model"),
+    Column("entry", "number", wide=True, right=True),
+    Column("policy", "policy", show=lambda digest: digest[:12]),
+    Column("", "state"),
+    Column("verdict", "verdict", wide=True, show=lambda digest: digest[:12]),
+    Column("when", "when", show=lambda moment: moment[:16].replace("T", " ")),
+    Column("by", "by"),
+    Column("run", "run", wide=True),
+    Column("why", "why"),
+)
 #: Characters of a run's id by which it may be approved, as of a digest.
 LEAST_ID = 6
 
@@ -111,8 +124,8 @@ def rollback(
 
 
 def champion(
-    *, name: NameOption = None, history: bool = False, store: StoreOption = None,
-    config: ConfigOption = None,
+    *, name: NameOption = None, history: bool = False, wide: WideOption = False,
+    json: JsonOption = False, store: StoreOption = None, config: ConfigOption = None,
 ) -> None:  # fmt: skip
     """Show the champion of a model line, or of each; who made it so, when and why.
 
@@ -122,7 +135,6 @@ def champion(
         Show all champions that there were, the present one last.
     """
     check_settings()  # what follows imports Prefect
-    from flows.terminal import champions_table
     from rlhf import champions
 
     loaded, opened = _open_model_line(name, store, config)
@@ -134,7 +146,16 @@ def champion(
         others = f"; there is one of {', '.join(existing)}" if existing else ""
         raise ArtifactMissing(f"{opened.uri}: no champion{wanted}{others}")
     first = 0 if history else -1
-    console.print(champions_table([e for each in entries.values() for e in each[first:]]))
+    rows = [
+        {
+            **entry.model_dump(mode="json"),
+            "number": entry.number,
+            "state": "unapproved" if entry.unapproved else entry.action,
+        }
+        for each in entries.values()
+        for entry in each[first:]
+    ]
+    show_listing(rows, CHAMPIONS, wide=wide, json=json)
 
 
 def approve(

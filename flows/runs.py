@@ -6,14 +6,12 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 
 from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.config.pipeline import STAGE_NAMES
@@ -21,6 +19,15 @@ from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import expand_home
 from rlhf.plain_text import one_line
 from tasks.console import console, say, styled
+from tasks.listing import (
+    Column,
+    JsonOption,
+    WideOption,
+    listing_table,
+    show_json,
+    show_listing,
+    width_of,
+)
 from tasks.prefect_server import PIPELINES, check_settings, prefect_server
 from tasks.run_record import RUNNING, RunRecord, read_records
 from tasks.screen import style_of
@@ -42,7 +49,10 @@ _TYPE_STYLES = {
 }  # fmt: skip
 
 
-def runs(*, limit: int = 20, work_dir: Path | None = None, json: bool = False) -> None:
+def runs(
+    *, limit: int = 20, work_dir: Path | None = None, wide: WideOption = False,
+    json: JsonOption = False,
+) -> None:  # fmt: skip
     """List the runs that Prefect's server knows, if one is set, and this machine's, newest first.
 
     Parameters
@@ -51,48 +61,46 @@ def runs(*, limit: int = 20, work_dir: Path | None = None, json: bool = False) -
         Most runs to list.
     work_dir
         Work folder with the records of this machine's runs; as configured by default.
-    json
-        Print JSON.
     """
     if not 1 <= limit <= PAGE:
         raise ConfigError(f"--limit {limit}: give a number from 1 to {PAGE}")
     check_settings()
     from prefect.settings import PREFECT_API_URL
 
-    local = read_records(records_folder(work_dir))
-    if PREFECT_API_URL.value():
-        _list_server_runs(limit, local, json)
+    folder = records_folder(work_dir)
+    rows = [_local_row(record) for record in read_records(folder)]
+    scheduled: Sequence[FlowRun] = ()
+    address = PREFECT_API_URL.value()
+    if address:
+        listed, scheduled = _server_rows(limit)
+        known = {row["name"] for row in listed}
+        rows = listed + [row for row in rows if row["name"] not in known][:limit]
     else:
-        _list_local_runs(local[:limit], records_folder(work_dir), json)
+        rows = rows[:limit]
+    columns = (
+        Column("run", "name"),
+        # A run without an id is one of this machine, which the server does not know.
+        Column("id", "id", wide=True, show=lambda id: id[:8]),
+        Column("state", "state", show=_state_name),
+        Column("started", "started", show=lambda t: _local_time(datetime.fromisoformat(t))),
+        Column("time", "seconds", show=duration),
+        Column("where", "where", wide=True),
+        Column("message", "message"),
+    )
+    if rows or json:
+        show_listing(rows, columns, wide=wide, json=json)
+    elif address:
+        say(f"no runs on {address}, and none in {folder}")
+    else:
+        say(f"no runs in {folder}; for those of a Prefect server set PREFECT_API_URL")
+    for run in () if json else scheduled:
+        say(f"next: {run.name} {str(run.id)[:8]} at {_local_time(run.expected_start_time)}")
 
 
 def records_folder(work_dir: Path | None) -> Path:
     """Return the folder with the records of this machine's runs."""
     configured = apply_machine_settings(PipelineConfig()).runtime.work_dir
     return expand_home(work_dir or configured) / "runs"
-
-
-def _list_local_runs(records: Sequence[RunRecord], folder: Path, json: bool) -> None:
-    if json:
-        _print_json([_local_row(record) for record in records])
-        return
-    if not records:
-        say(f"no runs in {folder}; for those of a Prefect server set PREFECT_API_URL")
-        return
-    console.print(_local_table(records))
-
-
-def _local_table(records: Sequence[RunRecord]) -> Table:
-    table = Table("run", "state", "started", "time", expand=True)
-    table.add_column("message", no_wrap=True, overflow="ellipsis", ratio=1)
-    for record in records:
-        row = _local_row(record)
-        table.add_row(
-            one_line(record.name), styled((one_line(record.state), style_of(record.state))),
-            _local_time(datetime.fromtimestamp(record.started, UTC)), duration(row["seconds"]),
-            one_line(row["message"]),
-        )  # fmt: skip
-    return table
 
 
 def _local_row(record: RunRecord) -> dict[str, Any]:
@@ -106,54 +114,29 @@ def _local_row(record: RunRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print_json(rows: Sequence[dict[str, Any]]) -> None:
-    console.print(dumps(rows, indent=1, ensure_ascii=True), soft_wrap=True)
-
-
-def _list_server_runs(limit: int, local: Sequence[RunRecord], json: bool) -> None:
-    from prefect.client.schemas.sorting import FlowRunSort
-
+def _server_rows(limit: int) -> tuple[list[dict[str, Any]], list[FlowRun]]:
+    """Return the newest runs of the server as rows, and the next one that is scheduled."""
     with prefect_server("rlhf runs") as client:
         from prefect.client.schemas.sorting import FlowRunSort
 
         started = _runs(client, sort=FlowRunSort.START_TIME_DESC, limit=limit)
         scheduled = _runs(client, future=True, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=1)
         deployments = _deployments(client, started)
-    known = {run.name for run in started}
-    local = [record for record in local if record.name not in known][:limit]
-    if json:
-        rows = [
-            {
-                "name": run.name, "id": str(run.id), "state": run.state and run.state.name,
-                "started": run.start_time and run.start_time.isoformat(),
-                "seconds": _seconds_of(run), "message": _message_of(run.state),
-                "where": deployments.get(run.deployment_id, "local"),
-            }
-            for run in started
-        ]  # fmt: skip
-        _print_json([*rows, *map(_local_row, local)])
-        return
-    table = Table("run", "id", "state", "started", "time", "where", expand=True)
-    # The message gets the width that the other columns leave.
-    table.add_column("message", no_wrap=True, overflow="ellipsis", ratio=1)
-    for run in started:
-        table.add_row(
-            one_line(run.name), str(run.id)[:8], _state_text(run.state),
-            _local_time(run.start_time), duration(_seconds_of(run)),
-            one_line(deployments.get(run.deployment_id, "local")), _message_of(run.state),
-        )  # fmt: skip
-    if started:
-        console.print(table)
-    else:
-        say(f"no runs on {client.api_url}")
-    if local:
-        say("runs of this machine that this server does not know:")
-        console.print(_local_table(local))
-    for run in scheduled:
-        say(f"next: {run.name} {str(run.id)[:8]} at {_local_time(run.expected_start_time)}")
+    rows = [
+        {
+            "name": run.name, "id": str(run.id), "state": run.state and run.state.name,
+            "started": run.start_time and run.start_time.isoformat(),
+            "seconds": _seconds_of(run), "message": _message_of(run.state),
+            "where": deployments.get(run.deployment_id, "local"),
+        }
+        for run in started
+    ]  # fmt: skip
+    return rows, scheduled
 
 
-def status(run: str, *, watch: bool = False) -> None:
+def status(
+    run: str, *, watch: bool = False, wide: WideOption = False, json: JsonOption = False
+) -> None:
     """Show a run's stages: their state, progress and key metric, and where they ran.
 
     Parameters
@@ -163,16 +146,22 @@ def status(run: str, *, watch: bool = False) -> None:
     watch
         Show it anew every 2 s until the run has ended.
     """
+    if watch and json:
+        raise ConfigError("--watch and --json are both given; give one of them")
     with prefect_server(run) as client:
         shown = find_run(client, run)
-        if not watch:
-            console.print(_status(client, shown), soft_wrap=not console.is_terminal)
+        if json:
+            show_json(_status_values(client, shown))
             return
-        with Live(_status(client, shown), console=console, auto_refresh=False) as live:
+        picture, width = _status(client, shown, wide)
+        if not watch:
+            console.print(picture, width=width, crop=False)
+            return
+        with Live(picture, console=console, auto_refresh=False) as live:
             while shown.state is None or not (shown.state.is_final() or shown.state.is_paused()):
                 time.sleep(WATCH_EVERY)
                 shown = client.read_flow_run(shown.id)
-                live.update(_status(client, shown), refresh=True)
+                live.update(_status(client, shown, wide)[0], refresh=True)
 
 
 def _runs(
@@ -269,47 +258,53 @@ def read_run(
     return tasks, children, artifacts
 
 
-def _status(client: SyncPrefectClient, run: FlowRun) -> Group:
-    """Return the whole display of `rlhf status`, read anew from the server."""
-    tasks, children, artifacts = read_run(client, run)
-    deployments = _deployments(client, [run, *children])
-    parts: list[Any] = [
-        styled(
-            (one_line(run.name), "bold"),
-            f" {run.id}  ",
-            _state_text(run.state),
-            f"  {_message_of(run.state)}",
-        ),
-        one_line(
-            f"started {_local_time(run.start_time)}, {duration(_seconds_of(run))}, "
-            f"{deployments.get(run.deployment_id, 'local')}"
-        ),
-        _stages(tasks, children, artifacts, deployments),
-        *map(one_line, _report(artifacts)),
-        *(styled((one_line(line), "bold")) for line in next_step(client, run)),
-    ]
-    return Group(*parts)
+def _status(client: SyncPrefectClient, run: FlowRun, wide: bool) -> tuple[Group, int]:
+    """Return the whole display of `rlhf status`, read anew from the server, and its width."""
+    told = _status_values(client, run)
+    columns = (
+        Column("stage", "stage"),
+        Column("state", "state", show=_state_name),
+        Column("time", "seconds", show=duration),
+        Column("progress", "progress"),
+        Column("where", "where", wide=True),
+        Column("key metric", "message"),
+    )
+    table = listing_table(told["stages"], columns, wide=wide)
+    head = styled((one_line(run.name), "bold"), f" {run.id}  ", _state_text(run.state))
+    started = f"started {_local_time(run.start_time)}, {duration(told['seconds'])}"
+    parts: list[Any] = [head, one_line(f"{started}, {told['where']}"), table]
+    if told["message"]:
+        parts.insert(1, one_line(told["message"]))
+    parts += [*map(one_line, told["report"])]
+    parts += [styled((one_line(line), "bold")) for line in told["next"]]
+    return Group(*parts), width_of(table, wide=wide)
 
 
-def _stages(
-    tasks: Sequence[TaskRun], children: Sequence[FlowRun], artifacts: Sequence[Artifact],
-    deployments: dict[UUID | None, str],
-) -> Table:  # fmt: skip
+def _status_values(client: SyncPrefectClient, run: FlowRun) -> dict[str, Any]:
+    """Return what `rlhf status` shows of a run and its stages as plain values."""
     from tasks.stages import STAGES
 
-    table = Table("stage", "state", "time", "progress", "key metric", "where")
+    tasks, children, artifacts = read_run(client, run)
+    deployments = _deployments(client, [run, *children])
+    stages: list[dict[str, Any]] = []
     for stage in STAGES:
         last, child, progress = stage_run(stage, tasks, children, artifacts)
-        if last is None:
-            table.add_row(stage, styled(("not run", "dim")), "", "", "", "")
-            continue
-        worker = child or last
-        message = _message_of(last.state) or (_message_of(child.state) if child else "")
-        table.add_row(
-            stage, _state_text(last.state), duration(_seconds_of(last)),
-            _progress_of(progress, worker), message, _location(child, deployments),
-        )  # fmt: skip
-    return table
+        row: dict[str, Any] = {"stage": stage, "state": "not run"}
+        if last is not None:
+            row |= {
+                "state": last.state.name if last.state else "Unknown",
+                "seconds": _seconds_of(last), "progress": _progress_of(progress, child or last),
+                "message": _message_of(last.state) or (_message_of(child.state) if child else ""),
+                "where": _location(child, deployments),
+            }  # fmt: skip
+        stages.append(row)
+    return {
+        "name": run.name, "id": str(run.id), "state": run.state and run.state.name,
+        "message": _message_of(run.state), "seconds": _seconds_of(run),
+        "started": run.start_time and run.start_time.isoformat(),
+        "where": deployments.get(run.deployment_id, "local"), "stages": stages,
+        "report": _report(artifacts), "next": next_step(client, run),
+    }  # fmt: skip
 
 
 def stage_run(
@@ -337,13 +332,13 @@ def _is_progress(artifact: Artifact, stage: str, run: FlowRun | TaskRun) -> bool
     return artifact.key == f"{stage}-progress" and run.id in ids
 
 
-def _location(child: FlowRun | None, deployments: dict[UUID | None, str]) -> Text:
+def _location(child: FlowRun | None, deployments: dict[UUID | None, str]) -> str:
     """Return the deployment, name and state of a stage's child run, or `inline`."""
     if child is None:
-        return styled("inline")
+        return "inline"
+    state = child.state.name if child.state else "Unknown"
     deployment = deployments.get(child.deployment_id, "local")
-    name = one_line(f"{deployment}: {child.name} {str(child.id)[:8]}")
-    return styled(f"{name} ", _state_text(child.state))
+    return f"{deployment}: {child.name} {str(child.id)[:8]} {state}"
 
 
 def _report(artifacts: Sequence[Artifact]) -> list[str]:
@@ -399,13 +394,15 @@ def seconds_left(progress: Artifact) -> float | None:
 
 def _state_text(state: State[Any] | None) -> Text:
     """Return a state's name, coloured by name or else by type."""
-    from rlhf.report import STATES
-
     if state is None:
         return styled(("Unknown", "dim"))
-    name = state.name or state.type.value
-    styles = _TYPE_STYLES | {word.value: look.style for word, look in STATES.items()}
-    return styled((one_line(name), styles.get(name) or styles.get(state.type.value, "dim")))
+    return _state_name(state.name or state.type.value, state.type.value)
+
+
+def _state_name(name: str, type_of_state: str = "") -> Text:
+    """Return the name of a state of Prefect's or of this machine's records, coloured."""
+    style = style_of(name) or _TYPE_STYLES.get(type_of_state or name.upper(), "dim")
+    return styled((one_line(name), style))
 
 
 def _message_of(state: State[Any] | None) -> str:

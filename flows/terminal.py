@@ -11,7 +11,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.tree import Tree
 
-from rlhf.champions import Promotion
 from rlhf.config import LoadedConfig, apply_machine_settings
 from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
@@ -20,7 +19,7 @@ from rlhf.files import expand_home
 from rlhf.plain_text import one_line
 from rlhf.report import OUTCOMES, STATES, RunOutcome, StageState
 from rlhf.report.samples import read_samples
-from rlhf.store import Ancestor, Artifact
+from rlhf.store import Ancestor
 from tasks.console import PlainConsole, say, styled
 from tasks.report import (
     drift_lines,
@@ -100,32 +99,6 @@ def config_table(loaded: LoadedConfig) -> Table:
     return table
 
 
-def artifacts_table(artifacts: Sequence[Artifact], marks: Sequence[tuple[str, str]]) -> Table:
-    """Return artifacts as a table, the newest last; `marks` are (digest, remark)."""
-    table = Table("artifact", "kind", "stage", "seed", "files", "size", "age", "")
-    for ref, manifest, age in sorted(artifacts, key=lambda each: -each.age):
-        remark = ", ".join(mark for digest, mark in marks if digest == ref.digest)
-        table.add_row(
-            ref.short, one_line(ref.kind), one_line(manifest.producer.stage),
-            one_line(manifest.producer.seed), str(len(manifest.files)),
-            f"{ref.size / 1e6:.2f} MB", _age(age), styled((one_line(remark), "bold")),
-        )  # fmt: skip
-    return table
-
-
-def champions_table(entries: Sequence[Promotion]) -> Table:
-    """Return entries of the champions' histories as a table."""
-    table = Table("line", "entry", "", "policy", "verdict", "by", "when", "run", "why")
-    for entry in entries:
-        verdict = "unapproved" if entry.unapproved else (entry.verdict or "")[:12]
-        cells = (
-            entry.model, str(entry.number), entry.action, entry.policy[:12], verdict,
-            entry.by or "", entry.when or "", entry.run or "", entry.why,
-        )  # fmt: skip
-        table.add_row(*map(one_line, cells))
-    return table
-
-
 def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:
     """Return an artifact's ancestors as a tree."""
     root = Tree(one_line(f"{ancestors[0].ref.short} {ancestors[0].ref.kind}"))
@@ -169,10 +142,3 @@ def _scores(sample: dict[str, object], side: str) -> str:
         if sample.get(f"{name}_{side}") is not None
     ]
     return "  ".join(parts)
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -80,10 +82,15 @@ def shown(capsys, run, *words):
         time.sleep(0.2)
 
 
-def row(said, first):
-    """The cells of a table's row."""
-    line = next(line for line in said.splitlines() if line.startswith(f"│ {first} "))
-    return [cell.strip() for cell in line.strip("│").split("│")]
+def values(capsys, run):
+    """The rows of a run's stages, by their names."""
+    status(run, json=True)
+    return {row["stage"]: row for row in json.loads(capsys.readouterr().out)["stages"]}
+
+
+def line_of(said, first):
+    """The line of a listing that begins with this cell."""
+    return next(line for line in said.splitlines() if line.startswith(f"{first} "))
 
 
 def listed(capsys, **options):
@@ -102,11 +109,14 @@ def test_status_of_a_run_here(capsys, name):
     one_run(name, lambda: create_progress_artifact(progress=40.0, key="train-sft-progress"))
     said = shown(capsys, name, "Cached", "loss 5.7", "40 %")
     assert said.startswith(f"{name} ")
-    assert "Completed  The policy is the champion of default." in said
-    cells = row(said, "prepare-data")
-    assert [cells[1], *cells[3:]] == ["Cached", "100 %", "64 pairs", "inline"]
-    assert row(said, "train-sft")[3:] == ["40 %", "loss 5.7", "inline"]
-    assert row(said, "promote")[1] == "not run"
+    assert "\nThe policy is the champion of default.\n" in said
+    assert re.fullmatch(
+        r"prepare-data +Cached +\S+ s +100 % +64 pairs", line_of(said, "prepare-data").strip()
+    )
+    assert line_of(said, "train-sft").split()[-4:] == ["40", "%", "loss", "5.7"]
+    assert line_of(said, "promote").split()[1:] == ["not", "run"]
+    status(name, wide=True)
+    assert "100 %     inline  64 pairs" in capsys.readouterr().out
     assert "report: `/r/x.html`, on the machine that ran this, or rlhf pull 1a" in said
     assert shown(capsys, name[:7]) == shown(capsys, name)
 
@@ -138,11 +148,11 @@ def test_status_of_a_stage_that_ran_elsewhere(capsys, client, name):
             made.append(child)
 
     one_run(name, train)
-    said = shown(capsys, name, "loss 5.7", "child")
-    *_, progress, metric, where = row(said, "train-sft")
-    assert progress.startswith("50 %, ETA ")
-    assert metric == "loss 5.7"
-    assert where == f"gpu on {name}: {name}-child {str(made[0].id)[:8]} Running"
+    shown(capsys, name, "loss 5.7", "ETA")
+    row = values(capsys, name)["train-sft"]
+    assert row["progress"].startswith("50 %, ETA ")
+    assert row["message"] == "loss 5.7"
+    assert row["where"] == f"gpu on {name}: {name}-child {str(made[0].id)[:8]} Running"
 
 
 def test_what_to_do_next(capsys, client, name):
@@ -171,20 +181,25 @@ def test_runs_newest_first_and_the_next_one(capsys, client, name):
         state=Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=1)),
     )
     said = listed(capsys)
-    first, second = row(said, f"{name}-1"), row(said, f"{name}-2")
     assert said.index(f"{name}-2") < said.index(f"{name}-1")
-    assert (first[2], first[5], first[6]) == ("NoNewData", "local", "Nothing to retrain on")
-    assert (second[2], second[6][-1]) == ("Crashed", "…")
+    assert re.fullmatch(
+        rf"{name}-1 +NoNewData +Nothing to retrain on *", line_of(said, f"{name}-1")
+    )
+    assert line_of(said, f"{name}-2").split()[1:] == ["Crashed", "x" * 500]
     assert f"next: {name}-3" in said
-    assert f"│ {name}-3" not in said
+    assert f"\n{name}-3" not in said
     assert f"{name}-1" not in listed(capsys, limit=1)
+    rows = {row["name"]: row for row in json.loads(listed(capsys, json=True))}
+    assert rows[f"{name}-1"]["message"] == "Nothing to retrain on"
+    assert rows[f"{name}-1"]["where"] == "local"
+    assert f"{name}-3" not in rows
 
 
 def test_a_hostile_name_breaks_no_list(capsys, client, name):
     evil = f"{name}[/x]\x1b[31m\r\u202e\nfake"
     put(client, evil, Crashed(name="[/y]", message="[/z] \x1b]0;t\x07\nmore"))
     said = listed(capsys, limit=5)
-    assert row(said, f"{name}[/x]\\x1b[31m \\u202e fake")[2] == "[/y]"
+    assert line_of(said, f"{name}[/x]\\x1b[31m \\u202e fake").split()[2:3] == ["[/y]"]
     assert "[/z] \\x1b]0;t\\x07 more" in shown(capsys, name)
     assert not {"\x1b", "\r", "\u202e"} & {*said}
 

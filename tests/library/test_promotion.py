@@ -310,11 +310,14 @@ def test_promote_rollback_champion(line, rlhf):
     assert first.short not in shown
     assert shown.count(second.short) == 2
     shown = rlhf("champion", "--name=ours", "--history").splitlines()
-    rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in shown if "│" in row]
-    assert [row[:4] for row in rows] == [
-        ["ours", "1", "promote", first.short], ["ours", "2", "promote", second.short],
+    assert [row.split()[:3] for row in shown[1:]] == [
+        ["ours", first.short, "promote"], ["ours", second.short, "promote"],
     ]  # fmt: skip
-    assert (rows[0][5], rows[0][-1]) == ("ann", "by hand")
+    rows = json.loads(rlhf("champion", "--name=ours", "--history", "--json"))
+    assert [(row["number"], row["policy"]) for row in rows] == [
+        (1, first.digest), (2, second.digest),
+    ]  # fmt: skip
+    assert (rows[0]["by"], rows[0]["why"]) == ("ann", "by hand")
     said = rlhf("rollback", "--name=ours", "--why", "it leaks", "--by", "carl")
     assert said == f"{first.short} is the champion of ours in place of {second.short}\n"
     assert (line.champion().action, line.champion().by) == ("rollback", "carl")

@@ -1,0 +1,106 @@
+"""Listings of the commands: tables that fit 80 columns, whole by `--wide`, as data by `--json`."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from cyclopts import Parameter
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.plain_text import one_line
+from tasks.console import PlainConsole, console
+
+WideOption = Annotated[bool, Parameter(help="Show all columns, and texts whole.")]
+JsonOption = Annotated[bool, Parameter(help="Print JSON.")]
+
+#: Characters of a text that a narrow table shows; more would push the next row off the screen.
+CUT = 160
+#: Up to this length a cell that is not the last one stays on one line.
+UNBROKEN = 34
+#: Columns that a table gets whose reader is a pipe, or who asked for all of it.
+ENDLESS = 10_000
+
+
+class Column(NamedTuple):
+    """One column of a listing."""
+
+    title: str
+    """Its heading."""
+    key: str
+    """Key of the value in each row."""
+    wide: bool = False
+    """Whether only `--wide` shows it."""
+    show: Callable[[Any], str | Text] = str
+    """Makes the value text; it is not asked about None."""
+    right: bool = False
+    """Whether it is aligned to the right, as numbers are."""
+
+
+def show_listing(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], *, wide: bool = False,
+    json: bool = False, on: PlainConsole = console,
+) -> None:  # fmt: skip
+    """Print rows as a table, or as a JSON list.
+
+    On a terminal, long texts of the last column are cut and continued on the next line; a pipe, and
+    `wide`, get one line for each row.
+
+    Args:
+        rows: The values by key; JSON prints all of them, whether there is a column or not.
+        columns: Those of the table; the last one gets the width that is left.
+        wide: Print all columns.
+        json: Print JSON instead.
+        on: The console.
+    """
+    if json:
+        show_json([*rows], on=on)
+        return
+    table = listing_table(rows, columns, wide=wide, on=on)
+    on.print(table, width=width_of(table, wide=wide, on=on), crop=False)
+
+
+def listing_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], *, wide: bool = False,
+    on: PlainConsole = console,
+) -> Table:  # fmt: skip
+    """Return rows as the table that `show_listing` prints."""
+    whole = wide or not on.is_terminal
+    shown = [column for column in columns if wide or not column.wide]
+    cells = [[_cell(column, row.get(column.key), whole) for column in shown] for row in rows]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for position, column in enumerate(shown):
+        longest = max((len(line[position]) for line in cells), default=0)
+        table.add_column(
+            column.title, overflow="fold", justify="right" if column.right else "left",
+            no_wrap=whole or (longest <= UNBROKEN and position < len(shown) - 1),
+        )  # fmt: skip
+    for line in cells:
+        table.add_row(*line)
+    return table
+
+
+def width_of(table: Table, *, wide: bool = False, on: PlainConsole = console) -> int:
+    """Return the width at which to print a table: the terminal's, or what a whole one needs."""
+    if not wide and on.is_terminal:
+        return on.width
+    needed = Measurement.get(on, on.options.update(width=ENDLESS), table).maximum
+    return max(needed, on.width)
+
+
+def show_json(value: Any, *, on: PlainConsole = console) -> None:
+    """Print a value as JSON in ASCII, which no terminal acts upon."""
+    on.print(json_module.dumps(value, indent=1, ensure_ascii=True), soft_wrap=True)
+
+
+def _cell(column: Column, value: Any, whole: bool) -> Text:
+    """Return a value as text on one line, cut unless the table shall be whole."""
+    text = "" if value is None else column.show(value)
+    if not isinstance(text, Text):
+        text = Text(one_line(text))
+    if not whole and len(text) > CUT:
+        text = Text(f"{text.plain[:CUT].rstrip()}…", style=text.style)
+    return text
