@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal, cast, get_args, get_origin
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
+from docs.fields import advised_of, bounds_of, default_of, meaning_of
 from rlhf.config.ppo import ALIASES, COMPAT, PPOConfig
-from rlhf.config.section import union_members
 from rlhf.config.text import as_written
 
 HEAD = """# PPO's parameters
@@ -56,8 +52,8 @@ def rows() -> Iterator[str]:
     alias_of = {name: alias for alias, name in ALIASES.items()}
     for name, field in PPOConfig.model_fields.items():
         alias = f"`{alias_of[name]}`" if name in alias_of else ""
-        cells = (f"`{name}`", alias, _default(field), _bounds(field), _advised(field))
-        yield "| " + " | ".join((*cells, _meaning(field))) + " |"
+        cells = (f"`{name}`", alias, default_of(field), bounds_of(field), advised_of(field))
+        yield "| " + " | ".join((*cells, meaning_of(field))) + " |"
 
 
 def compat_table() -> str:
@@ -69,66 +65,9 @@ def compat_table() -> str:
         cells = (
             f"`{as_written(v[name])}`" if name in v else "as by default" for v in COMPAT.values()
         )
-        default = _default(PPOConfig.model_fields[name])
+        default = default_of(PPOConfig.model_fields[name])
         lines.append(f"| `{name}` | {default} | {' | '.join(cells)} |\n")
     return "".join(lines)
-
-
-def _default(field: FieldInfo) -> str:
-    value: Any = field.get_default(call_default_factory=True)
-    return "its own" if isinstance(value, BaseModel) else f"`{as_written(value)}`"
-
-
-def _bounds(field: FieldInfo) -> str:
-    types = union_members(field.annotation)
-    choices = [c for t in types if get_origin(t) is Literal for c in get_args(t)]
-    if choices:
-        return ", ".join(f"`{choice}`" for choice in choices)
-    if bool in types:
-        return "`true`, `false`"
-    ends = {
-        name: getattr(part, name)
-        for part in (*field.metadata, *_constraints(field.annotation))
-        for name in ("ge", "gt", "le", "lt")
-        if getattr(part, name, None) is not None
-    }
-    low, high = ends.get("ge", ends.get("gt")), ends.get("le", ends.get("lt"))
-    if low is None or high is None:
-        return ""
-    none = " or none" if type(None) in types else ""
-    left, right = "[" if "ge" in ends else "(", "]" if "le" in ends else ")"
-    return f"{left}{_number(low)}, {_number(high)}{right}{none}"
-
-
-def _constraints(annotation: Any) -> Iterator[Any]:
-    """Yield the constraints of a union's members, such as `Le(1000)` in `Count | None`."""
-    for member in get_args(annotation):
-        yield from getattr(member, "__metadata__", ())
-        yield from _constraints(member)
-
-
-def _number(value: float) -> str:
-    """Return a bound as text; large powers of ten as such."""
-    if value < 0:
-        return f"−{_number(-value)}"
-    zeros = len(f"{value:.0f}") - 1
-    is_power = value >= 1000 and value == 10**zeros
-    return "10" + str(zeros).translate(_SUPERSCRIPTS) if is_power else f"{value:.12g}"
-
-
-_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def _advised(field: FieldInfo) -> str:
-    extra = field.json_schema_extra
-    if not isinstance(extra, dict) or "advised" not in extra:
-        return ""
-    low, high = cast("list[float]", extra["advised"])
-    return f"{low:g}–{high:g}"
-
-
-def _meaning(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":
