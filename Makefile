@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests: one more than cores, for one of them often waits for a server.
 WORKERS ?= 3
 
-.PHONY: quickstart server server-stop deploy test lint unit programs site whole campaigns quickstart-bars gpu clean
+.PHONY: quickstart server server-stop deploy test lint unit programs site whole campaigns quickstart-bars docs gpu clean
 
 quickstart: $(STAMP)  ## train everything on the generated world, and show what came out
 	$(BIN)/rlhf run configs/quickstart.yaml
@@ -56,6 +56,11 @@ campaigns: $(STAMP)  ## all cases and examples of which the tests take a sample
 quickstart-bars: export RLHF_CHECK_SHAPES = 0
 quickstart-bars: $(STAMP)  ## train the whole quickstart on a real S3 server; it must reach its quality bars
 	$(BIN)/pytest -m slow
+
+docs: $(STAMP)  ## generate the reference, and the documentation as a site in site/
+	$(BIN)/python -m docs.generate_reference
+	$(BIN)/python -m docs.generate_ppo > docs/ppo.md
+	$(BIN)/python -m mkdocs build
 
 gpu: $(STAMP)  ## fill .gpu with what benchmarks/gpu.sh needs on a GPU machine
 	bash benchmarks/gpu_wheels.sh
