@@ -52,6 +52,9 @@ class _OverridesSchema:
         return copy.deepcopy(_partial_schema())
 
 
+#: Sections that the form shows first: what most runs change. Of the others the store is last.
+FIRST = ("data", "base", "ppo", "sft", "reward_model", "judge", "evaluation", "gates", "promotion")
+
 Preset = Annotated[str, _PresetSchema()]
 Overrides = Annotated[Tree | PipelineConfig | LoadedConfig, _OverridesSchema()]
 
@@ -102,6 +105,10 @@ def _partial_schema() -> Tree:
     """
     whole = PipelineConfig.model_json_schema()
     partial = _without_defaults(whole, whole.pop("$defs"))
+    fields = partial["properties"]
+    last = ("store", "store_options")
+    order = (*FIRST, *(name for name in fields if name not in last), *last)
+    partial["properties"] = {name: fields[name] for name in dict.fromkeys(order)}
     # `rl_` names may stand at the top too.
     partial["patternProperties"] = partial["properties"]["ppo"]["patternProperties"]
     return partial
@@ -124,9 +131,19 @@ def _without_defaults(node: Any, definitions: Tree) -> Any:
         }
     names = tree.get("properties")
     return {
-        key: {name: _without_defaults(value[name], definitions) for name in value}
+        key: {name: _field(name, value[name], definitions) for name in value}
         if value is names
         else _without_defaults(value, definitions)
         for key, value in tree.items()
         if key != "default"
     }
+
+
+def _field(name: str, schema: Any, definitions: Tree) -> Any:
+    """Return a field's schema with the name that the guides use, and its default in words."""
+    made = _without_defaults(schema, definitions) | {"title": name}
+    default = schema.get("default", definitions)
+    if default is None or isinstance(default, str | int | float):
+        said = f"Default: {as_written(default)}."
+        made["description"] = f"{made.get('description', '')} {said}".strip()
+    return made
