@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from flows.artifacts import ConfigOption, StoreOption
+from flows.runs import records_folder
 from rlhf.champions import acting_person, checked_line, record_approval
 from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import ArtifactMissing, ConfigError
@@ -19,11 +20,13 @@ from rlhf.store import ArtifactRef, Store
 from tasks.console import say
 from tasks.listing import Column, JsonOption, WideOption, show_listing
 from tasks.prefect_server import check_settings, prefect_server
+from tasks.run_record import read_records, write_record
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
     from rlhf.champions import Promotion
+    from tasks.run_record import RunRecord
 
 NameOption = Annotated[
     str | None, Parameter(help="Model line; default: the preset's promotion.name, or default.")
@@ -160,23 +163,29 @@ def champion(
 
 def approve(
     run: str, *, refuse: bool = False, why: str = "", by: ByOption = None, name: NameOption = None,
-    store: StoreOption = None, config: ConfigOption = None,
+    store: StoreOption = None, config: ConfigOption = None, work_dir: Path | None = None,
 ) -> None:  # fmt: skip
     """Approve of a policy, so that its run goes on and promotes it; or refuse it.
 
     Parameters
     ----------
     run
-        A suspended run: its name, its id or the beginning of that. Or, for a run that was started
-        without a deployment, the policy's digest, with --store or --config.
+        A run that waits: its name, its id or the beginning of that. Or, for one that another
+        machine ran without a deployment, the policy's digest, with --store or --config.
     refuse
         Say no: the run ends as Refused, and what was champion stays.
     why
         The reason, for the promotion's record.
+    work_dir
+        Work folder with the records of this machine's runs; as configured by default.
     """
     decided = "refused" if refuse else "approved"
+    folder = records_folder(work_dir)
+    here = _awaiting_here(run, folder) if store is None and config is None else None
+    if here is not None and here.awaiting is not None:
+        run, store, name = here.awaiting.policy, here.awaiting.store, here.awaiting.line
     if store is None and config is None:
-        suspended = _suspended(run)
+        suspended = _suspended(run, folder)
         answer = "refuse" if refuse else "approve"
         # Checked as the record will be: once the run goes on, there is no way back.
         line = checked_line("--why", why)
@@ -191,6 +200,10 @@ def approve(
     approval = record_approval(
         opened, line.name, policy.digest, approved=not refuse, by=by, why=why
     )
+    if here is not None:
+        reason = f"{decided} by {approval.by}; the same command goes on"
+        decision = {"state": decided.capitalize(), "reason": reason, "awaiting": None}
+        write_record(here.model_copy(update=decision), folder)
     say(f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again")
 
 
@@ -224,7 +237,13 @@ def _print_champion(entry: Promotion, more: str = "") -> None:
     say(f"{entry.policy[:12]} is the champion of {entry.model}{instead}{more}")
 
 
-def _suspended(run: str) -> FlowRun:
+def _awaiting_here(run: str, folder: Path) -> RunRecord | None:
+    """Return the run of this machine with this name that waits for an approval, if there is one."""
+    # By its whole name: a few characters could be the beginning of another run's.
+    return next((r for r in read_records(folder) if r.awaiting and r.name == run), None)
+
+
+def _suspended(run: str, folder: Path) -> FlowRun:
     """Return the one suspended run with this name or beginning of its id.
 
     Raises:
@@ -238,7 +257,9 @@ def _suspended(run: str) -> FlowRun:
         FlowRunFilterStateName,
     )
 
-    with prefect_server(run, instead=", or give the policy's digest with --store") as client:
+    here = ", ".join(record.name for record in read_records(folder) if record.awaiting) or "none"
+    instead = f"; runs of {folder} that wait: {here}; or give the policy's digest with --store"
+    with prefect_server(run, instead=instead) as client:
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
         suspended = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state))
     # A few characters could be the beginning of another run than the one that is meant.

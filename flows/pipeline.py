@@ -36,9 +36,10 @@ from tasks.preflight import preflight_flow
 from tasks.promotion import is_waiting
 from tasks.report import PipelineRun, write_report
 from tasks.retries import retried
+from tasks.run_record import Awaiting
 from tasks.runner import Outcome
 from tasks.stage import Stage, store_of
-from tasks.stages import PREPARE_DATA, STAGES
+from tasks.stages import PREPARE_DATA, STAGES, TRAIN_POLICY
 
 #: Outcome of a run that one of these errors stopped; any other error is a failure.
 OUTCOMES = (
@@ -92,7 +93,7 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     with exit_on_sigterm(), board.running(name, [*STAGES], work_dir):
         run_stages(run)
         write_report(run)
-        board.end(run.outcome.value, run.reason)
+        board.end(run.outcome.value, run.reason, awaiting=_awaiting(run))
     if run.outcome == RunOutcome.PROMOTED:
         return Completed(message=run.reason, data=run), run
     if run.outcome in GREEN:
@@ -101,6 +102,14 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     # A worker's process ends with the error; the caller of the flow gets the whole run.
     data = run.error if deployment.id else run
     return Failed(name=state, message=run.reason, data=data), run
+
+
+def _awaiting(run: PipelineRun) -> Awaiting | None:
+    """Return the policy that `rlhf approve <run>` decides on, if the run waits for that."""
+    if run.outcome != RunOutcome.AWAITING_APPROVAL:
+        return None
+    policy, line = run.refs[TRAIN_POLICY.name], run.config.promotion.name
+    return Awaiting(policy=policy.digest, store=store_of(run.config).uri, line=line)
 
 
 def run_stages(run: PipelineRun) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
@@ -294,15 +295,15 @@ def require_approval(store: Store, name: str, policy: str) -> Approval:
     """
     approval = approval_of(store, name, policy)
     subject = f"policy {policy[:12]} of model line {name!r}"
+    command = f"rlhf approve {policy[:12]} --name {name} --store {shlex.quote(store.uri)}"
     if approval is None:
         raise ApprovalMissing(
             f"{subject} waits for a person's approval (promotion.approval = manual); give it by "
-            "`rlhf approve`, and run the same again"
+            f"`{command}` (or refuse it: --refuse), and run the same again"
         )
     if not approval.approved:
         raise ApprovalRefused(
-            f"{subject} was refused{approval}; to change that: `rlhf approve`, and run the same "
-            "again"
+            f"{subject} was refused{approval}; to change that: `{command}`, and run the same again"
         )
     return approval
 

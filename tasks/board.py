@@ -24,7 +24,15 @@ from rlhf.plain_text import one_line
 from rlhf.report.model import RunOutcome
 from tasks.console import PlainConsole, say
 from tasks.eta import Eta
-from tasks.run_record import INTERRUPTED, RUNNING, RunRecord, new_record, remove_old, write_record
+from tasks.run_record import (
+    INTERRUPTED,
+    RUNNING,
+    Awaiting,
+    RunRecord,
+    new_record,
+    remove_old,
+    write_record,
+)
 from tasks.screen import SPARKS, length, picture
 
 #: Seconds between two lines of progress, two writes of the record, and signs of life in a log.
@@ -154,9 +162,13 @@ class Board:
         finally:
             self.wait("")
 
-    def end(self, state: str, reason: str = "", code: int | None = None) -> None:
-        """End the run: take the display down, and write how it ended."""
+    def end(
+        self, state: str, reason: str = "", code: int | None = None,
+        awaiting: Awaiting | None = None,
+    ) -> None:  # fmt: skip
+        """End the run: take the display down, and write how it ended and what it waits for."""
         if self.record is not None:
+            self.record.awaiting = awaiting
             self.record.state, self.record.reason, self.record.waits = state, one_line(reason), ""
             self.record.code = code
             self._write(now=True)

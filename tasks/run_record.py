@@ -53,6 +53,17 @@ class StageProgressRecord(_Part):
     """Its metrics: those of the last step, or the key metric."""
 
 
+class Awaiting(_Part):
+    """A policy that waits for a person's approval."""
+
+    policy: str
+    """Its digest."""
+    store: str
+    """URI of its store."""
+    line: str
+    """Its model line."""
+
+
 class RunRecord(_Part):
     """State of a run, as it is shown while it runs."""
 
@@ -68,6 +79,8 @@ class RunRecord(_Part):
     """What the run waits for; empty if for nothing."""
     code: int | None = None
     """Exit code of its command; None before the end."""
+    awaiting: Awaiting | None = None
+    """What a person has to decide; None if nothing."""
     stages: list[StageProgressRecord] = Field(default_factory=list[StageProgressRecord])
     series: dict[str, list[float]] = Field(default_factory=dict[str, list[float]])
     """Last values of the metrics of the training stage that runs, for sparklines."""

@@ -1,5 +1,7 @@
 """`rlhf approve` without a server; tests/production has the rest."""
 
+import json
+
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -28,6 +30,8 @@ def test_a_run_without_a_deployment_is_approved_by_its_policy(rlhf, tiny, finish
     assert (waiting.name, waiting.is_completed()) == ("AwaitingApproval", True)
     run = waiting.result()
     assert "waits for a person" in run.reason
+    command = run.reason.split("`")[1]
+    assert command.startswith(f"rlhf approve {run.refs['train-policy'].digest[:12]} --name line ")
     assert "Waits for a person" in run.report.read_text()
     policy = run.refs["train-policy"].digest
     line = ("--name", "line", "--store", config.store)
@@ -37,9 +41,17 @@ def test_a_run_without_a_deployment_is_approved_by_its_policy(rlhf, tiny, finish
     refused = pipeline(overrides=config, return_state=True)
     assert refused.name == "Refused"
     assert "bob" in refused.message
+    work = ("--work-dir", config.runtime.work_dir)
     with no_server():
-        yes = rlhf("approve", policy[:10], "--by", "ann", *line)
+        others = rlhf("approve", "no-such-run", *work)
+        yes = rlhf("approve", run.name, "--by", "ann", *work)
+        listed = rlhf("runs", "--json", *work)
+    assert f"that wait: {run.name};" in " ".join(others.stderr.split())
     assert "approved by ann" in " ".join(yes.stdout.split())
+    (row,) = [row for row in json.loads(listed.stdout) if row["name"] == run.name]
+    assert (row["state"], row["message"]) == (
+        "Approved", "approved by ann; the same command goes on",
+    )  # fmt: skip
     assert pipeline(overrides=config, return_state=True).name == "Completed"
 
 
