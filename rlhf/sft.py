@@ -25,9 +25,16 @@ from rlhf.config import BaseModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
 from rlhf.data.fitting import Fitting
 from rlhf.data.rendering import Renderer, known_ends
-from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, read_rows
+from rlhf.data.rows import (
+    DEMONSTRATIONS,
+    PAIRS_EVAL,
+    PAIRS_TRAIN,
+    Demonstration,
+    Pair,
+    read_rows,
+)
 from rlhf.errors import DataError
-from rlhf.files import is_dir, write_json
+from rlhf.files import is_dir, is_file, write_json
 from rlhf.modeling.agreement import agreement, rows_of, testing
 from rlhf.modeling.base import context_length, load_base
 from rlhf.modeling.decoders import check_exactness
@@ -52,6 +59,10 @@ from rlhf.trl_adapter import (
 #: fused loss saves their memory, and costs a small vocabulary a third of the time (measured on
 #: the quickstart: benchmarks/RESULTS.md).
 PLAIN_LOGITS = 2**24
+
+#: Held-out replies whose loss is computed before and after training: this share of the rows that
+#: are trained on, which costs a thirtieth of the time, and at least and at most so many.
+HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_HELD_OUT = 0.05, 8, 128
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +132,13 @@ def train_sft(
             checkpoints, minutes, uploads,
             _run_identity(config, base, data, renderer, limits, seed, identity or {}),
         )  # fmt: skip
-        model, curve = _train(model, rows, config, renderer, seed, device, progress, plan)
+        held_out = _held_out(data, renderer, limits, config, len(rows)) if leads else []
+        model, curve, losses = _train(
+            model, rows, held_out, config, renderer, seed, device, progress, plan
+        )
         model = merge_adapter(model, load_base(base, (), seed)[0] if holds_stored(model) else None)
         metrics |= {"demonstrations": len(rows), "loss": curve[-1]["loss"] if curve else None}
-        metrics |= counts
+        metrics |= counts | losses
         if leads:
             write_json(out_dir / "curve.json", curve)
     set_ends(model, renderer.end_ids)  # a trainer may have changed them
@@ -183,6 +197,43 @@ def _encode(
     return rows, fitting.metrics()
 
 
+def _held_out(
+    data: Path, renderer: Renderer, limits: TokenLimits, config: SFTConfig, rows: int
+) -> list[dict[str, list[int]]]:
+    """Render preferred replies to held-out prompts, spread over all of them.
+
+    None of a training whose weights are shared out among processes: no single one could compute.
+    """
+    is_sharded = config.sharding == "fsdp" and rank_and_count()[1] > 1
+    if is_sharded or not is_file(data / PAIRS_EVAL):
+        return []
+    pairs = read_rows(data / PAIRS_EVAL, Pair)
+    share = int(HELD_OUT_SHARE * config.epochs * rows)
+    count = min(len(pairs), MOST_HELD_OUT, max(LEAST_HELD_OUT, share))
+    spread = [pairs[number * len(pairs) // count] for number in range(count)]
+    demonstrations = [Demonstration(pair.prompt, pair.chosen) for pair in spread]
+    try:
+        return _encode(demonstrations, renderer, limits)[0] if demonstrations else []
+    except DataError:  # the evaluation of the reward model says so of all
+        return []
+
+
+def _loss_of(model: Any, rows: list[dict[str, list[int]]]) -> float:
+    """Return the mean loss of a token of the replies, in nats."""
+    core = core_of(model)
+    device = next(core.parameters()).device
+    total, count = 0.0, 0
+    with testing(core):
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]], device=device)
+            logits = call(core, input_ids=ids).logits[0, :-1].float()
+            losses = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+            of_reply = torch.tensor(row["completion_mask"][1:], device=device, dtype=torch.bool)
+            total += float(losses[of_reply].sum())
+            count += int(of_reply.sum())
+    return total / max(count, 1)
+
+
 def _warn_of_guesses(model: Any, rows: list[dict[str, list[int]]], path: str) -> None:
     """Warn of a base that predicts the first replies no better than by guessing.
 
@@ -214,14 +265,15 @@ def _warn_of_guesses(model: Any, rows: list[dict[str, list[int]]], path: str) ->
 def _train(
     model: Any,
     rows: list[dict[str, list[int]]],
+    held_out: list[dict[str, list[int]]],
     config: SFTConfig,
     renderer: Renderer,
     seed: int,
     device: torch.device,
     progress: Progress,
     plan: CheckpointPlan | None,
-) -> tuple[Any, list[dict[str, float]]]:
-    """Return the trained model, adapters not merged, and its curve."""
+) -> tuple[Any, list[dict[str, float]], dict[str, float]]:
+    """Return the trained model, adapters not merged, its curve, and its loss on held-out rows."""
     callback = ProgressCallback(progress)
     lora = config.lora and fit_targets(config.lora, model, "sft")
     if lora and config.sharding == "ddp":
@@ -251,8 +303,14 @@ def _train(
         rows_at_once = trainer.args.per_device_train_batch_size
         logits = rows_at_once * longest * model.get_input_embeddings().num_embeddings
         trainer.fuses_head = logits > PLAIN_LOGITS and _fused_head_is_exact(trainer.model)
+        losses: dict[str, float] = {}
+        if held_out:
+            losses["heldout_loss_before"] = _loss_of(trainer.model, held_out)
         saves.train(trainer, callback)
-    return gather_weights(trainer.accelerator.unwrap_model(trainer.model)), callback.curve
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        if held_out:
+            losses["heldout_loss"] = _loss_of(trained, held_out)
+    return gather_weights(trained), callback.curve, losses
 
 
 def _router_loss(model: Any) -> dict[str, Any]:

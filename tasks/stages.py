@@ -399,6 +399,7 @@ TRAIN_SFT = Stage(
     body=_train_sft,
     headline=(
         ("loss {:.3f}", "loss"),
+        ("held out {:.3f}, before {:.3f}", "heldout_loss", "heldout_loss_before"),
         ("{:,} parameters", "parameters"),
         ("{:,} replies cut at max_length", "replies_cut"),
         *PROMPT_COUNTS,
