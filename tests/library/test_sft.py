@@ -11,7 +11,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 import rlhf.sft
 from rlhf.config import LoraConfig
 from rlhf.data.rendering import Renderer, load_renderer
-from rlhf.data.rows import DEMONSTRATIONS, PAIRS_TRAIN, Demonstration, Pair, write_rows
+from rlhf.data.rows import (
+    DEMONSTRATIONS,
+    PAIRS_EVAL,
+    PAIRS_TRAIN,
+    Demonstration,
+    Pair,
+    read_rows,
+    write_rows,
+)
 from rlhf.errors import ConfigError, DataError, TrainingError
 from rlhf.files import read_json
 from rlhf.modeling.base import load_base, load_policy
@@ -63,6 +71,31 @@ def test_the_published_weights_are_the_trained_ones(sft):
     at = len(encoded.prompt)
     mean = sum(log_p[at - 1 + i, t].item() for i, t in enumerate(encoded.response))
     assert mean / len(encoded.response) > -2.5
+
+
+def test_the_loss_on_held_out_replies_is_told_before_and_after(train, data, tmp_path):
+    out, result = train(epochs=6)
+    told = result.metrics
+    assert told["heldout_loss"] < 1.5 < 3 < told["heldout_loss_before"]
+    # By hand, of the policy that was written: 96 rows in 6 epochs, a twentieth of it are 28 pairs.
+    pairs = read_rows(data / PAIRS_EVAL, Pair)
+    count = min(28, len(pairs))
+    model, renderer = load_policy(out), load_renderer(out)
+    losses = []
+    for number in range(count):
+        pair = pairs[number * len(pairs) // count]
+        encoded = renderer.encode(pair.prompt, pair.chosen, toys.SFT.max_length)
+        ids = torch.tensor([encoded.ids])
+        with torch.no_grad():
+            log_p = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        losses.append(-log_p[len(encoded.prompt) - 1 :, 0])
+    assert told["heldout_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+    # Rows that are held out change nothing of the training, and need not be there.
+    folder = shutil.copytree(data, tmp_path / "without")
+    (folder / PAIRS_EVAL).unlink()
+    without, result = train("b", epochs=6, folder=folder)
+    toys.assert_same_weights(out, without)
+    assert "heldout_loss" not in result.metrics
 
 
 def test_only_the_reply_is_learnt(renderer):
