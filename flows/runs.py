@@ -12,6 +12,7 @@ from uuid import UUID
 
 from rich.console import Group
 from rich.live import Live
+from rich.table import Table
 
 from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.config.pipeline import STAGE_NAMES
@@ -24,9 +25,9 @@ from tasks.listing import (
     JsonOption,
     WideOption,
     listing_table,
+    print_listing,
     show_json,
     show_listing,
-    width_of,
 )
 from tasks.prefect_server import PIPELINES, check_settings, prefect_server
 from tasks.run_record import RUNNING, RunRecord, read_records
@@ -153,9 +154,9 @@ def status(
         if json:
             show_json(_status_values(client, shown))
             return
-        picture, width = _status(client, shown, wide)
+        picture, table = _status(client, shown, wide)
         if not watch:
-            console.print(picture, width=width, crop=False)
+            print_listing(picture, table, wide=wide)
             return
         with Live(picture, console=console, auto_refresh=False) as live:
             while shown.state is None or not (shown.state.is_final() or shown.state.is_paused()):
@@ -258,8 +259,8 @@ def read_run(
     return tasks, children, artifacts
 
 
-def _status(client: SyncPrefectClient, run: FlowRun, wide: bool) -> tuple[Group, int]:
-    """Return the whole display of `rlhf status`, read anew from the server, and its width."""
+def _status(client: SyncPrefectClient, run: FlowRun, wide: bool) -> tuple[Group, Table]:
+    """Return the whole display of `rlhf status`, read anew from the server, and its table."""
     told = _status_values(client, run)
     columns = (
         Column("stage", "stage"),
@@ -277,7 +278,7 @@ def _status(client: SyncPrefectClient, run: FlowRun, wide: bool) -> tuple[Group,
         parts.insert(1, one_line(told["message"]))
     parts += [*map(one_line, told["report"])]
     parts += [styled((one_line(line), "bold")) for line in told["next"]]
-    return Group(*parts), width_of(table, wide=wide)
+    return Group(*parts), table
 
 
 def _status_values(client: SyncPrefectClient, run: FlowRun) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from cyclopts import Parameter
+from rich.console import RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -60,7 +61,7 @@ def show_listing(
         show_json([*rows], on=on)
         return
     table = listing_table(rows, columns, wide=wide, on=on)
-    on.print(table, width=width_of(table, wide=wide, on=on), crop=False)
+    print_listing(table, table, wide=wide, on=on)
 
 
 def listing_table(
@@ -83,12 +84,21 @@ def listing_table(
     return table
 
 
-def width_of(table: Table, *, wide: bool = False, on: PlainConsole = console) -> int:
-    """Return the width at which to print a table: the terminal's, or what a whole one needs."""
-    if not wide and on.is_terminal:
-        return on.width
-    needed = Measurement.get(on, on.options.update(width=ENDLESS), table).maximum
-    return max(needed, on.width)
+def print_listing(
+    what: RenderableType, table: Table, *, wide: bool = False, on: PlainConsole = console
+) -> None:
+    """Print something with a listing's table in it, at the width that the table needs.
+
+    That of a whole table may be beyond the terminal's, to which rich would cut it.
+    """
+    before = on._width
+    if wide or not on.is_terminal:
+        endless = on.options.update(width=ENDLESS)
+        on._width = max(Measurement.get(on, endless, table).maximum, on.width)
+    try:
+        on.print(what, crop=False)
+    finally:
+        on._width = before
 
 
 def show_json(value: Any, *, on: PlainConsole = console) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.console import PlainConsole
@@ -56,6 +56,7 @@ def test_json_has_every_value():
     assert json.loads("\n".join(printed([], json=True))) == []
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.fixed_dictionaries({key: st.text(max_size=300) for key in ROW}), max_size=4),
     st.integers(40, 200),
