@@ -57,6 +57,7 @@ quickstart-bars: export RLHF_CHECK_SHAPES = 0
 quickstart-bars: $(STAMP)  ## train the whole quickstart on a real S3 server; it must reach its quality bars
 	$(BIN)/pytest -m slow
 
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP)  ## generate the reference, and the documentation as a site in site/
 	$(BIN)/python -m docs.generate_reference
 	$(BIN)/python -m docs.generate_ppo > docs/ppo.md

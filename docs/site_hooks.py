@@ -16,8 +16,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 #: Pages of the site by their file in the repository.
 OUTSIDE = {"README.md": "index.md", "benchmarks/RESULTS.md": "results.md"}
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
-_PICTURE = re.compile(r"(!\[[^\]]*\]\()docs/")
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+#: The start of a block whose second word is for the tests that read it.
+_BLOCK = re.compile(r"(?m)^(\s*```\w+) [^\n{]+$")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -34,12 +35,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     folder = (ROOT / (source or f"docs/{page.file.src_uri}")).parent
 
     def rewritten(match: re.Match[str]) -> str:
-        text, target, anchor = match[1], match[2], match[3] or ""
+        picture, text, target, anchor = match[1], match[2], match[3], match[4] or ""
         file = (folder / target).resolve()
         name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else target
         inside = OUTSIDE.get(name) or (
             name.removeprefix("docs/") if name.startswith("docs/") else ""
         )
-        return f"[{text}]({inside}{anchor})" if inside else text
+        return f"{picture}[{text}]({inside}{anchor})" if inside else text
 
-    return _PICTURE.sub(r"\1", _LINK.sub(rewritten, markdown))
+    return _LINK.sub(rewritten, _BLOCK.sub(r"\1", markdown))
