@@ -1,5 +1,6 @@
 """`rlhf approve` without a server; tests/production has the rest."""
 
+import io
 import json
 
 import pytest
@@ -7,6 +8,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.pipeline import pipeline
 from rlhf.errors import ConfigError
+from tasks.board import board
+from tasks.console import PlainConsole
 from tasks.remote import check_placement
 
 pytestmark = pytest.mark.prefect
@@ -26,7 +29,11 @@ def test_without_a_server_a_run_can_t_be_approved(rlhf):
 
 def test_a_run_without_a_deployment_is_approved_by_its_policy(rlhf, tiny, finished):
     config = tiny(promotion={"name": "line", "approval": "manual"})
-    waiting = pipeline(overrides=config, return_state=True)
+    board.show_on(PlainConsole(file=io.StringIO()))  # as a command does; else no record is written
+    try:
+        waiting = pipeline(overrides=config, return_state=True)
+    finally:
+        board.show_on(None)
     assert (waiting.name, waiting.is_completed()) == ("AwaitingApproval", True)
     run = waiting.result()
     assert "waits for a person" in run.reason

@@ -183,9 +183,10 @@ def test_runs_newest_first_and_the_next_one(capsys, client, name):
     said = listed(capsys)
     assert said.index(f"{name}-2") < said.index(f"{name}-1")
     assert re.fullmatch(
-        rf"{name}-1 +NoNewData +Nothing to retrain on *", line_of(said, f"{name}-1")
+        rf"{name}-1 +NoNewData +2.* s +Nothing to retrain on *", line_of(said, f"{name}-1")
     )
-    assert line_of(said, f"{name}-2").split()[1:] == ["Crashed", "x" * 500]
+    words = line_of(said, f"{name}-2").split()
+    assert (words[1], words[-1]) == ("Crashed", "x" * 500)
     assert f"next: {name}-3" in said
     assert f"\n{name}-3" not in said
     assert f"{name}-1" not in listed(capsys, limit=1)
@@ -199,7 +200,7 @@ def test_a_hostile_name_breaks_no_list(capsys, client, name):
     evil = f"{name}[/x]\x1b[31m\r\u202e\nfake"
     put(client, evil, Crashed(name="[/y]", message="[/z] \x1b]0;t\x07\nmore"))
     said = listed(capsys, limit=5)
-    assert line_of(said, f"{name}[/x]\\x1b[31m \\u202e fake").split()[2:3] == ["[/y]"]
+    assert line_of(said, f"{name}[/x]\\x1b[31m \\u202e fake").split()[3] == "[/y]"
     assert "[/z] \\x1b]0;t\\x07 more" in shown(capsys, name)
     assert not {"\x1b", "\r", "\u202e"} & {*said}
 

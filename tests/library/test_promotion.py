@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from flows import champions as commands
 from flows.cli import app
 from rlhf import champions
 from rlhf.challenge import describe_verdict, with_comparison
@@ -278,7 +277,6 @@ def test_of_two_runs_at_once_one_is_told(line, monkeypatch, same):
 def rlhf(line, monkeypatch, capsys, tmp_path):
     """Runs the command in this process; what it prints, in one line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands.console, "_width", 220)
 
     def run(*words: str) -> str:
         store = ("--store", line.store.uri)

@@ -39,8 +39,8 @@ def install() -> None:
         raise RuntimeError(f"imported before the type checker was installed: {early}")
     _leave_named_tuples()
     beartype_packages(names, conf=CONF)
-    # Before it on the path, so that a module with shapes has jaxtyping's checks instead.
-    install_import_hook(with_shapes(), f"{__name__}.check")
+    # Before it on the path, so that these modules have jaxtyping's checks instead.
+    install_import_hook(bound_by_jaxtyping(), f"{__name__}.check")
     sys.meta_path[0]._rlhf = True
 
 
@@ -56,13 +56,17 @@ def _leave_named_tuples() -> None:
     typing._make_nmtuple = unchecked
 
 
-def with_shapes() -> list[str]:
-    """Return the names of the modules that annotate shapes."""
+def bound_by_jaxtyping() -> list[str]:
+    """Return the names of the modules that annotate shapes, or names that only checkers import.
+
+    Of the latter beartype fails at the first call; jaxtyping leaves them unchecked.
+    """
     root = Path(__file__).parents[2]
+    marks = ("from jaxtyping import", "if TYPE_CHECKING:")
     return [
         ".".join(path.relative_to(root).with_suffix("").parts)
         for path in sorted((root / "rlhf").rglob("*.py"))
-        if "from jaxtyping import" in path.read_text("utf-8")
+        if any(mark in path.read_text("utf-8") for mark in marks)
     ]
 
 
