@@ -23,6 +23,7 @@ from rlhf.report import (
     ConfigRow,
     Lineage,
     LineageNode,
+    Overview,
     RunOutcome,
     RunReport,
     StageRow,
@@ -38,6 +39,7 @@ from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from tasks.drift import DriftCheck
 from tasks.gate_check import GateCheck
+from tasks.overview import overview_markdown, read_overview
 from tasks.prefect_pages import show_page
 from tasks.retries import retried
 from tasks.runner import code_version, commit, library_versions, producer
@@ -118,6 +120,12 @@ def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
     compares = run.config.gates.champion is not None
     verdict = verdicts.get(GATE_POLICY.name)
     return checked(path, lambda: trust_answers(read_saved(path), verdict, compares))
+
+
+def run_overview(run: PipelineRun) -> Overview | None:
+    """Return a run's figures before and after PPO, and what stands out; None without any."""
+    store = store_of(run.config)
+    return read_overview(run.config, run.refs, _verdicts(run, store), store)
 
 
 def reward_model_facts(run: PipelineRun) -> list[str]:
@@ -212,6 +220,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         watchdog=part(TRAIN_POLICY, "watchdog.json"),
         curves=tuple(part(TRAIN_POLICY, "curve.json", _read_rows) or ()),
         samples=tuple(shown_samples(samples, run.config.evaluation.samples)),
+        overview=run_overview(run),
         trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),
         lineage=_lineage(run, store),
@@ -280,9 +289,12 @@ def _summary(run: PipelineRun, report: str, store: Store) -> Markdown:
     data = run.refs.get(PREPARE_DATA.name)
     findings = read_summary(store.fetch(data)).get("findings", ()) if data else ()
     pull = f"rlhf artifacts pull {report[:12]} report --store {run.config.store}"
+    shown = run_overview(run)
+    alarm = (bold(f"What stands out: {shown.alarm}, see below."),) if shown and shown.alarm else ()
     return paragraphs(
-        words(bold(f"{run.outcome}:"), run.reason),
+        words(bold(f"{run.outcome}:"), run.reason, *alarm),
         bullets(answer.line for answer in first_answers(run)),
+        overview_markdown(shown),
         table(("stage", "state", "key metric", "artifact"), stages),
         bullets(f"Reward model: {line}" for line in reward_model_facts(run)),
         bullets(f"Data: {finding}" for finding in findings),

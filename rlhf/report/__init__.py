@@ -12,7 +12,9 @@ from rlhf.report.model import (
     Sample,
     StageRow,
     StageState,
+    outcome_style,
 )
+from rlhf.report.overview import Overview, overview
 from rlhf.report.render import render
 from rlhf.report.trust import Answer, trust_answers
 
@@ -24,11 +26,14 @@ __all__ = [
     "ConfigRow",
     "Lineage",
     "LineageNode",
+    "Overview",
     "RunOutcome",
     "RunReport",
     "Sample",
     "StageRow",
     "StageState",
+    "outcome_style",
+    "overview",
     "render",
     "trust_answers",
 ]
