@@ -18,7 +18,7 @@ from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, DataError
 from rlhf.files import expand_home
 from rlhf.plain_text import one_line
-from rlhf.report import STATES, Overview, RunOutcome, StageState, outcome_style
+from rlhf.report import STATES, Answer, Overview, RunOutcome, StageState, outcome_style
 from rlhf.report.samples import read_samples
 from rlhf.store import Ancestor, Artifact
 from tasks.console import PlainConsole, say, styled
@@ -63,9 +63,7 @@ def show_run(console: PlainConsole, run: PipelineRun) -> None:
     shown = run_overview(run)
     if shown is not None:
         show_overview(console, shown)
-    for answer in first_answers(run):
-        style = ANSWER_STYLES.get(answer.tone, "")
-        say(answer.line, style, on=console)
+    show_answers(console, first_answers(run))
     alarm = f" What stands out: {shown.alarm}, see above." if shown and shown.alarm else ""
     say(f"{run.outcome}: {run.reason}{alarm}", outcome_style(run.outcome, shown), on=console)
     tracking = apply_machine_settings(run.config).tracking
@@ -93,6 +91,12 @@ def show_overview(console: PlainConsole, shown: Overview) -> None:
         findings.add_row(mark, one_line(finding.text))
         findings.add_row("", styled(("change next: ", "bold"), one_line(finding.cure)))
     console.print(findings)
+
+
+def show_answers(console: PlainConsole, answers: Sequence[Answer]) -> None:
+    """Print the answers on trust, a line each."""
+    for answer in answers:
+        say(answer.line, ANSWER_STYLES.get(answer.tone, ""), on=console)
 
 
 def show_data(console: PlainConsole, folder: Path) -> None:

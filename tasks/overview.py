@@ -14,7 +14,7 @@ from rlhf.config.fields import flatten
 from rlhf.data.rows import CARD
 from rlhf.gates import Verdict
 from rlhf.markdown import Markdown, bold, bullets, paragraphs, words
-from rlhf.report import Overview, overview
+from rlhf.report import Overview, make_overview
 from rlhf.report.symptoms import Facts, Finding
 from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
@@ -58,7 +58,7 @@ def read_overview(
             return None
         return read(store.fetch(ref, [file]) / file)
 
-    return overview(
+    return make_overview(
         Facts.of(
             policy=part(EVALUATE_POLICY, EVALUATION),
             curve=part(TRAIN_POLICY, CURVE, _read_rows),

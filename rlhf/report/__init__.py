@@ -14,7 +14,7 @@ from rlhf.report.model import (
     StageState,
     outcome_style,
 )
-from rlhf.report.overview import Overview, overview
+from rlhf.report.overview import Overview, make_overview
 from rlhf.report.render import render
 from rlhf.report.trust import Answer, trust_answers
 
@@ -32,8 +32,8 @@ __all__ = [
     "Sample",
     "StageRow",
     "StageState",
+    "make_overview",
     "outcome_style",
-    "overview",
     "render",
     "trust_answers",
 ]

@@ -15,8 +15,9 @@ from rlhf.report.text import number, number_of, percent
 
 #: Where a reward is shown: evaluations leave out what PPO subtracts from replies without an end.
 REWARD_NOTE = "the reward model's score alone"
-#: Least cost of missing ends for which the reward is shown as PPO counts it, too.
-LEAST_PENALTY = 0.005
+#: Least mean cost of missing ends for which the reward is shown as PPO counts it, too: half a
+#: tenth is seen in figures of two decimals.
+LEAST_PENALTY = 0.05
 #: Reward functions that are the reward model's score.
 _MODEL_SCORES = (None, "default")
 
@@ -60,7 +61,7 @@ class Overview:
         return counted(self.findings)
 
 
-def overview(facts: Facts) -> Overview:
+def make_overview(facts: Facts) -> Overview:
     """Return the overview of a run."""
     return Overview(tuple(_figures(facts)), _sample(facts), find(facts))
 

@@ -64,10 +64,10 @@ def judge_disagrees(facts: Facts) -> Finding | None:
     high = facts.metric("judge_win_rate_high")
     if state != "suspected" and not (high is not None and high < 0.5):
         return None
-    judge = mapping(facts.policy.get("judge"))
+    known = mapping(facts.policy.get("judge"))
     right = (
-        f" (the judge is right on {share_with_interval(judge, 'accuracy')} of held-out pairs)"
-        if number_of(judge.get("accuracy")) is not None
+        f" (the judge is right on {share_with_interval(known, 'accuracy')} of held-out pairs)"
+        if number_of(known.get("accuracy")) is not None
         else ""
     )
     text = (

@@ -125,8 +125,10 @@ class Facts:
         if name not in self.settings:
             return name
         value = self.settings[name]
-        text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-        return f"{name} (now {text})"
+        if isinstance(value, bool):
+            value = str(value).lower()
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        return f"{name} (now {'none' if value is None else text})"
 
     @property
     def stay_closer(self) -> str:

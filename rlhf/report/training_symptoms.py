@@ -20,8 +20,11 @@ from rlhf.report.text import number, number_of, percent, percent_range, sentence
 #: Probes that only add words, and the others that a reward model may like.
 LENGTH_PROBES = ("filler", "repeated_sentence")
 OTHER_PROBES = ("flattery", "bullets", "truncated")
-#: Lower end of that probe's rises from which a reward model surely reads little of the prompt: one
-#: that reads none has 0.5, the quickstart's 0.15 (docs/trust.md).
+#: Width of an accuracy's interval up to which few pairs are no reason for a coin within it: it is
+#: that of 100 pairs.
+CHANCE_WIDTH = 0.2
+#: Lower end of the rises of `other_prompt` from which a reward model surely reads little of the
+#: prompt: one that reads none has 0.5, the quickstart's 0.15 (docs/trust.md).
 PROMPT_UNREAD = 0.4
 #: The longer reply is preferred this far off a coin: the threshold of the data card's warning.
 SHORTCUT = 0.05
@@ -71,7 +74,7 @@ def watchdog_stopped(facts: Facts) -> Finding | None:
         evidence = str(stopped.get("evidence") or "").strip().rstrip(".")
         return Finding(
             "watchdog_stopped", "serious" if chosen == 0 else "warning",
-            f"The watchdog stopped PPO{when} by {words(name).lower()}"
+            f"The watchdog stopped PPO{when} ({words(name)})"
             f"{f': {evidence}' if evidence else ''}.{goes_on}",
             f"{capital(cure)}.",
         )  # fmt: skip
@@ -178,7 +181,8 @@ def reward_model_at_chance(facts: Facts) -> Finding | None:
             "data.rejected_column, or the meaning of labels in data.labels.",
         )  # fmt: skip
     return Finding(
-        "reward_model_at_chance", "serious", f"{text}: it may be a coin, which has 50 %.",
+        "reward_model_at_chance", "serious" if high - low <= CHANCE_WIDTH else "warning",
+        f"{text}: it may be a coin, which has 50 %.",
         _of_a_ready_one(facts)
         or f"Train it on more pairs or with {facts.now('reward_model.epochs')} raised, or start it "
         f"from a larger model by {facts.now('reward_model.base')}; raise "
@@ -271,7 +275,8 @@ def gate_without_rules(facts: Facts) -> Finding | None:
     return Finding(
         "gate_without_rules", "warning",
         f"Nothing was asked of the model at {' and '.join(names)}: the gate has no rules.",
-        f"Set {' and '.join(fields)}, or leave them out for the default rules.",
+        f"Write rules in {' and '.join(fields)}; what is left out of a configuration has the "
+        "default ones.",
     )  # fmt: skip
 
 
@@ -294,8 +299,8 @@ def _probe_text(name: str, model: Mapping[str, Any]) -> str:
     probe = mapping(mapping(model.get("probes")).get(name))
     does = PROBES.get(name, words(name))
     return sentence(
-        f"The reward model likes what adds nothing: {does[:1].lower()}{does[1:]}, and its score "
-        f"rises in {share_with_interval(probe, 'rises')} of {_count(probe)} replies"
+        f"The reward model can be fooled: {does[:1].lower()}{does[1:]}, and its score rises in "
+        f"{share_with_interval(probe, 'rises')} of {_count(probe)} replies"
     )
 
 
