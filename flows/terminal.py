@@ -17,7 +17,7 @@ from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, DataError
 from rlhf.files import expand_home
 from rlhf.plain_text import one_line
-from rlhf.report import OUTCOMES, STATES, RunOutcome, StageState
+from rlhf.report import STATES, Answer, Overview, RunOutcome, StageState, outcome_style
 from rlhf.report.samples import read_samples
 from rlhf.store import Ancestor
 from tasks.console import PlainConsole, say, styled
@@ -27,6 +27,7 @@ from tasks.report import (
     gate_lines,
     reward_model_evaluation,
     reward_model_facts,
+    run_overview,
 )
 from tasks.stage import store_of
 from tasks.stages import EVALUATE_POLICY, PREPARE_DATA, SAMPLES
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 #: Colours of the answers on trust, by tone.
 ANSWER_STYLES = {"promoted": "green", "kept": "green", "rejected": "yellow"}
+SEVERITY_STYLES = {"serious": "bold red", "warning": "yellow"}
 
 
 def show_run(console: PlainConsole, run: PipelineRun) -> None:
@@ -57,15 +59,43 @@ def show_run(console: PlainConsole, run: PipelineRun) -> None:
         folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
         samples = read_samples(folder / SAMPLES)[: run.config.evaluation.samples]
         console.print(_samples(samples))
-    for answer in first_answers(run):
-        style = ANSWER_STYLES.get(answer.tone, "")
-        say(answer.line, style, on=console)
-    say(f"{run.outcome}: {run.reason}", OUTCOMES[run.outcome].style, on=console)
+    shown = run_overview(run)
+    if shown is not None:
+        show_overview(console, shown)
+    show_answers(console, first_answers(run))
+    alarm = f" What stands out: {shown.alarm}, see above." if shown and shown.alarm else ""
+    say(f"{run.outcome}: {run.reason}{alarm}", outcome_style(run.outcome, shown), on=console)
     tracking = apply_machine_settings(run.config).tracking
     logs = expand_home(tracking.log_dir)
     if "tensorboard" in tracking.trackers and logs.is_dir():
         say(f"metrics: tensorboard --logdir {logs}", on=console)
     say(f"report: {run.report}", on=console)
+
+
+def show_overview(console: PlainConsole, shown: Overview) -> None:
+    """Print figures before and after PPO, and what stands out with what to change next."""
+    if shown.figures:
+        say(f"SFT → after PPO{f', on {shown.sample}' if shown.sample else ''}:", on=console)
+        figures = Table.grid(padding=(0, 2))
+        for figure in shown.figures:
+            before, after = figure.texts
+            figures.add_row(f"  {figure.label}", f"{before} → {after}", figure.note)
+        console.print(figures)
+    if not shown.findings:
+        return
+    say(f"what stands out{f': {shown.alarm}' if shown.alarm else ''}", "bold", on=console)
+    findings = Table.grid(padding=(0, 2))
+    for finding in shown.findings:
+        mark = styled((f"  {finding.severity}", SEVERITY_STYLES.get(finding.severity, "dim")))
+        findings.add_row(mark, one_line(finding.text))
+        findings.add_row("", styled(("change next: ", "bold"), one_line(finding.cure)))
+    console.print(findings)
+
+
+def show_answers(console: PlainConsole, answers: Sequence[Answer]) -> None:
+    """Print the answers on trust, a line each."""
+    for answer in answers:
+        say(answer.line, ANSWER_STYLES.get(answer.tone, ""), on=console)
 
 
 def show_data(console: PlainConsole, folder: Path) -> None:

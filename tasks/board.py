@@ -162,6 +162,12 @@ class Board:
         finally:
             self.wait("")
 
+    def note_report(self, page: Path) -> None:
+        """Note where the run's report is, for `rlhf show`."""
+        if self.record is not None:
+            self.record.report = str(page)
+            self._write(now=True)
+
     def end(
         self, state: str, reason: str = "", code: int | None = None,
         awaiting: Awaiting | None = None,

@@ -23,6 +23,7 @@ from rlhf.report import (
     ConfigRow,
     Lineage,
     LineageNode,
+    Overview,
     RunOutcome,
     RunReport,
     StageRow,
@@ -36,8 +37,10 @@ from rlhf.report.text import interval
 from rlhf.saved import checked, read_saved
 from rlhf.store import ArtifactRef, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
+from tasks.board import board
 from tasks.drift import DriftCheck
 from tasks.gate_check import GateCheck
+from tasks.overview import overview_markdown, read_overview
 from tasks.prefect_pages import show_page
 from tasks.retries import retried
 from tasks.runner import code_version, commit, library_versions, producer
@@ -95,6 +98,8 @@ def write_report(run: PipelineRun) -> Markdown:
         if run.error is None:
             raise
         summary = _report_without_store(run, error)
+    if run.report is not None:
+        board.note_report(run.report)
     show_page("report", summary, escape(f"Report of {run.name}"))
     return summary
 
@@ -118,6 +123,12 @@ def first_answers(run: PipelineRun) -> tuple[Answer, ...]:
     compares = run.config.gates.champion is not None
     verdict = verdicts.get(GATE_POLICY.name)
     return checked(path, lambda: trust_answers(read_saved(path), verdict, compares))
+
+
+def run_overview(run: PipelineRun) -> Overview | None:
+    """Return a run's figures before and after PPO, and what stands out; None without any."""
+    store = store_of(run.config)
+    return read_overview(run.config, run.refs, _verdicts(run, store), store)
 
 
 def reward_model_facts(run: PipelineRun) -> list[str]:
@@ -153,7 +164,9 @@ def _report_without_store(run: PipelineRun, error: OSError) -> Markdown:
     """Write a page with the stages and the reason alone, and return that as a summary."""
     reason = f"{run.reason} (all that the store holds is missing from this report: {error})"
     run.report = _page(run, sha256_bytes(run.name.encode()))
-    run.report.write_text(render(RunReport(**{**_facts(run), "reason": reason})), encoding="utf-8")
+    report = RunReport(**{**_facts(run), "reason": reason})
+    run.report.write_text(render(report), encoding="utf-8")
+    run.report.with_suffix(".json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
     outcome = words(bold(f"{run.outcome}:"), reason)
     return paragraphs(outcome, words("Report:", code(run.report)))
 
@@ -176,7 +189,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
     run.report = _page(run, key)
     record = store.history.latest(f"records/report/{key}") if run.all_cached else None
     if record and store.exists(record["digest"]) and store.renew(record["digest"]):
-        shutil.copyfile(store.fetch(record["digest"]) / REPORT, run.report)
+        _copy_report(store.fetch(record["digest"]), run.report)
         return record["digest"]
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / REPORT
@@ -188,9 +201,15 @@ def _publish(run: PipelineRun, store: Store) -> str:
             page.parent, "report", parents=run.refs, metrics={},
             producer=producer("report", {}, run.config.seed),
         )  # fmt: skip
-        shutil.copyfile(page, run.report)
+        _copy_report(page.parent, run.report)
     store.history.append(f"records/report/{key}", ref.model_dump(mode="json"))
     return ref.digest
+
+
+def _copy_report(folder: Path, page: Path) -> None:
+    """Copy a report's files to its place in the report folder."""
+    shutil.copyfile(folder / REPORT, page)
+    shutil.copyfile(folder / DATA, page.with_suffix(".json"))
 
 
 def _gather(run: PipelineRun, store: Store) -> RunReport:
@@ -212,6 +231,7 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         watchdog=part(TRAIN_POLICY, "watchdog.json"),
         curves=tuple(part(TRAIN_POLICY, "curve.json", _read_rows) or ()),
         samples=tuple(shown_samples(samples, run.config.evaluation.samples)),
+        overview=run_overview(run),
         trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),
         lineage=_lineage(run, store),
@@ -280,9 +300,12 @@ def _summary(run: PipelineRun, report: str, store: Store) -> Markdown:
     data = run.refs.get(PREPARE_DATA.name)
     findings = read_summary(store.fetch(data)).get("findings", ()) if data else ()
     pull = f"rlhf artifacts pull {report[:12]} report --store {run.config.store}"
+    shown = run_overview(run)
+    alarm = (bold(f"What stands out: {shown.alarm}, see below."),) if shown and shown.alarm else ()
     return paragraphs(
-        words(bold(f"{run.outcome}:"), run.reason),
+        words(bold(f"{run.outcome}:"), run.reason, *alarm),
         bullets(answer.line for answer in first_answers(run)),
+        overview_markdown(shown),
         table(("stage", "state", "key metric", "artifact"), stages),
         bullets(f"Reward model: {line}" for line in reward_model_facts(run)),
         bullets(f"Data: {finding}" for finding in findings),

@@ -84,6 +84,8 @@ class RunRecord(_Part):
     stages: list[StageProgressRecord] = Field(default_factory=list[StageProgressRecord])
     series: dict[str, list[float]] = Field(default_factory=dict[str, list[float]])
     """Last values of the metrics of the training stage that runs, for sparklines."""
+    report: str = ""
+    """Path of the page of its report; empty before it was written."""
     sample: list[str] = Field(default_factory=list[str])
     """Prompt and reply of the last sample of PPO; empty before the first."""
 

@@ -495,7 +495,7 @@ TRAIN_POLICY = Stage(
     },
     body=_train_policy,
     headline=(
-        ("reward {:.2f}", "reward"),
+        ("reward {:.2f} → {:.2f}", "reward_before", "reward"),
         ("KL {:.2f}", "kl"),
         ("update {:,}", "chosen_update"),
         *PROMPT_COUNTS,
@@ -527,6 +527,8 @@ EVALUATE_POLICY = Stage(
     headline=(
         ("wins {:.1%}", "sampled.win_rate"),
         ("judge {:.1%}", "sampled.judge_win_rate"),
+        ("reward {:.2f} → {:.2f}", "sampled.reward_before", "sampled.reward_after"),
+        ("ended {:.0%} → {:.0%}", "sampled.eos_rate_before", "sampled.eos_rate"),
         ("against the champion {:.1%}", "champion.win_rate"),
         ("gold wins {:.1%}", "sampled.gold_win_rate"),
         ("KL {:.2f}", "sampled.kl"),

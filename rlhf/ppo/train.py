@@ -115,6 +115,7 @@ def train_policy(
     # A row is measured before its update: that of the next one is of the policy that goes on.
     row = state.curve[min(chosen, len(state.curve) - 1)]
     metrics |= {k: row[k] for k in ("reward", "kl", "tokens", "eos_rate")}
+    metrics |= {f"{k}_before": state.curve[0][k] for k in ("reward", "tokens", "eos_rate")}
     return StageResult({**metrics, **fitting.metrics()})
 
 

@@ -12,7 +12,9 @@ from rlhf.report.model import (
     Sample,
     StageRow,
     StageState,
+    outcome_style,
 )
+from rlhf.report.overview import Overview, make_overview
 from rlhf.report.render import render
 from rlhf.report.trust import Answer, trust_answers
 
@@ -24,11 +26,14 @@ __all__ = [
     "ConfigRow",
     "Lineage",
     "LineageNode",
+    "Overview",
     "RunOutcome",
     "RunReport",
     "Sample",
     "StageRow",
     "StageState",
+    "make_overview",
+    "outcome_style",
     "render",
     "trust_answers",
 ]

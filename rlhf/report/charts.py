@@ -17,7 +17,7 @@ UNSIZED = ("baseline", "part")
 
 #: Key of the curve, heading, unit, and the values that its axis has to cover.
 PANELS: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
-    ("reward", "Reward", "mean score of the replies", ()),
+    ("reward", "Reward", "mean score, less what missing ends cost", ()),
     ("kl", "KL", "nats per reply, from the SFT policy", (0.0,)),
     ("entropy", "Entropy", "nats per token", ()),
     ("tokens", "Reply length", "tokens", ()),

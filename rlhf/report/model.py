@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, field_serializer
 
 from rlhf.gates import Verdict
+from rlhf.report.overview import Overview
 from rlhf.report.trust import Answer
 
 
@@ -73,6 +74,12 @@ STATES = {
     StageState.NOT_BETTER: Look("kept", "Not better", "green"),
     StageState.NOT_RUN: Look("notrun", "Not run", "dim"),
 }
+
+
+def outcome_style(outcome: RunOutcome, shown: Overview | None) -> str:
+    """Return an outcome's colour in the terminal: what has serious findings is not green."""
+    style = OUTCOMES[outcome].style
+    return "yellow" if shown and shown.alarm and style == "green" else style
 
 
 class Plain(BaseModel):
@@ -217,6 +224,8 @@ class RunReport(Plain):
     """One row per PPO update: `update`, `reward`, `kl`, `entropy`, `tokens`, `value_loss`, …"""
     samples: tuple[Sample, ...] = ()
     """Replies before and after PPO."""
+    overview: Overview | None = None
+    """Figures before and after PPO, and what stands out (`rlhf.report.overview`)."""
     trust: tuple[Answer, ...] = ()
     """Answers of the first screen (`rlhf.report.trust`)."""
     verdicts: tuple[Verdict, ...] = ()

@@ -117,7 +117,9 @@ def tiles(report: RunReport) -> list[Tile]:
             figures.append(
                 _rate_tile(f"Wins by {scorer}", "over SFT", sampled, f"{prefix}win_rate")
             )
-    if number_of(sampled.get("reward_after")) is not None:
+    # In an overview rewards stand with their values before.
+    has_figures = report.overview is not None and bool(report.overview.figures)
+    if number_of(sampled.get("reward_after")) is not None and not has_figures:
         before = number(sampled.get("reward_before"))
         figures.append(Tile("Reward", number(sampled["reward_after"]), f"was {before} after SFT"))
     if number_of(sampled.get("kl")) is not None:

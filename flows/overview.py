@@ -1,0 +1,175 @@
+"""The command `rlhf show`: the overview of a finished run."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.artifacts import ConfigOption, StoreOption, open_existing
+from flows.runs import duration, find_run, read_run, records_folder
+from rlhf.config import PipelineConfig, apply_machine_settings
+from rlhf.errors import ArtifactMissing
+from rlhf.files import exists, expand_home, is_file
+from rlhf.plain_text import one_line
+from rlhf.store.manifest import is_digest_prefix
+from tasks.console import console, say, styled
+from tasks.prefect_server import check_settings, prefect_server
+from tasks.run_record import RunRecord, find_record, no_such_run, read_records
+
+if TYPE_CHECKING:
+    from rlhf.report.stored import StoredReport
+
+#: How a run's summary on Prefect's server tells where its report is stored.
+_PULL = re.compile(r"rlhf artifacts pull ([0-9a-f]{12}) report --store (\S+)")
+DATA = "report.json"
+
+
+def show(
+    run: str = "", *, json: bool = False, work_dir: Path | None = None,
+    store: StoreOption = None, config: ConfigOption = None,
+) -> None:  # fmt: skip
+    """Show a finished run: outcome, figures before and after PPO, and what to change next.
+
+    Parameters
+    ----------
+    run
+        Its name, or how it begins; the name or path of its report; the digest of its stored report;
+        of a run on Prefect's server its id too. Default: this machine's newest run.
+    json
+        Print it as JSON, and nothing else.
+    work_dir
+        Work folder with the records of this machine's runs; as configured by default.
+    """
+    from rlhf.report.stored import read_report
+
+    path = _find(run, records_folder(work_dir), store, config)
+    report = read_report(path)
+    page = path.with_suffix(".html")
+    where = str(page if page.is_file() else path)
+    if json:
+        console.print(dumps(_facts(report, where), indent=1), soft_wrap=True)
+    else:
+        _print(report, where)
+
+
+def _facts(report: StoredReport, page: str) -> dict[str, Any]:
+    """Return what is shown as JSON values."""
+    facts = report.model_dump(mode="json", exclude={"trust", "overview"})
+    shown = report.model_dump(mode="json", include={"overview"})["overview"] or {}
+    answers = [answer._asdict() for answer in report.trust]
+    return {**facts, "seconds": report.seconds, "answers": answers, **shown, "page": page}
+
+
+def _print(report: StoredReport, page: str) -> None:
+    from flows.terminal import show_answers, show_overview
+    from rlhf.report import outcome_style
+
+    shown = report.overview
+    alarm = f", {shown.alarm}" if shown and shown.alarm else ""
+    style = outcome_style(report.outcome, shown)
+    outcome = (f"  {report.outcome}{alarm}", style)
+    console.print(styled((one_line(report.run_name), "bold"), outcome))
+    console.print(one_line(report.reason))
+    say(f"started {_local(report.started)}, {duration(report.seconds)}, seed {report.seed}")
+    if shown is not None:
+        show_overview(console, shown)
+    show_answers(console, report.trust)
+    say(f"report: {page}")
+
+
+def _local(moment: str) -> str:
+    try:
+        return datetime.fromisoformat(moment).astimezone().strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return moment
+
+
+def _find(text: str, folder: Path, store: str | None, config: Path | None) -> Path:
+    """Return the JSON file of the report that a text names.
+
+    Raises:
+        ArtifactMissing: No run is called that, or it has no report.
+        ConfigError: Several are, or the server does not answer.
+    """
+    if text and (file := _file(text)) is not None:
+        return file
+    if store is not None or config is not None or is_digest_prefix(text):
+        return _stored(text, store, config)
+    records = read_records(folder)
+    record = find_record(records, text) if text else next(iter(records), None)
+    if record is not None:
+        return _of_record(record)
+    check_settings()
+    from prefect.settings import PREFECT_API_URL
+
+    if text and PREFECT_API_URL.value():
+        return _on_server(text)
+    raise no_such_run(records, text, folder)
+
+
+def _file(text: str) -> Path | None:
+    """Return the JSON beside a report's page, named by its path or its name in the report folder.
+
+    Raises:
+        ArtifactMissing: There is a page, and no JSON beside it.
+    """
+    given = expand_home(text)
+    folder = expand_home(apply_machine_settings(PipelineConfig()).runtime.report_dir)
+    places = [given] if given.suffix in (".html", ".json") else [folder / f"{text}.json"]
+    for place in places:
+        file = place.with_suffix(".json")
+        if is_file(file):
+            return file
+        if exists(place):
+            raise ArtifactMissing(
+                f"{place}: there is no {file.name} beside it; give the run's name, or the digest "
+                "of its stored report"
+            )
+    return None
+
+
+def _of_record(record: RunRecord) -> Path:
+    if record.report and (file := _file(record.report)) is not None:
+        return file
+    if not record.is_over:
+        how = f"is {record.state}; rlhf watch {record.name}"
+    elif record.report:
+        how = f"had it at {record.report}, which is gone; run the same command again"
+    else:
+        how = f"ended as {record.state} without one; run the same command again"
+    raise ArtifactMissing(one_line(f"{record.name}: no report to show: the run {how}"))
+
+
+def _stored(text: str, store: str | None, config: Path | None) -> Path:
+    """Return the JSON of a report in a store, named by its digest.
+
+    Raises:
+        ArtifactMissing: It is not there, or is something else.
+    """
+    opened = open_existing(store, config)
+    ref = opened.resolve(text)
+    if ref.kind != "report":
+        raise ArtifactMissing(f"{text}: {ref.short} is of kind {ref.kind}; give a report's digest")
+    return opened.fetch(ref, [DATA]) / DATA
+
+
+def _on_server(text: str) -> Path:
+    """Return the report of a run on Prefect's server, whose summary tells the store.
+
+    Raises:
+        ArtifactMissing: There is no such run, it has no report, or that is not reachable here.
+    """
+    with prefect_server(text) as client:
+        run = find_run(client, text)
+        artifacts = read_run(client, run)[2]
+    summary = next((str(a.data) for a in artifacts if a.key == "report"), "")
+    found = _PULL.search(summary)
+    if found is None:
+        state = run.state.name if run.state else "Unknown"
+        raise ArtifactMissing(
+            one_line(f"{run.name}: no report to show: the run is {state}; rlhf status {run.name}")
+        )
+    return _stored(found[1], found[2], None)
