@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,16 +46,38 @@ LONGEST_GRACE = 876_600.0
 
 
 @app.command
-def ls(*, store: StoreOption = None, config: ConfigOption = None) -> None:
-    """List all artifacts of a store, the newest last."""
+def ls(*, json: bool = False, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """List all artifacts of a store, the newest last, and how much disk they take.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    """
     from flows.terminal import artifacts_table
     from rlhf.champions import latest_entry, model_lines
+    from tasks.disk import disk_use
 
+    loaded = load_config(config, [f"--store={store}"] if store else []).config
     opened = open_existing(store, config)
     champions = {line: latest_entry(opened, line) for line in model_lines(opened)}
     marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
     marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
-    console.print(artifacts_table(opened.list(), marks))
+    artifacts = sorted(opened.list(), key=lambda each: -each.age)
+    if json:
+        rows = [
+            {
+                "digest": ref.digest, "kind": ref.kind, "stage": manifest.producer.stage,
+                "seed": manifest.producer.seed, "files": len(manifest.files), "bytes": ref.size,
+                "age_seconds": age, "marks": [mark for d, mark in marks if d == ref.digest],
+            }
+            for ref, manifest, age in artifacts
+        ]  # fmt: skip
+        console.print(dumps(rows, indent=1, ensure_ascii=True), soft_wrap=True)
+        return
+    console.print(artifacts_table(artifacts, marks))
+    for line in disk_use(loaded, artifacts).lines():
+        say(line)
 
 
 @app.command(name="show")
@@ -96,7 +118,7 @@ def lineage(
 
     for dataset in sorted({a.ref.digest for a in ancestors if a.ref.kind == "dataset"}):
         for row in rows_of(opened.fetch(dataset)):
-            line = json.dumps({**vars(row), "dataset": dataset[:12]})
+            line = dumps({**vars(row), "dataset": dataset[:12]})
             say(line)
 
 

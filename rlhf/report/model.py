@@ -217,6 +217,10 @@ class RunReport(Plain):
     """One row per PPO update: `update`, `reward`, `kl`, `entropy`, `tokens`, `value_loss`, …"""
     samples: tuple[Sample, ...] = ()
     """Replies before and after PPO."""
+    replies: tuple[Sample, ...] = ()
+    """Held-out replies to sort, the worst first: all of them, or the worst and some others."""
+    replies_of: int = 0
+    """How many the evaluation has."""
     trust: tuple[Answer, ...] = ()
     """Answers of the first screen (`rlhf.report.trust`)."""
     verdicts: tuple[Verdict, ...] = ()
