@@ -125,7 +125,7 @@ def _metrics_table(gate: str, metrics: Sequence[MetricMeaning], *, is_short: boo
     """Return metrics as a table; the short one names alone the parts that are like another."""
     from rlhf.config.metric_meanings import ALIKE
 
-    table = Table("metric", "meaning", "needs", title=f"gates.{gate}", title_justify="left",
+    table = Table("metric", "meaning [only with]", title=f"gates.{gate}", title_justify="left",
                   box=None, padding=(0, 2, 0, 0))  # fmt: skip
     table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"
     names = {each.name for each in metrics}
@@ -136,7 +136,7 @@ def _metrics_table(gate: str, metrics: Sequence[MetricMeaning], *, is_short: boo
             shown.add(each.part)
             heading = each.title if like is None else f"{each.title}: as {like}"
             table.add_row(styled((f"{each.part}.…" if each.part else "", "bold")),
-                          styled((heading, "bold")), "")  # fmt: skip
+                          styled((heading, "bold")))  # fmt: skip
         sides = [each.name.removesuffix(end) for end in ("_before", "_after")]
         # Both sides of a metric have one row.
         is_second = each.name.endswith("_after") and f"{sides[1]}_before" in names
@@ -145,7 +145,8 @@ def _metrics_table(gate: str, metrics: Sequence[MetricMeaning], *, is_short: boo
             mark = " ±" if each.has_interval else ""
             name = f"{sides[0]}_after/_before" if is_first else f"{each.name}{mark}"
             meaning = each.meaning.partition(", of the SFT")[0] if is_first else each.meaning
-            table.add_row(name, meaning, ", ".join(each.needs))
+            needs = f" [{', '.join(each.needs)}]" if each.needs else ""
+            table.add_row(name, f"{meaning}{needs}")
     return table
 
 
