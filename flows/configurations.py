@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flows.preflight import Overrides
 from rlhf.config import LoadedConfig, load_config
-from rlhf.config.fields import flatten, nearest
+from rlhf.config.fields import canonical, flatten, nearest
 from rlhf.errors import ConfigError
 from rlhf.files import is_file
 from rlhf.plain_text import one_line
@@ -178,7 +178,7 @@ def _rows(loaded: LoadedConfig, words: Sequence[str]) -> list[tuple[str, str, st
         ]
         if not kept:
             close = nearest(word)
-            cure = f"did you mean {close}?" if close else "give a part of a field's name"
+            cure = f"did you mean {canonical(close)}?" if close else "give a part of a field's name"
             raise ConfigError(
                 one_line(
                     f"{word!r}: no field has that in its name, and no file is called so; {cure}"

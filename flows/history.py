@@ -16,7 +16,7 @@ from flows.pages import write_page
 from rlhf.plain_text import one_line
 from rlhf.report.history import Entry
 from rlhf.report.text import duration, number
-from tasks.console import console, say, styled
+from tasks.console import PlainConsole, console, say, styled
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -65,15 +65,12 @@ def history(
         earlier = f", the last {limit} of {len(own)}" if len(own) > limit else ""
         say(f"model line {name}{earlier}", "bold")
         if wide:
-            console.print(_wide_table(shown), width=max(console.width, WIDE), crop=False)
+            PlainConsole(width=max(console.width, WIDE)).print(_wide_table(shown))
         else:
             console.print(_table(shown))
     if not wide:
-        say(
-            "* champion now; wins over SFT by the judge (J) or the reward model (R), with 95 % "
-            "interval; --wide shows more",
-            "dim",
-        )
+        say("*: champion now; wins over SFT by the judge (J) or else the reward model (R)", "dim")
+        say("--wide shows runs, reasons and what changed in the data; --html a page", "dim")
     if html is not None:
         say(f"page: {html.resolve()}")
 

@@ -96,6 +96,7 @@ def show_reward_model(console: PlainConsole, folder: Path) -> None:
 def artifacts_table(artifacts: Sequence[Artifact], marks: Sequence[tuple[str, str]]) -> Table:
     """Return artifacts as a table, the newest last; `marks` are (digest, remark)."""
     table = Table("artifact", "kind", "stage", "seed", "files", "size", "age", "")
+    table.columns[0].min_width = 12  # digits that are cut off name nothing
     for ref, manifest, age in sorted(artifacts, key=lambda each: -each.age):
         remark = ", ".join(mark for digest, mark in marks if digest == ref.digest)
         table.add_row(

@@ -47,7 +47,7 @@ def test_a_word_filters_by_name_and_else_by_meaning(shown):
     # Neither a file nor an override: the first word filters too, and all words count.
     assert "ppo.kl_coef" in shown(show, Path("ppo"), "kl_coef")
     assert "sft.lora" not in shown(show, Path("ppo"), filter="lora")
-    out = shown(show, filter="dual clip")
+    out = shown(show, filter="KL penalty")
     assert "ppo." in out
     assert "sft." not in out
     with pytest.raises(ConfigError, match=r"'kl_coeff': no field.*did you mean ppo\.kl_coef"):

@@ -89,7 +89,7 @@ class Made:
     def promote(self, refs: dict[str, ArtifactRef], line: str = "default", **more):
         return champions.promote(
             self.store, line, refs["train-policy"].digest, verdict=refs["gate-policy"].digest,
-            expected=champions.champion(self.store, line), **{"by": "ann", **more},
+            expected=champions.champion(self.store, line), **{"by": "ann", "why": "", **more},
         )  # fmt: skip
 
 

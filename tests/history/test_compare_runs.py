@@ -59,7 +59,7 @@ def test_what_differs_and_what_came_of_it(runs, as_json):
 def test_at_eighty_columns_and_on_a_page(runs, shown, tmp_path):
     out = shown(compare_runs, "run-a", "run-b", html=tmp_path / "two.html")
     assert re.search(r"│ ppo\.kl_coef +│ 0\.1 +│ 0\.05 +│", out)
-    assert re.search(r"win_rate +│ 0\.500 \(0\.400–0\.600\) │ 0\.700 \(0\.600–0\.800\)", out)
+    assert re.search(r"win_rate +│ 0\.50 \(0\.40–0\.60\) │ 0\.70 \(0\.60–0\.80\)", out)
     assert "b is better: by the judge of both runs b's replies score +2.00 more" in out
     assert "8 prompts were answered by both" in out
     tables = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
@@ -69,7 +69,7 @@ def test_at_eighty_columns_and_on_a_page(runs, shown, tmp_path):
         "run-b against run-a",
         "b is better",
         "ppo.kl_coef",
-        "0.600–0.800",
+        "0.60–0.80",
         "reply 1 to 7",
     ):
         assert text in texts, text

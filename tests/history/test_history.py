@@ -99,7 +99,7 @@ def test_the_table_fits_eighty_columns(weeks, shown):
     assert out.index("model line default") < out.index("model line other")
     assert "2026-11-02" not in shown(history, "default", limit=2)
     wide = shown(history, "default", wide=True)
-    for text in ("by cay: it swears", "new: Few annotators.", "1 min 00 s", "1.20 (SFT 0.100)"):
+    for text in ("by cay: it swears", "new: Few annotators.", "1 min 00 s", "1.20 (SFT 0.10)"):
         assert text in wide, text
 
 
