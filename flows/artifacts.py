@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,20 +52,23 @@ def ls(
     *, wide: WideOption = False, json: JsonOption = False, store: StoreOption = None,
     config: ConfigOption = None,
 ) -> None:  # fmt: skip
-    """List all artifacts of a store, the newest last."""
+    """List all artifacts of a store, the newest last, and how much disk they take."""
     from rlhf.champions import latest_entry, model_lines
+    from tasks.disk import disk_use
 
+    loaded = load_config(config, [f"--store={store}"] if store else []).config
     opened = open_existing(store, config)
     champions = {line: latest_entry(opened, line) for line in model_lines(opened)}
     marks = [(entry["policy"], f"champion of {line}") for line, entry in champions.items() if entry]
     marks += [(digest, f"pin {name}") for name, digest in opened.pins.by_name().items()]
+    artifacts = sorted(opened.list(), key=lambda each: -each.age)
     rows = [
         {
             "digest": ref.digest, "kind": ref.kind, "stage": manifest.producer.stage,
             "seed": manifest.producer.seed, "files": len(manifest.files), "bytes": ref.size,
             "age_seconds": age, "marks": [mark for digest, mark in marks if digest == ref.digest],
         }
-        for ref, manifest, age in sorted(opened.list(), key=lambda each: -each.age)
+        for ref, manifest, age in artifacts
     ]  # fmt: skip
     columns = (
         Column("artifact", "digest", show=lambda digest: digest[:12]),
@@ -78,6 +81,9 @@ def ls(
         Column("", "marks", show=lambda marks: styled((one_line(", ".join(marks)), "bold"))),
     )
     show_listing(rows, columns, wide=wide, json=json)
+    if not json:
+        for line in disk_use(loaded, artifacts).lines():
+            say(line)
 
 
 @app.command(name="show")
@@ -127,7 +133,7 @@ def lineage(
 
     for dataset in sorted({a.ref.digest for a in ancestors if a.ref.kind == "dataset"}):
         for row in rows_of(opened.fetch(dataset)):
-            line = json_module.dumps({**vars(row), "dataset": dataset[:12]})
+            line = dumps({**vars(row), "dataset": dataset[:12]})
             say(line)
 
 

@@ -21,21 +21,26 @@ from flows import (
     champions,
     chat,
     compare,
+    compare_runs,
+    configurations,
     data,
     export,
     forget,
+    history,
     init,
     judge,
     overview,
     preflight,
     runs,
+    samples,
     serve,
     server,
     watch,
 )
+from flows.configurations import warn
 from flows.preflight import Overrides
 from flows.signals import exit_on_signals
-from rlhf.config import LoadedConfig, load_config
+from rlhf.config import load_config
 from rlhf.config.fields import canonical, field_types
 from rlhf.config.section import unspeakable
 from rlhf.errors import (
@@ -60,8 +65,7 @@ app = App(
     version=rlhf.__version__,
     help_format="plaintext",
 )
-config_app = App(name="config", help="Look at configurations.")
-app.command(config_app)
+app.command(configurations.app)
 app.command(artifacts.app)
 app.command(data.app)
 app.command(server.app)
@@ -69,6 +73,8 @@ for command in (
     init.init, preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
     compare.compare, judge.judge, chat.chat, serve.serve, export.export, overview.show,
+    compare.compare, judge.judge, chat.chat, serve.serve, export.export, samples.samples,
+    history.history, compare_runs.compare_runs,
 ):  # fmt: skip
     app.command(command)
 
@@ -214,22 +220,6 @@ def node(
     say(f"node {number + 1}: the stage's training has ended")
 
 
-@config_app.command
-def show(config: Path | None = None, *overrides: Overrides) -> None:
-    """Print the effective values and where each came from.
-
-    Parameters
-    ----------
-    config
-        YAML preset; none shows the defaults.
-    """
-    from flows.terminal import config_table
-
-    loaded = load_config(config, overrides)
-    warn(loaded)
-    console.print(config_table(loaded))
-
-
 def fail(error: BaseException) -> int:
     """Print an error in one line and return its exit code; RLHF_TRACEBACK shows all of it."""
     if os.environ.get("RLHF_TRACEBACK"):
@@ -238,12 +228,6 @@ def fail(error: BaseException) -> int:
     if isinstance(error, GateRejected):
         return REJECTED
     return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN
-
-
-def warn(loaded: LoadedConfig) -> None:
-    """Print a warning for each of the user's values outside of its advised range."""
-    for line in loaded.advice():
-        say(f"warning: {line}", "yellow", on=PlainConsole(stderr=True))
 
 
 def prepare_prefect(verbose: bool) -> None:

@@ -20,7 +20,7 @@ from tasks.prefect_server import check_settings, prefect_server
 from tasks.run_record import RunRecord, find_record, no_such_run, read_records
 
 if TYPE_CHECKING:
-    from rlhf.report.stored import StoredReport
+    from rlhf.report.stored_overview import StoredReport
 
 #: How a run's summary on Prefect's server tells where its report is stored.
 _PULL = re.compile(r"rlhf artifacts pull ([0-9a-f]{12}) report --store (\S+)")
@@ -43,7 +43,7 @@ def show(
     work_dir
         Work folder with the records of this machine's runs; as configured by default.
     """
-    from rlhf.report.stored import read_report
+    from rlhf.report.stored_overview import read_report
 
     path = _find(run, records_folder(work_dir), store, config)
     report = read_report(path)

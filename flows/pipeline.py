@@ -90,7 +90,7 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     for line in run.advice:
         get_run_logger().warning(line)
     work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
-    with exit_on_sigterm(), board.running(name, [*STAGES], work_dir):
+    with exit_on_sigterm(), board.running(name, [*STAGES], work_dir, store_of(config).uri):
         run_stages(run)
         write_report(run)
         board.end(run.outcome.value, run.reason, awaiting=_awaiting(run))

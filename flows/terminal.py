@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.tree import Tree
 
-from rlhf.config import LoadedConfig, apply_machine_settings
+from rlhf.config import apply_machine_settings
 from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, DataError
@@ -21,6 +21,7 @@ from rlhf.report import STATES, Answer, Overview, RunOutcome, StageState, outcom
 from rlhf.report.samples import read_samples
 from rlhf.store import Ancestor
 from tasks.console import PlainConsole, say, styled
+from tasks.disk import disk_use
 from tasks.report import (
     drift_lines,
     first_answers,
@@ -70,6 +71,10 @@ def show_run(console: PlainConsole, run: PipelineRun) -> None:
     if "tensorboard" in tracking.trackers and logs.is_dir():
         say(f"metrics: tensorboard --logdir {logs}", on=console)
     say(f"report: {run.report}", on=console)
+    use = disk_use(run.config)
+    if use.is_large:
+        for line in use.lines():
+            say(line, on=console)
 
 
 def show_overview(console: PlainConsole, shown: Overview) -> None:
@@ -115,18 +120,6 @@ def show_reward_model(console: PlainConsole, folder: Path) -> None:
     """Print the figures that tell most of a reward model's evaluation."""
     for line in reward_model_evaluation(folder):
         say(f"reward model: {line}", on=console)
-
-
-def config_table(loaded: LoadedConfig) -> Table:
-    """Return all values of a configuration and their origins as a table."""
-    table = Table()
-    for name in ("field", "value", "from"):
-        # A truncated name could be mistaken for its neighbour's.
-        table.add_column(name, no_wrap=name == "field", overflow="fold")
-    for key, value, source in loaded.rows():
-        style = "dim" if source.endswith("default") else "bold"
-        table.add_row(*map(one_line, (key, value, source)), style=style)
-    return table
 
 
 def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:

@@ -70,9 +70,11 @@ class Board:
         self._is_live = console is not None and console.is_terminal and not plain
 
     @contextmanager
-    def running(self, name: str, stages: list[str], work_dir: Path) -> Iterator[None]:
+    def running(
+        self, name: str, stages: list[str], work_dir: Path, store: str = ""
+    ) -> Iterator[None]:
         """Show a run while the block runs; an error that leaves the block ends it as failed."""
-        self._begin(name, stages, work_dir)
+        self._begin(name, stages, work_dir, store)
         try:
             yield
         except BaseException as error:
@@ -81,11 +83,11 @@ class Board:
             raise
         self.end(RunOutcome.FAILED.value)
 
-    def _begin(self, name: str, stages: list[str], work_dir: Path) -> None:
+    def _begin(self, name: str, stages: list[str], work_dir: Path, store: str) -> None:
         if self._console is None:
             return
         self._close()
-        self.record = new_record(name, stages)
+        self.record = new_record(name, stages, store)
         self._folder = work_dir / "runs"
         self._etas, self._line_at = {}, {}
         with suppress(OSError):

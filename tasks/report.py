@@ -31,8 +31,11 @@ from rlhf.report import (
     render,
     trust_answers,
 )
+from rlhf.report.index import write_index
 from rlhf.report.reward_model import reward_model_lines
-from rlhf.report.samples import read_samples, shown_samples
+from rlhf.report.samples import listed_samples, read_samples, shown_samples
+from rlhf.report.stored import DATA, KIND
+from rlhf.report.stored import PAGE as REPORT
 from rlhf.report.text import interval
 from rlhf.saved import checked, read_saved
 from rlhf.store import ArtifactRef, Store
@@ -56,9 +59,7 @@ from tasks.stages import (
     TRAIN_POLICY,
 )
 
-REPORT = "report.html"
 _read_rows = partial(read_saved, shape=TypeAdapter(list[dict[str, Any]]))
-DATA = "report.json"
 
 
 @dataclass
@@ -100,6 +101,7 @@ def write_report(run: PipelineRun) -> Markdown:
         summary = _report_without_store(run, error)
     if run.report is not None:
         board.note_report(run.report)
+        write_index(run.report.parent)
     show_page("report", summary, escape(f"Report of {run.name}"))
     return summary
 
@@ -198,7 +200,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
         # For programs; a number that is not finite becomes null.
         (page.parent / DATA).write_text(report.model_dump_json(indent=1), encoding="utf-8")
         ref = store.publish(
-            page.parent, "report", parents=run.refs, metrics={},
+            page.parent, KIND, parents=run.refs, metrics={},
             producer=producer("report", {}, run.config.seed),
         )  # fmt: skip
         _copy_report(page.parent, run.report)
@@ -232,6 +234,8 @@ def _gather(run: PipelineRun, store: Store) -> RunReport:
         curves=tuple(part(TRAIN_POLICY, "curve.json", _read_rows) or ()),
         samples=tuple(shown_samples(samples, run.config.evaluation.samples)),
         overview=run_overview(run),
+        replies=tuple(listed_samples(samples)),
+        replies_of=sum(1 + len(row.get("more") or ()) for row in samples),
         trust=first_answers(run),
         verdicts=tuple(_verdicts(run, store)),
         lineage=_lineage(run, store),

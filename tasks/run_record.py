@@ -73,6 +73,8 @@ class RunRecord(_Part):
     host: str = ""
     started: float = 0.0
     updated: float = 0.0
+    store: str = ""
+    """URI of the store that it publishes to."""
     state: str = RUNNING
     reason: str = ""
     waits: str = ""
@@ -95,10 +97,10 @@ class RunRecord(_Part):
         return self.state not in (RUNNING, AWAY)
 
 
-def new_record(name: str, stages: list[str]) -> RunRecord:
+def new_record(name: str, stages: list[str], store: str = "") -> RunRecord:
     """Return the record of a run that this process begins now."""
     return RunRecord(
-        name=name, pid=os.getpid(), process_start=psutil.Process().create_time(),
+        name=name, store=store, pid=os.getpid(), process_start=psutil.Process().create_time(),
         host=socket.gethostname(), started=time.time(), updated=time.time(),
         stages=[StageProgressRecord(name=stage) for stage in stages],
     )  # fmt: skip

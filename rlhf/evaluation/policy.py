@@ -386,37 +386,45 @@ def _flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, S
 
 
 def _samples(rows: Sequence[PromptRow], sides: Sequence[_Side], count: int) -> list[dict[str, Any]]:
-    """Return the first sample of each policy to every prompt, ordered by a hash of the prompt.
+    """Return the samples of each policy to every prompt, ordered by a hash of the prompt.
 
-    The order keeps the replies out of the choice of the first few, which reports show. `kinds`
-    names the `count` prompts of each kind that are worth reading, see `kinds_of`.
+    The order keeps the replies out of the choice of the first few, which reports show. A row is the
+    first sample of each policy, `more` are the others. `kinds` names the `count` prompts of each
+    kind that are worth reading, see `kinds_of`.
     """
     answers = [side.answers("sampled") for side in sides]
     kinds = kinds_of(answers[0], answers[1], count)
     order = sorted(range(len(rows)), key=lambda i: zlib.crc32(repr(rows[i].prompt).encode()))
-
-    def of(side: int, index: int, scorer: str) -> float | None:
-        scores = answers[side].scores.get(scorer) if side < len(answers) else None
-        return None if scores is None else float(scores[index, 0])
-
-    names, has_members = ("before", "after", "champion"), "disagreement" in answers[1].scores
-    scored = [
-        (f"{scorer}_{name}", number, scorer)
-        for scorer in ("reward", "judge", "gold")
-        for number, name in enumerate(names)
-        if (scorer, name) != ("gold", "champion")
-    ]
     return [
         {
             "prompt": rows[i].prompt,
             "group": rows[i].group,
-            **{
-                name: answers[number].texts[i][0] if number < len(answers) else None
-                for number, name in enumerate(names)
-            },
-            **{name: of(number, i, scorer) for name, number, scorer in scored},
-            **({"disagreement": of(1, i, "disagreement")} if has_members else {}),
+            **_sample(answers, i, 0),
+            "more": [_sample(answers, i, j) for j in range(1, len(answers[0].texts[i]))],
             "kinds": [name for name, index in kinds.items() if i in index],
         }
         for i in order
     ]
+
+
+def _sample(answers: Sequence[Answers], index: int, number: int) -> dict[str, Any]:
+    """Return the texts and scores of one sample of each policy to a prompt."""
+
+    def score(side: int, scorer: str) -> float | None:
+        scores = answers[side].scores.get(scorer) if side < len(answers) else None
+        return None if scores is None else float(scores[index, number])
+
+    names, has_members = ("before", "after", "champion"), "disagreement" in answers[1].scores
+    return {
+        **{
+            name: answers[side].texts[index][number] if side < len(answers) else None
+            for side, name in enumerate(names)
+        },
+        **{
+            f"{scorer}_{name}": score(side, scorer)
+            for scorer in ("reward", "judge", "gold")
+            for side, name in enumerate(names)
+            if (scorer, name) != ("gold", "champion")
+        },
+        **({"disagreement": score(1, "disagreement")} if has_members else {}),
+    }

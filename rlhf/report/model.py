@@ -226,6 +226,10 @@ class RunReport(Plain):
     """Replies before and after PPO."""
     overview: Overview | None = None
     """Figures before and after PPO, and what stands out (`rlhf.report.overview`)."""
+    replies: tuple[Sample, ...] = ()
+    """Held-out replies to sort, the worst first: all of them, or the worst and some others."""
+    replies_of: int = 0
+    """How many the evaluation has."""
     trust: tuple[Answer, ...] = ()
     """Answers of the first screen (`rlhf.report.trust`)."""
     verdicts: tuple[Verdict, ...] = ()

@@ -18,11 +18,13 @@ from rlhf.report.members import members_view
 from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
 from rlhf.report.policy import PARTS, PolicyView, policy_view
 from rlhf.report.reward_model import reward_model_view
-from rlhf.report.samples import sample_groups
+from rlhf.report.samples import sample_groups, sorted_cards
 from rlhf.report.text import duration, number, number_of, percent, percent_range, sentence, words
 from rlhf.report.verdicts import verdict_views
 
 MAX_TABLE_ROWS = 60
+#: Most characters of the reason in the index of reports.
+ABOUT_REASON = 300
 
 DATA_ORDER = (
     ("source", "Source"),
@@ -61,6 +63,7 @@ def render(report: RunReport) -> str:
         .get_template("page.html")
         .render(
             report=report,
+            about=about(report),
             outcome=OUTCOMES[report.outcome],
             tiles=tiles(report),
             lanes=lanes(report.stages),
@@ -85,6 +88,7 @@ def render(report: RunReport) -> str:
             policy_shown=policy != PolicyView(),
             parts=PARTS,
             samples=sample_groups(report.samples),
+            listed=sorted_cards(report.replies, report.replies_of),
             samples_heading="Sample replies",
             samples_lead="",
             changed=changed,
@@ -92,6 +96,14 @@ def render(report: RunReport) -> str:
             parents=parents(report),
         )
     )
+
+
+def about(report: RunReport) -> dict[str, str]:
+    """Return what the index of the report folder lists of a run; the page holds it as JSON."""
+    return {
+        "run": report.run_name, "started": report.started, "outcome": str(report.outcome),
+        "reason": report.reason[:ABOUT_REASON],
+    }  # fmt: skip
 
 
 class Tile(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter
 
+from rlhf.report import replies
 from rlhf.report.model import Sample
 from rlhf.report.text import number_of, text_of
 from rlhf.saved import read_saved
@@ -17,14 +18,30 @@ from rlhf.saved import read_saved
 KINDS = ("disagree", "lost", "changed")
 #: Scorers of replies, as they are labelled.
 _SCORERS = ("reward", "judge", "gold")
+#: Orders of the list of all replies, as they are labelled; the first one is that at its opening.
+LIST_ORDERS = {
+    "lost": "worst first", "disagree": "judge and reward model disagree most",
+    "members": "members disagree most", "champion": "worst against the champion",
+    "longest": "longest first",
+}  # fmt: skip
+#: Replies on the page: the worst, and as many of each other order as `_OF_EACH`, of texts cut to so
+#: many characters.
+MAX_LISTED, _OF_EACH, LONGEST_LISTED = 200, 30, 2000
 
 
-class SavedSample(Sample):
-    """A sample as an evaluation writes it: the prompt may be a chat."""
+class _FurtherSample(Sample):
+    """Further samples to a prompt, which stands in the row of the first one."""
 
     model_config = ConfigDict(extra="ignore")
 
+    prompt: Any = None
+
+
+class SavedSample(_FurtherSample):
+    """A sample as an evaluation writes it: the prompt may be a chat."""
+
     prompt: Any
+    more: tuple[_FurtherSample, ...] = ()
 
 
 _SAVED = TypeAdapter(list[SavedSample])
@@ -65,6 +82,17 @@ class SampleGroup(NamedTuple):
 
     heading: str
     cards: tuple[Card, ...]
+
+
+class SortedCards(NamedTuple):
+    """Replies that a reader may sort: in each order a card has a rank."""
+
+    orders: tuple[tuple[str, str], ...]
+    """Name and label."""
+    cards: tuple[tuple[Card, str], ...]
+    """Each with its ranks as properties of a style, `--lost:0`."""
+    of: int
+    """Replies that the evaluation has."""
 
 
 def sample_groups(samples: Sequence[Sample], words: SampleWords | None = None) -> list[SampleGroup]:
@@ -113,6 +141,62 @@ def shown_samples(samples: Sequence[dict[str, Any]], count: int) -> list[Sample]
             known = {name: value for name, value in row.items() if name in Sample.model_fields}
             shown.append(Sample(**{**known, "prompt": text_of(row["prompt"])}))
     return shown
+
+
+def listed_samples(rows: Sequence[dict[str, Any]]) -> list[Sample]:
+    """Return the replies for the page's list, the worst first, with long texts cut."""
+    every = replies.all_replies(rows)
+    orders = [(name, replies.ordered(every, name)) for name in _measured(every)]
+    chosen: dict[int, replies.Reply] = {}
+    for name, own in orders:
+        if name != "lost":
+            chosen |= {id(reply): reply for reply in own[:_OF_EACH]}
+    worst = next((own for name, own in orders if name == "lost"), every)
+    for reply in worst:
+        if len(chosen) >= MAX_LISTED:
+            break
+        chosen[id(reply)] = reply
+    return [_sample(reply.row) for reply in worst if id(reply) in chosen]
+
+
+def sorted_cards(samples: Sequence[Sample], of: int) -> SortedCards | None:
+    """Lay out the list of replies; None if there are none.
+
+    Args:
+        samples: As `listed_samples` returns them.
+        of: Replies that the evaluation has.
+    """
+    if not samples:
+        return None
+    every = replies.all_replies([sample.model_dump() for sample in samples])
+    orders = [*_measured(every)]
+    ranks: list[list[str]] = [[] for _ in every]
+    places = {id(reply): place for place, reply in enumerate(every)}
+    for name in orders:
+        for rank, reply in enumerate(replies.ordered(every, name)):
+            ranks[places[id(reply)]].append(f"--{name}:{rank}")
+    words = SampleWords()
+    return SortedCards(
+        tuple((name, LIST_ORDERS[name]) for name in orders),
+        tuple((_card(s, words), ";".join(own)) for s, own in zip(samples, ranks, strict=True)),
+        max(of, len(samples)),
+    )
+
+
+def _measured(every: Sequence[replies.Reply]) -> list[str]:
+    """Return the orders of `LIST_ORDERS` by which replies have figures."""
+    return [name for name in LIST_ORDERS if replies.is_known(every, name)]
+
+
+def _sample(row: Mapping[str, Any]) -> Sample:
+    known = {name: value for name, value in row.items() if name in Sample.model_fields}
+    texts = {name: _cut(row[name]) for name in replies.SIDES if row.get(name) is not None}
+    return Sample(**{**known, **texts, "prompt": _cut(text_of(row["prompt"])), "kinds": ()})
+
+
+def _cut(text: str) -> str:
+    more = len(text) - LONGEST_LISTED
+    return text if more <= 0 else f"{text[:LONGEST_LISTED]}… ({more:,} more characters)"
 
 
 def _card(sample: Sample, words: SampleWords) -> Card:

@@ -1,74 +1,58 @@
-"""Reports that were written before, read back from `report.json`."""
+"""Reports as artifacts: their files, and what other commands read of them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from rlhf.errors import DataError
-from rlhf.files import read_text
-from rlhf.report.model import RunOutcome
-from rlhf.report.overview import Overview, make_overview
-from rlhf.report.symptoms import Facts
-from rlhf.report.trust import Answer
-from rlhf.saved import FAULTS, damaged
+from rlhf.report.model import ConfigRow
+from rlhf.saved import checked
+
+#: Files of a report's artifact: the page, and its data for programs.
+PAGE, DATA = "report.html", "report.json"
+#: Kind of the artifact.
+KIND = "report"
 
 
-class StoredStage(BaseModel):
-    """One stage of a stored report."""
+class _Part(BaseModel):
+    # Earlier versions wrote fewer fields, later ones may write more.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
-    model_config = ConfigDict(extra="ignore")
+
+class SavedStage(_Part):
+    """A stage of a run, with the time that it took in this run."""
 
     name: str
     state: str
     seconds: float | None = None
 
 
-class StoredReport(BaseModel):
-    """The parts of a report that its overview needs; others are passed over."""
+class SavedReport(_Part):
+    """Parts of a run's report that lists and comparisons of runs show; untrusted text."""
 
-    model_config = ConfigDict(extra="ignore")
-
-    title: str
     run_name: str
-    started: str
-    outcome: RunOutcome
-    reason: str
-    seed: int
-    stages: tuple[StoredStage, ...] = ()
-    trust: tuple[Answer, ...] = ()
-    overview: Overview | None = None
-    policy: Any = Field(default=None, exclude=True)
-    reward_model: Any = Field(default=None, exclude=True)
-    card: Any = Field(default=None, exclude=True)
-    watchdog: Any = Field(default=None, exclude=True)
-    curves: Any = Field(default=None, exclude=True)
+    started: str = ""
+    outcome: str = ""
+    reason: str = ""
+    stages: tuple[SavedStage, ...] = ()
+    data: dict[str, Any] = {}
+    drift: dict[str, Any] | None = None
+    reward_model: dict[str, Any] | None = None
+    policy: dict[str, Any] | None = None
+    config_rows: tuple[ConfigRow, ...] = ()
 
-    @property
-    def seconds(self) -> float:
-        """Time of all stages together."""
-        return sum(stage.seconds or 0.0 for stage in self.stages)
+    def value(self, key: str) -> str | None:
+        """Return a value of the run's configuration as text; None if the report has none."""
+        return next((row.value for row in self.config_rows if row.key == key), None)
 
 
-def read_report(path: Path) -> StoredReport:
-    """Read a report; one of an earlier version gets its overview from the figures in it.
+def read_report(folder: Path) -> SavedReport:
+    """Read the data of a report's artifact.
 
     Raises:
-        DataError: It is missing, or holds something else.
+        DataError: They are missing or damaged.
     """
-    try:
-        report = StoredReport.model_validate(json.loads(read_text(path)))
-    except ValidationError as error:
-        raise damaged(path, error) from None
-    except FAULTS as error:
-        raise DataError(str(damaged(path, error))) from None
-    if report.overview is not None or not (report.policy or report.reward_model):
-        return report
-    facts = Facts.of(
-        policy=report.policy, curve=report.curves, watchdog=report.watchdog,
-        reward_model=report.reward_model, card=report.card,
-    )  # fmt: skip
-    return report.model_copy(update={"overview": make_overview(facts)})
+    path = folder / DATA
+    return checked(path, lambda: SavedReport.model_validate_json(path.read_bytes()))

@@ -26,6 +26,7 @@ from rlhf.report import (
     StageState,
     trust_answers,
 )
+from rlhf.report.samples import listed_samples
 from tests.report import demo_trust
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
@@ -323,6 +324,8 @@ def full_report() -> RunReport:
         policy=policy(),
         curves=curves(),
         samples=samples(),
+        replies=tuple(listed_samples([sample.model_dump() for sample in samples()])),
+        replies_of=4,
         verdicts=GATES,
         lineage=lineage(),
     )

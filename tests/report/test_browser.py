@@ -4,11 +4,16 @@ import pytest
 
 from rlhf.report import render
 from rlhf.report.comparison import render_comparison
-from tests.report import demo, demo_compare
+from rlhf.report.history import render_history
+from rlhf.report.index import list_pages, render_index
+from rlhf.report.two_runs import render_two_runs
+from tests.report import demo, demo_compare, demo_runs
 
 pytestmark = pytest.mark.browser
 NAMES = ("full", "rejected", "failed", "trust")
 COMPARISONS = ("policies", "models")
+#: Pages on several runs.
+SEVERAL = ("history", "runs", "index")
 
 HIDDEN_SECTIONS = """
 [...document.querySelectorAll('section, header.page-head, .node, .curve svg, .estimate.main')]
@@ -56,13 +61,16 @@ def pages(tmp_path_factory):
     for name, page in (
         ("policies", render_comparison(demo_compare.policies(), demo_compare.replies())),
         ("models", render_comparison(demo_compare.reward_models(), demo_compare.pairs())),
+        ("history", render_history(demo_runs.entries(), "s3://bucket/store")),
+        ("runs", render_two_runs(demo_runs.two_runs())),
+        ("index", render_index(list_pages(folder))),
     ):
         files[name] = folder / f"{name}.html"
         files[name].write_text(page, encoding="utf-8")
     return files
 
 
-@pytest.mark.parametrize("name", [*NAMES, *COMPARISONS])
+@pytest.mark.parametrize("name", [*NAMES, *COMPARISONS, *SEVERAL])
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
 def test_page_in_browser(browser, pages, tmp_path, name, width):
     page = browser.open(pages[name], width=width)
@@ -103,6 +111,22 @@ def test_the_harness_notices_problems(browser, tmp_path):
     assert "one" in found
     assert "two" in found
     assert "request: http://127.0.0.1:9/x.css" in found
+
+
+def test_replies_are_sorted_without_a_script(browser, pages):
+    page = browser.open(pages["full"])
+    page.evaluate("document.querySelector('.all-replies').open = true")
+    first = """[...document.querySelectorAll('.sortable > .sample')]
+        .sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top)
+        .map(e => e.querySelector('.prompt').textContent)[0]"""
+    worst, longest = (
+        page.evaluate(f"document.querySelector('.by-{order}').click(); {first}")
+        for order in ("lost", "longest")
+    )
+    replies = demo.full_report().replies
+    assert worst == replies[0].prompt
+    assert longest == max(replies, key=lambda reply: len(reply.after)).prompt
+    assert worst != longest
 
 
 def test_print_shows_whole_replies_on_white(browser, pages):

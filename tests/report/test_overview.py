@@ -11,7 +11,7 @@ from rlhf.config.metric_names import POLICY
 from rlhf.errors import DataError
 from rlhf.report import Overview, RunOutcome, make_overview, outcome_style, render
 from rlhf.report.overview import Figure
-from rlhf.report.stored import read_report
+from rlhf.report.stored_overview import read_report
 from rlhf.report.symptoms import Facts, Finding
 from tests.report import demo
 from tests.report.demo_findings import changed, facts, healthy, measured
