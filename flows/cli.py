@@ -21,6 +21,7 @@ from flows import (
     champions,
     chat,
     compare,
+    costs,
     data,
     export,
     forget,
@@ -67,7 +68,7 @@ app.command(server.app)
 for command in (
     init.init, preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
-    compare.compare, judge.judge, chat.chat, serve.serve, export.export,
+    compare.compare, judge.judge, chat.chat, serve.serve, export.export, costs.costs,
 ):  # fmt: skip
     app.command(command)
 

@@ -125,3 +125,10 @@ def stop_line(metrics: Mapping[str, Any]) -> str:
         f"PPO was stopped by the budget after {metrics[STOPPED_AT]:,} of {metrics[PLANNED]:,} "
         f"updates{goes_on}"
     )
+
+
+def budget_text(budget: BudgetConfig, currency: str) -> str:
+    """Return a run's budget as text, such as `2 h, 10 EUR`; empty without one."""
+    hours = "" if budget.hours is None else f"{budget.hours:g} h"
+    money = "" if budget.money is None else f"{budget.money:g} {currency}"
+    return ", ".join(filter(None, (hours, money)))

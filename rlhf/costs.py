@@ -55,6 +55,8 @@ class Cost(BaseModel):
     """Time on all devices at that price."""
     currency: str = ""
     """Currency of price and money."""
+    work: str = ""
+    """Beginning of the fingerprint of the work, by which its attempts are known as one's."""
     when: str = ""
     """End of the last attempt, UTC in ISO 8601."""
 
@@ -68,6 +70,23 @@ class Cost(BaseModel):
     def row(self) -> dict[str, Any]:
         """Return the figures that are known, as JSON values."""
         return {key: value for key, value in self.model_dump().items() if value not in (None, "")}
+
+
+class Forecast(BaseModel):
+    """What a stage is expected to take, and what that is known from."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    seconds: float
+    """Time of the first machine."""
+    money: float | None = None
+    """Time at the present price; None without one."""
+    currency: str = ""
+    """Currency of the price."""
+    source: str = ""
+    """What it is known from, such as `as last time on this machine`."""
 
 
 def read_cost(entry: Mapping[str, Any] | None) -> Cost | None:

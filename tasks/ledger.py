@@ -47,13 +47,15 @@ class Ledger:
         self, stage: Stage, key: str, name: str, config: PipelineConfig, store: Store,
         work_dir: Path,
     ) -> None:  # fmt: skip
-        self.config, self.stage, self._store = config, stage, store
+        self.config, self.stage, self._store, self._key = config, stage, store, key
         self._history = f"{ATTEMPTS}{stage.name}/{key}"
         self._file = work_dir / FOLDER / f"{name}.json"
         self._id, self._sent = uuid.uuid4().hex[:16], time.monotonic()
         self.machine = _machine(stage, config)
         price = config.costs.price(_names(self.machine))
-        self.machine = self.machine.priced(price, config.costs.currency)
+        self.machine = self.machine.priced(price, config.costs.currency).model_copy(
+            update={"work": key[:16]}
+        )
         self._meter: Meter | None = None
 
     @property
@@ -68,13 +70,7 @@ class Ledger:
             if self._file.is_file() and self._file.stat().st_size <= LARGEST:
                 self._store.history.append(self._history, load_json(self._file.read_bytes()))
                 self._remove_file()
-            attempts: dict[str, Cost] = {}
-            for entry in self._store.history.entries(self._history):
-                if entry.get("recorded"):
-                    attempts.clear()
-                elif (cost := read_cost(entry.get("cost"))) is not None:
-                    attempts[str(entry.get("id"))] = cost
-            return [*attempts.values()]
+            return attempts_of(self._store, self.stage.name, self._key)
         return []
 
     @contextmanager
@@ -140,6 +136,21 @@ class Ledger:
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
             self._file.parent.rmdir()  # if there is no other
+
+
+def attempts_of(store: Store, stage: str, key: str) -> list[Cost]:
+    """Return the attempts of a stage's work since its last recorded result.
+
+    Raises:
+        StoreError: The store does not answer.
+    """
+    attempts: dict[str, Cost] = {}
+    for entry in store.history.entries(f"{ATTEMPTS}{stage}/{key}"):
+        if entry.get("recorded"):
+            attempts.clear()
+        elif (cost := read_cost(entry.get("cost"))) is not None:
+            attempts[str(entry.get("id"))] = cost  # of one that was sent often the last entry
+    return [*attempts.values()]
 
 
 def costs_of(store: Store, digests: Sequence[str]) -> dict[str, Cost]:

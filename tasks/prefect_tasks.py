@@ -71,13 +71,13 @@ def retry_condition(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bo
     return True
 
 
-def _task(stage: Stage) -> Task[[PipelineConfig, Refs, Refs, Spending], Any]:
+def _task(stage: Stage) -> Task[..., Any]:
     @task(
         name=stage.name, task_run_name=stage.name, retry_condition_fn=retry_condition,
         persist_result=False,
     )  # fmt: skip
     def stage_task(
-        config: PipelineConfig, inputs: Refs, held: Refs, spent: Spending
+        config: PipelineConfig, inputs: Refs, held: Refs, spent: Spending = NOTHING_SPENT
     ) -> State[Any]:
         try:
             return run(config, inputs, held, spent)
@@ -151,6 +151,4 @@ def _enforce(outcome: Outcome, inputs: Mapping[str, ArtifactRef], config: Pipeli
         raise GateRejected(f"{error}; it is {fact} all the same", verdict) from None
 
 
-TASKS: dict[str, Task[[PipelineConfig, Refs, Refs, Spending], Any]] = {
-    name: _task(stage) for name, stage in STAGES.items()
-}
+TASKS: dict[str, Task[..., Any]] = {name: _task(stage) for name, stage in STAGES.items()}
