@@ -73,6 +73,7 @@ def promote(
     from rlhf import champions
     from rlhf.challenge import describe_verdict
     from rlhf.smoke import smoke_test
+    from tasks.ledger import cost_of_making
 
     loaded, opened = _open_model_line(name, store, config)
     line, ref = loaded.promotion.name, opened.resolve(policy)
@@ -100,6 +101,7 @@ def promote(
     entry = champions.promote(
         opened, line, ref.digest, verdict=verdict_ref.digest if verdict_ref else None,
         expected=before, why=why, by=by, unapproved=not approved,
+        cost=cost_of_making(opened, verdict_ref.digest if verdict_ref else ref.digest),
     )  # fmt: skip
     said = describe_verdict(verdict, entry.previous) if verdict else "no gate has judged it"
     _print_champion(entry, f"; it answered {len(replies)} held-out prompts; {said}")

@@ -23,6 +23,7 @@ from flows import (
     compare,
     compare_runs,
     configurations,
+    costs,
     data,
     export,
     forget,
@@ -73,8 +74,7 @@ for command in (
     init.init, preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
     compare.compare, judge.judge, chat.chat, serve.serve, export.export, overview.show,
-    compare.compare, judge.judge, chat.chat, serve.serve, export.export, samples.samples,
-    history.history, compare_runs.compare_runs,
+    samples.samples, history.history, compare_runs.compare_runs, costs.costs,
 ):  # fmt: skip
     app.command(command)
 

@@ -27,6 +27,7 @@ from rlhf.report import GREEN, RunOutcome, StageRow, StageState
 from rlhf.store import ArtifactRef
 from tasks.approvals import ask
 from tasks.board import board
+from tasks.costs import cost_of_failed, costs_of_stage, expect_costs, record_costs, spending
 from tasks.drift import GATE, check_drift
 from tasks.gate_check import CHECK, check_gates
 from tasks.lost_runs import given_up
@@ -114,6 +115,7 @@ def _awaiting(run: PipelineRun) -> Awaiting | None:
 
 def run_stages(run: PipelineRun) -> None:
     """Run the stages in order until one of them stops the run."""
+    expect_costs(run)
     for stage in STAGES.values():
         started, name = time.monotonic(), str(stage.name)
         result = _run(run, stage)
@@ -123,9 +125,11 @@ def run_stages(run: PipelineRun) -> None:
             run.rows.append(
                 StageRow(
                     name=name, state=state, seconds=result.seconds, metric=result.headline,
-                    artifact=result.ref.digest,
+                    artifact=result.ref.digest, **costs_of_stage(run, stage, result),
                 )
             )  # fmt: skip
+            if stage.tracks_steps and not result.cached:
+                record_costs(run)
             board.end_stage(name, state.value, result.seconds, result.headline)
             if stage is not PREPARE_DATA:
                 continue
@@ -139,7 +143,10 @@ def run_stages(run: PipelineRun) -> None:
         is_kept = isinstance(result, NotBetter)
         state = StageState.NOT_BETTER if is_kept else StageState(run.outcome.value)
         seconds = time.monotonic() - started
-        run.rows.append(StageRow(name=name, state=state, seconds=seconds, message=run.reason))
+        cost = cost_of_failed(run, stage) if name == stage.name else None
+        run.rows.append(
+            StageRow(name=name, state=state, seconds=seconds, message=run.reason, cost=cost)
+        )
         board.end_stage(name, state.value, seconds, run.reason)
         break
     else:
@@ -151,6 +158,7 @@ def run_stages(run: PipelineRun) -> None:
     run.rows += [
         StageRow(name=name, state=StageState.NOT_RUN) for name in STAGES if name not in done
     ]
+    record_costs(run)
 
 
 def _run(run: PipelineRun, stage: Stage) -> Any:
@@ -171,6 +179,7 @@ def _run(run: PipelineRun, stage: Stage) -> Any:
     if waits:
         run.outcome = RunOutcome.AWAITING_APPROVAL
         run.reason = f"The policy {_met(config)} waits for a person's approval."
+        record_costs(run)
         about = write_report(run)
         try:
             # A run of a deployment ends here, until it is resumed: by a signal that is no
@@ -178,7 +187,7 @@ def _run(run: PipelineRun, stage: Stage) -> Any:
             ask(inputs["policy"].digest, about)
         except Exception as error:
             return error
-    state = run_task(stage, config, {**inputs, **optional}, dict(run.refs))
+    state = run_task(stage, config, {**inputs, **optional}, dict(run.refs), spending(run))
     return state.result(raise_on_failure=False)
 
 

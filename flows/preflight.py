@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from rich.table import Table
 
+from flows.costs import show_forecast
 from rlhf.config import PipelineConfig, load_config
 from rlhf.data.rows import Demonstration, PromptRow
 from tasks.console import console, say
@@ -57,6 +58,7 @@ def preflight(
     if PREFECT_API_URL.value():
         _check_server()
     say("folders, store, data source, models and functions: found")
+    show_forecast(loaded)
     with base_without_weights(loaded) as base:
         if base is None:
             say("base.path is not set: a model from scratch is not rehearsed")

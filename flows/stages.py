@@ -8,6 +8,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.signals import exit_on_sigterm
+from rlhf.budget import Spending
 from rlhf.config import apply_machine_settings
 from rlhf.errors import GateRejected, NotBetter, explain, explained
 from rlhf.files import expand_home
@@ -19,7 +20,7 @@ from tasks.parameters import NO_OVERRIDES, NO_PRESET, Overrides, Preset, resolve
 from tasks.prefect_tasks import run_task
 from tasks.preflight import preflight_flow
 from tasks.remote import is_child_run
-from tasks.runner import Outcome, find_inputs
+from tasks.runner import NOTHING_SPENT, Outcome, find_inputs
 from tasks.stage import Stage, store_of
 from tasks.stages import (
     EVALUATE_POLICY,
@@ -43,6 +44,7 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
         preset: Preset = NO_PRESET,
         overrides: Overrides = NO_OVERRIDES,
         inputs: dict[str, str] = NO_INPUTS,
+        spent: Spending = NOTHING_SPENT,
     ) -> State[Outcome]:
         """Run one stage; inputs that are not given are those recorded under this configuration.
 
@@ -50,6 +52,7 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
             preset: Name of a file in `configs/` or RLHF_PRESETS; none means all defaults.
             overrides: What differs from it, for example `{"ppo": {"kl_coef": 0.05}}`.
             inputs: Digests of artifacts by role, for example `{"sft": "3f2a91c04d"}`.
+            spent: What the pipeline's earlier stages took of its budget; it gives this itself.
         """
         late = given_up()
         if late is not None:
@@ -70,7 +73,7 @@ def _flow(stage: Stage) -> Flow[..., State[Outcome]]:
             if stage.tracks_steps and "data" in refs and not is_child_run():
                 for line in check_gates(config, refs["data"], store).lines:
                     get_run_logger().info("gates: %s", line)
-            state = run_task(stage, config, refs)
+            state = run_task(stage, config, refs, spent=spent)
             result = state.result(raise_on_failure=False)
             _tell_end(stage.name, state, result)
         if isinstance(result, NotBetter):

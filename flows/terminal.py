@@ -28,6 +28,7 @@ from tasks.report import (
     gate_lines,
     reward_model_evaluation,
     reward_model_facts,
+    run_cost_lines,
     run_overview,
 )
 from tasks.stage import store_of
@@ -60,6 +61,8 @@ def show_run(console: PlainConsole, run: PipelineRun) -> None:
         folder = store_of(run.config).fetch(run.refs[EVALUATE_POLICY.name])
         samples = read_samples(folder / SAMPLES)[: run.config.evaluation.samples]
         console.print(_samples(samples))
+    for line in run_cost_lines(run):
+        say(f"cost: {line}", on=console)
     shown = run_overview(run)
     if shown is not None:
         show_overview(console, shown)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from rlhf.costs import Cost
 from rlhf.errors import (
     ApprovalMissing,
     ApprovalRefused,
@@ -85,7 +86,8 @@ class Promotion(Entry):
     """A change of a model line's champion to `policy`.
 
     `previous` was champion before. `unapproved` means without the approval of a gate; `approval` is
-    a person's, if the line needs one. `number` counts the history's entries from 1.
+    a person's, if the line needs one. `cost` is that of all that was made for it, as far as it was
+    known; earlier versions wrote none. `number` counts the history's entries from 1.
     """
 
     model: str = ""
@@ -95,6 +97,7 @@ class Promotion(Entry):
     previous: Digest | None = None
     unapproved: bool = False
     approval: Approval | None = None
+    cost: Cost | None = None
     number: int = Field(default=0, exclude=True)
 
 
@@ -150,6 +153,7 @@ def promote(
     run: str | None = None,
     unapproved: bool = False,
     approval: Approval | None = None,
+    cost: Cost | None = None,
 ) -> Promotion:
     """Make a policy the champion, if `expected` still is the last entry.
 
@@ -164,6 +168,7 @@ def promote(
         run: Name of the run that promotes it, if one does.
         unapproved: Whether it is promoted without the approval of a gate.
         approval: A person's approval.
+        cost: What its training and evaluation cost.
 
     Raises:
         ConfigError: It is unapproved, and no reason is given.
@@ -172,7 +177,7 @@ def promote(
     return _append(
         store, name, expected, policy=policy, by=acting_person(by),
         why=_reason(why) if unapproved else checked_line("--why", why), verdict=verdict, run=run,
-        unapproved=unapproved, approval=approval,
+        unapproved=unapproved, approval=approval, cost=cost,
     )  # fmt: skip
 
 

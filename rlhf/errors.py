@@ -117,6 +117,10 @@ class StageFailed(RLHFError):
     """A stage's run on its deployment ended without a result, after its own retries."""
 
 
+class BudgetSpent(RLHFError):
+    """A run's budget is used up before a training that it needs."""
+
+
 class RewardServiceError(RLHFError, ConnectionError):
     """A reward service is unreachable or fails, after retries."""
 

@@ -9,6 +9,7 @@ from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 
+from rlhf.budget import Spending
 from rlhf.champions import champion
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import INLINE
@@ -29,7 +30,7 @@ from tasks.board import board
 from tasks.prefect_pages import show_page, show_table
 from tasks.progress import StageProgress, harmless
 from tasks.remote import run_remotely
-from tasks.runner import Outcome, run_stage
+from tasks.runner import NOTHING_SPENT, Outcome, run_stage
 from tasks.stage import Stage, store_of
 from tasks.stages import STAGES
 from tasks.trackers import StageMetrics
@@ -38,8 +39,9 @@ Refs = dict[str, ArtifactRef]
 
 
 def run_task(
-    stage: Stage, config: PipelineConfig, inputs: Refs, held: Refs | None = None
-) -> State[Outcome]:
+    stage: Stage, config: PipelineConfig, inputs: Refs, held: Refs | None = None,
+    spent: Spending = NOTHING_SPENT,
+) -> State[Outcome]:  # fmt: skip
     """Run a stage as a task of the current flow, with the configuration's retries.
 
     Args:
@@ -47,6 +49,7 @@ def run_task(
         config: Configuration of the run.
         inputs: Inputs by role.
         held: Results of earlier stages, which collections leave alone meanwhile.
+        spent: What the run's earlier stages took of its budget.
     """
     retries = config.retries
     configured = TASKS[stage.name].with_options(
@@ -54,7 +57,7 @@ def run_task(
         retry_delay_seconds=[retries.delay(n) for n in range(retries.attempts)] or 0,
         retry_jitter_factor=retries.jitter,
     )
-    return configured(config, inputs, held or {}, return_state=True)
+    return configured(config, inputs, held or {}, spent, return_state=True)
 
 
 def retry_condition(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -68,33 +71,35 @@ def retry_condition(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bo
     return True
 
 
-def _task(stage: Stage) -> Task[[PipelineConfig, Refs, Refs], Any]:
+def _task(stage: Stage) -> Task[..., Any]:
     @task(
         name=stage.name, task_run_name=stage.name, retry_condition_fn=retry_condition,
         persist_result=False,
     )  # fmt: skip
-    def stage_task(config: PipelineConfig, inputs: Refs, held: Refs) -> State[Any]:
+    def stage_task(
+        config: PipelineConfig, inputs: Refs, held: Refs, spent: Spending = NOTHING_SPENT
+    ) -> State[Any]:
         try:
-            return run(config, inputs, held)
+            return run(config, inputs, held, spent)
         except RLHFError:
             raise
         except Exception as error:
             # What Prefect shows of a task is its exception's text: one line, as of the flow.
             raise explained(error) from error
 
-    def run(config: PipelineConfig, inputs: Refs, held: Refs) -> State[Any]:
+    def run(config: PipelineConfig, inputs: Refs, held: Refs, spent: Spending) -> State[Any]:
         deployment = config.deployment_of(stage.name)
         if deployment == INLINE:
             metrics = StageMetrics(stage, config, inputs)
             with StageProgress(stage.name, metrics) as progress:
-                outcome = run_stage(stage, config, inputs, progress, held.values())
+                outcome = run_stage(stage, config, inputs, progress, held.values(), spent)
                 if not outcome.cached:
                     metrics.summarise(outcome.metrics)
             with harmless("results"):
                 _show_result(stage, outcome, config)
         else:
             board.start_stage(stage.name)
-            outcome = run_remotely(stage, config, inputs, deployment, held.values())
+            outcome = run_remotely(stage, config, inputs, deployment, held.values(), spent)
         if stage.kind == "verdict":
             try:
                 _enforce(outcome, inputs, config)
@@ -146,6 +151,4 @@ def _enforce(outcome: Outcome, inputs: Mapping[str, ArtifactRef], config: Pipeli
         raise GateRejected(f"{error}; it is {fact} all the same", verdict) from None
 
 
-TASKS: dict[str, Task[[PipelineConfig, Refs, Refs], Any]] = {
-    name: _task(stage) for name, stage in STAGES.items()
-}
+TASKS: dict[str, Task[..., Any]] = {name: _task(stage) for name, stage in STAGES.items()}

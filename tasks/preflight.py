@@ -30,6 +30,7 @@ from rlhf.modeling.reward_source import check_context, check_reward_source
 from rlhf.modeling.source import CONFIG, ExternalModel
 from rlhf.permissions import check_paths
 from rlhf.store import Store
+from tasks.budget import check_budget
 from tasks.external_inputs import (
     check_services,
     external_judge,
@@ -53,6 +54,7 @@ def preflight(config: PipelineConfig) -> None:
         ConfigError: One line naming field, value and cure (StoreConfigError for the store).
     """
     _check_folders(config)
+    check_budget(config)
     config = apply_machine_settings(config)
     for field in ("work_dir", "report_dir"):
         _check_writable(f"runtime.{field}", getattr(config.runtime, field))

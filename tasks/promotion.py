@@ -26,6 +26,7 @@ from rlhf.smoke import SMOKE, smoke_test
 from rlhf.stage import StageResult
 from rlhf.store import ArtifactRef, Store
 from tasks import approvals
+from tasks.ledger import cost_of_making
 from tasks.stage import StageRun, store_of
 
 PROMOTION = "promotion.json"
@@ -126,7 +127,7 @@ def _make_champion(
         champions.promote(
             run.store, run.config.promotion.name, policy, verdict=verdict, expected=before,
             by=approval.by if approval else None, why=approval.why if approval else reason,
-            run=flow_run.get_name(), approval=approval,
+            run=flow_run.get_name(), approval=approval, cost=cost_of_making(run.store, verdict),
         )  # fmt: skip
     except PromotionLost:
         # Another try of this stage may have won, on a machine that was taken for lost.

@@ -19,14 +19,17 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
+from rlhf.budget import Spending
 from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, StageFailed, StageLost
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
 from tasks.board import board
+from tasks.budget import require_left
+from tasks.ledger import costs_of
 from tasks.lost_runs import NEVER_STARTED, Limits, give_up
 from tasks.retries import asked_server as _retried
-from tasks.runner import Outcome, recorded_outcome, used, work_of
+from tasks.runner import NOTHING_SPENT, Outcome, recorded_outcome, used, work_of
 from tasks.stage import Stage, store_of
 
 #: Seconds between two polls of the child, before and after `WAIT_NOTICE`.
@@ -43,7 +46,7 @@ WORK_TAG = "work:"
 
 def run_remotely(
     stage: Stage, config: PipelineConfig, inputs: Mapping[str, ArtifactRef], deployment: str,
-    held: Iterable[ArtifactRef] = (),
+    held: Iterable[ArtifactRef] = (), spent: Spending = NOTHING_SPENT,
 ) -> Outcome:  # fmt: skip
     """Run a stage in a deployment, unless it has a record; return the result.
 
@@ -61,10 +64,11 @@ def run_remotely(
     recorded = recorded_outcome(work, store)
     if recorded is not None:
         return recorded
+    require_left(stage, config, spent)
     # The child may wait for its machine longer than any grace period.
     with used(work, store, held), get_client(sync_client=True) as client:
         key = f"{stage.name}-{work.key}"
-        child, unstarted = _child(client, key, deployment, config, inputs)
+        child, unstarted = _child(client, key, deployment, config, inputs, spent)
         limits = Limits.of(config.retries, unstarted)
         ended = _wait(client, child, deployment, limits)
         _require_completed(client, ended, deployment)
@@ -74,7 +78,10 @@ def run_remotely(
             f"{stage.name}: {ended.name} on {deployment} completed, but its artifact is not in "
             f"{store.uri}; check that both machines run the same code, data and store"
         )
-    return Outcome(stage.name, result.ref, False, time.monotonic() - started, result.metrics)
+    cost = costs_of(store, [result.ref.digest]).get(result.ref.digest)
+    return Outcome(
+        stage.name, result.ref, False, time.monotonic() - started, result.metrics, cost
+    )  # fmt: skip
 
 
 def is_child_run() -> bool:
@@ -110,7 +117,7 @@ def check_placement(config: PipelineConfig) -> None:
 
 def _child(
     client: SyncPrefectClient, key: str, deployment: str, config: PipelineConfig,
-    inputs: Mapping[str, ArtifactRef],
+    inputs: Mapping[str, ArtifactRef], spent: Spending,
 ) -> tuple[FlowRun, int]:  # fmt: skip
     """Return the run that does this work, found by its idempotency key or created.
 
@@ -119,10 +126,12 @@ def _child(
     """
     target = _retried(lambda: client.read_deployment_by_name(deployment))
     parent = _linkable(client, task_run.id)
-    parameters = {
+    parameters: dict[str, Any] = {
         "overrides": config.model_dump(mode="json", exclude={"placement"}),
         "inputs": {role: ref.digest for role, ref in inputs.items()},
     }
+    if config.budget.is_set:
+        parameters["spent"] = spent.model_dump()
     unstarted = 0
     for attempt in range(ATTEMPTS):
         child = _retried(

@@ -13,7 +13,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from rlhf.budget import budget_text
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
+from rlhf.costs import Forecast
 from rlhf.data.stored import read_card, read_summary
 from rlhf.files import expand_home
 from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict, read_verdict
@@ -46,6 +48,7 @@ from tasks.gate_check import GateCheck
 from tasks.overview import overview_markdown, read_overview
 from tasks.prefect_pages import show_page
 from tasks.retries import retried
+from tasks.run_costs import cost_lines
 from tasks.runner import code_version, commit, library_versions, producer
 from tasks.stage import Stage, store_of
 from tasks.stages import (
@@ -79,6 +82,12 @@ class PipelineRun:
     advice: tuple[str, ...] = ()
     drift: DriftCheck | None = None
     gates: GateCheck | None = None
+    kinds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the time of each stage depends on (`tasks.forecast`)."""
+    forecasts: dict[str, Forecast] = field(default_factory=dict)
+    """What the stages will take if they run, as far as that is known."""
+    stopped: str = ""
+    """Where the budget stopped PPO, as a sentence."""
 
     @property
     def all_cached(self) -> bool:
@@ -149,6 +158,12 @@ def reward_model_evaluation(folder: Path) -> list[str]:
     """
     path = folder / EVALUATION
     return checked(path, lambda: reward_model_lines(read_saved(path)))
+
+
+def run_cost_lines(run: PipelineRun) -> list[str]:
+    """Return what a run cost, a sentence each."""
+    budget = budget_text(run.config.budget, run.config.costs.currency)
+    return cost_lines(run.rows, budget, run.stopped)
 
 
 def gate_lines(run: PipelineRun) -> list[str]:
@@ -256,6 +271,8 @@ def _facts(run: PipelineRun) -> dict[str, Any]:
         "advice": run.advice,
         "drift": run.drift.as_json() if run.drift else None,
         "power": tuple(gate_lines(run)),
+        "budget": budget_text(run.config.budget, run.config.costs.currency),
+        "stopped": run.stopped,
         "config_rows": tuple(ConfigRow(*row) for row in loaded.rows()),
         "versions": {
             "python": platform.python_version(),
@@ -315,6 +332,7 @@ def _summary(run: PipelineRun, report: str, store: Store) -> Markdown:
         bullets(f"Data: {finding}" for finding in findings),
         bullets(f"Drift: {line}" for line in drift_lines(run)),
         bullets(f"Gates: {line}" for line in gate_lines(run)),
+        bullets(f"Cost: {line}" for line in run_cost_lines(run)),
         table(("gate", "metric", "value", "interval", "needs", "passed"), checks),
         words("Report:", code(run.report), "on the machine that ran this, or"),
         command(pull),

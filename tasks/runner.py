@@ -26,19 +26,26 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 import rlhf
+from rlhf.budget import Spending, is_stopped
 from rlhf.config import PipelineConfig, apply_machine_settings
+from rlhf.costs import Cost
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import expand_home, file_sha256
+from rlhf.meter import Meter
 from rlhf.stage import Progress, silent
 from rlhf.store import ArtifactRef, Producer, Store
 from rlhf.store.manifest import canonical_json, sha256_bytes
 from rlhf.store.retention import in_use
 from tasks.board import board
+from tasks.budget import deadline_of, require_left, stopped_key
+from tasks.ledger import Ledger
 from tasks.progress import Transfer
 from tasks.stage import Stage, StageRun, store_of
 from tasks.stages import STAGES, discard_checkpoints
 
 log = logging.getLogger("rlhf.tasks")
+#: What a stage alone has spent before.
+NOTHING_SPENT = Spending()
 _JSON = TypeAdapter(Any)
 #: Libraries whose version can change the result of a stage.
 LIBRARIES = ("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl")
@@ -53,6 +60,8 @@ class Outcome:
     cached: bool
     seconds: float
     metrics: Mapping[str, Any]
+    cost: Cost | None = None
+    """What it took, with earlier attempts; None if a record gave it, or that is not known."""
 
     @property
     def headline(self) -> str:
@@ -75,6 +84,12 @@ class Work:
     key: str
 
     @property
+    def stopped_key(self) -> str | None:
+        """The fingerprint under which a result is recorded that the budget stopped."""
+        stops = self.stage.stops_at_deadline
+        return stopped_key(self.key, self.config) if stops else None
+
+    @property
     def name(self) -> str:
         """Name of the work's local folders: stage and fingerprint."""
         return f"{self.stage.name}-{self.key[:16]}"
@@ -86,13 +101,16 @@ def run_stage(
     inputs: Mapping[str, ArtifactRef],
     progress: Progress = silent,
     held: Iterable[ArtifactRef] = (),
+    spent: Spending = NOTHING_SPENT,
 ) -> Outcome:
     """Run a stage, or return its recorded outcome.
 
-    Collections leave its inputs alone meanwhile, and the artifacts `held` for later stages.
+    Collections leave its inputs alone meanwhile, and the artifacts `held` for later stages. The
+    budget is what the run's other stages have not `spent` of it.
 
     Raises:
         ArtifactMissing: An input of the stage is not given.
+        BudgetSpent: It trains, and nothing of the budget is left.
         RLHFError: An error of the stage's body.
     """
     started = time.monotonic()
@@ -105,12 +123,18 @@ def run_stage(
     with _exclusive(work_dir / f"{work.name}.lock", stage):
         recorded = recorded_outcome(work, store)
         if recorded is not None:
-            discard_checkpoints(store, checkpoints)  # left by a try that was killed
+            if not is_stopped(recorded.metrics):
+                discard_checkpoints(store, checkpoints)  # left by a try that was killed
             return recorded
+        ledger = Ledger(stage, work.key, work.name, config, store, work_dir)
+        earlier = ledger.earlier()
+        require_left(stage, config, spent)
+        deadline = deadline_of(ledger, spent, earlier)
         for scratch in work_dir.glob(f"{work.name}-*"):
             shutil.rmtree(scratch)  # left by a killed try; this process holds the lock
         provenance = producer(stage.name, work.settings, config.seed)
         with (
+            ledger.attempt() as meter,
             used(work, store, held),
             tempfile.TemporaryDirectory(dir=work_dir, prefix=f"{work.name}-") as scratch,
         ):
@@ -124,16 +148,21 @@ def run_stage(
             if external is not None and "base" not in folders:
                 folders["base"] = external.fetch(Path(scratch, "base")).folder
             run = StageRun(
-                config, work.refs, folders, out, checkpoints, store, provenance, progress
-            )
+                config, work.refs, folders, out, checkpoints, store, provenance,
+                _counted(meter, progress), deadline,
+            )  # fmt: skip
             result = stage.body(run)
             ref = store.publish(
                 out, stage.kind, parents=work.refs, producer=provenance, metrics=result.metrics,
                 listener=Transfer(f"{stage.name}: publishing"),
             )  # fmt: skip
-            store.history.append(_record_name(stage, work.key), ref.model_dump(mode="json"))
-        discard_checkpoints(store, checkpoints)
-    return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics)
+            is_whole = not is_stopped(result.metrics)
+            key = work.key if is_whole else work.stopped_key or work.key
+            store.history.append(_record_name(stage, key), ref.model_dump(mode="json"))
+        cost = ledger.conclude(ref.digest, earlier, whole=is_whole)
+        if is_whole:  # else a run with a larger budget goes on from them
+            discard_checkpoints(store, checkpoints)
+    return Outcome(stage.name, ref, False, time.monotonic() - started, result.metrics, cost)
 
 
 @contextmanager
@@ -196,6 +225,8 @@ def recorded_outcome(work: Work, store: Store) -> Outcome | None:
     """Return the recorded result of the same work on any machine, or None."""
     started = time.monotonic()
     ref = recorded_ref(store, work.stage, work.key)
+    if ref is None and work.stopped_key is not None:
+        ref = recorded_ref(store, work.stage, work.stopped_key)
     if ref is None or not work.stage.holds(work.config, work.refs, store):
         return None
     metrics = store.manifest(ref).metrics
@@ -310,6 +341,16 @@ def commit() -> str:
         return ""
 
 
+def _counted(meter: Meter, progress: Progress) -> Progress:
+    """Return a listener that notes the steps that are done, and passes them on."""
+
+    def listen(step: int, total: int, metrics: Mapping[str, float]) -> None:
+        meter.steps = max(step, meter.steps)
+        progress(step, total, metrics)
+
+    return listen
+
+
 @contextmanager
 def _exclusive(path: Path, stage: Stage) -> Iterator[None]:
     """Hold a file lock, for which a second run of the same work waits."""
@@ -357,10 +398,10 @@ def _recorded_result(
         for role, maker in stage.needed_inputs(config).items()
     }
     inputs |= stage.find_optional(config, inputs, store)
-    ref = recorded_ref(store, stage, work_of(stage, config, inputs, store).key)
-    if ref is None:
+    outcome = recorded_outcome(work_of(stage, config, inputs, store), store)
+    if outcome is None:
         raise ArtifactMissing(
             f"{label} is missing: {stage.name} has not run with this configuration; run "
             f"`rlhf stage {stage.name}` first, or give --input <role>=<artifact>"
         )
-    return ref
+    return outcome.ref

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from rlhf.budget import Deadline
 from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.config.pipeline import StageName
 from rlhf.files import expand_home
@@ -31,6 +32,8 @@ class StageRun:
     store: Store
     producer: Producer
     progress: Progress
+    deadline: Deadline | None = None
+    """When it has to stop, as the run's budget is used up then; None has no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,10 @@ class Stage:
     """Section of the configuration that experiment trackers get; None sends them nothing."""
     tracks_steps: bool = False
     """Whether trackers get the metrics of every step, and not those of the result alone."""
+    stops_at_deadline: bool = False
+    """Whether it stops when the run's budget is used up, with a result."""
+    length: str | None = None
+    """Field of its section that its time is proportional to, for estimates."""
     is_off: Callable[[PipelineConfig], bool] = lambda _: False
     """Whether the configuration switches its training off."""
     needs_approval: bool = False

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf.budget import PLANNED, STOPPED_AT
 from rlhf.challenge import PART, compared_with, with_comparison
 from rlhf.checkpoints.store import CheckpointStoreConfig, keep_best
 from rlhf.config import DataConfig, PipelineConfig, PPOConfig, RewardModelConfig, SFTConfig
@@ -194,6 +195,7 @@ def _train_policy(run: StageRun) -> StageResult:
     section = run.config.ppo.model_copy(update={"reward_model_path": None})
     return _train(
         run, "ppo", section, verdict=approved.verdict, limits=run.config.token_limits(),
+        deadline=run.deadline,
         identity={
             "data": run.refs["data"].digest,
             "base": run.refs["sft"].digest,
@@ -406,6 +408,7 @@ TRAIN_SFT = Stage(
     ),
     section="sft",
     tracks_steps=True,
+    length="epochs",
     is_off=lambda c: not c.sft.enabled,
 )
 
@@ -425,6 +428,7 @@ TRAIN_REWARD_MODEL = Stage(
     ),
     section="reward_model",
     tracks_steps=True,
+    length="epochs",
 )
 
 EVALUATE_REWARD_MODEL = Stage(
@@ -475,6 +479,7 @@ TRAIN_JUDGE = Stage(
     ),
     section="reward_model",
     tracks_steps=True,
+    length="epochs",
     is_off=lambda c: not c.judge.enabled,
 )
 
@@ -498,10 +503,13 @@ TRAIN_POLICY = Stage(
         ("reward {:.2f} → {:.2f}", "reward_before", "reward"),
         ("KL {:.2f}", "kl"),
         ("update {:,}", "chosen_update"),
+        ("stopped by the budget after {:,} of {:,} updates", STOPPED_AT, PLANNED),
         *PROMPT_COUNTS,
     ),
     section="ppo",
     tracks_steps=True,
+    stops_at_deadline=True,
+    length="total_episodes",
 )
 
 EVALUATE_POLICY = Stage(

@@ -46,6 +46,7 @@ OWN_PRESETS = "RLHF_PRESETS"
 MACHINE_FIELDS = {
     "runtime": ("work_dir", "report_dir", "cache_gb", "device", "threads"),
     "tracking": ("log_dir",),
+    "costs": ("price_per_hour",),
 }
 
 
@@ -147,11 +148,11 @@ def presets() -> list[str]:
 
 
 def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
-    """Apply this machine's environment to `runtime` and `tracking`.
+    """Apply this machine's environment to `runtime`, `tracking` and `costs`.
 
-    `RLHF_WORK_DIR`, `RLHF_REPORT_DIR`, `RLHF_CACHE_GB`, `RLHF_DEVICE`, `RLHF_THREADS` and
-    `RLHF_LOG_DIR` win over the configuration, because one run may cross machines with different
-    disks and devices.
+    `RLHF_WORK_DIR`, `RLHF_REPORT_DIR`, `RLHF_CACHE_GB`, `RLHF_DEVICE`, `RLHF_THREADS`,
+    `RLHF_LOG_DIR` and `RLHF_PRICE_PER_HOUR` win over the configuration, because one run may cross
+    machines with different disks, devices and prices.
 
     Raises:
         ConfigError: A variable holds a value that its field refuses.
@@ -164,7 +165,7 @@ def apply_machine_settings(config: PipelineConfig) -> PipelineConfig:
 
 
 def environment_variable(field: str) -> str:
-    """Return the environment variable of a field of `runtime` or `tracking`."""
+    """Return the environment variable of a field of `runtime`, `tracking` or `costs`."""
     return f"RLHF_{field.upper()}"
 
 

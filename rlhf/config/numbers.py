@@ -16,6 +16,8 @@ from pydantic import AfterValidator
 
 #: Smallest size of a number that is not 0: less is 0 in float32, in which weights are trained.
 LEAST = 1e-37
+#: Largest price or amount of money.
+MOST_MONEY = 10**9
 #: Seconds beyond which no wait doubles.
 LONGEST_WAIT = 86_400.0
 #: Least temperature: logits of a hundred or so, over it, are far from float32's largest number.
@@ -70,6 +72,10 @@ Seconds = Annotated[float, Le(7 * 86_400)]
 Minutes = Annotated[float, Le(7 * 1440)]
 #: Age in days: at most a century.
 Days = Annotated[float, Le(36_525)]
+#: Time of a run in hours: at most ten years.
+Hours = Annotated[float, Le(87_600)]
+#: Money in any currency.
+Money = Annotated[float, Le(MOST_MONEY)]
 #: Bytes of a disk in 10^9: at most a petabyte.
 Gigabytes = Annotated[float, Le(10**6)]
 #: Bytes of one row in 10^6: a row is in memory several times.

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf.config.costs import BudgetConfig, CostsConfig
 from rlhf.config.data import DataConfig
 from rlhf.config.gates import GatesConfig
 from rlhf.config.lengths import TokenLimits
@@ -233,6 +234,10 @@ class PipelineConfig(Section):
     """Folders, device, threads."""
     tracking: TrackingConfig = TrackingConfig()
     """Experiment trackers."""
+    costs: CostsConfig = CostsConfig()
+    """Prices of machines."""
+    budget: BudgetConfig = BudgetConfig()
+    """Most time or money of a run."""
 
     def deployment_of(self, stage: str) -> str:
         """Return the deployment that runs a stage, or `inline`."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from rlhf import errors
+from rlhf.budget import Deadline
 from rlhf.checkpoints.store import CheckpointStoreConfig
 from rlhf.config import BaseModelConfig, PPOConfig, RewardModelConfig, RuntimeConfig, SFTConfig
 from rlhf.config.lengths import TokenLimits
@@ -71,6 +72,8 @@ class Job(BaseModel):
     """Store that checkpoints are uploaded to; None uploads none."""
     identity: Mapping[str, str] = {}
     """Digests of the inputs, as far as they are known, for the checkpoints."""
+    deadline: Deadline | None = None
+    """When PPO has to stop, as its part of the run's budget is used up; None has no limit."""
     log_level: int = logging.WARNING
     """Level of the logger `rlhf` in child processes; set by `launch`."""
 
@@ -111,7 +114,7 @@ def train(job: Job, progress: Progress = silent) -> StageResult:
                 approved = require(job.inputs["reward-model"], job.verdict.subject, job.verdict)
             return train_policy(
                 job.section, data, job.inputs["sft"], approved, job.out_dir,
-                judge=job.inputs.get("judge"), **shared,
+                judge=job.inputs.get("judge"), deadline=job.deadline, **shared,
             )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from rlhf.launch.job import (
     tail_of,
 )
 from rlhf.launch.nodes import WAIT, Alone, Nodes, Place, join, meet, report_of
+from rlhf.meter import Meter
 from rlhf.signals import deferred_sigterm
 from rlhf.stage import Progress, StageResult, silent
 
@@ -79,6 +80,7 @@ def launch(job: Job, progress: Progress = silent, nodes: Nodes | None = None) ->
         status = _run(folder, sent, _Listener(folder, progress), terminated, others)
         others.collect(folder, failed=status != 0)
         count = job.section.processes or 1
+        _note_peaks(folder, count * job.section.nodes)
         return read_result(
             folder, job.stage, count * job.section.nodes, status, count, lost=others.lost
         )
@@ -300,6 +302,14 @@ def _reports(folder: Path, count: int) -> dict[int, Exception | None]:
             error = rebuilt_error(report["kind"], report["message"]) if "kind" in report else None
             reports.append((report["time"], rank, error))
     return {rank: error for _, rank, error in sorted(reports, key=lambda entry: entry[:2])}
+
+
+def _note_peaks(folder: Path, count: int) -> None:
+    """Give the meter of this process the children's peaks of their devices' memory."""
+    for rank in range(count):
+        file = ended_file(folder, rank)
+        if Meter.current is not None and file.exists():
+            Meter.current.note(json.loads(file.read_text()).get("peaks", {}))
 
 
 def _worker_died(

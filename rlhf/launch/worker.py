@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rlhf.launch.job import (
     pid_file,
     train,
 )
+from rlhf.meter import device_peaks
 
 #: prctl(2): the signal that a process gets when its parent dies.
 _PR_SET_PDEATHSIG = 1
@@ -115,7 +117,9 @@ def _log_to(handler: logging.Handler, level: int) -> None:
 
 def _report_end(folder: Path, rank: int, error: BaseException | None = None) -> None:
     """Report this process's end, atomically: the parent may read at any time."""
-    report = {"kind": type(error).__name__, "message": str(error)} if error else {}
+    report: dict[str, Any] = {"kind": type(error).__name__, "message": str(error)} if error else {}
+    with suppress(Exception):  # of a device that is in no state to answer
+        report |= {"peaks": device_peaks()}
     file = ended_file(folder, rank)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps({**report, "time": time.time()}))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rlhf.budget import PLANNED, STOPPED_AT, Deadline, stop_line
 from rlhf.checkpoints.folder import exclusive, identity_of
 from rlhf.checkpoints.uploads import CheckpointUploads
 from rlhf.config import PPOConfig, RuntimeConfig
@@ -53,11 +56,15 @@ def train_policy(
     uploads: CheckpointUploads | None = None,
     runtime: RuntimeConfig | None = None,
     progress: Progress = silent,
+    deadline: Deadline | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> StageResult:
     """Optimise the SFT policy with PPO and write the result to `out_dir`.
 
     With `checkpoints`, training continues from the newest one; a resumed run produces the same
-    bytes as an uninterrupted one.
+    bytes as an uninterrupted one. At a `deadline` it stops after the update in progress, and the
+    policy that the watchdog chooses among those so far goes on; the same call without one goes on
+    from that update, to the bytes of a run that had none.
 
     Args:
         config: Hyper-parameters.
@@ -76,6 +83,8 @@ def train_policy(
         uploads: Uploads each saved checkpoint to a store, and restores a newer one from it.
         runtime: Device and threads.
         progress: Called after every update.
+        deadline: When to stop at the latest; None makes all updates.
+        clock: What the deadline is compared with.
 
     Raises:
         ConfigError: Rendering mismatch, a checkpoint of other inputs, or another process trains
@@ -101,9 +110,10 @@ def train_policy(
     if watchdog is None:
         judge = None
     run = _run_identity(config, seed, data, sft, reward_model, judge, trainer, identity or {})
+    timer = _Timer(trainer, deadline, clock)
     with exclusive(checkpoints) if checkpoints and leads else nullcontext():
-        state = _run_updates(trainer, rows, watchdog, checkpoints, uploads, run, progress)
-    metrics: dict[str, float] = {"updates": state.update}
+        state = _run_updates(trainer, rows, watchdog, checkpoints, uploads, run, progress, timer)
+    metrics: dict[str, Any] = {"updates": state.update}
     chosen = state.update
     if watchdog:
         chosen = watchdog.conclude(state)
@@ -112,6 +122,10 @@ def train_policy(
         _write_result(trainer, state, sft, out_dir)
         if watchdog:
             write_json(out_dir / WATCHDOG, watchdog.report(state))
+    if timer.has_stopped:
+        metrics |= {STOPPED_AT: state.update, PLANNED: config.updates}
+        if leads:
+            log.warning("budget: %s (%s)", stop_line(metrics), timer.reason)
     # A row is measured before its update: that of the next one is of the policy that goes on.
     row = state.curve[min(chosen, len(state.curve) - 1)]
     metrics |= {k: row[k] for k in ("reward", "kl", "tokens", "eos_rate")}
@@ -210,7 +224,7 @@ def _run_identity(
 def _run_updates(
     trainer: PPOTrainer, rows: Sequence[PromptRow], watchdog: Watchdog | None,
     checkpoints: Path | None, uploads: CheckpointUploads | None, identity: Mapping[str, str],
-    progress: Progress,
+    progress: Progress, timer: _Timer,
 ) -> TrainState:  # fmt: skip
     """Run the remaining updates, saving checkpoints; return the final state."""
     config, ranks = trainer.config, trainer.models.ranks
@@ -228,7 +242,7 @@ def _run_updates(
     with fast_float32(trainer.device), memory, sigterm as terminated, uploading:
         if watchdog and not state.frontier.looks:
             watchdog.look(state)
-        while state.update < config.updates and not state.frontier.stopped:
+        while not timer.stops(state):
             metrics = _update(trainer, rows, watchdog, state)
             if metrics is None:
                 break
@@ -240,6 +254,8 @@ def _run_updates(
             # Writing the result reads the SFT folder again; a failure there must not lose the run.
             ends = state.update == config.updates or state.frontier.stopped is not None
             due |= ends and _base_is_lowered(trainer)
+            # With a larger budget training goes on from here.
+            due |= timer.stops(state) and timer.has_stopped
             failed = uploads is not None and uploads.failed
             # The decision is shared: a process that decided alone would block the others.
             if checkpoints and ranks.any(due or failed or terminated()):
@@ -255,7 +271,52 @@ def _run_updates(
                         f"SIGTERM after update {state.update} of {config.updates}: saved; run the "
                         "same again to go on from there"
                     )
+        _look_at_last(watchdog if timer.has_stopped else None, state)
     return state
+
+
+def _look_at_last(watchdog: Watchdog | None, state: TrainState) -> None:
+    """Look at the policy at which a deadline stopped, if no look at it was due.
+
+    The look is in no checkpoint: a run that goes on does without it, as one without a deadline.
+    """
+    if watchdog is not None and state.frontier.looks[-1].update != state.update:
+        watchdog.look(state)
+
+
+class _Timer:
+    """Ends the updates: after the last one, at a finding of the watchdog, or at a deadline."""
+
+    def __init__(
+        self, trainer: PPOTrainer, deadline: Deadline | None, clock: Callable[[], float]
+    ) -> None:
+        self._updates, self._ranks = trainer.config.updates, trainer.models.ranks
+        self._deadline, self._clock = deadline, clock
+        self._last: tuple[int, float] | None = None
+        self.has_stopped = False
+        """Whether the deadline ended the updates."""
+
+    @property
+    def reason(self) -> str:
+        """What is used up at the deadline."""
+        return self._deadline.reason if self._deadline else ""
+
+    def stops(self, state: TrainState) -> bool:
+        """Return whether no update follows; it may be asked several times after one.
+
+        At least one update is made in all. The next one is taken to last as long as the last one
+        of this try, with what belongs to it. All processes get the leader's answer.
+        """
+        if state.update >= self._updates or state.frontier.stopped or self.has_stopped:
+            return True
+        if self._deadline is None or (self._last and self._last[0] == state.update):
+            return False
+        now = self._clock()
+        step = now - self._last[1] if self._last else 0.0
+        self._last = (state.update, now)
+        passes = state.update > 0 and self._deadline.passes(now, step)
+        self.has_stopped = self._ranks.from_leader(passes)
+        return self.has_stopped
 
 
 def _update(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, field_serializer
 
+from rlhf.costs import Cost, Forecast
 from rlhf.gates import Verdict
 from rlhf.report.overview import Overview
 from rlhf.report.trust import Answer
@@ -106,6 +107,12 @@ class StageRow(Plain):
     """Digest of what it published."""
     message: str = ""
     """Reason of a failure, or a remark."""
+    cost: Cost | None = None
+    """What it took in this run, with earlier attempts; none if it was cached or did not run."""
+    made: Cost | None = None
+    """What a cached one took when it was made, if that is known."""
+    forecast: Forecast | None = None
+    """What was expected of it before the run, if anything was known."""
 
 
 class Sample(Plain):
@@ -220,6 +227,10 @@ class RunReport(Plain):
     watchdog: dict[str, Any] | None = None
     """Checkpoints that PPO's watchdog scored: `frontier` (rows of `update`, `kl`, `proxy`, `judge`,
     `gold`), `chosen` (an update), and `stopped` (`detector`, `update`, `evidence`)."""
+    budget: str = ""
+    """Budget of the run as text, such as `2 h, 10 EUR`; empty without one."""
+    stopped: str = ""
+    """Where the budget stopped PPO, as a sentence; empty if it did not."""
     curves: tuple[dict[str, Any], ...] = ()
     """One row per PPO update: `update`, `reward`, `kl`, `entropy`, `tokens`, `value_loss`, …"""
     samples: tuple[Sample, ...] = ()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf.report import charts, text, trust_charts
+from rlhf.report.costs import cost_view
 from rlhf.report.data_card import data_card, drift_charts
 from rlhf.report.members import members_view
 from rlhf.report.model import OUTCOMES, STATES, ConfigRow, RunReport, StageRow, StageState
@@ -49,6 +50,7 @@ DATA_ORDER = (
 DATA_PLACED = {key for key, _ in DATA_ORDER} | {
     "left_out", "pairs_left_out", "rows_left_out", "notes", "findings", "sources", "personal_data"
 }  # fmt: skip
+NOTHING_STOPPED = "Nothing stopped PPO before its end."
 #: Shares, shown in per cent.
 DATA_SHARES = ("agreement", "chosen_longer")
 
@@ -82,7 +84,8 @@ def render(report: RunReport) -> str:
             curve_step=step,
             frontier=trust_charts.frontier_of(report.watchdog),
             frontier_rows=trust_charts.frontier_rows(report.watchdog),
-            watchdog=watchdog_finding(report.watchdog),
+            watchdog=watchdog_finding(report.watchdog, report.stopped),
+            costs=cost_view(report.stages),
             policy=policy,
             policy_heading="Policy",
             policy_shown=policy != PolicyView(),
@@ -182,8 +185,13 @@ class Finding(NamedTuple):
     evidence: str = ""
 
 
-def watchdog_finding(watchdog: Mapping[str, Any] | None) -> Finding | None:
-    """Return which checkpoint goes on, and what stopped PPO if anything did."""
+def watchdog_finding(watchdog: Mapping[str, Any] | None, budget: str = "") -> Finding | None:
+    """Return which checkpoint goes on, and what stopped PPO if anything did.
+
+    Args:
+        watchdog: Content of `watchdog.json`.
+        budget: Where the run's budget stopped PPO; empty if it did not.
+    """
     if not watchdog:
         return None
     chosen, stopped = number_of(watchdog.get("chosen")), _mapping(watchdog.get("stopped"))
@@ -192,7 +200,8 @@ def watchdog_finding(watchdog: Mapping[str, Any] | None) -> Finding | None:
     if isinstance(notes, list) and notes:
         goes_on = " ".join(map(sentence, notes))
     if not stopped:
-        return Finding("passed", "Nothing stopped PPO before its end.", goes_on)
+        found = "The watchdog found no reason to stop." if budget else NOTHING_STOPPED
+        return Finding("passed", found, goes_on)
     update = number_of(stopped.get("update"))
     when = "" if update is None else f" after update {number(int(update))}"
     evidence = f"{sentence(stopped.get('evidence'))} {goes_on}".strip()

@@ -70,6 +70,13 @@ class Histories:
         """Return all entries, oldest first."""
         return [*self.numbered(name).values()]
 
+    def last(self, name: str, count: int) -> list[dict[str, Any]]:
+        """Return the newest entries, oldest first."""
+        folder = _folder(name)
+        number = self._last(folder, self._numbers(folder))
+        keys = [_entry_key(folder, n) for n in range(max(1, number - count + 1), number + 1)]
+        return in_parallel(lambda key: open_sealed(self._backend, key), keys)
+
     def numbered(self, name: str) -> dict[int, dict[str, Any]]:
         """Return all entries by number, oldest first; decide on them with `advance`."""
         folder = _folder(name)

@@ -1,0 +1,224 @@
+"""Ledger of what stages cost: each attempt, each artifact, each run, as histories in the store.
+
+An attempt is written to a small file in the work folder every few seconds, so that one that is
+killed is known to the next one on this machine, and now and then to the store, for the next one
+anywhere. What a stage cost is the sum of all its attempts since the last that was recorded. No
+failure to write here ends a stage: its result is worth more than its price.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rlhf.champions import timestamp
+from rlhf.config import PipelineConfig
+from rlhf.costs import Cost, read_cost, total
+from rlhf.errors import ArtifactMissing, StoreError
+from rlhf.limits import load_json
+from rlhf.meter import CPU, Meter, device_name
+from rlhf.store import Store
+from rlhf.store.objects import in_parallel
+from tasks.stage import Stage
+
+log = logging.getLogger("rlhf.tasks")
+#: Prefixes of the histories of attempts, artifacts and runs.
+ATTEMPTS, ARTIFACTS, RUNS = "costs/attempts/", "costs/artifacts/", "costs/runs/"
+#: Folder of the attempts in progress, in the work folder.
+FOLDER = "attempts"
+#: Seconds between two entries of one attempt in the store.
+SEND_EVERY = 600.0
+#: Largest file of an attempt that is read, in bytes.
+LARGEST = 100_000
+
+
+class Ledger:
+    """Costs of one stage's work; `key` is its fingerprint, `name` that of its local files."""
+
+    def __init__(
+        self, stage: Stage, key: str, name: str, config: PipelineConfig, store: Store,
+        work_dir: Path,
+    ) -> None:  # fmt: skip
+        self.config, self.stage, self._store, self._key = config, stage, store, key
+        self._history = f"{ATTEMPTS}{stage.name}/{key}"
+        self._file = work_dir / FOLDER / f"{name}.json"
+        self._id, self._sent = uuid.uuid4().hex[:16], time.monotonic()
+        self.machine = _machine(stage, config)
+        price = config.costs.price(_names(self.machine))
+        self.machine = self.machine.priced(price, config.costs.currency).model_copy(
+            update={"work": key[:16]}
+        )
+        self._meter: Meter | None = None
+
+    @property
+    def price_per_hour(self) -> float | None:
+        """What an hour of the stage costs on all its devices; None without a price."""
+        price = self.machine.price
+        return None if price is None else price * self.machine.devices
+
+    def earlier(self) -> list[Cost]:
+        """Return the attempts so far that had no recorded result, killed ones of here included."""
+        with _harmless("what an earlier attempt cost"):
+            if self._file.is_file() and self._file.stat().st_size <= LARGEST:
+                self._store.history.append(self._history, load_json(self._file.read_bytes()))
+                self._remove_file()
+            return attempts_of(self._store, self.stage.name, self._key)
+        return []
+
+    @contextmanager
+    def attempt(self) -> Iterator[Meter]:
+        """Measure an attempt while the block runs; one that fails is added to the history."""
+        gpus = 0 if self.machine.device == CPU else self.machine.devices // self.machine.nodes
+        with Meter(gpus, self._sampled) as self._meter:
+            self._write()
+            try:
+                yield self._meter
+            except BaseException:
+                self._send()
+                self._remove_file()
+                raise
+
+    def conclude(self, digest: str, earlier: Sequence[Cost], *, whole: bool) -> Cost:
+        """Record what a recorded artifact cost in all its attempts, and return that.
+
+        Args:
+            digest: Digest of the artifact.
+            earlier: The attempts before this one.
+            whole: Whether it is the whole result; a training that its budget stopped goes on later.
+        """
+        own = self._cost()
+        summed = total([*earlier, own]) or own
+        with _harmless("what the stage cost"):
+            self._store.history.append(ARTIFACTS + digest, summed.row())
+            if not whole:
+                self._send()
+            elif earlier:
+                self._store.history.append(self._history, {"recorded": True})
+        self._remove_file()
+        return summed
+
+    def _cost(self) -> Cost:
+        assert self._meter is not None
+        measured = self._meter.cost().row()
+        cost = self.machine.model_copy(update={**measured, "when": timestamp()})
+        return cost.priced(cost.price, cost.currency)
+
+    def _sampled(self) -> None:
+        """Write the attempt down, from the meter's thread."""
+        self._write()
+        if time.monotonic() - self._sent >= SEND_EVERY:
+            self._send()
+
+    def _entry(self) -> dict[str, Any]:
+        return {"id": self._id, "cost": self._cost().row()}
+
+    def _write(self) -> None:
+        scratch = self._file.with_suffix(".tmp")
+        with suppress(OSError):  # a full disk is told by what needs it
+            self._file.parent.mkdir(exist_ok=True)
+            scratch.write_text(json.dumps(self._entry()), encoding="utf-8")
+            scratch.replace(self._file)
+
+    def _send(self) -> None:
+        self._sent = time.monotonic()
+        with _harmless("what the attempt cost"):
+            self._store.history.append(self._history, self._entry())
+
+    def _remove_file(self) -> None:
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
+            self._file.parent.rmdir()  # if there is no other
+
+
+def attempts_of(store: Store, stage: str, key: str) -> list[Cost]:
+    """Return the attempts of a stage's work since its last recorded result.
+
+    Raises:
+        StoreError: The store does not answer.
+    """
+    attempts: dict[str, Cost] = {}
+    for entry in store.history.entries(f"{ATTEMPTS}{stage}/{key}"):
+        if entry.get("recorded"):
+            attempts.clear()
+        elif (cost := read_cost(entry.get("cost"))) is not None:
+            attempts[str(entry.get("id"))] = cost  # of one that was sent often the last entry
+    return [*attempts.values()]
+
+
+def costs_of(store: Store, digests: Sequence[str]) -> dict[str, Cost]:
+    """Return what artifacts cost when they were made, as far as that is known."""
+
+    def read(digest: str) -> Cost | None:
+        with _harmless("what an artifact cost"):
+            return read_cost(store.history.latest(ARTIFACTS + digest))
+        return None
+
+    found = zip(digests, in_parallel(read, digests), strict=True)
+    return {digest: cost for digest, cost in found if cost is not None}
+
+
+def cost_of_making(store: Store, digest: str) -> Cost | None:
+    """Return what an artifact and all that this project made for it cost, as far as it is known.
+
+    A model that a training starts from, and the champion that it is compared with, had runs of
+    their own.
+    """
+    seen: set[str] = set()
+    frontier = {digest}
+    while frontier:
+        seen |= frontier
+        parents: set[str] = set()
+        for each in sorted(frontier):
+            with suppress(ArtifactMissing):
+                roles = store.manifest(each).parents
+                parents |= {d for role, d in roles.items() if role not in OTHERS}
+        frontier = parents - seen
+    return total([*costs_of(store, sorted(seen)).values()])
+
+
+#: Roles of parents that were made by other runs.
+OTHERS = ("base", "champion", "champion-evaluation")
+
+
+def record_run(store: Store, line: str, entry: Mapping[str, Any]) -> None:
+    """Add a run's costs to the history of its model line."""
+    with _harmless("what the run cost"):
+        store.history.append(RUNS + line, entry)
+
+
+def _machine(stage: Stage, config: PipelineConfig) -> Cost:
+    """Return where a stage runs, as a cost of nothing."""
+    section = getattr(config, stage.section or "", None)
+    trains = stage.trains(config)
+    per_node = (getattr(section, "processes", None) or 1) if trains else 1
+    nodes = getattr(section, "nodes", 1) if trains else 1
+    device = device_name(config.runtime.device)
+    return Cost(
+        device=device, processes=per_node * nodes, nodes=nodes, host=socket.gethostname(),
+        devices=nodes if device == CPU else per_node * nodes,
+    )  # fmt: skip
+
+
+def _names(machine: Cost) -> list[str]:
+    """Return the names that a price may have: of the deployment, the device and its type."""
+    names = [machine.device, CPU if machine.device == CPU else "cuda"]
+    runtime = sys.modules.get("prefect.runtime")
+    deployment = runtime.deployment.name if runtime else None
+    return [str(deployment), *names] if deployment else names
+
+
+@contextmanager
+def _harmless(what: str) -> Iterator[None]:
+    """Log an error of the ledger, and go on."""
+    try:
+        yield
+    except (StoreError, OSError, ValueError) as error:
+        log.warning("%s is not in the ledger (%s)", what, error)
