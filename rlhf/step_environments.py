@@ -26,6 +26,7 @@ def environment_reward(
     *,
     action: Callable[[Any, str], Any] | None = None,
     metric: str | None = None,
+    versus_reference: bool = False,
 ) -> Callable[[Sequence[Row]], list[float]]:
     """Make a reward function of environments: a reply's reward is the sum over its episode.
 
@@ -40,19 +41,27 @@ def environment_reward(
             environment has a `tokenizer`, else the text.
         metric: Name of a metric that is the value in place of the reward, for a component of its
             own in an environment of several objectives.
+        versus_reference: Whether an episode has two actions, the policy's reply and the reference
+            policy's, as of a comparison; the reference's own reply then has the value 0.
     """
 
-    def reward(batch: Sequence[Row]) -> list[float]:
-        async def episodes() -> list[tuple[float, dict[str, Any]]]:
-            return await asyncio.gather(*(_score(make(row), row, action) for row in batch))
+    async def value(row: Row) -> float:
+        texts = _texts(row, versus_reference)
+        if versus_reference and len(texts) == 1:
+            return 0.0
+        return _value(*await _score(make(row), row, texts, action), metric)
 
-        return [_value(*scored, metric) for scored in asyncio.run(episodes())]
+    def reward(batch: Sequence[Row]) -> list[float]:
+        async def values() -> list[float]:
+            return await asyncio.gather(*map(value, batch))
+
+        return asyncio.run(values())
 
     return reward
 
 
 async def _score(
-    env: Any, row: Row, action: Callable[[Any, str], Any] | None
+    env: Any, row: Row, texts: Sequence[str], action: Callable[[Any, str], Any] | None
 ) -> tuple[float, dict[str, Any]]:
     """Return the reward of a reply and its metrics."""
     begin = getattr(env, "initial_observation", None)
@@ -63,7 +72,7 @@ async def _score(
         begin = env.reset
     _check_prompt(await _finished(begin()), row)
     total, metrics = 0.0, dict[str, Any]()
-    for text in _texts(row):
+    for text in texts:
         step = await _finished(env.step((action or _action)(env, text)))
         total += float(step.reward)
         metrics |= getattr(step, "metrics", None) or {}
@@ -88,10 +97,10 @@ def _scored_by_text(env: Any, row: Row) -> tuple[float, dict[str, Any]] | None:
     return None
 
 
-def _texts(row: Row) -> list[str]:
-    """Return the texts of an episode: the reply, then the one that it is compared with, if any."""
+def _texts(row: Row, versus_reference: bool) -> list[str]:
+    """Return the texts of an episode: the reply, then the reference policy's if it is asked for."""
     rival = row.get("reference_reply")
-    return [row["response"], *([rival] if rival is not None else [])]
+    return [row["response"], *([rival] if versus_reference and rival is not None else [])]
 
 
 def _action(env: Any, text: str) -> Any:

@@ -158,8 +158,8 @@ def load_source(
         return load_preset(None, _merge(cast("Tree", _plain(_checked(source))), changes))
     if not isinstance(source, str | Path | None):
         raise ConfigError(
-            f"config = {as_written(source)}: is a {type(source).__name__}; give the name of a "
-            "preset, the path of a YAML file, a mapping, or a configuration"
+            f"config = {as_written(source)}: is of type {type(source).__name__}; give the name of "
+            "a preset, the path of a YAML file, a mapping, or a configuration"
         )
     is_path = isinstance(source, Path) or (
         source is not None and source not in presets() and _is_like_path(source)
