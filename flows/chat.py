@@ -12,13 +12,14 @@ from rich.live import Live
 from rich.table import Table
 
 from flows.artifacts import ConfigOption, StoreOption
-from flows.models import load_scorer, open_for_models
+from flows.models import open_for_models
 from rlhf.config import load_config
 from rlhf.errors import ConfigError, RLHFError, explain
 from rlhf.plain_text import counted, printable, shortened
 from rlhf.preferences import PreferenceFile
 from tasks.chat_models import DEFAULT_CHAT, ChatModels, ChatOptions, ChatPolicy, load_chat
 from tasks.console import PlainConsole, console, say, styled
+from tasks.models import load_scorer
 
 if TYPE_CHECKING:
     from rlhf.chat import Candidate, Conversation

@@ -53,9 +53,9 @@ from rlhf.errors import (
     UnexpectedError,
     explain,
 )
-from rlhf.plain_text import one_line, shortened
+from rlhf.plain_text import shortened
 from tasks.console import PlainConsole, console, say
-from tasks.prefect_server import check_settings, greet_server, server_error
+from tasks.prefect_server import meet_server, server_error, set_defaults
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
 BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
@@ -237,35 +237,18 @@ def prepare_prefect(verbose: bool) -> None:
         ConfigError: A server is configured and does not answer.
     """
     exit_on_signals()
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    # Training takes all cores, so the ephemeral server may answer late.
-    os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
-    os.environ.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT", "60")
-    os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_defaults(verbose)
     if not verbose:
-        # `fail` prints errors in one line; the full log is in Prefect's UI.
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-        os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         import warnings
 
         warnings.simplefilter("ignore")
         # The library's own warnings are for the user.
-        from tasks.board import NoticeHandler
+        from tasks.board import notice_handler
 
-        handler = NoticeHandler()
-        handler.setFormatter(logging.Formatter("%(prefix)s%(shown)s"))
-        handler.addFilter(_add_text)
-        logging.getLogger("rlhf").addHandler(handler)
+        logging.getLogger("rlhf").addHandler(notice_handler())
         logging.getLogger("rlhf").setLevel(logging.INFO)
-    check_settings()
-    from prefect.settings import PREFECT_API_URL
-
-    if PREFECT_API_URL.value():
-        greet_server("PREFECT_API_URL")
-    else:
-        say("starting a Prefect server for this run, up to a minute the first time")
+    meet_server("PREFECT_API_URL")
 
 
 def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:
@@ -298,13 +281,6 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _add_text(record: logging.LogRecord) -> bool:
-    """Set the fields `prefix` (`warning: `, or empty) and `shown` (the message) of a log record."""
-    record.__dict__["shown"] = one_line(record.getMessage())
-    record.__dict__["prefix"] = "warning: " if record.levelno >= logging.WARNING else ""
-    return True
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ from flows.models import (
     excerpt,
     interval,
     load_policies,
-    load_scorer,
     named_judge,
     open_for_models,
     progress_of,
@@ -98,7 +97,7 @@ def _compare_policies(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     from rlhf.evaluation.compare import Scorers, compare_policies
     from rlhf.modeling.device import prepare_device
-    from tasks.models import known_prompts
+    from tasks.models import known_prompts, load_scorer
 
     scoring, notes = _scoring_models(a, b, options.judge, store)
     seen = known_prompts((a, b), store)
@@ -177,7 +176,7 @@ def _compare_reward_models(
     from rlhf.data.rows import PAIRS_EVAL, Pair, read_rows
     from rlhf.evaluation.compare import compare_reward_models
     from rlhf.modeling.device import prepare_device
-    from tasks.models import known_prompts
+    from tasks.models import known_prompts, load_scorer
 
     folder, name = _dataset(b, data, store, "--data <dataset>")
     pairs = read_rows(folder / PAIRS_EVAL, Pair)

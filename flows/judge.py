@@ -14,7 +14,6 @@ from flows.models import (
     excerpt,
     interval,
     load_policies,
-    load_scorer,
     named_judge,
     open_for_models,
     progress_of,
@@ -83,6 +82,7 @@ def _judge_suite(
     suite = read_suite(folder)  # before the model is loaded
     from rlhf.evaluation.suite_scores import evaluate_suite
     from rlhf.modeling.device import prepare_device
+    from tasks.models import load_scorer
 
     scorer = load_scorer(model, prepare_device(runtime), max_length, store)
     with progress_of(f"{suite.layout}: replies") as progress:
@@ -149,6 +149,7 @@ def _judge_replies(
     read = read_prompt_file(file)
     from rlhf.evaluation.compare import judge_policy
     from rlhf.modeling.device import prepare_device
+    from tasks.models import load_scorer
 
     scorer_model, why = scoring
     device = prepare_device(runtime)

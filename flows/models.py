@@ -12,15 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bars
 
 from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
-from rlhf.errors import ConfigError, RLHFError
+from rlhf.errors import ConfigError
 from rlhf.files import is_dir
 from rlhf.plain_text import printable
 from rlhf.stage import Progress
 from tasks.console import console, text_column
-from tasks.model_options import NEW_TOKENS, SUITE_LENGTH, ModelOptions
+from tasks.model_options import NEW_TOKENS, ModelOptions
 
 if TYPE_CHECKING:
-    from rlhf.modeling.reward import Scorer
     from rlhf.store import Store
     from tasks.models import NamedModel
 
@@ -51,25 +50,6 @@ def named_judge(text: str, store: Store) -> NamedModel:
             f"--judge {text}: this judge is not usable ({found.judge.reason}); name another"
         )
     return found
-
-
-def load_scorer(model: NamedModel, device: Any, max_length: int | None, store: Store) -> Scorer:
-    """Load a reward model or judge with the token limits of its training, or with those given.
-
-    Raises:
-        ConfigError: It or its tokenizer can't be loaded.
-    """
-    from rlhf.modeling.members import open_scorer
-    from rlhf.modeling.pretrained import loading_error
-    from tasks.models import limits_of
-
-    limits = None if max_length else limits_of(model, store)
-    try:
-        return open_scorer(model.folder, device, limits or max_length or SUITE_LENGTH)
-    except RLHFError:
-        raise
-    except (OSError, ValueError) as error:  # transformers' own
-        raise loading_error(model.text, error) from error
 
 
 def load_policies(

@@ -63,7 +63,7 @@ def preflight(
         if base is None:
             say("base.path is not set: a model from scratch is not rehearsed")
             return
-        sample = _sample(loaded)
+        sample = first_rows(loaded)
         remarks = rehearse_once(loaded, base, sample, producer("preflight", {}, loaded.seed))
         load_tokenizer(base)  # for its warnings; the rehearsal is silent
         if not remarks:
@@ -111,7 +111,7 @@ def _print_estimate(config: PipelineConfig, base: Path) -> None:
             say(f"{stage.section} does not fit: {cures(config, stage)}")
 
 
-def _sample(config: PipelineConfig) -> Sample:
+def first_rows(config: PipelineConfig) -> Sample:
     """Read the first rows of the data; rows of the project's own if none can be read.
 
     Raises:

@@ -302,6 +302,21 @@ class NoticeHandler(logging.StreamHandler[Any]):
             super().emit(record)
 
 
+def notice_handler() -> NoticeHandler:
+    """Return a handler that prints log records in one line; warnings are called so."""
+    handler = NoticeHandler()
+    handler.setFormatter(logging.Formatter("%(prefix)s%(shown)s"))
+    handler.addFilter(_add_text)
+    return handler
+
+
+def _add_text(record: logging.LogRecord) -> bool:
+    """Set the fields `prefix` (`warning: `, or empty) and `shown` (the message) of a log record."""
+    record.__dict__["shown"] = one_line(record.getMessage())
+    record.__dict__["prefix"] = "warning: " if record.levelno >= logging.WARNING else ""
+    return True
+
+
 class _SampleHandler(logging.Handler):
     """Gives the board the last sample of PPO."""
 

@@ -23,7 +23,9 @@ class PlainConsole(Console):
     """A console without markup: strings are text, and control characters are written out."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **options)
+        # In a notebook rich would make HTML of each line, on a display of its own.
+        plain = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
+        super().__init__(**{**plain, **options})
         if not self._width:  # COLUMNS=0, at which rich prints nothing
             self._width = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.champions import champion, model_lines
 from rlhf.config.lengths import TokenLimits
@@ -13,7 +13,7 @@ from rlhf.data.chat import loose_key
 from rlhf.data.gate_prompts import MAX_KNOWN, trained_on
 from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import PROMPTS_GATE, PromptRow, read_rows
-from rlhf.errors import ArtifactMissing, ConfigError
+from rlhf.errors import ArtifactMissing, ConfigError, RLHFError
 from rlhf.files import expand_home, is_dir, is_file
 from rlhf.judge import JUDGE as JUDGE_FILE
 from rlhf.judge import Judge, read_judge
@@ -21,6 +21,10 @@ from rlhf.modeling.source import CONFIG
 from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
 from tasks import challenge
+from tasks.model_options import SUITE_LENGTH
+
+if TYPE_CHECKING:
+    from rlhf.modeling.reward import Scorer
 
 #: Kinds of models, as artifacts have them; a judge is a reward model.
 ModelKind = Literal["policy", "reward-model"]
@@ -300,3 +304,21 @@ def reply_settings(policy: NamedModel, store: Store) -> tuple[int | None, tuple[
     if limits is None or limits.max_prompt is None:
         return None, ()
     return max(1, limits.max_length - limits.max_prompt), ()
+
+
+def load_scorer(model: NamedModel, device: Any, max_length: int | None, store: Store) -> Scorer:
+    """Load a reward model or judge with the token limits of its training, or with those given.
+
+    Raises:
+        ConfigError: It or its tokenizer can't be loaded.
+    """
+    from rlhf.modeling.members import open_scorer
+    from rlhf.modeling.pretrained import loading_error
+
+    limits = None if max_length else limits_of(model, store)
+    try:
+        return open_scorer(model.folder, device, limits or max_length or SUITE_LENGTH)
+    except RLHFError:
+        raise
+    except (OSError, ValueError) as error:  # transformers' own
+        raise loading_error(model.text, error) from error

@@ -70,6 +70,41 @@ def prefect_server(subject: str, instead: str = "") -> Iterator[SyncPrefectClien
         raise _no_server(subject, place) from error
 
 
+def set_defaults(verbose: bool) -> None:
+    """Set the environment of Prefect and the libraries, before they are imported.
+
+    Variables that the user has set stay.
+
+    Args:
+        verbose: Whether Prefect prints its own log.
+    """
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    # Training takes all cores, so the ephemeral server may answer late.
+    os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
+    os.environ.setdefault("PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT", "60")
+    os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        # An error ends in one line; the full log is in Prefect's UI.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def meet_server(subject: str) -> None:
+    """Check the configured server, or say that one is started for this process.
+
+    Raises:
+        ConfigError: A server is configured and does not answer.
+    """
+    check_settings()
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        greet_server(subject)
+    else:
+        say("starting a Prefect server for this run, up to a minute the first time")
+
+
 def greet_server(subject: str) -> None:
     """Check that the configured server answers, and is one; `subject` begins the error messages.
 

@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 
+import rlhf
 from rlhf.config.pipeline import StageName
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,23 @@ def stage_names(tree: ast.Module) -> list[str]:
 
 def test_no_import_cycle():
     assert [" → ".join(path) for path in cycles(import_graph(module_trees()))] == []
+
+
+def upper_names(tree: ast.Module) -> list[str]:
+    """Strings in code that name a module of the packages above the library."""
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and re.fullmatch(r"(tasks|flows)\.[\w.]+", str(node.value))
+    ]
+
+
+def test_the_library_names_what_stands_above_it_in_one_table():
+    # A name in a string is no import that the contracts see: `rlhf.Pipeline` is the only use.
+    named = {n: upper_names(tree) for n, tree in module_trees().items() if n.startswith("rlhf")}
+    above = [module for module in rlhf.PUBLIC.values() if not module.startswith("rlhf.")]
+    assert {name: found for name, found in named.items() if found} == {"rlhf": above}
 
 
 def test_flows_define_no_class():

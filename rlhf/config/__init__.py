@@ -15,7 +15,14 @@ from rlhf.config.components import (
 )
 from rlhf.config.data import DataConfig, SourceConfig, WorldConfig
 from rlhf.config.gates import ChampionGateConfig, GateRule, GatesConfig
-from rlhf.config.load import LoadedConfig, apply_machine_settings, load_config, load_preset, presets
+from rlhf.config.load import (
+    LoadedConfig,
+    apply_machine_settings,
+    load_config,
+    load_preset,
+    load_source,
+    presets,
+)
 from rlhf.config.pipeline import (
     PipelineConfig,
     RuntimeConfig,
@@ -69,5 +76,6 @@ __all__ = [
     "apply_machine_settings",
     "load_config",
     "load_preset",
+    "load_source",
     "presets",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import ValidationError, model_serializer
+from pydantic import BaseModel, ValidationError, model_serializer
 
 from rlhf.config.fields import field_types, flatten, resolve_none
 from rlhf.config.messages import cure, explain, unusual_values
@@ -130,12 +130,44 @@ def load_preset(name: str | None, overrides: Tree) -> LoadedConfig:
                 f"the folder of {OWN_PRESETS}"
             )
         )
-    try:
-        check_tree(overrides)
-    except ValueError as error:
-        raise ConfigError(f"overrides: {error}") from None
     path = files[name] if name is not None else None
-    return _load(path, by_field_names(overrides), OVERRIDE)
+    return _load(path, _checked(overrides), OVERRIDE)
+
+
+def load_source(
+    source: str | Path | Mapping[str, Any] | PipelineConfig | LoadedConfig | None,
+    overrides: Mapping[str, Any],
+) -> LoadedConfig:
+    """Load what a Python caller gives as a configuration, with values that differ from it.
+
+    Args:
+        source: Name of a preset, path of a YAML file, values by section, or a configuration; None
+            has the defaults alone.
+        overrides: Sections as mappings of their fields, or as section objects, of which the fields
+            that were set count.
+
+    Raises:
+        ConfigError: One line naming the field, the value and the cure.
+    """
+    if isinstance(source, LoadedConfig) and not overrides:
+        return source
+    changes = cast("Tree", _plain(_checked(overrides)))
+    if isinstance(source, LoadedConfig | PipelineConfig):
+        config = source.config if isinstance(source, LoadedConfig) else source
+        return load_preset(None, _merge(config.model_dump(mode="json"), changes))
+    if isinstance(source, Mapping):
+        return load_preset(None, _merge(cast("Tree", _plain(_checked(source))), changes))
+    if not isinstance(source, str | Path | None):
+        raise ConfigError(
+            f"config = {as_written(source)}: is of type {type(source).__name__}; give the name of "
+            "a preset, the path of a YAML file, a mapping, or a configuration"
+        )
+    is_path = isinstance(source, Path) or (
+        source is not None and source not in presets() and _is_like_path(source)
+    )
+    if is_path:
+        return _load(expand_home(str(source)), changes, OVERRIDE)
+    return load_preset(cast("str | None", source), changes)
 
 
 def presets() -> list[str]:
@@ -177,6 +209,34 @@ def _preset_files() -> dict[str, Path]:
         **{path.parent.name: path for path in own.glob("*/config.yaml")},
         **{path.stem: path for path in (*own.glob("*.yaml"), *PRESETS.glob("*.yaml"))},
     }
+
+
+def _checked(overrides: Mapping[str, Any]) -> Tree:
+    """Return overrides by their fields' names.
+
+    Raises:
+        ConfigError: They are nested too deeply, or give a field two values.
+    """
+    try:
+        check_tree(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides: {error}") from None
+    return by_field_names(overrides)
+
+
+def _is_like_path(text: str) -> bool:
+    return "/" in text or text.endswith((".yaml", ".yml")) or is_file(Path(text))
+
+
+def _plain(value: Any) -> Any:
+    """Return Python values as those that YAML can hold: paths as text, objects as mappings."""
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(mode="json", exclude_unset=True))
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _load(path: Path | None, overrides: Tree, override_source: str) -> LoadedConfig:
