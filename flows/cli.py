@@ -26,6 +26,7 @@ from flows import (
     forget,
     init,
     judge,
+    migrate,
     preflight,
     runs,
     serve,
@@ -68,6 +69,7 @@ for command in (
     init.init, preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
     compare.compare, judge.judge, chat.chat, serve.serve, export.export,
+    migrate.migrate,
 ):  # fmt: skip
     app.command(command)
 

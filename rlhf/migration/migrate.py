@@ -1,0 +1,299 @@
+"""A configuration of ours from the arguments of another tool, and what became of each argument."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from rlhf.config import PipelineConfig
+from rlhf.config.fields import resolve_none
+from rlhf.config.messages import explain
+from rlhf.config.section import expand_nested
+from rlhf.config.text import shown_value
+from rlhf.errors import ConfigError
+from rlhf.migration.case import Case, Fields, batches, plain
+from rlhf.migration.convert import Refused, convert
+from rlhf.migration.names import TRAINERS, Entry, Outcome, defaults, find, nearest
+from rlhf.migration.read import Given
+from rlhf.migration.secrets import is_secret
+from rlhf.plain_text import counted, one_line, shortened
+from rlhf.proposal.choice import Choice, as_yaml, tree_of
+
+#: What became of an argument; the first four are those of the tables.
+Fate = Outcome | Literal["refused", "unknown", "computed"]
+TOOLS = {"aitraining": "AITraining", "trl": "TRL"}
+#: Value of `data.source` where the old arguments name no pairs.
+PLACEHOLDER = "pairs.jsonl"
+#: Values of sizes whose defaults are computed from several arguments.
+_BATCH_NAMES = {
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "batch_size",
+    "gradient_accumulation", "mini_batch_size", "nminibatches", "forward_batch_size",
+    "rl_chunk_size",
+}  # fmt: skip
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An argument of the old tool, and what became of it."""
+
+    name: str
+    value: str
+    """As text; empty for credentials."""
+    fate: Fate
+    becomes: dict[str, Any]
+    """Fields here with their values."""
+    text: str
+    """Reason, or the nearest thing."""
+    origin: str = ""
+    """File that holds it."""
+
+
+@dataclass
+class Migration:
+    """The outcome of a migration."""
+
+    choices: dict[str, Choice] = field(default_factory=dict[str, Choice])
+    findings: list[Finding] = field(default_factory=list[Finding])
+    notes: list[str] = field(default_factory=list[str])
+    """What to do before a run."""
+    silent: int = 0
+    """Arguments that have their default there, or say nothing."""
+    config: PipelineConfig = field(default_factory=PipelineConfig)
+
+    def text(self, source: str) -> str:
+        """Return the YAML file; `source` names what it is from."""
+        return as_yaml([*self.choices.values()], [*self._head(source)])
+
+    def _head(self, source: str) -> Iterator[str]:
+        yield f"Written by `rlhf migrate` from {source}; docs/migrating.md has all names."
+        yield "Look at it with `rlhf config show` and `rlhf preflight` before the first run."
+        for note in self.notes:
+            yield f"TO DO: {note}"
+        for finding in self.findings:
+            if not finding.becomes:
+                yield f"not carried over: {described(finding)}"
+
+
+def described(finding: Finding) -> str:
+    """Return a finding in one line."""
+    value = f" = {finding.value}" if finding.value else ""
+    fields = ", ".join(f"{name} = {_shown(v)}" for name, v in finding.becomes.items())
+    arrow = f" → {fields}" if fields else ""
+    return one_line(f"{finding.name}{value}{arrow}: {finding.text}")
+
+
+def migrate(found: Sequence[Given]) -> Migration:
+    """Convert the arguments of one or more trainings to one configuration that is valid.
+
+    Raises:
+        ConfigError: Nothing of them can be used.
+    """
+    result = Migration()
+    for given in sorted(found, key=lambda given: TRAINERS.index(given.trainer)):
+        _convert_all(given, result)
+    trainers = {given.trainer for given in found}
+    _join_trainings(trainers, result)
+    for given in found:
+        _add_defaults(given, result)
+    _validate(result)
+    _add_notes(trainers, result)
+    return result
+
+
+def _convert_all(given: Given, result: Migration) -> None:
+    case = Case(given.tool, given.trainer, given.kind, given.order, given.values)
+    for name, value in given.values.items():
+        entry = find(given.tool, given.order, name)
+        if given.is_dump and entry is not None and plain(value) == entry.was:
+            result.silent += 1
+            continue
+        _convert_one(case, given, name, value, result)
+    for name in given.computed:
+        entry = find(given.tool, given.order, name)
+        _add(result, given, name, "", "computed", {}, _computed_text(name, entry))
+
+
+def _convert_one(case: Case, given: Given, name: str, value: Any, result: Migration) -> None:
+    """Record what becomes of one argument."""
+    entry = find(given.tool, given.order, name)
+    if is_secret(name, value) or (entry is not None and entry.secret):
+        why = entry.why if entry else "looks like a credential; set it in the environment"
+        _add(result, given, name, "", "none", {}, f"not copied: {why}")
+        return
+    shown = shortened(shown_value(value), 80)
+    if entry is None:
+        near = nearest(given.tool, given.order, name)
+        cure = f"did you mean {near}?" if near else f"no argument of {TOOLS[given.tool]}"
+        _add(result, given, name, shown, "unknown", {}, cure)
+    elif isinstance(value, str) and _VARIABLE.search(value) and entry.to:
+        text = "holds a variable; write its value as " + entry.to.replace("*", given.trainer)
+        _add(result, given, name, shown, "computed", {}, text)
+    elif plain(value) == entry.was and (not entry.to or value is None):
+        result.silent += 1
+    else:
+        _convert_value(case, given, entry, (value, shown), result)
+
+
+def _convert_value(
+    case: Case, given: Given, entry: Entry, value: tuple[Any, str], result: Migration
+) -> None:
+    """Record what becomes of a value, given with its text for people."""
+    try:
+        fields = convert(case, entry, value[0])
+    except Refused as refusal:
+        fate: Fate = "broken" if entry.outcome == "broken" else "none"
+        _add(result, given, entry.name, value[1], fate, {}, str(refusal))
+        return
+    if not fields and entry.how:
+        result.silent += 1
+        return
+    reason = f"{entry.name} = {value[1]}: {_reason(entry)}"
+    kept = _choose(fields or [], reason, given, result)
+    if kept or not fields:
+        _add(result, given, entry.name, value[1], entry.outcome, kept, entry.why)
+
+
+def _reason(entry: Entry) -> str:
+    """Return the comment of a value, which begins with what is special about it."""
+    start = {"changed": "changed in meaning: ", "broken": "never worked there: "}
+    return start.get(entry.outcome, "") + entry.why
+
+
+def _choose(fields: Fields, reason: str, given: Given, result: Migration) -> dict[str, Any]:
+    """Add fields to the configuration, unless an earlier training has set them; return them."""
+    kept: dict[str, Any] = {}
+    for name, value in fields:
+        old = result.choices.get(name)
+        if old is None:
+            # The reason stands once, above the first of several fields.
+            result.choices[name] = Choice(name, value, "" if kept else one_line(reason))
+        elif old.value != value:
+            source = f"{given.origin}: " if given.origin else ""
+            result.notes.append(
+                f"{source}{name} = {_shown(value)} contradicts {_shown(old.value)}, which another "
+                "argument gave and which stands; keep the one you mean"
+            )
+            continue
+        kept[name] = value
+    return kept
+
+
+def _join_trainings(trainers: set[str], result: Migration) -> None:
+    """Leave out what follows here from an earlier stage of the same run."""
+    if "sft" in trainers and result.choices.pop("sft.enabled", None):
+        result.notes = [note for note in result.notes if " base.path = " not in f" {note}"]
+        result.notes.append("PPO starts from the SFT policy of the run, not from a model by name")
+    if "reward_model" in trainers and result.choices.pop("ppo.reward_model_path", None):
+        result.notes.append("PPO takes the reward model of the run, not one by name")
+
+
+def _add_defaults(given: Given, result: Migration) -> None:
+    """Write the values that held there by default and differ from ours."""
+    name = TOOLS[given.tool]
+    values = defaults(given.tool, given.kind)
+    case = Case(given.tool, given.trainer, given.kind, given.order, given.values)
+    adds_batches = given.kind != "ppo" or given.tool == "trl"
+    if adds_batches and not _BATCH_NAMES & given.values.keys():
+        values |= dict(batches(case))
+    if "lr_scheduler_type" in given.values or "scheduler" in given.values:
+        values.pop("ppo.lr_final_fraction", None)  # decided with the schedule
+    for dotted, value in values.items():
+        if dotted not in result.choices:
+            reason = f"the default of {name}, which was not changed there"
+            result.choices[dotted] = Choice(dotted, value, reason)
+
+
+def _validate(result: Migration) -> None:
+    """Take out, one by one, the values that our configuration refuses."""
+    if not any(name.startswith(("data.source", "data.hub_split")) for name in result.choices):
+        text = (
+            "TO DO: no preference pairs were named there; every run needs some (docs/own-data.md)"
+        )
+        result.choices["data.source"] = Choice("data.source", PLACEHOLDER, text)
+    while True:
+        tree = resolve_none(tree_of([*result.choices.values()]))
+        try:
+            result.config = PipelineConfig.model_validate(tree)
+            return
+        except ValidationError as error:
+            culprit = _culprit(error, result)
+            if culprit is None:
+                raise ConfigError(f"can't be converted: {explain(error, {})}") from None
+            line = explain(error, {})
+            value = result.choices.pop(culprit).value
+            result.findings = [_without(finding, culprit) for finding in result.findings]
+            result.findings.append(Finding(culprit, _shown(value), "refused", {}, line))
+
+
+def _culprit(error: ValidationError, result: Migration) -> str | None:
+    """Return the field to leave out: one that the first problem is about."""
+    first = next(expand_nested([dict(e) for e in error.errors()]))
+    place = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+    words = re.findall(r"[\w.]+", first["msg"])
+    inner = [
+        name for name in result.choices
+        if f"{name}.".startswith(f"{place}.") or f"{place}.".startswith(f"{name}.") or not place
+    ]  # fmt: skip
+    named = [
+        name for word in words for name in inner
+        if word in (name, name.removeprefix(f"{place}."), name.rpartition(".")[2])
+    ]  # fmt: skip
+    exact = [name for name in inner if name == place]
+    return next(iter((*exact, *named, *inner)), None)
+
+
+def _without(finding: Finding, name: str) -> Finding:
+    left = {key: value for key, value in finding.becomes.items() if key != name}
+    return replace(finding, becomes=left)
+
+
+def _add_notes(trainers: set[str], result: Migration) -> None:
+    if result.choices.get("data.source") and result.config.data.source == PLACEHOLDER:
+        result.notes.append(
+            f"data.source = {PLACEHOLDER} is a placeholder: name your preference pairs; a reward "
+            "model, ready or trained here, is approved on held-out pairs"
+        )
+    if "base.path" not in result.choices:
+        result.notes.append("base.path is not set: name your base model; without one a small model "
+                            "is trained from scratch")  # fmt: skip
+    if trainers == {"sft"}:
+        result.notes.append(
+            "the reward model and PPO have our defaults; migrate their arguments together with "
+            "these: rlhf migrate sft.yaml reward.yaml ppo.yaml"
+        )
+    if "ppo" in trainers and "ppo.total_episodes" not in result.choices:
+        most = result.config.ppo.total_episodes
+        result.notes.append(
+            f"ppo.total_episodes = {most:,} is our default: there it was epochs × prompts"
+        )
+    if result.silent:
+        count = counted(result.silent, "argument")
+        result.notes.append(f"{count} had the default of the old tool, or nothing to carry over")
+
+
+def _computed_text(name: str, entry: Entry | None) -> str:
+    if name == "**":
+        return "arguments from a mapping, which only running the file would tell; write them out"
+    to = f"; write it as {entry.to}" if entry and entry.to else ""
+    return f"is computed, and the file is not run{to}"
+
+
+def _add(
+    result: Migration, given: Given, name: str, value: str, fate: Fate, becomes: dict[str, Any],
+    text: str,
+) -> None:  # fmt: skip
+    name = shortened(name, 80)
+    result.findings.append(Finding(name, value, fate, becomes, one_line(text), given.origin))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else shown_value(value)
