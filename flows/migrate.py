@@ -14,7 +14,7 @@ from rich.padding import Padding
 
 from rlhf.errors import ConfigError
 from rlhf.files import exists, expand_home, fsync
-from rlhf.plain_text import one_line
+from rlhf.plain_text import counted, one_line
 from tasks.console import console, say
 
 if TYPE_CHECKING:
@@ -127,6 +127,10 @@ def _show(result: Migration) -> None:
     for fate, (heading, style) in _HEADINGS.items():
         lines = [described(finding) for finding in result.findings if finding.fate == fate]
         _show_lines(heading, style, lines)
+    if result.silent:
+        count = counted(result.silent, "more argument")
+        console.print()
+        console.print(f"{count} had the default of the old tool, or nothing to carry over")
     _show_lines("before a run", "bold", [one_line(note) for note in result.notes])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,10 +18,10 @@ from rlhf.config.text import shown_value
 from rlhf.errors import ConfigError
 from rlhf.migration.case import Case, Fields, batches, plain
 from rlhf.migration.convert import Refused, convert
-from rlhf.migration.names import TRAINERS, Entry, Outcome, defaults, find, nearest
+from rlhf.migration.names import Entry, Outcome, defaults, find, nearest
 from rlhf.migration.read import Given
 from rlhf.migration.secrets import is_secret
-from rlhf.plain_text import counted, one_line, shortened
+from rlhf.plain_text import one_line, shortened
 from rlhf.proposal.choice import Choice, as_yaml, tree_of
 
 #: What became of an argument; the first four are those of the tables.
@@ -34,6 +35,8 @@ _BATCH_NAMES = {
     "gradient_accumulation", "mini_batch_size", "nminibatches", "forward_batch_size",
     "rl_chunk_size",
 }  # fmt: skip
+#: Characters of a line of comments in the file.
+_WIDTH = 100
 _VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
 
 
@@ -67,7 +70,9 @@ class Migration:
 
     def text(self, source: str) -> str:
         """Return the YAML file; `source` names what it is from."""
-        return as_yaml([*self.choices.values()], [*self._head(source)])
+        order = [*PipelineConfig.model_fields]
+        choices = sorted(self.choices.values(), key=lambda c: order.index(c.field.split(".")[0]))
+        return "\n".join(_wrapped(as_yaml(choices, [*self._head(source)]).split("\n")))
 
     def _head(self, source: str) -> Iterator[str]:
         yield f"Written by `rlhf migrate` from {source}; docs/migrating.md has all names."
@@ -80,11 +85,12 @@ class Migration:
 
 
 def described(finding: Finding) -> str:
-    """Return a finding in one line."""
+    """Return a finding in one line; the reason is left out where nothing but the name changed."""
     value = f" = {finding.value}" if finding.value else ""
     fields = ", ".join(f"{name} = {_shown(v)}" for name, v in finding.becomes.items())
     arrow = f" → {fields}" if fields else ""
-    return one_line(f"{finding.name}{value}{arrow}: {finding.text}")
+    text = "" if fields and finding.fate == "same" else f": {finding.text}"
+    return one_line(f"{finding.name}{value}{arrow}{text}")
 
 
 def migrate(found: Sequence[Given]) -> Migration:
@@ -94,7 +100,9 @@ def migrate(found: Sequence[Given]) -> Migration:
         ConfigError: Nothing of them can be used.
     """
     result = Migration()
-    for given in sorted(found, key=lambda given: TRAINERS.index(given.trainer)):
+    # The reward model last: its base is one of its own if it is another than the policy's.
+    order = ("sft", "ppo", "reward_model")
+    for given in sorted(found, key=lambda given: order.index(given.trainer)):
         _convert_all(given, result)
     trainers = {given.trainer for given in found}
     _join_trainings(trainers, result)
@@ -125,7 +133,7 @@ def _convert_one(case: Case, given: Given, name: str, value: Any, result: Migrat
         why = entry.why if entry else "looks like a credential; set it in the environment"
         _add(result, given, name, "", "none", {}, f"not copied: {why}")
         return
-    shown = shortened(shown_value(value), 80)
+    shown = shortened(_shown(value), 80)
     if entry is None:
         near = nearest(given.tool, given.order, name)
         cure = f"did you mean {near}?" if near else f"no argument of {TOOLS[given.tool]}"
@@ -172,6 +180,12 @@ def _choose(fields: Fields, reason: str, given: Given, result: Migration) -> dic
         if old is None:
             # The reason stands once, above the first of several fields.
             result.choices[name] = Choice(name, value, "" if kept else one_line(reason))
+        elif old.value != value and name == "base.path" and given.trainer == "reward_model":
+            result.choices["reward_model.base"] = Choice("reward_model.base", value, reason)
+            kept["reward_model.base"] = value
+            continue
+        elif old.value != value and name == "name":
+            continue  # each training had one of its own
         elif old.value != value:
             source = f"{given.origin}: " if given.origin else ""
             result.notes.append(
@@ -185,11 +199,19 @@ def _choose(fields: Fields, reason: str, given: Given, result: Migration) -> dic
 
 def _join_trainings(trainers: set[str], result: Migration) -> None:
     """Leave out what follows here from an earlier stage of the same run."""
-    if "sft" in trainers and result.choices.pop("sft.enabled", None):
+    if "sft" in trainers:
+        text = "PPO starts from the SFT policy of the run, not from a model by name"
         result.notes = [note for note in result.notes if " base.path = " not in f" {note}"]
-        result.notes.append("PPO starts from the SFT policy of the run, not from a model by name")
-    if "reward_model" in trainers and result.choices.pop("ppo.reward_model_path", None):
-        result.notes.append("PPO takes the reward model of the run, not one by name")
+        _leave_out("sft.enabled", text, result)
+    if "reward_model" in trainers:
+        text = "PPO takes the reward model of the run, not one by name"
+        _leave_out("ppo.reward_model_path", text, result)
+
+
+def _leave_out(name: str, text: str, result: Migration) -> None:
+    if result.choices.pop(name, None) is not None:
+        result.notes.append(text)
+        result.findings = [_without(finding, name, text, "none") for finding in result.findings]
 
 
 def _add_defaults(given: Given, result: Migration) -> None:
@@ -202,15 +224,16 @@ def _add_defaults(given: Given, result: Migration) -> None:
         values |= dict(batches(case))
     if "lr_scheduler_type" in given.values or "scheduler" in given.values:
         values.pop("ppo.lr_final_fraction", None)  # decided with the schedule
+    reason = f"by default in {name}, and not changed there:"
     for dotted, value in values.items():
         if dotted not in result.choices:
-            reason = f"the default of {name}, which was not changed there"
             result.choices[dotted] = Choice(dotted, value, reason)
+            reason = ""  # stands above the first of them
 
 
 def _validate(result: Migration) -> None:
     """Take out, one by one, the values that our configuration refuses."""
-    if not any(name.startswith(("data.source", "data.hub_split")) for name in result.choices):
+    if "data.source" not in result.choices:
         text = (
             "TO DO: no preference pairs were named there; every run needs some (docs/own-data.md)"
         )
@@ -226,8 +249,10 @@ def _validate(result: Migration) -> None:
                 raise ConfigError(f"can't be converted: {explain(error, {})}") from None
             line = explain(error, {})
             value = result.choices.pop(culprit).value
-            result.findings = [_without(finding, culprit) for finding in result.findings]
-            result.findings.append(Finding(culprit, _shown(value), "refused", {}, line))
+            findings = [_without(found, culprit, line, "refused") for found in result.findings]
+            if all(found.text != line for found in findings):
+                findings.append(Finding(culprit, _shown(value), "refused", {}, line))
+            result.findings = findings
 
 
 def _culprit(error: ValidationError, result: Migration) -> str | None:
@@ -247,9 +272,14 @@ def _culprit(error: ValidationError, result: Migration) -> str | None:
     return next(iter((*exact, *named, *inner)), None)
 
 
-def _without(finding: Finding, name: str) -> Finding:
+def _without(finding: Finding, name: str, text: str, fate: Fate) -> Finding:
+    """Return a finding without a field; one that has no other gets another text and fate."""
+    if name not in finding.becomes:
+        return finding
     left = {key: value for key, value in finding.becomes.items() if key != name}
-    return replace(finding, becomes=left)
+    return replace(finding, becomes=left) if left else replace(
+        finding, becomes={}, text=text, fate=fate
+    )  # fmt: skip
 
 
 def _add_notes(trainers: set[str], result: Migration) -> None:
@@ -261,19 +291,22 @@ def _add_notes(trainers: set[str], result: Migration) -> None:
     if "base.path" not in result.choices:
         result.notes.append("base.path is not set: name your base model; without one a small model "
                             "is trained from scratch")  # fmt: skip
-    if trainers == {"sft"}:
+    ours = {"sft": "SFT", "reward_model": "the reward model", "ppo": "PPO"}
+    has_model = {"sft": "sft.enabled", "reward_model": "ppo.reward_model_path"}
+    rest = [
+        words for trainer, words in ours.items()
+        if trainer not in trainers and has_model.get(trainer) not in result.choices
+    ]  # fmt: skip
+    if rest:
         result.notes.append(
-            "the reward model and PPO have our defaults; migrate their arguments together with "
-            "these: rlhf migrate sft.yaml reward.yaml ppo.yaml"
+            f"our defaults hold for {' and '.join(rest)}; to take the old ones, migrate the files "
+            "together: rlhf migrate sft.yaml reward.yaml ppo.yaml"
         )
     if "ppo" in trainers and "ppo.total_episodes" not in result.choices:
         most = result.config.ppo.total_episodes
         result.notes.append(
             f"ppo.total_episodes = {most:,} is our default: there it was epochs × prompts"
         )
-    if result.silent:
-        count = counted(result.silent, "argument")
-        result.notes.append(f"{count} had the default of the old tool, or nothing to carry over")
 
 
 def _computed_text(name: str, entry: Entry | None) -> str:
@@ -292,8 +325,23 @@ def _add(
 
 
 def _shown(value: Any) -> str:
+    """Return a value as a configuration has it; long ones are cut off."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else shown_value(value)
+
+
+def _wrapped(lines: Sequence[str]) -> Iterator[str]:
+    """Yield lines; comments in lines of at most `_WIDTH` characters."""
+    for line in lines:
+        indent, mark, comment = line.partition("# ")
+        if mark and not indent.strip():
+            start = f"{indent}# "
+            yield from textwrap.wrap(
+                comment, _WIDTH, initial_indent=start, subsequent_indent=f"{start}  ",
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+        else:
+            yield line
