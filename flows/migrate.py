@@ -140,7 +140,7 @@ def _show_lines(heading: str, style: str, lines: Sequence[str]) -> None:
     console.print()
     console.print(heading, style=style or "bold")
     for line in lines:
-        console.print(Padding(line, (0, 0, 0, 2)))
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))
 
 
 def _as_json(out: Path, result: Migration) -> dict[str, object]:

@@ -29,6 +29,8 @@ Fate = Outcome | Literal["refused", "unknown", "computed"]
 TOOLS = {"aitraining": "AITraining", "trl": "TRL"}
 #: Value of `data.source` where the old arguments name no pairs.
 PLACEHOLDER = "pairs.jsonl"
+#: What becomes of PPO's model where SFT is migrated too.
+OWN_POLICY = "PPO starts from the SFT policy of the run, not from a model by name"
 #: Values of sizes whose defaults are computed from several arguments.
 _BATCH_NAMES = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "batch_size",
@@ -104,6 +106,7 @@ def migrate(found: Sequence[Given]) -> Migration:
     order = ("sft", "ppo", "reward_model")
     for given in sorted(found, key=lambda given: order.index(given.trainer)):
         _convert_all(given, result)
+    result.notes += [note for given in found for note in given.notes]
     trainers = {given.trainer for given in found}
     _join_trainings(trainers, result)
     for given in found:
@@ -161,9 +164,11 @@ def _convert_value(
         result.silent += 1
         return
     reason = f"{entry.name} = {value[1]}: {_reason(entry)}"
-    kept = _choose(fields or [], reason, given, result)
+    kept, text = _choose(fields or [], reason, given, result)
     if kept or not fields:
         _add(result, given, entry.name, value[1], entry.outcome, kept, entry.why)
+    else:
+        _add(result, given, entry.name, value[1], "refused", {}, text)
 
 
 def _reason(entry: Entry) -> str:
@@ -172,37 +177,39 @@ def _reason(entry: Entry) -> str:
     return start.get(entry.outcome, "") + entry.why
 
 
-def _choose(fields: Fields, reason: str, given: Given, result: Migration) -> dict[str, Any]:
-    """Add fields to the configuration, unless an earlier training has set them; return them."""
+def _choose(
+    fields: Fields, reason: str, given: Given, result: Migration
+) -> tuple[dict[str, Any], str]:
+    """Add fields to the configuration, unless an earlier argument has set them.
+
+    Returns:
+        The fields that were added or are the same, and why others were not.
+    """
     kept: dict[str, Any] = {}
+    text = ""
     for name, value in fields:
+        field_name = name
         old = result.choices.get(name)
+        if old is not None and old.value != value and name == "base.path":
+            if given.trainer == "reward_model":
+                field_name, old = "reward_model.base", result.choices.get("reward_model.base")
+            elif given.trainer == "ppo":
+                text = text or OWN_POLICY
+                continue
         if old is None:
             # The reason stands once, above the first of several fields.
-            result.choices[name] = Choice(name, value, "" if kept else one_line(reason))
-        elif old.value != value and name == "base.path" and given.trainer == "reward_model":
-            result.choices["reward_model.base"] = Choice("reward_model.base", value, reason)
-            kept["reward_model.base"] = value
-            continue
-        elif old.value != value and name == "name":
-            continue  # each training had one of its own
+            result.choices[field_name] = Choice(field_name, value, "" if kept else one_line(reason))
         elif old.value != value:
-            source = f"{given.origin}: " if given.origin else ""
-            result.notes.append(
-                f"{source}{name} = {_shown(value)} contradicts {_shown(old.value)}, which another "
-                "argument gave and which stands; keep the one you mean"
-            )
+            text = text or f"contradicts {name} = {_shown(old.value)}, which another argument gave"
             continue
-        kept[name] = value
-    return kept
+        kept[field_name] = value
+    return kept, text
 
 
 def _join_trainings(trainers: set[str], result: Migration) -> None:
     """Leave out what follows here from an earlier stage of the same run."""
     if "sft" in trainers:
-        text = "PPO starts from the SFT policy of the run, not from a model by name"
-        result.notes = [note for note in result.notes if " base.path = " not in f" {note}"]
-        _leave_out("sft.enabled", text, result)
+        _leave_out("sft.enabled", OWN_POLICY, result)
     if "reward_model" in trainers:
         text = "PPO takes the reward model of the run, not one by name"
         _leave_out("ppo.reward_model_path", text, result)
@@ -320,7 +327,8 @@ def _add(
     result: Migration, given: Given, name: str, value: str, fate: Fate, becomes: dict[str, Any],
     text: str,
 ) -> None:  # fmt: skip
-    name = shortened(name, 80)
+    # A value without its option stands in the place of a name.
+    name = "(not shown)" if is_secret("", name) else shortened(name, 80)
     result.findings.append(Finding(name, value, fate, becomes, one_line(text), given.origin))
 
 

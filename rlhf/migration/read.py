@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from rlhf.migration.names import (
     trainers_of,
 )
 from rlhf.migration.python_source import CLASSES, read_calls
-from rlhf.migration.words import find_command, is_command, parse_command
+from rlhf.migration.words import find_commands, is_command, parse_command
 from rlhf.plain_text import one_line
 
 #: Trainers by AITraining's names of them.
@@ -56,6 +56,8 @@ class Given:
     """Name of the file, or empty."""
     is_dump: bool = False
     """True if the file holds all defaults too."""
+    notes: Sequence[str] = ()
+    """What else the file holds, and is left out."""
 
 
 def read_arguments(words: Sequence[str], trainer: Trainer | None = None) -> list[Given]:
@@ -100,9 +102,9 @@ def _from_text(text: str, path: Path, trainer: Trainer | None) -> list[Given]:
     if path.suffix == ".py":
         return _from_python(text, trainer, path.name)
     if path.suffix not in (".yaml", ".yml", ".json") and not text.lstrip().startswith("{"):
-        words = find_command(text)
-        if words is not None:
-            return [_from_command(words, trainer, path.name)]
+        commands = find_commands(text)
+        if commands:
+            return _from_commands(commands, trainer, path.name)
     tree = yaml_text.parse(text)
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(
@@ -139,6 +141,27 @@ def _flattened(values: dict[str, Any]) -> dict[str, Any]:
             else:
                 flat[names.get(str(key), str(key))] = value
     return flat
+
+
+def _from_commands(
+    commands: Sequence[Sequence[str]], trainer: Trainer | None, origin: str
+) -> list[Given]:
+    """Read the commands of a script; those of no training are told and left out.
+
+    Raises:
+        ConfigError: None of them is of a training that has an equal here.
+    """
+    found: list[Given] = []
+    errors: list[ConfigError] = []
+    for words in commands:
+        try:
+            found.append(_from_command(words, trainer, origin))
+        except ConfigError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    notes = [f"{origin}: another command was left out: {error}" for error in errors]
+    return [replace(found[0], notes=notes), *found[1:]]
 
 
 def _from_command(words: Sequence[str], trainer: Trainer | None, origin: str) -> Given:

@@ -44,20 +44,23 @@ def is_command(words: Sequence[str]) -> bool:
     return first in _AITRAINING or first in _LAUNCHERS or first.endswith(".py")
 
 
-def find_command(text: str) -> list[str] | None:
-    """Return the first command line of one of the tools in a shell script, or None.
+def find_commands(text: str) -> list[list[str]]:
+    """Return the command lines of the tools in a shell script.
 
     Raises:
-        ValueError: A quote is not closed.
+        ValueError: A quote is not closed, or a line of options continues no command.
     """
     joined = re.sub(r"\\\r?\n", " ", text)
+    commands: list[list[str]] = []
     for line in joined.splitlines():
         if "--" not in line:
             continue
         words = shlex.split(line, comments=True)
-        if is_command(words):
-            return words
-    return None
+        if words and words[0].startswith("--"):
+            raise ValueError(f"{words[0]!r} begins a line; end the line before it with a backslash")
+        if words and is_command(words):
+            commands.append(words)
+    return commands
 
 
 def parse_command(words: Sequence[str]) -> CommandLine:

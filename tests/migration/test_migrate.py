@@ -295,6 +295,13 @@ def test_a_shell_script_is_read_for_its_command(tmp_path):
     result = of_file(tmp_path, "train.sh", script)
     assert result.config.ppo.total_episodes == 10_000
     assert SECRET not in result.text("train.sh")
+    several = (
+        "pip install --upgrade trl\ntrl sft --packing true --num_train_epochs 2\n"
+        "python prepare.py --seed 1\npython ppo.py --kl_coef 0.3\n"
+    )
+    both = of_file(tmp_path, "both.sh", several)
+    assert (both.config.sft.epochs, both.config.ppo.kl_coef) == (2.0, 0.3)
+    assert any("another command was left out" in note for note in both.notes)
     variables = of_file(tmp_path, "v.sh", "python ppo.py --kl_coef $KL --total_episodes 64\n")
     assert fates(variables) == {"kl_coef": "computed", "total_episodes": "changed"}
 
@@ -325,7 +332,7 @@ def test_python_is_read_and_never_run(tmp_path):
                                                                        strict=True)
         ), "values"),
         ("a.yaml", "kl_coef: &x [*x]\n", "itself"),
-        ("a.yaml", "[" * 3000 + "]" * 3000, "nested"),
+        ("a.yaml", "[" * 300 + "]" * 300, "nested"),
         ("a.yaml", "kl_coef: !!python/object/apply:os.system ['touch ran']\n", "can't be read"),
         ("a.yaml", "x" * 300_000, "bytes"),
         ("a.yaml", "- 1\n- 2\n", "holds no arguments"),
@@ -336,6 +343,7 @@ def test_python_is_read_and_never_run(tmp_path):
         ("a.json", "{", "can't be read"),
         ("a.sh", "python dpo.py --beta 1\n", "dpo has no equal"),
         ("a.sh", "python ppo.py --kl_coef 'x\n", "can't be read"),
+        ("a.sh", "python ppo.py\n  --kl_coef 1\n", "with a backslash"),
         ("a.py", "def f(:\n", "is no Python"),
         ("a.py", "(" * 5000 + ")" * 5000, "is no Python"),
         ("a.py", "-" * 100_000 + "1", "nested"),

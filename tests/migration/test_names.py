@@ -56,7 +56,7 @@ def test_every_entry_is_complete():
     assert len(ENTRIES) > 400
     for entry in ENTRIES:
         assert entry.outcome in ("same", "changed", "broken", "none"), entry
-        assert len(entry.why) > 10 or entry.why in ("rank", "scale"), entry
+        assert len(entry.why) > 8 or entry.why in ("rank", "scale"), entry
         assert not entry.how or entry.how in convert._CONVERSIONS, entry
         # What has no equal has no field; what has one names one that exists.
         if entry.outcome == "none":
