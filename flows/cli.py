@@ -30,6 +30,7 @@ from flows import (
     history,
     init,
     judge,
+    migrate,
     overview,
     preflight,
     runs,
@@ -74,7 +75,7 @@ for command in (
     init.init, preflight.preflight, runs.runs, runs.status, watch.watch, forget.forget,
     champions.approve, champions.promote, champions.rollback, champions.champion,
     compare.compare, judge.judge, chat.chat, serve.serve, export.export, overview.show,
-    samples.samples, history.history, compare_runs.compare_runs, costs.costs,
+    samples.samples, history.history, compare_runs.compare_runs, costs.costs, migrate.migrate,
 ):  # fmt: skip
     app.command(command)
 

@@ -1,0 +1,113 @@
+"""Command lines of AITraining, accelerate, torchrun and TRL: their options with values."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from rlhf.migration.names import Tool, Trainer
+
+#: Commands of AITraining, by its name today and before.
+_AITRAINING = ("aitraining", "autotrain")
+_LAUNCHERS = ("accelerate", "torchrun", "python", "python3", "trl", "uv", "deepspeed")
+#: Trainers by what names of scripts and of `trl`'s commands hold.
+_SCRIPTS: tuple[tuple[str, Trainer], ...] = (
+    ("ppo", "ppo"), ("reward", "reward_model"), ("rm", "reward_model"), ("sft", "sft"),
+)  # fmt: skip
+#: Trainers that have no equal here.
+_OTHERS = re.compile(r"dpo|grpo|kto|orpo|rloo|cpo|gkd|bco|xpo|prm|distill", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line in parts."""
+
+    tool: Tool
+    options: Sequence[tuple[str, Any]]
+    """Options and values, as text; a list for several values, True for a flag alone."""
+    launcher: Sequence[tuple[str, Any]] = ()
+    """Options that stand before the script."""
+    trainer: Trainer | None = None
+    """By the name of the script or command."""
+    other: str = ""
+    """A trainer that has no equal here, by the name of the script or command."""
+
+
+def is_command(words: Sequence[str]) -> bool:
+    """Return whether words are a command line of one of the tools."""
+    rest = _without_variables(words)
+    first = PurePath(rest[0]).name if rest else ""
+    return first in _AITRAINING or first in _LAUNCHERS or first.endswith(".py")
+
+
+def find_commands(text: str) -> list[list[str]]:
+    """Return the command lines of the tools in a shell script.
+
+    Raises:
+        ValueError: A quote is not closed, or a line of options continues no command.
+    """
+    joined = re.sub(r"\\\r?\n", " ", text)
+    commands: list[list[str]] = []
+    for line in joined.splitlines():
+        if "--" not in line:
+            continue
+        words = shlex.split(line, comments=True)
+        if words and words[0].startswith("--"):
+            raise ValueError(f"{words[0]!r} begins a line; end the line before it with a backslash")
+        if words and is_command(words):
+            commands.append(words)
+    return commands
+
+
+def parse_command(words: Sequence[str]) -> CommandLine:
+    """Take a command line apart."""
+    rest = _without_variables(words)
+    if PurePath(rest[0]).name in _AITRAINING:
+        return CommandLine("aitraining", [*_options(rest[1:])])
+    before, script, after = _parts(rest)
+    name = PurePath(script).stem
+    trainer = next((trainer for part, trainer in _SCRIPTS if part in _parts_of(name)), None)
+    other = name if trainer is None and _OTHERS.search(name) else ""
+    return CommandLine("trl", [*_options(after)], [*_options(before)], trainer, other)
+
+
+def _without_variables(words: Sequence[str]) -> list[str]:
+    """Return a command without the variables that are set before it."""
+    start = next((i for i, w in enumerate(words) if not re.match(r"[A-Za-z_]\w*=", w)), len(words))
+    return list(words[start:])
+
+
+def _parts(words: Sequence[str]) -> tuple[Sequence[str], str, Sequence[str]]:
+    """Return what stands before the script or `trl`'s command, its name, and what follows."""
+    if PurePath(words[0]).name == "trl":
+        return (), words[1] if len(words) > 1 else "", words[2:]
+    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if at is None:
+        return (), "", words
+    return words[:at], words[at], words[at + 1 :]
+
+
+def _parts_of(name: str) -> set[str]:
+    """Return the words in a script's name, such as `reward` in `reward_modeling`."""
+    return set(re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield options with their values; words that belong to no option are passed over."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not re.match(r"--?[A-Za-z]", word):
+            continue
+        name, equals, text = word.lstrip("-").partition("=")
+        values = [text] if equals else []
+        while not equals and rest and not re.match(r"--?[A-Za-z]", rest[0]):
+            values.append(rest.pop(0))
+        value: Any = values[0] if len(values) == 1 else values or True
+        if not values and name.startswith(("no-", "no_")):
+            name, value = name[3:], False
+        yield name.replace("-", "_"), value

@@ -1,0 +1,385 @@
+"""Conversion of real argument sets of AITraining and TRL, and of hostile ones."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf.config import load_config
+from rlhf.errors import ConfigError
+from rlhf.migration.migrate import Migration, described, migrate
+from rlhf.migration.names import AITRAINING, ORDERS, tables
+from rlhf.migration.read import read_arguments
+
+#: The command of TRL's examples/scripts/ppo/ppo.py, as its docstring has it, with a launcher's
+#: number of processes.
+TRL_PPO = """
+accelerate launch --config_file examples/accelerate_configs/deepspeed_zero3.yaml \\
+    --num_processes 4 \\
+    examples/scripts/ppo/ppo.py \\
+    --dataset_name trl-internal-testing/descriptiveness-sentiment-trl-style \\
+    --dataset_train_split descriptiveness \\
+    --output_dir pythia-1b-deduped-descriptiveness-sentiment-trl-style-ppo \\
+    --num_ppo_epochs 1 \\
+    --num_mini_batches 2 \\
+    --learning_rate 3e-6 \\
+    --per_device_train_batch_size 1 \\
+    --gradient_accumulation_steps 16 \\
+    --total_episodes 10000 \\
+    --model_name_or_path EleutherAI/pythia-1b-deduped \\
+    --sft_model_path EleutherAI/pythia-1b-deduped \\
+    --reward_model_path EleutherAI/pythia-1b-deduped \\
+    --local_rollout_forward_batch_size 1 \\
+    --missing_eos_penalty 1.0
+"""
+AITRAINING_PPO = (
+    "aitraining llm --train --trainer ppo --model google/gemma-3-270m --project-name ppo_run "
+    "--data-path prompts.jsonl --text-column question --rl-reward-model-path ./my-reward "
+    "--rl-kl-coef 0.2 --rl-max-new-tokens 64 --rl-temperature 0.8 --lr 1e-6 --batch-size 4"
+)
+#: The form of the older configuration files (`autotrain --config`).
+AITRAINING_REWARD = {
+    "task": "llm-reward",
+    "base_model": "acme/base",
+    "project_name": "my_reward",
+    "log": "tensorboard",
+    "backend": "local",
+    "data": {
+        "path": "acme/pairs", "train_split": "train", "valid_split": None,
+        "chat_template": "chatml",
+        "column_mapping": {"text_column": "good", "rejected_text_column": "bad"},
+    },
+    "params": {
+        "lr": "2e-5", "epochs": 2, "batch_size": 4, "gradient_accumulation": 8, "peft": True,
+        "lora_r": 8, "quantization": "int4", "block_size": 512,
+    },
+    "hub": {"username": "${HF_USERNAME}", "token": "${HF_TOKEN}", "push_to_hub": True},
+}  # fmt: skip
+
+
+def of_words(command: str, **options) -> Migration:
+    return migrate(read_arguments(command.replace("\\\n", " ").split(), **options))
+
+
+def of_file(folder: Path, name: str, content: object, **options) -> Migration:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return migrate(read_arguments([str(path)], **options))
+
+
+def loaded(result: Migration, folder: Path):
+    """Load what is written as `rlhf config show` does."""
+    path = folder / "ours.yaml"
+    path.write_text(result.text("old.yaml"), encoding="utf-8")
+    config = load_config(path).config
+    assert config == result.config
+    return config
+
+
+def fates(result: Migration) -> dict[str, str]:
+    return {finding.name: finding.fate for finding in result.findings}
+
+
+def test_trls_own_ppo_command(tmp_path):
+    result = of_words(TRL_PPO)
+    config = loaded(result, tmp_path)
+    ppo = config.ppo
+    # 4 processes × 16 × 1 replies; two mini-batches of them.
+    assert (ppo.chunk_size, ppo.mini_batch_size, ppo.micro_batch_size) == (64, 32, 1)
+    assert (ppo.total_episodes, ppo.processes, ppo.rollout_batch_size) == (10_000, 4, 1)
+    assert (ppo.learning_rate, ppo.num_ppo_epochs, ppo.missing_eos_penalty) == (3e-6, 1, 1.0)
+    # What TRL does unless it is told otherwise.
+    assert (ppo.compat, ppo.temperature, ppo.max_new_tokens, ppo.kl_coef) == ("trl", 0.7, 53, 0.05)
+    assert (ppo.score_position, ppo.critic_learning_rate, ppo.top_k) == ("past_end", None, 0)
+    assert config.base.path == ppo.reward_model_path == "EleutherAI/pythia-1b-deduped"
+    assert not config.sft.enabled
+    [prompts] = config.data.prompts_source
+    assert prompts.source == "trl-internal-testing/descriptiveness-sentiment-trl-style"
+    assert prompts.hub_split == "descriptiveness"
+    told = fates(result)
+    assert told["num_mini_batches"] == "broken"
+    assert told["per_device_train_batch_size"] == "changed"
+    assert told["learning_rate"] == "same"
+    assert told["output_dir"] == told["config_file"] == told["model_name_or_path"] == "none"
+    assert any("placeholder" in note for note in result.notes)
+
+
+def test_a_command_of_aitraining(tmp_path):
+    result = of_words(AITRAINING_PPO)
+    config = loaded(result, tmp_path)
+    assert (config.name, config.base.path, config.sft.enabled) == (
+        "ppo-run", "google/gemma-3-270m", False,
+    )  # fmt: skip
+    assert config.data.prompts_source[0].prompt_column == "question"
+    ppo = config.ppo
+    # Four rows, accumulated four times: the real size of an update there.
+    assert (ppo.chunk_size, ppo.mini_batch_size, ppo.micro_batch_size) == (16, 16, 4)
+    assert (ppo.kl_coef, ppo.max_new_tokens, ppo.temperature) == (0.2, 64, 0.8)
+    assert (ppo.critic, ppo.gamma) == ("policy", 0.99)
+    told = fates(result)
+    assert told["rl_kl_coef"] == told["lr"] == "same"
+    assert told["rl_max_new_tokens"] == told["rl_temperature"] == "broken"
+    text = next(f.text for f in result.findings if f.name == "rl_temperature")
+    assert "generation_kwargs" in text
+    assert "0.7" in text
+
+
+def test_the_older_form_of_aitrainings_files(tmp_path):
+    result = of_file(tmp_path, "reward.yaml", AITRAINING_REWARD)
+    config = loaded(result, tmp_path)
+    assert (config.base.path, config.data.source) == ("acme/base", "acme/pairs")
+    assert (config.data.chosen_column, config.data.rejected_column) == ("good", "bad")
+    section = config.reward_model
+    assert (section.batch_size, section.micro_batch_size, section.epochs) == (32, 4, 2.0)
+    assert (section.learning_rate, section.max_length, section.frozen_dtype) == (2e-5, 512, "nf4")
+    assert section.lora is not None
+    assert (section.lora.r, section.lora.alpha, section.lora.dropout) == (8, 32.0, 0.05)
+    # The old tool's defaults, which were not touched.
+    assert (section.warmup_ratio, section.lr_scheduler) == (0.1, "linear")
+    assert config.tracking.trackers == ("tensorboard",)
+
+
+def test_three_trainings_are_one_configuration(tmp_path):
+    sft = {"model_name_or_path": "acme/base", "dataset_name": "acme/demos", "packing": True,
+           "num_train_epochs": 2}  # fmt: skip
+    reward = {"model_name_or_path": "acme/base", "dataset_name": "acme/pairs",
+              "center_rewards_coefficient": 0.01}  # fmt: skip
+    ppo = {"sft_model_path": "./sft-out", "reward_model_path": "./reward-out", "kl_coef": 0.1}
+    files = {"sft": sft, "reward": reward, "ppo": ppo}
+    for name, tree in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    result = migrate(read_arguments([str(tmp_path / f"{name}.yaml") for name in files]))
+    config = loaded(result, tmp_path)
+    assert (config.base.path, config.sft.enabled, config.sft.epochs) == ("acme/base", True, 2.0)
+    assert config.ppo.reward_model_path is None
+    assert config.ppo.kl_coef == 0.1
+    assert config.data.source == "acme/pairs"
+    assert config.data.sft_source[0].source == "acme/demos"
+    assert fates(result)["reward_model_path"] == "none"
+
+
+def test_a_reward_model_of_another_base_keeps_it(tmp_path):
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump(AITRAINING_REWARD))
+    (tmp_path / "ppo.sh").write_text(AITRAINING_PPO)
+    found = read_arguments([str(tmp_path / "reward.yaml"), str(tmp_path / "ppo.sh")])
+    config = loaded(migrate(found), tmp_path)
+    assert config.base.path == "google/gemma-3-270m"
+    assert config.reward_model.base == "acme/base"
+
+
+def test_arguments_of_trl_up_to_0_11(tmp_path):
+    result = of_file(
+        tmp_path,
+        "old.py",
+        "from trl import PPOConfig\n"
+        "BATCH = 32\n"
+        "config = PPOConfig(model_name='gpt2', learning_rate=1.41e-5, batch_size=BATCH,\n"
+        "    mini_batch_size=4, gradient_accumulation_steps=2, ppo_epochs=3, adap_kl_ctrl=True,\n"
+        "    init_kl_coef=0.3, target=5, kl_penalty='mse', use_score_scaling=True,\n"
+        "    early_stopping=True, target_kl=0.2, log_with='wandb')\n",
+    )
+    ppo = loaded(result, tmp_path).ppo
+    assert (ppo.chunk_size, ppo.mini_batch_size, ppo.micro_batch_size) == (32, 8, 4)
+    assert (ppo.kl_controller, ppo.kl_coef, ppo.kl_target, ppo.kl_estimator) == (
+        "adaptive", 0.3, 5.0, "k2",
+    )  # fmt: skip
+    assert (ppo.num_ppo_epochs, ppo.critic, ppo.reward_normalization) == (3, "head", "running")
+    assert (ppo.compat, ppo.max_grad_norm, ppo.target_kl) == (None, None, None)
+    assert fates(result)["target_kl"] == "none"
+
+
+def test_environments_of_aitraining(tmp_path):
+    env = {
+        "reward_components": {
+            "short": {"type": "length"},
+            "polite": {"type": "keyword", "keywords": ["please", "thanks"]},
+            "repetition": {},
+        },
+        "reward_weights": {"short": 0.1, "polite": 2, "repetition": 1},
+    }
+    result = of_file(
+        tmp_path,
+        "ppo.json",
+        json.dumps({"trainer": "ppo", "rl_env_type": "multi_objective", "model": "gpt2",
+                    "rl_env_config": json.dumps(env)}),
+    )  # fmt: skip
+    components = loaded(result, tmp_path).ppo.components
+    assert {name: c.weight for name, c in components.items()} == env["reward_weights"]
+    # There the number of words over 100.
+    assert components["short"].points == ((0.0, 0.0), (100.0, 1.0))
+    assert fates(result)["rl_env_type"] == "broken"
+
+
+def test_a_file_with_all_defaults_says_only_what_differs(tmp_path):
+    params = {name: entry.was for name, entry in tables("aitraining")["LLMTrainingParams"].items()}
+    params |= {"trainer": "sft", "model": "gpt2", "lr": 1e-4, "data_path": "talks.jsonl"}
+    result = of_file(tmp_path, "training_params.json", json.dumps(params))
+    assert [f.name for f in result.findings] == ["model", "data_path", "lr"]
+    assert result.silent == len(params) - 3
+    assert loaded(result, tmp_path).sft.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("tree", "refused"),
+    [
+        ({"kl_coef": -1, "total_episodes": 100}, "kl_coef = -1: must be at least 0"),
+        ({"kl_coef": 0.1, "num_mini_batches": 2, "cliprange": 3}, "cliprange = 3: ppo.clip_range"),
+        ({"kl_coef": "much"}, "must be a number"),
+        ({"kl_coef": 0.1, "gamma": "nan"}, "must be"),
+    ],
+)
+def test_a_value_out_of_bounds_is_left_out_and_named(tmp_path, tree, refused):
+    result = of_file(tmp_path, "ppo.yaml", {"sft_model_path": "gpt2", **tree})
+    loaded(result, tmp_path)
+    [line] = [described(finding) for finding in result.findings if finding.fate == "refused"]
+    assert refused.partition(": ")[2] in line
+    assert line.startswith(refused.partition(" ")[0] if " = " in refused else "")
+
+
+def test_no_argument_is_dropped_without_a_word(tmp_path):
+    """Any arguments of either tool, with any values: each is told, and the file loads."""
+    values = [0, 1, 2.5, -1, True, False, "text", "8", "none", [1], {"a": 1}, "", "x,y", "bf16"]
+    for seed in range(30):
+        rng = random.Random(seed)
+        kind = rng.choice(["ppo", "reward_model", "sft", "aitraining"])
+        groups = AITRAINING if kind == "aitraining" else ORDERS[kind]
+        tool = "aitraining" if kind == "aitraining" else "trl"
+        names = [name for group in groups for name in tables(tool)[group]]
+        tree = {name: rng.choice(values) for name in rng.sample(names, 25)}
+        if kind == "aitraining":
+            tree |= {"trainer": rng.choice(["sft", "reward", "ppo"]), "lr": 1e-5}
+            tree.pop("task", None)
+        trainer = {"aitraining": None}.get(kind, kind)
+        result = of_file(tmp_path, "any.yaml", tree, trainer=trainer)
+        loaded(result, tmp_path)
+        named = {finding.name for finding in result.findings}
+        assert named <= {*tree, *result.choices, *named - {*tree}}
+        assert len(named & {*tree}) + result.silent >= len(tree), (seed, tree)
+
+
+def test_a_misspelt_argument_is_told_with_its_neighbour(tmp_path):
+    result = of_words(f"{TRL_PPO} --cliprang 0.3 --zzz 1")
+    assert fates(result)["cliprang"] == fates(result)["zzz"] == "unknown"
+    lines = [described(finding) for finding in result.findings]
+    assert "cliprang = 0.3: did you mean cliprange?" in lines
+    assert "# not carried over: zzz = 1: no argument of TRL" in result.text("x")
+
+
+SECRET = "hf_abcdefghijklmnop"
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"trainer": "ppo", "token": SECRET, "wandb_token": SECRET, "username": SECRET},
+        {"trainer": "ppo", "rl_reward_model_path": SECRET, "my_api_key": SECRET},
+        {"kl_coef": 0.1, "hub_token": SECRET, "tracker_kwargs": {"wandb": {"key": SECRET}}},
+        {"kl_coef": 0.1, "reward_model_path": f"https://me:{SECRET}@host/x", "run_name": SECRET},
+        {"kl_coef": 0.1, "model_init_kwargs": {"token": SECRET}, "dataset_name": ["x", SECRET]},
+        {"kl_coef": 0.1, SECRET: 1},
+    ],
+)
+def test_credentials_are_neither_copied_nor_shown(tmp_path, tree):
+    result = of_file(tmp_path, "old.yaml", tree)
+    shown = [result.text("old.yaml"), *map(described, result.findings), *result.notes]
+    assert not any(SECRET in line for line in shown), shown
+    assert SECRET not in json.dumps([vars(finding) for finding in result.findings])
+
+
+def test_a_shell_script_is_read_for_its_command(tmp_path):
+    script = f"#!/bin/sh\nexport HF_TOKEN={SECRET}\ncd /x --hard\nHF_HOME=/y {TRL_PPO.strip()}\n"
+    result = of_file(tmp_path, "train.sh", script)
+    assert result.config.ppo.total_episodes == 10_000
+    assert SECRET not in result.text("train.sh")
+    several = (
+        "pip install --upgrade trl\ntrl sft --packing true --num_train_epochs 2\n"
+        "python prepare.py --seed 1\npython ppo.py --kl_coef 0.3\n"
+    )
+    both = of_file(tmp_path, "both.sh", several)
+    assert (both.config.sft.epochs, both.config.ppo.kl_coef) == (2.0, 0.3)
+    assert any("another command was left out" in note for note in both.notes)
+    variables = of_file(tmp_path, "v.sh", "python ppo.py --kl_coef $KL --total_episodes 64\n")
+    assert fates(variables) == {"kl_coef": "computed", "total_episodes": "changed"}
+
+
+def test_python_is_read_and_never_run(tmp_path):
+    marker = tmp_path / "ran"
+    source = (
+        f"import os\nopen({str(marker)!r}, 'w')\nN = 3\nfor M in range(2): pass\n"
+        "import trl\nRate = 1e-6\n"
+        f"a = trl.PPOConfig(learning_rate=Rate, kl_coef=__import__('os').system('touch "
+        f"{marker}') or 0.1, num_ppo_epochs=N, total_episodes=M, **more)\n"
+        "b = RewardConfig(num_train_epochs=1)\n"
+    )
+    result = of_file(tmp_path, "train.py", source)
+    assert not marker.exists()
+    assert (result.config.ppo.num_ppo_epochs, result.config.ppo.learning_rate) == (3, 1e-6)
+    assert result.config.reward_model.epochs == 1
+    told = fates(result)
+    assert told["kl_coef"] == told["**"] == told["total_episodes"] == "computed"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.yaml", "kl_coef: 1\nkl_coef: 2\n", "stands there twice"),
+        ("a.yaml", "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+            f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefg", "bcdefgh",
+                                                                       strict=True)
+        ), "values"),
+        ("a.yaml", "kl_coef: &x [*x]\n", "itself"),
+        ("a.yaml", "[" * 300 + "]" * 300, "nested"),
+        ("a.yaml", "kl_coef: !!python/object/apply:os.system ['touch ran']\n", "can't be read"),
+        ("a.yaml", "x" * 300_000, "bytes"),
+        ("a.yaml", "- 1\n- 2\n", "holds no arguments"),
+        ("a.yaml", "colour: red\n", "no argument of AITraining or TRL"),
+        ("a.yaml", "learning_rate: 1\n", "--trainer"),
+        ("a.yaml", "kl_coef: 1\npacking: true\n", "several trainers"),
+        ("a.yaml", "trainer: dpo\ndpo_beta: 0.1\n", "trainer = 'dpo' has no equal"),
+        ("a.json", "{", "can't be read"),
+        ("a.sh", "python dpo.py --beta 1\n", "dpo has no equal"),
+        ("a.sh", "python ppo.py --kl_coef 'x\n", "can't be read"),
+        ("a.sh", "python ppo.py\n  --kl_coef 1\n", "with a backslash"),
+        ("a.py", "def f(:\n", "is no Python"),
+        ("a.py", "(" * 5000 + ")" * 5000, "is no Python"),
+        ("a.py", "-" * 100_000 + "1", "nested"),
+        ("a.py", "x = 1\n", "calls none of"),
+        ("a.py", "PPOConfig(a\0)", "is no Python"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_read_is_one_line(tmp_path, name, content, error):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        migrate(read_arguments([str(path)]))
+    assert error in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert str(path) in str(raised.value)
+    assert not Path("ran").exists()
+
+
+def test_binary_and_missing_files_are_one_line(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(bytes(range(256)))
+    for path, error in [("weights.bin", "UTF-8"), ("nothing.yaml", "no such file"), (".", "file")]:
+        with pytest.raises(ConfigError, match=error):
+            read_arguments([str(tmp_path / path)])
+
+
+def test_markup_and_names_can_not_break_out_of_the_file(tmp_path):
+    evil = "x\n# [/red]\nstore: s3://evil/bucket\n\x1b[31m"
+    weights = {"a: {b": 1, "repetition": 1, "x\nstore: s3://evil/b\ny": 2}
+    tree = {
+        "trainer": "ppo", "model": evil, "data_path": evil, evil: evil, "rl_kl_coef": 0.1,
+        "rl_env_type": "multi_objective", "rl_reward_weights": json.dumps(weights),
+        "rl_env_config": json.dumps({"reward_components": {evil: {"type": "length"}}}),
+    }  # fmt: skip
+    result = of_file(tmp_path, "evil.yaml", tree)
+    config = loaded(result, tmp_path)
+    assert config.store == ".rlhf/store"
+    assert config.base.path in (None, evil)
+    assert "\x1b" not in result.text(evil)
+    assert not any("\n" in described(finding) for finding in result.findings)
