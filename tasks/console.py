@@ -22,6 +22,8 @@ from rlhf.plain_text import printable
 class PlainConsole(Console):
     """A console without markup: strings are text, and control characters are written out."""
 
+    _width: int | None
+
     def __init__(self, **options: Any) -> None:
         # In a notebook rich would make HTML of each line, on a display of its own.
         plain = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
