@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from cyclopts import Parameter
 from rich.console import RenderableType
 from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 
 from rlhf.plain_text import one_line
-from tasks.console import PlainConsole, console
+from tasks.console import PlainConsole, console, styled
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 WideOption = Annotated[bool, Parameter(help="Show all columns, and texts whole.")]
 JsonOption = Annotated[bool, Parameter(help="Print JSON.")]
@@ -109,8 +111,7 @@ def show_json(value: Any, *, on: PlainConsole = console) -> None:
 def _cell(column: Column, value: Any, whole: bool) -> Text:
     """Return a value as text on one line, cut unless the table shall be whole."""
     text = "" if value is None else column.show(value)
-    if not isinstance(text, Text):
-        text = Text(one_line(text))
-    if not whole and len(text) > CUT:
-        text = Text(f"{text.plain[:CUT].rstrip()}…", style=text.style)
-    return text
+    if not isinstance(text, str):
+        return text
+    line = one_line(text)
+    return styled(line if whole or len(line) <= CUT else f"{line[:CUT].rstrip()}…")
