@@ -26,7 +26,7 @@ from rlhf.report import (
     StageState,
     trust_answers,
 )
-from tests.report import demo_trust
+from tests.report import demo_findings, demo_trust
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
 NAMES = (
@@ -363,6 +363,7 @@ def trust_report(better: bool = True, state: str = "no") -> RunReport:
             ),
             "verdicts": (GATES[0], verdict),
             "trust": trust_answers(figures, verdict),
+            "overview": demo_findings.worse(),
             "samples": tuple(replies),
             "stages": stages() if better else stages(8, "NotBetter", "keep the champion"),
         }
