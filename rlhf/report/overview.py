@@ -73,7 +73,7 @@ def _figures(facts: Facts) -> Iterator[Figure]:
         yield from _training_reward(facts)
     rows: tuple[tuple[str, str, str, Literal["", "%"], str], ...] = (
         ("judge", "Judge's score", "judge", "", ""),
-        ("eos_rate", "Replies that end by themselves", "eos_rate", "%", ""),
+        ("eos_rate", "Replies that end", "eos_rate", "%", ""),
         ("tokens", "Reply length", "tokens", "", "tokens"),
     )
     for name, label, key, unit, note in rows:
@@ -101,7 +101,7 @@ def _training_reward(facts: Facts) -> Iterator[Figure]:
     yield Figure(
         "training_reward", "Reward as PPO counts it", change.before - costs[0],
         change.after - costs[1],
-        note=f"less {number(penalty)} for a reply that does not end",
+        note=f"less {number(penalty)} for a missing end",
     )  # fmt: skip
 
 

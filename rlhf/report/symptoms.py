@@ -176,9 +176,10 @@ def moved(change: Change, facts: Facts, unit: str = "") -> str:
     """
     share = unit == "%"
     spread = interval(change.low, change.high, points if share else signed)
-    parts = [f"95 % interval of the change {spread}{' points' if share else ''}"] if spread else []
-    parts += [facts.prompts] if facts.prompts else []
-    evidence = f" ({', '.join(parts)})" if parts else ""
+    spread += " points" if share and spread else ""
+    known = f"95\u00a0% interval of the change {spread}" if spread else ""
+    parts = ", ".join(filter(None, (known, facts.prompts)))
+    evidence = f" ({parts})" if parts else ""
     before, after = (percent(x) if share else number(x) for x in (change.before, change.after))
     return f"from {before} to {after}{f' {unit}' if unit and not share else ''}{evidence}"
 

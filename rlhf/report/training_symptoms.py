@@ -158,8 +158,8 @@ def sft_learned_nothing(facts: Facts) -> Finding | None:
         return None
     return Finding(
         "sft_learned_nothing", "warning" if last >= first else "note",
-        f"SFT's training loss did not fall: from {number(first)} to {number(last)} nats a token "
-        f"({len(losses)} logged steps).",
+        f"SFT's training loss {'did not fall' if last >= first else 'hardly fell'}, from "
+        f"{number(first)} to {number(last)} nats a token ({len(losses)} logged steps).",
         f"Raise {facts.now('sft.learning_rate')} or {facts.now('sft.epochs')}; if the base was "
         f"fine-tuned on such replies before, set {facts.now('sft.enabled')} to false.",
     )  # fmt: skip
@@ -183,7 +183,7 @@ def reward_model_at_chance(facts: Facts) -> Finding | None:
         )  # fmt: skip
     return Finding(
         "reward_model_at_chance", "serious" if high - low <= CHANCE_WIDTH else "warning",
-        f"{text}: it may be a coin, which has 50 %.",
+        f"{text}: it may be a coin, which has 50\u00a0%.",
         _of_a_ready_one(facts)
         or f"Train it on more pairs or with {facts.now('reward_model.epochs')} raised, or start it "
         f"from a larger model by {facts.now('reward_model.base')}; raise "

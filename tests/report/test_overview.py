@@ -39,7 +39,7 @@ def test_figures_of_a_healthy_run():
     assert [figure.line for figure in shown.figures] == [
         "Reward: 0.64 → 3.07 (the reward model's score alone)",
         "Judge's score: 0.98 → 2.55",
-        "Replies that end by themselves: 98.9\u00a0% → 99.9\u00a0%",
+        "Replies that end: 98.9\u00a0% → 99.9\u00a0%",
         "Reply length: 26.5 → 31.0 (tokens)",
     ]
     assert shown.sample == "300 held-out prompts × 4 sampled replies of each policy"
@@ -101,6 +101,7 @@ def test_the_page_has_it_at_the_top():
         assert f'<span class="was">{before}</span> → <b>{after}</b>' in head
     assert f"on {shown.sample}." in head
     assert '<a class="alarm" href="#stands-out">' in head
+    assert '<span class="badge is-promoted">' not in head
     assert shown.alarm in head
     # Once, with its value before.
     assert "was −0.31 after SFT" not in head
@@ -112,6 +113,7 @@ def test_the_page_of_a_healthy_run_says_so():
     assert shown.findings == ()
     assert "no symptom is found" in page
     assert 'class="alarm"' not in page
+    assert '<span class="badge is-promoted">' in page[: page.index("<nav")]
     assert "What stands out" not in render(demo.full_report())
 
 
