@@ -85,6 +85,8 @@ def show_overview(console: PlainConsole, shown: Overview) -> None:
     if shown.figures:
         say(f"SFT → after PPO{f', on {shown.sample}' if shown.sample else ''}:", on=console)
         figures = Table.grid(padding=(0, 2))
+        for wraps in (False, False, True):
+            figures.add_column(no_wrap=not wraps)
         for figure in shown.figures:
             before, after = figure.texts
             figures.add_row(f"  {figure.label}", f"{before} → {after}", figure.note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import tempfile
@@ -183,7 +184,9 @@ def _report_without_store(run: PipelineRun, error: OSError) -> Markdown:
     run.report = _page(run, sha256_bytes(run.name.encode()))
     report = RunReport(**{**_facts(run), "reason": reason})
     run.report.write_text(render(report), encoding="utf-8")
-    run.report.with_suffix(".json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    # An error may hold half of a surrogate pair, which is no UTF-8; JSON writes it out.
+    data = json.dumps(report.model_dump(mode="json"), indent=1)
+    run.report.with_suffix(".json").write_text(data, encoding="utf-8")
     outcome = words(bold(f"{run.outcome}:"), reason)
     return paragraphs(outcome, words("Report:", code(run.report)))
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf.report.findings import counted, find
-from rlhf.report.symptoms import Facts, Finding
-from rlhf.report.text import number, number_of, percent
+from rlhf.report.symptoms import Facts, Finding, value_of
+from rlhf.report.text import number, percent
 
 #: Where a reward is shown: evaluations leave out what PPO subtracts from replies without an end.
 REWARD_NOTE = "the reward model's score alone"
@@ -73,7 +73,7 @@ def _figures(facts: Facts) -> Iterator[Figure]:
         yield from _training_reward(facts)
     rows: tuple[tuple[str, str, str, Literal["", "%"], str], ...] = (
         ("judge", "Judge's score", "judge", "", ""),
-        ("eos_rate", "Replies that end by themselves", "eos_rate", "%", ""),
+        ("eos_rate", "Replies that end", "eos_rate", "%", ""),
         ("tokens", "Reply length", "tokens", "", "tokens"),
     )
     for name, label, key, unit, note in rows:
@@ -86,7 +86,7 @@ def _figures(facts: Facts) -> Iterator[Figure]:
 def _training_reward(facts: Facts) -> Iterator[Figure]:
     """Yield the reward as PPO counts it, if that differs and is known from the means."""
     change, ends = facts.change("reward"), facts.change("eos_rate")
-    penalty = number_of(facts.value("ppo.missing_eos_penalty"))
+    penalty = value_of(facts.value("ppo.missing_eos_penalty"))
     is_known = (
         facts.value("ppo.missing_eos") == "subtract"
         and facts.value("ppo.reward_fn") in _MODEL_SCORES
@@ -101,15 +101,15 @@ def _training_reward(facts: Facts) -> Iterator[Figure]:
     yield Figure(
         "training_reward", "Reward as PPO counts it", change.before - costs[0],
         change.after - costs[1],
-        note=f"less {number(penalty)} for a reply that does not end",
+        note=f"less {number(penalty)} for a missing end",
     )  # fmt: skip
 
 
 def _sample(facts: Facts) -> str:
     """Return on how many prompts and replies the figures rest."""
-    n = number_of(facts.sampled.get("n"))
+    n = value_of(facts.sampled.get("n"))
     if n is None:
         return ""
-    replies = number_of(facts.policy.get("samples_per_prompt"))
+    replies = value_of(facts.policy.get("samples_per_prompt"))
     each = "" if replies is None else f" × {number(int(replies))} sampled replies"
     return f"{number(int(n))} held-out prompts{each} of each policy"

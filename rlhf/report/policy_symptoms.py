@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import math
 
-from rlhf.report.symptoms import Facts, Finding, capital, mapping, moved, share_with_interval
-from rlhf.report.text import number, number_of, percent
+from rlhf.report.symptoms import (
+    Facts,
+    Finding,
+    capital,
+    mapping,
+    moved,
+    share_with_interval,
+    value_of,
+)
+from rlhf.report.text import number, percent
 
 #: Fall of the share of replies that end from which it is said: as the rule that `rlhf init` writes
 #: ("hardly fewer replies may end by themselves than of the SFT policy").
@@ -46,7 +54,7 @@ def reward_fell(facts: Facts) -> Finding | None:
             "wins_but_reward_fell", severity,
             f"{text}, although {facts.wins()} of the comparisons are won: many replies gain a "
             "little, and a few lose much.",
-            f"Read the replies that lost most before using this policy, {facts.stay_closer}, and "
+            f"Read the replies that lose most before using this policy, {facts.stay_closer}, and "
             "add {metric: sampled.reward_difference, min: 0} to gates.policy, so that such a "
             "policy is not promoted.",
         )  # fmt: skip
@@ -67,7 +75,7 @@ def judge_disagrees(facts: Facts) -> Finding | None:
     known = mapping(facts.policy.get("judge"))
     right = (
         f" (the judge is right on {share_with_interval(known, 'accuracy')} of held-out pairs)"
-        if number_of(known.get("accuracy")) is not None
+        if value_of(known.get("accuracy")) is not None
         else ""
     )
     text = (
@@ -138,12 +146,13 @@ def replies_cut(facts: Facts) -> Finding | None:
 def length_changed(facts: Facts) -> Finding | None:
     """Find replies that are far longer or far shorter than SFT's."""
     change = facts.change("tokens")
-    if change is None or change.before <= 0 or change.after <= 0:
+    # A reply has a token at least.
+    if change is None or change.before < 1 or change.after < 1:
         return None
     ratio = change.after / change.before
     if ratio >= GROWTH and change.certainty(1):
         prefers = share_with_interval(facts.reward_model, "prefers_longer")
-        known = number_of(facts.reward_model.get("prefers_longer")) is not None
+        known = value_of(facts.reward_model.get("prefers_longer")) is not None
         why = f"; the reward model prefers the longer of two replies in {prefers}" if known else ""
         return Finding(
             "replies_grow", "warning",
@@ -154,7 +163,7 @@ def length_changed(facts: Facts) -> Finding | None:
         )  # fmt: skip
     if ratio > 1 / GROWTH or not change.certainty(-1):
         return None
-    gamma = number_of(facts.value("ppo.gamma"))
+    gamma = value_of(facts.value("ppo.gamma"))
     discount = (
         f"set {facts.now('ppo.gamma')} to 1, because a discount favours scores that come soon"
         if gamma is None or gamma < 1
@@ -267,7 +276,7 @@ def too_few_prompts(facts: Facts) -> Finding | None:
         return None
     # The width falls with the root of the number of prompts.
     needed = 10 * math.ceil(n * ((high - low) / WIDE) ** 2 / 10)
-    asked = number_of(facts.value("evaluation.prompts"))
+    asked = value_of(facts.value("evaluation.prompts"))
     more = (
         f"Raise {facts.now('data.eval_fraction')} or add data, for all held-out prompts were asked"
         if asked is not None and n < asked

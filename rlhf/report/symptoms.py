@@ -13,6 +13,8 @@ from rlhf.report.text import interval, number, number_of, percent, percent_range
 #: `serious`: the policy got worse or can't be trusted; `warning`: look at it before using the
 #: policy; `note`: true of the run, and often harmless.
 Severity = Literal["serious", "warning", "note"]
+#: Numbers beyond this are damage; sums and ratios of smaller ones are finite.
+LARGEST = 1e12
 SEVERITIES: tuple[Severity, ...] = ("serious", "warning", "note")
 
 
@@ -96,12 +98,12 @@ class Facts:
     @property
     def prompts(self) -> str:
         """Number of held-out prompts, as text; empty if unknown."""
-        n = number_of(self.sampled.get("n"))
+        n = value_of(self.sampled.get("n"))
         return "" if n is None else f"{number(int(n))} prompts"
 
     def metric(self, name: str) -> float | None:
         """Return a metric of the sampled replies; None if it is missing or not finite."""
-        return number_of(self.sampled.get(name))
+        return value_of(self.sampled.get(name))
 
     def change(self, name: str) -> Change | None:
         """Return a metric of the sampled replies before and after PPO; None if one is missing."""
@@ -113,7 +115,7 @@ class Facts:
         for row in rows_of(self.policy.get("shifts")):
             if row.get("metric") == name:
                 source, prefix = row, ""
-        ends = (number_of(source.get(f"{prefix}{end}")) for end in ("low", "high"))
+        ends = (value_of(source.get(f"{prefix}{end}")) for end in ("low", "high"))
         return Change(before, after, *ends)
 
     def value(self, name: str) -> Any:
@@ -140,7 +142,7 @@ class Facts:
     @property
     def more_negatives(self) -> str:
         """The change by which a reward model learns what makes a reply worse."""
-        present = number_of(self.value("reward_model.negatives"))
+        present = value_of(self.value("reward_model.negatives"))
         target = 1 if present is None or present < 1 else min(4, int(present) + 1)
         return f"raise {self.now('reward_model.negatives')} to {target}"
 
@@ -149,10 +151,17 @@ class Facts:
         return share_with_interval(self.sampled, f"{prefix}win_rate")
 
 
+def value_of(value: Any) -> float | None:
+    """Return a value as a number; None for what is none, or so large that it is damage."""
+    number = number_of(value)
+    return None if number is None or abs(number) > LARGEST else number
+
+
 def share_with_interval(metrics: Mapping[str, Any], key: str) -> str:
     """Return a share as text, with its interval if that is known: `75.0 % (50.1–90.2 %)`."""
-    spread = percent_range(metrics.get(f"{key}_low"), metrics.get(f"{key}_high"))
-    return percent(metrics.get(key)) + (f" ({spread})" if spread else "")
+    value, low, high = (value_of(metrics.get(f"{key}{end}")) for end in ("", "_low", "_high"))
+    spread = percent_range(low, high)
+    return percent(value) + (f" ({spread})" if spread else "")
 
 
 def moved(change: Change, facts: Facts, unit: str = "") -> str:
@@ -167,9 +176,10 @@ def moved(change: Change, facts: Facts, unit: str = "") -> str:
     """
     share = unit == "%"
     spread = interval(change.low, change.high, points if share else signed)
-    parts = [f"95 % interval of the change {spread}{' points' if share else ''}"] if spread else []
-    parts += [facts.prompts] if facts.prompts else []
-    evidence = f" ({', '.join(parts)})" if parts else ""
+    spread += " points" if share and spread else ""
+    known = f"95\u00a0% interval of the change {spread}" if spread else ""
+    parts = ", ".join(filter(None, (known, facts.prompts)))
+    evidence = f" ({parts})" if parts else ""
     before, after = (percent(x) if share else number(x) for x in (change.before, change.after))
     return f"from {before} to {after}{f' {unit}' if unit and not share else ''}{evidence}"
 
@@ -181,7 +191,7 @@ def capital(text: str) -> str:
 
 def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Return the mean of a column over the rows that have it as a finite number."""
-    values = [x for row in rows if (x := number_of(row.get(name))) is not None]
+    values = [x for row in rows if (x := value_of(row.get(name))) is not None]
     return sum(values) / len(values) if values else None
 
 

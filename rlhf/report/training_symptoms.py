@@ -14,8 +14,9 @@ from rlhf.report.symptoms import (
     mean_of,
     rows_of,
     share_with_interval,
+    value_of,
 )
-from rlhf.report.text import number, number_of, percent, percent_range, sentence, words
+from rlhf.report.text import number, percent, percent_range, sentence, words
 
 #: Probes that only add words, and the others that a reward model may like.
 LENGTH_PROBES = ("filler", "repeated_sentence")
@@ -56,7 +57,7 @@ STOP_CURES = {
 
 def watchdog_stopped(facts: Facts) -> Finding | None:
     """Find a run that the watchdog stopped, or whose best policy came before its end."""
-    chosen = number_of(facts.watchdog.get("chosen"))
+    chosen = value_of(facts.watchdog.get("chosen"))
     goes_on = (
         ""
         if chosen is None
@@ -67,7 +68,7 @@ def watchdog_stopped(facts: Facts) -> Finding | None:
     if facts.watchdog.get("stopped"):
         stopped = mapping(facts.watchdog.get("stopped"))
         name = str(stopped.get("detector") or "unknown")
-        update = number_of(stopped.get("update"))
+        update = value_of(stopped.get("update"))
         when = "" if update is None else f" after update {number(int(update))}"
         planned = STOP_CURES.get(name, (("raise", "ppo.kl_coef"), ("lower", "ppo.learning_rate")))
         cure = ", or ".join(f"{does} {facts.now(field)}" for does, field in planned)
@@ -78,7 +79,7 @@ def watchdog_stopped(facts: Facts) -> Finding | None:
             f"{f': {evidence}' if evidence else ''}.{goes_on}",
             f"{capital(cure)}.",
         )  # fmt: skip
-    updates = [number_of(row.get("update")) for row in rows_of(facts.watchdog.get("frontier"))]
+    updates = [value_of(row.get("update")) for row in rows_of(facts.watchdog.get("frontier"))]
     last = max((x for x in updates if x is not None), default=None)
     if chosen is None or last is None or chosen >= last:
         return None
@@ -123,7 +124,7 @@ def updates_too_large(facts: Facts) -> Finding | None:
             f"raise {facts.now('ppo.mini_batch_size')}.",
         )  # fmt: skip
     planned = _planned_steps(facts)
-    steps = [x for row in facts.curve if (x := number_of(row.get("optimiser_steps"))) is not None]
+    steps = [x for row in facts.curve if (x := value_of(row.get("optimiser_steps"))) is not None]
     early = sum(x < planned for x in steps) if planned is not None else 0
     if planned is None or not steps or early <= ENDED_EARLY * len(steps):
         return None
@@ -140,7 +141,7 @@ def updates_too_large(facts: Facts) -> Finding | None:
 def _planned_steps(facts: Facts) -> float | None:
     """Return the optimiser steps of an update that nothing ends early; None without a limit."""
     names = ("target_kl", "num_ppo_epochs", "chunk_size", "mini_batch_size")
-    limit, epochs, chunk, mini = (number_of(facts.value(f"ppo.{name}")) for name in names)
+    limit, epochs, chunk, mini = (value_of(facts.value(f"ppo.{name}")) for name in names)
     if limit is None or epochs is None or chunk is None or mini is None or mini < 1:
         return None
     return epochs * -(-chunk // mini)
@@ -148,7 +149,7 @@ def _planned_steps(facts: Facts) -> float | None:
 
 def sft_learned_nothing(facts: Facts) -> Finding | None:
     """Find an SFT whose loss did not fall."""
-    losses = [x for row in facts.sft if (x := number_of(row.get("loss"))) is not None]
+    losses = [x for row in facts.sft if (x := value_of(row.get("loss"))) is not None]
     if len(losses) < LEAST_STEPS:
         return None
     part = max(1, len(losses) // 10)
@@ -157,8 +158,8 @@ def sft_learned_nothing(facts: Facts) -> Finding | None:
         return None
     return Finding(
         "sft_learned_nothing", "warning" if last >= first else "note",
-        f"SFT's training loss did not fall: from {number(first)} to {number(last)} nats a token "
-        f"({len(losses)} logged steps).",
+        f"SFT's training loss {'did not fall' if last >= first else 'hardly fell'}, from "
+        f"{number(first)} to {number(last)} nats a token ({len(losses)} logged steps).",
         f"Raise {facts.now('sft.learning_rate')} or {facts.now('sft.epochs')}; if the base was "
         f"fine-tuned on such replies before, set {facts.now('sft.enabled')} to false.",
     )  # fmt: skip
@@ -167,10 +168,10 @@ def sft_learned_nothing(facts: Facts) -> Finding | None:
 def reward_model_at_chance(facts: Facts) -> Finding | None:
     """Find a reward model that may be a coin, or that prefers the rejected replies."""
     model = facts.reward_model
-    low, high = (number_of(model.get(f"accuracy_{end}")) for end in ("low", "high"))
+    low, high = (value_of(model.get(f"accuracy_{end}")) for end in ("low", "high"))
     if low is None or high is None or low > 0.5:
         return None
-    n = number_of(model.get("n"))
+    n = value_of(model.get("n"))
     pairs = "" if n is None else f" of {number(int(n))} held-out pairs"
     text = f"The reward model ranks {share_with_interval(model, 'accuracy')}{pairs} right"
     if high < 0.5:
@@ -182,7 +183,7 @@ def reward_model_at_chance(facts: Facts) -> Finding | None:
         )  # fmt: skip
     return Finding(
         "reward_model_at_chance", "serious" if high - low <= CHANCE_WIDTH else "warning",
-        f"{text}: it may be a coin, which has 50 %.",
+        f"{text}: it may be a coin, which has 50\u00a0%.",
         _of_a_ready_one(facts)
         or f"Train it on more pairs or with {facts.now('reward_model.epochs')} raised, or start it "
         f"from a larger model by {facts.now('reward_model.base')}; raise "
@@ -194,10 +195,10 @@ def reward_model_counts_words(facts: Facts) -> Finding | None:
     """Find a reward model that likes more words, whatever they say."""
     model = facts.reward_model
     fooled = _liked_probes(model, LENGTH_PROBES)
-    known = number_of(model.get("length_controlled_accuracy"))
-    low = number_of(model.get("length_controlled_accuracy_low"))
+    known = value_of(model.get("length_controlled_accuracy"))
+    low = value_of(model.get("length_controlled_accuracy_low"))
     # A model that may be a coin anyway is another finding.
-    overall = number_of(model.get("accuracy_low"))
+    overall = value_of(model.get("accuracy_low"))
     if not fooled and (known is None or low is None or low > 0.5 or (overall or 0) <= 0.5):
         return None
     text = (
@@ -218,10 +219,10 @@ def reward_model_counts_words(facts: Facts) -> Finding | None:
 def reward_model_ignores_prompt(facts: Facts) -> Finding | None:
     """Find a reward model to which a good reply to another prompt is as good."""
     probe = mapping(mapping(facts.reward_model.get("probes")).get("other_prompt"))
-    rises, high = number_of(probe.get("rises")), number_of(probe.get("rises_high"))
+    rises, high = value_of(probe.get("rises")), value_of(probe.get("rises_high"))
     if rises is None or high is None or high <= 0.5:
         return None
-    is_certain = (number_of(probe.get("rises_low")) or 0) > PROMPT_UNREAD
+    is_certain = (value_of(probe.get("rises_low")) or 0) > PROMPT_UNREAD
     return Finding(
         "reward_model_ignores_prompt", "warning" if is_certain else "note",
         f"The reward model {'does not read' if is_certain else 'may not read'} the prompt: a good "
@@ -251,10 +252,10 @@ def reward_model_fooled(facts: Facts) -> Finding | None:
 def longer_is_preferred(facts: Facts) -> Finding | None:
     """Find data in which the longer reply is preferred."""
     longer = mapping(facts.card.get("longer"))
-    low, high = number_of(longer.get("share_low")), number_of(longer.get("share_high"))
-    if low is None or low <= 0.5 + SHORTCUT or number_of(longer.get("share")) is None:
+    low, high = value_of(longer.get("share_low")), value_of(longer.get("share_high"))
+    if low is None or low <= 0.5 + SHORTCUT or value_of(longer.get("share")) is None:
         return None
-    n = number_of(longer.get("n"))
+    n = value_of(longer.get("n"))
     pairs = "of the pairs" if n is None else f"of {number(int(n))} pairs"
     return Finding(
         "longer_is_preferred", "note",
@@ -290,7 +291,7 @@ def _of_a_ready_one(facts: Facts) -> str:
 def _liked_probes(model: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     """Return the probes that surely raise the score in most cases, the worst first."""
     probes = mapping(model.get("probes"))
-    lows = {name: number_of(mapping(probes.get(name)).get("rises_low")) for name in names}
+    lows = {name: value_of(mapping(probes.get(name)).get("rises_low")) for name in names}
     liked = {name: low for name, low in lows.items() if low is not None and low > 0.5}
     return sorted(liked, key=lambda name: -liked[name])
 
@@ -305,5 +306,5 @@ def _probe_text(name: str, model: Mapping[str, Any]) -> str:
 
 
 def _count(probe: Mapping[str, Any]) -> str:
-    n = number_of(probe.get("n"))
+    n = value_of(probe.get("n"))
     return "the" if n is None else number(int(n))

@@ -65,9 +65,10 @@ def test_replies_leave_room_for_a_prompt(train, tokens):
 
 def test_the_result_says_what_the_last_update_said(data, sft, approved, tmp_path):
     result = train_policy(toys.PPO, data, sft, approved, tmp_path, runtime=toys.RUNTIME)
-    last = read_json(tmp_path / "curve.json")[-1]
+    first, *_, last = read_json(tmp_path / "curve.json")
     assert result.metrics == {
         "updates": 4, **{k: last[k] for k in ("reward", "kl", "tokens", "eos_rate")},
+        **{f"{k}_before": first[k] for k in ("reward", "tokens", "eos_rate")},
     }  # fmt: skip
     assert last["reward"] == pytest.approx(last["reward/reward_model"] + last["reward/missing_eos"])
 

@@ -27,7 +27,7 @@ from rlhf.report import (
     trust_answers,
 )
 from rlhf.report.samples import listed_samples
-from tests.report import demo_trust
+from tests.report import demo_findings, demo_trust
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
 NAMES = (
@@ -366,6 +366,7 @@ def trust_report(better: bool = True, state: str = "no") -> RunReport:
             ),
             "verdicts": (GATES[0], verdict),
             "trust": trust_answers(figures, verdict),
+            "overview": demo_findings.worse(),
             "samples": tuple(replies),
             "stages": stages() if better else stages(8, "NotBetter", "keep the champion"),
         }

@@ -8,6 +8,7 @@ from typing import Any
 from rlhf.config import PipelineConfig
 from rlhf.config.fields import flatten
 from rlhf.gates import Check, Verdict
+from rlhf.report import Overview, make_overview
 from rlhf.report.symptoms import Facts
 
 
@@ -102,6 +103,17 @@ def measured(name: str, before: float, after: float, half: float) -> dict[str, A
     rows = [row for row in parts["policy"]["shifts"] if row["metric"] != name]
     parts["policy"]["shifts"] = [*rows, shift(name, before, after, half)]
     return parts
+
+
+def worse() -> Overview:
+    """Return the overview of a run that a gate let pass, and that got worse."""
+    parts = measured("eos_rate", 0.62, 0.31, 0.05)
+    parts["policy"]["sampled"] |= {
+        "n": 16, **share("win_rate", 0.75, 0.501, 0.902), "reward_before": -0.5,
+        "reward_after": -0.91, **share("reward_difference", -0.41, -0.95, 0.13),
+    }  # fmt: skip
+    parts["watchdog"]["chosen"] = 24
+    return make_overview(facts(parts))
 
 
 def facts(parts: dict[str, Any]) -> Facts:
@@ -229,8 +241,10 @@ CASES: tuple[tuple[str, str, dict[str, Any], tuple[str, ...], tuple[str, ...]], 
     ("updates_end_early", "warning", changed(settings={"ppo.target_kl": 0.02}),
      ("ppo.target_kl (now 0.02)", "36 of 36 updates", "4.0 of 64"),
      ("Lower ppo.learning_rate", "ppo.lr_warmup_updates (now 0)")),
+    ("sft_learned_nothing", "note", changed(sft=[{"loss": 2.31}] * 5 + [{"loss": 2.3}] * 5),
+     ("hardly fell, from 2.31 to 2.30",), ("sft.enabled (now true) to false",)),
     ("sft_learned_nothing", "warning", changed(sft=[{"loss": 2.31}] * 50),
-     ("from 2.31 to 2.31", "50 logged steps"),
+     ("did not fall, from 2.31 to 2.31", "50 logged steps"),
      ("Raise sft.learning_rate (now 0.001)", "sft.epochs")),
     ("longer_is_preferred", "note",
      changed(card__longer={"share": 0.71, "share_low": 0.69, "share_high": 0.73, "n": 6000}),

