@@ -203,13 +203,17 @@ def _write_report(
 ) -> Path:  # fmt: skip
     """Write the page, by default beside the runs' pages under a name of its content."""
     from rlhf.report.comparison import render_comparison
+    from rlhf.report.index import write_index
     from rlhf.store.manifest import canonical_json, sha256_bytes
 
     if file is None:
         folder = expand_home(runtime.report_dir)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"compare-{sha256_bytes(canonical_json(evaluation))[:10]}.html"
-    file.write_text(render_comparison(evaluation, replies), encoding="utf-8")
+        file.write_text(render_comparison(evaluation, replies), encoding="utf-8")
+        write_index(folder)
+    else:
+        file.write_text(render_comparison(evaluation, replies), encoding="utf-8")
     return file.resolve()
 
 

@@ -194,7 +194,8 @@ def _config_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     table = Table()
     for name in ("field", "value", "from", *(["meaning"] if is_wide else [])):
         # A truncated name could be mistaken for its neighbour's.
-        table.add_column(name, no_wrap=name == "field", overflow="fold")
+        is_whole = name == "field" or (is_wide and name == "from")
+        table.add_column(name, no_wrap=is_whole, overflow="fold")
     for key, value, source, meaning in rows:
         style = "dim" if source.endswith("default") else "bold"
         cells = [*map(one_line, (key, value, source))]

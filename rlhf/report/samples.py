@@ -37,8 +37,10 @@ class _FurtherSample(Sample):
     prompt: Any = None
 
 
-class SavedSample(_FurtherSample):
+class SavedSample(Sample):
     """A sample as an evaluation writes it: the prompt may be a chat."""
+
+    model_config = ConfigDict(extra="ignore")
 
     prompt: Any
     more: tuple[_FurtherSample, ...] = ()

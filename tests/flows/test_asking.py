@@ -280,7 +280,7 @@ def test_a_store_that_is_away_while_the_decision_is_recorded(tiny, finished, mon
     monkeypatch.setattr(promotion, "record_approval", broken)
     failed = made.take_up()
     assert (failed.type.value, len(calls)) == ("FAILED", 3)
-    reports = (finished.parent / "reports").rglob("*.html")
+    reports = (finished.parent / "reports").rglob("tiny-*.html")
     report = max(reports, key=lambda path: path.stat().st_mtime_ns)
     assert "the store is away" in report.read_text()
     assert "Waits for a person" not in report.read_text()

@@ -43,8 +43,16 @@ def weeks(made, monkeypatch):
     made.run("w3", day(15), RunOutcome.GATE_REJECTED, reason="accuracy = 0.5, needs ≥ 0.6",
              data=data)  # fmt: skip
     made.run("w4-crashed", day(16), RunOutcome.FAILED)
-    fourth = made.run("w5", day(22), RunOutcome.AWAITING_APPROVAL, evaluation=GOOD, data=data)
-    made.run("w5", day(22), RunOutcome.PROMOTED, evaluation=GOOD, refs=fourth, data=data)
+    fourth = made.run("w5", day(22), RunOutcome.AWAITING_APPROVAL, evaluation=GOOD, data=data,
+                      seconds=0.2)  # fmt: skip
+    made.run(
+        "w5",
+        day(22).replace("T08", "T09"),
+        RunOutcome.PROMOTED,
+        evaluation=GOOD,
+        refs=fourth,
+        data=data,
+    )
     made.promote(fourth, run="w5", by="bob")
     champions.rollback(made.store, "default", why="it swears", by="cay")
     rejected = made.run("other-line", day(24), RunOutcome.NOT_BETTER, evaluation=BAD, line="other")

@@ -169,10 +169,19 @@ def test_samples(whole):
     samples = read_json(out / "samples.json")
     assert len(samples) == 20
     assert set(samples[0]) == {
-        "prompt", "group", "before", "after", "champion", "kinds",
+        "prompt", "group", "before", "after", "champion", "kinds", "more",
         *(f"{s}_{n}" for s in ("reward", "judge") for n in ("before", "after", "champion")),
         "gold_before", "gold_after",
     }  # fmt: skip
+    # All samples of each prompt are there, each with its own scores.
+    others = {
+        key: samples[0][key] for key in samples[0].keys() - {"prompt", "group", "kinds", "more"}
+    }
+    assert [len(s["more"]) for s in samples] == [3] * 20
+    assert all(each.keys() == others.keys() for s in samples for each in s["more"])
+    assert any(each["after"] != s["after"] for s in samples for each in s["more"])
+    every = [r["reward_after"] for s in samples for r in (s, *s["more"])]
+    assert sum(every) / 80 == pytest.approx(whole[1]["sampled"]["reward_after"])
     assert all(s["gold_after"] is None for s in samples)
     assert all(s["judge_after"] == s["reward_after"] for s in samples)
     kinds = [kind for s in samples for kind in s["kinds"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.runs import runs
 from flows.watch import exit_code, watch
 from rlhf.errors import ArtifactMissing, ConfigError
+from tasks.board import board
+from tasks.console import PlainConsole
 from tasks.run_record import (
     AWAY,
     KEPT,
@@ -54,6 +57,13 @@ def test_another_process_with_the_same_id_is_not_the_run(folder):
     assert [r.state for r in read_records(folder)] == [KILLED]
     write_record(record.model_copy(update={"host": "another"}), folder)
     assert [r.state for r in read_records(folder)] == [AWAY]  # only that machine knows
+
+
+def test_a_run_of_the_board_names_its_store(folder):
+    board.show_on(PlainConsole(file=io.StringIO()))
+    with board.running("mine", [], folder.parent, "s3://bucket/store"):
+        assert [r.store for r in read_records(folder)] == ["s3://bucket/store"]
+    board.show_on(None)
 
 
 def test_what_is_no_record_is_passed_over(folder):
