@@ -111,7 +111,7 @@ def _shown(rlhf, cut, whole, tmp_path):
     lines = rlhf("costs", "--line", "default", *place).stdout
     assert "champion, budget" in lines
     missing = rlhf("costs", "nothing", *place)
-    assert missing.returncode == 1
+    assert missing.returncode == 2
     assert "no run with costs in" in missing.stderr
     assert all(len(line) <= 160 for line in (shown.stdout + lines).splitlines())
 
