@@ -100,7 +100,7 @@ def _show_budget(config: PipelineConfig, whole: Forecast | None) -> None:
 
 
 def _show_run(found: RunCosts) -> None:
-    from rlhf.report.costs import cost_view
+    from rlhf.report.costs import DEVICE, MEMORY, cost_view
     from rlhf.report.model import StageRow, StageState
     from tasks.run_costs import cost_lines
 
@@ -114,9 +114,13 @@ def _show_run(found: RunCosts) -> None:
     ]  # fmt: skip
     view = cost_view(rows)
     say(f"{found.run}: {found.outcome or 'not ended'}, begun {found.started[:16]}", "bold")
-    table = _table("stage", *(name.lower() for name in view.columns))
-    for row in view.rows:
-        table.add_row(one_line(row.stage), *map(one_line, row.cells))
+    # The sum is in a sentence below, and of a stage on a GPU the memory is that of the GPU.
+    shown = [name for name in view.columns if name != DEVICE]
+    table = _table("stage", *("memory" if name == MEMORY else name.lower() for name in shown))
+    for row in view.rows[:-1]:
+        cells = dict(zip(view.columns, row.cells, strict=True))
+        cells[MEMORY] = cells.get(DEVICE) or cells.get(MEMORY, "")
+        table.add_row(one_line(row.stage), *(one_line(cells[name]) for name in shown))
     console.print(table)
     for line in cost_lines(rows, found.budget, found.stopped):
         say(line)

@@ -213,7 +213,7 @@ def rollback(
         )
     return _append(
         store, name, last, action="rollback", policy=target, by=acting_person(by), why=why,
-        verdict=earlier[-1].verdict, unapproved=earlier[-1].unapproved,
+        verdict=earlier[-1].verdict, unapproved=earlier[-1].unapproved, cost=earlier[-1].cost,
     )  # fmt: skip
 
 

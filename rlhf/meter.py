@@ -87,9 +87,8 @@ class Meter:
 
     def cost(self) -> Cost:
         """Return what was measured so far."""
-        return Cost(
-            seconds=self.seconds(), steps=self.steps, energy=self._energy.joules, **self._peaks
-        )
+        measured = Cost(seconds=self.seconds(), steps=self.steps, energy=self._energy.joules)
+        return measured.model_copy(update=self._peaks)
 
     def _sample(self) -> None:
         with suppress(psutil.Error, OSError, ValueError):
@@ -120,22 +119,26 @@ def device_peaks() -> dict[str, int]:
 def device_name(device: str) -> str:
     """Return the name of the device that a `runtime.device` selects; `cpu` without another one.
 
-    A name comes from torch if it is loaded, else from NVIDIA's driver: torch takes seconds to load.
+    A GPU's name comes from NVIDIA's driver: torch takes seconds to load, and memory of the GPU.
     """
     torch = sys.modules.get("torch")
     if device == CPU or (device == "auto" and os.environ.get(VISIBLE) in ("", "-1")):
         return CPU
+    kind = ""
     if torch is not None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         kind = accelerator.type if accelerator else CPU
-        return str(torch.cuda.get_device_name()) if kind == "cuda" else kind
+        if kind != "cuda":
+            return kind
+        if torch.cuda.is_initialized():
+            return str(torch.cuda.get_device_name())
     with suppress(OSError):
         for gpu in sorted(NVIDIA.iterdir()):
             for line in (gpu / "information").read_text(errors="replace").splitlines():
                 name, _, value = line.partition(":")
                 if name.strip() == "Model":
                     return value.strip()
-    return "mps" if sys.platform == "darwin" and device != "cuda" else CPU
+    return kind or ("mps" if sys.platform == "darwin" else CPU)
 
 
 def _reset_device_peaks() -> None:

@@ -50,10 +50,12 @@ class Ledger:
         self.config, self.stage, self._store, self._key = config, stage, store, key
         self._history = f"{ATTEMPTS}{stage.name}/{key}"
         self._file = work_dir / FOLDER / f"{name}.json"
-        self._id, self._sent = uuid.uuid4().hex[:16], time.monotonic()
+        self._id = uuid.uuid4().hex[:16]
+        self._sent, self._is_sent = time.monotonic(), False
         self.machine = _machine(stage, config)
-        price = config.costs.price(_names(self.machine))
-        self.machine = self.machine.priced(price, config.costs.currency).model_copy(
+        prices = config.costs
+        price = prices.price(_names(self.machine)) if prices.price_per_hour else None
+        self.machine = self.machine.priced(price, prices.currency).model_copy(
             update={"work": key[:16]}
         )
         self._meter: Meter | None = None
@@ -66,10 +68,11 @@ class Ledger:
 
     def earlier(self) -> list[Cost]:
         """Return the attempts so far that had no recorded result, killed ones of here included."""
-        with _harmless("what an earlier attempt cost"):
+        with _harmless("what an attempt that was killed cost"):
             if self._file.is_file() and self._file.stat().st_size <= LARGEST:
                 self._store.history.append(self._history, load_json(self._file.read_bytes()))
-                self._remove_file()
+        self._remove_file()
+        with _harmless("what earlier attempts cost"):
             return attempts_of(self._store, self.stage.name, self._key)
         return []
 
@@ -100,7 +103,7 @@ class Ledger:
             self._store.history.append(ARTIFACTS + digest, summed.row())
             if not whole:
                 self._send()
-            elif earlier:
+            elif earlier or self._is_sent:
                 self._store.history.append(self._history, {"recorded": True})
         self._remove_file()
         return summed
@@ -128,7 +131,7 @@ class Ledger:
             scratch.replace(self._file)
 
     def _send(self) -> None:
-        self._sent = time.monotonic()
+        self._sent, self._is_sent = time.monotonic(), True
         with _harmless("what the attempt cost"):
             self._store.history.append(self._history, self._entry())
 
@@ -211,7 +214,7 @@ def _names(machine: Cost) -> list[str]:
     """Return the names that a price may have: of the deployment, the device and its type."""
     names = [machine.device, CPU if machine.device == CPU else "cuda"]
     runtime = sys.modules.get("prefect.runtime")
-    deployment = runtime.deployment.name if runtime else None
+    deployment = runtime.deployment.name if runtime else None  # asks Prefect's server
     return [str(deployment), *names] if deployment else names
 
 

@@ -34,6 +34,7 @@ from rlhf.ppo.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from rlhf.ppo.models import load_models
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.watchdog import WATCHDOG, Watchdog, make_watchdog
+from rlhf.ranks import Ranks
 from rlhf.signals import deferred_sigterm
 from rlhf.stage import Progress, StageResult, silent
 
@@ -110,7 +111,7 @@ def train_policy(
     if watchdog is None:
         judge = None
     run = _run_identity(config, seed, data, sft, reward_model, judge, trainer, identity or {})
-    timer = _Timer(trainer, deadline, clock)
+    timer = _Timer(config.updates, trainer.models.ranks, deadline, clock)
     with exclusive(checkpoints) if checkpoints and leads else nullcontext():
         state = _run_updates(trainer, rows, watchdog, checkpoints, uploads, run, progress, timer)
     metrics: dict[str, Any] = {"updates": state.update}
@@ -288,9 +289,9 @@ class _Timer:
     """Ends the updates: after the last one, at a finding of the watchdog, or at a deadline."""
 
     def __init__(
-        self, trainer: PPOTrainer, deadline: Deadline | None, clock: Callable[[], float]
+        self, updates: int, ranks: Ranks, deadline: Deadline | None, clock: Callable[[], float]
     ) -> None:
-        self._updates, self._ranks = trainer.config.updates, trainer.models.ranks
+        self._updates, self._ranks = updates, ranks
         self._deadline, self._clock = deadline, clock
         self._last: tuple[int, float] | None = None
         self.has_stopped = False

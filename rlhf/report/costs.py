@@ -53,9 +53,12 @@ def cost_view(stages: Sequence[StageRow]) -> CostView:
         return CostView([], [], [])
     rows = [(stage.name, _note(stage), _cells(stage)) for stage in known]
     rows.append(("Sum of this run", "", _sum(known)))
-    shown = [name for name in _COLUMNS if any(cells.get(name) for _, _, cells in rows)]
-    if not any(stage.forecast for stage in known):
-        shown.remove(EXPECTED)
+    hidden = () if any(stage.forecast for stage in known) else (EXPECTED,)
+    shown = [
+        name
+        for name in _COLUMNS
+        if name not in hidden and any(cells.get(name) for _, _, cells in rows)
+    ]
     table = [
         CostRow(name, note, [cells.get(column, "") for column in shown])
         for name, note, cells in rows

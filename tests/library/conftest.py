@@ -124,7 +124,7 @@ def train(data, sft, approved, tmp_path):
             if step == sigterm_at:
                 signal.raise_signal(signal.SIGTERM)
 
-        others = ("seed", "identity", "checkpoints", "uploads", "judge")
+        others = ("seed", "identity", "checkpoints", "uploads", "judge", "deadline", "clock")
         keep = {k: options.pop(k) for k in others if k in options}
         config = toys.changed(toys.PPO, **options)
         train_policy(
