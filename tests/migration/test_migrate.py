@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -242,7 +243,8 @@ def test_a_value_out_of_bounds_is_left_out_and_named(tmp_path, tree, refused):
 
 def test_no_argument_is_dropped_without_a_word(tmp_path):
     """Any arguments of either tool, with any values: each is told, and the file loads."""
-    values = [0, 1, 2.5, -1, True, False, "text", "8", "none", [1], {"a": 1}, "", "x,y", "bf16"]
+    values = [0, 1, 2.5, -1, True, False, "text", "8", "none", [1], {"a": 1}, "", "x,y", "bf16",
+              10**300, date(2026, 1, 1), [date(2026, 1, 1)], {1: [2]}]  # fmt: skip
     for seed in range(30):
         rng = random.Random(seed)
         kind = rng.choice(["ppo", "reward_model", "sft", "aitraining"])
