@@ -56,14 +56,17 @@ from rlhf.errors import (
 )
 from rlhf.plain_text import shortened
 from tasks.console import PlainConsole, console, say
-from tasks.prefect_server import meet_server, server_error, set_defaults
+from tasks.prefect_server import meet_server, not_started, server_error, set_defaults
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
 BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
+#: Variable that shows the traceback of an error, also in stages' processes; --debug sets it.
+TRACEBACK = "RLHF_TRACEBACK"
 
 app = App(
     name="rlhf",
-    help="From human preferences to a promoted policy.",
+    help="From human preferences to a promoted policy. "
+    "With --debug, every command shows the traceback of an error.",
     version=rlhf.__version__,
     help_format="plaintext",
 )
@@ -83,7 +86,7 @@ for command in (
 def main() -> None:
     """Run the command, with one line and an exit code for every known error."""
     _open_streams()
-    arguments = sys.argv[1:]
+    arguments = _without_debug(sys.argv[1:])
     try:
         _check_arguments(arguments)
         sys.exit(app(arguments, print_error=False, exit_on_error=False) or 0)
@@ -95,6 +98,8 @@ def main() -> None:
         sys.exit(fail(UnexpectedError(server_error(error))))
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        sys.exit(fail(not_started(error) or error))
     except Exception as error:
         sys.exit(fail(error))
 
@@ -222,8 +227,8 @@ def node(
 
 
 def fail(error: BaseException) -> int:
-    """Print an error in one line and return its exit code; RLHF_TRACEBACK shows all of it."""
-    if os.environ.get("RLHF_TRACEBACK"):
+    """Print an error in one line and return its exit code; `--debug` shows all of it."""
+    if os.environ.get(TRACEBACK):
         PlainConsole(stderr=True).print("".join(format_exception(error)), soft_wrap=True)
     say(f"error: {shortened(explain(error))}", "red", on=PlainConsole(stderr=True))
     if isinstance(error, GateRejected):
@@ -250,6 +255,15 @@ def prepare_prefect(verbose: bool) -> None:
         logging.getLogger("rlhf").addHandler(notice_handler())
         logging.getLogger("rlhf").setLevel(logging.INFO)
     meet_server("PREFECT_API_URL")
+
+
+def _without_debug(arguments: Sequence[str]) -> list[str]:
+    """Return arguments without --debug, which every command takes at any place before `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    rest = [argument for argument in arguments[:end] if argument != "--debug"]
+    if len(rest) < end:
+        os.environ[TRACEBACK] = "1"
+    return [*rest, *arguments[end:]]
 
 
 def _preset_first(arguments: Sequence[str], error: CycloptsError) -> str | None:

@@ -75,7 +75,7 @@ def migrate(
     origins = ", ".join(dict.fromkeys(given.origin for given in found))
     _write(out, result.text(origins))
     if json:
-        say(dumps(_as_json(out, result), ensure_ascii=True))
+        say(dumps(_as_json(out, result), ensure_ascii=True, default=str))
         return
     _show(result)
     console.print()

@@ -218,7 +218,7 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {shortened(message)}{_place(error)}; {cure}"
 
 
-_FAULT = "this is a fault of the program: report it with what RLHF_TRACEBACK=1 shows"
+_FAULT = "this is a fault of the program: report it with what --debug shows"
 #: What a user can do about exceptions that have no message of ours, by their kind.
 _CURES: tuple[tuple[type[BaseException], str], ...] = (
     (MemoryError, "free memory, raise its limit, or lower batch sizes and lengths"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from pydantic import ValidationError
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, UnexpectedError
 from tasks.console import say
 
 if TYPE_CHECKING:
@@ -251,6 +251,16 @@ def server_error(error: httpx.HTTPError, url: httpx.URL | None = None) -> str:
     return (
         f"Prefect's server{where} answered {status} to {request.method} {request.url.path}"
         f"{f': {answer}' if answer else ''}; {_cure(response.status_code)}"
+    )
+
+
+def not_started(error: RuntimeError) -> UnexpectedError | None:
+    """Return an error with a cure if Prefect's server for one run did not start in time."""
+    if "ephemeral Prefect API server" not in str(error):
+        return None
+    return UnexpectedError(
+        "Prefect's server for this run did not answer in time, as on a busy machine or disk; run "
+        "the same again, or start a server that stays: rlhf server start"
     )
 
 

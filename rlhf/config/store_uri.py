@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+#: A URI that lacks a slash, which would be the folder `s3:` here.
+_BROKEN = re.compile(r"(s3[an]?|file|gs|az|abfss?|https?):", re.IGNORECASE)
 
 
 class StorePlace(NamedTuple):
@@ -30,6 +32,11 @@ def parse_store_uri(uri: str) -> StorePlace:
     if not separator:
         if not uri or "\0" in uri:
             raise ValueError("names no folder; write a path, file:///folder or s3://bucket/prefix")
+        if _BROKEN.match(uri):
+            raise ValueError(
+                "begins like a URI and has no ://; write s3://bucket/prefix or file:///folder "
+                "(a folder of that name: ./ before it)"
+            )
         return StorePlace(folder=Path(uri))
     host, _, path = rest.partition("/")
     if "@" in host:

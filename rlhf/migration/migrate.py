@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -338,6 +340,10 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list | dict | tuple):
+        with suppress(TypeError, ValueError):  # keys or numbers that JSON can't write
+            return shortened(json.dumps(value, ensure_ascii=False, default=str), 120)
+        return shown_value(value)
     return value if isinstance(value, str) else shown_value(value)
 
 

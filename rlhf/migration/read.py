@@ -182,12 +182,14 @@ def _from_python(text: str, trainer: Trainer | None, origin: str) -> list[Given]
     if not groups:
         # A shell command may stand in a comment or docstring; only calls are read.
         raise ConfigError(f"calls none of {', '.join(CLASSES)}; give the file that does")
-    trainers = dict.fromkeys(told for name in sorted(groups) if (told := CLASSES.get(name)))
+    trainers: dict[Trainer, None] = dict.fromkeys(
+        told for name in sorted(groups) if (told := CLASSES.get(name))
+    )
     if "LLMTrainingParams" in groups:
         values = {name: value for group, name, value in calls.values if group in CLASSES}
         names = [name for _, name in calls.computed]
         return [_aitraining(values, trainer, origin, names)]
-    chosen = [trainer] if trainer else list(trainers)
+    chosen: list[Trainer] = [trainer] if trainer else list(trainers)
     if not chosen:
         raise ConfigError(f"calls {', '.join(sorted(groups))} alone; {_HELP}")
     found: list[Given] = []
@@ -209,7 +211,7 @@ def _aitraining(
         raise ConfigError(
             f"trainer = {one_line(name)!r} has no equal here; SFT, reward models and PPO have one"
         )
-    chosen = trainer or _TRAINERS[name]
+    chosen: Trainer = trainer or _TRAINERS[name]
     is_dump = len(values) > _DUMP
     return Given("aitraining", chosen, chosen, AITRAINING, values, computed, origin, is_dump)
 
@@ -219,11 +221,11 @@ def _trl(
     origin: str, computed: Sequence[str] = (),
 ) -> Given:  # fmt: skip
     names = {*values, *computed}
-    told = [*trainers_of(names)]
+    told: list[Trainer] = [*trainers_of(names)]
     if trainer is None and len(told) != 1:
         what = "arguments of several trainers" if told else "arguments that every trainer has"
         raise ConfigError(f"holds {what}; {_HELP}")
-    chosen = trainer or told[0]
+    chosen: Trainer = trainer or told[0]
     kind = OLD_PPO if chosen == "ppo" and is_old_ppo(names) else chosen
     order = (*ORDERS[kind], LAUNCHER)
     return Given("trl", chosen, kind, order, {**dict(launcher), **values}, computed, origin)

@@ -70,7 +70,8 @@ def parse_command(words: Sequence[str]) -> CommandLine:
         return CommandLine("aitraining", [*_options(rest[1:])])
     before, script, after = _parts(rest)
     name = PurePath(script).stem
-    trainer = next((trainer for part, trainer in _SCRIPTS if part in _parts_of(name)), None)
+    matches: list[Trainer] = [told for part, told in _SCRIPTS if part in _parts_of(name)]
+    trainer = next(iter(matches), None)
     other = name if trainer is None and _OTHERS.search(name) else ""
     return CommandLine("trl", [*_options(after)], [*_options(before)], trainer, other)
 

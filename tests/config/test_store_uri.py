@@ -40,6 +40,8 @@ MARKS = "?#%&=;:@/\\ .~\t\n\r\0[]é"
         ("s3://key:hunter2@bucket/a", "holds user info"),
         ("s3://key:hunter2@bucket?x", "holds user info"),
         ("a\0b", "names no folder"),
+        ("s3:/bucket/a", "begins like a URI and has no ://"),
+        ("file:/a", "begins like a URI and has no ://"),
     ],
 )
 def test_what_would_be_dropped_is_refused(uri, reason):

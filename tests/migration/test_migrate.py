@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -242,7 +243,8 @@ def test_a_value_out_of_bounds_is_left_out_and_named(tmp_path, tree, refused):
 
 def test_no_argument_is_dropped_without_a_word(tmp_path):
     """Any arguments of either tool, with any values: each is told, and the file loads."""
-    values = [0, 1, 2.5, -1, True, False, "text", "8", "none", [1], {"a": 1}, "", "x,y", "bf16"]
+    values = [0, 1, 2.5, -1, True, False, "text", "8", "none", [1], {"a": 1}, "", "x,y", "bf16",
+              10**300, date(2026, 1, 1), [date(2026, 1, 1)], {1: [2]}]  # fmt: skip
     for seed in range(30):
         rng = random.Random(seed)
         kind = rng.choice(["ppo", "reward_model", "sft", "aitraining"])
@@ -269,7 +271,7 @@ def test_a_misspelt_argument_is_told_with_its_neighbour(tmp_path):
     assert "# not carried over: zzz = 1: no argument of TRL" in result.text("x")
 
 
-SECRET = "hf_abcdefghijklmnop"
+SECRET, PASSWORD = "hf_abcdefghijklmnop", "open sesame"
 
 
 @pytest.mark.parametrize(
@@ -281,13 +283,14 @@ SECRET = "hf_abcdefghijklmnop"
         {"kl_coef": 0.1, "reward_model_path": f"https://me:{SECRET}@host/x", "run_name": SECRET},
         {"kl_coef": 0.1, "model_init_kwargs": {"token": SECRET}, "dataset_name": ["x", SECRET]},
         {"kl_coef": 0.1, SECRET: 1},
+        {"kl_coef": 0.1, "my_api_key": PASSWORD, "db_password": PASSWORD, "token": PASSWORD},
     ],
 )
 def test_credentials_are_neither_copied_nor_shown(tmp_path, tree):
     result = of_file(tmp_path, "old.yaml", tree)
     shown = [result.text("old.yaml"), *map(described, result.findings), *result.notes]
-    assert not any(SECRET in line for line in shown), shown
-    assert SECRET not in json.dumps([vars(finding) for finding in result.findings])
+    shown.append(json.dumps([vars(finding) for finding in result.findings]))
+    assert not any(secret in line for line in shown for secret in (SECRET, PASSWORD)), shown
 
 
 def test_a_shell_script_is_read_for_its_command(tmp_path):
@@ -309,10 +312,10 @@ def test_a_shell_script_is_read_for_its_command(tmp_path):
 def test_python_is_read_and_never_run(tmp_path):
     marker = tmp_path / "ran"
     source = (
-        f"import os\nopen({str(marker)!r}, 'w')\nN = 3\nfor M in range(2): pass\n"
+        f"import os\nopen({str(marker)!r}, 'w')\nN = 3\nfor M in range(2): pass\nLAM = 1\nLAM = 2\n"
         "import trl\nRate = 1e-6\n"
         f"a = trl.PPOConfig(learning_rate=Rate, kl_coef=__import__('os').system('touch "
-        f"{marker}') or 0.1, num_ppo_epochs=N, total_episodes=M, **more)\n"
+        f"{marker}') or 0.1, num_ppo_epochs=N, total_episodes=M, lam=LAM, **more)\n"
         "b = RewardConfig(num_train_epochs=1)\n"
     )
     result = of_file(tmp_path, "train.py", source)
@@ -320,7 +323,7 @@ def test_python_is_read_and_never_run(tmp_path):
     assert (result.config.ppo.num_ppo_epochs, result.config.ppo.learning_rate) == (3, 1e-6)
     assert result.config.reward_model.epochs == 1
     told = fates(result)
-    assert told["kl_coef"] == told["**"] == told["total_episodes"] == "computed"
+    assert told["kl_coef"] == told["**"] == told["total_episodes"] == told["lam"] == "computed"
 
 
 @pytest.mark.parametrize(
