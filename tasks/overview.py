@@ -64,6 +64,7 @@ def read_overview(
             curve=part(TRAIN_POLICY, CURVE, _read_rows),
             watchdog=part(TRAIN_POLICY, WATCHDOG),
             sft=part(TRAIN_SFT, CURVE, _read_rows),
+            sft_metrics=store.manifest(sft).metrics if (sft := refs.get(TRAIN_SFT.name)) else None,
             reward_model=part(EVALUATE_REWARD_MODEL, EVALUATION),
             card=part(PREPARE_DATA, CARD),
             verdicts=verdicts,

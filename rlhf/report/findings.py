@@ -32,6 +32,7 @@ SYMPTOMS: tuple[Callable[[Facts], Finding | None], ...] = (
     training.updates_too_large,
     training.critic_explains_nothing,
     training.sft_learned_nothing,
+    training.sft_overfitted,
     training.gate_without_rules,
     policy.too_few_prompts,
     training.longer_is_preferred,

@@ -68,6 +68,8 @@ class Facts:
     """PPO's `watchdog.json`."""
     sft: Sequence[Mapping[str, Any]] = ()
     """A row per logged step of SFT."""
+    sft_metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Metrics of the SFT stage."""
     reward_model: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The reward model's `evaluation.json`."""
     card: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -80,13 +82,14 @@ class Facts:
     @classmethod
     def of(
         cls, *, policy: Any = None, curve: Any = None, watchdog: Any = None, sft: Any = None,
-        reward_model: Any = None, card: Any = None, verdicts: Sequence[Verdict] = (),
-        settings: Any = None,
+        sft_metrics: Any = None, reward_model: Any = None, card: Any = None,
+        verdicts: Sequence[Verdict] = (), settings: Any = None,
     ) -> Facts:  # fmt: skip
         """Take the parts of a run as they were read; what has another shape counts as missing."""
         return cls(
             policy=mapping(policy), curve=rows_of(curve), watchdog=mapping(watchdog),
-            sft=rows_of(sft), reward_model=mapping(reward_model), card=mapping(card),
+            sft=rows_of(sft), sft_metrics=mapping(sft_metrics),
+            reward_model=mapping(reward_model), card=mapping(card),
             verdicts=verdicts, settings=mapping(settings),
         )  # fmt: skip
 

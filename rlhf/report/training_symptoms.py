@@ -34,6 +34,8 @@ LEAST_STEPS = 5
 #: Least fall of SFT's loss from the first tenth of its steps to the last: the quickstart's falls by
 #: 93 %, a model that was fine-tuned on such data before by some per cent.
 SFT_FALL = 0.01
+#: Least rise of SFT's loss on held-out replies: at most 128 of them tell no less.
+SFT_RISE = 0.02
 #: PPO updates from which its curves are judged.
 LEAST_UPDATES = 8
 #: Share of tokens with a clipped ratio: some 0.1 to 0.2 is usual (Huang et al. 2024); above this
@@ -162,6 +164,21 @@ def sft_learned_nothing(facts: Facts) -> Finding | None:
         f"{number(first)} to {number(last)} nats a token ({len(losses)} logged steps).",
         f"Raise {facts.now('sft.learning_rate')} or {facts.now('sft.epochs')}; if the base was "
         f"fine-tuned on such replies before, set {facts.now('sft.enabled')} to false.",
+    )  # fmt: skip
+
+
+def sft_overfitted(facts: Facts) -> Finding | None:
+    """Find an SFT after which held-out replies are less likely than before."""
+    ends = ("heldout_loss_before", "heldout_loss")
+    before, after = (value_of(facts.sft_metrics.get(name)) for name in ends)
+    if before is None or after is None or after <= before * (1 + SFT_RISE):
+        return None
+    return Finding(
+        "sft_overfitted", "warning",
+        f"SFT made the preferred replies to held-out prompts less likely: from {number(before)} to "
+        f"{number(after)} nats a token.",
+        f"Lower {facts.now('sft.epochs')} or {facts.now('sft.learning_rate')}; if data.sft_source "
+        "holds replies of another kind than the pairs, that may be meant.",
     )  # fmt: skip
 
 
