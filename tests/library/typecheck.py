@@ -18,6 +18,9 @@ MODULES = [
     *("signals", "smoke", "stage", "statistics", "trl_adapter"),
 ]
 
+#: Package whose functions beartype checks by itself.
+DATA = "rlhf.data"
+
 #: Accepts an int for a float, as type checkers do (PEP 484). Variables are left to pyright.
 CONF = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False)
 check = beartype(conf=CONF)
@@ -26,8 +29,8 @@ check = beartype(conf=CONF)
 def install() -> None:
     """Check all functions of `MODULES`, which must not be imported yet; idempotent.
 
-    jaxtyping binds the arguments of each call anew, 100 µs of it: only modules with shapes have
-    that. In the others beartype's own checks are as strict, and nearly free.
+    jaxtyping binds the arguments of each call anew, 100 µs of it, which small functions of `DATA`
+    are called for a million times. There beartype's own checks are as strict, and nearly free.
 
     Raises:
         RuntimeError: Some of them are imported already and would not be checked.
@@ -38,9 +41,9 @@ def install() -> None:
     if early := [name for name in names if name in sys.modules]:
         raise RuntimeError(f"imported before the type checker was installed: {early}")
     _leave_named_tuples()
-    beartype_packages(names, conf=CONF)
+    beartype_packages([DATA], conf=CONF)
     # Before it on the path, so that these modules have jaxtyping's checks instead.
-    install_import_hook(bound_by_jaxtyping(), f"{__name__}.check")
+    install_import_hook(bound_by_jaxtyping(names), f"{__name__}.check")
     sys.meta_path[0]._rlhf = True
 
 
@@ -56,16 +59,17 @@ def _leave_named_tuples() -> None:
     typing._make_nmtuple = unchecked
 
 
-def bound_by_jaxtyping() -> list[str]:
-    """Return the names of the modules that annotate shapes, or names that only checkers import.
+def bound_by_jaxtyping(names: list[str]) -> list[str]:
+    """Return the modules that jaxtyping checks: all but those of `DATA` that name no shapes.
 
-    Of the latter beartype fails at the first call; jaxtyping leaves them unchecked.
+    Of names that only type checkers import beartype fails at the first call; jaxtyping leaves them
+    unchecked.
     """
     root = Path(__file__).parents[2]
     marks = ("from jaxtyping import", "if TYPE_CHECKING:")
-    return [
+    return [name for name in names if name != DATA] + [
         ".".join(path.relative_to(root).with_suffix("").parts)
-        for path in sorted((root / "rlhf").rglob("*.py"))
+        for path in sorted((root / DATA.replace(".", "/")).rglob("*.py"))
         if any(mark in path.read_text("utf-8") for mark in marks)
     ]
 
