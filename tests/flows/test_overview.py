@@ -20,10 +20,12 @@ from prefect.client.schemas.filters import (
 from flows import pipeline as pipeline_module
 from flows.pipeline import pipeline
 from flows.terminal import show_run
+from rlhf.config import PipelineConfig
 from rlhf.markdown import escape
 from tasks.console import PlainConsole
 from tasks.report import run_overview
 from tasks.run_record import RunRecord, new_record, write_record
+from tasks.stage import store_of
 from tests.flows.conftest import tiny_tree
 
 pytestmark = pytest.mark.prefect
@@ -121,10 +123,10 @@ def test_show_finds_a_run_by_all_that_names_it(rlhf, preset, tmp_path, monkeypat
     for finding in facts["findings"]:
         assert words(finding["text"]) in words(by_default.stdout)
 
-    # The report is that of the run that this one repeats; its name is the first run's.
     page = Path(record.report)
     store = ("--store", tmp_path / "store")
-    digest = _report_digest(tmp_path / "store")
+    stored = store_of(PipelineConfig.model_validate(tiny_tree(tmp_path))).list()
+    digest = min((a for a in stored if a.ref.kind == "report"), key=lambda a: a.age).ref.digest
     for named in ([record.name, *here], [page], [page.with_suffix(".json")], [digest, *store]):
         again = rlhf("show", *named)
         assert again.returncode == 0, again.stderr
@@ -146,12 +148,6 @@ def test_show_finds_a_run_by_all_that_names_it(rlhf, preset, tmp_path, monkeypat
     assert "which is gone; run the same command again" in gone.stderr
 
 
-def _report_digest(folder):
-    (entries,) = [*folder.glob("history/records/report/*")] or [None]
-    text = next(file for file in sorted(Path(entries).rglob("*")) if file.is_file()).read_text()
-    return json.loads(text)["digest"]
-
-
 def test_show_says_what_there_is_instead_of_a_report(rlhf, tmp_path):
     folder = tmp_path / "runs"
     write_record(new_record("going", ["train-sft"]), folder)
@@ -159,7 +155,7 @@ def test_show_says_what_there_is_instead_of_a_report(rlhf, tmp_path):
     for name, cure in {
         "going": "is Running; rlhf watch going",
         "killed": "ended as Killed without one; run the same command again",
-        "none": "'none': no run in",
+        "none": "'none': no run is called that",
     }.items():
         shown = rlhf("show", name, "--work-dir", tmp_path)
         assert shown.returncode == 2
