@@ -8,6 +8,7 @@ from rlhf.costs import Cost, Forecast
 from rlhf.report import RunReport, StageRow, StageState, render
 from rlhf.report.costs import UNKNOWN, cost_view
 from rlhf.report.render import watchdog_finding
+from rlhf.store import open_store
 from tasks.console import console
 from tasks.run_costs import RunCosts, StageCosts
 from tests.report import demo
@@ -80,7 +81,7 @@ def test_the_page_has_the_table_and_says_what_the_budget_stopped():
     assert "Sum of this run" not in render(report)
 
 
-def test_the_command_fits_80_columns(monkeypatch, capsys):
+def test_the_command_fits_80_columns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(console, "_width", 80)
     longest = GPU.model_copy(update={"seconds": 3599, "money": 1234.56})
     stages = [
@@ -97,19 +98,8 @@ def test_the_command_fits_80_columns(monkeypatch, capsys):
     assert len(rows) == len(STAGE_NAMES)  # a row for each, none of two lines
     assert all(len(line) <= 80 for line in lines[1:-2])
     assert all("1,234.56 EUR" in row for row in rows)
-    costs_command._show_line(_Lines(), "default", [made, made], json=False)
+    store = open_store(str(tmp_path / "store"), cache_dir=tmp_path)
+    costs_command._show_line(store, "default", [made, made], json=False)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert all(len(line) <= 80 for line in lines[:3])
-
-
-class _Lines:
-    """A store without champions."""
-
-    class history:  # noqa: N801
-        """Its histories are empty."""
-
-        @staticmethod
-        def numbered(_name):
-            """Return no entry."""
-            return {}
