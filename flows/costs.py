@@ -117,7 +117,7 @@ def _show_run(found: RunCosts) -> None:
     say(f"{found.run}: {found.outcome or 'not ended'}, begun {found.started[:16]}", "bold")
     # The sum is in a sentence below, and of a stage on a GPU the memory is that of the GPU.
     shown = [name for name in view.columns if name != DEVICE]
-    table = _table("stage", *("memory" if name == MEMORY else name.lower() for name in shown))
+    table = _table("stage", *map(str.lower, shown))
     for row in view.rows[:-1]:
         cells = dict(zip(view.columns, row.cells, strict=True))
         cells[MEMORY] = cells.get(DEVICE) or cells.get(MEMORY, "")
