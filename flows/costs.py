@@ -100,7 +100,7 @@ def _show_budget(config: PipelineConfig, whole: Forecast | None) -> None:
 
 
 def _show_run(found: RunCosts) -> None:
-    from rlhf.report.costs import DEVICE, MEMORY, cost_view
+    from rlhf.report.costs import DEVICE, MEMORY, TIME, cost_view
     from rlhf.report.model import StageRow, StageState
     from tasks.run_costs import cost_lines
 
@@ -113,13 +113,15 @@ def _show_run(found: RunCosts) -> None:
         for stage in found.stages
     ]  # fmt: skip
     view = cost_view(rows)
+    cached = {row.name for row in rows if row.state == StageState.CACHED}
     say(f"{found.run}: {found.outcome or 'not ended'}, begun {found.started[:16]}", "bold")
     # The sum is in a sentence below, and of a stage on a GPU the memory is that of the GPU.
     shown = [name for name in view.columns if name != DEVICE]
-    table = _table("stage", *("memory" if name == MEMORY else name.lower() for name in shown))
+    table = _table("stage", *map(str.lower, shown))
     for row in view.rows[:-1]:
         cells = dict(zip(view.columns, row.cells, strict=True))
         cells[MEMORY] = cells.get(DEVICE) or cells.get(MEMORY, "")
+        cells[TIME] = "cached" if row.stage in cached else cells[TIME]
         table.add_row(one_line(row.stage), *(one_line(cells[name]) for name in shown))
     console.print(table)
     for line in cost_lines(rows, found.budget, found.stopped):
@@ -140,13 +142,13 @@ def _show_line(store: Store, line: str, runs: list[RunCosts], json: bool) -> Non
     if not runs:
         say(f"no run of the model line {line} has costs in {store.uri}")
         return
-    table = _table("run", "begun", "outcome", "time", "energy", "money")
+    table = _table("run", "outcome", "time", "energy", "money")
     for run in runs:
         cost = run.total
         outcome = "champion" if run.run in champions else run.outcome or "not ended"
         outcome = f"{outcome}, budget" if run.stopped else outcome
         table.add_row(
-            one_line(run.run), run.started[:10], one_line(outcome),
+            one_line(run.run), one_line(outcome),
             duration(cost.seconds) if cost else "0 s", energy_text(cost.energy) if cost else "",
             money_text(cost.money, cost.currency) if cost else "",
         )  # fmt: skip
@@ -174,7 +176,7 @@ def _table(*columns: str) -> Table:
     """Return a table without frame, which leaves 80 columns to its cells."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
-        right = number > 0 and name not in ("begun", "outcome", "source")
+        right = number > 0 and name not in ("outcome", "source")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     return table
 

@@ -24,7 +24,7 @@ from rlhf.report.text import duration
 
 #: Columns of the table, in this order.
 TIME, EXPECTED, MEMORY, DEVICE, ENERGY, MONEY = (
-    "Time", "Expected", "Peak memory", "On the device", "Energy", "Money"
+    "Time", "Expected", "Memory", "Device", "Energy", "Money"
 )  # fmt: skip
 #: What is shown where nothing was known before the run.
 UNKNOWN = "unknown"
@@ -124,7 +124,10 @@ def _notes(stages: Sequence[StageRow]) -> list[str]:
         {f"{money_text(c.price, c.currency)} an hour of {c.device or 'a device'}"
          for c in costs if c.price is not None}
     )  # fmt: skip
-    notes = ["Cached stages took nothing in this run. All attempts of a stage are counted."]
+    notes = [
+        "Cached stages took nothing in this run. All attempts of a stage are counted. Memory is "
+        "the peak of the stage’s processes, Device that of one GPU."
+    ]
     if prices:
         notes.append(f"Prices: {', '.join(prices)}.")
     return notes
