@@ -123,7 +123,8 @@ def _shown(loaded: LoadedConfig, quiet: bool) -> Iterator[None]:
                 logger.setLevel(logging.INFO)
             preflight_command(loaded.config)
             _meet_server(quiet)
-            board.show_on(None if quiet else console)
+            # Jupyter's kernels set FORCE_COLOR, by which rich takes a notebook for a terminal.
+            board.show_on(None if quiet else console, plain=not sys.stdout.isatty())
             yield
         finally:
             board.show_on(None)

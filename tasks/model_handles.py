@@ -296,11 +296,11 @@ def _messages(prompt: Any) -> list[Message]:
     """
     if isinstance(prompt, str) and prompt.strip():
         return [{"role": "user", "content": prompt}]
-    is_list = isinstance(prompt, list) and len(prompt) > 0
-    if not is_list or not all(_is_message(each) for each in prompt):
+    turns = cast("list[Any]", prompt) if isinstance(prompt, list) else []
+    if not turns or not all(_is_message(each) for each in turns):
         shown = as_written(prompt) if isinstance(prompt, str) else type(prompt).__name__
         raise ConfigError(f"a prompt is {shown}; give {_FORMS}")
-    return [{"role": each["role"], "content": each["content"]} for each in prompt]
+    return [{"role": each["role"], "content": each["content"]} for each in turns]
 
 
 def _is_message(value: Any) -> bool:

@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -21,6 +22,7 @@ PACKAGES = ("rlhf", "tasks", "flows")
 DECLARATIONS = ("rlhf/config/pipeline.py", "tasks/stages.py", "rlhf/champions.py")
 
 
+@cache
 def module_trees() -> dict[str, ast.Module]:
     """Parsed product modules by dotted name."""
     trees = {}

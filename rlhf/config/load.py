@@ -157,7 +157,7 @@ def load_source(
         return load_preset(None, _merge(config.model_dump(mode="json"), changes))
     if isinstance(source, Mapping):
         return load_preset(None, _merge(cast("Tree", _plain(_checked(source))), changes))
-    if not isinstance(source, str | Path | None):
+    if not isinstance(source, str | Path | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
             f"config = {as_written(source)}: is of type {type(source).__name__}; give the name of "
             "a preset, the path of a YAML file, a mapping, or a configuration"
