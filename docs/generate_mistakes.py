@@ -128,7 +128,14 @@ MISTAKES = (
         "preflight mine.yaml --ppo.max_new_tokens=128",
         "ppo.max_new_tokens = 128 leaves no room for a prompt in reward_model.max_length = 128; "
         "lower it, or raise reward_model.max_length (from command line and mine.yaml)",
-        "A `max_length` beyond the model's context is no mistake: the context holds.",
+    ),
+    Mistake(
+        "Replies longer than the model's context",
+        "preflight mine.yaml --ppo.max_new_tokens=300 --sft.max_length=1024 "
+        "--reward_model.max_length=1024",
+        "ppo.max_new_tokens = 300 leaves no room for a prompt in the context of base.path = "
+        "'base', which is 256 tokens; lower it, or name a base with a longer context",
+        "A `max_length` beyond the context is no mistake: the context holds.",
     ),
     Mistake(
         "A mini-batch larger than its chunk",
@@ -140,8 +147,8 @@ MISTAKES = (
         "LoRA on layers that the model has not",
         "preflight mine.yaml --sft.lora.target_modules=q_prj",
         "base.path = 'base': rehearsed in small, SFT fails: sft.lora.target_modules = 'q_prj': "
-        "this model has no linear layer of the name 'q_prj'; choose from down_proj, gate_proj, k_proj, "
-        "o_proj, q_proj, up_proj, v_proj, or write all-linear",
+        "this model has no linear layer of the name 'q_prj'; choose from down_proj, gate_proj, "
+        "k_proj, o_proj, q_proj, up_proj, v_proj, or write all-linear",
     ),
     Mistake(
         "CUDA on a machine without",
@@ -164,6 +171,22 @@ MISTAKES = (
         "Exit code 3: neither a crash nor a success. [gates.md](gates.md#when-a-gate-says-no) has "
         "what to do for each rule; the report shows the pairs that it got wrong.",
         key="gate",
+    ),
+    Mistake(
+        "Promoting what no gate has judged",
+        "promote 3f2a91c04d",
+        "3f2a91c04d: no gate has judged it; to promote it all the same: --unapproved --why '<the "
+        "reason>'",
+        key="unapproved",
+    ),
+    Mistake(
+        "A full disk",
+        "run mine.yaml",
+        "file:///home/me/project/.rlhf/store: can't write blobs/3f2a91c04d: No space left on "
+        "device; make room there, then try again",
+        "What is complete stays, and the same command goes on. `rlhf artifacts gc` lists what "
+        "nothing refers to; `runtime.cache_gb` bounds the cache of fetched artifacts.",
+        key="disk",
     ),
     Mistake(
         "A store's URI with a slash too few",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import PipelineConfig, apply_machine_settings
+from rlhf.errors import ConfigError
 from rlhf.files import expand_home, files_sha256, is_dir, read_json, write_json
 from rlhf.modeling.source import DESCRIPTION_FILES, ExternalModel, ExternalTokenizer
 from rlhf.store import Producer
@@ -70,11 +71,13 @@ def rehearse_once(
         Remarks: what could not be rehearsed.
 
     Raises:
+        ConfigError: Replies leave no room for a prompt in the model's context.
         RehearsalFailed: A stage fails with this model, or computes wrong numbers.
     """
     from rlhf.rehearsal import rehearse
 
     _check_weights(config)
+    _check_context(config, base)
     work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
     with tempfile.TemporaryDirectory(dir=work_dir, prefix="rehearsal-") as scratch:
         bases = {
@@ -114,6 +117,23 @@ def base_without_weights(config: PipelineConfig) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield _small_files(external, config, Path(scratch, "base"))
+
+
+def _check_context(config: PipelineConfig, base: Path) -> None:
+    """Refuse replies that leave no room for a prompt in the base's context.
+
+    Raises:
+        ConfigError: They do.
+    """
+    from rlhf.modeling.base import folder_context
+
+    context = folder_context(base)
+    if config.token_limits().within(context).prompt < 1:
+        raise ConfigError(
+            f"ppo.max_new_tokens = {config.ppo.max_new_tokens} leaves no room for a prompt in the "
+            f"context of base.path = {config.base.path!r}, which is {context:,} tokens; lower it, "
+            "or name a base with a longer context"
+        )
 
 
 def _check_weights(config: PipelineConfig) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import json
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -21,9 +23,10 @@ from flows import cli
 from rlhf import gates
 from rlhf.checkpoints import folder as checkpoints
 from rlhf.config import ArchitectureConfig, GateRule
-from rlhf.errors import ConfigError, GateRejected
+from rlhf.errors import ConfigError, GateRejected, StoreError
 from rlhf.modeling.base import from_scratch
 from rlhf.modeling.tokenizer import load_tokenizer
+from rlhf.store.local import LocalBackend
 from tasks import prefect_server
 from tests.flows.conftest import _restored_process
 
@@ -105,6 +108,14 @@ def test_a_command_says_what_the_page_says(rlhf, mistake: Mistake):
     assert "Traceback" not in shown
 
 
+def test_a_policy_without_a_verdict_is_not_promoted(rlhf):
+    code, shown = rlhf("artifacts", "push", "base", "policy", "--store", "other")
+    digest = shown.split("artifact ")[1].split()[0]
+    code, shown = rlhf("promote", digest, "--store", "other")
+    message = BY_KEY["unapproved"].message.partition(": ")[2]
+    assert (code, shown.partition(": ")[2]) == (2, f"{digest[:12]}: {message}\n")
+
+
 def test_debug_shows_the_traceback_wherever_it_stands(rlhf):
     for words in (("--debug", "run", "typo.yaml"), ("run", "typo.yaml", "--debug"),
                   ("artifacts", "--debug", "show", "abcdef")):  # fmt: skip
@@ -146,6 +157,13 @@ def test_what_needs_no_command(project, monkeypatch, caplog, tmp_path):
     ):
         pass
     assert str(locked.value) == BY_KEY["lock"].message
+
+    # A disk can't be filled here; the error is that of a write to one.
+    backend = LocalBackend(Path("/home/me/project/.rlhf/store"))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(StoreError) as told, backend._translated("write", "blobs/3f2a91c04d"):
+        raise full
+    assert str(told.value) == BY_KEY["disk"].message
 
     project_file = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert BY_KEY["python"].message.endswith(f"not in {project_file['requires-python']!r}")
