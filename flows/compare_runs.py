@@ -13,8 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from flows.artifacts import ConfigOption, StoreOption
-from flows.models import check_file, excerpt
-from flows.pages import write_page
+from flows.models import check_file, excerpt, write_page
 from flows.run_lookup import open_for_run
 from rlhf.errors import ConfigError
 from rlhf.plain_text import one_line

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flows.preflight import Overrides
 from rlhf.config import LoadedConfig, load_config
-from rlhf.config.fields import canonical, flatten, nearest
+from rlhf.config.fields import canonical, flatten, meaning_of, nearest
 from rlhf.errors import ConfigError
 from rlhf.files import is_file
 from rlhf.plain_text import one_line
@@ -168,9 +168,7 @@ def _rows(loaded: LoadedConfig, words: Sequence[str]) -> list[tuple[str, str, st
     Raises:
         ConfigError: None does.
     """
-    from rlhf.config.meanings import meaning
-
-    rows = [(*row, meaning(row[0])) for row in loaded.rows()]
+    rows = [(*row, meaning_of(row[0])) for row in loaded.rows()]
     for word in words:
         text = word.lower()
         kept = [row for row in rows if text in row[0].lower()] or [

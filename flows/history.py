@@ -11,8 +11,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from flows.artifacts import ConfigOption, StoreOption, open_existing
-from flows.models import check_file
-from flows.pages import write_page
+from flows.models import check_file, write_page
 from rlhf.plain_text import one_line
 from rlhf.report.history import Entry
 from rlhf.report.text import duration, number

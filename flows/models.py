@@ -1,4 +1,4 @@
-"""Helpers of the commands on models: opening the store, loading models, printing figures."""
+"""Helpers of the commands on models: opening the store, loading models, figures and pages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bars
 
 from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
+<<<<<<< HEAD
 from rlhf.errors import ConfigError
 from rlhf.files import is_dir
+=======
+from rlhf.errors import ConfigError, RLHFError
+from rlhf.files import is_dir, is_file
+>>>>>>> h19-history
 from rlhf.plain_text import printable
 from rlhf.stage import Progress
 from tasks.console import console, text_column
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     from tasks.models import NamedModel
 
 SHOWN_CHARS = 300
+#: What every page of this project holds.
+_OURS = b"Written by rlhf-pipeline."
 
 
 def open_for_models(store: str | None, config: Path | None) -> tuple[RuntimeConfig, Store]:
@@ -83,6 +90,27 @@ def check_file(option: str, file: Path | None) -> None:
         raise ConfigError(f"{option} {str(file)!r}: is a folder; name a file")
     if not is_dir(file.absolute().parent):
         raise ConfigError(f"{option} {str(file)!r}: its folder does not exist; make it first")
+
+
+def write_page(option: str, file: Path, page: str) -> None:
+    """Write a page whole or not at all; an earlier page is replaced, another file is not.
+
+    Raises:
+        ConfigError: A file of something else is there, or it can't be written.
+    """
+    try:
+        if is_file(file) and _OURS not in file.read_bytes():
+            raise ConfigError(
+                f"{option} {str(file)!r}: is there already, and no page of this command; name a "
+                "new file"
+            )
+        scratch = file.with_name(f".{os.getpid()}.page.tmp")
+        scratch.write_text(page, encoding="utf-8")
+        scratch.replace(file)
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {str(file)!r}: can't be written ({error.strerror or error}); name another"
+        ) from None
 
 
 @contextmanager

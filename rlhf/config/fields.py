@@ -1,8 +1,9 @@
-"""Dotted names of fields, such as `ppo.lora.r`, and their types."""
+"""Dotted names of fields, such as `ppo.lora.r`, their types and meanings."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast, get_args
 
@@ -11,6 +12,9 @@ from pydantic import BaseModel
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import ALIASES
 from rlhf.config.section import Tree, member_types, sections, union_members, without_none
+
+#: End of a sentence; `e.g.` and decimals are none.
+_END = re.compile(r"(?<=[^\s.]{2}[.!?)])\s+(?=[A-Z`\"(])")
 
 
 def canonical(key: str) -> str:
@@ -27,6 +31,29 @@ def field_types(key: str) -> tuple[Any, ...] | None:
         if types is None:
             return None
     return types
+
+
+def meaning_of(key: str) -> str:
+    """Return what a field with this dotted name is, in a sentence; empty if it is not known.
+
+    A name within a mapping, such as that of a component, has the mapping's meaning.
+    """
+    types: tuple[Any, ...] = (PipelineConfig,)
+    found = ""
+    for name in key.split("."):
+        for section in sections(types):
+            field = section.model_fields.get(name)
+            if field is not None and field.description:
+                found = first_sentence(field.description)
+                break
+        types = member_types(types, name) or ()
+    return found
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a docstring as one line."""
+    line = " ".join(text.split())
+    return _END.split(line, maxsplit=1)[0]
 
 
 def containing_field(key: str) -> str | None:

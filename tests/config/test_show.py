@@ -9,8 +9,8 @@ import pytest
 
 from flows.configurations import metrics, show
 from rlhf.config import load_config
+from rlhf.config.fields import first_sentence, meaning_of
 from rlhf.config.load import PRESETS
-from rlhf.config.meanings import first_sentence, meaning
 from rlhf.config.metric_meanings import ALIKE, PARTS, metric_meanings
 from rlhf.config.metric_names import ENDS, METRICS
 from rlhf.errors import ConfigError
@@ -31,9 +31,9 @@ def shown(capsys, monkeypatch):
 
 def test_every_field_has_a_meaning():
     rows = load_config(None, []).rows()
-    assert [key for key, _, _ in rows if not meaning(key)] == []
-    assert meaning("ppo.kl_coef").startswith("Weight of the per-token KL penalty")
-    assert meaning("no.such.field") == ""
+    assert [key for key, _, _ in rows if not meaning_of(key)] == []
+    assert meaning_of("ppo.kl_coef").startswith("Weight of the per-token KL penalty")
+    assert meaning_of("no.such.field") == ""
     assert first_sentence("Of 1.5 nats, e.g. of\n  `x`. Then B.") == "Of 1.5 nats, e.g. of `x`."
 
 
