@@ -12,13 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bars
 
 from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
-<<<<<<< HEAD
-from rlhf.errors import ConfigError
-from rlhf.files import is_dir
-=======
 from rlhf.errors import ConfigError, RLHFError
 from rlhf.files import is_dir, is_file
->>>>>>> h19-history
 from rlhf.plain_text import printable
 from rlhf.stage import Progress
 from tasks.console import console, text_column
