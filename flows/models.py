@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bars
 
 from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
-from rlhf.errors import ConfigError, RLHFError
+from rlhf.errors import ConfigError
 from rlhf.files import is_dir, is_file
 from rlhf.plain_text import printable
 from rlhf.stage import Progress
