@@ -11,7 +11,6 @@ from cyclopts import Parameter, validators
 from rich.console import Group
 from rich.rule import Rule
 from rich.table import Table
-from rich.text import Text
 
 from flows.artifacts import ConfigOption, StoreOption
 from flows.run_lookup import open_for_run
@@ -31,6 +30,8 @@ from rlhf.report.text import number, number_of, text_of
 from tasks.console import console, say, styled
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from collections.abc import Callable
 
     from rich.console import RenderableType
