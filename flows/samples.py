@@ -30,11 +30,10 @@ from rlhf.report.text import number, number_of, text_of
 from tasks.console import console, say, styled
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from collections.abc import Callable
 
     from rich.console import RenderableType
+    from rich.text import Text
 
 #: Replies that are shown without --n.
 SHOWN = 10
