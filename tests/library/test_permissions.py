@@ -111,6 +111,7 @@ PLACES = {
 OWN = ("function", "url", "token_env")
 #: Last parts of the settings that name no place.
 NAMES = (
+    "currency",
     *("name", "project", "revision", "region", "sse_kms_key_id", "delimiter", "encoding"),
     *("hub_split", "first", "second", "tie", "metric", "min", "max", "pattern", "target_modules"),
     *("keys", "words", "stop_sequences", "metadata_columns", "ignore_columns", "text_columns"),
