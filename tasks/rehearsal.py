@@ -127,7 +127,10 @@ def _check_context(config: PipelineConfig, base: Path) -> None:
     """
     from rlhf.modeling.base import folder_context
 
-    context = folder_context(base)
+    try:
+        context = folder_context(base)
+    except ConfigError:
+        return  # the rehearsal tells what is wrong with the base
     if config.token_limits().within(context).prompt < 1:
         raise ConfigError(
             f"ppo.max_new_tokens = {config.ppo.max_new_tokens} leaves no room for a prompt in the "
