@@ -498,7 +498,8 @@ def test_the_policys_evaluation(ensemble, reward_model, sft, data, copy_of, tmp_
     assert not [n for n in dict(flat_metrics(results["without"])) if "disagreement" in n]
     assert "disagreement" not in samples["without"][0]
     for row in samples["with"]:
-        del row["disagreement"]
+        for one in (row, *row["more"]):
+            del one["disagreement"]
     assert samples["with"] == samples["without"]
 
 

@@ -263,7 +263,7 @@ def test_preflight_refuses_artifacts_that_are_no_reward_model(config, sft, tmp_p
     store = store_of(config(sft))
     published = run_stage(
         STAGES["train-sft"],
-        config(sft, ppo={}, base={"path": str(sft)}, sft={"enabled": False}),
+        config(sft, ppo=FITTING, base={"path": str(sft)}, sft={"enabled": False}),
         {"data": _dataset(store, tmp_path)},
     ).ref
     with pytest.raises(ConfigError, match=f"'artifact:{published.digest}': {MUST}"):
@@ -273,7 +273,7 @@ def test_preflight_refuses_artifacts_that_are_no_reward_model(config, sft, tmp_p
         preflight(config(f"artifact:{data}"))
     # A base that is an artifact: the stage after it finds what was made from it.
     base = {"path": f"artifact:{published.digest}"}
-    chosen = config(sft, ppo={}, base=base, sft={"enabled": False})
+    chosen = config(sft, ppo=FITTING, base=base, sft={"enabled": False})
     again = run_stage(STAGES["train-sft"], chosen, {"data": store.resolve(data)}).ref
     assert find_inputs(TRAIN, chosen, {"data": store.resolve(data)})["sft"] == again
 
