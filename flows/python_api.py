@@ -119,6 +119,7 @@ def _shown(loaded: LoadedConfig, quiet: bool) -> Iterator[None]:
             if not quiet:
                 for line in loaded.advice():
                     say(f"warning: {line}", on=PlainConsole(stderr=True))
+                handler.setStream(sys.stdout)  # a notebook shows standard error as if it failed
                 logger.addHandler(handler)
                 logger.setLevel(logging.INFO)
             preflight_command(loaded.config)
