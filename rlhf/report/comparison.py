@@ -34,7 +34,7 @@ from rlhf.report.trust import Answer, over_optimised, win_rates
 
 #: Cards of each kind, and slices.
 MAX_CARDS, MAX_SLICES = 6, 10
-SIDES = Sides("a", "a", "b", "b", "Policy b", was="a:")
+SIDES = Sides("a", "a", "b", "b", "Policy b", was="a:", reward_note="")
 #: Heading of each part of the table, and a note, as `rlhf.report.policy.PARTS`.
 PARTS = {
     "": ("", ""),

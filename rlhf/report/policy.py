@@ -48,6 +48,8 @@ class Sides(NamedTuple):
     policy: str = "The trained policy"
     was: str = "was"
     """Stands before the first policy's values."""
+    reward_note: str = ", without what PPO subtracts from replies that don't end"
+    """Ends the sentence on rewards."""
 
 
 class Compared(NamedTuple):
