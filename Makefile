@@ -60,7 +60,7 @@ quickstart-bars: $(STAMP)  ## train the whole quickstart on a real S3 server; it
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP)  ## generate the reference, and the documentation as a site in site/
 	$(BIN)/python -m docs.generate_reference
-	$(BIN)/python -m docs.generate_ppo > docs/ppo.md
+	for page in ppo migrating mistakes; do $(BIN)/python -m docs.generate_$$page > docs/$$page.md; done
 	$(BIN)/python -m mkdocs build
 
 gpu: $(STAMP)  ## fill .gpu with what benchmarks/gpu.sh needs on a GPU machine

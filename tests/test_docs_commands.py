@@ -12,10 +12,10 @@ from flows.cli import app
 from rlhf.config.fields import canonical, field_types
 
 ROOT = Path(__file__).parents[1]
-#: Without the generated page of all commands, which tests/config/test_reference.py holds.
+#: Without generated pages that have tests of their own: of all commands, and of mistakes.
 GUIDES = [
     path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-    if path.name != "commands.md"
+    if path.name not in ("commands.md", "mistakes.md")
 ]  # fmt: skip
 _BLOCK = re.compile(r"(?ms)^ *```(sh|bash|console)\n(.*?)^ *```")
 #: Words in a block after which another command begins.
