@@ -374,7 +374,9 @@ def _append(store: Store, name: str, last: Promotion | None, **fields: Any) -> P
         model=name, when=timestamp(), previous=last.policy if last else None,
         number=last.number + 1 if last else 1, **fields,
     )  # fmt: skip
-    if store.history.advance(CHAMPIONS + name, entry.model_dump(), entry.number - 1):
+    unknown = {"cost"} if entry.cost is None else set[str]()
+    written = entry.model_dump(exclude={"number", *unknown})
+    if store.history.advance(CHAMPIONS + name, written, entry.number - 1):
         return entry
     policy = entry.policy[:12]
     winner = next((each for each in history(store, name) if each.number == entry.number), None)
