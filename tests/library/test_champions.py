@@ -75,7 +75,6 @@ def test_an_entry_says_who_when_why_and_what_was_before(local, monkeypatch):
     assert saved == {
         "model": "ours", "policy": B, "verdict": None, "action": "promote", "by": "bob",
         "why": "two lines [31m", "run": None, "previous": A, "unapproved": True, "approval": None,
-        "cost": None,
     }  # fmt: skip
     assert (when[10], when[-6:], len(when)) == ("T", "+00:00", 25)
     assert (first.number, first.previous, first.by, first.run) == (1, None, "ann", "tiny-1")
