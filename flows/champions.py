@@ -185,9 +185,14 @@ def approve(
     folder = records_folder(work_dir)
     here = _awaiting_here(run, folder) if store is None and config is None else None
     if here is not None and here.awaiting is not None:
+        if name not in (None, here.awaiting.line):
+            raise ConfigError(
+                f"--name {name}: {run} waits with a policy of model line {here.awaiting.line}; "
+                "leave --name out, or give the policy's digest with --store"
+            )
         run, store, name = here.awaiting.policy, here.awaiting.store, here.awaiting.line
     if store is None and config is None:
-        suspended = _suspended(run, folder)
+        suspended = _suspended(run, work_dir)
         answer = "refuse" if refuse else "approve"
         # Checked as the record will be: once the run goes on, there is no way back.
         line = checked_line("--why", why)
@@ -245,7 +250,7 @@ def _awaiting_here(run: str, folder: Path) -> RunRecord | None:
     return next((r for r in read_records(folder) if r.awaiting and r.name == run), None)
 
 
-def _suspended(run: str, folder: Path) -> FlowRun:
+def _suspended(run: str, work_dir: Path | None = None) -> FlowRun:
     """Return the one suspended run with this name or beginning of its id.
 
     Raises:
@@ -259,6 +264,7 @@ def _suspended(run: str, folder: Path) -> FlowRun:
         FlowRunFilterStateName,
     )
 
+    folder = records_folder(work_dir)
     here = ", ".join(record.name for record in read_records(folder) if record.awaiting) or "none"
     instead = f"; runs of {folder} that wait: {here}; or give the policy's digest with --store"
     with prefect_server(run, instead=instead) as client:

@@ -93,6 +93,9 @@ def _show_budget(config: PipelineConfig, whole: Forecast | None) -> None:
     if whole is None:
         say(f"{text}; what the run will take is not known")
         return
+    if budget.money is not None and whole.money is None:
+        say(f"{text}; what the run will cost is not known, for want of a price", "yellow")
+        return
     is_over = budget.hours is not None and whole.seconds > budget.hours * 3600
     is_over |= budget.money is not None and (whole.money or 0.0) > budget.money
     end = "less than expected: PPO will stop early" if is_over else "more than expected"

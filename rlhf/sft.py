@@ -310,6 +310,8 @@ def _train(
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if held_out:
             losses["heldout_loss"] = _loss_of(trained, held_out)
+    # No result holds a number that is not finite; the curve's would have ended the training.
+    losses = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
     return gather_weights(trained), callback.curve, losses
 
 

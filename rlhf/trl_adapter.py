@@ -74,6 +74,8 @@ def training_arguments(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        # The leader alone computes the loss on held-out rows, and the others wait for it.
+        "ddp_timeout": 7 * 24 * 3600,
         **(_SHARDED if section.sharding == "fsdp" and section.processes else {}),
     }
 

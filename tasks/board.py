@@ -20,7 +20,7 @@ from rich.live import Live
 
 from rlhf import signals
 from rlhf.errors import explain
-from rlhf.plain_text import one_line
+from rlhf.plain_text import one_line, printable
 from rlhf.report.model import RunOutcome
 from tasks.console import PlainConsole, say
 from tasks.eta import Eta
@@ -167,7 +167,7 @@ class Board:
     def note_report(self, page: Path) -> None:
         """Note where the run's report is, for `rlhf show`."""
         if self.record is not None:
-            self.record.report = str(page)
+            self.record.report = printable(page)
             self._write(now=True)
 
     def end(
@@ -220,7 +220,8 @@ class Board:
         if not now and moment - self._written < WRITE_EVERY:
             return
         self._written = moment
-        with self._lock, suppress(OSError):  # a full disk is told by what needs it
+        # A full disk is told by what needs it; a path may hold bytes that JSON can't.
+        with self._lock, suppress(OSError, ValueError):
             self.record.updated = time.time()
             write_record(self.record, self._folder)
 

@@ -100,4 +100,7 @@ def stopped_key(key: str, config: PipelineConfig) -> str | None:
     if not config.budget.is_set:
         return None
     budget: Mapping[str, float | None] = config.budget.model_dump()
-    return sha256_bytes(canonical_json({"work": key, "budget": budget}))
+    # At another price the same money buys another part of the work. Prices of a machine's own are
+    # left out: what started the stage must find what another machine recorded.
+    costs = config.costs.model_dump() if config.budget.money is not None else None
+    return sha256_bytes(canonical_json({"work": key, "budget": budget, "costs": costs}))

@@ -51,9 +51,11 @@ def test_a_run_without_a_deployment_is_approved_by_its_policy(rlhf, tiny, finish
     work = ("--work-dir", config.runtime.work_dir)
     with no_server():
         others = rlhf("approve", "no-such-run", *work)
+        other = rlhf("approve", run.name, "--name", "other", *work)
         yes = rlhf("approve", run.name, "--by", "ann", *work)
         listed = rlhf("runs", "--json", *work)
     assert f"that wait: {run.name};" in " ".join(others.stderr.split())
+    assert "waits with a policy of model line line" in " ".join(other.stderr.split())
     assert "approved by ann" in " ".join(yes.stdout.split())
     (row,) = [row for row in json.loads(listed.stdout) if row["name"] == run.name]
     assert (row["state"], row["message"]) == (

@@ -201,7 +201,7 @@ def test_the_form_refuses_what_the_record_would(run):
 
 def test_the_command_refuses_before_the_run_goes_on(run, rlhf, prefect_api, monkeypatch):
     run.take_up()
-    monkeypatch.setattr(command, "_suspended", lambda _: _read(run))
+    monkeypatch.setattr(command, "_suspended", lambda *_: _read(run))
     for option, value in (("--why", "x" * 2001), ("--by", "y" * 2001), ("--by", " ")):
         done = rlhf("approve", run.id, option, value)
         assert (done.returncode, option in done.stderr) == (2, True), done.stderr

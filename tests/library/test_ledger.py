@@ -241,11 +241,17 @@ def test_prices_and_budgets_are_in_no_fingerprint(tmp_path, monkeypatch):
     )  # fmt: skip
     for stage in STAGES.values():
         assert fingerprint(stage, plain, {}) == fingerprint(stage, priced, {})
-    # What a budget stopped is that budget's alone, at any price.
+    # What a budget stopped is that budget's alone; of money, at that price.
     assert stopped_key(KEY, plain) is None
     other = configured(tmp_path, budget={"hours": 3, "money": 9})
     dearer = configured(tmp_path, costs={"price_per_hour": 4}, budget={"hours": 2, "money": 9})
-    assert stopped_key(KEY, priced) == stopped_key(KEY, dearer) != stopped_key(KEY, other)
+    keys = [stopped_key(KEY, each) for each in (priced, dearer, other)]
+    assert len({*keys}) == 3
+    hours, at_a_price = (
+        configured(tmp_path, costs=costs, budget={"hours": 2})
+        for costs in ({}, {"price_per_hour": 4})
+    )
+    assert stopped_key(KEY, hours) == stopped_key(KEY, at_a_price)
 
 
 def test_equal_runs_have_equal_artifacts_with_and_without_a_price(tmp_path):
