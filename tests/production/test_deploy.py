@@ -143,7 +143,7 @@ def test_the_form_has_every_field_and_sends_only_what_was_chosen(place, emptied)
     base = place.environment["PREFECT_API_URL"].removesuffix("/api")
     emptied.call("Page.navigate", url=f"{base}/deployments/deployment/{made}/run")
     # The page first shows its frame, and the parameters when it has their schema.
-    shown = ("Submit", "preset", "quickstart", "overrides", "Kl Coef", "Placement", "train-policy")
+    shown = ("Submit", "preset", "quickstart", "overrides", "kl_coef", "placement", "train-policy")
     until(emptied, "document.body.innerText", lambda text: all(word in str(text) for word in shown))
     press = "[...document.querySelectorAll('button')].find(b => b.innerText.trim() == 'Submit')"
     emptied.call("Runtime.evaluate", expression=f"{press}.click()")
