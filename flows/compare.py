@@ -23,7 +23,8 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.files import exists, expand_home, is_dir, write_json
 from rlhf.plain_text import one_line
 from rlhf.report.reward_model import reward_model_lines
-from tasks.console import console, say
+from tasks.console import say
+from tasks.listing import print_listing
 from tasks.model_options import DEFAULT_OPTIONS, ModelOptions
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def _show_policies(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) 
             shift["metric"], f"{shift['before']:.3f}", f"{shift['after']:.3f}",
             f"{shift['difference']:+.3f}", bounds, style="bold" if shift["significant"] else "",
         )  # fmt: skip
-    console.print(table)
+    print_listing(table, table)
     if found := evaluation.get("over_optimisation"):
         say(f"over-optimised: {found['state']} ({found['evidence']})")
     _show_groups(part["by_group"], evaluation["verdict_metric"])
@@ -338,7 +339,7 @@ def _show_reward_models(a: NamedModel, b: NamedModel, evaluation: Mapping[str, A
         ("only b right", "only_after_right"), ("neither", "neither_right"),
     ):  # fmt: skip
         table.add_row(label, f"{evaluation[name]:,}", "")
-    console.print(table)
+    print_listing(table, table)
     for side, label in (("before", "a"), ("after", "b")):
         for line in reward_model_lines(evaluation["reports"][side]):
             say(f"{label}: {line}")
@@ -351,7 +352,7 @@ def _show_groups(groups: Mapping[str, Mapping[str, Any]], metric: str) -> None:
     table = Table("group", metric.replace("_", " "), "95 % interval", "n")
     for group, part in sorted(groups.items()):
         table.add_row(one_line(group), *interval(part, metric), f"{part['n']:,}")
-    console.print(table)
+    print_listing(table, table)
 
 
 def _show_rows(
@@ -365,7 +366,7 @@ def _show_rows(
     for row in rows[:SHOWN]:
         texts = [excerpt(row[name]) for name in columns]
         table.add_row(*texts, *(f"{row[name]:.2f}" for name in numbers))
-    console.print(table)
+    print_listing(table, table)
 
 
 def _change(row: Mapping[str, Any], scorer: str) -> float:

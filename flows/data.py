@@ -13,6 +13,7 @@ from rlhf.config import PipelineConfig, load_config
 from rlhf.errors import ConfigError, DataError, NoPreferences
 from rlhf.plain_text import one_line
 from tasks.console import console, say, styled
+from tasks.listing import print_listing
 
 if TYPE_CHECKING:
     from rlhf.data.audit import Evidence
@@ -287,7 +288,7 @@ def _print_left_out(
         position = f"{origin.file}:{origin.line} {example.detail}".strip()
         cells = [f"{count:,}", reason, position, example.shown_cure]
         table.add_row(*map(one_line, cells))
-    console.print(table)
+    print_listing(table, table)
     limit = config.data.max_bad_fraction
     is_stopped = False
     for source in sources:
@@ -330,7 +331,7 @@ def _print_lengths(prompts: Sequence[Prompt], replies: Mapping[str, Sequence[str
     for name, values in lengths.items():
         figures = (min(values), round(statistics.median(values)), max(values))
         table.add_row(name, *(f"{figure:,}" for figure in figures))
-    console.print(table)
+    print_listing(table, table)
 
 
 def _print_findings(pairs: Sequence[Pair], evidence: Evidence) -> None:

@@ -23,6 +23,7 @@ from rlhf.errors import ConfigError
 from rlhf.files import write_json
 from rlhf.plain_text import counted, one_line
 from tasks.console import console, say
+from tasks.listing import print_listing
 from tasks.model_options import DEFAULT_OPTIONS, SUITE_LENGTH, ModelOptions
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _judge_replies(
     for name in ("score", "tokens", "eos_rate", "repetition", "refusal", "entropy"):
         if name in scores:
             table.add_row(name, *interval(scores, name, 1 if name == "tokens" else 3))
-    console.print(table)
+    print_listing(table, table)
     _show_extremes(scores["replies"])
     left_out = {**read.left_out, **scores["prompts_left_out"]}
     counts = [f"{count:,} × {reason}" for reason, count in left_out.items()]
@@ -187,7 +188,7 @@ def _show_extremes(replies: Sequence[Mapping[str, Any]]) -> None:
     for reply in shown:
         cells = (f"{reply['score']:.2f}", excerpt(reply["prompt"]), excerpt(reply["reply"]))
         table.add_row(*cells)
-    console.print(table)
+    print_listing(table, table)
 
 
 def _joined(before: str, parts: Sequence[str]) -> str:

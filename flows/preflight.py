@@ -11,7 +11,8 @@ from rich.table import Table
 from flows.costs import show_forecast
 from rlhf.config import PipelineConfig, load_config
 from rlhf.data.rows import Demonstration, PromptRow
-from tasks.console import console, say
+from tasks.console import say
+from tasks.listing import print_listing
 from tasks.prefect_server import check_settings, greet_server, lease_advice, prefect_server
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _print_estimate(config: PipelineConfig, base: Path) -> None:
         style = "red" if stage.peak > available else ""
         cells = [*(f"{size / 1e9:.2f} GB" for size in sizes), f"{stage.tokens_per_second:,.0f}"]
         table.add_row(stage.section, *cells, style=style)
-    console.print(table)
+    print_listing(table, table)
     say(f"{available / 1e9:.1f} GB are free on this device")
     for stage in stages:
         if stage.peak > available:

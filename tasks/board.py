@@ -189,6 +189,8 @@ class Board:
         if self.record is not None:
             self.record.state, self.record.code, self.record.waits = state, code, ""
             self.record.reason = "the same command goes on from what is done"
+            for stage in self.record.stages:
+                stage.state = state if stage.state == RUNNING else stage.state
             with suppress(OSError):
                 if self._folder:
                     write_record(self.record, self._folder)
