@@ -104,6 +104,7 @@ def migrate(found: Sequence[Given]) -> Migration:
         ConfigError: Nothing of them can be used.
     """
     result = Migration()
+    found = [_only_said(given, result) for given in found]
     # The reward model last: its base is one of its own if it is another than the policy's.
     order = ("sft", "ppo", "reward_model")
     for given in sorted(found, key=lambda given: order.index(given.trainer)):
@@ -118,13 +119,27 @@ def migrate(found: Sequence[Given]) -> Migration:
     return result
 
 
+def _only_said(given: Given, result: Migration) -> Given:
+    """Return arguments without those that a tool wrote by itself with their defaults.
+
+    Conversions look at other arguments too, for which these must count as not given.
+    """
+    if not given.is_dump:
+        return given
+    said: dict[str, Any] = {}
+    for name, value in given.values.items():
+        entry = find(given.tool, given.order, name)
+        # The model is written in any case: without it ours would be trained from scratch.
+        if entry is None or plain(value) != entry.was or name == "model":
+            said[name] = value
+        else:
+            result.silent += 1
+    return replace(given, values=said)
+
+
 def _convert_all(given: Given, result: Migration) -> None:
     case = Case(given.tool, given.trainer, given.kind, given.order, given.values)
     for name, value in given.values.items():
-        entry = find(given.tool, given.order, name)
-        if given.is_dump and entry is not None and plain(value) == entry.was:
-            result.silent += 1
-            continue
         _convert_one(case, given, name, value, result)
     for name in given.computed:
         entry = find(given.tool, given.order, name)
@@ -258,10 +273,23 @@ def _validate(result: Migration) -> None:
                 raise ConfigError(f"can't be converted: {explain(error, {})}") from None
             line = explain(error, {})
             value = result.choices.pop(culprit).value
+            _keep_adapters(culprit, value, result)
             findings = [_without(found, culprit, line, "refused") for found in result.findings]
             if all(found.text != line for found in findings):
                 findings.append(Finding(culprit, _shown(value), "refused", {}, line))
             result.findings = findings
+
+
+def _keep_adapters(culprit: str, value: Any, result: Migration) -> None:
+    """Write our rank where the last value of `lora` was refused: without one all is trained."""
+    section, is_lora, _ = culprit.partition(".lora.")
+    rank = f"{section}.lora.r"
+    if (
+        is_lora
+        and value != 16
+        and not any(n.startswith(f"{section}.lora.") for n in result.choices)
+    ):
+        result.choices[rank] = Choice(rank, 16, "LoRA was asked for; what was given is refused")
 
 
 def _culprit(error: ValidationError, result: Migration) -> str | None:

@@ -224,6 +224,29 @@ def test_a_file_with_all_defaults_says_only_what_differs(tmp_path):
     assert loaded(result, tmp_path).sft.learning_rate == 1e-4
 
 
+def test_defaults_in_a_file_with_all_of_them_count_as_not_given(tmp_path):
+    params = {name: entry.was for name, entry in tables("aitraining")["LLMTrainingParams"].items()}
+    params |= {"trainer": "sft", "model": "gpt2", "data_path": "talks.jsonl", "peft": True}
+    config = loaded(of_file(tmp_path, "all.json", json.dumps(params)), tmp_path)
+    assert config.sft.lora is not None
+    assert (config.sft.lora.r, config.sft.lora.alpha, config.sft.lora.dropout) == (16, 32, 0.05)
+    # Two rows, accumulated four times.
+    assert (config.sft.batch_size, config.sft.micro_batch_size) == (8, 2)
+    params |= {"trainer": "ppo", "rl_reward_model_path": "reward"}
+    ppo = loaded(of_file(tmp_path, "ppo.json", json.dumps(params)), tmp_path).ppo
+    assert ppo.lora is not None
+    assert ppo.lr_final_fraction == 0.0
+    params |= {"trainer": "sft", "lora_r": 64, "model": "google/gemma-3-270m"}
+    config = loaded(of_file(tmp_path, "r.json", json.dumps(params)), tmp_path)
+    assert config.base.path == "google/gemma-3-270m"
+    assert config.sft.lora is not None
+    assert (config.sft.lora.r, config.sft.lora.dropout) == (64, 0.05)
+    # A rank that is refused doesn't make a training of all weights.
+    refused = of_file(tmp_path, "zero.yaml", {"trainer": "sft", "peft": True, "lora_r": 0,
+                                              "lora_dropout": 3, "lr": 1e-5})  # fmt: skip
+    assert loaded(refused, tmp_path).sft.lora is not None
+
+
 @pytest.mark.parametrize(
     ("tree", "refused"),
     [
