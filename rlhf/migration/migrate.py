@@ -22,7 +22,7 @@ from rlhf.migration.case import Case, Fields, batches, plain
 from rlhf.migration.convert import Refused, convert
 from rlhf.migration.names import Entry, Outcome, defaults, find, nearest
 from rlhf.migration.read import Given
-from rlhf.migration.secrets import is_secret
+from rlhf.migration.secrets import holds_secret, is_secret_name
 from rlhf.plain_text import one_line, shortened
 from rlhf.proposal.choice import Choice, as_yaml, tree_of
 
@@ -104,7 +104,7 @@ def migrate(found: Sequence[Given]) -> Migration:
         ConfigError: Nothing of them can be used.
     """
     result = Migration()
-    found = [_only_said(given, result) for given in found]
+    found = [_without_secrets(_only_said(given, result), result) for given in found]
     # The reward model last: its base is one of its own if it is another than the policy's.
     order = ("sft", "ppo", "reward_model")
     for given in sorted(found, key=lambda given: order.index(given.trainer)):
@@ -137,6 +137,26 @@ def _only_said(given: Given, result: Migration) -> Given:
     return replace(given, values=said)
 
 
+def _without_secrets(given: Given, result: Migration) -> Given:
+    """Return arguments without credentials, so that no conversion sees them."""
+    rest: dict[str, Any] = {}
+    for name, value in given.values.items():
+        entry = find(given.tool, given.order, name)
+        is_marked = entry.secret if entry else is_secret_name(name)
+        if is_marked and value is None and entry:
+            result.silent += 1
+        elif is_marked or holds_secret(value):
+            why = (
+                entry.why
+                if entry and entry.secret
+                else "looks like a credential; set it in the environment"
+            )
+            _add(result, given, name, "", "none", {}, f"not copied: {why}")
+        else:
+            rest[name] = value
+    return replace(given, values=rest)
+
+
 def _convert_all(given: Given, result: Migration) -> None:
     case = Case(given.tool, given.trainer, given.kind, given.order, given.values)
     for name, value in given.values.items():
@@ -149,10 +169,6 @@ def _convert_all(given: Given, result: Migration) -> None:
 def _convert_one(case: Case, given: Given, name: str, value: Any, result: Migration) -> None:
     """Record what becomes of one argument."""
     entry = find(given.tool, given.order, name)
-    if is_secret(name, value) or (entry is not None and entry.secret):
-        why = entry.why if entry else "looks like a credential; set it in the environment"
-        _add(result, given, name, "", "none", {}, f"not copied: {why}")
-        return
     shown = shortened(_shown(value), 80)
     if entry is None:
         near = nearest(given.tool, given.order, name)
@@ -358,7 +374,7 @@ def _add(
     text: str,
 ) -> None:  # fmt: skip
     # A value without its option stands in the place of a name.
-    name = "(not shown)" if is_secret("", name) else shortened(name, 80)
+    name = "(not shown)" if holds_secret(name) else shortened(name, 80)
     result.findings.append(Finding(name, value, fate, becomes, one_line(text), given.origin))
 
 

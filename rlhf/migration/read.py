@@ -169,7 +169,7 @@ def _from_command(words: Sequence[str], trainer: Trainer | None, origin: str) ->
     values = dict(line.options)
     if line.tool == "aitraining":
         if "config" in values:
-            raise ConfigError(f"--config {values['config']}: give that file to rlhf migrate")
+            raise ConfigError("--config: give the file that it names to rlhf migrate")
         return _aitraining(values, trainer, origin)
     if line.other:
         raise ConfigError(f"{line.other} has no equal here; SFT, reward models and PPO have one")

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from rlhf.migration.names import Tool, Trainer
+from rlhf.migration.secrets import holds_secret
 
 #: Commands of AITraining, by its name today and before.
 _AITRAINING = ("aitraining", "autotrain")
@@ -57,7 +58,10 @@ def find_commands(text: str) -> list[list[str]]:
             continue
         words = shlex.split(line, comments=True)
         if words and words[0].startswith("--"):
-            raise ValueError(f"{words[0]!r} begins a line; end the line before it with a backslash")
+            # Without its value, which may be a credential.
+            name = words[0].partition("=")[0]
+            name = "an option" if holds_secret(name) else repr(name)
+            raise ValueError(f"{name} begins a line; end the line before it with a backslash")
         if words and is_command(words):
             commands.append(words)
     return commands

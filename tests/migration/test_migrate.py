@@ -12,9 +12,10 @@ import yaml
 
 from rlhf.config import load_config
 from rlhf.errors import ConfigError
-from rlhf.migration.migrate import Migration, described, migrate
+from rlhf.migration.migrate import TOOLS, Migration, described, migrate
 from rlhf.migration.names import AITRAINING, ORDERS, tables
 from rlhf.migration.read import read_arguments
+from rlhf.migration.secrets import is_secret_name
 
 #: The command of TRL's examples/scripts/ppo/ppo.py, as its docstring has it, with a launcher's
 #: number of processes.
@@ -306,6 +307,35 @@ SECRET, PASSWORD = "hf_abcdefghijklmnop", "open sesame"
         {"kl_coef": 0.1, "reward_model_path": f"https://me:{SECRET}@host/x", "run_name": SECRET},
         {"kl_coef": 0.1, "model_init_kwargs": {"token": SECRET}, "dataset_name": ["x", SECRET]},
         {"kl_coef": 0.1, SECRET: 1},
+        {
+            "kl_coef": 0.1,
+            "dataset_name": f"https://me:{PASSWORD[:4]}{SECRET}@host/x.jsonl",
+            "dataset_train_split": "train",
+            "dataset_config": "x",
+        },
+        {"kl_coef": 0.1, "dataset_name": "https://host/x.jsonl?sig=open sesame&X-Amz-Date=1"},
+        {"kl_coef": 0.1, "sft_model_path": "s3://b/m?X-Amz-Signature=open sesame"},
+        {"kl_coef": 0.1, "dataset_name": "https://host/x.jsonl?v=1&token=open sesame"},
+        *(
+            {"kl_coef": 0.1, name: PASSWORD}
+            for name in (
+                "new_token",
+                "access_tokens",
+                "hftoken",
+                "db_pwd",
+                "bearer",
+                "Authorization",
+                "access_token",
+                "hf-tokens",
+                "accessToken",
+                "eos_token_secret",
+            )
+        ),
+        *(
+            {"kl_coef": 0.1, "run_name": f"{start}{PASSWORD[:4]}1234abcd5678efgh open sesame"}
+            for start in ("glpat-", "xoxb-", "sk_live_", "AIza", "wandb_v1_", "ghp_", "hf_")
+        ),
+        {"kl_coef": 0.1, "zzz": '{"hub": {"token": "open sesame"}}'},
         {"kl_coef": 0.1, "my_api_key": PASSWORD, "db_password": PASSWORD, "token": PASSWORD},
     ],
 )
@@ -314,6 +344,22 @@ def test_credentials_are_neither_copied_nor_shown(tmp_path, tree):
     shown = [result.text("old.yaml"), *map(described, result.findings), *result.notes]
     shown.append(json.dumps([vars(finding) for finding in result.findings]))
     assert not any(secret in line for line in shown for secret in (SECRET, PASSWORD)), shown
+
+
+def test_an_option_that_begins_a_line_is_named_without_its_value(tmp_path):
+    (tmp_path / "t.sh").write_text(f"python sft.py --seed 1\n\n  --hub_token={SECRET}\n")
+    with pytest.raises(ConfigError, match="'--hub_token' begins a line") as raised:
+        read_arguments([str(tmp_path / "t.sh")])
+    assert SECRET not in str(raised.value)
+
+
+def test_names_of_tokens_of_texts_are_no_credentials():
+    entries = [e for tool in TOOLS for group in tables(tool).values() for e in group.values()]
+    marked = {entry.name for entry in entries if is_secret_name(entry.name)}
+    assert marked == {entry.name for entry in entries if entry.secret and "token" in entry.name}
+    for name in ("eos_token", "pad_token_id", "min_new_tokens", "num_tokens", "tokens_per_second",
+                 "dataset_key", "keyword", "author"):  # fmt: skip
+        assert not is_secret_name(name), name
 
 
 def test_a_shell_script_is_read_for_its_command(tmp_path):
